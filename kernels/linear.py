@@ -1,0 +1,80 @@
+"""linear: y = x @ weight.T, every output element one fixed chain of sums over k.
+
+Contract: an element of y depends on its own row of x and on the weight alone, never on the number
+of rows or on the row's place among them. CPU: fp32, rows padded to blocks of 16. A plain CPU
+matmul is not row-invariant: below 16 rows the BLAS takes other code paths.
+
+Two CPU implementations give the same bits: one product over all padded rows (fast), or one product
+per block of 16 rows. `selfcheck` proves it for a model's shapes and falls back to the second.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from samebit.kernels.op import Op, require_fp32
+
+ROW_BLOCK = 16
+
+# Weight shapes (N, K) for which the self-check found the one-product path unequal on this machine.
+_blocked_shapes: set[tuple[int, int]] = set()
+
+
+def linear_ref(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [T, K] @ weight [N, K].T in plain torch: a tolerance reference."""
+    return x @ weight.t()
+
+
+def use_blocked(shapes: set[tuple[int, int]]) -> None:
+    """Compute products with these weight shapes (N, K) block by block from now on."""
+    _blocked_shapes.update(shapes)
+
+
+def linear_padded(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """One product over x [T, K] padded to a multiple of 16 rows."""
+    num_rows = x.shape[0]
+    pad = -num_rows % ROW_BLOCK
+    if pad:
+        x = F.pad(x, (0, 0, 0, pad))
+    return torch.mm(x, weight.t())[:num_rows]
+
+
+def linear_blocked(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """One product per block of 16 rows of x [T, K]: row-invariant by construction."""
+    return torch.cat([linear_padded(rows, weight) for rows in x.split(ROW_BLOCK)])
+
+
+def _linear_cpu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    require_fp32("linear", x, weight)
+    if x.shape[0] == 0:
+        return x.new_empty(0, weight.shape[0])
+    if tuple(weight.shape) in _blocked_shapes:
+        return linear_blocked(x, weight)
+    return linear_padded(x, weight)
+
+
+_forward = Op("linear", cpu=_linear_cpu)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return _forward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_weight = grad.t() @ x if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [..., K] times weight [N, K] transposed -> [..., N]; differentiable in both.
+
+    Raises ValueError on the CPU for anything but fp32.
+    """
+    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight)
+    return y.view(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,118 @@
+"""logprob: the log-probability of given tokens under softmax(hidden @ weight.T / temperature).
+
+Contract: logits are linear's fp32 output divided by the temperature in fp32. The vocabulary counts
+as padded to a multiple of 1,024 whose padding is -inf, and is cut into 8 equal segments: the
+log-sum-exp of each segment, then the 8 merged in ascending order. So tensor parallel sizes
+1, 2, 4 and 8 give equal bits. The softmax is the full one, before any top-k, top-p or min-p.
+Rows are taken in chunks; [T, V] never exists.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from samebit.kernels.linear import linear
+from samebit.kernels.op import Op, require_fp32
+
+VOCAB_MULTIPLE = 1024
+NUM_SEGMENTS = 8
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """vocab_size rounded up to a multiple of 1,024, whatever the tensor parallel size."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def logsumexp_ref(logits: torch.Tensor) -> torch.Tensor:
+    """logits [B, V] -> [B], in plain torch: a tolerance reference."""
+    return logits.float().logsumexp(-1)
+
+
+def _logsumexp_cpu(logits: torch.Tensor) -> torch.Tensor:
+    require_fp32("logsumexp", logits)
+    segment_len = padded_vocab_size(logits.shape[-1]) // NUM_SEGMENTS
+    # Segments that are all padding would add exact zeros, so they are left out.
+    padded = F.pad(logits, (0, -logits.shape[-1] % segment_len), value=float("-inf"))
+    segments = padded.view(logits.shape[0], -1, segment_len)
+    segment_max = segments.amax(-1)
+    segment_sum = torch.exp(segments - segment_max[..., None]).sum(-1)
+    row_max, row_sum = segment_max[:, 0], segment_sum[:, 0]
+    for i in range(1, segments.shape[1]):
+        new_max = torch.maximum(row_max, segment_max[:, i])
+        row_sum = row_sum * torch.exp(row_max - new_max) + segment_sum[:, i] * torch.exp(
+            segment_max[:, i] - new_max
+        )
+        row_max = new_max
+    return row_max + torch.log(row_sum)
+
+
+logsumexp = Op("logsumexp", cpu=_logsumexp_cpu)
+
+
+def logprob_of(scaled_logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [B] of token_ids [B] under scaled_logits [B, V] (fp32, after temperature)."""
+    chosen = scaled_logits.gather(1, token_ids[:, None]).squeeze(1)
+    return chosen - logsumexp(scaled_logits)
+
+
+def _chunk_rows(vocab_size: int) -> int:
+    return max(512, (1 << 22) // vocab_size)  # 512 rows of V = 151,936 are 311 MB
+
+
+class _Logprob(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        token_ids: torch.Tensor,
+        temperature: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs, entropies, normalizers = [], [], []
+        rows = _chunk_rows(weight.shape[0])
+        for h, ids, t in zip(*(x.split(rows) for x in (hidden, token_ids, temperature)), strict=True):
+            logits = linear(h, weight) / t[:, None]
+            normalizer = logsumexp(logits)
+            logprobs.append(logits.gather(1, ids[:, None]).squeeze(1) - normalizer)
+            probs = torch.exp(logits - normalizer[:, None])
+            entropies.append(normalizer - (probs * logits).sum(-1))
+            normalizers.append(normalizer)
+        ctx.save_for_backward(hidden, weight, token_ids, temperature, torch.cat(normalizers))
+        entropy = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(logprobs), entropy
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: torch.Tensor, _grad_entropy: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, token_ids, temperature, normalizer = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        rows = _chunk_rows(weight.shape[0])
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            t = temperature[part, None]
+            logits = linear(hidden[part], weight) / t
+            grad_logits = torch.exp(logits - normalizer[part, None]).neg_()
+            grad_logits[torch.arange(len(logits)), token_ids[part]] += 1
+            grad_logits *= grad[part, None] / t
+            grad_hidden[part] = grad_logits @ weight
+            grad_weight += grad_logits.t() @ hidden[part]
+        return grad_hidden, grad_weight, None, None
+
+
+def logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    temperature: torch.Tensor,
+    vocab_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and entropies of the next-token distributions.
+
+    hidden [T, D], weight [padded V, D] (rows from vocab_size on are padding), token_ids [T] int64,
+    temperature [T] fp32 > 0 -> (logprobs [T] fp32, differentiable in hidden and weight;
+    entropies [T] fp32 in nats, not differentiable).
+    """
+    return _Logprob.apply(hidden, weight[:vocab_size], token_ids, temperature)

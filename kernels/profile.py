@@ -1,0 +1,58 @@
+"""The numerics profile: everything besides its inputs that an operation's bits may depend on."""
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from samebit.kernels.attention import KV_TILE
+from samebit.kernels.logprob import NUM_SEGMENTS
+
+# Raised whenever an implementation's bits change.
+CONTRACT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumericsProfile:
+    """Two runs promise equal bits only under equal profiles."""
+
+    device_type: str
+    architecture: str
+    tp_size: int = 1
+    kv_tile: int = KV_TILE
+    kv_split: int | None = None
+    lse_segments: int = NUM_SEGMENTS
+    attention: str = "canonical"
+    contract_version: int = CONTRACT_VERSION
+    torch_version: str = torch.__version__
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that name the profile in manifests and reports."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _cpu_architecture() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor() or platform.machine()
+    fields = dict(
+        line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if ":" in line
+    )
+    by_name = {name.strip(): value.strip() for name, value in fields.items()}
+    family = [by_name.get(name, "?") for name in ("vendor_id", "cpu family", "model")]
+    return f"{platform.machine()} {' '.join(family)} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def numerics_profile(device: torch.device, tp_size: int = 1) -> NumericsProfile:
+    """The profile of this process on `device`."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        architecture = f"sm_{major}{minor}"
+    else:
+        architecture = _cpu_architecture()
+    return NumericsProfile(device_type=device.type, architecture=architecture, tp_size=tp_size)

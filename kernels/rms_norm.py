@@ -1,0 +1,61 @@
+"""rms_norm: y = x * rsqrt(mean(x^2) + eps) * weight over the last dimension, in fp32.
+
+Contract: one row at a time, its sum of squares in one fixed order. With a residual, the sum
+x + residual is rounded to the activation dtype first and then normalised. The q and k norms are the
+same operation per head. Source: Zhang and Sennrich 2019, arXiv 1910.07467.
+"""
+
+from typing import Any
+
+import torch
+
+from samebit.kernels.op import Op, require_fp32
+
+
+def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [..., D], weight [D] -> [..., D], computed in fp32 and rounded once to x's dtype."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale * weight.float()).to(x.dtype)
+
+
+def _rms_norm_cpu(
+    x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    require_fp32("rms_norm", x, weight)
+    x = x.contiguous()
+    inverse_rms = torch.rsqrt((x * x).sum(-1, keepdim=True) / x.shape[-1] + eps)
+    return x * inverse_rms * weight, inverse_rms
+
+
+_forward = Op("rms_norm", cpu=_rms_norm_cpu)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        y, inverse_rms = _forward(x, weight, eps)
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, inverse_rms = ctx.saved_tensors
+        normed = x.float() * inverse_rms
+        grad_weight = (grad.float() * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+        scaled = grad.float() * weight.float()
+        projection = (scaled * normed).sum(-1, keepdim=True) / x.shape[-1]
+        return ((scaled - normed * projection) * inverse_rms).to(x.dtype), grad_weight, None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Normalise x [..., D] by its root mean square and scale by weight [D]; differentiable."""
+    return _RmsNorm.apply(x, weight, eps)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (rms_norm(s), s) for s = x + residual, rounded before it is normalised."""
+    total = residual + x
+    return rms_norm(total, weight, eps), total

@@ -1,0 +1,51 @@
+"""swiglu: silu(gate) * up in fp32 from the rounded products, one rounding.
+
+Contract: silu(g) = g / (1 + exp(-g)). On the CPU it is composed of exp and exact operations:
+torch's own silu and sigmoid use another exp for the last elements of an array than for the rest, so
+an element's bits would depend on its place (measured: unequal at every odd offset tried).
+Source: Shazeer 2020, arXiv 2002.05202.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from samebit.kernels.op import Op, require_fp32
+
+
+def swiglu_ref(gate_up: torch.Tensor) -> torch.Tensor:
+    """gate_up [..., 2F] = [gate; up] -> [..., F] in plain torch."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def _swiglu_cpu(gate_up: torch.Tensor) -> torch.Tensor:
+    require_fp32("swiglu", gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return gate / (1 + torch.exp(-gate)) * up
+
+
+_forward = Op("swiglu", cpu=_swiglu_cpu)
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate_up)
+        return _forward(gate_up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        sigmoid = 1 / (1 + torch.exp(-gate))
+        silu = gate * sigmoid
+        grad = grad.float()
+        grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
+        return torch.cat([grad_gate, grad * silu], dim=-1).to(gate_up.dtype)
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up for gate_up [..., 2F] = [gate; up] -> [..., F]; differentiable."""
+    return _Swiglu.apply(gate_up)

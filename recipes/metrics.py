@@ -1,0 +1,189 @@
+"""What a run measured: metrics.jsonl and samples.jsonl in its folder, mirrored to wandb."""
+
+import hashlib
+import json
+import math
+import numbers
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+WANDB_MODES = ("disabled", "offline", "online")
+
+
+@dataclass(kw_only=True)
+class LoggerConfig:
+    """What is logged beside metrics.jsonl."""
+
+    wandb: str = "offline"
+    """`disabled`, `offline` (files in the run folder, for `wandb sync`) or `online`."""
+    project: str = "samebit"
+    """The wandb project."""
+    num_samples: int = 8
+    """Completions kept at each evaluation."""
+
+
+class MetricsLogger:
+    """Appends a run's metrics and sample completions, each line flushed as it is written.
+
+    With `resume_step`, the files are first cut back to the rows up to that step, and a last line
+    torn by a kill is dropped; with None they start empty. Only wandb keeps rows past that step.
+    Raises ValueError for a bad config or for a damaged line that is not the last.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: LoggerConfig,
+        run_name: str,
+        resolved_config: dict[str, Any],
+        resume_step: int | None,
+    ) -> None:
+        if config.wandb not in WANDB_MODES:
+            raise ValueError(
+                f"logger.wandb is {config.wandb!r}; give one of {', '.join(WANDB_MODES)}"
+            )
+        if config.num_samples < 0:
+            raise ValueError(f"logger.num_samples is {config.num_samples}; give 0 or more")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS_FILE, SAMPLES_FILE):
+            _truncate(run_dir / name, resume_step)
+        self._num_samples = config.num_samples
+        self._metrics = (run_dir / METRICS_FILE).open("a", encoding="ascii")
+        self._samples = (run_dir / SAMPLES_FILE).open("a", encoding="ascii")
+        self._wandb: Any = None
+        if config.wandb != "disabled":
+            resume = resume_step is not None
+            self._wandb = _start_wandb(run_dir, config, run_name, resolved_config, resume)
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Writes one row. Values are finite numbers, written exactly, or texts.
+
+        Raises ValueError, naming the key, for any other value and for the key `step`.
+        """
+        if "step" in metrics:
+            raise ValueError("the metric key 'step' is taken; rename it")
+        row = {"step": step} | {key: _plain(key, value) for key, value in metrics.items()}
+        self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
+        self._metrics.flush()
+        if self._wandb is not None:
+            # `step` is a column: wandb's own counter refuses to go back, as a resumed run must.
+            self._wandb.log(row)
+
+    def log_samples(self, step: int, kind: str, rows: list[dict[str, Any]]) -> None:
+        """Writes the first `num_samples` rows, each with its step and kind ("eval", "train").
+
+        Raises ValueError for a row with a key `step` or `kind`, or with a NaN or infinity in it.
+        """
+        for row in rows[: self._num_samples]:
+            taken = sorted({"step", "kind"} & row.keys())
+            if taken:
+                raise ValueError(f"the sample keys {taken} are taken; rename them")
+            for key, value in row.items():
+                if isinstance(value, float):
+                    _plain(key, value)
+            line = json.dumps({"step": step, "kind": kind} | row, allow_nan=False)
+            self._samples.write(line + "\n")
+        self._samples.flush()
+
+    def close(self) -> None:
+        """Closes the files and finishes the wandb run. A second call does nothing."""
+        self._metrics.close()
+        self._samples.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file; none where it is missing. A torn last line is left out.
+
+    Raises ValueError, naming the line, for any other line that is not a JSON object with a `step`.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    # A whole file ends in a newline, so what follows the last one is empty or torn.
+    last = len(lines) - 1
+    while last > 0 and not lines[last].strip():
+        last -= 1
+    rows = []
+    for index, line in enumerate(lines[: last + 1]):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("no JSON object with a whole number `step`")
+        except ValueError as error:
+            if index == last:
+                break
+            raise ValueError(f"{path}, line {index + 1} is damaged: {error}") from error
+        rows.append(row)
+    return rows
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file: at any moment, also after a kill, it holds the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _truncate(path: Path, resume_step: int | None) -> None:
+    rows = [] if resume_step is None else read_rows(path)
+    kept = [row for row in rows if resume_step is not None and row["step"] <= resume_step]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A text, int or float that JSON holds exactly. Raises ValueError naming the key."""
+    if isinstance(value, str | bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"the metric {key!r} is {value!r:.80}; log a finite number or a text")
+    return float(value)
+
+
+def _start_wandb(
+    run_dir: Path,
+    config: LoggerConfig,
+    run_name: str,
+    resolved_config: dict[str, Any],
+    resume: bool,
+) -> Any:
+    import wandb
+
+    # The digest keeps names apart that the allowed characters make alike.
+    digest = hashlib.sha256(run_name.encode()).hexdigest()[:8]
+    run = wandb.init(
+        project=config.project,
+        name=run_name,
+        id=re.sub(r"[^A-Za-z0-9_-]+", "-", run_name)[:64] + f"-{digest}",
+        resume="allow" if resume else None,
+        dir=run_dir,
+        mode=config.wandb,
+        config=resolved_config,
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    run.define_metric("*", step_metric="step")
+    return run

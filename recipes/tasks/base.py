@@ -1,0 +1,90 @@
+"""What a task is: problems by index, in two splits that share none, chosen by one config."""
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+# A new task is one new module with `load(config) -> (train, eval)` and one line here. A task's
+# name may carry a variant after a slash ("reasoning_gym/chain_sum"), which its module reads.
+TASKS = {
+    "file": "samebit.recipes.tasks.file",
+    "reasoning_gym": "samebit.recipes.tasks.reasoning_gym",
+    "reverse_digits": "samebit.recipes.tasks.reverse_digits",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One problem: what the model is asked, and what a reward compares its answer with."""
+
+    index: int
+    """Position in its dataset."""
+    prompt: str | list[dict[str, str]]
+    """Plain text, or chat messages with `role` and `content`."""
+    label: str
+    """The reference answer; empty where the task has a scorer and no single answer."""
+    metadata: dict[str, Any]
+    """Whatever else the reward needs."""
+
+
+class Dataset(Protocol):
+    """Problems by index: the same index gives the same problem, in any process and any order."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Problem: ...
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where the problems come from."""
+
+    task: str = "file"
+    """`file`, `reverse_digits` or `reasoning_gym/<name>`."""
+    path: str | None = None
+    """Task `file`: the training records, .jsonl or .parquet."""
+    eval_path: str | None = None
+    """Task `file`: the held-out records; unset, the last `eval_size` records of `path`."""
+    prompt_key: str = "prompt"
+    """Task `file`: key of the prompt (text or chat messages); dots reach into nested fields."""
+    label_key: str = "label"
+    """Task `file`: key of the reference answer; dots reach into nested fields."""
+    metadata_keys: list[str] = field(default_factory=list)
+    """Task `file`: keys kept as the problem's metadata; dots reach into nested fields."""
+    size: int = 100_000
+    """Generated tasks: problems in the train split."""
+    eval_size: int = 256
+    """Problems in the held-out split; with `eval_path`, all of that file's records are used."""
+    seed: int = 0
+    """Generated tasks: which problems are drawn."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Generated tasks: arguments of the generator."""
+
+
+def load_datasets(config: DataConfig) -> tuple[Dataset, Dataset]:
+    """The train split and the held-out split of a task. No prompt is in both.
+
+    Raises ValueError for an unknown task or a bad setting, FileNotFoundError for a missing file.
+    """
+    name, slash, _ = config.task.partition("/")
+    if name not in TASKS or bool(slash) != (name == "reasoning_gym"):
+        raise ValueError(
+            f"data.task is {config.task!r}; give one of file, reverse_digits, reasoning_gym/<name>"
+        )
+    if config.size < 1:
+        raise ValueError(f"data.size is {config.size}; give at least 1")
+    if config.eval_size < 0:
+        raise ValueError(f"data.eval_size is {config.eval_size}; give 0 or more")
+    if name != "file" and (config.path or config.eval_path):
+        raise ValueError(
+            f"data.path is {config.path!r} and data.eval_path is {config.eval_path!r}, but the "
+            f"task {config.task!r} generates its problems; leave both unset, or use task 'file'"
+        )
+    train, held_out = importlib.import_module(TASKS[name]).load(config)
+    return train, held_out
+
+
+def check_index(index: int, size: int) -> None:
+    """Raises IndexError unless 0 <= index < size (which also ends a plain `for` loop)."""
+    if not 0 <= index < size:
+        raise IndexError(f"problem {index} of a split of {size}; give 0 to {size - 1}")

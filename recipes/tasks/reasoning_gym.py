@@ -1,0 +1,176 @@
+"""Tasks `reasoning_gym/<name>`: the procedural tasks of the reasoning_gym package.
+
+The package makes item i from the number seed + i. Train and held-out items take their numbers from
+disjoint ranges. Different numbers can still give the same question, so the held-out questions are
+generated first, and a train item that repeats one is drawn again from a further range.
+"""
+
+import difflib
+import functools
+import hashlib
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from samebit.recipes.tasks.base import DataConfig, Dataset, Problem, check_index
+
+# Items that one range of seeds can give, and how many ranges a train item may be drawn from.
+# Both together with the start stay below 2**32, the largest seed numpy takes.
+SEED_RANGE = 2**24
+ATTEMPTS = 16
+
+# These iterate over sets of text, so their items change with Python's hash seed (found by
+# comparing the items of every task between processes, reasoning_gym 0.1.25).
+HASH_DEPENDENT = {
+    "isomorphic_strings",
+    "knight_swap",
+    "polynomial_multiplication",
+    "ransom_note",
+    "word_ladder",
+}
+
+
+class HeldOut:
+    """The held-out split, generated once."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self._problems = problems
+
+    def __len__(self) -> int:
+        return len(self._problems)
+
+    def __getitem__(self, index: int) -> Problem:
+        check_index(index, len(self))
+        return self._problems[index]
+
+
+class Train:
+    """The train split: generated on access, never repeating a held-out question."""
+
+    def __init__(self, name: str, config: DataConfig, held_out: set[str]) -> None:
+        self._name = name
+        self._config = config
+        self._held_out = held_out
+        self._source = functools.cache(self._make_source)
+        self._source(1)  # bad arguments fail now, not in the middle of a run
+
+    def __len__(self) -> int:
+        return self._config.size
+
+    def __getitem__(self, index: int) -> Problem:
+        check_index(index, len(self))
+        for attempt in range(1, ATTEMPTS + 1):
+            entry = _generate(self._source(attempt), index)
+            if entry["question"] not in self._held_out:
+                return _problem(self._name, self._config.args, index, entry)
+        raise ValueError(
+            f"data.task reasoning_gym/{self._name}: {ATTEMPTS} draws for train problem {index} are "
+            f"all held-out ones; give a smaller data.eval_size than {len(self._held_out)}, or "
+            "data.args that make more different problems"
+        )
+
+    def _make_source(self, attempt: int) -> Any:
+        seed = _first_seed(self._config.seed) + attempt * SEED_RANGE
+        return make_source(self._name, self._config.args, seed=seed, size=self._config.size)
+
+
+def load(config: DataConfig) -> tuple[Dataset, Dataset]:
+    """The train and held-out split of the task after the slash.
+
+    Raises ValueError for an unknown task (listing close matches), bad arguments, or a task whose
+    items change with Python's hash seed unless PYTHONHASHSEED=0; ImportError without the package.
+    """
+    name = config.task.partition("/")[2]
+    if max(config.size, config.eval_size) > SEED_RANGE:
+        raise ValueError(
+            f"data.size is {config.size} and data.eval_size is {config.eval_size}; reasoning_gym "
+            f"tasks give at most {SEED_RANGE} problems"
+        )
+    _check_hash_seed(name, config.args)
+    problems = []
+    if config.eval_size:
+        seed = _first_seed(config.seed)
+        source = make_source(name, config.args, seed=seed, size=config.eval_size)
+        entries = (_generate(source, i) for i in range(config.eval_size))
+        problems = [_problem(name, config.args, i, entry) for i, entry in enumerate(entries)]
+    train = Train(name, config, {str(problem.prompt) for problem in problems})
+    return train, HeldOut(problems)
+
+
+def make_source(name: str, args: dict[str, Any], *, seed: int, size: int) -> Any:
+    """The package's dataset `name`. Raises ValueError for an unknown name or bad arguments."""
+    datasets = _factory().DATASETS
+    if name not in datasets:
+        close = difflib.get_close_matches(name, datasets, n=5, cutoff=0.4) or sorted(datasets)
+        raise ValueError(
+            f"data.task names the reasoning_gym task {name!r}, which does not exist; "
+            f"close matches: {', '.join(close)}"
+        )
+    taken = sorted({"seed", "size"} & args.keys())
+    if taken:
+        raise ValueError(f"data.args has {taken}; set data.seed and data.size instead")
+    try:
+        settings = _composite_args(args) if name == "composite" else args
+        with _isolated_random(seed):
+            return _factory().create_dataset(name, **settings, seed=seed, size=size)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"data.args {args} of reasoning_gym/{name} is bad: {error}") from error
+
+
+def _factory() -> Any:
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise ImportError(
+            "the reasoning_gym tasks need a package: pip install samebit[demo]"
+        ) from error
+    return reasoning_gym.factory
+
+
+def _composite_args(args: dict[str, Any]) -> dict[str, Any]:
+    from reasoning_gym.composite import DatasetSpec
+
+    return {**args, "datasets": [DatasetSpec(**spec) for spec in args.get("datasets", [])]}
+
+
+def _check_hash_seed(name: str, args: dict[str, Any]) -> None:
+    parts = args.get("datasets", []) if name == "composite" else []
+    names = {name, *(part.get("name") for part in parts if isinstance(part, dict))}
+    if names & HASH_DEPENDENT and sys.flags.hash_randomization:
+        raise ValueError(
+            f"data.task is 'reasoning_gym/{name}', whose problems change with Python's hash seed; "
+            "start Python with PYTHONHASHSEED=0 in the environment, or choose another task"
+        )
+
+
+def _first_seed(seed: int) -> int:
+    # Hashed, so that data.seed 0 and 1 are not the same problems moved by one.
+    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4]) // 2
+
+
+def _generate(source: Any, index: int) -> dict[str, Any]:
+    with _isolated_random(source.seed + index):
+        return source[index]
+
+
+@contextmanager
+def _isolated_random(seed: int) -> Iterator[None]:
+    """Global generators set to a known state, and put back: some tasks draw from or seed them."""
+    import numpy as np
+
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+def _problem(name: str, args: dict[str, Any], index: int, entry: dict[str, Any]) -> Problem:
+    metadata = {"task": name, "args": args, "entry": entry}
+    label = "" if entry["answer"] is None else str(entry["answer"])
+    return Problem(index=index, prompt=entry["question"], label=label, metadata=metadata)

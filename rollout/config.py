@@ -1,0 +1,71 @@
+"""EngineConfig: the engine's settings, checked before anything is allocated."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Speed and memory settings. None of them can change a token or a log-prob."""
+
+    model_path: Path
+    device: torch.device
+    dtype: torch.dtype
+    page_size: int = 64
+    """Tokens per KV page."""
+    kv_cache_tokens: int | None = None
+    """KV capacity in tokens; None takes what max_num_seqs needs, within kv_cache_bytes."""
+    kv_cache_bytes: int = 1 << 30
+    """Bound of the automatic KV capacity."""
+    max_batch_tokens: int = 4096
+    """Tokens computed in one step, over all sequences."""
+    max_num_seqs: int = 256
+    """Sequences running at a time."""
+    prefill_chunk: int = 1024
+    """Prompt tokens of one sequence computed in one step."""
+    max_model_len: int | None = None
+    """Longest context, prompt and completion; None takes the model's."""
+    prefix_cache: bool = True
+    load_format: str = "safetensors"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("page_size", "max_batch_tokens", "max_num_seqs", "prefill_chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Engine {name} is {getattr(self, name)}; it must be at least 1")
+        if self.kv_cache_tokens is not None and self.kv_cache_tokens < self.page_size:
+            raise ValueError(
+                f"Engine kv_cache_tokens is {self.kv_cache_tokens}; it must hold at least one page "
+                f"of {self.page_size} tokens"
+            )
+        if self.load_format not in ("safetensors", "dummy"):
+            raise ValueError(
+                f"Engine load_format is '{self.load_format}'; use 'safetensors' or 'dummy'"
+            )
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the GPU if there is one; RuntimeError for a missing GPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    resolved = torch.device(device)
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(
+            "device=cuda was asked for, but torch finds no CUDA device; use device=cpu"
+        )
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """fp32 on the CPU and bf16 on the GPU: the dtypes of the numerics contract."""
+    contract = torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype is None:
+        return contract
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if resolved != contract:
+        raise ValueError(
+            f"dtype is {dtype}; the numerics contract on '{device.type}' is defined in {contract}"
+        )
+    return contract

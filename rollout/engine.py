@@ -1,0 +1,469 @@
+"""The engine: prompts in, completions out, every bit a function of its inputs alone.
+
+    engine = Engine("path/to/model")
+    [[completion]] = engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=16))
+"""
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from samebit.kernels.logprob import padded_vocab_size
+from samebit.kernels.profile import NumericsProfile, numerics_profile
+from samebit.kernels.selfcheck import selfcheck
+from samebit.rollout.config import EngineConfig, resolve_device, resolve_dtype
+from samebit.rollout.models.decoder import Decoder, param_specs
+from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.runtime.kv_cache import KVCache, PagePool, kv_bytes_per_token
+from samebit.rollout.runtime.memory import Arena
+from samebit.rollout.runtime.prefix_cache import PrefixCache
+from samebit.rollout.runtime.runner import Runner
+from samebit.rollout.runtime.sampler import Sampler
+from samebit.rollout.runtime.scheduler import Scheduler
+from samebit.rollout.runtime.sequence import Sequence as RunningSequence
+from samebit.rollout.runtime.step import execute_step
+from samebit.rollout.runtime.weights import load_dummy, load_safetensors
+from samebit.rollout.types import MAX_UINT64, Completion, Request, SamplingParams
+from samebit.weight_sync.digest import weights_digest
+from samebit.weight_sync.plan import pack, plan_buckets
+from samebit.weight_sync.session import UpdateSession
+from samebit.weight_sync.transports.collective import CollectiveReceiver
+from samebit.weight_sync.transports.file import read_version
+from samebit.weight_sync.types import Bucket, WeightSyncError, WeightVersion
+
+Progress = Callable[[int, int], None]
+"""Called with (finished samples, tokens drawn so far) after every step."""
+
+
+class Engine:
+    """An in-process rollout engine.
+
+    Not thread-safe except for `agenerate` and `abort_request`. Raises ValueError for bad settings,
+    FileNotFoundError for a missing model, RuntimeError for device=cuda without a GPU.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        page_size: int = 64,
+        kv_cache_tokens: int | None = None,
+        max_batch_tokens: int = 4096,
+        max_num_seqs: int = 256,
+        prefill_chunk: int = 1024,
+        prefix_cache: bool = True,
+        load_format: str = "safetensors",
+        seed: int = 0,
+        max_model_len: int | None = None,
+    ) -> None:
+        resolved = resolve_device(device)
+        self.config = EngineConfig(
+            model_path=Path(model_path),
+            device=resolved,
+            dtype=resolve_dtype(dtype, resolved),
+            page_size=page_size,
+            kv_cache_tokens=kv_cache_tokens,
+            max_batch_tokens=max_batch_tokens,
+            max_num_seqs=max_num_seqs,
+            prefill_chunk=prefill_chunk,
+            max_model_len=max_model_len,
+            prefix_cache=prefix_cache,
+            load_format=load_format,
+            seed=seed,
+        )
+        self.model_config = load_model_config(self.config.model_path)
+        self.specs = param_specs(self.model_config)
+        self.profile: NumericsProfile = numerics_profile(resolved)
+        self._selfcheck()
+        self.arena = Arena(resolved)
+        self._load_weights()
+        self._make_runtime()
+        self._receiver: CollectiveReceiver | None = None
+        self._lock = threading.RLock()
+        self._ids = itertools.count()
+        self._arrivals = itertools.count()
+        self._live: dict[str, list[RunningSequence]] = {}
+
+    # -- generation ------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sample_ids: Sequence[Sequence[int]] | None = None,
+        *,
+        return_hidden_states: Sequence[int] = (),
+        progress: Progress | None = None,
+    ) -> list[list[Completion]]:
+        """Complete every prompt; outer list in the prompts' order, inner in the samples' order.
+
+        sample_ids [prompts][n] key the noise; by default they are the running index in the call,
+        so the same call repeats itself. Raises ValueError for bad input before anything runs, and
+        WeightSyncError while the weights are not one whole version.
+        """
+        params = _per_prompt(sampling_params, len(prompt_ids))
+        ids = _sample_ids(params, sample_ids)
+        layers = tuple(return_hidden_states)
+        requests = [
+            self._request(p, q, i, layers) for p, q, i in zip(prompt_ids, params, ids, strict=True)
+        ]
+        return self._run(requests, progress)
+
+    async def agenerate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sample_ids: Sequence[Sequence[int]] | None = None,
+        *,
+        return_hidden_states: Sequence[int] = (),
+    ) -> list[list[Completion]]:
+        """`generate` for asyncio; concurrent calls share the engine's batches."""
+        params = _per_prompt(sampling_params, len(prompt_ids))
+        ids = _sample_ids(params, sample_ids)
+        layers = tuple(return_hidden_states)
+        requests = [
+            self._request(p, q, i, layers) for p, q, i in zip(prompt_ids, params, ids, strict=True)
+        ]
+        return await asyncio.to_thread(self._run, requests, None)
+
+    def score(
+        self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
+    ) -> list[list[float]]:
+        """Log-probs of given tokens by the same bits as generation.
+
+        For each sequence of L >= 2 tokens, L - 1 values: that of token i + 1 given tokens 0..i.
+        """
+        if temperature <= 0:
+            raise ValueError(f"score temperature is {temperature}; it must be positive")
+        params = SamplingParams(temperature=temperature, max_new_tokens=1)
+        requests = []
+        for i, ids in enumerate(token_ids):
+            if len(ids) < 2:
+                raise ValueError(f"score sequence {i} has {len(ids)} tokens; it needs at least 2")
+            requests.append(self._request(ids, params, (i,), (), score_only=True))
+        return [list(completion.logprobs) for [completion] in self._run(requests, None)]
+
+    # -- finer control ---------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        prompt_ids: Sequence[int],
+        sampling_params: SamplingParams | None = None,
+        sample_ids: Sequence[int] | None = None,
+        *,
+        return_hidden_states: Sequence[int] = (),
+    ) -> str:
+        """Queue one prompt; returns the request id that `step` reports on."""
+        params = sampling_params or SamplingParams()
+        [ids] = _sample_ids([params], None if sample_ids is None else [sample_ids])
+        request = self._request(prompt_ids, params, ids, tuple(return_hidden_states))
+        self._add(request)
+        return request.request_id
+
+    def step(self) -> list[list[Completion]]:
+        """Run one batch; the completions of the requests that it finished, n of each."""
+        with self._lock:
+            self.session.require_ready()
+            finished = execute_step(self.scheduler, self.runner, self.sampler, self.weight_version)
+            return self._collect(finished)
+
+    def abort_request(self, request_id: str) -> list[Completion]:
+        """End a request; its samples as far as they are, finish_reason "abort".
+
+        Raises KeyError for an unknown or finished request.
+        """
+        with self._lock:
+            if request_id not in self._live:
+                raise KeyError(f"no unfinished request '{request_id}'")
+            for seq in self.scheduler.abort(request_id):
+                seq.finish_reason = "abort"
+            return [seq.completion() for seq in self._live.pop(request_id)]
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self.scheduler.has_unfinished
+
+    # -- weights ---------------------------------------------------------------------------------
+
+    @property
+    def weight_version(self) -> WeightVersion:
+        """Step and digest of the weights that are served."""
+        return self.session.version
+
+    def bind_weights(self, params: Mapping[str, torch.Tensor], step: int = 0) -> WeightVersion:
+        """Serve the trainer's own parameters from its memory (transport "alias")."""
+        expected = {spec.name: spec.shape for spec in self.specs}
+        found = {name: tuple(p.shape) for name, p in params.items()}
+        if expected != found:
+            names = sorted(n for n in {*expected, *found} if expected.get(n) != found.get(n))
+            raise ValueError(f"parameters do not fit the engine: {', '.join(names[:5])}")
+        self._require_idle("bind_weights")
+        self.arena.adopt("weights", params)
+        self.weights = {name: p.detach() for name, p in params.items()}
+        version = WeightVersion(step, weights_digest(self.specs, self.weights))
+        self.session = UpdateSession(self.specs, self.weights, version)
+        self.runner.model = Decoder(self.model_config, self.weights)
+        self.flush_cache()
+        return version
+
+    def begin_weight_update(self, step: int) -> None:
+        """See weight_sync.transports.base.WeightSink."""
+        self._require_idle("a weight update")
+        self.session.begin(step)
+
+    def receive_weights(self, bucket: Bucket) -> None:
+        """Copy a bucket's tensors into place."""
+        self.session.receive(bucket)
+
+    def receive_weights_in_place(self, params: Mapping[str, torch.Tensor]) -> None:
+        """Accept that `params` are this engine's memory and hold the new version."""
+        apart = [
+            name
+            for name, p in params.items()
+            if name not in self.weights or self.weights[name].data_ptr() != p.data_ptr()
+        ]
+        if apart or len(params) != len(self.weights):
+            reason = f"tensors not shared with the engine: {', '.join(apart[:5])}"
+            self.session.abort(reason)
+            raise WeightSyncError(reason)
+        self.session.receive_in_place()
+
+    def commit_weight_update(self, digest: str) -> WeightVersion:
+        """Check the digest and serve the new version; cached prefixes become unreachable."""
+        version = self.session.commit(digest)
+        self.flush_cache()
+        return version
+
+    def abort_weight_update(self, reason: str) -> None:
+        """Refuse to generate until a full update commits."""
+        self.session.abort(reason)
+
+    def update_weights_from_tensor(
+        self, params: Mapping[str, torch.Tensor], step: int, digest: str | None = None
+    ) -> WeightVersion:
+        """Copy a full set of parameters (engine names) into place."""
+        self.begin_weight_update(step)
+        for metas in plan_buckets(params, 512 << 20):
+            self.receive_weights(pack(metas, params))
+        return self.commit_weight_update(digest or weights_digest(self.specs, self.weights))
+
+    def update_weights_from_disk(self, model_path: str | Path, step: int | None = None) -> WeightVersion:
+        """Load a Hugging Face folder in place, under its own version if it carries one."""
+        folder = Path(model_path)
+        version = read_version(folder)
+        if step is None:
+            step = version.step if version else self.session.version.step + 1
+        self.begin_weight_update(step)
+        try:
+            load_safetensors(folder, self.specs, self.weights)
+        except (OSError, ValueError) as error:
+            self.session.abort(str(error))
+            raise
+        self.session.receive_in_place()
+        own = weights_digest(self.specs, self.weights)
+        return self.commit_weight_update(version.digest if version else own)
+
+    def init_weights_update_group(
+        self,
+        master_address: str,
+        master_port: int,
+        rank: int,
+        world_size: int,
+        backend: str = "gloo",
+        timeout_s: float = 600.0,
+    ) -> None:
+        """Join the trainer's weight group as `rank` (1 or higher)."""
+        self._receiver = CollectiveReceiver(
+            master_address, master_port, rank, world_size, backend, timeout_s
+        )
+
+    def update_weights_from_distributed(self) -> WeightVersion:
+        """Take one update from the weight group, in place."""
+        if self._receiver is None:
+            raise WeightSyncError("no weight group; call init_weights_update_group first")
+        self._receiver.receive(self, self.config.device)
+        return self.weight_version
+
+    def get_weights_by_name(self, name: str) -> torch.Tensor:
+        """A copy of one parameter by its engine (Megatron) name; KeyError if there is none."""
+        return self.weights[name].clone()
+
+    def flush_cache(self) -> None:
+        """Forget all cached prefixes."""
+        if self.prefixes is not None:
+            self.prefixes.reset(self.weight_version)
+
+    # -- internals -------------------------------------------------------------------------------
+
+    def _selfcheck(self) -> None:
+        c = self.model_config
+        shapes = [s.shape for s in self.specs if len(s.shape) == 2]
+        shapes += [(c.vocab_size, c.hidden_size)]
+        selfcheck(
+            [(n, k) for n, k in shapes],
+            (c.num_heads, c.num_kv_heads, c.head_dim),
+            (c.hidden_size, c.head_dim, c.ffn_size),
+        )
+
+    def _load_weights(self) -> None:
+        c = self.config
+        self.weights = {
+            s.name: self.arena.allocate("weights", s.name, s.shape, c.dtype) for s in self.specs
+        }
+        if c.load_format == "dummy":
+            load_dummy(self.specs, self.weights, c.seed)
+        else:
+            load_safetensors(c.model_path, self.specs, self.weights)
+        stored = read_version(c.model_path) if c.load_format == "safetensors" else None
+        digest = weights_digest(self.specs, self.weights)
+        step = stored.step if stored and stored.digest == digest else 0
+        self.session = UpdateSession(self.specs, self.weights, WeightVersion(step, digest))
+
+    def _make_runtime(self) -> None:
+        c, m = self.config, self.model_config
+        self.max_model_len = min(c.max_model_len or m.max_position, m.max_position)
+        tokens = c.kv_cache_tokens
+        if tokens is None:
+            affordable = c.kv_cache_bytes // kv_bytes_per_token(m, c.dtype)
+            tokens = max(c.page_size, min(affordable, c.max_num_seqs * self.max_model_len))
+        num_pages = tokens // c.page_size
+        self.kv_capacity = num_pages * c.page_size
+        self.pool = PagePool(num_pages)
+        self.prefixes = (
+            PrefixCache(self.pool, c.page_size, self.weight_version) if c.prefix_cache else None
+        )
+        cache = KVCache(m, num_pages, c.page_size, c.dtype, self.arena)
+        self.runner = Runner(Decoder(m, self.weights), cache)
+        self.sampler = Sampler(m.vocab_size, m.eos_token_ids, c.seed)
+        self.scheduler = Scheduler(c, self.pool, self.prefixes)
+
+    def _request(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        sample_ids: tuple[int, ...],
+        layers: tuple[int, ...],
+        score_only: bool = False,
+    ) -> Request:
+        """Check everything that a request can get wrong."""
+        request_id = str(next(self._ids))
+        vocab = self.model_config.vocab_size
+        if len(prompt_ids) == 0:
+            raise ValueError(f"prompt {request_id} is empty; it needs at least one token")
+        for place, token in enumerate(prompt_ids):
+            if not 0 <= token < vocab:
+                raise ValueError(
+                    f"prompt {request_id}: token {token} at position {place} is outside the "
+                    f"vocabulary [0, {vocab})"
+                )
+        for token in params.stop_token_ids:
+            if not 0 <= token < vocab:
+                raise ValueError(f"stop_token_ids: {token} is outside the vocabulary [0, {vocab})")
+        need = len(prompt_ids) + (0 if score_only else params.max_new_tokens)
+        for what, limit in (("context", self.max_model_len), ("KV cache", self.kv_capacity)):
+            if need > limit:
+                raise ValueError(
+                    f"prompt {request_id}: {len(prompt_ids)} prompt tokens + "
+                    f"{need - len(prompt_ids)} max_new_tokens = {need} exceed the {what} of "
+                    f"{limit} tokens"
+                )
+        for layer in layers:
+            if not 0 <= layer <= self.model_config.num_layers:
+                raise ValueError(
+                    f"return_hidden_states: layer {layer} is not in "
+                    f"[0, {self.model_config.num_layers}]"
+                )
+        return Request(
+            request_id=request_id,
+            prompt_ids=tuple(int(t) for t in prompt_ids),
+            params=params,
+            sample_ids=sample_ids,
+            hidden_state_layers=layers,
+            score_only=score_only,
+        )
+
+    def _add(self, request: Request) -> None:
+        with self._lock:
+            self.session.require_ready()
+            seqs = [
+                RunningSequence(
+                    request=request,
+                    index=i,
+                    arrival=next(self._arrivals),
+                    token_ids=list(request.prompt_ids),
+                )
+                for i in range(len(request.sample_ids))
+            ]
+            seqs[0].siblings = seqs[1:]
+            self._live[request.request_id] = seqs
+            self.scheduler.add(seqs[0])
+
+    def _run(self, requests: list[Request], progress: Progress | None) -> list[list[Completion]]:
+        """Add requests and step until they are done; other callers' steps count too."""
+        seqs: dict[str, list[RunningSequence]] = {}
+        for request in requests:
+            self._add(request)
+            seqs[request.request_id] = self._live[request.request_id]
+        try:
+            while any(s.finish_reason is None for group in seqs.values() for s in group):
+                self.step()
+                if progress is not None:
+                    flat = [s for group in seqs.values() for s in group]
+                    done = sum(s.finish_reason is not None for s in flat)
+                    progress(done, sum(s.num_new_tokens for s in flat))
+        except BaseException:
+            for request_id in seqs:
+                if request_id in self._live:
+                    self.abort_request(request_id)
+            raise
+        return [[s.completion() for s in group] for group in seqs.values()]
+
+    def _collect(self, finished: Iterable[RunningSequence]) -> list[list[Completion]]:
+        done = []
+        for request_id in dict.fromkeys(s.request.request_id for s in finished):
+            group = self._live[request_id]
+            if all(s.finish_reason is not None for s in group):
+                done.append([s.completion() for s in self._live.pop(request_id)])
+        return done
+
+    def _require_idle(self, what: str) -> None:
+        if self.has_unfinished_requests:
+            raise WeightSyncError(
+                f"{what} needs an idle engine: {len(self._live)} requests are unfinished; finish "
+                "or abort them first"
+            )
+
+
+def _per_prompt(
+    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num_prompts
+    if len(params) != num_prompts:
+        raise ValueError(f"{len(params)} sampling_params for {num_prompts} prompts")
+    return list(params)
+
+
+def _sample_ids(
+    params: Sequence[SamplingParams], sample_ids: Sequence[Sequence[int]] | None
+) -> list[tuple[int, ...]]:
+    if sample_ids is None:
+        numbers = itertools.count()
+        return [tuple(itertools.islice(numbers, p.n)) for p in params]
+    counts, wanted = [len(ids) for ids in sample_ids], [p.n for p in params]
+    if counts != wanted:
+        raise ValueError(f"sample_ids come in groups of {counts}; the prompts ask for n = {wanted}")
+    flat = [i for ids in sample_ids for i in ids]
+    for i in flat:
+        if not 0 <= i <= MAX_UINT64:
+            raise ValueError(f"sample id {i} is no unsigned 64-bit integer")
+    if len(set(flat)) < len(flat):
+        twice = next(i for i in flat if flat.count(i) > 1)
+        raise ValueError(f"sample id {twice} is used twice; every sample needs its own")
+    return [tuple(ids) for ids in sample_ids]

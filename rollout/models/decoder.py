@@ -1,0 +1,150 @@
+"""The pre-norm decoder that Llama and Qwen3 share: parameters by name, forward by contract ops.
+
+Parameters carry Megatron's names and row order, so that engine and trainer hold the same tensors.
+The model knows nothing of caches: the caller passes what attends.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from samebit.kernels.linear import linear
+from samebit.kernels.logprob import padded_vocab_size
+from samebit.kernels.rms_norm import add_rms_norm, rms_norm
+from samebit.kernels.rope import rope, rope_table
+from samebit.kernels.swiglu import swiglu
+from samebit.rollout.models.config import ModelConfig
+from samebit.weight_sync.mapping import ParamSpec, Shard, columns, grouped_qkv, plain, stacked, vocab
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
+
+# (layer, q [T, N, H], k [T, K, H], v [T, K, H]) -> [T, N, H]
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def param_specs(config: ModelConfig, shard: Shard | None = None) -> list[ParamSpec]:
+    """Every parameter of one tensor parallel rank, in forward order."""
+    shard = shard or Shard()
+    D, H = config.hidden_size, config.head_dim
+    padded = padded_vocab_size(config.vocab_size)
+    table = (config.vocab_size, D)
+    specs = [vocab(EMBEDDING, "model.embed_tokens.weight", table, padded, shard)]
+    for i in range(config.num_layers):
+        to, hf = f"decoder.layers.{i}.", f"model.layers.{i}."
+        specs.append(plain(f"{to}input_layernorm.weight", f"{hf}input_layernorm.weight", (D,)))
+        qkv = tuple(f"{hf}self_attn.{x}_proj.weight" for x in "qkv")
+        heads = (config.num_heads, config.num_kv_heads, H)
+        specs.append(grouped_qkv(f"{to}self_attention.linear_qkv.weight", qkv, heads, D, shard))
+        if config.qk_norm:
+            for x in "qk":
+                name = f"{to}self_attention.{x}_layernorm.weight"
+                specs.append(plain(name, f"{hf}self_attn.{x}_norm.weight", (H,)))
+        proj, o_proj = f"{to}self_attention.linear_proj.weight", f"{hf}self_attn.o_proj.weight"
+        specs.append(columns(proj, o_proj, (D, config.num_heads * H), shard))
+        norm = f"{hf}post_attention_layernorm.weight"
+        specs.append(plain(f"{to}pre_mlp_layernorm.weight", norm, (D,)))
+        gate_up = (f"{hf}mlp.gate_proj.weight", f"{hf}mlp.up_proj.weight")
+        specs.append(stacked(f"{to}mlp.linear_fc1.weight", gate_up, (config.ffn_size, D), shard))
+        down = (D, config.ffn_size)
+        specs.append(columns(f"{to}mlp.linear_fc2.weight", f"{hf}mlp.down_proj.weight", down, shard))
+    specs.append(plain(FINAL_NORM, "model.norm.weight", (D,)))
+    if not config.tie_embeddings:
+        specs.append(vocab(OUTPUT, "lm_head.weight", table, padded, shard))
+    return specs
+
+
+@dataclass(frozen=True)
+class _Layer:
+    input_norm: torch.Tensor
+    qkv: torch.Tensor
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    proj: torch.Tensor
+    mlp_norm: torch.Tensor
+    fc1: torch.Tensor
+    fc2: torch.Tensor
+
+
+def _layer(params: Mapping[str, torch.Tensor], i: int) -> _Layer:
+    to = f"decoder.layers.{i}."
+    return _Layer(
+        input_norm=params[f"{to}input_layernorm.weight"],
+        qkv=params[f"{to}self_attention.linear_qkv.weight"],
+        q_norm=params.get(f"{to}self_attention.q_layernorm.weight"),
+        k_norm=params.get(f"{to}self_attention.k_layernorm.weight"),
+        proj=params[f"{to}self_attention.linear_proj.weight"],
+        mlp_norm=params[f"{to}pre_mlp_layernorm.weight"],
+        fc1=params[f"{to}mlp.linear_fc1.weight"],
+        fc2=params[f"{to}mlp.linear_fc2.weight"],
+    )
+
+
+class Decoder:
+    """Inference forward over parameters that somebody else owns and may rewrite in place."""
+
+    def __init__(self, config: ModelConfig, params: Mapping[str, torch.Tensor]) -> None:
+        self.config = config
+        self.embedding = params[EMBEDDING]
+        self.output_weight = params[EMBEDDING if config.tie_embeddings else OUTPUT]
+        self.final_norm = params[FINAL_NORM]
+        self.layers = [_layer(params, i) for i in range(config.num_layers)]
+        self.rope_table = rope_table(
+            config.head_dim,
+            config.rope_theta,
+            config.max_position,
+            config.rope_scaling,
+            self.embedding.device,
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attend: Attend,
+        collect: Iterable[int] = (),
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """input_ids and positions [T] int64 -> (final-normed hidden [T, D], collected).
+
+        `collect` names layers whose residual stream [T, D] to return: i is the stream after i
+        layers, 0 the embeddings.
+        """
+        eps, wanted = self.config.norm_eps, set(collect)
+        collected: dict[int, torch.Tensor] = {}
+        residual = self.embedding[input_ids]
+        branch: torch.Tensor | None = None
+        for i, layer in enumerate(self.layers):
+            if branch is None:
+                normed = rms_norm(residual, layer.input_norm, eps)
+            else:
+                normed, residual = add_rms_norm(branch, residual, layer.input_norm, eps)
+            if i in wanted:
+                collected[i] = residual
+            attended = self._attention(i, layer, normed, positions, attend)
+            normed, residual = add_rms_norm(attended, residual, layer.mlp_norm, eps)
+            branch = linear(swiglu(linear(normed, layer.fc1)), layer.fc2)
+        assert branch is not None
+        hidden, residual = add_rms_norm(branch, residual, self.final_norm, eps)
+        if len(self.layers) in wanted:
+            collected[len(self.layers)] = residual
+        return hidden, collected
+
+    def _attention(
+        self,
+        i: int,
+        layer: _Layer,
+        normed: torch.Tensor,
+        positions: torch.Tensor,
+        attend: Attend,
+    ) -> torch.Tensor:
+        c = self.config
+        qkv = linear(normed, layer.qkv).view(len(normed), c.num_kv_heads, -1, c.head_dim)
+        q, k, v = qkv.split([c.heads_per_kv, 1, 1], dim=2)
+        q = q.reshape(len(normed), c.num_heads, c.head_dim)
+        k, v = k.squeeze(2), v.squeeze(2)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = rms_norm(q, layer.q_norm, c.norm_eps), rms_norm(k, layer.k_norm, c.norm_eps)
+        q, k = rope(q, positions, self.rope_table), rope(k, positions, self.rope_table)
+        return linear(attend(i, q, k, v).reshape(len(normed), -1), layer.proj)

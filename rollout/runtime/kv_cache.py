@@ -1,0 +1,66 @@
+"""Paged KV cache: the pool that counts references to pages, and the tensors behind the pages."""
+
+import torch
+
+from samebit.rollout.models.config import ModelConfig
+from samebit.rollout.runtime.memory import Arena
+
+
+class PagePool:
+    """Page ids with reference counts. A page is free when nobody refers to it."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self._references = [0] * num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        """Pages that nobody refers to."""
+        return len(self._free)
+
+    def take(self) -> int:
+        """A free page with one reference; IndexError if there is none."""
+        page = self._free.pop()
+        self._references[page] = 1
+        return page
+
+    def share(self, page: int) -> None:
+        """One more reference to a live page."""
+        assert self._references[page] > 0, page
+        self._references[page] += 1
+
+    def drop(self, page: int) -> None:
+        """One reference less; the last one frees the page."""
+        assert self._references[page] > 0, page
+        self._references[page] -= 1
+        if self._references[page] == 0:
+            self._free.append(page)
+
+    def references(self, page: int) -> int:
+        """How many refer to the page."""
+        return self._references[page]
+
+
+class KVCache:
+    """Keys and values of every layer: caches [P, page_size, K, H]."""
+
+    def __init__(
+        self, config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, arena: Arena
+    ) -> None:
+        self.page_size = page_size
+        shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
+        self.keys, self.values = (
+            [arena.allocate("kv", f"{kind}.{i}", shape, dtype) for i in range(config.num_layers)]
+            for kind in ("key", "value")
+        )
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy one page in every layer."""
+        for cache in (*self.keys, *self.values):
+            cache[target].copy_(cache[source])
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one token needs over all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize

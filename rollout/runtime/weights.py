@@ -1,0 +1,96 @@
+"""Weights from disk: safetensors folders, or seeded random values where there is only a config."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from samebit.weight_sync.mapping import ParamSpec, hf_shapes, load_params
+from samebit.weight_sync.session import non_finite
+
+_DUMMY_STD = 0.02
+_IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+
+
+class WeightLoadError(ValueError):
+    """A checkpoint does not hold what the model needs; the message lists every difference."""
+
+
+def load_safetensors(
+    folder: Path, specs: Sequence[ParamSpec], params: Mapping[str, torch.Tensor]
+) -> None:
+    """Fill params in place from a Hugging Face folder, sharded or not.
+
+    Raises FileNotFoundError without weights, WeightLoadError for missing, extra or misshapen
+    tensors and for NaN or Inf.
+    """
+    from safetensors import safe_open
+
+    file_of = _find_tensors(folder)
+    shapes = hf_shapes(specs)
+    handles = {f: safe_open(f, framework="pt") for f in sorted(set(file_of.values()))}
+    tied = {"lm_head.weight"} - set(shapes)  # some checkpoints store the tied weight twice
+    extra = {
+        n for n in set(file_of) - set(shapes) - tied if not n.endswith(_IGNORED_SUFFIXES)
+    }
+    problems = [f"missing: {name}" for name in sorted(set(shapes) - set(file_of))]
+    problems += [f"extra: {name}" for name in sorted(extra)]
+    for name in sorted(set(shapes) & set(file_of)):
+        found = tuple(handles[file_of[name]].get_slice(name).get_shape())
+        if found != shapes[name]:
+            problems.append(f"shape of {name}: {found} in the file, {shapes[name]} in the config")
+    if problems:
+        raise WeightLoadError(f"{folder} does not fit the model:\n  " + "\n  ".join(problems))
+    _check_tied(tied & set(file_of), handles, file_of)
+    load_params(specs, params, lambda name: handles[file_of[name]].get_tensor(name))
+    if bad := non_finite(params):
+        raise WeightLoadError(f"{folder} holds NaN or Inf in: {', '.join(bad)}")
+
+
+def _check_tied(names: set[str], handles: Mapping, file_of: Mapping[str, Path]) -> None:
+    embedding = "model.embed_tokens.weight"
+    for name in names:
+        head = handles[file_of[name]].get_tensor(name)
+        if not torch.equal(head, handles[file_of[embedding]].get_tensor(embedding)):
+            raise WeightLoadError(
+                f"config.json says tie_word_embeddings, but {name} differs from {embedding}"
+            )
+
+
+def _find_tensors(folder: Path) -> dict[str, Path]:
+    """File of every tensor of a folder."""
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = json.loads(index.read_text())["weight_map"]
+        absent = sorted({f for f in weight_map.values() if not (folder / f).exists()})
+        if absent:
+            raise FileNotFoundError(f"{index} names files that are absent: {', '.join(absent)}")
+        return {name: folder / file for name, file in weight_map.items()}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no *.safetensors file")
+    names = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            names |= dict.fromkeys(handle.keys(), file)
+    return names
+
+
+def load_dummy(
+    specs: Sequence[ParamSpec], params: Mapping[str, torch.Tensor], seed: int
+) -> None:
+    """Fill params with N(0, 0.02), norms with ones; each tensor by its own seed and name."""
+    shapes = hf_shapes(specs)
+
+    def draw(name: str) -> torch.Tensor:
+        if name.endswith("norm.weight"):
+            return torch.ones(shapes[name])
+        key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:7]))
+        return torch.randn(shapes[name], generator=generator) * _DUMMY_STD
+
+    load_params(specs, params, draw)

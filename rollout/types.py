@@ -1,0 +1,100 @@
+"""What users give to the engine and get back. Per-token fields are marked [L]."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from samebit.weight_sync.types import VersionSpan
+
+MAX_UINT64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to draw completions of one prompt.
+
+    The token at a position is a function of weights, context, these parameters, the seed and the
+    sample id; never of the batch. Log-probs are of the full softmax after temperature; at
+    temperature 0 (greedy) they are those of temperature 1.
+
+    Example: SamplingParams(n=8, temperature=1.0, max_new_tokens=512)
+    """
+
+    n: int = 1
+    """Samples per prompt."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token, ties to the lower id."""
+    top_p: float = 1.0
+    """Keep the most likely tokens up to this mass; 1 keeps all."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all. Ties with the k-th are kept."""
+    min_p: float = 0.0
+    """Keep tokens with at least min_p times the largest probability."""
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    """Stop tokens are not drawn before this many tokens."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a completion, besides the model's end-of-sequence tokens."""
+    ignore_eos: bool = False
+    """Do not stop at the model's end-of-sequence tokens."""
+    seed: int | None = None
+    """Overrides the engine's seed."""
+    logprobs: bool = True
+    """Return the log-prob of every drawn token."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _require(self.n >= 1, "n", self.n, "at least 1")
+        finite = math.isfinite(self.temperature) and self.temperature >= 0
+        _require(finite, "temperature", self.temperature, "finite and not negative")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+        _require(self.top_k >= 0, "top_k", self.top_k, "not negative (0 keeps all)")
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
+        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        in_range = 0 <= self.min_new_tokens <= self.max_new_tokens
+        _require(in_range, "min_new_tokens", self.min_new_tokens, "in [0, max_new_tokens]")
+        if self.seed is not None:
+            _require(0 <= self.seed <= MAX_UINT64, "seed", self.seed, "an unsigned 64-bit integer")
+
+
+def _require(holds: bool, name: str, value: object, what: str) -> None:
+    if not holds:
+        raise ValueError(f"SamplingParams.{name} is {value}; it must be {what}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt as asked for: `params.n` samples, whose ids are `sample_ids`.
+
+    A request with `score_only` draws nothing: it returns the log-probs of its own tokens.
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    sample_ids: tuple[int, ...]
+    hidden_state_layers: tuple[int, ...] = ()
+    score_only: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One finished sample.
+
+    Example: Completion(request_id="0", sample_id=0, token_ids=(5, 9, 2), logprobs=(-0.1, -2.3, -0.01),
+    finish_reason="stop", version_spans=(VersionSpan(0, version),))
+    """
+
+    request_id: str
+    sample_id: int
+    token_ids: tuple[int, ...]
+    """[L] drawn tokens, the stop token included."""
+    logprobs: tuple[float, ...]
+    """[L] natural log, exact fp32 values; empty if not asked for."""
+    finish_reason: str
+    """"stop" (a stop token was drawn), "length" or "abort"."""
+    version_spans: tuple[VersionSpan, ...]
+    """Which weight version drew which tokens."""
+    hidden_states: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
+    """By layer: [prompt + L - 1, D], the residual stream after that many layers (0: embeddings)."""

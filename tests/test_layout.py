@@ -1,0 +1,210 @@
+"""The layout rules of the repository, held by reading every source file: who may import whom, which
+packages there are, how long things may get, and what stays out of the code altogether."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CODE_FOLDERS = ("kernels", "rollout", "weight_sync", "trainer", "recipes")
+DATA_FOLDERS = ("configs",)
+
+# What each folder may import from samebit, besides itself.
+MAY_IMPORT = {
+    "kernels": (),
+    "weight_sync": (),
+    "rollout": ("samebit.kernels", "samebit.weight_sync"),
+    "trainer": (
+        "samebit.kernels",
+        "samebit.weight_sync",
+        "samebit.rollout.types",
+        "samebit.rollout.models",
+    ),
+    "recipes": ("samebit",),
+}
+# Where a third-party package may be imported: folders end in "/". Tests may import anything.
+ONLY_IN = {
+    "megatron": ("trainer/megatron/",),
+    "transformers": ("rollout/models/config.py", "recipes/"),
+}
+
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+# "path::function" -> why it may be longer.
+LONG_FUNCTIONS: dict[str, str] = {}
+
+
+def code_files() -> list[Path]:
+    return sorted(path for folder in CODE_FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+
+def all_files() -> list[Path]:
+    return code_files() + sorted((ROOT / "tests").rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def expect_none(found: list[str]) -> None:
+    assert not found, "\n" + "\n".join(found)
+
+
+def hold(files: list[Path], check) -> None:
+    """Fails with every (node, message) pair that `check(path, tree)` yields for the files."""
+    expect_none(
+        [
+            f"{name_of(path)}:{getattr(node, 'lineno', 1)}: {message}"
+            for path in files
+            for node, message in check(path, parse(path))
+        ]
+    )
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+    """Every imported dotted name, wherever it stands: also under TYPE_CHECKING, in a function, and
+    as the literal argument of import_module. `from a import b` gives "a.b"."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                yield from ((node, alias.name) for alias in names)
+            case ast.ImportFrom(module=module, names=names, level=level):
+                prefix = "." * level + (module or "")
+                yield from ((node, f"{prefix}.{alias.name}") for alias in names)
+            case ast.Call(
+                func=ast.Name(id="import_module") | ast.Attribute(attr="import_module"),
+                args=[ast.Constant(value=str(name)), *_],
+            ):
+                yield node, name
+
+
+def is_within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def test_imports_follow_the_directions():
+    def check(path, tree):
+        folder = path.relative_to(ROOT).parts[0]
+        allowed = (f"samebit.{folder}", *MAY_IMPORT[folder])
+        for node, name in imports(tree):
+            if is_within(name, "samebit") and not any(is_within(name, a) for a in allowed):
+                yield node, f"{folder} may not import {name}"
+
+    hold(code_files(), check)
+
+
+def test_megatron_and_transformers_stay_in_their_places():
+    def check(path, tree):
+        for node, name in imports(tree):
+            places = ONLY_IN.get(name.split(".")[0])
+            if places and not any(
+                name_of(path).startswith(p) if p.endswith("/") else name_of(path) == p
+                for p in places
+            ):
+                yield node, f"{name} may be imported only in {', '.join(places)}"
+
+    hold(code_files(), check)
+
+
+def test_imports_are_absolute_and_under_samebit():
+    def check(path, tree):
+        for node, name in imports(tree):
+            if name.startswith("."):
+                yield node, f"relative import {name}"
+            elif name.split(".")[0] in (*CODE_FOLDERS, *DATA_FOLDERS, "tests"):
+                yield node, f"import samebit.{name}, not the root folder {name}"
+
+    hold(all_files(), check)
+
+
+def test_packages_in_pyproject_are_the_folders():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    declared = project["tool"]["setuptools"]["packages"]
+    folders = {path.parent for path in code_files()} | {ROOT / folder for folder in DATA_FOLDERS}
+    found = {"samebit." + name_of(folder).replace("/", ".") for folder in folders}
+    expect_none([f"declared twice: {name}" for name in set(declared) if declared.count(name) > 1])
+    expect_none([f"not in pyproject.toml: {name}" for name in sorted(found - set(declared))])
+    expect_none([f"holds no module: {name}" for name in sorted(set(declared) - found)])
+
+
+def test_no_init_files():
+    """A root package called `kernels` would shadow the one that transformers imports."""
+    folders = (*CODE_FOLDERS, *DATA_FOLDERS, "tests")
+    expect_none([name_of(p) for folder in folders for p in (ROOT / folder).rglob("__init__.py")])
+
+
+def test_every_module_has_a_docstring():
+    def check(path, tree):
+        if not ast.get_docstring(tree):
+            yield tree, "no module docstring"
+
+    hold(all_files(), check)
+
+
+def test_files_are_short():
+    lengths = {name_of(path): len(path.read_text().splitlines()) for path in all_files()}
+    expect_none([f"{name}: {n} lines" for name, n in lengths.items() if n > MAX_FILE_LINES])
+
+
+def test_functions_are_short():
+    long = {}
+    for path in all_files():
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                if lines > MAX_FUNCTION_LINES:
+                    long[f"{name_of(path)}::{node.name}"] = lines
+    expect_none([f"{name}: {n} lines" for name, n in long.items() if name not in LONG_FUNCTIONS])
+    expect_none([f"{name}: no longer needs its exemption" for name in LONG_FUNCTIONS.keys() - long])
+
+
+def test_no_broad_except_without_raise():
+    def is_broad(handler):
+        types = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+        return any(
+            t is None or (isinstance(t, ast.Name) and t.id in ("Exception", "BaseException"))
+            for t in types
+        )
+
+    def check(path, tree):
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ExceptHandler) or not is_broad(node):
+                continue
+            if not any(isinstance(inner, ast.Raise) for inner in ast.walk(node)):
+                yield node, "name the exception, or raise it again"
+
+    hold(all_files(), check)
+
+
+def test_no_global_statements():
+    def check(path, tree):
+        yield from ((n, "global") for n in ast.walk(tree) if isinstance(n, ast.Global))
+
+    hold(all_files(), check)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["grpo", "--help"]], ids=" ".join)
+def test_help_imports_no_torch(arguments):
+    script = f"""
+import sys
+from samebit.recipes.cli import main
+try:
+    status = main({arguments!r})
+except SystemExit as stop:
+    status = stop.code
+heavy = {{"torch", "transformers", "megatron", "ray"}} & set(sys.modules)
+sys.exit(f"imported {{sorted(heavy)}}" if heavy else status)
+"""
+    command = [sys.executable, "-P", "-c", script]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip()

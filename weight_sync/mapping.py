@@ -1,0 +1,150 @@
+"""Names and shards: how a parameter of Megatron and the engine is cut from Hugging Face tensors.
+
+Engine and trainer hold the same tensors under the same (Megatron's) names. Each is described as
+rows taken from Hugging Face tensors, so one small algebra covers renaming, q/k/v interleaving,
+gate/up stacking, vocabulary padding and tensor parallel shards, for loading, export and digests.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """`num_rows` rows of a parameter from `start` are rows of `hf_name` from `hf_start`."""
+
+    start: int
+    hf_name: str
+    hf_start: int
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One parameter of one tensor parallel rank.
+
+    Rows that no block covers are padding (zero). `column_start` is the first column of a shard that
+    splits the columns, 0 otherwise. `hf_shapes` gives the full shape of each source tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    blocks: tuple[RowBlock, ...]
+    hf_shapes: Mapping[str, tuple[int, ...]]
+    column_start: int = 0
+
+    def columns(self) -> slice:
+        """The source columns that this shard holds."""
+        width = self.shape[1] if len(self.shape) > 1 else 1
+        return slice(self.column_start, self.column_start + width)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rank and size of a tensor parallel group."""
+
+    rank: int = 0
+    size: int = 1
+
+    def split(self, name: str, total: int) -> tuple[int, int]:
+        """(start, length) of this rank's part; ValueError if `total` does not divide."""
+        if total % self.size:
+            raise ValueError(f"{name} = {total} does not divide by tensor parallel size {self.size}")
+        return total // self.size * self.rank, total // self.size
+
+
+def plain(name: str, hf_name: str, shape: tuple[int, ...]) -> ParamSpec:
+    """A parameter that every rank holds whole."""
+    return ParamSpec(name, shape, (RowBlock(0, hf_name, 0, shape[0]),), {hf_name: shape})
+
+
+def columns(name: str, hf_name: str, shape: tuple[int, int], shard: Shard) -> ParamSpec:
+    """A row-parallel weight: its input columns are split over the ranks."""
+    start, width = shard.split(f"{name} columns", shape[1])
+    block = RowBlock(0, hf_name, 0, shape[0])
+    return ParamSpec(name, (shape[0], width), (block,), {hf_name: shape}, start)
+
+
+def vocab(name: str, hf_name: str, shape: tuple[int, int], padded: int, shard: Shard) -> ParamSpec:
+    """An embedding or output weight: rows padded to `padded`, then split over the ranks."""
+    start, rows = shard.split(f"{name} rows", padded)
+    live = max(0, min(rows, shape[0] - start))
+    blocks = (RowBlock(0, hf_name, start, live),) if live else ()
+    return ParamSpec(name, (rows, shape[1]), blocks, {hf_name: shape})
+
+
+def stacked(name: str, hf_names: Iterable[str], shape: tuple[int, int], shard: Shard) -> ParamSpec:
+    """Equal weights stacked by rank: [gate; up] of each rank's rows."""
+    names = tuple(hf_names)
+    start, rows = shard.split(f"{name} rows", shape[0])
+    blocks = tuple(RowBlock(i * rows, n, start, rows) for i, n in enumerate(names))
+    return ParamSpec(name, (rows * len(names), shape[1]), blocks, dict.fromkeys(names, shape))
+
+
+def grouped_qkv(
+    name: str,
+    hf_names: tuple[str, str, str],
+    heads: tuple[int, int, int],
+    width: int,
+    shard: Shard,
+) -> ParamSpec:
+    """q, k and v interleaved by kv group: each group's query heads, its key head, its value head.
+
+    heads = (query heads N, kv heads K, head dim H).
+    """
+    num_heads, num_kv, head_dim = heads
+    group_rows = num_heads // num_kv * head_dim
+    first, num_groups = shard.split(f"{name} kv heads", num_kv)
+    q, k, v = hf_names
+    blocks = []
+    for i in range(num_groups):
+        start, group = i * (group_rows + 2 * head_dim), first + i
+        blocks.append(RowBlock(start, q, group * group_rows, group_rows))
+        blocks.append(RowBlock(start + group_rows, k, group * head_dim, head_dim))
+        blocks.append(RowBlock(start + group_rows + head_dim, v, group * head_dim, head_dim))
+    kv_shape = (num_kv * head_dim, width)
+    shapes = {q: (num_heads * head_dim, width), k: kv_shape, v: kv_shape}
+    rows = num_groups * (group_rows + 2 * head_dim)
+    return ParamSpec(name, (rows, width), tuple(blocks), shapes)
+
+
+def hf_shapes(specs: Iterable[ParamSpec]) -> dict[str, tuple[int, ...]]:
+    """The full shape of every Hugging Face tensor that the specs draw on."""
+    return {name: shape for spec in specs for name, shape in spec.hf_shapes.items()}
+
+
+def load_params(
+    specs: Iterable[ParamSpec],
+    params: Mapping[str, torch.Tensor],
+    read: Callable[[str], torch.Tensor],
+) -> None:
+    """Fill `params` in place; `read` gives a whole Hugging Face tensor by name."""
+    for spec in specs:
+        param = params[spec.name]
+        param.zero_()
+        cached: dict[str, torch.Tensor] = {}
+        for block in spec.blocks:
+            if block.hf_name not in cached:
+                cached[block.hf_name] = read(block.hf_name)
+            rows = cached[block.hf_name][block.hf_start : block.hf_start + block.num_rows]
+            if rows.dim() > 1:
+                rows = rows[:, spec.columns()]
+            param[block.start : block.start + block.num_rows].copy_(rows)
+
+
+def hf_tensors(
+    specs: Iterable[ParamSpec], params: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Unsharded Hugging Face tensors from the parameters of one whole rank (size 1)."""
+    for spec in specs:
+        parts: dict[str, list[RowBlock]] = {}
+        for block in spec.blocks:
+            parts.setdefault(block.hf_name, []).append(block)
+        for hf_name, blocks in parts.items():
+            tensor = params[spec.name].new_empty(spec.hf_shapes[hf_name])
+            for block in blocks:
+                source = params[spec.name][block.start : block.start + block.num_rows]
+                tensor[block.hf_start : block.hf_start + block.num_rows] = source
+            yield hf_name, tensor

@@ -1,0 +1,116 @@
+"""The update protocol on the receiving side: begin(step), buckets, commit(digest) or abort(reason).
+
+Weights are written in place, so between begin and commit the receiver holds a mixture. It is `ready`
+again only after a commit whose tensors are complete and finite and whose digest equals the
+sender's. Anything else leaves it `broken`, with the reason, until a later full update commits.
+"""
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+
+import torch
+
+from samebit.weight_sync.digest import weights_digest
+from samebit.weight_sync.mapping import ParamSpec
+from samebit.weight_sync.types import Bucket, WeightSyncError, WeightVersion
+
+
+class SessionState(Enum):
+    """Where a receiver stands."""
+
+    READY = "ready"
+    UPDATING = "updating"
+    BROKEN = "broken"
+
+
+class UpdateSession:
+    """Receives versions of the parameters that `params` holds, in place."""
+
+    def __init__(
+        self,
+        specs: Sequence[ParamSpec],
+        params: Mapping[str, torch.Tensor],
+        version: WeightVersion,
+    ) -> None:
+        self.specs = specs
+        self.params = params
+        self.version = version
+        self.state = SessionState.READY
+        self.reason = ""
+        self._step = version.step
+        self._received: set[str] = set()
+
+    def require_ready(self) -> None:
+        """Raise WeightSyncError unless the weights are one whole version."""
+        if self.state is SessionState.UPDATING:
+            raise WeightSyncError(f"an update to step {self._step} is under way")
+        if self.state is SessionState.BROKEN:
+            raise WeightSyncError(
+                f"the update to step {self._step} broke off: {self.reason}; "
+                "a full update makes the engine usable again"
+            )
+
+    def begin(self, step: int) -> None:
+        """Start a full update to `step`. Allowed when ready or broken."""
+        if self.state is SessionState.UPDATING:
+            raise WeightSyncError(f"update to step {step} begun during that to step {self._step}")
+        self.state, self._step, self._received = SessionState.UPDATING, step, set()
+
+    def receive(self, bucket: Bucket) -> None:
+        """Copy a bucket's tensors into place; unknown or misshapen ones break the update."""
+        self._require_updating()
+        for meta in bucket.metas:
+            param = self.params.get(meta.name)
+            if param is None:
+                self._fail(f"unknown tensor {meta.name}")
+            if (tuple(param.shape), str(param.dtype)) != (meta.shape, meta.dtype):
+                self._fail(
+                    f"{meta.name} is {tuple(param.shape)} {param.dtype} here and "
+                    f"{meta.shape} {meta.dtype} in the update"
+                )
+            if meta.name in self._received:
+                self._fail(f"{meta.name} arrived twice")
+            with torch.no_grad():
+                param.copy_(bucket.tensor(meta))
+            self._received.add(meta.name)
+
+    def receive_in_place(self) -> None:
+        """All tensors are already here: the sender writes to this memory."""
+        self._require_updating()
+        self._received = set(self.params)
+
+    def commit(self, digest: str) -> WeightVersion:
+        """Check completeness, finiteness and the digest; the new version on success."""
+        self._require_updating()
+        missing = sorted(set(self.params) - self._received)
+        if missing:
+            self._fail(f"{len(missing)} tensors never arrived: {', '.join(missing[:5])}")
+        self._check_finite()
+        own = weights_digest(self.specs, self.params)
+        if own != digest:
+            self._fail(f"digest {own} here, {digest} at the sender")
+        self.state, self.version = SessionState.READY, WeightVersion(self._step, digest)
+        return self.version
+
+    def abort(self, reason: str) -> None:
+        """End the update; the weights are a mixture and may not be used."""
+        self._require_updating()
+        self.state, self.reason = SessionState.BROKEN, reason
+
+    def _check_finite(self) -> None:
+        bad = non_finite(self.params)
+        if bad:
+            self._fail(f"NaN or Inf in {len(bad)} tensors: {', '.join(bad[:5])}")
+
+    def _require_updating(self) -> None:
+        if self.state is not SessionState.UPDATING:
+            raise WeightSyncError(f"no update is under way (state: {self.state.value})")
+
+    def _fail(self, reason: str) -> None:
+        self.abort(reason)
+        raise WeightSyncError(f"update to step {self._step} refused: {reason}")
+
+
+def non_finite(params: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinity."""
+    return [name for name, tensor in params.items() if not bool(tensor.isfinite().all())]
