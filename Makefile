@@ -144,5 +144,5 @@ wheelhouse: $(STAMP) ## download into .wheelhouse/ what a GPU machine with torch
 	$(PY) -m pip freeze --exclude-editable | tr _ - | grep -v -i -P '^($(LEFT_OUT))==' \
 		> $(VENV)/wheelhouse.txt
 	$(PY) -m pip wheel --quiet --no-deps -w .wheelhouse -r $(VENV)/wheelhouse.txt
-	du -h .wheelhouse/*.whl | sort -rh | head -8
+	du -h .wheelhouse/*.whl | sort -rh | awk 'NR <= 8'
 	echo "$$(ls .wheelhouse | wc -l) wheels, $$(du -sh .wheelhouse | cut -f1) in .wheelhouse/"

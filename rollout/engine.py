@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from samebit.kernels.logprob import padded_vocab_size
 from samebit.kernels.profile import NumericsProfile, numerics_profile
 from samebit.kernels.selfcheck import selfcheck
 from samebit.rollout.config import EngineConfig, resolve_device, resolve_dtype
@@ -21,13 +20,14 @@ from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.kv_cache import KVCache, PagePool, kv_bytes_per_token
 from samebit.rollout.runtime.memory import Arena
 from samebit.rollout.runtime.prefix_cache import PrefixCache
+from samebit.rollout.runtime.requests import RequestFactory
 from samebit.rollout.runtime.runner import Runner
 from samebit.rollout.runtime.sampler import Sampler
 from samebit.rollout.runtime.scheduler import Scheduler
 from samebit.rollout.runtime.sequence import Sequence as RunningSequence
 from samebit.rollout.runtime.step import execute_step
 from samebit.rollout.runtime.weights import load_dummy, load_safetensors
-from samebit.rollout.types import MAX_UINT64, Completion, Request, SamplingParams
+from samebit.rollout.types import Completion, Request, SamplingParams
 from samebit.weight_sync.digest import weights_digest
 from samebit.weight_sync.plan import pack, plan_buckets
 from samebit.weight_sync.session import UpdateSession
@@ -85,7 +85,6 @@ class Engine:
         self._make_runtime()
         self._receiver: CollectiveReceiver | None = None
         self._lock = threading.RLock()
-        self._ids = itertools.count()
         self._arrivals = itertools.count()
         self._live: dict[str, list[RunningSequence]] = {}
 
@@ -106,12 +105,8 @@ class Engine:
         so the same call repeats itself. Raises ValueError for bad input before anything runs, and
         WeightSyncError while the weights are not one whole version.
         """
-        params = _per_prompt(sampling_params, len(prompt_ids))
-        ids = _sample_ids(params, sample_ids)
         layers = tuple(return_hidden_states)
-        requests = [
-            self._request(p, q, i, layers) for p, q, i in zip(prompt_ids, params, ids, strict=True)
-        ]
+        requests = self.requests.generation(prompt_ids, sampling_params, sample_ids, layers)
         return self._run(requests, progress)
 
     async def agenerate(
@@ -123,12 +118,8 @@ class Engine:
         return_hidden_states: Sequence[int] = (),
     ) -> list[list[Completion]]:
         """`generate` for asyncio; concurrent calls share the engine's batches."""
-        params = _per_prompt(sampling_params, len(prompt_ids))
-        ids = _sample_ids(params, sample_ids)
         layers = tuple(return_hidden_states)
-        requests = [
-            self._request(p, q, i, layers) for p, q, i in zip(prompt_ids, params, ids, strict=True)
-        ]
+        requests = self.requests.generation(prompt_ids, sampling_params, sample_ids, layers)
         return await asyncio.to_thread(self._run, requests, None)
 
     def score(
@@ -138,14 +129,7 @@ class Engine:
 
         For each sequence of L >= 2 tokens, L - 1 values: that of token i + 1 given tokens 0..i.
         """
-        if temperature <= 0:
-            raise ValueError(f"score temperature is {temperature}; it must be positive")
-        params = SamplingParams(temperature=temperature, max_new_tokens=1)
-        requests = []
-        for i, ids in enumerate(token_ids):
-            if len(ids) < 2:
-                raise ValueError(f"score sequence {i} has {len(ids)} tokens; it needs at least 2")
-            requests.append(self._request(ids, params, (i,), (), score_only=True))
+        requests = self.requests.scoring(token_ids, temperature)
         return [list(completion.logprobs) for [completion] in self._run(requests, None)]
 
     # -- finer control ---------------------------------------------------------------------------
@@ -159,9 +143,9 @@ class Engine:
         return_hidden_states: Sequence[int] = (),
     ) -> str:
         """Queue one prompt; returns the request id that `step` reports on."""
-        params = sampling_params or SamplingParams()
-        [ids] = _sample_ids([params], None if sample_ids is None else [sample_ids])
-        request = self._request(prompt_ids, params, ids, tuple(return_hidden_states))
+        ids = None if sample_ids is None else [sample_ids]
+        layers = tuple(return_hidden_states)
+        [request] = self.requests.generation([prompt_ids], sampling_params, ids, layers)
         self._add(request)
         return request.request_id
 
@@ -342,50 +326,11 @@ class Engine:
         self.runner = Runner(Decoder(m, self.weights), cache)
         self.sampler = Sampler(m.vocab_size, m.eos_token_ids, c.seed)
         self.scheduler = Scheduler(c, self.pool, self.prefixes)
-
-    def _request(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        sample_ids: tuple[int, ...],
-        layers: tuple[int, ...],
-        score_only: bool = False,
-    ) -> Request:
-        """Check everything that a request can get wrong."""
-        request_id = str(next(self._ids))
-        vocab = self.model_config.vocab_size
-        if len(prompt_ids) == 0:
-            raise ValueError(f"prompt {request_id} is empty; it needs at least one token")
-        for place, token in enumerate(prompt_ids):
-            if not 0 <= token < vocab:
-                raise ValueError(
-                    f"prompt {request_id}: token {token} at position {place} is outside the "
-                    f"vocabulary [0, {vocab})"
-                )
-        for token in params.stop_token_ids:
-            if not 0 <= token < vocab:
-                raise ValueError(f"stop_token_ids: {token} is outside the vocabulary [0, {vocab})")
-        need = len(prompt_ids) + (0 if score_only else params.max_new_tokens)
-        for what, limit in (("context", self.max_model_len), ("KV cache", self.kv_capacity)):
-            if need > limit:
-                raise ValueError(
-                    f"prompt {request_id}: {len(prompt_ids)} prompt tokens + "
-                    f"{need - len(prompt_ids)} max_new_tokens = {need} exceed the {what} of "
-                    f"{limit} tokens"
-                )
-        for layer in layers:
-            if not 0 <= layer <= self.model_config.num_layers:
-                raise ValueError(
-                    f"return_hidden_states: layer {layer} is not in "
-                    f"[0, {self.model_config.num_layers}]"
-                )
-        return Request(
-            request_id=request_id,
-            prompt_ids=tuple(int(t) for t in prompt_ids),
-            params=params,
-            sample_ids=sample_ids,
-            hidden_state_layers=layers,
-            score_only=score_only,
+        self.requests = RequestFactory(
+            vocab_size=m.vocab_size,
+            num_layers=m.num_layers,
+            max_model_len=self.max_model_len,
+            kv_capacity=self.kv_capacity,
         )
 
     def _add(self, request: Request) -> None:
@@ -439,31 +384,3 @@ class Engine:
                 "or abort them first"
             )
 
-
-def _per_prompt(
-    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
-) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_prompts
-    if len(params) != num_prompts:
-        raise ValueError(f"{len(params)} sampling_params for {num_prompts} prompts")
-    return list(params)
-
-
-def _sample_ids(
-    params: Sequence[SamplingParams], sample_ids: Sequence[Sequence[int]] | None
-) -> list[tuple[int, ...]]:
-    if sample_ids is None:
-        numbers = itertools.count()
-        return [tuple(itertools.islice(numbers, p.n)) for p in params]
-    counts, wanted = [len(ids) for ids in sample_ids], [p.n for p in params]
-    if counts != wanted:
-        raise ValueError(f"sample_ids come in groups of {counts}; the prompts ask for n = {wanted}")
-    flat = [i for ids in sample_ids for i in ids]
-    for i in flat:
-        if not 0 <= i <= MAX_UINT64:
-            raise ValueError(f"sample id {i} is no unsigned 64-bit integer")
-    if len(set(flat)) < len(flat):
-        twice = next(i for i in flat if flat.count(i) > 1)
-        raise ValueError(f"sample id {twice} is used twice; every sample needs its own")
-    return [tuple(ids) for ids in sample_ids]

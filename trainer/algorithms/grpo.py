@@ -1,0 +1,100 @@
+"""GRPO: group-relative advantages and the clipped policy ratio.
+
+Source: Shao et al. 2024, arXiv 2402.03300; separate clip bounds from DAPO, arXiv 2503.14476;
+KL estimators from Schulman 2020, "Approximating KL divergence". Deviation from the paper: no
+importance correction between rollout and trainer, because their log-probs are the same bits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from samebit.trainer.types import MicroBatch
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+@dataclass(kw_only=True)
+class GrpoConfig:
+    """Field names are configuration keys under `algorithm`."""
+
+    normalize_std: bool = True
+    """Divide a group's centred rewards by their standard deviation (off: Dr. GRPO)."""
+    std_eps: float = 1e-6
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.2
+    kl_coef: float = 0.0
+    """Weight of the KL to the reference model; 0 needs no reference."""
+    kl_estimator: str = "k3"
+    """k1: log ratio; k2: half its square; k3: ratio - 1 - log ratio."""
+
+    def __post_init__(self) -> None:
+        if self.kl_estimator not in KL_ESTIMATORS:
+            raise ValueError(
+                f"algorithm.kl_estimator is '{self.kl_estimator}'; use one of {KL_ESTIMATORS}"
+            )
+        for name in ("clip_ratio_low", "clip_ratio_high", "kl_coef", "std_eps"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"algorithm.{name} is {getattr(self, name)}; it must not be negative"
+                )
+        if self.clip_ratio_low >= 1:
+            raise ValueError(
+                f"algorithm.clip_ratio_low is {self.clip_ratio_low}; it must be below 1"
+            )
+
+
+def group_advantages(rewards: torch.Tensor, config: GrpoConfig) -> torch.Tensor:
+    """rewards [groups, n] -> advantages of the same shape, in fp64.
+
+    A group whose rewards are all equal gets exact zeros.
+    """
+    rewards = rewards.double()
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+    if config.normalize_std and rewards.shape[1] > 1:
+        centred = centred / (rewards.std(dim=1, keepdim=True) + config.std_eps)
+    return centred.masked_fill(equal, 0.0)
+
+
+def kl_estimate(
+    logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str
+) -> torch.Tensor:
+    """Per-token estimate of KL(policy || reference) from samples of the policy; shapes [R]."""
+    log_ratio = logprobs - ref_logprobs
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return log_ratio.square() / 2
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+@dataclass(frozen=True)
+class GrpoLoss:
+    """See trainer.algorithms.base.Loss."""
+
+    config: GrpoConfig
+
+    def __call__(
+        self,
+        logprobs: torch.Tensor,
+        ref_logprobs: torch.Tensor | None,
+        batch: MicroBatch,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Clipped surrogate per token, plus the KL penalty if it has a weight."""
+        assert batch.rollout_logprobs is not None
+        ratio = torch.exp(logprobs - batch.rollout_logprobs)
+        low, high = 1 - self.config.clip_ratio_low, 1 + self.config.clip_ratio_high
+        plain = ratio * batch.advantages
+        clipped = ratio.clamp(low, high) * batch.advantages
+        losses = -torch.minimum(plain, clipped)
+        metrics = {
+            "train/ratio": ratio.detach(),
+            "train/clip_fraction": (clipped < plain).float(),
+        }
+        if self.config.kl_coef > 0:
+            assert ref_logprobs is not None
+            kl = kl_estimate(logprobs, ref_logprobs, self.config.kl_estimator)
+            losses = losses + self.config.kl_coef * kl
+            metrics["train/kl"] = kl.detach()
+        return losses, metrics

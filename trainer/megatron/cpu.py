@@ -1,0 +1,49 @@
+"""What Megatron-core needs to run on a machine without CUDA. Nothing else in the project knows.
+
+Megatron calls torch.cuda for the current device and stream, and its optimizers and schedules write
+device="cuda" literally. `install` replaces three functions; `no_cuda` redirects the literals while
+optimizers are built and steps run. Both do nothing where there is a GPU.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CUDA_NAMES = {
+    "torch.FloatTensor": "torch.cuda.FloatTensor",
+    "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
+    "torch.HalfTensor": "torch.cuda.HalfTensor",
+}
+
+
+def install() -> None:
+    """Make torch.cuda's queries answer for the CPU, once per process."""
+    if torch.cuda.is_available():
+        return
+    device = torch.device("cpu")
+    torch.cuda.current_device = lambda: device
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.current_stream = lambda *args, **kwargs: None
+
+
+class _CpuForCuda(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs = {**kwargs, "device": "cpu"}
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and len(args) == 1:
+            return _CUDA_NAMES.get(result, result)
+        return result
+
+
+def no_cuda() -> contextlib.AbstractContextManager[Any]:
+    """Within it, device="cuda" means the CPU where there is no GPU."""
+    return contextlib.nullcontext() if torch.cuda.is_available() else _CpuForCuda()

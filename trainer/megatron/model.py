@@ -1,0 +1,108 @@
+"""One builder of Megatron's GPTModel, and its forward to log-probs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from samebit.kernels.attention import plan_packed
+from samebit.kernels.logprob import logprob, padded_vocab_size
+from samebit.kernels.rope import rope_table
+from samebit.rollout.models.config import ModelConfig
+from samebit.trainer.megatron.spec import PackedSequences, block_submodules
+from samebit.trainer.types import MicroBatch
+
+
+def transformer_config(model: ModelConfig, device: torch.device) -> TransformerConfig:
+    """Megatron's settings for a model; everything that would change the contract's bits is off."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn_size,
+        layernorm_epsilon=model.norm_eps,
+        softmax_scale=model.softmax_scale,
+        qk_layernorm=model.qk_norm,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        calculate_per_token_loss=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=device.type == "cpu",
+        perform_initialization=False,
+        batch_p2p_sync=device.type == "cuda",
+        deterministic_mode=device.type == "cuda",
+    )
+
+
+def build_model(model: ModelConfig, device: torch.device) -> GPTModel:
+    """A GPTModel with our operations and uninitialised weights."""
+    table = rope_table(
+        model.head_dim, model.rope_theta, model.max_position, model.rope_scaling, device
+    )
+    gpt = GPTModel(
+        config=transformer_config(model, device),
+        transformer_layer_spec=block_submodules(model.num_layers, model.qk_norm, table),
+        vocab_size=padded_vocab_size(model.vocab_size),
+        max_sequence_length=model.max_position,
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        position_embedding_type="none",
+    )
+    return gpt.to(device)
+
+
+def named_params(gpt: torch.nn.Module) -> Mapping[str, torch.Tensor]:
+    """Parameters by Megatron's names, which are the engine's."""
+    return dict(gpt.named_parameters())
+
+
+def forward_logprobs(gpt: Any, batch: MicroBatch, model: ModelConfig) -> torch.Tensor:
+    """Log-probs and entropies of the loss rows, [2, R]; only the first row carries gradients.
+
+    `gpt` is a GPTModel or Megatron's DDP around one.
+    """
+    packed = PackedSequences(
+        qkv_format="thd",
+        positions=batch.positions,
+        plan=plan_packed(batch.seq_lens, model.heads_per_kv),
+    )
+    return gpt(
+        batch.input_ids[None],
+        batch.positions[None],
+        None,
+        packed_seq_params=packed,
+        output_processor=_logprob_head,
+        output_processor_context=(batch, model.vocab_size),
+    )
+
+
+def _logprob_head(
+    *,
+    hidden_states: torch.Tensor,
+    output_layer: Any,
+    output_weight: torch.Tensor | None,
+    context: tuple[MicroBatch, int],
+    **_unused: Any,
+) -> torch.Tensor:
+    """Megatron's output hook: hidden_states [T, 1, D] to [2, R]."""
+    batch, vocab_size = context
+    hidden = hidden_states.squeeze(1)[batch.rows]
+    weight = output_layer.weight if output_weight is None else output_weight
+    temperature = torch.full((len(batch.rows),), batch.temperature, device=hidden.device)
+    return torch.stack(logprob(hidden, weight, batch.target_ids, temperature, vocab_size))

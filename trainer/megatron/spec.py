@@ -1,0 +1,146 @@
+"""Megatron's layer with our operations: the engine's bits through Megatron's own modules.
+
+Module names stay Megatron's (its gradient sums and checkpoints look for some of them).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from samebit.kernels.attention import AttentionPlan, packed_attention
+from samebit.kernels.linear import linear
+from samebit.kernels.rms_norm import rms_norm
+from samebit.kernels.rope import rope
+from samebit.kernels.swiglu import swiglu
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """Megatron's packed-sequence argument with what our core attention needs."""
+
+    positions: torch.Tensor | None = None
+    plan: AttentionPlan | None = None
+
+
+class RMSNorm(MegatronModule):
+    """kernels.rms_norm over the last dimension: layer norms, and q/k norms per head."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(config=config)
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., hidden_size]."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class _ContractLinear:
+    """The product of a column- or row-parallel layer is kernels.linear."""
+
+    def _forward_impl(
+        self,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        allreduce_dgrad: bool = False,
+        sequence_parallel: bool = False,
+        **_unused: Any,
+    ) -> torch.Tensor:
+        assert bias is None
+        assert not (allreduce_dgrad or sequence_parallel), "tensor parallel size must be 1"
+        return linear(input, weight)
+
+
+class ContractColumnLinear(_ContractLinear, ColumnParallelLinear):
+    """Column-parallel linear of the numerics contract."""
+
+
+class ContractRowLinear(_ContractLinear, RowParallelLinear):
+    """Row-parallel linear of the numerics contract."""
+
+
+class SwigluMLP(MLP):
+    """Megatron's MLP with kernels.swiglu between its two linears."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        """[s, b, D] -> [s, b, D]."""
+        assert per_token_scale is None
+        gate_up, _bias = self.linear_fc1(hidden_states)
+        output, _bias = self.linear_fc2(swiglu(gate_up))
+        return output, None
+
+
+class CoreAttention(MegatronModule):
+    """rope, then kernels.packed_attention. Takes packed sequences only."""
+
+    def __init__(
+        self, config: TransformerConfig, *, rope_table: torch.Tensor, **_unused: Any
+    ) -> None:
+        super().__init__(config=config)
+        self.rope_table = rope_table
+        self.scale = config.softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        packed_seq_params: PackedSequences | None = None,
+        **_unused: Any,
+    ) -> torch.Tensor:
+        """query [T, N, H], key and value [T, K, H] -> [T, N * H]."""
+        assert packed_seq_params is not None
+        positions, plan = packed_seq_params.positions, packed_seq_params.plan
+        assert positions is not None
+        assert plan is not None
+        q, k = rope(query, positions, self.rope_table), rope(key, positions, self.rope_table)
+        return packed_attention(q, k, value, plan, self.scale).flatten(1)
+
+
+def block_submodules(
+    num_layers: int, qk_norm: bool, rope_table: torch.Tensor
+) -> TransformerBlockSubmodules:
+    """The decoder of a dense pre-norm model."""
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ContractColumnLinear,
+            core_attention=partial(CoreAttention, rope_table=rope_table),
+            linear_proj=ContractRowLinear,
+            q_layernorm=RMSNorm if qk_norm else None,
+            k_layernorm=RMSNorm if qk_norm else None,
+        ),
+    )
+    mlp = MLPSubmodules(linear_fc1=ContractColumnLinear, linear_fc2=ContractRowLinear)
+    layer = TransformerLayerSubmodules(
+        input_layernorm=RMSNorm,
+        self_attention=attention,
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=RMSNorm,
+        mlp=partial(SwigluMLP.as_mlp_submodule, submodules=mlp),
+        mlp_bda=get_bias_dropout_add,
+    )
+    spec = ModuleSpec(module=TransformerLayer, submodules=layer)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)

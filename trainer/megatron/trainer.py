@@ -1,0 +1,258 @@
+"""The Megatron trainer: micro-batches in, one optimizer step out.
+
+Order of a step: forward and backward of every micro-batch, finiteness checks, clipping, AdamW,
+learning-rate schedule. Nothing is written to the weights before the checks have passed.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from samebit.rollout.models.config import ModelConfig
+from samebit.rollout.models.decoder import param_specs
+from samebit.trainer.algorithms.base import Loss
+from samebit.trainer.config import OptimizerConfig
+from samebit.trainer.megatron.cpu import no_cuda
+from samebit.trainer.megatron.model import build_model, forward_logprobs, named_params
+from samebit.trainer.megatron.setup import initialize
+from samebit.trainer.stats import Totals
+from samebit.trainer.types import MicroBatch, NonFiniteError, StepStats
+from samebit.weight_sync.digest import weights_digest
+
+
+class MegatronTrainer:
+    """Policy, optimizer and schedule of one process.
+
+    `params` are the live parameters by Megatron's names; they keep their memory for the trainer's
+    whole life, so an engine may be bound to them.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        optimizer: OptimizerConfig,
+        num_steps: int,
+        device: torch.device,
+    ) -> None:
+        initialize(device)
+        self.model = model
+        self.device = device
+        self.specs = param_specs(model)
+        self.step = 0
+        with no_cuda():
+            gpt = build_model(model, device)
+            self._check_names(gpt)
+            ddp_config = DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, overlap_grad_reduce=False, average_in_collective=False
+            )
+            self._ddp = DistributedDataParallel(gpt.config, ddp_config, gpt)
+            self._optimizer = get_megatron_optimizer(
+                _megatron_optimizer_config(optimizer, gpt.config.bf16), [self._ddp]
+            )
+            self._scheduler = _scheduler(self._optimizer, optimizer, num_steps)
+        gpt.config.grad_scale_func = self._optimizer.scale_loss
+        gpt.config.no_sync_func = self._ddp.no_sync
+        gpt.config.finalize_model_grads_func = finalize_model_grads
+        self.params: Mapping[str, torch.Tensor] = named_params(gpt)
+        self._reference: GPTModel | None = None
+
+    def load_params(self, params: Mapping[str, torch.Tensor]) -> None:
+        """Copy a full set of weights into place, for the optimizer too."""
+        with torch.no_grad():
+            for name, param in self.params.items():
+                param.copy_(params[name])
+        with no_cuda():
+            self._optimizer.reload_model_params()
+
+    def freeze_reference(self) -> None:
+        """Keep a copy of the present weights as the reference for the KL penalty."""
+        with no_cuda():
+            self._reference = build_model(self.model, self.device).requires_grad_(False)
+        with torch.no_grad():
+            for name, param in named_params(self._reference).items():
+                param.copy_(self.params[name])
+
+    def digest(self) -> str:
+        """weights_digest of the present weights."""
+        return weights_digest(self.specs, self.params)
+
+    def logprobs(self, batches: Sequence[MicroBatch], reference: bool = False) -> list[torch.Tensor]:
+        """Log-probs [R] of every micro-batch, without gradients."""
+        gpt = self._reference if reference else self._ddp
+        if gpt is None:
+            raise RuntimeError("no reference model; call freeze_reference first")
+        with torch.no_grad(), no_cuda():
+            return [forward_logprobs(gpt, batch, self.model)[0] for batch in batches]
+
+    def train_step(self, batches: Sequence[MicroBatch], loss: Loss) -> StepStats:
+        """One optimizer step over all micro-batches.
+
+        Raises NonFiniteError, with step, micro-batch and sample named, before anything is written.
+        """
+        with no_cuda():
+            references = self.logprobs(batches, reference=True) if self._reference else None
+            totals = self._forward_backward(batches, loss, references)
+            self._require_finite_gradients(batches, loss, references)
+            self._optimizer.prepare_grads()
+            clip = self._optimizer.config.clip_grad
+            norm = (
+                self._optimizer.clip_grad_norm(clip) if clip > 0 else self._optimizer.get_grad_norm()
+            )
+            learning_rate = self._optimizer.param_groups[0]["lr"]
+            self._optimizer.step_with_ready_grads()
+            self._scheduler.step(increment=1)
+        self.step += 1
+        return totals.stats(float(norm), learning_rate)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next steps depend on, exactly."""
+        return {
+            "step": self.step,
+            "params": {name: p.detach() for name, p in self.params.items()},
+            "optimizer": self._optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
+            "reference": None
+            if self._reference is None
+            else {name: p.detach() for name, p in named_params(self._reference).items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`, written by state_dict with the same settings."""
+        self.step = state["step"]
+        with torch.no_grad(), no_cuda():
+            for name, param in self.params.items():
+                param.copy_(state["params"][name])
+            self._optimizer.load_state_dict(state["optimizer"])
+            self._scheduler.load_state_dict(state["scheduler"])
+        if state["reference"] is not None:
+            self.freeze_reference()
+            with torch.no_grad():
+                for name, param in named_params(self._reference).items():
+                    param.copy_(state["reference"][name])
+
+    def _check_names(self, gpt: GPTModel) -> None:
+        found = {name: tuple(p.shape) for name, p in gpt.named_parameters()}
+        expected = {spec.name: spec.shape for spec in self.specs}
+        if found != expected:
+            different = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
+            raise RuntimeError(f"Megatron's parameters are not the engine's: {different[:5]}")
+
+    def _forward_backward(
+        self,
+        batches: Sequence[MicroBatch],
+        loss: Loss,
+        references: Sequence[torch.Tensor] | None,
+    ) -> Totals:
+        """Accumulate gradients over the micro-batches into Megatron's buffers."""
+        totals = Totals()
+        self._ddp.zero_grad_buffer()
+        self._optimizer.zero_grad()
+
+        def forward_step(iterator: Any, gpt: Any) -> tuple[torch.Tensor, Any]:
+            batch = next(iterator)
+            reference = references[batches.index(batch)] if references is not None else None
+            output = forward_logprobs(gpt, batch, self.model)
+            return output, partial(self._loss, batch, loss, reference, totals)
+
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=[self._ddp],
+            num_microbatches=len(batches),
+            seq_length=max(b.num_tokens for b in batches),
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        return totals
+
+    def _loss(
+        self,
+        batch: MicroBatch,
+        loss: Loss,
+        reference: torch.Tensor | None,
+        totals: Totals,
+        output: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """Megatron's loss function: (summed loss, its denominator, nothing to report)."""
+        logprobs, entropy = output[0], output[1].detach()
+        losses, metrics = loss(logprobs, reference, batch)
+        finite = losses.detach().isfinite()
+        if not bool(finite.all()):
+            sample = batch.samples[int(batch.sample_of_row[~finite][0])]
+            raise NonFiniteError(
+                f"loss is NaN or Inf at step {self.step + 1}, micro-batch {batch.index}, sample "
+                f"{sample.sample_id}; the weights are unchanged"
+            )
+        total = (losses * batch.loss_weights).sum()
+        totals.add(batch, logprobs.detach(), total.detach(), metrics | {"train/entropy": entropy})
+        return total, torch.tensor(batch.loss_denominator, dtype=torch.int), {}
+
+    def _gradients_finite(self) -> bool:
+        buffers = [*self._ddp.buffers, *self._ddp.expert_parallel_buffers]
+        return all(bool(buffer.grad_data.isfinite().all()) for buffer in buffers)
+
+    def _require_finite_gradients(
+        self,
+        batches: Sequence[MicroBatch],
+        loss: Loss,
+        references: Sequence[torch.Tensor] | None,
+    ) -> None:
+        """Equal inputs give equal gradients, so a bad micro-batch is found by running each alone."""
+        if self._gradients_finite():
+            return
+        for i, batch in enumerate(batches):
+            self._forward_backward([batch], loss, None if references is None else [references[i]])
+            if not self._gradients_finite():
+                ids = [sample.sample_id for sample in batch.samples]
+                raise NonFiniteError(
+                    f"gradient is NaN or Inf at step {self.step + 1}, micro-batch {batch.index} "
+                    f"(samples {ids[0]} to {ids[-1]}); the weights are unchanged"
+                )
+        raise NonFiniteError(
+            f"the sum of the gradients overflows at step {self.step + 1}; the weights are unchanged"
+        )
+
+
+def _megatron_optimizer_config(config: OptimizerConfig, bf16: bool) -> MegatronOptimizerConfig:
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        clip_grad=config.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=False,
+    )
+
+
+def _scheduler(optimizer: Any, config: OptimizerConfig, num_steps: int) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.lr_warmup_steps,
+        lr_decay_steps=max(num_steps, config.lr_warmup_steps + 1),
+        lr_decay_style=config.lr_schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=max(num_steps, 1),
+        wd_incr_style="constant",
+    )
+

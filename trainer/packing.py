@@ -1,0 +1,86 @@
+"""Samples to packed micro-batches under a token budget, in the samples' order."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from samebit.trainer.types import MicroBatch, Sample
+
+
+def pack_samples(
+    samples: Sequence[Sample],
+    max_tokens: int,
+    loss_mean: str = "token",
+    temperature: float = 1.0,
+    device: torch.device | str = "cpu",
+) -> list[MicroBatch]:
+    """Fill micro-batches of at most max_tokens tokens, never reordering.
+
+    loss_mean as in TrainerConfig; temperature is the rollout's. Raises ValueError for a sample
+    longer than max_tokens or an empty list.
+    """
+    if not samples:
+        raise ValueError("no samples to train on")
+    return [
+        _micro_batch(i, group, loss_mean, temperature, device)
+        for i, group in enumerate(_split(samples, max_tokens))
+    ]
+
+
+def _split(samples: Iterable[Sample], max_tokens: int) -> list[list[Sample]]:
+    groups: list[list[Sample]] = []
+    room = 0
+    for sample in samples:
+        length = len(sample.token_ids)
+        if length > max_tokens:
+            raise ValueError(
+                f"sample {sample.sample_id} has {length} tokens; trainer.micro_batch_tokens is "
+                f"{max_tokens}"
+            )
+        if not groups or length > room:
+            groups.append([])
+            room = max_tokens
+        groups[-1].append(sample)
+        room -= length
+    return groups
+
+
+def _micro_batch(
+    index: int,
+    samples: Sequence[Sample],
+    loss_mean: str,
+    temperature: float,
+    device: torch.device | str,
+) -> MicroBatch:
+    input_ids: list[int] = []
+    positions: list[int] = []
+    rows: list[int] = []
+    targets: list[int] = []
+    for sample in samples:
+        start = len(input_ids)
+        input_ids += sample.token_ids
+        positions += range(len(sample.token_ids))
+        rows += range(start + sample.prompt_len - 1, start + len(sample.token_ids) - 1)
+        targets += sample.token_ids[sample.prompt_len :]
+    lens = torch.tensor([s.response_len for s in samples])
+    sample_of_row = torch.arange(len(samples)).repeat_interleave(lens)
+    weights = torch.ones(len(rows)) if loss_mean == "token" else 1.0 / lens[sample_of_row]
+    advantages = torch.tensor([s.advantage for s in samples], dtype=torch.float32)
+    logprobs = [value for sample in samples for value in sample.logprobs]
+    if logprobs and len(logprobs) != len(rows):
+        raise ValueError("some samples of a micro-batch have rollout logprobs and some have none")
+    return MicroBatch(
+        index=index,
+        samples=tuple(samples),
+        input_ids=torch.tensor(input_ids, device=device),
+        positions=torch.tensor(positions, device=device),
+        seq_lens=tuple(len(s.token_ids) for s in samples),
+        rows=torch.tensor(rows, device=device),
+        target_ids=torch.tensor(targets, device=device),
+        sample_of_row=sample_of_row.to(device),
+        rollout_logprobs=torch.tensor(logprobs, device=device) if logprobs else None,
+        advantages=advantages[sample_of_row].to(device),
+        loss_weights=weights.to(device),
+        loss_denominator=len(rows) if loss_mean == "token" else len(samples),
+        temperature=temperature,
+    )

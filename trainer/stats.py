@@ -1,0 +1,59 @@
+"""Sums over a step's micro-batches, and the comparison of trainer and rollout log-probs."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from samebit.trainer.types import MicroBatch, StepStats
+
+
+@dataclass
+class Totals:
+    """Accumulates in micro-batch order."""
+
+    loss: float = 0.0
+    denominator: int = 0
+    num_tokens: int = 0
+    num_rows: int = 0
+    compared: int = 0
+    mismatches: int = 0
+    abs_diff_max: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def add(
+        self,
+        batch: MicroBatch,
+        logprobs: torch.Tensor,
+        loss: torch.Tensor,
+        metrics: dict[str, torch.Tensor],
+    ) -> None:
+        """Add a micro-batch: logprobs [R], its summed loss and metrics [R] by name."""
+        self.loss += float(loss)
+        self.denominator += batch.loss_denominator
+        self.num_tokens += batch.num_tokens
+        self.num_rows += len(logprobs)
+        for name, values in metrics.items():
+            self.metrics[name] = self.metrics.get(name, 0.0) + float(values.double().sum())
+        if batch.rollout_logprobs is not None:
+            self.compared += len(logprobs)
+            self.mismatches += count_mismatches(logprobs, batch.rollout_logprobs)
+            diff = (logprobs - batch.rollout_logprobs).abs().max()
+            self.abs_diff_max = max(self.abs_diff_max, float(diff))
+
+    def stats(self, grad_norm: float, learning_rate: float) -> StepStats:
+        """The step's figures."""
+        return StepStats(
+            loss=self.loss / self.denominator,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            num_tokens=self.num_tokens,
+            logprob_tokens_compared=self.compared,
+            logprob_mismatches=self.mismatches,
+            logprob_abs_diff_max=self.abs_diff_max,
+            metrics={name: value / self.num_rows for name, value in self.metrics.items()},
+        )
+
+
+def count_mismatches(a: torch.Tensor, b: torch.Tensor) -> int:
+    """How many fp32 values differ in any bit (so NaN equals itself, and 0.0 differs from -0.0)."""
+    return int((a.view(torch.int32) != b.view(torch.int32)).sum())
