@@ -172,7 +172,7 @@ def _charts(rows: list[dict[str, Any]]) -> list[str]:
         if lines:
             svg = _line_svg(lines, f"c{len(figures)}")
             figures.append(_figure(chart.title, chart.caption, svg))
-    timed = [row for row in rows if any(_is_time(key) for key in row)]
+    timed = _times(rows)
     if timed:
         width = math.ceil(len(timed) / MAX_BARS)
         caption = "seconds per step" + (f", mean of {width} steps" if width > 1 else "")
@@ -197,6 +197,16 @@ def _line_svg(lines: dict[str, Series], prefix: str) -> str:
 
 def _is_time(key: str) -> bool:
     return key.startswith("perf/") and key.endswith("_s") and not key.endswith("_per_s")
+
+
+def _times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per step with its times: training and evaluation may log the same step apart."""
+    merged: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        times = {key: value for key, value in row.items() if _is_time(key)}
+        if times:
+            merged.setdefault(row["step"], {"step": row["step"]}).update(times)
+    return list(merged.values())
 
 
 def _time_svg(rows: list[dict[str, Any]], width: int, prefix: str) -> str:

@@ -283,6 +283,9 @@ class Engine:
         if self.prefixes is not None:
             self.prefixes.reset(self.weight_version)
 
+    def close(self) -> None:
+        """Nothing to end: the engine lives in this process."""
+
     # -- internals -------------------------------------------------------------------------------
 
     def _selfcheck(self) -> None:

@@ -1,10 +1,16 @@
-"""Settings of the trainer; field names are configuration keys under `trainer`."""
+"""Settings of the trainer and its algorithms. Field names are configuration keys; no torch here."""
 
 from dataclasses import dataclass, field
 
-from samebit.trainer.algorithms.base import LOSS_MEANS
-
 LR_SCHEDULES = ("constant", "linear", "cosine")
+LOSS_MEANS = ("token", "sequence")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+def require(holds: bool, key: str, value: object, what: str) -> None:
+    """Raise ValueError naming the key, its value and what would be right."""
+    if not holds:
+        raise ValueError(f"{key} is {value!r}; it must be {what}")
 
 
 @dataclass(kw_only=True)
@@ -25,30 +31,59 @@ class OptimizerConfig:
     """Largest gradient norm; 0 does not clip."""
 
     def __post_init__(self) -> None:
-        if self.lr < 0 or self.min_lr < 0 or self.min_lr > self.lr:
-            raise ValueError(f"optimizer: need 0 <= min_lr ({self.min_lr}) <= lr ({self.lr})")
-        if self.lr_schedule not in LR_SCHEDULES:
-            raise ValueError(
-                f"optimizer.lr_schedule is '{self.lr_schedule}'; use one of {LR_SCHEDULES}"
-            )
-        if self.clip_grad < 0:
-            raise ValueError(f"optimizer.clip_grad is {self.clip_grad}; it must not be negative")
+        require(self.lr >= 0, "trainer.optimizer.lr", self.lr, "at least 0")
+        in_range = 0 <= self.min_lr <= self.lr
+        require(in_range, "trainer.optimizer.min_lr", self.min_lr, f"in [0, lr = {self.lr}]")
+        known = self.lr_schedule in LR_SCHEDULES
+        require(known, "trainer.optimizer.lr_schedule", self.lr_schedule, f"one of {LR_SCHEDULES}")
+        require(self.clip_grad >= 0, "trainer.optimizer.clip_grad", self.clip_grad, "at least 0")
 
 
 @dataclass(kw_only=True)
 class TrainerConfig:
-    """How samples become optimizer steps."""
+    """How samples become optimizer steps, and what is kept of them."""
 
+    num_steps: int = 100
+    """Rollout steps of GRPO, optimizer steps of supervised fine-tuning."""
+    batch_size: int | None = None
+    """Samples per optimizer step; unset in GRPO: all samples of the rollout step."""
     micro_batch_tokens: int = 8192
     """Most tokens packed into one forward and backward."""
     loss_mean: str = "token"
     """token: every token counts the same; sequence: every sample counts the same."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints; the last step always gets one. 0: only the last."""
+    keep_checkpoints: int = 2
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
-        if self.micro_batch_tokens < 1:
-            raise ValueError(
-                f"trainer.micro_batch_tokens is {self.micro_batch_tokens}; it must be positive"
-            )
-        if self.loss_mean not in LOSS_MEANS:
-            raise ValueError(f"trainer.loss_mean is '{self.loss_mean}'; use one of {LOSS_MEANS}")
+        for name in ("num_steps", "micro_batch_tokens", "keep_checkpoints"):
+            require(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "positive")
+        positive = self.batch_size is None or self.batch_size >= 1
+        require(positive, "trainer.batch_size", self.batch_size, "positive or unset")
+        at_least_0 = self.checkpoint_every >= 0
+        require(at_least_0, "trainer.checkpoint_every", self.checkpoint_every, "at least 0")
+        known = self.loss_mean in LOSS_MEANS
+        require(known, "trainer.loss_mean", self.loss_mean, f"one of {LOSS_MEANS}")
+
+
+@dataclass(kw_only=True)
+class GrpoConfig:
+    """Group-relative policy optimization; see trainer/algorithms/grpo.py."""
+
+    normalize_std: bool = True
+    """Divide a group's centred rewards by their standard deviation (off: Dr. GRPO)."""
+    std_eps: float = 1e-6
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.2
+    kl_coef: float = 0.0
+    """Weight of the KL to the reference model; 0 needs no reference."""
+    kl_estimator: str = "k3"
+    """k1: log ratio; k2: half its square; k3: ratio - 1 - log ratio."""
+
+    def __post_init__(self) -> None:
+        for name in ("clip_ratio_low", "clip_ratio_high", "kl_coef", "std_eps"):
+            require(getattr(self, name) >= 0, f"algorithm.{name}", getattr(self, name), "at least 0")
+        require(self.clip_ratio_low < 1, "algorithm.clip_ratio_low", self.clip_ratio_low, "below 1")
+        known = self.kl_estimator in KL_ESTIMATORS
+        require(known, "algorithm.kl_estimator", self.kl_estimator, f"one of {KL_ESTIMATORS}")

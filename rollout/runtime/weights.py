@@ -81,9 +81,12 @@ def _find_tensors(folder: Path) -> dict[str, Path]:
 
 
 def load_dummy(
-    specs: Sequence[ParamSpec], params: Mapping[str, torch.Tensor], seed: int
+    specs: Sequence[ParamSpec],
+    params: Mapping[str, torch.Tensor],
+    seed: int,
+    std: float = _DUMMY_STD,
 ) -> None:
-    """Fill params with N(0, 0.02), norms with ones; each tensor by its own seed and name."""
+    """Fill params with N(0, std), norms with ones; each tensor by its own seed and name."""
     shapes = hf_shapes(specs)
 
     def draw(name: str) -> torch.Tensor:
@@ -91,6 +94,6 @@ def load_dummy(
             return torch.ones(shapes[name])
         key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:7]))
-        return torch.randn(shapes[name], generator=generator) * _DUMMY_STD
+        return torch.randn(shapes[name], generator=generator) * std
 
     load_params(specs, params, draw)

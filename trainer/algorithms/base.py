@@ -6,8 +6,6 @@ import torch
 
 from samebit.trainer.types import MicroBatch
 
-LOSS_MEANS = ("token", "sequence")
-
 
 class Loss(Protocol):
     """Loss of every row of a micro-batch, before weighting and averaging."""

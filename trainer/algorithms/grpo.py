@@ -9,39 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from samebit.trainer.config import GrpoConfig
 from samebit.trainer.types import MicroBatch
-
-KL_ESTIMATORS = ("k1", "k2", "k3")
-
-
-@dataclass(kw_only=True)
-class GrpoConfig:
-    """Field names are configuration keys under `algorithm`."""
-
-    normalize_std: bool = True
-    """Divide a group's centred rewards by their standard deviation (off: Dr. GRPO)."""
-    std_eps: float = 1e-6
-    clip_ratio_low: float = 0.2
-    clip_ratio_high: float = 0.2
-    kl_coef: float = 0.0
-    """Weight of the KL to the reference model; 0 needs no reference."""
-    kl_estimator: str = "k3"
-    """k1: log ratio; k2: half its square; k3: ratio - 1 - log ratio."""
-
-    def __post_init__(self) -> None:
-        if self.kl_estimator not in KL_ESTIMATORS:
-            raise ValueError(
-                f"algorithm.kl_estimator is '{self.kl_estimator}'; use one of {KL_ESTIMATORS}"
-            )
-        for name in ("clip_ratio_low", "clip_ratio_high", "kl_coef", "std_eps"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"algorithm.{name} is {getattr(self, name)}; it must not be negative"
-                )
-        if self.clip_ratio_low >= 1:
-            raise ValueError(
-                f"algorithm.clip_ratio_low is {self.clip_ratio_low}; it must be below 1"
-            )
 
 
 def group_advantages(rewards: torch.Tensor, config: GrpoConfig) -> torch.Tensor:

@@ -4,7 +4,7 @@ Order of a step: forward and backward of every micro-batch, finiteness checks, c
 learning-rate schedule. Nothing is written to the weights before the checks have passed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from samebit.trainer.megatron.setup import initialize
 from samebit.trainer.stats import Totals
 from samebit.trainer.types import MicroBatch, NonFiniteError, StepStats
 from samebit.weight_sync.digest import weights_digest
+from samebit.weight_sync.mapping import ParamSpec
 
 
 class MegatronTrainer:
@@ -68,12 +69,12 @@ class MegatronTrainer:
         self.params: Mapping[str, torch.Tensor] = named_params(gpt)
         self._reference: GPTModel | None = None
 
-    def load_params(self, params: Mapping[str, torch.Tensor]) -> None:
-        """Copy a full set of weights into place, for the optimizer too."""
-        with torch.no_grad():
-            for name, param in self.params.items():
-                param.copy_(params[name])
-        with no_cuda():
+    def fill(
+        self, load: Callable[[Sequence[ParamSpec], Mapping[str, torch.Tensor]], None]
+    ) -> None:
+        """Have `load(specs, params)` write a full set of weights, and tell the optimizer."""
+        with torch.no_grad(), no_cuda():
+            load(self.specs, self.params)
             self._optimizer.reload_model_params()
 
     def freeze_reference(self) -> None:

@@ -1,0 +1,69 @@
+"""The console command: `samebit <command> key=value ...`. Imports torch only once it must run."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "grpo": "train a policy with GRPO: rollout, reward, Megatron step, weight sync",
+    "sft": "supervised fine-tuning with the same trainer",
+    "demo": "make a tiny model, warm it up, train it with GRPO until its reward is high",
+    "verify": "measure the promise: every property, tokens compared, mismatches",
+    "export": "write a checkpoint as a Hugging Face folder",
+}
+
+
+def usage() -> str:
+    """What there is."""
+    lines = [f"  {name:8s} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "samebit: RL rollouts and training, to the same bit.",
+            "",
+            "usage: samebit <command> [key=value ...]",
+            "       samebit <command> --help     its keys and their defaults",
+            "",
+            *lines,
+        ]
+    )
+
+
+def _command_help(command: str) -> str:
+    from omegaconf import OmegaConf
+
+    from samebit.recipes.config import CONFIG_DIR, compose
+
+    groups = sorted(p.name for p in CONFIG_DIR.iterdir() if p.is_dir())
+    lines = [f"samebit {command}: {COMMANDS[command]}", "", "groups (choose with group=name):"]
+    for group in groups:
+        names = ", ".join(sorted(f.stem for f in (CONFIG_DIR / group).glob("*.yaml")))
+        lines.append(f"  {group}: {names}")
+    lines += ["", "keys and defaults (??? must be given):", ""]
+    return "\n".join(lines) + "\n" + OmegaConf.to_yaml(compose(command, []))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the process's exit code. 2 for a wrong command line or configuration."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else 2
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        print(f"samebit: no command '{command}'\n\n{usage()}", file=sys.stderr)
+        return 2
+    if any(a in ("-h", "--help") for a in rest):
+        print(_command_help(command))
+        return 0
+    from samebit.recipes.config import ConfigError, resolve
+
+    try:
+        run = resolve(command, rest)
+    except ConfigError as error:
+        print(f"samebit {command}: {error}", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"samebit.recipes.{command}").main(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,280 @@
+"""The configuration of every recipe: dataclasses that Hydra fills, and the checks across fields.
+
+Defaults stand here; configs/*.yaml hold what a group or an experiment changes. No torch here, so
+that --help and dry_run answer at once.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from samebit.recipes.metrics import LoggerConfig
+from samebit.recipes.rewards import RewardConfig
+from samebit.recipes.tasks.base import DataConfig
+from samebit.trainer.config import GrpoConfig, TrainerConfig, require
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+PLACEMENTS = ("colocated", "process")
+TRANSPORTS = {"colocated": ("alias", "file"), "process": ("gloo", "file")}
+
+
+@dataclass(kw_only=True)
+class ModelSection:
+    """Which model."""
+
+    path: str = "???"
+    """A Hugging Face folder: config.json, *.safetensors and, for text, a tokenizer."""
+
+
+@dataclass(kw_only=True)
+class EngineSection:
+    """The rollout engine; see rollout/config.py. None of these can change a token."""
+
+    placement: str = "colocated"
+    """colocated: in the trainer's process; process: in one of its own."""
+    transport: str = "alias"
+    """How weights reach it: alias or file (colocated), gloo or file (process)."""
+    page_size: int = 64
+    kv_cache_tokens: int | None = None
+    max_batch_tokens: int = 4096
+    max_num_seqs: int = 256
+    prefill_chunk: int = 1024
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        known = self.placement in PLACEMENTS
+        require(known, "engine.placement", self.placement, f"one of {PLACEMENTS}")
+        fitting = TRANSPORTS[self.placement]
+        meaning = f"one of {fitting} for placement '{self.placement}'"
+        require(self.transport in fitting, "engine.transport", self.transport, meaning)
+
+
+@dataclass(kw_only=True)
+class RolloutSection:
+    """What is sampled in a step."""
+
+    prompts_per_step: int = 32
+    samples_per_prompt: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_prompt_len: int = 512
+    """Tokens; a longer prompt is an error."""
+    max_new_tokens: int = 256
+    eval_every: int = 20
+    """Steps between evaluations on held-out problems; before the first and after the last always."""
+    eval_samples_per_prompt: int = 1
+    eval_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "eval_every"):
+            require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), "positive")
+        require(self.temperature > 0, "rollout.temperature", self.temperature, "positive to train on")
+        require(self.eval_temperature >= 0, "rollout.eval_temperature", self.eval_temperature, "at least 0")
+
+
+@dataclass(kw_only=True)
+class RunSection:
+    """What every recipe has."""
+
+    run_name: str = "run"
+    output_dir: str = "outputs"
+    """The run's folder is output_dir/run_name."""
+    resume: bool = False
+    """Continue from the newest checkpoint, or start if there is none."""
+    overwrite: bool = False
+    """Without resume: remove what an earlier run of this name left."""
+    dry_run: bool = False
+    """Print the resolved plan and stop."""
+    device: str | None = None
+    """cpu or cuda; unset: the GPU if there is one."""
+    cpu_threads: int = 1
+    """Threads per process of CPU operations."""
+    seed: int = 0
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run's files go."""
+        return Path(self.output_dir) / self.run_name
+
+
+@dataclass(kw_only=True)
+class SftRun(RunSection):
+    """`samebit sft`: supervised fine-tuning on prompts and labels."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    def validate(self) -> None:
+        """Checks across sections; ValueError names the keys."""
+        require(self.trainer.batch_size is not None, "trainer.batch_size", None, "set for sft")
+
+
+@dataclass(kw_only=True)
+class GrpoRun(RunSection):
+    """`samebit grpo`: rollout, reward, train, sync, until num_steps."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    engine: EngineSection = field(default_factory=EngineSection)
+    rollout: RolloutSection = field(default_factory=RolloutSection)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    algorithm: GrpoConfig = field(default_factory=GrpoConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of one rollout step."""
+        return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of one optimizer step."""
+        return self.trainer.batch_size or self.samples_per_step
+
+    def validate(self) -> None:
+        """Checks across sections; ValueError names the keys."""
+        prompts, n = self.rollout.prompts_per_step, self.rollout.samples_per_prompt
+        if self.samples_per_step % self.batch_size:
+            raise ValueError(
+                f"rollout.prompts_per_step x rollout.samples_per_prompt = {prompts} x {n} = "
+                f"{self.samples_per_step} samples are no multiple of trainer.batch_size = "
+                f"{self.batch_size}"
+            )
+        longest = self.rollout.max_prompt_len + self.rollout.max_new_tokens
+        if longest > self.trainer.micro_batch_tokens:
+            raise ValueError(
+                f"rollout.max_prompt_len + rollout.max_new_tokens = {longest} exceed "
+                f"trainer.micro_batch_tokens = {self.trainer.micro_batch_tokens}: the longest "
+                "sample would not fit a micro-batch"
+            )
+
+
+@dataclass(kw_only=True)
+class DemoRun(RunSection):
+    """`samebit demo`: a tiny model, a supervised start, then GRPO."""
+
+    sft: SftRun = field(default_factory=SftRun)
+    grpo: GrpoRun = field(default_factory=GrpoRun)
+
+    def validate(self) -> None:
+        """Checks of both phases."""
+        self.sft.validate()
+        self.grpo.validate()
+
+
+@dataclass(kw_only=True)
+class VerifyRun(RunSection):
+    """`samebit verify`: the promise, measured."""
+
+    run_name: str = "verify"
+    model: str | None = None
+    """A Hugging Face folder; unset: tiny Qwen3 and Llama models with random weights."""
+
+    def validate(self) -> None:
+        """Nothing across sections."""
+
+
+@dataclass(kw_only=True)
+class ExportRun(RunSection):
+    """`samebit export`: a checkpoint as a Hugging Face folder."""
+
+    checkpoint: str = "???"
+    """A run's folder, its checkpoints folder, or one checkpoint."""
+    model: str = "???"
+    """The Hugging Face folder that the run started from: config and tokenizer."""
+    out: str = "???"
+    """The folder to write."""
+
+    def validate(self) -> None:
+        """Nothing across sections."""
+
+
+SCHEMAS: dict[str, type[RunSection]] = {
+    "grpo": GrpoRun,
+    "sft": SftRun,
+    "demo": DemoRun,
+    "verify": VerifyRun,
+    "export": ExportRun,
+}
+
+Run = TypeVar("Run", bound=RunSection)
+
+
+class ConfigError(ValueError):
+    """A configuration key is unknown, missing, of the wrong type or contradicts another."""
+
+
+def compose(command: str, overrides: Sequence[str]) -> Any:
+    """The composed OmegaConf config of a command; ConfigError for keys that do not exist."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    ConfigStore.instance().store(name=f"{command}_schema", node=SCHEMAS[command])
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            return hydra_compose(command, list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(command, error)) from error
+
+
+def resolve(command: str, overrides: Sequence[str]) -> Any:
+    """The command's dataclass, filled and checked; ConfigError says what is wrong."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    config = compose(command, overrides)
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(f"required: {', '.join(f'{key}=...' for key in missing)}")
+    try:
+        run = OmegaConf.to_object(config)
+        run.validate()
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    return run
+
+
+def to_yaml(run: RunSection) -> str:
+    """The resolved configuration as YAML."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(run))
+
+
+def to_dict(run: RunSection) -> dict[str, Any]:
+    """The resolved configuration as plain values."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.structured(run))  # type: ignore[return-value]
+
+
+def _explain(command: str, error: Exception) -> str:
+    """The first line of Hydra's message, with the nearest key that does exist."""
+    text = " ".join(str(error).split())
+    cause = error.__cause__ or error
+    key = getattr(cause, "full_key", None) or getattr(error, "full_key", None)
+    if key is None:
+        return text
+    near = difflib.get_close_matches(str(key), _all_keys(SCHEMAS[command]), n=3, cutoff=0.5)
+    return text + (f" Did you mean: {', '.join(near)}?" if near else "")
+
+
+def _all_keys(schema: Any, prefix: str = "") -> list[str]:
+    from dataclasses import fields, is_dataclass
+
+    keys = []
+    for f in fields(schema):
+        keys.append(prefix + f.name)
+        if is_dataclass(f.type):
+            keys += _all_keys(f.type, f"{prefix}{f.name}.")
+    return keys

@@ -1,0 +1,351 @@
+"""GRPO, top to bottom: prompts -> rollout -> reward -> advantage -> Megatron step -> weight sync.
+
+Deviations from the paper (Shao et al. 2024): no old-log-prob pass and no importance correction,
+because the rollout's log-probs are the trainer's, bit for bit, and every step checks that they are.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from samebit.recipes.config import GrpoRun, to_dict, to_yaml
+from samebit.recipes.metrics import MetricsLogger
+from samebit.recipes.order import SampleIds, problem_index
+from samebit.recipes.placement import load_weights, start_engine
+from samebit.recipes.plan import grpo_plan, print_plan
+from samebit.recipes.report import write_report
+from samebit.recipes.rewards import load_reward, score
+from samebit.recipes.session import Session, open_session
+from samebit.recipes.tasks.base import Problem, load_datasets
+from samebit.recipes.text import TextCodec
+from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.types import Completion, SamplingParams
+from samebit.trainer.algorithms.grpo import GrpoLoss, group_advantages
+from samebit.trainer.megatron.trainer import MegatronTrainer
+from samebit.trainer.packing import pack_samples
+from samebit.trainer.types import Sample, StepStats
+
+
+class LogprobMismatchError(RuntimeError):
+    """Trainer and rollout disagree about a token's log-prob: the promise is broken."""
+
+
+@dataclass
+class Progress:
+    """What the summary needs of the steps so far; part of every checkpoint."""
+
+    step: int = 0
+    reward_first: float | None = None
+    reward_last: float | None = None
+    logprob_tokens_compared: int = 0
+    logprob_mismatches: int = 0
+
+
+@dataclass
+class Rollout:
+    """One step's problems, completions and rewards, groups in prompt order."""
+
+    problems: list[Problem]
+    prompt_ids: list[list[int]]
+    completions: list[list[Completion]]
+    texts: list[list[str]]
+    rewards: list[list[float]]
+
+    @property
+    def reward_mean(self) -> float:
+        """Mean over all samples."""
+        flat = [r for group in self.rewards for r in group]
+        return sum(flat) / len(flat)
+
+
+@dataclass
+class Phases:
+    """Seconds spent in each phase of a step."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        """Add the block's wall time to perf/<name>_s."""
+        start = time.perf_counter()
+        yield
+        key = f"perf/{name}_s"
+        self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
+
+
+class GrpoRecipe:
+    """Everything that one run holds."""
+
+    def __init__(self, run: GrpoRun, session: Session) -> None:
+        self.run = run
+        self.session = session
+        self.train_set, self.eval_set = load_datasets(run.data)
+        self.reward = load_reward(run.reward)
+        self.text = TextCodec(run.model.path)
+        num_updates = run.trainer.num_steps * (run.samples_per_step // run.batch_size)
+        self.trainer = MegatronTrainer(
+            load_model_config(run.model.path), run.trainer.optimizer, num_updates, session.device
+        )
+        load_weights(self.trainer, run.model.path)
+        if run.algorithm.kl_coef > 0:
+            self.trainer.freeze_reference()
+        self.loss = GrpoLoss(run.algorithm)
+        self.progress = Progress()
+        if session.resumed is not None:
+            self.trainer.load_state_dict(session.resumed.load())
+            self.progress = Progress(**session.resumed.manifest["progress"])
+        self.sample_ids = SampleIds()
+        self.engine, self.transport = start_engine(run, session.device, self.trainer)
+        self.sync()
+
+    def sync(self) -> None:
+        """Serve the trainer's present weights."""
+        self.transport.begin(self.trainer.step)
+        self.transport.send(self.trainer.params)
+        self.transport.commit(self.trainer.digest())
+
+    def rollout(self, step: int, bar: tqdm | None = None) -> Rollout:
+        """Sample and score the step's prompts."""
+        r = self.run.rollout
+        first = step * r.prompts_per_step
+        problems = [
+            self.train_set[problem_index(first + i, len(self.train_set), self.run.seed)]
+            for i in range(r.prompts_per_step)
+        ]
+        params = SamplingParams(
+            n=r.samples_per_prompt,
+            temperature=r.temperature,
+            top_p=r.top_p,
+            top_k=r.top_k,
+            min_p=r.min_p,
+            max_new_tokens=r.max_new_tokens,
+        )
+        ids = self.sample_ids.of_step(step, len(problems), r.samples_per_prompt)
+        return self._sample(problems, params, ids, bar)
+
+    def evaluate(self, step: int) -> Rollout:
+        """Sample and score the held-out problems."""
+        r = self.run.rollout
+        problems = [self.eval_set[i] for i in range(len(self.eval_set))]
+        params = SamplingParams(
+            n=r.eval_samples_per_prompt,
+            temperature=r.eval_temperature,
+            max_new_tokens=r.max_new_tokens,
+        )
+        ids = self.sample_ids.of_step(
+            step, len(problems), r.eval_samples_per_prompt, evaluation=True
+        )
+        return self._sample(problems, params, ids, None)
+
+    def _sample(
+        self,
+        problems: list[Problem],
+        params: SamplingParams,
+        sample_ids: list[list[int]],
+        bar: tqdm | None,
+    ) -> Rollout:
+        max_len = self.run.rollout.max_prompt_len
+        prompt_ids = [self.text.encode_prompt(p, max_len) for p in problems]
+
+        def progress(_done: int, num_tokens: int) -> None:
+            if bar is not None:
+                bar.set_postfix_str(f"{num_tokens} tokens", refresh=False)
+
+        groups = self.engine.generate(prompt_ids, params, sample_ids, progress=progress)
+        texts = [[self.text.decode(c.token_ids) for c in group] for group in groups]
+        flat_problems = [p for p, group in zip(problems, groups, strict=True) for _ in group]
+        flat = score(self.reward, [t for group in texts for t in group], flat_problems)
+        values = iter(flat)
+        rewards = [[next(values) for _ in group] for group in groups]
+        return Rollout(problems, prompt_ids, groups, texts, rewards)
+
+    def train(self, rollout: Rollout) -> list[StepStats]:
+        """One or more optimizer steps on a rollout; the first is exactly on-policy."""
+        samples = make_samples(rollout, self.run)
+        size, stats = self.run.batch_size, []
+        for start in range(0, len(samples), size):
+            batches = pack_samples(
+                samples[start : start + size],
+                self.run.trainer.micro_batch_tokens,
+                self.run.trainer.loss_mean,
+                self.run.rollout.temperature,
+                self.session.device,
+            )
+            stats.append(self.trainer.train_step(batches, self.loss))
+        self._check_promise(stats[0])
+        return stats
+
+    def _check_promise(self, first: StepStats) -> None:
+        """The first optimizer step ran on the very weights that drew the samples."""
+        self.progress.logprob_tokens_compared += first.logprob_tokens_compared
+        self.progress.logprob_mismatches += first.logprob_mismatches
+        if first.logprob_mismatches:
+            raise LogprobMismatchError(
+                f"step {self.progress.step + 1}: {first.logprob_mismatches} of "
+                f"{first.logprob_tokens_compared} log-probs differ between rollout and trainer "
+                f"(at most by {first.logprob_abs_diff_max}); the last checkpoint is unharmed"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: the trainer. Data order and samples follow from the step."""
+        return self.trainer.state_dict()
+
+    def close(self) -> None:
+        """Let go of the engine."""
+        self.transport.close()
+        self.engine.close()
+
+
+def make_samples(rollout: Rollout, run: GrpoRun) -> list[Sample]:
+    """Samples in prompt order, each with its group-relative advantage."""
+    advantages = group_advantages(torch.tensor(rollout.rewards), run.algorithm).tolist()
+    return [
+        Sample(
+            sample_id=completion.sample_id,
+            token_ids=(*prompt, *completion.token_ids),
+            prompt_len=len(prompt),
+            logprobs=completion.logprobs,
+            advantage=advantage,
+        )
+        for prompt, group, values in zip(
+            rollout.prompt_ids, rollout.completions, advantages, strict=True
+        )
+        for completion, advantage in zip(group, values, strict=True)
+    ]
+
+
+def rollout_metrics(rollout: Rollout, prefix: str) -> dict[str, float]:
+    """Rewards and lengths under the field's names."""
+    rewards = torch.tensor(rollout.rewards, dtype=torch.float64).flatten()
+    completions = [c for group in rollout.completions for c in group]
+    lens = [len(c.token_ids) for c in completions]
+    return {
+        f"{prefix}/reward_mean": float(rewards.mean()),
+        f"{prefix}/reward_std": float(rewards.std(correction=0)),
+        f"{prefix}/response_len_mean": sum(lens) / len(lens),
+        f"{prefix}/truncated_fraction": sum(c.finish_reason == "length" for c in completions)
+        / len(completions),
+    }
+
+
+def train_metrics(stats: Sequence[StepStats]) -> dict[str, float]:
+    """Means over a step's optimizer steps; the log-prob comparison is that of the first."""
+    metrics = {
+        "train/loss": sum(s.loss for s in stats) / len(stats),
+        "train/grad_norm": sum(s.grad_norm for s in stats) / len(stats),
+        "train/learning_rate": stats[-1].learning_rate,
+        "train/rollout_logprob_abs_diff_max": stats[0].logprob_abs_diff_max,
+        "train/logprob_tokens_compared": stats[0].logprob_tokens_compared,
+        "train/logprob_mismatches": stats[0].logprob_mismatches,
+    }
+    for name in stats[0].metrics:
+        metrics[name] = sum(s.metrics[name] for s in stats) / len(stats)
+    return metrics
+
+
+def sample_rows(rollout: Rollout, num_samples: int) -> list[dict[str, Any]]:
+    """The first sample of the first problems, readable."""
+    rows = []
+    for i, problem in enumerate(rollout.problems[:num_samples]):
+        rows.append(
+            {
+                "prompt": problem.prompt,
+                "completion": rollout.texts[i][0],
+                "label": problem.label,
+                "reward": rollout.rewards[i][0],
+                "finish_reason": rollout.completions[i][0].finish_reason,
+            }
+        )
+    return rows
+
+
+def train(run: GrpoRun) -> dict[str, Any]:
+    """Run to the end; the summary, which summary.json holds too."""
+    session = open_session(run)
+    recipe = GrpoRecipe(run, session)
+    progress, trainer = recipe.progress, recipe.trainer
+    resume_step = progress.step if session.resumed is not None else None
+    total = run.trainer.num_steps
+    logger = MetricsLogger(
+        session.run_dir, run.logger, run.run_name, to_dict(run), resume_step
+    )
+    with logger, tqdm(total=total, initial=progress.step, desc=run.run_name, unit="step") as bar:
+        if progress.step == 0:
+            evaluate(recipe, logger, {})
+        while progress.step < total:
+            phases = Phases()
+            with phases.time("rollout"):
+                rollout = recipe.rollout(progress.step, bar)
+            recipe.transport.begin(trainer.step + run.samples_per_step // run.batch_size)
+            with phases.time("train"):
+                stats = recipe.train(rollout)
+            with phases.time("sync"):
+                recipe.transport.send(trainer.params)
+                recipe.transport.commit(trainer.digest())
+            progress.step += 1
+            metrics = rollout_metrics(rollout, "rollout") | train_metrics(stats)
+            last = progress.step == total
+            if last or progress.step % run.rollout.eval_every == 0:
+                with phases.time("eval"):
+                    evaluate(recipe, logger, metrics)
+            metrics |= phases.seconds | speed(rollout, stats, phases)
+            logger.log(progress.step, metrics)
+            every = run.trainer.checkpoint_every
+            if last or (every and progress.step % every == 0):
+                session.save(
+                    progress.step, recipe.state(), asdict(progress), run.trainer.keep_checkpoints
+                )
+            bar.set_postfix_str(
+                f"reward {rollout.reward_mean:.3f}, {metrics['perf/rollout_tokens_per_s']:.0f} tok/s"
+            )
+            bar.update()
+    summary = {
+        "reward_first": progress.reward_first,
+        "reward_last": progress.reward_last,
+        "logprob_tokens_compared": progress.logprob_tokens_compared,
+        "logprob_mismatches": progress.logprob_mismatches,
+        "weights_digest": trainer.digest(),
+    }
+    recipe.close()
+    session.finish(summary)
+    write_report(session.run_dir, title=run.run_name, summary=summary, config_yaml=to_yaml(run))
+    return summary
+
+
+def evaluate(recipe: GrpoRecipe, logger: MetricsLogger, metrics: dict[str, float]) -> None:
+    """Held-out reward into metrics (step 0: a line of its own) and the samples file."""
+    progress = recipe.progress
+    held_out = recipe.evaluate(progress.step)
+    metrics |= rollout_metrics(held_out, "eval")
+    if progress.reward_first is None:
+        progress.reward_first = held_out.reward_mean
+        logger.log(0, metrics)
+    progress.reward_last = held_out.reward_mean
+    logger.log_samples(progress.step, "eval", sample_rows(held_out, recipe.run.logger.num_samples))
+
+
+def speed(rollout: Rollout, stats: Sequence[StepStats], phases: Phases) -> dict[str, float]:
+    """Tokens per second of the two large phases."""
+    drawn = sum(len(c.token_ids) for group in rollout.completions for c in group)
+    trained = sum(s.num_tokens for s in stats)
+    return {
+        "perf/rollout_tokens_per_s": drawn / phases.seconds["perf/rollout_s"],
+        "perf/train_tokens_per_s": trained / phases.seconds["perf/train_s"],
+    }
+
+
+def main(run: GrpoRun) -> int:
+    """The command `samebit grpo`."""
+    if run.dry_run:
+        print_plan(run, grpo_plan(run))
+        return 0
+    print(json.dumps(train(run)))
+    return 0
+
+

@@ -1,0 +1,51 @@
+"""Where the engine runs and how weights reach it."""
+
+from pathlib import Path
+
+import torch
+
+from samebit.recipes.config import GrpoRun
+from samebit.rollout.engine import Engine
+from samebit.rollout.remote import RemoteEngine
+from samebit.rollout.runtime.weights import load_safetensors
+from samebit.trainer.megatron.trainer import MegatronTrainer
+from samebit.weight_sync.transports.alias import AliasTransport
+from samebit.weight_sync.transports.base import Transport
+from samebit.weight_sync.transports.file import FileTransport
+
+
+def load_weights(trainer: MegatronTrainer, model_path: str) -> None:
+    """Fill the trainer's parameters from a Hugging Face folder."""
+    trainer.fill(lambda specs, params: load_safetensors(Path(model_path), specs, params))
+
+
+def start_engine(
+    run: GrpoRun, device: torch.device, trainer: MegatronTrainer
+) -> tuple[Engine | RemoteEngine, Transport]:
+    """The engine and the transport that serves it; its weights are the model folder's."""
+    section = run.engine
+    settings = {
+        "device": device,
+        "page_size": section.page_size,
+        "kv_cache_tokens": section.kv_cache_tokens,
+        "max_batch_tokens": section.max_batch_tokens,
+        "max_num_seqs": section.max_num_seqs,
+        "prefill_chunk": section.prefill_chunk,
+        "prefix_cache": section.prefix_cache,
+        "max_model_len": run.rollout.max_prompt_len + run.rollout.max_new_tokens,
+        "seed": run.seed,
+    }
+    engine: Engine | RemoteEngine
+    if section.placement == "process":
+        engine = RemoteEngine(run.model.path, cpu_threads=run.cpu_threads, **settings)
+    else:
+        engine = Engine(run.model.path, **settings)
+    if section.transport == "alias":
+        assert isinstance(engine, Engine)
+        engine.bind_weights(trainer.params, trainer.step)
+        return engine, AliasTransport(engine)
+    if section.transport == "gloo":
+        assert isinstance(engine, RemoteEngine)
+        return engine, engine.connect_weights("gloo")
+    folder = run.run_dir / "weight_sync"
+    return engine, FileTransport(folder, trainer.specs, engine.update_weights_from_disk)

@@ -1,0 +1,76 @@
+"""dry_run: the resolved plan of a run, from its configuration alone. Nothing is allocated."""
+
+from typing import Any
+
+from samebit.recipes.config import GrpoRun, SftRun, to_yaml
+from samebit.rollout.config import resolve_device
+from samebit.rollout.models.config import ModelConfig
+from samebit.rollout.models.decoder import param_specs
+from samebit.rollout.models.registry import load_model_config
+from samebit.weight_sync.mapping import hf_shapes
+
+_MIB = 1 << 20
+
+
+def _num_parameters(model: ModelConfig) -> int:
+    total = 0
+    for shape in hf_shapes(param_specs(model)).values():
+        size = 1
+        for length in shape:
+            size *= length
+        total += size
+    return total
+
+
+def _memory(model: ModelConfig, device_type: str) -> dict[str, Any]:
+    """MiB by use. AdamW keeps two fp32 moments, bf16 weights also an fp32 master copy."""
+    parameters = _num_parameters(model)
+    weight_bytes = 4 if device_type == "cpu" else 2
+    master_bytes = 0 if device_type == "cpu" else 4
+    return {
+        "parameters": parameters,
+        "weights_mib": round(parameters * weight_bytes / _MIB, 1),
+        "gradients_mib": round(parameters * 4 / _MIB, 1),
+        "optimizer_mib": round(parameters * (8 + master_bytes) / _MIB, 1),
+    }
+
+
+def grpo_plan(run: GrpoRun) -> dict[str, Any]:
+    """Batch arithmetic and memory estimate."""
+    model = load_model_config(run.model.path)
+    device = resolve_device(run.device).type
+    longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
+    kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * (
+        4 if device == "cpu" else 2
+    )
+    return {
+        "device": device,
+        "samples_per_step": run.samples_per_step,
+        "optimizer_steps_per_step": run.samples_per_step // run.batch_size,
+        "optimizer_steps": run.trainer.num_steps * (run.samples_per_step // run.batch_size),
+        "most_tokens_per_step": run.samples_per_step * longest,
+        **_memory(model, device),
+        "reference_mib": _memory(model, device)["weights_mib"] if run.algorithm.kl_coef else 0,
+        "kv_mib_if_all_run_at_once": round(
+            min(run.samples_per_step, run.engine.max_num_seqs) * longest * kv_bytes / _MIB, 1
+        ),
+    }
+
+
+def sft_plan(run: SftRun) -> dict[str, Any]:
+    """Batch arithmetic and memory estimate."""
+    model = load_model_config(run.model.path)
+    device = resolve_device(run.device).type
+    return {
+        "device": device,
+        "samples_per_step": run.trainer.batch_size,
+        "optimizer_steps": run.trainer.num_steps,
+        **_memory(model, device),
+    }
+
+
+def print_plan(run: GrpoRun | SftRun, plan: dict[str, Any]) -> None:
+    """The configuration as YAML, then the plan, one figure a line."""
+    print(to_yaml(run))
+    for name, value in plan.items():
+        print(f"{name:28s} {value:,}" if isinstance(value, int | float) else f"{name:28s} {value}")

@@ -1,0 +1,96 @@
+"""What every training recipe does around its loop: folder, checkpoints, summary."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from samebit.kernels.profile import NumericsProfile, numerics_profile
+from samebit.recipes.config import RunSection, to_dict, to_yaml
+from samebit.recipes.metrics import write_atomically
+from samebit.rollout.config import resolve_device
+from samebit.trainer.checkpoint import Checkpoint, CheckpointError, latest_checkpoint
+from samebit.trainer.checkpoint import save_checkpoint as write_checkpoint
+
+# Keys that cannot change a result, so a resumed run may change them.
+_FREE_KEYS = ("resume", "overwrite", "dry_run", "run_name", "output_dir", "engine", "logger", "device")
+_FREE_TRAINER_KEYS = ("checkpoint_every", "keep_checkpoints")
+
+
+@dataclass
+class Session:
+    """A run's folder, its device and the numerics that its checkpoints are bound to."""
+
+    run: RunSection
+    device: torch.device
+    profile: NumericsProfile
+    resumed: Checkpoint | None
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run's files go."""
+        return self.run.run_dir
+
+    def save(self, step: int, state: dict[str, Any], progress: dict[str, Any], keep: int) -> Path:
+        """Write a checkpoint after `step`; `progress` is small and readable, in the manifest."""
+        manifest = {
+            "config_digest": config_digest(self.run),
+            "numerics": asdict(self.profile) | {"digest": self.profile.digest},
+            "progress": progress,
+        }
+        return write_checkpoint(self.run_dir / "checkpoints", step, state, manifest, keep)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write summary.json."""
+        write_atomically(self.run_dir / "summary.json", json.dumps(summary) + "\n")
+
+
+def config_digest(run: RunSection) -> str:
+    """A digest of every key that a result depends on."""
+    config = {k: v for k, v in to_dict(run).items() if k not in _FREE_KEYS}
+    trainer = {k: v for k, v in config["trainer"].items() if k not in _FREE_TRAINER_KEYS}
+    if trainer["optimizer"]["lr_schedule"] == "constant":
+        del trainer["num_steps"]  # a run may be made longer
+    text = json.dumps(config | {"trainer": trainer}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def open_session(run: RunSection) -> Session:
+    """Make or reopen the run's folder; nothing is removed unless overwrite=true says so.
+
+    Raises CheckpointError if the checkpoint to resume belongs to another configuration or another
+    numerics profile, FileExistsError if the folder is in use.
+    """
+    torch.set_num_threads(run.cpu_threads)
+    device = resolve_device(run.device)
+    profile = numerics_profile(device)
+    checkpoints = run.run_dir / "checkpoints"
+    resumed = latest_checkpoint(checkpoints) if run.resume else None
+    if resumed is not None:
+        _require_same(resumed, run, profile)
+    elif not run.resume and run.run_dir.exists():
+        if not run.overwrite and latest_checkpoint(checkpoints) is not None:
+            raise FileExistsError(
+                f"{run.run_dir} holds the checkpoints of a run; give resume=true to go on, another "
+                "run_name, or overwrite=true"
+            )
+        shutil.rmtree(run.run_dir)
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(run.run_dir / "config.yaml", to_yaml(run))
+    return Session(run, device, profile, resumed)
+
+
+def _require_same(checkpoint: Checkpoint, run: RunSection, profile: NumericsProfile) -> None:
+    checkpoint.require("config_digest", config_digest(run), "configuration")
+    there = checkpoint.manifest["numerics"]
+    if there["digest"] != profile.digest:
+        here = asdict(profile)
+        changed = {k: (there.get(k), v) for k, v in here.items() if there.get(k) != v}
+        raise CheckpointError(
+            f"{checkpoint.path} was written under another numerics profile, so bits would differ: "
+            + ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items())
+        )

@@ -1,0 +1,108 @@
+"""Supervised fine-tuning on prompts and labels: the trainer's loop without a rollout."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from samebit.recipes.config import SftRun, to_dict
+from samebit.recipes.metrics import MetricsLogger
+from samebit.recipes.order import problem_index
+from samebit.recipes.placement import load_weights
+from samebit.recipes.plan import print_plan, sft_plan
+from samebit.recipes.session import open_session
+from samebit.recipes.side_files import side_files
+from samebit.recipes.tasks.base import Dataset, load_datasets
+from samebit.recipes.text import TextCodec
+from samebit.rollout.models.registry import load_model_config
+from samebit.trainer.algorithms.sft import sft_loss
+from samebit.trainer.megatron.trainer import MegatronTrainer
+from samebit.trainer.packing import pack_samples
+from samebit.trainer.types import Sample
+from samebit.weight_sync.transports.file import write_hf_folder
+from samebit.weight_sync.types import WeightVersion
+
+
+@dataclass
+class Progress:
+    """Part of every checkpoint."""
+
+    step: int = 0
+
+
+def make_batch(run: SftRun, step: int, data: Dataset, text: TextCodec) -> list[Sample]:
+    """The samples of one optimizer step, by index."""
+    size = run.trainer.batch_size
+    assert size is not None
+    samples = []
+    for position in range(step * size, (step + 1) * size):
+        problem = data[problem_index(position, len(data), run.seed)]
+        prompt = text.encode_prompt(problem, run.trainer.micro_batch_tokens)
+        label = text.encode_label(problem)
+        samples.append(
+            Sample(sample_id=position, token_ids=(*prompt, *label), prompt_len=len(prompt))
+        )
+    return samples
+
+
+def train(run: SftRun) -> dict[str, Any]:
+    """Run to the end and export to run_dir/model; the summary."""
+    session = open_session(run)
+    data, _held_out = load_datasets(run.data)
+    text = TextCodec(run.model.path)
+    settings, total = run.trainer, run.trainer.num_steps
+    trainer = MegatronTrainer(
+        load_model_config(run.model.path), settings.optimizer, total, session.device
+    )
+    load_weights(trainer, run.model.path)
+    progress = Progress()
+    if session.resumed is not None:
+        trainer.load_state_dict(session.resumed.load())
+        progress = Progress(**session.resumed.manifest["progress"])
+    resume_step = progress.step if session.resumed is not None else None
+    logger = MetricsLogger(session.run_dir, run.logger, run.run_name, to_dict(run), resume_step)
+    with logger, tqdm(total=total, initial=progress.step, desc=run.run_name, unit="step") as bar:
+        while progress.step < total:
+            samples = make_batch(run, progress.step, data, text)
+            batches = pack_samples(
+                samples, settings.micro_batch_tokens, settings.loss_mean, device=session.device
+            )
+            stats = trainer.train_step(batches, sft_loss)
+            progress.step += 1
+            logger.log(
+                progress.step,
+                {
+                    "train/loss": stats.loss,
+                    "train/grad_norm": stats.grad_norm,
+                    "train/learning_rate": stats.learning_rate,
+                    **stats.metrics,
+                },
+            )
+            every, last = settings.checkpoint_every, progress.step == total
+            if last or (every and progress.step % every == 0):
+                session.save(
+                    progress.step,
+                    trainer.state_dict(),
+                    asdict(progress),
+                    settings.keep_checkpoints,
+                )
+            bar.set_postfix_str(f"loss {stats.loss:.4f}")
+            bar.update()
+    digest = trainer.digest()
+    version = WeightVersion(trainer.step, digest)
+    files = side_files(Path(run.model.path))
+    write_hf_folder(session.run_dir / "model", trainer.specs, trainer.params, version, files)
+    summary = {"steps": progress.step, "weights_digest": digest}
+    session.finish(summary)
+    return summary
+
+
+def main(run: SftRun) -> int:
+    """The command `samebit sft`."""
+    if run.dry_run:
+        print_plan(run, sft_plan(run))
+        return 0
+    print(json.dumps(train(run)))
+    return 0

@@ -1,0 +1,45 @@
+"""Between a problem's text and token ids, by the model folder's own tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+from samebit.recipes.tasks.base import Problem
+
+
+class TextCodec:
+    """Encodes prompts and labels, decodes completions. Raises ValueError without a tokenizer."""
+
+    def __init__(self, model_path: str | Path) -> None:
+        from transformers import AutoTokenizer
+
+        folder = Path(model_path)
+        if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer_config.json")):
+            raise ValueError(f"model.path {folder} holds no tokenizer (tokenizer.json)")
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+
+    def encode_prompt(self, problem: Problem, max_len: int) -> list[int]:
+        """Token ids of a prompt; chat messages go through the chat template."""
+        if isinstance(problem.prompt, str):
+            ids = self._tokenizer.encode(problem.prompt)
+        else:
+            ids = self._tokenizer.apply_chat_template(
+                problem.prompt, add_generation_prompt=True, return_dict=False
+            )
+        if not 0 < len(ids) <= max_len:
+            raise ValueError(
+                f"problem {problem.index}: its prompt has {len(ids)} tokens; rollout.max_prompt_len "
+                f"allows 1 to {max_len}"
+            )
+        return list(ids)
+
+    def encode_label(self, problem: Problem) -> list[int]:
+        """Token ids of the reference answer, with the end-of-sequence token."""
+        ids = self._tokenizer.encode(problem.label, add_special_tokens=False)
+        if not ids:
+            raise ValueError(f"problem {problem.index}: its label is empty; sft needs an answer")
+        end = self._tokenizer.eos_token_id
+        return [*ids, *([] if end is None else [end])]
+
+    def decode(self, token_ids: tuple[int, ...]) -> str:
+        """The completion's text without special tokens."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)

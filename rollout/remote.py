@@ -1,0 +1,178 @@
+"""An engine in a process of its own on this machine, called like one in this process."""
+
+import multiprocessing
+import socket
+import traceback
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from samebit.rollout.types import Completion, SamplingParams
+from samebit.weight_sync.transports.collective import CollectiveSender
+from samebit.weight_sync.types import WeightSyncError, WeightVersion
+
+
+class RemoteEngineError(RuntimeError):
+    """The engine's process died."""
+
+
+def _serve(connection: Connection, model_path: str, cpu_threads: int, settings: dict) -> None:
+    """The child's loop: call the engine's methods by name until told to stop."""
+    torch.set_num_threads(cpu_threads)
+    from samebit.rollout.engine import Engine
+
+    engine: Any = None
+    while True:
+        try:
+            name, args, kwargs = connection.recv()
+        except EOFError:
+            return  # the parent is gone
+        try:
+            if name == "start":
+                engine = Engine(model_path, **settings)
+                result = engine.weight_version
+            elif name == "weight_version":
+                result = engine.weight_version
+            else:
+                result = getattr(engine, name)(*args, **kwargs)
+            connection.send((True, result))
+        except Exception as error:  # noqa: BLE001 - every error goes to the caller
+            error.add_note(f"in the engine's process:\n{traceback.format_exc()}")
+            connection.send((False, error))
+
+
+class RemoteEngine:
+    """Starts a process with an Engine; arguments as Engine's. Close it when done."""
+
+    def __init__(self, model_path: str | Path, cpu_threads: int = 1, **settings: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, child = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(child, str(model_path), cpu_threads, settings), daemon=True
+        )
+        self._process.start()
+        child.close()
+        self._call("start")
+
+    def generate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sample_ids: Sequence[Sequence[int]] | None = None,
+        *,
+        return_hidden_states: Sequence[int] = (),
+        progress: Any = None,
+    ) -> list[list[Completion]]:
+        """See Engine.generate; progress is called once, at the end."""
+        groups = self._call(
+            "generate",
+            prompt_ids,
+            sampling_params,
+            sample_ids,
+            return_hidden_states=return_hidden_states,
+        )
+        if progress is not None:
+            done = [c for group in groups for c in group]
+            progress(len(done), sum(len(c.token_ids) for c in done))
+        return groups
+
+    def score(
+        self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
+    ) -> list[list[float]]:
+        """See Engine.score."""
+        return self._call("score", token_ids, temperature)
+
+    @property
+    def weight_version(self) -> WeightVersion:
+        """Step and digest of the weights that are served."""
+        return self._call("weight_version")
+
+    def update_weights_from_disk(
+        self, model_path: str | Path, step: int | None = None
+    ) -> WeightVersion:
+        """See Engine.update_weights_from_disk."""
+        return self._call("update_weights_from_disk", str(model_path), step)
+
+    def connect_weights(self, backend: str, timeout_s: float = 600.0) -> "RemoteTransport":
+        """Make a weight group of this process (rank 0) and the engine's (rank 1)."""
+        port = _free_port()
+        self._send("init_weights_update_group", "127.0.0.1", port, 1, 2, backend, timeout_s)
+        sender = CollectiveSender("127.0.0.1", port, 2, backend, timeout_s=timeout_s)
+        self._receive()
+        return RemoteTransport(self, sender)
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.kill()
+
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        self._send(name, *args, **kwargs)
+        return self._receive()
+
+    def _send(self, name: str, *args: Any, **kwargs: Any) -> None:
+        try:
+            self._connection.send((name, args, kwargs))
+        except (BrokenPipeError, OSError) as error:
+            raise self._died() from error
+
+    def _receive(self) -> Any:
+        try:
+            succeeded, result = self._connection.recv()
+        except (EOFError, ConnectionResetError) as error:
+            raise self._died() from error
+        if not succeeded:
+            raise result
+        return result
+
+    def _died(self) -> RemoteEngineError:
+        self._process.join(timeout=5)
+        return RemoteEngineError(
+            f"the engine's process {self._process.pid} ended with code {self._process.exitcode}"
+        )
+
+
+class RemoteTransport:
+    """Weights to a RemoteEngine: the engine receives while this process sends."""
+
+    def __init__(self, engine: RemoteEngine, sender: CollectiveSender) -> None:
+        self._engine = engine
+        self._sender = sender
+
+    def begin(self, step: int) -> None:
+        """The engine stops serving and waits for buckets."""
+        self._engine._send("update_weights_from_distributed")
+        self._sender.begin(step)
+
+    def send(self, params: Mapping[str, torch.Tensor]) -> None:
+        """Broadcast every bucket."""
+        self._sender.send(params)
+
+    def commit(self, digest: str) -> WeightVersion:
+        """The engine compares digests and serves."""
+        try:
+            self._sender.commit(digest)
+        except WeightSyncError:
+            self._engine._receive()  # raises the engine's own error, which says more
+            raise
+        return self._engine._receive()
+
+    def abort(self, reason: str) -> None:
+        """The engine refuses to serve until a full update."""
+        self._sender.abort(reason)
+        self._engine._receive()
+
+    def close(self) -> None:
+        """Leave the group."""
+        self._sender.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
