@@ -173,6 +173,7 @@ def _start_wandb(
 ) -> Any:
     import wandb
 
+    mode: Any = config.wandb  # checked against WANDB_MODES, which wandb declares as literals
     # The digest keeps names apart that the allowed characters make alike.
     digest = hashlib.sha256(run_name.encode()).hexdigest()[:8]
     run = wandb.init(
@@ -181,7 +182,7 @@ def _start_wandb(
         id=re.sub(r"[^A-Za-z0-9_-]+", "-", run_name)[:64] + f"-{digest}",
         resume="allow" if resume else None,
         dir=run_dir,
-        mode=config.wandb,
+        mode=mode,
         config=resolved_config,
         settings=wandb.Settings(silent=True, console="off"),
     )

@@ -165,7 +165,7 @@ def _format(value: Any) -> str:
 
 
 def _charts(rows: list[dict[str, Any]]) -> list[str]:
-    figures = []
+    figures: list[str] = []
     for chart in CHARTS:
         lines = {label: _series(rows, key) for label, key in chart.keys.items()}
         lines = {label: line for label, line in lines.items() if line}

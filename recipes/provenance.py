@@ -1,0 +1,31 @@
+"""Where a result comes from: command, commit, device and versions, for every result file."""
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("torch", "triton", "megatron-core", "transformers", "numpy")
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def provenance(command: list[str]) -> dict[str, Any]:
+    """The fields that every committed result names."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "command": " ".join(command),
+        "commit": _commit(),
+        "device": device,
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }

@@ -1,0 +1,241 @@
+"""The promise, property by property: run it another way, and every bit must be the same."""
+
+import asyncio
+import random
+from collections.abc import Callable
+
+import torch
+
+from samebit.recipes.verification.subject import NUM_SAMPLES, Result, Subject, flat
+from samebit.rollout.types import Completion, SamplingParams
+from samebit.trainer.config import OptimizerConfig
+from samebit.trainer.packing import pack_samples
+from samebit.trainer.types import Sample
+
+CHUNKS = (1, 15, 16, 17, 63, 64, 65, 128)
+
+
+def batch_size(subject: Subject) -> Result:
+    """Alone, in small batches and in batches of other company."""
+    result = Result("batch size")
+    everyone = range(len(subject.prompts))
+    for size in (1, 2, 3, 5):
+        engine = subject.make_engine(prefix_cache=False)
+        for start in range(0, len(subject.prompts), size):
+            order = everyone[start : start + size]
+            found = flat(subject.generate(engine, order))
+            result.compare(found, subject.truth(order), f"size {size}, from prompt {start}")
+    return result
+
+
+def batch_position(subject: Subject) -> Result:
+    """Another order, and few sequences at a time."""
+    result = Result("position in batch")
+    order = list(range(len(subject.prompts)))
+    for seed in range(3):
+        random.Random(seed).shuffle(order)
+        for limit in (256, 7):
+            engine = subject.make_engine(prefix_cache=False, max_num_seqs=limit)
+            found = flat(subject.generate(engine, order))
+            result.compare(found, subject.truth(order), f"order {seed}, max_num_seqs {limit}")
+    return result
+
+
+def prefill_chunk(subject: Subject) -> Result:
+    """Prompts computed in chunks of every awkward size."""
+    result = Result("prefill chunk")
+    for chunk in CHUNKS:
+        engine = subject.make_engine(prefill_chunk=chunk, prefix_cache=False)
+        result.compare(flat(subject.generate(engine)), subject.truth(), f"chunk {chunk}")
+    engine = subject.make_engine(max_batch_tokens=37, prefix_cache=False)
+    result.compare(flat(subject.generate(engine)), subject.truth(), "37 tokens a step")
+    return result
+
+
+def prefix_cache(subject: Subject) -> Result:
+    """A miss, then hits; and a hit that leaves one token."""
+    result = Result("prefix cache")
+    for page_size in (16, 64):
+        engine = subject.make_engine(page_size=page_size)
+        for case in ("first run", "second run"):
+            found = flat(subject.generate(engine))
+            result.compare(found, subject.truth(), f"page {page_size}, {case}")
+        assert engine.prefixes is not None
+        if engine.prefixes.num_hit_tokens == 0:
+            result.mismatches += 1
+            result.notes.append(f"page {page_size}: the cache never hit")
+    i = next(i for i, p in enumerate(subject.prompts) if len(p) == 65)
+    engine = subject.make_engine(page_size=64)
+    engine.generate([subject.prompts[i][:64] + [0]], SamplingParams(max_new_tokens=1))
+    found = flat(subject.generate(engine, [i]))
+    result.compare(found, subject.truth([i]), "64 of 65 tokens cached")
+    return result
+
+
+def page_size(subject: Subject) -> Result:
+    """Pages smaller, larger and across the key tile."""
+    result = Result("page size")
+    for size in (1, 16, 48, 128):
+        engine = subject.make_engine(page_size=size)
+        result.compare(flat(subject.generate(engine)), subject.truth(), f"page {size}")
+    return result
+
+
+def preemption(subject: Subject) -> Result:
+    """Too few pages for everyone: contexts are dropped and computed again."""
+    result = Result("preemption")
+    for cached in (False, True):
+        tokens = -(-subject.longest // 16) * 16 * 4
+        engine = subject.make_engine(page_size=16, kv_cache_tokens=tokens, prefix_cache=cached)
+        result.compare(flat(subject.generate(engine)), subject.truth(), f"cache {cached}")
+        if engine.scheduler.num_preemptions == 0:
+            result.mismatches += 1
+            result.notes.append("nothing was preempted, so nothing was tested")
+    return result
+
+
+def group(subject: Subject) -> Result:
+    """The samples of one prompt, one request each."""
+    result = Result("group vs single")
+    engine = subject.make_engine()
+    for s in range(NUM_SAMPLES):
+        found = engine.generate(
+            subject.prompts,
+            [_single(p) for p in subject.params],
+            [[ids[s]] for ids in subject.sample_ids],
+        )
+        result.compare(flat(found), [g[s] for g in subject.baseline], f"sample {s}")
+    return result
+
+
+def _single(params: SamplingParams) -> SamplingParams:
+    return SamplingParams(**{**vars(params), "n": 1})
+
+
+def neighbour_abort(subject: Subject) -> Result:
+    """Neighbours that vanish in mid-flight."""
+    result = Result("abort of a neighbour")
+    for when in (1, 5):
+        engine = subject.make_engine(prefix_cache=False)
+        place = {}
+        doomed = []
+        for i, prompt in enumerate(subject.prompts):
+            request = engine.add_request(prompt, subject.params[i], subject.sample_ids[i])
+            place[request] = i
+            doomed.append(engine.add_request(prompt[::-1], SamplingParams(n=2, max_new_tokens=20)))
+        found: dict[int, list[Completion]] = {}
+        steps = 0
+        while engine.has_unfinished_requests:
+            for done in engine.step():
+                found[place.get(done[0].request_id, -1)] = done
+            steps += 1
+            if steps == when:
+                for request in doomed:
+                    engine.abort_request(request)
+        ordered = flat([found[i] for i in range(len(subject.prompts))])
+        result.compare(ordered, subject.truth(), f"abort after {when} steps")
+    return result
+
+
+def concurrent_callers(subject: Subject) -> Result:
+    """Asynchronous calls that share batches."""
+    result = Result("concurrent callers")
+    engine = subject.make_engine()
+
+    async def together() -> list[list[list[Completion]]]:
+        calls = [
+            engine.agenerate([p], [q], [i])
+            for p, q, i in zip(subject.prompts, subject.params, subject.sample_ids, strict=True)
+        ]
+        return await asyncio.gather(*calls)
+
+    found = [completion for [g] in asyncio.run(together()) for completion in g]
+    result.compare(found, subject.truth(), "one call a prompt")
+    return result
+
+
+def restart(subject: Subject) -> Result:
+    """Another engine on the same weights."""
+    result = Result("engine restart")
+    for _ in range(2):
+        result.compare(flat(subject.generate(subject.make_engine())), subject.truth(), "fresh")
+    return result
+
+
+def weight_update(subject: Subject) -> Result:
+    """Before and after an update to the same weights, with cached prefixes dropped."""
+    result = Result("identical weight update")
+    engine = subject.make_engine()
+    subject.generate(engine)
+    copies = {name: tensor.clone() for name, tensor in engine.weights.items()}
+    engine.update_weights_from_tensor(copies, step=1)
+    result.compare(flat(subject.generate(engine)), subject.truth(), "update from tensors")
+    engine.update_weights_from_disk(subject.model_path, step=2)
+    result.compare(flat(subject.generate(engine)), subject.truth(), "update from disk")
+    return result
+
+
+def score(subject: Subject) -> Result:
+    """`score` of the drawn tokens, against the log-probs that drawing returned."""
+    result = Result("score vs generate")
+    for chunk in (1024, 17):
+        engine = subject.make_engine(prefill_chunk=chunk)
+        for i, prompt in enumerate(subject.prompts):
+            contexts = [[*prompt, *c.token_ids] for c in subject.baseline[i]]
+            scores = engine.score(contexts, subject.params[i].temperature or 1.0)
+            result.cases += 1
+            for completion, values in zip(subject.baseline[i], scores, strict=True):
+                found = values[len(prompt) - 1 :]
+                result.compare_values(found, list(completion.logprobs), f"prompt {i}")
+    return result
+
+
+def trainer(subject: Subject) -> Result:
+    """Megatron's forward over packed samples, against the rollout's log-probs."""
+    from samebit.trainer.megatron.trainer import MegatronTrainer
+
+    result = Result("trainer vs rollout")
+    megatron = MegatronTrainer(subject.config, OptimizerConfig(lr=0.0), 1, subject.device)
+
+    def copy(_specs: object, params: dict[str, torch.Tensor]) -> None:
+        for name, param in params.items():
+            param.copy_(subject.engine.weights[name])
+
+    megatron.fill(copy)
+    for temperature in sorted({p.temperature or 1.0 for p in subject.params}):
+        samples = [
+            Sample(
+                sample_id=completion.sample_id,
+                token_ids=(*subject.prompts[i], *completion.token_ids),
+                prompt_len=len(subject.prompts[i]),
+                logprobs=completion.logprobs,
+            )
+            for i, g in enumerate(subject.baseline)
+            if (subject.params[i].temperature or 1.0) == temperature
+            for completion in g
+        ]
+        for max_tokens in (subject.longest, 1000, 100_000):
+            batches = pack_samples(samples, max_tokens, temperature=temperature)
+            found = [v for part in megatron.logprobs(batches) for v in part.tolist()]
+            truth = [v for sample in samples for v in sample.logprobs]
+            result.cases += 1
+            case = f"temperature {temperature}, packs of {max_tokens}"
+            result.compare_values(found, truth, case)
+    return result
+
+
+PROPERTIES: tuple[Callable[[Subject], Result], ...] = (
+    batch_size,
+    batch_position,
+    prefill_chunk,
+    prefix_cache,
+    page_size,
+    preemption,
+    group,
+    neighbour_abort,
+    concurrent_callers,
+    restart,
+    weight_update,
+    score,
+    trainer,
+)

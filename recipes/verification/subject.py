@@ -1,0 +1,126 @@
+"""What a property is measured on: a model, fixed prompts and ids, and the baseline they gave."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from samebit.rollout.engine import Engine
+from samebit.rollout.models.config import ModelConfig
+from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.types import Completion, SamplingParams
+
+# Around every tile (16, 64) and page boundary.
+PROMPT_LENS = (1, 2, 15, 16, 17, 31, 33, 48, 63, 64, 65, 80, 127, 128, 129, 191, 193)
+NUM_NEW_TOKENS = 48
+NUM_SAMPLES = 3
+_LIMITS = (
+    {},
+    {"temperature": 0.7},
+    {"top_k": 20},
+    {"top_p": 0.9, "temperature": 1.3},
+    {"min_p": 0.05},
+    {"temperature": 0.0},
+)
+
+
+@dataclass
+class Result:
+    """How often a property held."""
+
+    name: str
+    cases: int = 0
+    tokens: int = 0
+    mismatches: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def compare(self, found: Sequence[Completion], truth: Sequence[Completion], case: str) -> None:
+        """Count a case: every position whose token or log-prob differs."""
+        self.cases += 1
+        assert len(found) == len(truth), case
+        for a, b in zip(found, truth, strict=True):
+            self.compare_values(
+                list(zip(a.token_ids, a.logprobs, strict=True)),
+                list(zip(b.token_ids, b.logprobs, strict=True)),
+                case,
+            )
+
+    def compare_values(self, found: Sequence[Any], truth: Sequence[Any], case: str) -> None:
+        """Count positions; a missing position is a mismatch."""
+        length = max(len(found), len(truth))
+        unequal = sum(a != b for a, b in zip(found, truth, strict=False))
+        unequal += length - min(len(found), len(truth))
+        self.tokens += length
+        self.mismatches += unequal
+        if unequal and len(self.notes) < 5:
+            self.notes.append(f"{case}: {unequal} of {length}")
+
+
+@dataclass
+class Subject:
+    """One model under test. `baseline[p][s]` is sample s of prompt p from a plain engine."""
+
+    model_path: Path
+    device: torch.device
+    prompts: list[list[int]]
+    params: list[SamplingParams]
+    sample_ids: list[list[int]]
+    engine: Engine
+    baseline: list[list[Completion]]
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's sizes."""
+        return self.engine.model_config
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest context."""
+        return max(map(len, self.prompts)) + NUM_NEW_TOKENS
+
+    def make_engine(self, **settings: Any) -> Engine:
+        """A fresh engine on the same model."""
+        return Engine(self.model_path, device=self.device, seed=11, **settings)
+
+    def generate(self, engine: Engine, order: Sequence[int] | None = None) -> list[list[Completion]]:
+        """Completions of the prompts named by `order` (default: all), each by its own ids."""
+        order = range(len(self.prompts)) if order is None else order
+        return engine.generate(
+            [self.prompts[i] for i in order],
+            [self.params[i] for i in order],
+            [self.sample_ids[i] for i in order],
+        )
+
+    def truth(self, order: Sequence[int] | None = None) -> list[Completion]:
+        """The baseline's completions in that order, flat."""
+        order = range(len(self.prompts)) if order is None else order
+        return [completion for i in order for completion in self.baseline[i]]
+
+
+def flat(groups: Sequence[Sequence[Completion]]) -> list[Completion]:
+    """All completions, in order."""
+    return [completion for group in groups for completion in group]
+
+
+def make_subject(model_path: Path, device: torch.device) -> Subject:
+    """Fixed prompts of every boundary length, and what a plain engine makes of them."""
+    config = load_model_config(model_path)
+    rng = random.Random(5)
+    prompts = [[rng.randrange(config.vocab_size) for _ in range(n)] for n in PROMPT_LENS]
+    params = [
+        SamplingParams(
+            n=NUM_SAMPLES,
+            max_new_tokens=NUM_NEW_TOKENS,
+            ignore_eos=i % 4 != 3,
+            **_LIMITS[i % len(_LIMITS)],
+        )
+        for i in range(len(prompts))
+    ]
+    ids = [[1000 * i + s for s in range(NUM_SAMPLES)] for i in range(len(prompts))]
+    engine = Engine(model_path, device=device, seed=11)
+    subject = Subject(model_path, device, prompts, params, ids, engine, [])
+    subject.baseline = subject.generate(engine)
+    return subject
