@@ -202,9 +202,9 @@ def _attend_cpu(
         new_max = torch.maximum(row_max[:n], scores.amax(-1))
         rescale = torch.exp(row_max[:n] - new_max)
         weights = torch.exp(scores.sub_(new_max[..., None]))
-        product = torch.bmm(
-            weights.view(-1, Q_TILE, KV_TILE), _clean_values(v, tile, num_kv)
-        ).view(n, num_kv, Q_TILE, head_dim)
+        product = torch.bmm(weights.view(-1, Q_TILE, KV_TILE), _clean_values(v, tile, num_kv)).view(
+            n, num_kv, Q_TILE, head_dim
+        )
         row_sum[:n] = row_sum[:n] * rescale + weights.sum(-1)
         acc[:n] = acc[:n] * rescale[..., None] + product
         row_max[:n] = new_max

@@ -51,7 +51,7 @@ logsumexp = Op("logsumexp", cpu=_logsumexp_cpu)
 
 
 def logprob_of(scaled_logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [B] of token_ids [B] under scaled_logits [B, V] (fp32, after temperature)."""
+    """Log-probabilities [B] of token_ids [B] under scaled_logits [B, V] (fp32)."""
     chosen = scaled_logits.gather(1, token_ids[:, None]).squeeze(1)
     return chosen - logsumexp(scaled_logits)
 
@@ -71,7 +71,9 @@ class _Logprob(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logprobs, entropies, normalizers = [], [], []
         rows = _chunk_rows(weight.shape[0])
-        for h, ids, t in zip(*(x.split(rows) for x in (hidden, token_ids, temperature)), strict=True):
+        for h, ids, t in zip(
+            *(x.split(rows) for x in (hidden, token_ids, temperature)), strict=True
+        ):
             logits = linear(h, weight) / t[:, None]
             normalizer = logsumexp(logits)
             logprobs.append(logits.gather(1, ids[:, None]).squeeze(1) - normalizer)

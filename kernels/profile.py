@@ -41,7 +41,9 @@ def _cpu_architecture() -> str:
     if not cpuinfo.exists():
         return platform.processor() or platform.machine()
     fields = dict(
-        line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if ":" in line
+        line.split(":", 1)
+        for line in cpuinfo.read_text().split("\n\n")[0].splitlines()
+        if ":" in line
     )
     by_name = {name.strip(): value.strip() for name, value in fields.items()}
     family = [by_name.get(name, "?") for name in ("vendor_id", "cpu family", "model")]

@@ -84,7 +84,9 @@ def check_rows(widths: Iterable[int]) -> None:
         x = torch.randn(67, 2 * width, generator=generator)
         norm, gate = rms_norm(x[:, :width], torch.ones(width), 1e-6), swiglu(x)
         for rows in (1, 2, 5, 31, 66):
-            same_norm = torch.equal(rms_norm(x[:rows, :width], torch.ones(width), 1e-6), norm[:rows])
+            same_norm = torch.equal(
+                rms_norm(x[:rows, :width], torch.ones(width), 1e-6), norm[:rows]
+            )
             if not (same_norm and torch.equal(swiglu(x[:rows]), gate[:rows])):
                 raise SelfCheckError(f"row operations are not invariant here: width {width}")
 

@@ -65,15 +65,22 @@ class RolloutSection:
     """Tokens; a longer prompt is an error."""
     max_new_tokens: int = 256
     eval_every: int = 20
-    """Steps between evaluations on held-out problems; before the first and after the last always."""
+    """Steps between evaluations on held-out problems; also before the first, after the last."""
     eval_samples_per_prompt: int = 1
     eval_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "eval_every"):
             require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), "positive")
-        require(self.temperature > 0, "rollout.temperature", self.temperature, "positive to train on")
-        require(self.eval_temperature >= 0, "rollout.eval_temperature", self.eval_temperature, "at least 0")
+        require(
+            self.temperature > 0, "rollout.temperature", self.temperature, "positive to train on"
+        )
+        require(
+            self.eval_temperature >= 0,
+            "rollout.eval_temperature",
+            self.eval_temperature,
+            "at least 0",
+        )
 
 
 @dataclass(kw_only=True)
@@ -237,7 +244,7 @@ def resolve(command: str, overrides: Sequence[str]) -> Any:
     if missing:
         raise ConfigError(f"required: {', '.join(f'{key}=...' for key in missing)}")
     try:
-        run = OmegaConf.to_object(config)
+        run: Any = OmegaConf.to_object(config)
         run.validate()
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(str(error).splitlines()[0]) from error

@@ -40,5 +40,3 @@ def main(run: DemoRun) -> int:
     )
     print(json.dumps(summary))
     return 0
-
-

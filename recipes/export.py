@@ -15,7 +15,9 @@ from samebit.weight_sync.types import WeightVersion
 def find_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint, the newest of a checkpoints folder, or the newest of a run."""
     exact = [c for c in list_checkpoints(path.parent) if c.path == path]
-    found = exact[0] if exact else latest_checkpoint(path) or latest_checkpoint(path / "checkpoints")
+    found = (
+        exact[0] if exact else latest_checkpoint(path) or latest_checkpoint(path / "checkpoints")
+    )
     if found is None:
         raise ConfigError(f"checkpoint={path}: no whole checkpoint there")
     return found
@@ -23,7 +25,11 @@ def find_checkpoint(path: Path) -> Checkpoint:
 
 def main(run: ExportRun) -> int:
     """The command `samebit export`."""
-    checkpoint, model_path, out = find_checkpoint(Path(run.checkpoint)), Path(run.model), Path(run.out)
+    checkpoint, model_path, out = (
+        find_checkpoint(Path(run.checkpoint)),
+        Path(run.model),
+        Path(run.out),
+    )
     if out.exists() and any(out.iterdir()) and not run.overwrite:
         raise ConfigError(f"out={out} is not empty; give another folder or overwrite=true")
     specs = param_specs(load_model_config(model_path))

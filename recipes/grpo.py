@@ -272,9 +272,7 @@ def train(run: GrpoRun) -> dict[str, Any]:
     progress, trainer = recipe.progress, recipe.trainer
     resume_step = progress.step if session.resumed is not None else None
     total = run.trainer.num_steps
-    logger = MetricsLogger(
-        session.run_dir, run.logger, run.run_name, to_dict(run), resume_step
-    )
+    logger = MetricsLogger(session.run_dir, run.logger, run.run_name, to_dict(run), resume_step)
     with logger, tqdm(total=total, initial=progress.step, desc=run.run_name, unit="step") as bar:
         if progress.step == 0:
             evaluate(recipe, logger, {})
@@ -301,9 +299,8 @@ def train(run: GrpoRun) -> dict[str, Any]:
                 session.save(
                     progress.step, recipe.state(), asdict(progress), run.trainer.keep_checkpoints
                 )
-            bar.set_postfix_str(
-                f"reward {rollout.reward_mean:.3f}, {metrics['perf/rollout_tokens_per_s']:.0f} tok/s"
-            )
+            rate = metrics["perf/rollout_tokens_per_s"]
+            bar.set_postfix_str(f"reward {rollout.reward_mean:.3f}, {rate:.0f} tok/s")
             bar.update()
     summary = {
         "reward_first": progress.reward_first,
@@ -347,5 +344,3 @@ def main(run: GrpoRun) -> int:
         return 0
     print(json.dumps(train(run)))
     return 0
-
-

@@ -41,7 +41,9 @@ class SampleIds:
             ("samples per prompt", num_samples, _SAMPLE_BITS),
         ):
             if value > 1 << bits:
-                raise ValueError(f"{name} = {value} exceed the {1 << bits} that sample ids can name")
+                raise ValueError(
+                    f"{name} = {value} exceed the {1 << bits} that sample ids can name"
+                )
         self._last_step[evaluation] = step
         base = (int(evaluation) << _STEP_BITS | step) << _PROMPT_BITS
         return [

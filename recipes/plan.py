@@ -40,8 +40,8 @@ def grpo_plan(run: GrpoRun) -> dict[str, Any]:
     model = load_model_config(run.model.path)
     device = resolve_device(run.device).type
     longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
-    kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * (
-        4 if device == "cpu" else 2
+    kv_bytes = (
+        2 * model.num_layers * model.num_kv_heads * model.head_dim * (4 if device == "cpu" else 2)
     )
     return {
         "device": device,

@@ -17,7 +17,16 @@ from samebit.trainer.checkpoint import Checkpoint, CheckpointError, latest_check
 from samebit.trainer.checkpoint import save_checkpoint as write_checkpoint
 
 # Keys that cannot change a result, so a resumed run may change them.
-_FREE_KEYS = ("resume", "overwrite", "dry_run", "run_name", "output_dir", "engine", "logger", "device")
+_FREE_KEYS = (
+    "resume",
+    "overwrite",
+    "dry_run",
+    "run_name",
+    "output_dir",
+    "engine",
+    "logger",
+    "device",
+)
 _FREE_TRAINER_KEYS = ("checkpoint_every", "keep_checkpoints")
 
 

@@ -27,7 +27,7 @@ class TextCodec:
             )
         if not 0 < len(ids) <= max_len:
             raise ValueError(
-                f"problem {problem.index}: its prompt has {len(ids)} tokens; rollout.max_prompt_len "
+                f"problem {problem.index}: its prompt has {len(ids)} tokens; max_prompt_len "
                 f"allows 1 to {max_len}"
             )
         return list(ids)

@@ -1,7 +1,7 @@
 """The engine: prompts in, completions out, every bit a function of its inputs alone.
 
-    engine = Engine("path/to/model")
-    [[completion]] = engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=16))
+engine = Engine("path/to/model")
+[[completion]] = engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=16))
 """
 
 import asyncio
@@ -237,7 +237,9 @@ class Engine:
             self.receive_weights(pack(metas, params))
         return self.commit_weight_update(digest or weights_digest(self.specs, self.weights))
 
-    def update_weights_from_disk(self, model_path: str | Path, step: int | None = None) -> WeightVersion:
+    def update_weights_from_disk(
+        self, model_path: str | Path, step: int | None = None
+    ) -> WeightVersion:
         """Load a Hugging Face folder in place, under its own version if it carries one."""
         folder = Path(model_path)
         version = read_version(folder)
@@ -386,4 +388,3 @@ class Engine:
                 f"{what} needs an idle engine: {len(self._live)} requests are unfinished; finish "
                 "or abort them first"
             )
-

@@ -82,7 +82,7 @@ class Request:
 class Completion:
     """One finished sample.
 
-    Example: Completion(request_id="0", sample_id=0, token_ids=(5, 9, 2), logprobs=(-0.1, -2.3, -0.01),
+    Example: Completion(request_id="0", sample_id=0, token_ids=(5, 9), logprobs=(-0.1, -2.3),
     finish_reason="stop", version_spans=(VersionSpan(0, version),))
     """
 

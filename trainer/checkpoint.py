@@ -46,7 +46,9 @@ class Checkpoint:
         if not file.exists():
             raise CheckpointError(f"{file} is missing")
         if (found := _file_digest(file)) != expected:
-            raise CheckpointError(f"{file} is damaged: SHA-256 {found}, the manifest says {expected}")
+            raise CheckpointError(
+                f"{file} is damaged: SHA-256 {found}, the manifest says {expected}"
+            )
         return torch.load(file, weights_only=True)
 
     def require(self, key: str, value: Any, meaning: str) -> None:

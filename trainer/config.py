@@ -83,7 +83,9 @@ class GrpoConfig:
 
     def __post_init__(self) -> None:
         for name in ("clip_ratio_low", "clip_ratio_high", "kl_coef", "std_eps"):
-            require(getattr(self, name) >= 0, f"algorithm.{name}", getattr(self, name), "at least 0")
+            require(
+                getattr(self, name) >= 0, f"algorithm.{name}", getattr(self, name), "at least 0"
+            )
         require(self.clip_ratio_low < 1, "algorithm.clip_ratio_low", self.clip_ratio_low, "below 1")
         known = self.kl_estimator in KL_ESTIMATORS
         require(known, "algorithm.kl_estimator", self.kl_estimator, f"one of {KL_ESTIMATORS}")

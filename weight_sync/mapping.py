@@ -51,7 +51,9 @@ class Shard:
     def split(self, name: str, total: int) -> tuple[int, int]:
         """(start, length) of this rank's part; ValueError if `total` does not divide."""
         if total % self.size:
-            raise ValueError(f"{name} = {total} does not divide by tensor parallel size {self.size}")
+            raise ValueError(
+                f"{name} = {total} does not divide by tensor parallel size {self.size}"
+            )
         return total // self.size * self.rank, total // self.size
 
 

@@ -1,12 +1,13 @@
 """The update protocol on the receiving side: begin(step), buckets, commit(digest) or abort(reason).
 
-Weights are written in place, so between begin and commit the receiver holds a mixture. It is `ready`
-again only after a commit whose tensors are complete and finite and whose digest equals the
+Weights are written in place, so between begin and commit the receiver holds a mixture. It is
+`ready` again only after a commit whose tensors are complete and finite and whose digest equals the
 sender's. Anything else leaves it `broken`, with the reason, until a later full update commits.
 """
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from typing import NoReturn
 
 import torch
 
@@ -106,7 +107,7 @@ class UpdateSession:
         if self.state is not SessionState.UPDATING:
             raise WeightSyncError(f"no update is under way (state: {self.state.value})")
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str) -> NoReturn:
         self.abort(reason)
         raise WeightSyncError(f"update to step {self._step} refused: {reason}")
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -197,7 +197,7 @@ def trainer(subject: Subject) -> Result:
     result = Result("trainer vs rollout")
     megatron = MegatronTrainer(subject.config, OptimizerConfig(lr=0.0), 1, subject.device)
 
-    def copy(_specs: object, params: dict[str, torch.Tensor]) -> None:
+    def copy(_specs: object, params: Mapping[str, torch.Tensor]) -> None:
         for name, param in params.items():
             param.copy_(subject.engine.weights[name])
 

@@ -17,7 +17,7 @@ from samebit.rollout.types import Completion, SamplingParams
 PROMPT_LENS = (1, 2, 15, 16, 17, 31, 33, 48, 63, 64, 65, 80, 127, 128, 129, 191, 193)
 NUM_NEW_TOKENS = 48
 NUM_SAMPLES = 3
-_LIMITS = (
+_LIMITS: tuple[dict[str, Any], ...] = (
     {},
     {"temperature": 0.7},
     {"top_k": 20},
@@ -85,7 +85,9 @@ class Subject:
         """A fresh engine on the same model."""
         return Engine(self.model_path, device=self.device, seed=11, **settings)
 
-    def generate(self, engine: Engine, order: Sequence[int] | None = None) -> list[list[Completion]]:
+    def generate(
+        self, engine: Engine, order: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
         """Completions of the prompts named by `order` (default: all), each by its own ids."""
         order = range(len(self.prompts)) if order is None else order
         return engine.generate(

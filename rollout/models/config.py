@@ -56,7 +56,9 @@ def decoder_config(hf: Any, architecture: str, *, qk_norm: bool) -> ModelConfig:
     num_heads = hf.num_attention_heads
     num_kv_heads = hf.num_key_value_heads or num_heads
     if num_heads % num_kv_heads:
-        raise ValueError(f"num_attention_heads {num_heads} is no multiple of {num_kv_heads} kv heads")
+        raise ValueError(
+            f"num_attention_heads {num_heads} is no multiple of {num_kv_heads} kv heads"
+        )
     rope = dict(hf.rope_parameters or {})
     theta = rope.pop("rope_theta", 10000.0)
     eos = hf.eos_token_id

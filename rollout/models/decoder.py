@@ -15,7 +15,15 @@ from samebit.kernels.rms_norm import add_rms_norm, rms_norm
 from samebit.kernels.rope import rope, rope_table
 from samebit.kernels.swiglu import swiglu
 from samebit.rollout.models.config import ModelConfig
-from samebit.weight_sync.mapping import ParamSpec, Shard, columns, grouped_qkv, plain, stacked, vocab
+from samebit.weight_sync.mapping import (
+    ParamSpec,
+    Shard,
+    columns,
+    grouped_qkv,
+    plain,
+    stacked,
+    vocab,
+)
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
@@ -35,9 +43,11 @@ def param_specs(config: ModelConfig, shard: Shard | None = None) -> list[ParamSp
     for i in range(config.num_layers):
         to, hf = f"decoder.layers.{i}.", f"model.layers.{i}."
         specs.append(plain(f"{to}input_layernorm.weight", f"{hf}input_layernorm.weight", (D,)))
-        qkv = tuple(f"{hf}self_attn.{x}_proj.weight" for x in "qkv")
+        q, k, v = (f"{hf}self_attn.{x}_proj.weight" for x in "qkv")
         heads = (config.num_heads, config.num_kv_heads, H)
-        specs.append(grouped_qkv(f"{to}self_attention.linear_qkv.weight", qkv, heads, D, shard))
+        specs.append(
+            grouped_qkv(f"{to}self_attention.linear_qkv.weight", (q, k, v), heads, D, shard)
+        )
         if config.qk_norm:
             for x in "qk":
                 name = f"{to}self_attention.{x}_layernorm.weight"
@@ -49,7 +59,9 @@ def param_specs(config: ModelConfig, shard: Shard | None = None) -> list[ParamSp
         gate_up = (f"{hf}mlp.gate_proj.weight", f"{hf}mlp.up_proj.weight")
         specs.append(stacked(f"{to}mlp.linear_fc1.weight", gate_up, (config.ffn_size, D), shard))
         down = (D, config.ffn_size)
-        specs.append(columns(f"{to}mlp.linear_fc2.weight", f"{hf}mlp.down_proj.weight", down, shard))
+        specs.append(
+            columns(f"{to}mlp.linear_fc2.weight", f"{hf}mlp.down_proj.weight", down, shard)
+        )
     specs.append(plain(FINAL_NORM, "model.norm.weight", (D,)))
     if not config.tie_embeddings:
         specs.append(vocab(OUTPUT, "lm_head.weight", table, padded, shard))

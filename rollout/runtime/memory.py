@@ -9,7 +9,6 @@ from collections.abc import Mapping
 import torch
 
 
-
 class Arena:
     """Named device buffers, grouped by tag."""
 

@@ -1,8 +1,8 @@
 """Radix prefix cache: full pages of earlier contexts, found again by their tokens.
 
-A tree whose edges are pages of tokens, one root per weight version: keys and values of other weights
-can never be found. The tree holds one reference to each of its pages; a leaf that nobody else
-refers to may be evicted, the least recently used first.
+A tree whose edges are pages of tokens, one root per weight version: keys and values of other
+weights can never be found. The tree holds one reference to each of its pages; a leaf that nobody
+else refers to may be evicted, the least recently used first.
 """
 
 import itertools

@@ -26,9 +26,7 @@ class Runner:
         """
         scale = self.model.config.softmax_scale
 
-        def attend(
-            layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-        ) -> torch.Tensor:
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             keys, values = self.cache.keys[layer], self.cache.values[layer]
             kv_write(k, v, keys, values, batch.slots)
             return paged_attention(q, keys, values, batch.plan, scale)

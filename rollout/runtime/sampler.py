@@ -67,13 +67,14 @@ class Sampler:
         temperature = torch.tensor([_divisor(s) for s in seqs], device=hidden.device)
         logits = linear(hidden, output_weight[: self._vocab_size]) / temperature[:, None]
         candidates = self._restrict(logits, seqs)
-        noise = gumbel_noise(*self._noise_keys(seqs), self._vocab_size).to(hidden.device)
+        seeds, positions, sample_ids = self._noise_keys(seqs)
+        noise = gumbel_noise(seeds, positions, sample_ids, self._vocab_size).to(hidden.device)
         greedy = torch.tensor([s.request.params.temperature == 0 for s in seqs])
         noise.masked_fill_(greedy[:, None].to(noise.device), 0.0)
         token_ids = sample(candidates, noise)
         return token_ids.tolist(), logprob_of(logits, token_ids).tolist()
 
-    def _noise_keys(self, seqs: list[Sequence]) -> tuple[torch.Tensor, ...]:
+    def _noise_keys(self, seqs: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         seeds = [self._seed if (s := q.request.params.seed) is None else s for q in seqs]
         return (
             torch.tensor([_signed64(s) for s in seeds], dtype=torch.int64),

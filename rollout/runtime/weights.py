@@ -32,9 +32,7 @@ def load_safetensors(
     shapes = hf_shapes(specs)
     handles = {f: safe_open(f, framework="pt") for f in sorted(set(file_of.values()))}
     tied = {"lm_head.weight"} - set(shapes)  # some checkpoints store the tied weight twice
-    extra = {
-        n for n in set(file_of) - set(shapes) - tied if not n.endswith(_IGNORED_SUFFIXES)
-    }
+    extra = {n for n in set(file_of) - set(shapes) - tied if not n.endswith(_IGNORED_SUFFIXES)}
     problems = [f"missing: {name}" for name in sorted(set(shapes) - set(file_of))]
     problems += [f"extra: {name}" for name in sorted(extra)]
     for name in sorted(set(shapes) & set(file_of)):
@@ -73,7 +71,7 @@ def _find_tensors(folder: Path) -> dict[str, Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no *.safetensors file")
-    names = {}
+    names: dict[str, Path] = {}
     for file in files:
         with safe_open(file, framework="pt") as handle:
             names |= dict.fromkeys(handle.keys(), file)

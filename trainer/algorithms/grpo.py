@@ -26,9 +26,7 @@ def group_advantages(rewards: torch.Tensor, config: GrpoConfig) -> torch.Tensor:
     return centred.masked_fill(equal, 0.0)
 
 
-def kl_estimate(
-    logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str
-) -> torch.Tensor:
+def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str) -> torch.Tensor:
     """Per-token estimate of KL(policy || reference) from samples of the policy; shapes [R]."""
     log_ratio = logprobs - ref_logprobs
     if estimator == "k1":

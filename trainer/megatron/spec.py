@@ -65,7 +65,8 @@ class _ContractLinear:
         **_unused: Any,
     ) -> torch.Tensor:
         assert bias is None
-        assert not (allreduce_dgrad or sequence_parallel), "tensor parallel size must be 1"
+        assert not allreduce_dgrad, "tensor parallel size must be 1"
+        assert not sequence_parallel, "sequence parallelism needs tensor parallelism"
         return linear(input, weight)
 
 

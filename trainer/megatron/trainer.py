@@ -69,9 +69,7 @@ class MegatronTrainer:
         self.params: Mapping[str, torch.Tensor] = named_params(gpt)
         self._reference: GPTModel | None = None
 
-    def fill(
-        self, load: Callable[[Sequence[ParamSpec], Mapping[str, torch.Tensor]], None]
-    ) -> None:
+    def fill(self, load: Callable[[Sequence[ParamSpec], Mapping[str, torch.Tensor]], None]) -> None:
         """Have `load(specs, params)` write a full set of weights, and tell the optimizer."""
         with torch.no_grad(), no_cuda():
             load(self.specs, self.params)
@@ -89,7 +87,9 @@ class MegatronTrainer:
         """weights_digest of the present weights."""
         return weights_digest(self.specs, self.params)
 
-    def logprobs(self, batches: Sequence[MicroBatch], reference: bool = False) -> list[torch.Tensor]:
+    def logprobs(
+        self, batches: Sequence[MicroBatch], reference: bool = False
+    ) -> list[torch.Tensor]:
         """Log-probs [R] of every micro-batch, without gradients."""
         gpt = self._reference if reference else self._ddp
         if gpt is None:
@@ -109,7 +109,9 @@ class MegatronTrainer:
             self._optimizer.prepare_grads()
             clip = self._optimizer.config.clip_grad
             norm = (
-                self._optimizer.clip_grad_norm(clip) if clip > 0 else self._optimizer.get_grad_norm()
+                self._optimizer.clip_grad_norm(clip)
+                if clip > 0
+                else self._optimizer.get_grad_norm()
             )
             learning_rate = self._optimizer.param_groups[0]["lr"]
             self._optimizer.step_with_ready_grads()
@@ -210,7 +212,7 @@ class MegatronTrainer:
         loss: Loss,
         references: Sequence[torch.Tensor] | None,
     ) -> None:
-        """Equal inputs give equal gradients, so a bad micro-batch is found by running each alone."""
+        """Equal inputs give equal gradients: running each alone finds the bad micro-batch."""
         if self._gradients_finite():
             return
         for i, batch in enumerate(batches):
@@ -256,4 +258,3 @@ def _scheduler(optimizer: Any, config: OptimizerConfig, num_steps: int) -> Optim
         wd_incr_steps=max(num_steps, 1),
         wd_incr_style="constant",
     )
-

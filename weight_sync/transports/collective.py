@@ -1,14 +1,16 @@
-"""collective: another process, broadcasts of flat buckets, in place. gloo now, NCCL by the same code.
+"""collective: to other processes, by broadcasts of flat buckets, written in place.
 
-A group of its own (rank 0 sends) beside whatever process groups trainer and engine use: it needs no
-default group on either side. Control messages travel in the same order as the buckets; receivers
-answer a commit through the group's store, so that a refusal carries its reason.
+A group of its own (rank 0 sends) beside whatever process groups trainer and engine use: it needs
+no default group on either side. Control messages travel in the same order as the buckets;
+receivers answer a commit through the group's store, so that a refusal carries its reason. The
+backend is gloo; NCCL needs one more line in _GROUPS.
 """
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +35,9 @@ class _Group:
         timeout = timedelta(seconds=timeout_s)
         self.rank, self.world_size = rank, world_size
         self.store = dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout)
-        self._pg = _GROUPS[backend](dist.PrefixStore("weights", self.store), rank, world_size, timeout)
+        self._pg = _GROUPS[backend](
+            dist.PrefixStore("weights", self.store), rank, world_size, timeout
+        )
         self.num_updates = 0
 
     def broadcast(self, tensor: torch.Tensor) -> None:
@@ -138,7 +142,7 @@ class CollectiveReceiver:
                 bucket = empty_bucket(metas, device)
                 self._group.broadcast(bucket.buffer)
                 if refusal is None:
-                    refusal = _refusal(lambda b=bucket: sink.receive_weights(b))
+                    refusal = _refusal(partial(sink.receive_weights, bucket))
         except WeightSyncError as error:
             if refusal is None:
                 sink.abort_weight_update(str(error))
@@ -148,7 +152,7 @@ class CollectiveReceiver:
                 sink.abort_weight_update(message["reason"])
             return
         if refusal is None:
-            refusal = _refusal(lambda: sink.commit_weight_update(message["digest"]))
+            refusal = _refusal(partial(sink.commit_weight_update, message["digest"]))
         answer = _OK if refusal is None else str(refusal)
         self._group.store.set(self._group.answer_key(self._group.rank), answer)
         if refusal is not None:

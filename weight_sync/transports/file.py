@@ -36,7 +36,7 @@ def write_safetensors(
     if len(shards) == 1:
         save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file_name, metadata={"format": "pt"})
@@ -53,7 +53,7 @@ def write_hf_folder(
     side_files: Iterable[Path] = (),
     max_shard_bytes: int = 5 << 30,
 ) -> None:
-    """Write weights, `side_files` (config, tokenizer) and the version; replaces `folder` if there."""
+    """Write weights, `side_files` (config, tokenizer) and the version; replaces `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

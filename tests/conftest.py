@@ -1,0 +1,40 @@
+"""One thread, no caches outside the session, and the small random models of the tests."""
+
+import shutil
+
+import pytest
+import torch
+
+from samebit.recipes.tiny_model import make_random_model
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _private_cache(tmp_path_factory):
+    """The self-check's cache starts empty and never leaks into the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def qwen3_path(tmp_path_factory):
+    """A random Qwen3 with an output layer of its own. Do not write to it."""
+    path = tmp_path_factory.mktemp("models") / "qwen3"
+    make_random_model(path, "qwen3", seed=1, tied=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama_path(tmp_path_factory):
+    """A random Llama with tied embeddings. Do not write to it."""
+    path = tmp_path_factory.mktemp("models") / "llama"
+    make_random_model(path, "llama", seed=2, tied=True)
+    return path
+
+
+@pytest.fixture
+def model_copy(qwen3_path, tmp_path):
+    """A copy of the random Qwen3 that a test may damage."""
+    return shutil.copytree(qwen3_path, tmp_path / "model")

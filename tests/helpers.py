@@ -1,0 +1,83 @@
+"""What several test files share: comparison to the bit, child processes, folders of weights."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_INT_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits_of(x: torch.Tensor) -> torch.Tensor:
+    """The bits of a tensor as integers of the same size."""
+    x = x.detach().contiguous()
+    return x.view(_INT_OF_SIZE[x.element_size()]) if x.is_floating_point() else x
+
+
+def _ordered(bits: int, num_bits: int) -> int:
+    """Floats in ascending order as ascending integers: their difference counts ulps."""
+    return bits if bits >= 0 else -(bits + (1 << (num_bits - 1)))
+
+
+def assert_same_bits(found: torch.Tensor, expected: torch.Tensor, case: object = "") -> None:
+    """Fail with the first differing index and its distance in ulps unless all bits are equal.
+
+    Stricter than torch.equal: -0.0 is not 0.0, and a NaN equals the same NaN.
+    """
+    assert found.dtype == expected.dtype, f"{case}: {found.dtype} and {expected.dtype}"
+    assert found.shape == expected.shape, f"{case}: {found.shape} and {expected.shape}"
+    a, b = bits_of(found), bits_of(expected)
+    differing = (a != b).nonzero()
+    if not len(differing):
+        return
+    index = tuple(differing[0].tolist())
+    num_bits = 8 * a.element_size()
+    distance = abs(_ordered(int(a[index]), num_bits) - _ordered(int(b[index]), num_bits))
+    raise AssertionError(
+        f"{case}: {len(differing)} of {a.numel()} elements differ, the first at {index}: "
+        f"{found[index].item()!r} is {distance} ulps from {expected[index].item()!r}"
+    )
+
+
+def run_python(code: str, *arguments: object, timeout: float = 120.0, **env: str) -> str:
+    """Run code in a child process with `arguments` in sys.argv[1:]; its stdout.
+
+    The child finds packages as this process did, and fails loudly.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **env}
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", code, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert run.returncode == 0, f"exit code {run.returncode}\n{run.stdout}\n{run.stderr}"
+    return run.stdout
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change keys of a folder's config.json; None removes a key."""
+    file = folder / "config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Let `edit` change the named tensors of a folder's model.safetensors in place."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    edit(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def outcomes(groups: list) -> list:
+    """Token ids and log-probs of generate's result: what must be equal to the bit."""
+    return [[(c.token_ids, c.logprobs) for c in group] for group in groups]
