@@ -1,7 +1,10 @@
 """The console command: `samebit <command> key=value ...`. Imports torch only once it must run."""
 
 import importlib
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 COMMANDS = {
@@ -42,8 +45,18 @@ def _command_help(command: str) -> str:
     return "\n".join(lines) + "\n" + OmegaConf.to_yaml(compose(command, []))
 
 
+def _quieten_imports() -> None:
+    """Megatron and torch warn at import about optional packages that we do not use."""
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the process's exit code. 2 for a wrong command line or configuration."""
+    """Run a command; the process's exit code.
+
+    2 for a wrong command line or configuration, 1 for a run that ended with one of our own errors,
+    an OSError or a ValueError: these are printed as one line (SAMEBIT_TRACEBACK=1: in full).
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -62,7 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"samebit {command}: {error}", file=sys.stderr)
         return 2
-    return importlib.import_module(f"samebit.recipes.{command}").main(run)
+    _quieten_imports()
+    try:
+        return importlib.import_module(f"samebit.recipes.{command}").main(run)
+    except Exception as error:
+        ours = type(error).__module__.startswith("samebit.")
+        expected = ours or isinstance(error, OSError | ValueError)
+        if not expected or os.environ.get("SAMEBIT_TRACEBACK"):
+            raise
+        print(f"samebit {command}: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

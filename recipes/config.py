@@ -267,8 +267,15 @@ def to_dict(run: RunSection) -> dict[str, Any]:
 
 def _explain(command: str, error: Exception) -> str:
     """The first line of Hydra's message, with the nearest key that does exist."""
-    text = " ".join(str(error).split())
     cause = error.__cause__ or error
+    lines = [str(error).splitlines()[0]]
+    if cause is not error and "not in" not in str(cause):
+        lines.append(str(cause).splitlines()[0])
+    if "Available options" in str(error):
+        lines = [" ".join(str(error).split("Config search path")[0].split())]
+    text = ": ".join(lines).replace("Could not override", "unknown key:")
+    if "Did you mean" in text or "could not be converted" in text:
+        return text
     key = getattr(cause, "full_key", None) or getattr(error, "full_key", None)
     if key is None:
         return text

@@ -46,13 +46,17 @@ class EngineConfig:
             )
 
 
+class DeviceError(RuntimeError):
+    """The device asked for is not there."""
+
+
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or the GPU if there is one; RuntimeError for a missing GPU."""
+    """The device asked for, or the GPU if there is one; DeviceError for a missing GPU."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     resolved = torch.device(device)
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(
+        raise DeviceError(
             "device=cuda was asked for, but torch finds no CUDA device; use device=cpu"
         )
     return resolved

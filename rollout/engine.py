@@ -43,7 +43,7 @@ class Engine:
     """An in-process rollout engine.
 
     Not thread-safe except for `agenerate` and `abort_request`. Raises ValueError for bad settings,
-    FileNotFoundError for a missing model, RuntimeError for device=cuda without a GPU.
+    FileNotFoundError for a missing model, DeviceError for device=cuda without a GPU.
     """
 
     def __init__(
