@@ -3,7 +3,8 @@
 Contract: x = Philox4x32-10 with key (seed low, seed high) and counter (token id, position,
 sample id low, sample id high), first output word; v = (x + 1) * 2^-32 rounded to fp32, in (0, 1];
 E = -log1p(-v); g = -log(E). The token is the argmax of logit / T + g over the allowed tokens, ties
-to the lower id. v rounded up to 1 gives g = -inf, which is harmless.
+to the lower id. v rounded up to 1 gives g = -inf: the token is not drawn unless every allowed
+token got that (with top_k = 1, once in 2^25 draws); then the lowest allowed id is.
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 
 Allowed tokens are found by thresholds; tokens that tie with a threshold are all kept:
@@ -13,7 +14,7 @@ renormalised, keeps a token if the tokens strictly more likely hold less than to
 
 import torch
 
-from samebit.kernels.op import Op
+from samebit.kernels.op import Op, require_fp32
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -95,8 +96,17 @@ def allowed_tokens(
 
 
 def sample_ref(scaled_logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Token ids [B]: the argmax of scaled_logits + noise, both [B, V]; ties to the lower id."""
-    return (scaled_logits + noise).argmax(-1)
+    """Token ids [B]: the argmax of scaled_logits + noise, both [B, V]; ties to the lower id.
+
+    A logit of -inf forbids a token; noise of -inf only puts it behind all others.
+    """
+    least = torch.finfo(noise.dtype).min
+    return (scaled_logits + noise.clamp(min=least)).argmax(-1)
 
 
-sample = Op("sample", cpu=sample_ref)
+def _sample_cpu(scaled_logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    require_fp32("sample", scaled_logits, noise)
+    return sample_ref(scaled_logits, noise)
+
+
+sample = Op("sample", cpu=_sample_cpu)

@@ -54,6 +54,8 @@ def digest_sum(specs: Iterable[ParamSpec], params: Mapping[str, torch.Tensor]) -
     """This rank's summand of the digest; add the ranks' values modulo 2^64."""
     total = 0
     for spec in specs:
+        if spec.replica:
+            continue
         param = params[spec.name]
         flat = param.detach().view(param.shape[0], -1)
         for block in spec.blocks:

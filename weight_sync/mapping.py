@@ -26,7 +26,8 @@ class ParamSpec:
     """One parameter of one tensor parallel rank.
 
     Rows that no block covers are padding (zero). `column_start` is the first column of a shard that
-    splits the columns, 0 otherwise. `hf_shapes` gives the full shape of each source tensor.
+    splits the columns, 0 otherwise. `hf_shapes` gives the full shape of each source tensor. A
+    `replica` is held whole by rank 0 too, so it does not count again in the digest.
     """
 
     name: str
@@ -34,6 +35,7 @@ class ParamSpec:
     blocks: tuple[RowBlock, ...]
     hf_shapes: Mapping[str, tuple[int, ...]]
     column_start: int = 0
+    replica: bool = False
 
     def columns(self) -> slice:
         """The source columns that this shard holds."""
@@ -57,9 +59,10 @@ class Shard:
         return total // self.size * self.rank, total // self.size
 
 
-def plain(name: str, hf_name: str, shape: tuple[int, ...]) -> ParamSpec:
+def plain(name: str, hf_name: str, shape: tuple[int, ...], rank: int = 0) -> ParamSpec:
     """A parameter that every rank holds whole."""
-    return ParamSpec(name, shape, (RowBlock(0, hf_name, 0, shape[0]),), {hf_name: shape})
+    block = RowBlock(0, hf_name, 0, shape[0])
+    return ParamSpec(name, shape, (block,), {hf_name: shape}, replica=rank > 0)
 
 
 def columns(name: str, hf_name: str, shape: tuple[int, int], shard: Shard) -> ParamSpec:

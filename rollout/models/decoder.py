@@ -42,7 +42,8 @@ def param_specs(config: ModelConfig, shard: Shard | None = None) -> list[ParamSp
     specs = [vocab(EMBEDDING, "model.embed_tokens.weight", table, padded, shard)]
     for i in range(config.num_layers):
         to, hf = f"decoder.layers.{i}.", f"model.layers.{i}."
-        specs.append(plain(f"{to}input_layernorm.weight", f"{hf}input_layernorm.weight", (D,)))
+        norm = "input_layernorm.weight"
+        specs.append(plain(f"{to}{norm}", f"{hf}{norm}", (D,), shard.rank))
         q, k, v = (f"{hf}self_attn.{x}_proj.weight" for x in "qkv")
         heads = (config.num_heads, config.num_kv_heads, H)
         specs.append(
@@ -51,18 +52,18 @@ def param_specs(config: ModelConfig, shard: Shard | None = None) -> list[ParamSp
         if config.qk_norm:
             for x in "qk":
                 name = f"{to}self_attention.{x}_layernorm.weight"
-                specs.append(plain(name, f"{hf}self_attn.{x}_norm.weight", (H,)))
+                specs.append(plain(name, f"{hf}self_attn.{x}_norm.weight", (H,), shard.rank))
         proj, o_proj = f"{to}self_attention.linear_proj.weight", f"{hf}self_attn.o_proj.weight"
         specs.append(columns(proj, o_proj, (D, config.num_heads * H), shard))
         norm = f"{hf}post_attention_layernorm.weight"
-        specs.append(plain(f"{to}pre_mlp_layernorm.weight", norm, (D,)))
+        specs.append(plain(f"{to}pre_mlp_layernorm.weight", norm, (D,), shard.rank))
         gate_up = (f"{hf}mlp.gate_proj.weight", f"{hf}mlp.up_proj.weight")
         specs.append(stacked(f"{to}mlp.linear_fc1.weight", gate_up, (config.ffn_size, D), shard))
         down = (D, config.ffn_size)
         specs.append(
             columns(f"{to}mlp.linear_fc2.weight", f"{hf}mlp.down_proj.weight", down, shard)
         )
-    specs.append(plain(FINAL_NORM, "model.norm.weight", (D,)))
+    specs.append(plain(FINAL_NORM, "model.norm.weight", (D,), shard.rank))
     if not config.tie_embeddings:
         specs.append(vocab(OUTPUT, "lm_head.weight", table, padded, shard))
     return specs

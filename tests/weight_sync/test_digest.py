@@ -1,0 +1,176 @@
+"""weights_digest: one value for one set of weights in any layout, another for any other set."""
+
+import hashlib
+import struct
+
+import pytest
+import torch
+
+from samebit.rollout.models.config import ModelConfig
+from samebit.rollout.models.decoder import EMBEDDING, param_specs
+from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.runtime.weights import load_dummy
+from samebit.weight_sync.digest import digest_sum, weights_digest
+from samebit.weight_sync.mapping import ParamSpec, RowBlock, Shard, hf_tensors, load_params, plain
+
+MASK = (1 << 64) - 1
+
+
+@pytest.fixture(scope="module")
+def specs(qwen3_path):
+    return param_specs(load_model_config(qwen3_path))
+
+
+@pytest.fixture
+def params(specs):
+    params = {spec.name: torch.empty(spec.shape) for spec in specs}
+    load_dummy(specs, params, seed=3)
+    return params
+
+
+def by_the_book(name, dtype, rows):
+    """The formula of the module's docstring, in Python's integers."""
+    key = int.from_bytes(hashlib.blake2b(f"{name}:{dtype}".encode(), digest_size=8).digest())
+    total = 0
+    for position, value in enumerate(rows):
+        bits = int.from_bytes(struct.pack("<f", value), "little")
+        x = (key + position * 0x9E3779B97F4A7C15) & MASK
+        x ^= bits * 0xD6E8FEB86659FD93 & MASK
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK
+        x = (x ^ x >> 27) * 0x94D049BB133111EB & MASK
+        total += x ^ x >> 31
+    return total & MASK
+
+
+def test_the_formula_is_the_documented_one():
+    """Digests stand in checkpoints and reports: another formula would make them incomparable."""
+    values = torch.tensor([[0.0, -0.0, 1.5], [-3.25e-30, 7e30, 1e-45]])
+    specs = [plain("a", "x.weight", (2, 3))]
+    expected = by_the_book("x.weight", torch.float32, values.flatten().tolist())
+    assert digest_sum(specs, {"a": values}) == expected
+    assert weights_digest(specs, {"a": values}) == f"{expected:016x}"
+
+
+def test_layout_does_not_matter(specs, params):
+    """Interleaved and stacked rows, padding, order: the same weights have the same digest."""
+    whole = weights_digest(specs, params)
+    tensors = dict(hf_tensors(specs, params))
+    as_stored = [plain(name, name, tuple(t.shape)) for name, t in tensors.items()]
+    assert weights_digest(as_stored, tensors) == whole
+    assert weights_digest(list(reversed(specs)), params) == whole
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_add_up_to_the_whole(size):
+    """A digest that depends on the tensor parallel size would refuse every resharded update."""
+    config = sharded_config()
+    specs = param_specs(config)
+    params = {spec.name: torch.empty(spec.shape) for spec in specs}
+    load_dummy(specs, params, seed=3)
+    tensors = dict(hf_tensors(specs, params))
+    total = 0
+    for rank in range(size):
+        own = param_specs(config, Shard(rank, size))
+        shard = {spec.name: torch.empty(spec.shape) for spec in own}
+        load_params(own, shard, tensors.__getitem__)
+        total += digest_sum(own, shard)
+    assert total & MASK == digest_sum(specs, params)
+
+
+def sharded_config():
+    return ModelConfig(
+        architecture="Qwen3ForCausalLM",
+        num_layers=1,
+        hidden_size=20,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=6,
+        ffn_size=36,
+        vocab_size=331,
+        max_position=64,
+        norm_eps=1e-6,
+        rope_theta=1e4,
+        rope_scaling=None,
+        qk_norm=True,
+        tie_embeddings=False,
+        eos_token_ids=(0,),
+    )
+
+
+def test_a_tensor_of_many_chunks_is_hashed_by_position():
+    """An error in the chunks' first rows or columns would only show in large tensors."""
+    tensor = torch.randn(700, 300, generator=torch.Generator().manual_seed(0))
+    whole = weights_digest([plain("a", "x", (700, 300))], {"a": tensor})
+    blocks = (RowBlock(0, "x", 450, 250), RowBlock(250, "x", 0, 450))
+    moved = ParamSpec("a", (700, 300), blocks, {"x": (700, 300)})
+    assert weights_digest([moved], {"a": torch.cat([tensor[450:], tensor[:450]])}) == whole
+    total = 0
+    for start, end in ((0, 7), (7, 111), (111, 300)):
+        shape, block = (700, end - start), RowBlock(0, "x", 0, 700)
+        part = ParamSpec("a", shape, (block,), {"x": (700, 300)}, start)
+        total += digest_sum([part], {"a": tensor[:, start:end]})
+    assert f"{total & MASK:016x}" == whole
+
+
+def test_every_single_bit_counts(specs, params):
+    """An update with one flipped bit must never pass as the right one."""
+    seen = {weights_digest(specs, params)}
+    name = "decoder.layers.1.self_attention.linear_qkv.weight"
+    bits = params[name].view(torch.int32)
+    for bit in range(32):
+        mask = (1 << bit) - (1 << 32 if bit == 31 else 0)
+        bits[5, 7] ^= mask
+        seen.add(weights_digest(specs, params))
+        bits[5, 7] ^= mask
+    assert len(seen) == 33
+
+
+def test_every_parameter_counts(specs, params):
+    """A parameter left out of the digest could be stale without anybody noticing."""
+    seen = {weights_digest(specs, params)}
+    for spec in specs:
+        kept = params[spec.name].clone()
+        params[spec.name].view(-1)[-1 if spec.name != EMBEDDING else 0] += 1
+        if spec.name == "output_layer.weight":  # its last rows are padding
+            params[spec.name].copy_(kept)[330, -1] += 1
+        seen.add(weights_digest(specs, params))
+        params[spec.name].copy_(kept)
+    assert len(seen) == len(specs) + 1
+
+
+def test_swaps_and_moves_are_seen(specs, params):
+    """Sums commute, so only keys and positions tell apart equal values in another place."""
+    original = weights_digest(specs, params)
+    gate_up = params["decoder.layers.0.mlp.linear_fc1.weight"]
+    gate_up.copy_(gate_up.roll(len(gate_up) // 2, dims=0))  # gate and up exchanged
+    assert weights_digest(specs, params) != original
+    gate_up.copy_(gate_up.roll(len(gate_up) // 2, dims=0))
+    assert weights_digest(specs, params) == original
+    a, b = (params[f"decoder.layers.{i}.mlp.linear_fc2.weight"] for i in (0, 1))
+    kept = a.clone()
+    a.copy_(b)
+    b.copy_(kept)
+    assert weights_digest(specs, params) != original
+    b.copy_(a)
+    a.copy_(kept)
+    assert weights_digest(specs, params) == original
+    a[[3, 4]] = a[[4, 3]]
+    assert weights_digest(specs, params) != original
+
+
+def test_padding_does_not_count(specs, params):
+    """Padded rows are nobody's weights: what stands in them may differ between layouts."""
+    original = weights_digest(specs, params)
+    params[EMBEDDING][331:] = torch.nan
+    assert weights_digest(specs, params) == original
+    params[EMBEDDING][330, 0] += 1
+    assert weights_digest(specs, params) != original
+
+
+def test_dtypes_differ():
+    """bf16 weights are not the fp32 weights of equal values: they continue differently."""
+    specs = [plain("a", "x", (4, 4))]
+    values = torch.zeros(4, 4)
+    assert weights_digest(specs, {"a": values}) != weights_digest(specs, {"a": values.bfloat16()})
+    ones = torch.ones(4, 4, dtype=torch.bfloat16)
+    assert weights_digest(specs, {"a": ones}) != weights_digest(specs, {"a": values.bfloat16()})
