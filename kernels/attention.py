@@ -37,7 +37,7 @@ class KeyTile:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Which rows meet which keys; made once per batch, used by every layer."""
+    """CPU: which rows meet which keys; made once per batch, used by every layer."""
 
     tile_rows: torch.Tensor  # [tiles, Q_TILE] int64: row (token * heads per kv head + head)
     row_places: torch.Tensor  # [rows] int64: where each row stands among the flattened tiles
@@ -52,12 +52,17 @@ def plan_paged(
     page_table: torch.Tensor,
     page_size: int,
     heads_per_kv: int,
-) -> AttentionPlan:
-    """Plan for queries whose keys lie in pages.
+    device: torch.device | str = "cpu",
+) -> Any:
+    """Plan for queries whose keys lie in pages; what it is, is the device's own business.
 
     query_lens [B]: new tokens of each sequence, the last ones of its context_lens [B] tokens
-    (new ones included). page_table [B, max_pages] int64: page ids in order of position.
+    (new ones included). page_table [B, max_pages] int64 on the CPU: page ids in order of position.
     """
+    if torch.device(device).type == "cuda":
+        from samebit.kernels.gpu.attention import plan
+
+        return plan(query_lens, context_lens, page_table, page_size, torch.device(device))
     page_of = page_table.numpy()
     max_len = int(max(context_lens))
     position = np.arange(-(-max_len // KV_TILE) * KV_TILE)
@@ -66,8 +71,14 @@ def plan_paged(
     return _plan(np.asarray(query_lens), np.asarray(context_lens), slots, heads_per_kv)
 
 
-def plan_packed(seq_lens: Sequence[int], heads_per_kv: int) -> AttentionPlan:
+def plan_packed(
+    seq_lens: Sequence[int], heads_per_kv: int, device: torch.device | str = "cpu"
+) -> Any:
     """Plan for whole sequences packed one behind another: the training forward."""
+    if torch.device(device).type == "cuda":
+        from samebit.kernels.gpu.attention import plan
+
+        return plan(seq_lens, seq_lens, None, 1, torch.device(device))
     lens = np.asarray(seq_lens)
     starts = np.concatenate([[0], np.cumsum(lens)[:-1]])
     position = np.arange(-(-int(lens.max()) // KV_TILE) * KV_TILE)
@@ -265,8 +276,11 @@ def _add_to_slots(
     total[slots] = per_seq[seq_of_slot, :, place]
 
 
-_attend = Op("attention", cpu=_attend_cpu)
-_attend_backward = Op("attention_backward", cpu=_attend_backward_cpu)
+_GPU = "samebit.kernels.gpu.attention"
+_attend = Op("attention", cpu=_attend_cpu, cuda=f"{_GPU}:attend")
+_attend_backward = Op(
+    "attention_backward", cpu=_attend_backward_cpu, cuda=f"{_GPU}:attend_backward"
+)
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -276,7 +290,7 @@ class _PackedAttention(torch.autograd.Function):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        plan: AttentionPlan,
+        plan: Any,
         scale: float,
     ) -> torch.Tensor:
         output, lse = _attend(q, k, v, plan, scale)
@@ -291,7 +305,7 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def packed_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any, scale: float
 ) -> torch.Tensor:
     """Attention of packed sequences to themselves; differentiable.
 
@@ -304,7 +318,7 @@ def paged_attention(
     q: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    plan: AttentionPlan,
+    plan: Any,
     scale: float,
 ) -> torch.Tensor:
     """Attention of new tokens to their sequences' pages, their own keys already written.

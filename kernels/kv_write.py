@@ -31,4 +31,4 @@ def _kv_write_cpu(
     kv_write_ref(key, value, key_cache, value_cache, slots)
 
 
-kv_write = Op("kv_write", cpu=_kv_write_cpu)
+kv_write = Op("kv_write", cpu=_kv_write_cpu, cuda="samebit.kernels.gpu.rows:kv_write")

@@ -45,7 +45,9 @@ def linear_blocked(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.cat([linear_padded(rows, weight) for rows in x.split(ROW_BLOCK)])
 
 
-def _linear_cpu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _linear_cpu(
+    x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
     require_fp32("linear", x, weight)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0])
@@ -54,7 +56,7 @@ def _linear_cpu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return linear_padded(x, weight)
 
 
-_forward = Op("linear", cpu=_linear_cpu)
+_forward = Op("linear", cpu=_linear_cpu, cuda="samebit.kernels.gpu.linear:linear")
 
 
 class _Linear(torch.autograd.Function):
@@ -71,10 +73,15 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight
 
 
+def logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """hidden [T, D] times weight [V, D] transposed -> [T, V] in fp32, never rounded to less."""
+    return _forward(hidden, weight, torch.float32)
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [..., K] times weight [N, K] transposed -> [..., N]; differentiable in both.
 
-    Raises ValueError on the CPU for anything but fp32.
+    Raises ValueError for another dtype than the device's contract: fp32 on the CPU, bf16 on CUDA.
     """
     y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight)
     return y.view(*x.shape[:-1], weight.shape[0])

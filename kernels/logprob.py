@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from samebit.kernels.linear import linear
+from samebit.kernels.linear import logits as logits_of
 from samebit.kernels.op import Op, require_fp32
 
 VOCAB_MULTIPLE = 1024
@@ -47,7 +47,7 @@ def _logsumexp_cpu(logits: torch.Tensor) -> torch.Tensor:
     return row_max + torch.log(row_sum)
 
 
-logsumexp = Op("logsumexp", cpu=_logsumexp_cpu)
+logsumexp = Op("logsumexp", cpu=_logsumexp_cpu, cuda="samebit.kernels.gpu.vocab:logsumexp")
 
 
 def logprob_of(scaled_logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
@@ -58,6 +58,10 @@ def logprob_of(scaled_logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Te
 
 def _chunk_rows(vocab_size: int) -> int:
     return max(512, (1 << 22) // vocab_size)  # 512 rows of V = 151,936 are 311 MB
+
+
+def _product_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
 class _Logprob(torch.autograd.Function):
@@ -74,7 +78,7 @@ class _Logprob(torch.autograd.Function):
         for h, ids, t in zip(
             *(x.split(rows) for x in (hidden, token_ids, temperature)), strict=True
         ):
-            logits = linear(h, weight) / t[:, None]
+            logits = logits_of(h, weight) / t[:, None]
             normalizer = logsumexp(logits)
             logprobs.append(logits.gather(1, ids[:, None]).squeeze(1) - normalizer)
             probs = torch.exp(logits - normalizer[:, None])
@@ -90,18 +94,21 @@ class _Logprob(torch.autograd.Function):
         ctx: Any, grad: torch.Tensor, _grad_entropy: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, token_ids, temperature, normalizer = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros(weight.shape, device=weight.device)
         rows = _chunk_rows(weight.shape[0])
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             t = temperature[part, None]
-            logits = linear(hidden[part], weight) / t
+            logits = logits_of(hidden[part], weight) / t
             grad_logits = torch.exp(logits - normalizer[part, None]).neg_()
-            grad_logits[torch.arange(len(logits)), token_ids[part]] += 1
+            chosen = token_ids[part, None]
+            grad_logits.scatter_(1, chosen, grad_logits.gather(1, chosen) + 1)
             grad_logits *= grad[part, None] / t
-            grad_hidden[part] = grad_logits @ weight
-            grad_weight += grad_logits.t() @ hidden[part]
-        return grad_hidden, grad_weight, None, None
+            narrow = grad_logits.to(weight.dtype)
+            grad_hidden[part] = narrow @ weight
+            grad_weight += _product_fp32(narrow.t(), hidden[part])
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
 def logprob(

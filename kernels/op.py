@@ -4,6 +4,7 @@ Shape letters used in the whole project: T tokens, B sequences, D model, N query
 H head dim, F ffn, V vocabulary, P pages, L length of one sample.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,8 @@ class Op:
     Every implementation of one device type returns the same bits; see DESIGN.md, section 2.
     """
 
-    def __init__(self, name: str, **implementations: Callable[..., Any]) -> None:
+    def __init__(self, name: str, **implementations: Callable[..., Any] | str) -> None:
+        """An implementation is a function, or "module:function" to import when first needed."""
         self.name = name
         self.implementations = implementations
 
@@ -27,6 +29,10 @@ class Op:
                 f"{self.name} has no implementation for device '{first.device.type}'; "
                 f"it has: {', '.join(self.implementations)}"
             )
+        if isinstance(implementation, str):
+            module, function = implementation.split(":")
+            implementation = getattr(importlib.import_module(module), function)
+            self.implementations[first.device.type] = implementation
         return implementation(first, *args, **kwargs)
 
 

@@ -28,7 +28,7 @@ def _rms_norm_cpu(
     return x * inverse_rms * weight, inverse_rms
 
 
-_forward = Op("rms_norm", cpu=_rms_norm_cpu)
+_forward = Op("rms_norm", cpu=_rms_norm_cpu, cuda="samebit.kernels.gpu.rows:rms_norm")
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -61,7 +61,7 @@ def _rope_cpu(x: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> 
     return rope_ref(x, positions, table)
 
 
-_forward = Op("rope", cpu=_rope_cpu)
+_forward = Op("rope", cpu=_rope_cpu, cuda="samebit.kernels.gpu.rows:rope")
 
 
 class _Rope(torch.autograd.Function):

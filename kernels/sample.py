@@ -81,6 +81,12 @@ def allowed_tokens(
     scaled_logits [B, V] fp32 after temperature; top_k [B] int64 (0: off), top_p [B] fp32
     (1: off), min_p [B] fp32 (0: off).
     """
+    return _allowed(scaled_logits, top_k, top_p, min_p)
+
+
+def _allowed_cpu(
+    scaled_logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:
     ordered, _ = scaled_logits.sort(-1, descending=True)
     kth = torch.where(top_k > 0, top_k, scaled_logits.shape[-1]).clamp(max=scaled_logits.shape[-1])
     least = ordered.gather(1, kth[:, None] - 1)
@@ -93,6 +99,9 @@ def allowed_tokens(
     above = torch.cat([torch.zeros_like(mass[:, :1]), mass], dim=-1).gather(1, run_start)
     within_p = (above < top_p[:, None] * mass[:, -1:]) | (top_p >= 1)[:, None]
     return (scaled_logits >= least) & within_p
+
+
+_allowed = Op("allowed_tokens", cpu=_allowed_cpu, cuda="samebit.kernels.gpu.vocab:allowed_tokens")
 
 
 def sample_ref(scaled_logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -110,3 +119,31 @@ def _sample_cpu(scaled_logits: torch.Tensor, noise: torch.Tensor) -> torch.Tenso
 
 
 sample = Op("sample", cpu=_sample_cpu)
+
+
+def _draw_cpu(
+    scaled_logits: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    sample_ids: torch.Tensor,
+    greedy: torch.Tensor,
+) -> torch.Tensor:
+    noise = gumbel_noise(seeds, positions, sample_ids, scaled_logits.shape[-1])
+    return sample(scaled_logits, noise.masked_fill_(greedy[:, None], 0.0))
+
+
+_draw = Op("draw", cpu=_draw_cpu, cuda="samebit.kernels.gpu.vocab:draw")
+
+
+def draw(
+    scaled_logits: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    sample_ids: torch.Tensor,
+    greedy: torch.Tensor,
+) -> torch.Tensor:
+    """Next tokens [B] for scaled_logits [B, V] fp32, -inf where a token may not be drawn.
+
+    seeds, positions, sample_ids: int64 [B]; greedy: bool [B], no noise. All on one device.
+    """
+    return _draw(scaled_logits, seeds, positions, sample_ids, greedy)

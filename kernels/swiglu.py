@@ -26,7 +26,7 @@ def _swiglu_cpu(gate_up: torch.Tensor) -> torch.Tensor:
     return gate / (1 + torch.exp(-gate)) * up
 
 
-_forward = Op("swiglu", cpu=_swiglu_cpu)
+_forward = Op("swiglu", cpu=_swiglu_cpu, cuda="samebit.kernels.gpu.rows:swiglu")
 
 
 class _Swiglu(torch.autograd.Function):

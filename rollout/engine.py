@@ -248,7 +248,7 @@ class Engine:
         self.begin_weight_update(step)
         try:
             load_safetensors(folder, self.specs, self.weights)
-        except (OSError, ValueError) as error:
+        except Exception as error:
             self.session.abort(str(error))
             raise
         self.session.receive_in_place()

@@ -130,6 +130,11 @@ class RemoteEngine:
             raise result
         return result
 
+    def _require_alive(self, error: Exception) -> None:
+        self._process.join(timeout=1)
+        if not self._process.is_alive():
+            raise self._died() from error
+
     def _died(self) -> RemoteEngineError:
         self._process.join(timeout=5)
         return RemoteEngineError(
@@ -151,7 +156,11 @@ class RemoteTransport:
 
     def send(self, params: Mapping[str, torch.Tensor]) -> None:
         """Broadcast every bucket."""
-        self._sender.send(params)
+        try:
+            self._sender.send(params)
+        except WeightSyncError as error:
+            self._engine._require_alive(error)
+            raise
 
     def commit(self, digest: str) -> WeightVersion:
         """The engine compares digests and serves."""
@@ -164,7 +173,11 @@ class RemoteTransport:
 
     def abort(self, reason: str) -> None:
         """The engine refuses to serve until a full update."""
-        self._sender.abort(reason)
+        try:
+            self._sender.abort(reason)
+        except WeightSyncError as error:
+            self._engine._require_alive(error)
+            raise
         self._engine._receive()
 
     def close(self) -> None:

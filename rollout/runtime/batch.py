@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from samebit.kernels.attention import AttentionPlan, plan_paged
+from samebit.kernels.attention import plan_paged
 from samebit.rollout.runtime.scheduler import Scheduled
 from samebit.rollout.runtime.sequence import Sequence
 
@@ -18,7 +19,7 @@ class Batch:
     input_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64, absolute
     slots: torch.Tensor  # [T] int64, where each token's key and value go
-    plan: AttentionPlan
+    plan: Any
     row_starts: list[int]  # first row of each scheduled sequence
 
 
@@ -30,7 +31,9 @@ class Rows:
     seqs: list[Sequence]
 
 
-def make_batch(step: Seq[Scheduled], page_size: int, heads_per_kv: int) -> Batch:
+def make_batch(
+    step: Seq[Scheduled], page_size: int, heads_per_kv: int, device: torch.device
+) -> Batch:
     """Lay the scheduled tokens one behind another."""
     num_tokens = [item.num_tokens for item in step]
     starts = [item.seq.num_computed for item in step]
@@ -46,10 +49,10 @@ def make_batch(step: Seq[Scheduled], page_size: int, heads_per_kv: int) -> Batch
         table[i, : len(item.seq.pages)] = item.seq.pages
     slots = table[seq_of_row, positions // page_size] * page_size + positions % page_size
     return Batch(
-        input_ids=torch.from_numpy(input_ids.astype(np.int64)),
-        positions=torch.from_numpy(positions),
-        slots=torch.from_numpy(slots),
-        plan=plan_paged(num_tokens, ends, torch.from_numpy(table), page_size, heads_per_kv),
+        input_ids=torch.from_numpy(input_ids.astype(np.int64)).to(device),
+        positions=torch.from_numpy(positions).to(device),
+        slots=torch.from_numpy(slots).to(device),
+        plan=plan_paged(num_tokens, ends, torch.from_numpy(table), page_size, heads_per_kv, device),
         row_starts=row_starts.tolist(),
     )
 

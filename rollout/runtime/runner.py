@@ -15,6 +15,7 @@ class Runner:
     def __init__(self, model: Decoder, cache: KVCache) -> None:
         self.model = model
         self.cache = cache
+        self.device = model.embedding.device
 
     @torch.no_grad()
     def forward(

@@ -2,9 +2,9 @@
 
 import torch
 
-from samebit.kernels.linear import linear
+from samebit.kernels.linear import logits as logits_of
 from samebit.kernels.logprob import logprob, logprob_of
-from samebit.kernels.sample import allowed_tokens, gumbel_noise, sample
+from samebit.kernels.sample import allowed_tokens, draw
 from samebit.rollout.runtime.sequence import Sequence
 
 _MAX_LOGITS = 1 << 24  # elements of one chunk of rows
@@ -65,22 +65,25 @@ class Sampler:
         self, hidden: torch.Tensor, output_weight: torch.Tensor, seqs: list[Sequence]
     ) -> tuple[list[int], list[float]]:
         temperature = torch.tensor([_divisor(s) for s in seqs], device=hidden.device)
-        logits = linear(hidden, output_weight[: self._vocab_size]) / temperature[:, None]
-        candidates = self._restrict(logits, seqs)
-        seeds, positions, sample_ids = self._noise_keys(seqs)
-        noise = gumbel_noise(seeds, positions, sample_ids, self._vocab_size).to(hidden.device)
-        greedy = torch.tensor([s.request.params.temperature == 0 for s in seqs])
-        noise.masked_fill_(greedy[:, None].to(noise.device), 0.0)
-        token_ids = sample(candidates, noise)
+        logits = logits_of(hidden, output_weight[: self._vocab_size]) / temperature[:, None]
+        token_ids = draw(self._restrict(logits, seqs), *self._noise_keys(seqs, hidden.device))
         return token_ids.tolist(), logprob_of(logits, token_ids).tolist()
 
-    def _noise_keys(self, seqs: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _noise_keys(
+        self, seqs: list[Sequence], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Seeds, positions, sample ids and greedy flags, [S] each."""
         seeds = [self._seed if (s := q.request.params.seed) is None else s for q in seqs]
-        return (
-            torch.tensor([_signed64(s) for s in seeds], dtype=torch.int64),
-            torch.tensor([len(s.token_ids) for s in seqs], dtype=torch.int64),
-            torch.tensor([_signed64(s.sample_id) for s in seqs], dtype=torch.int64),
-        )
+        words = torch.tensor(
+            [
+                [_signed64(s) for s in seeds],
+                [len(s.token_ids) for s in seqs],
+                [_signed64(s.sample_id) for s in seqs],
+                [s.request.params.temperature == 0 for s in seqs],
+            ],
+            dtype=torch.int64,
+        ).to(device)
+        return words[0], words[1], words[2], words[3].bool()
 
     def _restrict(self, logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
         """Logits with -inf where a token may not be drawn; only the rows that restrict anything."""
@@ -96,9 +99,9 @@ class Sampler:
             rows = logits[limited]
             allowed = allowed_tokens(
                 rows,
-                torch.tensor([params[i].top_k for i in limited]),
-                torch.tensor([params[i].top_p for i in limited]),
-                torch.tensor([params[i].min_p for i in limited]),
+                torch.tensor([params[i].top_k for i in limited], device=logits.device),
+                torch.tensor([params[i].top_p for i in limited], device=logits.device),
+                torch.tensor([params[i].min_p for i in limited], device=logits.device),
             )
             logits[limited] = rows.masked_fill(~allowed, float("-inf"))
         return logits

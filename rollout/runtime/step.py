@@ -19,13 +19,13 @@ def execute_step(
     if not step:
         return []
     config = runner.model.config
-    batch = make_batch(step, runner.cache.page_size, config.heads_per_kv)
+    batch = make_batch(step, runner.cache.page_size, config.heads_per_kv, runner.device)
     wanted = {layer for item in step for layer in item.seq.request.hidden_state_layers}
     hidden, collected = runner.forward(batch, wanted)
     scored = _score(step, hidden, batch, runner, sampler)
     drawing = sampling_rows(step, batch)
     token_ids, logprobs = sampler.draw(
-        hidden[drawing.hidden_rows], runner.model.output_weight, drawing.seqs
+        hidden[drawing.hidden_rows.to(hidden.device)], runner.model.output_weight, drawing.seqs
     )
     for item, start in zip(step, batch.row_starts, strict=True):
         _advance(item, slice(start, start + item.num_tokens), collected, scheduler, runner)
@@ -80,7 +80,10 @@ def _score(
     rows, next_ids, owners = scoring_rows(step, batch)
     if not owners.seqs:
         return []
-    values = sampler.score(hidden[rows], runner.model.output_weight, next_ids, owners.seqs)
+    device = hidden.device
+    values = sampler.score(
+        hidden[rows.to(device)], runner.model.output_weight, next_ids.to(device), owners.seqs
+    )
     for seq, value in zip(owners.seqs, values, strict=True):
         seq.logprobs.append(value)
     complete = [i.seq for i in step if i.seq.request.score_only and i.completes]

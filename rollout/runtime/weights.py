@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,11 +27,9 @@ def load_safetensors(
     Raises FileNotFoundError without weights, WeightLoadError for missing, extra or misshapen
     tensors and for NaN or Inf.
     """
-    from safetensors import safe_open
-
     file_of = _find_tensors(folder)
     shapes = hf_shapes(specs)
-    handles = {f: safe_open(f, framework="pt") for f in sorted(set(file_of.values()))}
+    handles = {f: _open(f) for f in sorted(set(file_of.values()))}
     tied = {"lm_head.weight"} - set(shapes)  # some checkpoints store the tied weight twice
     extra = {n for n in set(file_of) - set(shapes) - tied if not n.endswith(_IGNORED_SUFFIXES)}
     problems = [f"missing: {name}" for name in sorted(set(shapes) - set(file_of))]
@@ -57,10 +56,17 @@ def _check_tied(names: set[str], handles: Mapping, file_of: Mapping[str, Path]) 
             )
 
 
+def _open(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise WeightLoadError(f"{file} is damaged: {error}") from error
+
+
 def _find_tensors(folder: Path) -> dict[str, Path]:
     """File of every tensor of a folder."""
-    from safetensors import safe_open
-
     index = folder / "model.safetensors.index.json"
     if index.exists():
         weight_map = json.loads(index.read_text())["weight_map"]
@@ -73,7 +79,7 @@ def _find_tensors(folder: Path) -> dict[str, Path]:
         raise FileNotFoundError(f"{folder} holds no *.safetensors file")
     names: dict[str, Path] = {}
     for file in files:
-        with safe_open(file, framework="pt") as handle:
+        with _open(file) as handle:
             names |= dict.fromkeys(handle.keys(), file)
     return names
 

@@ -80,7 +80,7 @@ def forward_logprobs(gpt: Any, batch: MicroBatch, model: ModelConfig) -> torch.T
     packed = PackedSequences(
         qkv_format="thd",
         positions=batch.positions,
-        plan=plan_packed(batch.seq_lens, model.heads_per_kv),
+        plan=plan_packed(batch.seq_lens, model.heads_per_kv, batch.input_ids.device),
     )
     return gpt(
         batch.input_ids[None],

@@ -2,8 +2,8 @@
 
 A group of its own (rank 0 sends) beside whatever process groups trainer and engine use: it needs
 no default group on either side. Control messages travel in the same order as the buckets;
-receivers answer a commit through the group's store, so that a refusal carries its reason. The
-backend is gloo; NCCL needs one more line in _GROUPS.
+every receiver broadcasts its answer to a commit, so that a refusal carries its reason and a death
+is seen at once. The backend is gloo; NCCL needs one more line in _GROUPS.
 """
 
 import json
@@ -25,7 +25,7 @@ _GROUPS: dict[str, Callable[..., Any]] = {"gloo": dist.ProcessGroupGloo}
 
 
 class _Group:
-    """Broadcasts from rank 0, and a store for answers."""
+    """Broadcasts of tensors and of small messages."""
 
     def __init__(
         self, address: str, port: int, rank: int, world_size: int, backend: str, timeout_s: float
@@ -34,32 +34,37 @@ class _Group:
             raise ValueError(f"backend '{backend}' is unknown; use one of {sorted(_GROUPS)}")
         timeout = timedelta(seconds=timeout_s)
         self.rank, self.world_size = rank, world_size
-        self.store = dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout)
-        self._pg = _GROUPS[backend](
-            dist.PrefixStore("weights", self.store), rank, world_size, timeout
-        )
-        self.num_updates = 0
+        store = dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout)
+        self._pg = _GROUPS[backend](dist.PrefixStore("weights", store), rank, world_size, timeout)
 
-    def broadcast(self, tensor: torch.Tensor) -> None:
+    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
         try:
-            self._pg.broadcast(tensor, 0).wait()
+            self._pg.broadcast(tensor, root).wait()
         except RuntimeError as error:
             raise WeightSyncError(f"the weight group lost a member: {error}") from error
 
     def send_message(self, message: dict[str, Any]) -> None:
         payload = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
-        self.broadcast(torch.tensor([len(payload)]))
-        self.broadcast(payload)
+        self.broadcast(torch.tensor([len(payload)]), self.rank)
+        self.broadcast(payload, self.rank)
 
-    def receive_message(self) -> dict[str, Any]:
+    def receive_message(self, root: int = 0) -> dict[str, Any]:
         length = torch.zeros(1, dtype=torch.int64)
-        self.broadcast(length)
+        self.broadcast(length, root)
         payload = torch.empty(int(length), dtype=torch.uint8)
-        self.broadcast(payload)
+        self.broadcast(payload, root)
         return json.loads(bytes(payload.tolist()))
 
-    def answer_key(self, rank: int) -> str:
-        return f"answer/{self.num_updates}/{rank}"
+    def exchange_answers(self, own: str = "") -> list[str]:
+        """The answers of ranks 1 and up, by a broadcast from each in turn."""
+        answers = []
+        for rank in range(1, self.world_size):
+            if rank == self.rank:
+                self.send_message({"answer": own})
+                answers.append(own)
+            else:
+                answers.append(self.receive_message(rank)["answer"])
+        return answers
 
 
 class CollectiveSender:
@@ -81,7 +86,6 @@ class CollectiveSender:
     def begin(self, step: int) -> None:
         """Receivers stop serving."""
         self._step = step
-        self._group.num_updates += 1
         self._group.send_message({"op": "begin", "step": step})
 
     def send(self, params: Mapping[str, torch.Tensor]) -> None:
@@ -93,10 +97,7 @@ class CollectiveSender:
     def commit(self, digest: str) -> WeightVersion:
         """Returns once every receiver has compared its digest; raises if one refused."""
         self._group.send_message({"op": "commit", "digest": digest})
-        answers = [
-            self._group.store.get(self._group.answer_key(rank)).decode()
-            for rank in range(1, self._group.world_size)
-        ]
+        answers = self._group.exchange_answers()
         refusals = [f"rank {i + 1}: {a}" for i, a in enumerate(answers) if a != _OK]
         if refusals:
             raise WeightSyncError("; ".join(refusals))
@@ -128,14 +129,12 @@ class CollectiveReceiver:
     def receive(self, sink: WeightSink, device: torch.device) -> None:
         """Take one update, from begin to commit or abort.
 
-        A sink that refuses a bucket does not break the lockstep: the rest is read and dropped, and
-        the sender gets the reason as the answer to its commit. If the sender dies, the sink's
-        update is aborted and WeightSyncError is raised.
+        A sink that refuses does not break the lockstep: the rest is read and dropped, and the
+        sender gets the reason as the answer to its commit. If the sender dies, the sink's update is
+        aborted and WeightSyncError is raised.
         """
         begin = self._group.receive_message()
-        self._group.num_updates += 1
-        sink.begin_weight_update(begin["step"])
-        refusal: WeightSyncError | None = None
+        refusal = _refusal(partial(sink.begin_weight_update, begin["step"]))
         try:
             while (message := self._group.receive_message())["op"] == "bucket":
                 metas = [ParamMeta(**{**m, "shape": tuple(m["shape"])}) for m in message["metas"]]
@@ -153,8 +152,7 @@ class CollectiveReceiver:
             return
         if refusal is None:
             refusal = _refusal(partial(sink.commit_weight_update, message["digest"]))
-        answer = _OK if refusal is None else str(refusal)
-        self._group.store.set(self._group.answer_key(self._group.rank), answer)
+        self._group.exchange_answers(_OK if refusal is None else str(refusal))
         if refusal is not None:
             raise refusal
 

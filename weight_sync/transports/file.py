@@ -1,11 +1,10 @@
 """file: a Hugging Face safetensors folder with its version, for recovery, export and tests.
 
 The folder is written under a temporary name and renamed, and the version file comes last, so a
-folder with a version file is whole.
+folder with a version file is whole. The folder it replaces is moved aside first and deleted last.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -55,15 +54,18 @@ def write_hf_folder(
 ) -> None:
     """Write weights, `side_files` (config, tokenizer) and the version; replaces `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, replaced = (folder.with_name(f".{folder.name}.{x}") for x in ("tmp", "old"))
+    for leftover in (temporary, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
     write_safetensors(temporary, hf_tensors(specs, params), max_shard_bytes)
     for file in side_files:
         shutil.copy(file, temporary / file.name)
     (temporary / VERSION_FILE).write_text(json.dumps(vars(version)))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    if folder.exists():
+        folder.rename(replaced)
+    temporary.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def read_version(folder: Path) -> WeightVersion | None:

@@ -1,0 +1,100 @@
+"""linear on the GPU: one chain of k16 tensor-core products in ascending k, fp32, one rounding.
+
+Two implementations of equal bits: cuBLASLt without split-K (fast), and a Triton kernel (any shape
+and alignment). Products are taken at a finite set of row counts, every M up to 256 and multiples of
+128 up to 8,192, so that the self-check over that set is a proof.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from samebit.kernels.gpu import cublaslt
+
+MAX_ROWS = 8192
+_EXACT_ROWS = 256
+_ROW_STEP = 128
+
+# Weight shapes (N, K) for which the self-check found cuBLASLt unequal to Triton here.
+_triton_shapes: set[tuple[int, int]] = set()
+
+
+def use_triton(shapes: set[tuple[int, int]]) -> None:
+    """Compute products with these weight shapes (N, K) by the Triton kernel from now on."""
+    _triton_shapes.update(shapes)
+
+
+@triton.jit
+def _matmul_kernel(
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    num_m = tl.cdiv(M, BLOCK_M)
+    rows = (pid % num_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = (pid // num_m) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    x_rows = x_ptr + rows.to(tl.int64)[:, None] * K
+    w_rows = w_ptr + columns.to(tl.int64)[None, :] * K
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + inner
+        x = tl.load(x_rows + k[None, :], mask=(rows < M)[:, None] & (k < K)[None, :], other=0.0)
+        w = tl.load(w_rows + k[:, None], mask=(columns < N)[None, :] & (k < K)[:, None], other=0.0)
+        acc = tl.dot(x, w, acc)
+    place = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    tl.store(y_ptr + place, acc.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def linear_triton(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> None:
+    """y [M, N] = x [M, K] @ weight [N, K].T; any shape, contiguous bf16."""
+    (m, k), n = x.shape, weight.shape[0]
+    block_m = 16 if m <= 16 else 64 if m <= 512 else 128
+    block_n = 64 if m <= 512 else 128
+    grid = (triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)
+    _matmul_kernel[grid](
+        x, weight, y, m, n, k, block_m, block_n, 64, num_warps=4 if m <= 512 else 8, num_stages=3
+    )
+
+
+def linear_cublaslt(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> None:
+    """The same by cuBLASLt; raises CublasLtError where it cannot."""
+    cublaslt.matmul(x, weight, y)
+
+
+def row_pieces(num_rows: int) -> list[tuple[int, int]]:
+    """(start, length) of products over num_rows rows, every length from the finite set."""
+    pieces = []
+    start = 0
+    while start < num_rows:
+        left = num_rows - start
+        length = left if left <= _EXACT_ROWS else min(left // _ROW_STEP * _ROW_STEP, MAX_ROWS)
+        pieces.append((start, length))
+        start += length
+    return pieces
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """x [T, K] times weight [N, K] transposed -> [T, N] in out_dtype (default: x's)."""
+    if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
+        raise ValueError(f"linear on the GPU takes torch.bfloat16, got {x.dtype}, {weight.dtype}")
+    x, weight = x.contiguous(), weight.contiguous()
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype or x.dtype, device=x.device)
+    triton_only = tuple(weight.shape) in _triton_shapes
+    for start, length in row_pieces(x.shape[0]):
+        part, out = x[start : start + length], y[start : start + length]
+        if triton_only or not cublaslt.supports(part, weight, y.dtype):
+            linear_triton(part, weight, out)
+        else:
+            linear_cublaslt(part, weight, out)
+    return y

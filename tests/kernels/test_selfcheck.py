@@ -1,0 +1,180 @@
+"""The proof at start-up: it passes here, it finds what is wrong, and it is remembered."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_same_bits
+
+from samebit.kernels import linear as linear_module
+from samebit.kernels import selfcheck as selfcheck_module
+from samebit.kernels.attention import (
+    packed_attention,
+    paged_attention,
+    plan_packed,
+    plan_paged,
+)
+from samebit.kernels.linear import linear, linear_blocked, linear_padded, use_blocked
+from samebit.kernels.profile import numerics_profile
+from samebit.kernels.selfcheck import (
+    ROW_COUNTS,
+    SelfCheckError,
+    check_attention,
+    check_rows,
+    selfcheck,
+    unequal_linear_shapes,
+)
+
+# The weights of a small model: qkv, projection, gate and up, down, output.
+SHAPES = ((128, 48), (48, 64), (208, 48), (48, 104), (331, 48), (1024, 48))
+HEADS = (4, 2, 16)
+WIDTHS = (48, 16, 104)
+
+
+@pytest.fixture(autouse=True)
+def _private_state(monkeypatch, tmp_path):
+    """An empty cache, and no shape marked as blocked, for each test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(linear_module, "_blocked_shapes", set())
+
+
+def cache_files(tmp_path) -> list[Path]:
+    return sorted((tmp_path / "samebit" / "selfcheck").glob("*"))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (33, 100), (1, 7), (576, 192)], ids=str)
+def test_blocked_equals_padded(shape):
+    """The two implementations on the CPU are one operation."""
+    generator = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(515, shape[1], generator=generator), torch.randn(shape)
+    truth = linear_blocked(x, weight)
+    for m in (*ROW_COUNTS, 512, 515):
+        assert_same_bits(linear_padded(x[:m], weight), truth[:m], f"{m} rows")
+        assert_same_bits(linear_blocked(x[:m], weight), truth[:m], f"{m} rows")
+
+
+def test_shapes_of_a_model_pass():
+    assert unequal_linear_shapes(SHAPES) == set()
+    check_attention(*HEADS)
+    check_rows(WIDTHS)
+
+
+def test_an_unpadded_product_would_be_found(monkeypatch):
+    """A product that depends on the number of rows in one bit is reported, by its shape."""
+
+    def careless(x, weight):
+        y = x @ weight.t()
+        return y.nextafter(y + 1) if len(x) == 5 and weight.shape[0] == 48 else y
+
+    monkeypatch.setattr(selfcheck_module, "linear_blocked", lambda x, w: x @ w.t())
+    monkeypatch.setattr(selfcheck_module, "linear_padded", careless)
+    found = unequal_linear_shapes(SHAPES)
+    assert {(48, 64), (48, 104)} <= found
+
+
+def test_variant_attention_would_be_found(monkeypatch):
+    original = selfcheck_module.paged_attention
+
+    def careless(q, *arguments):
+        y = original(q, *arguments)
+        return y.nextafter(y + 1) if len(q) == 1 else y
+
+    monkeypatch.setattr(selfcheck_module, "paged_attention", careless)
+    with pytest.raises(SelfCheckError, match="length 3, chunk 1, 4/2 heads of 16"):
+        selfcheck(SHAPES, HEADS, WIDTHS)
+
+
+def test_variant_row_operations_would_be_found(monkeypatch):
+    original = selfcheck_module.swiglu
+
+    def careless(x):
+        y = original(x)
+        return y.nextafter(y + 1) if len(x) == 31 else y
+
+    monkeypatch.setattr(selfcheck_module, "swiglu", careless)
+    with pytest.raises(SelfCheckError, match="width 16"):
+        selfcheck(SHAPES, HEADS, WIDTHS)
+
+
+def test_a_failed_check_is_not_remembered(monkeypatch, tmp_path):
+    with monkeypatch.context() as broken:
+        broken.setattr(selfcheck_module, "swiglu", lambda x: x - x.mean(0))
+        with pytest.raises(SelfCheckError):
+            selfcheck(SHAPES, HEADS, WIDTHS)
+    assert cache_files(tmp_path) == []
+    selfcheck(SHAPES, HEADS, WIDTHS)
+    assert len(cache_files(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("head_dim", [6, 8, 10, 12, 16, 20, 33, 64, 80, 96, 128])
+@pytest.mark.parametrize("group", [1, 2, 3])
+def test_the_check_tells_the_truth_about_head_dims(group, head_dim):
+    """Attention that passes the check does not depend on where a row stands in its tile; a head
+    size that this machine's BLAS cannot do so is refused, not served."""
+    try:
+        check_attention(2 * group, 2, head_dim)
+    except SelfCheckError:
+        assert head_dim % 4, "a usual head size is refused"
+        return
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(97, n, head_dim, generator=generator) for n in (2 * group, 2, 2))
+    truth = packed_attention(q, k, v, plan_packed((97,), group), 0.2)
+    caches = [x[None] for x in (k, v)]  # one page
+    for start in range(1, 97):
+        plan = plan_paged([97 - start], [97], torch.zeros(1, 1, dtype=torch.int64), 97, group)
+        found = paged_attention(q[start:], *caches, plan, 0.2)
+        assert_same_bits(found, truth[start:], f"last {97 - start} tokens")
+
+
+def test_the_result_is_written_and_used_again(monkeypatch, tmp_path):
+    """The second start-up computes nothing."""
+    selfcheck(SHAPES, HEADS, WIDTHS)
+    [file] = cache_files(tmp_path)
+    assert json.loads(file.read_text()) == {"blocked": []}
+    for name in ("check_attention", "check_rows", "unequal_linear_shapes"):
+        monkeypatch.delattr(selfcheck_module, name)
+    selfcheck(SHAPES, HEADS, WIDTHS)
+    assert cache_files(tmp_path) == [file]
+
+
+def test_another_model_is_checked_anew(tmp_path):
+    selfcheck(SHAPES, HEADS, WIDTHS)
+    selfcheck(SHAPES[:3], HEADS, WIDTHS)
+    selfcheck(SHAPES, (6, 2, 16), WIDTHS)
+    selfcheck(SHAPES, HEADS, (48,))
+    assert len(cache_files(tmp_path)) == 4
+
+
+def test_shapes_that_failed_are_computed_by_blocks(tmp_path, caplog):
+    """What the cache remembers as unequal is blocked, said aloud, and gives equal bits."""
+    selfcheck(SHAPES, HEADS, WIDTHS)
+    [file] = cache_files(tmp_path)
+    x, weight = torch.randn(37, 48), torch.randn(331, 48)
+    before = linear(x, weight)
+    file.write_text(json.dumps({"blocked": [[331, 48]]}))
+    with caplog.at_level(logging.WARNING):
+        selfcheck(SHAPES, HEADS, WIDTHS)
+    assert "(331, 48)" in caplog.text
+    assert linear_module._blocked_shapes == {(331, 48)}
+    assert_same_bits(linear(x, weight), before)
+
+
+def test_forced_blocks_give_equal_bits():
+    """The fall-back changes speed, not a bit; gradients neither."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in SHAPES:
+        x, weight = torch.randn(129, shape[1], generator=generator), torch.randn(shape)
+        before = linear(x, weight)
+        use_blocked({shape})
+        assert_same_bits(linear(x, weight), before, shape)
+
+
+def test_profiles_are_told_apart():
+    """The digest stands in manifests: equal here, other under another tensor parallel size."""
+    cpu = torch.device("cpu")
+    assert numerics_profile(cpu) == numerics_profile(cpu)
+    assert numerics_profile(cpu).digest == numerics_profile(cpu).digest
+    assert numerics_profile(cpu).digest != numerics_profile(cpu, tp_size=2).digest
+    assert numerics_profile(cpu).device_type == "cpu"

@@ -1,0 +1,62 @@
+"""Two versions of one model's weights, and an engine in a process of its own."""
+
+import pytest
+import torch
+
+from samebit.recipes.tiny_model import write_weights
+from samebit.rollout.models.decoder import param_specs
+from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.remote import RemoteEngine
+from samebit.rollout.runtime.weights import load_safetensors
+from samebit.weight_sync.digest import weights_digest
+
+
+class Version:
+    """A full set of weights under the engine's names."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.specs = param_specs(load_model_config(folder))
+        self.params = {spec.name: torch.empty(spec.shape) for spec in self.specs}
+        load_safetensors(folder, self.specs, self.params)
+        self.digest = weights_digest(self.specs, self.params)
+
+    def without(self, name):
+        return {n: p for n, p in self.params.items() if n != name}
+
+    def changed(self, name, value):
+        changed = self.params[name].clone()
+        changed.view(-1)[0] = value
+        return {**self.params, name: changed}
+
+
+@pytest.fixture(scope="module")
+def old(qwen3_path):
+    """The weights that engines start with."""
+    return Version(qwen3_path)
+
+
+@pytest.fixture(scope="module")
+def new(qwen3_path, tmp_path_factory):
+    """Other weights of the same model."""
+    folder = tmp_path_factory.mktemp("models") / "new"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((qwen3_path / "config.json").read_bytes())
+    write_weights(folder, seed=11, std=0.2)
+    return Version(folder)
+
+
+@pytest.fixture(scope="module")
+def remote(qwen3_path):
+    """One engine's process for a module; tests leave it with whole weights."""
+    engine = RemoteEngine(qwen3_path, device="cpu", kv_cache_tokens=1024)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def gloo(remote):
+    """The weight group of this process and `remote`."""
+    transport = remote.connect_weights("gloo", timeout_s=60)
+    yield transport
+    transport.close()

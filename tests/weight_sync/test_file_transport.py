@@ -1,0 +1,124 @@
+"""Folders of weights: whole or absent, whatever kills the writer, and readable by transformers."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import run_python
+
+from samebit.rollout.engine import Engine
+from samebit.weight_sync.transports.file import FileTransport, read_version, write_hf_folder
+from samebit.weight_sync.types import WeightSyncError, WeightVersion
+
+# Dies while it writes weights, between weights and version file, or just before the rename.
+DYING_WRITER = """
+import os, sys
+from pathlib import Path
+import torch
+from samebit.rollout.models.decoder import param_specs
+from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.runtime.weights import load_safetensors
+from samebit.weight_sync.transports.file import write_hf_folder
+from samebit.weight_sync.types import WeightVersion
+
+source, target, moment = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+specs = param_specs(load_model_config(source))
+params = {spec.name: torch.empty(spec.shape) for spec in specs}
+load_safetensors(source, specs, params)
+
+class Dying(dict):
+    def __getitem__(self, name):
+        if "layers.2" in name:
+            os._exit(0)
+        return super().__getitem__(name)
+
+def side_files():
+    yield source / "config.json"
+    os._exit(0)
+
+if moment == "weights":
+    write_hf_folder(target, specs, Dying(params), WeightVersion(2, "x"), max_shard_bytes=1)
+write_hf_folder(target, specs, params, WeightVersion(2, "x"), side_files())
+"""
+
+
+def write(folder, version, step, **limits):
+    files = [version.folder / "config.json"]
+    found = WeightVersion(step, version.digest)
+    write_hf_folder(folder, version.specs, version.params, found, files, **limits)
+    return found
+
+
+@pytest.mark.parametrize("moment", ["weights", "side files"])
+def test_an_interrupted_write_leaves_the_old_folder_whole(old, new, tmp_path, moment):
+    """The folder is the recovery copy: a killed writer must not cost the version it replaces."""
+    folder = tmp_path / "weights"
+    version = write(folder, old, 1)
+    run_python(DYING_WRITER, new.folder, folder, moment)
+    assert read_version(folder) == version
+    engine = Engine(folder, device="cpu", kv_cache_tokens=1024)
+    assert engine.weight_version == version
+    after = write(folder, new, 3)
+    assert engine.update_weights_from_disk(folder) == after
+    assert [p.name for p in tmp_path.iterdir()] == ["weights"], "leftovers of the killed writer"
+
+
+def test_a_folder_appears_only_when_whole(new, tmp_path):
+    """A first write that is killed must leave nothing that looks like a folder of weights."""
+    run_python(DYING_WRITER, new.folder, tmp_path / "weights", "side files")
+    assert not (tmp_path / "weights").exists()
+
+
+def test_a_folder_in_other_hands_has_no_version(old, tmp_path):
+    """A plain Hugging Face folder starts at step 0; only our own carries a version."""
+    assert read_version(old.folder) is None
+    folder = shutil.copytree(old.folder, tmp_path / "model")
+    (folder / "weight_version.json").write_text(json.dumps({"step": 7, "digest": "f" * 16}))
+    engine = Engine(folder, device="cpu", kv_cache_tokens=1024)
+    assert engine.weight_version == WeightVersion(0, old.digest), "a version of other weights"
+
+
+def test_weights_changed_behind_the_version_file_are_refused(old, new, tmp_path):
+    """The version file promises a digest; other bytes beside it are damage."""
+    folder = tmp_path / "weights"
+    write(folder, new, 5)
+    shutil.copy(old.folder / "model.safetensors", folder)
+    engine = Engine(old.folder, device="cpu", kv_cache_tokens=1024)
+    message = f"digest {old.digest} here, {new.digest} at the sender"
+    with pytest.raises(WeightSyncError, match=message):
+        engine.update_weights_from_disk(folder)
+
+
+def test_the_transport_refuses_a_receiver_that_loaded_something_else(old, new, tmp_path):
+    """A receiver that reads another folder would serve other weights under this version."""
+    transport = FileTransport(tmp_path / "w", old.specs, lambda _: WeightVersion(1, old.digest))
+    transport.begin(1)
+    transport.send(new.params)
+    with pytest.raises(WeightSyncError, match="the receiver holds"):
+        transport.commit(new.digest)
+
+
+@pytest.mark.parametrize("max_shard_bytes", [5 << 30, 40_000])
+@pytest.mark.parametrize("model", ["qwen3_path", "llama_path"])
+def test_an_exported_folder_loads_in_transformers(request, tmp_path, model, max_shard_bytes):
+    """Others must get the model that was trained: same names, same values, same log-probs."""
+    from transformers import AutoModelForCausalLM
+
+    from samebit.rollout.models.decoder import param_specs
+
+    engine = Engine(request.getfixturevalue(model), device="cpu", kv_cache_tokens=1024)
+    folder = tmp_path / "export"
+    files = [engine.config.model_path / "config.json"]
+    specs, version = param_specs(engine.model_config), engine.weight_version
+    write_hf_folder(folder, specs, engine.weights, version, files, max_shard_bytes)
+    assert len(list(folder.glob("*.safetensors"))) == 1 or max_shard_bytes == 40_000
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = [5, 300, 17, 17, 81, 2, 330, 44]
+    with torch.no_grad():
+        logprobs = hf(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    expected = logprobs.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
+    assert torch.allclose(torch.tensor(engine.score([ids])[0]), expected, rtol=0, atol=1e-4)
+    again = Engine(folder, device="cpu", kv_cache_tokens=1024)
+    assert again.weight_version == version
+    assert again.score([ids]) == engine.score([ids])
