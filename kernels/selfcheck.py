@@ -1,9 +1,9 @@
 """Proof on the machine at hand that every implementation of an operation gives the same bits.
 
-The contract rests on observations of one BLAS and one CPU; another may differ. So the engine and
-the trainer run this check at start-up for the model's own shapes (milliseconds for a small model,
-seconds for a large one) and remember the result by device and versions. Where the fast path fails,
-the path that is row-invariant by construction is used from then on, and a warning says so.
+The contract rests on observations of some libraries and chips; others may differ. So the engine
+runs this check at start-up for the model's own shapes (milliseconds for a small model, seconds for
+a large one) and remembers the result by device and versions. Where the fast path fails, the path
+that keeps the contract by construction is used from then on, and a warning says so.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ from samebit.kernels.swiglu import swiglu
 logger = logging.getLogger(__name__)
 
 ROW_COUNTS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 48, 63, 64, 65, 127, 128, 129, 256, 511)
+GPU_ROW_COUNTS = (*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 384, 512, 1024)
 
 
 class SelfCheckError(RuntimeError):
@@ -37,38 +38,77 @@ def _cache_file(key: object) -> Path:
     return root / "samebit" / "selfcheck" / f"{name}.json"
 
 
-def unequal_linear_shapes(shapes: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
-    """The weight shapes (N, K) at which one product differs from the product by row blocks."""
-    unequal = set()
-    generator = torch.Generator().manual_seed(0)
-    for rows, columns in sorted(set(shapes)):
-        weight = torch.randn(rows, columns, generator=generator)
-        x = torch.randn(ROW_COUNTS[-1], columns, generator=generator)
-        truth = linear_blocked(x, weight)
-        if any(not torch.equal(linear_padded(x[:m], weight), truth[:m]) for m in ROW_COUNTS):
-            unequal.add((rows, columns))
-    return unequal
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def check_attention(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+def _randn(*shape: int, device: torch.device, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(device, _dtype(device))
+
+
+def unequal_linear_shapes(
+    shapes: Iterable[tuple[int, int]], device: torch.device | None = None
+) -> set[tuple[int, int]]:
+    """The weight shapes (N, K) at which the fast product differs from the one by construction."""
+    device = device or torch.device("cpu")
+    differs = _cpu_differs if device.type == "cpu" else _gpu_differs
+    return {shape for shape in sorted(set(shapes)) if differs(shape, device)}
+
+
+def _cpu_differs(shape: tuple[int, int], device: torch.device) -> bool:
+    weight = _randn(*shape, device=device)
+    x = _randn(ROW_COUNTS[-1], shape[1], device=device, seed=1)
+    truth = linear_blocked(x, weight)
+    return any(not torch.equal(linear_padded(x[:m], weight), truth[:m]) for m in ROW_COUNTS)
+
+
+def _gpu_differs(shape: tuple[int, int], device: torch.device) -> bool:
+    from samebit.kernels.gpu import cublaslt
+    from samebit.kernels.gpu.linear import linear_cublaslt, linear_triton
+
+    weight = torch.randn(shape, device=device).to(torch.bfloat16)
+    x = torch.randn(GPU_ROW_COUNTS[-1], shape[1], device=device).to(torch.bfloat16)
+    for out_dtype in (torch.bfloat16, torch.float32):
+        if not cublaslt.supports(x, weight, out_dtype):
+            continue
+        truth, found = (
+            torch.empty(len(x), shape[0], dtype=out_dtype, device=device) for _ in range(2)
+        )
+        linear_triton(x, weight, truth)
+        for m in GPU_ROW_COUNTS:
+            try:
+                linear_cublaslt(x[:m], weight, found[:m])
+            except cublaslt.CublasLtError as error:
+                logger.warning("linear: %s", error)
+                return True
+            if not torch.equal(found[:m], truth[:m]):
+                return True
+    return False
+
+
+def check_attention(
+    num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | None = None
+) -> None:
     """Raise SelfCheckError unless decode, chunks and the packed forward agree."""
-    generator = torch.Generator().manual_seed(0)
-    lens, page_size, group = (3, 64, 65, 150), 16, num_heads // num_kv_heads
+    device = device or torch.device("cpu")
+    lens, page_size, group = (3, 64, 65, 150, 1100), 16, num_heads // num_kv_heads
     total, scale = sum(lens), head_dim**-0.5
-    q = torch.randn(total, num_heads, head_dim, generator=generator)
-    k, v = (torch.randn(total, num_kv_heads, head_dim, generator=generator) for _ in range(2))
-    truth = packed_attention(q, k, v, plan_packed(lens, group), scale).split(lens)
+    q = _randn(total, num_heads, head_dim, device=device)
+    k, v = (_randn(total, num_kv_heads, head_dim, device=device, seed=s) for s in (1, 2))
+    truth = packed_attention(q, k, v, plan_packed(lens, group, device), scale).split(lens)
     num_pages = -(-max(lens) // page_size)
     for length, q_L, k_L, v_L, truth_L in zip(
         lens, q.split(lens), k.split(lens), v.split(lens), truth, strict=True
     ):
-        caches = torch.full((2, num_pages, page_size, num_kv_heads, head_dim), float("nan"))
+        shape = (2, num_pages, page_size, num_kv_heads, head_dim)
+        caches = torch.full(shape, float("nan"), dtype=q.dtype, device=device)
         caches[0].view(-1, num_kv_heads, head_dim)[:length] = k_L
         caches[1].view(-1, num_kv_heads, head_dim)[:length] = v_L
         table = torch.arange(num_pages)[None]
         for chunk in (1, 17):
             start = max(0, length - chunk)
-            plan = plan_paged([length - start], [length], table, page_size, group)
+            plan = plan_paged([length - start], [length], table, page_size, group, device)
             output = paged_attention(q_L[start:], caches[0], caches[1], plan, scale)
             if not torch.equal(output, truth_L[start:]):
                 raise SelfCheckError(
@@ -77,44 +117,51 @@ def check_attention(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
                 )
 
 
-def check_rows(widths: Iterable[int]) -> None:
+def check_rows(widths: Iterable[int], device: torch.device | None = None) -> None:
     """Raise SelfCheckError unless rms_norm and swiglu treat each row by itself."""
-    generator = torch.Generator().manual_seed(0)
+    device = device or torch.device("cpu")
     for width in sorted(set(widths)):
-        x = torch.randn(67, 2 * width, generator=generator)
-        norm, gate = rms_norm(x[:, :width], torch.ones(width), 1e-6), swiglu(x)
+        x = _randn(67, 2 * width, device=device)
+        weight = torch.ones(width, dtype=x.dtype, device=device)
+        norm, gate = rms_norm(x[:, :width], weight, 1e-6), swiglu(x)
         for rows in (1, 2, 5, 31, 66):
-            same_norm = torch.equal(
-                rms_norm(x[:rows, :width], torch.ones(width), 1e-6), norm[:rows]
-            )
+            same_norm = torch.equal(rms_norm(x[:rows, :width], weight, 1e-6), norm[:rows])
             if not (same_norm and torch.equal(swiglu(x[:rows]), gate[:rows])):
                 raise SelfCheckError(f"row operations are not invariant here: width {width}")
 
 
+@torch.no_grad()
 def selfcheck(
     linear_shapes: Iterable[tuple[int, int]],
     heads: tuple[int, int, int],
     widths: Iterable[int],
+    device: torch.device | None = None,
 ) -> None:
-    """Check a model's operations on the CPU and select implementations accordingly.
+    """Check a model's operations on `device` and select implementations accordingly.
 
     linear_shapes: (N, K) of every weight; heads: (N, K, H) of attention; widths: row lengths of
     norms and activations. Raises SelfCheckError where nothing that keeps the contract is left.
     """
+    device = device or torch.device("cpu")
     shapes = sorted(set(linear_shapes))
-    profile = numerics_profile(torch.device("cpu"))
-    key = [profile.digest, shapes, list(heads), sorted(set(widths))]
+    key = [numerics_profile(device).digest, shapes, list(heads), sorted(set(widths))]
     cache = _cache_file(key)
     if cache.exists():
-        blocked = {(n, k) for n, k in json.loads(cache.read_text())["blocked"]}
+        unequal = {(n, k) for n, k in json.loads(cache.read_text())["unequal"]}
     else:
-        check_attention(*heads)
-        check_rows(widths)
-        blocked = unequal_linear_shapes(shapes)
-        _write_json(cache, {"blocked": sorted(blocked)})
-    if blocked:
-        logger.warning("linear: computing %s by row blocks on this machine", sorted(blocked))
-        use_blocked(blocked)
+        check_attention(*heads, device)
+        check_rows(widths, device)
+        unequal = unequal_linear_shapes(shapes, device)
+        _write_json(cache, {"unequal": sorted(unequal)})
+    if not unequal:
+        return
+    logger.warning("linear: the fast product is not used here for %s", sorted(unequal))
+    if device.type == "cpu":
+        use_blocked(unequal)
+    else:
+        from samebit.kernels.gpu.linear import use_triton
+
+        use_triton(unequal)
 
 
 def _write_json(path: Path, value: object) -> None:

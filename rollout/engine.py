@@ -7,7 +7,7 @@ engine = Engine("path/to/model")
 import asyncio
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -87,6 +87,8 @@ class Engine:
         self._lock = threading.RLock()
         self._arrivals = itertools.count()
         self._live: dict[str, list[RunningSequence]] = {}
+        self._for_step: set[str] = set()  # live requests of add_request
+        self._done: list[list[Completion]] = []
 
     # -- generation ------------------------------------------------------------------------------
 
@@ -146,15 +148,17 @@ class Engine:
         ids = None if sample_ids is None else [sample_ids]
         layers = tuple(return_hidden_states)
         [request] = self.requests.generation([prompt_ids], sampling_params, ids, layers)
-        self._add(request)
+        with self._lock:
+            self._add(request)
+            self._for_step.add(request.request_id)
         return request.request_id
 
     def step(self) -> list[list[Completion]]:
-        """Run one batch; the completions of the requests that it finished, n of each."""
+        """Run one batch; n completions of every request of `add_request` finished since the last."""
         with self._lock:
-            self.session.require_ready()
-            finished = execute_step(self.scheduler, self.runner, self.sampler, self.weight_version)
-            return self._collect(finished)
+            self._advance()
+            done, self._done = self._done, []
+            return done
 
     def abort_request(self, request_id: str) -> list[Completion]:
         """End a request; its samples as far as they are, finish_reason "abort".
@@ -164,14 +168,15 @@ class Engine:
         with self._lock:
             if request_id not in self._live:
                 raise KeyError(f"no unfinished request '{request_id}'")
+            self._for_step.discard(request_id)
             for seq in self.scheduler.abort(request_id):
                 seq.finish_reason = "abort"
             return [seq.completion() for seq in self._live.pop(request_id)]
 
     @property
     def has_unfinished_requests(self) -> bool:
-        """Whether `step` has anything to do."""
-        return self.scheduler.has_unfinished
+        """Whether `step` has anything to do or to report."""
+        return self.scheduler.has_unfinished or bool(self._done)
 
     # -- weights ---------------------------------------------------------------------------------
 
@@ -298,6 +303,7 @@ class Engine:
             [(n, k) for n, k in shapes],
             (c.num_heads, c.num_kv_heads, c.head_dim),
             (c.hidden_size, c.head_dim, c.ffn_size),
+            self.config.device,
         )
 
     def _load_weights(self) -> None:
@@ -338,7 +344,7 @@ class Engine:
             kv_capacity=self.kv_capacity,
         )
 
-    def _add(self, request: Request) -> None:
+    def _add(self, request: Request) -> list[RunningSequence]:
         with self._lock:
             self.session.require_ready()
             seqs = [
@@ -353,16 +359,16 @@ class Engine:
             seqs[0].siblings = seqs[1:]
             self._live[request.request_id] = seqs
             self.scheduler.add(seqs[0])
+            return seqs
 
     def _run(self, requests: list[Request], progress: Progress | None) -> list[list[Completion]]:
         """Add requests and step until they are done; other callers' steps count too."""
         seqs: dict[str, list[RunningSequence]] = {}
-        for request in requests:
-            self._add(request)
-            seqs[request.request_id] = self._live[request.request_id]
         try:
+            for request in requests:
+                seqs[request.request_id] = self._add(request)
             while any(s.finish_reason is None for group in seqs.values() for s in group):
-                self.step()
+                self._advance()
                 if progress is not None:
                     flat = [s for group in seqs.values() for s in group]
                     done = sum(s.finish_reason is not None for s in flat)
@@ -374,16 +380,19 @@ class Engine:
             raise
         return [[s.completion() for s in group] for group in seqs.values()]
 
-    def _collect(self, finished: Iterable[RunningSequence]) -> list[list[Completion]]:
-        done = []
-        for request_id in dict.fromkeys(s.request.request_id for s in finished):
-            group = self._live[request_id]
-            if all(s.finish_reason is not None for s in group):
-                done.append([s.completion() for s in self._live.pop(request_id)])
-        return done
+    def _advance(self) -> None:
+        with self._lock:
+            self.session.require_ready()
+            finished = execute_step(self.scheduler, self.runner, self.sampler, self.weight_version)
+            for request_id in dict.fromkeys(s.request.request_id for s in finished):
+                if all(s.finish_reason is not None for s in self._live[request_id]):
+                    group = self._live.pop(request_id)
+                    if request_id in self._for_step:
+                        self._for_step.remove(request_id)
+                        self._done.append([s.completion() for s in group])
 
     def _require_idle(self, what: str) -> None:
-        if self.has_unfinished_requests:
+        if self.scheduler.has_unfinished:
             raise WeightSyncError(
                 f"{what} needs an idle engine: {len(self._live)} requests are unfinished; finish "
                 "or abort them first"

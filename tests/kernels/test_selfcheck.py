@@ -132,7 +132,7 @@ def test_the_result_is_written_and_used_again(monkeypatch, tmp_path):
     """The second start-up computes nothing."""
     selfcheck(SHAPES, HEADS, WIDTHS)
     [file] = cache_files(tmp_path)
-    assert json.loads(file.read_text()) == {"blocked": []}
+    assert json.loads(file.read_text()) == {"unequal": []}
     for name in ("check_attention", "check_rows", "unequal_linear_shapes"):
         monkeypatch.delattr(selfcheck_module, name)
     selfcheck(SHAPES, HEADS, WIDTHS)
@@ -153,7 +153,7 @@ def test_shapes_that_failed_are_computed_by_blocks(tmp_path, caplog):
     [file] = cache_files(tmp_path)
     x, weight = torch.randn(37, 48), torch.randn(331, 48)
     before = linear(x, weight)
-    file.write_text(json.dumps({"blocked": [[331, 48]]}))
+    file.write_text(json.dumps({"unequal": [[331, 48]]}))
     with caplog.at_level(logging.WARNING):
         selfcheck(SHAPES, HEADS, WIDTHS)
     assert "(331, 48)" in caplog.text

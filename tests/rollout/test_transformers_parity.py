@@ -27,7 +27,11 @@ VARIANTS = {
     "llama-tied": ("llama", 6, {"tie_word_embeddings": True}),
     "llama-tied-2": ("llama", 7, {"tie_word_embeddings": True}),
     "llama-no-head-dim": ("llama", 8, {"head_dim": None}),
-    "llama-9-3": ("llama", 9, {"num_attention_heads": 9, "num_key_value_heads": 3}),
+    "llama-9-3": (
+        "llama",
+        9,
+        {"hidden_size": 54, "num_attention_heads": 9, "num_key_value_heads": 3},
+    ),
     "llama-one-kv-head": ("llama", 10, {"num_key_value_heads": 1}),
     "llama-rope-llama3": ("llama", 11, {"rope_scaling": LLAMA3, "rope_theta": 5e5}),
     "llama-rope-linear": ("llama", 12, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
@@ -38,7 +42,7 @@ PROMPT_LENS = (1, 2, 17, 64, 70, 150)
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def model(request, tmp_path_factory):
-    """(engine, transformers model) of one folder; norms are random too, or they could be swapped."""
+    """(engine, transformers model) of one folder; random norms too, or they could be swapped."""
     from transformers import AutoModelForCausalLM
 
     architecture, seed, changes = VARIANTS[request.param]

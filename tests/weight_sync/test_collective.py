@@ -203,9 +203,8 @@ from samebit.weight_sync.transports.collective import CollectiveSender
 sender = CollectiveSender("127.0.0.1", int(sys.argv[1]), 2, timeout_s=60.0)
 sender.begin(4)
 if sys.argv[2] == "in a bucket":
-    sender._group.send_message(
-        {"op": "bucket", "metas": [{"name": "a", "shape": [4], "dtype": "torch.float32", "offset": 0}]}
-    )
+    meta = {"name": "a", "shape": [4], "dtype": "torch.float32", "offset": 0}
+    sender._group.send_message({"op": "bucket", "metas": [meta]})
 os.kill(os.getpid(), signal.SIGKILL)
 """
 

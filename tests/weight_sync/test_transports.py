@@ -1,4 +1,4 @@
-"""One contract for all transports: what they deliver is what a direct update delivers, to the bit."""
+"""One contract for all transports: they deliver what a direct update delivers, to the bit."""
 
 import shutil
 

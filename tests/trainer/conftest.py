@@ -1,0 +1,87 @@
+"""Megatron trainers on the random models, and samples to train them on."""
+
+import random
+
+import pytest
+import torch
+
+from samebit.rollout.engine import Engine
+from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.runtime.weights import load_safetensors
+from samebit.rollout.types import SamplingParams
+from samebit.trainer.config import OptimizerConfig
+from samebit.trainer.megatron.trainer import MegatronTrainer
+from samebit.trainer.types import Sample
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session", params=["qwen3", "llama"])
+def model_path(request):
+    """Qwen3 with an output layer of its own, and Llama with tied embeddings."""
+    return request.getfixturevalue(f"{request.param}_path")
+
+
+@pytest.fixture
+def make_trainer(qwen3_path):
+    """make_trainer(path, num_steps=..., lr=..., ...) -> a trainer that holds the folder's weights."""
+
+    def make(path=qwen3_path, num_steps=100, filled=True, **optimizer):
+        settings = OptimizerConfig(**({"lr": 1e-2} | optimizer))
+        trainer = MegatronTrainer(load_model_config(path), settings, num_steps, CPU)
+        if filled:
+            trainer.fill(lambda specs, params: load_safetensors(path, specs, params))
+        return trainer
+
+    return make
+
+
+def random_samples(count, seed, with_logprobs=False):
+    """Samples of very different lengths; the log-probs and advantages are made up."""
+    rng = random.Random(seed)
+    samples = []
+    for i in range(count):
+        prompt_len, response_len = rng.randint(1, 20), rng.randint(1, 24)
+        ids = [rng.randrange(331) for _ in range(prompt_len + response_len)]
+        logprobs = [-rng.uniform(0.1, 12.0) for _ in range(response_len)] if with_logprobs else []
+        samples.append(
+            Sample(
+                sample_id=100 + i,
+                token_ids=tuple(ids),
+                prompt_len=prompt_len,
+                logprobs=tuple(logprobs),
+                advantage=rng.uniform(-2, 2),
+            )
+        )
+    return samples
+
+
+@pytest.fixture(scope="session")
+def rollout_samples():
+    """rollout_samples(path, temperature) -> samples drawn by an engine, with its log-probs."""
+    drawn = {}
+
+    def draw(path, temperature=1.0):
+        if (path, temperature) not in drawn:
+            drawn[path, temperature] = _draw(path, temperature)
+        return drawn[path, temperature]
+
+    return draw
+
+
+def _draw(path, temperature):
+    engine = Engine(path, device="cpu", kv_cache_tokens=4096, seed=5)
+    rng = random.Random(3)
+    prompts = [[rng.randrange(331) for _ in range(n)] for n in (1, 15, 16, 17, 40, 63, 64, 65)]
+    params = SamplingParams(n=3, temperature=temperature, max_new_tokens=25, ignore_eos=True)
+    return [
+        Sample(
+            sample_id=c.sample_id,
+            token_ids=(*prompt, *c.token_ids),
+            prompt_len=len(prompt),
+            logprobs=c.logprobs,
+            advantage=rng.uniform(-1, 1),
+        )
+        for prompt, group in zip(prompts, engine.generate(prompts, params), strict=True)
+        for c in group
+    ]

@@ -1,0 +1,174 @@
+"""Checkpoints: whole or invisible, verified when loaded, and never of another run by mistake."""
+
+import json
+
+import pytest
+import torch
+from helpers import run_python
+
+from samebit.trainer.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    latest_checkpoint,
+    list_checkpoints,
+    save_checkpoint,
+)
+
+STATE = {"step": 3, "params": {"a": torch.arange(6.0).view(2, 3)}, "nested": {"list": [1, 2.5]}}
+
+
+def save(root, step, keep=10, **manifest):
+    return save_checkpoint(root, step, STATE | {"step": step}, manifest, keep)
+
+
+def test_what_was_saved_is_loaded(tmp_path):
+    """Bits, types and the manifest's own fields come back."""
+    path = save(tmp_path, 3, config_digest="abc", progress={"reward": 0.5})
+    assert path == tmp_path / "step_00000003"
+    checkpoint = latest_checkpoint(tmp_path)
+    assert (checkpoint.path, checkpoint.step) == (path, 3)
+    assert checkpoint.manifest["progress"] == {"reward": 0.5}
+    state = checkpoint.load()
+    assert torch.equal(state["params"]["a"], STATE["params"]["a"])
+    assert state["nested"] == STATE["nested"]
+    checkpoint.require("config_digest", "abc", "configuration")
+
+
+def test_there_may_be_none(tmp_path):
+    """A fresh run's folder, or none at all, holds no checkpoint and is no error."""
+    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(tmp_path / "missing") is None
+
+
+def test_the_newest_by_step_is_taken_and_the_oldest_removed(tmp_path):
+    """Retention must never remove the newest, and order is by step, not by time."""
+    for step in (1, 2, 30, 4):
+        save(tmp_path, step, keep=3)
+    assert [c.step for c in list_checkpoints(tmp_path)] == [2, 4, 30]
+    assert latest_checkpoint(tmp_path).step == 30
+    save(tmp_path, 31, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000031"]
+
+
+def test_steps_beyond_eight_digits_stay_in_order(tmp_path):
+    """Names sort as text: a ninth digit must not sort below eight."""
+    for step in (99_999_999, 100_000_000):
+        save(tmp_path, step)
+    assert [c.step for c in list_checkpoints(tmp_path)] == [99_999_999, 100_000_000]
+    assert latest_checkpoint(tmp_path).step == 100_000_000
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    """A resumed run may come to the same step again."""
+    save(tmp_path, 3, note="first")
+    save(tmp_path, 3, note="second")
+    assert [c.manifest["note"] for c in list_checkpoints(tmp_path)] == ["second"]
+    latest_checkpoint(tmp_path).load()
+
+
+def test_a_folder_without_a_manifest_is_ignored(tmp_path):
+    """It was never finished, or it is somebody else's."""
+    save(tmp_path, 3)
+    save(tmp_path, 7)
+    (tmp_path / "step_00000007" / MANIFEST).unlink()
+    assert latest_checkpoint(tmp_path).step == 3
+
+
+@pytest.mark.parametrize("content", [b"", b'{"step": 7, "fil', b"[]", b"\x00" * 64])
+def test_a_damaged_manifest_is_reported_by_name(tmp_path, content):
+    """A torn manifest (a disk that lied about fsync) must name its file, not raise from json."""
+    save(tmp_path, 7)
+    (tmp_path / "step_00000007" / MANIFEST).write_bytes(content)
+    with pytest.raises(CheckpointError, match="step_00000007"):
+        latest_checkpoint(tmp_path)
+
+
+def test_a_leftover_of_a_killed_save_is_ignored_and_replaced(tmp_path):
+    """Even a complete one that was not yet renamed."""
+    save(tmp_path, 3)
+    leftover = tmp_path / ".step_00000007.tmp"
+    leftover.mkdir()
+    (leftover / MANIFEST).write_text(json.dumps({"step": 7, "files": {}}))
+    (leftover / "stray").write_text("")
+    assert latest_checkpoint(tmp_path).step == 3
+    path = save(tmp_path, 7)
+    assert not leftover.exists()
+    assert sorted(p.name for p in path.iterdir()) == [MANIFEST, "rank_00000.pt"]
+
+
+def test_a_leftover_of_another_step_does_not_stay_for_ever(tmp_path):
+    """A run killed while it saved step 7 and resumed with another interval never saves step 7."""
+    save(tmp_path, 3)
+    (tmp_path / ".step_00000007.tmp").mkdir()
+    save(tmp_path, 9)
+    assert not (tmp_path / ".step_00000007.tmp").exists()
+
+
+# Killed while the state is pickled, or after the state and before the manifest.
+DYING_SAVE = """
+import os, sys
+from pathlib import Path
+from samebit.trainer.checkpoint import save_checkpoint
+
+class Dying:
+    def __reduce__(self):
+        os._exit(0)
+
+class DyingManifest(dict):
+    def keys(self):
+        os._exit(0)
+
+root, moment = Path(sys.argv[1]), sys.argv[2]
+state = {"big": list(range(1000)), "x": Dying() if moment == "state" else 1}
+save_checkpoint(root, 7, state, DyingManifest(note="x"), keep=1)
+"""
+
+
+@pytest.mark.parametrize("moment", ["state", "manifest"])
+def test_a_killed_save_leaves_the_last_checkpoint_valid(tmp_path, moment):
+    """The old checkpoint goes only after the new one is whole."""
+    save(tmp_path, 3)
+    run_python(DYING_SAVE, tmp_path, moment)
+    assert [p.name for p in tmp_path.iterdir() if p.name[0] != "."] == ["step_00000003"]
+    assert latest_checkpoint(tmp_path).load()["step"] == 3
+    save(tmp_path, 7, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000007"]
+
+
+@pytest.mark.parametrize("place", [0, 100, -1])
+def test_a_flipped_byte_is_found(tmp_path, place):
+    """Silent disk damage must not become weights."""
+    path = save(tmp_path, 3) / "rank_00000.pt"
+    damaged = bytearray(path.read_bytes())
+    damaged[place] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"rank_00000.pt is damaged: SHA-256 .* manifest says"):
+        latest_checkpoint(tmp_path).load()
+
+
+def test_a_truncated_file_is_found(tmp_path):
+    """As above, for a file that lost its end."""
+    path = save(tmp_path, 3) / "rank_00000.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        latest_checkpoint(tmp_path).load()
+
+
+def test_a_missing_file_and_a_missing_rank_are_named(tmp_path):
+    """The message must say which file of which checkpoint."""
+    (save(tmp_path, 3) / "rank_00000.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"step_00000003/rank_00000.pt is missing"):
+        latest_checkpoint(tmp_path).load()
+    with pytest.raises(CheckpointError, match="step_00000003 holds no state of rank 1"):
+        latest_checkpoint(tmp_path).load(rank=1)
+
+
+def test_another_configuration_is_refused(tmp_path):
+    """Both values stand in the message; a missing field is another value too."""
+    save(tmp_path, 3, config_digest="abc")
+    checkpoint = latest_checkpoint(tmp_path)
+    message = "was written under another configuration: abc there, xyz here"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.require("config_digest", "xyz", "configuration")
+    with pytest.raises(CheckpointError, match="another numerics profile: None there, p here"):
+        checkpoint.require("numerics", "p", "numerics profile")

@@ -1,0 +1,103 @@
+"""Samples to micro-batches: within the budget, in order, every token and weight in its place."""
+
+import pytest
+import torch
+
+from samebit.trainer.packing import pack_samples
+from samebit.trainer.types import Sample
+
+
+def sample(sample_id, prompt_len, response_len, **fields):
+    ids = tuple(sample_id * 100 + i for i in range(prompt_len + response_len))
+    return Sample(sample_id=sample_id, token_ids=ids, prompt_len=prompt_len, **fields)
+
+
+SAMPLES = [
+    sample(1, 2, 3, logprobs=(-0.5, -0.25, -0.125), advantage=1.5),
+    sample(2, 1, 1, logprobs=(-1.0,), advantage=-0.5),
+    sample(3, 4, 2, logprobs=(-2.0, -3.0), advantage=0.0),
+    sample(4, 1, 7, logprobs=(-0.1,) * 7, advantage=0.3),
+]
+
+
+@pytest.mark.parametrize("max_tokens", [8, 9, 12, 13, 20, 21, 1000])
+def test_budget_and_order_hold(max_tokens):
+    """A batch over the budget runs out of memory; a reordered one pairs rewards with wrong text."""
+    batches = pack_samples(SAMPLES, max_tokens)
+    assert [s for b in batches for s in b.samples] == SAMPLES
+    assert [b.index for b in batches] == list(range(len(batches)))
+    for batch, following in zip(batches, [*batches[1:], None], strict=True):
+        assert batch.num_tokens == sum(batch.seq_lens) <= max_tokens
+        if following is not None:
+            assert batch.num_tokens + following.seq_lens[0] > max_tokens, "closed too early"
+
+
+def test_every_field_of_a_packed_batch():
+    """Written out by hand: rows predict the next token, starting at the last of the prompt."""
+    [batch] = pack_samples(SAMPLES[:3], 100, temperature=0.5)
+    assert batch.input_ids.tolist() == [
+        *(100, 101, 102, 103, 104),
+        *(200, 201),
+        *(300, 301, 302, 303, 304, 305),
+    ]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 4, 5]
+    assert batch.seq_lens == (5, 2, 6)
+    assert batch.rows.tolist() == [1, 2, 3, 5, 10, 11]
+    assert batch.target_ids.tolist() == [102, 103, 104, 201, 304, 305]
+    assert batch.input_ids[batch.rows + 1].tolist() == batch.target_ids.tolist()
+    assert batch.sample_of_row.tolist() == [0, 0, 0, 1, 2, 2]
+    assert batch.rollout_logprobs.tolist() == [-0.5, -0.25, -0.125, -1.0, -2.0, -3.0]
+    assert batch.rollout_logprobs.dtype is batch.advantages.dtype is torch.float32
+    assert batch.advantages.tolist() == [1.5, 1.5, 1.5, -0.5, 0.0, 0.0]
+    assert batch.temperature == 0.5
+
+
+def test_loss_means():
+    """Summed weights over the summed denominators: 1 either way, for any split into batches."""
+    third = torch.tensor(1.0) / 3
+    for max_tokens in (1000, 8):
+        by_token = pack_samples(SAMPLES, max_tokens, "token")
+        assert all(b.loss_weights.eq(1).all() for b in by_token)
+        assert sum(b.loss_denominator for b in by_token) == 3 + 1 + 2 + 7
+        by_sequence = pack_samples(SAMPLES, max_tokens, "sequence")
+        weights = torch.cat([b.loss_weights for b in by_sequence])
+        expected = [third] * 3 + [1.0] + [0.5] * 2 + [torch.tensor(1.0) / 7] * 7
+        assert weights.tolist() == [float(w) for w in expected]
+        assert sum(b.loss_denominator for b in by_sequence) == len(SAMPLES)
+
+
+def test_rollout_logprobs_keep_their_bits():
+    """A rounding on the way into the batch would look like a broken promise."""
+    values = tuple(torch.randn(6, generator=torch.Generator().manual_seed(0)).neg().tolist())
+    [batch] = pack_samples([sample(1, 1, 6, logprobs=values)], 100)
+    assert tuple(batch.rollout_logprobs.tolist()) == values
+
+
+def test_supervised_samples_have_no_logprobs():
+    """Samples without a rollout are trained on, but not compared; a mixture is an error."""
+    [batch] = pack_samples([sample(1, 2, 2), sample(2, 1, 1)], 100)
+    assert batch.rollout_logprobs is None
+    with pytest.raises(ValueError, match="some samples .* have rollout logprobs and some have none"):
+        pack_samples([SAMPLES[0], sample(9, 2, 2)], 100)
+
+
+def test_a_sample_that_fits_no_batch_is_named():
+    """The message must say which sample and which setting."""
+    message = "sample 4 has 8 tokens; trainer.micro_batch_tokens is 7"
+    with pytest.raises(ValueError, match=message):
+        pack_samples(SAMPLES, 7)
+    with pytest.raises(ValueError, match="no samples to train on"):
+        pack_samples([], 100)
+
+
+@pytest.mark.parametrize("prompt_len", [0, 3, 4])
+def test_a_sample_needs_a_prompt_and_a_response(prompt_len):
+    """Without a prompt there is nothing to condition on, without a response nothing to learn."""
+    with pytest.raises(ValueError, match=f"sample 7: prompt_len {prompt_len} must leave"):
+        Sample(sample_id=7, token_ids=(1, 2, 3), prompt_len=prompt_len)
+
+
+def test_logprobs_must_be_one_per_response_token():
+    """Shifted log-probs would be compared with the wrong tokens."""
+    with pytest.raises(ValueError, match="sample 7: 2 logprobs for a response of 1 tokens"):
+        Sample(sample_id=7, token_ids=(1, 2, 3), prompt_len=2, logprobs=(-1.0, -2.0))
