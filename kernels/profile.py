@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from samebit.kernels.attention import KV_TILE
+from samebit.kernels.attention import GPU_KV_SPLIT, GPU_KV_TILE, KV_TILE
 from samebit.kernels.logprob import NUM_SEGMENTS
 
 # Raised whenever an implementation's bits change.
@@ -22,8 +22,8 @@ class NumericsProfile:
     device_type: str
     architecture: str
     tp_size: int = 1
-    kv_tile: int = KV_TILE
-    kv_split: int | None = None
+    kv_tile: int
+    kv_split: int | None
     lse_segments: int = NUM_SEGMENTS
     attention: str = "canonical"
     contract_version: int = CONTRACT_VERSION
@@ -54,7 +54,13 @@ def numerics_profile(device: torch.device, tp_size: int = 1) -> NumericsProfile:
     """The profile of this process on `device`."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        architecture = f"sm_{major}{minor}"
+        architecture, tile, split = f"sm_{major}{minor}", GPU_KV_TILE, GPU_KV_SPLIT
     else:
-        architecture = _cpu_architecture()
-    return NumericsProfile(device_type=device.type, architecture=architecture, tp_size=tp_size)
+        architecture, tile, split = _cpu_architecture(), KV_TILE, None
+    return NumericsProfile(
+        device_type=device.type,
+        architecture=architecture,
+        tp_size=tp_size,
+        kv_tile=tile,
+        kv_split=split,
+    )

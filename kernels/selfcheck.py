@@ -146,13 +146,12 @@ def selfcheck(
     shapes = sorted(set(linear_shapes))
     key = [numerics_profile(device).digest, shapes, list(heads), sorted(set(widths))]
     cache = _cache_file(key)
-    if cache.exists():
-        unequal = {(n, k) for n, k in json.loads(cache.read_text())["unequal"]}
-    else:
+    unequal = _remembered(cache)
+    if unequal is None:
         check_attention(*heads, device)
         check_rows(widths, device)
         unequal = unequal_linear_shapes(shapes, device)
-        _write_json(cache, {"unequal": sorted(unequal)})
+        _remember(cache, unequal)
     if not unequal:
         return
     logger.warning("linear: the fast product is not used here for %s", sorted(unequal))
@@ -164,8 +163,18 @@ def selfcheck(
         use_triton(unequal)
 
 
-def _write_json(path: Path, value: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(value, file)
-    os.replace(file.name, path)
+def _remembered(cache: Path) -> set[tuple[int, int]] | None:
+    try:
+        return {(n, k) for n, k in json.loads(cache.read_text())["unequal"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # absent or damaged: check anew
+
+
+def _remember(cache: Path, unequal: set[tuple[int, int]]) -> None:
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=cache.parent, delete=False) as file:
+            json.dump({"unequal": sorted(unequal)}, file)
+        os.replace(file.name, cache)
+    except OSError as error:
+        logger.warning("the self-check will run again next time: %s", error)

@@ -5,6 +5,7 @@ that --help and dry_run answer at once.
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,6 +184,8 @@ class VerifyRun(RunSection):
     run_name: str = "verify"
     model: str | None = None
     """A Hugging Face folder; unset: tiny Qwen3 and Llama models with random weights."""
+    load_format: str = "safetensors"
+    """dummy: random weights for a folder that holds only a config.json."""
 
     def validate(self) -> None:
         """Nothing across sections."""
@@ -214,6 +217,9 @@ SCHEMAS: dict[str, type[RunSection]] = {
 Run = TypeVar("Run", bound=RunSection)
 
 
+_ARGS = re.compile(r"[\w.]*\bargs(\.\w+)*=")
+
+
 class ConfigError(ValueError):
     """A configuration key is unknown, missing, of the wrong type or contradicts another."""
 
@@ -221,15 +227,23 @@ class ConfigError(ValueError):
 def compose(command: str, overrides: Sequence[str]) -> Any:
     """The composed OmegaConf config of a command; ConfigError for keys that do not exist."""
     from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
+    from hydra import initialize, initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    # Arguments of a task or a reward are whatever it takes: they may be new keys.
+    overrides = [f"++{o}" if _ARGS.match(o) else o for o in overrides]
     ConfigStore.instance().store(name=f"{command}_schema", node=SCHEMAS[command])
+    has_groups = (CONFIG_DIR / f"{command}.yaml").exists()
+    where = (
+        initialize_config_dir(str(CONFIG_DIR), version_base="1.3")
+        if has_groups
+        else initialize(config_path=None, version_base="1.3")
+    )
     try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            return hydra_compose(command, list(overrides))
+        with where:
+            return hydra_compose(command if has_groups else f"{command}_schema", list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(command, error)) from error
 

@@ -1,5 +1,6 @@
 """samebit verify: measure every property of the promise on this machine, and say so in numbers."""
 
+import gc
 import json
 import sys
 import tempfile
@@ -19,12 +20,15 @@ from samebit.recipes.verification.subject import Result, make_subject
 from samebit.rollout.config import resolve_device
 
 
-def verify_model(model_path: Path, label: str, device: torch.device) -> list[Result]:
+def verify_model(
+    model_path: Path, label: str, device: torch.device, load_format: str = "safetensors"
+) -> list[Result]:
     """Every property of one model, printed as it is measured."""
-    subject = make_subject(model_path, device)
+    subject = make_subject(model_path, device, load_format)
     results = []
     for check in PROPERTIES:
         result = check(subject)
+        gc.collect()  # engines hold gigabytes; the next property makes its own
         results.append(result)
         print(
             f"{label:10s} {result.name:26s} {result.cases:6,d} {result.tokens:10,d} "
@@ -44,7 +48,7 @@ def main(run: VerifyRun) -> int:
     results: dict[str, list[Result]] = {}
     if run.model is not None:
         path = Path(run.model)
-        results[path.name] = verify_model(path, path.name[:10], device)
+        results[path.name] = verify_model(path, path.name[:10], device, run.load_format)
     else:
         with tempfile.TemporaryDirectory() as folder:
             for architecture, tied in (("qwen3", False), ("llama", True)):

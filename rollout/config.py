@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from samebit.rollout.types import MAX_UINT64
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -16,9 +18,8 @@ class EngineConfig:
     page_size: int = 64
     """Tokens per KV page."""
     kv_cache_tokens: int | None = None
-    """KV capacity in tokens; None takes what max_num_seqs needs, within kv_cache_bytes."""
-    kv_cache_bytes: int = 1 << 30
-    """Bound of the automatic KV capacity."""
+    """KV capacity in tokens; None takes what max_num_seqs sequences can need, within 1 GiB on the
+    CPU and half of the free memory on a GPU."""
     max_batch_tokens: int = 4096
     """Tokens computed in one step, over all sequences."""
     max_num_seqs: int = 256
@@ -35,6 +36,10 @@ class EngineConfig:
         for name in ("page_size", "max_batch_tokens", "max_num_seqs", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Engine {name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise ValueError(f"Engine max_model_len is {self.max_model_len}; it must be at least 1")
+        if not 0 <= self.seed <= MAX_UINT64:
+            raise ValueError(f"Engine seed is {self.seed}; it must be an unsigned 64-bit integer")
         if self.kv_cache_tokens is not None and self.kv_cache_tokens < self.page_size:
             raise ValueError(
                 f"Engine kv_cache_tokens is {self.kv_cache_tokens}; it must hold at least one page "
@@ -44,6 +49,13 @@ class EngineConfig:
             raise ValueError(
                 f"Engine load_format is '{self.load_format}'; use 'safetensors' or 'dummy'"
             )
+
+
+def automatic_kv_bytes(device: torch.device) -> int:
+    """Bound of the automatic KV capacity, once the weights are in place."""
+    if device.type == "cpu":
+        return 1 << 30
+    return torch.cuda.mem_get_info(device)[0] // 2
 
 
 class DeviceError(RuntimeError):

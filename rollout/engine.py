@@ -14,7 +14,12 @@ import torch
 
 from samebit.kernels.profile import NumericsProfile, numerics_profile
 from samebit.kernels.selfcheck import selfcheck
-from samebit.rollout.config import EngineConfig, resolve_device, resolve_dtype
+from samebit.rollout.config import (
+    EngineConfig,
+    automatic_kv_bytes,
+    resolve_device,
+    resolve_dtype,
+)
 from samebit.rollout.models.decoder import Decoder, param_specs
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.kv_cache import KVCache, PagePool, kv_bytes_per_token
@@ -154,7 +159,7 @@ class Engine:
         return request.request_id
 
     def step(self) -> list[list[Completion]]:
-        """Run one batch; n completions of every request of `add_request` finished since the last."""
+        """Run one batch; n completions of each request of `add_request` that is newly finished."""
         with self._lock:
             self._advance()
             done, self._done = self._done, []
@@ -325,7 +330,7 @@ class Engine:
         self.max_model_len = min(c.max_model_len or m.max_position, m.max_position)
         tokens = c.kv_cache_tokens
         if tokens is None:
-            affordable = c.kv_cache_bytes // kv_bytes_per_token(m, c.dtype)
+            affordable = automatic_kv_bytes(c.device) // kv_bytes_per_token(m, c.dtype)
             tokens = max(c.page_size, min(affordable, c.max_num_seqs * self.max_model_len))
         num_pages = tokens // c.page_size
         self.kv_capacity = num_pages * c.page_size

@@ -81,3 +81,9 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) 
 def outcomes(groups: list) -> list:
     """Token ids and log-probs of generate's result: what must be equal to the bit."""
     return [[(c.token_ids, c.logprobs) for c in group] for group in groups]
+
+
+def make_prompts(*lens: int, seed: int = 0, vocab_size: int = 331) -> list[list[int]]:
+    """Random prompts of these lengths for the models of make_random_model."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lens]

@@ -67,7 +67,8 @@ def save_checkpoint(
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"{_PREFIX}{step:08d}"
     temporary = root / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in root.glob(f".{_PREFIX}*"):
+        shutil.rmtree(leftover)
     temporary.mkdir()
     name = _state_file(0)
     with (temporary / name).open("wb") as file:
@@ -79,28 +80,43 @@ def save_checkpoint(
         json.dump({"step": step, "files": files, **manifest}, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():
+        _remove(final)
     os.replace(temporary, final)
     _sync_folder(root)
     for old in list_checkpoints(root)[:-keep]:
-        shutil.rmtree(old.path)
+        _remove(old.path)
     return final
 
 
 def list_checkpoints(root: Path) -> list[Checkpoint]:
     """The whole checkpoints under root, oldest first."""
-    found = []
-    for folder in sorted(root.glob(f"{_PREFIX}*")):
-        manifest = folder / MANIFEST
-        if manifest.exists():
-            found.append(Checkpoint(folder, json.loads(manifest.read_text())))
-    return found
+    manifests = root.glob(f"{_PREFIX}*/{MANIFEST}")
+    found = [Checkpoint(file.parent, _read_manifest(file)) for file in manifests]
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
 def latest_checkpoint(root: Path) -> Checkpoint | None:
     """The newest whole checkpoint, if there is any."""
     found = list_checkpoints(root)
     return found[-1] if found else None
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(file.read_text())
+        if not {"step", "files"} <= manifest.keys():
+            raise ValueError("step or files missing")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    return manifest
+
+
+def _remove(folder: Path) -> None:
+    """Hide, then delete: a kill in between leaves no half of a checkpoint behind."""
+    hidden = folder.with_name(f".{folder.name}.old")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def _state_file(rank: int) -> str:

@@ -36,7 +36,13 @@ class OptimizerConfig:
         require(in_range, "trainer.optimizer.min_lr", self.min_lr, f"in [0, lr = {self.lr}]")
         known = self.lr_schedule in LR_SCHEDULES
         require(known, "trainer.optimizer.lr_schedule", self.lr_schedule, f"one of {LR_SCHEDULES}")
-        require(self.clip_grad >= 0, "trainer.optimizer.clip_grad", self.clip_grad, "at least 0")
+        for name in ("lr_warmup_steps", "weight_decay", "clip_grad"):
+            value = getattr(self, name)
+            require(value >= 0, f"trainer.optimizer.{name}", value, "at least 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"trainer.optimizer.{name}", value, "in [0, 1)")
+        require(self.adam_eps > 0, "trainer.optimizer.adam_eps", self.adam_eps, "positive")
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,8 @@ from samebit.weight_sync.mapping import ParamSpec
 
 _STEP = 0x9E3779B97F4A7C15
 _BITS = 0xD6E8FEB86659FD93
-_CHUNK = 1 << 16  # elements at a time: the temporaries stay in the cache
+# Elements at a time: the temporaries stay in the CPU's cache, and fill a GPU.
+_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}
 _INT_OF_SIZE = {2: torch.int16, 4: torch.int32}
 
 
@@ -40,14 +41,15 @@ def _hash_rows(rows: torch.Tensor, key: int, first_row: int, width: int, first_c
     bits_mask = (1 << (8 * rows.element_size())) - 1
     columns = rows.shape[1]
     column = torch.arange(first_column, first_column + columns, device=rows.device)
-    total = 0
-    for part_start in range(0, rows.shape[0], step := max(1, _CHUNK // columns)):
+    total = torch.zeros((), dtype=torch.int64, device=rows.device)
+    step = max(1, _CHUNK[rows.device.type] // columns)
+    for part_start in range(0, rows.shape[0], step):
         part = bits[part_start : part_start + step].to(torch.int64) & bits_mask
         row = torch.arange(part_start, part_start + len(part), device=rows.device) + first_row
         position = row[:, None] * width + column
         mixed = _mix((position * _signed(_STEP) + _signed(key)) ^ (part * _signed(_BITS)))
-        total += int(mixed.sum())
-    return total
+        total += mixed.sum()
+    return int(total)
 
 
 def digest_sum(specs: Iterable[ParamSpec], params: Mapping[str, torch.Tensor]) -> int:

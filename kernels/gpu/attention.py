@@ -15,8 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-KV_TILE = 64
-KV_SPLIT = 512
+from samebit.kernels.attention import GPU_KV_SPLIT as KV_SPLIT
+from samebit.kernels.attention import GPU_KV_TILE as KV_TILE
+
 _LOG2E = 1.4426950408889634
 _LN2 = 0.6931471805599453
 _DECODE_ROWS = 16

@@ -192,7 +192,7 @@ def _threshold_kernel(x_ptr, k_ptr, p_ptr, min_p_ptr, out_ptr, V, BLOCK: tl.cons
         x = tl.load(x_ptr + row * V + c0 + columns, mask=inside, other=float("-inf"))
         best = tl.maximum(best, x)
     top = tl.max(best, 0)
-    lowest = tl.full((), -2147483648, tl.int64)
+    lowest = tl.full((), -2139095041, tl.int64)  # the key of -inf
     least = tl.where(min_p > 0, _key(top + libdevice.log(min_p)), lowest)
     if k > 0:
         # The largest threshold that at least k keys reach.

@@ -13,6 +13,10 @@ from samebit.trainer.packing import pack_samples
 from samebit.trainer.types import Sample
 
 CHUNKS = (1, 15, 16, 17, 63, 64, 65, 128)
+CPU_BATCH_EDGES = (1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 63, 65)
+GPU_BATCH_EDGES = (
+    *range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513,
+)  # fmt: skip
 
 
 def batch_size(subject: Subject) -> Result:
@@ -38,6 +42,21 @@ def batch_position(subject: Subject) -> Result:
             engine = subject.make_engine(prefix_cache=False, max_num_seqs=limit)
             found = flat(subject.generate(engine, order))
             result.compare(found, subject.truth(order), f"order {seed}, max_num_seqs {limit}")
+    return result
+
+
+def decode_batch(subject: Subject) -> Result:
+    """As many decoding sequences as around every edge of a tile or of a table of row counts."""
+    result = Result("decode batch edges")
+    edges = GPU_BATCH_EDGES if subject.device.type == "cuda" else CPU_BATCH_EDGES
+    engine = subject.make_engine(max_num_seqs=max(edges))
+    params = SamplingParams(n=max(edges), max_new_tokens=8, ignore_eos=True)
+    prompt = subject.prompts[2]
+    [truth] = engine.generate([prompt], params, [list(range(max(edges)))])
+    for size in edges:
+        params = SamplingParams(n=size, max_new_tokens=8, ignore_eos=True)
+        [found] = engine.generate([prompt], params, [list(range(size))])
+        result.compare(found, truth[:size], f"{size} sequences")
     return result
 
 
@@ -170,8 +189,9 @@ def weight_update(subject: Subject) -> Result:
     copies = {name: tensor.clone() for name, tensor in engine.weights.items()}
     engine.update_weights_from_tensor(copies, step=1)
     result.compare(flat(subject.generate(engine)), subject.truth(), "update from tensors")
-    engine.update_weights_from_disk(subject.model_path, step=2)
-    result.compare(flat(subject.generate(engine)), subject.truth(), "update from disk")
+    if subject.load_format == "safetensors":
+        engine.update_weights_from_disk(subject.model_path, step=2)
+        result.compare(flat(subject.generate(engine)), subject.truth(), "update from disk")
     return result
 
 
@@ -215,7 +235,9 @@ def trainer(subject: Subject) -> Result:
             for completion in g
         ]
         for max_tokens in (subject.longest, 1000, 100_000):
-            batches = pack_samples(samples, max_tokens, temperature=temperature)
+            batches = pack_samples(
+                samples, max_tokens, temperature=temperature, device=subject.device
+            )
             found = [v for part in megatron.logprobs(batches) for v in part.tolist()]
             truth = [v for sample in samples for v in sample.logprobs]
             result.cases += 1
@@ -227,6 +249,7 @@ def trainer(subject: Subject) -> Result:
 PROPERTIES: tuple[Callable[[Subject], Result], ...] = (
     batch_size,
     batch_position,
+    decode_batch,
     prefill_chunk,
     prefix_cache,
     page_size,

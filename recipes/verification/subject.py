@@ -15,8 +15,11 @@ from samebit.rollout.types import Completion, SamplingParams
 
 # Around every tile (16, 64) and page boundary.
 PROMPT_LENS = (1, 2, 15, 16, 17, 31, 33, 48, 63, 64, 65, 80, 127, 128, 129, 191, 193)
+# On a GPU also around the KV splits.
+GPU_PROMPT_LENS = (*PROMPT_LENS, 511, 513, 1023, 1024, 1025, 2047, 2049)
 NUM_NEW_TOKENS = 48
 NUM_SAMPLES = 3
+KV_TOKENS = 1 << 16
 _LIMITS: tuple[dict[str, Any], ...] = (
     {},
     {"temperature": 0.7},
@@ -70,6 +73,7 @@ class Subject:
     sample_ids: list[list[int]]
     engine: Engine
     baseline: list[list[Completion]]
+    load_format: str = "safetensors"
 
     @property
     def config(self) -> ModelConfig:
@@ -83,6 +87,7 @@ class Subject:
 
     def make_engine(self, **settings: Any) -> Engine:
         """A fresh engine on the same model."""
+        settings = {"kv_cache_tokens": KV_TOKENS, "load_format": self.load_format, **settings}
         return Engine(self.model_path, device=self.device, seed=11, **settings)
 
     def generate(
@@ -107,11 +112,15 @@ def flat(groups: Sequence[Sequence[Completion]]) -> list[Completion]:
     return [completion for group in groups for completion in group]
 
 
-def make_subject(model_path: Path, device: torch.device) -> Subject:
+def make_subject(
+    model_path: Path, device: torch.device, load_format: str = "safetensors"
+) -> Subject:
     """Fixed prompts of every boundary length, and what a plain engine makes of them."""
     config = load_model_config(model_path)
     rng = random.Random(5)
-    prompts = [[rng.randrange(config.vocab_size) for _ in range(n)] for n in PROMPT_LENS]
+    lens = GPU_PROMPT_LENS if device.type == "cuda" else PROMPT_LENS
+    lens = tuple(n for n in lens if n + NUM_NEW_TOKENS <= config.max_position)
+    prompts = [[rng.randrange(config.vocab_size) for _ in range(n)] for n in lens]
     params = [
         SamplingParams(
             n=NUM_SAMPLES,
@@ -122,7 +131,9 @@ def make_subject(model_path: Path, device: torch.device) -> Subject:
         for i in range(len(prompts))
     ]
     ids = [[1000 * i + s for s in range(NUM_SAMPLES)] for i in range(len(prompts))]
-    engine = Engine(model_path, device=device, seed=11)
-    subject = Subject(model_path, device, prompts, params, ids, engine, [])
+    engine = Engine(
+        model_path, device=device, seed=11, kv_cache_tokens=KV_TOKENS, load_format=load_format
+    )
+    subject = Subject(model_path, device, prompts, params, ids, engine, [], load_format)
     subject.baseline = subject.generate(engine)
     return subject

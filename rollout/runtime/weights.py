@@ -92,12 +92,13 @@ def load_dummy(
 ) -> None:
     """Fill params with N(0, std), norms with ones; each tensor by its own seed and name."""
     shapes = hf_shapes(specs)
+    device = params[specs[0].name].device
 
     def draw(name: str) -> torch.Tensor:
         if name.endswith("norm.weight"):
-            return torch.ones(shapes[name])
+            return torch.ones(shapes[name], device=device)
         key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:7]))
-        return torch.randn(shapes[name], generator=generator) * std
+        generator = torch.Generator(device).manual_seed(int.from_bytes(key[:7]))
+        return torch.randn(shapes[name], generator=generator, device=device) * std
 
     load_params(specs, params, draw)

@@ -139,6 +139,25 @@ def test_the_result_is_written_and_used_again(monkeypatch, tmp_path):
     assert cache_files(tmp_path) == [file]
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"unequal": 3}'])
+def test_a_damaged_cache_file_is_replaced(tmp_path, text):
+    """A full disk or a crash must not keep every later engine from starting."""
+    selfcheck(SHAPES, HEADS, WIDTHS)
+    [file] = cache_files(tmp_path)
+    good = file.read_text()
+    file.write_text(text)
+    selfcheck(SHAPES, HEADS, WIDTHS)
+    assert file.read_text() == good
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch, caplog):
+    """A read-only home: the check runs every time, and says so."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    selfcheck(SHAPES, HEADS, WIDTHS)
+    assert "will run again next time" in caplog.text
+
+
 def test_another_model_is_checked_anew(tmp_path):
     selfcheck(SHAPES, HEADS, WIDTHS)
     selfcheck(SHAPES[:3], HEADS, WIDTHS)

@@ -1,40 +1,15 @@
-"""The engine's public behaviour: orders, ids, seeds, stopping, scores, hidden states, caches."""
-
-import asyncio
-import math
+"""What is drawn: orders, sample ids, seeds, stopping and the sampling parameters."""
 
 import pytest
 import torch
-from helpers import assert_same_bits, outcomes
+from helpers import make_prompts, outcomes
 
-from samebit.recipes.tiny_model import make_random_model
-from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
-from samebit.weight_sync.transports.file import write_hf_folder
-from samebit.weight_sync.types import VersionSpan
 
 VOCAB = 331
 EOS = 0
-
-
-def make_prompts(*lens, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in lens]
-
-
 PROMPTS = make_prompts(5, 70, 1, 33)
 PARAMS = SamplingParams(max_new_tokens=12, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def make_engine(qwen3_path):
-    return lambda **settings: Engine(qwen3_path, **settings)
-
-
-@pytest.fixture(scope="module")
-def engine(make_engine):
-    """One engine for the tests that leave it as it was."""
-    return make_engine()
 
 
 def drawn(engine, **changes):
@@ -44,7 +19,7 @@ def drawn(engine, **changes):
     return completion
 
 
-# -- order, ids and seeds ------------------------------------------------------------------------
+# -- order, ids and seeds --------------------------------------------------------------------------
 
 
 def test_outputs_are_in_input_order(engine):
@@ -111,7 +86,7 @@ def test_no_prompts_no_completions(engine):
     assert engine.score([]) == []
 
 
-# -- stopping ------------------------------------------------------------------------------------
+# -- stopping --------------------------------------------------------------------------------------
 
 
 def test_a_stop_token_ends_and_is_included(engine):
@@ -161,7 +136,7 @@ def test_length_one(engine):
     assert one.finish_reason == "length"
 
 
-# -- sampling parameters -------------------------------------------------------------------------
+# -- sampling parameters ---------------------------------------------------------------------------
 
 
 def test_logprobs_false_returns_none_and_draws_the_same(engine):
@@ -231,294 +206,3 @@ def test_later_positions_draw_anew(engine):
     params = SamplingParams(n=200, temperature=50.0, max_new_tokens=2, ignore_eos=True)
     [group] = engine.generate(PROMPTS[:1], params)
     assert sum(c.token_ids[0] == c.token_ids[1] for c in group) < 10
-
-
-# -- score, hidden states, versions ---------------------------------------------------------------
-
-
-def test_score_is_generate_backwards(engine):
-    groups = engine.generate(PROMPTS, PARAMS)
-    contexts = [[*p, *c.token_ids] for p, [c] in zip(PROMPTS, groups, strict=True)]
-    for prompt, [c], values in zip(PROMPTS, groups, engine.score(contexts), strict=True):
-        assert len(values) == len(prompt) + len(c.token_ids) - 1
-        assert tuple(values[len(prompt) - 1 :]) == c.logprobs
-        assert all(math.isfinite(v) and v <= 0 for v in values)
-
-
-def test_score_does_not_depend_on_company_or_chunks(make_engine, engine):
-    sequences = make_prompts(2, 64, 65, 130, seed=3)
-    together = engine.score(sequences)
-    assert [engine.score([s])[0] for s in sequences] == together
-    small = make_engine(prefill_chunk=13, max_batch_tokens=29, page_size=16)
-    assert small.score(sequences) == together
-    assert small.score(sequences) == together  # prefix hits are no use to a score
-
-
-@pytest.fixture(scope="module")
-def with_hidden(engine):
-    """Samples with hidden states, alone."""
-    return [
-        engine.generate([p], PARAMS, [[i]], return_hidden_states=[0, 2, 3])[0][0]
-        for i, p in enumerate(PROMPTS)
-    ]
-
-
-def test_hidden_states_have_a_row_for_every_context(with_hidden):
-    for prompt, c in zip(PROMPTS, with_hidden, strict=True):
-        assert set(c.hidden_states) == {0, 2, 3}
-        for states in c.hidden_states.values():
-            assert states.shape == (len(prompt) + len(c.token_ids) - 1, 48)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"prefill_chunk": 7, "max_batch_tokens": 20}, {"page_size": 16, "kv_cache_tokens": 112}],
-    ids=str,
-)
-def test_hidden_states_do_not_depend_on_company(make_engine, with_hidden, settings):
-    """Chunks, neighbours, preemption; and a warm prefix cache."""
-    engine = make_engine(**settings)
-    for _ in range(2):
-        groups = engine.generate(PROMPTS, PARAMS, return_hidden_states=[0, 2, 3])
-        for [found], expected in zip(groups, with_hidden, strict=True):
-            assert outcomes([[found]]) == outcomes([[expected]])
-            for layer, states in expected.hidden_states.items():
-                assert_same_bits(found.hidden_states[layer], states, layer)
-
-
-def test_hidden_states_of_samples_share_the_prompt(engine, with_hidden):
-    params = SamplingParams(n=3, max_new_tokens=12, ignore_eos=True)
-    [group] = engine.generate(PROMPTS[1:2], params, [[1, 50, 51]], return_hidden_states=[2])
-    assert_same_bits(group[0].hidden_states[2], with_hidden[1].hidden_states[2])
-    for c in group:
-        assert c.hidden_states[2].shape == (70 + 12 - 1, 48)
-        assert_same_bits(c.hidden_states[2][:70], group[0].hidden_states[2][:70])
-
-
-def test_version_spans_name_the_weights(make_engine):
-    engine = make_engine()
-    before = engine.weight_version
-    assert drawn(engine).version_spans == (VersionSpan(0, before),)
-    halved = {name: p * 0.5 for name, p in engine.weights.items()}
-    after = engine.update_weights_from_tensor(halved, step=9)
-    assert (after.step, engine.weight_version) == (9, after)
-    assert after.digest != before.digest
-    assert drawn(engine).version_spans == (VersionSpan(0, after),)
-
-
-def test_new_weights_are_served_and_old_prefixes_forgotten(make_engine):
-    """As a fresh engine on the new weights would; back again gives the first bits."""
-    engine = make_engine(page_size=16)
-    first = outcomes(engine.generate(PROMPTS, PARAMS))
-    original = {name: p.clone() for name, p in engine.weights.items()}
-    doubled = {name: p * 1.5 for name, p in original.items()}
-    engine.update_weights_from_tensor(doubled, step=1)
-    fresh = make_engine(page_size=16)
-    fresh.update_weights_from_tensor(doubled, step=1)
-    second = outcomes(engine.generate(PROMPTS, PARAMS))
-    assert second == outcomes(fresh.generate(PROMPTS, PARAMS)) != first
-    engine.update_weights_from_tensor(original, step=2)
-    assert outcomes(engine.generate(PROMPTS, PARAMS)) == first
-
-
-# -- progress, steps, aborts, asyncio ---------------------------------------------------------------
-
-
-def test_progress_counts_up_to_the_end(engine):
-    seen = []
-    params = SamplingParams(n=2, max_new_tokens=5, ignore_eos=True)
-    engine.generate(PROMPTS, params, progress=lambda done, tokens: seen.append((done, tokens)))
-    assert seen == sorted(seen)
-    assert seen[-1] == (8, 40)
-    assert len(seen) == 5
-
-
-def test_an_error_in_progress_leaves_the_engine_clean(make_engine):
-    engine = make_engine(prefix_cache=False)
-
-    def interrupt(done, tokens):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        engine.generate(PROMPTS, PARAMS, progress=interrupt)
-    assert not engine.has_unfinished_requests
-    assert engine.pool.num_free == engine.pool.num_pages
-    assert outcomes(engine.generate(PROMPTS, PARAMS)) == outcomes(
-        make_engine().generate(PROMPTS, PARAMS)
-    )
-
-
-def run_to_end(engine):
-    """Completions by request id."""
-    found = {}
-    while engine.has_unfinished_requests:
-        for group in engine.step():
-            found[group[0].request_id] = group
-    return found
-
-
-def test_requests_join_and_leave_while_others_run(make_engine, engine):
-    """add_request, step and abort_request; the bits are generate's."""
-    truth = outcomes(engine.generate(PROMPTS, PARAMS))
-    stepped = make_engine(prefix_cache=False)
-    assert stepped.step() == []
-    ids = [stepped.add_request(PROMPTS[0], PARAMS, [0])]
-    stepped.step()
-    ids.append(stepped.add_request(PROMPTS[1], PARAMS, [1]))
-    doomed = stepped.add_request(PROMPTS[1], SamplingParams(n=3, max_new_tokens=50))
-    stepped.step()
-    ids += [stepped.add_request(PROMPTS[i], PARAMS, [i]) for i in (2, 3)]
-    aborted = stepped.abort_request(doomed)
-    assert [c.finish_reason for c in aborted] == ["abort"] * 3
-    assert [len(c.token_ids) for c in aborted] == [1, 1, 1]
-    found = run_to_end(stepped)
-    assert outcomes([found[i] for i in ids]) == truth
-    assert doomed not in found
-    assert stepped.pool.num_free == stepped.pool.num_pages
-
-
-def test_an_aborted_sample_is_a_prefix_of_the_whole(make_engine, engine):
-    [whole] = engine.generate(PROMPTS[:1], PARAMS)
-    stepped = make_engine()
-    request = stepped.add_request(PROMPTS[0], PARAMS)
-    for _ in range(4):
-        stepped.step()
-    [part] = stepped.abort_request(request)
-    assert part.token_ids == whole[0].token_ids[:4]
-    assert part.logprobs == whole[0].logprobs[:4]
-    with pytest.raises(KeyError, match=f"no unfinished request '{request}'"):
-        stepped.abort_request(request)
-
-
-def test_generate_does_not_swallow_other_requests(make_engine, engine):
-    """A request of add_request that finishes during generate is still step's to report."""
-    truth = outcomes(engine.generate(PROMPTS[:1], PARAMS))
-    mixed = make_engine()
-    request = mixed.add_request(PROMPTS[0], PARAMS, [0])
-    mixed.generate(PROMPTS[1:], SamplingParams(max_new_tokens=30, ignore_eos=True))
-    assert outcomes([run_to_end(mixed)[request]]) == truth
-
-
-def test_concurrent_callers_get_their_own(make_engine, engine):
-    truth = outcomes(engine.generate(PROMPTS, PARAMS))
-    shared = make_engine()
-
-    async def together():
-        calls = [shared.agenerate([p], PARAMS, [[i]]) for i, p in enumerate(PROMPTS)]
-        return await asyncio.gather(*calls)
-
-    assert outcomes([group for [group] in asyncio.run(together())]) == truth
-    assert not shared.has_unfinished_requests
-
-
-# -- work saved ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def counted(make_engine, monkeypatch):
-    """(engine, list that gets the number of tokens of every forward)."""
-
-    def make(**settings):
-        engine, sizes = make_engine(**settings), []
-        original = engine.runner.forward
-
-        def forward(batch, collect):
-            sizes.append(len(batch.input_ids))
-            return original(batch, collect)
-
-        monkeypatch.setattr(engine.runner, "forward", forward)
-        return engine, sizes
-
-    return make
-
-
-@pytest.mark.parametrize("cached", [True, False])
-def test_one_prefill_for_all_samples_of_a_prompt(counted, cached):
-    engine, sizes = counted(prefix_cache=cached)
-    engine.generate([PROMPTS[1]], SamplingParams(n=8, max_new_tokens=5, ignore_eos=True))
-    assert sizes == [70, 8, 8, 8, 8]
-
-
-def test_a_cached_prefix_is_not_computed_again(counted):
-    """Full pages are found again; at least one token is left to compute."""
-    engine, sizes = counted(page_size=16)
-    once = SamplingParams(max_new_tokens=1)
-    engine.generate([PROMPTS[1]], once)
-    engine.generate([PROMPTS[1]], once)
-    assert sizes == [70, 6]
-    assert engine.prefixes.num_hit_tokens == 64
-    engine.generate([PROMPTS[1][:64]], once)
-    assert sizes == [70, 6, 16]
-    engine.generate([[*PROMPTS[1][:20], 1, 2, 3]], once)
-    assert sizes == [70, 6, 16, 7]
-    assert engine.prefixes.num_hit_tokens == 64 + 48 + 16
-    engine.flush_cache()
-    engine.generate([PROMPTS[1]], once)
-    assert sizes[-1] == 70
-
-
-def test_completions_are_cached_for_the_next_turn(counted):
-    engine, sizes = counted(page_size=16)
-    [[first]] = engine.generate([PROMPTS[1]], SamplingParams(max_new_tokens=30, ignore_eos=True))
-    sizes.clear()
-    engine.generate([[*PROMPTS[1], *first.token_ids, 5]], SamplingParams(max_new_tokens=1))
-    assert sizes == [101 - 96]
-
-
-def test_a_batch_keeps_its_token_budget(counted):
-    engine, sizes = counted(max_batch_tokens=37, prefill_chunk=16)
-    engine.generate(PROMPTS, PARAMS)
-    assert max(sizes) <= 37
-    assert sum(sizes) == sum(map(len, PROMPTS)) + 4 * 11
-
-
-# -- loading ---------------------------------------------------------------------------------------
-
-
-def test_sharded_folders_load_the_same(qwen3_path, engine, tmp_path):
-    """Many small safetensors files with an index, and the folder an export writes."""
-    folder = tmp_path / "sharded"
-    version = engine.weight_version
-    side = [qwen3_path / "config.json"]
-    write_hf_folder(folder, engine.specs, engine.weights, version, side, max_shard_bytes=20_000)
-    assert len(list(folder.glob("*.safetensors"))) > 3
-    sharded = Engine(folder)
-    assert sharded.weight_version == version
-    for name, weight in engine.weights.items():
-        assert_same_bits(sharded.weights[name], weight, name)
-    assert outcomes(sharded.generate(PROMPTS, PARAMS)) == outcomes(engine.generate(PROMPTS, PARAMS))
-
-
-def test_a_folder_keeps_its_version(engine, qwen3_path, tmp_path):
-    version = type(engine.weight_version)(17, engine.weight_version.digest)
-    side = [qwen3_path / "config.json"]
-    write_hf_folder(tmp_path / "model", engine.specs, engine.weights, version, side)
-    assert Engine(tmp_path / "model").weight_version == version
-
-
-def test_dummy_weights_depend_on_the_seed_alone(qwen3_path, tmp_path):
-    """load_format=dummy needs a config.json only."""
-    (tmp_path / "config.json").write_text((qwen3_path / "config.json").read_text())
-    engines = [Engine(tmp_path, load_format="dummy", seed=s) for s in (3, 3, 4)]
-    digests = [e.weight_version.digest for e in engines]
-    assert digests[0] == digests[1] != digests[2]
-    embedding = engines[0].get_weights_by_name("embedding.word_embeddings.weight")[:VOCAB]
-    assert abs(embedding.std().item() - 0.02) < 0.001
-    assert drawn(engines[0]).token_ids == drawn(engines[1]).token_ids
-
-
-def test_tied_and_untied_models_of_both_kinds_run(tmp_path):
-    for architecture in ("qwen3", "llama"):
-        for tied in (False, True):
-            path = tmp_path / f"{architecture}-{tied}"
-            make_random_model(path, architecture, seed=1, tied=tied)
-            engine = Engine(path)
-            assert len(drawn(engine).token_ids) == 12
-            assert ("output_layer.weight" in engine.weights) is not tied
-
-
-def test_weights_by_name_are_copies(make_engine):
-    engine = make_engine()
-    name = "decoder.layers.0.mlp.linear_fc2.weight"
-    engine.get_weights_by_name(name).zero_()
-    assert engine.weights[name].any()

@@ -24,7 +24,7 @@ def model_path(request):
 
 @pytest.fixture
 def make_trainer(qwen3_path):
-    """make_trainer(path, num_steps=..., lr=..., ...) -> a trainer that holds the folder's weights."""
+    """make_trainer(path, num_steps=..., lr=...) -> a trainer that holds the folder's weights."""
 
     def make(path=qwen3_path, num_steps=100, filled=True, **optimizer):
         settings = OptimizerConfig(**({"lr": 1e-2} | optimizer))
@@ -36,8 +36,14 @@ def make_trainer(qwen3_path):
     return make
 
 
-def random_samples(count, seed, with_logprobs=False):
-    """Samples of very different lengths; the log-probs and advantages are made up."""
+@pytest.fixture(scope="session")
+def random_samples():
+    """random_samples(count, seed) -> samples of very different lengths."""
+    return _random_samples
+
+
+def _random_samples(count, seed, with_logprobs=False):
+    """The log-probs and advantages are made up."""
     rng = random.Random(seed)
     samples = []
     for i in range(count):

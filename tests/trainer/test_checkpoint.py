@@ -107,6 +107,7 @@ def test_a_leftover_of_another_step_does_not_stay_for_ever(tmp_path):
 # Killed while the state is pickled, or after the state and before the manifest.
 DYING_SAVE = """
 import os, sys
+from collections import UserDict
 from pathlib import Path
 from samebit.trainer.checkpoint import save_checkpoint
 
@@ -114,8 +115,8 @@ class Dying:
     def __reduce__(self):
         os._exit(0)
 
-class DyingManifest(dict):
-    def keys(self):
+class DyingManifest(UserDict):
+    def __iter__(self):
         os._exit(0)
 
 root, moment = Path(sys.argv[1]), sys.argv[2]
@@ -142,7 +143,8 @@ def test_a_flipped_byte_is_found(tmp_path, place):
     damaged = bytearray(path.read_bytes())
     damaged[place] ^= 1
     path.write_bytes(damaged)
-    with pytest.raises(CheckpointError, match=r"rank_00000.pt is damaged: SHA-256 .* manifest says"):
+    message = r"rank_00000.pt is damaged: SHA-256 .* manifest says"
+    with pytest.raises(CheckpointError, match=message):
         latest_checkpoint(tmp_path).load()
 
 

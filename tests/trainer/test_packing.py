@@ -77,7 +77,8 @@ def test_supervised_samples_have_no_logprobs():
     """Samples without a rollout are trained on, but not compared; a mixture is an error."""
     [batch] = pack_samples([sample(1, 2, 2), sample(2, 1, 1)], 100)
     assert batch.rollout_logprobs is None
-    with pytest.raises(ValueError, match="some samples .* have rollout logprobs and some have none"):
+    message = "some samples .* have rollout logprobs and some have none"
+    with pytest.raises(ValueError, match=message):
         pack_samples([SAMPLES[0], sample(9, 2, 2)], 100)
 
 

@@ -47,7 +47,6 @@ def transformer_config(model: ModelConfig, device: torch.device) -> TransformerC
         use_cpu_initialization=device.type == "cpu",
         perform_initialization=False,
         batch_p2p_sync=device.type == "cuda",
-        deterministic_mode=device.type == "cuda",
     )
 
 

@@ -138,6 +138,7 @@ class MegatronTrainer:
             for name, param in self.params.items():
                 param.copy_(state["params"][name])
             self._optimizer.load_state_dict(state["optimizer"])
+            self._scheduler.num_steps = 0  # Megatron adds the saved count to the present one
             self._scheduler.load_state_dict(state["scheduler"])
         if state["reference"] is not None:
             self.freeze_reference()

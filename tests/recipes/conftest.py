@@ -1,0 +1,137 @@
+"""Very small runs, and child processes to kill."""
+
+import multiprocessing
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from samebit.recipes import grpo
+from samebit.recipes.config import resolve
+from samebit.recipes.metrics import read_rows
+from samebit.recipes.tiny_model import make_demo_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _import_run_children():
+    """Rewards are named as module:function."""
+    sys.path.append(str(Path(__file__).parent))
+    yield
+    sys.path.remove(str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory):
+    """The demo's model with random weights. Do not write to it."""
+    path = tmp_path_factory.mktemp("models") / "demo"
+    make_demo_model(path, seed=3)
+    return path
+
+
+class GrpoRuns:
+    """Runs of six steps of twelve samples, with a checkpoint every two, under one folder."""
+
+    def __init__(self, model, folder):
+        self.model, self.folder = model, folder
+        self.control = folder / "control"
+
+    def arguments(self, run_name, *overrides):
+        return [
+            f"model.path={self.model}",
+            f"output_dir={self.folder}",
+            f"run_name={run_name}",
+            "device=cpu",
+            "logger=disabled",
+            "data=reverse_digits",
+            "data.args.length=2",
+            "data.size=50",
+            "data.eval_size=4",
+            "reward.name=run_children:score_digits",
+            f"reward.args.control={self.control}",
+            "rollout.prompts_per_step=3",
+            "rollout.samples_per_prompt=4",
+            "rollout.max_prompt_len=8",
+            "rollout.max_new_tokens=6",
+            "rollout.eval_every=3",
+            "trainer.num_steps=6",
+            "trainer.checkpoint_every=2",
+            "trainer.micro_batch_tokens=64",
+            "trainer.optimizer.lr=1e-2",
+            *overrides,
+        ]
+
+    def resolve(self, run_name, *overrides):
+        return resolve("grpo", self.arguments(run_name, *overrides))
+
+    def train(self, run_name, *overrides):
+        """Run in this process; what must be equal between equal runs."""
+        import run_children
+
+        run_children.calls.clear()
+        summary = grpo.train(self.resolve(run_name, *overrides))
+        return summary, self.rows(run_name), read_rows(self.folder / run_name / "samples.jsonl")
+
+    def rows(self, run_name):
+        """metrics.jsonl without times."""
+        return without_times(read_rows(self.folder / run_name / "metrics.jsonl"))
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
+
+
+@pytest.fixture
+def runs(demo_model, tmp_path):
+    """Runs in a folder of this test."""
+    return GrpoRuns(demo_model, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def base(demo_model, tmp_path_factory):
+    """One uninterrupted run, with what it gave in `result`. Do not write to its folder."""
+    runs = GrpoRuns(demo_model, tmp_path_factory.mktemp("base"))
+    runs.result = runs.train("base")
+    return runs
+
+
+@pytest.fixture(scope="session")
+def _forkserver():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["samebit.recipes.demo"])
+    return context
+
+
+@pytest.fixture
+def child(_forkserver):
+    """`with child(arguments) as process:` runs `samebit` and kills it with SIGKILL at the end."""
+
+    @contextmanager
+    def run(arguments):
+        from run_children import run_cli
+
+        process = _forkserver.Process(target=run_cli, args=(arguments,))
+        process.start()
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.join()
+
+    return run
+
+
+@pytest.fixture
+def kill_when(child):
+    """kill_when(condition, arguments): a run that dies as soon as the condition holds."""
+
+    def run(condition, arguments):
+        with child(arguments) as process:
+            while not condition():
+                assert process.is_alive() or condition(), "the run ended before its time"
+                os.sched_yield()
+                time.sleep(0.001)
+
+    return run

@@ -1,0 +1,33 @@
+"""What test runs import by name, in this process and in children: rewards and an entry point."""
+
+import signal
+import sys
+from pathlib import Path
+
+calls: list[str] = []
+
+
+def score_digits(text, problem, *, control):
+    """Even digits are worth most, so a random model gets rewards of many sizes.
+
+    If the file `control` holds "hold 7" or "fail 7", the 7th call in this process blocks for ever
+    after making the file <control>.held, or raises.
+    """
+    calls.append(text)
+    file = Path(control)
+    if file.exists():
+        action, number = file.read_text().split()
+        if len(calls) == int(number):
+            if action == "fail":
+                raise KeyError("no such unit")
+            file.with_suffix(".held").touch()
+            signal.pause()
+    right = sum(a == b for a, b in zip(text, problem.label, strict=False))
+    return right + 0.5 * sum(c in "02468" for c in text) - 0.1 * len(text)
+
+
+def run_cli(arguments):
+    """`samebit` as a child process."""
+    from samebit.recipes.cli import main
+
+    sys.exit(main(arguments))

@@ -1,0 +1,100 @@
+"""Order of problems and sample ids: functions of indices alone."""
+
+import itertools
+
+import pytest
+
+from samebit.recipes.order import SampleIds, problem_index
+
+
+def epoch(number, size, seed):
+    return [problem_index(number * size + i, size, seed) for i in range(size)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 100])
+def test_every_epoch_is_a_permutation(size):
+    """A problem left out or drawn twice in an epoch would bias the training set."""
+    for number in (0, 1, 5, 1000):
+        assert sorted(epoch(number, size, seed=3)) == list(range(size))
+
+
+def test_epochs_and_seeds_differ():
+    """The same order every epoch would show each batch again together."""
+    orders = [tuple(epoch(number, 50, seed)) for number in range(4) for seed in range(4)]
+    assert len(set(orders)) == len(orders)
+
+
+def test_seeds_do_not_share_epochs():
+    """Seed s at epoch e must not be seed s - 1 at a later epoch."""
+    orders = {tuple(epoch(number, 50, seed)) for seed in (0, 1) for number in range(200)}
+    assert len(orders) == 400
+
+
+def test_a_place_does_not_depend_on_the_places_asked_before():
+    """A resumed run starts in the middle; the cache of permutations must not matter."""
+    positions = [950, 3, 101, 99, 100, 3, 950, 0, 555]
+    forward = {p: problem_index(p, 100, 7) for p in sorted(positions)}
+    assert [problem_index(p, 100, 7) for p in positions] == [forward[p] for p in positions]
+
+
+def test_the_order_is_pinned():
+    """A changed shuffle would make every old run unrepeatable without a word."""
+    assert epoch(0, 8, seed=0) == [4, 0, 7, 3, 2, 5, 1, 6]
+
+
+def test_ids_are_unique_over_steps_prompts_samples_and_evaluation():
+    """Two samples of one id would share their noise."""
+    ids = SampleIds()
+    groups = [
+        ids.of_step(step, 5, 7, evaluation=evaluation)
+        for step in (0, 1, 2, 1000, (1 << 31) - 1)
+        for evaluation in (False, True)
+    ]
+    flat = [i for rows in groups for row in rows for i in row]
+    assert len(flat) == len(set(flat)) == 5 * 2 * 5 * 7
+    assert all(0 <= i < 1 << 64 for i in flat)
+    assert [(len(rows), len(rows[0])) for rows in groups] == [(5, 7)] * 10
+
+
+def test_an_id_is_a_function_of_its_indices():
+    """A resumed run makes a new object and must give the same ids; more samples change none."""
+    long, short = SampleIds(), SampleIds()
+    for step in range(3):
+        long.of_step(step, 5, 7)
+    a, b = long.of_step(3, 5, 7), short.of_step(3, 2, 4)
+    assert [row[:4] for row in a[:2]] == b
+
+
+def test_the_largest_indices_do_not_run_over():
+    """An overflow of one field into the next would repeat an id silently."""
+    most = SampleIds()
+    rows = most.of_step((1 << 31) - 1, 1 << 20, 1, evaluation=True)
+    assert rows[-1][0] == (1 << 64) - (1 << 12)
+    assert most.of_step(0, 1, 1 << 12)[0][-1] == (1 << 12) - 1
+    for step, prompts, samples, name in (
+        (1 << 31, 1, 1, "step = 2147483649"),
+        (1, (1 << 20) + 1, 1, "prompts per step = 1048577"),
+        (1, 1, (1 << 12) + 1, "samples per prompt = 4097"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} exceed"):
+            SampleIds().of_step(step, prompts, samples)
+
+
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_ids_are_never_given_twice(evaluation):
+    """Asking again for a step of this run, or for an earlier one, is a bug in a recipe."""
+    ids = SampleIds()
+    ids.of_step(4, 1, 1, evaluation=evaluation)
+    for step in (4, 3, 0):
+        with pytest.raises(ValueError, match=rf"step {step} \(evaluation={evaluation}\) were used"):
+            ids.of_step(step, 1, 1, evaluation=evaluation)
+    ids.of_step(4, 1, 1, evaluation=not evaluation)
+    ids.of_step(5, 1, 1, evaluation=evaluation)
+
+
+def test_a_refused_step_does_not_use_up_its_ids():
+    """After an error about sizes the step can still be run."""
+    ids = SampleIds()
+    with pytest.raises(ValueError):
+        ids.of_step(0, 1, 1 << 13)
+    assert list(itertools.chain(*ids.of_step(0, 2, 1))) == [0, 1 << 12]

@@ -1,0 +1,286 @@
+"""Budgets, order, preemption and pages of the scheduler; and that no page is ever lost."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_prompts, outcomes
+
+from samebit.rollout.config import EngineConfig
+from samebit.rollout.runtime.kv_cache import PagePool
+from samebit.rollout.runtime.prefix_cache import PrefixCache
+from samebit.rollout.runtime.scheduler import Scheduler
+from samebit.rollout.runtime.sequence import Sequence
+from samebit.rollout.types import Request, SamplingParams
+from samebit.weight_sync.types import WeightVersion
+
+PAGE = 4
+VERSION = WeightVersion(0, "a")
+
+
+class World:
+    """A scheduler, and a model that "computes" by counting."""
+
+    def __init__(self, num_pages=16, cached=False, **settings):
+        config = EngineConfig(
+            model_path=Path("none"),
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            page_size=PAGE,
+            **settings,
+        )
+        self.pool = PagePool(num_pages)
+        prefixes = PrefixCache(self.pool, PAGE, VERSION) if cached else None
+        self.scheduler = Scheduler(config, self.pool, prefixes)
+        self.arrivals = 0
+
+    def add(self, prompt, max_new=4, n=1, score=False):
+        """Queue a request; its sequences."""
+        request = Request(
+            request_id=str(self.arrivals),
+            prompt_ids=tuple(prompt),
+            params=SamplingParams(n=n, max_new_tokens=max_new),
+            sample_ids=tuple(range(n)),
+            score_only=score,
+        )
+        seqs = [
+            Sequence(request=request, index=i, arrival=self.arrivals + i, token_ids=list(prompt))
+            for i in range(n)
+        ]
+        self.arrivals += n
+        seqs[0].siblings = seqs[1:]
+        self.scheduler.add(seqs[0])
+        return seqs
+
+    def step(self):
+        """One step; what was scheduled as (arrival, number of tokens, arrivals of forks)."""
+        step = self.scheduler.schedule()
+        summary = [(i.seq.arrival, i.num_tokens, [f.arrival for f in i.forks]) for i in step]
+        drawing = [s for i in step if i.completes for s in (i.seq, *i.forks)]
+        for item in step:
+            item.seq.num_computed += item.num_tokens
+            assert len(item.seq.pages) * PAGE >= item.seq.num_computed
+        for seq in drawing:
+            if not seq.request.score_only:
+                seq.append(7, -1.0, VERSION)
+            if seq.request.score_only or seq.num_new_tokens == seq.request.params.max_new_tokens:
+                seq.finish_reason = "length"
+                self.scheduler.finish(seq)
+        return summary
+
+    def run(self, limit=500):
+        """Steps until all is done."""
+        steps = []
+        while self.scheduler.has_unfinished:
+            steps.append(self.step())
+            assert steps[-1], "nothing was scheduled: the engine would hang"
+            assert len(steps) < limit
+        return steps
+
+
+def test_prefill_then_decode():
+    world = World()
+    world.add([1] * 5, max_new=3)
+    assert world.run() == [[(0, 5, [])], [(0, 1, [])], [(0, 1, [])]]
+    assert world.pool.num_free == 16
+
+
+def test_chunks_and_the_token_budget():
+    world = World(prefill_chunk=6, max_batch_tokens=8)
+    world.add([1] * 10, max_new=1)
+    world.add([2] * 5, max_new=1)
+    assert world.run() == [[(0, 6, []), (1, 2, [])], [(0, 4, []), (1, 3, [])]]
+
+
+def test_running_sequences_go_before_new_ones():
+    """Decode is never starved by prompts that keep arriving."""
+    world = World(max_batch_tokens=4)
+    world.add([1] * 3, max_new=5)
+    world.step()
+    world.add([2] * 9, max_new=1)
+    assert [world.step() for _ in range(3)] == [[(0, 1, []), (1, 3, [])]] * 3
+
+
+def test_no_more_sequences_than_allowed():
+    world = World(max_num_seqs=2)
+    for _ in range(5):
+        world.add([1, 2], max_new=2)
+    while world.scheduler.has_unfinished:
+        world.step()
+        assert world.scheduler.num_running <= 2
+    assert world.pool.num_free == 16
+
+
+def test_samples_fork_from_one_prefill():
+    """They share the full pages and copy the rest."""
+    world = World()
+    seqs = world.add([1] * 6, n=3, max_new=3)
+    step = world.scheduler.schedule()
+    assert [(i.seq.arrival, i.num_tokens, len(i.forks)) for i in step] == [(0, 6, 2)]
+    first = seqs[0].pages
+    assert [s.pages[0] for s in seqs] == [first[0]] * 3
+    assert world.pool.references(first[0]) == 3
+    assert step[0].page_copies == [(first[1], s.pages[1]) for s in seqs[1:]]
+    assert len({s.pages[1] for s in seqs}) == 3
+    assert [s.num_computed for s in seqs[1:]] == [6, 6]
+
+
+def test_a_prompt_of_whole_pages_needs_no_copy():
+    world = World()
+    seqs = world.add([1] * 8, n=3, max_new=3)
+    [item] = world.scheduler.schedule()
+    assert item.page_copies == []
+    assert len({tuple(s.pages) for s in seqs}) == 1
+
+
+def test_samples_that_find_no_room_wait_their_turn():
+    world = World(max_num_seqs=2)
+    seqs = world.add([1] * 6, n=5, max_new=3)
+    world.run()
+    assert [s.num_new_tokens for s in seqs] == [3] * 5
+    assert world.pool.num_free == 16
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_latest_arrival_is_preempted_and_comes_back(cached):
+    """Six pages, three sequences that need three each: all finish, the first ones first."""
+    world = World(num_pages=6, cached=cached)
+    seqs = [world.add([i] * 6, max_new=6)[0] for i in range(3)]
+    finished = []
+    while world.scheduler.has_unfinished:
+        assert world.step()
+        finished += [s.arrival for s in seqs if s.finish_reason and s.arrival not in finished]
+    assert finished == [0, 1, 2]
+    assert world.scheduler.num_preemptions > 0
+    assert [s.num_new_tokens for s in seqs] == [6] * 3
+
+
+def test_one_sequence_may_take_all_pages():
+    world = World(num_pages=4)
+    seqs = [world.add([i] * 8, max_new=8)[0] for i in range(3)]
+    world.run()
+    assert [s.num_new_tokens for s in seqs] == [8] * 3
+    assert world.pool.num_free == 4
+
+
+def test_cached_pages_make_room_before_anyone_is_preempted():
+    world = World(num_pages=6, cached=True)
+    for i in range(4):
+        world.add([i] * 8, max_new=8)
+        world.run()
+    assert world.scheduler.num_preemptions == 0
+    assert world.pool.num_free < 6
+
+
+def test_scores_are_computed_whole():
+    """Every position's logits are asked for, so a cached prefix is no use; the last token's not."""
+    world = World(cached=True)
+    world.add([1] * 9, max_new=1)
+    world.run()
+    world.add([1] * 9, score=True)
+    assert world.run() == [[(1, 8, [])]]
+
+
+def test_a_cached_prefix_is_skipped():
+    world = World(cached=True)
+    for prompt in ([1] * 9, [1] * 9, [1] * 6):
+        world.add(prompt, max_new=1)
+    assert world.step() == [(0, 9, []), (1, 9, []), (2, 6, [])]
+    world.add([1] * 9, max_new=1)
+    world.add([1] * 8, max_new=1)
+    assert world.step() == [(3, 1, []), (4, 4, [])]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+@pytest.mark.parametrize("n", [1, 3])
+def test_abort_takes_all_samples_and_pages(steps, n):
+    world = World(prefill_chunk=4)
+    doomed = world.add([1] * 6, n=n, max_new=9)
+    other = world.add([2] * 6, max_new=9)
+    for _ in range(steps):
+        world.step()
+    assert set(world.scheduler.abort("0")) == set(doomed)
+    assert world.scheduler.abort("0") == []
+    world.run()
+    assert other[0].num_new_tokens == 9
+    assert world.pool.num_free == 16
+
+
+def test_abort_of_a_preempted_sequence():
+    world = World(num_pages=6)
+    seqs = [world.add([i] * 6, max_new=6)[0] for i in range(3)]
+    while not world.scheduler.num_preemptions:
+        world.step()
+    assert world.scheduler.abort("2") == [seqs[2]]
+    world.run()
+    assert world.pool.num_free == 6
+
+
+# -- the same, in an engine ----------------------------------------------------------------------
+
+PROMPTS = make_prompts(40, 5, 33, 70, 16)
+PARAMS = SamplingParams(n=3, max_new_tokens=20, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def truth(make_engine):
+    return outcomes(make_engine().generate(PROMPTS, PARAMS))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kv_cache_tokens": 96},
+        {"kv_cache_tokens": 96, "prefix_cache": False},
+        {"kv_cache_tokens": 160, "max_num_seqs": 4},
+        {"kv_cache_tokens": 160, "prefill_chunk": 9, "max_batch_tokens": 11},
+        {"max_num_seqs": 1},
+    ],
+    ids=str,
+)
+def test_no_pages_are_lost_and_no_bit_moves(make_engine, truth, settings):
+    """Preemption, eviction, forks that wait: everything free at the end, everything the same."""
+    engine = make_engine(page_size=16, **settings)
+    for _ in range(2):
+        assert outcomes(engine.generate(PROMPTS, PARAMS)) == truth
+    assert engine.scheduler.num_preemptions > 0 or "kv_cache_tokens" not in settings
+    engine.flush_cache()
+    assert engine.pool.num_free == engine.pool.num_pages
+
+
+@pytest.mark.parametrize("steps", range(0, 16, 3))
+def test_aborts_at_any_moment_lose_no_pages(make_engine, truth, steps):
+    """Running, waiting, preempted or half forked; a neighbour keeps its bits."""
+    engine = make_engine(page_size=16, kv_cache_tokens=160, prefill_chunk=13)
+    kept = engine.add_request(PROMPTS[0], PARAMS, [0, 1, 2])
+    doomed = [engine.add_request(p, PARAMS) for p in PROMPTS[1:]]
+    found = {}
+    for _ in range(steps):
+        found |= {g[0].request_id: g for g in engine.step()}
+    for request in doomed:
+        if request not in found:
+            engine.abort_request(request)
+    while engine.has_unfinished_requests:
+        found |= {g[0].request_id: g for g in engine.step()}
+    assert outcomes([found[kept]]) == truth[:1]
+    engine.flush_cache()
+    assert engine.pool.num_free == engine.pool.num_pages
+
+
+def test_a_failing_step_loses_no_pages(make_engine, truth, monkeypatch):
+    """An error out of the model: requests end, pages come back, the next call is right."""
+    engine = make_engine(page_size=16, kv_cache_tokens=160)
+    original, calls = engine.runner.forward, iter(range(1000))
+
+    def forward(batch, collect):
+        if next(calls) == 9:
+            raise RuntimeError("the chip caught fire")
+        return original(batch, collect)
+
+    monkeypatch.setattr(engine.runner, "forward", forward)
+    with pytest.raises(RuntimeError, match="caught fire"):
+        engine.generate(PROMPTS, PARAMS)
+    assert not engine.has_unfinished_requests
+    assert outcomes(engine.generate(PROMPTS, PARAMS)) == truth
+    engine.flush_cache()
+    assert engine.pool.num_free == engine.pool.num_pages

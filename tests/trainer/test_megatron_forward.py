@@ -1,0 +1,104 @@
+"""The trainer's forward gives the rollout's bits, however samples are packed."""
+
+import random
+
+import pytest
+import torch
+from helpers import assert_same_bits
+
+from samebit.rollout.engine import Engine
+from samebit.trainer.packing import pack_samples
+from samebit.trainer.stats import count_mismatches
+
+
+def by_sample(trainer, batches, **kwargs):
+    """{sample id: log-probs} over all micro-batches."""
+    found = {}
+    for batch, logprobs in zip(batches, trainer.logprobs(batches, **kwargs), strict=True):
+        lens = [s.response_len for s in batch.samples]
+        for s, part in zip(batch.samples, logprobs.split(lens), strict=True):
+            found[s.sample_id] = part
+    return found
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_the_rollout(model_path, make_trainer, rollout_samples, temperature):
+    """The promise itself: the policy ratio of the first step is exactly 1."""
+    trainer = make_trainer(model_path)
+    samples = rollout_samples(model_path, temperature)
+    packed = [
+        pack_samples(samples, max_tokens, temperature=temperature)
+        for max_tokens in (90, 128, 333, 10_000)
+    ]
+    reversed_order = pack_samples(samples[::-1], 200, temperature=temperature)
+    shuffled = random.Random(1).sample(samples, len(samples))
+    packed += [reversed_order, pack_samples(shuffled, 257, temperature=temperature)]
+    packed.append([b for s in samples for b in pack_samples([s], 90, temperature=temperature)])
+    for batches in packed:
+        found = by_sample(trainer, batches)
+        for s in samples:
+            assert_same_bits(found[s.sample_id], torch.tensor(s.logprobs), s.sample_id)
+
+
+def test_logprobs_are_those_of_score(model_path, make_trainer, random_samples):
+    """Tokens that no engine drew, by the trainer and by score, at lengths around 16 and 64."""
+    samples = random_samples(12, seed=4)
+    trainer, engine = make_trainer(model_path), Engine(model_path, device="cpu")
+    scores = engine.score([list(s.token_ids) for s in samples], temperature=1.0)
+    found = by_sample(trainer, pack_samples(samples, 150))
+    for s, score in zip(samples, scores, strict=True):
+        expected = torch.tensor(score[s.prompt_len - 1 :])
+        assert_same_bits(found[s.sample_id], expected, s.sample_id)
+
+
+def test_the_forward_of_training_is_the_forward_of_evaluation(
+    make_trainer, qwen3_path, rollout_samples
+):
+    """train_step's own comparison: with gradients, every log-prob still has the rollout's bits."""
+    from samebit.trainer.algorithms.grpo import GrpoLoss
+    from samebit.trainer.config import GrpoConfig
+
+    samples = rollout_samples(qwen3_path)
+    trainer = make_trainer()
+    stats = trainer.train_step(pack_samples(samples, 300), GrpoLoss(GrpoConfig()))
+    assert stats.logprob_tokens_compared == sum(s.response_len for s in samples)
+    assert (stats.logprob_mismatches, stats.logprob_abs_diff_max) == (0, 0.0)
+    assert stats.metrics["train/ratio"] == 1.0
+    assert stats.num_tokens == sum(len(s.token_ids) for s in samples)
+    # On other weights the comparison must not be blind.
+    stats = trainer.train_step(pack_samples(samples, 300), GrpoLoss(GrpoConfig()))
+    assert stats.logprob_mismatches > 0.9 * stats.logprob_tokens_compared
+    assert stats.logprob_abs_diff_max > 0
+
+
+def test_mismatches_are_counted_by_bits():
+    """A tolerance in the comparison would hide exactly what it is for."""
+    a = torch.tensor([1.0, 0.0, torch.nan, 2.0])
+    assert count_mismatches(a, a.clone()) == 0
+    assert count_mismatches(a, torch.tensor([1.0, -0.0, torch.nan, 2.0])) == 1
+    assert count_mismatches(a, torch.nextafter(a, torch.tensor(9.0))) == 3
+
+
+def test_an_engine_bound_to_the_trainer_sees_its_steps(make_trainer, qwen3_path, rollout_samples):
+    """Alias: after a step, the shared memory gives the same new bits on both sides."""
+    from samebit.trainer.algorithms.sft import sft_loss
+    from samebit.weight_sync.transports.alias import AliasTransport
+
+    samples = rollout_samples(qwen3_path)[:8]
+    trainer, engine = make_trainer(), Engine(qwen3_path, device="cpu")
+    engine.bind_weights(trainer.params)
+    memory = {name: p.data_ptr() for name, p in trainer.params.items()}
+    transport = AliasTransport(engine)
+    before = engine.score([list(samples[0].token_ids)])
+    for step in (1, 2):
+        transport.begin(step)
+        trainer.train_step(pack_samples(samples, 500), sft_loss)
+        transport.send(trainer.params)
+        version = transport.commit(trainer.digest())
+        assert version.step == trainer.step == step
+    assert {name: p.data_ptr() for name, p in trainer.params.items()} == memory
+    assert engine.score([list(samples[0].token_ids)]) != before
+    found = by_sample(trainer, pack_samples(samples, 500))
+    for s in samples:
+        [score] = engine.score([list(s.token_ids)])
+        assert_same_bits(found[s.sample_id], torch.tensor(score[s.prompt_len - 1 :]), s.sample_id)
