@@ -155,6 +155,11 @@ class GrpoRun(RunSection):
                 f"{self.samples_per_step} samples are no multiple of trainer.batch_size = "
                 f"{self.batch_size}"
             )
+        if self.data.eval_size < 1 and self.data.eval_path is None:
+            raise ValueError(
+                f"data.eval_size is {self.data.eval_size}; grpo measures the reward on held-out "
+                "problems: give at least 1"
+            )
         longest = self.rollout.max_prompt_len + self.rollout.max_new_tokens
         if longest > self.trainer.micro_batch_tokens:
             raise ValueError(

@@ -34,6 +34,9 @@ def main(run: ExportRun) -> int:
         raise ConfigError(f"out={out} is not empty; give another folder or overwrite=true")
     specs = param_specs(load_model_config(model_path))
     state = checkpoint.load()
+    found = {name: tuple(p.shape) for name, p in state["params"].items()}
+    if found != {spec.name: spec.shape for spec in specs}:
+        raise ConfigError(f"{checkpoint.path} holds another model than model={model_path}")
     version = WeightVersion(state["step"], weights_digest(specs, state["params"]))
     write_hf_folder(out, specs, state["params"], version, side_files(model_path))
     print(f"{checkpoint.path} -> {out}: weights of step {version.step}, digest {version.digest}")

@@ -16,6 +16,8 @@ from samebit.rollout.config import resolve_device
 from samebit.trainer.checkpoint import Checkpoint, CheckpointError, latest_checkpoint
 from samebit.trainer.checkpoint import save_checkpoint as write_checkpoint
 
+CONFIG_FILE = "config.yaml"
+
 # Keys that cannot change a result, so a resumed run may change them.
 _FREE_KEYS = (
     "resume",
@@ -82,15 +84,26 @@ def open_session(run: RunSection) -> Session:
     if resumed is not None:
         _require_same(resumed, run, profile)
     elif not run.resume and run.run_dir.exists():
-        if not run.overwrite and latest_checkpoint(checkpoints) is not None:
-            raise FileExistsError(
-                f"{run.run_dir} holds the checkpoints of a run; give resume=true to go on, another "
-                "run_name, or overwrite=true"
-            )
-        shutil.rmtree(run.run_dir)
+        _clear(run.run_dir, run.overwrite)
     run.run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run.run_dir / "config.yaml", to_yaml(run))
+    write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run))
     return Session(run, device, profile, resumed)
+
+
+def _clear(run_dir: Path, overwrite: bool) -> None:
+    """Remove what an earlier run left, but only if asked to, and nothing else."""
+    if not any(run_dir.iterdir()):
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{run_dir} is not empty; give resume=true to go on with its run, another run_name, or "
+            "overwrite=true"
+        )
+    if not (run_dir / CONFIG_FILE).exists():
+        raise FileExistsError(
+            f"{run_dir} holds no {CONFIG_FILE}: no run made it, so overwrite=true removes nothing"
+        )
+    shutil.rmtree(run_dir)
 
 
 def _require_same(checkpoint: Checkpoint, run: RunSection, profile: NumericsProfile) -> None:

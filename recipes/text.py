@@ -13,6 +13,8 @@ class TextCodec:
         from transformers import AutoTokenizer
 
         folder = Path(model_path)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"model folder {folder} does not exist (from {Path.cwd()})")
         if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer_config.json")):
             raise ValueError(f"model.path {folder} holds no tokenizer (tokenizer.json)")
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)

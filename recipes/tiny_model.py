@@ -40,7 +40,9 @@ def write_weights(folder: Path, seed: int, std: float = 0.02) -> None:
     params = {spec.name: torch.empty(spec.shape) for spec in specs}
     load_dummy(specs, params, seed, std)
     tensors = {name: tensor.contiguous() for name, tensor in hf_tensors(specs, params)}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    temporary = folder / ".model.safetensors.tmp"  # a demo that is killed here can be resumed
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(folder / "model.safetensors")
 
 
 def write_character_tokenizer(folder: Path, characters: str) -> int:

@@ -13,14 +13,8 @@ from pathlib import Path
 import torch
 
 from samebit.kernels.profile import NumericsProfile, numerics_profile
-from samebit.kernels.selfcheck import selfcheck
-from samebit.rollout.config import (
-    EngineConfig,
-    automatic_kv_bytes,
-    resolve_device,
-    resolve_dtype,
-)
-from samebit.rollout.models.decoder import Decoder, param_specs
+from samebit.rollout.config import EngineConfig, automatic_kv_bytes, resolve_device, resolve_dtype
+from samebit.rollout.models.decoder import Decoder, param_specs, selfcheck_model
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.kv_cache import KVCache, PagePool, kv_bytes_per_token
 from samebit.rollout.runtime.memory import Arena
@@ -31,9 +25,10 @@ from samebit.rollout.runtime.sampler import Sampler
 from samebit.rollout.runtime.scheduler import Scheduler
 from samebit.rollout.runtime.sequence import Sequence as RunningSequence
 from samebit.rollout.runtime.step import execute_step
-from samebit.rollout.runtime.weights import load_dummy, load_safetensors
+from samebit.rollout.runtime.weights import load_dummy, load_safetensors, open_safetensors
 from samebit.rollout.types import Completion, Request, SamplingParams
 from samebit.weight_sync.digest import weights_digest
+from samebit.weight_sync.mapping import load_params
 from samebit.weight_sync.plan import pack, plan_buckets
 from samebit.weight_sync.session import UpdateSession
 from samebit.weight_sync.transports.collective import CollectiveReceiver
@@ -84,7 +79,7 @@ class Engine:
         self.model_config = load_model_config(self.config.model_path)
         self.specs = param_specs(self.model_config)
         self.profile: NumericsProfile = numerics_profile(resolved)
-        self._selfcheck()
+        selfcheck_model(self.model_config, resolved)
         self.arena = Arena(resolved)
         self._load_weights()
         self._make_runtime()
@@ -250,15 +245,19 @@ class Engine:
     def update_weights_from_disk(
         self, model_path: str | Path, step: int | None = None
     ) -> WeightVersion:
-        """Load a Hugging Face folder in place, under its own version if it carries one."""
+        """Load a Hugging Face folder in place, under its own version if it carries one.
+
+        A folder that is missing or does not fit is refused before anything changes.
+        """
         folder = Path(model_path)
+        read = open_safetensors(folder, self.specs)
         version = read_version(folder)
         if step is None:
             step = version.step if version else self.session.version.step + 1
         self.begin_weight_update(step)
         try:
-            load_safetensors(folder, self.specs, self.weights)
-        except Exception as error:
+            load_params(self.specs, self.weights, read)
+        except OSError as error:
             self.session.abort(str(error))
             raise
         self.session.receive_in_place()
@@ -299,17 +298,6 @@ class Engine:
         """Nothing to end: the engine lives in this process."""
 
     # -- internals -------------------------------------------------------------------------------
-
-    def _selfcheck(self) -> None:
-        c = self.model_config
-        shapes = [s.shape for s in self.specs if len(s.shape) == 2]
-        shapes += [(c.vocab_size, c.hidden_size)]
-        selfcheck(
-            [(n, k) for n, k in shapes],
-            (c.num_heads, c.num_kv_heads, c.head_dim),
-            (c.hidden_size, c.head_dim, c.ffn_size),
-            self.config.device,
-        )
 
     def _load_weights(self) -> None:
         c = self.config

@@ -111,7 +111,8 @@ def _draw_kernel(
         column = c0 + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + row * V + column, mask=column < end, other=float("-inf"))
         noise = _gumbel(seed, column.to(tl.uint32), position, low, high)
-        value = tl.where(greedy, x, x + noise)
+        # Noise of -inf only puts a token behind all others; a logit of -inf forbids it.
+        value = tl.where(greedy, x, x + tl.maximum(noise, -3.4028234663852886e38))
         # A NaN wins, so that damaged logits cannot hide behind a healthy token.
         better = (value > best) | (value != value)
         best = tl.where(better, value, best)

@@ -118,7 +118,7 @@ def make_subject(
     """Fixed prompts of every boundary length, and what a plain engine makes of them."""
     config = load_model_config(model_path)
     rng = random.Random(5)
-    lens = GPU_PROMPT_LENS if device.type == "cuda" else PROMPT_LENS
+    lens: tuple[int, ...] = GPU_PROMPT_LENS if device.type == "cuda" else PROMPT_LENS
     lens = tuple(n for n in lens if n + NUM_NEW_TOKENS <= config.max_position)
     prompts = [[rng.randrange(config.vocab_size) for _ in range(n)] for n in lens]
     params = [

@@ -13,6 +13,7 @@ from samebit.kernels.linear import linear
 from samebit.kernels.logprob import padded_vocab_size
 from samebit.kernels.rms_norm import add_rms_norm, rms_norm
 from samebit.kernels.rope import rope, rope_table
+from samebit.kernels.selfcheck import selfcheck
 from samebit.kernels.swiglu import swiglu
 from samebit.rollout.models.config import ModelConfig
 from samebit.weight_sync.mapping import (
@@ -67,6 +68,14 @@ def param_specs(config: ModelConfig, shard: Shard | None = None) -> list[ParamSp
     if not config.tie_embeddings:
         specs.append(vocab(OUTPUT, "lm_head.weight", table, padded, shard))
     return specs
+
+
+def selfcheck_model(config: ModelConfig, device: torch.device) -> None:
+    """Prove the contract for this model's shapes on this machine; see kernels.selfcheck."""
+    shapes = {(s.shape[0], s.shape[1]) for s in param_specs(config) if len(s.shape) == 2}
+    shapes.add((config.vocab_size, config.hidden_size))
+    heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+    selfcheck(shapes, heads, (config.hidden_size, config.head_dim, config.ffn_size), device)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,18 @@ def load_safetensors(
 ) -> None:
     """Fill params in place from a Hugging Face folder, sharded or not.
 
-    Raises FileNotFoundError without weights, WeightLoadError for missing, extra or misshapen
-    tensors and for NaN or Inf.
+    Raises as open_safetensors does before anything is written, and WeightLoadError for NaN or Inf.
+    """
+    load_params(specs, params, open_safetensors(folder, specs))
+    if bad := non_finite(params):
+        raise WeightLoadError(f"{folder} holds NaN or Inf in: {', '.join(bad)}")
+
+
+def open_safetensors(folder: Path, specs: Sequence[ParamSpec]) -> Callable[[str], torch.Tensor]:
+    """A reader of whole tensors by Hugging Face name, for a folder that fits the specs.
+
+    Raises FileNotFoundError without weights, WeightLoadError that lists every missing, extra or
+    misshapen tensor.
     """
     file_of = _find_tensors(folder)
     shapes = hf_shapes(specs)
@@ -41,9 +51,7 @@ def load_safetensors(
     if problems:
         raise WeightLoadError(f"{folder} does not fit the model:\n  " + "\n  ".join(problems))
     _check_tied(tied & set(file_of), handles, file_of)
-    load_params(specs, params, lambda name: handles[file_of[name]].get_tensor(name))
-    if bad := non_finite(params):
-        raise WeightLoadError(f"{folder} holds NaN or Inf in: {', '.join(bad)}")
+    return lambda name: handles[file_of[name]].get_tensor(name)
 
 
 def _check_tied(names: set[str], handles: Mapping, file_of: Mapping[str, Path]) -> None:

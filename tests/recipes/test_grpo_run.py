@@ -83,7 +83,7 @@ def test_another_seed_is_another_run(runs, base):
     """The seed must reach the noise, or runs could not be repeated independently."""
     summary, rows, _ = runs.train("seed", "seed=1")
     assert summary["weights_digest"] != base.result[0]["weights_digest"]
-    assert rows[1]["rollout/response_len_mean"] != base.result[1][1]["rollout/response_len_mean"]
+    assert rows[1]["train/entropy"] != base.result[1][1]["train/entropy"]
 
 
 @pytest.mark.parametrize(
@@ -231,12 +231,14 @@ def test_an_existing_run_is_not_lost(base):
 
 
 def test_a_folder_of_other_things_is_not_lost(runs):
-    """run_name may name any folder; without overwrite=true nothing in it may be removed."""
+    """run_name may name any folder; what no run made must not be removed."""
     folder = runs.folder / "thesis"
     folder.mkdir()
     (folder / "chapter1.tex").write_text("ten years of work")
     with pytest.raises(FileExistsError, match="thesis.*overwrite=true"):
         open_session(runs.resolve("thesis"))
+    with pytest.raises(FileExistsError, match="no run made it, so overwrite=true removes"):
+        open_session(runs.resolve("thesis", "overwrite=true"))
     assert (folder / "chapter1.tex").read_text() == "ten years of work"
 
 
@@ -376,7 +378,7 @@ def test_weights_that_are_not_finite_are_not_trained_on(runs, capsys, tmp_path):
 
 def test_weights_that_explode_stop_the_run(runs, capsys):
     """An absurd learning rate ends in a clear error, not in a run of NaN."""
-    code = cli.main(["grpo", *runs.arguments("explode"), "trainer.optimizer.lr=1e38"])
+    code = cli.main(["grpo", *runs.arguments("explode"), "trainer.optimizer.lr=1e30"])
     assert code == 1
     assert "NaN or Inf" in capsys.readouterr().err
 

@@ -1,0 +1,314 @@
+"""The command line: what composes, what is refused and how it is said."""
+
+import subprocess
+import sys
+
+import pytest
+from helpers import run_python
+
+from samebit.recipes import cli
+from samebit.recipes.config import (
+    CONFIG_DIR,
+    SCHEMAS,
+    ConfigError,
+    DemoRun,
+    ExportRun,
+    GrpoRun,
+    SftRun,
+    VerifyRun,
+    resolve,
+)
+from samebit.recipes.session import config_digest
+
+NEEDED = {
+    "grpo": ["model.path=m"],
+    "sft": ["model.path=m", "trainer.batch_size=8"],
+    "demo": [],
+    "verify": [],
+    "export": ["checkpoint=c", "model=m", "out=o"],
+}
+GROUPS = {
+    "grpo": ("model", "engine", "trainer", "algorithm", "data", "reward", "logger", "experiment"),
+    "sft": ("model", "trainer", "data", "logger"),
+}
+CHOICES = [
+    (command, group, file.stem)
+    for command, groups in GROUPS.items()
+    for group in groups
+    for file in sorted((CONFIG_DIR / group).glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize(("command", "group", "name"), CHOICES)
+def test_every_file_of_every_group_composes(command, group, name):
+    """A typing error in a rarely used file would only show when somebody needs it."""
+    assert resolve(command, [*NEEDED[command], f"{group}={name}"]) is not None
+
+
+def test_every_group_belongs_to_grpo():
+    """A folder that no command reads is dead."""
+    assert {p.name for p in CONFIG_DIR.iterdir() if p.is_dir()} == set(GROUPS["grpo"])
+    assert {p.stem for p in CONFIG_DIR.glob("*.yaml")} <= set(SCHEMAS) == set(cli.COMMANDS)
+
+
+def test_groups_set_what_they_say():
+    """A group file that composes but changes nothing would be a silent lie."""
+    run = resolve(
+        "grpo", ["model.path=m", "engine=process", "algorithm=grpo_kl", "reward=math_verify"]
+    )
+    assert (run.engine.placement, run.engine.transport) == ("process", "gloo")
+    assert (run.algorithm.kl_coef, run.algorithm.kl_estimator) == (0.001, "k3")
+    assert run.reward.name == "math_verify"
+    assert resolve("grpo", ["model.path=m", "algorithm=dr_grpo"]).algorithm.normalize_std is False
+    run = resolve("grpo", ["model.path=m", "experiment=reverse_digits"])
+    assert (run.run_name, run.data.task, run.data.args) == (
+        "reverse_digits",
+        "reverse_digits",
+        {"length": 6},
+    )
+    assert (run.rollout.max_new_tokens, run.trainer.optimizer.lr) == (8, 3e-4)
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [
+        ("grpo", GrpoRun),
+        ("sft", SftRun),
+        ("demo", DemoRun),
+        ("verify", VerifyRun),
+        ("export", ExportRun),
+    ],
+)
+def test_a_command_gives_its_dataclass(command, kind):
+    """Recipes get checked objects, not loose dictionaries."""
+    run = resolve(command, [*NEEDED[command], "seed=7", "run_name=x", "output_dir=/tmp/y"])
+    assert type(run) is kind
+    assert run.seed == 7
+    assert str(run.run_dir) == "/tmp/y/x"
+
+
+def test_resolving_again_starts_from_the_defaults():
+    """Hydra keeps global state: one call must not leak into the next."""
+    assert resolve("grpo", ["model.path=m", "trainer.num_steps=3"]).trainer.num_steps == 3
+    assert resolve("grpo", ["model.path=m"]).trainer.num_steps == 100
+
+
+def test_arguments_of_tasks_and_rewards_are_free():
+    """args take whatever the function takes, without Hydra's plus sign."""
+    run = resolve(
+        "grpo",
+        [
+            "model.path=m",
+            "data=reverse_digits",
+            "data.args.length=3",
+            "reward.args.timeout_s=9",
+            "+reward.args.other=x",
+        ],
+    )
+    assert run.data.args == {"length": 3}
+    assert run.reward.args == {"timeout_s": 9, "other": "x"}
+
+
+WRONG = {
+    "unknown key": (["trainer.num_step=3"], r"num_step.*Did you mean: .*trainer.num_steps"),
+    "unknown top key": (["sead=3"], r"sead.*Did you mean: .*seed"),
+    "unknown nested key": (
+        ["trainer.optimizer.learning_rate=3"],
+        r"trainer.optimizer.learning_rate",
+    ),
+    "unknown group choice": (["engine=remote"], r"engine/remote.*colocated.*process"),
+    "unknown group": (["motor=fast"], "motor"),
+    "text for a number": (["trainer.num_steps=many"], r"'many'.*Integer|trainer.num_steps"),
+    "number for a flag": (["resume=7up"], "resume|7up"),
+    "fraction for a count": (["rollout.prompts_per_step=1.5"], "1.5"),
+    "out of range": (["trainer.num_steps=0"], "trainer.num_steps is 0; it must be positive"),
+    "unknown schedule": (
+        ["trainer.optimizer.lr_schedule=step"],
+        r"lr_schedule is 'step'; it must be one of .*'constant', 'linear', 'cosine'",
+    ),
+    "batch does not divide": (
+        ["rollout.prompts_per_step=6", "rollout.samples_per_prompt=4", "trainer.batch_size=9"],
+        "6 x 4 = 24 samples are no multiple of trainer.batch_size = 9",
+    ),
+    "batch too large": (
+        ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=4", "trainer.batch_size=16"],
+        "2 x 4 = 8 samples are no multiple of trainer.batch_size = 16",
+    ),
+    "alias to another process": (
+        ["engine.placement=process"],
+        r"engine.transport is 'alias'; it must be one of \('gloo', 'file'\) for placement 'proc",
+    ),
+    "gloo in one process": (
+        ["engine.transport=gloo"],
+        r"engine.transport is 'gloo'; it must be one of \('alias', 'file'\)",
+    ),
+    "sample longer than a batch": (
+        ["rollout.max_prompt_len=5000", "rollout.max_new_tokens=4000"],
+        "= 9000 exceed trainer.micro_batch_tokens = 8192",
+    ),
+    "temperature zero": (["rollout.temperature=0"], "rollout.temperature is 0.0; it must be posit"),
+    "no held-out problems": (["data.eval_size=0"], "data.eval_size is 0"),
+    "no override at all": (["hello"], "hello"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_configuration_says_what_is_wrong(capsys, case):
+    """One line on stderr that names the key, and exit code 2 before anything runs."""
+    overrides, message = WRONG[case]
+    with pytest.raises(ConfigError, match=message):
+        resolve("grpo", ["model.path=m", *overrides])
+    assert cli.main(["grpo", "model.path=m", *overrides]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("samebit grpo: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "keys"),
+    [
+        ("grpo", ["model.path=..."]),
+        ("sft", ["model.path=..."]),
+        ("export", ["checkpoint=...", "model=...", "out=..."]),
+    ],
+)
+def test_missing_keys_are_all_named(capsys, command, keys):
+    """What a user must give, in one go."""
+    assert cli.main([command]) == 2
+    assert capsys.readouterr().err == f"samebit {command}: required: {', '.join(keys)}\n"
+
+
+def test_sft_needs_a_batch_size(capsys):
+    """There is no rollout whose size it could take."""
+    assert cli.main(["sft", "model.path=m"]) == 2
+    assert "trainer.batch_size is None; it must be set for sft" in capsys.readouterr().err
+
+
+def test_config_digest_ignores_what_cannot_change_a_result():
+    """Else a run could not be resumed with another engine; else two different runs could mix."""
+
+    def digest(*overrides):
+        return config_digest(resolve("grpo", ["model.path=m", *overrides]))
+
+    base = digest()
+    for free in (
+        "engine=process",
+        "engine.page_size=16",
+        "logger=disabled",
+        "resume=true",
+        "run_name=x",
+        "output_dir=x",
+        "trainer.checkpoint_every=1",
+        "trainer.keep_checkpoints=9",
+        "trainer.num_steps=7",
+        "device=cpu",
+    ):
+        assert digest(free) == base, free
+    for bound in (
+        "seed=1",
+        "algorithm.kl_coef=0.1",
+        "rollout.top_p=0.9",
+        "trainer.micro_batch_tokens=999",
+        "trainer.optimizer.adam_eps=1e-7",
+        "data.seed=1",
+        "reward.args.x=1",
+        "model.path=n",
+    ):
+        assert digest(bound) != base, bound
+    decaying = "trainer.optimizer.lr_schedule=cosine"
+    assert digest(decaying, "trainer.num_steps=7") != digest(decaying)
+
+
+def test_without_a_command(capsys):
+    """`samebit` alone shows what there is, and is not a success."""
+    assert cli.main([]) == 2
+    usage = capsys.readouterr().out
+    assert all(f"  {command}" in usage for command in cli.COMMANDS)
+    for flag in ("-h", "--help", "help"):
+        assert cli.main([flag]) == 0
+        assert capsys.readouterr().out == usage
+
+
+def test_an_unknown_command(capsys):
+    """A misspelled command gets the list, on stderr."""
+    assert cli.main(["gpro", "seed=1"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("samebit: no command 'gpro'")
+    assert "usage: samebit" in err
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_help_lists_groups_keys_and_defaults(capsys, command):
+    """--help is the reference of the configuration."""
+    assert cli.main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"samebit {command}: {cli.COMMANDS[command]}" in text
+    assert "engine: colocated, process" in text
+    assert "output_dir: outputs" in text
+    if command == "grpo":
+        assert "  path: ???" in text
+        assert "  clip_ratio_low: 0.2" in text
+
+
+def test_help_and_wrong_configurations_do_not_import_torch():
+    """They must answer at once, also on a machine that is busy or has no torch."""
+    code = (
+        "import sys\n"
+        "from samebit.recipes.cli import main\n"
+        "codes = [main([]), main(['grpo', '--help']), main(['grpo', 'seed=x'])]\n"
+        "slow = {'torch', 'transformers', 'megatron', 'wandb', 'matplotlib'} & set(sys.modules)\n"
+        "print(codes, sorted(slow))"
+    )
+    assert run_python(code).splitlines()[-1] == "[2, 0, 2] []"
+
+
+def test_dry_run_prints_the_plan_and_stops(demo_model, tmp_path, capsys):
+    """Batch arithmetic, parameters and memory, from the configuration alone."""
+    arguments = [
+        f"model.path={demo_model}",
+        f"output_dir={tmp_path}",
+        "device=cpu",
+        "dry_run=true",
+        "rollout.prompts_per_step=6",
+        "rollout.samples_per_prompt=4",
+        "trainer.batch_size=12",
+        "trainer.num_steps=50",
+        "algorithm.kl_coef=0.1",
+    ]
+    assert cli.main(["grpo", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    plan = dict(line.split() for line in lines[lines.index("device" + " " * 23 + "cpu") :])
+    # Embedding 12 x 64; per layer: norms, q and k norms, qkv, proj, gate, up, down; final norm.
+    layer = 2 * 64 + 2 * 16 + (4 + 2 * 2) * 16 * 64 + 64 * 64 + 3 * 64 * 192
+    assert plan["parameters"] == f"{12 * 64 + 2 * layer + 64:,}"
+    assert plan["samples_per_step"] == "24"
+    assert plan["optimizer_steps_per_step"] == "2"
+    assert plan["optimizer_steps"] == "100"
+    assert plan["most_tokens_per_step"] == f"{24 * (512 + 256):,}"
+    assert float(plan["reference_mib"]) == float(plan["weights_mib"]) > 0
+    assert "kl_coef: 0.1" in "\n".join(lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_of_sft(demo_model, tmp_path, capsys):
+    """The same for supervised fine-tuning."""
+    arguments = [f"model.path={demo_model}", f"output_dir={tmp_path}", "dry_run=true"]
+    assert cli.main(["sft", *arguments, "trainer.batch_size=8"]) == 0
+    assert "optimizer_steps              100" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_of_a_missing_model(capsys):
+    """The plan needs the model's sizes; exit code 1 with one line."""
+    assert cli.main(["grpo", "model.path=/no/such/model", "dry_run=true"]) == 1
+    error = "samebit grpo: model folder /no/such/model does not exist"
+    assert capsys.readouterr().err.startswith(error)
+
+
+def test_the_console_command_passes_its_exit_code_on():
+    """Scripts rely on it."""
+    command = [sys.executable, "-P", "-m", "samebit.recipes.cli"]
+    assert subprocess.run([*command, "grpo", "--help"], capture_output=True).returncode == 0
+    assert subprocess.run([*command, "nothing"], capture_output=True).returncode == 2

@@ -1,0 +1,147 @@
+"""Supervised runs: they learn, export what they learnt, and resume to the same bit."""
+
+import json
+
+import pytest
+import torch
+
+from samebit.recipes import sft
+from samebit.recipes.config import resolve
+from samebit.recipes.metrics import read_rows
+from samebit.rollout.engine import Engine
+from samebit.trainer.checkpoint import CheckpointError
+from samebit.weight_sync.transports.file import read_version
+
+
+class SftRuns:
+    """Twelve steps of sixteen samples, with a checkpoint every four, under one folder."""
+
+    def __init__(self, model, folder):
+        self.model, self.folder = model, folder
+
+    def arguments(self, run_name, *overrides):
+        return [
+            f"model.path={self.model}",
+            f"output_dir={self.folder}",
+            f"run_name={run_name}",
+            "device=cpu",
+            "logger=disabled",
+            "data=reverse_digits",
+            "data.args.length=2",
+            "data.size=100",
+            "trainer.num_steps=12",
+            "trainer.batch_size=16",
+            "trainer.checkpoint_every=4",
+            "trainer.micro_batch_tokens=64",
+            "trainer.optimizer.lr=5e-3",
+            *overrides,
+        ]
+
+    def train(self, run_name, *overrides):
+        summary = sft.train(resolve("sft", self.arguments(run_name, *overrides)))
+        return summary, read_rows(self.folder / run_name / "metrics.jsonl")
+
+
+@pytest.fixture
+def runs(demo_model, tmp_path):
+    return SftRuns(demo_model, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def base(demo_model, tmp_path_factory):
+    """One uninterrupted run. Do not write to its folder."""
+    runs = SftRuns(demo_model, tmp_path_factory.mktemp("sft"))
+    runs.result = runs.train("base")
+    return runs
+
+
+def test_the_loss_falls(base):
+    """From chance (a vocabulary of 12) to clearly better than knowing digits only."""
+    _, rows = base.result
+    losses = [row["train/loss"] for row in rows]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert 2.3 < losses[0] < 2.7
+    assert losses[-1] < 1.9
+    assert {"train/grad_norm", "train/learning_rate", "train/entropy"} < rows[0].keys()
+
+
+def test_the_exported_model_is_the_trained_one(base):
+    """The folder is a model: engine and transformers load it, with config and tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    summary, _ = base.result
+    folder = base.folder / "base" / "model"
+    version = read_version(folder)
+    assert (version.step, version.digest) == (12, summary["weights_digest"])
+    engine = Engine(folder, device="cpu")
+    assert engine.weight_version == version
+    assert engine.weight_version.digest != Engine(base.model, device="cpu").weight_version.digest
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.encode("37=73")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    expected = logprobs.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
+    assert torch.allclose(torch.tensor(engine.score([ids])[0]), expected, atol=1e-4, rtol=0)
+    stored = json.loads((base.folder / "base" / "summary.json").read_text())
+    assert stored == summary == {"steps": 12, "weights_digest": version.digest}
+
+
+def test_two_runs_are_the_same_run(runs, base):
+    """Same configuration: same weights, same metrics."""
+    assert runs.train("again") == base.result
+
+
+def test_killed_and_resumed(runs, base, kill_when):
+    """SIGKILL at metrics lines, while checkpoints are written, and at the export."""
+    folder = runs.folder / "killed"
+    metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
+
+    def lines(count):
+        return lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= count
+
+    def saving(step):
+        names = (f".step_{step:08d}.tmp", f"step_{step:08d}")
+        return lambda: any((checkpoints / name).exists() for name in names)
+
+    moments = [lines(2), saving(4), lines(6), saving(8), lines(11), saving(12)]
+    moments += [lambda: (folder / ".model.tmp").exists() or (folder / "model").exists()]
+    for moment in moments:
+        kill_when(moment, ["sft", *runs.arguments("killed", "resume=true")])
+    assert runs.train("killed", "resume=true") == base.result
+    assert read_version(folder / "model").digest == base.result[0]["weights_digest"]
+
+
+def test_a_decaying_rate_is_resumed_where_it_was(runs):
+    """The schedule belongs to the state; and its length to the configuration."""
+    decay = ["trainer.optimizer.lr_schedule=cosine", "trainer.optimizer.lr_warmup_steps=3"]
+    expected = runs.train("whole", *decay)
+    rates = [row["train/learning_rate"] for row in expected[1]]
+    assert rates[3] == max(rates) == 5e-3
+    assert rates[-1] < 1e-3
+    # A checkpoint in the middle: the run of the same length is made to stop by a full disk, say.
+    from samebit.trainer.checkpoint import list_checkpoints
+
+    folder = runs.folder / "whole"
+    (last,) = (c for c in list_checkpoints(folder / "checkpoints") if c.step == 12)
+    for file in last.path.iterdir():
+        file.unlink()
+    assert runs.train("whole", "resume=true", *decay) == expected
+    with pytest.raises(CheckpointError, match="another configuration"):
+        runs.train("whole", "resume=true", "trainer.num_steps=20", *decay)
+
+
+def test_samples_that_fit_no_batch_are_named(runs):
+    """The error says which problem is too long."""
+    with pytest.raises(ValueError, match=r"(problem|sample) \d+"):
+        runs.train("long", "trainer.micro_batch_tokens=5")
+
+
+def test_empty_labels_are_refused(runs, tmp_path):
+    """There is nothing to learn from a problem without an answer."""
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "12=", "label": ""}\n{"prompt": "13=", "label": "31"}\n')
+    arguments = [a for a in runs.arguments("empty") if not a.startswith("data")]
+    run = resolve("sft", [*arguments, "data=file", f"data.path={data}", "data.eval_size=1"])
+    with pytest.raises(ValueError, match="problem 0: its label is empty"):
+        sft.train(run)
