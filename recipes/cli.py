@@ -36,8 +36,12 @@ def _command_help(command: str) -> str:
 
     from samebit.recipes.config import CONFIG_DIR, compose
 
-    groups = sorted(p.name for p in CONFIG_DIR.iterdir() if p.is_dir())
-    lines = [f"samebit {command}: {COMMANDS[command]}", "", "groups (choose with group=name):"]
+    lines = [f"samebit {command}: {COMMANDS[command]}", ""]
+    main_file = CONFIG_DIR / f"{command}.yaml"
+    defaults = main_file.read_text() if main_file.exists() else ""
+    groups = [p.name for p in sorted(CONFIG_DIR.iterdir()) if f" {p.name}: " in defaults]
+    if groups:
+        lines.append("groups (choose with group=name):")
     for group in groups:
         names = ", ".join(sorted(f.stem for f in (CONFIG_DIR / group).glob("*.yaml")))
         lines.append(f"  {group}: {names}")

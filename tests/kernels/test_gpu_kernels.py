@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from samebit.kernels.attention import (
     attention_ref,
     packed_attention,

@@ -21,7 +21,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.models.decoder import param_specs
+from samebit.rollout.models.decoder import param_specs, selfcheck_model
 from samebit.trainer.algorithms.base import Loss
 from samebit.trainer.config import OptimizerConfig
 from samebit.trainer.megatron.cpu import no_cuda
@@ -48,6 +48,7 @@ class MegatronTrainer:
         device: torch.device,
     ) -> None:
         initialize(device)
+        selfcheck_model(model, device)
         self.model = model
         self.device = device
         self.specs = param_specs(model)
