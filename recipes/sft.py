@@ -51,7 +51,7 @@ def train(run: SftRun) -> dict[str, Any]:
     """Run to the end and export to run_dir/model; the summary."""
     session = open_session(run)
     data, _held_out = load_datasets(run.data)
-    text = TextCodec(run.model.path)
+    text = TextCodec(run.model.path, run.data.chat)
     settings, total = run.trainer, run.trainer.num_steps
     trainer = MegatronTrainer(
         load_model_config(run.model.path), settings.optimizer, total, session.device

@@ -9,7 +9,8 @@ from samebit.recipes.tasks.base import Problem
 class TextCodec:
     """Encodes prompts and labels, decodes completions. Raises ValueError without a tokenizer."""
 
-    def __init__(self, model_path: str | Path) -> None:
+    def __init__(self, model_path: str | Path, chat: bool = False) -> None:
+        """With `chat`, a text prompt is one user message of the chat template."""
         from transformers import AutoTokenizer
 
         folder = Path(model_path)
@@ -18,14 +19,22 @@ class TextCodec:
         if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer_config.json")):
             raise ValueError(f"model.path {folder} holds no tokenizer (tokenizer.json)")
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self._chat = chat
+        if chat and self._tokenizer.chat_template is None:
+            raise ValueError(
+                f"data.chat is true, but the tokenizer of {folder} has no chat template"
+            )
 
     def encode_prompt(self, problem: Problem, max_len: int) -> list[int]:
         """Token ids of a prompt; chat messages go through the chat template."""
-        if isinstance(problem.prompt, str):
-            ids = self._tokenizer.encode(problem.prompt)
+        prompt = problem.prompt
+        if self._chat and isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if isinstance(prompt, str):
+            ids = self._tokenizer.encode(prompt)
         else:
             ids = self._tokenizer.apply_chat_template(
-                problem.prompt, add_generation_prompt=True, return_dict=False
+                prompt, add_generation_prompt=True, return_dict=False
             )
         if not 0 < len(ids) <= max_len:
             raise ValueError(

@@ -49,6 +49,8 @@ class DataConfig:
     """Task `file`: key of the prompt (text or chat messages); dots reach into nested fields."""
     label_key: str = "label"
     """Task `file`: key of the reference answer; dots reach into nested fields."""
+    chat: bool = False
+    """Give text prompts to the model as one user message of its chat template."""
     metadata_keys: list[str] = field(default_factory=list)
     """Task `file`: keys kept as the problem's metadata; dots reach into nested fields."""
     size: int = 100_000

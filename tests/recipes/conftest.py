@@ -14,13 +14,8 @@ from samebit.recipes.config import resolve
 from samebit.recipes.metrics import read_rows
 from samebit.recipes.tiny_model import make_demo_model
 
-
-@pytest.fixture(scope="session", autouse=True)
-def _import_run_children():
-    """Rewards are named as module:function."""
-    sys.path.append(str(Path(__file__).parent))
-    yield
-    sys.path.remove(str(Path(__file__).parent))
+# Rewards are named as module:function, here and in child processes: run_children.
+sys.path.append(str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What test runs import by name, in this process and in children: rewards and an entry point."""
+"""What test runs import by name, here and in children: a reward, an entry point, and moments."""
 
 import signal
 import sys
@@ -24,6 +24,21 @@ def score_digits(text, problem, *, control):
             signal.pause()
     right = sum(a == b for a, b in zip(text, problem.label, strict=False))
     return right + 0.5 * sum(c in "02468" for c in text) - 0.1 * len(text)
+
+
+def has_lines(file, count):
+    """A condition: so many rows of a .jsonl file are written."""
+    return lambda: file.exists() and file.read_bytes().count(b"\n") >= count
+
+
+def has_begun_to_save(checkpoints, step):
+    """A condition: a checkpoint of this step, or of a later one, is there or being written."""
+
+    def holds():
+        names = [path.name.strip(".") for path in checkpoints.glob("*step_*")]
+        return any(int(name.split(".")[0].removeprefix("step_")) >= step for name in names)
+
+    return holds
 
 
 def run_cli(arguments):

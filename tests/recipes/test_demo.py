@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from run_children import has_lines
 
 from samebit.recipes import cli
 from samebit.recipes.metrics import read_rows
@@ -85,16 +86,12 @@ def test_killed_in_every_phase_and_resumed(demo, tmp_path, kill_when):
     folder, output = demo
     killed = tmp_path / "killed"
 
-    def lines(phase, count):
-        file = killed / phase / "metrics.jsonl"
-        return lambda: file.exists() and file.read_bytes().count(b"\n") >= count
-
     moments = [
         (killed / "model").exists,
-        lines("sft", 2),
+        has_lines(killed / "sft" / "metrics.jsonl", 2),
         lambda: (killed / "sft" / ".model.tmp").exists() or (killed / "sft" / "model").exists(),
-        lines("grpo", 1),
-        lines("grpo", 4),
+        has_lines(killed / "grpo" / "metrics.jsonl", 1),
+        has_lines(killed / "grpo" / "metrics.jsonl", 4),
         (killed / "grpo" / "summary.json").exists,
     ]
     for moment in moments:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from run_children import has_begun_to_save, has_lines
 
 from samebit.recipes import cli
 from samebit.recipes.grpo import GrpoRecipe
@@ -146,15 +147,16 @@ def test_killed_while_files_are_written_and_resumed(runs, base, kill_when):
     folder = runs.folder / "killed"
     checkpoints, metrics = folder / "checkpoints", folder / "metrics.jsonl"
 
-    def lines(count):
-        return lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= count
-
-    def saving(step):
-        names = (f".step_{step:08d}.tmp", f"step_{step:08d}")
-        return lambda: any((checkpoints / name).exists() for name in names)
-
-    moments = [folder.exists, lines(1), saving(2), lines(4), saving(4), lines(6), saving(6)]
-    moments += [(folder / "summary.json").exists]
+    moments = [
+        folder.exists,
+        has_lines(metrics, 1),
+        has_begun_to_save(checkpoints, 2),
+        has_lines(metrics, 4),
+        has_begun_to_save(checkpoints, 4),
+        has_lines(metrics, 6),
+        has_begun_to_save(checkpoints, 6),
+        (folder / "summary.json").exists,
+    ]
     for moment in moments:
         kill_when(moment, ["grpo", *runs.arguments("killed", "resume=true")])
         newest = latest_checkpoint(checkpoints)

@@ -1,9 +1,11 @@
 """Supervised runs: they learn, export what they learnt, and resume to the same bit."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from run_children import has_begun_to_save, has_lines
 
 from samebit.recipes import sft
 from samebit.recipes.config import resolve
@@ -97,15 +99,15 @@ def test_killed_and_resumed(runs, base, kill_when):
     folder = runs.folder / "killed"
     metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
 
-    def lines(count):
-        return lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= count
-
-    def saving(step):
-        names = (f".step_{step:08d}.tmp", f"step_{step:08d}")
-        return lambda: any((checkpoints / name).exists() for name in names)
-
-    moments = [lines(2), saving(4), lines(6), saving(8), lines(11), saving(12)]
-    moments += [lambda: (folder / ".model.tmp").exists() or (folder / "model").exists()]
+    moments = [
+        has_lines(metrics, 2),
+        has_begun_to_save(checkpoints, 4),
+        has_lines(metrics, 6),
+        has_begun_to_save(checkpoints, 8),
+        has_lines(metrics, 11),
+        has_begun_to_save(checkpoints, 12),
+        lambda: (folder / ".model.tmp").exists() or (folder / "model").exists(),
+    ]
     for moment in moments:
         kill_when(moment, ["sft", *runs.arguments("killed", "resume=true")])
     assert runs.train("killed", "resume=true") == base.result
@@ -119,13 +121,8 @@ def test_a_decaying_rate_is_resumed_where_it_was(runs):
     rates = [row["train/learning_rate"] for row in expected[1]]
     assert rates[3] == max(rates) == 5e-3
     assert rates[-1] < 1e-3
-    # A checkpoint in the middle: the run of the same length is made to stop by a full disk, say.
-    from samebit.trainer.checkpoint import list_checkpoints
-
-    folder = runs.folder / "whole"
-    (last,) = (c for c in list_checkpoints(folder / "checkpoints") if c.step == 12)
-    for file in last.path.iterdir():
-        file.unlink()
+    # Without its last checkpoint the run goes on from step 8.
+    shutil.rmtree(runs.folder / "whole" / "checkpoints" / "step_00000012")
     assert runs.train("whole", "resume=true", *decay) == expected
     with pytest.raises(CheckpointError, match="another configuration"):
         runs.train("whole", "resume=true", "trainer.num_steps=20", *decay)

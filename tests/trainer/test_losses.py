@@ -125,7 +125,7 @@ def test_the_kl_penalty_is_added_with_its_weight(estimator):
     kl = kl_estimate(d, torch.zeros(2), estimator)
     kl.sum().backward()
     for i in range(2):
-        assert losses[i] == pytest.approx(plain[i] + 0.3 * float(kl[i]), rel=1e-5)
+        assert losses[i] == pytest.approx(plain[i] + 0.3 * kl[i].item(), rel=1e-5)
         assert gradients[i] == pytest.approx(plain_gradient[i] + 0.3 * float(d.grad[i]), rel=1e-5)
     assert metrics["train/kl"].tolist() == pytest.approx(kl.tolist(), rel=1e-5)
 

