@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the process's exit code.
 
     2 for a wrong command line or configuration, 1 for a run that ended with one of our own errors,
-    an OSError or a ValueError: these are printed as one line (SAMEBIT_TRACEBACK=1: in full).
+    an OSError, ValueError or ImportError: these are printed as one line (SAMEBIT_TRACEBACK=1: in full).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module(f"samebit.recipes.{command.replace('-', '_')}").main(run)
     except Exception as error:
         ours = type(error).__module__.startswith("samebit.")
-        expected = ours or isinstance(error, OSError | ValueError)
+        expected = ours or isinstance(error, OSError | ValueError | ImportError)
         if not expected or os.environ.get("SAMEBIT_TRACEBACK"):
             raise
         print(f"samebit {command}: {error}", file=sys.stderr)

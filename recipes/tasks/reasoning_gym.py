@@ -124,7 +124,7 @@ def _factory() -> Any:
         import reasoning_gym
     except ImportError as error:
         raise ImportError(
-            "the reasoning_gym tasks need a package: pip install samebit[demo]"
+            f"the reasoning_gym tasks need a package ({error}): pip install samebit[demo]"
         ) from error
     return reasoning_gym.factory
 
