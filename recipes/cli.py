@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 COMMANDS = {
     "grpo": "train a policy with GRPO: rollout, reward, Megatron step, weight sync",
@@ -39,7 +40,8 @@ def _command_help(command: str) -> str:
 
     lines = [f"samebit {command}: {COMMANDS[command]}", ""]
     main_file = CONFIG_DIR / f"{command}.yaml"
-    defaults = OmegaConf.load(main_file)["defaults"] if main_file.exists() else []
+    config: Any = OmegaConf.load(main_file) if main_file.exists() else {}
+    defaults = config.get("defaults", [])
     keys = {str(k).removeprefix("optional ") for d in defaults if not isinstance(d, str) for k in d}
     groups = [p.name for p in sorted(CONFIG_DIR.iterdir()) if p.name in keys]
     if groups:
@@ -61,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the process's exit code.
 
     2 for a wrong command line or configuration, 1 for a run that ended with one of our own errors,
-    an OSError, ValueError or ImportError: these are printed as one line (SAMEBIT_TRACEBACK=1: in full).
+    an OSError, ValueError or ImportError. These are printed as one line, or with a traceback if
+    SAMEBIT_TRACEBACK is set.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -76,14 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     from samebit.recipes.config import ConfigError, resolve
 
+    _quieten_imports()
     try:
         run = resolve(command, rest)
+        return importlib.import_module(f"samebit.recipes.{command.replace('-', '_')}").main(run)
     except ConfigError as error:
         print(f"samebit {command}: {error}", file=sys.stderr)
         return 2
-    _quieten_imports()
-    try:
-        return importlib.import_module(f"samebit.recipes.{command.replace('-', '_')}").main(run)
     except Exception as error:
         ours = type(error).__module__.startswith("samebit.")
         expected = ours or isinstance(error, OSError | ValueError | ImportError)

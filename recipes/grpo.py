@@ -7,7 +7,7 @@ because the rollout's log-probs are the trainer's, bit for bit, and every step c
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,11 +25,13 @@ from samebit.recipes.session import Session, open_session
 from samebit.recipes.tasks.base import Problem, load_datasets
 from samebit.recipes.text import TextCodec
 from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.remote import RemoteEngineError
 from samebit.rollout.types import Completion, SamplingParams
 from samebit.trainer.algorithms.grpo import GrpoLoss, group_advantages
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.types import Sample, StepStats
+from samebit.weight_sync.types import WeightSyncError
 
 
 class LogprobMismatchError(RuntimeError):
@@ -192,9 +194,27 @@ class GrpoRecipe:
                 f"(at most by {first.logprob_abs_diff_max}); the last checkpoint is unharmed"
             )
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds: the trainer. Data order and samples follow from the step."""
-        return self.trainer.state_dict()
+    def update(self, rollout: Rollout, phases: Phases) -> list[StepStats]:
+        """Train on a rollout and serve the result; the engine serves nothing in between."""
+        num_updates = self.run.samples_per_step // self.run.batch_size
+        self.transport.begin(self.trainer.step + num_updates)
+        try:
+            with phases.time("train"):
+                stats = self.train(rollout)
+            with phases.time("sync"):
+                self.transport.send(self.trainer.params)
+                self.transport.commit(self.trainer.digest())
+        except BaseException as error:
+            with suppress(WeightSyncError, RemoteEngineError):  # the first error is the one to tell
+                self.transport.abort(f"the training step failed: {error}")
+            raise
+        return stats
+
+    def save(self) -> None:
+        """Write a checkpoint: the trainer. Data order and samples follow from the step."""
+        keep = self.run.trainer.keep_checkpoints
+        state = self.trainer.state_dict()
+        self.session.save(self.progress.step, state, asdict(self.progress), keep)
 
     def close(self) -> None:
         """Let go of the engine."""
@@ -269,50 +289,48 @@ def train(run: GrpoRun) -> dict[str, Any]:
     """Run to the end; the summary, which summary.json holds too."""
     session = open_session(run)
     recipe = GrpoRecipe(run, session)
-    progress, trainer = recipe.progress, recipe.trainer
+    progress, total = recipe.progress, run.trainer.num_steps
     resume_step = progress.step if session.resumed is not None else None
-    total = run.trainer.num_steps
     logger = MetricsLogger(session.run_dir, run.logger, run.run_name, to_dict(run), resume_step)
-    with logger, tqdm(total=total, initial=progress.step, desc=run.run_name, unit="step") as bar:
+    bar = tqdm(total=total, initial=progress.step, desc=run.run_name, unit="step")
+    with closing(recipe), logger, bar:
         if progress.step == 0:
             evaluate(recipe, logger, {})
         while progress.step < total:
-            phases = Phases()
-            with phases.time("rollout"):
-                rollout = recipe.rollout(progress.step, bar)
-            recipe.transport.begin(trainer.step + run.samples_per_step // run.batch_size)
-            with phases.time("train"):
-                stats = recipe.train(rollout)
-            with phases.time("sync"):
-                recipe.transport.send(trainer.params)
-                recipe.transport.commit(trainer.digest())
-            progress.step += 1
-            metrics = rollout_metrics(rollout, "rollout") | train_metrics(stats)
-            last = progress.step == total
-            if last or progress.step % run.rollout.eval_every == 0:
-                with phases.time("eval"):
-                    evaluate(recipe, logger, metrics)
-            metrics |= phases.seconds | speed(rollout, stats, phases)
-            logger.log(progress.step, metrics)
-            every = run.trainer.checkpoint_every
-            if last or (every and progress.step % every == 0):
-                session.save(
-                    progress.step, recipe.state(), asdict(progress), run.trainer.keep_checkpoints
-                )
-            rate = metrics["perf/rollout_tokens_per_s"]
-            bar.set_postfix_str(f"reward {rollout.reward_mean:.3f}, {rate:.0f} tok/s")
-            bar.update()
-    summary = {
-        "reward_first": progress.reward_first,
-        "reward_last": progress.reward_last,
-        "logprob_tokens_compared": progress.logprob_tokens_compared,
-        "logprob_mismatches": progress.logprob_mismatches,
-        "weights_digest": trainer.digest(),
-    }
-    recipe.close()
+            train_one_step(recipe, logger, bar)
+        summary = {
+            "reward_first": progress.reward_first,
+            "reward_last": progress.reward_last,
+            "logprob_tokens_compared": progress.logprob_tokens_compared,
+            "logprob_mismatches": progress.logprob_mismatches,
+            "weights_digest": recipe.trainer.digest(),
+        }
     session.finish(summary)
     write_report(session.run_dir, title=run.run_name, summary=summary, config_yaml=to_yaml(run))
     return summary
+
+
+def train_one_step(recipe: GrpoRecipe, logger: MetricsLogger, bar: tqdm) -> None:
+    """Rollout, reward, update and sync; evaluation, metrics and checkpoint when they are due."""
+    run, progress = recipe.run, recipe.progress
+    phases = Phases()
+    with phases.time("rollout"):
+        rollout = recipe.rollout(progress.step, bar)
+    stats = recipe.update(rollout, phases)
+    progress.step += 1
+    metrics = rollout_metrics(rollout, "rollout") | train_metrics(stats)
+    last = progress.step == run.trainer.num_steps
+    if last or progress.step % run.rollout.eval_every == 0:
+        with phases.time("eval"):
+            evaluate(recipe, logger, metrics)
+    metrics |= phases.seconds | speed(rollout, stats, phases)
+    logger.log(progress.step, metrics)
+    every = run.trainer.checkpoint_every
+    if last or (every and progress.step % every == 0):
+        recipe.save()
+    rate = metrics["perf/rollout_tokens_per_s"]
+    bar.set_postfix_str(f"reward {rollout.reward_mean:.3f}, {rate:.0f} tok/s")
+    bar.update()
 
 
 def evaluate(recipe: GrpoRecipe, logger: MetricsLogger, metrics: dict[str, float]) -> None:

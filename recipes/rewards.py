@@ -192,7 +192,9 @@ def _next_score(results: Iterator[Any], reward: Reward, text: str, problem: Prob
     try:
         value = next(results)
     except Exception as error:
-        raise RewardError(f"{where} raised {type(error).__name__}: {error}") from error
+        raise RewardError(
+            f"{where} raised {type(error).__name__}: {error} (SAMEBIT_TRACEBACK=1 shows where)"
+        ) from error
     if not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise RewardError(f"{where} returned {value!r:.80}; return a finite number")
     return float(value)

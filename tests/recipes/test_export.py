@@ -84,6 +84,6 @@ def test_a_damaged_checkpoint_is_not_exported(base, run_copy, tmp_path, capsys):
 def test_the_folder_of_another_model_is_refused(base, qwen3_path, tmp_path, capsys):
     """Weights under a config that is not theirs would load nowhere."""
     arguments = [f"checkpoint={base.folder / 'base'}", f"model={qwen3_path}"]
-    assert cli.main(["export", *arguments, f"out={tmp_path / 'out'}"]) == 1
+    assert cli.main(["export", *arguments, f"out={tmp_path / 'out'}"]) == 2
     assert str(qwen3_path) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
