@@ -25,10 +25,9 @@ from samebit.rollout.runtime.sampler import Sampler
 from samebit.rollout.runtime.scheduler import Scheduler
 from samebit.rollout.runtime.sequence import Sequence as RunningSequence
 from samebit.rollout.runtime.step import execute_step
-from samebit.rollout.runtime.weights import load_dummy, load_safetensors, open_safetensors
+from samebit.rollout.runtime.weights import fill, load_dummy, load_safetensors, open_safetensors
 from samebit.rollout.types import Completion, Request, SamplingParams
 from samebit.weight_sync.digest import weights_digest
-from samebit.weight_sync.mapping import load_params
 from samebit.weight_sync.plan import pack, plan_buckets
 from samebit.weight_sync.session import UpdateSession
 from samebit.weight_sync.transports.collective import CollectiveReceiver
@@ -256,8 +255,8 @@ class Engine:
             step = version.step if version else self.session.version.step + 1
         self.begin_weight_update(step)
         try:
-            load_params(self.specs, self.weights, read)
-        except OSError as error:
+            fill(folder, self.specs, self.weights, read)
+        except (OSError, ValueError) as error:
             self.session.abort(str(error))
             raise
         self.session.receive_in_place()

@@ -26,7 +26,17 @@ def load_safetensors(
 
     Raises as open_safetensors does before anything is written, and WeightLoadError for NaN or Inf.
     """
-    load_params(specs, params, open_safetensors(folder, specs))
+    fill(folder, specs, params, open_safetensors(folder, specs))
+
+
+def fill(
+    folder: Path,
+    specs: Sequence[ParamSpec],
+    params: Mapping[str, torch.Tensor],
+    read: Callable[[str], torch.Tensor],
+) -> None:
+    """Fill params in place by a reader of `folder`; WeightLoadError for NaN or Inf."""
+    load_params(specs, params, read)
     if bad := non_finite(params):
         raise WeightLoadError(f"{folder} holds NaN or Inf in: {', '.join(bad)}")
 

@@ -1,8 +1,8 @@
 """Process groups and Megatron's parallel state, once per process."""
 
+import atexit
 import logging
 import os
-import tempfile
 
 import torch
 import torch.distributed as dist
@@ -28,8 +28,8 @@ def initialize(device: torch.device) -> None:
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             dist.init_process_group(backend)
         else:
-            store = dist.FileStore(tempfile.mktemp(prefix="samebit-store-"), 1)
-            dist.init_process_group(backend, store=store, rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(dist.destroy_process_group)
     if dist.get_world_size() != 1:
         raise NotImplementedError(
             f"world size is {dist.get_world_size()}; the trainer runs in one process so far"

@@ -166,14 +166,13 @@ class MegatronTrainer:
         self._optimizer.zero_grad()
 
         def forward_step(iterator: Any, gpt: Any) -> tuple[torch.Tensor, Any]:
-            batch = next(iterator)
-            reference = references[batches.index(batch)] if references is not None else None
+            batch, reference = next(iterator)
             output = forward_logprobs(gpt, batch, self.model)
             return output, partial(self._loss, batch, loss, reference, totals)
 
         get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
+            data_iterator=zip(batches, references or [None] * len(batches), strict=True),
             model=[self._ddp],
             num_microbatches=len(batches),
             seq_length=max(b.num_tokens for b in batches),
