@@ -23,12 +23,18 @@ def _commit() -> str:
         return "unknown"
 
 
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
+
+
 def provenance(command: list[str]) -> dict[str, Any]:
     """The fields that every committed result names."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "command": " ".join(command),
         "commit": _commit(),
-        "device": device,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
