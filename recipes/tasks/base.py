@@ -90,3 +90,17 @@ def check_index(index: int, size: int) -> None:
     """Raises IndexError unless 0 <= index < size (which also ends a plain `for` loop)."""
     if not 0 <= index < size:
         raise IndexError(f"problem {index} of a split of {size}; give 0 to {size - 1}")
+
+
+class ListDataset:
+    """Problems that are already there."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self._problems = problems
+
+    def __len__(self) -> int:
+        return len(self._problems)
+
+    def __getitem__(self, index: int) -> Problem:
+        check_index(index, len(self))
+        return self._problems[index]

@@ -5,23 +5,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from samebit.recipes.tasks.base import DataConfig, Dataset, Problem, check_index
+from samebit.recipes.tasks.base import DataConfig, Dataset, ListDataset, Problem
 
 logger = logging.getLogger(__name__)
-
-
-class FileDataset:
-    """Records of a file, already checked, as problems."""
-
-    def __init__(self, problems: list[Problem]) -> None:
-        self._problems = problems
-
-    def __len__(self) -> int:
-        return len(self._problems)
-
-    def __getitem__(self, index: int) -> Problem:
-        check_index(index, len(self))
-        return self._problems[index]
 
 
 def load(config: DataConfig) -> tuple[Dataset, Dataset]:
@@ -53,7 +39,7 @@ def load(config: DataConfig) -> tuple[Dataset, Dataset]:
     if len(kept) < len(problems):
         dropped = len(problems) - len(kept)
         logger.warning("%d records of %s are held out too: not trained on", dropped, config.path)
-    return FileDataset(_numbered(kept)), FileDataset(_numbered(held_out))
+    return ListDataset(_numbered(kept)), ListDataset(_numbered(held_out))
 
 
 def _without(problems: list[Problem], held_out: list[Problem]) -> list[Problem]:
