@@ -7,7 +7,7 @@ engine = Engine("path/to/model")
 import asyncio
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,20 +25,19 @@ from samebit.rollout.runtime.sampler import Sampler
 from samebit.rollout.runtime.scheduler import Scheduler
 from samebit.rollout.runtime.sequence import Sequence as RunningSequence
 from samebit.rollout.runtime.step import execute_step
-from samebit.rollout.runtime.weights import fill, load_dummy, load_safetensors, open_safetensors
+from samebit.rollout.runtime.weight_control import WeightControl
+from samebit.rollout.runtime.weights import load_dummy, load_safetensors
 from samebit.rollout.types import Completion, Request, SamplingParams
 from samebit.weight_sync.digest import weights_digest
-from samebit.weight_sync.plan import pack, plan_buckets
 from samebit.weight_sync.session import UpdateSession
-from samebit.weight_sync.transports.collective import CollectiveReceiver
 from samebit.weight_sync.transports.file import read_version
-from samebit.weight_sync.types import Bucket, WeightSyncError, WeightVersion
+from samebit.weight_sync.types import WeightVersion
 
 Progress = Callable[[int, int], None]
 """Called with (finished samples, tokens drawn so far) after every step."""
 
 
-class Engine:
+class Engine(WeightControl):
     """An in-process rollout engine.
 
     Not thread-safe except for `agenerate` and `abort_request`. Raises ValueError for bad settings,
@@ -82,7 +81,6 @@ class Engine:
         self.arena = Arena(resolved)
         self._load_weights()
         self._make_runtime()
-        self._receiver: CollectiveReceiver | None = None
         self._lock = threading.RLock()
         self._arrivals = itertools.count()
         self._live: dict[str, list[RunningSequence]] = {}
@@ -108,7 +106,7 @@ class Engine:
         """
         layers = tuple(return_hidden_states)
         requests = self.requests.generation(prompt_ids, sampling_params, sample_ids, layers)
-        return self._run(requests, progress)
+        return self._finish(self._add_all(requests), progress)
 
     async def agenerate(
         self,
@@ -121,7 +119,12 @@ class Engine:
         """`generate` for asyncio; concurrent calls share the engine's batches."""
         layers = tuple(return_hidden_states)
         requests = self.requests.generation(prompt_ids, sampling_params, sample_ids, layers)
-        return await asyncio.to_thread(self._run, requests, None)
+        groups = self._add_all(requests)  # at once, so that concurrent calls share batches
+        try:
+            return await asyncio.to_thread(self._finish, groups, None)
+        except asyncio.CancelledError:
+            self._abort_all(groups)
+            raise
 
     def score(
         self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
@@ -131,7 +134,10 @@ class Engine:
         For each sequence of L >= 2 tokens, L - 1 values: that of token i + 1 given tokens 0..i.
         """
         requests = self.requests.scoring(token_ids, temperature)
-        return [list(completion.logprobs) for [completion] in self._run(requests, None)]
+        return [
+            list(completion.logprobs)
+            for [completion] in self._finish(self._add_all(requests), None)
+        ]
 
     # -- finer control ---------------------------------------------------------------------------
 
@@ -176,117 +182,6 @@ class Engine:
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything to do or to report."""
         return self.scheduler.has_unfinished or bool(self._done)
-
-    # -- weights ---------------------------------------------------------------------------------
-
-    @property
-    def weight_version(self) -> WeightVersion:
-        """Step and digest of the weights that are served."""
-        return self.session.version
-
-    def bind_weights(self, params: Mapping[str, torch.Tensor], step: int = 0) -> WeightVersion:
-        """Serve the trainer's own parameters from its memory (transport "alias")."""
-        expected = {spec.name: spec.shape for spec in self.specs}
-        found = {name: tuple(p.shape) for name, p in params.items()}
-        if expected != found:
-            names = sorted(n for n in {*expected, *found} if expected.get(n) != found.get(n))
-            raise ValueError(f"parameters do not fit the engine: {', '.join(names[:5])}")
-        self._require_idle("bind_weights")
-        self.arena.adopt("weights", params)
-        self.weights = {name: p.detach() for name, p in params.items()}
-        version = WeightVersion(step, weights_digest(self.specs, self.weights))
-        self.session = UpdateSession(self.specs, self.weights, version)
-        self.runner.model = Decoder(self.model_config, self.weights)
-        self.flush_cache()
-        return version
-
-    def begin_weight_update(self, step: int) -> None:
-        """See weight_sync.transports.base.WeightSink."""
-        self._require_idle("a weight update")
-        self.session.begin(step)
-
-    def receive_weights(self, bucket: Bucket) -> None:
-        """Copy a bucket's tensors into place."""
-        self.session.receive(bucket)
-
-    def receive_weights_in_place(self, params: Mapping[str, torch.Tensor]) -> None:
-        """Accept that `params` are this engine's memory and hold the new version."""
-        apart = [
-            name
-            for name, p in params.items()
-            if name not in self.weights or self.weights[name].data_ptr() != p.data_ptr()
-        ]
-        if apart or len(params) != len(self.weights):
-            reason = f"tensors not shared with the engine: {', '.join(apart[:5])}"
-            self.session.abort(reason)
-            raise WeightSyncError(reason)
-        self.session.receive_in_place()
-
-    def commit_weight_update(self, digest: str) -> WeightVersion:
-        """Check the digest and serve the new version; cached prefixes become unreachable."""
-        version = self.session.commit(digest)
-        self.flush_cache()
-        return version
-
-    def abort_weight_update(self, reason: str) -> None:
-        """Refuse to generate until a full update commits."""
-        self.session.abort(reason)
-
-    def update_weights_from_tensor(
-        self, params: Mapping[str, torch.Tensor], step: int, digest: str | None = None
-    ) -> WeightVersion:
-        """Copy a full set of parameters (engine names) into place."""
-        self.begin_weight_update(step)
-        for metas in plan_buckets(params, 512 << 20):
-            self.receive_weights(pack(metas, params))
-        return self.commit_weight_update(digest or weights_digest(self.specs, self.weights))
-
-    def update_weights_from_disk(
-        self, model_path: str | Path, step: int | None = None
-    ) -> WeightVersion:
-        """Load a Hugging Face folder in place, under its own version if it carries one.
-
-        A folder that is missing or does not fit is refused before anything changes.
-        """
-        folder = Path(model_path)
-        read = open_safetensors(folder, self.specs)
-        version = read_version(folder)
-        if step is None:
-            step = version.step if version else self.session.version.step + 1
-        self.begin_weight_update(step)
-        try:
-            fill(folder, self.specs, self.weights, read)
-        except (OSError, ValueError) as error:
-            self.session.abort(str(error))
-            raise
-        self.session.receive_in_place()
-        own = weights_digest(self.specs, self.weights)
-        return self.commit_weight_update(version.digest if version else own)
-
-    def init_weights_update_group(
-        self,
-        master_address: str,
-        master_port: int,
-        rank: int,
-        world_size: int,
-        backend: str = "gloo",
-        timeout_s: float = 600.0,
-    ) -> None:
-        """Join the trainer's weight group as `rank` (1 or higher)."""
-        self._receiver = CollectiveReceiver(
-            master_address, master_port, rank, world_size, backend, timeout_s
-        )
-
-    def update_weights_from_distributed(self) -> WeightVersion:
-        """Take one update from the weight group, in place."""
-        if self._receiver is None:
-            raise WeightSyncError("no weight group; call init_weights_update_group first")
-        self._receiver.receive(self, self.config.device)
-        return self.weight_version
-
-    def get_weights_by_name(self, name: str) -> torch.Tensor:
-        """A copy of one parameter by its engine (Megatron) name; KeyError if there is none."""
-        return self.weights[name].clone()
 
     def flush_cache(self) -> None:
         """Forget all cached prefixes."""
@@ -353,24 +248,31 @@ class Engine:
             self.scheduler.add(seqs[0])
             return seqs
 
-    def _run(self, requests: list[Request], progress: Progress | None) -> list[list[Completion]]:
-        """Add requests and step until they are done; other callers' steps count too."""
-        seqs: dict[str, list[RunningSequence]] = {}
+    def _add_all(self, requests: list[Request]) -> list[list[RunningSequence]]:
+        with self._lock:
+            return [self._add(request) for request in requests]
+
+    def _finish(
+        self, groups: list[list[RunningSequence]], progress: Progress | None
+    ) -> list[list[Completion]]:
+        """Step until these groups are done; other callers' steps count too."""
+        flat = [seq for group in groups for seq in group]
         try:
-            for request in requests:
-                seqs[request.request_id] = self._add(request)
-            while any(s.finish_reason is None for group in seqs.values() for s in group):
+            while any(seq.finish_reason is None for seq in flat):
                 self._advance()
                 if progress is not None:
-                    flat = [s for group in seqs.values() for s in group]
-                    done = sum(s.finish_reason is not None for s in flat)
-                    progress(done, sum(s.num_new_tokens for s in flat))
+                    done = sum(seq.finish_reason is not None for seq in flat)
+                    progress(done, sum(seq.num_new_tokens for seq in flat))
         except BaseException:
-            for request_id in seqs:
+            self._abort_all(groups)
+            raise
+        return [[seq.completion() for seq in group] for group in groups]
+
+    def _abort_all(self, groups: list[list[RunningSequence]]) -> None:
+        for request_id in {seq.request.request_id for group in groups for seq in group}:
+            with self._lock:
                 if request_id in self._live:
                     self.abort_request(request_id)
-            raise
-        return [[s.completion() for s in group] for group in seqs.values()]
 
     def _advance(self) -> None:
         with self._lock:
@@ -382,10 +284,3 @@ class Engine:
                     if request_id in self._for_step:
                         self._for_step.remove(request_id)
                         self._done.append([s.completion() for s in group])
-
-    def _require_idle(self, what: str) -> None:
-        if self.scheduler.has_unfinished:
-            raise WeightSyncError(
-                f"{what} needs an idle engine: {len(self._live)} requests are unfinished; finish "
-                "or abort them first"
-            )

@@ -62,7 +62,7 @@ def sampling_rows(step: Seq[Scheduled], batch: Batch) -> Rows:
     rows, seqs = [], []
     for item, start in zip(step, batch.row_starts, strict=True):
         if item.completes and not item.seq.request.score_only:
-            samples = [item.seq, *item.forks]
+            samples = [item.seq, *item.seq.siblings]
             rows += [start + item.num_tokens - 1] * len(samples)
             seqs += samples
     return Rows(torch.tensor(rows, dtype=torch.int64), seqs)

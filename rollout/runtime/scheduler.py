@@ -6,7 +6,7 @@ computes its context again later.
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from samebit.rollout.config import EngineConfig
 from samebit.rollout.runtime.kv_cache import PagePool
@@ -16,16 +16,10 @@ from samebit.rollout.runtime.sequence import Sequence
 
 @dataclass(frozen=True)
 class Scheduled:
-    """One sequence's part of a step: compute its next `num_tokens` tokens.
-
-    `forks` are samples of the same prompt that start from this step's result. They share the full
-    pages; (source, target) pairs in `page_copies` are to be copied after the forward.
-    """
+    """One sequence's part of a step: compute its next `num_tokens` tokens."""
 
     seq: Sequence
     num_tokens: int
-    forks: list[Sequence] = field(default_factory=list)
-    page_copies: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def completes(self) -> bool:
@@ -48,6 +42,11 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         """Whether any sequence waits or runs."""
         return bool(self._waiting or self._running)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that wait or run."""
+        return len({seq.request.request_id for seq in (*self._waiting, *self._running)})
 
     @property
     def num_running(self) -> int:
@@ -75,16 +74,41 @@ class Scheduler:
             budget -= num_tokens
         if self.num_preemptions == preemptions_before:
             step += self._admit(budget)
-        for item in step:
-            self._fork(item)
         self._running.sort(key=lambda s: s.arrival)
         return step
 
     def finish(self, seq: Sequence) -> None:
-        """Take a sequence off; its full pages stay findable."""
-        self._running.remove(seq)
-        self.remember(seq)
-        self._release(seq)
+        """Take a sequence off, if it got on; its full pages stay findable."""
+        if seq in self._running:
+            self._running.remove(seq)
+            self.remember(seq)
+            self._release(seq)
+
+    def fork(self, seq: Sequence) -> list[tuple[int, int]]:
+        """Start the siblings of a sequence whose prompt is computed, with their first token drawn.
+
+        They share its full pages; returns (source, target) pages to copy for the rest. A sibling
+        for which there is no room waits and computes its context itself.
+        """
+        copies: list[tuple[int, int]] = []
+        num_full = seq.num_computed // self._config.page_size
+        for sibling in seq.siblings:
+            if sibling.finish_reason is not None:
+                continue
+            sibling.pages = list(seq.pages[:num_full])
+            for page in sibling.pages:
+                self._pool.share(page)
+            has_room = len(self._running) < self._config.max_num_seqs
+            if has_room and self._grow(sibling, seq.num_computed):
+                copies += zip(seq.pages[num_full:], sibling.pages[num_full:], strict=True)
+                sibling.num_computed = seq.num_computed
+                sibling.hidden = {layer: list(parts) for layer, parts in seq.hidden.items()}
+                self._running.append(sibling)
+            else:
+                self._release(sibling)
+                self._requeue(sibling)
+        seq.siblings = []
+        return copies
 
     def remember(self, seq: Sequence) -> None:
         """Put the computed full pages into the prefix cache."""
@@ -126,29 +150,6 @@ class Scheduler:
     @staticmethod
     def _needs_every_position(seq: Sequence) -> bool:
         return seq.request.score_only or bool(seq.request.hidden_state_layers)
-
-    def _fork(self, item: Scheduled) -> None:
-        """Start the siblings of a sequence whose prompt this step completes."""
-        if not (item.seq.siblings and item.completes):
-            return
-        computed = item.seq.num_computed + item.num_tokens
-        num_full = computed // self._config.page_size
-        for sibling in item.seq.siblings:
-            has_room = len(self._running) < self._config.max_num_seqs
-            sibling.pages = list(item.seq.pages[:num_full])
-            for page in sibling.pages:
-                self._pool.share(page)
-            if has_room and self._grow(sibling, computed):
-                item.page_copies.extend(
-                    zip(item.seq.pages[num_full:], sibling.pages[num_full:], strict=True)
-                )
-                sibling.num_computed = computed
-                self._running.append(sibling)
-                item.forks.append(sibling)
-            else:
-                self._release(sibling)
-                self._requeue(sibling)
-        item.seq.siblings = []
 
     def _reserve(self, seq: Sequence, num_tokens: int) -> bool:
         """Give seq pages for num_tokens tokens, preempting later arrivals if need be."""

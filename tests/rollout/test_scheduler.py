@@ -55,16 +55,24 @@ class World:
     def step(self):
         """One step; what was scheduled as (arrival, number of tokens, arrivals of forks)."""
         step = self.scheduler.schedule()
-        summary = [(i.seq.arrival, i.num_tokens, [f.arrival for f in i.forks]) for i in step]
-        drawing = [s for i in step if i.completes for s in (i.seq, *i.forks)]
+        completed = [item.seq for item in step if item.completes]
+        groups = [(seq, *seq.siblings) for seq in completed]
         for item in step:
             item.seq.num_computed += item.num_tokens
             assert len(item.seq.pages) * PAGE >= item.seq.num_computed
-        for seq in drawing:
-            if not seq.request.score_only:
-                seq.append(7, -1.0, VERSION)
-            if seq.request.score_only or seq.num_new_tokens == seq.request.params.max_new_tokens:
-                seq.finish_reason = "length"
+        forks = {}
+        for leader, *siblings in groups:
+            for seq in (leader, *siblings):
+                if not seq.request.score_only:
+                    seq.append(7, -1.0, VERSION)
+                last = seq.num_new_tokens == seq.request.params.max_new_tokens
+                if seq.request.score_only or last:
+                    seq.finish_reason = "length"
+            self.copies = self.scheduler.fork(leader)
+            forks[leader.arrival] = [s.arrival for s in siblings if s.pages]
+        summary = [(i.seq.arrival, i.num_tokens, forks.get(i.seq.arrival, [])) for i in step]
+        for seq in (s for group in groups for s in group):
+            if seq.finish_reason is not None:
                 self.scheduler.finish(seq)
         return summary
 
@@ -115,12 +123,11 @@ def test_samples_fork_from_one_prefill():
     """They share the full pages and copy the rest."""
     world = World()
     seqs = world.add([1] * 6, n=3, max_new=3)
-    step = world.scheduler.schedule()
-    assert [(i.seq.arrival, i.num_tokens, len(i.forks)) for i in step] == [(0, 6, 2)]
+    assert world.step() == [(0, 6, [1, 2])]
     first = seqs[0].pages
     assert [s.pages[0] for s in seqs] == [first[0]] * 3
     assert world.pool.references(first[0]) == 3
-    assert step[0].page_copies == [(first[1], s.pages[1]) for s in seqs[1:]]
+    assert world.copies == [(first[1], s.pages[1]) for s in seqs[1:]]
     assert len({s.pages[1] for s in seqs}) == 3
     assert [s.num_computed for s in seqs[1:]] == [6, 6]
 
