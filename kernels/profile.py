@@ -1,6 +1,7 @@
 """The numerics profile: everything besides its inputs that an operation's bits may depend on."""
 
 import hashlib
+import importlib.metadata
 import json
 import platform
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ class NumericsProfile:
     attention: str = "canonical"
     contract_version: int = CONTRACT_VERSION
     torch_version: str = torch.__version__
+    triton_version: str = importlib.metadata.version("triton")
 
     @property
     def digest(self) -> str:

@@ -1,8 +1,8 @@
-"""Proof on the machine at hand that every implementation of an operation gives the same bits.
+"""A check on the machine at hand that all implementations of an operation give the same bits.
 
 The contract rests on observations of some libraries and chips; others may differ. So the engine
 runs this check at start-up for the model's own shapes (milliseconds for a small model, seconds for
-a large one) and remembers the result by device and versions. Where the fast path fails, the path
+a large one) and remembers the result. Where the fast path fails, the path
 that keeps the contract by construction is used from then on, and a warning says so.
 """
 
@@ -144,7 +144,8 @@ def selfcheck(
     """
     device = device or torch.device("cpu")
     shapes = sorted(set(linear_shapes))
-    key = [numerics_profile(device).digest, shapes, list(heads), sorted(set(widths))]
+    key = [numerics_profile(device).digest, torch.get_num_threads()]
+    key += [shapes, list(heads), sorted(set(widths))]
     cache = _cache_file(key)
     unequal = _remembered(cache)
     if unequal is None:

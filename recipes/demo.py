@@ -5,7 +5,9 @@ import time
 from pathlib import Path
 
 from samebit.recipes import grpo, sft
-from samebit.recipes.config import DemoRun, GrpoRun, RunSection, SftRun
+from samebit.recipes.config import DemoRun, GrpoRun, RunSection, SftRun, to_yaml
+from samebit.recipes.metrics import write_atomically
+from samebit.recipes.session import CONFIG_FILE, clear_run_dir
 from samebit.recipes.tiny_model import make_demo_model
 
 
@@ -21,7 +23,14 @@ def _phase(run: DemoRun, phase: SftRun | GrpoRun, name: str, model: Path) -> Non
 
 def main(run: DemoRun) -> int:
     """The command `samebit demo`."""
+    if run.dry_run:
+        print(to_yaml(run))
+        return 0
     start = time.perf_counter()
+    if not run.resume and run.run_dir.exists():
+        clear_run_dir(run.run_dir, run.overwrite)
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run))
     model = run.run_dir / "model"
     _phase(run, run.sft, "sft", model)
     _phase(run, run.grpo, "grpo", run.run_dir / "sft" / "model")

@@ -155,9 +155,14 @@ class GrpoRecipe:
         max_len = self.run.rollout.max_prompt_len
         prompt_ids = [self.text.encode_prompt(p, max_len) for p in problems]
 
+        start = shown = time.perf_counter()
+
         def progress(_done: int, num_tokens: int) -> None:
-            if bar is not None:
-                bar.set_postfix_str(f"{num_tokens} tokens", refresh=False)
+            nonlocal shown
+            now = time.perf_counter()
+            if bar is not None and now - shown > 0.5:
+                shown = now
+                bar.set_postfix_str(f"rollout: {num_tokens / (now - start):.0f} tok/s")
 
         groups = self.engine.generate(prompt_ids, params, sample_ids, progress=progress)
         texts = [[self.text.decode(c.token_ids) for c in group] for group in groups]
@@ -178,6 +183,7 @@ class GrpoRecipe:
                 self.run.trainer.loss_mean,
                 self.run.rollout.temperature,
                 self.session.device,
+                self.trainer.model,
             )
             stats.append(self.trainer.train_step(batches, self.loss))
         self._check_promise(stats[0])

@@ -15,6 +15,7 @@ from samebit.recipes.metrics import write_atomically
 from samebit.rollout.config import resolve_device
 from samebit.trainer.checkpoint import Checkpoint, CheckpointError, latest_checkpoint
 from samebit.trainer.checkpoint import save_checkpoint as write_checkpoint
+from samebit.weight_sync.session import non_finite
 
 CONFIG_FILE = "config.yaml"
 
@@ -48,6 +49,11 @@ class Session:
 
     def save(self, step: int, state: dict[str, Any], progress: dict[str, Any], keep: int) -> Path:
         """Write a checkpoint after `step`; `progress` is small and readable, in the manifest."""
+        if bad := non_finite(state["params"]):
+            raise CheckpointError(
+                f"NaN or Inf in {', '.join(bad[:5])} after step {step}; it was not saved, the last "
+                "checkpoint is unharmed"
+            )
         manifest = {
             "config_digest": config_digest(self.run),
             "numerics": asdict(self.profile) | {"digest": self.profile.digest},
@@ -84,13 +90,13 @@ def open_session(run: RunSection) -> Session:
     if resumed is not None:
         _require_same(resumed, run, profile)
     elif not run.resume and run.run_dir.exists():
-        _clear(run.run_dir, run.overwrite)
+        clear_run_dir(run.run_dir, run.overwrite)
     run.run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run))
     return Session(run, device, profile, resumed)
 
 
-def _clear(run_dir: Path, overwrite: bool) -> None:
+def clear_run_dir(run_dir: Path, overwrite: bool) -> None:
     """Remove what an earlier run left, but only if asked to, and nothing else."""
     if not any(run_dir.iterdir()):
         return
@@ -103,7 +109,10 @@ def _clear(run_dir: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"{run_dir} holds no {CONFIG_FILE}: no run made it, so overwrite=true removes nothing"
         )
-    shutil.rmtree(run_dir)
+    doomed = run_dir.with_name(f".{run_dir.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    run_dir.rename(doomed)  # a kill during the removal leaves nothing half there
+    shutil.rmtree(doomed)
 
 
 def _require_same(checkpoint: Checkpoint, run: RunSection, profile: NumericsProfile) -> None:

@@ -67,7 +67,11 @@ def train(run: SftRun) -> dict[str, Any]:
         while progress.step < total:
             samples = make_batch(run, progress.step, data, text)
             batches = pack_samples(
-                samples, settings.micro_batch_tokens, settings.loss_mean, device=session.device
+                samples,
+                settings.micro_batch_tokens,
+                settings.loss_mean,
+                device=session.device,
+                model=trainer.model,
             )
             stats = trainer.train_step(batches, sft_loss)
             progress.step += 1

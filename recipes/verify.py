@@ -65,8 +65,8 @@ def main(run: VerifyRun) -> int:
         "mismatches": mismatches,
         "models": {name: [asdict(r) for r in group] for name, group in results.items()},
     }
-    run.run_dir.mkdir(parents=True, exist_ok=True)
-    target = run.run_dir / "verify.json"
+    target = Path(run.output_dir) / run.run_name / "verify.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, json.dumps(report, indent=1) + "\n")
     print(f"{target} holds the report.")
     return 1 if mismatches else 0

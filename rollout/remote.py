@@ -148,15 +148,19 @@ class RemoteTransport:
     def __init__(self, engine: RemoteEngine, sender: CollectiveSender) -> None:
         self._engine = engine
         self._sender = sender
+        self._step = 0
+        self._sending = False
 
     def begin(self, step: int) -> None:
-        """The engine stops serving and waits for buckets."""
-        self._engine._send("update_weights_from_distributed")
-        self._sender.begin(step)
+        """Remember the step. The engine has memory of its own and need not wait for training."""
+        self._step = step
 
     def send(self, params: Mapping[str, torch.Tensor]) -> None:
-        """Broadcast every bucket."""
+        """The engine stops serving and takes every bucket."""
+        self._engine._send("update_weights_from_distributed")
+        self._sending = True
         try:
+            self._sender.begin(self._step)
             self._sender.send(params)
         except WeightSyncError as error:
             self._engine._require_alive(error)
@@ -164,6 +168,7 @@ class RemoteTransport:
 
     def commit(self, digest: str) -> WeightVersion:
         """The engine compares digests and serves."""
+        self._sending = False
         try:
             self._sender.commit(digest)
         except WeightSyncError:
@@ -172,7 +177,10 @@ class RemoteTransport:
         return self._engine._receive()
 
     def abort(self, reason: str) -> None:
-        """The engine refuses to serve until a full update."""
+        """Once buckets were sent, the engine refuses to serve until a full update."""
+        if not self._sending:
+            return
+        self._sending = False
         try:
             self._sender.abort(reason)
         except WeightSyncError as error:

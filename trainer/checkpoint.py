@@ -80,6 +80,7 @@ def save_checkpoint(
         json.dump({"step": step, "files": files, **manifest}, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
+    _sync_folder(temporary)
     if final.exists():
         _remove(final)
     os.replace(temporary, final)

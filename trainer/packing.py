@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.types import MicroBatch, Sample
 
 
@@ -13,18 +14,37 @@ def pack_samples(
     loss_mean: str = "token",
     temperature: float = 1.0,
     device: torch.device | str = "cpu",
+    model: ModelConfig | None = None,
 ) -> list[MicroBatch]:
     """Fill micro-batches of at most max_tokens tokens, never reordering.
 
     loss_mean as in TrainerConfig; temperature is the rollout's. Raises ValueError for a sample
-    longer than max_tokens or an empty list.
+    longer than max_tokens or an empty list and, given a model, for one that is longer than its
+    context or has a token outside its vocabulary.
     """
     if not samples:
         raise ValueError("no samples to train on")
+    if model is not None:
+        for sample in samples:
+            _check_fits(sample, model)
     return [
         _micro_batch(i, group, loss_mean, temperature, device)
         for i, group in enumerate(_split(samples, max_tokens))
     ]
+
+
+def _check_fits(sample: Sample, model: ModelConfig) -> None:
+    if len(sample.token_ids) > model.max_position:
+        raise ValueError(
+            f"sample {sample.sample_id} has {len(sample.token_ids)} tokens; the model's context "
+            f"holds {model.max_position}"
+        )
+    low, high = min(sample.token_ids), max(sample.token_ids)
+    if low < 0 or high >= model.vocab_size:
+        raise ValueError(
+            f"sample {sample.sample_id}: token {low if low < 0 else high} is outside the "
+            f"vocabulary [0, {model.vocab_size})"
+        )
 
 
 def _split(samples: Iterable[Sample], max_tokens: int) -> list[list[Sample]]:

@@ -83,7 +83,10 @@ def prefix_cache(subject: Subject) -> Result:
         if engine.prefixes.num_hit_tokens == 0:
             result.mismatches += 1
             result.notes.append(f"page {page_size}: the cache never hit")
-    i = next(i for i, p in enumerate(subject.prompts) if len(p) == 65)
+    i = next((i for i, p in enumerate(subject.prompts) if len(p) == 65), None)
+    if i is None:
+        result.notes.append("the context is too short for a hit that leaves one token")
+        return result
     engine = subject.make_engine(page_size=64)
     engine.generate([subject.prompts[i][:64] + [0]], SamplingParams(max_new_tokens=1))
     found = flat(subject.generate(engine, [i]))

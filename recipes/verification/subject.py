@@ -120,6 +120,11 @@ def make_subject(
     rng = random.Random(5)
     lens: tuple[int, ...] = GPU_PROMPT_LENS if device.type == "cuda" else PROMPT_LENS
     lens = tuple(n for n in lens if n + NUM_NEW_TOKENS <= config.max_position)
+    if not lens:
+        raise ValueError(
+            f"{model_path}: a context of {config.max_position} tokens is too short to verify; it "
+            f"must hold more than {NUM_NEW_TOKENS}"
+        )
     prompts = [[rng.randrange(config.vocab_size) for _ in range(n)] for n in lens]
     params = [
         SamplingParams(

@@ -75,8 +75,6 @@ def test_groups_set_what_they_say():
         ("grpo", GrpoRun),
         ("sft", SftRun),
         ("demo", DemoRun),
-        ("verify", VerifyRun),
-        ("export", ExportRun),
     ],
 )
 def test_a_command_gives_its_dataclass(command, kind):
@@ -85,6 +83,17 @@ def test_a_command_gives_its_dataclass(command, kind):
     assert type(run) is kind
     assert run.seed == 7
     assert str(run.run_dir) == "/tmp/y/x"
+
+
+def test_tools_take_no_keys_that_they_would_ignore():
+    """A key that does nothing is worse than an error."""
+    assert type(resolve("verify", ["seed=7", "model=m"])) is VerifyRun
+    assert type(resolve("export", NEEDED["export"])) is ExportRun
+    for command, key in (("verify", "resume"), ("export", "device"), ("export", "dry_run")):
+        with pytest.raises(ConfigError, match=key):
+            resolve(command, [*NEEDED[command], f"{key}=true"])
+    with pytest.raises(ConfigError, match="grpo.seed is the demo's own; give seed=5"):
+        resolve("demo", ["grpo.seed=5"])
 
 
 def test_resolving_again_starts_from_the_defaults():
@@ -246,7 +255,7 @@ def test_help_lists_groups_keys_and_defaults(capsys, command):
     text = capsys.readouterr().out
     assert f"samebit {command}: {cli.COMMANDS[command]}" in text
     assert ("engine: colocated, process" in text) == (command == "grpo")
-    assert "output_dir: outputs" in text
+    assert ("output_dir: outputs" in text) == (command not in ("export", "fetch-smollm2"))
     if command == "grpo":
         assert "  path: ???" in text
         assert "  clip_ratio_low: 0.2" in text

@@ -1,5 +1,6 @@
 """Budgets, order, preemption and pages of the scheduler; and that no page is ever lost."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -135,8 +136,8 @@ def test_samples_fork_from_one_prefill():
 def test_a_prompt_of_whole_pages_needs_no_copy():
     world = World()
     seqs = world.add([1] * 8, n=3, max_new=3)
-    [item] = world.scheduler.schedule()
-    assert item.page_copies == []
+    assert world.step() == [(0, 8, [1, 2])]
+    assert world.copies == []
     assert len({tuple(s.pages) for s in seqs}) == 1
 
 
@@ -291,3 +292,33 @@ def test_a_failing_step_loses_no_pages(make_engine, truth, monkeypatch):
     assert outcomes(engine.generate(PROMPTS, PARAMS)) == truth
     engine.flush_cache()
     assert engine.pool.num_free == engine.pool.num_pages
+
+
+@pytest.mark.parametrize("broken", ["forward", "draw"])
+@pytest.mark.parametrize("when", [0, 1, 2, 4])
+def test_a_request_that_outlives_a_failing_step_is_right(make_engine, monkeypatch, broken, when):
+    """Samples may not go on from a prompt, page or row that was never computed."""
+    params = SamplingParams(n=4, max_new_tokens=6, ignore_eos=True)
+    prompt = list(range(1, 24))
+
+    def finish(engine):
+        engine.add_request(prompt, params)
+        done = []
+        while engine.has_unfinished_requests:
+            with suppress(RuntimeError):
+                done += engine.step()
+        return outcomes(done)
+
+    truth = finish(make_engine(page_size=16, prefill_chunk=10))
+    engine = make_engine(page_size=16, prefill_chunk=10)
+    owner = engine.runner if broken == "forward" else engine.sampler
+    original, calls = getattr(owner, broken), iter(range(1000))
+
+    def failing(*arguments):
+        result = original(*arguments)
+        if next(calls) == when:
+            raise RuntimeError("the chip caught fire")
+        return result
+
+    monkeypatch.setattr(owner, broken, failing)
+    assert finish(engine) == truth

@@ -206,7 +206,7 @@ def test_gradients_that_overflow_only_together_are_found_too(make_trainer, batch
 
     trainer = make_trainer(lr=0.0)
     before = trainer.digest()
-    with pytest.raises(NonFiniteError, match="the sum of the gradients overflows at step"):
+    with pytest.raises(NonFiniteError, match="gradient.* overflows at step"):
         step_until_it_overflows()
     assert trainer.digest() == before
 

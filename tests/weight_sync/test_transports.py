@@ -142,6 +142,14 @@ def test_after_an_abort_nothing_half_done_is_served(sender, old, new, expected):
     send(sender, old, 1)
     sender.begin(2)
     sender.abort("the optimizer failed")
+    if isinstance(sender, Alias):  # the optimizer may have written the shared memory
+        with pytest.raises(WeightSyncError, match="step 2 broke off: the optimizer failed"):
+            sender.engine.generate(PROMPTS, PARAMS)
+    else:  # the engine was not reached yet
+        assert serves(sender.engine, old, expected)
+    sender.begin(2)
+    sender.send(new.params)
+    sender.abort("the optimizer failed")
     if isinstance(sender, File):  # nothing reaches the engine before commit
         assert serves(sender.engine, old, expected)
     else:

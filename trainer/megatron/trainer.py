@@ -4,6 +4,7 @@ Order of a step: forward and backward of every micro-batch, finiteness checks, c
 learning-rate schedule. Nothing is written to the weights before the checks have passed.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -115,6 +116,11 @@ class MegatronTrainer:
                 else self._optimizer.get_grad_norm()
             )
             learning_rate = self._optimizer.param_groups[0]["lr"]
+            if not math.isfinite(norm):
+                raise NonFiniteError(
+                    f"the gradient's norm overflows at step {self.step + 1}, although every "
+                    "gradient is finite; the weights are unchanged"
+                )
             self._optimizer.step_with_ready_grads()
             self._scheduler.step(increment=1)
         self.step += 1
