@@ -29,7 +29,3 @@ class Arena:
     def adopt(self, tag: str, buffers: Mapping[str, torch.Tensor]) -> None:
         """Take memory that somebody else owns in place of the tag's buffers."""
         self._buffers[tag] = dict(buffers)
-
-    def num_bytes(self, tag: str) -> int:
-        """Bytes held under a tag."""
-        return sum(b.numel() * b.element_size() for b in self._buffers.get(tag, {}).values())

@@ -1,8 +1,9 @@
 """Radix prefix cache: full pages of earlier contexts, found again by their tokens.
 
-A tree whose edges are pages of tokens, one root per weight version: keys and values of other
-weights can never be found. The tree holds one reference to each of its pages; a leaf that nobody
-else refers to may be evicted, the least recently used first.
+A tree whose edges are pages of tokens, for one weight version at a time: with another version it
+starts anew, so keys and values of other weights can never be found. The tree holds one reference
+to each of its pages; a leaf that nobody else refers to may be evicted, the least recently used
+first.
 """
 
 import itertools
@@ -30,7 +31,7 @@ class PrefixCache:
         self._pool = pool
         self._page_size = page_size
         self._clock = itertools.count(1)
-        self._version = version
+        self.version = version
         self._root = _Node((), -1, None)
         self.num_hit_tokens = 0
 
@@ -38,7 +39,7 @@ class PrefixCache:
         """Drop every page and start anew under `version`."""
         for node in list(self._nodes()):
             self._pool.drop(node.page)
-        self._version = version
+        self.version = version
         self._root = _Node((), -1, None)
 
     def match(self, token_ids: Sequence[int]) -> list[int]:
