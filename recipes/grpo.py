@@ -331,8 +331,7 @@ def train_one_step(recipe: GrpoRecipe, logger: MetricsLogger, bar: tqdm) -> None
             evaluate(recipe, logger, metrics)
     metrics |= phases.seconds | speed(rollout, stats, phases)
     logger.log(progress.step, metrics)
-    every = run.trainer.checkpoint_every
-    if last or (every and progress.step % every == 0):
+    if run.trainer.checkpoint_due(progress.step):
         recipe.save()
     rate = metrics["perf/rollout_tokens_per_s"]
     bar.set_postfix_str(f"reward {rollout.reward_mean:.3f}, {rate:.0f} tok/s")

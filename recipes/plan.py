@@ -1,25 +1,21 @@
 """dry_run: the resolved plan of a run, from its configuration alone. Nothing is allocated."""
 
+import math
 from typing import Any
 
 from samebit.recipes.config import GrpoRun, SftRun, to_yaml
-from samebit.rollout.config import resolve_device
+from samebit.rollout.config import resolve_device, resolve_dtype
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.runtime.kv_cache import kv_bytes_per_token
 from samebit.weight_sync.mapping import hf_shapes
 
 _MIB = 1 << 20
 
 
 def _num_parameters(model: ModelConfig) -> int:
-    total = 0
-    for shape in hf_shapes(param_specs(model)).values():
-        size = 1
-        for length in shape:
-            size *= length
-        total += size
-    return total
+    return sum(math.prod(shape) for shape in hf_shapes(param_specs(model)).values())
 
 
 def _memory(model: ModelConfig, device_type: str) -> dict[str, Any]:
@@ -38,11 +34,10 @@ def _memory(model: ModelConfig, device_type: str) -> dict[str, Any]:
 def grpo_plan(run: GrpoRun) -> dict[str, Any]:
     """Batch arithmetic and memory estimate."""
     model = load_model_config(run.model.path)
-    device = resolve_device(run.device).type
+    resolved = resolve_device(run.device)
+    device = resolved.type
     longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
-    kv_bytes = (
-        2 * model.num_layers * model.num_kv_heads * model.head_dim * (4 if device == "cpu" else 2)
-    )
+    kv_bytes = kv_bytes_per_token(model, resolve_dtype(None, resolved))
     return {
         "device": device,
         "samples_per_step": run.samples_per_step,

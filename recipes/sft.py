@@ -84,8 +84,7 @@ def train(run: SftRun) -> dict[str, Any]:
                     **stats.metrics,
                 },
             )
-            every, last = settings.checkpoint_every, progress.step == total
-            if last or (every and progress.step % every == 0):
+            if settings.checkpoint_due(progress.step):
                 session.save(
                     progress.step,
                     trainer.state_dict(),

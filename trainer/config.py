@@ -72,6 +72,11 @@ class TrainerConfig:
         known = self.loss_mean in LOSS_MEANS
         require(known, "trainer.loss_mean", self.loss_mean, f"one of {LOSS_MEANS}")
 
+    def checkpoint_due(self, step: int) -> bool:
+        """Whether a checkpoint follows `step`."""
+        every = self.checkpoint_every
+        return step == self.num_steps or (every > 0 and step % every == 0)
+
 
 @dataclass(kw_only=True)
 class GrpoConfig:

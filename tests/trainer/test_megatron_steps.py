@@ -181,7 +181,7 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_is_written(make_tra
     for t in (trainer, other):
         t.train_step(batches, sft_loss)
     before, ids = trainer.digest(), [s.sample_id for s in batches[2].samples]
-    message = rf"at step 2, micro-batch 2 \(samples {ids[0]} to {ids[-1]}\); the weights are unch"
+    message = rf"at step 2, micro-batch 2, sample {ids[0]}; the weights are unchanged"
     with pytest.raises(NonFiniteError, match=message):
         trainer.train_step(batches, nan_gradient_of(2))
     assert (trainer.digest(), trainer.step) == (before, 1)
@@ -257,3 +257,18 @@ def test_no_samples_is_an_error(make_trainer):
     """A step on nothing would divide by zero."""
     with pytest.raises(ValueError):
         make_trainer().train_step([], sft_loss)
+
+
+def test_the_sample_behind_a_bad_gradient_is_named(make_trainer, batches):
+    """Not only its micro-batch: a user has to find the data."""
+    bad = batches[2].samples[1].sample_id
+
+    def loss(logprobs, reference, batch):
+        ids = torch.tensor([s.sample_id for s in batch.samples])[batch.sample_of_row]
+        losses = -logprobs
+        rows = torch.nonzero(ids == bad).squeeze(1)
+        kink = (logprobs[rows] - logprobs[rows].detach()).abs().sqrt()
+        return losses.index_add(0, rows, kink), {}
+
+    with pytest.raises(NonFiniteError, match=f"micro-batch 2, sample {bad}; the weights"):
+        make_trainer().train_step(batches, loss)

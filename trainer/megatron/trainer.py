@@ -6,6 +6,7 @@ learning-rate schedule. Nothing is written to the weights before the checks have
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from samebit.trainer.config import OptimizerConfig
 from samebit.trainer.megatron.cpu import no_cuda
 from samebit.trainer.megatron.model import build_model, forward_logprobs, named_params
 from samebit.trainer.megatron.setup import initialize
+from samebit.trainer.packing import pack_samples
 from samebit.trainer.stats import Totals
 from samebit.trainer.types import MicroBatch, NonFiniteError, StepStats
 from samebit.weight_sync.digest import weights_digest
@@ -81,9 +83,7 @@ class MegatronTrainer:
         """Keep a copy of the present weights as the reference for the KL penalty."""
         with no_cuda():
             self._reference = build_model(self.model, self.device).requires_grad_(False)
-        with torch.no_grad():
-            for name, param in named_params(self._reference).items():
-                param.copy_(self.params[name])
+        _copy_params(self.params, named_params(self._reference))
 
     def digest(self) -> str:
         """weights_digest of the present weights."""
@@ -141,17 +141,14 @@ class MegatronTrainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`, written by state_dict with the same settings."""
         self.step = state["step"]
+        _copy_params(state["params"], self.params)
         with torch.no_grad(), no_cuda():
-            for name, param in self.params.items():
-                param.copy_(state["params"][name])
             self._optimizer.load_state_dict(state["optimizer"])
             self._scheduler.num_steps = 0  # Megatron adds the saved count to the present one
             self._scheduler.load_state_dict(state["scheduler"])
         if state["reference"] is not None:
             self.freeze_reference()
-            with torch.no_grad():
-                for name, param in named_params(self._reference).items():
-                    param.copy_(state["reference"][name])
+            _copy_params(state["reference"], named_params(self._reference))
 
     def _check_names(self, gpt: GPTModel) -> None:
         found = {name: tuple(p.shape) for name, p in gpt.named_parameters()}
@@ -225,14 +222,33 @@ class MegatronTrainer:
         for i, batch in enumerate(batches):
             self._forward_backward([batch], loss, None if references is None else [references[i]])
             if not self._gradients_finite():
-                ids = [sample.sample_id for sample in batch.samples]
                 raise NonFiniteError(
-                    f"gradient is NaN or Inf at step {self.step + 1}, micro-batch {batch.index} "
-                    f"(samples {ids[0]} to {ids[-1]}); the weights are unchanged"
+                    f"gradient is NaN or Inf at step {self.step + 1}, micro-batch {batch.index}, "
+                    f"{self._blame(batch, loss)}; the weights are unchanged"
                 )
         raise NonFiniteError(
             f"the sum of the gradients overflows at step {self.step + 1}; the weights are unchanged"
         )
+
+    def _blame(self, batch: MicroBatch, loss: Loss) -> str:
+        """Which sample's gradient is not finite by itself; all of them if only their sum is not."""
+        for sample in batch.samples:
+            [packed] = pack_samples(
+                [sample], batch.num_tokens, temperature=batch.temperature, device=self.device
+            )
+            alone = [replace(packed, index=batch.index)]
+            reference = self.logprobs(alone, reference=True) if self._reference else None
+            self._forward_backward(alone, loss, reference)
+            if not self._gradients_finite():
+                return f"sample {sample.sample_id}"
+        ids = [sample.sample_id for sample in batch.samples]
+        return f"samples {ids[0]} to {ids[-1]} together"
+
+
+@torch.no_grad()
+def _copy_params(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> None:
+    for name, param in target.items():
+        param.copy_(source[name])
 
 
 def _megatron_optimizer_config(config: OptimizerConfig, bf16: bool) -> MegatronOptimizerConfig:
