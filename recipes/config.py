@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from samebit.recipes.bench.config import BenchEngineRun, BenchKernelsRun
 from samebit.recipes.metrics import LoggerConfig
 from samebit.recipes.rewards import RewardConfig
 from samebit.recipes.tasks.base import DataConfig
@@ -240,6 +241,8 @@ SCHEMAS: dict[str, type[Any]] = {
     "sft": SftRun,
     "demo": DemoRun,
     "verify": VerifyRun,
+    "bench engine": BenchEngineRun,
+    "bench kernels": BenchKernelsRun,
     "export": ExportRun,
     "fetch-smollm2": FetchRun,
 }

@@ -1,0 +1,144 @@
+"""The configuration of `samebit bench`. No torch here, as in recipes/config.py."""
+
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from samebit.trainer.config import require
+
+VARIANTS = ("default", "no_graphs", "no_overlap", "torch_kernels")
+TABLES = ("linear", "attention", "prefill", "rows")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests of one timed run; written 64x8x512x512."""
+
+    num_prompts: int
+    num_samples: int
+    input_len: int
+    output_len: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From prompts x samples x input length x output length; ValueError for anything else."""
+        matched = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+        if matched is None:
+            raise ValueError(
+                f"workload '{text}' is not prompts x samples x input length x output length, "
+                "such as 64x8x512x512"
+            )
+        return cls(*map(int, matched.groups()))
+
+    def __str__(self) -> str:
+        return f"{self.num_prompts}x{self.num_samples}x{self.input_len}x{self.output_len}"
+
+    @property
+    def num_seqs(self) -> int:
+        """Samples over all prompts."""
+        return self.num_prompts * self.num_samples
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens drawn in one run."""
+        return self.num_seqs * self.output_len
+
+
+@dataclass(kw_only=True)
+class BenchEngineSettings:
+    """Arguments of rollout.engine.Engine; what is unset keeps the engine's own default."""
+
+    page_size: int | None = None
+    kv_cache_tokens: int | None = None
+    max_batch_tokens: int | None = 8192
+    max_num_seqs: int | None = 512
+    prefill_chunk: int | None = None
+    prefix_cache: bool | None = None
+    max_model_len: int | None = None
+    cuda_graphs: bool | None = None
+    overlap: bool | None = None
+
+    def given(self) -> dict[str, Any]:
+        """Those that are set."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(kw_only=True)
+class BenchRun:
+    """What both have. Writes output_dir/run_name/bench.json."""
+
+    run_name: str = "bench"
+    output_dir: str = "outputs"
+    device: str | None = None
+    """cpu or cuda; unset: the GPU if there is one."""
+    seed: int = 0
+    """Of prompts and random tensors."""
+    model: str = "???"
+    """A Hugging Face folder."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run's files go."""
+        return Path(self.output_dir) / self.run_name
+
+
+@dataclass(kw_only=True)
+class BenchEngineRun(BenchRun):
+    """`samebit bench engine`: output tokens per second of whole workloads."""
+
+    run_name: str = "bench_engine"
+    load_format: str = "safetensors"
+    """dummy: random weights for a folder that holds only a config.json."""
+    cpu_threads: int = 1
+    workloads: list[str] = field(
+        default_factory=lambda: [
+            "64x8x512x512",
+            "1x1x512x256",
+            "8x1x512x256",
+            "64x1x512x256",
+            "1x8x512x4096",
+        ]
+    )
+    """Prompts x samples of each x input length x output length."""
+    repeats: int = 3
+    """Timed runs of a workload, after one that warms up."""
+    variants: list[str] = field(default_factory=lambda: ["default"])
+    """default, no_graphs, no_overlap, torch_kernels: one engine each."""
+    profile: bool = False
+    """Trace decode steps of the first workload and say how long the GPU idles."""
+    profile_steps: int = 32
+    engine: BenchEngineSettings = field(default_factory=BenchEngineSettings)
+
+    def __post_init__(self) -> None:
+        require(len(self.workloads) > 0, "workloads", self.workloads, "at least one")
+        require(len(self.variants) > 0, "variants", self.variants, "at least one")
+        require(self.repeats >= 1, "repeats", self.repeats, "positive")
+        require(self.profile_steps >= 1, "profile_steps", self.profile_steps, "positive")
+        for text in self.workloads:
+            Workload.parse(text)
+        for name in self.variants:
+            require(name in VARIANTS, "variants", name, f"one of {VARIANTS}")
+
+
+@dataclass(kw_only=True)
+class BenchKernelsRun(BenchRun):
+    """`samebit bench kernels`: operations at a model's shapes against torch and the roofline."""
+
+    run_name: str = "bench_kernels"
+    tables: list[str] = field(default_factory=lambda: list(TABLES))
+    """linear, attention (decode), prefill (packed), rows (norms, activations, sampling)."""
+    rows: list[int] = field(
+        default_factory=lambda: [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
+    )
+    """Numbers of rows of linear's products."""
+    replays: int = 20
+    """Timed replays of each CUDA graph."""
+    tune: bool = False
+    """Search for the fastest implementations of these shapes instead."""
+
+    def __post_init__(self) -> None:
+        require(self.replays >= 1, "replays", self.replays, "positive")
+        require(all(m >= 1 for m in self.rows), "rows", self.rows, "positive")
+        for name in self.tables:
+            require(name in TABLES, "tables", name, f"one of {TABLES}")
