@@ -9,7 +9,7 @@ SHELL := bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint wheelhouse clean setup
+.PHONY: help demo test test-gpu sanitize lint wheelhouse clean setup
 MAKEFLAGS += --no-builtin-rules
 
 # Nothing started from here may import the root folders as `kernels`, `trainer`, ...
@@ -43,6 +43,17 @@ test: $(STAMP) ## everything that needs no GPU
 test-gpu: $(STAMP) ## everything that needs a CUDA device
 	$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device")'
 	$(PY) -m pytest -m gpu $(ARGS)
+
+# Without torch's memory cache every tensor is an allocation of its own, with bounds to violate.
+CUDA_BIN := $${CUDA_HOME:-/usr/local/cuda}/bin
+SANITIZER ?= $(or $(shell command -v compute-sanitizer),$(CUDA_BIN)/compute-sanitizer)
+
+sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
+sanitize: $(STAMP) ## every GPU kernel once under compute-sanitizer: memcheck, racecheck
+	for tool in memcheck racecheck; do
+		"$(SANITIZER)" --tool $$tool --error-exitcode 1 --target-processes application-only \
+			$(PY) -m samebit.recipes.verification.kernel_pass
+	done
 
 lint: $(STAMP) ## ruff and mypy
 	$(PY) -m ruff check .

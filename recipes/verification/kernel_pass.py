@@ -1,0 +1,177 @@
+"""One small pass over every operation of kernels/, forward and backward, for `make sanitize`.
+
+    python -m samebit.recipes.verification.kernel_pass [device]
+
+Shapes are small and ragged, so that every kernel meets the edges of its tiles, and what must not
+be read is NaN. Exit code 1 if an output is not finite. A new operation is one entry of PASSES.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from samebit.kernels.attention import packed_attention, paged_attention, plan_packed, plan_paged
+from samebit.kernels.kv_write import kv_write
+from samebit.kernels.linear import linear, logits
+from samebit.kernels.logprob import logprob, logsumexp, padded_vocab_size
+from samebit.kernels.rms_norm import add_rms_norm, rms_norm
+from samebit.kernels.rope import rope, rope_table
+from samebit.kernels.sample import allowed_tokens, draw
+from samebit.kernels.swiglu import swiglu
+from samebit.rollout.config import resolve_device, resolve_dtype
+
+HEADS = ((4, 2, 16, 16), (9, 3, 64, 48), (8, 1, 128, 64))  # query heads, kv heads, H, page size
+CONTEXT_LENS = (1, 65, 1030, 2100)  # one, two and three KV splits on the GPU
+VOCAB_SIZES = (331, 9001)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Random inputs of the contract's dtype on one device."""
+
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the contract computes in there."""
+        return resolve_dtype(None, self.device)
+
+    def normal(self, *shape: int, seed: int = 0) -> torch.Tensor:
+        """N(0, 1), differentiable."""
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.randn(shape, generator=generator)
+        return values.to(self.device, self.dtype).requires_grad_()
+
+    def integers(self, high: int, *shape: int) -> torch.Tensor:
+        """int64 in [0, high)."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(high, shape, generator=generator).to(self.device)
+
+
+def with_gradients(output: torch.Tensor, *inputs: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The output and the gradients of its sum."""
+    yield output
+    yield from torch.autograd.grad(output, inputs, torch.ones_like(output))
+
+
+def linear_pass(make: Inputs) -> Iterator[torch.Tensor]:
+    """Aligned and odd shapes: on the GPU cuBLASLt and Triton."""
+    for n, k in ((192, 128), (331, 100)):
+        weight = make.normal(n, k)
+        for m in (1, 17, 300, 700):
+            x = make.normal(m, k, seed=1)
+            yield from with_gradients(linear(x, weight), x, weight)
+            yield logits(x.detach(), weight.detach())
+
+
+def rms_norm_pass(make: Inputs) -> Iterator[torch.Tensor]:
+    """Rows of many widths, and heads that lie apart."""
+    for width in (64, 100, 576, 5000):
+        x, weight = make.normal(13, width), make.normal(width, seed=1)
+        yield from with_gradients(rms_norm(x, weight, 1e-6), x, weight)
+        normed, total = add_rms_norm(x, make.normal(13, width, seed=2), weight, 1e-6)
+        yield from with_gradients(normed, x, weight)
+        yield total
+    apart = make.normal(13, 3, 5, 64)
+    yield rms_norm(apart[:, 1], make.normal(64), 1e-6)
+
+
+def rope_pass(make: Inputs) -> Iterator[torch.Tensor]:
+    """Odd numbers of heads, up to the table's last position."""
+    for heads, head_dim in ((9, 64), (17, 128), (3, 20)):
+        table = rope_table(head_dim, 1e4, 50, device=make.device)
+        positions = torch.cat([make.integers(50, 12), torch.tensor([49], device=make.device)])
+        x = make.normal(13, heads, head_dim)
+        yield from with_gradients(rope(x, positions, table), x)
+
+
+def swiglu_pass(make: Inputs) -> Iterator[torch.Tensor]:
+    """Rows that fill no block."""
+    for width in (100, 1536, 9728):
+        gate_up = make.normal(5, 2 * width)
+        yield from with_gradients(swiglu(gate_up), gate_up)
+
+
+def paged_attention_pass(make: Inputs) -> Iterator[torch.Tensor]:
+    """kv_write, then decode over several splits, chunks, and both in one batch."""
+    for heads, kv, head_dim, page_size in HEADS:
+        counts = [-(-n // page_size) for n in CONTEXT_LENS]
+        pages = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0))
+        table = torch.zeros(len(counts), max(counts), dtype=torch.int64)
+        shape = (2, len(pages), page_size, kv, head_dim)
+        keys, values = torch.full(shape, float("nan"), dtype=make.dtype, device=make.device)
+        for i, (own, length) in enumerate(zip(pages.split(counts), CONTEXT_LENS, strict=True)):
+            table[i, : len(own)] = own
+            place = torch.arange(length)
+            slots = (own[place // page_size] * page_size + place % page_size).to(make.device)
+            new = [make.normal(length, kv, head_dim, seed=s).detach() for s in (1, 2)]
+            kv_write(*new, keys, values, slots)
+        for chunk in ((1, 1, 1, 1), (1, 17, 70, 129), (1, 1, 17, 1)):
+            plan = plan_paged(chunk, CONTEXT_LENS, table, page_size, heads // kv, make.device)
+            q = make.normal(sum(chunk), heads, head_dim).detach()
+            yield paged_attention(q, keys, values, plan, head_dim**-0.5)
+
+
+def packed_attention_pass(make: Inputs) -> Iterator[torch.Tensor]:
+    """The training forward and its backward."""
+    lens = (1, 65, 300, 1030)
+    for heads, kv, head_dim, _ in HEADS:
+        q, k, v = (make.normal(sum(lens), n, head_dim, seed=n) for n in (heads, kv, kv))
+        plan = plan_packed(lens, heads // kv, make.device)
+        yield from with_gradients(packed_attention(q, k, v, plan, head_dim**-0.5), q, k, v)
+
+
+def logprob_pass(make: Inputs) -> Iterator[torch.Tensor]:
+    """Two chunks of rows over a vocabulary with padding, and its gradients."""
+    for vocab_size, rows in zip(VOCAB_SIZES, (7, 530), strict=True):
+        hidden, weight = make.normal(rows, 64), make.normal(padded_vocab_size(vocab_size), 64)
+        temperature = torch.full((rows,), 0.7, device=make.device)
+        ids = make.integers(vocab_size, rows)
+        values, entropy = logprob(hidden, weight, ids, temperature, vocab_size)
+        yield from with_gradients(values, hidden, weight)
+        yield entropy
+
+
+def sample_pass(make: Inputs) -> Iterator[torch.Tensor]:
+    """logsumexp, allowed_tokens and draw on rows with every kind of limit."""
+    for vocab_size in VOCAB_SIZES:
+        scaled = make.normal(6, vocab_size).detach().float()
+        yield logsumexp(scaled)
+        limits = ([0, 1, 5, 0, 40, 0], [1.0, 1.0, 0.9, 0.3, 0.999, 1.0], [0, 0, 0, 0, 0.05, 0.3])
+        allowed = allowed_tokens(scaled, *(torch.tensor(x, device=make.device) for x in limits))
+        scaled = scaled.masked_fill(~allowed, float("-inf"))
+        seeds = positions = sample_ids = make.integers(1 << 62, 6)
+        greedy = torch.arange(6, device=make.device) % 2 == 0
+        tokens = draw(scaled, seeds, positions, sample_ids, greedy)
+        yield scaled.gather(1, tokens[:, None])
+
+
+PASSES: tuple[Callable[[Inputs], Iterable[torch.Tensor]], ...] = (
+    linear_pass,
+    rms_norm_pass,
+    rope_pass,
+    swiglu_pass,
+    paged_attention_pass,
+    packed_attention_pass,
+    logprob_pass,
+    sample_pass,
+)
+
+
+def main(device: str = "cuda") -> int:
+    """Run every pass."""
+    make, bad = Inputs(resolve_device(device)), []
+    for one_pass in PASSES:
+        outputs = list(one_pass(make))
+        finite = all(bool(output.isfinite().all()) for output in outputs)
+        bad += [] if finite else [one_pass.__name__]
+        print(
+            f"{one_pass.__name__:22s} {len(outputs):3d} outputs{'' if finite else ', NaN or Inf'}"
+        )
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

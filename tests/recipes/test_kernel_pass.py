@@ -1,0 +1,42 @@
+"""The pass that `make sanitize` runs: it leaves no operation out, and notices bad output."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from samebit.kernels import op as op_module
+from samebit.kernels.op import Op
+from samebit.recipes.verification import kernel_pass
+
+
+def all_operations():
+    """The names of every Op in kernels/."""
+    files = Path(op_module.__file__).parent.glob("*.py")
+    modules = [importlib.import_module(f"samebit.kernels.{file.stem}") for file in files]
+    return {op.name for module in modules for op in vars(module).values() if isinstance(op, Op)}
+
+
+def test_every_operation_runs(monkeypatch, capsys):
+    called = set()
+    original = Op.__call__
+
+    def record(op, *args, **kwargs):
+        called.add(op.name)
+        return original(op, *args, **kwargs)
+
+    monkeypatch.setattr(Op, "__call__", record)
+    assert kernel_pass.main("cpu") == 0
+    assert called == all_operations()
+    assert len(capsys.readouterr().out.splitlines()) == len(kernel_pass.PASSES)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_output_that_is_not_finite_fails(monkeypatch, value, capsys):
+    def broken_pass(make):
+        yield torch.tensor([1.0, value])
+
+    monkeypatch.setattr(kernel_pass, "PASSES", (broken_pass,))
+    assert kernel_pass.main("cpu") == 1
+    assert "broken_pass" in capsys.readouterr().out
