@@ -7,6 +7,7 @@ import torch
 from helpers import assert_same_bits
 
 from samebit.rollout.engine import Engine
+from samebit.trainer.megatron.forward import ForwardModel
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.stats import count_mismatches
 
@@ -102,3 +103,16 @@ def test_an_engine_bound_to_the_trainer_sees_its_steps(make_trainer, qwen3_path,
     for s in samples:
         [score] = engine.score([list(s.token_ids)])
         assert_same_bits(found[s.sample_id], torch.tensor(score[s.prompt_len - 1 :]), s.sample_id)
+
+
+def test_the_forward_alone_reads_the_weights_in_place(model_path, rollout_samples):
+    """No copy and no gradients, and the rollout's bits from the engine's own memory."""
+    engine, samples = Engine(model_path, device="cpu"), rollout_samples(model_path)
+    forward = ForwardModel(engine.model_config, engine.config.device, engine.weights)
+    assert {name: p.data_ptr() for name, p in forward.params.items()} == {
+        name: w.data_ptr() for name, w in engine.weights.items()
+    }
+    assert not any(p.requires_grad for p in forward.params.values())
+    found = by_sample(forward, pack_samples(samples, 300))
+    for s in samples:
+        assert_same_bits(found[s.sample_id], torch.tensor(s.logprobs), s.sample_id)

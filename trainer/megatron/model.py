@@ -12,6 +12,7 @@ from samebit.kernels.attention import plan_packed
 from samebit.kernels.logprob import logprob, padded_vocab_size
 from samebit.kernels.rope import rope_table
 from samebit.rollout.models.config import ModelConfig
+from samebit.rollout.models.decoder import param_specs
 from samebit.trainer.megatron.spec import PackedSequences, block_submodules
 from samebit.trainer.types import MicroBatch
 
@@ -51,7 +52,10 @@ def transformer_config(model: ModelConfig, device: torch.device) -> TransformerC
 
 
 def build_model(model: ModelConfig, device: torch.device) -> GPTModel:
-    """A GPTModel with our operations and uninitialised weights."""
+    """A GPTModel with our operations and uninitialised weights.
+
+    Raises RuntimeError unless its parameters have the engine's names and shapes.
+    """
     table = rope_table(
         model.head_dim, model.rope_theta, model.max_position, model.rope_scaling, device
     )
@@ -63,7 +67,16 @@ def build_model(model: ModelConfig, device: torch.device) -> GPTModel:
         share_embeddings_and_output_weights=model.tie_embeddings,
         position_embedding_type="none",
     )
+    _check_params(gpt, model)
     return gpt.to(device)
+
+
+def _check_params(gpt: GPTModel, model: ModelConfig) -> None:
+    found = {name: tuple(p.shape) for name, p in gpt.named_parameters()}
+    expected = {spec.name: spec.shape for spec in param_specs(model)}
+    if found != expected:
+        different = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
+        raise RuntimeError(f"Megatron's parameters are not the engine's: {different[:5]}")
 
 
 def named_params(gpt: torch.nn.Module) -> Mapping[str, torch.Tensor]:

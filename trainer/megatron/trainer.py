@@ -16,7 +16,6 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -27,6 +26,7 @@ from samebit.rollout.models.decoder import param_specs, selfcheck_model
 from samebit.trainer.algorithms.base import Loss
 from samebit.trainer.config import OptimizerConfig
 from samebit.trainer.megatron.cpu import no_cuda
+from samebit.trainer.megatron.forward import ForwardModel, batch_logprobs
 from samebit.trainer.megatron.model import build_model, forward_logprobs, named_params
 from samebit.trainer.megatron.setup import initialize
 from samebit.trainer.packing import pack_samples
@@ -58,7 +58,6 @@ class MegatronTrainer:
         self.step = 0
         with no_cuda():
             gpt = build_model(model, device)
-            self._check_names(gpt)
             ddp_config = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True, overlap_grad_reduce=False, average_in_collective=False
             )
@@ -71,7 +70,7 @@ class MegatronTrainer:
         gpt.config.no_sync_func = self._ddp.no_sync
         gpt.config.finalize_model_grads_func = finalize_model_grads
         self.params: Mapping[str, torch.Tensor] = named_params(gpt)
-        self._reference: GPTModel | None = None
+        self._reference: ForwardModel | None = None
 
     def fill(self, load: Callable[[Sequence[ParamSpec], Mapping[str, torch.Tensor]], None]) -> None:
         """Have `load(specs, params)` write a full set of weights, and tell the optimizer."""
@@ -81,9 +80,8 @@ class MegatronTrainer:
 
     def freeze_reference(self) -> None:
         """Keep a copy of the present weights as the reference for the KL penalty."""
-        with no_cuda():
-            self._reference = build_model(self.model, self.device).requires_grad_(False)
-        _copy_params(self.params, named_params(self._reference))
+        self._reference = ForwardModel(self.model, self.device)
+        _copy_params(self.params, self._reference.params)
 
     def digest(self) -> str:
         """weights_digest of the present weights."""
@@ -93,11 +91,11 @@ class MegatronTrainer:
         self, batches: Sequence[MicroBatch], reference: bool = False
     ) -> list[torch.Tensor]:
         """Log-probs [R] of every micro-batch, without gradients."""
-        gpt = self._reference if reference else self._ddp
-        if gpt is None:
+        if not reference:
+            return batch_logprobs(self._ddp, batches, self.model)
+        if self._reference is None:
             raise RuntimeError("no reference model; call freeze_reference first")
-        with torch.no_grad(), no_cuda():
-            return [forward_logprobs(gpt, batch, self.model)[0] for batch in batches]
+        return self._reference.logprobs(batches)
 
     def train_step(self, batches: Sequence[MicroBatch], loss: Loss) -> StepStats:
         """One optimizer step over all micro-batches.
@@ -135,7 +133,7 @@ class MegatronTrainer:
             "scheduler": self._scheduler.state_dict(),
             "reference": None
             if self._reference is None
-            else {name: p.detach() for name, p in named_params(self._reference).items()},
+            else {name: p.detach() for name, p in self._reference.params.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -148,14 +146,8 @@ class MegatronTrainer:
             self._scheduler.load_state_dict(state["scheduler"])
         if state["reference"] is not None:
             self.freeze_reference()
-            _copy_params(state["reference"], named_params(self._reference))
-
-    def _check_names(self, gpt: GPTModel) -> None:
-        found = {name: tuple(p.shape) for name, p in gpt.named_parameters()}
-        expected = {spec.name: spec.shape for spec in self.specs}
-        if found != expected:
-            different = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
-            raise RuntimeError(f"Megatron's parameters are not the engine's: {different[:5]}")
+            assert self._reference is not None
+            _copy_params(state["reference"], self._reference.params)
 
     def _forward_backward(
         self,

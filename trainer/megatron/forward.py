@@ -1,0 +1,49 @@
+"""Megatron's forward by itself: log-probs without gradients, optimizer or master weights."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from samebit.rollout.models.config import ModelConfig
+from samebit.rollout.models.decoder import selfcheck_model
+from samebit.trainer.megatron.cpu import no_cuda
+from samebit.trainer.megatron.model import build_model, forward_logprobs, named_params
+from samebit.trainer.megatron.setup import initialize
+from samebit.trainer.types import MicroBatch
+
+
+def batch_logprobs(
+    gpt: Any, batches: Sequence[MicroBatch], model: ModelConfig
+) -> list[torch.Tensor]:
+    """Log-probs [R] of every micro-batch, without gradients."""
+    with torch.no_grad(), no_cuda():
+        return [forward_logprobs(gpt, batch, model)[0] for batch in batches]
+
+
+class ForwardModel:
+    """A policy that is only read: the KL reference, or an engine's weights seen by Megatron.
+
+    `weights`, by Megatron's names, are used in place and may be rewritten by their owner. Without
+    them `params` are uninitialised memory of the model's own.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        device: torch.device,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        initialize(device)
+        selfcheck_model(model, device)
+        self.model = model
+        with no_cuda():
+            self._gpt = build_model(model, device).requires_grad_(False)
+        self.params = named_params(self._gpt)
+        if weights is not None:
+            for name, param in self.params.items():
+                param.data = weights[name]
+
+    def logprobs(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        """Log-probs [R] of every micro-batch."""
+        return batch_logprobs(self._gpt, batches, self.model)
