@@ -208,6 +208,8 @@ class VerifyRun:
     """A Hugging Face folder; unset: tiny Qwen3 and Llama models with random weights."""
     load_format: str = "safetensors"
     """dummy: random weights for a folder that holds only a config.json."""
+    properties: list[str] | None = None
+    """Only these, as in [batch_size,trainer], to cut a long run in pieces; unset: all."""
 
 
 @dataclass(kw_only=True)

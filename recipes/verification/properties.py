@@ -2,15 +2,14 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping
-
-import torch
+from collections.abc import Callable
 
 from samebit.recipes.verification.subject import NUM_SAMPLES, Result, Subject, flat
 from samebit.rollout.types import Completion, SamplingParams
-from samebit.trainer.config import OptimizerConfig
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.types import Sample
+
+Property = Callable[[Subject], Result]
 
 CHUNKS = (1, 15, 16, 17, 63, 64, 65, 128)
 CPU_BATCH_EDGES = (1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 63, 65)
@@ -215,16 +214,10 @@ def score(subject: Subject) -> Result:
 
 def trainer(subject: Subject) -> Result:
     """Megatron's forward over packed samples, against the rollout's log-probs."""
-    from samebit.trainer.megatron.trainer import MegatronTrainer
+    from samebit.trainer.megatron.forward import ForwardModel
 
     result = Result("trainer vs rollout")
-    megatron = MegatronTrainer(subject.config, OptimizerConfig(lr=0.0), 1, subject.device)
-
-    def copy(_specs: object, params: Mapping[str, torch.Tensor]) -> None:
-        for name, param in params.items():
-            param.copy_(subject.engine.weights[name])
-
-    megatron.fill(copy)
+    megatron = ForwardModel(subject.config, subject.device, subject.engine.weights)
     for temperature in sorted({p.temperature or 1.0 for p in subject.params}):
         samples = [
             Sample(
@@ -249,7 +242,7 @@ def trainer(subject: Subject) -> Result:
     return result
 
 
-PROPERTIES: tuple[Callable[[Subject], Result], ...] = (
+PROPERTIES: tuple[Property, ...] = (
     batch_size,
     batch_position,
     decode_batch,

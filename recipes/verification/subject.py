@@ -1,6 +1,8 @@
 """What a property is measured on: a model, fixed prompts and ids, and the baseline they gave."""
 
+import hashlib
 import random
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +41,8 @@ class Result:
     tokens: int = 0
     mismatches: int = 0
     notes: list[str] = field(default_factory=list)
+    outcomes_digest: str = ""
+    """Of every value found, in order and to the bit: equal in two runs that found the same."""
 
     def compare(self, found: Sequence[Completion], truth: Sequence[Completion], case: str) -> None:
         """Count a case: every position whose token or log-prob differs."""
@@ -53,6 +57,7 @@ class Result:
 
     def compare_values(self, found: Sequence[Any], truth: Sequence[Any], case: str) -> None:
         """Count positions; a missing position is a mismatch."""
+        self.outcomes_digest = chained_digest(self.outcomes_digest, case, _exact_bytes(found))
         length = max(len(found), len(truth))
         unequal = sum(a != b for a, b in zip(found, truth, strict=False))
         unequal += length - min(len(found), len(truth))
@@ -60,6 +65,18 @@ class Result:
         self.mismatches += unequal
         if unequal and len(self.notes) < 5:
             self.notes.append(f"{case}: {unequal} of {length}")
+
+
+def chained_digest(before: str, name: str, content: bytes) -> str:
+    """SHA-256 of all that `before` stands for and of `content` under `name`."""
+    header = f"{before} {name} {len(content)}:".encode()
+    return hashlib.sha256(header + content).hexdigest()
+
+
+def _exact_bytes(values: Sequence[Any]) -> bytes:
+    """Numbers, or tuples of them, as doubles: exact for fp32 and for token ids."""
+    flat = [x for value in values for x in (value if isinstance(value, tuple) else (value,))]
+    return struct.pack(f"<{len(flat)}d", *flat)
 
 
 @dataclass
