@@ -1,0 +1,141 @@
+"""How long the GPU idles between its activities, from torch.profiler over steady decode steps."""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from samebit.recipes.bench.config import Workload
+from samebit.recipes.bench.prompts import PromptSource, sampling_params
+from samebit.rollout.engine import Engine
+
+_GPU_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
+_TOP = 15
+
+
+class Activity(NamedTuple):
+    """One kernel, copy or fill on the GPU; times in microseconds."""
+
+    start: float
+    end: float
+    name: str
+
+
+@dataclass(frozen=True)
+class IdleTime:
+    """From the first activity's start to the last one's end, streams taken together."""
+
+    busy: float
+    idle: float
+    longest_gap: float
+
+    @property
+    def idle_share(self) -> float:
+        """Of the whole window."""
+        whole = self.busy + self.idle
+        return self.idle / whole if whole else 0.0
+
+
+def idle_time(intervals: Iterable[tuple[float, float]]) -> IdleTime:
+    """Of (start, end) intervals in any order, which may overlap."""
+    busy = idle = longest = 0.0
+    reached: float | None = None
+    for start, end in sorted(intervals):
+        gap = 0.0 if reached is None else max(0.0, start - reached)
+        idle += gap
+        longest = max(longest, gap)
+        busy += max(0.0, end - (start if reached is None else max(start, reached)))
+        reached = end if reached is None else max(reached, end)
+    return IdleTime(busy, idle, longest)
+
+
+def gpu_activities(trace: dict[str, Any]) -> list[Activity]:
+    """What ran on the GPU, from a Chrome trace of torch.profiler."""
+    return [
+        Activity(event["ts"], event["ts"] + event["dur"], event["name"])
+        for event in trace["traceEvents"]
+        if event.get("ph") == "X" and event.get("cat") in _GPU_CATEGORIES
+    ]
+
+
+def top_activities(activities: Iterable[Activity], num_steps: int) -> list[dict[str, Any]]:
+    """The names that take the most time, with calls and microseconds a step."""
+    durations: dict[str, list[float]] = defaultdict(list)
+    for start, end, name in activities:
+        durations[name].append(end - start)
+    ordered = sorted(durations.items(), key=lambda item: -sum(item[1]))
+    return [
+        {"name": name, "calls": len(times) / num_steps, "us": sum(times) / num_steps}
+        for name, times in ordered[:_TOP]
+    ]
+
+
+def num_prefill_steps(engine: Engine, workload: Workload) -> int:
+    """Steps after which every prompt of the workload is computed, with some to spare."""
+    config = engine.config
+    budget = config.max_batch_tokens - workload.num_seqs
+    if workload.num_seqs > config.max_num_seqs or budget < 1:
+        raise ValueError(
+            f"profile: {workload} has {workload.num_seqs} samples; engine.max_num_seqs is "
+            f"{config.max_num_seqs}, engine.max_batch_tokens {config.max_batch_tokens}: both must "
+            "let them all decode in one step"
+        )
+    total = workload.num_prompts * workload.input_len
+    return -(-total // budget) + -(-workload.input_len // config.prefill_chunk) + 4
+
+
+def _step(engine: Engine, count: int) -> float:
+    """Milliseconds of each of `count` steps."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        engine.step()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3 / count
+
+
+def profile_decode(
+    engine: Engine, source: PromptSource, workload: Workload, num_steps: int, trace_file: Path
+) -> dict[str, Any]:
+    """Trace `num_steps` steps with all samples decoding; writes a Chrome trace.
+
+    Only GPU activities are recorded, so that the recording slows the host little; how much it does
+    shows in step_ms (without) and step_ms_recorded.
+    """
+    warmup = num_prefill_steps(engine, workload)
+    workload = replace(workload, output_len=warmup + 2 * num_steps + 16)
+    for prompt, ids in zip(*source.draw(workload), strict=True):
+        engine.add_request(prompt, sampling_params(workload), ids)
+    _step(engine, warmup)
+    step_ms = _step(engine, num_steps)
+    with profile(activities=[ProfilerActivity.CUDA]):
+        _step(engine, 2)  # the first recording takes long to start
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        recorded_ms = _step(engine, num_steps)
+    while engine.has_unfinished_requests:
+        engine.step()
+    trace_file.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(trace_file))
+    activities = gpu_activities(json.loads(trace_file.read_text(errors="replace"), strict=False))
+    if not activities:
+        raise ValueError(f"{trace_file}: torch.profiler recorded no GPU activity")
+    found = idle_time((start, end) for start, end, _ in activities)
+    return {
+        "trace": trace_file.name,
+        "workload": str(workload),
+        "steps": num_steps,
+        "step_ms": step_ms,
+        "step_ms_recorded": recorded_ms,
+        "gpu_busy_ms": found.busy / 1e3 / num_steps,
+        "gpu_idle_ms": found.idle / 1e3 / num_steps,
+        "idle_share": found.idle_share,
+        "longest_gap_us": found.longest_gap,
+        "activities": len(activities) / num_steps,
+        "top": top_activities(activities, num_steps),
+    }

@@ -1,0 +1,257 @@
+"""samebit bench kernels: every operation at a model's shapes, against torch and the roofline.
+
+All under CUDA graph replay. linear rotates its weights and decode attention its pages through
+256 MB or more, so that no cache holds them, as in an engine that runs a whole model between two
+uses; the row operations find their inputs in the cache, as they do in an engine.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from samebit.kernels.attention import packed_attention, paged_attention, plan_packed, plan_paged
+from samebit.kernels.linear import linear, logits
+from samebit.kernels.logprob import logsumexp
+from samebit.kernels.profile import numerics_profile
+from samebit.kernels.rms_norm import add_rms_norm, rms_norm
+from samebit.kernels.rope import rope, rope_table
+from samebit.kernels.sample import draw
+from samebit.kernels.swiglu import swiglu
+from samebit.recipes.bench.config import BenchKernelsRun
+from samebit.recipes.bench.output import REPORT_FILE, format_table, write_report
+from samebit.recipes.bench.timing import copy_bytes_s, graph_us, ideal_us, num_copies
+from samebit.rollout.config import DeviceError, resolve_device
+from samebit.rollout.models.config import ModelConfig
+from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.runtime.kv_cache import KVCache
+from samebit.rollout.runtime.memory import Arena
+
+Row = dict[str, Any]
+"""One measurement: a line of a table and of bench.json."""
+
+LAYER = ("qkv", "o", "gate_up", "down")
+DECODE = (
+    (1, 512), (1, 8192), (1, 32768), (8, 512), (64, 512), (64, 2048), (256, 1024), (256, 4096),
+)  # fmt: skip
+PREFILL = ((8, 512), (8, 1024), (1, 8192))
+FEW_ROWS, MOST_LOGIT_ROWS = (1, 64, 512, 4096), 512
+_PAGE = 64
+_CUDA = torch.device("cuda")
+_BF16 = torch.bfloat16
+_MAX_PLANS = 128
+
+
+def _randn(*shape: int, dtype: torch.dtype = _BF16) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype, device=_CUDA)
+
+
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(N, K) of every product of the model."""
+    D, H = config.hidden_size, config.head_dim
+    heads = config.num_heads * H
+    return {
+        "qkv": (heads + 2 * config.num_kv_heads * H, D),
+        "o": (D, heads),
+        "gate_up": (2 * config.ffn_size, D),
+        "down": (D, config.ffn_size),
+        "lm_head": (config.vocab_size, D),
+    }
+
+
+def _torch_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+
+def bench_linear(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
+    """Our product and torch's of the same operands; `layer` rows are sums of a layer's four."""
+    rows: list[Row] = []
+    for shape, (n, k) in linear_shapes(config).items():
+        weights = [_randn(n, k) for _ in range(num_copies(2 * n * k))]
+        inputs = _randn(max(run.rows), k)
+        is_head = shape == "lm_head"
+        ours, theirs = (logits, _torch_logits) if is_head else (linear, F.linear)
+        for m in run.rows:
+            flops, num_bytes = 2 * m * n * k, 2 * (n + m) * k + (4 if is_head else 2) * m * n
+            ideal = ideal_us(flops, num_bytes)
+            us, torch_us = (
+                graph_us([partial(f, inputs[:m], w) for w in weights], ideal, run.replays)
+                for f in (ours, theirs)
+            )
+            rows.append(
+                {
+                    "shape": shape, "m": m, "us": us.median, "torch_us": torch_us.median,
+                    "ratio": us.median / torch_us.median, "tflop_s": flops / us.median / 1e6,
+                    "gb_s": num_bytes / us.median / 1e3, "roofline": ideal / us.median,
+                    "spread": asdict(us), "torch_spread": asdict(torch_us),
+                }
+            )  # fmt: skip
+        del weights
+        torch.cuda.empty_cache()
+    return rows + layer_sums(rows)
+
+
+def layer_sums(rows: list[Row]) -> list[Row]:
+    """By number of rows, the time of a layer's four products."""
+    sums = []
+    for m in dict.fromkeys(row["m"] for row in rows):
+        parts = [row for row in rows if row["m"] == m and row["shape"] in LAYER]
+        us, torch_us = (sum(row[key] for row in parts) for key in ("us", "torch_us"))
+        ideal = sum(row["us"] * row["roofline"] for row in parts)
+        sums.append(
+            {"shape": "layer", "m": m, "us": us, "torch_us": torch_us, "ratio": us / torch_us,
+             "roofline": ideal / us}
+        )  # fmt: skip
+    return sums
+
+
+def make_cache(config: ModelConfig, num_pages: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value cache of one layer with random contents, laid out as the engine's."""
+    cache = KVCache(replace(config, num_layers=1), num_pages, _PAGE, _BF16, Arena(_CUDA))
+    return cache.keys[0].normal_(), cache.values[0].normal_()
+
+
+def bench_attention(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
+    """Decode: one new token a sequence; bytes are those of its keys and values."""
+    copy_rate = copy_bytes_s(run.replays)
+    rows: list[Row] = []
+    for batch, context in DECODE:
+        pages = batch * -(-context // _PAGE)
+        num_bytes = 4 * batch * context * config.num_kv_heads * config.head_dim
+        count = min(num_copies(num_bytes), _MAX_PLANS)
+        keys, values = make_cache(config, count * pages)
+        tables = torch.randperm(count * pages).view(count, batch, -1)
+        query = _randn(batch, config.num_heads, config.head_dim)
+        lens = ([1] * batch, [context] * batch)
+        plans = [plan_paged(*lens, t, _PAGE, config.heads_per_kv, _CUDA) for t in tables]
+        actions = [
+            partial(paged_attention, query, keys, values, plan, config.softmax_scale)
+            for plan in plans
+        ]
+        us = graph_us(actions, num_bytes / copy_rate * 1e6, run.replays)
+        rate = num_bytes / us.median * 1e6
+        rows.append(
+            {"batch": batch, "context": context, "us": us.median, "gb_s": rate / 1e9,
+             "copy_gb_s": copy_rate / 1e9, "of_copy": rate / copy_rate, "spread": asdict(us)}
+        )  # fmt: skip
+        del keys, values, actions, plans
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def bench_prefill(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
+    """Packed causal attention of equal lengths, against torch's flash attention."""
+    rows: list[Row] = []
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    for batch, length in PREFILL:
+        q, k, v = (_randn(batch * length, heads, H) for heads in (N, K, K))
+        plan = plan_packed([length] * batch, config.heads_per_kv, _CUDA)
+        flops = 2 * batch * length**2 * N * H
+        expected = ideal_us(flops, 0)
+        ours = partial(packed_attention, q, k, v, plan, config.softmax_scale)
+        us = graph_us([ours], expected, run.replays)
+        # Repeated heads: its products take the same time, and any build of torch has that kernel.
+        padded = [
+            x.view(batch, length, -1, H).repeat_interleave(N // x.shape[1], 2).transpose(1, 2)
+            for x in (q, k, v)
+        ]
+        torch_us = graph_us([partial(_flash, *padded)], expected, run.replays)
+        rows.append(
+            {"batch": batch, "length": length, "us": us.median, "torch_us": torch_us.median,
+             "ratio": us.median / torch_us.median, "tflop_s": flops / us.median / 1e6,
+             "torch_tflop_s": flops / torch_us.median / 1e6, "spread": asdict(us),
+             "torch_spread": asdict(torch_us)}
+        )  # fmt: skip
+    return rows
+
+
+def row_operations(config: ModelConfig, m: int) -> dict[str, tuple[Callable[[], Any], int]]:
+    """By name: the operation on m rows, and the bytes that it reads and writes."""
+    D, ffn, eps = config.hidden_size, config.ffn_size, config.norm_eps
+    width = config.num_heads * config.head_dim
+    x, residual, weight = _randn(m, D), _randn(m, D), _randn(D)
+    gate_up, q = _randn(m, 2 * ffn), _randn(m, config.num_heads, config.head_dim)
+    table = rope_table(config.head_dim, config.rope_theta, m, config.rope_scaling, _CUDA)
+    places = torch.arange(m, device=_CUDA)
+    found: dict[str, tuple[Callable[[], Any], int]] = {
+        "rms_norm": (partial(rms_norm, x, weight, eps), 4 * m * D),
+        "add_rms_norm": (partial(add_rms_norm, x, residual, weight, eps), 8 * m * D),
+        "swiglu": (partial(swiglu, gate_up), 6 * m * ffn),
+        "rope (queries)": (partial(rope, q, places, table), 4 * m * width),
+    }
+    if m <= MOST_LOGIT_ROWS:
+        scores = _randn(m, config.vocab_size, dtype=torch.float32)
+        seeds, greedy = torch.zeros_like(places), torch.zeros(m, dtype=torch.bool, device=_CUDA)
+        num_bytes = 4 * scores.numel()
+        found["logsumexp"] = (partial(logsumexp, scores), num_bytes)
+        found["draw"] = (partial(draw, scores, seeds, places, places, greedy), num_bytes)
+    return found
+
+
+def bench_rows(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
+    """Norms, activation, rotation and the two passes over logits."""
+    rows: list[Row] = []
+    for m in FEW_ROWS:
+        for name, (action, num_bytes) in row_operations(config, m).items():
+            us = graph_us([action], ideal_us(0, num_bytes), run.replays)
+            rate = num_bytes / us.median / 1e3
+            rows.append(
+                {"operation": name, "m": m, "us": us.median, "gb_s": rate, "spread": asdict(us)}
+            )
+    return rows
+
+
+BENCHES = {
+    "linear": bench_linear,
+    "attention": bench_attention,
+    "prefill": bench_prefill,
+    "rows": bench_rows,
+}
+_FORMATS = {
+    "us": "{:,.2f}", "torch_us": "{:,.2f}", "ratio": "{:.2f}", "tflop_s": "{:,.1f}",
+    "torch_tflop_s": "{:,.1f}", "gb_s": "{:,.0f}", "copy_gb_s": "{:,.0f}", "roofline": "{:.2f}",
+    "of_copy": "{:.2f}",
+}  # fmt: skip
+
+
+def table_of(rows: list[Row]) -> str:
+    """Measurements as an aligned table, without their spreads."""
+    keys = [key for key in rows[0] if not key.endswith("spread")]
+    lines = [
+        [_FORMATS.get(key, "{}").format(row[key]) if key in row else "" for key in keys]
+        for row in rows
+    ]
+    return format_table([keys, *lines])
+
+
+def main(run: BenchKernelsRun) -> int:
+    """The command `samebit bench kernels`."""
+    if resolve_device(run.device).type != "cuda":
+        raise DeviceError("bench kernels needs a CUDA device; `bench engine` also takes device=cpu")
+    if run.tune:
+        return importlib.import_module("samebit.recipes.bench.tune").main(run)
+    torch.manual_seed(run.seed)
+    config = load_model_config(run.model)
+    tables: dict[str, list[Row]] = {}
+    report = {
+        "model": Path(run.model).resolve().name,
+        "numerics": asdict(numerics_profile(_CUDA)),
+        "tables": tables,
+    }
+    for name in run.tables:
+        tables[name] = BENCHES[name](config, run)
+        write_report(run.run_dir, report)
+        print(f"\n{name}\n{table_of(tables[name])}", flush=True)
+    print(f"{run.run_dir / REPORT_FILE} holds the report.")
+    return 0

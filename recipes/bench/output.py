@@ -1,0 +1,33 @@
+"""What a benchmark leaves: an aligned table on the screen and bench.json with its provenance."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from samebit.recipes.metrics import write_atomically
+from samebit.recipes.provenance import provenance
+
+REPORT_FILE = "bench.json"
+
+
+def format_table(rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
+    """Columns aligned, the first num_left to the left, the others to the right; header first."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < num_left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def write_report(run_dir: Path, body: dict[str, Any]) -> Path:
+    """Replace run_dir/bench.json; its path."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    target = run_dir / REPORT_FILE
+    report = {**provenance(["samebit", *sys.argv[1:]]), **body}
+    write_atomically(target, json.dumps(report, indent=1) + "\n")
+    return target

@@ -1,0 +1,83 @@
+"""Measured times: spreads of repeated runs, CUDA graph replay, what the hardware would allow."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+# Measured on an H200: a device-to-device copy (read + write), and the fastest bf16 products.
+MEMORY_BYTES_S = 4.25e12
+FLOPS_S = 690e12
+
+ROTATED_BYTES = 256 << 20
+"""Operands read in turn inside one graph: several times what any L2 cache holds."""
+_GRAPH_US = 1000.0  # a graph's own launch is then below one percent
+_SHORTEST_US = 2.0  # of any kernel
+
+Action = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of repeated measurements."""
+
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        """From at least one value."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+def num_copies(operand_bytes: int) -> int:
+    """Copies of an operand that together exceed every cache."""
+    return -(-ROTATED_BYTES // operand_bytes)
+
+
+def ideal_us(flops: float, num_bytes: float) -> float:
+    """The roofline: whichever of arithmetic and memory takes longer."""
+    return max(flops / FLOPS_S, num_bytes / MEMORY_BYTES_S) * 1e6
+
+
+@torch.no_grad()
+def graph_us(actions: Sequence[Action], expected_us: float, replays: int) -> Spread:
+    """Microseconds of one action, from replays of a CUDA graph that runs all of them in turn.
+
+    The actions differ in their operands alone. The graph repeats them until it should take a
+    millisecond by `expected_us` each.
+    """
+    rounds = max(1, round(_GRAPH_US / (max(expected_us, _SHORTEST_US) * len(actions))))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # whoever fills the operands
+    with torch.cuda.stream(stream):
+        for action in actions:  # compiles, and chooses algorithms
+            action()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for action in list(actions) * rounds:
+            action()
+    for _ in range(2):
+        graph.replay()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    count = len(actions) * rounds
+    times = [1e3 * a.elapsed_time(b) / count for a, b in zip(events, events[1:], strict=False)]
+    graph.reset()
+    return Spread.of(times)
+
+
+def copy_bytes_s(replays: int) -> float:
+    """Bytes read and written per second by a device-to-device copy of 1 GiB."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    num_bytes = 2 * source.numel()
+    return num_bytes / graph_us([lambda: target.copy_(source)], 500.0, replays).median * 1e6
