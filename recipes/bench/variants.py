@@ -1,6 +1,6 @@
 """The price of each promise: the same engine with one of its decisions undone."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from samebit.kernels import linear as linear_op
+from samebit.kernels import swiglu as swiglu_op
+from samebit.kernels.op import Op
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "no_graphs": {"cuda_graphs": False},
@@ -29,9 +31,11 @@ class Calls:
 
 @contextmanager
 def torch_kernels(device_type: str) -> Iterator[Calls]:
-    """torch's own matrix product in place of linear's implementation for the device type."""
+    """torch's own matrix product in place of linear's implementation for the device type.
+
+    Operations fused with a product become their compositions, which use that product.
+    """
     calls = Calls()
-    implementations = linear_op._forward.implementations
 
     def product(
         x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype | None = None
@@ -41,12 +45,20 @@ def torch_kernels(device_type: str) -> Iterator[Calls]:
             return F.linear(x, weight)
         return torch.mm(x, weight.t(), out_dtype=out_dtype)
 
-    before = implementations[device_type]
-    implementations[device_type] = product
+    def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return swiglu_op.swiglu(product(x, weight))
+
+    functions: list[tuple[Op, Callable[..., Any]]] = [(linear_op._forward, product)]
+    if fused := getattr(swiglu_op, "_swiglu_linear", None):
+        functions.append((fused, gated))
+    before = [op.implementations[device_type] for op, _ in functions]
+    for op, function in functions:
+        op.implementations[device_type] = function
     try:
         yield calls
     finally:
-        implementations[device_type] = before
+        for (op, _), implementation in zip(functions, before, strict=True):
+            op.implementations[device_type] = implementation
 
 
 def kernels_of(variant: str, device_type: str) -> AbstractContextManager[Calls | None]:
