@@ -32,7 +32,7 @@ STAMP := $(VENV)/.setup-$(KEY)
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
-demo: $(STAMP) ## the promise on a small model, on CPU: outputs/demo/report.html
+demo: $(STAMP) ## a small model learns, on a GPU or the CPU: outputs/demo/grpo/report.html
 	$(VENV)/bin/samebit demo $(ARGS)
 
 # One thread a process: the tests start several ranks on few cores.

