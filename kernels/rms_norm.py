@@ -53,9 +53,20 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return _RmsNorm.apply(x, weight, eps)
 
 
+def _add_rms_norm_cpu(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total = residual + x
+    return rms_norm(total, weight, eps), total
+
+
+_add_rms_norm = Op(
+    "add_rms_norm", cpu=_add_rms_norm_cpu, cuda="samebit.kernels.gpu.fused:add_rms_norm"
+)
+
+
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (rms_norm(s), s) for s = x + residual, rounded before it is normalised."""
-    total = residual + x
-    return rms_norm(total, weight, eps), total
+    """(rms_norm(s), s) for s = x + residual [T, D], rounded before it is normalised; inference."""
+    return _add_rms_norm(x, residual, weight, eps)

@@ -14,6 +14,7 @@ renormalised, keeps a token if the tokens strictly more likely hold less than to
 
 import torch
 
+from samebit.kernels.logprob import logprob_of
 from samebit.kernels.op import Op, require_fp32
 
 _MASK = 0xFFFFFFFF
@@ -147,3 +148,34 @@ def draw(
     seeds, positions, sample_ids: int64 [B]; greedy: bool [B], no noise. All on one device.
     """
     return _draw(scaled_logits, seeds, positions, sample_ids, greedy)
+
+
+def _draw_with_logprobs_cpu(
+    logits: torch.Tensor, temperature: torch.Tensor, *keys: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scaled = logits / temperature[:, None]
+    token_ids = _draw(scaled, *keys)
+    return token_ids, logprob_of(scaled, token_ids)
+
+
+_draw_with_logprobs = Op(
+    "draw_with_logprobs",
+    cpu=_draw_with_logprobs_cpu,
+    cuda="samebit.kernels.gpu.vocab:draw_with_logprobs",
+)
+
+
+def draw_with_logprobs(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    sample_ids: torch.Tensor,
+    greedy: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next tokens [B] and their log-probs [B] fp32 where every token may be drawn.
+
+    logits [B, V] fp32 and temperature [B] fp32 > 0; the rest as in `draw`. The same as `draw` and
+    `logprob_of` on logits / temperature.
+    """
+    return _draw_with_logprobs(logits, temperature, seeds, positions, sample_ids, greedy)

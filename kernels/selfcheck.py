@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 
 from samebit.kernels.attention import packed_attention, paged_attention, plan_packed, plan_paged
+from samebit.kernels.attention_inputs import attention_inputs, attention_inputs_ref
 from samebit.kernels.linear import linear_blocked, linear_padded, use_blocked
 from samebit.kernels.profile import numerics_profile
-from samebit.kernels.rms_norm import rms_norm
-from samebit.kernels.swiglu import swiglu
+from samebit.kernels.rms_norm import add_rms_norm, rms_norm
+from samebit.kernels.rope import rope_table
+from samebit.kernels.swiglu import swiglu, swiglu_linear
 
 logger = logging.getLogger(__name__)
 
@@ -64,27 +66,63 @@ def _cpu_differs(shape: tuple[int, int], device: torch.device) -> bool:
 
 
 def _gpu_differs(shape: tuple[int, int], device: torch.device) -> bool:
+    """Whether an implementation that kernels/gpu/tuning.py chooses gives other bits than Triton."""
     from samebit.kernels.gpu import cublaslt
-    from samebit.kernels.gpu.linear import linear_cublaslt, linear_triton
+    from samebit.kernels.gpu.linear import linear_triton, product
 
     weight = torch.randn(shape, device=device).to(torch.bfloat16)
     x = torch.randn(GPU_ROW_COUNTS[-1], shape[1], device=device).to(torch.bfloat16)
-    for out_dtype in (torch.bfloat16, torch.float32):
-        if not cublaslt.supports(x, weight, out_dtype):
-            continue
-        truth, found = (
-            torch.empty(len(x), shape[0], dtype=out_dtype, device=device) for _ in range(2)
-        )
-        linear_triton(x, weight, truth)
-        for m in GPU_ROW_COUNTS:
-            try:
-                linear_cublaslt(x[:m], weight, found[:m])
-            except cublaslt.CublasLtError as error:
-                logger.warning("linear: %s", error)
-                return True
-            if not torch.equal(found[:m], truth[:m]):
-                return True
+    try:
+        for out_dtype in (torch.bfloat16, torch.float32):
+            truth, found = (
+                torch.empty(len(x), shape[0], dtype=out_dtype, device=device) for _ in range(2)
+            )
+            linear_triton(x, weight, truth)
+            for m in GPU_ROW_COUNTS:
+                product(x[:m], weight, found[:m])
+                if not torch.equal(found[:m], truth[:m]):
+                    return True
+                gated = shape[0] % 2 == 0 and out_dtype == torch.bfloat16
+                if gated and not torch.equal(swiglu_linear(x[:m], weight), swiglu(truth[:m])):
+                    return True
+    except cublaslt.CublasLtError as error:
+        logger.warning("linear: %s", error)
+        return True
     return False
+
+
+def check_fused(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    widths: Iterable[int],
+    device: torch.device,
+) -> None:
+    """Raise SelfCheckError unless the fused row operations give the bits of the single ones."""
+    same = True
+    for width in widths:
+        x, residual = (_randn(67, width, device=device, seed=s) for s in (0, 1))
+        weight = _randn(width, device=device, seed=2)
+        normed, total = add_rms_norm(x, residual, weight, 1e-6)
+        same &= torch.equal(total, residual + x)
+        same &= torch.equal(normed, rms_norm(residual + x, weight, 1e-6))
+    shape = (5, 16, num_kv_heads, head_dim)
+    qkv = _randn(67, (num_heads + 2 * num_kv_heads) * head_dim, device=device)
+    norms = (_randn(head_dim, device=device), _randn(head_dim, device=device, seed=1))
+    table = rope_table(head_dim, 10000.0, 128, device=device)
+    positions, slots = (torch.arange(n, 67 + n, device=device) for n in (9, 3))
+    for used in (norms, None):
+        outputs = []
+        for operation in (attention_inputs, attention_inputs_ref):
+            caches = [torch.zeros(shape, dtype=qkv.dtype, device=device) for _ in range(2)]
+            q = operation(qkv, used, 1e-6, table, positions, slots, *caches)
+            outputs.append((q, *caches))
+        same &= all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+    if not same:
+        raise SelfCheckError(
+            f"fused row operations differ from the single ones on this machine: {widths=}, "
+            f"{num_heads}/{num_kv_heads} heads of {head_dim}"
+        )
 
 
 def check_attention(
@@ -144,13 +182,16 @@ def selfcheck(
     """
     device = device or torch.device("cpu")
     shapes = sorted(set(linear_shapes))
+    widths = sorted(set(widths))
     key = [numerics_profile(device).digest, torch.get_num_threads()]
-    key += [shapes, list(heads), sorted(set(widths))]
+    key += [shapes, list(heads), widths]
     cache = _cache_file(key)
     unequal = _remembered(cache)
     if unequal is None:
         check_attention(*heads, device)
         check_rows(widths, device)
+        if device.type == "cuda":  # elsewhere nothing is fused
+            check_fused(*heads, widths, device)
         unequal = unequal_linear_shapes(shapes, device)
         _remember(cache, unequal)
     if not unequal:

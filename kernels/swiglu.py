@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from samebit.kernels.linear import linear
 from samebit.kernels.op import Op, require_fp32
 
 
@@ -49,3 +50,18 @@ class _Swiglu(torch.autograd.Function):
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up for gate_up [..., 2F] = [gate; up] -> [..., F]; differentiable."""
     return _Swiglu.apply(gate_up)
+
+
+def swiglu_linear_ref(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The composition, by the device's own single operations: a bit reference."""
+    return swiglu(linear(x, weight))
+
+
+_swiglu_linear = Op(
+    "swiglu_linear", cpu=swiglu_linear_ref, cuda="samebit.kernels.gpu.linear:swiglu_linear"
+)
+
+
+def swiglu_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """swiglu(linear(x, weight)), x [T, K], weight [2F, K] = [gate; up] -> [T, F]; inference."""
+    return _swiglu_linear(x, weight)

@@ -31,6 +31,10 @@ class EngineConfig:
     prefix_cache: bool = True
     load_format: str = "safetensors"
     seed: int = 0
+    cuda_graphs: bool = False
+    """Decode by CUDA graphs."""
+    overlap: bool = False
+    """Plan and start a step while the one before still runs."""
 
     def __post_init__(self) -> None:
         for name in ("page_size", "max_batch_tokens", "max_num_seqs", "prefill_chunk"):
@@ -45,6 +49,8 @@ class EngineConfig:
                 f"Engine kv_cache_tokens is {self.kv_cache_tokens}; it must hold at least one page "
                 f"of {self.page_size} tokens"
             )
+        if self.cuda_graphs and self.device.type != "cuda":
+            raise ValueError(f"Engine cuda_graphs=True needs a CUDA device, not '{self.device}'")
         if self.load_format not in ("safetensors", "dummy"):
             raise ValueError(
                 f"Engine load_format is '{self.load_format}'; use 'safetensors' or 'dummy'"

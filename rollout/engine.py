@@ -24,7 +24,8 @@ from samebit.rollout.runtime.runner import Runner
 from samebit.rollout.runtime.sampler import Sampler
 from samebit.rollout.runtime.scheduler import Scheduler
 from samebit.rollout.runtime.sequence import Sequence as RunningSequence
-from samebit.rollout.runtime.step import execute_step
+from samebit.rollout.runtime.slots import Slots
+from samebit.rollout.runtime.step import Pipeline
 from samebit.rollout.runtime.weight_control import WeightControl
 from samebit.rollout.runtime.weights import load_dummy, load_safetensors
 from samebit.rollout.types import Completion, Request, SamplingParams
@@ -58,6 +59,8 @@ class Engine(WeightControl):
         load_format: str = "safetensors",
         seed: int = 0,
         max_model_len: int | None = None,
+        cuda_graphs: bool | None = None,
+        overlap: bool | None = None,
     ) -> None:
         resolved = resolve_device(device)
         self.config = EngineConfig(
@@ -73,6 +76,8 @@ class Engine(WeightControl):
             prefix_cache=prefix_cache,
             load_format=load_format,
             seed=seed,
+            cuda_graphs=cuda_graphs if cuda_graphs is not None else resolved.type == "cuda",
+            overlap=overlap if overlap is not None else resolved.type == "cuda",
         )
         self.model_config = load_model_config(self.config.model_path)
         self.specs = param_specs(self.model_config)
@@ -171,6 +176,8 @@ class Engine(WeightControl):
         Raises KeyError for an unknown or finished request.
         """
         with self._lock:
+            if request_id in self._live:
+                self._close_finished(self.pipeline.drain())
             if request_id not in self._live:
                 raise KeyError(f"no unfinished request '{request_id}'")
             self._for_step.discard(request_id)
@@ -221,9 +228,13 @@ class Engine(WeightControl):
             PrefixCache(self.pool, c.page_size, self.weight_version) if c.prefix_cache else None
         )
         cache = KVCache(m, num_pages, c.page_size, c.dtype, self.arena)
-        self.runner = Runner(Decoder(m, self.weights), cache)
-        self.sampler = Sampler(m.vocab_size, m.eos_token_ids, c.seed)
-        self.scheduler = Scheduler(c, self.pool, self.prefixes)
+        slots = Slots(c.max_num_seqs, self.max_model_len + 1, c.page_size, c.seed)
+        self.runner = Runner(Decoder(m, self.weights), cache, c.max_num_seqs, c.cuda_graphs)
+        self.sampler = Sampler(m.vocab_size, m.eos_token_ids)
+        self.scheduler = Scheduler(c, self.pool, self.prefixes, slots)
+        self.pipeline = Pipeline(
+            self.scheduler, slots, self.runner, self.sampler, depth=1 if c.overlap else 0
+        )
         self.requests = RequestFactory(
             vocab_size=m.vocab_size,
             num_layers=m.num_layers,
@@ -257,12 +268,15 @@ class Engine(WeightControl):
     ) -> list[list[Completion]]:
         """Step until these groups are done; other callers' steps count too."""
         flat = [seq for group in groups for seq in group]
+        unfinished, drawn_before = list(reversed(flat)), self.pipeline.num_drawn
         try:
-            while any(seq.finish_reason is None for seq in flat):
+            while unfinished:
                 self._advance()
+                while unfinished and unfinished[-1].finish_reason is not None:
+                    unfinished.pop()
                 if progress is not None:
                     done = sum(seq.finish_reason is not None for seq in flat)
-                    progress(done, sum(seq.num_new_tokens for seq in flat))
+                    progress(done, self.pipeline.num_drawn - drawn_before)
         except BaseException:
             self._abort_all(groups)
             raise
@@ -277,10 +291,13 @@ class Engine(WeightControl):
     def _advance(self) -> None:
         with self._lock:
             self.session.require_ready()
-            finished = execute_step(self.scheduler, self.runner, self.sampler, self.weight_version)
-            for request_id in dict.fromkeys(s.request.request_id for s in finished):
-                if all(s.finish_reason is not None for s in self._live[request_id]):
-                    group = self._live.pop(request_id)
-                    if request_id in self._for_step:
-                        self._for_step.remove(request_id)
-                        self._done.append([s.completion() for s in group])
+            self._close_finished(self.pipeline.advance(self.weight_version))
+
+    def _close_finished(self, finished: list[RunningSequence]) -> None:
+        """Report requests all of whose samples are done."""
+        for request_id in dict.fromkeys(s.request.request_id for s in finished):
+            if all(s.finish_reason is not None for s in self._live[request_id]):
+                group = self._live.pop(request_id)
+                if request_id in self._for_step:
+                    self._for_step.remove(request_id)
+                    self._done.append([s.completion() for s in group])

@@ -57,6 +57,11 @@ class SamplingParams:
         if self.seed is not None:
             _require(0 <= self.seed <= MAX_UINT64, "seed", self.seed, "an unsigned 64-bit integer")
 
+    @property
+    def limits(self) -> bool:
+        """Whether top-k, top-p or min-p forbid any token."""
+        return bool(self.top_k or self.top_p < 1 or self.min_p > 0)
+
 
 def _require(holds: bool, name: str, value: object, what: str) -> None:
     if not holds:

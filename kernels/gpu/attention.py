@@ -1,10 +1,9 @@
 """attention on the GPU: KV tiles and splits at absolute positions, ordered merge, tensor cores.
 
 Within a split, an online softmax over tiles of KV_TILE keys; it restarts at each split, and the
-splits' (max, sum, accumulator) merge in ascending order. exp2 (ex2.approx), explicit fma, fusion
-off. P is rounded to bf16 and its row sum goes through the tensor core, because a plain row sum
-depends on the tile's height. So decode (a split per program, merged by a second kernel) and prefill
-or training (splits looped in registers, tiles of 64 or 128 rows) give the same bits.
+splits' (max, sum, accumulator) merge in ascending order. So decode (decode_attention.py: a split
+per program) and prefill or training (here: splits looped in registers, tiles of 64 or 128 rows)
+give the same bits.
 """
 
 from collections.abc import Sequence
@@ -17,10 +16,15 @@ import triton.language as tl
 
 from samebit.kernels.attention import GPU_KV_SPLIT as KV_SPLIT
 from samebit.kernels.attention import GPU_KV_TILE as KV_TILE
+from samebit.kernels.gpu.decode_attention import (
+    LOG2E,
+    DecodeEntries,
+    decode_attention,
+    decode_entries,
+)
+from samebit.kernels.gpu.online_softmax import merge, split_pass
 
-_LOG2E = 1.4426950408889634
 _LN2 = 0.6931471805599453
-_DECODE_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,7 @@ class GpuAttentionPlan:
     context_lens: torch.Tensor  # [B] int32
     page_table: torch.Tensor | None  # [B, max_pages] int32
     page_size: int
-    decode_seqs: torch.Tensor  # int32, indices into B
-    longest_decode: int  # context length of the longest decoding sequence
+    decode: DecodeEntries | None
     tile_seq: torch.Tensor  # int32, sequence of each query tile
     tile_start: torch.Tensor  # int32, its first query in that sequence
     tile_rows: int
@@ -62,11 +65,18 @@ def plan(
     ) * tile_rows
     # The tiles with the longest context first: they finish last otherwise.
     order = np.argsort(-(contexts[tile_seq] - queries[tile_seq] + tile_start), kind="stable")
-    longest_context = int(contexts[decoding].max()) if decoding.any() else 0
 
     def to_device(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values.astype(np.int32)).to(device, non_blocking=True)
 
+    decode = None
+    if decoding.any():
+        decode = decode_entries(
+            to_device(starts[decoding]),
+            to_device(np.flatnonzero(decoding)),
+            to_device(contexts[decoding]),
+            int(contexts[decoding].max()),
+        )
     return GpuAttentionPlan(
         query_starts=to_device(starts),
         key_starts=to_device(starts),
@@ -74,8 +84,7 @@ def plan(
         context_lens=to_device(contexts),
         page_table=None if page_table is None else page_table.to(device, torch.int32),
         page_size=page_size,
-        decode_seqs=to_device(np.flatnonzero(decoding)),
-        longest_decode=longest_context,
+        decode=decode,
         tile_seq=to_device(tile_seq[order]),
         tile_start=to_device(tile_start[order]),
         tile_rows=tile_rows,
@@ -83,46 +92,30 @@ def plan(
     )
 
 
-@triton.jit
-def _split_pass(
-    q, k_ptr, v_ptr, pages, key_start, position, lo, hi, stride, qk_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    PAGED: tl.constexpr, PAGE: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over keys [lo, hi) of one split: running max, sum and accumulator."""
-    d = tl.arange(0, BLOCK_D)
-    ones = tl.full((TILE, 16), 1.0, tl.bfloat16)
-    m = tl.full((ROWS,), -1e30, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for n0 in range(lo, hi, TILE):
-        n = n0 + tl.arange(0, TILE)
-        live = n < hi
-        if PAGED:
-            page = tl.load(pages + n // PAGE, mask=live, other=0)
-            row = page.to(tl.int64) * PAGE + n % PAGE
-        else:
-            row = (key_start + n).to(tl.int64)
-        inside = live[:, None] & (d < D)[None, :]
-        k = tl.load(k_ptr + row[:, None] * stride + d[None, :], mask=inside, other=0.0)
-        seen = live[None, :] & (n[None, :] <= position[:, None])
-        s = tl.where(seen, tl.dot(q, tl.trans(k)) * qk_scale, -1e30)
-        new_m = tl.maximum(m, tl.max(s, 1))
-        rescale = tl.exp2(m - new_m)
-        p = tl.where(seen, tl.exp2(s - new_m[:, None]), 0.0).to(tl.bfloat16)
-        v = tl.load(v_ptr + row[:, None] * stride + d[None, :], mask=inside, other=0.0)
-        total = tl.fma(total, rescale, tl.max(tl.dot(p, ones), 1))
-        acc = tl.dot(p, v, acc * rescale[:, None])
-        m = new_m
-    return m, total, acc
+def decode_plan(
+    page_table: torch.Tensor, page_size: int, num_entries: int, max_context: int
+) -> GpuAttentionPlan:
+    """A plan for decode steps alone, whose entries `fused.decode_inputs` fills in on the device.
 
-
-@triton.jit
-def _merge(m, total, acc, next_m, next_total, next_acc):
-    new_m = tl.maximum(m, next_m)
-    a, b = tl.exp2(m - new_m), tl.exp2(next_m - new_m)
-    total = tl.fma(total, a, next_total * b)
-    return new_m, total, tl.fma(acc, a[:, None], next_acc * b[:, None])
+    page_table [slots, max_pages] int32; contexts of at most max_context tokens.
+    """
+    device = page_table.device
+    rows = torch.arange(num_entries, dtype=torch.int32, device=device)
+    table_rows, context_lens = (torch.zeros_like(rows) for _ in range(2))
+    none = rows[:0]
+    return GpuAttentionPlan(
+        query_starts=none,
+        key_starts=none,
+        query_lens=none,
+        context_lens=none,
+        page_table=page_table,
+        page_size=page_size,
+        decode=decode_entries(rows, table_rows, context_lens, max_context),
+        tile_seq=none,
+        tile_start=none,
+        tile_rows=64,
+        seq_lens=(),
+    )
 
 
 @triton.jit
@@ -156,71 +149,16 @@ def _prefill_kernel(
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for s0 in range(0, end, SPLIT):
-        next_m, next_total, next_acc = _split_pass(
+        next_m, next_total, next_acc = split_pass(
             q, k_head, v_head, pages, key_start, position, s0, tl.minimum(s0 + SPLIT, end), stride,
-            qk_scale, D, BLOCK_D, ROWS, TILE, PAGED, PAGE,
+            qk_scale, D, BLOCK_D, ROWS, TILE, SPLIT, PAGED, PAGE,
         )  # fmt: skip
-        m, total, acc = _merge(m, total, acc, next_m, next_total, next_acc)
+        m, total, acc = merge(m, total, acc, next_m, next_total, next_acc)
     out = o_ptr + (row[:, None] * N + head) * D + d[None, :]
     tl.store(out, (acc / total[:, None]).to(o_ptr.dtype.element_ty), mask=inside)
     if LSE:
         lse = (m + tl.log2(total)) * 0.6931471805599453
         tl.store(lse_ptr + head.to(tl.int64) * num_tokens + row, lse, mask=live)
-
-
-@triton.jit
-def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, max_ptr, sum_ptr, acc_ptr, query_starts, context_lens, pages_ptr,
-    decode_seqs, max_pages, q_stride, q_head, stride, kv_head, qk_scale, max_splits,
-    NUM_KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, PAGE: tl.constexpr,
-):  # fmt: skip
-    entry, kv, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    seq = tl.load(decode_seqs + entry)
-    context_len = tl.load(context_lens + seq)
-    if split * SPLIT >= context_len:
-        return
-    r = tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK_D)
-    row = tl.load(query_starts + seq).to(tl.int64)
-    inside = (r < GROUP)[:, None] & (d < D)[None, :]
-    heads = (kv * GROUP + r)[:, None]
-    q = tl.load(q_ptr + row * q_stride + heads * q_head + d[None, :], mask=inside, other=0.0)
-    position = tl.zeros((ROWS,), tl.int32) + context_len - 1
-    m, total, acc = _split_pass(
-        q, k_ptr + kv * kv_head, v_ptr + kv * kv_head, pages_ptr + seq.to(tl.int64) * max_pages, 0,
-        position, split * SPLIT, tl.minimum(split * SPLIT + SPLIT, context_len), stride, qk_scale,
-        D, BLOCK_D, ROWS, TILE, True, PAGE,
-    )  # fmt: skip
-    place = ((entry.to(tl.int64) * NUM_KV + kv) * max_splits + split) * ROWS + r
-    tl.store(max_ptr + place, m)
-    tl.store(sum_ptr + place, total)
-    tl.store(acc_ptr + place[:, None] * BLOCK_D + d[None, :], acc)
-
-
-@triton.jit
-def _combine_kernel(
-    max_ptr, sum_ptr, acc_ptr, o_ptr, query_starts, context_lens, decode_seqs, max_splits, N,
-    NUM_KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    entry, kv = tl.program_id(0), tl.program_id(1)
-    seq = tl.load(decode_seqs + entry)
-    r = tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK_D)
-    m = tl.full((ROWS,), -1e30, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for split in range(0, tl.cdiv(tl.load(context_lens + seq), SPLIT)):
-        place = ((entry.to(tl.int64) * NUM_KV + kv) * max_splits + split) * ROWS + r
-        part = tl.load(acc_ptr + place[:, None] * BLOCK_D + d[None, :])
-        m, total, acc = _merge(
-            m, total, acc, tl.load(max_ptr + place), tl.load(sum_ptr + place), part
-        )
-    row = tl.load(query_starts + seq).to(tl.int64)
-    out = o_ptr + (row * N + (kv * GROUP + r)[:, None]) * D + d[None, :]
-    inside = (r < GROUP)[:, None] & (d < D)[None, :]
-    tl.store(out, (acc / total[:, None]).to(o_ptr.dtype.element_ty), mask=inside)
 
 
 def attend(
@@ -241,8 +179,12 @@ def attend(
         k, v = k.contiguous(), v.contiguous()
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], 0 if plan.page_table is not None else q.shape[0], device=q.device)
-    if len(plan.decode_seqs):
-        _decode(q, k, v, output, plan, scale, kv_tile, kv_split)
+    if plan.decode is not None:
+        table, page_size = plan.page_table, plan.page_size
+        assert table is not None
+        decode_attention(
+            q, k, v, output, plan.decode, table, page_size, scale, kv_tile, kv_split
+        )  # fmt: skip
     if len(plan.tile_seq):
         _prefill(q, k, v, output, lse, plan, scale, kv_tile, kv_split)
     return output, lse
@@ -267,42 +209,9 @@ def _prefill(
         q, k, v, output, lse, plan.query_starts, plan.key_starts, plan.query_lens,
         plan.context_lens, q if table is None else table, plan.tile_seq, plan.tile_start,
         0 if table is None else table.stride(0), q.shape[0], q.stride(0), q.stride(1), k.stride(0),
-        k.stride(1), scale * _LOG2E, num_heads, num_heads // k.shape[1], head_dim, block_d,
+        k.stride(1), scale * LOG2E, num_heads, num_heads // k.shape[1], head_dim, block_d,
         plan.tile_rows, kv_tile, kv_split, table is not None, plan.page_size, lse.shape[1] > 0,
         num_warps=8 if plan.tile_rows == 128 else 4, num_stages=2, enable_fp_fusion=False,
-    )  # fmt: skip
-
-
-def _decode(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    output: torch.Tensor,
-    plan: GpuAttentionPlan,
-    scale: float,
-    kv_tile: int,
-    kv_split: int,
-) -> None:
-    num_heads, head_dim = q.shape[1:]
-    num_kv, table = k.shape[1], plan.page_table
-    group = num_heads // num_kv
-    rows = max(_DECODE_ROWS, triton.next_power_of_2(group))
-    block_d = triton.next_power_of_2(head_dim)
-    num_seqs, max_splits = len(plan.decode_seqs), triton.cdiv(plan.longest_decode, kv_split)
-    assert table is not None
-    shape = (num_seqs, num_kv, max_splits, rows)
-    part_max, part_sum = (torch.empty(shape, device=q.device) for _ in range(2))
-    part_acc = torch.empty(*shape, block_d, device=q.device)
-    _decode_kernel[(num_seqs, num_kv, max_splits)](
-        q, k, v, part_max, part_sum, part_acc, plan.query_starts, plan.context_lens, table,
-        plan.decode_seqs, table.stride(0), q.stride(0), q.stride(1), k.stride(0), k.stride(1),
-        scale * _LOG2E, max_splits, num_kv, group, head_dim, block_d, rows, kv_tile, kv_split,
-        plan.page_size, num_warps=4, num_stages=3, enable_fp_fusion=False,
-    )  # fmt: skip
-    _combine_kernel[(num_seqs, num_kv)](
-        part_max, part_sum, part_acc, output, plan.query_starts, plan.context_lens,
-        plan.decode_seqs, max_splits, num_heads, num_kv, group, head_dim, block_d, rows, kv_split,
-        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 

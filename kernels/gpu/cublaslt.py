@@ -1,8 +1,8 @@
 """cuBLASLt without split-K, called directly, so that nothing in the environment can change it.
 
 torch chooses cuBLAS algorithms by workspace and by what the process set before the first handle.
-Here the heuristic is asked with no reduction scheme and no workspace, its first answer is kept per
-shape, and that the answer does not split K is asserted.
+Here the heuristic is asked with no reduction scheme and no workspace, one of its answers (usually
+the first) is kept per shape, and that the answer does not split K is asserted.
 """
 
 import ctypes
@@ -17,6 +17,7 @@ _DESC_TRANSA = 3
 _PREF_MAX_WORKSPACE, _PREF_REDUCTION_MASK = 1, 3
 _PREF_ALIGNMENTS = (5, 6, 7, 8)
 _ALGO_SPLITK_NUM, _ALGO_REDUCTION = 2, 3
+MAX_CHOICES = 8  # of the heuristic's answers, best first
 _ALIGNMENT = 16  # bytes, of every pointer and row
 _TYPES = {torch.bfloat16: _R_16BF, torch.float32: _R_32F}
 
@@ -110,7 +111,7 @@ def _require_no_split(algo: _Algo, shape: tuple[int, int, int]) -> None:
 
 
 @lru_cache(maxsize=65536)
-def _plan(device_index: int, m: int, n: int, k: int, out_dtype: torch.dtype) -> _Plan:
+def _plan(device_index: int, m: int, n: int, k: int, out_dtype: torch.dtype, choice: int) -> _Plan:
     """Row-major y [M, N] = x [M, K] weight [N, K]^T is column-major y' [N, M] = weight'^T x'."""
     library = _library()
     operation = ctypes.c_void_p()
@@ -125,7 +126,7 @@ def _plan(device_index: int, m: int, n: int, k: int, out_dtype: torch.dtype) -> 
     _check(status, "cublasLtMatmulDescSetAttribute")
     weight, x = _layout(torch.bfloat16, k, n), _layout(torch.bfloat16, k, m)
     y = _layout(out_dtype, n, m)
-    found, count = _Heuristic(), ctypes.c_int()
+    found, count = (_Heuristic * MAX_CHOICES)(), ctypes.c_int()
     status = library.cublasLtMatmulAlgoGetHeuristic(
         _handle(device_index),
         operation,
@@ -134,14 +135,15 @@ def _plan(device_index: int, m: int, n: int, k: int, out_dtype: torch.dtype) -> 
         y,
         y,
         _preference(),
-        1,
+        MAX_CHOICES,
         ctypes.byref(found),
         ctypes.byref(count),
     )
     _check(status, "cublasLtMatmulAlgoGetHeuristic")
-    if count.value == 0 or found.state != 0:
+    usable = [found[i] for i in range(count.value) if found[i].state == 0]
+    if not usable:
         raise CublasLtError(f"no algorithm without split-K for (M, N, K) = {(m, n, k)}")
-    algo = _Algo.from_buffer_copy(found.algo)
+    algo = _Algo.from_buffer_copy(usable[min(choice, len(usable) - 1)].algo)
     _require_no_split(algo, (m, n, k))
     return _Plan(operation, weight, x, y, algo)
 
@@ -154,13 +156,14 @@ def supports(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype) -> b
     return aligned and rows and x.is_contiguous() and weight.is_contiguous()
 
 
-def matmul(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> None:
+def matmul(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, choice: int = 0) -> None:
     """y [M, N] = x [M, K] @ weight [N, K].T on the current stream; bf16 in, bf16 or fp32 out.
 
+    choice: which of the heuristic's answers, below MAX_CHOICES; they differ in speed alone.
     Raises CublasLtError if a call fails or no algorithm without split-K exists.
     """
     (m, k), n = x.shape, weight.shape[0]
-    plan = _plan(x.device.index, m, n, k, y.dtype)
+    plan = _plan(x.device.index, m, n, k, y.dtype, choice)
     alpha, beta = ctypes.c_float(1.0), ctypes.c_float(0.0)
     status = _library().cublasLtMatmul(
         _handle(x.device.index),

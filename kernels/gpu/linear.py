@@ -1,15 +1,19 @@
 """linear on the GPU: one chain of k16 tensor-core products in ascending k, fp32, one rounding.
 
-Two implementations of equal bits: cuBLASLt without split-K (fast), and a Triton kernel (any shape
-and alignment). Products are taken at a finite set of row counts, every M up to 256 and multiples of
-128 up to 8,192; the self-check compares both at a sample of them for the model's own shapes.
+Implementations of equal bits: cuBLASLt without split-K, a Triton kernel that streams weights past
+few rows (skinny.py), and a Triton kernel for any shape and alignment. kernels/gpu/tuning.py knows
+which is the fastest. Products are taken at a finite set of row counts, every M up to 256 and
+multiples of 128 up to 8,192; the self-check compares implementations at a sample of them for the
+model's own shapes.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from samebit.kernels.gpu import cublaslt
+from samebit.kernels.gpu import cublaslt, skinny
+from samebit.kernels.gpu.rows import swiglu
+from samebit.kernels.gpu.tuning import Key, choose, row_bucket
 
 MAX_ROWS = 8192
 _EXACT_ROWS = 256
@@ -82,19 +86,42 @@ def row_pieces(num_rows: int) -> list[tuple[int, int]]:
     return pieces
 
 
+def product(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> None:
+    """y = x @ weight.T for a row count of the finite set, by the fastest implementation."""
+    if tuple(weight.shape) in _triton_shapes or not cublaslt.supports(x, weight, y.dtype):
+        return linear_triton(x, weight, y)
+    (n, k), rows = weight.shape, row_bucket(len(x))
+    choice = choose(x.device.index, Key(n, k, rows, fp32=y.dtype == torch.float32))
+    if choice.tile is not None:
+        return skinny.matmul(x, weight, y, choice.tile)
+    return cublaslt.matmul(x, weight, y, choice.cublaslt)
+
+
+def _checked(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
+        raise ValueError(f"linear on the GPU takes torch.bfloat16, got {x.dtype}, {weight.dtype}")
+    return x.contiguous(), weight.contiguous()
+
+
 def linear(
     x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """x [T, K] times weight [N, K] transposed -> [T, N] in out_dtype (default: x's)."""
-    if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
-        raise ValueError(f"linear on the GPU takes torch.bfloat16, got {x.dtype}, {weight.dtype}")
-    x, weight = x.contiguous(), weight.contiguous()
+    x, weight = _checked(x, weight)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype or x.dtype, device=x.device)
-    triton_only = tuple(weight.shape) in _triton_shapes
     for start, length in row_pieces(x.shape[0]):
-        part, out = x[start : start + length], y[start : start + length]
-        if triton_only or not cublaslt.supports(part, weight, y.dtype):
-            linear_triton(part, weight, out)
-        else:
-            linear_cublaslt(part, weight, out)
+        product(x[start : start + length], weight, y[start : start + length])
     return y
+
+
+def swiglu_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """swiglu of x [T, K] times weight [2F, K] transposed -> [T, F]."""
+    x, weight = _checked(x, weight)
+    (rows, k), f = x.shape, weight.shape[0] // 2
+    if 0 < rows <= skinny.MAX_ROWS and tuple(weight.shape) not in _triton_shapes:
+        tile = choose(x.device.index, Key(f, k, row_bucket(rows), gated=True)).tile
+        if tile is not None:
+            y = torch.empty(rows, f, dtype=x.dtype, device=x.device)
+            skinny.matmul(x, weight, y, tile, gated=True)
+            return y
+    return swiglu(linear(x, weight))

@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_kernel(
     x_ptr,
     w_ptr,
@@ -37,6 +37,12 @@ def _rms_norm_kernel(
     tl.store(inverse_ptr + rows, inverse, mask=rows < num_rows)
 
 
+def norm_launch(width: int) -> tuple[int, int, int]:
+    """(block, rows, warps) of a program that normalises rows of `width`: they fix a sum's tree."""
+    block = triton.next_power_of_2(width)
+    return block, 8 if block <= 256 else 1, 4 if block <= 4096 else 8
+
+
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,9 +53,7 @@ def rms_norm(
         flat = flat.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     inverse = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(width)
-    rows = 8 if block <= 256 else 1
-    warps = 4 if block <= 4096 else 8
+    block, rows, warps = norm_launch(width)
     grid = (triton.cdiv(flat.shape[0], rows),)
     _rms_norm_kernel[grid](
         flat,

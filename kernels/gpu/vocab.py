@@ -1,4 +1,4 @@
-"""Operations over the vocabulary on the GPU: logsumexp, draw, allowed_tokens.
+"""Operations over the vocabulary on the GPU: logsumexp, draw (with log-probs), allowed_tokens.
 
 Rows are cut into the contract's 8 segments; each program handles one segment of one row in blocks
 of fixed size and order, so neither the batch nor the card's size can change a sum.
@@ -12,6 +12,44 @@ from triton.language.extra import libdevice
 from samebit.kernels.logprob import NUM_SEGMENTS, padded_vocab_size
 
 _BLOCK = 1024
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def _scaled(x_ptr, columns, end, temperature):
+    """logit / T of these columns; -inf past the end."""
+    x = tl.load(x_ptr + columns, mask=columns < end, other=float("-inf"))
+    if temperature != 1.0:
+        x = libdevice.div_rn(x, temperature)
+    return x
+
+
+@triton.jit
+def _segment_sum(x_ptr, start, end, temperature, BLOCK: tl.constexpr):
+    """(max, sum of exp(x - max)) of one segment of one row: block after block, then one tree.
+
+    Four blocks are loaded at a time to keep the memory busy; the sum's order is that of the blocks.
+    """
+    columns = tl.arange(0, BLOCK)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for c0 in range(start, end, 4 * BLOCK):
+        x0 = _scaled(x_ptr, c0 + columns, end, temperature)
+        x1 = _scaled(x_ptr, c0 + BLOCK + columns, end, temperature)
+        x2 = _scaled(x_ptr, c0 + 2 * BLOCK + columns, end, temperature)
+        x3 = _scaled(x_ptr, c0 + 3 * BLOCK + columns, end, temperature)
+        best = tl.maximum(best, tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)))
+    m = tl.max(best, 0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for c0 in range(start, end, 4 * BLOCK):
+        x0 = _scaled(x_ptr, c0 + columns, end, temperature)
+        x1 = _scaled(x_ptr, c0 + BLOCK + columns, end, temperature)
+        x2 = _scaled(x_ptr, c0 + 2 * BLOCK + columns, end, temperature)
+        x3 = _scaled(x_ptr, c0 + 3 * BLOCK + columns, end, temperature)
+        total = total + tl.exp(x0 - m)
+        total = total + tl.exp(x1 - m)
+        total = total + tl.exp(x2 - m)
+        total = total + tl.exp(x3 - m)
+    return m, tl.where(start < end, tl.sum(total, 0), 0.0)
 
 
 @triton.jit
@@ -21,32 +59,30 @@ def _segment_kernel(
     row, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start = segment * SEGMENT
     end = tl.minimum(start + SEGMENT, V)
-    columns = tl.arange(0, BLOCK)
-    best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for c0 in range(start, end, BLOCK):
-        x = tl.load(x_ptr + row * V + c0 + columns, mask=c0 + columns < end, other=float("-inf"))
-        best = tl.maximum(best, x)
-    m = tl.max(best, 0)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for c0 in range(start, end, BLOCK):
-        x = tl.load(x_ptr + row * V + c0 + columns, mask=c0 + columns < end, other=float("-inf"))
-        total += tl.exp(x - m)
+    m, total = _segment_sum(x_ptr + row * V, start, end, 1.0, BLOCK)
     tl.store(max_ptr + row * SEGMENTS + segment, m)
-    tl.store(sum_ptr + row * SEGMENTS + segment, tl.where(start < V, tl.sum(total, 0), 0.0))
+    tl.store(sum_ptr + row * SEGMENTS + segment, total)
+
+
+@triton.jit
+def _merged(max_ptr, sum_ptr, SEGMENTS: tl.constexpr):
+    """Log-sum-exp of a row from its segments, in ascending order."""
+    m = tl.load(max_ptr)
+    total = tl.load(sum_ptr)
+    for segment in range(1, SEGMENTS):
+        next_m = tl.load(max_ptr + segment)
+        next_total = tl.load(sum_ptr + segment)
+        new_m = tl.maximum(m, next_m)
+        total = total * tl.exp(m - new_m) + next_total * tl.exp(next_m - new_m)
+        m = new_m
+    return m + libdevice.log(total)
 
 
 @triton.jit
 def _merge_segments_kernel(max_ptr, sum_ptr, out_ptr, SEGMENTS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    m = tl.load(max_ptr + row * SEGMENTS)
-    total = tl.load(sum_ptr + row * SEGMENTS)
-    for segment in range(1, SEGMENTS):
-        next_m = tl.load(max_ptr + row * SEGMENTS + segment)
-        next_total = tl.load(sum_ptr + row * SEGMENTS + segment)
-        new_m = tl.maximum(m, next_m)
-        total = total * tl.exp(m - new_m) + next_total * tl.exp(next_m - new_m)
-        m = new_m
-    tl.store(out_ptr + row, m + libdevice.log(total))
+    lse = _merged(max_ptr + row * SEGMENTS, sum_ptr + row * SEGMENTS, SEGMENTS)
+    tl.store(out_ptr + row, lse)
 
 
 def logsumexp(logits: torch.Tensor) -> torch.Tensor:
@@ -82,45 +118,110 @@ def _gumbel(seed, token, position, sample_low, sample_high):
 
 
 @triton.jit
-def _draw_kernel(
-    x_ptr,
-    seed_ptr,
-    position_ptr,
-    sample_ptr,
-    greedy_ptr,
-    value_ptr,
-    token_ptr,
-    V,
-    SEGMENT,
-    SEGMENTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _best_token(
+    x_ptr, start, end, temperature, seed, position, sample_id, greedy, BLOCK: tl.constexpr
 ):
-    row, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    start = segment * SEGMENT
-    end = tl.minimum(start + SEGMENT, V)
-    seed = tl.load(seed_ptr + row)
-    sample = tl.load(sample_ptr + row)
+    """(value, token) of the largest x / T + noise in [start, end); ties to the lower id."""
     zeros = tl.zeros((BLOCK,), tl.uint32)
-    position = zeros + tl.load(position_ptr + row).to(tl.uint32)
-    low = zeros + (sample & 0xFFFFFFFF).to(tl.uint32)
-    high = zeros + ((sample >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    greedy = tl.load(greedy_ptr + row) != 0
+    position = zeros + position.to(tl.uint32)
+    low = zeros + (sample_id & 0xFFFFFFFF).to(tl.uint32)
+    high = zeros + ((sample_id >> 32) & 0xFFFFFFFF).to(tl.uint32)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     token = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)
     for c0 in range(start, end, BLOCK):
         column = c0 + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + row * V + column, mask=column < end, other=float("-inf"))
-        noise = _gumbel(seed, column.to(tl.uint32), position, low, high)
+        x = _scaled(x_ptr, column, end, temperature)
         # Noise of -inf only puts a token behind all others; a logit of -inf forbids it.
-        value = tl.where(greedy, x, x + tl.maximum(noise, -3.4028234663852886e38))
+        noise = tl.maximum(_gumbel(seed, column.to(tl.uint32), position, low, high), _LOWEST)
+        value = tl.where(greedy, x, x + noise)
         # A NaN wins, so that damaged logits cannot hide behind a healthy token.
         better = (value > best) | (value != value)
         best = tl.where(better, value, best)
         token = tl.where(better, column, token)
     top = tl.max(best, 0)
-    found = tl.min(tl.where(best == top, token, 0x7FFFFFFF), 0)
-    tl.store(value_ptr + row * SEGMENTS + segment, top)
-    tl.store(token_ptr + row * SEGMENTS + segment, found)
+    return top, tl.min(tl.where(best == top, token, 0x7FFFFFFF), 0)
+
+
+@triton.jit
+def _sample_kernel(
+    x_ptr, temperature_ptr, seed_ptr, position_ptr, sample_ptr, greedy_ptr, max_ptr, sum_ptr,
+    value_ptr, token_ptr, V, SEGMENT, PART, SEGMENTS: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp of a segment (programs below SEGMENTS), or the best token of a part."""
+    row, job = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    x_row = x_ptr + row * V
+    temperature = tl.load(temperature_ptr + row)
+    if job < SEGMENTS:
+        start = job * SEGMENT
+        end = tl.minimum(start + SEGMENT, V)
+        m, total = _segment_sum(x_row, start, end, temperature, BLOCK)
+        tl.store(max_ptr + row * SEGMENTS + job, m)
+        tl.store(sum_ptr + row * SEGMENTS + job, total)
+    else:
+        part = job - SEGMENTS
+        start = part * PART
+        top, found = _best_token(
+            x_row, start, tl.minimum(start + PART, V), temperature, tl.load(seed_ptr + row),
+            tl.load(position_ptr + row), tl.load(sample_ptr + row),
+            tl.load(greedy_ptr + row) != 0, BLOCK,
+        )  # fmt: skip
+        tl.store(value_ptr + row * PARTS + part, top)
+        tl.store(token_ptr + row * PARTS + part, found)
+
+
+@triton.jit
+def _choose_kernel(
+    x_ptr, temperature_ptr, max_ptr, sum_ptr, value_ptr, token_ptr, chosen_ptr, logprob_ptr, V,
+    SEGMENTS: tl.constexpr, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+):  # fmt: skip
+    """The token of a row and its log-prob."""
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, BLOCK_PARTS)
+    value = tl.load(value_ptr + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
+    token = tl.load(token_ptr + row * PARTS + part, mask=part < PARTS, other=0x7FFFFFFF)
+    chosen = tl.min(tl.where(value == tl.max(value, 0), token, 0x7FFFFFFF), 0)
+    chosen = tl.minimum(chosen, V - 1)
+    tl.store(chosen_ptr + row, chosen.to(tl.int64))
+    lse = _merged(max_ptr + row * SEGMENTS, sum_ptr + row * SEGMENTS, SEGMENTS)
+    x = libdevice.div_rn(tl.load(x_ptr + row * V + chosen), tl.load(temperature_ptr + row))
+    tl.store(logprob_ptr + row, x - lse)
+
+
+def draw_with_logprobs(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    sample_ids: torch.Tensor,
+    greedy: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See kernels.sample.draw_with_logprobs."""
+    logits = logits.contiguous()
+    rows, vocab_size = logits.shape
+    device = logits.device
+    # The draw is exact, so it may be cut up as suits the number of rows; the sum may not.
+    parts = max(NUM_SEGMENTS, min(64, 512 // max(rows, 1)))
+    part = triton.cdiv(triton.cdiv(vocab_size, parts), _BLOCK) * _BLOCK
+    parts = triton.cdiv(vocab_size, part)
+    sums = torch.empty(2, rows, NUM_SEGMENTS, device=device)
+    values = torch.empty(rows, parts, device=device)
+    tokens = torch.empty(rows, parts, dtype=torch.int32, device=device)
+    chosen = torch.empty(rows, dtype=torch.int64, device=device)
+    logprobs = torch.empty(rows, device=device)
+    if rows:
+        segment = padded_vocab_size(vocab_size) // NUM_SEGMENTS
+        _sample_kernel[(rows, NUM_SEGMENTS + parts)](
+            logits, temperature, seeds, positions, sample_ids, greedy, sums[0], sums[1], values,
+            tokens, vocab_size, segment, part, NUM_SEGMENTS, parts, _BLOCK, num_warps=4,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+        _choose_kernel[(rows,)](
+            logits, temperature, sums[0], sums[1], values, tokens, chosen, logprobs, vocab_size,
+            NUM_SEGMENTS, parts, triton.next_power_of_2(parts), num_warps=1,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return chosen, logprobs
 
 
 def draw(
@@ -131,32 +232,8 @@ def draw(
     greedy: torch.Tensor,
 ) -> torch.Tensor:
     """See kernels.sample.draw."""
-    scaled_logits = scaled_logits.contiguous()
-    rows, vocab_size = scaled_logits.shape
-    device = scaled_logits.device
-    values = torch.empty(rows, NUM_SEGMENTS, device=device)
-    tokens = torch.empty(rows, NUM_SEGMENTS, dtype=torch.int32, device=device)
-    if rows:
-        segment = padded_vocab_size(vocab_size) // NUM_SEGMENTS
-        _draw_kernel[(rows, NUM_SEGMENTS)](
-            scaled_logits,
-            seeds,
-            positions,
-            sample_ids,
-            greedy,
-            values,
-            tokens,
-            vocab_size,
-            segment,
-            NUM_SEGMENTS,
-            _BLOCK,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
-    best = values.amax(-1, keepdim=True)
-    # Maxima and minima are exact; ties go to the lower id.
-    none = torch.full_like(tokens, vocab_size - 1)
-    return torch.where(values == best, tokens, none).amin(-1).clamp(max=vocab_size - 1).long()
+    ones = torch.ones(len(scaled_logits), device=scaled_logits.device)
+    return draw_with_logprobs(scaled_logits, ones, seeds, positions, sample_ids, greedy)[0]
 
 
 @triton.jit

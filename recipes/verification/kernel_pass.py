@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import torch
 
 from samebit.kernels.attention import packed_attention, paged_attention, plan_packed, plan_paged
+from samebit.kernels.attention_inputs import attention_inputs
 from samebit.kernels.kv_write import kv_write
 from samebit.kernels.linear import linear, logits
 from samebit.kernels.logprob import logprob, logsumexp, padded_vocab_size
 from samebit.kernels.rms_norm import add_rms_norm, rms_norm
 from samebit.kernels.rope import rope, rope_table
-from samebit.kernels.sample import allowed_tokens, draw
-from samebit.kernels.swiglu import swiglu
+from samebit.kernels.sample import allowed_tokens, draw, draw_with_logprobs
+from samebit.kernels.swiglu import swiglu, swiglu_linear
 from samebit.rollout.config import resolve_device, resolve_dtype
 
 HEADS = ((4, 2, 16, 16), (9, 3, 64, 48), (8, 1, 128, 64))  # query heads, kv heads, H, page size
@@ -66,6 +67,38 @@ def linear_pass(make: Inputs) -> Iterator[torch.Tensor]:
             yield logits(x.detach(), weight.detach())
 
 
+def streaming_pass(make: Inputs) -> Iterator[torch.Tensor]:
+    """The GPU's kernels for few rows in all their forms, whatever the tuning table would choose."""
+    if make.device.type != "cuda":
+        return
+    from samebit.kernels.gpu.skinny import Tile, matmul
+
+    weight = make.normal(256, 576).detach()
+    tiles = [Tile(16, 64, 4, 3), Tile(32, 64, 4, 4, prefetch=512), Tile(64, 64, 4, 3, swap=True)]
+    tiles += [Tile(32, 64, 4, 4, tma=True), Tile(64, 64, 4, 3, swap=True, tma=True)]
+    for tile in tiles:
+        for m in (1, 17, 64):
+            for n, gated in ((256, False), (128, True)):
+                y = torch.full((m, n), float("nan"), dtype=make.dtype, device=make.device)
+                matmul(make.normal(m, 576, seed=1).detach(), weight, y, tile, gated=gated)
+                yield y
+
+
+def decode_inputs_pass(make: Inputs) -> Iterator[torch.Tensor]:
+    """What starts a decode graph, with entries that only fill it up."""
+    if make.device.type != "cuda":
+        return
+    from samebit.kernels.gpu.attention import decode_plan
+    from samebit.kernels.gpu.fused import decode_inputs
+
+    inputs = torch.zeros(7, 8, dtype=torch.int64, device=make.device)
+    inputs[0] = torch.tensor([2, 0, 4, 4, 4], device=make.device)[make.integers(5, 8)]
+    table = torch.zeros(4, 3, dtype=torch.int32, device=make.device)
+    plan = decode_plan(table, 16, 8, 48)
+    made = decode_inputs(inputs, make.integers(9, 5), table, 16, plan)
+    yield from (made.input_ids, made.positions, made.slots, made.temperatures)
+
+
 def rms_norm_pass(make: Inputs) -> Iterator[torch.Tensor]:
     """Rows of many widths, and heads that lie apart."""
     for width in (64, 100, 576, 5000):
@@ -91,6 +124,7 @@ def swiglu_pass(make: Inputs) -> Iterator[torch.Tensor]:
     for width in (100, 1536, 9728):
         gate_up = make.normal(5, 2 * width)
         yield from with_gradients(swiglu(gate_up), gate_up)
+    yield swiglu_linear(make.normal(5, 128).detach(), make.normal(192, 128).detach())
 
 
 def paged_attention_pass(make: Inputs) -> Iterator[torch.Tensor]:
@@ -111,6 +145,20 @@ def paged_attention_pass(make: Inputs) -> Iterator[torch.Tensor]:
             plan = plan_paged(chunk, CONTEXT_LENS, table, page_size, heads // kv, make.device)
             q = make.normal(sum(chunk), heads, head_dim).detach()
             yield paged_attention(q, keys, values, plan, head_dim**-0.5)
+
+
+def attention_inputs_pass(make: Inputs) -> Iterator[torch.Tensor]:
+    """With head norms and without."""
+    for heads, kv, head_dim, page_size in HEADS:
+        table = rope_table(head_dim, 10000.0, 128, device=make.device)
+        qkv = make.normal(35, (heads + 2 * kv) * head_dim).detach()
+        norms = (make.normal(head_dim).detach(), make.normal(head_dim, seed=1).detach())
+        positions = torch.arange(35, device=make.device)
+        shape = (2, 3, page_size, kv, head_dim)
+        for used in (norms, None):
+            caches = torch.zeros(shape, dtype=make.dtype, device=make.device)
+            yield attention_inputs(qkv, used, 1e-6, table, positions, positions + 3, *caches)
+            yield caches
 
 
 def packed_attention_pass(make: Inputs) -> Iterator[torch.Tensor]:
@@ -138,20 +186,25 @@ def sample_pass(make: Inputs) -> Iterator[torch.Tensor]:
     for vocab_size in VOCAB_SIZES:
         scaled = make.normal(6, vocab_size).detach().float()
         yield logsumexp(scaled)
+        seeds = positions = sample_ids = make.integers(1 << 62, 6)
+        greedy = torch.arange(6, device=make.device) % 2 == 0
+        keys = (seeds, positions, sample_ids, greedy)
+        yield from draw_with_logprobs(scaled, torch.full((6,), 0.7, device=make.device), *keys)
         limits = ([0, 1, 5, 0, 40, 0], [1.0, 1.0, 0.9, 0.3, 0.999, 1.0], [0, 0, 0, 0, 0.05, 0.3])
         allowed = allowed_tokens(scaled, *(torch.tensor(x, device=make.device) for x in limits))
         scaled = scaled.masked_fill(~allowed, float("-inf"))
-        seeds = positions = sample_ids = make.integers(1 << 62, 6)
-        greedy = torch.arange(6, device=make.device) % 2 == 0
-        tokens = draw(scaled, seeds, positions, sample_ids, greedy)
+        tokens = draw(scaled, *keys)
         yield scaled.gather(1, tokens[:, None])
 
 
 PASSES: tuple[Callable[[Inputs], Iterable[torch.Tensor]], ...] = (
     linear_pass,
+    streaming_pass,
+    decode_inputs_pass,
     rms_norm_pass,
     rope_pass,
     swiglu_pass,
+    attention_inputs_pass,
     paged_attention_pass,
     packed_attention_pass,
     logprob_pass,

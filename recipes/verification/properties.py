@@ -197,6 +197,17 @@ def weight_update(subject: Subject) -> Result:
     return result
 
 
+def graphs_and_overlap(subject: Subject) -> Result:
+    """Decode by CUDA graphs or not, steps planned ahead or not."""
+    result = Result("graphs and overlap")
+    for graphs in (False, True) if subject.device.type == "cuda" else (False,):
+        for overlap in (False, True):
+            engine = subject.make_engine(cuda_graphs=graphs, overlap=overlap)
+            found = flat(subject.generate(engine))
+            result.compare(found, subject.truth(), f"graphs {graphs}, overlap {overlap}")
+    return result
+
+
 def score(subject: Subject) -> Result:
     """`score` of the drawn tokens, against the log-probs that drawing returned."""
     result = Result("score vs generate")
@@ -255,6 +266,7 @@ PROPERTIES: tuple[Property, ...] = (
     concurrent_callers,
     restart,
     weight_update,
+    graphs_and_overlap,
     score,
     trainer,
 )

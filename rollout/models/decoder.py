@@ -12,9 +12,9 @@ import torch
 from samebit.kernels.linear import linear
 from samebit.kernels.logprob import padded_vocab_size
 from samebit.kernels.rms_norm import add_rms_norm, rms_norm
-from samebit.kernels.rope import rope, rope_table
+from samebit.kernels.rope import rope_table
 from samebit.kernels.selfcheck import selfcheck
-from samebit.kernels.swiglu import swiglu
+from samebit.kernels.swiglu import swiglu_linear
 from samebit.rollout.models.config import ModelConfig
 from samebit.weight_sync.mapping import (
     ParamSpec,
@@ -30,8 +30,10 @@ EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
 
-# (layer, q [T, N, H], k [T, K, H], v [T, K, H]) -> [T, N, H]
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Norms = tuple[torch.Tensor, torch.Tensor] | None  # weights [H] of the query and key norms
+
+# (layer, qkv [T, (N + 2 K) H] by kv head, norms) -> [T, N, H]
+Attend = Callable[[int, torch.Tensor, Norms], torch.Tensor]
 
 
 def param_specs(config: ModelConfig, shard: Shard | None = None) -> list[ParamSpec]:
@@ -75,15 +77,14 @@ def selfcheck_model(config: ModelConfig, device: torch.device) -> None:
     shapes = {(s.shape[0], s.shape[1]) for s in param_specs(config) if len(s.shape) == 2}
     shapes.add((config.vocab_size, config.hidden_size))
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-    selfcheck(shapes, heads, (config.hidden_size, config.head_dim, config.ffn_size), device)
+    selfcheck(shapes, heads, (config.head_dim, config.hidden_size, config.ffn_size), device)
 
 
 @dataclass(frozen=True)
 class _Layer:
     input_norm: torch.Tensor
     qkv: torch.Tensor
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
+    norms: Norms
     proj: torch.Tensor
     mlp_norm: torch.Tensor
     fc1: torch.Tensor
@@ -92,11 +93,11 @@ class _Layer:
 
 def _layer(params: Mapping[str, torch.Tensor], i: int) -> _Layer:
     to = f"decoder.layers.{i}."
+    heads = [params.get(f"{to}self_attention.{x}_layernorm.weight") for x in "qk"]
     return _Layer(
         input_norm=params[f"{to}input_layernorm.weight"],
         qkv=params[f"{to}self_attention.linear_qkv.weight"],
-        q_norm=params.get(f"{to}self_attention.q_layernorm.weight"),
-        k_norm=params.get(f"{to}self_attention.k_layernorm.weight"),
+        norms=None if heads[0] is None or heads[1] is None else (heads[0], heads[1]),
         proj=params[f"{to}self_attention.linear_proj.weight"],
         mlp_norm=params[f"{to}pre_mlp_layernorm.weight"],
         fc1=params[f"{to}mlp.linear_fc1.weight"],
@@ -124,11 +125,10 @@ class Decoder:
     def forward(
         self,
         input_ids: torch.Tensor,
-        positions: torch.Tensor,
         attend: Attend,
         collect: Iterable[int] = (),
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """input_ids and positions [T] int64 -> (final-normed hidden [T, D], collected).
+        """input_ids [T] int64 -> (final-normed hidden [T, D], collected).
 
         `collect` names layers whose residual stream [T, D] to return: i is the stream after i
         layers, 0 the embeddings.
@@ -144,29 +144,12 @@ class Decoder:
                 normed, residual = add_rms_norm(branch, residual, layer.input_norm, eps)
             if i in wanted:
                 collected[i] = residual
-            attended = self._attention(i, layer, normed, positions, attend)
-            normed, residual = add_rms_norm(attended, residual, layer.mlp_norm, eps)
-            branch = linear(swiglu(linear(normed, layer.fc1)), layer.fc2)
+            attended = attend(i, linear(normed, layer.qkv), layer.norms)
+            branch = linear(attended.flatten(1), layer.proj)
+            normed, residual = add_rms_norm(branch, residual, layer.mlp_norm, eps)
+            branch = linear(swiglu_linear(normed, layer.fc1), layer.fc2)
         assert branch is not None
         hidden, residual = add_rms_norm(branch, residual, self.final_norm, eps)
         if len(self.layers) in wanted:
             collected[len(self.layers)] = residual
         return hidden, collected
-
-    def _attention(
-        self,
-        i: int,
-        layer: _Layer,
-        normed: torch.Tensor,
-        positions: torch.Tensor,
-        attend: Attend,
-    ) -> torch.Tensor:
-        c = self.config
-        qkv = linear(normed, layer.qkv).view(len(normed), c.num_kv_heads, -1, c.head_dim)
-        q, k, v = qkv.split([c.heads_per_kv, 1, 1], dim=2)
-        q = q.reshape(len(normed), c.num_heads, c.head_dim)
-        k, v = k.squeeze(2), v.squeeze(2)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = rms_norm(q, layer.q_norm, c.norm_eps), rms_norm(k, layer.k_norm, c.norm_eps)
-        q, k = rope(q, positions, self.rope_table), rope(k, positions, self.rope_table)
-        return linear(attend(i, q, k, v).reshape(len(normed), -1), layer.proj)

@@ -1,6 +1,6 @@
-"""Batch: what one forward step needs, made from the scheduled sequences."""
+"""Batch: the tensors of one forward step, made from a planned Step."""
 
-from collections.abc import Sequence as Seq
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,76 +8,156 @@ import numpy as np
 import torch
 
 from samebit.kernels.attention import plan_paged
-from samebit.rollout.runtime.scheduler import Scheduled
+from samebit.rollout.runtime.scheduler import Chunk, Step
 from samebit.rollout.runtime.sequence import Sequence
+from samebit.rollout.runtime.slots import Slots, signed64
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of one step. Passed down as an argument; nothing global."""
+    """What a forward needs. Passed down as an argument; nothing global."""
 
     input_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64, absolute
-    slots: torch.Tensor  # [T] int64, where each token's key and value go
+    slots: torch.Tensor  # [T] int64, where each token's key and value go in the cache
     plan: Any
-    row_starts: list[int]  # first row of each scheduled sequence
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of the hidden states that predict a token, and for whom."""
+class Draws:
+    """Rows that predict a token to be drawn, and all that its draw depends on; [S] each."""
 
-    hidden_rows: torch.Tensor  # [S] int64
-    seqs: list[Sequence]
+    hidden_rows: np.ndarray  # int64, rows of the batch
+    positions: np.ndarray  # int64, of the token to be drawn
+    seeds: np.ndarray  # int64
+    sample_ids: np.ndarray  # int64
+    temperatures: np.ndarray  # float32, 1 where greedy
+    greedy: np.ndarray  # bool
+    out_slots: np.ndarray  # int64, of the drawing sequence; num_slots: it has none
+    restricted: list[tuple[int, Sequence]]  # rows where not every token may be drawn
 
 
-def make_batch(
-    step: Seq[Scheduled], page_size: int, heads_per_kv: int, device: torch.device
-) -> Batch:
-    """Lay the scheduled tokens one behind another."""
-    num_tokens = [item.num_tokens for item in step]
-    starts = [item.seq.num_computed for item in step]
-    ends = [a + n for a, n in zip(starts, num_tokens, strict=True)]
-    input_ids = np.concatenate(
-        [item.seq.token_ids[a:b] for item, a, b in zip(step, starts, ends, strict=True)]
+def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on the device that does not make the host wait."""
+    tensor = torch.from_numpy(values)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _row_starts(step: Step) -> list[int]:
+    """First row of each chunk; the decoding sequences come before them."""
+    starts, row = [], len(step.decode)
+    for chunk in step.chunks:
+        starts.append(row)
+        row += chunk.num_tokens
+    return starts
+
+
+def chunk_rows(step: Step) -> Iterable[tuple[Chunk, slice]]:
+    """Each chunk with its rows of the batch."""
+    for chunk, start in zip(step.chunks, _row_starts(step), strict=True):
+        yield chunk, slice(start, start + chunk.num_tokens)
+
+
+def make_batch(step: Step, slots: Slots, last_tokens: torch.Tensor, heads_per_kv: int) -> Batch:
+    """Lay the step's tokens one behind another.
+
+    last_tokens [num_slots + 1] on the device: the newest token of each slot, which the host may
+    not know yet.
+    """
+    device, page_size, num_decode = last_tokens.device, slots.page_size, len(step.decode)
+    chunk_slots = [chunk.seq.slot for chunk in step.chunks]
+    owners = np.concatenate([step.decode, np.array(chunk_slots, dtype=np.int64)])
+    starts = np.concatenate(
+        [slots.computed[step.decode], np.array([c.start for c in step.chunks], dtype=np.int64)]
     )
-    row_starts = np.cumsum([0, *num_tokens[:-1]])
-    seq_of_row = np.repeat(np.arange(len(step)), num_tokens)
-    positions = np.arange(len(input_ids)) - row_starts[seq_of_row] + np.array(starts)[seq_of_row]
-    table = np.zeros((len(step), max(len(item.seq.pages) for item in step)), dtype=np.int64)
-    for i, item in enumerate(step):
-        table[i, : len(item.seq.pages)] = item.seq.pages
-    slots = table[seq_of_row, positions // page_size] * page_size + positions % page_size
+    lens = np.ones(len(owners), dtype=np.int64)
+    lens[num_decode:] = [c.num_tokens for c in step.chunks]
+    row_starts = np.cumsum(lens) - lens
+    owner_of_row = np.repeat(np.arange(len(owners)), lens)
+    positions = np.arange(len(owner_of_row)) - row_starts[owner_of_row] + starts[owner_of_row]
+    num_pages = -(-int((starts + lens).max()) // page_size)
+    table = slots.pages[owners, :num_pages].astype(np.int64)
+    cache_slots = table[owner_of_row, positions // page_size] * page_size + positions % page_size
+    given = [c.seq.token_ids[c.start : c.start + c.num_tokens] for c in step.chunks]
+    input_ids = to_device(np.array([t for ids in given for t in ids], dtype=np.int64), device)
+    if num_decode:
+        newest = last_tokens[to_device(step.decode, device)]
+        input_ids = torch.cat([newest, input_ids])
+    plan = plan_paged(
+        lens.tolist(),
+        (starts + lens).tolist(),
+        torch.from_numpy(table),
+        page_size,
+        heads_per_kv,
+        device,
+    )
     return Batch(
-        input_ids=torch.from_numpy(input_ids.astype(np.int64)).to(device),
-        positions=torch.from_numpy(positions).to(device),
-        slots=torch.from_numpy(slots).to(device),
-        plan=plan_paged(num_tokens, ends, torch.from_numpy(table), page_size, heads_per_kv, device),
-        row_starts=row_starts.tolist(),
+        input_ids=input_ids,
+        positions=to_device(positions, device),
+        slots=to_device(cache_slots, device),
+        plan=plan,
     )
 
 
-def sampling_rows(step: Seq[Scheduled], batch: Batch) -> Rows:
-    """The last row of every sequence whose context is now complete, once per sample."""
-    rows, seqs = [], []
-    for item, start in zip(step, batch.row_starts, strict=True):
-        if item.completes and not item.seq.request.score_only:
-            samples = [item.seq, *item.seq.siblings]
-            rows += [start + item.num_tokens - 1] * len(samples)
-            seqs += samples
-    return Rows(torch.tensor(rows, dtype=torch.int64), seqs)
+def decode_draws(decode: np.ndarray, slots: Slots) -> Draws:
+    """Every decoding sequence draws its next token."""
+    positions = slots.length[decode]
+    restricted = slots.limited[decode] | (positions < slots.min_length[decode])
+    owners = [(int(i), slots.seqs[decode[i]]) for i in np.flatnonzero(restricted)]
+    return Draws(
+        hidden_rows=np.arange(len(decode)),
+        positions=positions,
+        seeds=slots.seed[decode],
+        sample_ids=slots.sample_id[decode],
+        temperatures=slots.temperature[decode],
+        greedy=slots.greedy[decode],
+        out_slots=decode,
+        restricted=[(i, seq) for i, seq in owners if seq is not None],
+    )
 
 
-def scoring_rows(step: Seq[Scheduled], batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Rows]:
+def make_draws(step: Step, slots: Slots) -> Draws:
+    """The decoding sequences, then the samples whose context a chunk completes."""
+    decode = decode_draws(step.decode, slots)
+    rows = [(seq, part.stop - 1) for chunk, part in chunk_rows(step) for seq in chunk.drawing]
+    if not rows:
+        return decode
+    seqs = [seq for seq, _ in rows]
+    params = [seq.request.params for seq in seqs]
+    num_decode = len(step.decode)
+
+    def joined(first: np.ndarray, values: Iterable[Any]) -> np.ndarray:
+        return np.concatenate([first, np.array(list(values), dtype=first.dtype)])
+
+    return Draws(
+        hidden_rows=joined(decode.hidden_rows, (row for _, row in rows)),
+        positions=joined(decode.positions, (len(seq.token_ids) for seq in seqs)),
+        seeds=joined(decode.seeds, (slots.seed_of(seq) for seq in seqs)),
+        sample_ids=joined(decode.sample_ids, (signed64(seq.sample_id) for seq in seqs)),
+        temperatures=joined(decode.temperatures, (p.temperature or 1.0 for p in params)),
+        greedy=joined(decode.greedy, (p.temperature == 0 for p in params)),
+        out_slots=joined(
+            decode.out_slots, (slots.num_slots if s.slot is None else s.slot for s in seqs)
+        ),
+        restricted=decode.restricted
+        + [
+            (num_decode + i, seq)
+            for i, seq in enumerate(seqs)
+            if params[i].limits or len(seq.token_ids) < slots.min_length_of(seq)
+        ],
+    )
+
+
+def scoring_rows(step: Step) -> tuple[np.ndarray, np.ndarray, list[Sequence]]:
     """(rows, next tokens, owners) of score_only sequences: every row predicts a given token."""
     rows: list[int] = []
     next_ids: list[int] = []
-    seqs: list[Sequence] = []
-    for item, start in zip(step, batch.row_starts, strict=True):
-        if item.seq.request.score_only:
-            first = item.seq.num_computed + 1
-            rows += range(start, start + item.num_tokens)
-            next_ids += item.seq.token_ids[first : first + item.num_tokens]
-            seqs += [item.seq] * item.num_tokens
-    index = torch.tensor(rows, dtype=torch.int64)
-    return index, torch.tensor(next_ids, dtype=torch.int64), Rows(index, seqs)
+    owners: list[Sequence] = []
+    for chunk, part in chunk_rows(step):
+        if chunk.scores:
+            rows += range(part.start, part.stop)
+            next_ids += chunk.seq.token_ids[chunk.start + 1 : chunk.start + chunk.num_tokens + 1]
+            owners += [chunk.seq] * chunk.num_tokens
+    return np.array(rows, dtype=np.int64), np.array(next_ids, dtype=np.int64), owners

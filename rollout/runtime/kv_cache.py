@@ -1,5 +1,7 @@
 """Paged KV cache: the pool that counts references to pages, and the tensors behind the pages."""
 
+from collections.abc import Sequence
+
 import torch
 
 from samebit.rollout.models.config import ModelConfig
@@ -55,10 +57,13 @@ class KVCache:
             for kind in ("key", "value")
         )
 
-    def copy_page(self, source: int, target: int) -> None:
-        """Copy one page in every layer."""
+    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy pages (source, target) in every layer; no target is a source."""
+        if not copies:
+            return
+        index = torch.tensor(copies, dtype=torch.int64).to(self.keys[0].device)
         for cache in (*self.keys, *self.values):
-            cache[target].copy_(cache[source])
+            cache.index_copy_(0, index[:, 1], cache[index[:, 0]])
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:

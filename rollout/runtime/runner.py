@@ -1,21 +1,102 @@
-"""One forward step of the model over the paged cache."""
+"""Forward steps of the model over the paged cache, started but not waited for."""
 
+from dataclasses import dataclass, field
+
+import numpy as np
 import torch
 
 from samebit.kernels.attention import paged_attention
-from samebit.kernels.kv_write import kv_write
-from samebit.rollout.models.decoder import Decoder
-from samebit.rollout.runtime.batch import Batch
+from samebit.kernels.attention_inputs import attention_inputs
+from samebit.rollout.models.decoder import Decoder, Norms
+from samebit.rollout.runtime.batch import (
+    Batch,
+    Draws,
+    make_batch,
+    make_draws,
+    scoring_rows,
+    to_device,
+)
+from samebit.rollout.runtime.graphs import DecodeGraphs
 from samebit.rollout.runtime.kv_cache import KVCache
+from samebit.rollout.runtime.sampler import Sampler
+from samebit.rollout.runtime.scheduler import Step
+from samebit.rollout.runtime.slots import Slots
+
+_NOTHING = np.zeros(0, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step gives: tokens and log-probs on their way to the host, hidden states."""
+
+    token_ids: torch.Tensor | None  # [S] int64, host
+    logprobs: torch.Tensor | None  # [S] fp32, host
+    scores: torch.Tensor | None  # fp32, host
+    done: torch.cuda.Event | None
+    collected: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(token ids, log-probs, scores), once they have arrived."""
+        if self.done is not None:
+            self.done.synchronize()
+        parts = (self.token_ids, self.logprobs, self.scores)
+        token_ids, logprobs, scores = (_NOTHING if p is None else p.numpy() for p in parts)
+        return token_ids.astype(np.int64), logprobs, scores
+
+
+def _to_host(values: torch.Tensor | None) -> torch.Tensor | None:
+    """A copy on the host that is there once the stream gets to it."""
+    if values is None or values.device.type == "cpu":
+        return values
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(
+        values, non_blocking=True
+    )
 
 
 class Runner:
-    """Model and cache together."""
+    """Model and cache together, and the newest token of every slot."""
 
-    def __init__(self, model: Decoder, cache: KVCache) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, num_slots: int, cuda_graphs: bool) -> None:
         self.model = model
         self.cache = cache
         self.device = model.embedding.device
+        # One more than there are slots: where tokens go that no slot will continue.
+        self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=self.device)
+        self.graphs = DecodeGraphs(self) if cuda_graphs else None
+
+    def bind(self, model: Decoder) -> None:
+        """Serve another model of the same shapes from now on."""
+        self.model = model
+        if self.graphs is not None:
+            self.graphs = DecodeGraphs(self)
+
+    @torch.no_grad()
+    def launch(self, step: Step, slots: Slots, sampler: Sampler) -> Outcome:
+        """Start a step: forward, draws, and the copies for prompts that fork."""
+        if self.graphs is not None and self.graphs.fits(step, slots):
+            token_ids, logprobs = self.graphs.launch(step.decode, slots, sampler)
+            return self._outcome(token_ids, logprobs, None, {})
+        batch = make_batch(step, slots, self.last_tokens, self.model.config.heads_per_kv)
+        wanted = {layer for c in step.chunks for layer in c.seq.request.hidden_state_layers}
+        for slot in step.decode[slots.collects[step.decode]]:
+            seq = slots.seqs[slot]
+            assert seq is not None
+            wanted |= set(seq.request.hidden_state_layers)
+        hidden, collected = self.forward(batch, wanted)
+        draws, output = make_draws(step, slots), self.model.output_weight
+        token_ids = logprobs = scores = None
+        if len(draws.hidden_rows):
+            token_ids, logprobs = sampler.draw(hidden, output, draws)
+            self.keep_tokens(token_ids, draws)
+        rows, next_ids, owners = scoring_rows(step)
+        if owners:
+            scores = sampler.score(hidden[to_device(rows, self.device)], output, next_ids, owners)
+        self.cache.copy_pages([copy for chunk in step.chunks for copy in chunk.copies])
+        return self._outcome(token_ids, logprobs, scores, collected)
+
+    def keep_tokens(self, token_ids: torch.Tensor, draws: Draws) -> None:
+        """Note the newest tokens of the slots, for the next step's forward."""
+        self.last_tokens.index_copy_(0, to_device(draws.out_slots, self.device), token_ids)
 
     @torch.no_grad()
     def forward(
@@ -25,11 +106,28 @@ class Runner:
 
         Returns (hidden [T, D] after the final norm, residual streams of `collect`).
         """
-        scale = self.model.config.softmax_scale
+        model, config = self.model, self.model.config
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend(layer: int, qkv: torch.Tensor, norms: Norms) -> torch.Tensor:
             keys, values = self.cache.keys[layer], self.cache.values[layer]
-            kv_write(k, v, keys, values, batch.slots)
-            return paged_attention(q, keys, values, batch.plan, scale)
+            q = attention_inputs(
+                qkv, norms, config.norm_eps, model.rope_table, batch.positions, batch.slots,
+                keys, values,
+            )  # fmt: skip
+            return paged_attention(q, keys, values, batch.plan, config.softmax_scale)
 
-        return self.model.forward(batch.input_ids, batch.positions, attend, collect)
+        return model.forward(batch.input_ids, attend, collect)
+
+    def _outcome(
+        self,
+        token_ids: torch.Tensor | None,
+        logprobs: torch.Tensor | None,
+        scores: torch.Tensor | None,
+        collected: dict[int, torch.Tensor],
+    ) -> Outcome:
+        token_ids, logprobs, scores = (_to_host(x) for x in (token_ids, logprobs, scores))
+        done = None
+        if self.device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record()
+        return Outcome(token_ids, logprobs, scores, done, collected)

@@ -1,30 +1,29 @@
 """From hidden states to tokens and log-probs, each row by its own request's parameters."""
 
+import numpy as np
 import torch
 
 from samebit.kernels.linear import logits as logits_of
 from samebit.kernels.logprob import logprob, logprob_of
-from samebit.kernels.sample import allowed_tokens, draw
+from samebit.kernels.sample import allowed_tokens, draw, draw_with_logprobs
+from samebit.rollout.runtime.batch import Draws, to_device
 from samebit.rollout.runtime.sequence import Sequence
+from samebit.rollout.runtime.slots import Slots
 
-_MAX_LOGITS = 1 << 24  # elements of one chunk of rows
+_MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}  # elements of one chunk of rows
 
 
 class NonFiniteError(RuntimeError):
     """The model gave a NaN log-prob; the weights or the KV cache are damaged."""
 
 
-def _signed64(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
-
-
 class Sampler:
-    """Draws next tokens. `stop_ids` are the model's end-of-sequence tokens."""
+    """Draws next tokens. `eos_token_ids` are the model's end-of-sequence tokens."""
 
-    def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...], seed: int) -> None:
-        self._vocab_size = vocab_size
+    def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self.vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
-        self._seed = seed
+        self._eos = np.array(eos_token_ids, dtype=np.int64)
 
     def stop_ids(self, seq: Sequence) -> set[int]:
         """Tokens that end this sequence."""
@@ -32,89 +31,102 @@ class Sampler:
         eos = () if params.ignore_eos else self._eos_token_ids
         return {*eos, *params.stop_token_ids}
 
+    def stopped(self, token_ids: np.ndarray, slots: Slots, owners: np.ndarray) -> np.ndarray:
+        """Which of the decoding sequences [B] end with their new token [B]."""
+        stopped = np.isin(token_ids, self._eos) & ~slots.ignore_eos[owners]
+        for i in np.flatnonzero(slots.own_stops[owners]):
+            seq = slots.seqs[owners[i]]
+            if seq is not None and int(token_ids[i]) in seq.request.params.stop_token_ids:
+                stopped[i] = True
+        return stopped
+
     def draw(
-        self, hidden: torch.Tensor, output_weight: torch.Tensor, seqs: list[Sequence]
-    ) -> tuple[list[int], list[float]]:
-        """Next tokens and their log-probs for hidden [S, D], one row per sequence."""
-        rows = max(1, _MAX_LOGITS // self._vocab_size)
-        token_ids: list[int] = []
-        logprobs: list[float] = []
-        for start in range(0, len(seqs), rows):
-            part = slice(start, start + rows)
-            ids, values = self._draw_chunk(hidden[part], output_weight, seqs[part])
-            token_ids += ids
-            logprobs += values
-        _require_finite(logprobs, seqs)
-        return token_ids, logprobs
+        self, hidden: torch.Tensor, output_weight: torch.Tensor, draws: Draws
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Next tokens [S] int64 and their log-probs [S] fp32 for hidden [T, D], on its device."""
+        device, num_rows = hidden.device, len(draws.hidden_rows)
+        if num_rows != len(hidden) or draws.hidden_rows[-1] != num_rows - 1:
+            hidden = hidden[to_device(draws.hidden_rows, device)]
+        columns = (
+            draws.temperatures, draws.seeds, draws.positions, draws.sample_ids, draws.greedy
+        )  # fmt: skip
+        keys = [to_device(column, device) for column in columns]
+        step = max(1, _MAX_LOGITS[device.type] // self.vocab_size)
+        parts = []
+        for start in range(0, num_rows, step):
+            part = slice(start, start + step)
+            logits = logits_of(hidden[part], output_weight[: self.vocab_size])
+            restricted = [
+                (i - start, seq, int(draws.positions[i]))
+                for i, seq in draws.restricted
+                if start <= i < start + step
+            ]
+            parts.append(self._draw(logits, restricted, *(key[part] for key in keys)))
+        token_ids, logprobs = zip(*parts, strict=True)
+        return torch.cat(token_ids), torch.cat(logprobs)
 
     def score(
         self,
         hidden: torch.Tensor,
         output_weight: torch.Tensor,
-        next_ids: torch.Tensor,
-        seqs: list[Sequence],
-    ) -> list[float]:
-        """Log-probs of given next tokens [S] for hidden [S, D]."""
-        temperature = torch.tensor([_divisor(s) for s in seqs], device=hidden.device)
-        values, _ = logprob(hidden, output_weight, next_ids, temperature, self._vocab_size)
-        logprobs = values.tolist()
-        _require_finite(logprobs, seqs)
-        return logprobs
+        next_ids: np.ndarray,
+        owners: list[Sequence],
+    ) -> torch.Tensor:
+        """Log-probs [S] of given next tokens [S] for hidden [S, D]."""
+        temperature = np.array([_divisor(seq) for seq in owners], dtype=np.float32)
+        ids, divisors = (to_device(values, hidden.device) for values in (next_ids, temperature))
+        return logprob(hidden, output_weight, ids, divisors, self.vocab_size)[0]
 
-    def _draw_chunk(
-        self, hidden: torch.Tensor, output_weight: torch.Tensor, seqs: list[Sequence]
-    ) -> tuple[list[int], list[float]]:
-        temperature = torch.tensor([_divisor(s) for s in seqs], device=hidden.device)
-        logits = logits_of(hidden, output_weight[: self._vocab_size]) / temperature[:, None]
-        token_ids = draw(self._restrict(logits, seqs), *self._noise_keys(seqs, hidden.device))
-        return token_ids.tolist(), logprob_of(logits, token_ids).tolist()
+    def _draw(
+        self,
+        logits: torch.Tensor,
+        restricted: list[tuple[int, Sequence, int]],
+        temperature: torch.Tensor,
+        *keys: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not restricted:
+            return draw_with_logprobs(logits, temperature, *keys)
+        scaled = logits / temperature[:, None]
+        token_ids = draw(self._restrict(scaled, restricted), *keys)
+        return token_ids, logprob_of(scaled, token_ids)
 
-    def _noise_keys(
-        self, seqs: list[Sequence], device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Seeds, positions, sample ids and greedy flags, [S] each."""
-        seeds = [self._seed if (s := q.request.params.seed) is None else s for q in seqs]
-        words = torch.tensor(
-            [
-                [_signed64(s) for s in seeds],
-                [len(s.token_ids) for s in seqs],
-                [_signed64(s.sample_id) for s in seqs],
-                [s.request.params.temperature == 0 for s in seqs],
-            ],
-            dtype=torch.int64,
-        ).to(device)
-        return words[0], words[1], words[2], words[3].bool()
-
-    def _restrict(self, logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
-        """Logits with -inf where a token may not be drawn; only the rows that restrict anything."""
-        params = [s.request.params for s in seqs]
-        early = [i for i, s in enumerate(seqs) if s.num_new_tokens < params[i].min_new_tokens]
-        limited = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1 or p.min_p > 0]
-        if not (early or limited):
-            return logits
-        logits = logits.clone()
-        for i in early:
-            logits[i, sorted(self.stop_ids(seqs[i]))] = float("-inf")
+    def _restrict(
+        self, scaled: torch.Tensor, restricted: list[tuple[int, Sequence, int]]
+    ) -> torch.Tensor:
+        """Scaled logits with -inf where (row, sequence, position) may not draw a token."""
+        scaled, device = scaled.clone(), scaled.device
+        limited = [(i, seq.request.params) for i, seq, _ in restricted if seq.request.params.limits]
+        early = [
+            (i, token)
+            for i, seq, position in restricted
+            if position < Slots.min_length_of(seq)
+            for token in sorted(self.stop_ids(seq))
+        ]
+        if early:
+            where = to_device(np.array(early).T.copy(), device)
+            scaled[where[0], where[1]] = float("-inf")
         if limited:
-            rows = logits[limited]
-            allowed = allowed_tokens(
-                rows,
-                torch.tensor([params[i].top_k for i in limited], device=logits.device),
-                torch.tensor([params[i].top_p for i in limited], device=logits.device),
-                torch.tensor([params[i].min_p for i in limited], device=logits.device),
+            index = to_device(np.array([i for i, _ in limited]), device)
+            rows = scaled[index]
+            columns = (
+                np.array([p.top_k for _, p in limited], dtype=np.int64),
+                np.array([p.top_p for _, p in limited], dtype=np.float32),
+                np.array([p.min_p for _, p in limited], dtype=np.float32),
             )
-            logits[limited] = rows.masked_fill(~allowed, float("-inf"))
-        return logits
+            allowed = allowed_tokens(rows, *(to_device(column, device) for column in columns))
+            scaled[index] = rows.masked_fill(~allowed, float("-inf"))
+        return scaled
 
 
 def _divisor(seq: Sequence) -> float:
     return seq.request.params.temperature or 1.0
 
 
-def _require_finite(logprobs: list[float], seqs: list[Sequence]) -> None:
-    for value, seq in zip(logprobs, seqs, strict=True):
-        if value != value:
-            raise NonFiniteError(
-                f"NaN log-prob in request {seq.request.request_id}, sample {seq.sample_id}, "
-                f"at position {len(seq.token_ids)}"
-            )
+def require_finite(logprobs: np.ndarray, owners: list[tuple[Sequence, int]]) -> None:
+    """Raise NonFiniteError naming the first (sequence, position) whose log-prob is NaN."""
+    for i in np.flatnonzero(np.isnan(logprobs)):
+        seq, position = owners[i]
+        raise NonFiniteError(
+            f"NaN log-prob in request {seq.request.request_id}, sample {seq.sample_id}, "
+            f"at position {position}"
+        )

@@ -1,128 +1,164 @@
 """Who runs next: continuous batching under a token budget, with preemption by recompute.
 
-Results cannot depend on any choice made here, so the choices follow speed alone. Earlier arrivals
-go first; when pages run out, cached prefixes are evicted, then the latest arrival is preempted and
-computes its context again later.
+Results cannot depend on any choice made here, so the choices follow speed alone. Sequences that
+decode go first, then earlier arrivals; when pages run out, cached prefixes are evicted, then the
+latest arrival is preempted and computes its context again later. Steps are planned before the
+results of earlier ones are known: only their lengths matter here.
 """
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+import numpy as np
 
 from samebit.rollout.config import EngineConfig
 from samebit.rollout.runtime.kv_cache import PagePool
 from samebit.rollout.runtime.prefix_cache import PrefixCache
 from samebit.rollout.runtime.sequence import Sequence
+from samebit.rollout.runtime.slots import Slots
+from samebit.weight_sync.types import WeightVersion
 
 
 @dataclass(frozen=True)
-class Scheduled:
-    """One sequence's part of a step: compute its next `num_tokens` tokens."""
+class Chunk:
+    """A part of one context to compute: tokens [start, start + num_tokens)."""
 
     seq: Sequence
+    start: int
     num_tokens: int
+    completes: bool
+    siblings: tuple[Sequence, ...] = ()
+    """Samples of the same prompt that draw their first token from its last row."""
+    copies: tuple[tuple[int, int], ...] = ()
+    """(source, target) pages: the unfilled page of a prompt, for each sibling that goes on."""
 
     @property
-    def completes(self) -> bool:
-        """Whether the step computes the sequence's last token so far."""
-        return self.num_tokens == self.seq.num_to_compute
+    def drawing(self) -> tuple[Sequence, ...]:
+        """Whose next token the last row predicts."""
+        return (self.seq, *self.siblings) if self.completes and not self.scores else ()
+
+    @property
+    def scores(self) -> bool:
+        """Whether every row predicts a given token."""
+        return self.seq.request.score_only
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward: a token for each slot in `decode`, then the chunks."""
+
+    decode: np.ndarray  # [B] slots
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed."""
+        return len(self.decode) + sum(chunk.num_tokens for chunk in self.chunks)
+
+
+class _OutOfPagesError(Exception):
+    """Pages ran out while results are in flight that may free some."""
 
 
 class Scheduler:
-    """Owns the queues and hands out pages."""
+    """Owns the queues and hands out pages and slots."""
 
-    def __init__(self, config: EngineConfig, pool: PagePool, prefixes: PrefixCache | None) -> None:
+    def __init__(
+        self, config: EngineConfig, pool: PagePool, prefixes: PrefixCache | None, slots: Slots
+    ) -> None:
         self._config = config
         self._pool = pool
         self._prefixes = prefixes
+        self._slots = slots
         self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self._prefilling: list[Sequence] = []
+        self.version: WeightVersion | None = None  # what draws the tokens in the slots
         self.num_preemptions = 0
 
     @property
     def has_unfinished(self) -> bool:
         """Whether any sequence waits or runs."""
-        return bool(self._waiting or self._running)
+        return bool(self._waiting) or self._slots.num_used > 0
 
     @property
     def num_unfinished(self) -> int:
         """Requests that wait or run."""
-        return len({seq.request.request_id for seq in (*self._waiting, *self._running)})
+        return len({seq.request.request_id for seq in (*self._waiting, *self._running())})
 
     @property
     def num_running(self) -> int:
-        """Sequences that hold pages."""
-        return len(self._running)
+        """Sequences that hold a slot."""
+        return self._slots.num_used
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence; its siblings come along with it."""
         self._waiting.append(seq)
 
-    def schedule(self) -> list[Scheduled]:
-        """Choose the sequences of one step and give them pages."""
-        budget = self._config.max_batch_tokens
+    def schedule(self, in_flight: bool = False) -> Step | None:
+        """Plan one step and give its sequences pages and slots.
+
+        None: pages ran out while results are in flight; take them in first, then ask again.
+        """
         preemptions_before = self.num_preemptions
-        step: list[Scheduled] = []
-        for seq in list(self._running):
-            if budget == 0:
-                break
-            if not seq.pages:
-                continue  # preempted for an earlier one
-            num_tokens = min(seq.num_to_compute, self._config.prefill_chunk, budget)
-            if not self._reserve(seq, seq.num_computed + num_tokens):
-                continue
-            step.append(Scheduled(seq, num_tokens))
-            budget -= num_tokens
-        if self.num_preemptions == preemptions_before:
-            step += self._admit(budget)
-        self._running.sort(key=lambda s: s.arrival)
-        return step
+        budget = self._config.max_batch_tokens
+        try:
+            decode = self._decode(budget, in_flight)
+            budget -= len(decode)
+            chunks = []
+            for seq in list(self._prefilling):
+                if budget > 0 and seq.slot is not None:  # not preempted for an earlier one
+                    chunk = self._chunk(seq, budget)
+                    chunks.append(chunk)
+                    budget -= chunk.num_tokens
+            if self.num_preemptions == preemptions_before:
+                chunks += self._admit(budget)
+        except _OutOfPagesError:
+            return None
+        return Step(decode, tuple(chunks))
+
+    def launched(self, step: Step) -> None:
+        """The step's tokens are on their way: its sequences may be planned further."""
+        self._slots.advance(step.decode)
+        for chunk in step.chunks:
+            seq = chunk.seq
+            seq.num_computed += chunk.num_tokens
+            if chunk.completes:
+                self._prefilling.remove(seq)
+            for drawing in chunk.drawing:
+                if drawing.slot is not None:
+                    drawing.num_computed = seq.num_computed
+                    self._slots.start_decoding(drawing, seq.num_computed + 1)
 
     def finish(self, seq: Sequence) -> None:
-        """Take a sequence off, if it got on; its full pages stay findable."""
-        if seq in self._running:
-            self._running.remove(seq)
+        """Take a sequence off, if it runs; its full pages stay findable."""
+        if seq.slot is not None:
+            self._take_tokens(seq)
             self.remember(seq)
             self._release(seq)
-
-    def fork(self, seq: Sequence) -> list[tuple[int, int]]:
-        """Start the siblings of a sequence whose prompt is computed, with their first token drawn.
-
-        They share its full pages; returns (source, target) pages to copy for the rest. A sibling
-        for which there is no room waits and computes its context itself.
-        """
-        copies: list[tuple[int, int]] = []
-        num_full = seq.num_computed // self._config.page_size
-        for sibling in seq.siblings:
-            if sibling.finish_reason is not None:
-                continue
-            sibling.pages = list(seq.pages[:num_full])
-            for page in sibling.pages:
-                self._pool.share(page)
-            has_room = len(self._running) < self._config.max_num_seqs
-            if has_room and self._grow(sibling, seq.num_computed):
-                copies += zip(seq.pages[num_full:], sibling.pages[num_full:], strict=True)
-                sibling.num_computed = seq.num_computed
-                sibling.hidden = {layer: list(parts) for layer, parts in seq.hidden.items()}
-                self._running.append(sibling)
-            else:
-                self._release(sibling)
-                self._requeue(sibling)
-        seq.siblings = []
-        return copies
 
     def remember(self, seq: Sequence) -> None:
         """Put the computed full pages into the prefix cache."""
         if self._prefixes is not None:
             self._prefixes.insert(seq.token_ids[: seq.num_computed], seq.pages)
 
+    def requeue(self, seq: Sequence) -> None:
+        """Back into the queue, before every later arrival, to be computed anew."""
+        seq.restart()
+        later = next((i for i, s in enumerate(self._waiting) if s.arrival > seq.arrival), None)
+        if later is None:
+            self._waiting.append(seq)
+        else:
+            self._waiting.insert(later, seq)
+
     def abort(self, request_id: str) -> list[Sequence]:
-        """Take all of a request's sequences off, siblings included."""
+        """Take all of a request's sequences off, siblings included; nothing may be in flight."""
         aborted = []
-        for seq in [*self._running, *self._waiting]:
+        for seq in [*self._running(), *self._waiting]:
             if seq.request.request_id != request_id:
                 continue
-            if seq in self._running:
-                self._running.remove(seq)
+            if seq.slot is not None:
+                self._take_tokens(seq)
                 self._release(seq)
             else:
                 self._waiting.remove(seq)
@@ -130,35 +166,105 @@ class Scheduler:
             seq.siblings = []
         return aborted
 
-    def _admit(self, budget: int) -> list[Scheduled]:
+    def restart_all(self, lost: Iterable[Step]) -> None:
+        """After a failed step: forget everything computed, keep what was drawn, begin again.
+
+        lost: steps whose results will never come.
+        """
+        for seq in self._running():
+            self._send_back(seq)
+        queued = set(map(id, self._waiting))
+        for chunk in (chunk for step in lost for chunk in step.chunks):
+            for sibling in chunk.siblings:
+                if sibling.finish_reason is None and id(sibling) not in queued:
+                    self.requeue(sibling)
+
+    # -- internals -------------------------------------------------------------------------------
+
+    def _running(self) -> list[Sequence]:
+        seqs = [seq for seq in self._slots.seqs if seq is not None]
+        return sorted(seqs, key=lambda s: s.arrival)
+
+    def _decode(self, budget: int, in_flight: bool) -> np.ndarray:
+        """The slots that decode, each with a page for its next token."""
+        slots = self._slots
+        decode = slots.decode_order()[:budget]
+        full = slots.computed[decode] >= slots.num_pages[decode] * self._config.page_size
+        if not full.any():
+            return decode
+        for slot in decode[full]:
+            seq = slots.seqs[slot]
+            if seq is not None:  # not preempted for an earlier one
+                self._reserve(seq, int(slots.computed[slot]) + 1, in_flight)
+        return decode[slots.decoding[decode]]
+
+    def _chunk(self, seq: Sequence, budget: int) -> Chunk:
+        """The next tokens of a sequence that has pages for its context, and the forks after it."""
+        left = seq.num_to_compute
+        num_tokens = min(left, self._config.prefill_chunk, budget)
+        if num_tokens < left:
+            return Chunk(seq, seq.num_computed, num_tokens, completes=False)
+        siblings, copies = tuple(seq.siblings), self._fork(seq)
+        seq.siblings = []
+        return Chunk(seq, seq.num_computed, num_tokens, True, siblings, copies)
+
+    def _fork(self, seq: Sequence) -> tuple[tuple[int, int], ...]:
+        """Pages and slots for the siblings that have room: the prompt's full pages are shared.
+
+        A sibling for which there is no room, or that ends with its first token, gets none.
+        """
+        context_len = len(seq.token_ids)
+        num_full = context_len // self._config.page_size
+        copies: list[tuple[int, int]] = []
+        if seq.request.params.max_new_tokens == 1:
+            return ()
+        for sibling in seq.siblings:
+            if self._slots.num_free == 0:
+                break
+            sibling.pages = list(seq.pages[:num_full])
+            for page in sibling.pages:
+                self._pool.share(page)
+            if not self._grow(sibling, context_len):
+                self._drop_pages(sibling)
+                break
+            self._slots.enter(sibling)
+            copies += zip(seq.pages[num_full:], sibling.pages[num_full:], strict=True)
+        return tuple(copies)
+
+    def _admit(self, budget: int) -> list[Chunk]:
         admitted = []
-        while self._waiting and budget > 0 and len(self._running) < self._config.max_num_seqs:
+        while self._waiting and budget > 0 and self._slots.num_free > 0:
             seq = self._waiting[0]
             if self._prefixes is not None and not self._needs_every_position(seq):
                 seq.pages = self._prefixes.match(seq.token_ids)
                 seq.num_computed = len(seq.pages) * self._config.page_size
             if not self._grow(seq, len(seq.token_ids)):
-                self._release(seq)
+                self._drop_pages(seq)
                 seq.restart()
                 break
-            num_tokens = min(seq.num_to_compute, self._config.prefill_chunk, budget)
-            self._running.append(self._waiting.popleft())
-            admitted.append(Scheduled(seq, num_tokens))
-            budget -= num_tokens
+            self._waiting.popleft()
+            self._slots.enter(seq)
+            self._prefilling.append(seq)
+            chunk = self._chunk(seq, budget)
+            admitted.append(chunk)
+            budget -= chunk.num_tokens
+        self._prefilling.sort(key=lambda s: s.arrival)
         return admitted
 
     @staticmethod
     def _needs_every_position(seq: Sequence) -> bool:
         return seq.request.score_only or bool(seq.request.hidden_state_layers)
 
-    def _reserve(self, seq: Sequence, num_tokens: int) -> bool:
+    def _reserve(self, seq: Sequence, num_tokens: int, in_flight: bool) -> None:
         """Give seq pages for num_tokens tokens, preempting later arrivals if need be."""
         while not self._grow(seq, num_tokens):
-            victim = self._running[-1]
-            self._preempt(victim)
+            if in_flight:
+                raise _OutOfPagesError
+            victim = self._running()[-1]
+            self._send_back(victim)
+            self.num_preemptions += 1
             if victim is seq:
-                return False
-        return True
+                return
 
     def _grow(self, seq: Sequence, num_tokens: int) -> bool:
         needed = -(-num_tokens // self._config.page_size) - len(seq.pages)
@@ -168,24 +274,34 @@ class Scheduler:
         if short > 0:
             return False
         seq.pages.extend(self._pool.take() for _ in range(needed))
+        if seq.slot is not None:
+            self._slots.set_pages(seq)
         return True
 
-    def _preempt(self, seq: Sequence) -> None:
-        self._running.remove(seq)
+    def _send_back(self, seq: Sequence) -> None:
+        """Back into the queue, with what has arrived of its tokens."""
+        self._take_tokens(seq)
         self._release(seq)
-        seq.restart()
-        self._requeue(seq)
-        self.num_preemptions += 1
+        self.requeue(seq)
 
-    def _requeue(self, seq: Sequence) -> None:
-        """Back into the queue, before every later arrival."""
-        later = next((i for i, s in enumerate(self._waiting) if s.arrival > seq.arrival), None)
-        if later is None:
-            self._waiting.append(seq)
-        else:
-            self._waiting.insert(later, seq)
+    def _take_tokens(self, seq: Sequence) -> None:
+        """Move what was drawn from the slot into the sequence."""
+        slots, slot = self._slots, seq.slot
+        assert slot is not None
+        new = slice(len(seq.token_ids), int(slots.known[slot]))
+        if new.start < new.stop:
+            assert self.version is not None
+            values = (slots.tokens[slot, new].tolist(), slots.logprobs[slot, new].tolist())
+            seq.append(*values, self.version)
+            seq.num_computed = new.stop - 1
 
     def _release(self, seq: Sequence) -> None:
+        if seq in self._prefilling:
+            self._prefilling.remove(seq)
+        self._slots.leave(seq)
+        self._drop_pages(seq)
+
+    def _drop_pages(self, seq: Sequence) -> None:
         for page in seq.pages:
             self._pool.drop(page)
         seq.pages = []

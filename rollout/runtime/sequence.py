@@ -1,5 +1,6 @@
 """Sequence: one sample while it runs. Private to the engine."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -12,8 +13,9 @@ from samebit.weight_sync.types import VersionSpan, WeightVersion
 class Sequence:
     """Tokens, pages and progress of one sample.
 
-    The first `num_computed` of `token_ids` have their keys and values in `pages`. `siblings` are
-    the samples of the same prompt that wait for this one's prefill.
+    The first `num_computed` of `token_ids` have their keys and values in `pages`, or will have once
+    the steps in flight are done. `siblings` are the samples of the same prompt that wait for this
+    one's prefill. A running sequence has a `slot` (see runtime/slots.py).
     """
 
     request: Request
@@ -27,6 +29,7 @@ class Sequence:
     finish_reason: str | None = None
     siblings: list["Sequence"] = field(default_factory=list)
     hidden: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    slot: int | None = None
 
     @property
     def sample_id(self) -> int:
@@ -58,12 +61,14 @@ class Sequence:
         if self.request.score_only:
             self.logprobs = []
 
-    def append(self, token_id: int, logprob: float, version: WeightVersion) -> None:
-        """Add a drawn token."""
+    def append(
+        self, token_ids: Iterable[int], logprobs: Iterable[float], version: WeightVersion
+    ) -> None:
+        """Add drawn tokens."""
         if not self.spans or self.spans[-1].version != version:
             self.spans.append(VersionSpan(self.num_new_tokens, version))
-        self.token_ids.append(token_id)
-        self.logprobs.append(logprob)
+        self.token_ids.extend(token_ids)
+        self.logprobs.extend(logprobs)
 
     def add_hidden(self, collected: dict[int, torch.Tensor], rows: slice) -> None:
         """Keep this step's part of the hidden states asked for."""

@@ -59,7 +59,7 @@ class WeightControl:
         self.weights = {name: p.detach() for name, p in params.items()}
         version = WeightVersion(step, weights_digest(self.specs, self.weights))
         self.session = UpdateSession(self.specs, self.weights, version)
-        self.runner.model = Decoder(self.model_config, self.weights)
+        self.runner.bind(Decoder(self.model_config, self.weights))
         self.flush_cache()
         return version
 

@@ -10,8 +10,12 @@ from helpers import make_prompts, outcomes
 from samebit.rollout.config import EngineConfig
 from samebit.rollout.runtime.kv_cache import PagePool
 from samebit.rollout.runtime.prefix_cache import PrefixCache
+from samebit.rollout.runtime.runner import Outcome
+from samebit.rollout.runtime.sampler import Sampler
 from samebit.rollout.runtime.scheduler import Scheduler
 from samebit.rollout.runtime.sequence import Sequence
+from samebit.rollout.runtime.slots import Slots
+from samebit.rollout.runtime.step import Pipeline
 from samebit.rollout.types import Request, SamplingParams
 from samebit.weight_sync.types import WeightVersion
 
@@ -19,10 +23,32 @@ PAGE = 4
 VERSION = WeightVersion(0, "a")
 
 
-class World:
-    """A scheduler, and a model that "computes" by counting."""
+class CountingRunner:
+    """A model that "computes" by counting: it draws token 7 everywhere."""
 
-    def __init__(self, num_pages=16, cached=False, **settings):
+    def __init__(self, slots):
+        self.slots = slots
+        self.steps = []
+
+    def launch(self, step, slots, sampler):
+        """Results for every row that asks for one."""
+        assert slots is self.slots
+        self.steps.append(step)
+        for slot in step.decode:
+            assert slots.num_pages[slot] * PAGE > slots.computed[slot]
+        for chunk in step.chunks:
+            assert len(chunk.seq.pages) * PAGE >= chunk.start + chunk.num_tokens
+        num_drawn = len(step.decode) + sum(len(c.drawing) for c in step.chunks)
+        num_scored = sum(c.num_tokens for c in step.chunks if c.scores)
+        return Outcome(
+            torch.full((num_drawn,), 7), -torch.ones(num_drawn), -torch.ones(num_scored), None
+        )
+
+
+class World:
+    """A scheduler in a pipeline over the counting runner. depth: steps in flight."""
+
+    def __init__(self, num_pages=16, cached=False, depth=0, **settings):
         config = EngineConfig(
             model_path=Path("none"),
             device=torch.device("cpu"),
@@ -32,15 +58,19 @@ class World:
         )
         self.pool = PagePool(num_pages)
         prefixes = PrefixCache(self.pool, PAGE, VERSION) if cached else None
-        self.scheduler = Scheduler(config, self.pool, prefixes)
+        self.slots = Slots(config.max_num_seqs, 64, PAGE, seed=0)
+        self.scheduler = Scheduler(config, self.pool, prefixes, self.slots)
+        self.runner = CountingRunner(self.slots)
+        sampler = Sampler(331, ())
+        self.pipeline = Pipeline(self.scheduler, self.slots, self.runner, sampler, depth)
         self.arrivals = 0
 
-    def add(self, prompt, max_new=4, n=1, score=False):
+    def add(self, prompt, max_new=4, n=1, score=False, **params):
         """Queue a request; its sequences."""
         request = Request(
             request_id=str(self.arrivals),
             prompt_ids=tuple(prompt),
-            params=SamplingParams(n=n, max_new_tokens=max_new),
+            params=SamplingParams(n=n, max_new_tokens=max_new, **params),
             sample_ids=tuple(range(n)),
             score_only=score,
         )
@@ -55,26 +85,22 @@ class World:
 
     def step(self):
         """One step; what was scheduled as (arrival, number of tokens, arrivals of forks)."""
-        step = self.scheduler.schedule()
-        completed = [item.seq for item in step if item.completes]
-        groups = [(seq, *seq.siblings) for seq in completed]
-        for item in step:
-            item.seq.num_computed += item.num_tokens
-            assert len(item.seq.pages) * PAGE >= item.seq.num_computed
-        forks = {}
-        for leader, *siblings in groups:
-            for seq in (leader, *siblings):
-                if not seq.request.score_only:
-                    seq.append(7, -1.0, VERSION)
-                last = seq.num_new_tokens == seq.request.params.max_new_tokens
-                if seq.request.score_only or last:
-                    seq.finish_reason = "length"
-            self.copies = self.scheduler.fork(leader)
-            forks[leader.arrival] = [s.arrival for s in siblings if s.pages]
-        summary = [(i.seq.arrival, i.num_tokens, forks.get(i.seq.arrival, [])) for i in step]
-        for seq in (s for group in groups for s in group):
-            if seq.finish_reason is not None:
-                self.scheduler.finish(seq)
+        slots, summary = self.slots, []
+        original = self.runner.launch
+
+        def launch(step, *arguments):
+            summary.extend((int(slots.arrival[slot]), 1, []) for slot in step.decode)
+            for c in step.chunks:
+                forks = [s.arrival for s in c.siblings if s.slot is not None]
+                summary.append((c.seq.arrival, c.num_tokens, forks))
+            self.copies = [copy for c in step.chunks for copy in c.copies]
+            return original(step, *arguments)
+
+        self.runner.launch = launch
+        try:
+            self.pipeline.advance(VERSION)
+        finally:
+            self.runner.launch = original
         return summary
 
     def run(self, limit=500):
@@ -82,9 +108,8 @@ class World:
         steps = []
         while self.scheduler.has_unfinished:
             steps.append(self.step())
-            assert steps[-1], "nothing was scheduled: the engine would hang"
-            assert len(steps) < limit
-        return steps
+            assert len(steps) < limit, "the engine would hang"
+        return [step for step in steps if step]
 
 
 def test_prefill_then_decode():

@@ -1,0 +1,59 @@
+"""attention_inputs: from the qkv product to rotated queries, and keys and values in the cache.
+
+Contract: the composition of rms_norm per query and key head (where the model has it), rope, and
+kv_write, with their roundings. For inference; training composes the differentiable operations.
+"""
+
+import torch
+
+from samebit.kernels.kv_write import kv_write
+from samebit.kernels.op import Op
+from samebit.kernels.rms_norm import rms_norm
+from samebit.kernels.rope import rope
+
+
+def attention_inputs_ref(
+    qkv: torch.Tensor,
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    eps: float,
+    rope_table: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+) -> torch.Tensor:
+    """The composition, by the device's own single operations: a bit reference."""
+    num_kv, head_dim = key_cache.shape[-2:]
+    by_group = qkv.view(len(qkv), num_kv, -1, head_dim)
+    q, k, v = by_group.split([by_group.shape[2] - 2, 1, 1], dim=2)
+    q, k, v = q.reshape(len(qkv), -1, head_dim), k.squeeze(2), v.squeeze(2)
+    if norms is not None:
+        q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
+    kv_write(rope(k, positions, rope_table), v, key_cache, value_cache, slots)
+    return rope(q, positions, rope_table)
+
+
+_attention_inputs = Op(
+    "attention_inputs",
+    cpu=attention_inputs_ref,
+    cuda="samebit.kernels.gpu.fused:attention_inputs",
+)
+
+
+def attention_inputs(
+    qkv: torch.Tensor,
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    eps: float,
+    rope_table: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+) -> torch.Tensor:
+    """Queries [T, N, H], normalised and rotated; keys and values go to slots [T] of the caches.
+
+    qkv [T, K * (N / K + 2) * H]: for each kv head its queries, its key, its value. norms: weights
+    [H] of the query and key norms, or None. rope_table [max_position, H] fp32, positions [T] int64,
+    slots [T] int64, distinct; caches [P, page_size, K, H]. On the GPU a slot of -1 stores nothing.
+    """
+    return _attention_inputs(qkv, norms, eps, rope_table, positions, slots, key_cache, value_cache)

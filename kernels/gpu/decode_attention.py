@@ -1,0 +1,155 @@
+"""attention of decode steps on the GPU: one program for each split, the last one merges.
+
+A sequence's last program to arrive merges the splits' (max, sum, accumulator) in ascending order,
+so the result does not depend on who that is. The counter of arrivals is an integer: no floating
+sum depends on its order.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from samebit.kernels.attention import GPU_KV_SPLIT as KV_SPLIT
+from samebit.kernels.attention import GPU_KV_TILE as KV_TILE
+from samebit.kernels.gpu.online_softmax import merge, split_pass
+from samebit.kernels.gpu.pdl import after_previous, prefetch_l2, supported
+
+LOG2E = 1.4426950408889634
+_ROWS = 16
+_MAX_KV_HEADS = 128
+
+
+@dataclass(frozen=True)
+class DecodeEntries:
+    """Sequences with one new token. A context of 0 marks an entry that only fills a batch up."""
+
+    query_rows: torch.Tensor  # [E] int32, among the T queries
+    table_rows: torch.Tensor  # [E] int32, rows of the page table
+    context_lens: torch.Tensor  # [E] int32, the new token included
+    max_context: int  # bound of context_lens
+    counters: torch.Tensor  # [E * _MAX_KV_HEADS] int32, zeros between kernels: arrived splits
+
+
+def decode_entries(
+    query_rows: torch.Tensor, table_rows: torch.Tensor, context_lens: torch.Tensor, max_context: int
+) -> DecodeEntries:
+    """Entries over device tensors [E] int32."""
+    counters = torch.zeros(
+        len(query_rows) * _MAX_KV_HEADS, dtype=torch.int32, device=query_rows.device
+    )
+    return DecodeEntries(query_rows, table_rows, context_lens, max_context, counters)
+
+
+@triton.jit(do_not_specialize=["max_pages", "max_splits"])
+def _decode_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, max_ptr, sum_ptr, acc_ptr, counters, query_rows, table_rows,
+    context_lens, pages_ptr, max_pages, q_stride, q_head, stride, kv_head, qk_scale, max_splits,
+    NUM_KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, PAGE: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One split of one sequence and kv head; the last to arrive merges the splits in order."""
+    kv, entry, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    context_len = tl.load(context_lens + entry)
+    row = tl.load(query_rows + entry).to(tl.int64)
+    pages = pages_ptr + tl.load(table_rows + entry).to(tl.int64) * max_pages
+    k_head, v_head = k_ptr + kv * kv_head, v_ptr + kv * kv_head
+    lo = split * SPLIT
+    for n0 in tl.static_range(0, AHEAD, TILE):
+        n = lo + n0 + tl.arange(0, TILE)
+        page = tl.load(pages + n // PAGE, mask=n < context_len, other=0).to(tl.int64)
+        lines = ((page * PAGE + n % PAGE) * stride)[:, None] + (tl.arange(0, BLOCK_D // 64) * 64)
+        prefetch_l2(k_head + lines)
+        prefetch_l2(v_head + lines)
+    after_previous(PDL)
+    if lo >= context_len:
+        return
+    r = tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    inside = (r < GROUP)[:, None] & (d < D)[None, :]
+    heads = (kv * GROUP + r)[:, None]
+    q = tl.load(q_ptr + row * q_stride + heads * q_head + d[None, :], mask=inside, other=0.0)
+    position = tl.zeros((ROWS,), tl.int32) + context_len - 1
+    m, total, acc = split_pass(
+        q, k_head, v_head, pages, 0, position, lo, tl.minimum(lo + SPLIT, context_len), stride,
+        qk_scale, D, BLOCK_D, ROWS, TILE, SPLIT, True, PAGE,
+    )  # fmt: skip
+    num_splits = tl.cdiv(context_len, SPLIT)
+    out = o_ptr + (row * NUM_KV * GROUP + heads) * D + d[None, :]
+    if num_splits == 1:
+        tl.store(out, (acc / total[:, None]).to(o_ptr.dtype.element_ty), mask=inside)
+        return
+    whose = entry.to(tl.int64) * NUM_KV + kv
+    place = (whose * max_splits + split) * GROUP + r
+    tl.store(max_ptr + place, m, mask=r < GROUP)
+    tl.store(sum_ptr + place, total, mask=r < GROUP)
+    tl.store(acc_ptr + place[:, None] * BLOCK_D + d[None, :], acc, mask=(r < GROUP)[:, None])
+    tl.debug_barrier()  # every thread's part is written before the arrival is counted
+    if tl.atomic_add(counters + whose, 1, sem="acq_rel") != num_splits - 1:
+        return
+    m = tl.full((ROWS,), -1e30, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for s in range(0, num_splits):
+        place = (whose * max_splits + s) * GROUP + r
+        part_m = tl.load(max_ptr + place, mask=r < GROUP, other=-1e30, cache_modifier=".cg")
+        part = tl.load(sum_ptr + place, mask=r < GROUP, other=0.0, cache_modifier=".cg")
+        part_acc = tl.load(
+            acc_ptr + place[:, None] * BLOCK_D + d[None, :], mask=(r < GROUP)[:, None], other=0.0,
+            cache_modifier=".cg",
+        )  # fmt: skip
+        m, total, acc = merge(m, total, acc, part_m, part, part_acc)
+    tl.store(out, (acc / total[:, None]).to(o_ptr.dtype.element_ty), mask=inside)
+    tl.store(counters + whose, 0)
+
+
+@functools.lru_cache(maxsize=8)
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    output: torch.Tensor,
+    decode: DecodeEntries,
+    table: torch.Tensor,
+    page_size: int,
+    scale: float,
+    kv_tile: int = KV_TILE,
+    kv_split: int = KV_SPLIT,
+    num_warps: int = 4,
+    num_stages: int | None = None,
+    ahead: int | None = None,
+) -> None:
+    """Write output rows [query_rows, N, H] of the entries; table [tables, max_pages] int32.
+
+    q [T, N, H]; k, v [slots, K, H]. kv_tile and kv_split are the contract's; num_warps, num_stages
+    and ahead (tokens fetched into L2 before the preceding kernel is done) change speed alone.
+    """
+    num_heads, head_dim = q.shape[1:]
+    num_kv = k.shape[1]
+    group = num_heads // num_kv
+    rows = max(_ROWS, triton.next_power_of_2(group))
+    block_d = max(64, triton.next_power_of_2(head_dim))
+    num_seqs, max_splits = len(decode.query_rows), triton.cdiv(decode.max_context, kv_split)
+    parts = num_seqs * num_kv * group * (max_splits if max_splits > 1 else 0)
+    part_max, part_sum = (torch.empty(parts, device=q.device) for _ in range(2))
+    part_acc = torch.empty(parts, block_d, device=q.device)
+    pdl = supported(q.device)
+    # Few programs: each keeps more of its own loads in flight. Many: they hide each other's.
+    few = num_kv * num_seqs * max_splits <= _num_sms(q.device)
+    num_stages = num_stages or (3 if few else 2)
+    if ahead is None:
+        ahead = (kv_split if few else kv_tile) if pdl else 0
+    _decode_kernel[(num_kv, num_seqs, max_splits)](
+        q, k, v, output, part_max, part_sum, part_acc, decode.counters, decode.query_rows,
+        decode.table_rows, decode.context_lens, table, table.stride(0), q.stride(0), q.stride(1),
+        k.stride(0), k.stride(1), scale * LOG2E, max_splits, num_kv, group, head_dim, block_d,
+        rows, kv_tile, kv_split, page_size, ahead, pdl, num_warps=num_warps,
+        num_stages=num_stages, enable_fp_fusion=False, launch_pdl=pdl,
+    )  # fmt: skip

@@ -1,0 +1,127 @@
+"""linear for few rows: kernels that stream the weights at the memory's speed.
+
+The contract's chain (ascending k, k16 tensor-core products, fp32, one rounding) in tiles of all
+rows by a few columns, so that even a narrow weight keeps every SM busy. While the preceding kernel
+still runs, a tile's first weights are fetched into L2. The gated form computes swiglu of the
+rounded gate and up products as well. Tiles are free to choose: they cannot change a bit.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from samebit.kernels.gpu.pdl import after_previous, prefetch_l2, supported
+
+MAX_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one product is cut up. Weight rows N must be a multiple of block_n, K of block_k."""
+
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    swap: bool = False  # weights as the tensor core's first operand
+    tma: bool = False  # weights through tensor-map copies
+    prefetch: int = 0  # elements of each weight row fetched ahead, a multiple of 64
+
+
+@triton.jit
+def _weights(w_ptr, first, k0, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
+    """Tile [BLOCK_N, BLOCK_K] of the weight from row `first` and column k0 on."""
+    if TMA:
+        return w_ptr.load([first, k0])
+    else:
+        n = (first + tl.arange(0, BLOCK_N)).to(tl.int64)
+        return tl.load(w_ptr + n[:, None] * K + (k0 + tl.arange(0, BLOCK_K))[None, :])
+
+
+@triton.jit
+def _product(x, w, acc, SWAP: tl.constexpr):
+    if SWAP:
+        return tl.dot(w, tl.trans(x), acc)
+    else:
+        return tl.dot(x, tl.trans(w), acc)
+
+
+@triton.jit
+def _store(y_ptr, acc, rows, columns, M, N, SWAP: tl.constexpr):
+    if SWAP:
+        acc = tl.trans(acc)
+    place = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    tl.store(y_ptr + place, acc.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None])
+
+
+@triton.jit(do_not_specialize=["M"])
+def _skinny_kernel(
+    x_ptr, w_ptr, raw_ptr, y_ptr, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr, GATED: tl.constexpr,
+    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * BLOCK_N
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = first + tl.arange(0, BLOCK_N)
+    if PREFETCH > 0:
+        lines = raw_ptr + columns.to(tl.int64)[:, None] * K + (tl.arange(0, PREFETCH) * 64)[None, :]
+        prefetch_l2(lines)
+        if GATED:
+            prefetch_l2(lines + N.to(tl.int64) * K)
+    after_previous(PDL)
+    x_rows = x_ptr + rows.to(tl.int64)[:, None] * K
+    live = (rows < M)[:, None]
+    if SWAP:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc_up = acc
+    for k0 in range(0, K, BLOCK_K):
+        x = tl.load(x_rows + (k0 + tl.arange(0, BLOCK_K))[None, :], mask=live, other=0.0)
+        acc = _product(x, _weights(w_ptr, first, k0, K, BLOCK_N, BLOCK_K, TMA), acc, SWAP)
+        if GATED:
+            w = _weights(w_ptr, N + first, k0, K, BLOCK_N, BLOCK_K, TMA)
+            acc_up = _product(x, w, acc_up, SWAP)
+    if GATED:
+        gate = acc.to(y_ptr.dtype.element_ty).to(tl.float32)
+        up = acc_up.to(y_ptr.dtype.element_ty).to(tl.float32)
+        acc = libdevice.div_rn(gate, 1.0 + tl.exp(-gate)) * up
+    _store(y_ptr, acc, rows, columns, M, N, SWAP)
+
+
+def block_rows(num_rows: int) -> int:
+    """Rows of a tile: all of them, as a power of two from 16 on."""
+    return max(16, triton.next_power_of_2(num_rows))
+
+
+def fits(num_rows: int, weight: torch.Tensor, tile: Tile, gated: bool = False) -> bool:
+    """Whether the kernel can compute num_rows rows of this product with this tile."""
+    n, k = weight.shape[0] // (2 if gated else 1), weight.shape[1]
+    return num_rows <= MAX_ROWS and n % tile.block_n == 0 and k % tile.block_k == 0
+
+
+def matmul(
+    x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, tile: Tile, *, gated: bool = False
+) -> None:
+    """y [M, N] = x [M, K] @ weight [N, K].T, M up to 128; contiguous bf16 in, bf16 or fp32 out.
+
+    gated: weight [2N, K] = [gate; up] and y = swiglu of the two rounded products.
+    """
+    num_rows, k = x.shape
+    n = y.shape[1]
+    block_m = block_rows(num_rows)
+    source = (
+        TensorDescriptor(weight, list(weight.shape), [k, 1], [tile.block_n, tile.block_k])
+        if tile.tma
+        else weight
+    )
+    pdl = supported(x.device)
+    _skinny_kernel[(n // tile.block_n, 1)](
+        x, source, weight, y, num_rows, n, k, block_m, tile.block_n, tile.block_k, tile.swap,
+        tile.tma, gated, tile.prefetch // 64, pdl, num_warps=tile.warps, num_stages=tile.stages,
+        enable_fp_fusion=False, launch_pdl=pdl,
+    )  # fmt: skip

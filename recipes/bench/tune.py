@@ -1,0 +1,226 @@
+"""samebit bench kernels --tune: measure every way to compute a product, keep the fastest.
+
+Times are medians under CUDA graph replay with weights rotated so that L2 never holds them. Kernels
+are compiled by many processes first. The result is a table for kernels/gpu/tables/.
+"""
+
+import itertools
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton.runtime.errors import TritonError
+
+from samebit.kernels.gpu import cublaslt, skinny
+from samebit.kernels.gpu.rows import swiglu
+from samebit.kernels.gpu.skinny import Tile
+from samebit.kernels.gpu.tuning import Choice, Key, table_path, to_json
+from samebit.recipes.metrics import write_atomically
+from samebit.recipes.provenance import provenance
+from samebit.rollout.models.config import ModelConfig
+
+SKINNY_ROWS = (16, 32, 64, 128)
+LARGE_ROWS = (160, 192, 224, 256, 320, 384, 448, 512, 1024, 2048, 4096, 8192)
+ROTATED_BYTES = 256 << 20
+PREFETCH = 512
+_SHARED_BYTES = 220 << 10
+_WORTH = 0.99  # of the default's time: below, an entry is worth its place
+
+
+def tiles(rows: int, n: int, k: int, gated: bool) -> Iterator[Tile]:
+    """Every tile to try that fits the product and an SM's shared memory."""
+    plain = itertools.product((16, 32, 64), (64, 128, 256), (4,), (3, 4, 5, 6), (False,))
+    swapped = itertools.product((64, 128), (64, 128), (4, 8), (3, 4, 5), (True,))
+    for block_n, block_k, warps, stages, swap in itertools.chain(plain, swapped):
+        block_m = skinny.block_rows(rows)
+        stage = 2 * block_k * (block_n * (2 if gated else 1) + block_m)
+        too_tall = not swap and block_m > 64
+        if swap and (block_n * (2 if gated else 1) * block_m > 128 * 128 * warps // 4):
+            continue  # accumulators would not fit the registers
+        if n % block_n or k % block_k or too_tall or stage * stages > _SHARED_BYTES:
+            continue
+        if stage * stages < 48 << 10 or (warps == 8 and block_n == 64):
+            continue
+        for tma in (False, True):
+            yield Tile(block_n, block_k, warps, stages, swap, tma, PREFETCH if k >= PREFETCH else 0)
+
+
+def _compile(job: tuple[int, int, int, bool, bool, Tile]) -> str | None:
+    """Compile one kernel into the shared cache; the error if it does not."""
+    rows, n, k, gated, fp32, tile = job
+    dtype = torch.float32 if fp32 else torch.bfloat16
+    weight = torch.zeros(n * (2 if gated else 1), k, dtype=torch.bfloat16, device="cuda")
+    x = torch.zeros(rows, k, dtype=torch.bfloat16, device="cuda")
+    y = torch.empty(rows, n, dtype=dtype, device="cuda")
+    try:
+        skinny.matmul(x, weight, y, tile, gated=gated)
+        torch.cuda.synchronize()
+    except (RuntimeError, TritonError) as error:  # what cannot be built is no candidate
+        return f"{tile}: {type(error).__name__}: {str(error)[:200]}"
+    return None
+
+
+def compile_all(keys: Iterable[Key]) -> dict[tuple[int, bool, bool, Tile], str]:
+    """Build every kernel that tuning will want; errors by kernel."""
+    jobs: dict[tuple[int, bool, bool, Tile], tuple[int, int, int, bool, bool, Tile]] = {}
+    for key in keys:
+        if key.rows > skinny.MAX_ROWS:
+            continue
+        for tile in tiles(key.rows, key.n, key.k, key.gated):
+            n = 2 * max(128, tile.block_n)
+            jobs[key.rows, key.gated, key.fp32, tile] = (
+                key.rows, n, 2048, key.gated, key.fp32, tile
+            )  # fmt: skip
+    workers = max(1, (os.cpu_count() or 2) - 2)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        errors = pool.map(_compile, jobs.values(), chunksize=4)
+        return {what: e for what, e in zip(jobs, errors, strict=True) if e is not None}
+
+
+def graph_us(action: Callable[[int], None], copies: int, replays: int = 5) -> float:
+    """Median microseconds of action(i) inside a captured graph that goes through all copies."""
+    runs = max(copies, 8)
+    action(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(runs):
+            action(i % copies)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 2)]
+    for event in events:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    times = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+    return 1000 * times[len(times) // 2] / runs
+
+
+def model_keys(config: ModelConfig, row_counts: Sequence[int]) -> list[Key]:
+    """Products of a model at these row counts."""
+    c = config
+    heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    plain = [(heads, c.hidden_size), (c.hidden_size, c.num_heads * c.head_dim)]
+    plain += [(2 * c.ffn_size, c.hidden_size), (c.hidden_size, c.ffn_size)]
+    keys = []
+    for rows in row_counts:
+        keys += [Key(n, k, rows) for n, k in plain]
+        if rows <= skinny.MAX_ROWS:
+            keys.append(Key(c.ffn_size, c.hidden_size, rows, gated=True))
+        if rows <= 512:
+            keys.append(Key(c.vocab_size, c.hidden_size, rows, fp32=True))
+    return keys
+
+
+def tune_product(
+    key: Key, broken: dict[tuple[int, bool, bool, Tile], str]
+) -> tuple[Choice, dict[str, float]]:
+    """The fastest choice, and microseconds of it, of cuBLASLt's first answer and of torch."""
+    n = key.n * (2 if key.gated else 1)
+    copies = max(1, min(64, -(-ROTATED_BYTES // (n * key.k * 2))))
+    weights = [
+        torch.randn(n, key.k, device="cuda").mul_(0.02).to(torch.bfloat16) for _ in range(copies)
+    ]
+    x = torch.randn(key.rows, key.k, device="cuda").to(torch.bfloat16)
+    dtype = torch.float32 if key.fp32 else torch.bfloat16
+    y = torch.empty(key.rows, key.n, dtype=dtype, device="cuda")
+    wide = torch.empty(key.rows, n, dtype=dtype, device="cuda")
+
+    def by_cublaslt(choice: int) -> Callable[[int], None]:
+        def run(i: int) -> None:
+            cublaslt.matmul(x, weights[i], wide, choice)
+            if key.gated:
+                swiglu(wide)
+
+        return run
+
+    def by_tile(tile: Tile) -> Callable[[int], None]:
+        return lambda i: skinny.matmul(x, weights[i], y, tile, gated=key.gated)
+
+    def by_torch(i: int) -> None:
+        if key.fp32:
+            torch.mm(x, weights[i].t(), out_dtype=torch.float32)
+        else:
+            torch.mm(x, weights[i].t(), out=wide)
+            if key.gated:
+                swiglu(wide)
+
+    best, us = Choice(), {"torch": graph_us(by_torch, copies)}
+    us["cublaslt"] = us["best"] = graph_us(by_cublaslt(0), copies)
+
+    def consider(choice: Choice, action: Callable[[int], None]) -> None:
+        nonlocal best
+        found = graph_us(action, copies)
+        if found < _WORTH * us["best"]:
+            us["best"], best = found, choice
+
+    for i in range(1, cublaslt.MAX_CHOICES):
+        if not key.gated:
+            consider(Choice(cublaslt=i), by_cublaslt(i))
+    if key.rows <= skinny.MAX_ROWS:
+        for tile in tiles(key.rows, key.n, key.k, key.gated):
+            if (key.rows, key.gated, key.fp32, tile) not in broken:
+                consider(Choice(tile), by_tile(tile))
+    return best, us
+
+
+def tune(keys: Sequence[Key], budget_s: float = 1e9) -> tuple[dict[Key, Choice], list[dict]]:
+    """Choices for all keys, and the measured rows."""
+    import time
+
+    start = time.perf_counter()
+    broken = compile_all(keys)
+    print(f"compiled in {time.perf_counter() - start:.0f} s, {len(broken)} tiles cannot be built")
+    for what, error in itertools.islice(broken.items(), 5):
+        print("  ", what[:3], error)
+    choices, rows = {}, []
+    for key in keys:
+        if time.perf_counter() - start > budget_s:
+            print("out of time; the rest is left out")
+            break
+        best, us = tune_product(key, broken)
+        torch.cuda.empty_cache()
+        rows.append({**vars(key), **{k: round(v, 2) for k, v in us.items()}})
+        if best != Choice():
+            choices[key] = best
+        label = f"{key.n}x{key.k}{' gated' if key.gated else ''} M={key.rows}"
+        print(
+            f"{label:28s} torch {us['torch']:8.1f} lt {us['cublaslt']:8.1f} best "
+            f"{us['best']:8.1f} us ({us['best'] / us['torch']:.3f})  {best.tile or best.cublaslt}",
+            flush=True,
+        )
+    return choices, rows
+
+
+def write_table(choices: dict[Key, Choice], rows: list[dict[str, Any]], out: Path | None) -> Path:
+    """The table file of this card, or `out`."""
+    name = torch.cuda.get_device_name()
+    path = out or table_path(name)
+    report = {**provenance(["samebit", "bench", "kernels", "--tune"]), "linear": to_json(choices)}
+    write_atomically(path, json.dumps({**report, "measured_us": rows}, indent=1) + "\n")
+    return path
+
+
+def check(keys: Sequence[Key], choices: dict[Key, Choice]) -> None:
+    """Every chosen implementation against the one by construction: equal bits."""
+    from samebit.kernels.gpu.linear import linear_triton
+
+    for key, choice in choices.items():
+        n = key.n * (2 if key.gated else 1)
+        weight = torch.randn(n, key.k, device="cuda").mul_(0.02).to(torch.bfloat16)
+        x = torch.randn(key.rows, key.k, device="cuda").to(torch.bfloat16)
+        dtype = torch.float32 if key.fp32 else torch.bfloat16
+        y, wide = (torch.empty(key.rows, m, dtype=dtype, device="cuda") for m in (key.n, n))
+        linear_triton(x, weight, wide)
+        truth = swiglu(wide) if key.gated else wide
+        if choice.tile is not None:
+            skinny.matmul(x, weight, y, choice.tile, gated=key.gated)
+        else:
+            cublaslt.matmul(x, weight, y, choice.cublaslt)
+        if not torch.equal(y, truth):
+            raise RuntimeError(f"{choice} gives other bits for {key}")

@@ -1,0 +1,162 @@
+"""CUDA graphs of decode steps: one launch a step, whatever the model's depth.
+
+A graph serves up to `bucket` sequences with contexts up to a bound; both are rounded up, so that
+few graphs serve all steps, and each is captured when it is first needed. The host sends one small
+array a step; tokens and the page table stay on the device.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from samebit.kernels.linear import logits as logits_of
+from samebit.kernels.sample import draw_with_logprobs
+from samebit.rollout.runtime.batch import Batch, Draws, decode_draws, to_device
+from samebit.rollout.runtime.sampler import Sampler
+from samebit.rollout.runtime.scheduler import Step
+from samebit.rollout.runtime.slots import Slots
+
+if TYPE_CHECKING:
+    from samebit.rollout.runtime.runner import Runner
+
+BUCKETS = (
+    1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512,
+    640, 768, 896, 1024,
+)  # fmt: skip
+_MIN_CONTEXT = 1024
+# Rows of a step's inputs: slot, position, page of the position, seed, sample id, bits of the
+# temperature, greedy.
+_NUM_INPUTS = 7
+
+
+@dataclass
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    token_ids: torch.Tensor  # [bucket] int64
+    logprobs: torch.Tensor  # [bucket] fp32
+    hidden: torch.Tensor  # [bucket, D], where the draw is not part of the graph
+
+
+class DecodeGraphs:
+    """Graphs by (bucket, context bound, whether tokens are drawn in the graph)."""
+
+    def __init__(self, runner: "Runner") -> None:
+        self._runner = runner
+        self._graphs: dict[tuple[int, int, bool], _Graph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._inputs: torch.Tensor | None = None
+        self._table: torch.Tensor | None = None
+        self._in_table: np.ndarray | None = None  # slots whose pages the device knows
+        self.capture_s = 0.0
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs captured so far."""
+        return len(self._graphs)
+
+    def fits(self, step: Step, slots: Slots) -> bool:
+        """Whether a graph can run the step: decode only, no hidden states to return."""
+        size = len(step.decode)
+        return (
+            not step.chunks and size <= BUCKETS[-1] and not bool(slots.collects[step.decode].any())
+        )
+
+    def launch(
+        self, decode: np.ndarray, slots: Slots, sampler: Sampler
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Start one decode step; (token ids [B], log-probs [B]) on the device."""
+        size = len(decode)
+        bucket = next(b for b in BUCKETS if b >= size)
+        longest = int(slots.length[decode].max())
+        bound = _MIN_CONTEXT
+        while bound < longest:
+            bound *= 2
+        draws = decode_draws(decode, slots)
+        self._send(decode, slots, draws, bucket)
+        key = (bucket, bound, not draws.restricted)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(bucket, bound, sampler if key[2] else None)
+        found = self._graphs[key]
+        found.graph.replay()
+        if not draws.restricted:
+            return found.token_ids[:size], found.logprobs[:size]
+        token_ids, logprobs = sampler.draw(
+            found.hidden[:size], self._runner.model.output_weight, draws
+        )
+        self._runner.keep_tokens(token_ids, draws)
+        return token_ids, logprobs
+
+    def _send(self, decode: np.ndarray, slots: Slots, draws: Draws, bucket: int) -> None:
+        """Give the device the step's inputs, and pages of sequences that it does not know yet."""
+        device = self._runner.device
+        if self._inputs is None or self._table is None or self._in_table is None:
+            self._inputs = torch.zeros(_NUM_INPUTS, BUCKETS[-1], dtype=torch.int64, device=device)
+            self._table = torch.zeros(slots.pages.shape, dtype=torch.int32, device=device)
+            self._in_table = np.full(slots.num_slots, -1)
+        new = decode[self._in_table[decode] != slots.entry[decode]]
+        if len(new):
+            rows = to_device(slots.pages[new], device)
+            self._table.index_copy_(0, to_device(new, device), rows)
+            self._in_table[new] = slots.entry[new]
+        positions, size = slots.computed[decode], len(decode)
+        inputs = np.zeros((_NUM_INPUTS, bucket), dtype=np.int64)
+        inputs[0] = slots.num_slots  # what only fills the bucket up
+        inputs[0, :size] = decode
+        inputs[1, :size] = positions
+        inputs[2, :size] = slots.pages[decode, positions // slots.page_size]
+        inputs[3, :size] = draws.seeds
+        inputs[4, :size] = draws.sample_ids
+        inputs[5] = np.float32(1).view(np.int32)
+        inputs[5, :size] = draws.temperatures.view(np.int32)
+        inputs[6, :size] = draws.greedy
+        self._inputs[:, :bucket].copy_(to_device(inputs, device))
+
+    def _capture(self, bucket: int, bound: int, sampler: Sampler | None) -> _Graph:
+        """Capture a step for `bucket` sequences of at most `bound` tokens; draws if it samples."""
+        start = time.perf_counter()
+        step = self._make_step(bucket, bound, sampler)
+        saved = self._runner.last_tokens.clone()
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            step()  # compiles and allocates what is lazy; writes only what the replay writes again
+        stream.synchronize()
+        self._runner.last_tokens.copy_(saved)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+        ):
+            token_ids, logprobs, hidden = step()
+        self.capture_s += time.perf_counter() - start
+        return _Graph(graph, token_ids, logprobs, hidden)
+
+    def _make_step(self, bucket: int, bound: int, sampler: Sampler | None) -> Callable[[], Any]:
+        from samebit.kernels.gpu.attention import decode_plan
+        from samebit.kernels.gpu.fused import decode_inputs
+
+        runner, inputs, table = self._runner, self._inputs, self._table
+        assert inputs is not None
+        assert table is not None
+        page_size = runner.cache.page_size
+        plan = decode_plan(table, page_size, bucket, min(bound, table.shape[1] * page_size))
+
+        def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            made = decode_inputs(inputs[:, :bucket], runner.last_tokens, table, page_size, plan)
+            batch = Batch(made.input_ids, made.positions, made.slots, plan)
+            hidden, _ = runner.forward(batch, set())
+            none = hidden[:0]
+            if sampler is None:
+                return none, none, hidden
+            weight = runner.model.output_weight[: sampler.vocab_size]
+            token_ids, logprobs = draw_with_logprobs(
+                logits_of(hidden, weight), made.temperatures, inputs[3, :bucket],
+                made.positions + 1, inputs[4, :bucket], made.greedy,
+            )  # fmt: skip
+            runner.last_tokens.index_copy_(0, inputs[0, :bucket], token_ids)
+            return token_ids, logprobs, none
+
+        return step
