@@ -15,8 +15,7 @@ from samebit.weight_sync.mapping import ParamSpec
 
 _STEP = 0x9E3779B97F4A7C15
 _BITS = 0xD6E8FEB86659FD93
-# Elements at a time: the temporaries stay in the CPU's cache, and fill a GPU.
-_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}
+_CHUNK = 1 << 16  # elements at a time: the temporaries stay in the CPU's cache
 _INT_OF_SIZE = {2: torch.int16, 4: torch.int32}
 
 
@@ -35,38 +34,48 @@ def _tensor_key(name: str, dtype: torch.dtype) -> int:
     return int.from_bytes(hashlib.blake2b(f"{name}:{dtype}".encode(), digest_size=8).digest())
 
 
-def _hash_rows(rows: torch.Tensor, key: int, first_row: int, width: int, first_column: int) -> int:
-    """Sum over rows [R, C] that stand at (first_row, first_column) of a tensor `width` wide."""
-    bits = rows.contiguous().view(_INT_OF_SIZE[rows.element_size()])
+def _add_hash(
+    total: torch.Tensor, rows: torch.Tensor, key: int, first_row: int, width: int, first_column: int
+) -> None:
+    """Add rows [R, C] that stand at (first_row, first_column) of a tensor `width` wide to total."""
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    bits = rows.view(_INT_OF_SIZE[rows.element_size()])
+    key, step_factor, bits_factor = _signed(key), _signed(_STEP), _signed(_BITS)
+    if rows.device.type == "cuda":
+        from samebit.weight_sync.digest_gpu import add_hash
+
+        return add_hash(bits, total, key, step_factor, bits_factor, first_row, width, first_column)
     bits_mask = (1 << (8 * rows.element_size())) - 1
     columns = rows.shape[1]
-    column = torch.arange(first_column, first_column + columns, device=rows.device)
-    total = torch.zeros((), dtype=torch.int64, device=rows.device)
-    step = max(1, _CHUNK[rows.device.type] // columns)
+    column = torch.arange(first_column, first_column + columns)
+    step = max(1, _CHUNK // columns)
     for part_start in range(0, rows.shape[0], step):
         part = bits[part_start : part_start + step].to(torch.int64) & bits_mask
-        row = torch.arange(part_start, part_start + len(part), device=rows.device) + first_row
+        row = torch.arange(part_start, part_start + len(part)) + first_row
         position = row[:, None] * width + column
-        mixed = _mix((position * _signed(_STEP) + _signed(key)) ^ (part * _signed(_BITS)))
-        total += mixed.sum()
-    return int(total)
+        total += _mix((position * step_factor + key) ^ (part * bits_factor)).sum()
+    return None
 
 
 def digest_sum(specs: Iterable[ParamSpec], params: Mapping[str, torch.Tensor]) -> int:
     """This rank's summand of the digest; add the ranks' values modulo 2^64."""
-    total = 0
+    totals: dict[torch.device, torch.Tensor] = {}
     for spec in specs:
         if spec.replica:
             continue
         param = params[spec.name]
         flat = param.detach().view(param.shape[0], -1)
+        total = totals.setdefault(
+            param.device, torch.zeros((), dtype=torch.int64, device=param.device)
+        )
         for block in spec.blocks:
             shape = spec.hf_shapes[block.hf_name]
             width = shape[1] if len(shape) > 1 else 1
             rows = flat[block.start : block.start + block.num_rows]
             key = _tensor_key(block.hf_name, param.dtype)
-            total += _hash_rows(rows, key, block.hf_start, width, spec.columns().start)
-    return total % (1 << 64)
+            _add_hash(total, rows, key, block.hf_start, width, spec.columns().start)
+    return sum(int(total) for total in totals.values()) % (1 << 64)
 
 
 def weights_digest(specs: Iterable[ParamSpec], params: Mapping[str, torch.Tensor]) -> str:

@@ -49,7 +49,7 @@ def _decode_kernel(
     context_lens, pages_ptr, max_pages, q_stride, q_head, stride, kv_head, qk_scale, max_splits,
     NUM_KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, PAGE: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One split of one sequence and kv head; the last to arrive merges the splits in order."""
     kv, entry, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -58,8 +58,8 @@ def _decode_kernel(
     pages = pages_ptr + tl.load(table_rows + entry).to(tl.int64) * max_pages
     k_head, v_head = k_ptr + kv * kv_head, v_ptr + kv * kv_head
     lo = split * SPLIT
-    for n0 in tl.static_range(0, AHEAD, TILE):
-        n = lo + n0 + tl.arange(0, TILE)
+    if PDL:  # the first tile, while the preceding kernel still runs
+        n = lo + tl.arange(0, TILE)
         page = tl.load(pages + n // PAGE, mask=n < context_len, other=0).to(tl.int64)
         lines = ((page * PAGE + n % PAGE) * stride)[:, None] + (tl.arange(0, BLOCK_D // 64) * 64)
         prefetch_l2(k_head + lines)
@@ -124,12 +124,11 @@ def decode_attention(
     kv_split: int = KV_SPLIT,
     num_warps: int = 4,
     num_stages: int | None = None,
-    ahead: int | None = None,
 ) -> None:
     """Write output rows [query_rows, N, H] of the entries; table [tables, max_pages] int32.
 
-    q [T, N, H]; k, v [slots, K, H]. kv_tile and kv_split are the contract's; num_warps, num_stages
-    and ahead (tokens fetched into L2 before the preceding kernel is done) change speed alone.
+    q [T, N, H]; k, v [slots, K, H]. kv_tile and kv_split are the contract's; num_warps and
+    num_stages change speed alone.
     """
     num_heads, head_dim = q.shape[1:]
     num_kv = k.shape[1]
@@ -142,14 +141,12 @@ def decode_attention(
     part_acc = torch.empty(parts, block_d, device=q.device)
     pdl = supported(q.device)
     # Few programs: each keeps more of its own loads in flight. Many: they hide each other's.
-    few = num_kv * num_seqs * max_splits <= _num_sms(q.device)
-    num_stages = num_stages or (3 if few else 2)
-    if ahead is None:
-        ahead = (kv_split if few else kv_tile) if pdl else 0
+    if num_stages is None:
+        num_stages = 3 if num_kv * num_seqs * max_splits <= 1.5 * _num_sms(q.device) else 2
     _decode_kernel[(num_kv, num_seqs, max_splits)](
         q, k, v, output, part_max, part_sum, part_acc, decode.counters, decode.query_rows,
         decode.table_rows, decode.context_lens, table, table.stride(0), q.stride(0), q.stride(1),
         k.stride(0), k.stride(1), scale * LOG2E, max_splits, num_kv, group, head_dim, block_d,
-        rows, kv_tile, kv_split, page_size, ahead, pdl, num_warps=num_warps,
+        rows, kv_tile, kv_split, page_size, pdl, num_warps=num_warps,
         num_stages=num_stages, enable_fp_fusion=False, launch_pdl=pdl,
     )  # fmt: skip

@@ -27,7 +27,7 @@ from samebit.rollout.models.config import ModelConfig
 SKINNY_ROWS = (16, 32, 64, 128)
 LARGE_ROWS = (160, 192, 224, 256, 320, 384, 448, 512, 1024, 2048, 4096, 8192)
 ROTATED_BYTES = 256 << 20
-PREFETCH = 512
+PREFETCH = 256
 _SHARED_BYTES = 220 << 10
 _WORTH = 0.99  # of the default's time: below, an entry is worth its place
 

@@ -36,6 +36,7 @@ _NUM_INPUTS = 7
 @dataclass
 class _Graph:
     graph: torch.cuda.CUDAGraph
+    step: Callable[[], Any]  # owns tensors that the graph knows by address alone
     token_ids: torch.Tensor  # [bucket] int64
     logprobs: torch.Tensor  # [bucket] fp32
     hidden: torch.Tensor  # [bucket, D], where the draw is not part of the graph
@@ -64,6 +65,11 @@ class DecodeGraphs:
         return (
             not step.chunks and size <= BUCKETS[-1] and not bool(slots.collects[step.decode].any())
         )
+
+    def forget(self, decode: np.ndarray) -> None:
+        """These slots took part in a step without a graph: they may have pages unknown here."""
+        if self._in_table is not None:
+            self._in_table[decode] = -1
 
     def launch(
         self, decode: np.ndarray, slots: Slots, sampler: Sampler
@@ -132,7 +138,7 @@ class DecodeGraphs:
         ):
             token_ids, logprobs, hidden = step()
         self.capture_s += time.perf_counter() - start
-        return _Graph(graph, token_ids, logprobs, hidden)
+        return _Graph(graph, step, token_ids, logprobs, hidden)
 
     def _make_step(self, bucket: int, bound: int, sampler: Sampler | None) -> Callable[[], Any]:
         from samebit.kernels.gpu.attention import decode_plan

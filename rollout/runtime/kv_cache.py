@@ -13,6 +13,7 @@ class PagePool:
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
+        self.num_drops = 0  # over its life
         self._references = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))
 
@@ -36,6 +37,7 @@ class PagePool:
         """One reference less; the last one frees the page."""
         assert self._references[page] > 0, page
         self._references[page] -= 1
+        self.num_drops += 1
         if self._references[page] == 0:
             self._free.append(page)
 

@@ -76,6 +76,8 @@ class Runner:
         if self.graphs is not None and self.graphs.fits(step, slots):
             token_ids, logprobs = self.graphs.launch(step.decode, slots, sampler)
             return self._outcome(token_ids, logprobs, None, {})
+        if self.graphs is not None:
+            self.graphs.forget(step.decode)
         batch = make_batch(step, slots, self.last_tokens, self.model.config.heads_per_kv)
         wanted = {layer for c in step.chunks for layer in c.seq.request.hidden_state_layers}
         for slot in step.decode[slots.collects[step.decode]]:

@@ -249,6 +249,33 @@ def test_abort_of_a_preempted_sequence():
     assert world.pool.num_free == 6
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"num_pages": 6}, {"max_num_seqs": 2}], ids=str)
+def test_steps_in_flight_change_no_completion(settings, cached):
+    """The same tokens whether results are awaited or not, in no more than one step more each."""
+    counts = []
+    for depth in (0, 1, 2):
+        world = World(cached=cached, depth=depth, **settings)
+        seqs = [s for i in range(4) for s in world.add([i] * 6, n=2, max_new=5)]
+        world.run()
+        assert [s.num_new_tokens for s in seqs] == [5] * 8
+        counts.append(sum(step.num_tokens for step in world.runner.steps))
+    if not settings:
+        assert len(set(counts)) == 1  # lengths are known: no step is in vain
+
+
+def test_a_stop_token_costs_one_step_in_flight():
+    """Everything stops at its first token; the step that was in flight is dropped."""
+    for depth in (0, 1):
+        world = World(depth=depth)
+        seqs = world.add([1] * 6, n=3, max_new=9, stop_token_ids=(7,))
+        world.run()
+        assert [(s.num_new_tokens, s.finish_reason) for s in seqs] == [(1, "stop")] * 3
+        assert [len(step.decode) for step in world.runner.steps] == [0, 3][: depth + 1]
+        assert world.pool.num_free == 16
+        assert world.slots.num_used == 0
+
+
 # -- the same, in an engine ----------------------------------------------------------------------
 
 PROMPTS = make_prompts(40, 5, 33, 70, 16)
@@ -271,9 +298,10 @@ def truth(make_engine):
     ],
     ids=str,
 )
-def test_no_pages_are_lost_and_no_bit_moves(make_engine, truth, settings):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_no_pages_are_lost_and_no_bit_moves(make_engine, truth, settings, overlap):
     """Preemption, eviction, forks that wait: everything free at the end, everything the same."""
-    engine = make_engine(page_size=16, **settings)
+    engine = make_engine(page_size=16, overlap=overlap, **settings)
     for _ in range(2):
         assert outcomes(engine.generate(PROMPTS, PARAMS)) == truth
     assert engine.scheduler.num_preemptions > 0 or "kv_cache_tokens" not in settings
@@ -282,9 +310,10 @@ def test_no_pages_are_lost_and_no_bit_moves(make_engine, truth, settings):
 
 
 @pytest.mark.parametrize("steps", range(0, 16, 3))
-def test_aborts_at_any_moment_lose_no_pages(make_engine, truth, steps):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_aborts_at_any_moment_lose_no_pages(make_engine, truth, steps, overlap):
     """Running, waiting, preempted or half forked; a neighbour keeps its bits."""
-    engine = make_engine(page_size=16, kv_cache_tokens=160, prefill_chunk=13)
+    engine = make_engine(page_size=16, kv_cache_tokens=160, prefill_chunk=13, overlap=overlap)
     kept = engine.add_request(PROMPTS[0], PARAMS, [0, 1, 2])
     doomed = [engine.add_request(p, PARAMS) for p in PROMPTS[1:]]
     found = {}
@@ -300,9 +329,10 @@ def test_aborts_at_any_moment_lose_no_pages(make_engine, truth, steps):
     assert engine.pool.num_free == engine.pool.num_pages
 
 
-def test_a_failing_step_loses_no_pages(make_engine, truth, monkeypatch):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_failing_step_loses_no_pages(make_engine, truth, monkeypatch, overlap):
     """An error out of the model: requests end, pages come back, the next call is right."""
-    engine = make_engine(page_size=16, kv_cache_tokens=160)
+    engine = make_engine(page_size=16, kv_cache_tokens=160, overlap=overlap)
     original, calls = engine.runner.forward, iter(range(1000))
 
     def forward(batch, collect):
@@ -321,7 +351,10 @@ def test_a_failing_step_loses_no_pages(make_engine, truth, monkeypatch):
 
 @pytest.mark.parametrize("broken", ["forward", "draw"])
 @pytest.mark.parametrize("when", [0, 1, 2, 4])
-def test_a_request_that_outlives_a_failing_step_is_right(make_engine, monkeypatch, broken, when):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_request_that_outlives_a_failing_step_is_right(
+    make_engine, monkeypatch, broken, when, overlap
+):
     """Samples may not go on from a prompt, page or row that was never computed."""
     params = SamplingParams(n=4, max_new_tokens=6, ignore_eos=True)
     prompt = list(range(1, 24))
@@ -335,7 +368,7 @@ def test_a_request_that_outlives_a_failing_step_is_right(make_engine, monkeypatc
         return outcomes(done)
 
     truth = finish(make_engine(page_size=16, prefill_chunk=10))
-    engine = make_engine(page_size=16, prefill_chunk=10)
+    engine = make_engine(page_size=16, prefill_chunk=10, overlap=overlap)
     owner = engine.runner if broken == "forward" else engine.sampler
     original, calls = getattr(owner, broken), iter(range(1000))
 
