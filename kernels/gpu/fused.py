@@ -146,6 +146,7 @@ class DecodeInputs:
 
     input_ids: torch.Tensor  # int64
     positions: torch.Tensor  # int64
+    next_positions: torch.Tensor  # int64
     slots: torch.Tensor  # int64, in the cache; -1: nothing is stored
     temperatures: torch.Tensor  # fp32
     greedy: torch.Tensor  # bool
@@ -153,8 +154,8 @@ class DecodeInputs:
 
 @triton.jit
 def _decode_inputs_kernel(
-    inputs_ptr, last_ptr, table_ptr, ids_ptr, position_ptr, slot_ptr, temperature_ptr, greedy_ptr,
-    table_rows_ptr, context_ptr, stride, num_slots, max_pages, B, PAGE: tl.constexpr,
+    inputs_ptr, last_ptr, table_ptr, ids_ptr, position_ptr, next_ptr, slot_ptr, temperature_ptr,
+    greedy_ptr, table_rows_ptr, context_ptr, stride, num_slots, max_pages, B, PAGE: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     after_previous(PDL)
@@ -167,6 +168,7 @@ def _decode_inputs_kernel(
     tl.store(table_ptr + slot * max_pages + position // PAGE, page.to(tl.int32), mask=live)
     tl.store(ids_ptr + i, tl.load(last_ptr + slot, mask=live, other=0), mask=inside)
     tl.store(position_ptr + i, position, mask=inside)
+    tl.store(next_ptr + i, position + 1, mask=inside)
     tl.store(slot_ptr + i, tl.where(live, page * PAGE + position % PAGE, -1), mask=inside)
     tl.store(table_rows_ptr + i, tl.where(live, slot, 0).to(tl.int32), mask=inside)
     tl.store(context_ptr + i, tl.where(live, position + 1, 0).to(tl.int32), mask=inside)
@@ -190,16 +192,17 @@ def decode_inputs(
     int64. Notes the page in page_table [slots, max_pages], and fills in the plan's entries.
     """
     batch, device = inputs.shape[1], inputs.device
-    ids, positions, slots = (torch.empty(batch, dtype=torch.int64, device=device) for _ in range(3))
+    ids, now, after, slots = torch.empty(4, batch, dtype=torch.int64, device=device)
     made = DecodeInputs(
-        ids, positions, slots, torch.empty(batch, device=device),
+        ids, now, after, slots, torch.empty(batch, device=device),
         torch.empty(batch, dtype=torch.bool, device=device),
     )  # fmt: skip
     entries, pdl = plan.decode, supported(device)
     assert entries is not None
     _decode_inputs_kernel[(triton.cdiv(batch, 128),)](
-        inputs, last_tokens, page_table, ids, positions, slots, made.temperatures, made.greedy,
-        entries.table_rows, entries.context_lens, inputs.stride(0), len(last_tokens) - 1,
-        page_table.stride(0), batch, page_size, 128, pdl, num_warps=4, launch_pdl=pdl,
+        inputs, last_tokens, page_table, made.input_ids, made.positions, made.next_positions,
+        made.slots, made.temperatures, made.greedy, entries.table_rows, entries.context_lens,
+        inputs.stride(0), len(last_tokens) - 1, page_table.stride(0), batch, page_size, 128, pdl,
+        num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     return made

@@ -1,7 +1,9 @@
 """samebit bench kernels --tune: measure every way to compute a product, keep the fastest.
 
-Times are medians under CUDA graph replay with weights rotated so that L2 never holds them. Kernels
-are compiled by many processes first. The result is a table for kernels/gpu/tables/.
+Times are medians under CUDA graph replay with weights rotated so that L2 never holds them. A
+product of few rows is timed with a norm before it, as in a model: what matters is the whole chain,
+where one kernel's start hides behind the work of another. Kernels are compiled by many processes
+first. The result is a table for kernels/gpu/tables/.
 """
 
 import itertools
@@ -17,6 +19,7 @@ import torch
 from triton.runtime.errors import TritonError
 
 from samebit.kernels.gpu import cublaslt, skinny
+from samebit.kernels.gpu.fused import add_rms_norm
 from samebit.kernels.gpu.rows import swiglu
 from samebit.kernels.gpu.skinny import Tile
 from samebit.kernels.gpu.tuning import Choice, Key, table_path, to_json
@@ -150,12 +153,23 @@ def tune_product(
             if key.gated:
                 swiglu(wide)
 
-    best, us = Choice(), {"torch": graph_us(by_torch, copies)}
-    us["cublaslt"] = us["best"] = graph_us(by_cublaslt(0), copies)
+    chained = key.rows <= skinny.MAX_ROWS
+    raw, residual, scale = x.clone(), torch.zeros_like(x), torch.ones_like(x[0])
+
+    def timed(action: Callable[[int], None]) -> float:
+        def chain(i: int) -> None:
+            nonlocal x
+            x, _ = add_rms_norm(raw, residual, scale, 1e-6)
+            action(i)
+
+        return graph_us(chain if chained else action, copies)
+
+    best, us = Choice(), {"torch": timed(by_torch)}
+    us["cublaslt"] = us["best"] = timed(by_cublaslt(0))
 
     def consider(choice: Choice, action: Callable[[int], None]) -> None:
         nonlocal best
-        found = graph_us(action, copies)
+        found = timed(action)
         if found < _WORTH * us["best"]:
             us["best"], best = found, choice
 

@@ -49,7 +49,7 @@ class DecodeGraphs:
         self._runner = runner
         self._graphs: dict[tuple[int, int, bool], _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        self._inputs: torch.Tensor | None = None
+        self._inputs: dict[int, torch.Tensor] = {}  # by bucket
         self._table: torch.Tensor | None = None
         self._in_table: np.ndarray | None = None  # slots whose pages the device knows
         self.capture_s = 0.0
@@ -99,8 +99,7 @@ class DecodeGraphs:
     def _send(self, decode: np.ndarray, slots: Slots, draws: Draws, bucket: int) -> None:
         """Give the device the step's inputs, and pages of sequences that it does not know yet."""
         device = self._runner.device
-        if self._inputs is None or self._table is None or self._in_table is None:
-            self._inputs = torch.zeros(_NUM_INPUTS, BUCKETS[-1], dtype=torch.int64, device=device)
+        if self._table is None or self._in_table is None:
             self._table = torch.zeros(slots.pages.shape, dtype=torch.int32, device=device)
             self._in_table = np.full(slots.num_slots, -1)
         new = decode[self._in_table[decode] != slots.entry[decode]]
@@ -119,7 +118,10 @@ class DecodeGraphs:
         inputs[5] = np.float32(1).view(np.int32)
         inputs[5, :size] = draws.temperatures.view(np.int32)
         inputs[6, :size] = draws.greedy
-        self._inputs[:, :bucket].copy_(to_device(inputs, device))
+        if bucket not in self._inputs:
+            self._inputs[bucket] = to_device(inputs, device)
+        else:
+            self._inputs[bucket].copy_(torch.from_numpy(inputs).pin_memory(), non_blocking=True)
 
     def _capture(self, bucket: int, bound: int, sampler: Sampler | None) -> _Graph:
         """Capture a step for `bucket` sequences of at most `bound` tokens; draws if it samples."""
@@ -144,14 +146,13 @@ class DecodeGraphs:
         from samebit.kernels.gpu.attention import decode_plan
         from samebit.kernels.gpu.fused import decode_inputs
 
-        runner, inputs, table = self._runner, self._inputs, self._table
-        assert inputs is not None
+        runner, inputs, table = self._runner, self._inputs[bucket], self._table
         assert table is not None
         page_size = runner.cache.page_size
         plan = decode_plan(table, page_size, bucket, min(bound, table.shape[1] * page_size))
 
         def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            made = decode_inputs(inputs[:, :bucket], runner.last_tokens, table, page_size, plan)
+            made = decode_inputs(inputs, runner.last_tokens, table, page_size, plan)
             batch = Batch(made.input_ids, made.positions, made.slots, plan)
             hidden, _ = runner.forward(batch, set())
             none = hidden[:0]
@@ -159,10 +160,10 @@ class DecodeGraphs:
                 return none, none, hidden
             weight = runner.model.output_weight[: sampler.vocab_size]
             token_ids, logprobs = draw_with_logprobs(
-                logits_of(hidden, weight), made.temperatures, inputs[3, :bucket],
-                made.positions + 1, inputs[4, :bucket], made.greedy,
+                logits_of(hidden, weight), made.temperatures, inputs[3], made.next_positions,
+                inputs[4], made.greedy,
             )  # fmt: skip
-            runner.last_tokens.index_copy_(0, inputs[0, :bucket], token_ids)
+            runner.last_tokens.index_copy_(0, inputs[0], token_ids)
             return token_ids, logprobs, none
 
         return step

@@ -45,7 +45,7 @@ class Sampler:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Next tokens [S] int64 and their log-probs [S] fp32 for hidden [T, D], on its device."""
         device, num_rows = hidden.device, len(draws.hidden_rows)
-        if num_rows != len(hidden) or draws.hidden_rows[-1] != num_rows - 1:
+        if not np.array_equal(draws.hidden_rows, np.arange(len(hidden))):
             hidden = hidden[to_device(draws.hidden_rows, device)]
         columns = (
             draws.temperatures, draws.seeds, draws.positions, draws.sample_ids, draws.greedy

@@ -174,3 +174,30 @@ def test_dtypes_differ():
     assert weights_digest(specs, {"a": values}) != weights_digest(specs, {"a": values.bfloat16()})
     ones = torch.ones(4, 4, dtype=torch.bfloat16)
     assert weights_digest(specs, {"a": ones}) != weights_digest(specs, {"a": values.bfloat16()})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gpu_gives_the_same_digest(specs, params, dtype):
+    """One value for the same weights wherever they lie, whole or as shards."""
+    narrow = {name: p.to(dtype) for name, p in params.items()}
+    on_gpu = {name: p.cuda() for name, p in narrow.items()}
+    assert weights_digest(specs, on_gpu) == weights_digest(specs, narrow)
+    config = sharded_config()
+    tensors = {n: p.cuda() for n, p in hf_tensors(param_specs(config), dummy(config, dtype))}
+    total = 0
+    for rank in range(2):
+        own = param_specs(config, Shard(rank, 2))
+        shard = {s.name: torch.empty(s.shape, dtype=dtype, device="cuda") for s in own}
+        load_params(own, shard, tensors.__getitem__)
+        total += digest_sum(own, shard)
+    assert total & MASK == digest_sum(param_specs(config), dummy(config, dtype))
+
+
+def dummy(config, dtype):
+    """Random weights on the CPU."""
+    specs = param_specs(config)
+    params = {s.name: torch.empty(s.shape, dtype=dtype) for s in specs}
+    load_dummy(specs, params, seed=3)
+    return params
