@@ -45,6 +45,10 @@ class EngineSection:
     max_num_seqs: int = 256
     prefill_chunk: int = 1024
     prefix_cache: bool = True
+    cuda_graphs: bool | None = None
+    """Decode by CUDA graphs; unset: on a GPU."""
+    overlap: bool | None = None
+    """Plan and start a step while the one before still runs; unset: on a GPU."""
 
     def __post_init__(self) -> None:
         known = self.placement in PLACEMENTS

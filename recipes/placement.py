@@ -32,6 +32,8 @@ def start_engine(
         "max_num_seqs": section.max_num_seqs,
         "prefill_chunk": section.prefill_chunk,
         "prefix_cache": section.prefix_cache,
+        "cuda_graphs": section.cuda_graphs,
+        "overlap": section.overlap,
         "max_model_len": run.rollout.max_prompt_len + run.rollout.max_new_tokens,
         "seed": run.seed,
     }

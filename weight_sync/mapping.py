@@ -136,7 +136,13 @@ def load_params(
             rows = cached[block.hf_name][block.hf_start : block.hf_start + block.num_rows]
             if rows.dim() > 1:
                 rows = rows[:, spec.columns()]
-            param[block.start : block.start + block.num_rows].copy_(rows)
+            # Pinned rows need not be waited for: their memory is kept until they have arrived.
+            param[block.start : block.start + block.num_rows].copy_(rows, non_blocking=True)
+
+
+def hf_names(specs: Iterable[ParamSpec]) -> list[str]:
+    """Hugging Face tensors in the order in which load_params first reads them."""
+    return list(dict.fromkeys(block.hf_name for spec in specs for block in spec.blocks))
 
 
 def hf_tensors(

@@ -10,8 +10,12 @@ import itertools
 import json
 import multiprocessing
 import os
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +26,12 @@ from samebit.kernels.gpu import cublaslt, skinny
 from samebit.kernels.gpu.fused import add_rms_norm
 from samebit.kernels.gpu.rows import swiglu
 from samebit.kernels.gpu.skinny import Tile
-from samebit.kernels.gpu.tuning import Choice, Key, table_path, to_json
+from samebit.kernels.gpu.tuning import TABLES, Choice, Key, table_path, to_json
+from samebit.recipes.bench.config import BenchKernelsRun
 from samebit.recipes.metrics import write_atomically
 from samebit.recipes.provenance import provenance
 from samebit.rollout.models.config import ModelConfig
+from samebit.rollout.models.registry import load_model_config
 
 SKINNY_ROWS = (16, 32, 64, 128)
 LARGE_ROWS = (160, 192, 224, 256, 320, 384, 448, 512, 1024, 2048, 4096, 8192)
@@ -120,73 +126,85 @@ def model_keys(config: ModelConfig, row_counts: Sequence[int]) -> list[Key]:
     return keys
 
 
+class _Product:
+    """One product with its operands, ready to be timed in every way."""
+
+    def __init__(self, key: Key) -> None:
+        self.key = key
+        wide = key.n * (2 if key.gated else 1)
+        self.copies = max(1, min(64, -(-ROTATED_BYTES // (wide * key.k * 2))))
+        self.weights = [
+            torch.randn(wide, key.k, device="cuda").mul_(0.02).to(torch.bfloat16)
+            for _ in range(self.copies)
+        ]
+        self.raw = torch.randn(key.rows, key.k, device="cuda").to(torch.bfloat16)
+        self.x, self.zero, self.one = self.raw, torch.zeros_like(self.raw), self.raw[0] * 0 + 1
+        dtype = torch.float32 if key.fp32 else torch.bfloat16
+        self.y, self.wide = (
+            torch.empty(key.rows, n, dtype=dtype, device="cuda") for n in (key.n, wide)
+        )
+
+    def by_cublaslt(self, choice: int, i: int) -> None:
+        """The heuristic's answer of this number."""
+        cublaslt.matmul(self.x, self.weights[i], self.wide, choice)
+        if self.key.gated:
+            swiglu(self.wide)
+
+    def by_tile(self, tile: Tile, i: int) -> None:
+        """The streaming kernel."""
+        skinny.matmul(self.x, self.weights[i], self.y, tile, gated=self.key.gated)
+
+    def by_torch(self, i: int) -> None:
+        """What torch would do."""
+        if self.key.fp32:
+            torch.mm(self.x, self.weights[i].t(), out_dtype=torch.float32)
+        else:
+            torch.mm(self.x, self.weights[i].t(), out=self.wide)
+            if self.key.gated:
+                swiglu(self.wide)
+
+    def us(self, action: Callable[[int], None]) -> float:
+        """Microseconds of action(copy), after a norm where the rows are few."""
+
+        def chain(i: int) -> None:
+            self.x, _ = add_rms_norm(self.raw, self.zero, self.one, 1e-6)
+            action(i)
+
+        few = self.key.rows <= skinny.MAX_ROWS
+        return graph_us(chain if few else action, self.copies)
+
+
 def tune_product(
     key: Key, broken: dict[tuple[int, bool, bool, Tile], str]
 ) -> tuple[Choice, dict[str, float]]:
     """The fastest choice, and microseconds of it, of cuBLASLt's first answer and of torch."""
-    n = key.n * (2 if key.gated else 1)
-    copies = max(1, min(64, -(-ROTATED_BYTES // (n * key.k * 2))))
-    weights = [
-        torch.randn(n, key.k, device="cuda").mul_(0.02).to(torch.bfloat16) for _ in range(copies)
-    ]
-    x = torch.randn(key.rows, key.k, device="cuda").to(torch.bfloat16)
-    dtype = torch.float32 if key.fp32 else torch.bfloat16
-    y = torch.empty(key.rows, key.n, dtype=dtype, device="cuda")
-    wide = torch.empty(key.rows, n, dtype=dtype, device="cuda")
-
-    def by_cublaslt(choice: int) -> Callable[[int], None]:
-        def run(i: int) -> None:
-            cublaslt.matmul(x, weights[i], wide, choice)
-            if key.gated:
-                swiglu(wide)
-
-        return run
-
-    def by_tile(tile: Tile) -> Callable[[int], None]:
-        return lambda i: skinny.matmul(x, weights[i], y, tile, gated=key.gated)
-
-    def by_torch(i: int) -> None:
-        if key.fp32:
-            torch.mm(x, weights[i].t(), out_dtype=torch.float32)
-        else:
-            torch.mm(x, weights[i].t(), out=wide)
-            if key.gated:
-                swiglu(wide)
-
-    chained = key.rows <= skinny.MAX_ROWS
-    raw, residual, scale = x.clone(), torch.zeros_like(x), torch.ones_like(x[0])
-
-    def timed(action: Callable[[int], None]) -> float:
-        def chain(i: int) -> None:
-            nonlocal x
-            x, _ = add_rms_norm(raw, residual, scale, 1e-6)
-            action(i)
-
-        return graph_us(chain if chained else action, copies)
-
-    best, us = Choice(), {"torch": timed(by_torch)}
-    us["cublaslt"] = us["best"] = timed(by_cublaslt(0))
-
-    def consider(choice: Choice, action: Callable[[int], None]) -> None:
-        nonlocal best
-        found = timed(action)
+    product, best = _Product(key), Choice()
+    us = {
+        "torch": product.us(product.by_torch),
+        "cublaslt": product.us(partial(product.by_cublaslt, 0)),
+    }
+    us["best"] = us["cublaslt"]
+    candidates: list[tuple[Choice, Callable[[int], None]]] = []
+    if not key.gated:
+        candidates += [
+            (Choice(cublaslt=i), partial(product.by_cublaslt, i))
+            for i in range(1, cublaslt.MAX_CHOICES)
+        ]
+    if key.rows <= skinny.MAX_ROWS:
+        candidates += [
+            (Choice(tile), partial(product.by_tile, tile))
+            for tile in tiles(key.rows, key.n, key.k, key.gated)
+            if (key.rows, key.gated, key.fp32, tile) not in broken
+        ]
+    for choice, action in candidates:
+        found = product.us(action)
         if found < _WORTH * us["best"]:
             us["best"], best = found, choice
-
-    for i in range(1, cublaslt.MAX_CHOICES):
-        if not key.gated:
-            consider(Choice(cublaslt=i), by_cublaslt(i))
-    if key.rows <= skinny.MAX_ROWS:
-        for tile in tiles(key.rows, key.n, key.k, key.gated):
-            if (key.rows, key.gated, key.fp32, tile) not in broken:
-                consider(Choice(tile), by_tile(tile))
     return best, us
 
 
-def tune(keys: Sequence[Key], budget_s: float = 1e9) -> tuple[dict[Key, Choice], list[dict]]:
+def tune(keys: Sequence[Key]) -> tuple[dict[Key, Choice], list[dict[str, Any]]]:
     """Choices for all keys, and the measured rows."""
-    import time
-
     start = time.perf_counter()
     broken = compile_all(keys)
     print(f"compiled in {time.perf_counter() - start:.0f} s, {len(broken)} tiles cannot be built")
@@ -194,9 +212,6 @@ def tune(keys: Sequence[Key], budget_s: float = 1e9) -> tuple[dict[Key, Choice],
         print("  ", what[:3], error)
     choices, rows = {}, []
     for key in keys:
-        if time.perf_counter() - start > budget_s:
-            print("out of time; the rest is left out")
-            break
         best, us = tune_product(key, broken)
         torch.cuda.empty_cache()
         rows.append({**vars(key), **{k: round(v, 2) for k, v in us.items()}})
@@ -211,16 +226,31 @@ def tune(keys: Sequence[Key], budget_s: float = 1e9) -> tuple[dict[Key, Choice],
     return choices, rows
 
 
-def write_table(choices: dict[Key, Choice], rows: list[dict[str, Any]], out: Path | None) -> Path:
-    """The table file of this card, or `out`."""
-    name = torch.cuda.get_device_name()
-    path = out or table_path(name)
-    report = {**provenance(["samebit", "bench", "kernels", "--tune"]), "linear": to_json(choices)}
-    write_atomically(path, json.dumps({**report, "measured_us": rows}, indent=1) + "\n")
-    return path
+def write_table(
+    choices: dict[Key, Choice], rows: list[dict[str, Any]], path: Path, command: list[str]
+) -> None:
+    """A table file: the present one of this card with these products' choices in place."""
+    old = table_path(torch.cuda.get_device_name())
+    known = json.loads(old.read_text()) if old.exists() else {"linear": [], "measured_us": []}
+
+    def identity(row: dict[str, Any]) -> tuple:
+        return tuple(row[f.name] for f in fields(Key))
+
+    anew = {identity(row) for row in rows}
+    linear, measured = (
+        [row for row in known[name] if identity(row) not in anew]
+        for name in ("linear", "measured_us")
+    )
+    report = {
+        **provenance(command),
+        "linear": linear + to_json(choices),
+        "measured_us": measured + rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(report, indent=1) + "\n")
 
 
-def check(keys: Sequence[Key], choices: dict[Key, Choice]) -> None:
+def check(choices: dict[Key, Choice]) -> None:
     """Every chosen implementation against the one by construction: equal bits."""
     from samebit.kernels.gpu.linear import linear_triton
 
@@ -238,3 +268,15 @@ def check(keys: Sequence[Key], choices: dict[Key, Choice]) -> None:
             cublaslt.matmul(x, weight, y, choice.cublaslt)
         if not torch.equal(y, truth):
             raise RuntimeError(f"{choice} gives other bits for {key}")
+
+
+def main(run: BenchKernelsRun) -> int:
+    """The command `samebit bench kernels --tune`: writes a table, for kernels/gpu/tables/."""
+    config = load_model_config(run.model)
+    choices, rows = tune(model_keys(config, (*SKINNY_ROWS, *LARGE_ROWS)))
+    check(choices)
+    name = table_path(torch.cuda.get_device_name()).name
+    path = Path(run.output_dir) / run.run_name / name
+    write_table(choices, rows, path, ["samebit", *sys.argv[1:]])
+    print(f"{path} holds the table; it is used from {TABLES}/")
+    return 0

@@ -1,17 +1,22 @@
 """Weights from disk: safetensors folders, or seeded random values where there is only a config."""
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from samebit.weight_sync.mapping import ParamSpec, hf_shapes, load_params
+from samebit.weight_sync.mapping import ParamSpec, hf_names, hf_shapes, load_params
 from samebit.weight_sync.session import non_finite
 
 _DUMMY_STD = 0.02
+_READERS = 4  # threads
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 
 
@@ -36,9 +41,41 @@ def fill(
     read: Callable[[str], torch.Tensor],
 ) -> None:
     """Fill params in place by a reader of `folder`; WeightLoadError for NaN or Inf."""
-    load_params(specs, params, read)
+    device = params[specs[0].name].device
+    with read_ahead(read, hf_names(specs), pin=device.type == "cuda") as reader:
+        load_params(specs, params, reader)
     if bad := non_finite(params):
         raise WeightLoadError(f"{folder} holds NaN or Inf in: {', '.join(bad)}")
+
+
+@contextmanager
+def read_ahead(
+    read: Callable[[str], torch.Tensor], names: Sequence[str], pin: bool
+) -> Iterator[Callable[[str], torch.Tensor]]:
+    """A reader that fetches the next tensors on threads while the present one is used.
+
+    names: the order of reading. pin: copies go through page-locked memory, so that the device takes
+    them at full speed. A bar shows the progress of what takes more than a second.
+    """
+
+    def fetch(name: str) -> torch.Tensor:
+        tensor = read(name)
+        return tensor.pin_memory() if pin else tensor
+
+    waiting: dict[str, Future[torch.Tensor]] = {}
+    upcoming = iter(names)
+    with (
+        ThreadPoolExecutor(_READERS) as pool,
+        tqdm(total=len(names), desc="weights", unit=" tensors", delay=1, leave=False) as bar,
+    ):
+
+        def next_one(name: str) -> torch.Tensor:
+            for coming in itertools.islice(upcoming, 1 if waiting else 2 * _READERS):
+                waiting[coming] = pool.submit(fetch, coming)
+            bar.update()
+            return waiting.pop(name).result() if name in waiting else fetch(name)
+
+        yield next_one
 
 
 def open_safetensors(folder: Path, specs: Sequence[ParamSpec]) -> Callable[[str], torch.Tensor]:

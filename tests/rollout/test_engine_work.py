@@ -1,6 +1,7 @@
 """Work that is saved (one prefill, cached prefixes), and folders that load the same."""
 
 import pytest
+import torch
 from helpers import assert_same_bits, make_prompts, outcomes
 
 from samebit.recipes.tiny_model import make_random_model
@@ -131,3 +132,25 @@ def test_weights_by_name_are_copies(make_engine):
     name = "decoder.layers.0.mlp.linear_fc2.weight"
     engine.get_weights_by_name(name).zero_()
     assert engine.weights[name].any()
+
+
+def test_read_ahead_reads_every_tensor_once_and_in_order():
+    """What a thread has fetched is what the reader would have given; an error reaches the caller."""
+    from samebit.rollout.runtime.weights import read_ahead
+
+    names = [str(i) for i in range(30)]
+    fetched = []
+
+    def read(name):
+        fetched.append(name)
+        if name == "23":
+            raise OSError("the disk is gone")
+        return torch.tensor(int(name))
+
+    with read_ahead(read, names, pin=False) as reader:
+        assert [int(reader(name)) for name in names[:23]] == list(range(23))
+        with pytest.raises(OSError, match="the disk is gone"):
+            reader("23")
+        assert int(reader("5")) == 5  # again, out of order
+    assert sorted(set(fetched), key=int) == names
+    assert len(fetched) == len(names) + 1
