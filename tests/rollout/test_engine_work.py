@@ -135,7 +135,7 @@ def test_weights_by_name_are_copies(make_engine):
 
 
 def test_read_ahead_reads_every_tensor_once_and_in_order():
-    """What a thread has fetched is what the reader would have given; an error reaches the caller."""
+    """Threads fetch what the reader would have given; an error reaches the caller."""
     from samebit.rollout.runtime.weights import read_ahead
 
     names = [str(i) for i in range(30)]
