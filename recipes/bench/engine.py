@@ -114,6 +114,13 @@ def measure_variant(
             rate = found["output_tokens_s"]["median"]
             print(f"{variant}: {workload} {rate:,.1f} tok/s", flush=True)
             save()
+        if (graphs := engine.runner.graphs) is not None:
+            entry["graphs"] = {
+                "count": graphs.num_graphs,
+                "capture_s": graphs.capture_s,
+                "memory_bytes": graphs.memory_bytes,
+            }
+            save()
         if run.profile:
             workload = Workload.parse(run.workloads[0])
             name = "trace.json" if variant == "default" else f"trace_{variant}.json"
@@ -157,6 +164,11 @@ def summary(variants: dict[str, Any]) -> str:
             f"{variant}: engine made in {times['start_s']:.1f} s, first token after "
             f"{times['first_token_s']:.1f} s"
         )
+        if graphs := entry.get("graphs"):
+            lines.append(
+                f"{variant}: {graphs['count']} CUDA graphs, captured in {graphs['capture_s']:.1f} "
+                f"s, {graphs['memory_bytes'] / 2**20:,.0f} MiB"
+            )
         if found := entry.get("profile"):
             lines.append(
                 f"{variant}: decode step {found['step_ms']:.3f} ms "

@@ -5,6 +5,7 @@ few graphs serve all steps, and each is captured when it is first needed. The ho
 array a step; tokens and the page table stay on the device.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from samebit.rollout.runtime.slots import Slots
 
 if TYPE_CHECKING:
     from samebit.rollout.runtime.runner import Runner
+
+logger = logging.getLogger(__name__)
 
 BUCKETS = (
     1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512,
@@ -53,6 +56,7 @@ class DecodeGraphs:
         self._table: torch.Tensor | None = None
         self._in_table: np.ndarray | None = None  # slots whose pages the device knows
         self.capture_s = 0.0
+        self.memory_bytes = 0
 
     @property
     def num_graphs(self) -> int:
@@ -125,7 +129,7 @@ class DecodeGraphs:
 
     def _capture(self, bucket: int, bound: int, sampler: Sampler | None) -> _Graph:
         """Capture a step for `bucket` sequences of at most `bound` tokens; draws if it samples."""
-        start = time.perf_counter()
+        start, reserved = time.perf_counter(), torch.cuda.memory_reserved(self._runner.device)
         step = self._make_step(bucket, bound, sampler)
         saved = self._runner.last_tokens.clone()
         torch.cuda.synchronize()
@@ -140,6 +144,11 @@ class DecodeGraphs:
         ):
             token_ids, logprobs, hidden = step()
         self.capture_s += time.perf_counter() - start
+        self.memory_bytes += torch.cuda.memory_reserved(self._runner.device) - reserved
+        logger.debug(
+            "graph for %d sequences of at most %d tokens; %d graphs so far took %.1f s and %d MiB",
+            bucket, bound, self.num_graphs + 1, self.capture_s, self.memory_bytes >> 20,
+        )  # fmt: skip
         return _Graph(graph, step, token_ids, logprobs, hidden)
 
     def _make_step(self, bucket: int, bound: int, sampler: Sampler | None) -> Callable[[], Any]:
