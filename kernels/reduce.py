@@ -1,11 +1,38 @@
-"""reduce: the sum over ranks of fp32 partials, in ascending rank order, with one rounding.
+"""reduce: sums over tensor-parallel ranks in ascending rank order, with one rounding.
 
-Contract: the same function in engine and trainer, so that a row-parallel product has the same bits
-on both sides. The order is written out: a collective's own order may change with its algorithm.
+Contract: fp32 partials, added from rank 0 upwards, rounded once; the same function in engine and
+trainer, so that a row-parallel product has the same bits on both sides. The order is written out:
+a collective's own order may change with its algorithm.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from samebit.kernels.linear import linear
+from samebit.kernels.linear import logits as linear_fp32
+
+
+@dataclass(frozen=True)
+class TensorRanks:
+    """This process among those that share every layer of a model; alone by default.
+
+    Raises ValueError unless 0 <= rank < size and there is a group for more than one.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"tensor rank {self.rank} is not in [0, {self.size})")
+        if (self.size > 1) != (self.group is not None):
+            raise ValueError(f"tensor size {self.size} with group {self.group}")
+
+
+ALONE = TensorRanks()
 
 
 def reduce_ref(partials: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -24,6 +51,48 @@ def reduce_sum(
     Returns a tensor of partial's shape in `dtype` (default: partial's own). `group` None means
     the default process group.
     """
-    partials = [torch.empty_like(partial) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(partials, partial.contiguous(), group=group)
-    return reduce_ref(partials, dtype or partial.dtype)
+    return reduce_ref(_gather(partial, group), dtype or partial.dtype)
+
+
+def gather_columns(x: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
+    """Every rank's columns [T, C], side by side in rank order: [T, size * C]."""
+    return x if ranks.size == 1 else torch.cat(_gather(x, ranks.group), dim=1)
+
+
+def row_parallel_linear(x: torch.Tensor, weight: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
+    """x [T, K / size] times this rank's columns of a weight [N, K], summed over the ranks: [T, N].
+
+    For inference: nothing is differentiated.
+    """
+    if ranks.size == 1:
+        return linear(x, weight)
+    return reduce_sum(linear_fp32(x, weight), ranks.group, x.dtype)
+
+
+def vocab_parallel_embedding(
+    token_ids: torch.Tensor, weight: torch.Tensor, ranks: TensorRanks
+) -> torch.Tensor:
+    """Rows of an embedding whose rows are split over the ranks. token_ids [T] -> [T, D]."""
+    if ranks.size == 1:
+        return weight[token_ids]
+    local = token_ids - ranks.rank * len(weight)
+    elsewhere = (local < 0) | (local >= len(weight))
+    rows = weight[local.masked_fill(elsewhere, 0)].float()
+    return reduce_sum(rows.masked_fill_(elsewhere[:, None], 0.0), ranks.group, weight.dtype)
+
+
+def smallest(value: int, ranks: TensorRanks) -> int:
+    """The least of every rank's value."""
+    values = [value] * ranks.size
+    if ranks.size > 1:
+        dist.all_gather_object(values, value, group=ranks.group)
+    return min(values)
+
+
+def _gather(x: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+    parts = [
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        for _ in range(dist.get_world_size(group))
+    ]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return parts

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from samebit.kernels.reduce import ALONE, TensorRanks
 from samebit.rollout.types import MAX_UINT64
 
 
@@ -33,6 +34,8 @@ class EngineConfig:
     seed: int = 0
     cuda_graphs: bool = False
     """Decode by CUDA graphs."""
+    ranks: TensorRanks = ALONE
+    """Tensor parallel ranks; each runs an engine of its own and is given the same requests."""
     overlap: bool = False
     """Plan and start a step while the one before still runs."""
 

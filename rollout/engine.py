@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from samebit.kernels.profile import NumericsProfile, numerics_profile
+from samebit.kernels.reduce import ALONE, TensorRanks, smallest
 from samebit.rollout.config import EngineConfig, automatic_kv_bytes, resolve_device, resolve_dtype
 from samebit.rollout.models.decoder import Decoder, param_specs, selfcheck_model
 from samebit.rollout.models.registry import load_model_config
@@ -29,13 +30,17 @@ from samebit.rollout.runtime.step import Pipeline
 from samebit.rollout.runtime.weight_control import WeightControl
 from samebit.rollout.runtime.weights import load_dummy, load_safetensors
 from samebit.rollout.types import Completion, Request, SamplingParams
-from samebit.weight_sync.digest import weights_digest
+from samebit.weight_sync.mapping import Shard
 from samebit.weight_sync.session import UpdateSession
 from samebit.weight_sync.transports.file import read_version
 from samebit.weight_sync.types import WeightVersion
 
 Progress = Callable[[int, int], None]
 """Called with (finished samples, tokens drawn so far) after every step."""
+
+
+def _on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 class Engine(WeightControl):
@@ -61,6 +66,7 @@ class Engine(WeightControl):
         max_model_len: int | None = None,
         cuda_graphs: bool | None = None,
         overlap: bool | None = None,
+        ranks: TensorRanks = ALONE,
     ) -> None:
         resolved = resolve_device(device)
         self.config = EngineConfig(
@@ -76,12 +82,15 @@ class Engine(WeightControl):
             prefix_cache=prefix_cache,
             load_format=load_format,
             seed=seed,
-            cuda_graphs=cuda_graphs if cuda_graphs is not None else resolved.type == "cuda",
-            overlap=overlap if overlap is not None else resolved.type == "cuda",
+            cuda_graphs=_on_gpu(resolved) and ranks.size == 1
+            if cuda_graphs is None
+            else cuda_graphs,
+            overlap=_on_gpu(resolved) if overlap is None else overlap,
+            ranks=ranks,
         )
         self.model_config = load_model_config(self.config.model_path)
-        self.specs = param_specs(self.model_config)
-        self.profile: NumericsProfile = numerics_profile(resolved)
+        self.specs = param_specs(self.model_config, Shard(ranks.rank, ranks.size))
+        self.profile: NumericsProfile = numerics_profile(resolved, ranks.size)
         selfcheck_model(self.model_config, resolved)
         self.arena = Arena(resolved)
         self._load_weights()
@@ -210,26 +219,30 @@ class Engine(WeightControl):
         else:
             load_safetensors(c.model_path, self.specs, self.weights)
         stored = read_version(c.model_path) if c.load_format == "safetensors" else None
-        digest = weights_digest(self.specs, self.weights)
+        digest = self.digest()
         step = stored.step if stored and stored.digest == digest else 0
-        self.session = UpdateSession(self.specs, self.weights, WeightVersion(step, digest))
+        version = WeightVersion(step, digest)
+        self.session = UpdateSession(self.specs, self.weights, version, c.ranks.group)
 
     def _make_runtime(self) -> None:
         c, m = self.config, self.model_config
         self.max_model_len = min(c.max_model_len or m.max_position, m.max_position)
         tokens = c.kv_cache_tokens
         if tokens is None:
-            affordable = automatic_kv_bytes(c.device) // kv_bytes_per_token(m, c.dtype)
+            token_bytes = kv_bytes_per_token(m, c.dtype) // c.ranks.size
+            affordable = automatic_kv_bytes(c.device) // token_bytes
             tokens = max(c.page_size, min(affordable, c.max_num_seqs * self.max_model_len))
+            tokens = smallest(tokens, c.ranks)  # all ranks take the same decisions
         num_pages = tokens // c.page_size
         self.kv_capacity = num_pages * c.page_size
         self.pool = PagePool(num_pages)
         self.prefixes = (
             PrefixCache(self.pool, c.page_size, self.weight_version) if c.prefix_cache else None
         )
-        cache = KVCache(m, num_pages, c.page_size, c.dtype, self.arena)
+        cache = KVCache(m, num_pages, c.page_size, c.dtype, self.arena, c.ranks.size)
         slots = Slots(c.max_num_seqs, self.max_model_len + 1, c.page_size, c.seed)
-        self.runner = Runner(Decoder(m, self.weights), cache, c.max_num_seqs, c.cuda_graphs)
+        decoder = Decoder(m, self.weights, c.ranks)
+        self.runner = Runner(decoder, cache, c.max_num_seqs, c.cuda_graphs)
         self.sampler = Sampler(m.vocab_size, m.eos_token_ids)
         self.scheduler = Scheduler(c, self.pool, self.prefixes, slots)
         self.pipeline = Pipeline(

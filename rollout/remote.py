@@ -1,10 +1,14 @@
 """An engine in a process of its own on this machine, called like one in this process."""
 
 import multiprocessing
+import os
+import signal
 import socket
+import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,13 @@ class RemoteEngineError(RuntimeError):
 
 
 def _serve(connection: Connection, model_path: str, cpu_threads: int, settings: dict) -> None:
-    """The child's loop: call the engine's methods by name until told to stop."""
+    """The child's loop: call the engine's methods by name until told to stop.
+
+    It ends when its parent does, and only then: signals to a whole group are the parent's to judge.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True).start()
     torch.set_num_threads(cpu_threads)
     from samebit.rollout.engine import Engine
 
@@ -44,6 +54,14 @@ def _serve(connection: Connection, model_path: str, cpu_threads: int, settings: 
             connection.send((False, error))
 
 
+def _follow_parent() -> None:
+    """Also in the midst of a rollout, which nobody waits for any more."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 class RemoteEngine:
     """Starts a process with an Engine; arguments as Engine's. Close it when done."""
 
@@ -54,6 +72,7 @@ class RemoteEngine:
             target=_serve, args=(child, str(model_path), cpu_threads, settings), daemon=True
         )
         self._process.start()
+        Finalize(self, self._process.kill, exitpriority=1)  # for those who do not close it
         child.close()
         self._call("start")
 
@@ -66,14 +85,20 @@ class RemoteEngine:
         return_hidden_states: Sequence[int] = (),
         progress: Any = None,
     ) -> list[list[Completion]]:
-        """See Engine.generate; progress is called once, at the end."""
-        groups = self._call(
+        """See Engine.generate; progress knows of no tokens before the end.
+
+        If it raises, the engine's process is ended: nobody waits for its answer.
+        """
+        self._send(
             "generate",
             prompt_ids,
             sampling_params,
             sample_ids,
             return_hidden_states=return_hidden_states,
         )
+        if progress is not None:
+            self._wait(progress)
+        groups = self._receive()
         if progress is not None:
             done = [c for group in groups for c in group]
             progress(len(done), sum(len(c.token_ids) for c in done))
@@ -110,6 +135,15 @@ class RemoteEngine:
         self._process.join(timeout=10)
         if self._process.is_alive():
             self._process.kill()
+
+    def _wait(self, progress: Any) -> None:
+        """For the engine's answer, calling progress now and then."""
+        try:
+            while not self._connection.poll(0.1):
+                progress(0, 0)
+        except BaseException:
+            self._process.kill()
+            raise
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
         self._send(name, *args, **kwargs)

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 
 import torch
+import torch.distributed as dist
 
 from samebit.weight_sync.mapping import ParamSpec
 
@@ -78,6 +79,18 @@ def digest_sum(specs: Iterable[ParamSpec], params: Mapping[str, torch.Tensor]) -
     return sum(int(total) for total in totals.values()) % (1 << 64)
 
 
-def weights_digest(specs: Iterable[ParamSpec], params: Mapping[str, torch.Tensor]) -> str:
-    """The digest of whole parameters as 16 hexadecimal digits."""
-    return f"{digest_sum(specs, params):016x}"
+def weights_digest(
+    specs: Iterable[ParamSpec],
+    params: Mapping[str, torch.Tensor],
+    group: dist.ProcessGroup | None = None,
+) -> str:
+    """The digest of whole parameters as 16 hexadecimal digits.
+
+    group: the tensor parallel ranks over which they are split; every rank gets the same.
+    """
+    total = digest_sum(specs, params)
+    if group is not None:
+        totals: list[int] = [0] * dist.get_world_size(group)
+        dist.all_gather_object(totals, total, group=group)
+        total = sum(totals) % (1 << 64)
+    return f"{total:016x}"

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 
 from samebit.weight_sync.digest import weights_digest
 from samebit.weight_sync.mapping import ParamSpec
@@ -25,16 +26,21 @@ class SessionState(Enum):
 
 
 class UpdateSession:
-    """Receives versions of the parameters that `params` holds, in place."""
+    """Receives versions of the parameters that `params` holds, in place.
+
+    group: the tensor parallel ranks that hold the other shards; they commit together.
+    """
 
     def __init__(
         self,
         specs: Sequence[ParamSpec],
         params: Mapping[str, torch.Tensor],
         version: WeightVersion,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.specs = specs
         self.params = params
+        self.group = group
         self.version = version
         self.state = SessionState.READY
         self.reason = ""
@@ -87,7 +93,7 @@ class UpdateSession:
         if missing:
             self._fail(f"{len(missing)} tensors never arrived: {', '.join(missing[:5])}")
         self._check_finite()
-        own = weights_digest(self.specs, self.params)
+        own = weights_digest(self.specs, self.params, self.group)
         if own != digest:
             self._fail(f"digest {own} here, {digest} at the sender")
         self.state, self.version = SessionState.READY, WeightVersion(self._step, digest)

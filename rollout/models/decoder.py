@@ -10,7 +10,15 @@ from dataclasses import dataclass
 import torch
 
 from samebit.kernels.linear import linear
+from samebit.kernels.linear import logits as linear_fp32
 from samebit.kernels.logprob import padded_vocab_size
+from samebit.kernels.reduce import (
+    ALONE,
+    TensorRanks,
+    gather_columns,
+    row_parallel_linear,
+    vocab_parallel_embedding,
+)
 from samebit.kernels.rms_norm import add_rms_norm, rms_norm
 from samebit.kernels.rope import rope_table
 from samebit.kernels.selfcheck import selfcheck
@@ -106,12 +114,22 @@ def _layer(params: Mapping[str, torch.Tensor], i: int) -> _Layer:
 
 
 class Decoder:
-    """Inference forward over parameters that somebody else owns and may rewrite in place."""
+    """Inference forward over parameters that somebody else owns and may rewrite in place.
 
-    def __init__(self, config: ModelConfig, params: Mapping[str, torch.Tensor]) -> None:
+    `params` are the shard of `ranks`; heads, features and vocabulary are split over them, and
+    every rank gets the whole result.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Mapping[str, torch.Tensor],
+        ranks: TensorRanks = ALONE,
+    ) -> None:
         self.config = config
+        self.ranks = ranks
         self.embedding = params[EMBEDDING]
-        self.output_weight = params[EMBEDDING if config.tie_embeddings else OUTPUT]
+        self._output_weight = params[EMBEDDING if config.tie_embeddings else OUTPUT]
         self.final_norm = params[FINAL_NORM]
         self.layers = [_layer(params, i) for i in range(config.num_layers)]
         self.rope_table = rope_table(
@@ -135,7 +153,7 @@ class Decoder:
         """
         eps, wanted = self.config.norm_eps, set(collect)
         collected: dict[int, torch.Tensor] = {}
-        residual = self.embedding[input_ids]
+        residual = vocab_parallel_embedding(input_ids, self.embedding, self.ranks)
         branch: torch.Tensor | None = None
         for i, layer in enumerate(self.layers):
             if branch is None:
@@ -145,11 +163,19 @@ class Decoder:
             if i in wanted:
                 collected[i] = residual
             attended = attend(i, linear(normed, layer.qkv), layer.norms)
-            branch = linear(attended.flatten(1), layer.proj)
+            branch = row_parallel_linear(attended.flatten(1), layer.proj, self.ranks)
             normed, residual = add_rms_norm(branch, residual, layer.mlp_norm, eps)
-            branch = linear(swiglu_linear(normed, layer.fc1), layer.fc2)
+            branch = row_parallel_linear(swiglu_linear(normed, layer.fc1), layer.fc2, self.ranks)
         assert branch is not None
         hidden, residual = add_rms_norm(branch, residual, self.final_norm, eps)
         if len(self.layers) in wanted:
             collected[len(self.layers)] = residual
         return hidden, collected
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [S, D] after the final norm -> [S, V] fp32, before any temperature."""
+        vocab_size = self.config.vocab_size
+        if self.ranks.size == 1:
+            return linear_fp32(hidden, self._output_weight[:vocab_size])
+        padded = gather_columns(linear_fp32(hidden, self._output_weight), self.ranks)
+        return padded[:, :vocab_size].contiguous()

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from samebit.kernels.linear import logits as logits_of
 from samebit.kernels.sample import draw_with_logprobs
 from samebit.rollout.runtime.batch import Batch, Draws, decode_draws, to_device
 from samebit.rollout.runtime.sampler import Sampler
@@ -89,14 +88,13 @@ class DecodeGraphs:
         self._send(decode, slots, draws, bucket)
         key = (bucket, bound, not draws.restricted)
         if key not in self._graphs:
-            self._graphs[key] = self._capture(bucket, bound, sampler if key[2] else None)
+            self._graphs[key] = self._capture(bucket, bound, draws=key[2])
         found = self._graphs[key]
         found.graph.replay()
         if not draws.restricted:
             return found.token_ids[:size], found.logprobs[:size]
-        token_ids, logprobs = sampler.draw(
-            found.hidden[:size], self._runner.model.output_weight, draws
-        )
+        logits_of = self._runner.model.logits
+        token_ids, logprobs = sampler.draw(found.hidden[:size], logits_of, draws)
         self._runner.keep_tokens(token_ids, draws)
         return token_ids, logprobs
 
@@ -127,10 +125,10 @@ class DecodeGraphs:
         else:
             self._inputs[bucket].copy_(torch.from_numpy(inputs).pin_memory(), non_blocking=True)
 
-    def _capture(self, bucket: int, bound: int, sampler: Sampler | None) -> _Graph:
-        """Capture a step for `bucket` sequences of at most `bound` tokens; draws if it samples."""
+    def _capture(self, bucket: int, bound: int, draws: bool) -> _Graph:
+        """Capture a step for `bucket` sequences of at most `bound` tokens."""
         start, reserved = time.perf_counter(), torch.cuda.memory_reserved(self._runner.device)
-        step = self._make_step(bucket, bound, sampler)
+        step = self._make_step(bucket, bound, draws)
         saved = self._runner.last_tokens.clone()
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
@@ -151,7 +149,7 @@ class DecodeGraphs:
         )  # fmt: skip
         return _Graph(graph, step, token_ids, logprobs, hidden)
 
-    def _make_step(self, bucket: int, bound: int, sampler: Sampler | None) -> Callable[[], Any]:
+    def _make_step(self, bucket: int, bound: int, draws: bool) -> Callable[[], Any]:
         from samebit.kernels.gpu.attention import decode_plan
         from samebit.kernels.gpu.fused import decode_inputs
 
@@ -165,11 +163,10 @@ class DecodeGraphs:
             batch = Batch(made.input_ids, made.positions, made.slots, plan)
             hidden, _ = runner.forward(batch, set())
             none = hidden[:0]
-            if sampler is None:
+            if not draws:
                 return none, none, hidden
-            weight = runner.model.output_weight[: sampler.vocab_size]
             token_ids, logprobs = draw_with_logprobs(
-                logits_of(hidden, weight), made.temperatures, inputs[3], made.next_positions,
+                runner.model.logits(hidden), made.temperatures, inputs[3], made.next_positions,
                 inputs[4], made.greedy,
             )  # fmt: skip
             runner.last_tokens.index_copy_(0, inputs[0], token_ids)

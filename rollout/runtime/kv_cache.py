@@ -47,13 +47,19 @@ class PagePool:
 
 
 class KVCache:
-    """Keys and values of every layer: caches [P, page_size, K, H]."""
+    """Keys and values of every layer: caches [P, page_size, K, H], K this rank's kv heads."""
 
     def __init__(
-        self, config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, arena: Arena
+        self,
+        config: ModelConfig,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        arena: Arena,
+        tp_size: int = 1,
     ) -> None:
         self.page_size = page_size
-        shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
+        shape = (num_pages, page_size, config.num_kv_heads // tp_size, config.head_dim)
         self.keys, self.values = (
             [arena.allocate("kv", f"{kind}.{i}", shape, dtype) for i in range(config.num_layers)]
             for kind in ("key", "value")

@@ -85,14 +85,15 @@ class Runner:
             assert seq is not None
             wanted |= set(seq.request.hidden_state_layers)
         hidden, collected = self.forward(batch, wanted)
-        draws, output = make_draws(step, slots), self.model.output_weight
+        draws, logits_of = make_draws(step, slots), self.model.logits
         token_ids = logprobs = scores = None
         if len(draws.hidden_rows):
-            token_ids, logprobs = sampler.draw(hidden, output, draws)
+            token_ids, logprobs = sampler.draw(hidden, logits_of, draws)
             self.keep_tokens(token_ids, draws)
         rows, next_ids, owners = scoring_rows(step)
         if owners:
-            scores = sampler.score(hidden[to_device(rows, self.device)], output, next_ids, owners)
+            scored = hidden[to_device(rows, self.device)]
+            scores = sampler.score(scored, logits_of, next_ids, owners)
         self.cache.copy_pages([copy for chunk in step.chunks for copy in chunk.copies])
         return self._outcome(token_ids, logprobs, scores, collected)
 

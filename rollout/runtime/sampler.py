@@ -1,14 +1,18 @@
 """From hidden states to tokens and log-probs, each row by its own request's parameters."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
-from samebit.kernels.linear import logits as logits_of
-from samebit.kernels.logprob import logprob, logprob_of
+from samebit.kernels.logprob import logprob_of
 from samebit.kernels.sample import allowed_tokens, draw, draw_with_logprobs
 from samebit.rollout.runtime.batch import Draws, to_device
 from samebit.rollout.runtime.sequence import Sequence
 from samebit.rollout.runtime.slots import Slots
+
+Logits = Callable[[torch.Tensor], torch.Tensor]
+"""From hidden states [S, D] to logits [S, V] fp32, before any temperature."""
 
 _MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}  # elements of one chunk of rows
 
@@ -41,7 +45,7 @@ class Sampler:
         return stopped
 
     def draw(
-        self, hidden: torch.Tensor, output_weight: torch.Tensor, draws: Draws
+        self, hidden: torch.Tensor, logits_of: Logits, draws: Draws
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Next tokens [S] int64 and their log-probs [S] fp32 for hidden [T, D], on its device."""
         device, num_rows = hidden.device, len(draws.hidden_rows)
@@ -51,16 +55,14 @@ class Sampler:
             draws.temperatures, draws.seeds, draws.positions, draws.sample_ids, draws.greedy
         )  # fmt: skip
         keys = [to_device(column, device) for column in columns]
-        step = max(1, _MAX_LOGITS[device.type] // self.vocab_size)
         parts = []
-        for start in range(0, num_rows, step):
-            part = slice(start, start + step)
-            logits = logits_of(hidden[part], output_weight[: self.vocab_size])
+        for part in self._chunks(num_rows, device):
             restricted = [
-                (i - start, seq, int(draws.positions[i]))
+                (i - part.start, seq, int(draws.positions[i]))
                 for i, seq in draws.restricted
-                if start <= i < start + step
+                if part.start <= i < part.stop
             ]
+            logits = logits_of(hidden[part])
             parts.append(self._draw(logits, restricted, *(key[part] for key in keys)))
         token_ids, logprobs = zip(*parts, strict=True)
         return torch.cat(token_ids), torch.cat(logprobs)
@@ -68,14 +70,24 @@ class Sampler:
     def score(
         self,
         hidden: torch.Tensor,
-        output_weight: torch.Tensor,
+        logits_of: Logits,
         next_ids: np.ndarray,
         owners: list[Sequence],
     ) -> torch.Tensor:
         """Log-probs [S] of given next tokens [S] for hidden [S, D]."""
-        temperature = np.array([_divisor(seq) for seq in owners], dtype=np.float32)
-        ids, divisors = (to_device(values, hidden.device) for values in (next_ids, temperature))
-        return logprob(hidden, output_weight, ids, divisors, self.vocab_size)[0]
+        divisors = np.array([s.request.params.temperature or 1.0 for s in owners], np.float32)
+        ids, temperature = (to_device(values, hidden.device) for values in (next_ids, divisors))
+        return torch.cat(
+            [
+                logprob_of(logits_of(hidden[part]) / temperature[part, None], ids[part])
+                for part in self._chunks(len(hidden), hidden.device)
+            ]
+        )
+
+    def _chunks(self, num_rows: int, device: torch.device) -> list[slice]:
+        """Rows whose logits fit the memory set aside for them."""
+        step = max(1, _MAX_LOGITS[device.type] // self.vocab_size)
+        return [slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
 
     def _draw(
         self,
@@ -116,10 +128,6 @@ class Sampler:
             allowed = allowed_tokens(rows, *(to_device(column, device) for column in columns))
             scaled[index] = rows.masked_fill(~allowed, float("-inf"))
         return scaled
-
-
-def _divisor(seq: Sequence) -> float:
-    return seq.request.params.temperature or 1.0
 
 
 def require_finite(logprobs: np.ndarray, owners: list[tuple[Sequence, int]]) -> None:

@@ -14,7 +14,7 @@ from samebit.rollout.runtime.runner import Runner
 from samebit.rollout.runtime.scheduler import Scheduler
 from samebit.rollout.runtime.weights import fill, open_safetensors
 from samebit.weight_sync.digest import weights_digest
-from samebit.weight_sync.mapping import ParamSpec
+from samebit.weight_sync.mapping import ParamSpec, hf_names
 from samebit.weight_sync.plan import pack, plan_buckets
 from samebit.weight_sync.session import SessionState, UpdateSession, non_finite
 from samebit.weight_sync.transports.collective import CollectiveReceiver
@@ -44,6 +44,10 @@ class WeightControl:
         """Step and digest of the weights that are served."""
         return self.session.version
 
+    def digest(self) -> str:
+        """weights_digest of the weights as they are now, over all tensor parallel ranks."""
+        return weights_digest(self.specs, self.weights, self.config.ranks.group)
+
     def bind_weights(self, params: Mapping[str, torch.Tensor], step: int = 0) -> WeightVersion:
         """Serve the trainer's own parameters from its memory (transport "alias")."""
         expected = {spec.name: spec.shape for spec in self.specs}
@@ -57,9 +61,9 @@ class WeightControl:
             raise ValueError(f"not finite or not {self.config.dtype}: {', '.join(misfits[:5])}")
         self.arena.adopt("weights", params)
         self.weights = {name: p.detach() for name, p in params.items()}
-        version = WeightVersion(step, weights_digest(self.specs, self.weights))
-        self.session = UpdateSession(self.specs, self.weights, version)
-        self.runner.bind(Decoder(self.model_config, self.weights))
+        version = WeightVersion(step, self.digest())
+        self.session = UpdateSession(self.specs, self.weights, version, self.config.ranks.group)
+        self.runner.bind(Decoder(self.model_config, self.weights, self.config.ranks))
         self.flush_cache()
         return version
 
@@ -103,7 +107,7 @@ class WeightControl:
         with self._aborting():
             for metas in plan_buckets(params, 512 << 20):
                 self.receive_weights(pack(metas, params))
-        return self.commit_weight_update(digest or weights_digest(self.specs, self.weights))
+        return self.commit_weight_update(digest or self.digest())
 
     def update_weights_from_disk(
         self, model_path: str | Path, step: int | None = None
@@ -121,9 +125,9 @@ class WeightControl:
         with self._aborting():
             fill(folder, self.specs, self.weights, read)
         self.session.receive_in_place()
-        own = weights_digest(self.specs, self.weights)
+        own = self.digest()
         # A digest is of bits, so it says nothing about a copy in another dtype.
-        same_dtype = read(self.specs[-1].blocks[0].hf_name).dtype == self.config.dtype
+        same_dtype = read(hf_names(self.specs)[-1]).dtype == self.config.dtype
         return self.commit_weight_update(version.digest if version and same_dtype else own)
 
     def init_weights_update_group(

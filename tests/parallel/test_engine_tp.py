@@ -1,0 +1,45 @@
+"""Tensor parallel engines: every rank the same completions, whatever the schedule."""
+
+import json
+
+import pytest
+from rank_programs import PARAMS, exact, prompts
+
+from samebit.kernels.reduce import TensorRanks
+from samebit.rollout.engine import Engine
+
+
+@pytest.fixture
+def found(run_ranks, qwen3_path, tmp_path):
+    """What each of two ranks reported."""
+    run_ranks("engine", 2, qwen3_path, tmp_path / "out.json")
+    return [json.loads((tmp_path / f"out.{rank}").read_text()) for rank in range(2)]
+
+
+def test_two_ranks_are_one_engine(found, qwen3_path):
+    """Batches, chunks, preemption and overlap move no bit; scores are the drawn log-probs; an
+    update of shards commits under the digest of the whole; and the model is that of one rank."""
+    assert found[0] == found[1]
+    first = found[0]["generated"][0]
+    assert all(generated == first for generated in found[0]["generated"])
+    assert found[0]["updated"] == first
+    assert found[0]["profile"] == 2
+    warm = [i for i, p in enumerate(PARAMS) if p.temperature not in (0.0, 1.0)]
+    for i, (prompt, group) in enumerate(zip(prompts(), first, strict=True)):
+        if i not in warm:
+            assert found[0]["scores"][i][len(prompt) - 1 :] == group[0][1]
+    alone = Engine(qwen3_path, device="cpu", seed=3)
+    versions = found[0]["versions"]
+    assert [v["step"] for v in versions] == [0, 5]
+    assert {v["digest"] for v in versions} == {alone.weight_version.digest}
+    contexts = [[*p, *c[0][0]] for p, c in zip(prompts(), first, strict=True)]
+    for values, ours in zip(alone.score(contexts), found[0]["scores"], strict=True):
+        assert values == pytest.approx([float.fromhex(v) for v in ours], abs=2e-5)
+    assert exact(alone.generate(prompts(), PARAMS)) != first  # other sums, other last bits
+
+
+def test_bad_ranks_are_refused(qwen3_path):
+    with pytest.raises(ValueError, match=r"tensor rank 2 is not in \[0, 2\)"):
+        TensorRanks(2, 2)
+    with pytest.raises(ValueError, match="tensor size 2 with group None"):
+        TensorRanks(0, 2)
