@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     2 for a wrong command line or configuration, 1 for a run that ended with one of our own errors,
     an OSError, ValueError or ImportError. These are printed as one line, or with a traceback if
-    SAMEBIT_TRACEBACK is set.
+    SAMEBIT_TRACEBACK is set. 0 also for a run that a signal stopped, once it is saved.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     group = f"{arguments[0]} " if arguments and arguments[0] in GROUPS else ""
@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     overrides = [_override(a) for a in rest if a not in HELP]
     from samebit.recipes.config import ConfigError, resolve
+    from samebit.recipes.signals import Stopped
 
     _quieten_imports()
     try:
@@ -108,6 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"samebit {command}: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"samebit {command}: {stopped}", file=sys.stderr)
+        return 0
     except Exception as error:
         ours = type(error).__module__.startswith("samebit.")
         expected = ours or isinstance(error, OSError | ValueError | ImportError)

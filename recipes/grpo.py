@@ -22,6 +22,7 @@ from samebit.recipes.plan import grpo_plan, print_plan
 from samebit.recipes.report import write_report
 from samebit.recipes.rewards import load_reward, score
 from samebit.recipes.session import Session, open_session
+from samebit.recipes.signals import StopSignals, stop_signals
 from samebit.recipes.tasks.base import Problem, load_datasets
 from samebit.recipes.text import TextCodec
 from samebit.rollout.models.registry import load_model_config
@@ -84,9 +85,10 @@ class Phases:
 class GrpoRecipe:
     """Everything that one run holds."""
 
-    def __init__(self, run: GrpoRun, session: Session) -> None:
+    def __init__(self, run: GrpoRun, session: Session, stop: StopSignals | None = None) -> None:
         self.run = run
         self.session = session
+        self.stop = stop or StopSignals()
         self.train_set, self.eval_set = load_datasets(run.data)
         self.reward = load_reward(run.reward)
         self.text = TextCodec(run.model.path, run.data.chat)
@@ -159,8 +161,10 @@ class GrpoRecipe:
 
         def progress(_done: int, num_tokens: int) -> None:
             nonlocal shown
+            if bar is not None or self.progress.step == 0:
+                self.stop.poll()  # not in an evaluation that belongs to a step already trained
             now = time.perf_counter()
-            if bar is not None and now - shown > 0.5:
+            if bar is not None and num_tokens and now - shown > 0.5:
                 shown = now
                 bar.set_postfix_str(f"rollout: {num_tokens / (now - start):.0f} tok/s")
 
@@ -175,7 +179,7 @@ class GrpoRecipe:
     def train(self, rollout: Rollout) -> list[StepStats]:
         """One or more optimizer steps on a rollout; the first is exactly on-policy."""
         samples = make_samples(rollout, self.run)
-        size, stats = self.run.batch_size, []
+        size, stats = self.run.batch_size, list[StepStats]()
         for start in range(0, len(samples), size):
             batches = pack_samples(
                 samples[start : start + size],
@@ -185,7 +189,9 @@ class GrpoRecipe:
                 self.session.device,
                 self.trainer.model,
             )
-            stats.append(self.trainer.train_step(batches, self.loss))
+            # Until the first optimizer step writes, the whole step may be dropped.
+            loss = self.loss if stats else self.stop.polled(self.loss)
+            stats.append(self.trainer.train_step(batches, loss))
         self._check_promise(stats[0])
         return stats
 
@@ -293,13 +299,21 @@ def sample_rows(rollout: Rollout, num_samples: int) -> list[dict[str, Any]]:
 
 def train(run: GrpoRun) -> dict[str, Any]:
     """Run to the end; the summary, which summary.json holds too."""
-    session = open_session(run)
-    recipe = GrpoRecipe(run, session)
+    with stop_signals() as stop:
+        session = open_session(run)
+        recipe = GrpoRecipe(run, session, stop)
+        summary = _train(recipe)
+        write_report(session.run_dir, title=run.run_name, summary=summary, config_yaml=to_yaml(run))
+        return summary
+
+
+def _train(recipe: GrpoRecipe) -> dict[str, Any]:
+    run, session = recipe.run, recipe.session
     progress, total = recipe.progress, run.trainer.num_steps
     resume_step = progress.step if session.resumed is not None else None
     logger = MetricsLogger(session.run_dir, run.logger, run.run_name, to_dict(run), resume_step)
     bar = tqdm(total=total, initial=progress.step, desc=run.run_name, unit="step")
-    with closing(recipe), logger, bar:
+    with closing(recipe), logger, bar, session.saved_if_stopped(progress, recipe.save):
         if progress.step == 0:
             evaluate(recipe, logger, {})
         while progress.step < total:
@@ -312,7 +326,6 @@ def train(run: GrpoRun) -> dict[str, Any]:
             "weights_digest": recipe.trainer.digest(),
         }
     session.finish(summary)
-    write_report(session.run_dir, title=run.run_name, summary=summary, config_yaml=to_yaml(run))
     return summary
 
 
@@ -332,6 +345,7 @@ def train_one_step(recipe: GrpoRecipe, logger: MetricsLogger, bar: tqdm) -> None
     metrics |= phases.seconds | speed(rollout, stats, phases)
     logger.log(progress.step, metrics)
     if run.trainer.checkpoint_due(progress.step):
+        logger.sync()
         recipe.save()
     rate = metrics["perf/rollout_tokens_per_s"]
     bar.set_postfix_str(f"reward {rollout.reward_mean:.3f}, {rate:.0f} tok/s")

@@ -6,10 +6,12 @@ import math
 import numbers
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -69,8 +71,9 @@ class MetricsLogger:
         if "step" in metrics:
             raise ValueError("the metric key 'step' is taken; rename it")
         row = {"step": step} | {key: _plain(key, value) for key, value in metrics.items()}
-        self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
-        self._metrics.flush()
+        with _naming(self._metrics) as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.flush()
         if self._wandb is not None:
             # `step` is a column: wandb's own counter refuses to go back, as a resumed run must.
             self._wandb.log(row)
@@ -88,13 +91,22 @@ class MetricsLogger:
                 if isinstance(value, float):
                     _plain(key, value)
             line = json.dumps({"step": step, "kind": kind} | row, allow_nan=False)
-            self._samples.write(line + "\n")
-        self._samples.flush()
+            with _naming(self._samples) as file:
+                file.write(line + "\n")
+        with _naming(self._samples) as file:
+            file.flush()
+
+    def sync(self) -> None:
+        """Returns once the rows are on the disk: a checkpoint must not outlive them."""
+        for each in (self._metrics, self._samples):
+            with _naming(each) as file:
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         """Closes the files and finishes the wandb run. A second call does nothing."""
-        self._metrics.close()
-        self._samples.close()
+        for each in (self._metrics, self._samples):
+            with _naming(each) as file:
+                file.close()
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
@@ -140,11 +152,21 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file: at any moment, also after a kill, it holds the old text or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
+    with temporary.open("w", encoding="utf-8", newline="\n") as file, _naming(file):
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+@contextmanager
+def _naming(file: IO[str]) -> Iterator[IO[str]]:
+    """Names the file in the errors of writing to it, as when the disk is full."""
+    try:
+        yield file
+    except OSError as error:
+        error.filename = error.filename or file.name
+        raise
 
 
 def _truncate(path: Path, resume_step: int | None) -> None:

@@ -3,17 +3,26 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from samebit.kernels.profile import NumericsProfile, numerics_profile
 from samebit.recipes.config import RunSection, to_dict, to_yaml
 from samebit.recipes.metrics import write_atomically
+from samebit.recipes.signals import Stopped
 from samebit.rollout.config import resolve_device
-from samebit.trainer.checkpoint import Checkpoint, CheckpointError, latest_checkpoint
+from samebit.rollout.models.registry import load_model_config
+from samebit.trainer.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    latest_checkpoint,
+    remove_leftovers,
+)
 from samebit.trainer.checkpoint import save_checkpoint as write_checkpoint
 from samebit.weight_sync.session import non_finite
 
@@ -33,6 +42,12 @@ _FREE_KEYS = (
 _FREE_TRAINER_KEYS = ("checkpoint_every", "keep_checkpoints")
 
 
+class HasStep(Protocol):
+    """A recipe's progress."""
+
+    step: int
+
+
 @dataclass
 class Session:
     """A run's folder, its device and the numerics that its checkpoints are bound to."""
@@ -47,6 +62,11 @@ class Session:
         """Where the run's files go."""
         return self.run.run_dir
 
+    @property
+    def checkpoints(self) -> Path:
+        """Where its checkpoints go."""
+        return self.run_dir / "checkpoints"
+
     def save(self, step: int, state: dict[str, Any], progress: dict[str, Any], keep: int) -> Path:
         """Write a checkpoint after `step`; `progress` is small and readable, in the manifest."""
         if bad := non_finite(state["params"]):
@@ -56,10 +76,25 @@ class Session:
             )
         manifest = {
             "config_digest": config_digest(self.run),
+            "model_digest": model_digest(self.run),
             "numerics": asdict(self.profile) | {"digest": self.profile.digest},
             "progress": progress,
         }
-        return write_checkpoint(self.run_dir / "checkpoints", step, state, manifest, keep)
+        return write_checkpoint(self.checkpoints, step, state, manifest, keep)
+
+    @contextmanager
+    def saved_if_stopped(self, progress: HasStep, save: Callable[[], object]) -> Iterator[None]:
+        """If the block is stopped, `save` the last whole step unless it is saved, and say so."""
+        try:
+            yield
+        except Stopped as stopped:
+            newest = latest_checkpoint(self.checkpoints)
+            if progress.step > 0 and (newest is None or newest.step < progress.step):
+                save()
+            where = f"saved in {self.checkpoints}" if progress.step > 0 else "nothing to save"
+            raise Stopped(
+                f"{stopped}: stopped after step {progress.step}, {where}; resume=true goes on"
+            ) from None
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""
@@ -76,11 +111,18 @@ def config_digest(run: RunSection) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def model_digest(run: RunSection) -> str:
+    """A digest of what the numerics read in the model's config.json."""
+    model = asdict(load_model_config(to_dict(run)["model"]["path"]))
+    return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def open_session(run: RunSection) -> Session:
     """Make or reopen the run's folder; nothing is removed unless overwrite=true says so.
 
-    Raises CheckpointError if the checkpoint to resume belongs to another configuration or another
-    numerics profile, FileExistsError if the folder is in use.
+    Raises, before anything is changed, CheckpointError if the checkpoint to resume is damaged or
+    belongs to another configuration or numerics profile, FileExistsError if the folder is in use;
+    and OSError if the folder cannot be written.
     """
     torch.set_num_threads(run.cpu_threads)
     device = resolve_device(run.device)
@@ -89,10 +131,17 @@ def open_session(run: RunSection) -> Session:
     resumed = latest_checkpoint(checkpoints) if run.resume else None
     if resumed is not None:
         _require_same(resumed, run, profile)
+        resumed = resumed.verify()
     elif not run.resume and run.run_dir.exists():
         clear_run_dir(run.run_dir, run.overwrite)
-    run.run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run))
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(checkpoints)
+        write_atomically(checkpoints / ".probe", "")  # better now than at the first checkpoint
+        (checkpoints / ".probe").unlink()
+        write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run))
+    except OSError as error:
+        raise OSError(f"the run's folder {run.run_dir} cannot be written: {error}") from error
     return Session(run, device, profile, resumed)
 
 
@@ -117,6 +166,7 @@ def clear_run_dir(run_dir: Path, overwrite: bool) -> None:
 
 def _require_same(checkpoint: Checkpoint, run: RunSection, profile: NumericsProfile) -> None:
     checkpoint.require("config_digest", config_digest(run), "configuration")
+    checkpoint.require("model_digest", model_digest(run), "model configuration")
     there = checkpoint.manifest["numerics"]
     if there["digest"] != profile.digest:
         here = asdict(profile)

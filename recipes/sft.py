@@ -12,8 +12,9 @@ from samebit.recipes.metrics import MetricsLogger
 from samebit.recipes.order import problem_index
 from samebit.recipes.placement import load_weights
 from samebit.recipes.plan import print_plan, sft_plan
-from samebit.recipes.session import open_session
+from samebit.recipes.session import Session, open_session
 from samebit.recipes.side_files import side_files
+from samebit.recipes.signals import StopSignals, stop_signals
 from samebit.recipes.tasks.base import Dataset, load_datasets
 from samebit.recipes.text import TextCodec
 from samebit.rollout.models.registry import load_model_config
@@ -49,7 +50,11 @@ def make_batch(run: SftRun, step: int, data: Dataset, text: TextCodec) -> list[S
 
 def train(run: SftRun) -> dict[str, Any]:
     """Run to the end and export to run_dir/model; the summary."""
-    session = open_session(run)
+    with stop_signals() as stop:
+        return _train(run, open_session(run), stop)
+
+
+def _train(run: SftRun, session: Session, stop: StopSignals) -> dict[str, Any]:
     data, _held_out = load_datasets(run.data)
     text = TextCodec(run.model.path, run.data.chat)
     settings, total = run.trainer, run.trainer.num_steps
@@ -63,8 +68,15 @@ def train(run: SftRun) -> dict[str, Any]:
         progress = Progress(**session.resumed.manifest["progress"])
     resume_step = progress.step if session.resumed is not None else None
     logger = MetricsLogger(session.run_dir, run.logger, run.run_name, to_dict(run), resume_step)
-    with logger, tqdm(total=total, initial=progress.step, desc=run.run_name, unit="step") as bar:
+    bar = tqdm(total=total, initial=progress.step, desc=run.run_name, unit="step")
+
+    def save() -> None:
+        state = trainer.state_dict()
+        session.save(progress.step, state, asdict(progress), settings.keep_checkpoints)
+
+    with logger, bar, session.saved_if_stopped(progress, save):
         while progress.step < total:
+            stop.poll()
             samples = make_batch(run, progress.step, data, text)
             batches = pack_samples(
                 samples,
@@ -73,7 +85,7 @@ def train(run: SftRun) -> dict[str, Any]:
                 device=session.device,
                 model=trainer.model,
             )
-            stats = trainer.train_step(batches, sft_loss)
+            stats = trainer.train_step(batches, stop.polled(sft_loss))
             progress.step += 1
             logger.log(
                 progress.step,
@@ -85,12 +97,8 @@ def train(run: SftRun) -> dict[str, Any]:
                 },
             )
             if settings.checkpoint_due(progress.step):
-                session.save(
-                    progress.step,
-                    trainer.state_dict(),
-                    asdict(progress),
-                    settings.keep_checkpoints,
-                )
+                logger.sync()
+                save()
             bar.set_postfix_str(f"loss {stats.loss:.4f}")
             bar.update()
     digest = trainer.digest()

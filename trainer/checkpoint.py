@@ -1,18 +1,19 @@
 """Checkpoints: one exact state file per rank and a manifest, written last.
 
 A checkpoint is a folder `step_00000010`. It is made under a temporary name, every file is synced,
-the manifest (with each file's digest) comes last, and a rename makes it visible: a folder with a
-manifest is whole, whenever the process was killed.
+the manifest (with each file's digest, and its own) comes last, and a rename makes it visible: a
+folder with a manifest is whole, whenever the process was killed.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
 import torch
 
@@ -30,26 +31,36 @@ class Checkpoint:
 
     path: Path
     manifest: dict[str, Any]
+    verified: bool = False
 
     @property
     def step(self) -> int:
         """The step after which it was written."""
         return self.manifest["step"]
 
+    def verify(self) -> Self:
+        """Read every file: CheckpointError unless their bytes are those that were written."""
+        for name in self.manifest["files"]:
+            self._verify_file(name)
+        return replace(self, verified=True)
+
     def load(self, rank: int = 0) -> dict[str, Any]:
-        """This rank's state; CheckpointError if its bytes are not those that were written."""
+        """This rank's state, verified."""
         name = _state_file(rank)
-        expected = self.manifest["files"].get(name)
-        if expected is None:
+        if name not in self.manifest["files"]:
             raise CheckpointError(f"{self.path} holds no state of rank {rank}")
-        file = self.path / name
+        if not self.verified:
+            self._verify_file(name)
+        return torch.load(self.path / name, weights_only=True)
+
+    def _verify_file(self, name: str) -> None:
+        file, expected = self.path / name, self.manifest["files"][name]
         if not file.exists():
             raise CheckpointError(f"{file} is missing")
         if (found := _file_digest(file)) != expected:
             raise CheckpointError(
                 f"{file} is damaged: SHA-256 {found}, the manifest says {expected}"
             )
-        return torch.load(file, weights_only=True)
 
     def require(self, key: str, value: Any, meaning: str) -> None:
         """CheckpointError unless the manifest holds `value` under `key`."""
@@ -63,31 +74,41 @@ class Checkpoint:
 def save_checkpoint(
     root: Path, step: int, state: Mapping[str, Any], manifest: Mapping[str, Any], keep: int
 ) -> Path:
-    """Write this process's state (rank 0 of 1) and remove all but the newest `keep` checkpoints."""
+    """Write this process's state (rank 0 of 1) and remove all but the newest `keep` checkpoints.
+
+    Raises CheckpointError, naming the file, if it cannot be written; older ones are left alone.
+    """
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"{_PREFIX}{step:08d}"
     temporary = root / f".{final.name}.tmp"
-    for leftover in root.glob(f".{_PREFIX}*"):
-        shutil.rmtree(leftover)
+    remove_leftovers(root)
     temporary.mkdir()
-    name = _state_file(0)
-    with (temporary / name).open("wb") as file:
-        torch.save(dict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    files = {name: _file_digest(temporary / name)}
-    with (temporary / MANIFEST).open("w") as file:
-        json.dump({"step": step, "files": files, **manifest}, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        name = _state_file(0)
+        with _new_file(temporary / name) as file:
+            torch.save(dict(state), file)
+        files = {name: _file_digest(temporary / name)}
+        content = {"step": step, "files": files, **manifest}
+        with _new_file(temporary / MANIFEST) as file:
+            file.write(_manifest_text(content).encode())
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, room for others
+        raise
     _sync_folder(temporary)
     if final.exists():
         _remove(final)
     os.replace(temporary, final)
-    _sync_folder(root)
+    for folder in (root, root.parent, root.parent.parent):  # the last two may be as new
+        _sync_folder(folder)
     for old in list_checkpoints(root)[:-keep]:
         _remove(old.path)
     return final
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what killed saves and removals left under temporary names."""
+    for leftover in root.glob(f".{_PREFIX}*"):
+        shutil.rmtree(leftover)
 
 
 def list_checkpoints(root: Path) -> list[Checkpoint]:
@@ -105,12 +126,37 @@ def latest_checkpoint(root: Path) -> Checkpoint | None:
 
 def _read_manifest(file: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(file.read_text())
+        text = file.read_text()
+        manifest = json.loads(text)
         if not {"step", "files"} <= manifest.keys():
             raise ValueError("step or files missing")
+        if text != _manifest_text({k: v for k, v in manifest.items() if k != "digest"}):
+            raise ValueError("its digest is another's")
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
     return manifest
+
+
+def _manifest_text(content: Mapping[str, Any]) -> str:
+    """With the digest of the content; a file that holds any other text is damaged."""
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, "digest": digest}, indent=2)
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that is on the disk when the block is done."""
+    try:
+        with path.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        # torch hides the disk's own error behind one about positions in its archive
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise CheckpointError(
+            f"cannot write {path}: {reason}; earlier checkpoints are unharmed"
+        ) from error
 
 
 def _remove(folder: Path) -> None:

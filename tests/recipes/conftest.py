@@ -73,21 +73,34 @@ class GrpoRuns:
         """metrics.jsonl without times."""
         return without_times(read_rows(self.folder / run_name / "metrics.jsonl"))
 
+    def held(self, number):
+        """A condition: the reward's call of this number (in a process) was reached, and blocks."""
+        marker = self.control.with_suffix(".held")
+        marker.unlink(missing_ok=True)
+        self.control.write_text(f"hold {number}")
+        return marker.exists
+
 
 def without_times(rows):
     return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
 
 
+@pytest.fixture(scope="session")
+def make_runs(demo_model):
+    """make_runs(folder): runs in a folder."""
+    return lambda folder: GrpoRuns(demo_model, folder)
+
+
 @pytest.fixture
-def runs(demo_model, tmp_path):
+def runs(make_runs, tmp_path):
     """Runs in a folder of this test."""
-    return GrpoRuns(demo_model, tmp_path)
+    return make_runs(tmp_path)
 
 
 @pytest.fixture(scope="session")
-def base(demo_model, tmp_path_factory):
+def base(make_runs, tmp_path_factory):
     """One uninterrupted run, with what it gave in `result`. Do not write to its folder."""
-    runs = GrpoRuns(demo_model, tmp_path_factory.mktemp("base"))
+    runs = make_runs(tmp_path_factory.mktemp("base"))
     runs.result = runs.train("base")
     return runs
 

@@ -21,7 +21,8 @@ def score_digits(text, problem, *, control):
             if action == "fail":
                 raise KeyError("no such unit")
             file.with_suffix(".held").touch()
-            signal.pause()
+            while True:
+                signal.pause()
     right = sum(a == b for a, b in zip(text, problem.label, strict=False))
     return right + 0.5 * sum(c in "02468" for c in text) - 0.1 * len(text)
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers import tree
 from run_children import has_begun_to_save, has_lines
 
 from samebit.recipes import cli
@@ -20,11 +21,6 @@ SUMMARY_KEYS = [
     "logprob_mismatches",
     "weights_digest",
 ]
-
-
-def tree(folder):
-    """Every file of a folder with its bytes."""
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_what_a_run_leaves(base):
@@ -113,14 +109,6 @@ def test_micro_batches_do_not_change_what_is_compared(runs, base, max_tokens):
     assert rows[1]["train/entropy"] == pytest.approx(base.result[1][1]["train/entropy"], abs=1e-12)
 
 
-def held(runs, number):
-    """A condition: the reward's call of this number (in its process) was reached, and blocks."""
-    marker = runs.control.with_suffix(".held")
-    marker.unlink(missing_ok=True)
-    runs.control.write_text(f"hold {number}")
-    return marker.exists
-
-
 def test_killed_in_rollouts_and_evaluations_and_resumed(runs, base, kill_when):
     """SIGKILL again and again, at known places, is not to be seen in the result."""
     arguments = ["grpo", *runs.arguments("killed", "resume=true")]
@@ -134,7 +122,7 @@ def test_killed_in_rollouts_and_evaluations_and_resumed(runs, base, kill_when):
         (27, 6),  # resumed at step 4: the last evaluation
     )
     for number, lines in places:
-        kill_when(held(runs, number), arguments)
+        kill_when(runs.held(number), arguments)
         assert len(read_rows(folder / "metrics.jsonl")) == lines
     runs.control.unlink()
     assert not (folder / "summary.json").exists()
@@ -167,7 +155,7 @@ def test_killed_while_files_are_written_and_resumed(runs, base, kill_when):
 
 def test_resume_under_other_speed_settings(runs, base, kill_when):
     """Engine settings, interval and number of checkpoints may change between kill and resume."""
-    kill_when(held(runs, 30), ["grpo", *runs.arguments("moved")])
+    kill_when(runs.held(30), ["grpo", *runs.arguments("moved")])
     runs.control.unlink()
     other = ["engine.transport=file", "engine.page_size=16", "trainer.checkpoint_every=3"]
     assert runs.train("moved", "resume=true", *other) == base.result
@@ -210,18 +198,6 @@ def test_resume_under_another_configuration_is_refused(base, change):
     with pytest.raises(CheckpointError, match="step_00000006 was written under another config"):
         open_session(base.resolve("base", "resume=true", change))
     assert tree(base.folder / "base") == before
-
-
-def test_resume_under_other_numerics_is_refused(runs):
-    """A checkpoint of another machine's bits would break the promise without a word."""
-    runs.train("bits", "trainer.num_steps=1")
-    manifest = runs.folder / "bits" / "checkpoints" / "step_00000001" / "manifest.json"
-    content = json.loads(manifest.read_text())
-    content["numerics"] |= {"digest": "0" * 16, "device_type": "abacus"}
-    manifest.write_text(json.dumps(content))
-    message = "another numerics profile, so bits would differ: device_type abacus -> cpu"
-    with pytest.raises(CheckpointError, match=message):
-        open_session(runs.resolve("bits", "resume=true", "trainer.num_steps=1"))
 
 
 def test_an_existing_run_is_not_lost(base):
@@ -298,7 +274,7 @@ def test_two_optimizer_steps_a_rollout(runs, kill_when):
     checkpoint = latest_checkpoint(runs.folder / "split" / "checkpoints")
     assert checkpoint.step == 6
     assert checkpoint.load()["step"] == 12
-    kill_when(held(runs, 30), ["grpo", *runs.arguments("killed", *split)])
+    kill_when(runs.held(30), ["grpo", *runs.arguments("killed", *split)])
     runs.control.unlink()
     assert runs.train("killed", "resume=true", *split) == (summary, rows, samples)
 
@@ -310,7 +286,7 @@ def test_with_a_reference_model(runs, base, kill_when):
     assert rows[1]["train/kl"] == 0.0
     assert all(row["train/kl"] > 0 for row in rows[2:])
     assert summary["weights_digest"] != base.result[0]["weights_digest"]
-    kill_when(held(runs, 30), ["grpo", *runs.arguments("killed", *penalty)])
+    kill_when(runs.held(30), ["grpo", *runs.arguments("killed", *penalty)])
     runs.control.unlink()
     assert runs.train("killed", "resume=true", *penalty) == (summary, rows, samples)
 

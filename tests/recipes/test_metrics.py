@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from helpers import file_size_limit
 
 from samebit.recipes.metrics import LoggerConfig, MetricsLogger, read_rows, write_atomically
 
@@ -131,3 +132,12 @@ def test_wandb_offline_stays_in_the_run_folder(tmp_path, capfd):
     assert runs[0].name.startswith("run-a-run-")
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1]
     assert capfd.readouterr().out == ""
+
+
+def test_a_full_disk_is_named(tmp_path):
+    """An error without the file would leave the user guessing; whole rows stay readable."""
+    logger = MetricsLogger(tmp_path, LoggerConfig(wandb="disabled"), "run", {}, None)
+    logger.log(0, {"loss": 0.5})
+    with file_size_limit(30), pytest.raises(OSError, match=r"File too large: .*metrics.jsonl"):
+        logger.log(1, {"loss": 0.5})
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0]

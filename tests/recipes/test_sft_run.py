@@ -2,16 +2,18 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
 from run_children import has_begun_to_save, has_lines
 
-from samebit.recipes import sft
+from samebit.recipes import cli, sft
 from samebit.recipes.config import resolve
 from samebit.recipes.metrics import read_rows
 from samebit.rollout.engine import Engine
-from samebit.trainer.checkpoint import CheckpointError
+from samebit.trainer.algorithms.sft import sft_loss
+from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint
 from samebit.weight_sync.transports.file import read_version
 
 
@@ -112,6 +114,23 @@ def test_killed_and_resumed(runs, base, kill_when):
         kill_when(moment, ["sft", *runs.arguments("killed", "resume=true")])
     assert runs.train("killed", "resume=true") == base.result
     assert read_version(folder / "model").digest == base.result[0]["weights_digest"]
+
+
+def test_stopped_by_a_signal_and_resumed(runs, base, monkeypatch, capsys):
+    """In step 6, between its micro-batches: step 5 is saved, the exit code is 0."""
+    metrics = has_lines(runs.folder / "stopped" / "metrics.jsonl", 5)
+
+    def loss(*args):
+        if metrics():
+            signal.raise_signal(signal.SIGTERM)  # a second call would end the process
+        return sft_loss(*args)
+
+    monkeypatch.setattr(sft, "sft_loss", loss)
+    assert cli.main(["sft", *runs.arguments("stopped")]) == 0
+    assert "samebit sft: SIGTERM: stopped after step 5, saved in" in capsys.readouterr().err
+    assert latest_checkpoint(runs.folder / "stopped" / "checkpoints").step == 5
+    monkeypatch.undo()
+    assert runs.train("stopped", "resume=true") == base.result
 
 
 def test_a_decaying_rate_is_resumed_where_it_was(runs):

@@ -1,0 +1,61 @@
+"""SIGTERM and SIGINT: the first ends a run where nothing is half done, a second one at once."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+
+class Stopped(Exception):
+    """A signal has ended the run, and what was done is saved: no failure."""
+
+
+class StopSignals:
+    """Remembers the first signal until `poll` is called at a safe point."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._pid = os.getpid()
+
+    def poll(self) -> None:
+        """Raise Stopped if a signal has come: what was begun since the last step is dropped."""
+        if self.received is not None:
+            raise Stopped(self.received.name)
+
+    def polled[**P, R](self, function: Callable[P, R]) -> Callable[P, R]:
+        """`function` with a poll before each call."""
+
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            self.poll()
+            return function(*args, **kwargs)
+
+        return call
+
+    def handle(self, number: int, _frame: Any) -> None:
+        """The handler; it writes past Python's buffers, which it may have interrupted.
+
+        A forked child, such as a reward may start, has inherited it and ends at its first signal.
+        """
+        if self.received is not None or os.getpid() != self._pid:
+            os._exit(128 + number)
+        self.received = signal.Signals(number)
+        text = f"\nsamebit: {self.received.name}: stopping soon; once more to exit at once\n"
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, text.encode())
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopSignals]:
+    """Handle both signals within the block; outside the main thread nothing is handled."""
+    stop = StopSignals()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {s: signal.signal(s, stop.handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
