@@ -241,7 +241,7 @@ def trainer(subject: Subject) -> Result:
             if (subject.params[i].temperature or 1.0) == temperature
             for completion in g
         ]
-        for max_tokens in (subject.longest, 1000, 100_000):
+        for max_tokens in (subject.longest, subject.longest + 777, 100_000):
             batches = pack_samples(
                 samples, max_tokens, temperature=temperature, device=subject.device
             )

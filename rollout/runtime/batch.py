@@ -45,6 +45,11 @@ def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def keep_tokens(last_tokens: torch.Tensor, token_ids: torch.Tensor, draws: Draws) -> None:
+    """Note the newest token of each drawing slot in last_tokens, for the next step's forward."""
+    last_tokens.index_copy_(0, to_device(draws.out_slots, last_tokens.device), token_ids)
+
+
 def _row_starts(step: Step) -> list[int]:
     """First row of each chunk; the decoding sequences come before them."""
     starts, row = [], len(step.decode)

@@ -9,19 +9,19 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from samebit.kernels.sample import draw_with_logprobs
-from samebit.rollout.runtime.batch import Batch, Draws, decode_draws, to_device
+from samebit.rollout.models.decoder import Decoder
+from samebit.rollout.runtime.batch import Batch, Draws, decode_draws, keep_tokens, to_device
+from samebit.rollout.runtime.forward import forward
+from samebit.rollout.runtime.kv_cache import KVCache
 from samebit.rollout.runtime.sampler import Sampler
 from samebit.rollout.runtime.scheduler import Step
 from samebit.rollout.runtime.slots import Slots
-
-if TYPE_CHECKING:
-    from samebit.rollout.runtime.runner import Runner
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +45,16 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """Graphs by (bucket, context bound, whether tokens are drawn in the graph)."""
+    """Graphs by (bucket, context bound, whether tokens are drawn in the graph).
 
-    def __init__(self, runner: "Runner") -> None:
-        self._runner = runner
+    last_tokens [num_slots + 1] int64: the newest token of every slot, on the device.
+    """
+
+    def __init__(self, model: Decoder, cache: KVCache, last_tokens: torch.Tensor) -> None:
+        self._model = model
+        self._cache = cache
+        self._last_tokens = last_tokens
+        self._device = last_tokens.device
         self._graphs: dict[tuple[int, int, bool], _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._inputs: dict[int, torch.Tensor] = {}  # by bucket
@@ -93,14 +99,13 @@ class DecodeGraphs:
         found.graph.replay()
         if not draws.restricted:
             return found.token_ids[:size], found.logprobs[:size]
-        logits_of = self._runner.model.logits
-        token_ids, logprobs = sampler.draw(found.hidden[:size], logits_of, draws)
-        self._runner.keep_tokens(token_ids, draws)
+        token_ids, logprobs = sampler.draw(found.hidden[:size], self._model.logits, draws)
+        keep_tokens(self._last_tokens, token_ids, draws)
         return token_ids, logprobs
 
     def _send(self, decode: np.ndarray, slots: Slots, draws: Draws, bucket: int) -> None:
         """Give the device the step's inputs, and pages of sequences that it does not know yet."""
-        device = self._runner.device
+        device = self._device
         if self._table is None or self._in_table is None:
             self._table = torch.zeros(slots.pages.shape, dtype=torch.int32, device=device)
             self._in_table = np.full(slots.num_slots, -1)
@@ -127,22 +132,22 @@ class DecodeGraphs:
 
     def _capture(self, bucket: int, bound: int, draws: bool) -> _Graph:
         """Capture a step for `bucket` sequences of at most `bound` tokens."""
-        start, reserved = time.perf_counter(), torch.cuda.memory_reserved(self._runner.device)
+        start, reserved = time.perf_counter(), torch.cuda.memory_reserved(self._device)
         step = self._make_step(bucket, bound, draws)
-        saved = self._runner.last_tokens.clone()
+        saved = self._last_tokens.clone()
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             step()  # compiles and allocates what is lazy; writes only what the replay writes again
         stream.synchronize()
-        self._runner.last_tokens.copy_(saved)
+        self._last_tokens.copy_(saved)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(
             graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
         ):
             token_ids, logprobs, hidden = step()
         self.capture_s += time.perf_counter() - start
-        self.memory_bytes += torch.cuda.memory_reserved(self._runner.device) - reserved
+        self.memory_bytes += torch.cuda.memory_reserved(self._device) - reserved
         logger.debug(
             "graph for %d sequences of at most %d tokens; %d graphs so far took %.1f s and %d MiB",
             bucket, bound, self.num_graphs + 1, self.capture_s, self.memory_bytes >> 20,
@@ -153,23 +158,23 @@ class DecodeGraphs:
         from samebit.kernels.gpu.attention import decode_plan
         from samebit.kernels.gpu.fused import decode_inputs
 
-        runner, inputs, table = self._runner, self._inputs[bucket], self._table
+        model, cache, last_tokens = self._model, self._cache, self._last_tokens
+        inputs, table, page_size = self._inputs[bucket], self._table, cache.page_size
         assert table is not None
-        page_size = runner.cache.page_size
         plan = decode_plan(table, page_size, bucket, min(bound, table.shape[1] * page_size))
 
         def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            made = decode_inputs(inputs, runner.last_tokens, table, page_size, plan)
+            made = decode_inputs(inputs, last_tokens, table, page_size, plan)
             batch = Batch(made.input_ids, made.positions, made.slots, plan)
-            hidden, _ = runner.forward(batch, set())
+            hidden, _ = forward(model, cache, batch, set())
             none = hidden[:0]
             if not draws:
                 return none, none, hidden
             token_ids, logprobs = draw_with_logprobs(
-                runner.model.logits(hidden), made.temperatures, inputs[3], made.next_positions,
+                model.logits(hidden), made.temperatures, inputs[3], made.next_positions,
                 inputs[4], made.greedy,
             )  # fmt: skip
-            runner.last_tokens.index_copy_(0, inputs[0], token_ids)
+            last_tokens.index_copy_(0, inputs[0], token_ids)
             return token_ids, logprobs, none
 
         return step

@@ -5,17 +5,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from samebit.kernels.attention import paged_attention
-from samebit.kernels.attention_inputs import attention_inputs
-from samebit.rollout.models.decoder import Decoder, Norms
+from samebit.rollout.models.decoder import Decoder
 from samebit.rollout.runtime.batch import (
     Batch,
-    Draws,
+    keep_tokens,
     make_batch,
     make_draws,
     scoring_rows,
     to_device,
 )
+from samebit.rollout.runtime.forward import forward
 from samebit.rollout.runtime.graphs import DecodeGraphs
 from samebit.rollout.runtime.kv_cache import KVCache
 from samebit.rollout.runtime.sampler import Sampler
@@ -62,13 +61,16 @@ class Runner:
         self.device = model.embedding.device
         # One more than there are slots: where tokens go that no slot will continue.
         self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=self.device)
-        self.graphs = DecodeGraphs(self) if cuda_graphs else None
+        self.graphs = self._new_graphs() if cuda_graphs else None
+
+    def _new_graphs(self) -> DecodeGraphs:
+        return DecodeGraphs(self.model, self.cache, self.last_tokens)
 
     def bind(self, model: Decoder) -> None:
         """Serve another model of the same shapes from now on."""
         self.model = model
         if self.graphs is not None:
-            self.graphs = DecodeGraphs(self)
+            self.graphs = self._new_graphs()
 
     @torch.no_grad()
     def launch(self, step: Step, slots: Slots, sampler: Sampler) -> Outcome:
@@ -89,7 +91,7 @@ class Runner:
         token_ids = logprobs = scores = None
         if len(draws.hidden_rows):
             token_ids, logprobs = sampler.draw(hidden, logits_of, draws)
-            self.keep_tokens(token_ids, draws)
+            keep_tokens(self.last_tokens, token_ids, draws)
         rows, next_ids, owners = scoring_rows(step)
         if owners:
             scored = hidden[to_device(rows, self.device)]
@@ -97,29 +99,11 @@ class Runner:
         self.cache.copy_pages([copy for chunk in step.chunks for copy in chunk.copies])
         return self._outcome(token_ids, logprobs, scores, collected)
 
-    def keep_tokens(self, token_ids: torch.Tensor, draws: Draws) -> None:
-        """Note the newest tokens of the slots, for the next step's forward."""
-        self.last_tokens.index_copy_(0, to_device(draws.out_slots, self.device), token_ids)
-
-    @torch.no_grad()
     def forward(
         self, batch: Batch, collect: set[int]
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Compute the batch's tokens; their keys and values are in the cache afterwards.
-
-        Returns (hidden [T, D] after the final norm, residual streams of `collect`).
-        """
-        model, config = self.model, self.model.config
-
-        def attend(layer: int, qkv: torch.Tensor, norms: Norms) -> torch.Tensor:
-            keys, values = self.cache.keys[layer], self.cache.values[layer]
-            q = attention_inputs(
-                qkv, norms, config.norm_eps, model.rope_table, batch.positions, batch.slots,
-                keys, values,
-            )  # fmt: skip
-            return paged_attention(q, keys, values, batch.plan, config.softmax_scale)
-
-        return model.forward(batch.input_ids, attend, collect)
+        """See runtime.forward."""
+        return forward(self.model, self.cache, batch, collect)
 
     def _outcome(
         self,

@@ -1,5 +1,8 @@
 """Work that is saved (one prefill, cached prefixes), and folders that load the same."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from helpers import assert_same_bits, make_prompts, outcomes
@@ -8,6 +11,8 @@ from samebit.recipes.tiny_model import make_random_model
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.transports.file import write_hf_folder
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 VOCAB = 331
 PROMPTS = make_prompts(5, 70, 1, 33)
@@ -154,3 +159,23 @@ def test_read_ahead_reads_every_tensor_once_and_in_order():
         assert int(reader("5")) == 5  # again, out of order
     assert sorted(set(fetched), key=int) == names
     assert len(fetched) == len(names) + 1
+
+
+def generated_and_dropped(folder, device):
+    """A weak reference to an engine that has worked and that nobody holds any more."""
+    engine = Engine(folder, device=device)
+    engine.generate(PROMPTS, PARAMS)
+    return weakref.ref(engine)
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])]
+)
+def test_a_dropped_engine_frees_its_memory_at_once(qwen3_path, device):
+    """Gigabytes must not wait for the garbage collector: no reference cycles."""
+    gc.collect()
+    gc.disable()
+    try:
+        assert generated_and_dropped(qwen3_path, device)() is None
+    finally:
+        gc.enable()

@@ -1,0 +1,30 @@
+"""The model's forward over the paged cache."""
+
+import torch
+
+from samebit.kernels.attention import paged_attention
+from samebit.kernels.attention_inputs import attention_inputs
+from samebit.rollout.models.decoder import Decoder, Norms
+from samebit.rollout.runtime.batch import Batch
+from samebit.rollout.runtime.kv_cache import KVCache
+
+
+@torch.no_grad()
+def forward(
+    model: Decoder, cache: KVCache, batch: Batch, collect: set[int]
+) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """Compute the batch's tokens; their keys and values are in the cache afterwards.
+
+    Returns (hidden [T, D] after the final norm, residual streams of `collect`).
+    """
+    config = model.config
+
+    def attend(layer: int, qkv: torch.Tensor, norms: Norms) -> torch.Tensor:
+        keys, values = cache.keys[layer], cache.values[layer]
+        q = attention_inputs(
+            qkv, norms, config.norm_eps, model.rope_table, batch.positions, batch.slots, keys,
+            values,
+        )  # fmt: skip
+        return paged_attention(q, keys, values, batch.plan, config.softmax_scale)
+
+    return model.forward(batch.input_ids, attend, collect)
