@@ -61,16 +61,19 @@ _forward = Op("linear", cpu=_linear_cpu, cuda="samebit.kernels.gpu.linear:linear
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        return _forward(x, weight)
+        return _forward(x, weight, out_dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        grad = grad.to(x.dtype)
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         grad_weight = grad.t() @ x if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight
+        return grad_x, grad_weight, None
 
 
 def logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -78,10 +81,13 @@ def logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return _forward(hidden, weight, torch.float32)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """x [..., K] times weight [N, K] transposed -> [..., N]; differentiable in both.
 
+    out_dtype: x's, or fp32 for a partial sum that is not rounded yet.
     Raises ValueError for another dtype than the device's contract: fp32 on the CPU, bf16 on CUDA.
     """
-    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight)
+    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, out_dtype or x.dtype)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from samebit.kernels.linear import logits as logits_of
+from samebit.kernels.linear import logits as linear_fp32
 from samebit.kernels.op import Op, require_fp32
+from samebit.kernels.reduce import ALONE, TensorRanks, gather_columns
 
 VOCAB_MULTIPLE = 1024
 NUM_SEGMENTS = 8
@@ -56,6 +57,15 @@ def logprob_of(scaled_logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Te
     return chosen - logsumexp(scaled_logits)
 
 
+def logits_of(
+    hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, ranks: TensorRanks = ALONE
+) -> torch.Tensor:
+    """Logits [T, V] fp32 on every rank, before any temperature; arguments as in `logprob`."""
+    if ranks.size == 1:
+        return linear_fp32(hidden, weight[:vocab_size])
+    return gather_columns(linear_fp32(hidden, weight), ranks)[:, :vocab_size].contiguous()
+
+
 def _chunk_rows(vocab_size: int) -> int:
     return max(512, (1 << 22) // vocab_size)  # 512 rows of V = 151,936 are 311 MB
 
@@ -72,19 +82,24 @@ class _Logprob(torch.autograd.Function):
         weight: torch.Tensor,
         token_ids: torch.Tensor,
         temperature: torch.Tensor,
+        vocab_size: int,
+        ranks: TensorRanks,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.first = ranks.rank * len(weight)  # the vocabulary's part that this rank holds
+        live = max(0, min(len(weight), vocab_size - ctx.first))
         logprobs, entropies, normalizers = [], [], []
-        rows = _chunk_rows(weight.shape[0])
+        rows = _chunk_rows(vocab_size)
         for h, ids, t in zip(
             *(x.split(rows) for x in (hidden, token_ids, temperature)), strict=True
         ):
-            logits = logits_of(h, weight) / t[:, None]
+            logits = logits_of(h, weight, vocab_size, ranks) / t[:, None]
             normalizer = logsumexp(logits)
             logprobs.append(logits.gather(1, ids[:, None]).squeeze(1) - normalizer)
             probs = torch.exp(logits - normalizer[:, None])
             entropies.append(normalizer - (probs * logits).sum(-1))
             normalizers.append(normalizer)
-        ctx.save_for_backward(hidden, weight, token_ids, temperature, torch.cat(normalizers))
+        ctx.save_for_backward(hidden, weight[:live], token_ids, temperature, torch.cat(normalizers))
+        ctx.weight_shape, ctx.chunk_rows = weight.shape, rows
         entropy = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy)
         return torch.cat(logprobs), entropy
@@ -95,20 +110,23 @@ class _Logprob(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, token_ids, temperature, normalizer = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, device=weight.device)
-        rows = _chunk_rows(weight.shape[0])
+        grad_weight = torch.zeros(ctx.weight_shape, device=weight.device)
+        rows, live = ctx.chunk_rows, len(weight)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             t = temperature[part, None]
-            logits = logits_of(hidden[part], weight) / t
+            logits = linear_fp32(hidden[part], weight) / t
             grad_logits = torch.exp(logits - normalizer[part, None]).neg_()
-            chosen = token_ids[part, None]
-            grad_logits.scatter_(1, chosen, grad_logits.gather(1, chosen) + 1)
+            chosen = token_ids[part, None] - ctx.first
+            here = (chosen >= 0) & (chosen < live)
+            if live:
+                place = chosen.clamp(0, live - 1)
+                grad_logits.scatter_(1, place, grad_logits.gather(1, place) + here)
             grad_logits *= grad[part, None] / t
             narrow = grad_logits.to(weight.dtype)
             grad_hidden[part] = narrow @ weight
-            grad_weight += _product_fp32(narrow.t(), hidden[part])
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+            grad_weight[:live] += _product_fp32(narrow.t(), hidden[part])
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
 def logprob(
@@ -117,11 +135,13 @@ def logprob(
     token_ids: torch.Tensor,
     temperature: torch.Tensor,
     vocab_size: int,
+    ranks: TensorRanks = ALONE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and entropies of the next-token distributions.
 
-    hidden [T, D], weight [padded V, D] (rows from vocab_size on are padding), token_ids [T] int64,
-    temperature [T] fp32 > 0 -> (logprobs [T] fp32, differentiable in hidden and weight;
-    entropies [T] fp32 in nats, not differentiable).
+    hidden [T, D], weight [padded V / size, D] (this rank's rows; those of the vocabulary from
+    vocab_size on are padding), token_ids [T] int64, temperature [T] fp32 > 0 -> (logprobs [T] fp32,
+    differentiable in hidden and weight; entropies [T] fp32 in nats, not differentiable). With
+    several ranks, hidden's gradient is this rank's summand.
     """
-    return _Logprob.apply(hidden, weight[:vocab_size], token_ids, temperature)
+    return _Logprob.apply(hidden, weight, token_ids, temperature, vocab_size, ranks)

@@ -81,6 +81,16 @@ def vocab_parallel_embedding(
     return reduce_sum(rows.masked_fill_(elsewhere[:, None], 0.0), ranks.group, weight.dtype)
 
 
+def gather_rows(x: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
+    """Every rank's rows [T, ...], one rank's behind another's: [size * T, ...]."""
+    return torch.cat(_gather(x, ranks.group))
+
+
+def own_rows(x: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
+    """This rank's part of rows that gather_rows would put together."""
+    return x.chunk(ranks.size)[ranks.rank]
+
+
 def smallest(value: int, ranks: TensorRanks) -> int:
     """The least of every rank's value."""
     values = [value] * ranks.size

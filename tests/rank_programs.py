@@ -66,3 +66,91 @@ def engine(rank, size, store, folder, out):
     Path(out).with_suffix(f".{rank}").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def trainer(rank, size, store, folder, sequence, expected, out):
+    """Rollout against trainer, and a step's gradients against given ones; counts as JSON.
+
+    expected: a file of Hugging Face gradients, of the loss that `gradient_samples` have.
+    """
+    from samebit.rollout.models.registry import load_model_config
+    from samebit.rollout.runtime.weights import load_safetensors
+    from samebit.trainer.algorithms.sft import sft_loss
+    from samebit.trainer.config import OptimizerConfig, ParallelConfig
+    from samebit.trainer.megatron.cpu import no_cuda
+    from samebit.trainer.megatron.trainer import MegatronTrainer
+    from samebit.trainer.packing import pack_samples
+    from samebit.weight_sync.mapping import load_params
+
+    torch.set_num_threads(1)
+    ranks = start(rank, size, store)
+    parallel = ParallelConfig(tensor=int(size), sequence=sequence == "sequence")
+    megatron = MegatronTrainer(
+        load_model_config(folder),
+        OptimizerConfig(lr=1e-2),
+        5,
+        torch.device("cpu"),
+        parallel=parallel,
+    )
+    megatron.fill(lambda specs, params: load_safetensors(Path(folder), specs, params))
+    rollout = Engine(folder, device="cpu", ranks=ranks, seed=3)
+    found = {"digests": [megatron.digest(), rollout.weight_version.digest]}
+    found["compared"], found["unequal"] = 0, 0
+    for tokens in (90, 300):
+        count, unequal = compare_logprobs(megatron, rollout, tokens)
+        found["compared"] += count
+        found["unequal"] += unequal
+    gradients = torch.load(expected)
+    wanted = {s.name: torch.zeros(s.shape, dtype=torch.float64) for s in megatron.specs}
+    load_params(megatron.specs, wanted, gradients.__getitem__)
+    batches = pack_samples(gradient_samples(), 100)
+    with no_cuda():
+        megatron._forward_backward(batches, sft_loss, None)
+    found["errors"] = {
+        name: float((p.main_grad.double() - wanted[name]).norm() / (wanted[name].norm() + 1e-30))
+        for name, p in megatron.params.items()
+    }
+    norms = [megatron.train_step(batches, sft_loss).grad_norm for _ in range(2)]
+    found["norms"], found["trained"] = norms, megatron.digest()
+    rollout.bind_weights(megatron.params, megatron.step)
+    count, found["unequal_after"] = compare_logprobs(megatron, rollout, 200)
+    Path(out).with_suffix(f".{rank}").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def compare_logprobs(megatron, rollout, tokens):
+    """(log-probs compared, unequal) between fresh samples and the trainer's forward of them."""
+    from samebit.trainer.packing import pack_samples
+    from samebit.trainer.types import Sample
+
+    params = SamplingParams(n=3, max_new_tokens=20)
+    samples = [
+        Sample(
+            sample_id=c.sample_id,
+            token_ids=(*prompt, *c.token_ids),
+            prompt_len=len(prompt),
+            logprobs=c.logprobs,
+        )
+        for prompt, group in zip(prompts(), rollout.generate(prompts(), params), strict=True)
+        for c in group
+    ]
+    ours = [v for part in megatron.logprobs(pack_samples(samples, tokens)) for v in part.tolist()]
+    theirs = [v for sample in samples for v in sample.logprobs]
+    return len(ours), sum(a != b for a, b in zip(ours, theirs, strict=True))
+
+
+def gradient_samples():
+    """Samples of very different lengths, for the supervised loss."""
+    from samebit.trainer.types import Sample
+
+    generator = torch.Generator().manual_seed(9)
+    lens = [(1, 8), (20, 3), (7, 30), (12, 12), (3, 1), (33, 14)]
+    return [
+        Sample(
+            sample_id=i,
+            token_ids=tuple(torch.randint(331, (p + r,), generator=generator).tolist()),
+            prompt_len=p,
+        )
+        for i, (p, r) in enumerate(lens)
+    ]

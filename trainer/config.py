@@ -13,6 +13,22 @@ def require(holds: bool, key: str, value: object, what: str) -> None:
         raise ValueError(f"{key} is {value!r}; it must be {what}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How one model is spread over processes."""
+
+    tensor: int = 1
+    """Processes that share every layer."""
+    sequence: bool = False
+    """Split the tokens over them where a layer is not split."""
+
+    def __post_init__(self) -> None:
+        require(self.tensor >= 1, "trainer.parallel.tensor", self.tensor, "at least 1")
+        needless = self.sequence and self.tensor == 1
+        meaning = "false where trainer.parallel.tensor is 1"
+        require(not needless, "trainer.parallel.sequence", self.sequence, meaning)
+
+
 @dataclass(kw_only=True)
 class OptimizerConfig:
     """AdamW and its schedule."""

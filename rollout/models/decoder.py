@@ -10,12 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from samebit.kernels.linear import linear
-from samebit.kernels.linear import logits as linear_fp32
-from samebit.kernels.logprob import padded_vocab_size
+from samebit.kernels.logprob import logits_of, padded_vocab_size
 from samebit.kernels.reduce import (
     ALONE,
     TensorRanks,
-    gather_columns,
     row_parallel_linear,
     vocab_parallel_embedding,
 )
@@ -174,8 +172,4 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [S, D] after the final norm -> [S, V] fp32, before any temperature."""
-        vocab_size = self.config.vocab_size
-        if self.ranks.size == 1:
-            return linear_fp32(hidden, self._output_weight[:vocab_size])
-        padded = gather_columns(linear_fp32(hidden, self._output_weight), self.ranks)
-        return padded[:, :vocab_size].contiguous()
+        return logits_of(hidden, self._output_weight, self.config.vocab_size, self.ranks)

@@ -1,7 +1,7 @@
 """What Megatron-core needs to run on a machine without CUDA. Nothing else in the project knows.
 
 Megatron calls torch.cuda for the current device and stream, and its optimizers and schedules write
-device="cuda" literally. `install` replaces three functions; `no_cuda` redirects the literals while
+device="cuda" literally. `install` replaces a few functions; `no_cuda` redirects the literals while
 optimizers are built and steps run. Both do nothing where there is a GPU.
 """
 
@@ -22,7 +22,11 @@ def install() -> None:
     """Make torch.cuda's queries answer for the CPU, once per process."""
     if torch.cuda.is_available():
         return
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
     device = torch.device("cpu")
+    # Sequence parallel embeddings fork a CUDA generator for their dropout, which is 0 here.
+    CudaRNGStatesTracker.fork = lambda *args, **kwargs: contextlib.nullcontext()
     torch.cuda.current_device = lambda: device
     torch.cuda.synchronize = lambda *args, **kwargs: None
     torch.cuda.current_stream = lambda *args, **kwargs: None

@@ -7,6 +7,7 @@ import torch
 
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import selfcheck_model
+from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron.cpu import no_cuda
 from samebit.trainer.megatron.model import build_model, forward_logprobs, named_params
 from samebit.trainer.megatron.setup import initialize
@@ -33,12 +34,14 @@ class ForwardModel:
         model: ModelConfig,
         device: torch.device,
         weights: Mapping[str, torch.Tensor] | None = None,
+        parallel: ParallelConfig | None = None,
     ) -> None:
-        initialize(device)
+        parallel = parallel or ParallelConfig()
+        initialize(device, parallel)
         selfcheck_model(model, device)
         self.model = model
         with no_cuda():
-            self._gpt = build_model(model, device).requires_grad_(False)
+            self._gpt = build_model(model, device, parallel).requires_grad_(False)
         self.params = named_params(self._gpt)
         if weights is not None:
             for name, param in self.params.items():

@@ -13,11 +13,16 @@ from samebit.kernels.logprob import logprob, padded_vocab_size
 from samebit.kernels.rope import rope_table
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs
+from samebit.trainer.config import ParallelConfig
+from samebit.trainer.megatron.parallel import ranks_of, spread
 from samebit.trainer.megatron.spec import PackedSequences, block_submodules
 from samebit.trainer.types import MicroBatch
+from samebit.weight_sync.mapping import ParamSpec, Shard
 
 
-def transformer_config(model: ModelConfig, device: torch.device) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, device: torch.device, parallel: ParallelConfig
+) -> TransformerConfig:
     """Megatron's settings for a model; everything that would change the contract's bits is off."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return TransformerConfig(
@@ -45,14 +50,16 @@ def transformer_config(model: ModelConfig, device: torch.device) -> TransformerC
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence,
         use_cpu_initialization=device.type == "cpu",
         perform_initialization=False,
         batch_p2p_sync=device.type == "cuda",
     )
 
 
-def build_model(model: ModelConfig, device: torch.device) -> GPTModel:
-    """A GPTModel with our operations and uninitialised weights.
+def build_model(model: ModelConfig, device: torch.device, parallel: ParallelConfig) -> GPTModel:
+    """This process's shard of a GPTModel with our operations and uninitialised weights.
 
     Raises RuntimeError unless its parameters have the engine's names and shapes.
     """
@@ -60,20 +67,21 @@ def build_model(model: ModelConfig, device: torch.device) -> GPTModel:
         model.head_dim, model.rope_theta, model.max_position, model.rope_scaling, device
     )
     gpt = GPTModel(
-        config=transformer_config(model, device),
+        config=transformer_config(model, device, parallel),
         transformer_layer_spec=block_submodules(model.num_layers, model.qk_norm, table),
         vocab_size=padded_vocab_size(model.vocab_size),
         max_sequence_length=model.max_position,
         share_embeddings_and_output_weights=model.tie_embeddings,
         position_embedding_type="none",
     )
-    _check_params(gpt, model)
+    ranks = ranks_of(gpt.pg_collection.tp)
+    _check_params(gpt, param_specs(model, Shard(ranks.rank, ranks.size)))
     return gpt.to(device)
 
 
-def _check_params(gpt: GPTModel, model: ModelConfig) -> None:
+def _check_params(gpt: GPTModel, specs: list[ParamSpec]) -> None:
     found = {name: tuple(p.shape) for name, p in gpt.named_parameters()}
-    expected = {spec.name: spec.shape for spec in param_specs(model)}
+    expected = {spec.name: spec.shape for spec in specs}
     if found != expected:
         different = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
         raise RuntimeError(f"Megatron's parameters are not the engine's: {different[:5]}")
@@ -89,19 +97,29 @@ def forward_logprobs(gpt: Any, batch: MicroBatch, model: ModelConfig) -> torch.T
 
     `gpt` is a GPTModel or Megatron's DDP around one.
     """
+    input_ids, positions, lens = batch.input_ids, batch.positions, list(batch.seq_lens)
+    if gpt.config.sequence_parallel and (pad := -len(input_ids) % parallel_size(gpt)):
+        # Every rank gets as many tokens: a last sequence that nobody looks at.
+        input_ids, lens = F.pad(input_ids, (0, pad)), [*lens, pad]
+        positions = torch.cat([positions, torch.arange(pad, device=positions.device)])
     packed = PackedSequences(
         qkv_format="thd",
-        positions=batch.positions,
-        plan=plan_packed(batch.seq_lens, model.heads_per_kv, batch.input_ids.device),
+        positions=positions,
+        plan=plan_packed(lens, model.heads_per_kv, input_ids.device),
     )
     return gpt(
-        batch.input_ids[None],
-        batch.positions[None],
+        input_ids[None],
+        positions[None],
         None,
         packed_seq_params=packed,
         output_processor=_logprob_head,
         output_processor_context=(batch, model.vocab_size),
     )
+
+
+def parallel_size(gpt: Any) -> int:
+    """Processes that share its layers."""
+    return gpt.config.tensor_model_parallel_size
 
 
 def _logprob_head(
@@ -112,9 +130,11 @@ def _logprob_head(
     context: tuple[MicroBatch, int],
     **_unused: Any,
 ) -> torch.Tensor:
-    """Megatron's output hook: hidden_states [T, 1, D] to [2, R]."""
+    """Megatron's output hook: hidden_states [T, 1, D], or this rank's part of T, to [2, R]."""
     batch, vocab_size = context
-    hidden = hidden_states.squeeze(1)[batch.rows]
+    ranks = ranks_of(output_layer.tp_group)
+    whole = spread(hidden_states, ranks, output_layer.config.sequence_parallel)
+    hidden = whole.squeeze(1)[batch.rows]
     weight = output_layer.weight if output_weight is None else output_weight
     temperature = torch.full((len(batch.rows),), batch.temperature, device=hidden.device)
-    return torch.stack(logprob(hidden, weight, batch.target_ids, temperature, vocab_size))
+    return torch.stack(logprob(hidden, weight, batch.target_ids, temperature, vocab_size, ranks))

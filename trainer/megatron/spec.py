@@ -28,6 +28,7 @@ from samebit.kernels.linear import linear
 from samebit.kernels.rms_norm import rms_norm
 from samebit.kernels.rope import rope
 from samebit.kernels.swiglu import swiglu
+from samebit.trainer.megatron.parallel import ranks_of, row_parallel, spread
 
 
 @dataclass
@@ -52,30 +53,24 @@ class RMSNorm(MegatronModule):
         return rms_norm(x, self.weight, self.eps)
 
 
-class _ContractLinear:
-    """The product of a column- or row-parallel layer is kernels.linear."""
+class ContractColumnLinear(ColumnParallelLinear):
+    """Column-parallel linear: kernels.linear on this rank's rows of the weight."""
 
-    def _forward_impl(
-        self,
-        input: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        allreduce_dgrad: bool = False,
-        sequence_parallel: bool = False,
-        **_unused: Any,
-    ) -> torch.Tensor:
-        assert bias is None
-        assert not allreduce_dgrad, "tensor parallel size must be 1"
-        assert not sequence_parallel, "sequence parallelism needs tensor parallelism"
-        return linear(input, weight)
+    def forward(
+        self, input_: torch.Tensor, weight: torch.Tensor | None = None, *_unused: Any, **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        """[s, b, K] ([s / size, b, K] if sequence parallel) -> [s, b, N / size]."""
+        x = spread(input_, ranks_of(self.tp_group), self.sequence_parallel)
+        return linear(x, self.weight if weight is None else weight), None
 
 
-class ContractColumnLinear(_ContractLinear, ColumnParallelLinear):
-    """Column-parallel linear of the numerics contract."""
+class ContractRowLinear(RowParallelLinear):
+    """Row-parallel linear: fp32 partials of kernels.linear, summed in rank order, rounded once."""
 
-
-class ContractRowLinear(_ContractLinear, RowParallelLinear):
-    """Row-parallel linear of the numerics contract."""
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """[s, b, K / size] -> [s, b, N], or [s / size, b, N] if sequence parallel."""
+        ranks = ranks_of(self.tp_group)
+        return row_parallel(input_, self.weight, ranks, self.sequence_parallel), None
 
 
 class SwigluMLP(MLP):

@@ -24,7 +24,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs, selfcheck_model
 from samebit.trainer.algorithms.base import Loss
-from samebit.trainer.config import OptimizerConfig
+from samebit.trainer.config import OptimizerConfig, ParallelConfig
 from samebit.trainer.megatron.cpu import no_cuda
 from samebit.trainer.megatron.forward import ForwardModel, batch_logprobs
 from samebit.trainer.megatron.model import build_model, forward_logprobs, named_params
@@ -33,11 +33,11 @@ from samebit.trainer.packing import pack_samples
 from samebit.trainer.stats import Totals
 from samebit.trainer.types import MicroBatch, NonFiniteError, StepStats
 from samebit.weight_sync.digest import weights_digest
-from samebit.weight_sync.mapping import ParamSpec
+from samebit.weight_sync.mapping import ParamSpec, Shard
 
 
 class MegatronTrainer:
-    """Policy, optimizer and schedule of one process.
+    """Policy, optimizer and schedule of one process, which holds its shard of them.
 
     `params` are the live parameters by Megatron's names; they keep their memory for the trainer's
     whole life, so an engine may be bound to them.
@@ -49,15 +49,17 @@ class MegatronTrainer:
         optimizer: OptimizerConfig,
         num_steps: int,
         device: torch.device,
+        parallel: ParallelConfig | None = None,
     ) -> None:
-        initialize(device)
+        self.parallel = parallel or ParallelConfig()
+        self.ranks = initialize(device, self.parallel)
         selfcheck_model(model, device)
         self.model = model
         self.device = device
-        self.specs = param_specs(model)
+        self.specs = param_specs(model, Shard(self.ranks.rank, self.ranks.size))
         self.step = 0
         with no_cuda():
-            gpt = build_model(model, device)
+            gpt = build_model(model, device, self.parallel)
             ddp_config = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True, overlap_grad_reduce=False, average_in_collective=False
             )
@@ -80,12 +82,12 @@ class MegatronTrainer:
 
     def freeze_reference(self) -> None:
         """Keep a copy of the present weights as the reference for the KL penalty."""
-        self._reference = ForwardModel(self.model, self.device)
+        self._reference = ForwardModel(self.model, self.device, parallel=self.parallel)
         _copy_params(self.params, self._reference.params)
 
     def digest(self) -> str:
         """weights_digest of the present weights."""
-        return weights_digest(self.specs, self.params)
+        return weights_digest(self.specs, self.params, self.ranks.group)
 
     def logprobs(
         self, batches: Sequence[MicroBatch], reference: bool = False

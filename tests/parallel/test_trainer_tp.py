@@ -1,0 +1,55 @@
+"""Tensor and sequence parallel training: the rollout's bits, and the gradients of one process."""
+
+import json
+
+import pytest
+import torch
+from rank_programs import gradient_samples
+
+from samebit.rollout.engine import Engine
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama"])
+def folder(request):
+    """Qwen3 with an output layer of its own, and Llama with tied embeddings."""
+    return request.getfixturevalue(f"{request.param}_path")
+
+
+@pytest.fixture(scope="module")
+def gradients(folder, tmp_path_factory):
+    """(file, norm) of the gradients of transformers' model, in fp64."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager"
+    )
+    losses = []
+    for s in gradient_samples():
+        ids = torch.tensor([s.token_ids])
+        logprobs = model(ids).logits[0].log_softmax(-1)
+        targets = ids[0, s.prompt_len :, None]
+        losses.append(-logprobs[s.prompt_len - 1 : -1].gather(1, targets).squeeze(1))
+    torch.cat(losses).mean().backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    file = tmp_path_factory.mktemp("gradients") / "expected.pt"
+    torch.save(found, file)
+    return file, float(torch.cat([g.flatten() for g in found.values()]).norm())
+
+
+@pytest.mark.parametrize("sequence", ["tensor", "sequence"])
+def test_two_ranks_train_one_model(run_ranks, folder, gradients, sequence, tmp_path):
+    """No log-prob differs from the rollout's before or after training, every gradient and the norm
+    are those of the whole model, and both ranks agree on the weights that come out."""
+    file, norm = gradients
+    run_ranks("trainer", 2, folder, sequence, file, tmp_path / "out.json")
+    first, second = (json.loads((tmp_path / f"out.{r}").read_text()) for r in range(2))
+    assert first["compared"] > 300
+    for found in (first, second):
+        assert (found["unequal"], found["unequal_after"]) == (0, 0)
+        assert max(found["errors"].values()) < 1e-5, found["errors"]
+        assert found["norms"][0] == pytest.approx(norm, rel=1e-6)
+    assert first["norms"] == second["norms"]
+    assert first["trained"] == second["trained"]
+    alone = Engine(folder, device="cpu").weight_version.digest
+    assert {*first["digests"], *second["digests"]} == {alone}
+    assert first["trained"] != alone

@@ -1,0 +1,69 @@
+"""Tensor and sequence parallel communication, differentiable, with sums in rank order.
+
+Sequence parallel: between the linears each rank holds its own part of the tokens [T / size, ...];
+gathering them has scattering the summed gradients as its backward, and the other way around.
+Source: Korthikanti et al. 2022, arXiv 2205.05198.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from samebit.kernels.linear import linear
+from samebit.kernels.reduce import ALONE, TensorRanks, gather_rows, own_rows, reduce_sum
+
+
+def ranks_of(group: dist.ProcessGroup) -> TensorRanks:
+    """This process in a tensor parallel group."""
+    size = dist.get_world_size(group)
+    return TensorRanks(dist.get_rank(group), size, group) if size > 1 else ALONE
+
+
+def _summed(partial: torch.Tensor, ranks: TensorRanks, dtype: torch.dtype) -> torch.Tensor:
+    return reduce_sum(partial.float(), ranks.group, dtype)
+
+
+class _Spread(torch.autograd.Function):
+    """Whole rows to every rank's part of a layer; backward: the sum of the parts' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, ranks: TensorRanks, sequence: bool) -> torch.Tensor:
+        ctx.ranks, ctx.sequence = ranks, sequence
+        return gather_rows(x, ranks) if sequence else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        total = _summed(grad, ctx.ranks, grad.dtype)
+        return own_rows(total, ctx.ranks) if ctx.sequence else total, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """The sum of every rank's partial result, rounded once; backward: its gradient to all."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, partial: torch.Tensor, ranks: TensorRanks, sequence: bool, dtype: torch.dtype
+    ) -> torch.Tensor:
+        ctx.ranks, ctx.sequence = ranks, sequence
+        total = _summed(partial, ranks, dtype)
+        return own_rows(total, ranks) if sequence else total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        whole = gather_rows(grad, ctx.ranks) if ctx.sequence else grad
+        return whole, None, None, None
+
+
+def spread(x: torch.Tensor, ranks: TensorRanks, sequence: bool) -> torch.Tensor:
+    """What a column-parallel product multiplies: x [T, ...], or [T / size, ...] if `sequence`."""
+    return x if ranks.size == 1 else _Spread.apply(x, ranks, sequence)
+
+
+def row_parallel(
+    x: torch.Tensor, weight: torch.Tensor, ranks: TensorRanks, sequence: bool
+) -> torch.Tensor:
+    """x [T, b, K / size] times this rank's weight [N, K / size], summed: [T or T / size, b, N]."""
+    if ranks.size == 1:
+        return linear(x, weight)
+    return _Collect.apply(linear(x, weight, torch.float32), ranks, sequence, x.dtype)
