@@ -21,6 +21,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from samebit.kernels.reduce import smallest
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs, selfcheck_model
 from samebit.trainer.algorithms.base import Loss
@@ -201,8 +202,10 @@ class MegatronTrainer:
         return total, torch.tensor(batch.loss_denominator, dtype=torch.int), {}
 
     def _gradients_finite(self) -> bool:
+        """Whether they are on every rank: all must take the same way from here."""
         buffers = [*self._ddp.buffers, *self._ddp.expert_parallel_buffers]
-        return all(bool(buffer.grad_data.isfinite().all()) for buffer in buffers)
+        finite = all(bool(buffer.grad_data.isfinite().all()) for buffer in buffers)
+        return bool(smallest(int(finite), self.ranks))
 
     def _require_finite_gradients(
         self,
