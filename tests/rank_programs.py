@@ -119,6 +119,54 @@ def trainer(rank, size, store, folder, sequence, expected, out):
     dist.destroy_process_group()
 
 
+def data(rank, size, store, folder, distributed, out):
+    """Two steps on this rank's share of the micro-batches; gradients, weights and stats saved."""
+    from samebit.rollout.models.registry import load_model_config
+    from samebit.rollout.runtime.weights import load_safetensors
+    from samebit.trainer.algorithms.sft import sft_loss
+    from samebit.trainer.config import OptimizerConfig, ParallelConfig
+    from samebit.trainer.megatron.cpu import no_cuda
+    from samebit.trainer.megatron.trainer import MegatronTrainer
+    from samebit.trainer.packing import pack_samples, share_batches
+
+    torch.set_num_threads(1)
+    if int(size) > 1:
+        start(rank, size, store)
+    split = distributed == "split"
+    megatron = MegatronTrainer(
+        load_model_config(folder),
+        OptimizerConfig(lr=1e-3),
+        5,
+        torch.device("cpu"),
+        parallel=ParallelConfig(data=int(size), distributed_optimizer=split),
+    )
+    megatron.fill(lambda specs, params: load_safetensors(Path(folder), specs, params))
+    mine = share_batches(pack_samples(gradient_samples(), 50), int(size))[int(rank)]
+    with no_cuda():
+        megatron._forward_backward(mine, sft_loss, None)
+    gradients = {name: p.main_grad.clone() for name, p in megatron.params.items()}
+    stats = [vars(megatron.train_step(mine, sft_loss)) for _ in range(2)]
+    rollout = Engine(folder, device="cpu", seed=3)
+    rollout.bind_weights(megatron.params, megatron.step)
+    found = {
+        "gradients": gradients,
+        "params": {name: p.detach().clone() for name, p in megatron.params.items()},
+        "stats": stats,
+        "digest": megatron.digest(),
+        "compared": compare_logprobs(megatron, rollout, 200),
+        "num_batches": len(mine),
+    }
+    if split:
+        try:
+            megatron.state_dict()
+        except NotImplementedError as error:
+            found["refused"] = str(error)
+    torch.save(found, Path(out).with_suffix(f".{rank}"))
+    if int(size) > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def compare_logprobs(megatron, rollout, tokens):
     """(log-probs compared, unequal) between fresh samples and the trainer's forward of them."""
     from samebit.trainer.packing import pack_samples

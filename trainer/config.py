@@ -21,9 +21,20 @@ class ParallelConfig:
     """Processes that share every layer."""
     sequence: bool = False
     """Split the tokens over them where a layer is not split."""
+    data: int = 1
+    """Copies of the model that train on different samples."""
+    distributed_optimizer: bool = False
+    """Split the optimizer's state over the copies."""
+
+    @property
+    def num_processes(self) -> int:
+        """Processes in all."""
+        return self.tensor * self.data
 
     def __post_init__(self) -> None:
-        require(self.tensor >= 1, "trainer.parallel.tensor", self.tensor, "at least 1")
+        for name in ("tensor", "data"):
+            value = getattr(self, name)
+            require(value >= 1, f"trainer.parallel.{name}", value, "at least 1")
         needless = self.sequence and self.tensor == 1
         meaning = "false where trainer.parallel.tensor is 1"
         require(not needless, "trainer.parallel.sequence", self.sequence, meaning)

@@ -33,6 +33,26 @@ def pack_samples(
     ]
 
 
+def share_batches(batches: Sequence[MicroBatch], num_ranks: int) -> list[list[MicroBatch]]:
+    """Micro-batches for each data rank, of nearly equal tokens; the same plan on every rank.
+
+    The longest goes first, to whoever has least; each rank keeps the order of indices. Raises
+    ValueError if there are fewer than ranks.
+    """
+    if len(batches) < num_ranks:
+        raise ValueError(
+            f"{len(batches)} micro-batches for {num_ranks} data ranks; each needs one: lower "
+            "trainer.micro_batch_tokens or train on more samples"
+        )
+    shares: list[list[MicroBatch]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for batch in sorted(batches, key=lambda b: -b.num_tokens):
+        rank = min(range(num_ranks), key=lambda r: (loads[r], r))
+        shares[rank].append(batch)
+        loads[rank] += batch.num_tokens
+    return [sorted(share, key=lambda b: b.index) for share in shares]
+
+
 def _check_fits(sample: Sample, model: ModelConfig) -> None:
     if len(sample.token_ids) > model.max_position:
         raise ValueError(

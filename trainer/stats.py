@@ -1,5 +1,6 @@
 """Sums over a step's micro-batches, and the comparison of trainer and rollout log-probs."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +40,15 @@ class Totals:
             self.mismatches += count_mismatches(logprobs, batch.rollout_logprobs)
             diff = (logprobs - batch.rollout_logprobs).abs().max()
             self.abs_diff_max = max(self.abs_diff_max, float(diff))
+
+    def merge(self, others: Iterable["Totals"]) -> None:
+        """Add what other ranks have summed up, in their order."""
+        for other in others:
+            for name in ("loss", "denominator", "num_tokens", "num_rows", "compared", "mismatches"):
+                setattr(self, name, getattr(self, name) + getattr(other, name))
+            self.abs_diff_max = max(self.abs_diff_max, other.abs_diff_max)
+            for name, value in other.metrics.items():
+                self.metrics[name] = self.metrics.get(name, 0.0) + value
 
     def stats(self, grad_norm: float, learning_rate: float) -> StepStats:
         """The step's figures."""

@@ -22,8 +22,8 @@ def batch_size(subject: Subject) -> Result:
     """Alone, in small batches and in batches of other company."""
     result = Result("batch size")
     everyone = range(len(subject.prompts))
+    engine = subject.make_engine(prefix_cache=False)
     for size in (1, 2, 3, 5):
-        engine = subject.make_engine(prefix_cache=False)
         for start in range(0, len(subject.prompts), size):
             order = everyone[start : start + size]
             found = flat(subject.generate(engine, order))
@@ -38,8 +38,7 @@ def batch_position(subject: Subject) -> Result:
     for seed in range(3):
         random.Random(seed).shuffle(order)
         for limit in (256, 7):
-            engine = subject.make_engine(prefix_cache=False, max_num_seqs=limit)
-            found = flat(subject.generate(engine, order))
+            found = subject.run(order, prefix_cache=False, max_num_seqs=limit)
             result.compare(found, subject.truth(order), f"order {seed}, max_num_seqs {limit}")
     return result
 
@@ -63,10 +62,10 @@ def prefill_chunk(subject: Subject) -> Result:
     """Prompts computed in chunks of every awkward size."""
     result = Result("prefill chunk")
     for chunk in CHUNKS:
-        engine = subject.make_engine(prefill_chunk=chunk, prefix_cache=False)
-        result.compare(flat(subject.generate(engine)), subject.truth(), f"chunk {chunk}")
-    engine = subject.make_engine(max_batch_tokens=37, prefix_cache=False)
-    result.compare(flat(subject.generate(engine)), subject.truth(), "37 tokens a step")
+        found = subject.run(prefill_chunk=chunk, prefix_cache=False)
+        result.compare(found, subject.truth(), f"chunk {chunk}")
+    found = subject.run(max_batch_tokens=37, prefix_cache=False)
+    result.compare(found, subject.truth(), "37 tokens a step")
     return result
 
 
@@ -97,8 +96,7 @@ def page_size(subject: Subject) -> Result:
     """Pages smaller, larger and across the key tile."""
     result = Result("page size")
     for size in (1, 16, 48, 128):
-        engine = subject.make_engine(page_size=size)
-        result.compare(flat(subject.generate(engine)), subject.truth(), f"page {size}")
+        result.compare(subject.run(page_size=size), subject.truth(), f"page {size}")
     return result
 
 
@@ -202,8 +200,7 @@ def graphs_and_overlap(subject: Subject) -> Result:
     result = Result("graphs and overlap")
     for graphs in (False, True) if subject.device.type == "cuda" else (False,):
         for overlap in (False, True):
-            engine = subject.make_engine(cuda_graphs=graphs, overlap=overlap)
-            found = flat(subject.generate(engine))
+            found = subject.run(cuda_graphs=graphs, overlap=overlap)
             result.compare(found, subject.truth(), f"graphs {graphs}, overlap {overlap}")
     return result
 

@@ -118,6 +118,10 @@ class Subject:
             [self.sample_ids[i] for i in order],
         )
 
+    def run(self, order: Sequence[int] | None = None, **settings: Any) -> list[Completion]:
+        """Completions of the prompts by an engine of their own, which is gone afterwards."""
+        return flat(self.generate(self.make_engine(**settings), order))
+
     def truth(self, order: Sequence[int] | None = None) -> list[Completion]:
         """The baseline's completions in that order, flat."""
         order = range(len(self.prompts)) if order is None else order

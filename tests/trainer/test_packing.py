@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from samebit.trainer.packing import pack_samples
+from samebit.trainer.packing import pack_samples, share_batches
 from samebit.trainer.types import Sample
 
 
@@ -102,3 +102,17 @@ def test_logprobs_must_be_one_per_response_token():
     """Shifted log-probs would be compared with the wrong tokens."""
     with pytest.raises(ValueError, match="sample 7: 2 logprobs for a response of 1 tokens"):
         Sample(sample_id=7, token_ids=(1, 2, 3), prompt_len=2, logprobs=(-1.0, -2.0))
+
+
+def test_micro_batches_are_shared_out_evenly(random_samples):
+    """Every one goes to one rank, tokens are nearly even, and order within a rank is kept."""
+    batches = pack_samples(random_samples(60, seed=2), 90)
+    for num_ranks in (1, 2, 3, 4):
+        shares = share_batches(batches, num_ranks)
+        assert sorted(b.index for share in shares for b in share) == [b.index for b in batches]
+        assert all([b.index for b in s] == sorted(b.index for b in s) for s in shares)
+        loads = [sum(b.num_tokens for b in share) for share in shares]
+        assert max(loads) - min(loads) <= 90
+        assert share_batches(batches, num_ranks) == shares
+    with pytest.raises(ValueError, match="2 micro-batches for 3 data ranks"):
+        share_batches(batches[:2], 3)

@@ -28,18 +28,20 @@ def initialize(device: torch.device, parallel: ParallelConfig) -> TensorRanks:
         cpu.install()
         _start_group(device)
         size = dist.get_world_size()
-        if size != parallel.tensor:
+        if size != parallel.num_processes:
             raise ValueError(
-                f"trainer.parallel.tensor is {parallel.tensor} and there are {size} processes; "
-                "they must be as many"
+                f"trainer.parallel asks for tensor x data = {parallel.tensor} x {parallel.data} = "
+                f"{parallel.num_processes} processes; there are {size}"
             )
         parallel_state.initialize_model_parallel(parallel.tensor, 1)
         if device.type == "cuda":
             model_parallel_cuda_manual_seed(0)
     ranks = ranks_of(parallel_state.get_tensor_model_parallel_group())
-    if ranks.size != parallel.tensor:
+    running = (ranks.size, parallel_state.get_data_parallel_world_size())
+    if running != (parallel.tensor, parallel.data):
         raise ValueError(
-            f"trainer.parallel.tensor is {parallel.tensor}; this process runs with {ranks.size}"
+            f"trainer.parallel asks for tensor x data = {parallel.tensor} x {parallel.data}; this "
+            f"process runs with {running[0]} x {running[1]}"
         )
     return ranks
 

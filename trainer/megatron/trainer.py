@@ -19,9 +19,9 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.parallel_state import get_data_parallel_group
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from samebit.kernels.reduce import smallest
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs, selfcheck_model
 from samebit.trainer.algorithms.base import Loss
@@ -29,6 +29,7 @@ from samebit.trainer.config import OptimizerConfig, ParallelConfig
 from samebit.trainer.megatron.cpu import no_cuda
 from samebit.trainer.megatron.forward import ForwardModel, batch_logprobs
 from samebit.trainer.megatron.model import build_model, forward_logprobs, named_params
+from samebit.trainer.megatron.parallel import everyones
 from samebit.trainer.megatron.setup import initialize
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.stats import Totals
@@ -62,11 +63,14 @@ class MegatronTrainer:
         with no_cuda():
             gpt = build_model(model, device, self.parallel)
             ddp_config = DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, overlap_grad_reduce=False, average_in_collective=False
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=False,
+                average_in_collective=False,
+                use_distributed_optimizer=self.parallel.distributed_optimizer,
             )
             self._ddp = DistributedDataParallel(gpt.config, ddp_config, gpt)
             self._optimizer = get_megatron_optimizer(
-                _megatron_optimizer_config(optimizer, gpt.config.bf16), [self._ddp]
+                _megatron_optimizer_config(optimizer, gpt.config.bf16, self.parallel), [self._ddp]
             )
             self._scheduler = _scheduler(self._optimizer, optimizer, num_steps)
         gpt.config.grad_scale_func = self._optimizer.scale_loss
@@ -101,13 +105,16 @@ class MegatronTrainer:
         return self._reference.logprobs(batches)
 
     def train_step(self, batches: Sequence[MicroBatch], loss: Loss) -> StepStats:
-        """One optimizer step over all micro-batches.
+        """One optimizer step over all micro-batches: this data rank's, at least one.
 
-        Raises NonFiniteError, with step, micro-batch and sample named, before anything is written.
+        Raises NonFiniteError, with step, micro-batch and sample named, before anything is written;
+        on every rank alike.
         """
         with no_cuda():
             references = self.logprobs(batches, reference=True) if self._reference else None
             totals = self._forward_backward(batches, loss, references)
+            for failure in filter(None, everyones(self._failure)):
+                raise NonFiniteError(failure)
             self._require_finite_gradients(batches, loss, references)
             self._optimizer.prepare_grads()
             clip = self._optimizer.config.clip_grad
@@ -125,10 +132,20 @@ class MegatronTrainer:
             self._optimizer.step_with_ready_grads()
             self._scheduler.step(increment=1)
         self.step += 1
-        return totals.stats(float(norm), learning_rate)
+        first, *others = everyones(totals, get_data_parallel_group())
+        first.merge(others)
+        return first.stats(float(norm), learning_rate)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next steps depend on, exactly."""
+        """Everything that the next steps depend on, exactly: this rank's part of it.
+
+        Raises NotImplementedError with a distributed optimizer, whose own state_dict holds no
+        moments.
+        """
+        if self.parallel.distributed_optimizer:
+            raise NotImplementedError(
+                "no checkpoints yet with trainer.parallel.distributed_optimizer"
+            )
         return {
             "step": self.step,
             "params": {name: p.detach() for name, p in self.params.items()},
@@ -160,6 +177,7 @@ class MegatronTrainer:
     ) -> Totals:
         """Accumulate gradients over the micro-batches into Megatron's buffers."""
         totals = Totals()
+        self._failure: str | None = None
         self._ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
 
@@ -192,8 +210,9 @@ class MegatronTrainer:
         losses, metrics = loss(logprobs, reference, batch)
         finite = losses.detach().isfinite()
         if not bool(finite.all()):
+            # Told once the schedule is through: the other ranks wait in it for this one.
             sample = batch.samples[int(batch.sample_of_row[~finite][0])]
-            raise NonFiniteError(
+            self._failure = self._failure or (
                 f"loss is NaN or Inf at step {self.step + 1}, micro-batch {batch.index}, sample "
                 f"{sample.sample_id}; the weights are unchanged"
             )
@@ -205,7 +224,7 @@ class MegatronTrainer:
         """Whether they are on every rank: all must take the same way from here."""
         buffers = [*self._ddp.buffers, *self._ddp.expert_parallel_buffers]
         finite = all(bool(buffer.grad_data.isfinite().all()) for buffer in buffers)
-        return bool(smallest(int(finite), self.ranks))
+        return all(everyones(finite))
 
     def _require_finite_gradients(
         self,
@@ -216,6 +235,10 @@ class MegatronTrainer:
         """Equal inputs give equal gradients: running each alone finds the bad micro-batch."""
         if self._gradients_finite():
             return
+        if self.parallel.data > 1:
+            raise NonFiniteError(
+                f"a gradient is NaN or Inf at step {self.step + 1}; the weights are unchanged"
+            )
         for i, batch in enumerate(batches):
             self._forward_backward([batch], loss, None if references is None else [references[i]])
             if not self._gradients_finite():
@@ -248,7 +271,9 @@ def _copy_params(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.
         param.copy_(source[name])
 
 
-def _megatron_optimizer_config(config: OptimizerConfig, bf16: bool) -> MegatronOptimizerConfig:
+def _megatron_optimizer_config(
+    config: OptimizerConfig, bf16: bool, parallel: ParallelConfig
+) -> MegatronOptimizerConfig:
     return MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -260,7 +285,7 @@ def _megatron_optimizer_config(config: OptimizerConfig, bf16: bool) -> MegatronO
         clip_grad=config.clip_grad,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=False,
+        use_distributed_optimizer=parallel.distributed_optimizer,
     )
 
 

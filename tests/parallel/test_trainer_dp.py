@@ -1,0 +1,38 @@
+"""Data parallel training: the gradients of one process, and copies that stay one model."""
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def alone(run_ranks, qwen3_path, tmp_path):
+    """What one process with all micro-batches comes to."""
+    run_ranks("data", 1, qwen3_path, "whole", tmp_path / "alone.pt")
+    return torch.load(tmp_path / "alone.0")
+
+
+@pytest.mark.parametrize("distributed", ["whole", "split"])
+def test_two_copies_train_one_model(run_ranks, qwen3_path, alone, distributed, tmp_path):
+    """Each on its own micro-batches; with the optimizer's state split over them or not."""
+    run_ranks("data", 2, qwen3_path, distributed, tmp_path / "out.pt")
+    found = [torch.load(tmp_path / f"out.{rank}") for rank in range(2)]
+    assert sum(f["num_batches"] for f in found) == alone["num_batches"] > 3
+    assert found[0]["digest"] == found[1]["digest"]
+    assert found[0]["stats"] == found[1]["stats"]
+    for ours, theirs in zip(found[0]["stats"], alone["stats"], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ("loss", "grad_norm", "num_tokens", "learning_rate"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-6)
+        assert ours["metrics"] == pytest.approx(theirs["metrics"], rel=1e-6)
+    for f in found:
+        count, unequal = f["compared"]
+        assert count > 100
+        assert unequal == 0
+    for name, expected in alone["gradients"].items():
+        if distributed == "whole":  # else each rank has the sum of its own part alone
+            error = (found[0]["gradients"][name] - expected).norm() / expected.norm()
+            assert error < 1e-6, name
+        drift = (found[0]["params"][name] - alone["params"][name]).abs().max()
+        assert drift < 1e-5, name  # two steps of at most 1e-3 an element
+    refusal = found[0].get("refused", "")
+    assert refusal.startswith("no checkpoints yet") == (distributed == "split")
