@@ -11,6 +11,7 @@ product has one shape, 16 x KV_TILE, whatever the batch. Source of the online so
 Gimelshein 2018, arXiv 1805.02867; of the backward: Dao et al. 2022, arXiv 2205.14135.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,15 +80,31 @@ def plan_packed(
     seq_lens: Sequence[int], heads_per_kv: int, device: torch.device | str = "cpu"
 ) -> Any:
     """Plan for whole sequences packed one behind another: the training forward."""
+    starts = [0, *itertools.accumulate(seq_lens)]
+    return plan_context(seq_lens, seq_lens, starts[:-1], starts[-1], heads_per_kv, device)
+
+
+def plan_context(
+    query_lens: Sequence[int],
+    context_lens: Sequence[int],
+    key_starts: Sequence[int],
+    num_keys: int,
+    heads_per_kv: int,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """Plan for parts of sequences whose keys are packed: queries of a context parallel rank.
+
+    query_lens [B]: tokens of each part, the last of its context_lens [B] tokens; key_starts [B]:
+    the first row of its sequence's keys among num_keys. Parts may share a sequence.
+    """
     if torch.device(device).type == "cuda":
         from samebit.kernels.gpu.attention import plan
 
-        return plan(seq_lens, seq_lens, None, 1, torch.device(device))
-    lens = np.asarray(seq_lens)
-    starts = np.concatenate([[0], np.cumsum(lens)[:-1]])
+        return plan(query_lens, context_lens, None, 1, torch.device(device), key_starts)
+    lens = np.asarray(context_lens)
     position = np.arange(-(-int(lens.max()) // KV_TILE) * KV_TILE)
-    slots = np.minimum(starts[:, None] + position, int(lens.sum()) - 1)
-    return _plan(lens, lens, slots, heads_per_kv)
+    slots = np.minimum(np.asarray(key_starts)[:, None] + position, num_keys - 1)
+    return _plan(np.asarray(query_lens), lens, slots, heads_per_kv)
 
 
 def _plan(
@@ -267,7 +284,7 @@ def _add_to_slots(
 ) -> None:
     """Add part [num_tiles * K, KV_TILE, H] to the tiles' slots of total [slots, K, H].
 
-    First over the query tiles of each sequence, in tile order, then one write a slot.
+    First over the query tiles of each part of a sequence, in tile order, then part by part.
     """
     num_kv, head_dim = total.shape[1:]
     seqs = plan.tile_seq[: tile.num_tiles]
@@ -275,9 +292,11 @@ def _add_to_slots(
     per_seq.index_add_(0, seqs, part.view(-1, num_kv, KV_TILE, head_dim))
     live = torch.ones_like(tile.slots, dtype=torch.bool)
     live[tile.masked_from :] = ~tile.stale
-    slots, seq_of_slot = tile.slots[live], seqs[:, None].expand_as(tile.slots)[live]
-    place = torch.arange(KV_TILE).expand_as(tile.slots)[live]
-    total[slots] = per_seq[seq_of_slot, :, place]
+    once = torch.from_numpy(np.unique(seqs.numpy(), return_index=True)[1])
+    live, slots, seqs = live[once], tile.slots[once], seqs[once]
+    seq_of_slot = seqs[:, None].expand_as(slots)[live]
+    place = torch.arange(KV_TILE).expand_as(slots)[live]
+    total.index_add_(0, slots[live], per_seq[seq_of_slot, :, place])
 
 
 _GPU = "samebit.kernels.gpu.attention"

@@ -35,7 +35,7 @@ def _logsumexp_cpu(logits: torch.Tensor) -> torch.Tensor:
     segment_len = padded_vocab_size(logits.shape[-1]) // NUM_SEGMENTS
     # Segments that are all padding would add exact zeros, so they are left out.
     padded = F.pad(logits, (0, -logits.shape[-1] % segment_len), value=float("-inf"))
-    segments = padded.view(logits.shape[0], -1, segment_len)
+    segments = padded.view(len(logits), padded.shape[1] // segment_len, segment_len)
     segment_max = segments.amax(-1)
     segment_sum = torch.exp(segments - segment_max[..., None]).sum(-1)
     row_max, row_sum = segment_max[:, 0], segment_sum[:, 0]

@@ -68,9 +68,10 @@ def engine(rank, size, store, folder, out):
     dist.destroy_process_group()
 
 
-def trainer(rank, size, store, folder, sequence, expected, out):
+def trainer(rank, size, store, folder, mode, expected, out):
     """Rollout against trainer, and a step's gradients against given ones; counts as JSON.
 
+    mode: "tensor", "sequence" (with tensor) or "context", whose rollout is one engine a rank.
     expected: a file of Hugging Face gradients, of the loss that `gradient_samples` have.
     """
     from samebit.rollout.models.registry import load_model_config
@@ -84,7 +85,10 @@ def trainer(rank, size, store, folder, sequence, expected, out):
 
     torch.set_num_threads(1)
     ranks = start(rank, size, store)
-    parallel = ParallelConfig(tensor=int(size), sequence=sequence == "sequence")
+    if mode == "context":
+        parallel, ranks = ParallelConfig(context=int(size)), TensorRanks()
+    else:
+        parallel = ParallelConfig(tensor=int(size), sequence=mode == "sequence")
     megatron = MegatronTrainer(
         load_model_config(folder),
         OptimizerConfig(lr=1e-2),

@@ -21,6 +21,8 @@ class ParallelConfig:
     """Processes that share every layer."""
     sequence: bool = False
     """Split the tokens over them where a layer is not split."""
+    context: int = 1
+    """Processes that share the tokens of every sample."""
     data: int = 1
     """Copies of the model that train on different samples."""
     distributed_optimizer: bool = False
@@ -29,15 +31,21 @@ class ParallelConfig:
     @property
     def num_processes(self) -> int:
         """Processes in all."""
-        return self.tensor * self.data
+        return self.tensor * self.context * self.data
+
+    def __str__(self) -> str:
+        return f"tensor x context x data = {self.tensor} x {self.context} x {self.data}"
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "data"):
+        for name in ("tensor", "context", "data"):
             value = getattr(self, name)
             require(value >= 1, f"trainer.parallel.{name}", value, "at least 1")
         needless = self.sequence and self.tensor == 1
         meaning = "false where trainer.parallel.tensor is 1"
         require(not needless, "trainer.parallel.sequence", self.sequence, meaning)
+        both = self.sequence and self.context > 1
+        meaning = "1 with trainer.parallel.sequence: they are not combined yet"
+        require(not both, "trainer.parallel.context", self.context, meaning)
 
 
 @dataclass(kw_only=True)

@@ -35,7 +35,7 @@ class Totals:
         self.num_rows += len(logprobs)
         for name, values in metrics.items():
             self.metrics[name] = self.metrics.get(name, 0.0) + float(values.double().sum())
-        if batch.rollout_logprobs is not None:
+        if batch.rollout_logprobs is not None and len(logprobs):  # a context rank may have none
             self.compared += len(logprobs)
             self.mismatches += count_mismatches(logprobs, batch.rollout_logprobs)
             diff = (logprobs - batch.rollout_logprobs).abs().max()

@@ -42,6 +42,7 @@ class GpuAttentionPlan:
     tile_start: torch.Tensor  # int32, its first query in that sequence
     tile_rows: int
     seq_lens: tuple[int, ...]  # packed form: host copy for the backward
+    whole: bool = True  # queries are those of whole sequences
 
 
 def plan(
@@ -50,8 +51,9 @@ def plan(
     page_table: torch.Tensor | None,
     page_size: int,
     device: torch.device,
+    key_starts: Sequence[int] | None = None,
 ) -> GpuAttentionPlan:
-    """See kernels.attention.plan_paged and plan_packed; page_table None means packed."""
+    """See kernels.attention.plan_paged and plan_context; page_table None means packed keys."""
     queries, contexts = np.asarray(query_lens), np.asarray(context_lens)
     starts = np.concatenate([[0], np.cumsum(queries)[:-1]])
     decoding = (queries == 1) & (page_table is not None)
@@ -79,7 +81,7 @@ def plan(
         )
     return GpuAttentionPlan(
         query_starts=to_device(starts),
-        key_starts=to_device(starts),
+        key_starts=to_device(starts if key_starts is None else np.asarray(key_starts)),
         query_lens=to_device(queries),
         context_lens=to_device(contexts),
         page_table=None if page_table is None else page_table.to(device, torch.int32),
@@ -89,6 +91,7 @@ def plan(
         tile_start=to_device(tile_start[order]),
         tile_rows=tile_rows,
         seq_lens=tuple(int(n) for n in queries),
+        whole=bool((queries == contexts).all()),
     )
 
 
@@ -226,6 +229,8 @@ def attend_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of packed q, k, v by torch's flash-attention backward in deterministic mode."""
+    if not plan.whole:
+        raise NotImplementedError("context parallel training has no attention backward on GPUs yet")
     lens = torch.tensor((0, *plan.seq_lens), dtype=torch.int32)
     cumulative = lens.cumsum(0, dtype=torch.int32).to(q.device)
     longest = max(plan.seq_lens)

@@ -1,4 +1,4 @@
-"""Tensor and sequence parallel training: the rollout's bits, and the gradients of one process."""
+"""Tensor, sequence and context parallel training: the rollout's bits, one process's gradients."""
 
 import json
 
@@ -36,12 +36,12 @@ def gradients(folder, tmp_path_factory):
     return file, float(torch.cat([g.flatten() for g in found.values()]).norm())
 
 
-@pytest.mark.parametrize("sequence", ["tensor", "sequence"])
-def test_two_ranks_train_one_model(run_ranks, folder, gradients, sequence, tmp_path):
+@pytest.mark.parametrize("mode", ["tensor", "sequence", "context"])
+def test_two_ranks_train_one_model(run_ranks, folder, gradients, mode, tmp_path):
     """No log-prob differs from the rollout's before or after training, every gradient and the norm
     are those of the whole model, and both ranks agree on the weights that come out."""
     file, norm = gradients
-    run_ranks("trainer", 2, folder, sequence, file, tmp_path / "out.json")
+    run_ranks("trainer", 2, folder, mode, file, tmp_path / "out.json")
     first, second = (json.loads((tmp_path / f"out.{r}").read_text()) for r in range(2))
     assert first["compared"] > 300
     for found in (first, second):

@@ -5,21 +5,32 @@ from typing import Any
 
 import torch
 
+from samebit.kernels.reduce import ALONE, TensorRanks
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import selfcheck_model
 from samebit.trainer.config import ParallelConfig
+from samebit.trainer.context import share_context
 from samebit.trainer.megatron.cpu import no_cuda
 from samebit.trainer.megatron.model import build_model, forward_logprobs, named_params
+from samebit.trainer.megatron.parallel import gather_loss_rows
 from samebit.trainer.megatron.setup import initialize
 from samebit.trainer.types import MicroBatch
 
 
 def batch_logprobs(
-    gpt: Any, batches: Sequence[MicroBatch], model: ModelConfig
+    gpt: Any, batches: Sequence[MicroBatch], model: ModelConfig, context: TensorRanks = ALONE
 ) -> list[torch.Tensor]:
-    """Log-probs [R] of every micro-batch, without gradients."""
+    """Log-probs [R] of every micro-batch, without gradients; `context` ranks share the work."""
+
+    def one(batch: MicroBatch) -> torch.Tensor:
+        if context.size == 1:
+            return forward_logprobs(gpt, batch, model)[0]
+        share = share_context(batch, context, model.heads_per_kv)
+        own = forward_logprobs(gpt, share.batch, model, share)[0]
+        return gather_loss_rows(own, share, len(batch.rows))
+
     with torch.no_grad(), no_cuda():
-        return [forward_logprobs(gpt, batch, model)[0] for batch in batches]
+        return [one(batch) for batch in batches]
 
 
 class ForwardModel:
@@ -37,7 +48,7 @@ class ForwardModel:
         parallel: ParallelConfig | None = None,
     ) -> None:
         parallel = parallel or ParallelConfig()
-        initialize(device, parallel)
+        _tensor, self._context = initialize(device, parallel)
         selfcheck_model(model, device)
         self.model = model
         with no_cuda():
@@ -49,4 +60,4 @@ class ForwardModel:
 
     def logprobs(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
         """Log-probs [R] of every micro-batch."""
-        return batch_logprobs(self._gpt, batches, self.model)
+        return batch_logprobs(self._gpt, batches, self.model, self._context)

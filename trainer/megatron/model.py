@@ -14,6 +14,7 @@ from samebit.kernels.rope import rope_table
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs
 from samebit.trainer.config import ParallelConfig
+from samebit.trainer.context import ContextShare
 from samebit.trainer.megatron.parallel import ranks_of, spread
 from samebit.trainer.megatron.spec import PackedSequences, block_submodules
 from samebit.trainer.types import MicroBatch
@@ -92,10 +93,12 @@ def named_params(gpt: torch.nn.Module) -> Mapping[str, torch.Tensor]:
     return dict(gpt.named_parameters())
 
 
-def forward_logprobs(gpt: Any, batch: MicroBatch, model: ModelConfig) -> torch.Tensor:
+def forward_logprobs(
+    gpt: Any, batch: MicroBatch, model: ModelConfig, share: ContextShare | None = None
+) -> torch.Tensor:
     """Log-probs and entropies of the loss rows, [2, R]; only the first row carries gradients.
 
-    `gpt` is a GPTModel or Megatron's DDP around one.
+    `gpt` is a GPTModel or Megatron's DDP around one. With a context share, `batch` is the share's.
     """
     input_ids, positions, lens = batch.input_ids, batch.positions, list(batch.seq_lens)
     if gpt.config.sequence_parallel and (pad := -len(input_ids) % parallel_size(gpt)):
@@ -105,7 +108,8 @@ def forward_logprobs(gpt: Any, batch: MicroBatch, model: ModelConfig) -> torch.T
     packed = PackedSequences(
         qkv_format="thd",
         positions=positions,
-        plan=plan_packed(lens, model.heads_per_kv, input_ids.device),
+        plan=share.plan if share else plan_packed(lens, model.heads_per_kv, input_ids.device),
+        share=share,
     )
     return gpt(
         input_ids[None],

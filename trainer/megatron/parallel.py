@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from samebit.kernels.linear import linear
 from samebit.kernels.reduce import ALONE, TensorRanks, gather_rows, own_rows, reduce_sum
+from samebit.trainer.context import ContextShare
 
 
 def ranks_of(group: dist.ProcessGroup) -> TensorRanks:
@@ -61,6 +62,37 @@ class _Collect(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         whole = gather_rows(grad, ctx.ranks) if ctx.sequence else grad
         return whole, None, None, None
+
+
+class _GatherContext(torch.autograd.Function):
+    """Every rank's keys or values in the packed order; backward: the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, share: ContextShare) -> torch.Tensor:
+        ctx.share, ctx.num_own = share, len(x)
+        padded = x.new_zeros(share.num_padded, *x.shape[1:])
+        padded[: len(x)] = x
+        return gather_rows(padded, share.ranks)[share.order]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        share = ctx.share
+        total = _summed(grad, share.ranks, grad.dtype)
+        padded = total.new_zeros(share.num_padded * share.ranks.size, *total.shape[1:])
+        padded[share.order] = total
+        return own_rows(padded, share.ranks)[: ctx.num_own], None
+
+
+def gather_context(x: torch.Tensor, share: ContextShare | None) -> torch.Tensor:
+    """This rank's and all other keys or values [T, K, H], in the packed batch's order."""
+    return x if share is None else _GatherContext.apply(x, share)
+
+
+def gather_loss_rows(values: torch.Tensor, share: ContextShare, num_rows: int) -> torch.Tensor:
+    """Every rank's loss rows in the whole batch's order [num_rows]; nothing is differentiated."""
+    whole = values.new_zeros(num_rows)
+    whole[share.rows] = values
+    return reduce_sum(whole, share.ranks.group)
 
 
 def spread(x: torch.Tensor, ranks: TensorRanks, sequence: bool) -> torch.Tensor:

@@ -12,9 +12,14 @@ from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron import cpu
 from samebit.trainer.megatron.parallel import ranks_of
 
+# What Megatron's groups were made for; a process is initialised once.
+_running: list[ParallelConfig] = []
 
-def initialize(device: torch.device, parallel: ParallelConfig) -> TensorRanks:
-    """Start torch.distributed and Megatron's groups, once; this process among the tensor ranks.
+
+def initialize(device: torch.device, parallel: ParallelConfig) -> tuple[TensorRanks, TensorRanks]:
+    """Start torch.distributed and Megatron's groups, once.
+
+    Returns this process among those that share every layer, and among those that share contexts.
 
     Under a launcher (RANK and WORLD_SIZE set) the environment gives the group; else a group of one.
     Raises ValueError if the processes do not fit `parallel`.
@@ -30,20 +35,24 @@ def initialize(device: torch.device, parallel: ParallelConfig) -> TensorRanks:
         size = dist.get_world_size()
         if size != parallel.num_processes:
             raise ValueError(
-                f"trainer.parallel asks for tensor x data = {parallel.tensor} x {parallel.data} = "
-                f"{parallel.num_processes} processes; there are {size}"
+                f"trainer.parallel asks for {parallel} = {parallel.num_processes} processes; there "
+                f"are {size}"
             )
-        parallel_state.initialize_model_parallel(parallel.tensor, 1)
+        parallel_state.initialize_model_parallel(
+            parallel.tensor, context_parallel_size=parallel.context
+        )
         if device.type == "cuda":
             model_parallel_cuda_manual_seed(0)
-    ranks = ranks_of(parallel_state.get_tensor_model_parallel_group())
-    running = (ranks.size, parallel_state.get_data_parallel_world_size())
-    if running != (parallel.tensor, parallel.data):
+        _running.append(parallel)
+    if _running != [parallel]:
         raise ValueError(
-            f"trainer.parallel asks for tensor x data = {parallel.tensor} x {parallel.data}; this "
-            f"process runs with {running[0]} x {running[1]}"
+            f"trainer.parallel asks for {parallel}; this process runs with {_running[0]}"
         )
-    return ranks
+    tensor, context = (
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_context_parallel_group(),
+    )
+    return ranks_of(tensor), ranks_of(context)
 
 
 def _start_group(device: torch.device) -> None:

@@ -28,7 +28,8 @@ from samebit.kernels.linear import linear
 from samebit.kernels.rms_norm import rms_norm
 from samebit.kernels.rope import rope
 from samebit.kernels.swiglu import swiglu
-from samebit.trainer.megatron.parallel import ranks_of, row_parallel, spread
+from samebit.trainer.context import ContextShare
+from samebit.trainer.megatron.parallel import gather_context, ranks_of, row_parallel, spread
 
 
 @dataclass
@@ -37,6 +38,7 @@ class PackedSequences(PackedSeqParams):
 
     positions: torch.Tensor | None = None
     plan: Any = None
+    share: ContextShare | None = None
 
 
 class RMSNorm(MegatronModule):
@@ -105,13 +107,14 @@ class CoreAttention(MegatronModule):
         packed_seq_params: PackedSequences | None = None,
         **_unused: Any,
     ) -> torch.Tensor:
-        """query [T, N, H], key and value [T, K, H] -> [T, N * H]."""
+        """query [T, N, H], key and value [T, K, H] -> [T, N * H]; T of this context rank."""
         assert packed_seq_params is not None
         positions, plan = packed_seq_params.positions, packed_seq_params.plan
         assert positions is not None
         assert plan is not None
         q, k = rope(query, positions, self.rope_table), rope(key, positions, self.rope_table)
-        return packed_attention(q, k, value, plan, self.scale).flatten(1)
+        k, v = (gather_context(x, packed_seq_params.share) for x in (k, value))
+        return packed_attention(q, k, v, plan, self.scale).flatten(1)
 
 
 def block_submodules(

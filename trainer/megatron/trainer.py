@@ -26,6 +26,7 @@ from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs, selfcheck_model
 from samebit.trainer.algorithms.base import Loss
 from samebit.trainer.config import OptimizerConfig, ParallelConfig
+from samebit.trainer.context import share_context
 from samebit.trainer.megatron.cpu import no_cuda
 from samebit.trainer.megatron.forward import ForwardModel, batch_logprobs
 from samebit.trainer.megatron.model import build_model, forward_logprobs, named_params
@@ -54,7 +55,7 @@ class MegatronTrainer:
         parallel: ParallelConfig | None = None,
     ) -> None:
         self.parallel = parallel or ParallelConfig()
-        self.ranks = initialize(device, self.parallel)
+        self.ranks, self.context = initialize(device, self.parallel)
         selfcheck_model(model, device)
         self.model = model
         self.device = device
@@ -99,7 +100,7 @@ class MegatronTrainer:
     ) -> list[torch.Tensor]:
         """Log-probs [R] of every micro-batch, without gradients."""
         if not reference:
-            return batch_logprobs(self._ddp, batches, self.model)
+            return batch_logprobs(self._ddp, batches, self.model, self.context)
         if self._reference is None:
             raise RuntimeError("no reference model; call freeze_reference first")
         return self._reference.logprobs(batches)
@@ -132,7 +133,7 @@ class MegatronTrainer:
             self._optimizer.step_with_ready_grads()
             self._scheduler.step(increment=1)
         self.step += 1
-        first, *others = everyones(totals, get_data_parallel_group())
+        first, *others = everyones(totals, get_data_parallel_group(with_context_parallel=True))
         first.merge(others)
         return first.stats(float(norm), learning_rate)
 
@@ -183,7 +184,12 @@ class MegatronTrainer:
 
         def forward_step(iterator: Any, gpt: Any) -> tuple[torch.Tensor, Any]:
             batch, reference = next(iterator)
-            output = forward_logprobs(gpt, batch, self.model)
+            share = None
+            if self.context.size > 1:
+                share = share_context(batch, self.context, self.model.heads_per_kv)
+                batch = share.batch
+                reference = None if reference is None else reference[share.rows]
+            output = forward_logprobs(gpt, batch, self.model, share)
             return output, partial(self._loss, batch, loss, reference, totals)
 
         get_forward_backward_func()(
