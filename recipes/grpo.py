@@ -21,6 +21,7 @@ from samebit.recipes.placement import load_weights, start_engine
 from samebit.recipes.plan import grpo_plan, print_plan
 from samebit.recipes.report import write_report
 from samebit.recipes.rewards import load_reward, score
+from samebit.recipes.rollouts import save_rollout
 from samebit.recipes.session import Session, open_session
 from samebit.recipes.signals import StopSignals, stop_signals
 from samebit.recipes.tasks.base import Problem, load_datasets
@@ -335,6 +336,9 @@ def train_one_step(recipe: GrpoRecipe, logger: MetricsLogger, bar: tqdm) -> None
     phases = Phases()
     with phases.time("rollout"):
         rollout = recipe.rollout(progress.step, bar)
+    if run.logger.save_rollouts:
+        drawn = rollout.prompt_ids, rollout.completions, rollout.rewards
+        save_rollout(run.run_dir, progress.step + 1, *drawn)
     stats = recipe.update(rollout, phases)
     progress.step += 1
     metrics = rollout_metrics(rollout, "rollout") | train_metrics(stats)

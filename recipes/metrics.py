@@ -28,6 +28,8 @@ class LoggerConfig:
     """The wandb project."""
     num_samples: int = 8
     """Completions kept at each evaluation."""
+    save_rollouts: bool = False
+    """grpo: keep every drawn token and its log-prob in rollouts/, for `samebit diff`."""
 
 
 class MetricsLogger:
@@ -149,18 +151,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file: at any moment, also after a kill, it holds the old text or the new one."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces a file: at any moment, also after a kill, it holds the old content or the new."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file, _naming(file):
-        file.write(text)
+    with temporary.open("wb") as file, _naming(file):
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
 @contextmanager
-def _naming(file: IO[str]) -> Iterator[IO[str]]:
+def _naming[T: (str, bytes)](file: IO[T]) -> Iterator[IO[T]]:
     """Names the file in the errors of writing to it, as when the disk is full."""
     try:
         yield file

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,13 +101,18 @@ class Session:
         write_atomically(self.run_dir / "summary.json", json.dumps(summary) + "\n")
 
 
-def config_digest(run: RunSection) -> str:
-    """A digest of every key that a result depends on."""
-    config = {k: v for k, v in to_dict(run).items() if k not in _FREE_KEYS}
+def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a resolved configuration, every key that a result depends on."""
+    kept = {k: v for k, v in config.items() if k not in _FREE_KEYS}
     trainer = {k: v for k, v in config["trainer"].items() if k not in _FREE_TRAINER_KEYS}
     if trainer["optimizer"]["lr_schedule"] == "constant":
         del trainer["num_steps"]  # a run may be made longer
-    text = json.dumps(config | {"trainer": trainer}, sort_keys=True)
+    return kept | {"trainer": trainer}
+
+
+def config_digest(run: RunSection) -> str:
+    """A digest of every key that a result depends on."""
+    text = json.dumps(binding_config(to_dict(run)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -1,0 +1,78 @@
+"""A run's rollouts on disk: every token and the exact bits of its log-prob, one file a step."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from samebit.recipes.metrics import write_atomically
+from samebit.rollout.types import Completion
+
+ROLLOUTS_FOLDER = "rollouts"
+_PREFIX = "step_"
+
+
+@dataclass(frozen=True)
+class SavedSample:
+    """One sample as it was drawn and rewarded."""
+
+    sample_id: int
+    prompt_ids: torch.Tensor
+    token_ids: torch.Tensor
+    """[L] int32 drawn tokens."""
+    logprobs: torch.Tensor
+    """[L] fp32, the rollout's own bits."""
+    reward: float
+
+
+def save_rollout(
+    run_dir: Path,
+    step: int,
+    prompt_ids: Sequence[Sequence[int]],
+    groups: Sequence[Sequence[Completion]],
+    rewards: Sequence[Sequence[float]],
+) -> None:
+    """Write the rollout of a step: groups in prompt order, 8 bytes a drawn token."""
+    completions = [c for group in groups for c in group]
+
+    def ints(values: Iterator[int]) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.int32)
+
+    tensors = {
+        "prompt_lens": ints(len(p) for p in prompt_ids),
+        "prompt_ids": ints(token for p in prompt_ids for token in p),
+        "sample_ids": torch.tensor([c.sample_id for c in completions], dtype=torch.int64),
+        "rewards": torch.tensor([r for group in rewards for r in group], dtype=torch.float64),
+        "lens": ints(len(c.token_ids) for c in completions),
+        "token_ids": ints(token for c in completions for token in c.token_ids),
+        "logprobs": torch.tensor([x for c in completions for x in c.logprobs]),
+    }
+    file = run_dir / ROLLOUTS_FOLDER / f"{_PREFIX}{step:08d}.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    write_atomically(file, save(tensors))
+
+
+def load_rollout(file: Path) -> list[SavedSample]:
+    """The samples of a file, in prompt order. Raises ValueError if it is damaged."""
+    try:
+        x = load_file(file)
+        prompts = x["prompt_ids"].split(x["prompt_lens"].tolist())
+        lens = x["lens"].tolist()
+        parts = x["token_ids"].split(lens), x["logprobs"].split(lens)
+        rows = zip(x["sample_ids"].tolist(), *parts, x["rewards"].tolist(), strict=True)
+        group_size = len(lens) // len(prompts)
+        return [
+            SavedSample(sample_id, prompts[i // group_size], *row)
+            for i, (sample_id, *row) in enumerate(rows)
+        ]
+    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def list_rollouts(run_dir: Path) -> dict[int, Path]:
+    """The files by step."""
+    files = (run_dir / ROLLOUTS_FOLDER).glob(f"{_PREFIX}*.safetensors")
+    return {int(file.stem.removeprefix(_PREFIX)): file for file in sorted(files)}
