@@ -102,10 +102,15 @@ def settings(a: RunFolder, b: RunFolder) -> Iterator[str]:
     if a.numerics and b.numerics:
         yield from (f"numerics: {text}" for text in row_differences(a.numerics, b.numerics))
     for name in ("checkpoints", "rollouts", "samples"):
-        x, y = getattr(a, name).keys(), getattr(b, name).keys()
-        for only, steps in (("A", sorted(x - y)), ("B", sorted(y - x))):
+        x, y = getattr(a, name), getattr(b, name)
+        for only, steps in (("A", _more(x, y)), ("B", _more(y, x))):
             if steps:
                 yield f"not compared: {name} that only {only} has, of {_steps(steps)}"
+
+
+def _more(a: Mapping[int, Any], b: Mapping[int, Any]) -> list[int]:
+    """The steps of which a has something, or more rows, that b has not."""
+    return [s for s, x in a.items() if s not in b or (isinstance(x, list) and len(x) > len(b[s]))]
 
 
 def _steps(steps: list[int]) -> str:
@@ -261,8 +266,8 @@ def _damage(checkpoint: Checkpoint, run: str) -> str:
 
 def text_differences(a: Row, b: Row) -> Iterator[str]:
     """As row_differences; of texts, the first character that differs and what follows it."""
-    for key in a.keys() & b.keys():
-        x, y = a[key], b[key]
+    for key in a:
+        x, y = a[key], b.get(key)
         if isinstance(x, str) and isinstance(y, str) and x != y:
             at = len(os.path.commonprefix([x, y]))
             yield f"{key}, character {at}: {x[at : at + 20]!r} in A, {y[at : at + 20]!r} in B"
@@ -303,6 +308,8 @@ def report(a: RunFolder, b: RunFolder, limit: int) -> int:
         print(f"no difference: {_compared(a, b)}")
         return 0
     print(f"first difference: {first}", flush=True)
+    if "rollout.temperature" in a.config and not a.rollouts.keys() & b.rollouts.keys():
+        print("with logger.save_rollouts=true in both runs, the first token would be named")
     for text in islice(found, limit - 1):
         print(f"then: {text}")
     if limit > 1 and next(found, None):

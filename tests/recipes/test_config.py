@@ -257,7 +257,7 @@ def test_help_lists_groups_keys_and_defaults(capsys, command):
     text = capsys.readouterr().out
     assert f"samebit {command}: {cli.COMMANDS[command]}" in text
     assert ("engine: colocated, process" in text) == (command == "grpo")
-    assert ("output_dir: outputs" in text) == (command not in ("export", "fetch-smollm2"))
+    assert ("output_dir: outputs" in text) == (command not in ("diff", "export", "fetch-smollm2"))
     if command == "grpo":
         assert "  path: ???" in text
         assert "  clip_ratio_low: 0.2" in text
