@@ -131,11 +131,19 @@ def test_nothing_is_handled_outside_the_main_thread():
     assert found == [(signal.getsignal(signal.SIGTERM), None)]
 
 
+def say_so_and_sleep(connection):
+    connection.send("here")
+    time.sleep(60)
+
+
 def test_a_forked_child_can_be_terminated():
     """A reward may use processes; one that ignored SIGTERM would never end."""
     with stop_signals() as stop:
-        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        here, there = multiprocessing.Pipe()
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=say_so_and_sleep, args=(there,))
         process.start()
+        assert here.recv() == "here"  # Python drops signals that come while it forks
         process.terminate()
         process.join(10)
         assert process.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM)
