@@ -26,6 +26,7 @@ from samebit.trainer.checkpoint import Checkpoint, CheckpointError, list_checkpo
 
 Row = dict[str, Any]
 _EVAL = "eval/"
+_NEAR = 1 << 32  # ulps of fp64; of numbers further apart, the count says nothing
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,13 @@ def open_run(path: Path) -> RunFolder:
     samples: dict[int, list[Row]] = {}
     for row in read_rows(path / SAMPLES_FILE):
         samples.setdefault(row["step"], []).append(row)
-    summary = path / "summary.json"
     return RunFolder(
         _read_config(path / CONFIG_FILE),
         metrics,
         samples,
         {c.step: c for c in list_checkpoints(path / "checkpoints")},
         list_rollouts(path),
-        json.loads(summary.read_text()) if summary.exists() else None,
+        _read_summary(path / "summary.json"),
     )
 
 
@@ -82,6 +82,13 @@ def _read_config(file: Path) -> Row:
         return flatten(binding_config(config))
     except (YAMLError, OSError, KeyError, AttributeError) as error:
         raise ConfigError(f"{file} is no configuration of a training run") from error
+
+
+def _read_summary(file: Path) -> Row | None:
+    try:
+        return json.loads(file.read_text()) if file.exists() else None
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged: {error}") from error
 
 
 def flatten(value: Any, name: str = "") -> Row:
@@ -177,7 +184,7 @@ def leaf_difference(a: Any, b: Any) -> str | None:
     text = f"{_show(a)} in A, {_show(b)} in B"
     if isinstance(a, float) and isinstance(b, float):
         found = distance(*(torch.tensor(x, dtype=torch.float64) for x in (a, b)))
-        text += f", {found.ulps} ulps of fp64" if found else ""
+        text += f", {_ulps(found.ulps)} of fp64" if found and found.ulps < _NEAR else ""
     return text
 
 
@@ -188,13 +195,14 @@ def tensor_difference(a: torch.Tensor, b: torch.Tensor) -> str | None:
     found = distance(a, b)
     if found is None:
         return None
-    unit = "ulps" if a.is_floating_point() else "apart"
+    first, most = (
+        _ulps(n) if a.is_floating_point() else f"{n} apart" for n in (found.ulps, found.max_ulps)
+    )
     where = f" at {list(found.index)}" if found.index else ""
     x, y = (_show(t[found.index].item(), t.dtype) for t in (a, b))
     return (
         f"{found.num_differing} of {a.numel()} elements differ; the first{where} is {x} in A, {y} "
-        f"in B, {found.ulps} {unit}; at most {found.max_ulps} {unit}; SHA-256 {_digest(a)} and "
-        f"{_digest(b)}"
+        f"in B, {first}; at most {most}; SHA-256 {_digest(a)} and {_digest(b)}"
     )
 
 
@@ -227,7 +235,7 @@ def _sample_difference(a: SavedSample, b: SavedSample) -> str | None:
             for s in (a, b)
         )
         apart = distance(a.logprobs[at], b.logprobs[at])
-        return f"token {at}: {one} in A, {other} in B, {apart.ulps if apart else 0} ulps"
+        return f"token {at}: {one} in A, {other} in B, {_ulps(apart.ulps if apart else 0)}"
     if len(a.token_ids) != len(b.token_ids):
         return f"ends after {len(a.token_ids)} tokens in A, {len(b.token_ids)} in B"
     text = leaf_difference(a.reward, b.reward)
@@ -283,6 +291,10 @@ def _show(value: Any, dtype: torch.dtype = torch.float64) -> str:
         return f"{value:.9g}"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _ulps(count: int) -> str:
+    return "1 ulp" if count == 1 else f"{count} ulps"
 
 
 def _digest(x: torch.Tensor) -> str:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from samebit.recipes import cli
-from samebit.recipes.bits import distance
+from samebit.recipes.bits import Distance, distance
 from samebit.trainer.checkpoint import list_checkpoints
 
 SAVED = "logger.save_rollouts=true"
@@ -79,7 +79,7 @@ def test_one_bit_of_one_logprob(two, capsys):
     assert code == 1
     assert "first difference: step 3, rollout, sample 5 (id" in text
     assert f"token 1: {token} with log-prob {old.item():.9g} in A, {token} with" in text
-    assert text.rstrip().endswith(", 1 ulps")
+    assert text.rstrip().endswith(", 1 ulp")
 
 
 def test_one_bit_of_one_weight(two, capsys):
@@ -94,7 +94,7 @@ def test_one_bit_of_one_weight(two, capsys):
     assert code == 1
     assert f"first difference: step {checkpoint.step}, checkpoint, params.{key}: 1 of" in text
     assert "the first at [3] is" in text
-    assert "1 ulps; at most 1 ulps" in text
+    assert "in B, 1 ulp; at most 1 ulp; SHA-256 " in text
     assert "(the file of B is not what was written" in text
 
 
@@ -109,6 +109,58 @@ def test_all_shows_more_up_to_a_limit(two, capsys):
     assert text.count("first difference: step 2, metrics, train/loss: ") == 1
     assert text.count("then: step") == 2
     assert "and more" in text
+
+
+def test_what_only_one_run_kept_is_named(two, capsys):
+    """A shorter list of samples, no rollouts: less is compared, and that is said."""
+    shutil.rmtree(two[1] / "rollouts")
+    file = two[1] / "samples.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    code, text = diff(capsys, *two)
+    assert code == 0
+    assert "not compared: rollouts that only A has, of 6 steps from 1 to 6" in text
+    assert "not compared: samples that only A has, of step 6" in text
+
+
+def test_a_character_and_a_missing_metric(two, capsys):
+    """Evaluation comes after the checkpoint of a step; without rollouts, a hint how to get them."""
+    file = two[1] / "samples.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[5]["completion"] = rows[5]["completion"][:1] + "X"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = two[1] / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("eval/reward_mean", "eval/renamed"))
+    shutil.rmtree(two[1] / "rollouts")
+    code, text = diff(capsys, *two, "--all")
+    assert code == 1
+    first, hint, *_ = text[text.index("first difference") :].splitlines()
+    assert first.startswith("first difference: step 0, metrics, eval/reward_mean: ")
+    assert first.endswith(", only in A")
+    assert "logger.save_rollouts=true" in hint
+    assert "then: step 3, samples, row 1, completion, character 1: " in text
+
+
+def test_another_optimizer_setting(pair, capsys):
+    """A key that explains the difference is shown; one that cannot change a bit is not."""
+    pair.train("lr", SAVED, "trainer.optimizer.lr=2e-2", "engine.page_size=16")
+    capsys.readouterr()
+    code, text = diff(capsys, pair.folder / "one", pair.folder / "lr")
+    assert code == 1
+    lines = text.splitlines()
+    assert lines[1] == "config: trainer.optimizer.lr: 0.01 in A, 0.02 in B"
+    start = "first difference: step 1, metrics, train/learning_rate: 0.01 in A, 0.02 in B"
+    assert lines[-1] == start
+    for folder in ("one", "lr"):
+        assert (pair.folder / folder / "rollouts" / "step_00000001.safetensors").exists()
+    more = diff(capsys, pair.folder / "one", pair.folder / "lr", "all=true")[1]
+    assert "then: step 2, rollout, sample " in more
+
+
+def test_any_folder_name(two, capsys):
+    """What a shell passes on reaches the command as it is, by place or by key."""
+    odd = two[1].rename(two[1].with_name("it's = [b], {c}\\"))
+    assert diff(capsys, two[0], odd)[0] == 0
+    assert diff(capsys, f"b={two[0]}", odd)[0] == 0
 
 
 def test_a_shorter_run_is_a_difference(two, capsys):
@@ -133,6 +185,42 @@ def test_what_is_no_run_is_refused(pair, tmp_path, make, message, capsys):
     assert len(text.splitlines()) == 1
 
 
+def damage_rollout(folder):
+    file = sorted((folder / "rollouts").iterdir())[1]
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def damage_checkpoint(folder):
+    [file] = (folder / "checkpoints" / "step_00000004").glob("*.pt")
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+def damage_metrics(folder):
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n{"st\n{"step": 2}\n')
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_rollout, "step_00000002.safetensors is damaged"),
+        (damage_checkpoint, "rank_00000.pt is damaged"),
+        (damage_metrics, "metrics.jsonl, line 2 is damaged"),
+        (lambda folder: (folder / "metrics.jsonl").write_text(""), "holds no step yet"),
+        (lambda folder: (folder / "config.yaml").write_text("a: [1"), "is no configuration"),
+        (lambda folder: (folder / "config.yaml").write_text("model: tiny"), "is no configuration"),
+        (lambda folder: (folder / "summary.json").write_text("{"), "summary.json is damaged"),
+    ],
+)
+def test_a_damaged_folder_is_no_difference(two, damage, message, capsys):
+    """Exit code 2 and one line on stderr."""
+    damage(two[1])
+    assert cli.main(["diff", *map(str, two)]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert error[0].startswith("samebit diff: ")
+    assert message in error[0]
+
+
 def test_two_folders_are_needed(pair, capsys):
     code, text = diff(capsys, pair.folder / "one")
     assert code == 2
@@ -148,3 +236,7 @@ def test_distances():
     found = distance(a, b)
     assert (found.num_differing, found.index, found.ulps, found.max_ulps) == (2, (0, 1), 0, 1)
     assert distance(torch.tensor([5]), torch.tensor([9])).ulps == 4
+    far = torch.tensor([3.0], dtype=torch.float64)
+    assert distance(far, -far).max_ulps == 2 * 0x4008 << 48  # beyond int64
+    tiny = torch.tensor(2.0**-133, dtype=torch.bfloat16)  # the smallest
+    assert distance(tiny, -tiny) == Distance(1, (), 2, 2)
