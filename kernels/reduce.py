@@ -91,12 +91,17 @@ def own_rows(x: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
     return x.chunk(ranks.size)[ranks.rank]
 
 
+def gather_objects[T](value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every process's picklable value, in rank order (of all processes, or of a group)."""
+    values = [value] * dist.get_world_size(group)
+    if len(values) > 1:
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def smallest(value: int, ranks: TensorRanks) -> int:
     """The least of every rank's value."""
-    values = [value] * ranks.size
-    if ranks.size > 1:
-        dist.all_gather_object(values, value, group=ranks.group)
-    return min(values)
+    return value if ranks.size == 1 else min(gather_objects(value, ranks.group))
 
 
 def _gather(x: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch.Tensor]:

@@ -69,11 +69,6 @@ def linear_triton(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> Non
     )
 
 
-def linear_cublaslt(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> None:
-    """The same by cuBLASLt; raises CublasLtError where it cannot."""
-    cublaslt.matmul(x, weight, y)
-
-
 def row_pieces(num_rows: int) -> list[tuple[int, int]]:
     """(start, length) of products over num_rows rows, every length from the finite set."""
     pieces = []

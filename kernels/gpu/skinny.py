@@ -31,6 +31,10 @@ class Tile:
     tma: bool = False  # weights through tensor-map copies
     prefetch: int = 0  # elements of each weight row fetched ahead, a multiple of 64
 
+    def divides(self, n: int, k: int) -> bool:
+        """Whether a weight [n, k] is a whole number of these tiles."""
+        return n % self.block_n == 0 and k % self.block_k == 0
+
 
 @triton.jit
 def _weights(w_ptr, first, k0, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
@@ -101,7 +105,7 @@ def block_rows(num_rows: int) -> int:
 def fits(num_rows: int, weight: torch.Tensor, tile: Tile, gated: bool = False) -> bool:
     """Whether the kernel can compute num_rows rows of this product with this tile."""
     n, k = weight.shape[0] // (2 if gated else 1), weight.shape[1]
-    return num_rows <= MAX_ROWS and n % tile.block_n == 0 and k % tile.block_k == 0
+    return num_rows <= MAX_ROWS and tile.divides(n, k)
 
 
 def matmul(

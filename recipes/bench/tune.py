@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from samebit.kernels.gpu.rows import swiglu
 from samebit.kernels.gpu.skinny import Tile
 from samebit.kernels.gpu.tuning import TABLES, Choice, Key, table_path, to_json
 from samebit.recipes.bench.config import BenchKernelsRun
+from samebit.recipes.bench.kernels import linear_shapes
+from samebit.recipes.bench.timing import num_copies
 from samebit.recipes.metrics import write_atomically
 from samebit.recipes.provenance import provenance
 from samebit.rollout.models.config import ModelConfig
@@ -35,7 +37,6 @@ from samebit.rollout.models.registry import load_model_config
 
 SKINNY_ROWS = (16, 32, 64, 128)
 LARGE_ROWS = (160, 192, 224, 256, 320, 384, 448, 512, 1024, 2048, 4096, 8192)
-ROTATED_BYTES = 256 << 20
 PREFETCH = 256
 _SHARED_BYTES = 220 << 10
 _WORTH = 0.99  # of the default's time: below, an entry is worth its place
@@ -45,18 +46,20 @@ def tiles(rows: int, n: int, k: int, gated: bool) -> Iterator[Tile]:
     """Every tile to try that fits the product and an SM's shared memory."""
     plain = itertools.product((16, 32, 64), (64, 128, 256), (4,), (3, 4, 5, 6), (False,))
     swapped = itertools.product((64, 128), (64, 128), (4, 8), (3, 4, 5), (True,))
-    for block_n, block_k, warps, stages, swap in itertools.chain(plain, swapped):
-        block_m = skinny.block_rows(rows)
-        stage = 2 * block_k * (block_n * (2 if gated else 1) + block_m)
-        too_tall = not swap and block_m > 64
-        if swap and (block_n * (2 if gated else 1) * block_m > 128 * 128 * warps // 4):
+    block_m = skinny.block_rows(rows)
+    prefetch = PREFETCH if k >= PREFETCH else 0
+    for tile in itertools.starmap(Tile, itertools.chain(plain, swapped)):
+        width = tile.block_n * (2 if gated else 1)
+        shared = 2 * tile.block_k * (width + block_m) * tile.stages
+        too_tall = not tile.swap and block_m > 64
+        if tile.swap and width * block_m > 128 * 128 * tile.warps // 4:
             continue  # accumulators would not fit the registers
-        if n % block_n or k % block_k or too_tall or stage * stages > _SHARED_BYTES:
+        if not tile.divides(n, k) or too_tall or not 48 << 10 <= shared <= _SHARED_BYTES:
             continue
-        if stage * stages < 48 << 10 or (warps == 8 and block_n == 64):
+        if tile.warps == 8 and tile.block_n == 64:
             continue
         for tma in (False, True):
-            yield Tile(block_n, block_k, warps, stages, swap, tma, PREFETCH if k >= PREFETCH else 0)
+            yield replace(tile, tma=tma, prefetch=prefetch)
 
 
 def _compile(job: tuple[int, int, int, bool, bool, Tile]) -> str | None:
@@ -112,17 +115,15 @@ def graph_us(action: Callable[[int], None], copies: int, replays: int = 5) -> fl
 
 def model_keys(config: ModelConfig, row_counts: Sequence[int]) -> list[Key]:
     """Products of a model at these row counts."""
-    c = config
-    heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-    plain = [(heads, c.hidden_size), (c.hidden_size, c.num_heads * c.head_dim)]
-    plain += [(2 * c.ffn_size, c.hidden_size), (c.hidden_size, c.ffn_size)]
+    shapes = linear_shapes(config)
+    head = shapes.pop("lm_head")
     keys = []
     for rows in row_counts:
-        keys += [Key(n, k, rows) for n, k in plain]
+        keys += [Key(n, k, rows) for n, k in shapes.values()]
         if rows <= skinny.MAX_ROWS:
-            keys.append(Key(c.ffn_size, c.hidden_size, rows, gated=True))
+            keys.append(Key(config.ffn_size, config.hidden_size, rows, gated=True))
         if rows <= 512:
-            keys.append(Key(c.vocab_size, c.hidden_size, rows, fp32=True))
+            keys.append(Key(*head, rows, fp32=True))
     return keys
 
 
@@ -132,7 +133,7 @@ class _Product:
     def __init__(self, key: Key) -> None:
         self.key = key
         wide = key.n * (2 if key.gated else 1)
-        self.copies = max(1, min(64, -(-ROTATED_BYTES // (wide * key.k * 2))))
+        self.copies = min(64, num_copies(wide * key.k * 2))
         self.weights = [
             torch.randn(wide, key.k, device="cuda").mul_(0.02).to(torch.bfloat16)
             for _ in range(self.copies)

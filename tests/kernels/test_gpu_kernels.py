@@ -48,7 +48,8 @@ def error(found, truth):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear_implementations_are_equal(shape):
     """cuBLASLt without split-K and the Triton kernel give the same bits at every row count."""
-    from samebit.kernels.gpu.linear import linear_cublaslt, linear_triton
+    from samebit.kernels.gpu import cublaslt
+    from samebit.kernels.gpu.linear import linear_triton
 
     weight, x = bf16(*shape, scale=0.03), bf16(max(ROW_COUNTS), shape[1], seed=1)
     for out_dtype in (torch.bfloat16, torch.float32):
@@ -56,7 +57,7 @@ def test_linear_implementations_are_equal(shape):
         truth = torch.empty(max(counts), shape[0], dtype=out_dtype, device="cuda")
         linear_triton(x[: max(counts)], weight, truth)
         for m in counts:
-            for implementation in (linear_cublaslt, linear_triton):
+            for implementation in (cublaslt.matmul, linear_triton):
                 y = torch.full_like(truth[:m], float("nan"))
                 implementation(x[:m], weight, y)
                 assert torch.equal(y, truth[:m]), (shape, m, out_dtype, implementation.__name__)

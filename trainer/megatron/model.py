@@ -101,7 +101,8 @@ def forward_logprobs(
     `gpt` is a GPTModel or Megatron's DDP around one. With a context share, `batch` is the share's.
     """
     input_ids, positions, lens = batch.input_ids, batch.positions, list(batch.seq_lens)
-    if gpt.config.sequence_parallel and (pad := -len(input_ids) % parallel_size(gpt)):
+    parallel_size = gpt.config.tensor_model_parallel_size
+    if gpt.config.sequence_parallel and (pad := -len(input_ids) % parallel_size):
         # Every rank gets as many tokens: a last sequence that nobody looks at.
         input_ids, lens = F.pad(input_ids, (0, pad)), [*lens, pad]
         positions = torch.cat([positions, torch.arange(pad, device=positions.device)])
@@ -119,11 +120,6 @@ def forward_logprobs(
         output_processor=_logprob_head,
         output_processor_context=(batch, model.vocab_size),
     )
-
-
-def parallel_size(gpt: Any) -> int:
-    """Processes that share its layers."""
-    return gpt.config.tensor_model_parallel_size
 
 
 def _logprob_head(

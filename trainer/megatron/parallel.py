@@ -21,14 +21,6 @@ def ranks_of(group: dist.ProcessGroup) -> TensorRanks:
     return TensorRanks(dist.get_rank(group), size, group) if size > 1 else ALONE
 
 
-def everyones[T](value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Every process's value, in rank order (of all processes, or of a group)."""
-    values = [value] * dist.get_world_size(group)
-    if len(values) > 1:
-        dist.all_gather_object(values, value, group=group)
-    return values
-
-
 def _summed(partial: torch.Tensor, ranks: TensorRanks, dtype: torch.dtype) -> torch.Tensor:
     return reduce_sum(partial.float(), ranks.group, dtype)
 

@@ -22,6 +22,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.parallel_state import get_data_parallel_group
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from samebit.kernels.reduce import gather_objects
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs, selfcheck_model
 from samebit.trainer.algorithms.base import Loss
@@ -30,7 +31,6 @@ from samebit.trainer.context import share_context
 from samebit.trainer.megatron.cpu import no_cuda
 from samebit.trainer.megatron.forward import ForwardModel, batch_logprobs
 from samebit.trainer.megatron.model import build_model, forward_logprobs, named_params
-from samebit.trainer.megatron.parallel import everyones
 from samebit.trainer.megatron.setup import initialize
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.stats import Totals
@@ -114,7 +114,7 @@ class MegatronTrainer:
         with no_cuda():
             references = self.logprobs(batches, reference=True) if self._reference else None
             totals = self._forward_backward(batches, loss, references)
-            for failure in filter(None, everyones(self._failure)):
+            for failure in filter(None, gather_objects(self._failure)):
                 raise NonFiniteError(failure)
             self._require_finite_gradients(batches, loss, references)
             self._optimizer.prepare_grads()
@@ -133,7 +133,7 @@ class MegatronTrainer:
             self._optimizer.step_with_ready_grads()
             self._scheduler.step(increment=1)
         self.step += 1
-        first, *others = everyones(totals, get_data_parallel_group(with_context_parallel=True))
+        first, *others = gather_objects(totals, get_data_parallel_group(with_context_parallel=True))
         first.merge(others)
         return first.stats(float(norm), learning_rate)
 
@@ -230,7 +230,7 @@ class MegatronTrainer:
         """Whether they are on every rank: all must take the same way from here."""
         buffers = [*self._ddp.buffers, *self._ddp.expert_parallel_buffers]
         finite = all(bool(buffer.grad_data.isfinite().all()) for buffer in buffers)
-        return all(everyones(finite))
+        return all(gather_objects(finite))
 
     def _require_finite_gradients(
         self,
