@@ -24,8 +24,6 @@ from samebit.kernels.gpu.decode_attention import (
 )
 from samebit.kernels.gpu.online_softmax import merge, split_pass
 
-_LN2 = 0.6931471805599453
-
 
 @dataclass(frozen=True)
 class GpuAttentionPlan:
@@ -41,6 +39,7 @@ class GpuAttentionPlan:
     tile_seq: torch.Tensor  # int32, sequence of each query tile
     tile_start: torch.Tensor  # int32, its first query in that sequence
     tile_rows: int
+    longest: int  # bound of the contexts that prefill
     seq_lens: tuple[int, ...]  # packed form: host copy for the backward
     whole: bool = True  # queries are those of whole sequences
 
@@ -58,8 +57,7 @@ def plan(
     starts = np.concatenate([[0], np.cumsum(queries)[:-1]])
     decoding = (queries == 1) & (page_table is not None)
     prefilling = np.flatnonzero(~decoding)
-    longest = int(queries[prefilling].max()) if len(prefilling) else 0
-    tile_rows = 128 if longest > 64 else 64
+    tile_rows = 128 if queries[prefilling].max(initial=0) > 64 else 64
     counts = -(-queries[prefilling] // tile_rows)
     tile_seq = np.repeat(prefilling, counts)
     tile_start = (
@@ -90,6 +88,7 @@ def plan(
         tile_seq=to_device(tile_seq[order]),
         tile_start=to_device(tile_start[order]),
         tile_rows=tile_rows,
+        longest=int(contexts[prefilling].max(initial=0)),
         seq_lens=tuple(int(n) for n in queries),
         whole=bool((queries == contexts).all()),
     )
@@ -117,6 +116,7 @@ def decode_plan(
         tile_seq=none,
         tile_start=none,
         tile_rows=64,
+        longest=0,
         seq_lens=(),
     )
 
@@ -127,7 +127,7 @@ def _prefill_kernel(
     pages_ptr, tile_seq, tile_start, max_pages, num_tokens, q_stride, q_head, stride, kv_head,
     qk_scale, N, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr, SPLIT: tl.constexpr, PAGED: tl.constexpr, PAGE: tl.constexpr,
-    LSE: tl.constexpr,
+    LSE: tl.constexpr, ONE_SPLIT: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     seq = tl.load(tile_seq + tl.program_id(1))
@@ -144,19 +144,23 @@ def _prefill_kernel(
         q_ptr + row[:, None] * q_stride + head * q_head + d[None, :], mask=inside, other=0.0
     )
     end = tl.minimum(context_len - query_len + start + ROWS, context_len)
+    whole = context_len - query_len + start + 1
     k_head = k_ptr + (head // GROUP) * kv_head
     v_head = v_ptr + (head // GROUP) * kv_head
     pages = pages_ptr + seq.to(tl.int64) * max_pages
     key_start = tl.load(key_starts + seq)
-    m = tl.full((ROWS,), -1e30, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for s0 in range(0, end, SPLIT):
-        next_m, next_total, next_acc = split_pass(
-            q, k_head, v_head, pages, key_start, position, s0, tl.minimum(s0 + SPLIT, end), stride,
-            qk_scale, D, BLOCK_D, ROWS, TILE, SPLIT, PAGED, PAGE,
-        )  # fmt: skip
-        m, total, acc = merge(m, total, acc, next_m, next_total, next_acc)
+    m, total, acc = split_pass(
+        q, k_head, v_head, pages, key_start, position, 0, whole, tl.minimum(SPLIT, end),
+        stride, qk_scale, D, BLOCK_D, ROWS, TILE, SPLIT, PAGED, PAGE, True,
+    )  # fmt: skip
+    if not ONE_SPLIT:
+        for s0 in range(SPLIT, end, SPLIT):
+            next_m, next_total, next_acc = split_pass(
+                q, k_head, v_head, pages, key_start, position, s0, whole,
+                tl.minimum(s0 + SPLIT, end), stride, qk_scale, D, BLOCK_D, ROWS, TILE, SPLIT, PAGED,
+                PAGE, True,
+            )  # fmt: skip
+            m, total, acc = merge(m, total, acc, next_m, next_total, next_acc)
     out = o_ptr + (row[:, None] * N + head) * D + d[None, :]
     tl.store(out, (acc / total[:, None]).to(o_ptr.dtype.element_ty), mask=inside)
     if LSE:
@@ -214,7 +218,8 @@ def _prefill(
         0 if table is None else table.stride(0), q.shape[0], q.stride(0), q.stride(1), k.stride(0),
         k.stride(1), scale * LOG2E, num_heads, num_heads // k.shape[1], head_dim, block_d,
         plan.tile_rows, kv_tile, kv_split, table is not None, plan.page_size, lse.shape[1] > 0,
-        num_warps=8 if plan.tile_rows == 128 else 4, num_stages=2, enable_fp_fusion=False,
+        plan.longest <= kv_split, num_warps=8 if plan.tile_rows == 128 else 4, num_stages=2,
+        enable_fp_fusion=False,
     )  # fmt: skip
 
 

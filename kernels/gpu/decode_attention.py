@@ -73,9 +73,10 @@ def _decode_kernel(
     heads = (kv * GROUP + r)[:, None]
     q = tl.load(q_ptr + row * q_stride + heads * q_head + d[None, :], mask=inside, other=0.0)
     position = tl.zeros((ROWS,), tl.int32) + context_len - 1
+    hi = tl.minimum(lo + SPLIT, context_len)
     m, total, acc = split_pass(
-        q, k_head, v_head, pages, 0, position, lo, tl.minimum(lo + SPLIT, context_len), stride,
-        qk_scale, D, BLOCK_D, ROWS, TILE, SPLIT, True, PAGE,
+        q, k_head, v_head, pages, 0, position, lo, hi, hi, stride, qk_scale, D, BLOCK_D, ROWS, TILE,
+        SPLIT, True, PAGE, False,
     )  # fmt: skip
     num_splits = tl.cdiv(context_len, SPLIT)
     out = o_ptr + (row * NUM_KV * GROUP + heads) * D + d[None, :]
@@ -90,8 +91,7 @@ def _decode_kernel(
     tl.debug_barrier()  # every thread's part is written before the arrival is counted
     if tl.atomic_add(counters + whose, 1, sem="acq_rel") != num_splits - 1:
         return
-    m = tl.full((ROWS,), -1e30, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
+    m, total = tl.full((ROWS,), -1e30, tl.float32), tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for s in range(0, num_splits):
         place = (whose * max_splits + s) * GROUP + r
@@ -124,6 +124,7 @@ def decode_attention(
     kv_split: int = KV_SPLIT,
     num_warps: int = 4,
     num_stages: int | None = None,
+    max_registers: int | None = None,
 ) -> None:
     """Write output rows [query_rows, N, H] of the entries; table [tables, max_pages] int32.
 
@@ -148,5 +149,5 @@ def decode_attention(
         decode.table_rows, decode.context_lens, table, table.stride(0), q.stride(0), q.stride(1),
         k.stride(0), k.stride(1), scale * LOG2E, max_splits, num_kv, group, head_dim, block_d,
         rows, kv_tile, kv_split, page_size, pdl, num_warps=num_warps,
-        num_stages=num_stages, enable_fp_fusion=False, launch_pdl=pdl,
+        num_stages=num_stages, maxnreg=max_registers, enable_fp_fusion=False, launch_pdl=pdl,
     )  # fmt: skip

@@ -10,47 +10,91 @@ import triton.language as tl
 
 
 @triton.jit
-def split_pass(
-    q, k_ptr, v_ptr, pages, key_start, position, lo, hi, stride, qk_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    SPLIT: tl.constexpr, PAGED: tl.constexpr, PAGE: tl.constexpr,
+def _attend_tile(
+    q, k_ptr, v_ptr, pages, ids, key_start, position, n0, lo, hi, stride, qk_scale, ones, m, total,
+    acc, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, PAGED: tl.constexpr,
+    PAGE: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over keys [lo, hi) of one split: running max, sum and accumulator."""
+    """One step of the online softmax: keys [n0, n0 + TILE). MASKED: some may not be seen."""
     d = tl.arange(0, BLOCK_D)
+    n = n0 + tl.arange(0, TILE)
+    if PAGED:
+        if IDS > 0:
+            place = tl.arange(0, IDS)
+            first = (n0 - lo) // PAGE
+            page = tl.sum(tl.where(place == first, ids, 0), 0)
+            if TILE > PAGE:
+                second = tl.sum(tl.where(place == first + 1, ids, 0), 0)
+                page = tl.where(n < n0 + PAGE, page, second)
+        else:
+            page = tl.load(pages + n // PAGE, mask=n < hi, other=0)
+        row = page.to(tl.int64) * PAGE + n % PAGE
+    else:
+        row = (key_start + n).to(tl.int64)
+    place_of = row[:, None] * stride + d[None, :]
+    if MASKED:
+        inside = (n < hi)[:, None] & (d < D)[None, :]
+        k = tl.load(k_ptr + place_of, mask=inside, other=0.0)
+        seen = (n < hi)[None, :] & (n[None, :] <= position[:, None])
+        s = tl.where(seen, tl.dot(q, tl.trans(k)) * qk_scale, -1e30)
+    else:
+        if BLOCK_D > D:
+            k = tl.load(k_ptr + place_of, mask=(d < D)[None, :], other=0.0)
+        else:
+            k = tl.load(k_ptr + place_of)
+        s = tl.dot(q, tl.trans(k)) * qk_scale
+    new_m = tl.maximum(m, tl.max(s, 1))
+    rescale = tl.exp2(m - new_m)
+    p = tl.exp2(s - new_m[:, None])
+    if MASKED:
+        p = tl.where(seen, p, 0.0)
+        v = tl.load(v_ptr + place_of, mask=inside, other=0.0)
+    elif BLOCK_D > D:
+        v = tl.load(v_ptr + place_of, mask=(d < D)[None, :], other=0.0)
+    else:
+        v = tl.load(v_ptr + place_of)
+    p = p.to(tl.bfloat16)
+    total = tl.fma(total, rescale, tl.max(tl.dot(p, ones), 1))
+    acc = tl.dot(p, v, acc * rescale[:, None])
+    return new_m, total, acc
+
+
+@triton.jit
+def split_pass(
+    q, k_ptr, v_ptr, pages, key_start, position, lo, whole, hi, stride, qk_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    SPLIT: tl.constexpr, PAGED: tl.constexpr, PAGE: tl.constexpr, UNMASKED: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over keys [lo, hi) of one split: running max, sum and accumulator.
+
+    Every query sees the keys below `whole`; UNMASKED: tiles up to there have a loop without masks.
+    """
     ones = tl.full((TILE, 16), 1.0, tl.bfloat16)
-    if PAGED and TILE <= 2 * PAGE and 2 * PAGE <= SPLIT and TILE % PAGE == 0:
-        # All page ids at once, so that the tiles' loads depend on nothing in the loop.
-        place = tl.arange(0, SPLIT // PAGE)
+    ids = 0
+    IDS: tl.constexpr = (
+        SPLIT // PAGE
+        if PAGED and TILE <= 2 * PAGE and 2 * PAGE <= SPLIT and TILE % PAGE == 0
+        else 0
+    )
+    if IDS > 0:  # all page ids at once, so that the tiles' loads depend on nothing in the loop
+        place = tl.arange(0, IDS)
         ids = tl.load(pages + lo // PAGE + place, mask=lo + place * PAGE < hi, other=0)
     m = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for n0 in range(lo, hi, TILE):
-        n = n0 + tl.arange(0, TILE)
-        live = n < hi
-        if PAGED:
-            if TILE <= 2 * PAGE and 2 * PAGE <= SPLIT and TILE % PAGE == 0:
-                first = (n0 - lo) // PAGE
-                page = tl.sum(tl.where(place == first, ids, 0), 0)
-                if TILE > PAGE:
-                    second = tl.sum(tl.where(place == first + 1, ids, 0), 0)
-                    page = tl.where(n < n0 + PAGE, page, second)
-            else:
-                page = tl.load(pages + n // PAGE, mask=live, other=0)
-            row = page.to(tl.int64) * PAGE + n % PAGE
-        else:
-            row = (key_start + n).to(tl.int64)
-        inside = live[:, None] & (d < D)[None, :]
-        k = tl.load(k_ptr + row[:, None] * stride + d[None, :], mask=inside, other=0.0)
-        seen = live[None, :] & (n[None, :] <= position[:, None])
-        s = tl.where(seen, tl.dot(q, tl.trans(k)) * qk_scale, -1e30)
-        new_m = tl.maximum(m, tl.max(s, 1))
-        rescale = tl.exp2(m - new_m)
-        p = tl.where(seen, tl.exp2(s - new_m[:, None]), 0.0).to(tl.bfloat16)
-        v = tl.load(v_ptr + row[:, None] * stride + d[None, :], mask=inside, other=0.0)
-        total = tl.fma(total, rescale, tl.max(tl.dot(p, ones), 1))
-        acc = tl.dot(p, v, acc * rescale[:, None])
-        m = new_m
+    begin = lo
+    if UNMASKED:
+        begin += tl.maximum(tl.minimum(whole, hi) - lo, 0) // TILE * TILE
+        for n0 in range(lo, begin, TILE):
+            m, total, acc = _attend_tile(
+                q, k_ptr, v_ptr, pages, ids, key_start, position, n0, lo, hi, stride, qk_scale,
+                ones, m, total, acc, D, BLOCK_D, TILE, PAGED, PAGE, IDS, False,
+            )  # fmt: skip
+    for n0 in range(begin, hi, TILE):
+        m, total, acc = _attend_tile(
+            q, k_ptr, v_ptr, pages, ids, key_start, position, n0, lo, hi, stride, qk_scale, ones,
+            m, total, acc, D, BLOCK_D, TILE, PAGED, PAGE, IDS, True,
+        )  # fmt: skip
     return m, total, acc
 
 
