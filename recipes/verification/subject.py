@@ -21,7 +21,7 @@ PROMPT_LENS = (1, 2, 15, 16, 17, 31, 33, 48, 63, 64, 65, 80, 127, 128, 129, 191,
 GPU_PROMPT_LENS = (*PROMPT_LENS, 511, 513, 1023, 1024, 1025, 2047, 2049)
 NUM_NEW_TOKENS = 48
 NUM_SAMPLES = 3
-KV_TOKENS = 1 << 16
+KV_TOKENS = 1 << 15
 _LIMITS: tuple[dict[str, Any], ...] = (
     {},
     {"temperature": 0.7},
