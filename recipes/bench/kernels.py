@@ -70,7 +70,10 @@ def _torch_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def bench_linear(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
-    """Our product and torch's of the same operands; `layer` rows are sums of a layer's four."""
+    """Our product and torch's of the same operands.
+
+    `layer` rows are sums of a layer's four, `layer in turn` those four one behind the other.
+    """
     rows: list[Row] = []
     for shape, (n, k) in linear_shapes(config).items():
         weights = [_randn(n, k) for _ in range(num_copies(2 * n * k))]
@@ -94,7 +97,7 @@ def bench_linear(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
             )  # fmt: skip
         del weights
         torch.cuda.empty_cache()
-    return rows + layer_sums(rows)
+    return rows + layer_sums(rows) + layers_in_turn(config, run)
 
 
 def layer_sums(rows: list[Row]) -> list[Row]:
@@ -109,6 +112,32 @@ def layer_sums(rows: list[Row]) -> list[Row]:
              "roofline": ideal / us}
         )  # fmt: skip
     return sums
+
+
+def layers_in_turn(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
+    """By number of rows, a layer's four products in the order in which a model runs them."""
+    shapes = [shape for name, shape in linear_shapes(config).items() if name in LAYER]
+    num_bytes = sum(2 * n * k for n, k in shapes)
+    layers = [[_randn(*shape) for shape in shapes] for _ in range(max(2, num_copies(num_bytes)))]
+    inputs = [_randn(max(run.rows), k) for _, k in shapes]
+
+    def products(multiply: Callable, weights: list[torch.Tensor], m: int) -> None:
+        for x, weight in zip(inputs, weights, strict=True):
+            multiply(x[:m], weight)
+
+    rows: list[Row] = []
+    for m in run.rows:
+        ideal = sum(ideal_us(2 * m * n * k, 2 * (n * k + m * (n + k))) for n, k in shapes)
+        us, torch_us = (
+            graph_us([partial(products, f, weights, m) for weights in layers], ideal, run.replays)
+            for f in (linear, F.linear)
+        )
+        rows.append(
+            {"shape": "layer in turn", "m": m, "us": us.median, "torch_us": torch_us.median,
+             "ratio": us.median / torch_us.median, "roofline": ideal / us.median,
+             "spread": asdict(us), "torch_spread": asdict(torch_us)}
+        )  # fmt: skip
+    return rows
 
 
 def make_cache(config: ModelConfig, num_pages: int) -> tuple[torch.Tensor, torch.Tensor]:

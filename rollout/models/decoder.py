@@ -143,11 +143,13 @@ class Decoder:
         input_ids: torch.Tensor,
         attend: Attend,
         collect: Iterable[int] = (),
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """input_ids [T] int64 -> (final-normed hidden [T, D], collected).
 
         `collect` names layers whose residual stream [T, D] to return: i is the stream after i
-        layers, 0 the embeddings.
+        layers, 0 the embeddings. `rows` [S] int64: the hidden states wanted, all if None. Behind
+        the last attention nothing else is computed, unless streams are collected.
         """
         eps, wanted = self.config.norm_eps, set(collect)
         collected: dict[int, torch.Tensor] = {}
@@ -161,6 +163,10 @@ class Decoder:
             if i in wanted:
                 collected[i] = residual
             attended = attend(i, linear(normed, layer.qkv), layer.norms)
+            if rows is not None and i == len(self.layers) - 1 and not wanted:
+                if len(rows) == 0:
+                    return residual[:0], collected
+                attended, residual, rows = attended[rows], residual[rows], None
             branch = row_parallel_linear(attended.flatten(1), layer.proj, self.ranks)
             normed, residual = add_rms_norm(branch, residual, layer.mlp_norm, eps)
             branch = row_parallel_linear(swiglu_linear(normed, layer.fc1), layer.fc2, self.ranks)
@@ -168,7 +174,7 @@ class Decoder:
         hidden, residual = add_rms_norm(branch, residual, self.final_norm, eps)
         if len(self.layers) in wanted:
             collected[len(self.layers)] = residual
-        return hidden, collected
+        return hidden if rows is None else hidden[rows], collected
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [S, D] after the final norm -> [S, V] fp32, before any temperature."""

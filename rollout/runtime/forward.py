@@ -11,11 +11,15 @@ from samebit.rollout.runtime.kv_cache import KVCache
 
 @torch.no_grad()
 def forward(
-    model: Decoder, cache: KVCache, batch: Batch, collect: set[int]
+    model: Decoder,
+    cache: KVCache,
+    batch: Batch,
+    collect: set[int],
+    rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
     """Compute the batch's tokens; their keys and values are in the cache afterwards.
 
-    Returns (hidden [T, D] after the final norm, residual streams of `collect`).
+    Returns (hidden [S, D] after the final norm of `rows`, residual streams of `collect`).
     """
     config = model.config
 
@@ -27,4 +31,4 @@ def forward(
         )  # fmt: skip
         return paged_attention(q, keys, values, batch.plan, config.softmax_scale)
 
-    return model.forward(batch.input_ids, attend, collect)
+    return model.forward(batch.input_ids, attend, collect, rows)

@@ -1,6 +1,7 @@
 """From the user's arguments to Requests, with everything checked before anything runs."""
 
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -61,8 +62,8 @@ class RequestFactory:
     ) -> Request:
         if len(prompt_ids) == 0:
             raise ValueError(f"prompt {place} is empty; it needs at least one token")
-        self._check_tokens(f"prompt {place}", prompt_ids)
-        self._check_tokens("stop_token_ids", params.stop_token_ids)
+        prompt_ids = self._checked_tokens(f"prompt {place}", prompt_ids)
+        self._checked_tokens("stop_token_ids", params.stop_token_ids)
         num_new = 0 if score_only else params.max_new_tokens
         for what, limit in (("context", self.max_model_len), ("KV cache", self.kv_capacity)):
             if len(prompt_ids) + num_new > limit:
@@ -72,20 +73,32 @@ class RequestFactory:
                 )
         return Request(
             request_id=str(next(self._ids)),
-            prompt_ids=tuple(int(t) for t in prompt_ids),
+            prompt_ids=prompt_ids,
             params=params,
             sample_ids=sample_ids,
             hidden_state_layers=layers,
             score_only=score_only,
         )
 
-    def _check_tokens(self, what: str, token_ids: Sequence[int]) -> None:
-        for place, token in enumerate(token_ids):
-            if not 0 <= token < self.vocab_size:
-                raise ValueError(
-                    f"{what}: token {token} at position {place} is outside the vocabulary "
-                    f"[0, {self.vocab_size})"
-                )
+    def _checked_tokens(self, what: str, token_ids: Sequence[int]) -> tuple[int, ...]:
+        try:
+            tokens = tuple(map(operator.index, token_ids))
+        except TypeError:
+            place, token = next(
+                (i, t) for i, t in enumerate(token_ids) if not hasattr(t, "__index__")
+            )
+            raise ValueError(
+                f"{what}: token {token!r} at position {place} is not an integer"
+            ) from None
+        if tokens and (min(tokens) < 0 or max(tokens) >= self.vocab_size):
+            place, token = next(
+                (i, t) for i, t in enumerate(tokens) if not 0 <= t < self.vocab_size
+            )
+            raise ValueError(
+                f"{what}: token {token} at position {place} is outside the vocabulary "
+                f"[0, {self.vocab_size})"
+            )
+        return tokens
 
 
 def _per_prompt(

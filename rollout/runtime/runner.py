@@ -86,24 +86,25 @@ class Runner:
             seq = slots.seqs[slot]
             assert seq is not None
             wanted |= set(seq.request.hidden_state_layers)
-        hidden, collected = self.forward(batch, wanted)
         draws, logits_of = make_draws(step, slots), self.model.logits
+        scored_rows, next_ids, owners = scoring_rows(step)
+        rows = to_device(np.concatenate([draws.hidden_rows, scored_rows]), self.device)
+        hidden, collected = self.forward(batch, wanted, rows)
         token_ids = logprobs = scores = None
-        if len(draws.hidden_rows):
-            token_ids, logprobs = sampler.draw(hidden, logits_of, draws)
+        num_draws = len(draws.hidden_rows)
+        if num_draws:
+            token_ids, logprobs = sampler.draw(hidden[:num_draws], logits_of, draws)
             keep_tokens(self.last_tokens, token_ids, draws)
-        rows, next_ids, owners = scoring_rows(step)
         if owners:
-            scored = hidden[to_device(rows, self.device)]
-            scores = sampler.score(scored, logits_of, next_ids, owners)
+            scores = sampler.score(hidden[num_draws:], logits_of, next_ids, owners)
         self.cache.copy_pages([copy for chunk in step.chunks for copy in chunk.copies])
         return self._outcome(token_ids, logprobs, scores, collected)
 
     def forward(
-        self, batch: Batch, collect: set[int]
+        self, batch: Batch, collect: set[int], rows: torch.Tensor
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """See runtime.forward."""
-        return forward(self.model, self.cache, batch, collect)
+        return forward(self.model, self.cache, batch, collect, rows)
 
     def _outcome(
         self,

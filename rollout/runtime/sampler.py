@@ -47,10 +47,8 @@ class Sampler:
     def draw(
         self, hidden: torch.Tensor, logits_of: Logits, draws: Draws
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Next tokens [S] int64 and their log-probs [S] fp32 for hidden [T, D], on its device."""
-        device, num_rows = hidden.device, len(draws.hidden_rows)
-        if not np.array_equal(draws.hidden_rows, np.arange(len(hidden))):
-            hidden = hidden[to_device(draws.hidden_rows, device)]
+        """Next tokens [S] int64 and their log-probs [S] fp32 for hidden [S, D], on its device."""
+        device, num_rows = hidden.device, len(hidden)
         columns = (
             draws.temperatures, draws.seeds, draws.positions, draws.sample_ids, draws.greedy
         )  # fmt: skip

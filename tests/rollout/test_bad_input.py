@@ -45,6 +45,7 @@ BAD_PROMPTS = [
     ([[1], [2], []], "prompt 2 is empty"),
     ([[1, 331]], r"prompt 0: token 331 at position 1 .*\[0, 331\)"),
     ([[1], [5, 7, -1]], "prompt 1: token -1 at position 2"),
+    ([[1], [5, 7.5]], "prompt 1: token 7.5 at position 1 is not an integer"),
     ([[1 << 70]], f"token {1 << 70}"),
     ([[1] * 115], "115 prompt tokens [+] 6 max_new_tokens exceed the context of 120"),
 ]

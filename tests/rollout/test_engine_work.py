@@ -7,8 +7,10 @@ import pytest
 import torch
 from helpers import assert_same_bits, make_prompts, outcomes
 
+from samebit.kernels.swiglu import swiglu_linear
 from samebit.recipes.tiny_model import make_random_model
 from samebit.rollout.engine import Engine
+from samebit.rollout.models import decoder
 from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.transports.file import write_hf_folder
 
@@ -37,9 +39,9 @@ def counted(make_engine, monkeypatch):
         engine, sizes = make_engine(**settings), []
         original = engine.runner.forward
 
-        def forward(batch, collect):
+        def forward(batch, collect, rows):
             sizes.append(len(batch.input_ids))
-            return original(batch, collect)
+            return original(batch, collect, rows)
 
         monkeypatch.setattr(engine.runner, "forward", forward)
         return engine, sizes
@@ -52,6 +54,29 @@ def test_one_prefill_for_all_samples_of_a_prompt(counted, cached):
     engine, sizes = counted(prefix_cache=cached)
     engine.generate([PROMPTS[1]], SamplingParams(n=8, max_new_tokens=5, ignore_eos=True))
     assert sizes == [70, 8, 8, 8, 8]
+
+
+def test_the_last_layer_ends_with_the_rows_that_are_read(make_engine, monkeypatch):
+    """Behind the last attention only rows that predict a token go on, unless streams are wanted."""
+    rows = []
+
+    def counting(x, weight):
+        rows.append(len(x))
+        return swiglu_linear(x, weight)
+
+    monkeypatch.setattr(decoder, "swiglu_linear", counting)
+    engine = make_engine(prefill_chunk=64, prefix_cache=False)
+    layers = engine.model_config.num_layers
+    once = SamplingParams(max_new_tokens=1)
+    [[plain]] = engine.generate([PROMPTS[1]], once)
+    assert rows == [64] * (layers - 1) + [6] * (layers - 1) + [1]
+    rows.clear()
+    [[streams]] = engine.generate([PROMPTS[1]], once, return_hidden_states=(layers,))
+    assert rows == [64] * layers + [6] * layers
+    assert (plain.token_ids, plain.logprobs) == (streams.token_ids, streams.logprobs)
+    rows.clear()
+    engine.score([PROMPTS[1]])
+    assert rows == [64] * layers + [5] * layers  # the last token predicts nothing
 
 
 def test_a_cached_prefix_is_not_computed_again(counted):

@@ -335,10 +335,10 @@ def test_a_failing_step_loses_no_pages(make_engine, truth, monkeypatch, overlap)
     engine = make_engine(page_size=16, kv_cache_tokens=160, overlap=overlap)
     original, calls = engine.runner.forward, iter(range(1000))
 
-    def forward(batch, collect):
+    def forward(batch, collect, rows):
         if next(calls) == 9:
             raise RuntimeError("the chip caught fire")
-        return original(batch, collect)
+        return original(batch, collect, rows)
 
     monkeypatch.setattr(engine.runner, "forward", forward)
     with pytest.raises(RuntimeError, match="caught fire"):
