@@ -76,6 +76,33 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
+class _LinearInSegments(_Linear):
+    """The gradients are the plain product's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, num_segments: int) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        parts = zip(x.chunk(num_segments, 1), weight.chunk(num_segments, 1), strict=True)
+        return tree_sum([_forward(a, b, torch.float32) for a, b in parts])
+
+
+def tree_sum(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Sum of a power of two of equally shaped tensors, neighbours first: ((0 + 1) + (2 + 3))."""
+    while len(parts) > 1:
+        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def linear_in_segments(x: torch.Tensor, weight: torch.Tensor, num_segments: int) -> torch.Tensor:
+    """linear as the tree_sum of products over equal parts of K, in fp32 and not rounded to less.
+
+    x [..., K] times weight [N, K] transposed -> [..., N] fp32; differentiable in both. num_segments
+    is a power of two that divides K.
+    """
+    y = _LinearInSegments.apply(x.reshape(-1, x.shape[-1]), weight, num_segments)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
 def logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """hidden [T, D] times weight [V, D] transposed -> [T, V] in fp32, never rounded to less."""
     return _forward(hidden, weight, torch.float32)

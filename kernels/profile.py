@@ -23,6 +23,8 @@ class NumericsProfile:
     device_type: str
     architecture: str
     tp_size: int = 1
+    """1 under tp_invariant: bits do not depend on it."""
+    tp_invariant: bool = False
     kv_tile: int
     kv_split: int | None
     lse_segments: int = NUM_SEGMENTS
@@ -52,7 +54,9 @@ def _cpu_architecture() -> str:
     return f"{platform.machine()} {' '.join(family)} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def numerics_profile(device: torch.device, tp_size: int = 1) -> NumericsProfile:
+def numerics_profile(
+    device: torch.device, tp_size: int = 1, tp_invariant: bool = False
+) -> NumericsProfile:
     """The profile of this process on `device`."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
@@ -62,7 +66,8 @@ def numerics_profile(device: torch.device, tp_size: int = 1) -> NumericsProfile:
     return NumericsProfile(
         device_type=device.type,
         architecture=architecture,
-        tp_size=tp_size,
+        tp_size=1 if tp_invariant else tp_size,
+        tp_invariant=tp_invariant,
         kv_tile=tile,
         kv_split=split,
     )

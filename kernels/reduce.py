@@ -3,6 +3,10 @@
 Contract: fp32 partials, added from rank 0 upwards, rounded once; the same function in engine and
 trainer, so that a row-parallel product has the same bits on both sides. The order is written out:
 a collective's own order may change with its algorithm.
+
+Under tp_invariant a row-parallel product is cut into 8 segments of K, whatever the number of ranks,
+and all sums are one binary tree: its lower branches inside a rank, the upper ones between ranks. So
+1, 2, 4 and 8 ranks give the same bits.
 """
 
 from dataclasses import dataclass
@@ -10,26 +14,41 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from samebit.kernels.linear import linear
+from samebit.kernels.linear import linear, linear_in_segments, tree_sum
 from samebit.kernels.linear import logits as linear_fp32
+
+TP_SEGMENTS = 8
+"""Parts of K under tp_invariant; also the most ranks."""
 
 
 @dataclass(frozen=True)
 class TensorRanks:
     """This process among those that share every layer of a model; alone by default.
 
-    Raises ValueError unless 0 <= rank < size and there is a group for more than one.
+    Raises ValueError unless 0 <= rank < size and there is a group for more than one, and for a size
+    that tp_invariant does not know.
     """
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
+    invariant: bool = False
+    """numerics.tp_invariant: bits do not depend on the size."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
             raise ValueError(f"tensor rank {self.rank} is not in [0, {self.size})")
         if (self.size > 1) != (self.group is not None):
             raise ValueError(f"tensor size {self.size} with group {self.group}")
+        if self.invariant and TP_SEGMENTS % self.size:
+            raise ValueError(
+                f"tensor size is {self.size}; with tp_invariant it must divide {TP_SEGMENTS}"
+            )
+
+    @property
+    def segments(self) -> int:
+        """Parts of K that this rank multiplies under tp_invariant."""
+        return TP_SEGMENTS // self.size
 
 
 ALONE = TensorRanks()
@@ -54,6 +73,15 @@ def reduce_sum(
     return reduce_ref(_gather(partial, group), dtype or partial.dtype)
 
 
+def sum_over_ranks(partial: torch.Tensor, ranks: TensorRanks, dtype: torch.dtype) -> torch.Tensor:
+    """Sum each rank's fp32 `partial` and round once to dtype; every rank gets the same bits."""
+    if ranks.size == 1:
+        return partial.to(dtype)
+    if ranks.invariant:
+        return tree_sum(_gather(partial, ranks.group)).to(dtype)
+    return reduce_sum(partial, ranks.group, dtype)
+
+
 def gather_columns(x: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
     """Every rank's columns [T, C], side by side in rank order: [T, size * C]."""
     return x if ranks.size == 1 else torch.cat(_gather(x, ranks.group), dim=1)
@@ -64,9 +92,11 @@ def row_parallel_linear(x: torch.Tensor, weight: torch.Tensor, ranks: TensorRank
 
     For inference: nothing is differentiated.
     """
+    if ranks.invariant:
+        return sum_over_ranks(linear_in_segments(x, weight, ranks.segments), ranks, x.dtype)
     if ranks.size == 1:
         return linear(x, weight)
-    return reduce_sum(linear_fp32(x, weight), ranks.group, x.dtype)
+    return sum_over_ranks(linear_fp32(x, weight), ranks, x.dtype)
 
 
 def vocab_parallel_embedding(

@@ -18,7 +18,7 @@ import torch
 
 from samebit.kernels.attention import packed_attention, paged_attention, plan_packed, plan_paged
 from samebit.kernels.attention_inputs import attention_inputs, attention_inputs_ref
-from samebit.kernels.linear import linear_blocked, linear_padded, use_blocked
+from samebit.kernels.linear import linear, linear_blocked, linear_padded, use_blocked
 from samebit.kernels.profile import numerics_profile
 from samebit.kernels.rms_norm import add_rms_norm, rms_norm
 from samebit.kernels.rope import rope_table
@@ -168,23 +168,41 @@ def check_rows(widths: Iterable[int], device: torch.device | None = None) -> Non
                 raise SelfCheckError(f"row operations are not invariant here: width {width}")
 
 
+def check_columns(shards: Iterable[tuple[int, int, int]], device: torch.device) -> None:
+    """Raise SelfCheckError unless a shard's product gives the columns of the whole weight's.
+
+    shards: (N, K, size) of column-parallel weights, N that of one of `size` ranks.
+    """
+    for n, k, size in sorted(set(shards)):
+        x, weight = _randn(67, k, device=device), _randn(n * size, k, device=device, seed=1)
+        parts = [linear(x, part.contiguous()) for part in weight.chunk(size)]
+        if not torch.equal(torch.cat(parts, 1), linear(x, weight)):
+            raise SelfCheckError(
+                f"products with {n} of {n * size} columns differ from the whole product's on this "
+                f"machine: tp_invariant does not hold for {size} ranks"
+            )
+
+
 @torch.no_grad()
 def selfcheck(
     linear_shapes: Iterable[tuple[int, int]],
     heads: tuple[int, int, int],
     widths: Iterable[int],
     device: torch.device | None = None,
+    column_shards: Iterable[tuple[int, int, int]] = (),
 ) -> None:
     """Check a model's operations on `device` and select implementations accordingly.
 
     linear_shapes: (N, K) of every weight; heads: (N, K, H) of attention; widths: row lengths of
-    norms and activations. Raises SelfCheckError where nothing that keeps the contract is left.
+    norms and activations; column_shards: see check_columns. Raises SelfCheckError where nothing
+    that keeps the contract is left.
     """
     device = device or torch.device("cpu")
     shapes = sorted(set(linear_shapes))
     widths = sorted(set(widths))
     key = [numerics_profile(device).digest, torch.get_num_threads()]
-    key += [shapes, list(heads), widths]
+    shards = sorted(set(column_shards))
+    key += [shapes, list(heads), widths, shards]
     cache = _cache_file(key)
     unequal = _remembered(cache)
     if unequal is None:
@@ -192,6 +210,8 @@ def selfcheck(
         check_rows(widths, device)
         if device.type == "cuda":  # elsewhere nothing is fused
             check_fused(*heads, widths, device)
+        if device.type == "cpu":  # on a GPU every element is one chain, whatever the tile
+            check_columns(shards, device)
         unequal = unequal_linear_shapes(shapes, device)
         _remember(cache, unequal)
     if not unequal:

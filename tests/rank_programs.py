@@ -123,6 +123,38 @@ def trainer(rank, size, store, folder, mode, expected, out):
     dist.destroy_process_group()
 
 
+def invariant(rank, size, store, folder, out):
+    """Generate, score and compare with the trainer under tp_invariant; this rank's results."""
+    from samebit.rollout.models.registry import load_model_config
+    from samebit.trainer.config import ParallelConfig
+    from samebit.trainer.megatron.forward import ForwardModel
+
+    torch.set_num_threads(1)
+    group = start(rank, size, store).group if int(size) > 1 else None
+    ranks = TensorRanks(int(rank), int(size), group, invariant=True)
+    rollout = Engine(folder, device="cpu", ranks=ranks, seed=3)
+    generated = exact(rollout.generate(prompts(), PARAMS))
+    contexts = [[*p, *c[0][0]] for p, c in zip(prompts(), generated, strict=True)]
+    megatron = ForwardModel(
+        load_model_config(folder),
+        torch.device("cpu"),
+        rollout.weights,
+        parallel=ParallelConfig(tensor=int(size), tp_invariant=True),
+    )
+    compared, unequal = compare_logprobs(megatron, rollout, 200)
+    found = {
+        "generated": generated,
+        "scores": [[v.hex() for v in values] for values in rollout.score(contexts)],
+        "profile": rollout.profile.digest,
+        "compared": compared,
+        "unequal": unequal,
+    }
+    Path(out).with_suffix(f".{rank}").write_text(json.dumps(found))
+    if int(size) > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def data(rank, size, store, folder, distributed, out):
     """Two steps on this rank's share of the micro-batches; gradients, weights and stats saved."""
     from samebit.rollout.models.registry import load_model_config

@@ -21,6 +21,8 @@ class ParallelConfig:
     """Processes that share every layer."""
     sequence: bool = False
     """Split the tokens over them where a layer is not split."""
+    tp_invariant: bool = False
+    """The bits of a forward do not depend on `tensor`."""
     context: int = 1
     """Processes that share the tokens of every sample."""
     data: int = 1
@@ -40,6 +42,9 @@ class ParallelConfig:
         for name in ("tensor", "context", "data"):
             value = getattr(self, name)
             require(value >= 1, f"trainer.parallel.{name}", value, "at least 1")
+        fits = not self.tp_invariant or self.tensor in (1, 2, 4, 8)
+        meaning = "1, 2, 4 or 8 with trainer.parallel.tp_invariant"
+        require(fits, "trainer.parallel.tensor", self.tensor, meaning)
         needless = self.sequence and self.tensor == 1
         meaning = "false where trainer.parallel.tensor is 1"
         require(not needless, "trainer.parallel.sequence", self.sequence, meaning)

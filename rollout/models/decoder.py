@@ -13,6 +13,7 @@ from samebit.kernels.linear import linear
 from samebit.kernels.logprob import logits_of, padded_vocab_size
 from samebit.kernels.reduce import (
     ALONE,
+    TP_SEGMENTS,
     TensorRanks,
     row_parallel_linear,
     vocab_parallel_embedding,
@@ -78,12 +79,37 @@ def param_specs(config: ModelConfig, shard: Shard | None = None) -> list[ParamSp
     return specs
 
 
-def selfcheck_model(config: ModelConfig, device: torch.device) -> None:
-    """Prove the contract for this model's shapes on this machine; see kernels.selfcheck."""
-    shapes = {(s.shape[0], s.shape[1]) for s in param_specs(config) if len(s.shape) == 2}
+def selfcheck_model(config: ModelConfig, device: torch.device, ranks: TensorRanks = ALONE) -> None:
+    """Prove the contract for the shapes of a rank's shard on this machine; see kernels.selfcheck.
+
+    Raises ValueError for a model that tp_invariant cannot cut up.
+    """
+    specs = param_specs(config, Shard(ranks.rank, ranks.size))
+    shapes = {(s.shape[0], s.shape[1]) for s in specs if len(s.shape) == 2}
     shapes.add((config.vocab_size, config.hidden_size))
+    columns_cut = set()
+    if ranks.invariant:
+        shapes |= _segment_shapes(config, device)
+        rows_of = {s.name: s.shape[0] for s in param_specs(config)}
+        columns_cut = {(*s.shape, ranks.size) for s in specs if s.shape[0] < rows_of[s.name]}
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-    selfcheck(shapes, heads, (config.head_dim, config.hidden_size, config.ffn_size), device)
+    widths = (config.head_dim, config.hidden_size, config.ffn_size)
+    selfcheck(shapes, heads, widths, device, columns_cut)
+
+
+def _segment_shapes(config: ModelConfig, device: torch.device) -> set[tuple[int, int]]:
+    """Of the products that tp_invariant cuts row-parallel weights into."""
+    step = TP_SEGMENTS * (16 if device.type == "cuda" else 1)  # tensor cores take 16 of K at a time
+    widths = {
+        "num_attention_heads x head_dim": config.num_heads * config.head_dim,
+        "intermediate_size": config.ffn_size,
+    }
+    for name, width in widths.items():
+        if width % step:
+            raise ValueError(
+                f"{name} is {width}; tp_invariant on '{device.type}' needs a multiple of {step}"
+            )
+    return {(config.hidden_size, width // TP_SEGMENTS) for width in widths.values()}
 
 
 @dataclass(frozen=True)

@@ -197,3 +197,17 @@ def test_profiles_are_told_apart():
     assert numerics_profile(cpu).digest == numerics_profile(cpu).digest
     assert numerics_profile(cpu).digest != numerics_profile(cpu, tp_size=2).digest
     assert numerics_profile(cpu).device_type == "cpu"
+
+
+def test_shards_whose_columns_have_other_bits_are_found(monkeypatch):
+    """A BLAS may compute a narrow product in another way than a wide one."""
+    cpu = torch.device("cpu")
+    selfcheck_module.check_columns([(48, 64, 2)], cpu)
+    plain = selfcheck_module.linear
+
+    def narrow_is_other(x, weight):
+        return plain(x, weight) + (1e-6 if len(weight) == 48 else 0)
+
+    monkeypatch.setattr(selfcheck_module, "linear", narrow_is_other)
+    with pytest.raises(SelfCheckError, match=r"48 of 96 columns .* not hold for 2 ranks"):
+        selfcheck_module.check_columns([(48, 64, 2)], cpu)

@@ -48,8 +48,8 @@ class ForwardModel:
         parallel: ParallelConfig | None = None,
     ) -> None:
         parallel = parallel or ParallelConfig()
-        _tensor, self._context = initialize(device, parallel)
-        selfcheck_model(model, device)
+        ranks, self._context = initialize(device, parallel)
+        selfcheck_model(model, device, ranks)
         self.model = model
         with no_cuda():
             self._gpt = build_model(model, device, parallel).requires_grad_(False)

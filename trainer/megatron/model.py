@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from samebit.kernels.attention import plan_packed
 from samebit.kernels.logprob import logprob, padded_vocab_size
@@ -16,17 +15,17 @@ from samebit.rollout.models.decoder import param_specs
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.context import ContextShare
 from samebit.trainer.megatron.parallel import ranks_of, spread
-from samebit.trainer.megatron.spec import PackedSequences, block_submodules
+from samebit.trainer.megatron.spec import ContractConfig, PackedSequences, block_submodules
 from samebit.trainer.types import MicroBatch
 from samebit.weight_sync.mapping import ParamSpec, Shard
 
 
 def transformer_config(
     model: ModelConfig, device: torch.device, parallel: ParallelConfig
-) -> TransformerConfig:
+) -> ContractConfig:
     """Megatron's settings for a model; everything that would change the contract's bits is off."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return TransformerConfig(
+    return ContractConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
@@ -53,6 +52,7 @@ def transformer_config(
         bf16=dtype is torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence,
+        tp_invariant=parallel.tp_invariant,
         use_cpu_initialization=device.type == "cpu",
         perform_initialization=False,
         batch_p2p_sync=device.type == "cuda",

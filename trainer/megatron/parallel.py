@@ -10,19 +10,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from samebit.kernels.linear import linear
-from samebit.kernels.reduce import ALONE, TensorRanks, gather_rows, own_rows, reduce_sum
+from samebit.kernels.linear import linear, linear_in_segments
+from samebit.kernels.reduce import (
+    TensorRanks,
+    gather_rows,
+    own_rows,
+    reduce_sum,
+    sum_over_ranks,
+)
 from samebit.trainer.context import ContextShare
 
 
-def ranks_of(group: dist.ProcessGroup) -> TensorRanks:
+def ranks_of(group: dist.ProcessGroup, invariant: bool = False) -> TensorRanks:
     """This process in a tensor parallel group."""
     size = dist.get_world_size(group)
-    return TensorRanks(dist.get_rank(group), size, group) if size > 1 else ALONE
+    return TensorRanks(dist.get_rank(group), size, group if size > 1 else None, invariant)
 
 
 def _summed(partial: torch.Tensor, ranks: TensorRanks, dtype: torch.dtype) -> torch.Tensor:
-    return reduce_sum(partial.float(), ranks.group, dtype)
+    return sum_over_ranks(partial.float(), ranks, dtype)
 
 
 class _Spread(torch.autograd.Function):
@@ -96,6 +102,10 @@ def row_parallel(
     x: torch.Tensor, weight: torch.Tensor, ranks: TensorRanks, sequence: bool
 ) -> torch.Tensor:
     """x [T, b, K / size] times this rank's weight [N, K / size], summed: [T or T / size, b, N]."""
-    if ranks.size == 1:
+    if ranks.invariant:
+        partial = linear_in_segments(x, weight, ranks.segments)
+    elif ranks.size == 1:
         return linear(x, weight)
-    return _Collect.apply(linear(x, weight, torch.float32), ranks, sequence, x.dtype)
+    else:
+        partial = linear(x, weight, torch.float32)
+    return _Collect.apply(partial, ranks, sequence, x.dtype)

@@ -52,7 +52,7 @@ def initialize(device: torch.device, parallel: ParallelConfig) -> tuple[TensorRa
         parallel_state.get_tensor_model_parallel_group(),
         parallel_state.get_context_parallel_group(),
     )
-    return ranks_of(tensor), ranks_of(context)
+    return ranks_of(tensor, parallel.tp_invariant), ranks_of(context)
 
 
 def _start_group(device: torch.device) -> None:

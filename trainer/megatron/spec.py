@@ -33,6 +33,13 @@ from samebit.trainer.megatron.parallel import gather_context, ranks_of, row_para
 
 
 @dataclass
+class ContractConfig(TransformerConfig):
+    """Megatron's settings, and ours."""
+
+    tp_invariant: bool = False
+
+
+@dataclass
 class PackedSequences(PackedSeqParams):
     """Megatron's packed-sequence argument with what our core attention needs."""
 
@@ -71,7 +78,7 @@ class ContractRowLinear(RowParallelLinear):
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
         """[s, b, K / size] -> [s, b, N], or [s / size, b, N] if sequence parallel."""
-        ranks = ranks_of(self.tp_group)
+        ranks = ranks_of(self.tp_group, self.config.tp_invariant)
         return row_parallel(input_, self.weight, ranks, self.sequence_parallel), None
 
 

@@ -56,7 +56,7 @@ class MegatronTrainer:
     ) -> None:
         self.parallel = parallel or ParallelConfig()
         self.ranks, self.context = initialize(device, self.parallel)
-        selfcheck_model(model, device)
+        selfcheck_model(model, device, self.ranks)
         self.model = model
         self.device = device
         self.specs = param_specs(model, Shard(self.ranks.rank, self.ranks.size))
