@@ -15,7 +15,7 @@ from samebit.recipes.bench.config import BenchEngineRun, BenchKernelsRun
 from samebit.recipes.metrics import LoggerConfig
 from samebit.recipes.rewards import RewardConfig
 from samebit.recipes.tasks.base import DataConfig
-from samebit.trainer.config import GrpoConfig, TrainerConfig, require
+from samebit.trainer.config import GrpoConfig, ParallelConfig, TrainerConfig, require
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 DEMO_MODELS = ("tiny", "smollm2")
@@ -118,6 +118,15 @@ class RunSection:
         """Checks across sections; ValueError names the keys."""
 
 
+def _require_one_process(parallel: ParallelConfig) -> None:
+    """The trainer itself knows more; recipes start no other processes of it yet."""
+    if parallel.num_processes > 1:
+        raise ValueError(
+            f"trainer.parallel asks for {parallel} = {parallel.num_processes} processes; recipes "
+            "train in one so far"
+        )
+
+
 @dataclass(kw_only=True)
 class SftRun(RunSection):
     """`samebit sft`: supervised fine-tuning on prompts and labels."""
@@ -130,6 +139,7 @@ class SftRun(RunSection):
     def validate(self) -> None:
         """Checks across sections; ValueError names the keys."""
         require(self.trainer.batch_size is not None, "trainer.batch_size", None, "set for sft")
+        _require_one_process(self.trainer.parallel)
 
 
 @dataclass(kw_only=True)
@@ -160,6 +170,7 @@ class GrpoRun(RunSection):
         prompts, n = self.rollout.prompts_per_step, self.rollout.samples_per_prompt
         meaning = "at least 2: an advantage is relative to the other samples of the prompt"
         require(n >= 2, "rollout.samples_per_prompt", n, meaning)
+        _require_one_process(self.trainer.parallel)
         if self.samples_per_step % self.batch_size:
             raise ValueError(
                 f"rollout.prompts_per_step x rollout.samples_per_prompt = {prompts} x {n} = "

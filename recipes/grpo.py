@@ -95,7 +95,11 @@ class GrpoRecipe:
         self.text = TextCodec(run.model.path, run.data.chat)
         num_updates = run.trainer.num_steps * (run.samples_per_step // run.batch_size)
         self.trainer = MegatronTrainer(
-            load_model_config(run.model.path), run.trainer.optimizer, num_updates, session.device
+            load_model_config(run.model.path),
+            run.trainer.optimizer,
+            num_updates,
+            session.device,
+            run.trainer.parallel,
         )
         load_weights(self.trainer, run.model.path)
         if run.algorithm.kl_coef > 0:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from samebit.kernels.reduce import TensorRanks
 from samebit.recipes.config import GrpoRun
 from samebit.rollout.engine import Engine
 from samebit.rollout.remote import RemoteEngine
@@ -36,6 +37,7 @@ def start_engine(
         "overlap": section.overlap,
         "max_model_len": run.rollout.max_prompt_len + run.rollout.max_new_tokens,
         "seed": run.seed,
+        "ranks": TensorRanks(invariant=run.trainer.parallel.tp_invariant),
     }
     engine: Engine | RemoteEngine
     if section.placement == "process":

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from samebit.kernels.profile import NumericsProfile, numerics_profile
-from samebit.recipes.config import RunSection, to_dict, to_yaml
+from samebit.recipes.config import GrpoRun, RunSection, SftRun, to_dict, to_yaml
 from samebit.recipes.metrics import write_atomically
 from samebit.recipes.signals import Stopped
 from samebit.rollout.config import resolve_device
@@ -122,7 +122,7 @@ def model_digest(run: RunSection) -> str:
     return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def open_session(run: RunSection) -> Session:
+def open_session(run: SftRun | GrpoRun) -> Session:
     """Make or reopen the run's folder; nothing is removed unless overwrite=true says so.
 
     Raises, before anything is changed, CheckpointError if the checkpoint to resume is damaged or
@@ -131,7 +131,8 @@ def open_session(run: RunSection) -> Session:
     """
     torch.set_num_threads(run.cpu_threads)
     device = resolve_device(run.device)
-    profile = numerics_profile(device)
+    invariant = run.trainer.parallel.tp_invariant
+    profile = numerics_profile(device, tp_invariant=invariant)
     checkpoints = run.run_dir / "checkpoints"
     resumed = latest_checkpoint(checkpoints) if run.resume else None
     if resumed is not None:

@@ -59,7 +59,11 @@ def _train(run: SftRun, session: Session, stop: StopSignals) -> dict[str, Any]:
     text = TextCodec(run.model.path, run.data.chat)
     settings, total = run.trainer, run.trainer.num_steps
     trainer = MegatronTrainer(
-        load_model_config(run.model.path), settings.optimizer, total, session.device
+        load_model_config(run.model.path),
+        settings.optimizer,
+        total,
+        session.device,
+        settings.parallel,
     )
     load_weights(trainer, run.model.path)
     progress = Progress()

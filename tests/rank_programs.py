@@ -1,10 +1,12 @@
 """What the ranks of a parallel test run: each function is one rank's program."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from helpers import file_size_limit
 
 from samebit.kernels.reduce import TensorRanks
 from samebit.rollout.engine import Engine
@@ -192,15 +194,62 @@ def data(rank, size, store, folder, distributed, out):
         "compared": compare_logprobs(megatron, rollout, 200),
         "num_batches": len(mine),
     }
-    if split:
-        try:
-            megatron.state_dict()
-        except NotImplementedError as error:
-            found["refused"] = str(error)
     torch.save(found, Path(out).with_suffix(f".{rank}"))
     if int(size) > 1:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def resume(rank, size, store, folder, mode, root, out):
+    """Two steps, a checkpoint of all ranks, two more; then those two again from the checkpoint.
+
+    mode: a field of ParallelConfig, or "optimizer" for the distributed one over copies.
+    """
+    from samebit.rollout.models.registry import load_model_config
+    from samebit.rollout.runtime.weights import load_safetensors
+    from samebit.trainer.algorithms.sft import sft_loss
+    from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint
+    from samebit.trainer.config import OptimizerConfig, ParallelConfig
+    from samebit.trainer.megatron.trainer import MegatronTrainer
+    from samebit.trainer.packing import pack_samples, share_batches
+
+    torch.set_num_threads(1)
+    start(rank, size, store)
+    layout = {"data" if mode == "optimizer" else mode: int(size)}
+    parallel = ParallelConfig(**layout, distributed_optimizer=mode == "optimizer")
+    config = OptimizerConfig(lr=1e-2, lr_schedule="linear", weight_decay=0.1)
+
+    def make():
+        megatron = MegatronTrainer(
+            load_model_config(folder), config, 5, torch.device("cpu"), parallel=parallel
+        )
+        megatron.fill(lambda specs, params: load_safetensors(Path(folder), specs, params))
+        return megatron
+
+    batches = pack_samples(gradient_samples(), 50)
+    mine = share_batches(batches, parallel.data)[int(rank) if parallel.data > 1 else 0]
+    first = make()
+    for _ in range(2):
+        first.train_step(mine, sft_loss)
+    save_checkpoint(Path(root), first.step, first.state_dict(), {"layout": str(parallel)}, keep=2)
+    found = {"whole": [vars(first.train_step(mine, sft_loss)) for _ in range(2)]}
+    found["whole_digest"] = first.digest()
+    second = make()
+    second.load_state_dict(latest_checkpoint(Path(root)).load())
+    found["resumed"] = [vars(second.train_step(mine, sft_loss)) for _ in range(2)]
+    found["resumed_digest"] = second.digest()
+    found["files"] = sorted(latest_checkpoint(Path(root)).manifest["files"])
+    # The second rank's disk is full: both are told, and the checkpoint before is unharmed.
+    try:
+        with file_size_limit(1000) if int(rank) == 1 else nullcontext():
+            save_checkpoint(Path(root), 9, second.state_dict(), {}, keep=1)
+    except CheckpointError as error:
+        found["refused"] = str(error)
+    dist.barrier()
+    found["left"] = sorted(p.name for p in Path(root).iterdir())
+    Path(out).with_suffix(f".{rank}").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def compare_logprobs(megatron, rollout, tokens):

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step_00000010`. It is made under a temporary name, every file is synced,
 the manifest (with each file's digest, and its own) comes last, and a rename makes it visible: a
-folder with a manifest is whole, whenever the process was killed.
+folder with a manifest is whole, whenever a process was killed. With several ranks all of them save
+and load together, in a folder that all of them see.
 """
 
 import hashlib
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import torch
+import torch.distributed as dist
+
+from samebit.kernels.reduce import gather_objects
 
 MANIFEST = "manifest.json"
 _PREFIX = "step_"
@@ -44,11 +48,14 @@ class Checkpoint:
             self._verify_file(name)
         return replace(self, verified=True)
 
-    def load(self, rank: int = 0) -> dict[str, Any]:
-        """This rank's state, verified."""
-        name = _state_file(rank)
-        if name not in self.manifest["files"]:
-            raise CheckpointError(f"{self.path} holds no state of rank {rank}")
+    def load(self) -> dict[str, Any]:
+        """This rank's state, verified; CheckpointError for another number of ranks."""
+        rank, size = _place()
+        name, count = _state_file(rank), len(self.manifest["files"])
+        if name not in self.manifest["files"] or count != size:
+            raise CheckpointError(
+                f"{self.path} was written by {count} processes; there are {size} here"
+            )
         if not self.verified:
             self._verify_file(name)
         return torch.load(self.path / name, weights_only=True)
@@ -74,35 +81,71 @@ class Checkpoint:
 def save_checkpoint(
     root: Path, step: int, state: Mapping[str, Any], manifest: Mapping[str, Any], keep: int
 ) -> Path:
-    """Write this process's state (rank 0 of 1) and remove all but the newest `keep` checkpoints.
+    """Write every rank's state and remove all but the newest `keep` checkpoints.
 
-    Raises CheckpointError, naming the file, if it cannot be written; older ones are left alone.
+    Raises CheckpointError on every rank, naming the file, if one of them cannot be written; older
+    checkpoints are left alone.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    rank, _size = _place()
     final = root / f"{_PREFIX}{step:08d}"
     temporary = root / f".{final.name}.tmp"
-    remove_leftovers(root)
-    temporary.mkdir()
     try:
-        name = _state_file(0)
-        with _new_file(temporary / name) as file:
-            torch.save(dict(state), file)
-        files = {name: _file_digest(temporary / name)}
-        content = {"step": step, "files": files, **manifest}
-        with _new_file(temporary / MANIFEST) as file:
-            file.write(_manifest_text(content).encode())
+        with _together():
+            if rank == 0:
+                root.mkdir(parents=True, exist_ok=True)
+                remove_leftovers(root)
+                temporary.mkdir()
+        name = _state_file(rank)
+        with _together():
+            with _new_file(temporary / name) as file:
+                torch.save(dict(state), file)
+            digest = _file_digest(temporary / name)
+        files = dict(_everyone((name, digest)))
+        with _together():
+            if rank == 0:
+                content = {"step": step, "files": files, **manifest}
+                with _new_file(temporary / MANIFEST) as file:
+                    file.write(_manifest_text(content).encode())
+                _make_visible(temporary, final)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, room for others
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, room for others
         raise
+    if rank == 0:
+        for old in list_checkpoints(root)[:-keep]:
+            _remove(old.path)
+    return final
+
+
+def _make_visible(temporary: Path, final: Path) -> None:
     _sync_folder(temporary)
     if final.exists():
         _remove(final)
     os.replace(temporary, final)
+    root = final.parent
     for folder in (root, root.parent, root.parent.parent):  # the last two may be as new
         _sync_folder(folder)
-    for old in list_checkpoints(root)[:-keep]:
-        _remove(old.path)
-    return final
+
+
+def _place() -> tuple[int, int]:
+    """(rank, size) of this process among those that train together."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _everyone[T](value: T) -> list[T]:
+    return gather_objects(value) if dist.is_initialized() else [value]
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Every rank runs the block; where one fails, the others raise its error as well."""
+    try:
+        yield
+    except BaseException as error:
+        _everyone(f"rank {_place()[0]}: {error}")
+        raise
+    if failures := [failure for failure in _everyone("") if failure]:
+        raise CheckpointError(failures[0])
 
 
 def remove_leftovers(root: Path) -> None:

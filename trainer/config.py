@@ -1,9 +1,11 @@
 """Settings of the trainer and its algorithms. Field names are configuration keys; no torch here."""
 
+import math
 from dataclasses import dataclass, field
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
 LOSS_MEANS = ("token", "sequence")
+RECOMPUTE = ("none", "selective", "full")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
@@ -13,9 +15,9 @@ def require(holds: bool, key: str, value: object, what: str) -> None:
         raise ValueError(f"{key} is {value!r}; it must be {what}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class ParallelConfig:
-    """How one model is spread over processes."""
+    """How one model is spread over processes, and what a process keeps of it."""
 
     tensor: int = 1
     """Processes that share every layer."""
@@ -29,11 +31,19 @@ class ParallelConfig:
     """Copies of the model that train on different samples."""
     distributed_optimizer: bool = False
     """Split the optimizer's state over the copies."""
+    recompute: str = "none"
+    """Activations computed again in the backward instead of kept: none; selective, those inside the
+    MLPs; full, all but the input of every layer. It moves no bit."""
+
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        """What processes are grouped by."""
+        return self.tensor, self.context, self.data
 
     @property
     def num_processes(self) -> int:
         """Processes in all."""
-        return self.tensor * self.context * self.data
+        return math.prod(self.layout)
 
     def __str__(self) -> str:
         return f"tensor x context x data = {self.tensor} x {self.context} x {self.data}"
@@ -42,6 +52,8 @@ class ParallelConfig:
         for name in ("tensor", "context", "data"):
             value = getattr(self, name)
             require(value >= 1, f"trainer.parallel.{name}", value, "at least 1")
+        known = self.recompute in RECOMPUTE
+        require(known, "trainer.parallel.recompute", self.recompute, f"one of {RECOMPUTE}")
         fits = not self.tp_invariant or self.tensor in (1, 2, 4, 8)
         meaning = "1, 2, 4 or 8 with trainer.parallel.tp_invariant"
         require(fits, "trainer.parallel.tensor", self.tensor, meaning)
@@ -101,6 +113,7 @@ class TrainerConfig:
     """Steps between checkpoints; the last step always gets one. 0: only the last."""
     keep_checkpoints: int = 2
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "micro_batch_tokens", "keep_checkpoints"):

@@ -34,5 +34,3 @@ def test_two_copies_train_one_model(run_ranks, qwen3_path, alone, distributed, t
             assert error < 1e-6, name
         drift = (found[0]["params"][name] - alone["params"][name]).abs().max()
         assert drift < 1e-5, name  # two steps of at most 1e-3 an element
-    refusal = found[0].get("refused", "")
-    assert refusal.startswith("no checkpoints yet") == (distributed == "split")

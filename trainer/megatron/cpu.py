@@ -22,11 +22,13 @@ def install() -> None:
     """Make torch.cuda's queries answer for the CPU, once per process."""
     if torch.cuda.is_available():
         return
-    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+    from megatron.core.tensor_parallel import random
 
     device = torch.device("cpu")
-    # Sequence parallel embeddings fork a CUDA generator for their dropout, which is 0 here.
-    CudaRNGStatesTracker.fork = lambda *args, **kwargs: contextlib.nullcontext()
+    # Sequence parallel embeddings fork a CUDA generator for their dropout, which is 0 here, and
+    # recomputed layers save and restore its state.
+    random.CudaRNGStatesTracker.fork = lambda *args, **kwargs: contextlib.nullcontext()
+    random._get_cuda_rng_state = random._set_cuda_rng_state = lambda *args, **kwargs: None
     torch.cuda.current_device = lambda: device
     torch.cuda.synchronize = lambda *args, **kwargs: None
     torch.cuda.current_stream = lambda *args, **kwargs: None

@@ -19,6 +19,16 @@ from samebit.trainer.megatron.spec import ContractConfig, PackedSequences, block
 from samebit.trainer.types import MicroBatch
 from samebit.weight_sync.mapping import ParamSpec, Shard
 
+_RECOMPUTE: Mapping[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+
 
 def transformer_config(
     model: ModelConfig, device: torch.device, parallel: ParallelConfig
@@ -53,6 +63,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence,
         tp_invariant=parallel.tp_invariant,
+        **_RECOMPUTE[parallel.recompute],
         use_cpu_initialization=device.type == "cpu",
         perform_initialization=False,
         batch_p2p_sync=device.type == "cuda",

@@ -13,7 +13,7 @@ from samebit.trainer.megatron import cpu
 from samebit.trainer.megatron.parallel import ranks_of
 
 # What Megatron's groups were made for; a process is initialised once.
-_running: list[ParallelConfig] = []
+_running: list[tuple[int, int, int]] = []
 
 
 def initialize(device: torch.device, parallel: ParallelConfig) -> tuple[TensorRanks, TensorRanks]:
@@ -43,8 +43,8 @@ def initialize(device: torch.device, parallel: ParallelConfig) -> tuple[TensorRa
         )
         if device.type == "cuda":
             model_parallel_cuda_manual_seed(0)
-        _running.append(parallel)
-    if _running != [parallel]:
+        _running.append(parallel.layout)
+    if _running != [parallel.layout]:
         raise ValueError(
             f"trainer.parallel asks for {parallel}; this process runs with {_running[0]}"
         )

@@ -31,6 +31,7 @@ from samebit.trainer.context import share_context
 from samebit.trainer.megatron.cpu import no_cuda
 from samebit.trainer.megatron.forward import ForwardModel, batch_logprobs
 from samebit.trainer.megatron.model import build_model, forward_logprobs, named_params
+from samebit.trainer.megatron.optimizer_state import load_optimizer_state, optimizer_state
 from samebit.trainer.megatron.setup import initialize
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.stats import Totals
@@ -138,19 +139,11 @@ class MegatronTrainer:
         return first.stats(float(norm), learning_rate)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next steps depend on, exactly: this rank's part of it.
-
-        Raises NotImplementedError with a distributed optimizer, whose own state_dict holds no
-        moments.
-        """
-        if self.parallel.distributed_optimizer:
-            raise NotImplementedError(
-                "no checkpoints yet with trainer.parallel.distributed_optimizer"
-            )
+        """Everything that the next steps depend on, exactly: this rank's part of it."""
         return {
             "step": self.step,
             "params": {name: p.detach() for name, p in self.params.items()},
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": optimizer_state(self._optimizer),
             "scheduler": self._scheduler.state_dict(),
             "reference": None
             if self._reference is None
@@ -162,7 +155,7 @@ class MegatronTrainer:
         self.step = state["step"]
         _copy_params(state["params"], self.params)
         with torch.no_grad(), no_cuda():
-            self._optimizer.load_state_dict(state["optimizer"])
+            load_optimizer_state(self._optimizer, state["optimizer"])
             self._scheduler.num_steps = 0  # Megatron adds the saved count to the present one
             self._scheduler.load_state_dict(state["scheduler"])
         if state["reference"] is not None:
