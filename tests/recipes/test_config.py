@@ -158,6 +158,14 @@ WRONG = {
         "= 9000 exceed trainer.micro_batch_tokens = 8192",
     ),
     "temperature zero": (["rollout.temperature=0"], "rollout.temperature is 0.0; it must be posit"),
+    "several processes": (
+        ["trainer.parallel.tensor=2"],
+        "trainer.parallel asks for tensor x context x data = 2 x 1 x 1 = 2 processes",
+    ),
+    "unknown recompute": (
+        ["trainer.parallel.recompute=some"],
+        r"trainer.parallel.recompute is 'some'; it must be one of \('none', 'selective', 'full'\)",
+    ),
     "no held-out problems": (["data.eval_size=0"], "data.eval_size is 0"),
     "no override at all": (["hello"], "hello"),
 }
