@@ -7,6 +7,7 @@ import torch
 from samebit.kernels.reduce import TensorRanks
 from samebit.recipes.config import GrpoRun
 from samebit.rollout.engine import Engine
+from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.remote import RemoteEngine
 from samebit.rollout.runtime.weights import load_safetensors
 from samebit.trainer.megatron.trainer import MegatronTrainer
@@ -17,7 +18,8 @@ from samebit.weight_sync.transports.file import FileTransport
 
 def load_weights(trainer: MegatronTrainer, model_path: str) -> None:
     """Fill the trainer's parameters from a Hugging Face folder."""
-    trainer.fill(lambda specs, params: load_safetensors(Path(model_path), specs, params))
+    whole = param_specs(trainer.model)
+    trainer.fill(lambda specs, params: load_safetensors(Path(model_path), specs, params, whole))
 
 
 def start_engine(

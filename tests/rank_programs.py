@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from helpers import file_size_limit
 
-from samebit.kernels.reduce import TensorRanks
+from samebit.kernels.reduce import TensorRanks, gather_objects
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
 
@@ -73,11 +73,12 @@ def engine(rank, size, store, folder, out):
 def trainer(rank, size, store, folder, mode, expected, out):
     """Rollout against trainer, and a step's gradients against given ones; counts as JSON.
 
-    mode: "tensor", "sequence" (with tensor) or "context", whose rollout is one engine a rank.
+    mode: "tensor", "sequence" (with tensor), or "context" or "pipeline", whose rollout is one
+    engine a rank.
     expected: a file of Hugging Face gradients, of the loss that `gradient_samples` have.
     """
+    from samebit.recipes.placement import load_weights
     from samebit.rollout.models.registry import load_model_config
-    from samebit.rollout.runtime.weights import load_safetensors
     from samebit.trainer.algorithms.sft import sft_loss
     from samebit.trainer.config import OptimizerConfig, ParallelConfig
     from samebit.trainer.megatron.cpu import no_cuda
@@ -87,8 +88,8 @@ def trainer(rank, size, store, folder, mode, expected, out):
 
     torch.set_num_threads(1)
     ranks = start(rank, size, store)
-    if mode == "context":
-        parallel, ranks = ParallelConfig(context=int(size)), TensorRanks()
+    if mode in ("context", "pipeline"):
+        parallel, ranks = ParallelConfig(**{mode: int(size)}), TensorRanks()
     else:
         parallel = ParallelConfig(tensor=int(size), sequence=mode == "sequence")
     megatron = MegatronTrainer(
@@ -98,7 +99,7 @@ def trainer(rank, size, store, folder, mode, expected, out):
         torch.device("cpu"),
         parallel=parallel,
     )
-    megatron.fill(lambda specs, params: load_safetensors(Path(folder), specs, params))
+    load_weights(megatron, folder)
     rollout = Engine(folder, device="cpu", ranks=ranks, seed=3)
     found = {"digests": [megatron.digest(), rollout.weight_version.digest]}
     found["compared"], found["unequal"] = 0, 0
@@ -118,7 +119,7 @@ def trainer(rank, size, store, folder, mode, expected, out):
     }
     norms = [megatron.train_step(batches, sft_loss).grad_norm for _ in range(2)]
     found["norms"], found["trained"] = norms, megatron.digest()
-    rollout.bind_weights(megatron.params, megatron.step)
+    rollout.bind_weights(whole_params(megatron, rollout), megatron.step)
     count, found["unequal_after"] = compare_logprobs(megatron, rollout, 200)
     Path(out).with_suffix(f".{rank}").write_text(json.dumps(found))
     dist.barrier()
@@ -157,10 +158,19 @@ def invariant(rank, size, store, folder, out):
         dist.destroy_process_group()
 
 
+def whole_params(megatron, rollout):
+    """The engine's parameters: a tensor rank has its own, pipeline stages put theirs together."""
+    if megatron.stage.count == 1:
+        return megatron.params
+    stages = gather_objects({name: p.detach().clone() for name, p in megatron.params.items()})
+    everything = {name: p for stage in reversed(stages) for name, p in stage.items()}
+    return {name: everything[name] for name in rollout.weights}
+
+
 def data(rank, size, store, folder, distributed, out):
     """Two steps on this rank's share of the micro-batches; gradients, weights and stats saved."""
+    from samebit.recipes.placement import load_weights
     from samebit.rollout.models.registry import load_model_config
-    from samebit.rollout.runtime.weights import load_safetensors
     from samebit.trainer.algorithms.sft import sft_loss
     from samebit.trainer.config import OptimizerConfig, ParallelConfig
     from samebit.trainer.megatron.cpu import no_cuda
@@ -178,7 +188,7 @@ def data(rank, size, store, folder, distributed, out):
         torch.device("cpu"),
         parallel=ParallelConfig(data=int(size), distributed_optimizer=split),
     )
-    megatron.fill(lambda specs, params: load_safetensors(Path(folder), specs, params))
+    load_weights(megatron, folder)
     mine = share_batches(pack_samples(gradient_samples(), 50), int(size))[int(rank)]
     with no_cuda():
         megatron._forward_backward(mine, sft_loss, None)
@@ -205,8 +215,8 @@ def resume(rank, size, store, folder, mode, root, out):
 
     mode: a field of ParallelConfig, or "optimizer" for the distributed one over copies.
     """
+    from samebit.recipes.placement import load_weights
     from samebit.rollout.models.registry import load_model_config
-    from samebit.rollout.runtime.weights import load_safetensors
     from samebit.trainer.algorithms.sft import sft_loss
     from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint
     from samebit.trainer.config import OptimizerConfig, ParallelConfig
@@ -223,7 +233,7 @@ def resume(rank, size, store, folder, mode, root, out):
         megatron = MegatronTrainer(
             load_model_config(folder), config, 5, torch.device("cpu"), parallel=parallel
         )
-        megatron.fill(lambda specs, params: load_safetensors(Path(folder), specs, params))
+        load_weights(megatron, folder)
         return megatron
 
     batches = pack_samples(gradient_samples(), 50)

@@ -25,6 +25,8 @@ class ParallelConfig:
     """Split the tokens over them where a layer is not split."""
     tp_invariant: bool = False
     """The bits of a forward do not depend on `tensor`."""
+    pipeline: int = 1
+    """Stages of layers, one behind the other."""
     context: int = 1
     """Processes that share the tokens of every sample."""
     data: int = 1
@@ -36,9 +38,9 @@ class ParallelConfig:
     MLPs; full, all but the input of every layer. It moves no bit."""
 
     @property
-    def layout(self) -> tuple[int, int, int]:
+    def layout(self) -> tuple[int, int, int, int]:
         """What processes are grouped by."""
-        return self.tensor, self.context, self.data
+        return self.tensor, self.pipeline, self.context, self.data
 
     @property
     def num_processes(self) -> int:
@@ -46,10 +48,10 @@ class ParallelConfig:
         return math.prod(self.layout)
 
     def __str__(self) -> str:
-        return f"tensor x context x data = {self.tensor} x {self.context} x {self.data}"
+        return "tensor x pipeline x context x data = " + " x ".join(map(str, self.layout))
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "context", "data"):
+        for name in ("tensor", "pipeline", "context", "data"):
             value = getattr(self, name)
             require(value >= 1, f"trainer.parallel.{name}", value, "at least 1")
         known = self.recompute in RECOMPUTE
@@ -63,6 +65,9 @@ class ParallelConfig:
         both = self.sequence and self.context > 1
         meaning = "1 with trainer.parallel.sequence: they are not combined yet"
         require(not both, "trainer.parallel.context", self.context, meaning)
+        both = self.pipeline > 1 and (self.context > 1 or self.sequence)
+        meaning = "1 with trainer.parallel.context or sequence: they are not combined yet"
+        require(not both, "trainer.parallel.pipeline", self.pipeline, meaning)
 
 
 @dataclass(kw_only=True)

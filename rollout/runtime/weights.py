@@ -25,13 +25,17 @@ class WeightLoadError(ValueError):
 
 
 def load_safetensors(
-    folder: Path, specs: Sequence[ParamSpec], params: Mapping[str, torch.Tensor]
+    folder: Path,
+    specs: Sequence[ParamSpec],
+    params: Mapping[str, torch.Tensor],
+    whole: Sequence[ParamSpec] | None = None,
 ) -> None:
     """Fill params in place from a Hugging Face folder, sharded or not.
 
+    whole: all that the folder must hold, where `specs` are one pipeline stage's.
     Raises as open_safetensors does before anything is written, and WeightLoadError for NaN or Inf.
     """
-    fill(folder, specs, params, open_safetensors(folder, specs))
+    fill(folder, specs, params, open_safetensors(folder, whole or specs))
 
 
 def fill(

@@ -3,8 +3,6 @@
 import json
 
 import pytest
-import torch
-from rank_programs import gradient_samples
 
 from samebit.rollout.engine import Engine
 
@@ -13,27 +11,6 @@ from samebit.rollout.engine import Engine
 def folder(request):
     """Qwen3 with an output layer of its own, and Llama with tied embeddings."""
     return request.getfixturevalue(f"{request.param}_path")
-
-
-@pytest.fixture(scope="module")
-def gradients(folder, tmp_path_factory):
-    """(file, norm) of the gradients of transformers' model, in fp64."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager"
-    )
-    losses = []
-    for s in gradient_samples():
-        ids = torch.tensor([s.token_ids])
-        logprobs = model(ids).logits[0].log_softmax(-1)
-        targets = ids[0, s.prompt_len :, None]
-        losses.append(-logprobs[s.prompt_len - 1 : -1].gather(1, targets).squeeze(1))
-    torch.cat(losses).mean().backward()
-    found = {name: p.grad for name, p in model.named_parameters()}
-    file = tmp_path_factory.mktemp("gradients") / "expected.pt"
-    torch.save(found, file)
-    return file, float(torch.cat([g.flatten() for g in found.values()]).norm())
 
 
 @pytest.mark.parametrize("mode", ["tensor", "sequence", "context"])

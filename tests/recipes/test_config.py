@@ -160,7 +160,7 @@ WRONG = {
     "temperature zero": (["rollout.temperature=0"], "rollout.temperature is 0.0; it must be posit"),
     "several processes": (
         ["trainer.parallel.tensor=2"],
-        "trainer.parallel asks for tensor x context x data = 2 x 1 x 1 = 2 processes",
+        "tensor x pipeline x context x data = 2 x 1 x 1 x 1 = 2 processes; recipes train in one",
     ),
     "unknown recompute": (
         ["trainer.parallel.recompute=some"],

@@ -11,11 +11,11 @@ from samebit.kernels.attention import plan_packed
 from samebit.kernels.logprob import logprob, padded_vocab_size
 from samebit.kernels.rope import rope_table
 from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.models.decoder import param_specs
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.context import ContextShare
 from samebit.trainer.megatron.parallel import ranks_of, spread
 from samebit.trainer.megatron.spec import ContractConfig, PackedSequences, block_submodules
+from samebit.trainer.megatron.stages import Stage, stage_specs
 from samebit.trainer.types import MicroBatch
 from samebit.weight_sync.mapping import ParamSpec, Shard
 
@@ -61,6 +61,9 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        variable_seq_lengths=parallel.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",  # asked for by variable lengths, in dense models too
         sequence_parallel=parallel.sequence,
         tp_invariant=parallel.tp_invariant,
         **_RECOMPUTE[parallel.recompute],
@@ -70,7 +73,9 @@ def transformer_config(
     )
 
 
-def build_model(model: ModelConfig, device: torch.device, parallel: ParallelConfig) -> GPTModel:
+def build_model(
+    model: ModelConfig, device: torch.device, parallel: ParallelConfig, stage: Stage
+) -> GPTModel:
     """This process's shard of a GPTModel with our operations and uninitialised weights.
 
     Raises RuntimeError unless its parameters have the engine's names and shapes.
@@ -80,28 +85,26 @@ def build_model(model: ModelConfig, device: torch.device, parallel: ParallelConf
     )
     gpt = GPTModel(
         config=transformer_config(model, device, parallel),
-        transformer_layer_spec=block_submodules(model.num_layers, model.qk_norm, table),
+        transformer_layer_spec=block_submodules(stage.num_layers, model.qk_norm, table),
         vocab_size=padded_vocab_size(model.vocab_size),
         max_sequence_length=model.max_position,
         share_embeddings_and_output_weights=model.tie_embeddings,
         position_embedding_type="none",
+        pre_process=stage.is_first,
+        post_process=stage.is_last,
     )
     ranks = ranks_of(gpt.pg_collection.tp)
-    _check_params(gpt, param_specs(model, Shard(ranks.rank, ranks.size)))
+    specs = stage_specs(model, Shard(ranks.rank, ranks.size), stage)
+    _check_params(stage.named_params(gpt), specs)
     return gpt.to(device)
 
 
-def _check_params(gpt: GPTModel, specs: list[ParamSpec]) -> None:
-    found = {name: tuple(p.shape) for name, p in gpt.named_parameters()}
+def _check_params(params: Mapping[str, torch.Tensor], specs: list[ParamSpec]) -> None:
+    found = {name: tuple(p.shape) for name, p in params.items()}
     expected = {spec.name: spec.shape for spec in specs}
     if found != expected:
         different = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
         raise RuntimeError(f"Megatron's parameters are not the engine's: {different[:5]}")
-
-
-def named_params(gpt: torch.nn.Module) -> Mapping[str, torch.Tensor]:
-    """Parameters by Megatron's names, which are the engine's."""
-    return dict(gpt.named_parameters())
 
 
 def forward_logprobs(
@@ -109,6 +112,7 @@ def forward_logprobs(
 ) -> torch.Tensor:
     """Log-probs and entropies of the loss rows, [2, R]; only the first row carries gradients.
 
+    A stage that is not the last of a pipeline gives the hidden states [T, 1, D] for the next one.
     `gpt` is a GPTModel or Megatron's DDP around one. With a context share, `batch` is the share's.
     """
     input_ids, positions, lens = batch.input_ids, batch.positions, list(batch.seq_lens)

@@ -13,7 +13,7 @@ from samebit.trainer.megatron import cpu
 from samebit.trainer.megatron.parallel import ranks_of
 
 # What Megatron's groups were made for; a process is initialised once.
-_running: list[tuple[int, int, int]] = []
+_running: list[tuple[int, ...]] = []
 
 
 def initialize(device: torch.device, parallel: ParallelConfig) -> tuple[TensorRanks, TensorRanks]:
@@ -39,7 +39,7 @@ def initialize(device: torch.device, parallel: ParallelConfig) -> tuple[TensorRa
                 f"are {size}"
             )
         parallel_state.initialize_model_parallel(
-            parallel.tensor, context_parallel_size=parallel.context
+            parallel.tensor, parallel.pipeline, context_parallel_size=parallel.context
         )
         if device.type == "cuda":
             model_parallel_cuda_manual_seed(0)

@@ -127,7 +127,7 @@ class CoreAttention(MegatronModule):
 def block_submodules(
     num_layers: int, qk_norm: bool, rope_table: torch.Tensor
 ) -> TransformerBlockSubmodules:
-    """The decoder of a dense pre-norm model."""
+    """The decoder layers of one stage of a dense pre-norm model."""
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},

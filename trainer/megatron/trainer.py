@@ -19,20 +19,21 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.parallel_state import get_data_parallel_group
+from megatron.core.parallel_state import get_data_parallel_group, get_model_parallel_group
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from samebit.kernels.reduce import gather_objects
 from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.models.decoder import param_specs, selfcheck_model
+from samebit.rollout.models.decoder import selfcheck_model
 from samebit.trainer.algorithms.base import Loss
 from samebit.trainer.config import OptimizerConfig, ParallelConfig
 from samebit.trainer.context import share_context
 from samebit.trainer.megatron.cpu import no_cuda
 from samebit.trainer.megatron.forward import ForwardModel, batch_logprobs
-from samebit.trainer.megatron.model import build_model, forward_logprobs, named_params
+from samebit.trainer.megatron.model import build_model, forward_logprobs
 from samebit.trainer.megatron.optimizer_state import load_optimizer_state, optimizer_state
 from samebit.trainer.megatron.setup import initialize
+from samebit.trainer.megatron.stages import from_last_stage, stage_of, stage_specs
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.stats import Totals
 from samebit.trainer.types import MicroBatch, NonFiniteError, StepStats
@@ -60,10 +61,12 @@ class MegatronTrainer:
         selfcheck_model(model, device, self.ranks)
         self.model = model
         self.device = device
-        self.specs = param_specs(model, Shard(self.ranks.rank, self.ranks.size))
+        self.stage = stage_of(model)
+        shard = Shard(self.ranks.rank, self.ranks.size)
+        self.specs = stage_specs(model, shard, self.stage)
         self.step = 0
         with no_cuda():
-            gpt = build_model(model, device, self.parallel)
+            gpt = build_model(model, device, self.parallel, self.stage)
             ddp_config = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 overlap_grad_reduce=False,
@@ -78,7 +81,7 @@ class MegatronTrainer:
         gpt.config.grad_scale_func = self._optimizer.scale_loss
         gpt.config.no_sync_func = self._ddp.no_sync
         gpt.config.finalize_model_grads_func = finalize_model_grads
-        self.params: Mapping[str, torch.Tensor] = named_params(gpt)
+        self.params: Mapping[str, torch.Tensor] = self.stage.named_params(gpt)
         self._reference: ForwardModel | None = None
 
     def fill(self, load: Callable[[Sequence[ParamSpec], Mapping[str, torch.Tensor]], None]) -> None:
@@ -94,7 +97,7 @@ class MegatronTrainer:
 
     def digest(self) -> str:
         """weights_digest of the present weights."""
-        return weights_digest(self.specs, self.params, self.ranks.group)
+        return weights_digest(self.specs, self.params, get_model_parallel_group())
 
     def logprobs(
         self, batches: Sequence[MicroBatch], reference: bool = False
@@ -136,6 +139,7 @@ class MegatronTrainer:
         self.step += 1
         first, *others = gather_objects(totals, get_data_parallel_group(with_context_parallel=True))
         first.merge(others)
+        first = from_last_stage(first)  # the others compute no losses
         return first.stats(float(norm), learning_rate)
 
     def state_dict(self) -> dict[str, Any]:
