@@ -6,7 +6,7 @@ because the rollout's log-probs are the trainer's, bit for bit, and every step c
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,11 +24,12 @@ from samebit.recipes.rewards import load_reward, score
 from samebit.recipes.rollouts import save_rollout
 from samebit.recipes.session import Session, open_session
 from samebit.recipes.signals import StopSignals, stop_signals
+from samebit.recipes.step import Rollout, rollout_metrics, sample_rows, speed, train_metrics
 from samebit.recipes.tasks.base import Problem, load_datasets
 from samebit.recipes.text import TextCodec
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.remote import RemoteEngineError
-from samebit.rollout.types import Completion, SamplingParams
+from samebit.rollout.types import SamplingParams
 from samebit.trainer.algorithms.grpo import GrpoLoss, group_advantages
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.packing import pack_samples
@@ -49,23 +50,6 @@ class Progress:
     reward_last: float | None = None
     logprob_tokens_compared: int = 0
     logprob_mismatches: int = 0
-
-
-@dataclass
-class Rollout:
-    """One step's problems, completions and rewards, groups in prompt order."""
-
-    problems: list[Problem]
-    prompt_ids: list[list[int]]
-    completions: list[list[Completion]]
-    texts: list[list[str]]
-    rewards: list[list[float]]
-
-    @property
-    def reward_mean(self) -> float:
-        """Mean over all samples."""
-        flat = [r for group in self.rewards for r in group]
-        return sum(flat) / len(flat)
 
 
 @dataclass
@@ -257,51 +241,6 @@ def make_samples(rollout: Rollout, run: GrpoRun) -> list[Sample]:
     ]
 
 
-def rollout_metrics(rollout: Rollout, prefix: str) -> dict[str, float]:
-    """Rewards and lengths under the field's names."""
-    rewards = torch.tensor(rollout.rewards, dtype=torch.float64).flatten()
-    completions = [c for group in rollout.completions for c in group]
-    lens = [len(c.token_ids) for c in completions]
-    return {
-        f"{prefix}/reward_mean": float(rewards.mean()),
-        f"{prefix}/reward_std": float(rewards.std(correction=0)),
-        f"{prefix}/response_len_mean": sum(lens) / len(lens),
-        f"{prefix}/truncated_fraction": sum(c.finish_reason == "length" for c in completions)
-        / len(completions),
-    }
-
-
-def train_metrics(stats: Sequence[StepStats]) -> dict[str, float]:
-    """Means over a step's optimizer steps; the log-prob comparison is that of the first."""
-    metrics = {
-        "train/loss": sum(s.loss for s in stats) / len(stats),
-        "train/grad_norm": sum(s.grad_norm for s in stats) / len(stats),
-        "train/learning_rate": stats[-1].learning_rate,
-        "train/rollout_logprob_abs_diff_max": stats[0].logprob_abs_diff_max,
-        "train/logprob_tokens_compared": stats[0].logprob_tokens_compared,
-        "train/logprob_mismatches": stats[0].logprob_mismatches,
-    }
-    for name in stats[0].metrics:
-        metrics[name] = sum(s.metrics[name] for s in stats) / len(stats)
-    return metrics
-
-
-def sample_rows(rollout: Rollout, num_samples: int) -> list[dict[str, Any]]:
-    """The first sample of the first problems, readable."""
-    rows = []
-    for i, problem in enumerate(rollout.problems[:num_samples]):
-        rows.append(
-            {
-                "prompt": problem.prompt,
-                "completion": rollout.texts[i][0],
-                "label": problem.label,
-                "reward": rollout.rewards[i][0],
-                "finish_reason": rollout.completions[i][0].finish_reason,
-            }
-        )
-    return rows
-
-
 def train(run: GrpoRun) -> dict[str, Any]:
     """Run to the end; the summary, which summary.json holds too."""
     with stop_signals() as stop:
@@ -350,7 +289,9 @@ def train_one_step(recipe: GrpoRecipe, logger: MetricsLogger, bar: tqdm) -> None
     if last or progress.step % run.rollout.eval_every == 0:
         with phases.time("eval"):
             evaluate(recipe, logger, metrics)
-    metrics |= phases.seconds | speed(rollout, stats, phases)
+    metrics |= phases.seconds | speed(
+        recipe.trainer.model, recipe.session.device, rollout, stats, phases.seconds
+    )
     logger.log(progress.step, metrics)
     if run.trainer.checkpoint_due(progress.step):
         logger.sync()
@@ -370,16 +311,6 @@ def evaluate(recipe: GrpoRecipe, logger: MetricsLogger, metrics: dict[str, float
         logger.log(0, metrics)
     progress.reward_last = held_out.reward_mean
     logger.log_samples(progress.step, "eval", sample_rows(held_out, recipe.run.logger.num_samples))
-
-
-def speed(rollout: Rollout, stats: Sequence[StepStats], phases: Phases) -> dict[str, float]:
-    """Tokens per second of the two large phases."""
-    drawn = sum(len(c.token_ids) for group in rollout.completions for c in group)
-    trained = sum(s.num_tokens for s in stats)
-    return {
-        "perf/rollout_tokens_per_s": drawn / phases.seconds["perf/rollout_s"],
-        "perf/train_tokens_per_s": trained / phases.seconds["perf/train_s"],
-    }
 
 
 def main(run: GrpoRun) -> int:

@@ -1,0 +1,101 @@
+"""One step of reinforcement learning: what was drawn, and the figures that are logged of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from samebit.recipes.tasks.base import Problem
+from samebit.rollout.models.config import ModelConfig
+from samebit.rollout.types import Completion
+from samebit.trainer.flops import peak_flops, train_flops
+from samebit.trainer.types import StepStats
+
+
+@dataclass
+class Rollout:
+    """One step's problems, completions and rewards, groups in prompt order."""
+
+    problems: list[Problem]
+    prompt_ids: list[list[int]]
+    completions: list[list[Completion]]
+    texts: list[list[str]]
+    rewards: list[list[float]]
+
+    @property
+    def reward_mean(self) -> float:
+        """Mean over all samples."""
+        flat = [r for group in self.rewards for r in group]
+        return sum(flat) / len(flat)
+
+
+def rollout_metrics(rollout: Rollout, prefix: str) -> dict[str, float]:
+    """Rewards and lengths under the field's names."""
+    rewards = torch.tensor(rollout.rewards, dtype=torch.float64).flatten()
+    completions = [c for group in rollout.completions for c in group]
+    lens = [len(c.token_ids) for c in completions]
+    return {
+        f"{prefix}/reward_mean": float(rewards.mean()),
+        f"{prefix}/reward_std": float(rewards.std(correction=0)),
+        f"{prefix}/response_len_mean": sum(lens) / len(lens),
+        f"{prefix}/truncated_fraction": sum(c.finish_reason == "length" for c in completions)
+        / len(completions),
+    }
+
+
+def train_metrics(stats: Sequence[StepStats]) -> dict[str, float]:
+    """Means over a step's optimizer steps; the log-prob comparison is that of the first."""
+    metrics = {
+        "train/loss": sum(s.loss for s in stats) / len(stats),
+        "train/grad_norm": sum(s.grad_norm for s in stats) / len(stats),
+        "train/learning_rate": stats[-1].learning_rate,
+        "train/rollout_logprob_abs_diff_max": stats[0].logprob_abs_diff_max,
+        "train/logprob_tokens_compared": stats[0].logprob_tokens_compared,
+        "train/logprob_mismatches": stats[0].logprob_mismatches,
+    }
+    for name in stats[0].metrics:
+        metrics[name] = sum(s.metrics[name] for s in stats) / len(stats)
+    return metrics
+
+
+def sample_rows(rollout: Rollout, num_samples: int) -> list[dict[str, Any]]:
+    """The first sample of the first problems, readable."""
+    rows = []
+    for i, problem in enumerate(rollout.problems[:num_samples]):
+        rows.append(
+            {
+                "prompt": problem.prompt,
+                "completion": rollout.texts[i][0],
+                "label": problem.label,
+                "reward": rollout.rewards[i][0],
+                "finish_reason": rollout.completions[i][0].finish_reason,
+            }
+        )
+    return rows
+
+
+def speed(
+    model: ModelConfig,
+    device: torch.device,
+    rollout: Rollout,
+    stats: Sequence[StepStats],
+    seconds: Mapping[str, float],
+) -> dict[str, float]:
+    """Tokens per second of the two large phases; on a GPU also the trainer's share of its peak."""
+    drawn = sum(len(c.token_ids) for group in rollout.completions for c in group)
+    trained, train_s = sum(s.num_tokens for s in stats), seconds["perf/train_s"]
+    found = {
+        "perf/rollout_tokens_per_s": drawn / seconds["perf/rollout_s"],
+        "perf/train_tokens_per_s": trained / train_s,
+    }
+    if device.type == "cuda":
+        found["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    if peak := peak_flops(device):
+        lens = [
+            len(prompt) + len(c.token_ids)
+            for prompt, group in zip(rollout.prompt_ids, rollout.completions, strict=True)
+            for c in group
+        ]
+        found["perf/train_mfu"] = train_flops(model, lens) / train_s / peak
+    return found
