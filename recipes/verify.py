@@ -55,7 +55,7 @@ def verify_model(
         results.append(result)
         print(
             f"{label:10s} {result.name:26s} {result.cases:6,d} {result.tokens:10,d} "
-            f"{result.mismatches:10,d}",
+            f"{result.mismatches:10,d} {result.outcomes_digest[:16]}",
             flush=True,
         )
         for note in result.notes:
@@ -68,7 +68,8 @@ def main(run: VerifyRun) -> int:
     properties = select_properties(run.properties)
     torch.set_num_threads(run.cpu_threads)
     device = resolve_device(run.device)
-    print(f"{'model':10s} {'property':26s} {'cases':>6s} {'tokens':>10s} {'mismatches':>10s}")
+    counts = f"{'cases':>6s} {'tokens':>10s} {'mismatches':>10s}"
+    print(f"{'model':10s} {'property':26s} {counts} outcomes")
     results: dict[str, list[Result]] = {}
     if run.model is not None:
         path = Path(run.model)
