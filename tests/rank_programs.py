@@ -70,28 +70,52 @@ def engine(rank, size, store, folder, out):
     dist.destroy_process_group()
 
 
+def gradients(folder, out):
+    """One process's gradients by Hugging Face names, and their norm."""
+    from samebit.recipes.placement import load_weights
+    from samebit.rollout.models.registry import load_model_config
+    from samebit.trainer.algorithms.sft import sft_loss
+    from samebit.trainer.config import OptimizerConfig
+    from samebit.trainer.megatron.cpu import no_cuda
+    from samebit.trainer.megatron.trainer import MegatronTrainer
+    from samebit.trainer.packing import pack_samples
+    from samebit.weight_sync.mapping import hf_tensors
+
+    torch.set_num_threads(1)
+    megatron = MegatronTrainer(
+        load_model_config(folder), OptimizerConfig(lr=1e-2), 5, torch.device("cpu")
+    )
+    load_weights(megatron, folder)
+    batches = pack_samples(gradient_samples(), 100)
+    with no_cuda():
+        megatron._forward_backward(batches, sft_loss, None)
+    found = {name: p.main_grad.clone() for name, p in megatron.params.items()}
+    norm = megatron.train_step(batches, sft_loss).grad_norm
+    torch.save({"gradients": dict(hf_tensors(megatron.specs, found)), "norm": norm}, out)
+
+
 def trainer(rank, size, store, folder, mode, expected, out):
     """Rollout against trainer, and a step's gradients against given ones; counts as JSON.
 
-    mode: "tensor", "sequence" (with tensor), or "context" or "pipeline", whose rollout is one
-    engine a rank.
-    expected: a file of Hugging Face gradients, of the loss that `gradient_samples` have.
+    mode: "tensor", "sequence" (with tensor), "context", "pipeline", or several with plus signs, of
+    two ranks each; the rollout is one engine for those that share every layer.
+    expected: what `gradients` wrote.
     """
+    from megatron.core import parallel_state
+
     from samebit.recipes.placement import load_weights
     from samebit.rollout.models.registry import load_model_config
     from samebit.trainer.algorithms.sft import sft_loss
     from samebit.trainer.config import OptimizerConfig, ParallelConfig
     from samebit.trainer.megatron.cpu import no_cuda
     from samebit.trainer.megatron.trainer import MegatronTrainer
-    from samebit.trainer.packing import pack_samples
+    from samebit.trainer.packing import pack_samples, share_batches
     from samebit.weight_sync.mapping import load_params
 
     torch.set_num_threads(1)
-    ranks = start(rank, size, store)
-    if mode in ("context", "pipeline"):
-        parallel, ranks = ParallelConfig(**{mode: int(size)}), TensorRanks()
-    else:
-        parallel = ParallelConfig(tensor=int(size), sequence=mode == "sequence")
+    start(rank, size, store)
+    layout = {"tensor" if part == "sequence" else part: 2 for part in mode.split("+")}
+    parallel = ParallelConfig(**layout, sequence=mode == "sequence")
     megatron = MegatronTrainer(
         load_model_config(folder),
         OptimizerConfig(lr=1e-2),
@@ -100,21 +124,23 @@ def trainer(rank, size, store, folder, mode, expected, out):
         parallel=parallel,
     )
     load_weights(megatron, folder)
-    rollout = Engine(folder, device="cpu", ranks=ranks, seed=3)
+    rollout = Engine(folder, device="cpu", ranks=megatron.ranks, seed=3)
     found = {"digests": [megatron.digest(), rollout.weight_version.digest]}
     found["compared"], found["unequal"] = 0, 0
     for tokens in (90, 300):
         count, unequal = compare_logprobs(megatron, rollout, tokens)
         found["compared"] += count
         found["unequal"] += unequal
-    gradients = torch.load(expected)
-    wanted = {s.name: torch.zeros(s.shape, dtype=torch.float64) for s in megatron.specs}
-    load_params(megatron.specs, wanted, gradients.__getitem__)
+    whole = torch.load(expected)["gradients"]
+    wanted = {s.name: torch.zeros(s.shape) for s in megatron.specs}
+    load_params(megatron.specs, wanted, whole.__getitem__)
     batches = pack_samples(gradient_samples(), 100)
+    batches = share_batches(batches, parallel.data)[parallel_state.get_data_parallel_rank()]
     with no_cuda():
         megatron._forward_backward(batches, sft_loss, None)
     found["errors"] = {
-        name: float((p.main_grad.double() - wanted[name]).norm() / (wanted[name].norm() + 1e-30))
+        # A rank may hold nothing but padding of the vocabulary.
+        name: float((p.main_grad - wanted[name]).norm() / (wanted[name].norm() + 1e-30))
         for name, p in megatron.params.items()
     }
     norms = [megatron.train_step(batches, sft_loss).grad_norm for _ in range(2)]
@@ -160,9 +186,12 @@ def invariant(rank, size, store, folder, out):
 
 def whole_params(megatron, rollout):
     """The engine's parameters: a tensor rank has its own, pipeline stages put theirs together."""
+    from megatron.core import parallel_state
+
     if megatron.stage.count == 1:
         return megatron.params
-    stages = gather_objects({name: p.detach().clone() for name, p in megatron.params.items()})
+    mine = {name: p.detach().clone() for name, p in megatron.params.items()}
+    stages = gather_objects(mine, parallel_state.get_pipeline_model_parallel_group())
     everything = {name: p for stage in reversed(stages) for name, p in stage.items()}
     return {name: everything[name] for name in rollout.weights}
 

@@ -86,10 +86,10 @@ def weights_digest(
 ) -> str:
     """The digest of whole parameters as 16 hexadecimal digits.
 
-    group: the tensor parallel ranks over which they are split; every rank gets the same.
+    group: the ranks over which they are split; every rank gets the same.
     """
     total = digest_sum(specs, params)
-    if group is not None:
+    if group is not None and dist.get_world_size(group) > 1:
         totals: list[int] = [0] * dist.get_world_size(group)
         dist.all_gather_object(totals, total, group=group)
         total = sum(totals) % (1 << 64)

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers import run_python
-from rank_programs import gradient_samples
 
 
 @pytest.fixture
@@ -25,22 +24,20 @@ def run_ranks(tmp_path):
     return run
 
 
-@pytest.fixture(scope="module")
-def gradients(folder, tmp_path_factory):
-    """(file, norm), for the module's `folder`, of the gradients of transformers' model, in fp64."""
-    from transformers import AutoModelForCausalLM
+@pytest.fixture(scope="session")
+def run_gradients():
+    """run_gradients(folder, file): one process's gradients and their norm, written to file."""
 
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager"
-    )
-    losses = []
-    for s in gradient_samples():
-        ids = torch.tensor([s.token_ids])
-        logprobs = model(ids).logits[0].log_softmax(-1)
-        targets = ids[0, s.prompt_len :, None]
-        losses.append(-logprobs[s.prompt_len - 1 : -1].gather(1, targets).squeeze(1))
-    torch.cat(losses).mean().backward()
-    found = {name: p.grad for name, p in model.named_parameters()}
-    file = tmp_path_factory.mktemp("gradients") / "expected.pt"
-    torch.save(found, file)
-    return file, float(torch.cat([g.flatten() for g in found.values()]).norm())
+    def run(folder, file):
+        code = "import sys, rank_programs; rank_programs.gradients(*sys.argv[1:])"
+        run_python(code, folder, file, OMP_NUM_THREADS="1")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def gradients(folder, run_gradients, tmp_path_factory):
+    """(file, norm) of one process's gradients for the module's `folder`."""
+    file = tmp_path_factory.mktemp("gradients") / "whole.pt"
+    run_gradients(folder, file)
+    return file, torch.load(file)["norm"]

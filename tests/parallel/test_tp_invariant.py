@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def folder(tmp_path_factory):
     """Row-parallel widths of 128 and 1,024: their sums show another order."""
     folder = tmp_path_factory.mktemp("wide")
-    shape = {"hidden_size": 128, "intermediate_size": 1024, "head_dim": 16, "vocab_size": 331}
+    shape = {"hidden_size": 128, "intermediate_size": 1024, "head_dim": 16, "vocab_size": 900}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2}
     write_config(folder, "qwen3", **shape, **heads, tie_word_embeddings=False)
     write_weights(folder, seed=7, std=0.1)

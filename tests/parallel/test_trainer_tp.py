@@ -1,4 +1,7 @@
-"""Tensor, sequence and context parallel training: the rollout's bits, one process's gradients."""
+"""Tensor, sequence and context parallel training: the rollout's bits, one process's gradients.
+
+Where the layers are split the forward's last bits differ from one process's, so gradients do.
+"""
 
 import json
 
@@ -13,8 +16,10 @@ def folder(request):
     return request.getfixturevalue(f"{request.param}_path")
 
 
-@pytest.mark.parametrize("mode", ["tensor", "sequence", "context"])
-def test_two_ranks_train_one_model(run_ranks, folder, gradients, mode, tmp_path):
+@pytest.mark.parametrize(
+    ("mode", "bound"), [("tensor", 2e-6), ("sequence", 2e-6), ("context", 1e-6)]
+)
+def test_two_ranks_train_one_model(run_ranks, folder, gradients, mode, bound, tmp_path):
     """No log-prob differs from the rollout's before or after training, every gradient and the norm
     are those of the whole model, and both ranks agree on the weights that come out."""
     file, norm = gradients
@@ -23,7 +28,7 @@ def test_two_ranks_train_one_model(run_ranks, folder, gradients, mode, tmp_path)
     assert first["compared"] > 300
     for found in (first, second):
         assert (found["unequal"], found["unequal_after"]) == (0, 0)
-        assert max(found["errors"].values()) < 1e-5, found["errors"]
+        assert max(found["errors"].values()) < bound, found["errors"]
         assert found["norms"][0] == pytest.approx(norm, rel=1e-6)
     assert first["norms"] == second["norms"]
     assert first["trained"] == second["trained"]
