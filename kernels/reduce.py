@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from samebit.kernels.linear import linear, linear_in_segments, tree_sum
-from samebit.kernels.linear import logits as linear_fp32
 
 TP_SEGMENTS = 8
 """Parts of K under tp_invariant; also the most ranks."""
@@ -46,9 +45,9 @@ class TensorRanks:
             )
 
     @property
-    def segments(self) -> int:
-        """Parts of K that this rank multiplies under tp_invariant."""
-        return TP_SEGMENTS // self.size
+    def sums(self) -> bool:
+        """Whether row-parallel products are sums of partial ones."""
+        return self.size > 1 or self.invariant
 
 
 ALONE = TensorRanks()
@@ -87,16 +86,24 @@ def gather_columns(x: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
     return x if ranks.size == 1 else torch.cat(_gather(x, ranks.group), dim=1)
 
 
+def partial_linear(x: torch.Tensor, weight: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
+    """This rank's summand of a row-parallel product: [..., K / size] -> [..., N] fp32.
+
+    Differentiable in both.
+    """
+    if ranks.invariant:
+        return linear_in_segments(x, weight, TP_SEGMENTS // ranks.size)
+    return linear(x, weight, torch.float32)
+
+
 def row_parallel_linear(x: torch.Tensor, weight: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
     """x [T, K / size] times this rank's columns of a weight [N, K], summed over the ranks: [T, N].
 
     For inference: nothing is differentiated.
     """
-    if ranks.invariant:
-        return sum_over_ranks(linear_in_segments(x, weight, ranks.segments), ranks, x.dtype)
-    if ranks.size == 1:
+    if not ranks.sums:
         return linear(x, weight)
-    return sum_over_ranks(linear_fp32(x, weight), ranks, x.dtype)
+    return sum_over_ranks(partial_linear(x, weight, ranks), ranks, x.dtype)
 
 
 def vocab_parallel_embedding(
@@ -122,8 +129,11 @@ def own_rows(x: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
 
 
 def gather_objects[T](value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Every process's picklable value, in rank order (of all processes, or of a group)."""
-    values = [value] * dist.get_world_size(group)
+    """Every process's picklable value, in rank order (of all processes, or of a group).
+
+    Without torch.distributed there is one.
+    """
+    values = [value] * (dist.get_world_size(group) if dist.is_initialized() else 1)
     if len(values) > 1:
         dist.all_gather_object(values, value, group=group)
     return values

@@ -70,22 +70,30 @@ def engine(rank, size, store, folder, out):
     dist.destroy_process_group()
 
 
-def gradients(folder, out):
-    """One process's gradients by Hugging Face names, and their norm."""
+def make_trainer(folder, parallel=None, **optimizer):
+    """A trainer on the CPU that holds the folder's weights."""
     from samebit.recipes.placement import load_weights
     from samebit.rollout.models.registry import load_model_config
-    from samebit.trainer.algorithms.sft import sft_loss
     from samebit.trainer.config import OptimizerConfig
-    from samebit.trainer.megatron.cpu import no_cuda
     from samebit.trainer.megatron.trainer import MegatronTrainer
+
+    settings = OptimizerConfig(**({"lr": 1e-2} | optimizer))
+    megatron = MegatronTrainer(
+        load_model_config(folder), settings, 5, torch.device("cpu"), parallel=parallel
+    )
+    load_weights(megatron, folder)
+    return megatron
+
+
+def gradients(folder, out):
+    """One process's gradients by Hugging Face names, and their norm."""
+    from samebit.trainer.algorithms.sft import sft_loss
+    from samebit.trainer.megatron.cpu import no_cuda
     from samebit.trainer.packing import pack_samples
     from samebit.weight_sync.mapping import hf_tensors
 
     torch.set_num_threads(1)
-    megatron = MegatronTrainer(
-        load_model_config(folder), OptimizerConfig(lr=1e-2), 5, torch.device("cpu")
-    )
-    load_weights(megatron, folder)
+    megatron = make_trainer(folder)
     batches = pack_samples(gradient_samples(), 100)
     with no_cuda():
         megatron._forward_backward(batches, sft_loss, None)
@@ -103,12 +111,9 @@ def trainer(rank, size, store, folder, mode, expected, out):
     """
     from megatron.core import parallel_state
 
-    from samebit.recipes.placement import load_weights
-    from samebit.rollout.models.registry import load_model_config
     from samebit.trainer.algorithms.sft import sft_loss
-    from samebit.trainer.config import OptimizerConfig, ParallelConfig
+    from samebit.trainer.config import ParallelConfig
     from samebit.trainer.megatron.cpu import no_cuda
-    from samebit.trainer.megatron.trainer import MegatronTrainer
     from samebit.trainer.packing import pack_samples, share_batches
     from samebit.weight_sync.mapping import load_params
 
@@ -116,14 +121,7 @@ def trainer(rank, size, store, folder, mode, expected, out):
     start(rank, size, store)
     layout = {"tensor" if part == "sequence" else part: 2 for part in mode.split("+")}
     parallel = ParallelConfig(**layout, sequence=mode == "sequence")
-    megatron = MegatronTrainer(
-        load_model_config(folder),
-        OptimizerConfig(lr=1e-2),
-        5,
-        torch.device("cpu"),
-        parallel=parallel,
-    )
-    load_weights(megatron, folder)
+    megatron = make_trainer(folder, parallel)
     rollout = Engine(folder, device="cpu", ranks=megatron.ranks, seed=3)
     found = {"digests": [megatron.digest(), rollout.weight_version.digest]}
     found["compared"], found["unequal"] = 0, 0
@@ -198,26 +196,17 @@ def whole_params(megatron, rollout):
 
 def data(rank, size, store, folder, distributed, out):
     """Two steps on this rank's share of the micro-batches; gradients, weights and stats saved."""
-    from samebit.recipes.placement import load_weights
-    from samebit.rollout.models.registry import load_model_config
     from samebit.trainer.algorithms.sft import sft_loss
-    from samebit.trainer.config import OptimizerConfig, ParallelConfig
+    from samebit.trainer.config import ParallelConfig
     from samebit.trainer.megatron.cpu import no_cuda
-    from samebit.trainer.megatron.trainer import MegatronTrainer
     from samebit.trainer.packing import pack_samples, share_batches
 
     torch.set_num_threads(1)
     if int(size) > 1:
         start(rank, size, store)
     split = distributed == "split"
-    megatron = MegatronTrainer(
-        load_model_config(folder),
-        OptimizerConfig(lr=1e-3),
-        5,
-        torch.device("cpu"),
-        parallel=ParallelConfig(data=int(size), distributed_optimizer=split),
-    )
-    load_weights(megatron, folder)
+    parallel = ParallelConfig(data=int(size), distributed_optimizer=split)
+    megatron = make_trainer(folder, parallel, lr=1e-3)
     mine = share_batches(pack_samples(gradient_samples(), 50), int(size))[int(rank)]
     with no_cuda():
         megatron._forward_backward(mine, sft_loss, None)
@@ -244,36 +233,25 @@ def resume(rank, size, store, folder, mode, root, out):
 
     mode: a field of ParallelConfig, or "optimizer" for the distributed one over copies.
     """
-    from samebit.recipes.placement import load_weights
-    from samebit.rollout.models.registry import load_model_config
     from samebit.trainer.algorithms.sft import sft_loss
     from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint
-    from samebit.trainer.config import OptimizerConfig, ParallelConfig
-    from samebit.trainer.megatron.trainer import MegatronTrainer
+    from samebit.trainer.config import ParallelConfig
     from samebit.trainer.packing import pack_samples, share_batches
 
     torch.set_num_threads(1)
     start(rank, size, store)
     layout = {"data" if mode == "optimizer" else mode: int(size)}
     parallel = ParallelConfig(**layout, distributed_optimizer=mode == "optimizer")
-    config = OptimizerConfig(lr=1e-2, lr_schedule="linear", weight_decay=0.1)
-
-    def make():
-        megatron = MegatronTrainer(
-            load_model_config(folder), config, 5, torch.device("cpu"), parallel=parallel
-        )
-        load_weights(megatron, folder)
-        return megatron
-
+    settings = {"lr_schedule": "linear", "weight_decay": 0.1}
     batches = pack_samples(gradient_samples(), 50)
     mine = share_batches(batches, parallel.data)[int(rank) if parallel.data > 1 else 0]
-    first = make()
+    first = make_trainer(folder, parallel, **settings)
     for _ in range(2):
         first.train_step(mine, sft_loss)
     save_checkpoint(Path(root), first.step, first.state_dict(), {"layout": str(parallel)}, keep=2)
     found = {"whole": [vars(first.train_step(mine, sft_loss)) for _ in range(2)]}
     found["whole_digest"] = first.digest()
-    second = make()
+    second = make_trainer(folder, parallel, **settings)
     second.load_state_dict(latest_checkpoint(Path(root)).load())
     found["resumed"] = [vars(second.train_step(mine, sft_loss)) for _ in range(2)]
     found["resumed_digest"] = second.digest()

@@ -100,7 +100,7 @@ def save_checkpoint(
             with _new_file(temporary / name) as file:
                 torch.save(dict(state), file)
             digest = _file_digest(temporary / name)
-        files = dict(_everyone((name, digest)))
+        files = dict(gather_objects((name, digest)))
         with _together():
             if rank == 0:
                 content = {"step": step, "files": files, **manifest}
@@ -132,19 +132,15 @@ def _place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _everyone[T](value: T) -> list[T]:
-    return gather_objects(value) if dist.is_initialized() else [value]
-
-
 @contextmanager
 def _together() -> Iterator[None]:
     """Every rank runs the block; where one fails, the others raise its error as well."""
     try:
         yield
     except BaseException as error:
-        _everyone(f"rank {_place()[0]}: {error}")
+        gather_objects(f"rank {_place()[0]}: {error}")
         raise
-    if failures := [failure for failure in _everyone("") if failure]:
+    if failures := [failure for failure in gather_objects("") if failure]:
         raise CheckpointError(failures[0])
 
 

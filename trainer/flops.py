@@ -22,11 +22,15 @@ def num_matmul_weights(model: ModelConfig) -> int:
     return model.num_layers * layer + model.hidden_size * model.vocab_size
 
 
-def train_flops(model: ModelConfig, seq_lens: Iterable[int]) -> float:
+def attention_flops(model: ModelConfig, length: int) -> int:
+    """Of one sequence's causal attention, forward: two products over half of all pairs."""
+    return 2 * model.num_layers * model.num_heads * model.head_dim * length**2
+
+
+def train_flops(model: ModelConfig, seq_lens: Iterable[int]) -> int:
     """Of one forward and backward over sequences of these lengths."""
     lens = list(seq_lens)
-    pairs = sum(n * n / 2 for n in lens)  # (query, key) under the causal mask
-    attention = 4 * pairs * model.num_heads * model.head_dim * model.num_layers
+    attention = sum(attention_flops(model, n) for n in lens)
     return 3 * (2 * num_matmul_weights(model) * sum(lens) + attention)
 
 

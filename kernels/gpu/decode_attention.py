@@ -124,7 +124,6 @@ def decode_attention(
     kv_split: int = KV_SPLIT,
     num_warps: int = 4,
     num_stages: int | None = None,
-    max_registers: int | None = None,
 ) -> None:
     """Write output rows [query_rows, N, H] of the entries; table [tables, max_pages] int32.
 
@@ -149,5 +148,5 @@ def decode_attention(
         decode.table_rows, decode.context_lens, table, table.stride(0), q.stride(0), q.stride(1),
         k.stride(0), k.stride(1), scale * LOG2E, max_splits, num_kv, group, head_dim, block_d,
         rows, kv_tile, kv_split, page_size, pdl, num_warps=num_warps,
-        num_stages=num_stages, maxnreg=max_registers, enable_fp_fusion=False, launch_pdl=pdl,
+        num_stages=num_stages, enable_fp_fusion=False, launch_pdl=pdl,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from samebit.recipes.bench.timing import FLOPS_S, MEMORY_BYTES_S
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import EMBEDDING, param_specs
 from samebit.rollout.runtime.kv_cache import kv_bytes_per_token
+from samebit.trainer.flops import attention_flops
 
 CARD = "H200"
 ENGINES = (
@@ -48,8 +49,8 @@ def roofline_tokens_s(config: ModelConfig, workload: Workload) -> float:
     head = math.prod(shapes[EMBEDDING])
     every = sum(map(math.prod, shapes.values()))
     read = every if config.tie_embeddings else every - head  # an embedding is only looked up
-    causal = 2 * config.num_layers * config.num_heads * config.head_dim * workload.input_len**2
-    per_prompt = 2 * (read - head) * workload.input_len + causal
+    per_prompt = 2 * (read - head) * workload.input_len
+    per_prompt += attention_flops(config, workload.input_len)
     prefill_s = workload.num_prompts * per_prompt / FLOPS_S
     weights_s = max(2 * read / MEMORY_BYTES_S, 2 * read * workload.num_seqs / FLOPS_S)
     context = workload.num_prompts * workload.input_len

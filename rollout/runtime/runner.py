@@ -88,8 +88,11 @@ class Runner:
             wanted |= set(seq.request.hidden_state_layers)
         draws, logits_of = make_draws(step, slots), self.model.logits
         scored_rows, next_ids, owners = scoring_rows(step)
-        rows = to_device(np.concatenate([draws.hidden_rows, scored_rows]), self.device)
-        hidden, collected = self.forward(batch, wanted, rows)
+        rows = np.concatenate([draws.hidden_rows, scored_rows])
+        all_in_order = np.array_equal(rows, np.arange(len(batch.input_ids)))
+        hidden, collected = self.forward(
+            batch, wanted, None if all_in_order else to_device(rows, self.device)
+        )
         token_ids = logprobs = scores = None
         num_draws = len(draws.hidden_rows)
         if num_draws:
@@ -101,7 +104,7 @@ class Runner:
         return self._outcome(token_ids, logprobs, scores, collected)
 
     def forward(
-        self, batch: Batch, collect: set[int], rows: torch.Tensor
+        self, batch: Batch, collect: set[int], rows: torch.Tensor | None
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """See runtime.forward."""
         return forward(self.model, self.cache, batch, collect, rows)

@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 
 def test_any_number_of_ranks_is_one_model(run_ranks, folder, tmp_path):
-    """Tokens, log-probs, scores and the trainer's log-probs after a step's worth of reading."""
+    """The same tokens, log-probs and scores, and the trainer's log-probs are the rollout's."""
     found = {}
     for size in (1, 2, 4):
         run_ranks("invariant", size, folder, tmp_path / f"out{size}.json")
@@ -78,6 +78,6 @@ def test_what_cannot_be_cut_up_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"intermediate_size is 100; .* a multiple of 8"):
         Engine(tmp_path, device="cpu", load_format="dummy", ranks=invariant)
     with pytest.raises(ValueError, match="tensor size is 3; with tp_invariant it must divide 8"):
-        TensorRanks(0, 3, torch.distributed.group.WORLD or object(), invariant=True)
+        TensorRanks(0, 3, object(), invariant=True)
     with pytest.raises(ValueError, match=r"trainer\.parallel\.tensor is 3; it must be 1, 2, 4 or"):
         ParallelConfig(tensor=3, tp_invariant=True)

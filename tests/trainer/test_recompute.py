@@ -9,8 +9,8 @@ from samebit.trainer.packing import pack_samples
 
 
 @pytest.fixture
-def products(monkeypatch):
-    """Counts calls of linear in forward passes."""
+def activations(monkeypatch):
+    """Shapes that the MLPs' activation was computed of."""
     calls = []
     original = spec.swiglu
 
@@ -23,15 +23,15 @@ def products(monkeypatch):
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recompute_moves_no_bit(make_trainer, model_path, random_samples, products, recompute):
+def test_recompute_moves_no_bit(make_trainer, model_path, random_samples, activations, recompute):
     """Losses, norms and weights of two steps; every layer's MLP ran once more in the backward."""
     batches = pack_samples(random_samples(10, seed=6), 110)
     found = []
     for how in ("none", recompute):
-        products.clear()
+        activations.clear()
         trainer = make_trainer(model_path, parallel=ParallelConfig(recompute=how))
         stats = [trainer.train_step(batches, sft_loss) for _ in range(2)]
-        found.append((stats, trainer.digest(), len(products)))
+        found.append((stats, trainer.digest(), len(activations)))
     assert found[0][:2] == found[1][:2]
     assert found[1][2] == 2 * found[0][2] > 0
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from samebit.kernels.linear import linear, linear_in_segments
+from samebit.kernels.linear import linear
 from samebit.kernels.reduce import (
     TensorRanks,
     gather_rows,
     own_rows,
+    partial_linear,
     reduce_sum,
     sum_over_ranks,
 )
@@ -102,10 +103,6 @@ def row_parallel(
     x: torch.Tensor, weight: torch.Tensor, ranks: TensorRanks, sequence: bool
 ) -> torch.Tensor:
     """x [T, b, K / size] times this rank's weight [N, K / size], summed: [T or T / size, b, N]."""
-    if ranks.invariant:
-        partial = linear_in_segments(x, weight, ranks.segments)
-    elif ranks.size == 1:
+    if not ranks.sums:
         return linear(x, weight)
-    else:
-        partial = linear(x, weight, torch.float32)
-    return _Collect.apply(partial, ranks, sequence, x.dtype)
+    return _Collect.apply(partial_linear(x, weight, ranks), ranks, sequence, x.dtype)
