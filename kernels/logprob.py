@@ -66,8 +66,45 @@ def logits_of(
     return gather_columns(linear_fp32(hidden, weight), ranks)[:, :vocab_size].contiguous()
 
 
-def _chunk_rows(vocab_size: int) -> int:
-    return max(512, (1 << 22) // vocab_size)  # 512 rows of V = 151,936 are 311 MB
+def token_stats_ref(
+    logits: torch.Tensor, temperature: torch.Tensor, token_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    scaled = logits / temperature[:, None]
+    normalizer = logsumexp(scaled)
+    logprobs = scaled.gather(1, token_ids[:, None]).squeeze(1) - normalizer
+    probs = torch.exp(scaled - normalizer[:, None])
+    return logprobs, normalizer - (probs * scaled).sum(-1), normalizer
+
+
+def logits_grad_ref(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    normalizer: torch.Tensor,
+    token_ids: torch.Tensor,
+    grad: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    t, chosen = temperature[:, None], token_ids[:, None]
+    grad_logits = torch.exp(logits / t - normalizer[:, None]).neg_()
+    here = (chosen >= 0) & (chosen < logits.shape[1])
+    if logits.shape[1]:
+        place = chosen.clamp(0, logits.shape[1] - 1)
+        grad_logits.scatter_(1, place, grad_logits.gather(1, place) + here)
+    grad_logits *= grad[:, None] / t
+    return grad_logits.to(dtype)
+
+
+_GPU = "samebit.kernels.gpu.vocab_training"
+token_stats = Op("token_stats", cpu=token_stats_ref, cuda=f"{_GPU}:token_stats")
+"""logits [T, V] fp32, temperature [T], token_ids [T] -> log-probs, entropies, log-sum-exps [T]."""
+logits_grad = Op("logits_grad", cpu=logits_grad_ref, cuda=f"{_GPU}:logits_grad")
+"""Gradient of log-probs in logits [T, V], as `dtype`: logits, temperature, log-sum-exps, token_ids
+(a token outside [0, V) is another rank's), gradients of the log-probs, dtype."""
+
+
+def _chunk_rows(vocab_size: int, device: torch.device) -> int:
+    """Rows of logits at a time: on a GPU 2,048 rows of V = 151,936 are 1.2 GB, elsewhere 512."""
+    return max(2048 if device.type == "cuda" else 512, (1 << 22) // vocab_size)
 
 
 def _product_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -87,22 +124,16 @@ class _Logprob(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.first = ranks.rank * len(weight)  # the vocabulary's part that this rank holds
         live = max(0, min(len(weight), vocab_size - ctx.first))
-        logprobs, entropies, normalizers = [], [], []
-        rows = _chunk_rows(vocab_size)
-        for h, ids, t in zip(
-            *(x.split(rows) for x in (hidden, token_ids, temperature)), strict=True
-        ):
-            logits = logits_of(h, weight, vocab_size, ranks) / t[:, None]
-            normalizer = logsumexp(logits)
-            logprobs.append(logits.gather(1, ids[:, None]).squeeze(1) - normalizer)
-            probs = torch.exp(logits - normalizer[:, None])
-            entropies.append(normalizer - (probs * logits).sum(-1))
-            normalizers.append(normalizer)
-        ctx.save_for_backward(hidden, weight[:live], token_ids, temperature, torch.cat(normalizers))
+        rows = _chunk_rows(vocab_size, hidden.device)
+        chunks = zip(*(x.split(rows) for x in (hidden, temperature, token_ids)), strict=True)
+        stats = [
+            token_stats(logits_of(h, weight, vocab_size, ranks), t, ids) for h, t, ids in chunks
+        ]
+        logprobs, entropy, normalizers = (torch.cat(x) for x in zip(*stats, strict=True))
+        ctx.save_for_backward(hidden, weight[:live], token_ids, temperature, normalizers)
         ctx.weight_shape, ctx.chunk_rows = weight.shape, rows
-        entropy = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy)
-        return torch.cat(logprobs), entropy
+        return logprobs, entropy
 
     @staticmethod
     def backward(
@@ -114,16 +145,14 @@ class _Logprob(torch.autograd.Function):
         rows, live = ctx.chunk_rows, len(weight)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            t = temperature[part, None]
-            logits = linear_fp32(hidden[part], weight) / t
-            grad_logits = torch.exp(logits - normalizer[part, None]).neg_()
-            chosen = token_ids[part, None] - ctx.first
-            here = (chosen >= 0) & (chosen < live)
-            if live:
-                place = chosen.clamp(0, live - 1)
-                grad_logits.scatter_(1, place, grad_logits.gather(1, place) + here)
-            grad_logits *= grad[part, None] / t
-            narrow = grad_logits.to(weight.dtype)
+            narrow = logits_grad(
+                linear_fp32(hidden[part], weight),
+                temperature[part],
+                normalizer[part],
+                token_ids[part] - ctx.first,
+                grad[part],
+                weight.dtype,
+            )
             grad_hidden[part] = narrow @ weight
             grad_weight[:live] += _product_fp32(narrow.t(), hidden[part])
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None

@@ -13,7 +13,7 @@ from samebit.kernels.attention import GPU_KV_SPLIT, GPU_KV_TILE, KV_TILE
 from samebit.kernels.logprob import NUM_SEGMENTS
 
 # Raised whenever an implementation's bits change.
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)

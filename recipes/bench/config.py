@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from samebit.trainer.config import require
+from samebit.trainer.config import ParallelConfig, require
 
 VARIANTS = ("default", "no_graphs", "no_overlap", "torch_kernels")
 TABLES = ("linear", "attention", "prefill", "rows")
@@ -43,6 +43,32 @@ class Workload:
     def output_tokens(self) -> int:
         """Tokens drawn in one run."""
         return self.num_seqs * self.output_len
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Samples of one micro-batch of training; written 8x1024."""
+
+    num_seqs: int
+    seq_len: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From sequences x length; ValueError for anything else."""
+        matched = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+        if matched is None or int(matched[2]) < 2:
+            raise ValueError(
+                f"pack '{text}' is not sequences x length (at least 2), such as 8x1024"
+            )
+        return cls(*map(int, matched.groups()))
+
+    def __str__(self) -> str:
+        return f"{self.num_seqs}x{self.seq_len}"
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one micro-batch."""
+        return self.num_seqs * self.seq_len
 
 
 @dataclass(kw_only=True)
@@ -142,3 +168,26 @@ class BenchKernelsRun(BenchRun):
         require(all(m >= 1 for m in self.rows), "rows", self.rows, "positive")
         for name in self.tables:
             require(name in TABLES, "tables", name, f"one of {TABLES}")
+
+
+@dataclass(kw_only=True)
+class BenchTrainerRun(BenchRun):
+    """`samebit bench trainer`: GRPO optimizer steps on random weights of a model's shape."""
+
+    run_name: str = "bench_trainer"
+    packs: list[str] = field(default_factory=lambda: ["8x1024", "1x8192"])
+    """Sequences x length of a micro-batch."""
+    tokens_per_step: int = 65536
+    """At least as many tokens in an optimizer step."""
+    repeats: int = 3
+    """Timed steps and forwards, after one that warms up."""
+    compare: bool = True
+    """Also time the forward with torch's products and flash attention."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        require(len(self.packs) > 0, "packs", self.packs, "at least one")
+        require(self.tokens_per_step >= 1, "tokens_per_step", self.tokens_per_step, "positive")
+        require(self.repeats >= 1, "repeats", self.repeats, "positive")
+        for text in self.packs:
+            Pack.parse(text)

@@ -18,7 +18,7 @@ import torch
 from samebit.kernels.profile import numerics_profile
 from samebit.recipes.bench.config import BenchEngineRun, Workload
 from samebit.recipes.bench.idle import profile_decode
-from samebit.recipes.bench.output import REPORT_FILE, format_table, write_report
+from samebit.recipes.bench.output import REPORT_FILE, BenchError, format_table, write_report
 from samebit.recipes.bench.prompts import PromptSource, sampling_params
 from samebit.recipes.bench.roofline import CARD, ENGINES, peers_tokens_s, roofline_tokens_s
 from samebit.recipes.bench.timing import Spread
@@ -27,10 +27,6 @@ from samebit.rollout.config import DeviceError, resolve_device
 from samebit.rollout.engine import Engine
 
 _FIRST = Workload(num_prompts=1, num_samples=1, input_len=16, output_len=1)
-
-
-class BenchError(RuntimeError):
-    """A benchmark did not measure what it says."""
 
 
 def timed_run(engine: Engine, source: PromptSource, workload: Workload) -> float:

@@ -12,6 +12,10 @@ from samebit.recipes.provenance import provenance
 REPORT_FILE = "bench.json"
 
 
+class BenchError(RuntimeError):
+    """A benchmark did not measure what it says."""
+
+
 def format_table(rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
     """Columns aligned, the first num_left to the left, the others to the right; header first."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

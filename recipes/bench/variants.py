@@ -1,12 +1,13 @@
 """The price of each promise: the same engine with one of its decisions undone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from samebit.kernels import attention as attention_op
 from samebit.kernels import linear as linear_op
 from samebit.kernels import swiglu as swiglu_op
 from samebit.kernels.op import Op
@@ -48,14 +49,42 @@ def torch_kernels(device_type: str) -> Iterator[Calls]:
     def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return swiglu_op.swiglu(product(x, weight))
 
-    functions: list[tuple[Op, Callable[..., Any]]] = [(linear_op._forward, product)]
-    if fused := getattr(swiglu_op, "_swiglu_linear", None):
-        functions.append((fused, gated))
+    with _replaced(device_type, [(linear_op._forward, product), (swiglu_op._swiglu_linear, gated)]):
+        yield calls
+
+
+@contextmanager
+def torch_trainer_kernels(device_type: str) -> Iterator[Calls]:
+    """torch's own matrix product and attention in the trainer's forward, without gradients."""
+
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any, scale: float
+    ) -> tuple[torch.Tensor, None]:
+        lens = torch.tensor((0, *plan.seq_lens), dtype=torch.int32)
+        cumulative = lens.cumsum(0, dtype=torch.int32).to(q.device, non_blocking=True)
+        longest = max(plan.seq_lens)
+        output, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, cumulative, cumulative, longest, longest, 0.0, True, False, scale=scale
+        )
+        return output, None
+
+    with (
+        torch_kernels(device_type) as calls,
+        torch.no_grad(),
+        _replaced(device_type, [(attention_op._attend, attend)]),
+    ):
+        yield calls
+
+
+@contextmanager
+def _replaced(
+    device_type: str, functions: Sequence[tuple[Op, Callable[..., Any]]]
+) -> Iterator[None]:
     before = [op.implementations[device_type] for op, _ in functions]
     for op, function in functions:
         op.implementations[device_type] = function
     try:
-        yield calls
+        yield
     finally:
         for (op, _), implementation in zip(functions, before, strict=True):
             op.implementations[device_type] = implementation

@@ -84,19 +84,25 @@ def streaming_pass(make: Inputs) -> Iterator[torch.Tensor]:
                 yield y
 
 
-def decode_inputs_pass(make: Inputs) -> Iterator[torch.Tensor]:
-    """What starts a decode graph, with entries that only fill it up."""
+def decode_ends_pass(make: Inputs) -> Iterator[torch.Tensor]:
+    """What begins and ends a decode graph, with entries that only fill it up, once round."""
     if make.device.type != "cuda":
         return
     from samebit.kernels.gpu.attention import decode_plan
-    from samebit.kernels.gpu.fused import decode_inputs
+    from samebit.kernels.gpu.decode_ends import HostRing, decode_inputs, decode_outputs
 
-    inputs = torch.zeros(7, 8, dtype=torch.int64, device=make.device)
-    inputs[0] = torch.tensor([2, 0, 4, 4, 4], device=make.device)[make.integers(5, 8)]
+    ring = HostRing(2, 16, make.device)
+    owners = torch.tensor([2, 0, 4, 4, 4])
     table = torch.zeros(4, 3, dtype=torch.int32, device=make.device)
-    plan = decode_plan(table, 16, 8, 48)
-    made = decode_inputs(inputs, make.integers(9, 5), table, 16, plan)
-    yield from (made.input_ids, made.positions, made.slots, made.temperatures)
+    plan = decode_plan(table, 16, 5, 48)
+    last = make.integers(9, 5)
+    for turn in (0, 1, 0):
+        ring.inputs[turn, 0, :5] = owners
+        made = decode_inputs(ring, 5, last, table, 16, plan)
+        decode_outputs(ring, made.owners, made.input_ids + 1, made.temperatures, last)
+        yield from (made.input_ids, made.positions, made.slots, made.temperatures, last)
+        torch.cuda.synchronize()
+        yield ring.token_ids[turn]
 
 
 def rms_norm_pass(make: Inputs) -> Iterator[torch.Tensor]:
@@ -200,7 +206,7 @@ def sample_pass(make: Inputs) -> Iterator[torch.Tensor]:
 PASSES: tuple[Callable[[Inputs], Iterable[torch.Tensor]], ...] = (
     linear_pass,
     streaming_pass,
-    decode_inputs_pass,
+    decode_ends_pass,
     rms_norm_pass,
     rope_pass,
     swiglu_pass,

@@ -1,15 +1,16 @@
 """CUDA graphs of decode steps: one launch a step, whatever the model's depth.
 
 A graph serves up to `bucket` sequences with contexts up to a bound; both are rounded up, so that
-few graphs serve all steps, and each is captured when it is first needed. The host sends one small
-array a step; tokens and the page table stay on the device.
+few graphs serve all steps, and each is captured when it is first needed. A graph reads its inputs
+from host memory and writes its results there (kernels/gpu/decode_ends.py): one replay is all that a
+steady step gives the GPU to do. The page table and the newest tokens stay on the device.
 """
 
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from samebit.rollout.runtime.sampler import Sampler
 from samebit.rollout.runtime.scheduler import Step
 from samebit.rollout.runtime.slots import Slots
 
+if TYPE_CHECKING:
+    from samebit.kernels.gpu.decode_ends import HostRing
+
 logger = logging.getLogger(__name__)
 
 BUCKETS = (
@@ -30,18 +34,14 @@ BUCKETS = (
     640, 768, 896, 1024,
 )  # fmt: skip
 _MIN_CONTEXT = 1024
-# Rows of a step's inputs: slot, position, page of the position, seed, sample id, bits of the
-# temperature, greedy.
-_NUM_INPUTS = 7
+_RING = 4  # more steps than are ever in flight
 
 
 @dataclass
 class _Graph:
     graph: torch.cuda.CUDAGraph
-    step: Callable[[], Any]  # owns tensors that the graph knows by address alone
-    token_ids: torch.Tensor  # [bucket] int64
-    logprobs: torch.Tensor  # [bucket] fp32
-    hidden: torch.Tensor  # [bucket, D], where the draw is not part of the graph
+    step: Callable[[], torch.Tensor]  # owns tensors that the graph knows by address alone
+    hidden: torch.Tensor  # [bucket, D]
 
 
 class DecodeGraphs:
@@ -57,7 +57,8 @@ class DecodeGraphs:
         self._device = last_tokens.device
         self._graphs: dict[tuple[int, int, bool], _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        self._inputs: dict[int, torch.Tensor] = {}  # by bucket
+        self._ring: HostRing | None = None
+        self._turn = 0  # of the ring, as the next replay will find it
         self._table: torch.Tensor | None = None
         self._in_table: np.ndarray | None = None  # slots whose pages the device knows
         self.capture_s = 0.0
@@ -83,7 +84,7 @@ class DecodeGraphs:
     def launch(
         self, decode: np.ndarray, slots: Slots, sampler: Sampler
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Start one decode step; (token ids [B], log-probs [B]) on the device."""
+        """Start one decode step; (token ids [B], log-probs [B]), on the host once it has run."""
         size = len(decode)
         bucket = next(b for b in BUCKETS if b >= size)
         longest = int(slots.length[decode].max())
@@ -91,90 +92,96 @@ class DecodeGraphs:
         while bound < longest:
             bound *= 2
         draws = decode_draws(decode, slots)
-        self._send(decode, slots, draws, bucket)
+        ring = self._send(decode, slots, draws, bucket)
         key = (bucket, bound, not draws.restricted)
         if key not in self._graphs:
             self._graphs[key] = self._capture(bucket, bound, draws=key[2])
-        found = self._graphs[key]
+        found, turn = self._graphs[key], self._turn
         found.graph.replay()
+        self._turn = (turn + 1) % ring.size
         if not draws.restricted:
-            return found.token_ids[:size], found.logprobs[:size]
+            return ring.token_ids[turn, :size], ring.logprobs[turn, :size]
         token_ids, logprobs = sampler.draw(found.hidden[:size], self._model.logits, draws)
         keep_tokens(self._last_tokens, token_ids, draws)
         return token_ids, logprobs
 
-    def _send(self, decode: np.ndarray, slots: Slots, draws: Draws, bucket: int) -> None:
-        """Give the device the step's inputs, and pages of sequences that it does not know yet."""
+    def _send(self, decode: np.ndarray, slots: Slots, draws: Draws, bucket: int) -> "HostRing":
+        """Put the step's inputs into the ring; send pages of sequences that the device lacks."""
+        from samebit.kernels.gpu.decode_ends import HostRing
+
         device = self._device
-        if self._table is None or self._in_table is None:
+        if self._table is None or self._in_table is None or self._ring is None:
             self._table = torch.zeros(slots.pages.shape, dtype=torch.int32, device=device)
             self._in_table = np.full(slots.num_slots, -1)
+            self._ring = HostRing(_RING, BUCKETS[-1], device)
         new = decode[self._in_table[decode] != slots.entry[decode]]
         if len(new):
             rows = to_device(slots.pages[new], device)
             self._table.index_copy_(0, to_device(new, device), rows)
             self._in_table[new] = slots.entry[new]
         positions, size = slots.computed[decode], len(decode)
-        inputs = np.zeros((_NUM_INPUTS, bucket), dtype=np.int64)
-        inputs[0] = slots.num_slots  # what only fills the bucket up
+        inputs = self._ring.inputs[self._turn, :, :bucket].numpy()
+        inputs[:, size:] = 0  # what only fills the bucket up
+        inputs[0, size:] = slots.num_slots
         inputs[0, :size] = decode
         inputs[1, :size] = positions
         inputs[2, :size] = slots.pages[decode, positions // slots.page_size]
         inputs[3, :size] = draws.seeds
         inputs[4, :size] = draws.sample_ids
-        inputs[5] = np.float32(1).view(np.int32)
+        inputs[5, size:] = np.float32(1).view(np.int32)
         inputs[5, :size] = draws.temperatures.view(np.int32)
         inputs[6, :size] = draws.greedy
-        if bucket not in self._inputs:
-            self._inputs[bucket] = to_device(inputs, device)
-        else:
-            self._inputs[bucket].copy_(torch.from_numpy(inputs).pin_memory(), non_blocking=True)
+        return self._ring
 
     def _capture(self, bucket: int, bound: int, draws: bool) -> _Graph:
         """Capture a step for `bucket` sequences of at most `bound` tokens."""
         start, reserved = time.perf_counter(), torch.cuda.memory_reserved(self._device)
         step = self._make_step(bucket, bound, draws)
+        assert self._ring is not None
         saved = self._last_tokens.clone()
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            step()  # compiles and allocates what is lazy; writes only what the replay writes again
-        stream.synchronize()
-        self._last_tokens.copy_(saved)
+        try:
+            with torch.cuda.stream(stream):
+                step()  # compiles and allocates what is lazy; the replay writes the rest again
+            stream.synchronize()
+        finally:
+            self._last_tokens.copy_(saved)
+            self._ring.turn.fill_(self._turn)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(
             graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
         ):
-            token_ids, logprobs, hidden = step()
+            hidden = step()
         self.capture_s += time.perf_counter() - start
         self.memory_bytes += torch.cuda.memory_reserved(self._device) - reserved
         logger.debug(
             "graph for %d sequences of at most %d tokens; %d graphs so far took %.1f s and %d MiB",
             bucket, bound, self.num_graphs + 1, self.capture_s, self.memory_bytes >> 20,
         )  # fmt: skip
-        return _Graph(graph, step, token_ids, logprobs, hidden)
+        return _Graph(graph, step, hidden)
 
-    def _make_step(self, bucket: int, bound: int, draws: bool) -> Callable[[], Any]:
+    def _make_step(self, bucket: int, bound: int, draws: bool) -> Callable[[], torch.Tensor]:
         from samebit.kernels.gpu.attention import decode_plan
-        from samebit.kernels.gpu.fused import decode_inputs
+        from samebit.kernels.gpu.decode_ends import decode_inputs, decode_outputs
 
         model, cache, last_tokens = self._model, self._cache, self._last_tokens
-        inputs, table, page_size = self._inputs[bucket], self._table, cache.page_size
+        ring, table, page_size = self._ring, self._table, cache.page_size
+        assert ring is not None
         assert table is not None
         plan = decode_plan(table, page_size, bucket, min(bound, table.shape[1] * page_size))
 
-        def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            made = decode_inputs(inputs, last_tokens, table, page_size, plan)
+        def step() -> torch.Tensor:
+            made = decode_inputs(ring, bucket, last_tokens, table, page_size, plan)
             batch = Batch(made.input_ids, made.positions, made.slots, plan)
             hidden, _ = forward(model, cache, batch, set())
-            none = hidden[:0]
-            if not draws:
-                return none, none, hidden
-            token_ids, logprobs = draw_with_logprobs(
-                model.logits(hidden), made.temperatures, inputs[3], made.next_positions,
-                inputs[4], made.greedy,
-            )  # fmt: skip
-            last_tokens.index_copy_(0, inputs[0], token_ids)
-            return token_ids, logprobs, none
+            token_ids, logprobs = made.owners[:0], made.temperatures[:0]
+            if draws:
+                token_ids, logprobs = draw_with_logprobs(
+                    model.logits(hidden), made.temperatures, made.seeds, made.next_positions,
+                    made.sample_ids, made.greedy,
+                )  # fmt: skip
+            decode_outputs(ring, made.owners, token_ids, logprobs, last_tokens)
+            return hidden
 
         return step

@@ -57,6 +57,10 @@ def test_workloads_are_parsed():
         ("kernels", "tables=[linear, moe]", "tables is 'moe'; it must be one of"),
         ("kernels", "rows=[0]", "rows is"),
         ("kernels", "repeats=3", "repeats"),
+        ("trainer", "packs=[8x1]", "pack '8x1' is not sequences x length"),
+        ("trainer", "packs=[]", "packs is .*at least one"),
+        ("trainer", "tokens_per_step=0", "tokens_per_step is 0"),
+        ("trainer", "parallel.tensor=0", "trainer.parallel.tensor is 0"),
     ],
 )
 def test_wrong_settings_say_what_is_wrong(command, override, message):
@@ -124,6 +128,32 @@ def test_bench_engine_end_to_end(qwen3_path, tmp_path, capsys):
     assert [row[:2] for row in table] == [["default", "2x3x9x5"], ["torch_kernels", "2x3x9x5"]]
     assert table[0][6] == "1.00"
     assert "attention and all other operations stay the engine's" in output
+
+
+def test_bench_trainer_end_to_end(qwen3_path, tmp_path, capsys):
+    """Two kinds of packs, whole tokens counted, log-probs compared."""
+    arguments = [
+        f"model={qwen3_path}",
+        f"output_dir={tmp_path}",
+        "device=cpu",
+        "packs=[2x16, 1x24]",
+        "tokens_per_step=64",
+        "repeats=2",
+    ]
+    assert cli.main(["bench", "trainer", *arguments]) == 1
+    assert (
+        "compare=true times torch's flash attention: it needs a CUDA device"
+        in capsys.readouterr().err
+    )
+    assert cli.main(["bench", "trainer", *arguments, "compare=false"]) == 0
+    report = json.loads((tmp_path / "bench_trainer" / "bench.json").read_text())
+    assert list(report["packs"]) == ["2x16", "1x24"]
+    pairs, single = report["packs"].values()
+    assert (pairs["tokens_per_step"], pairs["micro_batches"]) == (64, 2)
+    assert (single["tokens_per_step"], single["micro_batches"]) == (72, 3)
+    assert pairs["logprob_tokens_compared"] == 4 * (16 - 2)
+    assert pairs["step_s"]["min"] <= pairs["step_s"]["median"] <= pairs["step_s"]["max"]
+    assert "2x16" in capsys.readouterr().out
 
 
 def test_bench_refuses_what_it_cannot_measure(qwen3_path, tmp_path, capsys):

@@ -19,7 +19,11 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.parallel_state import get_data_parallel_group, get_model_parallel_group
+from megatron.core.parallel_state import (
+    get_data_parallel_group,
+    get_data_parallel_rank,
+    get_model_parallel_group,
+)
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from samebit.kernels.reduce import gather_objects
@@ -83,6 +87,11 @@ class MegatronTrainer:
         gpt.config.finalize_model_grads_func = finalize_model_grads
         self.params: Mapping[str, torch.Tensor] = self.stage.named_params(gpt)
         self._reference: ForwardModel | None = None
+
+    @property
+    def data_rank(self) -> int:
+        """This process among the copies of the model."""
+        return get_data_parallel_rank()
 
     def fill(self, load: Callable[[Sequence[ParamSpec], Mapping[str, torch.Tensor]], None]) -> None:
         """Have `load(specs, params)` write a full set of weights, and tell the optimizer."""

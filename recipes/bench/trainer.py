@@ -1,0 +1,160 @@
+"""samebit bench trainer: GRPO optimizer steps on random weights and samples: tokens/s, MFU, memory.
+
+The forward is also timed by itself, with our operations and with torch's in their place. Samples
+carry the trainer's own log-probs, so that a step is on-policy, and the first one compares them.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from samebit.kernels.profile import numerics_profile
+from samebit.recipes.bench.config import BenchTrainerRun, Pack
+from samebit.recipes.bench.output import REPORT_FILE, BenchError, format_table, write_report
+from samebit.recipes.bench.timing import Spread
+from samebit.recipes.bench.variants import torch_trainer_kernels
+from samebit.rollout.config import DeviceError, resolve_device
+from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.runtime.weights import load_dummy
+from samebit.trainer.algorithms.grpo import GrpoLoss
+from samebit.trainer.config import GrpoConfig, OptimizerConfig
+from samebit.trainer.flops import peak_flops, train_flops
+from samebit.trainer.megatron.trainer import MegatronTrainer
+from samebit.trainer.packing import pack_samples, share_batches
+from samebit.trainer.types import MicroBatch, Sample
+
+
+def make_batches(
+    trainer: MegatronTrainer, pack: Pack, tokens_per_step: int, seed: int
+) -> list[MicroBatch]:
+    """Micro-batches of this data rank for one step, whose log-probs are the trainer's own."""
+    generator = torch.Generator().manual_seed(seed)
+    model, data = trainer.model, trainer.parallel.data
+    count = data * -(-tokens_per_step // (pack.num_tokens * data)) * pack.num_seqs
+    ids = torch.randint(model.vocab_size, (count, pack.seq_len), generator=generator).tolist()
+    advantages = torch.randn(count, generator=generator).tolist()
+    samples = [
+        Sample(
+            sample_id=i,
+            token_ids=tuple(ids[i]),
+            prompt_len=max(1, pack.seq_len // 8),
+            advantage=advantages[i],
+        )
+        for i in range(count)
+    ]
+
+    def packed(samples: list[Sample]) -> list[MicroBatch]:
+        batches = pack_samples(samples, pack.num_tokens, device=trainer.device, model=model)
+        return share_batches(batches, data)[trainer.data_rank]
+
+    own = packed(samples)
+    found = [x.tolist() for x in trainer.logprobs(own)]
+    with_logprobs = []
+    for batch, values in zip(own, found, strict=True):
+        rows = iter(values)
+        with_logprobs += [
+            replace(s, logprobs=tuple(next(rows) for _ in range(s.response_len)))
+            for s in batch.samples
+        ]
+    return pack_samples(with_logprobs, pack.num_tokens, device=trainer.device, model=model)
+
+
+def _seconds(action: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
+    """Of each of `repeats` calls, after one that warms up."""
+    seconds = []
+    for _ in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:]
+
+
+def measure(trainer: MegatronTrainer, pack: Pack, run: BenchTrainerRun) -> dict[str, Any]:
+    """Forward and whole steps of one kind of pack."""
+    device = trainer.device
+    batches = make_batches(trainer, pack, run.tokens_per_step, run.seed)
+    num_tokens = trainer.parallel.data * sum(b.num_tokens for b in batches)
+    found: dict[str, Any] = {"tokens_per_step": num_tokens, "micro_batches": len(batches)}
+    forward = _seconds(lambda: trainer.logprobs(batches), run.repeats, device)
+    found["forward_s"] = asdict(Spread.of(forward))
+    if run.compare:
+        with torch_trainer_kernels(device.type) as calls:
+            theirs = _seconds(lambda: trainer.logprobs(batches), run.repeats, device)
+        if not calls.count:
+            raise BenchError("compare: the trainer does not use what torch's kernels replace")
+        found["forward_torch_s"] = asdict(Spread.of(theirs))
+    loss = GrpoLoss(GrpoConfig())
+    first = trainer.train_step(batches, loss)
+    if first.logprob_mismatches or not first.logprob_tokens_compared:
+        raise BenchError(
+            f"{pack}: {first.logprob_mismatches} of {first.logprob_tokens_compared} log-probs "
+            "differ between the forward with gradients and the one without"
+        )
+    found["logprob_tokens_compared"] = first.logprob_tokens_compared
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = _seconds(lambda: trainer.train_step(batches, loss), run.repeats, device)
+    found["step_s"] = asdict(Spread.of(seconds))
+    found["tokens_s"] = num_tokens / Spread.of(seconds).median
+    if device.type == "cuda":
+        found["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    if peak := peak_flops(device):
+        lens = [n for b in batches for n in b.seq_lens] * trainer.parallel.data
+        per_device = train_flops(trainer.model, lens) / trainer.parallel.num_processes
+        found["mfu"] = per_device / Spread.of(seconds).median / peak
+    return found
+
+
+def _rows(packs: dict[str, Any]) -> list[list[str]]:
+    rows = [["pack", "tok/s", "step s", "min", "max", "MFU", "forward s", "x torch", "peak GiB"]]
+    for pack, found in packs.items():
+        step, forward = found["step_s"], found["forward_s"]["median"]
+        theirs = found.get("forward_torch_s")
+        rows.append(
+            [
+                pack,
+                f"{found['tokens_s']:,.0f}",
+                *(f"{step[k]:.3f}" for k in ("median", "min", "max")),
+                f"{found['mfu']:.1%}" if "mfu" in found else "-",
+                f"{forward:.3f}",
+                f"{forward / theirs['median']:.3f}" if theirs else "-",
+                f"{found['peak_memory_gib']:.1f}" if "peak_memory_gib" in found else "-",
+            ]
+        )
+    return rows
+
+
+def main(run: BenchTrainerRun) -> int:
+    """The command `samebit bench trainer`."""
+    device = resolve_device(run.device)
+    if run.compare and device.type != "cuda":
+        raise DeviceError("compare=true times torch's flash attention: it needs a CUDA device")
+    model = load_model_config(run.model)
+    trainer = MegatronTrainer(model, OptimizerConfig(), 1000, device, run.parallel)
+    trainer.fill(lambda specs, params: load_dummy(specs, params, run.seed))
+    packs: dict[str, Any] = {}
+    report = {
+        "model": Path(run.model).resolve().name,
+        "parallel": asdict(run.parallel),
+        "numerics": asdict(numerics_profile(device, run.parallel.tensor)),
+        "flops": "6 per token and weight, causal attention, nothing computed again; 989 TFLOP/s",
+        "packs": packs,
+    }
+    writes = dist.get_rank() == 0
+    for pack in map(Pack.parse, run.packs):
+        packs[str(pack)] = measure(trainer, pack, run)
+        if writes:
+            write_report(run.run_dir, report)
+    if writes:
+        print(format_table(_rows(packs)))
+        print(f"{run.run_dir / REPORT_FILE} holds the report.")
+    return 0

@@ -1,0 +1,99 @@
+"""Gradient kernels on the card, and the statistics of logits that training needs."""
+
+import pytest
+import torch
+
+from samebit.kernels.logprob import logits_grad, logits_grad_ref, logprob_of, token_stats
+from samebit.kernels.rms_norm import rms_norm, rms_norm_backward_ref
+from samebit.kernels.sample import draw_with_logprobs
+from samebit.kernels.swiglu import swiglu, swiglu_backward_ref
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def bf16(*shape, seed=0, scale=1.0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return (torch.randn(shape, device="cuda", generator=generator) * scale).to(torch.bfloat16)
+
+
+def assert_near(found, wide, *narrow):
+    """At most twice the error of plain torch in bf16, to an fp64 reference."""
+    for a, truth, plain in zip(found, wide, narrow, strict=True):
+        ours, theirs = ((x.double() - truth).abs().max() for x in (a, plain))
+        assert ours <= 2 * theirs + 1e-6 * truth.abs().max(), (ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (700, 2560), (37, 100), (300, 32, 128), (9, 5000)])
+def test_rms_norm_backward(shape):
+    x, grad, weight = bf16(*shape), bf16(*shape, seed=1), 1 + bf16(shape[-1], seed=2, scale=0.1)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    found = torch.autograd.grad(rms_norm(x, weight, 1e-6), leaves, grad)
+    again = torch.autograd.grad(rms_norm(x, weight, 1e-6), leaves, grad)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    inverse = torch.rsqrt(x.detach().float().square().mean(-1, keepdim=True) + 1e-6)
+    plain = rms_norm_backward_ref(grad, x.detach(), weight.detach(), inverse)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    y = wide[0] * torch.rsqrt(wide[0].square().mean(-1, keepdim=True) + 1e-6) * wide[1]
+    assert_near(found, torch.autograd.grad(y, wide, grad.double()), *plain)
+
+
+def test_rms_norm_backward_of_heads_that_lie_apart():
+    x, weight, grad = bf16(67, 3, 5, 64), bf16(64, seed=1), bf16(67, 5, 64, seed=2)
+    found = torch.autograd.grad(rms_norm(x.requires_grad_()[:, 1], weight, 1e-6), x, grad)[0]
+    alone = x.detach()[:, 1].contiguous().requires_grad_()
+    expected = torch.autograd.grad(rms_norm(alone, weight, 1e-6), alone, grad)[0]
+    assert torch.equal(found[:, 1], expected)
+    assert not found[:, [0, 2]].any()
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (300, 2 * 9728), (3, 7, 200)])
+def test_swiglu_backward(shape):
+    x, grad = bf16(*shape, scale=2.0).requires_grad_(), bf16(*shape[:-1], shape[-1] // 2, seed=1)
+    found = torch.autograd.grad(swiglu(x), x, grad)[0]
+    wide = x.detach().double().requires_grad_()
+    gate, up = wide.chunk(2, dim=-1)
+    truth = torch.autograd.grad(torch.nn.functional.silu(gate) * up, wide, grad.double())[0]
+    assert_near([found], [truth], swiglu_backward_ref(grad, x.detach()))
+
+
+@pytest.mark.parametrize("vocab", [331, 1024, 49152, 151936])
+def test_token_stats_have_the_samplers_bits(vocab):
+    rows, generator = 70, torch.Generator("cuda").manual_seed(0)
+    logits = torch.randn(rows, vocab, device="cuda", generator=generator) * 3
+    temperature = torch.rand(rows, device="cuda", generator=generator) + 0.3
+    keys = [torch.arange(rows, device="cuda") + i for i in range(3)]
+    greedy = torch.zeros(rows, dtype=torch.bool, device="cuda")
+    tokens, logprobs = draw_with_logprobs(logits, temperature, *keys, greedy)
+    found, entropies, normalizers = token_stats(logits, temperature, tokens)
+    assert torch.equal(found, logprobs)
+    scaled = logits / temperature[:, None]
+    assert torch.equal(found, logprob_of(scaled, tokens))
+    truth = scaled.double().log_softmax(-1)
+    torch.testing.assert_close(
+        entropies.double(), -(truth.exp() * truth).sum(-1), rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(
+        normalizers.double(), scaled.double().logsumexp(-1), rtol=1e-6, atol=1e-6
+    )
+    grad = torch.randn(rows, device="cuda", generator=generator)
+    ids = tokens.clone()
+    ids[:2] = torch.tensor([-3, vocab])  # other ranks' tokens
+    arguments = (logits, temperature, normalizers, ids, grad)
+    for dtype, error in ((torch.float32, 1e-6), (torch.bfloat16, 8e-3)):
+        expected = logits_grad_ref(*arguments, torch.float32)
+        torch.testing.assert_close(
+            logits_grad(*arguments, dtype).float(), expected, rtol=error, atol=1e-7
+        )
+
+
+def test_logits_of_minus_infinity_add_nothing_to_the_entropy():
+    logits = torch.full((2, 3000), float("-inf"), device="cuda")
+    logits[:, [5, 2900]] = 1.0
+    ones, ids = torch.ones(2, device="cuda"), torch.tensor([5, 2900], device="cuda")
+    logprobs, entropies, _ = token_stats(logits, ones, ids)
+    expected = torch.full((2,), 2.0).log()
+    torch.testing.assert_close(entropies.cpu(), expected)
+    torch.testing.assert_close(logprobs.cpu(), -expected)
