@@ -302,7 +302,7 @@ def _add_to_slots(
 _GPU = "samebit.kernels.gpu.attention"
 _attend = Op("attention", cpu=_attend_cpu, cuda=f"{_GPU}:attend")
 _attend_backward = Op(
-    "attention_backward", cpu=_attend_backward_cpu, cuda=f"{_GPU}:attend_backward"
+    "attention_backward", cpu=_attend_backward_cpu, cuda=f"{_GPU}_backward:attend_backward"
 )
 
 

@@ -221,33 +221,3 @@ def _prefill(
         plan.longest <= kv_split, num_warps=8 if plan.tile_rows == 128 else 4, num_stages=2,
         enable_fp_fusion=False,
     )  # fmt: skip
-
-
-def attend_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    plan: GpuAttentionPlan,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of packed q, k, v by torch's flash-attention backward in deterministic mode."""
-    if not plan.whole:
-        raise NotImplementedError("context parallel training has no attention backward on GPUs yet")
-    lens = torch.tensor((0, *plan.seq_lens), dtype=torch.int32)
-    cumulative = lens.cumsum(0, dtype=torch.int32).to(q.device)
-    longest = max(plan.seq_lens)
-    unused = torch.empty(2, dtype=torch.uint64, device=q.device)
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        return torch.ops.aten._flash_attention_backward(
-            grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), output, lse,
-            cumulative, cumulative, longest, longest, 0.0, True, unused,
-            torch.empty(0, dtype=torch.uint64, device=q.device), scale=scale,
-        )  # fmt: skip
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)

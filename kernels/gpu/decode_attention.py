@@ -107,7 +107,8 @@ def _decode_kernel(
 
 
 @functools.lru_cache(maxsize=8)
-def _num_sms(device: torch.device) -> int:
+def num_sms(device: torch.device) -> int:
+    """Streaming multiprocessors of the card."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -142,7 +143,7 @@ def decode_attention(
     pdl = supported(q.device)
     # Few programs: each keeps more of its own loads in flight. Many: they hide each other's.
     if num_stages is None:
-        num_stages = 3 if num_kv * num_seqs * max_splits <= 1.5 * _num_sms(q.device) else 2
+        num_stages = 3 if num_kv * num_seqs * max_splits <= 1.5 * num_sms(q.device) else 2
     _decode_kernel[(num_kv, num_seqs, max_splits)](
         q, k, v, output, part_max, part_sum, part_acc, decode.counters, decode.query_rows,
         decode.table_rows, decode.context_lens, table, table.stride(0), q.stride(0), q.stride(1),

@@ -25,9 +25,9 @@ def _scaled(x_ptr, columns, end, temperature):
 
 
 @triton.jit
-def _times_exp(x, m):
-    """x exp(x - m), 0 for x = -inf."""
-    return tl.where(x > float("-inf"), x * tl.exp(x - m), 0.0)
+def _times_exp(x):
+    """x exp(x), 0 for x = -inf."""
+    return tl.where(x > float("-inf"), x * tl.exp(x), 0.0)
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def segment_sum(
     """(max, sum of exp(x - max)) of one segment of one row: block after block, then one tree.
 
     Four blocks are loaded at a time to keep the memory busy; the sum's order is that of the blocks.
-    WEIGHTED: also the sum of x exp(x - max), which moves no bit of the others.
+    WEIGHTED: also the sum of (x - max) exp(x - max), which moves no bit of the others.
     """
     columns = tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -60,8 +60,8 @@ def segment_sum(
         total = total + tl.exp(x2 - m)
         total = total + tl.exp(x3 - m)
         if WEIGHTED:
-            weighted += _times_exp(x0, m) + _times_exp(x1, m)
-            weighted += _times_exp(x2, m) + _times_exp(x3, m)
+            weighted += _times_exp(x0 - m) + _times_exp(x1 - m)
+            weighted += _times_exp(x2 - m) + _times_exp(x3 - m)
     total = tl.where(start < end, tl.sum(total, 0), 0.0)
     return m, total, tl.where(start < end, tl.sum(weighted, 0), 0.0)
 

@@ -37,12 +37,14 @@ def _merge_kernel(
     row = tl.program_id(0).to(tl.int64)
     lse = merged(max_ptr + row * SEGMENTS, sum_ptr + row * SEGMENTS, SEGMENTS)
     tl.store(normalizer_ptr + row, lse)
-    mean = lse * 0
+    entropy = lse * 0  # minus the mean of x - lse
     for segment in range(SEGMENTS):
         place = row * SEGMENTS + segment
-        share = tl.exp(tl.load(max_ptr + place) - lse)
-        mean += tl.where(share > 0, share * tl.load(weighted_ptr + place), 0.0)
-    tl.store(entropy_ptr + row, lse - mean)
+        total = tl.load(sum_ptr + place)
+        if total > 0:  # not all padding
+            shift = tl.load(max_ptr + place) - lse
+            entropy -= tl.exp(shift) * (tl.load(weighted_ptr + place) + shift * total)
+    tl.store(entropy_ptr + row, entropy)
     x = tl.load(x_ptr + row * V + tl.load(id_ptr + row))
     x = libdevice.div_rn(x, tl.load(temperature_ptr + row))
     tl.store(logprob_ptr + row, x - lse)

@@ -1,0 +1,75 @@
+"""Gradients of packed attention on the GPU: torch's flash-attention backward, deterministic.
+
+It is fed with our own output and log-sum-exp. Source: Dao 2023, arXiv 2307.08691.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+
+from samebit.kernels.gpu.attention import GpuAttentionPlan
+from samebit.kernels.gpu.decode_attention import num_sms
+
+
+def attend_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    plan: GpuAttentionPlan,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q [T, N, H], k and v [T, K, H]; lse [N, T] and output are the forward's."""
+    if not plan.whole:
+        raise NotImplementedError("context parallel training has no attention backward on GPUs yet")
+    num_heads, num_kv = q.shape[1], k.shape[1]
+    heads = _filling_heads(num_heads, len(plan.seq_lens), num_sms(q.device))
+    if heads > num_heads:
+        k, v = (x.repeat_interleave(num_heads // num_kv, 1) for x in (k, v))
+        pad = (0, 0, 0, heads - num_heads)
+        grad, q, k, v, output, lse = (F.pad(x, pad) for x in (grad, q, k, v, output, lse))
+    lens = torch.tensor((0, *plan.seq_lens), dtype=torch.int32)
+    cumulative = lens.cumsum(0, dtype=torch.int32).to(q.device)
+    longest = max(plan.seq_lens)
+    unused = torch.empty(2, dtype=torch.uint64, device=q.device)
+    with _deterministic():
+        grad_q, grad_k, grad_v = torch.ops.aten._flash_attention_backward(
+            grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), output, lse,
+            cumulative, cumulative, longest, longest, 0.0, True, unused,
+            torch.empty(0, dtype=torch.uint64, device=q.device), scale=scale,
+        )  # fmt: skip
+    if heads > num_heads:
+        parts = (x[:, :num_heads].unflatten(1, (num_kv, -1)) for x in (grad_k, grad_v))
+        grad_q, (grad_k, grad_v) = grad_q[:, :num_heads], (x.sum(2) for x in parts)
+    return grad_q, grad_k, grad_v
+
+
+def _filling_heads(num_heads: int, num_seqs: int, sms: int) -> int:
+    """With how many heads, some of them zeros, torch's deterministic backward is fastest.
+
+    It starts s = ceil(SMs / (heads x sequences)) programs for each head of each sequence, each with
+    a part of the keys, and an SM holds one program. 32 heads of one sequence make 160 programs,
+    which take 132 SMs two rounds; 33 make 132.
+    """
+
+    def rounds(heads: int) -> float:
+        splits = -(-sms // (heads * num_seqs))
+        return -(-heads * num_seqs * splits // sms) / splits
+
+    return min(range(num_heads, num_heads + num_heads // 4 + 1), key=rounds)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """torch's deterministic implementations, whatever the user's setting."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
