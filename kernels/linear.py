@@ -59,12 +59,29 @@ def _linear_cpu(
 _forward = Op("linear", cpu=_linear_cpu, cuda="samebit.kernels.gpu.linear:linear")
 
 
+def main_grad_of(weight: torch.Tensor) -> torch.Tensor | None:
+    """The fp32 buffer, if any, in which a trainer on a GPU sums up the weight's gradient.
+
+    Products are added to it without being rounded first, and autograd is given no gradient.
+    """
+    return getattr(weight, "main_grad", None) if weight.is_cuda else None
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total [N, K] fp32 += a [N, T] @ b [T, K], summed in fp32."""
+    if a.dtype == torch.float32:
+        total += a @ b
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.main_grad = main_grad_of(weight)
         return _forward(x, weight, out_dtype)
 
     @staticmethod
@@ -72,8 +89,12 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grad.to(x.dtype)
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        grad_weight = grad.t() @ x if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, None
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None
+        if ctx.main_grad is None:
+            return grad_x, grad.t() @ x, None
+        add_product(ctx.main_grad, grad.t(), x)
+        return grad_x, None, None
 
 
 class _LinearInSegments(_Linear):
@@ -82,6 +103,7 @@ class _LinearInSegments(_Linear):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, num_segments: int) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.main_grad = main_grad_of(weight)
         parts = zip(x.chunk(num_segments, 1), weight.chunk(num_segments, 1), strict=True)
         return tree_sum([_forward(a, b, torch.float32) for a, b in parts])
 

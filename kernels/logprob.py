@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from samebit.kernels.linear import add_product, main_grad_of
 from samebit.kernels.linear import logits as linear_fp32
 from samebit.kernels.op import Op, require_fp32
 from samebit.kernels.reduce import ALONE, TensorRanks, gather_columns
@@ -107,10 +108,6 @@ def _chunk_rows(vocab_size: int, device: torch.device) -> int:
     return max(2048 if device.type == "cuda" else 512, (1 << 22) // vocab_size)
 
 
-def _product_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
-
-
 class _Logprob(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -122,6 +119,7 @@ class _Logprob(torch.autograd.Function):
         vocab_size: int,
         ranks: TensorRanks,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.main_grad = main_grad_of(weight)
         ctx.first = ranks.rank * len(weight)  # the vocabulary's part that this rank holds
         live = max(0, min(len(weight), vocab_size - ctx.first))
         rows = _chunk_rows(vocab_size, hidden.device)
@@ -141,7 +139,9 @@ class _Logprob(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, token_ids, temperature, normalizer = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(ctx.weight_shape, device=weight.device)
+        grad_weight = ctx.main_grad
+        if grad_weight is None:
+            grad_weight = torch.zeros(ctx.weight_shape, device=weight.device)
         rows, live = ctx.chunk_rows, len(weight)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
@@ -154,8 +154,9 @@ class _Logprob(torch.autograd.Function):
                 weight.dtype,
             )
             grad_hidden[part] = narrow @ weight
-            grad_weight[:live] += _product_fp32(narrow.t(), hidden[part])
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+            add_product(grad_weight[:live], narrow.t(), hidden[part])
+        narrow_grad = grad_weight.to(weight.dtype) if ctx.main_grad is None else None
+        return grad_hidden, narrow_grad, None, None, None, None
 
 
 def logprob(

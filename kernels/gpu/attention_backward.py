@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 
 from samebit.kernels.gpu.attention import GpuAttentionPlan
 from samebit.kernels.gpu.decode_attention import num_sms
@@ -29,9 +28,9 @@ def attend_backward(
     num_heads, num_kv = q.shape[1], k.shape[1]
     heads = _filling_heads(num_heads, len(plan.seq_lens), num_sms(q.device))
     if heads > num_heads:
-        k, v = (x.repeat_interleave(num_heads // num_kv, 1) for x in (k, v))
-        pad = (0, 0, 0, heads - num_heads)
-        grad, q, k, v, output, lse = (F.pad(x, pad) for x in (grad, q, k, v, output, lse))
+        grad, q, output = (_more_heads(x, heads) for x in (grad, q, output))
+        k, v = (_one_per_head(x, num_heads, heads) for x in (k, v))
+        lse = torch.cat([lse, lse[: heads - num_heads]])
     lens = torch.tensor((0, *plan.seq_lens), dtype=torch.int32)
     cumulative = lens.cumsum(0, dtype=torch.int32).to(q.device)
     longest = max(plan.seq_lens)
@@ -48,8 +47,23 @@ def attend_backward(
     return grad_q, grad_k, grad_v
 
 
+def _more_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[T, N, H] -> [T, heads, H]: the first ones again, whose results nobody reads."""
+    return torch.cat([x, x[:, : heads - x.shape[1]]], dim=1)
+
+
+def _one_per_head(x: torch.Tensor, num_heads: int, heads: int) -> torch.Tensor:
+    """Keys or values [T, K, H] -> [T, heads, H], in the order of `_more_heads`."""
+    num_tokens, num_kv, head_dim = x.shape
+    group = num_heads // num_kv
+    spread = x.new_empty(num_tokens, heads, head_dim)
+    spread[:, :num_heads].unflatten(1, (num_kv, group)).copy_(x[:, :, None])
+    spread[:, num_heads:] = spread[:, : heads - num_heads]
+    return spread
+
+
 def _filling_heads(num_heads: int, num_seqs: int, sms: int) -> int:
-    """With how many heads, some of them zeros, torch's deterministic backward is fastest.
+    """With how many heads, some of them there twice, torch's deterministic backward is fastest.
 
     It starts s = ceil(SMs / (heads x sequences)) programs for each head of each sequence, each with
     a part of the keys, and an SM holds one program. 32 heads of one sequence make 160 programs,

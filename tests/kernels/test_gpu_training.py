@@ -3,10 +3,22 @@
 import pytest
 import torch
 
-from samebit.kernels.logprob import logits_grad, logits_grad_ref, logprob_of, token_stats
+from samebit.kernels.attention import attention_ref, plan_packed
+from samebit.kernels.linear import linear
+from samebit.kernels.logprob import (
+    logits_grad,
+    logits_grad_ref,
+    logprob,
+    logprob_of,
+    token_stats,
+)
 from samebit.kernels.rms_norm import rms_norm, rms_norm_backward_ref
 from samebit.kernels.sample import draw_with_logprobs
 from samebit.kernels.swiglu import swiglu, swiglu_backward_ref
+
+if torch.cuda.is_available():
+    from samebit.kernels.gpu.attention import attend
+    from samebit.kernels.gpu.attention_backward import attend_backward
 
 pytestmark = [
     pytest.mark.gpu,
@@ -82,10 +94,10 @@ def test_token_stats_have_the_samplers_bits(vocab):
     ids = tokens.clone()
     ids[:2] = torch.tensor([-3, vocab])  # other ranks' tokens
     arguments = (logits, temperature, normalizers, ids, grad)
-    for dtype, error in ((torch.float32, 1e-6), (torch.bfloat16, 8e-3)):
+    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 8e-3)):
         expected = logits_grad_ref(*arguments, torch.float32)
         torch.testing.assert_close(
-            logits_grad(*arguments, dtype).float(), expected, rtol=error, atol=1e-7
+            logits_grad(*arguments, dtype).float(), expected, rtol=error, atol=1e-6
         )
 
 
@@ -97,3 +109,45 @@ def test_logits_of_minus_infinity_add_nothing_to_the_entropy():
     expected = torch.full((2,), 30.0).log()
     torch.testing.assert_close(entropies.cpu(), expected)
     torch.testing.assert_close(logprobs.cpu(), -expected)
+
+
+def test_a_trainers_buffer_gets_unrounded_gradients():
+    """Of a weight that both linear and logprob use, over two micro-batches; autograd gets none."""
+    weight = bf16(2048, 256, scale=0.1).requires_grad_()
+    weight.main_grad = torch.zeros(2048, 256, device="cuda")
+    truth = torch.zeros(2048, 256, device="cuda", dtype=torch.float64)
+    ids, ones = torch.arange(300, device="cuda"), torch.ones(300, device="cuda")
+    for seed in (1, 2):
+        x, grad = bf16(300, 256, seed=seed), bf16(300, 2048, seed=seed + 5)
+        linear(x, weight).backward(grad)
+        truth += grad.double().t() @ x.double()
+        logprob(x, weight, ids, ones, 1500)[0].sum().backward()
+        wide = weight.detach()[:1500].double().requires_grad_()
+        chosen = (x.double() @ wide.t()).log_softmax(-1).gather(1, ids[:, None])
+        truth[:1500] += torch.autograd.grad(chosen.sum(), wide)[0]
+    assert weight.grad is None
+    assert (weight.main_grad - truth).norm() < 2e-3 * truth.norm()
+    plain = (bf16(300, 2048, seed=6).t() @ bf16(300, 256, seed=1)).double()
+    exact = bf16(300, 2048, seed=6).double().t() @ bf16(300, 256, seed=1).double()
+    weight.main_grad.zero_()
+    linear(bf16(300, 256, seed=1), weight).backward(bf16(300, 2048, seed=6))
+    assert (weight.main_grad - exact).norm() < (plain - exact).norm() / 100
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv", "lens"), [(32, 8, (700,)), (9, 3, (513,)), (16, 8, (65, 1, 300)), (4, 4, (9,))]
+)
+def test_attention_backward_with_filling_heads(heads, kv, lens):
+    """Heads that only fill the card leave every gradient what it is."""
+    q, k, v = (bf16(sum(lens), n, 128, seed=i) for i, n in enumerate((heads, kv, kv)))
+    grad, plan = bf16(sum(lens), heads, 128, seed=3), plan_packed(lens, heads // kv, "cuda")
+    output, lse = attend(q, k, v, plan, 128**-0.5)
+    found = attend_backward(grad, q, k, v, output, lse, plan, 128**-0.5)
+    again = attend_backward(grad, q, k, v, output, lse, plan, 128**-0.5)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    wide = [x.float().requires_grad_() for x in (q, k, v)]
+    truth = torch.autograd.grad(attention_ref(*wide, lens, 128**-0.5), wide, grad.float())
+    narrow = [x.clone().requires_grad_() for x in (q, k, v)]
+    plain = torch.autograd.grad(attention_ref(*narrow, lens, 128**-0.5), narrow, grad)
+    for a, t, p in zip(found, truth, plain, strict=True):
+        assert (a.float() - t).norm() <= 2 * (p.float() - t).norm()

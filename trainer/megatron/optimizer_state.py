@@ -1,4 +1,5 @@
-"""The optimizer's exact state: what a resumed run needs to take the same steps to the same bits.
+"""The AdamW behind Megatron's optimizers, and its exact state: what a resumed run needs to take the
+same steps to the same bits.
 
 Megatron's distributed optimizer keeps moments out of its state_dict, and its own checkpoints of
 them do not resume faithfully over torch's AdamW. Its shards and the AdamW behind it are plain
@@ -39,10 +40,21 @@ def load_optimizer_state(optimizer: Any, state: Mapping[str, Any]) -> None:
         shard.copy_(saved)
 
 
+def use_fused_adam(optimizer: Any) -> None:
+    """Have torch's AdamW behind a Megatron optimizer make one pass over its memory, on a GPU."""
+    for part in _parts(optimizer):
+        for group in part.optimizer.param_groups:
+            group["fused"] = True
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    """The optimizers that it chains, or itself."""
+    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
 def _distributed(optimizer: Any) -> list[DistributedOptimizer]:
     """The distributed optimizers that it chains; none if it is of another kind."""
-    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    return [part for part in parts if isinstance(part, DistributedOptimizer)]
+    return [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
 
 
 def _master_shards(parts: Sequence[DistributedOptimizer]) -> list[torch.Tensor]:

@@ -35,7 +35,11 @@ from samebit.trainer.context import share_context
 from samebit.trainer.megatron.cpu import no_cuda
 from samebit.trainer.megatron.forward import ForwardModel, batch_logprobs
 from samebit.trainer.megatron.model import build_model, forward_logprobs
-from samebit.trainer.megatron.optimizer_state import load_optimizer_state, optimizer_state
+from samebit.trainer.megatron.optimizer_state import (
+    load_optimizer_state,
+    optimizer_state,
+    use_fused_adam,
+)
 from samebit.trainer.megatron.setup import initialize
 from samebit.trainer.megatron.stages import from_last_stage, stage_of, stage_specs
 from samebit.trainer.packing import pack_samples
@@ -81,6 +85,8 @@ class MegatronTrainer:
             self._optimizer = get_megatron_optimizer(
                 _megatron_optimizer_config(optimizer, gpt.config.bf16, self.parallel), [self._ddp]
             )
+            if device.type == "cuda":
+                use_fused_adam(self._optimizer)
             self._scheduler = _scheduler(self._optimizer, optimizer, num_steps)
         gpt.config.grad_scale_func = self._optimizer.scale_loss
         gpt.config.no_sync_func = self._ddp.no_sync
@@ -235,8 +241,9 @@ class MegatronTrainer:
     def _gradients_finite(self) -> bool:
         """Whether they are on every rank: all must take the same way from here."""
         buffers = [*self._ddp.buffers, *self._ddp.expert_parallel_buffers]
-        finite = all(bool(buffer.grad_data.isfinite().all()) for buffer in buffers)
-        return all(gather_objects(finite))
+        # NaN passes through both; one pass over the memory, without temporaries.
+        bounds = [bound for buffer in buffers for bound in buffer.grad_data.aminmax()]
+        return all(gather_objects(bool(torch.stack(bounds).isfinite().all())))
 
     def _require_finite_gradients(
         self,
