@@ -78,7 +78,7 @@ def graph_us(actions: Sequence[Action], expected_us: float, replays: int) -> Spr
 def copy_bytes_s(replays: int) -> float:
     """Bytes read and written per second while 1 GiB is copied.
 
-    By torch's copy, which may be a copy engine's, or a kernel that writes what it reads: the faster.
+    By torch's copy, which may be a copy engine's, or by a kernel: whichever is faster.
     """
     source = torch.zeros(1 << 28, dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
