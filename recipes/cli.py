@@ -106,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"samebit: no command '{command}'\n\n{usage()}", file=sys.stderr)
         return 2
     overrides = list(_overrides(command, [a for a in rest if a not in HELP]))
+    from samebit.recipes import launch
     from samebit.recipes.config import ConfigError, resolve
     from samebit.recipes.signals import Stopped
 
@@ -115,6 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_command_help(command, overrides))
             return 0
         run = resolve(command, overrides)
+        if launch.is_needed(run):
+            return launch.launch(arguments, run)
+        launch.follow_launcher()
         module = command.replace("-", "_").replace(" ", ".")
         return importlib.import_module(f"samebit.recipes.{module}").main(run)
     except ConfigError as error:

@@ -20,7 +20,7 @@ from samebit.trainer.config import GrpoConfig, ParallelConfig, TrainerConfig, re
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 DEMO_MODELS = ("tiny", "smollm2")
 PLACEMENTS = ("colocated", "process")
-TRANSPORTS = {"colocated": ("alias", "file"), "process": ("gloo", "file")}
+TRANSPORTS = {"colocated": ("alias", "stages", "file"), "process": ("gloo", "file")}
 
 
 @dataclass(kw_only=True)
@@ -38,7 +38,8 @@ class EngineSection:
     placement: str = "colocated"
     """colocated: in the trainer's process; process: in one of its own."""
     transport: str = "alias"
-    """How weights reach it: alias or file (colocated), gloo or file (process)."""
+    """How weights reach it: alias, stages (pipelines) or file (colocated); gloo or file (process).
+    """
     page_size: int = 64
     kv_cache_tokens: int | None = None
     max_batch_tokens: int = 4096
@@ -118,13 +119,20 @@ class RunSection:
         """Checks across sections; ValueError names the keys."""
 
 
-def _require_one_process(parallel: ParallelConfig) -> None:
-    """The trainer itself knows more; recipes start no other processes of it yet."""
-    if parallel.num_processes > 1:
-        raise ValueError(
-            f"trainer.parallel asks for {parallel} = {parallel.num_processes} processes; recipes "
-            "train in one so far"
-        )
+def _check_placement(engine: EngineSection, parallel: ParallelConfig) -> None:
+    """Of the engines beside the processes of a trainer."""
+    several = parallel.num_processes > 1
+    meaning = f"colocated with {parallel.num_processes} processes of the trainer"
+    fits = not several or engine.placement == "colocated"
+    require(fits, "engine.placement", engine.placement, meaning)
+    if parallel.pipeline > 1:
+        fitting: tuple[str, ...] = ("stages",)
+    else:
+        fitting = ("alias",) if several else ("alias", "file", "gloo")
+    meaning = f"{' or '.join(fitting)} with trainer.parallel.pipeline = {parallel.pipeline}"
+    if several:
+        meaning += f" and {parallel.num_processes} processes"
+    require(engine.transport in fitting, "engine.transport", engine.transport, meaning)
 
 
 @dataclass(kw_only=True)
@@ -139,7 +147,6 @@ class SftRun(RunSection):
     def validate(self) -> None:
         """Checks across sections; ValueError names the keys."""
         require(self.trainer.batch_size is not None, "trainer.batch_size", None, "set for sft")
-        _require_one_process(self.trainer.parallel)
 
 
 @dataclass(kw_only=True)
@@ -170,7 +177,7 @@ class GrpoRun(RunSection):
         prompts, n = self.rollout.prompts_per_step, self.rollout.samples_per_prompt
         meaning = "at least 2: an advantage is relative to the other samples of the prompt"
         require(n >= 2, "rollout.samples_per_prompt", n, meaning)
-        _require_one_process(self.trainer.parallel)
+        _check_placement(self.engine, self.trainer.parallel)
         if self.samples_per_step % self.batch_size:
             raise ValueError(
                 f"rollout.prompts_per_step x rollout.samples_per_prompt = {prompts} x {n} = "
@@ -207,6 +214,8 @@ class DemoRun(RunSection):
         for name, phase in (("sft", self.sft), ("grpo", self.grpo)):
             if phase is None:
                 continue
+            size = phase.trainer.parallel.num_processes
+            require(size == 1, f"{name}.trainer.parallel", size, "one process in the demo")
             for f in fields(RunSection):
                 if getattr(phase, f.name) != f.default:
                     raise ValueError(

@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
+import torch
+
 from samebit.recipes.config import ConfigError, ExportRun
 from samebit.recipes.side_files import side_files
 from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints
+from samebit.trainer.megatron.stages import Stage, stage_specs
 from samebit.weight_sync.digest import weights_digest
+from samebit.weight_sync.mapping import Shard, collect_hf, load_params
 from samebit.weight_sync.transports.file import write_hf_folder
 from samebit.weight_sync.types import WeightVersion
 
@@ -23,6 +27,31 @@ def find_checkpoint(path: Path) -> Checkpoint:
     return found
 
 
+def write_model(checkpoint: Checkpoint, model_path: Path, out: Path) -> WeightVersion:
+    """Put the shards of all ranks together and write them as a Hugging Face folder.
+
+    model_path is the folder that the run started from. Raises ConfigError for another model.
+    """
+    model = load_model_config(model_path)
+    specs = param_specs(model)
+    whole: dict[str, torch.Tensor] = {}
+    step = checkpoint.step
+    for state in checkpoint.load_all():
+        step, params = state["step"], state["params"]
+        index, count = state["stage"]
+        stage = Stage(index, count, model.num_layers // count)
+        shards = stage_specs(model, Shard(*state["tensor"]), stage)
+        if {n: tuple(p.shape) for n, p in params.items()} != {s.name: s.shape for s in shards}:
+            raise ConfigError(f"{checkpoint.path} holds another model than model={model_path}")
+        collect_hf(shards, params, whole)
+    first = next(iter(whole.values()))
+    params = {spec.name: first.new_empty(spec.shape) for spec in specs}
+    load_params(specs, params, whole.__getitem__)
+    version = WeightVersion(step, weights_digest(specs, params))
+    write_hf_folder(out, specs, params, version, side_files(model_path))
+    return version
+
+
 def main(run: ExportRun) -> int:
     """The command `samebit export`."""
     checkpoint, model_path, out = (
@@ -32,12 +61,6 @@ def main(run: ExportRun) -> int:
     )
     if out.exists() and any(out.iterdir()) and not run.overwrite:
         raise ConfigError(f"out={out} is not empty; give another folder or overwrite=true")
-    specs = param_specs(load_model_config(model_path))
-    state = checkpoint.load()
-    found = {name: tuple(p.shape) for name, p in state["params"].items()}
-    if found != {spec.name: spec.shape for spec in specs}:
-        raise ConfigError(f"{checkpoint.path} holds another model than model={model_path}")
-    version = WeightVersion(state["step"], weights_digest(specs, state["params"]))
-    write_hf_folder(out, specs, state["params"], version, side_files(model_path))
+    version = write_model(checkpoint, model_path, out)
     print(f"{checkpoint.path} -> {out}: weights of step {version.step}, digest {version.digest}")
     return 0

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from samebit.recipes.config import GrpoRun, to_dict, to_yaml
-from samebit.recipes.metrics import MetricsLogger
+from samebit.recipes.config import GrpoRun, to_yaml
+from samebit.recipes.metrics import MetricsLogger, NoLogger
 from samebit.recipes.order import SampleIds, problem_index
 from samebit.recipes.placement import load_weights, start_engine
 from samebit.recipes.plan import grpo_plan, print_plan
 from samebit.recipes.report import write_report
-from samebit.recipes.rewards import load_reward, score
+from samebit.recipes.rewards import RewardError, load_reward, score
 from samebit.recipes.rollouts import save_rollout
 from samebit.recipes.session import Session, open_session
 from samebit.recipes.signals import StopSignals, stop_signals
@@ -33,6 +33,7 @@ from samebit.rollout.types import SamplingParams
 from samebit.trainer.algorithms.grpo import GrpoLoss, group_advantages
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.packing import pack_samples
+from samebit.trainer.ranks import is_first, on_first
 from samebit.trainer.types import Sample, StepStats
 from samebit.weight_sync.types import WeightSyncError
 
@@ -160,7 +161,8 @@ class GrpoRecipe:
         groups = self.engine.generate(prompt_ids, params, sample_ids, progress=progress)
         texts = [[self.text.decode(c.token_ids) for c in group] for group in groups]
         flat_problems = [p for p, group in zip(problems, groups, strict=True) for _ in group]
-        flat = score(self.reward, [t for group in texts for t in group], flat_problems)
+        flat_texts = [t for group in texts for t in group]
+        flat = on_first(lambda: score(self.reward, flat_texts, flat_problems), RewardError)
         values = iter(flat)
         rewards = [[next(values) for _ in group] for group in groups]
         return Rollout(problems, prompt_ids, groups, texts, rewards)
@@ -170,13 +172,15 @@ class GrpoRecipe:
         samples = make_samples(rollout, self.run)
         size, stats = self.run.batch_size, list[StepStats]()
         for start in range(0, len(samples), size):
-            batches = pack_samples(
-                samples[start : start + size],
-                self.run.trainer.micro_batch_tokens,
-                self.run.trainer.loss_mean,
-                self.run.rollout.temperature,
-                self.session.device,
-                self.trainer.model,
+            batches = self.trainer.own_batches(
+                pack_samples(
+                    samples[start : start + size],
+                    self.run.trainer.micro_batch_tokens,
+                    self.run.trainer.loss_mean,
+                    self.run.rollout.temperature,
+                    self.session.device,
+                    self.trainer.model,
+                )
             )
             # Until the first optimizer step writes, the whole step may be dropped.
             loss = self.loss if stats else self.stop.polled(self.loss)
@@ -247,20 +251,21 @@ def train(run: GrpoRun) -> dict[str, Any]:
         session = open_session(run)
         recipe = GrpoRecipe(run, session, stop)
         summary = _train(recipe)
-        write_report(session.run_dir, title=run.run_name, summary=summary, config_yaml=to_yaml(run))
+        if session.is_first:
+            title, config = run.run_name, to_yaml(run)
+            write_report(session.run_dir, title=title, summary=summary, config_yaml=config)
         return summary
 
 
 def _train(recipe: GrpoRecipe) -> dict[str, Any]:
     run, session = recipe.run, recipe.session
     progress, total = recipe.progress, run.trainer.num_steps
-    resume_step = progress.step if session.resumed is not None else None
-    logger = MetricsLogger(session.run_dir, run.logger, run.run_name, to_dict(run), resume_step)
-    bar = tqdm(total=total, initial=progress.step, desc=run.run_name, unit="step")
+    logger, bar = session.logger(progress), session.bar(progress)
     with closing(recipe), logger, bar, session.saved_if_stopped(progress, recipe.save):
         if progress.step == 0:
             evaluate(recipe, logger, {})
         while progress.step < total:
+            recipe.stop.poll_together()
             train_one_step(recipe, logger, bar)
         summary = {
             "reward_first": progress.reward_first,
@@ -273,13 +278,13 @@ def _train(recipe: GrpoRecipe) -> dict[str, Any]:
     return summary
 
 
-def train_one_step(recipe: GrpoRecipe, logger: MetricsLogger, bar: tqdm) -> None:
+def train_one_step(recipe: GrpoRecipe, logger: MetricsLogger | NoLogger, bar: tqdm) -> None:
     """Rollout, reward, update and sync; evaluation, metrics and checkpoint when they are due."""
     run, progress = recipe.run, recipe.progress
     phases = Phases()
     with phases.time("rollout"):
         rollout = recipe.rollout(progress.step, bar)
-    if run.logger.save_rollouts:
+    if run.logger.save_rollouts and recipe.session.is_first:
         drawn = rollout.prompt_ids, rollout.completions, rollout.rewards
         save_rollout(run.run_dir, progress.step + 1, *drawn)
     stats = recipe.update(rollout, phases)
@@ -289,9 +294,7 @@ def train_one_step(recipe: GrpoRecipe, logger: MetricsLogger, bar: tqdm) -> None
     if last or progress.step % run.rollout.eval_every == 0:
         with phases.time("eval"):
             evaluate(recipe, logger, metrics)
-    metrics |= phases.seconds | speed(
-        recipe.trainer.model, recipe.session.device, rollout, stats, phases.seconds
-    )
+    metrics |= phases.seconds | speed(recipe.trainer, rollout, stats, phases.seconds)
     logger.log(progress.step, metrics)
     if run.trainer.checkpoint_due(progress.step):
         logger.sync()
@@ -301,7 +304,9 @@ def train_one_step(recipe: GrpoRecipe, logger: MetricsLogger, bar: tqdm) -> None
     bar.update()
 
 
-def evaluate(recipe: GrpoRecipe, logger: MetricsLogger, metrics: dict[str, float]) -> None:
+def evaluate(
+    recipe: GrpoRecipe, logger: MetricsLogger | NoLogger, metrics: dict[str, float]
+) -> None:
     """Held-out reward into metrics (step 0: a line of its own) and the samples file."""
     progress = recipe.progress
     held_out = recipe.evaluate(progress.step)
@@ -318,5 +323,7 @@ def main(run: GrpoRun) -> int:
     if run.dry_run:
         print_plan(run, grpo_plan(run))
         return 0
-    print(json.dumps(train(run)))
+    summary = train(run)
+    if is_first():
+        print(json.dumps(summary))
     return 0

@@ -125,6 +125,25 @@ class MetricsLogger:
         self.close()
 
 
+class NoLogger:
+    """For the processes that leave the logging to the first."""
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """See MetricsLogger."""
+
+    def log_samples(self, step: int, kind: str, rows: list[dict[str, Any]]) -> None:
+        """See MetricsLogger."""
+
+    def sync(self) -> None:
+        """See MetricsLogger."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """Nothing is open."""
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file; none where it is missing. A torn last line is left out.
 

@@ -4,16 +4,18 @@ from pathlib import Path
 
 import torch
 
-from samebit.kernels.reduce import TensorRanks
 from samebit.recipes.config import GrpoRun
+from samebit.recipes.replicas import ReplicatedEngine
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.remote import RemoteEngine
 from samebit.rollout.runtime.weights import load_safetensors
 from samebit.trainer.megatron.trainer import MegatronTrainer
+from samebit.trainer.ranks import place
 from samebit.weight_sync.transports.alias import AliasTransport
 from samebit.weight_sync.transports.base import Transport
 from samebit.weight_sync.transports.file import FileTransport
+from samebit.weight_sync.transports.stages import StageTransport
 
 
 def load_weights(trainer: MegatronTrainer, model_path: str) -> None:
@@ -22,9 +24,22 @@ def load_weights(trainer: MegatronTrainer, model_path: str) -> None:
     trainer.fill(lambda specs, params: load_safetensors(Path(model_path), specs, params, whole))
 
 
+def _start_copies(
+    run: GrpoRun, trainer: MegatronTrainer, engine: Engine
+) -> tuple[ReplicatedEngine, Transport]:
+    """One of the engines of several processes."""
+    transport: Transport
+    if run.engine.transport == "stages":
+        transport = StageTransport(engine, engine.weights, trainer.pipeline_group)
+    else:
+        engine.bind_weights(trainer.params, trainer.step)
+        transport = AliasTransport(engine)
+    return ReplicatedEngine(engine, *place(), trainer.ranks.size), transport
+
+
 def start_engine(
     run: GrpoRun, device: torch.device, trainer: MegatronTrainer
-) -> tuple[Engine | RemoteEngine, Transport]:
+) -> tuple[Engine | RemoteEngine | ReplicatedEngine, Transport]:
     """The engine and the transport that serves it; its weights are the model folder's."""
     section = run.engine
     settings = {
@@ -39,8 +54,10 @@ def start_engine(
         "overlap": section.overlap,
         "max_model_len": run.rollout.max_prompt_len + run.rollout.max_new_tokens,
         "seed": run.seed,
-        "ranks": TensorRanks(invariant=run.trainer.parallel.tp_invariant),
+        "ranks": trainer.ranks,
     }
+    if run.trainer.parallel.num_processes > 1:
+        return _start_copies(run, trainer, Engine(run.model.path, **settings))
     engine: Engine | RemoteEngine
     if section.placement == "process":
         engine = RemoteEngine(run.model.path, cpu_threads=run.cpu_threads, **settings)

@@ -5,15 +5,16 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from tqdm import tqdm
 
 from samebit.kernels.profile import NumericsProfile, numerics_profile
 from samebit.recipes.config import GrpoRun, RunSection, SftRun, to_dict, to_yaml
-from samebit.recipes.metrics import write_atomically
+from samebit.recipes.metrics import MetricsLogger, NoLogger, write_atomically
 from samebit.recipes.signals import Stopped
 from samebit.rollout.config import resolve_device
 from samebit.rollout.models.registry import load_model_config
@@ -24,6 +25,8 @@ from samebit.trainer.checkpoint import (
     remove_leftovers,
 )
 from samebit.trainer.checkpoint import save_checkpoint as write_checkpoint
+from samebit.trainer.megatron.setup import start_processes
+from samebit.trainer.ranks import is_first, together
 from samebit.weight_sync.session import non_finite
 
 CONFIG_FILE = "config.yaml"
@@ -42,6 +45,10 @@ _FREE_KEYS = (
 _FREE_TRAINER_KEYS = ("checkpoint_every", "keep_checkpoints")
 
 
+class RunFolderError(RuntimeError):
+    """Another process could not open the run's folder; the message is its own."""
+
+
 class HasStep(Protocol):
     """A recipe's progress."""
 
@@ -56,6 +63,8 @@ class Session:
     device: torch.device
     profile: NumericsProfile
     resumed: Checkpoint | None
+    is_first: bool
+    """Whether this process writes what there is one of."""
 
     @property
     def run_dir(self) -> Path:
@@ -69,11 +78,12 @@ class Session:
 
     def save(self, step: int, state: dict[str, Any], progress: dict[str, Any], keep: int) -> Path:
         """Write a checkpoint after `step`; `progress` is small and readable, in the manifest."""
-        if bad := non_finite(state["params"]):
-            raise CheckpointError(
-                f"NaN or Inf in {', '.join(bad[:5])} after step {step}; it was not saved, the last "
-                "checkpoint is unharmed"
-            )
+        with together(CheckpointError):
+            if bad := non_finite(state["params"]):
+                raise CheckpointError(
+                    f"NaN or Inf in {', '.join(bad[:5])} after step {step}; it was not saved, the "
+                    "last checkpoint is unharmed"
+                )
         manifest = {
             "config_digest": config_digest(self.run),
             "model_digest": model_digest(self.run),
@@ -96,9 +106,29 @@ class Session:
                 f"{stopped}: stopped after step {progress.step}, {where}; resume=true goes on"
             ) from None
 
+    def logger(self, progress: HasStep) -> MetricsLogger | NoLogger:
+        """The run's metrics, which the first process writes, from the present step on."""
+        if not self.is_first:
+            return NoLogger()
+        resume_step = progress.step if self.resumed is not None else None
+        run: Any = self.run
+        return MetricsLogger(self.run_dir, run.logger, run.run_name, to_dict(run), resume_step)
+
+    def bar(self, progress: HasStep) -> tqdm:
+        """A bar of the run's steps."""
+        run: Any = self.run
+        return tqdm(
+            total=run.trainer.num_steps,
+            initial=progress.step,
+            desc=run.run_name,
+            unit="step",
+            disable=not self.is_first,
+        )
+
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""
-        write_atomically(self.run_dir / "summary.json", json.dumps(summary) + "\n")
+        if self.is_first:
+            write_atomically(self.run_dir / "summary.json", json.dumps(summary) + "\n")
 
 
 def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,19 +155,31 @@ def model_digest(run: RunSection) -> str:
 def open_session(run: SftRun | GrpoRun) -> Session:
     """Make or reopen the run's folder; nothing is removed unless overwrite=true says so.
 
-    Raises, before anything is changed, CheckpointError if the checkpoint to resume is damaged or
-    belongs to another configuration or numerics profile, FileExistsError if the folder is in use;
-    and OSError if the folder cannot be written.
+    With several processes the first one does. Raises, before anything is changed, CheckpointError
+    if the checkpoint to resume is damaged or belongs to another configuration or numerics profile,
+    FileExistsError if the folder is in use; and OSError if the folder cannot be written.
     """
     torch.set_num_threads(run.cpu_threads)
     device = resolve_device(run.device)
     invariant = run.trainer.parallel.tp_invariant
-    profile = numerics_profile(device, tp_invariant=invariant)
+    profile = numerics_profile(device, run.trainer.parallel.tensor, invariant)
+    if run.trainer.parallel.num_processes > 1:
+        start_processes(device)
     checkpoints = run.run_dir / "checkpoints"
+    with together(RunFolderError):
+        if is_first():
+            _open_folder(run, profile, checkpoints)
+    resumed = latest_checkpoint(checkpoints) if run.resume else None
+    if resumed is not None and is_first():
+        resumed = replace(resumed, verified=True)
+    return Session(run, device, profile, resumed, is_first())
+
+
+def _open_folder(run: SftRun | GrpoRun, profile: NumericsProfile, checkpoints: Path) -> None:
     resumed = latest_checkpoint(checkpoints) if run.resume else None
     if resumed is not None:
         _require_same(resumed, run, profile)
-        resumed = resumed.verify()
+        resumed.verify()
     elif not run.resume and run.run_dir.exists():
         clear_run_dir(run.run_dir, run.overwrite)
     try:
@@ -148,7 +190,6 @@ def open_session(run: SftRun | GrpoRun) -> Session:
         write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run))
     except OSError as error:
         raise OSError(f"the run's folder {run.run_dir} cannot be written: {error}") from error
-    return Session(run, device, profile, resumed)
 
 
 def clear_run_dir(run_dir: Path, overwrite: bool) -> None:

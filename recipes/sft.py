@@ -5,25 +5,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from samebit.recipes.config import SftRun, to_dict
-from samebit.recipes.metrics import MetricsLogger
+from samebit.recipes.config import SftRun
+from samebit.recipes.export import write_model
 from samebit.recipes.order import problem_index
 from samebit.recipes.placement import load_weights
 from samebit.recipes.plan import print_plan, sft_plan
 from samebit.recipes.session import Session, open_session
-from samebit.recipes.side_files import side_files
 from samebit.recipes.signals import StopSignals, stop_signals
 from samebit.recipes.tasks.base import Dataset, load_datasets
 from samebit.recipes.text import TextCodec
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.algorithms.sft import sft_loss
+from samebit.trainer.checkpoint import latest_checkpoint
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.packing import pack_samples
+from samebit.trainer.ranks import is_first
 from samebit.trainer.types import Sample
-from samebit.weight_sync.transports.file import write_hf_folder
-from samebit.weight_sync.types import WeightVersion
 
 
 @dataclass
@@ -70,9 +67,7 @@ def _train(run: SftRun, session: Session, stop: StopSignals) -> dict[str, Any]:
     if session.resumed is not None:
         trainer.load_state_dict(session.resumed.load())
         progress = Progress(**session.resumed.manifest["progress"])
-    resume_step = progress.step if session.resumed is not None else None
-    logger = MetricsLogger(session.run_dir, run.logger, run.run_name, to_dict(run), resume_step)
-    bar = tqdm(total=total, initial=progress.step, desc=run.run_name, unit="step")
+    logger, bar = session.logger(progress), session.bar(progress)
 
     def save() -> None:
         state = trainer.state_dict()
@@ -80,7 +75,7 @@ def _train(run: SftRun, session: Session, stop: StopSignals) -> dict[str, Any]:
 
     with logger, bar, session.saved_if_stopped(progress, save):
         while progress.step < total:
-            stop.poll()
+            stop.poll_together()
             samples = make_batch(run, progress.step, data, text)
             batches = pack_samples(
                 samples,
@@ -89,7 +84,7 @@ def _train(run: SftRun, session: Session, stop: StopSignals) -> dict[str, Any]:
                 device=session.device,
                 model=trainer.model,
             )
-            stats = trainer.train_step(batches, stop.polled(sft_loss))
+            stats = trainer.train_step(trainer.own_batches(batches), stop.polled(sft_loss))
             progress.step += 1
             logger.log(
                 progress.step,
@@ -105,11 +100,11 @@ def _train(run: SftRun, session: Session, stop: StopSignals) -> dict[str, Any]:
                 save()
             bar.set_postfix_str(f"loss {stats.loss:.4f}")
             bar.update()
-    digest = trainer.digest()
-    version = WeightVersion(trainer.step, digest)
-    files = side_files(Path(run.model.path))
-    write_hf_folder(session.run_dir / "model", trainer.specs, trainer.params, version, files)
-    summary = {"steps": progress.step, "weights_digest": digest}
+    summary = {"steps": progress.step, "weights_digest": trainer.digest()}
+    if session.is_first:
+        last = latest_checkpoint(session.checkpoints)
+        assert last is not None
+        write_model(last, Path(run.model.path), session.run_dir / "model")
     session.finish(summary)
     return summary
 
@@ -119,5 +114,7 @@ def main(run: SftRun) -> int:
     if run.dry_run:
         print_plan(run, sft_plan(run))
         return 0
-    print(json.dumps(train(run)))
+    summary = train(run)
+    if is_first():
+        print(json.dumps(summary))
     return 0

@@ -13,16 +13,29 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Remembers the first signal until `poll` is called at a safe point."""
+    """Remembers the first signal until `poll` or `poll_together` is called at a safe point."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._pid = os.getpid()
 
     def poll(self) -> None:
-        """Raise Stopped if a signal has come: what was begun since the last step is dropped."""
-        if self.received is not None:
+        """Raise Stopped if a signal has come: what was begun since the last step is dropped.
+
+        One of several processes goes on: the others may be elsewhere in the step.
+        """
+        from samebit.trainer.ranks import place  # not at the top: --help needs no torch
+
+        if self.received is not None and place()[1] == 1:
             raise Stopped(self.received.name)
+
+    def poll_together(self) -> None:
+        """Every process calls it between two steps: Stopped on all if one has got a signal."""
+        from samebit.kernels.reduce import gather_objects
+
+        received = [signal for signal in gather_objects(self.received) if signal is not None]
+        if received:
+            raise Stopped(received[0].name)
 
     def polled[**P, R](self, function: Callable[P, R]) -> Callable[P, R]:
         """`function` with a poll before each call."""

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from samebit.recipes.tasks.base import Problem
-from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.types import Completion
 from samebit.trainer.flops import peak_flops, train_flops
+from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.types import StepStats
 
 
@@ -76,8 +76,7 @@ def sample_rows(rollout: Rollout, num_samples: int) -> list[dict[str, Any]]:
 
 
 def speed(
-    model: ModelConfig,
-    device: torch.device,
+    trainer: MegatronTrainer,
     rollout: Rollout,
     stats: Sequence[StepStats],
     seconds: Mapping[str, float],
@@ -89,6 +88,7 @@ def speed(
         "perf/rollout_tokens_per_s": drawn / seconds["perf/rollout_s"],
         "perf/train_tokens_per_s": trained / train_s,
     }
+    device = trainer.device
     if device.type == "cuda":
         found["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
     if peak := peak_flops(device):
@@ -97,5 +97,6 @@ def speed(
             for prompt, group in zip(rollout.prompt_ids, rollout.completions, strict=True)
             for c in group
         ]
-        found["perf/train_mfu"] = train_flops(model, lens) / train_s / peak
+        per_device = train_flops(trainer.model, lens) / trainer.parallel.num_processes
+        found["perf/train_mfu"] = per_device / train_s / peak
     return found

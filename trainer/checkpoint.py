@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import torch
-import torch.distributed as dist
 
 from samebit.kernels.reduce import gather_objects
+from samebit.trainer.ranks import place, together
 
 MANIFEST = "manifest.json"
 _PREFIX = "step_"
@@ -50,7 +50,7 @@ class Checkpoint:
 
     def load(self) -> dict[str, Any]:
         """This rank's state, verified; CheckpointError for another number of ranks."""
-        rank, size = _place()
+        rank, size = place()
         name, count = _state_file(rank), len(self.manifest["files"])
         if name not in self.manifest["files"] or count != size:
             raise CheckpointError(
@@ -59,6 +59,13 @@ class Checkpoint:
         if not self.verified:
             self._verify_file(name)
         return torch.load(self.path / name, weights_only=True)
+
+    def load_all(self) -> Iterator[dict[str, Any]]:
+        """Every rank's state in turn, verified, in the CPU's memory."""
+        for name in self.manifest["files"]:
+            if not self.verified:
+                self._verify_file(name)
+            yield torch.load(self.path / name, map_location="cpu", weights_only=True, mmap=True)
 
     def _verify_file(self, name: str) -> None:
         file, expected = self.path / name, self.manifest["files"][name]
@@ -86,22 +93,22 @@ def save_checkpoint(
     Raises CheckpointError on every rank, naming the file, if one of them cannot be written; older
     checkpoints are left alone.
     """
-    rank, _size = _place()
+    rank, _size = place()
     final = root / f"{_PREFIX}{step:08d}"
     temporary = root / f".{final.name}.tmp"
     try:
-        with _together():
+        with together(CheckpointError):
             if rank == 0:
                 root.mkdir(parents=True, exist_ok=True)
                 remove_leftovers(root)
                 temporary.mkdir()
         name = _state_file(rank)
-        with _together():
+        with together(CheckpointError):
             with _new_file(temporary / name) as file:
                 torch.save(dict(state), file)
             digest = _file_digest(temporary / name)
         files = dict(gather_objects((name, digest)))
-        with _together():
+        with together(CheckpointError):
             if rank == 0:
                 content = {"step": step, "files": files, **manifest}
                 with _new_file(temporary / MANIFEST) as file:
@@ -125,23 +132,6 @@ def _make_visible(temporary: Path, final: Path) -> None:
     root = final.parent
     for folder in (root, root.parent, root.parent.parent):  # the last two may be as new
         _sync_folder(folder)
-
-
-def _place() -> tuple[int, int]:
-    """(rank, size) of this process among those that train together."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    """Every rank runs the block; where one fails, the others raise its error as well."""
-    try:
-        yield
-    except BaseException as error:
-        gather_objects(f"rank {_place()[0]}: {error}")
-        raise
-    if failures := [failure for failure in gather_objects("") if failure]:
-        raise CheckpointError(failures[0])
 
 
 def remove_leftovers(root: Path) -> None:

@@ -159,3 +159,19 @@ def hf_tensors(
                 source = params[spec.name][block.start : block.start + block.num_rows]
                 tensor[block.hf_start : block.hf_start + block.num_rows] = source
             yield hf_name, tensor
+
+
+def collect_hf(
+    specs: Iterable[ParamSpec],
+    params: Mapping[str, torch.Tensor],
+    into: dict[str, torch.Tensor],
+) -> None:
+    """Write one rank's parts of Hugging Face tensors into the whole ones, made when first met."""
+    for spec in specs:
+        param = params[spec.name]
+        for block in spec.blocks:
+            if block.hf_name not in into:
+                into[block.hf_name] = param.new_empty(spec.hf_shapes[block.hf_name])
+            rows = into[block.hf_name][block.hf_start : block.hf_start + block.num_rows]
+            own = param[block.start : block.start + block.num_rows]
+            (rows[:, spec.columns()] if rows.dim() > 1 else rows).copy_(own)

@@ -25,7 +25,7 @@ from samebit.trainer.algorithms.grpo import GrpoLoss
 from samebit.trainer.config import GrpoConfig, OptimizerConfig
 from samebit.trainer.flops import peak_flops, train_flops
 from samebit.trainer.megatron.trainer import MegatronTrainer
-from samebit.trainer.packing import pack_samples, share_batches
+from samebit.trainer.packing import pack_samples
 from samebit.trainer.types import MicroBatch, Sample
 
 
@@ -50,7 +50,7 @@ def make_batches(
 
     def packed(samples: list[Sample]) -> list[MicroBatch]:
         batches = pack_samples(samples, pack.num_tokens, device=trainer.device, model=model)
-        return share_batches(batches, data)[trainer.data_rank]
+        return trainer.own_batches(batches)
 
     own = packed(samples)
     found = [x.tolist() for x in trainer.logprobs(own)]

@@ -151,16 +151,28 @@ WRONG = {
     ),
     "gloo in one process": (
         ["engine.transport=gloo"],
-        r"engine.transport is 'gloo'; it must be one of \('alias', 'file'\)",
+        r"engine.transport is 'gloo'; it must be one of \('alias', 'stages', 'file'\)",
     ),
     "sample longer than a batch": (
         ["rollout.max_prompt_len=5000", "rollout.max_new_tokens=4000"],
         "= 9000 exceed trainer.micro_batch_tokens = 8192",
     ),
     "temperature zero": (["rollout.temperature=0"], "rollout.temperature is 0.0; it must be posit"),
-    "several processes": (
-        ["trainer.parallel.tensor=2"],
-        "tensor x pipeline x context x data = 2 x 1 x 1 x 1 = 2 processes; recipes train in one",
+    "several processes, engine apart": (
+        ["trainer.parallel.tensor=2", "engine=process"],
+        "engine.placement is 'process'; it must be colocated with 2 processes of the trainer",
+    ),
+    "several processes, by files": (
+        ["trainer.parallel.data=2", "engine.transport=file"],
+        "engine.transport is 'file'; it must be alias with trainer.parallel.pipeline = 1 and 2",
+    ),
+    "pipeline that shares memory": (
+        ["trainer.parallel.pipeline=2"],
+        "engine.transport is 'alias'; it must be stages with trainer.parallel.pipeline = 2",
+    ),
+    "stages of one process": (
+        ["engine.transport=stages"],
+        "engine.transport is 'stages'; it must be alias or file or gloo with trainer.parallel.pip",
     ),
     "unknown recompute": (
         ["trainer.parallel.recompute=some"],

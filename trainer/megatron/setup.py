@@ -31,7 +31,7 @@ def initialize(device: torch.device, parallel: ParallelConfig) -> tuple[TensorRa
         for name in ("megatron.core", "megatron"):
             logging.getLogger(name).setLevel(logging.ERROR)
         cpu.install()
-        _start_group(device)
+        start_processes(device)
         size = dist.get_world_size()
         if size != parallel.num_processes:
             raise ValueError(
@@ -55,9 +55,12 @@ def initialize(device: torch.device, parallel: ParallelConfig) -> tuple[TensorRa
     return ranks_of(tensor, parallel.tp_invariant), ranks_of(context)
 
 
-def _start_group(device: torch.device) -> None:
+def start_processes(device: torch.device) -> None:
+    """Join the processes that the environment names, once; without any, a group of one."""
     if dist.is_initialized():
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend)

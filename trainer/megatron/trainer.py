@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -23,6 +24,7 @@ from megatron.core.parallel_state import (
     get_data_parallel_group,
     get_data_parallel_rank,
     get_model_parallel_group,
+    get_pipeline_model_parallel_group,
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -42,7 +44,7 @@ from samebit.trainer.megatron.optimizer_state import (
 )
 from samebit.trainer.megatron.setup import initialize
 from samebit.trainer.megatron.stages import from_last_stage, stage_of, stage_specs
-from samebit.trainer.packing import pack_samples
+from samebit.trainer.packing import pack_samples, share_batches
 from samebit.trainer.stats import Totals
 from samebit.trainer.types import MicroBatch, NonFiniteError, StepStats
 from samebit.weight_sync.digest import weights_digest
@@ -95,9 +97,13 @@ class MegatronTrainer:
         self._reference: ForwardModel | None = None
 
     @property
-    def data_rank(self) -> int:
-        """This process among the copies of the model."""
-        return get_data_parallel_rank()
+    def pipeline_group(self) -> dist.ProcessGroup:
+        """The processes that hold the other layers of this model."""
+        return get_pipeline_model_parallel_group()
+
+    def own_batches(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Of a step's micro-batches, those of this process's copy of the model."""
+        return share_batches(batches, self.parallel.data)[get_data_parallel_rank()]
 
     def fill(self, load: Callable[[Sequence[ParamSpec], Mapping[str, torch.Tensor]], None]) -> None:
         """Have `load(specs, params)` write a full set of weights, and tell the optimizer."""
@@ -161,6 +167,8 @@ class MegatronTrainer:
         """Everything that the next steps depend on, exactly: this rank's part of it."""
         return {
             "step": self.step,
+            "tensor": (self.ranks.rank, self.ranks.size),
+            "stage": (self.stage.index, self.stage.count),
             "params": {name: p.detach() for name, p in self.params.items()},
             "optimizer": optimizer_state(self._optimizer),
             "scheduler": self._scheduler.state_dict(),

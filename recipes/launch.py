@@ -1,0 +1,140 @@
+"""Several processes of one run on this machine: started, watched and ended together.
+
+Each is the same command with its rank in the environment, which is complete before torch is
+imported. A signal to this process goes on to all of them. If one fails, the others have GRACE_S
+seconds to notice. If this process is killed, they end. Under another launcher, which sets RANK and
+WORLD_SIZE, nothing is started here.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from typing import Any
+
+GRACE_S = 30.0
+_FOLLOWS = "SAMEBIT_FOLLOWS_STDIN"
+
+# What makes cuBLAS and NCCL take the same way every time, read once when they start.
+DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NCCL_ALGO": "Ring",
+    "NCCL_NVLS_ENABLE": "0",
+}
+
+
+def num_processes(run: Any) -> int:
+    """That a run's configuration asks for."""
+    parallel = getattr(run, "parallel", None) or getattr(
+        getattr(run, "trainer", None), "parallel", None
+    )
+    return 1 if parallel is None else parallel.num_processes
+
+
+def is_needed(run: Any) -> bool:
+    """Whether the run's processes are still to be started."""
+    launched = "RANK" in os.environ
+    return num_processes(run) > 1 and not launched and not getattr(run, "dry_run", False)
+
+
+def follow_launcher() -> None:
+    """End when the launcher does: then its end of the standard input closes."""
+    if os.environ.pop(_FOLLOWS, None):
+        threading.Thread(target=_until_closed, daemon=True).start()
+
+
+def _until_closed() -> None:
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
+
+
+def launch(arguments: Sequence[str], run: Any) -> int:
+    """Run `samebit` with these arguments in as many processes as `run` asks for; the exit code.
+
+    0 if all ended well, else that of the first that failed (128 + n if signal n ended it). Raises
+    ValueError for more processes than GPUs, if it is to run on them.
+    """
+    import torch
+    from torch.distributed import TCPStore
+
+    size, gpus = num_processes(run), torch.cuda.device_count()
+    if not (run.device or ("cuda" if gpus else "cpu")).startswith("cpu") and gpus < size:
+        raise ValueError(
+            f"trainer.parallel asks for {size} processes, each on a GPU of its own; torch finds "
+            f"{gpus}: give device=cpu or fewer"
+        )
+    # The processes meet here. The system chooses the port, and nobody can take it in between.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = DETERMINISTIC | {
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "OMP_NUM_THREADS": str(getattr(run, "cpu_threads", 1)),
+        _FOLLOWS: "1",
+    }
+    command = [sys.executable, "-P", "-m", "samebit.recipes.cli", *arguments]
+    processes: list[subprocess.Popen[bytes]] = []
+    with _forwarding(processes):
+        for rank in range(size):
+            processes.append(
+                subprocess.Popen(
+                    command,
+                    env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdin=subprocess.PIPE,
+                    stdout=None if rank == 0 else subprocess.DEVNULL,
+                    start_new_session=True,  # the terminal's Ctrl-C reaches them through us alone
+                )
+            )
+        return _watch(processes)
+
+
+@contextmanager
+def _forwarding(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    def forward(number: int, _frame: Any) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _watch(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    def kill_all() -> None:
+        for process in processes:
+            process.kill()
+
+    result, patience = 0, threading.Timer(GRACE_S, kill_all)
+    try:
+        with ThreadPoolExecutor(len(processes)) as pool:
+            ranks = {pool.submit(process.wait): rank for rank, process in enumerate(processes)}
+            for future in as_completed(ranks):
+                code = future.result()
+                if code == 0 or result != 0:
+                    continue
+                result = code if code > 0 else 128 - code
+                how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+                print(
+                    f"samebit: rank {ranks[future]} ended with {how}; the others are ended within "
+                    f"{GRACE_S:.0f} s",
+                    file=sys.stderr,
+                )
+                patience.start()
+    finally:
+        patience.cancel()
+        kill_all()
+    return result

@@ -1,0 +1,145 @@
+"""Runs of several processes: equal however they are disturbed, and never half of them left over."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import psutil
+import pytest
+from run_children import has_lines
+
+from samebit.recipes import cli, launch
+from samebit.recipes.config import resolve
+from samebit.recipes.metrics import read_rows
+from samebit.trainer.checkpoint import latest_checkpoint
+
+LAYOUTS = {
+    "tensor": ["trainer.parallel.tensor=2", "trainer.parallel.sequence=true"],
+    "pipeline": ["trainer.parallel.pipeline=2", "engine.transport=stages"],
+    "data": ["trainer.parallel.data=2", "trainer.parallel.distributed_optimizer=true"],
+}
+STEPS = 12
+
+
+@contextmanager
+def started(runs, name, *overrides):
+    """The launcher of a run; it and all its processes are gone afterwards."""
+    arguments = runs.arguments(name, f"trainer.num_steps={STEPS}", *overrides)
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "samebit.recipes.cli", "grpo", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def run_whole(runs, name, *overrides):
+    """Run to the end: summary, metrics without times, samples."""
+    with started(runs, name, *overrides) as process:
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    folder = runs.folder / name
+    summary = json.loads((folder / "summary.json").read_text())
+    assert json.loads(output) == summary  # said once, not by every process
+    return summary, runs.rows(name), read_rows(folder / "samples.jsonl")
+
+
+def wait_for(process, condition):
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.001)
+
+
+def processes_of(process):
+    """The launched processes by rank."""
+    children = psutil.Process(process.pid).children()
+    return [sorted(children, key=lambda p: int(p.environ()["RANK"]))[i] for i in (0, 1)]
+
+
+def kill_a_rank(process, ranks):
+    """The other one notices and ends; the launcher says which it was."""
+    ranks[1].kill()
+    _, errors = process.communicate(timeout=launch.GRACE_S + 10)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "samebit: rank 1 ended with SIGKILL; the others are ended within 30 s" in errors
+
+
+def kill_the_launcher(process, _ranks):
+    process.kill()
+    process.wait(10)
+
+
+def stop(process, _ranks):
+    """Both end after the same step, saved."""
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    lines = {x for x in errors.splitlines() if x.startswith("samebit grpo: ")}
+    assert len(lines) == 1
+    assert "SIGTERM: stopped after step" in lines.pop()
+
+
+DISTURBANCES = {"tensor": kill_the_launcher, "pipeline": kill_a_rank, "data": stop}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_disturbed_and_resumed(runs, base, layout, tmp_path, capsys):
+    """Log-probs equal to the bit, the first rollouts those of one process, an exact resume, and a
+    checkpoint of several ranks exported as one model."""
+    whole = run_whole(runs, "whole", *LAYOUTS[layout])
+    summary, rows, _ = whole
+    assert summary["logprob_mismatches"] == 0
+    assert summary["logprob_tokens_compared"] > 100
+    for key in ("rollout/reward_mean", "rollout/response_len_mean"):
+        assert rows[1][key] == base.result[1][1][key]
+    folder = runs.folder / "disturbed"
+    with started(runs, "disturbed", *LAYOUTS[layout]) as process:
+        wait_for(process, has_lines(folder / "metrics.jsonl", 4))  # after the checkpoint of step 2
+        ranks = processes_of(process)
+        DISTURBANCES[layout](process, ranks)
+        assert not psutil.wait_procs(ranks, timeout=launch.GRACE_S)[1]
+    assert latest_checkpoint(folder / "checkpoints").verify().step >= 2
+    assert not (folder / "summary.json").exists()
+    assert run_whole(runs, "disturbed", "resume=true", *LAYOUTS[layout]) == whole
+    out = tmp_path / "out"
+    assert cli.main(["export", f"checkpoint={folder}", f"model={runs.model}", f"out={out}"]) == 0
+    assert f"weights of step {STEPS}, digest {summary['weights_digest']}" in capsys.readouterr().out
+
+
+def test_an_error_is_every_process_s(runs):
+    """A folder in use: told once for each, before anything is changed, and all end."""
+    (runs.folder / "used").mkdir()
+    (runs.folder / "used" / "precious").write_text("x")
+    with started(runs, "used", *LAYOUTS["data"]) as process:
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.count("is not empty; give resume=true to go on with its run") == 2
+    assert [p.name for p in (runs.folder / "used").iterdir()] == ["precious"]
+
+
+def test_processes_are_started_only_where_they_are_needed(monkeypatch):
+    """Not for a plan, and not under another launcher; and not more than there are GPUs."""
+    monkeypatch.delenv("RANK", raising=False)
+
+    def run(*overrides):
+        return resolve("grpo", ["model.path=m", "data=chain_sum", *overrides])
+
+    assert launch.num_processes(run("trainer.parallel.data=2", "trainer.parallel.tensor=2")) == 4
+    assert launch.is_needed(run("trainer.parallel.data=2"))
+    assert not launch.is_needed(run("trainer.parallel.data=2", "dry_run=true"))
+    assert not launch.is_needed(run())
+    assert not launch.is_needed(resolve("export", ["checkpoint=c", "model=m", "out=o"]))
+    with pytest.raises(ValueError, match="99 processes, each on a GPU of its own; torch finds"):
+        launch.launch([], run("trainer.parallel.data=99", "device=cuda"))
+    monkeypatch.setenv("RANK", "0")
+    assert not launch.is_needed(run("trainer.parallel.data=2"))

@@ -1,0 +1,40 @@
+"""What the processes that train together agree on: who is first, whose error is everybody's."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from samebit.kernels.reduce import gather_objects
+
+
+def place() -> tuple[int, int]:
+    """(rank, size) of this process among those that train together."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_first() -> bool:
+    """Whether this process writes what there is one of."""
+    return place()[0] == 0
+
+
+@contextmanager
+def together(error_type: type[Exception]) -> Iterator[None]:
+    """Every process runs the block; where one fails, the others raise its error as error_type."""
+    try:
+        yield
+    except BaseException as error:
+        gather_objects(f"rank {place()[0]}: {error}")
+        raise
+    if failures := [failure for failure in gather_objects("") if failure]:
+        raise error_type(failures[0])
+
+
+def on_first[T](function: Callable[[], T], error_type: type[Exception]) -> T:
+    """The picklable result of `function`, which the first process alone runs, on every one."""
+    result: T | None = None
+    with together(error_type):
+        if is_first():
+            result = function()
+    first: T = gather_objects(result)[0]  # type: ignore[assignment]
+    return first

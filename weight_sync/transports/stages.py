@@ -1,0 +1,60 @@
+"""stages: every stage of a pipeline broadcasts its parameters to the engines of all stages.
+
+Each process of the pipeline has an engine of the whole model (its tensor parallel shard), which
+takes the buckets in place. Sender and receiver are one process, so an error is everybody's.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+
+from samebit.weight_sync.plan import empty_bucket, pack, plan_buckets
+from samebit.weight_sync.transports.base import WeightSink
+from samebit.weight_sync.types import WeightVersion
+
+
+class StageTransport:
+    """`whole`: the engine's parameters by name; `group`: the processes of this pipeline."""
+
+    def __init__(
+        self,
+        sink: WeightSink,
+        whole: Mapping[str, torch.Tensor],
+        group: dist.ProcessGroup,
+        bucket_bytes: int = 256 << 20,
+    ) -> None:
+        self._sink = sink
+        self._whole = whole
+        self._group = group
+        self._bucket_bytes = bucket_bytes
+
+    def begin(self, step: int) -> None:
+        """The engine stops serving."""
+        self._sink.begin_weight_update(step)
+
+    def send(self, params: Mapping[str, torch.Tensor]) -> None:
+        """Broadcast what this stage holds and take what the others do."""
+        size = dist.get_world_size(self._group)
+        held: list[list[str]] = [[] for _ in range(size)]
+        dist.all_gather_object(held, [n for n in params if n in self._whole], group=self._group)
+        for owner, names in enumerate(held):
+            source = dist.get_global_rank(self._group, owner)
+            own = source == dist.get_rank()
+            tensors = {name: self._whole[name] for name in names}
+            for metas in plan_buckets(tensors, self._bucket_bytes):
+                device = tensors[metas[0].name].device
+                bucket = pack(metas, params) if own else empty_bucket(metas, device)
+                dist.broadcast(bucket.buffer, source, group=self._group)
+                self._sink.receive_weights(bucket)
+
+    def commit(self, digest: str) -> WeightVersion:
+        """The engine checks the digest and serves the new version."""
+        return self._sink.commit_weight_update(digest)
+
+    def abort(self, reason: str) -> None:
+        """The engine refuses to serve until a full update commits."""
+        self._sink.abort_weight_update(reason)
+
+    def close(self) -> None:
+        """Nothing is held."""
