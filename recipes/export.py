@@ -9,7 +9,7 @@ from samebit.recipes.side_files import side_files
 from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints
-from samebit.trainer.megatron.stages import Stage, stage_specs
+from samebit.trainer.megatron.stages import make_stage, stage_specs
 from samebit.weight_sync.digest import weights_digest
 from samebit.weight_sync.mapping import Shard, collect_hf, load_params
 from samebit.weight_sync.transports.file import write_hf_folder
@@ -38,8 +38,7 @@ def write_model(checkpoint: Checkpoint, model_path: Path, out: Path) -> WeightVe
     step = checkpoint.step
     for state in checkpoint.load_all():
         step, params = state["step"], state["params"]
-        index, count = state["stage"]
-        stage = Stage(index, count, model.num_layers // count)
+        stage = make_stage(model, *state["stage"])
         shards = stage_specs(model, Shard(*state["tensor"]), stage)
         if {n: tuple(p.shape) for n, p in params.items()} != {s.name: s.shape for s in shards}:
             raise ConfigError(f"{checkpoint.path} holds another model than model={model_path}")

@@ -105,8 +105,9 @@ def gradients(folder, out):
 def trainer(rank, size, store, folder, mode, expected, out):
     """Rollout against trainer, and a step's gradients against given ones; counts as JSON.
 
-    mode: "tensor", "sequence" (with tensor), "context", "pipeline", or several with plus signs, of
-    two ranks each; the rollout is one engine for those that share every layer.
+    mode: "tensor", "sequence" (tensor parallel too), "context", "pipeline", "virtual_pipeline" (two
+    chunks a stage), "data", or several with plus signs, of two ranks each; the rollout is one
+    engine for those that share every layer.
     expected: what `gradients` wrote.
     """
     from megatron.core import parallel_state
@@ -119,8 +120,10 @@ def trainer(rank, size, store, folder, mode, expected, out):
 
     torch.set_num_threads(1)
     start(rank, size, store)
-    layout = {"tensor" if part == "sequence" else part: 2 for part in mode.split("+")}
-    parallel = ParallelConfig(**layout, sequence=mode == "sequence")
+    also = {"sequence": "tensor", "virtual_pipeline": "pipeline"}
+    layout = {part: 2 for part in mode.split("+") if part != "sequence"}
+    layout |= {also[part]: 2 for part in mode.split("+") if part in also}
+    parallel = ParallelConfig(**layout, sequence="sequence" in mode)
     megatron = make_trainer(folder, parallel)
     rollout = Engine(folder, device="cpu", ranks=megatron.ranks, seed=3)
     found = {"digests": [megatron.digest(), rollout.weight_version.digest]}
@@ -241,6 +244,8 @@ def resume(rank, size, store, folder, mode, root, out):
     torch.set_num_threads(1)
     start(rank, size, store)
     layout = {"data" if mode == "optimizer" else mode: int(size)}
+    if mode == "virtual_pipeline":
+        layout["pipeline"] = int(size)
     parallel = ParallelConfig(**layout, distributed_optimizer=mode == "optimizer")
     settings = {"lr_schedule": "linear", "weight_decay": 0.1}
     batches = pack_samples(gradient_samples(), 50)

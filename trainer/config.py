@@ -27,6 +27,9 @@ class ParallelConfig:
     """The bits of a forward do not depend on `tensor`."""
     pipeline: int = 1
     """Stages of layers, one behind the other."""
+    virtual_pipeline: int = 1
+    """Groups of layers that each stage has, from places all over the model (interleaved schedule).
+    """
     context: int = 1
     """Processes that share the tokens of every sample."""
     data: int = 1
@@ -43,6 +46,11 @@ class ParallelConfig:
         return self.tensor, self.pipeline, self.context, self.data
 
     @property
+    def groups(self) -> tuple[int, ...]:
+        """What Megatron's process groups and schedule are made for."""
+        return (*self.layout, self.virtual_pipeline)
+
+    @property
     def num_processes(self) -> int:
         """Processes in all."""
         return math.prod(self.layout)
@@ -51,7 +59,7 @@ class ParallelConfig:
         return "tensor x pipeline x context x data = " + " x ".join(map(str, self.layout))
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "context", "data"):
+        for name in ("tensor", "pipeline", "virtual_pipeline", "context", "data"):
             value = getattr(self, name)
             require(value >= 1, f"trainer.parallel.{name}", value, "at least 1")
         known = self.recompute in RECOMPUTE
@@ -62,12 +70,12 @@ class ParallelConfig:
         needless = self.sequence and self.tensor == 1
         meaning = "false where trainer.parallel.tensor is 1"
         require(not needless, "trainer.parallel.sequence", self.sequence, meaning)
+        needless = self.virtual_pipeline > 1 and self.pipeline == 1
+        meaning = "1 where trainer.parallel.pipeline is 1"
+        require(not needless, "trainer.parallel.virtual_pipeline", self.virtual_pipeline, meaning)
         both = self.sequence and self.context > 1
         meaning = "1 with trainer.parallel.sequence: they are not combined yet"
         require(not both, "trainer.parallel.context", self.context, meaning)
-        both = self.pipeline > 1 and (self.context > 1 or self.sequence)
-        meaning = "1 with trainer.parallel.context or sequence: they are not combined yet"
-        require(not both, "trainer.parallel.pipeline", self.pipeline, meaning)
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,6 @@ import torch
 
 from samebit.recipes.tiny_model import write_config, write_weights
 from samebit.rollout.engine import Engine
-from samebit.trainer.config import ParallelConfig
 
 SHAPE = {
     "hidden_size": 48,
@@ -40,11 +39,12 @@ def folder(request, qwen3_folder):
     return make_model(qwen3_folder.with_name("llama"), "llama", tied=True)
 
 
-def test_two_stages_train_one_model(run_ranks, folder, gradients, tmp_path):
+@pytest.mark.parametrize("mode", ["pipeline", "virtual_pipeline"])
+def test_two_stages_train_one_model(run_ranks, folder, gradients, mode, tmp_path):
     """No log-prob differs from the single-process rollout's before or after training, every
     gradient and the norm are those of the whole model, and both stages know the same digest."""
     file, norm = gradients
-    run_ranks("trainer", 2, folder, "pipeline", file, tmp_path / "out.json")
+    run_ranks("trainer", 2, folder, mode, file, tmp_path / "out.json")
     first, second = (json.loads((tmp_path / f"out.{r}").read_text()) for r in range(2))
     assert first["compared"] > 300
     for found in (first, second):
@@ -59,7 +59,10 @@ def test_two_stages_train_one_model(run_ranks, folder, gradients, tmp_path):
     assert first["trained"] != alone
 
 
-@pytest.mark.parametrize("mode", ["tensor+pipeline", "tensor+context", "tensor+data"])
+@pytest.mark.parametrize(
+    "mode",
+    ["tensor+context", "tensor+data", "pipeline+sequence", "pipeline+context"],
+)
 def test_four_ranks_train_one_model(run_ranks, run_gradients, qwen3_folder, mode, tmp_path):
     """Two kinds of parallelism at once: the same as each of them."""
     file = tmp_path / "whole.pt"
@@ -77,9 +80,10 @@ def test_four_ranks_train_one_model(run_ranks, run_gradients, qwen3_folder, mode
     assert len({rank["trained"] for rank in found} | {alone}) == 2
 
 
-def test_two_stages_resume_to_the_same_bytes(run_ranks, folder, tmp_path):
+@pytest.mark.parametrize("mode", ["pipeline", "virtual_pipeline"])
+def test_two_stages_resume_to_the_same_bytes(run_ranks, folder, mode, tmp_path):
     """Each stage's state in a file of its own."""
-    run_ranks("resume", 2, folder, "pipeline", tmp_path / "checkpoints", tmp_path / "out.json")
+    run_ranks("resume", 2, folder, mode, tmp_path / "checkpoints", tmp_path / "out.json")
     for rank in range(2):
         found = json.loads((tmp_path / f"out.{rank}").read_text())
         assert found["resumed"] == found["whole"]
@@ -90,6 +94,3 @@ def test_layers_that_stages_cannot_share_are_refused(run_ranks, qwen3_path, tmp_
     """Three layers on two stages."""
     with pytest.raises(AssertionError, match=r"pipeline is 2; it must divide the model's 3 layers"):
         run_ranks("resume", 2, qwen3_path, "pipeline", tmp_path / "c", tmp_path / "out.json")
-    for other in ({"context": 2}, {"sequence": True, "tensor": 2}):
-        with pytest.raises(ValueError, match="they are not combined yet"):
-            ParallelConfig(pipeline=2, **other)

@@ -1,6 +1,6 @@
 """Megatron's forward by itself: log-probs without gradients, optimizer or master weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,52 +10,76 @@ from samebit.kernels.reduce import ALONE, TensorRanks
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import selfcheck_model
 from samebit.trainer.config import ParallelConfig
-from samebit.trainer.context import share_context
+from samebit.trainer.context import ContextShare, share_context
 from samebit.trainer.megatron.cpu import no_cuda
 from samebit.trainer.megatron.model import build_model, forward_logprobs
 from samebit.trainer.megatron.parallel import gather_loss_rows
 from samebit.trainer.megatron.setup import initialize
-from samebit.trainer.megatron.stages import from_last_stage, stage_of
+from samebit.trainer.megatron.stages import filled_up, from_last_stage, stage_of
 from samebit.trainer.types import MicroBatch
 
 
+def run_schedule(
+    step: Callable[[Iterator[Any], Any], tuple[torch.Tensor, Any]],
+    parts: Iterable[tuple[MicroBatch, Any]],
+    chunks: Sequence[Any],
+    **options: Any,
+) -> Any:
+    """Megatron's schedule for the present pipeline: step(iterator over parts, chunk) each time."""
+    full = filled_up(parts)
+    iterators = [iter(full) for _ in chunks]
+    return get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks),
+        num_microbatches=len(full),
+        seq_length=max(batch.num_tokens for batch, _ in full),
+        micro_batch_size=1,
+        **options,
+    )
+
+
 def batch_logprobs(
-    gpt: Any, batches: Sequence[MicroBatch], model: ModelConfig, context: TensorRanks = ALONE
+    chunks: Sequence[Any],
+    batches: Sequence[MicroBatch],
+    model: ModelConfig,
+    context: TensorRanks = ALONE,
 ) -> list[torch.Tensor]:
-    """Log-probs [R] of every micro-batch, without gradients, on every rank that shares the work."""
+    """Log-probs [R] of every micro-batch, without gradients, on every rank that shares the work.
 
-    def one(batch: MicroBatch) -> torch.Tensor:
-        if context.size == 1:
-            return forward_logprobs(gpt, batch, model)[0]
-        share = share_context(batch, context, model.heads_per_kv)
-        own = forward_logprobs(gpt, share.batch, model, share)[0]
-        return gather_loss_rows(own, share, len(batch.rows))
-
+    chunks: the GPTModels of this stage, or Megatron's DDPs around them.
+    """
+    shares: list[ContextShare | None] = [None] * len(batches)
+    if context.size > 1:
+        shares = [share_context(batch, context, model.heads_per_kv) for batch in batches]
+    parts = [
+        (batch if share is None else share.batch, share)
+        for batch, share in zip(batches, shares, strict=True)
+    ]
     with torch.no_grad(), no_cuda():
-        if gpt.config.pipeline_model_parallel_size > 1:
-            return _pipeline_logprobs(gpt, batches, model)
-        return [one(batch) for batch in batches]
+        if chunks[0].config.pipeline_model_parallel_size > 1:
+            own = _pipeline_logprobs(chunks, parts, model)
+        else:
+            own = [forward_logprobs(chunks[0], batch, model, share)[0] for batch, share in parts]
+        return [
+            found if share is None else gather_loss_rows(found, share, len(batch.rows))
+            for found, share, batch in zip(own, shares, batches, strict=True)
+        ]
 
 
 def _pipeline_logprobs(
-    gpt: Any, batches: Sequence[MicroBatch], model: ModelConfig
+    chunks: Sequence[Any],
+    parts: Sequence[tuple[MicroBatch, ContextShare | None]],
+    model: ModelConfig,
 ) -> list[torch.Tensor]:
     """Through all stages, by Megatron's schedule."""
 
-    def forward_step(iterator: Any, gpt: Any) -> tuple[torch.Tensor, Any]:
-        return forward_logprobs(gpt, next(iterator), model), lambda output, **_: output[0]
+    def step(iterator: Any, gpt: Any) -> tuple[torch.Tensor, Any]:
+        batch, share = next(iterator)
+        return forward_logprobs(gpt, batch, model, share), lambda output, **_: output[0]
 
-    found = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=[gpt],
-        num_microbatches=len(batches),
-        seq_length=max(b.num_tokens for b in batches),
-        micro_batch_size=1,
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
-    return from_last_stage(found)
+    found = run_schedule(step, parts, chunks, forward_only=True, collect_non_loss_data=True)
+    return from_last_stage(found)[: len(parts)]
 
 
 class ForwardModel:
@@ -78,12 +102,14 @@ class ForwardModel:
         self.model = model
         with no_cuda():
             stage = stage_of(model)
-            self._gpt = build_model(model, device, parallel, stage).requires_grad_(False)
-        self.params = stage.named_params(self._gpt)
+            self._chunks = build_model(model, device, parallel, stage)
+        for chunk in self._chunks:
+            chunk.requires_grad_(False)
+        self.params = stage.named_params(self._chunks)
         if weights is not None:
             for name, param in self.params.items():
                 param.data = weights[name]
 
     def logprobs(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
         """Log-probs [R] of every micro-batch."""
-        return batch_logprobs(self._gpt, batches, self.model, self._context)
+        return batch_logprobs(self._chunks, batches, self.model, self._context)

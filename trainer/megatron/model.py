@@ -35,6 +35,7 @@ def transformer_config(
 ) -> ContractConfig:
     """Megatron's settings for a model; everything that would change the contract's bits is off."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    interleaved = parallel.virtual_pipeline > 1
     return ContractConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -62,6 +63,10 @@ def transformer_config(
         bf16=dtype is torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        # Both neighbours of a stage of two are one process: what goes to either must not be mixed.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         variable_seq_lengths=parallel.pipeline > 1,
         moe_token_dispatcher_type="alltoall",  # asked for by variable lengths, in dense models too
         sequence_parallel=parallel.sequence,
@@ -75,28 +80,33 @@ def transformer_config(
 
 def build_model(
     model: ModelConfig, device: torch.device, parallel: ParallelConfig, stage: Stage
-) -> GPTModel:
-    """This process's shard of a GPTModel with our operations and uninitialised weights.
+) -> list[GPTModel]:
+    """This process's shard of a GPTModel with our operations and uninitialised weights, by chunk.
 
     Raises RuntimeError unless its parameters have the engine's names and shapes.
     """
     table = rope_table(
         model.head_dim, model.rope_theta, model.max_position, model.rope_scaling, device
     )
-    gpt = GPTModel(
-        config=transformer_config(model, device, parallel),
-        transformer_layer_spec=block_submodules(stage.num_layers, model.qk_norm, table),
-        vocab_size=padded_vocab_size(model.vocab_size),
-        max_sequence_length=model.max_position,
-        share_embeddings_and_output_weights=model.tie_embeddings,
-        position_embedding_type="none",
-        pre_process=stage.is_first,
-        post_process=stage.is_last,
-    )
-    ranks = ranks_of(gpt.pg_collection.tp)
+    config = transformer_config(model, device, parallel)
+    chunks = [
+        GPTModel(
+            config=config,
+            transformer_layer_spec=block_submodules(stage.num_layers, model.qk_norm, table),
+            vocab_size=padded_vocab_size(model.vocab_size),
+            max_sequence_length=model.max_position,
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            position_embedding_type="none",
+            pre_process=stage.is_first and i == 0,
+            post_process=stage.is_last and i == stage.num_chunks - 1,
+            vp_stage=i if stage.num_chunks > 1 else None,
+        )
+        for i in range(stage.num_chunks)
+    ]
+    ranks = ranks_of(chunks[0].pg_collection.tp)
     specs = stage_specs(model, Shard(ranks.rank, ranks.size), stage)
-    _check_params(stage.named_params(gpt), specs)
-    return gpt.to(device)
+    _check_params(stage.named_params(chunks), specs)
+    return [chunk.to(device) for chunk in chunks]
 
 
 def _check_params(params: Mapping[str, torch.Tensor], specs: list[ParamSpec]) -> None:

@@ -38,13 +38,14 @@ def initialize(device: torch.device, parallel: ParallelConfig) -> tuple[TensorRa
                 f"trainer.parallel asks for {parallel} = {parallel.num_processes} processes; there "
                 f"are {size}"
             )
+        several = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
         parallel_state.initialize_model_parallel(
-            parallel.tensor, parallel.pipeline, context_parallel_size=parallel.context
+            *(parallel.tensor, parallel.pipeline, several), context_parallel_size=parallel.context
         )
         if device.type == "cuda":
             model_parallel_cuda_manual_seed(0)
-        _running.append(parallel.layout)
-    if _running != [parallel.layout]:
+        _running.append(parallel.groups)
+    if _running != [parallel.groups]:
         raise ValueError(
             f"trainer.parallel asks for {parallel}; this process runs with {_running[0]}"
         )

@@ -1,10 +1,13 @@
 """Pipeline parallel: which layers a process holds, and their names in the whole model.
 
-Megatron numbers the layers of a stage from 0; everybody else knows them by their place in the whole
+A stage is one chunk of layers or, interleaved, several: chunk 0 of every stage, then chunk 1 of
+every stage, and so on (Narayanan et al. 2021, arXiv 2104.04473). Megatron numbers the layers of a
+chunk from 0; everybody else knows them by their place in the whole
 model. The last stage of a model with tied embeddings holds a copy of the embedding.
 """
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,8 +16,11 @@ from megatron.core import parallel_state
 from samebit.kernels.reduce import gather_objects
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import EMBEDDING, OUTPUT, param_specs
+from samebit.trainer.types import MicroBatch
 from samebit.weight_sync.mapping import ParamSpec, Shard
 
+FILLER = -1
+"""Index of a micro-batch that counts for nothing."""
 _LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+")
 
 
@@ -25,7 +31,8 @@ class Stage:
     index: int
     count: int
     num_layers: int
-    """Of this stage; all have as many."""
+    """Of each chunk; all have as many."""
+    num_chunks: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -37,26 +44,50 @@ class Stage:
         """Whether it computes log-probs."""
         return self.index == self.count - 1
 
-    def named_params(self, gpt: torch.nn.Module) -> dict[str, torch.Tensor]:
+    def holds(self, layer: int) -> bool:
+        """Whether a layer of the whole model is here."""
+        return layer // self.num_layers % self.count == self.index
+
+    def named_params(self, chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
         """Parameters by their names in the whole model, which are the engine's."""
-        first = self.index * self.num_layers
+        return {
+            self._whole_name(name, i): param
+            for i, chunk in enumerate(chunks)
+            for name, param in chunk.named_parameters()
+        }
 
-        def whole(name: str) -> str:
-            return _LAYER.sub(lambda found: str(int(found.group()) + first), name)
-
-        return {whole(name): param for name, param in gpt.named_parameters()}
+    def _whole_name(self, name: str, chunk: int) -> str:
+        first = (chunk * self.count + self.index) * self.num_layers
+        return _LAYER.sub(lambda found: str(int(found.group()) + first), name)
 
 
 def stage_of(model: ModelConfig) -> Stage:
     """This process's stage. Raises ValueError for layers that the stages cannot share equally."""
     count = parallel_state.get_pipeline_model_parallel_world_size()
-    if model.num_layers % count:
+    chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
+    index = parallel_state.get_pipeline_model_parallel_rank()
+    return make_stage(model, index, count, chunks)
+
+
+def make_stage(model: ModelConfig, index: int, count: int, chunks: int) -> Stage:
+    """A stage of so many; ValueError for layers that they cannot share equally."""
+    if model.num_layers % (count * chunks):
+        of_each = f" x virtual_pipeline = {count} x {chunks}" if chunks > 1 else f" is {count}"
         raise ValueError(
-            f"trainer.parallel.pipeline is {count}; it must divide the model's {model.num_layers} "
+            f"trainer.parallel.pipeline{of_each}; it must divide the model's {model.num_layers} "
             "layers"
         )
-    index = parallel_state.get_pipeline_model_parallel_rank()
-    return Stage(index, count, model.num_layers // count)
+    return Stage(index, count, model.num_layers // (count * chunks), chunks)
+
+
+def filled_up[T](parts: Iterable[tuple[MicroBatch, T]]) -> list[tuple[MicroBatch, T]]:
+    """The interleaved schedule takes a multiple of the stages: the shortest again, without loss."""
+    full = list(parts)
+    if parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None:
+        batch, rest = min(full, key=lambda part: part[0].num_tokens)
+        filler = replace(batch, index=FILLER, loss_denominator=0), rest
+        full += [filler] * (-len(full) % parallel_state.get_pipeline_model_parallel_world_size())
+    return full
 
 
 def stage_specs(model: ModelConfig, shard: Shard, stage: Stage) -> list[ParamSpec]:
@@ -65,7 +96,7 @@ def stage_specs(model: ModelConfig, shard: Shard, stage: Stage) -> list[ParamSpe
     def here(spec: ParamSpec) -> bool:
         found = _LAYER.search(spec.name)
         if found is not None:
-            return int(found.group()) // stage.num_layers == stage.index
+            return stage.holds(int(found.group()))
         return stage.is_first if spec.name == EMBEDDING else stage.is_last
 
     specs = param_specs(model, shard)

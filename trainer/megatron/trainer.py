@@ -26,7 +26,6 @@ from megatron.core.parallel_state import (
     get_model_parallel_group,
     get_pipeline_model_parallel_group,
 )
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from samebit.kernels.reduce import gather_objects
 from samebit.rollout.models.config import ModelConfig
@@ -35,7 +34,7 @@ from samebit.trainer.algorithms.base import Loss
 from samebit.trainer.config import OptimizerConfig, ParallelConfig
 from samebit.trainer.context import share_context
 from samebit.trainer.megatron.cpu import no_cuda
-from samebit.trainer.megatron.forward import ForwardModel, batch_logprobs
+from samebit.trainer.megatron.forward import ForwardModel, batch_logprobs, run_schedule
 from samebit.trainer.megatron.model import build_model, forward_logprobs
 from samebit.trainer.megatron.optimizer_state import (
     load_optimizer_state,
@@ -43,7 +42,12 @@ from samebit.trainer.megatron.optimizer_state import (
     use_fused_adam,
 )
 from samebit.trainer.megatron.setup import initialize
-from samebit.trainer.megatron.stages import from_last_stage, stage_of, stage_specs
+from samebit.trainer.megatron.stages import (
+    FILLER,
+    from_last_stage,
+    stage_of,
+    stage_specs,
+)
 from samebit.trainer.packing import pack_samples, share_batches
 from samebit.trainer.stats import Totals
 from samebit.trainer.types import MicroBatch, NonFiniteError, StepStats
@@ -76,24 +80,26 @@ class MegatronTrainer:
         self.specs = stage_specs(model, shard, self.stage)
         self.step = 0
         with no_cuda():
-            gpt = build_model(model, device, self.parallel, self.stage)
+            chunks = build_model(model, device, self.parallel, self.stage)
+            config = chunks[0].config
             ddp_config = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 overlap_grad_reduce=False,
                 average_in_collective=False,
                 use_distributed_optimizer=self.parallel.distributed_optimizer,
             )
-            self._ddp = DistributedDataParallel(gpt.config, ddp_config, gpt)
+            self._chunks = [DistributedDataParallel(config, ddp_config, gpt) for gpt in chunks]
             self._optimizer = get_megatron_optimizer(
-                _megatron_optimizer_config(optimizer, gpt.config.bf16, self.parallel), [self._ddp]
+                _megatron_optimizer_config(optimizer, config.bf16, self.parallel), self._chunks
             )
             if device.type == "cuda":
                 use_fused_adam(self._optimizer)
             self._scheduler = _scheduler(self._optimizer, optimizer, num_steps)
-        gpt.config.grad_scale_func = self._optimizer.scale_loss
-        gpt.config.no_sync_func = self._ddp.no_sync
-        gpt.config.finalize_model_grads_func = finalize_model_grads
-        self.params: Mapping[str, torch.Tensor] = self.stage.named_params(gpt)
+        config.grad_scale_func = self._optimizer.scale_loss
+        no_syncs = [chunk.no_sync for chunk in self._chunks]
+        config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
+        config.finalize_model_grads_func = finalize_model_grads
+        self.params: Mapping[str, torch.Tensor] = self.stage.named_params(chunks)
         self._reference: ForwardModel | None = None
 
     @property
@@ -125,7 +131,7 @@ class MegatronTrainer:
     ) -> list[torch.Tensor]:
         """Log-probs [R] of every micro-batch, without gradients."""
         if not reference:
-            return batch_logprobs(self._ddp, batches, self.model, self.context)
+            return batch_logprobs(self._chunks, batches, self.model, self.context)
         if self._reference is None:
             raise RuntimeError("no reference model; call freeze_reference first")
         return self._reference.logprobs(batches)
@@ -168,7 +174,7 @@ class MegatronTrainer:
         return {
             "step": self.step,
             "tensor": (self.ranks.rank, self.ranks.size),
-            "stage": (self.stage.index, self.stage.count),
+            "stage": (self.stage.index, self.stage.count, self.stage.num_chunks),
             "params": {name: p.detach() for name, p in self.params.items()},
             "optimizer": optimizer_state(self._optimizer),
             "scheduler": self._scheduler.state_dict(),
@@ -199,7 +205,8 @@ class MegatronTrainer:
         """Accumulate gradients over the micro-batches into Megatron's buffers."""
         totals = Totals()
         self._failure: str | None = None
-        self._ddp.zero_grad_buffer()
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 
         def forward_step(iterator: Any, gpt: Any) -> tuple[torch.Tensor, Any]:
@@ -212,15 +219,8 @@ class MegatronTrainer:
             output = forward_logprobs(gpt, batch, self.model, share)
             return output, partial(self._loss, batch, loss, reference, totals)
 
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=zip(batches, references or [None] * len(batches), strict=True),
-            model=[self._ddp],
-            num_microbatches=len(batches),
-            seq_length=max(b.num_tokens for b in batches),
-            micro_batch_size=1,
-            forward_only=False,
-        )
+        parts = zip(batches, references or [None] * len(batches), strict=True)
+        run_schedule(forward_step, parts, self._chunks, forward_only=False)
         return totals
 
     def _loss(
@@ -232,6 +232,8 @@ class MegatronTrainer:
         output: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         """Megatron's loss function: (summed loss, its denominator, nothing to report)."""
+        if batch.index == FILLER:
+            return output[0].sum() * 0, torch.tensor(0, dtype=torch.int), {}
         logprobs, entropy = output[0], output[1].detach()
         losses, metrics = loss(logprobs, reference, batch)
         finite = losses.detach().isfinite()
@@ -248,7 +250,7 @@ class MegatronTrainer:
 
     def _gradients_finite(self) -> bool:
         """Whether they are on every rank: all must take the same way from here."""
-        buffers = [*self._ddp.buffers, *self._ddp.expert_parallel_buffers]
+        buffers = [buffer for chunk in self._chunks for buffer in chunk.buffers]
         # NaN passes through both; one pass over the memory, without temporaries.
         bounds = [bound for buffer in buffers for bound in buffer.grad_data.aminmax()]
         return all(gather_objects(bool(torch.stack(bounds).isfinite().all())))
