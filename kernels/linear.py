@@ -8,6 +8,7 @@ Two CPU implementations give the same bits: one product over all padded rows (fa
 per block of 16 rows. `selfcheck` proves it for a model's shapes and falls back to the second.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -64,7 +65,14 @@ def main_grad_of(weight: torch.Tensor) -> torch.Tensor | None:
 
     Products are added to it without being rounded first, and autograd is given no gradient.
     """
-    return getattr(weight, "main_grad", None) if weight.is_cuda else None
+    fused = weight.is_cuda and not getattr(weight, "own_gradient", False)
+    return getattr(weight, "main_grad", None) if fused else None
+
+
+def own_gradients(weights: Iterable[torch.Tensor]) -> None:
+    """Have autograd be given these weights' gradients: something waits for it to get them."""
+    for weight in weights:
+        weight.own_gradient = True  # type: ignore[attr-defined]
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

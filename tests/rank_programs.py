@@ -207,8 +207,10 @@ def data(rank, size, store, folder, distributed, out):
     torch.set_num_threads(1)
     if int(size) > 1:
         start(rank, size, store)
-    split = distributed == "split"
-    parallel = ParallelConfig(data=int(size), distributed_optimizer=split)
+    split, overlap = "split" in distributed, "overlap" in distributed
+    parallel = ParallelConfig(
+        data=int(size), distributed_optimizer=split, overlap_grad_reduce=overlap
+    )
     megatron = make_trainer(folder, parallel, lr=1e-3)
     mine = share_batches(pack_samples(gradient_samples(), 50), int(size))[int(rank)]
     with no_cuda():

@@ -36,6 +36,8 @@ class ParallelConfig:
     """Copies of the model that train on different samples."""
     distributed_optimizer: bool = False
     """Split the optimizer's state over the copies."""
+    overlap_grad_reduce: bool = False
+    """Sum the gradients over the copies while the last backward still runs."""
     recompute: str = "none"
     """Activations computed again in the backward instead of kept: none; selective, those inside the
     MLPs; full, all but the input of every layer. It moves no bit."""
@@ -73,6 +75,11 @@ class ParallelConfig:
         needless = self.virtual_pipeline > 1 and self.pipeline == 1
         meaning = "1 where trainer.parallel.pipeline is 1"
         require(not needless, "trainer.parallel.virtual_pipeline", self.virtual_pipeline, meaning)
+        needless = self.overlap_grad_reduce and self.data * self.context == 1
+        meaning = "false where trainer.parallel.data and context are 1"
+        require(
+            not needless, "trainer.parallel.overlap_grad_reduce", self.overlap_grad_reduce, meaning
+        )
         both = self.sequence and self.context > 1
         meaning = "1 with trainer.parallel.sequence: they are not combined yet"
         require(not both, "trainer.parallel.context", self.context, meaning)

@@ -174,6 +174,14 @@ WRONG = {
         ["engine.transport=stages"],
         "engine.transport is 'stages'; it must be alias or file or gloo with trainer.parallel.pip",
     ),
+    "chunks of one stage": (
+        ["trainer.parallel.virtual_pipeline=2"],
+        "trainer.parallel.virtual_pipeline is 2; it must be 1 where trainer.parallel.pipeline is 1",
+    ),
+    "nothing to overlap": (
+        ["trainer.parallel.overlap_grad_reduce=true"],
+        "overlap_grad_reduce is True; it must be false where trainer.parallel.data and context are",
+    ),
     "unknown recompute": (
         ["trainer.parallel.recompute=some"],
         r"trainer.parallel.recompute is 'some'; it must be one of \('none', 'selective', 'full'\)",

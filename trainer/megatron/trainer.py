@@ -27,6 +27,7 @@ from megatron.core.parallel_state import (
     get_pipeline_model_parallel_group,
 )
 
+from samebit.kernels.linear import own_gradients
 from samebit.kernels.reduce import gather_objects
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import selfcheck_model
@@ -84,7 +85,7 @@ class MegatronTrainer:
             config = chunks[0].config
             ddp_config = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
-                overlap_grad_reduce=False,
+                overlap_grad_reduce=self.parallel.overlap_grad_reduce,
                 average_in_collective=False,
                 use_distributed_optimizer=self.parallel.distributed_optimizer,
             )
@@ -95,6 +96,9 @@ class MegatronTrainer:
             if device.type == "cuda":
                 use_fused_adam(self._optimizer)
             self._scheduler = _scheduler(self._optimizer, optimizer, num_steps)
+        if self.parallel.overlap_grad_reduce:
+            for chunk in chunks:
+                own_gradients(chunk.parameters())
         config.grad_scale_func = self._optimizer.scale_loss
         no_syncs = [chunk.no_sync for chunk in self._chunks]
         config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
