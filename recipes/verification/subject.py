@@ -79,6 +79,15 @@ def _exact_bytes(values: Sequence[Any]) -> bytes:
     return struct.pack(f"<{len(flat)}d", *flat)
 
 
+def outcomes_digest(groups: Sequence[Sequence[Completion]]) -> str:
+    """Of every token and log-prob of completions, in order and to the bit."""
+    digest = ""
+    for i, completion in enumerate(c for group in groups for c in group):
+        values = list(zip(completion.token_ids, completion.logprobs, strict=True))
+        digest = chained_digest(digest, str(i), _exact_bytes(values))
+    return digest
+
+
 @dataclass
 class Subject:
     """One model under test. `baseline[p][s]` is sample s of prompt p from a plain engine."""

@@ -1,0 +1,135 @@
+"""Tensor parallel engine against tensor parallel trainer, on sequences of mixed length.
+
+    torchrun --nproc-per-node 2 -m samebit.recipes.verification.tensor_parallel FOLDER out.json \\
+        [tp_invariant=true] [dummy=true] [num_seqs=64] [max_len=4096] [seed=0]
+
+Every process runs the engine's shard and, on the same weights, the trainer's (with sequence
+parallelism where there are several). out.json says how many log-probs were compared, how many
+differ, the digest of everything drawn (under tp_invariant it is the same for 1, 2, 4 and 8
+processes) and how long both took. Exit code 1 if any log-prob differs.
+"""
+
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from samebit.recipes.metrics import write_atomically
+from samebit.recipes.provenance import provenance
+from samebit.recipes.verification.subject import outcomes_digest
+from samebit.rollout.config import resolve_device
+from samebit.rollout.engine import Engine
+from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.types import SamplingParams
+from samebit.trainer.config import ParallelConfig
+from samebit.trainer.megatron.forward import ForwardModel
+from samebit.trainer.megatron.setup import initialize, start_processes
+from samebit.trainer.packing import pack_samples
+from samebit.trainer.stats import count_mismatches
+from samebit.trainer.types import Sample
+
+MODULE = "samebit.recipes.verification.tensor_parallel"
+DEFAULTS = {"tp_invariant": False, "dummy": False, "num_seqs": 64, "max_len": 4096, "seed": 0}
+
+
+def parse(arguments: list[str]) -> dict[str, Any]:
+    """key=value over the defaults; ValueError for anything else."""
+    options: dict[str, Any] = dict(DEFAULTS)
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key not in DEFAULTS:
+            raise ValueError(f"'{argument}' is none of {', '.join(f'{k}=...' for k in DEFAULTS)}")
+        options[key] = value == "true" if isinstance(DEFAULTS[key], bool) else int(value)
+    return options
+
+
+def mixed_lengths(num_seqs: int, max_len: int, seed: int) -> list[tuple[int, int]]:
+    """(prompt, new) tokens of every sequence: from a few to max_len in all, an eighth drawn."""
+    rng = random.Random(seed)
+    totals = [max_len, *(rng.randint(16, max_len) for _ in range(num_seqs - 1))]
+    return [(total - total // 8, total // 8) for total in totals]
+
+
+class Clock:
+    """Seconds since the last call, once the device is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._last = device, time.perf_counter()
+
+    def lap(self) -> float:
+        """Also starts the next lap."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds
+
+
+def measure(folder: Path, options: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Draw, compute again in the trainer, compare."""
+    size = dist.get_world_size()
+    parallel = ParallelConfig(tensor=size, sequence=size > 1, tp_invariant=options["tp_invariant"])
+    ranks, _ = initialize(device, parallel)
+    model, clock = load_model_config(folder), Clock(device)
+    engine = Engine(
+        folder, device=device, ranks=ranks, seed=options["seed"], max_num_seqs=options["num_seqs"],
+        max_model_len=options["max_len"], load_format="dummy" if options["dummy"] else "safetensors",
+    )  # fmt: skip
+    found: dict[str, Any] = {"tensor": size, "start_s": clock.lap()}
+    generator = torch.Generator().manual_seed(options["seed"])
+    lens = mixed_lengths(options["num_seqs"], options["max_len"], options["seed"])
+    prompts = [torch.randint(model.vocab_size, (n,), generator=generator).tolist() for n, _ in lens]
+    params = [SamplingParams(max_new_tokens=new, ignore_eos=True) for _, new in lens]
+    groups = engine.generate(prompts, params)
+    found["rollout_s"] = clock.lap()
+    samples = [
+        Sample(
+            sample_id=i,
+            token_ids=(*prompt, *group[0].token_ids),
+            prompt_len=len(prompt),
+            logprobs=group[0].logprobs,
+        )
+        for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True))
+    ]
+    trainer = ForwardModel(model, device, engine.weights, parallel)
+    batches = pack_samples(samples, 2 * options["max_len"], device=device, model=model)
+    clock.lap()
+    ours = trainer.logprobs(batches)
+    found["trainer_s"] = clock.lap()
+    again = trainer.logprobs(batches)
+    found["trainer_again_s"] = clock.lap()
+    pairs = list(zip(batches, ours, again, strict=True))
+    found["compared"] = sum(len(x) for x in ours)
+    found["mismatches"] = sum(
+        count_mismatches(x, b.rollout_logprobs) + count_mismatches(x, y)
+        for b, x, y in pairs
+        if b.rollout_logprobs is not None
+    )
+    found["tokens"] = sum(b.num_tokens for b in batches)
+    found["outcomes_digest"] = outcomes_digest(groups)
+    return found
+
+
+def main(folder: str, out: str, *arguments: str) -> int:
+    """Run and write the report."""
+    options, device = parse(list(arguments)), resolve_device(None)
+    start_processes(device)
+    found = measure(Path(folder), options, device)
+    if dist.get_rank() == 0:
+        report = {
+            **provenance(["python", "-m", MODULE, folder, out, *arguments]),
+            **options,
+            **found,
+        }
+        write_atomically(Path(out), json.dumps(report, indent=1) + "\n")
+        print(json.dumps(found))
+    return 1 if found["mismatches"] or not found["compared"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,69 @@
+"""The tensor parallel verification program, on one and two processes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from samebit.recipes.tiny_model import write_config, write_weights
+from samebit.recipes.verification.tensor_parallel import MODULE, mixed_lengths, parse
+
+SHAPE = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "head_dim": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(size, *options): the report of that many processes on a small random model."""
+    folder = tmp_path / "model"
+    write_config(folder, "qwen3", **SHAPE, vocab_size=700, max_position_embeddings=256)
+    write_weights(folder, seed=5, std=0.1)
+
+    def run(size, *options):
+        out = tmp_path / f"out_{size}.json"
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+        program = ["-m", MODULE, str(folder), str(out), "num_seqs=6", "max_len=96", *options]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            "OMP_NUM_THREADS": "1",
+        }
+        job = subprocess.run(
+            [sys.executable, "-P", *launcher, *program],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert job.returncode == 0, job.stderr
+        return json.loads(out.read_text())
+
+    return run
+
+
+def test_one_and_two_processes(run):
+    """No log-prob differs; under tp_invariant both draw the same to the bit."""
+    plain, alone, both = run(2), run(1, "tp_invariant=true"), run(2, "tp_invariant=true")
+    for found in (plain, alone, both):
+        assert found["compared"] == sum(new for _, new in mixed_lengths(6, 96, 0)) > 20
+        assert found["mismatches"] == 0
+    assert (alone["tensor"], both["tensor"]) == (1, 2)
+    assert alone["outcomes_digest"] == both["outcomes_digest"] != plain["outcomes_digest"]
+
+
+def test_options():
+    """Unknown ones are refused; lengths reach the longest and no further."""
+    assert parse(["num_seqs=3", "dummy=true"])["dummy"] is True
+    with pytest.raises(ValueError, match="'tp=2' is none of tp_invariant=..., dummy=..."):
+        parse(["tp=2"])
+    totals = [sum(lens) for lens in mixed_lengths(64, 4096, 0)]
+    assert max(totals) == 4096
+    assert min(totals) < 200
