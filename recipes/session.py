@@ -160,11 +160,10 @@ def open_session(run: SftRun | GrpoRun) -> Session:
     FileExistsError if the folder is in use; and OSError if the folder cannot be written.
     """
     torch.set_num_threads(run.cpu_threads)
-    device = resolve_device(run.device)
-    invariant = run.trainer.parallel.tp_invariant
-    profile = numerics_profile(device, run.trainer.parallel.tensor, invariant)
-    if run.trainer.parallel.num_processes > 1:
+    device, parallel = resolve_device(run.device), run.trainer.parallel
+    if parallel.num_processes > 1:
         start_processes(device)
+    profile = numerics_profile(device, parallel.tensor, parallel.tp_invariant)
     checkpoints = run.run_dir / "checkpoints"
     with together(RunFolderError):
         if is_first():

@@ -77,9 +77,14 @@ def measure(folder: Path, options: dict[str, Any], device: torch.device) -> dict
     ranks, _ = initialize(device, parallel)
     model, clock = load_model_config(folder), Clock(device)
     engine = Engine(
-        folder, device=device, ranks=ranks, seed=options["seed"], max_num_seqs=options["num_seqs"],
-        max_model_len=options["max_len"], load_format="dummy" if options["dummy"] else "safetensors",
-    )  # fmt: skip
+        folder,
+        device=device,
+        ranks=ranks,
+        seed=options["seed"],
+        max_num_seqs=options["num_seqs"],
+        max_model_len=options["max_len"],
+        load_format="dummy" if options["dummy"] else "safetensors",
+    )
     found: dict[str, Any] = {"tensor": size, "start_s": clock.lap()}
     generator = torch.Generator().manual_seed(options["seed"])
     lens = mixed_lengths(options["num_seqs"], options["max_len"], options["seed"])
@@ -121,12 +126,8 @@ def main(folder: str, out: str, *arguments: str) -> int:
     start_processes(device)
     found = measure(Path(folder), options, device)
     if dist.get_rank() == 0:
-        report = {
-            **provenance(["python", "-m", MODULE, folder, out, *arguments]),
-            **options,
-            **found,
-        }
-        write_atomically(Path(out), json.dumps(report, indent=1) + "\n")
+        source = provenance(["python", "-m", MODULE, folder, out, *arguments])
+        write_atomically(Path(out), json.dumps(source | options | found, indent=1) + "\n")
         print(json.dumps(found))
     return 1 if found["mismatches"] or not found["compared"] else 0
 
