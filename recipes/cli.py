@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -130,10 +131,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         ours = type(error).__module__.startswith("samebit.")
         expected = ours or isinstance(error, OSError | ValueError | ImportError)
-        if not expected or os.environ.get("SAMEBIT_TRACEBACK"):
-            raise
-        print(f"samebit {command}: {error}", file=sys.stderr)
-        return 1
+        if expected and not os.environ.get("SAMEBIT_TRACEBACK"):
+            print(f"samebit {command}: {error}", file=sys.stderr)
+            launch.leave_if_several(1)
+            return 1
+        if launch.is_launched():
+            traceback.print_exc()
+        launch.leave_if_several(1)
+        raise
 
 
 if __name__ == "__main__":

@@ -38,8 +38,7 @@ class EngineSection:
     placement: str = "colocated"
     """colocated: in the trainer's process; process: in one of its own."""
     transport: str = "alias"
-    """How weights reach it: alias, stages (pipelines) or file (colocated); gloo or file (process).
-    """
+    """How weights reach it: alias, stages (pipelines), file (colocated); gloo, file (process)."""
     page_size: int = 64
     kv_cache_tokens: int | None = None
     max_batch_tokens: int = 4096
@@ -119,20 +118,21 @@ class RunSection:
         """Checks across sections; ValueError names the keys."""
 
 
+def _check_copies(batch_size: int, copies: int) -> None:
+    meaning = f"at most {batch_size}, the samples of an optimizer step"
+    require(batch_size >= copies, "trainer.parallel.data", copies, meaning)
+
+
 def _check_placement(engine: EngineSection, parallel: ParallelConfig) -> None:
     """Of the engines beside the processes of a trainer."""
-    several = parallel.num_processes > 1
-    meaning = f"colocated with {parallel.num_processes} processes of the trainer"
-    fits = not several or engine.placement == "colocated"
-    require(fits, "engine.placement", engine.placement, meaning)
-    if parallel.pipeline > 1:
-        fitting: tuple[str, ...] = ("stages",)
-    else:
-        fitting = ("alias",) if several else ("alias", "file", "gloo")
-    meaning = f"{' or '.join(fitting)} with trainer.parallel.pipeline = {parallel.pipeline}"
-    if several:
-        meaning += f" and {parallel.num_processes} processes"
-    require(engine.transport in fitting, "engine.transport", engine.transport, meaning)
+    count = parallel.num_processes
+    fits = count == 1 or engine.placement == "colocated"
+    layout = f"{count} processes of the trainer, in {parallel.pipeline} stages"
+    require(fits, "engine.placement", engine.placement, f"colocated with {layout}")
+    fitting = ("alias",) if count > 1 else ("alias", "file", "gloo")
+    fitting = ("stages",) if parallel.pipeline > 1 else fitting
+    fits, meaning = engine.transport in fitting, f"{' or '.join(fitting)} with {layout}"
+    require(fits, "engine.transport", engine.transport, meaning)
 
 
 @dataclass(kw_only=True)
@@ -147,6 +147,7 @@ class SftRun(RunSection):
     def validate(self) -> None:
         """Checks across sections; ValueError names the keys."""
         require(self.trainer.batch_size is not None, "trainer.batch_size", None, "set for sft")
+        _check_copies(self.trainer.batch_size or 0, self.trainer.parallel.data)
 
 
 @dataclass(kw_only=True)
@@ -184,6 +185,7 @@ class GrpoRun(RunSection):
                 f"{self.samples_per_step} samples are no multiple of trainer.batch_size = "
                 f"{self.batch_size}"
             )
+        _check_copies(self.batch_size, self.trainer.parallel.data)
         if self.data.eval_size < 1 and self.data.eval_path is None:
             raise ValueError(
                 f"data.eval_size is {self.data.eval_size}; grpo measures the reward on held-out "

@@ -36,7 +36,12 @@ def write_model(checkpoint: Checkpoint, model_path: Path, out: Path) -> WeightVe
     specs = param_specs(model)
     whole: dict[str, torch.Tensor] = {}
     step = checkpoint.step
+    seen = set()
     for state in checkpoint.load_all():
+        shard = (state["tensor"], state["stage"])
+        if shard in seen:  # another copy of the model
+            continue
+        seen.add(shard)
         step, params = state["step"], state["params"]
         stage = make_stage(model, *state["stage"])
         shards = stage_specs(model, Shard(*state["tensor"]), stage)

@@ -180,6 +180,7 @@ class GrpoRecipe:
                     self.run.rollout.temperature,
                     self.session.device,
                     self.trainer.model,
+                    self.trainer.parallel.data,
                 )
             )
             # Until the first optimizer step writes, the whole step may be dropped.

@@ -13,18 +13,11 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 GRACE_S = 30.0
 _FOLLOWS = "SAMEBIT_FOLLOWS_STDIN"
-
-# What makes cuBLAS and NCCL take the same way every time, read once when they start.
-DETERMINISTIC = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    "NCCL_ALGO": "Ring",
-    "NCCL_NVLS_ENABLE": "0",
-}
 
 
 def num_processes(run: Any) -> int:
@@ -35,10 +28,26 @@ def num_processes(run: Any) -> int:
     return 1 if parallel is None else parallel.num_processes
 
 
+def is_launched() -> bool:
+    """Whether this process is one of those that a launcher has started."""
+    return "RANK" in os.environ
+
+
 def is_needed(run: Any) -> bool:
     """Whether the run's processes are still to be started."""
-    launched = "RANK" in os.environ
-    return num_processes(run) > 1 and not launched and not getattr(run, "dry_run", False)
+    return num_processes(run) > 1 and not is_launched() and not getattr(run, "dry_run", False)
+
+
+def leave_if_several(code: int) -> None:
+    """After an error one of several processes ends at once.
+
+    Python's own way out would take the process groups down in order, which waits for the others,
+    who wait for this one.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def follow_launcher() -> None:
@@ -62,6 +71,8 @@ def launch(arguments: Sequence[str], run: Any) -> int:
     import torch
     from torch.distributed import TCPStore
 
+    from samebit.trainer.megatron.setup import DETERMINISTIC
+
     size, gpus = num_processes(run), torch.cuda.device_count()
     if not (run.device or ("cuda" if gpus else "cpu")).startswith("cpu") and gpus < size:
         raise ValueError(
@@ -70,47 +81,59 @@ def launch(arguments: Sequence[str], run: Any) -> int:
         )
     # The processes meet here. The system chooses the port, and nobody can take it in between.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = DETERMINISTIC | {
+    shared = {
         "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "OMP_NUM_THREADS": str(getattr(run, "cpu_threads", 1)),
         _FOLLOWS: "1",
     }
+    defaults = DETERMINISTIC | {"OMP_NUM_THREADS": str(getattr(run, "cpu_threads", 1))}
     command = [sys.executable, "-P", "-m", "samebit.recipes.cli", *arguments]
     processes: list[subprocess.Popen[bytes]] = []
-    with _forwarding(processes):
+    with _forwarding(processes) as received:
         for rank in range(size):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             processes.append(
                 subprocess.Popen(
                     command,
-                    env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    env=defaults | os.environ | shared | place,
                     stdin=subprocess.PIPE,
                     stdout=None if rank == 0 else subprocess.DEVNULL,
                     start_new_session=True,  # the terminal's Ctrl-C reaches them through us alone
                 )
             )
+            for number in received:
+                processes[rank].send_signal(number)
         return _watch(processes)
 
 
 @contextmanager
-def _forwarding(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+def _forwarding(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Within it signals go on to the processes there are; gives those received so far."""
+    received: list[int] = []
+
     def forward(number: int, _frame: Any) -> None:
+        received.append(number)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield received
         return
     previous = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _signal_name(number: int) -> str:
+    known = {s.value: s.name for s in signal.Signals}
+    return known.get(number, f"signal {number}")
 
 
 def _watch(processes: Sequence[subprocess.Popen[bytes]]) -> int:
@@ -127,13 +150,14 @@ def _watch(processes: Sequence[subprocess.Popen[bytes]]) -> int:
                 if code == 0 or result != 0:
                     continue
                 result = code if code > 0 else 128 - code
-                how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
-                print(
-                    f"samebit: rank {ranks[future]} ended with {how}; the others are ended within "
-                    f"{GRACE_S:.0f} s",
-                    file=sys.stderr,
-                )
                 patience.start()
+                how = f"exit code {code}" if code > 0 else _signal_name(-code)
+                with suppress(OSError):  # the terminal may be gone
+                    print(
+                        f"samebit: rank {ranks[future]} ended with {how}; the others are ended "
+                        f"within {GRACE_S:.0f} s",
+                        file=sys.stderr,
+                    )
     finally:
         patience.cancel()
         kill_all()

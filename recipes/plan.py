@@ -9,6 +9,7 @@ from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.kv_cache import kv_bytes_per_token
+from samebit.trainer.config import ParallelConfig
 from samebit.weight_sync.mapping import hf_shapes
 
 _MIB = 1 << 20
@@ -18,16 +19,22 @@ def _num_parameters(model: ModelConfig) -> int:
     return sum(math.prod(shape) for shape in hf_shapes(param_specs(model)).values())
 
 
-def _memory(model: ModelConfig, device_type: str) -> dict[str, Any]:
-    """MiB by use. AdamW keeps two fp32 moments, bf16 weights also an fp32 master copy."""
-    parameters = _num_parameters(model)
+def _memory(model: ModelConfig, device_type: str, parallel: ParallelConfig) -> dict[str, Any]:
+    """MiB of a process by use. AdamW keeps two fp32 moments, bf16 weights also an fp32 master copy.
+
+    Stages and tensor ranks count as equal; the first and last stage have more.
+    """
+    whole = _num_parameters(model)
+    parameters = math.ceil(whole / (parallel.tensor * parallel.pipeline))
+    copies = parallel.data * parallel.context if parallel.distributed_optimizer else 1
     weight_bytes = 4 if device_type == "cpu" else 2
     master_bytes = 0 if device_type == "cpu" else 4
     return {
-        "parameters": parameters,
+        "processes": parallel.num_processes,
+        "parameters": whole,
         "weights_mib": round(parameters * weight_bytes / _MIB, 1),
         "gradients_mib": round(parameters * 4 / _MIB, 1),
-        "optimizer_mib": round(parameters * (8 + master_bytes) / _MIB, 1),
+        "optimizer_mib": round(parameters * (8 + master_bytes) / copies / _MIB, 1),
     }
 
 
@@ -36,6 +43,7 @@ def grpo_plan(run: GrpoRun) -> dict[str, Any]:
     model = load_model_config(run.model.path)
     resolved = resolve_device(run.device)
     device = resolved.type
+    memory = _memory(model, device, run.trainer.parallel)
     longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
     kv_bytes = kv_bytes_per_token(model, resolve_dtype(None, resolved))
     return {
@@ -44,8 +52,8 @@ def grpo_plan(run: GrpoRun) -> dict[str, Any]:
         "optimizer_steps_per_step": run.samples_per_step // run.batch_size,
         "optimizer_steps": run.trainer.num_steps * (run.samples_per_step // run.batch_size),
         "most_tokens_per_step": run.samples_per_step * longest,
-        **_memory(model, device),
-        "reference_mib": _memory(model, device)["weights_mib"] if run.algorithm.kl_coef else 0,
+        **memory,
+        "reference_mib": memory["weights_mib"] if run.algorithm.kl_coef else 0,
         "kv_mib_if_all_run_at_once": round(
             min(run.samples_per_step, run.engine.max_num_seqs) * longest * kv_bytes / _MIB, 1
         ),
@@ -60,7 +68,7 @@ def sft_plan(run: SftRun) -> dict[str, Any]:
         "device": device,
         "samples_per_step": run.trainer.batch_size,
         "optimizer_steps": run.trainer.num_steps,
-        **_memory(model, device),
+        **_memory(model, device, run.trainer.parallel),
     }
 
 

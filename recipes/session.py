@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from samebit.kernels.profile import NumericsProfile, numerics_profile
 from samebit.recipes.config import GrpoRun, RunSection, SftRun, to_dict, to_yaml
+from samebit.recipes.launch import is_launched
 from samebit.recipes.metrics import MetricsLogger, NoLogger, write_atomically
 from samebit.recipes.signals import Stopped
 from samebit.rollout.config import resolve_device
@@ -161,8 +162,8 @@ def open_session(run: SftRun | GrpoRun) -> Session:
     """
     torch.set_num_threads(run.cpu_threads)
     device, parallel = resolve_device(run.device), run.trainer.parallel
-    if parallel.num_processes > 1:
-        start_processes(device)
+    if parallel.num_processes > 1 or is_launched():
+        start_processes(device, parallel)
     profile = numerics_profile(device, parallel.tensor, parallel.tp_invariant)
     checkpoints = run.run_dir / "checkpoints"
     with together(RunFolderError):

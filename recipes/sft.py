@@ -1,7 +1,7 @@
 """Supervised fine-tuning on prompts and labels: the trainer's loop without a rollout."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ def _train(run: SftRun, session: Session, stop: StopSignals) -> dict[str, Any]:
                 settings.loss_mean,
                 device=session.device,
                 model=trainer.model,
+                at_least=settings.parallel.data,
             )
             stats = trainer.train_step(trainer.own_batches(batches), stop.polled(sft_loss))
             progress.step += 1
@@ -104,7 +105,8 @@ def _train(run: SftRun, session: Session, stop: StopSignals) -> dict[str, Any]:
     if session.is_first:
         last = latest_checkpoint(session.checkpoints)
         assert last is not None
-        write_model(last, Path(run.model.path), session.run_dir / "model")
+        just_written = replace(last, verified=True)
+        write_model(just_written, Path(run.model.path), session.run_dir / "model")
     session.finish(summary)
     return summary
 

@@ -15,12 +15,14 @@ def pack_samples(
     temperature: float = 1.0,
     device: torch.device | str = "cpu",
     model: ModelConfig | None = None,
+    at_least: int = 1,
 ) -> list[MicroBatch]:
     """Fill micro-batches of at most max_tokens tokens, never reordering.
 
-    loss_mean as in TrainerConfig; temperature is the rollout's. Raises ValueError for a sample
-    longer than max_tokens or an empty list and, given a model, for one that is longer than its
-    context or has a token outside its vocabulary.
+    loss_mean as in TrainerConfig; temperature is the rollout's. If that makes fewer than `at_least`
+    micro-batches, those of the most samples are halved, as long as there are samples. Raises
+    ValueError for a sample longer than max_tokens or an empty list and, given a model, for one that
+    is longer than its context or has a token outside its vocabulary.
     """
     if not samples:
         raise ValueError("no samples to train on")
@@ -29,7 +31,7 @@ def pack_samples(
             _check_fits(sample, model)
     return [
         _micro_batch(i, group, loss_mean, temperature, device)
-        for i, group in enumerate(_split(samples, max_tokens))
+        for i, group in enumerate(_halved(_split(samples, max_tokens), at_least))
     ]
 
 
@@ -41,8 +43,8 @@ def share_batches(batches: Sequence[MicroBatch], num_ranks: int) -> list[list[Mi
     """
     if len(batches) < num_ranks:
         raise ValueError(
-            f"{len(batches)} micro-batches for {num_ranks} data ranks; each needs one: lower "
-            "trainer.micro_batch_tokens or train on more samples"
+            f"{len(batches)} micro-batches for {num_ranks} data ranks; each needs one: train on "
+            "more samples"
         )
     shares: list[list[MicroBatch]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
@@ -82,6 +84,17 @@ def _split(samples: Iterable[Sample], max_tokens: int) -> list[list[Sample]]:
             room = max_tokens
         groups[-1].append(sample)
         room -= length
+    return groups
+
+
+def _halved(groups: list[list[Sample]], at_least: int) -> list[list[Sample]]:
+    while len(groups) < at_least:
+        largest = max(range(len(groups)), key=lambda i: len(groups[i]))
+        group = groups[largest]
+        if len(group) == 1:
+            break
+        middle = len(group) // 2
+        groups[largest : largest + 1] = [group[:middle], group[middle:]]
     return groups
 
 

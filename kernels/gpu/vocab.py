@@ -160,7 +160,7 @@ def _best_token(
             noise = -libdevice.log(-libdevice.log1p(-v))
             # Noise of -inf only puts a token behind all others; a logit of -inf forbids it.
             value = tl.where(greedy, x, x + tl.maximum(noise, _LOWEST))
-            # A NaN wins, so that damaged logits cannot hide behind a healthy token.
+            # A NaN keeps its place; that logits are damaged shows in their log-sum-exp.
             better = (value > best) | (value != value)
             best = tl.where(better, value, best)
             token = tl.where(better, c0 + place, token)

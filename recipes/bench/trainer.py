@@ -141,11 +141,12 @@ def main(run: BenchTrainerRun) -> int:
     model = load_model_config(run.model)
     trainer = MegatronTrainer(model, OptimizerConfig(), 1000, device, run.parallel)
     trainer.fill(lambda specs, params: load_dummy(specs, params, run.seed))
+    profile = numerics_profile(device, run.parallel.tensor, run.parallel.tp_invariant)
     packs: dict[str, Any] = {}
     report = {
         "model": Path(run.model).resolve().name,
         "parallel": asdict(run.parallel),
-        "numerics": asdict(numerics_profile(device, run.parallel.tensor)),
+        "numerics": asdict(profile),
         "flops": "6 per token and weight, causal attention, nothing computed again; 989 TFLOP/s",
         "packs": packs,
     }

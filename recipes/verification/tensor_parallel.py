@@ -10,6 +10,7 @@ processes) and how long both took. Exit code 1 if any log-prob differs.
 """
 
 import json
+import os
 import random
 import sys
 import time
@@ -28,7 +29,7 @@ from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.types import SamplingParams
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron.forward import ForwardModel
-from samebit.trainer.megatron.setup import initialize, start_processes
+from samebit.trainer.megatron.setup import initialize
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.stats import count_mismatches
 from samebit.trainer.types import Sample
@@ -44,7 +45,10 @@ def parse(arguments: list[str]) -> dict[str, Any]:
         key, _, value = argument.partition("=")
         if key not in DEFAULTS:
             raise ValueError(f"'{argument}' is none of {', '.join(f'{k}=...' for k in DEFAULTS)}")
-        options[key] = value == "true" if isinstance(DEFAULTS[key], bool) else int(value)
+        known = {"true": True, "false": False}
+        if isinstance(DEFAULTS[key], bool) and value not in known:
+            raise ValueError(f"{key} is '{value}'; it must be true or false")
+        options[key] = known[value] if isinstance(DEFAULTS[key], bool) else int(value)
     return options
 
 
@@ -72,7 +76,7 @@ class Clock:
 
 def measure(folder: Path, options: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Draw, compute again in the trainer, compare."""
-    size = dist.get_world_size()
+    size = int(os.environ.get("WORLD_SIZE", "1"))
     parallel = ParallelConfig(tensor=size, sequence=size > 1, tp_invariant=options["tp_invariant"])
     ranks, _ = initialize(device, parallel)
     model, clock = load_model_config(folder), Clock(device)
@@ -123,7 +127,6 @@ def measure(folder: Path, options: dict[str, Any], device: torch.device) -> dict
 def main(folder: str, out: str, *arguments: str) -> int:
     """Run and write the report."""
     options, device = parse(list(arguments)), resolve_device(None)
-    start_processes(device)
     found = measure(Path(folder), options, device)
     if dist.get_rank() == 0:
         source = provenance(["python", "-m", MODULE, folder, out, *arguments])

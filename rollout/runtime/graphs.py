@@ -84,7 +84,10 @@ class DecodeGraphs:
     def launch(
         self, decode: np.ndarray, slots: Slots, sampler: Sampler
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Start one decode step; (token ids [B], log-probs [B]), on the host once it has run."""
+        """Start one decode step; (token ids [B], log-probs [B]).
+
+        They are the host's memory, filled once the step has run; the device's for restricted draws.
+        """
         size = len(decode)
         bucket = next(b for b in BUCKETS if b >= size)
         longest = int(slots.length[decode].max())

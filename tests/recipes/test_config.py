@@ -160,19 +160,23 @@ WRONG = {
     "temperature zero": (["rollout.temperature=0"], "rollout.temperature is 0.0; it must be posit"),
     "several processes, engine apart": (
         ["trainer.parallel.tensor=2", "engine=process"],
-        "engine.placement is 'process'; it must be colocated with 2 processes of the trainer",
+        "engine.placement is 'process'; it must be colocated with 2 processes of the trainer, in 1 s",
     ),
     "several processes, by files": (
         ["trainer.parallel.data=2", "engine.transport=file"],
-        "engine.transport is 'file'; it must be alias with trainer.parallel.pipeline = 1 and 2",
+        "engine.transport is 'file'; it must be alias with 2 processes of the trainer, in 1 stage",
     ),
     "pipeline that shares memory": (
         ["trainer.parallel.pipeline=2"],
-        "engine.transport is 'alias'; it must be stages with trainer.parallel.pipeline = 2",
+        "engine.transport is 'alias'; it must be stages with 2 processes of the trainer, in 2 st",
     ),
     "stages of one process": (
         ["engine.transport=stages"],
-        "engine.transport is 'stages'; it must be alias or file or gloo with trainer.parallel.pip",
+        "engine.transport is 'stages'; it must be alias or file or gloo with 1 processes of the tr",
+    ),
+    "more copies than samples": (
+        ["trainer.parallel.data=8", "trainer.batch_size=4"],
+        "trainer.parallel.data is 8; it must be at most 4, the samples of an optimizer step",
     ),
     "chunks of one stage": (
         ["trainer.parallel.virtual_pipeline=2"],

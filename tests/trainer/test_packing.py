@@ -104,6 +104,17 @@ def test_logprobs_must_be_one_per_response_token():
         Sample(sample_id=7, token_ids=(1, 2, 3), prompt_len=2, logprobs=(-1.0, -2.0))
 
 
+def test_every_copy_gets_a_micro_batch(random_samples):
+    """Whatever lengths were drawn: the fullest micro-batches are halved, in the same order."""
+    samples = random_samples(7, seed=2)
+    for at_least in (1, 2, 5, 7, 9):
+        batches = pack_samples(samples, 10_000, at_least=at_least)
+        assert len(batches) == min(at_least, 7)
+        assert [s for b in batches for s in b.samples] == samples
+        sizes = [len(b.samples) for b in batches]
+        assert max(sizes) <= 2 * min(sizes)
+
+
 def test_micro_batches_are_shared_out_evenly(random_samples):
     """Every one goes to one rank, tokens are nearly even, and order within a rank is kept."""
     batches = pack_samples(random_samples(60, seed=2), 90)

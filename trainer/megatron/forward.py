@@ -79,7 +79,9 @@ def _pipeline_logprobs(
         return forward_logprobs(gpt, batch, model, share), lambda output, **_: output[0]
 
     found = run_schedule(step, parts, chunks, forward_only=True, collect_non_loss_data=True)
-    return from_last_stage(found)[: len(parts)]
+    device = parts[0][0].input_ids.device
+    values = from_last_stage([x.cpu() for x in found])[: len(parts)]
+    return [x.to(device) for x in values]
 
 
 class ForwardModel:

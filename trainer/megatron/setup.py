@@ -3,6 +3,7 @@
 import atexit
 import logging
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,16 @@ from samebit.kernels.reduce import TensorRanks
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron import cpu
 from samebit.trainer.megatron.parallel import ranks_of
+
+TIMEOUT = timedelta(hours=4)
+"""Of a collective: one process may score, evaluate or write for long. A launcher sees who dies."""
+
+# What makes cuBLAS and NCCL take the same way every time, read once when they start.
+DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NCCL_ALGO": "Ring",
+    "NCCL_NVLS_ENABLE": "0",
+}
 
 # What Megatron's groups were made for; a process is initialised once.
 _running: list[tuple[int, ...]] = []
@@ -31,23 +42,20 @@ def initialize(device: torch.device, parallel: ParallelConfig) -> tuple[TensorRa
         for name in ("megatron.core", "megatron"):
             logging.getLogger(name).setLevel(logging.ERROR)
         cpu.install()
-        start_processes(device)
-        size = dist.get_world_size()
-        if size != parallel.num_processes:
-            raise ValueError(
-                f"trainer.parallel asks for {parallel} = {parallel.num_processes} processes; there "
-                f"are {size}"
-            )
+        start_processes(device, parallel)
         several = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
         parallel_state.initialize_model_parallel(
-            *(parallel.tensor, parallel.pipeline, several), context_parallel_size=parallel.context
+            *(parallel.tensor, parallel.pipeline, several),
+            context_parallel_size=parallel.context,
+            distributed_timeout_minutes=TIMEOUT.total_seconds() / 60,
         )
         if device.type == "cuda":
             model_parallel_cuda_manual_seed(0)
         _running.append(parallel.groups)
     if _running != [parallel.groups]:
         raise ValueError(
-            f"trainer.parallel asks for {parallel}; this process runs with {_running[0]}"
+            f"trainer.parallel asks for {parallel}, virtual_pipeline {parallel.virtual_pipeline}; "
+            f"this process runs with {_running[0]}"
         )
     tensor, context = (
         parallel_state.get_tensor_model_parallel_group(),
@@ -56,15 +64,34 @@ def initialize(device: torch.device, parallel: ParallelConfig) -> tuple[TensorRa
     return ranks_of(tensor, parallel.tp_invariant), ranks_of(context)
 
 
-def start_processes(device: torch.device) -> None:
-    """Join the processes that the environment names, once; without any, a group of one."""
-    if dist.is_initialized():
+def start_processes(device: torch.device, parallel: ParallelConfig) -> None:
+    """Join the processes that the environment names, once; without any, a group of one.
+
+    Raises ValueError if they are not as many as `parallel` needs, or are not told their GPU.
+    """
+    named = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not dist.is_initialized():
+        _start_group(device, named)
+    size = dist.get_world_size()
+    if size != parallel.num_processes:
+        raise ValueError(
+            f"trainer.parallel asks for {parallel} = {parallel.num_processes} processes; there "
+            f"are {size}"
+        )
+
+
+def _start_group(device: torch.device, named: bool) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if not named:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(dist.destroy_process_group)
         return
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        if "LOCAL_RANK" not in os.environ:
+            raise ValueError("RANK is set and LOCAL_RANK is not: it says which GPU is this one's")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"  # Python objects need no GPU
+    for name, value in DETERMINISTIC.items():
+        os.environ.setdefault(name, value)
+    dist.init_process_group(backend, timeout=TIMEOUT)
     atexit.register(dist.destroy_process_group)

@@ -84,7 +84,7 @@ def filled_up[T](parts: Iterable[tuple[MicroBatch, T]]) -> list[tuple[MicroBatch
     """The interleaved schedule takes a multiple of the stages: the shortest again, without loss."""
     full = list(parts)
     if parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None:
-        batch, rest = min(full, key=lambda part: part[0].num_tokens)
+        batch, rest = min(full, key=lambda part: sum(part[0].seq_lens))
         filler = replace(batch, index=FILLER, loss_denominator=0), rest
         full += [filler] * (-len(full) % parallel_state.get_pipeline_model_parallel_world_size())
     return full

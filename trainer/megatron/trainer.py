@@ -72,6 +72,11 @@ class MegatronTrainer:
         parallel: ParallelConfig | None = None,
     ) -> None:
         self.parallel = parallel or ParallelConfig()
+        if self.parallel.context > 1 and device.type == "cuda":
+            raise ValueError(
+                f"trainer.parallel.context is {self.parallel.context}; it must be 1 on GPUs: its "
+                "attention has no backward there yet"
+            )
         self.ranks, self.context = initialize(device, self.parallel)
         selfcheck_model(model, device, self.ranks)
         self.model = model

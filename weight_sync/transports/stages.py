@@ -1,7 +1,7 @@
 """stages: every stage of a pipeline broadcasts its parameters to the engines of all stages.
 
 Each process of the pipeline has an engine of the whole model (its tensor parallel shard), which
-takes the buckets in place. Sender and receiver are one process, so an error is everybody's.
+takes the buckets in place. An engine that refuses them ends its process, and so the run.
 """
 
 from collections.abc import Mapping
