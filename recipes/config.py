@@ -118,21 +118,19 @@ class RunSection:
         """Checks across sections; ValueError names the keys."""
 
 
-def _check_copies(batch_size: int, copies: int) -> None:
-    meaning = f"at most {batch_size}, the samples of an optimizer step"
-    require(batch_size >= copies, "trainer.parallel.data", copies, meaning)
+def _check_copies(size: int, copies: int) -> None:
+    require(size >= copies, "trainer.parallel.data", copies, f"at most {size}, a step's samples")
 
 
 def _check_placement(engine: EngineSection, parallel: ParallelConfig) -> None:
-    """Of the engines beside the processes of a trainer."""
     count = parallel.num_processes
-    fits = count == 1 or engine.placement == "colocated"
     layout = f"{count} processes of the trainer, in {parallel.pipeline} stages"
+    fits = count == 1 or engine.placement == "colocated"
     require(fits, "engine.placement", engine.placement, f"colocated with {layout}")
     fitting = ("alias",) if count > 1 else ("alias", "file", "gloo")
     fitting = ("stages",) if parallel.pipeline > 1 else fitting
-    fits, meaning = engine.transport in fitting, f"{' or '.join(fitting)} with {layout}"
-    require(fits, "engine.transport", engine.transport, meaning)
+    meaning = f"{' or '.join(fitting)} with {layout}"
+    require(engine.transport in fitting, "engine.transport", engine.transport, meaning)
 
 
 @dataclass(kw_only=True)

@@ -160,7 +160,7 @@ WRONG = {
     "temperature zero": (["rollout.temperature=0"], "rollout.temperature is 0.0; it must be posit"),
     "several processes, engine apart": (
         ["trainer.parallel.tensor=2", "engine=process"],
-        "engine.placement is 'process'; it must be colocated with 2 processes of the trainer, in 1 s",
+        "engine.placement is 'process'; it must be colocated with 2 processes of the trainer",
     ),
     "several processes, by files": (
         ["trainer.parallel.data=2", "engine.transport=file"],
@@ -176,7 +176,7 @@ WRONG = {
     ),
     "more copies than samples": (
         ["trainer.parallel.data=8", "trainer.batch_size=4"],
-        "trainer.parallel.data is 8; it must be at most 4, the samples of an optimizer step",
+        "trainer.parallel.data is 8; it must be at most 4, a step's samples",
     ),
     "chunks of one stage": (
         ["trainer.parallel.virtual_pipeline=2"],
