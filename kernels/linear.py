@@ -97,12 +97,13 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grad.to(x.dtype)
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return grad_x, None, None
-        if ctx.main_grad is None:
-            return grad_x, grad.t() @ x, None
-        add_product(ctx.main_grad, grad.t(), x)
-        return grad_x, None, None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            if ctx.main_grad is None:
+                grad_weight = grad.t() @ x
+            else:
+                add_product(ctx.main_grad, grad.t(), x)
+        return grad_x, grad_weight, None
 
 
 class _LinearInSegments(_Linear):

@@ -131,14 +131,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         ours = type(error).__module__.startswith("samebit.")
         expected = ours or isinstance(error, OSError | ValueError | ImportError)
+        several = launch.is_one_of_several()
         if expected and not os.environ.get("SAMEBIT_TRACEBACK"):
             print(f"samebit {command}: {error}", file=sys.stderr)
-            launch.leave_if_several(1)
-            return 1
-        if launch.is_launched():
+        elif several:
             traceback.print_exc()
-        launch.leave_if_several(1)
-        raise
+        else:
+            raise
+        if several:
+            launch.leave(1)
+        return 1
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from samebit.recipes.plan import grpo_plan, print_plan
 from samebit.recipes.report import write_report
 from samebit.recipes.rewards import RewardError, load_reward, score
 from samebit.recipes.rollouts import save_rollout
+from samebit.recipes.samples import drawn_sample
 from samebit.recipes.session import Session, open_session
 from samebit.recipes.signals import StopSignals, stop_signals
 from samebit.recipes.step import Rollout, rollout_metrics, sample_rows, speed, train_metrics
@@ -232,13 +233,7 @@ def make_samples(rollout: Rollout, run: GrpoRun) -> list[Sample]:
     """Samples in prompt order, each with its group-relative advantage."""
     advantages = group_advantages(torch.tensor(rollout.rewards), run.algorithm).tolist()
     return [
-        Sample(
-            sample_id=completion.sample_id,
-            token_ids=(*prompt, *completion.token_ids),
-            prompt_len=len(prompt),
-            logprobs=completion.logprobs,
-            advantage=advantage,
-        )
+        drawn_sample(prompt, completion, advantage)
         for prompt, group, values in zip(
             rollout.prompt_ids, rollout.completions, advantages, strict=True
         )

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 GRACE_S = 30.0
 _FOLLOWS = "SAMEBIT_FOLLOWS_STDIN"
@@ -38,16 +38,20 @@ def is_needed(run: Any) -> bool:
     return num_processes(run) > 1 and not is_launched() and not getattr(run, "dry_run", False)
 
 
-def leave_if_several(code: int) -> None:
-    """After an error one of several processes ends at once.
+def is_one_of_several() -> bool:
+    """Whether other processes run beside this one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def leave(code: int) -> NoReturn:
+    """End one of several processes at once, after an error.
 
     Python's own way out would take the process groups down in order, which waits for the others,
     who wait for this one.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def follow_launcher() -> None:

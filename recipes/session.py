@@ -60,7 +60,7 @@ class HasStep(Protocol):
 class Session:
     """A run's folder, its device and the numerics that its checkpoints are bound to."""
 
-    run: RunSection
+    run: SftRun | GrpoRun
     device: torch.device
     profile: NumericsProfile
     resumed: Checkpoint | None
@@ -112,16 +112,15 @@ class Session:
         if not self.is_first:
             return NoLogger()
         resume_step = progress.step if self.resumed is not None else None
-        run: Any = self.run
+        run = self.run
         return MetricsLogger(self.run_dir, run.logger, run.run_name, to_dict(run), resume_step)
 
     def bar(self, progress: HasStep) -> tqdm:
         """A bar of the run's steps."""
-        run: Any = self.run
         return tqdm(
-            total=run.trainer.num_steps,
+            total=self.run.trainer.num_steps,
             initial=progress.step,
-            desc=run.run_name,
+            desc=self.run.run_name,
             unit="step",
             disable=not self.is_first,
         )

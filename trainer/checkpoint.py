@@ -56,16 +56,17 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path} was written by {count} processes; there are {size} here"
             )
-        if not self.verified:
-            self._verify_file(name)
-        return torch.load(self.path / name, weights_only=True)
+        return self._read(name)
 
     def load_all(self) -> Iterator[dict[str, Any]]:
         """Every rank's state in turn, verified, in the CPU's memory."""
         for name in self.manifest["files"]:
-            if not self.verified:
-                self._verify_file(name)
-            yield torch.load(self.path / name, map_location="cpu", weights_only=True, mmap=True)
+            yield self._read(name, map_location="cpu", mmap=True)
+
+    def _read(self, name: str, **options: Any) -> dict[str, Any]:
+        if not self.verified:
+            self._verify_file(name)
+        return torch.load(self.path / name, weights_only=True, **options)
 
     def _verify_file(self, name: str) -> None:
         file, expected = self.path / name, self.manifest["files"][name]

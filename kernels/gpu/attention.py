@@ -6,6 +6,7 @@ per program) and prefill or training (here: splits looped in registers, tiles of
 give the same bits.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,12 @@ class GpuAttentionPlan:
     longest: int  # bound of the contexts that prefill
     seq_lens: tuple[int, ...]  # packed form: host copy for the backward
     whole: bool = True  # queries are those of whole sequences
+
+    @functools.cached_property
+    def boundaries(self) -> torch.Tensor:
+        """[B + 1] int32: the first row of each packed sequence, and the end."""
+        lens = torch.tensor((0, *self.seq_lens), dtype=torch.int32)
+        return lens.cumsum(0, dtype=torch.int32).to(self.query_starts.device)
 
 
 def plan(

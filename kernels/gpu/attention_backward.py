@@ -31,14 +31,12 @@ def attend_backward(
         grad, q, output = (_more_heads(x, heads) for x in (grad, q, output))
         k, v = (_one_per_head(x, num_heads, heads) for x in (k, v))
         lse = torch.cat([lse, lse[: heads - num_heads]])
-    lens = torch.tensor((0, *plan.seq_lens), dtype=torch.int32)
-    cumulative = lens.cumsum(0, dtype=torch.int32).to(q.device)
     longest = max(plan.seq_lens)
     unused = torch.empty(2, dtype=torch.uint64, device=q.device)
     with _deterministic():
         grad_q, grad_k, grad_v = torch.ops.aten._flash_attention_backward(
             grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), output, lse,
-            cumulative, cumulative, longest, longest, 0.0, True, unused,
+            plan.boundaries, plan.boundaries, longest, longest, 0.0, True, unused,
             torch.empty(0, dtype=torch.uint64, device=q.device), scale=scale,
         )  # fmt: skip
     if heads > num_heads:

@@ -43,14 +43,17 @@ def norm_launch(width: int) -> tuple[int, int, int]:
     return block, 8 if block <= 256 else 1, 4 if block <= 4096 else 8
 
 
+def flat_rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., D] -> [rows, D], each row without gaps."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [..., D] -> (normalised [..., D], inverse rms [..., 1] fp32)."""
-    width = x.shape[-1]
-    flat = x.reshape(-1, width)
-    if flat.stride(-1) != 1:
-        flat = flat.contiguous()
+    flat, width = flat_rows(x), x.shape[-1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     inverse = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     block, rows, warps = norm_launch(width)

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from samebit.kernels.gpu.rows import flat_rows
+
 _NORM_ITERATIONS = 16  # tiles of rows that one program sums up
 
 
@@ -41,10 +43,7 @@ def rms_norm_backward(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse_rms: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """grad and x [..., D], weight [D], inverse_rms [..., 1] fp32 -> gradients of x and weight."""
-    width = x.shape[-1]
-    flat = x.reshape(-1, width)
-    if flat.stride(-1) != 1:
-        flat = flat.contiguous()
+    flat, width = flat_rows(x), x.shape[-1]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(width)
     rows, warps = max(1, 2048 // block), 4 if block <= 1024 else 8

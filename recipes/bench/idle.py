@@ -1,18 +1,17 @@
 """How long the GPU idles between its activities, from torch.profiler over steady decode steps."""
 
 import json
-import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 from samebit.recipes.bench.config import Workload
 from samebit.recipes.bench.prompts import PromptSource, sampling_params
+from samebit.recipes.bench.timing import timed
 from samebit.rollout.engine import Engine
 
 _GPU_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -92,12 +91,12 @@ def num_prefill_steps(engine: Engine, workload: Workload) -> int:
 
 def _step(engine: Engine, count: int) -> float:
     """Milliseconds of each of `count` steps."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(count):
-        engine.step()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3 / count
+
+    def steps() -> None:
+        for _ in range(count):
+            engine.step()
+
+    return timed(steps, engine.config.device)[1] * 1e3 / count
 
 
 def profile_decode(

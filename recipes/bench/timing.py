@@ -1,6 +1,7 @@
 """Measured times: spreads of repeated runs, CUDA graph replay, what the hardware would allow."""
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -41,6 +42,17 @@ def num_copies(operand_bytes: int) -> int:
 def ideal_us(flops: float, num_bytes: float) -> float:
     """The roofline: whichever of arithmetic and memory takes longer."""
     return max(flops / FLOPS_S, num_bytes / MEMORY_BYTES_S) * 1e6
+
+
+def timed[T](action: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """(result, seconds) of an action, from and to a moment at which the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = action()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - start
 
 
 @torch.no_grad()

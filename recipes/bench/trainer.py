@@ -4,7 +4,6 @@ The forward is also timed by itself, with our operations and with torch's in the
 carry the trainer's own log-probs, so that a step is on-policy, and the first one compares them.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from samebit.kernels.profile import numerics_profile
 from samebit.recipes.bench.config import BenchTrainerRun, Pack
 from samebit.recipes.bench.output import REPORT_FILE, BenchError, format_table, write_report
-from samebit.recipes.bench.timing import Spread
+from samebit.recipes.bench.timing import Spread, timed
 from samebit.recipes.bench.variants import torch_trainer_kernels
 from samebit.rollout.config import DeviceError, resolve_device
 from samebit.rollout.models.registry import load_model_config
@@ -66,16 +65,7 @@ def make_batches(
 
 def _seconds(action: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
     """Of each of `repeats` calls, after one that warms up."""
-    seconds = []
-    for _ in range(repeats + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        action()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return seconds[1:]
+    return [timed(action, device)[1] for _ in range(repeats + 1)][1:]
 
 
 def measure(trainer: MegatronTrainer, pack: Pack, run: BenchTrainerRun) -> dict[str, Any]:

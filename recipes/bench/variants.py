@@ -60,17 +60,14 @@ def torch_trainer_kernels(device_type: str) -> Iterator[Calls]:
     def attend(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any, scale: float
     ) -> tuple[torch.Tensor, None]:
-        lens = torch.tensor((0, *plan.seq_lens), dtype=torch.int32)
-        cumulative = lens.cumsum(0, dtype=torch.int32).to(q.device, non_blocking=True)
-        longest = max(plan.seq_lens)
+        ends, longest = plan.boundaries, max(plan.seq_lens)
         output, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, cumulative, cumulative, longest, longest, 0.0, True, False, scale=scale
+            q, k, v, ends, ends, longest, longest, 0.0, True, False, scale=scale
         )
         return output, None
 
     with (
         torch_kernels(device_type) as calls,
-        torch.no_grad(),
         _replaced(device_type, [(attention_op._attend, attend)]),
     ):
         yield calls

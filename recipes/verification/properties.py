@@ -4,10 +4,10 @@ import asyncio
 import random
 from collections.abc import Callable
 
+from samebit.recipes.samples import drawn_sample
 from samebit.recipes.verification.subject import NUM_SAMPLES, Result, Subject, flat
 from samebit.rollout.types import Completion, SamplingParams
 from samebit.trainer.packing import pack_samples
-from samebit.trainer.types import Sample
 
 Property = Callable[[Subject], Result]
 
@@ -228,12 +228,7 @@ def trainer(subject: Subject) -> Result:
     megatron = ForwardModel(subject.config, subject.device, subject.engine.weights)
     for temperature in sorted({p.temperature or 1.0 for p in subject.params}):
         samples = [
-            Sample(
-                sample_id=completion.sample_id,
-                token_ids=(*subject.prompts[i], *completion.token_ids),
-                prompt_len=len(subject.prompts[i]),
-                logprobs=completion.logprobs,
-            )
+            drawn_sample(subject.prompts[i], completion)
             for i, g in enumerate(subject.baseline)
             if (subject.params[i].temperature or 1.0) == temperature
             for completion in g

@@ -13,15 +13,17 @@ import json
 import os
 import random
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from samebit.recipes.bench.timing import timed
 from samebit.recipes.metrics import write_atomically
 from samebit.recipes.provenance import provenance
+from samebit.recipes.samples import drawn_sample
 from samebit.recipes.verification.subject import outcomes_digest
 from samebit.rollout.config import resolve_device
 from samebit.rollout.engine import Engine
@@ -32,7 +34,6 @@ from samebit.trainer.megatron.forward import ForwardModel
 from samebit.trainer.megatron.setup import initialize
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.stats import count_mismatches
-from samebit.trainer.types import Sample
 
 MODULE = "samebit.recipes.verification.tensor_parallel"
 DEFAULTS = {"tp_invariant": False, "dummy": False, "num_seqs": 64, "max_len": 4096, "seed": 0}
@@ -59,28 +60,15 @@ def mixed_lengths(num_seqs: int, max_len: int, seed: int) -> list[tuple[int, int
     return [(total - total // 8, total // 8) for total in totals]
 
 
-class Clock:
-    """Seconds since the last call, once the device is done."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._last = device, time.perf_counter()
-
-    def lap(self) -> float:
-        """Also starts the next lap."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        return seconds
-
-
 def measure(folder: Path, options: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Draw, compute again in the trainer, compare."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     parallel = ParallelConfig(tensor=size, sequence=size > 1, tp_invariant=options["tp_invariant"])
     ranks, _ = initialize(device, parallel)
-    model, clock = load_model_config(folder), Clock(device)
-    engine = Engine(
+    model = load_model_config(folder)
+    found: dict[str, Any] = {"tensor": size}
+    make_engine = partial(
+        Engine,
         folder,
         device=device,
         ranks=ranks,
@@ -89,29 +77,20 @@ def measure(folder: Path, options: dict[str, Any], device: torch.device) -> dict
         max_model_len=options["max_len"],
         load_format="dummy" if options["dummy"] else "safetensors",
     )
-    found: dict[str, Any] = {"tensor": size, "start_s": clock.lap()}
+    engine, found["start_s"] = timed(make_engine, device)
     generator = torch.Generator().manual_seed(options["seed"])
     lens = mixed_lengths(options["num_seqs"], options["max_len"], options["seed"])
     prompts = [torch.randint(model.vocab_size, (n,), generator=generator).tolist() for n, _ in lens]
     params = [SamplingParams(max_new_tokens=new, ignore_eos=True) for _, new in lens]
-    groups = engine.generate(prompts, params)
-    found["rollout_s"] = clock.lap()
+    groups, found["rollout_s"] = timed(lambda: engine.generate(prompts, params), device)
     samples = [
-        Sample(
-            sample_id=i,
-            token_ids=(*prompt, *group[0].token_ids),
-            prompt_len=len(prompt),
-            logprobs=group[0].logprobs,
-        )
-        for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True))
+        drawn_sample(prompt, completion)
+        for prompt, [completion] in zip(prompts, groups, strict=True)
     ]
     trainer = ForwardModel(model, device, engine.weights, parallel)
     batches = pack_samples(samples, 2 * options["max_len"], device=device, model=model)
-    clock.lap()
-    ours = trainer.logprobs(batches)
-    found["trainer_s"] = clock.lap()
-    again = trainer.logprobs(batches)
-    found["trainer_again_s"] = clock.lap()
+    ours, found["trainer_s"] = timed(lambda: trainer.logprobs(batches), device)
+    again, found["trainer_again_s"] = timed(lambda: trainer.logprobs(batches), device)
     pairs = list(zip(batches, ours, again, strict=True))
     found["compared"] = sum(len(x) for x in ours)
     found["mismatches"] = sum(

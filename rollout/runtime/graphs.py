@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,9 +22,6 @@ from samebit.rollout.runtime.kv_cache import KVCache
 from samebit.rollout.runtime.sampler import Sampler
 from samebit.rollout.runtime.scheduler import Step
 from samebit.rollout.runtime.slots import Slots
-
-if TYPE_CHECKING:
-    from samebit.kernels.gpu.decode_ends import HostRing
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +47,15 @@ class DecodeGraphs:
     """
 
     def __init__(self, model: Decoder, cache: KVCache, last_tokens: torch.Tensor) -> None:
+        from samebit.kernels.gpu.decode_ends import HostRing
+
         self._model = model
         self._cache = cache
         self._last_tokens = last_tokens
         self._device = last_tokens.device
         self._graphs: dict[tuple[int, int, bool], _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        self._ring: HostRing | None = None
+        self._ring = HostRing(_RING, BUCKETS[-1], self._device)
         self._turn = 0  # of the ring, as the next replay will find it
         self._table: torch.Tensor | None = None
         self._in_table: np.ndarray | None = None  # slots whose pages the device knows
@@ -95,11 +93,11 @@ class DecodeGraphs:
         while bound < longest:
             bound *= 2
         draws = decode_draws(decode, slots)
-        ring = self._send(decode, slots, draws, bucket)
+        self._send(decode, slots, draws, bucket)
         key = (bucket, bound, not draws.restricted)
         if key not in self._graphs:
             self._graphs[key] = self._capture(bucket, bound, draws=key[2])
-        found, turn = self._graphs[key], self._turn
+        found, turn, ring = self._graphs[key], self._turn, self._ring
         found.graph.replay()
         self._turn = (turn + 1) % ring.size
         if not draws.restricted:
@@ -108,15 +106,12 @@ class DecodeGraphs:
         keep_tokens(self._last_tokens, token_ids, draws)
         return token_ids, logprobs
 
-    def _send(self, decode: np.ndarray, slots: Slots, draws: Draws, bucket: int) -> "HostRing":
+    def _send(self, decode: np.ndarray, slots: Slots, draws: Draws, bucket: int) -> None:
         """Put the step's inputs into the ring; send pages of sequences that the device lacks."""
-        from samebit.kernels.gpu.decode_ends import HostRing
-
         device = self._device
-        if self._table is None or self._in_table is None or self._ring is None:
+        if self._table is None or self._in_table is None:
             self._table = torch.zeros(slots.pages.shape, dtype=torch.int32, device=device)
             self._in_table = np.full(slots.num_slots, -1)
-            self._ring = HostRing(_RING, BUCKETS[-1], device)
         new = decode[self._in_table[decode] != slots.entry[decode]]
         if len(new):
             rows = to_device(slots.pages[new], device)
@@ -134,13 +129,11 @@ class DecodeGraphs:
         inputs[5, size:] = np.float32(1).view(np.int32)
         inputs[5, :size] = draws.temperatures.view(np.int32)
         inputs[6, :size] = draws.greedy
-        return self._ring
 
     def _capture(self, bucket: int, bound: int, draws: bool) -> _Graph:
         """Capture a step for `bucket` sequences of at most `bound` tokens."""
         start, reserved = time.perf_counter(), torch.cuda.memory_reserved(self._device)
         step = self._make_step(bucket, bound, draws)
-        assert self._ring is not None
         saved = self._last_tokens.clone()
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
@@ -170,7 +163,6 @@ class DecodeGraphs:
 
         model, cache, last_tokens = self._model, self._cache, self._last_tokens
         ring, table, page_size = self._ring, self._table, cache.page_size
-        assert ring is not None
         assert table is not None
         plan = decode_plan(table, page_size, bucket, min(bound, table.shape[1] * page_size))
 

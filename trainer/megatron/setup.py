@@ -82,16 +82,15 @@ def start_processes(device: torch.device, parallel: ParallelConfig) -> None:
 
 def _start_group(device: torch.device, named: bool) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if not named:
+    if named:
+        if device.type == "cuda":
+            if "LOCAL_RANK" not in os.environ:
+                raise ValueError("RANK is set, LOCAL_RANK is not: it says which GPU is this one's")
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            backend = "cpu:gloo,cuda:nccl"  # Python objects need no GPU
+        for name, value in DETERMINISTIC.items():
+            os.environ.setdefault(name, value)
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        atexit.register(dist.destroy_process_group)
-        return
-    if device.type == "cuda":
-        if "LOCAL_RANK" not in os.environ:
-            raise ValueError("RANK is set and LOCAL_RANK is not: it says which GPU is this one's")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl"  # Python objects need no GPU
-    for name, value in DETERMINISTIC.items():
-        os.environ.setdefault(name, value)
-    dist.init_process_group(backend, timeout=TIMEOUT)
     atexit.register(dist.destroy_process_group)

@@ -43,12 +43,7 @@ from samebit.trainer.megatron.optimizer_state import (
     use_fused_adam,
 )
 from samebit.trainer.megatron.setup import initialize
-from samebit.trainer.megatron.stages import (
-    FILLER,
-    from_last_stage,
-    stage_of,
-    stage_specs,
-)
+from samebit.trainer.megatron.stages import FILLER, from_last_stage, stage_of, stage_specs
 from samebit.trainer.packing import pack_samples, share_batches
 from samebit.trainer.stats import Totals
 from samebit.trainer.types import MicroBatch, NonFiniteError, StepStats

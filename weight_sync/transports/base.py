@@ -44,3 +44,25 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Release sockets and groups."""
+
+
+class SinkTransport:
+    """For receivers in the sender's own process: all of an update but `send`."""
+
+    def __init__(self, sink: WeightSink) -> None:
+        self._sink = sink
+
+    def begin(self, step: int) -> None:
+        """The engine stops serving."""
+        self._sink.begin_weight_update(step)
+
+    def commit(self, digest: str) -> WeightVersion:
+        """The engine checks the digest and serves the new version."""
+        return self._sink.commit_weight_update(digest)
+
+    def abort(self, reason: str) -> None:
+        """The engine refuses to serve until a full update commits."""
+        self._sink.abort_weight_update(reason)
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -10,11 +10,10 @@ import torch
 import torch.distributed as dist
 
 from samebit.weight_sync.plan import empty_bucket, pack, plan_buckets
-from samebit.weight_sync.transports.base import WeightSink
-from samebit.weight_sync.types import WeightVersion
+from samebit.weight_sync.transports.base import SinkTransport, WeightSink
 
 
-class StageTransport:
+class StageTransport(SinkTransport):
     """`whole`: the engine's parameters by name; `group`: the processes of this pipeline."""
 
     def __init__(
@@ -24,14 +23,10 @@ class StageTransport:
         group: dist.ProcessGroup,
         bucket_bytes: int = 256 << 20,
     ) -> None:
-        self._sink = sink
+        super().__init__(sink)
         self._whole = whole
         self._group = group
         self._bucket_bytes = bucket_bytes
-
-    def begin(self, step: int) -> None:
-        """The engine stops serving."""
-        self._sink.begin_weight_update(step)
 
     def send(self, params: Mapping[str, torch.Tensor]) -> None:
         """Broadcast what this stage holds and take what the others do."""
@@ -47,14 +42,3 @@ class StageTransport:
                 bucket = pack(metas, params) if own else empty_bucket(metas, device)
                 dist.broadcast(bucket.buffer, source, group=self._group)
                 self._sink.receive_weights(bucket)
-
-    def commit(self, digest: str) -> WeightVersion:
-        """The engine checks the digest and serves the new version."""
-        return self._sink.commit_weight_update(digest)
-
-    def abort(self, reason: str) -> None:
-        """The engine refuses to serve until a full update commits."""
-        self._sink.abort_weight_update(reason)
-
-    def close(self) -> None:
-        """Nothing is held."""
