@@ -81,7 +81,13 @@ def make_demo_model(folder: Path, seed: int) -> None:
 
 
 def make_random_model(
-    folder: Path, architecture: str, seed: int, *, tied: bool, vocab_size: int = 331
+    folder: Path,
+    architecture: str,
+    seed: int,
+    *,
+    tied: bool,
+    vocab_size: int = 331,
+    std: float = 0.2,
 ) -> None:
     """A random model for tests: odd sizes, grouped heads, weights large enough to matter."""
     write_config(
@@ -96,4 +102,4 @@ def make_random_model(
         head_dim=16,
         tie_word_embeddings=tied,
     )
-    write_weights(folder, seed, std=0.2)
+    write_weights(folder, seed, std)

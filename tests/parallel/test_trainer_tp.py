@@ -1,25 +1,26 @@
-"""Tensor, sequence and context parallel training: the rollout's bits, one process's gradients.
-
-Where the layers are split the forward's last bits differ from one process's, so gradients do.
-"""
+"""Tensor, sequence and context parallel training: the rollout's bits, one process's gradients."""
 
 import json
 
 import pytest
 
+from samebit.recipes.tiny_model import make_random_model
 from samebit.rollout.engine import Engine
 
 
 @pytest.fixture(scope="module", params=["qwen3", "llama"])
-def folder(request):
-    """Qwen3 with an output layer of its own, and Llama with tied embeddings."""
-    return request.getfixturevalue(f"{request.param}_path")
+def folder(request, tmp_path_factory):
+    """Qwen3 with an output layer of its own, and Llama with tied embeddings.
+
+    Split layers sum in another order; weights no larger than trained ones do not blow that up.
+    """
+    folder = tmp_path_factory.mktemp("models") / request.param
+    make_random_model(folder, request.param, seed=1, tied=request.param == "llama", std=0.05)
+    return folder
 
 
-@pytest.mark.parametrize(
-    ("mode", "bound"), [("tensor", 2e-6), ("sequence", 2e-6), ("context", 1e-6)]
-)
-def test_two_ranks_train_one_model(run_ranks, folder, gradients, mode, bound, tmp_path):
+@pytest.mark.parametrize("mode", ["tensor", "sequence", "context"])
+def test_two_ranks_train_one_model(run_ranks, folder, gradients, mode, tmp_path):
     """No log-prob differs from the rollout's before or after training, every gradient and the norm
     are those of the whole model, and both ranks agree on the weights that come out."""
     file, norm = gradients
@@ -28,7 +29,7 @@ def test_two_ranks_train_one_model(run_ranks, folder, gradients, mode, bound, tm
     assert first["compared"] > 300
     for found in (first, second):
         assert (found["unequal"], found["unequal_after"]) == (0, 0)
-        assert max(found["errors"].values()) < bound, found["errors"]
+        assert max(found["errors"].values()) < 1e-6, found["errors"]
         assert found["norms"][0] == pytest.approx(norm, rel=1e-6)
     assert first["norms"] == second["norms"]
     assert first["trained"] == second["trained"]
