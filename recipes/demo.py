@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 from samebit.recipes import fetch_smollm2, grpo, sft
-from samebit.recipes.config import ConfigError, DemoRun, GrpoRun, RunSection, SftRun, to_yaml
+from samebit.recipes.compose import ConfigError, to_yaml
+from samebit.recipes.config import DemoRun, GrpoRun, RunSection, SftRun
 from samebit.recipes.metrics import write_atomically
 from samebit.recipes.session import CONFIG_FILE, clear_run_dir
 from samebit.recipes.tiny_model import make_demo_model

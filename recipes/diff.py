@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from samebit.recipes.bits import distance
-from samebit.recipes.config import ConfigError, DiffRun
+from samebit.recipes.compose import ConfigError
+from samebit.recipes.config import DiffRun
 from samebit.recipes.metrics import METRICS_FILE, SAMPLES_FILE, read_rows
 from samebit.recipes.rollouts import SavedSample, list_rollouts, load_rollout
 from samebit.recipes.session import CONFIG_FILE, binding_config

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import torch
 
-from samebit.recipes.config import ConfigError, ExportRun
+from samebit.recipes.compose import ConfigError
+from samebit.recipes.config import ExportRun
 from samebit.recipes.side_files import side_files
 from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints
-from samebit.trainer.megatron.stages import make_stage, stage_specs
+from samebit.trainer.megatron.resharding import WholeState
 from samebit.weight_sync.digest import weights_digest
-from samebit.weight_sync.mapping import Shard, collect_hf, load_params
 from samebit.weight_sync.transports.file import write_hf_folder
 from samebit.weight_sync.types import WeightVersion
 
@@ -34,24 +34,14 @@ def write_model(checkpoint: Checkpoint, model_path: Path, out: Path) -> WeightVe
     """
     model = load_model_config(model_path)
     specs = param_specs(model)
-    whole: dict[str, torch.Tensor] = {}
-    step = checkpoint.step
-    seen = set()
-    for state in checkpoint.load_all():
-        shard = (state["tensor"], state["stage"])
-        if shard in seen:  # another copy of the model
-            continue
-        seen.add(shard)
-        step, params = state["step"], state["params"]
-        stage = make_stage(model, *state["stage"])
-        shards = stage_specs(model, Shard(*state["tensor"]), stage)
-        if {n: tuple(p.shape) for n, p in params.items()} != {s.name: s.shape for s in shards}:
-            raise ConfigError(f"{checkpoint.path} holds another model than model={model_path}")
-        collect_hf(shards, params, whole)
-    first = next(iter(whole.values()))
-    params = {spec.name: first.new_empty(spec.shape) for spec in specs}
-    load_params(specs, params, whole.__getitem__)
-    version = WeightVersion(step, weights_digest(specs, params))
+    try:
+        saved = WholeState(model, checkpoint.load_all())
+    except ValueError as error:
+        raise ConfigError(f"{checkpoint.path}, model={model_path}: {error}") from error
+    dtype = next(iter(saved.first["params"].values())).dtype
+    params = {spec.name: torch.empty(spec.shape, dtype=dtype) for spec in specs}
+    saved.fill("params", specs, params)
+    version = WeightVersion(saved.first["step"], weights_digest(specs, params))
     write_hf_folder(out, specs, params, version, side_files(model_path))
     return version
 

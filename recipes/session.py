@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,8 @@ import torch
 from tqdm import tqdm
 
 from samebit.kernels.profile import NumericsProfile, numerics_profile
-from samebit.recipes.config import GrpoRun, RunSection, SftRun, to_dict, to_yaml
+from samebit.recipes.compose import to_dict, to_yaml
+from samebit.recipes.config import GrpoRun, RunSection, SftRun
 from samebit.recipes.launch import is_launched
 from samebit.recipes.metrics import MetricsLogger, NoLogger, write_atomically
 from samebit.recipes.signals import Stopped
@@ -26,7 +28,9 @@ from samebit.trainer.checkpoint import (
     remove_leftovers,
 )
 from samebit.trainer.checkpoint import save_checkpoint as write_checkpoint
+from samebit.trainer.megatron.resharding import WholeState
 from samebit.trainer.megatron.setup import start_processes
+from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.ranks import is_first, together
 from samebit.weight_sync.session import non_finite
 
@@ -35,6 +39,7 @@ CONFIG_FILE = "config.yaml"
 # Keys that cannot change a result, so a resumed run may change them.
 _FREE_KEYS = (
     "resume",
+    "reshard",
     "overwrite",
     "dry_run",
     "run_name",
@@ -44,6 +49,7 @@ _FREE_KEYS = (
     "device",
 )
 _FREE_TRAINER_KEYS = ("checkpoint_every", "keep_checkpoints")
+_FREE_PARALLEL_KEYS = ("recompute", "offload_optimizer")
 
 
 class RunFolderError(RuntimeError):
@@ -88,6 +94,7 @@ class Session:
         manifest = {
             "config_digest": config_digest(self.run),
             "model_digest": model_digest(self.run),
+            "parallel": binding_layout(self.run),
             "numerics": asdict(self.profile) | {"digest": self.profile.digest},
             "progress": progress,
         }
@@ -106,6 +113,23 @@ class Session:
             raise Stopped(
                 f"{stopped}: stopped after step {progress.step}, {where}; resume=true goes on"
             ) from None
+
+    def restore(self, trainer: MegatronTrainer) -> dict[str, Any]:
+        """Bring the trainer to the checkpoint that is resumed; its progress, else nothing."""
+        if self.resumed is None:
+            return {}
+        there, here = self.resumed.manifest["parallel"], binding_layout(self.run)
+        if there == here:
+            trainer.load_state_dict(self.resumed.load())
+        else:
+            trainer.load_resharded(WholeState(trainer.model, self.resumed.load_all()))
+            if self.is_first:
+                print(
+                    f"{self.resumed.path} is resharded ({_changes(there, here)}): bits are those "
+                    "of the new layout from here on",
+                    file=sys.stderr,
+                )
+        return self.resumed.manifest["progress"]
 
     def logger(self, progress: HasStep) -> MetricsLogger | NoLogger:
         """The run's metrics, which the first process writes, from the present step on."""
@@ -137,12 +161,20 @@ def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
     trainer = {k: v for k, v in config["trainer"].items() if k not in _FREE_TRAINER_KEYS}
     if trainer["optimizer"]["lr_schedule"] == "constant":
         del trainer["num_steps"]  # a run may be made longer
-    return kept | {"trainer": trainer}
+    layout = {k: v for k, v in trainer["parallel"].items() if k not in _FREE_PARALLEL_KEYS}
+    return kept | {"trainer": trainer | {"parallel": layout}}
+
+
+def binding_layout(run: SftRun | GrpoRun) -> dict[str, Any]:
+    """Of trainer.parallel, every key that bits or the files of a checkpoint depend on."""
+    return binding_config(to_dict(run))["trainer"]["parallel"]
 
 
 def config_digest(run: RunSection) -> str:
-    """A digest of every key that a result depends on."""
-    text = json.dumps(binding_config(to_dict(run)), sort_keys=True)
+    """A digest of every key that a result depends on; the layout is compared by itself."""
+    config = binding_config(to_dict(run))
+    del config["trainer"]["parallel"]
+    text = json.dumps(config, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -163,13 +195,13 @@ def open_session(run: SftRun | GrpoRun) -> Session:
     device, parallel = resolve_device(run.device), run.trainer.parallel
     if parallel.num_processes > 1 or is_launched():
         start_processes(device, parallel)
-    profile = numerics_profile(device, parallel.tensor, parallel.tp_invariant)
+    profile = numerics_profile(device, parallel.tensor, run.numerics.tp_invariant)
     checkpoints = run.run_dir / "checkpoints"
     with together(RunFolderError):
         if is_first():
             _open_folder(run, profile, checkpoints)
     resumed = latest_checkpoint(checkpoints) if run.resume else None
-    if resumed is not None and is_first():
+    if resumed is not None:  # by the first process, for all
         resumed = replace(resumed, verified=True)
     return Session(run, device, profile, resumed, is_first())
 
@@ -210,14 +242,23 @@ def clear_run_dir(run_dir: Path, overwrite: bool) -> None:
     shutil.rmtree(doomed)
 
 
-def _require_same(checkpoint: Checkpoint, run: RunSection, profile: NumericsProfile) -> None:
+def _require_same(checkpoint: Checkpoint, run: SftRun | GrpoRun, profile: NumericsProfile) -> None:
     checkpoint.require("config_digest", config_digest(run), "configuration")
     checkpoint.require("model_digest", model_digest(run), "model configuration")
-    there = checkpoint.manifest["numerics"]
-    if there["digest"] != profile.digest:
-        here = asdict(profile)
-        changed = {k: (there.get(k), v) for k, v in here.items() if there.get(k) != v}
+    there, here = checkpoint.manifest["parallel"], binding_layout(run)
+    if there != here and not run.reshard:
+        raise CheckpointError(
+            f"{checkpoint.path} was written under another trainer.parallel "
+            f"({_changes(there, here)}); with reshard=true the run goes on, with other bits"
+        )
+    resharded = {"tp_size": profile.tp_size} if run.reshard else {}
+    there, here = checkpoint.manifest["numerics"] | resharded, asdict(profile)
+    if changes := _changes({k: there.get(k) for k in here}, here):
         raise CheckpointError(
             f"{checkpoint.path} was written under another numerics profile, so bits would differ: "
-            + ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items())
+            f"{changes}"
         )
+
+
+def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {there.get(k)} -> {v}" for k, v in here.items() if there.get(k) != v)

@@ -61,12 +61,10 @@ def _train(run: SftRun, session: Session, stop: StopSignals) -> dict[str, Any]:
         total,
         session.device,
         settings.parallel,
+        run.numerics.tp_invariant,
     )
     load_weights(trainer, run.model.path)
-    progress = Progress()
-    if session.resumed is not None:
-        trainer.load_state_dict(session.resumed.load())
-        progress = Progress(**session.resumed.manifest["progress"])
+    progress = Progress(**session.restore(trainer))
     logger, bar = session.logger(progress), session.bar(progress)
 
     def save() -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from samebit.kernels.profile import numerics_profile
-from samebit.recipes.config import ConfigError, VerifyRun
+from samebit.recipes.compose import ConfigError
+from samebit.recipes.config import VerifyRun
 from samebit.recipes.metrics import write_atomically
 from samebit.recipes.provenance import provenance
 from samebit.recipes.tiny_model import make_random_model

@@ -1,5 +1,6 @@
 """One thread, no caches outside the session, and the small random models of the tests."""
 
+import multiprocessing
 import os
 import shutil
 
@@ -21,6 +22,14 @@ def _private_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def forkserver(_private_cache):
+    """A multiprocessing context whose processes have the trainer and its libraries imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["samebit.recipes.demo"])
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """What several test files share: comparison to the bit, child processes, folders of weights."""
 
+import importlib
 import json
 import os
 import resource
@@ -61,6 +62,14 @@ def run_python(code: str, *arguments: object, timeout: float = 120.0, **env: str
     )
     assert run.returncode == 0, f"exit code {run.returncode}\n{run.stdout}\n{run.stderr}"
     return run.stdout
+
+
+def run_logged(log: Path, module: str, function: str, *arguments: object) -> None:
+    """In a child: call module.function with the arguments as text; what it says goes to `log`."""
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    getattr(importlib.import_module(module), function)(*map(str, arguments))
 
 
 def tree(folder: Path) -> dict[Path, bytes]:

@@ -169,7 +169,8 @@ def invariant(rank, size, store, folder, out):
         load_model_config(folder),
         torch.device("cpu"),
         rollout.weights,
-        parallel=ParallelConfig(tensor=int(size), tp_invariant=True),
+        ParallelConfig(tensor=int(size)),
+        tp_invariant=True,
     )
     compared, unequal = compare_logprobs(megatron, rollout, 200)
     found = {
@@ -274,6 +275,41 @@ def resume(rank, size, store, folder, mode, root, out):
     Path(out).with_suffix(f".{rank}").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def reshard(rank, size, store, folder, mode, before, after, out):
+    """Two steps, or the state of another layout's checkpoint; a checkpoint, and one step more.
+
+    mode: as in `resume`, or "alone".
+    """
+    from samebit.trainer.algorithms.sft import sft_loss
+    from samebit.trainer.checkpoint import latest_checkpoint, save_checkpoint
+    from samebit.trainer.config import ParallelConfig
+    from samebit.trainer.megatron.resharding import WholeState
+    from samebit.trainer.packing import pack_samples, share_batches
+
+    torch.set_num_threads(1)
+    if mode == "alone":
+        parallel = ParallelConfig()
+    else:
+        start(rank, size, store)
+        layout = {"data" if mode == "optimizer" else mode: int(size)}
+        parallel = ParallelConfig(**layout, distributed_optimizer=mode == "optimizer")
+    megatron = make_trainer(folder, parallel, lr_schedule="linear", weight_decay=0.1)
+    batches = share_batches(pack_samples(gradient_samples(), 50), parallel.data)
+    mine = batches[int(rank) if parallel.data > 1 else 0]
+    if (saved := latest_checkpoint(Path(before))) is None:
+        megatron.freeze_reference()
+        for _ in range(2):
+            megatron.train_step(mine, sft_loss)
+    else:
+        megatron.load_resharded(WholeState(megatron.model, saved.load_all()))
+    save_checkpoint(Path(after), megatron.step, megatron.state_dict(), {}, keep=1)
+    found = {"digest": megatron.digest(), "next": vars(megatron.train_step(mine, sft_loss))}
+    Path(out).with_suffix(f".{rank}").write_text(json.dumps(found))
+    if int(size) > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def compare_logprobs(megatron, rollout, tokens):

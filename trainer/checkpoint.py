@@ -49,7 +49,10 @@ class Checkpoint:
         return replace(self, verified=True)
 
     def load(self) -> dict[str, Any]:
-        """This rank's state, verified; CheckpointError for another number of ranks."""
+        """This rank's state, verified, in the CPU's memory.
+
+        CheckpointError for another number of ranks.
+        """
         rank, size = place()
         name, count = _state_file(rank), len(self.manifest["files"])
         if name not in self.manifest["files"] or count != size:
@@ -61,12 +64,12 @@ class Checkpoint:
     def load_all(self) -> Iterator[dict[str, Any]]:
         """Every rank's state in turn, verified, in the CPU's memory."""
         for name in self.manifest["files"]:
-            yield self._read(name, map_location="cpu", mmap=True)
+            yield self._read(name)
 
-    def _read(self, name: str, **options: Any) -> dict[str, Any]:
+    def _read(self, name: str) -> dict[str, Any]:
         if not self.verified:
             self._verify_file(name)
-        return torch.load(self.path / name, weights_only=True, **options)
+        return torch.load(self.path / name, map_location="cpu", mmap=True, weights_only=True)
 
     def _verify_file(self, name: str) -> None:
         file, expected = self.path / name, self.manifest["files"][name]

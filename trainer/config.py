@@ -23,8 +23,6 @@ class ParallelConfig:
     """Processes that share every layer."""
     sequence: bool = False
     """Split the tokens over them where a layer is not split."""
-    tp_invariant: bool = False
-    """The bits of a forward do not depend on `tensor`."""
     pipeline: int = 1
     """Stages of layers, one behind the other."""
     virtual_pipeline: int = 1
@@ -36,6 +34,9 @@ class ParallelConfig:
     """Copies of the model that train on different samples."""
     distributed_optimizer: bool = False
     """Split the optimizer's state over the copies."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in the host's memory, and pass it through the device for a step.
+    It moves no bit."""
     overlap_grad_reduce: bool = False
     """Sum the gradients over the copies while the last backward still runs."""
     recompute: str = "none"
@@ -66,9 +67,6 @@ class ParallelConfig:
             require(value >= 1, f"trainer.parallel.{name}", value, "at least 1")
         known = self.recompute in RECOMPUTE
         require(known, "trainer.parallel.recompute", self.recompute, f"one of {RECOMPUTE}")
-        fits = not self.tp_invariant or self.tensor in (1, 2, 4, 8)
-        meaning = "1, 2, 4 or 8 with trainer.parallel.tp_invariant"
-        require(fits, "trainer.parallel.tensor", self.tensor, meaning)
         needless = self.sequence and self.tensor == 1
         meaning = "false where trainer.parallel.tensor is 1"
         require(not needless, "trainer.parallel.sequence", self.sequence, meaning)

@@ -41,14 +41,62 @@ class GpuAttentionPlan:
     tile_start: torch.Tensor  # int32, its first query in that sequence
     tile_rows: int
     longest: int  # bound of the contexts that prefill
-    seq_lens: tuple[int, ...]  # packed form: host copy for the backward
-    whole: bool = True  # queries are those of whole sequences
+    seq_lens: tuple[int, ...]  # packed form, on the host for the backward: queries,
+    key_lens: tuple[int, ...] = ()  # their contexts,
+    first_keys: tuple[int, ...] = ()  # and where those start
 
     @functools.cached_property
     def boundaries(self) -> torch.Tensor:
-        """[B + 1] int32: the first row of each packed sequence, and the end."""
-        lens = torch.tensor((0, *self.seq_lens), dtype=torch.int32)
-        return lens.cumsum(0, dtype=torch.int32).to(self.query_starts.device)
+        """[B + 1] int32: the first query of each packed sequence, and the end."""
+        return _boundaries(self.seq_lens).to(self.query_starts.device)
+
+    @functools.cached_property
+    def spread_keys(self) -> "SpreadKeys | None":
+        """Where parts of sequences share keys or have more of them than queries."""
+        if self.key_lens == self.seq_lens:
+            return None
+        return SpreadKeys.of(self.key_lens, self.first_keys, self.query_starts.device)
+
+
+@dataclass(frozen=True)
+class SpreadKeys:
+    """Every part's keys one behind another, as if they were its own."""
+
+    boundaries: torch.Tensor
+    """[B + 1] int32: the first key of each part, and the end."""
+    rows: torch.Tensor
+    """int64: which of the packed keys each is."""
+    rounds: tuple[torch.Tensor, ...]
+    """int64: the first parts of all sequences, then the second ones, and so on."""
+
+    @classmethod
+    def of(cls, lens: Sequence[int], starts: Sequence[int], device: torch.device) -> "SpreadKeys":
+        """Of parts with so many keys each, from there on."""
+        boundaries = _boundaries(lens)
+        rounds: list[list[torch.Tensor]] = []
+        seen: dict[int, int] = {}
+        for i, start in enumerate(starts):
+            number = seen[start] = seen.get(start, -1) + 1
+            if number == len(rounds):
+                rounds.append([])
+            rounds[number].append(torch.arange(int(boundaries[i]), int(boundaries[i + 1])))
+        rows = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lens, strict=True)])
+        of_round = tuple(torch.cat(parts).to(device) for parts in rounds)
+        return cls(boundaries.to(device), rows.to(device), of_round)
+
+    def summed(self, spread: torch.Tensor, num_keys: int) -> torch.Tensor:
+        """What was computed for each part's keys [sum, K, H], for the packed ones [T, K, H].
+
+        In fp32, part by part; rounded once.
+        """
+        total = spread.new_zeros((num_keys, *spread.shape[1:]), dtype=torch.float32)
+        for part in self.rounds:  # a key stands once in each
+            total[self.rows[part]] += spread[part]
+        return total.to(spread.dtype)
+
+
+def _boundaries(lens: Sequence[int]) -> torch.Tensor:
+    return torch.tensor((0, *lens)).cumsum(0, dtype=torch.int32)
 
 
 def plan(
@@ -96,8 +144,9 @@ def plan(
         tile_start=to_device(tile_start[order]),
         tile_rows=tile_rows,
         longest=int(contexts[prefilling].max(initial=0)),
-        seq_lens=tuple(int(n) for n in queries),
-        whole=bool((queries == contexts).all()),
+        seq_lens=tuple(queries.tolist()),
+        key_lens=tuple(contexts.tolist()),
+        first_keys=tuple(np.asarray(starts if key_starts is None else key_starts).tolist()),
     )
 
 

@@ -22,26 +22,32 @@ def attend_backward(
     plan: GpuAttentionPlan,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q [T, N, H], k and v [T, K, H]; lse [N, T] and output are the forward's."""
-    if not plan.whole:
-        raise NotImplementedError("context parallel training has no attention backward on GPUs yet")
+    """Gradients of q [T, N, H], k and v [keys, K, H]; lse [N, T] and output are the forward's.
+
+    A part of a sequence has the keys of its whole context: causal from their end, as in the kernel.
+    """
     num_heads, num_kv = q.shape[1], k.shape[1]
+    num_keys, spread = len(k), plan.spread_keys
+    if spread is not None:
+        k, v = k[spread.rows], v[spread.rows]
     heads = _filling_heads(num_heads, len(plan.seq_lens), num_sms(q.device))
     if heads > num_heads:
         grad, q, output = (_more_heads(x, heads) for x in (grad, q, output))
         k, v = (_one_per_head(x, num_heads, heads) for x in (k, v))
         lse = torch.cat([lse, lse[: heads - num_heads]])
-    longest = max(plan.seq_lens)
+    key_boundaries = plan.boundaries if spread is None else spread.boundaries
     unused = torch.empty(2, dtype=torch.uint64, device=q.device)
     with _deterministic():
         grad_q, grad_k, grad_v = torch.ops.aten._flash_attention_backward(
             grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), output, lse,
-            plan.boundaries, plan.boundaries, longest, longest, 0.0, True, unused,
-            torch.empty(0, dtype=torch.uint64, device=q.device), scale=scale,
+            plan.boundaries, key_boundaries, max(plan.seq_lens), max(plan.key_lens), 0.0, True,
+            unused, torch.empty(0, dtype=torch.uint64, device=q.device), scale=scale,
         )  # fmt: skip
     if heads > num_heads:
         parts = (x[:, :num_heads].unflatten(1, (num_kv, -1)) for x in (grad_k, grad_v))
         grad_q, (grad_k, grad_v) = grad_q[:, :num_heads], (x.sum(2) for x in parts)
+    if spread is not None:
+        grad_k, grad_v = (spread.summed(x, num_keys) for x in (grad_k, grad_v))
     return grad_q, grad_k, grad_v
 
 

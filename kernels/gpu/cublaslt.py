@@ -67,9 +67,9 @@ def _handle(_device_index: int) -> ctypes.c_void_p:
     return handle
 
 
-def _layout(dtype: torch.dtype, rows: int, columns: int) -> ctypes.c_void_p:
+def _layout(dtype: torch.dtype, rows: int, columns: int, stride: int) -> ctypes.c_void_p:
     layout = ctypes.c_void_p()
-    arguments = (ctypes.c_uint64(rows), ctypes.c_uint64(columns), ctypes.c_int64(rows))
+    arguments = (ctypes.c_uint64(rows), ctypes.c_uint64(columns), ctypes.c_int64(stride))
     status = _library().cublasLtMatrixLayoutCreate(ctypes.byref(layout), _TYPES[dtype], *arguments)
     _check(status, "cublasLtMatrixLayoutCreate")
     return layout
@@ -111,8 +111,18 @@ def _require_no_split(algo: _Algo, shape: tuple[int, int, int]) -> None:
 
 
 @lru_cache(maxsize=65536)
-def _plan(device_index: int, m: int, n: int, k: int, out_dtype: torch.dtype, choice: int) -> _Plan:
-    """Row-major y [M, N] = x [M, K] weight [N, K]^T is column-major y' [N, M] = weight'^T x'."""
+def _plan(
+    device_index: int,
+    shape: tuple[int, int, int],
+    strides: tuple[int, int],
+    out_dtype: torch.dtype,
+    choice: int,
+) -> _Plan:
+    """Row-major y [M, N] = x [M, K] weight [N, K]^T is column-major y' [N, M] = weight'^T x'.
+
+    shape: (M, N, K); strides: from row to row of weight and x.
+    """
+    m, n, k = shape
     library = _library()
     operation = ctypes.c_void_p()
     _check(
@@ -124,8 +134,11 @@ def _plan(device_index: int, m: int, n: int, k: int, out_dtype: torch.dtype, cho
         operation, _DESC_TRANSA, ctypes.byref(transpose), ctypes.c_size_t(4)
     )
     _check(status, "cublasLtMatmulDescSetAttribute")
-    weight, x = _layout(torch.bfloat16, k, n), _layout(torch.bfloat16, k, m)
-    y = _layout(out_dtype, n, m)
+    weight, x = (
+        _layout(torch.bfloat16, k, columns, stride)
+        for columns, stride in zip((n, m), strides, strict=True)
+    )
+    y = _layout(out_dtype, n, m, n)
     found, count = (_Heuristic * MAX_CHOICES)(), ctypes.c_int()
     status = library.cublasLtMatmulAlgoGetHeuristic(
         _handle(device_index),
@@ -142,29 +155,43 @@ def _plan(device_index: int, m: int, n: int, k: int, out_dtype: torch.dtype, cho
     _check(status, "cublasLtMatmulAlgoGetHeuristic")
     usable = [found[i] for i in range(count.value) if found[i].state == 0]
     if not usable:
-        raise CublasLtError(f"no algorithm without split-K for (M, N, K) = {(m, n, k)}")
+        raise CublasLtError(f"no algorithm without split-K for (M, N, K) = {shape}")
     algo = _Algo.from_buffer_copy(usable[min(choice, len(usable) - 1)].algo)
-    _require_no_split(algo, (m, n, k))
+    _require_no_split(algo, shape)
     return _Plan(operation, weight, x, y, algo)
+
+
+def _row_stride(matrix: torch.Tensor) -> int:
+    """From row to row; a single row's own stride means nothing."""
+    return matrix.stride(0) if len(matrix) > 1 else matrix.shape[1]
 
 
 def supports(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype) -> bool:
     """Whether pointers and rows are aligned as the stored algorithms need."""
     n, k = weight.shape
     aligned = not (x.data_ptr() | weight.data_ptr()) % _ALIGNMENT
-    rows = not (k * 2) % _ALIGNMENT and not (n * out_dtype.itemsize) % _ALIGNMENT
-    return aligned and rows and x.is_contiguous() and weight.is_contiguous()
+    elements = k | _row_stride(x) | _row_stride(weight)
+    rows = not (elements * 2) % _ALIGNMENT and not (n * out_dtype.itemsize) % _ALIGNMENT
+    return aligned and rows and x.stride(1) == weight.stride(1) == 1
 
 
-def matmul(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, choice: int = 0) -> None:
+def matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    y: torch.Tensor,
+    choice: int = 0,
+    *,
+    accumulate: bool = False,
+) -> None:
     """y [M, N] = x [M, K] @ weight [N, K].T on the current stream; bf16 in, bf16 or fp32 out.
 
-    choice: which of the heuristic's answers, below MAX_CHOICES; they differ in speed alone.
+    Rows of x and weight may lie apart. choice: which of the heuristic's answers, below MAX_CHOICES;
+    they differ in speed alone. accumulate: y += the product, rounded before to fp32 as y is.
     Raises CublasLtError if a call fails or no algorithm without split-K exists.
     """
-    (m, k), n = x.shape, weight.shape[0]
-    plan = _plan(x.device.index, m, n, k, y.dtype, choice)
-    alpha, beta = ctypes.c_float(1.0), ctypes.c_float(0.0)
+    shape = (len(x), *weight.shape)
+    plan = _plan(x.device.index, shape, (_row_stride(weight), _row_stride(x)), y.dtype, choice)
+    alpha, beta = ctypes.c_float(1.0), ctypes.c_float(1.0 if accumulate else 0.0)
     status = _library().cublasLtMatmul(
         _handle(x.device.index),
         plan.operation,

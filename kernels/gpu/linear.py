@@ -14,6 +14,7 @@ import triton.language as tl
 from samebit.kernels.gpu import cublaslt, skinny
 from samebit.kernels.gpu.rows import swiglu
 from samebit.kernels.gpu.tuning import Key, choose, row_bucket
+from samebit.kernels.linear import tree_sum
 
 MAX_ROWS = 8192
 _EXACT_ROWS = 256
@@ -36,6 +37,8 @@ def _matmul_kernel(
     M,
     N,
     K,
+    x_stride,
+    w_stride,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -45,8 +48,8 @@ def _matmul_kernel(
     rows = (pid % num_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = (pid // num_m) * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
-    x_rows = x_ptr + rows.to(tl.int64)[:, None] * K
-    w_rows = w_ptr + columns.to(tl.int64)[None, :] * K
+    x_rows = x_ptr + rows.to(tl.int64)[:, None] * x_stride
+    w_rows = w_ptr + columns.to(tl.int64)[None, :] * w_stride
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + inner
@@ -59,14 +62,15 @@ def _matmul_kernel(
 
 
 def linear_triton(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> None:
-    """y [M, N] = x [M, K] @ weight [N, K].T; any shape, contiguous bf16."""
+    """y [M, N] = x [M, K] @ weight [N, K].T; any shape, bf16; rows of both may lie apart."""
     (m, k), n = x.shape, weight.shape[0]
     block_m = 16 if m <= 16 else 64 if m <= 512 else 128
     block_n = 64 if m <= 512 else 128
     grid = (triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)
     _matmul_kernel[grid](
-        x, weight, y, m, n, k, block_m, block_n, 64, num_warps=4 if m <= 512 else 8, num_stages=3
-    )
+        x, weight, y, m, n, k, x.stride(0), weight.stride(0), block_m, block_n, 64,
+        num_warps=4 if m <= 512 else 8, num_stages=3,
+    )  # fmt: skip
 
 
 def row_pieces(num_rows: int) -> list[tuple[int, int]]:
@@ -87,7 +91,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> None:
         return linear_triton(x, weight, y)
     (n, k), rows = weight.shape, row_bucket(len(x))
     choice = choose(x.device.index, Key(n, k, rows, fp32=y.dtype == torch.float32))
-    if choice.tile is not None:
+    if choice.tile is not None and x.is_contiguous() and weight.is_contiguous():
         return skinny.matmul(x, weight, y, choice.tile)
     return cublaslt.matmul(x, weight, y, choice.cublaslt)
 
@@ -95,7 +99,8 @@ def product(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> None:
 def _checked(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
         raise ValueError(f"linear on the GPU takes torch.bfloat16, got {x.dtype}, {weight.dtype}")
-    return x.contiguous(), weight.contiguous()
+    x, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (x, weight))
+    return x, weight
 
 
 def linear(
@@ -107,6 +112,27 @@ def linear(
     for start, length in row_pieces(x.shape[0]):
         product(x[start : start + length], weight, y[start : start + length])
     return y
+
+
+def linear_in_segments(x: torch.Tensor, weight: torch.Tensor, num_segments: int) -> torch.Tensor:
+    """The tree_sum of products over so many equal parts of K, in fp32: [T, N].
+
+    The tree's lowest sums are made by the products: an odd part's is added to the even one's.
+    """
+    x, weight = _checked(x, weight)
+    parts = list(zip(x.chunk(num_segments, 1), weight.chunk(num_segments, 1), strict=True))
+    sums = []
+    for even, odd in zip(parts[::2], parts[1::2], strict=True):
+        y = linear(*even, torch.float32)
+        a, b = odd
+        if tuple(b.shape) in _triton_shapes or not cublaslt.supports(a, b, y.dtype):
+            y += linear(a, b, torch.float32)
+        else:
+            for start, length in row_pieces(len(a)):
+                rows = slice(start, start + length)
+                cublaslt.matmul(a[rows], b, y[rows], accumulate=True)
+        sums.append(y)
+    return tree_sum(sums) if sums else linear(*parts[0], torch.float32)
 
 
 def swiglu_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

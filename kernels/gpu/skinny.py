@@ -21,7 +21,7 @@ MAX_ROWS = 128
 
 @dataclass(frozen=True)
 class Tile:
-    """How one product is cut up. Weight rows N must be a multiple of block_n, K of block_k."""
+    """How one product is cut up. Weight rows N must be a multiple of columns, K of block_k."""
 
     block_n: int
     block_k: int
@@ -30,10 +30,16 @@ class Tile:
     swap: bool = False  # weights as the tensor core's first operand
     tma: bool = False  # weights through tensor-map copies
     prefetch: int = 0  # elements of each weight row fetched ahead, a multiple of 64
+    tail: int = 0  # columns of a second, smaller tile beside the first: 32 + 16 makes 48
+
+    @property
+    def columns(self) -> int:
+        """Weight rows of one program."""
+        return self.block_n + self.tail
 
     def divides(self, n: int, k: int) -> bool:
         """Whether a weight [n, k] is a whole number of these tiles."""
-        return n % self.block_n == 0 and k % self.block_k == 0
+        return n % self.columns == 0 and k % self.block_k == 0
 
 
 @triton.jit
@@ -65,10 +71,10 @@ def _store(y_ptr, acc, rows, columns, M, N, SWAP: tl.constexpr):
 @triton.jit(do_not_specialize=["M"])
 def _skinny_kernel(
     x_ptr, w_ptr, raw_ptr, y_ptr, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr, GATED: tl.constexpr,
-    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    TAIL: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
+    GATED: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * BLOCK_N
+    first = tl.program_id(0) * (BLOCK_N + TAIL)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = first + tl.arange(0, BLOCK_N)
     if PREFETCH > 0:
@@ -76,6 +82,8 @@ def _skinny_kernel(
         prefetch_l2(lines)
         if GATED:
             prefetch_l2(lines + N.to(tl.int64) * K)
+        if TAIL:
+            prefetch_l2(lines + tl.full((), BLOCK_N, tl.int64) * K)
     after_previous(PDL)
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * K
     live = (rows < M)[:, None]
@@ -84,17 +92,24 @@ def _skinny_kernel(
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     acc_up = acc
+    if TAIL:
+        acc_tail = tl.zeros((BLOCK_M, TAIL), dtype=tl.float32)
     for k0 in range(0, K, BLOCK_K):
         x = tl.load(x_rows + (k0 + tl.arange(0, BLOCK_K))[None, :], mask=live, other=0.0)
         acc = _product(x, _weights(w_ptr, first, k0, K, BLOCK_N, BLOCK_K, TMA), acc, SWAP)
         if GATED:
             w = _weights(w_ptr, N + first, k0, K, BLOCK_N, BLOCK_K, TMA)
             acc_up = _product(x, w, acc_up, SWAP)
+        if TAIL:
+            w = _weights(raw_ptr, first + BLOCK_N, k0, K, TAIL, BLOCK_K, False)
+            acc_tail = _product(x, w, acc_tail, False)
     if GATED:
         gate = acc.to(y_ptr.dtype.element_ty).to(tl.float32)
         up = acc_up.to(y_ptr.dtype.element_ty).to(tl.float32)
         acc = libdevice.div_rn(gate, 1.0 + tl.exp(-gate)) * up
     _store(y_ptr, acc, rows, columns, M, N, SWAP)
+    if TAIL:
+        _store(y_ptr, acc_tail, rows, first + BLOCK_N + tl.arange(0, TAIL), M, N, False)
 
 
 def block_rows(num_rows: int) -> int:
@@ -105,7 +120,7 @@ def block_rows(num_rows: int) -> int:
 def fits(num_rows: int, weight: torch.Tensor, tile: Tile, gated: bool = False) -> bool:
     """Whether the kernel can compute num_rows rows of this product with this tile."""
     n, k = weight.shape[0] // (2 if gated else 1), weight.shape[1]
-    return num_rows <= MAX_ROWS and tile.divides(n, k)
+    return num_rows <= MAX_ROWS and tile.divides(n, k) and not (gated and tile.tail)
 
 
 def matmul(
@@ -114,6 +129,7 @@ def matmul(
     """y [M, N] = x [M, K] @ weight [N, K].T, M up to 128; contiguous bf16 in, bf16 or fp32 out.
 
     gated: weight [2N, K] = [gate; up] and y = swiglu of the two rounded products.
+    A tile with a tail is neither gated nor swapped.
     """
     num_rows, k = x.shape
     n = y.shape[1]
@@ -124,8 +140,8 @@ def matmul(
         else weight
     )
     pdl = supported(x.device)
-    _skinny_kernel[(n // tile.block_n, 1)](
-        x, source, weight, y, num_rows, n, k, block_m, tile.block_n, tile.block_k, tile.swap,
-        tile.tma, gated, tile.prefetch // 64, pdl, num_warps=tile.warps, num_stages=tile.stages,
-        enable_fp_fusion=False, launch_pdl=pdl,
+    _skinny_kernel[(n // tile.columns, 1)](
+        x, source, weight, y, num_rows, n, k, block_m, tile.block_n, tile.tail, tile.block_k,
+        tile.swap, tile.tma, gated, tile.prefetch // 64, pdl, num_warps=tile.warps,
+        num_stages=tile.stages, enable_fp_fusion=False, launch_pdl=pdl,
     )  # fmt: skip

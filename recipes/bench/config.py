@@ -154,10 +154,8 @@ class BenchKernelsRun(BenchRun):
     run_name: str = "bench_kernels"
     tables: list[str] = field(default_factory=lambda: list(TABLES))
     """linear, attention (decode), prefill (packed), rows (norms, activations, sampling)."""
-    rows: list[int] = field(
-        default_factory=lambda: [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
-    )
-    """Numbers of rows of linear's products."""
+    rows: list[int] | None = None
+    """Numbers of rows of linear's products; unset: from 1 to 8,192, and more of them to tune."""
     replays: int = 20
     """Timed replays of each CUDA graph."""
     tune: bool = False
@@ -165,9 +163,14 @@ class BenchKernelsRun(BenchRun):
 
     def __post_init__(self) -> None:
         require(self.replays >= 1, "replays", self.replays, "positive")
-        require(all(m >= 1 for m in self.rows), "rows", self.rows, "positive")
+        require(self.rows is None or all(m >= 1 for m in self.rows), "rows", self.rows, "positive")
         for name in self.tables:
             require(name in TABLES, "tables", name, f"one of {TABLES}")
+
+    @property
+    def measured_rows(self) -> list[int]:
+        """Numbers of rows when it does not tune."""
+        return self.rows or [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
 
 
 @dataclass(kw_only=True)
@@ -184,6 +187,7 @@ class BenchTrainerRun(BenchRun):
     compare: bool = True
     """Also time the forward with torch's products and flash attention."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tp_invariant: bool = False
 
     def __post_init__(self) -> None:
         require(len(self.packs) > 0, "packs", self.packs, "at least one")

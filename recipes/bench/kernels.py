@@ -77,10 +77,10 @@ def bench_linear(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
     rows: list[Row] = []
     for shape, (n, k) in linear_shapes(config).items():
         weights = [_randn(n, k) for _ in range(num_copies(2 * n * k))]
-        inputs = _randn(max(run.rows), k)
+        inputs = _randn(max(run.measured_rows), k)
         is_head = shape == "lm_head"
         ours, theirs = (logits, _torch_logits) if is_head else (linear, F.linear)
-        for m in run.rows:
+        for m in run.measured_rows:
             flops, num_bytes = 2 * m * n * k, 2 * (n + m) * k + (4 if is_head else 2) * m * n
             ideal = ideal_us(flops, num_bytes)
             us, torch_us = (
@@ -119,14 +119,14 @@ def layers_in_turn(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
     shapes = [shape for name, shape in linear_shapes(config).items() if name in LAYER]
     num_bytes = sum(2 * n * k for n, k in shapes)
     layers = [[_randn(*shape) for shape in shapes] for _ in range(max(2, num_copies(num_bytes)))]
-    inputs = [_randn(max(run.rows), k) for _, k in shapes]
+    inputs = [_randn(max(run.measured_rows), k) for _, k in shapes]
 
     def products(multiply: Callable, weights: list[torch.Tensor], m: int) -> None:
         for x, weight in zip(inputs, weights, strict=True):
             multiply(x[:m], weight)
 
     rows: list[Row] = []
-    for m in run.rows:
+    for m in run.measured_rows:
         ideal = sum(ideal_us(2 * m * n * k, 2 * (n * k + m * (n + k))) for n, k in shapes)
         us, torch_us = (
             graph_us([partial(products, f, weights, m) for weights in layers], ideal, run.replays)

@@ -129,9 +129,11 @@ def main(run: BenchTrainerRun) -> int:
     if run.compare and device.type != "cuda":
         raise DeviceError("compare=true times torch's flash attention: it needs a CUDA device")
     model = load_model_config(run.model)
-    trainer = MegatronTrainer(model, OptimizerConfig(), 1000, device, run.parallel)
+    trainer = MegatronTrainer(
+        model, OptimizerConfig(), 1000, device, run.parallel, run.tp_invariant
+    )
     trainer.fill(lambda specs, params: load_dummy(specs, params, run.seed))
-    profile = numerics_profile(device, run.parallel.tensor, run.parallel.tp_invariant)
+    profile = numerics_profile(device, run.parallel.tensor, run.tp_invariant)
     packs: dict[str, Any] = {}
     report = {
         "model": Path(run.model).resolve().name,

@@ -26,7 +26,7 @@ from samebit.kernels.gpu import cublaslt, skinny
 from samebit.kernels.gpu.fused import add_rms_norm
 from samebit.kernels.gpu.rows import swiglu
 from samebit.kernels.gpu.skinny import Tile
-from samebit.kernels.gpu.tuning import TABLES, Choice, Key, table_path, to_json
+from samebit.kernels.gpu.tuning import TABLES, Choice, Key, row_bucket, table_path, to_json
 from samebit.recipes.bench.config import BenchKernelsRun
 from samebit.recipes.bench.kernels import linear_shapes
 from samebit.recipes.bench.timing import num_copies
@@ -48,17 +48,19 @@ def tiles(rows: int, n: int, k: int, gated: bool) -> Iterator[Tile]:
     swapped = itertools.product((64, 128), (64, 128), (4, 8), (3, 4, 5), (True,))
     block_m = skinny.block_rows(rows)
     prefetch = PREFETCH if k >= PREFETCH else 0
-    for tile in itertools.starmap(Tile, itertools.chain(plain, swapped)):
-        width = tile.block_n * (2 if gated else 1)
+    two = itertools.product((32, 64), (64, 128), (4, 8), (3, 4, 5, 6), (16, 32))
+    tailed = (Tile(n, k, w, s, tail=t) for n, k, w, s, t in two if t < n and not gated)
+    for tile in (*itertools.starmap(Tile, itertools.chain(plain, swapped)), *tailed):
+        width = tile.columns * (2 if gated else 1)
         shared = 2 * tile.block_k * (width + block_m) * tile.stages
-        too_tall = not tile.swap and block_m > 64
+        too_tall = not tile.swap and block_m > (64 if tile.warps == 4 else 128)
         if tile.swap and width * block_m > 128 * 128 * tile.warps // 4:
             continue  # accumulators would not fit the registers
         if not tile.divides(n, k) or too_tall or not 48 << 10 <= shared <= _SHARED_BYTES:
             continue
-        if tile.warps == 8 and tile.block_n == 64:
+        if tile.swap and tile.warps == 8 and tile.block_n == 64:
             continue
-        for tma in (False, True):
+        for tma in (False, True) if not tile.tail else (False,):
             yield replace(tile, tma=tma, prefetch=prefetch)
 
 
@@ -84,7 +86,7 @@ def compile_all(keys: Iterable[Key]) -> dict[tuple[int, bool, bool, Tile], str]:
         if key.rows > skinny.MAX_ROWS:
             continue
         for tile in tiles(key.rows, key.n, key.k, key.gated):
-            n = 2 * max(128, tile.block_n)
+            n = 8 * tile.columns
             jobs[key.rows, key.gated, key.fp32, tile] = (
                 key.rows, n, 2048, key.gated, key.fp32, tile
             )  # fmt: skip
@@ -274,7 +276,8 @@ def check(choices: dict[Key, Choice]) -> None:
 def main(run: BenchKernelsRun) -> int:
     """The command `samebit bench kernels --tune`: writes a table, for kernels/gpu/tables/."""
     config = load_model_config(run.model)
-    choices, rows = tune(model_keys(config, (*SKINNY_ROWS, *LARGE_ROWS)))
+    wanted = sorted({row_bucket(m) for m in run.rows or (*SKINNY_ROWS, *LARGE_ROWS)})
+    choices, rows = tune(model_keys(config, wanted))
     check(choices)
     name = table_path(torch.cuda.get_device_name()).name
     path = Path(run.output_dir) / run.run_name / name

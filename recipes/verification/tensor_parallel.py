@@ -63,8 +63,8 @@ def mixed_lengths(num_seqs: int, max_len: int, seed: int) -> list[tuple[int, int
 def measure(folder: Path, options: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Draw, compute again in the trainer, compare."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    parallel = ParallelConfig(tensor=size, sequence=size > 1, tp_invariant=options["tp_invariant"])
-    ranks, _ = initialize(device, parallel)
+    parallel, invariant = ParallelConfig(tensor=size, sequence=size > 1), options["tp_invariant"]
+    ranks, _ = initialize(device, parallel, invariant)
     model = load_model_config(folder)
     found: dict[str, Any] = {"tensor": size}
     make_engine = partial(
@@ -87,7 +87,7 @@ def measure(folder: Path, options: dict[str, Any], device: torch.device) -> dict
         drawn_sample(prompt, completion)
         for prompt, [completion] in zip(prompts, groups, strict=True)
     ]
-    trainer = ForwardModel(model, device, engine.weights, parallel)
+    trainer = ForwardModel(model, device, engine.weights, parallel, invariant)
     batches = pack_samples(samples, 2 * options["max_len"], device=device, model=model)
     ours, found["trainer_s"] = timed(lambda: trainer.logprobs(batches), device)
     again, found["trainer_again_s"] = timed(lambda: trainer.logprobs(batches), device)

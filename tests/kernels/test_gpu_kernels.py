@@ -11,7 +11,7 @@ from samebit.kernels.attention import (
     plan_paged,
 )
 from samebit.kernels.kv_write import kv_write, kv_write_ref
-from samebit.kernels.linear import linear
+from samebit.kernels.linear import linear, linear_in_segments, tree_sum
 from samebit.kernels.logprob import logprob, logsumexp
 from samebit.kernels.rms_norm import rms_norm, rms_norm_ref
 from samebit.kernels.rope import rope, rope_ref, rope_table
@@ -73,6 +73,18 @@ def test_linear_value(shape):
     for m in (1, 5, 64, 257, 300, 699):
         assert torch.equal(linear(x[:m], weight), y[:m])
         assert torch.equal(linear(x[700 - m :], weight), y[700 - m :])
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096), (4096, 12288), (576, 1536), (72, 128)], ids=str)
+@pytest.mark.parametrize("num_segments", [1, 2, 8])
+def test_linear_in_segments(shape, num_segments):
+    """Parts of a weight's columns, without copies of them, are the products of those copies; their
+    sums are one tree, whatever computes its lowest branches."""
+    weight, x = bf16(*shape, scale=0.03), bf16(700, shape[1], seed=1)
+    parts = zip(x.chunk(num_segments, 1), weight.chunk(num_segments, 1), strict=True)
+    truth = tree_sum([linear(a.contiguous(), b.contiguous(), torch.float32) for a, b in parts])
+    for m in (1, 17, 64, 256, 300, 700):
+        assert torch.equal(linear_in_segments(x[:m], weight, num_segments), truth[:m])
 
 
 def test_linear_gradients():

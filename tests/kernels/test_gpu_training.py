@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from samebit.kernels.attention import attention_ref, plan_packed
+from samebit.kernels.attention import attention_ref, plan_context, plan_packed
 from samebit.kernels.linear import linear
 from samebit.kernels.logprob import (
     logits_grad,
@@ -15,6 +15,7 @@ from samebit.kernels.logprob import (
 from samebit.kernels.rms_norm import rms_norm, rms_norm_backward_ref
 from samebit.kernels.sample import draw_with_logprobs
 from samebit.kernels.swiglu import swiglu, swiglu_backward_ref
+from samebit.trainer.context import chunks_of
 
 if torch.cuda.is_available():
     from samebit.kernels.gpu.attention import attend
@@ -151,3 +152,37 @@ def test_attention_backward_with_filling_heads(heads, kv, lens):
     plain = torch.autograd.grad(attention_ref(*narrow, lens, 128**-0.5), narrow, grad)
     for a, t, p in zip(found, truth, plain, strict=True):
         assert (a.float() - t).norm() <= 2 * (p.float() - t).norm()
+
+
+@pytest.mark.parametrize("lens", [(700,), (65, 300, 2100), (5, 1030)])
+def test_attention_of_context_parallel_shares(lens):
+    """Two ranks' parts have the whole's outputs; their gradients add up to the whole's."""
+    heads, kv, scale = 16, 8, 128**-0.5
+    q, k, v = (bf16(sum(lens), n, 128, seed=i) for i, n in enumerate((heads, kv, kv)))
+    grad, plan = bf16(sum(lens), heads, 128, seed=3), plan_packed(lens, heads // kv, "cuda")
+    output, lse = attend(q, k, v, plan, scale)
+    truth = attend_backward(grad, q, k, v, output, lse, plan, scale)
+    found = [torch.zeros(x.shape, device="cuda") for x in (q, k, v)]
+    starts = [sum(lens[:i]) for i in range(len(lens))]
+    for rank in range(2):
+        parts = [
+            (start, *chunk)
+            for start, n in zip(starts, lens, strict=True)
+            for chunk in chunks_of(n, rank, 2)
+        ]
+        rows = torch.cat([torch.arange(s + a, s + b, device="cuda") for s, a, b in parts])
+        share = plan_context(
+            [b - a for _, a, b in parts], [b for _, _, b in parts], [s for s, _, _ in parts],
+            sum(lens), heads // kv, "cuda",
+        )  # fmt: skip
+        own, own_lse = attend(q[rows], k, v, share, scale)
+        assert torch.equal(own, output[rows])
+        assert torch.equal(own_lse, lse[:, rows])
+        grads = attend_backward(grad[rows], q[rows], k, v, own, own_lse, share, scale)
+        again = attend_backward(grad[rows], q[rows], k, v, own, own_lse, share, scale)
+        assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+        found[0][rows] = grads[0].float()
+        found[1] += grads[1]
+        found[2] += grads[2]
+    for a, b in zip(found, truth, strict=True):
+        assert (a - b.float()).norm() < 4e-3 * b.float().norm()

@@ -1,38 +1,58 @@
 """Programs of several ranks, each in a process of its own."""
 
-from concurrent.futures import ThreadPoolExecutor
+import itertools
+import time
 
 import pytest
 import torch
-from helpers import run_python
+from helpers import run_logged
+
+
+@pytest.fixture(scope="session")
+def run_together(forkserver, tmp_path_factory):
+    """run_together(program, calls): a function of rank_programs with each call's arguments, in as
+    many processes; all of them have to end well."""
+
+    def run(program, calls):
+        folder = tmp_path_factory.mktemp(program)
+        logs = [folder / f"{i}.log" for i in range(len(calls))]
+        processes = [
+            forkserver.Process(target=run_logged, args=(log, "rank_programs", program, *arguments))
+            for log, arguments in zip(logs, calls, strict=True)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + 120
+        try:
+            for process in processes:
+                process.join(deadline - time.monotonic())
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        codes = [process.exitcode for process in processes]
+        said = "\n".join(log.read_text() for log in logs if log.exists())
+        assert not any(codes), f"exit codes {codes} (-9: not in 120 s)\n{said}"
+
+    return run
 
 
 @pytest.fixture
-def run_ranks(tmp_path):
+def run_ranks(run_together, tmp_path):
     """run_ranks(program, size, *arguments): the function of rank_programs on `size` ranks."""
+    stores = (tmp_path / f"store_{i}" for i in itertools.count())
 
     def run(program, size, *arguments):
-        code = f"import sys, rank_programs; rank_programs.{program}(*sys.argv[1:])"
-        store = tmp_path / f"store_{program}_{size}"
-        with ThreadPoolExecutor(size) as pool:
-            jobs = [
-                pool.submit(run_python, code, rank, size, store, *arguments, OMP_NUM_THREADS="1")
-                for rank in range(size)
-            ]
-            return [job.result() for job in jobs]
+        store = next(stores)
+        run_together(program, [(rank, size, store, *arguments) for rank in range(size)])
 
     return run
 
 
 @pytest.fixture(scope="session")
-def run_gradients():
+def run_gradients(run_together):
     """run_gradients(folder, file): one process's gradients and their norm, written to file."""
-
-    def run(folder, file):
-        code = "import sys, rank_programs; rank_programs.gradients(*sys.argv[1:])"
-        run_python(code, folder, file, OMP_NUM_THREADS="1")
-
-    return run
+    return lambda folder, file: run_together("gradients", [(folder, file)])
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import torch
 from samebit.kernels.linear import linear, linear_in_segments, tree_sum
 from samebit.kernels.profile import numerics_profile
 from samebit.kernels.reduce import TP_SEGMENTS, TensorRanks
+from samebit.recipes.compose import ConfigError, resolve
 from samebit.recipes.tiny_model import write_config, write_weights
 from samebit.rollout.engine import Engine
-from samebit.trainer.config import ParallelConfig
 
 CPU = torch.device("cpu")
 
@@ -79,5 +79,6 @@ def test_what_cannot_be_cut_up_is_refused(tmp_path):
         Engine(tmp_path, device="cpu", load_format="dummy", ranks=invariant)
     with pytest.raises(ValueError, match="tensor size is 3; with tp_invariant it must divide 8"):
         TensorRanks(0, 3, object(), invariant=True)
-    with pytest.raises(ValueError, match=r"trainer\.parallel\.tensor is 3; it must be 1, 2, 4 or"):
-        ParallelConfig(tensor=3, tp_invariant=True)
+    overrides = ["model.path=x", "trainer.parallel.tensor=3", "numerics.tp_invariant=true"]
+    with pytest.raises(ConfigError, match=r"trainer\.parallel\.tensor is 3; it must be 1, 2, 4 or"):
+        resolve("grpo", overrides)

@@ -1,6 +1,5 @@
 """Very small runs, and child processes to kill."""
 
-import multiprocessing
 import os
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from samebit.recipes import grpo
-from samebit.recipes.config import resolve
+from samebit.recipes.compose import resolve
 from samebit.recipes.metrics import read_rows
 from samebit.recipes.tiny_model import make_demo_model
 
@@ -105,22 +104,15 @@ def base(make_runs, tmp_path_factory):
     return runs
 
 
-@pytest.fixture(scope="session")
-def _forkserver():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["samebit.recipes.demo"])
-    return context
-
-
 @pytest.fixture
-def child(_forkserver):
+def child(forkserver):
     """`with child(arguments) as process:` runs `samebit` and kills it with SIGKILL at the end."""
 
     @contextmanager
     def run(arguments):
         from run_children import run_cli
 
-        process = _forkserver.Process(target=run_cli, args=(arguments,))
+        process = forkserver.Process(target=run_cli, args=(arguments,))
         process.start()
         try:
             yield process

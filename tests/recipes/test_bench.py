@@ -23,7 +23,7 @@ from samebit.recipes.bench.prompts import PromptSource, sampling_params
 from samebit.recipes.bench.roofline import peers_tokens_s, roofline_tokens_s
 from samebit.recipes.bench.timing import Spread, num_copies
 from samebit.recipes.bench.variants import torch_kernels
-from samebit.recipes.config import ConfigError, resolve
+from samebit.recipes.compose import ConfigError, resolve
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config

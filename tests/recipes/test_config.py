@@ -7,17 +7,8 @@ import pytest
 from helpers import run_python
 
 from samebit.recipes import cli
-from samebit.recipes.config import (
-    CONFIG_DIR,
-    SCHEMAS,
-    ConfigError,
-    DemoRun,
-    ExportRun,
-    GrpoRun,
-    SftRun,
-    VerifyRun,
-    resolve,
-)
+from samebit.recipes.compose import CONFIG_DIR, SCHEMAS, ConfigError, resolve
+from samebit.recipes.config import DemoRun, ExportRun, GrpoRun, SftRun, VerifyRun
 from samebit.recipes.session import config_digest
 
 NEEDED = {

@@ -12,7 +12,7 @@ from helpers import run_python
 from run_children import has_lines
 
 from samebit.recipes import cli, fetch_smollm2
-from samebit.recipes.config import ConfigError, resolve, to_dict
+from samebit.recipes.compose import ConfigError, resolve, to_dict
 from samebit.recipes.metrics import read_rows
 from samebit.recipes.tiny_model import make_random_model, write_character_tokenizer
 from samebit.trainer.checkpoint import latest_checkpoint

@@ -92,8 +92,17 @@ def test_another_seed_is_another_run(runs, base):
         ["engine.page_size=16", "engine.kv_cache_tokens=64", "engine.max_num_seqs=3"],
         ["engine.prefix_cache=false", "engine.prefill_chunk=2", "engine.max_batch_tokens=7"],
         ["trainer.parallel.recompute=full"],
+        ["trainer.parallel.offload_optimizer=true"],
     ],
-    ids=["file", "gloo process", "file process", "preempting", "small batches", "recompute"],
+    ids=[
+        "file",
+        "gloo process",
+        "file process",
+        "preempting",
+        "small batches",
+        "recompute",
+        "offload",
+    ],
 )
 def test_placement_and_scheduling_change_nothing(runs, base, placement):
     """Where the engine runs, how weights reach it and how it batches are matters of speed."""
@@ -102,7 +111,7 @@ def test_placement_and_scheduling_change_nothing(runs, base, placement):
 
 def test_tp_invariant_is_another_profile_for_engine_and_trainer(runs, base):
     """Both sum row-parallel products in segments, wherever the engine runs."""
-    invariant = "trainer.parallel.tp_invariant=true"
+    invariant = "numerics.tp_invariant=true"
     found = runs.train("invariant", invariant)
     assert runs.train("placed", invariant, "engine=process") == found
     assert found[0]["logprob_mismatches"] == 0

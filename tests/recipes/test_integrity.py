@@ -8,6 +8,7 @@ import torch
 from helpers import edit_config, tree
 
 from samebit.recipes import session
+from samebit.recipes.compose import ConfigError
 from samebit.recipes.session import open_session
 from samebit.trainer.checkpoint import MANIFEST, CheckpointError, latest_checkpoint
 
@@ -119,3 +120,16 @@ def test_another_model_at_the_same_path_is_refused(run, tmp_path):
 def test_another_configuration_is_refused(run):
     """More of these stand in test_grpo_run."""
     expect_refusal(run[0], "another configuration", "algorithm.kl_coef=0.4")
+
+
+def test_another_layout_is_refused_unless_asked_for(run):
+    """Bits would change without a word; the message says how to want that."""
+    split = "trainer.parallel.distributed_optimizer=true"
+    message = (
+        r"another trainer\.parallel \(distributed_optimizer False -> True\); with reshard=true"
+    )
+    expect_refusal(run[0], message, split)
+    session = open_session(run[0].resolve("run", *RUN, "resume=true", "reshard=true", split))
+    assert session.resumed.step == 2
+    with pytest.raises(ConfigError, match="reshard is True; it must be false without resume"):
+        run[0].resolve("run", *RUN, "reshard=true")

@@ -13,7 +13,7 @@ import pytest
 from run_children import has_lines
 
 from samebit.recipes import cli, launch
-from samebit.recipes.config import resolve
+from samebit.recipes.compose import resolve
 from samebit.recipes.metrics import read_rows
 from samebit.trainer.checkpoint import latest_checkpoint
 
@@ -114,6 +114,26 @@ def test_disturbed_and_resumed(runs, base, layout, tmp_path, capsys):
     out = tmp_path / "out"
     assert cli.main(["export", f"checkpoint={folder}", f"model={runs.model}", f"out={out}"]) == 0
     assert f"weights of step {STEPS}, digest {summary['weights_digest']}" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_under_another_layout(runs, capsys):
+    """From one process to two, whose rollouts go on from the same weights; and back."""
+    layout, (_, first_rows, _) = LAYOUTS["tensor"], runs.train("run")
+    with started(runs, "run", "resume=true", *layout) as process:
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "another trainer.parallel (tensor 1 -> 2, sequence False -> True)" in errors
+    with started(runs, "run", "resume=true", "reshard=true", *layout) as process:
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert errors.count("is resharded (tensor 1 -> 2, sequence False -> True): bits are") == 1
+    summary, rows = json.loads(output), runs.rows("run")
+    assert rows[: len(first_rows)] == first_rows
+    assert (rows[-1]["step"], summary["logprob_mismatches"]) == (STEPS, 0)
+    back = ["trainer.num_steps=14", "resume=true", "reshard=true"]
+    summary, rows, _ = runs.train("run", *back)
+    assert "is resharded (tensor 2 -> 1, sequence True -> False)" in capsys.readouterr().err
+    assert (rows[-1]["step"], summary["logprob_mismatches"]) == (14, 0)
 
 
 def test_an_error_is_every_process_s(runs):

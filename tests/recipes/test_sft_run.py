@@ -9,7 +9,7 @@ import torch
 from run_children import has_begun_to_save, has_lines
 
 from samebit.recipes import cli, sft
-from samebit.recipes.config import resolve
+from samebit.recipes.compose import resolve
 from samebit.recipes.metrics import read_rows
 from samebit.rollout.engine import Engine
 from samebit.trainer.algorithms.sft import sft_loss

@@ -97,14 +97,15 @@ class ForwardModel:
         device: torch.device,
         weights: Mapping[str, torch.Tensor] | None = None,
         parallel: ParallelConfig | None = None,
+        tp_invariant: bool = False,
     ) -> None:
         parallel = parallel or ParallelConfig()
-        ranks, self._context = initialize(device, parallel)
+        ranks, self._context = initialize(device, parallel, tp_invariant)
         selfcheck_model(model, device, ranks)
         self.model = model
         with no_cuda():
             stage = stage_of(model)
-            self._chunks = build_model(model, device, parallel, stage)
+            self._chunks = build_model(model, device, parallel, stage, tp_invariant)
         for chunk in self._chunks:
             chunk.requires_grad_(False)
         self.params = stage.named_params(self._chunks)

@@ -31,7 +31,7 @@ _RECOMPUTE: Mapping[str, dict[str, Any]] = {
 
 
 def transformer_config(
-    model: ModelConfig, device: torch.device, parallel: ParallelConfig
+    model: ModelConfig, device: torch.device, parallel: ParallelConfig, tp_invariant: bool
 ) -> ContractConfig:
     """Megatron's settings for a model; everything that would change the contract's bits is off."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -70,7 +70,7 @@ def transformer_config(
         variable_seq_lengths=parallel.pipeline > 1,
         moe_token_dispatcher_type="alltoall",  # asked for by variable lengths, in dense models too
         sequence_parallel=parallel.sequence,
-        tp_invariant=parallel.tp_invariant,
+        tp_invariant=tp_invariant,
         **_RECOMPUTE[parallel.recompute],
         use_cpu_initialization=device.type == "cpu",
         perform_initialization=False,
@@ -79,7 +79,11 @@ def transformer_config(
 
 
 def build_model(
-    model: ModelConfig, device: torch.device, parallel: ParallelConfig, stage: Stage
+    model: ModelConfig,
+    device: torch.device,
+    parallel: ParallelConfig,
+    stage: Stage,
+    tp_invariant: bool = False,
 ) -> list[GPTModel]:
     """This process's shard of a GPTModel with our operations and uninitialised weights, by chunk.
 
@@ -88,7 +92,7 @@ def build_model(
     table = rope_table(
         model.head_dim, model.rope_theta, model.max_position, model.rope_scaling, device
     )
-    config = transformer_config(model, device, parallel)
+    config = transformer_config(model, device, parallel, tp_invariant)
     chunks = [
         GPTModel(
             config=config,

@@ -3,48 +3,123 @@ same steps to the same bits.
 
 Megatron's distributed optimizer keeps moments out of its state_dict, and its own checkpoints of
 them do not resume faithfully over torch's AdamW. Its shards and the AdamW behind it are plain
-tensors, though: they are kept as they are, per rank.
+tensors, though: they are kept as they are, by parameter.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """This rank's state of a Megatron optimizer, master weights included."""
-    distributed = _distributed(optimizer)
-    if not distributed:
-        return optimizer.state_dict()
-    # Shards of fp32 models are parts of the parameters themselves, which are kept elsewhere.
+@dataclass(frozen=True)
+class Piece:
+    """This rank's part of the optimizer's state of one parameter."""
+
+    name: str
+    start: int
+    """The part's first element in the flattened parameter."""
+    weights: torch.Tensor
+    """The part itself: live memory of the parameter."""
+    main: torch.Tensor
+    """What AdamW updates: that memory, or an fp32 master copy of it."""
+    group: dict[str, Any]
+    """AdamW's settings for it."""
+    state: dict[str, torch.Tensor]
+    """AdamW's step, its moments in main's shape, and `master` where something else holds it."""
+
+    @property
+    def has_master(self) -> bool:
+        """Whether main is a copy."""
+        return self.weights.dtype != self.main.dtype
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The moments and the master copy, if there is one."""
+        found = {name: self.state[name] for name in MOMENTS}
+        if self.has_master:
+            found["master"] = self.state.get("master", self.main)
+        return found
+
+
+def host_zeros_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Zeros in the host's memory, pinned where the tensor is on a GPU."""
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+
+def pieces_of(
+    optimizer: Any, params: Mapping[str, torch.Tensor], moments_on_host: bool = False
+) -> list[Piece]:
+    """This rank's pieces of a Megatron optimizer, with AdamW's state of all of them made.
+
+    params: the live parameters by name.
+    """
+    zeros = host_zeros_like if moments_on_host else torch.zeros_like
+    names = {param: name for name, param in params.items()}
+    pieces = []
+    for part in _parts(optimizer):
+        adam = part.optimizer
+        for group in adam.param_groups:
+            group["fused"] = any(main.is_cuda for main in group["params"]) or None
+        group_of = {id(main): group for group in adam.param_groups for main in group["params"]}
+        for param, weights, main, start in _held_by(part):
+            step = torch.zeros((), device=main.device)
+            moments = {name: zeros(main) for name in MOMENTS}
+            adam.state[main] = {"step": step, **moments}
+            group = group_of[id(main)]
+            pieces.append(Piece(names[param], start, weights, main, group, adam.state[main]))
+    return pieces
+
+
+def optimizer_state(pieces: Sequence[Piece]) -> dict[str, dict[str, Any]]:
+    """This rank's state by parameter, flat."""
     return {
-        "adam": [part.optimizer.state_dict() for part in distributed],
-        "master_weights": [p.detach() for p in _master_shards(distributed)],
+        piece.name: {
+            "start": piece.start,
+            "step": piece.state["step"],
+            **{name: tensor.detach().view(-1) for name, tensor in piece.tensors.items()},
+        }
+        for piece in pieces
     }
 
 
 @torch.no_grad()
-def load_optimizer_state(optimizer: Any, state: Mapping[str, Any]) -> None:
-    """Continue from what `optimizer_state` gave for the same model and layout."""
-    distributed = _distributed(optimizer)
-    if not distributed:
-        optimizer.load_state_dict(state)
-        return
-    for part, saved in zip(distributed, state["adam"], strict=True):
-        part.optimizer.load_state_dict(saved)
-    shards = _master_shards(distributed)
-    for shard, saved in zip(shards, state["master_weights"], strict=True):
-        shard.copy_(saved)
+def load_optimizer_state(pieces: Sequence[Piece], state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Continue from what `optimizer_state` gave for the same model and layout, or ValueError."""
+    here = {piece.name: (piece.start, *_sizes(piece.tensors)) for piece in pieces}
+    there = {name: (saved["start"], *_sizes(_flat(saved))) for name, saved in state.items()}
+    if here != there:
+        different = sorted(n for n in {*here, *there} if here.get(n) != there.get(n))
+        raise ValueError(f"the optimizer's state is another layout's: {different[:5]}")
+    for piece in pieces:
+        saved = state[piece.name]
+        piece.state["step"].copy_(saved["step"])
+        for name, tensor in piece.tensors.items():
+            tensor.copy_(saved[name].view_as(tensor))
 
 
-def use_fused_adam(optimizer: Any) -> None:
-    """Have torch's AdamW behind a Megatron optimizer make one pass over its memory, on a GPU."""
+def _flat(saved: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in saved.items() if name not in ("start", "step")}
+
+
+def _sizes(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, int]]:
+    return sorted((name, tensor.numel()) for name, tensor in tensors.items())
+
+
+def replace_step(optimizer: Any, step: Callable[[], None]) -> None:
+    """Have `step` do what the AdamWs and the rounding of master weights do."""
     for part in _parts(optimizer):
-        for group in part.optimizer.param_groups:
-            group["fused"] = True
+        part.optimizer.step = step
+        part._copy_main_params_to_model_params = step = _nothing
+
+
+def _nothing() -> None:
+    """The first optimizer of a chain has done it."""
 
 
 def _parts(optimizer: Any) -> list[Any]:
@@ -52,11 +127,33 @@ def _parts(optimizer: Any) -> list[Any]:
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
-def _distributed(optimizer: Any) -> list[DistributedOptimizer]:
-    """The distributed optimizers that it chains; none if it is of another kind."""
-    return [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
+def _held_by(
+    part: Any,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
+    """(parameter, this rank's part of it, what AdamW updates, its place) of one optimizer."""
+    if isinstance(part, FP32Optimizer):
+        for group in part.optimizer.param_groups:
+            for param in group["params"]:
+                yield param, param.detach(), param, 0
+    elif isinstance(part, DistributedOptimizer):
+        low, full = part.model_float16_groups, part.model_fp32_groups
+        shards, masters = part.shard_float16_groups, part.shard_fp32_from_float16_groups
+        for param, shard, main in (
+            *_flattened(low, shards, masters),
+            *_flattened(full, part.shard_fp32_groups, part.shard_fp32_groups),
+        ):
+            start = part._get_model_param_range_map(param)["param"].start
+            yield param, shard.detach(), main, start
+    else:
+        full = part.fp32_from_fp32_groups
+        for param, main in (
+            *_flattened(part.float16_groups, part.fp32_from_float16_groups),
+            *_flattened(full, full),
+        ):
+            yield param, param.detach(), main, 0
 
 
-def _master_shards(parts: Sequence[DistributedOptimizer]) -> list[torch.Tensor]:
-    """fp32 copies of this rank's part of bf16 parameters."""
-    return [p for part in parts for group in part.shard_fp32_from_float16_groups for p in group]
+def _flattened(*lists: list[list[torch.Tensor]]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Of equally long lists of equally long groups, the tensors side by side."""
+    for groups in zip(*lists, strict=True):
+        yield from zip(*groups, strict=True)

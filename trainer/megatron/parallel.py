@@ -16,7 +16,7 @@ from samebit.kernels.reduce import (
     gather_rows,
     own_rows,
     partial_linear,
-    reduce_sum,
+    sum_of_own_rows,
     sum_over_ranks,
 )
 from samebit.trainer.context import ContextShare
@@ -26,10 +26,6 @@ def ranks_of(group: dist.ProcessGroup, invariant: bool = False) -> TensorRanks:
     """This process in a tensor parallel group."""
     size = dist.get_world_size(group)
     return TensorRanks(dist.get_rank(group), size, group if size > 1 else None, invariant)
-
-
-def _summed(partial: torch.Tensor, ranks: TensorRanks, dtype: torch.dtype) -> torch.Tensor:
-    return sum_over_ranks(partial.float(), ranks, dtype)
 
 
 class _Spread(torch.autograd.Function):
@@ -42,8 +38,8 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        total = _summed(grad, ctx.ranks, grad.dtype)
-        return own_rows(total, ctx.ranks) if ctx.sequence else total, None, None
+        sum_up = sum_of_own_rows if ctx.sequence else sum_over_ranks
+        return sum_up(grad, ctx.ranks, grad.dtype), None, None
 
 
 class _Collect(torch.autograd.Function):
@@ -54,8 +50,7 @@ class _Collect(torch.autograd.Function):
         ctx: Any, partial: torch.Tensor, ranks: TensorRanks, sequence: bool, dtype: torch.dtype
     ) -> torch.Tensor:
         ctx.ranks, ctx.sequence = ranks, sequence
-        total = _summed(partial, ranks, dtype)
-        return own_rows(total, ranks) if sequence else total
+        return (sum_of_own_rows if sequence else sum_over_ranks)(partial, ranks, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -76,7 +71,7 @@ class _GatherContext(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         share = ctx.share
-        total = _summed(grad, share.ranks, grad.dtype)
+        total = sum_over_ranks(grad, share.ranks, grad.dtype)
         padded = total.new_zeros(share.num_padded * share.ranks.size, *total.shape[1:])
         padded[share.order] = total
         return own_rows(padded, share.ranks)[: ctx.num_own], None
@@ -91,7 +86,7 @@ def gather_loss_rows(values: torch.Tensor, share: ContextShare, num_rows: int) -
     """Every rank's loss rows in the whole batch's order [num_rows]; nothing is differentiated."""
     whole = values.new_zeros(num_rows)
     whole[share.rows] = values
-    return reduce_sum(whole, share.ranks.group)
+    return sum_over_ranks(whole, share.ranks, whole.dtype)
 
 
 def spread(x: torch.Tensor, ranks: TensorRanks, sequence: bool) -> torch.Tensor:

@@ -27,7 +27,9 @@ DETERMINISTIC = {
 _running: list[tuple[int, ...]] = []
 
 
-def initialize(device: torch.device, parallel: ParallelConfig) -> tuple[TensorRanks, TensorRanks]:
+def initialize(
+    device: torch.device, parallel: ParallelConfig, tp_invariant: bool = False
+) -> tuple[TensorRanks, TensorRanks]:
     """Start torch.distributed and Megatron's groups, once.
 
     Returns this process among those that share every layer, and among those that share contexts.
@@ -61,7 +63,7 @@ def initialize(device: torch.device, parallel: ParallelConfig) -> tuple[TensorRa
         parallel_state.get_tensor_model_parallel_group(),
         parallel_state.get_context_parallel_group(),
     )
-    return ranks_of(tensor, parallel.tp_invariant), ranks_of(context)
+    return ranks_of(tensor, tp_invariant), ranks_of(context)
 
 
 def start_processes(device: torch.device, parallel: ParallelConfig) -> None:

@@ -37,11 +37,14 @@ from samebit.trainer.context import share_context
 from samebit.trainer.megatron.cpu import no_cuda
 from samebit.trainer.megatron.forward import ForwardModel, batch_logprobs, run_schedule
 from samebit.trainer.megatron.model import build_model, forward_logprobs
+from samebit.trainer.megatron.offload import OffloadedState
 from samebit.trainer.megatron.optimizer_state import (
     load_optimizer_state,
     optimizer_state,
-    use_fused_adam,
+    pieces_of,
+    replace_step,
 )
+from samebit.trainer.megatron.resharding import WholeState
 from samebit.trainer.megatron.setup import initialize
 from samebit.trainer.megatron.stages import FILLER, from_last_stage, stage_of, stage_specs
 from samebit.trainer.packing import pack_samples, share_batches
@@ -65,14 +68,10 @@ class MegatronTrainer:
         num_steps: int,
         device: torch.device,
         parallel: ParallelConfig | None = None,
+        tp_invariant: bool = False,
     ) -> None:
         self.parallel = parallel or ParallelConfig()
-        if self.parallel.context > 1 and device.type == "cuda":
-            raise ValueError(
-                f"trainer.parallel.context is {self.parallel.context}; it must be 1 on GPUs: its "
-                "attention has no backward there yet"
-            )
-        self.ranks, self.context = initialize(device, self.parallel)
+        self.ranks, self.context = initialize(device, self.parallel, tp_invariant)
         selfcheck_model(model, device, self.ranks)
         self.model = model
         self.device = device
@@ -81,7 +80,7 @@ class MegatronTrainer:
         self.specs = stage_specs(model, shard, self.stage)
         self.step = 0
         with no_cuda():
-            chunks = build_model(model, device, self.parallel, self.stage)
+            chunks = build_model(model, device, self.parallel, self.stage, tp_invariant)
             config = chunks[0].config
             ddp_config = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
@@ -93,8 +92,6 @@ class MegatronTrainer:
             self._optimizer = get_megatron_optimizer(
                 _megatron_optimizer_config(optimizer, config.bf16, self.parallel), self._chunks
             )
-            if device.type == "cuda":
-                use_fused_adam(self._optimizer)
             self._scheduler = _scheduler(self._optimizer, optimizer, num_steps)
         if self.parallel.overlap_grad_reduce:
             for chunk in chunks:
@@ -104,6 +101,11 @@ class MegatronTrainer:
         config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
         config.finalize_model_grads_func = finalize_model_grads
         self.params: Mapping[str, torch.Tensor] = self.stage.named_params(chunks)
+        offloaded = self.parallel.offload_optimizer
+        self._pieces = pieces_of(self._optimizer, self.params, moments_on_host=offloaded)
+        self._offloaded = OffloadedState(self._pieces) if offloaded else None
+        if self._offloaded:
+            replace_step(self._optimizer, self._offloaded.step)
         self._reference: ForwardModel | None = None
 
     @property
@@ -119,12 +121,20 @@ class MegatronTrainer:
         """Have `load(specs, params)` write a full set of weights, and tell the optimizer."""
         with torch.no_grad(), no_cuda():
             load(self.specs, self.params)
-            self._optimizer.reload_model_params()
+            (self._offloaded or self._optimizer).reload_model_params()
 
     def freeze_reference(self) -> None:
         """Keep a copy of the present weights as the reference for the KL penalty."""
-        self._reference = ForwardModel(self.model, self.device, parallel=self.parallel)
-        _copy_params(self.params, self._reference.params)
+        _copy_params(self.params, self._new_reference().params)
+
+    def _new_reference(self) -> ForwardModel:
+        self._reference = ForwardModel(
+            self.model,
+            self.device,
+            parallel=self.parallel,
+            tp_invariant=self.ranks.invariant,
+        )
+        return self._reference
 
     def digest(self) -> str:
         """weights_digest of the present weights."""
@@ -180,7 +190,7 @@ class MegatronTrainer:
             "tensor": (self.ranks.rank, self.ranks.size),
             "stage": (self.stage.index, self.stage.count, self.stage.num_chunks),
             "params": {name: p.detach() for name, p in self.params.items()},
-            "optimizer": optimizer_state(self._optimizer),
+            "optimizer": optimizer_state(self._pieces),
             "scheduler": self._scheduler.state_dict(),
             "reference": None
             if self._reference is None
@@ -189,16 +199,26 @@ class MegatronTrainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`, written by state_dict with the same settings."""
-        self.step = state["step"]
         _copy_params(state["params"], self.params)
-        with torch.no_grad(), no_cuda():
-            load_optimizer_state(self._optimizer, state["optimizer"])
-            self._scheduler.num_steps = 0  # Megatron adds the saved count to the present one
-            self._scheduler.load_state_dict(state["scheduler"])
+        load_optimizer_state(self._pieces, state["optimizer"])
+        self._go_on_from(state)
         if state["reference"] is not None:
-            self.freeze_reference()
-            assert self._reference is not None
-            _copy_params(state["reference"], self._reference.params)
+            _copy_params(state["reference"], self._new_reference().params)
+
+    @torch.no_grad()
+    def load_resharded(self, saved: WholeState) -> None:
+        """Continue from the states of all ranks of any layout; bits then follow this one's."""
+        saved.fill("params", self.specs, self.params)
+        load_optimizer_state(self._pieces, saved.optimizer_state(self.specs, self._pieces))
+        self._go_on_from(saved.first)
+        if saved.first["reference"] is not None:
+            saved.fill("reference", self.specs, self._new_reference().params)
+
+    def _go_on_from(self, state: Mapping[str, Any]) -> None:
+        """What is the same on every rank."""
+        self.step = state["step"]
+        self._scheduler.num_steps = 0  # Megatron adds the saved count to the present one
+        self._scheduler.load_state_dict(state["scheduler"])
 
     def _forward_backward(
         self,

@@ -1,0 +1,220 @@
+"""reduce on GPUs: ranks read each other's fp32 partials over NVLink, add them and round once.
+
+One kernel is the whole sum. Every program copies its part of this rank's partial to memory that
+the others see, tells the program of the same number on every rank, waits for theirs, and adds. So
+there is no library between that chooses an order, and nothing for the host to wait for: it may be
+captured in a CUDA graph.
+
+Small sums are read whole by every rank (one shot). Of larger ones each rank adds its own part and
+the others fetch that, already rounded (two shots); sequence parallel ranks keep their part.
+
+The memory is torch's symmetric memory: it has a half for every second sum, so that a rank may begin
+the next one while another still reads. Ranks may be a sum apart, never two.
+"""
+
+import os
+import socket
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+import triton
+import triton.language as tl
+
+# NVLink's multicast is of no use here: it adds in an order of its own.
+os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+
+_PROGRAMS = 128
+_BLOCK = 1024
+_ONE_SHOT_ELEMENTS = 1 << 19
+"""Sums up to here are read whole by every rank."""
+_LEAST_CAPACITY = 1 << 22
+_ONE_SHOT, _TWO_SHOTS, _OWN_PART = (tl.constexpr(i) for i in range(3))
+
+
+@triton.jit
+def _memory_of(memories, rank: tl.constexpr, dtype: tl.constexpr):
+    return tl.multiple_of(tl.load(memories + rank).to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
+def _meet(memories, kind, epoch, RANK: tl.constexpr, SIZE: tl.constexpr, PROGRAMS: tl.constexpr):
+    """Tell the same program of every other rank that this one is here, and wait for all of them.
+
+    What any thread wrote before is seen by the others afterwards. Epochs may wrap around.
+    """
+    tl.debug_barrier()
+    at = tl.program_id(0)
+    for rank in tl.static_range(SIZE):
+        if rank != RANK:
+            flag = _memory_of(memories, rank, tl.int32) + (kind * SIZE + RANK) * PROGRAMS + at
+            tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
+    own = _memory_of(memories, RANK, tl.int32)
+    for rank in tl.static_range(SIZE):
+        if rank != RANK:
+            flag = own + (kind * SIZE + rank) * PROGRAMS + at
+            while tl.atomic_add(flag, 0, sem="acquire", scope="sys") - epoch < 0:
+                pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def _partial(memories, rank: tl.constexpr, at, live):
+    return tl.load(_memory_of(memories, rank, tl.float32) + at, live, other=0.0)
+
+
+@triton.jit
+def _total(memories, at, live, SIZE: tl.constexpr, TREE: tl.constexpr):
+    """From rank 0 upwards, or as the tree ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))."""
+    total = _partial(memories, 0, at, live)
+    if TREE and SIZE >= 4:
+        total = total + _partial(memories, 1, at, live)
+        total = total + (_partial(memories, 2, at, live) + _partial(memories, 3, at, live))
+        if SIZE == 8:
+            upper = _partial(memories, 4, at, live) + _partial(memories, 5, at, live)
+            last = _partial(memories, 6, at, live) + _partial(memories, 7, at, live)
+            total = total + (upper + last)
+    else:
+        for rank in tl.static_range(1, SIZE):
+            total = total + _partial(memories, rank, at, live)
+    return total
+
+
+@triton.jit
+def _sum_kernel(
+    partial, output, memories, epochs, numel, part, capacity, RANK: tl.constexpr,
+    SIZE: tl.constexpr, MODE: tl.constexpr, TREE: tl.constexpr, PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    epoch = tl.load(epochs + program) + 1
+    # Elements of 4 bytes from the memory's start: flags, two halves of partials, two of results.
+    half = 2 * SIZE * PROGRAMS + (epoch & 1).to(tl.int64) * capacity
+    results = 2 * SIZE * PROGRAMS + 2 * capacity + (epoch & 1).to(tl.int64) * (capacity // 2)
+    i = tl.arange(0, BLOCK)
+    own = _memory_of(memories, RANK, tl.float32)
+    for p in tl.static_range(SIZE):
+        for start in range(program * BLOCK, part, programs * BLOCK):
+            at = p * part + start + i
+            live = (start + i < part) & (at < numel)
+            tl.store(own + half + at, tl.load(partial + at, live).to(tl.float32), live)
+    _meet(memories, 0, epoch, RANK, SIZE, PROGRAMS)
+    if MODE == _ONE_SHOT:
+        for p in tl.static_range(SIZE):
+            for start in range(program * BLOCK, part, programs * BLOCK):
+                at = p * part + start + i
+                live = (start + i < part) & (at < numel)
+                total = _total(memories, half + at, live, SIZE, TREE)
+                tl.store(output + at, total.to(output.dtype.element_ty), live)
+    else:
+        if MODE == _OWN_PART:
+            mine = output
+        else:
+            mine = (own + results).to(tl.pointer_type(output.dtype.element_ty))
+        for start in range(program * BLOCK, part, programs * BLOCK):
+            at = RANK * part + start + i
+            live = (start + i < part) & (at < numel)
+            total = _total(memories, half + at, live, SIZE, TREE)
+            tl.store(mine + start + i, total.to(output.dtype.element_ty), live)
+        if MODE == _TWO_SHOTS:
+            _meet(memories, 1, epoch, RANK, SIZE, PROGRAMS)
+            for p in tl.static_range(SIZE):
+                theirs = _memory_of(memories, p, tl.float32) + results
+                theirs = theirs.to(tl.pointer_type(output.dtype.element_ty))
+                for start in range(program * BLOCK, part, programs * BLOCK):
+                    at = p * part + start + i
+                    live = (start + i < part) & (at < numel)
+                    tl.store(output + at, tl.load(theirs + start + i, live), live)
+    # Every counter counts the sums, whatever their number of programs.
+    for j in range(program, PROGRAMS, programs):
+        tl.store(epochs + j, epoch)
+
+
+@dataclass
+class _Memory:
+    """What the ranks of a group see of each other: flags, partials and results."""
+
+    group: dist.ProcessGroup
+    device: torch.device
+    capacity: int
+    """fp32 elements of a partial."""
+
+    def __post_init__(self) -> None:
+        from torch.distributed import _symmetric_memory as symmetric
+
+        size = dist.get_world_size(self.group)
+        numel = 2 * size * _PROGRAMS + 3 * self.capacity
+        torch.cuda.synchronize(self.device)
+        self.own = symmetric.empty(numel, dtype=torch.int32, device=self.device)
+        self.own.zero_()
+        torch.cuda.synchronize(self.device)  # the flags are 0 before anybody may set one
+        self.handle = symmetric.rendezvous(self.own, self.group)
+        pointers = [self.handle.get_buffer(r, (1,), torch.int32).data_ptr() for r in range(size)]
+        self.pointers = torch.tensor(pointers, dtype=torch.int64, device=self.device)
+        self.epochs = torch.zeros(_PROGRAMS, dtype=torch.int32, device=self.device)
+        dist.barrier(self.group)
+
+
+@dataclass
+class Peers:
+    """The GPUs of a group, which can read each other's memory."""
+
+    group: dist.ProcessGroup
+    device: torch.device
+    memories: list[_Memory] = field(default_factory=list)
+    """Growing; a CUDA graph may hold an earlier one."""
+
+    def sum(self, partial: torch.Tensor, dtype: torch.dtype, tree: bool) -> torch.Tensor:
+        """The ranks' partials added up in fp32, on every rank: partial's shape in dtype."""
+        output = torch.empty(partial.shape, dtype=dtype, device=partial.device)
+        small = partial.numel() <= _ONE_SHOT_ELEMENTS
+        self._launch(partial, output, _ONE_SHOT if small else _TWO_SHOTS, tree)
+        return output
+
+    def sum_of_own_rows(
+        self, partial: torch.Tensor, dtype: torch.dtype, tree: bool
+    ) -> torch.Tensor:
+        """The same, of this rank's part of the rows only: [T, ...] -> [T / size, ...]."""
+        rows = len(partial) // dist.get_world_size(self.group)
+        output = torch.empty((rows, *partial.shape[1:]), dtype=dtype, device=partial.device)
+        self._launch(partial, output, _OWN_PART, tree)
+        return output
+
+    def _launch(
+        self, partial: torch.Tensor, output: torch.Tensor, mode: tl.constexpr, tree: bool
+    ) -> None:
+        numel, size = partial.numel(), dist.get_world_size(self.group)
+        if numel == 0:
+            return
+        memory, part = self._memory(numel), -(-numel // size)
+        if mode is not _OWN_PART:
+            part += -part % 16  # parts that loads of 16 bytes may start at
+        _sum_kernel[(min(_PROGRAMS, triton.cdiv(part, _BLOCK)),)](
+            partial.contiguous(), output, memory.pointers, memory.epochs, numel, part,
+            memory.capacity, dist.get_rank(self.group), size, mode.value, tree, _PROGRAMS, _BLOCK,
+        )  # fmt: skip
+
+    def _memory(self, numel: int) -> _Memory:
+        if not self.memories or self.memories[-1].capacity < numel:
+            capacity = max(_LEAST_CAPACITY, triton.next_power_of_2(numel))
+            self.memories.append(_Memory(self.group, self.device, capacity))
+        return self.memories[-1]
+
+
+_peers: dict[dist.ProcessGroup, Peers | None] = {}
+
+
+def peers_of(group: dist.ProcessGroup, device: torch.device) -> Peers | None:
+    """The group's GPUs; None unless every one of them can read every other one's memory."""
+    if group not in _peers:
+        places: list[tuple[str, int]] = [("", 0)] * dist.get_world_size(group)
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        dist.all_gather_object(places, (socket.gethostname(), index), group)
+        hosts, devices = {host for host, _ in places}, [i for _, i in places]
+        connected = len(hosts) == 1 and all(
+            torch.cuda.can_device_access_peer(index, other) for other in devices if other != index
+        )
+        answers = [False] * len(places)
+        dist.all_gather_object(answers, connected, group)
+        _peers[group] = Peers(group, device) if all(answers) else None
+    return _peers[group]

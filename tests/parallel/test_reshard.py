@@ -1,0 +1,65 @@
+"""A checkpoint goes on under another layout: the same state to the bit, then the same steps."""
+
+import json
+
+import pytest
+import torch
+
+from samebit.rollout.models.registry import load_model_config
+from samebit.trainer.checkpoint import latest_checkpoint
+from samebit.trainer.megatron.resharding import WholeState
+
+LAYOUTS = (("alone", 1), ("tensor", 2), ("optimizer", 2), ("pipeline", 2))
+FIELDS = ("params", "reference", "exp_avg", "exp_avg_sq")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Tied embeddings, of which the last stage of a pipeline holds a copy."""
+    from samebit.recipes.tiny_model import write_config, write_weights
+
+    folder = tmp_path_factory.mktemp("model")
+    shape = {"hidden_size": 48, "intermediate_size": 104, "head_dim": 16, "vocab_size": 331}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    write_config(folder, "qwen3", **shape, **heads, tie_word_embeddings=True)
+    write_weights(folder, seed=3, std=0.05)
+    return folder
+
+
+def whole_state(model, root):
+    """Every tensor of a checkpoint by field and Hugging Face name, and its step."""
+    saved = WholeState(model, latest_checkpoint(root).load_all())
+    tensors = {(field, name): saved.read(field, name) for field in FIELDS for name in saved.names}
+    return tensors, saved.first["step"]
+
+
+def test_a_checkpoint_goes_from_layout_to_layout(run_ranks, folder, tmp_path):
+    """Weights, reference and both moments keep every bit from one process to two of any kind and
+    back; the step after is the same up to the order of its sums."""
+    model = load_model_config(folder)
+    results, before = [], tmp_path / "nothing"
+    for i, (mode, size) in enumerate((*LAYOUTS, LAYOUTS[0])):
+        after = tmp_path / f"{i}_{mode}"
+        run_ranks("reshard", size, folder, mode, before, after, tmp_path / f"{i}.json")
+        ranks = [json.loads((tmp_path / f"{i}.{rank}").read_text()) for rank in range(size)]
+        assert all(rank == ranks[0] for rank in ranks)
+        results.append((ranks[0], *whole_state(model, after)))
+        before = after
+    first, tensors, step = results[0]
+    assert step == 2
+    assert any(tensors["exp_avg", name].any() for _, name in tensors)
+    for found, other, other_step in results[1:]:
+        assert (found["digest"], other_step) == (first["digest"], step)
+        assert other.keys() == tensors.keys()
+        assert all(torch.equal(other[key], tensors[key]) for key in tensors)
+        for name in ("loss", "grad_norm", "learning_rate"):
+            assert found["next"][name] == pytest.approx(first["next"][name], rel=1e-6)
+    assert results[-1][0] == first
+
+
+def test_another_model_is_refused(run_ranks, folder, qwen3_path, tmp_path):
+    """Before anything is written over."""
+    run_ranks("reshard", 1, folder, "alone", tmp_path / "none", tmp_path / "a", tmp_path / "a.json")
+    states = latest_checkpoint(tmp_path / "a").load_all()
+    with pytest.raises(ValueError, match="holds another model's parameters"):
+        WholeState(load_model_config(qwen3_path), states)

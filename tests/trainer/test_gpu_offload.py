@@ -1,0 +1,66 @@
+"""Master weights and moments in the host's memory, on the card: the same steps, less memory."""
+
+import pytest
+import torch
+
+from samebit.recipes.placement import load_weights
+from samebit.recipes.tiny_model import write_config, write_weights
+from samebit.rollout.models.registry import load_model_config
+from samebit.trainer.algorithms.sft import sft_loss
+from samebit.trainer.config import OptimizerConfig, ParallelConfig
+from samebit.trainer.megatron import trainer as trainer_module
+from samebit.trainer.megatron.offload import OffloadedState
+from samebit.trainer.megatron.trainer import MegatronTrainer
+from samebit.trainer.packing import pack_samples
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Eight million parameters."""
+    shape = {"hidden_size": 512, "intermediate_size": 1536, "head_dim": 64, "vocab_size": 2000}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2}
+    write_config(tmp_path, "qwen3", **shape, **heads, tie_word_embeddings=False)
+    write_weights(tmp_path, seed=7)
+    return tmp_path
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "distributed optimizer"])
+def test_offload_moves_no_bit(folder, random_samples, split, monkeypatch):
+    """Slices of 100,000 elements through three slots; either kind takes over the other's state."""
+    monkeypatch.setattr(trainer_module, "OffloadedState", lambda p: OffloadedState(p, 100_000))
+    device = torch.device("cuda")
+    batches = pack_samples(random_samples(20, seed=6), 200, device=device)
+
+    def make(offload):
+        parallel = ParallelConfig(offload_optimizer=offload, distributed_optimizer=split)
+        settings = OptimizerConfig(lr=1e-3, weight_decay=0.1)
+        trainer = MegatronTrainer(load_model_config(folder), settings, 9, device, parallel)
+        load_weights(trainer, folder)
+        return trainer
+
+    def steps(trainer):
+        return [(trainer.train_step(batches, sft_loss), trainer.digest()) for _ in range(2)]
+
+    def memory(offload):
+        before = torch.cuda.memory_allocated()
+        trainer = make(offload)
+        return trainer, torch.cuda.memory_allocated() - before
+
+    (plain, whole), (offloaded, less) = memory(False), memory(True)
+    num_params = sum(p.numel() for p in plain.params.values())
+    assert whole - less > 11 * num_params
+    assert steps(offloaded) == steps(plain)
+    ours, theirs = offloaded.state_dict(), plain.state_dict()
+    for name, state in theirs["optimizer"].items():
+        for key in ("exp_avg", "exp_avg_sq", "master", "step"):
+            assert torch.equal(ours["optimizer"][name][key].cpu(), state[key].cpu()), (name, key)
+    back, forth = make(False), make(True)
+    back.load_state_dict(ours)
+    forth.load_state_dict(theirs)
+    expected = steps(plain)
+    assert steps(back) == steps(forth) == steps(offloaded) == expected

@@ -1,0 +1,103 @@
+"""The optimizer's state in the host's memory: master weights and moments, 12 bytes a parameter.
+
+A step brings them to the device slice by slice, updates them there and takes them back, loading,
+updating and storing three slices at a time. AdamW is elementwise, so this moves no bit.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.optim.adamw import adamw
+
+from samebit.trainer.megatron.optimizer_state import Piece, host_zeros_like
+
+SLICE = 1 << 25
+"""Elements that are on the device at a time, for each tensor of the state and each of 3 slots."""
+_SLOTS = 3
+
+
+class OffloadedState:
+    """Holds the master copies of `pieces`, whose moments are in the host's memory, and steps."""
+
+    def __init__(self, pieces: Sequence[Piece], slice_size: int = SLICE) -> None:
+        self._pieces = pieces
+        self._slice = min(slice_size, max(piece.main.numel() for piece in pieces))
+        self._slots: list[_Slot] = []
+        for piece in pieces:
+            if piece.has_master:
+                piece.state["master"] = host_zeros_like(piece.main).copy_(piece.main)
+                # Megatron still hangs its gradient on it, and so asks for shape and device.
+                piece.main.data = piece.main.new_empty(1).expand(piece.main.shape)
+
+    @torch.no_grad()
+    def reload_model_params(self) -> None:
+        """Make the master copies those of the present weights."""
+        for piece in self._pieces:
+            if piece.has_master:
+                piece.state["master"].copy_(piece.weights.view_as(piece.main))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step of AdamW for every piece, and its weights rounded from the master copy."""
+        device = self._pieces[0].main.device
+        if device.type == "cuda":
+            self._step_on_gpu(device)
+        else:
+            for piece, part in self._slices():
+                update(piece, part, {n: t.view(-1)[part] for n, t in piece.tensors.items()})
+        for piece in self._pieces:
+            piece.state["step"] += 1
+
+    def _slices(self) -> Iterator[tuple[Piece, slice]]:
+        for piece in self._pieces:
+            for start in range(0, piece.main.numel(), self._slice):
+                yield piece, slice(start, min(start + self._slice, piece.main.numel()))
+
+    def _step_on_gpu(self, device: torch.device) -> None:
+        if not self._slots:
+            self._slots = [_Slot(self._slice, device) for _ in range(_SLOTS)]
+        now = torch.cuda.current_stream(device)
+        for slot in self._slots:
+            slot.stream.wait_stream(now)
+        for i, (piece, part) in enumerate(self._slices()):
+            slot = self._slots[i % _SLOTS]
+            host = {name: tensor.view(-1)[part] for name, tensor in piece.tensors.items()}
+            with torch.cuda.stream(slot.stream):  # behind the slot's last way back
+                there = {
+                    name: slot.memory[name][: part.stop - part.start].copy_(h, non_blocking=True)
+                    for name, h in host.items()
+                }
+            now.wait_stream(slot.stream)
+            update(piece, part, there)
+            slot.stream.wait_stream(now)
+            with torch.cuda.stream(slot.stream):
+                for name, h in host.items():
+                    h.copy_(there[name], non_blocking=True)
+        for slot in self._slots:
+            slot.stream.synchronize()
+
+
+class _Slot:
+    """Memory on the device for a slice of every tensor, and the stream to fill and empty it by."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.memory = {
+            name: torch.empty(size, device=device) for name in ("master", "exp_avg", "exp_avg_sq")
+        }
+        self.stream = torch.cuda.Stream(device)
+
+
+def update(piece: Piece, part: slice, tensors: dict[str, torch.Tensor]) -> None:
+    """AdamW's step of a slice whose state is in `tensors`, [n] each on the weights' device."""
+    weights, grad, group = piece.weights.view(-1)[part], piece.main.grad, piece.group
+    assert grad is not None
+    main = tensors.get("master", weights)
+    beta1, beta2 = group["betas"]
+    adamw(
+        [main], [grad.view(-1)[part]], [tensors["exp_avg"]], [tensors["exp_avg_sq"]], [],
+        [piece.state["step"].clone()], fused=group["fused"], amsgrad=False, beta1=beta1,
+        beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+        maximize=False,
+    )  # fmt: skip
+    if piece.has_master:
+        weights.copy_(main)

@@ -1,0 +1,92 @@
+"""A checkpoint of any layout, put together again: for export, and to go on under another layout.
+
+Every tensor of a rank's state is cut like the parameter it belongs to: weights, moments, master
+weights. So one description of the shards (weight_sync.mapping) serves them all. Bits are kept here;
+those of the steps after a change of layout are the new layout's.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from samebit.rollout.models.config import ModelConfig
+from samebit.trainer.megatron.optimizer_state import Piece
+from samebit.trainer.megatron.stages import make_stage, stage_specs
+from samebit.weight_sync.mapping import ParamSpec, Shard, collect_hf, load_params
+
+_WHOLE = ("params", "reference")
+"""Fields of a state that hold a rank's parameters whole; the others are flat parts."""
+
+
+class WholeState:
+    """The states of all ranks as one. Raises ValueError if they are not the model's.
+
+    Tensors are read when asked for, one Hugging Face tensor at a time.
+    """
+
+    def __init__(self, model: ModelConfig, states: Iterable[Mapping[str, Any]]) -> None:
+        self._holders: dict[str, list[tuple[ParamSpec, list[Mapping[str, Any]]]]] = {}
+        self._read: tuple[str, dict[str, torch.Tensor]] = ("", {})
+        copies = defaultdict(list)
+        for state in states:
+            copies[state["tensor"], state["stage"]].append(state)
+        self.first = next(iter(copies.values()))[0]
+        for (tensor, stage), same in copies.items():
+            specs = stage_specs(model, Shard(*tensor), make_stage(model, *stage))
+            shapes = {name: tuple(p.shape) for name, p in same[0]["params"].items()}
+            if shapes != {spec.name: spec.shape for spec in specs}:
+                raise ValueError("the checkpoint holds another model's parameters")
+            for spec in specs:
+                for hf_name in spec.hf_shapes:
+                    self._holders.setdefault(hf_name, []).append((spec, same))
+
+    @property
+    def names(self) -> list[str]:
+        """Hugging Face tensors of the model."""
+        return list(self._holders)
+
+    def read(self, field: str, hf_name: str) -> torch.Tensor:
+        """A whole Hugging Face tensor of a field: "params", "reference", a moment or "master"."""
+        if self._read[0] != field or hf_name not in self._read[1]:
+            self._read = (field, {})
+            for spec, copies in self._holders[hf_name]:
+                collect_hf([spec], {spec.name: _shard(field, spec, copies)}, self._read[1])
+        return self._read[1][hf_name]
+
+    def fill(
+        self, field: str, specs: Iterable[ParamSpec], params: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Write one field into the shards that `specs` describe."""
+        load_params(specs, params, partial(self.read, field))
+
+    def optimizer_state(
+        self, specs: Iterable[ParamSpec], pieces: Iterable[Piece]
+    ) -> dict[str, dict[str, Any]]:
+        """What load_optimizer_state takes, for these pieces of the shards."""
+        spec_of = {spec.name: spec for spec in specs}
+        step = next(iter(self.first["optimizer"].values()))["step"]
+        state: dict[str, dict[str, Any]] = {}
+        for piece in pieces:
+            spec = spec_of[piece.name]
+            state[piece.name] = {"start": piece.start, "step": step}
+            for field, tensor in piece.tensors.items():
+                shard = torch.empty(spec.shape)
+                self.fill(field, [spec], {spec.name: shard})
+                part = shard.view(-1)[piece.start : piece.start + tensor.numel()]
+                state[piece.name][field] = part.clone()
+        return state
+
+
+def _shard(field: str, spec: ParamSpec, copies: list[Mapping[str, Any]]) -> torch.Tensor:
+    """One tensor of a shard, whose flat parts may be spread over copies of the model."""
+    if field in _WHOLE:
+        return copies[0][field][spec.name]
+    whole = torch.empty(spec.shape)
+    for state in copies:
+        if spec.name in state["optimizer"]:
+            piece = state["optimizer"][spec.name]
+            whole.view(-1)[piece["start"] :][: piece[field].numel()] = piece[field]
+    return whole
