@@ -20,7 +20,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 NOTES = {
     "torch_kernels": "linear is torch's own product (cuBLAS as it chooses, split-K included); "
-    "attention and all other operations stay the engine's",
+    "all other operations stay the engine's (torch has no attention over a paged cache)",
 }
 
 

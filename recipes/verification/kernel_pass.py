@@ -15,7 +15,7 @@ import torch
 from samebit.kernels.attention import packed_attention, paged_attention, plan_packed, plan_paged
 from samebit.kernels.attention_inputs import attention_inputs
 from samebit.kernels.kv_write import kv_write
-from samebit.kernels.linear import linear, logits
+from samebit.kernels.linear import linear, linear_in_segments, logits
 from samebit.kernels.logprob import logprob, logsumexp, padded_vocab_size
 from samebit.kernels.rms_norm import add_rms_norm, rms_norm
 from samebit.kernels.rope import rope, rope_table
@@ -65,6 +65,7 @@ def linear_pass(make: Inputs) -> Iterator[torch.Tensor]:
             x = make.normal(m, k, seed=1)
             yield from with_gradients(linear(x, weight), x, weight)
             yield logits(x.detach(), weight.detach())
+            yield linear_in_segments(x.detach(), weight.detach(), 4)
 
 
 def streaming_pass(make: Inputs) -> Iterator[torch.Tensor]:

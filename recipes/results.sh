@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# Measure anew, on this machine's GPUs, what recipes/bench/results and recipes/verification/results
+# hold. A report of each part goes to OUT:
+#
+#   recipes/results.sh OUT PART...
+#
+# Parts: verify (two runs side by side have to be equal; SMOLLM2=FOLDER adds that model), engine,
+# kernels, trainer; reduce, tensor_parallel and trainer_tp take two GPUs.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+bin=$here/../.venv/bin
+shapes=$here/bench/shapes
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+shift
+
+samebit() { # NAME COMMAND... -> OUT/NAME
+    local name=$1
+    shift
+    "$bin/samebit" "$@" output_dir="$out" run_name="$name" >"$out/$name.log" 2>&1 || {
+        tail -n 20 "$out/$name.log" >&2
+        return 1
+    }
+    tail -n 30 "$out/$name.log"
+}
+
+module() { # PROCESSES MODULE ARGUMENT...
+    "$bin/python" -m torch.distributed.run --nproc-per-node "$1" --master-addr 127.0.0.1 \
+        --master-port "${PORT:-29511}" -m "samebit.recipes.$2" "${@:3}"
+}
+
+twice() { # NAME ARGUMENT...: samebit verify
+    local name=$1 a b
+    shift
+    samebit "${name}_a" verify "$@" >/dev/null & a=$!
+    samebit "${name}_b" verify "$@" >/dev/null & b=$!
+    wait "$a"
+    wait "$b"
+    "$bin/python" - "$out/${name}"_{a,b}/verify.json <<'EOF'
+import json, sys
+a, b = (json.load(open(path)) for path in sys.argv[1:])
+for name in ("tokens", "mismatches", "outcomes_digest"):
+    print(sys.argv[1], name, a[name], b[name])
+sys.exit(a["mismatches"] + b["mismatches"] > 0 or a["outcomes_digest"] != b["outcomes_digest"])
+EOF
+}
+
+verify() {
+    twice verify_qwen3_8b model="$shapes/qwen3-8b" load_format=dummy
+    twice verify_qwen3_0.6b model="$shapes/qwen3-0.6b" load_format=dummy
+    if [[ -n ${SMOLLM2:-} ]]; then twice verify_smollm2 model="$SMOLLM2"; fi
+}
+
+engine() {
+    samebit engine_qwen3_8b bench engine model="$shapes/qwen3-8b" load_format=dummy
+    samebit engine_qwen3_0.6b bench engine model="$shapes/qwen3-0.6b" load_format=dummy \
+        'workloads=[1x1x512x512,64x8x512x512]'
+}
+
+kernels() { samebit kernels_qwen3_8b bench kernels model="$shapes/qwen3-8b"; }
+
+trainer() { samebit trainer_qwen3_4b bench trainer model="$shapes/qwen3-4b"; }
+
+reduce() { module 2 bench.reduce "$out/reduce.json"; }
+
+tensor_parallel() { # drawn and computed again; tp_invariant: one GPU draws what two draw
+    local options=("$shapes/qwen3-8b") program=verification.tensor_parallel
+    module 2 $program "${options[@]}" "$out/tp2.json" dummy=true
+    module 2 $program "${options[@]}" "$out/tp2_invariant.json" dummy=true tp_invariant=true
+    module 1 $program "${options[@]}" "$out/tp1_invariant.json" dummy=true tp_invariant=true
+    "$bin/python" - "$out"/tp{1,2}_invariant.json <<'EOF'
+import json, sys
+one, two = (json.load(open(path))["outcomes_digest"] for path in sys.argv[1:])
+print("tp_invariant on one GPU and on two:", one, two)
+sys.exit(one != two)
+EOF
+}
+
+trainer_tp() { # what tp_invariant costs
+    local layout=(parallel.tensor=2 parallel.sequence=true compare=false 'packs=[8x1024]')
+    samebit trainer_tp2 bench trainer model="$shapes/qwen3-8b" "${layout[@]}"
+    samebit trainer_tp2_invariant bench trainer model="$shapes/qwen3-8b" "${layout[@]}" \
+        tp_invariant=true
+}
+
+for part; do
+    echo "== $part"
+    time "$part"
+done
