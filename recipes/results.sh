@@ -5,7 +5,8 @@
 #   recipes/results.sh OUT PART...
 #
 # Parts: verify (two runs side by side have to be equal; SMOLLM2=FOLDER adds that model), engine,
-# kernels, trainer; reduce, tensor_parallel and trainer_tp take two GPUs.
+# kernels, trainer, kills (a short demo on SmolLM2, killed 20 times); on two GPUs reduce,
+# tensor_parallel, trainer_tp.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -61,6 +62,12 @@ engine() {
 kernels() { samebit kernels_qwen3_8b bench kernels model="$shapes/qwen3-8b"; }
 
 trainer() { samebit trainer_qwen3_4b bench trainer model="$shapes/qwen3-4b"; }
+
+kills() {
+    "$bin/python" -m samebit.recipes.verification.kill_demo "$out/demo_kills.json" kills=20 seed=7 \
+        shortest_s=12 longest_s=24 demo=smollm2 grpo.trainer.num_steps=40 \
+        grpo.trainer.checkpoint_every=2
+}
 
 reduce() { module 2 bench.reduce "$out/reduce.json"; }
 
