@@ -29,7 +29,7 @@ from samebit.kernels.gpu.skinny import Tile
 from samebit.kernels.gpu.tuning import TABLES, Choice, Key, row_bucket, table_path, to_json
 from samebit.recipes.bench.config import BenchKernelsRun
 from samebit.recipes.bench.kernels import linear_shapes
-from samebit.recipes.bench.timing import num_copies
+from samebit.recipes.bench.timing import graph_us, ideal_us, num_copies
 from samebit.recipes.metrics import write_atomically
 from samebit.recipes.provenance import provenance
 from samebit.rollout.models.config import ModelConfig
@@ -97,24 +97,6 @@ def compile_all(keys: Iterable[Key]) -> dict[tuple[int, bool, bool, Tile], str]:
         return {what: e for what, e in zip(jobs, errors, strict=True) if e is not None}
 
 
-def graph_us(action: Callable[[int], None], copies: int, replays: int = 5) -> float:
-    """Median microseconds of action(i) inside a captured graph that goes through all copies."""
-    runs = max(copies, 8)
-    action(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(runs):
-            action(i % copies)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 2)]
-    for event in events:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(events))
-    return 1000 * times[len(times) // 2] / runs
-
-
 def model_keys(config: ModelConfig, row_counts: Sequence[int]) -> list[Key]:
     """Products of a model at these row counts."""
     shapes = linear_shapes(config)
@@ -136,6 +118,7 @@ class _Product:
         self.key = key
         wide = key.n * (2 if key.gated else 1)
         self.copies = min(64, num_copies(wide * key.k * 2))
+        self.ideal_us = ideal_us(2 * key.rows * wide * key.k, 2 * wide * key.k)
         self.weights = [
             torch.randn(wide, key.k, device="cuda").mul_(0.02).to(torch.bfloat16)
             for _ in range(self.copies)
@@ -173,8 +156,9 @@ class _Product:
             self.x, _ = add_rms_norm(self.raw, self.zero, self.one, 1e-6)
             action(i)
 
-        few = self.key.rows <= skinny.MAX_ROWS
-        return graph_us(chain if few else action, self.copies)
+        timed = chain if self.key.rows <= skinny.MAX_ROWS else action
+        actions = [partial(timed, i) for i in range(self.copies)]
+        return graph_us(actions, self.ideal_us, replays=5).median
 
 
 def tune_product(
