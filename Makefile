@@ -49,7 +49,7 @@ CUDA_BIN := $${CUDA_HOME:-/usr/local/cuda}/bin
 SANITIZER ?= $(or $(shell command -v compute-sanitizer),$(CUDA_BIN)/compute-sanitizer)
 
 sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
-sanitize: $(STAMP) ## every GPU kernel once under compute-sanitizer: memcheck, racecheck
+sanitize: $(STAMP) ## every kernel of one GPU under compute-sanitizer: memcheck, racecheck
 	for tool in memcheck racecheck; do
 		"$(SANITIZER)" --tool $$tool --error-exitcode 1 --target-processes application-only \
 			$(PY) -m samebit.recipes.verification.kernel_pass

@@ -23,7 +23,7 @@ class NumericsProfile:
     device_type: str
     architecture: str
     tp_size: int = 1
-    """1 under tp_invariant: bits do not depend on it."""
+    """1 under tp_invariant: a forward's bits do not depend on it."""
     tp_invariant: bool = False
     kv_tile: int
     kv_split: int | None

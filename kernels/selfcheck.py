@@ -91,6 +91,26 @@ def _gpu_differs(shape: tuple[int, int], device: torch.device) -> bool:
     return False
 
 
+def _gpu_segments_differ(shape: tuple[int, int], device: torch.device) -> bool:
+    """Whether linear_in_segments of two parts of this shape gives other bits than Triton's sum."""
+    from samebit.kernels.gpu import cublaslt
+    from samebit.kernels.gpu.linear import linear_in_segments, linear_triton
+
+    (n, k), rows = shape, GPU_ROW_COUNTS[-1]
+    weight = torch.randn(n, 2 * k, device=device).to(torch.bfloat16)
+    x = torch.randn(rows, 2 * k, device=device).to(torch.bfloat16)
+    parts = [torch.empty(rows, n, device=device) for _ in range(2)]
+    for a, b, y in zip(x.chunk(2, 1), weight.chunk(2, 1), parts, strict=True):
+        linear_triton(a, b, y)
+    truth = parts[0] + parts[1]
+    try:
+        found = ((m, linear_in_segments(x[:m], weight, 2)) for m in GPU_ROW_COUNTS)
+        return any(not torch.equal(y, truth[:m]) for m, y in found)
+    except cublaslt.CublasLtError as error:
+        logger.warning("linear_in_segments: %s", error)
+        return True
+
+
 def check_fused(
     num_heads: int,
     num_kv_heads: int,
@@ -190,19 +210,22 @@ def selfcheck(
     widths: Iterable[int],
     device: torch.device | None = None,
     column_shards: Iterable[tuple[int, int, int]] = (),
+    segments: Iterable[tuple[int, int]] = (),
 ) -> None:
     """Check a model's operations on `device` and select implementations accordingly.
 
     linear_shapes: (N, K) of every weight; heads: (N, K, H) of attention; widths: row lengths of
-    norms and activations; column_shards: see check_columns. Raises SelfCheckError where nothing
-    that keeps the contract is left.
+    norms and activations; column_shards: see check_columns; segments: (N, K) of the parts that
+    linear_in_segments cuts weights into. Raises SelfCheckError where nothing that keeps the
+    contract is left.
     """
     device = device or torch.device("cpu")
-    shapes = sorted(set(linear_shapes))
+    segments = sorted(set(segments))
+    shapes = sorted({*linear_shapes, *segments})
     widths = sorted(set(widths))
     key = [numerics_profile(device).digest, torch.get_num_threads()]
     shards = sorted(set(column_shards))
-    key += [shapes, list(heads), widths, shards]
+    key += [shapes, list(heads), widths, shards, segments]
     cache = _cache_file(key)
     unequal = _remembered(cache)
     if unequal is None:
@@ -213,6 +236,8 @@ def selfcheck(
         if device.type == "cpu":  # on a GPU every element is one chain, whatever the tile
             check_columns(shards, device)
         unequal = unequal_linear_shapes(shapes, device)
+        if device.type == "cuda":
+            unequal |= {shape for shape in segments if _gpu_segments_differ(shape, device)}
         _remember(cache, unequal)
     if not unequal:
         return

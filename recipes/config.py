@@ -10,7 +10,13 @@ from pathlib import Path
 from samebit.recipes.metrics import LoggerConfig
 from samebit.recipes.rewards import RewardConfig
 from samebit.recipes.tasks.base import DataConfig
-from samebit.trainer.config import GrpoConfig, ParallelConfig, TrainerConfig, require
+from samebit.trainer.config import (
+    GrpoConfig,
+    ParallelConfig,
+    TrainerConfig,
+    check_tp_invariant,
+    require,
+)
 
 DEMO_MODELS = ("tiny", "smollm2")
 PLACEMENTS = ("colocated", "process")
@@ -86,10 +92,10 @@ class RolloutSection:
 
 @dataclass(kw_only=True)
 class NumericsSection:
-    """What bits may depend on."""
+    """What the contract leaves open; see kernels/profile.py."""
 
     tp_invariant: bool = False
-    """Not on trainer.parallel.tensor, which may then be 1, 2, 4 or 8."""
+    """A forward's bits do not depend on trainer.parallel.tensor, which may be 1, 2, 4 or 8."""
 
 
 @dataclass(kw_only=True)
@@ -129,12 +135,6 @@ def _check_copies(size: int, copies: int) -> None:
     require(size >= copies, "trainer.parallel.data", copies, f"at most {size}, a step's samples")
 
 
-def _check_numerics(numerics: NumericsSection, parallel: ParallelConfig) -> None:
-    fits = not numerics.tp_invariant or parallel.tensor in (1, 2, 4, 8)
-    meaning = "1, 2, 4 or 8 with numerics.tp_invariant"
-    require(fits, "trainer.parallel.tensor", parallel.tensor, meaning)
-
-
 def _check_placement(engine: EngineSection, parallel: ParallelConfig) -> None:
     count = parallel.num_processes
     layout = f"{count} processes of the trainer, in {parallel.pipeline} stages"
@@ -159,7 +159,8 @@ class SftRun(RunSection):
     def validate(self) -> None:
         """Checks across sections; ValueError names the keys."""
         require(self.trainer.batch_size is not None, "trainer.batch_size", None, "set for sft")
-        _check_numerics(self.numerics, self.trainer.parallel)
+        invariant, tensor = self.numerics.tp_invariant, self.trainer.parallel.tensor
+        check_tp_invariant(invariant, tensor, "trainer.parallel.tensor")
         _check_copies(self.trainer.batch_size or 0, self.trainer.parallel.data)
 
 
@@ -192,7 +193,8 @@ class GrpoRun(RunSection):
         prompts, n = self.rollout.prompts_per_step, self.rollout.samples_per_prompt
         meaning = "at least 2: an advantage is relative to the other samples of the prompt"
         require(n >= 2, "rollout.samples_per_prompt", n, meaning)
-        _check_numerics(self.numerics, self.trainer.parallel)
+        invariant, tensor = self.numerics.tp_invariant, self.trainer.parallel.tensor
+        check_tp_invariant(invariant, tensor, "trainer.parallel.tensor")
         _check_placement(self.engine, self.trainer.parallel)
         if self.samples_per_step % self.batch_size:
             raise ValueError(

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from dataclasses import fields
 from pathlib import Path
 
 from samebit.recipes import fetch_smollm2, grpo, sft
@@ -16,11 +17,9 @@ from samebit.rollout.config import resolve_device
 
 def _phase(run: DemoRun, phase: SftRun | GrpoRun, name: str, model: Path) -> None:
     """Give a phase the demo's own settings."""
-    shared = RunSection(run_name=name, output_dir=str(run.run_dir))
-    for key in ("resume", "overwrite", "device", "cpu_threads", "seed"):
-        setattr(shared, key, getattr(run, key))
-    for key, value in vars(shared).items():
-        setattr(phase, key, value)
+    for field in fields(RunSection):
+        setattr(phase, field.name, getattr(run, field.name))
+    phase.run_name, phase.output_dir = name, str(run.run_dir)
     phase.model.path = str(model)
 
 

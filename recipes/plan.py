@@ -30,12 +30,13 @@ def _memory(model: ModelConfig, device_type: str, parallel: ParallelConfig) -> d
     copies = parallel.data * parallel.context if parallel.distributed_optimizer else 1
     weight_bytes = 4 if device_type == "cpu" else 2
     master_bytes = 0 if device_type == "cpu" else 4
+    place = "on_host_" if parallel.offload_optimizer else ""
     return {
         "processes": parallel.num_processes,
         "parameters": whole,
         "weights_mib": round(parameters * weight_bytes / _MIB, 1),
         "gradients_mib": round(parameters * 4 / _MIB, 1),
-        "optimizer_mib": round(parameters * (8 + master_bytes) / copies / _MIB, 1),
+        f"optimizer_{place}mib": round(parameters * (8 + master_bytes) / copies / _MIB, 1),
     }
 
 

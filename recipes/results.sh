@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Measure anew, on this machine's GPUs, what recipes/bench/results and recipes/verification/results
-# hold. A report of each part goes to OUT:
+# Measure anew, on this machine's GPUs, most of what recipes/bench/results and
+# recipes/verification/results hold. A report of each part goes to OUT:
 #
 #   recipes/results.sh OUT PART...
 #
@@ -12,6 +12,17 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 bin=$here/../.venv/bin
 shapes=$here/bench/shapes
+parts=" verify engine kernels trainer kills reduce tensor_parallel trainer_tp "
+for part in "${@:2}"; do
+    if [[ $parts != *" $part "* ]]; then
+        echo "'$part' is no part; there are:$parts" >&2
+        exit 2
+    fi
+done
+if (($# < 2)); then
+    echo "usage: recipes/results.sh OUT PART...; parts:$parts" >&2
+    exit 2
+fi
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 shift

@@ -36,7 +36,7 @@ from samebit.weight_sync.session import non_finite
 
 CONFIG_FILE = "config.yaml"
 
-# Keys that cannot change a result, so a resumed run may change them.
+# Keys that a resumed run may change: none of them can change a result but reshard, which asks to.
 _FREE_KEYS = (
     "resume",
     "reshard",
@@ -95,6 +95,7 @@ class Session:
             "config_digest": config_digest(self.run),
             "model_digest": model_digest(self.run),
             "parallel": binding_layout(self.run),
+            "resharded": self.resharded,
             "numerics": asdict(self.profile) | {"digest": self.profile.digest},
             "progress": progress,
         }
@@ -113,6 +114,15 @@ class Session:
             raise Stopped(
                 f"{stopped}: stopped after step {progress.step}, {where}; resume=true goes on"
             ) from None
+
+    @property
+    def resharded(self) -> list[dict[str, Any]]:
+        """The changes of layout that the run has come through, with the steps after which."""
+        if self.resumed is None:
+            return []
+        there, here = self.resumed.manifest["parallel"], binding_layout(self.run)
+        change = {"step": self.resumed.step, "changes": _changes(there, here)}
+        return self.resumed.manifest["resharded"] + ([change] if change["changes"] else [])
 
     def restore(self, trainer: MegatronTrainer) -> dict[str, Any]:
         """Bring the trainer to the checkpoint that is resumed; its progress, else nothing."""
@@ -253,7 +263,7 @@ def _require_same(checkpoint: Checkpoint, run: SftRun | GrpoRun, profile: Numeri
         )
     resharded = {"tp_size": profile.tp_size} if run.reshard else {}
     there, here = checkpoint.manifest["numerics"] | resharded, asdict(profile)
-    if changes := _changes({k: there.get(k) for k in here}, here):
+    if changes := _changes(there, here):
         raise CheckpointError(
             f"{checkpoint.path} was written under another numerics profile, so bits would differ: "
             f"{changes}"

@@ -280,24 +280,22 @@ def resume(rank, size, store, folder, mode, root, out):
 def reshard(rank, size, store, folder, mode, before, after, out):
     """Two steps, or the state of another layout's checkpoint; a checkpoint, and one step more.
 
-    mode: as in `resume`, or "alone".
+    mode: as in `resume`, several of two ranks each with plus signs, or "alone".
     """
     from samebit.trainer.algorithms.sft import sft_loss
     from samebit.trainer.checkpoint import latest_checkpoint, save_checkpoint
     from samebit.trainer.config import ParallelConfig
     from samebit.trainer.megatron.resharding import WholeState
-    from samebit.trainer.packing import pack_samples, share_batches
+    from samebit.trainer.packing import pack_samples
 
     torch.set_num_threads(1)
-    if mode == "alone":
-        parallel = ParallelConfig()
-    else:
+    parts = [] if mode == "alone" else mode.split("+")
+    if parts:
         start(rank, size, store)
-        layout = {"data" if mode == "optimizer" else mode: int(size)}
-        parallel = ParallelConfig(**layout, distributed_optimizer=mode == "optimizer")
+    layout = {"data" if part == "optimizer" else part: 2 for part in parts}
+    parallel = ParallelConfig(**layout, distributed_optimizer="optimizer" in parts)
     megatron = make_trainer(folder, parallel, lr_schedule="linear", weight_decay=0.1)
-    batches = share_batches(pack_samples(gradient_samples(), 50), parallel.data)
-    mine = batches[int(rank) if parallel.data > 1 else 0]
+    mine = megatron.own_batches(pack_samples(gradient_samples(), 50))
     if (saved := latest_checkpoint(Path(before))) is None:
         megatron.freeze_reference()
         for _ in range(2):
@@ -314,17 +312,12 @@ def reshard(rank, size, store, folder, mode, before, after, out):
 
 def compare_logprobs(megatron, rollout, tokens):
     """(log-probs compared, unequal) between fresh samples and the trainer's forward of them."""
+    from samebit.recipes.samples import drawn_sample
     from samebit.trainer.packing import pack_samples
-    from samebit.trainer.types import Sample
 
     params = SamplingParams(n=3, max_new_tokens=20)
     samples = [
-        Sample(
-            sample_id=c.sample_id,
-            token_ids=(*prompt, *c.token_ids),
-            prompt_len=len(prompt),
-            logprobs=c.logprobs,
-        )
+        drawn_sample(prompt, c)
         for prompt, group in zip(prompts(), rollout.generate(prompts(), params), strict=True)
         for c in group
     ]

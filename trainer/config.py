@@ -15,6 +15,12 @@ def require(holds: bool, key: str, value: object, what: str) -> None:
         raise ValueError(f"{key} is {value!r}; it must be {what}")
 
 
+def check_tp_invariant(tp_invariant: bool, tensor: int, key: str) -> None:
+    """ValueError, naming the key of `tensor`, for a size that tp_invariant does not know."""
+    fits = not tp_invariant or tensor in (1, 2, 4, 8)
+    require(fits, key, tensor, "1, 2, 4 or 8 with tp_invariant")
+
+
 @dataclass(kw_only=True)
 class ParallelConfig:
     """How one model is spread over processes, and what a process keeps of it."""

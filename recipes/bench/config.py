@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from samebit.trainer.config import ParallelConfig, require
+from samebit.trainer.config import ParallelConfig, check_tp_invariant, require
 
 VARIANTS = ("default", "no_graphs", "no_overlap", "torch_kernels")
 TABLES = ("linear", "attention", "prefill", "rows")
@@ -163,7 +163,8 @@ class BenchKernelsRun(BenchRun):
 
     def __post_init__(self) -> None:
         require(self.replays >= 1, "replays", self.replays, "positive")
-        require(self.rows is None or all(m >= 1 for m in self.rows), "rows", self.rows, "positive")
+        some = self.rows is None or (len(self.rows) > 0 and min(self.rows) >= 1)
+        require(some, "rows", self.rows, "positive numbers, at least one")
         for name in self.tables:
             require(name in TABLES, "tables", name, f"one of {TABLES}")
 
@@ -188,6 +189,7 @@ class BenchTrainerRun(BenchRun):
     """Also time the forward with torch's products and flash attention."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tp_invariant: bool = False
+    """Sum row-parallel products so that a forward's bits do not depend on parallel.tensor."""
 
     def __post_init__(self) -> None:
         require(len(self.packs) > 0, "packs", self.packs, "at least one")
@@ -195,3 +197,7 @@ class BenchTrainerRun(BenchRun):
         require(self.repeats >= 1, "repeats", self.repeats, "positive")
         for text in self.packs:
             Pack.parse(text)
+        check_tp_invariant(self.tp_invariant, self.parallel.tensor, "parallel.tensor")
+        meaning = "1 to compare with torch, whose attention knows no parts of contexts"
+        fits = self.parallel.context == 1 or not self.compare
+        require(fits, "parallel.context", self.parallel.context, meaning)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from samebit.kernels.reduce import TensorRanks, sum_of_own_rows, sum_over_ranks
-from samebit.recipes.bench.output import format_table
+from samebit.recipes.bench.output import BenchError, format_table
 from samebit.recipes.bench.timing import Action, Spread
 from samebit.recipes.metrics import write_atomically
 from samebit.recipes.provenance import provenance
@@ -95,6 +95,8 @@ def table(found: list[dict[str, Any]]) -> str:
 
 def main(out: str) -> int:
     """Run on every GPU; the first writes the report."""
+    if "LOCAL_RANK" not in os.environ:
+        raise BenchError("sums over GPUs are timed under torch.distributed.run, one process a GPU")
     size, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local)
     start_processes(device, ParallelConfig(tensor=size))

@@ -49,7 +49,15 @@ def torch_kernels(device_type: str) -> Iterator[Calls]:
     def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return swiglu_op.swiglu(product(x, weight))
 
-    with _replaced(device_type, [(linear_op._forward, product), (swiglu_op._swiglu_linear, gated)]):
+    def in_segments(x: torch.Tensor, weight: torch.Tensor, _num_segments: int) -> torch.Tensor:
+        return product(x, weight, torch.float32)
+
+    replacements: list[tuple[Op, Callable[..., Any]]] = [
+        (linear_op._forward, product),
+        (linear_op._forward_in_segments, in_segments),
+        (swiglu_op._swiglu_linear, gated),
+    ]
+    with _replaced(device_type, replacements):
         yield calls
 
 

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from samebit.kernels.attention import packed_attention, paged_attention, plan_packed, plan_paged
+from samebit.kernels.attention import (
+    packed_attention,
+    paged_attention,
+    plan_context,
+    plan_packed,
+    plan_paged,
+)
 from samebit.kernels.attention_inputs import attention_inputs
 from samebit.kernels.kv_write import kv_write
 from samebit.kernels.linear import linear, linear_in_segments, logits
@@ -170,12 +176,15 @@ def attention_inputs_pass(make: Inputs) -> Iterator[torch.Tensor]:
 
 
 def packed_attention_pass(make: Inputs) -> Iterator[torch.Tensor]:
-    """The training forward and its backward."""
+    """The training forward and its backward; also of two parts of one sequence."""
     lens = (1, 65, 300, 1030)
     for heads, kv, head_dim, _ in HEADS:
         q, k, v = (make.normal(sum(lens), n, head_dim, seed=n) for n in (heads, kv, kv))
         plan = plan_packed(lens, heads // kv, make.device)
         yield from with_gradients(packed_attention(q, k, v, plan, head_dim**-0.5), q, k, v)
+        parts = plan_context((30, 100), (30, 300), (0, 0), len(k), heads // kv, make.device)
+        own = q[:130]
+        yield from with_gradients(packed_attention(own, k, v, parts, head_dim**-0.5), own, k, v)
 
 
 def logprob_pass(make: Inputs) -> Iterator[torch.Tensor]:

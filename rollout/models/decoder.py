@@ -87,14 +87,14 @@ def selfcheck_model(config: ModelConfig, device: torch.device, ranks: TensorRank
     specs = param_specs(config, Shard(ranks.rank, ranks.size))
     shapes = {(s.shape[0], s.shape[1]) for s in specs if len(s.shape) == 2}
     shapes.add((config.vocab_size, config.hidden_size))
-    columns_cut = set()
+    columns_cut, segments = set(), set()
     if ranks.invariant:
-        shapes |= _segment_shapes(config, device)
+        segments = _segment_shapes(config, device)
         rows_of = {s.name: s.shape[0] for s in param_specs(config)}
         columns_cut = {(*s.shape, ranks.size) for s in specs if s.shape[0] < rows_of[s.name]}
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
     widths = (config.head_dim, config.hidden_size, config.ffn_size)
-    selfcheck(shapes, heads, widths, device, columns_cut)
+    selfcheck(shapes, heads, widths, device, columns_cut, segments)
 
 
 def _segment_shapes(config: ModelConfig, device: torch.device) -> set[tuple[int, int]]:

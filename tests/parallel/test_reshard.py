@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 
+from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.checkpoint import latest_checkpoint
 from samebit.trainer.megatron.resharding import WholeState
+from samebit.weight_sync.mapping import hf_names
 
-LAYOUTS = (("alone", 1), ("tensor", 2), ("optimizer", 2), ("pipeline", 2))
+LAYOUTS = (("alone", 1), ("tensor+optimizer", 4), ("optimizer", 2), ("pipeline", 2))
 FIELDS = ("params", "reference", "exp_avg", "exp_avg_sq")
 
 
@@ -29,7 +31,8 @@ def folder(tmp_path_factory):
 def whole_state(model, root):
     """Every tensor of a checkpoint by field and Hugging Face name, and its step."""
     saved = WholeState(model, latest_checkpoint(root).load_all())
-    tensors = {(field, name): saved.read(field, name) for field in FIELDS for name in saved.names}
+    names = hf_names(param_specs(model))
+    tensors = {(field, name): saved.read(field, name) for field in FIELDS for name in names}
     return tensors, saved.first["step"]
 
 
@@ -57,9 +60,15 @@ def test_a_checkpoint_goes_from_layout_to_layout(run_ranks, folder, tmp_path):
     assert results[-1][0] == first
 
 
-def test_another_model_is_refused(run_ranks, folder, qwen3_path, tmp_path):
-    """Before anything is written over."""
+def test_what_is_not_the_models_is_refused(run_ranks, folder, qwen3_path, tmp_path):
+    """Parameters of another model, and a checkpoint that lacks a part of a moment."""
     run_ranks("reshard", 1, folder, "alone", tmp_path / "none", tmp_path / "a", tmp_path / "a.json")
-    states = latest_checkpoint(tmp_path / "a").load_all()
-    with pytest.raises(ValueError, match="holds another model's parameters"):
+    states = list(latest_checkpoint(tmp_path / "a").load_all())
+    message = r"another model's parameters: decoder\.layers\.2.* is None there, \(48,\) here"
+    with pytest.raises(ValueError, match=message):
         WholeState(load_model_config(qwen3_path), states)
+    name = "decoder.final_layernorm.weight"
+    states[0]["optimizer"][name]["exp_avg"] = states[0]["optimizer"][name]["exp_avg"][:40]
+    saved = WholeState(load_model_config(folder), states)
+    with pytest.raises(ValueError, match=f"holds 40 numbers of exp_avg of {name}, which has 48"):
+        saved.read("exp_avg", "model.norm.weight")

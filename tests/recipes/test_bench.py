@@ -56,6 +56,8 @@ def test_workloads_are_parsed():
         ("engine", "engine.max_seqs=1", "max_seqs"),
         ("kernels", "tables=[linear, moe]", "tables is 'moe'; it must be one of"),
         ("kernels", "rows=[0]", "rows is"),
+        ("kernels", "rows=[]", "rows is .*at least one"),
+        ("trainer", "parallel.context=2", "parallel.context is 2; it must be 1 to compare"),
         ("kernels", "repeats=3", "repeats"),
         ("trainer", "packs=[8x1]", "pack '8x1' is not sequences x length"),
         ("trainer", "packs=[]", "packs is .*at least one"),

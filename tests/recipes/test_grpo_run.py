@@ -111,10 +111,11 @@ def test_placement_and_scheduling_change_nothing(runs, base, placement):
 
 def test_tp_invariant_is_another_profile_for_engine_and_trainer(runs, base):
     """Both sum row-parallel products in segments, wherever the engine runs."""
-    invariant = "numerics.tp_invariant=true"
-    found = runs.train("invariant", invariant)
-    assert runs.train("placed", invariant, "engine=process") == found
+    invariant = ["numerics.tp_invariant=true", "algorithm=grpo_kl", "algorithm.kl_coef=0.1"]
+    found = runs.train("invariant", *invariant)
+    assert runs.train("placed", *invariant, "engine=process") == found
     assert found[0]["logprob_mismatches"] == 0
+    assert found[1][1]["train/kl"] == 0.0  # the reference sums in segments too
     assert found[0]["weights_digest"] != base.result[0]["weights_digest"]
 
 
@@ -177,6 +178,7 @@ def test_resume_under_other_speed_settings(runs, base, kill_when):
     kill_when(runs.held(30), ["grpo", *runs.arguments("moved")])
     runs.control.unlink()
     other = ["engine.transport=file", "engine.page_size=16", "trainer.checkpoint_every=3"]
+    other += ["trainer.parallel.offload_optimizer=true", "trainer.parallel.recompute=full"]
     assert runs.train("moved", "resume=true", *other) == base.result
 
 

@@ -134,6 +134,10 @@ def test_a_run_goes_on_under_another_layout(runs, capsys):
     summary, rows, _ = runs.train("run", *back)
     assert "is resharded (tensor 2 -> 1, sequence True -> False)" in capsys.readouterr().err
     assert (rows[-1]["step"], summary["logprob_mismatches"]) == (14, 0)
+    manifest = latest_checkpoint(runs.folder / "run" / "checkpoints").manifest
+    there, back_again = manifest["resharded"]
+    assert there == {"step": 6, "changes": "tensor 1 -> 2, sequence False -> True"}
+    assert back_again == {"step": STEPS, "changes": "tensor 2 -> 1, sequence True -> False"}
 
 
 def test_an_error_is_every_process_s(runs):

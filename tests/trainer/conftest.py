@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from samebit.recipes.samples import drawn_sample
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.weights import load_safetensors
@@ -81,13 +82,7 @@ def _draw(path, temperature):
     prompts = [[rng.randrange(331) for _ in range(n)] for n in (1, 15, 16, 17, 40, 63, 64, 65)]
     params = SamplingParams(n=3, temperature=temperature, max_new_tokens=25, ignore_eos=True)
     return [
-        Sample(
-            sample_id=c.sample_id,
-            token_ids=(*prompt, *c.token_ids),
-            prompt_len=len(prompt),
-            logprobs=c.logprobs,
-            advantage=rng.uniform(-1, 1),
-        )
+        drawn_sample(prompt, c, rng.uniform(-1, 1))
         for prompt, group in zip(prompts, engine.generate(prompts, params), strict=True)
         for c in group
     ]

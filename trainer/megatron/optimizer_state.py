@@ -31,7 +31,7 @@ class Piece:
     group: dict[str, Any]
     """AdamW's settings for it."""
     state: dict[str, torch.Tensor]
-    """AdamW's step, its moments in main's shape, and `master` where something else holds it."""
+    """AdamW's step, its moments in main's shape and, offloaded, the master copy."""
 
     @property
     def has_master(self) -> bool:
@@ -94,8 +94,11 @@ def load_optimizer_state(pieces: Sequence[Piece], state: Mapping[str, Mapping[st
     here = {piece.name: (piece.start, *_sizes(piece.tensors)) for piece in pieces}
     there = {name: (saved["start"], *_sizes(_flat(saved))) for name, saved in state.items()}
     if here != there:
-        different = sorted(n for n in {*here, *there} if here.get(n) != there.get(n))
-        raise ValueError(f"the optimizer's state is another layout's: {different[:5]}")
+        name = min(n for n in {*here, *there} if here.get(n) != there.get(n))
+        raise ValueError(
+            f"the optimizer's state is another layout's: {name} is {there.get(name)} there, "
+            f"{here.get(name)} here (start, sizes)"
+        )
     for piece in pieces:
         saved = state[piece.name]
         piece.state["step"].copy_(saved["step"])

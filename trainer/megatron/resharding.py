@@ -5,6 +5,7 @@ weights. So one description of the shards (weight_sync.mapping) serves them all.
 those of the steps after a change of layout are the new layout's.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -29,32 +30,26 @@ class WholeState:
 
     def __init__(self, model: ModelConfig, states: Iterable[Mapping[str, Any]]) -> None:
         self._holders: dict[str, list[tuple[ParamSpec, list[Mapping[str, Any]]]]] = {}
-        self._read: tuple[str, dict[str, torch.Tensor]] = ("", {})
+        self._cached: tuple[str, dict[str, torch.Tensor]] = ("", {})
         copies = defaultdict(list)
         for state in states:
             copies[state["tensor"], state["stage"]].append(state)
         self.first = next(iter(copies.values()))[0]
         for (tensor, stage), same in copies.items():
             specs = stage_specs(model, Shard(*tensor), make_stage(model, *stage))
-            shapes = {name: tuple(p.shape) for name, p in same[0]["params"].items()}
-            if shapes != {spec.name: spec.shape for spec in specs}:
-                raise ValueError("the checkpoint holds another model's parameters")
+            for state in same:
+                _require_shapes(specs, state["params"])
             for spec in specs:
                 for hf_name in spec.hf_shapes:
                     self._holders.setdefault(hf_name, []).append((spec, same))
 
-    @property
-    def names(self) -> list[str]:
-        """Hugging Face tensors of the model."""
-        return list(self._holders)
-
     def read(self, field: str, hf_name: str) -> torch.Tensor:
         """A whole Hugging Face tensor of a field: "params", "reference", a moment or "master"."""
-        if self._read[0] != field or hf_name not in self._read[1]:
-            self._read = (field, {})
+        if self._cached[0] != field or hf_name not in self._cached[1]:
+            self._cached = (field, {})
             for spec, copies in self._holders[hf_name]:
-                collect_hf([spec], {spec.name: _shard(field, spec, copies)}, self._read[1])
-        return self._read[1][hf_name]
+                collect_hf([spec], {spec.name: _shard(field, spec, copies)}, self._cached[1])
+        return self._cached[1][hf_name]
 
     def fill(
         self, field: str, specs: Iterable[ParamSpec], params: Mapping[str, torch.Tensor]
@@ -84,9 +79,23 @@ def _shard(field: str, spec: ParamSpec, copies: list[Mapping[str, Any]]) -> torc
     """One tensor of a shard, whose flat parts may be spread over copies of the model."""
     if field in _WHOLE:
         return copies[0][field][spec.name]
-    whole = torch.empty(spec.shape)
-    for state in copies:
-        if spec.name in state["optimizer"]:
-            piece = state["optimizer"][spec.name]
-            whole.view(-1)[piece["start"] :][: piece[field].numel()] = piece[field]
-    return whole
+    pieces = [s["optimizer"][spec.name] for s in copies if spec.name in s["optimizer"]]
+    parts = {piece["start"]: piece[field] for piece in pieces}  # copies may have the same one
+    whole = torch.cat([parts[start] for start in sorted(parts)]) if parts else torch.empty(0)
+    if whole.numel() != math.prod(spec.shape):
+        raise ValueError(
+            f"the checkpoint holds {whole.numel()} numbers of {field} of {spec.name}, which has "
+            f"{math.prod(spec.shape)}"
+        )
+    return whole.view(spec.shape)
+
+
+def _require_shapes(specs: Iterable[ParamSpec], params: Mapping[str, torch.Tensor]) -> None:
+    found = {name: tuple(param.shape) for name, param in params.items()}
+    wanted = {spec.name: spec.shape for spec in specs}
+    for name in {**wanted, **found}:
+        if found.get(name) != wanted.get(name):
+            raise ValueError(
+                f"the checkpoint holds another model's parameters: {name} is {found.get(name)} "
+                f"there, {wanted.get(name)} here"
+            )

@@ -125,15 +125,17 @@ class MegatronTrainer:
 
     def freeze_reference(self) -> None:
         """Keep a copy of the present weights as the reference for the KL penalty."""
-        _copy_params(self.params, self._new_reference().params)
+        _copy_params(self.params, self._reference_model().params)
 
-    def _new_reference(self) -> ForwardModel:
-        self._reference = ForwardModel(
-            self.model,
-            self.device,
-            parallel=self.parallel,
-            tp_invariant=self.ranks.invariant,
-        )
+    def _reference_model(self) -> ForwardModel:
+        """Made when first asked for."""
+        if self._reference is None:
+            self._reference = ForwardModel(
+                self.model,
+                self.device,
+                parallel=self.parallel,
+                tp_invariant=self.ranks.invariant,
+            )
         return self._reference
 
     def digest(self) -> str:
@@ -203,7 +205,7 @@ class MegatronTrainer:
         load_optimizer_state(self._pieces, state["optimizer"])
         self._go_on_from(state)
         if state["reference"] is not None:
-            _copy_params(state["reference"], self._new_reference().params)
+            _copy_params(state["reference"], self._reference_model().params)
 
     @torch.no_grad()
     def load_resharded(self, saved: WholeState) -> None:
@@ -212,7 +214,7 @@ class MegatronTrainer:
         load_optimizer_state(self._pieces, saved.optimizer_state(self.specs, self._pieces))
         self._go_on_from(saved.first)
         if saved.first["reference"] is not None:
-            saved.fill("reference", self.specs, self._new_reference().params)
+            saved.fill("reference", self.specs, self._reference_model().params)
 
     def _go_on_from(self, state: Mapping[str, Any]) -> None:
         """What is the same on every rank."""
