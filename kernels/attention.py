@@ -100,7 +100,7 @@ def plan_context(
     if torch.device(device).type == "cuda":
         from samebit.kernels.gpu.attention import plan
 
-        return plan(query_lens, context_lens, None, 1, torch.device(device), key_starts)
+        return plan(query_lens, context_lens, None, 1, torch.device(device), key_starts, num_keys)
     lens = np.asarray(context_lens)
     position = np.arange(-(-int(lens.max()) // KV_TILE) * KV_TILE)
     slots = np.minimum(np.asarray(key_starts)[:, None] + position, num_keys - 1)

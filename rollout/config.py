@@ -1,5 +1,6 @@
 """EngineConfig: the engine's settings, checked before anything is allocated."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,11 @@ class EngineConfig:
             )
         if self.cuda_graphs and self.device.type != "cuda":
             raise ValueError(f"Engine cuda_graphs=True needs a CUDA device, not '{self.device}'")
+        if self.cuda_graphs and self.ranks.size > 1:
+            raise ValueError(
+                f"Engine cuda_graphs=True with {self.ranks.size} tensor parallel ranks is not "
+                "supported yet; leave it unset"
+            )
         if self.load_format not in ("safetensors", "dummy"):
             raise ValueError(
                 f"Engine load_format is '{self.load_format}'; use 'safetensors' or 'dummy'"
@@ -81,6 +87,28 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
             "device=cuda was asked for, but torch finds no CUDA device; use device=cpu"
         )
     return resolved
+
+
+def own_device(device: str | torch.device | None) -> torch.device:
+    """resolve_device for something that lives in this process: a GPU with its index.
+
+    Raises ValueError for another than the current CUDA device, on which kernels are launched.
+    """
+    resolved = resolve_device(device)
+    if resolved.type != "cuda":
+        return resolved
+    current = torch.device("cuda", torch.cuda.current_device())
+    if resolved.index is not None and resolved != current:
+        raise ValueError(
+            f"Engine device is '{resolved}'; it must be the current CUDA device, '{current}': "
+            "torch.cuda.set_device comes first"
+        )
+    return current
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """The block launches kernels on this device, whatever the thread's current one is."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

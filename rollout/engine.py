@@ -14,7 +14,13 @@ import torch
 
 from samebit.kernels.profile import NumericsProfile, numerics_profile
 from samebit.kernels.reduce import ALONE, TensorRanks, smallest
-from samebit.rollout.config import EngineConfig, automatic_kv_bytes, resolve_device, resolve_dtype
+from samebit.rollout.config import (
+    EngineConfig,
+    automatic_kv_bytes,
+    on_device,
+    own_device,
+    resolve_dtype,
+)
 from samebit.rollout.models.decoder import Decoder, param_specs, selfcheck_model
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.kv_cache import KVCache, PagePool, kv_bytes_per_token
@@ -68,7 +74,7 @@ class Engine(WeightControl):
         overlap: bool | None = None,
         ranks: TensorRanks = ALONE,
     ) -> None:
-        resolved = resolve_device(device)
+        resolved = own_device(device)
         self.config = EngineConfig(
             model_path=Path(model_path),
             device=resolved,
@@ -302,7 +308,7 @@ class Engine(WeightControl):
                     self.abort_request(request_id)
 
     def _advance(self) -> None:
-        with self._lock:
+        with self._lock, on_device(self.config.device):  # also in a thread of agenerate
             self.session.require_ready()
             self._close_finished(self.pipeline.advance(self.weight_version))
 

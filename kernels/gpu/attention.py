@@ -44,6 +44,7 @@ class GpuAttentionPlan:
     seq_lens: tuple[int, ...]  # packed form, on the host for the backward: queries,
     key_lens: tuple[int, ...] = ()  # their contexts,
     first_keys: tuple[int, ...] = ()  # and where those start
+    own_keys: bool = True  # the keys are the queries' own, no more and in their order
 
     @functools.cached_property
     def boundaries(self) -> torch.Tensor:
@@ -53,7 +54,7 @@ class GpuAttentionPlan:
     @functools.cached_property
     def spread_keys(self) -> "SpreadKeys | None":
         """Where parts of sequences share keys or have more of them than queries."""
-        if self.key_lens == self.seq_lens:
+        if self.own_keys:
             return None
         return SpreadKeys.of(self.key_lens, self.first_keys, self.query_starts.device)
 
@@ -106,10 +107,13 @@ def plan(
     page_size: int,
     device: torch.device,
     key_starts: Sequence[int] | None = None,
+    num_keys: int = 0,
 ) -> GpuAttentionPlan:
     """See kernels.attention.plan_paged and plan_context; page_table None means packed keys."""
     queries, contexts = np.asarray(query_lens), np.asarray(context_lens)
     starts = np.concatenate([[0], np.cumsum(queries)[:-1]])
+    first_keys = starts if key_starts is None else np.asarray(key_starts)
+    own_keys = (queries == contexts).all() and (starts == first_keys).all()
     decoding = (queries == 1) & (page_table is not None)
     prefilling = np.flatnonzero(~decoding)
     tile_rows = 128 if queries[prefilling].max(initial=0) > 64 else 64
@@ -134,7 +138,7 @@ def plan(
         )
     return GpuAttentionPlan(
         query_starts=to_device(starts),
-        key_starts=to_device(starts if key_starts is None else np.asarray(key_starts)),
+        key_starts=to_device(first_keys),
         query_lens=to_device(queries),
         context_lens=to_device(contexts),
         page_table=None if page_table is None else page_table.to(device, torch.int32),
@@ -146,7 +150,8 @@ def plan(
         longest=int(contexts[prefilling].max(initial=0)),
         seq_lens=tuple(queries.tolist()),
         key_lens=tuple(contexts.tolist()),
-        first_keys=tuple(np.asarray(starts if key_starts is None else key_starts).tolist()),
+        first_keys=tuple(first_keys.tolist()),
+        own_keys=bool(own_keys) and int(queries.sum()) == num_keys,
     )
 
 

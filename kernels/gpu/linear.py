@@ -119,6 +119,8 @@ def linear_in_segments(x: torch.Tensor, weight: torch.Tensor, num_segments: int)
 
     The tree's lowest sums are made by the products: an odd part's is added to the even one's.
     """
+    if num_segments == 1:
+        return linear(x, weight, torch.float32)
     x, weight = _checked(x, weight)
     parts = list(zip(x.chunk(num_segments, 1), weight.chunk(num_segments, 1), strict=True))
     sums = []
@@ -132,7 +134,7 @@ def linear_in_segments(x: torch.Tensor, weight: torch.Tensor, num_segments: int)
                 rows = slice(start, start + length)
                 cublaslt.matmul(a[rows], b, y[rows], accumulate=True)
         sums.append(y)
-    return tree_sum(sums) if sums else linear(*parts[0], torch.float32)
+    return tree_sum(sums)
 
 
 def swiglu_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -90,7 +90,7 @@ def _sum_kernel(
     epoch = tl.load(epochs + program) + 1
     # Elements of 4 bytes from the memory's start: flags, two halves of partials, two of results.
     half = 2 * SIZE * PROGRAMS + (epoch & 1).to(tl.int64) * capacity
-    results = 2 * SIZE * PROGRAMS + 2 * capacity + (epoch & 1).to(tl.int64) * (capacity // 2)
+    results = 2 * SIZE * PROGRAMS + 2 * capacity.to(tl.int64) + (epoch & 1) * (capacity // 2)
     i = tl.arange(0, BLOCK)
     own = _memory_of(memories, RANK, tl.float32)
     for p in tl.static_range(SIZE):
@@ -210,9 +210,11 @@ def peers_of(group: dist.ProcessGroup, device: torch.device) -> Peers | None:
         places: list[tuple[str, int]] = [("", 0)] * dist.get_world_size(group)
         index = device.index if device.index is not None else torch.cuda.current_device()
         dist.all_gather_object(places, (socket.gethostname(), index), group)
-        hosts, devices = {host for host, _ in places}, [i for _, i in places]
-        connected = len(hosts) == 1 and all(
-            torch.cuda.can_device_access_peer(index, other) for other in devices if other != index
+        hosts, devices = {host for host, _ in places}, {i for _, i in places}
+        # A process that sees its own GPU alone cannot say which one that is.
+        told_apart = len(hosts) == 1 and len(devices) == len(places)
+        connected = told_apart and all(
+            torch.cuda.can_device_access_peer(index, other) for other in devices - {index}
         )
         answers = [False] * len(places)
         dist.all_gather_object(answers, connected, group)
