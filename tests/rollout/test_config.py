@@ -18,7 +18,13 @@ from samebit.rollout.config import EngineConfig, own_device
 )
 def test_decode_graphs_where_there_can_be_none(device, ranks, message):
     with pytest.raises(ValueError, match=message):
-        EngineConfig(Path(), torch.device(device), torch.float32, cuda_graphs=True, ranks=ranks)
+        EngineConfig(
+            model_path=Path(),
+            device=torch.device(device),
+            dtype=torch.float32,
+            cuda_graphs=True,
+            ranks=ranks,
+        )
 
 
 def test_an_engine_lives_on_the_current_device(monkeypatch):
