@@ -1,0 +1,65 @@
+"""The protocol of sums by peer reads, without GPUs: Triton's interpreter on processes that share
+memory. Each waits for the others as GPUs would; what is not told in time is read too early."""
+
+from helpers import run_python
+
+_SUMS = """
+import multiprocessing
+import torch, triton
+from samebit.kernels.gpu import peers
+from samebit.kernels.linear import tree_sum
+
+CAPACITY, PROGRAMS, BLOCK = 1024, 4, 32
+context = multiprocessing.get_context("fork")
+
+
+def sums(rank, size, calls, memories, epochs, inputs, outputs):
+    for (numel, mode, tree), partial, output in zip(calls, inputs, outputs):
+        part = -(-numel // size)
+        if mode != 2:
+            part += -part % 16
+        peers._sum_kernel[(min(3, triton.cdiv(part, BLOCK)),)](
+            partial, output, memories, epochs, numel, part, CAPACITY, rank, size,
+            mode, tree, PROGRAMS, BLOCK,
+        )
+
+
+for size in (2, 4):
+    calls = [(numel, mode, tree) for tree in (False, True) for mode, numel in
+             ((0, 1), (0, 150), (1, 301), (2, 96 * size), (1, 64), (0, 999))]
+    start = 2**31 - 5  # epochs run over
+    memories = [torch.zeros(2 * size * PROGRAMS + 3 * CAPACITY, dtype=torch.int32)
+                for _ in range(size)]
+    for memory in memories:
+        memory[: 2 * size * PROGRAMS] = start
+        memory.share_memory_()
+    table = torch.tensor([memory.data_ptr() for memory in memories])
+    inputs, outputs = [], []
+    for rank in range(size):
+        generator = torch.Generator().manual_seed(rank)
+        inputs.append([torch.randn(n, generator=generator) for n, _, _ in calls])
+        outputs.append([torch.full((n // size if mode == 2 else n,), float("nan")).share_memory_()
+                        for n, mode, _ in calls])
+    processes = [
+        context.Process(target=sums, args=(rank, size, calls, table,
+            torch.full((PROGRAMS,), start, dtype=torch.int32), inputs[rank], outputs[rank]))
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * size
+    for i, (numel, mode, tree) in enumerate(calls):
+        parts = [inputs[rank][i] for rank in range(size)]
+        total = tree_sum(parts) if tree else sum(parts[1:], parts[0])
+        for rank in range(size):
+            truth = total.chunk(size)[rank] if mode == 2 else total
+            assert torch.equal(outputs[rank][i], truth), (size, rank, calls[i])
+"""
+
+
+def test_every_rank_has_the_sum_in_the_contracts_order():
+    """One shot, two shots and own parts, in rank order and as a tree, one behind another."""
+    run_python(_SUMS, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
