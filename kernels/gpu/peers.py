@@ -8,8 +8,8 @@ captured in a CUDA graph.
 Small sums are read whole by every rank (one shot). Of larger ones each rank adds its own part and
 the others fetch that, already rounded (two shots); sequence parallel ranks keep their part.
 
-The memory is torch's symmetric memory: it has a half for every second sum, so that a rank may begin
-the next one while another still reads. Ranks may be a sum apart, never two.
+The memory is torch's symmetric memory. Partials have a half for every second sum, so that a rank may
+begin the next one while another still reads: ranks may be a sum apart, never two.
 """
 
 import os
@@ -88,9 +88,9 @@ def _sum_kernel(
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     epoch = tl.load(epochs + program) + 1
-    # Elements of 4 bytes from the memory's start: flags, two halves of partials, two of results.
+    # Elements of 4 bytes from the memory's start: flags, two halves of partials, results.
     half = 2 * SIZE * PROGRAMS + (epoch & 1).to(tl.int64) * capacity
-    results = 2 * SIZE * PROGRAMS + 2 * capacity.to(tl.int64) + (epoch & 1) * (capacity // 2)
+    results = 2 * SIZE * PROGRAMS + 2 * capacity.to(tl.int64)
     i = tl.arange(0, BLOCK)
     own = _memory_of(memories, RANK, tl.float32)
     for p in tl.static_range(SIZE):
@@ -143,7 +143,7 @@ class _Memory:
         from torch.distributed import _symmetric_memory as symmetric
 
         size = dist.get_world_size(self.group)
-        numel = 2 * size * _PROGRAMS + 3 * self.capacity
+        numel = 2 * size * _PROGRAMS + 2 * self.capacity + self.capacity // 2
         torch.cuda.synchronize(self.device)
         self.own = symmetric.empty(numel, dtype=torch.int32, device=self.device)
         self.own.zero_()

@@ -4,7 +4,8 @@ memory. Each waits for the others as GPUs would; what is not told in time is rea
 from helpers import run_python
 
 _SUMS = """
-import multiprocessing
+import multiprocessing, time
+from random import Random
 import torch, triton
 from samebit.kernels.gpu import peers
 from samebit.kernels.linear import tree_sum
@@ -13,7 +14,20 @@ CAPACITY, PROGRAMS, BLOCK = 1024, 4, 32
 context = multiprocessing.get_context("fork")
 
 
+def late(function, random):
+    # Before a sum is read, and before its sequel begins, a rank may be held up.
+    def call(*arguments, **options):
+        if random.random() < 0.3:
+            time.sleep(0.02 * random.random())
+        return function(*arguments, **options)
+
+    return call
+
+
 def sums(rank, size, calls, memories, epochs, inputs, outputs):
+    random = Random(rank)
+    for name in ("_meet", "_total"):
+        setattr(peers, name, late(getattr(peers, name), random))
     for (numel, mode, tree), partial, output in zip(calls, inputs, outputs):
         part = -(-numel // size)
         if mode != 2:
@@ -28,7 +42,7 @@ for size in (2, 4):
     calls = [(numel, mode, tree) for tree in (False, True) for mode, numel in
              ((0, 1), (0, 150), (1, 301), (2, 96 * size), (1, 64), (0, 999))]
     start = 2**31 - 5  # epochs run over
-    memories = [torch.zeros(2 * size * PROGRAMS + 3 * CAPACITY, dtype=torch.int32)
+    memories = [torch.zeros(2 * size * PROGRAMS + 2 * CAPACITY + CAPACITY // 2, dtype=torch.int32)
                 for _ in range(size)]
     for memory in memories:
         memory[: 2 * size * PROGRAMS] = start
