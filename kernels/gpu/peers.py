@@ -8,8 +8,8 @@ captured in a CUDA graph.
 Small sums are read whole by every rank (one shot). Of larger ones each rank adds its own part and
 the others fetch that, already rounded (two shots); sequence parallel ranks keep their part.
 
-The memory is torch's symmetric memory. Partials have a half for every second sum, so that a rank may
-begin the next one while another still reads: ranks may be a sum apart, never two.
+The memory is torch's symmetric memory. Partials have a half for every second sum, so that a rank
+may begin the next one while another still reads: ranks may be a sum apart, never two.
 """
 
 import os
