@@ -49,7 +49,8 @@ def usage(prefix: str = "") -> str:
 def _command_help(command: str, overrides: Sequence[str]) -> str:
     from omegaconf import OmegaConf
 
-    from samebit.recipes.compose import CONFIG_DIR, compose
+    from samebit.recipes.compose import CONFIG_DIR, SCHEMAS, compose
+    from samebit.recipes.help import documented_yaml
 
     lines = [f"samebit {command}: {COMMANDS[command]}", ""]
     main_file = CONFIG_DIR / f"{command}.yaml"
@@ -66,7 +67,8 @@ def _command_help(command: str, overrides: Sequence[str]) -> str:
         names = ", ".join(sorted(f.stem for f in (CONFIG_DIR / group).glob("*.yaml")))
         lines.append(f"  {group}: {names}")
     lines += ["", "keys and defaults (??? must be given):", ""]
-    return "\n".join(lines) + "\n" + OmegaConf.to_yaml(compose(command, overrides))
+    values: Any = OmegaConf.to_container(compose(command, overrides))
+    return "\n".join(lines) + "\n" + documented_yaml(SCHEMAS[command], values)
 
 
 def _overrides(command: str, arguments: Sequence[str]) -> Iterator[str]:

@@ -40,13 +40,19 @@ class EngineSection:
     transport: str = "alias"
     """How weights reach it: alias, stages (pipelines), file (colocated); gloo, file (process)."""
     page_size: int = 64
+    """Tokens per KV page."""
     kv_cache_tokens: int | None = None
+    """KV capacity in tokens; unset: what max_num_seqs sequences can need, if there is room."""
     max_batch_tokens: int = 4096
+    """Tokens computed in one step, over all sequences."""
     max_num_seqs: int = 256
+    """Sequences running at a time."""
     prefill_chunk: int = 1024
+    """Prompt tokens of one sequence computed in one step."""
     prefix_cache: bool = True
+    """Compute a prefix that prompts share once."""
     cuda_graphs: bool | None = None
-    """Decode by CUDA graphs; unset: on a GPU."""
+    """Decode by CUDA graphs; unset: on a GPU, without tensor parallel ranks."""
     overlap: bool | None = None
     """Plan and start a step while the one before still runs; unset: on a GPU."""
 
@@ -66,11 +72,15 @@ class RolloutSection:
     samples_per_prompt: int = 8
     temperature: float = 1.0
     top_p: float = 1.0
+    """Draw from the most likely tokens that together have this probability; 1: from all."""
     top_k: int = 0
+    """Draw from so many most likely tokens; 0: from all."""
     min_p: float = 0.0
+    """Draw from tokens at least so likely, relative to the most likely one; 0: from all."""
     max_prompt_len: int = 512
     """Tokens; a longer prompt is an error."""
     max_new_tokens: int = 256
+    """Tokens of a completion, at most."""
     eval_every: int = 20
     """Steps between evaluations on held-out problems; also before the first, after the last."""
     eval_samples_per_prompt: int = 1
@@ -118,6 +128,7 @@ class RunSection:
     cpu_threads: int = 1
     """Threads per process of CPU operations."""
     seed: int = 0
+    """Of the sampling noise and of the problems' order."""
 
     @property
     def run_dir(self) -> Path:

@@ -94,11 +94,13 @@ class OptimizerConfig:
     """AdamW and its schedule."""
 
     lr: float = 1e-6
+    """Learning rate, after the warm-up."""
     min_lr: float = 0.0
     """Learning rate at the end of a decaying schedule."""
     lr_schedule: str = "constant"
     """constant, linear or cosine."""
     lr_warmup_steps: int = 0
+    """Optimizer steps in which the learning rate rises from 0."""
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
@@ -136,6 +138,7 @@ class TrainerConfig:
     checkpoint_every: int = 50
     """Steps between checkpoints; the last step always gets one. 0: only the last."""
     keep_checkpoints: int = 2
+    """The newest ones; older ones are removed."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
@@ -163,7 +166,9 @@ class GrpoConfig:
     """Divide a group's centred rewards by their standard deviation (off: Dr. GRPO)."""
     std_eps: float = 1e-6
     clip_ratio_low: float = 0.2
+    """A token's probability ratio counts down to 1 minus this."""
     clip_ratio_high: float = 0.2
+    """It counts up to 1 plus this."""
     kl_coef: float = 0.0
     """Weight of the KL to the reference model; 0 needs no reference."""
     kl_estimator: str = "k3"

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 from helpers import run_python
+from omegaconf import OmegaConf
 
 from samebit.recipes import cli
-from samebit.recipes.compose import CONFIG_DIR, SCHEMAS, ConfigError, resolve
+from samebit.recipes.compose import CONFIG_DIR, SCHEMAS, ConfigError, compose, resolve
 from samebit.recipes.config import DemoRun, ExportRun, GrpoRun, SftRun, VerifyRun
 from samebit.recipes.session import config_digest
 
@@ -281,9 +282,12 @@ def test_help_lists_groups_keys_and_defaults(capsys, command):
     assert f"samebit {command}: {cli.COMMANDS[command]}" in text
     assert ("engine: colocated, process" in text) == (command == "grpo")
     assert ("output_dir: outputs" in text) == (command not in ("diff", "export", "fetch-smollm2"))
+    keys = text.split("(??? must be given):")[1]
+    assert OmegaConf.create(keys) == compose(command, [])
     if command == "grpo":
-        assert "  path: ???" in text
-        assert "  clip_ratio_low: 0.2" in text
+        assert "  path: ???  # A Hugging Face folder: config.json" in keys
+        assert "  clip_ratio_low: 0.2" in keys
+        assert "dry_run: false  # Print the resolved plan and stop.\n" in keys
 
 
 def test_help_and_wrong_configurations_do_not_import_torch():
