@@ -226,6 +226,10 @@ def selfcheck(
     key = [numerics_profile(device).digest, torch.get_num_threads()]
     shards = sorted(set(column_shards))
     key += [shapes, list(heads), widths, shards, segments]
+    if device.type == "cuda":
+        from samebit.kernels.gpu.tuning import fingerprint
+
+        key += fingerprint(device)
     cache = _cache_file(key)
     unequal = _remembered(cache)
     if unequal is None:

@@ -12,7 +12,7 @@ from samebit.rollout.types import MAX_UINT64
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Speed and memory settings. None of them can change a token or a log-prob."""
+    """Apart from model, device, dtype, seed and ranks, none can change a token or a log-prob."""
 
     model_path: Path
     device: torch.device

@@ -232,7 +232,12 @@ class Engine(WeightControl):
 
     def _make_runtime(self) -> None:
         c, m = self.config, self.model_config
-        self.max_model_len = min(c.max_model_len or m.max_position, m.max_position)
+        self.max_model_len = c.max_model_len or m.max_position
+        if self.max_model_len > m.max_position:
+            raise ValueError(
+                f"Engine max_model_len is {self.max_model_len}; the model has {m.max_position} "
+                "positions"
+            )
         tokens = c.kv_cache_tokens
         if tokens is None:
             token_bytes = kv_bytes_per_token(m, c.dtype) // c.ranks.size
@@ -302,8 +307,9 @@ class Engine(WeightControl):
         return [[seq.completion() for seq in group] for group in groups]
 
     def _abort_all(self, groups: list[list[RunningSequence]]) -> None:
-        for request_id in {seq.request.request_id for group in groups for seq in group}:
-            with self._lock:
+        with self._lock:
+            self._close_finished(self.pipeline.drain())  # some of them may end by themselves
+            for request_id in {seq.request.request_id for group in groups for seq in group}:
                 if request_id in self._live:
                     self.abort_request(request_id)
 

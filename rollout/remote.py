@@ -125,7 +125,11 @@ class RemoteEngine:
         """Make a weight group of this process (rank 0) and the engine's (rank 1)."""
         port = _free_port()
         self._send("init_weights_update_group", "127.0.0.1", port, 1, 2, backend, timeout_s)
-        sender = CollectiveSender("127.0.0.1", port, 2, backend, timeout_s=timeout_s)
+        try:
+            sender = CollectiveSender("127.0.0.1", port, 2, backend, timeout_s=timeout_s)
+        except Exception:
+            self._receive()  # raises the engine's own error, which says more
+            raise
         self._receive()
         return RemoteTransport(self, sender)
 
@@ -160,6 +164,9 @@ class RemoteEngine:
             succeeded, result = self._connection.recv()
         except (EOFError, ConnectionResetError) as error:
             raise self._died() from error
+        except BaseException:
+            self._process.kill()  # else its answer would be taken for the next call's
+            raise
         if not succeeded:
             raise result
         return result
@@ -219,6 +226,7 @@ class RemoteTransport:
             self._sender.abort(reason)
         except WeightSyncError as error:
             self._engine._require_alive(error)
+            self._engine._receive()
             raise
         self._engine._receive()
 

@@ -1,7 +1,8 @@
 """What users give to the engine and get back. Per-token fields are marked [L]."""
 
-import math
+import operator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -45,10 +46,16 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("n", "top_k", "max_new_tokens", "min_new_tokens", "seed"):
+            value = getattr(self, name)
+            if value is not None or name != "seed":
+                integer = as_integer(value, f"SamplingParams.{name}")
+                object.__setattr__(self, name, integer)
         _require(self.n >= 1, "n", self.n, "at least 1")
-        finite = math.isfinite(self.temperature) and self.temperature >= 0
-        _require(finite, "temperature", self.temperature, "finite and not negative")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+        # Logits are fp32: what cannot be told from 0 or infinity there is refused.
+        usable = self.temperature == 0 or 1e-6 <= self.temperature <= 1e6
+        _require(usable, "temperature", self.temperature, "0 or in [1e-6, 1e6]")
+        _require(1e-30 <= self.top_p <= 1, "top_p", self.top_p, "in [1e-30, 1]")
         _require(self.top_k >= 0, "top_k", self.top_k, "not negative (0 keeps all)")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
@@ -61,6 +68,14 @@ class SamplingParams:
     def limits(self) -> bool:
         """Whether top-k, top-p or min-p forbid any token."""
         return bool(self.top_k or self.top_p < 1 or self.min_p > 0)
+
+
+def as_integer(value: Any, what: str) -> int:
+    """ValueError that names `what` unless the value is an integer of some type."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{what} is {value!r}; it must be an integer") from None
 
 
 def _require(holds: bool, name: str, value: object, what: str) -> None:

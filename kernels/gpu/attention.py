@@ -158,7 +158,7 @@ def plan(
 def decode_plan(
     page_table: torch.Tensor, page_size: int, num_entries: int, max_context: int
 ) -> GpuAttentionPlan:
-    """A plan for decode steps alone, whose entries `fused.decode_inputs` fills in on the device.
+    """A plan for decode steps alone, whose entries decode_ends.decode_inputs fills in.
 
     page_table [slots, max_pages] int32; contexts of at most max_context tokens.
     """

@@ -60,6 +60,13 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL(f"libcublasLt.so.{major}")
 
 
+def version() -> str:
+    """Of the library that is loaded."""
+    get = _library().cublasLtGetVersion
+    get.restype = ctypes.c_size_t
+    return str(get())
+
+
 @lru_cache(maxsize=8)
 def _handle(_device_index: int) -> ctypes.c_void_p:
     handle = ctypes.c_void_p()

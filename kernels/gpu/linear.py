@@ -141,7 +141,8 @@ def swiglu_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """swiglu of x [T, K] times weight [2F, K] transposed -> [T, F]."""
     x, weight = _checked(x, weight)
     (rows, k), f = x.shape, weight.shape[0] // 2
-    if 0 < rows <= skinny.MAX_ROWS and tuple(weight.shape) not in _triton_shapes:
+    gapless = x.is_contiguous() and weight.is_contiguous()
+    if 0 < rows <= skinny.MAX_ROWS and gapless and tuple(weight.shape) not in _triton_shapes:
         tile = choose(x.device.index, Key(f, k, row_bucket(rows), gated=True)).tile
         if tile is not None:
             y = torch.empty(rows, f, dtype=x.dtype, device=x.device)

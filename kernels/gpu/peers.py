@@ -21,6 +21,8 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 
+from samebit.kernels.reduce import gather_objects
+
 # NVLink's multicast is of no use here: it adds in an order of its own.
 os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 
@@ -207,16 +209,13 @@ _peers: dict[dist.ProcessGroup, Peers | None] = {}
 def peers_of(group: dist.ProcessGroup, device: torch.device) -> Peers | None:
     """The group's GPUs; None unless every one of them can read every other one's memory."""
     if group not in _peers:
-        places: list[tuple[str, int]] = [("", 0)] * dist.get_world_size(group)
         index = device.index if device.index is not None else torch.cuda.current_device()
-        dist.all_gather_object(places, (socket.gethostname(), index), group)
+        places = gather_objects((socket.gethostname(), index), group)
         hosts, devices = {host for host, _ in places}, {i for _, i in places}
         # A process that sees its own GPU alone cannot say which one that is.
         told_apart = len(hosts) == 1 and len(devices) == len(places)
         connected = told_apart and all(
             torch.cuda.can_device_access_peer(index, other) for other in devices - {index}
         )
-        answers = [False] * len(places)
-        dist.all_gather_object(answers, connected, group)
-        _peers[group] = Peers(group, device) if all(answers) else None
+        _peers[group] = Peers(group, device) if all(gather_objects(connected, group)) else None
     return _peers[group]

@@ -163,11 +163,12 @@ def _kv_write_kernel(
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     head, d = place // H, place % H
     inside = place < WIDTH
-    target = tl.load(slot_ptr + token).to(tl.int64) * WIDTH + place
+    slot = tl.load(slot_ptr + token).to(tl.int64)
+    target = slot * WIDTH + place
     k = tl.load(k_ptr + token * k_stride + head * k_head + d, mask=inside)
     v = tl.load(v_ptr + token * v_stride + head * v_head + d, mask=inside)
-    tl.store(k_cache + target, k, mask=inside)
-    tl.store(v_cache + target, v, mask=inside)
+    tl.store(k_cache + target, k, mask=inside & (slot >= 0))
+    tl.store(v_cache + target, v, mask=inside & (slot >= 0))
 
 
 def kv_write(
@@ -177,7 +178,7 @@ def kv_write(
     value_cache: torch.Tensor,
     slots: torch.Tensor,
 ) -> None:
-    """key and value [T, K, H] to slots [T] of caches [P, page_size, K, H]."""
+    """key and value [T, K, H] to slots [T] of caches [P, page_size, K, H]; -1 is nowhere."""
     num_tokens, num_heads, head_dim = key.shape
     width = num_heads * head_dim
     block = min(1024, triton.next_power_of_2(width))

@@ -5,6 +5,7 @@ a table can only change speed. Shapes and cards without a table take cuBLASLt's 
 """
 
 import functools
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from samebit.kernels.gpu import cublaslt
 from samebit.kernels.gpu.skinny import MAX_ROWS, Tile, block_rows
 
 TABLES = Path(__file__).parent / "tables"
@@ -55,6 +57,14 @@ def to_json(choices: dict[Key, Choice]) -> list[dict[str, Any]]:
         asdict(key) | ({"tile": asdict(c.tile)} if c.tile else {"cublaslt": c.cublaslt})
         for key, c in choices.items()
     ]
+
+
+def fingerprint(device: torch.device) -> list[str]:
+    """What implementations and their choice depend on, beside what the numerics profile holds."""
+    name = torch.cuda.get_device_name(device)
+    table = table_path(name)
+    digest = hashlib.sha256(table.read_bytes()).hexdigest() if table.exists() else "none"
+    return [name, cublaslt.version(), str(torch._C._cuda_getDriverVersion()), digest]
 
 
 @functools.lru_cache(maxsize=8)

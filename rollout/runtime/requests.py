@@ -5,7 +5,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from samebit.rollout.types import MAX_UINT64, Request, SamplingParams
+from samebit.rollout.types import MAX_UINT64, Request, SamplingParams, as_integer
 
 
 @dataclass(kw_only=True)
@@ -28,6 +28,7 @@ class RequestFactory:
         """One request per prompt."""
         per_prompt = _per_prompt(params, len(prompt_ids))
         ids = _sample_ids(per_prompt, sample_ids)
+        layers = tuple(as_integer(layer, "return_hidden_states: layer") for layer in layers)
         for layer in layers:
             if not 0 <= layer <= self.num_layers:
                 raise ValueError(
@@ -60,6 +61,8 @@ class RequestFactory:
         layers: tuple[int, ...],
         score_only: bool = False,
     ) -> Request:
+        if not hasattr(prompt_ids, "__len__"):
+            raise ValueError(f"prompt {place} is {prompt_ids!r}; it must be a list of token ids")
         if len(prompt_ids) == 0:
             raise ValueError(f"prompt {place} is empty; it needs at least one token")
         prompt_ids = self._checked_tokens(f"prompt {place}", prompt_ids)
@@ -118,14 +121,15 @@ def _sample_ids(
     if sample_ids is None:
         numbers = itertools.count()
         return [tuple(itertools.islice(numbers, p.n)) for p in params]
-    counts, wanted = [len(ids) for ids in sample_ids], [p.n for p in params]
+    checked = [tuple(as_integer(i, "sample id") for i in ids) for ids in sample_ids]
+    counts, wanted = [len(ids) for ids in checked], [p.n for p in params]
     if counts != wanted:
         raise ValueError(f"sample_ids come in groups of {counts}; the prompts ask for n = {wanted}")
     seen: set[int] = set()
-    for i in itertools.chain.from_iterable(sample_ids):
+    for i in itertools.chain.from_iterable(checked):
         if not 0 <= i <= MAX_UINT64:
             raise ValueError(f"sample id {i} is no unsigned 64-bit integer")
         if i in seen:
             raise ValueError(f"sample id {i} is used twice; every sample needs its own")
         seen.add(i)
-    return [tuple(ids) for ids in sample_ids]
+    return checked

@@ -1,6 +1,7 @@
 """Scores, hidden states, versions; and requests that come, go and share the engine."""
 
 import asyncio
+import itertools
 import math
 
 import pytest
@@ -120,11 +121,16 @@ def test_progress_counts_up_to_the_end(engine):
     assert len(seen) == 5
 
 
-def test_an_error_in_progress_leaves_the_engine_clean(make_engine):
-    engine = make_engine(prefix_cache=False)
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("step", [1, 9, 10, 11, 12])
+def test_an_error_in_progress_leaves_the_engine_clean(make_engine, step, overlap):
+    """Also where a step in flight ends some of the requests that are given up."""
+    engine = make_engine(prefix_cache=False, overlap=overlap)
+    steps = itertools.count(1)
 
     def interrupt(done, tokens):
-        raise KeyboardInterrupt
+        if next(steps) == step:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         engine.generate(PROMPTS, PARAMS, progress=interrupt)

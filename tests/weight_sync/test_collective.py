@@ -282,6 +282,36 @@ def test_errors_of_a_remote_engine_are_those_of_a_local_one(remote):
     assert len(remote.generate(PROMPTS, PARAMS)) == 2
 
 
+def test_a_reply_to_a_failed_call_is_not_taken_for_another(remote):
+    """The engine's process refuses too; the next call must get its own answer."""
+    version = remote.weight_version
+    with pytest.raises(ValueError, match="backend 'nccl' is unknown"):
+        remote.connect_weights("nccl")
+    assert remote.weight_version == version
+    assert len(remote.generate(PROMPTS, PARAMS)) == 2
+
+
+def test_a_call_that_is_interrupted_ends_the_process(old, monkeypatch):
+    """Its late answer would be taken for the next call's."""
+    engine = RemoteEngine(old.folder, device="cpu", kv_cache_tokens=1024)
+
+    class Interrupted:
+        def recv(self):
+            raise KeyboardInterrupt
+
+        def __getattr__(self, name):
+            return getattr(connection, name)
+
+    connection = engine._connection
+    monkeypatch.setattr(engine, "_connection", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(PROMPTS, PARAMS)
+    monkeypatch.undo()
+    with pytest.raises(RemoteEngineError, match="ended with code -9"):
+        engine.score([[1, 2, 3]])
+    engine.close()
+
+
 def test_a_remote_engine_of_a_missing_model_says_so(tmp_path):
     """A wrong path must come back from the other process as FileNotFoundError."""
     with pytest.raises(FileNotFoundError, match="does not exist"):

@@ -3,7 +3,7 @@
 A group of its own (rank 0 sends) beside whatever process groups trainer and engine use: it needs
 no default group on either side. Control messages travel in the same order as the buckets;
 every receiver broadcasts its answer to a commit, so that a refusal carries its reason and a death
-is seen at once. The backend is gloo; NCCL needs one more line in _GROUPS.
+is seen at once. The backend is gloo; NCCL would also need control messages on the device.
 """
 
 import json
