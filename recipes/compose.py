@@ -34,7 +34,7 @@ SCHEMAS: dict[str, type[Any]] = {
     "fetch-smollm2": FetchRun,
 }
 
-_ARGS = re.compile(r"[\w.]*\bargs(\.\w+)*=")
+_ARGS = re.compile(r"((sft|grpo)\.)?(data|reward)\.args(\.\w+)*=")
 
 
 class ConfigError(ValueError):
@@ -49,6 +49,10 @@ def compose(command: str, overrides: Sequence[str]) -> Any:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    for override in overrides:
+        own = override.lstrip("+")
+        if "=" not in own or own[0] == "~" or (own != override and not _ARGS.match(own)):
+            raise ConfigError(f"'{override}' is no key=value of an existing key")
     # Arguments of a task or a reward are whatever it takes: they may be new keys.
     overrides = [f"++{o}" if _ARGS.match(o) else o for o in overrides]
     ConfigStore.instance().store(name=f"{command}_schema", node=SCHEMAS[command])

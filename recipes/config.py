@@ -57,6 +57,11 @@ class EngineSection:
     """Plan and start a step while the one before still runs; unset: on a GPU."""
 
     def __post_init__(self) -> None:
+        for name in ("page_size", "max_batch_tokens", "max_num_seqs", "prefill_chunk"):
+            require(getattr(self, name) >= 1, f"engine.{name}", getattr(self, name), "positive")
+        fits = self.kv_cache_tokens is None or self.kv_cache_tokens >= self.page_size
+        meaning = f"at least a page of {self.page_size}, or unset"
+        require(fits, "engine.kv_cache_tokens", self.kv_cache_tokens, meaning)
         known = self.placement in PLACEMENTS
         require(known, "engine.placement", self.placement, f"one of {PLACEMENTS}")
         fitting = TRANSPORTS[self.placement]
@@ -87,17 +92,18 @@ class RolloutSection:
     eval_temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "eval_every"):
+        positive = ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "eval_every")
+        for name in (*positive, "eval_samples_per_prompt", "max_prompt_len"):
             require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), "positive")
-        require(
-            self.temperature > 0, "rollout.temperature", self.temperature, "positive to train on"
-        )
-        require(
-            self.eval_temperature >= 0,
-            "rollout.eval_temperature",
-            self.eval_temperature,
-            "at least 0",
-        )
+        usable = 1e-6 <= self.temperature <= 1e6
+        meaning = "positive to train on, in [1e-6, 1e6]"
+        require(usable, "rollout.temperature", self.temperature, meaning)
+        usable = self.eval_temperature == 0 or 1e-6 <= self.eval_temperature <= 1e6
+        meaning = "0 or in [1e-6, 1e6]"
+        require(usable, "rollout.eval_temperature", self.eval_temperature, meaning)
+        require(1e-30 <= self.top_p <= 1, "rollout.top_p", self.top_p, "in [1e-30, 1]")
+        require(self.top_k >= 0, "rollout.top_k", self.top_k, "at least 0")
+        require(0 <= self.min_p <= 1, "rollout.min_p", self.min_p, "in [0, 1]")
 
 
 @dataclass(kw_only=True)
@@ -136,6 +142,8 @@ class RunSection:
         return Path(self.output_dir) / self.run_name
 
     def __post_init__(self) -> None:
+        require(self.cpu_threads >= 1, "cpu_threads", self.cpu_threads, "positive")
+        require(0 <= self.seed < 1 << 43, "seed", self.seed, "in [0, 2^43)")
         require(self.resume or not self.reshard, "reshard", self.reshard, "false without resume")
 
     def validate(self) -> None:
@@ -272,6 +280,11 @@ class VerifyRun:
     properties: list[str] | None = None
     """Only these, as in [batch_size,trainer], to cut a long run in pieces; unset: all."""
 
+    def __post_init__(self) -> None:
+        some = self.properties is None or len(self.properties) > 0
+        require(some, "properties", self.properties, "at least one, or unset")
+        require(self.cpu_threads >= 1, "cpu_threads", self.cpu_threads, "positive")
+
 
 @dataclass(kw_only=True)
 class DiffRun:
@@ -283,11 +296,12 @@ class DiffRun:
     """Another one."""
     all: bool = False
     """Go on after the first difference."""
-    limit: int = 20
-    """Differences shown with all=true."""
+    limit: int | None = None
+    """Differences shown with all=true; unset: 20."""
 
     def __post_init__(self) -> None:
-        require(self.limit >= 1, "limit", self.limit, "positive")
+        require(self.limit is None or self.limit >= 1, "limit", self.limit, "positive")
+        require(self.all or self.limit is None, "limit", self.limit, "unset without all=true")
 
 
 @dataclass(kw_only=True)
@@ -301,7 +315,7 @@ class ExportRun:
     out: str = "???"
     """The folder to write."""
     overwrite: bool = False
-    """Write although `out` is not empty."""
+    """Replace an earlier export in `out`, with all that the folder holds."""
 
 
 @dataclass(kw_only=True)

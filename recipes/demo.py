@@ -10,7 +10,9 @@ from samebit.recipes import fetch_smollm2, grpo, sft
 from samebit.recipes.compose import ConfigError, to_yaml
 from samebit.recipes.config import DemoRun, GrpoRun, RunSection, SftRun
 from samebit.recipes.metrics import write_atomically
+from samebit.recipes.rewards import load_reward
 from samebit.recipes.session import CONFIG_FILE, clear_run_dir
+from samebit.recipes.tasks.base import load_datasets
 from samebit.recipes.tiny_model import make_demo_model
 from samebit.rollout.config import resolve_device
 
@@ -48,24 +50,30 @@ def main(run: DemoRun) -> int:
     if run.dry_run:
         print(f"# model: {run.model}, on {device.type}\n{to_yaml(run)}")
         return 0
+    # Before anything is removed:
     if run.model == "smollm2":
-        _find_weights()  # before anything is removed
+        _find_weights()
+    for phase in (run.sft, run.grpo):
+        if phase is not None:
+            load_datasets(phase.data)
+    load_reward(run.grpo.reward)
     start = time.perf_counter()
     if not run.resume and run.run_dir.exists():
         clear_run_dir(run.run_dir, run.overwrite)
     run.run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run))
+    if not (run.run_dir / CONFIG_FILE).exists():
+        write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run))
     model = run.run_dir / "model"
     if not model.exists():
         _make_model(run, model)
     if run.sft is not None:
         _phase(run, run.sft, "sft", model)
-        if not (run.resume and (run.run_dir / "sft" / "summary.json").exists()):
-            sft.train(run.sft)
+        sft.train(run.sft)  # a finished one accepts the configuration, or not, and is done
         model = run.run_dir / "sft" / "model"
     _phase(run, run.grpo, "grpo", model)
     summary = grpo.train(run.grpo)
-    (run.run_dir / "summary.json").write_text(json.dumps(summary) + "\n")
+    write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run))
+    write_atomically(run.run_dir / "summary.json", json.dumps(summary) + "\n")
     compared, unequal = summary["logprob_tokens_compared"], summary["logprob_mismatches"]
     print(
         f"\n{run.run_dir / 'grpo' / 'report.html'} has the curves. Done in "

@@ -335,6 +335,6 @@ def main(run: DiffRun) -> int:
     try:
         a, b = open_run(Path(run.a)), open_run(Path(run.b))
         print(f"A is {run.a}, B is {run.b}")
-        return report(a, b, run.limit if run.all else 1)
+        return report(a, b, (run.limit or 20) if run.all else 1)
     except (CheckpointError, OSError, ValueError) as error:
         raise ConfigError(str(error)) from error

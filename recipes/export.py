@@ -9,18 +9,17 @@ from samebit.recipes.config import ExportRun
 from samebit.recipes.side_files import side_files
 from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config
-from samebit.trainer.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints
+from samebit.trainer.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
 from samebit.trainer.megatron.resharding import WholeState
 from samebit.weight_sync.digest import weights_digest
-from samebit.weight_sync.transports.file import write_hf_folder
+from samebit.weight_sync.transports.file import VERSION_FILE, write_hf_folder
 from samebit.weight_sync.types import WeightVersion
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint, the newest of a checkpoints folder, or the newest of a run."""
-    exact = [c for c in list_checkpoints(path.parent) if c.path == path]
     found = (
-        exact[0] if exact else latest_checkpoint(path) or latest_checkpoint(path / "checkpoints")
+        read_checkpoint(path) or latest_checkpoint(path) or latest_checkpoint(path / "checkpoints")
     )
     if found is None:
         raise ConfigError(f"checkpoint={path}: no whole checkpoint there")
@@ -46,6 +45,18 @@ def write_model(checkpoint: Checkpoint, model_path: Path, out: Path) -> WeightVe
     return version
 
 
+def _require_replaceable(out: Path, model_path: Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise ConfigError(f"out={out} is not empty; give another folder or overwrite=true")
+    if not (out / VERSION_FILE).exists():
+        raise ConfigError(
+            f"out={out} holds no {VERSION_FILE}: no export made it, so overwrite=true removes "
+            "nothing"
+        )
+    if out.resolve() == model_path.resolve():
+        raise ConfigError(f"out={out} is model={model_path}; give another folder")
+
+
 def main(run: ExportRun) -> int:
     """The command `samebit export`."""
     checkpoint, model_path, out = (
@@ -53,8 +64,8 @@ def main(run: ExportRun) -> int:
         Path(run.model),
         Path(run.out),
     )
-    if out.exists() and any(out.iterdir()) and not run.overwrite:
-        raise ConfigError(f"out={out} is not empty; give another folder or overwrite=true")
+    if out.exists() and any(out.iterdir()):
+        _require_replaceable(out, model_path, run.overwrite)
     version = write_model(checkpoint, model_path, out)
     print(f"{checkpoint.path} -> {out}: weights of step {version.step}, digest {version.digest}")
     return 0

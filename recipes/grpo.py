@@ -70,19 +70,35 @@ class Phases:
         self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
 
 
-class GrpoRecipe:
-    """Everything that one run holds."""
+class Inputs:
+    """What a run reads: all of it before anything of an earlier run is removed."""
 
-    def __init__(self, run: GrpoRun, session: Session, stop: StopSignals | None = None) -> None:
-        self.run = run
-        self.session = session
-        self.stop = stop or StopSignals()
+    def __init__(self, run: GrpoRun) -> None:
+        self.model = load_model_config(run.model.path)
         self.train_set, self.eval_set = load_datasets(run.data)
         self.reward = load_reward(run.reward)
         self.text = TextCodec(run.model.path, run.data.chat)
+
+
+class GrpoRecipe:
+    """Everything that one run holds."""
+
+    def __init__(
+        self,
+        run: GrpoRun,
+        session: Session,
+        stop: StopSignals | None = None,
+        inputs: Inputs | None = None,
+    ) -> None:
+        self.run = run
+        self.session = session
+        self.stop = stop or StopSignals()
+        inputs = inputs or Inputs(run)
+        self.train_set, self.eval_set = inputs.train_set, inputs.eval_set
+        self.reward, self.text = inputs.reward, inputs.text
         num_updates = run.trainer.num_steps * (run.samples_per_step // run.batch_size)
         self.trainer = MegatronTrainer(
-            load_model_config(run.model.path),
+            inputs.model,
             run.trainer.optimizer,
             num_updates,
             session.device,
@@ -145,7 +161,9 @@ class GrpoRecipe:
         bar: tqdm | None,
     ) -> Rollout:
         max_len = self.run.rollout.max_prompt_len
-        prompt_ids = [self.text.encode_prompt(p, max_len) for p in problems]
+        prompt_ids = [
+            self.text.encode_prompt(p, max_len, "rollout.max_prompt_len") for p in problems
+        ]
 
         start = shown = time.perf_counter()
 
@@ -243,8 +261,8 @@ def make_samples(rollout: Rollout, run: GrpoRun) -> list[Sample]:
 def train(run: GrpoRun) -> dict[str, Any]:
     """Run to the end; the summary, which summary.json holds too."""
     with stop_signals() as stop:
-        session = open_session(run)
-        recipe = GrpoRecipe(run, session, stop)
+        inputs, session = Inputs(run), open_session(run)
+        recipe = GrpoRecipe(run, session, stop, inputs)
         summary = _train(recipe)
         if session.is_first:
             title, config = run.run_name, to_yaml(run)

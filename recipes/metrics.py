@@ -31,13 +31,21 @@ class LoggerConfig:
     save_rollouts: bool = False
     """grpo: keep every drawn token and its log-prob in rollouts/, for `samebit diff`."""
 
+    def __post_init__(self) -> None:
+        if self.wandb not in WANDB_MODES:
+            raise ValueError(
+                f"logger.wandb is {self.wandb!r}; give one of {', '.join(WANDB_MODES)}"
+            )
+        if self.num_samples < 0:
+            raise ValueError(f"logger.num_samples is {self.num_samples}; give 0 or more")
+
 
 class MetricsLogger:
     """Appends a run's metrics and sample completions, each line flushed as it is written.
 
     With `resume_step`, the files are first cut back to the rows up to that step, and a last line
     torn by a kill is dropped; with None they start empty. Only wandb keeps rows past that step.
-    Raises ValueError for a bad config or for a damaged line that is not the last.
+    Raises ValueError for a damaged line that is not the last.
     """
 
     def __init__(
@@ -48,12 +56,6 @@ class MetricsLogger:
         resolved_config: dict[str, Any],
         resume_step: int | None,
     ) -> None:
-        if config.wandb not in WANDB_MODES:
-            raise ValueError(
-                f"logger.wandb is {config.wandb!r}; give one of {', '.join(WANDB_MODES)}"
-            )
-        if config.num_samples < 0:
-            raise ValueError(f"logger.num_samples is {config.num_samples}; give 0 or more")
         run_dir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, SAMPLES_FILE):
             _truncate(run_dir / name, resume_step)

@@ -5,13 +5,16 @@ from typing import Any
 
 from samebit.recipes.compose import to_yaml
 from samebit.recipes.config import GrpoRun, SftRun
+from samebit.recipes.rewards import load_reward
+from samebit.recipes.tasks.base import load_datasets
 from samebit.rollout.config import resolve_device, resolve_dtype
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.kv_cache import kv_bytes_per_token
 from samebit.trainer.config import ParallelConfig
-from samebit.weight_sync.mapping import hf_shapes
+from samebit.trainer.megatron.stages import make_stage
+from samebit.weight_sync.mapping import Shard, hf_shapes
 
 _MIB = 1 << 20
 
@@ -40,9 +43,19 @@ def _memory(model: ModelConfig, device_type: str, parallel: ParallelConfig) -> d
     }
 
 
+def _checked_inputs(run: GrpoRun | SftRun) -> ModelConfig:
+    """The model; ValueError for one that the layout does not fit, and for bad data."""
+    model, parallel = load_model_config(run.model.path), run.trainer.parallel
+    param_specs(model, Shard(0, parallel.tensor))
+    make_stage(model, 0, parallel.pipeline, parallel.virtual_pipeline)
+    load_datasets(run.data)
+    return model
+
+
 def grpo_plan(run: GrpoRun) -> dict[str, Any]:
     """Batch arithmetic and memory estimate."""
-    model = load_model_config(run.model.path)
+    model = _checked_inputs(run)
+    load_reward(run.reward)
     resolved = resolve_device(run.device)
     device = resolved.type
     memory = _memory(model, device, run.trainer.parallel)
@@ -64,7 +77,7 @@ def grpo_plan(run: GrpoRun) -> dict[str, Any]:
 
 def sft_plan(run: SftRun) -> dict[str, Any]:
     """Batch arithmetic and memory estimate."""
-    model = load_model_config(run.model.path)
+    model = _checked_inputs(run)
     device = resolve_device(run.device).type
     return {
         "device": device,

@@ -255,6 +255,12 @@ def clear_run_dir(run_dir: Path, overwrite: bool) -> None:
 def _require_same(checkpoint: Checkpoint, run: SftRun | GrpoRun, profile: NumericsProfile) -> None:
     checkpoint.require("config_digest", config_digest(run), "configuration")
     checkpoint.require("model_digest", model_digest(run), "model configuration")
+    done, total = checkpoint.manifest["progress"]["step"], run.trainer.num_steps
+    if total < done:
+        raise CheckpointError(
+            f"{checkpoint.path} was written after step {done}; trainer.num_steps is {total}: give "
+            f"at least {done}"
+        )
     there, here = checkpoint.manifest["parallel"], binding_layout(run)
     if there != here and not run.reshard:
         raise CheckpointError(

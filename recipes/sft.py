@@ -14,6 +14,7 @@ from samebit.recipes.session import Session, open_session
 from samebit.recipes.signals import StopSignals, stop_signals
 from samebit.recipes.tasks.base import Dataset, load_datasets
 from samebit.recipes.text import TextCodec
+from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.algorithms.sft import sft_loss
 from samebit.trainer.checkpoint import latest_checkpoint
@@ -37,7 +38,9 @@ def make_batch(run: SftRun, step: int, data: Dataset, text: TextCodec) -> list[S
     samples = []
     for position in range(step * size, (step + 1) * size):
         problem = data[problem_index(position, len(data), run.seed)]
-        prompt = text.encode_prompt(problem, run.trainer.micro_batch_tokens)
+        prompt = text.encode_prompt(
+            problem, run.trainer.micro_batch_tokens, "trainer.micro_batch_tokens"
+        )
         label = text.encode_label(problem)
         samples.append(
             Sample(sample_id=position, token_ids=(*prompt, *label), prompt_len=len(prompt))
@@ -48,22 +51,35 @@ def make_batch(run: SftRun, step: int, data: Dataset, text: TextCodec) -> list[S
 def train(run: SftRun) -> dict[str, Any]:
     """Run to the end and export to run_dir/model; the summary."""
     with stop_signals() as stop:
-        return _train(run, open_session(run), stop)
+        # Everything is read before anything of an earlier run is removed.
+        model, (data, _held_out) = load_model_config(run.model.path), load_datasets(run.data)
+        text = TextCodec(run.model.path, run.data.chat)
+        return _train(run, open_session(run), stop, model, data, text)
 
 
-def _train(run: SftRun, session: Session, stop: StopSignals) -> dict[str, Any]:
-    data, _held_out = load_datasets(run.data)
-    text = TextCodec(run.model.path, run.data.chat)
-    settings, total = run.trainer, run.trainer.num_steps
+def _make_trainer(run: SftRun, session: Session, model: ModelConfig) -> MegatronTrainer:
     trainer = MegatronTrainer(
-        load_model_config(run.model.path),
-        settings.optimizer,
-        total,
+        model,
+        run.trainer.optimizer,
+        run.trainer.num_steps,
         session.device,
-        settings.parallel,
+        run.trainer.parallel,
         run.numerics.tp_invariant,
     )
     load_weights(trainer, run.model.path)
+    return trainer
+
+
+def _train(
+    run: SftRun,
+    session: Session,
+    stop: StopSignals,
+    model: ModelConfig,
+    data: Dataset,
+    text: TextCodec,
+) -> dict[str, Any]:
+    settings, total = run.trainer, run.trainer.num_steps
+    trainer = _make_trainer(run, session, model)
     progress = Progress(**session.restore(trainer))
     logger, bar = session.logger(progress), session.bar(progress)
 

@@ -25,8 +25,11 @@ class TextCodec:
                 f"data.chat is true, but the tokenizer of {folder} has no chat template"
             )
 
-    def encode_prompt(self, problem: Problem, max_len: int) -> list[int]:
-        """Token ids of a prompt; chat messages go through the chat template."""
+    def encode_prompt(self, problem: Problem, max_len: int, key: str) -> list[int]:
+        """Token ids of a prompt; chat messages go through the chat template.
+
+        ValueError for more than max_len, the value of the configuration's `key`.
+        """
         prompt = problem.prompt
         if self._chat and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
@@ -38,8 +41,8 @@ class TextCodec:
             )
         if not 0 < len(ids) <= max_len:
             raise ValueError(
-                f"problem {problem.index}: its prompt has {len(ids)} tokens; max_prompt_len "
-                f"allows 1 to {max_len}"
+                f"problem {problem.index}: its prompt has {len(ids)} tokens; {key} allows 1 "
+                f"to {max_len}"
             )
         return list(ids)
 

@@ -81,7 +81,10 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     """The device asked for, or the GPU if there is one; DeviceError for a missing GPU."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    resolved = torch.device(device)
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise DeviceError(f"device is '{device}'; it must be cpu or cuda") from None
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
             "device=cuda was asked for, but torch finds no CUDA device; use device=cpu"

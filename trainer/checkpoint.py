@@ -153,8 +153,16 @@ def list_checkpoints(root: Path) -> list[Checkpoint]:
 
 def latest_checkpoint(root: Path) -> Checkpoint | None:
     """The newest whole checkpoint, if there is any."""
-    found = list_checkpoints(root)
-    return found[-1] if found else None
+    folders = [file.parent for file in root.glob(f"{_PREFIX}[0-9]*/{MANIFEST}")]
+    folders.sort(key=lambda folder: int(folder.name.removeprefix(_PREFIX)))
+    return read_checkpoint(folders[-1]) if folders else None
+
+
+def read_checkpoint(path: Path) -> Checkpoint | None:
+    """The whole checkpoint in this folder, if it holds one."""
+    manifest = path / MANIFEST
+    whole = path.name.startswith(_PREFIX) and manifest.exists()
+    return Checkpoint(path, _read_manifest(manifest)) if whole else None
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class BenchEngineSettings:
 
 @dataclass(kw_only=True)
 class BenchRun:
-    """What both have. Writes output_dir/run_name/bench.json."""
+    """What all have. Writes output_dir/run_name/bench.json."""
 
     run_name: str = "bench"
     output_dir: str = "outputs"
@@ -165,6 +165,7 @@ class BenchKernelsRun(BenchRun):
         require(self.replays >= 1, "replays", self.replays, "positive")
         some = self.rows is None or (len(self.rows) > 0 and min(self.rows) >= 1)
         require(some, "rows", self.rows, "positive numbers, at least one")
+        require(len(self.tables) > 0, "tables", self.tables, "at least one")
         for name in self.tables:
             require(name in TABLES, "tables", name, f"one of {TABLES}")
 

@@ -183,7 +183,16 @@ WRONG = {
         r"trainer.parallel.recompute is 'some'; it must be one of \('none', 'selective', 'full'\)",
     ),
     "no held-out problems": (["data.eval_size=0"], "data.eval_size is 0"),
-    "no override at all": (["hello"], "hello"),
+    "no override at all": (["hello"], "'hello' is no key=value of an existing key"),
+    "an option": (["-x"], "'-x' is no key=value"),
+    "a new key": (["++trainer.foo=3"], r"'\+\+trainer.foo=3' is no key=value of an existing key"),
+    "a new top key": (["args=3"], "args"),
+    "a removed section": (["~data"], "'~data' is no key=value"),
+    "top_p": (["rollout.top_p=2"], r"rollout.top_p is 2.0; it must be in \[1e-30, 1\]"),
+    "no pages": (["engine.page_size=0"], "engine.page_size is 0; it must be positive"),
+    "unknown wandb mode": (["logger.wandb=bogus"], "logger.wandb is 'bogus'; give one of disabl"),
+    "no threads": (["cpu_threads=0"], "cpu_threads is 0; it must be positive"),
+    "seed too large": (["seed=99999999999999"], "seed is 99999999999999; it must be in"),
 }
 
 
@@ -309,6 +318,7 @@ def test_dry_run_prints_the_plan_and_stops(demo_model, tmp_path, capsys):
         f"output_dir={tmp_path}",
         "device=cpu",
         "dry_run=true",
+        "data=reverse_digits",
         "rollout.prompts_per_step=6",
         "rollout.samples_per_prompt=4",
         "trainer.batch_size=12",
@@ -333,7 +343,8 @@ def test_dry_run_prints_the_plan_and_stops(demo_model, tmp_path, capsys):
 def test_dry_run_of_sft(demo_model, tmp_path, capsys):
     """The same for supervised fine-tuning."""
     arguments = [f"model.path={demo_model}", f"output_dir={tmp_path}", "dry_run=true"]
-    assert cli.main(["sft", *arguments, "trainer.batch_size=8"]) == 0
+    arguments += ["data=reverse_digits", "trainer.batch_size=8"]
+    assert cli.main(["sft", *arguments]) == 0
     assert "optimizer_steps              100" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 

@@ -3,6 +3,7 @@ larger model where there is a GPU."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -53,6 +54,16 @@ def demo(tmp_path_factory):
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert run.returncode == 0, run.stderr
     return folder / "demo", run.stdout
+
+
+def test_resumed_with_another_first_phase(demo, tmp_path, capsys):
+    """The phase is done, so its new settings would be believed and not used."""
+    shutil.copytree(demo[0], tmp_path / "demo")
+    changed = ["resume=true", "sft.trainer.optimizer.lr=0.5"]
+    before = (tmp_path / "demo" / "config.yaml").read_text()
+    assert cli.main([*arguments(demo[0].parent, "demo"), f"output_dir={tmp_path}", *changed]) == 1
+    assert "was written under another configuration" in capsys.readouterr().err
+    assert (tmp_path / "demo" / "config.yaml").read_text() == before
 
 
 def test_the_last_line_is_the_summary(demo):

@@ -58,8 +58,15 @@ def test_a_folder_in_use_is_kept(base, tmp_path, capsys):
     assert export(base, base.folder / "base", out) in (1, 2)
     assert "is not empty; give another folder or overwrite=true" in capsys.readouterr().err
     assert [p.name for p in out.iterdir()] == ["precious"]
+    assert export(base, base.folder / "base", out, "overwrite=true") in (1, 2)
+    assert "no export made it, so overwrite=true removes nothing" in capsys.readouterr().err
+    (out / "precious").unlink()
+    assert export(base, base.folder / "base/checkpoints/step_00000004", out) == 0
+    (out / "precious").write_text("x")
     assert export(base, base.folder / "base", out, "overwrite=true") == 0
     assert not (out / "precious").exists()
+    assert export(base, base.folder / "base", out, f"model={out}", "overwrite=true") in (1, 2)
+    assert "give another folder" in capsys.readouterr().err
     assert read_version(out).digest == base.result[0]["weights_digest"]
 
 

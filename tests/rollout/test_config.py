@@ -1,12 +1,15 @@
-"""Settings of the engine that no machine without a GPU can try."""
+"""Settings: what a machine without a GPU cannot try, and numbers of the wrong kind."""
 
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from samebit.kernels.reduce import TensorRanks
 from samebit.rollout.config import EngineConfig, own_device
+from samebit.rollout.types import SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -25,6 +28,25 @@ def test_decode_graphs_where_there_can_be_none(device, ranks, message):
             cuda_graphs=True,
             ranks=ranks,
         )
+
+
+@pytest.mark.parametrize("field", ["n", "top_k", "max_new_tokens", "min_new_tokens", "seed"])
+def test_what_is_counted_is_an_integer(field):
+    """A part of a token would be cut off, or found out in the midst of a step."""
+    with pytest.raises(
+        ValueError, match=rf"SamplingParams\.{field} is 1\.5; it must be an integer"
+    ):
+        SamplingParams(**{field: 1.5})
+    assert getattr(SamplingParams(**{field: np.int64(1)}), field) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("temperature", 1e-38), ("temperature", 1e39), ("top_p", 1e-50)]
+)
+def test_numbers_that_fp32_cannot_hold(field, value):
+    """They would be 0 or infinite where the logits are."""
+    with pytest.raises(ValueError, match=rf"SamplingParams\.{field} is {re.escape(str(value))}"):
+        SamplingParams(**{field: value})
 
 
 def test_an_engine_lives_on_the_current_device(monkeypatch):
