@@ -7,11 +7,9 @@ import json
 import math
 import numbers
 import re
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from multiprocessing import get_context
 from typing import Any
 
 from samebit.recipes.tasks.base import Problem
@@ -70,26 +68,15 @@ def load_reward(config: RewardConfig) -> Reward:
     return BoundReward(name=config.name, function=function, args=dict(config.args))
 
 
-def score(
-    reward: Reward, texts: Sequence[str], problems: Sequence[Problem], *, num_workers: int = 0
-) -> list[float]:
+def score(reward: Reward, texts: Sequence[str], problems: Sequence[Problem]) -> list[float]:
     """The reward of each completion, in order.
 
-    With `num_workers`, that many processes share the work; they stay for the next call. The reward
-    must then be importable in them. Raises RewardError, naming the reward, the problem and the
-    completion, where the reward raises or returns something that is no finite number.
+    Raises RewardError, naming the reward, the problem and the completion, where the reward raises
+    or returns something that is no finite number.
     """
     if len(texts) != len(problems):
         raise ValueError(f"{len(texts)} completions for {len(problems)} problems; give one each")
-    results: Iterator[Any]
-    if num_workers > 0:
-        results = _workers(num_workers).map(reward, texts, problems)
-    else:
-        results = map(reward, texts, problems)
-    return [
-        _next_score(results, reward, text, problem)
-        for text, problem in zip(texts, problems, strict=True)
-    ]
+    return [_score(reward, text, problem) for text, problem in zip(texts, problems, strict=True)]
 
 
 def exact_match(text: str, problem: Problem) -> float:
@@ -179,18 +166,12 @@ def _import_reward(name: str) -> Callable[..., Any]:
     return function
 
 
-@functools.cache
-def _workers(count: int) -> ProcessPoolExecutor:
-    # Spawned, since a forked process inherits a CUDA context and locks it cannot use.
-    return ProcessPoolExecutor(count, mp_context=get_context("spawn"))
-
-
-def _next_score(results: Iterator[Any], reward: Reward, text: str, problem: Problem) -> float:
+def _score(reward: Reward, text: str, problem: Problem) -> float:
     name = getattr(reward, "name", None) or getattr(reward, "__qualname__", repr(reward))
     completion = repr(text if len(text) <= 200 else f"{text[:100]} ... {text[-100:]}")
     where = f"the reward {name!r} on problem {problem.index}, completion {completion}"
     try:
-        value = next(results)
+        value: Any = reward(text, problem)
     except Exception as error:
         raise RewardError(
             f"{where} raised {type(error).__name__}: {error} (SAMEBIT_TRACEBACK=1 shows where)"

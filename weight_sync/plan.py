@@ -19,7 +19,7 @@ def plan_buckets(
     end = 0
     for name, tensor in params.items():
         num_bytes = tensor.numel() * tensor.element_size()
-        if not buckets or (end + num_bytes > bucket_bytes and buckets[-1]):
+        if not buckets or end + num_bytes > bucket_bytes:
             buckets.append([])
             end = 0
         buckets[-1].append(ParamMeta(name, tuple(tensor.shape), str(tensor.dtype), end))

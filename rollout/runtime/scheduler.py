@@ -107,7 +107,7 @@ class Scheduler:
             budget -= len(decode)
             chunks = []
             for seq in list(self._prefilling):
-                if budget > 0 and seq.slot is not None:  # not preempted for an earlier one
+                if budget > 0:
                     chunk = self._chunk(seq, budget)
                     chunks.append(chunk)
                     budget -= chunk.num_tokens
