@@ -18,7 +18,7 @@ from samebit.recipes.compose import to_yaml
 from samebit.recipes.config import GrpoRun
 from samebit.recipes.metrics import MetricsLogger, NoLogger
 from samebit.recipes.order import SampleIds, problem_index
-from samebit.recipes.placement import load_weights, start_engine
+from samebit.recipes.placement import make_trainer, start_engine
 from samebit.recipes.plan import grpo_plan, print_plan
 from samebit.recipes.report import write_report
 from samebit.recipes.rewards import RewardError, load_reward, score
@@ -33,7 +33,6 @@ from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.remote import RemoteEngineError
 from samebit.rollout.types import SamplingParams
 from samebit.trainer.algorithms.grpo import GrpoLoss, group_advantages
-from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.ranks import is_first, on_first
 from samebit.trainer.types import Sample, StepStats
@@ -97,15 +96,7 @@ class GrpoRecipe:
         self.train_set, self.eval_set = inputs.train_set, inputs.eval_set
         self.reward, self.text = inputs.reward, inputs.text
         num_updates = run.trainer.num_steps * (run.samples_per_step // run.batch_size)
-        self.trainer = MegatronTrainer(
-            inputs.model,
-            run.trainer.optimizer,
-            num_updates,
-            session.device,
-            run.trainer.parallel,
-            run.numerics.tp_invariant,
-        )
-        load_weights(self.trainer, run.model.path)
+        self.trainer = make_trainer(run, inputs.model, num_updates, session.device)
         if run.algorithm.kl_coef > 0:
             self.trainer.freeze_reference()
         self.loss = GrpoLoss(run.algorithm)

@@ -146,6 +146,11 @@ class NoLogger:
         """Nothing is open."""
 
 
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without what differs between equal runs."""
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file; none where it is missing. A torn last line is left out.
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
-from samebit.recipes.config import GrpoRun
+from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.replicas import ReplicatedEngine
 from samebit.rollout.engine import Engine
+from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.remote import RemoteEngine
 from samebit.rollout.runtime.weights import load_safetensors
@@ -22,6 +23,18 @@ def load_weights(trainer: MegatronTrainer, model_path: str) -> None:
     """Fill the trainer's parameters from a Hugging Face folder."""
     whole = param_specs(trainer.model)
     trainer.fill(lambda specs, params: load_safetensors(Path(model_path), specs, params, whole))
+
+
+def make_trainer(
+    run: SftRun | GrpoRun, model: ModelConfig, num_updates: int, device: torch.device
+) -> MegatronTrainer:
+    """A trainer as the run asks for, with the weights of its model's folder."""
+    settings, invariant = run.trainer, run.numerics.tp_invariant
+    trainer = MegatronTrainer(
+        model, settings.optimizer, num_updates, device, settings.parallel, invariant
+    )
+    load_weights(trainer, run.model.path)
+    return trainer
 
 
 def _start_copies(

@@ -8,7 +8,7 @@ from typing import Any
 from samebit.recipes.config import SftRun
 from samebit.recipes.export import write_model
 from samebit.recipes.order import problem_index
-from samebit.recipes.placement import load_weights
+from samebit.recipes.placement import make_trainer
 from samebit.recipes.plan import print_plan, sft_plan
 from samebit.recipes.session import Session, open_session
 from samebit.recipes.signals import StopSignals, stop_signals
@@ -18,7 +18,6 @@ from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.algorithms.sft import sft_loss
 from samebit.trainer.checkpoint import latest_checkpoint
-from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.ranks import is_first
 from samebit.trainer.types import Sample
@@ -57,19 +56,6 @@ def train(run: SftRun) -> dict[str, Any]:
         return _train(run, open_session(run), stop, model, data, text)
 
 
-def _make_trainer(run: SftRun, session: Session, model: ModelConfig) -> MegatronTrainer:
-    trainer = MegatronTrainer(
-        model,
-        run.trainer.optimizer,
-        run.trainer.num_steps,
-        session.device,
-        run.trainer.parallel,
-        run.numerics.tp_invariant,
-    )
-    load_weights(trainer, run.model.path)
-    return trainer
-
-
 def _train(
     run: SftRun,
     session: Session,
@@ -79,7 +65,7 @@ def _train(
     text: TextCodec,
 ) -> dict[str, Any]:
     settings, total = run.trainer, run.trainer.num_steps
-    trainer = _make_trainer(run, session, model)
+    trainer = make_trainer(run, model, total, session.device)
     progress = Progress(**session.restore(trainer))
     logger, bar = session.logger(progress), session.bar(progress)
 

@@ -87,6 +87,7 @@ def make_random_model(
     *,
     tied: bool,
     vocab_size: int = 331,
+    num_layers: int = 3,
     std: float = 0.2,
 ) -> None:
     """A random model for tests: odd sizes, grouped heads, weights large enough to matter."""
@@ -96,7 +97,7 @@ def make_random_model(
         vocab_size=vocab_size,
         hidden_size=48,
         intermediate_size=104,
-        num_hidden_layers=3,
+        num_hidden_layers=num_layers,
         num_attention_heads=6 if architecture == "llama" else 4,
         num_key_value_heads=2,
         head_dim=16,

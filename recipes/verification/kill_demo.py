@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from samebit.recipes.metrics import read_rows, write_atomically
+from samebit.recipes.metrics import read_rows, without_times, write_atomically
 from samebit.recipes.provenance import provenance
 
 OPTIONS = {"kills": 10.0, "seed": 0.0, "shortest_s": 6.0, "longest_s": 45.0}
@@ -55,8 +55,7 @@ def run_demo(
 def result(folder: Path, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A finished demo's summary, and the metrics of its reinforcement learning without times."""
     rows = read_rows(folder / name / "grpo" / "metrics.jsonl")
-    timeless = [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
-    return json.loads((folder / name / "summary.json").read_text()), timeless
+    return json.loads((folder / name / "summary.json").read_text()), without_times(rows)
 
 
 def main(out: str, *arguments: str) -> int:

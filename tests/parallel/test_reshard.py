@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from samebit.recipes.tiny_model import make_random_model
 from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.checkpoint import latest_checkpoint
@@ -18,13 +19,8 @@ FIELDS = ("params", "reference", "exp_avg", "exp_avg_sq")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Tied embeddings, of which the last stage of a pipeline holds a copy."""
-    from samebit.recipes.tiny_model import write_config, write_weights
-
-    folder = tmp_path_factory.mktemp("model")
-    shape = {"hidden_size": 48, "intermediate_size": 104, "head_dim": 16, "vocab_size": 331}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    write_config(folder, "qwen3", **shape, **heads, tie_word_embeddings=True)
-    write_weights(folder, seed=3, std=0.05)
+    folder = tmp_path_factory.mktemp("models") / "qwen3"
+    make_random_model(folder, "qwen3", seed=3, tied=True, num_layers=2, std=0.05)
     return folder
 
 

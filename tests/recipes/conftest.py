@@ -10,7 +10,7 @@ import pytest
 
 from samebit.recipes import grpo
 from samebit.recipes.compose import resolve
-from samebit.recipes.metrics import read_rows
+from samebit.recipes.metrics import read_rows, without_times
 from samebit.recipes.tiny_model import make_demo_model
 
 # Rewards are named as module:function, here and in child processes: run_children.
@@ -78,10 +78,6 @@ class GrpoRuns:
         marker.unlink(missing_ok=True)
         self.control.write_text(f"hold {number}")
         return marker.exists
-
-
-def without_times(rows):
-    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from run_children import has_lines
 
 from samebit.recipes import cli, fetch_smollm2
 from samebit.recipes.compose import ConfigError, resolve, to_dict
-from samebit.recipes.metrics import read_rows
+from samebit.recipes.metrics import read_rows, without_times
 from samebit.recipes.tiny_model import make_random_model, write_character_tokenizer
 from samebit.trainer.checkpoint import latest_checkpoint
 
@@ -117,11 +117,7 @@ def test_killed_in_every_phase_and_resumed(demo, tmp_path, kill_when):
     assert json.loads((killed / "summary.json").read_text()) == expected
     for phase in ("sft", "grpo"):
         rows, others = (read_rows(f / phase / "metrics.jsonl") for f in (killed, folder))
-        plain = [
-            [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in table]
-            for table in (rows, others)
-        ]
-        assert plain[0] == plain[1]
+        assert without_times(rows) == without_times(others)
 
 
 # -- the larger demo ----------------------------------------------------------------------------
