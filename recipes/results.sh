@@ -65,7 +65,8 @@ verify() {
 }
 
 engine() {
-    samebit engine_qwen3_8b bench engine model="$shapes/qwen3-8b" load_format=dummy
+    samebit engine_qwen3_8b bench engine model="$shapes/qwen3-8b" load_format=dummy --profile \
+        'workloads=[64x1x512x256,1x1x512x256,8x1x512x256,64x8x512x512,1x8x512x4096]'
     samebit engine_qwen3_0.6b bench engine model="$shapes/qwen3-0.6b" load_format=dummy \
         'workloads=[1x1x512x512,64x8x512x512]'
 }
