@@ -4,6 +4,7 @@
 a table can only change speed. Shapes and cards without a table take cuBLASLt's first answer.
 """
 
+import ctypes
 import functools
 import hashlib
 import json
@@ -59,12 +60,18 @@ def to_json(choices: dict[Key, Choice]) -> list[dict[str, Any]]:
     ]
 
 
+def _driver_version() -> int:
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
+
+
 def fingerprint(device: torch.device) -> list[str]:
     """What implementations and their choice depend on, beside what the numerics profile holds."""
     name = torch.cuda.get_device_name(device)
     table = table_path(name)
     digest = hashlib.sha256(table.read_bytes()).hexdigest() if table.exists() else "none"
-    return [name, cublaslt.version(), str(torch._C._cuda_getDriverVersion()), digest]
+    return [name, cublaslt.version(), str(_driver_version()), digest]
 
 
 @functools.lru_cache(maxsize=8)
