@@ -28,6 +28,8 @@ os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 
 _PROGRAMS = 128
 _BLOCK = 1024
+_LARGE_BLOCK = 16384
+"""Elements, over the number of ranks: a link is busy when megabytes are on their way."""
 _ONE_SHOT_ELEMENTS = 1 << 19
 """Sums up to here are read whole by every rank."""
 _LEAST_CAPACITY = 1 << 22
@@ -61,24 +63,31 @@ def _meet(memories, kind, epoch, RANK: tl.constexpr, SIZE: tl.constexpr, PROGRAM
 
 
 @triton.jit
-def _partial(memories, rank: tl.constexpr, at, live):
-    return tl.load(_memory_of(memories, rank, tl.float32) + at, live, other=0.0)
+def _partial(memories, half, own, rank: tl.constexpr, at, live, RANK: tl.constexpr):
+    if rank == RANK:
+        partial = tl.load(own + at, live, other=0.0).to(tl.float32)
+    else:
+        partial = tl.load(_memory_of(memories, rank, tl.float32) + half + at, live, other=0.0)
+    return partial
 
 
 @triton.jit
-def _total(memories, at, live, SIZE: tl.constexpr, TREE: tl.constexpr):
+def _total(memories, half, own, at, live, RANK: tl.constexpr, SIZE: tl.constexpr,
+           TREE: tl.constexpr):  # fmt: skip
     """From rank 0 upwards, or as the tree ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))."""
-    total = _partial(memories, 0, at, live)
+    total = _partial(memories, half, own, 0, at, live, RANK)
     if TREE and SIZE >= 4:
-        total = total + _partial(memories, 1, at, live)
-        total = total + (_partial(memories, 2, at, live) + _partial(memories, 3, at, live))
+        total = total + _partial(memories, half, own, 1, at, live, RANK)
+        second = _partial(memories, half, own, 2, at, live, RANK)
+        total = total + (second + _partial(memories, half, own, 3, at, live, RANK))
         if SIZE == 8:
-            upper = _partial(memories, 4, at, live) + _partial(memories, 5, at, live)
-            last = _partial(memories, 6, at, live) + _partial(memories, 7, at, live)
-            total = total + (upper + last)
+            third = _partial(memories, half, own, 4, at, live, RANK)
+            third = third + _partial(memories, half, own, 5, at, live, RANK)
+            last = _partial(memories, half, own, 6, at, live, RANK)
+            total = total + (third + (last + _partial(memories, half, own, 7, at, live, RANK)))
     else:
         for rank in tl.static_range(1, SIZE):
-            total = total + _partial(memories, rank, at, live)
+            total = total + _partial(memories, half, own, rank, at, live, RANK)
     return total
 
 
@@ -96,17 +105,18 @@ def _sum_kernel(
     i = tl.arange(0, BLOCK)
     own = _memory_of(memories, RANK, tl.float32)
     for p in tl.static_range(SIZE):
-        for start in range(program * BLOCK, part, programs * BLOCK):
-            at = p * part + start + i
-            live = (start + i < part) & (at < numel)
-            tl.store(own + half + at, tl.load(partial + at, live).to(tl.float32), live)
+        if MODE == _ONE_SHOT or p != RANK:  # what this rank alone adds need not be seen
+            for start in range(program * BLOCK, part, programs * BLOCK):
+                at = p * part + start + i
+                live = (start + i < part) & (at < numel)
+                tl.store(own + half + at, tl.load(partial + at, live).to(tl.float32), live)
     _meet(memories, 0, epoch, RANK, SIZE, PROGRAMS)
     if MODE == _ONE_SHOT:
         for p in tl.static_range(SIZE):
             for start in range(program * BLOCK, part, programs * BLOCK):
                 at = p * part + start + i
                 live = (start + i < part) & (at < numel)
-                total = _total(memories, half + at, live, SIZE, TREE)
+                total = _total(memories, half, partial, at, live, RANK, SIZE, TREE)
                 tl.store(output + at, total.to(output.dtype.element_ty), live)
     else:
         if MODE == _OWN_PART:
@@ -116,17 +126,21 @@ def _sum_kernel(
         for start in range(program * BLOCK, part, programs * BLOCK):
             at = RANK * part + start + i
             live = (start + i < part) & (at < numel)
-            total = _total(memories, half + at, live, SIZE, TREE)
-            tl.store(mine + start + i, total.to(output.dtype.element_ty), live)
+            total = _total(memories, half, partial, at, live, RANK, SIZE, TREE)
+            total = total.to(output.dtype.element_ty)
+            tl.store(mine + start + i, total, live)
+            if MODE == _TWO_SHOTS:
+                tl.store(output + at, total, live)
         if MODE == _TWO_SHOTS:
             _meet(memories, 1, epoch, RANK, SIZE, PROGRAMS)
             for p in tl.static_range(SIZE):
-                theirs = _memory_of(memories, p, tl.float32) + results
-                theirs = theirs.to(tl.pointer_type(output.dtype.element_ty))
-                for start in range(program * BLOCK, part, programs * BLOCK):
-                    at = p * part + start + i
-                    live = (start + i < part) & (at < numel)
-                    tl.store(output + at, tl.load(theirs + start + i, live), live)
+                if p != RANK:
+                    theirs = _memory_of(memories, p, tl.float32) + results
+                    theirs = theirs.to(tl.pointer_type(output.dtype.element_ty))
+                    for start in range(program * BLOCK, part, programs * BLOCK):
+                        at = p * part + start + i
+                        live = (start + i < part) & (at < numel)
+                        tl.store(output + at, tl.load(theirs + start + i, live), live)
     # Every counter counts the sums, whatever their number of programs.
     for j in range(program, PROGRAMS, programs):
         tl.store(epochs + j, epoch)
@@ -191,9 +205,12 @@ class Peers:
         memory, part = self._memory(numel), -(-numel // size)
         if mode is not _OWN_PART:
             part += -part % 16  # parts that loads of 16 bytes may start at
-        _sum_kernel[(min(_PROGRAMS, triton.cdiv(part, _BLOCK)),)](
+        large = numel > _ONE_SHOT_ELEMENTS
+        block = triton.next_power_of_2(_LARGE_BLOCK // size) if large else _BLOCK
+        _sum_kernel[(min(_PROGRAMS, triton.cdiv(part, block)),)](
             partial.contiguous(), output, memory.pointers, memory.epochs, numel, part,
-            memory.capacity, dist.get_rank(self.group), size, mode.value, tree, _PROGRAMS, _BLOCK,
+            memory.capacity, dist.get_rank(self.group), size, mode.value, tree, _PROGRAMS, block,
+            num_warps=16 if large else 4,
         )  # fmt: skip
 
     def _memory(self, numel: int) -> _Memory:
