@@ -141,14 +141,11 @@ def swiglu_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """swiglu of x [T, K] times weight [2F, K] transposed -> [T, F]."""
     x, weight = _checked(x, weight)
     (rows, k), f = x.shape, weight.shape[0] // 2
-    y = torch.empty(rows, f, dtype=x.dtype, device=x.device)
     gapless = x.is_contiguous() and weight.is_contiguous()
     if 0 < rows <= skinny.MAX_ROWS and gapless and tuple(weight.shape) not in _triton_shapes:
         tile = choose(x.device.index, Key(f, k, row_bucket(rows), gated=True)).tile
         if tile is not None:
+            y = torch.empty(rows, f, dtype=x.dtype, device=x.device)
             skinny.matmul(x, weight, y, tile, gated=True)
             return y
-    for start, length in row_pieces(rows):  # a piece is read from the cache that it was written to
-        piece = slice(start, start + length)
-        swiglu(linear(x[piece], weight), out=y[piece])
-    return y
+    return swiglu(linear(x, weight))

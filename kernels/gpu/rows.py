@@ -141,11 +141,11 @@ def _swiglu_kernel(x_ptr, y_ptr, F, BLOCK: tl.constexpr):
     tl.store(y_ptr + row * F + columns, (silu * up).to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def swiglu(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """gate_up [..., 2F] -> [..., F]; without gaps, into out where that is given."""
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """gate_up [..., 2F] -> [..., F]."""
     flat = gate_up.reshape(-1, gate_up.shape[-1]).contiguous()
     width = flat.shape[1] // 2
-    y = gate_up.new_empty(*gate_up.shape[:-1], width) if out is None else out
+    y = torch.empty(*gate_up.shape[:-1], width, dtype=gate_up.dtype, device=gate_up.device)
     block = min(1024, triton.next_power_of_2(width))
     if flat.shape[0]:
         _swiglu_kernel[(flat.shape[0], triton.cdiv(width, block))](

@@ -60,12 +60,17 @@ class DecodeGraphs:
         self._table: torch.Tensor | None = None
         self._in_table: np.ndarray | None = None  # slots whose pages the device knows
         self.capture_s = 0.0
-        self.memory_bytes = 0
 
     @property
     def num_graphs(self) -> int:
         """Graphs captured so far."""
         return len(self._graphs)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the graphs share."""
+        segments = torch.cuda.memory_snapshot(self._pool, include_traces=False)
+        return sum(segment["total_size"] for segment in segments)
 
     def fits(self, step: Step, slots: Slots) -> bool:
         """Whether a graph can run the step: decode only, no hidden states to return."""
@@ -132,7 +137,7 @@ class DecodeGraphs:
 
     def _capture(self, bucket: int, bound: int, draws: bool) -> _Graph:
         """Capture a step for `bucket` sequences of at most `bound` tokens."""
-        start, reserved = time.perf_counter(), torch.cuda.memory_reserved(self._device)
+        start = time.perf_counter()
         step = self._make_step(bucket, bound, draws)
         saved = self._last_tokens.clone()
         torch.cuda.synchronize()
@@ -150,10 +155,9 @@ class DecodeGraphs:
         ):
             hidden = step()
         self.capture_s += time.perf_counter() - start
-        self.memory_bytes += torch.cuda.memory_reserved(self._device) - reserved
         logger.debug(
-            "graph for %d sequences of at most %d tokens; %d graphs so far took %.1f s and %d MiB",
-            bucket, bound, self.num_graphs + 1, self.capture_s, self.memory_bytes >> 20,
+            "graph for %d sequences of at most %d tokens; %d graphs so far took %.1f s",
+            bucket, bound, self.num_graphs + 1, self.capture_s,
         )  # fmt: skip
         return _Graph(graph, step, hidden)
 
