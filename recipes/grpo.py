@@ -227,9 +227,7 @@ class GrpoRecipe:
 
     def save(self) -> None:
         """Write a checkpoint: the trainer. Data order and samples follow from the step."""
-        keep = self.run.trainer.keep_checkpoints
-        state = self.trainer.state_dict()
-        self.session.save(self.progress.step, state, asdict(self.progress), keep)
+        self.session.save(self.progress.step, self.trainer.state_dict(), asdict(self.progress))
 
     def close(self) -> None:
         """Let go of the engine."""
@@ -265,7 +263,7 @@ def _train(recipe: GrpoRecipe) -> dict[str, Any]:
     run, session = recipe.run, recipe.session
     progress, total = recipe.progress, run.trainer.num_steps
     logger, bar = session.logger(progress), session.bar(progress)
-    with closing(recipe), logger, bar, session.saved_if_stopped(progress, recipe.save):
+    with closing(recipe), logger, bar, session.saving(progress, recipe.save):
         if progress.step == 0:
             evaluate(recipe, logger, {})
         while progress.step < total:
@@ -288,6 +286,7 @@ def train_one_step(recipe: GrpoRecipe, logger: MetricsLogger | NoLogger, bar: tq
     phases = Phases()
     with phases.time("rollout"):
         rollout = recipe.rollout(progress.step, bar)
+    recipe.session.writer.poll()
     if run.logger.save_rollouts and recipe.session.is_first:
         drawn = rollout.prompt_ids, rollout.completions, rollout.rewards
         save_rollout(run.run_dir, progress.step + 1, *drawn)

@@ -12,7 +12,7 @@ from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.kv_cache import kv_bytes_per_token
-from samebit.trainer.config import ParallelConfig
+from samebit.trainer.config import TrainerConfig
 from samebit.trainer.megatron.stages import make_stage
 from samebit.weight_sync.mapping import Shard, hf_shapes
 
@@ -23,23 +23,26 @@ def _num_parameters(model: ModelConfig) -> int:
     return sum(math.prod(shape) for shape in hf_shapes(param_specs(model)).values())
 
 
-def _memory(model: ModelConfig, device_type: str, parallel: ParallelConfig) -> dict[str, Any]:
+def _memory(model: ModelConfig, device_type: str, trainer: TrainerConfig) -> dict[str, Any]:
     """MiB of a process by use. AdamW keeps two fp32 moments, bf16 weights also an fp32 master copy.
 
     Stages and tensor ranks count as equal; the first and last stage have more.
     """
-    whole = _num_parameters(model)
+    whole, parallel = _num_parameters(model), trainer.parallel
     parameters = math.ceil(whole / (parallel.tensor * parallel.pipeline))
     copies = parallel.data * parallel.context if parallel.distributed_optimizer else 1
     weight_bytes = 4 if device_type == "cpu" else 2
     master_bytes = 0 if device_type == "cpu" else 4
     place = "on_host_" if parallel.offload_optimizer else ""
+    weights, optimizer = parameters * weight_bytes, parameters * (8 + master_bytes) / copies
+    checkpoint = weights + optimizer if trainer.background_checkpoints else 0
     return {
         "processes": parallel.num_processes,
         "parameters": whole,
-        "weights_mib": round(parameters * weight_bytes / _MIB, 1),
+        "weights_mib": round(weights / _MIB, 1),
         "gradients_mib": round(parameters * 4 / _MIB, 1),
-        f"optimizer_{place}mib": round(parameters * (8 + master_bytes) / copies / _MIB, 1),
+        f"optimizer_{place}mib": round(optimizer / _MIB, 1),
+        "checkpoint_on_host_mib": round(checkpoint / _MIB, 1),
     }
 
 
@@ -58,7 +61,7 @@ def grpo_plan(run: GrpoRun) -> dict[str, Any]:
     load_reward(run.reward)
     resolved = resolve_device(run.device)
     device = resolved.type
-    memory = _memory(model, device, run.trainer.parallel)
+    memory = _memory(model, device, run.trainer)
     longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
     kv_bytes = kv_bytes_per_token(model, resolve_dtype(None, resolved))
     return {
@@ -83,7 +86,7 @@ def sft_plan(run: SftRun) -> dict[str, Any]:
         "device": device,
         "samples_per_step": run.trainer.batch_size,
         "optimizer_steps": run.trainer.num_steps,
-        **_memory(model, device, run.trainer.parallel),
+        **_memory(model, device, run.trainer),
     }
 
 

@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,13 +21,8 @@ from samebit.recipes.metrics import MetricsLogger, NoLogger, write_atomically
 from samebit.recipes.signals import Stopped
 from samebit.rollout.config import resolve_device
 from samebit.rollout.models.registry import load_model_config
-from samebit.trainer.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    latest_checkpoint,
-    remove_leftovers,
-)
-from samebit.trainer.checkpoint import save_checkpoint as write_checkpoint
+from samebit.trainer.checkpoint import Checkpoint, CheckpointError, latest_checkpoint
+from samebit.trainer.checkpoint_writer import CheckpointWriter, remove_leftovers
 from samebit.trainer.megatron.resharding import WholeState
 from samebit.trainer.megatron.setup import start_processes
 from samebit.trainer.megatron.trainer import MegatronTrainer
@@ -48,7 +43,7 @@ _FREE_KEYS = (
     "logger",
     "device",
 )
-_FREE_TRAINER_KEYS = ("checkpoint_every", "keep_checkpoints")
+_FREE_TRAINER_KEYS = ("checkpoint_every", "keep_checkpoints", "background_checkpoints")
 _FREE_PARALLEL_KEYS = ("recompute", "offload_optimizer")
 
 
@@ -72,6 +67,13 @@ class Session:
     resumed: Checkpoint | None
     is_first: bool
     """Whether this process writes what there is one of."""
+    writer: CheckpointWriter = field(init=False)
+
+    def __post_init__(self) -> None:
+        settings = self.run.trainer
+        self.writer = CheckpointWriter(
+            self.checkpoints, settings.keep_checkpoints, settings.background_checkpoints
+        )
 
     @property
     def run_dir(self) -> Path:
@@ -83,8 +85,8 @@ class Session:
         """Where its checkpoints go."""
         return self.run_dir / "checkpoints"
 
-    def save(self, step: int, state: dict[str, Any], progress: dict[str, Any], keep: int) -> Path:
-        """Write a checkpoint after `step`; `progress` is small and readable, in the manifest."""
+    def save(self, step: int, state: dict[str, Any], progress: dict[str, Any]) -> None:
+        """Begin a checkpoint after `step`; `progress` is small and readable, in the manifest."""
         with together(CheckpointError):
             if bad := non_finite(state["params"]):
                 raise CheckpointError(
@@ -99,21 +101,28 @@ class Session:
             "numerics": asdict(self.profile) | {"digest": self.profile.digest},
             "progress": progress,
         }
-        return write_checkpoint(self.checkpoints, step, state, manifest, keep)
+        self.writer.save(step, state, manifest)
 
     @contextmanager
-    def saved_if_stopped(self, progress: HasStep, save: Callable[[], object]) -> Iterator[None]:
-        """If the block is stopped, `save` the last whole step unless it is saved, and say so."""
+    def saving(self, progress: HasStep, save: Callable[[], object]) -> Iterator[None]:
+        """At the block's end its checkpoints are whole. If it is stopped, `save` the last whole
+        step unless it is saved, and say so."""
         try:
             yield
+            self.writer.finish()
         except Stopped as stopped:
+            self.writer.finish()
             newest = latest_checkpoint(self.checkpoints)
             if progress.step > 0 and (newest is None or newest.step < progress.step):
                 save()
+                self.writer.finish()
             where = f"saved in {self.checkpoints}" if progress.step > 0 else "nothing to save"
             raise Stopped(
                 f"{stopped}: stopped after step {progress.step}, {where}; resume=true goes on"
             ) from None
+        except BaseException:
+            self.writer.wait()
+            raise
 
     @property
     def resharded(self) -> list[dict[str, Any]]:

@@ -70,12 +70,12 @@ def _train(
     logger, bar = session.logger(progress), session.bar(progress)
 
     def save() -> None:
-        state = trainer.state_dict()
-        session.save(progress.step, state, asdict(progress), settings.keep_checkpoints)
+        session.save(progress.step, trainer.state_dict(), asdict(progress))
 
-    with logger, bar, session.saved_if_stopped(progress, save):
+    with logger, bar, session.saving(progress, save):
         while progress.step < total:
             stop.poll_together()
+            session.writer.poll()
             samples = make_batch(run, progress.step, data, text)
             batches = pack_samples(
                 samples,

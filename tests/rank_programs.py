@@ -240,7 +240,8 @@ def resume(rank, size, store, folder, mode, root, out):
     mode: a field of ParallelConfig, or "optimizer" for the distributed one over copies.
     """
     from samebit.trainer.algorithms.sft import sft_loss
-    from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint
+    from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint
+    from samebit.trainer.checkpoint_writer import CheckpointWriter
     from samebit.trainer.config import ParallelConfig
     from samebit.trainer.packing import pack_samples, share_batches
 
@@ -256,9 +257,11 @@ def resume(rank, size, store, folder, mode, root, out):
     first = make_trainer(folder, parallel, **settings)
     for _ in range(2):
         first.train_step(mine, sft_loss)
-    save_checkpoint(Path(root), first.step, first.state_dict(), {"layout": str(parallel)}, keep=2)
+    writer = CheckpointWriter(Path(root), keep=2)
+    writer.save(first.step, first.state_dict(), {"layout": str(parallel)})
     found = {"whole": [vars(first.train_step(mine, sft_loss)) for _ in range(2)]}
     found["whole_digest"] = first.digest()
+    writer.finish()
     second = make_trainer(folder, parallel, **settings)
     second.load_state_dict(latest_checkpoint(Path(root)).load())
     found["resumed"] = [vars(second.train_step(mine, sft_loss)) for _ in range(2)]
@@ -267,7 +270,8 @@ def resume(rank, size, store, folder, mode, root, out):
     # The second rank's disk is full: both are told, and the checkpoint before is unharmed.
     try:
         with file_size_limit(1000) if int(rank) == 1 else nullcontext():
-            save_checkpoint(Path(root), 9, second.state_dict(), {}, keep=1)
+            writer.save(9, second.state_dict(), {})
+            writer.finish()
     except CheckpointError as error:
         found["refused"] = str(error)
     dist.barrier()
@@ -283,7 +287,8 @@ def reshard(rank, size, store, folder, mode, before, after, out):
     mode: as in `resume`, several of two ranks each with plus signs, or "alone".
     """
     from samebit.trainer.algorithms.sft import sft_loss
-    from samebit.trainer.checkpoint import latest_checkpoint, save_checkpoint
+    from samebit.trainer.checkpoint import latest_checkpoint
+    from samebit.trainer.checkpoint_writer import CheckpointWriter
     from samebit.trainer.config import ParallelConfig
     from samebit.trainer.megatron.resharding import WholeState
     from samebit.trainer.packing import pack_samples
@@ -302,7 +307,8 @@ def reshard(rank, size, store, folder, mode, before, after, out):
             megatron.train_step(mine, sft_loss)
     else:
         megatron.load_resharded(WholeState(megatron.model, saved.load_all()))
-    save_checkpoint(Path(after), megatron.step, megatron.state_dict(), {}, keep=1)
+    writer = CheckpointWriter(Path(after), keep=1, background=False)
+    writer.save(megatron.step, megatron.state_dict(), {})
     found = {"digest": megatron.digest(), "next": vars(megatron.train_step(mine, sft_loss))}
     Path(out).with_suffix(f".{rank}").write_text(json.dumps(found))
     if int(size) > 1:

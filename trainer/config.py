@@ -139,6 +139,8 @@ class TrainerConfig:
     """Steps between checkpoints; the last step always gets one. 0: only the last."""
     keep_checkpoints: int = 2
     """The newest ones; older ones are removed."""
+    background_checkpoints: bool = True
+    """A thread writes them, from a copy in the host's memory, while the run goes on."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 

@@ -131,7 +131,8 @@ def test_micro_batches_do_not_change_what_is_compared(runs, base, max_tokens):
 
 def test_killed_in_rollouts_and_evaluations_and_resumed(runs, base, kill_when):
     """SIGKILL again and again, at known places, is not to be seen in the result."""
-    arguments = ["grpo", *runs.arguments("killed", "resume=true")]
+    at_once = "trainer.background_checkpoints=false"
+    arguments = ["grpo", *runs.arguments("killed", "resume=true", at_once)]
     folder = runs.folder / "killed"
     places = (
         (2, 0),  # the first evaluation: nothing is written yet

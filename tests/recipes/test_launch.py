@@ -10,7 +10,6 @@ from contextlib import contextmanager
 
 import psutil
 import pytest
-from run_children import has_lines
 
 from samebit.recipes import cli, launch
 from samebit.recipes.compose import resolve
@@ -104,7 +103,7 @@ def test_disturbed_and_resumed(runs, base, layout, tmp_path, capsys):
         assert rows[1][key] == base.result[1][1][key]
     folder = runs.folder / "disturbed"
     with started(runs, "disturbed", *LAYOUTS[layout]) as process:
-        wait_for(process, has_lines(folder / "metrics.jsonl", 4))  # after the checkpoint of step 2
+        wait_for(process, (folder / "checkpoints" / "step_00000002").exists)
         ranks = processes_of(process)
         DISTURBANCES[layout](process, ranks)
         assert not psutil.wait_procs(ranks, timeout=launch.GRACE_S)[1]

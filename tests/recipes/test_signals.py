@@ -85,7 +85,8 @@ def test_a_signal_after_the_last_poll_lets_the_run_end(runs, base, monkeypatch):
 def test_a_second_signal_exits_at_once(runs, child):
     """Even where the run would never come to a safe point."""
     held = runs.held(30)
-    with child(["grpo", *runs.arguments("twice")]) as process:
+    at_once = "trainer.background_checkpoints=false"
+    with child(["grpo", *runs.arguments("twice", at_once)]) as process:
         while not held():
             assert process.is_alive()
             time.sleep(0.01)

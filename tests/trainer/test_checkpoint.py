@@ -1,24 +1,26 @@
 """Checkpoints: whole or invisible, verified when loaded, and never of another run by mistake."""
 
 import json
+import threading
 
 import pytest
 import torch
-from helpers import run_python
+from helpers import file_size_limit, run_python
 
 from samebit.trainer.checkpoint import (
     MANIFEST,
     CheckpointError,
     latest_checkpoint,
     list_checkpoints,
-    save_checkpoint,
 )
+from samebit.trainer.checkpoint_writer import CheckpointWriter
 
 STATE = {"step": 3, "params": {"a": torch.arange(6.0).view(2, 3)}, "nested": {"list": [1, 2.5]}}
 
 
 def save(root, step, keep=10, **manifest):
-    return save_checkpoint(root, step, STATE | {"step": step}, manifest, keep)
+    CheckpointWriter(root, keep, background=False).save(step, STATE | {"step": step}, manifest)
+    return root / f"step_{step:08d}"
 
 
 def test_what_was_saved_is_loaded(tmp_path):
@@ -104,12 +106,75 @@ def test_a_leftover_of_another_step_does_not_stay_for_ever(tmp_path):
     assert not (tmp_path / ".step_00000007.tmp").exists()
 
 
+@pytest.fixture
+def gate(monkeypatch):
+    """Files are written once it is set."""
+    event, write = threading.Event(), torch.save
+
+    def when_open(*arguments):
+        assert event.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr(torch, "save", when_open)
+    return event
+
+
+def test_a_state_may_change_while_it_is_written(tmp_path, gate):
+    """The run goes on: what is written is what was, in memory that the next save uses again."""
+    writer = CheckpointWriter(tmp_path, keep=2)
+    state = {"step": 0, "params": {"a": torch.zeros(5)}, "moments": [torch.zeros(2, 3)]}
+    for step in (1, 2):
+        gate.clear()
+        state["step"] = step
+        for tensor in (state["params"]["a"], state["moments"][0]):
+            tensor.fill_(step)
+        writer.save(step, state, {})
+        for tensor in (state["params"]["a"], state["moments"][0]):
+            tensor.fill_(-1)
+        writer.poll()
+        assert [c.step for c in list_checkpoints(tmp_path)] == list(range(1, step))
+        gate.set()
+        writer.finish()
+    for step, checkpoint in enumerate(list_checkpoints(tmp_path), 1):
+        found = checkpoint.load()
+        assert found["step"] == step
+        assert torch.equal(found["params"]["a"], torch.full((5,), float(step)))
+        assert torch.equal(found["moments"][0], torch.full((2, 3), float(step)))
+
+
+def test_a_save_waits_for_the_one_before(tmp_path, gate):
+    """And what one process alone has begun is whole after an error, without its help."""
+    writer = CheckpointWriter(tmp_path, keep=5)
+    writer.save(1, STATE, {})
+    gate.set()
+    writer.save(2, STATE, {})
+    assert list_checkpoints(tmp_path)[0].step == 1
+    writer.wait()
+    assert latest_checkpoint(tmp_path).verify().step == 2
+
+
+def test_a_disk_that_fills_up_is_told_when_it_is_noticed(tmp_path):
+    """By whatever asks next; the half is gone, the one before is whole, and saving goes on."""
+    writer = CheckpointWriter(tmp_path, keep=5)
+    writer.save(1, STATE, {})
+    writer.finish()
+    big = {"step": 2, "params": torch.zeros(100_000)}
+    with file_size_limit(50_000):
+        writer.save(2, big, {})
+        with pytest.raises(CheckpointError, match=r"step_00000002.tmp/rank_00000.pt.*too large"):
+            writer.finish()
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+    writer.save(2, big, {})
+    writer.finish()
+    assert latest_checkpoint(tmp_path).verify().step == 2
+
+
 # Killed while the state is pickled, or after the state and before the manifest.
 DYING_SAVE = """
 import os, sys
 from collections import UserDict
 from pathlib import Path
-from samebit.trainer.checkpoint import save_checkpoint
+from samebit.trainer.checkpoint_writer import CheckpointWriter
 
 class Dying:
     def __reduce__(self):
@@ -121,7 +186,7 @@ class DyingManifest(UserDict):
 
 root, moment = Path(sys.argv[1]), sys.argv[2]
 state = {"big": list(range(1000)), "x": Dying() if moment == "state" else 1}
-save_checkpoint(root, 7, state, DyingManifest(note="x"), keep=1)
+CheckpointWriter(root, keep=1, background=False).save(7, state, DyingManifest(note="x"))
 """
 
 

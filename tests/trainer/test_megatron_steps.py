@@ -8,7 +8,8 @@ from helpers import assert_same_bits
 
 from samebit.trainer.algorithms.grpo import GrpoLoss
 from samebit.trainer.algorithms.sft import sft_loss
-from samebit.trainer.checkpoint import latest_checkpoint, save_checkpoint
+from samebit.trainer.checkpoint import latest_checkpoint
+from samebit.trainer.checkpoint_writer import CheckpointWriter
 from samebit.trainer.config import GrpoConfig
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.types import NonFiniteError
@@ -234,9 +235,11 @@ def test_a_loaded_checkpoint_continues_to_the_bit(
     trainer = make()
     for _ in range(2):
         trainer.train_step(batches, loss)
-    save_checkpoint(tmp_path, trainer.step, trainer.state_dict(), {}, keep=1)
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.save(trainer.step, trainer.state_dict(), {})
     saved = trainer.digest()
     expected = [(trainer.train_step(batches, loss), trainer.digest()) for _ in range(3)]
+    writer.finish()
     fresh = make(filled=False)
     fresh.load_state_dict(latest_checkpoint(tmp_path).load())
     assert (fresh.step, fresh.digest()) == (2, saved)
