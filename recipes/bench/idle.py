@@ -2,11 +2,12 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 from samebit.recipes.bench.config import Workload
@@ -63,6 +64,22 @@ def gpu_activities(trace: dict[str, Any]) -> list[Activity]:
     ]
 
 
+def recorded[T](action: Callable[[], T], trace_file: Path) -> tuple[T, list[Activity]]:
+    """The action's result, and what it had the GPU do; writes the Chrome trace.
+
+    Only GPU activities are recorded, so that the recording slows the host little.
+    """
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        result = action()
+        torch.cuda.synchronize()
+    trace_file.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(trace_file))
+    activities = gpu_activities(json.loads(trace_file.read_text(errors="replace"), strict=False))
+    if not activities:
+        raise ValueError(f"{trace_file}: torch.profiler recorded no GPU activity")
+    return result, activities
+
+
 def top_activities(activities: Iterable[Activity], num_steps: int) -> list[dict[str, Any]]:
     """The names that take the most time, with calls and microseconds a step."""
     durations: dict[str, list[float]] = defaultdict(list)
@@ -104,8 +121,7 @@ def profile_decode(
 ) -> dict[str, Any]:
     """Trace `num_steps` steps with all samples decoding; writes a Chrome trace.
 
-    Only GPU activities are recorded, so that the recording slows the host little; how much it does
-    shows in step_ms (without) and step_ms_recorded.
+    How much the recording slows the host shows in step_ms (without) and step_ms_recorded.
     """
     warmup = num_prefill_steps(engine, workload)
     workload = replace(workload, output_len=warmup + 2 * num_steps + 16)
@@ -115,15 +131,9 @@ def profile_decode(
     step_ms = _step(engine, num_steps)
     with profile(activities=[ProfilerActivity.CUDA]):
         _step(engine, 2)  # the first recording takes long to start
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        recorded_ms = _step(engine, num_steps)
+    recorded_ms, activities = recorded(lambda: _step(engine, num_steps), trace_file)
     while engine.has_unfinished_requests:
         engine.step()
-    trace_file.parent.mkdir(parents=True, exist_ok=True)
-    profiler.export_chrome_trace(str(trace_file))
-    activities = gpu_activities(json.loads(trace_file.read_text(errors="replace"), strict=False))
-    if not activities:
-        raise ValueError(f"{trace_file}: torch.profiler recorded no GPU activity")
     found = idle_time((start, end) for start, end, _ in activities)
     return {
         "trace": trace_file.name,

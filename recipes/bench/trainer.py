@@ -4,7 +4,7 @@ The forward is also timed by itself, with our operations and with torch's in the
 carry the trainer's own log-probs, so that a step is on-policy, and the first one compares them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from samebit.kernels.profile import numerics_profile
 from samebit.recipes.bench.config import BenchTrainerRun, Pack
+from samebit.recipes.bench.idle import Activity, recorded
 from samebit.recipes.bench.output import REPORT_FILE, BenchError, format_table, write_report
 from samebit.recipes.bench.timing import Spread, timed
 from samebit.recipes.bench.variants import torch_trainer_kernels
@@ -68,6 +69,17 @@ def _seconds(action: Callable[[], object], repeats: int, device: torch.device) -
     return [timed(action, device)[1] for _ in range(repeats + 1)][1:]
 
 
+def communication(activities: Iterable[Activity]) -> dict[str, float]:
+    """Seconds in sums over tensor ranks and in NCCL, where a rank also waits for the others."""
+    found = {"sums_s": 0.0, "nccl_s": 0.0}
+    for start, end, name in activities:
+        if name == "_sum_kernel":
+            found["sums_s"] += (end - start) / 1e6
+        elif name.startswith("ncclDevKernel"):
+            found["nccl_s"] += (end - start) / 1e6
+    return found
+
+
 def measure(trainer: MegatronTrainer, pack: Pack, run: BenchTrainerRun) -> dict[str, Any]:
     """Forward and whole steps of one kind of pack."""
     device = trainer.device
@@ -97,6 +109,10 @@ def measure(trainer: MegatronTrainer, pack: Pack, run: BenchTrainerRun) -> dict[
     found["tokens_s"] = num_tokens / Spread.of(seconds).median
     if device.type == "cuda":
         found["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    if device.type == "cuda" and trainer.parallel.num_processes > 1:
+        trace = run.run_dir / f"trace_{pack}_{dist.get_rank()}.json"
+        _, activities = recorded(lambda: trainer.train_step(batches, loss), trace)
+        found |= communication(activities)
     if peak := peak_flops(device):
         lens = [n for b in batches for n in b.seq_lens] * trainer.parallel.data
         per_device = train_flops(trainer.model, lens) / trainer.parallel.num_processes
@@ -105,7 +121,8 @@ def measure(trainer: MegatronTrainer, pack: Pack, run: BenchTrainerRun) -> dict[
 
 
 def _rows(packs: dict[str, Any]) -> list[list[str]]:
-    rows = [["pack", "tok/s", "step s", "min", "max", "MFU", "forward s", "x torch", "peak GiB"]]
+    names = ("tok/s", "step s", "min", "max", "MFU", "forward s", "x torch", "peak GiB")
+    rows = [["pack", *names, "sums", "NCCL"]]
     for pack, found in packs.items():
         step, forward = found["step_s"], found["forward_s"]["median"]
         theirs = found.get("forward_torch_s")
@@ -118,6 +135,10 @@ def _rows(packs: dict[str, Any]) -> list[list[str]]:
                 f"{forward:.3f}",
                 f"{forward / theirs['median']:.3f}" if theirs else "-",
                 f"{found['peak_memory_gib']:.1f}" if "peak_memory_gib" in found else "-",
+                *(
+                    f"{found[key] / step['median']:.1%}" if key in found else "-"
+                    for key in ("sums_s", "nccl_s")
+                ),
             ]
         )
     return rows

@@ -2,8 +2,10 @@
 
 Times are medians under CUDA graph replay with weights rotated so that L2 never holds them. A
 product of few rows is timed with a norm before it, as in a model: what matters is the whole chain,
-where one kernel's start hides behind the work of another. Kernels are compiled by many processes
-first. The result is a table for kernels/gpu/tables/.
+where one kernel's start hides behind the work of another; one of many rows for longer, until the
+card draws all the power that it may, as in a prefill: the fastest there need not be the fastest on
+a cool card. Kernels are compiled by many processes first. The result is a table for
+kernels/gpu/tables/.
 """
 
 import itertools
@@ -39,6 +41,7 @@ SKINNY_ROWS = (16, 32, 64, 128)
 LARGE_ROWS = (160, 192, 224, 256, 320, 384, 448, 512, 1024, 2048, 4096, 8192)
 PREFETCH = 256
 _SHARED_BYTES = 220 << 10
+_SUSTAINED_US = 2e5
 _WORTH = 0.99  # of the default's time: below, an entry is worth its place
 
 
@@ -156,9 +159,10 @@ class _Product:
             self.x, _ = add_rms_norm(self.raw, self.zero, self.one, 1e-6)
             action(i)
 
-        timed = chain if self.key.rows <= skinny.MAX_ROWS else action
-        actions = [partial(timed, i) for i in range(self.copies)]
-        return graph_us(actions, self.ideal_us, replays=5).median
+        few = self.key.rows <= skinny.MAX_ROWS
+        actions = [partial(chain if few else action, i) for i in range(self.copies)]
+        replays = 5 if few else max(5, round(_SUSTAINED_US / (self.ideal_us * self.copies)))
+        return graph_us(actions, self.ideal_us, replays).median
 
 
 def tune_product(

@@ -12,6 +12,7 @@ from samebit.recipes.bench import kernels
 from samebit.recipes.bench.config import Workload
 from samebit.recipes.bench.engine import BenchError, timed_run
 from samebit.recipes.bench.idle import (
+    Activity,
     IdleTime,
     gpu_activities,
     idle_time,
@@ -22,6 +23,7 @@ from samebit.recipes.bench.output import format_table
 from samebit.recipes.bench.prompts import PromptSource, sampling_params
 from samebit.recipes.bench.roofline import peers_tokens_s, roofline_tokens_s
 from samebit.recipes.bench.timing import Spread, num_copies
+from samebit.recipes.bench.trainer import communication
 from samebit.recipes.bench.variants import torch_kernels
 from samebit.recipes.compose import ConfigError, resolve
 from samebit.rollout.engine import Engine
@@ -217,6 +219,17 @@ def test_torch_kernels_are_put_back():
 def test_idle_time(intervals, expected):
     """Gaps between merged intervals."""
     assert idle_time(intervals) == expected
+
+
+def test_communication_of_a_step():
+    """Seconds of our sums and of NCCL's kernels, whichever collective; nothing else."""
+    activities = [
+        Activity(0.0, 2e5, "_sum_kernel"),
+        Activity(3e5, 4e5, "_sum_kernel"),
+        Activity(0.0, 5e5, "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)"),
+        Activity(0.0, 9e5, "_attend_kernel"),
+    ]
+    assert communication(activities) == pytest.approx({"sums_s": 0.3, "nccl_s": 0.5})
 
 
 def test_idle_share_of_a_trace():
