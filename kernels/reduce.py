@@ -69,7 +69,7 @@ def sum_over_ranks(partial: torch.Tensor, ranks: TensorRanks, dtype: torch.dtype
     """Sum each rank's `partial` in fp32 and round once to dtype; every rank gets the same bits."""
     if ranks.size == 1:
         return partial.to(dtype)
-    if peers := _peers(partial, ranks):
+    if peers := peers_of(ranks, partial.device):
         return peers.sum(partial, dtype, ranks.invariant)
     parts = _gather(partial, ranks.group)
     if ranks.invariant:
@@ -79,14 +79,18 @@ def sum_over_ranks(partial: torch.Tensor, ranks: TensorRanks, dtype: torch.dtype
 
 def sum_of_own_rows(partial: torch.Tensor, ranks: TensorRanks, dtype: torch.dtype) -> torch.Tensor:
     """own_rows of sum_over_ranks: [T, ...] -> [T / size, ...]; T is a multiple of size."""
-    if ranks.size > 1 and (peers := _peers(partial, ranks)):
+    if peers := peers_of(ranks, partial.device):
         return peers.sum_of_own_rows(partial, dtype, ranks.invariant)
     return own_rows(sum_over_ranks(partial, ranks, dtype), ranks)
 
 
 def gather_columns(x: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
-    """Every rank's columns [T, C], side by side in rank order: [T, size * C]."""
-    return x if ranks.size == 1 else torch.cat(_gather(x, ranks.group), dim=1)
+    """Every rank's columns [T, C] fp32, side by side in rank order: [T, size * C]."""
+    if ranks.size == 1:
+        return x
+    if peers := peers_of(ranks, x.device):
+        return peers.gather_columns(x)
+    return torch.cat(_gather(x, ranks.group), dim=1)
 
 
 def partial_linear(x: torch.Tensor, weight: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
@@ -147,13 +151,14 @@ def smallest(value: int, ranks: TensorRanks) -> int:
     return value if ranks.size == 1 else min(gather_objects(value, ranks.group))
 
 
-def _peers(x: torch.Tensor, ranks: TensorRanks) -> "Peers | None":
-    """GPUs that can read each other's memory; else parts are gathered, for the same bits."""
-    if not x.is_cuda or ranks.group is None:
+def peers_of(ranks: TensorRanks, device: torch.device) -> "Peers | None":
+    """GPUs that can read each other's memory, whose sums CUDA graphs may hold; else, for the same
+    bits, parts are gathered by torch.distributed. All ranks ask together."""
+    if device.type != "cuda" or ranks.group is None:
         return None
-    from samebit.kernels.gpu.peers import peers_of
+    from samebit.kernels.gpu import peers
 
-    return peers_of(ranks.group, x.device)
+    return peers.peers_of(ranks.group, device)
 
 
 def _gather(x: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch.Tensor]:

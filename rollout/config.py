@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from samebit.kernels.reduce import ALONE, TensorRanks
+from samebit.kernels.reduce import ALONE, TensorRanks, peers_of
 from samebit.rollout.types import MAX_UINT64
 
 
@@ -34,7 +34,7 @@ class EngineConfig:
     load_format: str = "safetensors"
     seed: int = 0
     cuda_graphs: bool = False
-    """Decode by CUDA graphs."""
+    """Decode by CUDA graphs; over tensor parallel ranks those of GPUs that read each other."""
     ranks: TensorRanks = ALONE
     """Tensor parallel ranks; each runs an engine of its own and is given the same requests."""
     overlap: bool = False
@@ -55,10 +55,10 @@ class EngineConfig:
             )
         if self.cuda_graphs and self.device.type != "cuda":
             raise ValueError(f"Engine cuda_graphs=True needs a CUDA device, not '{self.device}'")
-        if self.cuda_graphs and self.ranks.size > 1:
+        if self.cuda_graphs and self.ranks.size > 1 and not peers_of(self.ranks, self.device):
             raise ValueError(
-                f"Engine cuda_graphs=True with {self.ranks.size} tensor parallel ranks is not "
-                "supported yet; leave it unset"
+                f"Engine cuda_graphs=True with {self.ranks.size} tensor parallel ranks needs GPUs "
+                "that can read each other's memory; leave it unset"
             )
         if self.load_format not in ("safetensors", "dummy"):
             raise ValueError(

@@ -146,6 +146,35 @@ def _sum_kernel(
         tl.store(epochs + j, epoch)
 
 
+@triton.jit
+def _gather_kernel(
+    part, output, memories, epochs, rows, width, capacity, RANK: tl.constexpr, SIZE: tl.constexpr,
+    PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Every rank's [rows, width], side by side: [rows, SIZE * width]."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    epoch = tl.load(epochs + program) + 1
+    half = 2 * SIZE * PROGRAMS + (epoch & 1).to(tl.int64) * capacity
+    i = tl.arange(0, BLOCK)
+    blocks = tl.cdiv(width, BLOCK)
+    own = _memory_of(memories, RANK, tl.float32)
+    for block in range(program, rows * blocks, programs):
+        row, column = (block // blocks).to(tl.int64), block % blocks * BLOCK + i
+        values = tl.load(part + row * width + column, column < width)
+        tl.store(own + half + row * width + column, values, column < width)
+        tl.store(output + (row * SIZE + RANK) * width + column, values, column < width)
+    _meet(memories, 0, epoch, RANK, SIZE, PROGRAMS)
+    for p in tl.static_range(SIZE):
+        if p != RANK:
+            theirs = _memory_of(memories, p, tl.float32) + half
+            for block in range(program, rows * blocks, programs):
+                row, column = (block // blocks).to(tl.int64), block % blocks * BLOCK + i
+                values = tl.load(theirs + row * width + column, column < width)
+                tl.store(output + (row * SIZE + p) * width + column, values, column < width)
+    for j in range(program, PROGRAMS, programs):
+        tl.store(epochs + j, epoch)
+
+
 @dataclass
 class _Memory:
     """What the ranks of a group see of each other: flags, partials and results."""
@@ -194,6 +223,21 @@ class Peers:
         rows = len(partial) // dist.get_world_size(self.group)
         output = torch.empty((rows, *partial.shape[1:]), dtype=dtype, device=partial.device)
         self._launch(partial, output, _OWN_PART, tree)
+        return output
+
+    def gather_columns(self, x: torch.Tensor) -> torch.Tensor:
+        """Every rank's columns [T, C] fp32, side by side in rank order: [T, size * C]."""
+        (rows, width), size = x.shape, dist.get_world_size(self.group)
+        output = torch.empty(rows, size * width, dtype=x.dtype, device=x.device)
+        if rows == 0:
+            return output
+        memory = self._memory(x.numel())
+        large = x.numel() > _ONE_SHOT_ELEMENTS
+        block = triton.next_power_of_2(_LARGE_BLOCK // size) if large else _BLOCK
+        _gather_kernel[(min(_PROGRAMS, rows * triton.cdiv(width, block)),)](
+            x.contiguous(), output, memory.pointers, memory.epochs, rows, width, memory.capacity,
+            dist.get_rank(self.group), size, _PROGRAMS, block, num_warps=16 if large else 4,
+        )  # fmt: skip
         return output
 
     def _launch(

@@ -1,7 +1,8 @@
 """Tensor parallel engine against tensor parallel trainer, on sequences of mixed length.
 
     torchrun --nproc-per-node 2 -m samebit.recipes.verification.tensor_parallel FOLDER out.json \\
-        [tp_invariant=true] [dummy=true] [num_seqs=64] [max_len=4096] [seed=0]
+        [tp_invariant=true] [dummy=true] [cuda_graphs=true] [num_seqs=64] [max_len=4096] \\
+        [seed=0]
 
 Every process runs the engine's shard and, on the same weights, the trainer's (with sequence
 parallelism where there are several). out.json says how many log-probs were compared, how many
@@ -36,7 +37,14 @@ from samebit.trainer.packing import pack_samples
 from samebit.trainer.stats import count_mismatches
 
 MODULE = "samebit.recipes.verification.tensor_parallel"
-DEFAULTS = {"tp_invariant": False, "dummy": False, "num_seqs": 64, "max_len": 4096, "seed": 0}
+DEFAULTS = {
+    "tp_invariant": False,
+    "dummy": False,
+    "cuda_graphs": False,
+    "num_seqs": 64,
+    "max_len": 4096,
+    "seed": 0,
+}
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
@@ -73,6 +81,7 @@ def measure(folder: Path, options: dict[str, Any], device: torch.device) -> dict
         device=device,
         ranks=ranks,
         seed=options["seed"],
+        cuda_graphs=options["cuda_graphs"] or None,
         max_num_seqs=options["num_seqs"],
         max_model_len=options["max_len"],
         load_format="dummy" if options["dummy"] else "safetensors",

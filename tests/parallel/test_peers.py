@@ -1,5 +1,7 @@
-"""The protocol of sums by peer reads, without GPUs: Triton's interpreter on processes that share
-memory. Each waits for the others as GPUs would; what is not told in time is read too early."""
+"""Sums and gathers by peer reads, without GPUs: Triton's interpreter, processes that share memory.
+
+Each waits for the others as GPUs would; what is not told in time is read too early.
+"""
 
 from helpers import run_python
 
@@ -11,6 +13,7 @@ from samebit.kernels.gpu import peers
 from samebit.kernels.linear import tree_sum
 
 CAPACITY, PROGRAMS, BLOCK = 1024, 4, 32
+GATHER, WIDTH = 3, 70
 context = multiprocessing.get_context("fork")
 
 
@@ -29,6 +32,13 @@ def sums(rank, size, calls, memories, epochs, inputs, outputs):
     for name in ("_meet", "_total"):
         setattr(peers, name, late(getattr(peers, name), random))
     for (numel, mode, tree), partial, output in zip(calls, inputs, outputs):
+        if mode == GATHER:
+            rows = numel // WIDTH
+            peers._gather_kernel[(min(3, rows * triton.cdiv(WIDTH, BLOCK)),)](
+                partial, output, memories, epochs, rows, WIDTH, CAPACITY, rank, size, PROGRAMS,
+                BLOCK,
+            )
+            continue
         part = -(-numel // size)
         if mode != 2:
             part += -part % 16
@@ -40,7 +50,8 @@ def sums(rank, size, calls, memories, epochs, inputs, outputs):
 
 for size in (2, 4):
     calls = [(numel, mode, tree) for tree in (False, True) for mode, numel in
-             ((0, 1), (0, 150), (1, 301), (2, 96 * size), (1, 64), (0, 999))]
+             ((0, 1), (0, 150), (GATHER, WIDTH), (1, 301), (2, 96 * size), (GATHER, 5 * WIDTH),
+              (1, 64), (0, 999))]
     start = 2**31 - 5  # epochs run over
     memories = [torch.zeros(2 * size * PROGRAMS + 2 * CAPACITY + CAPACITY // 2, dtype=torch.int32)
                 for _ in range(size)]
@@ -52,8 +63,8 @@ for size in (2, 4):
     for rank in range(size):
         generator = torch.Generator().manual_seed(rank)
         inputs.append([torch.randn(n, generator=generator) for n, _, _ in calls])
-        outputs.append([torch.full((n // size if mode == 2 else n,), float("nan")).share_memory_()
-                        for n, mode, _ in calls])
+        lengths = [{2: n // size, GATHER: n * size}.get(mode, n) for n, mode, _ in calls]
+        outputs.append([torch.full((n,), float("nan")).share_memory_() for n in lengths])
     processes = [
         context.Process(target=sums, args=(rank, size, calls, table,
             torch.full((PROGRAMS,), start, dtype=torch.int32), inputs[rank], outputs[rank]))
@@ -70,6 +81,8 @@ for size in (2, 4):
         total = tree_sum(parts) if tree else sum(parts[1:], parts[0])
         for rank in range(size):
             truth = total.chunk(size)[rank] if mode == 2 else total
+            if mode == GATHER:
+                truth = torch.cat([part.view(-1, WIDTH) for part in parts], dim=1).flatten()
             assert torch.equal(outputs[rank][i], truth), (size, rank, calls[i])
 """
 

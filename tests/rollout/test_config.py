@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from samebit.kernels.reduce import TensorRanks
+from samebit.rollout import config
 from samebit.rollout.config import EngineConfig, own_device
 from samebit.rollout.types import SamplingParams
 
@@ -16,10 +17,11 @@ from samebit.rollout.types import SamplingParams
     ("device", "ranks", "message"),
     [
         ("cpu", TensorRanks(), "cuda_graphs=True needs a CUDA device, not 'cpu'"),
-        ("cuda", TensorRanks(0, 2, object()), "with 2 tensor parallel ranks is not supported yet"),
+        ("cuda", TensorRanks(0, 2, object()), "with 2 tensor parallel ranks needs GPUs that can"),
     ],
 )
-def test_decode_graphs_where_there_can_be_none(device, ranks, message):
+def test_decode_graphs_where_there_can_be_none(device, ranks, message, monkeypatch):
+    monkeypatch.setattr(config, "peers_of", lambda ranks, device: None)
     with pytest.raises(ValueError, match=message):
         EngineConfig(
             model_path=Path(),
