@@ -64,6 +64,9 @@ def grpo_plan(run: GrpoRun) -> dict[str, Any]:
     memory = _memory(model, device, run.trainer)
     longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
     kv_bytes = kv_bytes_per_token(model, resolve_dtype(None, resolved))
+    reference = memory["weights_mib"] if run.algorithm.kl_coef else 0
+    if run.trainer.background_checkpoints:
+        memory["checkpoint_on_host_mib"] += reference
     return {
         "device": device,
         "samples_per_step": run.samples_per_step,
@@ -71,7 +74,7 @@ def grpo_plan(run: GrpoRun) -> dict[str, Any]:
         "optimizer_steps": run.trainer.num_steps * (run.samples_per_step // run.batch_size),
         "most_tokens_per_step": run.samples_per_step * longest,
         **memory,
-        "reference_mib": memory["weights_mib"] if run.algorithm.kl_coef else 0,
+        "reference_mib": reference,
         "kv_mib_if_all_run_at_once": round(
             min(run.samples_per_step, run.engine.max_num_seqs) * longest * kv_bytes / _MIB, 1
         ),

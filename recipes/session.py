@@ -121,7 +121,7 @@ class Session:
                 f"{stopped}: stopped after step {progress.step}, {where}; resume=true goes on"
             ) from None
         except BaseException:
-            self.writer.wait()
+            self.writer.close()
             raise
 
     @property

@@ -1,13 +1,16 @@
 """Writing checkpoints, in the background: a thread writes them from a copy in the host's memory.
 
 A checkpoint is made under a temporary name, every file is synced, the manifest comes last, and a
-rename makes it visible. With several ranks each of them writes its file, and the first one the rest
-once all files are there.
+rename makes it visible. With several ranks each of them writes its file and a digest beside it; the
+first one's thread writes the rest once all digests are there. So a checkpoint becomes whole
+whatever the run does meanwhile.
 """
 
 import hashlib
 import os
 import shutil
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -28,29 +31,42 @@ from samebit.trainer.checkpoint import (
 )
 from samebit.trainer.ranks import is_first, place, together
 
+_LOOK_S = 0.02
+_OTHERS_S = 20.0  # less than a launcher leaves the others
+
 
 @dataclass(frozen=True)
 class _Pending:
     """A checkpoint that is being written."""
 
-    step: int
-    manifest: Mapping[str, Any]
     temporary: Path
-    digest: Future[str]
-    """Of this rank's file, once that is on the disk."""
+    file: Future[None]
+    """This rank's file, and its digest beside it."""
+    whole: Future[None] | None
+    """On the first rank: the checkpoint, once every rank's file is there."""
+    given_up: threading.Event
+
+    @property
+    def state(self) -> str:
+        """busy, failed or done."""
+        if self.file.done() and self.file.exception() is not None:
+            return "failed"
+        parts = [self.file] if self.whole is None else [self.file, self.whole]
+        return "done" if all(part.done() for part in parts) else "busy"
 
 
 class CheckpointWriter:
     """Writes a run's checkpoints, one at a time, and keeps the newest `keep`.
 
-    All ranks call the same methods in the same order. Each raises CheckpointError on every rank,
-    naming the file, if one of them cannot write; older checkpoints are left alone then.
+    All ranks call the same methods (but `close`) in the same order. Each raises CheckpointError on
+    every rank, naming the file, if one of them cannot write; older checkpoints are left alone then.
     """
 
     def __init__(self, root: Path, keep: int, background: bool = True) -> None:
         self._root = root
         self._keep = keep
         self._background = background
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._copy: Any = None  # of the state, in memory that is used again
         self._pending: _Pending | None = None
 
@@ -59,76 +75,119 @@ class CheckpointWriter:
         write it. What was begun before is finished first."""
         self.finish()
         temporary = self._root / f".{PREFIX}{step:08d}.tmp"
+        rank, size = place()
         with _removed_if_it_fails(temporary), together(CheckpointError):
-            if is_first():
+            if rank == 0:
                 self._root.mkdir(parents=True, exist_ok=True)
                 remove_leftovers(self._root)
                 temporary.mkdir()
-        if self._background:
-            state = self._copy = host_copy(state, self._copy)
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-        executor = ThreadPoolExecutor(1, "checkpoint")
-        digest = executor.submit(self._write, step, state, manifest, temporary)
-        executor.shutdown(wait=False)
-        self._pending = _Pending(step, manifest, temporary, digest)
+            if self._background:
+                state = self._copy = _copied(state, self._copy)
+        given_up = threading.Event()
+        file = self._thread.submit(_write_file, state, temporary, rank)
+        whole = None
+        if rank == 0:
+            whole = self._thread.submit(self._publish, step, manifest, temporary, size, given_up)
+        self._pending = _Pending(temporary, file, whole, given_up)
         if not self._background:
             self.finish()
 
     def poll(self) -> None:
-        """Finish what was begun if that takes no waiting."""
-        if self._pending and all(gather_objects(self._pending.digest.done())):
-            self.finish()
+        """Finish what was begun if that takes no waiting, or has failed."""
+        if self._pending is not None:
+            states = gather_objects(self._pending.state)
+            if "failed" in states or "busy" not in states:
+                self.finish()
 
     def finish(self) -> None:
         """Wait until what was begun is whole."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        rank, size = place()
-        with _removed_if_it_fails(pending.temporary):
-            with together(CheckpointError):
-                digest = pending.digest.result()
-            if size > 1:
-                files = dict(gather_objects((state_file(rank), digest)))
+        try:
+            with _removed_if_it_fails(pending.temporary):
                 with together(CheckpointError):
-                    if is_first():
-                        self._publish(pending.step, files, pending.manifest, pending.temporary)
+                    pending.file.result()
+                with together(CheckpointError):
+                    if pending.whole is not None:
+                        pending.whole.result()
+        finally:
+            pending.given_up.set()
 
-    def wait(self) -> None:
-        """After an error, which others may not know of: let this rank's thread end. What a rank
-        alone has begun is whole then; what several have begun may be lost."""
-        if self._pending is not None:
-            wait([self._pending.digest])
-
-    def _write(
-        self, step: int, state: Mapping[str, Any], manifest: Mapping[str, Any], temporary: Path
-    ) -> str:
-        """The thread: this rank's file; a rank alone needs nobody for the rest."""
-        rank, size = place()
-        with _new_file(temporary / state_file(rank)) as file:
-            hashed = _Hashed(file)
-            torch.save(dict(state), hashed)
-        digest = hashed.sha256.hexdigest()
-        if size == 1:
-            self._publish(step, {state_file(rank): digest}, manifest, temporary)
-        return digest
+    def close(self) -> None:
+        """After an error, which other ranks may not know of: let what was begun become whole, if
+        the other ranks' files are there soon, and say so if it cannot."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        error = pending.file.exception()  # waits
+        if error is None and pending.whole is not None:
+            wait([pending.whole], timeout=_OTHERS_S)
+            pending.given_up.set()
+            error = pending.whole.exception()
+        pending.given_up.set()
+        if error is not None:
+            print(f"samebit: {error}", file=sys.stderr)
+            if pending.whole is not None:
+                shutil.rmtree(pending.temporary, ignore_errors=True)
 
     def _publish(
-        self, step: int, files: dict[str, str], manifest: Mapping[str, Any], temporary: Path
+        self,
+        step: int,
+        manifest: Mapping[str, Any],
+        temporary: Path,
+        size: int,
+        given_up: threading.Event,
     ) -> None:
-        """Write the manifest, make the checkpoint visible, remove the oldest."""
+        """The first rank's thread: wait for every rank's digest, write the manifest, make the
+        checkpoint visible, remove the oldest."""
+        digests = [_digest_file(temporary, rank) for rank in range(size)]
+        while not all(digest.exists() for digest in digests):
+            if given_up.wait(_LOOK_S):
+                raise CheckpointError(f"{temporary}: another rank's file is missing")
+        files = {state_file(rank): digest.read_text() for rank, digest in enumerate(digests)}
         with _new_file(temporary / MANIFEST) as file:
             file.write(manifest_text({"step": step, "files": files, **manifest}).encode())
+        for digest in digests:
+            digest.unlink()
         _sync_folder(temporary)
         final = self._root / f"{PREFIX}{step:08d}"
         if final.exists():
             _remove(final)
         os.replace(temporary, final)
-        for folder in (self._root, *list(self._root.parents)[:2]):  # the last two may be as new
+        for folder in (self._root, *self._root.parents[:2]):  # the last two may be as new
             _sync_folder(folder)
         for old in list_checkpoints(self._root)[: -self._keep]:
             _remove(old.path)
+
+
+def _write_file(state: Mapping[str, Any], temporary: Path, rank: int) -> None:
+    """The thread: a rank's file; then, for the first rank, its digest."""
+    with _new_file(temporary / state_file(rank)) as file:
+        hashed = _Hashed(file)
+        torch.save(dict(state), hashed)
+    digest = _digest_file(temporary, rank)
+    with _new_file(digest.with_suffix(".tmp")) as file:
+        file.write(hashed.sha256.hexdigest().encode())
+    digest.with_suffix(".tmp").replace(digest)
+
+
+def _digest_file(temporary: Path, rank: int) -> Path:
+    return temporary / f"{state_file(rank)}.sha256"
+
+
+def _copied(state: Mapping[str, Any], last: Any) -> Any:
+    """The state in the host's memory, complete."""
+    try:
+        copy = host_copy(state, last)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"no copy of the state in the host's memory: {error}; with "
+            "trainer.background_checkpoints=false none is made"
+        ) from error
+    return copy
 
 
 def host_copy(value: Any, last: Any) -> Any:

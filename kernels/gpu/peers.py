@@ -1,4 +1,5 @@
-"""reduce on GPUs: ranks read each other's fp32 partials over NVLink, add them and round once.
+"""reduce on GPUs: ranks read each other's fp32 partials over NVLink, add them and round once; or
+put columns of logits side by side, by the same means.
 
 One kernel is the whole sum. Every program copies its part of this rank's partial to memory that
 the others see, tells the program of the same number on every rank, waits for theirs, and adds. So
@@ -33,6 +34,8 @@ _LARGE_BLOCK = 16384
 _ONE_SHOT_ELEMENTS = 1 << 19
 """Sums up to here are read whole by every rank."""
 _LEAST_CAPACITY = 1 << 22
+_MOST_GATHERED = 1 << 24
+"""Elements of a rank gathered at a time."""
 _ONE_SHOT, _TWO_SHOTS, _OWN_PART = (tl.constexpr(i) for i in range(3))
 
 
@@ -227,17 +230,16 @@ class Peers:
 
     def gather_columns(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's columns [T, C] fp32, side by side in rank order: [T, size * C]."""
-        (rows, width), size = x.shape, dist.get_world_size(self.group)
-        output = torch.empty(rows, size * width, dtype=x.dtype, device=x.device)
-        if rows == 0:
-            return output
-        memory = self._memory(x.numel())
-        large = x.numel() > _ONE_SHOT_ELEMENTS
-        block = triton.next_power_of_2(_LARGE_BLOCK // size) if large else _BLOCK
-        _gather_kernel[(min(_PROGRAMS, rows * triton.cdiv(width, block)),)](
-            x.contiguous(), output, memory.pointers, memory.epochs, rows, width, memory.capacity,
-            dist.get_rank(self.group), size, _PROGRAMS, block, num_warps=16 if large else 4,
-        )  # fmt: skip
+        (num_rows, width), size = x.shape, dist.get_world_size(self.group)
+        output = torch.empty(num_rows, size * width, dtype=x.dtype, device=x.device)
+        most = max(1, _MOST_GATHERED // width)
+        for part, target in zip(x.contiguous().split(most), output.split(most), strict=True):
+            memory, large = self._memory(part.numel()), part.numel() > _ONE_SHOT_ELEMENTS
+            block = triton.next_power_of_2(_LARGE_BLOCK // size) if large else _BLOCK
+            _gather_kernel[(min(_PROGRAMS, len(part) * triton.cdiv(width, block)),)](
+                part, target, memory.pointers, memory.epochs, len(part), width, memory.capacity,
+                dist.get_rank(self.group), size, _PROGRAMS, block, num_warps=16 if large else 4,
+            )  # fmt: skip
         return output
 
     def _launch(

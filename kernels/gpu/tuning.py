@@ -61,6 +61,7 @@ def to_json(choices: dict[Key, Choice]) -> list[dict[str, Any]]:
 
 
 def _driver_version() -> int:
+    """The newest CUDA that the driver knows."""
     version = ctypes.c_int()
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
     return version.value

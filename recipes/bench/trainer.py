@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from samebit.kernels.profile import numerics_profile
+from samebit.kernels.reduce import gather_objects
 from samebit.recipes.bench.config import BenchTrainerRun, Pack
 from samebit.recipes.bench.idle import Activity, recorded
 from samebit.recipes.bench.output import REPORT_FILE, BenchError, format_table, write_report
@@ -70,10 +71,10 @@ def _seconds(action: Callable[[], object], repeats: int, device: torch.device) -
 
 
 def communication(activities: Iterable[Activity]) -> dict[str, float]:
-    """Seconds in sums over tensor ranks and in NCCL, where a rank also waits for the others."""
+    """Seconds in sums and gathers over tensor ranks and in NCCL; a rank waits there for others."""
     found = {"sums_s": 0.0, "nccl_s": 0.0}
     for start, end, name in activities:
-        if name == "_sum_kernel":
+        if name in ("_sum_kernel", "_gather_kernel"):
             found["sums_s"] += (end - start) / 1e6
         elif name.startswith("ncclDevKernel"):
             found["nccl_s"] += (end - start) / 1e6
@@ -110,8 +111,14 @@ def measure(trainer: MegatronTrainer, pack: Pack, run: BenchTrainerRun) -> dict[
     if device.type == "cuda":
         found["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
     if device.type == "cuda" and trainer.parallel.num_processes > 1:
+
+        def step() -> None:
+            gather_objects(None)  # begin together: who records first would wait in its first sum
+            trainer.train_step(batches, loss)
+
         trace = run.run_dir / f"trace_{pack}_{dist.get_rank()}.json"
-        _, activities = recorded(lambda: trainer.train_step(batches, loss), trace)
+        for _ in range(2):  # the first recording takes long to start
+            _, activities = recorded(step, trace)
         found |= communication(activities)
     if peak := peak_flops(device):
         lens = [n for b in batches for n in b.seq_lens] * trainer.parallel.data

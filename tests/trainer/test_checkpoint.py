@@ -149,7 +149,7 @@ def test_a_save_waits_for_the_one_before(tmp_path, gate):
     gate.set()
     writer.save(2, STATE, {})
     assert list_checkpoints(tmp_path)[0].step == 1
-    writer.wait()
+    writer.close()
     assert latest_checkpoint(tmp_path).verify().step == 2
 
 
