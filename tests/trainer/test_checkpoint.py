@@ -1,5 +1,6 @@
 """Checkpoints: whole or invisible, verified when loaded, and never of another run by mistake."""
 
+import hashlib
 import json
 import threading
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from helpers import file_size_limit, run_python
 
+from samebit.trainer import checkpoint_writer
 from samebit.trainer.checkpoint import (
     MANIFEST,
     CheckpointError,
@@ -167,6 +169,43 @@ def test_a_disk_that_fills_up_is_told_when_it_is_noticed(tmp_path):
     writer.save(2, big, {})
     writer.finish()
     assert latest_checkpoint(tmp_path).verify().step == 2
+
+
+def test_a_copy_that_does_not_fit_is_told_and_leaves_nothing(tmp_path, monkeypatch):
+    """The host's memory is not the device's; the message says how to do without."""
+
+    def no_memory(*_arguments):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(checkpoint_writer, "host_copy", no_memory)
+    with pytest.raises(CheckpointError, match="out of memory.*background_checkpoints=false"):
+        CheckpointWriter(tmp_path, keep=1).save(1, STATE, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_ranks_files_become_a_checkpoint_without_the_main_threads(tmp_path, monkeypatch):
+    """The first rank's thread waits for the second one's digest, whatever the run does."""
+    monkeypatch.setattr(checkpoint_writer, "place", lambda: (0, 2))
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.save(1, STATE, {})
+    other = tmp_path / ".step_00000001.tmp" / "rank_00001.pt"
+    other.write_bytes(b"its state")
+    other.with_name("rank_00001.pt.sha256").write_text(hashlib.sha256(b"its state").hexdigest())
+    writer.close()
+    checkpoint = latest_checkpoint(tmp_path).verify()
+    names = ["manifest.json", "rank_00000.pt", "rank_00001.pt"]
+    assert sorted(p.name for p in checkpoint.path.iterdir()) == names
+
+
+def test_after_an_error_a_rank_that_died_is_not_waited_for(tmp_path, monkeypatch, capsys):
+    """What cannot become whole is removed, and said."""
+    monkeypatch.setattr(checkpoint_writer, "place", lambda: (0, 2))
+    monkeypatch.setattr(checkpoint_writer, "_OTHERS_S", 0.05)
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.save(1, STATE, {})
+    writer.close()
+    assert "step_00000001.tmp: another rank's file is missing" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 # Killed while the state is pickled, or after the state and before the manifest.
