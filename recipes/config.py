@@ -10,6 +10,7 @@ from pathlib import Path
 from samebit.recipes.metrics import LoggerConfig
 from samebit.recipes.rewards import RewardConfig
 from samebit.recipes.tasks.base import DataConfig
+from samebit.rollout.ranges import RANGES, require_in_range
 from samebit.trainer.config import (
     GrpoConfig,
     ParallelConfig,
@@ -95,15 +96,11 @@ class RolloutSection:
         positive = ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "eval_every")
         for name in (*positive, "eval_samples_per_prompt", "max_prompt_len"):
             require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), "positive")
-        usable = 1e-6 <= self.temperature <= 1e6
-        meaning = "positive to train on, in [1e-6, 1e6]"
-        require(usable, "rollout.temperature", self.temperature, meaning)
-        usable = self.eval_temperature == 0 or 1e-6 <= self.eval_temperature <= 1e6
-        meaning = "0 or in [1e-6, 1e6]"
-        require(usable, "rollout.eval_temperature", self.eval_temperature, meaning)
-        require(1e-30 <= self.top_p <= 1, "rollout.top_p", self.top_p, "in [1e-30, 1]")
-        require(self.top_k >= 0, "rollout.top_k", self.top_k, "at least 0")
-        require(0 <= self.min_p <= 1, "rollout.min_p", self.min_p, "in [0, 1]")
+        trainable = self.temperature != 0
+        require(trainable, "rollout.temperature", self.temperature, "positive to train on")
+        for name in RANGES:
+            require_in_range(name, getattr(self, name), f"rollout.{name}")
+        require_in_range("temperature", self.eval_temperature, "rollout.eval_temperature")
 
 
 @dataclass(kw_only=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from samebit.rollout.ranges import RANGES, require_in_range
 from samebit.weight_sync.types import VersionSpan
 
 MAX_UINT64 = (1 << 64) - 1
@@ -52,12 +53,8 @@ class SamplingParams:
                 integer = as_integer(value, f"SamplingParams.{name}")
                 object.__setattr__(self, name, integer)
         _require(self.n >= 1, "n", self.n, "at least 1")
-        # Logits are fp32: what cannot be told from 0 or infinity there is refused.
-        usable = self.temperature == 0 or 1e-6 <= self.temperature <= 1e6
-        _require(usable, "temperature", self.temperature, "0 or in [1e-6, 1e6]")
-        _require(1e-30 <= self.top_p <= 1, "top_p", self.top_p, "in [1e-30, 1]")
-        _require(self.top_k >= 0, "top_k", self.top_k, "not negative (0 keeps all)")
-        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
+        for name in RANGES:
+            require_in_range(name, getattr(self, name), f"SamplingParams.{name}")
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         in_range = 0 <= self.min_new_tokens <= self.max_new_tokens
         _require(in_range, "min_new_tokens", self.min_new_tokens, "in [0, max_new_tokens]")
