@@ -123,9 +123,9 @@ class CheckpointWriter:
         error = pending.file.exception()  # waits
         if error is None and pending.whole is not None:
             wait([pending.whole], timeout=_OTHERS_S)
-            pending.given_up.set()
-            error = pending.whole.exception()
         pending.given_up.set()
+        if pending.whole is not None:  # it ends now
+            error = error or pending.whole.exception()
         if error is not None:
             print(f"samebit: {error}", file=sys.stderr)
             if pending.whole is not None:

@@ -66,6 +66,20 @@ def _meet(memories, kind, epoch, RANK: tl.constexpr, SIZE: tl.constexpr, PROGRAM
 
 
 @triton.jit
+def _turn(epochs, capacity, SIZE: tl.constexpr, PROGRAMS: tl.constexpr):
+    """The kernel's number, and where its half of the partials starts: behind the flags."""
+    epoch = tl.load(epochs + tl.program_id(0)) + 1
+    return epoch, 2 * SIZE * PROGRAMS + (epoch & 1).to(tl.int64) * capacity
+
+
+@triton.jit
+def _end_turn(epochs, epoch, PROGRAMS: tl.constexpr):
+    """Every counter counts the kernels, whatever their number of programs."""
+    for j in range(tl.program_id(0), PROGRAMS, tl.num_programs(0)):
+        tl.store(epochs + j, epoch)
+
+
+@triton.jit
 def _partial(memories, half, own, rank: tl.constexpr, at, live, RANK: tl.constexpr):
     if rank == RANK:
         partial = tl.load(own + at, live, other=0.0).to(tl.float32)
@@ -101,9 +115,8 @@ def _sum_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
-    epoch = tl.load(epochs + program) + 1
     # Elements of 4 bytes from the memory's start: flags, two halves of partials, results.
-    half = 2 * SIZE * PROGRAMS + (epoch & 1).to(tl.int64) * capacity
+    epoch, half = _turn(epochs, capacity, SIZE, PROGRAMS)
     results = 2 * SIZE * PROGRAMS + 2 * capacity.to(tl.int64)
     i = tl.arange(0, BLOCK)
     own = _memory_of(memories, RANK, tl.float32)
@@ -144,9 +157,7 @@ def _sum_kernel(
                         at = p * part + start + i
                         live = (start + i < part) & (at < numel)
                         tl.store(output + at, tl.load(theirs + start + i, live), live)
-    # Every counter counts the sums, whatever their number of programs.
-    for j in range(program, PROGRAMS, programs):
-        tl.store(epochs + j, epoch)
+    _end_turn(epochs, epoch, PROGRAMS)
 
 
 @triton.jit
@@ -156,8 +167,7 @@ def _gather_kernel(
 ):  # fmt: skip
     """Every rank's [rows, width], side by side: [rows, SIZE * width]."""
     program, programs = tl.program_id(0), tl.num_programs(0)
-    epoch = tl.load(epochs + program) + 1
-    half = 2 * SIZE * PROGRAMS + (epoch & 1).to(tl.int64) * capacity
+    epoch, half = _turn(epochs, capacity, SIZE, PROGRAMS)
     i = tl.arange(0, BLOCK)
     blocks = tl.cdiv(width, BLOCK)
     own = _memory_of(memories, RANK, tl.float32)
@@ -174,8 +184,7 @@ def _gather_kernel(
                 row, column = (block // blocks).to(tl.int64), block % blocks * BLOCK + i
                 values = tl.load(theirs + row * width + column, column < width)
                 tl.store(output + (row * SIZE + p) * width + column, values, column < width)
-    for j in range(program, PROGRAMS, programs):
-        tl.store(epochs + j, epoch)
+    _end_turn(epochs, epoch, PROGRAMS)
 
 
 @dataclass
@@ -201,6 +210,13 @@ class _Memory:
         self.pointers = torch.tensor(pointers, dtype=torch.int64, device=self.device)
         self.epochs = torch.zeros(_PROGRAMS, dtype=torch.int32, device=self.device)
         dist.barrier(self.group)
+
+
+def _block(numel: int, size: int) -> tuple[int, int]:
+    """(elements of a block, warps) for so many elements of a rank."""
+    if numel <= _ONE_SHOT_ELEMENTS:
+        return _BLOCK, 4
+    return triton.next_power_of_2(_LARGE_BLOCK // size), 16
 
 
 @dataclass
@@ -234,11 +250,10 @@ class Peers:
         output = torch.empty(num_rows, size * width, dtype=x.dtype, device=x.device)
         most = max(1, _MOST_GATHERED // width)
         for part, target in zip(x.contiguous().split(most), output.split(most), strict=True):
-            memory, large = self._memory(part.numel()), part.numel() > _ONE_SHOT_ELEMENTS
-            block = triton.next_power_of_2(_LARGE_BLOCK // size) if large else _BLOCK
+            memory, (block, num_warps) = self._memory(part.numel()), _block(part.numel(), size)
             _gather_kernel[(min(_PROGRAMS, len(part) * triton.cdiv(width, block)),)](
                 part, target, memory.pointers, memory.epochs, len(part), width, memory.capacity,
-                dist.get_rank(self.group), size, _PROGRAMS, block, num_warps=16 if large else 4,
+                dist.get_rank(self.group), size, _PROGRAMS, block, num_warps=num_warps,
             )  # fmt: skip
         return output
 
@@ -251,12 +266,11 @@ class Peers:
         memory, part = self._memory(numel), -(-numel // size)
         if mode is not _OWN_PART:
             part += -part % 16  # parts that loads of 16 bytes may start at
-        large = numel > _ONE_SHOT_ELEMENTS
-        block = triton.next_power_of_2(_LARGE_BLOCK // size) if large else _BLOCK
+        block, num_warps = _block(numel, size)
         _sum_kernel[(min(_PROGRAMS, triton.cdiv(part, block)),)](
             partial.contiguous(), output, memory.pointers, memory.epochs, numel, part,
             memory.capacity, dist.get_rank(self.group), size, mode.value, tree, _PROGRAMS, block,
-            num_warps=16 if large else 4,
+            num_warps=num_warps,
         )  # fmt: skip
 
     def _memory(self, numel: int) -> _Memory:

@@ -64,11 +64,16 @@ def gpu_activities(trace: dict[str, Any]) -> list[Activity]:
     ]
 
 
-def recorded[T](action: Callable[[], T], trace_file: Path) -> tuple[T, list[Activity]]:
+def recorded[T](
+    warm_up: Callable[[], object], action: Callable[[], T], trace_file: Path
+) -> tuple[T, list[Activity]]:
     """The action's result, and what it had the GPU do; writes the Chrome trace.
 
-    Only GPU activities are recorded, so that the recording slows the host little.
+    Only GPU activities are recorded, so that the recording slows the host little. The first
+    recording takes long to start: it is that of warm_up.
     """
+    with profile(activities=[ProfilerActivity.CUDA]):
+        warm_up()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         result = action()
         torch.cuda.synchronize()
@@ -129,9 +134,9 @@ def profile_decode(
         engine.add_request(prompt, sampling_params(workload), ids)
     _step(engine, warmup)
     step_ms = _step(engine, num_steps)
-    with profile(activities=[ProfilerActivity.CUDA]):
-        _step(engine, 2)  # the first recording takes long to start
-    recorded_ms, activities = recorded(lambda: _step(engine, num_steps), trace_file)
+    recorded_ms, activities = recorded(
+        lambda: _step(engine, 2), lambda: _step(engine, num_steps), trace_file
+    )
     while engine.has_unfinished_requests:
         engine.step()
     found = idle_time((start, end) for start, end, _ in activities)

@@ -117,8 +117,7 @@ def measure(trainer: MegatronTrainer, pack: Pack, run: BenchTrainerRun) -> dict[
             trainer.train_step(batches, loss)
 
         trace = run.run_dir / f"trace_{pack}_{dist.get_rank()}.json"
-        for _ in range(2):  # the first recording takes long to start
-            _, activities = recorded(step, trace)
+        _, activities = recorded(step, step, trace)
         found |= communication(activities)
     if peak := peak_flops(device):
         lens = [n for b in batches for n in b.seq_lens] * trainer.parallel.data
