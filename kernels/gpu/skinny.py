@@ -61,6 +61,13 @@ def _product(x, w, acc, SWAP: tl.constexpr):
 
 
 @triton.jit
+def _swiglu(gate, up, dtype: tl.constexpr):
+    """Of both products, rounded."""
+    gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
+    return libdevice.div_rn(gate, 1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
 def _store(y_ptr, acc, rows, columns, M, N, SWAP: tl.constexpr):
     if SWAP:
         acc = tl.trans(acc)
@@ -83,7 +90,10 @@ def _skinny_kernel(
         if GATED:
             prefetch_l2(lines + N.to(tl.int64) * K)
         if TAIL:
-            prefetch_l2(lines + tl.full((), BLOCK_N, tl.int64) * K)
+            tail_lines = lines + tl.full((), BLOCK_N, tl.int64) * K
+            prefetch_l2(tail_lines)
+            if GATED:
+                prefetch_l2(tail_lines + N.to(tl.int64) * K)
     after_previous(PDL)
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * K
     live = (rows < M)[:, None]
@@ -94,6 +104,7 @@ def _skinny_kernel(
     acc_up = acc
     if TAIL:
         acc_tail = tl.zeros((BLOCK_M, TAIL), dtype=tl.float32)
+        acc_tail_up = acc_tail
     for k0 in range(0, K, BLOCK_K):
         x = tl.load(x_rows + (k0 + tl.arange(0, BLOCK_K))[None, :], mask=live, other=0.0)
         acc = _product(x, _weights(w_ptr, first, k0, K, BLOCK_N, BLOCK_K, TMA), acc, SWAP)
@@ -103,10 +114,13 @@ def _skinny_kernel(
         if TAIL:
             w = _weights(raw_ptr, first + BLOCK_N, k0, K, TAIL, BLOCK_K, False)
             acc_tail = _product(x, w, acc_tail, False)
+            if GATED:
+                w = _weights(raw_ptr, N + first + BLOCK_N, k0, K, TAIL, BLOCK_K, False)
+                acc_tail_up = _product(x, w, acc_tail_up, False)
     if GATED:
-        gate = acc.to(y_ptr.dtype.element_ty).to(tl.float32)
-        up = acc_up.to(y_ptr.dtype.element_ty).to(tl.float32)
-        acc = libdevice.div_rn(gate, 1.0 + tl.exp(-gate)) * up
+        acc = _swiglu(acc, acc_up, y_ptr.dtype.element_ty)
+        if TAIL:
+            acc_tail = _swiglu(acc_tail, acc_tail_up, y_ptr.dtype.element_ty)
     _store(y_ptr, acc, rows, columns, M, N, SWAP)
     if TAIL:
         _store(y_ptr, acc_tail, rows, first + BLOCK_N + tl.arange(0, TAIL), M, N, False)
@@ -120,7 +134,7 @@ def block_rows(num_rows: int) -> int:
 def fits(num_rows: int, weight: torch.Tensor, tile: Tile, gated: bool = False) -> bool:
     """Whether the kernel can compute num_rows rows of this product with this tile."""
     n, k = weight.shape[0] // (2 if gated else 1), weight.shape[1]
-    return num_rows <= MAX_ROWS and tile.divides(n, k) and not (gated and tile.tail)
+    return num_rows <= MAX_ROWS and tile.divides(n, k)
 
 
 def matmul(
@@ -129,7 +143,7 @@ def matmul(
     """y [M, N] = x [M, K] @ weight [N, K].T, M up to 128; contiguous bf16 in, bf16 or fp32 out.
 
     gated: weight [2N, K] = [gate; up] and y = swiglu of the two rounded products.
-    A tile with a tail is neither gated nor swapped.
+    A tile with a tail is not swapped.
     """
     num_rows, k = x.shape
     n = y.shape[1]

@@ -52,7 +52,7 @@ def tiles(rows: int, n: int, k: int, gated: bool) -> Iterator[Tile]:
     block_m = skinny.block_rows(rows)
     prefetch = PREFETCH if k >= PREFETCH else 0
     two = itertools.product((32, 64), (64, 128), (4, 8), (3, 4, 5, 6), (16, 32))
-    tailed = (Tile(n, k, w, s, tail=t) for n, k, w, s, t in two if t < n and not gated)
+    tailed = (Tile(n, k, w, s, tail=t) for n, k, w, s, t in two if t < n)
     for tile in (*itertools.starmap(Tile, itertools.chain(plain, swapped)), *tailed):
         width = tile.columns * (2 if gated else 1)
         shared = 2 * tile.block_k * (width + block_m) * tile.stages
