@@ -1,8 +1,9 @@
 """samebit bench kernels: every operation at a model's shapes, against torch and the roofline.
 
-All under CUDA graph replay. linear rotates its weights and decode attention its pages through
-256 MB or more, so that no cache holds them, as in an engine that runs a whole model between two
-uses; the row operations find their inputs in the cache, as they do in an engine.
+All under CUDA graph replay; products bound by arithmetic, ours and torch's alike, for long enough
+that the card draws all the power that it may. linear rotates its weights and decode attention its
+pages through 256 MB or more, so that no cache holds them, as in an engine that runs a whole model
+between two uses; the row operations find their inputs in the cache, as they do in an engine.
 """
 
 import importlib
@@ -26,7 +27,13 @@ from samebit.kernels.sample import draw
 from samebit.kernels.swiglu import swiglu
 from samebit.recipes.bench.config import BenchKernelsRun
 from samebit.recipes.bench.output import REPORT_FILE, format_table, write_report
-from samebit.recipes.bench.timing import copy_bytes_s, graph_us, ideal_us, num_copies
+from samebit.recipes.bench.timing import (
+    compute_bound,
+    copy_bytes_s,
+    graph_us,
+    ideal_us,
+    num_copies,
+)
 from samebit.rollout.config import DeviceError, resolve_device
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
@@ -82,9 +89,11 @@ def bench_linear(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
         ours, theirs = (logits, _torch_logits) if is_head else (linear, F.linear)
         for m in run.measured_rows:
             flops, num_bytes = 2 * m * n * k, 2 * (n + m) * k + (4 if is_head else 2) * m * n
-            ideal = ideal_us(flops, num_bytes)
+            ideal, sustained = ideal_us(flops, num_bytes), compute_bound(flops, num_bytes)
             us, torch_us = (
-                graph_us([partial(f, inputs[:m], w) for w in weights], ideal, run.replays)
+                graph_us(
+                    [partial(f, inputs[:m], w) for w in weights], ideal, run.replays, sustained
+                )
                 for f in (ours, theirs)
             )
             rows.append(
@@ -127,9 +136,15 @@ def layers_in_turn(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
 
     rows: list[Row] = []
     for m in run.measured_rows:
-        ideal = sum(ideal_us(2 * m * n * k, 2 * (n * k + m * (n + k))) for n, k in shapes)
+        costs = [(2 * m * n * k, 2 * (n * k + m * (n + k))) for n, k in shapes]
+        ideal, sustained = sum(ideal_us(*cost) for cost in costs), compute_bound(*costs[0])
         us, torch_us = (
-            graph_us([partial(products, f, weights, m) for weights in layers], ideal, run.replays)
+            graph_us(
+                [partial(products, f, weights, m) for weights in layers],
+                ideal,
+                run.replays,
+                sustained,
+            )
             for f in (linear, F.linear)
         )
         rows.append(

@@ -1,5 +1,6 @@
 """Measured times: spreads of repeated runs, CUDA graph replay, what the hardware would allow."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ ROTATED_BYTES = 256 << 20
 """Operands read in turn inside one graph: several times what any L2 cache holds."""
 _GRAPH_US = 1000.0  # a graph's own launch is then below one percent
 _SHORTEST_US = 2.0  # of any kernel
+_SUSTAINED_US = 2e5
 
 Action = Callable[[], Any]
 
@@ -44,6 +46,11 @@ def ideal_us(flops: float, num_bytes: float) -> float:
     return max(flops / FLOPS_S, num_bytes / MEMORY_BYTES_S) * 1e6
 
 
+def compute_bound(flops: float, num_bytes: float) -> bool:
+    """Whether arithmetic takes longer than memory: then the card's power sets its clock."""
+    return flops / FLOPS_S > num_bytes / MEMORY_BYTES_S
+
+
 def timed[T](action: Callable[[], T], device: torch.device) -> tuple[T, float]:
     """(result, seconds) of an action, from and to a moment at which the device is done."""
     if device.type == "cuda":
@@ -56,13 +63,21 @@ def timed[T](action: Callable[[], T], device: torch.device) -> tuple[T, float]:
 
 
 @torch.no_grad()
-def graph_us(actions: Sequence[Action], expected_us: float, replays: int) -> Spread:
+def graph_us(
+    actions: Sequence[Action], expected_us: float, replays: int, sustained: bool = False
+) -> Spread:
     """Microseconds of one action, from replays of a CUDA graph that runs all of them in turn.
 
     The actions differ in their operands alone. The graph repeats them until it should take a
-    millisecond by `expected_us` each.
+    millisecond by `expected_us` each. sustained: warm up and measure for a fifth of a second each,
+    so that the card draws all the power that it may, as in a prefill.
     """
-    rounds = max(1, round(_GRAPH_US / (max(expected_us, _SHORTEST_US) * len(actions))))
+    round_us = max(expected_us, _SHORTEST_US) * len(actions)
+    rounds = max(1, round(_GRAPH_US / round_us))
+    warm_ups = 2
+    if sustained:
+        warm_ups = math.ceil(_SUSTAINED_US / (round_us * rounds))
+        replays = max(replays, warm_ups)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())  # whoever fills the operands
     with torch.cuda.stream(stream):
@@ -73,7 +88,7 @@ def graph_us(actions: Sequence[Action], expected_us: float, replays: int) -> Spr
     with torch.cuda.graph(graph, stream=stream):
         for action in list(actions) * rounds:
             action()
-    for _ in range(2):
+    for _ in range(warm_ups):
         graph.replay()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
     events[0].record()

@@ -41,7 +41,6 @@ SKINNY_ROWS = (16, 32, 64, 128)
 LARGE_ROWS = (160, 192, 224, 256, 320, 384, 448, 512, 1024, 2048, 4096, 8192)
 PREFETCH = 256
 _SHARED_BYTES = 220 << 10
-_SUSTAINED_US = 2e5
 _WORTH = 0.99  # of the default's time: below, an entry is worth its place
 
 
@@ -161,8 +160,7 @@ class _Product:
 
         few = self.key.rows <= skinny.MAX_ROWS
         actions = [partial(chain if few else action, i) for i in range(self.copies)]
-        replays = 5 if few else max(5, round(_SUSTAINED_US / (self.ideal_us * self.copies)))
-        return graph_us(actions, self.ideal_us, replays).median
+        return graph_us(actions, self.ideal_us, 5, sustained=not few).median
 
 
 def tune_product(

@@ -299,7 +299,7 @@ def test_small_helpers():
 def kernels_on_cpu(monkeypatch):
     """The kernel benchmarks' own code, with every action called once and nothing timed."""
 
-    def run_once(actions, expected_us, replays):
+    def run_once(actions, expected_us, replays, sustained=False):
         assert expected_us > 0
         for action in actions[:2]:
             action()
