@@ -77,7 +77,7 @@ trainer() { samebit trainer_qwen3_4b bench trainer model="$shapes/qwen3-4b"; }
 
 kills() {
     "$bin/python" -m samebit.recipes.verification.kill_demo "$out/demo_kills.json" kills=20 seed=7 \
-        demo=smollm2 grpo.trainer.num_steps=30 grpo.trainer.checkpoint_every=1
+        demo=smollm2 grpo.trainer.num_steps=20 grpo.trainer.checkpoint_every=1
 }
 
 reduce() { module 2 bench.reduce "$out/reduce.json"; }
