@@ -137,7 +137,8 @@ def layers_in_turn(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
     rows: list[Row] = []
     for m in run.measured_rows:
         costs = [(2 * m * n * k, 2 * (n * k + m * (n + k))) for n, k in shapes]
-        ideal, sustained = sum(ideal_us(*cost) for cost in costs), compute_bound(*costs[0])
+        ideal = sum(ideal_us(*cost) for cost in costs)
+        sustained = compute_bound(*map(sum, zip(*costs, strict=True)))
         us, torch_us = (
             graph_us(
                 [partial(products, f, weights, m) for weights in layers],

@@ -33,6 +33,9 @@ def skinny_tiles():
         Tile(32, 64, 4, 4, tma=True, prefetch=512),
         Tile(32, 128, 4, 4, prefetch=256, tail=16),
         Tile(64, 64, 8, 4, tail=32),
+        Tile(128, 64, 4, 4, prefetch=256, rows=64),
+        Tile(64, 128, 4, 3, prefetch=256, tail=32, rows=64),
+        Tile(64, 64, 4, 4, tma=True, rows=64),
         Tile(64, 64, 4, 3, swap=True),
         Tile(64, 64, 4, 3, swap=True, tma=True, prefetch=512),
     )
