@@ -2,11 +2,13 @@
 
 torch chooses cuBLAS algorithms by workspace and by what the process set before the first handle.
 Here the heuristic is asked with no reduction scheme and no workspace, one of its answers (usually
-the first) is kept per shape, and that the answer does not split K is asserted.
+the first, perhaps with another cluster shape) is kept per shape, and that it does not split K is
+asserted.
 """
 
 import ctypes
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,8 +18,10 @@ _COMPUTE_32F, _R_32F, _R_16BF = 68, 0, 14
 _DESC_TRANSA = 3
 _PREF_MAX_WORKSPACE, _PREF_REDUCTION_MASK = 1, 3
 _PREF_ALIGNMENTS = (5, 6, 7, 8)
-_ALGO_SPLITK_NUM, _ALGO_REDUCTION = 2, 3
-MAX_CHOICES = 8  # of the heuristic's answers, best first
+_ALGO_SPLITK_NUM, _ALGO_REDUCTION, _ALGO_CUSTOM, _ALGO_CLUSTER = 2, 3, 5, 8
+_CLUSTERS = range(2, 11)  # cublasLtClusterShape_t: 1x1, 2x1, 4x1, 1x2, ... 4x4
+_CUSTOM_OPTIONS = range(8)
+MAX_ANSWERS = 8  # of the heuristic
 _ALIGNMENT = 16  # bytes, of every pointer and row
 _TYPES = {torch.bfloat16: _R_16BF, torch.float32: _R_32F}
 
@@ -41,11 +45,32 @@ class _Heuristic(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Answer:
+    """One of the heuristic's answers, best first; cluster, custom: values to put in for its own.
+
+    They differ in speed alone. Where cuBLASLt refuses such a value, its own stays.
+    """
+
+    number: int = 0  # below MAX_ANSWERS; the last one if there are fewer
+    cluster: int | None = None  # a cublasLtClusterShape_t
+    custom: int | None = None  # CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION
+
+
+FIRST = Answer()
+
+
+@dataclass(frozen=True)
+class _Problem:
     operation: Any
     weight: Any
     x: Any
     y: Any
+    answers: tuple[_Algo, ...]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    problem: _Problem
     algo: _Algo
 
 
@@ -118,13 +143,9 @@ def _require_no_split(algo: _Algo, shape: tuple[int, int, int]) -> None:
 
 
 @lru_cache(maxsize=65536)
-def _plan(
-    device_index: int,
-    shape: tuple[int, int, int],
-    strides: tuple[int, int],
-    out_dtype: torch.dtype,
-    choice: int,
-) -> _Plan:
+def _problem(
+    device_index: int, shape: tuple[int, int, int], strides: tuple[int, int], out_dtype: torch.dtype
+) -> _Problem:
     """Row-major y [M, N] = x [M, K] weight [N, K]^T is column-major y' [N, M] = weight'^T x'.
 
     shape: (M, N, K); strides: from row to row of weight and x.
@@ -146,7 +167,7 @@ def _plan(
         for columns, stride in zip((n, m), strides, strict=True)
     )
     y = _layout(out_dtype, n, m, n)
-    found, count = (_Heuristic * MAX_CHOICES)(), ctypes.c_int()
+    found, count = (_Heuristic * MAX_ANSWERS)(), ctypes.c_int()
     status = library.cublasLtMatmulAlgoGetHeuristic(
         _handle(device_index),
         operation,
@@ -155,7 +176,7 @@ def _plan(
         y,
         y,
         _preference(),
-        MAX_CHOICES,
+        MAX_ANSWERS,
         ctypes.byref(found),
         ctypes.byref(count),
     )
@@ -163,9 +184,52 @@ def _plan(
     usable = [found[i] for i in range(count.value) if found[i].state == 0]
     if not usable:
         raise CublasLtError(f"no algorithm without split-K for (M, N, K) = {shape}")
-    algo = _Algo.from_buffer_copy(usable[min(choice, len(usable) - 1)].algo)
+    answers = tuple(_Algo.from_buffer_copy(answer.algo) for answer in usable)
+    return _Problem(operation, weight, x, y, answers)
+
+
+def _changed(device_index: int, problem: _Problem, answer: Answer) -> _Algo | None:
+    """The answer's algorithm with its cluster and custom option; None where cuBLASLt refuses."""
+    algo = _Algo.from_buffer_copy(problem.answers[min(answer.number, len(problem.answers) - 1)])
+    values = (
+        (_ALGO_CUSTOM, answer.custom, ctypes.c_uint32),
+        (_ALGO_CLUSTER, answer.cluster, ctypes.c_uint16),
+    )
+    for attribute, value, kind in values:
+        if value is not None and _library().cublasLtMatmulAlgoConfigSetAttribute(
+            ctypes.byref(algo),
+            attribute,
+            ctypes.byref(kind(value)),
+            ctypes.c_size_t(ctypes.sizeof(kind)),
+        ):
+            return None
+    result = _Heuristic()
+    status = _library().cublasLtMatmulAlgoCheck(
+        _handle(device_index),
+        problem.operation,
+        problem.weight,
+        problem.x,
+        problem.y,
+        problem.y,
+        ctypes.byref(algo),
+        ctypes.byref(result),
+    )
+    return None if status or result.workspace else algo
+
+
+@lru_cache(maxsize=65536)
+def _plan(
+    device_index: int,
+    shape: tuple[int, int, int],
+    strides: tuple[int, int],
+    out_dtype: torch.dtype,
+    answer: Answer,
+) -> _Plan:
+    problem = _problem(device_index, shape, strides, out_dtype)
+    own = problem.answers[min(answer.number, len(problem.answers) - 1)]
+    algo = _changed(device_index, problem, answer) or own
     _require_no_split(algo, shape)
-    return _Plan(operation, weight, x, y, algo)
+    return _Plan(problem, algo)
 
 
 def _row_stride(matrix: torch.Tensor) -> int:
@@ -182,36 +246,58 @@ def supports(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype) -> b
     return aligned and rows and x.stride(1) == weight.stride(1) == 1
 
 
+def _key(
+    x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor
+) -> tuple[int, tuple[int, int, int], tuple[int, int], torch.dtype]:
+    """What a product's algorithms depend on."""
+    shape = (len(x), *weight.shape)
+    return x.device.index, shape, (_row_stride(weight), _row_stride(x)), y.dtype
+
+
+def variants(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> list[Answer]:
+    """The heuristic's answers to this product, then each other way to run one of them."""
+    key = _key(x, weight, y)
+    problem = _problem(*key)
+    own = [Answer(i) for i in range(len(problem.answers))]
+    found = {tuple(algo.data): answer for algo, answer in zip(problem.answers, own, strict=True)}
+    for answer, cluster, custom in itertools.product(own, _CLUSTERS, _CUSTOM_OPTIONS):
+        variant = replace(answer, cluster=cluster, custom=custom)
+        algo = _changed(key[0], problem, variant)
+        if algo is not None:
+            found.setdefault(tuple(algo.data), variant)
+    return list(found.values())
+
+
 def matmul(
     x: torch.Tensor,
     weight: torch.Tensor,
     y: torch.Tensor,
-    choice: int = 0,
+    answer: Answer = FIRST,
     *,
     accumulate: bool = False,
 ) -> None:
     """y [M, N] = x [M, K] @ weight [N, K].T on the current stream; bf16 in, bf16 or fp32 out.
 
-    Rows of x and weight may lie apart. choice: which of the heuristic's answers, below MAX_CHOICES;
-    they differ in speed alone. accumulate: y += the product, rounded before to fp32 as y is.
+    Rows of x and weight may lie apart. accumulate: y += the product, rounded before to fp32 as y
+    is.
     Raises CublasLtError if a call fails or no algorithm without split-K exists.
     """
-    shape = (len(x), *weight.shape)
-    plan = _plan(x.device.index, shape, (_row_stride(weight), _row_stride(x)), y.dtype, choice)
+    plan = _plan(*_key(x, weight, y), answer)
+    problem = plan.problem
     alpha, beta = ctypes.c_float(1.0), ctypes.c_float(1.0 if accumulate else 0.0)
     status = _library().cublasLtMatmul(
         _handle(x.device.index),
-        plan.operation,
+        problem.operation,
         ctypes.byref(alpha),
         ctypes.c_void_p(weight.data_ptr()),
-        plan.weight,
+        problem.weight,
         ctypes.c_void_p(x.data_ptr()),
-        plan.x,
+        problem.x,
         ctypes.byref(beta),
         ctypes.c_void_p(y.data_ptr()),
-        plan.y,
+        problem.y,
         ctypes.c_void_p(y.data_ptr()),
-        plan.y,
+        problem.y,
         ctypes.byref(plan.algo),
         None,
         ctypes.c_size_t(0),

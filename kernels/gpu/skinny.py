@@ -1,9 +1,8 @@
 """linear for few rows: kernels that stream the weights at the memory's speed.
 
 The contract's chain (ascending k, k16 tensor-core products, fp32, one rounding) in tiles of all
-rows by a few columns, so that even a narrow weight keeps every SM busy; or of half of 128 rows by
-more columns, since what a program reads of x may cost more than its weights. While the preceding
-kernel still runs, a tile's first weights are fetched into L2. The gated form computes swiglu of the
+rows by a few columns, so that even a narrow weight keeps every SM busy. While the preceding kernel
+still runs, a tile's first weights are fetched into L2. The gated form computes swiglu of the
 rounded gate and up products as well. Tiles are free to choose: they cannot change a bit.
 """
 
@@ -32,7 +31,6 @@ class Tile:
     tma: bool = False  # weights through tensor-map copies
     prefetch: int = 0  # elements of each weight row fetched ahead, a multiple of 64
     tail: int = 0  # columns of a second, smaller tile beside the first: 32 + 16 makes 48
-    rows: int = 0  # of one program, a power of two; 0: all
 
     @property
     def columns(self) -> int:
@@ -83,8 +81,8 @@ def _skinny_kernel(
     TAIL: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
     GATED: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = tl.program_id(1) * (BLOCK_N + TAIL)
+    first = tl.program_id(0) * (BLOCK_N + TAIL)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = first + tl.arange(0, BLOCK_N)
     if PREFETCH > 0:
         lines = raw_ptr + columns.to(tl.int64)[:, None] * K + (tl.arange(0, PREFETCH) * 64)[None, :]
@@ -129,7 +127,7 @@ def _skinny_kernel(
 
 
 def block_rows(num_rows: int) -> int:
-    """Rows of a tile that takes all of them: a power of two from 16 on."""
+    """Rows of a tile: all of them, as a power of two from 16 on."""
     return max(16, triton.next_power_of_2(num_rows))
 
 
@@ -149,14 +147,14 @@ def matmul(
     """
     num_rows, k = x.shape
     n = y.shape[1]
-    block_m = min(tile.rows or MAX_ROWS, block_rows(num_rows))
+    block_m = block_rows(num_rows)
     source = (
         TensorDescriptor(weight, list(weight.shape), [k, 1], [tile.block_n, tile.block_k])
         if tile.tma
         else weight
     )
     pdl = supported(x.device)
-    _skinny_kernel[(triton.cdiv(num_rows, block_m), n // tile.columns)](
+    _skinny_kernel[(n // tile.columns, 1)](
         x, source, weight, y, num_rows, n, k, block_m, tile.block_n, tile.tail, tile.block_k,
         tile.swap, tile.tma, gated, tile.prefetch // 64, pdl, num_warps=tile.warps,
         num_stages=tile.stages, enable_fp_fusion=False, launch_pdl=pdl,

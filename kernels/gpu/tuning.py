@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from samebit.kernels.gpu import cublaslt
+from samebit.kernels.gpu.cublaslt import FIRST, Answer
 from samebit.kernels.gpu.skinny import MAX_ROWS, Tile, block_rows
 
 TABLES = Path(__file__).parent / "tables"
@@ -33,10 +34,10 @@ class Key:
 
 @dataclass(frozen=True)
 class Choice:
-    """The streaming kernel with this tile, or cuBLASLt's answer of this number."""
+    """The streaming kernel with this tile, or this answer of cuBLASLt's."""
 
     tile: Tile | None = None
-    cublaslt: int = 0
+    cublaslt: Answer = FIRST
 
 
 DEFAULT = Choice()
@@ -55,7 +56,7 @@ def table_path(device_name: str) -> Path:
 def to_json(choices: dict[Key, Choice]) -> list[dict[str, Any]]:
     """Rows of a table file."""
     return [
-        asdict(key) | ({"tile": asdict(c.tile)} if c.tile else {"cublaslt": c.cublaslt})
+        asdict(key) | ({"tile": asdict(c.tile)} if c.tile else {"cublaslt": asdict(c.cublaslt)})
         for key, c in choices.items()
     ]
 
@@ -83,8 +84,8 @@ def _table(device_index: int) -> dict[Key, Choice]:
     choices = {}
     for row in json.loads(path.read_text())["linear"]:
         tile = Tile(**row.pop("tile")) if "tile" in row else None
-        cublaslt = row.pop("cublaslt", 0)
-        choices[Key(**row)] = Choice(tile, cublaslt)
+        answer = Answer(**row.pop("cublaslt", {}))
+        choices[Key(**row)] = Choice(tile, answer)
     return choices
 
 

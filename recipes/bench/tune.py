@@ -26,6 +26,7 @@ import torch
 from triton.runtime.errors import TritonError
 
 from samebit.kernels.gpu import cublaslt, skinny
+from samebit.kernels.gpu.cublaslt import Answer
 from samebit.kernels.gpu.fused import add_rms_norm
 from samebit.kernels.gpu.rows import swiglu
 from samebit.kernels.gpu.skinny import Tile
@@ -40,9 +41,8 @@ from samebit.rollout.models.registry import load_model_config
 
 SKINNY_ROWS = (16, 32, 64, 128)
 LARGE_ROWS = (160, 192, 224, 256, 320, 384, 448, 512, 1024, 2048, 4096, 8192)
-PREFETCH = 256
+PREFETCH, LONG_PREFETCH, LONG_K = 256, 512, 8192
 _SHARED_BYTES = 220 << 10
-_HALF = 64  # rows of a program where there are more
 _FINALISTS, _FINALS = 6, 3
 _WORTH = 0.99  # of the default's time: below, an entry is worth its place
 
@@ -51,26 +51,22 @@ def tiles(rows: int, n: int, k: int, gated: bool) -> Iterator[Tile]:
     """Every tile to try that fits the product and an SM's shared memory."""
     plain = itertools.product((16, 32, 64), (64, 128, 256), (4,), (3, 4, 5, 6), (False,))
     swapped = itertools.product((64, 128), (64, 128), (4, 8), (3, 4, 5), (True,))
+    block_m = skinny.block_rows(rows)
+    ahead = (PREFETCH, LONG_PREFETCH) if k >= LONG_K else (PREFETCH if k >= PREFETCH else 0,)
     two = itertools.product((32, 64), (64, 128), (4, 8), (3, 4, 5, 6), (16, 32))
-    shapes = [Tile(*shape) for shape in itertools.chain(plain, swapped)]
-    shapes += [Tile(n, k, w, s, tail=t) for n, k, w, s, t in two if t < n]
-    if rows > _HALF:
-        wide = itertools.product((128,), (64, 128), (4,), (3, 4, 5, 6))
-        halves = (tile for tile in (*shapes, *itertools.starmap(Tile, wide)) if not tile.swap)
-        shapes += [replace(tile, rows=_HALF) for tile in halves if tile.columns > 32]
-    prefetch = PREFETCH if k >= PREFETCH else 0
-    for tile in shapes:
-        block_m = tile.rows or skinny.block_rows(rows)
+    tailed = (Tile(n, k, w, s, tail=t) for n, k, w, s, t in two if t < n)
+    for tile in (*itertools.starmap(Tile, itertools.chain(plain, swapped)), *tailed):
         width = tile.columns * (2 if gated else 1)
         shared = 2 * tile.block_k * (width + block_m) * tile.stages
         too_tall = not tile.swap and block_m > (64 if tile.warps == 4 else 128)
-        if (tile.swap or tile.rows) and width * block_m > 128 * 128 * tile.warps // 4:
+        if tile.swap and width * block_m > 128 * 128 * tile.warps // 4:
             continue  # accumulators would not fit the registers
         if not tile.divides(n, k) or too_tall or not 48 << 10 <= shared <= _SHARED_BYTES:
             continue
         if tile.swap and tile.warps == 8 and tile.block_n == 64:
             continue
-        for tma in (False, True) if not tile.tail else (False,):
+        copies = (False,) if tile.tail else (False, True)
+        for tma, prefetch in itertools.product(copies, ahead):
             yield replace(tile, tma=tma, prefetch=prefetch)
 
 
@@ -140,9 +136,9 @@ class _Product:
             torch.empty(key.rows, n, dtype=dtype, device="cuda") for n in (key.n, wide)
         )
 
-    def by_cublaslt(self, choice: int, i: int) -> None:
-        """The heuristic's answer of this number."""
-        cublaslt.matmul(self.x, self.weights[i], self.wide, choice)
+    def by_cublaslt(self, answer: Answer, i: int) -> None:
+        """This answer of cuBLASLt's."""
+        cublaslt.matmul(self.x, self.weights[i], self.wide, answer)
         if self.key.gated:
             swiglu(self.wide)
 
@@ -159,7 +155,7 @@ class _Product:
             if self.key.gated:
                 swiglu(self.wide)
 
-    def us(self, action: Callable[[int], None]) -> float:
+    def us(self, action: Callable[[int], None], sustained: bool = False) -> float:
         """Microseconds of action(copy), after a norm where the rows are few."""
 
         def chain(i: int) -> None:
@@ -168,17 +164,18 @@ class _Product:
 
         few = self.key.rows <= skinny.MAX_ROWS
         actions = [partial(chain if few else action, i) for i in range(self.copies)]
-        return graph_us(actions, self.ideal_us, 5, sustained=not few).median
+        return graph_us(actions, self.ideal_us, 5, sustained and not few).median
 
 
 def candidates(
     product: _Product, broken: dict[tuple[int, bool, bool, Tile], str]
 ) -> dict[Choice, Callable[[int], None]]:
     """Every way to compute a product; cuBLASLt's first answer, which needs no entry, first."""
-    key = product.key
-    answers = 1 if key.gated else cublaslt.MAX_CHOICES
+    key, answers = product.key, [cublaslt.FIRST]
+    if not key.gated:
+        answers = cublaslt.variants(product.x, product.weights[0], product.y)
     found: dict[Choice, Callable[[int], None]] = {
-        Choice(cublaslt=i): partial(product.by_cublaslt, i) for i in range(answers)
+        Choice(cublaslt=answer): partial(product.by_cublaslt, answer) for answer in answers
     }
     if key.rows <= skinny.MAX_ROWS:
         for tile in tiles(key.rows, key.n, key.k, key.gated):
@@ -192,17 +189,21 @@ def tune_product(
 ) -> tuple[Choice, dict[str, float]]:
     """The fastest choice, and microseconds of it, of cuBLASLt's first answer and of torch.
 
-    All are timed once, the fastest few and the default again in turns: times of one choice lie
-    further apart than what some choices gain.
+    All are timed once; in turns and again, the fastest few and the heuristic's own answers: times
+    of one choice lie further apart than what some choices gain, and those of many rows depend on
+    the power that is drawn.
     """
     product = _Product(key)
     ways = candidates(product, broken)
     first = {choice: product.us(action) for choice, action in ways.items()}
     finalists = {*sorted(first, key=first.__getitem__)[:_FINALISTS], Choice()}
+    if key.rows > skinny.MAX_ROWS:
+        finalists |= {c for c in ways if c.cublaslt == Answer(c.cublaslt.number)}
     times: dict[Choice | None, list[float]] = {choice: [] for choice in (None, *finalists)}
     for _ in range(_FINALS):
         for choice, measured in times.items():
-            measured.append(product.us(ways[choice] if choice else product.by_torch))
+            action = ways[choice] if choice else product.by_torch
+            measured.append(product.us(action, sustained=True))
     medians = {choice: statistics.median(measured) for choice, measured in times.items()}
     torch_us, default_us = medians.pop(None), medians[Choice()]
     best = min(finalists, key=medians.__getitem__)
