@@ -1,11 +1,10 @@
 """samebit bench kernels --tune: measure every way to compute a product, keep the fastest.
 
 Times are medians under CUDA graph replay with weights rotated so that L2 never holds them. A
-product of few rows is timed with a norm before it, as in a model: what matters is the whole chain,
-where one kernel's start hides behind the work of another; one of many rows for longer, until the
-card draws all the power that it may, as in a prefill: the fastest there need not be the fastest on
-a cool card. Kernels are compiled by many processes first. The result is a table for
-kernels/gpu/tables/.
+product of few rows is timed with a norm before it, as in a model, where one kernel's start hides
+behind the work of another, and alone; one of many rows for longer, until the card draws all the
+power that it may, as in a prefill: the fastest there need not be the fastest on a cool card.
+Kernels are compiled by many processes first. The result is a table for kernels/gpu/tables/.
 """
 
 import itertools
@@ -155,15 +154,18 @@ class _Product:
             if self.key.gated:
                 swiglu(self.wide)
 
-    def us(self, action: Callable[[int], None], sustained: bool = False) -> float:
-        """Microseconds of action(copy), after a norm where the rows are few."""
+    def us(
+        self, action: Callable[[int], None], *, alone: bool = False, sustained: bool = False
+    ) -> float:
+        """Microseconds of action(copy), where the rows are few after a norm unless alone."""
 
         def chain(i: int) -> None:
             self.x, _ = add_rms_norm(self.raw, self.zero, self.one, 1e-6)
             action(i)
 
         few = self.key.rows <= skinny.MAX_ROWS
-        actions = [partial(chain if few else action, i) for i in range(self.copies)]
+        step = chain if few and not alone else action
+        actions = [partial(step, i) for i in range(self.copies)]
         return graph_us(actions, self.ideal_us, 5, sustained and not few).median
 
 
@@ -189,21 +191,24 @@ def tune_product(
 ) -> tuple[Choice, dict[str, float]]:
     """The fastest choice, and microseconds of it, of cuBLASLt's first answer and of torch.
 
-    All are timed once; in turns and again, the fastest few and the heuristic's own answers: times
-    of one choice lie further apart than what some choices gain, and those of many rows depend on
-    the power that is drawn.
+    All are timed once; in turns and again, the fastest few, because times of one choice lie
+    further apart than what some choices gain. Those of few rows are then timed alone as well and
+    the mean counts; of many rows the heuristic's own answers are timed again too, since the power
+    that is drawn by then changes the order.
     """
-    product = _Product(key)
+    product, few = _Product(key), key.rows <= skinny.MAX_ROWS
     ways = candidates(product, broken)
     first = {choice: product.us(action) for choice, action in ways.items()}
     finalists = {*sorted(first, key=first.__getitem__)[:_FINALISTS], Choice()}
-    if key.rows > skinny.MAX_ROWS:
+    if not few:
         finalists |= {c for c in ways if c.cublaslt == Answer(c.cublaslt.number)}
     times: dict[Choice | None, list[float]] = {choice: [] for choice in (None, *finalists)}
     for _ in range(_FINALS):
         for choice, measured in times.items():
             action = ways[choice] if choice else product.by_torch
-            measured.append(product.us(action, sustained=True))
+            kinds = (False, True) if few else (True,)
+            us = [product.us(action, alone=alone, sustained=True) for alone in kinds]
+            measured.append(statistics.mean(us))
     medians = {choice: statistics.median(measured) for choice, measured in times.items()}
     torch_us, default_us = medians.pop(None), medians[Choice()]
     best = min(finalists, key=medians.__getitem__)
