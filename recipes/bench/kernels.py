@@ -1,6 +1,6 @@
 """samebit bench kernels: every operation at a model's shapes, against torch and the roofline.
 
-All under CUDA graph replay; products bound by arithmetic, ours and torch's alike, for long enough
+All under CUDA graph replay, ours and torch's in turns; products bound by arithmetic for long enough
 that the card draws all the power that it may. linear rotates its weights and decode attention its
 pages through 256 MB or more, so that no cache holds them, as in an engine that runs a whole model
 between two uses; the row operations find their inputs in the cache, as they do in an engine.
@@ -31,6 +31,7 @@ from samebit.recipes.bench.timing import (
     compute_bound,
     copy_bytes_s,
     graph_us,
+    graphs_us,
     ideal_us,
     num_copies,
 )
@@ -90,12 +91,8 @@ def bench_linear(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
         for m in run.measured_rows:
             flops, num_bytes = 2 * m * n * k, 2 * (n + m) * k + (4 if is_head else 2) * m * n
             ideal, sustained = ideal_us(flops, num_bytes), compute_bound(flops, num_bytes)
-            us, torch_us = (
-                graph_us(
-                    [partial(f, inputs[:m], w) for w in weights], ideal, run.replays, sustained
-                )
-                for f in (ours, theirs)
-            )
+            ways = [[partial(f, inputs[:m], w) for w in weights] for f in (ours, theirs)]
+            us, torch_us = graphs_us(ways, ideal, run.replays, sustained)
             rows.append(
                 {
                     "shape": shape, "m": m, "us": us.median, "torch_us": torch_us.median,
@@ -139,15 +136,8 @@ def layers_in_turn(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
         costs = [(2 * m * n * k, 2 * (n * k + m * (n + k))) for n, k in shapes]
         ideal = sum(ideal_us(*cost) for cost in costs)
         sustained = compute_bound(*map(sum, zip(*costs, strict=True)))
-        us, torch_us = (
-            graph_us(
-                [partial(products, f, weights, m) for weights in layers],
-                ideal,
-                run.replays,
-                sustained,
-            )
-            for f in (linear, F.linear)
-        )
+        ways = [[partial(products, f, layer, m) for layer in layers] for f in (linear, F.linear)]
+        us, torch_us = graphs_us(ways, ideal, run.replays, sustained)
         rows.append(
             {"shape": "layer in turn", "m": m, "us": us.median, "torch_us": torch_us.median,
              "ratio": us.median / torch_us.median, "roofline": ideal / us.median,
@@ -205,13 +195,12 @@ def bench_prefill(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
         flops = 2 * batch * length**2 * N * H
         expected = ideal_us(flops, 0)
         ours = partial(packed_attention, q, k, v, plan, config.softmax_scale)
-        us = graph_us([ours], expected, run.replays)
         # Repeated heads: its products take the same time, and any build of torch has that kernel.
         padded = [
             x.view(batch, length, -1, H).repeat_interleave(N // x.shape[1], 2).transpose(1, 2)
             for x in (q, k, v)
         ]
-        torch_us = graph_us([partial(_flash, *padded)], expected, run.replays)
+        us, torch_us = graphs_us([[ours], [partial(_flash, *padded)]], expected, run.replays)
         rows.append(
             {"batch": batch, "length": length, "us": us.median, "torch_us": torch_us.median,
              "ratio": us.median / torch_us.median, "tflop_s": flops / us.median / 1e6,

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -17,7 +18,7 @@ ROTATED_BYTES = 256 << 20
 """Operands read in turn inside one graph: several times what any L2 cache holds."""
 _GRAPH_US = 1000.0  # a graph's own launch is then below one percent
 _SHORTEST_US = 2.0  # of any kernel
-_SUSTAINED_US = 2e5
+_TURNS, _SUSTAINED_US = 4, 1e5
 
 Action = Callable[[], Any]
 
@@ -62,22 +63,7 @@ def timed[T](action: Callable[[], T], device: torch.device) -> tuple[T, float]:
     return result, time.perf_counter() - start
 
 
-@torch.no_grad()
-def graph_us(
-    actions: Sequence[Action], expected_us: float, replays: int, sustained: bool = False
-) -> Spread:
-    """Microseconds of one action, from replays of a CUDA graph that runs all of them in turn.
-
-    The actions differ in their operands alone. The graph repeats them until it should take a
-    millisecond by `expected_us` each. sustained: warm up and measure for a fifth of a second each,
-    so that the card draws all the power that it may, as in a prefill.
-    """
-    round_us = max(expected_us, _SHORTEST_US) * len(actions)
-    rounds = max(1, round(_GRAPH_US / round_us))
-    warm_ups = 2
-    if sustained:
-        warm_ups = math.ceil(_SUSTAINED_US / (round_us * rounds))
-        replays = max(replays, warm_ups)
+def _record(actions: Sequence[Action], rounds: int) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())  # whoever fills the operands
     with torch.cuda.stream(stream):
@@ -88,18 +74,55 @@ def graph_us(
     with torch.cuda.graph(graph, stream=stream):
         for action in list(actions) * rounds:
             action()
-    for _ in range(warm_ups):
-        graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
+    return graph
+
+
+@torch.no_grad()
+def graphs_us(
+    ways: Sequence[Sequence[Action]], expected_us: float, replays: int, sustained: bool = False
+) -> list[Spread]:
+    """Microseconds of one action of each way, from replays of CUDA graphs that take turns.
+
+    So all ways meet the card in the same state. Every way has as many actions, which differ in
+    their operands alone; its graph repeats them until it should take a millisecond by
+    `expected_us` each. sustained: every turn, and a warm-up before, lasts a tenth of a second, so
+    that the card draws all the power that it may, as in a prefill.
+    """
+    round_us = max(expected_us, _SHORTEST_US) * len(ways[0])
+    rounds = max(1, round(_GRAPH_US / round_us))
+    warm_ups, turn = 2, math.ceil(replays / _TURNS)
+    if sustained:
+        warm_ups = math.ceil(_SUSTAINED_US / (round_us * rounds))
+        turn = max(turn, warm_ups)
+    graphs = [_record(actions, rounds) for actions in ways]
+    for graph in graphs:
+        for _ in range(warm_ups):
+            graph.replay()
+    turns: list[list[list[torch.cuda.Event]]] = [[] for _ in ways]
+    for _ in range(_TURNS):
+        for graph, marks in zip(graphs, turns, strict=True):
+            graph.replay()  # the first one after another way's
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(turn + 1)]
+            events[0].record()
+            for event in events[1:]:
+                graph.replay()
+                event.record()
+            marks.append(events)
     torch.cuda.synchronize()
-    count = len(actions) * rounds
-    times = [1e3 * a.elapsed_time(b) / count for a, b in zip(events, events[1:], strict=False)]
-    graph.reset()
-    return Spread.of(times)
+    count = len(ways[0]) * rounds
+    times = (
+        [1e3 * a.elapsed_time(b) / count for events in marks for a, b in pairwise(events)]
+        for marks in turns
+    )
+    spreads = [Spread.of(measured) for measured in times]
+    for graph in graphs:
+        graph.reset()
+    return spreads
+
+
+def graph_us(actions: Sequence[Action], expected_us: float, replays: int) -> Spread:
+    """graphs_us of one way."""
+    return graphs_us([actions], expected_us, replays)[0]
 
 
 def copy_bytes_s(replays: int) -> float:

@@ -32,7 +32,7 @@ from samebit.kernels.gpu.skinny import Tile
 from samebit.kernels.gpu.tuning import TABLES, Choice, Key, row_bucket, table_path, to_json
 from samebit.recipes.bench.config import BenchKernelsRun
 from samebit.recipes.bench.kernels import linear_shapes
-from samebit.recipes.bench.timing import graph_us, ideal_us, num_copies
+from samebit.recipes.bench.timing import Action, graph_us, graphs_us, ideal_us, num_copies
 from samebit.recipes.metrics import write_atomically
 from samebit.recipes.provenance import provenance
 from samebit.rollout.models.config import ModelConfig
@@ -42,7 +42,7 @@ SKINNY_ROWS = (16, 32, 64, 128)
 LARGE_ROWS = (160, 192, 224, 256, 320, 384, 448, 512, 1024, 2048, 4096, 8192)
 PREFETCH, LONG_PREFETCH, LONG_K = 256, 512, 8192
 _SHARED_BYTES = 220 << 10
-_FINALISTS, _FINALS = 6, 3
+_FINALISTS, _REPLAYS = 6, 20
 _WORTH = 0.99  # of the default's time: below, an entry is worth its place
 
 
@@ -154,10 +154,8 @@ class _Product:
             if self.key.gated:
                 swiglu(self.wide)
 
-    def us(
-        self, action: Callable[[int], None], *, alone: bool = False, sustained: bool = False
-    ) -> float:
-        """Microseconds of action(copy), where the rows are few after a norm unless alone."""
+    def steps(self, action: Callable[[int], None], alone: bool = False) -> list[Action]:
+        """action(copy) for every copy, where the rows are few after a norm unless alone."""
 
         def chain(i: int) -> None:
             self.x, _ = add_rms_norm(self.raw, self.zero, self.one, 1e-6)
@@ -165,8 +163,7 @@ class _Product:
 
         few = self.key.rows <= skinny.MAX_ROWS
         step = chain if few and not alone else action
-        actions = [partial(step, i) for i in range(self.copies)]
-        return graph_us(actions, self.ideal_us, 5, sustained and not few).median
+        return [partial(step, i) for i in range(self.copies)]
 
 
 def candidates(
@@ -191,30 +188,39 @@ def tune_product(
 ) -> tuple[Choice, dict[str, float]]:
     """The fastest choice, and microseconds of it, of cuBLASLt's first answer and of torch.
 
-    All are timed once; in turns and again, the fastest few, because times of one choice lie
+    All are timed once; the fastest few again, in turns, because times of one choice lie
     further apart than what some choices gain. Those of few rows are then timed alone as well and
     the mean counts; of many rows the heuristic's own answers are timed again too, since the power
     that is drawn by then changes the order.
     """
     product, few = _Product(key), key.rows <= skinny.MAX_ROWS
     ways = candidates(product, broken)
-    first = {choice: product.us(action) for choice, action in ways.items()}
-    finalists = {*sorted(first, key=first.__getitem__)[:_FINALISTS], Choice()}
+    first = {
+        choice: graph_us(product.steps(action), product.ideal_us, 5).median
+        for choice, action in ways.items()
+    }
+    finalists = [Choice(), *sorted(first, key=first.__getitem__)[:_FINALISTS]]
     if not few:
-        finalists |= {c for c in ways if c.cublaslt == Answer(c.cublaslt.number)}
-    times: dict[Choice | None, list[float]] = {choice: [] for choice in (None, *finalists)}
-    for _ in range(_FINALS):
-        for choice, measured in times.items():
-            action = ways[choice] if choice else product.by_torch
-            kinds = (False, True) if few else (True,)
-            us = [product.us(action, alone=alone, sustained=True) for alone in kinds]
-            measured.append(statistics.mean(us))
-    medians = {choice: statistics.median(measured) for choice, measured in times.items()}
-    torch_us, default_us = medians.pop(None), medians[Choice()]
-    best = min(finalists, key=medians.__getitem__)
-    if medians[best] >= _WORTH * default_us:
+        finalists += [c for c in ways if c.cublaslt == Answer(c.cublaslt.number)]
+    finalists = list(dict.fromkeys(finalists))
+    actions = [*(ways[choice] for choice in finalists), product.by_torch]
+    spreads = [
+        graphs_us(
+            [product.steps(action, alone) for action in actions],
+            product.ideal_us,
+            _REPLAYS,
+            sustained=not few,
+        )
+        for alone in ((False, True) if few else (True,))
+    ]
+    *times, torch_us = (
+        statistics.mean(spread.median for spread in kinds) for kinds in zip(*spreads, strict=True)
+    )
+    us = dict(zip(finalists, times, strict=True))
+    best = min(us, key=us.__getitem__)
+    if us[best] >= _WORTH * us[Choice()]:
         best = Choice()
-    return best, {"torch": torch_us, "cublaslt": default_us, "best": medians[best]}
+    return best, {"torch": torch_us, "cublaslt": us[Choice()], "best": us[best]}
 
 
 def tune(keys: Sequence[Key]) -> tuple[dict[Key, Choice], list[dict[str, Any]]]:
