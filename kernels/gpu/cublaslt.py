@@ -67,6 +67,10 @@ class _Problem:
     y: Any
     answers: tuple[_Algo, ...]
 
+    def own(self, answer: Answer) -> _Algo:
+        """The heuristic's algorithm, as it is."""
+        return self.answers[min(answer.number, len(self.answers) - 1)]
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -190,7 +194,7 @@ def _problem(
 
 def _changed(device_index: int, problem: _Problem, answer: Answer) -> _Algo | None:
     """The answer's algorithm with its cluster and custom option; None where cuBLASLt refuses."""
-    algo = _Algo.from_buffer_copy(problem.answers[min(answer.number, len(problem.answers) - 1)])
+    algo = _Algo.from_buffer_copy(problem.own(answer))
     values = (
         (_ALGO_CUSTOM, answer.custom, ctypes.c_uint32),
         (_ALGO_CLUSTER, answer.cluster, ctypes.c_uint16),
@@ -226,8 +230,7 @@ def _plan(
     answer: Answer,
 ) -> _Plan:
     problem = _problem(device_index, shape, strides, out_dtype)
-    own = problem.answers[min(answer.number, len(problem.answers) - 1)]
-    algo = _changed(device_index, problem, answer) or own
+    algo = _changed(device_index, problem, answer) or problem.own(answer)
     _require_no_split(algo, shape)
     return _Plan(problem, algo)
 
