@@ -21,7 +21,7 @@ _PREF_ALIGNMENTS = (5, 6, 7, 8)
 _ALGO_SPLITK_NUM, _ALGO_REDUCTION, _ALGO_CUSTOM, _ALGO_CLUSTER = 2, 3, 5, 8
 _CLUSTERS = range(2, 11)  # cublasLtClusterShape_t: 1x1, 2x1, 4x1, 1x2, ... 4x4
 _CUSTOM_OPTIONS = range(8)
-MAX_ANSWERS = 8  # of the heuristic
+_MAX_ANSWERS = 8  # of the heuristic
 _ALIGNMENT = 16  # bytes, of every pointer and row
 _TYPES = {torch.bfloat16: _R_16BF, torch.float32: _R_32F}
 
@@ -51,7 +51,7 @@ class Answer:
     They differ in speed alone. Where cuBLASLt refuses such a value, its own stays.
     """
 
-    number: int = 0  # below MAX_ANSWERS; the last one if there are fewer
+    number: int = 0  # of at most 8; the last one if there are fewer
     cluster: int | None = None  # a cublasLtClusterShape_t
     custom: int | None = None  # CUBLASLT_ALGO_CONFIG_CUSTOM_OPTION
 
@@ -171,7 +171,7 @@ def _problem(
         for columns, stride in zip((n, m), strides, strict=True)
     )
     y = _layout(out_dtype, n, m, n)
-    found, count = (_Heuristic * MAX_ANSWERS)(), ctypes.c_int()
+    found, count = (_Heuristic * _MAX_ANSWERS)(), ctypes.c_int()
     status = library.cublasLtMatmulAlgoGetHeuristic(
         _handle(device_index),
         operation,
@@ -180,7 +180,7 @@ def _problem(
         y,
         y,
         _preference(),
-        MAX_ANSWERS,
+        _MAX_ANSWERS,
         ctypes.byref(found),
         ctypes.byref(count),
     )

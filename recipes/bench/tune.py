@@ -45,6 +45,9 @@ _SHARED_BYTES = 220 << 10
 _FINALISTS, _REPLAYS = 6, 20
 _WORTH = 0.99  # of the default's time: below, an entry is worth its place
 
+type Broken = dict[tuple[int, bool, bool, Tile], str]
+"""Why a kernel cannot be built, by its rows, gated, fp32 and tile."""
+
 
 def tiles(rows: int, n: int, k: int, gated: bool) -> Iterator[Tile]:
     """Every tile to try that fits the product and an SM's shared memory."""
@@ -84,7 +87,7 @@ def _compile(job: tuple[int, int, int, bool, bool, Tile]) -> str | None:
     return None
 
 
-def compile_all(keys: Iterable[Key]) -> dict[tuple[int, bool, bool, Tile], str]:
+def compile_all(keys: Iterable[Key]) -> Broken:
     """Build every kernel that tuning will want; errors by kernel."""
     jobs: dict[tuple[int, bool, bool, Tile], tuple[int, int, int, bool, bool, Tile]] = {}
     for key in keys:
@@ -120,7 +123,7 @@ class _Product:
     """One product with its operands, ready to be timed in every way."""
 
     def __init__(self, key: Key) -> None:
-        self.key = key
+        self.key, self.few = key, key.rows <= skinny.MAX_ROWS
         wide = key.n * (2 if key.gated else 1)
         self.copies = min(64, num_copies(wide * key.k * 2))
         self.ideal_us = ideal_us(2 * key.rows * wide * key.k, 2 * wide * key.k)
@@ -161,14 +164,11 @@ class _Product:
             self.x, _ = add_rms_norm(self.raw, self.zero, self.one, 1e-6)
             action(i)
 
-        few = self.key.rows <= skinny.MAX_ROWS
-        step = chain if few and not alone else action
+        step = chain if self.few and not alone else action
         return [partial(step, i) for i in range(self.copies)]
 
 
-def candidates(
-    product: _Product, broken: dict[tuple[int, bool, bool, Tile], str]
-) -> dict[Choice, Callable[[int], None]]:
+def candidates(product: _Product, broken: Broken) -> dict[Choice, Callable[[int], None]]:
     """Every way to compute a product; cuBLASLt's first answer, which needs no entry, first."""
     key, answers = product.key, [cublaslt.FIRST]
     if not key.gated:
@@ -176,16 +176,14 @@ def candidates(
     found: dict[Choice, Callable[[int], None]] = {
         Choice(cublaslt=answer): partial(product.by_cublaslt, answer) for answer in answers
     }
-    if key.rows <= skinny.MAX_ROWS:
+    if product.few:
         for tile in tiles(key.rows, key.n, key.k, key.gated):
             if (key.rows, key.gated, key.fp32, tile) not in broken:
                 found[Choice(tile)] = partial(product.by_tile, tile)
     return found
 
 
-def tune_product(
-    key: Key, broken: dict[tuple[int, bool, bool, Tile], str]
-) -> tuple[Choice, dict[str, float]]:
+def tune_product(key: Key, broken: Broken) -> tuple[Choice, dict[str, float]]:
     """The fastest choice, and microseconds of it, of cuBLASLt's first answer and of torch.
 
     All are timed once; the fastest few again, in turns, because times of one choice lie
@@ -193,14 +191,14 @@ def tune_product(
     the mean counts; of many rows the heuristic's own answers are timed again too, since the power
     that is drawn by then changes the order.
     """
-    product, few = _Product(key), key.rows <= skinny.MAX_ROWS
+    product = _Product(key)
     ways = candidates(product, broken)
     first = {
         choice: graph_us(product.steps(action), product.ideal_us, 5).median
         for choice, action in ways.items()
     }
     finalists = [Choice(), *sorted(first, key=first.__getitem__)[:_FINALISTS]]
-    if not few:
+    if not product.few:
         finalists += [c for c in ways if c.cublaslt == Answer(c.cublaslt.number)]
     finalists = list(dict.fromkeys(finalists))
     actions = [*(ways[choice] for choice in finalists), product.by_torch]
@@ -209,9 +207,9 @@ def tune_product(
             [product.steps(action, alone) for action in actions],
             product.ideal_us,
             _REPLAYS,
-            sustained=not few,
+            sustained=not product.few,
         )
-        for alone in ((False, True) if few else (True,))
+        for alone in ((False, True) if product.few else (True,))
     ]
     *times, torch_us = (
         statistics.mean(spread.median for spread in kinds) for kinds in zip(*spreads, strict=True)
