@@ -53,7 +53,7 @@ class EngineSection:
     prefix_cache: bool = True
     """Compute a prefix that prompts share once."""
     cuda_graphs: bool | None = None
-    """Decode by CUDA graphs; unset: on a GPU, without tensor parallel ranks."""
+    """Decode by CUDA graphs; unset: on GPUs; tensor parallel ones need peer access."""
     overlap: bool | None = None
     """Plan and start a step while the one before still runs; unset: on a GPU."""
 

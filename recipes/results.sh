@@ -85,7 +85,7 @@ reduce() { module 2 bench.reduce "$out/reduce.json"; }
 tensor_parallel() { # drawn and computed again; tp_invariant: one GPU draws what two draw
     local options=("$shapes/qwen3-8b") program=verification.tensor_parallel
     module 2 $program "${options[@]}" "$out/tp2.json" dummy=true
-    module 2 $program "${options[@]}" "$out/tp2_graphs.json" dummy=true cuda_graphs=true
+    module 2 $program "${options[@]}" "$out/tp2_eager.json" dummy=true cuda_graphs=false
     module 2 $program "${options[@]}" "$out/tp2_invariant.json" dummy=true tp_invariant=true
     module 1 $program "${options[@]}" "$out/tp1_invariant.json" dummy=true tp_invariant=true
     "$bin/python" - "$out"/tp{1,2}_invariant.json <<'EOF'

@@ -55,7 +55,7 @@ class EngineConfig:
             )
         if self.cuda_graphs and self.device.type != "cuda":
             raise ValueError(f"Engine cuda_graphs=True needs a CUDA device, not '{self.device}'")
-        if self.cuda_graphs and self.ranks.size > 1 and not peers_of(self.ranks, self.device):
+        if self.cuda_graphs and not can_record(self.device, self.ranks):
             raise ValueError(
                 f"Engine cuda_graphs=True with {self.ranks.size} tensor parallel ranks needs GPUs "
                 "that can read each other's memory; leave it unset"
@@ -64,6 +64,11 @@ class EngineConfig:
             raise ValueError(
                 f"Engine load_format is '{self.load_format}'; use 'safetensors' or 'dummy'"
             )
+
+
+def can_record(device: torch.device, ranks: TensorRanks) -> bool:
+    """Whether CUDA graphs can hold a step: tensor parallel ranks have to read each other's GPU."""
+    return device.type == "cuda" and (ranks.size == 1 or peers_of(ranks, device) is not None)
 
 
 def automatic_kv_bytes(device: torch.device) -> int:

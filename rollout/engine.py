@@ -17,6 +17,7 @@ from samebit.kernels.reduce import ALONE, TensorRanks, smallest
 from samebit.rollout.config import (
     EngineConfig,
     automatic_kv_bytes,
+    can_record,
     on_device,
     own_device,
     resolve_dtype,
@@ -43,10 +44,6 @@ from samebit.weight_sync.types import WeightVersion
 
 Progress = Callable[[int, int], None]
 """Called with (finished samples, tokens drawn so far) after every step."""
-
-
-def _on_gpu(device: torch.device) -> bool:
-    return device.type == "cuda"
 
 
 class Engine(WeightControl):
@@ -88,10 +85,8 @@ class Engine(WeightControl):
             prefix_cache=prefix_cache,
             load_format=load_format,
             seed=seed,
-            cuda_graphs=_on_gpu(resolved) and ranks.size == 1
-            if cuda_graphs is None
-            else cuda_graphs,
-            overlap=_on_gpu(resolved) if overlap is None else overlap,
+            cuda_graphs=can_record(resolved, ranks) if cuda_graphs is None else cuda_graphs,
+            overlap=resolved.type == "cuda" if overlap is None else overlap,
             ranks=ranks,
         )
         self.model_config = load_model_config(self.config.model_path)

@@ -28,7 +28,7 @@ class Tile:
     warps: int
     stages: int
     swap: bool = False  # weights as the tensor core's first operand
-    tma: bool = False  # weights through tensor-map copies
+    tma: bool = False  # operands through tensor-map copies
     prefetch: int = 0  # elements of each weight row fetched ahead, a multiple of 64
     tail: int = 0  # columns of a second, smaller tile beside the first: 32 + 16 makes 48
 
@@ -50,6 +50,17 @@ def _weights(w_ptr, first, k0, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, 
     else:
         n = (first + tl.arange(0, BLOCK_N)).to(tl.int64)
         return tl.load(w_ptr + n[:, None] * K + (k0 + tl.arange(0, BLOCK_K))[None, :])
+
+
+@triton.jit
+def _rows(x_ptr, k0, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
+    """Tile [BLOCK_M, BLOCK_K] of x from column k0 on, zeros below its last row."""
+    if TMA:
+        return x_ptr.load([0, k0])
+    else:
+        m = tl.arange(0, BLOCK_M)
+        place = m.to(tl.int64)[:, None] * K + (k0 + tl.arange(0, BLOCK_K))[None, :]
+        return tl.load(x_ptr + place, mask=(m < M)[:, None], other=0.0)
 
 
 @triton.jit
@@ -77,12 +88,12 @@ def _store(y_ptr, acc, rows, columns, M, N, SWAP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def _skinny_kernel(
-    x_ptr, w_ptr, raw_ptr, y_ptr, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_ptr, w_ptr, tail_ptr, raw_ptr, y_ptr, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
     GATED: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * (BLOCK_N + TAIL)
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.arange(0, BLOCK_M)
     columns = first + tl.arange(0, BLOCK_N)
     if PREFETCH > 0:
         lines = raw_ptr + columns.to(tl.int64)[:, None] * K + (tl.arange(0, PREFETCH) * 64)[None, :]
@@ -95,8 +106,6 @@ def _skinny_kernel(
             if GATED:
                 prefetch_l2(tail_lines + N.to(tl.int64) * K)
     after_previous(PDL)
-    x_rows = x_ptr + rows.to(tl.int64)[:, None] * K
-    live = (rows < M)[:, None]
     if SWAP:
         acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     else:
@@ -106,16 +115,16 @@ def _skinny_kernel(
         acc_tail = tl.zeros((BLOCK_M, TAIL), dtype=tl.float32)
         acc_tail_up = acc_tail
     for k0 in range(0, K, BLOCK_K):
-        x = tl.load(x_rows + (k0 + tl.arange(0, BLOCK_K))[None, :], mask=live, other=0.0)
+        x = _rows(x_ptr, k0, M, K, BLOCK_M, BLOCK_K, TMA)
         acc = _product(x, _weights(w_ptr, first, k0, K, BLOCK_N, BLOCK_K, TMA), acc, SWAP)
         if GATED:
             w = _weights(w_ptr, N + first, k0, K, BLOCK_N, BLOCK_K, TMA)
             acc_up = _product(x, w, acc_up, SWAP)
         if TAIL:
-            w = _weights(raw_ptr, first + BLOCK_N, k0, K, TAIL, BLOCK_K, False)
+            w = _weights(tail_ptr, first + BLOCK_N, k0, K, TAIL, BLOCK_K, TMA)
             acc_tail = _product(x, w, acc_tail, False)
             if GATED:
-                w = _weights(raw_ptr, N + first + BLOCK_N, k0, K, TAIL, BLOCK_K, False)
+                w = _weights(tail_ptr, N + first + BLOCK_N, k0, K, TAIL, BLOCK_K, TMA)
                 acc_tail_up = _product(x, w, acc_tail_up, False)
     if GATED:
         acc = _swiglu(acc, acc_up, y_ptr.dtype.element_ty)
@@ -148,14 +157,16 @@ def matmul(
     num_rows, k = x.shape
     n = y.shape[1]
     block_m = block_rows(num_rows)
-    source = (
-        TensorDescriptor(weight, list(weight.shape), [k, 1], [tile.block_n, tile.block_k])
-        if tile.tma
-        else weight
-    )
+    operands: tuple[torch.Tensor | TensorDescriptor, ...] = (x, weight, weight)
+    if tile.tma:
+        heights = (block_m, tile.block_n, tile.tail or tile.block_n)
+        operands = tuple(
+            TensorDescriptor(matrix, list(matrix.shape), [k, 1], [height, tile.block_k])
+            for matrix, height in zip((x, weight, weight), heights, strict=True)
+        )
     pdl = supported(x.device)
-    _skinny_kernel[(n // tile.columns, 1)](
-        x, source, weight, y, num_rows, n, k, block_m, tile.block_n, tile.tail, tile.block_k,
+    _skinny_kernel[(n // tile.columns,)](
+        *operands, weight, y, num_rows, n, k, block_m, tile.block_n, tile.tail, tile.block_k,
         tile.swap, tile.tma, gated, tile.prefetch // 64, pdl, num_warps=tile.warps,
         num_stages=tile.stages, enable_fp_fusion=False, launch_pdl=pdl,
     )  # fmt: skip

@@ -51,11 +51,11 @@ type Broken = dict[tuple[int, bool, bool, Tile], str]
 
 def tiles(rows: int, n: int, k: int, gated: bool) -> Iterator[Tile]:
     """Every tile to try that fits the product and an SM's shared memory."""
-    plain = itertools.product((16, 32, 64), (64, 128, 256), (4,), (3, 4, 5, 6), (False,))
+    plain = itertools.product((16, 32, 64), (64, 128, 256), (4,), (3, 4, 5, 6, 8), (False,))
     swapped = itertools.product((64, 128), (64, 128), (4, 8), (3, 4, 5), (True,))
     block_m = skinny.block_rows(rows)
     ahead = (PREFETCH, LONG_PREFETCH) if k >= LONG_K else (PREFETCH if k >= PREFETCH else 0,)
-    two = itertools.product((32, 64), (64, 128), (4, 8), (3, 4, 5, 6), (16, 32))
+    two = itertools.product((32, 64), (64, 128), (4, 8), (3, 4, 5, 6, 8), (16, 32))
     tailed = (Tile(n, k, w, s, tail=t) for n, k, w, s, t in two if t < n)
     for tile in (*itertools.starmap(Tile, itertools.chain(plain, swapped)), *tailed):
         width = tile.columns * (2 if gated else 1)
@@ -67,8 +67,7 @@ def tiles(rows: int, n: int, k: int, gated: bool) -> Iterator[Tile]:
             continue
         if tile.swap and tile.warps == 8 and tile.block_n == 64:
             continue
-        copies = (False,) if tile.tail else (False, True)
-        for tma, prefetch in itertools.product(copies, ahead):
+        for tma, prefetch in itertools.product((False, True), ahead):
             yield replace(tile, tma=tma, prefetch=prefetch)
 
 

@@ -1,7 +1,7 @@
 """Tensor parallel engine against tensor parallel trainer, on sequences of mixed length.
 
     torchrun --nproc-per-node 2 -m samebit.recipes.verification.tensor_parallel FOLDER out.json \\
-        [tp_invariant=true] [dummy=true] [cuda_graphs=true] [num_seqs=64] [max_len=4096] \\
+        [tp_invariant=true] [dummy=true] [cuda_graphs=false] [num_seqs=64] [max_len=4096] \\
         [seed=0]
 
 Every process runs the engine's shard and, on the same weights, the trainer's (with sequence
@@ -40,7 +40,7 @@ MODULE = "samebit.recipes.verification.tensor_parallel"
 DEFAULTS = {
     "tp_invariant": False,
     "dummy": False,
-    "cuda_graphs": False,
+    "cuda_graphs": True,
     "num_seqs": 64,
     "max_len": 4096,
     "seed": 0,
@@ -81,7 +81,7 @@ def measure(folder: Path, options: dict[str, Any], device: torch.device) -> dict
         device=device,
         ranks=ranks,
         seed=options["seed"],
-        cuda_graphs=options["cuda_graphs"] or None,
+        cuda_graphs=None if options["cuda_graphs"] else False,
         max_num_seqs=options["num_seqs"],
         max_model_len=options["max_len"],
         load_format="dummy" if options["dummy"] else "safetensors",

@@ -32,6 +32,7 @@ def skinny_tiles():
         Tile(32, 64, 4, 4, prefetch=512),
         Tile(32, 64, 4, 4, tma=True, prefetch=512),
         Tile(32, 128, 4, 4, prefetch=256, tail=16),
+        Tile(32, 128, 4, 4, tma=True, tail=16),
         Tile(64, 64, 8, 4, tail=32),
         Tile(64, 64, 4, 3, swap=True),
         Tile(64, 64, 4, 3, swap=True, tma=True, prefetch=512),
