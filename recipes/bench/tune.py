@@ -43,6 +43,7 @@ LARGE_ROWS = (160, 192, 224, 256, 320, 384, 448, 512, 1024, 2048, 4096, 8192)
 PREFETCH, LONG_PREFETCH, LONG_K = 256, 512, 8192
 _SHARED_BYTES = 220 << 10
 _FINALISTS, _REPLAYS = 6, 20
+_JOBS = 4  # kernels that a process is given to compile at a time
 _WORTH = 0.99  # of the default's time: below, an entry is worth its place
 
 type Broken = dict[tuple[int, bool, bool, Tile], str]
@@ -97,10 +98,10 @@ def compile_all(keys: Iterable[Key]) -> Broken:
             jobs[key.rows, key.gated, key.fp32, tile] = (
                 key.rows, n, 2048, key.gated, key.fp32, tile
             )  # fmt: skip
-    workers = max(1, (os.cpu_count() or 2) - 2)
+    workers = max(1, min((os.cpu_count() or 2) - 2, len(jobs) // _JOBS))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        errors = pool.map(_compile, jobs.values(), chunksize=4)
+        errors = pool.map(_compile, jobs.values(), chunksize=_JOBS)
         return {what: e for what, e in zip(jobs, errors, strict=True) if e is not None}
 
 
