@@ -83,7 +83,7 @@ def streaming_pass(make: Inputs) -> Iterator[torch.Tensor]:
     weight = make.normal(256, 576).detach()
     tiles = [Tile(16, 64, 4, 3), Tile(32, 64, 4, 4, prefetch=512), Tile(64, 64, 4, 3, swap=True)]
     tiles += [Tile(32, 64, 4, 4, tma=True), Tile(64, 64, 4, 3, swap=True, tma=True)]
-    tiles += [Tile(32, 64, 4, 4, prefetch=512, tail=tail) for tail in (16, 32)]
+    tiles += [Tile(32, 64, 4, 4, prefetch=512, tail=32), Tile(16, 64, 4, 4, tma=True, tail=16)]
     for tile in tiles:
         for m in (1, 17, 64):
             for n, gated in ((256, False), (128, True)):
