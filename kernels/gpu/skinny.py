@@ -152,10 +152,15 @@ def matmul(
     """y [M, N] = x [M, K] @ weight [N, K].T, M up to 128; contiguous bf16 in, bf16 or fp32 out.
 
     gated: weight [2N, K] = [gate; up] and y = swiglu of the two rounded products.
-    A tile with a tail is not swapped.
+    A tile with a tail is not swapped. Raises ValueError for a tile that does not divide the
+    weight, since what is left over would not be written.
     """
     num_rows, k = x.shape
     n = y.shape[1]
+    if not tile.divides(n, k):
+        raise ValueError(
+            f"tile takes {tile.columns} x {tile.block_k} of a weight {n} x {k}; it must divide both"
+        )
     block_m = block_rows(num_rows)
     operands: tuple[torch.Tensor | TensorDescriptor, ...] = (x, weight, weight)
     if tile.tma:

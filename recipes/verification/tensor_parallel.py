@@ -87,6 +87,7 @@ def measure(folder: Path, options: dict[str, Any], device: torch.device) -> dict
         load_format="dummy" if options["dummy"] else "safetensors",
     )
     engine, found["start_s"] = timed(make_engine, device)
+    found["cuda_graphs"] = engine.config.cuda_graphs
     generator = torch.Generator().manual_seed(options["seed"])
     lens = mixed_lengths(options["num_seqs"], options["max_len"], options["seed"])
     prompts = [torch.randint(model.vocab_size, (n,), generator=generator).tolist() for n, _ in lens]
