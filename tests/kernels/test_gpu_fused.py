@@ -58,14 +58,6 @@ def test_skinny_products_are_equal(shape, out_dtype):
             assert torch.equal(y, truth[:m]), (m, tile)
 
 
-def test_tile_that_does_not_divide_the_weight():
-    from samebit.kernels.gpu import skinny
-
-    y = torch.empty(4, 256, dtype=torch.bfloat16, device="cuda")
-    with pytest.raises(ValueError, match="tile takes 48 x 128 of a weight 256 x 128; it must"):
-        skinny.matmul(bf16(4, 128), bf16(256, 128), y, skinny.Tile(32, 128, 4, 4, tail=16))
-
-
 @pytest.mark.parametrize("shape", [(24576, 4096), (3072, 576), (6144, 1024)], ids=str)
 def test_gated_products_are_equal(shape):
     from samebit.kernels.gpu import skinny
