@@ -24,6 +24,7 @@ from samebit.kernels.gpu.decode_attention import (
     decode_entries,
 )
 from samebit.kernels.gpu.online_softmax import merge, split_pass
+from samebit.kernels.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class GpuAttentionPlan:
     @functools.cached_property
     def boundaries(self) -> torch.Tensor:
         """[B + 1] int32: the first query of each packed sequence, and the end."""
-        return _boundaries(self.seq_lens).to(self.query_starts.device)
+        return to_device(_boundaries(self.seq_lens), self.query_starts.device)
 
     @functools.cached_property
     def spread_keys(self) -> "SpreadKeys | None":
@@ -82,8 +83,8 @@ class SpreadKeys:
                 rounds.append([])
             rounds[number].append(torch.arange(int(boundaries[i]), int(boundaries[i + 1])))
         rows = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lens, strict=True)])
-        of_round = tuple(torch.cat(parts).to(device) for parts in rounds)
-        return cls(boundaries.to(device), rows.to(device), of_round)
+        of_round = tuple(to_device(torch.cat(parts), device) for parts in rounds)
+        return cls(to_device(boundaries, device), to_device(rows, device), of_round)
 
     def summed(self, spread: torch.Tensor, num_keys: int) -> torch.Tensor:
         """What was computed for each part's keys [sum, K, H], for the packed ones [T, K, H].
@@ -125,27 +126,27 @@ def plan(
     # The tiles with the longest context first: they finish last otherwise.
     order = np.argsort(-(contexts[tile_seq] - queries[tile_seq] + tile_start), kind="stable")
 
-    def to_device(values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values.astype(np.int32)).to(device, non_blocking=True)
+    def placed(values: np.ndarray | torch.Tensor) -> torch.Tensor:
+        return to_device(torch.as_tensor(values).to(torch.int32), device)
 
     decode = None
     if decoding.any():
         decode = decode_entries(
-            to_device(starts[decoding]),
-            to_device(np.flatnonzero(decoding)),
-            to_device(contexts[decoding]),
+            placed(starts[decoding]),
+            placed(np.flatnonzero(decoding)),
+            placed(contexts[decoding]),
             int(contexts[decoding].max()),
         )
     return GpuAttentionPlan(
-        query_starts=to_device(starts),
-        key_starts=to_device(first_keys),
-        query_lens=to_device(queries),
-        context_lens=to_device(contexts),
-        page_table=None if page_table is None else page_table.to(device, torch.int32),
+        query_starts=placed(starts),
+        key_starts=placed(first_keys),
+        query_lens=placed(queries),
+        context_lens=placed(contexts),
+        page_table=None if page_table is None else placed(page_table),
         page_size=page_size,
         decode=decode,
-        tile_seq=to_device(tile_seq[order]),
-        tile_start=to_device(tile_start[order]),
+        tile_seq=placed(tile_seq[order]),
+        tile_start=placed(tile_start[order]),
         tile_rows=tile_rows,
         longest=int(contexts[prefilling].max(initial=0)),
         seq_lens=tuple(queries.tolist()),

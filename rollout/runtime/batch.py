@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from samebit.kernels.attention import plan_paged
+from samebit.kernels.transfer import to_device
 from samebit.rollout.runtime.scheduler import Chunk, Step
 from samebit.rollout.runtime.sequence import Sequence
 from samebit.rollout.runtime.slots import Slots, signed64
@@ -35,14 +36,6 @@ class Draws:
     greedy: np.ndarray  # bool
     out_slots: np.ndarray  # int64, of the drawing sequence; num_slots: it has none
     restricted: list[tuple[int, Sequence]]  # rows where not every token may be drawn
-
-
-def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy on the device that does not make the host wait."""
-    tensor = torch.from_numpy(values)
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def keep_tokens(last_tokens: torch.Tensor, token_ids: torch.Tensor, draws: Draws) -> None:

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from samebit.kernels.sample import draw_with_logprobs
+from samebit.kernels.transfer import to_device
 from samebit.rollout.models.decoder import Decoder
-from samebit.rollout.runtime.batch import Batch, Draws, decode_draws, keep_tokens, to_device
+from samebit.rollout.runtime.batch import Batch, Draws, decode_draws, keep_tokens
 from samebit.rollout.runtime.forward import forward
 from samebit.rollout.runtime.kv_cache import KVCache
 from samebit.rollout.runtime.sampler import Sampler

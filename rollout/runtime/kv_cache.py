@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from samebit.kernels.transfer import to_device
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.runtime.memory import Arena
 
@@ -69,7 +70,7 @@ class KVCache:
         """Copy pages (source, target) in every layer; no target is a source."""
         if not copies:
             return
-        index = torch.tensor(copies, dtype=torch.int64).to(self.keys[0].device)
+        index = to_device(torch.tensor(copies), self.keys[0].device)
         for cache in (*self.keys, *self.values):
             cache.index_copy_(0, index[:, 1], cache[index[:, 0]])
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from samebit.kernels.transfer import to_device
 from samebit.rollout.models.decoder import Decoder
 from samebit.rollout.runtime.batch import (
     Batch,
@@ -12,7 +13,6 @@ from samebit.rollout.runtime.batch import (
     make_batch,
     make_draws,
     scoring_rows,
-    to_device,
 )
 from samebit.rollout.runtime.forward import forward
 from samebit.rollout.runtime.graphs import DecodeGraphs

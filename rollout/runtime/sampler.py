@@ -7,7 +7,8 @@ import torch
 
 from samebit.kernels.logprob import logprob_of
 from samebit.kernels.sample import allowed_tokens, draw, draw_with_logprobs
-from samebit.rollout.runtime.batch import Draws, to_device
+from samebit.kernels.transfer import to_device
+from samebit.rollout.runtime.batch import Draws
 from samebit.rollout.runtime.sequence import Sequence
 from samebit.rollout.runtime.slots import Slots
 
@@ -114,7 +115,7 @@ class Sampler:
         ]
         if early:
             where = to_device(np.array(early).T.copy(), device)
-            scaled[where[0], where[1]] = float("-inf")
+            scaled[where[0], where[1]] = scaled.new_full((), float("-inf"))  # the host's would wait
         if limited:
             index = to_device(np.array([i for i, _ in limited]), device)
             rows = scaled[index]
