@@ -1,26 +1,138 @@
-"""Where a result comes from: command, commit, device and versions, for every result file."""
+"""Where a result comes from, told by the program itself: its source, command, device and versions.
 
-import importlib.metadata
+The source digest names the program's files wherever the tree lies; a copy without its history can
+so be traced to the commit that it was taken from:
+
+    python -m samebit.recipes.provenance            # this tree: digest, commit, changed files
+    python -m samebit.recipes.provenance COMMIT     # the digest of a commit
+    python -m samebit.recipes.provenance DIGEST     # the commits that have it
+"""
+
+import functools
+import hashlib
+import io
+import json
 import os
 import platform
+import re
+import shlex
 import subprocess
-from pathlib import Path
+import sys
+import tarfile
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-_PACKAGES = ("torch", "triton", "megatron-core", "transformers", "numpy")
+from samebit.recipes.metrics import write_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
+UNKNOWN = "unknown"
+
+# What an installed package holds too: not the shapes, results and examples that lie beside it.
+_SUFFIXES = {
+    "kernels": (".py", ".json"), "rollout": (".py",), "weight_sync": (".py",),
+    "trainer": (".py",), "recipes": (".py",), "configs": (".yaml",),
+}  # fmt: skip
+_LIBRARIES = {
+    "torch": "torch", "triton": "triton", "megatron-core": "megatron.core",
+    "transformers": "transformers", "tokenizers": "tokenizers", "safetensors": "safetensors",
+    "numpy": "numpy", "reasoning-gym": "reasoning_gym", "flashinfer-python": "flashinfer",
+}  # fmt: skip
+_SECRET_NAME = (
+    r"(?<![a-z0-9])(?:api_?key|access_?key|private_?key|secret(?:_?key)?|token|password|passwd"
+    r"|credentials?|auth(?:orization)?)"
+)
+_SECRET = re.compile(_SECRET_NAME + "$", re.IGNORECASE)
+_SECRET_INSIDE = re.compile(rf"({_SECRET_NAME}['\"]?\s*[:=]\s*)[^\s,}}]+", re.IGNORECASE)
+_REFERENCE = re.compile(r"\$\{[\w.:]+\}")  # names a secret, does not hold it
+_USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 
 
-def _commit() -> str:
-    root = Path(__file__).resolve().parent.parent
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    if named := os.environ.get("SAMEBIT_COMMIT"):
-        return named  # a copy of the tree without its history
+def _belongs(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix in _SUFFIXES.get(path.parts[0], ())
+
+
+def program_files(root: Path) -> dict[str, str]:
+    """SHA-256 by name of the program's files under `root`."""
+    files = (path for folder in _SUFFIXES for path in (root / folder).rglob("*") if path.is_file())
+    named = {path.relative_to(root).as_posix(): path for path in files}
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in named.items()
+        if _belongs(name)
+    }
+
+
+STARTED_AS = program_files(ROOT)
+"""Taken when the program starts: what is edited while it runs is not what ran."""
+
+
+def source_digest(files: Mapping[str, str]) -> str:
+    """SHA-256 over the lines that `sha256sum` prints for the files in the order of their names."""
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _git(root: Path, *arguments: str) -> bytes:
+    hooked = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, check=True, env=hooked).stdout
+
+
+def head(root: Path) -> str | None:
+    """The commit checked out at `root`; None where root is not a checkout's own folder."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        where = _git(root, "rev-parse", "--show-prefix", "--short=12", "HEAD").decode()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return None
+    prefix, commit = where.split("\n")[:2]
+    return commit if not prefix else None  # else of a repository that the package lies in
+
+
+def committed_files(commit: str, root: Path) -> dict[str, str]:
+    """program_files of a commit, from the history at `root`."""
+    archive = io.BytesIO(_git(root, "archive", "--format=tar", commit))
+    found = {}
+    with tarfile.open(fileobj=archive) as tar:
+        for member in tar:
+            if _belongs(member.name) and (file := tar.extractfile(member)) is not None:
+                found[member.name] = hashlib.sha256(file.read()).hexdigest()
+    return found
+
+
+def source(root: Path, files: Mapping[str, str]) -> dict[str, Any]:
+    """The digest of `files`, the commit at `root`, and what differs between the two.
+
+    changed_files: those of other bytes, those that only one of them has, untracked ones included;
+    None where the commit is unknown.
+    """
+    commit, changed = head(root), None
+    if commit is not None:
+        there = committed_files(commit, root)
+        both = sorted(files.keys() | there.keys())
+        changed = [name for name in both if files.get(name) != there.get(name)]
+    return {
+        "source_digest": source_digest(files),
+        "commit": commit or UNKNOWN,
+        "changed_files": changed,
+    }
+
+
+@functools.cache
+def _own_source() -> dict[str, Any]:
+    return source(ROOT, STARTED_AS)
+
+
+def _from_elsewhere() -> list[str]:
+    """Files of modules that a mixed search path has taken from another tree."""
+    loaded = [m for name, m in list(sys.modules.items()) if name.startswith("samebit.")]
+    files = (Path(m.__file__).resolve() for m in loaded if getattr(m, "__file__", None))
+    return sorted(str(file) for file in files if not file.is_relative_to(ROOT))
 
 
 def _cpu_name() -> str:
@@ -30,11 +142,106 @@ def _cpu_name() -> str:
     return f"{names[0]}, {len(names)} cores" if names else platform.processor()
 
 
-def provenance(command: list[str]) -> dict[str, Any]:
-    """The fields that every committed result names."""
+def device_name(device: torch.device) -> str:
+    """Of the GPU, or of the CPU and its number of cores."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def _hardware(device: torch.device) -> dict[str, Any]:
+    found: dict[str, Any] = {"device": device.type, "cpu": _cpu_name()}
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        found |= {"device": f"cuda:{index}", "gpus_visible": torch.cuda.device_count()}
+    return found | {"processes": dist.get_world_size() if dist.is_initialized() else 1}
+
+
+@functools.cache
+def _driver() -> str:
+    file = Path("/sys/module/nvidia/version")
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        if file.exists():
+            return file.read_text().strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return UNKNOWN
+
+
+def _versions(device: torch.device) -> dict[str, str]:
+    """Of what this process has imported, and on a GPU of what lies beneath."""
+    found = {"python": platform.python_version()}
+    for library, module in _LIBRARIES.items():
+        if version := getattr(sys.modules.get(module), "__version__", None):
+            found[library] = str(version)
+    if "megatron-core" in found:  # it appends the commit of whatever repository it lies in
+        found["megatron-core"] = found["megatron-core"].partition("+")[0]
+    if device.type == "cuda":
+        from samebit.kernels.gpu import cublaslt
+
+        found |= {
+            "cuda": str(torch.version.cuda),
+            "cublaslt": cublaslt.version(),
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+            "driver": _driver(),
+        }
+    return found
+
+
+def without_secrets(argument: str) -> str:
+    """A command's argument as typed, but *** where its key says that the value is a secret."""
+    key, equals, value = argument.partition("=")
+    if equals and _SECRET.search(key):
+        return argument if _REFERENCE.fullmatch(value) else f"{key}=***"
+    return _USER_IN_URL.sub("***@", _SECRET_INSIDE.sub(r"\1***", argument))
+
+
+def provenance(command: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """The fields that every result names: `command` as typed, on the device that it used."""
+    elsewhere = _from_elsewhere()
     return {
-        "command": " ".join(command),
-        "commit": _commit(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "command": shlex.join(map(without_secrets, command)),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **_own_source(),
+        **({"imported_from_elsewhere": elsewhere} if elsewhere else {}),
+        "device": device_name(device),
+        "hardware": _hardware(device),
+        "versions": _versions(device),
     }
+
+
+def record_start(run_dir: Path, device: torch.device, step: int) -> None:
+    """Add a line to the run's provenance.jsonl: what goes on after `step`, by which program."""
+    file = run_dir / "provenance.jsonl"
+    earlier = file.read_text() if file.exists() else ""
+    started = {"after_step": step, **provenance(["samebit", *sys.argv[1:]], device)}
+    write_atomically(file, earlier + json.dumps(started) + "\n")
+
+
+def commits_of(digest: str, root: Path) -> list[str]:
+    """The commits of the history at `root` whose program has this digest, newest first."""
+    commits = _git(root, "rev-list", "--all", "HEAD").decode().split()
+    return [c for c in commits if source_digest(committed_files(c, root)) == digest]
+
+
+def main(asked: str | None = None, root: Path = ROOT) -> int:
+    """Print what the tree at `root` is, a commit's digest, or the commits of a digest."""
+    if asked is None:
+        print(json.dumps(source(root, program_files(root)), indent=1))
+        return 0
+    if head(root) is None:
+        print(f"{root} holds no history to look for '{asked}' in", file=sys.stderr)
+        return 1
+    if re.fullmatch("[0-9a-f]{64}", asked):
+        found = commits_of(asked, root)
+        print("\n".join(found) or f"no commit has the source digest {asked}")
+        return 0 if found else 1
+    try:
+        print(source_digest(committed_files(asked, root)))
+    except subprocess.CalledProcessError as error:
+        print(f"'{asked}' is no commit: {error.stderr.decode().strip()}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

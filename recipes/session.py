@@ -18,6 +18,7 @@ from samebit.recipes.compose import to_dict, to_yaml
 from samebit.recipes.config import GrpoRun, RunSection, SftRun
 from samebit.recipes.launch import is_launched
 from samebit.recipes.metrics import MetricsLogger, NoLogger, write_atomically
+from samebit.recipes.provenance import record_start
 from samebit.recipes.signals import Stopped
 from samebit.rollout.config import resolve_device
 from samebit.rollout.models.registry import load_model_config
@@ -222,6 +223,8 @@ def open_session(run: SftRun | GrpoRun) -> Session:
     resumed = latest_checkpoint(checkpoints) if run.resume else None
     if resumed is not None:  # by the first process, for all
         resumed = replace(resumed, verified=True)
+    if is_first():
+        record_start(run.run_dir, device, 0 if resumed is None else resumed.step)
     return Session(run, device, profile, resumed, is_first())
 
 

@@ -87,7 +87,7 @@ def main(run: VerifyRun) -> int:
     digest = outcomes_digest(results)
     print(f"outcomes_digest {digest}")
     report: dict[str, Any] = {
-        **provenance(["samebit", *sys.argv[1:]]),
+        **provenance(["samebit", *sys.argv[1:]], device),
         "numerics": asdict(numerics_profile(device)),
         "tokens": tokens,
         "mismatches": mismatches,

@@ -24,9 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from samebit.recipes.compose import resolve
 from samebit.recipes.metrics import read_rows, without_times, write_atomically
 from samebit.recipes.provenance import provenance
+from samebit.rollout.config import resolve_device
 
+MODULE = "samebit.recipes.verification.kill_demo"
 OPTIONS = {"kills": 10, "seed": 0}
 _STARTS = 0.2
 _LOOK_S = 0.02
@@ -93,6 +96,7 @@ def result(folder: Path, name: str) -> tuple[dict[str, Any], list[dict[str, Any]
 def main(out: str, *arguments: str) -> int:
     """Run both, write the report."""
     options, demo = parse(arguments)
+    device = resolve_device(resolve("demo", demo).device)  # as the demo itself will
     rng, kills = random.Random(options["seed"]), options["kills"]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -113,7 +117,7 @@ def main(out: str, *arguments: str) -> int:
         whole, resumed = (result(folder, name) for name in ("undisturbed", "killed"))
     equal = whole == resumed
     report = {
-        **provenance(["python", "-m", "samebit.recipes.verification.kill_demo", out, *arguments]),
+        **provenance(["python", "-m", MODULE, out, *arguments], device),
         "undisturbed_s": round(alone.seconds, 1),
         "undisturbed_began_s": round(alone.began_s, 1),
         "killed_after_s": [round(attempt.seconds, 2) for attempt in killed],

@@ -118,7 +118,7 @@ def main(folder: str, out: str, *arguments: str) -> int:
     options, device = parse(list(arguments)), resolve_device(None)
     found = measure(Path(folder), options, device)
     if dist.get_rank() == 0:
-        source = provenance(["python", "-m", MODULE, folder, out, *arguments])
+        source = provenance(["python", "-m", MODULE, folder, out, *arguments], device)
         write_atomically(Path(out), json.dumps(source | options | found, indent=1) + "\n")
         print(json.dumps(found))
     return 1 if found["mismatches"] or not found["compared"] else 0

@@ -193,7 +193,7 @@ def main(model: str, out: str, device: str | None = None) -> int:
     else:
         texts = random_texts(config.vocab_size, lens)
     report = {
-        **provenance(["python", "-m", MODULE, *sys.argv[1:]]),
+        **provenance(["python", "-m", MODULE, *sys.argv[1:]], resolved),
         "model": path.name,
         "text": "chats and prose" if has_tokenizer else "random tokens",
         **measure(path, resolved, texts),
