@@ -10,8 +10,9 @@ import torch
 
 from samebit.rollout.models.config import ModelConfig
 
-# Dense bf16, from the vendor's data sheets, by a part of the card's name.
-_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
+# By the card's whole name: a PCIe card, another form or a slice of one has other figures.
+_PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
+PEAK_SOURCE = "dense bf16, by the data sheets of H100 SXM and H200"
 
 
 def num_matmul_weights(model: ModelConfig) -> int:
@@ -35,8 +36,10 @@ def train_flops(model: ModelConfig, seq_lens: Iterable[int]) -> int:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of the card, if it is a known one."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for card, peak in _PEAK_FLOPS.items() if card in name), None)
+    """Of the card, if it is a known one; see PEAK_SOURCE."""
+    return card_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def card_peak(name: str) -> float | None:
+    """Of a card by its name, if it is a known one."""
+    return _PEAK_FLOPS.get(name)

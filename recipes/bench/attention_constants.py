@@ -85,8 +85,9 @@ def main() -> None:
                 row[f"packed_{batch}x{length}_tflop_s"] = round(rate)
             print(row, flush=True)
             rows.append(row)
-    report = {**provenance(["python", "-m", "samebit.recipes.bench.attention_constants"])}
-    write_atomically(Path(sys.argv[1]), json.dumps({**report, "rows": rows}, indent=1) + "\n")
+    command = ["python", "-m", "samebit.recipes.bench.attention_constants", *sys.argv[1:]]
+    report = {**provenance(command, torch.device("cuda")), "rows": rows}
+    write_atomically(Path(sys.argv[1]), json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

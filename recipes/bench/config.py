@@ -131,8 +131,13 @@ class BenchEngineRun(BenchRun):
     """Timed runs of a workload, after one that warms up."""
     variants: list[str] = field(default_factory=lambda: ["default"])
     """default, no_graphs, no_overlap, torch_kernels: one engine each."""
+    cold: bool = False
+    """Also start each engine in a process that finds empty caches, and time its first token."""
+    peers: str | None = None
+    """A JSON file of other engines' figures, printed beside ours where card, model and workload
+    are the same."""
     profile: bool = False
-    """Trace decode steps of the first workload and say how long the GPU idles."""
+    """Trace decode steps of the first workload; how much of them the GPU has something to run."""
     profile_steps: int = 32
     engine: BenchEngineSettings = field(default_factory=BenchEngineSettings)
 

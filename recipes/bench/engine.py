@@ -1,45 +1,38 @@
-"""samebit bench engine: output tokens per second of whole workloads, start-up and idle time.
+"""samebit bench engine: output tokens per second of whole workloads, start-up, the GPU's share.
 
 Random prompts, temperature 1, log-probs returned, end-of-sequence ignored. A workload runs once to
-warm up and then `repeats` times, always with fresh prompts; median and spread are reported.
+warm up and then `repeats` times, always with fresh prompts; median and spread are reported. On a
+GPU the roofline stands beside them, and where a file has them, other engines' figures.
 """
 
 import gc
-import inspect
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from samebit.kernels.profile import numerics_profile
 from samebit.recipes.bench.config import BenchEngineRun, Workload
-from samebit.recipes.bench.idle import profile_decode
-from samebit.recipes.bench.output import REPORT_FILE, BenchError, format_table, write_report
-from samebit.recipes.bench.prompts import PromptSource, sampling_params
-from samebit.recipes.bench.roofline import CARD, ENGINES, peers_tokens_s, roofline_tokens_s
-from samebit.recipes.bench.timing import Spread
-from samebit.recipes.bench.variants import NOTES, SETTINGS, kernels_of
+from samebit.recipes.bench.idle import describe_gpu_times, profile_decode
+from samebit.recipes.bench.output import (
+    REPORT_FILE,
+    BenchError,
+    format_table,
+    model_fields,
+    write_report,
+)
+from samebit.recipes.bench.peers import Peer, comparable, load_peers
+from samebit.recipes.bench.prompts import PromptSource, timed_run
+from samebit.recipes.bench.roofline import roofline_tokens_s
+from samebit.recipes.bench.start import Start, cold_start, describe, start_engine
+from samebit.recipes.bench.timing import Spread, card_rates
+from samebit.recipes.bench.variants import NOTES, kernels_of
+from samebit.recipes.provenance import device_name
 from samebit.rollout.config import DeviceError, resolve_device
 from samebit.rollout.engine import Engine
-
-_FIRST = Workload(num_prompts=1, num_samples=1, input_len=16, output_len=1)
-
-
-def timed_run(engine: Engine, source: PromptSource, workload: Workload) -> float:
-    """Seconds of one run with fresh prompts; BenchError unless every token and log-prob came."""
-    prompts, sample_ids = source.draw(workload)
-    params = sampling_params(workload)
-    start = time.perf_counter()
-    groups = engine.generate(prompts, params, sample_ids)
-    seconds = time.perf_counter() - start
-    counts = [(len(c.token_ids), len(c.logprobs)) for group in groups for c in group]
-    if counts != [(workload.output_len, workload.output_len)] * workload.num_seqs:
-        raise BenchError(f"{workload}: the engine returned other numbers of tokens: {set(counts)}")
-    return seconds
+from samebit.rollout.models.registry import load_model_config
 
 
 def measure(
@@ -56,40 +49,6 @@ def measure(
     }
 
 
-def engine_settings(run: BenchEngineRun, variant: str) -> dict[str, Any]:
-    """Arguments of Engine; ValueError for one that this engine does not have."""
-    settings = run.engine.given() | SETTINGS.get(variant, {})
-    unknown = sorted(settings.keys() - inspect.signature(Engine).parameters.keys())
-    if unknown:
-        raise ValueError(f"variant {variant}: this engine has no setting {', '.join(unknown)}")
-    return settings
-
-
-def start_engine(
-    run: BenchEngineRun, variant: str, device: torch.device
-) -> tuple[Engine, PromptSource, dict[str, float]]:
-    """A new engine, and the seconds until it was there and until it had given its first token."""
-    settings = engine_settings(run, variant)
-    begin = time.perf_counter()
-    engine = Engine(
-        run.model, device=device, load_format=run.load_format, seed=run.seed, **settings
-    )
-    there = time.perf_counter()
-    source = PromptSource(engine.model_config.vocab_size, run.seed)
-    timed_run(engine, source, _FIRST)
-    return engine, source, {"start_s": there - begin, "first_token_s": time.perf_counter() - begin}
-
-
-def compared(engine: Engine, workload: Workload, device: torch.device) -> dict[str, Any]:
-    """Roofline and other engines' figures, where they are of this card."""
-    if device.type != "cuda" or CARD not in torch.cuda.get_device_name(device):
-        return {}
-    return {
-        "roofline_tokens_s": roofline_tokens_s(engine.model_config, workload),
-        "peers_tokens_s": peers_tokens_s(engine.config.model_path.resolve().name, workload),
-    }
-
-
 def measure_variant(
     run: BenchEngineRun,
     variant: str,
@@ -99,14 +58,14 @@ def measure_variant(
 ) -> None:
     """Fill the report's `entry` with every workload on one engine, saving after each."""
     with kernels_of(variant, device.type) as calls:
-        engine, source, entry["start"] = start_engine(run, variant, device)
+        engine, source, entry["start"] = start_engine(Start.of(run, variant, device))
         if calls is not None and not calls.count:
             raise BenchError(f"variant {variant}: the engine does not use what it replaces")
-        print(f"{variant}: " + " ".join(f"{k} {v:.1f}" for k, v in entry["start"].items()))
+        print("\n".join(f"{variant}: {line}" for line in describe(entry)))
         entry["workloads"] = {}
         for workload in map(Workload.parse, run.workloads):
             found = measure(engine, source, workload, run.repeats)
-            entry["workloads"][str(workload)] = found | compared(engine, workload, device)
+            entry["workloads"][str(workload)] = found
             rate = found["output_tokens_s"]["median"]
             print(f"{variant}: {workload} {rate:,.1f} tok/s", flush=True)
             save()
@@ -126,6 +85,24 @@ def measure_variant(
         engine.close()
 
 
+def compare(run: BenchEngineRun, variants: dict[str, Any], peers: list[Peer]) -> dict[str, Any]:
+    """Set beside every workload the roofline, on a GPU, and peers' figures; what they come from."""
+    config, device = load_model_config(run.model), resolve_device(run.device)
+    found: dict[str, Any] = {"peers": [asdict(peer) for peer in peers]} if peers else {}
+    rates = card_rates() if device.type == "cuda" else None
+    if rates is not None:
+        found["card"] = asdict(rates)
+    for entry in variants.values():
+        for text, measured in entry["workloads"].items():
+            if rates is not None:
+                workload = Workload.parse(text)
+                measured["roofline_tokens_s"] = roofline_tokens_s(config, workload, rates)
+            theirs = {p.label: p.workloads[text] for p in peers if text in p.workloads}
+            if theirs:
+                measured["peers_tokens_s"] = theirs
+    return found
+
+
 def _against(rate: float, other: float | None) -> str:
     return f"{other:,.0f} (x{rate / other:.2f})" if other else "-"
 
@@ -133,7 +110,7 @@ def _against(rate: float, other: float | None) -> str:
 def _rows(variants: dict[str, Any]) -> list[list[str]]:
     """The table: one line for each variant and workload; (x1.10): ours is 1.10 times that."""
     lines = [(v, w, found) for v, e in variants.items() for w, found in e["workloads"].items()]
-    peers = [e for e in ENGINES if any(e in f.get("peers_tokens_s", {}) for _, _, f in lines)]
+    peers = list(dict.fromkeys(e for _, _, f in lines for e in f.get("peers_tokens_s", {})))
     bound = ["roofline"] if any("roofline_tokens_s" in f for _, _, f in lines) else []
     default = variants.get("default", {}).get("workloads", {})
     header = ["variant", "workload", "tok/s", "min", "max", "seconds", "x default"]
@@ -151,27 +128,29 @@ def _rows(variants: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def summary(variants: dict[str, Any]) -> str:
-    """The table, start-up times, idle times and notes as text."""
+def summary(report: dict[str, Any]) -> str:
+    """The table, what its columns compare with, starts, the GPU's share and notes as text."""
+    variants = report["variants"]
     lines = ["", format_table(_rows(variants), num_left=2), ""]
-    for variant, entry in variants.items():
-        times = entry["start"]
+    if card := report.get("card"):
         lines.append(
-            f"{variant}: engine made in {times['start_s']:.1f} s, first token after "
-            f"{times['first_token_s']:.1f} s"
+            f"roofline: {card['memory_bytes_s'] / 1e12:.2f} TB/s copied and "
+            f"{card['flops_s'] / 1e12:.0f} TFLOP/s multiplied by this card in this run"
         )
+    for peer in report.get("peers", ()):
+        lines.append(
+            f"{peer['engine']} {peer['version']}: not measured here; {peer['card']}, "
+            f"{peer['date']}, {peer['command']}"
+        )
+    for variant, entry in variants.items():
+        lines += [f"{variant}: {line}" for line in describe(entry)]
         if graphs := entry.get("graphs"):
             lines.append(
                 f"{variant}: {graphs['count']} CUDA graphs, captured in {graphs['capture_s']:.1f} "
                 f"s, {graphs['memory_bytes'] / 2**20:,.0f} MiB"
             )
         if found := entry.get("profile"):
-            lines.append(
-                f"{variant}: decode step {found['step_ms']:.3f} ms "
-                f"({found['step_ms_recorded']:.3f} recorded), GPU busy "
-                f"{found['gpu_busy_ms']:.3f} ms, idle {found['gpu_idle_ms']:.3f} ms "
-                f"({found['idle_share']:.1%}), longest gap {found['longest_gap_us']:.1f} us"
-            )
+            lines.append(f"{variant}: {describe_gpu_times(found)}")
             lines += [
                 f"  {t['us']:9.1f} us  {t['calls']:6.1f}  {t['name']:.90}" for t in found["top"]
             ]
@@ -185,10 +164,13 @@ def main(run: BenchEngineRun) -> int:
     torch.set_num_threads(run.cpu_threads)
     device = resolve_device(run.device)
     if run.profile and device.type != "cuda":
-        raise DeviceError("profile=true measures the GPU's idle time: it needs a CUDA device")
+        raise DeviceError("profile=true traces what the GPU runs: it needs a CUDA device")
+    load_model_config(run.model)  # before anything is written
+    fields, peers = model_fields(run.model), load_peers(run.peers) if run.peers else []
+    beside = comparable(peers, device_name(device), fields["model"], run.workloads)
     variants: dict[str, Any] = {}
     report = {
-        "model": Path(run.model).resolve().name,
+        **fields,
         "load_format": run.load_format,
         "engine": run.engine.given(),
         "numerics": asdict(numerics_profile(device)),
@@ -196,10 +178,21 @@ def main(run: BenchEngineRun) -> int:
     }
     for variant in run.variants:
         entry = variants[variant] = {}
-        measure_variant(run, variant, device, entry, lambda: write_report(run.run_dir, report))
+        measure_variant(
+            run, variant, device, entry, lambda: write_report(run.run_dir, device, report)
+        )
         gc.collect()  # the engine's memory goes to the next one
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    print(summary(variants))
+        if run.cold:
+            entry["cold_start"] = cold_start(Start.of(run, variant, device))
+    report |= compare(run, variants, beside)
+    write_report(run.run_dir, device, report)
+    print(summary(report))
+    if peers and not beside:
+        print(
+            f"{run.peers} has nothing of {fields['model']} on {device_name(device)} with these "
+            "workloads"
+        )
     print(f"{run.run_dir / REPORT_FILE} holds the report.")
     return 0

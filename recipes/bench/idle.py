@@ -1,8 +1,13 @@
-"""How long the GPU idles between its activities, from torch.profiler over steady decode steps."""
+"""How much of steady decode steps the GPU has something to run, from torch.profiler.
+
+A kernel that waits counts as running: for memory, for another GPU, or, started early, for the
+kernel before it. So this bounds what a faster host could gain, and says nothing of how well the
+GPU is used while something is on it.
+"""
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +37,7 @@ class IdleTime:
     """From the first activity's start to the last one's end, streams taken together."""
 
     busy: float
+    """With at least one activity, waiting or not."""
     idle: float
     longest_gap: float
 
@@ -97,6 +103,43 @@ def top_activities(activities: Iterable[Activity], num_steps: int) -> list[dict[
     ]
 
 
+def gpu_times(
+    activities: Sequence[Activity], step_ms: float, recorded_ms: float, num_steps: int
+) -> dict[str, Any]:
+    """Of a step, in milliseconds: its length without and while recording, and the GPU's share.
+
+    gpu_busy_ms: at least one activity ran or waited on the GPU. gpu_sum_ms: their durations added,
+    so that what overlaps, such as a kernel that is started early and waits, counts twice.
+    not_busy_ms: the rest of the step without recording; below zero where recording slowed the
+    activities themselves. gaps_ms: between the first activity and the last of the recording.
+    """
+    found = idle_time((start, end) for start, end, _ in activities)
+    busy_ms = found.busy / 1e3 / num_steps
+    return {
+        "step_ms": step_ms,
+        "step_ms_recorded": recorded_ms,
+        "gpu_busy_ms": busy_ms,
+        "gpu_sum_ms": sum(end - start for start, end, _ in activities) / 1e3 / num_steps,
+        "not_busy_ms": step_ms - busy_ms,
+        "not_busy_share": (step_ms - busy_ms) / step_ms,
+        "gaps_ms": found.idle / 1e3 / num_steps,
+        "gaps_share": found.idle_share,
+        "longest_gap_us": found.longest_gap,
+    }
+
+
+def describe_gpu_times(found: dict[str, Any]) -> str:
+    """gpu_times in words."""
+    return (
+        f"decode step {found['step_ms']:.3f} ms ({found['step_ms_recorded']:.3f} while recorded); "
+        f"for {found['gpu_busy_ms']:.3f} ms a kernel, copy or fill is on the GPU, those that wait "
+        f"included (durations sum to {found['gpu_sum_ms']:.3f} ms), for "
+        f"{found['not_busy_ms']:.3f} ms ({found['not_busy_share']:.1%}) none is; gaps within the "
+        f"recording {found['gaps_ms']:.3f} ms ({found['gaps_share']:.1%}), the longest "
+        f"{found['longest_gap_us']:.1f} us"
+    )
+
+
 def num_prefill_steps(engine: Engine, workload: Workload) -> int:
     """Steps after which every prompt of the workload is computed, with some to spare."""
     config = engine.config
@@ -124,10 +167,7 @@ def _step(engine: Engine, count: int) -> float:
 def profile_decode(
     engine: Engine, source: PromptSource, workload: Workload, num_steps: int, trace_file: Path
 ) -> dict[str, Any]:
-    """Trace `num_steps` steps with all samples decoding; writes a Chrome trace.
-
-    How much the recording slows the host shows in step_ms (without) and step_ms_recorded.
-    """
+    """Trace `num_steps` steps with all samples decoding; writes a Chrome trace. See gpu_times."""
     warmup = num_prefill_steps(engine, workload)
     workload = replace(workload, output_len=warmup + 2 * num_steps + 16)
     for prompt, ids in zip(*source.draw(workload), strict=True):
@@ -139,17 +179,11 @@ def profile_decode(
     )
     while engine.has_unfinished_requests:
         engine.step()
-    found = idle_time((start, end) for start, end, _ in activities)
     return {
         "trace": trace_file.name,
         "workload": str(workload),
         "steps": num_steps,
-        "step_ms": step_ms,
-        "step_ms_recorded": recorded_ms,
-        "gpu_busy_ms": found.busy / 1e3 / num_steps,
-        "gpu_idle_ms": found.idle / 1e3 / num_steps,
-        "idle_share": found.idle_share,
-        "longest_gap_us": found.longest_gap,
+        **gpu_times(activities, step_ms, recorded_ms, num_steps),
         "activities": len(activities) / num_steps,
         "top": top_activities(activities, num_steps),
     }

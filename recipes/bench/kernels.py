@@ -1,5 +1,6 @@
 """samebit bench kernels: every operation at a model's shapes, against torch and the roofline.
 
+The roofline is what this card reaches in the same run: a copy's rate and a large product's.
 All under CUDA graph replay, ours and torch's in turns; products bound by arithmetic for long enough
 that the card draws all the power that it may. linear rotates its weights and decode attention its
 pages through 256 MB or more, so that no cache holds them, as in an engine that runs a whole model
@@ -10,7 +11,6 @@ import importlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,15 +26,8 @@ from samebit.kernels.rope import rope, rope_table
 from samebit.kernels.sample import draw
 from samebit.kernels.swiglu import swiglu
 from samebit.recipes.bench.config import BenchKernelsRun
-from samebit.recipes.bench.output import REPORT_FILE, format_table, write_report
-from samebit.recipes.bench.timing import (
-    compute_bound,
-    copy_bytes_s,
-    graph_us,
-    graphs_us,
-    ideal_us,
-    num_copies,
-)
+from samebit.recipes.bench.output import REPORT_FILE, format_table, model_fields, write_report
+from samebit.recipes.bench.timing import card_rates, graph_us, graphs_us, num_copies
 from samebit.rollout.config import DeviceError, resolve_device
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
@@ -83,14 +76,16 @@ def bench_linear(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
     `layer` rows are sums of a layer's four, `layer in turn` those four one behind the other.
     """
     rows: list[Row] = []
+    rates = card_rates()
     for shape, (n, k) in linear_shapes(config).items():
         weights = [_randn(n, k) for _ in range(num_copies(2 * n * k))]
         inputs = _randn(max(run.measured_rows), k)
         is_head = shape == "lm_head"
         ours, theirs = (logits, _torch_logits) if is_head else (linear, F.linear)
         for m in run.measured_rows:
-            flops, num_bytes = 2 * m * n * k, 2 * (n + m) * k + (4 if is_head else 2) * m * n
-            ideal, sustained = ideal_us(flops, num_bytes), compute_bound(flops, num_bytes)
+            cost = (2 * m * n * k, 2 * (n + m) * k + (4 if is_head else 2) * m * n)
+            flops, num_bytes = cost
+            ideal, sustained = rates.ideal_us(*cost), rates.compute_bound(*cost)
             ways = [[partial(f, inputs[:m], w) for w in weights] for f in (ours, theirs)]
             us, torch_us = graphs_us(ways, ideal, run.replays, sustained)
             rows.append(
@@ -131,11 +126,11 @@ def layers_in_turn(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
         for x, weight in zip(inputs, weights, strict=True):
             multiply(x[:m], weight)
 
-    rows: list[Row] = []
+    rates, rows = card_rates(), list[Row]()
     for m in run.measured_rows:
         costs = [(2 * m * n * k, 2 * (n * k + m * (n + k))) for n, k in shapes]
-        ideal = sum(ideal_us(*cost) for cost in costs)
-        sustained = compute_bound(*map(sum, zip(*costs, strict=True)))
+        ideal = sum(rates.ideal_us(*cost) for cost in costs)
+        sustained = rates.compute_bound(*map(sum, zip(*costs, strict=True)))
         ways = [[partial(products, f, layer, m) for layer in layers] for f in (linear, F.linear)]
         us, torch_us = graphs_us(ways, ideal, run.replays, sustained)
         rows.append(
@@ -154,7 +149,7 @@ def make_cache(config: ModelConfig, num_pages: int) -> tuple[torch.Tensor, torch
 
 def bench_attention(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
     """Decode: one new token a sequence; bytes are those of its keys and values."""
-    copy_rate = copy_bytes_s(run.replays)
+    copy_rate = card_rates().memory_bytes_s
     rows: list[Row] = []
     for batch, context in DECODE:
         pages = batch * -(-context // _PAGE)
@@ -193,7 +188,7 @@ def bench_prefill(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
         q, k, v = (_randn(batch * length, heads, H) for heads in (N, K, K))
         plan = plan_packed([length] * batch, config.heads_per_kv, _CUDA)
         flops = 2 * batch * length**2 * N * H
-        expected = ideal_us(flops, 0)
+        expected = card_rates().ideal_us(flops, 0)
         ours = partial(packed_attention, q, k, v, plan, config.softmax_scale)
         # Repeated heads: its products take the same time, and any build of torch has that kernel.
         padded = [
@@ -238,7 +233,7 @@ def bench_rows(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
     rows: list[Row] = []
     for m in FEW_ROWS:
         for name, (action, num_bytes) in row_operations(config, m).items():
-            us = graph_us([action], ideal_us(0, num_bytes), run.replays)
+            us = graph_us([action], card_rates().ideal_us(0, num_bytes), run.replays)
             rate = num_bytes / us.median / 1e3
             rows.append(
                 {"operation": name, "m": m, "us": us.median, "gb_s": rate, "spread": asdict(us)}
@@ -271,7 +266,8 @@ def table_of(rows: list[Row]) -> str:
 
 def main(run: BenchKernelsRun) -> int:
     """The command `samebit bench kernels`."""
-    if resolve_device(run.device).type != "cuda":
+    device = resolve_device(run.device)
+    if device.type != "cuda":
         raise DeviceError("bench kernels needs a CUDA device; `bench engine` also takes device=cpu")
     if run.tune:
         return importlib.import_module("samebit.recipes.bench.tune").main(run)
@@ -279,13 +275,14 @@ def main(run: BenchKernelsRun) -> int:
     config = load_model_config(run.model)
     tables: dict[str, list[Row]] = {}
     report = {
-        "model": Path(run.model).resolve().name,
+        **model_fields(run.model),
         "numerics": asdict(numerics_profile(_CUDA)),
+        "card": asdict(card_rates()),
         "tables": tables,
     }
     for name in run.tables:
         tables[name] = BENCHES[name](config, run)
-        write_report(run.run_dir, report)
+        write_report(run.run_dir, device, report)
         print(f"\n{name}\n{table_of(tables[name])}", flush=True)
     print(f"{run.run_dir / REPORT_FILE} holds the report.")
     return 0

@@ -1,10 +1,13 @@
 """What a benchmark leaves: an aligned table on the screen and bench.json with its provenance."""
 
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from samebit.recipes.metrics import write_atomically
 from samebit.recipes.provenance import provenance
@@ -28,10 +31,19 @@ def format_table(rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
     )
 
 
-def write_report(run_dir: Path, body: dict[str, Any]) -> Path:
-    """Replace run_dir/bench.json; its path."""
+def model_fields(folder: str) -> dict[str, str]:
+    """What a report says of its model: the folder's name, and the digest of its config.json."""
+    config = Path(folder) / "config.json"
+    return {
+        "model": Path(folder).resolve().name,
+        "model_config_sha256": hashlib.sha256(config.read_bytes()).hexdigest(),
+    }
+
+
+def write_report(run_dir: Path, device: torch.device, body: dict[str, Any]) -> Path:
+    """Replace run_dir/bench.json, measured on `device`; its path."""
     run_dir.mkdir(parents=True, exist_ok=True)
     target = run_dir / REPORT_FILE
-    report = {**provenance(["samebit", *sys.argv[1:]]), **body}
+    report = {**provenance(["samebit", *sys.argv[1:]], device), **body}
     write_atomically(target, json.dumps(report, indent=1) + "\n")
     return target

@@ -1,10 +1,13 @@
 """Requests of the benchmarks: random prompts that never come twice."""
 
 import itertools
+import time
 
 import torch
 
 from samebit.recipes.bench.config import Workload
+from samebit.recipes.bench.output import BenchError
+from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
 
 
@@ -33,3 +36,16 @@ def sampling_params(workload: Workload) -> SamplingParams:
         ignore_eos=True,
         logprobs=True,
     )
+
+
+def timed_run(engine: Engine, source: PromptSource, workload: Workload) -> float:
+    """Seconds of one run with fresh prompts; BenchError unless every token and log-prob came."""
+    prompts, sample_ids = source.draw(workload)
+    params = sampling_params(workload)
+    start = time.perf_counter()
+    groups = engine.generate(prompts, params, sample_ids)
+    seconds = time.perf_counter() - start
+    counts = [(len(c.token_ids), len(c.logprobs)) for group in groups for c in group]
+    if counts != [(workload.output_len, workload.output_len)] * workload.num_seqs:
+        raise BenchError(f"{workload}: the engine returned other numbers of tokens: {set(counts)}")
+    return seconds

@@ -104,7 +104,7 @@ def main(out: str) -> int:
     found = measure(ranks, device)
     if ranks.rank == 0:
         body = {"width": WIDTH, "tensor": size, "reduce": found}
-        source = provenance(["python", "-m", "samebit.recipes.bench.reduce", out])
+        source = provenance(["python", "-m", "samebit.recipes.bench.reduce", out], device)
         write_atomically(Path(out), json.dumps(source | body, indent=1) + "\n")
         print(table(found))
     return 0

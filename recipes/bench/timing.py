@@ -1,5 +1,6 @@
 """Measured times: spreads of repeated runs, CUDA graph replay, what the hardware would allow."""
 
+import functools
 import math
 import statistics
 import time
@@ -9,10 +10,6 @@ from itertools import pairwise
 from typing import Any, Self
 
 import torch
-
-# Measured on an H200: a device-to-device copy (read + write), and the fastest bf16 products.
-MEMORY_BYTES_S = 4.25e12
-FLOPS_S = 690e12
 
 ROTATED_BYTES = 256 << 20
 """Operands read in turn inside one graph: several times what any L2 cache holds."""
@@ -42,14 +39,22 @@ def num_copies(operand_bytes: int) -> int:
     return -(-ROTATED_BYTES // operand_bytes)
 
 
-def ideal_us(flops: float, num_bytes: float) -> float:
-    """The roofline: whichever of arithmetic and memory takes longer."""
-    return max(flops / FLOPS_S, num_bytes / MEMORY_BYTES_S) * 1e6
+@dataclass(frozen=True)
+class CardRates:
+    """What a card reached: the roofline under which its times are looked at."""
 
+    memory_bytes_s: float
+    """Read and written, by a copy within its memory."""
+    flops_s: float
+    """By a large bf16 product of random numbers."""
 
-def compute_bound(flops: float, num_bytes: float) -> bool:
-    """Whether arithmetic takes longer than memory: then the card's power sets its clock."""
-    return flops / FLOPS_S > num_bytes / MEMORY_BYTES_S
+    def ideal_us(self, flops: float, num_bytes: float) -> float:
+        """Whichever of arithmetic and memory takes longer."""
+        return max(flops / self.flops_s, num_bytes / self.memory_bytes_s) * 1e6
+
+    def compute_bound(self, flops: float, num_bytes: float) -> bool:
+        """Whether arithmetic takes longer than memory: then the card's power sets its clock."""
+        return flops / self.flops_s > num_bytes / self.memory_bytes_s
 
 
 def timed[T](action: Callable[[], T], device: torch.device) -> tuple[T, float]:
@@ -125,13 +130,34 @@ def graph_us(actions: Sequence[Action], expected_us: float, replays: int) -> Spr
     return graphs_us([actions], expected_us, replays)[0]
 
 
-def copy_bytes_s(replays: int) -> float:
-    """Bytes read and written per second while 1 GiB is copied.
+_COPIED_BYTES, _PRODUCT_WIDTH, _RATE_REPLAYS = 1 << 30, 8192, 20
 
-    By torch's copy, which may be a copy engine's, or by a kernel: whichever is faster.
-    """
-    source = torch.zeros(1 << 28, dtype=torch.int32, device="cuda")
+
+def _copy_bytes_s() -> float:
+    """By torch's copy, which may be a copy engine's, or by a kernel: whichever is faster."""
+    source = torch.zeros(_COPIED_BYTES // 4, dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
     ways = (lambda: target.copy_(source), lambda: torch.bitwise_not(source, out=target))
-    fastest = min(graph_us([way], 500.0, replays).median for way in ways)
+    fastest = min(graph_us([way], 500.0, _RATE_REPLAYS).median for way in ways)
     return 2 * source.nbytes / fastest * 1e6
+
+
+def _product_flops_s() -> float:
+    x, y = (
+        torch.randn(_PRODUCT_WIDTH, _PRODUCT_WIDTH, device="cuda").to(torch.bfloat16)
+        for _ in range(2)
+    )
+    out = torch.empty_like(x)
+    us = graph_us([lambda: torch.mm(x, y, out=out)], 1500.0, _RATE_REPLAYS).median
+    return 2 * _PRODUCT_WIDTH**3 / us * 1e6
+
+
+@functools.cache
+def card_rates() -> CardRates:
+    """Of the current CUDA device, measured now, once a process: 1 GiB copied, 8,192^3 multiplied.
+
+    Takes part of a second and 2 GiB, which are given back.
+    """
+    rates = CardRates(_copy_bytes_s(), _product_flops_s())
+    torch.cuda.empty_cache()
+    return rates

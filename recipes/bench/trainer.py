@@ -1,12 +1,12 @@
 """samebit bench trainer: GRPO optimizer steps on random weights and samples: tokens/s, MFU, memory.
 
 The forward is also timed by itself, with our operations and with torch's in their place. Samples
-carry the trainer's own log-probs, so that a step is on-policy, and the first one compares them.
+carry the trainer's own log-probs, so that a step is on-policy; the first one compares them, so what
+is compared is the trainer's forward with gradients and the one without, and no engine's rollout.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +16,22 @@ from samebit.kernels.profile import numerics_profile
 from samebit.kernels.reduce import gather_objects
 from samebit.recipes.bench.config import BenchTrainerRun, Pack
 from samebit.recipes.bench.idle import Activity, recorded
-from samebit.recipes.bench.output import REPORT_FILE, BenchError, format_table, write_report
+from samebit.recipes.bench.output import (
+    REPORT_FILE,
+    BenchError,
+    format_table,
+    model_fields,
+    write_report,
+)
 from samebit.recipes.bench.timing import Spread, timed
 from samebit.recipes.bench.variants import torch_trainer_kernels
+from samebit.recipes.provenance import device_name
 from samebit.rollout.config import DeviceError, resolve_device
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.weights import load_dummy
 from samebit.trainer.algorithms.grpo import GrpoLoss
 from samebit.trainer.config import GrpoConfig, OptimizerConfig
-from samebit.trainer.flops import peak_flops, train_flops
+from samebit.trainer.flops import PEAK_SOURCE, peak_flops, train_flops
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.types import MicroBatch, Sample
@@ -102,7 +109,7 @@ def measure(trainer: MegatronTrainer, pack: Pack, run: BenchTrainerRun) -> dict[
             f"{pack}: {first.logprob_mismatches} of {first.logprob_tokens_compared} log-probs "
             "differ between the forward with gradients and the one without"
         )
-    found["logprob_tokens_compared"] = first.logprob_tokens_compared
+    found["own_logprobs_compared"] = first.logprob_tokens_compared
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds = _seconds(lambda: trainer.train_step(batches, loss), run.repeats, device)
@@ -150,6 +157,27 @@ def _rows(packs: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def peak_words(device: torch.device) -> str:
+    """What MFU is a share of."""
+    if peak := peak_flops(device):
+        return f"{device_name(device)}: {peak / 1e12:.0f} TFLOP/s, {PEAK_SOURCE}"
+    return f"unknown for {device_name(device)}"
+
+
+def summary(packs: dict[str, Any], peak: str) -> str:
+    """The table and what its columns mean."""
+    compared = sum(found["own_logprobs_compared"] for found in packs.values())
+    return "\n".join(
+        [
+            format_table(_rows(packs)),
+            f"MFU: of the card's peak ({peak}). sums, NCCL: the first process's share of a step in "
+            "its sums and in NCCL's kernels, waiting for others included.",
+            f"{compared:,} of the trainer's own log-probs compared, forward with gradients against "
+            "forward without: all were equal.",
+        ]
+    )
+
+
 def main(run: BenchTrainerRun) -> int:
     """The command `samebit bench trainer`."""
     device = resolve_device(run.device)
@@ -163,18 +191,19 @@ def main(run: BenchTrainerRun) -> int:
     profile = numerics_profile(device, run.parallel.tensor, run.tp_invariant)
     packs: dict[str, Any] = {}
     report = {
-        "model": Path(run.model).resolve().name,
+        **model_fields(run.model),
         "parallel": asdict(run.parallel),
         "numerics": asdict(profile),
-        "flops": "6 per token and weight, causal attention, nothing computed again; 989 TFLOP/s",
+        "flops": "6 per token and weight, causal attention, nothing computed again",
+        "mfu_peak": peak_words(device),
         "packs": packs,
     }
     writes = dist.get_rank() == 0
     for pack in map(Pack.parse, run.packs):
         packs[str(pack)] = measure(trainer, pack, run)
         if writes:
-            write_report(run.run_dir, report)
+            write_report(run.run_dir, device, report)
     if writes:
-        print(format_table(_rows(packs)))
+        print(summary(packs, report["mfu_peak"]))
         print(f"{run.run_dir / REPORT_FILE} holds the report.")
     return 0

@@ -32,7 +32,7 @@ from samebit.kernels.gpu.skinny import Tile
 from samebit.kernels.gpu.tuning import TABLES, Choice, Key, row_bucket, table_path, to_json
 from samebit.recipes.bench.config import BenchKernelsRun
 from samebit.recipes.bench.kernels import linear_shapes
-from samebit.recipes.bench.timing import Action, graph_us, graphs_us, ideal_us, num_copies
+from samebit.recipes.bench.timing import Action, card_rates, graph_us, graphs_us, num_copies
 from samebit.recipes.metrics import write_atomically
 from samebit.recipes.provenance import provenance
 from samebit.rollout.models.config import ModelConfig
@@ -126,7 +126,7 @@ class _Product:
         self.key, self.few = key, key.rows <= skinny.MAX_ROWS
         wide = key.n * (2 if key.gated else 1)
         self.copies = min(64, num_copies(wide * key.k * 2))
-        self.ideal_us = ideal_us(2 * key.rows * wide * key.k, 2 * wide * key.k)
+        self.ideal_us = card_rates().ideal_us(2 * key.rows * wide * key.k, 2 * wide * key.k)
         self.weights = [
             torch.randn(wide, key.k, device="cuda").mul_(0.02).to(torch.bfloat16)
             for _ in range(self.copies)
@@ -244,10 +244,12 @@ def tune(keys: Sequence[Key]) -> tuple[dict[Key, Choice], list[dict[str, Any]]]:
     return choices, rows
 
 
-def write_table(
-    choices: dict[Key, Choice], rows: list[dict[str, Any]], path: Path, command: list[str]
-) -> None:
-    """A table file: the present one of this card with these products' choices in place."""
+def write_table(choices: dict[Key, Choice], rows: list[dict[str, Any]], path: Path) -> None:
+    """A table file: the present one of this card with these products' choices in place.
+
+    Its head is this run's; `earlier` holds those of the runs before, and a measured row has its
+    own run's date.
+    """
     old = table_path(torch.cuda.get_device_name())
     known = json.loads(old.read_text()) if old.exists() else {"linear": [], "measured_us": []}
 
@@ -259,10 +261,13 @@ def write_table(
         [row for row in known[name] if identity(row) not in anew]
         for name in ("linear", "measured_us")
     )
+    head = provenance(["samebit", *sys.argv[1:]], torch.device("cuda"))
+    before = {k: v for k, v in known.items() if k not in ("linear", "measured_us", "earlier")}
     report = {
-        **provenance(command),
+        **head,
+        "earlier": [*([before] if before else []), *known.get("earlier", [])],
         "linear": linear + to_json(choices),
-        "measured_us": measured + rows,
+        "measured_us": measured + [row | {"date": head["date"]} for row in rows],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(report, indent=1) + "\n")
@@ -296,6 +301,6 @@ def main(run: BenchKernelsRun) -> int:
     check(choices)
     name = table_path(torch.cuda.get_device_name()).name
     path = Path(run.output_dir) / run.run_name / name
-    write_table(choices, rows, path, ["samebit", *sys.argv[1:]])
+    write_table(choices, rows, path)
     print(f"{path} holds the table; it is used from {TABLES}/")
     return 0

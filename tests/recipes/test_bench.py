@@ -21,8 +21,8 @@ from samebit.recipes.bench.idle import (
 )
 from samebit.recipes.bench.output import format_table
 from samebit.recipes.bench.prompts import PromptSource, sampling_params
-from samebit.recipes.bench.roofline import peers_tokens_s, roofline_tokens_s
-from samebit.recipes.bench.timing import Spread, num_copies
+from samebit.recipes.bench.roofline import roofline_tokens_s
+from samebit.recipes.bench.timing import CardRates, Spread, num_copies
 from samebit.recipes.bench.trainer import communication
 from samebit.recipes.bench.variants import torch_kernels
 from samebit.recipes.compose import ConfigError, resolve
@@ -127,11 +127,12 @@ def test_bench_engine_end_to_end(qwen3_path, tmp_path, capsys):
         rates = found["output_tokens_s"]
         assert rates["min"] <= rates["median"] <= rates["max"]
         assert rates["max"] == pytest.approx(30 / min(found["seconds"]))
-        assert "peers_tokens_s" not in found  # of another card
+        assert {"peers_tokens_s", "roofline_tokens_s"}.isdisjoint(found)  # of no card
     table = [line.split() for line in output.splitlines() if "x9x5" in line][-2:]
     assert [row[:2] for row in table] == [["default", "2x3x9x5"], ["torch_kernels", "2x3x9x5"]]
     assert table[0][6] == "1.00"
     assert "all other operations stay the engine's" in output
+    assert "roofline" not in output
 
 
 def test_bench_trainer_end_to_end(qwen3_path, tmp_path, capsys):
@@ -155,9 +156,15 @@ def test_bench_trainer_end_to_end(qwen3_path, tmp_path, capsys):
     pairs, single = report["packs"].values()
     assert (pairs["tokens_per_step"], pairs["micro_batches"]) == (64, 2)
     assert (single["tokens_per_step"], single["micro_batches"]) == (72, 3)
-    assert pairs["logprob_tokens_compared"] == 4 * (16 - 2)
+    assert pairs["own_logprobs_compared"] == 4 * (16 - 2)
     assert pairs["step_s"]["min"] <= pairs["step_s"]["median"] <= pairs["step_s"]["max"]
-    assert "2x16" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "2x16" in output
+    compared = 4 * (16 - 2) + 3 * (24 - 3)
+    assert f"{compared} of the trainer's own log-probs compared" in output
+    assert report["mfu_peak"].startswith("unknown for ")
+    assert report["mfu_peak"] in output
+    assert report["device"] in report["mfu_peak"]
 
 
 def test_bench_refuses_what_it_cannot_measure(qwen3_path, tmp_path, capsys):
@@ -280,10 +287,10 @@ def test_the_roofline_of_one_sequence():
     )  # fmt: skip
     read = 10 * (4 + 3) * 1024**2 + 2048 * 1024
     keys = 2 * 2 * 10 * 8 * 128 * (1 + 1000)
-    rate = roofline_tokens_s(config, Workload(1, 1, 1, 2001))
-    assert rate == pytest.approx(4.25e12 / (2 * read + keys), rel=2e-3)
-    assert peers_tokens_s("qwen3-8b", Workload(1, 8, 512, 4096)) == {"vLLM": 1285, "SGLang": 1308}
-    assert peers_tokens_s("qwen3-8b", Workload(1, 8, 512, 4097)) == {}
+    rate = roofline_tokens_s(config, Workload(1, 1, 1, 2001), CardRates(4e12, 7e14))
+    assert rate == pytest.approx(4e12 / (2 * read + keys), rel=2e-3)
+    halved = roofline_tokens_s(config, Workload(1, 1, 1, 2001), CardRates(2e12, 7e14))
+    assert halved == pytest.approx(rate / 2, rel=2e-3)
 
 
 def test_small_helpers():
@@ -314,7 +321,7 @@ def kernels_on_cpu(monkeypatch):
     monkeypatch.setattr(kernels, "num_copies", lambda num_bytes: 2)
     monkeypatch.setattr(kernels, "graphs_us", run_once)
     monkeypatch.setattr(kernels, "graph_us", lambda actions, *how: run_once([actions], *how)[0])
-    monkeypatch.setattr(kernels, "copy_bytes_s", lambda replays: 1e12)
+    monkeypatch.setattr(kernels, "card_rates", lambda: CardRates(1e12, 1e14))
     monkeypatch.setattr(kernels, "_torch_logits", lambda x, weight: x @ weight.t())
     monkeypatch.setattr(kernels, "DECODE", ((1, 64), (3, 128)))
     monkeypatch.setattr(kernels, "PREFILL", ((2, 32),))
