@@ -2,6 +2,8 @@
 packages there are, how long things may get, and what stays out of the code altogether."""
 
 import ast
+import functools
+import re
 import subprocess
 import sys
 import tomllib
@@ -51,6 +53,7 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
@@ -134,6 +137,75 @@ def test_packages_in_pyproject_are_the_folders():
     expect_none([f"declared twice: {name}" for name in set(declared) if declared.count(name) > 1])
     expect_none([f"not in pyproject.toml: {name}" for name in sorted(found - set(declared))])
     expect_none([f"holds no module: {name}" for name in sorted(set(declared) - found)])
+
+
+# What packages are called on the index where it is not the name that is imported.
+DISTRIBUTIONS = {"yaml": "pyyaml", "hydra": "hydra-core", "megatron": "megatron-core"}
+# Declared without an import of ours, and why.
+NOT_IMPORTED = {
+    "ray": "the launcher over many machines, to come",
+    "flashinfer-python": "the speed baseline, to come",
+    "psutil": "megatron's dist_checkpointing imports it without declaring it",
+    "gguf": "transformers reads the demo's weights with it",
+    "accelerate": "transformers reads the demo's weights with it",
+    "ruff": "a command",
+    "mypy": "a command",
+}
+
+
+def declared_dependencies() -> dict[str, set[str]]:
+    """Names of distributions by extra; "" has those that are always installed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = {"": project["dependencies"], **project["optional-dependencies"]}
+    return {
+        extra: {re.match(r"[\w-]+", line)[0].lower().replace("_", "-") for line in lines}
+        for extra, lines in groups.items()
+    }
+
+
+def imported_distributions(files: list[Path]) -> dict[str, str]:
+    """What third-party packages the files import, and where."""
+    local = {"samebit", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+    found = {}
+    for path in files:
+        for node, dotted in imports(parse(path)):
+            name = dotted.split(".")[0]
+            if name not in sys.stdlib_module_names | local:
+                distribution = DISTRIBUTIONS.get(name, name).replace("_", "-")
+                found[distribution] = f"{name_of(path)}:{node.lineno}"
+    return found
+
+
+def test_what_is_imported_is_declared():
+    """And what is declared is imported, or it says why not."""
+    declared, ours = declared_dependencies(), imported_distributions(code_files())
+    everything = set().union(*declared.values())
+    expect_none([f"{ours[n]}: {n} is not declared" for n in ours.keys() - everything])
+    expect_none([f"{ours[n]}: {n} is dev's alone" for n in ours.keys() & declared["dev"]])
+    tests = imported_distributions(all_files())
+    expect_none([f"{tests[n]}: {n} is not declared" for n in tests.keys() - everything])
+    unused = everything - tests.keys() - NOT_IMPORTED.keys()
+    expect_none([f"{name} is declared and not imported" for name in unused])
+    expect_none(
+        [f"{n} needs no exemption" for n in NOT_IMPORTED if n in ours or n not in everything]
+    )
+
+
+def test_versions_that_bits_depend_on_are_bounded():
+    """And constraints.txt pins every dependency, within the bounds."""
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = (project["dependencies"], *project["optional-dependencies"].values())
+    wanted = {r.name.lower(): r.specifier for r in map(Requirement, sum(groups, []))}
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    expect_none([f"{n} is not pinned in constraints.txt" for n in wanted.keys() - pins.keys()])
+    expect_none(
+        [f"{n}=={pins[n]} is not within {s}" for n, s in wanted.items() if pins[n] not in s]
+    )
+    for name in ("torch", "triton", "megatron-core"):
+        assert {s.operator for s in wanted[name]} == {">=", "<"}, name
 
 
 def test_no_init_files():
