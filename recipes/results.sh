@@ -6,13 +6,13 @@
 #
 # Parts: verify (two runs side by side have to be equal; SMOLLM2=FOLDER adds that model), engine,
 # kernels, trainer, kills (a short demo on SmolLM2, killed 20 times); on two GPUs reduce,
-# tensor_parallel, trainer_tp.
+# tensor_parallel, trainer_tp; on four layouts, tp1_tp4.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 bin=$here/../.venv/bin
 shapes=$here/bench/shapes
-parts=" verify engine kernels trainer kills reduce tensor_parallel trainer_tp "
+parts=" verify engine kernels trainer kills reduce tensor_parallel trainer_tp layouts tp1_tp4 "
 for part in "${@:2}"; do
     if [[ $parts != *" $part "* ]]; then
         echo "'$part' is no part; there are:$parts" >&2
@@ -38,8 +38,25 @@ samebit() { # NAME COMMAND... -> OUT/NAME
 }
 
 module() { # PROCESSES MODULE ARGUMENT...
-    "$bin/python" -m torch.distributed.run --nproc-per-node "$1" --master-addr 127.0.0.1 \
-        --master-port "${PORT:-29511}" -m "samebit.recipes.$2" "${@:3}"
+    "$bin/python" -m torch.distributed.run --standalone --nproc-per-node "$1" \
+        -m "samebit.recipes.$2" "${@:3}"
+}
+
+needs_gpus() { # COUNT
+    "$bin/python" - "$1" <<'EOF'
+import sys, torch
+there, needed = torch.cuda.device_count(), int(sys.argv[1])
+sys.exit(f"this part needs {needed} GPUs; there are {there}" if there < needed else 0)
+EOF
+}
+
+same_draws() { # A.json B.json: of one outcomes_digest
+    "$bin/python" - "$@" <<'EOF'
+import json, sys
+one, other = (json.load(open(path))["outcomes_digest"] for path in sys.argv[1:])
+print(*sys.argv[1:], one, other)
+sys.exit(one != other)
+EOF
 }
 
 twice() { # NAME ARGUMENT...: samebit verify
@@ -65,7 +82,7 @@ verify() {
 }
 
 engine() {
-    samebit engine_qwen3_8b bench engine model="$shapes/qwen3-8b" load_format=dummy --profile \
+    samebit engine_qwen3_8b bench engine model="$shapes/qwen3-8b" load_format=dummy --profile --cold \
         'workloads=[64x1x512x256,1x1x512x256,8x1x512x256,64x8x512x512,1x8x512x4096]'
     samebit engine_qwen3_0.6b bench engine model="$shapes/qwen3-0.6b" load_format=dummy \
         'workloads=[1x1x512x512,64x8x512x512]'
@@ -80,27 +97,39 @@ kills() {
         demo=smollm2 grpo.trainer.num_steps=20 grpo.trainer.checkpoint_every=1
 }
 
-reduce() { module 2 bench.reduce "$out/reduce.json"; }
+reduce() { needs_gpus 2 && module 2 bench.reduce "$out/reduce.json"; }
 
 tensor_parallel() { # drawn and computed again; tp_invariant: one GPU draws what two draw
+    needs_gpus 2
     local options=("$shapes/qwen3-8b") program=verification.tensor_parallel
     module 2 $program "${options[@]}" "$out/tp2.json" dummy=true
     module 2 $program "${options[@]}" "$out/tp2_eager.json" dummy=true cuda_graphs=false
     module 2 $program "${options[@]}" "$out/tp2_invariant.json" dummy=true tp_invariant=true
     module 1 $program "${options[@]}" "$out/tp1_invariant.json" dummy=true tp_invariant=true
-    "$bin/python" - "$out"/tp{1,2}_invariant.json <<'EOF'
-import json, sys
-one, two = (json.load(open(path))["outcomes_digest"] for path in sys.argv[1:])
-print("tp_invariant on one GPU and on two:", one, two)
-sys.exit(one != two)
-EOF
+    same_draws "$out"/tp{1,2}_invariant.json
 }
 
 trainer_tp() { # what tp_invariant costs
+    needs_gpus 2
     local layout=(parallel.tensor=2 parallel.sequence=true compare=false 'packs=[8x1024]')
     samebit trainer_tp2 bench trainer model="$shapes/qwen3-8b" "${layout[@]}"
     samebit trainer_tp2_invariant bench trainer model="$shapes/qwen3-8b" "${layout[@]}" \
         tp_invariant=true
+}
+
+layouts() { # of the trainer, each on as many GPUs as it needs
+    needs_gpus 4
+    "$bin/python" -m samebit.recipes.verification.layouts "$out/layouts.json"
+}
+
+tp1_tp4() { # tp_invariant: one GPU draws what four draw
+    needs_gpus 4
+    local program=verification.tensor_parallel size
+    for size in 1 4; do
+        module $size $program "$shapes/qwen3-8b" "$out/tp1_tp4_$size.json" dummy=true \
+            tp_invariant=true
+    done
+    same_draws "$out"/tp1_tp4_{1,4}.json
 }
 
 for part; do

@@ -2,22 +2,26 @@
 
 import json
 import logging
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+import triton
 from helpers import assert_same_bits
 
 from samebit.kernels import linear as linear_module
 from samebit.kernels import selfcheck as selfcheck_module
 from samebit.kernels.attention import (
+    KV_TILE,
     packed_attention,
     paged_attention,
     plan_packed,
     plan_paged,
 )
 from samebit.kernels.linear import linear, linear_blocked, linear_padded, use_blocked
-from samebit.kernels.profile import numerics_profile
+from samebit.kernels.logprob import NUM_SEGMENTS
+from samebit.kernels.profile import CONTRACT_VERSION, NumericsProfile, numerics_profile
 from samebit.kernels.selfcheck import (
     ROW_COUNTS,
     SelfCheckError,
@@ -190,13 +194,43 @@ def test_forced_blocks_give_equal_bits():
         assert_same_bits(linear(x, weight), before, shape)
 
 
+WRITTEN = NumericsProfile(
+    device_type="cpu", architecture="x86_64 a 6 85 AVX2", tp_size=1, tp_invariant=False, kv_tile=64,
+    kv_split=None, lse_segments=8, attention="canonical", contract_version=2, torch_version="2.11.0",
+    triton_version="3.6.0",
+)  # fmt: skip
+
+
+def test_a_profiles_digest_is_the_same_everywhere():
+    """It stands in manifests that other processes, machines and versions read."""
+    assert WRITTEN.digest == "e7dd9f2ff07bd950"
+
+
+OTHERS = {
+    "device_type": "cuda", "architecture": "sm_90", "tp_size": 2, "tp_invariant": True,
+    "kv_tile": 128, "kv_split": 512, "lse_segments": 4, "attention": "other",
+    "contract_version": 3, "torch_version": "2.12.0", "triton_version": "3.7.0",
+}  # fmt: skip
+
+
 def test_profiles_are_told_apart():
-    """The digest stands in manifests: equal here, other under another tensor parallel size."""
-    cpu = torch.device("cpu")
-    assert numerics_profile(cpu) == numerics_profile(cpu)
-    assert numerics_profile(cpu).digest == numerics_profile(cpu).digest
-    assert numerics_profile(cpu).digest != numerics_profile(cpu, tp_size=2).digest
-    assert numerics_profile(cpu).device_type == "cpu"
+    """By every field."""
+    assert OTHERS.keys() == asdict(WRITTEN).keys()
+    for name, value in OTHERS.items():
+        assert replace(WRITTEN, **{name: value}).digest != WRITTEN.digest, name
+
+
+def test_the_profile_of_this_process():
+    """Each field against where it comes from."""
+    found = asdict(numerics_profile(torch.device("cpu"), tp_size=2))
+    assert found.pop("architecture").endswith(torch.backends.cpu.get_cpu_capability())
+    assert found == {
+        "device_type": "cpu", "tp_size": 2, "tp_invariant": False, "kv_tile": KV_TILE,
+        "kv_split": None, "lse_segments": NUM_SEGMENTS, "attention": "canonical",
+        "contract_version": CONTRACT_VERSION, "torch_version": torch.__version__,
+        "triton_version": triton.__version__,
+    }  # fmt: skip
+    assert numerics_profile(torch.device("cpu"), 2, tp_invariant=True).tp_size == 1
 
 
 def test_shards_whose_columns_have_other_bits_are_found(monkeypatch):

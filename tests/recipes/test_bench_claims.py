@@ -1,6 +1,8 @@
 """The words and figures of samebit bench mean what they say: whose they are, of which card."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -220,3 +222,16 @@ def test_compilations_are_counted():
         "cold, engine made in 30.0 s, first token after 33.5 s, 40.0 s after its process was "
         "started",
     ]
+
+
+def test_the_measuring_script_names_its_parts():
+    """Before it measures anything; it takes no commit by hand and no fixed port."""
+    script = Path(__file__).parents[2] / "recipes" / "results.sh"
+    run = subprocess.run([script, "out", "engines"], capture_output=True, text=True)
+    assert run.returncode == 2
+    message = "'engines' is no part; there are: verify engine kernels trainer kills reduce "
+    assert run.stderr == f"{message}tensor_parallel trainer_tp layouts tp1_tp4 \n"
+    text = script.read_text()
+    for part in run.stderr.split(": ")[1].split():
+        assert f"\n{part}() {{" in text
+    assert {"SAMEBIT_COMMIT", "--master-port"}.isdisjoint(text.split())
