@@ -20,7 +20,7 @@ COMMANDS = {
     "sft": "supervised fine-tuning with the same trainer",
     "demo": "train a small model with GRPO, on the CPU or a GPU, until its reward is high",
     "verify": "measure the promise: every property, tokens compared, mismatches",
-    "bench engine": "time whole workloads: output tokens per second, start-up, idle time",
+    "bench engine": "time whole workloads: output tokens per second, start-up, decode steps",
     "bench kernels": "time every operation at a model's shapes, against torch and the roofline",
     "bench trainer": "time optimizer steps: tokens per second, MFU, peak memory",
     "diff": "name the first place where two runs part: samebit diff RUN_A RUN_B [--all]",

@@ -147,7 +147,7 @@ def summary(report: dict[str, Any]) -> str:
         if graphs := entry.get("graphs"):
             lines.append(
                 f"{variant}: {graphs['count']} CUDA graphs, captured in {graphs['capture_s']:.1f} "
-                f"s, {graphs['memory_bytes'] / 2**20:,.0f} MiB"
+                f"s when steps of their size first came, {graphs['memory_bytes'] / 2**20:,.0f} MiB"
             )
         if found := entry.get("profile"):
             lines.append(f"{variant}: {describe_gpu_times(found)}")

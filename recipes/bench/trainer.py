@@ -170,8 +170,9 @@ def summary(packs: dict[str, Any], peak: str) -> str:
     return "\n".join(
         [
             format_table(_rows(packs)),
-            f"MFU: of the card's peak ({peak}). sums, NCCL: the first process's share of a step in "
-            "its sums and in NCCL's kernels, waiting for others included.",
+            f"MFU: of the card's peak ({peak}). peak GiB, sums, NCCL: of the first process; what "
+            "torch allocated, and the share of a step in sums over ranks and in NCCL's kernels, "
+            "waiting for others included.",
             f"{compared:,} of the trainer's own log-probs compared, forward with gradients against "
             "forward without: all were equal.",
         ]

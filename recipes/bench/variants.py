@@ -1,4 +1,4 @@
-"""The price of each promise: the same engine with one of its decisions undone."""
+"""What single decisions cost or gain: the same engine with one of them undone."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -196,8 +196,8 @@ def test_forced_blocks_give_equal_bits():
 
 WRITTEN = NumericsProfile(
     device_type="cpu", architecture="x86_64 a 6 85 AVX2", tp_size=1, tp_invariant=False, kv_tile=64,
-    kv_split=None, lse_segments=8, attention="canonical", contract_version=2, torch_version="2.11.0",
-    triton_version="3.6.0",
+    kv_split=None, lse_segments=8, attention="canonical", contract_version=2,
+    torch_version="2.11.0", triton_version="3.6.0",
 )  # fmt: skip
 
 

@@ -29,6 +29,49 @@ def test_ways_are_replayed_equally_often():
     assert all(0 < s.min <= s.median <= s.max for s in spreads)
 
 
+def test_the_card_is_measured_once():
+    """Its rates are numbers of its own, and its memory is given back."""
+    from samebit.recipes.bench.timing import card_rates
+
+    before = torch.cuda.memory_reserved()
+    rates = card_rates()
+    assert min(rates.memory_bytes_s, rates.flops_s) > 0
+    assert card_rates() is rates
+    assert torch.cuda.memory_reserved() <= before + (64 << 20)
+
+
+def test_kernels_that_are_compiled_are_counted(tmp_path, monkeypatch):
+    """Once into an empty cache, then from it."""
+    from samebit.kernels.gpu import rows
+    from samebit.recipes.bench.start import compilations
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    gate_up = torch.randn(3, 64, device="cuda").to(torch.bfloat16)
+    counts = []
+    for _ in range(2):
+        for kernel in vars(rows).values():
+            if hasattr(kernel, "device_caches"):
+                kernel.device_caches.clear()  # as in a new process
+        with compilations() as found:
+            rows.swiglu(gate_up)
+        counts.append((found["kernels_compiled"], found["kernels_from_cache"]))
+    (compiled, none), again = counts
+    assert compiled > 0
+    assert none == 0
+    assert again == (0, compiled)
+
+
+def test_provenance_names_the_gpu():
+    """With what lies beneath torch; and the CPU for what ran there."""
+    from samebit.recipes.provenance import provenance
+
+    on_gpu, on_cpu = (provenance(["x"], torch.device(name)) for name in ("cuda", "cpu"))
+    assert on_gpu["device"] == torch.cuda.get_device_name()
+    assert on_gpu["hardware"]["device"] == f"cuda:{torch.cuda.current_device()}"
+    assert {"cuda", "cublaslt", "nccl", "driver"} <= on_gpu["versions"].keys()
+    assert on_cpu["device"] == on_gpu["hardware"]["cpu"]
+
+
 def test_tuner_writes_a_table_that_can_be_read(tmp_path, monkeypatch):
     """Of all products at 16 rows, few tiles only; main checks the bits of what it chose."""
     from samebit.kernels.gpu import tuning
