@@ -131,7 +131,7 @@ def _own_source() -> dict[str, Any]:
 def _from_elsewhere() -> list[str]:
     """Files of modules that a mixed search path has taken from another tree."""
     loaded = [m for name, m in list(sys.modules.items()) if name.startswith("samebit.")]
-    files = (Path(m.__file__).resolve() for m in loaded if getattr(m, "__file__", None))
+    files = (Path(file).resolve() for m in loaded if (file := getattr(m, "__file__", None)))
     return sorted(str(file) for file in files if not file.is_relative_to(ROOT))
 
 
@@ -223,7 +223,7 @@ def commits_of(digest: str, root: Path) -> list[str]:
     return [c for c in commits if source_digest(committed_files(c, root)) == digest]
 
 
-def main(asked: str | None = None, root: Path = ROOT) -> int:
+def main(asked: str | None = None, *, root: Path = ROOT) -> int:
     """Print what the tree at `root` is, a commit's digest, or the commits of a digest."""
     if asked is None:
         print(json.dumps(source(root, program_files(root)), indent=1))

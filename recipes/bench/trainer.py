@@ -191,12 +191,13 @@ def main(run: BenchTrainerRun) -> int:
     trainer.fill(lambda specs, params: load_dummy(specs, params, run.seed))
     profile = numerics_profile(device, run.parallel.tensor, run.tp_invariant)
     packs: dict[str, Any] = {}
+    peak = peak_words(device)
     report = {
         **model_fields(run.model),
         "parallel": asdict(run.parallel),
         "numerics": asdict(profile),
         "flops": "6 per token and weight, causal attention, nothing computed again",
-        "mfu_peak": peak_words(device),
+        "mfu_peak": peak,
         "packs": packs,
     }
     writes = dist.get_rank() == 0
@@ -205,6 +206,6 @@ def main(run: BenchTrainerRun) -> int:
         if writes:
             write_report(run.run_dir, device, report)
     if writes:
-        print(summary(packs, report["mfu_peak"]))
+        print(summary(packs, peak))
         print(f"{run.run_dir / REPORT_FILE} holds the report.")
     return 0

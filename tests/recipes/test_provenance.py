@@ -119,17 +119,17 @@ def test_a_digest_leads_to_its_commits(checkout, tmp_path, capsys):
     first = git(checkout, "rev-parse", "HEAD")
     write(checkout, {"kernels/a.py": "a = 2\n"})
     git(checkout, "commit", "--quiet", "--all", "--message", "two")
-    assert module.main(digest, checkout) == 0
+    assert module.main(digest, root=checkout) == 0
     assert capsys.readouterr().out == f"{first}\n"
-    assert module.main("HEAD~1", checkout) == 0
+    assert module.main("HEAD~1", root=checkout) == 0
     assert capsys.readouterr().out == f"{digest}\n"
-    assert module.main("0" * 64, checkout) == 1
+    assert module.main("0" * 64, root=checkout) == 1
     assert "no commit has the source digest 000" in capsys.readouterr().out
-    assert module.main("nowhere", checkout) == 1
+    assert module.main("nowhere", root=checkout) == 1
     assert capsys.readouterr().err.startswith("'nowhere' is no commit: ")
-    assert module.main("HEAD", tmp_path) == 1
+    assert module.main("HEAD", root=tmp_path) == 1
     assert capsys.readouterr().err == f"{tmp_path} holds no history to look for 'HEAD' in\n"
-    assert module.main(None, checkout) == 0
+    assert module.main(None, root=checkout) == 0
     assert json.loads(capsys.readouterr().out) == found_in(checkout)
 
 
