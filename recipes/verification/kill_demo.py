@@ -29,10 +29,10 @@ from samebit.recipes.metrics import read_rows, without_times, write_atomically
 from samebit.recipes.provenance import provenance
 from samebit.rollout.config import resolve_device
 
-MODULE = "samebit.recipes.verification.kill_demo"
 OPTIONS = {"kills": 10, "seed": 0}
 _STARTS = 0.2
 _LOOK_S = 0.02
+_MODULE = "samebit.recipes.verification.kill_demo"
 
 
 def parse(arguments: Sequence[str]) -> tuple[dict[str, int], list[str]]:
@@ -117,7 +117,7 @@ def main(out: str, *arguments: str) -> int:
         whole, resumed = (result(folder, name) for name in ("undisturbed", "killed"))
     equal = whole == resumed
     report = {
-        **provenance(["python", "-m", MODULE, out, *arguments], device),
+        **provenance(["python", "-m", _MODULE, out, *arguments], device),
         "undisturbed_s": round(alone.seconds, 1),
         "undisturbed_began_s": round(alone.began_s, 1),
         "killed_after_s": [round(attempt.seconds, 2) for attempt in killed],
