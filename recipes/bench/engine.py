@@ -27,7 +27,7 @@ from samebit.recipes.bench.peers import Peer, comparable, load_peers
 from samebit.recipes.bench.prompts import PromptSource, timed_run
 from samebit.recipes.bench.roofline import roofline_tokens_s
 from samebit.recipes.bench.start import Start, cold_start, describe, start_engine
-from samebit.recipes.bench.timing import Spread, card_rates
+from samebit.recipes.bench.timing import CardRates, Spread, card_rates
 from samebit.recipes.bench.variants import NOTES, kernels_of
 from samebit.recipes.provenance import device_name
 from samebit.rollout.config import DeviceError, resolve_device
@@ -133,10 +133,7 @@ def summary(report: dict[str, Any]) -> str:
     variants = report["variants"]
     lines = ["", format_table(_rows(variants), num_left=2), ""]
     if card := report.get("card"):
-        lines.append(
-            f"roofline: {card['memory_bytes_s'] / 1e12:.2f} TB/s copied and "
-            f"{card['flops_s'] / 1e12:.0f} TFLOP/s multiplied by this card in this run"
-        )
+        lines.append(CardRates(**card).words)
     for peer in report.get("peers", ()):
         lines.append(
             f"{peer['engine']} {peer['version']}: not measured here; {peer['card']}, "

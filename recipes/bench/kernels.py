@@ -284,5 +284,6 @@ def main(run: BenchKernelsRun) -> int:
         tables[name] = BENCHES[name](config, run)
         write_report(run.run_dir, device, report)
         print(f"\n{name}\n{table_of(tables[name])}", flush=True)
+    print(f"\n{card_rates().words}")
     print(f"{run.run_dir / REPORT_FILE} holds the report.")
     return 0

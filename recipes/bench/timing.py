@@ -56,6 +56,14 @@ class CardRates:
         """Whether arithmetic takes longer than memory: then the card's power sets its clock."""
         return flops / self.flops_s > num_bytes / self.memory_bytes_s
 
+    @property
+    def words(self) -> str:
+        """What the roofline is made of."""
+        return (
+            f"roofline: {self.memory_bytes_s / 1e12:.2f} TB/s copied and "
+            f"{self.flops_s / 1e12:.0f} TFLOP/s multiplied by this card in this run"
+        )
+
 
 def timed[T](action: Callable[[], T], device: torch.device) -> tuple[T, float]:
     """(result, seconds) of an action, from and to a moment at which the device is done."""

@@ -160,6 +160,9 @@ def test_the_roofline_is_of_the_rates_that_were_measured():
     assert rates.ideal_us(1e3, 1e9) == pytest.approx(1000.0)
     assert rates.compute_bound(1e9, 1e3)
     assert not rates.compute_bound(1e3, 1e9)
+    assert rates.words == (
+        "roofline: 1.00 TB/s copied and 100 TFLOP/s multiplied by this card in this run"
+    )
 
 
 @pytest.mark.parametrize(
