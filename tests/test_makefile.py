@@ -35,8 +35,8 @@ if [[ -n ${FAILS:-} ]]; then echo "ERROR: no space left" >&2; exit 1; fi
 
 def environment(**changes):
     """Of a user's shell: nothing of a make that runs these tests."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
-    return kept | changes
+    of_make = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "SYSTEM_SITE", "EXTRAS", "PYTHON", "ARGS"}
+    return {k: v for k, v in os.environ.items() if k not in of_make} | changes
 
 
 @pytest.fixture
