@@ -30,6 +30,7 @@ from samebit.trainer.checkpoint import (
     checkpoint_folders,
     folder_name,
     manifest_text,
+    read_checkpoint,
     state_file,
 )
 from samebit.trainer.ranks import is_first, place, together
@@ -156,14 +157,14 @@ class CheckpointWriter:
             digest.unlink()
         _sync_folder(temporary)
         final = self._root / folder_name(step)
-        if final in checkpoint_folders(self._root):
+        if _is_own(final):
             _remove(final)
         else:
             _move_aside(final)
         os.replace(temporary, final)
         for folder in (self._root, *self._root.parents[:2]):  # the last two may be as new
             _sync_folder(folder)
-        for old in checkpoint_folders(self._root)[: -self._keep]:
+        for old in [f for f in checkpoint_folders(self._root) if _is_own(f)][: -self._keep]:
             _remove(old)
 
 
@@ -272,6 +273,15 @@ def _remove(folder: Path) -> None:
     hidden = folder.with_name(f".{folder.name}.old")
     folder.rename(hidden)
     shutil.rmtree(hidden)
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a run has written this very folder: only those are removed."""
+    try:
+        checkpoint = None if folder.is_symlink() else read_checkpoint(folder)
+    except CheckpointError:  # damaged
+        return False
+    return checkpoint is not None and folder.name == folder_name(checkpoint.step)
 
 
 def _move_aside(other: Path) -> None:

@@ -128,7 +128,7 @@ def replacing(folder: Path) -> Iterator[Path]:
         write_marker(new, "model")
         _exchange(folder, work)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _discard(work)
         lock.release()
 
 
@@ -145,6 +145,12 @@ def _exchange(folder: Path, work: Path) -> None:
         raise
 
 
+def _discard(work: Path) -> None:
+    """The marker goes last: as long as there is something to remove, it says what that is."""
+    for name in ("new", "old", ""):
+        shutil.rmtree(work / name, ignore_errors=True)
+
+
 def _finish_others(folder: Path, own: Path) -> None:
     """What killed processes left of replacing the same folder."""
     prefix = f".{folder.name}.samebit-"
@@ -155,5 +161,5 @@ def _finish_others(folder: Path, own: Path) -> None:
         lock = FolderLock(work, folder)
         if (work / "old").exists() and not folder.exists():
             (work / "new").rename(folder)
-        shutil.rmtree(work)
+        _discard(work)
         lock.release()

@@ -23,6 +23,7 @@ from samebit.recipes.bench.prompts import PromptSource, sampling_params
 from samebit.recipes.bench.roofline import CARD, ENGINES, peers_tokens_s, roofline_tokens_s
 from samebit.recipes.bench.timing import Spread
 from samebit.recipes.bench.variants import NOTES, SETTINGS, kernels_of
+from samebit.recipes.run_folder import require_own_report
 from samebit.rollout.config import DeviceError, resolve_device
 from samebit.rollout.engine import Engine
 
@@ -182,6 +183,7 @@ def summary(variants: dict[str, Any]) -> str:
 
 def main(run: BenchEngineRun) -> int:
     """The command `samebit bench engine`."""
+    require_own_report(run.run_dir / REPORT_FILE)
     torch.set_num_threads(run.cpu_threads)
     device = resolve_device(run.device)
     if run.profile and device.type != "cuda":

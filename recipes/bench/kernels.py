@@ -35,6 +35,7 @@ from samebit.recipes.bench.timing import (
     ideal_us,
     num_copies,
 )
+from samebit.recipes.run_folder import require_own_report
 from samebit.rollout.config import DeviceError, resolve_device
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
@@ -271,6 +272,7 @@ def table_of(rows: list[Row]) -> str:
 
 def main(run: BenchKernelsRun) -> int:
     """The command `samebit bench kernels`."""
+    require_own_report(run.run_dir / REPORT_FILE)
     if resolve_device(run.device).type != "cuda":
         raise DeviceError("bench kernels needs a CUDA device; `bench engine` also takes device=cpu")
     if run.tune:

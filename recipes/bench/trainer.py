@@ -19,6 +19,7 @@ from samebit.recipes.bench.idle import Activity, recorded
 from samebit.recipes.bench.output import REPORT_FILE, BenchError, format_table, write_report
 from samebit.recipes.bench.timing import Spread, timed
 from samebit.recipes.bench.variants import torch_trainer_kernels
+from samebit.recipes.run_folder import require_own_report
 from samebit.rollout.config import DeviceError, resolve_device
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.weights import load_dummy
@@ -152,6 +153,7 @@ def _rows(packs: dict[str, Any]) -> list[list[str]]:
 
 def main(run: BenchTrainerRun) -> int:
     """The command `samebit bench trainer`."""
+    require_own_report(run.run_dir / REPORT_FILE)
     device = resolve_device(run.device)
     if run.compare and device.type != "cuda":
         raise DeviceError("compare=true times torch's flash attention: it needs a CUDA device")
