@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers import run_python
+from helpers import run_python, tree
 from run_children import has_lines
 
 from samebit.recipes import cli, fetch_smollm2
@@ -64,6 +64,24 @@ def test_resumed_with_another_first_phase(demo, tmp_path, capsys):
     assert cli.main([*arguments(demo[0].parent, "demo"), f"output_dir={tmp_path}", *changed]) == 1
     assert "was written under another configuration" in capsys.readouterr().err
     assert (tmp_path / "demo" / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("grpo.reward.name=nope", "reward.name is 'nope'"),
+        ("grpo.data.chat=true", "has no chat template"),  # needs the model, which is made anew
+        ("sft.data.chat=true", "has no chat template"),
+    ],
+)
+def test_a_demo_that_cannot_start_costs_nothing(demo, tmp_path, capsys, override, message):
+    """Neither phase of the earlier one, whichever phase of the new one is to blame."""
+    shutil.copytree(demo[0], tmp_path / "demo")
+    before = tree(tmp_path / "demo")
+    again = [*arguments(demo[0].parent, "demo"), f"output_dir={tmp_path}", "overwrite=true"]
+    assert cli.main([*again, override]) == 1
+    assert message in capsys.readouterr().err
+    assert tree(tmp_path / "demo") == before
 
 
 def test_the_last_line_is_the_summary(demo):

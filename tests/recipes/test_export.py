@@ -10,7 +10,7 @@ import torch
 from helpers import assert_same_bits, edit_config, tree
 from safetensors.torch import load_file
 
-from samebit.recipes import cli
+from samebit.recipes import cli, fetch_smollm2
 from samebit.recipes.export import write_model
 from samebit.recipes.tiny_model import make_demo_model
 from samebit.rollout.engine import Engine
@@ -198,6 +198,31 @@ def test_what_is_read_is_not_replaced(base, bf16_run, tmp_path, capsys):
     assert export(base, checkpoint, out, f"model={model}", "overwrite=true") == 0
     assert {p.name for p in tmp_path.iterdir()} == {"out", ".out.old", ".out.tmp"}
     assert (tmp_path / ".out.tmp" / "precious").exists()
+
+
+def test_fetching_replaces_only_what_it_wrote(monkeypatch, tmp_path, capsys):
+    """A stand-in for the conversion: the folder's rules are the same."""
+
+    def write_folder(gguf, folder):
+        make_demo_model(folder, 0)
+        return 7
+
+    monkeypatch.setattr(fetch_smollm2, "write_folder", write_folder)
+    gguf, out = tmp_path / "x.gguf", tmp_path / "out"
+    gguf.touch()
+    fetch = ["fetch-smollm2", f"gguf={gguf}", f"out={out}"]
+    assert cli.main(fetch) == 0
+    assert cli.main(fetch) == 2
+    assert "is not empty; give another folder or overwrite=true" in capsys.readouterr().err
+    (out / "leftover.safetensors").touch()
+    assert cli.main([*fetch, "overwrite=true"]) == 0
+    assert not (out / "leftover.safetensors").exists()
+    inside = shutil.copy(gguf, out)
+    assert cli.main([*fetch, f"gguf={inside}", "overwrite=true"]) == 2
+    assert "gguf is to be read from" in capsys.readouterr().err
+    (out / ".samebit").unlink()
+    assert cli.main([*fetch, "overwrite=true"]) == 1
+    assert "no export made it, so nothing there is replaced" in capsys.readouterr().err
 
 
 def test_no_checkpoint_there(base, tmp_path, capsys):
