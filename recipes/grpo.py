@@ -6,7 +6,7 @@ because the rollout's log-probs are the trainer's, bit for bit, and every step c
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,7 +24,7 @@ from samebit.recipes.report import write_report
 from samebit.recipes.rewards import RewardError, load_reward, score
 from samebit.recipes.rollouts import save_rollout
 from samebit.recipes.samples import drawn_sample
-from samebit.recipes.session import Session, open_session
+from samebit.recipes.session import Session, open_session, require_startable
 from samebit.recipes.signals import StopSignals, stop_signals
 from samebit.recipes.step import Rollout, rollout_metrics, sample_rows, speed, train_metrics
 from samebit.recipes.tasks.base import Problem, load_datasets
@@ -247,23 +247,32 @@ def make_samples(rollout: Rollout, run: GrpoRun) -> list[Sample]:
     ]
 
 
-def train(run: GrpoRun) -> dict[str, Any]:
-    """Run to the end; the summary, which summary.json holds too."""
+def train(run: GrpoRun, started: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Run to the end; the summary, which summary.json holds too.
+
+    `started` is called once everything is set up.
+    """
     with stop_signals() as stop:
-        inputs, session = Inputs(run), open_session(run)
-        recipe = GrpoRecipe(run, session, stop, inputs)
-        summary = _train(recipe)
-        if session.is_first:
-            title, config = run.run_name, to_yaml(run)
-            write_report(session.run_dir, title=title, summary=summary, config_yaml=config)
-        return summary
+        inputs = Inputs(run)
+        with open_session(run, (inputs.train_set, inputs.eval_set)) as session:
+            summary = _train(GrpoRecipe(run, session, stop, inputs), started)
+            if session.is_first:
+                title, config = run.run_name, to_yaml(run)
+                write_report(session.run_dir, title=title, summary=summary, config_yaml=config)
+            return summary
 
 
-def _train(recipe: GrpoRecipe) -> dict[str, Any]:
+def _train(recipe: GrpoRecipe, started: Callable[[], None]) -> dict[str, Any]:
     run, session = recipe.run, recipe.session
     progress, total = recipe.progress, run.trainer.num_steps
-    logger, bar = session.logger(progress), session.bar(progress)
-    with closing(recipe), logger, bar, session.saving(progress, recipe.save):
+    with (
+        closing(recipe),
+        session.logger(progress) as logger,
+        session.bar(progress) as bar,
+        session.saving(progress, recipe.save),
+    ):
+        session.started()
+        started()
         if progress.step == 0:
             evaluate(recipe, logger, {})
         while progress.step < total:
@@ -324,6 +333,7 @@ def evaluate(
 def main(run: GrpoRun) -> int:
     """The command `samebit grpo`."""
     if run.dry_run:
+        require_startable(run)
         print_plan(run, grpo_plan(run))
         return 0
     summary = train(run)

@@ -1,5 +1,6 @@
 """A run's rollouts on disk: every token and the exact bits of its log-prob, one file a step."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from samebit.recipes.metrics import write_atomically
 from samebit.rollout.types import Completion
 
 ROLLOUTS_FOLDER = "rollouts"
-_PREFIX = "step_"
+_NAME = re.compile(r"step_([0-9]{8,})")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def save_rollout(
         "token_ids": ints(token for c in completions for token in c.token_ids),
         "logprobs": torch.tensor([x for c in completions for x in c.logprobs]),
     }
-    file = run_dir / ROLLOUTS_FOLDER / f"{_PREFIX}{step:08d}.safetensors"
+    file = run_dir / ROLLOUTS_FOLDER / f"step_{step:08d}.safetensors"
     file.parent.mkdir(exist_ok=True)
     write_atomically(file, save(tensors))
 
@@ -73,6 +74,6 @@ def load_rollout(file: Path) -> list[SavedSample]:
 
 
 def list_rollouts(run_dir: Path) -> dict[int, Path]:
-    """The files by step."""
-    files = (run_dir / ROLLOUTS_FOLDER).glob(f"{_PREFIX}*.safetensors")
-    return {int(file.stem.removeprefix(_PREFIX)): file for file in sorted(files)}
+    """The files by step; copies under other names are left out."""
+    files = sorted((run_dir / ROLLOUTS_FOLDER).glob("*.safetensors"))
+    return {int(name[1]): file for file in files if (name := _NAME.fullmatch(file.stem))}

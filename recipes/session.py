@@ -1,27 +1,35 @@
 """What every training recipe does around its loop: folder, checkpoints, summary."""
 
-import hashlib
 import json
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import torch
 from tqdm import tqdm
 
 from samebit.kernels.profile import NumericsProfile, numerics_profile
+from samebit.recipes.binding import binding_layout, bindings, changes, require_same
 from samebit.recipes.compose import to_dict, to_yaml
-from samebit.recipes.config import GrpoRun, RunSection, SftRun
+from samebit.recipes.config import GrpoRun, SftRun
+from samebit.recipes.input_files import input_files
 from samebit.recipes.launch import is_launched
 from samebit.recipes.metrics import MetricsLogger, NoLogger, write_atomically
 from samebit.recipes.provenance import record_start
+from samebit.recipes.run_folder import (
+    CONFIG_FILE,
+    RunFolder,
+    naming,
+    require_free,
+    require_outside,
+)
 from samebit.recipes.signals import Stopped
+from samebit.recipes.tasks.base import Dataset, load_datasets
 from samebit.rollout.config import resolve_device
-from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.checkpoint import Checkpoint, CheckpointError, latest_checkpoint
 from samebit.trainer.checkpoint_writer import CheckpointWriter, remove_leftovers
 from samebit.trainer.megatron.resharding import WholeState
@@ -29,23 +37,7 @@ from samebit.trainer.megatron.setup import start_processes
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.ranks import is_first, together
 from samebit.weight_sync.session import non_finite
-
-CONFIG_FILE = "config.yaml"
-
-# Keys that a resumed run may change: none of them can change a result but reshard, which asks to.
-_FREE_KEYS = (
-    "resume",
-    "reshard",
-    "overwrite",
-    "dry_run",
-    "run_name",
-    "output_dir",
-    "engine",
-    "logger",
-    "device",
-)
-_FREE_TRAINER_KEYS = ("checkpoint_every", "keep_checkpoints", "background_checkpoints")
-_FREE_PARALLEL_KEYS = ("recompute", "offload_optimizer")
+from samebit.weight_sync.transports.file import require_replaceable
 
 
 class RunFolderError(RuntimeError):
@@ -60,7 +52,11 @@ class HasStep(Protocol):
 
 @dataclass
 class Session:
-    """A run's folder, its device and the numerics that its checkpoints are bound to."""
+    """A run's folder, its device and the numerics that its checkpoints are bound to.
+
+    A context: at its end the folder is free for others, and if the run has not `started`, it holds
+    again what it held before.
+    """
 
     run: SftRun | GrpoRun
     device: torch.device
@@ -68,7 +64,12 @@ class Session:
     resumed: Checkpoint | None
     is_first: bool
     """Whether this process writes what there is one of."""
+    bound: dict[str, Any]
+    """What checkpoints are bound to, on the first process."""
+    folder: RunFolder | None
+    """The first process holds it."""
     writer: CheckpointWriter = field(init=False)
+    has_started: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         settings = self.run.trainer
@@ -86,8 +87,29 @@ class Session:
         """Where its checkpoints go."""
         return self.run_dir / "checkpoints"
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.folder is not None:
+            self.folder.close()
+
+    def started(self) -> None:
+        """All is set up: only now an earlier run is removed. A second call does nothing."""
+        if not self.has_started:
+            with together(RunFolderError):
+                if self.folder is not None:
+                    self.folder.started()
+            self.has_started = True
+
     def save(self, step: int, state: dict[str, Any], progress: dict[str, Any]) -> None:
         """Begin a checkpoint after `step`; `progress` is small and readable, in the manifest."""
+        self.started()
         with together(CheckpointError):
             if bad := non_finite(state["params"]):
                 raise CheckpointError(
@@ -95,8 +117,7 @@ class Session:
                     "last checkpoint is unharmed"
                 )
         manifest = {
-            "config_digest": config_digest(self.run),
-            "model_digest": model_digest(self.run),
+            **self.bound,
             "parallel": binding_layout(self.run),
             "resharded": self.resharded,
             "numerics": asdict(self.profile) | {"digest": self.profile.digest},
@@ -131,7 +152,7 @@ class Session:
         if self.resumed is None:
             return []
         there, here = self.resumed.manifest["parallel"], binding_layout(self.run)
-        change = {"step": self.resumed.step, "changes": _changes(there, here)}
+        change = {"step": self.resumed.step, "changes": changes(there, here)}
         return self.resumed.manifest["resharded"] + ([change] if change["changes"] else [])
 
     def restore(self, trainer: MegatronTrainer) -> dict[str, Any]:
@@ -145,7 +166,7 @@ class Session:
             trainer.load_resharded(WholeState(trainer.model, self.resumed.load_all()))
             if self.is_first:
                 print(
-                    f"{self.resumed.path} is resharded ({_changes(there, here)}): bits are those "
+                    f"{self.resumed.path} is resharded ({changes(there, here)}): bits are those "
                     "of the new layout from here on",
                     file=sys.stderr,
                 )
@@ -175,118 +196,76 @@ class Session:
             write_atomically(self.run_dir / "summary.json", json.dumps(summary) + "\n")
 
 
-def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a resolved configuration, every key that a result depends on."""
-    kept = {k: v for k, v in config.items() if k not in _FREE_KEYS}
-    trainer = {k: v for k, v in config["trainer"].items() if k not in _FREE_TRAINER_KEYS}
-    if trainer["optimizer"]["lr_schedule"] == "constant":
-        del trainer["num_steps"]  # a run may be made longer
-    layout = {k: v for k, v in trainer["parallel"].items() if k not in _FREE_PARALLEL_KEYS}
-    return kept | {"trainer": trainer | {"parallel": layout}}
-
-
-def binding_layout(run: SftRun | GrpoRun) -> dict[str, Any]:
-    """Of trainer.parallel, every key that bits or the files of a checkpoint depend on."""
-    return binding_config(to_dict(run))["trainer"]["parallel"]
-
-
-def config_digest(run: RunSection) -> str:
-    """A digest of every key that a result depends on; the layout is compared by itself."""
-    config = binding_config(to_dict(run))
-    del config["trainer"]["parallel"]
-    text = json.dumps(config, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def model_digest(run: RunSection) -> str:
-    """A digest of what the numerics read in the model's config.json."""
-    model = asdict(load_model_config(to_dict(run)["model"]["path"]))
-    return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def open_session(run: SftRun | GrpoRun) -> Session:
+def open_session(run: SftRun | GrpoRun, datasets: tuple[Dataset, Dataset] | None = None) -> Session:
     """Make or reopen the run's folder; nothing is removed unless overwrite=true says so.
 
-    With several processes the first one does. Raises, before anything is changed, CheckpointError
-    if the checkpoint to resume is damaged or belongs to another configuration or numerics profile,
-    FileExistsError if the folder is in use; and OSError if the folder cannot be written.
+    datasets: what load_datasets gives, if it is known. With several processes the first one does.
+    Raises, before anything is changed, CheckpointError if the checkpoint to resume is damaged or
+    belongs to another configuration, data or numerics profile; FileExistsError if the folder is
+    another's, FolderInUseError if another process works there; and OSError if it cannot be written.
     """
     torch.set_num_threads(run.cpu_threads)
     device, parallel = resolve_device(run.device), run.trainer.parallel
     if parallel.num_processes > 1 or is_launched():
         start_processes(device, parallel)
     profile = numerics_profile(device, parallel.tensor, run.numerics.tp_invariant)
-    checkpoints = run.run_dir / "checkpoints"
+    bound, folder = {}, None
     with together(RunFolderError):
         if is_first():
-            _open_folder(run, profile, checkpoints)
-    resumed = latest_checkpoint(checkpoints) if run.resume else None
+            bound = bindings(run, command_of(run), datasets or load_datasets(run.data))
+            folder = _open_folder(run, device, bound, profile)
+    resumed = latest_checkpoint(run.run_dir / "checkpoints") if run.resume else None
     if resumed is not None:  # by the first process, for all
         resumed = replace(resumed, verified=True)
-    if is_first():
-        record_start(run.run_dir, device, 0 if resumed is None else resumed.step)
-    return Session(run, device, profile, resumed, is_first())
+    return Session(run, device, profile, resumed, is_first(), bound, folder)
 
 
-def _open_folder(run: SftRun | GrpoRun, profile: NumericsProfile, checkpoints: Path) -> None:
-    resumed = latest_checkpoint(checkpoints) if run.resume else None
-    if resumed is not None:
-        _require_same(resumed, run, profile)
-        resumed.verify()
-    elif not run.resume and run.run_dir.exists():
-        clear_run_dir(run.run_dir, run.overwrite)
+def command_of(run: SftRun | GrpoRun) -> str:
+    """The command that runs it."""
+    return "grpo" if isinstance(run, GrpoRun) else "sft"
+
+
+def _open_folder(
+    run: SftRun | GrpoRun, device: torch.device, bound: dict[str, Any], profile: NumericsProfile
+) -> RunFolder:
+    _require_own_model(run)
+    folder = RunFolder(run.run_dir, command_of(run))
     try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(checkpoints)
-        write_atomically(checkpoints / ".probe", "")  # better now than at the first checkpoint
-        (checkpoints / ".probe").unlink()
-        write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run))
-    except OSError as error:
-        raise OSError(f"the run's folder {run.run_dir} cannot be written: {error}") from error
+        checkpoints = run.run_dir / "checkpoints"
+        resumed = latest_checkpoint(checkpoints) if run.resume else None
+        if resumed is not None:
+            require_same(resumed, run, bound, profile)
+            resumed.verify()
+        folder.begin(resume=run.resume, overwrite=run.overwrite, inputs=input_files(run))
+        with naming(run.run_dir):
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(checkpoints)
+            write_atomically(checkpoints / ".probe", "")  # better now than at the first checkpoint
+            (checkpoints / ".probe").unlink()
+            write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run))
+            record_start(run.run_dir, device, 0 if resumed is None else resumed.step)
+    except BaseException:
+        folder.close()
+        raise
+    return folder
 
 
-def clear_run_dir(run_dir: Path, overwrite: bool) -> None:
-    """Remove what an earlier run left, but only if asked to, and nothing else."""
-    if not any(run_dir.iterdir()):
-        return
-    if not overwrite:
-        raise FileExistsError(
-            f"{run_dir} is not empty; give resume=true to go on with its run, another run_name, or "
-            "overwrite=true"
+def require_startable(run: SftRun | GrpoRun) -> None:
+    """For a plan: what open_session refuses of a folder that the run is to replace or go on in."""
+    if run.overwrite or run.resume:
+        require_free(
+            run.run_dir,
+            command_of(run),
+            resume=run.resume,
+            overwrite=run.overwrite,
+            inputs=input_files(run),
         )
-    if not (run_dir / CONFIG_FILE).exists():
-        raise FileExistsError(
-            f"{run_dir} holds no {CONFIG_FILE}: no run made it, so overwrite=true removes nothing"
-        )
-    doomed = run_dir.with_name(f".{run_dir.name}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
-    run_dir.rename(doomed)  # a kill during the removal leaves nothing half there
-    shutil.rmtree(doomed)
+    _require_own_model(run)
 
 
-def _require_same(checkpoint: Checkpoint, run: SftRun | GrpoRun, profile: NumericsProfile) -> None:
-    checkpoint.require("config_digest", config_digest(run), "configuration")
-    checkpoint.require("model_digest", model_digest(run), "model configuration")
-    done, total = checkpoint.manifest["progress"]["step"], run.trainer.num_steps
-    if total < done:
-        raise CheckpointError(
-            f"{checkpoint.path} was written after step {done}; trainer.num_steps is {total}: give "
-            f"at least {done}"
-        )
-    there, here = checkpoint.manifest["parallel"], binding_layout(run)
-    if there != here and not run.reshard:
-        raise CheckpointError(
-            f"{checkpoint.path} was written under another trainer.parallel "
-            f"({_changes(there, here)}); with reshard=true the run goes on, with other bits"
-        )
-    resharded = {"tp_size": profile.tp_size} if run.reshard else {}
-    there, here = checkpoint.manifest["numerics"] | resharded, asdict(profile)
-    if changes := _changes(there, here):
-        raise CheckpointError(
-            f"{checkpoint.path} was written under another numerics profile, so bits would differ: "
-            f"{changes}"
-        )
-
-
-def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    return ", ".join(f"{k} {there.get(k)} -> {v}" for k, v in here.items() if there.get(k) != v)
+def _require_own_model(run: SftRun | GrpoRun) -> None:
+    """sft writes run_dir/model at its end: neither over what it starts from nor over another's."""
+    if isinstance(run, SftRun) and run.resume:
+        out = run.run_dir / "model"
+        require_outside(out, input_files(run), "which the run's export replaces")
+        require_replaceable(out)

@@ -1,6 +1,7 @@
 """Supervised fine-tuning on prompts and labels: the trainer's loop without a rollout."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from samebit.recipes.export import write_model
 from samebit.recipes.order import problem_index
 from samebit.recipes.placement import make_trainer
 from samebit.recipes.plan import print_plan, sft_plan
-from samebit.recipes.session import Session, open_session
+from samebit.recipes.session import Session, open_session, require_startable
 from samebit.recipes.signals import StopSignals, stop_signals
 from samebit.recipes.tasks.base import Dataset, load_datasets
 from samebit.recipes.text import TextCodec
@@ -47,13 +48,17 @@ def make_batch(run: SftRun, step: int, data: Dataset, text: TextCodec) -> list[S
     return samples
 
 
-def train(run: SftRun) -> dict[str, Any]:
-    """Run to the end and export to run_dir/model; the summary."""
+def train(run: SftRun, started: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Run to the end and export to run_dir/model; the summary.
+
+    `started` is called once everything is set up.
+    """
     with stop_signals() as stop:
-        # Everything is read before anything of an earlier run is removed.
-        model, (data, _held_out) = load_model_config(run.model.path), load_datasets(run.data)
+        # Everything is read before anything of an earlier run is touched.
+        model, datasets = load_model_config(run.model.path), load_datasets(run.data)
         text = TextCodec(run.model.path, run.data.chat)
-        return _train(run, open_session(run), stop, model, data, text)
+        with open_session(run, datasets) as session:
+            return _train(run, session, stop, model, datasets[0], text, started)
 
 
 def _train(
@@ -63,6 +68,7 @@ def _train(
     model: ModelConfig,
     data: Dataset,
     text: TextCodec,
+    started: Callable[[], None],
 ) -> dict[str, Any]:
     settings, total = run.trainer, run.trainer.num_steps
     trainer = make_trainer(run, model, total, session.device)
@@ -73,6 +79,8 @@ def _train(
         session.save(progress.step, trainer.state_dict(), asdict(progress))
 
     with logger, bar, session.saving(progress, save):
+        session.started()
+        started()
         while progress.step < total:
             stop.poll_together()
             session.writer.poll()
@@ -114,6 +122,7 @@ def _train(
 def main(run: SftRun) -> int:
     """The command `samebit sft`."""
     if run.dry_run:
+        require_startable(run)
         print_plan(run, sft_plan(run))
         return 0
     summary = train(run)

@@ -32,16 +32,16 @@ def write_config(folder: Path, architecture: str, **shape: Any) -> None:
 def write_weights(folder: Path, seed: int, std: float = 0.02) -> None:
     """Write model.safetensors with N(0, std) weights and norms of one for the folder's config."""
     import torch
-    from safetensors.torch import save_file
 
     from samebit.weight_sync.mapping import hf_tensors
+    from samebit.weight_sync.transports.file import save_tensors
 
     specs = param_specs(load_model_config(folder))
     params = {spec.name: torch.empty(spec.shape) for spec in specs}
     load_dummy(specs, params, seed, std)
     tensors = {name: tensor.contiguous() for name, tensor in hf_tensors(specs, params)}
     temporary = folder / ".model.safetensors.tmp"  # a demo that is killed here can be resumed
-    save_file(tensors, temporary, metadata={"format": "pt"})
+    save_tensors(tensors, temporary)
     temporary.replace(folder / "model.safetensors")
 
 

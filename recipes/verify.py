@@ -16,6 +16,7 @@ from samebit.recipes.compose import ConfigError
 from samebit.recipes.config import VerifyRun
 from samebit.recipes.metrics import write_atomically
 from samebit.recipes.provenance import provenance
+from samebit.recipes.run_folder import require_own_report
 from samebit.recipes.tiny_model import make_random_model
 from samebit.recipes.verification.properties import PROPERTIES, Property
 from samebit.recipes.verification.subject import Result, chained_digest, make_subject
@@ -67,6 +68,8 @@ def verify_model(
 def main(run: VerifyRun) -> int:
     """The command `samebit verify`; exit code 1 on any mismatch."""
     properties = select_properties(run.properties)
+    target = Path(run.output_dir) / run.run_name / "verify.json"
+    require_own_report(target)
     torch.set_num_threads(run.cpu_threads)
     device = resolve_device(run.device)
     counts = f"{'cases':>6s} {'tokens':>10s} {'mismatches':>10s}"
@@ -94,7 +97,6 @@ def main(run: VerifyRun) -> int:
         "outcomes_digest": digest,
         "models": {name: [asdict(r) for r in group] for name, group in results.items()},
     }
-    target = Path(run.output_dir) / run.run_name / "verify.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, json.dumps(report, indent=1) + "\n")
     print(f"{target} holds the report.")

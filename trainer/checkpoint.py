@@ -1,12 +1,14 @@
 """Checkpoints: one exact state file per rank and a manifest, written last.
 
 A checkpoint is a folder `step_00000010`; one with a manifest (which has each file's digest, and its
-own) is whole, whenever a process was killed: see trainer/checkpoint_writer.py. With several ranks
-all of them load together, in a folder that all of them see.
+own) is whole, whenever a process was killed: see trainer/checkpoint_writer.py. Copies and links
+beside them, under other names, are the user's. With several ranks all of them load together, in a
+folder that all of them see.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 from samebit.trainer.ranks import place
 
 MANIFEST = "manifest.json"
-PREFIX = "step_"
+NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})")
 
 
 class CheckpointError(RuntimeError):
@@ -84,25 +86,51 @@ class Checkpoint:
             )
 
 
+def folder_name(step: int) -> str:
+    """The name of a step's checkpoint."""
+    return f"step_{step:08d}"
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """The folders of the whole checkpoints that a run has written under root, oldest first."""
+    entries = root.iterdir() if root.is_dir() else iter(())
+    found = {
+        int(name[1]): entry
+        for entry in entries
+        if (name := NAME.fullmatch(entry.name))
+        and entry.is_dir()
+        and not entry.is_symlink()
+        and (entry / MANIFEST).exists()
+    }
+    return [found[step] for step in sorted(found)]
+
+
 def list_checkpoints(root: Path) -> list[Checkpoint]:
     """The whole checkpoints under root, oldest first."""
-    manifests = root.glob(f"{PREFIX}*/{MANIFEST}")
-    found = [Checkpoint(file.parent, _read_manifest(file)) for file in manifests]
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+    return [_read_own(folder) for folder in checkpoint_folders(root)]
 
 
 def latest_checkpoint(root: Path) -> Checkpoint | None:
     """The newest whole checkpoint, if there is any."""
-    folders = [file.parent for file in root.glob(f"{PREFIX}[0-9]*/{MANIFEST}")]
-    folders.sort(key=lambda folder: int(folder.name.removeprefix(PREFIX)))
-    return read_checkpoint(folders[-1]) if folders else None
+    folders = checkpoint_folders(root)
+    return _read_own(folders[-1]) if folders else None
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
-    """The whole checkpoint in this folder, if it holds one."""
+    """The whole checkpoint in this folder, whatever its name, if it holds one."""
     manifest = path / MANIFEST
-    whole = path.name.startswith(PREFIX) and manifest.exists()
-    return Checkpoint(path, _read_manifest(manifest)) if whole else None
+    return Checkpoint(path, _read_manifest(manifest)) if manifest.exists() else None
+
+
+def _read_own(folder: Path) -> Checkpoint:
+    """CheckpointError for a copy of another step's checkpoint."""
+    checkpoint = Checkpoint(folder, _read_manifest(folder / MANIFEST))
+    if folder.name != folder_name(checkpoint.step):
+        raise CheckpointError(
+            f"{folder} holds the checkpoint of step {checkpoint.step}: rename it to "
+            f"{folder_name(checkpoint.step)}, or to another name than step_<number> if it is a copy"
+        )
+    return checkpoint
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:

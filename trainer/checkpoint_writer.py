@@ -7,7 +7,9 @@ whatever the run does meanwhile.
 """
 
 import hashlib
+import itertools
 import os
+import re
 import shutil
 import sys
 import threading
@@ -23,14 +25,17 @@ import torch
 from samebit.kernels.reduce import gather_objects
 from samebit.trainer.checkpoint import (
     MANIFEST,
-    PREFIX,
+    NAME,
     CheckpointError,
-    list_checkpoints,
+    checkpoint_folders,
+    folder_name,
     manifest_text,
+    read_checkpoint,
     state_file,
 )
 from samebit.trainer.ranks import is_first, place, together
 
+_LEFTOVER = re.compile(rf"\.{NAME.pattern}\.(tmp|old)")
 _LOOK_S = 0.02
 _OTHERS_S = 20.0  # less than a launcher leaves the others
 
@@ -74,7 +79,7 @@ class CheckpointWriter:
         """Begin to write every rank's state, which may change afterwards; without a background,
         write it. What was begun before is finished first."""
         self.finish()
-        temporary = self._root / f".{PREFIX}{step:08d}.tmp"
+        temporary = self._root / f".{folder_name(step)}.tmp"
         rank, size = place()
         with _removed_if_it_fails(temporary), together(CheckpointError):
             if rank == 0:
@@ -151,14 +156,16 @@ class CheckpointWriter:
         for digest in digests:
             digest.unlink()
         _sync_folder(temporary)
-        final = self._root / f"{PREFIX}{step:08d}"
-        if final.exists():
+        final = self._root / folder_name(step)
+        if _is_own(final):
             _remove(final)
+        else:
+            _move_aside(final)
         os.replace(temporary, final)
         for folder in (self._root, *self._root.parents[:2]):  # the last two may be as new
             _sync_folder(folder)
-        for old in list_checkpoints(self._root)[: -self._keep]:
-            _remove(old.path)
+        for old in [f for f in checkpoint_folders(self._root) if _is_own(f)][: -self._keep]:
+            _remove(old)
 
 
 def _write_file(state: Mapping[str, Any], temporary: Path, rank: int) -> None:
@@ -213,9 +220,11 @@ def host_copy(value: Any, last: Any) -> Any:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove what killed saves and removals left under temporary names."""
-    for leftover in root.glob(f".{PREFIX}*"):
-        shutil.rmtree(leftover)
+    """Remove what killed saves and removals left under temporary names, and nothing else."""
+    for leftover in root.iterdir():
+        own = _LEFTOVER.fullmatch(leftover.name) and not leftover.is_symlink()
+        if own and leftover.is_dir():
+            shutil.rmtree(leftover)
 
 
 class _Hashed:
@@ -264,6 +273,25 @@ def _remove(folder: Path) -> None:
     hidden = folder.with_name(f".{folder.name}.old")
     folder.rename(hidden)
     shutil.rmtree(hidden)
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a run has written this very folder: only those are removed."""
+    try:
+        checkpoint = None if folder.is_symlink() else read_checkpoint(folder)
+    except CheckpointError:  # damaged
+        return False
+    return checkpoint is not None and folder.name == folder_name(checkpoint.step)
+
+
+def _move_aside(other: Path) -> None:
+    """What no run has written, a link or a file, may be of use to somebody: it is renamed."""
+    if not os.path.lexists(other):
+        return
+    names = (other.with_name(f"{other.name}.aside{n or ''}") for n in itertools.count())
+    free = next(name for name in names if not os.path.lexists(name))
+    other.rename(free)
+    print(f"samebit: {other} was no checkpoint of a run; it is {free.name} now", file=sys.stderr)
 
 
 def _sync_folder(path: Path) -> None:

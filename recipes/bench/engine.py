@@ -30,6 +30,7 @@ from samebit.recipes.bench.start import Start, cold_start, describe, start_engin
 from samebit.recipes.bench.timing import CardRates, Spread, card_rates
 from samebit.recipes.bench.variants import NOTES, kernels_of
 from samebit.recipes.provenance import device_name
+from samebit.recipes.run_folder import require_own_report
 from samebit.rollout.config import DeviceError, resolve_device
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
@@ -158,6 +159,7 @@ def summary(report: dict[str, Any]) -> str:
 
 def main(run: BenchEngineRun) -> int:
     """The command `samebit bench engine`."""
+    require_own_report(run.run_dir / REPORT_FILE)
     torch.set_num_threads(run.cpu_threads)
     device = resolve_device(run.device)
     if run.profile and device.type != "cuda":

@@ -28,6 +28,7 @@ from samebit.kernels.swiglu import swiglu
 from samebit.recipes.bench.config import BenchKernelsRun
 from samebit.recipes.bench.output import REPORT_FILE, format_table, model_fields, write_report
 from samebit.recipes.bench.timing import card_rates, graph_us, graphs_us, num_copies
+from samebit.recipes.run_folder import require_own_report
 from samebit.rollout.config import DeviceError, resolve_device
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
@@ -266,6 +267,7 @@ def table_of(rows: list[Row]) -> str:
 
 def main(run: BenchKernelsRun) -> int:
     """The command `samebit bench kernels`."""
+    require_own_report(run.run_dir / REPORT_FILE)
     device = resolve_device(run.device)
     if device.type != "cuda":
         raise DeviceError("bench kernels needs a CUDA device; `bench engine` also takes device=cpu")

@@ -26,6 +26,7 @@ from samebit.recipes.bench.output import (
 from samebit.recipes.bench.timing import Spread, timed
 from samebit.recipes.bench.variants import torch_trainer_kernels
 from samebit.recipes.provenance import device_name
+from samebit.recipes.run_folder import require_own_report
 from samebit.rollout.config import DeviceError, resolve_device
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.weights import load_dummy
@@ -181,6 +182,7 @@ def summary(packs: dict[str, Any], peak: str) -> str:
 
 def main(run: BenchTrainerRun) -> int:
     """The command `samebit bench trainer`."""
+    require_own_report(run.run_dir / REPORT_FILE)
     device = resolve_device(run.device)
     if run.compare and device.type != "cuda":
         raise DeviceError("compare=true times torch's flash attention: it needs a CUDA device")

@@ -8,9 +8,9 @@ from helpers import run_python
 from omegaconf import OmegaConf
 
 from samebit.recipes import cli
+from samebit.recipes.binding import bound_keys
 from samebit.recipes.compose import CONFIG_DIR, SCHEMAS, ConfigError, compose, resolve
 from samebit.recipes.config import DemoRun, ExportRun, GrpoRun, SftRun, VerifyRun
-from samebit.recipes.session import config_digest
 
 NEEDED = {
     "grpo": ["model.path=m"],
@@ -229,11 +229,12 @@ def test_sft_needs_a_batch_size(capsys):
     assert "trainer.batch_size is None; it must be set for sft" in capsys.readouterr().err
 
 
-def test_config_digest_ignores_what_cannot_change_a_result():
-    """Else a run could not be resumed with another engine; else two different runs could mix."""
+def test_a_run_is_bound_by_what_can_change_a_result():
+    """Else a run could not be resumed with another engine; else two different runs could mix. Of
+    files it is the content, see test_binding."""
 
     def digest(*overrides):
-        return config_digest(resolve("grpo", ["model.path=m", *overrides]))
+        return bound_keys(resolve("grpo", ["model.path=m", *overrides]))
 
     base = digest()
     for free in (
@@ -247,6 +248,8 @@ def test_config_digest_ignores_what_cannot_change_a_result():
         "trainer.keep_checkpoints=9",
         "trainer.num_steps=7",
         "device=cpu",
+        "model.path=n",
+        "data.path=x.jsonl",
     ):
         assert digest(free) == base, free
     for bound in (
@@ -257,7 +260,6 @@ def test_config_digest_ignores_what_cannot_change_a_result():
         "trainer.optimizer.adam_eps=1e-7",
         "data.seed=1",
         "reward.args.x=1",
-        "model.path=n",
     ):
         assert digest(bound) != base, bound
     decaying = "trainer.optimizer.lr_schedule=cosine"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import threading
 
 import pytest
@@ -14,6 +15,7 @@ from samebit.trainer.checkpoint import (
     CheckpointError,
     latest_checkpoint,
     list_checkpoints,
+    read_checkpoint,
 )
 from samebit.trainer.checkpoint_writer import CheckpointWriter
 
@@ -60,6 +62,54 @@ def test_steps_beyond_eight_digits_stay_in_order(tmp_path):
         save(tmp_path, step)
     assert [c.step for c in list_checkpoints(tmp_path)] == [99_999_999, 100_000_000]
     assert latest_checkpoint(tmp_path).step == 100_000_000
+
+
+def test_copies_and_links_beside_them_are_left_alone(tmp_path):
+    """Whatever a user keeps there is read, removed or counted by nobody."""
+    save(tmp_path, 2)
+    checkpoint = tmp_path / "step_00000002"
+    for name in ("step_00000002.bak", "step_best", "step_9", "step_000000099", "step_00000099x"):
+        shutil.copytree(checkpoint, tmp_path / name)
+    (tmp_path / "latest").symlink_to(checkpoint)
+    (tmp_path / "step_00000077").symlink_to(checkpoint)
+    (tmp_path / "step_00000088").write_text("a file")
+    (tmp_path / "step_00000099").mkdir()
+    (tmp_path / ".step_notes").mkdir()
+    (tmp_path / ".step_00000001.old").symlink_to(checkpoint)
+    (tmp_path / ".step_todo").write_text("x")
+    others = {p.name for p in tmp_path.iterdir()} - {"step_00000002"}
+    for step in (3, 4):
+        save(tmp_path, step, keep=1)
+    assert {p.name for p in tmp_path.iterdir()} == others | {"step_00000004"}
+    assert [c.step for c in list_checkpoints(tmp_path)] == [4]
+    assert latest_checkpoint(tmp_path).step == 4
+    assert read_checkpoint(tmp_path / "step_best").verify().step == 2
+    shutil.rmtree(tmp_path / "step_00000004")
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_what_stands_in_the_way_is_moved_aside(tmp_path, capsys):
+    """A link or a folder under the name of a step ends no run and is not lost."""
+    save(tmp_path, 1)
+    (tmp_path / "step_00000003").symlink_to(tmp_path / "step_00000001")
+    (tmp_path / "step_00000003.aside").touch()
+    save(tmp_path, 3)
+    assert latest_checkpoint(tmp_path).verify().step == 3
+    assert (tmp_path / "step_00000003.aside1").is_symlink()
+    assert "step_00000003 was no checkpoint of a run; it is step_00000003.aside1 now" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_copy_under_another_steps_name_is_named(tmp_path):
+    """It is not resumed by mistake, and not removed."""
+    save(tmp_path, 3)
+    copy = shutil.copytree(tmp_path / "step_00000003", tmp_path / "step_00000001")
+    save(tmp_path, 4, keep=1)
+    assert copy.exists()
+    copy.rename(tmp_path / "step_00000009")
+    with pytest.raises(CheckpointError, match="step_00000009 holds the checkpoint of step 3: rena"):
+        latest_checkpoint(tmp_path)
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):

@@ -1,7 +1,7 @@
 """file: a Hugging Face safetensors folder with its version, for recovery, export and tests.
 
-The folder is written under a temporary name and renamed, and the version file comes last, so a
-folder with a version file is whole. The folder it replaces is moved aside first and deleted last.
+The folder is written aside and renamed, so one that is there is whole; see weight_sync/folders.py.
+Modes of files and folders follow the umask.
 """
 
 import json
@@ -11,18 +11,27 @@ from pathlib import Path
 
 import torch
 
+from samebit.weight_sync.folders import MARKER, read_marker, replacing
 from samebit.weight_sync.mapping import ParamSpec, hf_tensors
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
 VERSION_FILE = "weight_version.json"
 
 
+def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Write a safetensors file with the mode of any new file; safetensors makes private ones."""
+    from safetensors.torch import save_file
+
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
+
+
 def write_safetensors(
     folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int
 ) -> None:
     """Write named tensors as one file, or as shards with an index if they exceed the limit."""
-    from safetensors.torch import save_file
-
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = total = 0
     for name, tensor in tensors:
@@ -33,15 +42,43 @@ def write_safetensors(
         shards[-1][name] = tensor.detach().cpu().contiguous()
         size, total = size + num_bytes, total + num_bytes
     if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(shards[0], folder / "model.safetensors")
         return
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file_name, metadata={"format": "pt"})
+        save_tensors(shard, folder / file_name)
         weight_map |= dict.fromkeys(shard, file_name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def is_export(folder: Path) -> bool:
+    """Whether we wrote this Hugging Face folder: it has our marker, or at least a version."""
+    marked = (read_marker(folder) or {}).get("kind") == "model"
+    return marked or (folder / VERSION_FILE).is_file()
+
+
+def require_replaceable(folder: Path) -> None:
+    """FileExistsError unless the folder is one of ours, empty or absent."""
+    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if not empty and not is_export(folder):
+        raise FileExistsError(
+            f"{folder} holds no {MARKER} of an export and no {VERSION_FILE}: no export made it, so "
+            "nothing there is replaced; give another folder"
+        )
+
+
+def write_weights(
+    folder: Path,
+    specs: Sequence[ParamSpec],
+    params: Mapping[str, torch.Tensor],
+    version: WeightVersion,
+    max_shard_bytes: int = 5 << 30,
+) -> None:
+    """Write the weights and their version into a folder."""
+    write_safetensors(folder, hf_tensors(specs, params), max_shard_bytes)
+    (folder / VERSION_FILE).write_text(json.dumps(vars(version)))
 
 
 def write_hf_folder(
@@ -52,20 +89,15 @@ def write_hf_folder(
     side_files: Iterable[Path] = (),
     max_shard_bytes: int = 5 << 30,
 ) -> None:
-    """Write weights, `side_files` (config, tokenizer) and the version; replaces `folder`."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, replaced = (folder.with_name(f".{folder.name}.{x}") for x in ("tmp", "old"))
-    for leftover in (temporary, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir()
-    write_safetensors(temporary, hf_tensors(specs, params), max_shard_bytes)
-    for file in side_files:
-        shutil.copy(file, temporary / file.name)
-    (temporary / VERSION_FILE).write_text(json.dumps(vars(version)))
-    if folder.exists():
-        folder.rename(replaced)
-    temporary.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    """Write weights, `side_files` (config, tokenizer) and the version; replaces `folder`.
+
+    Raises FileExistsError for a `folder` that is not ours.
+    """
+    require_replaceable(folder)
+    with replacing(folder) as new:
+        write_weights(new, specs, params, version, max_shard_bytes)
+        for file in side_files:
+            shutil.copyfile(file, new / file.name)
 
 
 def read_version(folder: Path) -> WeightVersion | None:

@@ -1,0 +1,204 @@
+"""What a checkpoint is bound to: its run's configuration and the contents of what the run reads.
+
+All of it stands readable in the manifest, so that a refused resume names each key with both values.
+Paths are not among it: a file that was moved or renamed is no difference, one that was edited is.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from samebit.kernels.profile import NumericsProfile
+from samebit.recipes.compose import to_dict
+from samebit.recipes.config import GrpoRun, RunSection, SftRun
+from samebit.recipes.input_files import reward_source, tokenizer_files
+from samebit.recipes.tasks.base import DataConfig, Dataset
+from samebit.rollout.models.registry import load_model_config
+from samebit.trainer.checkpoint import Checkpoint, CheckpointError
+
+FORMAT = 2
+"""Of the manifests that runs write. In format 1 digests of paths stood for contents."""
+
+# Keys that a resumed run may change: none of them can change a result but reshard, which asks to.
+_FREE_KEYS = (
+    "resume",
+    "reshard",
+    "overwrite",
+    "dry_run",
+    "run_name",
+    "output_dir",
+    "engine",
+    "logger",
+    "device",
+)
+_FREE_TRAINER_KEYS = ("checkpoint_every", "keep_checkpoints", "background_checkpoints")
+_FREE_PARALLEL_KEYS = ("recompute", "offload_optimizer")
+_PATHS = ("model.path", "data.path", "data.eval_path")
+_LAYOUT = "trainer.parallel."
+_SAMPLED = 16  # problems of a generated task: with its arguments they stand for all
+_ABSENT = "absent"
+
+
+def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a resolved configuration, every key that a result depends on."""
+    kept = {k: v for k, v in config.items() if k not in _FREE_KEYS}
+    trainer = {k: v for k, v in config["trainer"].items() if k not in _FREE_TRAINER_KEYS}
+    if trainer["optimizer"]["lr_schedule"] == "constant":
+        del trainer["num_steps"]  # a run may be made longer
+    layout = {k: v for k, v in trainer["parallel"].items() if k not in _FREE_PARALLEL_KEYS}
+    return kept | {"trainer": trainer | {"parallel": layout}}
+
+
+def binding_layout(run: SftRun | GrpoRun) -> dict[str, Any]:
+    """Of trainer.parallel, every key that bits or the files of a checkpoint depend on."""
+    return binding_config(to_dict(run))["trainer"]["parallel"]
+
+
+def bound_keys(run: RunSection) -> dict[str, Any]:
+    """By dotted name, every key that a result depends on; layout and paths are left out."""
+    config = flatten(binding_config(to_dict(run)))
+    return {k: v for k, v in config.items() if k not in _PATHS and not k.startswith(_LAYOUT)}
+
+
+def flatten(value: Any, name: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings and lists, by dotted names."""
+    if isinstance(value, Mapping):
+        items = iter(value.items())
+    elif isinstance(value, list | tuple):
+        items = iter(enumerate(value))
+    else:
+        return {name: value}
+    below = (flatten(x, f"{name}.{key}" if name else key) for key, x in items)
+    return {k: v for leaves in below for k, v in leaves.items()}
+
+
+def bindings(
+    run: SftRun | GrpoRun, command: str, datasets: tuple[Dataset, Dataset]
+) -> dict[str, Any]:
+    """What the run's checkpoints are bound to, as their manifests say it."""
+    found = {
+        "format": FORMAT,
+        "command": command,
+        "config": bound_keys(run),
+        "model": flatten(asdict(load_model_config(run.model.path))),
+        "contents": dict(_contents(run, datasets)),
+        "reward_source": _reward_digest(run),
+    }
+    return json.loads(json.dumps(found, default=str))
+
+
+def _contents(
+    run: SftRun | GrpoRun, datasets: tuple[Dataset, Dataset]
+) -> Iterator[tuple[str, str]]:
+    """Digests of the tokenizer's files and of the problems, by what they are."""
+    for name, file in tokenizer_files(Path(run.model.path)).items():
+        yield f"model.path/{name}", digest(file.read_bytes())
+    train, held_out = datasets
+    yield "training records", records_digest(train, run.data)
+    if isinstance(run, GrpoRun):  # sft evaluates none
+        yield "held-out records", records_digest(held_out, run.data)
+    if run.data.task.startswith("reasoning_gym/"):
+        yield "package reasoning_gym", importlib.metadata.version("reasoning_gym")
+
+
+def _reward_digest(run: SftRun | GrpoRun) -> str | None:
+    source = reward_source(run.reward.name) if isinstance(run, GrpoRun) else None
+    return digest(source.read_bytes()) if source is not None and source.is_file() else None
+
+
+def digest(*parts: bytes) -> str:
+    """16 hexadecimal digits."""
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def records_digest(problems: Dataset, config: DataConfig) -> str:
+    """Number and digest of prompts, labels and metadata, in order.
+
+    Of generated problems the first ones: the configuration and those say what the others are.
+    """
+    count = len(problems)
+    read = range(count if config.task == "file" else min(count, _SAMPLED))
+    rows = (problems[i] for i in read)
+    encode = json.JSONEncoder(sort_keys=True, default=repr).encode
+    texts = (encode([p.prompt, p.label, p.metadata]) for p in rows)
+    return f"{count} x {digest('\n'.join(texts).encode())}"
+
+
+def require_same(
+    checkpoint: Checkpoint,
+    run: SftRun | GrpoRun,
+    here: Mapping[str, Any],
+    profile: NumericsProfile,
+) -> None:
+    """CheckpointError, naming every key with both values, unless the run may go on from there.
+
+    here: the run's `bindings`. A user's reward may have been edited, which is said.
+    """
+    there = checkpoint.manifest
+    if there.get("format", 1) != FORMAT:
+        raise CheckpointError(
+            f"{checkpoint.path} has the format {there.get('format', 1)} of another version, which "
+            f"does not say what data it was trained on; this one resumes format {FORMAT} (samebit "
+            "export reads either)"
+        )
+    checkpoint.require("command", here["command"], "command")
+    sections = {
+        "configuration": differences(there["config"], here["config"]),
+        "model configuration": differences(there["model"], here["model"], "config.json: "),
+        "data or tokenizer": differences(there["contents"], here["contents"], "content of "),
+    }
+    if found := [f"{name}: {', '.join(texts)}" for name, texts in sections.items() if texts]:
+        raise CheckpointError(f"{checkpoint.path} was written under another {'; '.join(found)}")
+    done, total = there["progress"]["step"], run.trainer.num_steps
+    if total < done:
+        raise CheckpointError(
+            f"{checkpoint.path} was written after step {done}; trainer.num_steps is {total}: give "
+            f"at least {done}"
+        )
+    _require_same_layout(checkpoint, run, profile)
+    if there["reward_source"] != here["reward_source"]:
+        print(
+            f"samebit: the source of reward.name has changed since {checkpoint.path} was written: "
+            f"{there['reward_source']} there, {here['reward_source']} here; the run goes on with "
+            "the present one",
+            file=sys.stderr,
+        )
+
+
+def _require_same_layout(
+    checkpoint: Checkpoint, run: SftRun | GrpoRun, profile: NumericsProfile
+) -> None:
+    there, here = checkpoint.manifest["parallel"], binding_layout(run)
+    if there != here and not run.reshard:
+        raise CheckpointError(
+            f"{checkpoint.path} was written under another trainer.parallel "
+            f"({changes(there, here)}); with reshard=true the run goes on, with other bits"
+        )
+    resharded = {"tp_size": profile.tp_size} if run.reshard else {}
+    there, here = checkpoint.manifest["numerics"] | resharded, asdict(profile)
+    if changed := changes(there, here):
+        raise CheckpointError(
+            f"{checkpoint.path} was written under another numerics profile, so bits would differ: "
+            f"{changed}"
+        )
+
+
+def changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Keys whose values differ, as text."""
+    return ", ".join(f"{k} {there.get(k)} -> {v}" for k, v in here.items() if there.get(k) != v)
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Keys of either with other values: "trainer.optimizer.lr 0.01 there, 0.02 here"."""
+
+    def shown(values: Mapping[str, Any], key: str) -> str:
+        return json.dumps(values[key]).strip('"') if key in values else _ABSENT
+
+    keys: Iterable[str] = dict.fromkeys([*there, *here])
+    pairs = ((key, shown(there, key), shown(here, key)) for key in keys)
+    return [f"{prefix}{key} {old} there, {new} here" for key, old, new in pairs if old != new]

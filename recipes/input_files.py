@@ -1,0 +1,72 @@
+"""Which files a training run reads, by the keys of the configuration that name them."""
+
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from samebit.recipes.config import GrpoRun, SftRun
+
+CHAT_TEMPLATES = "additional_chat_templates"
+"""The one folder inside a Hugging Face folder of which a tokenizer reads files."""
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """What a tokenizer reads of a Hugging Face folder, chat templates included, by name."""
+    files = [folder / name for name in _TOKENIZER]
+    files += sorted((folder / CHAT_TEMPLATES).glob("*.jinja"))
+    return {str(file.relative_to(folder)): file for file in files if file.is_file()}
+
+
+def reward_source(name: str) -> Path | None:
+    """The file of a reward that is named as module:function."""
+    module = name.partition(":")[0] if ":" in name else ""
+    try:
+        spec = importlib.util.find_spec(module) if module else None
+    except (ImportError, ValueError, AttributeError):
+        return None  # loading it says why
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+
+
+def input_files(run: SftRun | GrpoRun) -> Iterator[tuple[str, Path]]:
+    """(key, file) of everything: model, data, the reward's module and files in arguments."""
+    model = Path(run.model.path)
+    if model.is_dir():
+        inside = [*model.iterdir(), *(model / CHAT_TEMPLATES).glob("*")]
+        yield from (("model.path", file) for file in inside if file.is_file())
+    for key in ("path", "eval_path"):
+        if file := getattr(run.data, key):
+            yield f"data.{key}", Path(file)
+    yield from _files_in(run.data.args, "data.args")
+    if isinstance(run, GrpoRun):
+        if source := reward_source(run.reward.name):
+            yield "reward.name", source
+        yield from _files_in(run.reward.args, "reward.args")
+
+
+def _files_in(value: Any, key: str) -> Iterator[tuple[str, Path]]:
+    """Texts that are paths of files."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _files_in(inner, f"{key}.{name}")
+    elif isinstance(value, str):
+        try:
+            if Path(value).is_file():
+                yield key, Path(value)
+        except (OSError, ValueError):
+            return  # too long for a path, or with a NUL: some other text
+    elif isinstance(value, Sequence):
+        for i, inner in enumerate(value):
+            yield from _files_in(inner, f"{key}.{i}")

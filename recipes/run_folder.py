@@ -1,0 +1,252 @@
+"""A run's folder: whose it is, who works in it, and how a new run takes an earlier one's place.
+
+The marker .samebit says which command made the folder, the lock .samebit.lock that a process works
+in it. A new run first moves what is there into a folder inside (with overwrite=true an earlier run,
+else nothing) and removes that only once it has started: its weights are read, its engine serves
+them, its files are open. If it cannot start, the earlier run is put back. The marker says how far
+that is, so whatever kills a process, the next one that opens the folder ends it:
+
+    moving    the earlier run's files are here or there: back with them
+    starting  they are there, what is here is the new run's: remove it, then as above
+    started   the new run stands: remove the earlier one
+"""
+
+import json
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from samebit.recipes.compose import ConfigError
+from samebit.weight_sync.folders import LOCK, MARKER, FolderLock, read_marker, write_marker
+
+CONFIG_FILE = "config.yaml"
+# What a run replaces from its start on: where no run of ours is, these are somebody else's.
+_WRITTEN = (
+    CONFIG_FILE,
+    "metrics.jsonl",
+    "provenance.jsonl",
+    "samples.jsonl",
+    "summary.json",
+    "report.html",
+)
+
+InputFiles = Iterable[tuple[str, Path]]
+"""Keys of the configuration, each with a file that the run is to read."""
+
+
+class RunFolder:
+    """The folder of one run of a command, locked; it is made if need be.
+
+    Use: make it, check what is to be resumed, `begin`, set up, `started`; `close` in any case.
+    Raises FolderInUseError, and OSError if the folder cannot be written.
+    """
+
+    def __init__(self, path: Path, command: str) -> None:
+        self.path = path
+        self._command = command
+        self._pid = os.getpid()  # a forked child that unwinds this stack owns nothing
+        with naming(path):
+            self._made = not path.exists()
+            if self._made and path.is_symlink():
+                raise OSError(f"it is a link to {path.readlink()}, which does not exist")
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(path)
+        try:
+            self._recover()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def begin(self, *, resume: bool, overwrite: bool, inputs: InputFiles = ()) -> None:
+        """From here on the folder is this run's. FileExistsError or ConfigError, before anything
+        is changed, if it may not be."""
+        require_free(self.path, self._command, resume=resume, overwrite=overwrite, inputs=inputs)
+        marker = read_marker(self.path)
+        if resume and marker is None:
+            write_marker(self.path, "run", command=self._command)
+        if resume:
+            return
+        if marker is not None and marker["command"] != self._command and self._entries():
+            print(
+                f"samebit: {self.path} holds a run of `samebit {marker['command']}`, which "
+                f"overwrite=true removes once the new one has started",
+                file=sys.stderr,
+            )
+        name = f".earlier-{secrets.token_hex(4)}"
+        with naming(self.path):
+            self._mark(name, "moving", marker)
+            (self.path / name).mkdir()
+            for entry in self._entries(name):
+                entry.rename(self.path / name / entry.name)
+            self._mark(name, "starting", marker)
+
+    def started(self) -> None:
+        """The new run stands: remove the earlier one. A second call does nothing."""
+        replacing = self._replacing()
+        if replacing is not None:
+            self._mark(replacing["folder"], "started", replacing["earlier"])
+            self._recover()
+
+    def close(self) -> None:
+        """Let others in; a run that has not started gives way to the earlier one."""
+        if self._pid != os.getpid():
+            return
+        try:
+            self._recover()
+        except OSError as error:
+            print(
+                f"samebit: what was in {self.path} could not be put back ({error}); the next run "
+                "there tries again",
+                file=sys.stderr,
+            )
+        self._lock.release()
+        if self._made:
+            with suppress(OSError):  # it is in use
+                self.path.rmdir()
+
+    def _entries(self, *but: str) -> list[Path]:
+        """What is in the folder besides our own files."""
+        return entries(self.path, *but)
+
+    def _replacing(self) -> dict[str, Any] | None:
+        return (read_marker(self.path) or {}).get("replacing")
+
+    def _mark(self, folder: str, state: str, earlier: dict[str, Any] | None) -> None:
+        replacing = {"folder": folder, "state": state, "earlier": earlier}
+        write_marker(self.path, "run", command=self._command, replacing=replacing)
+
+    def _recover(self) -> None:
+        """End what was begun: see the module."""
+        replacing = self._replacing()
+        if replacing is None:
+            return
+        folder, earlier = self.path / replacing["folder"], replacing["earlier"]
+        if replacing["state"] == "started":
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                command = (read_marker(self.path) or {})["command"]
+                write_marker(self.path, "run", command=command)
+            return
+        if replacing["state"] == "starting":
+            for entry in self._entries(folder.name):
+                _remove(entry)
+            self._mark(folder.name, "moving", earlier)
+        for entry in entries(folder) if folder.exists() else ():
+            entry.rename(self.path / entry.name)
+        if folder.exists():
+            folder.rmdir()
+        if earlier is None:
+            (self.path / MARKER).unlink()
+        else:
+            write_marker(self.path, "run", command=earlier["command"])
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names the run's folder in the errors of writing to it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"the run's folder {path} cannot be written: {error}") from error
+
+
+def entries(folder: Path, *but: str) -> list[Path]:
+    """What is in a folder besides our marker and lock, and these names."""
+    own = {MARKER, f"{MARKER}.tmp", LOCK, *but}
+    return [entry for entry in sorted(folder.iterdir()) if entry.name not in own]
+
+
+def require_free(
+    path: Path, command: str, *, resume: bool, overwrite: bool, inputs: InputFiles = ()
+) -> None:
+    """Whether a run may begin in this folder. Changes nothing.
+
+    Raises FileExistsError for a folder in use or in other hands, ConfigError for one that holds
+    what the run is to read.
+    """
+    found = entries(path) if path.is_dir() else []
+    marker = read_marker(path)
+    is_run = marker is not None and marker["kind"] == "run"
+    if resume:
+        _require_resumable(path, command, marker)
+    elif not found:
+        return
+    elif not overwrite:
+        raise FileExistsError(
+            f"{path} is not empty; give resume=true to go on with its run, another run_name, or "
+            "overwrite=true"
+        )
+    elif not is_run:
+        raise FileExistsError(
+            f"{path} holds no {MARKER} of a run: no run made it, so overwrite=true removes "
+            "nothing; give another run_name, or remove it yourself"
+        )
+    else:
+        require_outside(path, inputs, "which overwrite=true removes")
+
+
+def _require_resumable(path: Path, command: str, marker: dict[str, Any] | None) -> None:
+    if marker is None:
+        foreign = [name for name in _WRITTEN if os.path.lexists(path / name)]
+        if foreign:
+            raise FileExistsError(
+                f"{path / foreign[0]} exists, but {path} holds no {MARKER} of a run, so there is "
+                "none to go on with; give another run_name"
+            )
+    elif (marker["kind"], marker.get("command")) != ("run", command):
+        what = f"a run of `samebit {marker['command']}`" if "command" in marker else "a model"
+        raise FileExistsError(
+            f"{path} holds {what}, so `samebit {command}` cannot go on there; give another run_name"
+        )
+
+
+def require_outside(folder: Path, inputs: InputFiles, why: str) -> None:
+    """ConfigError if one of the files lies in the folder, wherever links lead."""
+    root = folder.resolve()
+    for key, file in inputs:
+        if file.resolve().is_relative_to(root):
+            raise ConfigError(f"{key} is to be read from {file}, which lies in {folder}, {why}")
+
+
+def require_own_report(file: Path) -> None:
+    """Before a command writes its report: ConfigError if that would cost something else.
+
+    A report is a JSON file that names its command; runs and exports have folders of their own.
+    """
+    marker = read_marker(file.parent)
+    if marker is not None:
+        raise ConfigError(
+            f"{file.parent} is the folder of a {marker['kind']}; give another run_name"
+        )
+    if not os.path.lexists(file):
+        return
+    try:
+        report = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        report = None
+    if not isinstance(report, dict) or "command" not in report:
+        raise ConfigError(f"{file} is there and no report of ours; give another run_name")
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()
