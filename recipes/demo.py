@@ -9,7 +9,8 @@ from pathlib import Path
 from samebit.recipes import fetch_smollm2, grpo, sft
 from samebit.recipes.compose import ConfigError, to_yaml
 from samebit.recipes.config import DemoRun, GrpoRun, RunSection, SftRun
-from samebit.recipes.metrics import write_atomically
+from samebit.recipes.metrics import OWNER_ONLY, write_atomically
+from samebit.recipes.needs import require_ready
 from samebit.recipes.rewards import load_reward
 from samebit.recipes.session import CONFIG_FILE, clear_run_dir
 from samebit.recipes.tasks.base import load_datasets
@@ -51,6 +52,7 @@ def main(run: DemoRun) -> int:
         print(f"# model: {run.model}, on {device.type}\n{to_yaml(run)}")
         return 0
     # Before anything is removed:
+    require_ready(run)
     if run.model == "smollm2":
         _find_weights()
     for phase in (run.sft, run.grpo):
@@ -62,7 +64,7 @@ def main(run: DemoRun) -> int:
         clear_run_dir(run.run_dir, run.overwrite)
     run.run_dir.mkdir(parents=True, exist_ok=True)
     if not (run.run_dir / CONFIG_FILE).exists():
-        write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run))
+        write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run), OWNER_ONLY)
     model = run.run_dir / "model"
     if not model.exists():
         _make_model(run, model)
@@ -72,7 +74,7 @@ def main(run: DemoRun) -> int:
         model = run.run_dir / "sft" / "model"
     _phase(run, run.grpo, "grpo", model)
     summary = grpo.train(run.grpo)
-    write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run))
+    write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run), OWNER_ONLY)
     write_atomically(run.run_dir / "summary.json", json.dumps(summary) + "\n")
     compared, unequal = summary["logprob_tokens_compared"], summary["logprob_mismatches"]
     print(

@@ -17,7 +17,8 @@ from samebit.kernels.profile import NumericsProfile, numerics_profile
 from samebit.recipes.compose import to_dict, to_yaml
 from samebit.recipes.config import GrpoRun, RunSection, SftRun
 from samebit.recipes.launch import is_launched
-from samebit.recipes.metrics import MetricsLogger, NoLogger, write_atomically
+from samebit.recipes.metrics import OWNER_ONLY, MetricsLogger, NoLogger, write_atomically
+from samebit.recipes.needs import require_ready
 from samebit.recipes.signals import Stopped
 from samebit.rollout.config import resolve_device
 from samebit.rollout.models.registry import load_model_config
@@ -191,7 +192,7 @@ def binding_layout(run: SftRun | GrpoRun) -> dict[str, Any]:
 
 def config_digest(run: RunSection) -> str:
     """A digest of every key that a result depends on; the layout is compared by itself."""
-    config = binding_config(to_dict(run))
+    config = binding_config(to_dict(run, shown=False))
     del config["trainer"]["parallel"]
     text = json.dumps(config, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -199,7 +200,7 @@ def config_digest(run: RunSection) -> str:
 
 def model_digest(run: RunSection) -> str:
     """A digest of what the numerics read in the model's config.json."""
-    model = asdict(load_model_config(to_dict(run)["model"]["path"]))
+    model = asdict(load_model_config(to_dict(run, shown=False)["model"]["path"]))
     return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -210,6 +211,7 @@ def open_session(run: SftRun | GrpoRun) -> Session:
     if the checkpoint to resume is damaged or belongs to another configuration or numerics profile,
     FileExistsError if the folder is in use; and OSError if the folder cannot be written.
     """
+    require_ready(run)
     torch.set_num_threads(run.cpu_threads)
     device, parallel = resolve_device(run.device), run.trainer.parallel
     if parallel.num_processes > 1 or is_launched():
@@ -237,7 +239,7 @@ def _open_folder(run: SftRun | GrpoRun, profile: NumericsProfile, checkpoints: P
         remove_leftovers(checkpoints)
         write_atomically(checkpoints / ".probe", "")  # better now than at the first checkpoint
         (checkpoints / ".probe").unlink()
-        write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run))
+        write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run), OWNER_ONLY)
     except OSError as error:
         raise OSError(f"the run's folder {run.run_dir} cannot be written: {error}") from error
 
