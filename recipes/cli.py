@@ -111,9 +111,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from samebit.recipes import launch
     from samebit.recipes.compose import ConfigError, resolve
     from samebit.recipes.needs import require_ready
+    from samebit.recipes.secrets import scrubbed
     from samebit.recipes.signals import Stopped
 
     _quieten_imports()
+    run: Any = None
     try:
         if len(overrides) < len(rest):
             print(_command_help(command, overrides))
@@ -139,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         expected = ours or isinstance(error, OSError | ValueError | ImportError)
         several = launch.is_one_of_several()
         if expected and not os.environ.get("SAMEBIT_TRACEBACK"):
-            print(f"samebit {command}: {error}", file=sys.stderr)
+            print(f"samebit {command}: {scrubbed(str(error), run)}", file=sys.stderr)
         elif several:
             traceback.print_exc()
         else:

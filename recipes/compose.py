@@ -15,7 +15,7 @@ from samebit.recipes.config import (
     SftRun,
     VerifyRun,
 )
-from samebit.recipes.overrides import ConfigError, Overrides, find_field, read_words
+from samebit.recipes.overrides import ConfigError, Overrides, check_file, find_field, read_words
 from samebit.recipes.secrets import build, escaped, plain
 
 __all__ = ["ConfigError", "compose", "groups_of", "resolve", "to_dict", "to_yaml"]
@@ -62,6 +62,10 @@ def _composed(command: str, given: Overrides) -> Any:
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
 
+    for choice in given.choices:
+        file = CONFIG_DIR / f"{choice.replace('=', '/', 1)}.yaml"
+        if file.exists():
+            check_file(file, SCHEMAS[command])
     ConfigStore.instance().store(name=f"{command}_schema", node=SCHEMAS[command])
     has_groups = (CONFIG_DIR / f"{command}.yaml").exists()
     where = (

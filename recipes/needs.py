@@ -4,12 +4,8 @@ Found out before a phase begins, and in dry_run, without importing what is slow 
 """
 
 import importlib.util
-import netrc
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from samebit.recipes.config import DemoRun, FetchRun, GrpoRun, SftRun
 
@@ -31,11 +27,8 @@ def require_ready(run: Any) -> None:
                 f"pip install {package}{f', or give {instead}' if instead else ''}"
             )
     for prefix, phase in _phases(run):
-        if phase.logger.wandb == "online" and not _has_wandb_login():
-            raise MissingError(
-                f"{prefix}logger.wandb is 'online' and no API key is configured: run `wandb "
-                f"login`, set WANDB_API_KEY, or give {prefix}logger.wandb=offline"
-            )
+        if phase.logger.wandb == "online":
+            _require_wandb_login(prefix)
 
 
 def _phases(run: Any) -> list[tuple[str, SftRun | GrpoRun]]:
@@ -66,24 +59,19 @@ def _packages(run: Any) -> Iterator[tuple[str, str, str]]:
                 yield f"{prefix}reward.name, which is {name!r},", name.replace("_", "-"), ""
 
 
-def _has_wandb_login() -> bool:
-    """Whether wandb will find a key, in the places where it looks; asks no server."""
+def _require_wandb_login(prefix: str) -> None:
+    """MissingError unless wandb finds a key where it looks for one; asks no server."""
     import wandb
+    from wandb.sdk.lib import wbauth
 
-    settings = wandb.setup().settings
-    if settings.api_key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    given = os.environ.get("NETRC")
-    files = [Path(given).expanduser()] if given else [Path.home() / n for n in (".netrc", "_netrc")]
-    return any(_has_entry(file, urlsplit(settings.base_url).netloc) for file in files)
-
-
-def _has_entry(file: Path, host: str) -> bool:
+    ask = {"source": "samebit", "prompt": False, "update_session": False}
     try:
-        return netrc.netrc(str(file)).authenticators(host) is not None
-    except FileNotFoundError:
-        return False
-    except (OSError, netrc.NetrcParseError) as error:
+        found = wbauth.authenticate_session(host=wandb.setup().settings.base_url, **ask)
+        problem = None if found else "no API key is configured"
+    except wandb.Error as error:
+        problem = str(error)
+    if problem:
         raise MissingError(
-            f"{file}, where wandb's API key may be, cannot be read: {error}"
-        ) from error
+            f"{prefix}logger.wandb is 'online' and {problem}: run `wandb login`, set "
+            f"WANDB_API_KEY, or give {prefix}logger.wandb=offline"
+        )

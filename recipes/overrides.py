@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -231,26 +232,43 @@ def _in_grammar(key: str, value: str, named: Field) -> Any:
         if not named.is_free:
             raise ConfigError(f"{key} is {value!r}; it must be {named.words}") from error
         shown = HIDDEN if any(map(is_secret_name, key.split("."))) else value
-        quoted = shlex.quote(f"{key}={QuotedString(shown, Quote.single).with_quotes()}")
+        quoted = shlex.quote(f"{key}={QuotedString(shown, Quote.double).with_quotes()}")
         raise ConfigError(f"{key}={shown} cannot be read; quote a text: {quoted}") from error
     if named.is_section:
         if not isinstance(parsed, dict):
             raise ConfigError(f"{key} is {value!r}; it must be {named.words}")
-        _check_section(named.kind, key, parsed)
+        _check_section(named.kind, f"{key}.", parsed)
     return parsed
 
 
 def _check_section(schema: Any, prefix: str, values: Mapping[str, Any]) -> None:
     """ConfigError for a key that a section has not, or a number where text belongs."""
     for name, value in values.items():
-        key, named = f"{prefix}.{name}", find_field(schema, name)
+        key, named = f"{prefix}{name}", find_field(schema, name)
         if named is None:
-            raise ConfigError(f"unknown key: {key}{_nearest(schema, name, (), f'{prefix}.')}")
-        if named.is_section and isinstance(value, dict):
-            _check_section(named.kind, key, value)
+            raise ConfigError(f"unknown key: {key}{_nearest(schema, name, (), prefix)}")
+        if named.is_section and isinstance(value, Mapping):
+            _check_section(named.kind, f"{key}.", value)
         texts = value if isinstance(value, list) else [value]
         if named.kind in (str, list[str]) and not all(isinstance(x, str | None) for x in texts):
-            raise ConfigError(f"{key} is {value!r}, no text; quote it, or give {key}=...")
+            raise ConfigError(f"{key} is {value!r}, no text: quote it")
+
+
+def check_file(file: Path, schema: Any) -> None:
+    """ConfigError, naming the file, for a number where text belongs (2025_01_05 is one in YAML).
+
+    `file` is a choice of a group: the group is the section that it is about, or all are.
+    """
+    from omegaconf import OmegaConf
+
+    content: Any = OmegaConf.to_container(OmegaConf.load(file))
+    values = {key: value for key, value in content.items() if key != "defaults"}
+    if not file.read_text(encoding="utf-8").startswith("# @package _global_"):
+        values = {file.parent.name: values}
+    try:
+        _check_section(schema, "", values)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
 
 
 def _nearest(schema: Any, key: str, groups: Iterable[str], prefix: str = "") -> str:

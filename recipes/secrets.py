@@ -101,6 +101,18 @@ def _guarded(value: Any, raw: Any, *, free: bool, secret: bool) -> Any:
     return guarded
 
 
+def scrubbed(text: str, value: Any) -> str:
+    """A message without the guarded texts of a configuration, as far as they are in it whole."""
+    if is_dataclass(value):
+        value = {f.name: getattr(value, f.name) for f in fields(value)}
+    if isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            text = scrubbed(text, inner)
+    if isinstance(value, GuardedText) and len(value) > 3:
+        text = text.replace(str(value), value.shown)
+    return text
+
+
 def escaped(text: str) -> str:
     """Text that OmegaConf reads as `text`, whatever stands in it."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from samebit.recipes.config import LOAD_FORMATS, check_run_folder
+from samebit.recipes.config import LOAD_FORMATS, check_given, check_run_folder
 from samebit.trainer.config import ParallelConfig, check_tp_invariant, require, require_default
 
 VARIANTS = ("default", "no_graphs", "no_overlap", "torch_kernels")
@@ -111,6 +111,7 @@ class BenchRun:
 
     def __post_init__(self) -> None:
         check_run_folder(self.run_name, self.output_dir)
+        check_given(self, ("model",))
 
     @property
     def run_dir(self) -> Path:
