@@ -101,16 +101,16 @@ def _guarded(value: Any, raw: Any, *, free: bool, secret: bool) -> Any:
     return guarded
 
 
-def scrubbed(text: str, value: Any) -> str:
-    """A message without the guarded texts of a configuration, as far as they are in it whole."""
+def scrubbed(message: str, value: Any) -> str:
+    """A message with what stands for the guarded values of a configuration that it quotes."""
     if is_dataclass(value):
-        value = {f.name: getattr(value, f.name) for f in fields(value)}
+        value = [getattr(value, f.name) for f in fields(value)]
     if isinstance(value, Mapping | list):
         for inner in value.values() if isinstance(value, Mapping) else value:
-            text = scrubbed(text, inner)
-    if isinstance(value, GuardedText) and len(value) > 3:
-        text = text.replace(str(value), value.shown)
-    return text
+            message = scrubbed(message, inner)
+    elif isinstance(value, Guarded) and len(str(value)) > 3:  # shorter ones are in any word
+        message = message.replace(str(value), value.shown)
+    return message
 
 
 def escaped(text: str) -> str:
