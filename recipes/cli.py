@@ -41,6 +41,8 @@ def usage(prefix: str = "") -> str:
             "usage: samebit <command> [key=value ...]",
             "       samebit <command> --help     its keys and their defaults",
             "",
+            "A text is taken as typed, a list is [a,b], null leaves unset, --flag is flag=true.",
+            "",
             *lines,
         ]
     )
