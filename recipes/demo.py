@@ -11,7 +11,8 @@ from samebit.recipes import fetch_smollm2, grpo, sft
 from samebit.recipes.compose import ConfigError, to_yaml
 from samebit.recipes.config import DemoRun, GrpoRun, RunSection, SftRun
 from samebit.recipes.input_files import input_files
-from samebit.recipes.metrics import write_atomically
+from samebit.recipes.metrics import OWNER_ONLY, write_atomically
+from samebit.recipes.needs import require_ready
 from samebit.recipes.rewards import load_reward
 from samebit.recipes.run_folder import CONFIG_FILE, RunFolder
 from samebit.recipes.tasks.base import load_datasets
@@ -59,7 +60,7 @@ def _check(run: DemoRun) -> Iterator[tuple[str, Path]]:
 def _run(run: DemoRun, folder: RunFolder) -> dict[str, Any]:
     """Both phases, in a folder that is the demo's; the summary."""
     if not (run.run_dir / CONFIG_FILE).exists():
-        write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run))
+        write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run), OWNER_ONLY)
     model = run.run_dir / "model"
     if not model.exists():
         _make_model(run, model)
@@ -70,7 +71,7 @@ def _run(run: DemoRun, folder: RunFolder) -> dict[str, Any]:
         sft.train(run.sft, folder.started)  # a finished one accepts the configuration, or not
         run.grpo.model.path = str(run.run_dir / "sft" / "model")
     summary = grpo.train(run.grpo, folder.started)
-    write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run))
+    write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run), OWNER_ONLY)
     write_atomically(run.run_dir / "summary.json", json.dumps(summary) + "\n")
     return summary
 
@@ -81,6 +82,7 @@ def main(run: DemoRun) -> int:
     if run.dry_run:
         print(f"# model: {run.model}, on {device.type}\n{to_yaml(run)}")
         return 0
+    require_ready(run)
     inputs = list(_check(run))
     start = time.perf_counter()
     with RunFolder(run.run_dir, "demo") as folder:

@@ -9,13 +9,19 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from samebit.recipes.secrets import HIDDEN
+from samebit.trainer.config import require, require_default
+
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 WANDB_MODES = ("disabled", "offline", "online")
+OWNER_ONLY = 0o600
+"""The mode of files that hold a configuration: what is in it may be nobody else's business."""
 
 
 @dataclass(kw_only=True)
@@ -38,6 +44,15 @@ class LoggerConfig:
             )
         if self.num_samples < 0:
             raise ValueError(f"logger.num_samples is {self.num_samples}; give 0 or more")
+        fits = 0 < len(self.project) <= 128 and not set("/\\#?%:") & set(self.project)
+        meaning = "a name that wandb takes: 1 to 128 characters, none of / \\ # ? % :"
+        require(fits, "logger.project", self.project, meaning)
+        if self.wandb == "disabled":
+            require_default(self, "logger", ("project",), "logger.wandb is 'disabled'")
+
+
+class WandbError(RuntimeError):
+    """wandb could not start, or ended with an error."""
 
 
 class MetricsLogger:
@@ -177,10 +192,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces a file: at any moment, also after a kill, it holds the old content or the new."""
+def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> None:
+    """Replaces a file: at any moment, also after a kill, it holds the old content or the new.
+
+    Its mode is `mode` less the umask, from the first byte on.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file, _naming(file):
+    temporary.unlink(missing_ok=True)  # what a kill left may have another mode
+    with open(temporary, "wb", opener=partial(os.open, mode=mode)) as file, _naming(file):
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
@@ -226,15 +245,27 @@ def _start_wandb(
     mode: Any = config.wandb  # checked against WANDB_MODES, which wandb declares as literals
     # The digest keeps names apart that the allowed characters make alike.
     digest = hashlib.sha256(run_name.encode()).hexdigest()[:8]
-    run = wandb.init(
-        project=config.project,
-        name=run_name,
-        id=re.sub(r"[^A-Za-z0-9_-]+", "-", run_name)[:64] + f"-{digest}",
-        resume="allow" if resume else None,
-        dir=run_dir,
-        mode=mode,
-        config=resolved_config,
-        settings=wandb.Settings(silent=True, console="off"),
-    )
+    (run_dir / "wandb").mkdir(mode=0o700, exist_ok=True)  # the configuration is in it
+    try:
+        run = wandb.init(
+            project=config.project,
+            name=run_name,
+            id=re.sub(r"[^A-Za-z0-9_-]+", "-", run_name)[:64] + f"-{digest}",
+            resume="allow" if resume else None,
+            dir=run_dir,
+            mode=mode,
+            config=resolved_config,
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                # That is the machine, and the command line with the secrets in it.
+                x_disable_meta=HIDDEN in json.dumps(resolved_config),
+            ),
+        )
+    except wandb.Error as error:
+        raise WandbError(
+            f"logger.wandb is {config.wandb!r} and wandb cannot start: {error}; "
+            "logger.wandb=offline needs no server"
+        ) from error
     run.define_metric("*", step_metric="step")
     return run

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from samebit.recipes.metrics import METRICS_FILE, SAMPLES_FILE, read_rows, write_atomically
+from samebit.recipes.metrics import (
+    METRICS_FILE,
+    OWNER_ONLY,
+    SAMPLES_FILE,
+    read_rows,
+    write_atomically,
+)
 
 COLORS = ("#2a78d6", "#1baf7a", "#eda100", "#4a3aa7", "#e34948", "#e87ba4", "#008300")
 GREY = "#9aa0a6"
@@ -110,7 +116,7 @@ def write_report(run_dir: Path, *, title: str, summary: dict[str, Any], config_y
         "</html>\n"
     )
     path = run_dir / "report.html"
-    write_atomically(path, page)
+    write_atomically(path, page, OWNER_ONLY)  # the configuration is in it
     return path
 
 

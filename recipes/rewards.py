@@ -108,7 +108,7 @@ def math_verify(text: str, problem: Problem, *, timeout_s: int = 5) -> float:
         from math_verify import parse, verify
     except ImportError as error:
         raise ImportError(
-            "the reward math_verify needs a package: pip install samebit[demo]"
+            "the reward math_verify needs a package: pip install math-verify"
         ) from error
     label = problem.label
     delimited = any(mark in label for mark in ("$", "\\boxed", "\\(", "\\["))

@@ -18,7 +18,8 @@ from samebit.recipes.compose import to_dict, to_yaml
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.input_files import input_files
 from samebit.recipes.launch import is_launched
-from samebit.recipes.metrics import MetricsLogger, NoLogger, write_atomically
+from samebit.recipes.metrics import OWNER_ONLY, MetricsLogger, NoLogger, write_atomically
+from samebit.recipes.needs import require_ready
 from samebit.recipes.provenance import record_start
 from samebit.recipes.run_folder import (
     CONFIG_FILE,
@@ -204,6 +205,7 @@ def open_session(run: SftRun | GrpoRun, datasets: tuple[Dataset, Dataset] | None
     belongs to another configuration, data or numerics profile; FileExistsError if the folder is
     another's, FolderInUseError if another process works there; and OSError if it cannot be written.
     """
+    require_ready(run)
     torch.set_num_threads(run.cpu_threads)
     device, parallel = resolve_device(run.device), run.trainer.parallel
     if parallel.num_processes > 1 or is_launched():
@@ -242,7 +244,7 @@ def _open_folder(
             remove_leftovers(checkpoints)
             write_atomically(checkpoints / ".probe", "")  # better now than at the first checkpoint
             (checkpoints / ".probe").unlink()
-            write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run))
+            write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run), OWNER_ONLY)
             record_start(run.run_dir, device, 0 if resumed is None else resumed.step)
     except BaseException:
         folder.close()

@@ -1,7 +1,8 @@
 """Settings of the trainer and its algorithms. Field names are configuration keys; no torch here."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
 LOSS_MEANS = ("token", "sequence")
@@ -13,6 +14,21 @@ def require(holds: bool, key: str, value: object, what: str) -> None:
     """Raise ValueError naming the key, its value and what would be right."""
     if not holds:
         raise ValueError(f"{key} is {value!r}; it must be {what}")
+
+
+def require_default(section: object, prefix: str, names: Iterable[str], where: str) -> None:
+    """Raise ValueError for a field that is set although nothing reads it, which `where` explains.
+
+    `section` is a dataclass, `prefix` its key; a field that has its default counts as not set.
+    """
+    defaults = {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory()
+        for f in fields(section)  # type: ignore[arg-type]
+    }
+    for name in names:
+        value, key = getattr(section, name), f"{prefix}.{name}".lstrip(".")
+        what = f"{defaults[name]!r}, its default: nothing reads it where {where}"
+        require(value == defaults[name], key, value, what)
 
 
 def check_tp_invariant(tp_invariant: bool, tensor: int, key: str) -> None:
@@ -109,7 +125,8 @@ class OptimizerConfig:
     """Largest gradient norm; 0 does not clip."""
 
     def __post_init__(self) -> None:
-        require(self.lr >= 0, "trainer.optimizer.lr", self.lr, "at least 0")
+        finite = 0 <= self.lr < math.inf
+        require(finite, "trainer.optimizer.lr", self.lr, "finite and at least 0")
         in_range = 0 <= self.min_lr <= self.lr
         require(in_range, "trainer.optimizer.min_lr", self.min_lr, f"in [0, lr = {self.lr}]")
         known = self.lr_schedule in LR_SCHEDULES
@@ -121,6 +138,9 @@ class OptimizerConfig:
             value = getattr(self, name)
             require(0 <= value < 1, f"trainer.optimizer.{name}", value, "in [0, 1)")
         require(self.adam_eps > 0, "trainer.optimizer.adam_eps", self.adam_eps, "positive")
+        if self.lr_schedule == "constant":
+            where = "trainer.optimizer.lr_schedule is 'constant'"
+            require_default(self, "trainer.optimizer", ("min_lr",), where)
 
 
 @dataclass(kw_only=True)
@@ -184,3 +204,8 @@ class GrpoConfig:
         require(self.clip_ratio_low < 1, "algorithm.clip_ratio_low", self.clip_ratio_low, "below 1")
         known = self.kl_estimator in KL_ESTIMATORS
         require(known, "algorithm.kl_estimator", self.kl_estimator, f"one of {KL_ESTIMATORS}")
+        if not self.normalize_std:
+            where = "algorithm.normalize_std is false"
+            require_default(self, "algorithm", ("std_eps",), where)
+        if self.kl_coef == 0:
+            require_default(self, "algorithm", ("kl_estimator",), "algorithm.kl_coef is 0")

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from samebit.trainer.config import ParallelConfig, check_tp_invariant, require
+from samebit.recipes.config import LOAD_FORMATS, check_given, check_run_folder
+from samebit.trainer.config import ParallelConfig, check_tp_invariant, require, require_default
 
 VARIANTS = ("default", "no_graphs", "no_overlap", "torch_kernels")
 TABLES = ("linear", "attention", "prefill", "rows")
@@ -71,6 +72,11 @@ class Pack:
         return self.num_seqs * self.seq_len
 
 
+def _check_list(key: str, names: list[str]) -> None:
+    require(len(names) > 0, key, names, "at least one")
+    require(len(set(names)) == len(names), key, names, "without a repetition")
+
+
 @dataclass(kw_only=True)
 class BenchEngineSettings:
     """Arguments of rollout.engine.Engine; what is unset keeps the engine's own default."""
@@ -102,6 +108,10 @@ class BenchRun:
     """Of prompts and random tensors."""
     model: str = "???"
     """A Hugging Face folder."""
+
+    def __post_init__(self) -> None:
+        check_run_folder(self.run_name, self.output_dir)
+        check_given(self, ("model",))
 
     @property
     def run_dir(self) -> Path:
@@ -142,14 +152,22 @@ class BenchEngineRun(BenchRun):
     engine: BenchEngineSettings = field(default_factory=BenchEngineSettings)
 
     def __post_init__(self) -> None:
-        require(len(self.workloads) > 0, "workloads", self.workloads, "at least one")
-        require(len(self.variants) > 0, "variants", self.variants, "at least one")
+        super().__post_init__()
+        _check_list("workloads", self.workloads)
+        _check_list("variants", self.variants)
+        known = self.load_format in LOAD_FORMATS
+        require(known, "load_format", self.load_format, f"one of {LOAD_FORMATS}")
         require(self.repeats >= 1, "repeats", self.repeats, "positive")
         require(self.profile_steps >= 1, "profile_steps", self.profile_steps, "positive")
         for text in self.workloads:
             Workload.parse(text)
         for name in self.variants:
             require(name in VARIANTS, "variants", name, f"one of {VARIANTS}")
+        if not self.profile:
+            require_default(self, "", ("profile_steps",), "profile is false")
+        for name, variant in (("cuda_graphs", "no_graphs"), ("overlap", "no_overlap")):
+            if self.variants == [variant]:
+                require_default(self.engine, "engine", (name,), f"variants is [{variant}]")
 
 
 @dataclass(kw_only=True)
@@ -167,12 +185,17 @@ class BenchKernelsRun(BenchRun):
     """Search for the fastest implementations of these shapes instead."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.replays >= 1, "replays", self.replays, "positive")
         some = self.rows is None or (len(self.rows) > 0 and min(self.rows) >= 1)
         require(some, "rows", self.rows, "positive numbers, at least one")
-        require(len(self.tables) > 0, "tables", self.tables, "at least one")
+        _check_list("tables", self.tables)
         for name in self.tables:
             require(name in TABLES, "tables", name, f"one of {TABLES}")
+        if self.tune:
+            require_default(self, "", ("tables", "replays", "seed"), "tune is true")
+        if "linear" not in self.tables:
+            require_default(self, "", ("rows",), "tables has no linear")
 
     @property
     def measured_rows(self) -> list[int]:
@@ -198,7 +221,8 @@ class BenchTrainerRun(BenchRun):
     """Sum row-parallel products so that a forward's bits do not depend on parallel.tensor."""
 
     def __post_init__(self) -> None:
-        require(len(self.packs) > 0, "packs", self.packs, "at least one")
+        super().__post_init__()
+        _check_list("packs", self.packs)
         require(self.tokens_per_step >= 1, "tokens_per_step", self.tokens_per_step, "positive")
         require(self.repeats >= 1, "repeats", self.repeats, "positive")
         for text in self.packs:

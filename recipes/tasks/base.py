@@ -4,6 +4,8 @@ import importlib
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from samebit.trainer.config import require_default
+
 # A new task is one new module with `load(config) -> (train, eval)` and one line here. A task's
 # name may carry a variant after a slash ("reasoning_gym/chain_sum"), which its module reads.
 TASKS = {
@@ -61,6 +63,13 @@ class DataConfig:
     """Generated tasks: which problems are drawn."""
     args: dict[str, Any] = field(default_factory=dict)
     """Generated tasks: arguments of the generator."""
+
+    def __post_init__(self) -> None:
+        if self.path is not None:
+            require_default(self, "data", ("size", "seed"), "data.path is given")
+        if self.task != "file":
+            keys = ("prompt_key", "label_key", "metadata_keys")
+            require_default(self, "data", keys, f"data.task is {self.task!r}")
 
 
 def load_datasets(config: DataConfig) -> tuple[Dataset, Dataset]:

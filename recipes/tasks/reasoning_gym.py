@@ -110,7 +110,7 @@ def _factory() -> Any:
         import reasoning_gym
     except ImportError as error:
         raise ImportError(
-            f"the reasoning_gym tasks need a package ({error}): pip install samebit[demo]"
+            f"the reasoning_gym tasks need a package ({error}): pip install reasoning-gym"
         ) from error
     return reasoning_gym.factory
 

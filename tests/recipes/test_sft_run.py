@@ -158,6 +158,6 @@ def test_empty_labels_are_refused(runs, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "12=", "label": ""}\n{"prompt": "13=", "label": "31"}\n')
     arguments = [a for a in runs.arguments("empty") if not a.startswith("data")]
-    run = resolve("sft", [*arguments, "data=file", f"data.path={data}", "data.eval_size=1"])
+    run = resolve("sft", [*arguments, "data=file", f"data.path={data}"])
     with pytest.raises(ValueError, match="problem 0: its label is empty"):
         sft.train(run)

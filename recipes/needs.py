@@ -1,0 +1,77 @@
+"""What a run needs of the machine beside its inputs: packages, and a login for wandb.
+
+Found out before a phase begins, and in dry_run, without importing what is slow to import.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+from samebit.recipes.config import DemoRun, FetchRun, GrpoRun, SftRun
+
+
+class MissingError(ImportError):
+    """A run needs something that is not there; the message says what would do."""
+
+
+def require_ready(run: Any) -> None:
+    """Raises MissingError, naming the key, for a package or a login that `run` cannot do without.
+
+    Commands that need neither pass.
+    """
+    for why, package, instead in _packages(run):
+        module = package.replace("-", "_")
+        if importlib.util.find_spec(module) is None:
+            raise MissingError(
+                f"{why} needs the package {package}, which is not installed: "
+                f"pip install {package}{f', or give {instead}' if instead else ''}"
+            )
+    for prefix, phase in _phases(run):
+        if phase.logger.wandb == "online":
+            _require_wandb_login(prefix)
+
+
+def _phases(run: Any) -> list[tuple[str, SftRun | GrpoRun]]:
+    if isinstance(run, DemoRun):
+        return [(f"{n}.", p) for n, p in (("sft", run.sft), ("grpo", run.grpo)) if p is not None]
+    return [("", run)] if isinstance(run, SftRun | GrpoRun) else []
+
+
+def _packages(run: Any) -> Iterator[tuple[str, str, str]]:
+    """Why a package is needed, its name, and what would do without."""
+    if isinstance(run, FetchRun) or (isinstance(run, DemoRun) and run.model == "smollm2"):
+        instead = "device=cpu for the tiny model" if isinstance(run, DemoRun) else ""
+        yield "reading the GGUF file of SmolLM2", "gguf", instead
+        yield "reading the GGUF file of SmolLM2", "accelerate", instead
+    for prefix, phase in _phases(run):
+        data, wandb = phase.data, phase.logger.wandb
+        if wandb != "disabled":
+            why = f"{prefix}logger.wandb, which is {wandb!r},"
+            yield why, "wandb", f"{prefix}logger.wandb=disabled"
+        if data.task.startswith("reasoning_gym"):
+            yield f"{prefix}data.task, which is {data.task!r},", "reasoning-gym", ""
+        if any(str(path).endswith(".parquet") for path in (data.path, data.eval_path)):
+            yield f"{prefix}data, a .parquet file,", "pyarrow", "a .jsonl file"
+        if isinstance(phase, GrpoRun):
+            yield "report.html, with its curves,", "matplotlib", ""
+            name = phase.reward.name
+            if name in ("math_verify", "reasoning_gym"):
+                yield f"{prefix}reward.name, which is {name!r},", name.replace("_", "-"), ""
+
+
+def _require_wandb_login(prefix: str) -> None:
+    """MissingError unless wandb finds a key where it looks for one; asks no server."""
+    import wandb
+    from wandb.sdk.lib import wbauth
+
+    ask = {"source": "samebit", "prompt": False, "update_session": False}
+    try:
+        found = wbauth.authenticate_session(host=wandb.setup().settings.base_url, **ask)
+        problem = None if found else "no API key is configured"
+    except wandb.Error as error:
+        problem = str(error)
+    if problem:
+        raise MissingError(
+            f"{prefix}logger.wandb is 'online' and {problem}: run `wandb login`, set "
+            f"WANDB_API_KEY, or give {prefix}logger.wandb=offline"
+        )

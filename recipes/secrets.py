@@ -1,0 +1,136 @@
+"""Values that a run uses and nothing shows: what an interpolation gives, and secrets by name.
+
+A guarded value is the text or number itself; its repr, and the configuration as it is written or
+printed, have the interpolation in its place, or ***.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
+
+HIDDEN = "***"
+_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+_SECRET_WORDS = {
+    "apikey", "auth", "authorization", "bearer", "credential", "credentials", "passphrase",
+    "passwd", "password", "pwd", "secret", "secrets", "token",
+}  # fmt: skip
+_SECRET_KEYS = re.compile(r"(?i)(api|access|auth|private|secret|encryption)[_-]?key")
+_VARIABLE = re.compile(r"oc\.env:\s*(\w+)")
+
+
+class Guarded:
+    """A value with what stands for it where it is shown."""
+
+    shown: str
+    secret: bool
+    """Whether its name says that it is one: then nothing is derived from it either."""
+
+    def __repr__(self) -> str:
+        return repr(self.shown)
+
+
+class GuardedText(Guarded, str):
+    """A text; as a str it is the text."""
+
+    __str__ = str.__str__
+
+
+class GuardedInt(Guarded, int):
+    """A whole number."""
+
+    __str__ = int.__repr__
+
+
+class GuardedFloat(Guarded, float):
+    """A number."""
+
+    __str__ = float.__repr__
+
+
+_GUARDS: dict[type, type[Any]] = {str: GuardedText, int: GuardedInt, float: GuardedFloat}
+
+
+def is_secret_name(name: str, value: Any = "") -> bool:
+    """Whether a free argument's name says that its value is a secret.
+
+    A number is one only under a name that ends so: token_budget=100 is none.
+    """
+    words = [word.lower() for word in _WORDS.findall(name)]
+    if _SECRET_KEYS.search(name):
+        return True
+    considered = words if isinstance(value, str) else words[-1:]
+    return not _SECRET_WORDS.isdisjoint(considered)
+
+
+def build(schema: Any, values: Mapping[str, Any], raw: Any) -> Any:
+    """The dataclass of resolved `values`, guarded by what `raw`, the same unresolved, says."""
+    types = get_type_hints(schema)
+    return schema(**{name: _built(types[name], x, _at(raw, name)) for name, x in values.items()})
+
+
+def _built(annotation: Any, value: Any, raw: Any) -> Any:
+    section = next((t for t in (annotation, *get_args(annotation)) if is_dataclass(t)), None)
+    if section is not None and isinstance(value, Mapping):
+        return build(section, value, raw)
+    free = get_origin(annotation) is dict
+    return _guarded(value, raw, free=free, secret=False)
+
+
+def _at(raw: Any, key: Any) -> Any:
+    """A part of the unresolved values; where the whole is one interpolation, that."""
+    return raw if isinstance(raw, str) else raw[key]
+
+
+def _guarded(value: Any, raw: Any, *, free: bool, secret: bool) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            k: _guarded(x, _at(raw, k), free=free, secret=secret or is_secret_name(str(k), x))
+            for k, x in value.items()
+        }
+    if isinstance(value, list):
+        return [_guarded(x, _at(raw, i), free=free, secret=secret) for i, x in enumerate(value)]
+    source = raw if isinstance(raw, str) and raw != value and raw != escaped(str(value)) else None
+    kind = _GUARDS.get(type(value))
+    if kind is None or not (source or secret) or not (free or kind is GuardedText):
+        return value
+    guarded = kind(value)
+    guarded.shown = source or HIDDEN
+    variables = _VARIABLE.findall(source or "")
+    guarded.secret = secret or any(map(is_secret_name, variables))
+    return guarded
+
+
+def scrubbed(message: str, value: Any) -> str:
+    """A message with what stands for the guarded values of a configuration that it quotes."""
+    if is_dataclass(value):
+        value = [getattr(value, f.name) for f in fields(value)]
+    if isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            message = scrubbed(message, inner)
+    elif isinstance(value, Guarded) and len(str(value)) > 3:  # shorter ones are in any word
+        message = message.replace(str(value), value.shown)
+    return message
+
+
+def escaped(text: str) -> str:
+    """Text that OmegaConf reads as `text`, whatever stands in it."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def plain(value: Any, text: Callable[[str], str] = str, *, shown: bool = True) -> Any:
+    """Dataclasses as plain values, as they may be shown; each text goes through `text`.
+
+    With shown=False guarded values are themselves, but for secrets.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name), text, shown=shown) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {k: plain(x, text, shown=shown) for k, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(x, text, shown=shown) for x in value]
+    if isinstance(value, Guarded):
+        if shown or value.secret:
+            return value.shown
+        value = next(kind for kind in _GUARDS if isinstance(value, kind))(value)
+    return text(value) if isinstance(value, str) else value

@@ -1,0 +1,8 @@
+"""A reward that is given secrets, for test_secrets.py; named as module:function."""
+
+
+def strict(text, problem, *, api_key, other):
+    """Scores if the secrets came through."""
+    assert api_key.startswith("sk-named")
+    assert other.startswith("from-the-environment")
+    return float(len(text))
