@@ -9,13 +9,12 @@ from samebit.recipes.config import SftRun
 from samebit.recipes.export import write_model
 from samebit.recipes.order import problem_index
 from samebit.recipes.placement import make_trainer
-from samebit.recipes.plan import print_plan, sft_plan
+from samebit.recipes.plan import checked_model, print_plan, sft_plan
 from samebit.recipes.session import Session, open_session
 from samebit.recipes.signals import StopSignals, stop_signals
 from samebit.recipes.tasks.base import Dataset, load_datasets
 from samebit.recipes.text import TextCodec
 from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.algorithms.sft import sft_loss
 from samebit.trainer.checkpoint import latest_checkpoint
 from samebit.trainer.packing import pack_samples
@@ -51,7 +50,7 @@ def train(run: SftRun) -> dict[str, Any]:
     """Run to the end and export to run_dir/model; the summary."""
     with stop_signals() as stop:
         # Everything is read before anything of an earlier run is removed.
-        model, (data, _held_out) = load_model_config(run.model.path), load_datasets(run.data)
+        model, (data, _held_out) = checked_model(run), load_datasets(run.data)
         text = TextCodec(run.model.path, run.data.chat)
         return _train(run, open_session(run), stop, model, data, text)
 
