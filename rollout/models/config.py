@@ -63,7 +63,7 @@ class Family:
     eos_token_id: int | None = None
     """Where a folder says nothing; transformers' default."""
     explicit: Collection[str] = ()
-    """Optional keys of config.json for which transformers would take a number of its own."""
+    """Sizes that other families derive, and for which transformers takes a number of its own."""
 
 
 @dataclass(frozen=True)

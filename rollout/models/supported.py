@@ -88,10 +88,13 @@ def _refuse_quantised_and_code(config: JsonFile) -> None:
 
 
 def _require_sizes(config: JsonFile, explicit: Collection[str]) -> None:
-    for key in (*_SIZES, *explicit):
-        config.require(key, is_size, "an integer of at least 1")
+    right = "an integer of at least 1"
+    for key in _SIZES:
+        config.require(key, is_size, right)
     for key in ("num_key_value_heads", "head_dim"):
-        config.require_if_given(key, is_size, "an integer of at least 1")
+        if key in explicit and key not in config.values:
+            raise config.wrong(key, right)
+        config.require_if_given(key, is_size, right)
     heads = config.values["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     if heads % kv_heads:
