@@ -76,7 +76,9 @@ def own_gradients(weights: Iterable[torch.Tensor]) -> None:
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total [N, K] fp32 += a [N, T] @ b [T, K], summed in fp32."""
+    """total [N, K] fp32 += a [N, T] @ b [T, K], summed in fp32. Any of them may be empty."""
+    if not a.numel() or not b.numel():
+        return
     if a.dtype == torch.float32:
         total += a @ b
     else:

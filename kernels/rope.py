@@ -12,6 +12,18 @@ import torch
 
 from samebit.kernels.op import Op, require_fp32
 
+SCALING_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+"""The kinds of `scaling` that there are, and the numbers that each of them takes."""
+
 
 def rope_table(
     head_dim: int,
@@ -23,8 +35,8 @@ def rope_table(
     """cos and sin of every angle, [max_position, H] in fp32: H/2 cosines, then H/2 sines.
 
     Computed on the CPU whatever the device, so that every process holds the same table.
-    `scaling` is a Hugging Face rope_scaling dict of type "default", "linear" or "llama3";
-    any other raises ValueError.
+    An entry does not depend on max_position. `scaling` is a Hugging Face rope_scaling dict of a
+    type in SCALING_KEYS; any other raises ValueError.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequency = _scale_frequency(1.0 / (theta**exponent), scaling)

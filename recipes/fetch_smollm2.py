@@ -6,6 +6,7 @@ transformers dequantises them; they are written in bf16, which both devices load
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from samebit.recipes.compose import ConfigError
 from samebit.recipes.config import FetchRun
@@ -37,7 +38,11 @@ def write_folder(gguf: Path, out: Path) -> int:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": gguf.parent,
+        "gguf_file": gguf.name,
+        "trust_remote_code": False,
+    }
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(**source)
     out.mkdir(parents=True, exist_ok=True)

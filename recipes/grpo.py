@@ -19,7 +19,7 @@ from samebit.recipes.config import GrpoRun
 from samebit.recipes.metrics import MetricsLogger, NoLogger
 from samebit.recipes.order import SampleIds, problem_index
 from samebit.recipes.placement import make_trainer, start_engine
-from samebit.recipes.plan import grpo_plan, print_plan
+from samebit.recipes.plan import checked_model, grpo_plan, print_plan, require_lengths
 from samebit.recipes.report import write_report
 from samebit.recipes.rewards import RewardError, load_reward, score
 from samebit.recipes.rollouts import save_rollout
@@ -29,7 +29,6 @@ from samebit.recipes.signals import StopSignals, stop_signals
 from samebit.recipes.step import Rollout, rollout_metrics, sample_rows, speed, train_metrics
 from samebit.recipes.tasks.base import Problem, load_datasets
 from samebit.recipes.text import TextCodec
-from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.remote import RemoteEngineError
 from samebit.rollout.types import SamplingParams
 from samebit.trainer.algorithms.grpo import GrpoLoss, group_advantages
@@ -73,10 +72,11 @@ class Inputs:
     """What a run reads: all of it before anything of an earlier run is removed."""
 
     def __init__(self, run: GrpoRun) -> None:
-        self.model = load_model_config(run.model.path)
+        self.model = checked_model(run)
         self.train_set, self.eval_set = load_datasets(run.data)
         self.reward = load_reward(run.reward)
         self.text = TextCodec(run.model.path, run.data.chat)
+        require_lengths(run, self.model)
 
 
 class GrpoRecipe:

@@ -31,7 +31,13 @@ def make_trainer(
     """A trainer as the run asks for, with the weights of its model's folder."""
     settings, invariant = run.trainer, run.numerics.tp_invariant
     trainer = MegatronTrainer(
-        model, settings.optimizer, num_updates, device, settings.parallel, invariant
+        model,
+        settings.optimizer,
+        num_updates,
+        device,
+        settings.parallel,
+        invariant,
+        longest=settings.micro_batch_tokens,
     )
     load_weights(trainer, run.model.path)
     return trainer

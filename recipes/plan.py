@@ -1,6 +1,7 @@
 """dry_run: the resolved plan of a run, from its configuration alone. Nothing is allocated."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 from samebit.recipes.compose import to_yaml
@@ -9,9 +10,10 @@ from samebit.recipes.rewards import load_reward
 from samebit.recipes.tasks.base import load_datasets
 from samebit.rollout.config import resolve_device, resolve_dtype
 from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.models.decoder import param_specs
-from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.models.decoder import param_specs, segment_shapes
+from samebit.rollout.models.registry import load_model_config, load_stop_tokens
 from samebit.rollout.runtime.kv_cache import kv_bytes_per_token
+from samebit.rollout.runtime.weights import open_safetensors
 from samebit.trainer.config import TrainerConfig
 from samebit.trainer.megatron.stages import make_stage
 from samebit.weight_sync.mapping import Shard, hf_shapes
@@ -46,19 +48,39 @@ def _memory(model: ModelConfig, device_type: str, trainer: TrainerConfig) -> dic
     }
 
 
-def _checked_inputs(run: GrpoRun | SftRun) -> ModelConfig:
-    """The model; ValueError for one that the layout does not fit, and for bad data."""
+def checked_model(run: GrpoRun | SftRun) -> ModelConfig:
+    """The model that a run starts from; ValueError or OSError for one that it could not.
+
+    The layout and the headers of the weights are looked at, no weight is read.
+    """
     model, parallel = load_model_config(run.model.path), run.trainer.parallel
     param_specs(model, Shard(0, parallel.tensor))
     make_stage(model, 0, parallel.pipeline, parallel.virtual_pipeline)
-    load_datasets(run.data)
+    if run.numerics.tp_invariant:
+        segment_shapes(model, resolve_device(run.device))
+    open_safetensors(Path(run.model.path), param_specs(model))
     return model
+
+
+def require_lengths(run: GrpoRun, model: ModelConfig) -> None:
+    """ValueError unless the longest sample fits the model's context and the KV cache."""
+    longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
+    lengths = "rollout.max_prompt_len + rollout.max_new_tokens"
+    model.require_context(longest, lengths)
+    tokens, page = run.engine.kv_cache_tokens, run.engine.page_size
+    if tokens is not None and tokens // page * page < longest:
+        raise ValueError(
+            f"{lengths} = {longest} tokens; engine.kv_cache_tokens is {tokens}, whole pages of "
+            f"{page} tokens: give at least {-(-longest // page) * page}"
+        )
 
 
 def grpo_plan(run: GrpoRun) -> dict[str, Any]:
     """Batch arithmetic and memory estimate."""
-    model = _checked_inputs(run)
+    model = checked_model(run)
+    load_datasets(run.data)
     load_reward(run.reward)
+    require_lengths(run, model)
     resolved = resolve_device(run.device)
     device = resolved.type
     memory = _memory(model, device, run.trainer)
@@ -83,7 +105,8 @@ def grpo_plan(run: GrpoRun) -> dict[str, Any]:
 
 def sft_plan(run: SftRun) -> dict[str, Any]:
     """Batch arithmetic and memory estimate."""
-    model = _checked_inputs(run)
+    model = checked_model(run)
+    load_datasets(run.data)
     device = resolve_device(run.device).type
     return {
         "device": device,
@@ -94,7 +117,8 @@ def sft_plan(run: SftRun) -> dict[str, Any]:
 
 
 def print_plan(run: GrpoRun | SftRun, plan: dict[str, Any]) -> None:
-    """The configuration as YAML, then the plan, one figure a line."""
+    """The configuration as YAML, what ends a completion, then the plan, one figure a line."""
     print(to_yaml(run))
+    print(f"stop tokens: {load_stop_tokens(run.model.path)}")
     for name, value in plan.items():
         print(f"{name:28s} {value:,}" if isinstance(value, int | float) else f"{name:28s} {value}")

@@ -10,13 +10,12 @@ from samebit.recipes.config import SftRun
 from samebit.recipes.export import write_model
 from samebit.recipes.order import problem_index
 from samebit.recipes.placement import make_trainer
-from samebit.recipes.plan import print_plan, sft_plan
+from samebit.recipes.plan import checked_model, print_plan, sft_plan
 from samebit.recipes.session import Session, open_session, require_startable
 from samebit.recipes.signals import StopSignals, stop_signals
 from samebit.recipes.tasks.base import Dataset, load_datasets
 from samebit.recipes.text import TextCodec
 from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.algorithms.sft import sft_loss
 from samebit.trainer.checkpoint import latest_checkpoint
 from samebit.trainer.packing import pack_samples
@@ -55,7 +54,7 @@ def train(run: SftRun, started: Callable[[], None] = lambda: None) -> dict[str, 
     """
     with stop_signals() as stop:
         # Everything is read before anything of an earlier run is touched.
-        model, datasets = load_model_config(run.model.path), load_datasets(run.data)
+        model, datasets = checked_model(run), load_datasets(run.data)
         text = TextCodec(run.model.path, run.data.chat)
         with open_session(run, datasets) as session:
             return _train(run, session, stop, model, datasets[0], text, started)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from samebit.recipes.tasks.base import Problem
+from samebit.rollout.models.registry import require_taught_end
 
 
 class TextCodec:
@@ -18,7 +19,8 @@ class TextCodec:
             raise FileNotFoundError(f"model folder {folder} does not exist (from {Path.cwd()})")
         if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer_config.json")):
             raise ValueError(f"model.path {folder} holds no tokenizer (tokenizer.json)")
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        require_taught_end(folder, self._tokenizer.eos_token_id)
         self._chat = chat
         if chat and self._tokenizer.chat_template is None:
             raise ValueError(

@@ -1,5 +1,6 @@
 """EngineConfig: the engine's settings, checked before anything is allocated."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,11 @@ from pathlib import Path
 import torch
 
 from samebit.kernels.reduce import ALONE, TensorRanks, peers_of
-from samebit.rollout.types import MAX_UINT64
+from samebit.rollout.values import MAX_UINT64, as_flag, as_integer, shown
+
+_INTEGERS = ("page_size", "max_batch_tokens", "max_num_seqs", "prefill_chunk", "seed")
+_OPTIONAL_INTEGERS = ("kv_cache_tokens", "max_model_len")
+_FLAGS = ("prefix_cache", "cuda_graphs", "overlap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,7 @@ class EngineConfig:
     """Plan and start a step while the one before still runs."""
 
     def __post_init__(self) -> None:
+        self._bring_to_type()
         for name in ("page_size", "max_batch_tokens", "max_num_seqs", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Engine {name} is {getattr(self, name)}; it must be at least 1")
@@ -65,6 +71,30 @@ class EngineConfig:
                 f"Engine load_format is '{self.load_format}'; use 'safetensors' or 'dummy'"
             )
 
+    def _bring_to_type(self) -> None:
+        given = [name for name in _OPTIONAL_INTEGERS if getattr(self, name) is not None]
+        for name in (*_INTEGERS, *given):
+            self._set(name, as_integer(getattr(self, name), f"Engine {name}"))
+        for name in _FLAGS:
+            self._set(name, as_flag(getattr(self, name), f"Engine {name}"))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+
+def as_path(value: object, what: str) -> Path:
+    """A path, given as text or Path; ValueError, which says `what`, for anything else."""
+    if not isinstance(value, str | os.PathLike) or not str(value):
+        raise ValueError(f"{what} is {shown(value)}; it must be the path of a local model folder")
+    return Path(value)
+
+
+def as_ranks(value: object) -> TensorRanks:
+    """Tensor parallel ranks; ValueError for anything else."""
+    if not isinstance(value, TensorRanks):
+        raise ValueError(f"Engine ranks is {shown(value)}; it must be TensorRanks, with a group")
+    return value
+
 
 def can_record(device: torch.device, ranks: TensorRanks) -> bool:
     """Whether CUDA graphs can hold a step: tensor parallel ranks have to read each other's GPU."""
@@ -88,8 +118,11 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError:
-        raise DeviceError(f"device is '{device}'; it must be cpu or cuda") from None
+        known = resolved.type in ("cpu", "cuda")
+    except (RuntimeError, TypeError):
+        known = False
+    if not known:
+        raise DeviceError(f"device is '{device}'; it must be cpu or cuda")
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
             "device=cuda was asked for, but torch finds no CUDA device; use device=cpu"

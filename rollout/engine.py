@@ -16,13 +16,20 @@ from samebit.kernels.profile import NumericsProfile, numerics_profile
 from samebit.kernels.reduce import ALONE, TensorRanks, smallest
 from samebit.rollout.config import (
     EngineConfig,
+    as_path,
+    as_ranks,
     automatic_kv_bytes,
     can_record,
     on_device,
     own_device,
     resolve_dtype,
 )
-from samebit.rollout.models.decoder import Decoder, param_specs, selfcheck_model
+from samebit.rollout.models.decoder import (
+    Decoder,
+    param_specs,
+    rope_table_of,
+    selfcheck_model,
+)
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.kv_cache import KVCache, PagePool, kv_bytes_per_token
 from samebit.rollout.runtime.memory import Arena
@@ -71,9 +78,9 @@ class Engine(WeightControl):
         overlap: bool | None = None,
         ranks: TensorRanks = ALONE,
     ) -> None:
-        resolved = own_device(device)
+        ranks, resolved = as_ranks(ranks), own_device(device)
         self.config = EngineConfig(
-            model_path=Path(model_path),
+            model_path=as_path(model_path, "Engine model_path"),
             device=resolved,
             dtype=resolve_dtype(dtype, resolved),
             page_size=page_size,
@@ -116,11 +123,13 @@ class Engine(WeightControl):
         """Complete every prompt; outer list in the prompts' order, inner in the samples' order.
 
         sample_ids [prompts][n] key the noise; by default they are the running index in the call,
-        so the same call repeats itself. Raises ValueError for bad input before anything runs, and
-        WeightSyncError while the weights are not one whole version.
+        so the same call repeats itself, and several samples of one prompt come from one call.
+        Raises ValueError for bad input before anything runs, and WeightSyncError while the weights
+        are not one whole version.
         """
-        layers = tuple(return_hidden_states)
-        requests = self.requests.generation(prompt_ids, sampling_params, sample_ids, layers)
+        requests = self.requests.generation(
+            prompt_ids, sampling_params, sample_ids, return_hidden_states
+        )
         return self._finish(self._add_all(requests), progress)
 
     async def agenerate(
@@ -131,9 +140,15 @@ class Engine(WeightControl):
         *,
         return_hidden_states: Sequence[int] = (),
     ) -> list[list[Completion]]:
-        """`generate` for asyncio; concurrent calls share the engine's batches."""
-        layers = tuple(return_hidden_states)
-        requests = self.requests.generation(prompt_ids, sampling_params, sample_ids, layers)
+        """`generate` for asyncio; concurrent calls share the engine's batches.
+
+        Without sample_ids every sample gets an id that this engine never gave before: from 2^64 - 1
+        downwards, in the order of the calls. So calls for the same prompt give different samples;
+        what is to be repeated must be given its ids.
+        """
+        requests = self.requests.generation(
+            prompt_ids, sampling_params, sample_ids, return_hidden_states, fresh_ids=True
+        )
         groups = self._add_all(requests)  # at once, so that concurrent calls share batches
         try:
             return await asyncio.to_thread(self._finish, groups, None)
@@ -164,10 +179,14 @@ class Engine(WeightControl):
         *,
         return_hidden_states: Sequence[int] = (),
     ) -> str:
-        """Queue one prompt; returns the request id that `step` reports on."""
+        """Queue one prompt; returns the request id that `step` reports on.
+
+        sample_ids [n]: by default ids that this engine never gave before, as in agenerate.
+        """
         ids = None if sample_ids is None else [sample_ids]
-        layers = tuple(return_hidden_states)
-        [request] = self.requests.generation([prompt_ids], sampling_params, ids, layers)
+        [request] = self.requests.generation(
+            [prompt_ids], sampling_params, ids, return_hidden_states, fresh_ids=True
+        )
         with self._lock:
             self._add(request)
             self._for_step.add(request.request_id)
@@ -247,7 +266,8 @@ class Engine(WeightControl):
         )
         cache = KVCache(m, num_pages, c.page_size, c.dtype, self.arena, c.ranks.size)
         slots = Slots(c.max_num_seqs, self.max_model_len + 1, c.page_size, c.seed)
-        decoder = Decoder(m, self.weights, c.ranks)
+        positions = min(self.max_model_len, self.kv_capacity)  # no request may be longer
+        decoder = Decoder(m, self.weights, rope_table_of(m, positions, c.device), c.ranks)
         self.runner = Runner(decoder, cache, c.max_num_seqs, c.cuda_graphs)
         self.sampler = Sampler(m.vocab_size, m.eos_token_ids)
         self.scheduler = Scheduler(c, self.pool, self.prefixes, slots)
@@ -259,6 +279,7 @@ class Engine(WeightControl):
             num_layers=m.num_layers,
             max_model_len=self.max_model_len,
             kv_capacity=self.kv_capacity,
+            eos_token_ids=m.eos_token_ids,
         )
 
     def _add(self, request: Request) -> list[RunningSequence]:

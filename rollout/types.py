@@ -1,15 +1,13 @@
 """What users give to the engine and get back. Per-token fields are marked [L]."""
 
-import operator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from samebit.rollout.ranges import RANGES, require_in_range
+from samebit.rollout.values import MAX_UINT64, as_flag, as_integer, as_list, as_number
 from samebit.weight_sync.types import VersionSpan
-
-MAX_UINT64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +44,16 @@ class SamplingParams:
     """Return the log-prob of every drawn token."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        where = "SamplingParams.stop_token_ids"
+        stops = as_list(self.stop_token_ids, where, "a list of token ids", ordered=False)
+        self._set("stop_token_ids", tuple(as_integer(i, f"{where}: token") for i in stops))
         for name in ("n", "top_k", "max_new_tokens", "min_new_tokens", "seed"):
-            value = getattr(self, name)
-            if value is not None or name != "seed":
-                integer = as_integer(value, f"SamplingParams.{name}")
-                object.__setattr__(self, name, integer)
+            if name != "seed" or self.seed is not None:
+                self._set(name, as_integer(getattr(self, name), f"SamplingParams.{name}"))
+        for name in ("temperature", "top_p", "min_p"):
+            self._set(name, as_number(getattr(self, name), f"SamplingParams.{name}"))
+        for name in ("ignore_eos", "logprobs"):
+            self._set(name, as_flag(getattr(self, name), f"SamplingParams.{name}"))
         _require(self.n >= 1, "n", self.n, "at least 1")
         for name in RANGES:
             require_in_range(name, getattr(self, name), f"SamplingParams.{name}")
@@ -61,18 +63,13 @@ class SamplingParams:
         if self.seed is not None:
             _require(0 <= self.seed <= MAX_UINT64, "seed", self.seed, "an unsigned 64-bit integer")
 
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
     @property
     def limits(self) -> bool:
         """Whether top-k, top-p or min-p forbid any token."""
         return bool(self.top_k or self.top_p < 1 or self.min_p > 0)
-
-
-def as_integer(value: Any, what: str) -> int:
-    """ValueError that names `what` unless the value is an integer of some type."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{what} is {value!r}; it must be an integer") from None
 
 
 def _require(holds: bool, name: str, value: object, what: str) -> None:

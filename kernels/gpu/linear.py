@@ -106,8 +106,13 @@ def _checked(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch
 def linear(
     x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """x [T, K] times weight [N, K] transposed -> [T, N] in out_dtype (default: x's)."""
+    """x [T, K] times weight [N, K] transposed -> [T, N] in out_dtype (default: x's).
+
+    T and N may be 0: a rank may hold no row of the vocabulary.
+    """
     x, weight = _checked(x, weight)
+    if not len(weight):
+        return torch.empty(len(x), 0, dtype=out_dtype or x.dtype, device=x.device)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype or x.dtype, device=x.device)
     for start, length in row_pieces(x.shape[0]):
         product(x[start : start + length], weight, y[start : start + length])
@@ -119,7 +124,7 @@ def linear_in_segments(x: torch.Tensor, weight: torch.Tensor, num_segments: int)
 
     The tree's lowest sums are made by the products: an odd part's is added to the even one's.
     """
-    if num_segments == 1:
+    if num_segments == 1 or not len(weight):
         return linear(x, weight, torch.float32)
     x, weight = _checked(x, weight)
     parts = list(zip(x.chunk(num_segments, 1), weight.chunk(num_segments, 1), strict=True))

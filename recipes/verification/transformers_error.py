@@ -71,7 +71,7 @@ def chat_texts(model_path: Path) -> list[Text]:
     """The conversations by the folder's chat template, or as plain text where it has none."""
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     texts = []
     for question, answer in CONVERSATIONS:
@@ -92,7 +92,7 @@ def prose_texts(model_path: Path, num_passages: int, num_tokens: int) -> list[Te
 
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
     prose = "\n".join(topics[name] for name in sorted(topics))
     token_ids = tokenizer.encode(prose[: 8 * num_passages * num_tokens], add_special_tokens=False)
     starts = range(0, num_passages * num_tokens, num_tokens)
@@ -129,7 +129,7 @@ def theirs(
     gc.collect()  # the model before
     torch.cuda.empty_cache()
     model = AutoModelForCausalLM.from_pretrained(
-        model_path, dtype=weights, attn_implementation="eager"
+        model_path, dtype=weights, attn_implementation="eager", trust_remote_code=False
     ).to(device)
     if dtype == torch.float32:
         model = model.float()

@@ -79,6 +79,12 @@ def param_specs(config: ModelConfig, shard: Shard | None = None) -> list[ParamSp
     return specs
 
 
+def rope_table_of(config: ModelConfig, num_positions: int, device: torch.device) -> torch.Tensor:
+    """The angles of a model's first positions [num_positions, H]; never more than it has."""
+    rows = min(num_positions, config.max_position)
+    return rope_table(config.head_dim, config.rope_theta, rows, config.rope_scaling, device)
+
+
 def selfcheck_model(config: ModelConfig, device: torch.device, ranks: TensorRanks = ALONE) -> None:
     """Prove the contract for the shapes of a rank's shard on this machine; see kernels.selfcheck.
 
@@ -89,7 +95,7 @@ def selfcheck_model(config: ModelConfig, device: torch.device, ranks: TensorRank
     shapes.add((config.vocab_size, config.hidden_size))
     columns_cut, segments = set(), set()
     if ranks.invariant:
-        segments = _segment_shapes(config, device)
+        segments = segment_shapes(config, device)
         rows_of = {s.name: s.shape[0] for s in param_specs(config)}
         columns_cut = {(*s.shape, ranks.size) for s in specs if s.shape[0] < rows_of[s.name]}
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
@@ -97,8 +103,11 @@ def selfcheck_model(config: ModelConfig, device: torch.device, ranks: TensorRank
     selfcheck(shapes, heads, widths, device, columns_cut, segments)
 
 
-def _segment_shapes(config: ModelConfig, device: torch.device) -> set[tuple[int, int]]:
-    """Of the products that tp_invariant cuts row-parallel weights into."""
+def segment_shapes(config: ModelConfig, device: torch.device) -> set[tuple[int, int]]:
+    """Of the products that tp_invariant cuts row-parallel weights into.
+
+    Raises ValueError for a width that cannot be cut.
+    """
     step = TP_SEGMENTS * (16 if device.type == "cuda" else 1)  # tensor cores take 16 of K at a time
     widths = {
         "num_attention_heads x head_dim": config.num_heads * config.head_dim,
@@ -141,28 +150,27 @@ class Decoder:
     """Inference forward over parameters that somebody else owns and may rewrite in place.
 
     `params` are the shard of `ranks`; heads, features and vocabulary are split over them, and
-    every rank gets the whole result.
+    every rank gets the whole result. `rope_table` has a row for every position that may come.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         params: Mapping[str, torch.Tensor],
+        rope_table: torch.Tensor,
         ranks: TensorRanks = ALONE,
     ) -> None:
         self.config = config
         self.ranks = ranks
+        self.rope_table = rope_table
         self.embedding = params[EMBEDDING]
         self._output_weight = params[EMBEDDING if config.tie_embeddings else OUTPUT]
         self.final_norm = params[FINAL_NORM]
         self.layers = [_layer(params, i) for i in range(config.num_layers)]
-        self.rope_table = rope_table(
-            config.head_dim,
-            config.rope_theta,
-            config.max_position,
-            config.rope_scaling,
-            self.embedding.device,
-        )
+
+    def with_params(self, params: Mapping[str, torch.Tensor]) -> "Decoder":
+        """The same model over other parameters."""
+        return Decoder(self.config, params, self.rope_table, self.ranks)
 
     def forward(
         self,

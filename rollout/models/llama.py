@@ -1,12 +1,5 @@
 """Llama 2 and 3, SmolLM2 and their kin: grouped-query attention, SwiGLU, no biases."""
 
-from typing import Any
+from samebit.rollout.models.config import Family
 
-from samebit.rollout.models.config import ModelConfig, decoder_config
-
-ARCHITECTURE = "LlamaForCausalLM"
-
-
-def config_from_hf(hf: Any) -> ModelConfig:
-    """Sizes from a transformers LlamaConfig."""
-    return decoder_config(hf, ARCHITECTURE, qk_norm=False)
+FAMILY = Family(architecture="LlamaForCausalLM", model_type="llama", qk_norm=False, eos_token_id=2)

@@ -1,20 +1,36 @@
-"""From a Hugging Face architecture name to the file that knows it."""
+"""From a Hugging Face folder to its model, whose architecture one of the files here knows."""
 
 from pathlib import Path
 
 from samebit.rollout.models import llama, qwen3
-from samebit.rollout.models.config import ModelConfig, read_hf_config
+from samebit.rollout.models.config import ModelConfig, ModelFolder
+from samebit.rollout.models.stop_tokens import StopTokens
 
-MODELS = {module.ARCHITECTURE: module for module in (llama, qwen3)}
+FAMILIES = (llama.FAMILY, qwen3.FAMILY)
 
 
 def load_model_config(model_path: str | Path) -> ModelConfig:
-    """ModelConfig of a local Hugging Face folder; ValueError for an unknown architecture."""
-    hf = read_hf_config(Path(model_path))
-    names = hf.architectures or []
-    known = [name for name in names if name in MODELS]
-    if not known:
+    """ModelConfig of a local Hugging Face folder.
+
+    Raises FileNotFoundError for what is missing, and ValueError that names file, key and value for
+    what cannot be read or is not computed here.
+    """
+    return ModelFolder.read(Path(model_path), FAMILIES).model_config()
+
+
+def load_stop_tokens(model_path: str | Path) -> StopTokens:
+    """What ends a completion of a folder's model, and where it is said; raises as above."""
+    return ModelFolder.read(Path(model_path), FAMILIES).stop_tokens
+
+
+def require_taught_end(model_path: str | Path, eos_token_id: int | None) -> None:
+    """ValueError unless the engine stops at the end token of the tokenizer as it was loaded."""
+    if eos_token_id is None:
+        return
+    stop_tokens = load_stop_tokens(model_path)
+    if eos_token_id not in stop_tokens.ids:
         raise ValueError(
-            f"{model_path}/config.json: architectures = {names}; known: {', '.join(sorted(MODELS))}"
+            f"the tokenizer of {model_path} ends a text with token {eos_token_id}, at which the "
+            f"model does not stop ({stop_tokens}); add it to eos_token_id of its "
+            "generation_config.json"
         )
-    return MODELS[known[0]].config_from_hf(hf)

@@ -2,10 +2,15 @@
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-from samebit.rollout.types import MAX_UINT64, Request, SamplingParams, as_integer
+from samebit.rollout.types import Request, SamplingParams
+from samebit.rollout.values import MAX_UINT64, as_integer, as_list, as_number, integer_of, shown
+
+_PROMPTS = "a list of prompts, each a list of token ids"
+_TOKENS = "a list of token ids"
 
 
 @dataclass(kw_only=True)
@@ -16,19 +21,33 @@ class RequestFactory:
     num_layers: int
     max_model_len: int
     kv_capacity: int
-    _ids: itertools.count = field(default_factory=itertools.count)
+    eos_token_ids: tuple[int, ...]
+    _ids: Iterator[int] = field(default_factory=itertools.count)
+    _fresh: Iterator[int] = field(default_factory=lambda: itertools.count(MAX_UINT64, -1))
+    """Sample ids for those who give none, far from those that recipes and `generate` use."""
 
     def generation(
         self,
         prompt_ids: Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None,
         sample_ids: Sequence[Sequence[int]] | None,
-        layers: tuple[int, ...],
+        layers: Sequence[int],
+        fresh_ids: bool = False,
     ) -> list[Request]:
-        """One request per prompt."""
-        per_prompt = _per_prompt(params, len(prompt_ids))
-        ids = _sample_ids(per_prompt, sample_ids)
-        layers = tuple(as_integer(layer, "return_hidden_states: layer") for layer in layers)
+        """One request per prompt.
+
+        Without sample_ids they are the running index in the call or, with fresh_ids, never given
+        before.
+        """
+        prompts = as_list(prompt_ids, "prompt_ids", _PROMPTS)
+        per_prompt = _per_prompt(params, len(prompts))
+        if sample_ids is None:
+            numbers = self._fresh if fresh_ids else itertools.count()
+            ids = [tuple(itertools.islice(numbers, p.n)) for p in per_prompt]
+        else:
+            ids = _checked_sample_ids(per_prompt, sample_ids)
+        wanted = as_list(layers, "return_hidden_states", "a list of layers")
+        layers = tuple(as_integer(layer, "return_hidden_states: layer") for layer in wanted)
         for layer in layers:
             if not 0 <= layer <= self.num_layers:
                 raise ValueError(
@@ -36,20 +55,25 @@ class RequestFactory:
                 )
         return [
             self._request(i, *arguments, layers)
-            for i, arguments in enumerate(zip(prompt_ids, per_prompt, ids, strict=True))
+            for i, arguments in enumerate(zip(prompts, per_prompt, ids, strict=True))
         ]
 
     def scoring(self, token_ids: Sequence[Sequence[int]], temperature: float) -> list[Request]:
         """One score_only request per sequence."""
+        temperature = as_number(temperature, "score temperature")
         if not temperature > 0:
             raise ValueError(f"score temperature is {temperature}; it must be positive")
         params = SamplingParams(temperature=temperature, max_new_tokens=1)
-        for i, ids in enumerate(token_ids):
+        sequences = [
+            as_list(ids, f"score sequence {i}", _TOKENS)
+            for i, ids in enumerate(as_list(token_ids, "token_ids", _PROMPTS))
+        ]
+        for i, ids in enumerate(sequences):
             if len(ids) < 2:
                 raise ValueError(f"score sequence {i} has {len(ids)} tokens; it needs at least 2")
         return [
             self._request(i, ids, params, (i,), (), score_only=True)
-            for i, ids in enumerate(token_ids)
+            for i, ids in enumerate(sequences)
         ]
 
     def _request(
@@ -61,38 +85,39 @@ class RequestFactory:
         layers: tuple[int, ...],
         score_only: bool = False,
     ) -> Request:
-        if not hasattr(prompt_ids, "__len__"):
-            raise ValueError(f"prompt {place} is {prompt_ids!r}; it must be a list of token ids")
-        if len(prompt_ids) == 0:
+        tokens = as_list(prompt_ids, f"prompt {place}", _TOKENS)
+        if not tokens:
             raise ValueError(f"prompt {place} is empty; it needs at least one token")
-        prompt_ids = self._checked_tokens(f"prompt {place}", prompt_ids)
-        self._checked_tokens("stop_token_ids", params.stop_token_ids)
+        checked = self._checked_tokens(f"prompt {place}", tokens)
+        self._check_stops(params)
         num_new = 0 if score_only else params.max_new_tokens
         for what, limit in (("context", self.max_model_len), ("KV cache", self.kv_capacity)):
-            if len(prompt_ids) + num_new > limit:
+            if len(checked) + num_new > limit:
                 raise ValueError(
-                    f"prompt {place}: {len(prompt_ids)} prompt tokens + {num_new} max_new_tokens "
+                    f"prompt {place}: {len(checked)} prompt tokens + {num_new} max_new_tokens "
                     f"exceed the {what} of {limit} tokens"
                 )
         return Request(
             request_id=str(next(self._ids)),
-            prompt_ids=prompt_ids,
+            prompt_ids=checked,
             params=params,
             sample_ids=sample_ids,
             hidden_state_layers=layers,
             score_only=score_only,
         )
 
-    def _checked_tokens(self, what: str, token_ids: Sequence[int]) -> tuple[int, ...]:
-        try:
-            tokens = tuple(map(operator.index, token_ids))
-        except TypeError:
-            place, token = next(
-                (i, t) for i, t in enumerate(token_ids) if not hasattr(t, "__index__")
-            )
+    def _check_stops(self, params: SamplingParams) -> None:
+        """Something must be left to draw where no stop token may be."""
+        own = self._checked_tokens("stop_token_ids", params.stop_token_ids)
+        stops = {*own, *(() if params.ignore_eos else self.eos_token_ids)}
+        if params.min_new_tokens and len(stops) == self.vocab_size:
             raise ValueError(
-                f"{what}: token {token!r} at position {place} is not an integer"
-            ) from None
+                f"min_new_tokens is {params.min_new_tokens}, but all {self.vocab_size} tokens of "
+                "the vocabulary are stop tokens: none could be drawn"
+            )
+
+    def _checked_tokens(self, what: str, token_ids: Sequence[int]) -> tuple[int, ...]:
+        tokens = _integers(what, token_ids)
         if tokens and (min(tokens) < 0 or max(tokens) >= self.vocab_size):
             place, token = next(
                 (i, t) for i, t in enumerate(tokens) if not 0 <= t < self.vocab_size
@@ -104,24 +129,35 @@ class RequestFactory:
         return tokens
 
 
+def _integers(what: str, token_ids: Sequence[int]) -> tuple[int, ...]:
+    if bool not in set(map(type, token_ids)):
+        with suppress(TypeError):
+            return tuple(map(operator.index, token_ids))
+    place, token = next((i, t) for i, t in enumerate(token_ids) if integer_of(t) is None)
+    raise ValueError(f"{what}: token {shown(token)} at position {place} is not an integer")
+
+
 def _per_prompt(
     params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
 ) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * num_prompts
-    if len(params) != num_prompts:
-        raise ValueError(f"{len(params)} sampling_params for {num_prompts} prompts")
-    return list(params)
+    each = as_list(params, "sampling_params", "SamplingParams, or a list of one for each prompt")
+    for i, one in enumerate(each):
+        if not isinstance(one, SamplingParams):
+            raise ValueError(f"sampling_params {i} is {shown(one)}; it must be SamplingParams")
+    if len(each) != num_prompts:
+        raise ValueError(f"{len(each)} sampling_params for {num_prompts} prompts")
+    return each
 
 
-def _sample_ids(
-    params: Sequence[SamplingParams], sample_ids: Sequence[Sequence[int]] | None
+def _checked_sample_ids(
+    params: Sequence[SamplingParams], sample_ids: Sequence[Sequence[int]]
 ) -> list[tuple[int, ...]]:
-    """The ids given, or the running index in the call."""
-    if sample_ids is None:
-        numbers = itertools.count()
-        return [tuple(itertools.islice(numbers, p.n)) for p in params]
-    checked = [tuple(as_integer(i, "sample id") for i in ids) for ids in sample_ids]
+    """The ids given, each once."""
+    right = "a list of n ids for each prompt"
+    groups = [as_list(ids, "sample_ids", right) for ids in as_list(sample_ids, "sample_ids", right)]
+    checked = [tuple(as_integer(i, "sample id") for i in ids) for ids in groups]
     counts, wanted = [len(ids) for ids in checked], [p.n for p in params]
     if counts != wanted:
         raise ValueError(f"sample_ids come in groups of {counts}; the prompts ask for n = {wanted}")

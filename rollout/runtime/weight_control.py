@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from samebit.rollout.config import EngineConfig
+from samebit.kernels.rope import SCALING_KEYS
+from samebit.rollout.config import EngineConfig, as_path
 from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.models.decoder import Decoder
+from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.memory import Arena
 from samebit.rollout.runtime.runner import Runner
 from samebit.rollout.runtime.scheduler import Scheduler
@@ -63,7 +66,7 @@ class WeightControl:
         self.weights = {name: p.detach() for name, p in params.items()}
         version = WeightVersion(step, self.digest())
         self.session = UpdateSession(self.specs, self.weights, version, self.config.ranks.group)
-        self.runner.bind(Decoder(self.model_config, self.weights, self.config.ranks))
+        self.runner.bind(self.runner.model.with_params(self.weights))
         self.flush_cache()
         return version
 
@@ -114,9 +117,12 @@ class WeightControl:
     ) -> WeightVersion:
         """Load a Hugging Face folder in place, under its own version if it carries one.
 
-        A folder that is missing or does not fit is refused before anything changes.
+        A folder that is missing or does not fit is refused before anything changes, as is one whose
+        config.json, if it has one, is of another model.
         """
-        folder = Path(model_path)
+        folder = as_path(model_path, "model_path")
+        if (folder / "config.json").exists():
+            _require_same_model(load_model_config(folder), self.model_config, folder)
         read = open_safetensors(folder, self.specs)
         version = read_version(folder)
         if step is None:
@@ -171,3 +177,23 @@ class WeightControl:
                 f"{what} needs an idle engine: {self.scheduler.num_unfinished} requests are "
                 "unfinished; finish or abort them first"
             )
+
+
+def _require_same_model(found: ModelConfig, own: ModelConfig, folder: Path) -> None:
+    """Where completions end and how long contexts are stays the engine's own."""
+    served = _computed(own)
+    for name, value in _computed(found).items():
+        if value != served[name]:
+            raise ValueError(
+                f"{folder}/config.json is of another model: {name} is {value}, the engine's "
+                f"{served[name]}"
+            )
+
+
+def _computed(config: ModelConfig) -> dict[str, Any]:
+    """What the forward depends on."""
+    values = asdict(config)
+    del values["eos_token_ids"], values["max_position"]
+    scaling = config.rope_scaling or {}
+    kind = scaling.get("rope_type", "default")
+    return values | {"rope_scaling": (kind, [scaling[key] for key in SCALING_KEYS[kind]])}

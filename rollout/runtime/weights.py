@@ -2,26 +2,26 @@
 
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from samebit.rollout.runtime.weight_files import (
+    IGNORED_SUFFIXES,
+    WeightLoadError,
+    find_tensors,
+    open_file,
+)
 from samebit.weight_sync.mapping import ParamSpec, hf_names, hf_shapes, load_params
 from samebit.weight_sync.session import non_finite
 
 _DUMMY_STD = 0.02
 _READERS = 4  # threads
-_IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
-
-
-class WeightLoadError(ValueError):
-    """A checkpoint does not hold what the model needs; the message lists every difference."""
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
 def load_safetensors(
@@ -85,20 +85,26 @@ def read_ahead(
 def open_safetensors(folder: Path, specs: Sequence[ParamSpec]) -> Callable[[str], torch.Tensor]:
     """A reader of whole tensors by Hugging Face name, for a folder that fits the specs.
 
-    Raises FileNotFoundError without weights, WeightLoadError that lists every missing, extra or
-    misshapen tensor.
+    Only the files' headers are read before. Raises as find_tensors does, and WeightLoadError that
+    lists every missing, extra or misshapen tensor and those of a dtype that is not read.
     """
-    file_of = _find_tensors(folder)
+    file_of = find_tensors(folder)
     shapes = hf_shapes(specs)
-    handles = {f: _open(f) for f in sorted(set(file_of.values()))}
+    handles = {f: open_file(f) for f in sorted(set(file_of.values()))}
     tied = {"lm_head.weight"} - set(shapes)  # some checkpoints store the tied weight twice
-    extra = {n for n in set(file_of) - set(shapes) - tied if not n.endswith(_IGNORED_SUFFIXES)}
+    extra = {n for n in set(file_of) - set(shapes) - tied if not n.endswith(IGNORED_SUFFIXES)}
     problems = [f"missing: {name}" for name in sorted(set(shapes) - set(file_of))]
     problems += [f"extra: {name}" for name in sorted(extra)]
     for name in sorted(set(shapes) & set(file_of)):
-        found = tuple(handles[file_of[name]].get_slice(name).get_shape())
+        tensor = handles[file_of[name]].get_slice(name)
+        found, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
         if found != shapes[name]:
             problems.append(f"shape of {name}: {found} in the file, {shapes[name]} in the config")
+        if dtype not in _DTYPES:
+            problems.append(
+                f"dtype of {name}: {dtype} in {file_of[name].name}; read are "
+                f"{', '.join(_DTYPES.values())}"
+            )
     if problems:
         raise WeightLoadError(f"{folder} does not fit the model:\n  " + "\n  ".join(problems))
     _check_tied(tied & set(file_of), handles, file_of)
@@ -113,34 +119,6 @@ def _check_tied(names: set[str], handles: Mapping, file_of: Mapping[str, Path]) 
             raise WeightLoadError(
                 f"config.json says tie_word_embeddings, but {name} differs from {embedding}"
             )
-
-
-def _open(file: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise WeightLoadError(f"{file} is damaged: {error}") from error
-
-
-def _find_tensors(folder: Path) -> dict[str, Path]:
-    """File of every tensor of a folder."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        absent = sorted({f for f in weight_map.values() if not (folder / f).exists()})
-        if absent:
-            raise FileNotFoundError(f"{index} names files that are absent: {', '.join(absent)}")
-        return {name: folder / file for name, file in weight_map.items()}
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors file")
-    names: dict[str, Path] = {}
-    for file in files:
-        with _open(file) as handle:
-            names |= dict.fromkeys(handle.keys(), file)
-    return names
 
 
 def load_dummy(

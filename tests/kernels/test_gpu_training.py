@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from samebit.kernels.attention import attention_ref, plan_context, plan_packed
-from samebit.kernels.linear import linear
+from samebit.kernels.linear import add_product, linear, linear_in_segments
+from samebit.kernels.linear import logits as linear_fp32
 from samebit.kernels.logprob import (
     logits_grad,
     logits_grad_ref,
@@ -133,6 +134,24 @@ def test_a_trainers_buffer_gets_unrounded_gradients():
     weight.main_grad.zero_()
     linear(bf16(300, 256, seed=1), weight).backward(bf16(300, 2048, seed=6))
     assert (weight.main_grad - exact).norm() < (plain - exact).norm() / 100
+
+
+@pytest.mark.parametrize("rows", [0, 1, 300])
+def test_a_rank_without_a_column_of_the_vocabulary(rows):
+    """Of a small vocabulary whole shards are padding: every product of the loss is empty there."""
+    hidden, weight = bf16(rows, 256), bf16(512, 256)[:0]
+    found = linear_fp32(hidden, weight)
+    assert (found.shape, found.dtype) == ((rows, 0), torch.float32)
+    assert linear(hidden, weight).dtype == torch.bfloat16
+    assert linear_in_segments(hidden, weight, 8).shape == (rows, 0)
+    ones, ids = torch.ones(rows, device="cuda"), torch.zeros(rows, dtype=torch.int64, device="cuda")
+    narrow = logits_grad(found, ones, ones, ids - 512, ones, torch.bfloat16)
+    assert narrow.shape == (rows, 0)
+    assert torch.equal(narrow @ weight, torch.zeros_like(hidden))
+    total = torch.ones(512, 256, device="cuda")
+    add_product(total[:0], narrow.t(), hidden)
+    add_product(total, bf16(0, 512).t(), bf16(0, 256))
+    assert torch.equal(total, torch.ones_like(total))
 
 
 @pytest.mark.parametrize(

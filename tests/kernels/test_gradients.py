@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers import assert_same_bits
 
 from samebit.kernels.attention import attention_ref, packed_attention, plan_packed
-from samebit.kernels.linear import linear
+from samebit.kernels.linear import add_product, linear
 from samebit.kernels.logprob import logprob
 from samebit.kernels.rms_norm import add_rms_norm, rms_norm
 from samebit.kernels.rope import rope, rope_table
@@ -181,3 +181,15 @@ def test_attention_gradients_stay_in_their_sequence():
         assert not g[:start].any()
         assert not g[start + 64 :].any()
         assert g[start : start + 64].any()
+
+
+def test_products_without_rows_or_columns():
+    """A rank that holds no row of a small vocabulary still takes part."""
+    x, weight = torch.ones(5, 8, requires_grad=True), torch.ones(0, 8, requires_grad=True)
+    linear(x, weight).sum().backward()
+    assert torch.equal(x.grad, torch.zeros(5, 8))
+    assert weight.grad.shape == (0, 8)
+    total = torch.ones(3, 8)
+    add_product(total[:0], torch.ones(0, 5), torch.ones(5, 8))
+    add_product(total, torch.ones(3, 0), torch.ones(0, 8))
+    assert torch.equal(total, torch.ones(3, 8))

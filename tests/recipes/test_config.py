@@ -323,6 +323,8 @@ def test_dry_run_prints_the_plan_and_stops(demo_model, tmp_path, capsys):
         "data=reverse_digits",
         "rollout.prompts_per_step=6",
         "rollout.samples_per_prompt=4",
+        "rollout.max_prompt_len=40",
+        "rollout.max_new_tokens=24",
         "trainer.batch_size=12",
         "trainer.num_steps=50",
         "algorithm.kl_coef=0.1",
@@ -336,7 +338,7 @@ def test_dry_run_prints_the_plan_and_stops(demo_model, tmp_path, capsys):
     assert plan["samples_per_step"] == "24"
     assert plan["optimizer_steps_per_step"] == "2"
     assert plan["optimizer_steps"] == "100"
-    assert plan["most_tokens_per_step"] == f"{24 * (512 + 256):,}"
+    assert plan["most_tokens_per_step"] == f"{24 * (40 + 24):,}"
     assert float(plan["reference_mib"]) == float(plan["weights_mib"]) > 0
     assert "kl_coef: 0.1" in "\n".join(lines)
     assert list(tmp_path.iterdir()) == []

@@ -173,7 +173,7 @@ def test_requests_join_and_leave_while_others_run(make_engine, engine):
 def test_an_aborted_sample_is_a_prefix_of_the_whole(make_engine, engine):
     [whole] = engine.generate(PROMPTS[:1], PARAMS)
     stepped = make_engine()
-    request = stepped.add_request(PROMPTS[0], PARAMS)
+    request = stepped.add_request(PROMPTS[0], PARAMS, [0])
     for _ in range(4):
         stepped.step()
     [part] = stepped.abort_request(request)

@@ -7,9 +7,15 @@ import torch
 from helpers import assert_same_bits
 
 from samebit.rollout.engine import Engine
+from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.runtime.weights import load_safetensors
+from samebit.trainer.config import OptimizerConfig
 from samebit.trainer.megatron.forward import ForwardModel
+from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.stats import count_mismatches
+
+CPU = torch.device("cpu")
 
 
 def by_sample(trainer, batches, **kwargs):
@@ -116,3 +122,18 @@ def test_the_forward_alone_reads_the_weights_in_place(model_path, rollout_sample
     found = by_sample(forward, pack_samples(samples, 300))
     for s in samples:
         assert_same_bits(found[s.sample_id], torch.tensor(s.logprobs), s.sample_id)
+
+
+@pytest.mark.parametrize(("longest", "rows"), [(64, 64), (None, 1024), (10**6, 1024)])
+def test_the_table_of_angles_is_as_long_as_samples_may_be(
+    qwen3_path, random_samples, longest, rows
+):
+    """And a part of it holds the whole one's bits."""
+    model, found = load_model_config(qwen3_path), []
+    for bound in (longest, None):
+        trainer = MegatronTrainer(model, OptimizerConfig(), 1, CPU, longest=bound)
+        trainer.fill(lambda specs, params: load_safetensors(qwen3_path, specs, params))
+        found.append(trainer.logprobs(pack_samples(random_samples(3, 0), 64)))
+        attention = trainer._chunks[0].module.decoder.layers[0].self_attention.core_attention
+        assert attention.rope_table.shape == (rows if bound == longest else 1024, 16)
+    assert all(map(torch.equal, *found))

@@ -98,6 +98,7 @@ class ForwardModel:
         weights: Mapping[str, torch.Tensor] | None = None,
         parallel: ParallelConfig | None = None,
         tp_invariant: bool = False,
+        longest: int | None = None,
     ) -> None:
         parallel = parallel or ParallelConfig()
         ranks, self._context = initialize(device, parallel, tp_invariant)
@@ -105,7 +106,7 @@ class ForwardModel:
         self.model = model
         with no_cuda():
             stage = stage_of(model)
-            self._chunks = build_model(model, device, parallel, stage, tp_invariant)
+            self._chunks = build_model(model, device, parallel, stage, tp_invariant, longest)
         for chunk in self._chunks:
             chunk.requires_grad_(False)
         self.params = stage.named_params(self._chunks)

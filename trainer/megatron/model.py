@@ -9,8 +9,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from samebit.kernels.attention import plan_packed
 from samebit.kernels.logprob import logprob, padded_vocab_size
-from samebit.kernels.rope import rope_table
 from samebit.rollout.models.config import ModelConfig
+from samebit.rollout.models.decoder import rope_table_of
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.context import ContextShare
 from samebit.trainer.megatron.parallel import ranks_of, spread
@@ -84,14 +84,16 @@ def build_model(
     parallel: ParallelConfig,
     stage: Stage,
     tp_invariant: bool = False,
+    longest: int | None = None,
 ) -> list[GPTModel]:
     """This process's shard of a GPTModel with our operations and uninitialised weights, by chunk.
 
+    longest: tokens of the longest sample that may come; None: as many as the context holds.
     Raises RuntimeError unless its parameters have the engine's names and shapes.
     """
-    table = rope_table(
-        model.head_dim, model.rope_theta, model.max_position, model.rope_scaling, device
-    )
+    # A micro-batch is filled up to a multiple of the tensor ranks by a sequence that nobody reads.
+    longest = max(longest or model.max_position, parallel.tensor)
+    table = rope_table_of(model, longest, device)
     config = transformer_config(model, device, parallel, tp_invariant)
     chunks = [
         GPTModel(

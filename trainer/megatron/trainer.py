@@ -69,18 +69,21 @@ class MegatronTrainer:
         device: torch.device,
         parallel: ParallelConfig | None = None,
         tp_invariant: bool = False,
+        longest: int | None = None,
     ) -> None:
+        """longest: tokens of the longest sample that may come; None: what the context holds."""
         self.parallel = parallel or ParallelConfig()
         self.ranks, self.context = initialize(device, self.parallel, tp_invariant)
         selfcheck_model(model, device, self.ranks)
         self.model = model
+        self._longest = longest
         self.device = device
         self.stage = stage_of(model)
         shard = Shard(self.ranks.rank, self.ranks.size)
         self.specs = stage_specs(model, shard, self.stage)
         self.step = 0
         with no_cuda():
-            chunks = build_model(model, device, self.parallel, self.stage, tp_invariant)
+            chunks = build_model(model, device, self.parallel, self.stage, tp_invariant, longest)
             config = chunks[0].config
             ddp_config = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
@@ -135,6 +138,7 @@ class MegatronTrainer:
                 self.device,
                 parallel=self.parallel,
                 tp_invariant=self.ranks.invariant,
+                longest=self._longest,
             )
         return self._reference
 

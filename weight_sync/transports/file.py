@@ -101,9 +101,17 @@ def write_hf_folder(
 
 
 def read_version(folder: Path) -> WeightVersion | None:
-    """The version of a folder that write_hf_folder wrote; None for any other folder."""
+    """The version of a folder that write_hf_folder wrote; None for any other folder.
+
+    Raises ValueError for a file of that name which holds something else.
+    """
     file = folder / VERSION_FILE
-    return WeightVersion(**json.loads(file.read_text())) if file.exists() else None
+    if not file.exists():
+        return None
+    try:
+        return WeightVersion(**json.loads(file.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} must hold the weights' step and digest: {error}") from None
 
 
 class FileTransport:
