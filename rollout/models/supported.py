@@ -28,7 +28,6 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
     "use_bidirectional_attention": (False,),
-    "pretraining_tp": (1,),
     "partial_rotary_factor": (1,),
     "residual_multiplier": (1,),
     "embedding_multiplier": (1,),
