@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from helpers import outcomes
 from samebit.rollout.engine import Engine
 from samebit.rollout.remote import RemoteEngine, RemoteEngineError
 from samebit.rollout.types import SamplingParams
+from samebit.weight_sync.meeting import loopback_listener
 from samebit.weight_sync.transports.collective import CollectiveReceiver, CollectiveSender
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
@@ -28,21 +28,16 @@ def free_port():
         return probe.getsockname()[1]
 
 
-@pytest.fixture
-def pool():
-    with ThreadPoolExecutor(4) as pool:
-        yield pool
-
-
 def make_group(pool, num_receivers=1, bucket_bytes=512 << 20, timeout_s=60.0):
     """A sender and its receivers, all in this process."""
-    port, size = free_port(), num_receivers + 1
+    listener, size = loopback_listener(), num_receivers + 1
+    address, port = listener.getsockname()
     receivers = [
-        pool.submit(CollectiveReceiver, "127.0.0.1", port, rank, size, timeout_s=timeout_s)
+        pool.submit(CollectiveReceiver, address, port, rank, size, timeout_s=timeout_s)
         for rank in range(1, size)
     ]
     sender = CollectiveSender(
-        "127.0.0.1", port, size, bucket_bytes=bucket_bytes, timeout_s=timeout_s
+        *(address, port, size), bucket_bytes=bucket_bytes, timeout_s=timeout_s, listener=listener
     )
     return sender, [r.result() for r in receivers]
 
@@ -190,6 +185,25 @@ def test_a_group_of_an_unknown_backend_is_refused():
         CollectiveSender("127.0.0.1", free_port(), 2, backend="glo")
 
 
+def test_a_group_beyond_this_machine_needs_a_secret(pool, monkeypatch):
+    """Told before anything listens or calls; and a receiver with another secret gets no weights."""
+    monkeypatch.delenv("SAMEBIT_SECRET", raising=False)
+    for end in (lambda: CollectiveSender("192.0.2.1", 1, 2), lambda: receiver("192.0.2.1", 1)):
+        with pytest.raises(ValueError, match="meets at 192.0.2.1, and SAMEBIT_SECRET is not set"):
+            end()
+    listener = loopback_listener()
+    other = pool.submit(receiver, *listener.getsockname(), secret="another secret of the two")
+    with pytest.raises(ValueError, match="rank 1 has another SAMEBIT_SECRET than rank 0; set"):
+        CollectiveSender(
+            *listener.getsockname(), 2, secret="one secret of the two", listener=listener
+        )
+    assert "rank 0 has another SAMEBIT_SECRET than rank 1" in str(other.exception())
+
+
+def receiver(address, port, **settings):
+    return CollectiveReceiver(address, port, 1, 2, timeout_s=30.0, **settings)
+
+
 def test_an_update_without_a_group_is_refused(engine):
     """Calls out of order say what is missing."""
     with pytest.raises(WeightSyncError, match="call init_weights_update_group first"):
@@ -199,6 +213,7 @@ def test_an_update_without_a_group_is_refused(engine):
 DYING_SENDER = """
 import os, signal, sys
 import torch
+from samebit.weight_sync.meeting import loopback_listener
 from samebit.weight_sync.transports.collective import CollectiveSender
 sender = CollectiveSender("127.0.0.1", int(sys.argv[1]), 2, timeout_s=60.0)
 sender.begin(4)
@@ -251,6 +266,7 @@ def test_an_engine_process_that_dies_is_reported(old, new):
 DYING_RECEIVER = """
 import os, sys
 import torch
+from samebit.weight_sync.meeting import loopback_listener
 from samebit.weight_sync.transports.collective import CollectiveReceiver
 class Sink:
     def begin_weight_update(self, step): pass
