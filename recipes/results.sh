@@ -38,8 +38,8 @@ samebit() { # NAME COMMAND... -> OUT/NAME
 }
 
 module() { # PROCESSES MODULE ARGUMENT...
-    "$bin/python" -m torch.distributed.run --nproc-per-node "$1" --master-addr 127.0.0.1 \
-        --master-port "${PORT:-29511}" -m "samebit.recipes.$2" "${@:3}"
+    "$bin/python" -m torch.distributed.run --standalone --nproc-per-node "$1" \
+        -m "samebit.recipes.$2" "${@:3}"
 }
 
 twice() { # NAME ARGUMENT...: samebit verify

@@ -71,7 +71,7 @@ def chat_texts(model_path: Path) -> list[Text]:
     """The conversations by the folder's chat template, or as plain text where it has none."""
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     texts = []
     for question, answer in CONVERSATIONS:
@@ -92,7 +92,7 @@ def prose_texts(model_path: Path, num_passages: int, num_tokens: int) -> list[Te
 
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
     prose = "\n".join(topics[name] for name in sorted(topics))
     token_ids = tokenizer.encode(prose[: 8 * num_passages * num_tokens], add_special_tokens=False)
     starts = range(0, num_passages * num_tokens, num_tokens)
@@ -129,7 +129,7 @@ def theirs(
     gc.collect()  # the model before
     torch.cuda.empty_cache()
     model = AutoModelForCausalLM.from_pretrained(
-        model_path, dtype=weights, attn_implementation="eager"
+        model_path, dtype=weights, attn_implementation="eager", trust_remote_code=False
     ).to(device)
     if dtype == torch.float32:
         model = model.float()
@@ -190,8 +190,13 @@ def main(model: str, out: str, device: str | None = None) -> int:
     lens = random_lens(config.max_position - NUM_GREEDY)
     if has_tokenizer:
         texts = chat_texts(path) + prose_texts(path, NUM_PASSAGES, PASSAGE_TOKENS)
-    else:
+    elif lens:
         texts = random_texts(config.vocab_size, lens)
+    else:
+        raise ValueError(
+            f"{path}: a context of {config.max_position} tokens is too short to measure on; it "
+            f"must hold at least {NUM_GREEDY + 2}"
+        )
     report = {
         **provenance(["python", "-m", MODULE, *sys.argv[1:]]),
         "model": path.name,

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -190,13 +191,33 @@ def test_forced_blocks_give_equal_bits():
         assert_same_bits(linear(x, weight), before, shape)
 
 
+def test_another_process_has_the_same_profile(forkserver):
+    """The digest stands in manifests, and what was written yesterday must be known again."""
+    with forkserver.Pool(1) as pool:
+        other = pool.apply(numerics_profile, (torch.device("cpu"),))
+    here = numerics_profile(torch.device("cpu"))
+    assert (here.device_type, here.torch_version) == ("cpu", torch.__version__)
+    assert here is not other
+    assert here == other
+    assert here.digest == other.digest
+    assert len(here.digest) == 16
+
+
 def test_profiles_are_told_apart():
-    """The digest stands in manifests: equal here, other under another tensor parallel size."""
-    cpu = torch.device("cpu")
-    assert numerics_profile(cpu) == numerics_profile(cpu)
-    assert numerics_profile(cpu).digest == numerics_profile(cpu).digest
-    assert numerics_profile(cpu).digest != numerics_profile(cpu, tp_size=2).digest
-    assert numerics_profile(cpu).device_type == "cpu"
+    """By each of their fields; and a tensor parallel size matters unless the sums are invariant."""
+    here = numerics_profile(torch.device("cpu"))
+    digests = {here.digest}
+    for name, value in asdict(here).items():
+        changed = replace(here, **{name: not value if isinstance(value, bool) else f"{value}x"})
+        assert changed != here
+        digests.add(changed.digest)
+    assert len(digests) == 1 + len(asdict(here))
+
+    def of_size(size, invariant=False):
+        return numerics_profile(torch.device("cpu"), size, invariant).digest
+
+    assert len({of_size(1), of_size(2), of_size(4), of_size(2, True)}) == 4
+    assert of_size(2, True) == of_size(4, True)
 
 
 def test_shards_whose_columns_have_other_bits_are_found(monkeypatch):
