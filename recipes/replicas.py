@@ -68,5 +68,7 @@ def _completion(
         token_ids=tuple(token_ids),
         logprobs=tuple(logprobs),
         finish_reason=finish_reason,
-        version_spans=tuple(VersionSpan(n, WeightVersion(*version)) for n, *version in spans),
+        version_spans=tuple(
+            VersionSpan(n, WeightVersion(step, digest)) for n, step, digest in spans
+        ),
     )

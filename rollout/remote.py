@@ -129,7 +129,7 @@ class RemoteEngine:
         """
         listener = loopback_listener()
         address, port = listener.getsockname()
-        known = {"timeout_s": timeout_s, "secret": secrets.token_hex(32)}
+        known: dict[str, Any] = {"timeout_s": timeout_s, "secret": secrets.token_hex(32)}
         self._send("init_weights_update_group", address, port, 1, 2, backend, **known)
         try:
             with listener:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 SECRET = "SAMEBIT_SECRET"
 MIN_SECRET = 16
 """Characters of a secret."""
+_given: list[str] = []
 _HOW = f"set {SECRET} to the same random text everywhere, for instance of `openssl rand -hex 32`"
 
 
@@ -61,6 +62,14 @@ def host_store(
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
+
+
+def own_secret() -> str:
+    """SAMEBIT_SECRET as this process was started with, "" for none. It is taken out of the
+    environment when first asked for: what this process starts has no need of it."""
+    if (given := os.environ.pop(SECRET, None)) is not None:
+        _given[:] = [given]
+    return _given[0] if _given else ""
 
 
 def check_secret(secret: str, why: str = "") -> None:

@@ -78,11 +78,11 @@ def prefix_cache(subject: Subject) -> Result:
     for page_size in (1, 2) if subject.is_short else (16, 64):
         engine = subject.make_engine(page_size=page_size)
         cases = ("first run", "second run")
-        found = [flat(subject.generate(engine)) for _ in cases]
+        both = [flat(subject.generate(engine)) for _ in cases]
         assert engine.prefixes is not None
         missed = "" if engine.prefixes.num_hit_tokens else f"page {page_size}: the cache never hit"
-        for case, each in zip(cases, found, strict=True):
-            result.compare(each, subject.truth(), f"page {page_size}, {case}", missed)
+        for case, found in zip(cases, both, strict=True):
+            result.compare(found, subject.truth(), f"page {page_size}, {case}", missed)
     i = next((i for i, p in enumerate(subject.prompts) if len(p) == 65), None)
     if i is None:
         result.untried.append("the context is too short for a hit that leaves one token")

@@ -8,6 +8,7 @@ import pytest
 import torch.distributed as dist
 from helpers import assert_on_loopback, listening
 
+from samebit.weight_sync import meeting
 from samebit.weight_sync.meeting import (
     check_secret,
     host_store,
@@ -78,6 +79,15 @@ def test_secrets_that_are_none(secret, why, message):
         check_secret(secret, why)
     check_secret("")
     check_secret(SECRET, why)
+
+
+def test_a_secret_is_kept_from_what_the_process_starts(monkeypatch):
+    monkeypatch.setattr(meeting, "_given", [])
+    monkeypatch.delenv("SAMEBIT_SECRET", raising=False)
+    assert meeting.own_secret() == ""
+    monkeypatch.setenv("SAMEBIT_SECRET", SECRET)
+    assert meeting.own_secret() == meeting.own_secret() == SECRET
+    assert "SAMEBIT_SECRET" not in os.environ
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.3.2.1", "::1", "localhost"])

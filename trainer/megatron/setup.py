@@ -15,9 +15,9 @@ from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron import cpu
 from samebit.trainer.megatron.parallel import ranks_of
 from samebit.weight_sync.meeting import (
-    SECRET,
     check_secret,
     is_loopback,
+    own_secret,
     prove_secret,
     stay_on_loopback,
 )
@@ -93,7 +93,7 @@ def start_processes(device: torch.device, parallel: ParallelConfig) -> None:
 
 
 def _start_group(device: torch.device) -> None:
-    secret = os.environ.pop(SECRET, "")  # not for those that this process starts
+    secret = own_secret()
     if is_on_one_machine():
         stay_on_loopback()
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:

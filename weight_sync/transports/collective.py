@@ -10,7 +10,6 @@ that they know one secret (weight_sync.meeting), by default that of the environm
 """
 
 import json
-import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -22,11 +21,11 @@ import torch
 import torch.distributed as dist
 
 from samebit.weight_sync.meeting import (
-    SECRET,
     check_secret,
     host_store,
     is_loopback,
     loopback_listener,
+    own_secret,
     prove_secret,
 )
 from samebit.weight_sync.plan import empty_bucket, pack, plan_buckets
@@ -53,7 +52,7 @@ class _Group:
     ) -> None:
         if backend not in _BACKENDS:
             raise ValueError(f"backend '{backend}' is unknown; use one of {sorted(_BACKENDS)}")
-        secret = os.environ.get(SECRET, "") if secret is None else secret
+        secret = own_secret() if secret is None else secret
         local = is_loopback(address)
         check_secret(secret, "" if local else f"a weight group meets at {address}")
         timeout = timedelta(seconds=timeout_s)
