@@ -62,13 +62,12 @@ def _completion(
     finish_reason: str,
     spans: list[tuple[int, int, str]],
 ) -> Completion:
+    versions = tuple(VersionSpan(n, WeightVersion(step, digest)) for n, step, digest in spans)
     return Completion(
         request_id=request_id,
         sample_id=sample_id,
         token_ids=tuple(token_ids),
         logprobs=tuple(logprobs),
         finish_reason=finish_reason,
-        version_spans=tuple(
-            VersionSpan(n, WeightVersion(step, digest)) for n, step, digest in spans
-        ),
+        version_spans=versions,
     )

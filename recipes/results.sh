@@ -6,13 +6,13 @@
 #
 # Parts: verify (two runs side by side have to be equal; SMOLLM2=FOLDER adds that model), engine,
 # kernels, trainer, kills (a short demo on SmolLM2, killed 20 times); on two GPUs reduce,
-# tensor_parallel, trainer_tp.
+# tensor_parallel, trainer_tp; on GPUS=4 layouts (short runs under all that fit so many).
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 bin=$here/../.venv/bin
 shapes=$here/bench/shapes
-parts=" verify engine kernels trainer kills reduce tensor_parallel trainer_tp "
+parts=" verify engine kernels trainer kills reduce tensor_parallel trainer_tp layouts "
 for part in "${@:2}"; do
     if [[ $parts != *" $part "* ]]; then
         echo "'$part' is no part; there are:$parts" >&2
@@ -101,6 +101,11 @@ trainer_tp() { # what tp_invariant costs
     samebit trainer_tp2 bench trainer model="$shapes/qwen3-8b" "${layout[@]}"
     samebit trainer_tp2_invariant bench trainer model="$shapes/qwen3-8b" "${layout[@]}" \
         tp_invariant=true
+}
+
+layouts() {
+    "$bin/python" -m samebit.recipes.verification.layouts "$out/layouts.json" \
+        num_gpus="${GPUS:-4}"
 }
 
 for part; do

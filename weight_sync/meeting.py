@@ -113,5 +113,5 @@ def _read(store: dist.Store, key: str, rank: int, timeout: timedelta) -> str:
     except RuntimeError:
         raise ValueError(
             f"rank {rank} has not shown within {timeout.total_seconds():.0f} s that it knows "
-            f"{SECRET}; {_HOW}"
+            f"{SECRET}, or rank 0 is gone; {_HOW}"
         ) from None

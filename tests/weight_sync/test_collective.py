@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 
@@ -20,12 +19,6 @@ from samebit.weight_sync.types import WeightSyncError, WeightVersion
 PROMPTS = [[5, 9, 200, 31], [7]]
 PARAMS = SamplingParams(n=2, max_new_tokens=8, ignore_eos=True)
 CPU = torch.device("cpu")
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def make_group(pool, num_receivers=1, bucket_bytes=512 << 20, timeout_s=60.0):
@@ -182,7 +175,7 @@ def test_a_silent_receiver_is_given_up_after_the_timeout(pool, new):
 def test_a_group_of_an_unknown_backend_is_refused():
     """A misspelled backend names the ones there are."""
     with pytest.raises(ValueError, match=r"backend 'glo' is unknown; use one of \['gloo'\]"):
-        CollectiveSender("127.0.0.1", free_port(), 2, backend="glo")
+        CollectiveSender("127.0.0.1", 0, 2, backend="glo")
 
 
 def test_a_group_beyond_this_machine_needs_a_secret(pool, monkeypatch):
@@ -214,10 +207,14 @@ DYING_SENDER = """
 import os, signal, sys
 import torch
 from samebit.weight_sync.meeting import loopback_listener
+from samebit.weight_sync.meeting import loopback_listener
 from samebit.weight_sync.transports.collective import CollectiveSender
-sender = CollectiveSender("127.0.0.1", int(sys.argv[1]), 2, timeout_s=60.0)
+listener = loopback_listener()
+address, port = listener.getsockname()
+print(port, flush=True)
+sender = CollectiveSender(address, port, 2, timeout_s=60.0, listener=listener)
 sender.begin(4)
-if sys.argv[2] == "in a bucket":
+if sys.argv[1] == "in a bucket":
     meta = {"name": "a", "shape": [4], "dtype": "torch.float32", "offset": 0}
     sender._group.send_message({"op": "bucket", "metas": [meta]})
 os.kill(os.getpid(), signal.SIGKILL)
@@ -227,8 +224,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.parametrize("moment", ["between messages", "in a bucket"])
 def test_a_sender_that_dies_breaks_the_update(pool, engine, new, expected, moment):
     """The trainer's process is killed in mid-update: the engine must notice, refuse and recover."""
-    port = free_port()
-    with subprocess.Popen([sys.executable, "-P", "-c", DYING_SENDER, str(port), moment]) as child:
+    command = [sys.executable, "-P", "-c", DYING_SENDER, moment]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        port = int(child.stdout.readline())
         receiver = CollectiveReceiver("127.0.0.1", port, 1, 2, timeout_s=60.0)
         with pytest.raises(WeightSyncError, match="the weight group lost a member"):
             receiver.receive(engine, CPU)
@@ -280,10 +278,11 @@ CollectiveReceiver("127.0.0.1", int(sys.argv[1]), 1, 2, timeout_s=60.0).receive(
 
 def test_a_receiver_that_dies_while_it_checks_is_noticed_at_once(new):
     """The sender waits for the answer to its commit: a death must end the wait."""
-    port = free_port()
+    listener = loopback_listener()
+    address, port = listener.getsockname()
     command = [sys.executable, "-P", "-c", DYING_RECEIVER, str(port)]
     with subprocess.Popen(command) as child:
-        sender = CollectiveSender("127.0.0.1", port, 2, timeout_s=60.0)
+        sender = CollectiveSender(address, port, 2, timeout_s=60.0, listener=listener)
         with pytest.raises(WeightSyncError, match="the weight group lost a member"):
             send(sender, new.params, new.digest, 4)
         assert child.wait() == 0
