@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from samebit.kernels.linear import linear, linear_in_segments, tree_sum
+from samebit.kernels.objects import decode, encode
 
 if TYPE_CHECKING:
     from samebit.kernels.gpu.peers import Peers
@@ -136,14 +137,23 @@ def own_rows(x: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
 
 
 def gather_objects[T](value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Every process's picklable value, in rank order (of all processes, or of a group).
+    """Every process's plain value, in rank order (of all processes, or of a group).
 
-    Without torch.distributed there is one.
+    Plain is what kernels.objects encodes: nobody runs what another process has sent. Without
+    torch.distributed there is one value. Raises TypeError for one that is not plain.
     """
-    values = [value] * (dist.get_world_size(group) if dist.is_initialized() else 1)
-    if len(values) > 1:
-        dist.all_gather_object(values, value, group=group)
-    return values
+    size = dist.get_world_size(group) if dist.is_initialized() else 1
+    if size == 1:
+        return [value]
+    on_host = "cpu:" in dist.get_backend_config(group)
+    device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
+    data = torch.frombuffer(bytearray(encode(value)), dtype=torch.uint8)
+    length = torch.tensor([len(data)], device=device)
+    lengths = [int(n) for n in _gather(length, group)]
+    padded = torch.zeros(max(lengths), dtype=torch.uint8)
+    padded[: len(data)] = data
+    parts = zip(_gather(padded.to(device), group), lengths, strict=True)
+    return [decode(part[:n].cpu().numpy().tobytes()) for part, n in parts]
 
 
 def smallest(value: int, ranks: TensorRanks) -> int:

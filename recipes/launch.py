@@ -7,6 +7,7 @@ WORLD_SIZE, nothing is started here.
 """
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -73,9 +74,9 @@ def launch(arguments: Sequence[str], run: Any) -> int:
     ValueError for more processes than GPUs, if it is to run on them.
     """
     import torch
-    from torch.distributed import TCPStore
 
     from samebit.trainer.megatron.setup import DETERMINISTIC
+    from samebit.weight_sync.meeting import SECRET, host_store, loopback_listener
 
     size, gpus = num_processes(run), torch.cuda.device_count()
     if not (run.device or ("cuda" if gpus else "cpu")).startswith("cpu") and gpus < size:
@@ -84,13 +85,14 @@ def launch(arguments: Sequence[str], run: Any) -> int:
             f"{gpus}: give device=cpu or fewer"
         )
     # The processes meet here. The system chooses the port, and nobody can take it in between.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = host_store(loopback_listener())
     shared = {
         "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        SECRET: secrets.token_hex(32),
         _FOLLOWS: "1",
     }
     defaults = DETERMINISTIC | {"OMP_NUM_THREADS": str(getattr(run, "cpu_threads", 1))}

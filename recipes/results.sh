@@ -6,7 +6,7 @@
 #
 # Parts: verify (two runs side by side have to be equal; SMOLLM2=FOLDER adds that model), engine,
 # kernels, trainer, kills (a short demo on SmolLM2, killed 20 times); on two GPUs reduce,
-# tensor_parallel, trainer_tp; on four layouts, tp1_tp4.
+# tensor_parallel, trainer_tp; on four layouts (short runs under all that fit), tp1_tp4.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

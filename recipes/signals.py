@@ -33,9 +33,9 @@ class StopSignals:
         """Every process calls it between two steps: Stopped on all if one has got a signal."""
         from samebit.kernels.reduce import gather_objects
 
-        received = [signal for signal in gather_objects(self.received) if signal is not None]
-        if received:
-            raise Stopped(received[0].name)
+        names = gather_objects(self.received.name if self.received is not None else "")
+        if received := [name for name in names if name]:
+            raise Stopped(received[0])
 
     def polled[**P, R](self, function: Callable[P, R]) -> Callable[P, R]:
         """`function` with a poll before each call."""

@@ -5,7 +5,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,27 @@ def outcomes_digest(results: Mapping[str, Sequence[Result]]) -> str:
     return digest
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What was found on one model."""
+
+    results: list[Result]
+    drawn: int
+    """Different tokens that were drawn to compare with."""
+
+    @property
+    def untried(self) -> list[str]:
+        """Properties about which nothing was found out."""
+        return [result.name for result in self.results if not result.was_tried]
+
+
 def verify_model(
     model_path: Path,
     label: str,
     device: torch.device,
     properties: Sequence[Property] = PROPERTIES,
     load_format: str = "safetensors",
-) -> list[Result]:
+) -> Measured:
     """Properties of one model, printed as they are measured."""
     subject = make_subject(model_path, device, load_format)
     results = []
@@ -55,49 +69,84 @@ def verify_model(
         result = check(subject)
         gc.collect()  # engines hold gigabytes; the next property makes its own
         results.append(result)
+        tried = "" if result.was_tried or result.mismatches else "could not be tried"
         print(
-            f"{label:10s} {result.name:26s} {result.cases:6,d} {result.tokens:10,d} "
-            f"{result.mismatches:10,d} {result.outcomes_digest[:16]}",
+            f"{label:10s} {result.name:26s} {result.cases:6,d} {result.tokens:11,d} "
+            f"{result.mismatches:10,d} {tried or result.outcomes_digest[:16]}",
             flush=True,
         )
-        for note in result.notes:
+        for note in [*result.notes, *(f"not tried: {reason}" for reason in result.untried)]:
             print(f"{'':10s}   {note}", flush=True)
-    return results
+    return Measured(results, subject.num_drawn + sum(result.drawn for result in results))
+
+
+def failure(found: Mapping[str, Measured], asked_for: bool) -> str | None:
+    """Why the promise is not shown to hold, in a line; None if it is.
+
+    asked_for: whether the properties were named one by one, so that each has to be tried.
+    """
+    results = [result for measured in found.values() for result in measured.results]
+    if mismatches := sum(result.mismatches for result in results):
+        return f"{mismatches:,d} mismatches"
+    if not any(result.was_tried for result in results):
+        return "nothing was compared, so nothing is shown"
+    untried = [f"'{name}' ({model})" for model, m in found.items() for name in m.untried]
+    if untried and asked_for:
+        return f"asked for and could not be tried: {', '.join(untried)}"
+    return None
+
+
+def make_report(found: Mapping[str, Measured], device: torch.device) -> dict[str, Any]:
+    """What verify.json holds."""
+    results = {name: measured.results for name, measured in found.items()}
+    everything = [result for group in results.values() for result in group]
+    comparisons = sum(result.tokens for result in everything)
+    return {
+        **provenance(["samebit", *sys.argv[1:]], device),
+        "numerics": asdict(numerics_profile(device)),
+        "tokens": comparisons,
+        "comparisons": comparisons,
+        "distinct_tokens": sum(measured.drawn for measured in found.values()),
+        "mismatches": sum(result.mismatches for result in everything),
+        "could_not_be_tried": {name: measured.untried for name, measured in found.items()},
+        "outcomes_digest": outcomes_digest(results),
+        "models": {name: [asdict(r) for r in group] for name, group in results.items()},
+    }
 
 
 def main(run: VerifyRun) -> int:
-    """The command `samebit verify`; exit code 1 on any mismatch."""
+    """The command `samebit verify`; exit code 1 on any mismatch, and if nothing was compared, or a
+    property that was asked for by name could not be tried."""
     properties = select_properties(run.properties)
     target = Path(run.output_dir) / run.run_name / "verify.json"
     require_own_report(target)
     torch.set_num_threads(run.cpu_threads)
     device = resolve_device(run.device)
-    counts = f"{'cases':>6s} {'tokens':>10s} {'mismatches':>10s}"
+    counts = f"{'cases':>6s} {'comparisons':>11s} {'mismatches':>10s}"
     print(f"{'model':10s} {'property':26s} {counts} outcomes")
-    results: dict[str, list[Result]] = {}
+    found: dict[str, Measured] = {}
     if run.model is not None:
         path = Path(run.model)
-        results[path.name] = verify_model(path, path.name[:10], device, properties, run.load_format)
+        found[path.name] = verify_model(path, path.name[:10], device, properties, run.load_format)
     else:
         with tempfile.TemporaryDirectory() as folder:
             for architecture, tied in (("qwen3", False), ("llama", True)):
                 path = Path(folder) / architecture
                 make_random_model(path, architecture, run.seed, tied=tied)
-                results[architecture] = verify_model(path, architecture, device, properties)
-    everything = [r for group in results.values() for r in group]
-    tokens, mismatches = (sum(getattr(r, k) for r in everything) for k in ("tokens", "mismatches"))
-    print(f"{'all':37s} {sum(r.cases for r in everything):6,d} {tokens:10,d} {mismatches:10,d}")
-    digest = outcomes_digest(results)
-    print(f"outcomes_digest {digest}")
-    report: dict[str, Any] = {
-        **provenance(["samebit", *sys.argv[1:]], device),
-        "numerics": asdict(numerics_profile(device)),
-        "tokens": tokens,
-        "mismatches": mismatches,
-        "outcomes_digest": digest,
-        "models": {name: [asdict(r) for r in group] for name, group in results.items()},
-    }
+                found[architecture] = verify_model(path, architecture, device, properties)
+    report = make_report(found, device)
+    cases = sum(result.cases for measured in found.values() for result in measured.results)
+    comparisons, mismatches = report["comparisons"], report["mismatches"]
+    print(f"{'all':37s} {cases:6,d} {comparisons:11,d} {mismatches:10,d}")
+    print(f"These are {comparisons:,d} comparisons of {report['distinct_tokens']:,d} drawn tokens.")
+    for name, untried in report["could_not_be_tried"].items():
+        if untried:
+            print(f"Could not be tried on {name}: {', '.join(untried)}.")
+    print(f"outcomes_digest {report['outcomes_digest']}")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, json.dumps(report, indent=1) + "\n")
     print(f"{target} holds the report.")
-    return 1 if mismatches else 0
+    reason = failure(found, run.properties is not None)
+    if reason is not None:
+        print(f"samebit verify: {reason}", file=sys.stderr)
+    return 0 if reason is None else 1

@@ -2,8 +2,8 @@
 
 import multiprocessing
 import os
+import secrets
 import signal
-import socket
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from samebit.rollout.types import Completion, SamplingParams
+from samebit.weight_sync.meeting import loopback_listener
 from samebit.weight_sync.transports.collective import CollectiveSender
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
@@ -122,11 +123,17 @@ class RemoteEngine:
         return self._call("update_weights_from_disk", str(model_path), step)
 
     def connect_weights(self, backend: str, timeout_s: float = 600.0) -> "RemoteTransport":
-        """Make a weight group of this process (rank 0) and the engine's (rank 1)."""
-        port = _free_port()
-        self._send("init_weights_update_group", "127.0.0.1", port, 1, 2, backend, timeout_s)
+        """Make a weight group of this process (rank 0) and the engine's (rank 1).
+
+        The port is this process's before the engine is told it, and so is a secret of the two.
+        """
+        listener = loopback_listener()
+        address, port = listener.getsockname()
+        known: dict[str, Any] = {"timeout_s": timeout_s, "secret": secrets.token_hex(32)}
+        self._send("init_weights_update_group", address, port, 1, 2, backend, **known)
         try:
-            sender = CollectiveSender("127.0.0.1", port, 2, backend, timeout_s=timeout_s)
+            with listener:
+                sender = CollectiveSender(address, port, 2, backend, listener=listener, **known)
         except Exception:
             self._receive()  # raises the engine's own error, which says more
             raise
@@ -233,9 +240,3 @@ class RemoteTransport:
     def close(self) -> None:
         """Leave the group."""
         self._sender.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -1,13 +1,14 @@
 """What several test files share: comparison to the bit, child processes, folders of weights."""
 
 import importlib
+import ipaddress
 import json
 import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,31 @@ def run_logged(log: Path, module: str, function: str, *arguments: object) -> Non
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     getattr(importlib.import_module(module), function)(*map(str, arguments))
+
+
+def listening(pids: Iterable[int]) -> set[str]:
+    """Addresses at which TCP sockets of these processes listen, both families, as Linux tells."""
+    sockets = set()
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):  # closed meanwhile
+                sockets.add(os.readlink(descriptor))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in sockets:
+                words = bytes.fromhex(local.partition(":")[0])
+                swapped = [words[i : i + 4][::-1] for i in range(0, len(words), 4)]
+                found.add(str(ipaddress.ip_address(b"".join(swapped))))
+    return found
+
+
+def assert_on_loopback(pids: Iterable[int]) -> None:
+    """Fail unless these processes listen somewhere, and nowhere but on the loopback."""
+    found = listening(pids)
+    assert found, "nothing listens, so nothing was tested"
+    assert found <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, found
 
 
 def tree(folder: Path) -> dict[Path, bytes]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from helpers import file_size_limit
+from torch.distributed import distributed_c10d
 
 from samebit.kernels.reduce import TensorRanks, gather_objects
 from samebit.rollout.engine import Engine
@@ -33,8 +34,13 @@ def prompts():
     return [torch.randint(331, (n,), generator=generator).tolist() for n in LENS]
 
 
+def no_pickle(*_):
+    raise AssertionError("an object is sent as a pickle")
+
+
 def start(rank, size, store):
-    """This rank's group of all ranks."""
+    """This rank's group of all ranks, which send each other plain values only."""
+    distributed_c10d._object_to_tensor = no_pickle
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(size)
     )

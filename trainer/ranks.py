@@ -31,7 +31,10 @@ def together(error_type: type[Exception]) -> Iterator[None]:
 
 
 def on_first[T](function: Callable[[], T], error_type: type[Exception]) -> T:
-    """The picklable result of `function`, which the first process alone runs, on every one."""
+    """The result of `function`, which the first process alone runs, on every one.
+
+    It is a plain value (kernels.objects).
+    """
     result: T | None = None
     with together(error_type):
         if is_first():

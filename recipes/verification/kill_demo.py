@@ -6,8 +6,8 @@
 Both runs go through the console command; a kill is SIGKILL to its whole process group at a random
 instant. One in five comes while a process starts; the others after it has begun to write metrics,
 up to twice one kill's share of the time that an undisturbed run spends from there on, so that they
-spread over the run if its checkpoints are closer than that. Exit code 1 unless summaries (with the
-digest of the weights) and metrics (times aside) are equal.
+spread over the run if its checkpoints are closer than that. Exit code 1 unless all kills came and
+summaries (with the digest of the weights) and metrics (times aside) are there and equal to the bit.
 """
 
 import json
@@ -29,6 +29,9 @@ from samebit.recipes.metrics import read_rows, without_times, write_atomically
 from samebit.recipes.provenance import provenance
 from samebit.rollout.config import resolve_device
 
+Outcome = tuple[dict[str, Any], list[dict[str, Any]]]
+"""A demo's summary, and its metrics without times."""
+
 OPTIONS = {"kills": 10, "seed": 0}
 _STARTS = 0.2
 _LOOK_S = 0.02
@@ -39,7 +42,10 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, int], list[str]]:
     """Our own options over their defaults, and what is the demo's."""
     pairs = [argument.partition("=") for argument in arguments]
     own = {key: int(value) for key, _, value in pairs if key in OPTIONS}
-    return OPTIONS | own, ["".join(pair) for pair in pairs if pair[0] not in OPTIONS]
+    options = OPTIONS | own
+    if options["kills"] < 1:
+        raise ValueError(f"kills is {options['kills']}; it must be at least 1")
+    return options, ["".join(pair) for pair in pairs if pair[0] not in OPTIONS]
 
 
 @dataclass(frozen=True)
@@ -87,10 +93,16 @@ def metrics_path(folder: Path, name: str) -> Path:
     return folder / name / "grpo" / "metrics.jsonl"
 
 
-def result(folder: Path, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def result(folder: Path, name: str) -> Outcome:
     """A finished demo's summary, and the metrics of its reinforcement learning without times."""
     rows = read_rows(metrics_path(folder, name))
     return json.loads((folder / name / "summary.json").read_text()), without_times(rows)
+
+
+def are_equal(whole: Outcome, resumed: Outcome) -> bool:
+    """Whether both results are there and the same to the bit: -0.0 is not 0.0, NaN is NaN."""
+    compared = bool(whole[0] and whole[1])
+    return compared and json.dumps(whole, sort_keys=True) == json.dumps(resumed, sort_keys=True)
 
 
 def main(out: str, *arguments: str) -> int:
@@ -101,6 +113,8 @@ def main(out: str, *arguments: str) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         alone = run_demo(folder, "undisturbed", False, demo)
+        if math.isnan(alone.began_s):
+            raise RuntimeError("the undisturbed demo wrote no metrics: there is nothing to compare")
         share = (alone.seconds - alone.began_s) / kills
         killed: list[Attempt] = []
         while len(killed) < kills:
@@ -115,7 +129,7 @@ def main(out: str, *arguments: str) -> int:
             print(f"killed after {attempt.seconds:.1f} s", flush=True)
         run_demo(folder, "killed", True, demo)
         whole, resumed = (result(folder, name) for name in ("undisturbed", "killed"))
-    equal = whole == resumed
+    equal = are_equal(whole, resumed)
     report = {
         **provenance(["python", "-m", _MODULE, out, *arguments], device),
         "undisturbed_s": round(alone.seconds, 1),
@@ -126,6 +140,7 @@ def main(out: str, *arguments: str) -> int:
         "undisturbed": whole[0],
         "killed": resumed[0],
         "metrics_compared": len(whole[1]),
+        "figures_compared": sum(map(len, whole[1])),
     }
     write_atomically(Path(out), json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))

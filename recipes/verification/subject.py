@@ -34,33 +34,55 @@ _LIMITS: tuple[dict[str, Any], ...] = (
 
 @dataclass
 class Result:
-    """How often a property held."""
+    """How often a property held. Without a mismatch it is proven only if tokens were compared."""
 
     name: str
     cases: int = 0
     tokens: int = 0
+    """Comparisons: a token that is found in several cases counts in each."""
     mismatches: int = 0
     notes: list[str] = field(default_factory=list)
+    untried: list[str] = field(default_factory=list)
+    """Why cases could not be tried here: they prove nothing, and are no mismatches."""
+    drawn: int = 0
+    """Tokens drawn to compare with, besides the baseline's."""
     outcomes_digest: str = ""
     """Of every value found, in order and to the bit: equal in two runs that found the same."""
 
-    def compare(self, found: Sequence[Completion], truth: Sequence[Completion], case: str) -> None:
-        """Count a case: every position whose token or log-prob differs."""
+    @property
+    def was_tried(self) -> bool:
+        """Whether anything was compared that says something about the property."""
+        return self.tokens > 0
+
+    def compare(
+        self, found: Sequence[Completion], truth: Sequence[Completion], case: str, untried: str = ""
+    ) -> None:
+        """Count a case: every position whose token or log-prob differs.
+
+        untried: why it says nothing about the property; then only mismatches count.
+        """
         self.cases += 1
         assert len(found) == len(truth), case
+        tokens = self.tokens
         for a, b in zip(found, truth, strict=True):
             self.compare_values(
                 list(zip(a.token_ids, a.logprobs, strict=True)),
                 list(zip(b.token_ids, b.logprobs, strict=True)),
                 case,
             )
+        if untried:
+            self.tokens = tokens
+            self.untried += [untried] if untried not in self.untried else []
 
     def compare_values(self, found: Sequence[Any], truth: Sequence[Any], case: str) -> None:
-        """Count positions; a missing position is a mismatch."""
-        self.outcomes_digest = chained_digest(self.outcomes_digest, case, _exact_bytes(found))
+        """Count positions whose bits differ; a missing position is a mismatch."""
+        exact = _exact_bytes(found)
+        self.outcomes_digest = chained_digest(self.outcomes_digest, case, exact)
         length = max(len(found), len(truth))
-        unequal = sum(a != b for a, b in zip(found, truth, strict=False))
-        unequal += length - min(len(found), len(truth))
+        unequal = length - min(len(found), len(truth))
+        if exact != _exact_bytes(truth):
+            pairs = zip(found, truth, strict=False)
+            unequal += sum(_exact_bytes([a]) != _exact_bytes([b]) for a, b in pairs)
         self.tokens += length
         self.mismatches += unequal
         if unequal and len(self.notes) < 5:
@@ -100,6 +122,8 @@ class Subject:
     engine: Engine
     baseline: list[list[Completion]]
     load_format: str = "safetensors"
+    num_new_tokens: int = NUM_NEW_TOKENS
+    """The most tokens that a sample has; fewer in a short context."""
 
     @property
     def config(self) -> ModelConfig:
@@ -109,7 +133,17 @@ class Subject:
     @property
     def longest(self) -> int:
         """Tokens of the longest context."""
-        return max(map(len, self.prompts)) + NUM_NEW_TOKENS
+        return max(map(len, self.prompts)) + self.num_new_tokens
+
+    @property
+    def is_short(self) -> bool:
+        """Whether contexts have less than two of the usual small pages."""
+        return self.longest < 32
+
+    @property
+    def num_drawn(self) -> int:
+        """Tokens of the baseline, each of which is compared again and again."""
+        return sum(len(completion.token_ids) for completion in flat(self.baseline))
 
     def make_engine(self, **settings: Any) -> Engine:
         """A fresh engine on the same model."""
@@ -148,18 +182,19 @@ def make_subject(
     """Fixed prompts of every boundary length, and what a plain engine makes of them."""
     config = load_model_config(model_path)
     rng = random.Random(5)
-    lens: tuple[int, ...] = GPU_PROMPT_LENS if device.type == "cuda" else PROMPT_LENS
-    lens = tuple(n for n in lens if n + NUM_NEW_TOKENS <= config.max_position)
-    if not lens:
+    if config.max_position < 2:
         raise ValueError(
             f"{model_path}: a context of {config.max_position} tokens is too short to verify; it "
-            f"must hold more than {NUM_NEW_TOKENS}"
+            "must hold a token of a prompt and one that is drawn"
         )
+    num_new = min(NUM_NEW_TOKENS, config.max_position // 2)
+    lens: tuple[int, ...] = GPU_PROMPT_LENS if device.type == "cuda" else PROMPT_LENS
+    lens = tuple(n for n in lens if n + num_new <= config.max_position)
     prompts = [[rng.randrange(config.vocab_size) for _ in range(n)] for n in lens]
     params = [
         SamplingParams(
             n=NUM_SAMPLES,
-            max_new_tokens=NUM_NEW_TOKENS,
+            max_new_tokens=num_new,
             ignore_eos=i % 4 != 3,
             **_LIMITS[i % len(_LIMITS)],
         )
@@ -169,6 +204,6 @@ def make_subject(
     engine = Engine(
         model_path, device=device, seed=11, kv_cache_tokens=KV_TOKENS, load_format=load_format
     )
-    subject = Subject(model_path, device, prompts, params, ids, engine, [], load_format)
+    subject = Subject(model_path, device, prompts, params, ids, engine, [], load_format, num_new)
     subject.baseline = subject.generate(engine)
     return subject

@@ -5,9 +5,10 @@
         [seed=0]
 
 Every process runs the engine's shard and, on the same weights, the trainer's (with sequence
-parallelism where there are several). out.json says how many log-probs were compared, how many
-differ, the digest of everything drawn (under tp_invariant it is the same for 1, 2, 4 and 8
-processes) and how long both took. Exit code 1 if any log-prob differs.
+parallelism where there are several). out.json says how many log-probs were compared (those of the
+drawn tokens, an eighth of all tokens), how many differ on the process where most do, on which
+weights, the digest of everything drawn (under tp_invariant it is the same for 1, 2, 4 and 8
+processes) and how long both took. Exit code 1 if any log-prob differs or none was compared.
 """
 
 import json
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from samebit.kernels.reduce import gather_objects
 from samebit.recipes.bench.timing import timed
 from samebit.recipes.metrics import write_atomically
 from samebit.recipes.provenance import provenance
@@ -102,13 +104,15 @@ def measure(folder: Path, options: dict[str, Any], device: torch.device) -> dict
     ours, found["trainer_s"] = timed(lambda: trainer.logprobs(batches), device)
     again, found["trainer_again_s"] = timed(lambda: trainer.logprobs(batches), device)
     pairs = list(zip(batches, ours, again, strict=True))
-    found["compared"] = sum(len(x) for x in ours)
-    found["mismatches"] = sum(
-        count_mismatches(x, b.rollout_logprobs) + count_mismatches(x, y)
-        for b, x, y in pairs
-        if b.rollout_logprobs is not None
-    )
-    found["tokens"] = sum(b.num_tokens for b in batches)
+    drawn = [(x, b.rollout_logprobs) for b, x, _ in pairs if b.rollout_logprobs is not None]
+    found["compared"] = found["drawn_tokens_compared"] = sum(len(x) for x, _ in drawn)
+    unequal = sum(count_mismatches(x, y) for x, y in drawn)
+    unequal += sum(count_mismatches(x, y) for _, x, y in pairs)  # the trainer's own, once more
+    found["mismatches"] = max(gather_objects(unequal))
+    found["tokens"] = found["tokens_computed"] = sum(b.num_tokens for b in batches)
+    found["weights"] = "random, made on the spot" if options["dummy"] else "those of the folder"
+    found["weights_digest"] = engine.weight_version.digest
+    found["prompts"] = "random tokens"
     found["outcomes_digest"] = outcomes_digest(groups)
     return found
 

@@ -190,8 +190,13 @@ def main(model: str, out: str, device: str | None = None) -> int:
     lens = random_lens(config.max_position - NUM_GREEDY)
     if has_tokenizer:
         texts = chat_texts(path) + prose_texts(path, NUM_PASSAGES, PASSAGE_TOKENS)
-    else:
+    elif lens:
         texts = random_texts(config.vocab_size, lens)
+    else:
+        raise ValueError(
+            f"{path}: a context of {config.max_position} tokens is too short to measure on; it "
+            f"must hold at least {NUM_GREEDY + 2}"
+        )
     report = {
         **provenance(["python", "-m", MODULE, *sys.argv[1:]], resolved),
         "model": path.name,

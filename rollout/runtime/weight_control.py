@@ -144,10 +144,15 @@ class WeightControl:
         world_size: int,
         backend: str = "gloo",
         timeout_s: float = 600.0,
+        secret: str | None = None,
     ) -> None:
-        """Join the trainer's weight group as `rank` (1 or higher)."""
+        """Join the trainer's weight group as `rank` (1 or higher).
+
+        secret: what the trainer and all engines have to know, by default SAMEBIT_SECRET of the
+        environment; on one machine there need be none. Raises ValueError if theirs is another.
+        """
         self._receiver = CollectiveReceiver(
-            master_address, master_port, rank, world_size, backend, timeout_s
+            master_address, master_port, rank, world_size, backend, timeout_s, secret
         )
 
     def update_weights_from_distributed(self) -> WeightVersion:

@@ -54,6 +54,8 @@ def test_one_and_two_processes(run):
     plain, alone, both = run(2), run(1, "tp_invariant=true"), run(2, "tp_invariant=true")
     for found in (plain, alone, both):
         assert found["compared"] == sum(new for _, new in mixed_lengths(6, 96, 0)) > 20
+        assert found["drawn_tokens_compared"] == found["compared"] < found["tokens_computed"]
+        assert found["weights"] == "those of the folder"
         assert found["mismatches"] == 0
         assert found["cuda_graphs"] is False  # what the engine did, whatever was asked for
     assert (alone["tensor"], both["tensor"]) == (1, 2)

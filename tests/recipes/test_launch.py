@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import psutil
 import pytest
+from helpers import assert_on_loopback
 
 from samebit.recipes import cli, launch
 from samebit.recipes.compose import resolve
@@ -105,6 +106,7 @@ def test_disturbed_and_resumed(runs, base, layout, tmp_path, capsys):
     with started(runs, "disturbed", *LAYOUTS[layout]) as process:
         wait_for(process, (folder / "checkpoints" / "step_00000002").exists)
         ranks = processes_of(process)
+        assert_on_loopback([process.pid, *(rank.pid for rank in ranks)])
         DISTURBANCES[layout](process, ranks)
         assert not psutil.wait_procs(ranks, timeout=launch.GRACE_S)[1]
     assert latest_checkpoint(folder / "checkpoints").verify().step >= 2

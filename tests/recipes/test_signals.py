@@ -8,6 +8,7 @@ import time
 
 import psutil
 import pytest
+from helpers import assert_on_loopback
 from run_children import has_lines
 
 from samebit.recipes import cli
@@ -108,6 +109,7 @@ def test_a_signal_to_the_engines_process_too(runs, base, child):
             assert process.is_alive()
             time.sleep(0.01)
         children = psutil.Process(process.pid).children(recursive=True)
+        assert_on_loopback(each.pid for each in [*children, process])
         for each in [*children, process]:
             os.kill(each.pid, signal.SIGINT)
         process.join(20)

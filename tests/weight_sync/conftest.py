@@ -1,5 +1,7 @@
 """Two versions of one model's weights, and an engine in a process of its own."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -60,3 +62,10 @@ def gloo(remote):
     transport = remote.connect_weights("gloo", timeout_s=60)
     yield transport
     transport.close()
+
+
+@pytest.fixture
+def pool():
+    """Threads for the other ends of groups."""
+    with ThreadPoolExecutor(4) as pool:
+        yield pool

@@ -2,10 +2,8 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from helpers import outcomes
 from samebit.rollout.engine import Engine
 from samebit.rollout.remote import RemoteEngine, RemoteEngineError
 from samebit.rollout.types import SamplingParams
+from samebit.weight_sync.meeting import loopback_listener
 from samebit.weight_sync.transports.collective import CollectiveReceiver, CollectiveSender
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
@@ -22,27 +21,16 @@ PARAMS = SamplingParams(n=2, max_new_tokens=8, ignore_eos=True)
 CPU = torch.device("cpu")
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture
-def pool():
-    with ThreadPoolExecutor(4) as pool:
-        yield pool
-
-
 def make_group(pool, num_receivers=1, bucket_bytes=512 << 20, timeout_s=60.0):
     """A sender and its receivers, all in this process."""
-    port, size = free_port(), num_receivers + 1
+    listener, size = loopback_listener(), num_receivers + 1
+    address, port = listener.getsockname()
     receivers = [
-        pool.submit(CollectiveReceiver, "127.0.0.1", port, rank, size, timeout_s=timeout_s)
+        pool.submit(CollectiveReceiver, address, port, rank, size, timeout_s=timeout_s)
         for rank in range(1, size)
     ]
     sender = CollectiveSender(
-        "127.0.0.1", port, size, bucket_bytes=bucket_bytes, timeout_s=timeout_s
+        *(address, port, size), bucket_bytes=bucket_bytes, timeout_s=timeout_s, listener=listener
     )
     return sender, [r.result() for r in receivers]
 
@@ -187,7 +175,26 @@ def test_a_silent_receiver_is_given_up_after_the_timeout(pool, new):
 def test_a_group_of_an_unknown_backend_is_refused():
     """A misspelled backend names the ones there are."""
     with pytest.raises(ValueError, match=r"backend 'glo' is unknown; use one of \['gloo'\]"):
-        CollectiveSender("127.0.0.1", free_port(), 2, backend="glo")
+        CollectiveSender("127.0.0.1", 0, 2, backend="glo")
+
+
+def test_a_group_beyond_this_machine_needs_a_secret(pool, monkeypatch):
+    """Told before anything listens or calls; and a receiver with another secret gets no weights."""
+    monkeypatch.delenv("SAMEBIT_SECRET", raising=False)
+    for end in (lambda: CollectiveSender("192.0.2.1", 1, 2), lambda: receiver("192.0.2.1", 1)):
+        with pytest.raises(ValueError, match="meets at 192.0.2.1, and SAMEBIT_SECRET is not set"):
+            end()
+    listener = loopback_listener()
+    other = pool.submit(receiver, *listener.getsockname(), secret="another secret of the two")
+    with pytest.raises(ValueError, match="rank 1 has another SAMEBIT_SECRET than rank 0; set"):
+        CollectiveSender(
+            *listener.getsockname(), 2, secret="one secret of the two", listener=listener
+        )
+    assert "rank 0 has another SAMEBIT_SECRET than rank 1" in str(other.exception())
+
+
+def receiver(address, port, **settings):
+    return CollectiveReceiver(address, port, 1, 2, timeout_s=30.0, **settings)
 
 
 def test_an_update_without_a_group_is_refused(engine):
@@ -199,10 +206,15 @@ def test_an_update_without_a_group_is_refused(engine):
 DYING_SENDER = """
 import os, signal, sys
 import torch
+from samebit.weight_sync.meeting import loopback_listener
+from samebit.weight_sync.meeting import loopback_listener
 from samebit.weight_sync.transports.collective import CollectiveSender
-sender = CollectiveSender("127.0.0.1", int(sys.argv[1]), 2, timeout_s=60.0)
+listener = loopback_listener()
+address, port = listener.getsockname()
+print(port, flush=True)
+sender = CollectiveSender(address, port, 2, timeout_s=60.0, listener=listener)
 sender.begin(4)
-if sys.argv[2] == "in a bucket":
+if sys.argv[1] == "in a bucket":
     meta = {"name": "a", "shape": [4], "dtype": "torch.float32", "offset": 0}
     sender._group.send_message({"op": "bucket", "metas": [meta]})
 os.kill(os.getpid(), signal.SIGKILL)
@@ -212,8 +224,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.parametrize("moment", ["between messages", "in a bucket"])
 def test_a_sender_that_dies_breaks_the_update(pool, engine, new, expected, moment):
     """The trainer's process is killed in mid-update: the engine must notice, refuse and recover."""
-    port = free_port()
-    with subprocess.Popen([sys.executable, "-P", "-c", DYING_SENDER, str(port), moment]) as child:
+    command = [sys.executable, "-P", "-c", DYING_SENDER, moment]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        port = int(child.stdout.readline())
         receiver = CollectiveReceiver("127.0.0.1", port, 1, 2, timeout_s=60.0)
         with pytest.raises(WeightSyncError, match="the weight group lost a member"):
             receiver.receive(engine, CPU)
@@ -251,6 +264,7 @@ def test_an_engine_process_that_dies_is_reported(old, new):
 DYING_RECEIVER = """
 import os, sys
 import torch
+from samebit.weight_sync.meeting import loopback_listener
 from samebit.weight_sync.transports.collective import CollectiveReceiver
 class Sink:
     def begin_weight_update(self, step): pass
@@ -264,10 +278,11 @@ CollectiveReceiver("127.0.0.1", int(sys.argv[1]), 1, 2, timeout_s=60.0).receive(
 
 def test_a_receiver_that_dies_while_it_checks_is_noticed_at_once(new):
     """The sender waits for the answer to its commit: a death must end the wait."""
-    port = free_port()
+    listener = loopback_listener()
+    address, port = listener.getsockname()
     command = [sys.executable, "-P", "-c", DYING_RECEIVER, str(port)]
     with subprocess.Popen(command) as child:
-        sender = CollectiveSender("127.0.0.1", port, 2, timeout_s=60.0)
+        sender = CollectiveSender(address, port, 2, timeout_s=60.0, listener=listener)
         with pytest.raises(WeightSyncError, match="the weight group lost a member"):
             send(sender, new.params, new.digest, 4)
         assert child.wait() == 0

@@ -4,14 +4,23 @@ import atexit
 import logging
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
-from samebit.kernels.reduce import TensorRanks
+from samebit.kernels.reduce import TensorRanks, gather_objects
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron import cpu
 from samebit.trainer.megatron.parallel import ranks_of
+from samebit.weight_sync.meeting import (
+    check_secret,
+    is_loopback,
+    own_secret,
+    prove_secret,
+    stay_on_loopback,
+)
 
 TIMEOUT = timedelta(hours=4)
 """Of a collective: one process may score, evaluate or write for long. A launcher sees who dies."""
@@ -44,6 +53,7 @@ def initialize(
         for name in ("megatron.core", "megatron"):
             logging.getLogger(name).setLevel(logging.ERROR)
         cpu.install()
+        dist.all_gather_object = _all_gather_plain  # what Megatron tells about parameter groups
         start_processes(device, parallel)
         several = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
         parallel_state.initialize_model_parallel(
@@ -69,11 +79,11 @@ def initialize(
 def start_processes(device: torch.device, parallel: ParallelConfig) -> None:
     """Join the processes that the environment names, once; without any, a group of one.
 
-    Raises ValueError if they are not as many as `parallel` needs, or are not told their GPU.
+    Raises ValueError if they are not as many as `parallel` needs, are not told their GPU, or do not
+    share a secret where they need one.
     """
-    named = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not dist.is_initialized():
-        _start_group(device, named)
+        _start_group(device)
     size = dist.get_world_size()
     if size != parallel.num_processes:
         raise ValueError(
@@ -82,17 +92,41 @@ def start_processes(device: torch.device, parallel: ParallelConfig) -> None:
         )
 
 
-def _start_group(device: torch.device, named: bool) -> None:
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if named:
-        if device.type == "cuda":
-            if "LOCAL_RANK" not in os.environ:
-                raise ValueError("RANK is set, LOCAL_RANK is not: it says which GPU is this one's")
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            backend = "cpu:gloo,cuda:nccl"  # Python objects need no GPU
-        for name, value in DETERMINISTIC.items():
-            os.environ.setdefault(name, value)
-        dist.init_process_group(backend, timeout=TIMEOUT)
+def _start_group(device: torch.device) -> None:
+    secret = own_secret()
+    if is_on_one_machine():
+        stay_on_loopback()
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        _join_group(device, secret)
     else:
+        backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     atexit.register(dist.destroy_process_group)
+
+
+def _join_group(device: torch.device, secret: str) -> None:
+    backend = "gloo"
+    if device.type == "cuda":
+        if "LOCAL_RANK" not in os.environ:
+            raise ValueError("RANK is set, LOCAL_RANK is not: it says which GPU is this one's")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"  # small messages need no GPU
+    for name, value in DETERMINISTIC.items():
+        os.environ.setdefault(name, value)
+    check_secret(secret, "" if is_on_one_machine() else "the processes are on several machines")
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    prove_secret(store, rank, size, secret)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+
+
+def is_on_one_machine() -> bool:
+    """Whether all processes that the environment names run on this machine, as far as it says."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if (here := os.environ.get("LOCAL_WORLD_SIZE")) is not None:
+        return here == size
+    return size == "1" or is_loopback(os.environ.get("MASTER_ADDR", ""))
+
+
+def _all_gather_plain(found: list[Any], value: Any, group: dist.ProcessGroup | None = None) -> None:
+    """torch's all_gather_object without pickles, which run what another process has sent."""
+    found[:] = gather_objects(value, group)

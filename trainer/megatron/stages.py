@@ -107,5 +107,5 @@ def stage_specs(model: ModelConfig, shard: Shard, stage: Stage) -> list[ParamSpe
 
 
 def from_last_stage[T](value: T) -> T:
-    """The last stage's picklable value, on every stage."""
+    """The last stage's plain value (kernels.objects), on every stage."""
     return gather_objects(value, parallel_state.get_pipeline_model_parallel_group())[-1]

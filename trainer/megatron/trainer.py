@@ -184,9 +184,10 @@ class MegatronTrainer:
             self._optimizer.step_with_ready_grads()
             self._scheduler.step(increment=1)
         self.step += 1
-        first, *others = gather_objects(totals, get_data_parallel_group(with_context_parallel=True))
+        group = get_data_parallel_group(with_context_parallel=True)
+        first, *others = (Totals(**each) for each in gather_objects(vars(totals), group))
         first.merge(others)
-        first = from_last_stage(first)  # the others compute no losses
+        first = Totals(**from_last_stage(vars(first)))  # the others compute no losses
         return first.stats(float(norm), learning_rate)
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,9 +4,13 @@ A group of its own (rank 0 sends) beside whatever process groups trainer and eng
 no default group on either side. Control messages travel in the same order as the buckets;
 every receiver broadcasts its answer to a commit, so that a refusal carries its reason and a death
 is seen at once. The backend is gloo; NCCL would also need control messages on the device.
+
+At a loopback address nothing listens on another interface. At any other all ranks have to show
+that they know one secret (weight_sync.meeting), by default that of the environment.
 """
 
 import json
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import timedelta
@@ -16,26 +20,56 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from samebit.weight_sync.meeting import (
+    check_secret,
+    host_store,
+    is_loopback,
+    loopback_listener,
+    own_secret,
+    prove_secret,
+)
 from samebit.weight_sync.plan import empty_bucket, pack, plan_buckets
 from samebit.weight_sync.transports.base import WeightSink
 from samebit.weight_sync.types import ParamMeta, WeightSyncError, WeightVersion
 
 _OK = "ok"
-_GROUPS: dict[str, Callable[..., Any]] = {"gloo": dist.ProcessGroupGloo}
+_BACKENDS = ("gloo",)
 
 
 class _Group:
     """Broadcasts of tensors and of small messages."""
 
     def __init__(
-        self, address: str, port: int, rank: int, world_size: int, backend: str, timeout_s: float
+        self,
+        address: str,
+        port: int,
+        rank: int,
+        world_size: int,
+        backend: str,
+        timeout_s: float,
+        secret: str | None,
+        listener: socket.socket | None = None,
     ) -> None:
-        if backend not in _GROUPS:
-            raise ValueError(f"backend '{backend}' is unknown; use one of {sorted(_GROUPS)}")
+        if backend not in _BACKENDS:
+            raise ValueError(f"backend '{backend}' is unknown; use one of {sorted(_BACKENDS)}")
+        secret = own_secret() if secret is None else secret
+        local = is_loopback(address)
+        check_secret(secret, "" if local else f"a weight group meets at {address}")
         timeout = timedelta(seconds=timeout_s)
         self.rank, self.world_size = rank, world_size
-        store = dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout)
-        self._pg = _GROUPS[backend](dist.PrefixStore("weights", store), rank, world_size, timeout)
+        if rank == 0 and local:
+            listener = listener or loopback_listener(address, port)
+            store = host_store(listener, world_size, timeout)
+        else:
+            store = dist.TCPStore(address, port, world_size, rank == 0, timeout)
+        prove_secret(store, rank, world_size, secret, timeout)
+        gloo = dist.ProcessGroupGloo
+        options = gloo._Options()
+        options._timeout = timeout
+        options._devices = [
+            gloo.create_device(hostname=address) if local else gloo.create_default_device()
+        ]
+        self._pg = gloo(dist.PrefixStore("weights", store), rank, world_size, options)
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
         try:
@@ -78,8 +112,11 @@ class CollectiveSender:
         backend: str = "gloo",
         bucket_bytes: int = 512 << 20,
         timeout_s: float = 600.0,
+        secret: str | None = None,
+        listener: socket.socket | None = None,
     ) -> None:
-        self._group = _Group(address, port, 0, world_size, backend, timeout_s)
+        """listener: a socket that already listens at a loopback `address` and `port`."""
+        self._group = _Group(address, port, 0, world_size, backend, timeout_s, secret, listener)
         self._bucket_bytes = bucket_bytes
         self._step = 0
 
@@ -123,8 +160,9 @@ class CollectiveReceiver:
         world_size: int,
         backend: str = "gloo",
         timeout_s: float = 600.0,
+        secret: str | None = None,
     ) -> None:
-        self._group = _Group(address, port, rank, world_size, backend, timeout_s)
+        self._group = _Group(address, port, rank, world_size, backend, timeout_s, secret)
 
     def receive(self, sink: WeightSink, device: torch.device) -> None:
         """Take one update, from begin to commit or abort.

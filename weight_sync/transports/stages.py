@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
+from samebit.weight_sync.meeting import meeting_device
 from samebit.weight_sync.plan import empty_bucket, pack, plan_buckets
 from samebit.weight_sync.transports.base import SinkTransport, WeightSink
 
@@ -30,10 +31,12 @@ class StageTransport(SinkTransport):
 
     def send(self, params: Mapping[str, torch.Tensor]) -> None:
         """Broadcast what this stage holds and take what the others do."""
-        size = dist.get_world_size(self._group)
-        held: list[list[str]] = [[] for _ in range(size)]
-        dist.all_gather_object(held, [n for n in params if n in self._whole], group=self._group)
-        for owner, names in enumerate(held):
+        device = meeting_device(self._group)
+        own = torch.tensor([name in params for name in self._whole]).to(device, torch.uint8)
+        held = [torch.empty_like(own) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(held, own, group=self._group)
+        for owner, mask in enumerate(held):
+            names = [name for name, here in zip(self._whole, mask.tolist(), strict=True) if here]
             source = dist.get_global_rank(self._group, owner)
             own = source == dist.get_rank()
             tensors = {name: self._whole[name] for name in names}

@@ -1,0 +1,117 @@
+"""How the processes of a group find and know each other.
+
+On one machine everything listens on the loopback alone. On several machines the ranks show each
+other that they know one secret, SAMEBIT_SECRET, before any group is used: an answer to a question
+of each, so that nothing that was seen on the network can be said again.
+"""
+
+import hmac
+import ipaddress
+import os
+import secrets
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+SECRET = "SAMEBIT_SECRET"
+MIN_SECRET = 16
+"""Characters of a secret."""
+_given: list[str] = []
+_HOW = f"set {SECRET} to the same random text everywhere, for instance of `openssl rand -hex 32`"
+
+
+def meeting_device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where small tensors go that a group exchanges: to the host, unless it only knows GPUs."""
+    if "cpu:" in dist.get_backend_config(group):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def is_loopback(address: str) -> bool:
+    """Whether nobody outside this machine can reach this address."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+def stay_on_loopback() -> None:
+    """Keep the groups of this process, and of those it starts, on the loopback, unless the
+    environment names another interface."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, "lo")
+
+
+def loopback_listener(address: str = "127.0.0.1", port: int = 0) -> socket.socket:
+    """A socket that listens on the loopback alone; by default the system chooses the port."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, port), family=family)
+
+
+def host_store(
+    listener: socket.socket, size: int | None = None, timeout: timedelta = timedelta(minutes=5)
+) -> dist.TCPStore:
+    """A store behind a listening socket, which it takes over. It waits for nobody."""
+    address, port = listener.getsockname()[:2]
+    return dist.TCPStore(
+        *(address, port, size),
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def own_secret() -> str:
+    """SAMEBIT_SECRET as this process was started with, "" for none. It is taken out of the
+    environment when first asked for: what this process starts has no need of it."""
+    if (given := os.environ.pop(SECRET, None)) is not None:
+        _given[:] = [given]
+    return _given[0] if _given else ""
+
+
+def check_secret(secret: str, why: str = "") -> None:
+    """ValueError for a secret that is too short; and, if there is a reason `why`, for none."""
+    if not secret and why:
+        raise ValueError(f"{why}, and {SECRET} is not set; {_HOW}")
+    if secret and len(secret) < MIN_SECRET:
+        raise ValueError(
+            f"{SECRET} has {len(secret)} characters; it must have at least {MIN_SECRET}: {_HOW}"
+        )
+
+
+def prove_secret(
+    store: dist.Store, rank: int, size: int, secret: str, timeout: timedelta = timedelta(minutes=10)
+) -> None:
+    """Show the other ranks of a store that this one knows the secret, and see that they do.
+
+    "": there is none, which has to be so for all. Raises ValueError that names the rank which has
+    none, or another one, or says nothing.
+    """
+    store = dist.PrefixStore("samebit_secret", store)
+    store.set(f"question_{rank}", secrets.token_hex(16))
+    questions = [_read(store, f"question_{r}", r, timeout) for r in range(size)]
+
+    def proof_of(prover: int) -> str:
+        message = f"samebit {prover} of {size}: {' '.join(questions)}"
+        return hmac.new(secret.encode(), message.encode(), "sha256").hexdigest() if secret else "-"
+
+    store.set(f"proof_{rank}", proof_of(rank))
+    for other in range(size):
+        shown = _read(store, f"proof_{other}", other, timeout)
+        if not hmac.compare_digest(shown.encode(), proof_of(other).encode()):
+            has = f"no {SECRET}" if shown == "-" else f"another {SECRET} than rank {rank}"
+            raise ValueError(f"rank {other} has {has}; {_HOW}")
+
+
+def _read(store: dist.Store, key: str, rank: int, timeout: timedelta) -> str:
+    try:
+        store.wait([key], timeout)
+        return store.get(key).decode(errors="replace")
+    except RuntimeError:
+        raise ValueError(
+            f"rank {rank} has not shown within {timeout.total_seconds():.0f} s that it knows "
+            f"{SECRET}, or rank 0 is gone; {_HOW}"
+        ) from None
