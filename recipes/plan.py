@@ -5,8 +5,7 @@ from typing import Any
 
 from samebit.recipes.compose import to_yaml
 from samebit.recipes.config import GrpoRun, SftRun
-from samebit.recipes.rewards import load_reward
-from samebit.recipes.tasks.base import load_datasets
+from samebit.recipes.inputs import Inputs, SftInputs
 from samebit.rollout.config import resolve_device, resolve_dtype
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs
@@ -46,19 +45,31 @@ def _memory(model: ModelConfig, device_type: str, trainer: TrainerConfig) -> dic
     }
 
 
-def _checked_inputs(run: GrpoRun | SftRun) -> ModelConfig:
-    """The model; ValueError for one that the layout does not fit, and for bad data."""
+def _checked_inputs(run: GrpoRun | SftRun) -> tuple[ModelConfig, dict[str, int]]:
+    """The model and the numbers of records, all read as by the run itself.
+
+    ValueError for a model that the layout does not fit, and for bad data.
+    """
     model, parallel = load_model_config(run.model.path), run.trainer.parallel
     param_specs(model, Shard(0, parallel.tensor))
     make_stage(model, 0, parallel.pipeline, parallel.virtual_pipeline)
-    load_datasets(run.data)
-    return model
+    inputs = Inputs(run) if isinstance(run, GrpoRun) else SftInputs(run)
+    splits = {"train": inputs.train_set}
+    if isinstance(inputs, Inputs):
+        inputs.reward.close()
+        splits["held_out"] = inputs.eval_set
+    counts = {f"{name}_records": len(split) for name, split in splits.items()}
+    for name, split in splits.items():
+        if run.data.overlong_prompts == "drop":
+            counts[f"{name}_records_dropped"] = split.num_dropped
+        elif run.data.overlong_prompts == "truncate_left":
+            counts[f"{name}_prompts_cut"] = split.num_cut
+    return model, counts
 
 
 def grpo_plan(run: GrpoRun) -> dict[str, Any]:
     """Batch arithmetic and memory estimate."""
-    model = _checked_inputs(run)
-    load_reward(run.reward)
+    model, counts = _checked_inputs(run)
     resolved = resolve_device(run.device)
     device = resolved.type
     memory = _memory(model, device, run.trainer)
@@ -69,6 +80,7 @@ def grpo_plan(run: GrpoRun) -> dict[str, Any]:
         memory["checkpoint_on_host_mib"] += reference
     return {
         "device": device,
+        **counts,
         "samples_per_step": run.samples_per_step,
         "optimizer_steps_per_step": run.samples_per_step // run.batch_size,
         "optimizer_steps": run.trainer.num_steps * (run.samples_per_step // run.batch_size),
@@ -83,10 +95,11 @@ def grpo_plan(run: GrpoRun) -> dict[str, Any]:
 
 def sft_plan(run: SftRun) -> dict[str, Any]:
     """Batch arithmetic and memory estimate."""
-    model = _checked_inputs(run)
+    model, counts = _checked_inputs(run)
     device = resolve_device(run.device).type
     return {
         "device": device,
+        **counts,
         "samples_per_step": run.trainer.batch_size,
         "optimizer_steps": run.trainer.num_steps,
         **_memory(model, device, run.trainer),

@@ -44,6 +44,7 @@ _FREE_KEYS = (
     "device",
 )
 _FREE_TRAINER_KEYS = ("checkpoint_every", "keep_checkpoints", "background_checkpoints")
+_FREE_SECTION_KEYS = {"data": ("overlong_prompts",), "reward": ("timeout_s", "num_workers")}
 _FREE_PARALLEL_KEYS = ("recompute", "offload_optimizer")
 
 
@@ -177,6 +178,11 @@ class Session:
 def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Of a resolved configuration, every key that a result depends on."""
     kept = {k: v for k, v in config.items() if k not in _FREE_KEYS}
+    for section, free in _FREE_SECTION_KEYS.items():
+        if section in kept:
+            kept[section] = {k: v for k, v in kept[section].items() if k not in free}
+    if config["data"]["overlong_prompts"] != "error":  # which leaves every record as it is
+        kept["data"]["overlong_prompts"] = config["data"]["overlong_prompts"]
     trainer = {k: v for k, v in config["trainer"].items() if k not in _FREE_TRAINER_KEYS}
     if trainer["optimizer"]["lr_schedule"] == "constant":
         del trainer["num_steps"]  # a run may be made longer

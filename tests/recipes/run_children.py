@@ -10,8 +10,8 @@ calls: list[str] = []
 def score_digits(text, problem, *, control):
     """Even digits are worth most, so a random model gets rewards of many sizes.
 
-    If the file `control` holds "hold 7" or "fail 7", the 7th call in this process blocks for ever
-    after making the file <control>.held, or raises.
+    If the file `control` holds "hold 7" or "fail 7", the 7th call in this process, the one worker
+    of a run, blocks for ever after making the file <control>.held, or raises.
     """
     calls.append(text)
     file = Path(control)
@@ -40,6 +40,21 @@ def has_begun_to_save(checkpoints, step):
         return any(int(name.split(".")[0].removeprefix("step_")) >= step for name in names)
 
     return holds
+
+
+def run_cli_and_hang(arguments):
+    """`samebit`, whose first optimizer step blocks for ever after making output_dir/hangs."""
+    from samebit.trainer.megatron.trainer import MegatronTrainer
+
+    folder = next(a for a in arguments if a.startswith("output_dir=")).removeprefix("output_dir=")
+
+    def hang(*_):
+        (Path(folder) / "hangs").touch()
+        while True:
+            signal.pause()
+
+    MegatronTrainer.train_step = hang
+    run_cli(arguments)
 
 
 def run_cli(arguments):

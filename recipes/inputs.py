@@ -1,0 +1,99 @@
+"""What a run reads: all of it, every record checked, before anything of an earlier run is removed.
+
+A generated train split is as long as its configuration says; checked are the problems that the run
+will use.
+"""
+
+from collections.abc import Sequence
+
+from samebit.recipes.config import GrpoRun, SftRun
+from samebit.recipes.launch import is_one_of_several
+from samebit.recipes.order import problem_index
+from samebit.recipes.records import Encoder, Split
+from samebit.recipes.rewards import Poll, load_reward
+from samebit.recipes.signals import Stopped, StopSignals
+from samebit.recipes.tasks.base import Dataset, ListDataset, Problem, load_datasets
+from samebit.recipes.tasks.faults import Faults
+from samebit.recipes.text import TextCodec
+from samebit.rollout.models.registry import load_model_config
+
+
+class Inputs:
+    """Of a GRPO run. Raises OSError or ValueError for what cannot be used, Stopped by a signal."""
+
+    def __init__(self, run: GrpoRun, stop: StopSignals | None = None) -> None:
+        poll = _polled(stop)
+        self.model = load_model_config(run.model.path)
+        train_set, eval_set = load_datasets(run.data)
+        self.text = TextCodec(run.model.path, run.data.chat)
+        self.reward = load_reward(run.reward, poll)
+        encoder = Encoder(
+            text=self.text,
+            vocab_size=self.model.vocab_size,
+            max_len=run.rollout.max_prompt_len,
+            limit="rollout.max_prompt_len",
+            policy=run.data.overlong_prompts,
+        )
+        self.train_set = Split("train split", train_set, encoder)
+        self.eval_set = Split("held-out split", eval_set, encoder)
+        count = run.trainer.num_steps * run.rollout.prompts_per_step
+        faults = Faults()
+        for split, indices in (
+            (self.train_set, _used(train_set, count, run.seed)),
+            (self.eval_set, range(len(eval_set))),
+        ):
+            split.prepare(indices, lambda problems: self.reward.check(problems, poll), faults)
+        faults.raise_all()
+
+
+class SftInputs:
+    """Of a supervised run, which reads no held-out record. Raises as `Inputs` does."""
+
+    def __init__(self, run: SftRun, stop: StopSignals | None = None) -> None:
+        poll = _polled(stop)
+        self.model = load_model_config(run.model.path)
+        train_set, _held_out = load_datasets(run.data)
+        self.text = TextCodec(run.model.path, run.data.chat)
+        limits = {
+            "trainer.micro_batch_tokens": run.trainer.micro_batch_tokens,
+            "the model's max_position_embeddings": self.model.max_position,
+        }
+        limit = min(limits, key=lambda name: limits[name])
+        encoder = Encoder(
+            text=self.text,
+            vocab_size=self.model.vocab_size,
+            max_len=limits[limit],
+            limit=limit,
+            policy=run.data.overlong_prompts,
+            with_labels=True,
+        )
+        self.train_set = Split("train split", train_set, encoder)
+        count = run.trainer.num_steps * (run.trainer.batch_size or 0)
+        faults = Faults()
+
+        def check(problems: Sequence[Problem]) -> list[str]:
+            poll()
+            return [""] * len(problems)
+
+        self.train_set.prepare(_used(train_set, count, run.seed), check, faults)
+        faults.raise_all()
+
+
+def _used(train_set: Dataset, count: int, seed: int) -> range | list[int]:
+    """Of a generated split what the first `count` positions of the order hold; all of a file."""
+    size = len(train_set)
+    if isinstance(train_set, ListDataset) or count >= size:
+        return range(size)
+    return sorted({problem_index(position, size, seed) for position in range(count)})
+
+
+def _polled(stop: StopSignals | None) -> Poll:
+    def poll() -> None:
+        # One of several processes must not leave the others alone.
+        if stop is not None and not is_one_of_several():
+            try:
+                stop.poll()
+            except Stopped as name:
+                raise Stopped(f"{name}: stopped before the first step, nothing to save") from None
+
+    return poll
