@@ -4,6 +4,8 @@ A generated train split is as long as its configuration says; checked are the pr
 will use.
 """
 
+import logging
+import os
 from collections.abc import Sequence
 
 from samebit.recipes.config import GrpoRun, SftRun
@@ -16,6 +18,8 @@ from samebit.recipes.tasks.base import Dataset, ListDataset, Problem, load_datas
 from samebit.recipes.tasks.faults import Faults
 from samebit.recipes.text import TextCodec
 from samebit.rollout.models.registry import load_model_config
+
+logger = logging.getLogger(__name__)
 
 
 class Inputs:
@@ -38,12 +42,31 @@ class Inputs:
         self.eval_set = Split("held-out split", eval_set, encoder)
         count = run.trainer.num_steps * run.rollout.prompts_per_step
         faults = Faults()
-        for split, indices in (
-            (self.train_set, _used(train_set, count, run.seed)),
-            (self.eval_set, range(len(eval_set))),
-        ):
-            split.prepare(indices, lambda problems: self.reward.check(problems, poll), faults)
+
+        def check(problems: Sequence[Problem]) -> list[str]:
+            if run.reward.name == "exact_match":
+                self._note_unwritable(problems)
+            return self.reward.check(problems, poll)
+
+        self._unwritable: list[str] = []
+        self.train_set.prepare(_used(train_set, count, run.seed), check, faults)
+        self.eval_set.prepare(range(len(eval_set)), check, faults)
         faults.raise_all()
+        if is_one_of_several() and int(os.environ["RANK"]) > 0:
+            self.reward.close()  # the first process scores
+        if self._unwritable:
+            logger.warning(
+                "%d labels cannot be written with the model's tokens, so exact_match never rewards "
+                "them: %s",
+                *(len(self._unwritable), self._unwritable[0]),
+            )
+
+    def _note_unwritable(self, problems: Sequence[Problem]) -> None:
+        labels = [problem.label for problem in problems]
+        for problem, text in zip(problems, self.text.rewritten(labels), strict=True):
+            if text.strip() != problem.label.strip():
+                example = f"{problem.name}: {problem.label!r:.80} becomes {text!r:.80}"
+                self._unwritable.append(example)
 
 
 class SftInputs:

@@ -166,13 +166,14 @@ class Split:
         order = range(len(self._dataset)) if drop else indices
         kept: list[int] = []
         hidden = int(os.environ.get("RANK", "0")) > 0
-        with tqdm(desc=self._name, total=len(order), unit="rec", delay=1, disable=hidden) as bar:
+        look = {"unit": "rec", "delay": 1, "leave": False, "disable": hidden}
+        with tqdm(desc=self._name, total=len(order), **look) as bar:
             for start in range(0, len(order), CHUNK):
                 problems = [self._dataset[i] for i in order[start : start + CHUNK]]
                 found = self._encoder(problems)
                 fit = [p for p, e in zip(problems, found, strict=True) if isinstance(e, Encoded)]
-                wrong = iter(check(fit))
                 self._encoder.text.keep_tokens_of(p.label for p in fit)
+                wrong = iter(check(fit))
                 for problem, encoded in zip(problems, found, strict=True):
                     if isinstance(encoded, Unfit):
                         if not (drop and encoded.is_overlong):

@@ -4,6 +4,7 @@ text, or left out of it, that the template, the tokenizer's BOS token or a stop 
 import json
 import re
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ class TextCodec:
             raise ValueError(f"model.path {folder} holds no tokenizer (tokenizer.json)")
         self._folder = folder
         self._tokenizer: Any = _read_tokenizer(folder)
+        self._backend = _plain_backend(self._tokenizer)
         self._chat = chat
         if chat and not self._tokenizer.chat_template:
             raise ValueError(
@@ -33,7 +35,7 @@ class TextCodec:
         self._openings = self._find_openings()
         special = [t for t in self._tokenizer.added_tokens_decoder.items() if t[1].special]
         self._special = {token.content: i for i, token in special}
-        self._kept: set[str] = set()
+        self._dropped = set(self._special.values())
 
     def messages(self, prompt: Prompt) -> Prompt:
         """The prompt as it is encoded: with `chat`, a text is one user message."""
@@ -80,19 +82,25 @@ class TextCodec:
         """Special tokens that labels hold stay in what `decode` gives; others are left out."""
         if self._special:
             pattern = re.compile("|".join(re.escape(t) for t in self._special))
-            self._kept.update(found for label in labels for found in pattern.findall(label))
+            for token in {found for label in labels for found in pattern.findall(label)}:
+                self._dropped.discard(self._special[token])
 
     def decode(self, completion: Completion) -> str:
-        """The completion's text without the token that stopped it and other special tokens."""
+        """The completion's text without the special token that stopped it, or any other one but
+        those that labels hold."""
         ids = completion.token_ids
-        if self._kept:
-            if completion.finish_reason == "stop" and ids[-1] in self._special.values():
-                ids = ids[:-1]
-            dropped = {i for token, i in self._special.items() if token not in self._kept}
-            ids = tuple(i for i in ids if i not in dropped)
+        if completion.finish_reason == "stop" and ids[-1] in self._special.values():
+            ids = ids[:-1]
         return self._tokenizer.decode(
-            ids, skip_special_tokens=not self._kept, clean_up_tokenization_spaces=False
+            [i for i in ids if i not in self._dropped], clean_up_tokenization_spaces=False
         )
+
+    def rewritten(self, labels: Sequence[str]) -> list[str]:
+        """What `decode` gives for exactly these labels."""
+        ids = [[i for i in ids if i not in self._dropped] for ids in self._encode(labels)]
+        if self._backend is not None:
+            return self._backend.decode_batch(ids, skip_special_tokens=False)
+        return self._tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
 
     def token(self, token_id: int) -> str:
         """A token as the tokenizer writes it, for errors."""
@@ -115,18 +123,27 @@ class TextCodec:
         """Without any token of the tokenizer's own, and all of each text."""
         if not texts:
             return []
-        if self._tokenizer.is_fast:
-            backend = self._tokenizer.backend_tokenizer
-            found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        if self._backend is not None:
+            found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
             return [encoding.ids for encoding in found]
-        options = {"add_special_tokens": False, "padding": False, "truncation": False}
-        return self._tokenizer(list(texts), verbose=False, **options)["input_ids"]
+        return self._tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
 
     def _added_before(self) -> list[int]:
         """The tokens that the tokenizer puts before a text: BOS, or none."""
-        found = self._tokenizer("a", return_special_tokens_mask=True, verbose=False)
-        ids, own = found["input_ids"], found["special_tokens_mask"]
-        return list(ids[: own.index(0)]) if 0 in own else []
+        for text in ("a", "0", *islice(self._tokenizer.get_vocab(), 100)):
+            found = self._tokenizer(text, return_special_tokens_mask=True, verbose=False)
+            ids, own = found["input_ids"], found["special_tokens_mask"]
+            if 0 in own:  # a token of the text itself
+                return list(ids[: own.index(0)])
+        return []
 
     def _find_openings(self) -> list[list[int]]:
         """How a text begins that needs no BOS token: with it, or as the chat template begins."""
@@ -149,7 +166,7 @@ class TextCodec:
 
 
 def _read_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, which shortens and pads nothing and writes what tokens say."""
+    """The folder's tokenizer, which writes exactly what tokens say."""
     from transformers import AutoTokenizer
 
     try:
@@ -161,13 +178,23 @@ def _read_tokenizer(folder: Path) -> Any:
         if "trust_remote_code" in str(error):
             what = "it needs code of its own, which is not run; give a folder with a tokenizer.json"
         raise ValueError(f"the tokenizer of model.path {folder} cannot be read: {what}") from error
-    if tokenizer.is_fast:
-        backend = tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        if backend.decoder is not None:
-            _keep_spaces(backend)
+    if tokenizer.is_fast and tokenizer.backend_tokenizer.decoder is not None:
+        _keep_spaces(tokenizer.backend_tokenizer)
     return tokenizer
+
+
+def _plain_backend(tokenizer: Any) -> Any:
+    """What does all the work of a tokenizer, faster by itself; None if its class adds to it."""
+    from transformers import PreTrainedTokenizerFast as Plain
+
+    own = type(tokenizer)
+    if not tokenizer.is_fast or any(
+        getattr(own, name) is not getattr(Plain, name) for name in ("_encode_plus", "_decode")
+    ):
+        return None
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer.backend_tokenizer
 
 
 def _keep_spaces(backend: Any) -> None:

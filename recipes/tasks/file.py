@@ -52,7 +52,7 @@ def _without(problems: list[Problem], held_out: list[Problem]) -> list[Problem]:
 
 
 def _numbered(problems: list[Problem]) -> list[Problem]:
-    return [replace(p, index=i) for i, p in enumerate(problems)]
+    return [p if p.index == i else replace(p, index=i) for i, p in enumerate(problems)]
 
 
 def _read_problems(path: Path, config: DataConfig) -> list[Problem]:

@@ -60,6 +60,7 @@ def plain(value: Any) -> Any:
 
 def read_jsonl(path: Path, faults: Faults) -> Iterator[Record]:
     """The lines of a file; what is wrong with one goes to `faults`. Blank lines are skipped."""
+    decoder = json.JSONDecoder(parse_float=_json_float, object_pairs_hook=_object)
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if number == 1:
@@ -69,7 +70,7 @@ def read_jsonl(path: Path, faults: Faults) -> Iterator[Record]:
             where = f"{path}, line {number}"
             try:
                 text = line.decode()
-                record = json.loads(text, parse_float=_json_float, object_pairs_hook=_object)
+                record = decoder.decode(text)
             except UnicodeDecodeError as error:
                 faults.add(f"{where} is not UTF-8: {error.reason} at byte {error.start}")
             except (ValueError, RecursionError) as error:
