@@ -243,23 +243,13 @@ class GrpoRecipe:
 
 
 def make_samples(rollout: Rollout, run: GrpoRun) -> list[Sample]:
-    """Samples in prompt order, each with its group-relative advantage.
-
-    Raises RewardError where the rewards of a group lie too far apart for fp32 advantages.
-    """
+    """Samples in prompt order, each with its group-relative advantage."""
     rewards = torch.tensor(rollout.rewards, dtype=torch.float64)
-    advantages = group_advantages(rewards, run.algorithm)
-    finite = torch.isfinite(advantages.float()).all(dim=1).tolist()
-    if not all(finite):
-        i = finite.index(False)
-        raise RewardError(
-            f"the rewards {rollout.rewards[i]} on {rollout.problems[i].name} lie too far apart to "
-            "make fp32 advantages of; scale them down"
-        )
+    advantages = group_advantages(rewards, run.algorithm).tolist()
     return [
         drawn_sample(prompt, completion, advantage)
         for prompt, group, values in zip(
-            rollout.prompt_ids, rollout.completions, advantages.tolist(), strict=True
+            rollout.prompt_ids, rollout.completions, advantages, strict=True
         )
         for completion, advantage in zip(group, values, strict=True)
     ]

@@ -25,6 +25,7 @@ _PR_SET_PDEATHSIG = 1
 def main(commands_fd: int, results_fd: int, parent: int) -> None:
     """Serve the commands until their pipe closes: `load` once, then `check` and `score`."""
     _follow(parent)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     own = os.getpid()
     reward: BoundReward | None = None
 
@@ -41,7 +42,7 @@ def main(commands_fd: int, results_fd: int, parent: int) -> None:
         assert reward is not None
         return reward(text, problem)
 
-    functions = {"load": load, "check": check, "score": score}
+    functions: dict[str, Callable[..., Any]] = {"load": load, "check": check, "score": score}
     with os.fdopen(commands_fd, "rb") as commands:
         for kind, items in _commands(commands):
             for item in items:

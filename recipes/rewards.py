@@ -130,11 +130,11 @@ def bind_reward(name: str, args: dict[str, Any]) -> BoundReward:
         ) from error
     except ValueError:  # some built-in functions do not say what they take
         pass
-    if function is math_verify:
-        _math_verify_package()
     for key, (is_right, meaning) in ARGS.get(name, {}).items():
         if key in args and not is_right(args[key]):
             raise ValueError(f"reward.args.{key} is {args[key]!r}; give {meaning}")
+    if function is math_verify:
+        _math_verify_package()
     return BoundReward(name=name, function=function, args=dict(args))
 
 
@@ -247,6 +247,10 @@ def _label_number(problem: Problem) -> Decimal:
     return number
 
 
+def _check_math(problem: Problem) -> None:
+    _gold(problem.label)
+
+
 def _check_entry(problem: Problem) -> None:
     if not {"task", "args", "entry"} <= problem.metadata.keys():
         raise ValueError(
@@ -259,7 +263,7 @@ def _check_entry(problem: Problem) -> None:
 CHECKS: dict[str, Callable[[Problem], object]] = {
     "exact_match": _check_answer,
     "number_match": _label_number,
-    "math_verify": lambda problem: _gold(problem.label),
+    "math_verify": _check_math,
     "reasoning_gym": _check_entry,
 }
 ARGS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
@@ -296,7 +300,7 @@ def _fault(check: Callable[[Problem], object], problem: Problem) -> str:
 
 
 def _score(reward: Reward, text: str, problem: Problem) -> float:
-    name = getattr(reward, "name", None) or getattr(reward, "__qualname__", repr(reward))
+    name = str(getattr(reward, "name", None) or getattr(reward, "__qualname__", reward))
     where = describe(name, text, problem)
     try:
         value: Any = reward(text, problem)

@@ -86,6 +86,7 @@ def test_another_seed_is_another_run(runs, base):
 @pytest.mark.parametrize(
     "placement",
     [
+        ["reward.num_workers=3"],
         ["engine.transport=file"],
         ["engine=process"],
         ["engine=process", "engine.transport=file"],
@@ -95,6 +96,7 @@ def test_another_seed_is_another_run(runs, base):
         ["trainer.parallel.offload_optimizer=true"],
     ],
     ids=[
+        "reward workers",
         "file",
         "gloo process",
         "file process",
