@@ -89,6 +89,7 @@ class BoundReward:
 
     def check(self, problems: Sequence[Problem], poll: Poll) -> list[str]:
         """For each problem what is wrong with it, or an empty text."""
+        poll()
         return [_fault(self.check_problem, problem) for problem in problems]
 
     def score(self, texts: Sequence[str], problems: Sequence[Problem], poll: Poll) -> list[float]:
