@@ -37,6 +37,7 @@ _FREE_KEYS = (
     "device",
 )
 _FREE_TRAINER_KEYS = ("checkpoint_every", "keep_checkpoints", "background_checkpoints")
+_FREE_REWARD_KEYS = ("timeout_s", "num_workers")
 _FREE_PARALLEL_KEYS = ("recompute", "offload_optimizer")
 _PATHS = ("model.path", "data.path", "data.eval_path")
 _LAYOUT = "trainer.parallel."
@@ -47,6 +48,8 @@ _ABSENT = "absent"
 def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Of a resolved configuration, every key that a result depends on."""
     kept = {k: v for k, v in config.items() if k not in _FREE_KEYS}
+    if "reward" in kept:
+        kept["reward"] = {k: v for k, v in kept["reward"].items() if k not in _FREE_REWARD_KEYS}
     trainer = {k: v for k, v in config["trainer"].items() if k not in _FREE_TRAINER_KEYS}
     if trainer["optimizer"]["lr_schedule"] == "constant":
         del trainer["num_steps"]  # a run may be made longer
@@ -84,31 +87,25 @@ def flatten(value: Any, name: str = "") -> dict[str, Any]:
     return {k: v for leaves in below for k, v in leaves.items()}
 
 
-def bindings(
-    run: SftRun | GrpoRun, command: str, datasets: tuple[Dataset, Dataset]
-) -> dict[str, Any]:
-    """What the run's checkpoints are bound to, as their manifests say it."""
+def bindings(run: SftRun | GrpoRun, command: str, records: Mapping[str, Dataset]) -> dict[str, Any]:
+    """What the run's checkpoints are bound to, as their manifests say it; records by their name."""
     found = {
         "format": FORMAT,
         "command": command,
         "config": bound_keys(run),
         "model": flatten(asdict(load_model_config(run.model.path))),
-        "contents": dict(_contents(run, datasets)),
+        "contents": dict(_contents(run, records)),
         "reward_source": _reward_digest(run),
     }
     return json.loads(json.dumps(found, default=str))
 
 
-def _contents(
-    run: SftRun | GrpoRun, datasets: tuple[Dataset, Dataset]
-) -> Iterator[tuple[str, str]]:
+def _contents(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> Iterator[tuple[str, str]]:
     """Digests of the tokenizer's files and of the problems, by what they are."""
     for name, file in tokenizer_files(Path(run.model.path)).items():
         yield f"model.path/{name}", digest(file.read_bytes())
-    train, held_out = datasets
-    yield "training records", records_digest(train, run.data)
-    if isinstance(run, GrpoRun):  # sft evaluates none
-        yield "held-out records", records_digest(held_out, run.data)
+    for name, problems in records.items():
+        yield name, records_digest(problems, run.data)
     if run.data.task.startswith("reasoning_gym/"):
         yield "package reasoning_gym", importlib.metadata.version("reasoning_gym")
 

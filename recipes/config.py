@@ -107,7 +107,7 @@ class RolloutSection:
     min_p: float = 0.0
     """Draw from tokens at least so likely, relative to the most likely one; 0: from all."""
     max_prompt_len: int = 512
-    """Tokens; a longer prompt is an error."""
+    """Tokens; what becomes of a longer prompt is for data.overlong_prompts to say."""
     max_new_tokens: int = 256
     """Tokens of a completion, at most."""
     eval_every: int = 20

@@ -11,6 +11,7 @@ from samebit.recipes import fetch_smollm2, grpo, sft
 from samebit.recipes.compose import ConfigError, to_yaml
 from samebit.recipes.config import DemoRun, GrpoRun, RunSection, SftRun
 from samebit.recipes.input_files import input_files
+from samebit.recipes.inputs import Inputs
 from samebit.recipes.metrics import OWNER_ONLY, write_atomically
 from samebit.recipes.needs import require_ready
 from samebit.recipes.rewards import load_reward
@@ -50,7 +51,7 @@ def _check(run: DemoRun) -> Iterator[tuple[str, Path]]:
     """Read what both phases read besides the model; gives the files that they read."""
     if run.model == "smollm2":
         _find_weights()
-    load_reward(run.grpo.reward)
+    load_reward(run.grpo.reward).close()
     for name, phase in (("sft", run.sft), ("grpo", run.grpo)):
         if phase is not None:
             load_datasets(phase.data)
@@ -66,7 +67,7 @@ def _run(run: DemoRun, folder: RunFolder) -> dict[str, Any]:
         _make_model(run, model)
     _phase(run, run.grpo, "grpo", model)
     if run.sft is not None:
-        grpo.Inputs(run.grpo)  # the second phase is to fail before the first one has run
+        Inputs(run.grpo).reward.close()  # the second phase is to fail before the first one has run
         _phase(run, run.sft, "sft", model)
         sft.train(run.sft, folder.started)  # a finished one accepts the configuration, or not
         run.grpo.model.path = str(run.run_dir / "sft" / "model")
@@ -79,11 +80,11 @@ def _run(run: DemoRun, folder: RunFolder) -> dict[str, Any]:
 def main(run: DemoRun) -> int:
     """The command `samebit demo`."""
     device = resolve_device(run.device)
+    require_ready(run)
+    inputs = list(_check(run))
     if run.dry_run:
         print(f"# model: {run.model}, on {device.type}\n{to_yaml(run)}")
         return 0
-    require_ready(run)
-    inputs = list(_check(run))
     start = time.perf_counter()
     with RunFolder(run.run_dir, "demo") as folder:
         folder.begin(resume=run.resume, overwrite=run.overwrite, inputs=inputs)

@@ -6,7 +6,7 @@ because the rollout's log-probs are the trainer's, bit for bit, and every step c
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,19 +16,20 @@ from tqdm import tqdm
 
 from samebit.recipes.compose import to_yaml
 from samebit.recipes.config import GrpoRun
+from samebit.recipes.inputs import Inputs
 from samebit.recipes.metrics import MetricsLogger, NoLogger
 from samebit.recipes.order import SampleIds, problem_index
 from samebit.recipes.placement import make_trainer, start_engine
-from samebit.recipes.plan import checked_model, grpo_plan, print_plan, require_lengths
+from samebit.recipes.plan import grpo_plan, print_plan
+from samebit.recipes.records import Split
 from samebit.recipes.report import write_report
-from samebit.recipes.rewards import RewardError, load_reward, score
+from samebit.recipes.rewards import RewardError, score
 from samebit.recipes.rollouts import save_rollout
 from samebit.recipes.samples import drawn_sample
 from samebit.recipes.session import Session, open_session, require_startable
-from samebit.recipes.signals import StopSignals, stop_signals
+from samebit.recipes.signals import Stopped, StopSignals, stop_signals
 from samebit.recipes.step import Rollout, rollout_metrics, sample_rows, speed, train_metrics
-from samebit.recipes.tasks.base import Problem, load_datasets
-from samebit.recipes.text import TextCodec
+from samebit.recipes.tasks.base import Problem
 from samebit.rollout.remote import RemoteEngineError
 from samebit.rollout.types import SamplingParams
 from samebit.trainer.algorithms.grpo import GrpoLoss, group_advantages
@@ -68,17 +69,6 @@ class Phases:
         self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
 
 
-class Inputs:
-    """What a run reads: all of it before anything of an earlier run is removed."""
-
-    def __init__(self, run: GrpoRun) -> None:
-        self.model = checked_model(run)
-        self.train_set, self.eval_set = load_datasets(run.data)
-        self.reward = load_reward(run.reward)
-        self.text = TextCodec(run.model.path, run.data.chat)
-        require_lengths(run, self.model)
-
-
 class GrpoRecipe:
     """Everything that one run holds."""
 
@@ -115,8 +105,8 @@ class GrpoRecipe:
         """Sample and score the step's prompts."""
         r = self.run.rollout
         first = step * r.prompts_per_step
-        problems = [
-            self.train_set[problem_index(first + i, len(self.train_set), self.run.seed)]
+        indices = [
+            problem_index(first + i, len(self.train_set), self.run.seed)
             for i in range(r.prompts_per_step)
         ]
         params = SamplingParams(
@@ -127,54 +117,70 @@ class GrpoRecipe:
             min_p=r.min_p,
             max_new_tokens=r.max_new_tokens,
         )
-        ids = self.sample_ids.of_step(step, len(problems), r.samples_per_prompt)
-        return self._sample(problems, params, ids, bar)
+        ids = self.sample_ids.of_step(step, len(indices), r.samples_per_prompt)
+        return self._sample(self.train_set, indices, params, ids, bar)
 
     def evaluate(self, step: int) -> Rollout:
         """Sample and score the held-out problems."""
         r = self.run.rollout
-        problems = [self.eval_set[i] for i in range(len(self.eval_set))]
+        indices = range(len(self.eval_set))
         params = SamplingParams(
             n=r.eval_samples_per_prompt,
             temperature=r.eval_temperature,
             max_new_tokens=r.max_new_tokens,
         )
         ids = self.sample_ids.of_step(
-            step, len(problems), r.eval_samples_per_prompt, evaluation=True
+            step, len(indices), r.eval_samples_per_prompt, evaluation=True
         )
-        return self._sample(problems, params, ids, None)
+        return self._sample(self.eval_set, indices, params, ids, None)
 
     def _sample(
         self,
-        problems: list[Problem],
+        split: Split,
+        indices: Sequence[int],
         params: SamplingParams,
         sample_ids: list[list[int]],
         bar: tqdm | None,
     ) -> Rollout:
-        max_len = self.run.rollout.max_prompt_len
-        prompt_ids = [
-            self.text.encode_prompt(p, max_len, "rollout.max_prompt_len") for p in problems
-        ]
-
+        problems = [split[i] for i in indices]
+        prompt_ids = [split.encoded(problem).prompt_ids.tolist() for problem in problems]
+        # A step that is trained already is evaluated to the end.
+        may_stop = bar is not None or self.progress.step == 0
         start = shown = time.perf_counter()
 
         def progress(_done: int, num_tokens: int) -> None:
             nonlocal shown
-            if bar is not None or self.progress.step == 0:
-                self.stop.poll()  # not in an evaluation that belongs to a step already trained
+            if may_stop:
+                self.stop.poll()
             now = time.perf_counter()
             if bar is not None and num_tokens and now - shown > 0.5:
                 shown = now
                 bar.set_postfix_str(f"rollout: {num_tokens / (now - start):.0f} tok/s")
 
         groups = self.engine.generate(prompt_ids, params, sample_ids, progress=progress)
-        texts = [[self.text.decode(c.token_ids) for c in group] for group in groups]
-        flat_problems = [p for p, group in zip(problems, groups, strict=True) for _ in group]
-        flat_texts = [t for group in texts for t in group]
-        flat = on_first(lambda: score(self.reward, flat_texts, flat_problems), RewardError)
-        values = iter(flat)
-        rewards = [[next(values) for _ in group] for group in groups]
+        texts = [[self.text.decode(c) for c in group] for group in groups]
+        rewards = self._score(problems, texts, may_stop)
         return Rollout(problems, prompt_ids, groups, texts, rewards)
+
+    def _score(
+        self, problems: list[Problem], texts: list[list[str]], may_stop: bool
+    ) -> list[list[float]]:
+        """Rewards of the completions of each problem; a signal stops all processes here."""
+        flat_problems = [p for p, group in zip(problems, texts, strict=True) for _ in group]
+        flat_texts = [t for group in texts for t in group]
+
+        def score_all() -> list[float] | str:
+            try:
+                poll = self.stop.poll_alone if may_stop else lambda: None
+                return score(self.reward, flat_texts, flat_problems, poll)
+            except Stopped as stopped:
+                return str(stopped)
+
+        found = on_first(score_all, RewardError)
+        if isinstance(found, str):
+            raise Stopped(found)
+        values = iter(found)
+        return [[next(values) for _ in group] for group in texts]
 
     def train(self, rollout: Rollout) -> list[StepStats]:
         """One or more optimizer steps on a rollout; the first is exactly on-policy."""
@@ -230,14 +236,16 @@ class GrpoRecipe:
         self.session.save(self.progress.step, self.trainer.state_dict(), asdict(self.progress))
 
     def close(self) -> None:
-        """Let go of the engine."""
+        """Let go of the engine and of the reward's processes."""
+        self.reward.close()
         self.transport.close()
         self.engine.close()
 
 
 def make_samples(rollout: Rollout, run: GrpoRun) -> list[Sample]:
     """Samples in prompt order, each with its group-relative advantage."""
-    advantages = group_advantages(torch.tensor(rollout.rewards), run.algorithm).tolist()
+    rewards = torch.tensor(rollout.rewards, dtype=torch.float64)
+    advantages = group_advantages(rewards, run.algorithm).tolist()
     return [
         drawn_sample(prompt, completion, advantage)
         for prompt, group, values in zip(
@@ -253,8 +261,8 @@ def train(run: GrpoRun, started: Callable[[], None] = lambda: None) -> dict[str,
     `started` is called once everything is set up.
     """
     with stop_signals() as stop:
-        inputs = Inputs(run)
-        with open_session(run, (inputs.train_set, inputs.eval_set)) as session:
+        inputs = Inputs(run, stop)
+        with open_session(run, inputs.records) as session:
             summary = _train(GrpoRecipe(run, session, stop, inputs), started)
             if session.is_first:
                 title, config = run.run_name, to_yaml(run)

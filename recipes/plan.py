@@ -1,22 +1,20 @@
 """dry_run: the resolved plan of a run, from its configuration alone. Nothing is allocated."""
 
 import math
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from samebit.recipes.compose import to_yaml
 from samebit.recipes.config import GrpoRun, SftRun
-from samebit.recipes.rewards import load_reward
-from samebit.recipes.tasks.base import load_datasets
+from samebit.recipes.inputs import Inputs, SftInputs
+from samebit.recipes.records import Split
 from samebit.rollout.config import resolve_device, resolve_dtype
 from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.models.decoder import param_specs, segment_shapes
-from samebit.rollout.models.registry import load_model_config, load_stop_tokens
+from samebit.rollout.models.decoder import param_specs
+from samebit.rollout.models.registry import load_stop_tokens
 from samebit.rollout.runtime.kv_cache import kv_bytes_per_token
-from samebit.rollout.runtime.weights import open_safetensors
 from samebit.trainer.config import TrainerConfig
-from samebit.trainer.megatron.stages import make_stage
-from samebit.weight_sync.mapping import Shard, hf_shapes
+from samebit.weight_sync.mapping import hf_shapes
 
 _MIB = 1 << 20
 
@@ -48,39 +46,22 @@ def _memory(model: ModelConfig, device_type: str, trainer: TrainerConfig) -> dic
     }
 
 
-def checked_model(run: GrpoRun | SftRun) -> ModelConfig:
-    """The model that a run starts from; ValueError or OSError for one that it could not.
-
-    The layout and the headers of the weights are looked at, no weight is read.
-    """
-    model, parallel = load_model_config(run.model.path), run.trainer.parallel
-    param_specs(model, Shard(0, parallel.tensor))
-    make_stage(model, 0, parallel.pipeline, parallel.virtual_pipeline)
-    if run.numerics.tp_invariant:
-        segment_shapes(model, resolve_device(run.device))
-    open_safetensors(Path(run.model.path), param_specs(model))
-    return model
-
-
-def require_lengths(run: GrpoRun, model: ModelConfig) -> None:
-    """ValueError unless the longest sample fits the model's context and the KV cache."""
-    longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
-    lengths = "rollout.max_prompt_len + rollout.max_new_tokens"
-    model.require_context(longest, lengths)
-    tokens, page = run.engine.kv_cache_tokens, run.engine.page_size
-    if tokens is not None and tokens // page * page < longest:
-        raise ValueError(
-            f"{lengths} = {longest} tokens; engine.kv_cache_tokens is {tokens}, whole pages of "
-            f"{page} tokens: give at least {-(-longest // page) * page}"
-        )
+def _counts(run: GrpoRun | SftRun, splits: Mapping[str, Split]) -> dict[str, int]:
+    """Numbers of records, and of those that the policy for overlong ones has changed."""
+    counts = {f"{name}_records": len(split) for name, split in splits.items()}
+    for name, split in splits.items():
+        if run.data.overlong_prompts == "drop":
+            counts[f"{name}_records_dropped"] = split.num_dropped
+        elif run.data.overlong_prompts == "truncate_left":
+            counts[f"{name}_prompts_cut"] = split.num_cut
+    return counts
 
 
 def grpo_plan(run: GrpoRun) -> dict[str, Any]:
-    """Batch arithmetic and memory estimate."""
-    model = checked_model(run)
-    load_datasets(run.data)
-    load_reward(run.reward)
-    require_lengths(run, model)
+    """Batch arithmetic and memory estimate; every record is read and checked."""
+    inputs = Inputs(run)
+    inputs.reward.close()
+    model = inputs.model
     resolved = resolve_device(run.device)
     device = resolved.type
     memory = _memory(model, device, run.trainer)
@@ -91,6 +72,7 @@ def grpo_plan(run: GrpoRun) -> dict[str, Any]:
         memory["checkpoint_on_host_mib"] += reference
     return {
         "device": device,
+        **_counts(run, {"train": inputs.train_set, "held_out": inputs.eval_set}),
         "samples_per_step": run.samples_per_step,
         "optimizer_steps_per_step": run.samples_per_step // run.batch_size,
         "optimizer_steps": run.trainer.num_steps * (run.samples_per_step // run.batch_size),
@@ -104,15 +86,15 @@ def grpo_plan(run: GrpoRun) -> dict[str, Any]:
 
 
 def sft_plan(run: SftRun) -> dict[str, Any]:
-    """Batch arithmetic and memory estimate."""
-    model = checked_model(run)
-    load_datasets(run.data)
+    """Batch arithmetic and memory estimate; every record is read and checked."""
+    inputs = SftInputs(run)
     device = resolve_device(run.device).type
     return {
         "device": device,
+        **_counts(run, {"train": inputs.train_set}),
         "samples_per_step": run.trainer.batch_size,
         "optimizer_steps": run.trainer.num_steps,
-        **_memory(model, device, run.trainer),
+        **_memory(inputs.model, device, run.trainer),
     }
 
 

@@ -10,23 +10,33 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from samebit.recipes.tasks.base import Problem
 
+if TYPE_CHECKING:
+    from samebit.recipes.reward_pool import RewardPool
+
 Reward = Callable[[str, Problem], float]
+Poll = Callable[[], object]
+"""Called again and again while something else works; it may raise, which ends the work."""
 
 NUMBER = re.compile(
     r"(?:(?<![\w)\]])[-+])?"  # after a word or a bracket a sign is an operator: "5-3", "(1)-2"
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?:[eE][-+]?[0-9]+(?!\w))?"
 )
+# Before a number that is only a part of another one: "1/2", "10^3".
+PART = re.compile(r"[\w)}\]]\s*(?:/|\^|\*\*)\s*[({]?\s*$")
+LABEL_TIMEOUT_S = 30  # math-verify may take so long for a label: more than any needs
+MAX_EXPONENT = 1000  # of ten: no comparison of two numbers may take long
 
 # What the package's scorers raise on a text they cannot parse (some parse without a check).
 UNPARSABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SyntaxError)
 
 
 class RewardError(RuntimeError):
-    """A reward raised, or returned something that is no finite number."""
+    """A reward raised, ended or outlived its process, or returned what is no finite number."""
 
 
 @dataclass(kw_only=True)
@@ -37,11 +47,21 @@ class RewardConfig:
     """`exact_match`, `number_match`, `math_verify`, `reasoning_gym`, or your `module:function`."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the reward."""
+    timeout_s: float = 60.0
+    """Seconds for one completion in a worker process; a reward that takes longer is an error."""
+    num_workers: int | None = None
+    """Processes for math_verify, reasoning_gym or your function; unset: up to 4, one a core."""
+
+    def __post_init__(self) -> None:
+        if not (self.timeout_s > 0 and math.isfinite(self.timeout_s)):
+            raise ValueError(f"reward.timeout_s is {self.timeout_s}; give seconds above 0")
+        if self.num_workers is not None and self.num_workers < 1:
+            raise ValueError(f"reward.num_workers is {self.num_workers}; give at least 1, or unset")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoundReward:
-    """A reward function with its arguments. Pickles by name, so worker processes can run it."""
+    """A reward function with its arguments, run in the process that calls it."""
 
     name: str
     function: Callable[..., Any]
@@ -50,33 +70,106 @@ class BoundReward:
     def __call__(self, text: str, problem: Problem) -> float:
         return self.function(text, problem, **self.args)
 
+    @property
+    def has_check(self) -> bool:
+        """Whether `check_problem` can find anything."""
+        return self._check is not None
 
-def load_reward(config: RewardConfig) -> Reward:
+    @property
+    def _check(self) -> Callable[[Problem], object] | None:
+        return CHECKS.get(self.name) or getattr(self.function, "check_problem", None)
+
+    def check_problem(self, problem: Problem) -> None:
+        """Raises ValueError for a problem that the function says it cannot use.
+
+        A function says so by an attribute `check_problem`, itself a function of the problem.
+        """
+        if self._check is not None:
+            self._check(problem)
+
+    def check(self, problems: Sequence[Problem], poll: Poll) -> list[str]:
+        """For each problem what is wrong with it, or an empty text."""
+        poll()
+        return [_fault(self.check_problem, problem) for problem in problems]
+
+    def score(self, texts: Sequence[str], problems: Sequence[Problem], poll: Poll) -> list[float]:
+        """See `score`."""
+        return [_score(self, text, p) for text, p in zip(texts, problems, strict=True)]
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+def load_reward(config: RewardConfig, poll: Poll = lambda: None) -> "BoundReward | RewardPool":
     """The reward that a config names.
 
+    Ours that only compare texts run in this process. Code of others (your function, math-verify,
+    reasoning_gym) is imported and run in worker processes alone, which this starts.
     Raises ValueError for an unknown name (listing the choices), a function that cannot be
     imported, or arguments that it does not take.
     """
-    function = REWARDS.get(config.name) or _import_reward(config.name)
+    if config.name in (exact_match.__name__, number_match.__name__):
+        return bind_reward(config.name, config.args)
+    if config.name not in REWARDS and not all(config.name.partition(":")):
+        raise ValueError(
+            f"reward.name is {config.name!r}; give one of {', '.join(REWARDS)}, or module:function"
+        )
+    from samebit.recipes.reward_pool import RewardPool
+
+    return RewardPool(config, poll)
+
+
+def bind_reward(name: str, args: dict[str, Any]) -> BoundReward:
+    """The function that a name means, with checked arguments; ValueError as for `load_reward`."""
+    function = REWARDS.get(name) or _import_reward(name)
     try:
-        inspect.signature(function).bind("", None, **config.args)
+        inspect.signature(function).bind("", None, **args)
     except TypeError as error:
         raise ValueError(
-            f"reward.args is {config.args}, but the reward {config.name!r} is called as "
+            f"reward.args is {args}, but the reward {name!r} is called as "
             f"reward(text, problem, **args): {error}"
         ) from error
-    return BoundReward(name=config.name, function=function, args=dict(config.args))
+    except ValueError:  # some built-in functions do not say what they take
+        pass
+    for key, (is_right, meaning) in ARGS.get(name, {}).items():
+        if key in args and not is_right(args[key]):
+            raise ValueError(f"reward.args.{key} is {args[key]!r}; give {meaning}")
+    if function is math_verify:
+        _math_verify_package()
+    return BoundReward(name=name, function=function, args=dict(args))
 
 
-def score(reward: Reward, texts: Sequence[str], problems: Sequence[Problem]) -> list[float]:
-    """The reward of each completion, in order.
+def score(
+    reward: Reward,
+    texts: Sequence[str],
+    problems: Sequence[Problem],
+    poll: Poll = lambda: None,
+) -> list[float]:
+    """The reward of each completion, in order. `poll` is called while others compute them.
 
-    Raises RewardError, naming the reward, the problem and the completion, where the reward raises
-    or returns something that is no finite number.
+    Raises RewardError, naming the reward, the problem and the completion, where the reward raises,
+    ends or outlives its process, or returns something that is no finite number.
     """
     if len(texts) != len(problems):
         raise ValueError(f"{len(texts)} completions for {len(problems)} problems; give one each")
+    if hasattr(reward, "score"):
+        return reward.score(texts, problems, poll)
     return [_score(reward, text, problem) for text, problem in zip(texts, problems, strict=True)]
+
+
+def finite(value: Any) -> float | None:
+    """A finite number as a float; None for anything else."""
+    try:
+        return float(value) if isinstance(value, numbers.Real) and math.isfinite(value) else None
+    except OverflowError:  # a whole number that no float can hold
+        return None
+
+
+def describe(reward: str, text: str, problem: Problem) -> str:
+    """What an error says of a sample."""
+    completion = repr(text if len(text) <= 200 else f"{text[:100]} ... {text[-100:]}")
+    where = f" ({problem.where})" if problem.where else ""
+    return f"the reward {reward!r} on problem {problem.index}{where}, completion {completion}"
 
 
 def exact_match(text: str, problem: Problem) -> float:
@@ -87,13 +180,11 @@ def exact_match(text: str, problem: Problem) -> float:
 def number_match(text: str, problem: Problem) -> float:
     """1 where the last number in the text equals the label's last number, exactly.
 
-    Understands signs, thousands commas and decimals ("-1,234.50"); not exponents or fractions.
-    Raises ValueError for a label without a number.
+    Understands signs, thousands commas, decimals and exponents ("-1,234.50", "1e-5"); not
+    fractions. Raises ValueError for a label without a number, or whose last one is part of a
+    fraction or a power.
     """
-    expected = _last_number(problem.label)
-    if expected is None:
-        raise ValueError(f"the label {problem.label!r} holds no number; use another reward")
-    return float(_last_number(text) == expected)
+    return float(_last_number(text) == _label_number(problem))
 
 
 def math_verify(text: str, problem: Problem, *, timeout_s: int = 5) -> float:
@@ -104,19 +195,9 @@ def math_verify(text: str, problem: Problem, *, timeout_s: int = 5) -> float:
     package's timer needs the main thread of its process. Raises ValueError for a label that
     cannot be parsed, ImportError without the package.
     """
-    try:
-        from math_verify import parse, verify
-    except ImportError as error:
-        raise ImportError(
-            "the reward math_verify needs a package: pip install math-verify"
-        ) from error
-    label = problem.label
-    delimited = any(mark in label for mark in ("$", "\\boxed", "\\(", "\\["))
-    gold = parse(label if delimited else f"${label}$", parsing_timeout=timeout_s)
-    if not gold:
-        raise ValueError(f"math-verify cannot parse the label {label!r}; give LaTeX or a number")
+    parse, verify = _math_verify_package()
     answer = parse(text, parsing_timeout=timeout_s)
-    return float(verify(gold, answer, timeout_seconds=timeout_s))
+    return float(verify(_gold(problem.label), answer, timeout_seconds=timeout_s))
 
 
 def reasoning_gym(text: str, problem: Problem, *, answer_tag: str | None = None) -> float:
@@ -127,15 +208,12 @@ def reasoning_gym(text: str, problem: Problem, *, answer_tag: str | None = None)
     as a Python expression: run those tasks only where the model's output may be executed.
     Raises ValueError for a problem of another kind of task.
     """
-    if not {"task", "args", "entry"} <= problem.metadata.keys():
-        raise ValueError(
-            "the reward reasoning_gym scores problems of data.task reasoning_gym/<name> only; this "
-            f"one has the metadata {sorted(problem.metadata)}"
-        )
+    _check_entry(problem)
     scorer = _scorer(problem.metadata["task"], json.dumps(problem.metadata["args"], sort_keys=True))
     answer: str | None = text.strip()
     if answer_tag is not None:
-        found = re.findall(rf"<{answer_tag}>(.*?)</{answer_tag}>", text, flags=re.DOTALL)
+        tag = re.escape(answer_tag)
+        found = re.findall(rf"<{tag}>(.*?)</{tag}>", text, flags=re.DOTALL)
         answer = found[-1].strip() if found else None
     try:
         return float(scorer.score_answer(answer, problem.metadata["entry"]))
@@ -151,39 +229,125 @@ REWARDS: dict[str, Callable[..., float]] = {
 }
 
 
+def _check_answer(problem: Problem) -> None:
+    if not problem.label.strip():
+        raise ValueError("the label is empty, so exact_match would reward saying nothing")
+
+
+def _label_number(problem: Problem) -> Decimal:
+    label = problem.label
+    number = _last_number(label)
+    if number is None:
+        raise ValueError(f"the label {label!r:.80} holds no number; use another reward")
+    *_, last = NUMBER.finditer(_plain_minus(label))
+    if PART.search(label[: last.start()]):
+        raise ValueError(
+            f"the label {label!r:.80} ends in a fraction or a power, of which number_match would "
+            f"read {last.group()}; write a decimal, or use math_verify"
+        )
+    return number
+
+
+def _check_math(problem: Problem) -> None:
+    _gold(problem.label)
+
+
+def _check_entry(problem: Problem) -> None:
+    if not {"task", "args", "entry"} <= problem.metadata.keys():
+        raise ValueError(
+            "the reward reasoning_gym scores problems of data.task reasoning_gym/<name> only; this "
+            f"one has the metadata {sorted(problem.metadata)}"
+        )
+
+
+# What each of our functions asks of a problem, and of its arguments.
+CHECKS: dict[str, Callable[[Problem], object]] = {
+    "exact_match": _check_answer,
+    "number_match": _label_number,
+    "math_verify": _check_math,
+    "reasoning_gym": _check_entry,
+}
+ARGS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "math_verify": {
+        "timeout_s": (lambda value: type(value) is int and value >= 1, "whole seconds, at least 1")
+    },
+    "reasoning_gym": {
+        "answer_tag": (
+            lambda value: value is None or (isinstance(value, str) and value != ""),
+            "the name of a tag, as in answer",
+        )
+    },
+}
+
+
 def _import_reward(name: str) -> Callable[..., Any]:
     module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise ValueError(
-            f"reward.name is {name!r}; give one of {', '.join(REWARDS)}, or module:function"
-        )
     try:
         function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward.name is {name!r}, which cannot be imported: {error}") from error
+    except BaseException as error:  # it may do anything, SystemExit included
+        what = error if isinstance(error, ImportError | AttributeError) else repr(error)
+        raise ValueError(f"reward.name is {name!r}, which cannot be imported: {what}") from error
     if not callable(function):
         raise ValueError(f"reward.name is {name!r}, a {type(function).__name__}; give a function")
     return function
 
 
+def _fault(check: Callable[[Problem], object], problem: Problem) -> str:
+    try:
+        check(problem)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def _score(reward: Reward, text: str, problem: Problem) -> float:
-    name = getattr(reward, "name", None) or getattr(reward, "__qualname__", repr(reward))
-    completion = repr(text if len(text) <= 200 else f"{text[:100]} ... {text[-100:]}")
-    where = f"the reward {name!r} on problem {problem.index}, completion {completion}"
+    name = str(getattr(reward, "name", None) or getattr(reward, "__qualname__", reward))
+    where = describe(name, text, problem)
     try:
         value: Any = reward(text, problem)
-    except Exception as error:
+    except BaseException as error:
         raise RewardError(
             f"{where} raised {type(error).__name__}: {error} (SAMEBIT_TRACEBACK=1 shows where)"
         ) from error
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+    if (number := finite(value)) is None:
         raise RewardError(f"{where} returned {value!r:.80}; return a finite number")
-    return float(value)
+    return number
+
+
+def _plain_minus(text: str) -> str:
+    return text.replace("\u2212", "-")  # the typographic minus sign
 
 
 def _last_number(text: str) -> Decimal | None:
-    numbers_found = NUMBER.findall(text.replace("\u2212", "-"))  # the typographic minus sign
-    return Decimal(numbers_found[-1].replace(",", "")) if numbers_found else None
+    """None also where the last number is too large or too small to be meant."""
+    numbers_found = NUMBER.findall(_plain_minus(text))
+    if not numbers_found:
+        return None
+    mantissa, _, exponent = numbers_found[-1].replace(",", "").lower().partition("e")
+    if len(exponent) > 5 or abs(int(exponent or 0)) > MAX_EXPONENT:
+        return None
+    return Decimal(f"{mantissa}e{exponent or 0}")
+
+
+def _math_verify_package() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise ImportError(
+            "the reward math_verify needs the package math-verify: pip install math-verify"
+        ) from error
+    return parse, verify
+
+
+@functools.lru_cache(maxsize=100_000)
+def _gold(label: str) -> Any:
+    """A label as math-verify reads it; ValueError if it cannot."""
+    parse, _ = _math_verify_package()
+    delimited = any(mark in label for mark in ("$", "\\boxed", "\\(", "\\["))
+    gold = parse(label if delimited else f"${label}$", parsing_timeout=LABEL_TIMEOUT_S)
+    if not gold:
+        raise ValueError(f"math-verify cannot parse the label {label!r}; give LaTeX or a number")
+    return gold
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from samebit.recipes.run_folder import (
     require_outside,
 )
 from samebit.recipes.signals import Stopped
-from samebit.recipes.tasks.base import Dataset, load_datasets
+from samebit.recipes.tasks.base import Dataset
 from samebit.rollout.config import resolve_device
 from samebit.trainer.checkpoint import Checkpoint, CheckpointError, latest_checkpoint
 from samebit.trainer.checkpoint_writer import CheckpointWriter, remove_leftovers
@@ -197,13 +197,14 @@ class Session:
             write_atomically(self.run_dir / "summary.json", json.dumps(summary) + "\n")
 
 
-def open_session(run: SftRun | GrpoRun, datasets: tuple[Dataset, Dataset] | None = None) -> Session:
+def open_session(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> Session:
     """Make or reopen the run's folder; nothing is removed unless overwrite=true says so.
 
-    datasets: what load_datasets gives, if it is known. With several processes the first one does.
-    Raises, before anything is changed, CheckpointError if the checkpoint to resume is damaged or
-    belongs to another configuration, data or numerics profile; FileExistsError if the folder is
-    another's, FolderInUseError if another process works there; and OSError if it cannot be written.
+    records: what the run's checkpoints are bound to the contents of, by name. With several
+    processes the first one does all. Raises, before anything is changed, CheckpointError if the
+    checkpoint to resume is damaged or belongs to another configuration, data or numerics profile;
+    FileExistsError if the folder is another's, FolderInUseError if another process works there; and
+    OSError if it cannot be written.
     """
     require_ready(run)
     torch.set_num_threads(run.cpu_threads)
@@ -214,7 +215,7 @@ def open_session(run: SftRun | GrpoRun, datasets: tuple[Dataset, Dataset] | None
     bound, folder = {}, None
     with together(RunFolderError):
         if is_first():
-            bound = bindings(run, command_of(run), datasets or load_datasets(run.data))
+            bound = bindings(run, command_of(run), records)
             folder = _open_folder(run, device, bound, profile)
     resumed = latest_checkpoint(run.run_dir / "checkpoints") if run.resume else None
     if resumed is not None:  # by the first process, for all

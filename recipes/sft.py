@@ -8,14 +8,13 @@ from typing import Any
 
 from samebit.recipes.config import SftRun
 from samebit.recipes.export import write_model
+from samebit.recipes.inputs import SftInputs
 from samebit.recipes.order import problem_index
 from samebit.recipes.placement import make_trainer
-from samebit.recipes.plan import checked_model, print_plan, sft_plan
+from samebit.recipes.plan import print_plan, sft_plan
+from samebit.recipes.records import Split
 from samebit.recipes.session import Session, open_session, require_startable
 from samebit.recipes.signals import StopSignals, stop_signals
-from samebit.recipes.tasks.base import Dataset, load_datasets
-from samebit.recipes.text import TextCodec
-from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.algorithms.sft import sft_loss
 from samebit.trainer.checkpoint import latest_checkpoint
 from samebit.trainer.packing import pack_samples
@@ -30,17 +29,15 @@ class Progress:
     step: int = 0
 
 
-def make_batch(run: SftRun, step: int, data: Dataset, text: TextCodec) -> list[Sample]:
+def make_batch(run: SftRun, step: int, data: Split) -> list[Sample]:
     """The samples of one optimizer step, by index."""
     size = run.trainer.batch_size
     assert size is not None
     samples = []
     for position in range(step * size, (step + 1) * size):
         problem = data[problem_index(position, len(data), run.seed)]
-        prompt = text.encode_prompt(
-            problem, run.trainer.micro_batch_tokens, "trainer.micro_batch_tokens"
-        )
-        label = text.encode_label(problem)
+        ids = data.encoded(problem)
+        prompt, label = ids.prompt_ids, ids.label_ids
         samples.append(
             Sample(sample_id=position, token_ids=(*prompt, *label), prompt_len=len(prompt))
         )
@@ -53,24 +50,20 @@ def train(run: SftRun, started: Callable[[], None] = lambda: None) -> dict[str, 
     `started` is called once everything is set up.
     """
     with stop_signals() as stop:
-        # Everything is read before anything of an earlier run is touched.
-        model, datasets = checked_model(run), load_datasets(run.data)
-        text = TextCodec(run.model.path, run.data.chat)
-        with open_session(run, datasets) as session:
-            return _train(run, session, stop, model, datasets[0], text, started)
+        inputs = SftInputs(run, stop)
+        with open_session(run, inputs.records) as session:
+            return _train(run, session, stop, inputs, started)
 
 
 def _train(
     run: SftRun,
     session: Session,
     stop: StopSignals,
-    model: ModelConfig,
-    data: Dataset,
-    text: TextCodec,
+    inputs: SftInputs,
     started: Callable[[], None],
 ) -> dict[str, Any]:
     settings, total = run.trainer, run.trainer.num_steps
-    trainer = make_trainer(run, model, total, session.device)
+    trainer = make_trainer(run, inputs.model, total, session.device)
     progress = Progress(**session.restore(trainer))
     logger, bar = session.logger(progress), session.bar(progress)
 
@@ -83,7 +76,7 @@ def _train(
         while progress.step < total:
             stop.poll_together()
             session.writer.poll()
-            samples = make_batch(run, progress.step, data, text)
+            samples = make_batch(run, progress.step, inputs.train_set)
             batches = pack_samples(
                 samples,
                 settings.micro_batch_tokens,

@@ -26,7 +26,12 @@ class StopSignals:
         """
         from samebit.trainer.ranks import place  # not at the top: --help needs no torch
 
-        if self.received is not None and place()[1] == 1:
+        if place()[1] == 1:
+            self.poll_alone()
+
+    def poll_alone(self) -> None:
+        """Raise Stopped if a signal has come to this process, which tells the others itself."""
+        if self.received is not None:
             raise Stopped(self.received.name)
 
     def poll_together(self) -> None:

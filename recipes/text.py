@@ -1,10 +1,17 @@
-"""Between a problem's text and token ids, by the model folder's own tokenizer."""
+"""Between text and token ids, by the model folder's own tokenizer, exactly: nothing is added to a
+text, or left out of it, that the template, the tokenizer's BOS token or a stop did not mean."""
 
+import json
+import re
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from samebit.recipes.tasks.base import Problem
 from samebit.rollout.models.registry import require_taught_end
+from samebit.rollout.types import Completion
+
+Prompt = str | list[dict[str, str]]
 
 
 class TextCodec:
@@ -12,50 +19,196 @@ class TextCodec:
 
     def __init__(self, model_path: str | Path, chat: bool = False) -> None:
         """With `chat`, a text prompt is one user message of the chat template."""
-        from transformers import AutoTokenizer
-
         folder = Path(model_path)
         if not folder.is_dir():
             raise FileNotFoundError(f"model folder {folder} does not exist (from {Path.cwd()})")
         if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer_config.json")):
             raise ValueError(f"model.path {folder} holds no tokenizer (tokenizer.json)")
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self._folder = folder
+        self._tokenizer: Any = _read_tokenizer(folder)
         require_taught_end(folder, self._tokenizer.eos_token_id)
+        self._backend = _plain_backend(self._tokenizer)
         self._chat = chat
-        if chat and self._tokenizer.chat_template is None:
+        if chat and not self._tokenizer.chat_template:
             raise ValueError(
                 f"data.chat is true, but the tokenizer of {folder} has no chat template"
             )
+        self._bos = self._added_before()
+        self._openings = self._find_openings()
+        special = [t for t in self._tokenizer.added_tokens_decoder.items() if t[1].special]
+        self._special = {token.content: i for i, token in special}
+        self._dropped = set(self._special.values())
 
-    def encode_prompt(self, problem: Problem, max_len: int, key: str) -> list[int]:
-        """Token ids of a prompt; chat messages go through the chat template.
-
-        ValueError for more than max_len, the value of the configuration's `key`.
-        """
-        prompt = problem.prompt
+    def messages(self, prompt: Prompt) -> Prompt:
+        """The prompt as it is encoded: with `chat`, a text is one user message."""
         if self._chat and isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        if isinstance(prompt, str):
-            ids = self._tokenizer.encode(prompt)
-        else:
-            ids = self._tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, return_dict=False
-            )
-        if not 0 < len(ids) <= max_len:
-            raise ValueError(
-                f"problem {problem.index}: its prompt has {len(ids)} tokens; {key} allows 1 "
-                f"to {max_len}"
-            )
-        return list(ids)
+            return [{"role": "user", "content": prompt}]
+        return prompt
 
-    def encode_label(self, problem: Problem) -> list[int]:
-        """Token ids of the reference answer, with the end-of-sequence token."""
-        ids = self._tokenizer.encode(problem.label, add_special_tokens=False)
-        if not ids:
-            raise ValueError(f"problem {problem.index}: its label is empty; sft needs an answer")
+    def render(self, prompt: Prompt) -> str:
+        """The text of a prompt; messages go through the chat template.
+
+        Raises ValueError where the template does, or gives nothing.
+        """
+        prompt = self.messages(prompt)
+        text = prompt if isinstance(prompt, str) else self._apply_template(prompt)
+        if not text:
+            raise ValueError("the chat template makes an empty text of its prompt")
+        return text
+
+    def encode_prompts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of prompts, which `render` made `texts` of.
+
+        A plain text begins with the tokenizer's BOS token, if it adds one and the text does not
+        begin with it, or like the chat template, already. No token is added at the end.
+        """
+        found = self._encode(texts)
+        for i, prompt in enumerate(prompts):
+            if isinstance(self.messages(prompt), str) and not self._is_opened(found[i]):
+                found[i] = [*self._bos, *found[i]]
+        return found
+
+    def cut_left(self, ids: list[int], max_len: int) -> list[int]:
+        """The last of a plain text's token ids, after its BOS token if it has one."""
+        bos = self._bos if ids[: len(self._bos)] == self._bos else []
+        rest = max_len - len(bos)
+        return [*bos, *ids[len(ids) - rest :]] if rest > 0 else ids
+
+    def encode_labels(self, labels: Sequence[str]) -> list[list[int]]:
+        """Token ids of reference answers, with the end-of-sequence token; empty for empty ones."""
         end = self._tokenizer.eos_token_id
-        return [*ids, *([] if end is None else [end])]
+        ends = [] if end is None else [end]
+        return [[*ids, *ends] if ids else [] for ids in self._encode(labels)]
 
-    def decode(self, token_ids: tuple[int, ...]) -> str:
-        """The completion's text without special tokens."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+    def keep_tokens_of(self, labels: Iterable[str]) -> None:
+        """Special tokens that labels hold stay in what `decode` gives; others are left out."""
+        if self._special:
+            pattern = re.compile("|".join(re.escape(t) for t in self._special))
+            for token in {found for label in labels for found in pattern.findall(label)}:
+                self._dropped.discard(self._special[token])
+
+    def decode(self, completion: Completion) -> str:
+        """The completion's text without the special token that stopped it, or any other one but
+        those that labels hold."""
+        ids = completion.token_ids
+        if completion.finish_reason == "stop" and ids[-1] in self._special.values():
+            ids = ids[:-1]
+        return self._tokenizer.decode(
+            [i for i in ids if i not in self._dropped], clean_up_tokenization_spaces=False
+        )
+
+    def rewritten(self, labels: Sequence[str]) -> list[str]:
+        """What `decode` gives for exactly these labels."""
+        ids = [[i for i in ids if i not in self._dropped] for ids in self._encode(labels)]
+        if self._backend is not None:
+            return self._backend.decode_batch(ids, skip_special_tokens=False)
+        return self._tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
+
+    def token(self, token_id: int) -> str:
+        """A token as the tokenizer writes it, for errors."""
+        return str(self._tokenizer.convert_ids_to_tokens(token_id))
+
+    def _apply_template(self, messages: list[dict[str, str]]) -> str:
+        if not self._tokenizer.chat_template:
+            raise ValueError(
+                "its prompt is a list of chat messages, but the tokenizer of "
+                f"{self._folder} has no chat template"
+            )
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # a template is a program, and may raise anything
+            raise ValueError(f"the chat template refuses its prompt: {_line(error)}") from error
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Without any token of the tokenizer's own, and all of each text."""
+        if not texts:
+            return []
+        if self._backend is not None:
+            found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [encoding.ids for encoding in found]
+        return self._tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+
+    def _added_before(self) -> list[int]:
+        """The tokens that the tokenizer puts before a text: BOS, or none."""
+        for text in ("a", "0", *islice(self._tokenizer.get_vocab(), 100)):
+            found = self._tokenizer(text, return_special_tokens_mask=True, verbose=False)
+            ids, own = found["input_ids"], found["special_tokens_mask"]
+            if 0 in own:  # a token of the text itself
+                return list(ids[: own.index(0)])
+        return []
+
+    def _find_openings(self) -> list[list[int]]:
+        """How a text begins that needs no BOS token: with it, or as the chat template begins."""
+        if not self._bos:
+            return []
+        openings = [self._bos]
+        if self._tokenizer.chat_template:
+            try:
+                text = self._apply_template([{"role": "user", "content": "a"}])
+            except ValueError:  # it wants other messages, whose errors name the record
+                return openings
+            ids = self._encode([text])[0]
+            special = self._tokenizer.added_tokens_decoder
+            if ids and ids[0] in special and special[ids[0]].special:
+                openings.append(ids[:1])
+        return openings
+
+    def _is_opened(self, ids: list[int]) -> bool:
+        return any(ids[: len(opening)] == opening for opening in self._openings)
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, which writes exactly what tokens say."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # tokenizers raises bare ones
+        what = _line(error)
+        if "trust_remote_code" in str(error):
+            what = "it needs code of its own, which is not run; give a folder with a tokenizer.json"
+        raise ValueError(f"the tokenizer of model.path {folder} cannot be read: {what}") from error
+    if tokenizer.is_fast and tokenizer.backend_tokenizer.decoder is not None:
+        _keep_spaces(tokenizer.backend_tokenizer)
+    return tokenizer
+
+
+def _plain_backend(tokenizer: Any) -> Any:
+    """What does all the work of a tokenizer, faster by itself; None if its class adds to it."""
+    from transformers import PreTrainedTokenizerFast as Plain
+
+    own = type(tokenizer)
+    if not tokenizer.is_fast or any(
+        getattr(own, name) is not getattr(Plain, name) for name in ("_encode_plus", "_decode")
+    ):
+        return None
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer.backend_tokenizer
+
+
+def _keep_spaces(backend: Any) -> None:
+    """Turn off `cleanup`, by which some decoders take spaces before punctuation away."""
+    decoder = backend.decoder
+    state = json.loads(decoder.__getstate__())
+    for part in state.get("decoders", [state]):
+        if "cleanup" in part:
+            part["cleanup"] = False
+    decoder.__setstate__(json.dumps(state).encode())
+    backend.decoder = decoder
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

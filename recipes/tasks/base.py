@@ -13,6 +13,7 @@ TASKS = {
     "reasoning_gym": "samebit.recipes.tasks.reasoning_gym",
     "reverse_digits": "samebit.recipes.tasks.reverse_digits",
 }
+OVERLONG = ("error", "drop", "truncate_left")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,13 @@ class Problem:
     """The reference answer; empty where the task has a scorer and no single answer."""
     metadata: dict[str, Any]
     """Whatever else the reward needs."""
+    where: str = field(default="", compare=False)
+    """Where it was read, as in "data.jsonl, line 7"; empty for a generated one."""
+
+    @property
+    def name(self) -> str:
+        """What an error calls it."""
+        return f"{self.where}: problem {self.index}" if self.where else f"problem {self.index}"
 
 
 class Dataset(Protocol):
@@ -63,8 +71,16 @@ class DataConfig:
     """Generated tasks: which problems are drawn."""
     args: dict[str, Any] = field(default_factory=dict)
     """Generated tasks: arguments of the generator."""
+    overlong_prompts: str = "error"
+    """A prompt (sft: with its label) over the limit: `error`; `drop`: its record is left out;
+    `truncate_left`: of a chat the oldest turns go, of a plain text its first tokens."""
 
     def __post_init__(self) -> None:
+        if self.overlong_prompts not in OVERLONG:
+            raise ValueError(
+                f"data.overlong_prompts is {self.overlong_prompts!r}; give one of "
+                f"{', '.join(OVERLONG)}"
+            )
         if self.path is not None:
             require_default(self, "data", ("size", "seed"), "data.path is given")
         if self.task != "file":

@@ -2,10 +2,14 @@
 
 import json
 import logging
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from samebit.recipes.tasks.base import DataConfig, Dataset, ListDataset, Problem
+from samebit.recipes.tasks.faults import Faults
+from samebit.recipes.tasks.readers import Record, plain, read_jsonl, read_parquet
 
 logger = logging.getLogger(__name__)
 
@@ -48,61 +52,56 @@ def _without(problems: list[Problem], held_out: list[Problem]) -> list[Problem]:
 
 
 def _numbered(problems: list[Problem]) -> list[Problem]:
-    return [
-        Problem(index=i, prompt=p.prompt, label=p.label, metadata=p.metadata)
-        for i, p in enumerate(problems)
-    ]
+    return [p if p.index == i else replace(p, index=i) for i, p in enumerate(problems)]
 
 
 def _read_problems(path: Path, config: DataConfig) -> list[Problem]:
     if path.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"{path} has the suffix {path.suffix!r}; give a .jsonl or .parquet file")
+    if path.is_dir():
+        raise IsADirectoryError(f"data file {path} is a folder; give a .jsonl or .parquet file")
     if not path.is_file():
         raise FileNotFoundError(f"data file {path} does not exist (from {Path.cwd()})")
-    records = _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path)
-    if not records:
+    faults, problems = Faults(), list[Problem]()
+    read = read_jsonl if path.suffix == ".jsonl" else read_parquet
+    for record in read(path, faults):
+        try:
+            problems.append(_problem(len(problems), record, config))
+        except ValueError as error:
+            faults.add(str(error))
+    faults.raise_all()
+    if not problems:
         raise ValueError(f"{path} holds no record; give at least one")
-    return [
-        _problem(index, record, f"{path}, {where}", config)
-        for index, (where, record) in enumerate(records)
-    ]
+    return problems
 
 
-def _read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Each record with where it stands ("line 3"). Blank lines are skipped."""
-    records = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise ValueError(
-                    f"{path}, line {number} is a JSON {type(record).__name__}; give an object"
-                )
-            records.append((f"line {number}", record))
-    return records
+def _problem(index: int, record: Record, config: DataConfig) -> Problem:
+    where, values = record.where, record.values
+    prompt = _prompt(_lookup(values, config.prompt_key, where), f"{where}: {config.prompt_key!r}")
+    label = _lookup(values, config.label_key, where)
+    text = record.number_text(label, config.label_key)
+    if text is None and isinstance(label, str):
+        text = label
+    if text is None:
+        what = f"{where}: {config.label_key!r}"
+        raise ValueError(f"{what} is {label!r:.80}; give a text or a number")
+    for part in (text, *_texts(prompt)):
+        if fault := lone_surrogate(part):
+            raise ValueError(f"{where} holds {fault}")
+    metadata = {key: plain(_lookup(values, key, where)) for key in config.metadata_keys}
+    return Problem(index=index, prompt=prompt, label=text, metadata=metadata, where=where)
 
 
-def _read_parquet(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a readable parquet file: {error}") from error
-    return [(f"row {number}", row) for number, row in enumerate(rows)]
+def _texts(prompt: str | list[dict[str, str]]) -> list[str]:
+    if isinstance(prompt, str):
+        return [prompt]
+    return [text for message in prompt for text in message.values()]
 
 
-def _problem(index: int, record: dict[str, Any], where: str, config: DataConfig) -> Problem:
-    prompt = _prompt(_lookup(record, config.prompt_key, where), f"{where}: {config.prompt_key!r}")
-    label = _label(_lookup(record, config.label_key, where), f"{where}: {config.label_key!r}")
-    metadata = {key: _lookup(record, key, where) for key in config.metadata_keys}
-    return Problem(index=index, prompt=prompt, label=label, metadata=metadata)
+def lone_surrogate(text: str) -> str:
+    """Half of a UTF-16 pair, which no encoding of a text has; empty if there is none."""
+    found = None if text.isascii() else re.search("[\ud800-\udfff]", text)
+    return f"the lone surrogate \\u{ord(found[0]):04x}, which is no character" if found else ""
 
 
 def _lookup(record: dict[str, Any], key: str, where: str) -> Any:
@@ -133,9 +132,3 @@ def _message(message: Any, what: str) -> dict[str, str]:
         if texts and {"role", "content"} <= message.keys():
             return message
     raise ValueError(f"{what} has the message {message!r:.80}; give texts `role` and `content`")
-
-
-def _label(value: Any, what: str) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"{what} is {value!r:.80}; give a text or a number")
-    return str(value)

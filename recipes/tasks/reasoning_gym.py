@@ -101,8 +101,9 @@ def make_source(name: str, args: dict[str, Any], *, seed: int, size: int) -> Any
         settings = _composite_args(args) if name == "composite" else args
         with _isolated_random(seed):
             return _factory().create_dataset(name, **settings, seed=seed, size=size)
-    except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"data.args {args} of reasoning_gym/{name} is bad: {error}") from error
+    except Exception as error:  # whatever the task's own code makes of a bad argument
+        what = error if isinstance(error, AssertionError | TypeError | ValueError) else repr(error)
+        raise ValueError(f"data.args {args} of reasoning_gym/{name} is bad: {what}") from error
 
 
 def _factory() -> Any:
@@ -137,8 +138,13 @@ def _first_seed(seed: int) -> int:
 
 
 def _generate(source: Any, index: int) -> dict[str, Any]:
-    with _isolated_random(source.seed + index):
-        return source[index]
+    try:
+        with _isolated_random(source.seed + index):
+            return source[index]
+    except Exception as error:  # the task's own code
+        raise ValueError(
+            f"the reasoning_gym task {type(source).__name__} cannot make problem {index}: {error!r}"
+        ) from error
 
 
 @contextmanager

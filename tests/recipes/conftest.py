@@ -45,6 +45,7 @@ class GrpoRuns:
             "data.eval_size=4",
             "reward.name=run_children:score_digits",
             f"reward.args.control={self.control}",
+            "reward.num_workers=1",  # whose calls are counted
             "rollout.prompts_per_step=3",
             "rollout.samples_per_prompt=4",
             "rollout.max_prompt_len=8",
@@ -62,9 +63,6 @@ class GrpoRuns:
 
     def train(self, run_name, *overrides):
         """Run in this process; what must be equal between equal runs."""
-        import run_children
-
-        run_children.calls.clear()
         summary = grpo.train(self.resolve(run_name, *overrides))
         return summary, self.rows(run_name), read_rows(self.folder / run_name / "samples.jsonl")
 
@@ -73,7 +71,7 @@ class GrpoRuns:
         return without_times(read_rows(self.folder / run_name / "metrics.jsonl"))
 
     def held(self, number):
-        """A condition: the reward's call of this number (in a process) was reached, and blocks."""
+        """A condition: the reward's call of this number (in a run) was reached, and blocks."""
         marker = self.control.with_suffix(".held")
         marker.unlink(missing_ok=True)
         self.control.write_text(f"hold {number}")
@@ -103,12 +101,11 @@ def base(make_runs, tmp_path_factory):
 @pytest.fixture
 def child(forkserver):
     """`with child(arguments) as process:` runs `samebit` and kills it with SIGKILL at the end."""
+    from run_children import run_cli
 
     @contextmanager
-    def run(arguments):
-        from run_children import run_cli
-
-        process = forkserver.Process(target=run_cli, args=(arguments,))
+    def run(arguments, target=run_cli):
+        process = forkserver.Process(target=target, args=(arguments,))
         process.start()
         try:
             yield process

@@ -10,8 +10,8 @@ calls: list[str] = []
 def score_digits(text, problem, *, control):
     """Even digits are worth most, so a random model gets rewards of many sizes.
 
-    If the file `control` holds "hold 7" or "fail 7", the 7th call in this process blocks for ever
-    after making the file <control>.held, or raises.
+    If the file `control` holds "hold 7" or "fail 7", the 7th call in this process, the one worker
+    of a run, blocks for ever after making the file <control>.held, or raises.
     """
     calls.append(text)
     file = Path(control)
@@ -25,6 +25,15 @@ def score_digits(text, problem, *, control):
                 signal.pause()
     right = sum(a == b for a, b in zip(text, problem.label, strict=False))
     return right + 0.5 * sum(c in "02468" for c in text) - 0.1 * len(text)
+
+
+def open_run(run):
+    """open_session with the records that a run of grpo reads."""
+    from samebit.recipes.session import open_session
+    from samebit.recipes.tasks.base import load_datasets
+
+    train_set, held_out = load_datasets(run.data)
+    return open_session(run, {"training records": train_set, "held-out records": held_out})
 
 
 def has_lines(file, count):
@@ -42,8 +51,36 @@ def has_begun_to_save(checkpoints, step):
     return holds
 
 
+def run_cli_and_hang(arguments):
+    """`samebit`, whose first optimizer step blocks for ever after making output_dir/hangs."""
+    from samebit.trainer.megatron.trainer import MegatronTrainer
+
+    folder = next(a for a in arguments if a.startswith("output_dir=")).removeprefix("output_dir=")
+
+    def hang(*_):
+        (Path(folder) / "hangs").touch()
+        while True:
+            signal.pause()
+
+    MegatronTrainer.train_step = hang
+    run_cli(arguments)
+
+
 def run_cli(arguments):
     """`samebit` as a child process."""
     from samebit.recipes.cli import main
 
     sys.exit(main(arguments))
+
+
+def fussy(text, problem):
+    """Scores 1; wants labels of two digits."""
+    return 1.0
+
+
+def _check(problem):
+    if len(problem.label) != 2:
+        raise ValueError("2 digits, please")
+
+
+fussy.check_problem = _check

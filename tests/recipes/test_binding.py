@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 from helpers import edit_config
+from run_children import open_run
 
 from samebit.recipes import binding
-from samebit.recipes.session import open_session
 from samebit.recipes.tasks.base import DataConfig, ListDataset, Problem
 from samebit.trainer.checkpoint import MANIFEST, CheckpointError, latest_checkpoint, manifest_text
 
@@ -40,7 +40,7 @@ class Bound:
         return resolve("grpo", [*given, *DATA, *files, *overrides])
 
     def resume(self, *overrides):
-        with open_session(self.resolve("resume=true", *overrides)) as session:
+        with open_run(self.resolve("resume=true", *overrides)) as session:
             return session.resumed.step
 
 

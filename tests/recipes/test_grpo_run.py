@@ -5,13 +5,12 @@ import json
 import pytest
 import torch
 from helpers import tree
-from run_children import has_begun_to_save, has_lines
+from run_children import has_begun_to_save, has_lines, open_run
 
 from samebit.recipes import cli
 from samebit.recipes.grpo import GrpoRecipe
 from samebit.recipes.metrics import read_rows
 from samebit.recipes.rewards import RewardError
-from samebit.recipes.session import open_session
 from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints
 
 SUMMARY_KEYS = [
@@ -86,6 +85,7 @@ def test_another_seed_is_another_run(runs, base):
 @pytest.mark.parametrize(
     "placement",
     [
+        ["reward.num_workers=3"],
         ["engine.transport=file"],
         ["engine=process"],
         ["engine=process", "engine.transport=file"],
@@ -95,6 +95,7 @@ def test_another_seed_is_another_run(runs, base):
         ["trainer.parallel.offload_optimizer=true"],
     ],
     ids=[
+        "reward workers",
         "file",
         "gloo process",
         "file process",
@@ -218,7 +219,7 @@ def test_resume_under_another_configuration_is_refused(base, change):
     """A run that is half one thing and half another is no run at all."""
     before = tree(base.folder / "base")
     with pytest.raises(CheckpointError, match="step_00000006 was written under another config"):
-        open_session(base.resolve("base", "resume=true", change))
+        open_run(base.resolve("base", "resume=true", change))
     assert tree(base.folder / "base") == before
 
 
@@ -226,7 +227,7 @@ def test_an_existing_run_is_not_lost(base):
     """Forgetting resume=true must cost nothing."""
     before = tree(base.folder / "base")
     with pytest.raises(FileExistsError, match="base.*resume=true.*overwrite=true"):
-        open_session(base.resolve("base"))
+        open_run(base.resolve("base"))
     assert tree(base.folder / "base") == before
 
 
@@ -236,16 +237,16 @@ def test_a_folder_of_other_things_is_not_lost(runs):
     folder.mkdir()
     (folder / "chapter1.tex").write_text("ten years of work")
     with pytest.raises(FileExistsError, match="thesis.*overwrite=true"):
-        open_session(runs.resolve("thesis"))
+        open_run(runs.resolve("thesis"))
     with pytest.raises(FileExistsError, match="no run made it, so overwrite=true removes"):
-        open_session(runs.resolve("thesis", "overwrite=true"))
+        open_run(runs.resolve("thesis", "overwrite=true"))
     assert (folder / "chapter1.tex").read_text() == "ten years of work"
 
 
 def test_an_empty_folder_is_fine(runs):
     """A launcher may have made it."""
     (runs.folder / "empty").mkdir()
-    open_session(runs.resolve("empty"))
+    open_run(runs.resolve("empty"))
 
 
 def test_overwrite_starts_anew(runs, base):
@@ -269,7 +270,7 @@ def test_a_reward_that_raises_costs_nothing(runs, base):
 def test_a_sample_id_is_never_used_twice(runs):
     """Rolling out a step again in the same run would draw the same noise again."""
     run = runs.resolve("ids")
-    recipe = GrpoRecipe(run, open_session(run))
+    recipe = GrpoRecipe(run, open_run(run))
     first = recipe.rollout(0)
     evaluated = recipe.evaluate(0)
     groups = first.completions + evaluated.completions

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import edit_config, tree
+from run_children import open_run
 
 from samebit.recipes import session
 from samebit.recipes.compose import ConfigError
-from samebit.recipes.session import open_session
 from samebit.trainer.checkpoint import MANIFEST, CheckpointError, latest_checkpoint
 
 RUN = ["algorithm=grpo_kl", "algorithm.kl_coef=0.5", "trainer.num_steps=2"]
@@ -35,7 +35,7 @@ def expect_refusal(runs, message, *overrides):
     """Opening the run raises, and no file of it changes, nor does one appear."""
     before = tree(runs.folder / "run")
     with pytest.raises(CheckpointError, match=message):
-        open_session(runs.resolve("run", *RUN, "resume=true", *overrides))
+        open_run(runs.resolve("run", *RUN, "resume=true", *overrides))
     assert tree(runs.folder / "run") == before
 
 
@@ -114,7 +114,7 @@ def test_another_model_at_the_same_path_is_refused(run, tmp_path):
     runs.train("other", *RUN, f"model.path={model}")
     edit_config(model, rms_norm_eps=1e-3)
     with pytest.raises(CheckpointError, match="another model configuration"):
-        open_session(runs.resolve("other", *RUN, f"model.path={model}", "resume=true"))
+        open_run(runs.resolve("other", *RUN, f"model.path={model}", "resume=true"))
 
 
 def test_another_configuration_is_refused(run):
@@ -129,7 +129,7 @@ def test_another_layout_is_refused_unless_asked_for(run):
         r"another trainer\.parallel \(distributed_optimizer False -> True\); with reshard=true"
     )
     expect_refusal(run[0], message, split)
-    session = open_session(run[0].resolve("run", *RUN, "resume=true", "reshard=true", split))
+    session = open_run(run[0].resolve("run", *RUN, "resume=true", "reshard=true", split))
     assert session.resumed.step == 2
     with pytest.raises(ConfigError, match="reshard is True; it must be false without resume"):
         run[0].resolve("run", *RUN, "reshard=true")

@@ -1,7 +1,9 @@
 """Rewards: what they score, and the errors that name a bad one."""
 
+import functools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -14,11 +16,14 @@ def problem(label: str, index: int = 0) -> Problem:
     return Problem(index=index, prompt="?", label=label, metadata={})
 
 
-def one(name: str, text: str, label: str, **args) -> float:
-    return load_reward(RewardConfig(name=name, args=args))(text, problem(label))
+@pytest.fixture(scope="module")
+def one():
+    """one(name, text, label): a score; workers are started once."""
+    load = functools.cache(lambda name: load_reward(RewardConfig(name=name, num_workers=1)))
+    return lambda name, text, label: load(name)(text, problem(label))
 
 
-def test_exact_match():
+def test_exact_match(one):
     assert one("exact_match", " 12\n", "12") == 1.0
     assert one("exact_match", "12.", "12") == 0.0
 
@@ -40,10 +45,22 @@ def test_exact_match():
         ("no number", "1", 0.0),
         ("", "1", 0.0),
         ("9" * 5000, "1", 0.0),
+        ("5", "1e-05", 0.0),
+        ("0.00001", "1e-05", 1.0),
+        ("it is 1e5", "5", 0.0),
+        ("2.5E+3", "2,500", 1.0),
+        ("1e99999999999", "1", 0.0),
+        ("3 eggs", "3", 1.0),
     ],
 )
-def test_number_match(text, label, expected):
+def test_number_match(one, text, label, expected):
     assert one("number_match", text, label) == expected
+
+
+@pytest.mark.parametrize("label", ["", "none", "1/2", "10^3", "2**3", "x/{2", "1e99999"])
+def test_labels_that_number_match_would_misread(label):
+    with pytest.raises(RewardError, match=f"ValueError: the label '{re.escape(label)}' "):
+        score(load_reward(RewardConfig(name="number_match")), ["3"], [problem(label)])
 
 
 @pytest.mark.parametrize(
@@ -55,7 +72,7 @@ def test_number_match(text, label, expected):
         ("nothing here", "3", 0.0),
     ],
 )
-def test_math_verify(text, label, expected):
+def test_math_verify(one, text, label, expected):
     assert one("math_verify", text, label) == expected
 
 

@@ -6,11 +6,11 @@ from contextlib import suppress
 
 import pytest
 from helpers import dying_at, edit_tensors, run_python, tree
+from run_children import open_run
 
 from samebit.recipes import cli
 from samebit.recipes.compose import ConfigError
 from samebit.recipes.run_folder import RunFolder, require_own_report
-from samebit.recipes.session import open_session
 from samebit.weight_sync.folders import FolderInUseError, FolderLock, read_marker
 
 FILES = {"config.yaml": "old", "checkpoints/step_00000002/manifest.json": "{}", "notes.txt": "mine"}
@@ -239,7 +239,7 @@ def test_a_model_in_a_parent_folder_is_not_inside(runs, tmp_path):
     model = shutil.copytree(runs.model, tmp_path / "model")
     arguments = [f"model.path={model}", f"output_dir={model}/outputs", "overwrite=true"]
     for _ in range(2):
-        with open_session(runs.resolve("run", *arguments)) as session:
+        with open_run(runs.resolve("run", *arguments)) as session:
             session.started()
     assert (model / "model.safetensors").exists()
 
@@ -273,5 +273,5 @@ def test_reports_do_not_land_in_a_runs_folder(earlier, capsys):
 
 def test_the_lock_is_held_for_the_whole_run(runs):
     """From the opening to the end of the session."""
-    with open_session(runs.resolve("run")), pytest.raises(FolderInUseError):
+    with open_run(runs.resolve("run")), pytest.raises(FolderInUseError):
         FolderLock(runs.folder / "run")

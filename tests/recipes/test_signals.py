@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 from helpers import assert_on_loopback
-from run_children import has_lines
+from run_children import has_lines, run_cli_and_hang
 
 from samebit.recipes import cli
 from samebit.recipes.grpo import GrpoRecipe
@@ -85,10 +85,9 @@ def test_a_signal_after_the_last_poll_lets_the_run_end(runs, base, monkeypatch):
 
 def test_a_second_signal_exits_at_once(runs, child):
     """Even where the run would never come to a safe point."""
-    held = runs.held(30)
-    at_once = "trainer.background_checkpoints=false"
-    with child(["grpo", *runs.arguments("twice", at_once)]) as process:
-        while not held():
+    hangs = runs.folder / "hangs"
+    with child(["grpo", *runs.arguments("twice")], run_cli_and_hang) as process:
+        while not hangs.exists():
             assert process.is_alive()
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGTERM)
@@ -97,7 +96,24 @@ def test_a_second_signal_exits_at_once(runs, child):
         os.kill(process.pid, signal.SIGINT)
         process.join(10)
         assert process.exitcode == 128 + signal.SIGINT
-    assert latest_checkpoint(runs.folder / "twice" / "checkpoints").verify().step == 2
+
+
+def test_a_reward_that_never_returns_does_not_hold_up_a_signal(runs, base, child):
+    """It is killed, the last whole step is saved, and the exit code is 0."""
+    held = runs.held(30)
+    with child(["grpo", *runs.arguments("hung")]) as process:
+        while not held():
+            assert process.is_alive()
+            time.sleep(0.01)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(20)
+        assert process.exitcode == 0
+    assert workers
+    assert not psutil.wait_procs(workers, timeout=5)[1]
+    assert latest_checkpoint(runs.folder / "hung" / "checkpoints").verify().step == 2
+    runs.control.unlink()
+    assert runs.train("hung", "resume=true") == base.result
 
 
 def test_a_signal_to_the_engines_process_too(runs, base, child):

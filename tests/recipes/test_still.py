@@ -1,9 +1,9 @@
 """At learning rate 0 nothing may move: neither digest nor log-probs, over many syncs."""
 
 import pytest
+from run_children import open_run
 
 from samebit.recipes.grpo import GrpoRecipe, Phases
-from samebit.recipes.session import open_session
 
 TOKENS = [[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8, 9, 7]]
 
@@ -16,7 +16,7 @@ TOKENS = [[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8, 9, 7]]
 def test_learning_rate_0_changes_nothing(runs, placement):
     """Gradients and moments are computed all the same; the step and its sync must be exact."""
     run = runs.resolve("still", "trainer.optimizer.lr=0", "trainer.num_steps=20", *placement)
-    recipe = GrpoRecipe(run, open_session(run))
+    recipe = GrpoRecipe(run, open_run(run))
     digest, logprobs = recipe.trainer.digest(), recipe.engine.score(TOKENS)
     for step in range(20):
         [stats] = recipe.update(recipe.rollout(step), Phases())

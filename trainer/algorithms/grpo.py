@@ -14,16 +14,24 @@ from samebit.trainer.types import MicroBatch
 
 
 def group_advantages(rewards: torch.Tensor, config: GrpoConfig) -> torch.Tensor:
-    """rewards [groups, n] -> advantages of the same shape, in fp64.
+    """rewards [groups, n] -> advantages of the same shape, in fp64; give the rewards in fp64 too.
 
-    A group whose rewards are all equal gets exact zeros.
+    A group whose rewards are all equal gets exact zeros. Raises ValueError for rewards so far
+    apart that their deviation, or an advantage in fp32, is infinite.
     """
     rewards = rewards.double()
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+    deviation = torch.ones_like(rewards[:, :1])
     if config.normalize_std and rewards.shape[1] > 1:
-        centred = centred / (rewards.std(dim=1, keepdim=True) + config.std_eps)
-    return centred.masked_fill(equal, 0.0)
+        deviation = rewards.std(dim=1, keepdim=True) + config.std_eps
+        centred = centred / deviation
+    advantages = centred.masked_fill(equal, 0.0)
+    wrong = ~(torch.isfinite(advantages.float()) & (torch.isfinite(deviation) | equal))
+    if wrong.any():
+        group = rewards[int(wrong.any(dim=1).nonzero()[0])].tolist()
+        raise ValueError(f"the rewards {group} of a prompt lie too far apart; scale them down")
+    return advantages
 
 
 def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str) -> torch.Tensor:

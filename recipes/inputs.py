@@ -1,0 +1,167 @@
+"""What a run reads: all of it, every record checked, before anything of an earlier run is removed.
+
+A generated train split is as long as its configuration says; checked are the problems that the run
+will use.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from samebit.recipes.config import GrpoRun, SftRun
+from samebit.recipes.launch import is_one_of_several
+from samebit.recipes.order import problem_index
+from samebit.recipes.records import Encoder, Split
+from samebit.recipes.rewards import Poll, load_reward
+from samebit.recipes.signals import Stopped, StopSignals
+from samebit.recipes.tasks.base import Dataset, ListDataset, Problem, load_datasets
+from samebit.recipes.tasks.faults import Faults
+from samebit.recipes.text import TextCodec
+from samebit.rollout.config import resolve_device
+from samebit.rollout.models.config import ModelConfig
+from samebit.rollout.models.decoder import param_specs, segment_shapes
+from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.runtime.weights import open_safetensors
+from samebit.trainer.megatron.stages import make_stage
+from samebit.weight_sync.mapping import Shard
+
+logger = logging.getLogger(__name__)
+
+
+def checked_model(run: GrpoRun | SftRun) -> ModelConfig:
+    """The model that a run starts from; ValueError or OSError for one that it could not.
+
+    The layout and the headers of the weights are looked at, no weight is read.
+    """
+    model, parallel = load_model_config(run.model.path), run.trainer.parallel
+    param_specs(model, Shard(0, parallel.tensor))
+    make_stage(model, 0, parallel.pipeline, parallel.virtual_pipeline)
+    if run.numerics.tp_invariant:
+        segment_shapes(model, resolve_device(run.device))
+    open_safetensors(Path(run.model.path), param_specs(model))
+    return model
+
+
+def _require_lengths(run: GrpoRun, model: ModelConfig) -> None:
+    """ValueError unless the longest sample fits the model's context and the KV cache."""
+    longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
+    lengths = "rollout.max_prompt_len + rollout.max_new_tokens"
+    model.require_context(longest, lengths)
+    tokens, page = run.engine.kv_cache_tokens, run.engine.page_size
+    if tokens is not None and tokens // page * page < longest:
+        raise ValueError(
+            f"{lengths} = {longest} tokens; engine.kv_cache_tokens is {tokens}, whole pages of "
+            f"{page} tokens: give at least {-(-longest // page) * page}"
+        )
+
+
+class Inputs:
+    """Of a GRPO run. Raises OSError or ValueError for what cannot be used, Stopped by a signal."""
+
+    def __init__(self, run: GrpoRun, stop: StopSignals | None = None) -> None:
+        poll = _polled(stop)
+        self.model = checked_model(run)
+        _require_lengths(run, self.model)
+        train_set, eval_set = load_datasets(run.data)
+        self.text = TextCodec(run.model.path, run.data.chat)
+        self.reward = load_reward(run.reward, poll)
+        encoder = Encoder(
+            text=self.text,
+            vocab_size=self.model.vocab_size,
+            max_len=run.rollout.max_prompt_len,
+            limit="rollout.max_prompt_len",
+            policy=run.data.overlong_prompts,
+        )
+        self.train_set = Split("train split", train_set, encoder)
+        self.eval_set = Split("held-out split", eval_set, encoder)
+        count = run.trainer.num_steps * run.rollout.prompts_per_step
+        faults = Faults()
+
+        def check(problems: Sequence[Problem]) -> list[str]:
+            if run.reward.name == "exact_match":
+                self._note_unwritable(problems)
+            return self.reward.check(problems, poll)
+
+        self._unwritable: list[str] = []
+        self.train_set.prepare(_used(train_set, count, run.seed), check, faults)
+        self.eval_set.prepare(range(len(eval_set)), check, faults)
+        faults.raise_all()
+        if is_one_of_several() and int(os.environ["RANK"]) > 0:
+            self.reward.close()  # the first process scores
+        if self._unwritable:
+            logger.warning(
+                "%d labels cannot be written with the model's tokens, so exact_match never rewards "
+                "them: %s",
+                *(len(self._unwritable), self._unwritable[0]),
+            )
+
+    @property
+    def records(self) -> dict[str, Dataset]:
+        """What a checkpoint is bound to the contents of."""
+        return {"training records": self.train_set, "held-out records": self.eval_set}
+
+    def _note_unwritable(self, problems: Sequence[Problem]) -> None:
+        labels = [problem.label for problem in problems]
+        for problem, text in zip(problems, self.text.rewritten(labels), strict=True):
+            if text.strip() != problem.label.strip():
+                example = f"{problem.name}: {problem.label!r:.80} becomes {text!r:.80}"
+                self._unwritable.append(example)
+
+
+class SftInputs:
+    """Of a supervised run, which reads no held-out record. Raises as `Inputs` does."""
+
+    def __init__(self, run: SftRun, stop: StopSignals | None = None) -> None:
+        poll = _polled(stop)
+        self.model = checked_model(run)
+        train_set, _held_out = load_datasets(run.data)
+        self.text = TextCodec(run.model.path, run.data.chat)
+        limits = {
+            "trainer.micro_batch_tokens": run.trainer.micro_batch_tokens,
+            "the model's max_position_embeddings": self.model.max_position,
+        }
+        limit = min(limits, key=lambda name: limits[name])
+        encoder = Encoder(
+            text=self.text,
+            vocab_size=self.model.vocab_size,
+            max_len=limits[limit],
+            limit=limit,
+            policy=run.data.overlong_prompts,
+            with_labels=True,
+        )
+        self.train_set = Split("train split", train_set, encoder)
+        count = run.trainer.num_steps * (run.trainer.batch_size or 0)
+        faults = Faults()
+
+        def check(problems: Sequence[Problem]) -> list[str]:
+            poll()
+            return [""] * len(problems)
+
+        self.train_set.prepare(_used(train_set, count, run.seed), check, faults)
+        faults.raise_all()
+
+    @property
+    def records(self) -> dict[str, Dataset]:
+        """What a checkpoint is bound to the contents of."""
+        return {"training records": self.train_set}
+
+
+def _used(train_set: Dataset, count: int, seed: int) -> range | list[int]:
+    """Of a generated split what the first `count` positions of the order hold; all of a file."""
+    size = len(train_set)
+    if isinstance(train_set, ListDataset) or count >= size:
+        return range(size)
+    return sorted({problem_index(position, size, seed) for position in range(count)})
+
+
+def _polled(stop: StopSignals | None) -> Poll:
+    def poll() -> None:
+        # One of several processes must not leave the others alone.
+        if stop is not None and not is_one_of_several():
+            try:
+                stop.poll()
+            except Stopped as name:
+                raise Stopped(f"{name}: stopped before the first step, nothing to save") from None
+
+    return poll

@@ -1,0 +1,202 @@
+"""Every record of a run, before its first step: its prompt and label as token ids, all checked.
+
+What is wrong is said of all records at once. Token ids are kept, so nothing is encoded twice; a
+problem whose turn comes unforeseen is encoded then.
+"""
+
+import logging
+import os
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from tqdm import tqdm
+
+from samebit.recipes.tasks.base import Dataset, Problem, check_index
+from samebit.recipes.tasks.faults import Faults
+from samebit.recipes.text import Prompt, TextCodec
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 2000  # records that are encoded together
+
+Check = Callable[[Sequence[Problem]], list[str]]
+"""For each problem what is wrong with it, or an empty text."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A record as token ids."""
+
+    prompt_ids: array[int]
+    label_ids: array[int]
+    """Empty but for sft."""
+    was_cut: bool = False
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """What is wrong with a record."""
+
+    fault: str
+    is_overlong: bool = False
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Makes token ids of problems that fit."""
+
+    text: TextCodec
+    vocab_size: int
+    """The model's."""
+    max_len: int
+    """Most tokens of a prompt, or of prompt and label."""
+    limit: str
+    """What `max_len` is, for errors: "rollout.max_prompt_len"."""
+    policy: str
+    """data.overlong_prompts."""
+    with_labels: bool = False
+    """Labels are trained on."""
+
+    def __call__(self, problems: Sequence[Problem]) -> list[Encoded | Unfit]:
+        found: dict[int, Encoded | Unfit] = {}
+        texts: dict[int, str] = {}
+        for i, problem in enumerate(problems):
+            try:
+                texts[i] = self.text.render(problem.prompt)
+            except ValueError as error:
+                found[i] = Unfit(str(error))
+        good = [i for i in texts if i not in found]
+        prompts = self.text.encode_prompts(
+            [problems[i].prompt for i in good], [texts[i] for i in good]
+        )
+        labels = [list[int]() for _ in good]
+        if self.with_labels:
+            labels = self.text.encode_labels([problems[i].label for i in good])
+        for i, prompt, label in zip(good, prompts, labels, strict=True):
+            try:
+                found[i] = self._fit(problems[i], prompt, label)
+            except ValueError as error:  # the template refuses what is left of a chat
+                found[i] = Unfit(str(error))
+        return [found[i] for i in range(len(problems))]
+
+    def _fit(self, problem: Problem, prompt: list[int], label: list[int]) -> Encoded | Unfit:
+        if self.with_labels and not label:
+            return Unfit("its label is empty; sft needs an answer")
+        if not prompt:
+            return Unfit("its prompt has 0 tokens; give one of at least 1")
+        rest, was_cut = self.max_len - len(label), False
+        if self.policy == "truncate_left" and len(prompt) > rest:
+            prompt, was_cut = self._cut(problem.prompt, prompt, rest), True
+        if len(prompt) > rest:
+            return Unfit(self._too_long(len(prompt), len(label), was_cut), is_overlong=True)
+        if (highest := max((*prompt, *label))) >= self.vocab_size:
+            return Unfit(
+                f"its token {highest} ({self.text.token(highest)!r}) is outside the model's "
+                f"vocab_size of {self.vocab_size}: tokenizer and config.json do not fit together"
+            )
+        return Encoded(array("i", prompt), array("i", label), was_cut)
+
+    def _too_long(self, prompt: int, label: int, was_cut: bool) -> str:
+        least = "at least " if was_cut else ""
+        tokens = f"its prompt has {least}{prompt} tokens"
+        if self.with_labels:
+            tokens += f" and its label {label}"
+        return f"{tokens}; {self.limit} allows 1 to {self.max_len}"
+
+    def _cut(self, prompt: Prompt, ids: list[int], max_len: int) -> list[int]:
+        """The end of a prompt: of a plain text its last tokens, of a chat its last turns.
+
+        A chat keeps its system message and its last user turn, and no message is cut.
+        """
+        messages = self.text.messages(prompt)
+        if isinstance(messages, str):
+            return self.text.cut_left(ids, max_len)
+        head = next((i for i, m in enumerate(messages) if m["role"] not in _SYSTEM), len(messages))
+        starts = [i for i, m in enumerate(messages) if m["role"] == "user" and i > head]
+
+        def encode(start: int) -> list[int]:
+            kept: Prompt = [*messages[:head], *messages[start:]]
+            return self.text.encode_prompts([kept], [self.text.render(kept)])[0]
+
+        first = bisect_left(starts, True, key=lambda start: len(encode(start)) <= max_len)
+        return encode(starts[min(first, len(starts) - 1)]) if starts else ids
+
+
+_SYSTEM = ("system", "developer")
+
+
+class Split:
+    """A split of a task with its token ids."""
+
+    def __init__(self, name: str, dataset: Dataset, encoder: Encoder) -> None:
+        self.num_dropped = 0
+        self.num_cut = 0
+        self._name = name
+        self._dataset = dataset
+        self._encoder = encoder
+        self._kept: Sequence[int] = range(len(dataset))
+        self._encoded: dict[int, Encoded] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> Problem:
+        check_index(index, len(self))
+        problem = self._dataset[self._kept[index]]
+        return problem if problem.index == index else replace(problem, index=index)
+
+    def encoded(self, problem: Problem) -> Encoded:
+        """A problem of this split as token ids; ValueError names one that does not fit."""
+        if (found := self._encoded.get(problem.index)) is None:
+            new = self._encoder([problem])[0]
+            if isinstance(new, Unfit):
+                raise ValueError(f"{problem.name}: {new.fault}")
+            found = self._encoded[problem.index] = new
+        return found
+
+    def prepare(self, indices: Sequence[int], check: Check, faults: Faults) -> None:
+        """Encode and check the problems at `indices`; what is wrong goes to `faults`.
+
+        Overlong records that are to be dropped are looked for in the whole split, so that what is
+        left is the same however long the run is. A bar appears if it takes long.
+        """
+        drop = self._encoder.policy == "drop"
+        order = range(len(self._dataset)) if drop else indices
+        kept: list[int] = []
+        hidden = int(os.environ.get("RANK", "0")) > 0
+        look = {"unit": "rec", "delay": 1, "leave": False, "disable": hidden}
+        with tqdm(desc=self._name, total=len(order), **look) as bar:
+            for start in range(0, len(order), CHUNK):
+                problems = [self._dataset[i] for i in order[start : start + CHUNK]]
+                found = self._encoder(problems)
+                fit = [p for p, e in zip(problems, found, strict=True) if isinstance(e, Encoded)]
+                self._encoder.text.keep_tokens_of(p.label for p in fit)
+                wrong = iter(check(fit))
+                for problem, encoded in zip(problems, found, strict=True):
+                    if isinstance(encoded, Unfit):
+                        if not (drop and encoded.is_overlong):
+                            faults.add(f"{problem.name}: {encoded.fault}")
+                    elif fault := next(wrong):
+                        faults.add(f"{problem.name}: {fault}")
+                    else:
+                        self._encoded[len(kept) if drop else problem.index] = encoded
+                        self.num_cut += encoded.was_cut
+                        kept.append(problem.index)
+                bar.update(len(problems))
+        if faults:
+            return
+        if drop:
+            self._kept, self.num_dropped = kept, len(order) - len(kept)
+        self._say(self.num_dropped, len(order), "dropped")
+        self._say(self.num_cut, len(order), "cut at their left")
+        if len(order) and not kept:
+            raise ValueError(f"no record of the {self._name} is left: all are overlong")
+
+    def _say(self, number: int, total: int, what: str) -> None:
+        if number:
+            logger.warning(
+                "%s: %d of %d records are overlong (%s allows %d tokens): %s",
+                *(self._name, number, total, self._encoder.limit, self._encoder.max_len, what),
+            )

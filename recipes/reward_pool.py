@@ -1,0 +1,262 @@
+"""Worker processes that run a reward: bounded in number, each call in time, and killed if need be.
+
+Completions are independent: they go to whatever worker is free, and their rewards come back in
+order. A worker answers in JSON (see reward_worker.py), so that what it runs cannot reach this
+process. What a reward keeps in its module is kept for each worker by itself.
+"""
+
+import json
+import os
+import pickle
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from samebit.recipes.reward_worker import LENGTH_BYTES
+from samebit.recipes.rewards import Poll, RewardConfig, RewardError, describe
+from samebit.recipes.tasks.base import Problem
+
+START_TIMEOUT_S = 600.0  # for the import of a reward, which may read a model
+MOST_WORKERS = 4
+MOST_ITEMS = 64  # of one command
+MOST_BYTES = 1 << 16  # of one answer
+_TICK_S = 0.1
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from samebit.recipes.reward_worker import main; main(*map(int, sys.argv[2:]))"
+)
+_OURS = (signal.SIGINT, signal.SIGTERM)
+
+Item = tuple[Any, ...]
+Reply = list[Any]
+
+
+class WorkerEnded(RuntimeError):
+    """A worker has ended by itself, or sent something that is no answer."""
+
+
+class Worker:
+    """One process, and the items whose answers it owes, oldest first."""
+
+    def __init__(self) -> None:
+        commands, self._commands = os.pipe()
+        self.results, results = os.pipe()
+        os.set_blocking(self.results, False)
+        path = json.dumps([str(entry) for entry in sys.path])
+        numbers = (str(n) for n in (commands, results, os.getpid()))
+        # A signal that comes before the process has its handlers waits until then.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _BOOT, path, *numbers],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # the standard output is the command's own
+                pass_fds=(commands, results),
+                start_new_session=True,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            os.close(commands)
+            os.close(results)
+        self._buffer = b""
+        self.owed: deque[int] = deque()
+        self.deadline = 0.0
+        self.kill = weakref.finalize(self, _kill, self._process, (self._commands, self.results))
+
+    def send(self, kind: str, items: Sequence[Item], owed: Sequence[int], timeout_s: float) -> None:
+        """Begin a command; a thread writes it, so that a worker that reads nothing blocks nobody.
+
+        `timeout_s` is for each item.
+        """
+        data = pickle.dumps((kind, list(items)))
+        self.owed.extend(owed)
+        self.deadline = time.monotonic() + timeout_s
+        data = len(data).to_bytes(LENGTH_BYTES) + data
+        threading.Thread(target=_write, args=(os.dup(self._commands), data), daemon=True).start()
+
+    def receive(self, timeout_s: float) -> Iterator[tuple[int, Reply]]:
+        """(item, answer) of what has come; WorkerEnded if the process has ended."""
+        try:
+            data = os.read(self.results, MOST_BYTES)
+        except BlockingIOError:
+            return
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        for line in lines:
+            reply = _parse(line)
+            if reply is None or not self.owed:
+                raise WorkerEnded("wrote to a file of ours")
+            self.deadline = time.monotonic() + timeout_s
+            yield self.owed.popleft(), reply
+        if len(self._buffer) > MOST_BYTES:
+            raise WorkerEnded("wrote to a file of ours")
+        if not data:
+            with suppress(subprocess.TimeoutExpired):  # it may have closed the pipe alone
+                self._process.wait(1.0)
+            raise WorkerEnded(_ending(self._process.poll()))
+
+
+class RewardPool:
+    """A reward that runs in worker processes; see `rewards.load_reward`."""
+
+    def __init__(self, config: RewardConfig, poll: Poll) -> None:
+        self.name = config.name
+        self._args = dict(config.args)
+        self._timeout_s = float(config.timeout_s)
+        cores = len(os.sched_getaffinity(0))
+        self._size = config.num_workers or min(MOST_WORKERS, cores)
+        self._workers: list[Worker] = []
+        self._has_check = False
+        for _ in self._run("load", [], poll):
+            pass
+
+    def __call__(self, text: str, problem: Problem) -> float:
+        return self.score([text], [problem], lambda: None)[0]
+
+    def score(self, texts: Sequence[str], problems: Sequence[Problem], poll: Poll) -> list[float]:
+        """See `rewards.score`."""
+        rewards = [0.0] * len(texts)
+        items = list(zip(texts, problems, strict=True))
+        for i, (kind, *what) in self._run("score", items, poll):
+            if kind != "ok":
+                what_it_did = f"returned {what[0]}; return a finite number"
+                if kind == "raised":
+                    error, text = what
+                    what_it_did = f"raised {error}: {text} (SAMEBIT_TRACEBACK=1 shows where)"
+                self.close()
+                raise RewardError(f"{self._describe('score', items[i])} {what_it_did}")
+            rewards[i] = what[0]
+        return rewards
+
+    def check(self, problems: Sequence[Problem], poll: Poll) -> list[str]:
+        """For each problem what the reward says is wrong with it, or an empty text."""
+        faults = [""] * len(problems)
+        if not self._has_check:
+            return faults
+        for i, (kind, *what) in self._run("check", [(p,) for p in problems], poll):
+            if kind == "raised":
+                error, text = what
+                faults[i] = text if error == "ValueError" else f"{error}: {text}"
+        return faults
+
+    def close(self) -> None:
+        """End the workers. The next call starts others."""
+        for worker in self._workers:
+            worker.kill()
+        self._workers.clear()
+
+    def _run(self, kind: str, items: Sequence[Item], poll: Poll) -> Iterator[tuple[int, Reply]]:
+        """The answer to every item, as they come. Kills the workers if it does not come to its end.
+
+        Without items it starts one worker. Raises what a worker that cannot start raises, and
+        RewardError for an item that ends a worker or takes too long.
+        """
+        size = max(1, min(MOST_ITEMS, len(items) // (4 * self._size)))
+        starts = range(0, len(items), size)
+        todo = deque(range(len(items))[start : start + size] for start in starts)
+        least = -1 if kind == "load" else 0  # a worker that still starts is not waited for
+        try:
+            while len(self._workers) < min(self._size, len(todo) or 1):
+                self._start()
+            while todo or any(w.owed and w.owed[0] >= least for w in self._workers):
+                for worker in self._workers:
+                    if todo and not worker.owed:
+                        batch = todo.popleft()
+                        worker.send(kind, [items[i] for i in batch], batch, self._timeout_s)
+                for worker in self._wait(poll):
+                    yield from self._answers(worker, kind, items)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        worker = Worker()
+        self._workers.append(worker)
+        worker.send("load", [(self.name, self._args)], [-1], START_TIMEOUT_S)
+
+    def _wait(self, poll: Poll) -> list[Worker]:
+        """Workers that have written something, or whose time is over."""
+        with selectors.DefaultSelector() as selector:
+            for worker in self._workers:
+                if worker.owed:
+                    selector.register(worker.results, selectors.EVENT_READ, worker)
+            ready = [key.data for key, _ in selector.select(_TICK_S)]
+        poll()
+        now = time.monotonic()
+        late = [w for w in self._workers if w.owed and w.deadline < now and w not in ready]
+        return ready + late
+
+    def _answers(
+        self, worker: Worker, kind: str, items: Sequence[Item]
+    ) -> Iterator[tuple[int, Reply]]:
+        first = worker.owed[0]
+        try:
+            for i, reply in worker.receive(self._timeout_s):
+                if i >= 0:
+                    yield i, reply
+                elif reply[0] == "raised":
+                    raise (ImportError if reply[1] == "ImportError" else ValueError)(reply[2])
+                else:
+                    self._has_check = bool(reply[1])
+        except WorkerEnded as ended:
+            guilty = worker.owed[0] if worker.owed else first
+            raise self._failure(kind, items, guilty, f"{ended}") from None
+        if worker.owed and worker.deadline < time.monotonic():
+            limit = f"{self._timeout_s:g} s (reward.timeout_s)"
+            limit = f"{START_TIMEOUT_S:g} s" if worker.owed[0] < 0 else limit
+            what = f"took longer than {limit} and was killed"
+            raise self._failure(kind, items, worker.owed[0], what)
+
+    def _failure(self, kind: str, items: Sequence[Item], i: int, what: str) -> Exception:
+        if i < 0:
+            return ValueError(f"reward.name is {self.name!r}, which cannot be imported: it {what}")
+        return RewardError(f"{self._describe(kind, items[i])} {what}")
+
+    def _describe(self, kind: str, item: Item) -> str:
+        if kind == "score":
+            return describe(self.name, *item)
+        return f"the reward {self.name!r}, checking {item[0].name},"
+
+
+def _parse(line: bytes) -> Reply | None:
+    """An answer; None for anything else."""
+    try:
+        reply = json.loads(line)
+    except ValueError:
+        return None
+    match reply:
+        case ["ok", float() | None]:
+            return reply
+        case ["returned", str()] | ["raised", str(), str()]:
+            return reply
+    return None
+
+
+def _ending(code: int | None) -> str:
+    if code is None:
+        return "closed a file of ours"
+    if code >= 0:
+        return f"ended its process with exit code {code}"
+    known = {s.value: s.name for s in signal.Signals}
+    return f"ended its process by {known.get(-code, f'signal {-code}')}"
+
+
+def _write(fd: int, data: bytes) -> None:
+    with suppress(BrokenPipeError), os.fdopen(fd, "wb") as file:  # whoever waits for it is told
+        file.write(data)
+
+
+def _kill(process: "subprocess.Popen[bytes]", files: tuple[int, ...]) -> None:
+    """The process with all that it has started."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for fd in files:
+        os.close(fd)

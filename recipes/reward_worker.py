@@ -1,0 +1,97 @@
+"""The process that runs a reward's foreign code: the user's function, math-verify, reasoning_gym.
+
+It reads pickled commands from its parent (an 8-byte length before each), and answers every item of
+a command with one line of JSON, which can carry nothing that runs in the parent. It imports no
+torch. Signals that a terminal or a job scheduler sends to everybody leave it alone; it ends when
+its parent does.
+"""
+
+import ctypes
+import json
+import os
+import pickle
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+from samebit.recipes.rewards import BoundReward, bind_reward, finite
+
+LENGTH_BYTES = 8
+_PR_SET_PDEATHSIG = 1
+
+
+def main(commands_fd: int, results_fd: int, parent: int) -> None:
+    """Serve the commands until their pipe closes: `load` once, then `check` and `score`."""
+    _follow(parent)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    own = os.getpid()
+    reward: BoundReward | None = None
+
+    def load(name: str, args: dict[str, Any]) -> bool:
+        nonlocal reward
+        reward = bind_reward(name, args)
+        return reward.has_check
+
+    def check(problem: Any) -> None:
+        assert reward is not None
+        reward.check_problem(problem)
+
+    def score(text: str, problem: Any) -> Any:
+        assert reward is not None
+        return reward(text, problem)
+
+    functions: dict[str, Callable[..., Any]] = {"load": load, "check": check, "score": score}
+    with os.fdopen(commands_fd, "rb") as commands:
+        for kind, items in _commands(commands):
+            for item in items:
+                reply = _call(functions[kind], item, returns=kind != "check")
+                if os.getpid() != own:  # a copy that the reward forked has come back here
+                    os._exit(0)
+                _write(results_fd, (json.dumps(reply) + "\n").encode("ascii"))
+    os._exit(0)  # whatever threads a reward has left
+
+
+def _follow(parent: int) -> None:
+    """Die with the parent; let SIGINT and SIGTERM pass, which decide nothing here."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    own = os.getpid()
+
+    def handle(number: int, _frame: Any) -> None:
+        if os.getpid() != own:  # a process that the reward forked
+            os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+
+
+def _commands(file: IO[bytes]) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
+    while length := file.read(LENGTH_BYTES):
+        yield pickle.loads(file.read(int.from_bytes(length)))
+
+
+def _call(function: Callable[..., Any], item: tuple[Any, ...], *, returns: bool) -> list[Any]:
+    """["ok", number or null], ["returned", what it returned instead] or ["raised", type, text]."""
+    try:
+        found = function(*item)
+        if not returns:
+            return ["ok", None]
+        number = finite(found)
+        return ["returned", f"{found!r:.80}"] if number is None else ["ok", number]
+    except BaseException as error:  # noqa: BLE001 (the parent raises it; SystemExit too)
+        if os.environ.get("SAMEBIT_TRACEBACK"):
+            traceback.print_exc()
+        return ["raised", type(error).__name__, f"{error}"[:2000]]
+
+
+def _write(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+if __name__ == "__main__":
+    main(*(int(argument) for argument in sys.argv[1:]))

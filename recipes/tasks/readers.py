@@ -1,0 +1,138 @@
+"""Records of .jsonl and .parquet files, each with where it stands and its numbers' decimal text."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+from samebit.recipes.tasks.faults import Faults
+
+# Powers of ten of the numbers that a label may be; what is beyond is a mistake.
+MOST_DIGITS = 1000
+
+
+class JsonFloat(Decimal):
+    """A number of a JSON text that is not whole, as it stands there."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record."""
+
+    where: str
+    """As in "data.jsonl, line 7"."""
+    values: dict[str, Any]
+    narrow: tuple[tuple[str, str], ...] = ()
+    """Keys of floating-point values narrower than Python's, with their numpy type."""
+
+    def number_text(self, value: Any, key: str) -> str | None:
+        """A number, which stands at `key`, in decimal digits; None for anything else.
+
+        A float gives the fewest digits that mean it.
+        """
+        if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+            return None
+        if isinstance(value, float):
+            if not math.isfinite(value):
+                return None
+            value = Decimal(_shortest(value, dict(self.narrow).get(key)))
+        if isinstance(value, Decimal):
+            if not value.is_finite() or abs(value.adjusted()) > MOST_DIGITS:
+                return None
+            return format(value, "f")
+        return str(value)
+
+
+def plain(value: Any) -> Any:
+    """A value of a record with Python's floats."""
+    match value:
+        case JsonFloat():
+            return float(value)
+        case list():
+            return [plain(part) for part in value]
+        case dict():
+            return {key: plain(part) for key, part in value.items()}
+    return value
+
+
+def read_jsonl(path: Path, faults: Faults) -> Iterator[Record]:
+    """The lines of a file; what is wrong with one goes to `faults`. Blank lines are skipped."""
+    decoder = json.JSONDecoder(parse_float=_json_float, object_pairs_hook=_object)
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                text = line.decode()
+                record = decoder.decode(text)
+            except UnicodeDecodeError as error:
+                faults.add(f"{where} is not UTF-8: {error.reason} at byte {error.start}")
+            except (ValueError, RecursionError) as error:
+                faults.add(f"{where} is not JSON: {error}")
+            else:
+                if isinstance(record, dict):
+                    yield Record(where, record)
+                else:
+                    name = "number" if isinstance(record, JsonFloat) else type(record).__name__
+                    faults.add(f"{where} is a JSON {name}; give an object")
+
+
+def read_parquet(path: Path, faults: Faults) -> Iterator[Record]:
+    """The rows of a file. Raises ValueError, naming the row group, for one that cannot be read."""
+    import pyarrow.parquet
+
+    part = ""
+    try:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            narrow = tuple(_narrow(file.schema_arrow))
+            number = 0
+            for group in range(file.num_row_groups):
+                part = f", row group {group}"
+                for row in file.read_row_group(group).to_pylist():
+                    yield Record(f"{path}, row {number}", row, narrow)
+                    number += 1
+    except Exception as error:  # pyarrow has many, some of them bare OSErrors without a name
+        what = " ".join(f"{error}".split())
+        raise ValueError(f"{path}{part} is not a readable parquet file: {what:.300}") from error
+
+
+def _shortest(value: float, dtype: str | None) -> str:
+    if dtype is None:
+        return repr(value)
+    import numpy as np
+
+    return str(np.dtype(dtype).type(value))
+
+
+def _narrow(fields: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names of a schema's fields (or a struct's) of 16 or 32 bit floats."""
+    from pyarrow import types
+
+    for field in fields:
+        name = prefix + field.name
+        if types.is_float16(field.type) or types.is_float32(field.type):
+            yield name, f"float{field.type.bit_width}"
+        elif types.is_struct(field.type):
+            yield from _narrow(field.type, f"{name}.")
+
+
+def _json_float(text: str) -> JsonFloat:
+    try:
+        return JsonFloat(text)
+    except InvalidOperation:
+        raise ValueError(f"the number {text:.80} is out of range") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has the key {twice!r} twice")
+    return found
