@@ -6,11 +6,11 @@ import logging
 import pytest
 
 from samebit.recipes import cli
+from samebit.recipes.binding import bound_keys
 from samebit.recipes.compose import resolve
 from samebit.recipes.grpo import make_samples
 from samebit.recipes.inputs import Inputs, SftInputs
 from samebit.recipes.order import problem_index
-from samebit.recipes.session import config_digest
 from samebit.recipes.step import Rollout
 from samebit.recipes.tasks.base import Problem
 from samebit.recipes.tiny_model import make_demo_model, write_character_tokenizer
@@ -267,10 +267,10 @@ def test_of_generated_problems_those_are_encoded_that_come(runs, monkeypatch):
 
 
 def test_keys_that_change_no_result_bind_no_checkpoint(runs):
-    base = config_digest(runs.resolve("a"))
+    base = bound_keys(runs.resolve("a"))
     for free in ("reward.timeout_s=5", "reward.num_workers=3"):
-        assert config_digest(runs.resolve("a", free)) == base
-    assert config_digest(runs.resolve("a", "data.overlong_prompts=drop")) != base
+        assert bound_keys(runs.resolve("a", free)) == base
+    assert bound_keys(runs.resolve("a", "data.overlong_prompts=drop")) != base
 
 
 def rollout(*rewards):
