@@ -129,7 +129,6 @@ def test_labels_of_sft(data):
 @pytest.mark.parametrize(
     ("reward", "label", "message"),
     [
-        ("exact_match", " ", "the label is empty, so exact_match would reward saying nothing"),
         ("number_match", "x", "the label 'x' holds no number; use another reward"),
         ("number_match", "1/2", "the label '1/2' ends in a fraction or a power"),
         ("math_verify", "", "math-verify cannot parse the label"),
