@@ -62,10 +62,10 @@ class Inputs:
     def __init__(self, run: GrpoRun, stop: StopSignals | None = None) -> None:
         poll = _polled(stop)
         self.model = checked_model(run)
-        _require_lengths(run, self.model)
         train_set, eval_set = load_datasets(run.data)
         self.text = TextCodec(run.model.path, run.data.chat)
         self.reward = load_reward(run.reward, poll)
+        _require_lengths(run, self.model)
         encoder = Encoder(
             text=self.text,
             vocab_size=self.model.vocab_size,
