@@ -3,6 +3,7 @@
 import json
 import logging
 
+import psutil
 import pytest
 
 from samebit.recipes import cli
@@ -138,9 +139,11 @@ def test_labels_of_sft(data):
 )
 def test_labels_are_checked_by_the_reward_that_uses_them(data, reward, label, message):
     data.write({"prompt": "1=", "label": label}, *good(1))
+    others = psutil.Process().children()
     with pytest.raises(ValueError, match=message) as caught:
         data.read("grpo", f"reward.name={reward}")
     assert f"{data.path}, line 1: problem 0: " in str(caught.value)
+    assert psutil.Process().children() == others  # the reward's own have ended with it
 
 
 def test_labels_that_the_tokenizer_cannot_write_are_told(data, caplog):
