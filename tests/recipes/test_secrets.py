@@ -217,6 +217,11 @@ def test_wandb_online_needs_a_login(monkeypatch, tmp_path):
     netrc.write_text("machine api.wandb.ai login user password " + "a" * 40)
     netrc.chmod(0o600)
     require_ready(run)
+    netrc.unlink()
+    with monkeypatch.context() as other:  # a version without it
+        other.delattr("wandb.sdk.lib.wbauth")
+        other.setitem(sys.modules, "wandb.sdk.lib.wbauth", None)
+        require_ready(run)
     wandb.teardown()
 
 
