@@ -262,7 +262,7 @@ def train(run: GrpoRun, started: Callable[[], None] = lambda: None) -> dict[str,
     """
     with stop_signals() as stop:
         inputs = Inputs(run, stop)
-        with open_session(run, inputs.records) as session:
+        with closing(inputs.reward), open_session(run, inputs.records) as session:
             summary = _train(GrpoRecipe(run, session, stop, inputs), started)
             if session.is_first:
                 title, config = run.run_name, to_yaml(run)

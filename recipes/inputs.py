@@ -5,12 +5,11 @@ will use.
 """
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from samebit.recipes.config import GrpoRun, SftRun
-from samebit.recipes.launch import is_one_of_several
+from samebit.recipes.launch import is_one_of_several, launched_rank
 from samebit.recipes.order import problem_index
 from samebit.recipes.records import Encoder, Split
 from samebit.recipes.rewards import Poll, load_reward
@@ -65,7 +64,6 @@ class Inputs:
         train_set, eval_set = load_datasets(run.data)
         self.text = _codec(run)
         self.reward = load_reward(run.reward, poll)
-        _require_lengths(run, self.model)
         encoder = Encoder(
             text=self.text,
             vocab_size=self.model.vocab_size,
@@ -76,18 +74,14 @@ class Inputs:
         self.train_set = Split("train split", train_set, encoder)
         self.eval_set = Split("held-out split", eval_set, encoder)
         count = run.trainer.num_steps * run.rollout.prompts_per_step
-        faults = Faults()
-
-        def check(problems: Sequence[Problem]) -> list[str]:
-            if run.reward.name == "exact_match":
-                self._note_unwritable(problems)
-            return self.reward.check(problems, poll)
-
         self._unwritable: list[str] = []
-        self.train_set.prepare(_used(train_set, count, run.seed), check, faults)
-        self.eval_set.prepare(range(len(eval_set)), check, faults)
-        faults.raise_all()
-        if is_one_of_several() and int(os.environ["RANK"]) > 0:
+        try:
+            _require_lengths(run, self.model)
+            self._prepare(_used(train_set, count, run.seed), run.reward.name, poll)
+        except BaseException:
+            self.reward.close()
+            raise
+        if launched_rank() > 0:
             self.reward.close()  # the first process scores
         if self._unwritable:
             logger.warning(
@@ -100,6 +94,18 @@ class Inputs:
     def records(self) -> dict[str, Dataset]:
         """What a checkpoint is bound to the contents of."""
         return {"training records": self.train_set, "held-out records": self.eval_set}
+
+    def _prepare(self, used: Sequence[int], reward_name: str, poll: Poll) -> None:
+        faults = Faults()
+
+        def check(problems: Sequence[Problem]) -> list[str]:
+            if reward_name == "exact_match":
+                self._note_unwritable(problems)
+            return self.reward.check(problems, poll)
+
+        self.train_set.prepare(used, check, faults)
+        self.eval_set.prepare(range(len(self.eval_set)), check, faults)
+        faults.raise_all()
 
     def _note_unwritable(self, problems: Sequence[Problem]) -> None:
         labels = [problem.label for problem in problems]

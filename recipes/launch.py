@@ -39,6 +39,11 @@ def is_needed(run: Any) -> bool:
     return num_processes(run) > 1 and not is_launched() and not getattr(run, "dry_run", False)
 
 
+def launched_rank() -> int:
+    """This process's place among those that a launcher has started; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_one_of_several() -> bool:
     """Whether other processes run beside this one."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1

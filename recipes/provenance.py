@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from samebit.recipes.metrics import write_atomically
+from samebit.recipes.secrets import without_secrets
 
 ROOT = Path(__file__).resolve().parent.parent
 UNKNOWN = "unknown"
@@ -42,14 +43,6 @@ _LIBRARIES = {
     "transformers": "transformers", "tokenizers": "tokenizers", "safetensors": "safetensors",
     "numpy": "numpy", "reasoning-gym": "reasoning_gym", "flashinfer-python": "flashinfer",
 }  # fmt: skip
-_SECRET_NAME = (
-    r"(?<![a-z0-9])(?:api_?key|access_?key|private_?key|secret(?:_?key)?|token|password|passwd"
-    r"|credentials?|auth(?:orization)?)"
-)
-_SECRET = re.compile(_SECRET_NAME + "$", re.IGNORECASE)
-_SECRET_INSIDE = re.compile(rf"({_SECRET_NAME}['\"]?\s*[:=]\s*)[^\s,}}]+", re.IGNORECASE)
-_REFERENCE = re.compile(r"\$\{[\w.:]+\}")  # names a secret, does not hold it
-_USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def _belongs(name: str) -> bool:
@@ -185,14 +178,6 @@ def _versions(device: torch.device) -> dict[str, str]:
             "driver": _driver(),
         }
     return found
-
-
-def without_secrets(argument: str) -> str:
-    """A command's argument as typed, but *** where its key says that the value is a secret."""
-    key, equals, value = argument.partition("=")
-    if equals and _SECRET.search(key):
-        return argument if _REFERENCE.fullmatch(value) else f"{key}=***"
-    return _USER_IN_URL.sub("***@", _SECRET_INSIDE.sub(r"\1***", argument))
 
 
 def provenance(command: Sequence[str], device: torch.device) -> dict[str, Any]:

@@ -5,7 +5,6 @@ problem whose turn comes unforeseen is encoded then.
 """
 
 import logging
-import os
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
+from samebit.recipes.launch import launched_rank
 from samebit.recipes.tasks.base import Dataset, Problem, check_index
 from samebit.recipes.tasks.faults import Faults
 from samebit.recipes.text import Prompt, TextCodec
@@ -165,8 +165,7 @@ class Split:
         drop = self._encoder.policy == "drop"
         order = range(len(self._dataset)) if drop else indices
         kept: list[int] = []
-        hidden = int(os.environ.get("RANK", "0")) > 0
-        look = {"unit": "rec", "delay": 1, "leave": False, "disable": hidden}
+        look = {"unit": "rec", "delay": 1, "leave": False, "disable": launched_rank() > 0}
         with tqdm(desc=self._name, total=len(order), **look) as bar:
             for start in range(0, len(order), CHUNK):
                 problems = [self._dataset[i] for i in order[start : start + CHUNK]]

@@ -23,6 +23,7 @@ from typing import Any
 from samebit.recipes.reward_worker import LENGTH_BYTES
 from samebit.recipes.rewards import Poll, RewardConfig, RewardError, describe
 from samebit.recipes.tasks.base import Problem
+from samebit.weight_sync.meeting import own_secret
 
 START_TIMEOUT_S = 600.0  # for the import of a reward, which may read a model
 MOST_WORKERS = 4
@@ -47,6 +48,7 @@ class Worker:
     """One process, and the items whose answers it owes, oldest first."""
 
     def __init__(self) -> None:
+        own_secret()  # it leaves the environment, which foreign code is about to inherit
         commands, self._commands = os.pipe()
         self.results, results = os.pipe()
         os.set_blocking(self.results, False)

@@ -17,6 +17,11 @@ _SECRET_WORDS = {
 }  # fmt: skip
 _SECRET_KEYS = re.compile(r"(?i)(api|access|auth|private|secret|encryption)[_-]?key")
 _VARIABLE = re.compile(r"oc\.env:\s*(\w+)")
+_REFERENCE = re.compile(r"\$\{[\w.:]+\}")  # names a secret, does not hold it
+_USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
+_NUMBER = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?(e[-+]?[0-9]+)?", re.IGNORECASE)
+_NAME = re.compile(r"([\w-]+)['\"]?\s*[:=]\s*")
+_VALUE = re.compile(r"""'[^']*'|"[^"]*"|\[[^]]*\]|\$?\{[^}]*\}|[^\s,}]+""")
 
 
 class Guarded:
@@ -61,6 +66,35 @@ def is_secret_name(name: str, value: Any = "") -> bool:
         return True
     considered = words if isinstance(value, str) else words[-1:]
     return not _SECRET_WORDS.isdisjoint(considered)
+
+
+def without_secrets(word: str) -> str:
+    """A word of a command line, with *** for each value whose key says that it is a secret.
+
+    A value that names a secret, as ${oc.env:NAME} does, is none.
+    """
+    key, equals, value = word.partition("=")
+    *sections, name = key.split(".")
+    if equals and (_names_secret(name, value) or any(is_secret_name(x, {}) for x in sections)):
+        return word if _REFERENCE.fullmatch(value) else f"{key}={HIDDEN}"
+    return _USER_IN_URL.sub(f"{HIDDEN}@", _without_secrets_inside(word))
+
+
+def _without_secrets_inside(word: str) -> str:
+    parts, place = [], 0
+    for found in _NAME.finditer(word):
+        value = _VALUE.match(word, found.end())
+        hidden = value is not None and _names_secret(found[1], value[0])
+        if value is None or not hidden or found.start() < place or _REFERENCE.fullmatch(value[0]):
+            continue
+        parts += [word[place : found.end()], HIDDEN]
+        place = value.end()
+    return "".join([*parts, word[place:]])
+
+
+def _names_secret(name: str, typed: str) -> bool:
+    """is_secret_name for a value as it is typed."""
+    return is_secret_name(name, 0 if _NUMBER.fullmatch(typed) else typed)
 
 
 def build(schema: Any, values: Mapping[str, Any], raw: Any) -> Any:

@@ -58,10 +58,10 @@ class FolderLock:
         """shown: the folder that errors name."""
         self._file = folder / LOCK
         descriptor = _take(self._file, shown or folder)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         self._close = weakref.finalize(self, os.close, descriptor)
         _held.add(self)
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
     def release(self) -> None:
         """Let others in. A second call does nothing."""

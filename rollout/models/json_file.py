@@ -62,6 +62,11 @@ def is_positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
 
 
+def is_list(value: Any) -> bool:
+    """A list, of anything."""
+    return isinstance(value, list)
+
+
 def _shown(value: Any) -> str:
     """As JSON writes it, cut short."""
     text = json.dumps(value, ensure_ascii=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from samebit.rollout.models.json_file import JsonFile
+from samebit.rollout.models.json_file import JsonFile, is_list
 
 _KEY = "eos_token_id"
 
@@ -120,7 +120,7 @@ def _id_in_settings(settings: JsonFile, token: str) -> Any:
 def _id_in_vocabulary(file: Path, _written_ns: int, token: str) -> Any:
     """By tokenizer.json, which is large: an added token, or one of the model's vocabulary."""
     tokenizer = JsonFile.read(file)
-    for entry in tokenizer.require_if_given("added_tokens", _is_list, "a list of tokens") or ():
+    for entry in tokenizer.require_if_given("added_tokens", is_list, "a list of tokens") or ():
         if isinstance(entry, dict) and entry.get("content") == token:
             return entry.get("id")
     model = tokenizer.get("model")
@@ -132,7 +132,3 @@ def _id_in_vocabulary(file: Path, _written_ns: int, token: str) -> Any:
             if isinstance(entry, list) and entry[:1] == [token]:
                 return token_id
     return None
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)

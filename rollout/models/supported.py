@@ -4,7 +4,7 @@ from collections.abc import Collection
 from typing import Any
 
 from samebit.kernels.rope import SCALING_KEYS
-from samebit.rollout.models.json_file import JsonFile, is_positive, is_size
+from samebit.rollout.models.json_file import JsonFile, is_list, is_positive, is_size
 
 _SIZES = (
     "vocab_size",
@@ -60,7 +60,7 @@ def require_supported(config: JsonFile, explicit: Collection[str]) -> None:
         if value is not None and value not in values:
             right = f"only {values[0]!r}" if values else "only null"
             raise ValueError(f"{config.path}: {key} = {value!r} is not supported ({right})")
-    for kind in config.require_if_given("layer_types", _is_list, "a list of texts") or ():
+    for kind in config.require_if_given("layer_types", is_list, "a list of texts") or ():
         if kind != "full_attention":
             raise ValueError(
                 f"{config.path}: layer_types holds {kind!r}, which is not supported (only "
@@ -169,7 +169,3 @@ def _require_same_theta(rope: JsonFile, prefix: str, config: JsonFile) -> None:
     theta = rope.require(key, is_positive, "a number above 0")
     if config.values.get("rope_theta", theta) != theta:
         raise rope.wrong(key, f"rope_theta, {config.values['rope_theta']}, or absent")
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)

@@ -14,7 +14,8 @@ from samebit.recipes.compose import resolve, to_dict, to_yaml
 from samebit.recipes.config import GrpoRun, ModelSection
 from samebit.recipes.metrics import LoggerConfig, MetricsLogger, WandbError, write_atomically
 from samebit.recipes.needs import MissingError, require_ready
-from samebit.recipes.secrets import is_secret_name, scrubbed
+from samebit.recipes.secrets import is_secret_name, scrubbed, without_secrets
+from samebit.weight_sync import meeting
 
 KEY, FROM_ENVIRONMENT = "sk-named-5f1c", "from-the-environment-77ab"
 
@@ -98,6 +99,37 @@ def test_names_of_secrets(name, value, secret):
     assert is_secret_name(name, value) is secret
 
 
+@pytest.mark.parametrize(
+    ("argument", "shown"),
+    [
+        ("logger.api_key=abc", "logger.api_key=***"),
+        ("--wandb-token=abc", "--wandb-token=***"),
+        ("reward.password=a=b", "reward.password=***"),
+        ("+SECRET=abc", "+SECRET=***"),
+        (
+            "logger={project: p, api_key: 'abc', offline: true}",
+            "logger={project: p, api_key: ***, offline: true}",
+        ),
+        ("logger.api_key=${oc.env:WANDB_API_KEY}", "logger.api_key=${oc.env:WANDB_API_KEY}"),
+        ("logger.api_key=${oc.env:KEY,abc}", "logger.api_key=***"),
+        ("data.path=https://me:abc@host/x", "data.path=https://***@host/x"),
+        ("data.prompt_key=question", "data.prompt_key=question"),
+        ("rollout.max_new_tokens=8", "rollout.max_new_tokens=8"),
+        ("tokens_per_step=8", "tokens_per_step=8"),
+        ("reward.args.token_budget=100", "reward.args.token_budget=100"),
+        ("reward.args.passphrase=one two, three", "reward.args.passphrase=***"),
+        ("reward.args.secrets.hub=abc", "reward.args.secrets.hub=***"),
+        ("reward.args={apiKey: abc, n: 1}", "reward.args={apiKey: ***, n: 1}"),
+        ("reward.args={dbPassword: 'a, b', n: 1}", "reward.args={dbPassword: ***, n: 1}"),
+        ("reward.args={auth: {user: a, pwd: b}, n: 1}", "reward.args={auth: ***, n: 1}"),
+        ("reward.args={token: ${oc.env:T}, n: 1}", "reward.args={token: ${oc.env:T}, n: 1}"),
+        ("bench", "bench"),
+    ],
+)
+def test_a_recorded_command_holds_no_secret(argument, shown):
+    assert without_secrets(argument) == shown
+
+
 def test_files_that_hold_a_configuration_are_the_owners(tmp_path):
     """From their first byte on; others follow the umask."""
     for mode, expected in ((metrics.OWNER_ONLY, 0o600), (0o666, 0o644)):
@@ -115,6 +147,8 @@ def test_nothing_of_a_run_holds_a_secret(runs, capsys, monkeypatch):
     ]
     arguments += [*words, "reward.name=secret_reward:strict", "trainer.num_steps=1"]
     monkeypatch.setattr(sys, "argv", ["samebit", "grpo", *arguments])
+    monkeypatch.setattr(meeting, "_given", [])
+    monkeypatch.setenv(meeting.SECRET, "of the ranks alone")
     assert cli.main(["grpo", *arguments]) == 0
     printed = capsys.readouterr()
     found = {p: p.read_bytes() for p in runs.folder.rglob("*") if p.is_file()}
@@ -183,6 +217,11 @@ def test_wandb_online_needs_a_login(monkeypatch, tmp_path):
     netrc.write_text("machine api.wandb.ai login user password " + "a" * 40)
     netrc.chmod(0o600)
     require_ready(run)
+    netrc.unlink()
+    with monkeypatch.context() as other:  # a version without it
+        other.delattr("wandb.sdk.lib.wbauth")
+        other.setitem(sys.modules, "wandb.sdk.lib.wbauth", None)
+        require_ready(run)
     wandb.teardown()
 
 

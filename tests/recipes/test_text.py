@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from samebit.recipes.rewards import RewardConfig, load_reward
 from samebit.recipes.tasks.base import Problem
 from samebit.recipes.text import TextCodec
+from samebit.recipes.tiny_model import write_config
 from samebit.rollout.types import Completion
 from samebit.weight_sync.types import VersionSpan
 
@@ -18,6 +19,10 @@ TEMPLATE = (
     "{{bos_token}}{% for m in messages %}{% if m.role == 'evil' %}{{raise_exception('no evil')}}"
     "{% endif %}{{m.content}}={% endfor %}{% if add_generation_prompt %}!{% endif %}"
 )
+SIZES = {
+    "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+    "max_position_embeddings": 64,
+}  # fmt: skip
 ADDS_BOTH = f"{BOS} $A {EOS}"
 
 
@@ -45,6 +50,7 @@ def codec(tmp_path):
             **settings,
         )
         fast.save_pretrained(tmp_path)
+        write_config(tmp_path, "llama", vocab_size=len(VOCAB), **SIZES)
         return TextCodec(tmp_path, chat)
 
     return make
