@@ -30,11 +30,12 @@ TRANSPORTS = {"colocated": ("alias", "stages", "file"), "process": ("gloo", "fil
 
 
 def check_run_folder(run_name: str, output_dir: str) -> None:
-    """ValueError unless output_dir/run_name can be a folder of its own, directly in output_dir."""
-    fits = run_name.isprintable() and len(run_name.encode()) <= 200  # what is beside it adds some
-    fits = fits and run_name not in ("", ".", "..") and run_name[:1] != "-" and "/" not in run_name
-    meaning = "a folder's name: 1 to 200 bytes, printable, without / and not beginning with -"
-    require(fits, "run_name", run_name, meaning)
+    """ValueError unless output_dir/run_name can be a folder of its own, inside output_dir."""
+    meaning = "a folder's name, or several with / between: 1 to 200 bytes, printable, not - first"
+    for name in run_name.split("/"):
+        fits = name.isprintable() and len(name.encode()) <= 200  # what is beside it adds some
+        fits = fits and name not in ("", ".", "..") and name[:1] != "-"
+        require(fits, "run_name", run_name, meaning)
     require(output_dir != "", "output_dir", output_dir, "the path of a folder, such as outputs")
 
 
@@ -307,7 +308,10 @@ class DemoRun(RunSection):
                     raise ValueError(
                         f"{name}.{f.name} is the demo's own; give {f.name}={getattr(phase, f.name)}"
                     )
-            phase.validate()
+            try:
+                phase.validate()
+            except ValueError as error:
+                raise ValueError(f"{name}.{error}") from error
 
 
 @dataclass(kw_only=True)

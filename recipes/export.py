@@ -11,7 +11,7 @@ from samebit.recipes.side_files import side_files, write_side_files
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config
-from samebit.trainer.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
+from samebit.trainer.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, read_checkpoint
 from samebit.trainer.megatron.resharding import WholeState
 from samebit.weight_sync.digest import weights_digest
 from samebit.weight_sync.folders import MARKER, replacing
@@ -110,7 +110,15 @@ def main(run: ExportRun) -> int:
     load_model_config(run.model)  # it is there
     _require_free(run, checkpoint)
     dtype = None if run.dtype == "auto" else getattr(torch, run.dtype)
-    version, described = write_model(checkpoint, Path(run.model), out, dtype)
+    try:
+        version, described = write_model(checkpoint, Path(run.model), out, dtype)
+    except (CheckpointError, OSError):
+        gone = checkpoint
+        checkpoint = find_checkpoint(Path(run.checkpoint))
+        if checkpoint.step <= gone.step:
+            raise
+        # A run that works there has removed it meanwhile, after a newer one.
+        version, described = write_model(checkpoint, Path(run.model), out, dtype)
     print(
         f"{checkpoint.path} -> {out}: weights of step {version.step}, digest {version.digest}, "
         f"{described}"

@@ -45,7 +45,8 @@ def input_files(run: SftRun | GrpoRun) -> Iterator[tuple[str, Path]]:
     model = Path(run.model.path)
     if model.is_dir():
         inside = [*model.iterdir(), *(model / CHAT_TEMPLATES).glob("*")]
-        yield from (("model.path", file) for file in inside if file.is_file())
+        visible = (file for file in inside if file.is_file() and not file.name.startswith("."))
+        yield from (("model.path", file) for file in visible)
     for key in ("path", "eval_path"):
         if file := getattr(run.data, key):
             yield f"data.{key}", Path(file)

@@ -8,6 +8,7 @@ from samebit.recipes.compose import to_yaml
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.inputs import Inputs, SftInputs
 from samebit.recipes.records import Split
+from samebit.recipes.session import require_resumable
 from samebit.rollout.config import resolve_device, resolve_dtype
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs
@@ -61,6 +62,7 @@ def grpo_plan(run: GrpoRun) -> dict[str, Any]:
     """Batch arithmetic and memory estimate; every record is read and checked."""
     inputs = Inputs(run)
     inputs.reward.close()
+    require_resumable(run, inputs.records)
     model = inputs.model
     resolved = resolve_device(run.device)
     device = resolved.type
@@ -88,6 +90,7 @@ def grpo_plan(run: GrpoRun) -> dict[str, Any]:
 def sft_plan(run: SftRun) -> dict[str, Any]:
     """Batch arithmetic and memory estimate; every record is read and checked."""
     inputs = SftInputs(run)
+    require_resumable(run, inputs.records)
     device = resolve_device(run.device).type
     return {
         "device": device,

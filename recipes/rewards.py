@@ -13,6 +13,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from samebit.recipes.tasks.base import Problem
+from samebit.trainer.config import require_default
 
 if TYPE_CHECKING:
     from samebit.recipes.reward_pool import RewardPool
@@ -29,6 +30,8 @@ NUMBER = re.compile(
 # Before a number that is only a part of another one: "1/2", "10^3".
 PART = re.compile(r"[\w)}\]]\s*(?:/|\^|\*\*)\s*[({]?\s*$")
 LABEL_TIMEOUT_S = 30  # math-verify may take so long for a label: more than any needs
+IN_PROCESS = ("exact_match", "number_match")
+"""Rewards that only compare texts: they need no process of their own."""
 MAX_EXPONENT = 1000  # of ten: no comparison of two numbers may take long
 
 # What the package's scorers raise on a text they cannot parse (some parse without a check).
@@ -57,6 +60,9 @@ class RewardConfig:
             raise ValueError(f"reward.timeout_s is {self.timeout_s}; give seconds above 0")
         if self.num_workers is not None and self.num_workers < 1:
             raise ValueError(f"reward.num_workers is {self.num_workers}; give at least 1, or unset")
+        if self.name in IN_PROCESS:
+            where = f"reward.name is {self.name!r}, which needs no worker"
+            require_default(self, "reward", ("timeout_s", "num_workers"), where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +114,7 @@ def load_reward(config: RewardConfig, poll: Poll = lambda: None) -> "BoundReward
     Raises ValueError for an unknown name (listing the choices), a function that cannot be
     imported, or arguments that it does not take.
     """
-    if config.name in (exact_match.__name__, number_match.__name__):
+    if config.name in IN_PROCESS:
         return bind_reward(config.name, config.args)
     if config.name not in REWARDS and not all(config.name.partition(":")):
         raise ValueError(

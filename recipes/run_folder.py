@@ -218,11 +218,22 @@ def _require_resumable(path: Path, command: str, marker: dict[str, Any] | None) 
 
 
 def require_outside(folder: Path, inputs: InputFiles, why: str) -> None:
-    """ConfigError if one of the files lies in the folder, wherever links lead."""
+    """ConfigError if one of the files lies in the folder, wherever links lead, or if a link on the
+    way to it does."""
     root = folder.resolve()
     for key, file in inputs:
-        if file.resolve().is_relative_to(root):
+        if any(place.is_relative_to(root) for place in _places(file)):
             raise ConfigError(f"{key} is to be read from {file}, which lies in {folder}, {why}")
+
+
+def _places(file: Path) -> Iterator[Path]:
+    """Where a file lies, and where each link lies through which it is reached."""
+    yield file.resolve()
+    for part in (file, *file.parents):
+        if part.is_symlink():
+            place = part.parent.resolve() / part.name
+            yield place
+            yield from _places(place.parent / place.readlink())
 
 
 def require_own_report(file: Path) -> None:

@@ -266,6 +266,18 @@ def require_startable(run: SftRun | GrpoRun) -> None:
     _require_own_model(run)
 
 
+def require_resumable(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> None:
+    """For a plan: what open_session refuses of the checkpoint to resume, whose state is not read.
+
+    records: as for open_session.
+    """
+    resumed = latest_checkpoint(run.run_dir / "checkpoints") if run.resume else None
+    if resumed is not None:
+        tensor, invariant = run.trainer.parallel.tensor, run.numerics.tp_invariant
+        profile = numerics_profile(resolve_device(run.device), tensor, invariant)
+        require_same(resumed, run, bindings(run, command_of(run), records), profile)
+
+
 def _require_own_model(run: SftRun | GrpoRun) -> None:
     """sft writes run_dir/model at its end: neither over what it starts from nor over another's."""
     if isinstance(run, SftRun) and run.resume:

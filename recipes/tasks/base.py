@@ -81,7 +81,7 @@ class DataConfig:
                 f"data.overlong_prompts is {self.overlong_prompts!r}; give one of "
                 f"{', '.join(OVERLONG)}"
             )
-        if self.path is not None:
+        if self.task == "file" and self.path is not None:
             require_default(self, "data", ("size", "seed"), "data.path is given")
         if self.task != "file":
             keys = ("prompt_key", "label_key", "metadata_keys")

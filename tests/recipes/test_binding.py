@@ -180,3 +180,12 @@ def test_records_are_told_apart():
     ]
     assert len(set(variants)) == len(variants)
     assert digest(("a", "b", {"x": 1, "y": 2})) == digest(("a", "b", {"y": 2, "x": 1}))
+
+
+def test_a_plan_refuses_what_the_resumed_run_would(bound, tmp_path):
+    from samebit.recipes.plan import grpo_plan
+
+    assert grpo_plan(bound.resolve("resume=true", "dry_run=true"))["train_records"] == 10
+    write_records(bound.data, [*RECORDS[:3], {**RECORDS[3], "label": "99"}, *RECORDS[4:]])
+    with pytest.raises(CheckpointError, match="data or tokenizer: content of training records 10"):
+        grpo_plan(bound.resolve("resume=true", "dry_run=true"))

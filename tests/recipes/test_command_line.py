@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -171,10 +172,15 @@ def test_keys_of_a_section_that_is_null(capsys):
     assert "sft.trainer.num_steps is given, but sft.trainer is null" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "-x", "a\nb", "é" * 101])
+@pytest.mark.parametrize("name", ["", ".", "..", "a/", "/a", "a/../b", "-x", "a\nb", "é" * 101])
 def test_a_runs_name_is_a_folders_name(name):
     with pytest.raises(ValueError, match=r"run_name is .*; it must be a folder's name"):
         check_run_folder(name, "outputs")
+
+
+def test_runs_may_be_grouped_in_folders():
+    run = resolve("grpo", ["model.path=m", "run_name=sweep/lr_1e-6"])
+    assert run.run_dir == Path("outputs/sweep/lr_1e-6")
 
 
 @pytest.mark.parametrize("command", ["grpo", "verify", "bench kernels"])

@@ -18,6 +18,7 @@ from samebit.recipes.config import (
     VerifyRun,
 )
 from samebit.recipes.metrics import LoggerConfig
+from samebit.recipes.rewards import RewardConfig
 from samebit.recipes.tasks.base import DataConfig
 from samebit.trainer.config import GrpoConfig, OptimizerConfig, TrainerConfig
 
@@ -57,6 +58,8 @@ IDLE = {
     "data.prompt_key is 'q'": lambda: DIGITS(prompt_key="q"),
     "data.label_key is 'a'": lambda: DIGITS(label_key="a"),
     "data.metadata_keys is ['m']": lambda: DIGITS(metadata_keys=["m"]),
+    "reward.timeout_s is 5.0": lambda: RewardConfig(timeout_s=5.0),
+    "reward.num_workers is 2": lambda: RewardConfig(name="number_match", num_workers=2),
     "data.eval_size is 100; it must be 0 for sft": lambda: sft(FILE(eval_size=100)),
     "data.eval_path is 'y.jsonl'": lambda: sft(FILE(eval_size=0, eval_path="y.jsonl")),
     "logger.save_rollouts is True": lambda: sft(logger=LoggerConfig(save_rollouts=True)),
@@ -107,6 +110,8 @@ def test_what_is_read_is_taken():
     LoggerConfig(wandb="offline", project="mine")
     LoggerConfig(wandb="disabled", project="samebit")
     FILE(prompt_key="q", label_key="a", metadata_keys=["m"], size=100_000, seed=0)
+    RewardConfig(name="math_verify", timeout_s=5.0, num_workers=2)
+    RewardConfig(name="exact_match", timeout_s=60.0, num_workers=None)
     DIGITS(size=7, seed=7, prompt_key="prompt", metadata_keys=[])
     VerifyRun(seed=7)
     VerifyRun(load_format="dummy", model="m", seed=0)
@@ -134,7 +139,7 @@ def test_what_is_read_is_taken():
         ),
         ("verify", ["seed=7", "model=m"], "seed is 7; it must be 0, its default: nothing reads"),
         ("demo", ["grpo.model.path=x"], "grpo.model.path is 'x'; it must be left alone: the demo"),
-        ("demo", ["sft.data.eval_size=9"], "data.eval_size is 9; it must be 0 for sft"),
+        ("demo", ["sft.data.eval_size=9"], "sft.data.eval_size is 9; it must be 0 for"),
     ],
 )
 def test_a_user_sees_one_line(capsys, command, words, message):

@@ -207,7 +207,8 @@ def test_a_run_that_cannot_start_costs_nothing(runs, kept, tmp_path, monkeypatch
 
 
 def test_what_a_run_reads_is_not_removed(runs, kept, capsys):
-    """The model, data or a file of the reward inside the folder, also behind links."""
+    """The model, data or a file of the reward inside the folder, also behind links, or behind a
+    link that is inside itself."""
     model = shutil.copytree(runs.model, kept / "model")
     (runs.folder / "linked").symlink_to(model)
     partly = shutil.copytree(runs.model, runs.folder / "partly")
@@ -215,6 +216,7 @@ def test_what_a_run_reads_is_not_removed(runs, kept, capsys):
     (partly / "model.safetensors").symlink_to(model / "model.safetensors")
     (kept / "data.jsonl").write_text('{"prompt": "1", "label": "1"}\n' * 9)
     (kept / "control").touch()
+    (kept / "outside").symlink_to(runs.model)
     before = tree(kept)
     task = [
         "data.task=file",
@@ -226,6 +228,7 @@ def test_what_a_run_reads_is_not_removed(runs, kept, capsys):
         ("model.path", f"model.path={model}"),
         ("model.path", f"model.path={runs.folder / 'linked'}"),
         ("model.path", f"model.path={partly}", "dry_run=true"),
+        ("model.path", f"model.path={kept / 'outside'}", "dry_run=true"),
         ("reward.args.control", f"reward.args.control={kept / 'control'}", "dry_run=true"),
         ("data.path", *task, "dry_run=true"),
     ):
@@ -234,6 +237,7 @@ def test_what_a_run_reads_is_not_removed(runs, kept, capsys):
         assert cli.main(["grpo", *arguments, "overwrite=true", *overrides]) == 2
         error = capsys.readouterr().err
         assert f"{key} is to be read from" in error
+        assert ".samebit," not in error
         assert f"which lies in {kept}, which overwrite=true removes" in error
     assert tree(kept) == before
 
