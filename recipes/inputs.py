@@ -21,7 +21,7 @@ from samebit.recipes.text import TextCodec
 from samebit.rollout.config import resolve_device
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs, segment_shapes
-from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.models.registry import load_model_config, require_taught_end
 from samebit.rollout.runtime.weights import open_safetensors
 from samebit.trainer.megatron.stages import make_stage
 from samebit.weight_sync.mapping import Shard
@@ -62,10 +62,10 @@ class Inputs:
     def __init__(self, run: GrpoRun, stop: StopSignals | None = None) -> None:
         poll = _polled(stop)
         self.model = checked_model(run)
-        _require_lengths(run, self.model)
         train_set, eval_set = load_datasets(run.data)
-        self.text = TextCodec(run.model.path, run.data.chat)
+        self.text = _codec(run)
         self.reward = load_reward(run.reward, poll)
+        _require_lengths(run, self.model)
         encoder = Encoder(
             text=self.text,
             vocab_size=self.model.vocab_size,
@@ -116,7 +116,7 @@ class SftInputs:
         poll = _polled(stop)
         self.model = checked_model(run)
         train_set, _held_out = load_datasets(run.data)
-        self.text = TextCodec(run.model.path, run.data.chat)
+        self.text = _codec(run)
         limits = {
             "trainer.micro_batch_tokens": run.trainer.micro_batch_tokens,
             "the model's max_position_embeddings": self.model.max_position,
@@ -145,6 +145,13 @@ class SftInputs:
     def records(self) -> dict[str, Dataset]:
         """What a checkpoint is bound to the contents of."""
         return {"training records": self.train_set}
+
+
+def _codec(run: GrpoRun | SftRun) -> TextCodec:
+    """The model's tokenizer; ValueError unless the engine stops at what ends its labels."""
+    text = TextCodec(run.model.path, run.data.chat)
+    require_taught_end(run.model.path, text.end_token_id)
+    return text
 
 
 def _used(train_set: Dataset, count: int, seed: int) -> range | list[int]:

@@ -22,8 +22,7 @@ _WEIGHT_SUFFIXES = (
     ".gguf",
     ".index.json",
 )
-# Of another set of weights: an adapter's would be looked for beside ours.
-_NOT_OURS = ("weight_version.json", "adapter_config.json")
+_OWN = "weight_version.json"
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
@@ -35,12 +34,12 @@ def side_files(folder: Path) -> list[Path]:
         if file.is_file()
         and not file.name.startswith(".")
         and not file.name.endswith(_WEIGHT_SUFFIXES)
-        and file.name not in _NOT_OURS
+        and file.name != _OWN
     ]
 
 
 def write_side_files(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Copy them; config.json says what the weights beside it are: of this dtype, not quantised."""
+    """Copy them; config.json says what the weights beside it are: of this dtype."""
     for file in side_files(source):
         copy = target / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
@@ -56,5 +55,4 @@ def describe(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """A config.json of weights of this dtype, under the key that it uses."""
     name = str(dtype).removeprefix("torch.")
     keys = [key for key in _DTYPE_KEYS if key in config] or ["torch_dtype"]
-    kept = {key: value for key, value in config.items() if key != "quantization_config"}
-    return kept | dict.fromkeys(keys, name)
+    return config | dict.fromkeys(keys, name)

@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from samebit.rollout.models.registry import require_taught_end
 from samebit.rollout.types import Completion
 
 Prompt = str | list[dict[str, str]]
@@ -26,7 +25,6 @@ class TextCodec:
             raise ValueError(f"model.path {folder} holds no tokenizer (tokenizer.json)")
         self._folder = folder
         self._tokenizer: Any = _read_tokenizer(folder)
-        require_taught_end(folder, self._tokenizer.eos_token_id)
         self._backend = _plain_backend(self._tokenizer)
         self._chat = chat
         if chat and not self._tokenizer.chat_template:
@@ -38,6 +36,11 @@ class TextCodec:
         special = [t for t in self._tokenizer.added_tokens_decoder.items() if t[1].special]
         self._special = {token.content: i for i, token in special}
         self._dropped = set(self._special.values())
+
+    @property
+    def end_token_id(self) -> int | None:
+        """What ends a label."""
+        return self._tokenizer.eos_token_id
 
     def messages(self, prompt: Prompt) -> Prompt:
         """The prompt as it is encoded: with `chat`, a text is one user message."""
@@ -76,8 +79,7 @@ class TextCodec:
 
     def encode_labels(self, labels: Sequence[str]) -> list[list[int]]:
         """Token ids of reference answers, with the end-of-sequence token; empty for empty ones."""
-        end = self._tokenizer.eos_token_id
-        ends = [] if end is None else [end]
+        ends = [] if self.end_token_id is None else [self.end_token_id]
         return [[*ids, *ends] if ids else [] for ids in self._encode(labels)]
 
     def keep_tokens_of(self, labels: Iterable[str]) -> None:

@@ -1,7 +1,7 @@
 """Short GRPO runs under every layout that this machine's GPUs can hold, through the public command.
 
     python -m samebit.recipes.verification.layouts OUT.json [device=cuda] [num_gpus=4]
-        [only=NAME,NAME] [KEY=VALUE of samebit grpo ...]
+        [only=NAME,NAME] [at_once=1] [KEY=VALUE of samebit grpo ...]
 
 Each run starts as many processes as its layout has, on a small random model that is made on the
 spot, and compares every log-prob of its first optimizer steps between rollout and trainer. The
@@ -18,6 +18,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from samebit.rollout.config import resolve_device
 from samebit.trainer.config import ParallelConfig
 
 MODULE = "samebit.recipes.verification.layouts"
-OPTIONS = {"device": "cuda", "num_gpus": "4", "only": ""}
+OPTIONS = {"device": "cuda", "num_gpus": "4", "only": "", "at_once": "1"}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "alone": {},
     "tensor2": {"tensor": 2},
@@ -177,9 +179,18 @@ def main(out: str, *arguments: str) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         model = Path(temporary) / "model"
         make_model(model)
-        for name in chosen_layouts(options):
-            found[name] = run_layout(name, model, Path(temporary), options["device"], overrides)
-            print(f"{name:28s} {json.dumps(found[name])}", flush=True)
+        names = chosen_layouts(options)
+        with ThreadPoolExecutor(int(options["at_once"])) as pool:
+            run = partial(
+                run_layout,
+                model=model,
+                output=Path(temporary),
+                device=options["device"],
+                overrides=overrides,
+            )
+            for name, result in zip(names, pool.map(run, names), strict=True):
+                found[name] = result
+                print(f"{name:28s} {json.dumps(result)}", flush=True)
     against = problems(found, "numerics.tp_invariant=true" in overrides)
     total = {
         key: sum(run.get(key, 0) for run in found.values())

@@ -101,10 +101,10 @@ def bf16_run(base, tmp_path_factory):
     state["params"] = {name: weights.bfloat16() for name, weights in state["params"].items()}
     CheckpointWriter(folder, 1, background=False).save(6, state, {})
     model = shutil.copytree(base.model, folder / "model")
-    edit_config(model, torch_dtype="bfloat16", quantization_config={"quant_method": "x"})
+    edit_config(model, torch_dtype="bfloat16")
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "tool.jinja").write_text("x")
-    for name in ("consolidated.00.pth", "adapter_config.json", ".samebit", "model.onnx"):
+    for name in ("consolidated.00.pth", ".samebit", "model.onnx"):
         (model / name).write_text("{}")
     (model / "README.md").write_text("x")
     (model / "README.md").chmod(0o600)
@@ -130,9 +130,7 @@ def test_the_folder_says_what_was_written(base, bf16_run, tmp_path, capsys, aske
     assert f"{read_version(out).digest}, {origin}\n" in capsys.readouterr().out
     config = json.loads((out / "config.json").read_text())
     assert config["torch_dtype"] == str(written).removeprefix("torch.")
-    assert config.keys() == json.loads((model / "config.json").read_text()).keys() - {
-        "quantization_config"
-    }
+    assert config.keys() == json.loads((model / "config.json").read_text()).keys()
     tensors, loaded = (
         load_file(out / "model.safetensors"),
         AutoModelForCausalLM.from_pretrained(out),
@@ -145,7 +143,7 @@ def test_the_folder_says_what_was_written(base, bf16_run, tmp_path, capsys, aske
         assert read_version(out).digest == base.result[0]["weights_digest"]
     names = {str(name) for name in tree(out)}
     assert {"README.md", "tokenizer.json", "additional_chat_templates/tool.jinja"} < names
-    assert not names & {"consolidated.00.pth", "adapter_config.json", "model.onnx"}
+    assert not names & {"consolidated.00.pth", "model.onnx"}
 
 
 def test_what_a_dtype_cannot_hold_is_refused(base, tmp_path, capsys):

@@ -13,7 +13,7 @@ from samebit.recipes.inputs import Inputs, SftInputs
 from samebit.recipes.order import problem_index
 from samebit.recipes.step import Rollout
 from samebit.recipes.tasks.base import Problem
-from samebit.recipes.tiny_model import make_demo_model, write_character_tokenizer
+from samebit.recipes.tiny_model import make_demo_model, write_character_tokenizer, write_weights
 from samebit.rollout.types import Completion
 
 
@@ -25,6 +25,7 @@ def chat_model(tmp_path_factory):
     write_character_tokenizer(folder, "0123456789=SUA")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 15}))
+    write_weights(folder, seed=0)
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}{% if m.content == '13' %}{{ raise_exception('unlucky') }}"
         "{% endif %}{{ {'system': 'S', 'user': 'U', 'assistant': 'A'}[m.role] }}{{ m.content }}"
@@ -48,7 +49,7 @@ class Data:
             f"model.path={model or self.model}",
             f"output_dir={self.folder}",
             f"data.path={self.path}",
-            "data.eval_size=1",
+            f"data.eval_size={1 if command == 'grpo' else 0}",
             "device=cpu",
             "logger=disabled",
             "trainer.num_steps=1",
@@ -178,8 +179,11 @@ def test_tokens_outside_the_models_vocabulary(data, chat_model, demo_model, tmp_
 @pytest.mark.parametrize("command", ["grpo", "sft"])
 def test_overlong_records_are_dropped_if_asked_to(data, capsys, caplog, command):
     long = {"prompt": "1" * 40, "label": "1"}
-    data.write(*good(8), long, *good(0, 1, 2), long | {"prompt": "2" * 40})
-    more = ["data.overlong_prompts=drop", "data.eval_size=2"]
+    other = long | {"prompt": "2" * 40}
+    more, held_out = ["data.overlong_prompts=drop"], []  # sft holds none out
+    if command == "grpo":
+        more, held_out = [*more, "data.eval_size=2"], [*good(2), other]
+    data.write(*good(8), long, *good(0, 1), *held_out)
     with caplog.at_level(logging.WARNING):
         inputs = data.read(command, *more)
     assert "train split: 1 of 4 records are overlong" in caplog.text
@@ -195,7 +199,7 @@ def test_overlong_records_are_dropped_if_asked_to(data, capsys, caplog, command)
         assert "held-out split: 1 of 2 records are overlong" in caplog.text
         assert [(p.index, p.prompt) for p in inputs.eval_set] == [(0, "02=")]
         assert (printed["held_out_records"], printed["held_out_records_dropped"]) == ("1", "1")
-    data.write(long, long | {"prompt": "2" * 40}, *good(1, 2))
+    data.write(long, other, *(good(1, 2) if command == "grpo" else []))
     with pytest.raises(ValueError, match="no record of the train split is left"):
         data.read(command, *more)
 

@@ -33,13 +33,13 @@ def acts(text, problem, *, scale=1.0):
         while True:
             signal.pause()
     if text == "write":
-        for fd in range(3, 64):
+        for fd in range(3, 4096):
             try:
                 os.write(fd, b"[\\"ok\\", 1.0]\\n" * 3)
             except OSError:
                 pass
     if text == "close":
-        os.closerange(3, 64)
+        os.closerange(3, 4096)
         time.sleep(60)
     if text == "mute":
         raise Mute
@@ -79,8 +79,8 @@ def module(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pool(module):
-    """Two workers that have half a second for a completion."""
-    config = RewardConfig(name="foreign:acts", timeout_s=0.5, num_workers=2)
+    """Two workers that have a second and a half for a completion."""
+    config = RewardConfig(name="foreign:acts", timeout_s=1.5, num_workers=2)
     pool = load_reward(config)
     yield pool
     pool.close()
@@ -122,7 +122,7 @@ FOREIGN = {
     "interrupt": "raised KeyboardInterrupt",
     "_exit": "ended its process with exit code 0",
     "crash": "ended its process by SIGSEGV",
-    "sleep": r"took longer than 0.5 s \(reward.timeout_s\) and was killed",
+    "sleep": r"took longer than 1.5 s \(reward.timeout_s\) and was killed",
     "write": "",
     "close": "closed a file of ours",
     "mute": "raised Mute: its text cannot be made, RuntimeError",

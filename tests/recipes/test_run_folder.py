@@ -202,7 +202,7 @@ def test_a_run_that_cannot_start_costs_nothing(runs, kept, tmp_path, monkeypatch
 
     monkeypatch.setattr("samebit.recipes.metrics._start_wandb", fail)
     with pytest.raises(RuntimeError, match="wandb says no"):
-        runs.train("kept", "overwrite=true", "logger.wandb=online")
+        runs.train("kept", "overwrite=true", "logger.wandb=offline")
     assert tree(kept) == before
 
 
@@ -216,7 +216,12 @@ def test_what_a_run_reads_is_not_removed(runs, kept, capsys):
     (kept / "data.jsonl").write_text('{"prompt": "1", "label": "1"}\n' * 9)
     (kept / "control").touch()
     before = tree(kept)
-    task = ["data.task=file", "data.args={}", f"data.path={kept / 'data.jsonl'}"]
+    task = [
+        "data.task=file",
+        "data.args={}",
+        "data.size=100000",
+        f"data.path={kept / 'data.jsonl'}",
+    ]
     for key, *overrides in (
         ("model.path", f"model.path={model}"),
         ("model.path", f"model.path={runs.folder / 'linked'}"),

@@ -12,7 +12,7 @@ from samebit.recipes.side_files import side_files
 from samebit.recipes.text import TextCodec
 from samebit.recipes.tiny_model import make_demo_model, make_random_model
 from samebit.rollout.engine import Engine
-from samebit.rollout.models.registry import load_model_config, load_stop_tokens
+from samebit.rollout.models.registry import load_model_config, load_stop_tokens, require_taught_end
 from samebit.rollout.types import SamplingParams
 
 
@@ -174,13 +174,13 @@ def test_an_end_token_outside_the_model(folder):
 
 def test_an_end_that_nobody_stops_at_is_not_taught(folder, monkeypatch):
     """The tokenizer as transformers loads it may end otherwise than its files say."""
-    TextCodec(folder)
+    require_taught_end(folder, TextCodec(folder).end_token_id)
     from transformers import PreTrainedTokenizerBase
 
     monkeypatch.setattr(PreTrainedTokenizerBase, "eos_token_id", 9, raising=False)
     message = r"ends a text with token 9, at which the model does not stop \(0 \(config.json"
     with pytest.raises(ValueError, match=message):
-        TextCodec(folder)
+        require_taught_end(folder, TextCodec(folder).end_token_id)
 
 
 def test_something_must_be_left_to_draw(demo_folder):
