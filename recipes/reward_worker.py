@@ -85,7 +85,15 @@ def _call(function: Callable[..., Any], item: tuple[Any, ...], *, returns: bool)
     except BaseException as error:  # noqa: BLE001 (the parent raises it; SystemExit too)
         if os.environ.get("SAMEBIT_TRACEBACK"):
             traceback.print_exc()
-        return ["raised", type(error).__name__, f"{error}"[:2000]]
+        return ["raised", type(error).__name__, _text(error)]
+
+
+def _text(error: BaseException) -> str:
+    """What it says, in one line, cut short; its own code may raise as well."""
+    try:
+        return " ".join(f"{error}".split())[:2000]
+    except BaseException as again:  # noqa: BLE001
+        return f"its text cannot be made, {type(again).__name__}"
 
 
 def _write(fd: int, data: bytes) -> None:

@@ -238,9 +238,14 @@ REWARDS: dict[str, Callable[..., float]] = {
 def _label_number(problem: Problem) -> Decimal:
     label = problem.label
     number = _last_number(label)
-    if number is None:
+    *_, last = [None, *NUMBER.finditer(_plain_minus(label))]
+    if last is None:
         raise ValueError(f"the label {label!r:.80} holds no number; use another reward")
-    *_, last = NUMBER.finditer(_plain_minus(label))
+    if number is None:
+        raise ValueError(
+            f"the label {label!r:.80} ends in {last.group():.80}, whose exponent number_match does "
+            f"not read; give one from -{MAX_EXPONENT} to {MAX_EXPONENT}"
+        )
     if PART.search(label[: last.start()]):
         raise ValueError(
             f"the label {label!r:.80} ends in a fraction or a power, of which number_match would "

@@ -60,7 +60,9 @@ def plain(value: Any) -> Any:
 
 def read_jsonl(path: Path, faults: Faults) -> Iterator[Record]:
     """The lines of a file; what is wrong with one goes to `faults`. Blank lines are skipped."""
-    decoder = json.JSONDecoder(parse_float=_json_float, object_pairs_hook=_object)
+    decoder = json.JSONDecoder(
+        parse_float=_json_float, parse_int=_json_int, object_pairs_hook=_object
+    )
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if number == 1:
@@ -127,6 +129,13 @@ def _json_float(text: str) -> JsonFloat:
         return JsonFloat(text)
     except InvalidOperation:
         raise ValueError(f"the number {text:.80} is out of range") from None
+
+
+def _json_int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:  # so many digits that Python takes long for them
+        raise ValueError(f"the number {text:.20}... has {len(text)} digits") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

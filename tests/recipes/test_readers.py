@@ -90,6 +90,7 @@ BAD_LINES = {
     '{"prompt": "q", "label": "\\udfffx"}': r"line 2 holds the lone surrogate \\udfff",
     '{"prompt": [{"role": "user", "content": "\\ud800"}], "label": "a"}': "lone surrogate",
     '{"prompt": "", "label": "a"}': "line 2: 'prompt' is ''; give a text",
+    '{"prompt": "q", "label": ' + "9" * 5000 + "}": r"the number 9{20}\.\.\. has 5000 digits$",
     "1.5": "line 2 is a JSON number; give an object",
     "[" * 100_000: "line 2 is not JSON: ",
     '{"prompt": "\xff", "label": "a"}': "line 2 is not UTF-8: invalid start byte at byte 12",

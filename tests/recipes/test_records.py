@@ -131,6 +131,7 @@ def test_labels_of_sft(data):
     ("reward", "label", "message"),
     [
         ("number_match", "x", "the label 'x' holds no number; use another reward"),
+        ("number_match", "1e5000", "ends in 1e5000, whose exponent .*-1000 to 1000"),
         ("number_match", "1/2", "the label '1/2' ends in a fraction or a power"),
         ("math_verify", "", "math-verify cannot parse the label"),
         ("reasoning_gym", "1", "scores problems of data.task reasoning_gym/<name> only"),

@@ -16,6 +16,10 @@ from samebit.recipes.tasks.base import Problem
 REWARDS = """
 import ctypes, os, signal, sys, threading, time
 
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError
+
 def acts(text, problem, *, scale=1.0):
     if text == "exit":
         sys.exit(0)
@@ -37,6 +41,10 @@ def acts(text, problem, *, scale=1.0):
     if text == "close":
         os.closerange(3, 4096)
         time.sleep(60)
+    if text == "mute":
+        raise Mute
+    if text == "lines":
+        raise ValueError("one\\ntwo")
     if text == "huge":
         return 10 ** 400
     if text == "read":
@@ -117,6 +125,8 @@ FOREIGN = {
     "sleep": r"took longer than 1.5 s \(reward.timeout_s\) and was killed",
     "write": "",
     "close": "closed a file of ours",
+    "mute": "raised Mute: its text cannot be made, RuntimeError",
+    "lines": "raised ValueError: one two ",
     "huge": r"returned 1000.*; return a finite number",
 }
 
