@@ -11,7 +11,12 @@ from samebit.recipes.side_files import side_files, write_side_files
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config
-from samebit.trainer.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, read_checkpoint
+from samebit.trainer.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    latest_checkpoint,
+    read_checkpoint,
+)
 from samebit.trainer.megatron.resharding import WholeState
 from samebit.weight_sync.digest import weights_digest
 from samebit.weight_sync.folders import MARKER, replacing
