@@ -158,6 +158,7 @@ class BenchEngineRun(BenchRun):
         known = self.load_format in LOAD_FORMATS
         require(known, "load_format", self.load_format, f"one of {LOAD_FORMATS}")
         require(self.repeats >= 1, "repeats", self.repeats, "positive")
+        require(self.cpu_threads >= 1, "cpu_threads", self.cpu_threads, "positive")
         require(self.profile_steps >= 1, "profile_steps", self.profile_steps, "positive")
         for text in self.workloads:
             Workload.parse(text)

@@ -14,6 +14,7 @@ from samebit.recipes import cli, fetch_smollm2
 from samebit.recipes.export import write_model
 from samebit.recipes.tiny_model import make_demo_model
 from samebit.rollout.engine import Engine
+from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.checkpoint import latest_checkpoint, read_checkpoint
 from samebit.trainer.checkpoint_writer import CheckpointWriter
 from samebit.weight_sync.transports.file import read_version
@@ -47,6 +48,22 @@ def test_the_newest_checkpoint_is_exported(base, tmp_path, capsys, place):
         logprobs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
     expected = logprobs.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
     assert torch.allclose(torch.tensor(engine.score([ids])[0]), expected, atol=1e-4, rtol=0)
+
+
+def test_a_run_may_go_on_meanwhile(base, run_copy, tmp_path, monkeypatch):
+    """It removes the checkpoint that the export has found, after writing a newer one."""
+    newer, older = (run_copy / "checkpoints" / f"step_0000000{step}" for step in (6, 4))
+    aside = newer.rename(tmp_path / "aside")
+
+    def go_on(path):
+        if aside.exists():
+            aside.rename(newer)
+            shutil.rmtree(older)
+        return load_model_config(path)
+
+    monkeypatch.setattr("samebit.recipes.export.load_model_config", go_on)
+    assert export(base, run_copy, tmp_path / "out") == 0
+    assert read_version(tmp_path / "out").step == 6
 
 
 def test_an_older_checkpoint_can_be_named(base, tmp_path):

@@ -71,6 +71,7 @@ IDLE = {
     "load_format is 'bogus'": lambda: VerifyRun(load_format="bogus", model="m"),
     "load_format is 'bog'": lambda: ENGINE(load_format="bog"),
     "seed is 7": lambda: VerifyRun(seed=7, model="m"),
+    "cpu_threads is 0": lambda: ENGINE(cpu_threads=0),
     "profile_steps is 8": lambda: ENGINE(profile_steps=8),
     "engine.overlap is True": lambda: ENGINE(
         variants=["no_overlap"], engine=BenchEngineSettings(overlap=True)
