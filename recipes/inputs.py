@@ -56,6 +56,30 @@ def _require_lengths(run: GrpoRun, model: ModelConfig) -> None:
         )
 
 
+class Unwritable:
+    """Labels that come out otherwise once they are tokens: the vocabulary lacks a part of them."""
+
+    def __init__(self, text: TextCodec) -> None:
+        self._text = text
+        self._found: list[str] = []
+
+    def look(self, problems: Sequence[Problem]) -> None:
+        """Count those of some problems."""
+        labels = [problem.label for problem in problems]
+        for problem, text in zip(problems, self._text.rewritten(labels), strict=True):
+            if text.strip() != problem.label.strip():
+                example = f"{problem.name}: {problem.label!r:.80} becomes {text!r:.80}"
+                self._found.append(example)
+
+    def warn(self, outcome: str) -> None:
+        """Say how many there are, what that means, and the first."""
+        if self._found:
+            logger.warning(
+                "%d labels cannot be written with the model's tokens, so %s: %s",
+                *(len(self._found), outcome, self._found[0]),
+            )
+
+
 class Inputs:
     """Of a GRPO run. Raises OSError or ValueError for what cannot be used, Stopped by a signal."""
 
@@ -63,7 +87,7 @@ class Inputs:
         poll = _polled(stop)
         self.model = checked_model(run)
         train_set, eval_set = load_datasets(run.data)
-        self.text = _codec(run)
+        self.text = TextCodec(run.model.path, run.data.chat)
         self.reward = load_reward(run.reward, poll)
         _require_lengths(run, self.model)
         encoder = Encoder(
@@ -76,37 +100,24 @@ class Inputs:
         self.train_set = Split("train split", train_set, encoder)
         self.eval_set = Split("held-out split", eval_set, encoder)
         count = run.trainer.num_steps * run.rollout.prompts_per_step
-        faults = Faults()
+        faults, unwritable = Faults(), Unwritable(self.text)
 
         def check(problems: Sequence[Problem]) -> list[str]:
             if run.reward.name == "exact_match":
-                self._note_unwritable(problems)
+                unwritable.look(problems)
             return self.reward.check(problems, poll)
 
-        self._unwritable: list[str] = []
         self.train_set.prepare(_used(train_set, count, run.seed), check, faults)
         self.eval_set.prepare(range(len(eval_set)), check, faults)
         faults.raise_all()
         if is_one_of_several() and int(os.environ["RANK"]) > 0:
             self.reward.close()  # the first process scores
-        if self._unwritable:
-            logger.warning(
-                "%d labels cannot be written with the model's tokens, so exact_match never rewards "
-                "them: %s",
-                *(len(self._unwritable), self._unwritable[0]),
-            )
+        unwritable.warn("exact_match never rewards them")
 
     @property
     def records(self) -> dict[str, Dataset]:
         """What a checkpoint is bound to the contents of."""
         return {"training records": self.train_set, "held-out records": self.eval_set}
-
-    def _note_unwritable(self, problems: Sequence[Problem]) -> None:
-        labels = [problem.label for problem in problems]
-        for problem, text in zip(problems, self.text.rewritten(labels), strict=True):
-            if text.strip() != problem.label.strip():
-                example = f"{problem.name}: {problem.label!r:.80} becomes {text!r:.80}"
-                self._unwritable.append(example)
 
 
 class SftInputs:
@@ -116,7 +127,8 @@ class SftInputs:
         poll = _polled(stop)
         self.model = checked_model(run)
         train_set, _held_out = load_datasets(run.data)
-        self.text = _codec(run)
+        self.text = TextCodec(run.model.path, run.data.chat)
+        require_taught_end(run.model.path, self.text.end_token_id)
         limits = {
             "trainer.micro_batch_tokens": run.trainer.micro_batch_tokens,
             "the model's max_position_embeddings": self.model.max_position,
@@ -132,26 +144,21 @@ class SftInputs:
         )
         self.train_set = Split("train split", train_set, encoder)
         count = run.trainer.num_steps * (run.trainer.batch_size or 0)
-        faults = Faults()
+        faults, unwritable = Faults(), Unwritable(self.text)
 
         def check(problems: Sequence[Problem]) -> list[str]:
             poll()
+            unwritable.look(problems)
             return [""] * len(problems)
 
         self.train_set.prepare(_used(train_set, count, run.seed), check, faults)
         faults.raise_all()
+        unwritable.warn("something else is taught")
 
     @property
     def records(self) -> dict[str, Dataset]:
         """What a checkpoint is bound to the contents of."""
         return {"training records": self.train_set}
-
-
-def _codec(run: GrpoRun | SftRun) -> TextCodec:
-    """The model's tokenizer; ValueError unless the engine stops at what ends its labels."""
-    text = TextCodec(run.model.path, run.data.chat)
-    require_taught_end(run.model.path, text.end_token_id)
-    return text
 
 
 def _used(train_set: Dataset, count: int, seed: int) -> range | list[int]:
