@@ -209,17 +209,18 @@ class SftRun(RunSection):
     numerics: NumericsSection = field(default_factory=NumericsSection)
     data: DataConfig = field(default_factory=DataConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    eval_every: int = 20
+    """Steps between evaluations of the held-out records' loss; also before the first step and after
+    the last."""
 
     def validate(self) -> None:
         """Checks across sections; ValueError names the keys."""
         _check_overwrite(self)
+        require(self.eval_every >= 1, "eval_every", self.eval_every, "positive")
         require(self.trainer.batch_size is not None, "trainer.batch_size", None, "set for sft")
         _check_schedule(self.trainer, self.trainer.num_steps)
-        evaluates_nothing = "0 for sft, which evaluates nothing: held-out records would be lost"
-        require(self.data.eval_size == 0, "data.eval_size", self.data.eval_size, evaluates_nothing)
-        evaluates_nothing = "unset for sft, which evaluates nothing"
-        eval_path = self.data.eval_path
-        require(eval_path is None, "data.eval_path", eval_path, evaluates_nothing)
+        if self.data.eval_size == 0 and self.data.eval_path is None:
+            require_default(self, "", ("eval_every",), "no record is held out")
         idle = ("num_samples", "save_rollouts")
         require_default(self.logger, "logger", idle, "the command is sft, which draws no samples")
         invariant, tensor = self.numerics.tp_invariant, self.trainer.parallel.tensor

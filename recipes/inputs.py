@@ -55,6 +55,30 @@ def _require_lengths(run: GrpoRun, model: ModelConfig) -> None:
         )
 
 
+class Unwritable:
+    """Labels that come out otherwise once they are tokens: the vocabulary lacks a part of them."""
+
+    def __init__(self, text: TextCodec) -> None:
+        self._text = text
+        self._found: list[str] = []
+
+    def look(self, problems: Sequence[Problem]) -> None:
+        """Count those of some problems."""
+        labels = [problem.label for problem in problems]
+        for problem, text in zip(problems, self._text.rewritten(labels), strict=True):
+            if text.strip() != problem.label.strip():
+                example = f"{problem.name}: {problem.label!r:.80} becomes {text!r:.80}"
+                self._found.append(example)
+
+    def warn(self, outcome: str) -> None:
+        """Say how many there are, what that means, and the first."""
+        if self._found:
+            logger.warning(
+                "%d labels cannot be written with the model's tokens, so %s: %s",
+                *(len(self._found), outcome, self._found[0]),
+            )
+
+
 class Inputs:
     """Of a GRPO run. Raises OSError or ValueError for what cannot be used, Stopped by a signal."""
 
@@ -62,7 +86,7 @@ class Inputs:
         poll = _polled(stop)
         self.model = checked_model(run)
         train_set, eval_set = load_datasets(run.data)
-        self.text = _codec(run)
+        self.text = TextCodec(run.model.path, run.data.chat)
         self.reward = load_reward(run.reward, poll)
         encoder = Encoder(
             text=self.text,
@@ -73,56 +97,46 @@ class Inputs:
         )
         self.train_set = Split("train split", train_set, encoder)
         self.eval_set = Split("held-out split", eval_set, encoder)
-        count = run.trainer.num_steps * run.rollout.prompts_per_step
-        self._unwritable: list[str] = []
+        unwritable = Unwritable(self.text)
         try:
             _require_lengths(run, self.model)
-            self._prepare(_used(train_set, count, run.seed), run.reward.name, poll)
+            count = run.trainer.num_steps * run.rollout.prompts_per_step
+            used = _used(train_set, count, run.seed)
+            self._prepare(used, unwritable if run.reward.name == "exact_match" else None, poll)
         except BaseException:
             self.reward.close()
             raise
         if launched_rank() > 0:
             self.reward.close()  # the first process scores
-        if self._unwritable:
-            logger.warning(
-                "%d labels cannot be written with the model's tokens, so exact_match never rewards "
-                "them: %s",
-                *(len(self._unwritable), self._unwritable[0]),
-            )
+        unwritable.warn("exact_match never rewards them")
 
     @property
     def records(self) -> dict[str, Dataset]:
         """What a checkpoint is bound to the contents of."""
         return {"training records": self.train_set, "held-out records": self.eval_set}
 
-    def _prepare(self, used: Sequence[int], reward_name: str, poll: Poll) -> None:
+    def _prepare(self, used: Sequence[int], unwritable: Unwritable | None, poll: Poll) -> None:
         faults = Faults()
 
         def check(problems: Sequence[Problem]) -> list[str]:
-            if reward_name == "exact_match":
-                self._note_unwritable(problems)
+            if unwritable is not None:
+                unwritable.look(problems)
             return self.reward.check(problems, poll)
 
         self.train_set.prepare(used, check, faults)
         self.eval_set.prepare(range(len(self.eval_set)), check, faults)
         faults.raise_all()
 
-    def _note_unwritable(self, problems: Sequence[Problem]) -> None:
-        labels = [problem.label for problem in problems]
-        for problem, text in zip(problems, self.text.rewritten(labels), strict=True):
-            if text.strip() != problem.label.strip():
-                example = f"{problem.name}: {problem.label!r:.80} becomes {text!r:.80}"
-                self._unwritable.append(example)
-
 
 class SftInputs:
-    """Of a supervised run, which reads no held-out record. Raises as `Inputs` does."""
+    """Of a supervised run. Raises as `Inputs` does."""
 
     def __init__(self, run: SftRun, stop: StopSignals | None = None) -> None:
         poll = _polled(stop)
         self.model = checked_model(run)
-        train_set, _held_out = load_datasets(run.data)
-        self.text = _codec(run)
+        train_set, eval_set = load_datasets(run.data)
+        self.text = TextCodec(run.model.path, run.data.chat)
+        require_taught_end(run.model.path, self.text.end_token_id)
         limits = {
             "trainer.micro_batch_tokens": run.trainer.micro_batch_tokens,
             "the model's max_position_embeddings": self.model.max_position,
@@ -137,27 +151,32 @@ class SftInputs:
             with_labels=True,
         )
         self.train_set = Split("train split", train_set, encoder)
+        self.eval_set = Split("held-out split", eval_set, encoder) if len(eval_set) else None
         count = run.trainer.num_steps * (run.trainer.batch_size or 0)
-        faults = Faults()
+        faults, unwritable = Faults(), Unwritable(self.text)
 
         def check(problems: Sequence[Problem]) -> list[str]:
             poll()
+            unwritable.look(problems)
             return [""] * len(problems)
 
         self.train_set.prepare(_used(train_set, count, run.seed), check, faults)
+        if self.eval_set is not None:
+            self.eval_set.prepare(range(len(eval_set)), check, faults)
         faults.raise_all()
+        copies, held_out = run.trainer.parallel.data, self.eval_set
+        if held_out is not None and len(held_out) < copies:
+            raise ValueError(
+                f"{len(held_out)} records are held out (data.eval_size, data.eval_path), and "
+                f"trainer.parallel.data is {copies}: give each copy of the model at least one"
+            )
+        unwritable.warn("something else is taught")
 
     @property
     def records(self) -> dict[str, Dataset]:
         """What a checkpoint is bound to the contents of."""
-        return {"training records": self.train_set}
-
-
-def _codec(run: GrpoRun | SftRun) -> TextCodec:
-    """The model's tokenizer; ValueError unless the engine stops at what ends its labels."""
-    text = TextCodec(run.model.path, run.data.chat)
-    require_taught_end(run.model.path, text.end_token_id)
-    return text
+        held_out = {} if self.eval_set is None else {"held-out records": self.eval_set}
+        return {"training records": self.train_set, **held_out}
 
 
 def _used(train_set: Dataset, count: int, seed: int) -> range | list[int]:

@@ -104,8 +104,12 @@ def gradients(folder, out):
     with no_cuda():
         megatron._forward_backward(batches, sft_loss, None)
     found = {name: p.main_grad.clone() for name, p in megatron.params.items()}
-    norm = megatron.train_step(batches, sft_loss).grad_norm
-    torch.save({"gradients": dict(hf_tensors(megatron.specs, found)), "norm": norm}, out)
+    saved = {
+        "gradients": dict(hf_tensors(megatron.specs, found)),
+        "nll": megatron.mean_nll(batches),
+    }
+    saved["norm"] = megatron.train_step(batches, sft_loss).grad_norm
+    torch.save(saved, out)
 
 
 def trainer(rank, size, store, folder, mode, expected, out):
@@ -138,11 +142,13 @@ def trainer(rank, size, store, folder, mode, expected, out):
         count, unequal = compare_logprobs(megatron, rollout, tokens)
         found["compared"] += count
         found["unequal"] += unequal
-    whole = torch.load(expected)["gradients"]
+    saved = torch.load(expected)
+    whole = saved["gradients"]
     wanted = {s.name: torch.zeros(s.shape) for s in megatron.specs}
     load_params(megatron.specs, wanted, whole.__getitem__)
     batches = pack_samples(gradient_samples(), 100)
     batches = share_batches(batches, parallel.data)[parallel_state.get_data_parallel_rank()]
+    found["nll"], found["nll_alone"] = megatron.mean_nll(batches), saved["nll"]
     with no_cuda():
         megatron._forward_backward(batches, sft_loss, None)
     found["errors"] = {
@@ -223,6 +229,7 @@ def data(rank, size, store, folder, distributed, out):
     with no_cuda():
         megatron._forward_backward(mine, sft_loss, None)
     gradients = {name: p.main_grad.clone() for name, p in megatron.params.items()}
+    nll = megatron.mean_nll(mine)
     stats = [vars(megatron.train_step(mine, sft_loss)) for _ in range(2)]
     rollout = Engine(folder, device="cpu", seed=3)
     rollout.bind_weights(megatron.params, megatron.step)
@@ -233,6 +240,7 @@ def data(rank, size, store, folder, distributed, out):
         "digest": megatron.digest(),
         "compared": compare_logprobs(megatron, rollout, 200),
         "num_batches": len(mine),
+        "nll": nll,
     }
     torch.save(found, Path(out).with_suffix(f".{rank}"))
     if int(size) > 1:

@@ -29,8 +29,10 @@ def require_taught_end(model_path: str | Path, eos_token_id: int | None) -> None
         return
     stop_tokens = load_stop_tokens(model_path)
     if eos_token_id not in stop_tokens.ids:
+        right = "add it to eos_token_id of its generation_config.json"
+        if not stop_tokens.is_token(eos_token_id):
+            right = "give it a tokenizer_config.json whose eos_token is one of the model's"
         raise ValueError(
             f"the tokenizer of {model_path} ends a text with token {eos_token_id}, at which the "
-            f"model does not stop ({stop_tokens}); add it to eos_token_id of its "
-            "generation_config.json"
+            f"model does not stop ({stop_tokens}); {right}"
         )

@@ -20,6 +20,7 @@ def test_two_copies_train_one_model(run_ranks, qwen3_path, alone, distributed, t
     assert sum(f["num_batches"] for f in found) == alone["num_batches"] > 3
     assert found[0]["digest"] == found[1]["digest"]
     assert found[0]["stats"] == found[1]["stats"]
+    assert found[0]["nll"] == found[1]["nll"] == pytest.approx(alone["nll"], rel=1e-12)
     for ours, theirs in zip(found[0]["stats"], alone["stats"], strict=True):
         assert ours.keys() == theirs.keys()
         for name in ("loss", "grad_norm", "num_tokens", "learning_rate"):

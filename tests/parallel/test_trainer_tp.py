@@ -31,6 +31,7 @@ def test_two_ranks_train_one_model(run_ranks, folder, gradients, mode, tmp_path)
         assert (found["unequal"], found["unequal_after"]) == (0, 0)
         assert max(found["errors"].values()) < 1e-6, found["errors"]
         assert found["norms"][0] == pytest.approx(norm, rel=1e-6)
+        assert found["nll"] == pytest.approx(found["nll_alone"], rel=1e-6)
     assert first["norms"] == second["norms"]
     assert first["trained"] == second["trained"]
     alone = Engine(folder, device="cpu").weight_version.digest

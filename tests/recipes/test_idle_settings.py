@@ -60,8 +60,7 @@ IDLE = {
     "data.metadata_keys is ['m']": lambda: DIGITS(metadata_keys=["m"]),
     "reward.timeout_s is 5.0": lambda: RewardConfig(timeout_s=5.0),
     "reward.num_workers is 2": lambda: RewardConfig(name="number_match", num_workers=2),
-    "data.eval_size is 100; it must be 0 for sft": lambda: sft(FILE(eval_size=100)),
-    "data.eval_path is 'y.jsonl'": lambda: sft(FILE(eval_size=0, eval_path="y.jsonl")),
+    "eval_every is 5": lambda: sft(eval_every=5),
     "logger.save_rollouts is True": lambda: sft(logger=LoggerConfig(save_rollouts=True)),
     "logger.num_samples is 9": lambda: sft(logger=LoggerConfig(num_samples=9)),
     "overwrite is True": lambda: sft(resume=True, overwrite=True),
@@ -121,6 +120,8 @@ def test_what_is_read_is_taken():
     KERNELS(tune=True, rows=[4], tables=["linear", "attention", "prefill", "rows"])
     sft(optimizer=OptimizerConfig(lr_schedule="cosine", lr_warmup_steps=4))
     sft(optimizer=OptimizerConfig(lr_warmup_steps=50))
+    sft(FILE(eval_size=100), eval_every=5)
+    sft(FILE(eval_size=0, eval_path="y.jsonl"), eval_every=5)
     grpo(OptimizerConfig(lr_schedule="cosine", lr_warmup_steps=3), resume=True)
 
 
@@ -129,8 +130,8 @@ def test_what_is_read_is_taken():
     [
         (
             "sft",
-            ["model.path=m", "trainer.batch_size=4", "data.path=x.jsonl", "data.eval_size=100"],
-            "data.eval_size is 100; it must be 0 for sft, which evaluates nothing: held-out",
+            ["model.path=m", "trainer.batch_size=4", "data.path=x.jsonl", "eval_every=5"],
+            "eval_every is 5; it must be 20, its default: nothing reads it where no record is held",
         ),
         (
             "grpo",
@@ -140,7 +141,7 @@ def test_what_is_read_is_taken():
         ),
         ("verify", ["seed=7", "model=m"], "seed is 7; it must be 0, its default: nothing reads"),
         ("demo", ["grpo.model.path=x"], "grpo.model.path is 'x'; it must be left alone: the demo"),
-        ("demo", ["sft.data.eval_size=9"], "sft.data.eval_size is 9; it must be 0 for"),
+        ("demo", ["sft.eval_every=9"], "sft.eval_every is 9; it must be 20, its default"),
     ],
 )
 def test_a_user_sees_one_line(capsys, command, words, message):

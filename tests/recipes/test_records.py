@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 
@@ -151,6 +152,18 @@ def test_labels_that_the_tokenizer_cannot_write_are_told(data, caplog):
     message = f"2 labels cannot be written with the model's tokens, so exact_match .*{data.path}, l"
     assert message.split(" .*")[0] in caplog.text
     assert "line 1: problem 0: '1x' becomes '1'" in caplog.text
+    data.write({"prompt": "1=", "label": "1x"}, *good(1))
+    data.read("sft")
+    assert "1 labels cannot be written with the model's tokens, so something else" in caplog.text
+
+
+def test_a_tokenizer_without_settings_ends_labels_by_a_token_that_the_model_lacks(data):
+    """Its class in transformers brings that token: grpo, which teaches no label, needs none."""
+    model = shutil.copytree(data.model, data.folder / "model")
+    (model / "tokenizer_config.json").unlink()
+    data.read("grpo", model=model)
+    with pytest.raises(ValueError, match=r"ends a text with token \d+, .*give it a tokenizer_conf"):
+        data.read("sft", model=model)
 
 
 def test_a_template_that_raises_for_one_record(data, chat_model):

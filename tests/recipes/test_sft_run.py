@@ -1,6 +1,7 @@
 """Supervised runs: they learn, export what they learnt, and resume to the same bit."""
 
 import json
+import math
 import shutil
 import signal
 
@@ -10,6 +11,7 @@ from run_children import has_begun_to_save, has_lines
 
 from samebit.recipes import cli, sft
 from samebit.recipes.compose import resolve
+from samebit.recipes.inputs import SftInputs
 from samebit.recipes.metrics import read_rows
 from samebit.rollout.engine import Engine
 from samebit.trainer.algorithms.sft import sft_loss
@@ -89,6 +91,29 @@ def test_the_exported_model_is_the_trained_one(base):
     assert torch.allclose(torch.tensor(engine.score([ids])[0]), expected, atol=1e-4, rtol=0)
     stored = json.loads((base.folder / "base" / "summary.json").read_text())
     assert stored == summary == {"steps": 12, "weights_digest": version.digest}
+
+
+def test_held_out_records_are_measured(runs, base):
+    """Their loss is that of the exported model, over the labels' tokens; training is left alone."""
+    more = ["data.eval_size=6", "eval_every=5"]
+    summary, rows = runs.train("held_out", *more)
+    assert summary["weights_digest"] == base.result[0]["weights_digest"]
+    losses = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row}
+    assert list(losses) == [0, 5, 10, 12]
+    assert losses[12] == summary["eval_loss"] < losses[0]
+    inputs = SftInputs(resolve("sft", runs.arguments("held_out", *more)))
+    held_out = [inputs.eval_set.encoded(problem) for problem in inputs.eval_set]
+    scores = Engine(runs.folder / "held_out" / "model", device="cpu").score(
+        [[*ids.prompt_ids, *ids.label_ids] for ids in held_out]
+    )
+    labels = [x for s, ids in zip(scores, held_out, strict=True) for x in s[-len(ids.label_ids) :]]
+    assert len(labels) == 6 * 3
+    assert summary["eval_loss"] == pytest.approx(-math.fsum(labels) / len(labels), rel=1e-14)
+    assert runs.train("held_out", "resume=true", *more) == (summary, rows)
+    with pytest.raises(ValueError, match="1 records are held out .* trainer.parallel.data is 2"):
+        SftInputs(
+            resolve("sft", runs.arguments("x", "data.eval_size=1", "trainer.parallel.data=2"))
+        )
 
 
 def test_two_runs_are_the_same_run(runs, base):

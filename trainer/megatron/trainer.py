@@ -156,6 +156,13 @@ class MegatronTrainer:
             raise RuntimeError("no reference model; call freeze_reference first")
         return self._reference.logprobs(batches)
 
+    def mean_nll(self, batches: Sequence[MicroBatch]) -> float:
+        """Mean negative log-likelihood, in nats, of the loss rows of every data rank's batches."""
+        own = self.logprobs(batches)
+        sums = (sum(float(x.double().sum()) for x in own), sum(len(x) for x in own))
+        totals, counts = zip(*gather_objects(sums, get_data_parallel_group()), strict=True)
+        return -sum(totals) / sum(counts)
+
     def train_step(self, batches: Sequence[MicroBatch], loss: Loss) -> StepStats:
         """One optimizer step over all micro-batches: this data rank's, at least one.
 
