@@ -10,6 +10,7 @@ so be traced to the commit that it was taken from:
 
 import functools
 import hashlib
+import importlib.metadata
 import io
 import json
 import os
@@ -166,6 +167,8 @@ def _versions(device: torch.device) -> dict[str, str]:
     for library, module in _LIBRARIES.items():
         if version := getattr(sys.modules.get(module), "__version__", None):
             found[library] = str(version)
+    if "reasoning-gym" in found:  # its module names an older version than it is
+        found["reasoning-gym"] = importlib.metadata.version("reasoning-gym")
     if "megatron-core" in found:  # it appends the commit of whatever repository it lies in
         found["megatron-core"] = found["megatron-core"].partition("+")[0]
     if device.type == "cuda":
