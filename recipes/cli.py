@@ -5,6 +5,7 @@
 
 import gc
 import importlib
+import importlib.metadata
 import itertools
 import logging
 import os
@@ -97,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     2 for a wrong command line or configuration, 1 for a run that ended with one of our own errors,
     an OSError, ValueError or ImportError. These are printed as one line, or with a traceback if
-    SAMEBIT_TRACEBACK is set. 0 also for a run that a signal stopped, once it is saved.
+    SAMEBIT_TRACEBACK is set. 0 also for a run that a signal stopped, once it is saved; 130 after
+    Ctrl-C where there is nothing to save.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     group = f"{arguments[0]} " if arguments and arguments[0] in GROUPS else ""
@@ -106,6 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage(group))
         return 0 if words else 2
     command, rest = group + words[0], words[1:]
+    if command == "--version":
+        print(f"samebit {importlib.metadata.version('samebit')}")
+        return 0
     if command not in COMMANDS:
         print(f"samebit: no command '{command}'\n\n{usage()}", file=sys.stderr)
         return 2
@@ -138,6 +143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         print(f"samebit {command}: {stopped}", file=sys.stderr)
         return 0
+    except KeyboardInterrupt:  # where no run has begun that could be saved
+        print(f"samebit {command}: interrupted", file=sys.stderr)
+        if launch.is_one_of_several():
+            launch.leave(130)
+        return 130
     except Exception as error:
         ours = type(error).__module__.startswith("samebit.")
         expected = ours or isinstance(error, OSError | ValueError | ImportError)

@@ -24,7 +24,7 @@ from samebit.recipes.plan import grpo_plan, print_plan
 from samebit.recipes.records import Split
 from samebit.recipes.report import write_report
 from samebit.recipes.rewards import RewardError, score
-from samebit.recipes.rollouts import save_rollout
+from samebit.recipes.rollouts import drop_rollouts_after, save_rollout
 from samebit.recipes.samples import drawn_sample
 from samebit.recipes.session import Session, open_session, require_startable
 from samebit.recipes.signals import Stopped, StopSignals, stop_signals
@@ -280,6 +280,8 @@ def _train(recipe: GrpoRecipe, started: Callable[[], None]) -> dict[str, Any]:
         session.saving(progress, recipe.save),
     ):
         session.started()
+        if session.is_first:
+            drop_rollouts_after(session.run_dir, progress.step)
         started()
         if progress.step == 0:
             evaluate(recipe, logger, {})

@@ -142,7 +142,8 @@ def _check_choice(group: str, value: str, choices: Collection[str]) -> None:
     plain = re.fullmatch(r"""[^'"{}\[\]$]*""", value)
     if plain and value not in choices:
         known = ", ".join(f"{group}={name}" for name in choices)
-        raise ConfigError(f"there is no {group}/{value}; give one of {known}")
+        own = f"; your own function is reward.name={value}" if ":" in value else ""
+        raise ConfigError(f"there is no {group}/{value}; give one of {known}{own}")
 
 
 def _text(key: str, value: str) -> str:

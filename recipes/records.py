@@ -103,7 +103,8 @@ class Encoder:
         tokens = f"its prompt has {least}{prompt} tokens"
         if self.with_labels:
             tokens += f" and its label {label}"
-        return f"{tokens}; {self.limit} allows 1 to {self.max_len}"
+        other = " (or give data.overlong_prompts)" if self.policy == "error" else ""
+        return f"{tokens}; {self.limit} allows 1 to {self.max_len}{other}"
 
     def _cut(self, prompt: Prompt, ids: list[int], max_len: int) -> list[int]:
         """The end of a prompt: of a plain text its last tokens, of a chat its last turns.

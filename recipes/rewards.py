@@ -88,10 +88,17 @@ class BoundReward:
     def check_problem(self, problem: Problem) -> None:
         """Raises ValueError for a problem that the function says it cannot use.
 
-        A function says so by an attribute `check_problem`, itself a function of the problem.
+        A function says so by an attribute `check_problem`, itself a function of the problem, which
+        raises ValueError too; TypeError for one that returns something instead.
         """
-        if self._check is not None:
-            self._check(problem)
+        if self._check is None:
+            return
+        found = self._check(problem)
+        if found is not None and self.name not in CHECKS:
+            raise TypeError(
+                f"check_problem returned {found!r:.80}; it must raise ValueError for a problem "
+                "that cannot be used, and else return None"
+            )
 
     def check(self, problems: Sequence[Problem], poll: Poll) -> list[str]:
         """For each problem what is wrong with it, or an empty text."""
@@ -291,6 +298,8 @@ def _import_reward(name: str) -> Callable[..., Any]:
         function = getattr(importlib.import_module(module_name), attribute)
     except BaseException as error:  # it may do anything, SystemExit included
         what = error if isinstance(error, ImportError | AttributeError) else repr(error)
+        if isinstance(error, ModuleNotFoundError) and error.name == module_name:
+            what = f"{error}; put its folder on PYTHONPATH, which the present folder is not on"
         raise ValueError(f"reward.name is {name!r}, which cannot be imported: {what}") from error
     if not callable(function):
         raise ValueError(f"reward.name is {name!r}, a {type(function).__name__}; give a function")

@@ -73,6 +73,13 @@ def load_rollout(file: Path) -> list[SavedSample]:
         raise ValueError(f"{file} is damaged: {error}") from error
 
 
+def drop_rollouts_after(run_dir: Path, step: int) -> None:
+    """Remove those of a course that a resumed run has left behind."""
+    for of_step, file in list_rollouts(run_dir).items():
+        if of_step > step:
+            file.unlink()
+
+
 def list_rollouts(run_dir: Path) -> dict[int, Path]:
     """The files by step; copies under other names are left out."""
     files = sorted((run_dir / ROLLOUTS_FOLDER).glob("*.safetensors"))

@@ -57,6 +57,8 @@ class RunFolder:
                 raise OSError(f"it is a link to {path.readlink()}, which does not exist")
             path.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(path)
+        # What was there before the first run: not ours to remove.
+        self._foreign: list[str] = (read_marker(path) or {}).get("foreign", [])
         try:
             self._recover()
         except BaseException:
@@ -80,7 +82,8 @@ class RunFolder:
         require_free(self.path, self._command, resume=resume, overwrite=overwrite, inputs=inputs)
         marker = read_marker(self.path)
         if resume and marker is None:
-            write_marker(self.path, "run", command=self._command)
+            self._foreign = [entry.name for entry in self._entries()]
+            self._write(self._command)
         if resume:
             return
         if marker is not None and marker["command"] != self._command and self._entries():
@@ -122,15 +125,19 @@ class RunFolder:
                 self.path.rmdir()
 
     def _entries(self, *but: str) -> list[Path]:
-        """What is in the folder besides our own files."""
-        return entries(self.path, *but)
+        """What runs have made in the folder, besides marker and lock."""
+        return entries(self.path, *self._foreign, *but)
 
     def _replacing(self) -> dict[str, Any] | None:
         return (read_marker(self.path) or {}).get("replacing")
 
     def _mark(self, folder: str, state: str, earlier: dict[str, Any] | None) -> None:
         replacing = {"folder": folder, "state": state, "earlier": earlier}
-        write_marker(self.path, "run", command=self._command, replacing=replacing)
+        self._write(self._command, replacing=replacing)
+
+    def _write(self, command: str, **content: Any) -> None:
+        foreign = {"foreign": self._foreign} if self._foreign else {}
+        write_marker(self.path, "run", command=command, **foreign, **content)
 
     def _recover(self) -> None:
         """End what was begun: see the module."""
@@ -141,8 +148,7 @@ class RunFolder:
         if replacing["state"] == "started":
             shutil.rmtree(folder, ignore_errors=True)
             if not folder.exists():
-                command = (read_marker(self.path) or {})["command"]
-                write_marker(self.path, "run", command=command)
+                self._write((read_marker(self.path) or {})["command"])
             return
         if replacing["state"] == "starting":
             for entry in self._entries(folder.name):
@@ -155,7 +161,7 @@ class RunFolder:
         if earlier is None:
             (self.path / MARKER).unlink()
         else:
-            write_marker(self.path, "run", command=earlier["command"])
+            self._write(earlier["command"])
 
 
 @contextmanager

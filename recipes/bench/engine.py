@@ -28,7 +28,7 @@ from samebit.recipes.bench.prompts import PromptSource, timed_run
 from samebit.recipes.bench.roofline import roofline_tokens_s
 from samebit.recipes.bench.start import Start, cold_start, describe, start_engine
 from samebit.recipes.bench.timing import CardRates, Spread, card_rates
-from samebit.recipes.bench.variants import NOTES, kernels_of
+from samebit.recipes.bench.variants import NOTES, SETTINGS, kernels_of
 from samebit.recipes.provenance import device_name
 from samebit.recipes.run_folder import require_own_report
 from samebit.rollout.config import DeviceError, resolve_device
@@ -164,6 +164,11 @@ def main(run: BenchEngineRun) -> int:
     device = resolve_device(run.device)
     if run.profile and device.type != "cuda":
         raise DeviceError("profile=true traces what the GPU runs: it needs a CUDA device")
+    idle = [name for name in run.variants if name in SETTINGS]
+    if idle and device.type != "cuda":
+        raise DeviceError(
+            f"variants has {', '.join(idle)}: without a CUDA device there is nothing to turn off"
+        )
     load_model_config(run.model)  # before anything is written
     fields, peers = model_fields(run.model), load_peers(run.peers) if run.peers else []
     beside = comparable(peers, device_name(device), fields["model"], run.workloads)

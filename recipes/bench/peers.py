@@ -69,6 +69,8 @@ def load_peers(path: str) -> list[Peer]:
     OSError if the file cannot be read."""
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OSError(f"peers: {error}") from error
     except ValueError as error:
         raise ValueError(f"peers: {path} is no JSON: {error}") from None
     if not isinstance(entries, list) or not entries:

@@ -84,3 +84,11 @@ def _check(problem):
 
 
 fussy.check_problem = _check
+
+
+def vague(text, problem):
+    """Scores 1; says what it wants in the wrong way."""
+    return 1.0
+
+
+vague.check_problem = lambda problem: "2 digits, please"

@@ -1,5 +1,6 @@
 """What a word of the command line becomes: text as typed, the rest by its type, or a message."""
 
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -123,6 +124,8 @@ WRONG = {
     "engine=remote": "there is no engine/remote; give one of engine=colocated, engine=process",
     "experiment=é": "there is no experiment/é; give one of experiment=reverse_digits",
     "engine=null": "there is no engine/null",
+    "reward=mine:f": "math_verify, reward=number_match, reward=reasoning_gym; your own function is "
+    "reward.name=mine:f",
     "reward.args.x=it's": r"reward.args.x=it's cannot be read; quote a text: ",
     "reward.args.x=a,b": """x=a,b cannot be read; quote a text: 'reward.args.x="a,b"'""",
     "reward.args.api_key=a,b": r"reward.args.api_key=\*\*\* cannot be read",
@@ -165,6 +168,20 @@ def test_values_that_cannot_be_used(monkeypatch, capsys, word):
         resolve("grpo", ["model.path=m", word])
     assert "hidden-text" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_ctrl_c_where_nothing_is_to_be_saved(monkeypatch, capsys):
+    def interrupted(_run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("samebit.recipes.verify.main", interrupted)
+    assert cli.main(["verify", "device=cpu"]) == 130
+    assert capsys.readouterr().err == "samebit verify: interrupted\n"
+
+
+def test_the_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert re.fullmatch(r"samebit \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
 def test_keys_of_a_section_that_is_null(capsys):

@@ -7,6 +7,7 @@ import pytest
 
 from samebit.recipes.compose import resolve
 from samebit.recipes.launch import num_processes
+from samebit.recipes.rollouts import list_rollouts
 from samebit.recipes.verification import layouts
 from samebit.rollout.models.registry import load_model_config
 
@@ -85,6 +86,10 @@ def test_a_finished_run_is_read(runs, tmp_path):
     assert found["grad_norm_min"] == min(row["train/grad_norm"] for row in rows[1:])
     assert found["logprob_tokens_compared"] == summary["logprob_tokens_compared"] > 20
     assert layouts.problems({"alone": {"parallel": {}, **found}}, False) == []
+    left_behind = runs.folder / "run" / "rollouts" / "step_00000005.safetensors"
+    left_behind.touch()  # by a course of the run that a resumed one does not take
+    runs.train("run", "logger.save_rollouts=true", "trainer.num_steps=2", "resume=true")
+    assert list(list_rollouts(runs.folder / "run")) == [1, 2]
 
 
 def test_a_run_that_fails_is_a_problem_and_written_down(tmp_path, monkeypatch, capsys):

@@ -137,6 +137,7 @@ def test_labels_of_sft(data):
         ("math_verify", "", "math-verify cannot parse the label"),
         ("reasoning_gym", "1", "scores problems of data.task reasoning_gym/<name> only"),
         ("run_children:fussy", "1", "2 digits, please"),
+        ("run_children:vague", "1", "check_problem returned '2 digits, please'; it must raise"),
     ],
 )
 def test_labels_are_checked_by_the_reward_that_uses_them(data, reward, label, message):

@@ -116,6 +116,24 @@ def test_a_foreign_folder_with_a_config_is_kept(tmp_path, resume):
     assert contents(tmp_path) == {"run/config.yaml": "x", "run/thesis.tex": "y"}
 
 
+@pytest.mark.parametrize("fail", [False, True])
+def test_what_was_there_before_the_first_run_stays(tmp_path, fail):
+    """resume=true may begin beside a user's files, such as a scheduler's logs; overwrite=true then
+    removes the run alone, and a start that fails touches neither."""
+    path = tmp_path / "run"
+    mine = {"job.out": "mine", "logs/1.out": "mine too"}
+    write_files(path, mine)
+    with RunFolder(path, "grpo") as folder:
+        folder.begin(resume=True, overwrite=False)
+        write_files(path, FILES)
+        folder.started()
+    for _ in range(2):
+        with suppress(ValueError):
+            replace(path, fail)
+        runs = FILES if fail else {"config.yaml": "new", "metrics.jsonl": "new"}
+        assert contents(path) == mine | runs
+
+
 def test_another_commands_run_is_not_gone_on_with(earlier):
     message = "holds a run of `samebit sft`, so `samebit grpo` cannot go on there; give another"
     with RunFolder(earlier, "grpo") as folder, pytest.raises(FileExistsError, match=message):
