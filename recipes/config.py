@@ -210,8 +210,7 @@ class SftRun(RunSection):
     data: DataConfig = field(default_factory=DataConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     eval_every: int = 20
-    """Steps between evaluations of the held-out records' loss; also before the first step and after
-    the last."""
+    """Steps between evaluations of the held-out loss; also before the first, after the last."""
 
     def validate(self) -> None:
         """Checks across sections; ValueError names the keys."""

@@ -212,7 +212,7 @@ def test_a_run_can_be_made_longer(runs, base):
         "algorithm.clip_ratio_high=0.3",
         "data.size=51",
         "trainer.optimizer.lr_schedule=linear",
-        "reward.name=exact_match",
+        "reward.name=run_children:fussy",
     ],
 )
 def test_resume_under_another_configuration_is_refused(base, change):
