@@ -118,7 +118,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from samebit.recipes import launch
     from samebit.recipes.compose import ConfigError, resolve
     from samebit.recipes.needs import require_ready
-    from samebit.recipes.secrets import scrubbed
     from samebit.recipes.signals import Stopped
 
     _quieten_imports()
@@ -149,18 +148,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             launch.leave(130)
         return 130
     except Exception as error:
-        ours = type(error).__module__.startswith("samebit.")
-        expected = ours or isinstance(error, OSError | ValueError | ImportError)
-        several = launch.is_one_of_several()
-        if expected and not os.environ.get("SAMEBIT_TRACEBACK"):
-            print(f"samebit {command}: {scrubbed(str(error), run)}", file=sys.stderr)
-        elif several:
-            traceback.print_exc()
-        else:
-            raise
-        if several:
-            launch.leave(1)
-        return 1
+        return _failed(command, error, run)
+
+
+def _failed(command: str, error: Exception, run: Any) -> int:
+    """Say one of our own errors in a line, raise any other one; several processes end at once."""
+    from samebit.recipes import launch
+    from samebit.recipes.secrets import scrubbed
+
+    ours = type(error).__module__.startswith("samebit.")
+    expected = ours or isinstance(error, OSError | ValueError | ImportError)
+    several = launch.is_one_of_several()
+    if expected and not os.environ.get("SAMEBIT_TRACEBACK"):
+        print(f"samebit {command}: {scrubbed(str(error), run)}", file=sys.stderr)
+    elif several:
+        traceback.print_exception(error)
+    else:
+        raise error
+    if several:
+        launch.leave(1)
+    return 1
 
 
 if __name__ == "__main__":
