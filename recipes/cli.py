@@ -148,26 +148,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             launch.leave(130)
         return 130
     except Exception as error:
-        return _failed(command, error, run)
+        if not _was_told(command, error, run):
+            raise
+        if launch.is_one_of_several():
+            launch.leave(1)
+        return 1
 
 
-def _failed(command: str, error: Exception, run: Any) -> int:
-    """Say one of our own errors in a line, raise any other one; several processes end at once."""
+def _was_told(command: str, error: Exception, run: Any) -> bool:
+    """Say one of our own errors in a line; of several processes, any other one by its traceback."""
     from samebit.recipes import launch
     from samebit.recipes.secrets import scrubbed
 
     ours = type(error).__module__.startswith("samebit.")
     expected = ours or isinstance(error, OSError | ValueError | ImportError)
-    several = launch.is_one_of_several()
     if expected and not os.environ.get("SAMEBIT_TRACEBACK"):
         print(f"samebit {command}: {scrubbed(str(error), run)}", file=sys.stderr)
-    elif several:
+        return True
+    if launch.is_one_of_several():
         traceback.print_exception(error)
-    else:
-        raise error
-    if several:
-        launch.leave(1)
-    return 1
+        return True
+    return False
 
 
 if __name__ == "__main__":
