@@ -1,0 +1,155 @@
+"""Steps that go wrong: a broken promise is seen, and half a step is neither served nor saved."""
+
+import math
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import outcomes
+from run_children import open_run
+
+from samebit.recipes.grpo import GrpoRecipe, LogprobMismatchError, Phases
+from samebit.recipes.metrics import read_rows
+from samebit.rollout.engine import Engine
+from samebit.rollout.types import SamplingParams
+from samebit.trainer.checkpoint import list_checkpoints
+from samebit.weight_sync.types import WeightSyncError
+
+PARAMS = SamplingParams(max_new_tokens=8)
+
+
+def next_float(value):
+    """The next fp32 number towards zero."""
+    return torch.nextafter(torch.tensor(value), torch.tensor(0.0)).item()
+
+
+@pytest.fixture
+def make_recipe(runs):
+    """make_recipe(overrides): what a run holds, before its first step."""
+
+    def make(*overrides):
+        run = runs.resolve("broken", *overrides)
+        return closing(GrpoRecipe(run, open_run(run)))
+
+    return make
+
+
+def test_a_log_prob_of_another_bit_ends_the_run(runs, monkeypatch):
+    """One bit of one token of step 2: the step is told, and neither logged nor saved."""
+    generate, calls = Engine.generate, []
+
+    def nudged(*args, **kwargs):
+        groups = generate(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == 3:  # the evaluation, step 1, step 2
+            c = groups[2][3]
+            groups[2][3] = replace(c, logprobs=(*c.logprobs[:-1], next_float(c.logprobs[-1])))
+        return groups
+
+    monkeypatch.setattr(Engine, "generate", nudged)
+    message = r"step 2: 1 of \d\d log-probs differ .*at most by \d.*checkpoint is unharmed"
+    with pytest.raises(LogprobMismatchError, match=message):
+        runs.train("broken", "trainer.checkpoint_every=1")
+    monkeypatch.undo()
+    folder = runs.folder / "broken"
+    assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == [0, 1]
+    assert [c.step for c in list_checkpoints(folder / "checkpoints")] == [1]
+    summary, rows, _ = runs.train("broken", "resume=true")
+    assert [row["step"] for row in rows] == list(range(7))
+    compared = sum(row["train/logprob_tokens_compared"] for row in rows[1:])
+    assert (summary["logprob_tokens_compared"], summary["logprob_mismatches"]) == (compared, 0)
+
+
+def test_weights_that_move_after_the_rollout_are_seen(make_recipe):
+    """The trainer's are not those that drew: every log-prob is compared, most differ."""
+    with make_recipe() as recipe:
+        rollout = recipe.rollout(0)
+        with torch.no_grad():
+            recipe.trainer.params["decoder.final_layernorm.weight"].mul_(1.01)
+        with pytest.raises(LogprobMismatchError, match="step 1: "):
+            recipe.update(rollout, Phases())
+        drawn = sum(len(c.token_ids) for group in rollout.completions for c in group)
+        assert recipe.progress.logprob_tokens_compared == drawn
+        assert drawn / 2 < recipe.progress.logprob_mismatches <= drawn
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.7])
+def test_the_trainer_reads_at_the_rollouts_temperature(make_recipe, temperature):
+    """Its log-probs are the rollout's bits at any temperature."""
+    with make_recipe(f"rollout.temperature={temperature}") as recipe:
+        [stats] = recipe.update(recipe.rollout(0), Phases())
+        assert stats.logprob_mismatches == 0 < stats.logprob_tokens_compared
+        assert stats.metrics["train/ratio"] == 1.0
+
+
+def failing_at(number, loss):
+    """A loss whose call of this number fails."""
+    calls = []
+
+    def fail(*args):
+        calls.append(1)
+        if len(calls) == number:
+            raise ArithmeticError("no such loss")
+        return loss(*args)
+
+    return fail
+
+
+def test_weights_of_half_a_step_are_not_served(make_recipe):
+    """The second of a step's two optimizer steps fails: the first has written what is shared."""
+    with make_recipe("trainer.batch_size=6", "trainer.micro_batch_tokens=1000") as recipe:
+        rollout, before = recipe.rollout(0), recipe.trainer.digest()
+        recipe.loss = failing_at(2, recipe.loss)
+        with pytest.raises(ArithmeticError, match="no such loss"):
+            recipe.update(rollout, Phases())
+        assert recipe.trainer.digest() != before
+        message = "update to step 2 broke off: the training step failed: no such loss"
+        with pytest.raises(WeightSyncError, match=message):
+            recipe.rollout(1)
+        recipe.sync()
+        assert recipe.engine.weight_version.digest == recipe.trainer.digest()
+        recipe.rollout(2)
+
+
+def test_nothing_is_served_while_the_optimizer_writes(make_recipe):
+    """From the beginning of an update to its commit the engine refuses work."""
+    with make_recipe() as recipe:
+        found, loss = [], recipe.loss
+
+        def ask(*args):
+            with pytest.raises(WeightSyncError, match="an update to step 1 is under way") as caught:
+                recipe.engine.generate([[1]], PARAMS)
+            found.append(caught)
+            return loss(*args)
+
+        recipe.loss = ask
+        recipe.update(recipe.rollout(0), Phases())
+        assert found
+        assert recipe.engine.weight_version.step == 1
+        assert recipe.engine.weight_version.digest == recipe.trainer.digest()
+
+
+def test_an_engine_with_weights_of_its_own_serves_the_old_ones(make_recipe):
+    """A step that failed was never sent to it."""
+    with make_recipe("engine.transport=file") as recipe:
+        version, rollout = recipe.engine.weight_version, recipe.rollout(0)
+        recipe.loss = failing_at(1, recipe.loss)
+        with pytest.raises(ArithmeticError):
+            recipe.update(rollout, Phases())
+        assert recipe.engine.weight_version == version
+        prompts = [[1, 2], [3]]
+        old = Engine(recipe.run.model.path, device="cpu").generate(prompts, PARAMS)
+        assert outcomes(recipe.engine.generate(prompts, PARAMS)) == outcomes(old)
+
+
+def test_rewards_too_far_apart_change_nothing(make_recipe):
+    """There are no advantages, so there is no step."""
+    with make_recipe() as recipe:
+        rollout, digest = recipe.rollout(0), recipe.trainer.digest()
+        rollout.rewards[1][2] = math.inf
+        with pytest.raises(ValueError, match="lie too far apart"):
+            recipe.update(rollout, Phases())
+        assert (recipe.trainer.step, recipe.trainer.digest()) == (0, digest)
+        with pytest.raises(WeightSyncError, match="the training step failed: the rewards"):
+            recipe.evaluate(0)
