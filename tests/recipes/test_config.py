@@ -339,7 +339,15 @@ def test_dry_run_prints_the_plan_and_stops(demo_model, tmp_path, capsys):
     assert plan["optimizer_steps_per_step"] == "2"
     assert plan["optimizer_steps"] == "100"
     assert plan["most_tokens_per_step"] == f"{24 * (40 + 24):,}"
-    assert float(plan["reference_mib"]) == float(plan["weights_mib"]) > 0
+    size, mib = 12 * 64 + 2 * layer + 64, 2**20
+    assert float(plan["weights_mib"]) == round(4 * size / mib, 1) > 0
+    assert float(plan["gradients_mib"]) == float(plan["reference_mib"]) == round(4 * size / mib, 1)
+    assert float(plan["optimizer_mib"]) == round(8 * size / mib, 1)
+    assert float(plan["checkpoint_on_host_mib"]) == pytest.approx(16 * size / mib, abs=0.11)
+    # Keys and values of two heads of 16 in two layers, in fp32, for every token of 24 samples.
+    kv = 24 * 64 * 2 * 2 * 2 * 16 * 4
+    assert float(plan["kv_mib_if_all_run_at_once"]) == round(kv / mib, 1)
+    assert (plan["train_records"], plan["held_out_records"]) == ("100,000", "256")
     assert "kl_coef: 0.1" in "\n".join(lines)
     assert list(tmp_path.iterdir()) == []
 

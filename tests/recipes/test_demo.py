@@ -100,6 +100,9 @@ def test_the_last_line_is_the_summary(demo):
     assert summary["logprob_mismatches"] == 0
     assert f"{summary['logprob_tokens_compared']:,} tokens' log-probs were compared" in output
     assert "all were equal" in output
+    first, last = summary["reward_first"], summary["reward_last"]
+    assert first != last
+    assert f"Held-out reward {first:.3f} -> {last:.3f}." in output
     assert (folder / "grpo" / "report.html").stat().st_size > 10_000
 
 

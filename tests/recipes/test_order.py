@@ -40,6 +40,14 @@ def test_a_place_does_not_depend_on_the_places_asked_before():
 def test_the_order_is_pinned():
     """A changed shuffle would make every old run unrepeatable without a word."""
     assert epoch(0, 8, seed=0) == [4, 0, 7, 3, 2, 5, 1, 6]
+    assert epoch(2, 8, seed=5) == [6, 2, 3, 5, 1, 0, 7, 4]
+
+
+def test_ids_are_pinned():
+    """1 bit for evaluation, 31 bits step, 20 bits prompt, 12 bits sample: other noise otherwise."""
+    ids = SampleIds()
+    assert ids.of_step(3, 2, 2) == [[3 << 32, (3 << 32) + 1], [(3 << 32) + 4096, (3 << 32) + 4097]]
+    assert ids.of_step(0, 1, 2, evaluation=True) == [[1 << 63, (1 << 63) + 1]]
 
 
 def test_ids_are_unique_over_steps_prompts_samples_and_evaluation():

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from samebit.recipes import cli
+from samebit.recipes import cli, records
 from samebit.recipes.binding import bound_keys
 from samebit.recipes.compose import resolve
 from samebit.recipes.grpo import make_samples
@@ -42,8 +42,8 @@ class Data:
         self.model, self.folder = model, folder
         self.path = folder / "data.jsonl"
 
-    def write(self, *records):
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    def write(self, *given):
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in given))
 
     def arguments(self, command, *overrides, model=None):
         return [
@@ -82,8 +82,8 @@ def good(*numbers):
 
 def prompts(inputs, split="train_set"):
     """The split's prompts, as characters of the tokenizer."""
-    records = getattr(inputs, split)
-    ids = [records.encoded(problem).prompt_ids for problem in records]
+    found = getattr(inputs, split)
+    ids = [found.encoded(problem).prompt_ids for problem in found]
     return ["".join("?0123456789=SUA"[i] for i in each) for each in ids]
 
 
@@ -216,6 +216,23 @@ def test_overlong_records_are_dropped_if_asked_to(data, capsys, caplog, command)
     data.write(long, other, *(good(1, 2) if command == "grpo" else []))
     with pytest.raises(ValueError, match="no record of the train split is left"):
         data.read(command, *more)
+
+
+@pytest.mark.parametrize("policy", ["drop", "truncate_left"])
+def test_many_records_are_read_like_few(data, monkeypatch, policy):
+    """They are encoded some at a time; each keeps its own tokens, label and place."""
+    monkeypatch.setattr(records, "CHUNK", 3)
+    long = {"prompt": "0123456789=", "label": "9"}
+    all_records = [long if i in (2, 3, 7) else good(i)[0] for i in range(11)]
+    data.write(*all_records, {"prompt": "99=", "label": "99"})
+    inputs = data.read("grpo", f"data.overlong_prompts={policy}")
+    kept = [r for r in all_records if policy != "drop" or r is not long]
+    assert prompts(inputs) == [r["prompt"][-6:] for r in kept]
+    assert [(p.index, p.label) for p in inputs.train_set] == [
+        (i, r["label"]) for i, r in enumerate(kept)
+    ]
+    cut_or_dropped = (inputs.train_set.num_cut, inputs.train_set.num_dropped)
+    assert cut_or_dropped == ((0, 3) if policy == "drop" else (3, 0))
 
 
 def test_plain_prompts_are_cut_at_their_left(data, chat_model, caplog):

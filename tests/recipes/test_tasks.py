@@ -110,6 +110,14 @@ def test_reverse_digits():
     assert len(seen[True] | seen[False]) == 100
 
 
+def test_the_problems_of_reverse_digits_are_pinned():
+    """Other strings under a seed would make every old run unrepeatable without a word."""
+    config = DataConfig(task="reverse_digits", size=1000, eval_size=3, seed=2, args={"length": 4})
+    train, held_out = load_datasets(config)
+    assert [train[i].prompt for i in (0, 1, 2, 999)] == ["2040=", "4086=", "4492=", "0098="]
+    assert [p.prompt for p in held_out] == ["1859=", "5931=", "9833="]
+
+
 def test_a_train_question_that_is_held_out_is_drawn_again():
     # Two one-digit numbers and a sign: few questions, which disjoint seeds repeat.
     args = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
@@ -225,6 +233,22 @@ def test_file_parquet_is_read_like_jsonl(tmp_path):
     problem = splits[0][1][0]
     assert problem.prompt == [{"role": "user", "content": "q3"}]
     assert (problem.label, problem.metadata) == ("3", {"source": "a", "extra.answer": 3})
+
+
+def test_file_keys_are_taken_whole_first_and_as_paths_second(tmp_path):
+    """A column may have a dot in its name."""
+    record = {"q.text": "whole", "q": {"text": "path", "more": {"label": "deep"}}}
+    path = write_jsonl(tmp_path / "a.jsonl", [record])
+    config = DataConfig(
+        path=path,
+        eval_size=0,
+        prompt_key="q.text",
+        label_key="q.more.label",
+        metadata_keys=["q.more", "q.text"],
+    )
+    [problem] = load_datasets(config)[0]
+    assert (problem.prompt, problem.label) == ("whole", "deep")
+    assert problem.metadata == {"q.more": {"label": "deep"}, "q.text": "whole"}
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,24 @@ def test_a_text_prompt_gets_one_bos_and_no_end(codec, single, text, expected):
     assert tokens(codec(single), text) == expected
 
 
+def test_a_prompt_that_is_cut_keeps_its_bos_and_its_end(codec):
+    """The question stands at the end of a prompt."""
+    adds = codec(f"{BOS} $A")
+    [ids] = adds.encode_prompts(["abcxy"], ["abcxy"])
+    assert adds.cut_left(ids, 3) == [VOCAB[BOS], VOCAB["x"], VOCAB["y"]]
+    assert adds.cut_left(ids, 1) == ids  # which does not fit: there is nothing to ask
+    assert codec().cut_left(ids[1:], 2) == [VOCAB["x"], VOCAB["y"]]
+
+
+def test_what_stopped_a_completion_is_no_part_of_its_text(codec):
+    """But the same token is, where labels hold it and it stopped nothing."""
+    text = codec()
+    text.keep_tokens_of(["a</s>"])
+    assert text.decode(said("a", EOS, reason="stop")) == "a"
+    assert text.decode(said("a", EOS, reason="length")) == "a</s>"
+    assert text.decode(said("ab", reason="stop")) == "ab"  # by a token that is not special
+
+
 def test_a_chat_prompt_is_what_its_template_writes(codec):
     messages = [{"role": "user", "content": "ab"}]
     chat = codec(ADDS_BOTH, template=TEMPLATE, chat=True)
