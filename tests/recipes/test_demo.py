@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from helpers import run_python, tree
 from run_children import has_lines
 
@@ -116,6 +117,8 @@ def test_both_phases_ran(demo):
     assert final.step == 6
     before = json.loads((folder / "sft" / "summary.json").read_text())["weights_digest"]
     assert json.loads(output.strip().splitlines()[-1])["weights_digest"] != before
+    begins = yaml.safe_load((folder / "grpo" / "config.yaml").read_text())["model"]["path"]
+    assert begins == str(folder / "sft" / "model")
 
 
 def test_killed_in_every_phase_and_resumed(demo, tmp_path, kill_when):

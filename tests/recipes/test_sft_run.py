@@ -172,6 +172,15 @@ def test_a_decaying_rate_is_resumed_where_it_was(runs):
         runs.train("whole", "resume=true", "trainer.num_steps=20", *decay)
 
 
+def test_weights_that_explode_are_not_saved(runs):
+    """A run is resumed from weights that can be used, or not at all."""
+    absurd = ["trainer.optimizer.lr=3.4028234e38", "trainer.checkpoint_every=1"]
+    absurd += ["trainer.optimizer.adam_beta1=0", "trainer.optimizer.adam_eps=1e-30"]
+    with pytest.raises(CheckpointError, match="NaN or Inf in .* after step 1; it was not saved"):
+        runs.train("explode", *absurd)
+    assert latest_checkpoint(runs.folder / "explode" / "checkpoints") is None
+
+
 def test_samples_that_fit_no_batch_are_named(runs):
     """The error says which problem is too long."""
     with pytest.raises(ValueError, match=r"(problem|sample) \d+"):
