@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 
+import psutil
 import pytest
 
 from samebit.recipes import cli, records
@@ -12,6 +13,7 @@ from samebit.recipes.compose import resolve
 from samebit.recipes.grpo import make_samples
 from samebit.recipes.inputs import Inputs, SftInputs
 from samebit.recipes.order import problem_index
+from samebit.recipes.plan import grpo_plan
 from samebit.recipes.step import Rollout
 from samebit.recipes.tasks.base import Problem
 from samebit.recipes.tiny_model import make_demo_model, write_character_tokenizer, write_weights
@@ -142,9 +144,11 @@ def test_labels_of_sft(data):
 )
 def test_labels_are_checked_by_the_reward_that_uses_them(data, reward, label, message):
     data.write({"prompt": "1=", "label": label}, *good(1))
+    others = psutil.Process().children()
     with pytest.raises(ValueError, match=message) as caught:
         data.read("grpo", f"reward.name={reward}")
     assert f"{data.path}, line 1: problem 0: " in str(caught.value)
+    assert psutil.Process().children() == others, "a worker is left"
 
 
 def test_labels_that_the_tokenizer_cannot_write_are_told(data, caplog):
@@ -182,8 +186,8 @@ def test_tokens_outside_the_models_vocabulary(data, chat_model, demo_model, tmp_
     folder = tmp_path / "model"
     make_demo_model(folder, seed=0)
     write_character_tokenizer(folder, "0123456789=SUA")
-    data.write(*good(0), {"prompt": "1U=", "label": "1"}, *good(1))
-    message = r"line 2: problem 1: its token 13 \('U'\) is outside the model's vocab_size of 12"
+    data.write(*good(0), {"prompt": "1S=", "label": "1"}, *good(1))
+    message = r"line 2: problem 1: its token 12 \('S'\) is outside the model's vocab_size of 12"
     with pytest.raises(ValueError, match=message):
         data.read("grpo", model=folder)
     data.write(*good(1, 2, 3))
@@ -233,6 +237,19 @@ def test_many_records_are_read_like_few(data, monkeypatch, policy):
     ]
     cut_or_dropped = (inputs.train_set.num_cut, inputs.train_set.num_dropped)
     assert cut_or_dropped == ((0, 3) if policy == "drop" else (3, 0))
+    plan = grpo_plan(resolve("grpo", data.arguments("grpo", f"data.overlong_prompts={policy}")))
+    name = {"drop": "records_dropped", "truncate_left": "prompts_cut"}[policy]
+    assert (plan[f"train_{name}"], plan[f"held_out_{name}"]) == (3, 0)
+    assert (plan["train_records"], plan["held_out_records"]) == (len(kept), 1)
+
+
+def test_a_fault_is_told_of_its_record(data):
+    """Also behind one that is dropped, which the reward is not asked about."""
+    long = {"prompt": "0123456789=", "label": "9"}
+    data.write(*good(1), long, *good(2), {"prompt": "3=", "label": "x"}, *good(4, 5))
+    dropping = ["reward.name=number_match", "data.overlong_prompts=drop"]
+    with pytest.raises(ValueError, match="line 4: problem 3: the label 'x' holds no number"):
+        data.read("grpo", *dropping)
 
 
 def test_plain_prompts_are_cut_at_their_left(data, chat_model, caplog):
@@ -289,14 +306,14 @@ def test_a_policy_that_does_not_exist(data):
 
 def test_of_generated_problems_those_are_encoded_that_come(runs, monkeypatch):
     """What the run will draw, once each; and a run goes on where it was not foreseen."""
-    inputs = Inputs(runs.resolve("used", "data.size=100000"))
+    inputs = Inputs(runs.resolve("used", "data.size=100000", "seed=3"))
     calls = []
     monkeypatch.setattr(type(inputs.text), "encode_prompts", lambda *_: calls.append(1) or [[1]])
     for position in range(6 * 3):
-        inputs.train_set.encoded(inputs.train_set[problem_index(position, 100000, 0)])
+        inputs.train_set.encoded(inputs.train_set[problem_index(position, 100000, 3)])
     assert not calls
     unforeseen = next(
-        i for i in range(100) if all(problem_index(p, 100000, 0) != i for p in range(18))
+        i for i in range(100) if all(problem_index(p, 100000, 3) != i for p in range(18))
     )
     assert inputs.train_set.encoded(inputs.train_set[unforeseen]).prompt_ids.tolist() == [1]
 

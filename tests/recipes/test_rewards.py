@@ -56,13 +56,16 @@ def test_exact_match(one):
         ("2.5E+3", "2,500", 1.0),
         ("1e99999999999", "1", 0.0),
         ("3 eggs", "3", 1.0),
+        ("1e1000", "10e999", 1.0),
+        ("1e-1000", "0.1e-999", 1.0),
+        ("1e1001", "1", 0.0),
     ],
 )
 def test_number_match(one, text, label, expected):
     assert one("number_match", text, label) == expected
 
 
-@pytest.mark.parametrize("label", ["", "none", "1/2", "10^3", "2**3", "x/{2", "1e99999"])
+@pytest.mark.parametrize("label", ["", "none", "1/2", "10^3", "2**3", "x/{2", "1e99999", "1e1001"])
 def test_labels_that_number_match_would_misread(label):
     with pytest.raises(RewardError, match=f"ValueError: the label '{re.escape(label)}' "):
         score(load_reward(RewardConfig(name="number_match")), ["3"], [problem(label)])
@@ -163,6 +166,16 @@ def test_a_reward_that_is_no_finite_number_is_refused(value):
     with pytest.raises(RewardError, match="return a finite number") as caught:
         score(lambda text, problem: value, [text], [problem("")])
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("a" * 200, "a" * 200), ("a" * 100 + "-" + "b" * 100, "a" * 100 + " ... " + "b" * 100)],
+)
+def test_an_error_shows_the_ends_of_a_long_text(text, shown):
+    with pytest.raises(RewardError) as caught:
+        score(lambda text, problem: None, [text], [problem("")])
+    assert f"completion '{shown}' returned None" in str(caught.value)
 
 
 def test_other_numbers_become_floats():

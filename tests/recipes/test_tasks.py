@@ -1,5 +1,6 @@
 """Tasks: what they give, that splits share nothing, and that only the index matters."""
 
+import hashlib
 import json
 import os
 import random
@@ -118,6 +119,20 @@ def test_the_problems_of_reverse_digits_are_pinned():
     assert [p.prompt for p in held_out] == ["1859=", "5931=", "9833="]
 
 
+def test_reasoning_gym_items_are_those_of_disjoint_seeds():
+    """From sha256 of data.seed on: first the held-out ones, train items a range further."""
+    import reasoning_gym
+
+    config = DataConfig(task="reasoning_gym/chain_sum", size=30, eval_size=10, seed=4)
+    train, held_out = load_datasets(config)
+    first = int.from_bytes(hashlib.sha256(b"4").digest()[:4]) // 2
+    for split, seed in ((held_out, first), (train, first + 2**24)):
+        source = reasoning_gym.create_dataset("chain_sum", seed=seed, size=len(split))
+        items = [source[i] for i in range(len(split))]
+        assert [p.prompt for p in split] == [item["question"] for item in items]
+        assert [p.label for p in split] == [item["answer"] for item in items]
+
+
 def test_a_train_question_that_is_held_out_is_drawn_again():
     # Two one-digit numbers and a sign: few questions, which disjoint seeds repeat.
     args = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
@@ -200,6 +215,10 @@ def test_file_never_trains_on_a_held_out_prompt(tmp_path, caplog):
     assert "1 records" in caplog.text
     with pytest.raises(ValueError, match="every training prompt"):
         load_datasets(DataConfig(path=path, eval_path=path))
+    chats = [{"role": "user", "content": "q"}], [{"content": "q", "role": "user"}]
+    records = [{"prompt": chat, "label": "a"} for chat in chats]
+    path = write_jsonl(tmp_path / "chats.jsonl", [*qa(1), *records])
+    assert len(load_datasets(DataConfig(path=path, eval_size=1))[0]) == 1
 
 
 def test_file_parquet_is_read_like_jsonl(tmp_path):
