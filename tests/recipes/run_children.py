@@ -30,7 +30,7 @@ def score_digits(text, problem, *, control):
 def score_pairs(text, problem):
     """Another number for about every pair of a text and a label, times the problem's level."""
     label, level = problem.label, problem.metadata["level"]
-    return level * sum(ord(c) * ord(label[i % len(label)]) % 11 for i, c in enumerate(text)) / 8
+    return level * sum(ord(c) * ord(label[i % len(label)]) % 11 for i, c in enumerate(text)) / 7
 
 
 def open_run(run):
