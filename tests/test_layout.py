@@ -148,6 +148,7 @@ NOT_IMPORTED = {
     "psutil": "megatron's dist_checkpointing imports it without declaring it",
     "gguf": "transformers reads the demo's weights with it",
     "accelerate": "transformers reads the demo's weights with it",
+    "pytest-xdist": "pytest's option -n",
     "ruff": "a command",
     "mypy": "a command",
 }
@@ -165,7 +166,8 @@ def declared_dependencies() -> dict[str, set[str]]:
 
 def imported_distributions(files: list[Path]) -> dict[str, str]:
     """What third-party packages the files import, and where."""
-    local = {"samebit", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+    tests = [path.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("*.py")]
+    local = {"samebit", *(name.removesuffix(".py") for path in tests for name in path.parts)}
     found = {}
     for path in files:
         for node, dotted in imports(parse(path)):
