@@ -165,7 +165,7 @@ def declared_dependencies() -> dict[str, set[str]]:
 
 def imported_distributions(files: list[Path]) -> dict[str, str]:
     """What third-party packages the files import, and where."""
-    local = {"samebit", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+    local = {"samebit", "golden", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
     found = {}
     for path in files:
         for node, dotted in imports(parse(path)):
