@@ -40,6 +40,17 @@ def test_a_place_does_not_depend_on_the_places_asked_before():
 def test_the_order_is_pinned():
     """A changed shuffle would make every old run unrepeatable without a word."""
     assert epoch(0, 8, seed=0) == [4, 0, 7, 3, 2, 5, 1, 6]
+    three_epochs = [3, 4, 0, 1, 2, 1, 0, 2, 4, 3, 1, 0, 4, 2, 3]
+    assert [problem_index(p, 5, seed=3) for p in range(15)] == three_epochs
+    assert [problem_index(p, 5, seed=4) for p in range(10)] == [2, 3, 1, 4, 0, 2, 3, 4, 0, 1]
+
+
+def test_ids_are_pinned():
+    """Step, prompt and sample in their places: an id keys the noise of every later run."""
+    of_step = SampleIds().of_step(5, 2, 3)
+    assert of_step == [[0x500000000 + i for i in range(3)], [0x500001000 + i for i in range(3)]]
+    evaluation = SampleIds().of_step(5, 1, 2, evaluation=True)
+    assert evaluation == [[0x8000000500000000, 0x8000000500000001]]
 
 
 def test_ids_are_unique_over_steps_prompts_samples_and_evaluation():
