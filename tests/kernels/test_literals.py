@@ -6,7 +6,15 @@ import math
 import pytest
 import torch
 
-from samebit.kernels.logprob import NUM_SEGMENTS, VOCAB_MULTIPLE, logprob_of, padded_vocab_size
+from samebit.kernels.linear import tree_sum
+from samebit.kernels.logprob import (
+    NUM_SEGMENTS,
+    VOCAB_MULTIPLE,
+    logprob,
+    logprob_of,
+    padded_vocab_size,
+)
+from samebit.kernels.rms_norm import rms_norm
 from samebit.kernels.sample import allowed_tokens, draw, draw_with_logprobs, gumbel_noise
 
 LOGITS = torch.tensor([((37 * i * i) % 101) / 25 for i in range(331)])
@@ -90,6 +98,40 @@ def test_limits(top_k, top_p, min_p, kept):
     limits = torch.tensor([top_k]), torch.tensor([top_p]), torch.tensor([min_p])
     found = allowed_tokens(torch.tensor([SHARES]).log(), *limits)
     assert set(found[0].nonzero().flatten().tolist()) == kept
+
+
+def test_eps_is_added_to_the_mean_square():
+    """By hand: a mean square of 1e-6 and an eps of 3e-6 make a root of 2e-3."""
+    x = torch.tensor([[1e-3, -1e-3, 1e-3, 1e-3]])
+    found = rms_norm(x, torch.tensor([1.0, 2.0, 3.0, 4.0]), 3e-6)
+    assert found[0].tolist() == pytest.approx([0.5, -1.0, 1.5, 2.0], rel=1e-5)
+
+
+def test_segments_are_summed_as_a_tree_of_neighbours():
+    """2^24 + 1 is no fp32 number, so each order has its own sum; ranks share this one."""
+    parts = [torch.tensor(x) for x in (2.0**24, 1.0, -(2.0**24), 1.0)]
+    assert float(tree_sum(parts)) == 1.0
+    assert float(tree_sum([*parts[2:], *parts[:2]])) == 1.0
+    assert float(tree_sum([parts[0], parts[2], parts[1], parts[3]])) == 2.0
+
+
+def test_rows_beyond_one_chunk_of_logits():
+    """Log-probs, entropies and gradients of 700 rows, which two chunks hold, are those of fp64."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 4, generator=generator) for n in (700, 8192))
+    ids = torch.randint(8192, (700,), generator=generator)
+    temperature = torch.linspace(0.5, 2, 700)
+    grad = torch.randn(700, generator=generator)
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    logprobs, entropies = logprob(*leaves, ids, temperature, 8192)
+    found = [logprobs, entropies, *torch.autograd.grad(logprobs, leaves, grad)]
+    leaves = [x.double().requires_grad_() for x in (hidden, weight)]
+    exact = (leaves[0] @ leaves[1].t() / temperature.double()[:, None]).log_softmax(-1)
+    chosen = exact.gather(1, ids[:, None]).squeeze(1)
+    gradients = torch.autograd.grad(chosen, leaves, grad.double(), retain_graph=True)
+    wanted = [chosen, -(exact.exp() * exact).sum(-1), *gradients]
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.allclose(a.double(), b, rtol=1e-4, atol=2e-5)
 
 
 def test_the_vocabulary_is_cut_into_eight_segments_of_its_padded_size():

@@ -9,10 +9,11 @@ import math
 import numpy as np
 import pytest
 from golden.program import IDS, SAMPLING, prompts_of
-from helpers import edit_config
+from helpers import edit_config, outcomes
 from safetensors.numpy import load_file
 
 from samebit.rollout.engine import Engine
+from samebit.rollout.runtime import sampler
 from samebit.rollout.types import SamplingParams
 
 MASK = (1 << 32) - 1
@@ -23,6 +24,7 @@ CASES = {
     **SAMPLING,
     "plain": {},
     "greedy": {"temperature": 0},
+    "seed zero": {"seed": 0, "top_k": 30},
     "end tokens at the first place": {"min_new_tokens": 1, "top_p": 0.9},
     "own stop tokens and no end tokens": {
         "ignore_eos": True, "min_new_tokens": 3, "stop_token_ids": range(1, 331, 2),
@@ -92,6 +94,23 @@ def ending(tmp_path_factory):
     make_random_model(folder, "qwen3", seed=1, tied=False)
     edit_config(folder, eos_token_id=list(EOS))
     return folder, Engine(folder, seed=SEED, page_size=16, kv_cache_tokens=2048)
+
+
+def test_rows_keep_their_own_parameters(ending, monkeypatch):
+    """In one batch with all others; where there is so little room that sequences are preempted and
+    computed again; and where logits are taken in chunks of two rows."""
+    folder, engine = ending
+    params = [SamplingParams(n=2, max_new_tokens=7, **case) for case in CASES.values()]
+    prompts = [PROMPTS[i % 2] for i in range(len(params))]
+    ids = [[own ^ (i << 20) for own in IDS[i % 2]] for i in range(len(params))]
+    calls = zip(prompts, params, ids, strict=True)
+    alone = [outcomes(engine.generate([p], params, [ids]))[0] for p, params, ids in calls]
+    assert outcomes(engine.generate(prompts, params, ids)) == alone
+    small = Engine(folder, seed=SEED, page_size=4, kv_cache_tokens=64, prefix_cache=False)
+    assert outcomes(small.generate(prompts, params, ids)) == alone
+    assert small.scheduler.num_preemptions > 10
+    monkeypatch.setitem(sampler._MAX_LOGITS, "cpu", 2 * 331)
+    assert outcomes(engine.generate(prompts, params, ids)) == alone
 
 
 @pytest.mark.parametrize("name", CASES)
