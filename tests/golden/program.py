@@ -7,9 +7,11 @@ text that begins with "digest ".
 import hashlib
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
+from helpers import edit_tensors
 
 from samebit.recipes import grpo, sft
 from samebit.recipes.compose import resolve
@@ -24,7 +26,7 @@ from samebit.trainer.algorithms.grpo import group_advantages
 from samebit.trainer.checkpoint import list_checkpoints
 from samebit.weight_sync.digest import weights_digest
 
-# The reward is named as a module, here and in worker processes.
+# Where worker processes find the reward, which is named as a module.
 sys.path.append(str(Path(__file__).parents[1]))
 
 MAX_64 = (1 << 64) - 1
@@ -58,12 +60,22 @@ def run(folder: Path, device: str) -> dict:
     make_random_model(qwen3, "qwen3", seed=1, tied=False)
     make_random_model(llama, "llama", seed=2, tied=True)
     make_demo_model(demo, seed=3)
+    for seed, path in enumerate((qwen3, llama, demo)):
+        edit_tensors(path, partial(_fill, 2**-10 if path == demo else 2**-7, seed))
     return {
         "engine": {path.name: _engine(path, device) for path in (qwen3, llama)},
         "sampling": _sampling(llama, device),
         "grpo": _grpo(folder, demo, device),
         "sft": _sft(folder, demo, device),
     }
+
+
+def _fill(unit: float, seed: int, tensors: dict[str, torch.Tensor]) -> None:
+    """Small multiples of `unit`, norms about 1: the same on every machine, as randn is not."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in sorted(tensors.items()):
+        whole = torch.randint(-64, 65, tensor.shape, generator=generator)
+        tensor.copy_(1 + whole / 256 if name.endswith("norm.weight") else whole * unit)
 
 
 def prompts_of(*lens: int) -> list[list[int]]:
@@ -80,7 +92,7 @@ def _engine(path: Path, device: str) -> dict:
     layers = (0, 2, 3)
     [[seen]] = engine.generate(prompts[2:3], plain, return_hidden_states=layers)
     return {
-        "weights": f"digest {engine.weight_version.digest}",
+        "weights": engine.weight_version.digest,
         "greedy": _completions(engine.generate(prompts, greedy)),
         "plain": _completions(engine.generate(prompts, plain)),
         "group": _completions(engine.generate(prompts[1:3], group)),
@@ -192,6 +204,7 @@ def _trained(run_dir: Path, model: Path) -> dict:
             "weight sums": {name: summary(p)["sum"] for name, p in state["params"].items()},
             "first moments": {name: summary(x["exp_avg"]) for name, x in optimizer.items()},
             "second moments": [summary(x["exp_avg_sq"])["bits"] for x in optimizer.values()],
+            "masters": [summary(x["master"])["bits"] for x in optimizer.values() if "master" in x],
         }
     return {
         "metrics": _hex(without_times(read_rows(run_dir / "metrics.jsonl"))),
@@ -204,9 +217,9 @@ def summary(x: torch.Tensor) -> dict:
     x = x.detach().cpu().contiguous()
     wide = x.double().flatten()
     ramp = torch.linspace(1, 2, len(wide), dtype=torch.float64)
-    data = x.view(torch.uint8) if x.dim() else x[None].view(torch.uint8)
+    data = x.view(torch.uint8).numpy().tobytes()
     return {
-        "bits": f"digest {hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]}",
+        "bits": f"digest {hashlib.sha256(data).hexdigest()[:16]}",
         "sum": _hex(float(wide.sum())),
         "ramp": _hex(float((wide * ramp).sum())),
     }

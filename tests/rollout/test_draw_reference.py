@@ -108,7 +108,7 @@ def test_rows_keep_their_own_parameters(ending, monkeypatch):
     assert outcomes(engine.generate(prompts, params, ids)) == alone
     small = Engine(folder, seed=SEED, page_size=4, kv_cache_tokens=64, prefix_cache=False)
     assert outcomes(small.generate(prompts, params, ids)) == alone
-    assert small.scheduler.num_preemptions > 10
+    assert small.scheduler.num_preemptions > 2
     monkeypatch.setitem(sampler._MAX_LOGITS, "cpu", 2 * 331)
     assert outcomes(engine.generate(prompts, params, ids)) == alone
 
