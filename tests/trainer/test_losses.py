@@ -1,6 +1,7 @@
 """GRPO and supervised losses against values computed by hand."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -51,6 +52,17 @@ def test_equal_rewards_give_exact_zeros(reward, n, normalize_std):
     found = advantages([[reward] * n], normalize_std=normalize_std)
     assert found == [[0.0] * n]
     assert not any(math.copysign(1, x) < 0 for x in found[0])
+
+
+def test_rewards_too_far_apart_are_refused():
+    """Their deviation is infinite and would make zeros of all advantages; or an advantage is."""
+    for wide, normalize_std in ((1e200, True), (1e39, False)):
+        rewards = torch.tensor([[0.0, 1.0], [wide, -wide]], dtype=torch.float64)
+        message = re.escape(f"the rewards [{wide}, -{wide}] of a prompt lie too far apart")
+        with pytest.raises(ValueError, match=message):
+            group_advantages(rewards, GrpoConfig(normalize_std=normalize_std))
+    equal = torch.full((1, 3), 1e200, dtype=torch.float64)
+    assert group_advantages(equal, GrpoConfig()).tolist() == [[0.0] * 3]
 
 
 def test_advantages_of_a_group_do_not_depend_on_other_groups():
