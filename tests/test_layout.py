@@ -165,7 +165,12 @@ def declared_dependencies() -> dict[str, set[str]]:
 
 def imported_distributions(files: list[Path]) -> dict[str, str]:
     """What third-party packages the files import, and where."""
-    local = {"samebit", "golden", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+    local = {
+        "samebit",
+        "golden",
+        "mutants",
+        *(path.stem for path in (ROOT / "tests").rglob("*.py")),
+    }
     found = {}
     for path in files:
         for node, dotted in imports(parse(path)):
