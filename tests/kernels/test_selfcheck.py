@@ -170,6 +170,19 @@ def test_another_model_is_checked_anew(tmp_path):
     assert len(cache_files(tmp_path)) == 4
 
 
+def test_other_circumstances_are_checked_anew(tmp_path, monkeypatch):
+    """What was found for one number of threads, one profile or fewer products proves no other."""
+    selfcheck(SHAPES, HEADS, WIDTHS)
+    selfcheck(SHAPES, HEADS, WIDTHS, column_shards=[(48, 64, 2)])
+    selfcheck(SHAPES, HEADS, WIDTHS, segments=[(48, 8)])
+    with monkeypatch.context() as threads:
+        threads.setattr(torch, "get_num_threads", lambda: 8)
+        selfcheck(SHAPES, HEADS, WIDTHS)
+    monkeypatch.setattr(selfcheck_module, "numerics_profile", lambda _device: WRITTEN)
+    selfcheck(SHAPES, HEADS, WIDTHS)
+    assert len(cache_files(tmp_path)) == 5
+
+
 def test_shapes_that_failed_are_computed_by_blocks(tmp_path, caplog):
     """What the cache remembers as unequal is blocked, said aloud, and gives equal bits."""
     selfcheck(SHAPES, HEADS, WIDTHS)

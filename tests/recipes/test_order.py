@@ -41,6 +41,9 @@ def test_the_order_is_pinned():
     """A changed shuffle would make every old run unrepeatable without a word."""
     assert epoch(0, 8, seed=0) == [4, 0, 7, 3, 2, 5, 1, 6]
     assert epoch(2, 8, seed=5) == [6, 2, 3, 5, 1, 0, 7, 4]
+    three_epochs = [3, 4, 0, 1, 2, 1, 0, 2, 4, 3, 1, 0, 4, 2, 3]
+    assert [problem_index(p, 5, seed=3) for p in range(15)] == three_epochs
+    assert [problem_index(p, 5, seed=4) for p in range(10)] == [2, 3, 1, 4, 0, 2, 3, 4, 0, 1]
 
 
 def test_ids_are_pinned():
@@ -48,6 +51,10 @@ def test_ids_are_pinned():
     ids = SampleIds()
     assert ids.of_step(3, 2, 2) == [[3 << 32, (3 << 32) + 1], [(3 << 32) + 4096, (3 << 32) + 4097]]
     assert ids.of_step(0, 1, 2, evaluation=True) == [[1 << 63, (1 << 63) + 1]]
+    of_step = ids.of_step(5, 2, 3)
+    assert of_step == [[0x500000000 + i for i in range(3)], [0x500001000 + i for i in range(3)]]
+    evaluation = ids.of_step(5, 1, 2, evaluation=True)
+    assert evaluation == [[0x8000000500000000, 0x8000000500000001]]
 
 
 def test_ids_are_unique_over_steps_prompts_samples_and_evaluation():

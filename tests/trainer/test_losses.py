@@ -1,6 +1,7 @@
 """GRPO and supervised losses against values computed by hand."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -27,6 +28,17 @@ def test_advantages_by_hand():
     assert found[1] == pytest.approx([x / (std + EPS) for x in (-3, -1, 1, 3)], rel=1e-12)
 
 
+def test_advantages_are_pinned():
+    """In the order of the samples; eps is added to the deviation, whose divisor is n - 1."""
+    found = advantages([[1.0, 0.0, 0.5, 4.0], [0.0, 3.0, 1.0, 1.0]], std_eps=0.25)
+    first = [-0.18319597354784037, -0.6717185696754147, -0.4274572716116275, 1.2823718148348826]
+    second = [-0.828744443187774, 1.1602422204628835, -0.1657488886375548, -0.1657488886375548]
+    assert found[0] == pytest.approx(first, rel=1e-12)
+    assert found[1] == pytest.approx(second, rel=1e-12)
+    wide = torch.tensor([[1.0, 1.0 + 2**-40]], dtype=torch.float64)
+    assert group_advantages(wide, GrpoConfig(normalize_std=False)).tolist() == [[-(2**-41), 2**-41]]
+
+
 def test_advantages_without_normalisation_are_centred_rewards():
     """Dr. GRPO."""
     assert advantages([[1.0, 0.0, 0.0, 0.0]], normalize_std=False) == [[0.75, -0.25, -0.25, -0.25]]
@@ -40,6 +52,17 @@ def test_equal_rewards_give_exact_zeros(reward, n, normalize_std):
     found = advantages([[reward] * n], normalize_std=normalize_std)
     assert found == [[0.0] * n]
     assert not any(math.copysign(1, x) < 0 for x in found[0])
+
+
+def test_rewards_too_far_apart_are_refused():
+    """Their deviation is infinite and would make zeros of all advantages; or an advantage is."""
+    for wide, normalize_std in ((1e200, True), (1e39, False)):
+        rewards = torch.tensor([[0.0, 1.0], [wide, -wide]], dtype=torch.float64)
+        message = re.escape(f"the rewards [{wide}, -{wide}] of a prompt lie too far apart")
+        with pytest.raises(ValueError, match=message):
+            group_advantages(rewards, GrpoConfig(normalize_std=normalize_std))
+    equal = torch.full((1, 3), 1e200, dtype=torch.float64)
+    assert group_advantages(equal, GrpoConfig()).tolist() == [[0.0] * 3]
 
 
 def test_advantages_of_a_group_do_not_depend_on_other_groups():
@@ -112,6 +135,26 @@ def test_kl_estimators_by_hand():
         assert torch.allclose(gradient, slope, rtol=1e-9, atol=1e-15), estimator
         assert found[0] == 0.0
     assert (kl_estimate(d, zeros, "k3") >= 0).all()
+
+
+def test_losses_are_pinned():
+    """Ratios 1.5 and 0.6, clipped at 1.3 and 0.9, advantages 2 and -1, and a penalty of each kind
+    for log-probs 0.5 above and 0.25 below the reference's."""
+    clips = {"clip_ratio_low": 0.1, "clip_ratio_high": 0.3}
+    penalties = {
+        "k1": ([0.5, -0.25], [1.0, 1.0]),
+        "k2": ([0.125, 0.03125], [0.5, -0.25]),
+        "k3": ([0.1065306597, 0.0340254167], [0.3934693403, -0.2840254167]),
+    }
+    for estimator, (values, slopes) in penalties.items():
+        config = GrpoConfig(**clips, kl_coef=0.5, kl_estimator=estimator)
+        losses, gradients, metrics = run(config, [1.5, 0.6], [2.0, -1.0], [0.5, -0.25])
+        surrogate, slope = [-2.6, 0.9], [0.0, 0.0]
+        for found, base, kl in ((losses, surrogate, values), (gradients, slope, slopes)):
+            assert found == pytest.approx([a + 0.5 * b for a, b in zip(base, kl, strict=True)])
+        assert metrics["train/kl"].tolist() == pytest.approx(values)
+        assert metrics["train/ratio"].tolist() == pytest.approx([1.5, 0.6])
+        assert metrics["train/clip_fraction"].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])

@@ -51,6 +51,17 @@ def test_the_formula_is_the_documented_one():
     assert weights_digest(specs, {"a": values}) == f"{expected:016x}"
 
 
+def test_digests_are_pinned():
+    """Two shapes and two dtypes of the same values; computed once by the book."""
+    values = torch.arange(6.0).view(2, 3) - 2.5
+    matrix, vector = [plain("a", "x.weight", (2, 3))], [plain("a", "norm.weight", (6,))]
+    assert weights_digest(matrix, {"a": values}) == "3fc356ecc4ba4c27"
+    assert weights_digest(matrix, {"a": values.bfloat16()}) == "765133884ce9dad2"
+    assert weights_digest(vector, {"a": values.flatten()}) == "46291e57d1ff7194"
+    by_hand = by_the_book("norm.weight", torch.float32, values.flatten().tolist())
+    assert f"{by_hand:016x}" == "46291e57d1ff7194"
+
+
 def test_layout_does_not_matter(specs, params):
     """Interleaved and stacked rows, padding, order: the same weights have the same digest."""
     whole = weights_digest(specs, params)

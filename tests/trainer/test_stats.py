@@ -1,0 +1,96 @@
+"""A step's figures, added up over micro-batches and ranks: every sum by hand."""
+
+import math
+
+import torch
+
+from samebit.trainer.packing import pack_samples
+from samebit.trainer.stats import Totals
+from samebit.trainer.types import Sample
+
+
+def batch(*logprobs, first_id=0, loss_mean="token"):
+    """One micro-batch of samples with these rollout log-probs (none: supervised samples)."""
+    samples = [
+        Sample(
+            sample_id=first_id + i,
+            token_ids=(5,) * (3 + max(1, len(values))),
+            prompt_len=3,
+            logprobs=tuple(values),
+        )
+        for i, values in enumerate(logprobs)
+    ]
+    [packed] = pack_samples(samples, 100, loss_mean)
+    return packed
+
+
+def totals_of(*micro_batches):
+    totals = Totals()
+    for packed, logprobs, loss, metrics in micro_batches:
+        values = {name: torch.tensor(row) for name, row in metrics.items()}
+        totals.add(packed, torch.tensor(logprobs), torch.tensor(loss), values)
+    return totals
+
+
+FIRST = (batch([-1.0, -2.0], [-3.0]), [-1.0, -2.25, -3.0], 6.0, {"a": [1.0, 2.0, 6.0]})
+SECOND = (batch([-0.5]), [-0.375], 1.5, {"a": [3.0]})
+THIRD = (batch([-0.0, -4.0]), [0.0, -4.0], -2.0, {"a": [0.5, 0.5]})
+
+
+def test_two_micro_batches_by_hand():
+    """The loss is over what it is divided by, metrics are means over rows."""
+    stats = totals_of(FIRST, SECOND).stats(grad_norm=2.5, learning_rate=0.125)
+    assert stats.loss == 7.5 / 4
+    assert stats.metrics == {"a": 12.0 / 4}
+    assert (stats.grad_norm, stats.learning_rate) == (2.5, 0.125)
+    assert stats.num_tokens == (3 + 2 + 3 + 1) + (3 + 1)
+    assert stats.logprob_tokens_compared == 4
+    assert stats.logprob_mismatches == 2
+    assert stats.logprob_abs_diff_max == 0.25
+
+
+def test_the_mean_over_samples_divides_by_their_number():
+    packed = batch([-1.0, -2.0], [-3.0], loss_mean="sequence")
+    stats = totals_of((packed, [-1.0, -2.0, -3.0], 5.0, {"a": [1.0, 2.0, 6.0]})).stats(0.0, 0.0)
+    assert stats.loss == 5.0 / 2
+    assert stats.metrics == {"a": 3.0}
+    assert (stats.logprob_mismatches, stats.logprob_abs_diff_max) == (0, 0.0)
+
+
+def test_ranks_are_added_up():
+    """Every sum counts what other ranks have, mismatches included; the largest difference stays."""
+    alone = totals_of(SECOND, FIRST, THIRD)
+    first, others = totals_of(SECOND), [totals_of(FIRST), totals_of(THIRD)]
+    first.merge(others)
+    assert vars(first) == vars(alone)
+    assert first.mismatches == 3  # 0.0 is not -0.0
+    assert first.abs_diff_max == 0.25
+    assert first.metrics == {"a": 13.0}
+    assert (first.compared, first.num_rows, first.denominator) == (6, 6, 6)
+    assert first.num_tokens == 9 + 4 + 5
+    assert first.loss == 5.5
+    first, others = totals_of(FIRST), [totals_of(SECOND), totals_of(THIRD)]
+    first.merge(others)
+    assert first.abs_diff_max == 0.25
+
+
+def test_a_metric_that_only_another_rank_has_is_kept():
+    first = totals_of(SECOND)
+    first.merge([totals_of((batch([-1.0]), [-1.0], 0.0, {"b": [4.0]}))])
+    assert first.metrics == {"a": 3.0, "b": 4.0}
+
+
+def test_supervised_samples_compare_nothing():
+    stats = totals_of((batch([], []), [-1.0, -2.0], 3.0, {})).stats(0.0, 0.0)
+    assert (stats.logprob_tokens_compared, stats.logprob_mismatches) == (0, 0)
+    assert stats.loss == 1.5
+
+
+def test_metrics_are_added_in_fp64():
+    """Counts of many rows would be lost in fp32."""
+    rows = [2.0**24, *[1.0] * 4]
+    packed = batch(*[[-1.0]] * 5)
+    totals = totals_of((packed, [-1.0] * 5, 0.0, {"a": rows}))
+    assert totals.metrics["a"] == math.fsum(rows) == 2**24 + 4
+    totals = totals_of(*[(batch([-1.0]), [-1.0], 0.0, {"a": [x]}) for x in rows])
+    assert totals.metrics["a"] == 2**24 + 4
