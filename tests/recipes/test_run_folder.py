@@ -5,7 +5,7 @@ import shutil
 from contextlib import suppress
 
 import pytest
-from helpers import dying_at, edit_tensors, run_python, tree
+from helpers import edit_tensors, run_python, tree
 from run_children import open_run
 
 from samebit.recipes import cli
@@ -69,30 +69,6 @@ def test_a_start_that_fails_leaves_no_folder(tmp_path):
     with pytest.raises(ValueError, match="it cannot start"):
         replace(tmp_path / "fresh", fail=True)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("fail", [False, True])
-def test_killed_at_any_instant(earlier, fail):
-    """The next process finds one of the two, whole: the earlier one until the new one stands."""
-    new = {"config.yaml": "new", "metrics.jsonl": "new"}
-    copy = shutil.copytree(earlier, earlier.parent / "copy")
-    found, finished = [], False
-    while not finished:
-        finished = dying_at(len(found), lambda: quietly(replace, earlier, fail))
-        RunFolder(earlier, "grpo").close()
-        stands = contents(earlier) != FILES
-        assert contents(earlier) == (new if stands else FILES)
-        assert read_marker(earlier)["command"] == ("grpo" if stands else "sft")
-        found.append(stands)
-        shutil.rmtree(earlier)
-        shutil.copytree(copy, earlier)
-    assert found == sorted(found)
-    assert found[-1] != fail
-
-
-def quietly(function, *args):
-    with suppress(ValueError):
-        function(*args)
 
 
 def test_siblings_stay(earlier):

@@ -5,8 +5,10 @@ import os
 import stat
 
 import pytest
-from helpers import dying_at, run_python, tree
+from crashing_disk import CrashingDisk
+from helpers import run_python
 
+from samebit.weight_sync import folders
 from samebit.weight_sync.folders import LOCK, FolderInUseError, FolderLock, read_marker, replacing
 
 HOLDER = """
@@ -60,39 +62,51 @@ def replace(folder):
         (new / "more").write_text("new")
 
 
-@pytest.mark.parametrize("existed", [True, False])
-def test_killed_at_any_instant(tmp_path, existed):
-    """Old or new, whole, after the next use at the latest; siblings with names like ours stay."""
-    for other in (".out.old", ".out.tmp", ".out.samebit-mine"):
-        (tmp_path / other).mkdir()
-        (tmp_path / other / "precious").write_text("x")
-    siblings = tree(tmp_path)
-    folder = tmp_path / "out"
-    for instant in range(100):
-        if existed:
-            folder.mkdir()
-            (folder / "weights").write_text("old")
-        finished = dying_at(instant, lambda: replace(folder))
-        found = (
-            {p.name: p.read_text() for p in folder.iterdir() if p.name[0] != "."}
-            if (folder.exists())
-            else None
-        )
-        new = {"weights": "new", "more": "new"}
-        assert found in ([{"weights": "old"}, new, None] if existed else [None, new])
-        replace(folder)
-        assert read_marker(folder)["kind"] == "model"
-        assert {p.name for p in tmp_path.iterdir()} - {"out"} >= {".out.old", ".out.tmp"}
-        for file in (folder / "weights", folder / "more", folder / ".samebit"):
-            file.unlink()
-        folder.rmdir()
-        assert siblings.items() <= tree(tmp_path).items()
-        if finished:
-            break
-    assert finished
-    # A kill before the marker is written leaves nothing but an empty folder or its lock.
-    for left in set(tmp_path.glob(".out.samebit-*")) - {tmp_path / ".out.samebit-mine"}:
-        assert {p.name for p in left.iterdir()} <= {LOCK, ".samebit.tmp"}
+def contents(folder):
+    """Of the files that are not ours; None for a folder that is not there."""
+    if not folder.exists():
+        return None
+    return {p.name: p.read_text() for p in folder.iterdir() if p.name[0] != "."}
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize("before", [None, {"weights": "old"}])
+def test_dead_at_any_instant(tmp_path, monkeypatch, before, exchanges):
+    """Old or new, whole; where the file system cannot exchange two folders, for an instant neither,
+    until the next use. Siblings with names like ours stay."""
+    if not exchanges:
+        monkeypatch.setattr(folders, "exchange", lambda *_: False)
+    disk = CrashingDisk(tmp_path / "disk")
+    siblings = [".out.old", ".out.tmp", ".out.samebit-mine"]
+    for other in siblings:
+        (disk.folder / other).mkdir(parents=True)
+        (disk.folder / other / "precious").write_text("x")
+    if before is not None:
+        (disk.folder / "out").mkdir()
+        (disk.folder / "out" / "weights").write_text("old")
+    with disk.recording():
+        replace(disk.folder / "out")
+        disk.report("replaced")
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # what follows need not wait
+    seen, new = [], {"weights": "new", "more": "new"}
+    for crash in disk.crashes(tmp_path / "after"):
+        out = crash.folder / "out"
+        found = contents(out)
+        assert found in ([new] if crash.reported else [before, new, None]), crash.what
+        seen.append(found)
+        with replacing(out) as again:  # what was begun is ended now
+            assert contents(out) in ([before, new] if before or found else [before]), crash.what
+            (again / "weights").write_text("newer")
+        assert contents(out) == {"weights": "newer"}
+        assert read_marker(out)["kind"] == "model"
+        for left in crash.folder.glob(".out.*"):
+            # One that had no marker yet is empty but for what we lay into every folder.
+            ours = {p.name for p in left.iterdir()} <= {LOCK, ".samebit.tmp"}
+            assert ours or left.name in siblings, crash.what
+        assert {p.parent.name for p in crash.folder.rglob("precious")} == set(siblings)
+    assert seen[0] == before
+    assert new in seen
+    assert (None in seen) == (before is None or not exchanges)
 
 
 def test_two_at_once_are_refused(tmp_path):
