@@ -10,7 +10,7 @@ import builtins
 import io
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,16 +70,16 @@ class _State:
         else:
             self.synced[value] = self.contents[value]
 
-    def trees(self) -> Iterator[tuple[str, Tree]]:
-        """What may be found after a crash, the plain kill first."""
+    def trees(self, kinds: Collection[str]) -> Iterator[tuple[str, Tree]]:
+        """What may be found after a crash, with all names first."""
         folders = {at for change in self.pending for at, _ in change}
         kept = [(f"{n} names kept", self.pending[:n]) for n in range(len(self.pending), -1, -1)]
         for folder in sorted(folders):
             here = [p for p in self.pending if any(at == folder for at, _ in p)]
             kept += [(f"{n} names of one folder kept", here[:n]) for n in range(1, len(here) + 1)]
         for names, changes in kept:
-            for data, hold in _DATA.items():
-                yield f"{names}, bytes {data}", self._tree(changes, hold)
+            for kind in kinds:
+                yield f"{names}, bytes {kind}", self._tree(changes, _BYTES[kind])
 
     def _tree(self, changes: list[Names], hold: Callable[[bytes, bytes], bytes]) -> Tree:
         names = {folder: dict(entries) for folder, entries in self.safe.items()}
@@ -119,7 +119,7 @@ def _zeros(safe: bytes, now: bytes) -> bytes:
     return now[:same] + bytes(len(now) - same)
 
 
-_DATA: dict[str, Callable[[bytes, bytes], bytes]] = {
+_BYTES: dict[str, Callable[[bytes, bytes], bytes]] = {
     "kept": lambda _safe, now: now,
     "lost": lambda safe, _now: safe,
     "torn": _half,
@@ -165,16 +165,16 @@ class CrashingDisk:
         self._look()
         self._events.append(("reported", what))
 
-    def crashes(self, folder: Path) -> Iterator[Crash]:
+    def crashes(self, folder: Path, kinds: Collection[str] = tuple(_BYTES)) -> Iterator[Crash]:
         """Every different state after a crash at any instant since the recording began, made in a
         folder of its own under `folder`: any first part of the unsafe names kept, or of those of
-        one folder; unsafe bytes kept, lost, torn or zeroed."""
+        one folder; unsafe bytes kept, lost, torn or zeroed, or as `kinds` says."""
         state, seen = _State(), set[Any]()
         for event in self._events[: self._first]:
             state.apply(event)
         for number, event in enumerate(self._events[self._first :]):
             state.apply(event)
-            for what, tree in state.trees():
+            for what, tree in state.trees(kinds):
                 key = (len(state.reported), frozenset(tree.items()))
                 if key not in seen:
                     seen.add(key)

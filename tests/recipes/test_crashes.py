@@ -3,11 +3,13 @@ and nothing that was reported is lost."""
 
 import json
 import os
+import signal
 
 import pytest
 import torch
 from crashing_disk import CrashingDisk
 
+from samebit.recipes import cli
 from samebit.recipes.metrics import (
     METRICS_FILE,
     SAMPLES_FILE,
@@ -20,8 +22,11 @@ from samebit.recipes.provenance import record_start
 from samebit.recipes.report import write_report
 from samebit.recipes.rollouts import drop_rollouts_after, list_rollouts, load_rollout, save_rollout
 from samebit.recipes.run_folder import RunFolder, entries
+from samebit.recipes.signals import StopSignals
 from samebit.rollout.types import Completion
+from samebit.trainer.checkpoint import latest_checkpoint
 from samebit.weight_sync.folders import MARKER, read_marker
+from samebit.weight_sync.transports.file import read_version
 
 
 @pytest.fixture
@@ -33,9 +38,9 @@ def disk(tmp_path):
 def crashes(disk, tmp_path, monkeypatch):
     """Of what was recorded, one after another."""
 
-    def each():
+    def each(*kinds):
         monkeypatch.setattr(os, "fsync", lambda _: None)  # what reads them need not wait
-        return disk.crashes(tmp_path / "after")
+        return disk.crashes(tmp_path / "after", *kinds)
 
     return each
 
@@ -212,3 +217,55 @@ def test_a_new_runs_folder(disk, crashes):
             RunFolder(found, "grpo").close()
             assert read_marker(found) in (None, {"kind": "run", "command": "grpo", "format": 1})
             assert entries(found) == [], crash.what
+
+
+# -- whole runs --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["grpo", "sft"])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_checkpoint_does_not_outlive_its_rows(runs, disk, crashes, monkeypatch, command, stopped):
+    """Or the resumed run would never write them; also the one that a signal asks for. Whatever was
+    not synced has no bytes here."""
+    monkeypatch.setattr(StopSignals, "poll_together", signalled(3 if stopped else 99))
+    arguments = [
+        argument
+        for argument in runs.arguments("run", f"output_dir={disk.folder}", "data.eval_size=1")
+        if command == "grpo" or not argument.startswith(("reward.", "rollout."))
+    ]
+    every = 9 if stopped else 1
+    arguments += ["trainer.num_steps=2", f"trainer.checkpoint_every={every}"]
+    if command == "sft":
+        arguments += ["trainer.batch_size=2", "data.eval_size=0"]
+    if stopped:
+        arguments.append("trainer.num_steps=5")
+    with disk.recording():
+        assert cli.main([command, *arguments]) == 0
+        disk.report("done")
+    steps = set()
+    for crash in crashes(["lost"]):
+        run = crash.folder / "run"
+        newest = latest_checkpoint(run / "checkpoints")
+        step = newest.verify().step if newest else 0
+        found = {row["step"] for row in read_rows(run / METRICS_FILE)}
+        assert found >= set(range(1, step + 1)), crash.what
+        assert newest is None or "run_name" in (run / "config.yaml").read_text(), crash.what
+        steps.add(step)
+        if crash.reported:
+            assert step == 2, crash.what
+            assert stopped or json.loads((run / "summary.json").read_text()), crash.what
+            assert stopped or command == "grpo" or read_version(run / "model").step == 2
+    assert steps == ({0, 2} if stopped else {0, 1, 2})
+
+
+def signalled(number):
+    """poll_together, whose call of this number gets a signal first."""
+    original, calls = StopSignals.poll_together, []
+
+    def poll(stop):
+        calls.append(stop)
+        if len(calls) == number:
+            signal.raise_signal(signal.SIGTERM)
+        original(stop)
+
+    return poll
