@@ -4,6 +4,7 @@ and nothing that was reported is lost."""
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -147,6 +148,23 @@ def test_rollouts(disk, crashes):
         at = len(crash.reported)
         assert rollouts_in(crash.folder / "run") in courses[at : at + 2], crash.what
     assert rollouts_in(run) == courses[-1]
+
+
+def test_a_rollout_comes_back_to_the_bit(tmp_path):
+    """Every sample with its group's prompt, its own tokens and log-probs, and its exact reward."""
+    prompts, lens = [[5, 6, 7], [8]], [1, 3, 2, 4]
+    drawn = [
+        replace(completion(n), token_ids=tuple(range(n)), logprobs=tuple(-k / 7 for k in range(n)))
+        for n in lens
+    ]
+    save_rollout(tmp_path, 3, prompts, [drawn[:2], drawn[2:]], [[0.1, 1e300], [1 / 3, -0.0]])
+    [found] = [load_rollout(file) for file in list_rollouts(tmp_path).values()]
+    assert [sample.prompt_ids.tolist() for sample in found] == [prompts[i // 2] for i in range(4)]
+    assert [sample.token_ids.tolist() for sample in found] == [list(c.token_ids) for c in drawn]
+    assert [sample.sample_id for sample in found] == lens
+    assert [str(sample.reward) for sample in found] == ["0.1", "1e+300", str(1 / 3), "-0.0"]
+    for sample, one in zip(found, drawn, strict=True):
+        assert torch.equal(sample.logprobs, torch.tensor(one.logprobs))
 
 
 # -- a run that takes an earlier one's place ---------------------------------------------------

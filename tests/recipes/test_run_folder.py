@@ -1,6 +1,7 @@
 """A run's folder: nothing is removed before the new run stands, and nothing that no run made."""
 
 import json
+import multiprocessing
 import shutil
 from contextlib import suppress
 
@@ -69,6 +70,30 @@ def test_a_start_that_fails_leaves_no_folder(tmp_path):
     with pytest.raises(ValueError, match="it cannot start"):
         replace(tmp_path / "fresh", fail=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def close_and_tell(folder, connection):
+    folder.close()
+    connection.send("closed")
+
+
+def test_a_forked_child_puts_nothing_back(earlier):
+    """A reward may fork, and its child unwind the run's stack: the run goes on."""
+    with RunFolder(earlier, "grpo") as folder:
+        folder.begin(resume=False, overwrite=True)
+        write_files(earlier, {"config.yaml": "new"})
+        before = tree(earlier)
+        here, there = multiprocessing.Pipe()
+        context = multiprocessing.get_context("fork")
+        child = context.Process(target=close_and_tell, args=(folder, there))
+        child.start()
+        assert here.recv() == "closed"
+        child.join()
+        assert tree(earlier) == before
+        with pytest.raises(FolderInUseError):
+            FolderLock(earlier)
+        folder.started()
+    assert contents(earlier) == {"config.yaml": "new"}
 
 
 def test_siblings_stay(earlier):

@@ -5,7 +5,7 @@ import torch
 from crashing_disk import CrashingDisk
 
 from samebit.trainer import checkpoint_writer
-from samebit.trainer.checkpoint import list_checkpoints
+from samebit.trainer.checkpoint import CheckpointError, list_checkpoints
 from samebit.trainer.checkpoint_writer import CheckpointWriter, remove_leftovers
 
 
@@ -112,3 +112,5 @@ def test_of_two_ranks(tmp_path, monkeypatch):
         newest = found[-1][0] if found else 0
         assert newest in (len(reported), len(reported) + 1), what
     assert found == [(2, "")]
+    with pytest.raises(CheckpointError, match="written by 2 processes; there are 1 here"):
+        list_checkpoints(root)[-1].load()

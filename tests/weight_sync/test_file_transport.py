@@ -69,6 +69,16 @@ def test_a_folder_in_other_hands_has_no_version(old, tmp_path):
     assert engine.weight_version == WeightVersion(0, old.digest), "a version of other weights"
 
 
+def test_a_folder_in_other_hands_is_not_replaced(old, tmp_path):
+    """Neither by an export nor by a transport."""
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("x")
+    with pytest.raises(FileExistsError, match="no export made it, so nothing there is replaced"):
+        write(folder, old, 1)
+    assert [path.name for path in tmp_path.rglob("*")] == ["thesis", "thesis.tex"]
+
+
 def test_weights_changed_behind_the_version_file_are_refused(old, new, tmp_path):
     """The version file promises a digest; other bytes beside it are damage."""
     folder = tmp_path / "weights"

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import stat
+from pathlib import Path
 
 import pytest
 from crashing_disk import CrashingDisk
@@ -107,6 +108,36 @@ def test_dead_at_any_instant(tmp_path, monkeypatch, before, exchanges):
     assert seen[0] == before
     assert new in seen
     assert (None in seen) == (before is None or not exchanges)
+
+
+def test_dead_at_any_instant_of_ending_what_was_begun(tmp_path, monkeypatch):
+    """What a first crash left between the two renames outlives a second one."""
+    monkeypatch.setattr(folders, "exchange", lambda *_: False)
+    out = tmp_path / "disk" / "out"
+    out.mkdir(parents=True)
+    (out / "weights").write_text("old")
+    rename = Path.rename
+
+    def dying(path, target):
+        if path.name == "new" and target == out:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", dying)
+        patch.setattr(folders, "_discard", lambda _: None)
+        with pytest.raises(KeyboardInterrupt):
+            replace(out)
+    assert not out.exists()
+    disk = CrashingDisk(tmp_path / "disk")
+    with disk.recording(), replacing(out):
+        disk.report("ended")
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    new = {"weights": "new", "more": "new"}
+    for crash in disk.crashes(tmp_path / "after", ["kept"]):
+        with replacing(crash.folder / "out"):
+            found = contents(crash.folder / "out")
+        assert found in ([new, {}] if crash.reported else [new]), crash.what
 
 
 def test_two_at_once_are_refused(tmp_path):
