@@ -1,6 +1,7 @@
 """samebit diff: the first place where two runs part, to the token, the element and the ulp."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -98,6 +99,18 @@ def test_one_bit_of_one_weight(two, capsys):
     assert "the first at [3] is" in text
     assert "in B, 1 ulp; at most 1 ulp; SHA-256 " in text
     assert "(the file of B is not what was written" in text
+
+
+def test_the_last_bit_of_a_metric_counts(two, capsys):
+    file = two[1] / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    loss = rows[2]["train/loss"]
+    rows[2]["train/loss"] = math.nextafter(loss, 9)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, text = diff(capsys, *two)
+    assert code == 1
+    assert "first difference: step 2, metrics, train/loss: " in text
+    assert text.rstrip().endswith(f"{rows[2]['train/loss']!r} in B, 1 ulp of fp64")
 
 
 def test_all_shows_more_up_to_a_limit(two, capsys):

@@ -6,12 +6,14 @@ import shutil
 from contextlib import suppress
 
 import pytest
+import torch
 from helpers import edit_tensors, run_python, tree
 from run_children import open_run
 
 from samebit.recipes import cli
 from samebit.recipes.compose import ConfigError
 from samebit.recipes.run_folder import RunFolder, require_own_report
+from samebit.trainer.checkpoint import CheckpointError
 from samebit.weight_sync.folders import FolderInUseError, FolderLock, read_marker
 
 FILES = {"config.yaml": "old", "checkpoints/step_00000002/manifest.json": "{}", "notes.txt": "mine"}
@@ -296,6 +298,15 @@ def test_reports_do_not_land_in_a_runs_folder(earlier, capsys):
     report = earlier.parent / "ours" / "verify.json"
     write_files(earlier.parent, {"ours/verify.json": json.dumps({"command": "samebit verify"})})
     require_own_report(report)
+
+
+def test_nan_weights_are_not_saved(runs):
+    """Or they would push the last good checkpoint out."""
+    with open_run(runs.resolve("run")) as session:
+        state = {"step": 4, "params": {"a": torch.tensor([1.0, torch.nan])}}
+        with pytest.raises(CheckpointError, match="NaN or Inf in a after step 4; it was not saved"):
+            session.save(4, state, {})
+        assert list(session.checkpoints.iterdir()) == []
 
 
 def test_the_lock_is_held_for_the_whole_run(runs):
