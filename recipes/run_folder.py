@@ -153,6 +153,7 @@ class RunFolder:
         for entry in entries(folder) if folder.exists() else ():
             entry.rename(self.path / entry.name)
         if folder.exists():
+            sync(self.path)
             folder.rmdir()
         if earlier is None:
             (self.path / MARKER).unlink()

@@ -77,6 +77,8 @@ class _State:
         for folder in sorted(folders):
             here = [p for p in self.pending if any(at == folder for at, _ in p)]
             kept += [(f"{n} names of one folder kept", here[:n]) for n in range(1, len(here) + 1)]
+        removals = [p for p in self.pending if set(p.values()) == {None}]
+        kept += [("one removal kept", [removal]) for removal in removals]
         for names, changes in kept:
             for kind in kinds:
                 yield f"{names}, bytes {kind}", self._tree(changes, _BYTES[kind])
@@ -168,7 +170,8 @@ class CrashingDisk:
     def crashes(self, folder: Path, kinds: Collection[str] = tuple(_BYTES)) -> Iterator[Crash]:
         """Every different state after a crash at any instant since the recording began, made in a
         folder of its own under `folder`: any first part of the unsafe names kept, or of those of
-        one folder; unsafe bytes kept, lost, torn or zeroed, or as `kinds` says."""
+        one folder, or one removal alone; unsafe bytes kept, lost, torn or zeroed, or as `kinds`
+        says."""
         state, seen = _State(), set[Any]()
         for event in self._events[: self._first]:
             state.apply(event)

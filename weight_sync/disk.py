@@ -4,6 +4,7 @@ A file's bytes are on the disk once it is synced, its name once the folder that 
 """
 
 import ctypes
+import errno
 import os
 from pathlib import Path
 
@@ -12,10 +13,13 @@ _EXCHANGE = 2  # RENAME_EXCHANGE
 
 
 def sync(path: Path) -> None:
-    """The bytes of a file, or the names in a folder."""
+    """The bytes of a file, or the names in a folder, where its file system can say so."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

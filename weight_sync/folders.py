@@ -155,8 +155,11 @@ def _put_in_place(folder: Path, work: Path) -> None:
 
 def _discard(work: Path) -> None:
     """The marker goes last: as long as there is something to remove, it says what that is."""
-    for name in ("new", "old", ""):
+    for name in ("new", "old"):
         shutil.rmtree(work / name, ignore_errors=True)
+    with suppress(OSError):
+        sync(work)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _finish_others(folder: Path, own: Path) -> None:

@@ -114,3 +114,10 @@ def test_of_two_ranks(tmp_path, monkeypatch):
     assert found == [(2, "")]
     with pytest.raises(CheckpointError, match="written by 2 processes; there are 1 here"):
         list_checkpoints(root)[-1].load()
+    for rank in range(2):
+        file = root / "step_00000002" / f"rank_{rank:05d}.pt"
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1])
+        with pytest.raises(CheckpointError, match=f"rank_{rank:05d}.pt is damaged"):
+            list_checkpoints(root)[-1].verify()
+        file.write_bytes(whole)

@@ -10,6 +10,7 @@ from crashing_disk import CrashingDisk
 from helpers import run_python
 
 from samebit.weight_sync import folders
+from samebit.weight_sync.disk import sync
 from samebit.weight_sync.folders import LOCK, FolderInUseError, FolderLock, read_marker, replacing
 
 HOLDER = """
@@ -51,7 +52,7 @@ def test_a_forked_child_does_not_keep_it(tmp_path):
     child = multiprocessing.get_context("fork").Process(target=try_to_lock, args=(tmp_path, there))
     child.start()
     assert here.recv() == "refused"
-    lock.release()
+    lock.drop()  # as if this process were killed
     FolderLock(tmp_path).release()
     here.send("end")
     child.join()
@@ -60,14 +61,16 @@ def test_a_forked_child_does_not_keep_it(tmp_path):
 def replace(folder):
     with replacing(folder) as new:
         (new / "weights").write_text("new")
-        (new / "more").write_text("new")
+        (new / "folder").mkdir()
+        (new / "folder" / "more").write_text("new")
 
 
 def contents(folder):
     """Of the files that are not ours; None for a folder that is not there."""
     if not folder.exists():
         return None
-    return {p.name: p.read_text() for p in folder.iterdir() if p.name[0] != "."}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
 
 
 @pytest.mark.parametrize("exchanges", [True, False])
@@ -89,7 +92,7 @@ def test_dead_at_any_instant(tmp_path, monkeypatch, before, exchanges):
         replace(disk.folder / "out")
         disk.report("replaced")
     monkeypatch.setattr(os, "fsync", lambda _: None)  # what follows need not wait
-    seen, new = [], {"weights": "new", "more": "new"}
+    seen, new = [], {"weights": "new", "folder/more": "new"}
     for crash in disk.crashes(tmp_path / "after"):
         out = crash.folder / "out"
         found = contents(out)
@@ -133,11 +136,18 @@ def test_dead_at_any_instant_of_ending_what_was_begun(tmp_path, monkeypatch):
     with disk.recording(), replacing(out):
         disk.report("ended")
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    new = {"weights": "new", "more": "new"}
+    new = {"weights": "new", "folder/more": "new"}
     for crash in disk.crashes(tmp_path / "after", ["kept"]):
         with replacing(crash.folder / "out"):
             found = contents(crash.folder / "out")
         assert found in ([new, {}] if crash.reported else [new]), crash.what
+
+
+def test_what_cannot_be_synced():
+    """There are file systems that cannot sync folders: only a file is an error."""
+    sync(Path("/proc"))
+    with pytest.raises(OSError, match="Invalid argument"):
+        sync(Path("/proc/self/status"))
 
 
 def test_two_at_once_are_refused(tmp_path):
