@@ -277,7 +277,7 @@ def _train(recipe: GrpoRecipe, started: Callable[[], None]) -> dict[str, Any]:
         closing(recipe),
         session.logger(progress) as logger,
         session.bar(progress) as bar,
-        session.saving(progress, recipe.save),
+        session.saving(progress, logger, recipe.save),
     ):
         session.started()
         if session.is_first:

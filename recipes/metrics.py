@@ -15,6 +15,7 @@ from typing import IO, Any, Self
 
 from samebit.recipes.secrets import HIDDEN
 from samebit.trainer.config import require, require_default
+from samebit.weight_sync.disk import make_folder, sync
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -70,7 +71,7 @@ class MetricsLogger:
         resolved_config: dict[str, Any],
         resume_step: int | None,
     ) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir)
         for name in (METRICS_FILE, SAMPLES_FILE):
             _truncate(run_dir / name, resume_step)
         self._num_samples = config.num_samples
@@ -187,7 +188,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> None:
-    """Replaces a file: at any moment, also after a kill, it holds the old content or the new.
+    """Replaces a file: at any moment, also after a kill or a power failure, it holds the old
+    content or the new, and the new once this returns.
 
     Its mode is `mode` less the umask, from the first byte on.
     """
@@ -198,6 +200,7 @@ def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> Non
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync(path.parent)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save
 
 from samebit.recipes.metrics import write_atomically
 from samebit.rollout.types import Completion
+from samebit.weight_sync.disk import make_folder, sync
 
 ROLLOUTS_FOLDER = "rollouts"
 _NAME = re.compile(r"step_([0-9]{8,})")
@@ -52,7 +53,7 @@ def save_rollout(
         "logprobs": torch.tensor([x for c in completions for x in c.logprobs]),
     }
     file = run_dir / ROLLOUTS_FOLDER / f"step_{step:08d}.safetensors"
-    file.parent.mkdir(exist_ok=True)
+    make_folder(file.parent)
     write_atomically(file, save(tensors))
 
 
@@ -75,9 +76,11 @@ def load_rollout(file: Path) -> list[SavedSample]:
 
 def drop_rollouts_after(run_dir: Path, step: int) -> None:
     """Remove those of a course that a resumed run has left behind."""
-    for of_step, file in list_rollouts(run_dir).items():
-        if of_step > step:
-            file.unlink()
+    later = [file for of_step, file in list_rollouts(run_dir).items() if of_step > step]
+    for file in later:
+        file.unlink()
+    if later:
+        sync(run_dir / ROLLOUTS_FOLDER)
 
 
 def list_rollouts(run_dir: Path) -> dict[int, Path]:

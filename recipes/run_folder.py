@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from samebit.recipes.compose import ConfigError
+from samebit.weight_sync.disk import make_folder, sync
 from samebit.weight_sync.folders import LOCK, MARKER, FolderLock, read_marker, write_marker
 
 CONFIG_FILE = "config.yaml"
@@ -54,7 +55,7 @@ class RunFolder:
             self._made = not path.exists()
             if self._made and path.is_symlink():
                 raise OSError(f"it is a link to {path.readlink()}, which does not exist")
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             self._lock = FolderLock(path)
         # What was there before the first run: not ours to remove.
         self._foreign: list[str] = (read_marker(path) or {}).get("foreign", [])
@@ -90,6 +91,7 @@ class RunFolder:
         with naming(self.path):
             self._mark(name, "moving", marker)
             (self.path / name).mkdir()
+            sync(self.path)
             for entry in self._entries(name):
                 entry.rename(self.path / name / entry.name)
             self._mark(name, "starting", marker)
@@ -151,6 +153,7 @@ class RunFolder:
         for entry in entries(folder) if folder.exists() else ():
             entry.rename(self.path / entry.name)
         if folder.exists():
+            sync(self.path)
             folder.rmdir()
         if earlier is None:
             (self.path / MARKER).unlink()

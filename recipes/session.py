@@ -36,6 +36,7 @@ from samebit.trainer.megatron.resharding import WholeState
 from samebit.trainer.megatron.setup import start_processes
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.ranks import is_first, together
+from samebit.weight_sync.disk import make_folder
 from samebit.weight_sync.session import non_finite
 from samebit.weight_sync.transports.file import require_replaceable
 
@@ -121,9 +122,11 @@ class Session:
         self.writer.save(step, state, manifest)
 
     @contextmanager
-    def saving(self, progress: HasStep, save: Callable[[], object]) -> Iterator[None]:
+    def saving(
+        self, progress: HasStep, logger: MetricsLogger | NoLogger, save: Callable[[], object]
+    ) -> Iterator[None]:
         """At the block's end its checkpoints are whole. If it is stopped, `save` the last whole
-        step unless it is saved, and say so."""
+        step, after its rows, unless it is saved, and say so."""
         try:
             yield
             self.writer.finish()
@@ -131,6 +134,7 @@ class Session:
             self.writer.finish()
             newest = latest_checkpoint(self.checkpoints)
             if progress.step > 0 and (newest is None or newest.step < progress.step):
+                logger.sync()
                 save()
                 self.writer.finish()
             where = f"saved in {self.checkpoints}" if progress.step > 0 else "nothing to save"
@@ -235,7 +239,7 @@ def _open_folder(
             resumed.verify()
         folder.begin(resume=run.resume, overwrite=run.overwrite, inputs=input_files(run))
         with naming(run.run_dir):
-            checkpoints.mkdir(parents=True, exist_ok=True)
+            make_folder(checkpoints)
             remove_leftovers(checkpoints)
             write_atomically(checkpoints / ".probe", "")  # better now than at the first checkpoint
             (checkpoints / ".probe").unlink()

@@ -98,7 +98,7 @@ def _train(
         progress.eval_loss = held_out_loss(run, trainer, inputs.eval_set)
         return {"eval/loss": progress.eval_loss}
 
-    with logger, bar, session.saving(progress, save):
+    with logger, bar, session.saving(progress, logger, save):
         session.started()
         started()
         if progress.step == 0 and (metrics := evaluate()):

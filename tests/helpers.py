@@ -114,40 +114,6 @@ def file_size_limit(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-class Killed(BaseException):
-    """What `dying_at` raises."""
-
-
-def dying_at(instant: int, function: Callable[[], object]) -> bool:
-    """Call it and let it go no further than its change number `instant` to folders, as a kill
-    would, locks included; whether it came to its end."""
-    from samebit.weight_sync import folders
-
-    names, left = ("mkdir", "rename", "replace", "unlink", "rmdir"), [instant]
-    originals = {name: getattr(os, name) for name in names}
-
-    def counted(name: str) -> Callable[..., Any]:
-        def change(*args: Any, **kwargs: Any) -> Any:
-            left[0] -= 1
-            if left[0] < 0:
-                raise Killed
-            return originals[name](*args, **kwargs)
-
-        return change
-
-    try:
-        for name in names:
-            setattr(os, name, counted(name))
-        function()
-    except Killed:
-        return False
-    finally:
-        for name, original in originals.items():
-            setattr(os, name, original)
-        folders._drop_all()
-    return True
-
-
 def edit_config(folder: Path, **changes: Any) -> None:
     """Change keys of a folder's config.json; None removes a key."""
     file = folder / "config.json"

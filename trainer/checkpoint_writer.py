@@ -34,6 +34,7 @@ from samebit.trainer.checkpoint import (
     state_file,
 )
 from samebit.trainer.ranks import is_first, place, together
+from samebit.weight_sync.disk import exchange, make_folder, sync
 
 _LEFTOVER = re.compile(rf"\.{NAME.pattern}\.(tmp|old)")
 _LOOK_S = 0.02
@@ -83,7 +84,7 @@ class CheckpointWriter:
         rank, size = place()
         with _removed_if_it_fails(temporary), together(CheckpointError):
             if rank == 0:
-                self._root.mkdir(parents=True, exist_ok=True)
+                make_folder(self._root)
                 remove_leftovers(self._root)
                 temporary.mkdir()
             if self._background:
@@ -155,15 +156,8 @@ class CheckpointWriter:
             file.write(manifest_text({"step": step, "files": files, **manifest}).encode())
         for digest in digests:
             digest.unlink()
-        _sync_folder(temporary)
-        final = self._root / folder_name(step)
-        if _is_own(final):
-            _remove(final)
-        else:
-            _move_aside(final)
-        os.replace(temporary, final)
-        for folder in (self._root, *self._root.parents[:2]):  # the last two may be as new
-            _sync_folder(folder)
+        sync(temporary)
+        _make_visible(temporary, self._root / folder_name(step))
         for old in [f for f in checkpoint_folders(self._root) if _is_own(f)][: -self._keep]:
             _remove(old)
 
@@ -268,10 +262,25 @@ def _new_file(path: Path) -> Iterator[IO[bytes]]:
         ) from error
 
 
+def _make_visible(temporary: Path, final: Path) -> None:
+    """An earlier one of the same step gives way in the same instant."""
+    if not _is_own(final):
+        _move_aside(final)
+    elif exchange(temporary, final):
+        sync(final.parent)
+        shutil.rmtree(temporary)
+        return
+    else:  # the file system cannot do that: for an instant there is none of this step
+        _remove(final)
+    os.replace(temporary, final)
+    sync(final.parent)
+
+
 def _remove(folder: Path) -> None:
     """Hide, then delete: a kill in between leaves no half of a checkpoint behind."""
     hidden = folder.with_name(f".{folder.name}.old")
     folder.rename(hidden)
+    sync(hidden.parent)
     shutil.rmtree(hidden)
 
 
@@ -292,11 +301,3 @@ def _move_aside(other: Path) -> None:
     free = next(name for name in names if not os.path.lexists(name))
     other.rename(free)
     print(f"samebit: {other} was no checkpoint of a run; it is {free.name} now", file=sys.stderr)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from samebit.weight_sync.disk import exchange, make_folder, sync, sync_tree
+
 MARKER = ".samebit"
 LOCK = ".samebit.lock"
 _FORMAT = 1
@@ -38,13 +40,14 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
 
 
 def write_marker(folder: Path, kind: str, **content: Any) -> None:
-    """Make the folder ours; a marker that is there is replaced, whatever kills the process."""
+    """Make the folder ours; a marker that is there is replaced, whatever kills the machine."""
     temporary = folder / f"{MARKER}.tmp"
     with temporary.open("w") as file:
         file.write(json.dumps({"kind": kind, **content, "format": _FORMAT}) + "\n")
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(folder / MARKER)
+    sync(folder)
 
 
 class FolderLock:
@@ -116,7 +119,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     removed. A link is followed. Raises FolderInUseError if another process is replacing `folder`.
     """
     folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.samebit-", dir=folder.parent))
     lock = FolderLock(work)
     try:
@@ -126,29 +129,37 @@ def replacing(folder: Path) -> Iterator[Path]:
         new.mkdir()
         yield new
         write_marker(new, "model")
-        _exchange(folder, work)
+        sync_tree(work)
+        sync(folder.parent)
+        _put_in_place(folder, work)
     finally:
         _discard(work)
         lock.release()
 
 
-def _exchange(folder: Path, work: Path) -> None:
-    """Killed in between, `new` is whole and `folder` absent: see _finish_others."""
-    old = work / "old"
-    if folder.exists():
-        folder.rename(old)
-    try:
-        (work / "new").rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
+def _put_in_place(folder: Path, work: Path) -> None:
+    """In one instant. Where the file system cannot exchange two folders, one that is killed in
+    between leaves `new` whole and `folder` absent: see _finish_others."""
+    new, old = work / "new", work / "old"
+    if not (folder.exists() and exchange(new, folder)):
+        if folder.exists():
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+    sync(folder.parent)
 
 
 def _discard(work: Path) -> None:
     """The marker goes last: as long as there is something to remove, it says what that is."""
-    for name in ("new", "old", ""):
+    for name in ("new", "old"):
         shutil.rmtree(work / name, ignore_errors=True)
+    with suppress(OSError):
+        sync(work)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _finish_others(folder: Path, own: Path) -> None:
@@ -161,5 +172,6 @@ def _finish_others(folder: Path, own: Path) -> None:
         lock = FolderLock(work, folder)
         if (work / "old").exists() and not folder.exists():
             (work / "new").rename(folder)
+            sync(folder.parent)
         _discard(work)
         lock.release()

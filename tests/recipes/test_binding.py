@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from helpers import edit_config
@@ -180,6 +181,22 @@ def test_records_are_told_apart():
     ]
     assert len(set(variants)) == len(variants)
     assert digest(("a", "b", {"x": 1, "y": 2})) == digest(("a", "b", {"y": 2, "x": 1}))
+
+
+def test_every_record_of_a_file_counts_and_the_first_of_generated_ones():
+    """Generated problems follow from their arguments, but a task may change between versions."""
+
+    def digest(task, count, changed=None):
+        rows = [
+            Problem(index=i, prompt="p", label="x" if i == changed else "l", metadata={})
+            for i in range(count)
+        ]
+        return binding.records_digest(ListDataset(rows), replace(DataConfig(), task=task))
+
+    assert digest("file", 40) != digest("file", 40, changed=39)
+    assert digest("reverse_digits", 40) != digest("reverse_digits", 40, changed=15)
+    assert digest("reverse_digits", 40) == digest("reverse_digits", 40, changed=39)
+    assert digest("reverse_digits", 40) != digest("reverse_digits", 41)
 
 
 def test_a_plan_refuses_what_the_resumed_run_would(bound, tmp_path):

@@ -1,6 +1,7 @@
 """samebit diff: the first place where two runs part, to the token, the element and the ulp."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -9,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from samebit.recipes import cli
 from samebit.recipes.bits import Distance, distance
+from samebit.recipes.diff import rollout_differences
+from samebit.recipes.rollouts import SavedSample
 from samebit.trainer.checkpoint import list_checkpoints
 
 SAVED = "logger.save_rollouts=true"
@@ -98,6 +101,18 @@ def test_one_bit_of_one_weight(two, capsys):
     assert "(the file of B is not what was written" in text
 
 
+def test_the_last_bit_of_a_metric_counts(two, capsys):
+    file = two[1] / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    loss = rows[2]["train/loss"]
+    rows[2]["train/loss"] = math.nextafter(loss, 9)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, text = diff(capsys, *two)
+    assert code == 1
+    assert "first difference: step 2, metrics, train/loss: " in text
+    assert text.rstrip().endswith(f"{rows[2]['train/loss']!r} in B, 1 ulp of fp64")
+
+
 def test_all_shows_more_up_to_a_limit(two, capsys):
     file = two[1] / "metrics.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -161,6 +176,50 @@ def test_any_folder_name(two, capsys):
     odd = two[1].rename(two[1].with_name("it's = [b], {c}\\"))
     assert diff(capsys, two[0], odd)[0] == 0
     assert diff(capsys, f"b={two[0]}", odd)[0] == 0
+
+
+def sample(sample_id=3, prompt=(5, 6), tokens=(7, 8), logprobs=(-0.5, -0.25), reward=1.0):
+    ids = torch.tensor(prompt), torch.tensor(tokens, dtype=torch.int32)
+    return SavedSample(sample_id, *ids, torch.tensor(logprobs), reward)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (sample(sample_id=4), "sample 1 (id 0x3), sample_id: 0x4 in B"),
+        (sample(prompt=(5, 9)), "sample 1 (id 0x3), prompt_ids: [5, 6] in A, [5, 9] in B"),
+        (
+            sample(tokens=(7, 9)),
+            "sample 1 (id 0x3), token 1: 8 with log-prob -0.25 in A, 9 with log-prob -0.25 in B, "
+            "0 ulps",
+        ),
+        (
+            sample(tokens=(7,), logprobs=(-0.5,)),
+            "sample 1 (id 0x3), ends after 2 tokens in A, 1 in B",
+        ),
+        (sample(reward=2.0), "sample 1 (id 0x3), reward: 1.0 in A, 2.0 in B"),
+        (None, "2 samples in A, 1 in B"),
+    ],
+    ids=["sample id", "prompt", "token", "length", "reward", "number"],
+)
+def test_every_part_of_a_rollout_counts(other, message):
+    found = list(rollout_differences([sample()] * 2, [sample()] + [other] * (other is not None)))
+    assert [text.partition(", 4503599627370496 ulps")[0] for text in found] == [message]
+    assert list(rollout_differences([sample()] * 2, [sample()] * 2)) == []
+
+
+def test_a_summary_and_what_only_the_second_run_has_count(two, capsys):
+    """The digest of the weights stands there; a metric that one run lacks is not skipped."""
+    file = two[1] / "summary.json"
+    summary = json.loads(file.read_text())
+    file.write_text(json.dumps(summary | {"weights_digest": "0" * 16, "more": 1}))
+    code, text = diff(capsys, *two, "--all")
+    assert code == 1
+    digest = summary["weights_digest"]
+    assert f"first difference: summary: weights_digest: '{digest}' in A, '{'0' * 16}' in B" in text
+    assert "then: summary: more: 1, only in B" in text
+    file.unlink()
+    assert "first difference: summary: only A is finished" in diff(capsys, *two)[1]
 
 
 def test_a_shorter_run_is_a_difference(two, capsys):

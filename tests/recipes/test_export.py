@@ -121,8 +121,9 @@ def bf16_run(base, tmp_path_factory):
     edit_config(model, torch_dtype="bfloat16")
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "tool.jinja").write_text("x")
-    for name in ("consolidated.00.pth", ".samebit", "model.onnx"):
+    for name in ("consolidated.00.pth", ".samebit", ".secret", "model.onnx"):
         (model / name).write_text("{}")
+    (model / "weight_version.json").write_text(json.dumps({"step": 1, "digest": "0" * 16}))
     (model / "README.md").write_text("x")
     (model / "README.md").chmod(0o600)
     return folder / "step_00000006", model
@@ -160,7 +161,8 @@ def test_the_folder_says_what_was_written(base, bf16_run, tmp_path, capsys, aske
         assert read_version(out).digest == base.result[0]["weights_digest"]
     names = {str(name) for name in tree(out)}
     assert {"README.md", "tokenizer.json", "additional_chat_templates/tool.jinja"} < names
-    assert not names & {"consolidated.00.pth", "model.onnx"}
+    assert not names & {"consolidated.00.pth", "model.onnx", ".secret"}
+    assert read_version(out).step == 6
 
 
 def test_what_a_dtype_cannot_hold_is_refused(base, tmp_path, capsys):

@@ -1,16 +1,19 @@
 """A run's folder: nothing is removed before the new run stands, and nothing that no run made."""
 
 import json
+import multiprocessing
 import shutil
 from contextlib import suppress
 
 import pytest
-from helpers import dying_at, edit_tensors, run_python, tree
+import torch
+from helpers import edit_tensors, run_python, tree
 from run_children import open_run
 
 from samebit.recipes import cli
 from samebit.recipes.compose import ConfigError
 from samebit.recipes.run_folder import RunFolder, require_own_report
+from samebit.trainer.checkpoint import CheckpointError
 from samebit.weight_sync.folders import FolderInUseError, FolderLock, read_marker
 
 FILES = {"config.yaml": "old", "checkpoints/step_00000002/manifest.json": "{}", "notes.txt": "mine"}
@@ -71,28 +74,28 @@ def test_a_start_that_fails_leaves_no_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("fail", [False, True])
-def test_killed_at_any_instant(earlier, fail):
-    """The next process finds one of the two, whole: the earlier one until the new one stands."""
-    new = {"config.yaml": "new", "metrics.jsonl": "new"}
-    copy = shutil.copytree(earlier, earlier.parent / "copy")
-    found, finished = [], False
-    while not finished:
-        finished = dying_at(len(found), lambda: quietly(replace, earlier, fail))
-        RunFolder(earlier, "grpo").close()
-        stands = contents(earlier) != FILES
-        assert contents(earlier) == (new if stands else FILES)
-        assert read_marker(earlier)["command"] == ("grpo" if stands else "sft")
-        found.append(stands)
-        shutil.rmtree(earlier)
-        shutil.copytree(copy, earlier)
-    assert found == sorted(found)
-    assert found[-1] != fail
+def close_and_tell(folder, connection):
+    folder.close()
+    connection.send("closed")
 
 
-def quietly(function, *args):
-    with suppress(ValueError):
-        function(*args)
+def test_a_forked_child_puts_nothing_back(earlier):
+    """A reward may fork, and its child unwind the run's stack: the run goes on."""
+    with RunFolder(earlier, "grpo") as folder:
+        folder.begin(resume=False, overwrite=True)
+        write_files(earlier, {"config.yaml": "new"})
+        before = tree(earlier)
+        here, there = multiprocessing.Pipe()
+        context = multiprocessing.get_context("fork")
+        child = context.Process(target=close_and_tell, args=(folder, there))
+        child.start()
+        assert here.recv() == "closed"
+        child.join()
+        assert tree(earlier) == before
+        with pytest.raises(FolderInUseError):
+            FolderLock(earlier)
+        folder.started()
+    assert contents(earlier) == {"config.yaml": "new"}
 
 
 def test_siblings_stay(earlier):
@@ -295,6 +298,15 @@ def test_reports_do_not_land_in_a_runs_folder(earlier, capsys):
     report = earlier.parent / "ours" / "verify.json"
     write_files(earlier.parent, {"ours/verify.json": json.dumps({"command": "samebit verify"})})
     require_own_report(report)
+
+
+def test_nan_weights_are_not_saved(runs):
+    """Or they would push the last good checkpoint out."""
+    with open_run(runs.resolve("run")) as session:
+        state = {"step": 4, "params": {"a": torch.tensor([1.0, torch.nan])}}
+        with pytest.raises(CheckpointError, match="NaN or Inf in a after step 4; it was not saved"):
+            session.save(4, state, {})
+        assert list(session.checkpoints.iterdir()) == []
 
 
 def test_the_lock_is_held_for_the_whole_run(runs):

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from helpers import file_size_limit, run_python
+from helpers import assert_same_bits, file_size_limit, run_python
 
 from samebit.trainer import checkpoint_writer
 from samebit.trainer.checkpoint import (
@@ -192,6 +192,18 @@ def test_a_state_may_change_while_it_is_written(tmp_path, gate):
         assert found["step"] == step
         assert torch.equal(found["params"]["a"], torch.full((5,), float(step)))
         assert torch.equal(found["moments"][0], torch.full((2, 3), float(step)))
+
+
+def test_a_state_may_change_its_shapes_and_types(tmp_path):
+    """Memory that is used again must hold every bit of what comes next."""
+    writer = CheckpointWriter(tmp_path, keep=9)
+    states = [torch.tensor([1.5, 2.5]).to(dtype) for dtype in (torch.bfloat16, torch.float64)]
+    states += [torch.full((2,), 2**-60, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)]
+    for step, tensor in enumerate(states):
+        writer.save(step, {"a": {"b": tensor}}, {})
+    writer.finish()
+    for checkpoint, tensor in zip(list_checkpoints(tmp_path), states, strict=True):
+        assert_same_bits(checkpoint.load()["a"]["b"], tensor)
 
 
 def test_a_save_waits_for_the_one_before(tmp_path, gate):

@@ -1,17 +1,22 @@
 """Folders of weights: whole or absent, whatever kills the writer, and readable by transformers."""
 
 import json
+import os
 import shutil
 
 import pytest
 import torch
+from crashing_disk import CrashingDisk
 from helpers import run_python
+from safetensors.torch import load_file
 
 from samebit.rollout.engine import Engine
+from samebit.weight_sync.digest import weights_digest
+from samebit.weight_sync.mapping import plain
 from samebit.weight_sync.transports.file import FileTransport, read_version, write_hf_folder
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
-# Dies while it writes weights, between weights and version file, or just before the rename.
+# Dies just before the rename.
 DYING_WRITER = """
 import os, sys
 from pathlib import Path
@@ -22,23 +27,15 @@ from samebit.rollout.runtime.weights import load_safetensors
 from samebit.weight_sync.transports.file import write_hf_folder
 from samebit.weight_sync.types import WeightVersion
 
-source, target, moment = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+source, target = Path(sys.argv[1]), Path(sys.argv[2])
 specs = param_specs(load_model_config(source))
 params = {spec.name: torch.empty(spec.shape) for spec in specs}
 load_safetensors(source, specs, params)
-
-class Dying(dict):
-    def __getitem__(self, name):
-        if "layers.2" in name:
-            os._exit(0)
-        return super().__getitem__(name)
 
 def side_files():
     yield source / "config.json"
     os._exit(0)
 
-if moment == "weights":
-    write_hf_folder(target, specs, Dying(params), WeightVersion(2, "x"), max_shard_bytes=1)
 write_hf_folder(target, specs, params, WeightVersion(2, "x"), side_files())
 """
 
@@ -50,24 +47,17 @@ def write(folder, version, step, **limits):
     return found
 
 
-@pytest.mark.parametrize("moment", ["weights", "side files"])
-def test_an_interrupted_write_leaves_the_old_folder_whole(old, new, tmp_path, moment):
+def test_an_interrupted_write_leaves_the_old_folder_whole(old, new, tmp_path):
     """The folder is the recovery copy: a killed writer must not cost the version it replaces."""
     folder = tmp_path / "weights"
     version = write(folder, old, 1)
-    run_python(DYING_WRITER, new.folder, folder, moment)
+    run_python(DYING_WRITER, new.folder, folder)
     assert read_version(folder) == version
     engine = Engine(folder, device="cpu", kv_cache_tokens=1024)
     assert engine.weight_version == version
     after = write(folder, new, 3)
     assert engine.update_weights_from_disk(folder) == after
     assert [p.name for p in tmp_path.iterdir()] == ["weights"], "leftovers of the killed writer"
-
-
-def test_a_folder_appears_only_when_whole(new, tmp_path):
-    """A first write that is killed must leave nothing that looks like a folder of weights."""
-    run_python(DYING_WRITER, new.folder, tmp_path / "weights", "side files")
-    assert not (tmp_path / "weights").exists()
 
 
 def test_a_folder_in_other_hands_has_no_version(old, tmp_path):
@@ -77,6 +67,16 @@ def test_a_folder_in_other_hands_has_no_version(old, tmp_path):
     (folder / "weight_version.json").write_text(json.dumps({"step": 7, "digest": "f" * 16}))
     engine = Engine(folder, device="cpu", kv_cache_tokens=1024)
     assert engine.weight_version == WeightVersion(0, old.digest), "a version of other weights"
+
+
+def test_a_folder_in_other_hands_is_not_replaced(old, tmp_path):
+    """Neither by an export nor by a transport."""
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("x")
+    with pytest.raises(FileExistsError, match="no export made it, so nothing there is replaced"):
+        write(folder, old, 1)
+    assert [path.name for path in tmp_path.rglob("*")] == ["thesis", "thesis.tex"]
 
 
 def test_weights_changed_behind_the_version_file_are_refused(old, new, tmp_path):
@@ -122,3 +122,52 @@ def test_an_exported_folder_loads_in_transformers(request, tmp_path, model, max_
     again = Engine(folder, device="cpu", kv_cache_tokens=1024)
     assert again.weight_version == version
     assert again.score([ids]) == engine.score([ids])
+
+
+def test_dead_at_any_instant(tmp_path, monkeypatch):
+    """An export's folder and the file transport's: the weights of one version with its files and
+    its version, whole; what was committed is there."""
+    specs = [plain("a", "hf.a", (3, 2)), plain("b", "hf.b", (2,))]
+    side = tmp_path / "config.json"
+    side.write_text("{}")
+    disk = CrashingDisk(tmp_path / "disk")
+    out = disk.folder / "new" / "weights"
+    versions = []
+
+    def params_of(step):
+        return {spec.name: torch.full(spec.shape, float(step)) for spec in specs}
+
+    def load(folder):
+        versions.append(read_version(folder))
+        return versions[-1]
+
+    with disk.recording():
+        for step in (1, 2):
+            digest, params = weights_digest(specs, params_of(step)), params_of(step)
+            write_hf_folder(out, specs, params, WeightVersion(step, digest), [side], 20)
+            disk.report(step)
+        transport = FileTransport(out, specs, load)
+        transport.begin(3)
+        transport.send(params_of(3))
+        transport.commit(weights_digest(specs, params_of(3)))
+        disk.report(3)
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # what follows need not wait
+    seen = set()
+    for crash in disk.crashes(tmp_path / "after"):
+        folder = crash.folder / "new" / "weights"
+        step = 0
+        if folder.exists():
+            step = read_version(folder).step
+            tensors = {}
+            for file in folder.glob("*.safetensors"):
+                tensors |= load_file(file)
+            assert tensors.keys() == {"hf.a", "hf.b"}, crash.what
+            assert all((tensor == step).all() for tensor in tensors.values()), crash.what
+            if step < 3:
+                assert (folder / side.name).read_text() == "{}", crash.what
+                index = json.loads((folder / "model.safetensors.index.json").read_text())
+                assert index["weight_map"].keys() == tensors.keys(), crash.what
+        assert step in (len(crash.reported), len(crash.reported) + 1), crash.what
+        seen.add(step)
+    assert seen == {0, 1, 2, 3}
+    assert [version.step for version in versions] == [3]

@@ -3,10 +3,14 @@
 import multiprocessing
 import os
 import stat
+from pathlib import Path
 
 import pytest
-from helpers import dying_at, run_python, tree
+from crashing_disk import CrashingDisk
+from helpers import run_python
 
+from samebit.weight_sync import folders
+from samebit.weight_sync.disk import sync
 from samebit.weight_sync.folders import LOCK, FolderInUseError, FolderLock, read_marker, replacing
 
 HOLDER = """
@@ -48,7 +52,7 @@ def test_a_forked_child_does_not_keep_it(tmp_path):
     child = multiprocessing.get_context("fork").Process(target=try_to_lock, args=(tmp_path, there))
     child.start()
     assert here.recv() == "refused"
-    lock.release()
+    lock.drop()  # as if this process were killed
     FolderLock(tmp_path).release()
     here.send("end")
     child.join()
@@ -57,42 +61,93 @@ def test_a_forked_child_does_not_keep_it(tmp_path):
 def replace(folder):
     with replacing(folder) as new:
         (new / "weights").write_text("new")
-        (new / "more").write_text("new")
+        (new / "folder").mkdir()
+        (new / "folder" / "more").write_text("new")
 
 
-@pytest.mark.parametrize("existed", [True, False])
-def test_killed_at_any_instant(tmp_path, existed):
-    """Old or new, whole, after the next use at the latest; siblings with names like ours stay."""
-    for other in (".out.old", ".out.tmp", ".out.samebit-mine"):
-        (tmp_path / other).mkdir()
-        (tmp_path / other / "precious").write_text("x")
-    siblings = tree(tmp_path)
-    folder = tmp_path / "out"
-    for instant in range(100):
-        if existed:
-            folder.mkdir()
-            (folder / "weights").write_text("old")
-        finished = dying_at(instant, lambda: replace(folder))
-        found = (
-            {p.name: p.read_text() for p in folder.iterdir() if p.name[0] != "."}
-            if (folder.exists())
-            else None
-        )
-        new = {"weights": "new", "more": "new"}
-        assert found in ([{"weights": "old"}, new, None] if existed else [None, new])
-        replace(folder)
-        assert read_marker(folder)["kind"] == "model"
-        assert {p.name for p in tmp_path.iterdir()} - {"out"} >= {".out.old", ".out.tmp"}
-        for file in (folder / "weights", folder / "more", folder / ".samebit"):
-            file.unlink()
-        folder.rmdir()
-        assert siblings.items() <= tree(tmp_path).items()
-        if finished:
-            break
-    assert finished
-    # A kill before the marker is written leaves nothing but an empty folder or its lock.
-    for left in set(tmp_path.glob(".out.samebit-*")) - {tmp_path / ".out.samebit-mine"}:
-        assert {p.name for p in left.iterdir()} <= {LOCK, ".samebit.tmp"}
+def contents(folder):
+    """Of the files that are not ours; None for a folder that is not there."""
+    if not folder.exists():
+        return None
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize("before", [None, {"weights": "old"}])
+def test_dead_at_any_instant(tmp_path, monkeypatch, before, exchanges):
+    """Old or new, whole; where the file system cannot exchange two folders, for an instant neither,
+    until the next use. Siblings with names like ours stay."""
+    if not exchanges:
+        monkeypatch.setattr(folders, "exchange", lambda *_: False)
+    disk = CrashingDisk(tmp_path / "disk")
+    siblings = [".out.old", ".out.tmp", ".out.samebit-mine"]
+    for other in siblings:
+        (disk.folder / other).mkdir(parents=True)
+        (disk.folder / other / "precious").write_text("x")
+    if before is not None:
+        (disk.folder / "out").mkdir()
+        (disk.folder / "out" / "weights").write_text("old")
+    with disk.recording():
+        replace(disk.folder / "out")
+        disk.report("replaced")
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # what follows need not wait
+    seen, new = [], {"weights": "new", "folder/more": "new"}
+    for crash in disk.crashes(tmp_path / "after"):
+        out = crash.folder / "out"
+        found = contents(out)
+        assert found in ([new] if crash.reported else [before, new, None]), crash.what
+        seen.append(found)
+        with replacing(out) as again:  # what was begun is ended now
+            assert contents(out) in ([before, new] if before or found else [before]), crash.what
+            (again / "weights").write_text("newer")
+        assert contents(out) == {"weights": "newer"}
+        assert read_marker(out)["kind"] == "model"
+        for left in crash.folder.glob(".out.*"):
+            # One that had no marker yet is empty but for what we lay into every folder.
+            ours = {p.name for p in left.iterdir()} <= {LOCK, ".samebit.tmp"}
+            assert ours or left.name in siblings, crash.what
+        assert {p.parent.name for p in crash.folder.rglob("precious")} == set(siblings)
+    assert seen[0] == before
+    assert new in seen
+    assert (None in seen) == (before is None or not exchanges)
+
+
+def test_dead_at_any_instant_of_ending_what_was_begun(tmp_path, monkeypatch):
+    """What a first crash left between the two renames outlives a second one."""
+    monkeypatch.setattr(folders, "exchange", lambda *_: False)
+    out = tmp_path / "disk" / "out"
+    out.mkdir(parents=True)
+    (out / "weights").write_text("old")
+    rename = Path.rename
+
+    def dying(path, target):
+        if path.name == "new" and target == out:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", dying)
+        patch.setattr(folders, "_discard", lambda _: None)
+        with pytest.raises(KeyboardInterrupt):
+            replace(out)
+    assert not out.exists()
+    disk = CrashingDisk(tmp_path / "disk")
+    with disk.recording(), replacing(out):
+        disk.report("ended")
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    new = {"weights": "new", "folder/more": "new"}
+    for crash in disk.crashes(tmp_path / "after", ["kept"]):
+        with replacing(crash.folder / "out"):
+            found = contents(crash.folder / "out")
+        assert found in ([new, {}] if crash.reported else [new]), crash.what
+
+
+def test_what_cannot_be_synced():
+    """There are file systems that cannot sync folders: only a file is an error."""
+    sync(Path("/proc"))
+    with pytest.raises(OSError, match="Invalid argument"):
+        sync(Path("/proc/self/status"))
 
 
 def test_two_at_once_are_refused(tmp_path):

@@ -198,6 +198,23 @@ def test_alias_refuses_memory_that_the_engine_does_not_read(old):
     engine.generate(PROMPTS, PARAMS)
 
 
+def test_alias_refuses_a_part_of_the_parameters(old):
+    """A trainer that forgot one would have the engine serve a version that is none."""
+    engine = local_engine(old.folder)
+    engine.bind_weights(old.params)
+    transport, part = AliasTransport(engine), old.without("output_layer.weight")
+    transport.begin(1)
+    with pytest.raises(WeightSyncError, match="not shared with the engine"):
+        transport.send(part)
+    with pytest.raises(WeightSyncError, match="no update is under way"):
+        transport.commit(old.digest)
+    with pytest.raises(WeightSyncError, match="step 1 broke off"):
+        engine.generate(PROMPTS, PARAMS)
+    transport.begin(2)
+    transport.send(old.params)
+    assert transport.commit(old.digest) == engine.weight_version == WeightVersion(2, old.digest)
+
+
 def test_bind_weights_refuses_parameters_that_do_not_fit(old):
     """Another model's memory must not be served."""
     engine = local_engine(old.folder)
