@@ -32,7 +32,7 @@ class Mutant(Protocol):
 
     @property
     def name(self) -> str: ...
-    def text(self) -> str: ...
+    def text(self, root: Path) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class _Place:
 
     folder: Path
     mutant: Mutant | None = None
+    original: str = ""
     rounds: Iterator[Round] = field(default_factory=lambda: iter(()))
     current: Round | None = None
     verdict: Verdict | None = None
@@ -101,7 +102,6 @@ class Judge:
         self._places = [
             _Place(copy_repository(root, scratch / f"copy{i}")) for i in range(num_workers)
         ]
-        self._scratch = scratch
         torch.set_num_threads(1)
 
     def judge(
@@ -115,7 +115,8 @@ class Judge:
             for place in self._places:
                 if place.mutant is None and waiting:
                     mutant, rounds = waiting.popleft()
-                    _put(place.folder / mutant.file, mutant.text())
+                    place.original = (place.folder / mutant.file).read_text(encoding="utf-8")
+                    _put(place.folder / mutant.file, mutant.text(place.folder))
                     place.mutant, place.rounds = mutant, iter(rounds)
                     place.verdict, place.started = Verdict(mutant.name, mutant.file), time.time()
                     self._next_round(place, report)
@@ -131,8 +132,7 @@ class Judge:
             place.pid = self._fork(place, place.current)
             return
         place.verdict.seconds = round(time.time() - place.started, 1)
-        original = (self._root / place.mutant.file).read_text(encoding="utf-8")
-        _put(place.folder / place.mutant.file, original)
+        _put(place.folder / place.mutant.file, place.original)
         place.mutant = None
         report(place.verdict)
 
