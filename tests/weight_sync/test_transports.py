@@ -198,6 +198,24 @@ def test_alias_refuses_memory_that_the_engine_does_not_read(old):
     engine.generate(PROMPTS, PARAMS)
 
 
+def test_alias_refuses_a_part_of_the_parameters(old):
+    """What is left out may be memory that the trainer no longer writes."""
+    engine = local_engine(old.folder)
+    memory = {name: p.clone() for name, p in old.params.items()}
+    engine.bind_weights(memory)
+    transport = AliasTransport(engine)
+    for left_out in (next(iter(memory)), next(reversed(memory))):
+        transport.begin(1)
+        with pytest.raises(WeightSyncError, match="not shared with the engine"):
+            transport.send({name: p for name, p in memory.items() if name != left_out})
+        with pytest.raises(WeightSyncError, match="step 1 broke off"):
+            engine.generate(PROMPTS, PARAMS)
+    transport.begin(2)
+    transport.send(memory)
+    assert transport.commit(old.digest) == WeightVersion(2, old.digest)
+    engine.generate(PROMPTS, PARAMS)
+
+
 def test_bind_weights_refuses_parameters_that_do_not_fit(old):
     """Another model's memory must not be served."""
     engine = local_engine(old.folder)
