@@ -51,6 +51,7 @@ def policy_step(megatron, folder):
     from samebit.trainer.megatron.cpu import no_cuda
     from samebit.trainer.packing import pack_samples
 
+    load_weights(megatron, folder)
     with torch.no_grad():
         for p in megatron.params.values():
             p.mul_(1.5)

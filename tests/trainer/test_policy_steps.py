@@ -63,9 +63,7 @@ class Plain:
 
 
 @pytest.mark.parametrize("loss_mean", ["token", "sequence"])
-def test_a_step_is_that_of_a_plain_program(
-    make_trainer, random_samples, model_path, loss_mean
-):
+def test_a_step_is_that_of_a_plain_program(make_trainer, random_samples, model_path, loss_mean):
     """Advantages, ratio, clipping, KL, entropy and temperature, over three micro-batches: loss,
     gradient and every figure that is reported."""
     trainer = make_trainer(model_path, lr=0.0, clip_grad=0)
