@@ -16,7 +16,15 @@ from samebit.trainer.megatron import model as model_module
 from samebit.trainer.megatron import trainer as trainer_module
 from samebit.trainer.packing import pack_samples
 
-SETTINGS = {"lr": 1e-3, "weight_decay": 0.1, "adam_eps": 1e-4, "adam_beta2": 0.9, "clip_grad": 0}
+BETAS = (0.8, 0.95)
+SETTINGS = {
+    "lr": 1e-3,
+    "weight_decay": 0.1,
+    "adam_eps": 1e-4,
+    "adam_beta1": BETAS[0],
+    "adam_beta2": BETAS[1],
+    "clip_grad": 0,
+}
 LAYOUTS = {
     "plain": {},
     "distributed": {"distributed_optimizer": True},
@@ -65,7 +73,7 @@ def test_steps_go_on_from_the_masters(make_bf16, batches, layout):
         {"params": [m for m in masters.values() if m.dim() > 1], "weight_decay": 0.1},
         {"params": [m for m in masters.values() if m.dim() == 1], "weight_decay": 0.0},
     ]
-    adam = torch.optim.AdamW(groups, lr=1e-3, eps=1e-4, betas=(0.9, 0.9))
+    adam = torch.optim.AdamW(groups, lr=1e-3, eps=1e-4, betas=BETAS)
     lost = 0
     for _ in range(3):
         before = {name: p.detach().clone() for name, p in trainer.params.items()}
