@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from helpers import file_size_limit
+from policy_steps import gradient_samples, policy_step, refusals
 from torch.distributed import distributed_c10d
 
 from samebit.kernels.reduce import TensorRanks, gather_objects
@@ -92,7 +93,7 @@ def make_trainer(folder, parallel=None, **optimizer):
 
 
 def gradients(folder, out):
-    """One process's gradients by Hugging Face names, and their norm."""
+    """One process's gradients by Hugging Face names, and their norm; and those of a GRPO step."""
     from samebit.trainer.algorithms.sft import sft_loss
     from samebit.trainer.megatron.cpu import no_cuda
     from samebit.trainer.packing import pack_samples
@@ -100,7 +101,7 @@ def gradients(folder, out):
 
     torch.set_num_threads(1)
     megatron = make_trainer(folder)
-    batches = pack_samples(gradient_samples(), 100)
+    batches = pack_samples(gradient_samples(), 70)
     with no_cuda():
         megatron._forward_backward(batches, sft_loss, None)
     found = {name: p.main_grad.clone() for name, p in megatron.params.items()}
@@ -109,6 +110,8 @@ def gradients(folder, out):
         "nll": megatron.mean_nll(batches),
     }
     saved["norm"] = megatron.train_step(batches, sft_loss).grad_norm
+    policy, saved["stats"] = policy_step(megatron, folder)
+    saved["policy"] = dict(hf_tensors(megatron.specs, policy))
     torch.save(saved, out)
 
 
@@ -143,23 +146,28 @@ def trainer(rank, size, store, folder, mode, expected, out):
         found["compared"] += count
         found["unequal"] += unequal
     saved = torch.load(expected)
-    whole = saved["gradients"]
-    wanted = {s.name: torch.zeros(s.shape) for s in megatron.specs}
-    load_params(megatron.specs, wanted, whole.__getitem__)
-    batches = pack_samples(gradient_samples(), 100)
+
+    def errors(gradients, field):
+        wanted = {s.name: torch.zeros(s.shape) for s in megatron.specs}
+        load_params(megatron.specs, wanted, saved[field].__getitem__)
+        # A rank may hold nothing but padding of the vocabulary.
+        return {
+            name: float((gradient - wanted[name]).norm() / (wanted[name].norm() + 1e-30))
+            for name, gradient in gradients.items()
+        }
+
+    batches = pack_samples(gradient_samples(), 70)  # three: interleaved stages add a filler
     batches = share_batches(batches, parallel.data)[parallel_state.get_data_parallel_rank()]
     found["nll"], found["nll_alone"] = megatron.mean_nll(batches), saved["nll"]
     with no_cuda():
         megatron._forward_backward(batches, sft_loss, None)
-    found["errors"] = {
-        # A rank may hold nothing but padding of the vocabulary.
-        name: float((p.main_grad - wanted[name]).norm() / (wanted[name].norm() + 1e-30))
-        for name, p in megatron.params.items()
-    }
+    found["errors"] = errors({n: p.main_grad for n, p in megatron.params.items()}, "gradients")
     norms = [megatron.train_step(batches, sft_loss).grad_norm for _ in range(2)]
     found["norms"], found["trained"] = norms, megatron.digest()
     rollout.bind_weights(whole_params(megatron, rollout), megatron.step)
     count, found["unequal_after"] = compare_logprobs(megatron, rollout, 200)
+    policy, found["stats"] = policy_step(megatron, folder)
+    found["policy_errors"], found["stats_alone"] = errors(policy, "policy"), saved["stats"]
     Path(out).with_suffix(f".{rank}").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
@@ -231,9 +239,11 @@ def data(rank, size, store, folder, distributed, out):
     gradients = {name: p.main_grad.clone() for name, p in megatron.params.items()}
     nll = megatron.mean_nll(mine)
     stats = [vars(megatron.train_step(mine, sft_loss)) for _ in range(2)]
+    refused = refusals(megatron, mine, int(rank))
     rollout = Engine(folder, device="cpu", seed=3)
     rollout.bind_weights(megatron.params, megatron.step)
     found = {
+        "refused": refused,
         "gradients": gradients,
         "params": {name: p.detach().clone() for name, p in megatron.params.items()},
         "stats": stats,
@@ -241,6 +251,7 @@ def data(rank, size, store, folder, distributed, out):
         "compared": compare_logprobs(megatron, rollout, 200),
         "num_batches": len(mine),
         "nll": nll,
+        "policy": policy_step(megatron, folder)[1],
     }
     torch.save(found, Path(out).with_suffix(f".{rank}"))
     if int(size) > 1:
@@ -324,6 +335,7 @@ def reshard(rank, size, store, folder, mode, before, after, out):
     writer = CheckpointWriter(Path(after), keep=1, background=False)
     writer.save(megatron.step, megatron.state_dict(), {})
     found = {"digest": megatron.digest(), "next": vars(megatron.train_step(mine, sft_loss))}
+    found["after"] = megatron.digest()
     Path(out).with_suffix(f".{rank}").write_text(json.dumps(found))
     if int(size) > 1:
         dist.barrier()
@@ -344,19 +356,3 @@ def compare_logprobs(megatron, rollout, tokens):
     ours = [v for part in megatron.logprobs(pack_samples(samples, tokens)) for v in part.tolist()]
     theirs = [v for sample in samples for v in sample.logprobs]
     return len(ours), sum(a != b for a, b in zip(ours, theirs, strict=True))
-
-
-def gradient_samples():
-    """Samples of very different lengths, for the supervised loss."""
-    from samebit.trainer.types import Sample
-
-    generator = torch.Generator().manual_seed(9)
-    lens = [(1, 8), (20, 3), (7, 30), (12, 12), (3, 1), (33, 14)]
-    return [
-        Sample(
-            sample_id=i,
-            token_ids=tuple(torch.randint(331, (p + r,), generator=generator).tolist()),
-            prompt_len=p,
-        )
-        for i, (p, r) in enumerate(lens)
-    ]

@@ -10,14 +10,18 @@ from helpers import run_logged
 
 @pytest.fixture(scope="session")
 def run_together(forkserver, tmp_path_factory):
-    """run_together(program, calls): a function of rank_programs with each call's arguments, in as
-    many processes; all of them have to end well."""
+    """run_together(program, calls): a function of rank_programs, or MODULE.FUNCTION, with each
+    call's arguments, in as many processes; all of them have to end well."""
 
     def run(program, calls):
+        module, function = f".{program}".rsplit(".", 1)
         folder = tmp_path_factory.mktemp(program)
         logs = [folder / f"{i}.log" for i in range(len(calls))]
         processes = [
-            forkserver.Process(target=run_logged, args=(log, "rank_programs", program, *arguments))
+            forkserver.Process(
+                target=run_logged,
+                args=(log, module.lstrip(".") or "rank_programs", function, *arguments),
+            )
             for log, arguments in zip(logs, calls, strict=True)
         ]
         for process in processes:

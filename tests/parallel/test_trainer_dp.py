@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from policy_steps import assert_same_figures
 
 
-@pytest.fixture
-def alone(run_ranks, qwen3_path, tmp_path):
+@pytest.fixture(scope="module")
+def alone(run_together, qwen3_path, tmp_path_factory):
     """What one process with all micro-batches comes to."""
-    run_ranks("data", 1, qwen3_path, "whole", tmp_path / "alone.pt")
-    return torch.load(tmp_path / "alone.0")
+    folder = tmp_path_factory.mktemp("alone")
+    run_together("data", [(0, 1, folder / "store", qwen3_path, "whole", folder / "out.pt")])
+    return torch.load(folder / "out.0")
 
 
 @pytest.mark.parametrize("distributed", ["whole", "split", "whole overlap", "split overlap"])
@@ -26,7 +28,14 @@ def test_two_copies_train_one_model(run_ranks, qwen3_path, alone, distributed, t
         for name in ("loss", "grad_norm", "num_tokens", "learning_rate"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-6)
         assert ours["metrics"] == pytest.approx(theirs["metrics"], rel=1e-6)
+    assert found[0]["policy"] == found[1]["policy"]
+    assert_same_figures(found[0]["policy"], alone["policy"])
+    said = [
+        "loss is NaN or Inf at step 3, micro-batch 1, sample 2; the weights are unchanged",
+        *["a gradient is NaN or Inf at step 3; the weights are unchanged"] * 2,
+    ]
     for f in found:
+        assert f["refused"] == [(line, True) for line in said]
         count, unequal = f["compared"]
         assert count > 100
         assert unequal == 0

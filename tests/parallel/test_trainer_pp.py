@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from policy_steps import assert_same_figures
 
 from samebit.recipes.tiny_model import write_config, write_weights
 from samebit.rollout.engine import Engine
@@ -50,6 +51,8 @@ def test_two_stages_train_one_model(run_ranks, folder, gradients, mode, tmp_path
     for found in (first, second):
         assert (found["unequal"], found["unequal_after"]) == (0, 0)
         assert max(found["errors"].values()) < 1e-6, found["errors"]
+        assert max(found["policy_errors"].values()) < 1e-5, found["policy_errors"]
+        assert_same_figures(found["stats"], found["stats_alone"])
         assert found["norms"][0] == pytest.approx(norm, rel=1e-6)
         assert found["nll"] == pytest.approx(found["nll_alone"], rel=1e-6)
     assert first["errors"].keys() != second["errors"].keys()
@@ -74,6 +77,8 @@ def test_four_ranks_train_one_model(run_ranks, run_gradients, qwen3_folder, mode
         assert rank["compared"] > 300
         assert (rank["unequal"], rank["unequal_after"]) == (0, 0)
         assert max(rank["errors"].values()) < 1e-6, rank["errors"]
+        assert max(rank["policy_errors"].values()) < 1e-5, rank["policy_errors"]
+        assert_same_figures(rank["stats"], rank["stats_alone"])
         assert rank["norms"] == found[0]["norms"]
         assert rank["norms"][0] == pytest.approx(torch.load(file)["norm"], rel=1e-6)
     alone = Engine(qwen3_folder, device="cpu").weight_version.digest

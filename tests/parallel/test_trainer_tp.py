@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from policy_steps import assert_same_figures
 
 from samebit.recipes.tiny_model import make_random_model
 from samebit.rollout.engine import Engine
@@ -30,6 +31,8 @@ def test_two_ranks_train_one_model(run_ranks, folder, gradients, mode, tmp_path)
     for found in (first, second):
         assert (found["unequal"], found["unequal_after"]) == (0, 0)
         assert max(found["errors"].values()) < 1e-6, found["errors"]
+        assert max(found["policy_errors"].values()) < 1e-5, found["policy_errors"]
+        assert_same_figures(found["stats"], found["stats_alone"])
         assert found["norms"][0] == pytest.approx(norm, rel=1e-6)
         assert found["nll"] == pytest.approx(found["nll_alone"], rel=1e-6)
     assert first["norms"] == second["norms"]

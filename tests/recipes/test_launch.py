@@ -168,3 +168,55 @@ def test_processes_are_started_only_where_they_are_needed(monkeypatch):
         launch.launch([], run("trainer.parallel.data=99", "device=cuda"))
     monkeypatch.setenv("RANK", "0")
     assert not launch.is_needed(run("trainer.parallel.data=2"))
+
+
+@pytest.fixture
+def launch_script(monkeypatch, tmp_path):
+    """launch_script(text): the exit code of two processes of a shell script in place of samebit."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(launch, "GRACE_S", 0.2)
+
+    def run(text):
+        script = tmp_path / "interpreter"
+        script.write_text(f"#!/bin/sh\ncd {tmp_path}\n{text}\n")
+        script.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(script))
+        overrides = ["model.path=m", "data=chain_sum", "trainer.parallel.data=2", "device=cpu"]
+        return launch.launch(["grpo", "a=b"], resolve("grpo", overrides))
+
+    return run
+
+
+@pytest.mark.parametrize(("how", "code"), [("exit 7", 7), ("kill -TERM $$", 128 + 15)])
+def test_the_first_failure_is_told(launch_script, capsys, how, code):
+    """Not what became of the others, which wait for it until they are ended."""
+    assert launch_script(f'[ "$RANK" = 1 ] && {how}\nexec cat') == code
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("samebit: rank 1 ended with ")
+    assert launch_script("exit 0") == 0
+    assert not capsys.readouterr().err
+
+
+def test_what_processes_are_told(launch_script, monkeypatch, tmp_path):
+    """The command, their places and one secret; of the rest, what the user has set stays."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("NCCL_ALGO", raising=False)
+    assert launch_script('env > env.$RANK; echo "$@" > command.$RANK') == 0
+    found = []
+    for rank in (0, 1):
+        assert (tmp_path / f"command.{rank}").read_text() == "-P -m samebit.recipes.cli grpo a=b\n"
+        lines = (tmp_path / f"env.{rank}").read_text().splitlines()
+        found.append(dict(line.split("=", 1) for line in lines if "=" in line))
+        for name, value in {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "OMP_NUM_THREADS": "3",
+            "NCCL_ALGO": "Ring",
+        }.items():
+            assert found[rank][name] == value, name
+    for name in ("SAMEBIT_SECRET", "MASTER_PORT"):
+        assert found[0][name] == found[1][name]
+    assert len(found[0]["SAMEBIT_SECRET"]) == 64

@@ -35,6 +35,9 @@ def test_shares_hold_every_token_and_loss_row_once(random_samples, size, loss_me
         own = share.batch
         assert torch.equal(own.target_ids, batch.target_ids[share.rows])
         assert torch.equal(own.rollout_logprobs, batch.rollout_logprobs[share.rows])
+        assert torch.equal(own.advantages, batch.advantages[share.rows])
+        assert torch.equal(own.loss_weights, batch.loss_weights[share.rows])
+        assert torch.equal(own.sample_of_row, batch.sample_of_row[share.rows])
         assert torch.equal(own.positions[own.rows], batch.positions[batch.rows[share.rows]])
         assert torch.equal(own.input_ids[own.rows], batch.input_ids[batch.rows[share.rows]])
     assert torch.equal(padded[shares[0].order], batch.input_ids)

@@ -120,14 +120,13 @@ def test_vocabulary_padding_gets_no_gradient(model_path, make_trainer, random_sa
 @pytest.mark.parametrize("clip_grad", [0.0, 0.05])
 def test_steps_are_those_of_adamw(model_path, make_trainer, random_samples, clip_grad):
     """Learning rate, betas, eps, decay and clipping mean what torch.optim.AdamW means by them."""
-    trainer = make_trainer(
-        model_path, lr=3e-3, weight_decay=0.1, adam_eps=1e-4, adam_beta2=0.9, clip_grad=clip_grad
-    )
+    settings = {"weight_decay": 0.1, "adam_eps": 1e-4, "adam_beta1": 0.8, "adam_beta2": 0.95}
+    trainer = make_trainer(model_path, lr=3e-3, clip_grad=clip_grad, **settings)
     model = reference_model(model_path)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]  # norms do not decay
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    adam = torch.optim.AdamW(groups, lr=3e-3, weight_decay=0.1, eps=1e-4, betas=(0.9, 0.9))
+    adam = torch.optim.AdamW(groups, lr=3e-3, weight_decay=0.1, eps=1e-4, betas=(0.8, 0.95))
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     before = in_our_layout(trainer.specs, tensors)
     for step in range(3):

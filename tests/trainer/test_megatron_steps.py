@@ -1,6 +1,7 @@
 """Optimizer steps: schedule, reference, state, and what happens when a number is not finite."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -45,6 +46,27 @@ def test_warm_up_and_decay(make_trainer, batches):
     del settings["min_lr"]
     found = rates(make_trainer(lr_schedule="constant", **settings), batches, 5)
     assert found == pytest.approx([*warm, 1e-3, 1e-3])
+
+
+def test_a_schedule_counts_optimizer_steps(make_trainer, batches):
+    """Not micro-batches and not samples, of which a step has any number; and not from the end."""
+    settings = {"lr": 1e-3, "lr_warmup_steps": 1, "num_steps": 5, "lr_schedule": "linear"}
+    trainer = make_trainer(**settings)
+    found = [
+        trainer.train_step(some, sft_loss).learning_rate
+        for some in (batches, batches[:1], batches[1:], batches, batches, batches[:2])
+    ]
+    assert found == pytest.approx([0.0, 1e-3, 7.5e-4, 5e-4, 2.5e-4, 0.0])
+
+
+def test_a_rate_is_used_in_the_step_that_reports_it(make_trainer, batches):
+    """The first step of a warm-up, at rate 0, moves nothing; a second one does."""
+    trainer = make_trainer(lr=1e-3, lr_warmup_steps=2)
+    seen = [trainer.digest()]
+    for _ in range(2):
+        trainer.train_step(batches, sft_loss)
+        seen.append(trainer.digest())
+    assert seen[0] == seen[1] != seen[2]
 
 
 def test_a_warm_up_longer_than_the_run_is_possible(make_trainer, batches):
@@ -139,6 +161,18 @@ def test_the_kl_penalty_pulls_back(make_trainer, batches):
     assert distances[1] < 0.5 * distances[0]
 
 
+def assert_same_state(found, expected, path=""):
+    """Every tensor of two states has the same bits, every other value is equal."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), path
+        for key, value in expected.items():
+            assert_same_state(found[key], value, f"{path}.{key}")
+    elif torch.is_tensor(expected):
+        assert_same_bits(found, expected, path)
+    else:
+        assert found == expected, path
+
+
 def nan_loss_of(sample_id, value):
     def loss(logprobs, reference, batch):
         ids = torch.tensor([s.sample_id for s in batch.samples])
@@ -166,15 +200,28 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_written(make_trainer
     trainer, other = make_trainer(), make_trainer()
     for t in (trainer, other):
         t.train_step(batches, sft_loss)
-    before, bad = trainer.digest(), batches[1].samples[1].sample_id
+    before, bad = deepcopy(trainer.state_dict()), batches[1].samples[1].sample_id
     message = f"loss is NaN or Inf at step 2, micro-batch 1, sample {bad}; the weights are unch"
     with pytest.raises(NonFiniteError, match=message):
         trainer.train_step(batches, nan_loss_of(bad, value))
-    assert (trainer.digest(), trainer.step) == (before, 1)
+    assert_same_state(trainer.state_dict(), before)
+    assert trainer.step == 1
     # What was accumulated before the error must not count in the next step.
     trainer.train_step(batches, sft_loss)
     other.train_step(batches, sft_loss)
     assert trainer.digest() == other.digest()
+
+
+def test_the_first_of_several_bad_samples_is_named(make_trainer, batches):
+    """The one to look at: what comes after may be bad because of it."""
+    first, last = batches[0].samples[1].sample_id, batches[2].samples[0].sample_id
+
+    def loss(logprobs, reference, batch):
+        ids = torch.tensor([s.sample_id for s in batch.samples])[batch.sample_of_row]
+        return torch.where((ids == first) | (ids == last), math.nan, -logprobs), {}
+
+    with pytest.raises(NonFiniteError, match=f"micro-batch 0, sample {first}; the weights"):
+        make_trainer().train_step(batches, loss)
 
 
 def test_a_gradient_that_is_not_finite_stops_before_anything_is_written(make_trainer, batches):
@@ -182,11 +229,12 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_is_written(make_tra
     trainer, other = make_trainer(), make_trainer()
     for t in (trainer, other):
         t.train_step(batches, sft_loss)
-    before, ids = trainer.digest(), [s.sample_id for s in batches[2].samples]
+    before, ids = deepcopy(trainer.state_dict()), [s.sample_id for s in batches[2].samples]
     message = rf"at step 2, micro-batch 2, sample {ids[0]}; the weights are unchanged"
     with pytest.raises(NonFiniteError, match=message):
         trainer.train_step(batches, nan_gradient_of(2))
-    assert (trainer.digest(), trainer.step) == (before, 1)
+    assert_same_state(trainer.state_dict(), before)
+    assert trainer.step == 1
     trainer.train_step(batches, sft_loss)
     other.train_step(batches, sft_loss)
     assert trainer.digest() == other.digest()
@@ -276,3 +324,21 @@ def test_the_sample_behind_a_bad_gradient_is_named(make_trainer, batches):
 
     with pytest.raises(NonFiniteError, match=f"micro-batch 2, sample {bad}; the weights"):
         make_trainer().train_step(batches, loss)
+
+
+def test_the_sample_behind_a_bad_gradient_is_named_at_its_temperature(make_trainer, batches):
+    """And with its reference: each sample alone has the numbers that it has among others."""
+    cold = pack_samples([s for b in batches for s in b.samples], 110, temperature=0.5)
+    trainer = make_trainer()
+    trainer.freeze_reference()
+    expected = torch.cat(trainer.logprobs(cold))
+    bad, place = cold[1].samples[1].sample_id, len(cold[0].rows) + cold[1].samples[0].response_len
+
+    def loss(logprobs, reference, batch):
+        alike = (logprobs.detach() == expected[place]) & (reference == expected[place])
+        rows = torch.nonzero(alike).squeeze(1)
+        kink = (logprobs[rows] - logprobs[rows].detach()).abs().sqrt()
+        return (-logprobs).index_add(0, rows, kink), {}
+
+    with pytest.raises(NonFiniteError, match=f"micro-batch 1, sample {bad}; the weights"):
+        trainer.train_step(cold, loss)

@@ -1,8 +1,11 @@
 """Samples to micro-batches: within the budget, in order, every token and weight in its place."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.packing import pack_samples, share_batches
 from samebit.trainer.types import Sample
 
@@ -127,3 +130,31 @@ def test_micro_batches_are_shared_out_evenly(random_samples):
         assert share_batches(batches, num_ranks) == shares
     with pytest.raises(ValueError, match="2 micro-batches for 3 data ranks"):
         share_batches(batches[:2], 3)
+
+
+def test_samples_must_fit_the_model(qwen3_path):
+    """To the last position and the last token of the vocabulary, and not one further."""
+    model = replace(load_model_config(qwen3_path), max_position=5, vocab_size=105)
+    longest = sample(1, 2, 3)
+    [batch] = pack_samples([longest], 100, model=model)
+    assert batch.input_ids.tolist() == [100, 101, 102, 103, 104]
+    with pytest.raises(ValueError, match="sample 1 has 6 tokens; the model's context holds 5"):
+        pack_samples([longest, sample(1, 2, 4)], 100, model=model)
+    with pytest.raises(ValueError, match=r"sample 2: token 201 is outside the vocabulary \[0, 105"):
+        pack_samples([sample(2, 1, 1)], 100, model=model)
+    one_more = Sample(sample_id=3, token_ids=(1, 105), prompt_len=1)
+    with pytest.raises(ValueError, match="sample 3: token 105 is outside"):
+        pack_samples([one_more], 100, model=model)
+    with pytest.raises(ValueError, match="sample 3: token -1 is outside"):
+        pack_samples([replace(one_more, token_ids=(-1, 1))], 100, model=model)
+
+
+def test_the_fullest_rank_is_never_given_more():
+    """Longest first, each to whoever has least, in the order of ranks; written out by hand."""
+    lens = (5, 9, 2, 7, 4, 4)
+    batches = pack_samples([sample(i, 1, n - 1) for i, n in enumerate(lens)], 9)
+    assert [b.num_tokens for b in batches] == [5, 9, 9, 8]
+    found = [[b.index for b in share] for share in share_batches(batches, 2)]
+    assert found == [[1, 3], [0, 2]]
+    found = [[b.index for b in share] for share in share_batches(batches, 3)]
+    assert found == [[1], [2], [0, 3]]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron import setup
 
 CPU = torch.device("cpu")
@@ -48,3 +49,13 @@ def test_several_machines_need_a_secret(env):
         setup._join_group(CPU, "")
     with pytest.raises(ValueError, match="SAMEBIT_SECRET has 6 characters; it must have at least"):
         setup._join_group(CPU, "letmein"[:6])
+
+
+def test_processes_must_be_as_many_as_are_asked_for(make_trainer):
+    """One process is one layout's, for its whole life."""
+    make_trainer(filled=False)
+    two = ParallelConfig(data=2)
+    with pytest.raises(ValueError, match=r"1 x 1 x 1 x 2 = 2 processes; there are 1$"):
+        setup.start_processes(CPU, two)
+    with pytest.raises(ValueError, match=r"this process runs with \(1, 1, 1, 1, 1\)$"):
+        make_trainer(parallel=two)

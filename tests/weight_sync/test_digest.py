@@ -34,6 +34,7 @@ def by_the_book(name, dtype, rows):
     total = 0
     for position, value in enumerate(rows):
         bits = int.from_bytes(struct.pack("<f", value), "little")
+        bits >>= 16 if dtype is torch.bfloat16 else 0
         x = (key + position * 0x9E3779B97F4A7C15) & MASK
         x ^= bits * 0xD6E8FEB86659FD93 & MASK
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK
@@ -49,6 +50,16 @@ def test_the_formula_is_the_documented_one():
     expected = by_the_book("x.weight", torch.float32, values.flatten().tolist())
     assert digest_sum(specs, {"a": values}) == expected
     assert weights_digest(specs, {"a": values}) == f"{expected:016x}"
+    values = values.bfloat16()
+    expected = by_the_book("x.weight", torch.bfloat16, values.flatten().tolist())
+    assert weights_digest(specs, {"a": values}) == f"{expected:016x}"
+
+
+def test_a_digest_by_its_value():
+    """So that no change of the formula and of its copy above passes together."""
+    specs = [plain("a", "x.weight", (2, 3)), plain("b", "y", (2,))]
+    params = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([-1.0, 0.5])}
+    assert weights_digest(specs, params) == "dd7545455d1730ed"
 
 
 def test_digests_are_pinned():

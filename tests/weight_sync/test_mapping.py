@@ -7,7 +7,14 @@ from samebit.recipes.tiny_model import write_config
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config
-from samebit.weight_sync.mapping import Shard, hf_shapes, hf_tensors, load_params
+from samebit.weight_sync.mapping import (
+    Shard,
+    collect_hf,
+    hf_names,
+    hf_shapes,
+    hf_tensors,
+    load_params,
+)
 
 CASES = {
     f"{name}-{'tied' if tied else 'untied'}": (name, tied)
@@ -90,6 +97,36 @@ def test_ranks_together_hold_every_element_once(config, size):
             held.append(params[spec.name].flatten())
     found = torch.cat(held)
     assert torch.equal(found[found != 0].sort().values, whole)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_collect_every_tensor_again(config, size):
+    """In any order of ranks: a resharded checkpoint is put together like this."""
+    tensors, found = numbered(config), {}
+    for rank in reversed(range(size)):
+        specs, params = params_of(config, tensors, Shard(rank, size))
+        collect_hf(specs, params, found)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_tensors_are_asked_for_in_the_order_of_hf_names(config):
+    """Whoever streams a folder reads ahead in that order; each tensor is read once a parameter."""
+    tensors, asked = numbered(config), []
+
+    def read(name):
+        asked.append(name)
+        return tensors[name]
+
+    specs = param_specs(config)
+    load_params(specs, {s.name: torch.empty(s.shape) for s in specs}, read)
+    assert asked == hf_names(specs)
+    assert asked[:5] == [
+        "model.embed_tokens.weight",
+        "model.layers.0.input_layernorm.weight",
+        *(f"model.layers.0.self_attn.{x}_proj.weight" for x in "qkv"),
+    ]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
