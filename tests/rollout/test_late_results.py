@@ -84,6 +84,26 @@ def test_a_nan_in_flight_names_its_sample(plain, make_late, depth):
     assert_idle(engine)
 
 
+@pytest.mark.parametrize("depth", [0, *DEPTHS])
+@pytest.mark.parametrize("kind", ["launch", "wait"])
+def test_samples_without_a_slot_outlive_a_failing_step(plain, make_late, depth, kind):
+    """More samples than slots, and samples that need none: their prompt's step never ends."""
+    params = [SamplingParams(n=4, max_new_tokens=new, ignore_eos=True) for new in (1, 3)]
+    truth = plain.generate([PROMPT, PROMPT[:3]], params)
+    engine = make_late(depth, max_num_seqs=2)
+    engine.runner.fails = {(kind, 0)}
+    names = [
+        engine.add_request(prompt, p, [c.sample_id for c in group])
+        for prompt, p, group in zip((PROMPT, PROMPT[:3]), params, truth, strict=True)
+    ]
+    with pytest.raises(FaultError):
+        run_to_end(engine)
+    found = run_to_end(engine)
+    for name, group in zip(names, truth, strict=True):
+        assert_same(found[name], group)
+    assert_idle(engine)
+
+
 def test_what_ended_before_a_failing_step_is_still_reported(plain, make_late):
     """Two steps are taken in together: the first ends a request, the second fails."""
     shorter = SamplingParams(max_new_tokens=2, ignore_eos=True)
@@ -130,7 +150,7 @@ def test_an_error_in_progress_ends_what_is_in_flight(plain, make_late, depth, fa
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_a_cancelled_call_leaves_the_others(plain, make_late, depth):
     """Cancelled while its steps are in flight; the call beside it gets its bits."""
-    longer = SamplingParams(max_new_tokens=200, ignore_eos=True)
+    longer = SamplingParams(max_new_tokens=900, ignore_eos=True)
     [truth] = plain.generate([PROMPT], LONG, [[4]])
     engine = make_late(depth)
 
@@ -146,6 +166,7 @@ def test_a_cancelled_call_leaves_the_others(plain, make_late, depth):
         engine.runner.on_launch = cancel
         with pytest.raises(asyncio.CancelledError):
             await doomed
+        assert engine.scheduler.num_unfinished <= 1  # the other call's
         return await kept
 
     [found] = asyncio.run(together())
