@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from samebit.recipes import cli
-from samebit.recipes.tiny_model import write_config, write_weights
+from samebit.recipes.tiny_model import make_random_model, write_config, write_weights
 from samebit.recipes.verification import kernel_pass, kill_demo
 from samebit.recipes.verification.properties import (
     PROPERTIES,
@@ -50,9 +50,10 @@ def test_chosen_properties_and_equal_digests(tmp_path, capsys):
     assert len(set(digests)) == len(digests)
 
 
-def test_steps_in_flight_are_compared_on_the_cpu(qwen3_path, monkeypatch):
+def test_steps_in_flight_are_compared_on_the_cpu(tmp_path, monkeypatch):
     """Overlap off and on, every token of both."""
-    subject = make_subject(qwen3_path, CPU)
+    make_random_model(tmp_path, "qwen3", seed=3, tied=True, num_layers=1, vocab_size=40)
+    subject = make_subject(tmp_path, CPU)
     for values in (subject.prompts, subject.params, subject.sample_ids, subject.baseline):
         del values[5:]
     made = []
