@@ -104,6 +104,38 @@ def test_samples_without_a_slot_outlive_a_failing_step(plain, make_late, depth, 
     assert_idle(engine)
 
 
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_an_abort_that_finds_a_failing_step_can_be_repeated(plain, make_late, depth):
+    """Nothing of that step is left; the neighbour begins again from what has arrived."""
+    [truth] = plain.generate([PROMPT], LONG, [[4]])
+    engine = make_late(depth)
+    kept, doomed = (engine.add_request(PROMPT, LONG, [i]) for i in (4, 5))
+    for _ in range(4):
+        engine.step()
+    engine.runner.fails = {("wait", 4 - depth)}
+    with pytest.raises(FaultError):
+        engine.abort_request(doomed)
+    assert [len(c.token_ids) for c in engine.abort_request(doomed)] == [4 - depth]
+    assert_same(run_to_end(engine)[kept], truth)
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("depth", [0, *DEPTHS])
+def test_a_slot_knows_nothing_of_its_last_owner(plain, make_late, depth):
+    """Every parameter is another one's, in the only slot that there is."""
+    first = SamplingParams(
+        temperature=0.0, top_k=2, max_new_tokens=9, min_new_tokens=9, stop_token_ids=range(1, 6),
+        ignore_eos=True, seed=9,
+    )  # fmt: skip
+    params = SamplingParams(n=4, temperature=3.0, max_new_tokens=40)
+    [truth] = plain.generate([PROMPT], params)
+    assert "stop" in {c.finish_reason for c in truth}
+    engine = make_late(depth, max_num_seqs=1)
+    for _ in range(2):
+        engine.generate([PROMPT], first, return_hidden_states=[0])
+        assert_same(engine.generate([PROMPT], params)[0], truth)
+
+
 def test_what_ended_before_a_failing_step_is_still_reported(plain, make_late):
     """Two steps are taken in together: the first ends a request, the second fails."""
     shorter = SamplingParams(max_new_tokens=2, ignore_eos=True)
