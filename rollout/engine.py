@@ -324,10 +324,12 @@ class Engine(WeightControl):
 
     def _abort_all(self, groups: list[list[RunningSequence]]) -> None:
         with self._lock:
-            self._close_finished(self.pipeline.drain())  # some of them may end by themselves
-            for request_id in {seq.request.request_id for group in groups for seq in group}:
-                if request_id in self._live:
-                    self.abort_request(request_id)
+            try:
+                self._close_finished(self.pipeline.drain())  # some may end by themselves
+            finally:
+                for request_id in {seq.request.request_id for group in groups for seq in group}:
+                    if request_id in self._live:
+                        self.abort_request(request_id)
 
     def _advance(self) -> None:
         with self._lock, on_device(self.config.device):  # also in a thread of agenerate

@@ -35,7 +35,8 @@ class _Flight:
 
 
 class Pipeline:
-    """Plans, starts and takes in steps. depth: how many may be in flight after a call."""
+    """Plans, starts and takes in steps. depth: how many may be in flight after a call; it may be
+    changed between calls."""
 
     def __init__(
         self, scheduler: Scheduler, slots: Slots, runner: Runner, sampler: Sampler, depth: int
@@ -44,8 +45,9 @@ class Pipeline:
         self._slots = slots
         self._runner = runner
         self._sampler = sampler
-        self._depth = depth
+        self.depth = depth
         self._flights: deque[_Flight] = deque()
+        self._finished: list[Sequence] = []  # taken off, but not reported yet
         self.num_drawn = 0  # tokens, over the engine's life
 
     @torch.no_grad()
@@ -66,7 +68,7 @@ class Pipeline:
             self._scheduler.launched(step)
             self._flights.append(_Flight(step, outcome, positions, version))
             step = None
-            return self._take_in(keep=self._depth)
+            return self._take_in(keep=self.depth)
         except BaseException:
             self._restart(step)
             raise
@@ -85,12 +87,12 @@ class Pipeline:
         self._scheduler.restart_all(lost)
 
     def _take_in(self, keep: int) -> list[Sequence]:
-        finished: list[Sequence] = []
         while len(self._flights) > keep:
-            finished += self._take(self._flights[0])
+            self._finished += self._take(self._flights[0])
             self._flights.popleft()
         while self._flights and not self._awaited(self._flights[0]):
             self._flights.popleft()
+        finished, self._finished = self._finished, []
         return finished
 
     @staticmethod
@@ -102,8 +104,8 @@ class Pipeline:
         token_ids, logprobs, scores = flight.outcome.wait()
         step, num_decode = flight.step, len(flight.step.decode)
         drawing = [seq for chunk in step.chunks for seq in chunk.drawing]
-        self.num_drawn += int(flight.live.sum()) + len(drawing)
         self._require_finite(flight, logprobs, scores, drawing)
+        self.num_drawn += int(flight.live.sum()) + len(drawing)
         finished = self._take_decoded(flight, token_ids[:num_decode], logprobs[:num_decode])
         scores_left = iter(scores.tolist())
         drawn = zip(token_ids[num_decode:].tolist(), logprobs[num_decode:].tolist(), strict=True)

@@ -86,7 +86,8 @@ class WeightControl:
             for name, p in params.items()
             if name not in self.weights or self.weights[name].data_ptr() != p.data_ptr()
         ]
-        if apart or len(params) != len(self.weights):
+        apart += [name for name in self.weights if name not in params]
+        if apart:
             reason = f"tensors not shared with the engine: {', '.join(apart[:5])}"
             self.session.abort(reason)
             raise WeightSyncError(reason)

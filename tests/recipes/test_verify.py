@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from samebit.recipes import cli
-from samebit.recipes.tiny_model import write_config, write_weights
+from samebit.recipes.tiny_model import make_random_model, write_config, write_weights
 from samebit.recipes.verification import kernel_pass, kill_demo
 from samebit.recipes.verification.properties import (
     PROPERTIES,
     decode_batch,
+    graphs_and_overlap,
     neighbour_abort,
     preemption,
     prefix_cache,
@@ -47,6 +48,25 @@ def test_chosen_properties_and_equal_digests(tmp_path, capsys):
         r["outcomes_digest"] for x in (first, other) for g in x["models"].values() for r in g
     ]
     assert len(set(digests)) == len(digests)
+
+
+def test_steps_in_flight_are_compared_on_the_cpu(tmp_path, monkeypatch):
+    """Overlap off and on, every token of both."""
+    make_random_model(tmp_path, "qwen3", seed=3, tied=True, num_layers=1, vocab_size=40)
+    subject = make_subject(tmp_path, CPU)
+    for values in (subject.prompts, subject.params, subject.sample_ids, subject.baseline):
+        del values[5:]
+    made = []
+
+    def engine(**settings):
+        made.append(make(**settings))
+        return made[-1]
+
+    make = subject.make_engine
+    monkeypatch.setattr(subject, "make_engine", engine)
+    result = graphs_and_overlap(subject)
+    assert (result.mismatches, result.tokens) == (0, 2 * subject.num_drawn)
+    assert [e.config.overlap for e in made] == [e.pipeline.depth > 0 for e in made] == [False, True]
 
 
 def test_an_unknown_property_names_the_known_ones(capsys):

@@ -1,7 +1,9 @@
 """Engines for the tests of the rollout."""
 
 import pytest
+from late_runner import VOCAB, LateRunner
 
+from samebit.recipes.tiny_model import make_random_model
 from samebit.rollout.engine import Engine
 
 
@@ -15,3 +17,31 @@ def make_engine(qwen3_path):
 def engine(make_engine):
     """One engine for the tests that leave it as it was."""
     return make_engine()
+
+
+@pytest.fixture(scope="session")
+def late_folder(tmp_path_factory):
+    """A model of one layer whose samples often end by themselves (token 0)."""
+    path = tmp_path_factory.mktemp("late") / "model"
+    make_random_model(path, "qwen3", seed=4, tied=True, vocab_size=VOCAB, num_layers=1)
+    return path
+
+
+@pytest.fixture(scope="session")
+def plain(late_folder):
+    """Nothing in flight, room for everything."""
+    return Engine(late_folder, overlap=False, prefix_cache=False)
+
+
+@pytest.fixture
+def make_late(late_folder, monkeypatch):
+    """make_late(depth, **settings): an engine with late results and `depth` steps in flight."""
+    monkeypatch.setattr("samebit.rollout.engine.Runner", LateRunner)
+
+    def make(depth, **settings):
+        engine = Engine(late_folder, overlap=True, **settings)
+        assert engine.pipeline.depth == 1
+        engine.pipeline.depth = depth
+        return engine
+
+    return make

@@ -144,6 +144,8 @@ def test_dummy_weights_depend_on_the_seed_alone(qwen3_path, tmp_path):
     assert digests[0] == digests[1] != digests[2]
     embedding = engines[0].get_weights_by_name("embedding.word_embeddings.weight")[:VOCAB]
     assert abs(embedding.std().item() - 0.02) < 0.001
+    layers = [f"decoder.layers.{i}.mlp.linear_fc2.weight" for i in range(2)]
+    assert not torch.equal(*map(engines[0].get_weights_by_name, layers))
     assert drawn(engines[0]).token_ids == drawn(engines[1]).token_ids
 
 

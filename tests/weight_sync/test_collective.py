@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import outcomes
+from helpers import assert_same_bits, outcomes
 
 from samebit.rollout.engine import Engine
 from samebit.rollout.remote import RemoteEngine, RemoteEngineError
@@ -295,6 +295,47 @@ def test_errors_of_a_remote_engine_are_those_of_a_local_one(remote):
     with pytest.raises(ValueError, match="331|vocabulary"):
         remote.generate([[331]], PARAMS)
     assert len(remote.generate(PROMPTS, PARAMS)) == 2
+
+
+def test_a_remote_engine_is_given_all_that_it_is_asked(remote, old, engine):
+    """Parameters and ids of each prompt, layers, temperatures, steps; and progress at the end."""
+    params = [
+        SamplingParams(n=2, max_new_tokens=5, ignore_eos=True, top_k=9),
+        SamplingParams(max_new_tokens=3, ignore_eos=True, temperature=0.5, seed=4),
+    ]
+    ids, seen = [[7, 1 << 63], [5]], []
+    version = remote.update_weights_from_disk(old.folder, 21)
+    assert version == remote.weight_version == WeightVersion(21, old.digest)
+    assert remote.update_weights_from_disk(old.folder) == WeightVersion(22, old.digest)
+    found = remote.generate(
+        PROMPTS, params, ids, return_hidden_states=[0, 2], progress=lambda *now: seen.append(now)
+    )
+    truth = engine.generate(PROMPTS, params, ids, return_hidden_states=[0, 2])
+    assert outcomes(found) == outcomes(truth)
+    assert [[c.sample_id for c in group] for group in found] == ids
+    for a, b in zip(sum(found, []), sum(truth, []), strict=True):
+        assert [span.version for span in a.version_spans] == [remote.weight_version]
+        assert set(a.hidden_states) == {0, 2}
+        for layer, states in b.hidden_states.items():
+            assert_same_bits(a.hidden_states[layer], states, layer)
+    assert set(seen[:-1]) <= {(0, 0)}
+    assert seen[-1] == (3, 2 * 5 + 3)
+    assert remote.score(PROMPTS[:1], 0.3) == engine.score(PROMPTS[:1], 0.3)
+
+
+def test_progress_that_raises_ends_the_process(old):
+    """An engine that works on for nobody would keep its memory and its CPU."""
+    engine = RemoteEngine(old.folder, device="cpu", kv_cache_tokens=1024)
+
+    def interrupt(done, tokens):
+        assert (done, tokens) == (0, 0)
+        raise KeyboardInterrupt
+
+    endless = SamplingParams(max_new_tokens=1000, ignore_eos=True)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(PROMPTS[:1], endless, progress=interrupt)
+    engine._process.join(timeout=60)
+    assert engine._process.exitcode == -signal.SIGKILL
 
 
 def test_a_reply_to_a_failed_call_is_not_taken_for_another(remote):
