@@ -2,8 +2,8 @@
 
     pytest -n 2 -p mutants.reach --reach-folder FOLDER
 
-Every process writes FOLDER/NAME.json: "tests" as {id: {"seconds": s, "passed": bool, "fixtures":
-[name], "lines": {file: [n]}}} and "fixtures", those of several tests, as {name: seconds}. What such
+Every process writes FOLDER/NAME.json: "tests" as {id: {"seconds": s, "fixtures": [name],
+"lines": {file: [n]}}} and "fixtures", those of several tests, as {name: seconds}. What such
 a fixture executes counts for each of its tests, its seconds for none. A child that outlives its
 test counts for the test that started it.
 """
@@ -48,7 +48,6 @@ class Recorder:
         self._seconds_of_fixture: dict[str, float] = defaultdict(float)
         self._seconds_inside = 0.0  # of the fixtures that the running test was the first to ask for
         self._of_test: dict[str, dict] = {}
-        self._failed: set[str] = set()
         lines.watch(lambda name, line: self._now.add((name, line)))
 
     def _take(self) -> Lines:
@@ -99,12 +98,6 @@ class Recorder:
             }
             self._seconds_inside = 0.0
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
-            self._failed.add(report.nodeid)
-
     def pytest_sessionfinish(self) -> None:
-        for name, test in self._of_test.items():
-            test["passed"] = name not in self._failed
         found = {"tests": self._of_test, "fixtures": self._seconds_of_fixture}
         self._target.write_text(json.dumps(found))
