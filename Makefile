@@ -1,15 +1,16 @@
 # samebit: `make help` lists what there is to do.
 #
-# Variables: ARGS="-k matmul -x" goes to pytest or to the demo; PYTHON=/path/to/python is tried
-# first; EXTRAS=demo,dev,gpu adds FlashInfer; SYSTEM_SITE=1 builds on the torch that is already
-# installed (an offline GPU machine) and takes everything else from .wheelhouse/ where that exists.
+# Variables: ARGS="-k matmul -x" goes to pytest, to the mutants or to the demo; PYTHON=/path/to/python
+# is tried first; EXTRAS=demo,dev,gpu adds FlashInfer; SYSTEM_SITE=1 builds on the torch that is
+# already installed (an offline GPU machine) and takes everything else from .wheelhouse/ where that
+# exists.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu sanitize lint wheelhouse clean setup
+.PHONY: help demo test test-gpu test-mutants sanitize lint wheelhouse clean setup
 MAKEFLAGS += --no-builtin-rules
 
 # Nothing started from here may import the root folders as `kernels`, `trainer`, ...
@@ -37,11 +38,15 @@ demo: $(STAMP) ## a small model learns, on a GPU or the CPU: outputs/demo/grpo/r
 
 # One thread a process: the tests start several ranks on few cores. No GPU is seen: what is tested
 # is the same everywhere.
+WORKERS ?= 2
 NO_GPU := CUDA_VISIBLE_DEVICES= HIP_VISIBLE_DEVICES= ROCR_VISIBLE_DEVICES=
 
 test: export OMP_NUM_THREADS ?= 1
-test: $(STAMP) ## everything that needs no GPU
-	$(NO_GPU) $(PY) -m pytest -m "not gpu" $(ARGS)
+test: $(STAMP) ## everything that needs no GPU, in WORKERS=2 processes
+	$(NO_GPU) $(PY) -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile $(ARGS)
+
+test-mutants: $(STAMP) ## are small lies in the code noticed by `make test`? An hour or two
+	$(PY) tests/mutants/run.py all --keep outputs/mutants $(ARGS)
 
 test-gpu: $(STAMP) ## everything that needs a CUDA device
 	$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device")'

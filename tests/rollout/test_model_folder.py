@@ -19,7 +19,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-ABSENT = object()
+ABSENT = type  # stands for a key that is left out: JSON has no such value
 
 
 def edit(folder, **changes):

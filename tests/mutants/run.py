@@ -1,0 +1,159 @@
+"""`make test-mutants`: are small lies in the code noticed by the default suite?
+
+    python tests/mutants/run.py semantic [--table NAME] [--only MUTANT ...]
+    python tests/mutants/run.py sample [--size N] [--seed N] [--only PART ...]
+    python tests/mutants/run.py all
+
+`semantic` tries the tables of this folder: each entry's own tests have to notice it. `sample` draws
+mutants of cosmic-ray (see sample.py), records once which tests reach which lines, and runs those
+tests against each. Exits with 1 where less than 95% or 90% are killed. `--keep FOLDER` holds what
+was recorded, and is used again as long as no file has changed.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")  # as tests/conftest.py
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import hypothesis  # noqa: E402, F401
+import megatron.core  # noqa: E402, F401
+import transformers  # noqa: E402, F401
+from mutants import sample  # noqa: E402
+from mutants.choose import Reach  # noqa: E402
+from mutants.judge import Judge, Round, Verdict, copy_repository  # noqa: E402
+from mutants.table import ROOT, tables  # noqa: E402
+
+SEMANTIC_SHARE, SAMPLE_SHARE = 0.95, 0.90
+NUM_WORKERS = 2
+
+
+def judge_semantic(scratch: Path, table: str | None, only: list[str]) -> list[Verdict]:
+    """The tables' mutants against the tests that each names."""
+    found = tables()
+    if table is not None and table not in found:
+        raise SystemExit(f"there is no table {table}; there are {', '.join(found)}")
+    chosen = [m for name, entries in found.items() if table in (None, name) for m in entries]
+    if unknown := sorted(set(only) - {m.name for m in chosen}):
+        raise SystemExit(f"there is no mutant {', '.join(unknown)}")
+    chosen = [m for m in chosen if not m.equivalent and (not only or m.name in only)]
+    rounds = [(m, [Round(tuple((test, 60.0) for test in m.killed_by))]) for m in chosen]
+    verdicts: list[Verdict] = []
+    Judge(ROOT, scratch, NUM_WORKERS).judge(rounds, lambda v: report(v, verdicts, len(chosen)))
+    return verdicts
+
+
+def judge_sample(scratch: Path, reach: Reach, size: int, seed: int, only: list[str]) -> list[dict]:
+    """A sample against the tests that reach each line."""
+    drawn = sample.draw(size, seed)
+    drawn = [m for m in drawn if not only or any(part in m.name for part in only)]
+    codes = {file: (ROOT / file).read_text(encoding="utf-8") for file in sample.FILES}
+    rounds = [(m, reach.rounds(m.file, m.line, codes[m.file])) for m in drawn]
+    changes = {m.name: m.change() for m in drawn}
+    verdicts: list[Verdict] = []
+
+    def told(verdict: Verdict) -> None:
+        report(verdict, verdicts, len(drawn))
+        if not verdict.killed:
+            print(f"      {changes[verdict.name]}", flush=True)
+
+    Judge(ROOT, scratch, NUM_WORKERS).judge(rounds, told)
+    return [{**vars(verdict), "change": changes[verdict.name]} for verdict in verdicts]
+
+
+def report(verdict: Verdict, verdicts: list[Verdict], total: int) -> None:
+    """A line as soon as it is known."""
+    verdicts.append(verdict)
+    became = f"killed by {verdict.killed_by}" if verdict.killed else "SURVIVED"
+    tests = f"{verdict.num_tests} tests, {verdict.seconds:.0f} s"
+    print(f"{len(verdicts):4d}/{total} {verdict.name}: {became} ({tests})", flush=True)
+
+
+def tree_digest() -> str:
+    """Of every file that git knows or would take."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True).stdout.split(b"\0")
+    digest = hashlib.sha256()
+    for name in sorted(filter(None, names)):
+        path = ROOT / os.fsdecode(name)
+        digest.update(name + b"\0" + (path.read_bytes() if path.is_file() else b"") + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def record_reach(scratch: Path, keep: Path | None) -> Reach:
+    """Run the default suite once, in a copy, and note what each test reaches."""
+    folder = (keep or scratch) / f"reach-{tree_digest()}"
+    if not (folder / "complete").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        copy = copy_repository(ROOT, scratch / "recorded")
+        paths = os.pathsep.join([str(copy / ".typing"), str(copy / "tests")])
+        options = ["-n", str(NUM_WORKERS), "--dist", "loadfile", "-p", "mutants.reach"]
+        subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", *options]
+            + ["-p", "no:cacheprovider", "--reach-folder", str(folder.absolute())],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"},
+            check=False,  # which tests fail is in what they wrote
+        )
+        (folder / "complete").touch()
+    return Reach(folder)
+
+
+def verdict_on(name: str, killed: int, total: int, share: float) -> bool:
+    """Print the figure; whether it is enough."""
+    print(
+        f"{name}: {killed} of {total} killed ({killed / max(total, 1):.1%}; {share:.0%} is asked)"
+    )
+    return total > 0 and killed >= share * total
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("what", choices=["semantic", "sample", "all"])
+    parser.add_argument("--table", help="one table of this folder")
+    parser.add_argument("--only", nargs="+", default=[], help="names, or parts of a sample's names")
+    parser.add_argument("--size", type=int, default=sample.SIZE)
+    parser.add_argument("--seed", type=int, default=sample.SEED)
+    parser.add_argument("--keep", type=Path, help="a folder for what was recorded")
+    parser.add_argument("--output", type=Path, help="a JSON file for all verdicts")
+    given = parser.parse_args()
+    start, good, found = time.time(), True, {}
+    with tempfile.TemporaryDirectory(prefix="samebit-mutants-") as folder:
+        scratch = Path(folder)
+        if given.what in ("semantic", "all"):
+            (scratch / "semantic").mkdir()
+            verdicts = judge_semantic(scratch / "semantic", given.table, given.only)
+            found["semantic"] = [vars(v) for v in verdicts]
+            killed = sum(v.killed for v in verdicts)
+            good &= verdict_on("semantic mutants", killed, len(verdicts), SEMANTIC_SHARE)
+        if given.what in ("sample", "all"):
+            (scratch / "sample").mkdir()
+            reach = record_reach(scratch, given.keep)
+            print(f"{len(reach.tests)} tests recorded; failing: {reach.failed or 'none'}")
+            sampled = judge_sample(scratch / "sample", reach, given.size, given.seed, given.only)
+            found["sample"] = sampled
+            killed = sum(v["killed"] for v in sampled)
+            good &= verdict_on("sampled mutants", killed, len(sampled), SAMPLE_SHARE)
+            good &= not reach.failed
+    seconds = round(time.time() - start)
+    print(f"{seconds} s")
+    if given.output:
+        given.output.parent.mkdir(parents=True, exist_ok=True)
+        given.output.write_text(json.dumps({"seconds": seconds, **found}, indent=1) + "\n")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""The tables of tests/mutants/ fit the code and the tests that they name."""
+
+import ast
+import functools
+
+import pytest
+from mutants.table import ROOT, SemanticMutant, tables
+
+ALL = [mutant for entries in tables().values() for mutant in entries]
+
+
+@functools.cache
+def functions_of(file: str) -> set[str]:
+    """Names of the tests of a file."""
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("mutant", ALL, ids=lambda mutant: mutant.name)
+def test_an_entry_fits(mutant: SemanticMutant):
+    compile(mutant.text(), mutant.file, "exec")
+    for test in mutant.killed_by:
+        file, _, function = test.partition("::")
+        assert function.partition("[")[0] in functions_of(file), f"there is no {test}"
+
+
+def test_there_are_enough():
+    assert sum(not mutant.equivalent for mutant in ALL) >= 100
