@@ -26,10 +26,14 @@ class CountingRunner:
     def __init__(self, slots):
         self.slots = slots
         self.steps = []
+        self.fails = False  # the next step
 
     def launch(self, step, slots, sampler):
         """Results for every row that asks for one."""
         assert slots is self.slots
+        if self.fails:
+            self.fails = False
+            raise RuntimeError("the chip caught fire")
         self.steps.append(step)
         for slot in step.decode:
             assert slots.num_pages[slot] * PAGE > slots.computed[slot]
@@ -54,13 +58,15 @@ class World:
             **settings,
         )
         self.pool = PagePool(num_pages)
-        prefixes = PrefixCache(self.pool, PAGE, VERSION) if cached else None
+        self.config = config
+        self.prefixes = PrefixCache(self.pool, PAGE, VERSION) if cached else None
         self.slots = Slots(config.max_num_seqs, 64, PAGE, seed=0)
-        self.scheduler = Scheduler(config, self.pool, prefixes, self.slots)
+        self.scheduler = Scheduler(config, self.pool, self.prefixes, self.slots)
         self.runner = CountingRunner(self.slots)
         sampler = Sampler(331, ())
         self.pipeline = Pipeline(self.scheduler, self.slots, self.runner, sampler, depth)
         self.arrivals = 0
+        self._live, self._for_step = {}, set()  # as an engine's, for check_books
 
     def add(self, prompt, max_new=4, n=1, score=False, **params):
         """Queue a request; its sequences."""
@@ -78,6 +84,7 @@ class World:
         self.arrivals += n
         seqs[0].siblings = seqs[1:]
         self.scheduler.add(seqs[0])
+        self._live[request.request_id] = seqs
         return seqs
 
     def step(self):
@@ -98,7 +105,24 @@ class World:
             self.pipeline.advance(VERSION)
         finally:
             self.runner.launch = original
+            self._forget_finished()
         return summary
+
+    def abort(self, request_id):
+        """End a request as an engine does; the samples that it had left."""
+        self.pipeline.drain()
+        aborted = self.scheduler.abort(request_id)
+        for seq in aborted:
+            seq.finish_reason = "abort"
+        self._forget_finished()
+        return aborted
+
+    def _forget_finished(self):
+        self._live = {
+            request: seqs
+            for request, seqs in self._live.items()
+            if any(seq.finish_reason is None for seq in seqs)
+        }
 
     def run(self, limit=500):
         """Steps until all is done."""

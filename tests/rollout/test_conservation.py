@@ -1,11 +1,14 @@
 """Lies that the promise hides from tokens, or shows to one reader alone: stale keys in the cache,
 pages that leak, and work that waits for ever."""
 
+import random
 import weakref
+from collections import Counter
 
 import pytest
 import torch
 from conservation import check_books
+from counting import VERSION, World
 from helpers import make_prompts, outcomes
 
 from samebit.rollout.runtime.memory import Arena
@@ -24,6 +27,46 @@ def run_to_end(engine, limit=300):
         found |= {group[0].request_id: group for group in engine.step()}
         check_books(engine)
     raise AssertionError("the engine hangs")
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_books_of_random_worlds(depth, cached):
+    """Forks, stops, preemption, aborts and failures over a model that only counts: whatever comes,
+    every page, slot and sample has its owner, and all samples end."""
+    rng, events = random.Random(3), Counter()
+    for _ in range(40):
+        limits = {"max_batch_tokens": rng.choice([4, 30]), "max_num_seqs": rng.choice([2, 4, 9])}
+        world = World(rng.choice([6, 9, 30]), cached, depth, prefill_chunk=7, **limits)
+        seqs = []
+        while len(seqs) < 16 or world.scheduler.has_unfinished:
+            chance = rng.random()
+            if len(seqs) < 16 and chance < 0.5:
+                prompt = [rng.randrange(2) for _ in range(rng.randrange(1, 13))]
+                stops = rng.choice([(), (), (7,)])
+                max_new = rng.randrange(1, 12)
+                seqs += world.add(prompt, max_new, rng.choice([1, 2, 5]), stop_token_ids=stops)
+            elif chance < 0.55 and world._live:
+                events["aborts"] += len(world.abort(rng.choice(list(world._live))))
+            elif chance < 0.6:
+                world.runner.fails = True
+            try:
+                world.step()
+            except RuntimeError:
+                events["failures"] += 1
+            check_books(world)
+        events["preemptions"] += world.scheduler.num_preemptions
+        for seq in seqs:
+            full = 1 if seq.request.params.stop_token_ids else seq.request.params.max_new_tokens
+            if seq.finish_reason == "abort":
+                assert seq.num_new_tokens < full
+            else:
+                assert seq.num_new_tokens == full
+        if cached:
+            events["hits"] += world.prefixes.num_hit_tokens
+            world.prefixes.reset(VERSION)
+        assert world.pool.num_free == world.pool.num_pages
+    assert set(+events) == {"aborts", "failures", "preemptions", *(["hits"] if cached else [])}
 
 
 @pytest.mark.parametrize("overlap", [False, True])
