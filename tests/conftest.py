@@ -30,25 +30,38 @@ def _private_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def _engines():
-    """Every engine of this process that is still there."""
-    made, original = weakref.WeakSet(), Engine.__init__
+    """(every engine of this process that is there, what was found wrong with those that went)."""
+    made, wrong = weakref.WeakSet(), []
+    original = Engine.__init__
 
     @functools.wraps(original)
     def init(self, *args, **kwargs):
         original(self, *args, **kwargs)
         made.add(self)
 
+    def last_look(self):
+        try:
+            if self in made:
+                settle(self)
+        except Exception as error:  # noqa: BLE001 - nobody hears it here; the test raises it
+            wrong.append(error)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "__init__", init)
-        yield made
+        patch.setattr(Engine, "__del__", last_look, raising=False)
+        yield made, wrong
 
 
 @pytest.fixture(autouse=True)
 def _conservation(_engines):
-    """After every test no engine has lost a page, a slot or a sample."""
+    """No engine that a test made or used has lost a page, a slot or a sample."""
     yield
-    for engine in list(_engines):
+    made, wrong = _engines
+    found, wrong[:] = wrong[:], []
+    for engine in list(made):
         settle(engine)
+    if found:
+        raise found[0]
 
 
 @pytest.fixture(scope="session")

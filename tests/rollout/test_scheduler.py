@@ -67,6 +67,7 @@ def test_a_prompt_of_whole_pages_needs_no_copy():
 def test_samples_that_find_no_room_wait_their_turn():
     world = World(max_num_seqs=2)
     seqs = world.add([1] * 6, n=5, max_new=3)
+    assert world.step() == [(0, 6, [1])]
     world.run()
     assert [s.num_new_tokens for s in seqs] == [3] * 5
     assert world.pool.num_free == 16
@@ -222,15 +223,15 @@ def test_limits_and_order_hold_at_every_step(depth, cached):
     assert num_preemptions > 20
 
 
-def test_a_preempted_sequence_comes_back_before_later_arrivals():
-    """It waits at the head of the queue, and takes up its chunks before those that came later."""
-    world = World(num_pages=6, prefill_chunk=4)
-    for i in range(4):
-        world.add([i] * 7, max_new=9)
+def test_an_earlier_sample_takes_up_its_chunks_first():
+    """The third request came in while the second one's other sample was on its way to the queue."""
+    world = World(depth=1, max_num_seqs=2, prefill_chunk=2)
+    world.add([1], max_new=1)
+    world.add([2] * 4, n=2, max_new=2)
+    world.add([3] * 14, max_new=1)
     steps = world.run()
-    first_of = [[arrival for step in steps for arrival, _, _ in step].index(i) for i in range(4)]
-    assert first_of == sorted(first_of)
-    assert world.scheduler.num_preemptions > 0
+    assert [s for s in steps if s[-1][0] == 2 and len(s) > 1][:1] == [[(3, 2, []), (2, 2, [])]]
+    assert [(2, 2, []), (3, 2, [])] in steps
 
 
 def test_a_fork_without_room_leaves_nothing_behind():
