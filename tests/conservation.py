@@ -88,10 +88,11 @@ def check_queues(engine, running):
         assert arrivals == sorted(arrivals), "a later arrival goes first"
     assert set(map(id, prefilling)) <= set(map(id, running))
     unfinished = {seq.request.request_id for seq in live if seq.finish_reason is None}
-    assert set(engine._live) == unfinished, "a finished request is not reported"
+    late = {seq.request.request_id for seq in getattr(engine.pipeline, "_finished", ())}
+    assert unfinished <= set(engine._live) <= unfinished | late, "not reported"
     assert scheduler.num_unfinished == len(unfinished)
     assert scheduler.has_unfinished == bool(unfinished)
-    assert engine._for_step <= unfinished
+    assert engine._for_step <= set(engine._live)
 
 
 def check_books(engine):

@@ -317,7 +317,7 @@ def test_random_workload(oracle, monkeypatch, tmp_path):
     run_state_machine_as_test(
         hypothesis.seed(int(number))(Seeded),
         settings=hypothesis.settings(
-            max_examples=int(num_programs or 25),
+            max_examples=int(num_programs or 18),
             stateful_step_count=20,
             deadline=None,
             database=None,
