@@ -1,8 +1,10 @@
 """One thread, no caches outside the session, and the small random models of the tests."""
 
+import functools
 import multiprocessing
 import os
 import shutil
+import weakref
 
 # Tests have both ends of a weight group in one process. Two gloo groups that begin at one moment
 # then write torch's flight recorder together, which its lock does not cover (torch 2.11): a crash.
@@ -10,8 +12,10 @@ os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")
 
 import pytest
 import torch
+from conservation import settle
 
 from samebit.recipes.tiny_model import make_random_model
+from samebit.rollout.engine import Engine
 
 torch.set_num_threads(1)
 
@@ -22,6 +26,42 @@ def _private_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _engines():
+    """(every engine of this process that is there, what was found wrong with those that went)."""
+    made, wrong = weakref.WeakSet(), []
+    original = Engine.__init__
+
+    @functools.wraps(original)
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        made.add(self)
+
+    def last_look(self):
+        try:
+            if self in made:
+                settle(self)
+        except (AssertionError, LookupError, RuntimeError) as error:
+            wrong.append(error)  # nobody hears it here; the test raises it
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "__init__", init)
+        patch.setattr(Engine, "__del__", last_look, raising=False)
+        yield made, wrong
+
+
+@pytest.fixture(autouse=True)
+def _conservation(_engines):
+    """No engine that a test made or used has lost a page, a slot or a sample."""
+    yield
+    made, wrong = _engines
+    found, wrong[:] = wrong[:], []
+    for engine in list(made):
+        settle(engine)
+    if found:
+        raise found[0]
 
 
 @pytest.fixture(scope="session")

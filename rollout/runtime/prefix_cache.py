@@ -82,20 +82,20 @@ class PrefixCache:
         """Free up to num_pages pages, least recently used first; how many it freed."""
         if self._in_use_at == self._pool.num_drops:
             return 0  # nothing has been let go since the last look
-        freed = 0
-        for _ in range(len(self._nodes)):
-            if freed == num_pages:
-                return freed
+        freed = kept = 0
+        while freed < num_pages and kept < len(self._nodes):
             node = next(iter(self._nodes))
             if node.children or self._pool.references(node.page) > 1:
                 self._nodes.move_to_end(node)  # in use, or before one that is
+                kept += 1
                 continue
             assert node.parent is not None
             del node.parent.children[node.key]
             del self._nodes[node]
             self._pool.drop(node.page)
-            freed += 1
-        self._in_use_at = self._pool.num_drops
+            freed, kept = freed + 1, 0  # what stood before it may be free now
+        if freed < num_pages:
+            self._in_use_at = self._pool.num_drops
         return freed
 
     def _touch(self, path: Sequence[_Node]) -> None:

@@ -125,6 +125,31 @@ def test_a_stem_outlives_its_branches(pool, cache):
     assert pool.num_free == 8
 
 
+def test_whoever_ends_or_is_found_again_is_used(pool, cache):
+    """insert and match both count as use, the stem's too."""
+    fill(pool, cache, [1] * 4)
+    fill(pool, cache, [2] * 8)
+    fill(pool, cache, [1] * 4)
+    assert cache.evict(1) == 1
+    assert len(cache.match([2] * 9)) == 1
+    assert len(cache.match([1] * 5)) == 1
+
+
+def test_all_that_nobody_uses_can_be_evicted(pool, cache):
+    """Also a stem that was looked at before its last branch; and again after nothing was found."""
+    held = [*fill(pool, cache, [0] * 4), *fill(pool, cache, [0] * 4 + [1] * 4)[1:]]
+    held = cache.match([0] * 4 + [1] * 4 + [9])
+    fill(pool, cache, [5] * 4)
+    fill(pool, cache, [0] * 4 + [2] * 4, known=1)
+    assert cache.evict(1) == 1
+    assert cache.evict(8) == 1  # the branch that nobody holds
+    assert cache.evict(8) == 0
+    for page in held:
+        pool.drop(page)
+    assert cache.evict(8) == 2
+    assert pool.num_free == 8
+
+
 def test_pages_in_use_are_not_evicted(pool, cache):
     fill(pool, cache, list(range(8)))
     held = cache.match(list(range(5)))

@@ -1,115 +1,13 @@
 """Budgets, order, preemption and pages of the scheduler; and that no page is ever lost."""
 
+import random
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
-import torch
+from counting import World
 from helpers import make_prompts, outcomes
 
-from samebit.rollout.config import EngineConfig
-from samebit.rollout.runtime.kv_cache import PagePool
-from samebit.rollout.runtime.prefix_cache import PrefixCache
-from samebit.rollout.runtime.runner import Outcome
-from samebit.rollout.runtime.sampler import Sampler
-from samebit.rollout.runtime.scheduler import Scheduler
-from samebit.rollout.runtime.sequence import Sequence
-from samebit.rollout.runtime.slots import Slots
-from samebit.rollout.runtime.step import Pipeline
-from samebit.rollout.types import Request, SamplingParams
-from samebit.weight_sync.types import WeightVersion
-
-PAGE = 4
-VERSION = WeightVersion(0, "a")
-
-
-class CountingRunner:
-    """A model that "computes" by counting: it draws token 7 everywhere."""
-
-    def __init__(self, slots):
-        self.slots = slots
-        self.steps = []
-
-    def launch(self, step, slots, sampler):
-        """Results for every row that asks for one."""
-        assert slots is self.slots
-        self.steps.append(step)
-        for slot in step.decode:
-            assert slots.num_pages[slot] * PAGE > slots.computed[slot]
-        for chunk in step.chunks:
-            assert len(chunk.seq.pages) * PAGE >= chunk.start + chunk.num_tokens
-        num_drawn = len(step.decode) + sum(len(c.drawing) for c in step.chunks)
-        num_scored = sum(c.num_tokens for c in step.chunks if c.scores)
-        return Outcome(
-            torch.full((num_drawn,), 7), -torch.ones(num_drawn), -torch.ones(num_scored), None
-        )
-
-
-class World:
-    """A scheduler in a pipeline over the counting runner. depth: steps in flight."""
-
-    def __init__(self, num_pages=16, cached=False, depth=0, **settings):
-        config = EngineConfig(
-            model_path=Path("none"),
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            page_size=PAGE,
-            **settings,
-        )
-        self.pool = PagePool(num_pages)
-        prefixes = PrefixCache(self.pool, PAGE, VERSION) if cached else None
-        self.slots = Slots(config.max_num_seqs, 64, PAGE, seed=0)
-        self.scheduler = Scheduler(config, self.pool, prefixes, self.slots)
-        self.runner = CountingRunner(self.slots)
-        sampler = Sampler(331, ())
-        self.pipeline = Pipeline(self.scheduler, self.slots, self.runner, sampler, depth)
-        self.arrivals = 0
-
-    def add(self, prompt, max_new=4, n=1, score=False, **params):
-        """Queue a request; its sequences."""
-        request = Request(
-            request_id=str(self.arrivals),
-            prompt_ids=tuple(prompt),
-            params=SamplingParams(n=n, max_new_tokens=max_new, **params),
-            sample_ids=tuple(range(n)),
-            score_only=score,
-        )
-        seqs = [
-            Sequence(request=request, index=i, arrival=self.arrivals + i, token_ids=list(prompt))
-            for i in range(n)
-        ]
-        self.arrivals += n
-        seqs[0].siblings = seqs[1:]
-        self.scheduler.add(seqs[0])
-        return seqs
-
-    def step(self):
-        """One step; what was scheduled as (arrival, number of tokens, arrivals of forks)."""
-        slots, summary = self.slots, []
-        original = self.runner.launch
-
-        def launch(step, *arguments):
-            summary.extend((int(slots.arrival[slot]), 1, []) for slot in step.decode)
-            for c in step.chunks:
-                forks = [s.arrival for s in c.siblings if s.slot is not None]
-                summary.append((c.seq.arrival, c.num_tokens, forks))
-            self.copies = [copy for c in step.chunks for copy in c.copies]
-            return original(step, *arguments)
-
-        self.runner.launch = launch
-        try:
-            self.pipeline.advance(VERSION)
-        finally:
-            self.runner.launch = original
-        return summary
-
-    def run(self, limit=500):
-        """Steps until all is done."""
-        steps = []
-        while self.scheduler.has_unfinished:
-            steps.append(self.step())
-            assert len(steps) < limit, "the engine would hang"
-        return [step for step in steps if step]
+from samebit.rollout.types import SamplingParams
 
 
 def test_prefill_then_decode():
@@ -169,6 +67,7 @@ def test_a_prompt_of_whole_pages_needs_no_copy():
 def test_samples_that_find_no_room_wait_their_turn():
     world = World(max_num_seqs=2)
     seqs = world.add([1] * 6, n=5, max_new=3)
+    assert world.step() == [(0, 6, [1])]
     world.run()
     assert [s.num_new_tokens for s in seqs] == [3] * 5
     assert world.pool.num_free == 16
@@ -274,6 +173,78 @@ def test_a_stop_token_costs_one_step_in_flight():
         assert [len(step.decode) for step in world.runner.steps] == [0, 3][: depth + 1]
         assert world.pool.num_free == 16
         assert world.slots.num_used == 0
+
+
+def running(world):
+    """Arrivals of those that hold a slot."""
+    return {seq.arrival for seq in world.slots.seqs if seq is not None}
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("cached", [False, True])
+def test_limits_and_order_hold_at_every_step(depth, cached):
+    """Random requests in random worlds: budgets are kept, earlier arrivals go first, and who is
+    preempted came after all that stay, and does not come back at once."""
+    rng, num_preemptions = random.Random(7), 0
+    for _ in range(25):
+        limits = {
+            "max_batch_tokens": rng.choice([3, 8, 40]),
+            "max_num_seqs": rng.choice([2, 3, 9]),
+            "prefill_chunk": rng.choice([2, 5, 40]),
+        }
+        world = World(rng.choice([6, 8, 30]), cached=cached, depth=depth, **limits)
+        seqs, begun = [], []
+        while len(seqs) < 12 or world.scheduler.has_unfinished:
+            if len(seqs) < 12 and rng.random() < 0.6:
+                prompt = [rng.randrange(2) for _ in range(rng.randrange(1, 13))]
+                max_new = rng.randrange(1, 12)
+                seqs += world.add(prompt, max_new, rng.choice([1, 1, 4]))
+            before, preemptions = running(world), world.scheduler.num_preemptions
+            planned, num_steps = world.step(), len(world.runner.steps)
+            stay = before & running(world)
+            gone = {i for i in before - stay if seqs[i].finish_reason is None}
+            assert not gone or not stay or min(gone) > max(stay)
+            assert len(gone) == world.scheduler.num_preemptions - preemptions
+            num_preemptions += len(gone)
+            assert len(running(world)) <= limits["max_num_seqs"]
+            assert sum(num_tokens for _, num_tokens, _ in planned) <= limits["max_batch_tokens"]
+            if planned:
+                step = world.runner.steps[num_steps - 1]
+                decode = [arrival for arrival, _, _ in planned[: len(step.decode)]]
+                assert decode == sorted(decode)
+                assert all(0 < c.num_tokens <= limits["prefill_chunk"] for c in step.chunks)
+                old = [c.seq.arrival for c in step.chunks if c.seq.arrival in before]
+                new = [c.seq.arrival for c in step.chunks if c.seq.arrival not in before]
+                assert [c.seq.arrival for c in step.chunks] == sorted(old) + sorted(new)
+                assert not gone or not new
+                begun += [i for i in new if seqs[i].index == 0 and i not in begun]
+        assert begun == sorted(begun), "a later arrival went first"
+        assert all(s.num_new_tokens == s.request.params.max_new_tokens for s in seqs)
+    assert num_preemptions > 20
+
+
+def test_an_earlier_sample_takes_up_its_chunks_first():
+    """The third request came in while the second one's other sample was on its way to the queue."""
+    world = World(depth=1, max_num_seqs=2, prefill_chunk=2)
+    world.add([1], max_new=1)
+    world.add([2] * 4, n=2, max_new=2)
+    world.add([3] * 14, max_new=1)
+    steps = world.run()
+    assert [s for s in steps if s[-1][0] == 2 and len(s) > 1][:1] == [[(3, 2, []), (2, 2, [])]]
+    assert [(2, 2, []), (3, 2, [])] in steps
+
+
+def test_a_fork_without_room_leaves_nothing_behind():
+    """Three pages: the prompt's two and one sample's own; the third sample has to wait."""
+    world = World(num_pages=3)
+    seqs = world.add([1] * 6, n=3, max_new=3)
+    assert world.step() == [(0, 6, [1])]
+    assert [len(s.pages) for s in seqs] == [2, 2, 0]
+    assert [world.pool.references(p) for p in seqs[0].pages] == [2, 1]
+    assert world.scheduler.num_unfinished == 1
+    world.run()
+    assert [s.num_new_tokens for s in seqs] == [3] * 3
+    assert world.pool.num_free == 3
 
 
 # -- the same, in an engine ----------------------------------------------------------------------

@@ -1,0 +1,120 @@
+"""The engine's books: every page, slot and sample has an owner, and at the end none has one.
+
+The one place of the tests that reads the inside of scheduler, cache and pool.
+"""
+
+from collections import Counter
+from contextlib import suppress
+
+from samebit.rollout.runtime.sampler import NonFiniteError
+
+
+def cached_prefixes(engine):
+    """{page: the tokens up to its end} of the prefix cache."""
+    found, cache = {}, engine.prefixes
+    todo = [] if cache is None else [((), cache._root)]
+    while todo:
+        before, parent = todo.pop()
+        for key, node in parent.children.items():
+            assert (node.key, node.parent) == (key, parent)
+            assert len(key) == engine.config.page_size
+            assert node.page not in found, f"page {node.page} is cached twice"
+            found[node.page] = (*before, *key)
+            todo.append((found[node.page], node))
+    if cache is not None:
+        assert sorted(node.page for node in cache._nodes) == sorted(found), "lost branches"
+    return found
+
+
+def progress_of(engine, seq):
+    """(tokens known, how many of them have keys and values) of a running sequence."""
+    slots, scheduler = engine.scheduler._slots, engine.scheduler
+    known = slots.tokens[seq.slot, len(seq.token_ids) : slots.known[seq.slot]].tolist()
+    if seq in scheduler._prefilling or seq.request.score_only:
+        return seq.token_ids, seq.num_computed
+    return [*seq.token_ids, *known], int(slots.computed[seq.slot])
+
+
+def check_pages(engine, running):
+    """References are owners; only full pages of equal tokens are shared."""
+    size, pool, cached = engine.config.page_size, engine.pool, cached_prefixes(engine)
+    tokens_of, references = dict(cached), Counter(cached.keys())
+    for seq in running:
+        tokens, computed = progress_of(engine, seq)
+        assert len(set(seq.pages)) == len(seq.pages), "a page twice in one sequence"
+        references.update(seq.pages)
+        for i, page in enumerate(seq.pages):
+            prefix = tuple(tokens[: (i + 1) * size])
+            if pool.references(page) > 1:
+                assert (i + 1) * size <= computed, f"page {page} is shared but not full"
+                assert tokens_of.setdefault(page, prefix) == prefix, f"page {page}: other tokens"
+    expected = [references[page] for page in range(pool.num_pages)]
+    assert pool._references == expected, "references and owners differ"
+    free = [page for page, count in enumerate(expected) if not count]
+    assert sorted(pool._free) == free, "a page is lost, or free twice"
+
+
+def check_slots(engine, running):
+    """Who runs has one slot, which knows its pages."""
+    slots = engine.scheduler._slots
+    used = [slot for slot, seq in enumerate(slots.seqs) if seq is not None]
+    assert sorted(used + slots._free) == list(range(slots.num_slots)), "a slot is lost"
+    assert sorted(seq.slot for seq in running) == used
+    assert set(slots.decode_order()) <= set(used)
+    for seq in running:
+        assert slots.seqs[seq.slot] is seq
+        assert slots.pages[seq.slot, : slots.num_pages[seq.slot]].tolist() == seq.pages
+
+
+def check_queues(engine, running):
+    """Each unfinished sample waits, runs, or is to fork from one that does."""
+    scheduler = engine.scheduler
+    waiting, prefilling = list(scheduler._waiting), scheduler._prefilling
+    live = [seq for group in engine._live.values() for seq in group]
+    coming = [seq for leader in (*waiting, *running) for seq in leader.siblings]
+    forking = {
+        id(seq) for f in engine.pipeline._flights for c in f.step.chunks for seq in c.siblings
+    }
+    places = Counter(map(id, (*waiting, *running, *coming)))
+    assert set(places) <= set(map(id, live)), "somebody runs for nobody"
+    for seq in live:
+        expected = 0 if seq.finish_reason is not None else 1
+        if seq.slot is not None or places[id(seq)] or id(seq) not in forking:
+            assert places[id(seq)] == expected, "a sample is lost, or in two places"
+        if seq.slot is None:
+            assert not seq.pages, "pages of one that does not run"
+    for queue in (waiting, prefilling):
+        arrivals = [seq.arrival for seq in queue]
+        assert arrivals == sorted(arrivals), "a later arrival goes first"
+    assert set(map(id, prefilling)) <= set(map(id, running))
+    unfinished = {seq.request.request_id for seq in live if seq.finish_reason is None}
+    late = {seq.request.request_id for seq in getattr(engine.pipeline, "_finished", ())}
+    assert unfinished <= set(engine._live) <= unfinished | late, "not reported"
+    assert scheduler.num_unfinished == len(unfinished)
+    assert scheduler.has_unfinished == bool(unfinished)
+    assert engine._for_step <= set(engine._live)
+
+
+def check_books(engine):
+    """Between steps, whatever is under way."""
+    running = [seq for group in engine._live.values() for seq in group if seq.slot is not None]
+    check_slots(engine, running)
+    check_pages(engine, running)
+    check_queues(engine, running)
+
+
+def settle(engine):
+    """Abort what was left unfinished; then nobody may hold anything but the cache, and after
+    flush_cache not even that."""
+    for request_id in list(engine._live):
+        for _ in range(2):  # what was in flight may be NaN, or the end of it
+            with suppress(KeyError, NonFiniteError):
+                engine.abort_request(request_id)
+    check_books(engine)
+    assert not engine._live
+    assert not engine._for_step
+    assert not engine.pipeline._flights
+    assert engine.scheduler.num_running == 0
+    engine.flush_cache()
+    check_books(engine)
+    assert engine.pool.num_free == engine.pool.num_pages

@@ -1,0 +1,133 @@
+"""A scheduler over a model that only counts: what is planned, without what is computed."""
+
+from pathlib import Path
+
+import torch
+
+from samebit.rollout.config import EngineConfig
+from samebit.rollout.runtime.kv_cache import PagePool
+from samebit.rollout.runtime.prefix_cache import PrefixCache
+from samebit.rollout.runtime.runner import Outcome
+from samebit.rollout.runtime.sampler import Sampler
+from samebit.rollout.runtime.scheduler import Scheduler
+from samebit.rollout.runtime.sequence import Sequence
+from samebit.rollout.runtime.slots import Slots
+from samebit.rollout.runtime.step import Pipeline
+from samebit.rollout.types import Request, SamplingParams
+from samebit.weight_sync.types import WeightVersion
+
+PAGE = 4
+VERSION = WeightVersion(0, "a")
+
+
+class CountingRunner:
+    """A model that "computes" by counting: it draws token 7 everywhere."""
+
+    def __init__(self, slots):
+        self.slots = slots
+        self.steps = []
+        self.fails = False  # the next step
+
+    def launch(self, step, slots, sampler):
+        """Results for every row that asks for one."""
+        assert slots is self.slots
+        if self.fails:
+            self.fails = False
+            raise RuntimeError("the chip caught fire")
+        self.steps.append(step)
+        for slot in step.decode:
+            assert slots.num_pages[slot] * PAGE > slots.computed[slot]
+        for chunk in step.chunks:
+            assert len(chunk.seq.pages) * PAGE >= chunk.start + chunk.num_tokens
+        num_drawn = len(step.decode) + sum(len(c.drawing) for c in step.chunks)
+        num_scored = sum(c.num_tokens for c in step.chunks if c.scores)
+        return Outcome(
+            torch.full((num_drawn,), 7), -torch.ones(num_drawn), -torch.ones(num_scored), None
+        )
+
+
+class World:
+    """A scheduler in a pipeline over the counting runner. depth: steps in flight."""
+
+    def __init__(self, num_pages=16, cached=False, depth=0, **settings):
+        config = EngineConfig(
+            model_path=Path("none"),
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            page_size=PAGE,
+            **settings,
+        )
+        self.pool = PagePool(num_pages)
+        self.config = config
+        self.prefixes = PrefixCache(self.pool, PAGE, VERSION) if cached else None
+        self.slots = Slots(config.max_num_seqs, 64, PAGE, seed=0)
+        self.scheduler = Scheduler(config, self.pool, self.prefixes, self.slots)
+        self.runner = CountingRunner(self.slots)
+        sampler = Sampler(331, ())
+        self.pipeline = Pipeline(self.scheduler, self.slots, self.runner, sampler, depth)
+        self.arrivals = 0
+        self._live, self._for_step = {}, set()  # as an engine's, for check_books
+
+    def add(self, prompt, max_new=4, n=1, score=False, **params):
+        """Queue a request; its sequences."""
+        request = Request(
+            request_id=str(self.arrivals),
+            prompt_ids=tuple(prompt),
+            params=SamplingParams(n=n, max_new_tokens=max_new, **params),
+            sample_ids=tuple(range(n)),
+            score_only=score,
+        )
+        seqs = [
+            Sequence(request=request, index=i, arrival=self.arrivals + i, token_ids=list(prompt))
+            for i in range(n)
+        ]
+        self.arrivals += n
+        seqs[0].siblings = seqs[1:]
+        self.scheduler.add(seqs[0])
+        self._live[request.request_id] = seqs
+        return seqs
+
+    def step(self):
+        """One step; what was scheduled as (arrival, number of tokens, arrivals of forks)."""
+        slots, summary = self.slots, []
+        original = self.runner.launch
+
+        def launch(step, *arguments):
+            summary.extend((int(slots.arrival[slot]), 1, []) for slot in step.decode)
+            for c in step.chunks:
+                forks = [s.arrival for s in c.siblings if s.slot is not None]
+                summary.append((c.seq.arrival, c.num_tokens, forks))
+            self.copies = [copy for c in step.chunks for copy in c.copies]
+            return original(step, *arguments)
+
+        self.runner.launch = launch
+        try:
+            self.pipeline.advance(VERSION)
+        finally:
+            self.runner.launch = original
+            self._forget_finished()
+        return summary
+
+    def abort(self, request_id):
+        """End a request as an engine does; the samples that it had left."""
+        self.pipeline.drain()
+        aborted = self.scheduler.abort(request_id)
+        for seq in aborted:
+            seq.finish_reason = "abort"
+        self._forget_finished()
+        return aborted
+
+    def _forget_finished(self):
+        self._live = {
+            request: seqs
+            for request, seqs in self._live.items()
+            if any(seq.finish_reason is None for seq in seqs)
+        }
+
+    def run(self, limit=500):
+        """Steps until all is done."""
+        steps = []
+        while self.scheduler.has_unfinished:
+            steps.append(self.step())
+            assert len(steps) < limit, "the engine would hang"
+        return [step for step in steps if step]
