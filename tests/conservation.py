@@ -88,7 +88,7 @@ def check_queues(engine, running):
         assert arrivals == sorted(arrivals), "a later arrival goes first"
     assert set(map(id, prefilling)) <= set(map(id, running))
     unfinished = {seq.request.request_id for seq in live if seq.finish_reason is None}
-    late = {seq.request.request_id for seq in getattr(engine.pipeline, "_finished", ())}
+    late = {seq.request.request_id for seq in engine.pipeline._finished}
     assert unfinished <= set(engine._live) <= unfinished | late, "not reported"
     assert scheduler.num_unfinished == len(unfinished)
     assert scheduler.has_unfinished == bool(unfinished)
