@@ -112,7 +112,7 @@ def record_reach(scratch: Path, keep: Path | None) -> Reach:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         copy = copy_repository(ROOT, scratch / "recorded")
-        code = run_suite(copy, "-p", "mutants.reach", "--reach-folder", str(folder.absolute()))
+        code = run_suite(copy, "-p", "mutants.reach", f"--reach-folder={folder.absolute()}")
         if code != 0:
             raise SystemExit("tests fail without any lie: there is nothing to judge by")
         (folder / "complete").touch()
