@@ -51,8 +51,8 @@ def watch_child() -> None:
     if folder:
 
         def note(name: str, line: int) -> None:
-            with suppress(OSError):  # a test may forbid its child to write
-                with open(f"{folder}/{os.getpid()}", "a") as file:  # its own one also after a fork
-                    file.write(f"{name}:{line}\n")
+            own = f"{folder}/{os.getpid()}"  # another one after a fork
+            with suppress(OSError), open(own, "a") as file:  # a test may forbid its child to write
+                file.write(f"{name}:{line}\n")
 
         watch(note)
