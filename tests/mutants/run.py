@@ -3,11 +3,13 @@
     python tests/mutants/run.py semantic [--table NAME] [--only MUTANT ...]
     python tests/mutants/run.py sample [--size N] [--seed N] [--only PART ...]
     python tests/mutants/run.py all
+    python tests/mutants/run.py try --table FILE.toml
 
 `semantic` tries the tables of this folder: each entry's own tests have to notice it. `sample` draws
 mutants of cosmic-ray (see sample.py), records once which tests reach which lines, and runs those
 tests against each. Exits with 1 where less than 95% or 90% are killed. `--keep FOLDER` holds what
-was recorded, and is used again as long as no file has changed.
+was recorded, and is used again as long as no file has changed. `try` takes entries that name no
+tests yet, and tells which of those that reach their lines notice them.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -32,7 +35,7 @@ import transformers  # noqa: E402, F401
 from mutants import sample  # noqa: E402
 from mutants.choose import Reach  # noqa: E402
 from mutants.judge import Judge, Round, Verdict, copy_repository  # noqa: E402
-from mutants.table import ROOT, tables  # noqa: E402
+from mutants.table import ROOT, read_table, tables  # noqa: E402
 
 SEMANTIC_SHARE, SAMPLE_SHARE = 0.95, 0.90
 NUM_WORKERS = 2
@@ -56,6 +59,16 @@ def judge_semantic(scratch: Path, table: str | None, only: list[str]) -> list[Ve
     return verdicts
 
 
+def judge_tried(scratch: Path, reach: Reach, table: Path) -> list[Verdict]:
+    """New mutants against the tests that reach their lines."""
+    chosen = read_table(table)
+    codes = {m.file: (ROOT / m.file).read_text(encoding="utf-8") for m in chosen}
+    rounds = [(m, reach.rounds(m.file, m.line(), codes[m.file])) for m in chosen]
+    verdicts: list[Verdict] = []
+    Judge(ROOT, scratch, NUM_WORKERS).judge(rounds, lambda v: report(v, verdicts, len(chosen)))
+    return verdicts
+
+
 def judge_sample(scratch: Path, reach: Reach, size: int, seed: int, only: list[str]) -> list[dict]:
     """A sample against the tests that reach each line."""
     drawn = sample.draw(size, seed)
@@ -71,7 +84,9 @@ def judge_sample(scratch: Path, reach: Reach, size: int, seed: int, only: list[s
             print(f"      {changes[verdict.name]}", flush=True)
 
     Judge(ROOT, scratch, NUM_WORKERS).judge(rounds, told)
-    return [{**vars(verdict), "change": changes[verdict.name]} for verdict in verdicts]
+    return [
+        {"mutant": v.name, "change": changes[v.name], "killed_by": v.killed_by} for v in verdicts
+    ]
 
 
 def report(verdict: Verdict, verdicts: list[Verdict], total: int) -> None:
@@ -119,6 +134,17 @@ def record_reach(scratch: Path, keep: Path | None) -> Reach:
     return Reach(folder)
 
 
+def provenance() -> dict[str, Any]:
+    """Command, source, machine and versions, told by the program of that name."""
+    code = (
+        "import json, sys, torch; from samebit.recipes.provenance import provenance;"
+        "print(json.dumps(provenance(sys.argv[1:], torch.device('cpu'))))"
+    )
+    command = [sys.executable, "-c", code, "python", "tests/mutants/run.py", *sys.argv[1:]]
+    env = {**os.environ, "PYTHONPATH": str(ROOT / ".typing")}
+    return json.loads(subprocess.run(command, env=env, check=True, capture_output=True).stdout)
+
+
 def verdict_on(name: str, killed: int, total: int, share: float) -> bool:
     """Print the figure; whether it is enough."""
     print(
@@ -130,21 +156,24 @@ def verdict_on(name: str, killed: int, total: int, share: float) -> bool:
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["semantic", "sample", "all"])
-    parser.add_argument("--table", help="one table of this folder")
+    parser.add_argument("what", choices=["semantic", "sample", "all", "try"])
+    parser.add_argument("--table", help="one table of this folder; for try, a file")
     parser.add_argument("--only", nargs="+", default=[], help="names, or parts of a sample's names")
     parser.add_argument("--size", type=int, default=sample.SIZE)
     parser.add_argument("--seed", type=int, default=sample.SEED)
     parser.add_argument("--keep", type=Path, help="a folder for what was recorded")
     parser.add_argument("--output", type=Path, help="a JSON file for all verdicts")
     given = parser.parse_args()
-    start, good, found = time.time(), True, {}
+    start, good, found = time.time(), True, provenance()
     with tempfile.TemporaryDirectory(prefix="samebit-mutants-") as folder:
         scratch = Path(folder)
+        if given.what == "try":
+            reach = record_reach(scratch, given.keep)
+            return 0 if all(v.killed for v in judge_tried(scratch, reach, Path(given.table))) else 1
         if given.what in ("semantic", "all"):
             (scratch / "semantic").mkdir()
             verdicts = judge_semantic(scratch / "semantic", given.table, given.only)
-            found["semantic"] = [vars(v) for v in verdicts]
+            found["semantic"] = [{"mutant": v.name, "killed_by": v.killed_by} for v in verdicts]
             killed = sum(v.killed for v in verdicts)
             good &= verdict_on("semantic mutants", killed, len(verdicts), SEMANTIC_SHARE)
         if given.what in ("sample", "all"):
@@ -153,13 +182,13 @@ def main() -> int:
             print(f"{len(reach.tests)} tests recorded")
             sampled = judge_sample(scratch / "sample", reach, given.size, given.seed, given.only)
             found["sample"] = sampled
-            killed = sum(v["killed"] for v in sampled)
+            killed = sum(bool(v["killed_by"]) for v in sampled)
             good &= verdict_on("sampled mutants", killed, len(sampled), SAMPLE_SHARE)
     seconds = round(time.time() - start)
     print(f"{seconds} s")
     if given.output:
         given.output.parent.mkdir(parents=True, exist_ok=True)
-        given.output.write_text(json.dumps({"seconds": seconds, **found}, indent=1) + "\n")
+        given.output.write_text(json.dumps({**found, "seconds": seconds}, indent=1) + "\n")
     return 0 if good else 1
 
 

@@ -33,7 +33,7 @@ class SemanticMutant:
     equivalent: str = ""
 
     def __post_init__(self) -> None:
-        if bool(self.killed_by) == bool(self.equivalent):
+        if self.killed_by and self.equivalent:
             raise ValueError(f"mutant {self.name}: give either killed_by or equivalent")
         for key in ("name", "old", "why"):
             if not getattr(self, key).strip():
@@ -50,18 +50,27 @@ class SemanticMutant:
             )
         return original.replace(self.old, self.new)
 
+    def line(self, root: Path = ROOT) -> int:
+        """The first line that differs."""
+        before = (root / self.file).read_text(encoding="utf-8").splitlines()
+        pairs = zip(before, self.text(root).splitlines(), strict=False)
+        return next((i for i, (old, new) in enumerate(pairs, 1) if old != new), len(before))
+
+
+def read_table(path: Path) -> list[SemanticMutant]:
+    """The entries of one file."""
+    entries = tomllib.loads(path.read_text(encoding="utf-8"))["mutants"]
+    return [SemanticMutant(**{**e, "killed_by": tuple(e.get("killed_by", ()))}) for e in entries]
+
 
 def tables() -> dict[str, list[SemanticMutant]]:
-    """All tables by name; ValueError for a name that is used twice."""
-    found = {}
+    """All tables by name; ValueError for a name that is used twice, or an entry without an end."""
+    found = {path.stem: read_table(path) for path in sorted(FOLDER.glob("*.toml"))}
     seen: set[str] = set()
-    for path in sorted(FOLDER.glob("*.toml")):
-        entries = tomllib.loads(path.read_text(encoding="utf-8"))["mutants"]
-        found[path.stem] = [
-            SemanticMutant(**{**e, "killed_by": tuple(e.get("killed_by", ()))}) for e in entries
-        ]
-        for mutant in found[path.stem]:
-            if mutant.name in seen:
-                raise ValueError(f"mutant {mutant.name} stands in two places")
-            seen.add(mutant.name)
+    for mutant in (mutant for entries in found.values() for mutant in entries):
+        if mutant.name in seen:
+            raise ValueError(f"mutant {mutant.name} stands in two places")
+        if not mutant.killed_by and not mutant.equivalent:
+            raise ValueError(f"mutant {mutant.name}: give killed_by or equivalent")
+        seen.add(mutant.name)
     return found
