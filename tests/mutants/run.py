@@ -3,7 +3,7 @@
     python tests/mutants/run.py semantic [--table NAME] [--only MUTANT ...]
     python tests/mutants/run.py sample [--size N] [--seed N] [--only PART ...]
     python tests/mutants/run.py all
-    python tests/mutants/run.py try --table FILE.toml
+    python tests/mutants/run.py try --table FILE.toml [--reach FOLDER]
 
 `semantic` tries the tables of this folder: each entry's own tests have to notice it. `sample` draws
 mutants of cosmic-ray (see sample.py), records once which tests reach which lines, and runs those
@@ -162,13 +162,14 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=sample.SIZE)
     parser.add_argument("--seed", type=int, default=sample.SEED)
     parser.add_argument("--keep", type=Path, help="a folder for what was recorded")
+    parser.add_argument("--reach", type=Path, help="for try: what was recorded of another tree")
     parser.add_argument("--output", type=Path, help="a JSON file for all verdicts")
     given = parser.parse_args()
     start, good, found = time.time(), True, provenance()
     with tempfile.TemporaryDirectory(prefix="samebit-mutants-") as folder:
         scratch = Path(folder)
         if given.what == "try":
-            reach = record_reach(scratch, given.keep)
+            reach = Reach(given.reach) if given.reach else record_reach(scratch, given.keep)
             return 0 if all(v.killed for v in judge_tried(scratch, reach, Path(given.table))) else 1
         if given.what in ("semantic", "all"):
             (scratch / "semantic").mkdir()
