@@ -76,7 +76,7 @@ def digest_sum(specs: Iterable[ParamSpec], params: Mapping[str, torch.Tensor]) -
             width = shape[1] if len(shape) > 1 else 1
             rows = flat[block.start : block.start + block.num_rows]
             key = _tensor_key(block.hf_name, param.dtype)
-            _add_hash(total, rows, key, block.hf_start, width, spec.columns().start)
+            _add_hash(total, rows, key, block.hf_start, width, spec.column_start)
     return sum(int(total) for total in totals.values()) % (1 << 64)
 
 

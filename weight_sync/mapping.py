@@ -38,9 +38,8 @@ class ParamSpec:
     replica: bool = False
 
     def columns(self) -> slice:
-        """The source columns that this shard holds."""
-        width = self.shape[1] if len(self.shape) > 1 else 1
-        return slice(self.column_start, self.column_start + width)
+        """The source columns that this shard of a matrix holds."""
+        return slice(self.column_start, self.column_start + self.shape[1])
 
 
 @dataclass(frozen=True)

@@ -394,7 +394,7 @@ def test_nan_that_appears_while_running(updated):
     weight[0, 0] = NAN
     with pytest.raises(NonFiniteError, match="NaN log-prob in request .*, sample 0, at position 5"):
         updated.generate(PROMPTS, PARAMS)
-    with pytest.raises(NonFiniteError, match="NaN log-prob in request"):
+    with pytest.raises(NonFiniteError, match="NaN log-prob in request .*, sample 0, at position 1"):
         updated.score(PROMPTS)
     assert not updated.has_unfinished_requests
     assert updated.pool.num_free == updated.pool.num_pages
