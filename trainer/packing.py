@@ -79,7 +79,7 @@ def _split(samples: Iterable[Sample], max_tokens: int) -> list[list[Sample]]:
                 f"sample {sample.sample_id} has {length} tokens; trainer.micro_batch_tokens is "
                 f"{max_tokens}"
             )
-        if not groups or length > room:
+        if length > room:  # the first one too
             groups.append([])
             room = max_tokens
         groups[-1].append(sample)

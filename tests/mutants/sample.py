@@ -3,12 +3,14 @@
 A place in the code (an operator, a number, a condition, a keyword) is drawn first and then one of
 the changes that cosmic-ray knows for it: otherwise the eleven replacements of each binary operator,
 most of which crash, would be nearly all of the sample. Left out is what no result can show:
-annotations, decorators, `==` made `is` and the like.
+annotations, decorators, `==` made `is` and the like. A change that survives because it is none is
+entered in sampled/equivalent.toml with the reason; it is not judged, and counts nowhere.
 """
 
 import ast
 import difflib
 import random
+import tomllib
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from pathlib import Path
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
-from mutants.table import ROOT
+from mutants.table import FOLDER, ROOT
 
 SEED = 20261128
 SIZE = 240
@@ -82,11 +84,11 @@ def _operators() -> list[str]:
 
 
 def _annotations(code: str) -> set[tuple[int, int]]:
-    """(line, column) of every node within an annotation."""
+    """(line, column) of every node within an annotation or a decorator."""
     roots = []
     for node in ast.walk(ast.parse(code)):
-        for name in ("annotation", "returns"):
-            roots.append(getattr(node, name, None))
+        roots += [getattr(node, name, None) for name in ("annotation", "returns")]
+        roots += getattr(node, "decorator_list", ())
     inside = (n for root in roots if root is not None for n in ast.walk(root))
     spans = [n for n in inside if isinstance(n, ast.expr)]
     return {
@@ -127,6 +129,12 @@ def draw(size: int, seed: int, root: Path = ROOT) -> list[SampledMutant]:
                 drawn.append(mutant)
                 break
     return drawn
+
+
+def equivalents() -> dict[tuple[str, str], str]:
+    """Reasons by (file, change)."""
+    text = (FOLDER / "sampled" / "equivalent.toml").read_text(encoding="utf-8")
+    return {(e["file"], e["change"]): e["reason"] for e in tomllib.loads(text)["equivalent"]}
 
 
 def _compiles(mutant: SampledMutant, root: Path) -> bool:

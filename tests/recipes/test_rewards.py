@@ -124,6 +124,13 @@ def test_users_function_with_arguments(tmp_path, monkeypatch):
         load_reward(RewardConfig(name="my_rewards:length", args={"scal": 1}))
 
 
+def test_a_function_that_does_not_say_what_it_takes_is_called():
+    """As some built-in ones: that it takes no text is an error of the reward, once it scores."""
+    reward = load_reward(RewardConfig(name="math:hypot"))
+    with pytest.raises(RewardError, match="must be real number"):
+        score(reward, ["3"], [problem("3")])
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
