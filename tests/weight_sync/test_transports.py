@@ -159,11 +159,27 @@ def test_after_an_abort_nothing_half_done_is_served(sender, old, new, expected):
     assert serves(sender.engine, new, expected)
 
 
+def test_what_was_refused_or_given_up_may_be_given_up_again(gloo, remote, old, new):
+    """Nobody waits for an answer that never comes, and no late one is taken for another."""
+    gloo.begin(8)
+    gloo.send(new.params)
+    with pytest.raises(WeightSyncError, match="digest"):
+        gloo.commit(old.digest)
+    gloo.abort("it was refused")
+    send(gloo, new, 9)
+    gloo.begin(10)
+    gloo.send(old.params)
+    for _ in range(2):
+        gloo.abort("the optimizer failed")
+    assert send(gloo, old, 11) == remote.weight_version == WeightVersion(11, old.digest)
+
+
 def test_during_an_update_the_engine_takes_no_work(old):
     """Alias: between begin and commit the optimizer writes the memory that the engine reads."""
     engine = local_engine(old.folder)
     engine.begin_weight_update(4)
     for call in (
+        engine.step,
         lambda: engine.generate(PROMPTS, PARAMS),
         lambda: engine.score(PROMPTS[::2]),
         lambda: engine.add_request(PROMPTS[0], PARAMS),
