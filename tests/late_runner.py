@@ -46,8 +46,8 @@ def _poison(values):
 class LateRunner(Runner):
     """The real runner with late results.
 
-    events: ("launch" or "wait", step), steps counted from 0. fails: those that raise `error`. nans: steps
-    with a NaN for the first sequence that has not ended; num_faults counts both.
+    events: ("launch" or "wait", step), steps counted from 0. fails: those that raise `error`. nans:
+    steps with a NaN for the first sequence that has not ended; num_faults counts both.
     """
 
     def __init__(self, *arguments):
