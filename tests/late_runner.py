@@ -46,14 +46,15 @@ def _poison(values):
 class LateRunner(Runner):
     """The real runner with late results.
 
-    events: ("launch" or "wait", step), steps counted from 0. fails: those that raise. nans: steps
-    with a NaN for the first sequence that has not ended; num_faults counts both.
+    events: ("launch" or "wait", step), steps counted from 0. fails: those that raise `error`. nans:
+    steps with a NaN for the first sequence that has not ended; num_faults counts both.
     """
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.events = []
         self.fails = set()
+        self.error = FaultError
         self.nans = set()
         self.num_faults = 0
         self.on_launch = lambda number: None
@@ -89,7 +90,7 @@ class LateRunner(Runner):
         self.events.append((kind, number))
         if (kind, number) in self.fails:
             self.num_faults += 1
-            raise FaultError(f"{kind} {number}")
+            raise self.error(f"{kind} {number}")
 
 
 def assert_same(found, truth, layers=(), case=""):

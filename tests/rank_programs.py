@@ -1,6 +1,7 @@
 """What the ranks of a parallel test run: each function is one rank's program."""
 
 import json
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from helpers import file_size_limit
 from policy_steps import gradient_samples, policy_step, refusals
 from torch.distributed import distributed_c10d
 
+from samebit.kernels import linear, selfcheck
 from samebit.kernels.reduce import TensorRanks, gather_objects
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
@@ -72,9 +74,23 @@ def engine(rank, size, store, folder, out):
     found["versions"].append(vars(one.weight_version))
     found["updated"] = exact(one.generate(prompts(), PARAMS))
     found["profile"] = one.profile.tp_size
+    found["capacity"] = Engine(folder, device="cpu", ranks=ranks, max_num_seqs=4096).kv_capacity
+    one.bind_weights({n: w.clone() for n, w in one.weights.items()}, step=6)
+    one.update_weights_from_disk(folder, step=7)
+    found["versions"].append(vars(one.weight_version))
+    found["bound"] = exact(one.generate(prompts(), PARAMS))
+    found["checked"] = checked_shapes(folder, ranks, Path(out).parent / f"cache.{rank}")
     Path(out).with_suffix(f".{rank}").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def checked_shapes(folder, ranks, cache):
+    """Weight shapes that an engine's self-check proves, told by what it does if all fail."""
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    selfcheck.linear_padded = lambda x, weight: linear.linear_padded(x, weight) + 1
+    Engine(folder, device="cpu", ranks=ranks)
+    return sorted(linear._blocked_shapes)
 
 
 def make_trainer(folder, parallel=None, **optimizer):

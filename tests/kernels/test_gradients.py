@@ -7,7 +7,7 @@ from helpers import assert_same_bits
 
 from samebit.kernels.attention import attention_ref, packed_attention, plan_packed
 from samebit.kernels.linear import add_product, linear
-from samebit.kernels.logprob import logprob
+from samebit.kernels.logprob import logits_grad, logprob
 from samebit.kernels.rms_norm import add_rms_norm, rms_norm
 from samebit.kernels.rope import rope, rope_table
 from samebit.kernels.swiglu import swiglu
@@ -152,6 +152,21 @@ def test_no_gradient_reaches_the_vocabulary_padding():
     values.sum().backward()
     assert weight.grad[:31].abs().min() > 0
     assert not weight.grad[31:].any()
+
+
+def test_logit_gradients_of_a_rank_are_its_columns():
+    """Tokens of lower and of higher ranks, whose logits are elsewhere, give no probability back."""
+    logits = torch.randn(7, 32, generator=torch.Generator().manual_seed(1)) * 2
+    normalizer = (logits / TEMPERATURES[:, None]).logsumexp(-1)
+
+    def gradient(columns, first):
+        ids, grad = TOKEN_IDS - first, POSITIONS / 9
+        return logits_grad(columns, TEMPERATURES, normalizer, ids, grad, torch.float32)
+
+    whole, parts = gradient(logits, 0), logits.split(8, dim=1)
+    found = [gradient(part, 8 * i) for i, part in enumerate(parts)]
+    assert_same_bits(torch.cat(found, dim=1), whole)
+    assert (whole.gather(1, TOKEN_IDS[:, None]).squeeze(1) > 0).tolist() == (POSITIONS > 0).tolist()
 
 
 def test_attention_gradients_match_its_reference():

@@ -113,6 +113,9 @@ def test_noise_is_philox_of_its_key():
         rest = (position, sample_id & MAX_32, sample_id >> 32)
         bits = torch.tensor([philox_scalar((t // 4, *rest), key)[t % 4] for t in range(39)])
         assert_same_bits(found[row], gumbel_from_bits(bits), cases[row])
+    found = gumbel_noise(int64(7), int64(1), int64(2), 40_000)[0, 32_760:32_776]  # in two parts
+    bits = [philox_scalar((t // 4, 1, 2, 0), (7, 0))[t % 4] for t in range(32_760, 32_776)]
+    assert_same_bits(found, gumbel_from_bits(torch.tensor(bits)))
 
 
 @pytest.mark.parametrize("vocab_size", [33, 100, 331, 1025, 70_000])
@@ -266,6 +269,14 @@ def test_ties_with_a_threshold_are_all_kept():
     # Above the tie of 2.0 stands 3.0 alone, with 0.43 of the mass.
     assert allow(logits, top_p=0.5).tolist() == [False, True, True, True, True, False]
     assert allow(logits, top_p=0.4).tolist() == [False, True, False, False, False, False]
+
+
+def test_a_top_p_of_one_keeps_all():
+    """Also what is lost in the sum of the mass."""
+    logits = torch.tensor([-30.0, 5.0, -40.0])
+    assert allow(logits, top_p=1.0).all()
+    assert allow(logits, top_k=2, top_p=1.0).tolist() == [True, True, False]
+    assert allow(logits, top_p=0.999).tolist() == [False, True, False]
 
 
 def test_forbidden_tokens_stay_forbidden():

@@ -22,6 +22,7 @@ from samebit.kernels.attention import (
 from samebit.kernels.linear import linear, linear_blocked, linear_padded, use_blocked
 from samebit.kernels.logprob import NUM_SEGMENTS
 from samebit.kernels.profile import CONTRACT_VERSION, NumericsProfile, numerics_profile
+from samebit.kernels.reduce import TensorRanks
 from samebit.kernels.selfcheck import (
     ROW_COUNTS,
     SelfCheckError,
@@ -30,6 +31,8 @@ from samebit.kernels.selfcheck import (
     selfcheck,
     unequal_linear_shapes,
 )
+from samebit.rollout.models.decoder import selfcheck_model
+from samebit.rollout.models.registry import load_model_config
 
 # The weights of a small model: qkv, projection, gate and up, down, output.
 SHAPES = ((128, 48), (48, 64), (208, 48), (48, 104), (331, 48), (1024, 48))
@@ -197,6 +200,13 @@ def test_shapes_that_failed_are_computed_by_blocks(tmp_path, caplog):
     assert_same_bits(linear(x, weight), before)
 
 
+def test_parts_of_weights_are_checked_too(monkeypatch):
+    """Products that tp_invariant cuts into segments have shapes of their own."""
+    monkeypatch.setattr(selfcheck_module, "linear_padded", lambda x, w: linear_padded(x, w) + 1)
+    selfcheck(SHAPES, HEADS, WIDTHS, segments=[(48, 8)])
+    assert linear_module._blocked_shapes == {*SHAPES, (48, 8)}
+
+
 def test_forced_blocks_give_equal_bits():
     """The fall-back changes speed, not a bit; gradients neither."""
     generator = torch.Generator().manual_seed(0)
@@ -264,5 +274,20 @@ def test_shards_whose_columns_have_other_bits_are_found(monkeypatch):
         return plain(x, weight) + (1e-6 if len(weight) == 48 else 0)
 
     monkeypatch.setattr(selfcheck_module, "linear", narrow_is_other)
-    with pytest.raises(SelfCheckError, match=r"48 of 96 columns .* not hold for 2 ranks"):
+    refused = pytest.raises(SelfCheckError, match=r"48 of 96 columns .* not hold for 2 ranks")
+    with refused:
         selfcheck_module.check_columns([(48, 64, 2)], cpu)
+    with refused:
+        selfcheck(SHAPES, HEADS, WIDTHS, column_shards=[(48, 64, 2)])
+
+
+def test_the_shards_of_an_invariant_model_are_checked(monkeypatch, qwen3_path):
+    """Those of its column-parallel weights: q, k and v, gate and up, embedding and output."""
+    asked = []
+    monkeypatch.setattr(
+        selfcheck_module, "check_columns", lambda shards, _device: asked.extend(shards)
+    )
+    half = TensorRanks(0, 2, group="the other half", invariant=True)
+    config = load_model_config(qwen3_path)
+    selfcheck_model(replace(config, ffn_size=128), torch.device("cpu"), half)
+    assert asked == [(64, 48, 2), (128, 48, 2), (512, 48, 2)]

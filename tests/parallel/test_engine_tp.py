@@ -7,6 +7,9 @@ from rank_programs import PARAMS, exact, prompts
 
 from samebit.kernels.reduce import TensorRanks
 from samebit.rollout.engine import Engine
+from samebit.rollout.models.decoder import param_specs
+from samebit.rollout.models.registry import load_model_config
+from samebit.weight_sync.mapping import Shard
 
 
 @pytest.fixture
@@ -22,15 +25,19 @@ def test_two_ranks_are_one_engine(found, qwen3_path):
     assert found[0] == found[1]
     first = found[0]["generated"][0]
     assert all(generated == first for generated in found[0]["generated"])
-    assert found[0]["updated"] == first
+    assert found[0]["updated"] == found[0]["bound"] == first
     assert found[0]["profile"] == 2
+    assert found[0]["capacity"] == (1 << 30) // (768 // 2) // 64 * 64  # each has half of the heads
+    specs = param_specs(load_model_config(qwen3_path), Shard(0, 2))
+    shards = {spec.shape for spec in specs if len(spec.shape) == 2}
+    assert set(map(tuple, found[0]["checked"])) == shards | {(331, 48)}  # and the whole logits
     warm = [i for i, p in enumerate(PARAMS) if p.temperature not in (0.0, 1.0)]
     for i, (prompt, group) in enumerate(zip(prompts(), first, strict=True)):
         if i not in warm:
             assert found[0]["scores"][i][len(prompt) - 1 :] == group[0][1]
     alone = Engine(qwen3_path, device="cpu", seed=3)
     versions = found[0]["versions"]
-    assert [v["step"] for v in versions] == [0, 5]
+    assert [v["step"] for v in versions] == [0, 5, 7]
     assert {v["digest"] for v in versions} == {alone.weight_version.digest}
     contexts = [[*p, *c[0][0]] for p, c in zip(prompts(), first, strict=True)]
     for values, ours in zip(alone.score(contexts), found[0]["scores"], strict=True):

@@ -11,12 +11,14 @@ from samebit.rollout.engine import Engine
 
 @pytest.fixture(scope="module", params=["qwen3", "llama"])
 def folder(request, tmp_path_factory):
-    """Qwen3 with an output layer of its own, and Llama with tied embeddings.
+    """Qwen3 with an output layer of its own, of whose vocabulary the second rank holds nothing but
+    padding, and Llama with tied embeddings, of which both hold a part.
 
     Split layers sum in another order; weights of the usual initial scale do not blow that up.
     """
     folder = tmp_path_factory.mktemp("models") / request.param
-    make_random_model(folder, request.param, seed=1, tied=request.param == "llama", std=0.02)
+    shape = {"tied": True, "vocab_size": 900} if request.param == "llama" else {"tied": False}
+    make_random_model(folder, request.param, seed=1, std=0.02, **shape)
     return folder
 
 

@@ -7,6 +7,7 @@ import math
 import pytest
 from helpers import assert_same_bits, make_prompts, outcomes
 
+from samebit.rollout.runtime.sampler import NonFiniteError
 from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.types import VersionSpan
 
@@ -40,6 +41,16 @@ def test_score_does_not_depend_on_company_or_chunks(make_engine, engine):
     small = make_engine(prefill_chunk=13, max_batch_tokens=29, page_size=16)
     assert small.score(sequences) == together
     assert small.score(sequences) == together  # prefix hits are no use to a score
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_nan_score_names_its_token(make_engine, overlap):
+    """The first one behind a damaged token, here that of a later chunk; nothing stays behind."""
+    engine = make_engine(prefill_chunk=4, overlap=overlap)
+    engine.weights["embedding.word_embeddings.weight"][17] = math.nan
+    with pytest.raises(NonFiniteError, match="NaN log-prob in request 0, sample 0, at position 9"):
+        engine.score([[5, 6, 7, 8, 9, 10, 11, 12, 17, 5, 6]])
+    assert not engine.has_unfinished_requests
 
 
 @pytest.fixture(scope="module")

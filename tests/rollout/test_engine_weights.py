@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import assert_same_bits, make_prompts, outcomes
+from helpers import assert_same_bits, edit_config, edit_tensors, make_prompts, outcomes
 
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
@@ -134,6 +134,29 @@ def test_a_folder_that_says_another_digest(make_engine, model_copy, truth):
     assert served(engine) == truth[1.0]
 
 
+def test_a_digest_of_another_dtype_says_nothing(make_engine, model_copy):
+    """It is of other bits; the step is the folder's all the same."""
+    engine = make_engine()
+
+    def narrow(tensors):
+        tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
+
+    edit_tensors(model_copy, narrow)
+    version = json.dumps({"step": 30, "digest": "0" * 16})
+    (model_copy / "weight_version.json").write_text(version)
+    found = engine.update_weights_from_disk(model_copy)
+    assert found == WeightVersion(30, engine.digest()) == engine.weight_version
+
+
+def test_context_and_end_tokens_stay_the_engines_own(make_engine, model_copy, truth):
+    """A folder that says others is one of the same model."""
+    engine = make_engine()
+    edit_config(model_copy, max_position_embeddings=2048, eos_token_id=[1, 2, 3])
+    engine.update_weights_from_disk(model_copy)
+    assert (engine.max_model_len, engine.model_config.eos_token_ids) == (1024, (0,))
+    assert served(engine) == truth[1.0]
+
+
 def test_a_folder_of_another_model_changes_nothing(make_engine, tmp_path, truth):
     """Neither weights nor version, nor the readiness to serve."""
     from samebit.recipes.tiny_model import make_random_model
@@ -147,7 +170,8 @@ def test_a_folder_of_another_model_changes_nothing(make_engine, tmp_path, truth)
     assert served(engine) == truth[1.0]
 
 
-def test_an_update_whose_source_breaks_leaves_no_mixture(make_engine, truth):
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_update_whose_source_breaks_leaves_no_mixture(make_engine, truth, error):
     """Half the tensors are in place: the engine says so until it is whole again."""
     engine = make_engine()
     good = scaled(engine, 1.0)
@@ -156,15 +180,15 @@ def test_an_update_whose_source_breaks_leaves_no_mixture(make_engine, truth):
         def items(self):
             for i, item in enumerate(super().items()):
                 if i == 5:
-                    raise OSError("the cable was pulled")
+                    raise error("the cable was pulled")
                 yield item
 
         def __getitem__(self, name):
             if name == NORM:
-                raise OSError("the cable was pulled")
+                raise error("the cable was pulled")
             return super().__getitem__(name)
 
-    with pytest.raises(OSError, match="the cable was pulled"):
+    with pytest.raises(error, match="the cable was pulled"):
         engine.update_weights_from_tensor(Torn(scaled(engine, 2.0)), step=6)
     with pytest.raises(WeightSyncError, match="step 6 broke off: the cable was pulled"):
         served(engine)

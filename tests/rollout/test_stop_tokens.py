@@ -1,6 +1,7 @@
 """Where a completion ends: at every token that the model's folder names, and nowhere unsaid."""
 
 import json
+import os
 import re
 import shutil
 
@@ -68,6 +69,20 @@ def test_all_that_the_folder_names(folder, config, generation, said):
     assert str(found).startswith(said)
     assert load_model_config(folder).eos_token_ids == found.ids
     assert folder / "generation_config.json" in side_files(folder)  # goes with an export
+
+
+def test_a_tokenizer_that_is_written_anew_is_read_anew(folder):
+    """One process may export a model twice."""
+    assert load_stop_tokens(folder).ids == (0,)
+    file = folder / "tokenizer.json"
+    token = json.loads((folder / "tokenizer_config.json").read_text())["eos_token"]
+    tokenizer = json.loads(file.read_text())
+    [entry] = [e for e in tokenizer["added_tokens"] if e["content"] == token]
+    entry["id"] = 9
+    before = file.stat().st_mtime_ns
+    file.write_text(json.dumps(tokenizer))
+    os.utime(file, ns=(before + 1, before + 1))
+    assert load_stop_tokens(folder).ids == (0, 9)
 
 
 def test_the_engine_stops_where_transformers_does(tmp_path):

@@ -297,6 +297,13 @@ def test_errors_of_a_remote_engine_are_those_of_a_local_one(remote):
     assert len(remote.generate(PROMPTS, PARAMS)) == 2
 
 
+def test_signals_to_a_group_are_the_parents_to_judge(remote):
+    """Ctrl-C reaches every process of a terminal; the engine's ends when it is told to."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(remote._process.pid, number)
+    assert remote.score(PROMPTS[:1]) == remote.score(PROMPTS[:1])
+
+
 def test_a_remote_engine_is_given_all_that_it_is_asked(remote, old, engine):
     """Parameters and ids of each prompt, layers, temperatures, steps; and progress at the end."""
     params = [

@@ -79,6 +79,28 @@ def test_a_folder_in_other_hands_is_not_replaced(old, tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["thesis", "thesis.tex"]
 
 
+def test_an_export_of_before_there_were_markers_is_ours(tmp_path):
+    """Its version says so."""
+    specs, params = [plain("a", "hf.a", (3, 2))], {"a": torch.zeros(3, 2)}
+    write_hf_folder(tmp_path / "out", specs, params, WeightVersion(1, "x"))
+    (tmp_path / "out" / ".samebit").unlink()
+    write_hf_folder(tmp_path / "out", specs, params, WeightVersion(2, "x"))
+    assert read_version(tmp_path / "out") == WeightVersion(2, "x")
+
+
+def test_shards_are_filled_to_the_limit(tmp_path):
+    """24 + 8 bytes, then 12: as the index says, with the size of all."""
+    specs = [plain(name, f"hf.{name}", (size,)) for name, size in (("a", 6), ("b", 2), ("c", 3))]
+    params = {spec.name: torch.ones(spec.shape) for spec in specs}
+    write_hf_folder(tmp_path / "out", specs, params, WeightVersion(1, "x"), (), 32)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    first, second = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    assert index["weight_map"] == {"hf.a": first, "hf.b": first, "hf.c": second}
+    assert index["metadata"] == {"total_size": 44}
+    write_hf_folder(tmp_path / "out", specs, params, WeightVersion(1, "x"), (), 44)
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == index["weight_map"].keys()
+
+
 def test_weights_changed_behind_the_version_file_are_refused(old, new, tmp_path):
     """The version file promises a digest; other bytes beside it are damage."""
     folder = tmp_path / "weights"

@@ -1,7 +1,9 @@
 """Folders of ours: locked against other processes, and replaced as a whole or not at all."""
 
+import fcntl
 import multiprocessing
 import os
+import socket
 import stat
 from pathlib import Path
 
@@ -34,6 +36,41 @@ def test_one_process_at_a_time(tmp_path):
     pid = run_python(HOLDER, tmp_path).strip()
     assert f"process {pid} on " in (tmp_path / LOCK).read_text()
     FolderLock(tmp_path).release()
+
+
+def test_nothing_of_an_earlier_holder_is_said(tmp_path):
+    """A killed process left a longer name."""
+    (tmp_path / LOCK).write_text("process 4000000000 on " + "a" * 300)
+    lock = FolderLock(tmp_path)
+    assert (tmp_path / LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+    lock.release()
+
+
+def test_a_lock_on_a_removed_file_is_none(tmp_path, monkeypatch):
+    """The holder lets go between our opening of the file and our locking it."""
+    holder, lock = FolderLock(tmp_path), fcntl.flock
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", lambda *arguments: (holder.release(), lock(*arguments)))
+        ours = FolderLock(tmp_path)
+    with pytest.raises(FolderInUseError):
+        FolderLock(tmp_path)
+    ours.release()
+
+
+def test_a_lock_is_held_until_its_name_is_gone(tmp_path, monkeypatch):
+    """Else the next one's name would be removed, and a third process let in."""
+    lock, unlink, refused = FolderLock(tmp_path), Path.unlink, []
+
+    def watched(path, **settings):
+        try:
+            FolderLock(tmp_path)
+        except FolderInUseError:
+            refused.append(path)
+        unlink(path, **settings)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    lock.release()
+    assert refused == [tmp_path / LOCK]
 
 
 def try_to_lock(folder, connection):
@@ -141,6 +178,41 @@ def test_dead_at_any_instant_of_ending_what_was_begun(tmp_path, monkeypatch):
         with replacing(crash.folder / "out"):
             found = contents(crash.folder / "out")
         assert found in ([new, {}] if crash.reported else [new]), crash.what
+
+
+def test_what_is_left_of_a_longer_name_is_anothers(tmp_path, monkeypatch):
+    """`out` is replaced beside what a killed process left of replacing `out.samebit-2`."""
+    monkeypatch.setattr(folders, "exchange", lambda *_: False)
+    other = tmp_path / "out.samebit-2"
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "_put_in_place", lambda *_: None)
+        patch.setattr(folders, "_discard", lambda _: None)
+        replace(other)
+    [left] = tmp_path.glob(".out.samebit-2.samebit-*")
+    (left / "old").mkdir()
+    with replacing(tmp_path / "out"):
+        assert not (tmp_path / "out").exists()
+    assert contents(left / "new") == {"weights": "new", "folder/more": "new"}
+    with replacing(other):
+        assert contents(other) == {"weights": "new", "folder/more": "new"}
+
+
+def test_a_rename_that_fails_leaves_the_old(tmp_path, monkeypatch):
+    """Where two names cannot be exchanged, the old one comes back."""
+    monkeypatch.setattr(folders, "exchange", lambda *_: False)
+    out, rename = tmp_path / "out", Path.rename
+    replace(out)
+
+    def failing(path, target):
+        if path.name == "new":
+            raise PermissionError("it may not be written")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(PermissionError), replacing(out) as new:
+        (new / "weights").write_text("newer")
+    assert contents(out) == {"weights": "new", "folder/more": "new"}
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_what_cannot_be_synced():

@@ -15,6 +15,7 @@ from samebit.weight_sync.meeting import (
     is_loopback,
     loopback_listener,
     prove_secret,
+    stay_on_loopback,
 )
 
 SECRET = "sixteen or more letters"
@@ -66,6 +67,16 @@ def test_what_a_rank_showed_before_is_no_proof(pool):
         prove_secret(store, 0, 2, SECRET)
 
 
+def test_a_rank_cannot_show_what_another_showed(pool):
+    """Its own question, and the first rank's proof as its own."""
+    store = dist.HashStore()
+    shown = dist.PrefixStore("samebit_secret", store)
+    shown.set("question_1", "x")
+    first = pool.submit(prove_secret, store, 0, 2, SECRET, timedelta(seconds=5))
+    shown.set("proof_1", shown.get("proof_0"))
+    assert "rank 1 has another SAMEBIT_SECRET than rank 0" in str(first.exception())
+
+
 @pytest.mark.parametrize(
     ("secret", "why", "message"),
     [
@@ -78,7 +89,7 @@ def test_secrets_that_are_none(secret, why, message):
     with pytest.raises(ValueError, match=message):
         check_secret(secret, why)
     check_secret("")
-    check_secret(SECRET, why)
+    check_secret("a" * 16, why)
 
 
 def test_a_secret_is_kept_from_what_the_process_starts(monkeypatch):
@@ -88,6 +99,15 @@ def test_a_secret_is_kept_from_what_the_process_starts(monkeypatch):
     monkeypatch.setenv("SAMEBIT_SECRET", SECRET)
     assert meeting.own_secret() == meeting.own_secret() == SECRET
     assert "SAMEBIT_SECRET" not in os.environ
+
+
+def test_groups_stay_on_the_loopback_unless_told_otherwise(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth1")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "x")
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME")
+    stay_on_loopback()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth1"
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "lo"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.3.2.1", "::1", "localhost"])

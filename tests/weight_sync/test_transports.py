@@ -9,6 +9,7 @@ from helpers import edit_tensors, outcomes
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.transports.alias import AliasTransport
+from samebit.weight_sync.transports.collective import CollectiveSender
 from samebit.weight_sync.transports.file import FileTransport
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
@@ -159,11 +160,33 @@ def test_after_an_abort_nothing_half_done_is_served(sender, old, new, expected):
     assert serves(sender.engine, new, expected)
 
 
+def test_what_was_refused_or_given_up_may_be_given_up_again(gloo, remote, old, new, monkeypatch):
+    """The engine does not listen any more: nothing is sent, or the answer would never come."""
+
+    def abort_again(reason):
+        with monkeypatch.context() as patch:
+            patch.delattr(CollectiveSender, "abort")
+            gloo.abort(reason)
+
+    gloo.begin(8)
+    gloo.send(new.params)
+    with pytest.raises(WeightSyncError, match="digest"):
+        gloo.commit(old.digest)
+    abort_again("it was refused")
+    send(gloo, new, 9)
+    gloo.begin(10)
+    gloo.send(old.params)
+    gloo.abort("the optimizer failed")
+    abort_again("the optimizer failed")
+    assert send(gloo, old, 11) == remote.weight_version == WeightVersion(11, old.digest)
+
+
 def test_during_an_update_the_engine_takes_no_work(old):
     """Alias: between begin and commit the optimizer writes the memory that the engine reads."""
     engine = local_engine(old.folder)
     engine.begin_weight_update(4)
     for call in (
+        engine.step,
         lambda: engine.generate(PROMPTS, PARAMS),
         lambda: engine.score(PROMPTS[::2]),
         lambda: engine.add_request(PROMPTS[0], PARAMS),
