@@ -1,6 +1,7 @@
 """Which processes may meet where: one machine, or several that share a secret."""
 
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
@@ -54,18 +55,28 @@ def test_several_machines_need_a_secret(env):
         setup._join_group(CPU, "letmein"[:6])
 
 
-def test_processes_prove_their_secret_before_they_join(env, monkeypatch):
-    """One that knows another secret is met at the store, and no group is made with it."""
-    secret, store = "sixteen or more letters", torch.distributed.HashStore()
+@pytest.mark.parametrize("knows", [True, False])
+def test_processes_prove_their_secret_before_they_join(env, monkeypatch, knows):
+    """One that knows another secret is met at the store, and no group is made with it. In a group
+    all wait for hours: the first of them may score or write for long."""
+    secret, store, joined = "sixteen or more letters", torch.distributed.HashStore(), []
     env(RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     for name, value in setup.DETERMINISTIC.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(setup, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
+    monkeypatch.setattr(setup.dist, "init_process_group", lambda *x, **y: joined.append((x, y)))
     with ThreadPoolExecutor(1) as pool:
-        stranger = pool.submit(prove_secret, store, 1, 2, secret.upper())
-        with pytest.raises(ValueError, match="rank 1 has another SAMEBIT_SECRET than rank 0"):
-            setup._join_group(CPU, secret)
-        assert "rank 0 has another SAMEBIT_SECRET" in str(stranger.exception())
+        other = pool.submit(prove_secret, store, 1, 2, secret if knows else secret.upper())
+        if not knows:
+            with pytest.raises(ValueError, match="rank 1 has another SAMEBIT_SECRET than rank 0"):
+                setup._join_group(CPU, secret)
+            assert "rank 0 has another SAMEBIT_SECRET" in str(other.exception())
+            assert joined == []
+            return
+        setup._join_group(CPU, secret)
+        other.result()
+    place = {"store": store, "rank": 0, "world_size": 2, "timeout": timedelta(hours=4)}
+    assert joined == [(("gloo",), place)]
 
 
 class Runs:
