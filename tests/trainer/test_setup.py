@@ -66,7 +66,8 @@ def test_processes_prove_their_secret_before_they_join(env, monkeypatch, knows):
     monkeypatch.setattr(setup, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
     monkeypatch.setattr(setup.dist, "init_process_group", lambda *x, **y: joined.append((x, y)))
     with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(prove_secret, store, 1, 2, secret if knows else secret.upper())
+        known, patience = secret if knows else secret.upper(), timedelta(seconds=10)
+        other = pool.submit(prove_secret, store, 1, 2, known, patience)
         if not knows:
             with pytest.raises(ValueError, match="rank 1 has another SAMEBIT_SECRET than rank 0"):
                 setup._join_group(CPU, secret)
