@@ -6,9 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from samebit.recipes.tiny_model import write_config, write_weights
-from samebit.recipes.verification.tensor_parallel import MODULE, mixed_lengths, parse
+from samebit.recipes.verification import tensor_parallel
+from samebit.recipes.verification.tensor_parallel import DEFAULTS, MODULE, mixed_lengths, parse
+from samebit.trainer.megatron.forward import ForwardModel
 
 SHAPE = {
     "hidden_size": 48,
@@ -70,3 +73,25 @@ def test_options():
     totals = [sum(lens) for lens in mixed_lengths(64, 4096, 0)]
     assert max(totals) == 4096
     assert min(totals) < 200
+
+
+def test_one_bit_of_any_process_is_a_mismatch(qwen3_path, monkeypatch):
+    """Of the trainer's first pass: it differs from what was drawn and from the second pass. The
+    process with most of them counts."""
+    logprobs, passes = ForwardModel.logprobs, []
+
+    def nudged(self, batches):
+        found = logprobs(self, batches)
+        passes.append(found)
+        if len(passes) == 1:
+            found[-1].view(torch.int32)[-1] ^= 1
+        return found
+
+    monkeypatch.setattr(ForwardModel, "logprobs", nudged)
+    options = DEFAULTS | {"num_seqs": 3, "max_len": 24}
+    cpu = torch.device("cpu")
+    found = tensor_parallel.measure(qwen3_path, options, cpu)
+    drawn = sum(new for _, new in mixed_lengths(3, 24, 0))
+    assert (found["mismatches"], found["compared"]) == (2, drawn)
+    monkeypatch.setattr(tensor_parallel, "gather_objects", lambda value: [value, value + 5, 1])
+    assert tensor_parallel.measure(qwen3_path, options, cpu)["mismatches"] == 5

@@ -1,5 +1,6 @@
 """Resume is bound to contents, not to paths, and a refusal names keys with both values."""
 
+import importlib.metadata
 import json
 import shutil
 from dataclasses import replace
@@ -9,6 +10,7 @@ from helpers import edit_config
 from run_children import open_run
 
 from samebit.recipes import binding
+from samebit.recipes.compose import resolve
 from samebit.recipes.tasks.base import DataConfig, ListDataset, Problem
 from samebit.trainer.checkpoint import MANIFEST, CheckpointError, latest_checkpoint, manifest_text
 
@@ -36,8 +38,6 @@ class Bound:
     def resolve(self, *overrides):
         given = [a for a in self.runs.arguments("run") if not a.startswith(("data", "reward"))]
         files = [f"model.path={self.model}", f"data.path={self.data}", "trainer.num_steps=1"]
-        from samebit.recipes.compose import resolve
-
         return resolve("grpo", [*given, *DATA, *files, *overrides])
 
     def resume(self, *overrides):
@@ -197,6 +197,18 @@ def test_every_record_of_a_file_counts_and_the_first_of_generated_ones():
     assert digest("reverse_digits", 40) != digest("reverse_digits", 40, changed=15)
     assert digest("reverse_digits", 40) == digest("reverse_digits", 40, changed=39)
     assert digest("reverse_digits", 40) != digest("reverse_digits", 41)
+
+
+def test_the_package_that_makes_the_problems_counts(demo_model):
+    """Another version of it may make others, of which the first ones look alike."""
+    words = [f"model.path={demo_model}", "trainer.batch_size=4", "data=chain_sum"]
+    contents = binding.bindings(resolve("sft", words), "sft", {})["contents"]
+    assert contents["package reasoning_gym"] == importlib.metadata.version("reasoning_gym")
+    words[-1] = "data=reverse_digits"
+    assert (
+        "package reasoning_gym"
+        not in binding.bindings(resolve("sft", words), "sft", {})["contents"]
+    )
 
 
 def test_a_plan_refuses_what_the_resumed_run_would(bound, tmp_path):

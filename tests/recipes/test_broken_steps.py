@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import outcomes
+from helpers import file_size_limit, outcomes
 from run_children import open_run
 
-from samebit.recipes.grpo import GrpoRecipe, LogprobMismatchError, Phases
+from samebit.recipes.grpo import GrpoRecipe, LogprobMismatchError, Phases, Progress
 from samebit.recipes.metrics import read_rows
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
@@ -129,6 +129,33 @@ def test_nothing_is_served_while_the_optimizer_writes(make_recipe):
         assert found
         assert recipe.engine.weight_version.step == 1
         assert recipe.engine.weight_version.digest == recipe.trainer.digest()
+
+
+def test_the_engine_is_what_the_configuration_says(make_recipe):
+    """None of its keys can change a token, so nothing else would notice one that is not read."""
+    settings = {"page_size": 16, "kv_cache_tokens": 208, "max_batch_tokens": 77}
+    settings |= {"max_num_seqs": 5, "prefill_chunk": 9, "prefix_cache": False, "overlap": True}
+    with make_recipe(*(f"engine.{name}={value}" for name, value in settings.items())) as recipe:
+        found = vars(recipe.engine.config)
+        assert {name: found[name] for name in settings} == settings
+        assert (found["max_model_len"], found["cuda_graphs"]) == (8 + 6, False)
+
+
+def test_a_checkpoint_that_fails_beside_the_step_is_told_too(runs, capsys):
+    """Two errors: the run ends with the step's, and says that nothing of the other is saved."""
+    run = runs.resolve("both")
+    with open_run(run) as session:
+
+        def fail_beside_a_checkpoint():
+            logger = session.logger(Progress())
+            with logger, session.saving(Progress(), logger, lambda: None):
+                session.save(1, {"params": {"w": torch.ones(4096)}}, {"step": 1})
+                raise ArithmeticError("no such loss")
+
+        with file_size_limit(1000), pytest.raises(ArithmeticError, match="no such loss"):
+            fail_beside_a_checkpoint()
+    assert list((runs.folder / "both" / "checkpoints").iterdir()) == []
+    assert "rank_00000.pt: [Errno 27] File too large" in capsys.readouterr().err
 
 
 def test_an_engine_with_weights_of_its_own_serves_the_old_ones(make_recipe):

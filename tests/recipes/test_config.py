@@ -149,6 +149,10 @@ WRONG = {
         ["rollout.max_prompt_len=5000", "rollout.max_new_tokens=4000"],
         "= 9000 exceed trainer.micro_batch_tokens = 8192",
     ),
+    "sample longer than a batch by one": (
+        ["rollout.max_prompt_len=5000", "rollout.max_new_tokens=3193"],
+        "= 8193 exceed trainer.micro_batch_tokens = 8192",
+    ),
     "temperature zero": (["rollout.temperature=0"], "rollout.temperature is 0.0; it must be posit"),
     "several processes, engine apart": (
         ["trainer.parallel.tensor=2", "engine=process"],
@@ -194,6 +198,13 @@ WRONG = {
     "no threads": (["cpu_threads=0"], "cpu_threads is 0; it must be positive"),
     "seed too large": (["seed=99999999999999"], "seed is 99999999999999; it must be in"),
 }
+
+
+def test_the_longest_sample_may_fill_a_batch():
+    """To its last token."""
+    lengths = ["rollout.max_prompt_len=5000", "rollout.max_new_tokens=3192"]
+    run = resolve("grpo", ["model.path=m", *lengths])
+    assert run.rollout.max_prompt_len + 3192 == run.trainer.micro_batch_tokens
 
 
 @pytest.mark.parametrize("case", WRONG)

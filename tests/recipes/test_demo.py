@@ -16,7 +16,7 @@ from run_children import has_lines
 from samebit.recipes import cli, fetch_smollm2
 from samebit.recipes.compose import ConfigError, resolve, to_dict
 from samebit.recipes.metrics import read_rows, without_times
-from samebit.recipes.tiny_model import make_random_model, write_character_tokenizer
+from samebit.recipes.tiny_model import make_demo_model, make_random_model, write_character_tokenizer
 from samebit.trainer.checkpoint import latest_checkpoint
 
 
@@ -26,6 +26,7 @@ def arguments(folder, run_name):
         f"output_dir={folder}",
         f"run_name={run_name}",
         "device=cpu",
+        "seed=5",
         "sft.trainer.num_steps=8",
         "sft.trainer.batch_size=16",
         "sft.trainer.checkpoint_every=3",
@@ -107,7 +108,7 @@ def test_the_last_line_is_the_summary(demo):
     assert (folder / "grpo" / "report.html").stat().st_size > 10_000
 
 
-def test_both_phases_ran(demo):
+def test_both_phases_ran(demo, tmp_path):
     """A warm start that did not reach the second phase would make the demo meaningless."""
     folder, output = demo
     assert len(read_rows(folder / "sft" / "metrics.jsonl")) == 8
@@ -117,8 +118,12 @@ def test_both_phases_ran(demo):
     assert final.step == 6
     before = json.loads((folder / "sft" / "summary.json").read_text())["weights_digest"]
     assert json.loads(output.strip().splitlines()[-1])["weights_digest"] != before
-    begins = yaml.safe_load((folder / "grpo" / "config.yaml").read_text())["model"]["path"]
-    assert begins == str(folder / "sft" / "model")
+    phases = [yaml.safe_load((folder / x / "config.yaml").read_text()) for x in ("sft", "grpo")]
+    assert [phase["seed"] for phase in phases] == [5, 5]
+    assert phases[1]["model"]["path"] == str(folder / "sft" / "model")
+    make_demo_model(tmp_path, seed=5)
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (folder / "model" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 def test_killed_in_every_phase_and_resumed(demo, tmp_path, kill_when):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ from samebit.recipes import cli
 from samebit.recipes.bits import Distance, distance
 from samebit.recipes.diff import rollout_differences
 from samebit.recipes.rollouts import SavedSample
-from samebit.trainer.checkpoint import list_checkpoints
+from samebit.trainer.checkpoint import MANIFEST, list_checkpoints, manifest_text
 
 SAVED = "logger.save_rollouts=true"
 
@@ -169,6 +170,24 @@ def test_another_optimizer_setting(pair, capsys):
         assert (pair.folder / folder / "rollouts" / "step_00000001.safetensors").exists()
     more = diff(capsys, pair.folder / "one", pair.folder / "lr", "all=true")[1]
     assert "then: step 2, rollout, sample " in more
+
+
+def test_other_data_model_and_numerics_explain_a_difference(two, capsys):
+    """As the newest checkpoints say: they stand before the first place, and are none."""
+    path = list_checkpoints(two[1] / "checkpoints")[-1].path / MANIFEST
+    content = {k: v for k, v in json.loads(path.read_text()).items() if k != "digest"}
+    content["contents"]["training records"] = "9 x 0123456789abcdef"
+    content["model"]["norm_eps"] = 0.5
+    content["numerics"]["tp_size"] = 2
+    path.write_text(manifest_text(content))
+    code, text = diff(capsys, *two)
+    assert code == 0
+    assert re.search("numerics: norm_eps: 1e-06 in A, 0.5 in B", text)
+    assert re.search(
+        "numerics: training records: '50 x .{16}' in A, '9 x 0123456789abcdef' in B", text
+    )
+    assert "numerics: tp_size: 1 in A, 2 in B" in text
+    assert text.count("numerics: ") == 3
 
 
 def test_any_folder_name(two, capsys):

@@ -57,3 +57,12 @@ def test_a_checkpoints_folder_that_cannot_be_written(runs, capsys, monkeypatch):
     monkeypatch.setattr(grpo, "GrpoRecipe", None)
     line = failure(capsys, runs.arguments("run", "resume=true"))
     assert "run cannot be written: [Errno 17] File exists" in line
+
+
+def test_a_place_that_takes_no_checkpoint_is_told_at_the_start(runs, capsys):
+    """Not after hours, at the first one."""
+    (runs.folder / "run").mkdir()
+    (runs.folder / "run" / "checkpoints").symlink_to("/proc")  # where nobody can make a file
+    line = failure(capsys, runs.arguments("run", "resume=true"))
+    assert f"the run's folder {runs.folder / 'run'} cannot be written: " in line
+    assert not (runs.folder / "run" / "metrics.jsonl").exists()

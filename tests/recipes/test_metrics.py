@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import wandb
 from helpers import file_size_limit
 
 from samebit.recipes.metrics import LoggerConfig, MetricsLogger, read_rows, write_atomically
@@ -120,16 +121,20 @@ def test_write_atomically_replaces(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-def test_wandb_offline_stays_in_the_run_folder(tmp_path, capfd):
+def test_wandb_offline_stays_in_the_run_folder(tmp_path, capfd, monkeypatch):
+    """It gets every row as it is written to the file."""
+    given, log = [], wandb.Run.log
+    monkeypatch.setattr(wandb.Run, "log", lambda run, row: given.append(row) or log(run, row))
     for resume_step in (None, 0):
         with make(tmp_path, resume_step, wandb="offline") as logger:
-            logger.log(0 if resume_step is None else 1, {"x": 1.0})
+            logger.log(0 if resume_step is None else 1, {"x": 1.5})
             logger.close()
     runs = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     # The same id both times, so that a sync joins them.
     assert len(runs) == 2
     assert len({path.name for path in runs}) == 1
     assert runs[0].name.startswith("run-a-run-")
+    assert given == read_rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1]
     assert capfd.readouterr().out == ""
 

@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 
 from samebit.recipes import cli
 from samebit.recipes.compose import resolve
-from samebit.recipes.plan import sft_plan
+from samebit.recipes.plan import grpo_plan, sft_plan
 
 
 def test_dry_run_prints_the_plan_and_stops(demo_model, tmp_path, capsys):
@@ -48,18 +48,35 @@ def test_dry_run_prints_the_plan_and_stops(demo_model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("more", "moments", "name"),
+    ("layout", "more", "moments", "name"),
     [
-        ([], 8, "optimizer_mib"),
-        (["trainer.parallel.distributed_optimizer=true"], 4, "optimizer_mib"),
-        (["trainer.parallel.offload_optimizer=true"], 8, "optimizer_on_host_mib"),
-        (["trainer.background_checkpoints=false"], 8, "optimizer_mib"),
+        ({"tensor": 2, "data": 2}, [], 8, "optimizer_mib"),
+        (
+            {"tensor": 2, "data": 2},
+            ["trainer.parallel.distributed_optimizer=true"],
+            4,
+            "optimizer_mib",
+        ),
+        (
+            {"tensor": 2, "data": 2},
+            ["trainer.parallel.offload_optimizer=true"],
+            8,
+            "optimizer_on_host_mib",
+        ),
+        ({"tensor": 2, "data": 2}, ["trainer.background_checkpoints=false"], 8, "optimizer_mib"),
+        (
+            {"pipeline": 2, "context": 2},
+            ["trainer.parallel.distributed_optimizer=true"],
+            4,
+            "optimizer_mib",
+        ),
     ],
 )
-def test_the_plan_of_several_processes(demo_model, more, moments, name):
+def test_the_plan_of_several_processes(demo_model, layout, more, moments, name):
     """Two shards of the weights, two copies; what one process holds of all."""
     arguments = [f"model.path={demo_model}", "device=cpu", "trainer.batch_size=8"]
-    arguments += ["data=reverse_digits", "trainer.parallel.tensor=2", "trainer.parallel.data=2"]
+    arguments += ["data=reverse_digits"]
+    arguments += [f"trainer.parallel.{key}={value}" for key, value in layout.items()]
     plan = sft_plan(resolve("sft", [*arguments, *more]))
     size = sum(x.numel() for x in load_file(demo_model / "model.safetensors").values())
     shard = -(-size // 2) / 2**20
@@ -68,6 +85,18 @@ def test_the_plan_of_several_processes(demo_model, more, moments, name):
     assert plan[name] == round(moments * shard, 1)
     background = "trainer.background_checkpoints=false" not in more
     assert plan["checkpoint_on_host_mib"] == round((4 + moments) * shard * background, 1)
+
+
+@pytest.mark.parametrize(("running", "count"), [(5, 5), (256, 24)])
+def test_the_plan_of_a_kv_cache(demo_model, running, count):
+    """Of what can run at once: all samples of a step, or as many as the engine takes."""
+    arguments = [f"model.path={demo_model}", "device=cpu", "data=reverse_digits"]
+    arguments += ["data.eval_size=4", "trainer.num_steps=1", f"engine.max_num_seqs={running}"]
+    arguments += ["rollout.prompts_per_step=6", "rollout.samples_per_prompt=4"]
+    arguments += ["rollout.max_prompt_len=40", "rollout.max_new_tokens=24"]
+    plan = grpo_plan(resolve("grpo", arguments))
+    kv = count * 64 * 2 * 2 * 2 * 16 * 4 / 2**20
+    assert plan["kv_mib_if_all_run_at_once"] == round(kv, 1)
 
 
 def test_dry_run_of_sft(demo_model, tmp_path, capsys):

@@ -126,6 +126,27 @@ def test_missing_keys_leave_their_chart_out(tmp_path):
     assert parse(report(tmp_path)).seen.count("svg") == 1
 
 
+@pytest.mark.parametrize(
+    ("key", "title"),
+    [
+        ("rollout/reward_mean", "Reward"),
+        ("eval/reward_mean", "Reward"),
+        ("rollout/response_len_mean", "Response length"),
+        ("eval/response_len_mean", "Response length"),
+        ("train/loss", "Loss"),
+        ("train/kl", "KL"),
+        ("train/grad_norm", "Gradient norm"),
+        ("train/entropy", "Entropy"),
+        ("train/ratio", None),
+    ],
+)
+def test_a_chart_is_of_its_metric(tmp_path, key, title):
+    """A curve under another one's title would be believed."""
+    with MetricsLogger(tmp_path, LoggerConfig(wandb="disabled"), "r", {}, None) as logger:
+        logger.log(1, {key: 0.5})
+    assert re.findall(r"<figure><h3>(.*?)</h3>", report(tmp_path)) == [title] * bool(title)
+
+
 def test_long_runs_and_many_phases_stay_small(tmp_path):
     with MetricsLogger(tmp_path, LoggerConfig(wandb="disabled"), "r", {}, None) as logger:
         for step in range(1000):

@@ -1,6 +1,7 @@
 """Rewards in worker processes: whatever foreign code does, the run goes on or names it."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import sys
 import psutil
 import pytest
 
-from samebit.recipes.reward_pool import RewardPool
+from samebit.recipes.reward_pool import RewardPool, Worker
 from samebit.recipes.rewards import RewardConfig, RewardError, load_reward, score
 from samebit.recipes.signals import Stopped, StopSignals
 from samebit.recipes.tasks.base import Problem
@@ -114,7 +115,23 @@ def test_a_workers_surroundings(module, capfd):
     assert scores(pool, "torch", "read", "print", "fork") == [0.0, 0.0, 5.25, 4.375]
     out, err = capfd.readouterr()
     assert (out, "said by a reward" in err) == ("", True)
+    opened = psutil.Process().num_fds()
     pool.close()
+    assert psutil.Process().num_fds() == opened - 2, "a pipe of a worker stays open"
+
+
+def test_each_completion_has_its_own_time(module):
+    """An answer begins the time of the next one, however many are asked for together."""
+    worker = Worker()
+    worker.send("load", [("foreign:acts", {})], [-1], 600.0)
+    worker.send("score", [("a", problem(0)), ("b", problem(1))], [0, 1], 600.0)
+    found, first = [], worker.deadline
+    while len(found) < 3:
+        select.select([worker.results], [], [])
+        found += worker.receive(6000.0)
+    worker.kill()
+    assert found == [(-1, ["ok", 0.0]), (0, ["ok", 1.0]), (1, ["ok", 1.125])]
+    assert worker.deadline - first > 5000
 
 
 FOREIGN = {

@@ -78,6 +78,8 @@ def test_labels_that_number_match_would_misread(label):
         ("so \\boxed{2x+1}", "1+2x", 1.0),
         ("so \\boxed{2x+1}", "$2x+2$", 0.0),
         ("nothing here", "3", 0.0),
+        ("so $(5, \\infty)$", "x > 5", 1.0),  # not the other way around
+        ("so $x > 5$", "(5, \\infty)", 0.0),
     ],
 )
 def test_math_verify(one, text, label, expected):

@@ -236,24 +236,22 @@ def test_what_a_run_reads_is_not_removed(runs, kept, capsys):
     (partly / "model.safetensors").unlink()
     (partly / "model.safetensors").symlink_to(model / "model.safetensors")
     (kept / "data.jsonl").write_text('{"prompt": "1", "label": "1"}\n' * 9)
+    (runs.folder / "data.jsonl").write_text('{"prompt": "2", "label": "2"}\n' * 9)
     (kept / "control").touch()
     (kept / "outside").symlink_to(runs.model)
     before = tree(kept)
-    task = [
-        "data.task=file",
-        "data.args={}",
-        "data.size=100000",
-        f"data.path={kept / 'data.jsonl'}",
-    ]
+    task = ["data.task=file", "data.args={}", "data.size=100000"]
+    inside, outside = (f"path={folder / 'data.jsonl'}" for folder in (kept, runs.folder))
     for key, *overrides in (
         ("model.path", f"model.path={model}"),
         ("model.path", f"model.path={runs.folder / 'linked'}"),
         ("model.path", f"model.path={partly}", "dry_run=true"),
         ("model.path", f"model.path={kept / 'outside'}", "dry_run=true"),
         ("reward.args.control", f"reward.args.control={kept / 'control'}", "dry_run=true"),
-        ("data.path", *task, "dry_run=true"),
+        ("data.path", *task, f"data.{inside}", "dry_run=true"),
+        ("data.eval_path", *task, f"data.{outside}", f"data.eval_{inside}", "dry_run=true"),
     ):
-        generated = ("data.args", "data.size") if key == "data.path" else ()
+        generated = ("data.args", "data.size") if key.startswith("data") else ()
         arguments = [a for a in runs.arguments("kept") if not a.startswith(generated)]
         assert cli.main(["grpo", *arguments, "overwrite=true", *overrides]) == 2
         error = capsys.readouterr().err

@@ -11,6 +11,7 @@ from samebit.recipes import cli
 from samebit.recipes.tiny_model import make_random_model, write_config, write_weights
 from samebit.recipes.verification import kernel_pass, kill_demo
 from samebit.recipes.verification.properties import (
+    CPU_BATCH_EDGES,
     PROPERTIES,
     decode_batch,
     graphs_and_overlap,
@@ -198,6 +199,17 @@ def test_a_model_too_short_for_some_properties(tmp_path, capsys):
     assert report["models"]["short"][1]["untried"]
 
 
+def test_a_folder_that_holds_a_config_alone(tmp_path):
+    """Its weights are made; the tokens of a baseline of a property's own count as drawn too."""
+    folder = odd_model(tmp_path / "bare", 2, 5, 0)
+    (folder / "model.safetensors").unlink()
+    report = verify(
+        tmp_path, "out", f"model={folder}", "load_format=dummy", "properties=[decode_batch]"
+    )
+    assert report["distinct_tokens"] == 3 + max(CPU_BATCH_EDGES)
+    assert report["comparisons"] == sum(CPU_BATCH_EDGES)
+
+
 @pytest.mark.parametrize(
     ("context", "vocab_size", "eos"),
     [(64, 12, 0), (16, 5, 4), (32, 8, list(range(8)))],
@@ -238,3 +250,14 @@ def test_equal_demos_hold_something_and_the_same_bits():
     assert not kill_demo.are_equal((whole[0], []), (whole[0], []))
     with pytest.raises(ValueError, match="kills is 0; it must be at least 1"):
         kill_demo.parse(["kills=0"])
+
+
+def test_a_demo_that_could_not_be_killed_shows_nothing(tmp_path, monkeypatch, capsys):
+    """It was done before the last kill: equal results are no proof."""
+    whole = ({"reward": 0.5}, [{"step": 1}])
+    monkeypatch.setattr(kill_demo, "run_demo", lambda *_, **__: kill_demo.Attempt(True, 2.0, 1.0))
+    monkeypatch.setattr(kill_demo, "result", lambda *_: whole)
+    assert kill_demo.main(str(tmp_path / "out.json"), "kills=2", "device=cpu") == 1
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert (report["equal"], report["killed_after_s"]) == (True, [])
+    capsys.readouterr()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import threading
+import time
 
 import pytest
 import torch
@@ -192,6 +193,23 @@ def test_a_state_may_change_while_it_is_written(tmp_path, gate):
         assert found["step"] == step
         assert torch.equal(found["params"]["a"], torch.full((5,), float(step)))
         assert torch.equal(found["moments"][0], torch.full((2, 3), float(step)))
+
+
+def test_a_poll_tells_of_a_failure_while_others_write(tmp_path, monkeypatch):
+    """One rank cannot: the first one would wait for its file for ever."""
+    monkeypatch.setattr(checkpoint_writer, "gather_objects", lambda state: ["busy", state])
+    writer = CheckpointWriter(tmp_path, keep=2)
+    deadline = time.monotonic() + 30
+
+    def go_on():
+        while time.monotonic() < deadline:
+            writer.poll()
+
+    with file_size_limit(100):
+        writer.save(1, STATE, {})
+        with pytest.raises(CheckpointError, match="cannot write .*rank_00000.pt"):
+            go_on()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_state_may_change_its_shapes_and_types(tmp_path):

@@ -69,6 +69,14 @@ def test_loss_means():
         assert sum(b.loss_denominator for b in by_sequence) == len(SAMPLES)
 
 
+def test_samples_of_both_kinds_do_not_mix():
+    """Drawn ones beside supervised ones: what would be compared with what?"""
+    drawn, taught = sample(1, 1, 2, logprobs=(-0.5, -0.25)), sample(2, 1, 2)
+    for samples in ([drawn, taught], [taught, drawn]):
+        with pytest.raises(ValueError, match="have rollout logprobs and some have none"):
+            pack_samples(samples, 100)
+
+
 def test_rollout_logprobs_keep_their_bits():
     """A rounding on the way into the batch would look like a broken promise."""
     values = tuple(torch.randn(6, generator=torch.Generator().manual_seed(0)).neg().tolist())

@@ -1,10 +1,14 @@
 """Which processes may meet where: one machine, or several that share a secret."""
 
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
 import pytest
 import torch
 
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron import setup
+from samebit.weight_sync.meeting import prove_secret
 
 CPU = torch.device("cpu")
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SAMEBIT_SECRET")
@@ -49,6 +53,46 @@ def test_several_machines_need_a_secret(env):
         setup._join_group(CPU, "")
     with pytest.raises(ValueError, match="SAMEBIT_SECRET has 6 characters; it must have at least"):
         setup._join_group(CPU, "letmein"[:6])
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_processes_prove_their_secret_before_they_join(env, monkeypatch, knows):
+    """One that knows another secret is met at the store, and no group is made with it. In a group
+    all wait for hours: the first of them may score or write for long."""
+    secret, store, joined = "sixteen or more letters", torch.distributed.HashStore(), []
+    env(RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    for name, value in setup.DETERMINISTIC.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(setup, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
+    monkeypatch.setattr(setup.dist, "init_process_group", lambda *x, **y: joined.append((x, y)))
+    with ThreadPoolExecutor(1) as pool:
+        known, patience = secret if knows else secret.upper(), timedelta(seconds=10)
+        other = pool.submit(prove_secret, store, 1, 2, known, patience)
+        if not knows:
+            with pytest.raises(ValueError, match="rank 1 has another SAMEBIT_SECRET than rank 0"):
+                setup._join_group(CPU, secret)
+            assert "rank 0 has another SAMEBIT_SECRET" in str(other.exception())
+            assert joined == []
+            return
+        setup._join_group(CPU, secret)
+        other.result()
+    place = {"store": store, "rank": 0, "world_size": 2, "timeout": timedelta(hours=4)}
+    assert joined == [(("gloo",), place)]
+
+
+class Runs:
+    """What a pickle of it would run."""
+
+    def __reduce__(self):
+        return pytest.fail, ("a pickle was read",)
+
+
+def test_megatron_tells_no_pickles(make_trainer):
+    """They would run what another process has sent."""
+    make_trainer(filled=False)
+    found, value = [None], Runs()
+    torch.distributed.all_gather_object(found, value)
+    assert found[0] is value
 
 
 def test_processes_must_be_as_many_as_are_asked_for(make_trainer):

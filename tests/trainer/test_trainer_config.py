@@ -1,8 +1,18 @@
 """Settings of the trainer: what is due when, and what makes no sense together."""
 
+import math
+
 import pytest
 
-from samebit.trainer.config import ParallelConfig, TrainerConfig, check_tp_invariant
+from samebit.rollout.models.registry import load_model_config
+from samebit.trainer.config import (
+    GrpoConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainerConfig,
+    check_tp_invariant,
+)
+from samebit.trainer.megatron.stages import make_stage
 
 
 def test_checkpoints_are_due():
@@ -34,6 +44,44 @@ def test_processes_of_a_layout():
 def test_layouts_that_make_no_sense_name_their_key(settings, message):
     with pytest.raises(ValueError, match=message):
         ParallelConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "refused", "taken"),
+    [
+        (OptimizerConfig, "lr", [-1e-9, math.inf, math.nan], [0.0]),
+        (OptimizerConfig, "lr_warmup_steps", [-1], [0]),
+        (OptimizerConfig, "weight_decay", [-1e-9], [0.0]),
+        (OptimizerConfig, "clip_grad", [-1e-9], [0.0]),
+        (OptimizerConfig, "adam_beta1", [-0.1, 1.0], [0.0, 0.999]),
+        (OptimizerConfig, "adam_beta2", [-0.1, 1.0], [0.0, 0.999]),
+        (OptimizerConfig, "adam_eps", [0.0, -1e-9], [1e-30]),
+        (GrpoConfig, "clip_ratio_low", [-0.1, 1.0], [0.0, 0.999]),
+        (GrpoConfig, "clip_ratio_high", [-0.1], [0.0, 3.0]),
+        (GrpoConfig, "kl_coef", [-0.1], [0.0]),
+        (GrpoConfig, "std_eps", [-0.1], [0.0]),
+        (TrainerConfig, "num_steps", [0], [1]),
+        (TrainerConfig, "batch_size", [0], [1, None]),
+        (TrainerConfig, "micro_batch_tokens", [0], [1]),
+        (TrainerConfig, "keep_checkpoints", [0], [1]),
+        (TrainerConfig, "checkpoint_every", [-1], [0]),
+    ],
+)
+def test_edges_of_every_number(kind, name, refused, taken):
+    """The last value that is taken and the first that is not."""
+    for value in taken:
+        assert getattr(kind(**{name: value}), name) == value
+    for value in refused:
+        with pytest.raises(ValueError, match=rf"\.{name} is {value!r}; it must be "):
+            kind(**{name: value})
+
+
+def test_chunks_of_stages_share_the_layers_too(llama_path):
+    """Three layers on one stage: three chunks of one, never two."""
+    model = load_model_config(llama_path)
+    assert make_stage(model, 0, 1, 3).num_layers == 1
+    with pytest.raises(ValueError, match="virtual_pipeline = 1 x 2; it must divide the model's 3"):
+        make_stage(model, 0, 1, 2)
 
 
 def test_layouts_that_make_sense():
