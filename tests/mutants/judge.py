@@ -99,6 +99,7 @@ class Judge:
 
     def __init__(self, root: Path, scratch: Path, num_workers: int) -> None:
         self._root = root
+        scratch.mkdir(exist_ok=True)
         self._places = [
             _Place(copy_repository(root, scratch / f"copy{i}")) for i in range(num_workers)
         ]

@@ -35,27 +35,35 @@ import transformers  # noqa: E402, F401
 from mutants import sample  # noqa: E402
 from mutants.choose import Reach  # noqa: E402
 from mutants.judge import Judge, Round, Verdict, copy_repository  # noqa: E402
-from mutants.table import ROOT, read_table, tables  # noqa: E402
+from mutants.table import ROOT, SemanticMutant, read_table, tables  # noqa: E402
 
 SEMANTIC_SHARE, SAMPLE_SHARE = 0.95, 0.90
 NUM_WORKERS = 2
 
 
-def judge_semantic(scratch: Path, table: str | None, only: list[str]) -> list[Verdict]:
-    """The tables' mutants against the tests that each names."""
+def chosen_semantic(table: str | None, only: list[str]) -> list[SemanticMutant]:
+    """The tables' mutants, or some of them, without those that are none."""
     found = tables()
     if table is not None and table not in found:
         raise SystemExit(f"there is no table {table}; there are {', '.join(found)}")
     chosen = [m for name, entries in found.items() if table in (None, name) for m in entries]
     if unknown := sorted(set(only) - {m.name for m in chosen}):
         raise SystemExit(f"there is no mutant {', '.join(unknown)}")
-    chosen = [m for m in chosen if not m.equivalent and (not only or m.name in only)]
-    tests = sorted({test for m in chosen for test in m.killed_by})
+    return [m for m in chosen if not m.equivalent and (not only or m.name in only)]
+
+
+def require_green(scratch: Path, mutants: list[SemanticMutant]) -> None:
+    """Stop if a test that is to notice a lie fails without one."""
+    tests = sorted({test for m in mutants for test in m.killed_by})
     if run_suite(copy_repository(ROOT, scratch / "unchanged"), *tests) != 0:
         raise SystemExit("tests of the tables fail without any lie: there is nothing to judge by")
-    rounds = [(m, [Round(tuple((test, 60.0) for test in m.killed_by))]) for m in chosen]
+
+
+def judge_semantic(scratch: Path, mutants: list[SemanticMutant]) -> list[Verdict]:
+    """Each against the tests that it names."""
+    rounds = [(m, [Round(tuple((test, 60.0) for test in m.killed_by))]) for m in mutants]
     verdicts: list[Verdict] = []
-    Judge(ROOT, scratch, NUM_WORKERS).judge(rounds, lambda v: report(v, verdicts, len(chosen)))
+    Judge(ROOT, scratch, NUM_WORKERS).judge(rounds, lambda v: report(v, verdicts, len(mutants)))
     return verdicts
 
 
@@ -113,7 +121,16 @@ def tree_digest() -> str:
 def run_suite(copy: Path, *arguments: str) -> int:
     """pytest's exit code in a copy of the repository, over tests that need no GPU."""
     paths = os.pathsep.join([str(copy / ".typing"), str(copy / "tests")])
-    options = ["-q", "-m", "not gpu", "-n", str(NUM_WORKERS), "--dist", "loadfile"]
+    options = [
+        "-q",
+        "-m",
+        "not gpu",
+        "-n",
+        str(NUM_WORKERS),
+        "--dist",
+        "loadfile",
+        "--no-loadscope-reorder",
+    ]
     return subprocess.run(
         [sys.executable, "-m", "pytest", *options, "-p", "no:cacheprovider", *arguments],
         cwd=copy,
@@ -170,19 +187,24 @@ def main() -> int:
     start, good, found = time.time(), True, provenance()
     with tempfile.TemporaryDirectory(prefix="samebit-mutants-") as folder:
         scratch = Path(folder)
-        if given.what == "try":
+        reach = None
+        if given.what != "semantic":
             reach = Reach(given.reach) if given.reach else record_reach(scratch, given.keep)
-            return 0 if all(v.killed for v in judge_tried(scratch, reach, Path(given.table))) else 1
+            print(f"{len(reach.tests)} tests recorded, {time.time() - start:.0f} s", flush=True)
+        if given.what == "try":
+            assert reach is not None
+            tried = judge_tried(scratch / "tried", reach, Path(given.table))
+            return 0 if all(v.killed for v in tried) else 1
         if given.what in ("semantic", "all"):
-            (scratch / "semantic").mkdir()
-            verdicts = judge_semantic(scratch / "semantic", given.table, given.only)
+            mutants = chosen_semantic(given.table, given.only)
+            if reach is None:
+                require_green(scratch, mutants)
+            verdicts = judge_semantic(scratch / "semantic", mutants)
             found["semantic"] = [{"mutant": v.name, "killed_by": v.killed_by} for v in verdicts]
             killed = sum(v.killed for v in verdicts)
             good &= verdict_on("semantic mutants", killed, len(verdicts), SEMANTIC_SHARE)
         if given.what in ("sample", "all"):
-            (scratch / "sample").mkdir()
-            reach = record_reach(scratch, given.keep)
-            print(f"{len(reach.tests)} tests recorded")
+            assert reach is not None
             sampled = judge_sample(scratch / "sample", reach, given.size, given.seed, given.only)
             found["sample"] = sampled
             killed = sum(bool(v["killed_by"]) for v in sampled)
