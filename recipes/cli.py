@@ -131,8 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if launch.is_needed(run):
             return launch.launch(arguments, run)
         launch.follow_launcher()
-        module = command.replace("-", "_").replace(" ", ".")
-        program = importlib.import_module(f"samebit.recipes.{module}")
+        program = _import_program(command)
         if argv is None:  # what imports made lives on; a full collection over it takes 0.1 s
             gc.freeze()
         return program.main(run)
@@ -153,6 +152,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if launch.is_one_of_several():
             launch.leave(1)
         return 1
+
+
+def _import_program(command: str) -> Any:
+    from samebit.trainer.megatron.imports import without_compiler
+
+    module = command.replace("-", "_").replace(" ", ".")
+    with without_compiler():
+        return importlib.import_module(f"samebit.recipes.{module}")
 
 
 def _was_told(command: str, error: Exception, run: Any) -> bool:
