@@ -288,6 +288,17 @@ def test_after_an_error_a_rank_that_died_is_not_waited_for(tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_a_later_rank_ends_once_its_own_file_is_written(tmp_path, monkeypatch):
+    """The first one's manifest is not its concern."""
+    monkeypatch.setattr(checkpoint_writer, "place", lambda: (1, 2))
+    (tmp_path / ".step_00000001.tmp").mkdir()
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.save(1, STATE, {})
+    writer.close()
+    names = ["rank_00001.pt", "rank_00001.pt.sha256"]
+    assert sorted(p.name for p in (tmp_path / ".step_00000001.tmp").iterdir()) == names
+
+
 # Killed while the state is pickled, or after the state and before the manifest.
 DYING_SAVE = """
 import os, sys
