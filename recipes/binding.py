@@ -17,7 +17,9 @@ from samebit.kernels.profile import NumericsProfile
 from samebit.recipes.compose import to_dict
 from samebit.recipes.config import GrpoRun, RunSection, SftRun
 from samebit.recipes.input_files import reward_source, tokenizer_files
+from samebit.recipes.provenance import device_name
 from samebit.recipes.tasks.base import DataConfig, Dataset
+from samebit.rollout.config import resolve_device
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.checkpoint import Checkpoint, CheckpointError
 
@@ -96,6 +98,7 @@ def bindings(run: SftRun | GrpoRun, command: str, records: Mapping[str, Dataset]
         "model": flatten(asdict(load_model_config(run.model.path))),
         "contents": dict(_contents(run, records)),
         "reward_source": _reward_digest(run),
+        "card": card_of(run),
     }
     return json.loads(json.dumps(found, default=str))
 
@@ -113,6 +116,12 @@ def _contents(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> Iterator
 def _reward_digest(run: SftRun | GrpoRun) -> str | None:
     source = reward_source(run.reward.name) if isinstance(run, GrpoRun) else None
     return digest(source.read_bytes()) if source is not None and source.is_file() else None
+
+
+def card_of(run: SftRun | GrpoRun) -> str | None:
+    """The GPU's name, by which cuBLAS chooses the products of the backward pass; None on a CPU."""
+    device = resolve_device(run.device)
+    return device_name(device) if device.type == "cuda" else None
 
 
 def digest(*parts: bytes) -> str:
@@ -141,7 +150,8 @@ def require_same(
 ) -> None:
     """CheckpointError, naming every key with both values, unless the run may go on from there.
 
-    here: the run's `bindings`. A user's reward may have been edited, which is said.
+    here: the run's `bindings`. A user's reward may have been edited and the card may be another of
+    its profile, which is said.
     """
     there = checkpoint.manifest
     if there.get("format", 1) != FORMAT:
@@ -170,6 +180,12 @@ def require_same(
             f"samebit: the source of reward.name has changed since {checkpoint.path} was written: "
             f"{there['reward_source']} there, {here['reward_source']} here; the run goes on with "
             "the present one",
+            file=sys.stderr,
+        )
+    if there.get("card", here["card"]) != here["card"]:
+        print(
+            f"samebit: {checkpoint.path} was written on an {there['card']}; this is an "
+            f"{here['card']}: log-probs have the same bits, gradients may have others",
             file=sys.stderr,
         )
 

@@ -150,6 +150,19 @@ def test_an_edited_reward_is_told_and_goes_on(bound, capsys, monkeypatch, tmp_pa
     assert "the source of reward.name has changed since" in capsys.readouterr().err
 
 
+def test_another_card_of_the_profile_is_told(bound, capsys, monkeypatch):
+    """An H100 and an H200 have equal log-probs; cuBLAS chooses other products backward."""
+    assert binding.card_of(bound.resolve()) is None
+    checkpoint = latest_checkpoint(bound.runs.folder / "run" / "checkpoints")
+    content = {k: v for k, v in checkpoint.manifest.items() if k != "digest"}
+    (checkpoint.path / MANIFEST).write_text(manifest_text(content | {"card": "NVIDIA H200"}))
+    for card, told in (("NVIDIA H200", False), ("NVIDIA H100 80GB HBM3", True)):
+        monkeypatch.setattr(binding, "card_of", lambda _run, card=card: card)
+        assert bound.resume() == 1
+        said = "was written on an NVIDIA H200; this is an NVIDIA H100 80GB HBM3: log-probs"
+        assert (said in capsys.readouterr().err) is told
+
+
 def test_an_earlier_format_is_named(bound):
     """It had digests of paths."""
     checkpoint = latest_checkpoint(bound.runs.folder / "run" / "checkpoints")
