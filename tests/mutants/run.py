@@ -79,10 +79,8 @@ def judge_tried(scratch: Path, reach: Reach, table: Path) -> list[Verdict]:
 
 def judge_sample(scratch: Path, reach: Reach, size: int, seed: int, only: list[str]) -> list[dict]:
     """A sample against the tests that reach each line."""
-    drawn = sample.draw(size, seed)
+    drawn = sample.without_equivalents(sample.draw(size, seed))
     drawn = [m for m in drawn if not only or any(part in m.name for part in only)]
-    known = sample.equivalents()
-    drawn = [m for m in drawn if (m.file, m.change()) not in known]
     codes = {file: (ROOT / file).read_text(encoding="utf-8") for file in sample.FILES}
     rounds = [(m, reach.rounds(m.file, m.line, codes[m.file])) for m in drawn]
     changes = {m.name: m.change() for m in drawn}

@@ -131,10 +131,18 @@ def draw(size: int, seed: int, root: Path = ROOT) -> list[SampledMutant]:
     return drawn
 
 
-def equivalents() -> dict[tuple[str, str], str]:
-    """Reasons by (file, change)."""
+def without_equivalents(mutants: list[SampledMutant], root: Path = ROOT) -> list[SampledMutant]:
+    """Those that sampled/equivalent.toml does not name: by file and change and, where other lines
+    read the same, by the line `after` which it stands."""
     text = (FOLDER / "sampled" / "equivalent.toml").read_text(encoding="utf-8")
-    return {(e["file"], e["change"]): e["reason"] for e in tomllib.loads(text)["equivalent"]}
+    known = tomllib.loads(text)["equivalent"]
+
+    def is_known(mutant: SampledMutant) -> bool:
+        before = (root / mutant.file).read_text(encoding="utf-8").splitlines()[mutant.line - 2]
+        place = {"file": mutant.file, "change": mutant.change(root), "after": before.strip()}
+        return any(all(place[k] == v for k, v in e.items() if k != "reason") for e in known)
+
+    return [mutant for mutant in mutants if not is_known(mutant)]
 
 
 def _compiles(mutant: SampledMutant, root: Path) -> bool:
