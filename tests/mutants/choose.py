@@ -9,7 +9,7 @@ from pathlib import Path
 from mutants.judge import Round
 
 FIRST_ROUND_S = 10.0
-BUDGET_S = 120.0
+BUDGET_S = 80.0
 """Of tests for one mutant, in seconds that they took without it. What lives longer has survived."""
 
 
