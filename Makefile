@@ -43,7 +43,7 @@ NO_GPU := CUDA_VISIBLE_DEVICES= HIP_VISIBLE_DEVICES= ROCR_VISIBLE_DEVICES=
 
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP) ## everything that needs no GPU, in WORKERS=2 processes
-	$(NO_GPU) $(PY) -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(NO_GPU) $(PY) -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-mutants: $(STAMP) ## are small lies in the code noticed by `make test`? An hour or two
 	$(PY) tests/mutants/run.py all --keep outputs/mutants $(ARGS)

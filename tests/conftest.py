@@ -68,7 +68,7 @@ def _conservation(_engines):
 def forkserver(_private_cache):
     """A multiprocessing context whose processes have the trainer and its libraries imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["preloaded"])
+    context.set_forkserver_preload(["samebit.recipes.demo"])
     return context
 
 

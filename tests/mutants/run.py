@@ -127,7 +127,6 @@ def run_suite(copy: Path, *arguments: str) -> int:
         str(NUM_WORKERS),
         "--dist",
         "loadfile",
-        "--no-loadscope-reorder",
     ]
     return subprocess.run(
         [sys.executable, "-m", "pytest", *options, "-p", "no:cacheprovider", *arguments],
