@@ -7,7 +7,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,16 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) 
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     edit(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def philox_on_integers(counter: Sequence[int], key: Sequence[int]) -> tuple[int, int, int, int]:
+    """Philox4x32-10 (Salmon et al. 2011) on Python's integers: four words of 32 bits."""
+    (c0, c1, c2, c3), (k0, k1), mask = counter, key, (1 << 32) - 1
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (b >> 32) ^ c1 ^ k0, b & mask, (a >> 32) ^ c3 ^ k1, a & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return c0, c1, c2, c3
 
 
 def outcomes(groups: list) -> list:

@@ -9,6 +9,8 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from helpers import edit_tensors
@@ -136,9 +138,7 @@ def _grpo(folder: Path, model: Path, device: str) -> dict:
         "trainer.batch_size=6",
         "trainer.optimizer.lr_schedule=linear",
     ]
-    run = resolve("grpo", arguments)
-    whole = grpo.train(run)
-    found = _trained(run.run_dir, model)
+    run, found = _run_and_resume(grpo, arguments, model)
     groups = run.rollout.samples_per_prompt
     for step, file in list_rollouts(run.run_dir).items():
         samples = load_rollout(file)
@@ -147,9 +147,7 @@ def _grpo(folder: Path, model: Path, device: str) -> dict:
             "samples": [_sample(s) for s in samples],
             "advantages": _hex(group_advantages(rewards, run.algorithm).tolist()),
         }
-    shutil.rmtree(run.run_dir / "checkpoints" / "step_00000002")
-    resumed = grpo.train(resolve("grpo", [*arguments, "resume=true"]))
-    return found | {"summary": _hex(whole), "resumed": _hex(resumed)}
+    return found
 
 
 def _sft(folder: Path, model: Path, device: str) -> dict:
@@ -164,12 +162,18 @@ def _sft(folder: Path, model: Path, device: str) -> dict:
         "trainer.optimizer.lr_schedule=cosine",
         "trainer.optimizer.weight_decay=0.1",
     ]
-    run = resolve("sft", arguments)
-    whole = sft.train(run)
+    return _run_and_resume(sft, arguments, model)[1]
+
+
+def _run_and_resume(recipe: ModuleType, arguments: list[str], model: Path) -> tuple[Any, dict]:
+    """The run, and what two steps of it gave; its second step also resumed from the first."""
+    command = recipe.__name__.rpartition(".")[2]
+    run = resolve(command, arguments)
+    whole = recipe.train(run)
     found = _trained(run.run_dir, model)
     shutil.rmtree(run.run_dir / "checkpoints" / "step_00000002")
-    resumed = sft.train(resolve("sft", [*arguments, "resume=true"]))
-    return found | {"summary": _hex(whole), "resumed": _hex(resumed)}
+    resumed = recipe.train(resolve(command, [*arguments, "resume=true"]))
+    return run, found | {"summary": _hex(whole), "resumed": _hex(resumed)}
 
 
 def _arguments(folder: Path, model: Path, device: str, name: str) -> list[str]:

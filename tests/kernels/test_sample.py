@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import assert_same_bits, philox_on_integers
 
 from samebit.kernels.sample import (
     allowed_tokens,
@@ -39,16 +39,6 @@ def int64(*values):
     return torch.tensor([v - (1 << 64) if v >> 63 else v for v in values])
 
 
-def philox_scalar(counter, key):
-    """Salmon et al. 2011, on Python's integers."""
-    (c0, c1, c2, c3), (k0, k1) = counter, key
-    for _ in range(10):
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (b >> 32) ^ c1 ^ k0, b & MAX_32, (a >> 32) ^ c3 ^ k1, a & MAX_32
-        k0, k1 = (k0 + 0x9E3779B9) & MAX_32, (k1 + 0xBB67AE85) & MAX_32
-    return c0, c1, c2, c3
-
-
 @pytest.mark.parametrize(("counter", "key", "output"), KNOWN_ANSWERS)
 def test_philox_known_answers(counter, key, output):
     counter, key = (tuple(torch.tensor([w]) for w in words(x)) for x in (counter, key))
@@ -61,7 +51,7 @@ def test_philox_broadcasts_and_matches_integer_arithmetic():
     rows = [[rng.getrandbits(32) for _ in range(6)] for _ in range(200)]
     columns = [torch.tensor(c) for c in zip(*rows, strict=True)]
     found = torch.stack(philox_4x32(tuple(columns[:4]), tuple(columns[4:])), dim=1)
-    assert found.tolist() == [list(philox_scalar(r[:4], r[4:])) for r in rows]
+    assert found.tolist() == [list(philox_on_integers(r[:4], r[4:])) for r in rows]
 
 
 def gumbel_exact(x):
@@ -111,10 +101,10 @@ def test_noise_is_philox_of_its_key():
     for row, (seed, position, sample_id) in enumerate(cases):
         key = (seed & MAX_32, seed >> 32)
         rest = (position, sample_id & MAX_32, sample_id >> 32)
-        bits = torch.tensor([philox_scalar((t // 4, *rest), key)[t % 4] for t in range(39)])
+        bits = torch.tensor([philox_on_integers((t // 4, *rest), key)[t % 4] for t in range(39)])
         assert_same_bits(found[row], gumbel_from_bits(bits), cases[row])
     found = gumbel_noise(int64(7), int64(1), int64(2), 40_000)[0, 32_760:32_776]  # in two parts
-    bits = [philox_scalar((t // 4, 1, 2, 0), (7, 0))[t % 4] for t in range(32_760, 32_776)]
+    bits = [philox_on_integers((t // 4, 1, 2, 0), (7, 0))[t % 4] for t in range(32_760, 32_776)]
     assert_same_bits(found, gumbel_from_bits(torch.tensor(bits)))
 
 

@@ -2,11 +2,11 @@
 
 import ast
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mutants.judge import Round
+from mutants.table import ROOT
 
 FIRST_ROUND_S = 10.0
 BUDGET_S = 80.0
@@ -47,9 +47,9 @@ class Reach:
         """Seconds of a test that runs alone."""
         return test.seconds + sum(self._fixtures[name] for name in test.fixtures)
 
-    def rounds(self, file: str, line: int, code: str) -> Iterator[Round]:
+    def rounds(self, file: str, line: int) -> list[Round]:
         """The tests of a line: first one of each function as far as ten seconds go, then others."""
-        lines = statement_lines(code, line)
+        lines = statement_lines((ROOT / file).read_text(encoding="utf-8"), line)
         if lines is None:
             reaching = [t for t in self.tests if file in t.lines]
         else:
@@ -63,9 +63,11 @@ class Reach:
         begun = self._affordable(first, FIRST_ROUND_S)
         names = {test.name for test in begun}
         rest = self._affordable([t for t in reaching if t.name not in names], BUDGET_S)
-        for part in (begun, rest):
-            if part:
-                yield Round(tuple((test.name, self._alone(test)) for test in part))
+        return [
+            Round(tuple((test.name, self._alone(test)) for test in part))
+            for part in (begun, rest)
+            if part
+        ]
 
     def _affordable(self, tests: list[Reached], budget: float) -> list[Reached]:
         """The first of them that take so long together, at least one; a fixture counts once."""
@@ -86,19 +88,20 @@ def statement_lines(code: str, line: int) -> set[int] | None:
 
     None for what is executed at import: constants, defaults, fields of classes.
     """
-    inside: ast.stmt | None = None
-    in_function = False
+    inside, in_function = None, False
     for node in ast.walk(ast.parse(code)):
-        if not isinstance(node, ast.stmt | ast.ExceptHandler | ast.match_case):
+        if not isinstance(node, ast.stmt | ast.ExceptHandler):
             continue
-        if not hasattr(node, "lineno") or not node.lineno <= line <= (node.end_lineno or 0):
-            continue
-        head_end = node.body[0].lineno - 1 if getattr(node, "body", None) else node.end_lineno
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            in_function = in_function or line > max(head_end, node.lineno)
-        inside = node  # ast.walk goes outwards in: the last one is the innermost
+        if node.lineno <= line <= (node.end_lineno or 0):
+            inside = node  # ast.walk goes outwards in: the last one is the innermost
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                in_function = in_function or line > _head_end(node)
     if inside is None or not in_function:
         return None
-    body = getattr(inside, "body", None)
-    end = max(body[0].lineno - 1, inside.lineno) if body else inside.end_lineno
-    return set(range(inside.lineno, max(end or 0, line) + 1))
+    return set(range(inside.lineno, max(_head_end(inside), line) + 1))
+
+
+def _head_end(node: ast.stmt | ast.ExceptHandler) -> int:
+    """The last line before a compound statement's body; of another one its last."""
+    body = getattr(node, "body", None)
+    return max(body[0].lineno - 1, node.lineno) if body else node.end_lineno or node.lineno

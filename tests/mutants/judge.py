@@ -47,11 +47,14 @@ class Verdict:
     """What became of a mutant."""
 
     name: str
-    file: str
-    killed: bool = False
     killed_by: str = ""
     num_tests: int = 0
     seconds: float = 0.0
+
+    @property
+    def killed(self) -> bool:
+        """Whether any test noticed it."""
+        return bool(self.killed_by)
 
 
 @dataclass
@@ -74,13 +77,18 @@ _BROKEN = 70
 _times = itertools.count(int(time.time()) + 1000)
 
 
+def repository_files(root: Path) -> list[str]:
+    """Names of the files that git knows or would take; one that is removed may be among them."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=root, check=True, capture_output=True, text=True).stdout
+    return sorted(filter(None, names.split("\0")))
+
+
 def copy_repository(root: Path, folder: Path) -> Path:
     """A clone with the files of the working tree: tests ask git about their repository."""
     clone = ["git", "clone", "-q", "--shared", "--no-checkout", str(root), str(folder)]
     subprocess.run(clone, check=True)
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listed, cwd=root, check=True, capture_output=True, text=True).stdout
-    for name in filter(None, names.split("\0")):
+    for name in repository_files(root):
         if (root / name).is_file() or (root / name).is_symlink():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, folder / name, follow_symlinks=False)
@@ -119,7 +127,7 @@ class Judge:
                     place.original = (place.folder / mutant.file).read_text(encoding="utf-8")
                     _put(place.folder / mutant.file, mutant.text(place.folder))
                     place.mutant, place.rounds = mutant, iter(rounds)
-                    place.verdict, place.started = Verdict(mutant.name, mutant.file), time.time()
+                    place.verdict, place.started = Verdict(mutant.name), time.time()
                     self._next_round(place, report)
                 elif place.mutant is not None and self._is_over(place):
                     self._next_round(place, report)
@@ -186,7 +194,7 @@ class Judge:
             self._require_import_error(place)
         if not pid or code != 0:
             last = begun[-1] if begun else "its import"
-            place.verdict.killed, place.verdict.killed_by = True, last if pid else f"{last} (hung)"
+            place.verdict.killed_by = last if pid else f"{last} (hung)"
         return True
 
     @staticmethod

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,14 @@ import megatron.core  # noqa: E402, F401
 import transformers  # noqa: E402, F401
 from mutants import sample  # noqa: E402
 from mutants.choose import Reach  # noqa: E402
-from mutants.judge import Judge, Round, Verdict, copy_repository  # noqa: E402
+from mutants.judge import (  # noqa: E402
+    Judge,
+    Mutant,
+    Round,
+    Verdict,
+    copy_repository,
+    repository_files,
+)
 from mutants.table import ROOT, SemanticMutant, read_table, tables  # noqa: E402
 
 SEMANTIC_SHARE, SAMPLE_SHARE = 0.95, 0.90
@@ -59,77 +67,61 @@ def require_green(scratch: Path, mutants: list[SemanticMutant]) -> None:
         raise SystemExit("tests of the tables fail without any lie: there is nothing to judge by")
 
 
+def judge(
+    scratch: Path, rounds: list[tuple[Mutant, Iterable[Round]]], shown: Mapping[str, str]
+) -> list[Verdict]:
+    """A line for each mutant as soon as it is known; of one that lives, what is `shown` of it."""
+    verdicts: list[Verdict] = []
+
+    def report(verdict: Verdict) -> None:
+        verdicts.append(verdict)
+        became = f"killed by {verdict.killed_by}" if verdict.killed else "SURVIVED"
+        tests = f"{verdict.num_tests} tests, {verdict.seconds:.0f} s"
+        print(f"{len(verdicts):4d}/{len(rounds)} {verdict.name}: {became} ({tests})", flush=True)
+        if not verdict.killed and verdict.name in shown:
+            print(f"      {shown[verdict.name]}", flush=True)
+
+    Judge(ROOT, scratch, NUM_WORKERS).judge(rounds, report)
+    return verdicts
+
+
 def judge_semantic(scratch: Path, mutants: list[SemanticMutant]) -> list[Verdict]:
     """Each against the tests that it names."""
     rounds = [(m, [Round(tuple((test, 60.0) for test in m.killed_by))]) for m in mutants]
-    verdicts: list[Verdict] = []
-    Judge(ROOT, scratch, NUM_WORKERS).judge(rounds, lambda v: report(v, verdicts, len(mutants)))
-    return verdicts
+    return judge(scratch, rounds, {})
 
 
 def judge_tried(scratch: Path, reach: Reach, table: Path) -> list[Verdict]:
     """New mutants against the tests that reach their lines."""
-    chosen = read_table(table)
-    codes = {m.file: (ROOT / m.file).read_text(encoding="utf-8") for m in chosen}
-    rounds = [(m, reach.rounds(m.file, m.line(), codes[m.file])) for m in chosen]
-    verdicts: list[Verdict] = []
-    Judge(ROOT, scratch, NUM_WORKERS).judge(rounds, lambda v: report(v, verdicts, len(chosen)))
-    return verdicts
+    return judge(scratch, [(m, reach.rounds(m.file, m.line)) for m in read_table(table)], {})
 
 
 def judge_sample(scratch: Path, reach: Reach, size: int, seed: int, only: list[str]) -> list[dict]:
     """A sample against the tests that reach each line."""
     drawn = sample.without_equivalents(sample.draw(size, seed))
     drawn = [m for m in drawn if not only or any(part in m.name for part in only)]
-    codes = {file: (ROOT / file).read_text(encoding="utf-8") for file in sample.FILES}
-    rounds = [(m, reach.rounds(m.file, m.line, codes[m.file])) for m in drawn]
     changes = {m.name: m.change() for m in drawn}
-    verdicts: list[Verdict] = []
-
-    def told(verdict: Verdict) -> None:
-        report(verdict, verdicts, len(drawn))
-        if not verdict.killed:
-            print(f"      {changes[verdict.name]}", flush=True)
-
-    Judge(ROOT, scratch, NUM_WORKERS).judge(rounds, told)
+    verdicts = judge(scratch, [(m, reach.rounds(m.file, m.line)) for m in drawn], changes)
     return [
         {"mutant": v.name, "change": changes[v.name], "killed_by": v.killed_by} for v in verdicts
     ]
 
 
-def report(verdict: Verdict, verdicts: list[Verdict], total: int) -> None:
-    """A line as soon as it is known."""
-    verdicts.append(verdict)
-    became = f"killed by {verdict.killed_by}" if verdict.killed else "SURVIVED"
-    tests = f"{verdict.num_tests} tests, {verdict.seconds:.0f} s"
-    print(f"{len(verdicts):4d}/{total} {verdict.name}: {became} ({tests})", flush=True)
-
-
 def tree_digest() -> str:
     """Of every file that git knows or would take."""
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True).stdout.split(b"\0")
     digest = hashlib.sha256()
-    for name in sorted(filter(None, names)):
-        path = ROOT / os.fsdecode(name)
-        digest.update(name + b"\0" + (path.read_bytes() if path.is_file() else b"") + b"\0")
+    for name in repository_files(ROOT):
+        content = (ROOT / name).read_bytes() if (ROOT / name).is_file() else b""
+        digest.update(os.fsencode(name) + b"\0" + content + b"\0")
     return digest.hexdigest()[:16]
 
 
 def run_suite(copy: Path, *arguments: str) -> int:
     """pytest's exit code in a copy of the repository, over tests that need no GPU."""
     paths = os.pathsep.join([str(copy / ".typing"), str(copy / "tests")])
-    options = [
-        "-q",
-        "-m",
-        "not gpu",
-        "-n",
-        str(NUM_WORKERS),
-        "--dist",
-        "loadfile",
-    ]
+    options = f"-q -p no:cacheprovider -n {NUM_WORKERS} --dist loadfile".split()
     return subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "-p", "no:cacheprovider", *arguments],
+        [sys.executable, "-m", "pytest", *options, "-m", "not gpu", *arguments],
         cwd=copy,
         env={**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"},
         check=False,
@@ -163,10 +155,9 @@ def provenance() -> dict[str, Any]:
 
 def verdict_on(name: str, killed: int, total: int, share: float) -> bool:
     """Print the figure; whether it is enough."""
-    print(
-        f"{name}: {killed} of {total} killed ({killed / max(total, 1):.1%}; {share:.0%} is asked)"
-    )
-    return total > 0 and killed >= share * total
+    part = killed / max(total, 1)
+    print(f"{name}: {killed} of {total} killed ({part:.1%}; {share:.0%} is asked)")
+    return part >= share
 
 
 def main() -> int:

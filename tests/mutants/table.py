@@ -50,10 +50,11 @@ class SemanticMutant:
             )
         return original.replace(self.old, self.new)
 
-    def line(self, root: Path = ROOT) -> int:
+    @property
+    def line(self) -> int:
         """The first line that differs."""
-        before = (root / self.file).read_text(encoding="utf-8").splitlines()
-        pairs = zip(before, self.text(root).splitlines(), strict=False)
+        before = (ROOT / self.file).read_text(encoding="utf-8").splitlines()
+        pairs = zip(before, self.text().splitlines(), strict=False)
         return next((i for i, (old, new) in enumerate(pairs, 1) if old != new), len(before))
 
 

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 from golden.program import IDS, SAMPLING, prompts_of
-from helpers import edit_config, outcomes
+from helpers import edit_config, outcomes, philox_on_integers
 from safetensors.numpy import load_file
 
 from samebit.rollout.engine import Engine
@@ -32,20 +32,10 @@ CASES = {
 }  # fmt: skip
 
 
-def philox(counter, key):
-    """Four words; Salmon et al. 2011."""
-    (c0, c1, c2, c3), (k0, k1) = counter, key
-    for _ in range(10):
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (b >> 32) ^ c1 ^ k0, b & MASK, (a >> 32) ^ c3 ^ k1, a & MASK
-        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
-    return c0, c1, c2, c3
-
-
 def noise(seed, position, sample_id, vocab_size):
     """g of every token."""
     key, rest = (seed & MASK, seed >> 32), (position, sample_id & MASK, sample_id >> 32)
-    words = [w for i in range(-(-vocab_size // 4)) for w in philox((i, *rest), key)]
+    words = [w for i in range(-(-vocab_size // 4)) for w in philox_on_integers((i, *rest), key)]
     shares = [float(np.float32(w + 1) * np.float32(2.0**-32)) for w in words[:vocab_size]]
     return [-math.inf if v == 1 else -math.log(-math.log1p(-v)) for v in shares]
 

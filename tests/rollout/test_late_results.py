@@ -84,6 +84,14 @@ def test_a_nan_in_flight_names_its_sample(plain, make_late, depth):
     assert_idle(engine)
 
 
+def assert_all_reported(engine, names, truth):
+    """The requests end as `truth` has them, and leave nothing."""
+    found = run_to_end(engine)
+    for name, group in zip(names, truth, strict=True):
+        assert_same(found[name], group)
+    assert_idle(engine)
+
+
 @pytest.mark.parametrize("depth", [0, *DEPTHS])
 @pytest.mark.parametrize("kind", ["launch", "wait"])
 @pytest.mark.parametrize("error", [FaultError, KeyboardInterrupt])
@@ -99,10 +107,7 @@ def test_samples_without_a_slot_outlive_a_failing_step(plain, make_late, depth, 
     ]
     with pytest.raises(error):
         run_to_end(engine)
-    found = run_to_end(engine)
-    for name, group in zip(names, truth, strict=True):
-        assert_same(found[name], group)
-    assert_idle(engine)
+    assert_all_reported(engine, names, truth)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -150,10 +155,7 @@ def test_what_ended_before_a_failing_step_is_still_reported(plain, make_late):
     assert ("wait", 1) not in engine.runner.events
     with pytest.raises(FaultError, match="wait 2"):
         engine.step()
-    found = run_to_end(engine)
-    for name, group in zip(names, truth, strict=True):
-        assert_same(found[name], group)
-    assert_idle(engine)
+    assert_all_reported(engine, names, truth)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
