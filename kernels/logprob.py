@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from samebit.kernels.linear import add_product, main_grad_of
 from samebit.kernels.linear import logits as linear_fp32
 from samebit.kernels.op import Op, require_fp32
-from samebit.kernels.reduce import ALONE, TensorRanks, gather_columns
+from samebit.kernels.reduce import ALONE, RankGroup, gather_columns
 
 VOCAB_MULTIPLE = 1024
 NUM_SEGMENTS = 8
@@ -59,7 +59,7 @@ def logprob_of(scaled_logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Te
 
 
 def logits_of(
-    hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, ranks: TensorRanks = ALONE
+    hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, ranks: RankGroup = ALONE
 ) -> torch.Tensor:
     """Logits [T, V] fp32 on every rank, before any temperature; arguments as in `logprob`."""
     if ranks.size == 1:
@@ -117,7 +117,7 @@ class _Logprob(torch.autograd.Function):
         token_ids: torch.Tensor,
         temperature: torch.Tensor,
         vocab_size: int,
-        ranks: TensorRanks,
+        ranks: RankGroup,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.main_grad = main_grad_of(weight)
         ctx.first = ranks.rank * len(weight)  # the vocabulary's part that this rank holds
@@ -165,7 +165,7 @@ def logprob(
     token_ids: torch.Tensor,
     temperature: torch.Tensor,
     vocab_size: int,
-    ranks: TensorRanks = ALONE,
+    ranks: RankGroup = ALONE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and entropies of the next-token distributions.
 

@@ -26,7 +26,7 @@ TP_SEGMENTS = 8
 
 
 @dataclass(frozen=True)
-class TensorRanks:
+class RankGroup:
     """This process among those that share every layer of a model; alone by default.
 
     Raises ValueError unless 0 <= rank < size and there is a group for more than one, and for a size
@@ -55,7 +55,7 @@ class TensorRanks:
         return self.size > 1 or self.invariant
 
 
-ALONE = TensorRanks()
+ALONE = RankGroup()
 
 
 def reduce_ref(partials: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -66,7 +66,7 @@ def reduce_ref(partials: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor
     return total.to(dtype)
 
 
-def sum_over_ranks(partial: torch.Tensor, ranks: TensorRanks, dtype: torch.dtype) -> torch.Tensor:
+def sum_over_ranks(partial: torch.Tensor, ranks: RankGroup, dtype: torch.dtype) -> torch.Tensor:
     """Sum each rank's `partial` in fp32 and round once to dtype; every rank gets the same bits."""
     if ranks.size == 1:
         return partial.to(dtype)
@@ -78,14 +78,14 @@ def sum_over_ranks(partial: torch.Tensor, ranks: TensorRanks, dtype: torch.dtype
     return reduce_ref(parts, dtype)
 
 
-def sum_of_own_rows(partial: torch.Tensor, ranks: TensorRanks, dtype: torch.dtype) -> torch.Tensor:
+def sum_of_own_rows(partial: torch.Tensor, ranks: RankGroup, dtype: torch.dtype) -> torch.Tensor:
     """own_rows of sum_over_ranks: [T, ...] -> [T / size, ...]; T is a multiple of size."""
     if peers := peers_of(ranks, partial.device):
         return peers.sum_of_own_rows(partial, dtype, ranks.invariant)
     return own_rows(sum_over_ranks(partial, ranks, dtype), ranks)
 
 
-def gather_columns(x: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
+def gather_columns(x: torch.Tensor, ranks: RankGroup) -> torch.Tensor:
     """Every rank's columns [T, C] fp32, side by side in rank order: [T, size * C]."""
     if ranks.size == 1:
         return x
@@ -94,7 +94,7 @@ def gather_columns(x: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
     return torch.cat(_gather(x, ranks.group), dim=1)
 
 
-def partial_linear(x: torch.Tensor, weight: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
+def partial_linear(x: torch.Tensor, weight: torch.Tensor, ranks: RankGroup) -> torch.Tensor:
     """This rank's summand of a row-parallel product: [..., K / size] -> [..., N] fp32.
 
     Differentiable in both.
@@ -104,7 +104,7 @@ def partial_linear(x: torch.Tensor, weight: torch.Tensor, ranks: TensorRanks) ->
     return linear(x, weight, torch.float32)
 
 
-def row_parallel_linear(x: torch.Tensor, weight: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
+def row_parallel_linear(x: torch.Tensor, weight: torch.Tensor, ranks: RankGroup) -> torch.Tensor:
     """x [T, K / size] times this rank's columns of a weight [N, K], summed over the ranks: [T, N].
 
     For inference: nothing is differentiated.
@@ -115,7 +115,7 @@ def row_parallel_linear(x: torch.Tensor, weight: torch.Tensor, ranks: TensorRank
 
 
 def vocab_parallel_embedding(
-    token_ids: torch.Tensor, weight: torch.Tensor, ranks: TensorRanks
+    token_ids: torch.Tensor, weight: torch.Tensor, ranks: RankGroup
 ) -> torch.Tensor:
     """Rows of an embedding whose rows are split over the ranks. token_ids [T] -> [T, D]."""
     if ranks.size == 1:
@@ -126,12 +126,12 @@ def vocab_parallel_embedding(
     return sum_over_ranks(rows.masked_fill_(elsewhere[:, None], 0.0), ranks, weight.dtype)
 
 
-def gather_rows(x: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
+def gather_rows(x: torch.Tensor, ranks: RankGroup) -> torch.Tensor:
     """Every rank's rows [T, ...], one rank's behind another's: [size * T, ...]."""
     return torch.cat(_gather(x, ranks.group))
 
 
-def own_rows(x: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
+def own_rows(x: torch.Tensor, ranks: RankGroup) -> torch.Tensor:
     """This rank's part of rows that gather_rows would put together."""
     return x.chunk(ranks.size)[ranks.rank]
 
@@ -156,12 +156,12 @@ def gather_objects[T](value: T, group: dist.ProcessGroup | None = None) -> list[
     return [decode(part[:n].cpu().numpy().tobytes()) for part, n in parts]
 
 
-def smallest(value: int, ranks: TensorRanks) -> int:
+def smallest(value: int, ranks: RankGroup) -> int:
     """The least of every rank's value."""
     return value if ranks.size == 1 else min(gather_objects(value, ranks.group))
 
 
-def peers_of(ranks: TensorRanks, device: torch.device) -> "Peers | None":
+def peers_of(ranks: RankGroup, device: torch.device) -> "Peers | None":
     """GPUs that can read each other's memory, whose sums CUDA graphs may hold; else, for the same
     bits, parts are gathered by torch.distributed. All ranks ask together."""
     if device.type != "cuda" or ranks.group is None:

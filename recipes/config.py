@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from samebit.recipes.metrics import LoggerConfig
-from samebit.recipes.rewards import RewardConfig
-from samebit.recipes.tasks.base import DataConfig
+from samebit.recipes.data.rewards import RewardConfig
+from samebit.recipes.data.tasks.base import DataConfig
+from samebit.recipes.run.metrics import LoggerConfig
 from samebit.rollout.ranges import RANGES, require_in_range
 from samebit.trainer.config import (
     GrpoConfig,

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from samebit.recipes.compose import ConfigError
+from samebit.recipes.cli.compose import ConfigError
 from samebit.recipes.config import ExportRun
-from samebit.recipes.run_folder import require_outside
+from samebit.recipes.run.folder import require_outside
 from samebit.recipes.side_files import side_files, write_side_files
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs

@@ -14,22 +14,28 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from samebit.recipes.compose import to_yaml
+from samebit.recipes.cli.compose import to_yaml
 from samebit.recipes.config import GrpoRun
-from samebit.recipes.inputs import Inputs
-from samebit.recipes.metrics import MetricsLogger, NoLogger
-from samebit.recipes.order import SampleIds, problem_index
-from samebit.recipes.placement import make_trainer, start_engine
-from samebit.recipes.plan import grpo_plan, print_plan
-from samebit.recipes.records import Split
-from samebit.recipes.report import write_report
-from samebit.recipes.rewards import RewardError, score
-from samebit.recipes.rollouts import drop_rollouts_after, save_rollout
-from samebit.recipes.samples import drawn_sample
-from samebit.recipes.session import Session, open_session, require_startable
-from samebit.recipes.signals import Stopped, StopSignals, stop_signals
-from samebit.recipes.step import Rollout, rollout_metrics, sample_rows, speed, train_metrics
-from samebit.recipes.tasks.base import Problem
+from samebit.recipes.data.inputs import Inputs
+from samebit.recipes.data.order import SampleIds, problem_index
+from samebit.recipes.data.records import Split
+from samebit.recipes.data.rewards import RewardError, score
+from samebit.recipes.data.samples import drawn_sample
+from samebit.recipes.data.tasks.base import Problem
+from samebit.recipes.launch.placement import make_trainer, start_engine
+from samebit.recipes.run.dry_run import grpo_plan, print_plan
+from samebit.recipes.run.metrics import MetricsLogger, NoLogger
+from samebit.recipes.run.report import write_report
+from samebit.recipes.run.rollouts import drop_rollouts_after, save_rollout
+from samebit.recipes.run.session import Session, open_session, require_startable
+from samebit.recipes.run.signals import Stopped, StopSignals, stop_signals
+from samebit.recipes.run.step_metrics import (
+    Rollout,
+    rollout_metrics,
+    sample_rows,
+    speed,
+    train_metrics,
+)
 from samebit.rollout.remote import RemoteEngineError
 from samebit.rollout.types import SamplingParams
 from samebit.trainer.algorithms.grpo import GrpoLoss, group_advantages

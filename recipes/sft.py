@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from samebit.recipes.config import SftRun
+from samebit.recipes.data.inputs import SftInputs
+from samebit.recipes.data.order import problem_index
+from samebit.recipes.data.records import Split
 from samebit.recipes.export import write_model
-from samebit.recipes.inputs import SftInputs
-from samebit.recipes.order import problem_index
-from samebit.recipes.placement import make_trainer
-from samebit.recipes.plan import print_plan, sft_plan
-from samebit.recipes.records import Split
-from samebit.recipes.session import Session, open_session, require_startable
-from samebit.recipes.signals import StopSignals, stop_signals
+from samebit.recipes.launch.placement import make_trainer
+from samebit.recipes.run.dry_run import print_plan, sft_plan
+from samebit.recipes.run.session import Session, open_session, require_startable
+from samebit.recipes.run.signals import StopSignals, stop_signals
 from samebit.trainer.algorithms.sft import sft_loss
 from samebit.trainer.checkpoint import latest_checkpoint
 from samebit.trainer.megatron.trainer import MegatronTrainer

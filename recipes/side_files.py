@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from samebit.recipes.input_files import CHAT_TEMPLATES
+from samebit.recipes.run.input_files import CHAT_TEMPLATES
 
 _WEIGHT_SUFFIXES = (
     ".safetensors",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from samebit.kernels.reduce import ALONE, TensorRanks, peers_of
+from samebit.kernels.reduce import ALONE, RankGroup, peers_of
 from samebit.rollout.values import MAX_UINT64, as_flag, as_integer, shown
 
 _INTEGERS = ("page_size", "max_batch_tokens", "max_num_seqs", "prefill_chunk", "seed")
@@ -40,7 +40,7 @@ class EngineConfig:
     seed: int = 0
     cuda_graphs: bool = False
     """Decode by CUDA graphs; over tensor parallel ranks those of GPUs that read each other."""
-    ranks: TensorRanks = ALONE
+    ranks: RankGroup = ALONE
     """Tensor parallel ranks; each runs an engine of its own and is given the same requests."""
     overlap: bool = False
     """Plan and start a step while the one before still runs."""
@@ -89,14 +89,14 @@ def as_path(value: object, what: str) -> Path:
     return Path(value)
 
 
-def as_ranks(value: object) -> TensorRanks:
+def as_ranks(value: object) -> RankGroup:
     """Tensor parallel ranks; ValueError for anything else."""
-    if not isinstance(value, TensorRanks):
-        raise ValueError(f"Engine ranks is {shown(value)}; it must be TensorRanks, with a group")
+    if not isinstance(value, RankGroup):
+        raise ValueError(f"Engine ranks is {shown(value)}; it must be RankGroup, with a group")
     return value
 
 
-def can_record(device: torch.device, ranks: TensorRanks) -> bool:
+def can_record(device: torch.device, ranks: RankGroup) -> bool:
     """Whether CUDA graphs can hold a step: tensor parallel ranks have to read each other's GPU."""
     return device.type == "cuda" and (ranks.size == 1 or peers_of(ranks, device) is not None)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from samebit.kernels.profile import NumericsProfile, numerics_profile
-from samebit.kernels.reduce import ALONE, TensorRanks, smallest
+from samebit.kernels.reduce import ALONE, RankGroup, smallest
 from samebit.rollout.config import (
     EngineConfig,
     as_path,
@@ -36,11 +36,11 @@ from samebit.rollout.runtime.memory import Arena
 from samebit.rollout.runtime.prefix_cache import PrefixCache
 from samebit.rollout.runtime.requests import RequestFactory
 from samebit.rollout.runtime.runner import Runner
+from samebit.rollout.runtime.running_sample import RunningSample
 from samebit.rollout.runtime.sampler import Sampler
 from samebit.rollout.runtime.scheduler import Scheduler
-from samebit.rollout.runtime.sequence import Sequence as RunningSequence
 from samebit.rollout.runtime.slots import Slots
-from samebit.rollout.runtime.step import Pipeline
+from samebit.rollout.runtime.step_loop import StepLoop
 from samebit.rollout.runtime.weight_control import WeightControl
 from samebit.rollout.runtime.weights import load_dummy, load_safetensors
 from samebit.rollout.types import Completion, Request, SamplingParams
@@ -76,7 +76,7 @@ class Engine(WeightControl):
         max_model_len: int | None = None,
         cuda_graphs: bool | None = None,
         overlap: bool | None = None,
-        ranks: TensorRanks = ALONE,
+        ranks: RankGroup = ALONE,
     ) -> None:
         ranks, resolved = as_ranks(ranks), own_device(device)
         self.config = EngineConfig(
@@ -105,7 +105,7 @@ class Engine(WeightControl):
         self._make_runtime()
         self._lock = threading.RLock()
         self._arrivals = itertools.count()
-        self._live: dict[str, list[RunningSequence]] = {}
+        self._live: dict[str, list[RunningSample]] = {}
         self._for_step: set[str] = set()  # live requests of add_request
         self._done: list[list[Completion]] = []
 
@@ -206,7 +206,7 @@ class Engine(WeightControl):
         """
         with self._lock:
             if request_id in self._live:
-                self._close_finished(self.pipeline.drain())
+                self._close_finished(self.step_loop.drain())
             if request_id not in self._live:
                 raise KeyError(f"no unfinished request '{request_id}'")
             self._for_step.discard(request_id)
@@ -271,7 +271,7 @@ class Engine(WeightControl):
         self.runner = Runner(decoder, cache, c.max_num_seqs, c.cuda_graphs)
         self.sampler = Sampler(m.vocab_size, m.eos_token_ids)
         self.scheduler = Scheduler(c, self.pool, self.prefixes, slots)
-        self.pipeline = Pipeline(
+        self.step_loop = StepLoop(
             self.scheduler, slots, self.runner, self.sampler, depth=1 if c.overlap else 0
         )
         self.requests = RequestFactory(
@@ -282,11 +282,11 @@ class Engine(WeightControl):
             eos_token_ids=m.eos_token_ids,
         )
 
-    def _add(self, request: Request) -> list[RunningSequence]:
+    def _add(self, request: Request) -> list[RunningSample]:
         with self._lock:
             self.session.require_ready()
             seqs = [
-                RunningSequence(
+                RunningSample(
                     request=request,
                     index=i,
                     arrival=next(self._arrivals),
@@ -299,16 +299,16 @@ class Engine(WeightControl):
             self.scheduler.add(seqs[0])
             return seqs
 
-    def _add_all(self, requests: list[Request]) -> list[list[RunningSequence]]:
+    def _add_all(self, requests: list[Request]) -> list[list[RunningSample]]:
         with self._lock:
             return [self._add(request) for request in requests]
 
     def _finish(
-        self, groups: list[list[RunningSequence]], progress: Progress | None
+        self, groups: list[list[RunningSample]], progress: Progress | None
     ) -> list[list[Completion]]:
         """Step until these groups are done; other callers' steps count too."""
         flat = [seq for group in groups for seq in group]
-        unfinished, drawn_before = list(reversed(flat)), self.pipeline.num_drawn
+        unfinished, drawn_before = list(reversed(flat)), self.step_loop.num_drawn
         try:
             while unfinished:
                 self._advance()
@@ -316,16 +316,16 @@ class Engine(WeightControl):
                     unfinished.pop()
                 if progress is not None:
                     done = sum(seq.finish_reason is not None for seq in flat)
-                    progress(done, self.pipeline.num_drawn - drawn_before)
+                    progress(done, self.step_loop.num_drawn - drawn_before)
         except BaseException:
             self._abort_all(groups)
             raise
         return [[seq.completion() for seq in group] for group in groups]
 
-    def _abort_all(self, groups: list[list[RunningSequence]]) -> None:
+    def _abort_all(self, groups: list[list[RunningSample]]) -> None:
         with self._lock:
             try:
-                self._close_finished(self.pipeline.drain())  # some may end by themselves
+                self._close_finished(self.step_loop.drain())  # some may end by themselves
             finally:
                 for request_id in {seq.request.request_id for group in groups for seq in group}:
                     if request_id in self._live:
@@ -334,9 +334,9 @@ class Engine(WeightControl):
     def _advance(self) -> None:
         with self._lock, on_device(self.config.device):  # also in a thread of agenerate
             self.session.require_ready()
-            self._close_finished(self.pipeline.advance(self.weight_version))
+            self._close_finished(self.step_loop.advance(self.weight_version))
 
-    def _close_finished(self, finished: list[RunningSequence]) -> None:
+    def _close_finished(self, finished: list[RunningSample]) -> None:
         """Report requests all of whose samples are done."""
         for request_id in dict.fromkeys(s.request.request_id for s in finished):
             if all(s.finish_reason is not None for s in self._live[request_id]):

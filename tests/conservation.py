@@ -73,7 +73,7 @@ def check_queues(engine, running):
     live = [seq for group in engine._live.values() for seq in group]
     coming = [seq for leader in (*waiting, *running) for seq in leader.siblings]
     forking = {
-        id(seq) for f in engine.pipeline._flights for c in f.step.chunks for seq in c.siblings
+        id(seq) for f in engine.step_loop._flights for c in f.step.chunks for seq in c.siblings
     }
     places = Counter(map(id, (*waiting, *running, *coming)))
     assert set(places) <= set(map(id, live)), "somebody runs for nobody"
@@ -88,7 +88,7 @@ def check_queues(engine, running):
         assert arrivals == sorted(arrivals), "a later arrival goes first"
     assert set(map(id, prefilling)) <= set(map(id, running))
     unfinished = {seq.request.request_id for seq in live if seq.finish_reason is None}
-    late = {seq.request.request_id for seq in engine.pipeline._finished}
+    late = {seq.request.request_id for seq in engine.step_loop._finished}
     assert unfinished <= set(engine._live) <= unfinished | late, "not reported"
     assert scheduler.num_unfinished == len(unfinished)
     assert scheduler.has_unfinished == bool(unfinished)
@@ -113,7 +113,7 @@ def settle(engine):
     check_books(engine)
     assert not engine._live
     assert not engine._for_step
-    assert not engine.pipeline._flights
+    assert not engine.step_loop._flights
     assert engine.scheduler.num_running == 0
     engine.flush_cache()
     check_books(engine)

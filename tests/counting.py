@@ -8,11 +8,11 @@ from samebit.rollout.config import EngineConfig
 from samebit.rollout.runtime.kv_cache import PagePool
 from samebit.rollout.runtime.prefix_cache import PrefixCache
 from samebit.rollout.runtime.runner import Outcome
+from samebit.rollout.runtime.running_sample import RunningSample
 from samebit.rollout.runtime.sampler import Sampler
 from samebit.rollout.runtime.scheduler import Scheduler
-from samebit.rollout.runtime.sequence import Sequence
 from samebit.rollout.runtime.slots import Slots
-from samebit.rollout.runtime.step import Pipeline
+from samebit.rollout.runtime.step_loop import StepLoop
 from samebit.rollout.types import Request, SamplingParams
 from samebit.weight_sync.types import WeightVersion
 
@@ -64,7 +64,7 @@ class World:
         self.scheduler = Scheduler(config, self.pool, self.prefixes, self.slots)
         self.runner = CountingRunner(self.slots)
         sampler = Sampler(331, ())
-        self.pipeline = Pipeline(self.scheduler, self.slots, self.runner, sampler, depth)
+        self.step_loop = StepLoop(self.scheduler, self.slots, self.runner, sampler, depth)
         self.arrivals = 0
         self._live, self._for_step = {}, set()  # as an engine's, for check_books
 
@@ -78,7 +78,9 @@ class World:
             score_only=score,
         )
         seqs = [
-            Sequence(request=request, index=i, arrival=self.arrivals + i, token_ids=list(prompt))
+            RunningSample(
+                request=request, index=i, arrival=self.arrivals + i, token_ids=list(prompt)
+            )
             for i in range(n)
         ]
         self.arrivals += n
@@ -102,7 +104,7 @@ class World:
 
         self.runner.launch = launch
         try:
-            self.pipeline.advance(VERSION)
+            self.step_loop.advance(VERSION)
         finally:
             self.runner.launch = original
             self._forget_finished()
@@ -110,7 +112,7 @@ class World:
 
     def abort(self, request_id):
         """End a request as an engine does; the samples that it had left."""
-        self.pipeline.drain()
+        self.step_loop.drain()
         aborted = self.scheduler.abort(request_id)
         for seq in aborted:
             seq.finish_reason = "abort"

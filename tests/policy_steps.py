@@ -45,7 +45,7 @@ def assert_same_figures(found, alone):
 def policy_step(megatron, folder):
     """Gradients by name and the figures of a step with advantages, ratios and a far reference, as a
     mean over samples. Only the last micro-batch, rank 1's of two copies, has other log-probs."""
-    from samebit.recipes.placement import load_weights
+    from samebit.recipes.launch.placement import load_weights
     from samebit.trainer.algorithms.grpo import GrpoLoss
     from samebit.trainer.config import GrpoConfig
     from samebit.trainer.megatron.cpu import no_cuda

@@ -12,7 +12,7 @@ from policy_steps import gradient_samples, policy_step, refusals
 from torch.distributed import distributed_c10d
 
 from samebit.kernels import linear, selfcheck
-from samebit.kernels.reduce import TensorRanks, gather_objects
+from samebit.kernels.reduce import RankGroup, gather_objects
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
 
@@ -47,7 +47,7 @@ def start(rank, size, store):
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(size)
     )
-    return TensorRanks(int(rank), int(size), dist.group.WORLD)
+    return RankGroup(int(rank), int(size), dist.group.WORLD)
 
 
 def exact(groups):
@@ -95,7 +95,7 @@ def checked_shapes(folder, ranks, cache):
 
 def make_trainer(folder, parallel=None, **optimizer):
     """A trainer on the CPU that holds the folder's weights."""
-    from samebit.recipes.placement import load_weights
+    from samebit.recipes.launch.placement import load_weights
     from samebit.rollout.models.registry import load_model_config
     from samebit.trainer.config import OptimizerConfig
     from samebit.trainer.megatron.trainer import MegatronTrainer
@@ -197,7 +197,7 @@ def invariant(rank, size, store, folder, out):
 
     torch.set_num_threads(1)
     group = start(rank, size, store).group if int(size) > 1 else None
-    ranks = TensorRanks(int(rank), int(size), group, invariant=True)
+    ranks = RankGroup(int(rank), int(size), group, invariant=True)
     rollout = Engine(folder, device="cpu", ranks=ranks, seed=3)
     generated = exact(rollout.generate(prompts(), PARAMS))
     contexts = [[*p, *c[0][0]] for p, c in zip(prompts(), generated, strict=True)]
@@ -360,7 +360,7 @@ def reshard(rank, size, store, folder, mode, before, after, out):
 
 def compare_logprobs(megatron, rollout, tokens):
     """(log-probs compared, unequal) between fresh samples and the trainer's forward of them."""
-    from samebit.recipes.samples import drawn_sample
+    from samebit.recipes.data.samples import drawn_sample
     from samebit.trainer.packing import pack_samples
 
     params = SamplingParams(n=3, max_new_tokens=20)

@@ -243,7 +243,7 @@ def test_functions_are_short():
 
 # Files that hand every error on without raising it, and to whom.
 HANDS_ERRORS_ON = {
-    "recipes/reward_worker.py": "a reward's process sends them to the run's",
+    "recipes/data/reward_worker.py": "a reward's process sends them to the run's",
     "rollout/remote.py": "the engine's process sends them to the caller's",
 }
 
@@ -279,7 +279,7 @@ def test_no_global_statements():
 def test_help_imports_no_torch(arguments):
     script = f"""
 import sys
-from samebit.recipes.cli import main
+from samebit.recipes.cli.main import main
 try:
     status = main({arguments!r})
 except SystemExit as stop:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from samebit.kernels.attention import plan_context
-from samebit.kernels.reduce import TensorRanks
+from samebit.kernels.reduce import RankGroup
 from samebit.trainer.types import MicroBatch
 
 
@@ -29,7 +29,7 @@ class ContextShare:
     """Rows that each rank contributes to a gather."""
     plan: Any
     """Attention of this rank's queries to all keys."""
-    ranks: TensorRanks
+    ranks: RankGroup
 
 
 def chunks_of(length: int, rank: int, size: int) -> list[tuple[int, int]]:
@@ -38,7 +38,7 @@ def chunks_of(length: int, rank: int, size: int) -> list[tuple[int, int]]:
     return [(cuts[i], cuts[i + 1]) for i in (rank, 2 * size - 1 - rank)]
 
 
-def share_context(batch: MicroBatch, ranks: TensorRanks, heads_per_kv: int) -> ContextShare:
+def share_context(batch: MicroBatch, ranks: RankGroup, heads_per_kv: int) -> ContextShare:
     """This rank's share. Raises ValueError if the batch is too short to give every rank a token."""
     device = batch.input_ids.device
     starts = [sum(batch.seq_lens[:i]) for i in range(len(batch.seq_lens))]

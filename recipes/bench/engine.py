@@ -29,8 +29,8 @@ from samebit.recipes.bench.roofline import roofline_tokens_s
 from samebit.recipes.bench.start import Start, cold_start, describe, start_engine
 from samebit.recipes.bench.timing import CardRates, Spread, card_rates
 from samebit.recipes.bench.variants import NOTES, SETTINGS, kernels_of
-from samebit.recipes.provenance import device_name
-from samebit.recipes.run_folder import require_own_report
+from samebit.recipes.run.folder import require_own_report
+from samebit.recipes.run.provenance import device_name
 from samebit.rollout.config import DeviceError, resolve_device
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config

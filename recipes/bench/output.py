@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from samebit.recipes.metrics import write_atomically
-from samebit.recipes.provenance import provenance
+from samebit.recipes.run.metrics import write_atomically
+from samebit.recipes.run.provenance import provenance
 
 REPORT_FILE = "bench.json"
 

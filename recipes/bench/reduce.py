@@ -18,11 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from samebit.kernels.reduce import TensorRanks, sum_of_own_rows, sum_over_ranks
+from samebit.kernels.reduce import RankGroup, sum_of_own_rows, sum_over_ranks
 from samebit.recipes.bench.output import BenchError, format_table
 from samebit.recipes.bench.timing import Action, Spread
-from samebit.recipes.metrics import write_atomically
-from samebit.recipes.provenance import provenance
+from samebit.recipes.run.metrics import write_atomically
+from samebit.recipes.run.provenance import provenance
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron.setup import start_processes
 
@@ -59,7 +59,7 @@ def time_us(action: Action, in_graph: bool, repeats: int = 7, calls: int = 20) -
     return Spread.of(times)
 
 
-def measure(ranks: TensorRanks, device: torch.device) -> list[dict[str, Any]]:
+def measure(ranks: RankGroup, device: torch.device) -> list[dict[str, Any]]:
     """One row a size."""
     found = []
     for rows in ROWS:
@@ -100,7 +100,7 @@ def main(out: str) -> int:
     size, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local)
     start_processes(device, ParallelConfig(tensor=size))
-    ranks = TensorRanks(dist.get_rank(), size, dist.group.WORLD)
+    ranks = RankGroup(dist.get_rank(), size, dist.group.WORLD)
     found = measure(ranks, device)
     if ranks.rank == 0:
         body = {"width": WIDTH, "tensor": size, "reduce": found}

@@ -25,8 +25,8 @@ from samebit.recipes.bench.output import (
 )
 from samebit.recipes.bench.timing import Spread, timed
 from samebit.recipes.bench.variants import torch_trainer_kernels
-from samebit.recipes.provenance import device_name
-from samebit.recipes.run_folder import require_own_report
+from samebit.recipes.run.folder import require_own_report
+from samebit.recipes.run.provenance import device_name
 from samebit.rollout.config import DeviceError, resolve_device
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.weights import load_dummy

@@ -33,8 +33,8 @@ from samebit.kernels.gpu.tuning import TABLES, Choice, Key, row_bucket, table_pa
 from samebit.recipes.bench.config import BenchKernelsRun
 from samebit.recipes.bench.kernels import linear_shapes
 from samebit.recipes.bench.timing import Action, card_rates, graph_us, graphs_us, num_copies
-from samebit.recipes.metrics import write_atomically
-from samebit.recipes.provenance import provenance
+from samebit.recipes.run.metrics import write_atomically
+from samebit.recipes.run.provenance import provenance
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
 

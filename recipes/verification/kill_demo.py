@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from samebit.recipes.compose import resolve
-from samebit.recipes.metrics import read_rows, without_times, write_atomically
-from samebit.recipes.provenance import provenance
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.run.metrics import read_rows, without_times, write_atomically
+from samebit.recipes.run.provenance import provenance
 from samebit.rollout.config import resolve_device
 
 Outcome = tuple[dict[str, Any], list[dict[str, Any]]]
@@ -68,7 +68,7 @@ def run_demo(
     work_s: float = math.inf,
 ) -> Attempt:
     """Start the demo; kill it start_s seconds later, or work_s after it began to write metrics."""
-    command = [sys.executable, "-m", "samebit.recipes.cli", "demo", *arguments]
+    command = [sys.executable, "-m", "samebit.recipes.cli.main", "demo", *arguments]
     command += [f"run_name={name}", f"output_dir={folder}", f"resume={str(resume).lower()}"]
     metrics, start, began_s = metrics_path(folder, name), time.perf_counter(), math.nan
     before = metrics.read_bytes() if metrics.exists() else b""

@@ -23,9 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from samebit.recipes.metrics import read_rows, write_atomically
-from samebit.recipes.provenance import provenance
-from samebit.recipes.rollouts import list_rollouts
+from samebit.recipes.run.metrics import read_rows, write_atomically
+from samebit.recipes.run.provenance import provenance
+from samebit.recipes.run.rollouts import list_rollouts
 from samebit.recipes.tiny_model import write_character_tokenizer, write_config, write_weights
 from samebit.rollout.config import resolve_device
 from samebit.trainer.config import ParallelConfig
@@ -122,7 +122,7 @@ def run_layout(
 ) -> dict[str, Any]:
     """Run it to its end; its part of the report."""
     arguments = [*grpo_arguments(name, model, output, device), *overrides]
-    command = [sys.executable, "-P", "-m", "samebit.recipes.cli", "grpo", *arguments]
+    command = [sys.executable, "-P", "-m", "samebit.recipes.cli.main", "grpo", *arguments]
     start = time.perf_counter()
     found: dict[str, Any] = {
         "processes": ParallelConfig(**LAYOUTS[name]).num_processes,

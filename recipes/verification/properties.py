@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable
 from contextlib import suppress
 
-from samebit.recipes.samples import drawn_sample
+from samebit.recipes.data.samples import drawn_sample
 from samebit.recipes.verification.subject import NUM_SAMPLES, Result, Subject, flat
 from samebit.rollout.types import Completion, SamplingParams
 from samebit.trainer.packing import pack_samples

@@ -24,9 +24,9 @@ import torch.distributed as dist
 
 from samebit.kernels.reduce import gather_objects
 from samebit.recipes.bench.timing import timed
-from samebit.recipes.metrics import write_atomically
-from samebit.recipes.provenance import provenance
-from samebit.recipes.samples import drawn_sample
+from samebit.recipes.data.samples import drawn_sample
+from samebit.recipes.run.metrics import write_atomically
+from samebit.recipes.run.provenance import provenance
 from samebit.recipes.verification.subject import outcomes_digest
 from samebit.rollout.config import resolve_device
 from samebit.rollout.engine import Engine

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from samebit.recipes.metrics import write_atomically
-from samebit.recipes.provenance import provenance
+from samebit.recipes.run.metrics import write_atomically
+from samebit.recipes.run.provenance import provenance
 from samebit.recipes.verification.conversations import CONVERSATIONS
 from samebit.rollout.config import resolve_device, resolve_dtype
 from samebit.rollout.engine import Engine

@@ -14,7 +14,7 @@ from samebit.kernels.logprob import logits_of, padded_vocab_size
 from samebit.kernels.reduce import (
     ALONE,
     TP_SEGMENTS,
-    TensorRanks,
+    RankGroup,
     row_parallel_linear,
     vocab_parallel_embedding,
 )
@@ -85,7 +85,7 @@ def rope_table_of(config: ModelConfig, num_positions: int, device: torch.device)
     return rope_table(config.head_dim, config.rope_theta, rows, config.rope_scaling, device)
 
 
-def selfcheck_model(config: ModelConfig, device: torch.device, ranks: TensorRanks = ALONE) -> None:
+def selfcheck_model(config: ModelConfig, device: torch.device, ranks: RankGroup = ALONE) -> None:
     """Prove the contract for the shapes of a rank's shard on this machine; see kernels.selfcheck.
 
     Raises ValueError for a model that tp_invariant cannot cut up.
@@ -158,7 +158,7 @@ class Decoder:
         config: ModelConfig,
         params: Mapping[str, torch.Tensor],
         rope_table: torch.Tensor,
-        ranks: TensorRanks = ALONE,
+        ranks: RankGroup = ALONE,
     ) -> None:
         self.config = config
         self.ranks = ranks

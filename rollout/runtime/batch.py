@@ -1,4 +1,4 @@
-"""Batch: the tensors of one forward step, made from a planned Step."""
+"""Batch: the tensors of one forward, made from a scheduled EngineStep."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ import torch
 
 from samebit.kernels.attention import plan_paged
 from samebit.kernels.transfer import to_device
-from samebit.rollout.runtime.scheduler import Chunk, Step
-from samebit.rollout.runtime.sequence import Sequence
+from samebit.rollout.runtime.running_sample import RunningSample
+from samebit.rollout.runtime.scheduler import Chunk, EngineStep
 from samebit.rollout.runtime.slots import Slots, signed64
 
 
@@ -20,7 +20,7 @@ class Batch:
 
     input_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64, absolute
-    slots: torch.Tensor  # [T] int64, where each token's key and value go in the cache
+    kv_slots: torch.Tensor  # [T] int64, where each token's key and value go in the cache
     plan: Any
 
 
@@ -35,7 +35,7 @@ class Draws:
     temperatures: np.ndarray  # float32, 1 where greedy
     greedy: np.ndarray  # bool
     out_slots: np.ndarray  # int64, of the drawing sequence; num_slots: it has none
-    restricted: list[tuple[int, Sequence]]  # rows where not every token may be drawn
+    restricted: list[tuple[int, RunningSample]]  # rows where not every token may be drawn
 
 
 def keep_tokens(last_tokens: torch.Tensor, token_ids: torch.Tensor, draws: Draws) -> None:
@@ -43,7 +43,7 @@ def keep_tokens(last_tokens: torch.Tensor, token_ids: torch.Tensor, draws: Draws
     last_tokens.index_copy_(0, to_device(draws.out_slots, last_tokens.device), token_ids)
 
 
-def _row_starts(step: Step) -> list[int]:
+def _row_starts(step: EngineStep) -> list[int]:
     """First row of each chunk; the decoding sequences come before them."""
     starts, row = [], len(step.decode)
     for chunk in step.chunks:
@@ -52,13 +52,15 @@ def _row_starts(step: Step) -> list[int]:
     return starts
 
 
-def chunk_rows(step: Step) -> Iterable[tuple[Chunk, slice]]:
+def chunk_rows(step: EngineStep) -> Iterable[tuple[Chunk, slice]]:
     """Each chunk with its rows of the batch."""
     for chunk, start in zip(step.chunks, _row_starts(step), strict=True):
         yield chunk, slice(start, start + chunk.num_tokens)
 
 
-def make_batch(step: Step, slots: Slots, last_tokens: torch.Tensor, heads_per_kv: int) -> Batch:
+def make_batch(
+    step: EngineStep, slots: Slots, last_tokens: torch.Tensor, heads_per_kv: int
+) -> Batch:
     """Lay the step's tokens one behind another.
 
     last_tokens [num_slots + 1] on the device: the newest token of each slot, which the host may
@@ -77,7 +79,7 @@ def make_batch(step: Step, slots: Slots, last_tokens: torch.Tensor, heads_per_kv
     positions = np.arange(len(owner_of_row)) - row_starts[owner_of_row] + starts[owner_of_row]
     num_pages = -(-int((starts + lens).max()) // page_size)
     table = slots.pages[owners, :num_pages].astype(np.int64)
-    cache_slots = table[owner_of_row, positions // page_size] * page_size + positions % page_size
+    kv_slots = table[owner_of_row, positions // page_size] * page_size + positions % page_size
     given = [c.seq.token_ids[c.start : c.start + c.num_tokens] for c in step.chunks]
     input_ids = to_device(np.array([t for ids in given for t in ids], dtype=np.int64), device)
     if num_decode:
@@ -94,7 +96,7 @@ def make_batch(step: Step, slots: Slots, last_tokens: torch.Tensor, heads_per_kv
     return Batch(
         input_ids=input_ids,
         positions=to_device(positions, device),
-        slots=to_device(cache_slots, device),
+        kv_slots=to_device(kv_slots, device),
         plan=plan,
     )
 
@@ -116,7 +118,7 @@ def decode_draws(decode: np.ndarray, slots: Slots) -> Draws:
     )
 
 
-def make_draws(step: Step, slots: Slots) -> Draws:
+def make_draws(step: EngineStep, slots: Slots) -> Draws:
     """The decoding sequences, then the samples whose context a chunk completes."""
     decode = decode_draws(step.decode, slots)
     rows = [(seq, part.stop - 1) for chunk, part in chunk_rows(step) for seq in chunk.drawing]
@@ -148,11 +150,11 @@ def make_draws(step: Step, slots: Slots) -> Draws:
     )
 
 
-def scoring_rows(step: Step) -> tuple[np.ndarray, np.ndarray, list[Sequence]]:
+def scoring_rows(step: EngineStep) -> tuple[np.ndarray, np.ndarray, list[RunningSample]]:
     """(rows, next tokens, owners) of score_only sequences: every row predicts a given token."""
     rows: list[int] = []
     next_ids: list[int] = []
-    owners: list[Sequence] = []
+    owners: list[RunningSample] = []
     for chunk, part in chunk_rows(step):
         if chunk.scores:
             rows += range(part.start, part.stop)

@@ -26,7 +26,7 @@ def forward(
     def attend(layer: int, qkv: torch.Tensor, norms: Norms) -> torch.Tensor:
         keys, values = cache.keys[layer], cache.values[layer]
         q = attention_inputs(
-            qkv, norms, config.norm_eps, model.rope_table, batch.positions, batch.slots, keys,
+            qkv, norms, config.norm_eps, model.rope_table, batch.positions, batch.kv_slots, keys,
             values,
         )  # fmt: skip
         return paged_attention(q, keys, values, batch.plan, config.softmax_scale)

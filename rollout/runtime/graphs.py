@@ -21,7 +21,7 @@ from samebit.rollout.runtime.batch import Batch, Draws, decode_draws, keep_token
 from samebit.rollout.runtime.forward import forward
 from samebit.rollout.runtime.kv_cache import KVCache
 from samebit.rollout.runtime.sampler import Sampler
-from samebit.rollout.runtime.scheduler import Step
+from samebit.rollout.runtime.scheduler import EngineStep
 from samebit.rollout.runtime.slots import Slots
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class DecodeGraphs:
         segments = torch.cuda.memory_snapshot(self._pool, include_traces=False)
         return sum(segment["total_size"] for segment in segments)
 
-    def fits(self, step: Step, slots: Slots) -> bool:
+    def fits(self, step: EngineStep, slots: Slots) -> bool:
         """Whether a graph can run the step: decode only, no hidden states to return."""
         size = len(step.decode)
         return (

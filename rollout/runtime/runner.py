@@ -18,7 +18,7 @@ from samebit.rollout.runtime.forward import forward
 from samebit.rollout.runtime.graphs import DecodeGraphs
 from samebit.rollout.runtime.kv_cache import KVCache
 from samebit.rollout.runtime.sampler import Sampler
-from samebit.rollout.runtime.scheduler import Step
+from samebit.rollout.runtime.scheduler import EngineStep
 from samebit.rollout.runtime.slots import Slots
 
 _NOTHING = np.zeros(0, dtype=np.float32)
@@ -73,7 +73,7 @@ class Runner:
             self.graphs = self._new_graphs()
 
     @torch.no_grad()
-    def launch(self, step: Step, slots: Slots, sampler: Sampler) -> Outcome:
+    def launch(self, step: EngineStep, slots: Slots, sampler: Sampler) -> Outcome:
         """Start a step: forward, draws, and the copies for prompts that fork."""
         if self.graphs is not None and self.graphs.fits(step, slots):
             token_ids, logprobs = self.graphs.launch(step.decode, slots, sampler)

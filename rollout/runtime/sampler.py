@@ -9,7 +9,7 @@ from samebit.kernels.logprob import logprob_of
 from samebit.kernels.sample import allowed_tokens, draw, draw_with_logprobs
 from samebit.kernels.transfer import to_device
 from samebit.rollout.runtime.batch import Draws
-from samebit.rollout.runtime.sequence import Sequence
+from samebit.rollout.runtime.running_sample import RunningSample
 from samebit.rollout.runtime.slots import Slots
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
@@ -30,7 +30,7 @@ class Sampler:
         self._eos_token_ids = eos_token_ids
         self._eos = np.array(eos_token_ids, dtype=np.int64)
 
-    def stop_ids(self, seq: Sequence) -> set[int]:
+    def stop_ids(self, seq: RunningSample) -> set[int]:
         """Tokens that end this sequence."""
         params = seq.request.params
         eos = () if params.ignore_eos else self._eos_token_ids
@@ -71,7 +71,7 @@ class Sampler:
         hidden: torch.Tensor,
         logits_of: Logits,
         next_ids: np.ndarray,
-        owners: list[Sequence],
+        owners: list[RunningSample],
     ) -> torch.Tensor:
         """Log-probs [S] of given next tokens [S] for hidden [S, D]."""
         divisors = np.array([s.request.params.temperature or 1.0 for s in owners], np.float32)
@@ -91,7 +91,7 @@ class Sampler:
     def _draw(
         self,
         logits: torch.Tensor,
-        restricted: list[tuple[int, Sequence, int]],
+        restricted: list[tuple[int, RunningSample, int]],
         temperature: torch.Tensor,
         *keys: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,7 +102,7 @@ class Sampler:
         return token_ids, logprob_of(scaled, token_ids)
 
     def _restrict(
-        self, scaled: torch.Tensor, restricted: list[tuple[int, Sequence, int]]
+        self, scaled: torch.Tensor, restricted: list[tuple[int, RunningSample, int]]
     ) -> torch.Tensor:
         """Scaled logits with -inf where (row, sequence, position) may not draw a token."""
         scaled, device = scaled.clone(), scaled.device
@@ -129,7 +129,7 @@ class Sampler:
         return scaled
 
 
-def require_finite(logprobs: np.ndarray, owners: list[tuple[Sequence, int]]) -> None:
+def require_finite(logprobs: np.ndarray, owners: list[tuple[RunningSample, int]]) -> None:
     """Raise NonFiniteError naming the first (sequence, position) whose log-prob is NaN."""
     for i in np.flatnonzero(np.isnan(logprobs)):
         seq, position = owners[i]

@@ -15,7 +15,7 @@ import numpy as np
 from samebit.rollout.config import EngineConfig
 from samebit.rollout.runtime.kv_cache import PagePool
 from samebit.rollout.runtime.prefix_cache import PrefixCache
-from samebit.rollout.runtime.sequence import Sequence
+from samebit.rollout.runtime.running_sample import RunningSample
 from samebit.rollout.runtime.slots import Slots
 from samebit.weight_sync.types import WeightVersion
 
@@ -24,17 +24,17 @@ from samebit.weight_sync.types import WeightVersion
 class Chunk:
     """A part of one context to compute: tokens [start, start + num_tokens)."""
 
-    seq: Sequence
+    seq: RunningSample
     start: int
     num_tokens: int
     completes: bool
-    siblings: tuple[Sequence, ...] = ()
+    siblings: tuple[RunningSample, ...] = ()
     """Samples of the same prompt that draw their first token from its last row."""
     copies: tuple[tuple[int, int], ...] = ()
     """(source, target) pages: the unfilled page of a prompt, for each sibling that goes on."""
 
     @property
-    def drawing(self) -> tuple[Sequence, ...]:
+    def drawing(self) -> tuple[RunningSample, ...]:
         """Whose next token the last row predicts."""
         return (self.seq, *self.siblings) if self.completes and not self.scores else ()
 
@@ -45,7 +45,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Step:
+class EngineStep:
     """One forward: a token for each slot in `decode`, then the chunks."""
 
     decode: np.ndarray  # [B] slots
@@ -71,8 +71,8 @@ class Scheduler:
         self._pool = pool
         self._prefixes = prefixes
         self._slots = slots
-        self._waiting: deque[Sequence] = deque()
-        self._prefilling: list[Sequence] = []
+        self._waiting: deque[RunningSample] = deque()
+        self._prefilling: list[RunningSample] = []
         self.version: WeightVersion | None = None  # what draws the tokens in the slots
         self.num_preemptions = 0
 
@@ -91,11 +91,11 @@ class Scheduler:
         """Sequences that hold a slot."""
         return self._slots.num_used
 
-    def add(self, seq: Sequence) -> None:
+    def add(self, seq: RunningSample) -> None:
         """Queue a sequence; its siblings come along with it."""
         self._waiting.append(seq)
 
-    def schedule(self, in_flight: bool = False) -> Step | None:
+    def schedule(self, in_flight: bool = False) -> EngineStep | None:
         """Plan one step and give its sequences pages and slots.
 
         None: pages ran out while results are in flight; take them in first, then ask again.
@@ -115,9 +115,9 @@ class Scheduler:
                 chunks += self._admit(budget)
         except _OutOfPagesError:
             return None
-        return Step(decode, tuple(chunks))
+        return EngineStep(decode, tuple(chunks))
 
-    def launched(self, step: Step) -> None:
+    def launched(self, step: EngineStep) -> None:
         """The step's tokens are on their way: its sequences may be planned further."""
         self._slots.advance(step.decode)
         for chunk in step.chunks:
@@ -130,19 +130,19 @@ class Scheduler:
                     drawing.num_computed = seq.num_computed
                     self._slots.start_decoding(drawing, seq.num_computed + 1)
 
-    def finish(self, seq: Sequence) -> None:
+    def finish(self, seq: RunningSample) -> None:
         """Take a sequence off, if it runs; its full pages stay findable."""
         if seq.slot is not None:
             self._take_tokens(seq)
             self.remember(seq)
             self._release(seq)
 
-    def remember(self, seq: Sequence) -> None:
+    def remember(self, seq: RunningSample) -> None:
         """Put the computed full pages into the prefix cache."""
         if self._prefixes is not None:
             self._prefixes.insert(seq.token_ids[: seq.num_computed], seq.pages)
 
-    def requeue(self, seq: Sequence) -> None:
+    def requeue(self, seq: RunningSample) -> None:
         """Back into the queue, before every later arrival, to be computed anew."""
         seq.restart()
         later = next((i for i, s in enumerate(self._waiting) if s.arrival > seq.arrival), None)
@@ -151,7 +151,7 @@ class Scheduler:
         else:
             self._waiting.insert(later, seq)
 
-    def abort(self, request_id: str) -> list[Sequence]:
+    def abort(self, request_id: str) -> list[RunningSample]:
         """Take all of a request's sequences off, siblings included; nothing may be in flight."""
         aborted = []
         for seq in [*self._running(), *self._waiting]:
@@ -166,7 +166,7 @@ class Scheduler:
             seq.siblings = []
         return aborted
 
-    def restart_all(self, lost: Iterable[Step]) -> None:
+    def restart_all(self, lost: Iterable[EngineStep]) -> None:
         """After a failed step: forget everything computed, keep what was drawn, begin again.
 
         lost: steps whose results will never come.
@@ -181,7 +181,7 @@ class Scheduler:
 
     # -- internals -------------------------------------------------------------------------------
 
-    def _running(self) -> list[Sequence]:
+    def _running(self) -> list[RunningSample]:
         seqs = [seq for seq in self._slots.seqs if seq is not None]
         return sorted(seqs, key=lambda s: s.arrival)
 
@@ -198,7 +198,7 @@ class Scheduler:
                 self._reserve(seq, int(slots.computed[slot]) + 1, in_flight)
         return decode[slots.decoding[decode]]
 
-    def _chunk(self, seq: Sequence, budget: int) -> Chunk:
+    def _chunk(self, seq: RunningSample, budget: int) -> Chunk:
         """The next tokens of a sequence that has pages for its context, and the forks after it."""
         left = seq.num_to_compute
         num_tokens = min(left, self._config.prefill_chunk, budget)
@@ -208,7 +208,7 @@ class Scheduler:
         seq.siblings = []
         return Chunk(seq, seq.num_computed, num_tokens, True, siblings, copies)
 
-    def _fork(self, seq: Sequence) -> tuple[tuple[int, int], ...]:
+    def _fork(self, seq: RunningSample) -> tuple[tuple[int, int], ...]:
         """Pages and slots for the siblings that have room: the prompt's full pages are shared.
 
         A sibling for which there is no room, or that ends with its first token, gets none.
@@ -252,10 +252,10 @@ class Scheduler:
         return admitted
 
     @staticmethod
-    def _needs_every_position(seq: Sequence) -> bool:
+    def _needs_every_position(seq: RunningSample) -> bool:
         return seq.request.score_only or bool(seq.request.hidden_state_layers)
 
-    def _reserve(self, seq: Sequence, num_tokens: int, in_flight: bool) -> None:
+    def _reserve(self, seq: RunningSample, num_tokens: int, in_flight: bool) -> None:
         """Give seq pages for num_tokens tokens, preempting later arrivals if need be."""
         while not self._grow(seq, num_tokens):
             if in_flight:
@@ -266,7 +266,7 @@ class Scheduler:
             if victim is seq:
                 return
 
-    def _grow(self, seq: Sequence, num_tokens: int) -> bool:
+    def _grow(self, seq: RunningSample, num_tokens: int) -> bool:
         needed = -(-num_tokens // self._config.page_size) - len(seq.pages)
         short = needed - self._pool.num_free
         if short > 0 and self._prefixes is not None:
@@ -278,13 +278,13 @@ class Scheduler:
             self._slots.set_pages(seq)
         return True
 
-    def _send_back(self, seq: Sequence) -> None:
+    def _send_back(self, seq: RunningSample) -> None:
         """Back into the queue, with what has arrived of its tokens."""
         self._take_tokens(seq)
         self._release(seq)
         self.requeue(seq)
 
-    def _take_tokens(self, seq: Sequence) -> None:
+    def _take_tokens(self, seq: RunningSample) -> None:
         """Move what was drawn from the slot into the sequence."""
         slots, slot = self._slots, seq.slot
         assert slot is not None
@@ -295,13 +295,13 @@ class Scheduler:
             seq.append(*values, self.version)
             seq.num_computed = new.stop - 1
 
-    def _release(self, seq: Sequence) -> None:
+    def _release(self, seq: RunningSample) -> None:
         if seq in self._prefilling:
             self._prefilling.remove(seq)
         self._slots.leave(seq)
         self._drop_pages(seq)
 
-    def _drop_pages(self, seq: Sequence) -> None:
+    def _drop_pages(self, seq: RunningSample) -> None:
         for page in seq.pages:
             self._pool.drop(page)
         seq.pages = []

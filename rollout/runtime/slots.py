@@ -2,14 +2,14 @@
 
 A running sequence holds a slot. While it decodes, its progress, its pages and what it drew stand
 here, so that a step over hundreds of sequences touches no Python object; they go back into the
-Sequence when it leaves.
+RunningSample when it leaves.
 """
 
 import itertools
 
 import numpy as np
 
-from samebit.rollout.runtime.sequence import Sequence
+from samebit.rollout.runtime.running_sample import RunningSample
 
 
 def signed64(value: int) -> int:
@@ -26,7 +26,7 @@ class Slots:
         self._seed = seed
         self._free = list(range(num_slots - 1, -1, -1))
         self._entries = itertools.count()
-        self.seqs: list[Sequence | None] = [None] * num_slots
+        self.seqs: list[RunningSample | None] = [None] * num_slots
         self.entry = np.zeros(num_slots, dtype=np.int64)  # a new number for every sequence
         self.decoding = np.zeros(num_slots, dtype=bool)
         self.collects = np.zeros(num_slots, dtype=bool)  # hidden states
@@ -64,7 +64,7 @@ class Slots:
         slots = np.flatnonzero(self.decoding)
         return slots[np.argsort(self.arrival[slots], kind="stable")]
 
-    def enter(self, seq: Sequence) -> None:
+    def enter(self, seq: RunningSample) -> None:
         """Give a sequence a slot; IndexError if there is none."""
         slot = seq.slot = self._free.pop()
         params = seq.request.params
@@ -84,23 +84,23 @@ class Slots:
         self.ignore_eos[slot] = params.ignore_eos
         self.own_stops[slot] = bool(params.stop_token_ids)
 
-    def seed_of(self, seq: Sequence) -> int:
+    def seed_of(self, seq: RunningSample) -> int:
         """The seed of a sequence's noise: its own or the engine's, as a signed integer."""
         own = seq.request.params.seed
         return signed64(self._seed if own is None else own)
 
     @staticmethod
-    def min_length_of(seq: Sequence) -> int:
+    def min_length_of(seq: RunningSample) -> int:
         """No stop token is drawn while the context is shorter."""
         return seq.prompt_len + seq.request.params.min_new_tokens
 
-    def set_pages(self, seq: Sequence) -> None:
+    def set_pages(self, seq: RunningSample) -> None:
         """Note the sequence's present pages."""
         assert seq.slot is not None
         self.pages[seq.slot, : len(seq.pages)] = seq.pages
         self.num_pages[seq.slot] = len(seq.pages)
 
-    def start_decoding(self, seq: Sequence, length: int) -> None:
+    def start_decoding(self, seq: RunningSample, length: int) -> None:
         """From now on the sequence draws a token a step; its context will be `length` tokens."""
         assert seq.slot is not None
         self.computed[seq.slot] = length - 1
@@ -113,7 +113,7 @@ class Slots:
         self.length[slots] += 1
         self.decoding[slots] = self.length[slots] < self.limit[slots]
 
-    def leave(self, seq: Sequence) -> None:
+    def leave(self, seq: RunningSample) -> None:
         """Take the slot back."""
         slot = seq.slot
         assert slot is not None

@@ -16,9 +16,9 @@ from samebit.rollout.runtime.memory import Arena
 from samebit.rollout.runtime.runner import Runner
 from samebit.rollout.runtime.scheduler import Scheduler
 from samebit.rollout.runtime.weights import fill, open_safetensors
+from samebit.weight_sync.buckets import pack, plan_buckets
 from samebit.weight_sync.digest import weights_digest
 from samebit.weight_sync.mapping import ParamSpec, hf_names
-from samebit.weight_sync.plan import pack, plan_buckets
 from samebit.weight_sync.session import SessionState, UpdateSession, non_finite
 from samebit.weight_sync.transports.collective import CollectiveReceiver
 from samebit.weight_sync.transports.file import read_version

@@ -374,11 +374,11 @@ def test_reduce_adds_in_rank_order_and_rounds_once():
 
 _REDUCE = """
 import sys, torch, torch.distributed as dist
-from samebit.kernels.reduce import TensorRanks, sum_over_ranks
+from samebit.kernels.reduce import RankGroup, sum_over_ranks
 rank, size, store = int(sys.argv[1]), 3, sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
 values = [torch.randn(50, 33, generator=torch.Generator().manual_seed(r)) for r in range(size)]
-found = sum_over_ranks(values[rank].t(), TensorRanks(rank, size, dist.group.WORLD), torch.float32)
+found = sum_over_ranks(values[rank].t(), RankGroup(rank, size, dist.group.WORLD), torch.float32)
 expected = ((values[0] + values[1]) + values[2]).t()
 assert torch.equal(found, expected), (found - expected).abs().max()
 dist.barrier()

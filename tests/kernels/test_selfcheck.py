@@ -22,7 +22,7 @@ from samebit.kernels.attention import (
 from samebit.kernels.linear import linear, linear_blocked, linear_padded, use_blocked
 from samebit.kernels.logprob import NUM_SEGMENTS
 from samebit.kernels.profile import CONTRACT_VERSION, NumericsProfile, numerics_profile
-from samebit.kernels.reduce import TensorRanks
+from samebit.kernels.reduce import RankGroup
 from samebit.kernels.selfcheck import (
     ROW_COUNTS,
     SelfCheckError,
@@ -287,7 +287,7 @@ def test_the_shards_of_an_invariant_model_are_checked(monkeypatch, qwen3_path):
     monkeypatch.setattr(
         selfcheck_module, "check_columns", lambda shards, _device: asked.extend(shards)
     )
-    half = TensorRanks(0, 2, group="the other half", invariant=True)
+    half = RankGroup(0, 2, group="the other half", invariant=True)
     config = load_model_config(qwen3_path)
     selfcheck_model(replace(config, ffn_size=128), torch.device("cpu"), half)
     assert asked == [(64, 48, 2), (128, 48, 2), (512, 48, 2)]

@@ -145,7 +145,7 @@ def record_reach(scratch: Path, keep: Path | None) -> Reach:
 def provenance() -> dict[str, Any]:
     """Command, source, machine and versions, told by the program of that name."""
     code = (
-        "import json, sys, torch; from samebit.recipes.provenance import provenance;"
+        "import json, sys, torch; from samebit.recipes.run.provenance import provenance;"
         "print(json.dumps(provenance(sys.argv[1:], torch.device('cpu'))))"
     )
     command = [sys.executable, "-c", code, "python", "tests/mutants/run.py", *sys.argv[1:]]

@@ -28,7 +28,7 @@ FILES = (
     "rollout/runtime/prefix_cache.py",
     "rollout/runtime/sampler.py",
     "rollout/runtime/slots.py",
-    "rollout/runtime/step.py",
+    "rollout/runtime/step_loop.py",
     "weight_sync/session.py",
     "weight_sync/digest.py",
     "weight_sync/mapping.py",
@@ -39,9 +39,9 @@ FILES = (
     "trainer/stats.py",
     "trainer/checkpoint_writer.py",
     "recipes/grpo.py",
-    "recipes/step.py",
-    "recipes/rewards.py",
-    "recipes/order.py",
+    "recipes/run/step_metrics.py",
+    "recipes/data/rewards.py",
+    "recipes/data/order.py",
 )
 
 LEFT_OUT = ("NoOp", "RemoveDecorator", "_Is", "_IsNot")

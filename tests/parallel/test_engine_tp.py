@@ -5,7 +5,7 @@ import json
 import pytest
 from rank_programs import PARAMS, exact, prompts
 
-from samebit.kernels.reduce import TensorRanks
+from samebit.kernels.reduce import RankGroup
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config
@@ -47,6 +47,6 @@ def test_two_ranks_are_one_engine(found, qwen3_path):
 
 def test_bad_ranks_are_refused(qwen3_path):
     with pytest.raises(ValueError, match=r"tensor rank 2 is not in \[0, 2\)"):
-        TensorRanks(2, 2)
+        RankGroup(2, 2)
     with pytest.raises(ValueError, match="tensor size 2 with group None"):
-        TensorRanks(0, 2)
+        RankGroup(0, 2)

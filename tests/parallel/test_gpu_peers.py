@@ -18,7 +18,7 @@ import sys, torch, torch.distributed as dist
 from samebit.kernels.gpu.peers import peers_of
 from samebit.kernels.linear import tree_sum
 from samebit.kernels.reduce import (
-    TensorRanks, gather_columns, reduce_ref, sum_of_own_rows, sum_over_ranks,
+    RankGroup, gather_columns, reduce_ref, sum_of_own_rows, sum_over_ranks,
 )
 
 rank, size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -45,7 +45,7 @@ def expected(parts, dtype, tree):
 SHAPES = [(1, 5), (3, 7), (64, 4096), (size, 96), (200, 1000), (6 * size, 1024), (1, 1)]
 SHAPES += [(1030 * size, 4096), (2, 2), (64, 4096)]
 for tree in (False, True):
-    ranks = TensorRanks(rank, size, group, invariant=tree)
+    ranks = RankGroup(rank, size, group, invariant=tree)
     for seed, shape in enumerate(SHAPES):
         for dtype in (torch.float32, torch.bfloat16):
             parts = partials(shape, dtype, seed)
@@ -56,7 +56,7 @@ for tree in (False, True):
                     found = sum_of_own_rows(parts[rank], ranks, out)
                     assert torch.equal(found, truth.chunk(size)[rank]), (shape, out)
 
-ranks = TensorRanks(rank, size, group)
+ranks = RankGroup(rank, size, group)
 for seed, shape in enumerate([(1, 3), (64, 2000), (3, 75968), (500, 75968), (64, 2000)]):
     parts = partials(shape, torch.float32, 50 + seed)
     assert torch.equal(gather_columns(parts[rank], ranks), torch.cat(parts, dim=1)), shape
@@ -88,7 +88,7 @@ dist.destroy_process_group()
 
 _GRAPHS = """
 import sys, torch, torch.distributed as dist
-from samebit.kernels.reduce import TensorRanks
+from samebit.kernels.reduce import RankGroup
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
 
@@ -104,7 +104,7 @@ params = [
     for i in range(len(prompts))
 ]
 for invariant in (False, True):
-    ranks = TensorRanks(rank, size, dist.group.WORLD, invariant)
+    ranks = RankGroup(rank, size, dist.group.WORLD, invariant)
     found = []
     for graphs in (False, True):
         engine = Engine(folder, device, ranks=ranks, max_num_seqs=32, cuda_graphs=graphs)

@@ -7,8 +7,8 @@ import torch
 
 from samebit.kernels.linear import linear, linear_in_segments, tree_sum
 from samebit.kernels.profile import numerics_profile
-from samebit.kernels.reduce import TP_SEGMENTS, TensorRanks
-from samebit.recipes.compose import ConfigError, resolve
+from samebit.kernels.reduce import TP_SEGMENTS, RankGroup
+from samebit.recipes.cli.compose import ConfigError, resolve
 from samebit.recipes.tiny_model import write_config, write_weights
 from samebit.rollout.engine import Engine
 
@@ -40,7 +40,7 @@ def test_any_number_of_ranks_is_one_model(run_ranks, folder, tmp_path):
     assert found[1]["profile"] == numerics_profile(CPU, tp_invariant=True).digest
     assert found[1]["profile"] != numerics_profile(CPU).digest
     plain = Engine(folder, device="cpu", seed=3).score([[1, 2, 3, 4, 5, 6]])
-    other = Engine(folder, device="cpu", seed=3, ranks=TensorRanks(invariant=True))
+    other = Engine(folder, device="cpu", seed=3, ranks=RankGroup(invariant=True))
     assert other.score([[1, 2, 3, 4, 5, 6]]) != plain
 
 
@@ -74,11 +74,11 @@ def test_what_cannot_be_cut_up_is_refused(tmp_path):
     shape = {"hidden_size": 48, "intermediate_size": 100, "head_dim": 16, "vocab_size": 331}
     heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 1}
     write_config(tmp_path, "llama", **shape, **heads, tie_word_embeddings=False)
-    invariant = TensorRanks(invariant=True)
+    invariant = RankGroup(invariant=True)
     with pytest.raises(ValueError, match=r"intermediate_size is 100; .* a multiple of 8"):
         Engine(tmp_path, device="cpu", load_format="dummy", ranks=invariant)
     with pytest.raises(ValueError, match="tensor size is 3; with tp_invariant it must divide 8"):
-        TensorRanks(0, 3, object(), invariant=True)
+        RankGroup(0, 3, object(), invariant=True)
     overrides = ["model.path=x", "trainer.parallel.tensor=3", "numerics.tp_invariant=true"]
     with pytest.raises(ConfigError, match=r"trainer\.parallel\.tensor is 3; it must be 1, 2, 4 or"):
         resolve("grpo", overrides)

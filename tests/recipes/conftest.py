@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from samebit.recipes import grpo
-from samebit.recipes.compose import resolve
-from samebit.recipes.metrics import read_rows, without_times
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.run.metrics import read_rows, without_times
 from samebit.recipes.tiny_model import make_demo_model
 
 # Rewards are named as module:function, here and in child processes: run_children.

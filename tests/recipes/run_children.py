@@ -35,8 +35,8 @@ def score_pairs(text, problem):
 
 def open_run(run):
     """open_session with the records that a run of grpo reads."""
-    from samebit.recipes.session import open_session
-    from samebit.recipes.tasks.base import load_datasets
+    from samebit.recipes.data.tasks.base import load_datasets
+    from samebit.recipes.run.session import open_session
 
     train_set, held_out = load_datasets(run.data)
     return open_session(run, {"training records": train_set, "held-out records": held_out})
@@ -74,7 +74,7 @@ def run_cli_and_hang(arguments):
 
 def run_cli(arguments):
     """`samebit` as a child process."""
-    from samebit.recipes.cli import main
+    from samebit.recipes.cli.main import main
 
     sys.exit(main(arguments))
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from helpers import edit_config, tree
 
-from samebit.recipes import cli
+from samebit.recipes.cli import main as cli
 from samebit.trainer.checkpoint import CheckpointError
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from samebit.kernels import linear as linear_op
-from samebit.recipes import cli
 from samebit.recipes.bench import kernels
 from samebit.recipes.bench.config import Workload
 from samebit.recipes.bench.engine import BenchError, timed_run
@@ -25,7 +24,8 @@ from samebit.recipes.bench.roofline import roofline_tokens_s
 from samebit.recipes.bench.timing import CardRates, Spread, num_copies
 from samebit.recipes.bench.trainer import communication
 from samebit.recipes.bench.variants import torch_kernels
-from samebit.recipes.compose import ConfigError, resolve
+from samebit.recipes.cli import main as cli
+from samebit.recipes.cli.compose import ConfigError, resolve
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config

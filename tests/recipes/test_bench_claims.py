@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from samebit.recipes import cli
 from samebit.recipes.bench import start as start_module
 from samebit.recipes.bench.idle import Activity, describe_gpu_times, gpu_times
 from samebit.recipes.bench.output import BenchError
 from samebit.recipes.bench.peers import load_peers
 from samebit.recipes.bench.start import Start, cold_start, compilations, describe
 from samebit.recipes.bench.timing import CardRates
-from samebit.recipes.provenance import device_name
+from samebit.recipes.cli import main as cli
+from samebit.recipes.run.provenance import device_name
 from samebit.rollout.config import resolve_device
 from samebit.trainer.flops import card_peak
 

@@ -9,9 +9,9 @@ import pytest
 from helpers import edit_config
 from run_children import open_run
 
-from samebit.recipes import binding
-from samebit.recipes.compose import resolve
-from samebit.recipes.tasks.base import DataConfig, ListDataset, Problem
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.data.tasks.base import DataConfig, ListDataset, Problem
+from samebit.recipes.run import binding
 from samebit.trainer.checkpoint import MANIFEST, CheckpointError, latest_checkpoint, manifest_text
 
 RECORDS = [{"prompt": f"{i:02d}=", "label": f"{i:02d}"[::-1], "level": i % 3} for i in range(12)]
@@ -225,7 +225,7 @@ def test_the_package_that_makes_the_problems_counts(demo_model):
 
 
 def test_a_plan_refuses_what_the_resumed_run_would(bound, tmp_path):
-    from samebit.recipes.plan import grpo_plan
+    from samebit.recipes.run.dry_run import grpo_plan
 
     assert grpo_plan(bound.resolve("resume=true", "dry_run=true"))["train_records"] == 10
     write_records(bound.data, [*RECORDS[:3], {**RECORDS[3], "label": "99"}, *RECORDS[4:]])

@@ -10,7 +10,7 @@ from helpers import file_size_limit, outcomes
 from run_children import open_run
 
 from samebit.recipes.grpo import GrpoRecipe, LogprobMismatchError, Phases, Progress
-from samebit.recipes.metrics import read_rows
+from samebit.recipes.run.metrics import read_rows
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
 from samebit.trainer.checkpoint import list_checkpoints

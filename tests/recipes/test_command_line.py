@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from samebit.recipes import cli, compose
-from samebit.recipes.compose import SCHEMAS, ConfigError, groups_of, resolve
+from samebit.recipes.cli import compose
+from samebit.recipes.cli import main as cli
+from samebit.recipes.cli.compose import SCHEMAS, ConfigError, groups_of, resolve
+from samebit.recipes.cli.overrides import read_words
 from samebit.recipes.config import check_run_folder
-from samebit.recipes.overrides import read_words
 
 
 def read(*words, command="grpo"):

@@ -7,10 +7,10 @@ import pytest
 from helpers import run_python
 from omegaconf import OmegaConf
 
-from samebit.recipes import cli
-from samebit.recipes.binding import bound_keys
-from samebit.recipes.compose import CONFIG_DIR, SCHEMAS, ConfigError, compose, resolve
+from samebit.recipes.cli import main as cli
+from samebit.recipes.cli.compose import CONFIG_DIR, SCHEMAS, ConfigError, compose, resolve
 from samebit.recipes.config import DemoRun, ExportRun, GrpoRun, SftRun, VerifyRun
+from samebit.recipes.run.binding import bound_keys
 
 NEEDED = {
     "grpo": ["model.path=m"],
@@ -316,7 +316,7 @@ def test_help_and_wrong_configurations_do_not_import_torch():
     """They must answer at once, also on a machine that is busy or has no torch."""
     code = (
         "import sys\n"
-        "from samebit.recipes.cli import main\n"
+        "from samebit.recipes.cli.main import main\n"
         "codes = [main([]), main(['grpo', '--help']), main(['grpo', 'seed=x'])]\n"
         "slow = {'torch', 'transformers', 'megatron', 'wandb', 'matplotlib'} & set(sys.modules)\n"
         "print(codes, sorted(slow))"
@@ -326,6 +326,6 @@ def test_help_and_wrong_configurations_do_not_import_torch():
 
 def test_the_console_command_passes_its_exit_code_on():
     """Scripts rely on it."""
-    command = [sys.executable, "-P", "-m", "samebit.recipes.cli"]
+    command = [sys.executable, "-P", "-m", "samebit.recipes.cli.main"]
     assert subprocess.run([*command, "grpo", "--help"], capture_output=True).returncode == 0
     assert subprocess.run([*command, "nothing"], capture_output=True).returncode == 2

@@ -10,8 +10,9 @@ import pytest
 import torch
 from crashing_disk import CrashingDisk
 
-from samebit.recipes import cli
-from samebit.recipes.metrics import (
+from samebit.recipes.cli import main as cli
+from samebit.recipes.run.folder import RunFolder, entries
+from samebit.recipes.run.metrics import (
     METRICS_FILE,
     SAMPLES_FILE,
     LoggerConfig,
@@ -19,11 +20,15 @@ from samebit.recipes.metrics import (
     read_rows,
     write_atomically,
 )
-from samebit.recipes.provenance import record_start
-from samebit.recipes.report import write_report
-from samebit.recipes.rollouts import drop_rollouts_after, list_rollouts, load_rollout, save_rollout
-from samebit.recipes.run_folder import RunFolder, entries
-from samebit.recipes.signals import StopSignals
+from samebit.recipes.run.provenance import record_start
+from samebit.recipes.run.report import write_report
+from samebit.recipes.run.rollouts import (
+    drop_rollouts_after,
+    list_rollouts,
+    load_rollout,
+    save_rollout,
+)
+from samebit.recipes.run.signals import StopSignals
 from samebit.rollout.types import Completion
 from samebit.trainer.checkpoint import latest_checkpoint
 from samebit.weight_sync.folders import MARKER, read_marker

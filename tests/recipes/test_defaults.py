@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from samebit.recipes.compose import resolve, to_yaml
+from samebit.recipes.cli.compose import resolve, to_yaml
 
 STORED = Path(__file__).resolve().parents[1] / "golden" / "defaults"
 NEEDED = {

@@ -13,9 +13,10 @@ import yaml
 from helpers import run_python, tree
 from run_children import has_lines
 
-from samebit.recipes import cli, fetch_smollm2
-from samebit.recipes.compose import ConfigError, resolve, to_dict
-from samebit.recipes.metrics import read_rows, without_times
+from samebit.recipes import fetch_smollm2
+from samebit.recipes.cli import main as cli
+from samebit.recipes.cli.compose import ConfigError, resolve, to_dict
+from samebit.recipes.run.metrics import read_rows, without_times
 from samebit.recipes.tiny_model import make_demo_model, make_random_model, write_character_tokenizer
 from samebit.trainer.checkpoint import latest_checkpoint
 
@@ -51,7 +52,7 @@ def arguments(folder, run_name):
 def demo(tmp_path_factory):
     """One demo as a user starts it: (its folder, what it printed)."""
     folder = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, "-P", "-m", "samebit.recipes.cli", *arguments(folder, "demo")]
+    command = [sys.executable, "-P", "-m", "samebit.recipes.cli.main", *arguments(folder, "demo")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert run.returncode == 0, run.stderr
@@ -175,7 +176,7 @@ def test_the_device_chooses_the_demo(monkeypatch, has_gpu, arguments, model, dev
 def test_the_choice_is_told(monkeypatch, capsys):
     """By --help without torch, and by dry_run."""
     help_text = run_python(
-        "import sys\nfrom samebit.recipes.cli import main\nmain(['demo', '--help'])\n"
+        "import sys\nfrom samebit.recipes.cli.main import main\nmain(['demo', '--help'])\n"
         "assert 'torch' not in sys.modules"
     )
     assert "Where torch finds a GPU and device is not cpu" in help_text

@@ -3,7 +3,8 @@
 import pytest
 from helpers import file_size_limit
 
-from samebit.recipes import cli, grpo
+from samebit.recipes import grpo
+from samebit.recipes.cli import main as cli
 from samebit.trainer.checkpoint import latest_checkpoint
 
 

@@ -10,7 +10,8 @@ import torch
 from helpers import assert_same_bits, edit_config, tree
 from safetensors.torch import load_file
 
-from samebit.recipes import cli, fetch_smollm2
+from samebit.recipes import fetch_smollm2
+from samebit.recipes.cli import main as cli
 from samebit.recipes.export import write_model
 from samebit.recipes.tiny_model import make_demo_model
 from samebit.rollout.engine import Engine

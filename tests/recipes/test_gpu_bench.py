@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from samebit.recipes.compose import resolve
+from samebit.recipes.cli.compose import resolve
 from samebit.rollout.models.registry import load_model_config
 
 pytestmark = [
@@ -63,7 +63,7 @@ def test_kernels_that_are_compiled_are_counted(tmp_path, monkeypatch):
 
 def test_provenance_names_the_gpu():
     """With what lies beneath torch; and the CPU for what ran there."""
-    from samebit.recipes.provenance import provenance
+    from samebit.recipes.run.provenance import provenance
 
     on_gpu, on_cpu = (provenance(["x"], torch.device(name)) for name in ("cuda", "cpu"))
     assert on_gpu["device"] == torch.cuda.get_device_name()

@@ -23,11 +23,11 @@ from run_children import score_pairs
 from safetensors.torch import load_file
 
 from samebit.recipes import grpo
-from samebit.recipes.compose import resolve
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.data.tasks.base import Problem
 from samebit.recipes.export import find_checkpoint, write_model
-from samebit.recipes.metrics import read_rows, without_times
-from samebit.recipes.rollouts import load_rollout
-from samebit.recipes.tasks.base import Problem
+from samebit.recipes.run.metrics import read_rows, without_times
+from samebit.recipes.run.rollouts import load_rollout
 from samebit.recipes.tiny_model import make_random_model, write_character_tokenizer
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams

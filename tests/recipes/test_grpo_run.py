@@ -7,10 +7,10 @@ import torch
 from helpers import tree
 from run_children import has_begun_to_save, has_lines, open_run
 
-from samebit.recipes import cli
+from samebit.recipes.cli import main as cli
+from samebit.recipes.data.rewards import RewardError
 from samebit.recipes.grpo import GrpoRecipe
-from samebit.recipes.metrics import read_rows
-from samebit.recipes.rewards import RewardError
+from samebit.recipes.run.metrics import read_rows
 from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints
 
 SUMMARY_KEYS = [
@@ -388,7 +388,7 @@ def test_cuda_without_a_gpu_is_a_clear_error(runs):
     """device=cuda must not fall back to the CPU in silence."""
     from helpers import run_python
 
-    code = "import sys; from samebit.recipes.cli import main; print(main(sys.argv[1:]))"
+    code = "import sys; from samebit.recipes.cli.main import main; print(main(sys.argv[1:]))"
     arguments = runs.arguments("cuda", "device=cuda")
     code += "\nfrom samebit.rollout.config import resolve_device\n"
     code += "try:\n    resolve_device('cuda')\nexcept RuntimeError as error:\n    print(error)"

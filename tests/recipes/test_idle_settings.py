@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 
-from samebit.recipes import cli
 from samebit.recipes.bench.config import BenchEngineRun, BenchEngineSettings, BenchKernelsRun
-from samebit.recipes.compose import ConfigError, resolve
+from samebit.recipes.cli import main as cli
+from samebit.recipes.cli.compose import ConfigError, resolve
 from samebit.recipes.config import (
     DemoRun,
     DiffRun,
@@ -17,9 +17,9 @@ from samebit.recipes.config import (
     SftRun,
     VerifyRun,
 )
-from samebit.recipes.metrics import LoggerConfig
-from samebit.recipes.rewards import RewardConfig
-from samebit.recipes.tasks.base import DataConfig
+from samebit.recipes.data.rewards import RewardConfig
+from samebit.recipes.data.tasks.base import DataConfig
+from samebit.recipes.run.metrics import LoggerConfig
 from samebit.trainer.config import GrpoConfig, OptimizerConfig, TrainerConfig
 
 FILE = partial(DataConfig, path="x.jsonl")

@@ -8,8 +8,8 @@ import torch
 from helpers import edit_config, tree
 from run_children import open_run
 
-from samebit.recipes import session
-from samebit.recipes.compose import ConfigError
+from samebit.recipes.cli.compose import ConfigError
+from samebit.recipes.run import session
 from samebit.trainer.checkpoint import MANIFEST, CheckpointError, latest_checkpoint
 
 RUN = ["algorithm=grpo_kl", "algorithm.kl_coef=0.5", "trainer.num_steps=2"]

@@ -12,9 +12,10 @@ import psutil
 import pytest
 from helpers import assert_on_loopback
 
-from samebit.recipes import cli, launch
-from samebit.recipes.compose import resolve
-from samebit.recipes.metrics import read_rows
+from samebit.recipes.cli import main as cli
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.launch import processes as launch
+from samebit.recipes.run.metrics import read_rows
 from samebit.trainer.checkpoint import latest_checkpoint
 
 LAYOUTS = {
@@ -30,7 +31,7 @@ def started(runs, name, *overrides):
     """The launcher of a run; it and all its processes are gone afterwards."""
     arguments = runs.arguments(name, f"trainer.num_steps={STEPS}", *overrides)
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "samebit.recipes.cli", "grpo", *arguments],
+        [sys.executable, "-P", "-m", "samebit.recipes.cli.main", "grpo", *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -204,7 +205,8 @@ def test_what_processes_are_told(launch_script, monkeypatch, tmp_path):
     assert launch_script('env > env.$RANK; echo "$@" > command.$RANK') == 0
     found = []
     for rank in (0, 1):
-        assert (tmp_path / f"command.{rank}").read_text() == "-P -m samebit.recipes.cli grpo a=b\n"
+        command = (tmp_path / f"command.{rank}").read_text()
+        assert command == "-P -m samebit.recipes.cli.main grpo a=b\n"
         lines = (tmp_path / f"env.{rank}").read_text().splitlines()
         found.append(dict(line.split("=", 1) for line in lines if "=" in line))
         for name, value in {

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from samebit.recipes.compose import resolve
-from samebit.recipes.launch import num_processes
-from samebit.recipes.rollouts import list_rollouts
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.launch.processes import num_processes
+from samebit.recipes.run.rollouts import list_rollouts
 from samebit.recipes.verification import layouts
 from samebit.rollout.models.registry import load_model_config
 

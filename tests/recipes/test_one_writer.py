@@ -2,8 +2,9 @@
 
 import pytest
 
-from samebit.recipes import grpo, session, sft
-from samebit.recipes.compose import resolve
+from samebit.recipes import grpo, sft
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.run import session
 from samebit.trainer.checkpoint import list_checkpoints
 from samebit.trainer.checkpoint_writer import CheckpointWriter
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from samebit.recipes.order import SampleIds, problem_index
+from samebit.recipes.data.order import SampleIds, problem_index
 
 
 def epoch(number, size, seed):

@@ -3,9 +3,9 @@
 import pytest
 from safetensors.torch import load_file
 
-from samebit.recipes import cli
-from samebit.recipes.compose import resolve
-from samebit.recipes.plan import grpo_plan, sft_plan
+from samebit.recipes.cli import main as cli
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.run.dry_run import grpo_plan, sft_plan
 
 
 def test_dry_run_prints_the_plan_and_stops(demo_model, tmp_path, capsys):

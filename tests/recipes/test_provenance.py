@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from samebit.recipes import provenance as module
-from samebit.recipes.provenance import (
+from samebit.recipes.run import provenance as module
+from samebit.recipes.run.provenance import (
     ROOT,
     committed_files,
     program_files,
@@ -140,7 +140,7 @@ def test_this_tree_is_what_git_says(tmp_path):
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
         tar.extractall(tmp_path, filter="data")
     assert program_files(tmp_path) == committed_files("HEAD", ROOT)
-    assert "recipes/provenance.py" in program_files(tmp_path)
+    assert "recipes/run/provenance.py" in program_files(tmp_path)
 
 
 def test_an_edit_while_the_program_runs_is_not_what_ran(checkout):

@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from samebit.recipes.rewards import RewardConfig, load_reward
-from samebit.recipes.tasks.base import DataConfig, load_datasets
+from samebit.recipes.data.rewards import RewardConfig, load_reward
+from samebit.recipes.data.tasks.base import DataConfig, load_datasets
 
 
 def problems(path, **settings):

@@ -5,8 +5,8 @@ import threading
 import pytest
 from helpers import make_prompts
 
-from samebit.recipes import replicas
-from samebit.recipes.replicas import ReplicatedEngine
+from samebit.recipes.launch import replicas
+from samebit.recipes.launch.replicas import ReplicatedEngine
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
 

@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from samebit.recipes.metrics import LoggerConfig, MetricsLogger
-from samebit.recipes.report import write_report
+from samebit.recipes.run.metrics import LoggerConfig, MetricsLogger
+from samebit.recipes.run.report import write_report
 
 EVIL = "</td></table><script>alert('x')</script> & <b>"
 VOID = {"meta"}

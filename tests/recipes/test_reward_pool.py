@@ -9,10 +9,10 @@ import sys
 import psutil
 import pytest
 
-from samebit.recipes.reward_pool import RewardPool, Worker
-from samebit.recipes.rewards import RewardConfig, RewardError, load_reward, score
-from samebit.recipes.signals import Stopped, StopSignals
-from samebit.recipes.tasks.base import Problem
+from samebit.recipes.data.reward_pool import RewardPool, Worker
+from samebit.recipes.data.rewards import RewardConfig, RewardError, load_reward, score
+from samebit.recipes.data.tasks.base import Problem
+from samebit.recipes.run.signals import Stopped, StopSignals
 
 REWARDS = """
 import ctypes, os, signal, sys, threading, time
@@ -219,8 +219,8 @@ def test_settings_of_the_workers(settings, message):
 
 
 SCORES_FOR_EVER = """
-from samebit.recipes.rewards import RewardConfig, load_reward
-from samebit.recipes.tasks.base import Problem
+from samebit.recipes.data.rewards import RewardConfig, load_reward
+from samebit.recipes.data.tasks.base import Problem
 
 pool = load_reward(RewardConfig(name="foreign:acts", num_workers=1))
 problem = Problem(index=0, prompt="", label="", metadata={})

@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from samebit.recipes.rewards import RewardConfig, RewardError, load_reward, score
-from samebit.recipes.tasks.base import DataConfig, Problem, load_datasets
+from samebit.recipes.data.rewards import RewardConfig, RewardError, load_reward, score
+from samebit.recipes.data.tasks.base import DataConfig, Problem, load_datasets
 
 
 def problem(label: str, index: int = 0) -> Problem:

@@ -10,9 +10,9 @@ import torch
 from helpers import edit_tensors, run_python, tree
 from run_children import open_run
 
-from samebit.recipes import cli
-from samebit.recipes.compose import ConfigError
-from samebit.recipes.run_folder import RunFolder, require_own_report
+from samebit.recipes.cli import main as cli
+from samebit.recipes.cli.compose import ConfigError
+from samebit.recipes.run.folder import RunFolder, require_own_report
 from samebit.trainer.checkpoint import CheckpointError
 from samebit.weight_sync.folders import FolderInUseError, FolderLock, read_marker
 
@@ -173,7 +173,7 @@ def test_two_processes_in_one_folder(runs, base, capsys):
 HOLD = """
 import sys
 from pathlib import Path
-from samebit.recipes.run_folder import RunFolder
+from samebit.recipes.run.folder import RunFolder
 folder = RunFolder(Path(sys.argv[1]), "grpo")
 try:
     folder.begin(resume=False, overwrite=True)
@@ -221,7 +221,7 @@ def test_a_run_that_cannot_start_costs_nothing(runs, kept, tmp_path, monkeypatch
     def fail(*_args):
         raise RuntimeError("wandb says no")
 
-    monkeypatch.setattr("samebit.recipes.metrics._start_wandb", fail)
+    monkeypatch.setattr("samebit.recipes.run.metrics._start_wandb", fail)
     with pytest.raises(RuntimeError, match="wandb says no"):
         runs.train("kept", "overwrite=true", "logger.wandb=offline")
     assert tree(kept) == before

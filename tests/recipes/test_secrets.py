@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from samebit.recipes import cli, metrics
-from samebit.recipes.compose import resolve, to_dict, to_yaml
+from samebit.recipes.cli import main as cli
+from samebit.recipes.cli.compose import resolve, to_dict, to_yaml
+from samebit.recipes.cli.needs import MissingError, require_ready
+from samebit.recipes.cli.secrets import is_secret_name, scrubbed, without_secrets
 from samebit.recipes.config import GrpoRun, ModelSection
-from samebit.recipes.metrics import LoggerConfig, MetricsLogger, WandbError, write_atomically
-from samebit.recipes.needs import MissingError, require_ready
-from samebit.recipes.secrets import is_secret_name, scrubbed, without_secrets
+from samebit.recipes.run import metrics
+from samebit.recipes.run.metrics import LoggerConfig, MetricsLogger, WandbError, write_atomically
 from samebit.weight_sync import meeting
 
 KEY, FROM_ENVIRONMENT = "sk-named-5f1c", "from-the-environment-77ab"
@@ -244,6 +245,6 @@ def test_an_error_of_wandb_is_ours(tmp_path, monkeypatch):
 
 def test_no_foreign_package_is_advised():
     """`samebit` on the public index would be somebody else's."""
-    root = Path(importlib.util.find_spec("samebit.recipes.cli").origin).parent
+    root = Path(importlib.util.find_spec("samebit.recipes.grpo").origin).parent
     advised = [p for p in root.rglob("*.py") if "install samebit" in p.read_text()]
     assert advised == []

@@ -10,8 +10,8 @@ from plain_trainer import AdamW, PlainModel, order_of, rate_of, update
 from safetensors.torch import load_file
 
 from samebit.recipes import sft
-from samebit.recipes.compose import resolve
-from samebit.recipes.metrics import read_rows
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.run.metrics import read_rows
 from samebit.recipes.tiny_model import make_random_model, write_character_tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvw"

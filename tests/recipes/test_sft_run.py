@@ -9,10 +9,11 @@ import pytest
 import torch
 from run_children import has_begun_to_save, has_lines
 
-from samebit.recipes import cli, sft
-from samebit.recipes.compose import resolve
-from samebit.recipes.inputs import SftInputs
-from samebit.recipes.metrics import read_rows
+from samebit.recipes import sft
+from samebit.recipes.cli import main as cli
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.data.inputs import SftInputs
+from samebit.recipes.run.metrics import read_rows
 from samebit.rollout.engine import Engine
 from samebit.trainer.algorithms.sft import sft_loss
 from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint

@@ -11,9 +11,9 @@ import pytest
 from helpers import assert_on_loopback
 from run_children import has_lines, run_cli_and_hang
 
-from samebit.recipes import cli
+from samebit.recipes.cli import main as cli
 from samebit.recipes.grpo import GrpoRecipe
-from samebit.recipes.signals import Stopped, StopSignals, stop_signals
+from samebit.recipes.run.signals import Stopped, StopSignals, stop_signals
 from samebit.trainer.algorithms.grpo import GrpoLoss
 from samebit.trainer.checkpoint import latest_checkpoint
 from samebit.trainer.megatron.trainer import MegatronTrainer

@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 
-from samebit.recipes import cli
+from samebit.recipes.cli import main as cli
 from samebit.recipes.tiny_model import make_random_model, write_config, write_weights
 from samebit.recipes.verification import kernel_pass, kill_demo
 from samebit.recipes.verification.properties import (

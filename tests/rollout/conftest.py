@@ -40,8 +40,8 @@ def make_late(late_folder, monkeypatch):
 
     def make(depth, **settings):
         engine = Engine(late_folder, overlap=True, **settings)
-        assert engine.pipeline.depth == 1
-        engine.pipeline.depth = depth
+        assert engine.step_loop.depth == 1
+        engine.step_loop.depth = depth
         return engine
 
     return make

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from samebit.kernels.reduce import TensorRanks
+from samebit.kernels.reduce import RankGroup
 from samebit.rollout import config
 from samebit.rollout.config import EngineConfig, own_device
 from samebit.rollout.types import SamplingParams
@@ -16,8 +16,8 @@ from samebit.rollout.types import SamplingParams
 @pytest.mark.parametrize(
     ("device", "ranks", "message"),
     [
-        ("cpu", TensorRanks(), "cuda_graphs=True needs a CUDA device, not 'cpu'"),
-        ("cuda", TensorRanks(0, 2, object()), "with 2 tensor parallel ranks needs GPUs that can"),
+        ("cpu", RankGroup(), "cuda_graphs=True needs a CUDA device, not 'cpu'"),
+        ("cuda", RankGroup(0, 2, object()), "with 2 tensor parallel ranks needs GPUs that can"),
     ],
 )
 def test_decode_graphs_where_there_can_be_none(device, ranks, message, monkeypatch):

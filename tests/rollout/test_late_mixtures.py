@@ -111,7 +111,7 @@ def run_mixture(engine, mixture, seen):
         assert_aborted(group, truth[names[name]])
         seen["abort"] += 1
     everything = [c for group in (*found.values(), *aborted.values()) for c in group]
-    assert engine.pipeline.num_drawn == sum(len(c.token_ids) for c in everything)
+    assert engine.step_loop.num_drawn == sum(len(c.token_ids) for c in everything)
     seen["preemption"] += engine.scheduler.num_preemptions
     seen["hit"] += engine.prefixes.num_hit_tokens if engine.prefixes else 0
     seen["fault"] += engine.runner.num_faults

@@ -79,7 +79,7 @@ def test_a_nan_in_flight_names_its_sample(plain, make_late, depth):
     said = f"NaN log-prob in request {request}, sample 70, at position {len(PROMPT) + 3}"
     with pytest.raises(NonFiniteError, match=said):
         run_to_end(engine)
-    assert engine.pipeline.num_drawn == 2 * 3
+    assert engine.step_loop.num_drawn == 2 * 3
     assert_same(run_to_end(engine)[request], truth)
     assert_idle(engine)
 

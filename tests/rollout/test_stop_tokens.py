@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers import edit_config
 
+from samebit.recipes.data.text import TextCodec
 from samebit.recipes.side_files import side_files
-from samebit.recipes.text import TextCodec
 from samebit.recipes.tiny_model import make_demo_model, make_random_model
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config, load_stop_tokens, require_taught_end

@@ -93,7 +93,7 @@ def test_scalars_of_libraries():
         ({"load_format": ["dummy"]}, "Engine load_format is"),
         ({"dtype": 32}, "dtype is 32; the numerics contract"),
         ({"dtype": "nonsense"}, "dtype is nonsense; the numerics contract"),
-        ({"ranks": 2}, "Engine ranks is 2; it must be TensorRanks"),
+        ({"ranks": 2}, "Engine ranks is 2; it must be RankGroup"),
     ],
     ids=str,
 )

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from samebit.recipes.samples import drawn_sample
+from samebit.recipes.data.samples import drawn_sample
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.weights import load_safetensors

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from samebit.recipes.placement import load_weights
+from samebit.recipes.launch.placement import load_weights
 from samebit.recipes.tiny_model import write_config, write_weights
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.algorithms.sft import sft_loss

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from samebit.weight_sync.plan import empty_bucket, pack, plan_buckets
+from samebit.weight_sync.buckets import empty_bucket, pack, plan_buckets
 
 
 def tensors(*sizes, dtype=torch.float32):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from samebit.weight_sync.buckets import pack, plan_buckets
 from samebit.weight_sync.digest import weights_digest
 from samebit.weight_sync.mapping import plain
-from samebit.weight_sync.plan import pack, plan_buckets
 from samebit.weight_sync.session import SessionState, UpdateSession
 from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError, WeightVersion
 

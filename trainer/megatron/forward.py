@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from samebit.kernels.reduce import ALONE, TensorRanks
+from samebit.kernels.reduce import ALONE, RankGroup
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import selfcheck_model
 from samebit.trainer.config import ParallelConfig
@@ -43,7 +43,7 @@ def batch_logprobs(
     chunks: Sequence[Any],
     batches: Sequence[MicroBatch],
     model: ModelConfig,
-    context: TensorRanks = ALONE,
+    context: RankGroup = ALONE,
 ) -> list[torch.Tensor]:
     """Log-probs [R] of every micro-batch, without gradients, on every rank that shares the work.
 

@@ -13,8 +13,8 @@ from torch.optim.adamw import adamw
 from samebit.trainer.megatron.optimizer_state import Piece, host_zeros_like
 
 SLICE = 1 << 25
-"""Elements that are on the device at a time, for each tensor of the state and each of 3 slots."""
-_SLOTS = 3
+"""Elements that are on the device at a time, for each tensor of the state and each of 3 buffers."""
+_NUM_BUFFERS = 3
 
 
 class OffloadedState:
@@ -23,7 +23,7 @@ class OffloadedState:
     def __init__(self, pieces: Sequence[Piece], slice_size: int = SLICE) -> None:
         self._pieces = pieces
         self._slice = min(slice_size, max(piece.main.numel() for piece in pieces))
-        self._slots: list[_Slot] = []
+        self._buffers: list[_StagingBuffer] = []
         for piece in pieces:
             if piece.has_master:
                 piece.state["master"] = host_zeros_like(piece.main).copy_(piece.main)
@@ -55,30 +55,30 @@ class OffloadedState:
                 yield piece, slice(start, min(start + self._slice, piece.main.numel()))
 
     def _step_on_gpu(self, device: torch.device) -> None:
-        if not self._slots:
-            self._slots = [_Slot(self._slice, device) for _ in range(_SLOTS)]
+        if not self._buffers:
+            self._buffers = [_StagingBuffer(self._slice, device) for _ in range(_NUM_BUFFERS)]
         now = torch.cuda.current_stream(device)
-        for slot in self._slots:
-            slot.stream.wait_stream(now)
+        for buffer in self._buffers:
+            buffer.stream.wait_stream(now)
         for i, (piece, part) in enumerate(self._slices()):
-            slot = self._slots[i % _SLOTS]
+            buffer = self._buffers[i % _NUM_BUFFERS]
             host = {name: tensor.view(-1)[part] for name, tensor in piece.tensors.items()}
-            with torch.cuda.stream(slot.stream):  # behind the slot's last way back
+            with torch.cuda.stream(buffer.stream):  # behind the buffer's last way back
                 there = {
-                    name: slot.memory[name][: part.stop - part.start].copy_(h, non_blocking=True)
+                    name: buffer.memory[name][: part.stop - part.start].copy_(h, non_blocking=True)
                     for name, h in host.items()
                 }
-            now.wait_stream(slot.stream)
+            now.wait_stream(buffer.stream)
             update(piece, part, there)
-            slot.stream.wait_stream(now)
-            with torch.cuda.stream(slot.stream):
+            buffer.stream.wait_stream(now)
+            with torch.cuda.stream(buffer.stream):
                 for name, h in host.items():
                     h.copy_(there[name], non_blocking=True)
-        for slot in self._slots:
-            slot.stream.synchronize()
+        for buffer in self._buffers:
+            buffer.stream.synchronize()
 
 
-class _Slot:
+class _StagingBuffer:
     """Memory on the device for a slice of every tensor, and the stream to fill and empty it by."""
 
     def __init__(self, size: int, device: torch.device) -> None:

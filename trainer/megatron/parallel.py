@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from samebit.kernels.linear import linear
 from samebit.kernels.reduce import (
-    TensorRanks,
+    RankGroup,
     gather_rows,
     own_rows,
     partial_linear,
@@ -22,17 +22,17 @@ from samebit.kernels.reduce import (
 from samebit.trainer.context import ContextShare
 
 
-def ranks_of(group: dist.ProcessGroup, invariant: bool = False) -> TensorRanks:
+def ranks_of(group: dist.ProcessGroup, invariant: bool = False) -> RankGroup:
     """This process in a tensor parallel group."""
     size = dist.get_world_size(group)
-    return TensorRanks(dist.get_rank(group), size, group if size > 1 else None, invariant)
+    return RankGroup(dist.get_rank(group), size, group if size > 1 else None, invariant)
 
 
 class _Spread(torch.autograd.Function):
     """Whole rows to every rank's part of a layer; backward: the sum of the parts' gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, ranks: TensorRanks, sequence: bool) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, ranks: RankGroup, sequence: bool) -> torch.Tensor:
         ctx.ranks, ctx.sequence = ranks, sequence
         return gather_rows(x, ranks) if sequence else x.view_as(x)
 
@@ -47,7 +47,7 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, partial: torch.Tensor, ranks: TensorRanks, sequence: bool, dtype: torch.dtype
+        ctx: Any, partial: torch.Tensor, ranks: RankGroup, sequence: bool, dtype: torch.dtype
     ) -> torch.Tensor:
         ctx.ranks, ctx.sequence = ranks, sequence
         return (sum_of_own_rows if sequence else sum_over_ranks)(partial, ranks, dtype)
@@ -89,13 +89,13 @@ def gather_loss_rows(values: torch.Tensor, share: ContextShare, num_rows: int) -
     return sum_over_ranks(whole, share.ranks, whole.dtype)
 
 
-def spread(x: torch.Tensor, ranks: TensorRanks, sequence: bool) -> torch.Tensor:
+def spread(x: torch.Tensor, ranks: RankGroup, sequence: bool) -> torch.Tensor:
     """What a column-parallel product multiplies: x [T, ...], or [T / size, ...] if `sequence`."""
     return x if ranks.size == 1 else _Spread.apply(x, ranks, sequence)
 
 
 def row_parallel(
-    x: torch.Tensor, weight: torch.Tensor, ranks: TensorRanks, sequence: bool
+    x: torch.Tensor, weight: torch.Tensor, ranks: RankGroup, sequence: bool
 ) -> torch.Tensor:
     """x [T, b, K / size] times this rank's weight [N, K / size], summed: [T or T / size, b, N]."""
     if not ranks.sums:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from samebit.kernels.reduce import TensorRanks, gather_objects
+from samebit.kernels.reduce import RankGroup, gather_objects
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron import cpu
 from samebit.trainer.megatron.parallel import ranks_of
@@ -38,7 +38,7 @@ _running: list[tuple[int, ...]] = []
 
 def initialize(
     device: torch.device, parallel: ParallelConfig, tp_invariant: bool = False
-) -> tuple[TensorRanks, TensorRanks]:
+) -> tuple[RankGroup, RankGroup]:
     """Start torch.distributed and Megatron's groups, once.
 
     Returns this process among those that share every layer, and among those that share contexts.

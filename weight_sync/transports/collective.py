@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from samebit.weight_sync.buckets import empty_bucket, pack, plan_buckets
 from samebit.weight_sync.meeting import (
     check_secret,
     host_store,
@@ -28,7 +29,6 @@ from samebit.weight_sync.meeting import (
     own_secret,
     prove_secret,
 )
-from samebit.weight_sync.plan import empty_bucket, pack, plan_buckets
 from samebit.weight_sync.transports.base import WeightSink
 from samebit.weight_sync.types import ParamMeta, WeightSyncError, WeightVersion
 

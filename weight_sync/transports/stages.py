@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
+from samebit.weight_sync.buckets import empty_bucket, pack, plan_buckets
 from samebit.weight_sync.meeting import meeting_device
-from samebit.weight_sync.plan import empty_bucket, pack, plan_buckets
 from samebit.weight_sync.transports.base import SinkTransport, WeightSink
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from samebit.recipes.bench.config import BenchEngineRun, BenchKernelsRun, BenchTrainerRun
+from samebit.recipes.cli.overrides import ConfigError, Overrides, check_file, find_field, read_words
+from samebit.recipes.cli.secrets import build, escaped, plain
 from samebit.recipes.config import (
     DemoRun,
     DiffRun,
@@ -15,12 +17,10 @@ from samebit.recipes.config import (
     SftRun,
     VerifyRun,
 )
-from samebit.recipes.overrides import ConfigError, Overrides, check_file, find_field, read_words
-from samebit.recipes.secrets import build, escaped, plain
 
 __all__ = ["ConfigError", "compose", "groups_of", "resolve", "to_dict", "to_yaml"]
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 SCHEMAS: dict[str, type[Any]] = {
     "grpo": GrpoRun,
@@ -134,7 +134,7 @@ def _demo_by_device(given: Overrides) -> list[str]:
 
 
 def to_yaml(run: RunSection) -> str:
-    """The resolved configuration as YAML, as it may be shown: see recipes/secrets.py."""
+    """The resolved configuration as YAML, as it may be shown: see recipes/cli/secrets.py."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(plain(run, escaped)))

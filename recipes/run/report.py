@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from samebit.recipes.metrics import (
+from samebit.recipes.run.metrics import (
     METRICS_FILE,
     OWNER_ONLY,
     SAMPLES_FILE,

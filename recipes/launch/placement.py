@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from samebit.recipes.config import GrpoRun, SftRun
-from samebit.recipes.replicas import ReplicatedEngine
+from samebit.recipes.launch.replicas import ReplicatedEngine
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from samebit.recipes.tasks.base import Problem
+from samebit.recipes.data.tasks.base import Problem
 from samebit.rollout.types import Completion
 from samebit.trainer.flops import peak_flops, train_flops
 from samebit.trainer.megatron.trainer import MegatronTrainer

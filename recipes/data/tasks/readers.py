@@ -8,7 +8,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from samebit.recipes.tasks.faults import Faults
+from samebit.recipes.data.tasks.faults import Faults
 
 # Powers of ten of the numbers that a label may be; what is beyond is a mistake.
 MOST_DIGITS = 1000

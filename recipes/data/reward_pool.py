@@ -20,9 +20,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from samebit.recipes.reward_worker import LENGTH_BYTES
-from samebit.recipes.rewards import Poll, RewardConfig, RewardError, describe
-from samebit.recipes.tasks.base import Problem
+from samebit.recipes.data.reward_worker import LENGTH_BYTES
+from samebit.recipes.data.rewards import Poll, RewardConfig, RewardError, describe
+from samebit.recipes.data.tasks.base import Problem
 from samebit.weight_sync.meeting import own_secret
 
 START_TIMEOUT_S = 600.0  # for the import of a reward, which may read a model
@@ -32,7 +32,7 @@ MOST_BYTES = 1 << 16  # of one answer
 _TICK_S = 0.1
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from samebit.recipes.reward_worker import main; main(*map(int, sys.argv[2:]))"
+    "from samebit.recipes.data.reward_worker import main; main(*map(int, sys.argv[2:]))"
 )
 _OURS = (signal.SIGINT, signal.SIGTERM)
 

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from samebit.recipes.config import GrpoRun, SftRun
-from samebit.recipes.launch import is_one_of_several, launched_rank
-from samebit.recipes.order import problem_index
-from samebit.recipes.records import Encoder, Split
-from samebit.recipes.rewards import Poll, load_reward
-from samebit.recipes.signals import Stopped, StopSignals
-from samebit.recipes.tasks.base import Dataset, ListDataset, Problem, load_datasets
-from samebit.recipes.tasks.faults import Faults
-from samebit.recipes.text import TextCodec
+from samebit.recipes.data.order import problem_index
+from samebit.recipes.data.records import Encoder, Split
+from samebit.recipes.data.rewards import Poll, load_reward
+from samebit.recipes.data.tasks.base import Dataset, ListDataset, Problem, load_datasets
+from samebit.recipes.data.tasks.faults import Faults
+from samebit.recipes.data.text import TextCodec
+from samebit.recipes.launch.processes import is_one_of_several, launched_rank
+from samebit.recipes.run.signals import Stopped, StopSignals
 from samebit.rollout.config import resolve_device
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs, segment_shapes

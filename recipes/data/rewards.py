@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from samebit.recipes.tasks.base import Problem
+from samebit.recipes.data.tasks.base import Problem
 from samebit.trainer.config import require_default
 
 if TYPE_CHECKING:
-    from samebit.recipes.reward_pool import RewardPool
+    from samebit.recipes.data.reward_pool import RewardPool
 
 Reward = Callable[[str, Problem], float]
 Poll = Callable[[], object]
@@ -127,7 +127,7 @@ def load_reward(config: RewardConfig, poll: Poll = lambda: None) -> "BoundReward
         raise ValueError(
             f"reward.name is {config.name!r}; give one of {', '.join(REWARDS)}, or module:function"
         )
-    from samebit.recipes.reward_pool import RewardPool
+    from samebit.recipes.data.reward_pool import RewardPool
 
     return RewardPool(config, poll)
 
@@ -366,6 +366,6 @@ def _gold(label: str) -> Any:
 
 @functools.cache
 def _scorer(task: str, args: str) -> Any:
-    from samebit.recipes.tasks.reasoning_gym import make_source
+    from samebit.recipes.data.tasks.reasoning_gym import make_source
 
     return make_source(task, json.loads(args), seed=0, size=1)

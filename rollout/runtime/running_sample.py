@@ -1,4 +1,4 @@
-"""Sequence: one sample while it runs. Private to the engine."""
+"""RunningSample: one sample while it runs. Private to the engine."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from samebit.weight_sync.types import VersionSpan, WeightVersion
 
 
 @dataclass(eq=False, kw_only=True)
-class Sequence:
+class RunningSample:
     """Tokens, pages and progress of one sample.
 
     The first `num_computed` of `token_ids` have their keys and values in `pages`, or will have once
@@ -27,7 +27,7 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     spans: list[VersionSpan] = field(default_factory=list)
     finish_reason: str | None = None
-    siblings: list["Sequence"] = field(default_factory=list)
+    siblings: list["RunningSample"] = field(default_factory=list)
     hidden: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     slot: int | None = None
 

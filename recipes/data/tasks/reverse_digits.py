@@ -10,7 +10,7 @@ one belongs to it. So no string is ever in both splits, and each problem depends
 import hashlib
 from typing import Any
 
-from samebit.recipes.tasks.base import DataConfig, Dataset, Problem, check_index
+from samebit.recipes.data.tasks.base import DataConfig, Dataset, Problem, check_index
 
 
 class ReverseDigits:

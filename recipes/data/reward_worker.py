@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from samebit.recipes.rewards import BoundReward, bind_reward, finite
+from samebit.recipes.data.rewards import BoundReward, bind_reward, finite
 
 LENGTH_BYTES = 8
 _PR_SET_PDEATHSIG = 1

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from samebit.recipes.tasks.base import DataConfig, Dataset, ListDataset, Problem, check_index
+from samebit.recipes.data.tasks.base import DataConfig, Dataset, ListDataset, Problem, check_index
 
 # Items that one range of seeds can give, and how many ranges a train item may be drawn from.
 # Both together with the start stay below 2**32, the largest seed numpy takes.

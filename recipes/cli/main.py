@@ -52,8 +52,8 @@ def usage(prefix: str = "") -> str:
 def _command_help(command: str, overrides: Sequence[str]) -> str:
     from omegaconf import OmegaConf
 
-    from samebit.recipes.compose import CONFIG_DIR, SCHEMAS, compose, groups_of
-    from samebit.recipes.help import documented_yaml
+    from samebit.recipes.cli.compose import CONFIG_DIR, SCHEMAS, compose, groups_of
+    from samebit.recipes.cli.help import documented_yaml
 
     lines = [f"samebit {command}: {COMMANDS[command]}", ""]
     main_file = CONFIG_DIR / f"{command}.yaml"
@@ -75,8 +75,8 @@ def _with_keys(command: str, arguments: Sequence[str]) -> Iterator[str]:
         return
     from hydra.core.override_parser.types import Quote, QuotedString
 
-    from samebit.recipes.compose import SCHEMAS
-    from samebit.recipes.overrides import find_field
+    from samebit.recipes.cli.compose import SCHEMAS
+    from samebit.recipes.cli.overrides import find_field
 
     keys = iter(POSITIONAL[command])
     for argument in arguments:
@@ -115,10 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"samebit: no command '{command}'\n\n{usage()}", file=sys.stderr)
         return 2
     overrides = list(_with_keys(command, [a for a in rest if a not in HELP]))
-    from samebit.recipes import launch
-    from samebit.recipes.compose import ConfigError, resolve
-    from samebit.recipes.needs import require_ready
-    from samebit.recipes.signals import Stopped
+    from samebit.recipes.cli.compose import ConfigError, resolve
+    from samebit.recipes.cli.needs import require_ready
+    from samebit.recipes.launch import processes as launch
+    from samebit.recipes.run.signals import Stopped
 
     _quieten_imports()
     run: Any = None
@@ -164,8 +164,8 @@ def _import_program(command: str) -> Any:
 
 def _was_told(command: str, error: Exception, run: Any) -> bool:
     """Say one of our own errors in a line; of several processes, any other one by its traceback."""
-    from samebit.recipes import launch
-    from samebit.recipes.secrets import scrubbed
+    from samebit.recipes.cli.secrets import scrubbed
+    from samebit.recipes.launch import processes as launch
 
     ours = type(error).__module__.startswith("samebit.")
     expected = ours or isinstance(error, OSError | ValueError | ImportError)

@@ -3,9 +3,9 @@
 The source digest names the program's files wherever the tree lies; a copy without its history can
 so be traced to the commit that it was taken from:
 
-    python -m samebit.recipes.provenance            # this tree: digest, commit, changed files
-    python -m samebit.recipes.provenance COMMIT     # the digest of a commit
-    python -m samebit.recipes.provenance DIGEST     # the commits that have it
+    python -m samebit.recipes.run.provenance            # this tree: digest, commit, changed files
+    python -m samebit.recipes.run.provenance COMMIT     # the digest of a commit
+    python -m samebit.recipes.run.provenance DIGEST     # the commits that have it
 """
 
 import functools
@@ -28,10 +28,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from samebit.recipes.metrics import write_atomically
-from samebit.recipes.secrets import without_secrets
+from samebit.recipes.cli.secrets import without_secrets
+from samebit.recipes.run.metrics import write_atomically
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 UNKNOWN = "unknown"
 
 # What an installed package holds too: not the shapes, results and examples that lie beside it.

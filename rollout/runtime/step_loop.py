@@ -13,9 +13,9 @@ import torch
 
 from samebit.rollout.runtime.batch import chunk_rows
 from samebit.rollout.runtime.runner import Outcome, Runner
+from samebit.rollout.runtime.running_sample import RunningSample
 from samebit.rollout.runtime.sampler import Sampler, require_finite
-from samebit.rollout.runtime.scheduler import Chunk, Scheduler, Step
-from samebit.rollout.runtime.sequence import Sequence
+from samebit.rollout.runtime.scheduler import Chunk, EngineStep, Scheduler
 from samebit.rollout.runtime.slots import Slots
 from samebit.weight_sync.types import WeightVersion
 
@@ -24,7 +24,7 @@ from samebit.weight_sync.types import WeightVersion
 class _Flight:
     """A step whose results are on their way."""
 
-    step: Step
+    step: EngineStep
     outcome: Outcome
     positions: np.ndarray  # [B] of the tokens that the decoding sequences draw
     version: WeightVersion
@@ -34,7 +34,7 @@ class _Flight:
         self.live = np.ones(len(self.step.decode), dtype=bool)
 
 
-class Pipeline:
+class StepLoop:
     """Plans, starts and takes in steps. depth: how many may be in flight after a call; it may be
     changed between calls."""
 
@@ -47,17 +47,17 @@ class Pipeline:
         self._sampler = sampler
         self.depth = depth
         self._flights: deque[_Flight] = deque()
-        self._finished: list[Sequence] = []  # taken off, but not reported yet
+        self._finished: list[RunningSample] = []  # taken off, but not reported yet
         self.num_drawn = 0  # tokens, over the engine's life
 
     @torch.no_grad()
-    def advance(self, version: WeightVersion) -> list[Sequence]:
+    def advance(self, version: WeightVersion) -> list[RunningSample]:
         """Start one step if there is anything to do; the sequences that are newly finished.
 
         After an error everything begins again from the tokens that have arrived, so a call that
         raises can be repeated.
         """
-        step: Step | None = None
+        step: EngineStep | None = None
         try:
             step = self._scheduler.schedule(in_flight=bool(self._flights))
             if step is None or step.num_tokens == 0:
@@ -73,7 +73,7 @@ class Pipeline:
             self._restart(step)
             raise
 
-    def drain(self) -> list[Sequence]:
+    def drain(self) -> list[RunningSample]:
         """Take in every step in flight; the sequences that finished."""
         try:
             return self._take_in(keep=0)
@@ -81,12 +81,12 @@ class Pipeline:
             self._restart(None)
             raise
 
-    def _restart(self, failed: Step | None) -> None:
+    def _restart(self, failed: EngineStep | None) -> None:
         lost = [flight.step for flight in self._flights] + ([failed] if failed is not None else [])
         self._flights.clear()
         self._scheduler.restart_all(lost)
 
-    def _take_in(self, keep: int) -> list[Sequence]:
+    def _take_in(self, keep: int) -> list[RunningSample]:
         while len(self._flights) > keep:
             self._finished += self._take(self._flights[0])
             self._flights.popleft()
@@ -99,7 +99,7 @@ class Pipeline:
     def _awaited(flight: _Flight) -> bool:
         return bool(flight.live.any()) or bool(flight.step.chunks)
 
-    def _take(self, flight: _Flight) -> list[Sequence]:
+    def _take(self, flight: _Flight) -> list[RunningSample]:
         """Wait for a step's results and hand them to its sequences."""
         token_ids, logprobs, scores = flight.outcome.wait()
         step, num_decode = flight.step, len(flight.step.decode)
@@ -124,7 +124,7 @@ class Pipeline:
 
     def _take_decoded(
         self, flight: _Flight, token_ids: np.ndarray, logprobs: np.ndarray
-    ) -> list[Sequence]:
+    ) -> list[RunningSample]:
         slots, live = self._slots, flight.live
         owners, positions = flight.step.decode[live], flight.positions[live]
         token_ids = token_ids[live]
@@ -148,7 +148,7 @@ class Pipeline:
 
     def _take_drawn(
         self, chunk: Chunk, drawn: list[tuple[int, float]], flight: _Flight
-    ) -> list[Sequence]:
+    ) -> list[RunningSample]:
         """First tokens of a prompt's samples. A sample without a slot waits for its turn."""
         finished = []
         hidden = {layer: list(parts) for layer, parts in chunk.seq.hidden.items()}
@@ -173,7 +173,7 @@ class Pipeline:
                 self._scheduler.requeue(seq)
         return finished
 
-    def _end(self, seq: Sequence) -> None:
+    def _end(self, seq: RunningSample) -> None:
         """Take a finished sequence off; later steps in flight have nothing for it."""
         if seq.slot is not None:
             for flight in self._flights:
@@ -185,7 +185,7 @@ class Pipeline:
         flight: _Flight,
         logprobs: np.ndarray,
         scores: np.ndarray,
-        drawing: list[Sequence],
+        drawing: list[RunningSample],
     ) -> None:
         bad = np.isnan(logprobs)
         bad[: len(flight.live)] &= flight.live

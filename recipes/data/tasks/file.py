@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from samebit.recipes.tasks.base import DataConfig, Dataset, ListDataset, Problem
-from samebit.recipes.tasks.faults import Faults
-from samebit.recipes.tasks.readers import Record, plain, read_jsonl, read_parquet
+from samebit.recipes.data.tasks.base import DataConfig, Dataset, ListDataset, Problem
+from samebit.recipes.data.tasks.faults import Faults
+from samebit.recipes.data.tasks.readers import Record, plain, read_jsonl, read_parquet
 
 logger = logging.getLogger(__name__)
 

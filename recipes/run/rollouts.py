@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from samebit.recipes.metrics import write_atomically
+from samebit.recipes.run.metrics import write_atomically
 from samebit.rollout.types import Completion
 from samebit.weight_sync.disk import make_folder, sync
 

@@ -101,7 +101,7 @@ def launch(arguments: Sequence[str], run: Any) -> int:
         _FOLLOWS: "1",
     }
     defaults = DETERMINISTIC | {"OMP_NUM_THREADS": str(getattr(run, "cpu_threads", 1))}
-    command = [sys.executable, "-P", "-m", "samebit.recipes.cli", *arguments]
+    command = [sys.executable, "-P", "-m", "samebit.recipes.cli.main", *arguments]
     processes: list[subprocess.Popen[bytes]] = []
     with _forwarding(processes) as received:
         for rank in range(size):

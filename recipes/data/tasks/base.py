@@ -9,9 +9,9 @@ from samebit.trainer.config import require_default
 # A new task is one new module with `load(config) -> (train, eval)` and one line here. A task's
 # name may carry a variant after a slash ("reasoning_gym/chain_sum"), which its module reads.
 TASKS = {
-    "file": "samebit.recipes.tasks.file",
-    "reasoning_gym": "samebit.recipes.tasks.reasoning_gym",
-    "reverse_digits": "samebit.recipes.tasks.reverse_digits",
+    "file": "samebit.recipes.data.tasks.file",
+    "reasoning_gym": "samebit.recipes.data.tasks.reasoning_gym",
+    "reverse_digits": "samebit.recipes.data.tasks.reverse_digits",
 }
 OVERLONG = ("error", "drop", "truncate_left")
 

@@ -12,23 +12,23 @@ import torch
 from tqdm import tqdm
 
 from samebit.kernels.profile import NumericsProfile, numerics_profile
-from samebit.recipes.binding import binding_layout, bindings, changes, require_same
-from samebit.recipes.compose import to_dict, to_yaml
+from samebit.recipes.cli.compose import to_dict, to_yaml
+from samebit.recipes.cli.needs import require_ready
 from samebit.recipes.config import GrpoRun, SftRun
-from samebit.recipes.input_files import input_files
-from samebit.recipes.launch import is_launched
-from samebit.recipes.metrics import OWNER_ONLY, MetricsLogger, NoLogger, write_atomically
-from samebit.recipes.needs import require_ready
-from samebit.recipes.provenance import record_start
-from samebit.recipes.run_folder import (
+from samebit.recipes.data.tasks.base import Dataset
+from samebit.recipes.launch.processes import is_launched
+from samebit.recipes.run.binding import binding_layout, bindings, changes, require_same
+from samebit.recipes.run.folder import (
     CONFIG_FILE,
     RunFolder,
     naming,
     require_free,
     require_outside,
 )
-from samebit.recipes.signals import Stopped
-from samebit.recipes.tasks.base import Dataset
+from samebit.recipes.run.input_files import input_files
+from samebit.recipes.run.metrics import OWNER_ONLY, MetricsLogger, NoLogger, write_atomically
+from samebit.recipes.run.provenance import record_start
+from samebit.recipes.run.signals import Stopped
 from samebit.rollout.config import resolve_device
 from samebit.trainer.checkpoint import Checkpoint, CheckpointError, latest_checkpoint
 from samebit.trainer.checkpoint_writer import CheckpointWriter, remove_leftovers

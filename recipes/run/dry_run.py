@@ -4,11 +4,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from samebit.recipes.compose import to_yaml
+from samebit.recipes.cli.compose import to_yaml
 from samebit.recipes.config import GrpoRun, SftRun
-from samebit.recipes.inputs import Inputs, SftInputs
-from samebit.recipes.records import Split
-from samebit.recipes.session import require_resumable
+from samebit.recipes.data.inputs import Inputs, SftInputs
+from samebit.recipes.data.records import Split
+from samebit.recipes.run.session import require_resumable
 from samebit.rollout.config import resolve_device, resolve_dtype
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
-from samebit.recipes.launch import launched_rank
-from samebit.recipes.tasks.base import Dataset, Problem, check_index
-from samebit.recipes.tasks.faults import Faults
-from samebit.recipes.text import Prompt, TextCodec
+from samebit.recipes.data.tasks.base import Dataset, Problem, check_index
+from samebit.recipes.data.tasks.faults import Faults
+from samebit.recipes.data.text import Prompt, TextCodec
+from samebit.recipes.launch.processes import launched_rank
 
 logger = logging.getLogger(__name__)
 
