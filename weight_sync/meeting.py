@@ -10,6 +10,7 @@ import ipaddress
 import os
 import secrets
 import socket
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -99,11 +100,20 @@ def prove_secret(
         return hmac.new(secret.encode(), message.encode(), "sha256").hexdigest() if secret else "-"
 
     store.set(f"proof_{rank}", proof_of(rank))
-    for other in range(size):
-        shown = _read(store, f"proof_{other}", other, timeout)
-        if not hmac.compare_digest(shown.encode(), proof_of(other).encode()):
-            has = f"no {SECRET}" if shown == "-" else f"another {SECRET} than rank {rank}"
+    shown = [_read(store, f"proof_{r}", r, timeout) for r in range(size)]
+    store.set(f"read_{rank}", "")
+    for other, proof in enumerate(shown):
+        if not hmac.compare_digest(proof.encode(), proof_of(other).encode()):
+            if rank == 0:
+                _wait_for_readers(store, size, timeout)
+            has = f"no {SECRET}" if proof == "-" else f"another {SECRET} than rank {rank}"
             raise ValueError(f"rank {other} has {has}; {_HOW}")
+
+
+def _wait_for_readers(store: dist.Store, size: int, timeout: timedelta) -> None:
+    """The store ends with rank 0: the others are to have read by then whose secret is another."""
+    with suppress(RuntimeError):  # one that shows what it does not know reads nothing
+        store.wait([f"read_{r}" for r in range(size)], min(timeout, timedelta(seconds=5)))
 
 
 def _read(store: dist.Store, key: str, rank: int, timeout: timedelta) -> str:

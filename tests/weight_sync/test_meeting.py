@@ -64,7 +64,20 @@ def test_what_a_rank_showed_before_is_no_proof(pool):
             key, dist.PrefixStore("samebit_secret", heard).get(key)
         )
     with pytest.raises(ValueError, match="rank 1 has another SAMEBIT_SECRET than rank 0"):
-        prove_secret(store, 0, 2, SECRET)
+        prove_secret(store, 0, 2, SECRET, timedelta(seconds=1))
+
+
+def test_the_store_outlives_those_who_read_it(pool):
+    """Rank 0, which holds it, tells of another secret once the others have seen that too."""
+    store = dist.HashStore()
+    shown = dist.PrefixStore("samebit_secret", store)
+    first = pool.submit(prove_secret, store, 0, 2, SECRET, timedelta(minutes=1))
+    shown.set("question_1", "x")
+    shown.set("proof_1", "y")
+    with pytest.raises(TimeoutError):
+        first.exception(timeout=1)
+    shown.set("read_1", "")
+    assert "rank 1 has another SAMEBIT_SECRET than rank 0" in str(first.exception())
 
 
 def test_a_rank_cannot_show_what_another_showed(pool):
