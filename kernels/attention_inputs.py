@@ -6,6 +6,7 @@ kv_write, with their roundings. For inference; training composes the differentia
 
 import torch
 
+from samebit.kernels.contract import GPU_NORM_ROWS
 from samebit.kernels.kv_write import kv_write
 from samebit.kernels.op import Op
 from samebit.kernels.rms_norm import rms_norm
@@ -18,7 +19,7 @@ def attention_inputs_ref(
     eps: float,
     rope_table: torch.Tensor,
     positions: torch.Tensor,
-    slots: torch.Tensor,
+    kv_slots: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
 ) -> torch.Tensor:
@@ -29,14 +30,14 @@ def attention_inputs_ref(
     q, k, v = q.reshape(len(qkv), -1, head_dim), k.squeeze(2), v.squeeze(2)
     if norms is not None:
         q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
-    kv_write(rope(k, positions, rope_table), v, key_cache, value_cache, slots)
+    kv_write(rope(k, positions, rope_table), v, key_cache, value_cache, kv_slots)
     return rope(q, positions, rope_table)
 
 
 _attention_inputs = Op(
     "attention_inputs",
     cpu=attention_inputs_ref,
-    cuda="samebit.kernels.gpu.fused:attention_inputs",
+    cuda="samebit.kernels.gpu.attention_inputs:attention_inputs",
 )
 
 
@@ -46,14 +47,20 @@ def attention_inputs(
     eps: float,
     rope_table: torch.Tensor,
     positions: torch.Tensor,
-    slots: torch.Tensor,
+    kv_slots: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
 ) -> torch.Tensor:
-    """Queries [T, N, H], normalised and rotated; keys and values go to slots [T] of the caches.
+    """Queries [T, Hq, Dh], normalised and rotated; keys and values go to the caches' kv_slots.
 
-    qkv [T, K * (N / K + 2) * H]: for each kv head its queries, its key, its value. norms: weights
-    [H] of the query and key norms, or None. rope_table [max_position, H] fp32, positions [T] int64,
-    slots [T] int64, distinct; caches [P, page_size, K, H]. On the GPU a slot of -1 stores nothing.
+    qkv [T, Hkv * (Hq / Hkv + 2) * Dh] holds for each KV head its queries, its key, its value.
+    norms: weights [Dh] of the query and key norms, or None. rope_table [max_position, Dh] fp32,
+    positions [T] int64, kv_slots [T] int64, distinct; caches [P, page_size, Hkv, Dh]. On the GPU a
+    kv_slot of -1 stores nothing.
     """
-    return _attention_inputs(qkv, norms, eps, rope_table, positions, slots, key_cache, value_cache)
+    inputs = (qkv, norms, eps, rope_table, positions, kv_slots, key_cache, value_cache)
+    num_kv, head_dim = key_cache.shape[-2:]
+    group = qkv.shape[1] // (num_kv * head_dim) - 2
+    if norms is not None and group >= GPU_NORM_ROWS:  # fused, a head's sum would have another tree
+        return attention_inputs_ref(*inputs)
+    return _attention_inputs(*inputs)

@@ -1,4 +1,4 @@
-"""kv_write: scatter new keys and values into their slots of the paged cache."""
+"""kv_write: scatter new keys and values to their kv_slots in the paged cache."""
 
 import torch
 
@@ -10,14 +10,14 @@ def kv_write_ref(
     value: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    slots: torch.Tensor,
+    kv_slots: torch.Tensor,
 ) -> None:
-    """Write key and value [T, K, H] to slots [T] of caches [P, page_size, K, H], in place.
+    """Write key and value [T, Hkv, Dh] to kv_slots [T] of caches [P, page_size, Hkv, Dh], in place.
 
-    A slot is page * page_size + place in the page. Slots must be distinct.
+    A kv_slot is page * page_size + place in the page. All must be distinct.
     """
-    key_cache.view(-1, *key.shape[1:])[slots] = key
-    value_cache.view(-1, *value.shape[1:])[slots] = value
+    key_cache.view(-1, *key.shape[1:])[kv_slots] = key
+    value_cache.view(-1, *value.shape[1:])[kv_slots] = value
 
 
 def _kv_write_cpu(
@@ -25,10 +25,10 @@ def _kv_write_cpu(
     value: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    slots: torch.Tensor,
+    kv_slots: torch.Tensor,
 ) -> None:
     require_fp32("kv_write", key, value, key_cache, value_cache)
-    kv_write_ref(key, value, key_cache, value_cache, slots)
+    kv_write_ref(key, value, key_cache, value_cache, kv_slots)
 
 
-kv_write = Op("kv_write", cpu=_kv_write_cpu, cuda="samebit.kernels.gpu.rows:kv_write")
+kv_write = Op("kv_write", cpu=_kv_write_cpu, cuda="samebit.kernels.gpu.kv_write:kv_write")

@@ -10,20 +10,13 @@ Rows are taken in chunks; [T, V] never exists.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from samebit.kernels.linear import add_product, main_grad_of
-from samebit.kernels.linear import logits as linear_fp32
-from samebit.kernels.op import Op, require_fp32
+from samebit.kernels.cpu import logprob as cpu
+from samebit.kernels.linear import add_product, linear
+from samebit.kernels.op import Op
 from samebit.kernels.reduce import ALONE, RankGroup, gather_columns
 
-VOCAB_MULTIPLE = 1024
-NUM_SEGMENTS = 8
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    """vocab_size rounded up to a multiple of 1,024, whatever the tensor parallel size."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+_GPU = "samebit.kernels.gpu.logprob"
 
 
 def logsumexp_ref(logits: torch.Tensor) -> torch.Tensor:
@@ -31,25 +24,8 @@ def logsumexp_ref(logits: torch.Tensor) -> torch.Tensor:
     return logits.float().logsumexp(-1)
 
 
-def _logsumexp_cpu(logits: torch.Tensor) -> torch.Tensor:
-    require_fp32("logsumexp", logits)
-    segment_len = padded_vocab_size(logits.shape[-1]) // NUM_SEGMENTS
-    # Segments that are all padding would add exact zeros, so they are left out.
-    padded = F.pad(logits, (0, -logits.shape[-1] % segment_len), value=float("-inf"))
-    segments = padded.view(len(logits), padded.shape[1] // segment_len, segment_len)
-    segment_max = segments.amax(-1)
-    segment_sum = torch.exp(segments - segment_max[..., None]).sum(-1)
-    row_max, row_sum = segment_max[:, 0], segment_sum[:, 0]
-    for i in range(1, segments.shape[1]):
-        new_max = torch.maximum(row_max, segment_max[:, i])
-        row_sum = row_sum * torch.exp(row_max - new_max) + segment_sum[:, i] * torch.exp(
-            segment_max[:, i] - new_max
-        )
-        row_max = new_max
-    return row_max + torch.log(row_sum)
-
-
-logsumexp = Op("logsumexp", cpu=_logsumexp_cpu, cuda="samebit.kernels.gpu.vocab:logsumexp")
+logsumexp = Op("logsumexp", cpu=cpu.logsumexp, cuda=f"{_GPU}:logsumexp")
+"""logits [B, V] fp32 -> log-sum-exps [B] fp32."""
 
 
 def logprob_of(scaled_logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
@@ -58,13 +34,14 @@ def logprob_of(scaled_logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Te
     return chosen - logsumexp(scaled_logits)
 
 
-def logits_of(
+def logits(
     hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, ranks: RankGroup = ALONE
 ) -> torch.Tensor:
     """Logits [T, V] fp32 on every rank, before any temperature; arguments as in `logprob`."""
     if ranks.size == 1:
-        return linear_fp32(hidden, weight[:vocab_size])
-    return gather_columns(linear_fp32(hidden, weight), ranks)[:, :vocab_size].contiguous()
+        return linear(hidden, weight[:vocab_size], torch.float32)
+    columns = linear(hidden, weight, torch.float32)
+    return gather_columns(columns, ranks)[:, :vocab_size].contiguous()
 
 
 def token_stats_ref(
@@ -95,12 +72,11 @@ def logits_grad_ref(
     return grad_logits.to(dtype)
 
 
-_GPU = "samebit.kernels.gpu.vocab_training"
 token_stats = Op("token_stats", cpu=token_stats_ref, cuda=f"{_GPU}:token_stats")
 """logits [T, V] fp32, temperature [T], token_ids [T] -> log-probs, entropies, log-sum-exps [T]."""
 logits_grad = Op("logits_grad", cpu=logits_grad_ref, cuda=f"{_GPU}:logits_grad")
-"""Gradient of log-probs in logits [T, V], as `dtype`: logits, temperature, log-sum-exps, token_ids
-(a token outside [0, V) is another rank's), gradients of the log-probs, dtype."""
+"""logits [T, V], temperature [T], log-sum-exps [T], token_ids [T] (one outside [0, V) is another
+rank's), gradients of the log-probs [T], dtype -> the gradient of the logits [T, V] in dtype."""
 
 
 def _chunk_rows(vocab_size: int, device: torch.device) -> int:
@@ -118,15 +94,14 @@ class _Logprob(torch.autograd.Function):
         temperature: torch.Tensor,
         vocab_size: int,
         ranks: RankGroup,
+        main_grad: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.main_grad = main_grad_of(weight)
+        ctx.main_grad = main_grad
         ctx.first = ranks.rank * len(weight)  # the vocabulary's part that this rank holds
         live = max(0, min(len(weight), vocab_size - ctx.first))
         rows = _chunk_rows(vocab_size, hidden.device)
         chunks = zip(*(x.split(rows) for x in (hidden, temperature, token_ids)), strict=True)
-        stats = [
-            token_stats(logits_of(h, weight, vocab_size, ranks), t, ids) for h, t, ids in chunks
-        ]
+        stats = [token_stats(logits(h, weight, vocab_size, ranks), t, ids) for h, t, ids in chunks]
         logprobs, entropy, normalizers = (torch.cat(x) for x in zip(*stats, strict=True))
         ctx.save_for_backward(hidden, weight[:live], token_ids, temperature, normalizers)
         ctx.weight_shape, ctx.chunk_rows = weight.shape, rows
@@ -146,7 +121,7 @@ class _Logprob(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             narrow = logits_grad(
-                linear_fp32(hidden[part], weight),
+                linear(hidden[part], weight, torch.float32),
                 temperature[part],
                 normalizer[part],
                 token_ids[part] - ctx.first,
@@ -156,7 +131,7 @@ class _Logprob(torch.autograd.Function):
             grad_hidden[part] = narrow @ weight
             add_product(grad_weight[:live], narrow.t(), hidden[part])
         narrow_grad = grad_weight.to(weight.dtype) if ctx.main_grad is None else None
-        return grad_hidden, narrow_grad, None, None, None, None
+        return grad_hidden, narrow_grad, None, None, None, None, None
 
 
 def logprob(
@@ -166,12 +141,14 @@ def logprob(
     temperature: torch.Tensor,
     vocab_size: int,
     ranks: RankGroup = ALONE,
+    main_grad: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and entropies of the next-token distributions.
 
     hidden [T, D], weight [padded V / size, D] (this rank's rows; those of the vocabulary from
     vocab_size on are padding), token_ids [T] int64, temperature [T] fp32 > 0 -> (logprobs [T] fp32,
     differentiable in hidden and weight; entropies [T] fp32 in nats, not differentiable). With
-    several ranks, hidden's gradient is this rank's summand.
+    several ranks, hidden's gradient is this rank's summand. main_grad: as in `linear`, of weight's
+    shape.
     """
-    return _Logprob.apply(hidden, weight, token_ids, temperature, vocab_size, ranks)
+    return _Logprob.apply(hidden, weight, token_ids, temperature, vocab_size, ranks, main_grad)

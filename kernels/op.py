@@ -1,7 +1,11 @@
 """One operation, one canonical meaning, one implementation per device type.
 
-Shape letters used in the whole project: T tokens, B sequences, D model, N query heads, K kv heads,
-H head dim, F ffn, V vocabulary, P pages, L length of one sample.
+kernels/<operation>.py holds its contract, reference, gradients and dispatch; kernels/cpu/ and
+kernels/gpu/ hold the implementations, which know nothing of the dispatch.
+
+Letters of the whole project: T tokens, B samples, D model width, Hq query heads, Hkv KV heads, Dh
+head dim, F ffn, V vocabulary, P pages, E experts, L length of a sample; M, N and K only for matrix
+products, y [M, N] = x [M, K] @ weight [N, K].T. A kv_slot is a token's place in the KV cache.
 """
 
 import importlib
@@ -14,11 +18,11 @@ import torch
 class Op:
     """Picks the implementation of a contract operation by the device of its first tensor.
 
-    Every implementation of one device type returns the same bits; see DESIGN.md, section 2.
+    Every implementation of one device type returns the same bits; see docs/contract.md.
     """
 
     def __init__(self, name: str, **implementations: Callable[..., Any] | str) -> None:
-        """An implementation is a function, or "module:function" to import when first needed."""
+        """An implementation is a function, or "module:function" where triton is needed: imported late."""
         self.name = name
         self.implementations = implementations
 

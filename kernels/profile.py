@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
-from samebit.kernels.attention import GPU_KV_SPLIT, GPU_KV_TILE, KV_TILE
-from samebit.kernels.logprob import NUM_SEGMENTS
-
-# Raised whenever an implementation's bits change.
-CONTRACT_VERSION = 2
+from samebit.kernels.contract import (
+    CONTRACT_VERSION,
+    CPU_KV_TILE,
+    GPU_KV_SPLIT,
+    GPU_KV_TILE,
+    LSE_SEGMENTS,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class NumericsProfile:
     tp_invariant: bool = False
     kv_tile: int
     kv_split: int | None
-    lse_segments: int = NUM_SEGMENTS
+    lse_segments: int = LSE_SEGMENTS
     attention: str = "canonical"
     contract_version: int = CONTRACT_VERSION
     torch_version: str = torch.__version__
@@ -62,7 +64,7 @@ def numerics_profile(
         major, minor = torch.cuda.get_device_capability(device)
         architecture, tile, split = f"sm_{major}{minor}", GPU_KV_TILE, GPU_KV_SPLIT
     else:
-        architecture, tile, split = _cpu_architecture(), KV_TILE, None
+        architecture, tile, split = _cpu_architecture(), CPU_KV_TILE, None
     return NumericsProfile(
         device_type=device.type,
         architecture=architecture,

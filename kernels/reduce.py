@@ -15,14 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from samebit.kernels.linear import linear, linear_in_segments, tree_sum
-from samebit.kernels.objects import decode, encode
+from samebit.kernels.contract import TP_SEGMENTS, tree_sum
+from samebit.kernels.linear import linear, linear_in_segments
 
 if TYPE_CHECKING:
     from samebit.kernels.gpu.peers import Peers
-
-TP_SEGMENTS = 8
-"""Parts of K under tp_invariant; also the most ranks."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def sum_over_ranks(partial: torch.Tensor, ranks: RankGroup, dtype: torch.dtype) 
 
 
 def sum_of_own_rows(partial: torch.Tensor, ranks: RankGroup, dtype: torch.dtype) -> torch.Tensor:
-    """own_rows of sum_over_ranks: [T, ...] -> [T / size, ...]; T is a multiple of size."""
+    """This rank's rows of sum_over_ranks: [T, ...] -> [T / size, ...]; T is a multiple of size."""
     if peers := peers_of(ranks, partial.device):
         return peers.sum_of_own_rows(partial, dtype, ranks.invariant)
     return own_rows(sum_over_ranks(partial, ranks, dtype), ranks)
@@ -94,20 +91,25 @@ def gather_columns(x: torch.Tensor, ranks: RankGroup) -> torch.Tensor:
     return torch.cat(_gather(x, ranks.group), dim=1)
 
 
-def partial_linear(x: torch.Tensor, weight: torch.Tensor, ranks: RankGroup) -> torch.Tensor:
+def partial_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    ranks: RankGroup,
+    main_grad: torch.Tensor | None = None,
+) -> torch.Tensor:
     """This rank's summand of a row-parallel product: [..., K / size] -> [..., N] fp32.
 
-    Differentiable in both.
+    It is differentiable in both; main_grad: see `linear`.
     """
     if ranks.invariant:
-        return linear_in_segments(x, weight, TP_SEGMENTS // ranks.size)
-    return linear(x, weight, torch.float32)
+        return linear_in_segments(x, weight, TP_SEGMENTS // ranks.size, main_grad)
+    return linear(x, weight, torch.float32, main_grad)
 
 
 def row_parallel_linear(x: torch.Tensor, weight: torch.Tensor, ranks: RankGroup) -> torch.Tensor:
-    """x [T, K / size] times this rank's columns of a weight [N, K], summed over the ranks: [T, N].
+    """x [M, K / size] times this rank's columns of a weight [N, K], summed over the ranks: [M, N].
 
-    For inference: nothing is differentiated.
+    It is for inference: nothing is differentiated.
     """
     if not ranks.sums:
         return linear(x, weight)
@@ -134,31 +136,6 @@ def gather_rows(x: torch.Tensor, ranks: RankGroup) -> torch.Tensor:
 def own_rows(x: torch.Tensor, ranks: RankGroup) -> torch.Tensor:
     """This rank's part of rows that gather_rows would put together."""
     return x.chunk(ranks.size)[ranks.rank]
-
-
-def gather_objects[T](value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Every process's plain value, in rank order (of all processes, or of a group).
-
-    Plain is what kernels.objects encodes: nobody runs what another process has sent. Without
-    torch.distributed there is one value. Raises TypeError for one that is not plain.
-    """
-    size = dist.get_world_size(group) if dist.is_initialized() else 1
-    if size == 1:
-        return [value]
-    on_host = "cpu:" in dist.get_backend_config(group)
-    device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
-    data = torch.frombuffer(bytearray(encode(value)), dtype=torch.uint8)
-    length = torch.tensor([len(data)], device=device)
-    lengths = [int(n) for n in _gather(length, group)]
-    padded = torch.zeros(max(lengths), dtype=torch.uint8)
-    padded[: len(data)] = data
-    parts = zip(_gather(padded.to(device), group), lengths, strict=True)
-    return [decode(part[:n].cpu().numpy().tobytes()) for part, n in parts]
-
-
-def smallest(value: int, ranks: RankGroup) -> int:
-    """The least of every rank's value."""
-    return value if ranks.size == 1 else min(gather_objects(value, ranks.group))
 
 
 def peers_of(ranks: RankGroup, device: torch.device) -> "Peers | None":

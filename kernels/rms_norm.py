@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
-from samebit.kernels.op import Op, require_fp32
+from samebit.kernels.cpu import rms_norm as cpu
+from samebit.kernels.op import Op
+
+_GPU = "samebit.kernels.gpu.rms_norm"
 
 
 def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -19,16 +22,7 @@ def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Ten
     return (wide * scale * weight.float()).to(x.dtype)
 
 
-def _rms_norm_cpu(
-    x: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    require_fp32("rms_norm", x, weight)
-    x = x.contiguous()
-    inverse_rms = torch.rsqrt((x * x).sum(-1, keepdim=True) / x.shape[-1] + eps)
-    return x * inverse_rms * weight, inverse_rms
-
-
-_forward = Op("rms_norm", cpu=_rms_norm_cpu, cuda="samebit.kernels.gpu.rows:rms_norm")
+_forward = Op("rms_norm", cpu=cpu.rms_norm, cuda=f"{_GPU}:rms_norm")
 
 
 def rms_norm_backward_ref(
@@ -45,7 +39,7 @@ def rms_norm_backward_ref(
 _backward = Op(
     "rms_norm_backward",
     cpu=rms_norm_backward_ref,
-    cuda="samebit.kernels.gpu.rows_backward:rms_norm_backward",
+    cuda=f"{_GPU}:rms_norm_backward",
 )
 
 
@@ -66,16 +60,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return _RmsNorm.apply(x, weight, eps)
 
 
-def _add_rms_norm_cpu(
+def add_rms_norm_ref(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The composition, by the device's own single operations: a bit reference."""
     total = residual + x
     return rms_norm(total, weight, eps), total
 
 
-_add_rms_norm = Op(
-    "add_rms_norm", cpu=_add_rms_norm_cpu, cuda="samebit.kernels.gpu.fused:add_rms_norm"
-)
+_add_rms_norm = Op("add_rms_norm", cpu=add_rms_norm_ref, cuda=f"{_GPU}:add_rms_norm")
 
 
 def add_rms_norm(

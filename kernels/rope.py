@@ -32,9 +32,9 @@ def rope_table(
     scaling: dict[str, Any] | None = None,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """cos and sin of every angle, [max_position, H] in fp32: H/2 cosines, then H/2 sines.
+    """cos and sin of every angle, [max_position, Dh] in fp32: Dh/2 cosines, then Dh/2 sines.
 
-    Computed on the CPU whatever the device, so that every process holds the same table.
+    They are computed on the CPU whatever the device, so that every process holds the same table.
     An entry does not depend on max_position. `scaling` is a Hugging Face rope_scaling dict of a
     type in SCALING_KEYS; any other raises ValueError.
     """
@@ -61,7 +61,7 @@ def _scale_frequency(frequency: torch.Tensor, scaling: dict[str, Any] | None) ->
 
 
 def rope_ref(x: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """x [T, heads, H], positions [T], table [max_position, H] -> rotated x, in plain torch."""
+    """x [T, heads, Dh], positions [T], table [max_position, Dh] -> rotated x, in plain torch."""
     cos, sin = table[positions].unsqueeze(1).chunk(2, dim=-1)
     first, second = x.float().chunk(2, dim=-1)
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -73,7 +73,7 @@ def _rope_cpu(x: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> 
     return rope_ref(x, positions, table)
 
 
-_forward = Op("rope", cpu=_rope_cpu, cuda="samebit.kernels.gpu.rows:rope")
+_forward = Op("rope", cpu=_rope_cpu, cuda="samebit.kernels.gpu.rope:rope")
 
 
 class _Rope(torch.autograd.Function):
@@ -93,5 +93,5 @@ class _Rope(torch.autograd.Function):
 
 
 def rope(x: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Rotate x [T, heads, H] to absolute positions [T] by table [max_position, H]."""
+    """Rotate x [T, heads, Dh] to absolute positions [T] by table [max_position, Dh]."""
     return _Rope.apply(x, positions, table)

@@ -18,7 +18,8 @@ import torch
 
 from samebit.kernels.attention import packed_attention, paged_attention, plan_packed, plan_paged
 from samebit.kernels.attention_inputs import attention_inputs, attention_inputs_ref
-from samebit.kernels.linear import linear, linear_blocked, linear_padded, use_blocked
+from samebit.kernels.cpu.linear import linear_blocked, linear_padded, use_blocked
+from samebit.kernels.linear import linear
 from samebit.kernels.profile import numerics_profile
 from samebit.kernels.rms_norm import add_rms_norm, rms_norm
 from samebit.kernels.rope import rope_table

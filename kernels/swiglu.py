@@ -1,9 +1,6 @@
 """swiglu: silu(gate) * up in fp32 from the rounded products, one rounding.
 
-Contract: silu(g) = g / (1 + exp(-g)). On the CPU it is composed of exp and exact operations:
-torch's own silu and sigmoid use another exp for the last elements of an array than for the rest, so
-an element's bits would depend on its place (measured: unequal at every odd offset tried).
-Source: Shazeer 2020, arXiv 2002.05202.
+Contract: silu(g) = g / (1 + exp(-g)). Source: Shazeer 2020, arXiv 2002.05202.
 """
 
 from typing import Any
@@ -11,8 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from samebit.kernels.cpu import swiglu as cpu
 from samebit.kernels.linear import linear
-from samebit.kernels.op import Op, require_fp32
+from samebit.kernels.op import Op
+
+_GPU = "samebit.kernels.gpu.swiglu"
 
 
 def swiglu_ref(gate_up: torch.Tensor) -> torch.Tensor:
@@ -21,13 +21,7 @@ def swiglu_ref(gate_up: torch.Tensor) -> torch.Tensor:
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
-def _swiglu_cpu(gate_up: torch.Tensor) -> torch.Tensor:
-    require_fp32("swiglu", gate_up)
-    gate, up = gate_up.chunk(2, dim=-1)
-    return gate / (1 + torch.exp(-gate)) * up
-
-
-_forward = Op("swiglu", cpu=_swiglu_cpu, cuda="samebit.kernels.gpu.rows:swiglu")
+_forward = Op("swiglu", cpu=cpu.swiglu, cuda=f"{_GPU}:swiglu")
 
 
 def swiglu_backward_ref(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
@@ -43,7 +37,7 @@ def swiglu_backward_ref(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tens
 _backward = Op(
     "swiglu_backward",
     cpu=swiglu_backward_ref,
-    cuda="samebit.kernels.gpu.rows_backward:swiglu_backward",
+    cuda=f"{_GPU}:swiglu_backward",
 )
 
 
@@ -74,5 +68,5 @@ _swiglu_linear = Op(
 
 
 def swiglu_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """swiglu(linear(x, weight)), x [T, K], weight [2F, K] = [gate; up] -> [T, F]; inference."""
+    """swiglu(linear(x, weight)) for inference: x [T, K], weight [2F, K] = [gate; up] -> [T, F]."""
     return _swiglu_linear(x, weight)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from samebit.kernels.profile import NumericsProfile, numerics_profile
-from samebit.kernels.reduce import ALONE, RankGroup, smallest
+from samebit.kernels.reduce import ALONE, RankGroup
 from samebit.rollout.config import (
     EngineConfig,
     as_path,
@@ -45,6 +45,7 @@ from samebit.rollout.runtime.weight_control import WeightControl
 from samebit.rollout.runtime.weights import load_dummy, load_safetensors
 from samebit.rollout.types import Completion, Request, SamplingParams
 from samebit.weight_sync.mapping import Shard
+from samebit.weight_sync.objects import smallest
 from samebit.weight_sync.session import UpdateSession
 from samebit.weight_sync.transports.file import read_version
 from samebit.weight_sync.types import WeightVersion
@@ -257,7 +258,7 @@ class Engine(WeightControl):
             token_bytes = kv_bytes_per_token(m, c.dtype) // c.ranks.size
             affordable = automatic_kv_bytes(c.device) // token_bytes
             tokens = max(c.page_size, min(affordable, c.max_num_seqs * self.max_model_len))
-            tokens = smallest(tokens, c.ranks)  # all ranks take the same decisions
+            tokens = smallest(tokens, c.ranks.group)  # all ranks take the same decisions
         num_pages = tokens // c.page_size
         self.kv_capacity = num_pages * c.page_size
         self.pool = PagePool(num_pages)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from samebit.kernels.objects import encode
+from samebit.weight_sync.objects import encode
 
 CHANGED = {1: 0.25, 4: -0.5, 5: 0.125}
 """Rows of the last sample whose log-probs are not the trainer's, and by how much."""

@@ -11,10 +11,12 @@ from helpers import file_size_limit
 from policy_steps import gradient_samples, policy_step, refusals
 from torch.distributed import distributed_c10d
 
-from samebit.kernels import linear, selfcheck
-from samebit.kernels.reduce import RankGroup, gather_objects
+from samebit.kernels import selfcheck
+from samebit.kernels.cpu import linear
+from samebit.kernels.reduce import RankGroup
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
+from samebit.weight_sync.objects import gather_objects
 
 LENS = (1, 17, 70, 33)
 PARAMS = (

@@ -9,11 +9,9 @@ from rank_programs import start
 
 from samebit.kernels.reduce import (
     gather_columns,
-    gather_objects,
     gather_rows,
     own_rows,
     row_parallel_linear,
-    smallest,
     sum_of_own_rows,
     sum_over_ranks,
     vocab_parallel_embedding,
@@ -21,6 +19,7 @@ from samebit.kernels.reduce import (
 from samebit.trainer.ranks import is_first, on_first, place, together
 from samebit.weight_sync.digest import digest_sum, weights_digest
 from samebit.weight_sync.mapping import ParamSpec, RowBlock
+from samebit.weight_sync.objects import gather_objects, smallest
 
 
 class Told(RuntimeError):
@@ -70,7 +69,7 @@ def agree(rank, size, store, out):
     found = {
         "place": [*place(), is_first()],
         "objects": gather_objects({"rank": own, "long": "x" * 1000 * own, "values": [0.1] * own}),
-        "smallest": [smallest(value, ranks) for value in (own, 5 - own)],
+        "smallest": [smallest(value, group) for value in (own, 5 - own)],
         "sum": sum_over_ranks(parts[own], ranks, torch.float32).tolist(),
         "rounded once": sum_over_ranks(rounded[own], ranks, torch.bfloat16).tolist(),
         "own rows of sum": sum_of_own_rows(rows, ranks, torch.float32).tolist(),

@@ -22,7 +22,6 @@ from typing import IO, Any
 
 import torch
 
-from samebit.kernels.reduce import gather_objects
 from samebit.trainer.checkpoint import (
     MANIFEST,
     NAME,
@@ -35,6 +34,7 @@ from samebit.trainer.checkpoint import (
 )
 from samebit.trainer.ranks import is_first, place, together
 from samebit.weight_sync.disk import exchange, make_folder, sync
+from samebit.weight_sync.objects import gather_objects
 
 _LEFTOVER = re.compile(rf"\.{NAME.pattern}\.(tmp|old)")
 _LOOK_S = 0.02

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from samebit.kernels.reduce import gather_objects
+from samebit.weight_sync.objects import gather_objects
 
 
 def place() -> tuple[int, int]:
@@ -33,7 +33,7 @@ def together(error_type: type[Exception]) -> Iterator[None]:
 def on_first[T](function: Callable[[], T], error_type: type[Exception]) -> T:
     """The result of `function`, which the first process alone runs, on every one.
 
-    It is a plain value (kernels.objects).
+    It is a plain value (weight_sync.objects).
     """
     result: T | None = None
     with together(error_type):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from samebit.kernels.attention import packed_attention, paged_attention, plan_packed, plan_paged
-from samebit.kernels.linear import linear, logits
+from samebit.kernels.linear import linear
 from samebit.kernels.logprob import logsumexp
 from samebit.kernels.profile import numerics_profile
 from samebit.kernels.rms_norm import add_rms_norm, rms_norm
@@ -67,6 +67,10 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+def _logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return linear(x, weight, torch.float32)
+
+
 def _torch_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.mm(x, weight.t(), out_dtype=torch.float32)
 
@@ -82,7 +86,7 @@ def bench_linear(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
         weights = [_randn(n, k) for _ in range(num_copies(2 * n * k))]
         inputs = _randn(max(run.measured_rows), k)
         is_head = shape == "lm_head"
-        ours, theirs = (logits, _torch_logits) if is_head else (linear, F.linear)
+        ours, theirs = (_logits, _torch_logits) if is_head else (linear, F.linear)
         for m in run.measured_rows:
             cost = (2 * m * n * k, 2 * (n + m) * k + (4 if is_head else 2) * m * n)
             flops, num_bytes = cost

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 
 from samebit.kernels.profile import numerics_profile
-from samebit.kernels.reduce import gather_objects
 from samebit.recipes.bench.config import BenchTrainerRun, Pack
 from samebit.recipes.bench.idle import Activity, recorded
 from samebit.recipes.bench.output import (
@@ -36,6 +35,7 @@ from samebit.trainer.flops import PEAK_SOURCE, peak_flops, train_flops
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.types import MicroBatch, Sample
+from samebit.weight_sync.objects import gather_objects
 
 
 def make_batches(

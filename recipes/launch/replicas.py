@@ -4,9 +4,9 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from samebit.kernels.reduce import gather_objects
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import Completion, SamplingParams
+from samebit.weight_sync.objects import gather_objects
 from samebit.weight_sync.types import VersionSpan, WeightVersion
 
 

@@ -36,7 +36,7 @@ class StopSignals:
 
     def poll_together(self) -> None:
         """Every process calls it between two steps: Stopped on all if one has got a signal."""
-        from samebit.kernels.reduce import gather_objects
+        from samebit.weight_sync.objects import gather_objects
 
         names = gather_objects(self.received.name if self.received is not None else "")
         if received := [name for name in names if name]:

@@ -21,9 +21,10 @@ from samebit.kernels.attention import (
     plan_paged,
 )
 from samebit.kernels.attention_inputs import attention_inputs
+from samebit.kernels.contract import padded_vocab_size
 from samebit.kernels.kv_write import kv_write
-from samebit.kernels.linear import linear, linear_in_segments, logits
-from samebit.kernels.logprob import logprob, logsumexp, padded_vocab_size
+from samebit.kernels.linear import linear, linear_in_segments
+from samebit.kernels.logprob import logprob, logsumexp
 from samebit.kernels.rms_norm import add_rms_norm, rms_norm
 from samebit.kernels.rope import rope, rope_table
 from samebit.kernels.sample import allowed_tokens, draw, draw_with_logprobs
@@ -71,7 +72,7 @@ def linear_pass(make: Inputs) -> Iterator[torch.Tensor]:
         for m in (1, 17, 300, 700):
             x = make.normal(m, k, seed=1)
             yield from with_gradients(linear(x, weight), x, weight)
-            yield logits(x.detach(), weight.detach())
+            yield linear(x.detach(), weight.detach(), torch.float32)
             yield linear_in_segments(x.detach(), weight.detach(), 4)
 
 

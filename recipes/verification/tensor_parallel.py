@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from samebit.kernels.reduce import gather_objects
 from samebit.recipes.bench.timing import timed
 from samebit.recipes.data.samples import drawn_sample
 from samebit.recipes.run.metrics import write_atomically
@@ -37,6 +36,7 @@ from samebit.trainer.megatron.forward import ForwardModel
 from samebit.trainer.megatron.setup import initialize
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.stats import count_mismatches
+from samebit.weight_sync.objects import gather_objects
 
 MODULE = "samebit.recipes.verification.tensor_parallel"
 DEFAULTS = {

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
+from samebit.kernels.contract import TP_SEGMENTS, padded_vocab_size
 from samebit.kernels.linear import linear
-from samebit.kernels.logprob import logits_of, padded_vocab_size
+from samebit.kernels.logprob import logits
 from samebit.kernels.reduce import (
     ALONE,
-    TP_SEGMENTS,
     RankGroup,
     row_parallel_linear,
     vocab_parallel_embedding,
@@ -212,4 +212,4 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [S, D] after the final norm -> [S, V] fp32, before any temperature."""
-        return logits_of(hidden, self._output_weight, self.config.vocab_size, self.ranks)
+        return logits(hidden, self._output_weight, self.config.vocab_size, self.ranks)

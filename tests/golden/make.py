@@ -4,7 +4,7 @@
 
 Run by hand, once for every numerics profile that is to be held to the bit: another CPU or GPU
 model, another torch. A file that is there is never overwritten. If values have changed under an
-equal profile, bits have: raise CONTRACT_VERSION in kernels/profile.py, which gives the profile
+equal profile, bits have: raise CONTRACT_VERSION in kernels/contract.py, which gives the profile
 another name, and replace the old version's files. Only where the program itself asks for something
 else, and nothing that it asked for before has changed, remove the file and make it again.
 """
@@ -33,7 +33,7 @@ def main(device: str) -> int:
         if changed:
             print(
                 f"{len(changed)} values are not those of {file}, which was left as it is. If bits "
-                "have changed, raise CONTRACT_VERSION in kernels/profile.py; see this program's "
+                "have changed, raise CONTRACT_VERSION in kernels/contract.py; see this program's "
                 "docstring"
             )
         return int(bool(changed))

@@ -10,8 +10,9 @@ from samebit.kernels.attention import (
     plan_packed,
     plan_paged,
 )
+from samebit.kernels.contract import tree_sum
 from samebit.kernels.kv_write import kv_write, kv_write_ref
-from samebit.kernels.linear import linear, linear_in_segments, tree_sum
+from samebit.kernels.linear import linear, linear_in_segments
 from samebit.kernels.logprob import logprob, logsumexp
 from samebit.kernels.rms_norm import rms_norm, rms_norm_ref
 from samebit.kernels.rope import rope, rope_ref, rope_table

@@ -6,14 +6,8 @@ import math
 import pytest
 import torch
 
-from samebit.kernels.linear import tree_sum
-from samebit.kernels.logprob import (
-    NUM_SEGMENTS,
-    VOCAB_MULTIPLE,
-    logprob,
-    logprob_of,
-    padded_vocab_size,
-)
+from samebit.kernels.contract import LSE_SEGMENTS, VOCAB_MULTIPLE, padded_vocab_size, tree_sum
+from samebit.kernels.logprob import logprob, logprob_of
 from samebit.kernels.rms_norm import rms_norm
 from samebit.kernels.sample import allowed_tokens, draw, draw_with_logprobs, gumbel_noise
 
@@ -136,7 +130,7 @@ def test_rows_beyond_one_chunk_of_logits():
 
 def test_the_vocabulary_is_cut_into_eight_segments_of_its_padded_size():
     """What tensor parallel ranks share: the sum over segments is part of the contract."""
-    assert (VOCAB_MULTIPLE, NUM_SEGMENTS) == (1024, 8)
+    assert (VOCAB_MULTIPLE, LSE_SEGMENTS) == (1024, 8)
     sizes = {1: 1024, 1024: 1024, 1025: 2048, 151_936: 152_576}
     assert {size: padded_vocab_size(size) for size in sizes} == sizes
 

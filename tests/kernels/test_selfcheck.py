@@ -10,18 +10,18 @@ import torch
 import triton
 from helpers import assert_same_bits
 
-from samebit.kernels import linear as linear_module
 from samebit.kernels import selfcheck as selfcheck_module
 from samebit.kernels.attention import (
-    KV_TILE,
     packed_attention,
     paged_attention,
     plan_packed,
     plan_paged,
 )
-from samebit.kernels.linear import linear, linear_blocked, linear_padded, use_blocked
-from samebit.kernels.logprob import NUM_SEGMENTS
-from samebit.kernels.profile import CONTRACT_VERSION, NumericsProfile, numerics_profile
+from samebit.kernels.contract import CONTRACT_VERSION, CPU_KV_TILE, LSE_SEGMENTS
+from samebit.kernels.cpu import linear as cpu_linear
+from samebit.kernels.cpu.linear import linear_blocked, linear_padded, use_blocked
+from samebit.kernels.linear import linear
+from samebit.kernels.profile import NumericsProfile, numerics_profile
 from samebit.kernels.reduce import RankGroup
 from samebit.kernels.selfcheck import (
     ROW_COUNTS,
@@ -44,7 +44,7 @@ WIDTHS = (48, 16, 104)
 def _private_state(monkeypatch, tmp_path):
     """An empty cache, and no shape marked as blocked, for each test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(linear_module, "_blocked_shapes", set())
+    monkeypatch.setattr(cpu_linear, "_blocked_shapes", set())
 
 
 def cache_files(tmp_path) -> list[Path]:
@@ -196,7 +196,7 @@ def test_shapes_that_failed_are_computed_by_blocks(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         selfcheck(SHAPES, HEADS, WIDTHS)
     assert "(331, 48)" in caplog.text
-    assert linear_module._blocked_shapes == {(331, 48)}
+    assert cpu_linear._blocked_shapes == {(331, 48)}
     assert_same_bits(linear(x, weight), before)
 
 
@@ -204,7 +204,7 @@ def test_parts_of_weights_are_checked_too(monkeypatch):
     """Products that tp_invariant cuts into segments have shapes of their own."""
     monkeypatch.setattr(selfcheck_module, "linear_padded", lambda x, w: linear_padded(x, w) + 1)
     selfcheck(SHAPES, HEADS, WIDTHS, segments=[(48, 8)])
-    assert linear_module._blocked_shapes == {*SHAPES, (48, 8)}
+    assert cpu_linear._blocked_shapes == {*SHAPES, (48, 8)}
 
 
 def test_forced_blocks_give_equal_bits():
@@ -248,8 +248,8 @@ def test_the_profile_of_this_process():
     found = asdict(numerics_profile(torch.device("cpu"), tp_size=2))
     assert found.pop("architecture").endswith(torch.backends.cpu.get_cpu_capability())
     assert found == {
-        "device_type": "cpu", "tp_size": 2, "tp_invariant": False, "kv_tile": KV_TILE,
-        "kv_split": None, "lse_segments": NUM_SEGMENTS, "attention": "canonical",
+        "device_type": "cpu", "tp_size": 2, "tp_invariant": False, "kv_tile": CPU_KV_TILE,
+        "kv_split": None, "lse_segments": LSE_SEGMENTS, "attention": "canonical",
         "contract_version": CONTRACT_VERSION, "torch_version": torch.__version__,
         "triton_version": triton.__version__,
     }  # fmt: skip

@@ -16,7 +16,7 @@ pytestmark = [
 _SUMS = """
 import sys, torch, torch.distributed as dist
 from samebit.kernels.gpu.peers import peers_of
-from samebit.kernels.linear import tree_sum
+from samebit.kernels.contract import tree_sum
 from samebit.kernels.reduce import (
     RankGroup, gather_columns, reduce_ref, sum_of_own_rows, sum_over_ranks,
 )

@@ -10,7 +10,7 @@ import multiprocessing, time
 from random import Random
 import torch, triton
 from samebit.kernels.gpu import peers
-from samebit.kernels.linear import tree_sum
+from samebit.kernels.contract import tree_sum
 
 CAPACITY, PROGRAMS, BLOCK = 1024, 4, 32
 GATHER, WIDTH = 3, 70

@@ -8,14 +8,13 @@ import torch
 from samebit.kernels.reduce import (
     ALONE,
     gather_columns,
-    gather_objects,
     own_rows,
-    smallest,
     sum_over_ranks,
 )
 from samebit.trainer.ranks import is_first, on_first, place, together
 from samebit.weight_sync.digest import weights_digest
 from samebit.weight_sync.mapping import plain
+from samebit.weight_sync.objects import gather_objects, smallest
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +81,7 @@ def test_alone_there_is_nobody_to_ask():
     """One process outside torch.distributed, as in a notebook."""
     x = torch.arange(4.0).view(2, 2)
     assert gather_objects(object) == [object]
-    assert smallest(7, ALONE) == 7
+    assert smallest(7, None) == 7
     assert sum_over_ranks(x, ALONE, torch.bfloat16).dtype is torch.bfloat16
     assert gather_columns(x, ALONE) is x
     assert torch.equal(own_rows(x, ALONE), x)

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from samebit.kernels.linear import linear, linear_in_segments, tree_sum
+from samebit.kernels.contract import TP_SEGMENTS, tree_sum
+from samebit.kernels.linear import linear, linear_in_segments
 from samebit.kernels.profile import numerics_profile
-from samebit.kernels.reduce import TP_SEGMENTS, RankGroup
+from samebit.kernels.reduce import RankGroup
 from samebit.recipes.cli.compose import ConfigError, resolve
 from samebit.recipes.tiny_model import write_config, write_weights
 from samebit.rollout.engine import Engine

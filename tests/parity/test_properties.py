@@ -7,6 +7,7 @@ import torch
 
 from samebit.kernels import linear as linear_module
 from samebit.kernels import sample as sample_module
+from samebit.kernels.cpu import sample as cpu_sample
 from samebit.recipes.tiny_model import make_random_model
 from samebit.recipes.verification.properties import (
     PROPERTIES,
@@ -100,7 +101,7 @@ def test_a_plain_matmul_is_found_out(qwen3_path, monkeypatch):
 
 def test_noise_by_place_in_the_batch_is_found_out(qwen3_path, monkeypatch):
     """A generator that is shared by the batch draws other tokens in another order."""
-    original = sample_module._gumbel_noise_cpu
+    original = cpu_sample.gumbel_noise
 
     def by_row(seeds, positions, sample_ids, vocab_size):
         return original(seeds, positions, torch.arange(len(seeds)), vocab_size)

@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from samebit.kernels.attention import plan_packed
-from samebit.kernels.logprob import logprob, padded_vocab_size
+from samebit.kernels.contract import padded_vocab_size
+from samebit.kernels.logprob import logprob
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import rope_table_of
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.context import ContextShare
+from samebit.trainer.megatron.main_grad import main_grad_of
 from samebit.trainer.megatron.parallel import ranks_of, spread
 from samebit.trainer.megatron.spec import ContractConfig, PackedSequences, block_submodules
 from samebit.trainer.megatron.stages import Stage, stage_specs
@@ -168,4 +170,7 @@ def _logprob_head(
     hidden = whole.squeeze(1)[batch.rows]
     weight = output_layer.weight if output_weight is None else output_weight
     temperature = torch.full((len(batch.rows),), batch.temperature, device=hidden.device)
-    return torch.stack(logprob(hidden, weight, batch.target_ids, temperature, vocab_size, ranks))
+    main_grad = main_grad_of(weight)
+    return torch.stack(
+        logprob(hidden, weight, batch.target_ids, temperature, vocab_size, ranks, main_grad)
+    )

@@ -20,6 +20,7 @@ from samebit.kernels.reduce import (
     sum_over_ranks,
 )
 from samebit.trainer.context import ContextShare
+from samebit.trainer.megatron.main_grad import main_grad_of
 
 
 def ranks_of(group: dist.ProcessGroup, invariant: bool = False) -> RankGroup:
@@ -78,7 +79,7 @@ class _GatherContext(torch.autograd.Function):
 
 
 def gather_context(x: torch.Tensor, share: ContextShare | None) -> torch.Tensor:
-    """This rank's and all other keys or values [T, K, H], in the packed batch's order."""
+    """This rank's and all other keys or values [T, Hkv, Dh], in the packed batch's order."""
     return x if share is None else _GatherContext.apply(x, share)
 
 
@@ -98,6 +99,8 @@ def row_parallel(
     x: torch.Tensor, weight: torch.Tensor, ranks: RankGroup, sequence: bool
 ) -> torch.Tensor:
     """x [T, b, K / size] times this rank's weight [N, K / size], summed: [T or T / size, b, N]."""
+    main_grad = main_grad_of(weight)
     if not ranks.sums:
-        return linear(x, weight)
-    return _Collect.apply(partial_linear(x, weight, ranks), ranks, sequence, x.dtype)
+        return linear(x, weight, main_grad=main_grad)
+    partial = partial_linear(x, weight, ranks, main_grad)
+    return _Collect.apply(partial, ranks, sequence, x.dtype)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from samebit.kernels.reduce import RankGroup, gather_objects
+from samebit.kernels.reduce import RankGroup
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron import cpu
 from samebit.trainer.megatron.parallel import ranks_of
@@ -21,6 +21,7 @@ from samebit.weight_sync.meeting import (
     prove_secret,
     stay_on_loopback,
 )
+from samebit.weight_sync.objects import gather_objects
 
 TIMEOUT = timedelta(hours=4)
 """Of a collective: one process may score, evaluate or write for long. A launcher sees who dies."""

@@ -29,6 +29,7 @@ from samebit.kernels.rms_norm import rms_norm
 from samebit.kernels.rope import rope
 from samebit.kernels.swiglu import swiglu
 from samebit.trainer.context import ContextShare
+from samebit.trainer.megatron.main_grad import main_grad_of
 from samebit.trainer.megatron.parallel import gather_context, ranks_of, row_parallel, spread
 
 
@@ -70,7 +71,8 @@ class ContractColumnLinear(ColumnParallelLinear):
     ) -> tuple[torch.Tensor, None]:
         """[s, b, K] ([s / size, b, K] if sequence parallel) -> [s, b, N / size]."""
         x = spread(input_, ranks_of(self.tp_group), self.sequence_parallel)
-        return linear(x, self.weight if weight is None else weight), None
+        weight = self.weight if weight is None else weight
+        return linear(x, weight, main_grad=main_grad_of(weight)), None
 
 
 class ContractRowLinear(RowParallelLinear):
@@ -114,7 +116,7 @@ class CoreAttention(MegatronModule):
         packed_seq_params: PackedSequences | None = None,
         **_unused: Any,
     ) -> torch.Tensor:
-        """query [T, N, H], key and value [T, K, H] -> [T, N * H]; T of this context rank."""
+        """query [T, Hq, Dh], key and value [T, Hkv, Dh] -> [T, Hq * Dh]; T of this context rank."""
         assert packed_seq_params is not None
         positions, plan = packed_seq_params.positions, packed_seq_params.plan
         assert positions is not None

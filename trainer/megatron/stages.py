@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from megatron.core import parallel_state
 
-from samebit.kernels.reduce import gather_objects
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import EMBEDDING, OUTPUT, param_specs
 from samebit.trainer.types import MicroBatch
 from samebit.weight_sync.mapping import ParamSpec, Shard
+from samebit.weight_sync.objects import gather_objects
 
 FILLER = -1
 """Index of a micro-batch that counts for nothing."""
@@ -107,5 +107,5 @@ def stage_specs(model: ModelConfig, shard: Shard, stage: Stage) -> list[ParamSpe
 
 
 def from_last_stage[T](value: T) -> T:
-    """The last stage's plain value (kernels.objects), on every stage."""
+    """The last stage's plain value (weight_sync.objects), on every stage."""
     return gather_objects(value, parallel_state.get_pipeline_model_parallel_group())[-1]

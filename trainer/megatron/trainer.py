@@ -27,8 +27,6 @@ from megatron.core.parallel_state import (
     get_pipeline_model_parallel_group,
 )
 
-from samebit.kernels.linear import own_gradients
-from samebit.kernels.reduce import gather_objects
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import selfcheck_model
 from samebit.trainer.algorithms.base import Loss
@@ -36,6 +34,7 @@ from samebit.trainer.config import OptimizerConfig, ParallelConfig
 from samebit.trainer.context import share_context
 from samebit.trainer.megatron.cpu import no_cuda
 from samebit.trainer.megatron.forward import ForwardModel, batch_logprobs, run_schedule
+from samebit.trainer.megatron.main_grad import own_gradients
 from samebit.trainer.megatron.model import build_model, forward_logprobs
 from samebit.trainer.megatron.offload import OffloadedState
 from samebit.trainer.megatron.optimizer_state import (
@@ -52,6 +51,7 @@ from samebit.trainer.stats import Totals
 from samebit.trainer.types import MicroBatch, NonFiniteError, StepStats
 from samebit.weight_sync.digest import weights_digest
 from samebit.weight_sync.mapping import ParamSpec, Shard
+from samebit.weight_sync.objects import gather_objects
 
 
 class MegatronTrainer:

@@ -1,6 +1,6 @@
-"""Plain values as bytes and back, to the bit, for what processes tell each other.
+"""What processes tell each other: plain values, as bytes and back to the bit.
 
-There are None, bool, int, float, str, bytes, list, tuple, dict, array.array of numbers, and tensors
+Plain are None, bool, int, float, str, bytes, list, tuple, dict, array.array of numbers, and tensors
 in the CPU's memory. To decode runs nothing that the bytes name, as a pickle would: at worst it
 raises ValueError. All machines have one byte order.
 """
@@ -11,6 +11,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
+
+from samebit.weight_sync.meeting import meeting_device
 
 _DTYPES = {
     str(dtype): dtype
@@ -24,12 +27,12 @@ _CONSTANTS: dict[bytes, Any] = {b"N": None, b"T": True, b"F": False}
 
 
 def encode(value: Any) -> bytes:
-    """TypeError for a value of another type, also of a subclass of these."""
+    """The value's bytes. Raises TypeError for another type, also for a subclass of these."""
     return b"".join(_encoded(value))
 
 
 def decode(data: bytes) -> Any:
-    """The value that was encoded; ValueError for anything else."""
+    """The value that was encoded. Raises ValueError for anything else."""
     reader = _Reader(data)
     try:
         value = reader.value()
@@ -38,6 +41,35 @@ def decode(data: bytes) -> Any:
     if reader.place != len(data):
         raise ValueError(f"damaged message: {len(data) - reader.place} bytes too many")
     return value
+
+
+def gather_objects[T](value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every process's plain value, in rank order (of all processes, or of a group).
+
+    Without torch.distributed there is one value. Raises TypeError for one that is not plain.
+    """
+    size = dist.get_world_size(group) if dist.is_initialized() else 1
+    if size == 1:
+        return [value]
+    device = meeting_device(group)
+    data = torch.frombuffer(bytearray(encode(value)), dtype=torch.uint8)
+    length = torch.tensor([len(data)], device=device)
+    lengths = [int(n) for n in _gather(length, size, group)]
+    padded = torch.zeros(max(lengths), dtype=torch.uint8)
+    padded[: len(data)] = data
+    parts = zip(_gather(padded.to(device), size, group), lengths, strict=True)
+    return [decode(part[:n].cpu().numpy().tobytes()) for part, n in parts]
+
+
+def smallest(value: int, group: dist.ProcessGroup | None) -> int:
+    """The least of the values of a group's processes; no group: this process is alone."""
+    return value if group is None else min(gather_objects(value, group))
+
+
+def _gather(x: torch.Tensor, size: int, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+    parts = [torch.empty_like(x) for _ in range(size)]
+    dist.all_gather(parts, x, group=group)
+    return parts
 
 
 def _sized(tag: bytes, content: bytes) -> bytes:

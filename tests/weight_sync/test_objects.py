@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import assert_same_bits
 
-from samebit.kernels.objects import decode, encode
+from samebit.weight_sync.objects import decode, encode
 
 VALUES = [
     *(None, True, False, 0, 1, -1, 255, -256, (1 << 63) - 1, 1 << 63, -(1 << 80)),

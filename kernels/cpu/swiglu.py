@@ -1,0 +1,16 @@
+"""swiglu on the CPU, composed of exp and exact operations.
+
+torch's own silu and sigmoid use another exp for the last elements of an array than for the rest, so
+an element's bits would depend on its place (measured: unequal at every odd offset tried).
+"""
+
+import torch
+
+from samebit.kernels.op import require_fp32
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """gate_up [..., 2F] = [gate; up] fp32 -> [..., F]."""
+    require_fp32("swiglu", gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return gate / (1 + torch.exp(-gate)) * up

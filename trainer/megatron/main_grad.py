@@ -1,0 +1,20 @@
+"""The fp32 buffers in which Megatron sums up gradients: the one place that knows its attributes."""
+
+from collections.abc import Iterable
+
+import torch
+
+
+def main_grad_of(weight: torch.Tensor) -> torch.Tensor | None:
+    """The buffer, if any, that products on a GPU add the weight's gradient to without rounding.
+
+    Where there is none, autograd is given the gradient and Megatron's hook adds it to the buffer.
+    """
+    fused = weight.is_cuda and not getattr(weight, "own_gradient", False)
+    return getattr(weight, "main_grad", None) if fused else None
+
+
+def own_gradients(weights: Iterable[torch.Tensor]) -> None:
+    """Have autograd be given these weights' gradients: something waits for it to get them."""
+    for weight in weights:
+        weight.own_gradient = True  # type: ignore[attr-defined]
