@@ -85,10 +85,11 @@ def attention_ref(
     return torch.cat(outputs)
 
 
-_GPU = "samebit.kernels.gpu.attention"
-_attend = Op("attention", cpu=cpu.attend, cuda=f"{_GPU}:attend")
+_attend = Op("attention", cpu=cpu.attend, cuda="samebit.kernels.gpu.attention:attend")
 _attend_backward = Op(
-    "attention_backward", cpu=cpu.attend_backward, cuda=f"{_GPU}_backward:attend_backward"
+    "attention_backward",
+    cpu=cpu.attend_backward,
+    cuda="samebit.kernels.gpu.attention_backward:attend_backward",
 )
 
 

@@ -44,6 +44,9 @@ GPU_LSE_BLOCK = 1024
 """The elements of a segment that are summed side by side on a GPU, block after block, before the
 one tree over the block."""
 
+GPU_LIMITS_BLOCK = 4096
+"""The tokens whose masses are summed side by side where top_p's threshold is sought on a GPU."""
+
 TP_SEGMENTS = 8
 """The parts of K that a row-parallel product is cut into under tp_invariant, and the most ranks."""
 

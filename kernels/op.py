@@ -22,7 +22,7 @@ class Op:
     """
 
     def __init__(self, name: str, **implementations: Callable[..., Any] | str) -> None:
-        """An implementation is a function, or "module:function" where triton is needed: imported late."""
+        """An implementation is a function, or "module:function" of one that needs triton."""
         self.name = name
         self.implementations = implementations
 

@@ -1,9 +1,9 @@
 """attention on the GPU: KV tiles and splits at absolute positions, ordered merge, tensor cores.
 
-Within a split, an online softmax over tiles of KV_TILE keys; it restarts at each split, and the
-splits' (max, sum, accumulator) merge in ascending order. So decode (decode_attention.py: a split
-per program) and prefill or training (here: splits looped in registers, tiles of 64 or 128 rows)
-give the same bits.
+Within a split, an online softmax runs over tiles of GPU_KV_TILE keys; it starts anew at each split,
+and the splits' (max, sum, accumulator) merge in ascending order. So decode (decode_attention.py: a
+split per program) and prefill or training (here: splits looped in registers, tiles of 64 or 128
+rows) give the same bits.
 """
 
 import functools
@@ -15,8 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from samebit.kernels.attention import GPU_KV_SPLIT as KV_SPLIT
-from samebit.kernels.attention import GPU_KV_TILE as KV_TILE
+from samebit.kernels.contract import GPU_KV_SPLIT, GPU_KV_TILE
 from samebit.kernels.gpu.decode_attention import (
     LOG2E,
     DecodeEntries,
@@ -29,7 +28,7 @@ from samebit.kernels.transfer import to_device
 
 @dataclass(frozen=True)
 class GpuAttentionPlan:
-    """Device metadata of one batch. Sequences with one new token decode, the others prefill."""
+    """What the kernels know of one batch: sequences with one new token decode, others prefill."""
 
     query_starts: torch.Tensor  # [B] int32: first row of each sequence among the T queries
     key_starts: torch.Tensor  # [B] int32: first row of each sequence's keys, packed form only
@@ -62,7 +61,7 @@ class GpuAttentionPlan:
 
 @dataclass(frozen=True)
 class SpreadKeys:
-    """Every part's keys one behind another, as if they were its own."""
+    """Holds every part's keys one behind another, as if they were its own."""
 
     boundaries: torch.Tensor
     """[B + 1] int32: the first key of each part, and the end."""
@@ -73,7 +72,7 @@ class SpreadKeys:
 
     @classmethod
     def of(cls, lens: Sequence[int], starts: Sequence[int], device: torch.device) -> "SpreadKeys":
-        """Of parts with so many keys each, from there on."""
+        """The keys of parts with lens[i] keys each, from starts[i] on."""
         boundaries = _boundaries(lens)
         rounds: list[list[torch.Tensor]] = []
         seen: dict[int, int] = {}
@@ -87,9 +86,9 @@ class SpreadKeys:
         return cls(to_device(boundaries, device), to_device(rows, device), of_round)
 
     def summed(self, spread: torch.Tensor, num_keys: int) -> torch.Tensor:
-        """What was computed for each part's keys [sum, K, H], for the packed ones [T, K, H].
+        """Sum what was computed for each part's keys [sum, Hkv, Dh], for the packed ones.
 
-        In fp32, part by part; rounded once.
+        Returns [num_keys, Hkv, Dh], added up in fp32, part by part, and rounded once.
         """
         total = spread.new_zeros((num_keys, *spread.shape[1:]), dtype=torch.float32)
         for part in self.rounds:  # a key stands once in each
@@ -161,7 +160,7 @@ def decode_plan(
 ) -> GpuAttentionPlan:
     """A plan for decode steps alone, whose entries decode_ends.decode_inputs fills in.
 
-    page_table [slots, max_pages] int32; contexts of at most max_context tokens.
+    page_table [slots, max_pages] int32; contexts have at most max_context tokens.
     """
     device = page_table.device
     rows = torch.arange(num_entries, dtype=torch.int32, device=device)
@@ -187,9 +186,9 @@ def decode_plan(
 def _prefill_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, query_starts, key_starts, query_lens, context_lens,
     pages_ptr, tile_seq, tile_start, max_pages, num_tokens, q_stride, q_head, stride, kv_head,
-    qk_scale, N, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    TILE: tl.constexpr, SPLIT: tl.constexpr, PAGED: tl.constexpr, PAGE: tl.constexpr,
-    LSE: tl.constexpr, ONE_SPLIT: tl.constexpr,
+    qk_scale, HEADS, GROUP: tl.constexpr, DH: tl.constexpr, BLOCK_DH: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, PAGED: tl.constexpr,
+    PAGE: tl.constexpr, LSE: tl.constexpr, ONE_SPLIT: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     seq = tl.load(tile_seq + tl.program_id(1))
@@ -200,8 +199,8 @@ def _prefill_kernel(
     live = local < query_len
     position = context_len - query_len + local
     row = tl.load(query_starts + seq).to(tl.int64) + local
-    d = tl.arange(0, BLOCK_D)
-    inside = live[:, None] & (d < D)[None, :]
+    d = tl.arange(0, BLOCK_DH)
+    inside = live[:, None] & (d < DH)[None, :]
     q = tl.load(
         q_ptr + row[:, None] * q_stride + head * q_head + d[None, :], mask=inside, other=0.0
     )
@@ -212,18 +211,20 @@ def _prefill_kernel(
     pages = pages_ptr + seq.to(tl.int64) * max_pages
     key_start = tl.load(key_starts + seq)
     m, total, acc = split_pass(
-        q, k_head, v_head, pages, key_start, position, 0, whole, tl.minimum(SPLIT, end),
-        stride, qk_scale, D, BLOCK_D, ROWS, TILE, SPLIT, PAGED, PAGE, True,
+        q=q, k_ptr=k_head, v_ptr=v_head, pages=pages, key_start=key_start, position=position,
+        lo=0, whole=whole, hi=tl.minimum(SPLIT, end), stride=stride, qk_scale=qk_scale, DH=DH,
+        BLOCK_DH=BLOCK_DH, ROWS=ROWS, TILE=TILE, SPLIT=SPLIT, PAGED=PAGED, PAGE=PAGE, UNMASKED=True,
     )  # fmt: skip
     if not ONE_SPLIT:
         for s0 in range(SPLIT, end, SPLIT):
             next_m, next_total, next_acc = split_pass(
-                q, k_head, v_head, pages, key_start, position, s0, whole,
-                tl.minimum(s0 + SPLIT, end), stride, qk_scale, D, BLOCK_D, ROWS, TILE, SPLIT, PAGED,
-                PAGE, True,
+                q=q, k_ptr=k_head, v_ptr=v_head, pages=pages, key_start=key_start,
+                position=position, lo=s0, whole=whole, hi=tl.minimum(s0 + SPLIT, end),
+                stride=stride, qk_scale=qk_scale, DH=DH, BLOCK_DH=BLOCK_DH, ROWS=ROWS, TILE=TILE,
+                SPLIT=SPLIT, PAGED=PAGED, PAGE=PAGE, UNMASKED=True,
             )  # fmt: skip
             m, total, acc = merge(m, total, acc, next_m, next_total, next_acc)
-    out = o_ptr + (row[:, None] * N + head) * D + d[None, :]
+    out = o_ptr + (row[:, None] * HEADS + head) * DH + d[None, :]
     tl.store(out, (acc / total[:, None]).to(o_ptr.dtype.element_ty), mask=inside)
     if LSE:
         lse = (m + tl.log2(total)) * 0.6931471805599453
@@ -237,10 +238,13 @@ def attend(
     plan: GpuAttentionPlan,
     scale: float,
     *,
-    kv_tile: int = KV_TILE,
-    kv_split: int = KV_SPLIT,
+    kv_tile: int = GPU_KV_TILE,
+    kv_split: int = GPU_KV_SPLIT,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [T, N, H]; k, v [slots, K, H] -> (output [T, N, H], log-sum-exp [N, T], prefill only)."""
+    """Attention of q [T, Hq, Dh] to k and v [kv_slots, Hkv, Dh], in bf16.
+
+    Returns the output [T, Hq, Dh] and, of packed keys, the log-sum-exps [Hq, T] fp32.
+    """
     if q.dtype != torch.bfloat16:
         raise ValueError(f"attention on the GPU takes torch.bfloat16, got {q.dtype}")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -251,9 +255,7 @@ def attend(
     if plan.decode is not None:
         table, page_size = plan.page_table, plan.page_size
         assert table is not None
-        decode_attention(
-            q, k, v, output, plan.decode, table, page_size, scale, kv_tile, kv_split
-        )  # fmt: skip
+        decode_attention(q, k, v, output, plan.decode, table, page_size, scale, kv_tile, kv_split)
     if len(plan.tile_seq):
         _prefill(q, k, v, output, lse, plan, scale, kv_tile, kv_split)
     return output, lse
@@ -272,14 +274,17 @@ def _prefill(
 ) -> None:
     num_heads, head_dim = q.shape[1:]
     table = plan.page_table
-    block_d = triton.next_power_of_2(head_dim)
+    block_dh = triton.next_power_of_2(head_dim)
     grid = (num_heads, len(plan.tile_seq))
     _prefill_kernel[grid](
-        q, k, v, output, lse, plan.query_starts, plan.key_starts, plan.query_lens,
-        plan.context_lens, q if table is None else table, plan.tile_seq, plan.tile_start,
-        0 if table is None else table.stride(0), q.shape[0], q.stride(0), q.stride(1), k.stride(0),
-        k.stride(1), scale * LOG2E, num_heads, num_heads // k.shape[1], head_dim, block_d,
-        plan.tile_rows, kv_tile, kv_split, table is not None, plan.page_size, lse.shape[1] > 0,
-        plan.longest <= kv_split, num_warps=8 if plan.tile_rows == 128 else 4, num_stages=2,
-        enable_fp_fusion=False,
+        q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=output, lse_ptr=lse, query_starts=plan.query_starts,
+        key_starts=plan.key_starts, query_lens=plan.query_lens, context_lens=plan.context_lens,
+        pages_ptr=q if table is None else table, tile_seq=plan.tile_seq,
+        tile_start=plan.tile_start, max_pages=0 if table is None else table.stride(0),
+        num_tokens=q.shape[0], q_stride=q.stride(0), q_head=q.stride(1), stride=k.stride(0),
+        kv_head=k.stride(1), qk_scale=scale * LOG2E, HEADS=num_heads,
+        GROUP=num_heads // k.shape[1], DH=head_dim, BLOCK_DH=block_dh, ROWS=plan.tile_rows,
+        TILE=kv_tile, SPLIT=kv_split, PAGED=table is not None, PAGE=plan.page_size,
+        LSE=lse.shape[1] > 0, ONE_SPLIT=plan.longest <= kv_split,
+        num_warps=8 if plan.tile_rows == 128 else 4, num_stages=2, enable_fp_fusion=False,
     )  # fmt: skip

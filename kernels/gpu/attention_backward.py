@@ -22,7 +22,7 @@ def attend_backward(
     plan: GpuAttentionPlan,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q [T, N, H], k and v [keys, K, H]; lse [N, T] and output are the forward's.
+    """Gradients of q [T, Hq, Dh], k and v [keys, Hkv, Dh]; lse [Hq, T], output: the forward's.
 
     A part of a sequence has the keys of its whole context: causal from their end, as in the kernel.
     """
@@ -52,12 +52,12 @@ def attend_backward(
 
 
 def _more_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """[T, N, H] -> [T, heads, H]: the first ones again, whose results nobody reads."""
+    """[T, Hq, Dh] -> [T, heads, Dh]: the first ones again, whose results nobody reads."""
     return torch.cat([x, x[:, : heads - x.shape[1]]], dim=1)
 
 
 def _one_per_head(x: torch.Tensor, num_heads: int, heads: int) -> torch.Tensor:
-    """Keys or values [T, K, H] -> [T, heads, H], in the order of `_more_heads`."""
+    """Keys or values [T, Hkv, Dh] -> [T, heads, Dh], in the order of `_more_heads`."""
     num_tokens, num_kv, head_dim = x.shape
     group = num_heads // num_kv
     spread = x.new_empty(num_tokens, heads, head_dim)

@@ -12,8 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from samebit.kernels.attention import GPU_KV_SPLIT as KV_SPLIT
-from samebit.kernels.attention import GPU_KV_TILE as KV_TILE
+from samebit.kernels.contract import GPU_KV_SPLIT, GPU_KV_TILE
 from samebit.kernels.gpu.online_softmax import merge, split_pass
 from samebit.kernels.gpu.pdl import after_previous, prefetch_l2, supported
 
@@ -24,7 +23,7 @@ _MAX_KV_HEADS = 128
 
 @dataclass(frozen=True)
 class DecodeEntries:
-    """Sequences with one new token. A context of 0 marks an entry that only fills a batch up."""
+    """The sequences with one new token; a context of 0 marks what only fills a batch up."""
 
     query_rows: torch.Tensor  # [E] int32, among the T queries
     table_rows: torch.Tensor  # [E] int32, rows of the page table
@@ -36,7 +35,7 @@ class DecodeEntries:
 def decode_entries(
     query_rows: torch.Tensor, table_rows: torch.Tensor, context_lens: torch.Tensor, max_context: int
 ) -> DecodeEntries:
-    """Entries over device tensors [E] int32."""
+    """Entries whose tensors are these [E] int32, with counters of their own."""
     counters = torch.zeros(
         len(query_rows) * _MAX_KV_HEADS, dtype=torch.int32, device=query_rows.device
     )
@@ -47,11 +46,11 @@ def decode_entries(
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, max_ptr, sum_ptr, acc_ptr, counters, query_rows, table_rows,
     context_lens, pages_ptr, max_pages, q_stride, q_head, stride, kv_head, qk_scale, max_splits,
-    NUM_KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    NUM_KV: tl.constexpr, GROUP: tl.constexpr, DH: tl.constexpr, BLOCK_DH: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, PAGE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One split of one sequence and kv head; the last to arrive merges the splits in order."""
+    """One split of one sequence and KV head; the last to arrive merges the splits in order."""
     kv, entry, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     context_len = tl.load(context_lens + entry)
     row = tl.load(query_rows + entry).to(tl.int64)
@@ -61,25 +60,26 @@ def _decode_kernel(
     if PDL:  # the first tile, while the preceding kernel still runs
         n = lo + tl.arange(0, TILE)
         page = tl.load(pages + n // PAGE, mask=n < context_len, other=0).to(tl.int64)
-        lines = ((page * PAGE + n % PAGE) * stride)[:, None] + (tl.arange(0, BLOCK_D // 64) * 64)
+        lines = ((page * PAGE + n % PAGE) * stride)[:, None] + (tl.arange(0, BLOCK_DH // 64) * 64)
         prefetch_l2(k_head + lines)
         prefetch_l2(v_head + lines)
     after_previous(PDL)
     if lo >= context_len:
         return
     r = tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK_D)
-    inside = (r < GROUP)[:, None] & (d < D)[None, :]
+    d = tl.arange(0, BLOCK_DH)
+    inside = (r < GROUP)[:, None] & (d < DH)[None, :]
     heads = (kv * GROUP + r)[:, None]
     q = tl.load(q_ptr + row * q_stride + heads * q_head + d[None, :], mask=inside, other=0.0)
     position = tl.zeros((ROWS,), tl.int32) + context_len - 1
     hi = tl.minimum(lo + SPLIT, context_len)
     m, total, acc = split_pass(
-        q, k_head, v_head, pages, 0, position, lo, hi, hi, stride, qk_scale, D, BLOCK_D, ROWS, TILE,
-        SPLIT, True, PAGE, False,
+        q=q, k_ptr=k_head, v_ptr=v_head, pages=pages, key_start=0, position=position, lo=lo,
+        whole=hi, hi=hi, stride=stride, qk_scale=qk_scale, DH=DH, BLOCK_DH=BLOCK_DH, ROWS=ROWS,
+        TILE=TILE, SPLIT=SPLIT, PAGED=True, PAGE=PAGE, UNMASKED=False,
     )  # fmt: skip
     num_splits = tl.cdiv(context_len, SPLIT)
-    out = o_ptr + (row * NUM_KV * GROUP + heads) * D + d[None, :]
+    out = o_ptr + (row * NUM_KV * GROUP + heads) * DH + d[None, :]
     if num_splits == 1:
         tl.store(out, (acc / total[:, None]).to(o_ptr.dtype.element_ty), mask=inside)
         return
@@ -87,18 +87,18 @@ def _decode_kernel(
     place = (whose * max_splits + split) * GROUP + r
     tl.store(max_ptr + place, m, mask=r < GROUP)
     tl.store(sum_ptr + place, total, mask=r < GROUP)
-    tl.store(acc_ptr + place[:, None] * BLOCK_D + d[None, :], acc, mask=(r < GROUP)[:, None])
+    tl.store(acc_ptr + place[:, None] * BLOCK_DH + d[None, :], acc, mask=(r < GROUP)[:, None])
     tl.debug_barrier()  # every thread's part is written before the arrival is counted
     if tl.atomic_add(counters + whose, 1, sem="acq_rel") != num_splits - 1:
         return
     m, total = tl.full((ROWS,), -1e30, tl.float32), tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    acc = tl.zeros((ROWS, BLOCK_DH), tl.float32)
     for s in range(0, num_splits):
         place = (whose * max_splits + s) * GROUP + r
         part_m = tl.load(max_ptr + place, mask=r < GROUP, other=-1e30, cache_modifier=".cg")
         part = tl.load(sum_ptr + place, mask=r < GROUP, other=0.0, cache_modifier=".cg")
         part_acc = tl.load(
-            acc_ptr + place[:, None] * BLOCK_D + d[None, :], mask=(r < GROUP)[:, None], other=0.0,
+            acc_ptr + place[:, None] * BLOCK_DH + d[None, :], mask=(r < GROUP)[:, None], other=0.0,
             cache_modifier=".cg",
         )  # fmt: skip
         m, total, acc = merge(m, total, acc, part_m, part, part_acc)
@@ -121,33 +121,36 @@ def decode_attention(
     table: torch.Tensor,
     page_size: int,
     scale: float,
-    kv_tile: int = KV_TILE,
-    kv_split: int = KV_SPLIT,
+    kv_tile: int = GPU_KV_TILE,
+    kv_split: int = GPU_KV_SPLIT,
     num_warps: int = 4,
     num_stages: int | None = None,
 ) -> None:
-    """Write output rows [query_rows, N, H] of the entries; table [tables, max_pages] int32.
+    """Write output rows [query_rows, Hq, Dh] of the entries; table [tables, max_pages] int32.
 
-    q [T, N, H]; k, v [slots, K, H]. kv_tile and kv_split are the contract's; num_warps and
+    q [T, Hq, Dh]; k, v [kv_slots, Hkv, Dh]. kv_tile and kv_split are the contract's; num_warps and
     num_stages change speed alone.
     """
     num_heads, head_dim = q.shape[1:]
     num_kv = k.shape[1]
     group = num_heads // num_kv
     rows = max(_ROWS, triton.next_power_of_2(group))
-    block_d = max(64, triton.next_power_of_2(head_dim))
+    block_dh = max(64, triton.next_power_of_2(head_dim))
     num_seqs, max_splits = len(decode.query_rows), triton.cdiv(decode.max_context, kv_split)
     parts = num_seqs * num_kv * group * (max_splits if max_splits > 1 else 0)
     part_max, part_sum = (torch.empty(parts, device=q.device) for _ in range(2))
-    part_acc = torch.empty(parts, block_d, device=q.device)
+    part_acc = torch.empty(parts, block_dh, device=q.device)
     pdl = supported(q.device)
     # Few programs: each keeps more of its own loads in flight. Many: they hide each other's.
     if num_stages is None:
         num_stages = 3 if num_kv * num_seqs * max_splits <= 1.5 * num_sms(q.device) else 2
     _decode_kernel[(num_kv, num_seqs, max_splits)](
-        q, k, v, output, part_max, part_sum, part_acc, decode.counters, decode.query_rows,
-        decode.table_rows, decode.context_lens, table, table.stride(0), q.stride(0), q.stride(1),
-        k.stride(0), k.stride(1), scale * LOG2E, max_splits, num_kv, group, head_dim, block_d,
-        rows, kv_tile, kv_split, page_size, pdl, num_warps=num_warps,
-        num_stages=num_stages, enable_fp_fusion=False, launch_pdl=pdl,
+        q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=output, max_ptr=part_max, sum_ptr=part_sum,
+        acc_ptr=part_acc, counters=decode.counters, query_rows=decode.query_rows,
+        table_rows=decode.table_rows, context_lens=decode.context_lens, pages_ptr=table,
+        max_pages=table.stride(0), q_stride=q.stride(0), q_head=q.stride(1), stride=k.stride(0),
+        kv_head=k.stride(1), qk_scale=scale * LOG2E, max_splits=max_splits, NUM_KV=num_kv,
+        GROUP=group, DH=head_dim, BLOCK_DH=block_dh, ROWS=rows, TILE=kv_tile, SPLIT=kv_split,
+        PAGE=page_size, PDL=pdl, num_warps=num_warps, num_stages=num_stages,
+        enable_fp_fusion=False, launch_pdl=pdl,
     )  # fmt: skip

@@ -1,9 +1,7 @@
 """The two ends of a decode step: all that the forward needs, made from the few numbers that the
 host gives; and the drawn tokens, handed to the host and to the next step.
 
-Both work on pinned host memory, so that nothing is copied between two replays of a CUDA graph. It
-is a ring: while the GPU runs a step the host fills in the next one's entry and reads the last
-one's. A counter on the device says whose turn it is.
+Both work on the ring of kernels/decode_ring.py.
 """
 
 from dataclasses import dataclass
@@ -12,42 +10,28 @@ import torch
 import triton
 import triton.language as tl
 
+from samebit.kernels.decode_ring import HostRing, RingRow
 from samebit.kernels.gpu.attention import GpuAttentionPlan
 from samebit.kernels.gpu.pdl import after_previous, supported
 
-NUM_INPUTS = 7
-
-
-class HostRing:
-    """Inputs and results of decode steps of at most `capacity` sequences, in pinned host memory.
-
-    inputs [size, 7, capacity] int64: slot (one past the last: nobody), position of the newest
-    token, page of that position, seed, sample id, bits of the fp32 temperature, greedy.
-    token_ids [size, capacity] int64 and logprobs [size, capacity] fp32. turn [1] int64, on the
-    device: the entry of the next step to run. size is more than the steps that may be in flight.
-    """
-
-    def __init__(self, size: int, capacity: int, device: torch.device) -> None:
-        self.inputs = torch.zeros(size, NUM_INPUTS, capacity, dtype=torch.int64, pin_memory=True)
-        self.token_ids = torch.zeros(size, capacity, dtype=torch.int64, pin_memory=True)
-        self.logprobs = torch.zeros(size, capacity, pin_memory=True)
-        self.turn = torch.zeros(1, dtype=torch.int64, device=device)
-
-    @property
-    def size(self) -> int:
-        """Number of entries."""
-        return len(self.inputs)
+_SLOT = tl.constexpr(RingRow.SLOT.value)
+_POSITION = tl.constexpr(RingRow.POSITION.value)
+_PAGE = tl.constexpr(RingRow.PAGE.value)
+_SEED = tl.constexpr(RingRow.SEED.value)
+_SAMPLE_ID = tl.constexpr(RingRow.SAMPLE_ID.value)
+_TEMPERATURE = tl.constexpr(RingRow.TEMPERATURE.value)
+_GREEDY = tl.constexpr(RingRow.GREEDY.value)
 
 
 @dataclass(frozen=True)
 class DecodeInputs:
     """Tensors [B] of a decode step."""
 
-    owners: torch.Tensor  # int64, slots of the engine; one past the last: nobody
+    slots: torch.Tensor  # int64, places in the engine's arrays; one past the last: nobody
     input_ids: torch.Tensor  # int64
     positions: torch.Tensor  # int64
     next_positions: torch.Tensor  # int64
-    slots: torch.Tensor  # int64, in the cache; -1: nothing is stored
+    kv_slots: torch.Tensor  # int64; -1: nothing is stored
     seeds: torch.Tensor  # int64
     sample_ids: torch.Tensor  # int64
     temperatures: torch.Tensor  # fp32
@@ -55,38 +39,41 @@ class DecodeInputs:
 
 
 @triton.jit
-def _host(pointers, inside):
-    """Load what the host wrote, past every cache."""
-    return tl.load(pointers, mask=inside, other=0, cache_modifier=".cv")
+def _told(entry, row: tl.constexpr, capacity, inside):
+    """Load a row of the ring's entry as the host wrote it, past every cache."""
+    return tl.load(entry + capacity * row, mask=inside, other=0, cache_modifier=".cv")
 
 
 @triton.jit
 def _decode_inputs_kernel(
-    ring_ptr, turn_ptr, last_ptr, table_ptr, owner_ptr, ids_ptr, position_ptr, next_ptr, slot_ptr,
-    seed_ptr, sample_ptr, temperature_ptr, greedy_ptr, table_rows_ptr, context_ptr, capacity,
-    num_slots, max_pages, B, ROWS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    ring_ptr, turn_ptr, last_ptr, table_ptr, slot_ptr, ids_ptr, position_ptr, next_ptr,
+    kv_slot_ptr, seed_ptr, sample_ptr, temperature_ptr, greedy_ptr, table_rows_ptr, context_ptr,
+    capacity, num_slots, max_pages, B, ROWS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     after_previous(PDL)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < B
-    source = ring_ptr + tl.load(turn_ptr) * ROWS * capacity + i
-    owner, position = _host(source, inside), _host(source + capacity, inside)
-    page, seed = _host(source + 2 * capacity, inside), _host(source + 3 * capacity, inside)
-    sample, bits = _host(source + 4 * capacity, inside), _host(source + 5 * capacity, inside)
-    greedy = _host(source + 6 * capacity, inside)
-    live = inside & (owner < num_slots)
-    tl.store(table_ptr + owner * max_pages + position // PAGE, page.to(tl.int32), mask=live)
-    tl.store(owner_ptr + i, owner, mask=inside)
-    tl.store(ids_ptr + i, tl.load(last_ptr + owner, mask=live, other=0), mask=inside)
+    entry = ring_ptr + tl.load(turn_ptr) * ROWS * capacity + i
+    slot = _told(entry, _SLOT, capacity, inside)
+    position = _told(entry, _POSITION, capacity, inside)
+    page = _told(entry, _PAGE, capacity, inside)
+    seed = _told(entry, _SEED, capacity, inside)
+    sample = _told(entry, _SAMPLE_ID, capacity, inside)
+    bits = _told(entry, _TEMPERATURE, capacity, inside)
+    greedy = _told(entry, _GREEDY, capacity, inside)
+    live = inside & (slot < num_slots)
+    tl.store(table_ptr + slot * max_pages + position // PAGE, page.to(tl.int32), mask=live)
+    tl.store(slot_ptr + i, slot, mask=inside)
+    tl.store(ids_ptr + i, tl.load(last_ptr + slot, mask=live, other=0), mask=inside)
     tl.store(position_ptr + i, position, mask=inside)
     tl.store(next_ptr + i, position + 1, mask=inside)
-    tl.store(slot_ptr + i, tl.where(live, page * PAGE + position % PAGE, -1), mask=inside)
+    tl.store(kv_slot_ptr + i, tl.where(live, page * PAGE + position % PAGE, -1), mask=inside)
     tl.store(seed_ptr + i, seed, mask=inside)
     tl.store(sample_ptr + i, sample, mask=inside)
     tl.store(temperature_ptr + i, bits.to(tl.int32).to(tl.float32, bitcast=True), mask=inside)
     tl.store(greedy_ptr + i, greedy != 0, mask=inside)
-    tl.store(table_rows_ptr + i, tl.where(live, owner, 0).to(tl.int32), mask=inside)
+    tl.store(table_rows_ptr + i, tl.where(live, slot, 0).to(tl.int32), mask=inside)
     tl.store(context_ptr + i, tl.where(live, position + 1, 0).to(tl.int32), mask=inside)
 
 
@@ -104,28 +91,30 @@ def decode_inputs(
     in the plan's entries.
     """
     device = last_tokens.device
-    owners, ids, now, after, slots, seeds, sample_ids = torch.empty(
-        7, batch, dtype=torch.int64, device=device
-    )
+    integers = torch.empty(7, batch, dtype=torch.int64, device=device)  # up to the sample ids
     made = DecodeInputs(
-        owners, ids, now, after, slots, seeds, sample_ids, torch.empty(batch, device=device),
-        torch.empty(batch, dtype=torch.bool, device=device),
-    )  # fmt: skip
+        *integers,
+        temperatures=torch.empty(batch, device=device),
+        greedy=torch.empty(batch, dtype=torch.bool, device=device),
+    )
     entries, pdl = plan.decode, supported(device)
     assert entries is not None
     _decode_inputs_kernel[(triton.cdiv(batch, 128),)](
-        ring.inputs, ring.turn, last_tokens, page_table, made.owners, made.input_ids,
-        made.positions, made.next_positions, made.slots, made.seeds, made.sample_ids,
-        made.temperatures, made.greedy, entries.table_rows, entries.context_lens,
-        ring.inputs.stride(1), len(last_tokens) - 1, page_table.stride(0), batch, NUM_INPUTS,
-        page_size, 128, pdl, num_warps=4, launch_pdl=pdl,
+        ring_ptr=ring.inputs, turn_ptr=ring.turn, last_ptr=last_tokens, table_ptr=page_table,
+        slot_ptr=made.slots, ids_ptr=made.input_ids, position_ptr=made.positions,
+        next_ptr=made.next_positions, kv_slot_ptr=made.kv_slots, seed_ptr=made.seeds,
+        sample_ptr=made.sample_ids, temperature_ptr=made.temperatures, greedy_ptr=made.greedy,
+        table_rows_ptr=entries.table_rows, context_ptr=entries.context_lens,
+        capacity=ring.inputs.stride(1), num_slots=len(last_tokens) - 1,
+        max_pages=page_table.stride(0), B=batch, ROWS=len(RingRow), PAGE=page_size, BLOCK=128,
+        PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     return made
 
 
 @triton.jit
 def _decode_outputs_kernel(
-    owner_ptr, token_ptr, logprob_ptr, last_ptr, ring_tokens, ring_logprobs, turn_ptr, capacity, B,
+    slot_ptr, token_ptr, logprob_ptr, last_ptr, ring_tokens, ring_logprobs, turn_ptr, capacity, B,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A single program: nobody else reads the turn that it changes."""
@@ -134,7 +123,7 @@ def _decode_outputs_kernel(
     inside = i < B
     turn = tl.load(turn_ptr)
     token = tl.load(token_ptr + i, mask=inside)
-    tl.store(last_ptr + tl.load(owner_ptr + i, mask=inside, other=0), token, mask=inside)
+    tl.store(last_ptr + tl.load(slot_ptr + i, mask=inside, other=0), token, mask=inside)
     tl.store(ring_tokens + turn * capacity + i, token, mask=inside)
     logprob = tl.load(logprob_ptr + i, mask=inside)
     tl.store(ring_logprobs + turn * capacity + i, logprob, mask=inside)
@@ -144,18 +133,19 @@ def _decode_outputs_kernel(
 
 def decode_outputs(
     ring: HostRing,
-    owners: torch.Tensor,
+    slots: torch.Tensor,
     token_ids: torch.Tensor,
     logprobs: torch.Tensor,
     last_tokens: torch.Tensor,
 ) -> None:
     """Write token_ids [B] int64 and logprobs [B] fp32 to the ring and end its turn.
 
-    last_tokens [slots + 1] int64 gets each owner's token. B = 0 ends the turn, no more.
+    last_tokens [slots + 1] int64 gets each slot's token. B = 0 ends the turn, no more.
     """
     batch, pdl = len(token_ids), supported(last_tokens.device)
     _decode_outputs_kernel[(1,)](
-        owners, token_ids, logprobs, last_tokens, ring.token_ids, ring.logprobs, ring.turn,
-        ring.token_ids.stride(0), batch, ring.size, max(32, triton.next_power_of_2(batch)), pdl,
-        num_warps=4, launch_pdl=pdl,
+        slot_ptr=slots, token_ptr=token_ids, logprob_ptr=logprobs, last_ptr=last_tokens,
+        ring_tokens=ring.token_ids, ring_logprobs=ring.logprobs, turn_ptr=ring.turn,
+        capacity=ring.token_ids.stride(0), B=batch, SIZE=ring.size,
+        BLOCK=max(32, triton.next_power_of_2(batch)), PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip

@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
+from samebit.kernels.contract import tree_sum
 from samebit.kernels.gpu import cublaslt, skinny
-from samebit.kernels.gpu.rows import swiglu
+from samebit.kernels.gpu.swiglu import swiglu
 from samebit.kernels.gpu.tuning import Key, choose, row_bucket
-from samebit.kernels.linear import tree_sum
 
 MAX_ROWS = 8192
 _EXACT_ROWS = 256
@@ -31,18 +31,9 @@ def use_triton(shapes: set[tuple[int, int]]) -> None:
 
 @triton.jit
 def _matmul_kernel(
-    x_ptr,
-    w_ptr,
-    y_ptr,
-    M,
-    N,
-    K,
-    x_stride,
-    w_stride,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    x_ptr, w_ptr, y_ptr, M, N, K, x_stride, w_stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
+):  # fmt: skip
     pid = tl.program_id(0)
     num_m = tl.cdiv(M, BLOCK_M)
     rows = (pid % num_m) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -68,7 +59,8 @@ def linear_triton(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> Non
     block_n = 64 if m <= 512 else 128
     grid = (triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)
     _matmul_kernel[grid](
-        x, weight, y, m, n, k, x.stride(0), weight.stride(0), block_m, block_n, 64,
+        x_ptr=x, w_ptr=weight, y_ptr=y, M=m, N=n, K=k, x_stride=x.stride(0),
+        w_stride=weight.stride(0), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=64,
         num_warps=4 if m <= 512 else 8, num_stages=3,
     )  # fmt: skip
 
@@ -106,9 +98,9 @@ def _checked(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch
 def linear(
     x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """x [T, K] times weight [N, K] transposed -> [T, N] in out_dtype (default: x's).
+    """x [M, K] times weight [N, K] transposed -> [M, N] in out_dtype (default: x's).
 
-    T and N may be 0: a rank may hold no row of the vocabulary.
+    M and N may be 0: a rank may hold no row of the vocabulary.
     """
     x, weight = _checked(x, weight)
     if not len(weight):
@@ -120,7 +112,7 @@ def linear(
 
 
 def linear_in_segments(x: torch.Tensor, weight: torch.Tensor, num_segments: int) -> torch.Tensor:
-    """The tree_sum of products over so many equal parts of K, in fp32: [T, N].
+    """The tree_sum of products over so many equal parts of K: [M, N] fp32.
 
     The tree's lowest sums are made by the products: an odd part's is added to the even one's.
     """
@@ -143,7 +135,7 @@ def linear_in_segments(x: torch.Tensor, weight: torch.Tensor, num_segments: int)
 
 
 def swiglu_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """swiglu of x [T, K] times weight [2F, K] transposed -> [T, F]."""
+    """The swiglu of x [T, K] times weight [2F, K] transposed -> [T, F]."""
     x, weight = _checked(x, weight)
     (rows, k), f = x.shape, weight.shape[0] // 2
     gapless = x.is_contiguous() and weight.is_contiguous()

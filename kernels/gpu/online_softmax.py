@@ -1,8 +1,8 @@
 """The online softmax that every attention kernel shares: one split, and the merge of splits.
 
-Source: Milakov and Gimelshein 2018, arXiv 1805.02867. exp2 (ex2.approx), explicit fma, fusion off.
-P is rounded to bf16 and its row sum goes through the tensor core, because a plain row sum depends
-on the tile's height.
+Exponentials are exp2 (ex2.approx), multiply-adds are written out (fma), and fusion is off. P is
+rounded to bf16 and its row sum goes through the tensor core, because a plain row sum depends on the
+tile's height. Source: Milakov and Gimelshein 2018, arXiv 1805.02867.
 """
 
 import triton
@@ -12,11 +12,11 @@ import triton.language as tl
 @triton.jit
 def _attend_tile(
     q, k_ptr, v_ptr, pages, ids, key_start, position, n0, lo, hi, stride, qk_scale, ones, m, total,
-    acc, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, PAGED: tl.constexpr,
+    acc, DH: tl.constexpr, BLOCK_DH: tl.constexpr, TILE: tl.constexpr, PAGED: tl.constexpr,
     PAGE: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: keys [n0, n0 + TILE). MASKED: some may not be seen."""
-    d = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, BLOCK_DH)
     n = n0 + tl.arange(0, TILE)
     if PAGED:
         if IDS > 0:
@@ -33,13 +33,13 @@ def _attend_tile(
         row = (key_start + n).to(tl.int64)
     place_of = row[:, None] * stride + d[None, :]
     if MASKED:
-        inside = (n < hi)[:, None] & (d < D)[None, :]
+        inside = (n < hi)[:, None] & (d < DH)[None, :]
         k = tl.load(k_ptr + place_of, mask=inside, other=0.0)
         seen = (n < hi)[None, :] & (n[None, :] <= position[:, None])
         s = tl.where(seen, tl.dot(q, tl.trans(k)) * qk_scale, -1e30)
     else:
-        if BLOCK_D > D:
-            k = tl.load(k_ptr + place_of, mask=(d < D)[None, :], other=0.0)
+        if BLOCK_DH > DH:
+            k = tl.load(k_ptr + place_of, mask=(d < DH)[None, :], other=0.0)
         else:
             k = tl.load(k_ptr + place_of)
         s = tl.dot(q, tl.trans(k)) * qk_scale
@@ -49,8 +49,8 @@ def _attend_tile(
     if MASKED:
         p = tl.where(seen, p, 0.0)
         v = tl.load(v_ptr + place_of, mask=inside, other=0.0)
-    elif BLOCK_D > D:
-        v = tl.load(v_ptr + place_of, mask=(d < D)[None, :], other=0.0)
+    elif BLOCK_DH > DH:
+        v = tl.load(v_ptr + place_of, mask=(d < DH)[None, :], other=0.0)
     else:
         v = tl.load(v_ptr + place_of)
     p = p.to(tl.bfloat16)
@@ -62,7 +62,7 @@ def _attend_tile(
 @triton.jit
 def split_pass(
     q, k_ptr, v_ptr, pages, key_start, position, lo, whole, hi, stride, qk_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    DH: tl.constexpr, BLOCK_DH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr, PAGED: tl.constexpr, PAGE: tl.constexpr, UNMASKED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys [lo, hi) of one split: running max, sum and accumulator.
@@ -81,25 +81,28 @@ def split_pass(
         ids = tl.load(pages + lo // PAGE + place, mask=lo + place * PAGE < hi, other=0)
     m = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    acc = tl.zeros((ROWS, BLOCK_DH), tl.float32)
     begin = lo
     if UNMASKED:
         begin += tl.maximum(tl.minimum(whole, hi) - lo, 0) // TILE * TILE
         for n0 in range(lo, begin, TILE):
             m, total, acc = _attend_tile(
                 q, k_ptr, v_ptr, pages, ids, key_start, position, n0, lo, hi, stride, qk_scale,
-                ones, m, total, acc, D, BLOCK_D, TILE, PAGED, PAGE, IDS, False,
+                ones, m, total, acc, DH=DH, BLOCK_DH=BLOCK_DH, TILE=TILE, PAGED=PAGED, PAGE=PAGE,
+                IDS=IDS, MASKED=False,
             )  # fmt: skip
     for n0 in range(begin, hi, TILE):
         m, total, acc = _attend_tile(
             q, k_ptr, v_ptr, pages, ids, key_start, position, n0, lo, hi, stride, qk_scale, ones,
-            m, total, acc, D, BLOCK_D, TILE, PAGED, PAGE, IDS, True,
+            m, total, acc, DH=DH, BLOCK_DH=BLOCK_DH, TILE=TILE, PAGED=PAGED, PAGE=PAGE, IDS=IDS,
+            MASKED=True,
         )  # fmt: skip
     return m, total, acc
 
 
 @triton.jit
 def merge(m, total, acc, next_m, next_total, next_acc):
+    """The (max, sum, accumulator) of two runs of keys, the earlier one first."""
     new_m = tl.maximum(m, next_m)
     a, b = tl.exp2(m - new_m), tl.exp2(next_m - new_m)
     total = tl.fma(total, a, next_total * b)

@@ -13,6 +13,7 @@ The memory is torch's symmetric memory. Partials have a half for every second su
 may begin the next one while another still reads: ranks may be a sum apart, never two.
 """
 
+import hashlib
 import os
 import socket
 from dataclasses import dataclass, field
@@ -21,8 +22,6 @@ import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
-
-from samebit.kernels.reduce import gather_objects
 
 # NVLink's multicast is of no use here: it adds in an order of its own.
 os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
@@ -252,8 +251,10 @@ class Peers:
         for part, target in zip(x.contiguous().split(most), output.split(most), strict=True):
             memory, (block, num_warps) = self._memory(part.numel()), _block(part.numel(), size)
             _gather_kernel[(min(_PROGRAMS, len(part) * triton.cdiv(width, block)),)](
-                part, target, memory.pointers, memory.epochs, len(part), width, memory.capacity,
-                dist.get_rank(self.group), size, _PROGRAMS, block, num_warps=num_warps,
+                part=part, output=target, memories=memory.pointers, epochs=memory.epochs,
+                rows=len(part), width=width, capacity=memory.capacity,
+                RANK=dist.get_rank(self.group), SIZE=size, PROGRAMS=_PROGRAMS, BLOCK=block,
+                num_warps=num_warps,
             )  # fmt: skip
         return output
 
@@ -268,9 +269,10 @@ class Peers:
             part += -part % 16  # parts that loads of 16 bytes may start at
         block, num_warps = _block(numel, size)
         _sum_kernel[(min(_PROGRAMS, triton.cdiv(part, block)),)](
-            partial.contiguous(), output, memory.pointers, memory.epochs, numel, part,
-            memory.capacity, dist.get_rank(self.group), size, mode.value, tree, _PROGRAMS, block,
-            num_warps=num_warps,
+            partial=partial.contiguous(), output=output, memories=memory.pointers,
+            epochs=memory.epochs, numel=numel, part=part, capacity=memory.capacity,
+            RANK=dist.get_rank(self.group), SIZE=size, MODE=mode.value, TREE=tree,
+            PROGRAMS=_PROGRAMS, BLOCK=block, num_warps=num_warps,
         )  # fmt: skip
 
     def _memory(self, numel: int) -> _Memory:
@@ -287,12 +289,25 @@ def peers_of(group: dist.ProcessGroup, device: torch.device) -> Peers | None:
     """The group's GPUs; None unless every one of them can read every other one's memory."""
     if group not in _peers:
         index = device.index if device.index is not None else torch.cuda.current_device()
-        places = gather_objects((socket.gethostname(), index), group)
+        host = hashlib.blake2b(socket.gethostname().encode(), digest_size=7).digest()
+        places = _told((int.from_bytes(host), index), group, device)
         hosts, devices = {host for host, _ in places}, {i for _, i in places}
         # A process that sees its own GPU alone cannot say which one that is.
         told_apart = len(hosts) == 1 and len(devices) == len(places)
         connected = told_apart and all(
             torch.cuda.can_device_access_peer(index, other) for other in devices - {index}
         )
-        _peers[group] = Peers(group, device) if all(gather_objects(connected, group)) else None
+        agreed = all(theirs for (theirs,) in _told((connected,), group, device))
+        _peers[group] = Peers(group, device) if agreed else None
     return _peers[group]
+
+
+def _told(
+    numbers: tuple[int, ...], group: dist.ProcessGroup, device: torch.device
+) -> list[tuple[int, ...]]:
+    """Every rank's numbers, in rank order; by way of the host where the group reaches it."""
+    where = torch.device("cpu") if "cpu:" in dist.get_backend_config(group) else device
+    own = torch.tensor(numbers, dtype=torch.int64, device=where)
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, own, group=group)
+    return [tuple(part.tolist()) for part in parts]

@@ -73,7 +73,7 @@ def _product(x, w, acc, SWAP: tl.constexpr):
 
 @triton.jit
 def _swiglu(gate, up, dtype: tl.constexpr):
-    """Of both products, rounded."""
+    """The swiglu of both products, rounded before."""
     gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
     return libdevice.div_rn(gate, 1.0 + tl.exp(-gate)) * up
 
@@ -140,12 +140,6 @@ def block_rows(num_rows: int) -> int:
     return max(16, triton.next_power_of_2(num_rows))
 
 
-def fits(num_rows: int, weight: torch.Tensor, tile: Tile, gated: bool = False) -> bool:
-    """Whether the kernel can compute num_rows rows of this product with this tile."""
-    n, k = weight.shape[0] // (2 if gated else 1), weight.shape[1]
-    return num_rows <= MAX_ROWS and tile.divides(n, k)
-
-
 def matmul(
     x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, tile: Tile, *, gated: bool = False
 ) -> None:
@@ -162,16 +156,17 @@ def matmul(
             f"tile takes {tile.columns} x {tile.block_k} of a weight {n} x {k}; it must divide both"
         )
     block_m = block_rows(num_rows)
-    operands: tuple[torch.Tensor | TensorDescriptor, ...] = (x, weight, weight)
+    rows, first, tail = x, weight, weight
     if tile.tma:
-        heights = (block_m, tile.block_n, tile.tail or tile.block_n)
-        operands = tuple(
-            TensorDescriptor(matrix, list(matrix.shape), [k, 1], [height, tile.block_k])
-            for matrix, height in zip((x, weight, weight), heights, strict=True)
+        rows = TensorDescriptor(x, [num_rows, k], [k, 1], [block_m, tile.block_k])
+        first, tail = (
+            TensorDescriptor(weight, list(weight.shape), [k, 1], [height, tile.block_k])
+            for height in (tile.block_n, tile.tail or tile.block_n)
         )
     pdl = supported(x.device)
     _skinny_kernel[(n // tile.columns,)](
-        *operands, weight, y, num_rows, n, k, block_m, tile.block_n, tile.tail, tile.block_k,
-        tile.swap, tile.tma, gated, tile.prefetch // 64, pdl, num_warps=tile.warps,
-        num_stages=tile.stages, enable_fp_fusion=False, launch_pdl=pdl,
+        x_ptr=rows, w_ptr=first, tail_ptr=tail, raw_ptr=weight, y_ptr=y, M=num_rows, N=n, K=k,
+        BLOCK_M=block_m, BLOCK_N=tile.block_n, TAIL=tile.tail, BLOCK_K=tile.block_k,
+        SWAP=tile.swap, TMA=tile.tma, GATED=gated, PREFETCH=tile.prefetch // 64, PDL=pdl,
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False, launch_pdl=pdl,
     )  # fmt: skip

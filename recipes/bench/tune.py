@@ -26,9 +26,9 @@ from triton.runtime.errors import TritonError
 
 from samebit.kernels.gpu import cublaslt, skinny
 from samebit.kernels.gpu.cublaslt import Answer
-from samebit.kernels.gpu.fused import add_rms_norm
-from samebit.kernels.gpu.rows import swiglu
+from samebit.kernels.gpu.rms_norm import add_rms_norm
 from samebit.kernels.gpu.skinny import Tile
+from samebit.kernels.gpu.swiglu import swiglu
 from samebit.kernels.gpu.tuning import TABLES, Choice, Key, row_bucket, table_path, to_json
 from samebit.recipes.bench.config import BenchKernelsRun
 from samebit.recipes.bench.kernels import linear_shapes

@@ -22,6 +22,7 @@ from samebit.kernels.attention import (
 )
 from samebit.kernels.attention_inputs import attention_inputs
 from samebit.kernels.contract import padded_vocab_size
+from samebit.kernels.decode_ring import HostRing, RingRow
 from samebit.kernels.kv_write import kv_write
 from samebit.kernels.linear import linear, linear_in_segments
 from samebit.kernels.logprob import logprob, logsumexp
@@ -99,18 +100,18 @@ def decode_ends_pass(make: Inputs) -> Iterator[torch.Tensor]:
     if make.device.type != "cuda":
         return
     from samebit.kernels.gpu.attention import decode_plan
-    from samebit.kernels.gpu.decode_ends import HostRing, decode_inputs, decode_outputs
+    from samebit.kernels.gpu.decode_ends import decode_inputs, decode_outputs
 
     ring = HostRing(2, 16, make.device)
-    owners = torch.tensor([2, 0, 4, 4, 4])
+    slots = torch.tensor([2, 0, 4, 4, 4])
     table = torch.zeros(4, 3, dtype=torch.int32, device=make.device)
     plan = decode_plan(table, 16, 5, 48)
     last = make.integers(9, 5)
     for turn in (0, 1, 0):
-        ring.inputs[turn, 0, :5] = owners
+        ring.inputs[turn, RingRow.SLOT, :5] = slots
         made = decode_inputs(ring, 5, last, table, 16, plan)
-        decode_outputs(ring, made.owners, made.input_ids + 1, made.temperatures, last)
-        yield from (made.input_ids, made.positions, made.slots, made.temperatures, last)
+        decode_outputs(ring, made.slots, made.input_ids + 1, made.temperatures, last)
+        yield from (made.input_ids, made.positions, made.kv_slots, made.temperatures, last)
         torch.cuda.synchronize()
         yield ring.token_ids[turn]
 

@@ -2,7 +2,7 @@
 
 A graph serves up to `bucket` sequences with contexts up to a bound; both are rounded up, so that
 few graphs serve all steps, and each is captured when it is first needed. A graph reads its inputs
-from host memory and writes its results there (kernels/gpu/decode_ends.py): one replay is all that a
+from host memory and writes its results there (kernels/decode_ring.py): one replay is all that a
 steady step gives the GPU to do. The page table and the newest tokens stay on the device.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from samebit.kernels.decode_ring import HostRing, RingRow
 from samebit.kernels.sample import draw_with_logprobs
 from samebit.kernels.transfer import to_device
 from samebit.rollout.models.decoder import Decoder
@@ -48,8 +49,6 @@ class DecodeGraphs:
     """
 
     def __init__(self, model: Decoder, cache: KVCache, last_tokens: torch.Tensor) -> None:
-        from samebit.kernels.gpu.decode_ends import HostRing
-
         self._model = model
         self._cache = cache
         self._last_tokens = last_tokens
@@ -126,15 +125,15 @@ class DecodeGraphs:
         positions, size = slots.computed[decode], len(decode)
         inputs = self._ring.inputs[self._turn, :, :bucket].numpy()
         inputs[:, size:] = 0  # what only fills the bucket up
-        inputs[0, size:] = slots.num_slots
-        inputs[0, :size] = decode
-        inputs[1, :size] = positions
-        inputs[2, :size] = slots.pages[decode, positions // slots.page_size]
-        inputs[3, :size] = draws.seeds
-        inputs[4, :size] = draws.sample_ids
-        inputs[5, size:] = np.float32(1).view(np.int32)
-        inputs[5, :size] = draws.temperatures.view(np.int32)
-        inputs[6, :size] = draws.greedy
+        inputs[RingRow.SLOT, size:] = slots.num_slots
+        inputs[RingRow.SLOT, :size] = decode
+        inputs[RingRow.POSITION, :size] = positions
+        inputs[RingRow.PAGE, :size] = slots.pages[decode, positions // slots.page_size]
+        inputs[RingRow.SEED, :size] = draws.seeds
+        inputs[RingRow.SAMPLE_ID, :size] = draws.sample_ids
+        inputs[RingRow.TEMPERATURE, size:] = np.float32(1).view(np.int32)
+        inputs[RingRow.TEMPERATURE, :size] = draws.temperatures.view(np.int32)
+        inputs[RingRow.GREEDY, :size] = draws.greedy
 
     def _capture(self, bucket: int, bound: int, draws: bool) -> _Graph:
         """Capture a step for `bucket` sequences of at most `bound` tokens."""
@@ -173,15 +172,15 @@ class DecodeGraphs:
 
         def step() -> torch.Tensor:
             made = decode_inputs(ring, bucket, last_tokens, table, page_size, plan)
-            batch = Batch(made.input_ids, made.positions, made.slots, plan)
+            batch = Batch(made.input_ids, made.positions, made.kv_slots, plan)
             hidden, _ = forward(model, cache, batch, set())
-            token_ids, logprobs = made.owners[:0], made.temperatures[:0]
+            token_ids, logprobs = made.slots[:0], made.temperatures[:0]
             if draws:
                 token_ids, logprobs = draw_with_logprobs(
                     model.logits(hidden), made.temperatures, made.seeds, made.next_positions,
                     made.sample_ids, made.greedy,
                 )  # fmt: skip
-            decode_outputs(ring, made.owners, token_ids, logprobs, last_tokens)
+            decode_outputs(ring, made.slots, token_ids, logprobs, last_tokens)
             return hidden
 
         return step

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers import assert_same_bits
 
 from samebit.kernels.attention import attention_ref, packed_attention, plan_packed
-from samebit.kernels.linear import add_product, linear
+from samebit.kernels.linear import add_product, linear, linear_in_segments
 from samebit.kernels.logprob import logits_grad, logprob
 from samebit.kernels.rms_norm import add_rms_norm, rms_norm
 from samebit.kernels.rope import rope, rope_table
@@ -196,6 +196,28 @@ def test_attention_gradients_stay_in_their_sequence():
         assert not g[:start].any()
         assert not g[start + 64 :].any()
         assert g[start : start + 64].any()
+
+
+BUFFERED = {
+    "linear": lambda x, w, buffer: linear(x, w, main_grad=buffer),
+    "linear_in_segments": lambda x, w, buffer: linear_in_segments(x, w, 4, buffer),
+    "logprob": lambda x, w, buffer: logprob(x, w, TOKEN_IDS, TEMPERATURES, 31, main_grad=buffer)[0],
+}
+
+
+@pytest.mark.parametrize("name", BUFFERED)
+def test_a_trainers_buffer_gets_the_gradient(name):
+    """What autograd is else given is added to what the buffer holds; the input's stays."""
+    generator = torch.Generator().manual_seed(2)
+    x, weight = (torch.randn(n, 20, generator=generator) for n in (7, 40))
+    run = BUFFERED[name]
+    plain = gradients(lambda a, b: run(a, b, None).sin().sum(), (x, weight), torch.ones(()))
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    buffer = torch.full((40, 20), 2.0)
+    run(*leaves, buffer).sin().sum().backward()
+    assert_same_bits(leaves[0].grad, plain[0])
+    assert leaves[1].grad is None
+    assert_same_bits(buffer, plain[1] + 2)
 
 
 def test_products_without_rows_or_columns():

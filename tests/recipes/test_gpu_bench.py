@@ -42,18 +42,18 @@ def test_the_card_is_measured_once():
 
 def test_kernels_that_are_compiled_are_counted(tmp_path, monkeypatch):
     """Once into an empty cache, then from it."""
-    from samebit.kernels.gpu import rows
+    from samebit.kernels.gpu import swiglu
     from samebit.recipes.bench.start import compilations
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     gate_up = torch.randn(3, 64, device="cuda").to(torch.bfloat16)
     counts = []
     for _ in range(2):
-        for kernel in vars(rows).values():
+        for kernel in vars(swiglu).values():
             if hasattr(kernel, "device_caches"):
                 kernel.device_caches.clear()  # as in a new process
         with compilations() as found:
-            rows.swiglu(gate_up)
+            swiglu.swiglu(gate_up)
         counts.append((found["kernels_compiled"], found["kernels_from_cache"]))
     (compiled, none), again = counts
     assert compiled > 0

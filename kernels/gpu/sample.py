@@ -1,7 +1,7 @@
-"""Operations over the vocabulary on the GPU: logsumexp, draw (with log-probs), allowed_tokens.
+"""sample on the GPU: draws, with and without their log-probs, and thresholds of allowed tokens.
 
-Rows are cut into the contract's 8 segments; each program handles one segment of one row in blocks
-of fixed size and order, so neither the batch nor the card's size can change a sum.
+A log-prob's sum is the contract's, segment by segment (kernels/gpu/logprob.py). The draw is exact,
+so it may be cut up as suits the number of rows.
 """
 
 import torch
@@ -9,119 +9,15 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from samebit.kernels.logprob import NUM_SEGMENTS, padded_vocab_size
+from samebit.kernels.contract import (
+    GPU_LIMITS_BLOCK,
+    GPU_LSE_BLOCK,
+    LSE_SEGMENTS,
+    padded_vocab_size,
+)
+from samebit.kernels.gpu.logprob import merged, scaled, segment_sum
 
-BLOCK = 1024
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
-
-
-@triton.jit
-def _scaled(x_ptr, columns, end, temperature):
-    """logit / T of these columns; -inf past the end."""
-    x = tl.load(x_ptr + columns, mask=columns < end, other=float("-inf"))
-    if temperature != 1.0:
-        x = libdevice.div_rn(x, temperature)
-    return x
-
-
-@triton.jit
-def _times_exp(x):
-    """x exp(x), 0 for x = -inf."""
-    return tl.where(x > float("-inf"), x * tl.exp(x), 0.0)
-
-
-@triton.jit
-def segment_sum(
-    x_ptr, start, end, temperature, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr = False
-):
-    """(max, sum of exp(x - max)) of one segment of one row: block after block, then one tree.
-
-    Four blocks are loaded at a time to keep the memory busy; the sum's order is that of the blocks.
-    WEIGHTED: also the sum of (x - max) exp(x - max), which moves no bit of the others.
-    """
-    columns = tl.arange(0, BLOCK)
-    best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for c0 in range(start, end, 4 * BLOCK):
-        x0 = _scaled(x_ptr, c0 + columns, end, temperature)
-        x1 = _scaled(x_ptr, c0 + BLOCK + columns, end, temperature)
-        x2 = _scaled(x_ptr, c0 + 2 * BLOCK + columns, end, temperature)
-        x3 = _scaled(x_ptr, c0 + 3 * BLOCK + columns, end, temperature)
-        best = tl.maximum(best, tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)))
-    m = tl.max(best, 0)
-    total = tl.zeros((BLOCK,), tl.float32)
-    weighted = tl.zeros((BLOCK,), tl.float32)
-    for c0 in range(start, end, 4 * BLOCK):
-        x0 = _scaled(x_ptr, c0 + columns, end, temperature)
-        x1 = _scaled(x_ptr, c0 + BLOCK + columns, end, temperature)
-        x2 = _scaled(x_ptr, c0 + 2 * BLOCK + columns, end, temperature)
-        x3 = _scaled(x_ptr, c0 + 3 * BLOCK + columns, end, temperature)
-        total = total + tl.exp(x0 - m)
-        total = total + tl.exp(x1 - m)
-        total = total + tl.exp(x2 - m)
-        total = total + tl.exp(x3 - m)
-        if WEIGHTED:
-            weighted += _times_exp(x0 - m) + _times_exp(x1 - m)
-            weighted += _times_exp(x2 - m) + _times_exp(x3 - m)
-    total = tl.where(start < end, tl.sum(total, 0), 0.0)
-    return m, total, tl.where(start < end, tl.sum(weighted, 0), 0.0)
-
-
-@triton.jit
-def _segment_kernel(
-    x_ptr, max_ptr, sum_ptr, V, SEGMENT, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr
-):
-    row, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    start = segment * SEGMENT
-    end = tl.minimum(start + SEGMENT, V)
-    m, total, _ = segment_sum(x_ptr + row * V, start, end, 1.0, BLOCK)
-    tl.store(max_ptr + row * SEGMENTS + segment, m)
-    tl.store(sum_ptr + row * SEGMENTS + segment, total)
-
-
-@triton.jit
-def merged(max_ptr, sum_ptr, SEGMENTS: tl.constexpr):
-    """Log-sum-exp of a row from its segments, in ascending order."""
-    m = tl.load(max_ptr)
-    total = tl.load(sum_ptr)
-    for segment in range(1, SEGMENTS):
-        next_m = tl.load(max_ptr + segment)
-        next_total = tl.load(sum_ptr + segment)
-        new_m = tl.maximum(m, next_m)
-        total = total * tl.exp(m - new_m) + next_total * tl.exp(next_m - new_m)
-        m = new_m
-    return m + libdevice.log(total)
-
-
-@triton.jit
-def _merge_segments_kernel(max_ptr, sum_ptr, out_ptr, SEGMENTS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    lse = merged(max_ptr + row * SEGMENTS, sum_ptr + row * SEGMENTS, SEGMENTS)
-    tl.store(out_ptr + row, lse)
-
-
-def logsumexp(logits: torch.Tensor) -> torch.Tensor:
-    """logits [B, V] fp32 -> [B] fp32."""
-    logits = logits.contiguous()
-    rows, vocab_size = logits.shape
-    parts = torch.empty(2, rows, NUM_SEGMENTS, device=logits.device)
-    out = torch.empty(rows, device=logits.device)
-    if rows:
-        segment = padded_vocab_size(vocab_size) // NUM_SEGMENTS
-        _segment_kernel[(rows, NUM_SEGMENTS)](
-            logits,
-            parts[0],
-            parts[1],
-            vocab_size,
-            segment,
-            NUM_SEGMENTS,
-            BLOCK,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
-        _merge_segments_kernel[(rows,)](
-            parts[0], parts[1], out, NUM_SEGMENTS, num_warps=1, enable_fp_fusion=False
-        )
-    return out
 
 
 @triton.jit
@@ -151,7 +47,7 @@ def _best_token(
     token = tl.full((N, 4), 0x7FFFFFFF, tl.int32)
     top = tl.full((), float("-inf"), tl.float32)
     for c0 in range(start, end, BLOCK):
-        x = _scaled(x_ptr, c0 + place, end, temperature)
+        x = scaled(x_ptr, c0 + place, end, temperature)
         counters = (c0 // 4 + tl.arange(0, N)).to(tl.uint32)
         v = _uniform(seed, counters, position, low, high, N)
         # 0.001 is far more than the error of both logarithms.
@@ -227,25 +123,28 @@ def draw_with_logprobs(
     rows, vocab_size = logits.shape
     device = logits.device
     # The draw is exact, so it may be cut up as suits the number of rows; the sum may not.
-    parts = max(NUM_SEGMENTS, min(64, 512 // max(rows, 1)))
-    part = triton.cdiv(triton.cdiv(vocab_size, parts), BLOCK) * BLOCK
+    parts = max(LSE_SEGMENTS, min(64, 512 // max(rows, 1)))
+    part = triton.cdiv(triton.cdiv(vocab_size, parts), GPU_LSE_BLOCK) * GPU_LSE_BLOCK
     parts = triton.cdiv(vocab_size, part)
-    sums = torch.empty(2, rows, NUM_SEGMENTS, device=device)
+    maxima, sums = torch.empty(2, rows, LSE_SEGMENTS, device=device)
     values = torch.empty(rows, parts, device=device)
     tokens = torch.empty(rows, parts, dtype=torch.int32, device=device)
     chosen = torch.empty(rows, dtype=torch.int64, device=device)
     logprobs = torch.empty(rows, device=device)
     if rows:
-        segment = padded_vocab_size(vocab_size) // NUM_SEGMENTS
-        _sample_kernel[(rows, NUM_SEGMENTS + parts)](
-            logits, temperature, seeds, positions, sample_ids, greedy, sums[0], sums[1], values,
-            tokens, vocab_size, segment, part, NUM_SEGMENTS, parts, BLOCK, num_warps=4,
-            enable_fp_fusion=False,
+        segment = padded_vocab_size(vocab_size) // LSE_SEGMENTS
+        _sample_kernel[(rows, LSE_SEGMENTS + parts)](
+            x_ptr=logits, temperature_ptr=temperature, seed_ptr=seeds, position_ptr=positions,
+            sample_ptr=sample_ids, greedy_ptr=greedy, max_ptr=maxima, sum_ptr=sums,
+            value_ptr=values, token_ptr=tokens, V=vocab_size, SEGMENT=segment, PART=part,
+            SEGMENTS=LSE_SEGMENTS, PARTS=parts, BLOCK=GPU_LSE_BLOCK,
+            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         _choose_kernel[(rows,)](
-            logits, temperature, sums[0], sums[1], values, tokens, chosen, logprobs, vocab_size,
-            NUM_SEGMENTS, parts, triton.next_power_of_2(parts), num_warps=1,
-            enable_fp_fusion=False,
+            x_ptr=logits, temperature_ptr=temperature, max_ptr=maxima, sum_ptr=sums,
+            value_ptr=values, token_ptr=tokens, chosen_ptr=chosen, logprob_ptr=logprobs,
+            V=vocab_size, SEGMENTS=LSE_SEGMENTS, PARTS=parts,
+            BLOCK_PARTS=triton.next_power_of_2(parts), num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip
     return chosen, logprobs
 
@@ -331,14 +230,7 @@ def allowed_tokens(
     rows, vocab_size = scaled_logits.shape
     least = torch.empty(rows, device=scaled_logits.device)
     _threshold_kernel[(rows,)](
-        scaled_logits,
-        top_k.clamp(max=vocab_size),
-        top_p,
-        min_p,
-        least,
-        vocab_size,
-        4 * BLOCK,
-        num_warps=8,
-        enable_fp_fusion=False,
-    )
+        x_ptr=scaled_logits, k_ptr=top_k.clamp(max=vocab_size), p_ptr=top_p, min_p_ptr=min_p,
+        out_ptr=least, V=vocab_size, BLOCK=GPU_LIMITS_BLOCK, num_warps=8, enable_fp_fusion=False,
+    )  # fmt: skip
     return scaled_logits >= least[:, None]
