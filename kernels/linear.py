@@ -12,10 +12,11 @@ import torch
 from samebit.kernels.cpu import linear as cpu
 from samebit.kernels.op import Op
 
-_GPU = "samebit.kernels.gpu.linear"
-_forward = Op("linear", cpu=cpu.linear, cuda=f"{_GPU}:linear")
+_forward = Op("linear", cpu=cpu.linear, cuda="samebit.kernels.gpu.linear:linear")
 _forward_in_segments = Op(
-    "linear_in_segments", cpu=cpu.linear_in_segments, cuda=f"{_GPU}:linear_in_segments"
+    "linear_in_segments",
+    cpu=cpu.linear_in_segments,
+    cuda="samebit.kernels.gpu.linear:linear_in_segments",
 )
 
 

@@ -16,15 +16,13 @@ from samebit.kernels.linear import add_product, linear
 from samebit.kernels.op import Op
 from samebit.kernels.reduce import ALONE, RankGroup, gather_columns
 
-_GPU = "samebit.kernels.gpu.logprob"
-
 
 def logsumexp_ref(logits: torch.Tensor) -> torch.Tensor:
     """logits [B, V] -> [B], in plain torch: a tolerance reference."""
     return logits.float().logsumexp(-1)
 
 
-logsumexp = Op("logsumexp", cpu=cpu.logsumexp, cuda=f"{_GPU}:logsumexp")
+logsumexp = Op("logsumexp", cpu=cpu.logsumexp, cuda="samebit.kernels.gpu.logprob:logsumexp")
 """logits [B, V] fp32 -> log-sum-exps [B] fp32."""
 
 
@@ -72,9 +70,9 @@ def logits_grad_ref(
     return grad_logits.to(dtype)
 
 
-token_stats = Op("token_stats", cpu=token_stats_ref, cuda=f"{_GPU}:token_stats")
+token_stats = Op("token_stats", cpu=token_stats_ref, cuda="samebit.kernels.gpu.logprob:token_stats")
 """logits [T, V] fp32, temperature [T], token_ids [T] -> log-probs, entropies, log-sum-exps [T]."""
-logits_grad = Op("logits_grad", cpu=logits_grad_ref, cuda=f"{_GPU}:logits_grad")
+logits_grad = Op("logits_grad", cpu=logits_grad_ref, cuda="samebit.kernels.gpu.logprob:logits_grad")
 """logits [T, V], temperature [T], log-sum-exps [T], token_ids [T] (one outside [0, V) is another
 rank's), gradients of the log-probs [T], dtype -> the gradient of the logits [T, V] in dtype."""
 

@@ -12,8 +12,6 @@ import torch
 from samebit.kernels.cpu import rms_norm as cpu
 from samebit.kernels.op import Op
 
-_GPU = "samebit.kernels.gpu.rms_norm"
-
 
 def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [..., D], weight [D] -> [..., D], computed in fp32 and rounded once to x's dtype."""
@@ -22,7 +20,7 @@ def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Ten
     return (wide * scale * weight.float()).to(x.dtype)
 
 
-_forward = Op("rms_norm", cpu=cpu.rms_norm, cuda=f"{_GPU}:rms_norm")
+_forward = Op("rms_norm", cpu=cpu.rms_norm, cuda="samebit.kernels.gpu.rms_norm:rms_norm")
 
 
 def rms_norm_backward_ref(
@@ -39,7 +37,7 @@ def rms_norm_backward_ref(
 _backward = Op(
     "rms_norm_backward",
     cpu=rms_norm_backward_ref,
-    cuda=f"{_GPU}:rms_norm_backward",
+    cuda="samebit.kernels.gpu.rms_norm:rms_norm_backward",
 )
 
 
@@ -68,7 +66,9 @@ def add_rms_norm_ref(
     return rms_norm(total, weight, eps), total
 
 
-_add_rms_norm = Op("add_rms_norm", cpu=add_rms_norm_ref, cuda=f"{_GPU}:add_rms_norm")
+_add_rms_norm = Op(
+    "add_rms_norm", cpu=add_rms_norm_ref, cuda="samebit.kernels.gpu.rms_norm:add_rms_norm"
+)
 
 
 def add_rms_norm(

@@ -18,8 +18,6 @@ from samebit.kernels.cpu import sample as cpu
 from samebit.kernels.logprob import logprob_of
 from samebit.kernels.op import Op, require_fp32
 
-_GPU = "samebit.kernels.gpu.sample"
-
 _noise = Op("gumbel_noise", cpu=cpu.gumbel_noise)
 
 
@@ -30,7 +28,9 @@ def gumbel_noise(
     return _noise(seeds, positions, sample_ids, vocab_size)
 
 
-_allowed = Op("allowed_tokens", cpu=cpu.allowed_tokens, cuda=f"{_GPU}:allowed_tokens")
+_allowed = Op(
+    "allowed_tokens", cpu=cpu.allowed_tokens, cuda="samebit.kernels.gpu.sample:allowed_tokens"
+)
 
 
 def allowed_tokens(
@@ -73,7 +73,7 @@ def draw_ref(
     return sample(scaled_logits, noise.masked_fill_(greedy[:, None], 0.0))
 
 
-_draw = Op("draw", cpu=draw_ref, cuda=f"{_GPU}:draw")
+_draw = Op("draw", cpu=draw_ref, cuda="samebit.kernels.gpu.sample:draw")
 
 
 def draw(
@@ -102,7 +102,7 @@ def draw_with_logprobs_ref(
 _draw_with_logprobs = Op(
     "draw_with_logprobs",
     cpu=draw_with_logprobs_ref,
-    cuda=f"{_GPU}:draw_with_logprobs",
+    cuda="samebit.kernels.gpu.sample:draw_with_logprobs",
 )
 
 

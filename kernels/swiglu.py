@@ -12,8 +12,6 @@ from samebit.kernels.cpu import swiglu as cpu
 from samebit.kernels.linear import linear
 from samebit.kernels.op import Op
 
-_GPU = "samebit.kernels.gpu.swiglu"
-
 
 def swiglu_ref(gate_up: torch.Tensor) -> torch.Tensor:
     """gate_up [..., 2F] = [gate; up] -> [..., F] in plain torch."""
@@ -21,7 +19,7 @@ def swiglu_ref(gate_up: torch.Tensor) -> torch.Tensor:
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
-_forward = Op("swiglu", cpu=cpu.swiglu, cuda=f"{_GPU}:swiglu")
+_forward = Op("swiglu", cpu=cpu.swiglu, cuda="samebit.kernels.gpu.swiglu:swiglu")
 
 
 def swiglu_backward_ref(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
@@ -37,7 +35,7 @@ def swiglu_backward_ref(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tens
 _backward = Op(
     "swiglu_backward",
     cpu=swiglu_backward_ref,
-    cuda=f"{_GPU}:swiglu_backward",
+    cuda="samebit.kernels.gpu.swiglu:swiglu_backward",
 )
 
 

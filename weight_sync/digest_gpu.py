@@ -47,6 +47,7 @@ def add_hash(
     if count:
         mask = (1 << (8 * bits.element_size())) - 1
         _hash_kernel[(triton.cdiv(count, _BLOCK),)](
-            bits, total, key, step, bits_factor, first_row, width, first_column, bits.stride(0),
-            count, bits.shape[1], mask, _BLOCK, num_warps=8,
+            bits_ptr=bits, total_ptr=total, key=key, step=step, bits_factor=bits_factor,
+            first_row=first_row, width=width, first_column=first_column, row_stride=bits.stride(0),
+            num_elements=count, columns=bits.shape[1], MASK=mask, BLOCK=_BLOCK, num_warps=8,
         )  # fmt: skip

@@ -66,8 +66,7 @@ def _decode_kernel(
     after_previous(PDL)
     if lo >= context_len:
         return
-    r = tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK_DH)
+    r, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_DH)
     inside = (r < GROUP)[:, None] & (d < DH)[None, :]
     heads = (kv * GROUP + r)[:, None]
     q = tl.load(q_ptr + row * q_stride + heads * q_head + d[None, :], mask=inside, other=0.0)
