@@ -131,12 +131,12 @@ def check_fused(
     qkv = _randn(67, (num_heads + 2 * num_kv_heads) * head_dim, device=device)
     norms = (_randn(head_dim, device=device), _randn(head_dim, device=device, seed=1))
     table = rope_table(head_dim, 10000.0, 128, device=device)
-    positions, slots = (torch.arange(n, 67 + n, device=device) for n in (9, 3))
+    positions, kv_slots = (torch.arange(n, 67 + n, device=device) for n in (9, 3))
     for used in (norms, None):
         outputs = []
         for operation in (attention_inputs, attention_inputs_ref):
             caches = [torch.zeros(shape, dtype=qkv.dtype, device=device) for _ in range(2)]
-            q = operation(qkv, used, 1e-6, table, positions, slots, *caches)
+            q = operation(qkv, used, 1e-6, table, positions, kv_slots, *caches)
             outputs.append((q, *caches))
         same &= all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
     if not same:
@@ -215,8 +215,8 @@ def selfcheck(
 ) -> None:
     """Check a model's operations on `device` and select implementations accordingly.
 
-    linear_shapes: (N, K) of every weight; heads: (N, K, H) of attention; widths: row lengths of
-    norms and activations; column_shards: see check_columns; segments: (N, K) of the parts that
+    linear_shapes: (N, K) of every weight; heads: (Hq, Hkv, Dh); widths: row lengths of norms
+    and activations; column_shards: see check_columns; segments: (N, K) of the parts that
     linear_in_segments cuts weights into. Raises SelfCheckError where nothing that keeps the
     contract is left.
     """

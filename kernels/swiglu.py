@@ -66,5 +66,5 @@ _swiglu_linear = Op(
 
 
 def swiglu_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """swiglu(linear(x, weight)) for inference: x [T, K], weight [2F, K] = [gate; up] -> [T, F]."""
+    """swiglu(linear(x, weight)) for inference: x [M, K], weight [2F, K] = [gate; up] -> [M, F]."""
     return _swiglu_linear(x, weight)

@@ -14,18 +14,7 @@ from typing import Any
 
 import torch
 
-_INT_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits_of(x: torch.Tensor) -> torch.Tensor:
-    """The bits of a tensor as integers of the same size."""
-    x = x.detach().contiguous()
-    return x.view(_INT_OF_SIZE[x.element_size()]) if x.is_floating_point() else x
-
-
-def _ordered(bits: int, num_bits: int) -> int:
-    """Floats in ascending order as ascending integers: their difference counts ulps."""
-    return bits if bits >= 0 else -(bits + (1 << (num_bits - 1)))
+from samebit.recipes.bits import distance
 
 
 def assert_same_bits(found: torch.Tensor, expected: torch.Tensor, case: object = "") -> None:
@@ -35,17 +24,13 @@ def assert_same_bits(found: torch.Tensor, expected: torch.Tensor, case: object =
     """
     assert found.dtype == expected.dtype, f"{case}: {found.dtype} and {expected.dtype}"
     assert found.shape == expected.shape, f"{case}: {found.shape} and {expected.shape}"
-    a, b = bits_of(found), bits_of(expected)
-    differing = (a != b).nonzero()
-    if not len(differing):
-        return
-    index = tuple(differing[0].tolist())
-    num_bits = 8 * a.element_size()
-    distance = abs(_ordered(int(a[index]), num_bits) - _ordered(int(b[index]), num_bits))
-    raise AssertionError(
-        f"{case}: {len(differing)} of {a.numel()} elements differ, the first at {index}: "
-        f"{found[index].item()!r} is {distance} ulps from {expected[index].item()!r}"
-    )
+    apart = distance(found, expected)
+    if apart is not None:
+        raise AssertionError(
+            f"{case}: {apart.num_differing} of {found.numel()} elements differ, the first at "
+            f"{apart.index}: {found[apart.index].item()!r} is {apart.ulps} ulps from "
+            f"{expected[apart.index].item()!r}"
+        )
 
 
 def run_python(code: str, *arguments: object, timeout: float = 120.0, **env: str) -> str:

@@ -67,7 +67,7 @@ def _one_per_head(x: torch.Tensor, num_heads: int, heads: int) -> torch.Tensor:
 
 
 def _filling_heads(num_heads: int, num_seqs: int, sms: int) -> int:
-    """With how many heads, some of them there twice, torch's deterministic backward is fastest.
+    """The number of heads, some of them twice, with which torch's deterministic way is fastest.
 
     It starts s = ceil(SMs / (heads x sequences)) programs for each head of each sequence, each with
     a part of the keys, and an SM holds one program. 32 heads of one sequence make 160 programs,

@@ -90,7 +90,7 @@ def _library() -> ctypes.CDLL:
 
 
 def version() -> str:
-    """Of the library that is loaded."""
+    """The version of the library that is loaded."""
     get = _library().cublasLtGetVersion
     get.restype = ctypes.c_size_t
     return str(get())
@@ -281,8 +281,8 @@ def matmul(
 ) -> None:
     """y [M, N] = x [M, K] @ weight [N, K].T on the current stream; bf16 in, bf16 or fp32 out.
 
-    Rows of x and weight may lie apart. accumulate: y += the product, rounded before to fp32 as y
-    is.
+    Rows of x and weight may lie apart. accumulate: y += the product, which is rounded to fp32
+    before, as y is.
     Raises CublasLtError if a call fails or no algorithm without split-K exists.
     """
     plan = _plan(*_key(x, weight, y), answer)

@@ -135,7 +135,7 @@ def linear_in_segments(x: torch.Tensor, weight: torch.Tensor, num_segments: int)
 
 
 def swiglu_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The swiglu of x [T, K] times weight [2F, K] transposed -> [T, F]."""
+    """The swiglu of x [M, K] times weight [2F, K] transposed -> [M, F]."""
     x, weight = _checked(x, weight)
     (rows, k), f = x.shape, weight.shape[0] // 2
     gapless = x.is_contiguous() and weight.is_contiguous()

@@ -90,7 +90,7 @@ def _partial(memories, half, own, rank: tl.constexpr, at, live, RANK: tl.constex
 @triton.jit
 def _total(memories, half, own, at, live, RANK: tl.constexpr, SIZE: tl.constexpr,
            TREE: tl.constexpr):  # fmt: skip
-    """From rank 0 upwards, or as the tree ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))."""
+    """The sum from rank 0 upwards, or as the tree ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))."""
     total = _partial(memories, half, own, 0, at, live, RANK)
     if TREE and SIZE >= 4:
         total = total + _partial(memories, half, own, 1, at, live, RANK)
@@ -237,7 +237,7 @@ class Peers:
     def sum_of_own_rows(
         self, partial: torch.Tensor, dtype: torch.dtype, tree: bool
     ) -> torch.Tensor:
-        """The same, of this rank's part of the rows only: [T, ...] -> [T / size, ...]."""
+        """The same sum, of this rank's part of the rows only: [T, ...] -> [T / size, ...]."""
         rows = len(partial) // dist.get_world_size(self.group)
         output = torch.empty((rows, *partial.shape[1:]), dtype=dtype, device=partial.device)
         self._launch(partial, output, _OWN_PART, tree)

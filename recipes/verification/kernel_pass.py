@@ -32,7 +32,7 @@ from samebit.kernels.sample import allowed_tokens, draw, draw_with_logprobs
 from samebit.kernels.swiglu import swiglu, swiglu_linear
 from samebit.rollout.config import resolve_device, resolve_dtype
 
-HEADS = ((4, 2, 16, 16), (9, 3, 64, 48), (8, 1, 128, 64))  # query heads, kv heads, H, page size
+HEADS = ((4, 2, 16, 16), (9, 3, 64, 48), (8, 1, 128, 64))  # Hq, Hkv, Dh, page size
 CONTEXT_LENS = (1, 65, 1030, 2100)  # one, two and three KV splits on the GPU
 VOCAB_SIZES = (331, 9001)
 
@@ -155,9 +155,9 @@ def paged_attention_pass(make: Inputs) -> Iterator[torch.Tensor]:
         for i, (own, length) in enumerate(zip(pages.split(counts), CONTEXT_LENS, strict=True)):
             table[i, : len(own)] = own
             place = torch.arange(length)
-            slots = (own[place // page_size] * page_size + place % page_size).to(make.device)
+            kv_slots = (own[place // page_size] * page_size + place % page_size).to(make.device)
             new = [make.normal(length, kv, head_dim, seed=s).detach() for s in (1, 2)]
-            kv_write(*new, keys, values, slots)
+            kv_write(*new, keys, values, kv_slots)
         for chunk in ((1, 1, 1, 1), (1, 17, 70, 129), (1, 1, 17, 1)):
             plan = plan_paged(chunk, CONTEXT_LENS, table, page_size, heads // kv, make.device)
             q = make.normal(sum(chunk), heads, head_dim).detach()

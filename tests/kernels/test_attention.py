@@ -54,12 +54,14 @@ class Pages:
         """The next `counts` tokens of the sequences `which`, in that order, as one batch."""
         spans = [(i, self.done[i], self.done[i] + n) for i, n in zip(which, counts, strict=True)]
         q, k, v = (torch.cat([x[i][a:b] for i, a, b in spans]) for x in (self.q, self.k, self.v))
-        slots = []
+        kv_slots = []
         for i, a, b in spans:
             p = torch.arange(a, b)
-            slots.append(self.table[i, p // self.page_size] * self.page_size + p % self.page_size)
+            kv_slots.append(
+                self.table[i, p // self.page_size] * self.page_size + p % self.page_size
+            )
             self.done[i] = b
-        kv_write(k, v, *self.caches, torch.cat(slots))
+        kv_write(k, v, *self.caches, torch.cat(kv_slots))
         group = q.shape[1] // k.shape[1]
         ends = [b for _, _, b in spans]
         plan = plan_paged(counts, ends, self.table[list(which)], self.page_size, group)

@@ -312,12 +312,12 @@ def kv_case(dtype=torch.float32):
 
 
 def test_kv_write_writes_its_slots_and_no_others():
-    key, value, keys, values, slots = kv_case()
-    kv_write(key, value, keys, values, slots)
+    key, value, keys, values, kv_slots = kv_case()
+    kv_write(key, value, keys, values, kv_slots)
     for new, cache in ((key, keys), (value, values)):
         flat = cache.view(12, 2, 4)
-        assert_same_bits(flat[slots], new)
-        others = [i for i in range(12) if i not in slots.tolist()]
+        assert_same_bits(flat[kv_slots], new)
+        others = [i for i in range(12) if i not in kv_slots.tolist()]
         assert flat[others].isnan().all()
     again = kv_case()
     kv_write_ref(*again)
@@ -325,10 +325,10 @@ def test_kv_write_writes_its_slots_and_no_others():
 
 
 def test_kv_write_takes_strided_inputs():
-    key, value, keys, values, slots = kv_case()
-    kv_write(strided(key, 1, 2), strided(value, 0, 3), keys, values, slots)
-    assert_same_bits(keys.view(12, 2, 4)[slots], key)
-    assert_same_bits(values.view(12, 2, 4)[slots], value)
+    key, value, keys, values, kv_slots = kv_case()
+    kv_write(strided(key, 1, 2), strided(value, 0, 3), keys, values, kv_slots)
+    assert_same_bits(keys.view(12, 2, 4)[kv_slots], key)
+    assert_same_bits(values.view(12, 2, 4)[kv_slots], value)
 
 
 def refused_calls(dtype, device):

@@ -107,21 +107,21 @@ def test_add_rms_norm(width):
     [(8, 4, 128, True), (8, 2, 128, True), (3, 3, 64, False), (2, 1, 64, True), (4, 8, 128, True)],
 )
 def test_attention_inputs(kv, group, dim, normed):
-    """Queries, keys and values of the single operations; a token without a slot is not stored."""
+    """Queries, keys and values of the single operations; without a kv_slot nothing is stored."""
     num_tokens, page = 67, 16
     table = rope_table(dim, 1e6, 4096, device="cuda")
     positions = torch.randint(0, 4096, (num_tokens,), device="cuda")
     qkv = bf16(num_tokens, kv * (group + 2) * dim)
     norms = tuple(1 + bf16(dim, seed=s, scale=0.1) for s in (3, 4)) if normed else None
-    slots = torch.randperm(8 * page, device="cuda")[:num_tokens]
+    kv_slots = torch.randperm(8 * page, device="cuda")[:num_tokens]
     caches = [torch.zeros(8, page, kv, dim, dtype=torch.bfloat16, device="cuda") for _ in range(4)]
-    arguments = (norms, 1e-6, table, positions, slots)
+    arguments = (norms, 1e-6, table, positions, kv_slots)
     q = attention_inputs(qkv, *arguments, *caches[:2])
     assert torch.equal(q, attention_inputs_ref(qkv, *arguments, *caches[2:]))
     assert torch.equal(caches[0], caches[2])
     assert torch.equal(caches[1], caches[3])
     wide = torch.zeros(2, 9, page, kv, dim, dtype=torch.bfloat16, device="cuda")
-    nowhere = torch.full_like(slots, -1)
+    nowhere = torch.full_like(kv_slots, -1)
     attention_inputs(-qkv, norms, 1e-6, table, positions, nowhere, *wide[:, 1:])
     assert not wide.any()  # nor before the caches
 

@@ -124,9 +124,9 @@ def test_attention_paths_are_equal(heads, kv, dim, page_size):
     for i, length in enumerate(LENS):
         table[i, : counts[i]] = ids[used : used + counts[i]]
         place = torch.arange(length)
-        slots = table[i, place // page_size] * page_size + place % page_size
+        kv_slots = table[i, place // page_size] * page_size + place % page_size
         part = slice(start, start + length)
-        kv_write(k[part], v[part], caches[0], caches[1], slots.cuda())
+        kv_write(k[part], v[part], caches[0], caches[1], kv_slots.cuda())
         start, used = start + length, used + counts[i]
     ends = torch.tensor(LENS).cumsum(0).tolist()
     for chunk in (1, 2, 16, 63, 64, 65, 129):
@@ -196,10 +196,10 @@ def test_rope_and_kv_write():
         rope_ref(x, positions, table), truth
     )
     k, v = bf16(77, 3, 64), bf16(77, 3, 64, seed=1)
-    slots = torch.randperm(160, device="cuda")[:77]
+    kv_slots = torch.randperm(160, device="cuda")[:77]
     caches = [torch.zeros(10, 16, 3, 64, dtype=torch.bfloat16, device="cuda") for _ in range(4)]
-    kv_write(k, v, caches[0], caches[1], slots)
-    kv_write_ref(k, v, caches[2], caches[3], slots)
+    kv_write(k, v, caches[0], caches[1], kv_slots)
+    kv_write_ref(k, v, caches[2], caches[3], kv_slots)
     assert torch.equal(caches[0], caches[2])
     assert torch.equal(caches[1], caches[3])
 
