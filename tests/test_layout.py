@@ -187,6 +187,21 @@ def test_no_file_imports_itself_by_way_of_others():
     expect_none([f"no longer a cycle: {sorted(cycle)}" for cycle in KNOWN_CYCLES - found])
 
 
+# What every file of kernels/ may import.
+KERNEL_LEAVES = {f"kernels/{name}.py" for name in ("contract", "decode_ring", "op", "transfer")}
+
+
+def test_implementations_of_kernels_know_nothing_of_their_dispatch():
+    """They import the leaves and each other; the leaves import nothing of ours."""
+    for path in (ROOT / "kernels").rglob("*.py"):
+        found, folder = imported_files(path), name_of(path.parent)
+        if name_of(path) in KERNEL_LEAVES:
+            assert not found, name_of(path)
+        elif folder != "kernels":
+            strangers = {f for f in found - KERNEL_LEAVES if not f.startswith(f"{folder}/")}
+            assert not strangers, name_of(path)
+
+
 def test_packages_in_pyproject_are_the_folders():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     declared = project["tool"]["setuptools"]["packages"]
