@@ -1,7 +1,7 @@
 """The numbers and orders that bits depend on. It is the leaf that all of kernels/ imports.
 
 A change of anything here changes bits and raises CONTRACT_VERSION. What the operations mean stands
-in their own files, kernels/<operation>.py.
+in docs/contract.md and in their own files, kernels/<operation>.py.
 """
 
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ CPU_KV_TILE = 64
 
 GPU_KV_TILE = 128
 """The keys that one step of the online softmax takes on a GPU (settled with GPU_KV_SPLIT by one
-sweep on an H200: recipes/bench/results/h200_attention_constants.json)."""
+sweep on an H200: docs/results/h200_attention_constants.json)."""
 
 GPU_KV_SPLIT = 1024
 """The keys after which the online softmax starts anew on a GPU; the splits merge in order."""
