@@ -91,12 +91,13 @@ def grouped_qkv(
     name: str,
     hf_names: tuple[str, str, str],
     heads: tuple[int, int, int],
-    width: int,
+    width: int | None,
     shard: Shard,
 ) -> ParamSpec:
     """q, k and v interleaved by kv group: each group's query heads, its key head, its value head.
 
-    heads = (query heads N, kv heads K, head dim H).
+    heads = (query heads Hq, kv heads Hkv, head dim Dh). width: columns of the weights; None for
+    their biases, which have as many elements as the weights have rows.
     """
     num_heads, num_kv, head_dim = heads
     group_rows = num_heads // num_kv * head_dim
@@ -108,10 +109,11 @@ def grouped_qkv(
         blocks.append(RowBlock(start, q, group * group_rows, group_rows))
         blocks.append(RowBlock(start + group_rows, k, group * head_dim, head_dim))
         blocks.append(RowBlock(start + group_rows + head_dim, v, group * head_dim, head_dim))
-    kv_shape = (num_kv * head_dim, width)
-    shapes = {q: (num_heads * head_dim, width), k: kv_shape, v: kv_shape}
+    columns = () if width is None else (width,)
+    kv_shape = (num_kv * head_dim, *columns)
+    shapes = {q: (num_heads * head_dim, *columns), k: kv_shape, v: kv_shape}
     rows = num_groups * (group_rows + 2 * head_dim)
-    return ParamSpec(name, (rows, width), tuple(blocks), shapes)
+    return ParamSpec(name, (rows, *columns), tuple(blocks), shapes)
 
 
 def hf_shapes(specs: Iterable[ParamSpec]) -> dict[str, tuple[int, ...]]:
