@@ -58,6 +58,9 @@ class Shard:
         return total // self.size * self.rank, total // self.size
 
 
+WHOLE = Shard()
+
+
 def plain(name: str, hf_name: str, shape: tuple[int, ...], rank: int = 0) -> ParamSpec:
     """A parameter that every rank holds whole."""
     block = RowBlock(0, hf_name, 0, shape[0])
@@ -109,11 +112,11 @@ def grouped_qkv(
         blocks.append(RowBlock(start, q, group * group_rows, group_rows))
         blocks.append(RowBlock(start + group_rows, k, group * head_dim, head_dim))
         blocks.append(RowBlock(start + group_rows + head_dim, v, group * head_dim, head_dim))
-    columns = () if width is None else (width,)
-    kv_shape = (num_kv * head_dim, *columns)
-    shapes = {q: (num_heads * head_dim, *columns), k: kv_shape, v: kv_shape}
+    tail = () if width is None else (width,)
+    kv_shape = (num_kv * head_dim, *tail)
+    shapes = {q: (num_heads * head_dim, *tail), k: kv_shape, v: kv_shape}
     rows = num_groups * (group_rows + 2 * head_dim)
-    return ParamSpec(name, (rows, *columns), tuple(blocks), shapes)
+    return ParamSpec(name, (rows, *tail), tuple(blocks), shapes)
 
 
 def hf_shapes(specs: Iterable[ParamSpec]) -> dict[str, tuple[int, ...]]:
