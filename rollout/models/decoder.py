@@ -148,8 +148,10 @@ class DenseModel(ModelConfig):
         norm = "input_layernorm.weight"
         yield plain(f"{to}{norm}", f"{hf}{norm}", (D,), shard.rank)
         heads = (self.num_heads, self.num_kv_heads, Dh)
-        parts = {"weight": D, "bias": None} if self.qkv_bias else {"weight": D}
-        for part, width in parts.items():
+        widths: dict[str, int | None] = {"weight": D}
+        if self.qkv_bias:
+            widths["bias"] = None
+        for part, width in widths.items():
             q, k, v = (f"{hf}self_attn.{x}_proj.{part}" for x in "qkv")
             name = f"{to}self_attention.linear_qkv.{part}"
             yield grouped_qkv(name, (q, k, v), heads, width, shard)
