@@ -121,7 +121,7 @@ def test_the_transport_refuses_a_receiver_that_loaded_something_else(old, new, t
 
 
 @pytest.mark.parametrize("max_shard_bytes", [5 << 30, 40_000])
-@pytest.mark.parametrize("model", ["qwen3_path", "llama_path"])
+@pytest.mark.parametrize("model", ["qwen3_path", "llama_path", "qwen2_path"])
 def test_an_exported_folder_loads_in_transformers(request, tmp_path, model, max_shard_bytes):
     """Others must get the model that was trained: same names, same values, same log-probs."""
     from transformers import AutoModelForCausalLM
