@@ -301,7 +301,7 @@ def test_a_bad_folder_is_refused_and_a_good_one_recovers(old, new, expected, tmp
 
 
 def test_biases_travel_as_matrices_do(qwen2_path, old, tmp_path):
-    """Vectors, interleaved by kv group: in one process, through a folder, and to another process."""
+    """Vectors, interleaved by kv group: in one process, by a folder and to another process."""
     other = tmp_path / "other"
     other.mkdir()
     shutil.copyfile(qwen2_path / "config.json", other / "config.json")
