@@ -141,7 +141,7 @@ class Twin(DenseModel):
 
 
 def test_a_family_is_added_from_outside(tmp_path, monkeypatch):
-    """One class and one line; the engine, and the trainer by the same block, know it."""
+    """One class and one line; the engine, and the trainer by the type it derives from, know it."""
     from samebit.trainer.megatron.models.registry import parts_of
 
     monkeypatch.setattr(registry, "FAMILIES", [*FAMILIES, Twin])

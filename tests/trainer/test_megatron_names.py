@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from samebit.rollout.models.registry import load_model_config
-from samebit.trainer.megatron.models.adapter import GPT, HYBRID, block_of
+from samebit.trainer.megatron.models.adapter import GPT, HYBRID, layer_of
 
 CPU = torch.device("cpu")
 
@@ -17,16 +17,16 @@ def hybrid_name(name):
     """As HybridModel's layers *-*-... are called: attention first, then MLP, each a layer."""
     if name.startswith("decoder.final_layernorm."):
         return name.replace("final_layernorm", "final_norm")
-    block = block_of(name)
-    if block is None:
+    layer = layer_of(name)
+    if layer is None:
         return name
-    part = name.removeprefix(f"decoder.layers.{block}.")
-    layer = 2 * block + part.startswith(("pre_mlp_layernorm", "mlp"))
-    return f"decoder.layers.{layer}.{part}"
+    rest = name.removeprefix(f"decoder.layers.{layer}.")
+    theirs = 2 * layer + rest.startswith(("pre_mlp_layernorm", "mlp"))
+    return f"decoder.layers.{theirs}.{rest}"
 
 
 def test_gpt_names_are_the_engines(model_path):
-    """Counted from the chunk's first block."""
+    """Counted from the chunk's first layer."""
     for name in engine_names(load_model_config(model_path)):
         assert GPT.engine_name(name, 0) == name
     moved = GPT.engine_name("decoder.layers.1.mlp.linear_fc1.weight", 6)

@@ -84,11 +84,11 @@ def build_model(
     # A micro-batch is filled up to a multiple of the tensor ranks by a sequence that nobody reads.
     longest = max(longest or model.max_position, parallel.tensor)
     config = transformer_config(model, device, parallel, tp_invariant)
-    block = parts_of(model).block(model, stage.num_layers, longest, device)
+    layers = parts_of(model).layers(model, stage.num_layers, longest, device)
     chunks = [
         GPTModel(
             config=config,
-            transformer_layer_spec=block,
+            transformer_layer_spec=layers,
             vocab_size=padded_vocab_size(model.vocab_size),
             max_sequence_length=model.max_position,
             share_embeddings_and_output_weights=model.tie_embeddings,

@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from samebit.kernels.reduce import gather_objects
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import EMBEDDING, OUTPUT
-from samebit.trainer.megatron.models.adapter import GPT, block_of
+from samebit.trainer.megatron.models.adapter import GPT, layer_of
 from samebit.trainer.types import MicroBatch
 from samebit.weight_sync.mapping import ParamSpec, Shard
 
@@ -89,9 +89,9 @@ def stage_specs(model: ModelConfig, shard: Shard, stage: Stage) -> list[ParamSpe
     """Parameters of the stage, in forward order."""
 
     def here(spec: ParamSpec) -> bool:
-        block = block_of(spec.name)
-        if block is not None:
-            return stage.holds(block)
+        layer = layer_of(spec.name)
+        if layer is not None:
+            return stage.holds(layer)
         return stage.is_first if spec.name == EMBEDDING else stage.is_last
 
     specs = model.param_specs(shard)

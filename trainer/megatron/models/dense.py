@@ -1,4 +1,4 @@
-"""Dense models in Megatron: its settings for them, and the layers of one stage."""
+"""Dense models in Megatron: its settings for them, and the layers of one chunk."""
 
 from functools import partial
 from typing import Any
@@ -45,7 +45,7 @@ def settings(model: DenseModel) -> dict[str, Any]:
 
 
 def attention_parts(model: DenseModel, rope_table: torch.Tensor) -> dict[str, Any]:
-    """The attention half of a block, by the names of Megatron's layer."""
+    """The first half of a layer, by the names of Megatron's."""
     norm = RMSNorm if model.qk_norm else None
     attention = ModuleSpec(
         module=SelfAttention,
@@ -75,10 +75,10 @@ def mlp_parts() -> dict[str, Any]:
     }
 
 
-def block_submodules(
+def layers(
     model: DenseModel, num_layers: int, longest: int, device: torch.device
 ) -> TransformerBlockSubmodules:
-    """The decoder layers of one stage, for samples of at most `longest` tokens."""
+    """The decoder layers of one chunk, for samples of at most `longest` tokens."""
     parts = attention_parts(model, model.rope_table(longest, device)) | mlp_parts()
     layer = ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(**parts))
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

@@ -18,12 +18,12 @@ class MegatronParts:
 
     settings: Callable[[Any], dict[str, Any]]
     """model -> keys of Megatron's configuration."""
-    block: Callable[[Any, int, int, torch.device], TransformerBlockSubmodules]
-    """(model, layers of a stage, tokens of the longest sample, device) -> the layers."""
+    layers: Callable[[Any, int, int, torch.device], TransformerBlockSubmodules]
+    """(model, layers of a chunk, tokens of the longest sample, device) -> those layers."""
 
 
 PARTS: dict[type[ModelConfig], MegatronParts] = {
-    DenseModel: MegatronParts(dense.settings, dense.block_submodules),
+    DenseModel: MegatronParts(dense.settings, dense.layers),
 }
 
 
