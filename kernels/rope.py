@@ -1,7 +1,8 @@
 """rope: rotary position embedding from one fp32 table, applied after the q/k norm.
 
 Contract: the first and second halves of each head are rotated by position * frequency: products
-and sums in fp32, one rounding. Source: Su et al. 2021, arXiv 2104.09864, in the half-split
+and sums in fp32, one rounding. What a kind of scaling changes is in the table: frequencies, and
+yarn's factor of cosines and sines. Source: Su et al. 2021, arXiv 2104.09864, in the half-split
 layout of Hugging Face checkpoints.
 """
 
@@ -21,8 +22,20 @@ SCALING_KEYS: dict[str, tuple[str, ...]] = {
         "high_freq_factor",
         "original_max_position_embeddings",
     ),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
 }
-"""The kinds of `scaling` that there are, and the numbers that each of them takes."""
+"""The kinds of `scaling` that there are, and what each of them takes."""
+OPTIONAL_KEYS = SCALING_KEYS["yarn"][2:]
+"""Those that may be left out; all but truncate, which is true or false, are numbers."""
 
 
 def rope_table(
@@ -39,25 +52,67 @@ def rope_table(
     type in SCALING_KEYS; any other raises ValueError.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    frequency = _scale_frequency(1.0 / (theta**exponent), scaling)
+    frequency = _frequencies(theta, theta**exponent, scaling)
     angle = torch.arange(max_position, dtype=torch.float32)[:, None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=-1).to(device)
+    table = torch.cat([angle.cos(), angle.sin()], dim=-1)
+    return (table * _attention_factor(scaling or {})).to(device)
 
 
-def _scale_frequency(frequency: torch.Tensor, scaling: dict[str, Any] | None) -> torch.Tensor:
+def _frequencies(
+    theta: float, period: torch.Tensor, scaling: dict[str, Any] | None
+) -> torch.Tensor:
+    """[Dh/2] fp32, by transformers' operations in their order. period: theta**(2 i / Dh)."""
     kind = (scaling or {}).get("rope_type", "default")
+    frequency = 1.0 / period
     if scaling is None or kind == "default":
         return frequency
     if kind == "linear":
         return frequency / scaling["factor"]
+    if kind == "yarn":
+        return _yarn_frequencies(theta, period, scaling)
     if kind != "llama3":
-        raise ValueError(f"rope_scaling type '{kind}' is unknown; use default, linear or llama3")
+        *most, last = SCALING_KEYS
+        raise ValueError(f"rope_scaling type '{kind}' is unknown; use {', '.join(most)} or {last}")
     # Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, a ramp between.
     factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     wavelength = 2 * math.pi / frequency
     ramp = ((original / wavelength - low) / (high - low)).clamp(0, 1)
     return frequency * ((1 - ramp) / factor + ramp)
+
+
+def _yarn_frequencies(theta: float, period: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:
+    """Peng et al. 2023, arXiv 2309.00071: what turns often in the old context is kept, what turns
+    rarely is stretched by `factor`, with a ramp over the dimensions between."""
+    half, original = len(period), scaling["original_max_position_embeddings"]
+
+    def dimension(num_turns: float) -> float:
+        return 2 * half * math.log(original / (num_turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = dimension(scaling.get("beta_fast") or 32)
+    high = dimension(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * half - 1)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(half, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    kept = 1 - ramp
+    return 1.0 / (scaling["factor"] * period) * (1 - kept) + 1.0 / period * kept
+
+
+def _attention_factor(scaling: dict[str, Any]) -> float:
+    """What yarn multiplies cosines and sines by; 1 for all others."""
+    if scaling.get("rope_type") != "yarn":
+        return 1.0
+    if scaling.get("attention_factor") is not None:
+        return scaling["attention_factor"]
+    factor, above, below = (scaling.get(k) for k in ("factor", "mscale", "mscale_all_dim"))
+
+    def sharpness(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    return sharpness(above) / sharpness(below) if above and below else sharpness(1)
 
 
 def rope_ref(x: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -88,7 +143,7 @@ class _Rope(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         positions, table = ctx.saved_tensors
         cos, sin = table[positions].chunk(2, dim=-1)
-        back = torch.cat([cos, -sin], dim=-1)  # the inverse rotation
+        back = torch.cat([cos, -sin], dim=-1)  # the transposed rotation
         return _forward(grad, torch.arange(len(positions), device=grad.device), back), None, None
 
 

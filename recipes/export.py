@@ -9,7 +9,6 @@ from samebit.recipes.config import ExportRun
 from samebit.recipes.run.folder import require_outside
 from samebit.recipes.side_files import side_files, write_side_files
 from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.checkpoint import (
     Checkpoint,
@@ -48,7 +47,7 @@ def read_model(
     dtype: unset, that of the weights trained with. fp32 is read from AdamW's master weights, if
     there are any. Raises ValueError for another model and for weights that the dtype cannot hold.
     """
-    specs = param_specs(model)
+    specs = model.param_specs()
     saved = WholeState(model, checkpoint.load_all())
     own = next(iter(saved.first["params"].values())).dtype
     dtype, source = dtype or own, "params"
@@ -79,7 +78,7 @@ def write_model(
     except ValueError as error:
         raise ConfigError(f"{checkpoint.path}, model={model_path}: {error}") from error
     with replacing(out) as new:
-        write_weights(new, param_specs(model), params, version)
+        write_weights(new, model.param_specs(), params, version)
         write_side_files(model_path, new, next(iter(params.values())).dtype)
     return version, described
 

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from samebit.rollout.models.decoder import param_specs
-from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.models.registry import FAMILIES, load_model_config
 from samebit.rollout.runtime.weights import load_dummy
 
 _EOS = "<eos>"
@@ -16,16 +15,14 @@ _SHAPE: dict[str, Any] = {
     "torch_dtype": "float32",
     "eos_token_id": 0,
 }
-ARCHITECTURES = {
-    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
-    "llama": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
-}
 
 
 def write_config(folder: Path, architecture: str, **shape: Any) -> None:
-    """Write a config.json; `shape` holds Hugging Face keys."""
+    """Write a config.json of a model_type; `shape` holds Hugging Face keys."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**_SHAPE, **ARCHITECTURES[architecture], **shape}
+    known = {model.family.model_type: model.family.architecture for model in FAMILIES}
+    names = {"model_type": architecture, "architectures": [known[architecture]]}
+    config = {**_SHAPE, **names, **shape}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
@@ -36,7 +33,7 @@ def write_weights(folder: Path, seed: int, std: float = 0.02) -> None:
     from samebit.weight_sync.mapping import hf_tensors
     from samebit.weight_sync.transports.file import save_tensors
 
-    specs = param_specs(load_model_config(folder))
+    specs = load_model_config(folder).param_specs()
     params = {spec.name: torch.empty(spec.shape) for spec in specs}
     load_dummy(specs, params, seed, std)
     tensors = {name: tensor.contiguous() for name, tensor in hf_tensors(specs, params)}
@@ -89,18 +86,21 @@ def make_random_model(
     vocab_size: int = 331,
     num_layers: int = 3,
     std: float = 0.2,
+    **shape: Any,
 ) -> None:
-    """A random model for tests: odd sizes, grouped heads, weights large enough to matter."""
-    write_config(
-        folder,
-        architecture,
-        vocab_size=vocab_size,
-        hidden_size=48,
-        intermediate_size=104,
-        num_hidden_layers=num_layers,
-        num_attention_heads=6 if architecture == "llama" else 4,
-        num_key_value_heads=2,
-        head_dim=16,
-        tie_word_embeddings=tied,
-    )
+    """A random model for tests: odd sizes, grouped heads, weights large enough to matter.
+
+    `shape` holds Hugging Face keys that are to be otherwise.
+    """
+    usual = {
+        "vocab_size": vocab_size,
+        "hidden_size": 48,
+        "intermediate_size": 104,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 6 if architecture == "llama" else 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "tie_word_embeddings": tied,
+    }
+    write_config(folder, architecture, **usual | shape)
     write_weights(folder, seed, std)

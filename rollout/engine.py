@@ -24,14 +24,8 @@ from samebit.rollout.config import (
     own_device,
     resolve_dtype,
 )
-from samebit.rollout.models.decoder import (
-    Decoder,
-    param_specs,
-    rope_table_of,
-    selfcheck_model,
-)
 from samebit.rollout.models.registry import load_model_config
-from samebit.rollout.runtime.kv_cache import KVCache, PagePool, kv_bytes_per_token
+from samebit.rollout.runtime.kv_cache import KVCache, PagePool
 from samebit.rollout.runtime.memory import Arena
 from samebit.rollout.runtime.prefix_cache import PrefixCache
 from samebit.rollout.runtime.requests import RequestFactory
@@ -98,9 +92,9 @@ class Engine(WeightControl):
             ranks=ranks,
         )
         self.model_config = load_model_config(self.config.model_path)
-        self.specs = param_specs(self.model_config, Shard(ranks.rank, ranks.size))
+        self.specs = self.model_config.param_specs(Shard(ranks.rank, ranks.size))
         self.profile: NumericsProfile = numerics_profile(resolved, ranks.size, ranks.invariant)
-        selfcheck_model(self.model_config, resolved, ranks)
+        self.model_config.selfcheck(resolved, ranks)
         self.arena = Arena(resolved)
         self._load_weights()
         self._make_runtime()
@@ -255,7 +249,7 @@ class Engine(WeightControl):
             )
         tokens = c.kv_cache_tokens
         if tokens is None:
-            token_bytes = kv_bytes_per_token(m, c.dtype) // c.ranks.size
+            token_bytes = m.kv_layout.bytes_per_token(c.dtype) // c.ranks.size
             affordable = automatic_kv_bytes(c.device) // token_bytes
             tokens = max(c.page_size, min(affordable, c.max_num_seqs * self.max_model_len))
             tokens = smallest(tokens, c.ranks.group)  # all ranks take the same decisions
@@ -265,10 +259,10 @@ class Engine(WeightControl):
         self.prefixes = (
             PrefixCache(self.pool, c.page_size, self.weight_version) if c.prefix_cache else None
         )
-        cache = KVCache(m, num_pages, c.page_size, c.dtype, self.arena, c.ranks.size)
+        cache = KVCache(m.kv_layout, num_pages, c.page_size, c.dtype, self.arena, c.ranks.size)
         slots = Slots(c.max_num_seqs, self.max_model_len + 1, c.page_size, c.seed)
         positions = min(self.max_model_len, self.kv_capacity)  # no request may be longer
-        decoder = Decoder(m, self.weights, rope_table_of(m, positions, c.device), c.ranks)
+        decoder = m.make_decoder(self.weights, positions, c.ranks)
         self.runner = Runner(decoder, cache, c.max_num_seqs, c.cuda_graphs)
         self.sampler = Sampler(m.vocab_size, m.eos_token_ids)
         self.scheduler = Scheduler(c, self.pool, self.prefixes, slots)

@@ -88,6 +88,16 @@ def llama_path(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def qwen2_path(tmp_path_factory):
+    """A random Qwen2 with tied embeddings and yarn, whose first context is shorter than the tests'
+    samples. Do not write to it."""
+    path = tmp_path_factory.mktemp("models") / "qwen2"
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    make_random_model(path, "qwen2", seed=6, tied=True, rope_scaling=yarn)
+    return path
+
+
 @pytest.fixture
 def model_copy(qwen3_path, tmp_path):
     """A copy of the random Qwen3 that a test may damage."""

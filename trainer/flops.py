@@ -15,24 +15,11 @@ _PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 PEAK_SOURCE = "dense bf16, by the data sheets of H100 SXM and H200"
 
 
-def num_matmul_weights(model: ModelConfig) -> int:
-    """Weights that multiply every token: all but norms and the embedding's lookup."""
-    heads = model.num_heads + 2 * model.num_kv_heads
-    attention = model.hidden_size * model.head_dim * (heads + model.num_heads)
-    layer = attention + 3 * model.hidden_size * model.ffn_size
-    return model.num_layers * layer + model.hidden_size * model.vocab_size
-
-
-def attention_flops(model: ModelConfig, length: int) -> int:
-    """Of one sequence's causal attention, forward: two products over half of all pairs."""
-    return 2 * model.num_layers * model.num_heads * model.head_dim * length**2
-
-
 def train_flops(model: ModelConfig, seq_lens: Iterable[int]) -> int:
     """Of one forward and backward over sequences of these lengths."""
     lens = list(seq_lens)
-    attention = sum(attention_flops(model, n) for n in lens)
-    return 3 * (2 * num_matmul_weights(model) * sum(lens) + attention)
+    attention = sum(model.attention_flops(n) for n in lens)
+    return 3 * (2 * model.num_matmul_weights * sum(lens) + attention)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -58,6 +58,9 @@ class Shard:
         return total // self.size * self.rank, total // self.size
 
 
+WHOLE = Shard()
+
+
 def plain(name: str, hf_name: str, shape: tuple[int, ...], rank: int = 0) -> ParamSpec:
     """A parameter that every rank holds whole."""
     block = RowBlock(0, hf_name, 0, shape[0])
@@ -91,12 +94,13 @@ def grouped_qkv(
     name: str,
     hf_names: tuple[str, str, str],
     heads: tuple[int, int, int],
-    width: int,
+    width: int | None,
     shard: Shard,
 ) -> ParamSpec:
     """q, k and v interleaved by kv group: each group's query heads, its key head, its value head.
 
-    heads = (query heads N, kv heads K, head dim H).
+    heads = (query heads Hq, kv heads Hkv, head dim Dh). width: columns of the weights; None for
+    their biases, which have as many elements as the weights have rows.
     """
     num_heads, num_kv, head_dim = heads
     group_rows = num_heads // num_kv * head_dim
@@ -108,10 +112,11 @@ def grouped_qkv(
         blocks.append(RowBlock(start, q, group * group_rows, group_rows))
         blocks.append(RowBlock(start + group_rows, k, group * head_dim, head_dim))
         blocks.append(RowBlock(start + group_rows + head_dim, v, group * head_dim, head_dim))
-    kv_shape = (num_kv * head_dim, width)
-    shapes = {q: (num_heads * head_dim, width), k: kv_shape, v: kv_shape}
+    tail = () if width is None else (width,)
+    kv_shape = (num_kv * head_dim, *tail)
+    shapes = {q: (num_heads * head_dim, *tail), k: kv_shape, v: kv_shape}
     rows = num_groups * (group_rows + 2 * head_dim)
-    return ParamSpec(name, (rows, width), tuple(blocks), shapes)
+    return ParamSpec(name, (rows, *tail), tuple(blocks), shapes)
 
 
 def hf_shapes(specs: Iterable[ParamSpec]) -> dict[str, tuple[int, ...]]:

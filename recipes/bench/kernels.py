@@ -22,15 +22,17 @@ from samebit.kernels.linear import linear
 from samebit.kernels.logprob import logsumexp
 from samebit.kernels.profile import numerics_profile
 from samebit.kernels.rms_norm import add_rms_norm, rms_norm
-from samebit.kernels.rope import rope, rope_table
+from samebit.kernels.rope import rope
 from samebit.kernels.sample import draw
 from samebit.kernels.swiglu import swiglu
 from samebit.recipes.bench.config import BenchKernelsRun
 from samebit.recipes.bench.output import REPORT_FILE, format_table, model_fields, write_report
 from samebit.recipes.bench.timing import card_rates, graph_us, graphs_us, num_copies
+from samebit.recipes.cli.compose import ConfigError
 from samebit.recipes.run.folder import require_own_report
 from samebit.rollout.config import DeviceError, resolve_device
 from samebit.rollout.models.config import ModelConfig
+from samebit.rollout.models.decoder import DenseModel
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.kv_cache import KVCache
 from samebit.rollout.runtime.memory import Arena
@@ -38,7 +40,7 @@ from samebit.rollout.runtime.memory import Arena
 Row = dict[str, Any]
 """One measurement: a line of a table and of bench.json."""
 
-LAYER = ("qkv", "o", "gate_up", "down")
+HEAD = "lm_head"
 DECODE = (
     (1, 512), (1, 8192), (1, 32768), (8, 512), (64, 512), (64, 2048), (256, 1024), (256, 4096),
 )  # fmt: skip
@@ -56,15 +58,8 @@ def _randn(*shape: int, dtype: torch.dtype = _BF16) -> torch.Tensor:
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """(N, K) of every product of the model."""
-    D, H = config.hidden_size, config.head_dim
-    heads = config.num_heads * H
-    return {
-        "qkv": (heads + 2 * config.num_kv_heads * H, D),
-        "o": (D, heads),
-        "gate_up": (2 * config.ffn_size, D),
-        "down": (D, config.ffn_size),
-        "lm_head": (config.vocab_size, D),
-    }
+    shapes = {name: (product.n, product.k) for name, product in config.layer_products.items()}
+    return shapes | {HEAD: (config.vocab_size, config.hidden_size)}
 
 
 def _logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -85,7 +80,7 @@ def bench_linear(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
     for shape, (n, k) in linear_shapes(config).items():
         weights = [_randn(n, k) for _ in range(num_copies(2 * n * k))]
         inputs = _randn(max(run.measured_rows), k)
-        is_head = shape == "lm_head"
+        is_head = shape == HEAD
         ours, theirs = (_logits, _torch_logits) if is_head else (linear, F.linear)
         for m in run.measured_rows:
             cost = (2 * m * n * k, 2 * (n + m) * k + (4 if is_head else 2) * m * n)
@@ -110,7 +105,7 @@ def layer_sums(rows: list[Row]) -> list[Row]:
     """By number of rows, the time of a layer's four products."""
     sums = []
     for m in dict.fromkeys(row["m"] for row in rows):
-        parts = [row for row in rows if row["m"] == m and row["shape"] in LAYER]
+        parts = [row for row in rows if row["m"] == m and row["shape"] != HEAD]
         us, torch_us = (sum(row[key] for row in parts) for key in ("us", "torch_us"))
         ideal = sum(row["us"] * row["roofline"] for row in parts)
         sums.append(
@@ -122,7 +117,7 @@ def layer_sums(rows: list[Row]) -> list[Row]:
 
 def layers_in_turn(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
     """By number of rows, a layer's four products in the order in which a model runs them."""
-    shapes = [shape for name, shape in linear_shapes(config).items() if name in LAYER]
+    shapes = [(product.n, product.k) for product in config.layer_products.values()]
     num_bytes = sum(2 * n * k for n, k in shapes)
     layers = [[_randn(*shape) for shape in shapes] for _ in range(max(2, num_copies(num_bytes)))]
     inputs = [_randn(max(run.measured_rows), k) for _, k in shapes]
@@ -146,19 +141,21 @@ def layers_in_turn(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
     return rows
 
 
-def make_cache(config: ModelConfig, num_pages: int) -> tuple[torch.Tensor, torch.Tensor]:
+def make_cache(config: DenseModel, num_pages: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Key and value cache of one layer with random contents, laid out as the engine's."""
-    cache = KVCache(replace(config, num_layers=1), num_pages, _PAGE, _BF16, Arena(_CUDA))
+    layout = replace(config.kv_layout, num_layers=1)
+    cache = KVCache(layout, num_pages, _PAGE, _BF16, Arena(_CUDA))
     return cache.keys[0].normal_(), cache.values[0].normal_()
 
 
-def bench_attention(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
+def bench_attention(config: DenseModel, run: BenchKernelsRun) -> list[Row]:
     """Decode: one new token a sequence; bytes are those of its keys and values."""
     copy_rate = card_rates().memory_bytes_s
     rows: list[Row] = []
     for batch, context in DECODE:
         pages = batch * -(-context // _PAGE)
-        num_bytes = 4 * batch * context * config.num_kv_heads * config.head_dim
+        num_bytes = batch * context * config.kv_layout.bytes_per_token(torch.bfloat16)
+        num_bytes //= config.num_layers
         count = min(num_copies(num_bytes), _MAX_PLANS)
         keys, values = make_cache(config, count * pages)
         tables = torch.randperm(count * pages).view(count, batch, -1)
@@ -185,19 +182,19 @@ def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def bench_prefill(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
+def bench_prefill(config: DenseModel, run: BenchKernelsRun) -> list[Row]:
     """Packed causal attention of equal lengths, against torch's flash attention."""
     rows: list[Row] = []
-    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    Hq, Hkv, Dh = config.num_heads, config.num_kv_heads, config.head_dim
     for batch, length in PREFILL:
-        q, k, v = (_randn(batch * length, heads, H) for heads in (N, K, K))
+        q, k, v = (_randn(batch * length, heads, Dh) for heads in (Hq, Hkv, Hkv))
         plan = plan_packed([length] * batch, config.heads_per_kv, _CUDA)
-        flops = 2 * batch * length**2 * N * H
+        flops = batch * config.attention_flops(length) // config.num_layers
         expected = card_rates().ideal_us(flops, 0)
         ours = partial(packed_attention, q, k, v, plan, config.softmax_scale)
         # Repeated heads: its products take the same time, and any build of torch has that kernel.
         padded = [
-            x.view(batch, length, -1, H).repeat_interleave(N // x.shape[1], 2).transpose(1, 2)
+            x.view(batch, length, -1, Dh).repeat_interleave(Hq // x.shape[1], 2).transpose(1, 2)
             for x in (q, k, v)
         ]
         us, torch_us = graphs_us([[ours], [partial(_flash, *padded)]], expected, run.replays)
@@ -210,13 +207,13 @@ def bench_prefill(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
     return rows
 
 
-def row_operations(config: ModelConfig, m: int) -> dict[str, tuple[Callable[[], Any], int]]:
+def row_operations(config: DenseModel, m: int) -> dict[str, tuple[Callable[[], Any], int]]:
     """By name: the operation on m rows, and the bytes that it reads and writes."""
     D, ffn, eps = config.hidden_size, config.ffn_size, config.norm_eps
     width = config.num_heads * config.head_dim
     x, residual, weight = _randn(m, D), _randn(m, D), _randn(D)
     gate_up, q = _randn(m, 2 * ffn), _randn(m, config.num_heads, config.head_dim)
-    table = rope_table(config.head_dim, config.rope_theta, m, config.rope_scaling, _CUDA)
+    table = config.rope_table(m, _CUDA)
     places = torch.arange(m, device=_CUDA)
     found: dict[str, tuple[Callable[[], Any], int]] = {
         "rms_norm": (partial(rms_norm, x, weight, eps), 4 * m * D),
@@ -233,7 +230,7 @@ def row_operations(config: ModelConfig, m: int) -> dict[str, tuple[Callable[[], 
     return found
 
 
-def bench_rows(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
+def bench_rows(config: DenseModel, run: BenchKernelsRun) -> list[Row]:
     """Norms, activation, rotation and the two passes over logits."""
     rows: list[Row] = []
     for m in FEW_ROWS:
@@ -279,6 +276,8 @@ def main(run: BenchKernelsRun) -> int:
         return importlib.import_module("samebit.recipes.bench.tune").main(run)
     torch.manual_seed(run.seed)
     config = load_model_config(run.model)
+    if not isinstance(config, DenseModel):
+        raise ConfigError(f"model={run.model}: bench kernels measures dense models alone")
     tables: dict[str, list[Row]] = {}
     report = {
         **model_fields(run.model),

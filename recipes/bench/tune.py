@@ -31,7 +31,6 @@ from samebit.kernels.gpu.skinny import Tile
 from samebit.kernels.gpu.swiglu import swiglu
 from samebit.kernels.gpu.tuning import TABLES, Choice, Key, row_bucket, table_path, to_json
 from samebit.recipes.bench.config import BenchKernelsRun
-from samebit.recipes.bench.kernels import linear_shapes
 from samebit.recipes.bench.timing import Action, card_rates, graph_us, graphs_us, num_copies
 from samebit.recipes.run.metrics import write_atomically
 from samebit.recipes.run.provenance import provenance
@@ -107,13 +106,13 @@ def compile_all(keys: Iterable[Key]) -> Broken:
 
 def model_keys(config: ModelConfig, row_counts: Sequence[int]) -> list[Key]:
     """Products of a model at these row counts."""
-    shapes = linear_shapes(config)
-    head = shapes.pop("lm_head")
+    products = config.layer_products
+    wide, head = products["gate_up"], (config.vocab_size, config.hidden_size)
     keys = []
     for rows in row_counts:
-        keys += [Key(n, k, rows) for n, k in shapes.values()]
+        keys += [Key(p.n, p.k, rows, fp32=p.biased) for p in products.values()]
         if rows <= skinny.MAX_ROWS:
-            keys.append(Key(config.ffn_size, config.hidden_size, rows, gated=True))
+            keys.append(Key(wide.n // 2, wide.k, rows, gated=True))
         if rows <= 512:
             keys.append(Key(*head, rows, fp32=True))
     return keys

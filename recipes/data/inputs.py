@@ -19,7 +19,6 @@ from samebit.recipes.launch.processes import is_one_of_several, launched_rank
 from samebit.recipes.run.signals import Stopped, StopSignals
 from samebit.rollout.config import resolve_device
 from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.models.decoder import param_specs, segment_shapes
 from samebit.rollout.models.registry import load_model_config, require_taught_end
 from samebit.rollout.runtime.weights import open_safetensors
 from samebit.trainer.megatron.stages import make_stage
@@ -34,11 +33,11 @@ def checked_model(run: GrpoRun | SftRun) -> ModelConfig:
     The layout and the headers of the weights are looked at, no weight is read.
     """
     model, parallel = load_model_config(run.model.path), run.trainer.parallel
-    param_specs(model, Shard(0, parallel.tensor))
+    model.param_specs(Shard(0, parallel.tensor))
     make_stage(model, 0, parallel.pipeline, parallel.virtual_pipeline)
     if run.numerics.tp_invariant:
-        segment_shapes(model, resolve_device(run.device))
-    open_safetensors(Path(run.model.path), param_specs(model))
+        model.segment_shapes(resolve_device(run.device))
+    open_safetensors(Path(run.model.path), model.param_specs())
     return model
 
 

@@ -8,7 +8,6 @@ from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.launch.replicas import ReplicatedEngine
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.remote import RemoteEngine
 from samebit.rollout.runtime.weights import load_safetensors
 from samebit.trainer.megatron.trainer import MegatronTrainer
@@ -21,7 +20,7 @@ from samebit.weight_sync.transports.stages import StageTransport
 
 def load_weights(trainer: MegatronTrainer, model_path: str) -> None:
     """Fill the trainer's parameters from a Hugging Face folder."""
-    whole = param_specs(trainer.model)
+    whole = trainer.model.param_specs()
     trainer.fill(lambda specs, params: load_safetensors(Path(model_path), specs, params, whole))
 
 

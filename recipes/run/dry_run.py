@@ -11,9 +11,7 @@ from samebit.recipes.data.records import Split
 from samebit.recipes.run.session import require_resumable
 from samebit.rollout.config import resolve_device, resolve_dtype
 from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_stop_tokens
-from samebit.rollout.runtime.kv_cache import kv_bytes_per_token
 from samebit.trainer.config import TrainerConfig
 from samebit.weight_sync.mapping import hf_shapes
 
@@ -21,7 +19,7 @@ _MIB = 1 << 20
 
 
 def _num_parameters(model: ModelConfig) -> int:
-    return sum(math.prod(shape) for shape in hf_shapes(param_specs(model)).values())
+    return sum(math.prod(shape) for shape in hf_shapes(model.param_specs()).values())
 
 
 def _memory(model: ModelConfig, device_type: str, trainer: TrainerConfig) -> dict[str, Any]:
@@ -68,7 +66,7 @@ def grpo_plan(run: GrpoRun) -> dict[str, Any]:
     device = resolved.type
     memory = _memory(model, device, run.trainer)
     longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
-    kv_bytes = kv_bytes_per_token(model, resolve_dtype(None, resolved))
+    kv_bytes = model.kv_layout.bytes_per_token(resolve_dtype(None, resolved))
     reference = memory["weights_mib"] if run.algorithm.kl_coef else 0
     if run.trainer.background_checkpoints:
         memory["checkpoint_on_host_mib"] += reference

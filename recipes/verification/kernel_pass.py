@@ -21,6 +21,7 @@ from samebit.kernels.attention import (
     plan_paged,
 )
 from samebit.kernels.attention_inputs import attention_inputs
+from samebit.kernels.bias import linear_with_bias
 from samebit.kernels.contract import padded_vocab_size
 from samebit.kernels.decode_ring import HostRing, RingRow
 from samebit.kernels.kv_write import kv_write
@@ -67,12 +68,13 @@ def with_gradients(output: torch.Tensor, *inputs: torch.Tensor) -> Iterator[torc
 
 
 def linear_pass(make: Inputs) -> Iterator[torch.Tensor]:
-    """Aligned and odd shapes: on the GPU cuBLASLt and Triton."""
+    """Aligned and odd shapes, with a bias too: on the GPU cuBLASLt and Triton."""
     for n, k in ((192, 128), (331, 100)):
-        weight = make.normal(n, k)
+        weight, bias = make.normal(n, k), make.normal(n, seed=2)
         for m in (1, 17, 300, 700):
             x = make.normal(m, k, seed=1)
             yield from with_gradients(linear(x, weight), x, weight)
+            yield from with_gradients(linear_with_bias(x, weight, bias), x, weight, bias)
             yield linear(x.detach(), weight.detach(), torch.float32)
             yield linear_in_segments(x.detach(), weight.detach(), 4)
 

@@ -1,45 +1,135 @@
-"""ModelConfig: what the numerics need to know of a Hugging Face config.json."""
+"""ModelConfig: a model as a type, and the folder that it is read from.
 
-from collections.abc import Collection
-from dataclasses import dataclass
+A family is a subclass in a file of its own and a line of registry.py. What engine, trainer and
+benchmarks have to know of a model they ask its configuration; nothing else knows what it is made
+of.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple, Self
 
+import torch
+
+from samebit.kernels.reduce import ALONE, RankGroup
 from samebit.rollout.models.json_file import JsonFile
 from samebit.rollout.models.stop_tokens import StopTokens, find_stop_tokens
 from samebit.rollout.models.supported import require_supported
+from samebit.weight_sync.mapping import WHOLE, ParamSpec, Shard
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Sizes of a decoder; letters as in kernels/op.py."""
+class Family:
+    """What a family's config.json is known by, and may say."""
+
+    architecture: str
+    model_type: str
+    eos_token_id: int | None = None
+    """Where a folder says nothing; transformers' default."""
+    explicit: Collection[str] = ()
+    """Sizes that other families derive, and for which transformers takes a number of its own."""
+    without_effect: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Keys of this family's own that change the model, and the values under which they do not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVLayout:
+    """What attention keeps of every token: a key and a value [Hkv, Dh] in every layer."""
+
+    num_layers: int
+    num_heads: int  # Hkv
+    head_dim: int  # Dh
+
+    def cache_shape(self, num_pages: int, page_size: int, tp_size: int = 1) -> tuple[int, ...]:
+        """[P, page_size, Hkv, Dh] of one rank's keys or values of one layer."""
+        return (num_pages, page_size, self.num_heads // tp_size, self.head_dim)
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Bytes of one token's keys and values over all layers, on all ranks together."""
+        return 2 * self.num_layers * self.num_heads * self.head_dim * dtype.itemsize
+
+
+class Product(NamedTuple):
+    """A weight [n, k] that every token is multiplied by."""
+
+    n: int
+    k: int
+    biased: bool = False
+    """Whether a bias is added, for which the product stays in fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(ABC):
+    """A model: the sizes that all have, and what a family answers about its own."""
+
+    family: ClassVar[Family]
 
     architecture: str
     num_layers: int
     hidden_size: int  # D
-    num_heads: int  # N
-    num_kv_heads: int  # K
-    head_dim: int  # H
-    ffn_size: int  # F
     vocab_size: int  # V
     max_position: int
-    norm_eps: float
-    rope_theta: float
-    rope_scaling: dict[str, Any] | None
-    qk_norm: bool
     tie_embeddings: bool
     eos_token_ids: tuple[int, ...]
     """What ends a completion: see models/stop_tokens.py."""
 
-    @property
-    def heads_per_kv(self) -> int:
-        """Query heads that share one kv head."""
-        return self.num_heads // self.num_kv_heads
+    @classmethod
+    @abstractmethod
+    def from_hf(cls, hf: Any, eos_token_ids: tuple[int, ...]) -> Self:
+        """Read transformers' configuration, whose config.json has been found to be supported."""
 
     @property
-    def softmax_scale(self) -> float:
-        """Factor of q @ k."""
-        return self.head_dim**-0.5
+    @abstractmethod
+    def heads_per_kv(self) -> int:
+        """Query heads that share one kv head."""
+
+    @property
+    @abstractmethod
+    def kv_layout(self) -> KVLayout:
+        """What attention keeps of every token."""
+
+    @property
+    @abstractmethod
+    def layer_products(self) -> Mapping[str, Product]:
+        """The products of one layer by name, in the order in which they are taken."""
+
+    @abstractmethod
+    def attention_flops(self, length: int) -> int:
+        """Operations of one sequence's causal attention, forward: two products over half of all
+        pairs."""
+
+    @abstractmethod
+    def param_specs(self, shard: Shard = WHOLE) -> list[ParamSpec]:
+        """Every parameter of one tensor parallel rank, in forward order.
+
+        Raises ValueError for sizes that the ranks cannot share.
+        """
+
+    @abstractmethod
+    def selfcheck(self, device: torch.device, ranks: RankGroup = ALONE) -> None:
+        """Prove the contract for the shapes of a rank's shard on this machine; see
+        kernels.selfcheck. Raises ValueError for a model that tp_invariant cannot cut up."""
+
+    @abstractmethod
+    def segment_shapes(self, device: torch.device) -> set[tuple[int, int]]:
+        """(N, K) of the products that tp_invariant cuts row-parallel weights into.
+
+        Raises ValueError for a width that cannot be cut.
+        """
+
+    @abstractmethod
+    def make_decoder(
+        self, params: Mapping[str, torch.Tensor], num_positions: int, ranks: RankGroup = ALONE
+    ) -> Any:
+        """Build the engine's forward over a rank's parameters, for contexts of num_positions."""
+
+    @property
+    def num_matmul_weights(self) -> int:
+        """Weights that multiply every token: all but norms, biases and the embedding's lookup."""
+        layer = sum(product.n * product.k for product in self.layer_products.values())
+        return self.num_layers * layer + self.hidden_size * self.vocab_size
 
     def require_context(self, num_tokens: int, what: str) -> None:
         """ValueError, which says `what` has so many tokens, unless the model's context holds them.
@@ -54,19 +144,6 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class Family:
-    """What sets one architecture apart."""
-
-    architecture: str
-    model_type: str
-    qk_norm: bool
-    eos_token_id: int | None = None
-    """Where a folder says nothing; transformers' default."""
-    explicit: Collection[str] = ()
-    """Sizes that other families derive, and for which transformers takes a number of its own."""
-
-
-@dataclass(frozen=True)
 class ModelFolder:
     """The configuration of a local Hugging Face folder: as written, and filled by transformers.
 
@@ -74,12 +151,12 @@ class ModelFolder:
     cannot be read or is not computed here.
     """
 
-    family: Family
+    model: type[ModelConfig]
     stop_tokens: StopTokens
     hf: Any
 
     @classmethod
-    def read(cls, path: Path, families: Collection[Family]) -> "ModelFolder":
+    def read(cls, path: Path, models: Collection[type[ModelConfig]]) -> "ModelFolder":
         """A folder of one of these families."""
         if not path.exists():
             raise FileNotFoundError(
@@ -94,34 +171,15 @@ class ModelFolder:
             raise FileNotFoundError(f"model folder {path} has no config.json{hint}")
         require_no_adapter(path)
         written = JsonFile.read(path / "config.json")
-        family = _family(written, families)
-        require_supported(written, family.explicit)
+        model = _model(written, models)
+        family = model.family
+        require_supported(written, family.explicit, family.without_effect)
         stop_tokens = find_stop_tokens(written, family.eos_token_id)
-        return cls(family, stop_tokens, _filled(written))
+        return cls(model, stop_tokens, _filled(written))
 
     def model_config(self) -> ModelConfig:
         """What the numerics need."""
-        hf = self.hf
-        rope = dict(hf.rope_parameters or {})
-        theta = rope.pop("rope_theta", 10000.0)
-        num_heads = hf.num_attention_heads
-        return ModelConfig(
-            architecture=self.family.architecture,
-            num_layers=hf.num_hidden_layers,
-            hidden_size=hf.hidden_size,
-            num_heads=num_heads,
-            num_kv_heads=hf.num_key_value_heads or num_heads,
-            head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // num_heads,
-            ffn_size=hf.intermediate_size,
-            vocab_size=hf.vocab_size,
-            max_position=hf.max_position_embeddings,
-            norm_eps=hf.rms_norm_eps,
-            rope_theta=float(theta),
-            rope_scaling=rope or None,
-            qk_norm=self.family.qk_norm,
-            tie_embeddings=bool(hf.tie_word_embeddings),
-            eos_token_ids=self.stop_tokens.ids,
-        )
+        return self.model.from_hf(self.hf, self.stop_tokens.ids)
 
 
 ADAPTER_FILE = "adapter_config.json"
@@ -136,8 +194,8 @@ def require_no_adapter(folder: Path) -> None:
         )
 
 
-def _family(written: JsonFile, families: Collection[Family]) -> Family:
-    known = {family.architecture: family for family in families}
+def _model(written: JsonFile, models: Collection[type[ModelConfig]]) -> type[ModelConfig]:
+    known = {model.family.architecture: model for model in models}
     names = written.values.get("architectures", [])
     texts = [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
     found = [known[name] for name in texts if name in known]
@@ -146,9 +204,9 @@ def _family(written: JsonFile, families: Collection[Family]) -> Family:
             f"{written.path}: architectures = {names}; it must be a list with one of the known: "
             f"{', '.join(sorted(known))}"
         )
-    model_type = found[0].model_type
-    right = f'"{model_type}", that of {found[0].architecture}'
-    written.require("model_type", lambda x: x == model_type, right)
+    family = found[0].family
+    right = f'"{family.model_type}", that of {family.architecture}'
+    written.require("model_type", lambda x: x == family.model_type, right)
     return found[0]
 
 

@@ -1,16 +1,18 @@
-"""The pre-norm decoder that Llama and Qwen3 share: parameters by name, forward by contract ops.
+"""The dense pre-norm decoder that Llama, Qwen2 and Qwen3 are: grouped-query attention and SwiGLU.
 
-Parameters carry Megatron's names and row order, so that engine and trainer hold the same tensors.
-The model knows nothing of caches: the caller passes what attends.
+DenseModel is its configuration, from sizes to parameters by name; Decoder its forward by contract
+operations. Parameters carry Megatron's names and row order, so that engine and trainer hold the
+same tensors. The forward knows nothing of caches: the caller passes what attends.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 
+from samebit.kernels.bias import linear_with_bias
 from samebit.kernels.contract import TP_SEGMENTS, padded_vocab_size
-from samebit.kernels.linear import linear
 from samebit.kernels.logprob import logits
 from samebit.kernels.reduce import (
     ALONE,
@@ -22,8 +24,9 @@ from samebit.kernels.rms_norm import add_rms_norm, rms_norm
 from samebit.kernels.rope import rope_table
 from samebit.kernels.selfcheck import selfcheck
 from samebit.kernels.swiglu import swiglu_linear
-from samebit.rollout.models.config import ModelConfig
+from samebit.rollout.models.config import KVLayout, ModelConfig, Product
 from samebit.weight_sync.mapping import (
+    WHOLE,
     ParamSpec,
     Shard,
     columns,
@@ -37,94 +40,172 @@ EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
 
-Norms = tuple[torch.Tensor, torch.Tensor] | None  # weights [H] of the query and key norms
+Norms = tuple[torch.Tensor, torch.Tensor] | None  # weights [Dh] of the query and key norms
 
-# (layer, qkv [T, (N + 2 K) H] by kv head, norms) -> [T, N, H]
+# (layer, qkv [T, (Hq + 2 Hkv) Dh] by kv head, norms) -> [T, Hq, Dh]
 Attend = Callable[[int, torch.Tensor, Norms], torch.Tensor]
 
 
-def param_specs(config: ModelConfig, shard: Shard | None = None) -> list[ParamSpec]:
-    """Every parameter of one tensor parallel rank, in forward order."""
-    shard = shard or Shard()
-    D, H = config.hidden_size, config.head_dim
-    padded = padded_vocab_size(config.vocab_size)
-    table = (config.vocab_size, D)
-    specs = [vocab(EMBEDDING, "model.embed_tokens.weight", table, padded, shard)]
-    for i in range(config.num_layers):
-        to, hf = f"decoder.layers.{i}.", f"model.layers.{i}."
+@dataclass(frozen=True, kw_only=True)
+class DenseModel(ModelConfig):
+    """Sizes of a dense decoder, and what follows from them. A family says what it has besides."""
+
+    qk_norm: ClassVar[bool] = False
+    """Whether every query and key head is normalised."""
+    qkv_bias: ClassVar[bool] = False
+    """Whether queries, keys and values have biases."""
+
+    num_heads: int  # Hq
+    num_kv_heads: int  # Hkv
+    head_dim: int  # Dh
+    ffn_size: int  # F
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None
+
+    @classmethod
+    def from_hf(cls, hf: Any, eos_token_ids: tuple[int, ...]) -> Self:
+        """Read transformers' configuration of a Llama-like model."""
+        rope = dict(hf.rope_parameters or {})
+        theta = rope.pop("rope_theta", 10000.0)
+        num_heads = hf.num_attention_heads
+        return cls(
+            architecture=cls.family.architecture,
+            num_layers=hf.num_hidden_layers,
+            hidden_size=hf.hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=hf.num_key_value_heads or num_heads,
+            head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // num_heads,
+            ffn_size=hf.intermediate_size,
+            vocab_size=hf.vocab_size,
+            max_position=hf.max_position_embeddings,
+            norm_eps=hf.rms_norm_eps,
+            rope_theta=float(theta),
+            rope_scaling=rope or None,
+            tie_embeddings=bool(hf.tie_word_embeddings),
+            eos_token_ids=eos_token_ids,
+        )
+
+    @property
+    def heads_per_kv(self) -> int:
+        """Query heads that share one kv head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def softmax_scale(self) -> float:
+        """Factor of q @ k."""
+        return self.head_dim**-0.5
+
+    @property
+    def kv_layout(self) -> KVLayout:
+        """What attention keeps of every token."""
+        return KVLayout(
+            num_layers=self.num_layers, num_heads=self.num_kv_heads, head_dim=self.head_dim
+        )
+
+    @property
+    def layer_products(self) -> Mapping[str, Product]:
+        """The products of one layer by name, in the order in which they are taken."""
+        D, F = self.hidden_size, self.ffn_size
+        heads = self.num_heads + 2 * self.num_kv_heads
+        return {
+            "qkv": Product(heads * self.head_dim, D, self.qkv_bias),
+            "o": Product(D, self.num_heads * self.head_dim),
+            "gate_up": Product(2 * F, D),
+            "down": Product(D, F),
+        }
+
+    def attention_flops(self, length: int) -> int:
+        """Operations of one sequence's causal attention, forward."""
+        return 2 * self.num_layers * self.num_heads * self.head_dim * length**2
+
+    def rope_table(self, num_positions: int, device: torch.device) -> torch.Tensor:
+        """The angles of the first positions [num_positions, Dh]; never more than the model has."""
+        rows = min(num_positions, self.max_position)
+        return rope_table(self.head_dim, self.rope_theta, rows, self.rope_scaling, device)
+
+    def make_decoder(
+        self, params: Mapping[str, torch.Tensor], num_positions: int, ranks: RankGroup = ALONE
+    ) -> "Decoder":
+        """Build the engine's forward over a rank's parameters, for contexts of num_positions."""
+        table = self.rope_table(num_positions, params[EMBEDDING].device)
+        return Decoder(self, params, table, ranks)
+
+    def param_specs(self, shard: Shard = WHOLE) -> list[ParamSpec]:
+        """Every parameter of one tensor parallel rank, in forward order."""
+        D = self.hidden_size
+        padded, table = padded_vocab_size(self.vocab_size), (self.vocab_size, D)
+        specs = [vocab(EMBEDDING, "model.embed_tokens.weight", table, padded, shard)]
+        for i in range(self.num_layers):
+            specs += self._layer_specs(f"decoder.layers.{i}.", f"model.layers.{i}.", shard)
+        specs.append(plain(FINAL_NORM, "model.norm.weight", (D,), shard.rank))
+        if not self.tie_embeddings:
+            specs.append(vocab(OUTPUT, "lm_head.weight", table, padded, shard))
+        return specs
+
+    def _layer_specs(self, to: str, hf: str, shard: Shard) -> Iterator[ParamSpec]:
+        D, F, Dh = self.hidden_size, self.ffn_size, self.head_dim
         norm = "input_layernorm.weight"
-        specs.append(plain(f"{to}{norm}", f"{hf}{norm}", (D,), shard.rank))
-        q, k, v = (f"{hf}self_attn.{x}_proj.weight" for x in "qkv")
-        heads = (config.num_heads, config.num_kv_heads, H)
-        specs.append(
-            grouped_qkv(f"{to}self_attention.linear_qkv.weight", (q, k, v), heads, D, shard)
-        )
-        if config.qk_norm:
-            for x in "qk":
-                name = f"{to}self_attention.{x}_layernorm.weight"
-                specs.append(plain(name, f"{hf}self_attn.{x}_norm.weight", (H,), shard.rank))
+        yield plain(f"{to}{norm}", f"{hf}{norm}", (D,), shard.rank)
+        heads = (self.num_heads, self.num_kv_heads, Dh)
+        widths: dict[str, int | None] = {"weight": D}
+        if self.qkv_bias:
+            widths["bias"] = None
+        for part, width in widths.items():
+            q, k, v = (f"{hf}self_attn.{x}_proj.{part}" for x in "qkv")
+            name = f"{to}self_attention.linear_qkv.{part}"
+            yield grouped_qkv(name, (q, k, v), heads, width, shard)
+        for x in "qk" if self.qk_norm else "":
+            name = f"{to}self_attention.{x}_layernorm.weight"
+            yield plain(name, f"{hf}self_attn.{x}_norm.weight", (Dh,), shard.rank)
         proj, o_proj = f"{to}self_attention.linear_proj.weight", f"{hf}self_attn.o_proj.weight"
-        specs.append(columns(proj, o_proj, (D, config.num_heads * H), shard))
+        yield columns(proj, o_proj, (D, self.num_heads * Dh), shard)
         norm = f"{hf}post_attention_layernorm.weight"
-        specs.append(plain(f"{to}pre_mlp_layernorm.weight", norm, (D,), shard.rank))
+        yield plain(f"{to}pre_mlp_layernorm.weight", norm, (D,), shard.rank)
         gate_up = (f"{hf}mlp.gate_proj.weight", f"{hf}mlp.up_proj.weight")
-        specs.append(stacked(f"{to}mlp.linear_fc1.weight", gate_up, (config.ffn_size, D), shard))
-        down = (D, config.ffn_size)
-        specs.append(
-            columns(f"{to}mlp.linear_fc2.weight", f"{hf}mlp.down_proj.weight", down, shard)
-        )
-    specs.append(plain(FINAL_NORM, "model.norm.weight", (D,), shard.rank))
-    if not config.tie_embeddings:
-        specs.append(vocab(OUTPUT, "lm_head.weight", table, padded, shard))
-    return specs
+        yield stacked(f"{to}mlp.linear_fc1.weight", gate_up, (F, D), shard)
+        yield columns(f"{to}mlp.linear_fc2.weight", f"{hf}mlp.down_proj.weight", (D, F), shard)
 
+    def selfcheck(self, device: torch.device, ranks: RankGroup = ALONE) -> None:
+        """Prove the contract for the shapes of a rank's shard on this machine; see
+        kernels.selfcheck. Raises ValueError for a model that tp_invariant cannot cut up."""
+        specs = self.param_specs(Shard(ranks.rank, ranks.size))
+        matrices = {s.name: (s.shape[0], s.shape[1]) for s in specs if len(s.shape) == 2}
+        shapes = set(matrices.values())
+        shapes.add((self.vocab_size, self.hidden_size))
+        columns_cut, segments = set(), set()
+        if ranks.invariant:
+            segments = self.segment_shapes(device)
+            rows_of = {s.name: s.shape[0] for s in self.param_specs()}
+            columns_cut = {(n, k, ranks.size) for s, (n, k) in matrices.items() if n < rows_of[s]}
+        heads = (self.num_heads, self.num_kv_heads, self.head_dim)
+        widths = (self.head_dim, self.hidden_size, self.ffn_size)
+        selfcheck(shapes, heads, widths, device, columns_cut, segments)
 
-def rope_table_of(config: ModelConfig, num_positions: int, device: torch.device) -> torch.Tensor:
-    """The angles of a model's first positions [num_positions, H]; never more than it has."""
-    rows = min(num_positions, config.max_position)
-    return rope_table(config.head_dim, config.rope_theta, rows, config.rope_scaling, device)
+    def segment_shapes(self, device: torch.device) -> set[tuple[int, int]]:
+        """(N, K) of the products that tp_invariant cuts row-parallel weights into.
 
-
-def selfcheck_model(config: ModelConfig, device: torch.device, ranks: RankGroup = ALONE) -> None:
-    """Prove the contract for the shapes of a rank's shard on this machine; see kernels.selfcheck.
-
-    Raises ValueError for a model that tp_invariant cannot cut up.
-    """
-    specs = param_specs(config, Shard(ranks.rank, ranks.size))
-    shapes = {(s.shape[0], s.shape[1]) for s in specs if len(s.shape) == 2}
-    shapes.add((config.vocab_size, config.hidden_size))
-    columns_cut, segments = set(), set()
-    if ranks.invariant:
-        segments = segment_shapes(config, device)
-        rows_of = {s.name: s.shape[0] for s in param_specs(config)}
-        columns_cut = {(*s.shape, ranks.size) for s in specs if s.shape[0] < rows_of[s.name]}
-    heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-    widths = (config.head_dim, config.hidden_size, config.ffn_size)
-    selfcheck(shapes, heads, widths, device, columns_cut, segments)
-
-
-def segment_shapes(config: ModelConfig, device: torch.device) -> set[tuple[int, int]]:
-    """Of the products that tp_invariant cuts row-parallel weights into.
-
-    Raises ValueError for a width that cannot be cut.
-    """
-    step = TP_SEGMENTS * (16 if device.type == "cuda" else 1)  # tensor cores take 16 of K at a time
-    widths = {
-        "num_attention_heads x head_dim": config.num_heads * config.head_dim,
-        "intermediate_size": config.ffn_size,
-    }
-    for name, width in widths.items():
-        if width % step:
-            raise ValueError(
-                f"{name} is {width}; tp_invariant on '{device.type}' needs a multiple of {step}"
-            )
-    return {(config.hidden_size, width // TP_SEGMENTS) for width in widths.values()}
+        Raises ValueError for a width that cannot be cut.
+        """
+        # Tensor cores take 16 of K at a time.
+        step = TP_SEGMENTS * (16 if device.type == "cuda" else 1)
+        widths = {
+            "num_attention_heads x head_dim": self.num_heads * self.head_dim,
+            "intermediate_size": self.ffn_size,
+        }
+        for name, width in widths.items():
+            if width % step:
+                raise ValueError(
+                    f"{name} is {width}; tp_invariant on '{device.type}' needs a multiple of {step}"
+                )
+        return {(self.hidden_size, width // TP_SEGMENTS) for width in widths.values()}
 
 
 @dataclass(frozen=True)
 class _Layer:
     input_norm: torch.Tensor
     qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
     norms: Norms
     proj: torch.Tensor
     mlp_norm: torch.Tensor
@@ -138,6 +219,7 @@ def _layer(params: Mapping[str, torch.Tensor], i: int) -> _Layer:
     return _Layer(
         input_norm=params[f"{to}input_layernorm.weight"],
         qkv=params[f"{to}self_attention.linear_qkv.weight"],
+        qkv_bias=params.get(f"{to}self_attention.linear_qkv.bias"),
         norms=None if heads[0] is None or heads[1] is None else (heads[0], heads[1]),
         proj=params[f"{to}self_attention.linear_proj.weight"],
         mlp_norm=params[f"{to}pre_mlp_layernorm.weight"],
@@ -155,7 +237,7 @@ class Decoder:
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: DenseModel,
         params: Mapping[str, torch.Tensor],
         rope_table: torch.Tensor,
         ranks: RankGroup = ALONE,
@@ -196,7 +278,8 @@ class Decoder:
                 normed, residual = add_rms_norm(branch, residual, layer.input_norm, eps)
             if i in wanted:
                 collected[i] = residual
-            attended = attend(i, linear(normed, layer.qkv), layer.norms)
+            qkv = linear_with_bias(normed, layer.qkv, layer.qkv_bias)
+            attended = attend(i, qkv, layer.norms)
             if rows is not None and i == len(self.layers) - 1 and not wanted:
                 if len(rows) == 0:
                     return residual[:0], collected

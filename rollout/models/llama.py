@@ -1,5 +1,10 @@
-"""Llama 2 and 3, SmolLM2 and their kin: grouped-query attention, SwiGLU, no biases."""
+"""Llama 2 and 3, SmolLM2 and their kin: a dense decoder without norms of heads and biases."""
 
 from samebit.rollout.models.config import Family
+from samebit.rollout.models.decoder import DenseModel
 
-FAMILY = Family(architecture="LlamaForCausalLM", model_type="llama", qk_norm=False, eos_token_id=2)
+
+class Llama(DenseModel):
+    """The dense decoder as it is."""
+
+    family = Family(architecture="LlamaForCausalLM", model_type="llama", eos_token_id=2)

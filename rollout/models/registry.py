@@ -1,16 +1,19 @@
-"""From a Hugging Face folder to its model, whose architecture one of the files here knows."""
+"""From a Hugging Face folder to its model, whose family one of the files here knows."""
 
 from pathlib import Path
 
-from samebit.rollout.models import llama, qwen3
 from samebit.rollout.models.config import ModelConfig, ModelFolder
+from samebit.rollout.models.llama import Llama
+from samebit.rollout.models.qwen2 import Qwen2
+from samebit.rollout.models.qwen3 import Qwen3
 from samebit.rollout.models.stop_tokens import StopTokens
 
-FAMILIES = (llama.FAMILY, qwen3.FAMILY)
+FAMILIES: list[type[ModelConfig]] = [Llama, Qwen2, Qwen3]
+"""A family of your own is one more: FAMILIES.append(YourModel)."""
 
 
 def load_model_config(model_path: str | Path) -> ModelConfig:
-    """ModelConfig of a local Hugging Face folder.
+    """The model of a local Hugging Face folder.
 
     Raises FileNotFoundError for what is missing, and ValueError that names file, key and value for
     what cannot be read or is not computed here.

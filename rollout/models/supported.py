@@ -1,9 +1,14 @@
-"""What a config.json may say: sizes by type, and no key that asks for what we do not compute."""
+"""What a config.json may say: sizes by type, and no key that asks for what we do not compute.
 
-from collections.abc import Collection
+Keys are refused by name, not admitted: folders carry many that nobody computes (pretraining_tp,
+unsloth_version). What transformers knows of a family is classified in full, which a test holds; the
+rest are keys by which other code has been seen to make another model.
+"""
+
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from samebit.kernels.rope import SCALING_KEYS
+from samebit.kernels.rope import OPTIONAL_KEYS, SCALING_KEYS
 from samebit.rollout.models.json_file import JsonFile, is_list, is_positive, is_size
 
 _SIZES = (
@@ -17,7 +22,7 @@ _SIZES = (
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _NOTHING: Any = ()
 
-# Keys that change the model, and the values under which they do not; null never does.
+# Keys that change any model, and the values under which they do not; null never does.
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -49,13 +54,16 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 }
 
 
-def require_supported(config: JsonFile, explicit: Collection[str]) -> None:
+def require_supported(
+    config: JsonFile, explicit: Collection[str], without_effect: Mapping[str, tuple[Any, ...]]
+) -> None:
     """ValueError that names the first key of a config.json which is wrong or not computed here.
 
-    explicit: keys for which transformers would silently take a number of its own.
+    explicit: keys for which transformers would silently take a number of its own. without_effect: a
+    family's own keys, with the values under which they change nothing.
     """
     _refuse_quantised_and_code(config)
-    for key, values in _WITHOUT_EFFECT.items():
+    for key, values in {**_WITHOUT_EFFECT, **without_effect}.items():
         value = config.get(key)
         if value is not None and value not in values:
             right = f"only {values[0]!r}" if values else "only null"
@@ -147,11 +155,18 @@ def _require_scaling(rope: JsonFile, prefix: str, config: JsonFile) -> None:
             f"{last}"
         )
     for name in SCALING_KEYS[kind]:
-        rope.require(f"{prefix}.{name}", is_positive, f"a number above 0 (rope type {kind!r})")
+        key, number = f"{prefix}.{name}", f"a number above 0 (rope type {kind!r})"
+        if name not in OPTIONAL_KEYS:
+            rope.require(key, is_positive, number)
+        elif name != "truncate":
+            rope.require_if_given(key, is_positive, number)
+        elif key in rope.values:  # transformers takes null for false
+            rope.require(key, lambda x: type(x) is bool, "true or false")
     low, high = (rope.get(f"{prefix}.{x}_freq_factor") for x in ("low", "high"))
     if kind == "llama3" and low >= high:
         raise rope.wrong(f"{prefix}.high_freq_factor", f"above low_freq_factor, {low}")
-    _require_same_theta(rope, prefix, config)
+    for name in ("rope_theta", *SCALING_KEYS[kind]):
+        _require_said_once(rope, prefix, name, config)
     idle = {"rope_type", "type", "rope_theta", "original_max_position_embeddings"}
     for key, value in rope.values.items():
         name = key.removeprefix(f"{prefix}.")
@@ -162,10 +177,10 @@ def _require_scaling(rope: JsonFile, prefix: str, config: JsonFile) -> None:
             )
 
 
-def _require_same_theta(rope: JsonFile, prefix: str, config: JsonFile) -> None:
-    key = f"{prefix}.rope_theta"
-    if key not in rope.values:
-        return
-    theta = rope.require(key, is_positive, "a number above 0")
-    if config.values.get("rope_theta", theta) != theta:
-        raise rope.wrong(key, f"rope_theta, {config.values['rope_theta']}, or absent")
+def _require_said_once(rope: JsonFile, prefix: str, name: str, config: JsonFile) -> None:
+    """Of a number that is also a key of its own, which transformers would take, or not."""
+    key, own = f"{prefix}.{name}", config.get(name)
+    if key in rope.values and name == "rope_theta":
+        rope.require(key, is_positive, "a number above 0")
+    if key in rope.values and own is not None and rope.values[key] != own:
+        raise rope.wrong(key, f"{name}, {own}, or absent")

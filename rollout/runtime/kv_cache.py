@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from samebit.kernels.transfer import to_device
-from samebit.rollout.models.config import ModelConfig
+from samebit.rollout.models.config import KVLayout
 from samebit.rollout.runtime.memory import Arena
 
 
@@ -48,11 +48,11 @@ class PagePool:
 
 
 class KVCache:
-    """Keys and values of every layer: caches [P, page_size, K, H], K this rank's kv heads."""
+    """Keys and values of every layer: caches [P, page_size, Hkv, Dh], Hkv this rank's kv heads."""
 
     def __init__(
         self,
-        config: ModelConfig,
+        layout: KVLayout,
         num_pages: int,
         page_size: int,
         dtype: torch.dtype,
@@ -60,9 +60,9 @@ class KVCache:
         tp_size: int = 1,
     ) -> None:
         self.page_size = page_size
-        shape = (num_pages, page_size, config.num_kv_heads // tp_size, config.head_dim)
+        shape = layout.cache_shape(num_pages, page_size, tp_size)
         self.keys, self.values = (
-            [arena.allocate("kv", f"{kind}.{i}", shape, dtype) for i in range(config.num_layers)]
+            [arena.allocate("kv", f"{kind}.{i}", shape, dtype) for i in range(layout.num_layers)]
             for kind in ("key", "value")
         )
 
@@ -73,8 +73,3 @@ class KVCache:
         index = to_device(torch.tensor(copies), self.keys[0].device)
         for cache in (*self.keys, *self.values):
             cache.index_copy_(0, index[:, 1], cache[index[:, 0]])
-
-
-def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that one token needs over all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize

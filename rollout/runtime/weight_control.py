@@ -202,4 +202,4 @@ def _computed(config: ModelConfig) -> dict[str, Any]:
     del values["eos_token_ids"], values["max_position"]
     scaling = config.rope_scaling or {}
     kind = scaling.get("rope_type", "default")
-    return values | {"rope_scaling": (kind, [scaling[key] for key in SCALING_KEYS[kind]])}
+    return values | {"rope_scaling": (kind, [scaling.get(key) for key in SCALING_KEYS[kind]])}

@@ -21,7 +21,6 @@ from samebit.recipes.run.metrics import read_rows, without_times
 from samebit.recipes.run.rollouts import list_rollouts, load_rollout
 from samebit.recipes.tiny_model import make_demo_model, make_random_model
 from samebit.rollout.engine import Engine
-from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.types import SamplingParams
 from samebit.trainer.algorithms.grpo import group_advantages
@@ -198,7 +197,7 @@ def _arguments(folder: Path, model: Path, device: str, name: str) -> list[str]:
 
 def _trained(run_dir: Path, model: Path) -> dict:
     """Metrics of every step; weights and what the optimizer remembers of gradients after it."""
-    specs = param_specs(load_model_config(model))
+    specs = load_model_config(model).param_specs()
     states = {}
     for checkpoint in list_checkpoints(run_dir / "checkpoints"):
         state = checkpoint.load()

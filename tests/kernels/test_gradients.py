@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from helpers import assert_same_bits
 
 from samebit.kernels.attention import attention_ref, packed_attention, plan_packed
+from samebit.kernels.bias import linear_with_bias
 from samebit.kernels.linear import add_product, linear, linear_in_segments
 from samebit.kernels.logprob import logits_grad, logprob
 from samebit.kernels.rms_norm import add_rms_norm, rms_norm
@@ -62,6 +63,7 @@ def attend(q, k, v):
 OPERATIONS = {
     "linear": (linear, lambda x, w: x @ w.t(), (7, 33), (20, 33)),
     "linear-3d": (linear, lambda x, w: x @ w.t(), (2, 9, 48), (33, 48)),
+    "linear-bias": (linear_with_bias, lambda x, w, b: x @ w.t() + b, (7, 33), (20, 33), (20,)),
     "rms_norm": (lambda x, w: rms_norm(x, w, EPS), norm_plain, (7, 100), (100,)),
     "head_norm": (lambda x, w: rms_norm(x, w, EPS), norm_plain, (7, 3, 33), (33,)),
     "add_rms_norm": (

@@ -31,7 +31,6 @@ from samebit.kernels.selfcheck import (
     selfcheck,
     unequal_linear_shapes,
 )
-from samebit.rollout.models.decoder import selfcheck_model
 from samebit.rollout.models.registry import load_model_config
 
 # The weights of a small model: qkv, projection, gate and up, down, output.
@@ -289,5 +288,5 @@ def test_the_shards_of_an_invariant_model_are_checked(monkeypatch, qwen3_path):
     )
     half = RankGroup(0, 2, group="the other half", invariant=True)
     config = load_model_config(qwen3_path)
-    selfcheck_model(replace(config, ffn_size=128), torch.device("cpu"), half)
+    replace(config, ffn_size=128).selfcheck(torch.device("cpu"), half)
     assert asked == [(64, 48, 2), (128, 48, 2), (512, 48, 2)]

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from samebit.recipes.tiny_model import make_random_model
-from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.checkpoint import latest_checkpoint
 from samebit.trainer.megatron.resharding import WholeState
@@ -27,7 +26,7 @@ def folder(tmp_path_factory):
 def whole_state(model, root):
     """Every tensor of a checkpoint by field and Hugging Face name, and its step."""
     saved = WholeState(model, latest_checkpoint(root).load_all())
-    names = hf_names(param_specs(model))
+    names = hf_names(model.param_specs())
     tensors = {(field, name): saved.read(field, name) for field in FIELDS for name in names}
     return tensors, saved.first["step"]
 

@@ -27,7 +27,7 @@ from samebit.recipes.bench.variants import torch_kernels
 from samebit.recipes.cli import main as cli
 from samebit.recipes.cli.compose import ConfigError, resolve
 from samebit.rollout.engine import Engine
-from samebit.rollout.models.config import ModelConfig
+from samebit.rollout.models.llama import Llama
 from samebit.rollout.models.registry import load_model_config
 
 
@@ -280,10 +280,10 @@ def test_prefill_steps_suffice(qwen3_path, text):
 
 def test_the_roofline_of_one_sequence():
     """At batch 1 it is the time to read the weights; the embedding is only looked up."""
-    config = ModelConfig(
+    config = Llama(
         architecture="x", num_layers=10, hidden_size=1024, num_heads=8, num_kv_heads=8,
         head_dim=128, ffn_size=1024, vocab_size=2048, max_position=4096, norm_eps=1e-6,
-        rope_theta=1e4, rope_scaling=None, qk_norm=False, tie_embeddings=False, eos_token_ids=(),
+        rope_theta=1e4, rope_scaling=None, tie_embeddings=False, eos_token_ids=(),
     )  # fmt: skip
     read = 10 * (4 + 3) * 1024**2 + 2048 * 1024
     keys = 2 * 2 * 10 * 8 * 128 * (1 + 1000)

@@ -316,12 +316,11 @@ def test_with_a_reference_model(runs, base, kill_when):
 
 def test_the_exported_weights_are_those_of_the_digest(base):
     """summary.json names the weights of the last checkpoint."""
-    from samebit.rollout.models.decoder import param_specs
     from samebit.rollout.models.registry import load_model_config
     from samebit.weight_sync.digest import weights_digest
 
     state = latest_checkpoint(base.folder / "base" / "checkpoints").load()
-    specs = param_specs(load_model_config(base.model))
+    specs = load_model_config(base.model).param_specs()
     assert weights_digest(specs, state["params"]) == base.result[0]["weights_digest"]
     assert all(bool(torch.isfinite(p).all()) for p in state["params"].values())
 

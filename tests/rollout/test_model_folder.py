@@ -19,6 +19,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 ABSENT = type  # stands for a key that is left out: JSON has no such value
 
 
@@ -176,9 +177,20 @@ def test_keys_that_change_nothing(model_copy):
 @pytest.mark.parametrize(
     ("rope", "message"),
     [
-        *[({"rope_type": kind}, f"type '{kind}' is not supported; use default, linear or llama3")
-          for kind in ("yarn", "dynamic", "longrope", "proportional", "mrope")],
-        ({"type": "yarn", "factor": 4.0}, "type 'yarn' is not supported"),
+        *[({"rope_type": kind}, f"type '{kind}' is not supported; use default, linear, llama3 or y")
+          for kind in ("dynamic", "longrope", "proportional", "mrope", "axial")],
+        ({"type": "yarn", "factor": 4.0}, "has no {}.original_max_position_embeddings; it must be"),
+        *[({**YARN, **wrong}, f"{{}}.{message}") for wrong, message in (
+            ({"factor": None}, "factor is null; it must be a number above 0"),
+            ({"beta_fast": "32"}, 'beta_fast is "32"; it must be a number above 0 .rope type .yar'),
+            ({"beta_slow": 0}, "beta_slow is 0"),
+            ({"attention_factor": -1.0}, "attention_factor is -1.0"),
+            ({"mscale": [1]}, r"mscale is \[1\]"),
+            ({"mscale_all_dim": True}, "mscale_all_dim is true"),
+            ({"truncate": 1}, "truncate is 1; it must be true or false"),
+            ({"truncate": None}, "truncate is null; it must be true or false"),
+            ({"long_factor": [1.0]}, r"long_factor = \[1.0\] is not supported with rope type"),
+        )],
         ({"rope_type": "default", "type": "yarn"}, "has rope_type 'default' and type 'yarn'"),
         ({"rope_type": ["linear"]}, r"type \['linear'\] is not supported"),
         ("linear", ' is "linear"; it must be a JSON object'),
@@ -207,16 +219,21 @@ def test_rotations_said_twice(model_copy):
     refuses(model_copy, "rope_scaling and rope_parameters differ")
     edit(model_copy, rope_scaling=ABSENT, rope_parameters={"rope_theta": 5e5}, rope_theta=1e6)
     refuses(model_copy, "rope_parameters.rope_theta is 500000.0; it must be rope_theta, 1000000.0")
+    edit(model_copy, rope_parameters=YARN, rope_theta=ABSENT, original_max_position_embeddings=32)
+    refuses(
+        model_copy, "original_max_position_embeddings is 64; it must be original_.*, 32, or abs"
+    )
 
 
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize("name", ["rope_type", "type"])
-def test_rotations_that_are(model_copy, key, name):
+@pytest.mark.parametrize("scaling", [LLAMA3, {**YARN, "truncate": False, "mscale": None}], ids=str)
+def test_rotations_that_are(model_copy, key, name, scaling):
     """In both places and both spellings."""
-    rope = {name: "llama3", **{k: v for k, v in LLAMA3.items() if k != "rope_type"}}
+    rope = {name: scaling["rope_type"], **{k: v for k, v in scaling.items() if k != "rope_type"}}
     edit(model_copy, **{key: rope}, rope_theta=5e5)
     config = load_model_config(model_copy)
-    assert (config.rope_scaling or {}).items() >= LLAMA3.items()
+    assert (config.rope_scaling or {}).items() >= scaling.items()
     assert config.rope_theta == 5e5
 
 
@@ -238,7 +255,7 @@ def test_the_context_of_a_model(model_copy):
         config.require_context(1025, "prompt + completion")
 
 
-@pytest.mark.parametrize("shape", ["qwen3-0.6b", "qwen3-4b", "qwen3-8b"])
+@pytest.mark.parametrize("shape", ["qwen2.5-7b", "qwen3-0.6b", "qwen3-4b", "qwen3-8b"])
 def test_the_shapes_of_the_benchmarks(shape):
     folder = Path(tiny_model.__file__).parent / "bench" / "shapes" / shape
     assert load_model_config(folder).eos_token_ids == (151645,)

@@ -16,6 +16,16 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+YARN_IN_FULL = {
+    **YARN,
+    "beta_fast": 16,
+    "beta_slow": 2,
+    "mscale": 0.8,
+    "mscale_all_dim": 0.5,
+    "truncate": False,
+}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
 # name -> (architecture, seed, what differs from the shape below)
 VARIANTS = {
     "qwen3-untied": ("qwen3", 0, {}),
@@ -34,8 +44,26 @@ VARIANTS = {
     ),
     "llama-one-kv-head": ("llama", 10, {"num_key_value_heads": 1}),
     "llama-rope-llama3": ("llama", 11, {"rope_scaling": LLAMA3, "rope_theta": 5e5}),
-    "llama-rope-linear": ("llama", 12, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "llama-rope-linear": ("llama", 12, {"rope_scaling": LINEAR}),
     "llama-eps": ("llama", 13, {"rms_norm_eps": 1e-2}),
+    "llama-yarn": ("llama", 14, {"rope_scaling": YARN}),
+    "qwen3-yarn": ("qwen3", 15, {"rope_scaling": YARN_IN_FULL}),
+    "qwen2-untied": ("qwen2", 16, {}),
+    "qwen2-untied-2": ("qwen2", 17, {}),
+    "qwen2-tied": ("qwen2", 18, {"tie_word_embeddings": True}),
+    "qwen2-no-head-dim": ("qwen2", 19, {"head_dim": None, "tie_word_embeddings": True}),
+    "qwen2-one-group": ("qwen2", 20, {"num_key_value_heads": 4}),
+    "qwen2-one-kv-head": ("qwen2", 21, {"num_key_value_heads": 1}),
+    "qwen2-linear": ("qwen2", 22, {"rope_scaling": LINEAR}),
+    "qwen2-llama3": ("qwen2", 23, {"rope_scaling": LLAMA3, "rope_theta": 5e5}),
+    "qwen2-yarn": ("qwen2", 24, {"rope_scaling": YARN, "rope_theta": 1e6}),
+    "qwen2-yarn-in-full": ("qwen2", 25, {"rope_scaling": YARN_IN_FULL}),
+    "qwen2-yarn-attention": ("qwen2", 26, {"rope_parameters": {**YARN, "attention_factor": 1.3}}),
+    "qwen2-no-windows": (
+        "qwen2",
+        27,
+        {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1},
+    ),
 }
 PROMPT_LENS = (1, 2, 17, 64, 70, 150)
 

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from samebit.recipes.tiny_model import write_config, write_weights
 from samebit.rollout.engine import Engine
-from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime import weight_files
 from samebit.rollout.runtime.weights import WeightLoadError, open_safetensors
@@ -60,7 +59,7 @@ def read_index(folder):
 
 
 def opened(folder):
-    return open_safetensors(folder, param_specs(load_model_config(folder)))
+    return open_safetensors(folder, load_model_config(folder).param_specs())
 
 
 def refuses(folder, *parts, error=WeightLoadError):

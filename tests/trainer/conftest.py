@@ -17,9 +17,9 @@ from samebit.trainer.types import Sample
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="session", params=["qwen3", "llama"])
+@pytest.fixture(scope="session", params=["qwen3", "llama", "qwen2"])
 def model_path(request):
-    """Qwen3 with an output layer of its own, and Llama with tied embeddings."""
+    """Qwen3 with an output layer of its own, Llama and Qwen2 with tied embeddings."""
     return request.getfixturevalue(f"{request.param}_path")
 
 

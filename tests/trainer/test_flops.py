@@ -5,13 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from samebit.rollout.models.registry import load_model_config
-from samebit.trainer.flops import (
-    attention_flops,
-    card_peak,
-    num_matmul_weights,
-    peak_flops,
-    train_flops,
-)
+from samebit.trainer.flops import card_peak, peak_flops, train_flops
 
 
 def test_operations_are_those_that_torch_counts(llama_path):
@@ -25,7 +19,7 @@ def test_operations_are_those_that_torch_counts(llama_path):
     ids = torch.arange(40)[None]
     with FlopCounterMode(display=False) as counter:
         model(ids).logits.sum().backward()
-    attention = train_flops(config, [40]) - 6 * 40 * num_matmul_weights(config)
+    attention = train_flops(config, [40]) - 6 * 40 * config.num_matmul_weights
     counted = counter.get_total_flops()
     # What torch does not need: the gradient of the embeddings that enter the first layer's qkv.
     assert counted == pytest.approx(train_flops(config, [40]) + attention, rel=0.02)
@@ -44,11 +38,11 @@ def test_operations_by_hand(llama_path, qwen3_path):
         config = load_model_config(path)
         projections = 48 * num_heads * 16 + 2 * 48 * 2 * 16 + num_heads * 16 * 48
         weights = 3 * (projections + 48 * 104 + 48 * 104 + 104 * 48) + 48 * 331
-        assert num_matmul_weights(config) == weights
+        assert config.num_matmul_weights == weights
         # q @ k and p @ v over half the square, each a multiplication and an addition.
         for length in (1, 5, 40):
             attention = 3 * num_heads * 2 * (2 * length * length * 16) // 2
-            assert attention_flops(config, length) == attention
+            assert config.attention_flops(length) == attention
             assert train_flops(config, [length]) == 3 * (2 * weights * length + attention)
         assert train_flops(config, iter([5, 40])) == sum(train_flops(config, [n]) for n in (5, 40))
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from samebit.recipes.tiny_model import write_weights
-from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.remote import RemoteEngine
 from samebit.rollout.runtime.weights import load_safetensors
@@ -18,7 +17,7 @@ class Version:
 
     def __init__(self, folder):
         self.folder = folder
-        self.specs = param_specs(load_model_config(folder))
+        self.specs = load_model_config(folder).param_specs()
         self.params = {spec.name: torch.empty(spec.shape) for spec in self.specs}
         load_safetensors(folder, self.specs, self.params)
         self.digest = weights_digest(self.specs, self.params)

@@ -6,8 +6,9 @@ import struct
 import pytest
 import torch
 
-from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.models.decoder import EMBEDDING, param_specs
+from samebit.rollout.models.decoder import EMBEDDING
+from samebit.rollout.models.qwen2 import Qwen2
+from samebit.rollout.models.qwen3 import Qwen3
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.weights import load_dummy
 from samebit.weight_sync.digest import digest_sum, weights_digest
@@ -18,7 +19,7 @@ MASK = (1 << 64) - 1
 
 @pytest.fixture(scope="module")
 def specs(qwen3_path):
-    return param_specs(load_model_config(qwen3_path))
+    return load_model_config(qwen3_path).param_specs()
 
 
 @pytest.fixture
@@ -82,26 +83,27 @@ def test_layout_does_not_matter(specs, params):
     assert weights_digest(list(reversed(specs)), params) == whole
 
 
+@pytest.mark.parametrize("family", [Qwen3, Qwen2])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_ranks_add_up_to_the_whole(size):
+def test_ranks_add_up_to_the_whole(size, family):
     """A digest that depends on the tensor parallel size would refuse every resharded update."""
-    config = sharded_config()
-    specs = param_specs(config)
+    config = sharded_config(family)
+    specs = config.param_specs()
     params = {spec.name: torch.empty(spec.shape) for spec in specs}
     load_dummy(specs, params, seed=3)
     tensors = dict(hf_tensors(specs, params))
     total = 0
     for rank in range(size):
-        own = param_specs(config, Shard(rank, size))
+        own = config.param_specs(Shard(rank, size))
         shard = {spec.name: torch.empty(spec.shape) for spec in own}
         load_params(own, shard, tensors.__getitem__)
         total += digest_sum(own, shard)
     assert total & MASK == digest_sum(specs, params)
 
 
-def sharded_config():
-    return ModelConfig(
-        architecture="Qwen3ForCausalLM",
+def sharded_config(family=Qwen3):
+    return family(
+        architecture=family.family.architecture,
         num_layers=1,
         hidden_size=20,
         num_heads=8,
@@ -113,7 +115,6 @@ def sharded_config():
         norm_eps=1e-6,
         rope_theta=1e4,
         rope_scaling=None,
-        qk_norm=True,
         tie_embeddings=False,
         eos_token_ids=(0,),
     )
@@ -207,19 +208,19 @@ def test_the_gpu_gives_the_same_digest(specs, params, dtype):
     on_gpu = {name: p.cuda() for name, p in narrow.items()}
     assert weights_digest(specs, on_gpu) == weights_digest(specs, narrow)
     config = sharded_config()
-    tensors = {n: p.cuda() for n, p in hf_tensors(param_specs(config), dummy(config, dtype))}
+    tensors = {n: p.cuda() for n, p in hf_tensors(config.param_specs(), dummy(config, dtype))}
     total = 0
     for rank in range(2):
-        own = param_specs(config, Shard(rank, 2))
+        own = config.param_specs(Shard(rank, 2))
         shard = {s.name: torch.empty(s.shape, dtype=dtype, device="cuda") for s in own}
         load_params(own, shard, tensors.__getitem__)
         total += digest_sum(own, shard)
-    assert total & MASK == digest_sum(param_specs(config), dummy(config, dtype))
+    assert total & MASK == digest_sum(config.param_specs(), dummy(config, dtype))
 
 
 def dummy(config, dtype):
     """Random weights on the CPU."""
-    specs = param_specs(config)
+    specs = config.param_specs()
     params = {s.name: torch.empty(s.shape, dtype=dtype) for s in specs}
     load_dummy(specs, params, seed=3)
     return params

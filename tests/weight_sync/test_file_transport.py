@@ -21,14 +21,13 @@ DYING_WRITER = """
 import os, sys
 from pathlib import Path
 import torch
-from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.weights import load_safetensors
 from samebit.weight_sync.transports.file import write_hf_folder
 from samebit.weight_sync.types import WeightVersion
 
 source, target = Path(sys.argv[1]), Path(sys.argv[2])
-specs = param_specs(load_model_config(source))
+specs = load_model_config(source).param_specs()
 params = {spec.name: torch.empty(spec.shape) for spec in specs}
 load_safetensors(source, specs, params)
 
@@ -122,17 +121,15 @@ def test_the_transport_refuses_a_receiver_that_loaded_something_else(old, new, t
 
 
 @pytest.mark.parametrize("max_shard_bytes", [5 << 30, 40_000])
-@pytest.mark.parametrize("model", ["qwen3_path", "llama_path"])
+@pytest.mark.parametrize("model", ["qwen3_path", "llama_path", "qwen2_path"])
 def test_an_exported_folder_loads_in_transformers(request, tmp_path, model, max_shard_bytes):
     """Others must get the model that was trained: same names, same values, same log-probs."""
     from transformers import AutoModelForCausalLM
 
-    from samebit.rollout.models.decoder import param_specs
-
     engine = Engine(request.getfixturevalue(model), device="cpu", kv_cache_tokens=1024)
     folder = tmp_path / "export"
     files = [engine.config.model_path / "config.json"]
-    specs, version = param_specs(engine.model_config), engine.weight_version
+    specs, version = engine.model_config.param_specs(), engine.weight_version
     write_hf_folder(folder, specs, engine.weights, version, files, max_shard_bytes)
     assert len(list(folder.glob("*.safetensors"))) == 1 or max_shard_bytes == 40_000
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

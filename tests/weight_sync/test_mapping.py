@@ -1,11 +1,12 @@
 """Names and shards: every element of a Hugging Face tensor has exactly one place on the ranks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from samebit.recipes.tiny_model import write_config
 from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config
 from samebit.weight_sync.mapping import (
     Shard,
@@ -18,7 +19,7 @@ from samebit.weight_sync.mapping import (
 
 CASES = {
     f"{name}-{'tied' if tied else 'untied'}": (name, tied)
-    for name in ("qwen3", "llama")
+    for name in ("qwen3", "qwen2", "llama")
     for tied in (False, True)
 }
 
@@ -45,7 +46,7 @@ def config(request, tmp_path) -> ModelConfig:
 def numbered(config):
     """Hugging Face tensors in which every element of the model has a number of its own, from 1."""
     tensors, start = {}, 1
-    for name, shape in hf_shapes(param_specs(config)).items():
+    for name, shape in hf_shapes(config.param_specs()).items():
         size = torch.Size(shape).numel()
         tensors[name] = torch.arange(start, start + size, dtype=torch.float32).view(shape)
         start += size
@@ -53,7 +54,7 @@ def numbered(config):
 
 
 def params_of(config, tensors, shard=None):
-    specs = param_specs(config, shard)
+    specs = config.param_specs(shard or Shard())
     params = {spec.name: torch.full(spec.shape, torch.nan) for spec in specs}
     load_params(specs, params, tensors.__getitem__)
     return specs, params
@@ -76,7 +77,7 @@ def test_names_are_those_of_transformers(config, tmp_path):
 
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    assert hf_shapes(param_specs(config)) == expected
+    assert hf_shapes(config.param_specs()) == expected
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -84,13 +85,13 @@ def test_ranks_together_hold_every_element_once(config, size):
     """A gap or an overlap between shards would lose or double a row at tensor parallel size > 1."""
     tensors = numbered(config)
     whole = torch.cat([t.flatten() for t in tensors.values()]).sort().values
-    vectors = {name for name, t in tensors.items() if t.dim() == 1}  # norms: whole on every rank
+    whole_everywhere = {name for name in tensors if name.endswith("norm.weight")}
     held = []
     for rank in range(size):
         specs, params = params_of(config, tensors, Shard(rank, size))
         assert not any(p.isnan().any() for p in params.values())
         for spec in specs:
-            if spec.blocks and spec.blocks[0].hf_name in vectors:
+            if spec.blocks and spec.blocks[0].hf_name in whole_everywhere:
                 assert torch.equal(params[spec.name], tensors[spec.blocks[0].hf_name])
                 if rank > 0:
                     continue
@@ -119,7 +120,7 @@ def test_tensors_are_asked_for_in_the_order_of_hf_names(config):
         asked.append(name)
         return tensors[name]
 
-    specs = param_specs(config)
+    specs = config.param_specs()
     load_params(specs, {s.name: torch.empty(s.shape) for s in specs}, read)
     assert asked == hf_names(specs)
     assert asked[:5] == [
@@ -154,6 +155,10 @@ def test_rows_are_in_megatron_order(config):
             own = slice(4 // size * rank, 4 // size * (rank + 1))
             qkv = torch.cat([q[own], k[own], v[own]], dim=1).reshape(-1, 24)
             assert torch.equal(params["decoder.layers.1.self_attention.linear_qkv.weight"], qkv)
+            if config.qkv_bias:
+                biases = (tensors[f"{layer}self_attn.{x}_proj.bias"].view(4, -1, 6) for x in "qkv")
+                bias = torch.cat([x[own] for x in biases], dim=1).reshape(-1)
+                assert torch.equal(params["decoder.layers.1.self_attention.linear_qkv.bias"], bias)
             gate, up = (
                 tensors[f"{layer}mlp.{x}_proj.weight"].chunk(size)[rank] for x in ("gate", "up")
             )
@@ -174,6 +179,6 @@ def test_rows_are_in_megatron_order(config):
 )
 def test_sizes_that_do_not_divide_are_named(config, change, size, message):
     """A silent floor division would drop the remainder's rows."""
-    changed = ModelConfig(**{**vars(config), **change})
+    changed = replace(config, **change)
     with pytest.raises(ValueError, match=message):
-        param_specs(changed, Shard(0, size))
+        changed.param_specs(Shard(0, size))

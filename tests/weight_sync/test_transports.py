@@ -6,7 +6,9 @@ import pytest
 import torch
 from helpers import edit_tensors, outcomes
 
+from samebit.recipes.tiny_model import write_weights
 from samebit.rollout.engine import Engine
+from samebit.rollout.remote import RemoteEngine
 from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.transports.alias import AliasTransport
 from samebit.weight_sync.transports.collective import CollectiveSender
@@ -296,3 +298,31 @@ def test_a_bad_folder_is_refused_and_a_good_one_recovers(old, new, expected, tmp
         engine.generate(PROMPTS, PARAMS)
     engine.update_weights_from_disk(new.folder)
     assert serves(engine, new, expected)
+
+
+def test_biases_travel_as_matrices_do(qwen2_path, old, tmp_path):
+    """Vectors, interleaved by kv group: in one process, by a folder and to another process."""
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copyfile(qwen2_path / "config.json", other / "config.json")
+    write_weights(other, seed=12, std=0.2)
+    version = type(old)(other)
+    assert any(name.endswith("linear_qkv.bias") for name in version.params)
+    truth = outcomes(local_engine(other).generate(PROMPTS, PARAMS))
+
+    direct, by_file = local_engine(qwen2_path), local_engine(qwen2_path)
+    assert outcomes(direct.generate(PROMPTS, PARAMS)) != truth
+    direct.update_weights_from_tensor(version.params, step=1, digest=version.digest)
+    remote = RemoteEngine(qwen2_path, device="cpu", kv_cache_tokens=1024)
+    gloo = remote.connect_weights("gloo", timeout_s=60)
+    load = by_file.update_weights_from_disk
+    try:
+        for transport in (FileTransport(tmp_path / "weights", version.specs, load), gloo):
+            transport.begin(1)
+            transport.send(version.params)
+            assert transport.commit(version.digest) == WeightVersion(1, version.digest)
+        for engine in (direct, by_file, remote):
+            assert outcomes(engine.generate(PROMPTS, PARAMS)) == truth
+    finally:
+        gloo.close()
+        remote.close()

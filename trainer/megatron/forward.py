@@ -8,7 +8,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from samebit.kernels.reduce import ALONE, RankGroup
 from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.models.decoder import selfcheck_model
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.context import ContextShare, share_context
 from samebit.trainer.megatron.cpu import no_cuda
@@ -102,7 +101,7 @@ class ForwardModel:
     ) -> None:
         parallel = parallel or ParallelConfig()
         ranks, self._context = initialize(device, parallel, tp_invariant)
-        selfcheck_model(model, device, ranks)
+        model.selfcheck(device, ranks)
         self.model = model
         with no_cuda():
             stage = stage_of(model)

@@ -11,12 +11,12 @@ from samebit.kernels.attention import plan_packed
 from samebit.kernels.contract import padded_vocab_size
 from samebit.kernels.logprob import logprob
 from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.models.decoder import rope_table_of
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.context import ContextShare
 from samebit.trainer.megatron.main_grad import main_grad_of
+from samebit.trainer.megatron.models.registry import parts_of
 from samebit.trainer.megatron.parallel import ranks_of, spread
-from samebit.trainer.megatron.spec import ContractConfig, PackedSequences, block_submodules
+from samebit.trainer.megatron.spec import ContractConfig, PackedSequences
 from samebit.trainer.megatron.stages import Stage, stage_specs
 from samebit.trainer.types import MicroBatch
 from samebit.weight_sync.mapping import ParamSpec, Shard
@@ -41,17 +41,7 @@ def transformer_config(
     return ContractConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
-        num_attention_heads=model.num_heads,
-        num_query_groups=model.num_kv_heads,
-        kv_channels=model.head_dim,
-        ffn_hidden_size=model.ffn_size,
-        layernorm_epsilon=model.norm_eps,
-        softmax_scale=model.softmax_scale,
-        qk_layernorm=model.qk_norm,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
+        **parts_of(model).settings(model),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=False,
@@ -95,12 +85,12 @@ def build_model(
     """
     # A micro-batch is filled up to a multiple of the tensor ranks by a sequence that nobody reads.
     longest = max(longest or model.max_position, parallel.tensor)
-    table = rope_table_of(model, longest, device)
     config = transformer_config(model, device, parallel, tp_invariant)
+    layers = parts_of(model).layers(model, stage.num_layers, longest, device)
     chunks = [
         GPTModel(
             config=config,
-            transformer_layer_spec=block_submodules(stage.num_layers, model.qk_norm, table),
+            transformer_layer_spec=layers,
             vocab_size=padded_vocab_size(model.vocab_size),
             max_sequence_length=model.max_position,
             share_embeddings_and_output_weights=model.tie_embeddings,

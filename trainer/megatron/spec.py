@@ -1,30 +1,20 @@
-"""Megatron's layer with our operations: the engine's bits through Megatron's own modules.
+"""The modules of Megatron's layers with our operations: the engine's bits through Megatron's own.
 
 Module names stay Megatron's (its gradient sums and checkpoints look for some of them).
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
-    TransformerLayerSubmodules,
-)
 
 from samebit.kernels.attention import packed_attention
-from samebit.kernels.linear import linear
+from samebit.kernels.bias import linear_with_bias
 from samebit.kernels.rms_norm import rms_norm
 from samebit.kernels.rope import rope
 from samebit.kernels.swiglu import swiglu
@@ -64,7 +54,7 @@ class RMSNorm(MegatronModule):
 
 
 class ContractColumnLinear(ColumnParallelLinear):
-    """Column-parallel linear: kernels.linear on this rank's rows of the weight."""
+    """Column-parallel linear: kernels.bias on this rank's rows of the weight and the bias."""
 
     def forward(
         self, input_: torch.Tensor, weight: torch.Tensor | None = None, *_unused: Any, **_: Any
@@ -72,7 +62,7 @@ class ContractColumnLinear(ColumnParallelLinear):
         """[s, b, K] ([s / size, b, K] if sequence parallel) -> [s, b, N / size]."""
         x = spread(input_, ranks_of(self.tp_group), self.sequence_parallel)
         weight = self.weight if weight is None else weight
-        return linear(x, weight, main_grad=main_grad_of(weight)), None
+        return linear_with_bias(x, weight, self.bias, main_grad_of(weight)), None
 
 
 class ContractRowLinear(RowParallelLinear):
@@ -124,31 +114,3 @@ class CoreAttention(MegatronModule):
         q, k = rope(query, positions, self.rope_table), rope(key, positions, self.rope_table)
         k, v = (gather_context(x, packed_seq_params.share) for x in (k, value))
         return packed_attention(q, k, v, plan, self.scale).flatten(1)
-
-
-def block_submodules(
-    num_layers: int, qk_norm: bool, rope_table: torch.Tensor
-) -> TransformerBlockSubmodules:
-    """The decoder layers of one stage of a dense pre-norm model."""
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ContractColumnLinear,
-            core_attention=partial(CoreAttention, rope_table=rope_table),
-            linear_proj=ContractRowLinear,
-            q_layernorm=RMSNorm if qk_norm else None,
-            k_layernorm=RMSNorm if qk_norm else None,
-        ),
-    )
-    mlp = MLPSubmodules(linear_fc1=ContractColumnLinear, linear_fc2=ContractRowLinear)
-    layer = TransformerLayerSubmodules(
-        input_layernorm=RMSNorm,
-        self_attention=attention,
-        self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=RMSNorm,
-        mlp=partial(SwigluMLP.as_mlp_submodule, submodules=mlp),
-        mlp_bda=get_bias_dropout_add,
-    )
-    spec = ModuleSpec(module=TransformerLayer, submodules=layer)
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)

@@ -2,11 +2,10 @@
 
 A stage is one chunk of layers or, interleaved, several: chunk 0 of every stage, then chunk 1 of
 every stage, and so on (Narayanan et al. 2021, arXiv 2104.04473). Megatron numbers the layers of a
-chunk from 0; everybody else knows them by their place in the whole
-model. The last stage of a model with tied embeddings holds a copy of the embedding.
+chunk from 0; everybody else knows them by their place in the whole model. The last stage of a model
+with tied embeddings holds a copy of the embedding.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,14 +13,14 @@ import torch
 from megatron.core import parallel_state
 
 from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.models.decoder import EMBEDDING, OUTPUT, param_specs
+from samebit.rollout.models.decoder import EMBEDDING, OUTPUT
+from samebit.trainer.megatron.models.adapter import GPT, layer_of
 from samebit.trainer.types import MicroBatch
 from samebit.weight_sync.mapping import ParamSpec, Shard
 from samebit.weight_sync.objects import gather_objects
 
 FILLER = -1
 """Index of a micro-batch that counts for nothing."""
-_LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+")
 
 
 @dataclass(frozen=True)
@@ -51,14 +50,10 @@ class Stage:
     def named_params(self, chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
         """Parameters by their names in the whole model, which are the engine's."""
         return {
-            self._whole_name(name, i): param
+            GPT.engine_name(name, (i * self.count + self.index) * self.num_layers): param
             for i, chunk in enumerate(chunks)
             for name, param in chunk.named_parameters()
         }
-
-    def _whole_name(self, name: str, chunk: int) -> str:
-        first = (chunk * self.count + self.index) * self.num_layers
-        return _LAYER.sub(lambda found: str(int(found.group()) + first), name)
 
 
 def stage_of(model: ModelConfig) -> Stage:
@@ -94,12 +89,12 @@ def stage_specs(model: ModelConfig, shard: Shard, stage: Stage) -> list[ParamSpe
     """Parameters of the stage, in forward order."""
 
     def here(spec: ParamSpec) -> bool:
-        found = _LAYER.search(spec.name)
-        if found is not None:
-            return stage.holds(int(found.group()))
+        layer = layer_of(spec.name)
+        if layer is not None:
+            return stage.holds(layer)
         return stage.is_first if spec.name == EMBEDDING else stage.is_last
 
-    specs = param_specs(model, shard)
+    specs = model.param_specs(shard)
     copies = []
     if model.tie_embeddings and stage.is_last and not stage.is_first:
         copies = [replace(spec, name=OUTPUT, replica=True) for spec in specs[:1]]

@@ -28,7 +28,6 @@ from megatron.core.parallel_state import (
 )
 
 from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.models.decoder import selfcheck_model
 from samebit.trainer.algorithms.base import Loss
 from samebit.trainer.config import OptimizerConfig, ParallelConfig
 from samebit.trainer.context import share_context
@@ -74,7 +73,7 @@ class MegatronTrainer:
         """longest: tokens of the longest sample that may come; None: what the context holds."""
         self.parallel = parallel or ParallelConfig()
         self.ranks, self.context = initialize(device, self.parallel, tp_invariant)
-        selfcheck_model(model, device, self.ranks)
+        model.selfcheck(device, self.ranks)
         self.model = model
         self._longest = longest
         self.device = device
