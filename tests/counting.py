@@ -1,7 +1,5 @@
 """A scheduler over a model that only counts: what is planned, without what is computed."""
 
-from pathlib import Path
-
 import torch
 
 from samebit.rollout.config import EngineConfig
@@ -50,13 +48,7 @@ class World:
     """A scheduler in a pipeline over the counting runner. depth: steps in flight."""
 
     def __init__(self, num_pages=16, cached=False, depth=0, **settings):
-        config = EngineConfig(
-            model_path=Path("none"),
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            page_size=PAGE,
-            **settings,
-        )
+        config = EngineConfig(page_size=PAGE, **settings)
         self.pool = PagePool(num_pages)
         self.config = config
         self.prefixes = PrefixCache(self.pool, PAGE, VERSION) if cached else None

@@ -29,7 +29,7 @@ from samebit.recipes.bench.config import BenchKernelsRun
 from samebit.recipes.bench.output import REPORT_FILE, format_table, model_fields, write_report
 from samebit.recipes.bench.timing import card_rates, graph_us, graphs_us, num_copies
 from samebit.recipes.run.folder import require_own_report
-from samebit.rollout.config import DeviceError, resolve_device
+from samebit.rollout.device import DeviceError, resolve_device
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.kv_cache import KVCache
