@@ -193,8 +193,7 @@ class Engine:
             if request_id not in self._live:
                 raise KeyError(f"no unfinished request '{request_id}'")
             self._for_step.discard(request_id)
-            for seq in self.scheduler.abort(request_id):
-                seq.finish_reason = "abort"
+            self.scheduler.abort(request_id)
             return [seq.completion() for seq in self._live.pop(request_id)]
 
     @property
@@ -340,16 +339,7 @@ class Engine:
     def _add(self, request: Request) -> list[RunningSample]:
         with self._lock:
             self.weight_control.session.require_ready()
-            seqs = [
-                RunningSample(
-                    request=request,
-                    index=i,
-                    arrival=next(self._arrivals),
-                    token_ids=list(request.prompt_ids),
-                )
-                for i in range(len(request.sample_ids))
-            ]
-            seqs[0].siblings = seqs[1:]
+            seqs = RunningSample.of(request, self._arrivals)
             self._live[request.request_id] = seqs
             self.scheduler.add(seqs[0])
             return seqs
