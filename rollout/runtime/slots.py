@@ -19,7 +19,11 @@ def signed64(value: int) -> int:
 
 
 class Slots:
-    """Arrays by slot. Lengths count tokens that are there or on their way from the device."""
+    """Arrays by slot, which only these methods write; whole steps read them by their slots.
+
+    `computed` and `length` count tokens that are there or on their way from the device, `known`
+    those that have arrived.
+    """
 
     def __init__(self, num_slots: int, max_len: int, page_size: int, seed: int) -> None:
         self.num_slots = num_slots

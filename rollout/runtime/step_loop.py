@@ -125,6 +125,7 @@ class StepLoop:
         self.num_drawn += int(flight.live.sum())
         step, slots, collected = flight.step, self._slots, flight.outcome.collected
         num_decode = len(step.decode)
+        # Who holds a slot, all at once: a token each, drawn in a decode row or at a chunk's end.
         rows = np.flatnonzero(flight.live & (flight.owners >= 0))
         owners = flight.owners[rows]
         drawn = flight.positions[rows], token_ids[rows], logprobs[rows]
@@ -133,6 +134,7 @@ class StepLoop:
         for row in np.flatnonzero(slots.collects[step.decode] & flight.live[:num_decode]):
             slots.owner(flight.owners[row]).add_hidden(collected, slice(row, row + 1))
         ended = [(slots.owner(flight.owners[i]), reasons[i]) for i in reasons if i < num_decode]
+        # Chunks one by one: what else their rows gave, and samples that hold no slot.
         values, row = iter(scores.tolist()), num_decode
         for chunk, part in chunk_rows(step):
             chunk.seq.add_hidden(collected, part)
