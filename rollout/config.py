@@ -18,7 +18,7 @@ _CONVERT: dict[Any, Callable[[Any, str], Any]] = {int: as_integer, bool: as_flag
 _BESIDES = ("device", "dtype", "ranks")  # what else Engine takes by name
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True)  # not frozen: OmegaConf would refuse to change a frozen one's keys
 class EngineConfig:
     """The engine's settings. But for the seed and the load format, none can change a token.
 
@@ -50,7 +50,7 @@ class EngineConfig:
     load_format: str = "safetensors"
     """safetensors; dummy: random weights for a folder that holds only a config.json."""
     seed: int = 0
-    """Of the noise of requests that bring none; in a recipe it is the recipe's."""
+    """Of the noise of requests that bring no seed; in a recipe it is the recipe's."""
 
     def __post_init__(self) -> None:
         self._bring_to_type()
