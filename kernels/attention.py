@@ -24,7 +24,7 @@ from samebit.kernels.op import Op, require_fp32
 KV_TILE = 64  # on the CPU, where there is one split
 Q_TILE = 16
 # Part of the numerics contract on GPUs, settled by one sweep on an H200:
-# recipes/bench/results/h200_attention_constants.json. Changing them changes bits.
+# docs/results/h200_attention_constants.json. Changing them changes bits.
 GPU_KV_TILE = 128
 GPU_KV_SPLIT = 1024
 

@@ -14,7 +14,7 @@ import torch
 class Op:
     """Picks the implementation of a contract operation by the device of its first tensor.
 
-    Every implementation of one device type returns the same bits; see DESIGN.md, section 2.
+    Every implementation of one device type returns the same bits; see docs/contract.md.
     """
 
     def __init__(self, name: str, **implementations: Callable[..., Any] | str) -> None:

@@ -34,7 +34,7 @@ from samebit.recipes.run.metrics import write_atomically
 ROOT = Path(__file__).resolve().parents[2]
 UNKNOWN = "unknown"
 
-# What an installed package holds too: not the shapes, results and examples that lie beside it.
+# What an installed package holds too: not the shapes that lie beside it.
 _SUFFIXES = {
     "kernels": (".py", ".json"), "rollout": (".py",), "weight_sync": (".py",),
     "trainer": (".py",), "recipes": (".py",), "configs": (".yaml",),

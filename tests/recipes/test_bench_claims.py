@@ -229,7 +229,7 @@ def test_compilations_are_counted():
 
 def test_the_measuring_script_names_its_parts():
     """Before it measures anything; it takes no commit by hand and no fixed port."""
-    script = Path(__file__).parents[2] / "recipes" / "results.sh"
+    script = Path(__file__).parents[2] / "docs" / "results" / "measure.sh"
     run = subprocess.run([script, "out", "engines"], capture_output=True, text=True)
     assert run.returncode == 2
     message = "'engines' is no part; there are: verify engine kernels trainer kills reduce "

@@ -33,9 +33,9 @@ PROGRAM = {
 BESIDE = {
     "README.md": "words\n",
     "tests/test_a.py": "assert True\n",
-    "recipes/bench/results/card.json": "{}\n",
+    "docs/results/card.json": "{}\n",
     "recipes/bench/shapes/tiny/config.json": "{}\n",
-    "recipes/examples/run/config.yaml": "c: 1\n",
+    "recipes/bench/shapes/tiny/notes.yaml": "c: 1\n",
 }
 
 

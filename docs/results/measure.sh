@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Measure anew, on this machine's GPUs, most of what recipes/bench/results and
-# recipes/verification/results hold. A report of each part goes to OUT:
+# Measure anew, on this machine's GPUs, most of what this folder holds. A report of each part goes
+# to OUT:
 #
-#   recipes/results.sh OUT PART...
+#   docs/results/measure.sh OUT PART...
 #
 # Parts: verify (two runs side by side have to be equal; SMOLLM2=FOLDER adds that model), engine,
 # kernels, trainer, kills (a short demo on SmolLM2, killed 20 times); on two GPUs reduce,
 # tensor_parallel, trainer_tp; on four layouts (short runs under all that fit), tp1_tp4.
 set -euo pipefail
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-bin=$here/../.venv/bin
-shapes=$here/bench/shapes
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+bin=$root/.venv/bin
+shapes=$root/recipes/bench/shapes
 parts=" verify engine kernels trainer kills reduce tensor_parallel trainer_tp layouts tp1_tp4 "
 for part in "${@:2}"; do
     if [[ $parts != *" $part "* ]]; then
@@ -20,7 +20,7 @@ for part in "${@:2}"; do
     fi
 done
 if (($# < 2)); then
-    echo "usage: recipes/results.sh OUT PART...; parts:$parts" >&2
+    echo "usage: docs/results/measure.sh OUT PART...; parts:$parts" >&2
     exit 2
 fi
 mkdir -p "$1"
