@@ -338,7 +338,7 @@ class Engine:
 
     def _add(self, request: Request) -> list[RunningSample]:
         with self._lock:
-            self.weight_control.session.require_ready()
+            self.weight_control.require_ready()
             seqs = RunningSample.of(request, self._arrivals)
             self._live[request.request_id] = seqs
             self.scheduler.add(seqs[0])
@@ -378,7 +378,7 @@ class Engine:
 
     def _advance(self) -> None:
         with self._lock, on_device(self.device):  # also in a thread of agenerate
-            self.weight_control.session.require_ready()
+            self.weight_control.require_ready()
             self._close_finished(self.step_loop.advance(self.weight_version))
 
     def _close_finished(self, finished: list[RunningSample]) -> None:

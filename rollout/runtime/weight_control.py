@@ -54,7 +54,7 @@ def load_weights(
 class WeightControl:
     """Holds the engine's weights and changes them; a weight_sync.transports.base.WeightSink.
 
-    While an update is under way, or has broken off, `session` refuses to serve.
+    Nothing may be served while an update is under way or has broken off: see require_ready.
     """
 
     def __init__(
@@ -84,6 +84,10 @@ class WeightControl:
     def version(self) -> WeightVersion:
         """Step and digest of the weights that are served."""
         return self.session.version
+
+    def require_ready(self) -> None:
+        """Raise WeightSyncError unless the weights are one whole version."""
+        self.session.require_ready()
 
     def digest(self) -> str:
         """weights_digest of the weights as they are now, over all tensor parallel ranks."""
