@@ -11,6 +11,7 @@ from pathlib import Path
 from samebit.recipes.data.rewards import RewardConfig
 from samebit.recipes.data.tasks.base import DataConfig
 from samebit.recipes.run.metrics import LoggerConfig
+from samebit.rollout.config import LOAD_FORMATS, EngineConfig
 from samebit.rollout.ranges import RANGES, require_in_range
 from samebit.trainer.config import (
     GrpoConfig,
@@ -21,7 +22,8 @@ from samebit.trainer.config import (
     require_default,
 )
 
-LOAD_FORMATS = ("safetensors", "dummy")
+SET_BY_RUN = ("load_format", "max_model_len", "seed")
+"""Settings of the engine that commands derive from keys of their own."""
 SET_BY_DEMO = "set by the demo"
 DEMO_MODELS = ("tiny", "smollm2")
 PLACEMENTS = ("colocated", "process")
@@ -57,41 +59,20 @@ class ModelSection:
 
 
 @dataclass(kw_only=True)
-class EngineSection:
-    """The rollout engine; see rollout/config.py. None of these can change a token."""
+class PlacementSection:
+    """Where the engine runs and how weights reach it. Neither can change a token."""
 
-    placement: str = "colocated"
+    engine: str = "colocated"
     """colocated: in the trainer's process; process: in one of its own."""
     transport: str = "alias"
     """How weights reach it: alias, stages (pipelines), file (colocated); gloo, file (process)."""
-    page_size: int = 64
-    """Tokens per KV page."""
-    kv_cache_tokens: int | None = None
-    """KV capacity in tokens; unset: what max_num_seqs sequences can need, if there is room."""
-    max_batch_tokens: int = 4096
-    """Tokens computed in one step, over all sequences."""
-    max_num_seqs: int = 256
-    """Sequences running at a time."""
-    prefill_chunk: int = 1024
-    """Prompt tokens of one sequence computed in one step."""
-    prefix_cache: bool = True
-    """Compute a prefix that prompts share once."""
-    cuda_graphs: bool | None = None
-    """Decode by CUDA graphs; unset: on GPUs; tensor parallel ones need peer access."""
-    overlap: bool | None = None
-    """Plan and start a step while the one before still runs; unset: on a GPU."""
 
     def __post_init__(self) -> None:
-        for name in ("page_size", "max_batch_tokens", "max_num_seqs", "prefill_chunk"):
-            require(getattr(self, name) >= 1, f"engine.{name}", getattr(self, name), "positive")
-        fits = self.kv_cache_tokens is None or self.kv_cache_tokens >= self.page_size
-        meaning = f"at least a page of {self.page_size}, or unset"
-        require(fits, "engine.kv_cache_tokens", self.kv_cache_tokens, meaning)
-        known = self.placement in PLACEMENTS
-        require(known, "engine.placement", self.placement, f"one of {PLACEMENTS}")
-        fitting = TRANSPORTS[self.placement]
-        meaning = f"one of {fitting} for placement '{self.placement}'"
-        require(self.transport in fitting, "engine.transport", self.transport, meaning)
+        known = self.engine in PLACEMENTS
+        require(known, "placement.engine", self.engine, f"one of {PLACEMENTS}")
+        fitting = TRANSPORTS[self.engine]
+        meaning = f"one of {fitting} for placement '{self.engine}'"
+        require(self.transport in fitting, "placement.transport", self.transport, meaning)
 
 
 @dataclass(kw_only=True)
@@ -189,15 +170,15 @@ def _check_copies(size: int, copies: int) -> None:
     require(size >= copies, "trainer.parallel.data", copies, f"at most {size}, a step's samples")
 
 
-def _check_placement(engine: EngineSection, parallel: ParallelConfig) -> None:
+def _check_placement(placement: PlacementSection, parallel: ParallelConfig) -> None:
     count = parallel.num_processes
     layout = f"{count} processes of the trainer, in {parallel.pipeline} stages"
-    fits = count == 1 or engine.placement == "colocated"
-    require(fits, "engine.placement", engine.placement, f"colocated with {layout}")
+    fits = count == 1 or placement.engine == "colocated"
+    require(fits, "placement.engine", placement.engine, f"colocated with {layout}")
     fitting = ("alias",) if count > 1 else ("alias", "file", "gloo")
     fitting = ("stages",) if parallel.pipeline > 1 else fitting
     meaning = f"{' or '.join(fitting)} with {layout}"
-    require(engine.transport in fitting, "engine.transport", engine.transport, meaning)
+    require(placement.transport in fitting, "placement.transport", placement.transport, meaning)
 
 
 @dataclass(kw_only=True)
@@ -232,7 +213,8 @@ class GrpoRun(RunSection):
     """`samebit grpo`: rollout, reward, train, sync, until num_steps."""
 
     model: ModelSection = field(default_factory=ModelSection)
-    engine: EngineSection = field(default_factory=EngineSection)
+    placement: PlacementSection = field(default_factory=PlacementSection)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     rollout: RolloutSection = field(default_factory=RolloutSection)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     numerics: NumericsSection = field(default_factory=NumericsSection)
@@ -259,7 +241,8 @@ class GrpoRun(RunSection):
         require(n >= 2, "rollout.samples_per_prompt", n, meaning)
         invariant, tensor = self.numerics.tp_invariant, self.trainer.parallel.tensor
         check_tp_invariant(invariant, tensor, "trainer.parallel.tensor")
-        _check_placement(self.engine, self.trainer.parallel)
+        _check_placement(self.placement, self.trainer.parallel)
+        require_default(self.engine, "engine", SET_BY_RUN, "model, lengths and seed are the run's")
         if self.samples_per_step % self.batch_size:
             raise ValueError(
                 f"rollout.prompts_per_step x rollout.samples_per_prompt = {prompts} x {n} = "

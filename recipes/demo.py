@@ -18,7 +18,7 @@ from samebit.recipes.run.folder import CONFIG_FILE, RunFolder
 from samebit.recipes.run.input_files import input_files
 from samebit.recipes.run.metrics import OWNER_ONLY, write_atomically
 from samebit.recipes.tiny_model import make_demo_model
-from samebit.rollout.config import resolve_device
+from samebit.rollout.device import resolve_device
 from samebit.weight_sync.folders import replacing
 
 

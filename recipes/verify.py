@@ -20,7 +20,7 @@ from samebit.recipes.run.provenance import provenance
 from samebit.recipes.tiny_model import make_random_model
 from samebit.recipes.verification.properties import PROPERTIES, Property
 from samebit.recipes.verification.subject import Result, chained_digest, make_subject
-from samebit.rollout.config import resolve_device
+from samebit.rollout.device import resolve_device
 
 
 def select_properties(names: Sequence[str] | None) -> list[Property]:

@@ -1,85 +1,95 @@
-"""EngineConfig: the engine's settings, checked before anything is allocated."""
+"""EngineConfig: every setting of the engine, once. No torch here.
 
+It is the section `engine` of a recipe, the argument of Engine, and what bench and placement use.
+What depends on the machine (device, dtype, ranks) is no setting: see rollout/device.py.
+"""
+
+import difflib
 import os
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any, Self, get_args
 
-import torch
-
-from samebit.kernels.reduce import ALONE, RankGroup, peers_of
 from samebit.rollout.values import MAX_UINT64, as_flag, as_integer, shown
 
-_INTEGERS = ("page_size", "max_batch_tokens", "max_num_seqs", "prefill_chunk", "seed")
-_OPTIONAL_INTEGERS = ("kv_cache_tokens", "max_model_len")
-_FLAGS = ("prefix_cache", "cuda_graphs", "overlap")
+LOAD_FORMATS = ("safetensors", "dummy")
+_CONVERT: dict[Any, Callable[[Any, str], Any]] = {int: as_integer, bool: as_flag}
+_BESIDES = ("device", "dtype", "ranks")  # what else Engine takes by name
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)  # not frozen: OmegaConf would refuse to change a frozen one's keys
 class EngineConfig:
-    """Apart from model, device, dtype, seed and ranks, none can change a token or a log-prob."""
+    """The engine's settings. But for the seed and the load format, none can change a token.
 
-    model_path: Path
-    device: torch.device
-    dtype: torch.dtype
+    Example: EngineConfig(kv_cache_tokens=1 << 16, max_num_seqs=64)
+
+    Raises ValueError, naming the key, for a value that cannot be used.
+    """
+
     page_size: int = 64
     """Tokens per KV page."""
     kv_cache_tokens: int | None = None
-    """KV capacity in tokens; None takes what max_num_seqs sequences can need, within 1 GiB on the
-    CPU and half of the free memory on a GPU."""
+    """KV capacity in tokens; unset: what max_num_seqs samples can need, within 1 GiB on a CPU and
+    half of the free memory on a GPU."""
     max_batch_tokens: int = 4096
-    """Tokens computed in one step, over all sequences."""
+    """Tokens computed in one step, over all samples."""
     max_num_seqs: int = 256
-    """Sequences running at a time."""
+    """Samples running at a time."""
     prefill_chunk: int = 1024
-    """Prompt tokens of one sequence computed in one step."""
-    max_model_len: int | None = None
-    """Longest context, prompt and completion; None takes the model's."""
+    """Prompt tokens of one sample computed in one step."""
     prefix_cache: bool = True
+    """Compute a prefix that prompts share once."""
+    cuda_graphs: bool | None = None
+    """Decode by CUDA graphs; unset: on GPUs; tensor parallel ones need peer access."""
+    overlap: bool | None = None
+    """Plan and start a step while the one before still runs; unset: on a GPU."""
+    max_model_len: int | None = None
+    """Longest context, prompt and completion; unset: the model's, in a recipe its longest sample.
+    """
     load_format: str = "safetensors"
+    """safetensors; dummy: random weights for a folder that holds only a config.json."""
     seed: int = 0
-    cuda_graphs: bool = False
-    """Decode by CUDA graphs; over tensor parallel ranks those of GPUs that read each other."""
-    ranks: RankGroup = ALONE
-    """Tensor parallel ranks; each runs an engine of its own and is given the same requests."""
-    overlap: bool = False
-    """Plan and start a step while the one before still runs."""
+    """Of the noise of requests that bring no seed; in a recipe it is the recipe's."""
 
     def __post_init__(self) -> None:
         self._bring_to_type()
+        page, tokens, longest = self.page_size, self.kv_cache_tokens, self.max_model_len
         for name in ("page_size", "max_batch_tokens", "max_num_seqs", "prefill_chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Engine {name} is {getattr(self, name)}; it must be at least 1")
-        if self.max_model_len is not None and self.max_model_len < 1:
-            raise ValueError(f"Engine max_model_len is {self.max_model_len}; it must be at least 1")
-        if not 0 <= self.seed <= MAX_UINT64:
-            raise ValueError(f"Engine seed is {self.seed}; it must be an unsigned 64-bit integer")
-        if self.kv_cache_tokens is not None and self.kv_cache_tokens < self.page_size:
-            raise ValueError(
-                f"Engine kv_cache_tokens is {self.kv_cache_tokens}; it must hold at least one page "
-                f"of {self.page_size} tokens"
-            )
-        if self.cuda_graphs and self.device.type != "cuda":
-            raise ValueError(f"Engine cuda_graphs=True needs a CUDA device, not '{self.device}'")
-        if self.cuda_graphs and not can_record(self.device, self.ranks):
-            raise ValueError(
-                f"Engine cuda_graphs=True with {self.ranks.size} tensor parallel ranks needs GPUs "
-                "that can read each other's memory; leave it unset"
-            )
-        if self.load_format not in ("safetensors", "dummy"):
-            raise ValueError(
-                f"Engine load_format is '{self.load_format}'; use 'safetensors' or 'dummy'"
-            )
+            self._require(getattr(self, name) >= 1, name, "positive")
+        self._require(longest is None or longest >= 1, "max_model_len", "positive, or unset")
+        fits, meaning = tokens is None or tokens >= page, f"at least one page of {page}, or unset"
+        self._require(fits, "kv_cache_tokens", meaning)
+        self._require(self.load_format in LOAD_FORMATS, "load_format", f"one of {LOAD_FORMATS}")
+        self._require(0 <= self.seed <= MAX_UINT64, "seed", "an unsigned 64-bit integer")
 
     def _bring_to_type(self) -> None:
-        given = [name for name in _OPTIONAL_INTEGERS if getattr(self, name) is not None]
-        for name in (*_INTEGERS, *given):
-            self._set(name, as_integer(getattr(self, name), f"Engine {name}"))
-        for name in _FLAGS:
-            self._set(name, as_flag(getattr(self, name), f"Engine {name}"))
+        """Whole numbers and flags of other types, such as numpy's, become Python's."""
+        for f in fields(self):
+            kind, *optional = get_args(f.type) or (f.type,)
+            value = getattr(self, f.name)
+            if kind in _CONVERT and not (optional and value is None):
+                setattr(self, f.name, _CONVERT[kind](value, f"engine.{f.name}"))
 
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
+    def _require(self, holds: bool, name: str, meaning: str) -> None:
+        if not holds:
+            value = shown(getattr(self, name))
+            raise ValueError(f"engine.{name} is {value}; it must be {meaning}")
+
+    @classmethod
+    def of(cls, config: Self | None, overrides: Mapping[str, Any]) -> Self:
+        """A copy of `config`, or of the defaults, with `overrides` by name.
+
+        Raises TypeError for a name that is no setting; it says the nearest one.
+        """
+        if config is not None and not isinstance(config, cls):
+            raise TypeError(f"Engine config is {shown(config)}; it must be an EngineConfig")
+        known = [f.name for f in fields(cls)]
+        for name in overrides:
+            if name not in known:
+                [nearest] = difflib.get_close_matches(name, [*known, *_BESIDES], n=1, cutoff=0)
+                raise TypeError(f"Engine has no setting '{name}'; the nearest is '{nearest}'")
+        return replace(config or cls(), **overrides)
 
 
 def as_path(value: object, what: str) -> Path:
@@ -87,79 +97,3 @@ def as_path(value: object, what: str) -> Path:
     if not isinstance(value, str | os.PathLike) or not str(value):
         raise ValueError(f"{what} is {shown(value)}; it must be the path of a local model folder")
     return Path(value)
-
-
-def as_ranks(value: object) -> RankGroup:
-    """Tensor parallel ranks; ValueError for anything else."""
-    if not isinstance(value, RankGroup):
-        raise ValueError(f"Engine ranks is {shown(value)}; it must be RankGroup, with a group")
-    return value
-
-
-def can_record(device: torch.device, ranks: RankGroup) -> bool:
-    """Whether CUDA graphs can hold a step: tensor parallel ranks have to read each other's GPU."""
-    return device.type == "cuda" and (ranks.size == 1 or peers_of(ranks, device) is not None)
-
-
-def automatic_kv_bytes(device: torch.device) -> int:
-    """Bound of the automatic KV capacity, once the weights are in place."""
-    if device.type == "cpu":
-        return 1 << 30
-    return torch.cuda.mem_get_info(device)[0] // 2
-
-
-class DeviceError(RuntimeError):
-    """The device asked for is not there."""
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or the GPU if there is one; DeviceError for a missing GPU."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-        known = resolved.type in ("cpu", "cuda")
-    except (RuntimeError, TypeError):
-        known = False
-    if not known:
-        raise DeviceError(f"device is '{device}'; it must be cpu or cuda")
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(
-            "device=cuda was asked for, but torch finds no CUDA device; use device=cpu"
-        )
-    return resolved
-
-
-def own_device(device: str | torch.device | None) -> torch.device:
-    """resolve_device for something that lives in this process: a GPU with its index.
-
-    Raises ValueError for another than the current CUDA device, on which kernels are launched.
-    """
-    resolved = resolve_device(device)
-    if resolved.type != "cuda":
-        return resolved
-    current = torch.device("cuda", torch.cuda.current_device())
-    if resolved.index is not None and resolved != current:
-        raise ValueError(
-            f"Engine device is '{resolved}'; it must be the current CUDA device, '{current}': "
-            "torch.cuda.set_device comes first"
-        )
-    return current
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """The block launches kernels on this device, whatever the thread's current one is."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """fp32 on the CPU and bf16 on the GPU: the dtypes of the numerics contract."""
-    contract = torch.float32 if device.type == "cpu" else torch.bfloat16
-    if dtype is None:
-        return contract
-    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if resolved != contract:
-        raise ValueError(
-            f"dtype is {dtype}; the numerics contract on '{device.type}' is defined in {contract}"
-        )
-    return contract

@@ -7,22 +7,22 @@ engine = Engine("path/to/model")
 import asyncio
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from samebit.kernels.profile import NumericsProfile, numerics_profile
 from samebit.kernels.reduce import ALONE, RankGroup
-from samebit.rollout.config import (
-    EngineConfig,
-    as_path,
+from samebit.rollout.config import EngineConfig, as_path
+from samebit.rollout.device import (
     as_ranks,
     automatic_kv_bytes,
-    can_record,
     on_device,
     own_device,
     resolve_dtype,
+    settled,
 )
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.kv_cache import KVCache, PagePool
@@ -35,69 +35,52 @@ from samebit.rollout.runtime.sampler import Sampler
 from samebit.rollout.runtime.scheduler import Scheduler
 from samebit.rollout.runtime.slots import Slots
 from samebit.rollout.runtime.step_loop import StepLoop
-from samebit.rollout.runtime.weight_control import WeightControl
-from samebit.rollout.runtime.weights import load_dummy, load_safetensors
+from samebit.rollout.runtime.weight_control import WeightControl, load_weights
 from samebit.rollout.types import Completion, Request, SamplingParams
 from samebit.weight_sync.mapping import Shard
 from samebit.weight_sync.objects import smallest
 from samebit.weight_sync.session import UpdateSession
-from samebit.weight_sync.transports.file import read_version
-from samebit.weight_sync.types import WeightVersion
+from samebit.weight_sync.transports.collective import CollectiveReceiver
+from samebit.weight_sync.types import Bucket, WeightVersion
 
 Progress = Callable[[int, int], None]
 """Called with (finished samples, tokens drawn so far) after every step."""
 
 
-class Engine(WeightControl):
-    """An in-process rollout engine.
+class Engine:
+    """An in-process rollout engine, and a receiver of weights (transports.base.WeightSink).
 
-    Not thread-safe except for `agenerate` and `abort_request`. Raises ValueError for bad settings,
-    FileNotFoundError for a missing model, DeviceError for device=cuda without a GPU.
+    Settings are EngineConfig's, given as `config`, by name, or both (a name wins). ranks: tensor
+    parallel ranks; each runs an engine of its own and is given the same requests.
+
+    It is not thread-safe except for `agenerate` and `abort_request`. Raises ValueError for bad
+    settings, TypeError for unknown ones, FileNotFoundError for a missing model and DeviceError for
+    device=cuda without a GPU.
     """
 
     def __init__(
         self,
         model_path: str | Path,
+        config: EngineConfig | None = None,
+        *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
-        page_size: int = 64,
-        kv_cache_tokens: int | None = None,
-        max_batch_tokens: int = 4096,
-        max_num_seqs: int = 256,
-        prefill_chunk: int = 1024,
-        prefix_cache: bool = True,
-        load_format: str = "safetensors",
-        seed: int = 0,
-        max_model_len: int | None = None,
-        cuda_graphs: bool | None = None,
-        overlap: bool | None = None,
         ranks: RankGroup = ALONE,
+        **overrides: Any,
     ) -> None:
-        ranks, resolved = as_ranks(ranks), own_device(device)
-        self.config = EngineConfig(
-            model_path=as_path(model_path, "Engine model_path"),
-            device=resolved,
-            dtype=resolve_dtype(dtype, resolved),
-            page_size=page_size,
-            kv_cache_tokens=kv_cache_tokens,
-            max_batch_tokens=max_batch_tokens,
-            max_num_seqs=max_num_seqs,
-            prefill_chunk=prefill_chunk,
-            max_model_len=max_model_len,
-            prefix_cache=prefix_cache,
-            load_format=load_format,
-            seed=seed,
-            cuda_graphs=can_record(resolved, ranks) if cuda_graphs is None else cuda_graphs,
-            overlap=resolved.type == "cuda" if overlap is None else overlap,
-            ranks=ranks,
-        )
-        self.model_config = load_model_config(self.config.model_path)
+        self.model_path = as_path(model_path, "Engine model_path")
+        self.ranks, self.device = as_ranks(ranks), own_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
+        self.config = settled(EngineConfig.of(config, overrides), self.device, ranks)
+        self.model_config = load_model_config(self.model_path)
         self.specs = self.model_config.param_specs(Shard(ranks.rank, ranks.size))
-        self.profile: NumericsProfile = numerics_profile(resolved, ranks.size, ranks.invariant)
-        self.model_config.selfcheck(resolved, ranks)
-        self.arena = Arena(resolved)
-        self._load_weights()
-        self._make_runtime()
+        self.profile: NumericsProfile = numerics_profile(self.device, ranks.size, ranks.invariant)
+        self.model_config.selfcheck(self.device, ranks)
+        self.arena = Arena(self.device)
+        session = load_weights(
+            self.model_path, self.config, self.specs, self.dtype, self.arena, ranks.group
+        )
+        self._make_runtime(session)
         self._lock = threading.RLock()
         self._arrivals = itertools.count()
         self._live: dict[str, list[RunningSample]] = {}
@@ -205,8 +188,7 @@ class Engine(WeightControl):
             if request_id not in self._live:
                 raise KeyError(f"no unfinished request '{request_id}'")
             self._for_step.discard(request_id)
-            for seq in self.scheduler.abort(request_id):
-                seq.finish_reason = "abort"
+            self.scheduler.abort(request_id)
             return [seq.completion() for seq in self._live.pop(request_id)]
 
     @property
@@ -214,60 +196,123 @@ class Engine(WeightControl):
         """Whether `step` has anything to do or to report."""
         return self.scheduler.has_unfinished or bool(self._done)
 
-    def flush_cache(self) -> None:
-        """Forget all cached prefixes."""
-        if self.prefixes is not None:
-            self.prefixes.reset(self.weight_version)
-
     def close(self) -> None:
         """Nothing to end: the engine lives in this process."""
 
+    # -- weights ---------------------------------------------------------------------------------
+
+    @property
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """The parameters that are served, by their engine (Megatron) names."""
+        return self.weight_control.weights
+
+    @property
+    def weight_version(self) -> WeightVersion:
+        """Step and digest of the weights that are served."""
+        return self.weight_control.version
+
+    def digest(self) -> str:
+        """weights_digest of the weights as they are now, over all tensor parallel ranks."""
+        return self.weight_control.digest()
+
+    def get_weights_by_name(self, name: str) -> torch.Tensor:
+        """A copy of one parameter by its engine (Megatron) name; KeyError if there is none."""
+        return self.weights[name].clone()
+
+    def flush_cache(self) -> None:
+        """Forget all cached prefixes."""
+        self.weight_control.flush_cache()
+
+    def bind_weights(self, params: Mapping[str, torch.Tensor], step: int = 0) -> WeightVersion:
+        """Serve the trainer's own parameters from its memory (transport "alias")."""
+        return self.weight_control.bind_weights(params, step)
+
+    def update_weights_from_tensor(
+        self, params: Mapping[str, torch.Tensor], step: int, digest: str | None = None
+    ) -> WeightVersion:
+        """Copy a full set of parameters (engine names) into place."""
+        return self.weight_control.update_weights_from_tensor(params, step, digest)
+
+    def update_weights_from_disk(
+        self, model_path: str | Path, step: int | None = None
+    ) -> WeightVersion:
+        """Load a Hugging Face folder in place, under its own version if it carries one.
+
+        A folder that is missing or does not fit is refused before anything changes, as is one whose
+        config.json, if it has one, is of another model.
+        """
+        return self.weight_control.update_weights_from_disk(model_path, step)
+
+    def init_weights_update_group(
+        self,
+        master_address: str,
+        master_port: int,
+        rank: int,
+        world_size: int,
+        backend: str = "gloo",
+        timeout_s: float = 600.0,
+        secret: str | None = None,
+    ) -> None:
+        """Join the trainer's weight group as `rank` (1 or higher).
+
+        secret: what the trainer and all engines have to know, by default SAMEBIT_SECRET of the
+        environment; on one machine there need be none. Raises ValueError if theirs is another.
+        """
+        self.weight_control.receiver = CollectiveReceiver(
+            master_address, master_port, rank, world_size, backend, timeout_s, secret
+        )
+
+    def update_weights_from_distributed(self) -> WeightVersion:
+        """Take one update from the weight group, in place."""
+        return self.weight_control.update_weights_from_distributed()
+
+    def begin_weight_update(self, step: int) -> None:
+        """Refuse new work from here on; see weight_sync.transports.base.WeightSink."""
+        self.weight_control.begin_weight_update(step)
+
+    def receive_weights(self, bucket: Bucket) -> None:
+        """Copy a bucket's tensors into place."""
+        self.weight_control.receive_weights(bucket)
+
+    def receive_weights_in_place(self, params: Mapping[str, torch.Tensor]) -> None:
+        """Accept that `params` are this engine's memory and hold the new version."""
+        self.weight_control.receive_weights_in_place(params)
+
+    def commit_weight_update(self, digest: str) -> WeightVersion:
+        """Check the digest and serve the new version; cached prefixes become unreachable."""
+        return self.weight_control.commit_weight_update(digest)
+
+    def abort_weight_update(self, reason: str) -> None:
+        """Refuse to generate until a full update commits."""
+        self.weight_control.abort_weight_update(reason)
+
     # -- internals -------------------------------------------------------------------------------
 
-    def _load_weights(self) -> None:
-        c = self.config
-        self.weights = {
-            s.name: self.arena.allocate("weights", s.name, s.shape, c.dtype) for s in self.specs
-        }
-        if c.load_format == "dummy":
-            load_dummy(self.specs, self.weights, c.seed)
-        else:
-            load_safetensors(c.model_path, self.specs, self.weights)
-        stored = read_version(c.model_path) if c.load_format == "safetensors" else None
-        digest = self.digest()
-        step = stored.step if stored and stored.digest == digest else 0
-        version = WeightVersion(step, digest)
-        self.session = UpdateSession(self.specs, self.weights, version, c.ranks.group)
-
-    def _make_runtime(self) -> None:
-        c, m = self.config, self.model_config
+    def _make_runtime(self, session: UpdateSession) -> None:
+        c, m, version = self.config, self.model_config, session.version
         self.max_model_len = c.max_model_len or m.max_position
         if self.max_model_len > m.max_position:
             raise ValueError(
-                f"Engine max_model_len is {self.max_model_len}; the model has {m.max_position} "
+                f"engine.max_model_len is {self.max_model_len}; the model has {m.max_position} "
                 "positions"
             )
-        tokens = c.kv_cache_tokens
-        if tokens is None:
-            token_bytes = m.kv_layout.bytes_per_token(c.dtype) // c.ranks.size
-            affordable = automatic_kv_bytes(c.device) // token_bytes
-            tokens = max(c.page_size, min(affordable, c.max_num_seqs * self.max_model_len))
-            tokens = smallest(tokens, c.ranks.group)  # all ranks take the same decisions
-        num_pages = tokens // c.page_size
+        num_pages = self._kv_tokens() // c.page_size
         self.kv_capacity = num_pages * c.page_size
         self.pool = PagePool(num_pages)
-        self.prefixes = (
-            PrefixCache(self.pool, c.page_size, self.weight_version) if c.prefix_cache else None
+        self.prefixes = PrefixCache(self.pool, c.page_size, version) if c.prefix_cache else None
+        cache = KVCache(
+            m.kv_layout, num_pages, c.page_size, self.dtype, self.arena, self.ranks.size
         )
-        cache = KVCache(m.kv_layout, num_pages, c.page_size, c.dtype, self.arena, c.ranks.size)
         slots = Slots(c.max_num_seqs, self.max_model_len + 1, c.page_size, c.seed)
         positions = min(self.max_model_len, self.kv_capacity)  # no request may be longer
-        decoder = m.make_decoder(self.weights, positions, c.ranks)
-        self.runner = Runner(decoder, cache, c.max_num_seqs, c.cuda_graphs)
+        decoder = m.make_decoder(session.params, positions, self.ranks)
+        self.runner = Runner(decoder, cache, c.max_num_seqs, bool(c.cuda_graphs))
         self.sampler = Sampler(m.vocab_size, m.eos_token_ids)
         self.scheduler = Scheduler(c, self.pool, self.prefixes, slots)
-        self.step_loop = StepLoop(
-            self.scheduler, slots, self.runner, self.sampler, depth=1 if c.overlap else 0
+        depth = 1 if c.overlap else 0
+        self.step_loop = StepLoop(self.scheduler, slots, self.runner, self.sampler, depth)
+        self.weight_control = WeightControl(
+            session, m, self.arena, self.runner, self.scheduler, self.prefixes
         )
         self.requests = RequestFactory(
             vocab_size=m.vocab_size,
@@ -277,19 +322,20 @@ class Engine(WeightControl):
             eos_token_ids=m.eos_token_ids,
         )
 
+    def _kv_tokens(self) -> int:
+        """Tokens that the KV cache is to hold; the same on all tensor parallel ranks."""
+        c, m = self.config, self.model_config
+        if c.kv_cache_tokens is not None:
+            return c.kv_cache_tokens
+        token_bytes = m.kv_layout.bytes_per_token(self.dtype) // self.ranks.size
+        affordable = automatic_kv_bytes(self.device) // token_bytes
+        tokens = max(c.page_size, min(affordable, c.max_num_seqs * self.max_model_len))
+        return smallest(tokens, self.ranks.group)  # all ranks take the same decisions
+
     def _add(self, request: Request) -> list[RunningSample]:
         with self._lock:
-            self.session.require_ready()
-            seqs = [
-                RunningSample(
-                    request=request,
-                    index=i,
-                    arrival=next(self._arrivals),
-                    token_ids=list(request.prompt_ids),
-                )
-                for i in range(len(request.sample_ids))
-            ]
-            seqs[0].siblings = seqs[1:]
+            self.weight_control.require_ready()
+            seqs = RunningSample.of(request, self._arrivals)
             self._live[request.request_id] = seqs
             self.scheduler.add(seqs[0])
             return seqs
@@ -327,8 +373,8 @@ class Engine(WeightControl):
                         self.abort_request(request_id)
 
     def _advance(self) -> None:
-        with self._lock, on_device(self.config.device):  # also in a thread of agenerate
-            self.session.require_ready()
+        with self._lock, on_device(self.device):  # also in a thread of agenerate
+            self.weight_control.require_ready()
             self._close_finished(self.step_loop.advance(self.weight_version))
 
     def _close_finished(self, finished: list[RunningSample]) -> None:

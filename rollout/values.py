@@ -1,9 +1,10 @@
-"""What users pass, brought to plain Python values; what does not fit is a ValueError by name."""
+"""What users pass, brought to plain Python values; what does not fit is a ValueError by name.
+
+No torch here, and no numpy: `samebit --help` answers at once.
+"""
 
 import operator
 from typing import Any
-
-import numpy as np
 
 MAX_UINT64 = (1 << 64) - 1
 _TEXTS = (str, bytes, bytearray)
@@ -28,7 +29,7 @@ def as_integer(value: Any, what: str) -> int:
 def as_number(value: Any, what: str) -> float:
     """A real number of some type; texts and arrays of several are none."""
     try:
-        if getattr(value, "ndim", 0) or isinstance(value, (*_TEXTS, bool, np.bool_)):
+        if getattr(value, "ndim", 0) or isinstance(value, _TEXTS) or _is_flag(value):
             raise TypeError
         return float(value)
     except (TypeError, ValueError, OverflowError):
@@ -37,9 +38,15 @@ def as_number(value: Any, what: str) -> float:
 
 def as_flag(value: Any, what: str) -> bool:
     """True or False, numpy's too, or 1 or 0."""
-    if isinstance(value, bool | np.bool_ | int) and value in (0, 1):
+    if (isinstance(value, int) or _is_flag(value)) and value in (0, 1):
         return bool(value)
     raise ValueError(f"{what} is {shown(value)}; it must be True or False")
+
+
+def _is_flag(value: Any) -> bool:
+    """Whether it is True or False, numpy's too."""
+    numpys = str(getattr(value, "dtype", "")) == "bool" and not getattr(value, "ndim", 0)
+    return isinstance(value, bool) or numpys
 
 
 def as_list(value: Any, what: str, right: str, ordered: bool = True) -> list[Any]:

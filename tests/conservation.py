@@ -6,6 +6,7 @@ The one place of the tests that reads the inside of scheduler, cache and pool.
 from collections import Counter
 from contextlib import suppress
 
+from samebit.rollout.runtime.running_sample import Status
 from samebit.rollout.runtime.sampler import NonFiniteError
 
 
@@ -27,11 +28,9 @@ def cached_prefixes(engine):
 
 
 def progress_of(engine, seq):
-    """(tokens known, how many of them have keys and values) of a running sequence."""
-    slots, scheduler = engine.scheduler._slots, engine.scheduler
+    """(tokens known, how many of them have keys and values) of a running sample."""
+    slots = engine.scheduler._slots
     known = slots.tokens[seq.slot, len(seq.token_ids) : slots.known[seq.slot]].tolist()
-    if seq in scheduler._prefilling or seq.request.score_only:
-        return seq.token_ids, seq.num_computed
     return [*seq.token_ids, *known], int(slots.computed[seq.slot])
 
 
@@ -63,6 +62,7 @@ def check_slots(engine, running):
     assert set(slots.decode_order()) <= set(used)
     for seq in running:
         assert slots.seqs[seq.slot] is seq
+        assert len(seq.token_ids) <= slots.known[seq.slot], "tokens in two places"
         assert slots.pages[seq.slot, : slots.num_pages[seq.slot]].tolist() == seq.pages
 
 
@@ -83,6 +83,14 @@ def check_queues(engine, running):
             assert places[id(seq)] == expected, "a sample is lost, or in two places"
         if seq.slot is None:
             assert not seq.pages, "pages of one that does not run"
+    expected = {id(seq): Status.WAITING for seq in waiting}
+    expected |= {id(seq): Status.FORKING for seq in coming}
+    expected |= {id(seq): Status.DECODING for seq in running}
+    expected |= {id(seq): Status.PREFILLING for seq in prefilling}
+    for seq in live:
+        ended = seq.finish_reason is not None
+        otherwise = Status.FINISHED if ended else Status.FORKING  # its first token is in flight
+        assert seq.status is expected.get(id(seq), otherwise), "a status that is not true"
     for queue in (waiting, prefilling):
         arrivals = [seq.arrival for seq in queue]
         assert arrivals == sorted(arrivals), "a later arrival goes first"

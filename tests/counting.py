@@ -1,6 +1,6 @@
 """A scheduler over a model that only counts: what is planned, without what is computed."""
 
-from pathlib import Path
+import itertools
 
 import torch
 
@@ -21,11 +21,12 @@ VERSION = WeightVersion(0, "a")
 
 
 class CountingRunner:
-    """A model that "computes" by counting: it draws token 7 everywhere."""
+    """A model that "computes" by counting: it draws one `token` everywhere."""
 
     def __init__(self, slots):
         self.slots = slots
         self.steps = []
+        self.token = 7
         self.fails = False  # the next step
 
     def launch(self, step, slots, sampler):
@@ -42,7 +43,10 @@ class CountingRunner:
         num_drawn = len(step.decode) + sum(len(c.drawing) for c in step.chunks)
         num_scored = sum(c.num_tokens for c in step.chunks if c.scores)
         return Outcome(
-            torch.full((num_drawn,), 7), -torch.ones(num_drawn), -torch.ones(num_scored), None
+            torch.full((num_drawn,), self.token),
+            -torch.ones(num_drawn),
+            -torch.ones(num_scored),
+            None,
         )
 
 
@@ -50,13 +54,7 @@ class World:
     """A scheduler in a pipeline over the counting runner. depth: steps in flight."""
 
     def __init__(self, num_pages=16, cached=False, depth=0, **settings):
-        config = EngineConfig(
-            model_path=Path("none"),
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            page_size=PAGE,
-            **settings,
-        )
+        config = EngineConfig(page_size=PAGE, **settings)
         self.pool = PagePool(num_pages)
         self.config = config
         self.prefixes = PrefixCache(self.pool, PAGE, VERSION) if cached else None
@@ -65,6 +63,7 @@ class World:
         self.runner = CountingRunner(self.slots)
         sampler = Sampler(331, ())
         self.step_loop = StepLoop(self.scheduler, self.slots, self.runner, sampler, depth)
+        self.version = VERSION  # of the steps to come
         self.arrivals = 0
         self._live, self._for_step = {}, set()  # as an engine's, for check_books
 
@@ -77,14 +76,8 @@ class World:
             sample_ids=tuple(range(n)),
             score_only=score,
         )
-        seqs = [
-            RunningSample(
-                request=request, index=i, arrival=self.arrivals + i, token_ids=list(prompt)
-            )
-            for i in range(n)
-        ]
+        seqs = RunningSample.of(request, itertools.count(self.arrivals))
         self.arrivals += n
-        seqs[0].siblings = seqs[1:]
         self.scheduler.add(seqs[0])
         self._live[request.request_id] = seqs
         return seqs
@@ -104,7 +97,7 @@ class World:
 
         self.runner.launch = launch
         try:
-            self.step_loop.advance(VERSION)
+            self.step_loop.advance(self.version)
         finally:
             self.runner.launch = original
             self._forget_finished()
@@ -114,8 +107,6 @@ class World:
         """End a request as an engine does; the samples that it had left."""
         self.step_loop.drain()
         aborted = self.scheduler.abort(request_id)
-        for seq in aborted:
-            seq.finish_reason = "abort"
         self._forget_finished()
         return aborted
 

@@ -1,11 +1,12 @@
 """The configuration of `samebit bench`. No torch here, as in recipes/config.py."""
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-from samebit.recipes.config import LOAD_FORMATS, check_given, check_run_folder
+from samebit.recipes.config import check_given, check_run_folder
+from samebit.rollout.config import LOAD_FORMATS, EngineConfig
 from samebit.trainer.config import ParallelConfig, check_tp_invariant, require, require_default
 
 VARIANTS = ("default", "no_graphs", "no_overlap", "torch_kernels")
@@ -78,25 +79,6 @@ def _check_list(key: str, names: list[str]) -> None:
 
 
 @dataclass(kw_only=True)
-class BenchEngineSettings:
-    """Arguments of rollout.engine.Engine; what is unset keeps the engine's own default."""
-
-    page_size: int | None = None
-    kv_cache_tokens: int | None = None
-    max_batch_tokens: int | None = 8192
-    max_num_seqs: int | None = 512
-    prefill_chunk: int | None = None
-    prefix_cache: bool | None = None
-    max_model_len: int | None = None
-    cuda_graphs: bool | None = None
-    overlap: bool | None = None
-
-    def given(self) -> dict[str, Any]:
-        """Those that are set."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-@dataclass(kw_only=True)
 class BenchRun:
     """What all have. Writes output_dir/run_name/bench.json."""
 
@@ -149,7 +131,9 @@ class BenchEngineRun(BenchRun):
     profile: bool = False
     """Trace decode steps of the first workload; how much of them the GPU has something to run."""
     profile_steps: int = 32
-    engine: BenchEngineSettings = field(default_factory=BenchEngineSettings)
+    engine: EngineConfig = field(
+        default_factory=lambda: EngineConfig(max_batch_tokens=8192, max_num_seqs=512)
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,6 +150,8 @@ class BenchEngineRun(BenchRun):
             require(name in VARIANTS, "variants", name, f"one of {VARIANTS}")
         if not self.profile:
             require_default(self, "", ("profile_steps",), "profile is false")
+        own = ("load_format", "seed")
+        require_default(self.engine, "engine", own, "load_format and seed are the command's")
         for name, variant in (("cuda_graphs", "no_graphs"), ("overlap", "no_overlap")):
             if self.variants == [variant]:
                 require_default(self.engine, "engine", (name,), f"variants is [{variant}]")

@@ -31,7 +31,8 @@ from samebit.recipes.bench.timing import CardRates, Spread, card_rates
 from samebit.recipes.bench.variants import NOTES, SETTINGS, kernels_of
 from samebit.recipes.run.folder import require_own_report
 from samebit.recipes.run.provenance import device_name
-from samebit.rollout.config import DeviceError, resolve_device
+from samebit.rollout.config import EngineConfig
+from samebit.rollout.device import DeviceError, resolve_device
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
 
@@ -173,10 +174,11 @@ def main(run: BenchEngineRun) -> int:
     fields, peers = model_fields(run.model), load_peers(run.peers) if run.peers else []
     beside = comparable(peers, device_name(device), fields["model"], run.workloads)
     variants: dict[str, Any] = {}
+    defaults = asdict(EngineConfig())
     report = {
         **fields,
         "load_format": run.load_format,
-        "engine": run.engine.given(),
+        "engine": {k: v for k, v in asdict(run.engine).items() if v != defaults[k]},
         "numerics": asdict(numerics_profile(device)),
         "variants": variants,
     }

@@ -161,7 +161,7 @@ def _step(engine: Engine, count: int) -> float:
         for _ in range(count):
             engine.step()
 
-    return timed(steps, engine.config.device)[1] * 1e3 / count
+    return timed(steps, engine.device)[1] * 1e3 / count
 
 
 def profile_decode(

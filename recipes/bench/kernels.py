@@ -30,7 +30,7 @@ from samebit.recipes.bench.output import REPORT_FILE, format_table, model_fields
 from samebit.recipes.bench.timing import card_rates, graph_us, graphs_us, num_copies
 from samebit.recipes.cli.compose import ConfigError
 from samebit.recipes.run.folder import require_own_report
-from samebit.rollout.config import DeviceError, resolve_device
+from samebit.rollout.device import DeviceError, resolve_device
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import DenseModel
 from samebit.rollout.models.registry import load_model_config

@@ -5,7 +5,6 @@ Triton's compiled kernels nor the driver's, nor the remembered self-check. Files
 as the machine's page cache has them.
 """
 
-import inspect
 import json
 import os
 import subprocess
@@ -35,22 +34,19 @@ class Start:
 
     model: str
     device: str
-    load_format: str
-    seed: int
     cpu_threads: int
     variant: str
     settings: dict[str, Any]
+    """Of EngineConfig."""
 
     @classmethod
     def of(cls, run: BenchEngineRun, variant: str, device: torch.device) -> Self:
-        """ValueError for a setting that this engine does not have."""
-        settings = run.engine.given() | SETTINGS.get(variant, {})
-        unknown = sorted(settings.keys() - inspect.signature(Engine).parameters.keys())
-        if unknown:
-            raise ValueError(f"variant {variant}: this engine has no setting {', '.join(unknown)}")
+        """The variant's engine as the run asks for it."""
+        own = {"load_format": run.load_format, "seed": run.seed}
+        settings = asdict(run.engine) | own | SETTINGS.get(variant, {})
         return cls(
-            model=run.model, device=str(device), load_format=run.load_format, seed=run.seed,
-            cpu_threads=run.cpu_threads, variant=variant, settings=settings,
+            model=run.model, device=str(device), cpu_threads=run.cpu_threads, variant=variant,
+            settings=settings,
         )  # fmt: skip
 
 
@@ -79,16 +75,13 @@ def start_engine(start: Start) -> tuple[Engine, PromptSource, dict[str, float]]:
     torch.set_num_threads(start.cpu_threads)
     with compilations() as compiled:
         begin = time.perf_counter()
-        engine = Engine(
-            start.model, device=start.device, load_format=start.load_format, seed=start.seed,
-            **start.settings,
-        )  # fmt: skip
+        engine = Engine(start.model, device=start.device, **start.settings)
         there = time.perf_counter()
-        source = PromptSource(engine.model_config.vocab_size, start.seed)
+        source = PromptSource(engine.model_config.vocab_size, engine.config.seed)
         timed_run(engine, source, _FIRST)
         done = time.perf_counter()
     seconds = {"start_s": there - begin, "first_token_s": done - begin}
-    return engine, source, seconds | (compiled if engine.config.device.type == "cuda" else {})
+    return engine, source, seconds | (compiled if engine.device.type == "cuda" else {})
 
 
 def cold_start(start: Start) -> dict[str, float]:

@@ -26,7 +26,7 @@ from samebit.recipes.bench.timing import Spread, timed
 from samebit.recipes.bench.variants import torch_trainer_kernels
 from samebit.recipes.run.folder import require_own_report
 from samebit.recipes.run.provenance import device_name
-from samebit.rollout.config import DeviceError, resolve_device
+from samebit.rollout.device import DeviceError, resolve_device
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.weights import load_dummy
 from samebit.trainer.algorithms.grpo import GrpoLoss

@@ -23,6 +23,13 @@ _WORDS = {
     bool: "true or false",
     list[int]: "a list such as [1,2]",
 }
+# Words of earlier versions, and what they are now.
+_MOVED = {
+    "engine.placement": "placement.engine",
+    "engine.transport": "placement.transport",
+    "engine=colocated": "placement=colocated",
+    "engine=process": "placement=process",
+}
 
 
 class ConfigError(ValueError):
@@ -99,6 +106,8 @@ def read_words(
     found = Overrides()
     for word in words:
         key, value, plus = _split(word, schema)
+        if moved := _MOVED.get(f"{key}={value}"):
+            raise ConfigError(f"there is no {key}={value}; it is {moved} now")
         if key in groups and not value.startswith("{"):
             _check_choice(key, value, groups[key])
             found.choices.append(f"{key}={value}")
@@ -273,6 +282,9 @@ def check_file(file: Path, schema: Any) -> None:
 
 
 def _nearest(schema: Any, key: str, groups: Iterable[str], prefix: str = "") -> str:
+    for old, new in _MOVED.items():
+        if f".{prefix}{key}".endswith(f".{old}"):
+            return f"; it is {f'{prefix}{key}'.removesuffix(old)}{new} now"
     known = dict.fromkeys([*_all_keys(schema), *groups])
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     return f". Did you mean: {', '.join(prefix + name for name in near)}?" if near else ""

@@ -17,7 +17,7 @@ from samebit.recipes.data.tasks.faults import Faults
 from samebit.recipes.data.text import TextCodec
 from samebit.recipes.launch.processes import is_one_of_several, launched_rank
 from samebit.recipes.run.signals import Stopped, StopSignals
-from samebit.rollout.config import resolve_device
+from samebit.rollout.device import resolve_device
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config, require_taught_end
 from samebit.rollout.runtime.weights import open_safetensors

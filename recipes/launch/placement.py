@@ -1,6 +1,8 @@
 """Where the engine runs and how weights reach it."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,7 +49,7 @@ def _start_copies(
 ) -> tuple[ReplicatedEngine, Transport]:
     """One of the engines of several processes."""
     transport: Transport
-    if run.engine.transport == "stages":
+    if run.placement.transport == "stages":
         transport = StageTransport(engine, engine.weights, trainer.pipeline_group)
     else:
         engine.bind_weights(trainer.params, trainer.step)
@@ -59,33 +61,21 @@ def start_engine(
     run: GrpoRun, device: torch.device, trainer: MegatronTrainer
 ) -> tuple[Engine | RemoteEngine | ReplicatedEngine, Transport]:
     """The engine and the transport that serves it; its weights are the model folder's."""
-    section = run.engine
-    settings = {
-        "device": device,
-        "page_size": section.page_size,
-        "kv_cache_tokens": section.kv_cache_tokens,
-        "max_batch_tokens": section.max_batch_tokens,
-        "max_num_seqs": section.max_num_seqs,
-        "prefill_chunk": section.prefill_chunk,
-        "prefix_cache": section.prefix_cache,
-        "cuda_graphs": section.cuda_graphs,
-        "overlap": section.overlap,
-        "max_model_len": run.rollout.max_prompt_len + run.rollout.max_new_tokens,
-        "seed": run.seed,
-        "ranks": trainer.ranks,
-    }
+    longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
+    config = replace(run.engine, max_model_len=longest, seed=run.seed)
+    where: dict[str, Any] = {"device": device, "ranks": trainer.ranks}
     if run.trainer.parallel.num_processes > 1:
-        return _start_copies(run, trainer, Engine(run.model.path, **settings))
+        return _start_copies(run, trainer, Engine(run.model.path, config, **where))
     engine: Engine | RemoteEngine
-    if section.placement == "process":
-        engine = RemoteEngine(run.model.path, cpu_threads=run.cpu_threads, **settings)
+    if run.placement.engine == "process":
+        engine = RemoteEngine(run.model.path, run.cpu_threads, config=config, **where)
     else:
-        engine = Engine(run.model.path, **settings)
-    if section.transport == "alias":
+        engine = Engine(run.model.path, config, **where)
+    if run.placement.transport == "alias":
         assert isinstance(engine, Engine)
         engine.bind_weights(trainer.params, trainer.step)
         return engine, AliasTransport(engine)
-    if section.transport == "gloo":
+    if run.placement.transport == "gloo":
         assert isinstance(engine, RemoteEngine)
         return engine, engine.connect_weights("gloo")
     folder = run.run_dir / "weight_sync"

@@ -19,7 +19,7 @@ from samebit.recipes.config import GrpoRun, RunSection, SftRun
 from samebit.recipes.data.tasks.base import DataConfig, Dataset
 from samebit.recipes.run.input_files import reward_source, tokenizer_files
 from samebit.recipes.run.provenance import device_name
-from samebit.rollout.config import resolve_device
+from samebit.rollout.device import resolve_device
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.checkpoint import Checkpoint, CheckpointError
 
@@ -34,6 +34,7 @@ _FREE_KEYS = (
     "dry_run",
     "run_name",
     "output_dir",
+    "placement",
     "engine",
     "logger",
     "device",

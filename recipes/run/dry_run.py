@@ -9,7 +9,7 @@ from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.data.inputs import Inputs, SftInputs
 from samebit.recipes.data.records import Split
 from samebit.recipes.run.session import require_resumable
-from samebit.rollout.config import resolve_device, resolve_dtype
+from samebit.rollout.device import resolve_device, resolve_dtype
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_stop_tokens
 from samebit.trainer.config import TrainerConfig

@@ -29,7 +29,7 @@ from samebit.recipes.run.input_files import input_files
 from samebit.recipes.run.metrics import OWNER_ONLY, MetricsLogger, NoLogger, write_atomically
 from samebit.recipes.run.provenance import record_start
 from samebit.recipes.run.signals import Stopped
-from samebit.rollout.config import resolve_device
+from samebit.rollout.device import resolve_device
 from samebit.trainer.checkpoint import Checkpoint, CheckpointError, latest_checkpoint
 from samebit.trainer.checkpoint_writer import CheckpointWriter, remove_leftovers
 from samebit.trainer.megatron.resharding import WholeState

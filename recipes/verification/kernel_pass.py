@@ -31,7 +31,7 @@ from samebit.kernels.rms_norm import add_rms_norm, rms_norm
 from samebit.kernels.rope import rope, rope_table
 from samebit.kernels.sample import allowed_tokens, draw, draw_with_logprobs
 from samebit.kernels.swiglu import swiglu, swiglu_linear
-from samebit.rollout.config import resolve_device, resolve_dtype
+from samebit.rollout.device import resolve_device, resolve_dtype
 
 HEADS = ((4, 2, 16, 16), (9, 3, 64, 48), (8, 1, 128, 64))  # Hq, Hkv, Dh, page size
 CONTEXT_LENS = (1, 65, 1030, 2100)  # one, two and three KV splits on the GPU

@@ -27,7 +27,7 @@ from samebit.recipes.run.metrics import read_rows, write_atomically
 from samebit.recipes.run.provenance import provenance
 from samebit.recipes.run.rollouts import list_rollouts
 from samebit.recipes.tiny_model import write_character_tokenizer, write_config, write_weights
-from samebit.rollout.config import resolve_device
+from samebit.rollout.device import resolve_device
 from samebit.trainer.config import ParallelConfig
 
 MODULE = "samebit.recipes.verification.layouts"
@@ -110,7 +110,7 @@ def chosen_layouts(options: Mapping[str, str]) -> list[str]:
 def grpo_arguments(name: str, model: Path, output: Path, device: str) -> list[str]:
     """Of the command `samebit grpo` under a layout."""
     layout = LAYOUTS[name]
-    transport = {"engine.transport": "stages"} if layout.get("pipeline", 1) > 1 else {}
+    transport = {"placement.transport": "stages"} if layout.get("pipeline", 1) > 1 else {}
     where = {"model.path": model, "output_dir": output, "run_name": name, "device": device}
     parallel = {f"trainer.parallel.{key}": str(value).lower() for key, value in layout.items()}
     settings = where | _SETTINGS | transport | parallel

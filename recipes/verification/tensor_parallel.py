@@ -27,7 +27,7 @@ from samebit.recipes.data.samples import drawn_sample
 from samebit.recipes.run.metrics import write_atomically
 from samebit.recipes.run.provenance import provenance
 from samebit.recipes.verification.subject import outcomes_digest
-from samebit.rollout.config import resolve_device
+from samebit.rollout.device import resolve_device
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.types import SamplingParams

@@ -80,7 +80,7 @@ def make_batch(
     num_pages = -(-int((starts + lens).max()) // page_size)
     table = slots.pages[owners, :num_pages].astype(np.int64)
     kv_slots = table[owner_of_row, positions // page_size] * page_size + positions % page_size
-    given = [c.seq.token_ids[c.start : c.start + c.num_tokens] for c in step.chunks]
+    given = [c.seq.token_ids[c.start : c.end] for c in step.chunks]
     input_ids = to_device(np.array([t for ids in given for t in ids], dtype=np.int64), device)
     if num_decode:
         newest = last_tokens[to_device(step.decode, device)]
@@ -121,10 +121,12 @@ def decode_draws(decode: np.ndarray, slots: Slots) -> Draws:
 def make_draws(step: EngineStep, slots: Slots) -> Draws:
     """The decoding sequences, then the samples whose context a chunk completes."""
     decode = decode_draws(step.decode, slots)
-    rows = [(seq, part.stop - 1) for chunk, part in chunk_rows(step) for seq in chunk.drawing]
+    rows = [
+        (seq, part.stop - 1, chunk.end) for chunk, part in chunk_rows(step) for seq in chunk.drawing
+    ]
     if not rows:
         return decode
-    seqs = [seq for seq, _ in rows]
+    seqs, hidden_rows, positions = zip(*rows, strict=True)
     params = [seq.request.params for seq in seqs]
     num_decode = len(step.decode)
 
@@ -132,8 +134,8 @@ def make_draws(step: EngineStep, slots: Slots) -> Draws:
         return np.concatenate([first, np.array(list(values), dtype=first.dtype)])
 
     return Draws(
-        hidden_rows=joined(decode.hidden_rows, (row for _, row in rows)),
-        positions=joined(decode.positions, (len(seq.token_ids) for seq in seqs)),
+        hidden_rows=joined(decode.hidden_rows, hidden_rows),
+        positions=joined(decode.positions, positions),
         seeds=joined(decode.seeds, (slots.seed_of(seq) for seq in seqs)),
         sample_ids=joined(decode.sample_ids, (signed64(seq.sample_id) for seq in seqs)),
         temperatures=joined(decode.temperatures, (p.temperature or 1.0 for p in params)),
@@ -145,7 +147,7 @@ def make_draws(step: EngineStep, slots: Slots) -> Draws:
         + [
             (num_decode + i, seq)
             for i, seq in enumerate(seqs)
-            if params[i].limits or len(seq.token_ids) < slots.min_length_of(seq)
+            if params[i].limits or positions[i] < slots.min_length_of(seq)
         ],
     )
 
@@ -158,6 +160,6 @@ def scoring_rows(step: EngineStep) -> tuple[np.ndarray, np.ndarray, list[Running
     for chunk, part in chunk_rows(step):
         if chunk.scores:
             rows += range(part.start, part.stop)
-            next_ids += chunk.seq.token_ids[chunk.start + 1 : chunk.start + chunk.num_tokens + 1]
+            next_ids += chunk.seq.token_ids[chunk.start + 1 : chunk.end + 1]
             owners += [chunk.seq] * chunk.num_tokens
     return np.array(rows, dtype=np.int64), np.array(next_ids, dtype=np.int64), owners

@@ -83,9 +83,7 @@ class Runner:
         batch = make_batch(step, slots, self.last_tokens, self.model.config.heads_per_kv)
         wanted = {layer for c in step.chunks for layer in c.seq.request.hidden_state_layers}
         for slot in step.decode[slots.collects[step.decode]]:
-            seq = slots.seqs[slot]
-            assert seq is not None
-            wanted |= set(seq.request.hidden_state_layers)
+            wanted |= set(slots.owner(slot).request.hidden_state_layers)
         draws, logits_of = make_draws(step, slots), self.model.logits
         scored_rows, next_ids, owners = scoring_rows(step)
         rows = np.concatenate([draws.hidden_rows, scored_rows])

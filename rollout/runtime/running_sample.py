@@ -1,7 +1,28 @@
-"""RunningSample: one sample while it runs. Private to the engine."""
+"""RunningSample: the engine's record of one sample. Private to the engine.
 
-from collections.abc import Iterable
+Who writes what:
+
+| field | written by |
+|---|---|
+| request, index, arrival | `of`, once |
+| status, siblings | `of`; then the Scheduler, as it moves the sample |
+| finish_reason, pages | the Scheduler (Slots.pages is a copy for the device) |
+| slot | Slots.enter and Slots.leave |
+| token_ids, logprobs | Slots.leave; the StepLoop for a sample without a slot, and for a score |
+| num_computed | Slots.leave; the Scheduler for a sample without a slot |
+| spans | with each token that comes in: Slots.append, or the StepLoop without a slot |
+| hidden | the StepLoop; `restart` forgets it |
+
+While a sample holds a slot, its progress stands in the arrays of Slots: the tokens that it draws
+and how far its context is computed. token_ids and logprobs are then what it had when it entered,
+and Slots.leave adds the rest. So each token has one place, and a step over hundreds of samples
+touches none of these objects.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum
+from typing import Self
 
 import torch
 
@@ -9,19 +30,35 @@ from samebit.rollout.types import Completion, Request
 from samebit.weight_sync.types import VersionSpan, WeightVersion
 
 
+class Status(Enum):
+    """Where a sample stands."""
+
+    WAITING = "waiting"
+    """It is in the queue, without slot or pages."""
+    FORKING = "forking"
+    """It waits for the prefill of another sample of its prompt; a slot may be reserved for it."""
+    PREFILLING = "prefilling"
+    """It holds a slot, and parts of its context are still to be planned."""
+    DECODING = "decoding"
+    """It holds a slot, and all of its context is computed or on its way. It draws a token a step
+    until the last one is on its way; a score draws none."""
+    FINISHED = "finished"
+    """It has a finish_reason, and neither slot nor pages."""
+
+
 @dataclass(eq=False, kw_only=True)
 class RunningSample:
-    """Tokens, pages and progress of one sample.
+    """One sample from its request to its completion; see the table above.
 
-    The first `num_computed` of `token_ids` have their keys and values in `pages`, or will have once
-    the steps in flight are done. `siblings` are the samples of the same prompt that wait for this
-    one's prefill. A running sequence has a `slot` (see runtime/slots.py).
+    The first `num_computed` of `token_ids` have their keys and values in `pages`. `siblings` are
+    the samples of the same prompt that wait for this one's prefill.
     """
 
     request: Request
     index: int
     arrival: int
     token_ids: list[int]
+    status: Status = Status.WAITING
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -30,6 +67,18 @@ class RunningSample:
     siblings: list["RunningSample"] = field(default_factory=list)
     hidden: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     slot: int | None = None
+
+    @classmethod
+    def of(cls, request: Request, arrivals: Iterator[int]) -> list[Self]:
+        """The samples of a request; the first one waits, the others wait for its prefill."""
+        first, *others = [
+            cls(request=request, index=i, arrival=next(arrivals), token_ids=[*request.prompt_ids])
+            for i in range(len(request.sample_ids))
+        ]
+        for sample in others:
+            sample.status = Status.FORKING
+        first.siblings.extend(others)
+        return [first, *others]
 
     @property
     def sample_id(self) -> int:
@@ -43,16 +92,8 @@ class RunningSample:
 
     @property
     def num_new_tokens(self) -> int:
-        """Tokens drawn so far."""
+        """Tokens drawn; of a sample with a slot, those that it had when it entered."""
         return len(self.token_ids) - self.prompt_len
-
-    @property
-    def num_to_compute(self) -> int:
-        """Tokens whose keys and values are still to be computed.
-
-        The last token of a score_only request predicts nothing that is asked for.
-        """
-        return len(self.token_ids) - self.num_computed - self.request.score_only
 
     def restart(self) -> None:
         """Forget what was computed; keep what was drawn."""
@@ -61,19 +102,26 @@ class RunningSample:
         if self.request.score_only:
             self.logprobs = []
 
-    def append(
-        self, token_ids: Iterable[int], logprobs: Iterable[float], version: WeightVersion
-    ) -> None:
-        """Add drawn tokens."""
+    def append(self, token_id: int, logprob: float, version: WeightVersion) -> None:
+        """Add a drawn token; the sample has no slot."""
+        assert self.slot is None
+        self.stamp(len(self.token_ids), version)
+        self.token_ids.append(token_id)
+        self.logprobs.append(logprob)
+
+    def stamp(self, position: int, version: WeightVersion) -> None:
+        """Note who draws the token at `position` of the context, and those after it."""
         if not self.spans or self.spans[-1].version != version:
-            self.spans.append(VersionSpan(self.num_new_tokens, version))
-        self.token_ids.extend(token_ids)
-        self.logprobs.extend(logprobs)
+            self.spans.append(VersionSpan(position - self.prompt_len, version))
 
     def add_hidden(self, collected: dict[int, torch.Tensor], rows: slice) -> None:
         """Keep this step's part of the hidden states asked for."""
         for layer in self.request.hidden_state_layers:
             self.hidden.setdefault(layer, []).append(collected[layer][rows].clone())
+
+    def end(self, reason: str) -> None:
+        """It is finished, for this reason."""
+        self.status, self.finish_reason = Status.FINISHED, reason
 
     def completion(self) -> Completion:
         """The finished sample as users see it."""

@@ -36,14 +36,24 @@ class Sampler:
         eos = () if params.ignore_eos else self._eos_token_ids
         return {*eos, *params.stop_token_ids}
 
-    def stopped(self, token_ids: np.ndarray, slots: Slots, owners: np.ndarray) -> np.ndarray:
-        """Which of the decoding sequences [B] end with their new token [B]."""
+    def reasons_to_end(
+        self, rows: np.ndarray, token_ids: np.ndarray, slots: Slots, owners: np.ndarray
+    ) -> dict[int, str]:
+        """By row [B], why a sample ends with its newest token [B]; of the slots `owners` [B]."""
         stopped = np.isin(token_ids, self._eos) & ~slots.ignore_eos[owners]
         for i in np.flatnonzero(slots.own_stops[owners]):
-            seq = slots.seqs[owners[i]]
-            if seq is not None and int(token_ids[i]) in seq.request.params.stop_token_ids:
-                stopped[i] = True
-        return stopped
+            stopped[i] |= int(token_ids[i]) in slots.owner(owners[i]).request.params.stop_token_ids
+        stopped &= slots.known[owners] >= slots.min_length[owners]
+        full = slots.known[owners] >= slots.limit[owners]
+        ends = np.flatnonzero(stopped | full)
+        return {int(rows[i]): "stop" if stopped[i] else "length" for i in ends}
+
+    def reason_to_end(self, seq: RunningSample) -> str | None:
+        """Why a sample without a slot ends with its newest token, if it does."""
+        params, num_new = seq.request.params, seq.num_new_tokens
+        if seq.token_ids[-1] in self.stop_ids(seq) and num_new >= params.min_new_tokens:
+            return "stop"
+        return "length" if num_new >= params.max_new_tokens else None
 
     def draw(
         self, hidden: torch.Tensor, logits_of: Logits, draws: Draws

@@ -15,9 +15,8 @@ import numpy as np
 from samebit.rollout.config import EngineConfig
 from samebit.rollout.runtime.kv_cache import PagePool
 from samebit.rollout.runtime.prefix_cache import PrefixCache
-from samebit.rollout.runtime.running_sample import RunningSample
+from samebit.rollout.runtime.running_sample import RunningSample, Status
 from samebit.rollout.runtime.slots import Slots
-from samebit.weight_sync.types import WeightVersion
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,11 @@ class Chunk:
     """Samples of the same prompt that draw their first token from its last row."""
     copies: tuple[tuple[int, int], ...] = ()
     """(source, target) pages: the unfilled page of a prompt, for each sibling that goes on."""
+
+    @property
+    def end(self) -> int:
+        """Length of the context once the chunk is computed; where a token is drawn, if any is."""
+        return self.start + self.num_tokens
 
     @property
     def drawing(self) -> tuple[RunningSample, ...]:
@@ -73,7 +77,6 @@ class Scheduler:
         self._slots = slots
         self._waiting: deque[RunningSample] = deque()
         self._prefilling: list[RunningSample] = []
-        self.version: WeightVersion | None = None  # what draws the tokens in the slots
         self.num_preemptions = 0
 
     @property
@@ -121,30 +124,32 @@ class Scheduler:
         """The step's tokens are on their way: its sequences may be planned further."""
         self._slots.advance(step.decode)
         for chunk in step.chunks:
-            seq = chunk.seq
-            seq.num_computed += chunk.num_tokens
+            self._slots.advance_to(chunk.seq, chunk.end)
             if chunk.completes:
-                self._prefilling.remove(seq)
-            for drawing in chunk.drawing:
-                if drawing.slot is not None:
-                    drawing.num_computed = seq.num_computed
-                    self._slots.start_decoding(drawing, seq.num_computed + 1)
+                self._prefilling.remove(chunk.seq)
+                chunk.seq.status = Status.DECODING
+            for seq in chunk.drawing:
+                if seq.slot is not None:
+                    seq.status = Status.DECODING
+                    self._slots.start_decoding(seq)
 
-    def finish(self, seq: RunningSample) -> None:
-        """Take a sequence off, if it runs; its full pages stay findable."""
+    def finish(self, seq: RunningSample, reason: str) -> None:
+        """End a sample; if it runs it is taken off, and its full pages stay findable."""
         if seq.slot is not None:
-            self._take_tokens(seq)
-            self.remember(seq)
-            self._release(seq)
+            self._leave(seq)
+            self.remember(seq, seq.num_computed)
+            self._drop_pages(seq)
+        seq.end(reason)
 
-    def remember(self, seq: RunningSample) -> None:
-        """Put the computed full pages into the prefix cache."""
+    def remember(self, seq: RunningSample, num_tokens: int) -> None:
+        """Put the full pages of its first tokens, which are computed, into the prefix cache."""
         if self._prefixes is not None:
-            self._prefixes.insert(seq.token_ids[: seq.num_computed], seq.pages)
+            self._prefixes.insert(seq.token_ids[:num_tokens], seq.pages)
 
     def requeue(self, seq: RunningSample) -> None:
         """Back into the queue, before every later arrival, to be computed anew."""
         seq.restart()
+        seq.status = Status.WAITING
         later = next((i for i, s in enumerate(self._waiting) if s.arrival > seq.arrival), None)
         if later is None:
             self._waiting.append(seq)
@@ -158,12 +163,13 @@ class Scheduler:
             if seq.request.request_id != request_id:
                 continue
             if seq.slot is not None:
-                self._take_tokens(seq)
                 self._release(seq)
             else:
                 self._waiting.remove(seq)
             aborted += [seq, *seq.siblings]
             seq.siblings = []
+        for seq in aborted:
+            seq.end("abort")
         return aborted
 
     def restart_all(self, lost: Iterable[EngineStep]) -> None:
@@ -173,10 +179,9 @@ class Scheduler:
         """
         for seq in self._running():
             self._send_back(seq)
-        queued = set(map(id, self._waiting))
         for chunk in (chunk for step in lost for chunk in step.chunks):
             for sibling in chunk.siblings:
-                if sibling.finish_reason is None and id(sibling) not in queued:
+                if sibling.status is Status.FORKING:
                     self.requeue(sibling)
 
     # -- internals -------------------------------------------------------------------------------
@@ -200,13 +205,13 @@ class Scheduler:
 
     def _chunk(self, seq: RunningSample, budget: int) -> Chunk:
         """The next tokens of a sequence that has pages for its context, and the forks after it."""
-        left = seq.num_to_compute
+        start, left = self._slots.num_computed(seq), self._slots.num_to_compute(seq)
         num_tokens = min(left, self._config.prefill_chunk, budget)
         if num_tokens < left:
-            return Chunk(seq, seq.num_computed, num_tokens, completes=False)
+            return Chunk(seq, start, num_tokens, completes=False)
         siblings, copies = tuple(seq.siblings), self._fork(seq)
         seq.siblings = []
-        return Chunk(seq, seq.num_computed, num_tokens, True, siblings, copies)
+        return Chunk(seq, start, num_tokens, True, siblings, copies)
 
     def _fork(self, seq: RunningSample) -> tuple[tuple[int, int], ...]:
         """Pages and slots for the siblings that have room: the prompt's full pages are shared.
@@ -245,6 +250,7 @@ class Scheduler:
             self._waiting.popleft()
             self._slots.enter(seq)
             self._prefilling.append(seq)
+            seq.status = Status.PREFILLING
             chunk = self._chunk(seq, budget)
             admitted.append(chunk)
             budget -= chunk.num_tokens
@@ -280,26 +286,17 @@ class Scheduler:
 
     def _send_back(self, seq: RunningSample) -> None:
         """Back into the queue, with what has arrived of its tokens."""
-        self._take_tokens(seq)
         self._release(seq)
         self.requeue(seq)
 
-    def _take_tokens(self, seq: RunningSample) -> None:
-        """Move what was drawn from the slot into the sequence."""
-        slots, slot = self._slots, seq.slot
-        assert slot is not None
-        new = slice(len(seq.token_ids), int(slots.known[slot]))
-        if new.start < new.stop:
-            assert self.version is not None
-            values = (slots.tokens[slot, new].tolist(), slots.logprobs[slot, new].tolist())
-            seq.append(*values, self.version)
-            seq.num_computed = new.stop - 1
-
     def _release(self, seq: RunningSample) -> None:
-        if seq in self._prefilling:
+        self._leave(seq)
+        self._drop_pages(seq)
+
+    def _leave(self, seq: RunningSample) -> None:
+        if seq.status is Status.PREFILLING:
             self._prefilling.remove(seq)
         self._slots.leave(seq)
-        self._drop_pages(seq)
 
     def _drop_pages(self, seq: RunningSample) -> None:
         for page in seq.pages:

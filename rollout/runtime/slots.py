@@ -1,8 +1,8 @@
-"""Slots: what a decode step needs of every running sequence, as arrays.
+"""Slots: the progress of every sample that holds one, and what a step needs of it, as arrays.
 
-A running sequence holds a slot. While it decodes, its progress, its pages and what it drew stand
-here, so that a step over hundreds of sequences touches no Python object; they go back into the
-RunningSample when it leaves.
+A sample moves in by `enter` and out by `leave`; in between this is where it stands how far it is
+and what it drew (see the table in running_sample.py), so that a step over hundreds of samples
+touches no Python object.
 """
 
 import itertools
@@ -10,6 +10,7 @@ import itertools
 import numpy as np
 
 from samebit.rollout.runtime.running_sample import RunningSample
+from samebit.weight_sync.types import WeightVersion
 
 
 def signed64(value: int) -> int:
@@ -18,7 +19,11 @@ def signed64(value: int) -> int:
 
 
 class Slots:
-    """Arrays by slot. Lengths count tokens that are there or on their way from the device."""
+    """Arrays by slot, which only these methods write; whole steps read them by their slots.
+
+    `computed` and `length` count tokens that are there or on their way from the device, `known`
+    those that have arrived.
+    """
 
     def __init__(self, num_slots: int, max_len: int, page_size: int, seed: int) -> None:
         self.num_slots = num_slots
@@ -26,14 +31,17 @@ class Slots:
         self._seed = seed
         self._free = list(range(num_slots - 1, -1, -1))
         self._entries = itertools.count()
+        self._newest: WeightVersion | None = None  # what drew the newest tokens
+        self._number = 0  # of it; every change counts one up
         self.seqs: list[RunningSample | None] = [None] * num_slots
-        self.entry = np.zeros(num_slots, dtype=np.int64)  # a new number for every sequence
+        self.entry = np.zeros(num_slots, dtype=np.int64)  # a new number for every sample
         self.decoding = np.zeros(num_slots, dtype=bool)
         self.collects = np.zeros(num_slots, dtype=bool)  # hidden states
         self.arrival = np.zeros(num_slots, dtype=np.int64)
         self.computed = np.zeros(num_slots, dtype=np.int64)  # tokens with keys and values
         self.length = np.zeros(num_slots, dtype=np.int64)  # tokens of the context
         self.known = np.zeros(num_slots, dtype=np.int64)  # length of what has arrived
+        self.version = np.zeros(num_slots, dtype=np.int64)  # number of what drew the newest token
         self.limit = np.zeros(num_slots, dtype=np.int64)  # length of a full completion
         self.num_pages = np.zeros(num_slots, dtype=np.int64)
         self.pages = np.zeros((num_slots, -(-max_len // page_size)), dtype=np.int32)
@@ -56,23 +64,25 @@ class Slots:
 
     @property
     def num_used(self) -> int:
-        """Sequences that run."""
+        """Samples that hold one."""
         return self.num_slots - len(self._free)
 
     def decode_order(self) -> np.ndarray:
-        """Slots of the sequences that decode, earlier arrivals first."""
+        """Slots of the samples that decode, earlier arrivals first."""
         slots = np.flatnonzero(self.decoding)
         return slots[np.argsort(self.arrival[slots], kind="stable")]
 
     def enter(self, seq: RunningSample) -> None:
-        """Give a sequence a slot; IndexError if there is none."""
+        """Give a sample a slot; IndexError if there is none."""
         slot = seq.slot = self._free.pop()
         params = seq.request.params
         self.seqs[slot] = seq
         self.entry[slot] = next(self._entries)
         self.arrival[slot] = seq.arrival
         self.collects[slot] = bool(seq.request.hidden_state_layers)
+        self.computed[slot] = seq.num_computed
         self.known[slot] = len(seq.token_ids)
+        self.version[slot] = -1
         self.limit[slot] = seq.prompt_len + params.max_new_tokens
         self.set_pages(seq)
         self.seed[slot] = self.seed_of(seq)
@@ -84,8 +94,14 @@ class Slots:
         self.ignore_eos[slot] = params.ignore_eos
         self.own_stops[slot] = bool(params.stop_token_ids)
 
+    def owner(self, slot: int) -> RunningSample:
+        """The sample that holds a slot."""
+        seq = self.seqs[slot]
+        assert seq is not None, slot
+        return seq
+
     def seed_of(self, seq: RunningSample) -> int:
-        """The seed of a sequence's noise: its own or the engine's, as a signed integer."""
+        """The seed of a sample's noise: its own or the engine's, as a signed integer."""
         own = seq.request.params.seed
         return signed64(self._seed if own is None else own)
 
@@ -95,28 +111,73 @@ class Slots:
         return seq.prompt_len + seq.request.params.min_new_tokens
 
     def set_pages(self, seq: RunningSample) -> None:
-        """Note the sequence's present pages."""
+        """Note the sample's present pages."""
         assert seq.slot is not None
         self.pages[seq.slot, : len(seq.pages)] = seq.pages
         self.num_pages[seq.slot] = len(seq.pages)
 
-    def start_decoding(self, seq: RunningSample, length: int) -> None:
-        """From now on the sequence draws a token a step; its context will be `length` tokens."""
+    def num_computed(self, seq: RunningSample) -> int:
+        """Tokens whose keys and values are computed, or will be once the steps in flight are."""
         assert seq.slot is not None
-        self.computed[seq.slot] = length - 1
-        self.length[seq.slot] = length
-        self.decoding[seq.slot] = length < self.limit[seq.slot]
+        return int(self.computed[seq.slot])
+
+    def num_to_compute(self, seq: RunningSample) -> int:
+        """Tokens whose keys and values are still to be computed.
+
+        The last token of a score_only request predicts nothing that is asked for.
+        """
+        assert seq.slot is not None
+        return int(self.known[seq.slot]) - self.num_computed(seq) - seq.request.score_only
+
+    def advance_to(self, seq: RunningSample, num_tokens: int) -> None:
+        """So many tokens of its context are computed or on their way."""
+        assert seq.slot is not None
+        self.computed[seq.slot] = num_tokens
+
+    def start_decoding(self, seq: RunningSample) -> None:
+        """Its context is computed and its next token on its way; then it draws one a step."""
+        slot = seq.slot
+        assert slot is not None
+        self.computed[slot] = self.known[slot]
+        self.length[slot] = self.known[slot] + 1
+        self.decoding[slot] = self.length[slot] < self.limit[slot]
 
     def advance(self, slots: np.ndarray) -> None:
-        """These sequences' next tokens are on their way; full ones draw no more."""
+        """The next tokens of these slots [B] are on their way; full samples draw no more."""
         self.computed[slots] += 1
         self.length[slots] += 1
         self.decoding[slots] = self.length[slots] < self.limit[slots]
 
+    def append(
+        self,
+        slots: np.ndarray,
+        positions: np.ndarray,
+        token_ids: np.ndarray,
+        logprobs: np.ndarray,
+        version: WeightVersion,
+    ) -> None:
+        """Take in a token for each of these slots, drawn by `version` at `positions`; all [B]."""
+        self.tokens[slots, positions] = token_ids
+        self.logprobs[slots, positions] = logprobs
+        self.known[slots] = positions + 1
+        if version != self._newest:
+            self._newest, self._number = version, self._number + 1
+        for i in np.flatnonzero(self.version[slots] != self._number):
+            self.owner(slots[i]).stamp(int(positions[i]), version)
+        self.version[slots] = self._number
+
     def leave(self, seq: RunningSample) -> None:
-        """Take the slot back."""
+        """Take the slot back; what the sample drew in it goes with the sample.
+
+        The newest token's keys and values do not count as computed: they may be on their way.
+        """
         slot = seq.slot
         assert slot is not None
+        known = int(self.known[slot])
+        new = slice(len(seq.token_ids), known)
+        seq.token_ids += self.tokens[slot, new].tolist()
+        seq.logprobs += self.logprobs[slot, new].tolist()
+        seq.num_computed = min(self.num_computed(seq), known - 1)
         self.decoding[slot] = False
         self.seqs[slot] = None
         self._free.append(slot)

@@ -1,10 +1,11 @@
 """Engine steps, one planned and started while the one before still runs.
 
 The host needs no token to plan the next step, only lengths; drawn tokens stay on the device for the
-next forward and arrive here one step later. So a sequence that draws a stop token takes part in one
+next forward and arrive here one step later. So a sample that draws a stop token takes part in one
 more step, whose result for it is dropped.
 """
 
+import itertools
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -15,23 +16,24 @@ from samebit.rollout.runtime.batch import chunk_rows
 from samebit.rollout.runtime.runner import Outcome, Runner
 from samebit.rollout.runtime.running_sample import RunningSample
 from samebit.rollout.runtime.sampler import Sampler, require_finite
-from samebit.rollout.runtime.scheduler import Chunk, EngineStep, Scheduler
+from samebit.rollout.runtime.scheduler import EngineStep, Scheduler
 from samebit.rollout.runtime.slots import Slots
 from samebit.weight_sync.types import WeightVersion
 
 
 @dataclass
 class _Flight:
-    """A step whose results are on their way."""
+    """A step whose results are on their way, and who gets the tokens that it draws."""
 
     step: EngineStep
     outcome: Outcome
-    positions: np.ndarray  # [B] of the tokens that the decoding sequences draw
+    owners: np.ndarray  # [S] slots: those that decode, then those of each chunk.drawing; -1: none
+    positions: np.ndarray  # [S] of the drawn tokens in their contexts
     version: WeightVersion
-    live: np.ndarray = field(init=False)  # [B] false: the sequence has ended meanwhile
+    live: np.ndarray = field(init=False)  # [S] false: the sample has ended meanwhile
 
     def __post_init__(self) -> None:
-        self.live = np.ones(len(self.step.decode), dtype=bool)
+        self.live = np.ones(len(self.owners), dtype=bool)
 
 
 class StepLoop:
@@ -52,7 +54,7 @@ class StepLoop:
 
     @torch.no_grad()
     def advance(self, version: WeightVersion) -> list[RunningSample]:
-        """Start one step if there is anything to do; the sequences that are newly finished.
+        """Start one step if there is anything to do; the samples that are newly finished.
 
         After an error everything begins again from the tokens that have arrived, so a call that
         raises can be repeated.
@@ -61,22 +63,21 @@ class StepLoop:
         try:
             step = self._scheduler.schedule(in_flight=bool(self._flights))
             if step is None or step.num_tokens == 0:
-                return self._take_in(keep=0)
-            self._scheduler.version = version
-            positions = self._slots.length[step.decode]
+                return self._collect(keep=0)
+            owners, positions = self._drawn_by(step)
             outcome = self._runner.launch(step, self._slots, self._sampler)
             self._scheduler.launched(step)
-            self._flights.append(_Flight(step, outcome, positions, version))
+            self._flights.append(_Flight(step, outcome, owners, positions, version))
             step = None
-            return self._take_in(keep=self.depth)
+            return self._collect(keep=self.depth)
         except BaseException:
             self._restart(step)
             raise
 
     def drain(self) -> list[RunningSample]:
-        """Take in every step in flight; the sequences that finished."""
+        """Take in every step in flight; the samples that finished."""
         try:
-            return self._take_in(keep=0)
+            return self._collect(keep=0)
         except BaseException:
             self._restart(None)
             raise
@@ -86,9 +87,23 @@ class StepLoop:
         self._flights.clear()
         self._scheduler.restart_all(lost)
 
-    def _take_in(self, keep: int) -> list[RunningSample]:
+    def _drawn_by(self, step: EngineStep) -> tuple[np.ndarray, np.ndarray]:
+        """Slots and positions [S] of the tokens that a planned step draws; see _Flight."""
+        drawn = [
+            (-1 if seq.slot is None else seq.slot, chunk.end)
+            for chunk in step.chunks
+            for seq in chunk.drawing
+        ]
+        owners, positions = np.array(drawn, dtype=np.int64).reshape(-1, 2).T
+        return (
+            np.concatenate([step.decode, owners]),
+            np.concatenate([self._slots.length[step.decode], positions]),
+        )
+
+    def _collect(self, keep: int) -> list[RunningSample]:
+        """Take in all but the `keep` newest steps; the samples that finished."""
         while len(self._flights) > keep:
-            self._finished += self._take(self._flights[0])
+            self._finished += self._take_in(self._flights[0])
             self._flights.popleft()
         while self._flights and not self._awaited(self._flights[0]):
             self._flights.popleft()
@@ -99,106 +114,71 @@ class StepLoop:
     def _awaited(flight: _Flight) -> bool:
         return bool(flight.live.any()) or bool(flight.step.chunks)
 
-    def _take(self, flight: _Flight) -> list[RunningSample]:
-        """Wait for a step's results and hand them to its sequences."""
+    def _take_in(self, flight: _Flight) -> list[RunningSample]:
+        """Wait for a step's results and give them to its samples; those that end with them.
+
+        Nothing comes in but here. A sample without a slot gets its first token and then waits for
+        its turn.
+        """
         token_ids, logprobs, scores = flight.outcome.wait()
-        step, num_decode = flight.step, len(flight.step.decode)
-        drawing = [seq for chunk in step.chunks for seq in chunk.drawing]
-        self._require_finite(flight, logprobs, scores, drawing)
-        self.num_drawn += int(flight.live.sum()) + len(drawing)
-        finished = self._take_decoded(flight, token_ids[:num_decode], logprobs[:num_decode])
-        scores_left = iter(scores.tolist())
-        drawn = zip(token_ids[num_decode:].tolist(), logprobs[num_decode:].tolist(), strict=True)
-        for chunk, rows in chunk_rows(step):
-            chunk.seq.add_hidden(flight.outcome.collected, rows)
+        self._require_finite(flight, logprobs, scores)
+        self.num_drawn += int(flight.live.sum())
+        step, slots, collected = flight.step, self._slots, flight.outcome.collected
+        num_decode = len(step.decode)
+        # Who holds a slot, all at once: a token each, drawn in a decode row or at a chunk's end.
+        rows = np.flatnonzero(flight.live & (flight.owners >= 0))
+        owners = flight.owners[rows]
+        drawn = flight.positions[rows], token_ids[rows], logprobs[rows]
+        slots.append(owners, *drawn, flight.version)
+        reasons = self._sampler.reasons_to_end(rows, token_ids[rows], slots, owners)
+        for row in np.flatnonzero(slots.collects[step.decode] & flight.live[:num_decode]):
+            slots.owner(flight.owners[row]).add_hidden(collected, slice(row, row + 1))
+        ended = [(slots.owner(flight.owners[i]), reasons[i]) for i in reasons if i < num_decode]
+        # Chunks one by one: what else their rows gave, and samples that hold no slot.
+        values, row = iter(scores.tolist()), num_decode
+        for chunk, part in chunk_rows(step):
+            chunk.seq.add_hidden(collected, part)
             if chunk.scores:
-                chunk.seq.logprobs += [next(scores_left) for _ in range(chunk.num_tokens)]
+                chunk.seq.logprobs += itertools.islice(values, chunk.num_tokens)
                 if chunk.completes:
-                    chunk.seq.finish_reason = "stop"
-                    finished.append(chunk.seq)
+                    ended.append((chunk.seq, "stop"))
             elif chunk.completes:
-                finished += self._take_drawn(chunk, [next(drawn) for _ in chunk.drawing], flight)
-        for seq in finished:
-            self._end(seq)
-        return finished
+                self._scheduler.remember(chunk.seq, chunk.end)
+            for seq in chunk.drawing:
+                if seq is not chunk.seq:
+                    seq.hidden = {layer: list(parts) for layer, parts in chunk.seq.hidden.items()}
+                if seq.slot is None:
+                    seq.append(int(token_ids[row]), float(logprobs[row]), flight.version)
+                    reason = self._sampler.reason_to_end(seq)
+                else:
+                    reason = reasons.get(row)
+                if reason is not None:
+                    ended.append((seq, reason))
+                elif seq.slot is None:
+                    self._scheduler.requeue(seq)
+                row += 1
+        for seq, reason in ended:
+            self._end(seq, reason)
+        return [seq for seq, _ in ended]
 
-    def _take_decoded(
-        self, flight: _Flight, token_ids: np.ndarray, logprobs: np.ndarray
-    ) -> list[RunningSample]:
-        slots, live = self._slots, flight.live
-        owners, positions = flight.step.decode[live], flight.positions[live]
-        token_ids = token_ids[live]
-        slots.tokens[owners, positions] = token_ids
-        slots.logprobs[owners, positions] = logprobs[live]
-        slots.known[owners] = positions + 1
-        for layer_rows in np.flatnonzero(slots.collects[flight.step.decode] & live):
-            seq = slots.seqs[flight.step.decode[layer_rows]]
-            assert seq is not None
-            seq.add_hidden(flight.outcome.collected, slice(layer_rows, layer_rows + 1))
-        early = slots.known[owners] < slots.min_length[owners]
-        stopped = self._sampler.stopped(token_ids, slots, owners) & ~early
-        full = slots.known[owners] >= slots.limit[owners]
-        finished = []
-        for i in np.flatnonzero(stopped | full):
-            seq = slots.seqs[owners[i]]
-            assert seq is not None
-            seq.finish_reason = "stop" if stopped[i] else "length"
-            finished.append(seq)
-        return finished
-
-    def _take_drawn(
-        self, chunk: Chunk, drawn: list[tuple[int, float]], flight: _Flight
-    ) -> list[RunningSample]:
-        """First tokens of a prompt's samples. A sample without a slot waits for its turn."""
-        finished = []
-        hidden = {layer: list(parts) for layer, parts in chunk.seq.hidden.items()}
-        self._scheduler.remember(chunk.seq)
-        for seq, (token_id, logprob) in zip(chunk.drawing, drawn, strict=True):
-            seq.append([token_id], [logprob], flight.version)
-            if seq is not chunk.seq:
-                seq.hidden = {layer: list(parts) for layer, parts in hidden.items()}
-            params = seq.request.params
-            if seq.slot is not None:
-                self._slots.known[seq.slot] = len(seq.token_ids)
-            if (
-                token_id in self._sampler.stop_ids(seq)
-                and seq.num_new_tokens >= params.min_new_tokens
-            ):
-                seq.finish_reason = "stop"
-            elif seq.num_new_tokens >= params.max_new_tokens:
-                seq.finish_reason = "length"
-            if seq.finish_reason is not None:
-                finished.append(seq)
-            elif seq.slot is None:
-                self._scheduler.requeue(seq)
-        return finished
-
-    def _end(self, seq: RunningSample) -> None:
-        """Take a finished sequence off; later steps in flight have nothing for it."""
+    def _end(self, seq: RunningSample, reason: str) -> None:
+        """Take a sample off that ends; later steps in flight have nothing for it."""
         if seq.slot is not None:
             for flight in self._flights:
-                flight.live &= flight.step.decode != seq.slot
-        self._scheduler.finish(seq)
+                flight.live &= flight.owners != seq.slot
+        self._scheduler.finish(seq, reason)
 
-    def _require_finite(
-        self,
-        flight: _Flight,
-        logprobs: np.ndarray,
-        scores: np.ndarray,
-        drawing: list[RunningSample],
-    ) -> None:
-        bad = np.isnan(logprobs)
-        bad[: len(flight.live)] &= flight.live
+    def _require_finite(self, flight: _Flight, logprobs: np.ndarray, scores: np.ndarray) -> None:
+        bad = np.isnan(logprobs) & flight.live
         if bad.any() or np.isnan(scores).any():
+            chunks = flight.step.chunks
             decoding = [self._slots.seqs[slot] for slot in flight.step.decode]
-            owners = [
-                *zip(decoding, flight.positions.tolist(), strict=True),
-                *((seq, len(seq.token_ids)) for seq in drawing),
-            ]
-            require_finite(np.where(bad, logprobs, 0), owners)
+            drawing = [seq for chunk in chunks for seq in chunk.drawing]
+            owners = zip([*decoding, *drawing], flight.positions.tolist(), strict=True)
+            require_finite(np.where(bad, logprobs, 0), list(owners))
             scored = [
                 (chunk.seq, chunk.start + i + 1)
-                for chunk in flight.step.chunks
+                for chunk in chunks
                 if chunk.scores
                 for i in range(chunk.num_tokens)
             ]

@@ -1,21 +1,23 @@
-"""Which weights the engine serves: binding, updates in place, and the ways they arrive."""
+"""Which weights the engine serves: loading, binding, updates in place, and the ways they arrive."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from samebit.kernels.rope import SCALING_KEYS
 from samebit.rollout.config import EngineConfig, as_path
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.memory import Arena
+from samebit.rollout.runtime.prefix_cache import PrefixCache
 from samebit.rollout.runtime.runner import Runner
 from samebit.rollout.runtime.scheduler import Scheduler
-from samebit.rollout.runtime.weights import fill, open_safetensors
+from samebit.rollout.runtime.weights import fill, load_dummy, load_safetensors, open_safetensors
 from samebit.weight_sync.buckets import pack, plan_buckets
 from samebit.weight_sync.digest import weights_digest
 from samebit.weight_sync.mapping import ParamSpec, hf_names
@@ -25,48 +27,94 @@ from samebit.weight_sync.transports.file import read_version
 from samebit.weight_sync.types import Bucket, WeightSyncError, WeightVersion
 
 
+def load_weights(
+    model_path: Path,
+    config: EngineConfig,
+    specs: Sequence[ParamSpec],
+    dtype: torch.dtype,
+    arena: Arena,
+    group: dist.ProcessGroup | None,
+) -> UpdateSession:
+    """The parameters of `specs` in the arena, filled from the folder, under the folder's version.
+
+    The version counts if its digest is that of the weights; else they are step 0's.
+    """
+    weights = {s.name: arena.allocate("weights", s.name, s.shape, dtype) for s in specs}
+    stored = None
+    if config.load_format == "dummy":
+        load_dummy(specs, weights, config.seed)
+    else:
+        load_safetensors(model_path, specs, weights)
+        stored = read_version(model_path)
+    digest = weights_digest(specs, weights, group)
+    step = stored.step if stored and stored.digest == digest else 0
+    return UpdateSession(specs, weights, WeightVersion(step, digest), group)
+
+
 class WeightControl:
-    """The engine's half that receives weights; see weight_sync.transports.base.WeightSink."""
+    """Holds the engine's weights and changes them; a weight_sync.transports.base.WeightSink.
 
-    config: EngineConfig
-    model_config: ModelConfig
-    specs: list[ParamSpec]
-    weights: Mapping[str, torch.Tensor]
-    session: UpdateSession
-    arena: Arena
-    runner: Runner
-    scheduler: Scheduler
-    _receiver: CollectiveReceiver | None = None
+    Nothing may be served while an update is under way or has broken off: see require_ready.
+    """
 
-    def flush_cache(self) -> None:
-        """Forget all cached prefixes."""
-        raise NotImplementedError
+    def __init__(
+        self,
+        session: UpdateSession,
+        model: ModelConfig,
+        arena: Arena,
+        runner: Runner,
+        scheduler: Scheduler,
+        prefixes: PrefixCache | None,
+    ) -> None:
+        self.session = session
+        self._model = model
+        self._arena = arena
+        self._runner = runner
+        self._scheduler = scheduler
+        self._prefixes = prefixes
+        self._dtype = next(iter(session.params.values())).dtype
+        self.receiver: CollectiveReceiver | None = None
 
     @property
-    def weight_version(self) -> WeightVersion:
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """The parameters that are served, by their engine names."""
+        return self.session.params
+
+    @property
+    def version(self) -> WeightVersion:
         """Step and digest of the weights that are served."""
         return self.session.version
 
+    def require_ready(self) -> None:
+        """Raise WeightSyncError unless the weights are one whole version."""
+        self.session.require_ready()
+
     def digest(self) -> str:
         """weights_digest of the weights as they are now, over all tensor parallel ranks."""
-        return weights_digest(self.specs, self.weights, self.config.ranks.group)
+        return weights_digest(self.session.specs, self.weights, self.session.group)
 
-    def bind_weights(self, params: Mapping[str, torch.Tensor], step: int = 0) -> WeightVersion:
-        """Serve the trainer's own parameters from its memory (transport "alias")."""
-        expected = {spec.name: spec.shape for spec in self.specs}
+    def flush_cache(self) -> None:
+        """Forget all cached prefixes."""
+        if self._prefixes is not None:
+            self._prefixes.reset(self.version)
+
+    def bind_weights(self, params: Mapping[str, torch.Tensor], step: int) -> WeightVersion:
+        """See Engine.bind_weights."""
+        specs, group = self.session.specs, self.session.group
+        expected = {spec.name: spec.shape for spec in specs}
         found = {name: tuple(p.shape) for name, p in params.items()}
         if expected != found:
             names = sorted(n for n in {*expected, *found} if expected.get(n) != found.get(n))
             raise ValueError(f"parameters do not fit the engine: {', '.join(names[:5])}")
         self._require_idle("bind_weights")
-        misfits = [n for n, p in params.items() if p.dtype != self.config.dtype]
+        misfits = [n for n, p in params.items() if p.dtype != self._dtype]
         if misfits or (misfits := non_finite(params)):
-            raise ValueError(f"not finite or not {self.config.dtype}: {', '.join(misfits[:5])}")
-        self.arena.adopt("weights", params)
-        self.weights = {name: p.detach() for name, p in params.items()}
-        version = WeightVersion(step, self.digest())
-        self.session = UpdateSession(self.specs, self.weights, version, self.config.ranks.group)
-        self.runner.bind(self.runner.model.with_params(self.weights))
+            raise ValueError(f"not finite or not {self._dtype}: {', '.join(misfits[:5])}")
+        self._arena.adopt("weights", params)
+        weights = {name: p.detach() for name, p in params.items()}
+        version = WeightVersion(step, weights_digest(specs, weights, group))
+        self.session = UpdateSession(specs, weights, version, group)
+        self._runner.bind(self._runner.model.with_params(weights))
         self.flush_cache()
         return version
 
@@ -104,68 +152,40 @@ class WeightControl:
         self.session.abort(reason)
 
     def update_weights_from_tensor(
-        self, params: Mapping[str, torch.Tensor], step: int, digest: str | None = None
+        self, params: Mapping[str, torch.Tensor], step: int, digest: str | None
     ) -> WeightVersion:
-        """Copy a full set of parameters (engine names) into place."""
+        """See Engine.update_weights_from_tensor."""
         self.begin_weight_update(step)
         with self._aborting():
             for metas in plan_buckets(params, 512 << 20):
                 self.receive_weights(pack(metas, params))
         return self.commit_weight_update(digest or self.digest())
 
-    def update_weights_from_disk(
-        self, model_path: str | Path, step: int | None = None
-    ) -> WeightVersion:
-        """Load a Hugging Face folder in place, under its own version if it carries one.
-
-        A folder that is missing or does not fit is refused before anything changes, as is one whose
-        config.json, if it has one, is of another model.
-        """
+    def update_weights_from_disk(self, model_path: str | Path, step: int | None) -> WeightVersion:
+        """See Engine.update_weights_from_disk."""
         folder = as_path(model_path, "model_path")
         if (folder / "config.json").exists():
-            _require_same_model(load_model_config(folder), self.model_config, folder)
-        read = open_safetensors(folder, self.specs)
+            _require_same_model(load_model_config(folder), self._model, folder)
+        specs = self.session.specs
+        read = open_safetensors(folder, specs)
         version = read_version(folder)
         if step is None:
-            step = version.step if version else self.session.version.step + 1
+            step = version.step if version else self.version.step + 1
         self.begin_weight_update(step)
         with self._aborting():
-            fill(folder, self.specs, self.weights, read)
+            fill(folder, specs, self.weights, read)
         self.session.receive_in_place()
         own = self.digest()
         # A digest is of bits, so it says nothing about a copy in another dtype.
-        same_dtype = read(hf_names(self.specs)[-1]).dtype == self.config.dtype
+        same_dtype = read(hf_names(specs)[-1]).dtype == self._dtype
         return self.commit_weight_update(version.digest if version and same_dtype else own)
 
-    def init_weights_update_group(
-        self,
-        master_address: str,
-        master_port: int,
-        rank: int,
-        world_size: int,
-        backend: str = "gloo",
-        timeout_s: float = 600.0,
-        secret: str | None = None,
-    ) -> None:
-        """Join the trainer's weight group as `rank` (1 or higher).
-
-        secret: what the trainer and all engines have to know, by default SAMEBIT_SECRET of the
-        environment; on one machine there need be none. Raises ValueError if theirs is another.
-        """
-        self._receiver = CollectiveReceiver(
-            master_address, master_port, rank, world_size, backend, timeout_s, secret
-        )
-
     def update_weights_from_distributed(self) -> WeightVersion:
-        """Take one update from the weight group, in place."""
-        if self._receiver is None:
+        """See Engine.update_weights_from_distributed."""
+        if self.receiver is None:
             raise WeightSyncError("no weight group; call init_weights_update_group first")
-        self._receiver.receive(self, self.config.device)
-        return self.weight_version
-
-    def get_weights_by_name(self, name: str) -> torch.Tensor:
-        """A copy of one parameter by its engine (Megatron) name; KeyError if there is none."""
-        return self.weights[name].clone()
+        self.receiver.receive(self, self._arena.device)
+        return self.version
 
     @contextmanager
     def _aborting(self) -> Iterator[None]:
@@ -178,9 +198,9 @@ class WeightControl:
             raise
 
     def _require_idle(self, what: str) -> None:
-        if self.scheduler.has_unfinished:
+        if self._scheduler.has_unfinished:
             raise WeightSyncError(
-                f"{what} needs an idle engine: {self.scheduler.num_unfinished} requests are "
+                f"{what} needs an idle engine: {self._scheduler.num_unfinished} requests are "
                 "unfinished; finish or abort them first"
             )
 

@@ -107,7 +107,7 @@ for invariant in (False, True):
     ranks = RankGroup(rank, size, dist.group.WORLD, invariant)
     found = []
     for graphs in (False, True):
-        engine = Engine(folder, device, ranks=ranks, max_num_seqs=32, cuda_graphs=graphs)
+        engine = Engine(folder, device=device, ranks=ranks, max_num_seqs=32, cuda_graphs=graphs)
         found.append([
             (c.token_ids, c.logprobs) for group in engine.generate(prompts, params) for c in group
         ])

@@ -129,14 +129,15 @@ def test_a_logprob_of_another_temperature_is_found_out(subject, monkeypatch):
 def test_one_bit_of_one_weight_in_the_trainer_is_found_out(subject):
     """The last bit of one element of the final norm, in a copy that only the trainer takes."""
     engine = subject.engine
+    session = engine.weight_control.session
     nudged = {name: p.clone() for name, p in engine.weights.items()}
     norm = nudged["decoder.final_layernorm.weight"]
     norm[5] = norm[5].nextafter(torch.tensor(2.0))
-    original, engine.weights = engine.weights, nudged
+    original, session.params = session.params, nudged
     try:
         assert trainer(subject).mismatches > 0
     finally:
-        engine.weights = original
+        session.params = original
 
 
 def test_stale_keys_are_found_out(subject, monkeypatch):

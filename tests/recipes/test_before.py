@@ -41,7 +41,7 @@ def test_dry_run_reads_what_a_run_would(demo_model, capsys, override, message):
     """A plan of a run that cannot start is no plan."""
     base = [f"model.path={demo_model}", "device=cpu", "dry_run=true"]
     base += [] if "data" in override else ["data=reverse_digits"]
-    base += ["engine.transport=stages"] if "pipeline" in override else []
+    base += ["placement.transport=stages"] if "pipeline" in override else []
     assert cli.main(["grpo", *base, override]) in (1, 2)
     assert message in capsys.readouterr().err
 

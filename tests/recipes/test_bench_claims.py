@@ -14,7 +14,7 @@ from samebit.recipes.bench.start import Start, cold_start, compilations, describ
 from samebit.recipes.bench.timing import CardRates
 from samebit.recipes.cli import main as cli
 from samebit.recipes.run.provenance import device_name
-from samebit.rollout.config import resolve_device
+from samebit.rollout.device import resolve_device
 from samebit.trainer.flops import card_peak
 
 CPU = resolve_device("cpu")
@@ -184,8 +184,8 @@ def test_a_peak_is_of_the_whole_name(card, known):
 
 def make_start(path):
     return Start(
-        model=str(path), device="cpu", load_format="safetensors", seed=0, cpu_threads=1,
-        variant="default", settings={"kv_cache_tokens": 256, "max_num_seqs": 4},
+        model=str(path), device="cpu", cpu_threads=1, variant="default",
+        settings={"kv_cache_tokens": 256, "max_num_seqs": 4},
     )  # fmt: skip
 
 

@@ -160,7 +160,7 @@ def test_a_checkpoint_that_fails_beside_the_step_is_told_too(runs, capsys):
 
 def test_an_engine_with_weights_of_its_own_serves_the_old_ones(make_recipe):
     """A step that failed was never sent to it."""
-    with make_recipe("engine.transport=file") as recipe:
+    with make_recipe("placement.transport=file") as recipe:
         version, rollout = recipe.engine.weight_version, recipe.rollout(0)
         recipe.loss = failing_at(1, recipe.loss)
         with pytest.raises(ArithmeticError):

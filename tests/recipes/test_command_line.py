@@ -93,8 +93,8 @@ def test_the_last_value_of_a_key_holds():
     """In the order of the words, whether given by itself or with its section."""
     base = ["model.path=m", "data.path=a"]
     assert resolve("grpo", [*base, "data={path: b, chat: true}"]).data.path == "b"
-    run = resolve("grpo", [*base, "data={path: b}", "data.path=c", "engine=process", "seed=1"])
-    assert (run.data.path, run.engine.transport, run.seed) == ("c", "gloo", 1)
+    run = resolve("grpo", [*base, "data={path: b}", "data.path=c", "placement=process", "seed=1"])
+    assert (run.data.path, run.placement.transport, run.seed) == ("c", "gloo", 1)
 
 
 def test_keys_that_share_a_groups_name_are_text():
@@ -122,9 +122,12 @@ WRONG = {
     "trainer.num_steps=a,b": "trainer.num_steps is 'a,b'; it must be a whole number",
     "trainer.num_steps=é": "trainer.num_steps is 'é'; it must be a whole number",
     "trainer.optimizer=x": "trainer.optimizer is 'x'; it must be a section",
-    "engine=remote": "there is no engine/remote; give one of engine=colocated, engine=process",
+    "placement=remote": "there is no placement/remote; give one of placement=colocated, placement=",
     "experiment=é": "there is no experiment/é; give one of experiment=reverse_digits",
-    "engine=null": "there is no engine/null",
+    "placement=null": "there is no placement/null",
+    "engine=process": "there is no engine=process; it is placement=process now",
+    "engine.transport=gloo": "unknown key: engine.transport; it is placement.transport now",
+    "engine={placement: process}": "unknown key: engine.placement; it is placement.engine now",
     "reward=mine:f": "math_verify, reward=number_match, reward=reasoning_gym; your own function is "
     "reward.name=mine:f",
     "reward.args.x=it's": r"reward.args.x=it's cannot be read; quote a text: ",

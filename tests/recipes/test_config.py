@@ -20,7 +20,16 @@ NEEDED = {
     "export": ["checkpoint=c", "model=m", "out=o"],
 }
 GROUPS = {
-    "grpo": ("model", "engine", "trainer", "algorithm", "data", "reward", "logger", "experiment"),
+    "grpo": (
+        "model",
+        "placement",
+        "trainer",
+        "algorithm",
+        "data",
+        "reward",
+        "logger",
+        "experiment",
+    ),
     "sft": ("model", "trainer", "data", "logger"),
     "demo": ("demo",),
 }
@@ -48,9 +57,9 @@ def test_every_group_belongs_to_a_command():
 def test_groups_set_what_they_say():
     """A group file that composes but changes nothing would be a silent lie."""
     run = resolve(
-        "grpo", ["model.path=m", "engine=process", "algorithm=grpo_kl", "reward=math_verify"]
+        "grpo", ["model.path=m", "placement=process", "algorithm=grpo_kl", "reward=math_verify"]
     )
-    assert (run.engine.placement, run.engine.transport) == ("process", "gloo")
+    assert (run.placement.engine, run.placement.transport) == ("process", "gloo")
     assert (run.algorithm.kl_coef, run.algorithm.kl_estimator) == (0.001, "k3")
     assert run.reward.name == "math_verify"
     assert resolve("grpo", ["model.path=m", "algorithm=dr_grpo"]).algorithm.normalize_std is False
@@ -119,7 +128,7 @@ WRONG = {
         ["trainer.optimizer.learning_rate=3"],
         r"trainer.optimizer.learning_rate",
     ),
-    "unknown group choice": (["engine=remote"], r"engine/remote.*colocated.*process"),
+    "unknown group choice": (["placement=remote"], r"placement/remote.*colocated.*process"),
     "unknown group": (["motor=fast"], "motor"),
     "text for a number": (["trainer.num_steps=many"], r"'many'.*Integer|trainer.num_steps"),
     "number for a flag": (["resume=7up"], "resume|7up"),
@@ -138,12 +147,12 @@ WRONG = {
         "2 x 4 = 8 samples are no multiple of trainer.batch_size = 16",
     ),
     "alias to another process": (
-        ["engine.placement=process"],
-        r"engine.transport is 'alias'; it must be one of \('gloo', 'file'\) for placement 'proc",
+        ["placement.engine=process"],
+        r"placement.transport is 'alias'; it must be one of \('gloo', 'file'\) for placement 'proc",
     ),
     "gloo in one process": (
-        ["engine.transport=gloo"],
-        r"engine.transport is 'gloo'; it must be one of \('alias', 'stages', 'file'\)",
+        ["placement.transport=gloo"],
+        r"placement.transport is 'gloo'; it must be one of \('alias', 'stages', 'file'\)",
     ),
     "sample longer than a batch": (
         ["rollout.max_prompt_len=5000", "rollout.max_new_tokens=4000"],
@@ -155,20 +164,20 @@ WRONG = {
     ),
     "temperature zero": (["rollout.temperature=0"], "rollout.temperature is 0.0; it must be posit"),
     "several processes, engine apart": (
-        ["trainer.parallel.tensor=2", "engine=process"],
-        "engine.placement is 'process'; it must be colocated with 2 processes of the trainer",
+        ["trainer.parallel.tensor=2", "placement=process"],
+        "placement.engine is 'process'; it must be colocated with 2 processes of the trainer",
     ),
     "several processes, by files": (
-        ["trainer.parallel.data=2", "engine.transport=file"],
-        "engine.transport is 'file'; it must be alias with 2 processes of the trainer, in 1 stage",
+        ["trainer.parallel.data=2", "placement.transport=file"],
+        "placement.transport is 'file'; it must be alias with 2 processes of the trainer, in 1 sta",
     ),
     "pipeline that shares memory": (
         ["trainer.parallel.pipeline=2"],
-        "engine.transport is 'alias'; it must be stages with 2 processes of the trainer, in 2 st",
+        "placement.transport is 'alias'; it must be stages with 2 processes of the trainer, in 2 s",
     ),
     "stages of one process": (
-        ["engine.transport=stages"],
-        "engine.transport is 'stages'; it must be alias or file or gloo with 1 processes of the tr",
+        ["placement.transport=stages"],
+        "placement.transport is 'stages'; it must be alias or file or gloo with 1 processes of the",
     ),
     "more copies than samples": (
         ["trainer.parallel.data=8", "trainer.batch_size=4"],
@@ -194,6 +203,10 @@ WRONG = {
     "a removed section": (["~data"], "'~data' is no key=value"),
     "top_p": (["rollout.top_p=2"], r"rollout.top_p is 2.0; it must be in \[1e-30, 1\]"),
     "no pages": (["engine.page_size=0"], "engine.page_size is 0; it must be positive"),
+    "a setting that the run makes": (
+        ["engine.seed=3"],
+        "engine.seed is 3; it must be 0, its default: nothing reads it where .* seed are the run's",
+    ),
     "unknown wandb mode": (["logger.wandb=bogus"], "logger.wandb is 'bogus'; give one of disabl"),
     "no threads": (["cpu_threads=0"], "cpu_threads is 0; it must be positive"),
     "seed too large": (["seed=99999999999999"], "seed is 99999999999999; it must be in"),
@@ -249,7 +262,7 @@ def test_a_run_is_bound_by_what_can_change_a_result():
 
     base = digest()
     for free in (
-        "engine=process",
+        "placement=process",
         "engine.page_size=16",
         "logger=disabled",
         "resume=true",
@@ -302,7 +315,7 @@ def test_help_lists_groups_keys_and_defaults(capsys, command):
     assert cli.main([*command.split(), "--help"]) == 0
     text = capsys.readouterr().out
     assert f"samebit {command}: {cli.COMMANDS[command]}" in text
-    assert ("engine: colocated, process" in text) == (command == "grpo")
+    assert ("placement: colocated, process" in text) == (command == "grpo")
     assert ("output_dir: outputs" in text) == (command not in ("diff", "export", "fetch-smollm2"))
     keys = text.split("(??? must be given):")[1]
     assert OmegaConf.create(keys) == compose(command, [])

@@ -86,9 +86,9 @@ def test_another_seed_is_another_run(runs, base):
     "placement",
     [
         ["reward.num_workers=3"],
-        ["engine.transport=file"],
-        ["engine=process"],
-        ["engine=process", "engine.transport=file"],
+        ["placement.transport=file"],
+        ["placement=process"],
+        ["placement=process", "placement.transport=file"],
         ["engine.page_size=16", "engine.kv_cache_tokens=64", "engine.max_num_seqs=3"],
         ["engine.prefix_cache=false", "engine.prefill_chunk=2", "engine.max_batch_tokens=7"],
         ["trainer.parallel.recompute=full"],
@@ -114,7 +114,7 @@ def test_tp_invariant_is_another_profile_for_engine_and_trainer(runs, base):
     """Both sum row-parallel products in segments, wherever the engine runs."""
     invariant = ["numerics.tp_invariant=true", "algorithm=grpo_kl", "algorithm.kl_coef=0.1"]
     found = runs.train("invariant", *invariant)
-    assert runs.train("placed", *invariant, "engine=process") == found
+    assert runs.train("placed", *invariant, "placement=process") == found
     assert found[0]["logprob_mismatches"] == 0
     assert found[1][1]["train/kl"] == 0.0  # the reference sums in segments too
     assert found[0]["weights_digest"] != base.result[0]["weights_digest"]
@@ -179,7 +179,7 @@ def test_resume_under_other_speed_settings(runs, base, kill_when):
     """Engine settings, interval and number of checkpoints may change between kill and resume."""
     kill_when(runs.held(30), ["grpo", *runs.arguments("moved")])
     runs.control.unlink()
-    other = ["engine.transport=file", "engine.page_size=16", "trainer.checkpoint_every=3"]
+    other = ["placement.transport=file", "engine.page_size=16", "trainer.checkpoint_every=3"]
     other += ["trainer.parallel.offload_optimizer=true", "trainer.parallel.recompute=full"]
     assert runs.train("moved", "resume=true", *other) == base.result
 
@@ -389,7 +389,7 @@ def test_cuda_without_a_gpu_is_a_clear_error(runs):
 
     code = "import sys; from samebit.recipes.cli.main import main; print(main(sys.argv[1:]))"
     arguments = runs.arguments("cuda", "device=cuda")
-    code += "\nfrom samebit.rollout.config import resolve_device\n"
+    code += "\nfrom samebit.rollout.device import resolve_device\n"
     code += "try:\n    resolve_device('cuda')\nexcept RuntimeError as error:\n    print(error)"
     out = run_python(code, "grpo", *arguments, CUDA_VISIBLE_DEVICES="")
     assert out.splitlines()[0] == "1"

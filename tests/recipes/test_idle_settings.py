@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from samebit.recipes.bench.config import BenchEngineRun, BenchEngineSettings, BenchKernelsRun
+from samebit.recipes.bench.config import BenchEngineRun, BenchKernelsRun
 from samebit.recipes.cli import main as cli
 from samebit.recipes.cli.compose import ConfigError, resolve
 from samebit.recipes.config import (
@@ -20,6 +20,7 @@ from samebit.recipes.config import (
 from samebit.recipes.data.rewards import RewardConfig
 from samebit.recipes.data.tasks.base import DataConfig
 from samebit.recipes.run.metrics import LoggerConfig
+from samebit.rollout.config import EngineConfig
 from samebit.trainer.config import GrpoConfig, OptimizerConfig, TrainerConfig
 
 FILE = partial(DataConfig, path="x.jsonl")
@@ -73,11 +74,14 @@ IDLE = {
     "cpu_threads is 0": lambda: ENGINE(cpu_threads=0),
     "profile_steps is 8": lambda: ENGINE(profile_steps=8),
     "engine.overlap is True": lambda: ENGINE(
-        variants=["no_overlap"], engine=BenchEngineSettings(overlap=True)
+        variants=["no_overlap"], engine=EngineConfig(overlap=True)
     ),
     "engine.cuda_graphs is True": lambda: ENGINE(
-        variants=["no_graphs"], engine=BenchEngineSettings(cuda_graphs=True)
+        variants=["no_graphs"], engine=EngineConfig(cuda_graphs=True)
     ),
+    "engine.seed is 7": lambda: ENGINE(engine=EngineConfig(seed=7)),
+    "engine.load_format is 'dummy'": lambda: ENGINE(engine=EngineConfig(load_format="dummy")),
+    "engine.max_model_len is 8": lambda: grpo(DECAY, engine=EngineConfig(max_model_len=8)),
     "variants is ['default', 'default']": lambda: ENGINE(variants=["default", "default"]),
     "tables is ['rows']": lambda: KERNELS(tune=True, tables=["rows"]),
     "replays is 3": lambda: KERNELS(tune=True, replays=3),
@@ -116,7 +120,7 @@ def test_what_is_read_is_taken():
     VerifyRun(seed=7)
     VerifyRun(load_format="dummy", model="m", seed=0)
     ENGINE(profile=True, profile_steps=8)
-    ENGINE(variants=["default", "no_graphs"], engine=BenchEngineSettings(cuda_graphs=True))
+    ENGINE(variants=["default", "no_graphs"], engine=EngineConfig(cuda_graphs=True))
     KERNELS(tune=True, rows=[4], tables=["linear", "attention", "prefill", "rows"])
     sft(optimizer=OptimizerConfig(lr_schedule="cosine", lr_warmup_steps=4))
     sft(optimizer=OptimizerConfig(lr_warmup_steps=50))

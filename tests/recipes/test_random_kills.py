@@ -15,7 +15,7 @@ def test_killed_at_random_and_resumed(runs, base, kill_when):
     folder = runs.folder / "killed"
     checkpoints, metrics = folder / "checkpoints", folder / "metrics.jsonl"
     rng = random.Random(5)
-    arguments = ["grpo", *runs.arguments("killed", "resume=true", "engine.transport=file")]
+    arguments = ["grpo", *runs.arguments("killed", "resume=true", "placement.transport=file")]
     moments = [
         has_lines(metrics, 1),
         has_begun_to_save(checkpoints, 2),
@@ -36,7 +36,7 @@ def test_killed_at_random_and_resumed(runs, base, kill_when):
 
 def test_the_engines_process_dies_with_its_recipe(runs, base, child):
     """Or it would hold the GPU that the resumed run needs; and weights on their way are dropped."""
-    arguments = ["grpo", *runs.arguments("killed", "engine=process", "resume=true")]
+    arguments = ["grpo", *runs.arguments("killed", "placement=process", "resume=true")]
     has_begun = has_lines(runs.folder / "killed" / "metrics.jsonl", 4)
     with child(arguments) as process:
         while not has_begun():

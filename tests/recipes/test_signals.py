@@ -118,7 +118,7 @@ def test_a_reward_that_never_returns_does_not_hold_up_a_signal(runs, base, child
 
 def test_a_signal_to_the_engines_process_too(runs, base, child):
     """Ctrl-C and job schedulers signal every process: only the recipe's decides."""
-    arguments = ["grpo", *runs.arguments("group", "engine=process")]
+    arguments = ["grpo", *runs.arguments("group", "placement=process")]
     has_begun = has_lines(runs.folder / "group" / "metrics.jsonl", 3)
     with child(arguments) as process:
         while not has_begun():

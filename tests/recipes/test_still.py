@@ -10,7 +10,7 @@ TOKENS = [[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8, 9, 7]]
 
 @pytest.mark.parametrize(
     "placement",
-    [[], ["engine=process"]],
+    [[], ["placement=process"]],
     ids=["alias", "gloo process"],
 )
 def test_learning_rate_0_changes_nothing(runs, placement):

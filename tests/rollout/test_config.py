@@ -1,15 +1,15 @@
 """Settings: what a machine without a GPU cannot try, and numbers of the wrong kind."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import run_python
 
 from samebit.kernels.reduce import RankGroup
-from samebit.rollout import config
-from samebit.rollout.config import EngineConfig, own_device
+from samebit.rollout.config import EngineConfig
+from samebit.rollout.device import own_device, settled
 from samebit.rollout.types import SamplingParams
 
 
@@ -21,15 +21,53 @@ from samebit.rollout.types import SamplingParams
     ],
 )
 def test_decode_graphs_where_there_can_be_none(device, ranks, message, monkeypatch):
-    monkeypatch.setattr(config, "peers_of", lambda ranks, device: None)
+    monkeypatch.setattr("samebit.rollout.device.peers_of", lambda ranks, device: None)
     with pytest.raises(ValueError, match=message):
-        EngineConfig(
-            model_path=Path(),
-            device=torch.device(device),
-            dtype=torch.float32,
-            cuda_graphs=True,
-            ranks=ranks,
-        )
+        settled(EngineConfig(cuda_graphs=True), torch.device(device), ranks)
+
+
+def test_the_device_decides_what_is_unset(monkeypatch):
+    """And what is given stays as it is."""
+    monkeypatch.setattr("samebit.rollout.device.peers_of", lambda ranks, device: None)
+    for device, ranks, expected in (
+        ("cpu", RankGroup(), (False, False)),
+        ("cuda", RankGroup(), (True, True)),
+        ("cuda", RankGroup(0, 2, object()), (False, True)),
+    ):
+        found = settled(EngineConfig(), torch.device(device), ranks)
+        assert (found.cuda_graphs, found.overlap) == expected
+    found = settled(EngineConfig(cuda_graphs=False, overlap=True), torch.device("cpu"), RankGroup())
+    assert (found.cuda_graphs, found.overlap) == (False, True)
+
+
+def test_settings_are_given_as_one_and_by_name(make_engine):
+    """A name wins; what was given is left as it was."""
+    given = EngineConfig(page_size=16, kv_cache_tokens=np.int64(64))
+    engine = make_engine(config=given, page_size=32, prefix_cache=np.False_)
+    assert engine.config == EngineConfig(
+        page_size=32, kv_cache_tokens=64, prefix_cache=False, cuda_graphs=False, overlap=False
+    )
+    assert given == EngineConfig(page_size=16, kv_cache_tokens=64)
+    assert type(given.kv_cache_tokens) is int
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"page_sizes": 4}, "Engine has no setting 'page_sizes'; the nearest is 'page_size'"),
+        ({"devise": "cpu"}, "Engine has no setting 'devise'; the nearest is 'device'"),
+        ({"config": "cpu"}, "Engine config is 'cpu'; it must be an EngineConfig"),
+    ],
+)
+def test_unknown_settings(make_engine, settings, message):
+    with pytest.raises(TypeError, match=message):
+        make_engine(**settings)
+
+
+def test_settings_need_no_torch():
+    """Recipes read them before anything else is imported."""
+    code = "import sys\nimport samebit.rollout.config\nprint({'torch', 'numpy'} & set(sys.modules))"
+    assert run_python(code).strip() == "set()"
 
 
 @pytest.mark.parametrize("field", ["n", "top_k", "max_new_tokens", "min_new_tokens", "seed"])

@@ -63,15 +63,17 @@ def test_no_token_may_end_where_all_are_asked_for(engine):
 
 
 @pytest.mark.parametrize("length", [1, 5])
-def test_a_stop_token_as_the_last_that_fits_is_a_stop(engine, length):
-    """Samples of one prompt, of which the first alone draws it there."""
+@pytest.mark.parametrize("which", [0, 2])
+def test_a_stop_token_as_the_last_that_fits_is_a_stop(engine, length, which):
+    """Samples of one prompt, of which one alone draws it there: the first, or one that forks."""
     settings = {"max_new_tokens": length, "temperature": 5.0}
     free = sampled(engine, n=3, **settings)
-    last = free[0].token_ids[-1]
-    assert [c.token_ids.count(last) for c in free] == [1, 0, 0]
+    last = free[which].token_ids[-1]
+    assert [c.token_ids.count(last) for c in free] == [i == which for i in range(3)]
     group = sampled(engine, n=3, stop_token_ids=[last], **settings)
     assert outcomes([group]) == outcomes([free])
-    assert [c.finish_reason for c in group] == ["stop", "length", "length"]
+    assert [c.finish_reason == "stop" for c in group] == [i == which for i in range(3)]
+    assert {c.finish_reason for c in group} == {"stop", "length"}
 
 
 # -- the longest context ---------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def test_samples_fork_from_one_prefill():
     assert world.pool.references(first[0]) == 3
     assert world.copies == [(first[1], s.pages[1]) for s in seqs[1:]]
     assert len({s.pages[1] for s in seqs}) == 3
-    assert [s.num_computed for s in seqs[1:]] == [6, 6]
+    assert [world.slots.num_computed(s) for s in seqs[1:]] == [6, 6]
 
 
 def test_a_prompt_of_whole_pages_needs_no_copy():

@@ -114,7 +114,7 @@ def test_an_engine_bound_to_the_trainer_sees_its_steps(make_trainer, qwen3_path,
 def test_the_forward_alone_reads_the_weights_in_place(model_path, rollout_samples):
     """No copy and no gradients, and the rollout's bits from the engine's own memory."""
     engine, samples = Engine(model_path, device="cpu"), rollout_samples(model_path)
-    forward = ForwardModel(engine.model_config, engine.config.device, engine.weights)
+    forward = ForwardModel(engine.model_config, engine.device, engine.weights)
     assert {name: p.data_ptr() for name, p in forward.params.items()} == {
         name: w.data_ptr() for name, w in engine.weights.items()
     }

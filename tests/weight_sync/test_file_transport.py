@@ -128,7 +128,7 @@ def test_an_exported_folder_loads_in_transformers(request, tmp_path, model, max_
 
     engine = Engine(request.getfixturevalue(model), device="cpu", kv_cache_tokens=1024)
     folder = tmp_path / "export"
-    files = [engine.config.model_path / "config.json"]
+    files = [engine.model_path / "config.json"]
     specs, version = engine.model_config.param_specs(), engine.weight_version
     write_hf_folder(folder, specs, engine.weights, version, files, max_shard_bytes)
     assert len(list(folder.glob("*.safetensors"))) == 1 or max_shard_bytes == 40_000

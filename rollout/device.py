@@ -1,0 +1,105 @@
+"""Where an engine lives: the device, its dtype, and what the settings leave to it."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+
+from samebit.kernels.reduce import RankGroup, peers_of
+from samebit.rollout.config import EngineConfig
+from samebit.rollout.values import shown
+
+
+class DeviceError(RuntimeError):
+    """The device asked for is not there."""
+
+
+def settled(config: EngineConfig, device: torch.device, ranks: RankGroup) -> EngineConfig:
+    """The settings with CUDA graphs and overlap decided, where they are unset, by the device.
+
+    Raises ValueError for CUDA graphs where there can be none.
+    """
+    graphs = config.cuda_graphs
+    if graphs is None:
+        graphs = can_record(device, ranks)
+    elif graphs and device.type != "cuda":
+        raise ValueError(f"engine.cuda_graphs=True needs a CUDA device, not '{device}'")
+    elif graphs and not can_record(device, ranks):
+        raise ValueError(
+            f"engine.cuda_graphs=True with {ranks.size} tensor parallel ranks needs GPUs that can "
+            "read each other's memory; leave it unset"
+        )
+    overlap = device.type == "cuda" if config.overlap is None else config.overlap
+    return replace(config, cuda_graphs=graphs, overlap=overlap)
+
+
+def as_ranks(value: object) -> RankGroup:
+    """Tensor parallel ranks; ValueError for anything else."""
+    if not isinstance(value, RankGroup):
+        raise ValueError(f"Engine ranks is {shown(value)}; it must be RankGroup, with a group")
+    return value
+
+
+def can_record(device: torch.device, ranks: RankGroup) -> bool:
+    """Whether CUDA graphs can hold a step: tensor parallel ranks have to read each other's GPU."""
+    return device.type == "cuda" and (ranks.size == 1 or peers_of(ranks, device) is not None)
+
+
+def automatic_kv_bytes(device: torch.device) -> int:
+    """Bound of the automatic KV capacity, once the weights are in place."""
+    if device.type == "cpu":
+        return 1 << 30
+    return torch.cuda.mem_get_info(device)[0] // 2
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the GPU if there is one; DeviceError for a missing GPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        known = resolved.type in ("cpu", "cuda")
+    except (RuntimeError, TypeError):
+        known = False
+    if not known:
+        raise DeviceError(f"device is '{device}'; it must be cpu or cuda")
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            "device=cuda was asked for, but torch finds no CUDA device; use device=cpu"
+        )
+    return resolved
+
+
+def own_device(device: str | torch.device | None) -> torch.device:
+    """resolve_device for something that lives in this process: a GPU with its index.
+
+    Raises ValueError for another than the current CUDA device, on which kernels are launched.
+    """
+    resolved = resolve_device(device)
+    if resolved.type != "cuda":
+        return resolved
+    current = torch.device("cuda", torch.cuda.current_device())
+    if resolved.index is not None and resolved != current:
+        raise ValueError(
+            f"Engine device is '{resolved}'; it must be the current CUDA device, '{current}': "
+            "torch.cuda.set_device comes first"
+        )
+    return current
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """The block launches kernels on this device, whatever the thread's current one is."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """fp32 on the CPU and bf16 on the GPU: the dtypes of the numerics contract."""
+    contract = torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype is None:
+        return contract
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if resolved != contract:
+        raise ValueError(
+            f"dtype is {dtype}; the numerics contract on '{device.type}' is defined in {contract}"
+        )
+    return contract
