@@ -9,15 +9,15 @@ from typing import Any
 
 from samebit.recipes import fetch_smollm2, grpo, sft
 from samebit.recipes.cli.compose import ConfigError, to_yaml
-from samebit.recipes.cli.needs import require_ready
 from samebit.recipes.config import DemoRun, GrpoRun, RunSection, SftRun
-from samebit.recipes.data.inputs import Inputs
 from samebit.recipes.data.rewards import load_reward
 from samebit.recipes.data.tasks.base import load_datasets
+from samebit.recipes.models.tiny_model import make_demo_model
 from samebit.recipes.run.folder import CONFIG_FILE, RunFolder
 from samebit.recipes.run.input_files import input_files
+from samebit.recipes.run.inputs import Inputs
 from samebit.recipes.run.metrics import OWNER_ONLY, write_atomically
-from samebit.recipes.tiny_model import make_demo_model
+from samebit.recipes.run.needs import require_ready
 from samebit.rollout.config import resolve_device
 from samebit.weight_sync.folders import replacing
 

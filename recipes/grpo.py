@@ -15,21 +15,21 @@ import torch
 from tqdm import tqdm
 
 from samebit.recipes.cli.compose import to_yaml
+from samebit.recipes.cli.dry_run import grpo_plan, print_plan
 from samebit.recipes.config import GrpoRun
-from samebit.recipes.data.inputs import Inputs
 from samebit.recipes.data.order import SampleIds, problem_index
 from samebit.recipes.data.records import Split
 from samebit.recipes.data.rewards import RewardError, score
 from samebit.recipes.data.samples import drawn_sample
 from samebit.recipes.data.tasks.base import Problem
 from samebit.recipes.launch.placement import make_trainer, start_engine
-from samebit.recipes.run.dry_run import grpo_plan, print_plan
+from samebit.recipes.run.inputs import Inputs
 from samebit.recipes.run.metrics import MetricsLogger, NoLogger
 from samebit.recipes.run.report import write_report
 from samebit.recipes.run.rollouts import drop_rollouts_after, save_rollout
-from samebit.recipes.run.session import Session, open_session, require_startable
+from samebit.recipes.run.session import RunSession, open_session, require_startable
 from samebit.recipes.run.signals import Stopped, StopSignals, stop_signals
-from samebit.recipes.run.step_metrics import (
+from samebit.recipes.run.training_metrics import (
     Rollout,
     rollout_metrics,
     sample_rows,
@@ -81,7 +81,7 @@ class GrpoRecipe:
     def __init__(
         self,
         run: GrpoRun,
-        session: Session,
+        session: RunSession,
         stop: StopSignals | None = None,
         inputs: Inputs | None = None,
     ) -> None:

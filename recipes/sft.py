@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from samebit.recipes.cli.dry_run import print_plan, sft_plan
 from samebit.recipes.config import SftRun
-from samebit.recipes.data.inputs import SftInputs
 from samebit.recipes.data.order import problem_index
 from samebit.recipes.data.records import Split
 from samebit.recipes.export import write_model
 from samebit.recipes.launch.placement import make_trainer
-from samebit.recipes.run.dry_run import print_plan, sft_plan
-from samebit.recipes.run.session import Session, open_session, require_startable
+from samebit.recipes.run.inputs import SftInputs
+from samebit.recipes.run.session import RunSession, open_session, require_startable
 from samebit.recipes.run.signals import StopSignals, stop_signals
 from samebit.trainer.algorithms.sft import sft_loss
 from samebit.trainer.checkpoint import latest_checkpoint
@@ -79,7 +79,7 @@ def train(run: SftRun, started: Callable[[], None] = lambda: None) -> dict[str, 
 
 def _train(
     run: SftRun,
-    session: Session,
+    session: RunSession,
     stop: StopSignals,
     inputs: SftInputs,
     started: Callable[[], None],

@@ -6,7 +6,6 @@ from typing import Any
 
 from samebit.recipes.bench.config import BenchEngineRun, BenchKernelsRun, BenchTrainerRun
 from samebit.recipes.cli.overrides import ConfigError, Overrides, check_file, find_field, read_words
-from samebit.recipes.cli.secrets import build, escaped, plain
 from samebit.recipes.config import (
     DemoRun,
     DiffRun,
@@ -17,6 +16,7 @@ from samebit.recipes.config import (
     SftRun,
     VerifyRun,
 )
+from samebit.recipes.run.secrets import build, escaped, plain
 
 __all__ = ["ConfigError", "compose", "groups_of", "resolve", "to_dict", "to_yaml"]
 
@@ -134,7 +134,7 @@ def _demo_by_device(given: Overrides) -> list[str]:
 
 
 def to_yaml(run: RunSection) -> str:
-    """The resolved configuration as YAML, as it may be shown: see recipes/cli/secrets.py."""
+    """The resolved configuration as YAML, as it may be shown: see recipes/run/secrets.py."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(plain(run, escaped)))

@@ -116,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     overrides = list(_with_keys(command, [a for a in rest if a not in HELP]))
     from samebit.recipes.cli.compose import ConfigError, resolve
-    from samebit.recipes.cli.needs import require_ready
     from samebit.recipes.launch import processes as launch
+    from samebit.recipes.run.needs import require_ready
     from samebit.recipes.run.signals import Stopped
 
     _quieten_imports()
@@ -164,8 +164,8 @@ def _import_program(command: str) -> Any:
 
 def _was_told(command: str, error: Exception, run: Any) -> bool:
     """Say one of our own errors in a line; of several processes, any other one by its traceback."""
-    from samebit.recipes.cli.secrets import scrubbed
     from samebit.recipes.launch import processes as launch
+    from samebit.recipes.run.secrets import scrubbed
 
     ours = type(error).__module__.startswith("samebit.")
     expected = ours or isinstance(error, OSError | ValueError | ImportError)

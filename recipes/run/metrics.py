@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, Self
 
-from samebit.recipes.cli.secrets import HIDDEN
+from samebit.recipes.run.secrets import HIDDEN
 from samebit.trainer.config import require, require_default
 from samebit.weight_sync.disk import make_folder, sync
 

@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from samebit.kernels.profile import NumericsProfile, numerics_profile
 from samebit.recipes.cli.compose import to_dict, to_yaml
-from samebit.recipes.cli.needs import require_ready
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.data.tasks.base import Dataset
 from samebit.recipes.launch.processes import is_launched
@@ -27,6 +26,7 @@ from samebit.recipes.run.folder import (
 )
 from samebit.recipes.run.input_files import input_files
 from samebit.recipes.run.metrics import OWNER_ONLY, MetricsLogger, NoLogger, write_atomically
+from samebit.recipes.run.needs import require_ready
 from samebit.recipes.run.provenance import record_start
 from samebit.recipes.run.signals import Stopped
 from samebit.rollout.config import resolve_device
@@ -52,7 +52,7 @@ class HasStep(Protocol):
 
 
 @dataclass
-class Session:
+class RunSession:
     """A run's folder, its device and the numerics that its checkpoints are bound to.
 
     A context: at its end the folder is free for others, and if the run has not `started`, it holds
@@ -195,7 +195,7 @@ class Session:
             write_atomically(self.run_dir / "summary.json", json.dumps(summary) + "\n")
 
 
-def open_session(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> Session:
+def open_session(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> RunSession:
     """Make or reopen the run's folder; nothing is removed unless overwrite=true says so.
 
     records: what the run's checkpoints are bound to the contents of, by name. With several
@@ -218,7 +218,7 @@ def open_session(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> Sessi
     resumed = latest_checkpoint(run.run_dir / "checkpoints") if run.resume else None
     if resumed is not None:  # by the first process, for all
         resumed = replace(resumed, verified=True)
-    return Session(run, device, profile, resumed, is_first(), bound, folder)
+    return RunSession(run, device, profile, resumed, is_first(), bound, folder)
 
 
 def command_of(run: SftRun | GrpoRun) -> str:

@@ -23,10 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from samebit.recipes.models.tiny_model import write_character_tokenizer, write_config, write_weights
 from samebit.recipes.run.metrics import read_rows, write_atomically
 from samebit.recipes.run.provenance import provenance
 from samebit.recipes.run.rollouts import list_rollouts
-from samebit.recipes.tiny_model import write_character_tokenizer, write_config, write_weights
 from samebit.rollout.config import resolve_device
 from samebit.trainer.config import ParallelConfig
 

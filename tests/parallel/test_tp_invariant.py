@@ -9,7 +9,7 @@ from samebit.kernels.linear import linear, linear_in_segments, tree_sum
 from samebit.kernels.profile import numerics_profile
 from samebit.kernels.reduce import TP_SEGMENTS, RankGroup
 from samebit.recipes.cli.compose import ConfigError, resolve
-from samebit.recipes.tiny_model import write_config, write_weights
+from samebit.recipes.models.tiny_model import write_config, write_weights
 from samebit.rollout.engine import Engine
 
 CPU = torch.device("cpu")

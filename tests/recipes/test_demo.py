@@ -16,8 +16,12 @@ from run_children import has_lines
 from samebit.recipes import fetch_smollm2
 from samebit.recipes.cli import main as cli
 from samebit.recipes.cli.compose import ConfigError, resolve, to_dict
+from samebit.recipes.models.tiny_model import (
+    make_demo_model,
+    make_random_model,
+    write_character_tokenizer,
+)
 from samebit.recipes.run.metrics import read_rows, without_times
-from samebit.recipes.tiny_model import make_demo_model, make_random_model, write_character_tokenizer
 from samebit.trainer.checkpoint import latest_checkpoint
 
 

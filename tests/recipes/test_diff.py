@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from samebit.recipes.bits import Distance, distance
 from samebit.recipes.cli import main as cli
 from samebit.recipes.diff import rollout_differences
 from samebit.recipes.run.rollouts import SavedSample
+from samebit.recipes.verification.bits import Distance, distance
 from samebit.trainer.checkpoint import MANIFEST, list_checkpoints, manifest_text
 
 SAVED = "logger.save_rollouts=true"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from samebit.recipes import fetch_smollm2
 from samebit.recipes.cli import main as cli
 from samebit.recipes.export import write_model
-from samebit.recipes.tiny_model import make_demo_model
+from samebit.recipes.models.tiny_model import make_demo_model
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.checkpoint import latest_checkpoint, read_checkpoint

@@ -26,9 +26,9 @@ from samebit.recipes import grpo
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.data.tasks.base import Problem
 from samebit.recipes.export import find_checkpoint, write_model
+from samebit.recipes.models.tiny_model import make_random_model, write_character_tokenizer
 from samebit.recipes.run.metrics import read_rows, without_times
 from samebit.recipes.run.rollouts import load_rollout
-from samebit.recipes.tiny_model import make_random_model, write_character_tokenizer
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
 

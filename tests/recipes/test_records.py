@@ -9,15 +9,19 @@ import pytest
 
 from samebit.recipes.cli import main as cli
 from samebit.recipes.cli.compose import resolve
+from samebit.recipes.cli.dry_run import grpo_plan
 from samebit.recipes.data import records
-from samebit.recipes.data.inputs import Inputs, SftInputs
 from samebit.recipes.data.order import problem_index
 from samebit.recipes.data.tasks.base import Problem
 from samebit.recipes.grpo import make_samples
+from samebit.recipes.models.tiny_model import (
+    make_demo_model,
+    write_character_tokenizer,
+    write_weights,
+)
 from samebit.recipes.run.binding import bound_keys
-from samebit.recipes.run.dry_run import grpo_plan
-from samebit.recipes.run.step_metrics import Rollout
-from samebit.recipes.tiny_model import make_demo_model, write_character_tokenizer, write_weights
+from samebit.recipes.run.inputs import Inputs, SftInputs
+from samebit.recipes.run.training_metrics import Rollout
 from samebit.rollout.types import Completion
 
 

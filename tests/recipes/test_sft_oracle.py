@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from samebit.recipes import sft
 from samebit.recipes.cli.compose import resolve
+from samebit.recipes.models.tiny_model import make_random_model, write_character_tokenizer
 from samebit.recipes.run.metrics import read_rows
-from samebit.recipes.tiny_model import make_random_model, write_character_tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvw"
 STEPS, BATCH, SEED, LONGEST = 4, 3, 5, 12

@@ -12,7 +12,7 @@ from run_children import has_begun_to_save, has_lines
 from samebit.recipes import sft
 from samebit.recipes.cli import main as cli
 from samebit.recipes.cli.compose import resolve
-from samebit.recipes.data.inputs import SftInputs
+from samebit.recipes.run.inputs import SftInputs
 from samebit.recipes.run.metrics import read_rows
 from samebit.rollout.engine import Engine
 from samebit.trainer.algorithms.sft import sft_loss

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from samebit.recipes.cli import main as cli
-from samebit.recipes.tiny_model import make_random_model, write_config, write_weights
+from samebit.recipes.models.tiny_model import make_random_model, write_config, write_weights
 from samebit.recipes.verification import kernel_pass, kill_demo
 from samebit.recipes.verification.properties import (
     CPU_BATCH_EDGES,

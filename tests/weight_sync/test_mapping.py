@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from samebit.recipes.tiny_model import write_config
+from samebit.recipes.models.tiny_model import write_config
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config

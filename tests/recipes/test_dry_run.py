@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 
 from samebit.recipes.cli import main as cli
 from samebit.recipes.cli.compose import resolve
-from samebit.recipes.run.dry_run import grpo_plan, sft_plan
+from samebit.recipes.cli.dry_run import grpo_plan, sft_plan
 
 
 def test_dry_run_prints_the_plan_and_stops(demo_model, tmp_path, capsys):

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from samebit.recipes.run import step_metrics as step
-from samebit.recipes.run.step_metrics import Rollout, speed
+from samebit.recipes.run import training_metrics as step
+from samebit.recipes.run.training_metrics import Rollout, speed
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.types import Completion
 from samebit.trainer.config import ParallelConfig
