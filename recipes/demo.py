@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from samebit.recipes import fetch_smollm2, grpo, sft
-from samebit.recipes.cli.compose import ConfigError, to_yaml
-from samebit.recipes.config import DemoRun, GrpoRun, RunSection, SftRun
+from samebit.recipes.config import ConfigError, DemoRun, GrpoRun, RunSection, SftRun
 from samebit.recipes.data.rewards import load_reward
 from samebit.recipes.data.tasks.base import load_datasets
 from samebit.recipes.models.tiny_model import make_demo_model
@@ -18,6 +17,7 @@ from samebit.recipes.run.input_files import input_files
 from samebit.recipes.run.inputs import Inputs
 from samebit.recipes.run.metrics import OWNER_ONLY, write_atomically
 from samebit.recipes.run.needs import require_ready
+from samebit.recipes.run.secrets import to_yaml
 from samebit.rollout.config import resolve_device
 from samebit.weight_sync.folders import replacing
 

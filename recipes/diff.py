@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from samebit.recipes.cli.compose import ConfigError
-from samebit.recipes.config import DiffRun
+from samebit.recipes.config import ConfigError
 from samebit.recipes.run.binding import binding_config, flatten
 from samebit.recipes.run.folder import CONFIG_FILE
 from samebit.recipes.run.metrics import METRICS_FILE, SAMPLES_FILE, read_rows
 from samebit.recipes.run.rollouts import SavedSample, list_rollouts, load_rollout
+from samebit.recipes.tools_config import DiffRun
 from samebit.recipes.verification.bits import distance
 from samebit.trainer.checkpoint import Checkpoint, CheckpointError, list_checkpoints
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from samebit.recipes.cli.compose import ConfigError
-from samebit.recipes.config import ExportRun
+from samebit.recipes.config import ConfigError
 from samebit.recipes.models.side_files import side_files, write_side_files
 from samebit.recipes.run.folder import require_outside
+from samebit.recipes.tools_config import ExportRun
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import param_specs
 from samebit.rollout.models.registry import load_model_config

@@ -8,9 +8,9 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from samebit.recipes.cli.compose import ConfigError
-from samebit.recipes.config import FetchRun
+from samebit.recipes.config import ConfigError
 from samebit.recipes.run.folder import require_outside
+from samebit.recipes.tools_config import FetchRun
 from samebit.weight_sync.folders import replacing
 from samebit.weight_sync.transports.file import require_replaceable, write_safetensors
 

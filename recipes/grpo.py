@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from samebit.recipes.cli.compose import to_yaml
 from samebit.recipes.cli.dry_run import grpo_plan, print_plan
 from samebit.recipes.config import GrpoRun
 from samebit.recipes.data.order import SampleIds, problem_index
@@ -27,6 +26,7 @@ from samebit.recipes.run.inputs import Inputs
 from samebit.recipes.run.metrics import MetricsLogger, NoLogger
 from samebit.recipes.run.report import write_report
 from samebit.recipes.run.rollouts import drop_rollouts_after, save_rollout
+from samebit.recipes.run.secrets import to_yaml
 from samebit.recipes.run.session import RunSession, open_session, require_startable
 from samebit.recipes.run.signals import Stopped, StopSignals, stop_signals
 from samebit.recipes.run.training_metrics import (

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from samebit.kernels.profile import numerics_profile
-from samebit.recipes.cli.compose import ConfigError
-from samebit.recipes.config import VerifyRun
+from samebit.recipes.config import ConfigError
 from samebit.recipes.models.tiny_model import make_random_model
 from samebit.recipes.run.folder import require_own_report
 from samebit.recipes.run.metrics import write_atomically
 from samebit.recipes.run.provenance import provenance
+from samebit.recipes.tools_config import VerifyRun
 from samebit.recipes.verification.properties import PROPERTIES, Property
 from samebit.recipes.verification.subject import Result, chained_digest, make_subject
 from samebit.rollout.config import resolve_device

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from samebit.recipes.config import LOAD_FORMATS, check_given, check_run_folder
+from samebit.recipes.config import check_run_folder
+from samebit.recipes.tools_config import LOAD_FORMATS, check_given
 from samebit.trainer.config import ParallelConfig, check_tp_invariant, require, require_default
 
 VARIANTS = ("default", "no_graphs", "no_overlap", "torch_kernels")

@@ -5,20 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from samebit.recipes.bench.config import BenchEngineRun, BenchKernelsRun, BenchTrainerRun
-from samebit.recipes.cli.overrides import ConfigError, Overrides, check_file, find_field, read_words
-from samebit.recipes.config import (
-    DemoRun,
-    DiffRun,
-    ExportRun,
-    FetchRun,
-    GrpoRun,
-    RunSection,
-    SftRun,
-    VerifyRun,
-)
-from samebit.recipes.run.secrets import build, escaped, plain
-
-__all__ = ["ConfigError", "compose", "groups_of", "resolve", "to_dict", "to_yaml"]
+from samebit.recipes.cli.overrides import Overrides, check_file, find_field, read_words
+from samebit.recipes.config import ConfigError, DemoRun, GrpoRun, RunSection, SftRun
+from samebit.recipes.run.secrets import build
+from samebit.recipes.tools_config import DiffRun, ExportRun, FetchRun, VerifyRun
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
@@ -131,22 +121,6 @@ def _demo_by_device(given: Overrides) -> list[str]:
     import torch
 
     return ["demo=smollm2"] if torch.cuda.is_available() else []
-
-
-def to_yaml(run: RunSection) -> str:
-    """The resolved configuration as YAML, as it may be shown: see recipes/run/secrets.py."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.create(plain(run, escaped)))
-
-
-def to_dict(run: RunSection, *, shown: bool = True) -> dict[str, Any]:
-    """The resolved configuration as plain values, as it may be shown.
-
-    With shown=False it has what interpolations gave, for comparisons and digests; secrets by name
-    are never in it.
-    """
-    return plain(run, shown=shown)
 
 
 def _first_lines(error: Exception) -> str:

@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from samebit.recipes.cli.compose import to_yaml
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.data.records import Split
 from samebit.recipes.run.inputs import Inputs, SftInputs
+from samebit.recipes.run.secrets import to_yaml
 from samebit.recipes.run.session import require_resumable
 from samebit.rollout.config import resolve_device, resolve_dtype
 from samebit.rollout.models.config import ModelConfig

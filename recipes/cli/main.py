@@ -115,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"samebit: no command '{command}'\n\n{usage()}", file=sys.stderr)
         return 2
     overrides = list(_with_keys(command, [a for a in rest if a not in HELP]))
-    from samebit.recipes.cli.compose import ConfigError, resolve
+    from samebit.recipes.cli.compose import resolve
+    from samebit.recipes.config import ConfigError
     from samebit.recipes.launch import processes as launch
     from samebit.recipes.run.needs import require_ready
     from samebit.recipes.run.signals import Stopped

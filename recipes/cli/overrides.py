@@ -13,6 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from samebit.recipes.config import ConfigError
 from samebit.recipes.run.secrets import HIDDEN, escaped, is_secret_name
 
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
@@ -23,10 +24,6 @@ _WORDS = {
     bool: "true or false",
     list[int]: "a list such as [1,2]",
 }
-
-
-class ConfigError(ValueError):
-    """A configuration key is unknown, missing, of the wrong type or contradicts another."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
-from samebit.recipes.cli.compose import ConfigError
+from samebit.recipes.config import ConfigError
 from samebit.weight_sync.disk import make_folder, sync
 from samebit.weight_sync.folders import LOCK, MARKER, FolderLock, read_marker, write_marker
 

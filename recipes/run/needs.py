@@ -7,7 +7,8 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
-from samebit.recipes.config import DemoRun, FetchRun, GrpoRun, SftRun
+from samebit.recipes.config import DemoRun, GrpoRun, SftRun
+from samebit.recipes.tools_config import FetchRun
 
 
 class MissingError(ImportError):

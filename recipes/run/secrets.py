@@ -168,3 +168,19 @@ def plain(value: Any, text: Callable[[str], str] = str, *, shown: bool = True) -
             return value.shown
         value = next(kind for kind in _GUARDS if isinstance(value, kind))(value)
     return text(value) if isinstance(value, str) else value
+
+
+def to_yaml(run: Any) -> str:
+    """The resolved configuration as YAML, as it may be shown."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(plain(run, escaped)))
+
+
+def to_dict(run: Any, *, shown: bool = True) -> dict[str, Any]:
+    """The resolved configuration as plain values, as it may be shown.
+
+    With shown=False it has what interpolations gave, for comparisons and digests; secrets by name
+    are never in it.
+    """
+    return plain(run, shown=shown)

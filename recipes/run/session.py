@@ -12,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 from samebit.kernels.profile import NumericsProfile, numerics_profile
-from samebit.recipes.cli.compose import to_dict, to_yaml
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.data.tasks.base import Dataset
 from samebit.recipes.launch.processes import is_launched
@@ -28,6 +27,7 @@ from samebit.recipes.run.input_files import input_files
 from samebit.recipes.run.metrics import OWNER_ONLY, MetricsLogger, NoLogger, write_atomically
 from samebit.recipes.run.needs import require_ready
 from samebit.recipes.run.provenance import record_start
+from samebit.recipes.run.secrets import to_dict, to_yaml
 from samebit.recipes.run.signals import Stopped
 from samebit.rollout.config import resolve_device
 from samebit.trainer.checkpoint import Checkpoint, CheckpointError, latest_checkpoint

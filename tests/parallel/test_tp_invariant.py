@@ -8,7 +8,8 @@ import torch
 from samebit.kernels.linear import linear, linear_in_segments, tree_sum
 from samebit.kernels.profile import numerics_profile
 from samebit.kernels.reduce import TP_SEGMENTS, RankGroup
-from samebit.recipes.cli.compose import ConfigError, resolve
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.config import ConfigError
 from samebit.recipes.models.tiny_model import write_config, write_weights
 from samebit.rollout.engine import Engine
 

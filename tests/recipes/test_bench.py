@@ -25,7 +25,8 @@ from samebit.recipes.bench.timing import CardRates, Spread, num_copies
 from samebit.recipes.bench.trainer import communication
 from samebit.recipes.bench.variants import torch_kernels
 from samebit.recipes.cli import main as cli
-from samebit.recipes.cli.compose import ConfigError, resolve
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.config import ConfigError
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config

@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 
 from samebit.recipes.cli import compose
 from samebit.recipes.cli import main as cli
-from samebit.recipes.cli.compose import SCHEMAS, ConfigError, groups_of, resolve
+from samebit.recipes.cli.compose import SCHEMAS, groups_of, resolve
 from samebit.recipes.cli.overrides import read_words
-from samebit.recipes.config import check_run_folder
+from samebit.recipes.config import ConfigError, check_run_folder
 
 
 def read(*words, command="grpo"):

@@ -8,9 +8,10 @@ from helpers import run_python
 from omegaconf import OmegaConf
 
 from samebit.recipes.cli import main as cli
-from samebit.recipes.cli.compose import CONFIG_DIR, SCHEMAS, ConfigError, compose, resolve
-from samebit.recipes.config import DemoRun, ExportRun, GrpoRun, SftRun, VerifyRun
+from samebit.recipes.cli.compose import CONFIG_DIR, SCHEMAS, compose, resolve
+from samebit.recipes.config import ConfigError, DemoRun, GrpoRun, SftRun
 from samebit.recipes.run.binding import bound_keys
+from samebit.recipes.tools_config import ExportRun, VerifyRun
 
 NEEDED = {
     "grpo": ["model.path=m"],

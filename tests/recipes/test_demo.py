@@ -15,13 +15,15 @@ from run_children import has_lines
 
 from samebit.recipes import fetch_smollm2
 from samebit.recipes.cli import main as cli
-from samebit.recipes.cli.compose import ConfigError, resolve, to_dict
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.config import ConfigError
 from samebit.recipes.models.tiny_model import (
     make_demo_model,
     make_random_model,
     write_character_tokenizer,
 )
 from samebit.recipes.run.metrics import read_rows, without_times
+from samebit.recipes.run.secrets import to_dict
 from samebit.trainer.checkpoint import latest_checkpoint
 
 

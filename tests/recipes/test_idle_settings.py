@@ -6,20 +6,12 @@ import pytest
 
 from samebit.recipes.bench.config import BenchEngineRun, BenchEngineSettings, BenchKernelsRun
 from samebit.recipes.cli import main as cli
-from samebit.recipes.cli.compose import ConfigError, resolve
-from samebit.recipes.config import (
-    DemoRun,
-    DiffRun,
-    ExportRun,
-    FetchRun,
-    GrpoRun,
-    ModelSection,
-    SftRun,
-    VerifyRun,
-)
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.config import ConfigError, DemoRun, GrpoRun, ModelSection, SftRun
 from samebit.recipes.data.rewards import RewardConfig
 from samebit.recipes.data.tasks.base import DataConfig
 from samebit.recipes.run.metrics import LoggerConfig
+from samebit.recipes.tools_config import DiffRun, ExportRun, FetchRun, VerifyRun
 from samebit.trainer.config import GrpoConfig, OptimizerConfig, TrainerConfig
 
 FILE = partial(DataConfig, path="x.jsonl")

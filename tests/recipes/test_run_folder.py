@@ -11,7 +11,7 @@ from helpers import edit_tensors, run_python, tree
 from run_children import open_run
 
 from samebit.recipes.cli import main as cli
-from samebit.recipes.cli.compose import ConfigError
+from samebit.recipes.config import ConfigError
 from samebit.recipes.run.folder import RunFolder, require_own_report
 from samebit.trainer.checkpoint import CheckpointError
 from samebit.weight_sync.folders import FolderInUseError, FolderLock, read_marker

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from samebit.recipes.cli import main as cli
-from samebit.recipes.cli.compose import resolve, to_dict, to_yaml
+from samebit.recipes.cli.compose import resolve
 from samebit.recipes.config import GrpoRun, ModelSection
 from samebit.recipes.run import metrics
 from samebit.recipes.run.metrics import LoggerConfig, MetricsLogger, WandbError, write_atomically
 from samebit.recipes.run.needs import MissingError, require_ready
-from samebit.recipes.run.secrets import is_secret_name, scrubbed, without_secrets
+from samebit.recipes.run.secrets import is_secret_name, scrubbed, to_dict, to_yaml, without_secrets
 from samebit.weight_sync import meeting
 
 KEY, FROM_ENVIRONMENT = "sk-named-5f1c", "from-the-environment-77ab"
