@@ -9,8 +9,8 @@ from typing import Any
 
 from samebit.recipes import fetch_smollm2, grpo, sft
 from samebit.recipes.config import ConfigError, DemoRun, GrpoRun, RunSection, SftRun
-from samebit.recipes.data.rewards import load_reward
-from samebit.recipes.data.tasks.base import load_datasets
+from samebit.recipes.data.reward_pool import load_reward
+from samebit.recipes.data.tasks.registry import load_datasets
 from samebit.recipes.models.tiny_model import make_demo_model
 from samebit.recipes.run.folder import CONFIG_FILE, RunFolder
 from samebit.recipes.run.input_files import input_files

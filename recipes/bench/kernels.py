@@ -7,7 +7,6 @@ pages through 256 MB or more, so that no cache holds them, as in an engine that 
 between two uses; the row operations find their inputs in the cache, as they do in an engine.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -27,6 +26,7 @@ from samebit.kernels.sample import draw
 from samebit.kernels.swiglu import swiglu
 from samebit.recipes.bench.config import BenchKernelsRun
 from samebit.recipes.bench.output import REPORT_FILE, format_table, model_fields, write_report
+from samebit.recipes.bench.products import linear_shapes
 from samebit.recipes.bench.timing import card_rates, graph_us, graphs_us, num_copies
 from samebit.recipes.run.folder import require_own_report
 from samebit.rollout.config import DeviceError, resolve_device
@@ -52,19 +52,6 @@ _MAX_PLANS = 128
 
 def _randn(*shape: int, dtype: torch.dtype = _BF16) -> torch.Tensor:
     return torch.randn(shape, dtype=dtype, device=_CUDA)
-
-
-def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(N, K) of every product of the model."""
-    D, H = config.hidden_size, config.head_dim
-    heads = config.num_heads * H
-    return {
-        "qkv": (heads + 2 * config.num_kv_heads * H, D),
-        "o": (D, heads),
-        "gate_up": (2 * config.ffn_size, D),
-        "down": (D, config.ffn_size),
-        "lm_head": (config.vocab_size, D),
-    }
 
 
 def _torch_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -272,7 +259,9 @@ def main(run: BenchKernelsRun) -> int:
     if device.type != "cuda":
         raise DeviceError("bench kernels needs a CUDA device; `bench engine` also takes device=cpu")
     if run.tune:
-        return importlib.import_module("samebit.recipes.bench.tune").main(run)
+        from samebit.recipes.bench import tune  # needs Triton
+
+        return tune.main(run)
     torch.manual_seed(run.seed)
     config = load_model_config(run.model)
     tables: dict[str, list[Row]] = {}

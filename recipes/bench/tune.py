@@ -31,7 +31,7 @@ from samebit.kernels.gpu.rows import swiglu
 from samebit.kernels.gpu.skinny import Tile
 from samebit.kernels.gpu.tuning import TABLES, Choice, Key, row_bucket, table_path, to_json
 from samebit.recipes.bench.config import BenchKernelsRun
-from samebit.recipes.bench.kernels import linear_shapes
+from samebit.recipes.bench.products import linear_shapes
 from samebit.recipes.bench.timing import Action, card_rates, graph_us, graphs_us, num_copies
 from samebit.recipes.run.metrics import write_atomically
 from samebit.recipes.run.provenance import provenance

@@ -21,7 +21,16 @@ from contextlib import suppress
 from typing import Any
 
 from samebit.recipes.data.reward_worker import LENGTH_BYTES
-from samebit.recipes.data.rewards import Poll, RewardConfig, RewardError, describe
+from samebit.recipes.data.rewards import (
+    IN_PROCESS,
+    REWARDS,
+    BoundReward,
+    Poll,
+    RewardConfig,
+    RewardError,
+    bind_reward,
+    describe,
+)
 from samebit.recipes.data.tasks.base import Problem
 from samebit.weight_sync.meeting import own_secret
 
@@ -106,7 +115,7 @@ class Worker:
 
 
 class RewardPool:
-    """A reward that runs in worker processes; see `rewards.load_reward`."""
+    """A reward that runs in worker processes; see `load_reward`."""
 
     def __init__(self, config: RewardConfig, poll: Poll) -> None:
         self.name = config.name
@@ -262,3 +271,20 @@ def _kill(process: "subprocess.Popen[bytes]", files: tuple[int, ...]) -> None:
     process.wait()
     for fd in files:
         os.close(fd)
+
+
+def load_reward(config: RewardConfig, poll: Poll = lambda: None) -> BoundReward | RewardPool:
+    """The reward that a config names.
+
+    Ours that only compare texts run in this process. Code of others (your function, math-verify,
+    reasoning_gym) is imported and run in worker processes alone, which this starts.
+    Raises ValueError for an unknown name (listing the choices), a function that cannot be
+    imported, or arguments that it does not take.
+    """
+    if config.name in IN_PROCESS:
+        return bind_reward(config.name, config.args)
+    if config.name not in REWARDS and not all(config.name.partition(":")):
+        raise ValueError(
+            f"reward.name is {config.name!r}; give one of {', '.join(REWARDS)}, or module:function"
+        )
+    return RewardPool(config, poll)

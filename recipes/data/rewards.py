@@ -10,13 +10,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from samebit.recipes.data.tasks.base import Problem
 from samebit.trainer.config import require_default
-
-if TYPE_CHECKING:
-    from samebit.recipes.data.reward_pool import RewardPool
 
 Reward = Callable[[str, Problem], float]
 Poll = Callable[[], object]
@@ -113,27 +110,8 @@ class BoundReward:
         """Nothing to let go of."""
 
 
-def load_reward(config: RewardConfig, poll: Poll = lambda: None) -> "BoundReward | RewardPool":
-    """The reward that a config names.
-
-    Ours that only compare texts run in this process. Code of others (your function, math-verify,
-    reasoning_gym) is imported and run in worker processes alone, which this starts.
-    Raises ValueError for an unknown name (listing the choices), a function that cannot be
-    imported, or arguments that it does not take.
-    """
-    if config.name in IN_PROCESS:
-        return bind_reward(config.name, config.args)
-    if config.name not in REWARDS and not all(config.name.partition(":")):
-        raise ValueError(
-            f"reward.name is {config.name!r}; give one of {', '.join(REWARDS)}, or module:function"
-        )
-    from samebit.recipes.data.reward_pool import RewardPool
-
-    return RewardPool(config, poll)
-
-
 def bind_reward(name: str, args: dict[str, Any]) -> BoundReward:
-    """The function that a name means, with checked arguments; ValueError as for `load_reward`."""
+    """The function that a name means, with checked arguments; ValueError as for load_reward."""
     function = REWARDS.get(name) or _import_reward(name)
     try:
         inspect.signature(function).bind("", None, **args)

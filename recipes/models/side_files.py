@@ -7,8 +7,22 @@ from typing import Any
 
 import torch
 
-from samebit.recipes.run.input_files import CHAT_TEMPLATES
+from samebit.weight_sync.transports.file import VERSION_FILE
 
+CHAT_TEMPLATES = "additional_chat_templates"
+"""The one folder inside a Hugging Face folder of which a tokenizer reads files."""
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 _WEIGHT_SUFFIXES = (
     ".safetensors",
     ".bin",
@@ -22,8 +36,14 @@ _WEIGHT_SUFFIXES = (
     ".gguf",
     ".index.json",
 )
-_OWN = "weight_version.json"
 _DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """What a tokenizer reads of a Hugging Face folder, chat templates included, by name."""
+    files = [folder / name for name in _TOKENIZER]
+    files += sorted((folder / CHAT_TEMPLATES).glob("*.jinja"))
+    return {str(file.relative_to(folder)): file for file in files if file.is_file()}
 
 
 def side_files(folder: Path) -> list[Path]:
@@ -34,7 +54,7 @@ def side_files(folder: Path) -> list[Path]:
         if file.is_file()
         and not file.name.startswith(".")
         and not file.name.endswith(_WEIGHT_SUFFIXES)
-        and file.name != _OWN
+        and file.name != VERSION_FILE
     ]
 
 

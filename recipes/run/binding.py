@@ -16,7 +16,8 @@ from typing import Any
 from samebit.kernels.profile import NumericsProfile
 from samebit.recipes.config import GrpoRun, RunSection, SftRun
 from samebit.recipes.data.tasks.base import DataConfig, Dataset
-from samebit.recipes.run.input_files import reward_source, tokenizer_files
+from samebit.recipes.models.side_files import tokenizer_files
+from samebit.recipes.run.input_files import reward_source
 from samebit.recipes.run.provenance import device_name
 from samebit.recipes.run.secrets import to_dict
 from samebit.rollout.config import resolve_device

@@ -11,9 +11,11 @@ from pathlib import Path
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.data.order import problem_index
 from samebit.recipes.data.records import Encoder, Split
-from samebit.recipes.data.rewards import Poll, load_reward
-from samebit.recipes.data.tasks.base import Dataset, ListDataset, Problem, load_datasets
+from samebit.recipes.data.reward_pool import load_reward
+from samebit.recipes.data.rewards import Poll
+from samebit.recipes.data.tasks.base import Dataset, ListDataset, Problem
 from samebit.recipes.data.tasks.faults import Faults
+from samebit.recipes.data.tasks.registry import load_datasets
 from samebit.recipes.data.text import TextCodec
 from samebit.recipes.launch.processes import is_one_of_several, launched_rank
 from samebit.recipes.run.signals import Stopped, StopSignals

@@ -35,7 +35,7 @@ def score_pairs(text, problem):
 
 def open_run(run):
     """open_session with the records that a run of grpo reads."""
-    from samebit.recipes.data.tasks.base import load_datasets
+    from samebit.recipes.data.tasks.registry import load_datasets
     from samebit.recipes.run.session import open_session
 
     train_set, held_out = load_datasets(run.data)

@@ -1,18 +1,10 @@
-"""What a task is: problems by index, in two splits that share none, chosen by one config."""
+"""What a task gives: problems by index, in two splits that share none, chosen by one config."""
 
-import importlib
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from samebit.trainer.config import require_default
 
-# A new task is one new module with `load(config) -> (train, eval)` and one line here. A task's
-# name may carry a variant after a slash ("reasoning_gym/chain_sum"), which its module reads.
-TASKS = {
-    "file": "samebit.recipes.data.tasks.file",
-    "reasoning_gym": "samebit.recipes.data.tasks.reasoning_gym",
-    "reverse_digits": "samebit.recipes.data.tasks.reverse_digits",
-}
 OVERLONG = ("error", "drop", "truncate_left")
 
 
@@ -86,29 +78,6 @@ class DataConfig:
         if self.task != "file":
             keys = ("prompt_key", "label_key", "metadata_keys")
             require_default(self, "data", keys, f"data.task is {self.task!r}")
-
-
-def load_datasets(config: DataConfig) -> tuple[Dataset, Dataset]:
-    """The train split and the held-out split of a task. No prompt is in both.
-
-    Raises ValueError for an unknown task or a bad setting, FileNotFoundError for a missing file.
-    """
-    name, slash, _ = config.task.partition("/")
-    if name not in TASKS or bool(slash) != (name == "reasoning_gym"):
-        raise ValueError(
-            f"data.task is {config.task!r}; give one of file, reverse_digits, reasoning_gym/<name>"
-        )
-    if config.size < 1:
-        raise ValueError(f"data.size is {config.size}; give at least 1")
-    if config.eval_size < 0:
-        raise ValueError(f"data.eval_size is {config.eval_size}; give 0 or more")
-    if name != "file" and (config.path or config.eval_path):
-        raise ValueError(
-            f"data.path is {config.path!r} and data.eval_path is {config.eval_path!r}, but the "
-            f"task {config.task!r} generates its problems; leave both unset, or use task 'file'"
-        )
-    train, held_out = importlib.import_module(TASKS[name]).load(config)
-    return train, held_out
 
 
 def check_index(index: int, size: int) -> None:
