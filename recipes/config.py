@@ -207,6 +207,11 @@ class SftRun(RunSection):
     eval_every: int = 20
     """Steps between evaluations of the held-out loss; also before the first, after the last."""
 
+    @property
+    def num_processes(self) -> int:
+        """How many processes it runs in."""
+        return self.trainer.parallel.num_processes
+
     def validate(self) -> None:
         """Checks across sections; ValueError names the keys."""
         _check_overwrite(self)
@@ -237,6 +242,11 @@ class GrpoRun(RunSection):
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
     @property
+    def num_processes(self) -> int:
+        """How many processes it runs in."""
+        return self.trainer.parallel.num_processes
+
+    @property
     def samples_per_step(self) -> int:
         """Samples of one rollout step."""
         return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
@@ -245,6 +255,16 @@ class GrpoRun(RunSection):
     def batch_size(self) -> int:
         """Samples of one optimizer step."""
         return self.trainer.batch_size or self.samples_per_step
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps on the samples of one rollout step."""
+        return self.samples_per_step // self.batch_size
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.trainer.num_steps * self.updates_per_step
 
     def validate(self) -> None:
         """Checks across sections; ValueError names the keys."""
@@ -262,8 +282,7 @@ class GrpoRun(RunSection):
                 f"{self.batch_size}"
             )
         _check_copies(self.batch_size, self.trainer.parallel.data)
-        num_updates = self.trainer.num_steps * (self.samples_per_step // self.batch_size)
-        _check_schedule(self.trainer, num_updates)
+        _check_schedule(self.trainer, self.num_updates)
         if self.data.eval_size < 1 and self.data.eval_path is None:
             raise ValueError(
                 f"data.eval_size is {self.data.eval_size}; grpo measures the reward on held-out "
@@ -288,6 +307,11 @@ class DemoRun(RunSection):
     """null: no supervised start."""
     grpo: GrpoRun = field(default_factory=GrpoRun)
 
+    @property
+    def num_processes(self) -> int:
+        """How many processes it runs in, both phases in the same ones."""
+        return self.grpo.num_processes
+
     def validate(self) -> None:
         """Checks of both phases; what they share is given once, at the top."""
         require(self.model in DEMO_MODELS, "model", self.model, f"one of {DEMO_MODELS}")
@@ -296,8 +320,6 @@ class DemoRun(RunSection):
                 continue
             path, fits = phase.model.path, phase.model.path == SET_BY_DEMO
             require(fits, f"{name}.model.path", path, "left alone: the demo makes its model")
-            size = phase.trainer.parallel.num_processes
-            require(size == 1, f"{name}.trainer.parallel", size, "one process in the demo")
             for f in fields(RunSection):
                 if getattr(phase, f.name) != f.default:
                     raise ValueError(
@@ -307,3 +329,8 @@ class DemoRun(RunSection):
                 phase.validate()
             except ValueError as error:
                 raise ValueError(f"{name}.{error}") from error
+        if self.sft is not None:
+            groups = [phase.trainer.parallel.groups for phase in (self.sft, self.grpo)]
+            meaning = f"grpo's {groups[1]}, as both phases run in the same processes"
+            keys = "sft.trainer.parallel (tensor, pipeline, context, data, virtual_pipeline)"
+            require(groups[0] == groups[1], keys, groups[0], meaning)

@@ -222,6 +222,11 @@ class BenchTrainerRun(BenchRun):
     tp_invariant: bool = False
     """Sum row-parallel products so that a forward's bits do not depend on parallel.tensor."""
 
+    @property
+    def num_processes(self) -> int:
+        """How many processes it runs in."""
+        return self.parallel.num_processes
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_list("packs", self.packs)

@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = list(_with_keys(command, [a for a in rest if a not in HELP]))
     from samebit.recipes.cli.compose import resolve
     from samebit.recipes.config import ConfigError
-    from samebit.recipes.launch import processes as launch
+    from samebit.recipes.launch import processes
     from samebit.recipes.run.needs import require_ready
     from samebit.recipes.run.signals import Stopped
 
@@ -129,9 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         run = resolve(command, overrides)
         require_ready(run)
-        if launch.is_needed(run):
-            return launch.launch(arguments, run)
-        launch.follow_launcher()
+        if processes.needs_launch(run):
+            return processes.launch(own_command(arguments), run)
+        processes.follow_launcher()
         program = _import_program(command)
         if argv is None:  # what imports made lives on; a full collection over it takes 0.1 s
             gc.freeze()
@@ -144,15 +144,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:  # where no run has begun that could be saved
         print(f"samebit {command}: interrupted", file=sys.stderr)
-        if launch.is_one_of_several():
-            launch.leave(130)
+        if processes.is_one_of_several():
+            processes.leave(130)
         return 130
     except Exception as error:
         if not _was_told(command, error, run):
             raise
-        if launch.is_one_of_several():
-            launch.leave(1)
+        if processes.is_one_of_several():
+            processes.leave(1)
         return 1
+
+
+def own_command(arguments: Sequence[str]) -> list[str]:
+    """The command line that runs `samebit` with these arguments in another process."""
+    return [sys.executable, "-P", "-m", "samebit.recipes.cli.main", *arguments]
 
 
 def _import_program(command: str) -> Any:
@@ -165,7 +170,7 @@ def _import_program(command: str) -> Any:
 
 def _was_told(command: str, error: Exception, run: Any) -> bool:
     """Say one of our own errors in a line; of several processes, any other one by its traceback."""
-    from samebit.recipes.launch import processes as launch
+    from samebit.recipes.launch.processes import is_one_of_several
     from samebit.recipes.run.secrets import scrubbed
 
     ours = type(error).__module__.startswith("samebit.")
@@ -173,7 +178,7 @@ def _was_told(command: str, error: Exception, run: Any) -> bool:
     if expected and not os.environ.get("SAMEBIT_TRACEBACK"):
         print(f"samebit {command}: {scrubbed(str(error), run)}", file=sys.stderr)
         return True
-    if launch.is_one_of_several():
+    if is_one_of_several():
         traceback.print_exception(error)
         return True
     return False

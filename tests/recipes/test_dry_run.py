@@ -3,9 +3,9 @@
 import pytest
 from safetensors.torch import load_file
 
-from samebit.recipes.cli import main as cli
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.cli.dry_run import grpo_plan, sft_plan
+from samebit.recipes.cli.main import main
 
 
 def test_dry_run_prints_the_plan_and_stops(demo_model, tmp_path, capsys):
@@ -24,7 +24,7 @@ def test_dry_run_prints_the_plan_and_stops(demo_model, tmp_path, capsys):
         "trainer.num_steps=50",
         "algorithm.kl_coef=0.1",
     ]
-    assert cli.main(["grpo", *arguments]) == 0
+    assert main(["grpo", *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
     plan = dict(line.split() for line in lines[lines.index("device" + " " * 23 + "cpu") :])
     # Embedding 12 x 64; per layer: norms, q and k norms, qkv, proj, gate, up, down; final norm.
@@ -103,7 +103,7 @@ def test_dry_run_of_sft(demo_model, tmp_path, capsys):
     """The same for supervised fine-tuning."""
     arguments = [f"model.path={demo_model}", f"output_dir={tmp_path}", "dry_run=true"]
     arguments += ["data=reverse_digits", "trainer.batch_size=8"]
-    assert cli.main(["sft", *arguments]) == 0
+    assert main(["sft", *arguments]) == 0
     output = capsys.readouterr().out
     assert "optimizer_steps              100\n" in output
     assert "samples_per_step             8\n" in output
@@ -112,6 +112,6 @@ def test_dry_run_of_sft(demo_model, tmp_path, capsys):
 
 def test_dry_run_of_a_missing_model(capsys):
     """The plan needs the model's sizes; exit code 1 with one line."""
-    assert cli.main(["grpo", "model.path=/no/such/model", "dry_run=true"]) == 1
+    assert main(["grpo", "model.path=/no/such/model", "dry_run=true"]) == 1
     error = "samebit grpo: model folder /no/such/model does not exist"
     assert capsys.readouterr().err.startswith(error)

@@ -7,7 +7,7 @@ import torch
 from helpers import tree
 from run_children import has_begun_to_save, has_lines, open_run
 
-from samebit.recipes.cli import main as cli
+from samebit.recipes.cli.main import main
 from samebit.recipes.data.rewards import RewardError
 from samebit.recipes.grpo import GrpoRecipe
 from samebit.recipes.run.metrics import read_rows
@@ -358,7 +358,7 @@ def test_bad_input_is_one_clear_line(runs, capsys, case):
     arguments = runs.arguments("bad")
     if "data=file" in overrides:
         arguments = [a for a in arguments if not a.startswith("data.")]
-    code = cli.main(["grpo", *arguments, *overrides])
+    code = main(["grpo", *arguments, *overrides])
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("samebit ")]
     assert code in (1, 2)
     assert len(error) == 1
@@ -373,13 +373,13 @@ def test_weights_that_are_not_finite_are_not_trained_on(runs, capsys, tmp_path):
 
     folder = shutil.copytree(runs.model, tmp_path / "model")
     edit_tensors(folder, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
-    assert cli.main(["grpo", *runs.arguments("nan"), f"model.path={folder}"]) == 1
+    assert main(["grpo", *runs.arguments("nan"), f"model.path={folder}"]) == 1
     assert "NaN or Inf in: decoder.final_layernorm.weight" in capsys.readouterr().err
 
 
 def test_weights_that_explode_stop_the_run(runs, capsys):
     """An absurd learning rate ends in a clear error, not in a run of NaN."""
-    code = cli.main(["grpo", *runs.arguments("explode"), "trainer.optimizer.lr=1e30"])
+    code = main(["grpo", *runs.arguments("explode"), "trainer.optimizer.lr=1e30"])
     assert code == 1
     assert "NaN or Inf" in capsys.readouterr().err
 

@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 
 from samebit.recipes.bench.config import BenchEngineRun, BenchEngineSettings, BenchKernelsRun
-from samebit.recipes.cli import main as cli
 from samebit.recipes.cli.compose import resolve
+from samebit.recipes.cli.main import main
 from samebit.recipes.config import ConfigError, DemoRun, GrpoRun, ModelSection, SftRun
 from samebit.recipes.data.rewards import RewardConfig
 from samebit.recipes.data.tasks.base import DataConfig
@@ -139,7 +139,7 @@ def test_what_is_read_is_taken():
 def test_a_user_sees_one_line(capsys, command, words, message):
     with pytest.raises(ConfigError):
         resolve(command, words)
-    assert cli.main([command, *words]) == 2
+    assert main([command, *words]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -7,9 +7,9 @@ import shutil
 import psutil
 import pytest
 
-from samebit.recipes.cli import main as cli
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.cli.dry_run import grpo_plan
+from samebit.recipes.cli.main import main
 from samebit.recipes.data import records
 from samebit.recipes.data.order import problem_index
 from samebit.recipes.data.tasks.base import Problem
@@ -104,7 +104,7 @@ def test_bad_records_of_late_steps_are_told_before_the_first(data, capsys, comma
         key = "trainer.micro_batch_tokens allows 1 to 32"
     lines = []
     for more in (["dry_run=true"], []):
-        assert cli.main([command, *data.arguments(command, *more)]) == 1
+        assert main([command, *data.arguments(command, *more)]) == 1
         lines.append(capsys.readouterr().err)
     assert lines[0] == lines[1]
     assert lines[0].count("\n") == 1
@@ -212,7 +212,7 @@ def test_overlong_records_are_dropped_if_asked_to(data, capsys, caplog, command)
     assert "train split: 1 of 4 records are overlong" in caplog.text
     assert [(p.index, p.prompt) for p in inputs.train_set] == [(0, "08="), (1, "00="), (2, "01=")]
     assert prompts(inputs) == ["08=", "00=", "01="]
-    assert cli.main([command, *data.arguments(command, *more, "dry_run=true")]) == 0
+    assert main([command, *data.arguments(command, *more, "dry_run=true")]) == 0
     printed = dict(
         line.split() for line in capsys.readouterr().out.splitlines()[-30:] if "records" in line
     )

@@ -11,7 +11,7 @@ import pytest
 from helpers import assert_on_loopback
 from run_children import has_lines, run_cli_and_hang
 
-from samebit.recipes.cli import main as cli
+from samebit.recipes.cli.main import main
 from samebit.recipes.grpo import GrpoRecipe
 from samebit.recipes.run.signals import Stopped, StopSignals, stop_signals
 from samebit.trainer.algorithms.grpo import GrpoLoss
@@ -36,7 +36,7 @@ def signal_before_call(monkeypatch, owner, name, number, which=signal.SIGTERM):
 def stop_and_resume(runs, monkeypatch, capsys, step, *overrides):
     """Run into the signal, look at what is left, and run to the end."""
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    assert cli.main(["grpo", *runs.arguments("stopped", *overrides)]) == 0
+    assert main(["grpo", *runs.arguments("stopped", *overrides)]) == 0
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("samebit grpo: ")]
     assert len(lines) == 1

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from samebit.recipes.run import training_metrics as step
+from samebit.recipes.run import training_metrics
 from samebit.recipes.run.training_metrics import Rollout, speed
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.types import Completion
@@ -28,7 +28,7 @@ def completion(length):
 
 
 @pytest.mark.parametrize("parallel", [{}, {"tensor": 2, "data": 3}])
-def test_the_share_of_a_peak_is_each_processs(llama_path, monkeypatch, parallel):
+def test_each_process_has_its_share_of_a_peak(llama_path, monkeypatch, parallel):
     """Prompts and completions pass once, shared by all processes, in the training's seconds."""
     model = load_model_config(llama_path)
     trainer = SimpleNamespace(device=CPU, model=model, parallel=ParallelConfig(**parallel))
@@ -40,7 +40,7 @@ def test_the_share_of_a_peak_is_each_processs(llama_path, monkeypatch, parallel)
     seconds = {"perf/rollout_s": 2.0, "perf/train_s": 0.5, "perf/eval_s": 9.0}
     rates = {"perf/rollout_tokens_per_s": 8.5, "perf/train_tokens_per_s": 74.0}
     assert speed(trainer, rollout, stats, seconds) == rates
-    monkeypatch.setattr(step, "peak_flops", lambda device: 1e9 if device == CPU else None)
+    monkeypatch.setattr(training_metrics, "peak_flops", lambda device: 1e9 if device == CPU else None)
     share = train_flops(model, [7, 9, 8, 13]) / trainer.parallel.num_processes / 0.5 / 1e9
     found = speed(trainer, rollout, stats, seconds)
     assert found == rates | {"perf/train_mfu": pytest.approx(share, rel=1e-14)}
