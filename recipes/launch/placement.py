@@ -18,6 +18,9 @@ from samebit.weight_sync.transports.base import Transport
 from samebit.weight_sync.transports.file import FileTransport
 from samebit.weight_sync.transports.stages import StageTransport
 
+ServingEngine = Engine | RemoteEngine | ReplicatedEngine
+"""What serves the trainer's weights, wherever it runs."""
+
 
 def load_weights(trainer: MegatronTrainer, model_path: str) -> None:
     """Fill the trainer's parameters from a Hugging Face folder."""
@@ -58,7 +61,7 @@ def _start_copies(
 
 def start_engine(
     run: GrpoRun, device: torch.device, trainer: MegatronTrainer
-) -> tuple[Engine | RemoteEngine | ReplicatedEngine, Transport]:
+) -> tuple[ServingEngine, Transport]:
     """The engine and the transport that serves it; its weights are the model folder's."""
     section = run.engine
     settings = {

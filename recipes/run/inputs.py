@@ -81,7 +81,7 @@ class Unwritable:
             )
 
 
-class Inputs:
+class GrpoInputs:
     """Of a GRPO run. Raises OSError or ValueError for what cannot be used, Stopped by a signal."""
 
     def __init__(self, run: GrpoRun, stop: StopSignals | None = None) -> None:
@@ -117,6 +117,10 @@ class Inputs:
         """What a checkpoint is bound to the contents of."""
         return {"training records": self.train_set, "held-out records": self.eval_set}
 
+    def close(self) -> None:
+        """Let go of the reward's processes. A second call does nothing."""
+        self.reward.close()
+
     def _prepare(self, used: Sequence[int], unwritable: Unwritable | None, poll: Poll) -> None:
         faults = Faults()
 
@@ -131,7 +135,7 @@ class Inputs:
 
 
 class SftInputs:
-    """Of a supervised run. Raises as `Inputs` does."""
+    """Of a supervised run. Raises as GrpoInputs does."""
 
     def __init__(self, run: SftRun, stop: StopSignals | None = None) -> None:
         poll = _polled(stop)

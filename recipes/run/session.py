@@ -1,15 +1,13 @@
-"""What every training recipe does around its loop: folder, checkpoints, summary."""
+"""What every training recipe does around its loop: the folder, checkpoints, the summary."""
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
-from tqdm import tqdm
 
 from samebit.kernels.profile import NumericsProfile, numerics_profile
 from samebit.recipes.config import GrpoRun, SftRun
@@ -24,11 +22,10 @@ from samebit.recipes.run.folder import (
     require_outside,
 )
 from samebit.recipes.run.input_files import input_files
-from samebit.recipes.run.metrics import OWNER_ONLY, MetricsLogger, NoLogger, write_atomically
+from samebit.recipes.run.metrics import OWNER_ONLY, write_atomically
 from samebit.recipes.run.needs import require_ready
 from samebit.recipes.run.provenance import record_start
-from samebit.recipes.run.secrets import to_dict, to_yaml
-from samebit.recipes.run.signals import Stopped
+from samebit.recipes.run.secrets import to_yaml
 from samebit.rollout.config import resolve_device
 from samebit.trainer.checkpoint import Checkpoint, CheckpointError, latest_checkpoint
 from samebit.trainer.checkpoint_writer import CheckpointWriter, remove_leftovers
@@ -43,12 +40,6 @@ from samebit.weight_sync.transports.file import require_replaceable
 
 class RunFolderError(RuntimeError):
     """Another process could not open the run's folder; the message is its own."""
-
-
-class HasStep(Protocol):
-    """A recipe's progress."""
-
-    step: int
 
 
 @dataclass
@@ -121,30 +112,6 @@ class RunSession:
         }
         self.writer.save(step, state, manifest)
 
-    @contextmanager
-    def saving(
-        self, progress: HasStep, logger: MetricsLogger | NoLogger, save: Callable[[], object]
-    ) -> Iterator[None]:
-        """At the block's end its checkpoints are whole. If it is stopped, `save` the last whole
-        step, after its rows, unless it is saved, and say so."""
-        try:
-            yield
-            self.writer.finish()
-        except Stopped as stopped:
-            self.writer.finish()
-            newest = latest_checkpoint(self.checkpoints)
-            if progress.step > 0 and (newest is None or newest.step < progress.step):
-                logger.sync()
-                save()
-                self.writer.finish()
-            where = f"saved in {self.checkpoints}" if progress.step > 0 else "nothing to save"
-            raise Stopped(
-                f"{stopped}: stopped after step {progress.step}, {where}; resume=true goes on"
-            ) from None
-        except BaseException:
-            self.writer.close()
-            raise
-
     @property
     def resharded(self) -> list[dict[str, Any]]:
         """The changes of layout that the run has come through, with the steps after which."""
@@ -170,24 +137,6 @@ class RunSession:
                     file=sys.stderr,
                 )
         return self.resumed.manifest["progress"]
-
-    def logger(self, progress: HasStep) -> MetricsLogger | NoLogger:
-        """The run's metrics, which the first process writes, from the present step on."""
-        if not self.is_first:
-            return NoLogger()
-        resume_step = progress.step if self.resumed is not None else None
-        run = self.run
-        return MetricsLogger(self.run_dir, run.logger, run.run_name, to_dict(run), resume_step)
-
-    def bar(self, progress: HasStep) -> tqdm:
-        """A bar of the run's steps."""
-        return tqdm(
-            total=self.run.trainer.num_steps,
-            initial=progress.step,
-            desc=self.run.run_name,
-            unit="step",
-            disable=not self.is_first,
-        )
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""
@@ -252,7 +201,7 @@ def _open_folder(
 
 
 def require_startable(run: SftRun | GrpoRun) -> None:
-    """For a plan: what open_session refuses of a folder that the run is to replace or go on in."""
+    """For a dry run: refuse what open_session would of a folder to replace or to go on in."""
     if run.overwrite or run.resume:
         require_free(
             run.run_dir,
@@ -265,7 +214,7 @@ def require_startable(run: SftRun | GrpoRun) -> None:
 
 
 def require_resumable(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> None:
-    """For a plan: what open_session refuses of the checkpoint to resume, whose state is not read.
+    """For a dry run: refuse what open_session would of a checkpoint, whose state is not read.
 
     records: as for open_session.
     """

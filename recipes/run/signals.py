@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -41,15 +41,6 @@ class StopSignals:
         names = gather_objects(self.received.name if self.received is not None else "")
         if received := [name for name in names if name]:
             raise Stopped(received[0])
-
-    def polled[**P, R](self, function: Callable[P, R]) -> Callable[P, R]:
-        """`function` with a poll before each call."""
-
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            self.poll()
-            return function(*args, **kwargs)
-
-        return call
 
     def handle(self, number: int, _frame: Any) -> None:
         """The handler; it writes past Python's buffers, which it may have interrupted.

@@ -39,6 +39,7 @@ FILES = (
     "trainer/stats.py",
     "trainer/checkpoint_writer.py",
     "recipes/grpo.py",
+    "recipes/run/sampling.py",
     "recipes/run/training_metrics.py",
     "recipes/data/rewards.py",
     "recipes/data/order.py",

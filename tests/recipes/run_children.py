@@ -42,6 +42,22 @@ def open_run(run):
     return open_session(run, {"training records": train_set, "held-out records": held_out})
 
 
+def roll_out(recipe, step):
+    """The rollout of a step of grpo, scored."""
+    rollout = recipe.sampler.draw(recipe.sampler.training_prompts(step))
+    rollout.rewards = recipe.sampler.score(rollout)
+    return rollout
+
+
+def update(recipe, rollout):
+    """The optimizer steps of grpo on a rollout: their figures."""
+    from samebit.recipes.run.training_metrics import PhaseTimer
+    from samebit.trainer.algorithms.grpo import group_advantages
+
+    advantages = group_advantages(rollout.reward_tensor, recipe.run.algorithm)
+    return recipe.update(rollout.samples(advantages), PhaseTimer())
+
+
 def has_lines(file, count):
     """A condition: so many rows of a .jsonl file are written."""
     return lambda: file.exists() and file.read_bytes().count(b"\n") >= count
