@@ -15,10 +15,11 @@ from samebit.recipes.models.tiny_model import make_demo_model
 from samebit.recipes.run.folder import CONFIG_FILE, RunFolder
 from samebit.recipes.run.input_files import input_files
 from samebit.recipes.run.inputs import Inputs
-from samebit.recipes.run.metrics import OWNER_ONLY, write_atomically
+from samebit.recipes.run.metrics import OWNER_ONLY
 from samebit.recipes.run.needs import require_ready
 from samebit.recipes.run.secrets import to_yaml
 from samebit.rollout.config import resolve_device
+from samebit.weight_sync.disk import write_atomically
 from samebit.weight_sync.folders import replacing
 
 

@@ -15,12 +15,12 @@ from samebit.kernels.profile import numerics_profile
 from samebit.recipes.config import ConfigError
 from samebit.recipes.models.tiny_model import make_random_model
 from samebit.recipes.run.folder import require_own_report
-from samebit.recipes.run.metrics import write_atomically
 from samebit.recipes.run.provenance import provenance
 from samebit.recipes.tools_config import VerifyRun
 from samebit.recipes.verification.properties import PROPERTIES, Property
 from samebit.recipes.verification.subject import Result, chained_digest, make_subject
 from samebit.rollout.config import resolve_device
+from samebit.weight_sync.disk import write_atomically
 
 
 def select_properties(names: Sequence[str] | None) -> list[Property]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from samebit.recipes.run.metrics import write_atomically
 from samebit.recipes.run.provenance import provenance
+from samebit.weight_sync.disk import write_atomically
 
 REPORT_FILE = "bench.json"
 

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from samebit.recipes.run.metrics import write_atomically
 from samebit.recipes.run.secrets import without_secrets
+from samebit.weight_sync.disk import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 UNKNOWN = "unknown"

@@ -9,13 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from samebit.recipes.run.metrics import (
-    METRICS_FILE,
-    OWNER_ONLY,
-    SAMPLES_FILE,
-    read_rows,
-    write_atomically,
-)
+from samebit.recipes.run.metrics import METRICS_FILE, OWNER_ONLY, SAMPLES_FILE, read_rows
+from samebit.weight_sync.disk import write_atomically
 
 COLORS = ("#2a78d6", "#1baf7a", "#eda100", "#4a3aa7", "#e34948", "#e87ba4", "#008300")
 GREY = "#9aa0a6"

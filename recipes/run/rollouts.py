@@ -9,9 +9,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from samebit.recipes.run.metrics import write_atomically
 from samebit.rollout.types import Completion
-from samebit.weight_sync.disk import make_folder, sync
+from samebit.weight_sync.disk import make_folder, sync, write_atomically
 
 ROLLOUTS_FOLDER = "rollouts"
 _NAME = re.compile(r"step_([0-9]{8,})")

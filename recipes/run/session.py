@@ -22,7 +22,7 @@ from samebit.recipes.run.folder import (
     require_outside,
 )
 from samebit.recipes.run.input_files import input_files
-from samebit.recipes.run.metrics import OWNER_ONLY, write_atomically
+from samebit.recipes.run.metrics import OWNER_ONLY
 from samebit.recipes.run.needs import require_ready
 from samebit.recipes.run.provenance import record_start
 from samebit.recipes.run.secrets import to_yaml
@@ -33,7 +33,7 @@ from samebit.trainer.megatron.resharding import WholeState
 from samebit.trainer.megatron.setup import start_processes
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.ranks import is_first, together
-from samebit.weight_sync.disk import make_folder
+from samebit.weight_sync.disk import make_folder, write_atomically
 from samebit.weight_sync.session import non_finite
 from samebit.weight_sync.transports.file import require_replaceable
 

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from samebit.recipes.cli.compose import resolve
-from samebit.recipes.run.metrics import read_rows, without_times, write_atomically
+from samebit.recipes.run.metrics import read_rows, without_times
 from samebit.recipes.run.provenance import provenance
 from samebit.rollout.config import resolve_device
+from samebit.weight_sync.disk import write_atomically
 
 Outcome = tuple[dict[str, Any], list[dict[str, Any]]]
 """A demo's summary, and its metrics without times."""

@@ -25,7 +25,6 @@ import torch.distributed as dist
 from samebit.kernels.reduce import gather_objects
 from samebit.recipes.bench.timing import timed
 from samebit.recipes.data.samples import drawn_sample
-from samebit.recipes.run.metrics import write_atomically
 from samebit.recipes.run.provenance import provenance
 from samebit.recipes.verification.subject import outcomes_digest
 from samebit.rollout.config import resolve_device
@@ -37,6 +36,7 @@ from samebit.trainer.megatron.forward import ForwardModel
 from samebit.trainer.megatron.setup import initialize
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.stats import count_mismatches
+from samebit.weight_sync.disk import write_atomically
 
 MODULE = "samebit.recipes.verification.tensor_parallel"
 DEFAULTS = {

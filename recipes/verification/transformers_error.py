@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from samebit.recipes.run.metrics import write_atomically
 from samebit.recipes.run.provenance import provenance
 from samebit.recipes.verification.conversations import CONVERSATIONS
 from samebit.rollout.config import resolve_device, resolve_dtype
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.types import SamplingParams
+from samebit.weight_sync.disk import write_atomically
 
 MODULE = "samebit.recipes.verification.transformers_error"
 NUM_PASSAGES, PASSAGE_TOKENS = 80, 200

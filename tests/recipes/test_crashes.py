@@ -18,7 +18,6 @@ from samebit.recipes.run.metrics import (
     LoggerConfig,
     MetricsLogger,
     read_rows,
-    write_atomically,
 )
 from samebit.recipes.run.provenance import record_start
 from samebit.recipes.run.report import write_report
@@ -31,6 +30,7 @@ from samebit.recipes.run.rollouts import (
 from samebit.recipes.run.signals import StopSignals
 from samebit.rollout.types import Completion
 from samebit.trainer.checkpoint import latest_checkpoint
+from samebit.weight_sync.disk import write_atomically
 from samebit.weight_sync.folders import MARKER, read_marker
 from samebit.weight_sync.transports.file import read_version
 

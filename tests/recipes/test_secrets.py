@@ -13,10 +13,11 @@ from samebit.recipes.cli.compose import resolve
 from samebit.recipes.cli.main import main
 from samebit.recipes.config import GrpoRun, ModelSection
 from samebit.recipes.run import metrics
-from samebit.recipes.run.metrics import LoggerConfig, MetricsLogger, WandbError, write_atomically
+from samebit.recipes.run.metrics import LoggerConfig, MetricsLogger, WandbError
 from samebit.recipes.run.needs import MissingError, require_ready
 from samebit.recipes.run.secrets import is_secret_name, scrubbed, to_dict, to_yaml, without_secrets
 from samebit.weight_sync import meeting
+from samebit.weight_sync.disk import write_atomically
 
 KEY, FROM_ENVIRONMENT = "sk-named-5f1c", "from-the-environment-77ab"
 
