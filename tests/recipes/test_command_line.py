@@ -97,10 +97,10 @@ def test_the_last_value_of_a_key_holds():
     assert (run.data.path, run.engine.transport, run.seed) == ("c", "gloo", 1)
 
 
-def test_keys_that_share_a_groups_name_are_text():
-    """`model` is a group of grpo's and a text of demo's."""
+def test_a_word_is_read_by_its_command():
+    """`engine` is a group of grpo's, `model` a text of demo's and of bench kernels'."""
     assert read("model=smollm2", command="demo").values == [("model", "smollm2")]
-    assert read("model=hf_folder").choices == ["model=hf_folder"]
+    assert read("engine=process").choices == ["engine=process"]
     assert read("model=1.10", "rows=[1,2]", command="bench kernels").values == [
         ("model", "1.10"),
         ("rows", [1, 2]),

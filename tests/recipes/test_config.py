@@ -21,8 +21,8 @@ NEEDED = {
     "export": ["checkpoint=c", "model=m", "out=o"],
 }
 GROUPS = {
-    "grpo": ("model", "engine", "trainer", "algorithm", "data", "reward", "logger", "experiment"),
-    "sft": ("model", "trainer", "data", "logger"),
+    "grpo": ("engine", "algorithm", "data", "reward", "logger", "experiment"),
+    "sft": ("data", "logger"),
     "demo": ("demo",),
 }
 CHOICES = [
