@@ -29,6 +29,7 @@ from samebit.recipes.run.secrets import to_yaml
 from samebit.rollout.config import resolve_device
 from samebit.trainer.checkpoint import Checkpoint, CheckpointError, latest_checkpoint
 from samebit.trainer.checkpoint_writer import CheckpointWriter, remove_leftovers
+from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron.resharding import WholeState
 from samebit.trainer.megatron.setup import start_processes
 from samebit.trainer.megatron.trainer import MegatronTrainer
@@ -156,8 +157,7 @@ def open_session(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> RunSe
     require_ready(run)
     torch.set_num_threads(run.cpu_threads)
     device, parallel = resolve_device(run.device), run.trainer.parallel
-    if parallel.num_processes > 1 or is_launched():
-        start_processes(device, parallel)
+    join_processes(device, parallel)
     profile = numerics_profile(device, parallel.tensor, run.numerics.tp_invariant)
     bound, folder = {}, None
     with together(RunFolderError):
@@ -168,6 +168,12 @@ def open_session(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> RunSe
     if resumed is not None:  # by the first process, for all
         resumed = replace(resumed, verified=True)
     return RunSession(run, device, profile, resumed, is_first(), bound, folder)
+
+
+def join_processes(device: torch.device, parallel: ParallelConfig) -> None:
+    """Meet the other processes of the run, if there are any; a second call does nothing."""
+    if parallel.num_processes > 1 or is_launched():
+        start_processes(device, parallel)
 
 
 def command_of(run: SftRun | GrpoRun) -> str:

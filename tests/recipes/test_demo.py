@@ -15,7 +15,7 @@ from run_children import has_lines
 
 from samebit.recipes import fetch_smollm2
 from samebit.recipes.cli.compose import resolve
-from samebit.recipes.cli.main import main
+from samebit.recipes.cli.main import main, own_command
 from samebit.recipes.config import ConfigError
 from samebit.recipes.models.tiny_model import (
     make_demo_model,
@@ -54,13 +54,18 @@ def arguments(folder, run_name):
     ]
 
 
+def start(words):
+    """`samebit` as a user starts it, to its end."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = own_command(words)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """One demo as a user starts it: (its folder, what it printed)."""
     folder = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, "-P", "-m", "samebit.recipes.cli.main", *arguments(folder, "demo")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    run = start(arguments(folder, "demo"))
     assert run.returncode == 0, run.stderr
     return folder / "demo", run.stdout
 
@@ -154,6 +159,39 @@ def test_killed_in_every_phase_and_resumed(demo, tmp_path, kill_when):
     for phase in ("sft", "grpo"):
         rows, others = (read_rows(f / phase / "metrics.jsonl") for f in (killed, folder))
         assert without_times(rows) == without_times(others)
+
+
+def test_two_processes(demo, tmp_path):
+    """Both phases under a layout, over an earlier demo; what there is one of is written once."""
+    shutil.copytree(demo[0], tmp_path / "demo")
+    layout = [f"{phase}.trainer.parallel.tensor=2" for phase in ("sft", "grpo")]
+    words = [*arguments(demo[0].parent, "demo"), f"output_dir={tmp_path}", *layout]
+    run = start(words)
+    assert run.returncode == 0, run.stderr
+    [line] = [x for x in run.stdout.splitlines() if x.startswith("{")]
+    summary, folder = json.loads(line), tmp_path / "demo"
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert summary["logprob_mismatches"] == 0 < summary["logprob_tokens_compared"]
+    assert run.stdout.count("has the curves") == 1
+    for phase in ("sft", "grpo"):
+        manifest = latest_checkpoint(folder / phase / "checkpoints").verify().manifest
+        assert manifest["parallel"]["tensor"] == 2
+        assert len(manifest["files"]) == 2
+    assert {p.name for p in folder.iterdir()} == {p.name for p in demo[0].iterdir()}
+
+
+def test_both_phases_have_one_layout():
+    """Processes are grouped once; and each phase is checked as its own command does."""
+    parallel = "grpo.trainer.parallel.pipeline=2"
+    stages = [parallel, "grpo.engine.transport=stages"]
+    with pytest.raises(
+        ConfigError, match=r"is \(1, 1, 1, 1, 1\); it must be grpo's \(1, 2, 1, 1, 1"
+    ):
+        resolve("demo", ["device=cpu", *stages])
+    with pytest.raises(ConfigError, match="grpo.engine.transport is 'alias'; it must be stages"):
+        resolve("demo", ["device=cpu", parallel, "sft.trainer.parallel.pipeline=2"])
+    run = resolve("demo", ["device=cpu", *stages, "sft.trainer.parallel.pipeline=2"])
+    assert run.num_processes == 2
 
 
 # -- the larger demo ----------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def started(runs, name, *overrides):
     """The launcher of a run; it and all its processes are gone afterwards."""
     arguments = runs.arguments(name, f"trainer.num_steps={STEPS}", *overrides)
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "samebit.recipes.cli.main", "grpo", *arguments],
+        own_command(["grpo", *arguments]),
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -164,6 +164,8 @@ def test_processes_are_started_only_where_they_are_needed(monkeypatch):
     assert processes.needs_launch(run("trainer.parallel.data=2"))
     assert not processes.needs_launch(run("trainer.parallel.data=2", "dry_run=true"))
     assert not processes.needs_launch(run())
+    demo = [f"{phase}.trainer.parallel.data=2" for phase in ("sft", "grpo")]
+    assert processes.needs_launch(resolve("demo", ["device=cpu", *demo]))
     assert not processes.needs_launch(resolve("export", ["checkpoint=c", "model=m", "out=o"]))
     with pytest.raises(ValueError, match="99 processes, each on a GPU of its own; torch finds"):
         processes.launch([], run("trainer.parallel.data=99", "device=cuda"))
