@@ -31,7 +31,7 @@ class ConfigError(ValueError):
 
 
 def check_run_folder(run_name: str, output_dir: str) -> None:
-    """ValueError unless output_dir/run_name can be a folder of its own, inside output_dir."""
+    """Raise ValueError unless output_dir/run_name can be a folder of its own inside output_dir."""
     meaning = "a folder's name, or several with / between: 1 to 200 bytes, printable, not - first"
     for name in run_name.split("/"):
         fits = name.isprintable() and len(name.encode()) <= 200  # what is beside it adds some
@@ -42,7 +42,7 @@ def check_run_folder(run_name: str, output_dir: str) -> None:
 
 @dataclass(kw_only=True)
 class ModelSection:
-    """Which model."""
+    """Names the model that a run starts from."""
 
     path: str = "???"
     """A Hugging Face folder: config.json, *.safetensors and, for text, a tokenizer."""
@@ -91,7 +91,7 @@ class EngineSection:
 
 @dataclass(kw_only=True)
 class RolloutSection:
-    """What is sampled in a step."""
+    """Says what is sampled in a step."""
 
     prompts_per_step: int = 32
     samples_per_prompt: int = 8
@@ -124,7 +124,7 @@ class RolloutSection:
 
 @dataclass(kw_only=True)
 class NumericsSection:
-    """What the contract leaves open; see kernels/profile.py."""
+    """Chooses what the contract leaves open; see kernels/profile.py."""
 
     tp_invariant: bool = False
     """A forward's bits do not depend on trainer.parallel.tensor, which may be 1, 2, 4 or 8."""
@@ -132,7 +132,7 @@ class NumericsSection:
 
 @dataclass(kw_only=True)
 class RunSection:
-    """What every training recipe has."""
+    """Holds what every training recipe has."""
 
     run_name: str = "run"
     output_dir: str = "outputs"
@@ -154,7 +154,7 @@ class RunSection:
 
     @property
     def run_dir(self) -> Path:
-        """Where the run's files go."""
+        """The run's files go here."""
         return Path(self.output_dir) / self.run_name
 
     def __post_init__(self) -> None:
@@ -164,7 +164,7 @@ class RunSection:
         require(self.resume or not self.reshard, "reshard", self.reshard, "false without resume")
 
     def validate(self) -> None:
-        """Checks across sections; ValueError names the keys."""
+        """Check across sections; raises ValueError, which names the keys."""
 
 
 def _check_schedule(trainer: TrainerConfig, num_updates: int) -> None:
@@ -209,11 +209,11 @@ class SftRun(RunSection):
 
     @property
     def num_processes(self) -> int:
-        """How many processes it runs in."""
+        """The run needs so many processes."""
         return self.trainer.parallel.num_processes
 
     def validate(self) -> None:
-        """Checks across sections; ValueError names the keys."""
+        """Check across sections; raises ValueError, which names the keys."""
         _check_overwrite(self)
         require(self.eval_every >= 1, "eval_every", self.eval_every, "positive")
         require(self.trainer.batch_size is not None, "trainer.batch_size", None, "set for sft")
@@ -243,31 +243,31 @@ class GrpoRun(RunSection):
 
     @property
     def num_processes(self) -> int:
-        """How many processes it runs in."""
+        """The run needs so many processes."""
         return self.trainer.parallel.num_processes
 
     @property
     def samples_per_step(self) -> int:
-        """Samples of one rollout step."""
+        """A rollout step draws so many samples."""
         return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
 
     @property
     def batch_size(self) -> int:
-        """Samples of one optimizer step."""
+        """An optimizer step trains on so many samples."""
         return self.trainer.batch_size or self.samples_per_step
 
     @property
     def updates_per_step(self) -> int:
-        """Optimizer steps on the samples of one rollout step."""
+        """The samples of a rollout step are trained on in so many optimizer steps."""
         return self.samples_per_step // self.batch_size
 
     @property
     def num_updates(self) -> int:
-        """Optimizer steps of the whole run."""
+        """The whole run takes so many optimizer steps."""
         return self.trainer.num_steps * self.updates_per_step
 
     def validate(self) -> None:
-        """Checks across sections; ValueError names the keys."""
+        """Check across sections; raises ValueError, which names the keys."""
         _check_overwrite(self)
         prompts, n = self.rollout.prompts_per_step, self.rollout.samples_per_prompt
         meaning = "at least 2: an advantage is relative to the other samples of the prompt"
@@ -309,11 +309,11 @@ class DemoRun(RunSection):
 
     @property
     def num_processes(self) -> int:
-        """How many processes it runs in, both phases in the same ones."""
+        """The run needs so many processes, and both phases run in the same ones."""
         return self.grpo.num_processes
 
     def validate(self) -> None:
-        """Checks of both phases; what they share is given once, at the top."""
+        """Check both phases; what they share is given once, at the top."""
         require(self.model in DEMO_MODELS, "model", self.model, f"one of {DEMO_MODELS}")
         for name, phase in (("sft", self.sft), ("grpo", self.grpo)):
             if phase is None:

@@ -104,7 +104,7 @@ def _tell(run: DemoRun, summary: dict[str, Any], seconds: float) -> None:
 
 
 def main(run: DemoRun) -> int:
-    """The command `samebit demo`."""
+    """Run the command `samebit demo`."""
     device = resolve_device(run.device)
     require_ready(run)
     inputs = list(_check(run))

@@ -95,7 +95,7 @@ class LogprobMismatchError(RuntimeError):
 
 @dataclass
 class GrpoProgress(Progress):
-    """What the summary needs of the steps so far."""
+    """Keeps what the summary needs of the steps so far."""
 
     reward_first: float | None = None
     reward_last: float | None = None
@@ -104,7 +104,7 @@ class GrpoProgress(Progress):
 
 
 class GrpoRecipe:
-    """What a run holds: the trainer, the engine, and the transport of weights between them."""
+    """Holds the trainer, the engine, and the transport of weights between them."""
 
     def __init__(self, run: GrpoRun, session: RunSession, inputs: GrpoInputs | None = None) -> None:
         self.run = run
@@ -160,7 +160,7 @@ class GrpoRecipe:
         return rollout_metrics(held_out, "eval")
 
     def summary(self) -> dict[str, Any]:
-        """What the run has come to."""
+        """Return what the run has come to."""
         return {
             "reward_first": self.progress.reward_first,
             "reward_last": self.progress.reward_last,
@@ -203,5 +203,5 @@ class GrpoRecipe:
 
 
 def main(run: GrpoRun) -> int:
-    """The command `samebit grpo`."""
+    """Run the command `samebit grpo`."""
     return train_or_describe(run, train, describe_grpo)

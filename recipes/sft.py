@@ -63,14 +63,14 @@ def train(run: SftRun, started: Callable[[], object] = lambda: None) -> dict[str
 
 @dataclass
 class SftProgress(Progress):
-    """What the summary needs of the steps so far."""
+    """Keeps what the summary needs of the steps so far."""
 
     eval_loss: float | None = None
     """Of the held-out records, if there are any, when it was last measured."""
 
 
 def samples_of_step(run: SftRun, step: int, data: Split) -> list[Sample]:
-    """The samples of one optimizer step, by index."""
+    """Return the samples of an optimizer step, which its number alone decides."""
     size = run.trainer.batch_size
     assert size is not None
     positions = range(step * size, (step + 1) * size)
@@ -78,7 +78,7 @@ def samples_of_step(run: SftRun, step: int, data: Split) -> list[Sample]:
 
 
 def make_sample(data: Split, index: int, sample_id: int) -> Sample:
-    """A record's prompt and label; the label is trained on."""
+    """Join a record's prompt and label, which is trained on."""
     ids = data.encoded(data[index])
     prompt, label = ids.prompt_ids, ids.label_ids
     return Sample(sample_id=sample_id, token_ids=(*prompt, *label), prompt_len=len(prompt))
@@ -87,7 +87,7 @@ def make_sample(data: Split, index: int, sample_id: int) -> Sample:
 def evaluate(
     run: SftRun, trainer: MegatronTrainer, held_out: Split, progress: SftProgress
 ) -> dict[str, float]:
-    """The mean loss of the tokens of all held-out labels, which the progress keeps too."""
+    """Return the mean loss of the tokens of all held-out labels, which the progress keeps too."""
     samples = [make_sample(held_out, i, i) for i in range(len(held_out))]
     progress.eval_loss = trainer.mean_nll(own_micro_batches(samples, run.trainer, trainer))
     return {"eval/loss": progress.eval_loss}
@@ -105,5 +105,5 @@ def export(session: RunSession) -> None:
 
 
 def main(run: SftRun) -> int:
-    """The command `samebit sft`."""
+    """Run the command `samebit sft`."""
     return train_or_describe(run, train, describe_sft)

@@ -14,7 +14,7 @@ EXPORT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def check_given(run: object, names: Iterable[str]) -> None:
-    """ValueError for a path that is an empty text: it would mean the working folder."""
+    """Raise ValueError for a path that is an empty text: it would mean the working folder."""
     for name in names:
         require(getattr(run, name) != "", name, "", "the path of a file or a folder")
 

@@ -27,7 +27,7 @@ SCHEMAS: dict[str, type[Any]] = {
 
 
 def groups_of(command: str) -> dict[str, list[str]]:
-    """The groups of configuration files that a command chooses from, with their choices."""
+    """Return the groups of configuration files that a command chooses from, with their choices."""
     from omegaconf import OmegaConf
 
     main_file = CONFIG_DIR / f"{command}.yaml"
@@ -42,7 +42,7 @@ def groups_of(command: str) -> dict[str, list[str]]:
 
 
 def compose(command: str, words: Sequence[str]) -> Any:
-    """The composed OmegaConf config of a command; ConfigError for keys that do not exist."""
+    """Return a command's OmegaConf config; raises ConfigError for keys that do not exist."""
     return _composed(command, read_words(words, SCHEMAS[command], groups_of(command)))
 
 
@@ -90,7 +90,7 @@ def _set(config: Any, schema: Any, key: str, value: Any) -> None:
 
 
 def resolve(command: str, words: Sequence[str]) -> Any:
-    """The command's dataclass, filled and checked; ConfigError says what is wrong."""
+    """Return the command's dataclass, filled and checked; raises ConfigError if it cannot."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

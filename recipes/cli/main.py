@@ -33,7 +33,7 @@ GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
 
 
 def usage(prefix: str = "") -> str:
-    """What there is, or the commands that start with `prefix`."""
+    """Return the help text of all commands, or of those that start with `prefix`."""
     lines = [f"  {name:14s} {text}" for name, text in COMMANDS.items() if name.startswith(prefix)]
     return "\n".join(
         [
@@ -94,7 +94,7 @@ def _quieten_imports() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the process's exit code.
+    """Run a command and return the process's exit code.
 
     2 for a wrong command line or configuration, 1 for a run that ended with one of our own errors,
     an OSError, ValueError or ImportError. These are printed as one line, or with a traceback if
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def own_command(arguments: Sequence[str]) -> list[str]:
-    """The command line that runs `samebit` with these arguments in another process."""
+    """Return the command line that runs `samebit` with these arguments in another process."""
     return [sys.executable, "-P", "-m", "samebit.recipes.cli.main", *arguments]
 
 

@@ -54,7 +54,7 @@ class WorkerEnded(RuntimeError):
 
 
 class Worker:
-    """One process, and the items whose answers it owes, oldest first."""
+    """Holds one process and the items whose answers it owes, oldest first."""
 
     def __init__(self) -> None:
         own_secret()  # it leaves the environment, which foreign code is about to inherit
@@ -94,7 +94,7 @@ class Worker:
         threading.Thread(target=_write, args=(os.dup(self._commands), data), daemon=True).start()
 
     def receive(self, timeout_s: float) -> Iterator[tuple[int, Reply]]:
-        """(item, answer) of what has come; WorkerEnded if the process has ended."""
+        """Return (item, answer) of what has come; raises WorkerEnded if the process has ended."""
         try:
             data = os.read(self.results, MOST_BYTES)
         except BlockingIOError:
@@ -115,7 +115,7 @@ class Worker:
 
 
 class RewardPool:
-    """A reward that runs in worker processes; see `load_reward`."""
+    """Runs a reward in worker processes; see `load_reward`."""
 
     def __init__(self, config: RewardConfig, poll: Poll) -> None:
         self.name = config.name
@@ -132,7 +132,7 @@ class RewardPool:
         return self.score([text], [problem], lambda: None)[0]
 
     def score(self, texts: Sequence[str], problems: Sequence[Problem], poll: Poll) -> list[float]:
-        """See `rewards.score`."""
+        """Return the rewards in order; see rewards.score."""
         rewards = [0.0] * len(texts)
         items = list(zip(texts, problems, strict=True))
         for i, (kind, *what) in self._run("score", items, poll):
@@ -147,7 +147,7 @@ class RewardPool:
         return rewards
 
     def check(self, problems: Sequence[Problem], poll: Poll) -> list[str]:
-        """For each problem what the reward says is wrong with it, or an empty text."""
+        """Return for each problem what the reward says is wrong with it, or an empty text."""
         faults = [""] * len(problems)
         if not self._has_check:
             return faults
@@ -274,7 +274,7 @@ def _kill(process: "subprocess.Popen[bytes]", files: tuple[int, ...]) -> None:
 
 
 def load_reward(config: RewardConfig, poll: Poll = lambda: None) -> BoundReward | RewardPool:
-    """The reward that a config names.
+    """Return the reward that a config names.
 
     Ours that only compare texts run in this process. Code of others (your function, math-verify,
     reasoning_gym) is imported and run in worker processes alone, which this starts.

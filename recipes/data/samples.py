@@ -12,7 +12,7 @@ from samebit.trainer.types import MicroBatch, Sample
 def drawn_sample(
     prompt_ids: Sequence[int], completion: Completion, advantage: float = 0.0
 ) -> Sample:
-    """A prompt with one of its completions, under the completion's sample id."""
+    """Join a prompt with one of its completions, under the completion's sample id."""
     return Sample(
         sample_id=completion.sample_id,
         token_ids=(*prompt_ids, *completion.token_ids),
@@ -28,7 +28,7 @@ def own_micro_batches(
     trainer: MegatronTrainer,
     temperature: float = 1.0,
 ) -> list[MicroBatch]:
-    """The micro-batches of an optimizer step's samples that this data rank computes.
+    """Pack an optimizer step's samples; returns the micro-batches that this data rank computes.
 
     temperature: the rollout's. Raises ValueError as pack_samples and share_batches do.
     """

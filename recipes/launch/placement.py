@@ -31,7 +31,7 @@ def load_weights(trainer: MegatronTrainer, model_path: str) -> None:
 def make_trainer(
     run: SftRun | GrpoRun, model: ModelConfig, num_updates: int, device: torch.device
 ) -> MegatronTrainer:
-    """A trainer as the run asks for, with the weights of its model's folder."""
+    """Make the trainer that the run asks for, with the weights of its model's folder."""
     settings, invariant = run.trainer, run.numerics.tp_invariant
     trainer = MegatronTrainer(
         model,
@@ -62,7 +62,7 @@ def _start_copies(
 def start_engine(
     run: GrpoRun, device: torch.device, trainer: MegatronTrainer
 ) -> tuple[ServingEngine, Transport]:
-    """The engine and the transport that serves it; its weights are the model folder's."""
+    """Start the engine, with the model folder's weights, and the transport that serves it."""
     section = run.engine
     settings = {
         "device": device,

@@ -22,27 +22,27 @@ _FOLLOWS = "SAMEBIT_FOLLOWS_STDIN"
 
 
 def num_processes(run: Any) -> int:
-    """The number of processes that a run's configuration asks for."""
+    """Return the number of processes that a run's configuration asks for."""
     return getattr(run, "num_processes", 1)
 
 
 def is_launched() -> bool:
-    """Whether this process is one of those that a launcher has started."""
+    """Say whether this process is one of those that a launcher has started."""
     return "RANK" in os.environ
 
 
 def needs_launch(run: Any) -> bool:
-    """Whether the run's processes are still to be started."""
+    """Say whether the run's processes are still to be started."""
     return num_processes(run) > 1 and not is_launched() and not getattr(run, "dry_run", False)
 
 
 def launched_rank() -> int:
-    """This process's place among those that a launcher has started; 0 without one."""
+    """Return this process's place among those that a launcher has started; 0 without one."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_one_of_several() -> bool:
-    """Whether other processes run beside this one."""
+    """Say whether other processes run beside this one."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 

@@ -40,14 +40,14 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
-    """What a tokenizer reads of a Hugging Face folder, chat templates included, by name."""
+    """Return what a tokenizer reads of a Hugging Face folder, chat templates included, by name."""
     files = [folder / name for name in _TOKENIZER]
     files += sorted((folder / CHAT_TEMPLATES).glob("*.jinja"))
     return {str(file.relative_to(folder)): file for file in files if file.is_file()}
 
 
 def side_files(folder: Path) -> list[Path]:
-    """Every regular file of the folder besides weights and hidden ones, and its chat templates."""
+    """Return all regular files of the folder but weights and hidden ones, and chat templates."""
     return [
         file
         for file in [*sorted(folder.iterdir()), *sorted((folder / CHAT_TEMPLATES).glob("*"))]
@@ -72,7 +72,7 @@ def write_side_files(source: Path, target: Path, dtype: torch.dtype) -> None:
 
 
 def describe(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """A config.json of weights of this dtype, under the key that it uses."""
+    """Return a config.json that names this dtype, under the key that it uses."""
     name = str(dtype).removeprefix("torch.")
     keys = [key for key in _DTYPE_KEYS if key in config] or ["torch_dtype"]
     return config | dict.fromkeys(keys, name)

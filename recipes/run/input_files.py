@@ -10,7 +10,7 @@ from samebit.recipes.models.side_files import CHAT_TEMPLATES
 
 
 def reward_source(name: str) -> Path | None:
-    """The file of a reward that is named as module:function."""
+    """Return the file of a reward that is named as module:function."""
     module = name.partition(":")[0] if ":" in name else ""
     try:
         spec = importlib.util.find_spec(module) if module else None
@@ -20,7 +20,7 @@ def reward_source(name: str) -> Path | None:
 
 
 def input_files(run: SftRun | GrpoRun) -> Iterator[tuple[str, Path]]:
-    """(key, file) of everything: model, data, the reward's module and files in arguments."""
+    """Yield (key, file) of everything: model, data, the reward's module, files in arguments."""
     model = Path(run.model.path)
     if model.is_dir():
         inside = [*model.iterdir(), *(model / CHAT_TEMPLATES).glob("*")]

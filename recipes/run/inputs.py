@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def checked_model(run: GrpoRun | SftRun) -> ModelConfig:
-    """The model that a run starts from; ValueError or OSError for one that it could not.
+    """Return the model that a run starts from; raises ValueError or OSError if it could not.
 
     The layout and the headers of the weights are looked at, no weight is read.
     """
@@ -58,7 +58,7 @@ def _require_lengths(run: GrpoRun, model: ModelConfig) -> None:
 
 
 class Unwritable:
-    """Labels that come out otherwise once they are tokens: the vocabulary lacks a part of them."""
+    """Finds labels that come out otherwise as tokens: the vocabulary lacks a part of them."""
 
     def __init__(self, text: TextCodec) -> None:
         self._text = text
@@ -82,7 +82,8 @@ class Unwritable:
 
 
 class GrpoInputs:
-    """Of a GRPO run. Raises OSError or ValueError for what cannot be used, Stopped by a signal."""
+    """Reads what a GRPO run reads. Raises OSError or ValueError for what cannot be used, and
+    Stopped by a signal."""
 
     def __init__(self, run: GrpoRun, stop: StopSignals | None = None) -> None:
         poll = _polled(stop)
@@ -114,7 +115,7 @@ class GrpoInputs:
 
     @property
     def records(self) -> dict[str, Dataset]:
-        """What a checkpoint is bound to the contents of."""
+        """A checkpoint is bound to the contents of these."""
         return {"training records": self.train_set, "held-out records": self.eval_set}
 
     def close(self) -> None:
@@ -135,7 +136,7 @@ class GrpoInputs:
 
 
 class SftInputs:
-    """Of a supervised run. Raises as GrpoInputs does."""
+    """Reads what a supervised run reads. Raises as GrpoInputs does."""
 
     def __init__(self, run: SftRun, stop: StopSignals | None = None) -> None:
         poll = _polled(stop)
@@ -180,7 +181,7 @@ class SftInputs:
 
     @property
     def records(self) -> dict[str, Dataset]:
-        """What a checkpoint is bound to the contents of."""
+        """A checkpoint is bound to the contents of these."""
         held_out = {} if self.eval_set is None else {"held-out records": self.eval_set}
         return {"training records": self.train_set, **held_out}
 

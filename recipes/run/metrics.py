@@ -23,7 +23,7 @@ OWNER_ONLY = 0o600
 
 @dataclass(kw_only=True)
 class LoggerConfig:
-    """What is logged beside metrics.jsonl."""
+    """Says what is logged beside metrics.jsonl."""
 
     wandb: str = "offline"
     """`disabled`, `offline` (files in the run folder, for `wandb sync`) or `online`."""
@@ -80,7 +80,7 @@ class MetricsLogger:
             self._wandb = _start_wandb(run_dir, config, run_name, resolved_config, resume)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Writes one row. Values are finite numbers, written exactly, or texts.
+        """Write one row. Values are finite numbers, written exactly, or texts.
 
         Raises ValueError, naming the key, for any other value and for the key `step`.
         """
@@ -95,7 +95,7 @@ class MetricsLogger:
             self._wandb.log(row)
 
     def log_samples(self, step: int, kind: str, rows: list[dict[str, Any]]) -> None:
-        """Writes the first `num_samples` rows, each with its step and kind ("eval", "train").
+        """Write the first `num_samples` rows, each with its step and kind ("eval", "train").
 
         Raises ValueError for a row with a key `step` or `kind`, or with a NaN or infinity in it.
         """
@@ -113,13 +113,13 @@ class MetricsLogger:
             file.flush()
 
     def sync(self) -> None:
-        """Returns once the rows are on the disk: a checkpoint must not outlive them."""
+        """Return once the rows are on the disk: a checkpoint must not outlive them."""
         for each in (self._metrics, self._samples):
             with naming_file(each) as file:
                 os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Closes the files and finishes the wandb run. A second call does nothing."""
+        """Close the files and finish the wandb run. A second call does nothing."""
         for each in (self._metrics, self._samples):
             with naming_file(each) as file:
                 file.close()
@@ -135,16 +135,16 @@ class MetricsLogger:
 
 
 class NoLogger:
-    """For the processes that leave the logging to the first."""
+    """Writes nothing, in the processes that leave the logging to the first."""
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """See MetricsLogger."""
+        """Do nothing; see MetricsLogger."""
 
     def log_samples(self, step: int, kind: str, rows: list[dict[str, Any]]) -> None:
-        """See MetricsLogger."""
+        """Do nothing; see MetricsLogger."""
 
     def sync(self) -> None:
-        """See MetricsLogger."""
+        """Do nothing; see MetricsLogger."""
 
     def __enter__(self) -> Self:
         return self
@@ -154,12 +154,12 @@ class NoLogger:
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows without what differs between equal runs."""
+    """Return rows without what differs between equal runs."""
     return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file; none where it is missing. A torn last line is left out.
+    """Return the rows of a .jsonl file, none if it is missing. A torn last line is left out.
 
     Raises ValueError, naming the line, for any other line that is not a JSON object with a `step`.
     """

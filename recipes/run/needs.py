@@ -16,7 +16,7 @@ class MissingError(ImportError):
 
 
 def require_ready(run: Any) -> None:
-    """Raises MissingError, naming the key, for a package or a login that `run` cannot do without.
+    """Raise MissingError, naming the key, for a package or a login that `run` cannot do without.
 
     Commands that need neither pass.
     """

@@ -86,7 +86,7 @@ summary { cursor: pointer; font-weight: 600; }
 
 
 def write_report(run_dir: Path, *, title: str, summary: dict[str, Any], config_yaml: str) -> Path:
-    """Writes `report.html` from the run's metrics.jsonl and samples.jsonl, and returns its path.
+    """Write `report.html` from the run's metrics.jsonl and samples.jsonl; returns its path.
 
     Every entry of `summary` becomes a card, in order; `reward_first` and `reward_last` share one,
     and are taken from the metrics where the summary lacks them. A chart without metrics is left

@@ -24,7 +24,7 @@ _SHOW_S = 0.5
 
 @dataclass(frozen=True)
 class Prompts:
-    """What the engine is asked for."""
+    """Says what the engine is asked for."""
 
     problems: list[Problem]
     token_ids: list[list[int]]
@@ -35,7 +35,7 @@ class Prompts:
 
 @dataclass
 class Rollout:
-    """Completions of some problems, groups in prompt order."""
+    """Holds completions of some problems, groups in prompt order."""
 
     problems: list[Problem]
     prompt_ids: list[list[int]]
@@ -46,17 +46,17 @@ class Rollout:
 
     @property
     def reward_mean(self) -> float:
-        """The mean over all samples."""
+        """This is the mean over all samples."""
         flat = [r for group in self.rewards for r in group]
         return sum(flat) / len(flat)
 
     @property
     def reward_tensor(self) -> torch.Tensor:
-        """The rewards [prompts, samples] in fp64, as fp32 would lose small differences."""
+        """These are the rewards [prompts, samples] in fp64; fp32 would lose small differences."""
         return torch.tensor(self.rewards, dtype=torch.float64)
 
     def samples(self, advantages: torch.Tensor) -> list[Sample]:
-        """Every completion as what is trained on, in order; advantages [prompts, samples]."""
+        """Return all completions as what is trained on, in order; advantages [prompts, samples]."""
         groups = zip(self.prompt_ids, self.completions, advantages.tolist(), strict=True)
         return [
             drawn_sample(prompt, completion, advantage)
@@ -75,7 +75,7 @@ class Sampler:
         self._sample_ids = SampleIds()
 
     def training_prompts(self, step: int) -> Prompts:
-        """The prompts of a step, counted from 0; ValueError if they were asked for before."""
+        """Return the prompts of a step, counted from 0; raises ValueError the second time."""
         r, problems = self._settings, self._inputs.train_set
         first = step * r.prompts_per_step
         indices = [
@@ -93,7 +93,7 @@ class Sampler:
         return _prompts(problems, indices, ids, params)
 
     def held_out_prompts(self, step: int) -> Prompts:
-        """All held-out problems, for the evaluation after `step` steps; raises as above."""
+        """Return the held-out prompts, for the evaluation after `step` steps; raises as above."""
         r, problems = self._settings, self._inputs.eval_set
         indices = range(len(problems))
         params = SamplingParams(
@@ -130,7 +130,7 @@ class Sampler:
         return Rollout(prompts.problems, prompts.token_ids, groups, texts)
 
     def score(self, rollout: Rollout, poll: Poll = lambda: None) -> list[list[float]]:
-        """The rewards [prompts][samples] of a rollout, which the first process finds for all.
+        """Return the rewards [prompts][samples], which the first process finds for all.
 
         Where `poll` raises Stopped there, it ends the scoring on every process.
         """

@@ -45,7 +45,7 @@ class RunFolderError(RuntimeError):
 
 @dataclass
 class RunSession:
-    """A run's folder, its device and the numerics that its checkpoints are bound to.
+    """Holds a run's folder, its device and the numerics that its checkpoints are bound to.
 
     A context: at its end the folder is free for others, and if the run has not `started`, it holds
     again what it held before.
@@ -72,12 +72,12 @@ class RunSession:
 
     @property
     def run_dir(self) -> Path:
-        """Where the run's files go."""
+        """The run's files go here."""
         return self.run.run_dir
 
     @property
     def checkpoints(self) -> Path:
-        """Where its checkpoints go."""
+        """The run's checkpoints go here."""
         return self.run_dir / "checkpoints"
 
     def __enter__(self) -> Self:
@@ -88,7 +88,7 @@ class RunSession:
             self.folder.close()
 
     def started(self) -> None:
-        """All is set up: only now an earlier run is removed. A second call does nothing."""
+        """Remove the earlier run, now that all is set up. A second call does nothing."""
         if not self.has_started:
             with together(RunFolderError):
                 if self.folder is not None:
@@ -115,7 +115,7 @@ class RunSession:
 
     @property
     def resharded(self) -> list[dict[str, Any]]:
-        """The changes of layout that the run has come through, with the steps after which."""
+        """The run has come through these changes of layout, each after a step."""
         if self.resumed is None:
             return []
         there, here = self.resumed.manifest["parallel"], binding_layout(self.run)
@@ -123,7 +123,7 @@ class RunSession:
         return self.resumed.manifest["resharded"] + ([change] if change["changes"] else [])
 
     def restore(self, trainer: MegatronTrainer) -> dict[str, Any]:
-        """Bring the trainer to the checkpoint that is resumed; its progress, else nothing."""
+        """Bring the trainer to the resumed checkpoint, if there is one; returns its progress."""
         if self.resumed is None:
             return {}
         there, here = self.resumed.manifest["parallel"], binding_layout(self.run)
@@ -177,7 +177,7 @@ def join_processes(device: torch.device, parallel: ParallelConfig) -> None:
 
 
 def command_of(run: SftRun | GrpoRun) -> str:
-    """The command that runs it."""
+    """Return the name of the command that runs it."""
     return "grpo" if isinstance(run, GrpoRun) else "sft"
 
 

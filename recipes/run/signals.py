@@ -35,7 +35,7 @@ class StopSignals:
             raise Stopped(self.received.name)
 
     def poll_together(self) -> None:
-        """Every process calls it between two steps: Stopped on all if one has got a signal."""
+        """Raise Stopped on every process, all of which call it, if a signal has come to one."""
         from samebit.kernels.reduce import gather_objects
 
         names = gather_objects(self.received.name if self.received is not None else "")
@@ -43,7 +43,7 @@ class StopSignals:
             raise Stopped(received[0])
 
     def handle(self, number: int, _frame: Any) -> None:
-        """The handler; it writes past Python's buffers, which it may have interrupted.
+        """Handle a signal; writes past Python's buffers, which it may have interrupted.
 
         A forked child, such as a reward may start, has inherited it and ends at its first signal.
         """

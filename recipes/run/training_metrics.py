@@ -14,7 +14,7 @@ from samebit.trainer.types import StepStats
 
 
 class PhaseTimer:
-    """Seconds spent in each phase of a training step, by the names under which they are logged."""
+    """Adds up the seconds of each phase of a training step, by the names that are logged."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -29,7 +29,7 @@ class PhaseTimer:
 
 
 def rollout_metrics(rollout: Rollout, prefix: str) -> dict[str, float]:
-    """Rewards and lengths under the field's names."""
+    """Return rewards and lengths under the field's names."""
     rewards = rollout.reward_tensor.flatten()
     completions = [c for group in rollout.completions for c in group]
     lens = [len(c.token_ids) for c in completions]
@@ -43,8 +43,8 @@ def rollout_metrics(rollout: Rollout, prefix: str) -> dict[str, float]:
 
 
 def train_metrics(stats: Sequence[StepStats]) -> dict[str, float]:
-    """Means over a step's optimizer steps. If log-probs are compared with a rollout's, the
-    comparison is that of the first."""
+    """Return means over a step's optimizer steps. If log-probs are compared with a rollout's,
+    the comparison is that of the first."""
     first = stats[0]
     metrics = {
         "train/loss": sum(s.loss for s in stats) / len(stats),
@@ -63,7 +63,7 @@ def train_metrics(stats: Sequence[StepStats]) -> dict[str, float]:
 
 
 def sample_rows(rollout: Rollout, num_samples: int) -> list[dict[str, Any]]:
-    """The first sample of the first problems, readable."""
+    """Return the first sample of the first problems, readable."""
     rows = []
     for i, problem in enumerate(rollout.problems[:num_samples]):
         rows.append(
@@ -84,7 +84,7 @@ def speed(
     stats: Sequence[StepStats],
     seconds: Mapping[str, float],
 ) -> dict[str, float]:
-    """Tokens per second of the two large phases; on a GPU also the trainer's share of its peak."""
+    """Return tokens per second of the two large phases; on a GPU also the share of its peak."""
     drawn = sum(len(c.token_ids) for group in rollout.completions for c in group)
     trained, train_s = sum(s.num_tokens for s in stats), seconds["perf/train_s"]
     found = {

@@ -10,7 +10,7 @@ OVERLONG = ("error", "drop", "truncate_left")
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One problem: what the model is asked, and what a reward compares its answer with."""
+    """Holds what the model is asked and what a reward compares its answer with."""
 
     index: int
     """Position in its dataset."""
@@ -25,12 +25,12 @@ class Problem:
 
     @property
     def name(self) -> str:
-        """What an error calls it."""
+        """Errors call it this."""
         return f"{self.where}: problem {self.index}" if self.where else f"problem {self.index}"
 
 
 class Dataset(Protocol):
-    """Problems by index: the same index gives the same problem, in any process and any order."""
+    """Gives problems by index: the same one for an index in any process and any order."""
 
     def __len__(self) -> int: ...
 
@@ -39,7 +39,7 @@ class Dataset(Protocol):
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Where the problems come from."""
+    """Says where the problems come from."""
 
     task: str = "file"
     """`file`, `reverse_digits` or `reasoning_gym/<name>`."""
@@ -81,13 +81,13 @@ class DataConfig:
 
 
 def check_index(index: int, size: int) -> None:
-    """Raises IndexError unless 0 <= index < size (which also ends a plain `for` loop)."""
+    """Raise IndexError unless 0 <= index < size (which also ends a plain `for` loop)."""
     if not 0 <= index < size:
         raise IndexError(f"problem {index} of a split of {size}; give 0 to {size - 1}")
 
 
 class ListDataset:
-    """Problems that are already there."""
+    """Holds problems that are already there."""
 
     def __init__(self, problems: list[Problem]) -> None:
         self._problems = problems

@@ -15,7 +15,7 @@ TASKS: dict[str, Callable[[DataConfig], tuple[Dataset, Dataset]]] = {
 
 
 def load_datasets(config: DataConfig) -> tuple[Dataset, Dataset]:
-    """The train split and the held-out split of a task. No prompt is in both.
+    """Return the train split and the held-out split of a task. No prompt is in both.
 
     Raises ValueError for an unknown task or a bad setting, FileNotFoundError for a missing file.
     """
