@@ -12,8 +12,8 @@ from typing import Any
 from samebit.recipes.cli.dry_run import describe_grpo, train_or_describe
 from samebit.recipes.config import GrpoRun
 from samebit.recipes.data.rewards import Poll
-from samebit.recipes.data.samples import own_micro_batches
 from samebit.recipes.launch.placement import make_trainer, start_engine
+from samebit.recipes.run.batches import own_micro_batches
 from samebit.recipes.run.inputs import GrpoInputs
 from samebit.recipes.run.recorder import Progress, Recorder, recording
 from samebit.recipes.run.report import write_report

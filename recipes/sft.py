@@ -9,9 +9,9 @@ from samebit.recipes.cli.dry_run import describe_sft, train_or_describe
 from samebit.recipes.config import SftRun
 from samebit.recipes.data.order import problem_index
 from samebit.recipes.data.records import Split
-from samebit.recipes.data.samples import own_micro_batches
 from samebit.recipes.export import write_model
 from samebit.recipes.launch.placement import make_trainer
+from samebit.recipes.run.batches import own_micro_batches
 from samebit.recipes.run.inputs import SftInputs
 from samebit.recipes.run.recorder import Progress, recording
 from samebit.recipes.run.session import RunSession, open_session

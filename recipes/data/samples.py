@@ -3,10 +3,7 @@
 from collections.abc import Sequence
 
 from samebit.rollout.types import Completion
-from samebit.trainer.config import TrainerConfig
-from samebit.trainer.megatron.trainer import MegatronTrainer
-from samebit.trainer.packing import pack_samples
-from samebit.trainer.types import MicroBatch, Sample
+from samebit.trainer.types import Sample
 
 
 def drawn_sample(
@@ -20,25 +17,3 @@ def drawn_sample(
         logprobs=completion.logprobs,
         advantage=advantage,
     )
-
-
-def own_micro_batches(
-    samples: Sequence[Sample],
-    settings: TrainerConfig,
-    trainer: MegatronTrainer,
-    temperature: float = 1.0,
-) -> list[MicroBatch]:
-    """Pack an optimizer step's samples; returns the micro-batches that this data rank computes.
-
-    temperature: the rollout's. Raises ValueError as pack_samples and share_batches do.
-    """
-    batches = pack_samples(
-        samples,
-        settings.micro_batch_tokens,
-        settings.loss_mean,
-        temperature,
-        trainer.device,
-        trainer.model,
-        at_least=settings.parallel.data,
-    )
-    return trainer.own_batches(batches)
