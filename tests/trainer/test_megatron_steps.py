@@ -226,7 +226,7 @@ def test_a_poll_ends_a_step_before_anything_is_written(make_trainer, batches):
         trainer.train_step(batches, sft_loss, poll)
     assert_same_state(trainer.state_dict(), before)
     assert (trainer.step, len(polls)) == (0, 3)
-    trainer.train_step(batches, sft_loss, poll)
+    make_trainer().train_step(batches, sft_loss, poll)
     assert len(polls) == 3 + len(batches)
 
 
