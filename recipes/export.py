@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from samebit.recipes.cli.compose import ConfigError
-from samebit.recipes.config import ExportRun
+from samebit.recipes.config import ConfigError
+from samebit.recipes.models.side_files import side_files, write_side_files
 from samebit.recipes.run.folder import require_outside
-from samebit.recipes.side_files import side_files, write_side_files
+from samebit.recipes.tools_config import ExportRun
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.checkpoint import (
@@ -30,7 +30,7 @@ from samebit.weight_sync.types import WeightVersion
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint, the newest of a checkpoints folder, or the newest of a run."""
+    """Find a checkpoint, the newest of a checkpoints folder, or the newest of a run."""
     found = (
         read_checkpoint(path) or latest_checkpoint(path) or latest_checkpoint(path / "checkpoints")
     )
@@ -42,7 +42,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
 def read_model(
     checkpoint: Checkpoint, model: ModelConfig, dtype: torch.dtype | None = None
 ) -> tuple[WeightVersion, dict[str, torch.Tensor], str]:
-    """The shards of all ranks put together: (version, parameters, where they come from).
+    """Put the shards of all ranks together; returns (version, parameters, where they come from).
 
     dtype: unset, that of the weights trained with. fp32 is read from AdamW's master weights, if
     there are any. Raises ValueError for another model and for weights that the dtype cannot hold.
@@ -66,7 +66,7 @@ def read_model(
 def write_model(
     checkpoint: Checkpoint, model_path: Path, out: Path, dtype: torch.dtype | None = None
 ) -> tuple[WeightVersion, str]:
-    """Write a checkpoint as a Hugging Face folder; its version and what its weights are.
+    """Write a checkpoint as a Hugging Face folder; returns its version and what its weights are.
 
     model_path is the folder that the run started from. Raises ConfigError for another model,
     FileExistsError for an `out` that is not ours.
@@ -109,7 +109,7 @@ def _require_free(run: ExportRun, checkpoint: Checkpoint) -> None:
 
 
 def main(run: ExportRun) -> int:
-    """The command `samebit export`."""
+    """Run the command `samebit export`."""
     checkpoint, out = find_checkpoint(Path(run.checkpoint)), Path(run.out)
     load_model_config(run.model)  # it is there
     _require_free(run, checkpoint)

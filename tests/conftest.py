@@ -14,7 +14,7 @@ import pytest
 import torch
 from conservation import settle
 
-from samebit.recipes.tiny_model import make_random_model
+from samebit.recipes.models.tiny_model import make_random_model
 from samebit.rollout.engine import Engine
 
 torch.set_num_threads(1)

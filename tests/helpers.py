@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from samebit.recipes.bits import distance
+from samebit.recipes.verification.bits import distance
 
 
 def assert_same_bits(found: torch.Tensor, expected: torch.Tensor, case: object = "") -> None:

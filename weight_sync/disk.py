@@ -6,7 +6,11 @@ A file's bytes are on the disk once it is synced, its name once the folder that 
 import ctypes
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 _HERE = -100  # AT_FDCWD: paths are taken as they are
 _EXCHANGE = 2  # RENAME_EXCHANGE
@@ -38,6 +42,32 @@ def make_folder(path: Path) -> None:
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
         sync(path.parent)
+
+
+def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> None:
+    """Replace a file: at any moment, also after a kill or a power failure, it holds the old content
+    or the new, and the new once this returns.
+
+    Its mode is `mode` less the umask, from the first byte on. Raises OSError, which names the file.
+    """
+    temporary = path.with_name(f".{path.name.removeprefix('.')}.tmp")
+    temporary.unlink(missing_ok=True)  # what a kill left may have another mode
+    with open(temporary, "wb", opener=partial(os.open, mode=mode)) as file, naming_file(file):
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+@contextmanager
+def naming_file[T: (str, bytes)](file: IO[T]) -> Iterator[IO[T]]:
+    """Name the file in the errors of writing to it, as when the disk is full."""
+    try:
+        yield file
+    except OSError as error:
+        error.filename = error.filename or file.name
+        raise
 
 
 def exchange(a: Path, b: Path) -> bool:

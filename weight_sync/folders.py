@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from samebit.weight_sync.disk import exchange, make_folder, sync, sync_tree
+from samebit.weight_sync.disk import exchange, make_folder, sync, sync_tree, write_atomically
 
 MARKER = ".samebit"
 LOCK = ".samebit.lock"
@@ -41,13 +41,8 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
 
 def write_marker(folder: Path, kind: str, **content: Any) -> None:
     """Make the folder ours; a marker that is there is replaced, whatever kills the machine."""
-    temporary = folder / f"{MARKER}.tmp"
-    with temporary.open("w") as file:
-        file.write(json.dumps({"kind": kind, **content, "format": _FORMAT}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / MARKER)
-    sync(folder)
+    marker = {"kind": kind, **content, "format": _FORMAT}
+    write_atomically(folder / MARKER, json.dumps(marker) + "\n")
 
 
 class FolderLock:

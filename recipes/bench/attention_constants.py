@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from samebit.recipes.run.metrics import write_atomically
 from samebit.recipes.run.provenance import provenance
+from samebit.weight_sync.disk import write_atomically
 
 NUM_HEADS, NUM_KV, HEAD_DIM, PAGE = 32, 8, 128, 64
 TILES = (64, 128)

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from samebit.recipes.config import check_given, check_run_folder
+from samebit.recipes.config import check_run_folder
+from samebit.recipes.tools_config import check_given
 from samebit.rollout.config import LOAD_FORMATS, EngineConfig
 from samebit.trainer.config import ParallelConfig, check_tp_invariant, require, require_default
 
@@ -206,6 +207,11 @@ class BenchTrainerRun(BenchRun):
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tp_invariant: bool = False
     """Sum row-parallel products so that a forward's bits do not depend on parallel.tensor."""
+
+    @property
+    def num_processes(self) -> int:
+        """How many processes it runs in."""
+        return self.parallel.num_processes
 
     def __post_init__(self) -> None:
         super().__post_init__()

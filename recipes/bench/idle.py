@@ -25,7 +25,7 @@ _TOP = 15
 
 
 class Activity(NamedTuple):
-    """One kernel, copy or fill on the GPU; times in microseconds."""
+    """Holds one kernel, copy or fill on the GPU; times in microseconds."""
 
     start: float
     end: float
@@ -34,7 +34,7 @@ class Activity(NamedTuple):
 
 @dataclass(frozen=True)
 class IdleTime:
-    """From the first activity's start to the last one's end, streams taken together."""
+    """Counts from the first activity's start to the last one's end, streams taken together."""
 
     busy: float
     """With at least one activity, waiting or not."""
@@ -43,13 +43,13 @@ class IdleTime:
 
     @property
     def idle_share(self) -> float:
-        """Of the whole window."""
+        """This is the idle share of the whole window."""
         whole = self.busy + self.idle
         return self.idle / whole if whole else 0.0
 
 
 def idle_time(intervals: Iterable[tuple[float, float]]) -> IdleTime:
-    """Of (start, end) intervals in any order, which may overlap."""
+    """Return the idle time of (start, end) intervals in any order, which may overlap."""
     busy = idle = longest = 0.0
     reached: float | None = None
     for start, end in sorted(intervals):
@@ -62,7 +62,7 @@ def idle_time(intervals: Iterable[tuple[float, float]]) -> IdleTime:
 
 
 def gpu_activities(trace: dict[str, Any]) -> list[Activity]:
-    """What ran on the GPU, from a Chrome trace of torch.profiler."""
+    """Return what ran on the GPU, from a Chrome trace of torch.profiler."""
     return [
         Activity(event["ts"], event["ts"] + event["dur"], event["name"])
         for event in trace["traceEvents"]
@@ -73,7 +73,7 @@ def gpu_activities(trace: dict[str, Any]) -> list[Activity]:
 def recorded[T](
     warm_up: Callable[[], object], action: Callable[[], T], trace_file: Path
 ) -> tuple[T, list[Activity]]:
-    """The action's result, and what it had the GPU do; writes the Chrome trace.
+    """Return the action's result and what it had the GPU do; writes the Chrome trace.
 
     Only GPU activities are recorded, so that the recording slows the host little. The first
     recording takes long to start: it is that of warm_up.
@@ -92,7 +92,7 @@ def recorded[T](
 
 
 def top_activities(activities: Iterable[Activity], num_steps: int) -> list[dict[str, Any]]:
-    """The names that take the most time, with calls and microseconds a step."""
+    """Return the names that take the most time, with calls and microseconds a step."""
     durations: dict[str, list[float]] = defaultdict(list)
     for start, end, name in activities:
         durations[name].append(end - start)
@@ -106,7 +106,7 @@ def top_activities(activities: Iterable[Activity], num_steps: int) -> list[dict[
 def gpu_times(
     activities: Sequence[Activity], step_ms: float, recorded_ms: float, num_steps: int
 ) -> dict[str, Any]:
-    """Of a step, in milliseconds: its length without and while recording, and the GPU's share.
+    """Return a step's milliseconds without and while recording, and the GPU's share.
 
     gpu_busy_ms: at least one activity ran or waited on the GPU. gpu_sum_ms: their durations added,
     so that what overlaps, such as a kernel that is started early and waits, counts twice.
@@ -129,7 +129,7 @@ def gpu_times(
 
 
 def describe_gpu_times(found: dict[str, Any]) -> str:
-    """gpu_times in words."""
+    """Put gpu_times in words."""
     return (
         f"decode step {found['step_ms']:.3f} ms ({found['step_ms_recorded']:.3f} while recorded); "
         f"for {found['gpu_busy_ms']:.3f} ms a kernel, copy or fill is on the GPU, those that wait "
@@ -141,7 +141,7 @@ def describe_gpu_times(found: dict[str, Any]) -> str:
 
 
 def num_prefill_steps(engine: Engine, workload: Workload) -> int:
-    """Steps after which every prompt of the workload is computed, with some to spare."""
+    """Return after how many steps every prompt of the workload is computed, and some more."""
     config = engine.config
     budget = config.max_batch_tokens - workload.num_seqs
     if workload.num_seqs > config.max_num_seqs or budget < 1:

@@ -7,7 +7,6 @@ pages through 256 MB or more, so that no cache holds them, as in an engine that 
 between two uses; the row operations find their inputs in the cache, as they do in an engine.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -27,8 +26,9 @@ from samebit.kernels.sample import draw
 from samebit.kernels.swiglu import swiglu
 from samebit.recipes.bench.config import BenchKernelsRun
 from samebit.recipes.bench.output import REPORT_FILE, format_table, model_fields, write_report
+from samebit.recipes.bench.products import HEAD, linear_shapes
 from samebit.recipes.bench.timing import card_rates, graph_us, graphs_us, num_copies
-from samebit.recipes.cli.compose import ConfigError
+from samebit.recipes.config import ConfigError
 from samebit.recipes.run.folder import require_own_report
 from samebit.rollout.device import DeviceError, resolve_device
 from samebit.rollout.models.config import ModelConfig
@@ -40,7 +40,6 @@ from samebit.rollout.runtime.memory import Arena
 Row = dict[str, Any]
 """One measurement: a line of a table and of bench.json."""
 
-HEAD = "lm_head"
 DECODE = (
     (1, 512), (1, 8192), (1, 32768), (8, 512), (64, 512), (64, 2048), (256, 1024), (256, 4096),
 )  # fmt: skip
@@ -54,12 +53,6 @@ _MAX_PLANS = 128
 
 def _randn(*shape: int, dtype: torch.dtype = _BF16) -> torch.Tensor:
     return torch.randn(shape, dtype=dtype, device=_CUDA)
-
-
-def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(N, K) of every product of the model."""
-    shapes = {name: (product.n, product.k) for name, product in config.layer_products.items()}
-    return shapes | {HEAD: (config.vocab_size, config.hidden_size)}
 
 
 def _logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -273,7 +266,9 @@ def main(run: BenchKernelsRun) -> int:
     if device.type != "cuda":
         raise DeviceError("bench kernels needs a CUDA device; `bench engine` also takes device=cpu")
     if run.tune:
-        return importlib.import_module("samebit.recipes.bench.tune").main(run)
+        from samebit.recipes.bench import tune  # needs Triton
+
+        return tune.main(run)
     torch.manual_seed(run.seed)
     config = load_model_config(run.model)
     if not isinstance(config, DenseModel):

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from samebit.recipes.run.metrics import write_atomically
 from samebit.recipes.run.provenance import provenance
+from samebit.weight_sync.disk import write_atomically
 
 REPORT_FILE = "bench.json"
 
@@ -20,7 +20,7 @@ class BenchError(RuntimeError):
 
 
 def format_table(rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
-    """Columns aligned, the first num_left to the left, the others to the right; header first."""
+    """Align columns, the first num_left to the left, the others to the right; header first."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -32,7 +32,7 @@ def format_table(rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
 
 
 def model_fields(folder: str) -> dict[str, str]:
-    """What a report says of its model: the folder's name, and the digest of its config.json."""
+    """Return what a report says of its model: the folder's name, a digest of its config.json."""
     config = Path(folder) / "config.json"
     return {
         "model": Path(folder).resolve().name,
@@ -41,7 +41,7 @@ def model_fields(folder: str) -> dict[str, str]:
 
 
 def write_report(run_dir: Path, device: torch.device, body: dict[str, Any]) -> Path:
-    """Replace run_dir/bench.json, measured on `device`; its path."""
+    """Replace run_dir/bench.json, measured on `device`; returns its path."""
     run_dir.mkdir(parents=True, exist_ok=True)
     target = run_dir / REPORT_FILE
     report = {**provenance(["samebit", *sys.argv[1:]], device), **body}

@@ -20,7 +20,7 @@ from samebit.recipes.bench.config import Workload
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """One engine's figures on one card."""
+    """Holds one engine's figures on one card."""
 
     engine: str
     version: str
@@ -32,7 +32,7 @@ class Peer:
 
     @property
     def label(self) -> str:
-        """What its column is called."""
+        """The peer's column is called this."""
         return f"{self.engine} {self.version}"
 
 
@@ -89,6 +89,6 @@ def load_peers(path: str) -> list[Peer]:
 
 
 def comparable(peers: list[Peer], card: str, model: str, workloads: list[str]) -> list[Peer]:
-    """Those of the same card and model, with some of these workloads."""
+    """Return those of the same card and model, with some of these workloads."""
     same = [peer for peer in peers if (peer.card, peer.model) == (card, model)]
     return [peer for peer in same if not peer.workloads.keys().isdisjoint(workloads)]

@@ -21,10 +21,10 @@ import torch.distributed as dist
 from samebit.kernels.reduce import RankGroup, sum_of_own_rows, sum_over_ranks
 from samebit.recipes.bench.output import BenchError, format_table
 from samebit.recipes.bench.timing import Action, Spread
-from samebit.recipes.run.metrics import write_atomically
 from samebit.recipes.run.provenance import provenance
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron.setup import start_processes
+from samebit.weight_sync.disk import write_atomically
 
 WIDTH = 4096
 ROWS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096, 8192)

@@ -22,7 +22,7 @@ Action = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Spread:
-    """Of repeated measurements."""
+    """Holds the median and the spread of repeated measurements."""
 
     median: float
     min: float
@@ -30,18 +30,18 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Self:
-        """From at least one value."""
+        """Make it from at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 
 
 def num_copies(operand_bytes: int) -> int:
-    """Copies of an operand that together exceed every cache."""
+    """Return how many copies of an operand together exceed every cache."""
     return -(-ROTATED_BYTES // operand_bytes)
 
 
 @dataclass(frozen=True)
 class CardRates:
-    """What a card reached: the roofline under which its times are looked at."""
+    """Holds what a card reached: the roofline under which its times are looked at."""
 
     memory_bytes_s: float
     """Read and written, by a copy within its memory."""
@@ -49,16 +49,16 @@ class CardRates:
     """By a large bf16 product of random numbers."""
 
     def ideal_us(self, flops: float, num_bytes: float) -> float:
-        """Whichever of arithmetic and memory takes longer."""
+        """Return the time of arithmetic or of memory, whichever is longer."""
         return max(flops / self.flops_s, num_bytes / self.memory_bytes_s) * 1e6
 
     def compute_bound(self, flops: float, num_bytes: float) -> bool:
-        """Whether arithmetic takes longer than memory: then the card's power sets its clock."""
+        """Say whether arithmetic takes longer than memory: then the card's power sets its clock."""
         return flops / self.flops_s > num_bytes / self.memory_bytes_s
 
     @property
     def words(self) -> str:
-        """What the roofline is made of."""
+        """Say what the roofline is made of."""
         return (
             f"roofline: {self.memory_bytes_s / 1e12:.2f} TB/s copied and "
             f"{self.flops_s / 1e12:.0f} TFLOP/s multiplied by this card in this run"
@@ -66,7 +66,7 @@ class CardRates:
 
 
 def timed[T](action: Callable[[], T], device: torch.device) -> tuple[T, float]:
-    """(result, seconds) of an action, from and to a moment at which the device is done."""
+    """Return (result, seconds) of an action, between moments at which the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -94,7 +94,7 @@ def _record(actions: Sequence[Action], rounds: int) -> torch.cuda.CUDAGraph:
 def graphs_us(
     ways: Sequence[Sequence[Action]], expected_us: float, replays: int, sustained: bool = False
 ) -> list[Spread]:
-    """Microseconds of one action of each way, from replays of CUDA graphs that take turns.
+    """Return microseconds of one action of each way, from CUDA graphs replayed in turns.
 
     So all ways meet the card in the same state. Every way has as many actions, which differ in
     their operands alone; its graph repeats them until it should take a millisecond by
@@ -134,7 +134,7 @@ def graphs_us(
 
 
 def graph_us(actions: Sequence[Action], expected_us: float, replays: int) -> Spread:
-    """graphs_us of one way."""
+    """Return the graphs_us of one way."""
     return graphs_us([actions], expected_us, replays)[0]
 
 
@@ -162,7 +162,7 @@ def _product_flops_s() -> float:
 
 @functools.cache
 def card_rates() -> CardRates:
-    """Of the current CUDA device, measured now, once a process: 1 GiB copied, 8,192^3 multiplied.
+    """Measure the current CUDA device, once a process: 1 GiB copied, 8,192^3 multiplied.
 
     Takes part of a second and 2 GiB, which are given back.
     """

@@ -32,10 +32,10 @@ from samebit.kernels.gpu.swiglu import swiglu
 from samebit.kernels.gpu.tuning import TABLES, Choice, Key, row_bucket, table_path, to_json
 from samebit.recipes.bench.config import BenchKernelsRun
 from samebit.recipes.bench.timing import Action, card_rates, graph_us, graphs_us, num_copies
-from samebit.recipes.run.metrics import write_atomically
 from samebit.recipes.run.provenance import provenance
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
+from samebit.weight_sync.disk import write_atomically
 
 SKINNY_ROWS = (16, 32, 64, 128)
 LARGE_ROWS = (160, 192, 224, 256, 320, 384, 448, 512, 1024, 2048, 4096, 8192)

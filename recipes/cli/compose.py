@@ -5,20 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from samebit.recipes.bench.config import BenchEngineRun, BenchKernelsRun, BenchTrainerRun
-from samebit.recipes.cli.overrides import ConfigError, Overrides, check_file, find_field, read_words
-from samebit.recipes.cli.secrets import build, escaped, plain
-from samebit.recipes.config import (
-    DemoRun,
-    DiffRun,
-    ExportRun,
-    FetchRun,
-    GrpoRun,
-    RunSection,
-    SftRun,
-    VerifyRun,
-)
-
-__all__ = ["ConfigError", "compose", "groups_of", "resolve", "to_dict", "to_yaml"]
+from samebit.recipes.cli.overrides import Overrides, check_file, find_field, read_words
+from samebit.recipes.config import ConfigError, DemoRun, GrpoRun, RunSection, SftRun
+from samebit.recipes.run.secrets import build
+from samebit.recipes.tools_config import DiffRun, ExportRun, FetchRun, VerifyRun
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
@@ -37,7 +27,7 @@ SCHEMAS: dict[str, type[Any]] = {
 
 
 def groups_of(command: str) -> dict[str, list[str]]:
-    """The groups of configuration files that a command chooses from, with their choices."""
+    """Return the groups of configuration files that a command chooses from, with their choices."""
     from omegaconf import OmegaConf
 
     main_file = CONFIG_DIR / f"{command}.yaml"
@@ -52,7 +42,7 @@ def groups_of(command: str) -> dict[str, list[str]]:
 
 
 def compose(command: str, words: Sequence[str]) -> Any:
-    """The composed OmegaConf config of a command; ConfigError for keys that do not exist."""
+    """Return a command's OmegaConf config; raises ConfigError for keys that do not exist."""
     return _composed(command, read_words(words, SCHEMAS[command], groups_of(command)))
 
 
@@ -100,7 +90,7 @@ def _set(config: Any, schema: Any, key: str, value: Any) -> None:
 
 
 def resolve(command: str, words: Sequence[str]) -> Any:
-    """The command's dataclass, filled and checked; ConfigError says what is wrong."""
+    """Return the command's dataclass, filled and checked; raises ConfigError if it cannot."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -131,22 +121,6 @@ def _demo_by_device(given: Overrides) -> list[str]:
     import torch
 
     return ["demo=smollm2"] if torch.cuda.is_available() else []
-
-
-def to_yaml(run: RunSection) -> str:
-    """The resolved configuration as YAML, as it may be shown: see recipes/cli/secrets.py."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.create(plain(run, escaped)))
-
-
-def to_dict(run: RunSection, *, shown: bool = True) -> dict[str, Any]:
-    """The resolved configuration as plain values, as it may be shown.
-
-    With shown=False it has what interpolations gave, for comparisons and digests; secrets by name
-    are never in it.
-    """
-    return plain(run, shown=shown)
 
 
 def _first_lines(error: Exception) -> str:

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 
 def documented_yaml(schema: type[Any], config: Mapping[str, Any], indent: str = "") -> str:
-    """The plain values of a configuration as YAML with comments."""
+    """Return the plain values of a configuration as YAML with comments."""
     return "".join(_lines(schema, config, indent))
 
 
@@ -29,7 +29,7 @@ def _lines(schema: type[Any], config: Mapping[str, Any], indent: str) -> Iterato
 
 
 def field_docs(schema: type[Any]) -> dict[str, str]:
-    """The string under each field of a dataclass and its bases, in one line."""
+    """Return the string under each field of a dataclass and its bases, in one line."""
     docs: dict[str, str] = {}
     for cls in reversed(schema.__mro__):
         if not is_dataclass(cls):

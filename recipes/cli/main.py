@@ -33,7 +33,7 @@ GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
 
 
 def usage(prefix: str = "") -> str:
-    """What there is, or the commands that start with `prefix`."""
+    """Return the help text of all commands, or of those that start with `prefix`."""
     lines = [f"  {name:14s} {text}" for name, text in COMMANDS.items() if name.startswith(prefix)]
     return "\n".join(
         [
@@ -94,7 +94,7 @@ def _quieten_imports() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the process's exit code.
+    """Run a command and return the process's exit code.
 
     2 for a wrong command line or configuration, 1 for a run that ended with one of our own errors,
     an OSError, ValueError or ImportError. These are printed as one line, or with a traceback if
@@ -115,9 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"samebit: no command '{command}'\n\n{usage()}", file=sys.stderr)
         return 2
     overrides = list(_with_keys(command, [a for a in rest if a not in HELP]))
-    from samebit.recipes.cli.compose import ConfigError, resolve
-    from samebit.recipes.cli.needs import require_ready
-    from samebit.recipes.launch import processes as launch
+    from samebit.recipes.cli.compose import resolve
+    from samebit.recipes.config import ConfigError
+    from samebit.recipes.launch import processes
+    from samebit.recipes.run.needs import require_ready
     from samebit.recipes.run.signals import Stopped
 
     _quieten_imports()
@@ -128,9 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         run = resolve(command, overrides)
         require_ready(run)
-        if launch.is_needed(run):
-            return launch.launch(arguments, run)
-        launch.follow_launcher()
+        if processes.needs_launch(run):
+            return processes.launch(own_command(arguments), run)
+        processes.follow_launcher()
         program = _import_program(command)
         if argv is None:  # what imports made lives on; a full collection over it takes 0.1 s
             gc.freeze()
@@ -143,15 +144,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:  # where no run has begun that could be saved
         print(f"samebit {command}: interrupted", file=sys.stderr)
-        if launch.is_one_of_several():
-            launch.leave(130)
+        if processes.is_one_of_several():
+            processes.leave(130)
         return 130
     except Exception as error:
         if not _was_told(command, error, run):
             raise
-        if launch.is_one_of_several():
-            launch.leave(1)
+        if processes.is_one_of_several():
+            processes.leave(1)
         return 1
+
+
+def own_command(arguments: Sequence[str]) -> list[str]:
+    """Return the command line that runs `samebit` with these arguments in another process."""
+    return [sys.executable, "-P", "-m", "samebit.recipes.cli.main", *arguments]
 
 
 def _import_program(command: str) -> Any:
@@ -164,15 +170,15 @@ def _import_program(command: str) -> Any:
 
 def _was_told(command: str, error: Exception, run: Any) -> bool:
     """Say one of our own errors in a line; of several processes, any other one by its traceback."""
-    from samebit.recipes.cli.secrets import scrubbed
-    from samebit.recipes.launch import processes as launch
+    from samebit.recipes.launch.processes import is_one_of_several
+    from samebit.recipes.run.secrets import scrubbed
 
     ours = type(error).__module__.startswith("samebit.")
     expected = ours or isinstance(error, OSError | ValueError | ImportError)
     if expected and not os.environ.get("SAMEBIT_TRACEBACK"):
         print(f"samebit {command}: {scrubbed(str(error), run)}", file=sys.stderr)
         return True
-    if launch.is_one_of_several():
+    if is_one_of_several():
         traceback.print_exception(error)
         return True
     return False

@@ -13,7 +13,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from samebit.recipes.cli.secrets import HIDDEN, escaped, is_secret_name
+from samebit.recipes.config import ConfigError
+from samebit.recipes.run.secrets import HIDDEN, escaped, is_secret_name
 
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
 _ELEMENT = re.compile(r"""\s*('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,]*?)\s*(?:,|$)""")
@@ -32,37 +33,33 @@ _MOVED = {
 }
 
 
-class ConfigError(ValueError):
-    """A configuration key is unknown, missing, of the wrong type or contradicts another."""
-
-
 @dataclass(frozen=True)
 class Field:
-    """The type of a key, without the None that it may also be."""
+    """Holds the type of a key, without the None that it may also be."""
 
     kind: Any
     optional: bool = False
 
     @property
     def is_section(self) -> bool:
-        """Whether it has keys of its own."""
+        """Say whether it has keys of its own."""
         return is_dataclass(self.kind)
 
     @property
     def words(self) -> str:
-        """What it takes, for a message."""
+        """Say what it takes, for a message."""
         words = _WORDS.get(self.kind, "a section, such as {name: value}")
         return f"{words}, or null" if self.optional else words
 
     @property
     def is_free(self) -> bool:
-        """Whether it is what a task or a reward takes, or a part of it."""
+        """Say whether it is what a task or a reward takes, or a part of it."""
         return self.kind is Any or get_origin(self.kind) is dict
 
 
 @dataclass
 class Overrides:
-    """What a command line gives, in order."""
+    """Holds what a command line gives, in order."""
 
     choices: list[str] = field(default_factory=list)
     """Of groups, for Hydra to read."""
@@ -70,12 +67,12 @@ class Overrides:
     """Of keys, for OmegaConf; interpolations in them, if any, are meant."""
 
     def given(self, key: str) -> Any:
-        """The last value of a key, or None."""
+        """Return the last value of a key, or None."""
         return next((value for name, value in reversed(self.values) if name == key), None)
 
 
 def find_field(schema: Any, key: str) -> Field | None:
-    """What a dotted key names; None if it names nothing."""
+    """Return what a dotted key names; None if it names nothing."""
     found = Field(schema)
     for part in key.split("."):
         if found.is_section:
@@ -98,7 +95,7 @@ def _without_none(annotation: Any) -> Field:
 def read_words(
     words: Iterable[str], schema: Any, groups: Mapping[str, Collection[str]]
 ) -> Overrides:
-    """Words `key=value`, or `--flag` for flag=true; of a key given twice, the last one holds.
+    """Read words `key=value`, or `--flag` for flag=true; of a key given twice the last one holds.
 
     `groups` has the choices that each group of configuration files offers. Raises ConfigError,
     naming the key, for what cannot be read.
@@ -167,7 +164,7 @@ def _checked(key: str, text: str) -> str:
 
 
 def as_written(text: str) -> str:
-    """Text for OmegaConf: `${...}` is an interpolation where it can be read as one, else text."""
+    """Return text for OmegaConf: `${...}` interpolates if it can be read so, and else is text."""
     from omegaconf.errors import GrammarParseError
     from omegaconf.grammar_parser import parse
 
@@ -265,7 +262,7 @@ def _check_section(schema: Any, prefix: str, values: Mapping[str, Any]) -> None:
 
 
 def check_file(file: Path, schema: Any) -> None:
-    """ConfigError, naming the file, for a number where text belongs (2025_01_05 is one in YAML).
+    """Raise ConfigError, naming the file, for a number where text belongs (YAML: 2025_01_05).
 
     `file` is a choice of a group: the group is the section that it is about, or all are.
     """

@@ -14,12 +14,12 @@ def _permutation(size: int, seed: int, epoch: int) -> torch.Tensor:
 
 
 def problem_index(position: int, size: int, seed: int) -> int:
-    """The problem at a place of the endless training order: every epoch its own shuffle."""
+    """Return the problem at a place of the endless training order, shuffled anew every epoch."""
     return int(_permutation(size, seed, position // size)[position % size])
 
 
 class SampleIds:
-    """64-bit sample ids that are never given twice in a run.
+    """Gives 64-bit sample ids, none of them twice in a run.
 
     From the top: 1 bit for evaluation, 31 bits step, 20 bits prompt, 12 bits sample.
     """
@@ -30,7 +30,7 @@ class SampleIds:
     def of_step(
         self, step: int, num_prompts: int, num_samples: int, *, evaluation: bool = False
     ) -> list[list[int]]:
-        """Ids [prompts][samples] of a step; ValueError if the step's ids were given before."""
+        """Return a step's ids [prompts][samples]; raises ValueError if they were given before."""
         if step <= self._last_step[evaluation]:
             raise ValueError(
                 f"sample ids of step {step} (evaluation={evaluation}) were used in this run"

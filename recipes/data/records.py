@@ -27,7 +27,7 @@ Check = Callable[[Sequence[Problem]], list[str]]
 
 @dataclass(frozen=True)
 class Encoded:
-    """A record as token ids."""
+    """Holds a record as token ids."""
 
     prompt_ids: array[int]
     label_ids: array[int]
@@ -37,7 +37,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Unfit:
-    """What is wrong with a record."""
+    """Says what is wrong with a record."""
 
     fault: str
     is_overlong: bool = False
@@ -129,7 +129,7 @@ _SYSTEM = ("system", "developer")
 
 
 class Split:
-    """A split of a task with its token ids."""
+    """Holds a split of a task with its token ids."""
 
     def __init__(self, name: str, dataset: Dataset, encoder: Encoder) -> None:
         self.num_dropped = 0
@@ -149,7 +149,7 @@ class Split:
         return problem if problem.index == index else replace(problem, index=index)
 
     def encoded(self, problem: Problem) -> Encoded:
-        """A problem of this split as token ids; ValueError names one that does not fit."""
+        """Return a problem as token ids; raises ValueError, naming it, if it does not fit."""
         if (found := self._encoded.get(problem.index)) is None:
             new = self._encoder([problem])[0]
             if isinstance(new, Unfit):

@@ -21,7 +21,16 @@ from contextlib import suppress
 from typing import Any
 
 from samebit.recipes.data.reward_worker import LENGTH_BYTES
-from samebit.recipes.data.rewards import Poll, RewardConfig, RewardError, describe
+from samebit.recipes.data.rewards import (
+    IN_PROCESS,
+    REWARDS,
+    BoundReward,
+    Poll,
+    RewardConfig,
+    RewardError,
+    bind_reward,
+    describe,
+)
 from samebit.recipes.data.tasks.base import Problem
 from samebit.weight_sync.meeting import own_secret
 
@@ -45,7 +54,7 @@ class WorkerEnded(RuntimeError):
 
 
 class Worker:
-    """One process, and the items whose answers it owes, oldest first."""
+    """Holds one process and the items whose answers it owes, oldest first."""
 
     def __init__(self) -> None:
         own_secret()  # it leaves the environment, which foreign code is about to inherit
@@ -85,7 +94,7 @@ class Worker:
         threading.Thread(target=_write, args=(os.dup(self._commands), data), daemon=True).start()
 
     def receive(self, timeout_s: float) -> Iterator[tuple[int, Reply]]:
-        """(item, answer) of what has come; WorkerEnded if the process has ended."""
+        """Return (item, answer) of what has come; raises WorkerEnded if the process has ended."""
         try:
             data = os.read(self.results, MOST_BYTES)
         except BlockingIOError:
@@ -106,7 +115,7 @@ class Worker:
 
 
 class RewardPool:
-    """A reward that runs in worker processes; see `rewards.load_reward`."""
+    """Runs a reward in worker processes; see `load_reward`."""
 
     def __init__(self, config: RewardConfig, poll: Poll) -> None:
         self.name = config.name
@@ -123,7 +132,7 @@ class RewardPool:
         return self.score([text], [problem], lambda: None)[0]
 
     def score(self, texts: Sequence[str], problems: Sequence[Problem], poll: Poll) -> list[float]:
-        """See `rewards.score`."""
+        """Return the rewards in order; see rewards.score."""
         rewards = [0.0] * len(texts)
         items = list(zip(texts, problems, strict=True))
         for i, (kind, *what) in self._run("score", items, poll):
@@ -138,7 +147,7 @@ class RewardPool:
         return rewards
 
     def check(self, problems: Sequence[Problem], poll: Poll) -> list[str]:
-        """For each problem what the reward says is wrong with it, or an empty text."""
+        """Return for each problem what the reward says is wrong with it, or an empty text."""
         faults = [""] * len(problems)
         if not self._has_check:
             return faults
@@ -262,3 +271,20 @@ def _kill(process: "subprocess.Popen[bytes]", files: tuple[int, ...]) -> None:
     process.wait()
     for fd in files:
         os.close(fd)
+
+
+def load_reward(config: RewardConfig, poll: Poll = lambda: None) -> BoundReward | RewardPool:
+    """Return the reward that a config names.
+
+    Ours that only compare texts run in this process. Code of others (your function, math-verify,
+    reasoning_gym) is imported and run in worker processes alone, which this starts.
+    Raises ValueError for an unknown name (listing the choices), a function that cannot be
+    imported, or arguments that it does not take.
+    """
+    if config.name in IN_PROCESS:
+        return bind_reward(config.name, config.args)
+    if config.name not in REWARDS and not all(config.name.partition(":")):
+        raise ValueError(
+            f"reward.name is {config.name!r}; give one of {', '.join(REWARDS)}, or module:function"
+        )
+    return RewardPool(config, poll)

@@ -10,13 +10,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from samebit.recipes.data.tasks.base import Problem
 from samebit.trainer.config import require_default
-
-if TYPE_CHECKING:
-    from samebit.recipes.data.reward_pool import RewardPool
 
 Reward = Callable[[str, Problem], float]
 Poll = Callable[[], object]
@@ -44,7 +41,7 @@ class RewardError(RuntimeError):
 
 @dataclass(kw_only=True)
 class RewardConfig:
-    """How a completion is scored."""
+    """Says how a completion is scored."""
 
     name: str = "exact_match"
     """`exact_match`, `number_match`, `math_verify`, `reasoning_gym`, or your `module:function`."""
@@ -67,7 +64,7 @@ class RewardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BoundReward:
-    """A reward function with its arguments, run in the process that calls it."""
+    """Runs a reward function with its arguments in the process that calls it."""
 
     name: str
     function: Callable[..., Any]
@@ -78,7 +75,7 @@ class BoundReward:
 
     @property
     def has_check(self) -> bool:
-        """Whether `check_problem` can find anything."""
+        """Say whether `check_problem` can find anything."""
         return self._check is not None
 
     @property
@@ -86,7 +83,7 @@ class BoundReward:
         return CHECKS.get(self.name) or getattr(self.function, "check_problem", None)
 
     def check_problem(self, problem: Problem) -> None:
-        """Raises ValueError for a problem that the function says it cannot use.
+        """Raise ValueError for a problem that the function says it cannot use.
 
         A function says so by an attribute `check_problem`, itself a function of the problem, which
         raises ValueError too; TypeError for one that returns something instead.
@@ -101,39 +98,20 @@ class BoundReward:
             )
 
     def check(self, problems: Sequence[Problem], poll: Poll) -> list[str]:
-        """For each problem what is wrong with it, or an empty text."""
+        """Return for each problem what is wrong with it, or an empty text."""
         poll()
         return [_fault(self.check_problem, problem) for problem in problems]
 
     def score(self, texts: Sequence[str], problems: Sequence[Problem], poll: Poll) -> list[float]:
-        """See `score`."""
+        """Return the rewards in order; see the function score."""
         return [_score(self, text, p) for text, p in zip(texts, problems, strict=True)]
 
     def close(self) -> None:
-        """Nothing to let go of."""
-
-
-def load_reward(config: RewardConfig, poll: Poll = lambda: None) -> "BoundReward | RewardPool":
-    """The reward that a config names.
-
-    Ours that only compare texts run in this process. Code of others (your function, math-verify,
-    reasoning_gym) is imported and run in worker processes alone, which this starts.
-    Raises ValueError for an unknown name (listing the choices), a function that cannot be
-    imported, or arguments that it does not take.
-    """
-    if config.name in IN_PROCESS:
-        return bind_reward(config.name, config.args)
-    if config.name not in REWARDS and not all(config.name.partition(":")):
-        raise ValueError(
-            f"reward.name is {config.name!r}; give one of {', '.join(REWARDS)}, or module:function"
-        )
-    from samebit.recipes.data.reward_pool import RewardPool
-
-    return RewardPool(config, poll)
+        """Do nothing: there is nothing to let go of."""
 
 
 def bind_reward(name: str, args: dict[str, Any]) -> BoundReward:
-    """The function that a name means, with checked arguments; ValueError as for `load_reward`."""
+    """Return the function that a name means, with checked arguments; raises as load_reward does."""
     function = REWARDS.get(name) or _import_reward(name)
     try:
         inspect.signature(function).bind("", None, **args)
@@ -158,7 +136,7 @@ def score(
     problems: Sequence[Problem],
     poll: Poll = lambda: None,
 ) -> list[float]:
-    """The reward of each completion, in order. `poll` is called while others compute them.
+    """Return the reward of each completion, in order; `poll` is called while others compute them.
 
     Raises RewardError, naming the reward, the problem and the completion, where the reward raises,
     ends or outlives its process, or returns something that is no finite number.
@@ -171,7 +149,7 @@ def score(
 
 
 def finite(value: Any) -> float | None:
-    """A finite number as a float; None for anything else."""
+    """Return a finite number as a float, and None for anything else."""
     try:
         return float(value) if isinstance(value, numbers.Real) and math.isfinite(value) else None
     except OverflowError:  # a whole number that no float can hold
@@ -179,19 +157,19 @@ def finite(value: Any) -> float | None:
 
 
 def describe(reward: str, text: str, problem: Problem) -> str:
-    """What an error says of a sample."""
+    """Return what an error says of a sample."""
     completion = repr(text if len(text) <= 200 else f"{text[:100]} ... {text[-100:]}")
     where = f" ({problem.where})" if problem.where else ""
     return f"the reward {reward!r} on problem {problem.index}{where}, completion {completion}"
 
 
 def exact_match(text: str, problem: Problem) -> float:
-    """1 where the text, without surrounding space, is the label."""
+    """Return 1 where the text, without surrounding space, is the label, and else 0."""
     return float(text.strip() == problem.label.strip())
 
 
 def number_match(text: str, problem: Problem) -> float:
-    """1 where the last number in the text equals the label's last number, exactly.
+    """Return 1 where the last number in the text equals the label's, exactly, and else 0.
 
     Understands signs, thousands commas, decimals and exponents ("-1,234.50", "1e-5"); not
     fractions. Raises ValueError for a label without a number, or whose last one is part of a
@@ -201,7 +179,7 @@ def number_match(text: str, problem: Problem) -> float:
 
 
 def math_verify(text: str, problem: Problem, *, timeout_s: int = 5) -> float:
-    """1 where the package math-verify finds the text's answer equal to the label.
+    """Return 1 where math-verify finds the text's answer equal to the label, and else 0.
 
     A label without LaTeX delimiters is read as LaTeX. An answer that takes longer than `timeout_s`
     seconds to parse or compare scores 0: the one case where a score depends on the machine. The
@@ -214,7 +192,7 @@ def math_verify(text: str, problem: Problem, *, timeout_s: int = 5) -> float:
 
 
 def reasoning_gym(text: str, problem: Problem, *, answer_tag: str | None = None) -> float:
-    """The score of the reasoning_gym task that the problem comes from, from 0 to 1.
+    """Return the score, from 0 to 1, of the reasoning_gym task that the problem comes from.
 
     With `answer_tag`, the answer is what the last <tag>...</tag> holds, and a text without one
     scores 0. A text on which the task's scorer fails scores 0. Some scorers evaluate the answer

@@ -9,7 +9,7 @@ from samebit.trainer.types import Sample
 def drawn_sample(
     prompt_ids: Sequence[int], completion: Completion, advantage: float = 0.0
 ) -> Sample:
-    """A prompt with one of its completions, under the completion's sample id."""
+    """Join a prompt with one of its completions, under the completion's sample id."""
     return Sample(
         sample_id=completion.sample_id,
         token_ids=(*prompt_ids, *completion.token_ids),

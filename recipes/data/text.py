@@ -39,17 +39,17 @@ class TextCodec:
 
     @property
     def end_token_id(self) -> int | None:
-        """What ends a label."""
+        """This token ends a label; None where the tokenizer has none."""
         return self._tokenizer.eos_token_id
 
     def messages(self, prompt: Prompt) -> Prompt:
-        """The prompt as it is encoded: with `chat`, a text is one user message."""
+        """Return the prompt as it is encoded: with `chat`, a text is one user message."""
         if self._chat and isinstance(prompt, str):
             return [{"role": "user", "content": prompt}]
         return prompt
 
     def render(self, prompt: Prompt) -> str:
-        """The text of a prompt; messages go through the chat template.
+        """Return the text of a prompt; messages go through the chat template.
 
         Raises ValueError where the template does, or gives nothing.
         """
@@ -60,7 +60,7 @@ class TextCodec:
         return text
 
     def encode_prompts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of prompts, which `render` made `texts` of.
+        """Return the token ids of prompts, which `render` made `texts` of.
 
         A plain text begins with the tokenizer's BOS token, if it adds one and the text does not
         begin with it, or like the chat template, already. No token is added at the end.
@@ -72,26 +72,26 @@ class TextCodec:
         return found
 
     def cut_left(self, ids: list[int], max_len: int) -> list[int]:
-        """The last of a plain text's token ids, after its BOS token if it has one."""
+        """Return the last of a plain text's token ids, after its BOS token if it has one."""
         bos = self._bos if ids[: len(self._bos)] == self._bos else []
         rest = max_len - len(bos)
         return [*bos, *ids[len(ids) - rest :]] if rest > 0 else ids
 
     def encode_labels(self, labels: Sequence[str]) -> list[list[int]]:
-        """Token ids of reference answers, with the end-of-sequence token; empty for empty ones."""
+        """Return the token ids of labels, each with its end token; none for empty ones."""
         ends = [] if self.end_token_id is None else [self.end_token_id]
         return [[*ids, *ends] if ids else [] for ids in self._encode(labels)]
 
     def keep_tokens_of(self, labels: Iterable[str]) -> None:
-        """Special tokens that labels hold stay in what `decode` gives; others are left out."""
+        """Keep special tokens that labels hold in what `decode` gives; others are left out."""
         if self._special:
             pattern = re.compile("|".join(re.escape(t) for t in self._special))
             for token in {found for label in labels for found in pattern.findall(label)}:
                 self._dropped.discard(self._special[token])
 
     def decode(self, completion: Completion) -> str:
-        """The completion's text without the special token that stopped it, or any other one but
-        those that labels hold."""
+        """Return the completion's text without the special token that stopped it, or any other
+        one but those that labels hold."""
         ids = completion.token_ids
         if completion.finish_reason == "stop" and ids[-1] in self._special.values():
             ids = ids[:-1]
@@ -100,14 +100,14 @@ class TextCodec:
         )
 
     def rewritten(self, labels: Sequence[str]) -> list[str]:
-        """What `decode` gives for exactly these labels."""
+        """Return what `decode` gives for exactly these labels."""
         ids = [[i for i in ids if i not in self._dropped] for ids in self._encode(labels)]
         if self._backend is not None:
             return self._backend.decode_batch(ids, skip_special_tokens=False)
         return self._tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
 
     def token(self, token_id: int) -> str:
-        """A token as the tokenizer writes it, for errors."""
+        """Return a token as the tokenizer writes it, for errors."""
         return str(self._tokenizer.convert_ids_to_tokens(token_id))
 
     def _apply_template(self, messages: list[dict[str, str]]) -> str:

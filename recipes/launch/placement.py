@@ -19,6 +19,9 @@ from samebit.weight_sync.transports.base import Transport
 from samebit.weight_sync.transports.file import FileTransport
 from samebit.weight_sync.transports.stages import StageTransport
 
+ServingEngine = Engine | RemoteEngine | ReplicatedEngine
+"""What serves the trainer's weights, wherever it runs."""
+
 
 def load_weights(trainer: MegatronTrainer, model_path: str) -> None:
     """Fill the trainer's parameters from a Hugging Face folder."""
@@ -29,7 +32,7 @@ def load_weights(trainer: MegatronTrainer, model_path: str) -> None:
 def make_trainer(
     run: SftRun | GrpoRun, model: ModelConfig, num_updates: int, device: torch.device
 ) -> MegatronTrainer:
-    """A trainer as the run asks for, with the weights of its model's folder."""
+    """Make the trainer that the run asks for, with the weights of its model's folder."""
     settings, invariant = run.trainer, run.numerics.tp_invariant
     trainer = MegatronTrainer(
         model,
@@ -59,8 +62,8 @@ def _start_copies(
 
 def start_engine(
     run: GrpoRun, device: torch.device, trainer: MegatronTrainer
-) -> tuple[Engine | RemoteEngine | ReplicatedEngine, Transport]:
-    """The engine and the transport that serves it; its weights are the model folder's."""
+) -> tuple[ServingEngine, Transport]:
+    """Start the engine, with the model folder's weights, and the transport that serves it."""
     longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
     config = replace(run.engine, max_model_len=longest, seed=run.seed)
     where: dict[str, Any] = {"device": device, "ranks": trainer.ranks}

@@ -1,6 +1,6 @@
 """Several processes of one run on this machine: started, watched and ended together.
 
-Each is the same command with its rank in the environment, which is complete before torch is
+Each runs the same command with its rank in the environment, which is complete before torch is
 imported. A signal to this process goes on to all of them. If one fails, the others have GRACE_S
 seconds to notice. If this process is killed, they end. Under another launcher, which sets RANK and
 WORLD_SIZE, nothing is started here.
@@ -22,30 +22,27 @@ _FOLLOWS = "SAMEBIT_FOLLOWS_STDIN"
 
 
 def num_processes(run: Any) -> int:
-    """That a run's configuration asks for."""
-    parallel = getattr(run, "parallel", None) or getattr(
-        getattr(run, "trainer", None), "parallel", None
-    )
-    return 1 if parallel is None else parallel.num_processes
+    """Return the number of processes that a run's configuration asks for."""
+    return getattr(run, "num_processes", 1)
 
 
 def is_launched() -> bool:
-    """Whether this process is one of those that a launcher has started."""
+    """Say whether this process is one of those that a launcher has started."""
     return "RANK" in os.environ
 
 
-def is_needed(run: Any) -> bool:
-    """Whether the run's processes are still to be started."""
+def needs_launch(run: Any) -> bool:
+    """Say whether the run's processes are still to be started."""
     return num_processes(run) > 1 and not is_launched() and not getattr(run, "dry_run", False)
 
 
 def launched_rank() -> int:
-    """This process's place among those that a launcher has started; 0 without one."""
+    """Return this process's place among those that a launcher has started; 0 without one."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_one_of_several() -> bool:
-    """Whether other processes run beside this one."""
+    """Say whether other processes run beside this one."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
@@ -72,8 +69,8 @@ def _until_closed() -> None:
     os._exit(1)
 
 
-def launch(arguments: Sequence[str], run: Any) -> int:
-    """Run `samebit` with these arguments in as many processes as `run` asks for; the exit code.
+def launch(command: Sequence[str], run: Any) -> int:
+    """Start this command in as many processes as `run` asks for; returns the exit code.
 
     0 if all ended well, else that of the first that failed (128 + n if signal n ended it). Raises
     ValueError for more processes than GPUs, if it is to run on them.
@@ -101,7 +98,6 @@ def launch(arguments: Sequence[str], run: Any) -> int:
         _FOLLOWS: "1",
     }
     defaults = DETERMINISTIC | {"OMP_NUM_THREADS": str(getattr(run, "cpu_threads", 1))}
-    command = [sys.executable, "-P", "-m", "samebit.recipes.cli.main", *arguments]
     processes: list[subprocess.Popen[bytes]] = []
     with _forwarding(processes) as received:
         for rank in range(size):

@@ -11,7 +11,7 @@ from samebit.weight_sync.types import VersionSpan, WeightVersion
 
 
 class ReplicatedEngine:
-    """The engines of a run's processes, of which `tensor_size` neighbours make up one copy.
+    """Acts for the engines of a run's processes; `tensor_size` neighbours make up one copy.
 
     Every process makes the same calls. What is drawn does not depend on who draws it.
     """
@@ -29,7 +29,7 @@ class ReplicatedEngine:
         *,
         progress: Any = None,
     ) -> list[list[Completion]]:
-        """See Engine.generate; progress is of this process's share."""
+        """Complete all prompts; see Engine.generate. Progress is of this process's share."""
         own = slice(self._copy, None, self._num_copies)
         drawn: list[list[Completion]] = []
         if prompts := prompt_ids[own]:

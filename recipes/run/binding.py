@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from samebit.kernels.profile import NumericsProfile
-from samebit.recipes.cli.compose import to_dict
 from samebit.recipes.config import GrpoRun, RunSection, SftRun
 from samebit.recipes.data.tasks.base import DataConfig, Dataset
-from samebit.recipes.run.input_files import reward_source, tokenizer_files
+from samebit.recipes.models.side_files import tokenizer_files
+from samebit.recipes.run.input_files import reward_source
 from samebit.recipes.run.provenance import device_name
+from samebit.recipes.run.secrets import to_dict
 from samebit.rollout.device import resolve_device
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.checkpoint import Checkpoint, CheckpointError
@@ -49,7 +50,7 @@ _ABSENT = "absent"
 
 
 def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a resolved configuration, every key that a result depends on."""
+    """Return every key of a resolved configuration that a result depends on."""
     kept = {k: v for k, v in config.items() if k not in _FREE_KEYS}
     if "reward" in kept:
         kept["reward"] = {k: v for k, v in kept["reward"].items() if k not in _FREE_REWARD_KEYS}
@@ -61,12 +62,12 @@ def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def binding_layout(run: SftRun | GrpoRun) -> dict[str, Any]:
-    """Of trainer.parallel, every key that bits or the files of a checkpoint depend on."""
+    """Return every key of trainer.parallel that bits or a checkpoint's files depend on."""
     return binding_config(to_dict(run))["trainer"]["parallel"]
 
 
 def bound_keys(run: RunSection) -> dict[str, Any]:
-    """By dotted name, every key that a result depends on; layout and paths are left out.
+    """Return, by dotted name, every key that a result depends on, but layout and paths.
 
     A value from the environment stands as its reference and a digest.
     """
@@ -79,7 +80,7 @@ def bound_keys(run: RunSection) -> dict[str, Any]:
 
 
 def flatten(value: Any, name: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings and lists, by dotted names."""
+    """Return the leaves of nested mappings and lists by dotted names."""
     if isinstance(value, Mapping):
         items = iter(value.items())
     elif isinstance(value, list | tuple):
@@ -91,7 +92,7 @@ def flatten(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def bindings(run: SftRun | GrpoRun, command: str, records: Mapping[str, Dataset]) -> dict[str, Any]:
-    """What the run's checkpoints are bound to, as their manifests say it; records by their name."""
+    """Return what a run's checkpoints are bound to, as manifests say it; records by their name."""
     found = {
         "format": FORMAT,
         "command": command,
@@ -120,18 +121,18 @@ def _reward_digest(run: SftRun | GrpoRun) -> str | None:
 
 
 def card_of(run: SftRun | GrpoRun) -> str | None:
-    """The GPU's name, by which cuBLAS chooses the products of the backward pass; None on a CPU."""
+    """Return the GPU's name, by which cuBLAS chooses the backward's products; None on a CPU."""
     device = resolve_device(run.device)
     return device_name(device) if device.type == "cuda" else None
 
 
 def digest(*parts: bytes) -> str:
-    """16 hexadecimal digits."""
+    """Return 16 hexadecimal digits of SHA-256."""
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def records_digest(problems: Dataset, config: DataConfig) -> str:
-    """Number and digest of prompts, labels and metadata, in order.
+    """Return the number and a digest of prompts, labels and metadata, in order.
 
     Of generated problems the first ones: the configuration and those say what the others are.
     """
@@ -149,7 +150,7 @@ def require_same(
     here: Mapping[str, Any],
     profile: NumericsProfile,
 ) -> None:
-    """CheckpointError, naming every key with both values, unless the run may go on from there.
+    """Raise CheckpointError, naming all keys with both values, unless the run may go on there.
 
     here: the run's `bindings`. A user's reward may have been edited and the card may be another of
     its profile, which is said.
@@ -210,12 +211,12 @@ def _require_same_layout(
 
 
 def changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Keys whose values differ, as text."""
+    """Return the keys whose values differ, as text."""
     return ", ".join(f"{k} {there.get(k)} -> {v}" for k, v in here.items() if there.get(k) != v)
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Keys of either with other values: "trainer.optimizer.lr 0.01 there, 0.02 here"."""
+    """Return keys with other values: "trainer.optimizer.lr 0.01 there, 0.02 here"."""
 
     def shown(values: Mapping[str, Any], key: str) -> str:
         return json.dumps(values[key]).strip('"') if key in values else _ABSENT

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
-from samebit.recipes.cli.compose import ConfigError
+from samebit.recipes.config import ConfigError
 from samebit.weight_sync.disk import make_folder, sync
 from samebit.weight_sync.folders import LOCK, MARKER, FolderLock, read_marker, write_marker
 
@@ -41,7 +41,7 @@ InputFiles = Iterable[tuple[str, Path]]
 
 
 class RunFolder:
-    """The folder of one run of a command, locked; it is made if need be.
+    """Makes, if need be, and locks the folder of one run of a command.
 
     Use: make it, check what is to be resumed, `begin`, set up, `started`; `close` in any case.
     Raises FolderInUseError, and OSError if the folder cannot be written.
@@ -72,8 +72,8 @@ class RunFolder:
         self.close()
 
     def begin(self, *, resume: bool, overwrite: bool, inputs: InputFiles = ()) -> None:
-        """From here on the folder is this run's. FileExistsError or ConfigError, before anything
-        is changed, if it may not be."""
+        """Make the folder this run's. Raises FileExistsError or ConfigError, before anything is
+        changed, if it may not be."""
         require_free(self.path, self._command, resume=resume, overwrite=overwrite, inputs=inputs)
         marker = read_marker(self.path)
         if resume and marker is None:
@@ -97,7 +97,7 @@ class RunFolder:
             self._mark(name, "starting", marker)
 
     def started(self) -> None:
-        """The new run stands: remove the earlier one. A second call does nothing."""
+        """Remove the earlier run, as the new one stands. A second call does nothing."""
         replacing = self._replacing()
         if replacing is not None:
             self._mark(replacing["folder"], "started", replacing["earlier"])
@@ -163,7 +163,7 @@ class RunFolder:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Names the run's folder in the errors of writing to it."""
+    """Name the run's folder in the errors of writing to it."""
     try:
         yield
     except OSError as error:
@@ -171,7 +171,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def entries(folder: Path, *but: str) -> list[Path]:
-    """What is in a folder besides our marker and lock, and these names."""
+    """Return what is in a folder besides our marker and lock, and these names."""
     own = {MARKER, f"{MARKER}.tmp", LOCK, *but}
     return [entry for entry in sorted(folder.iterdir()) if entry.name not in own]
 
@@ -179,7 +179,7 @@ def entries(folder: Path, *but: str) -> list[Path]:
 def require_free(
     path: Path, command: str, *, resume: bool, overwrite: bool, inputs: InputFiles = ()
 ) -> None:
-    """Whether a run may begin in this folder. Changes nothing.
+    """Check whether a run may begin in this folder. Changes nothing.
 
     Raises FileExistsError for a folder in use or in other hands, ConfigError for one that holds
     what the run is to read.
@@ -221,8 +221,8 @@ def _require_resumable(path: Path, command: str, marker: dict[str, Any] | None) 
 
 
 def require_outside(folder: Path, inputs: InputFiles, why: str) -> None:
-    """ConfigError if one of the files lies in the folder, wherever links lead, or if a link on the
-    way to it does."""
+    """Raise ConfigError if one of the files lies in the folder, wherever links lead, or if a link
+    on the way to it does."""
     root = folder.resolve()
     for key, file in inputs:
         if any(place.is_relative_to(root) for place in _places(file)):
@@ -240,7 +240,7 @@ def _places(file: Path) -> Iterator[Path]:
 
 
 def require_own_report(file: Path) -> None:
-    """Before a command writes its report: ConfigError if that would cost something else.
+    """Raise ConfigError if writing a command's report would cost something else.
 
     A report is a JSON file that names its command; runs and exports have folders of their own.
     """

@@ -6,32 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from samebit.recipes.config import GrpoRun, SftRun
-
-CHAT_TEMPLATES = "additional_chat_templates"
-"""The one folder inside a Hugging Face folder of which a tokenizer reads files."""
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-
-
-def tokenizer_files(folder: Path) -> dict[str, Path]:
-    """What a tokenizer reads of a Hugging Face folder, chat templates included, by name."""
-    files = [folder / name for name in _TOKENIZER]
-    files += sorted((folder / CHAT_TEMPLATES).glob("*.jinja"))
-    return {str(file.relative_to(folder)): file for file in files if file.is_file()}
+from samebit.recipes.models.side_files import CHAT_TEMPLATES
 
 
 def reward_source(name: str) -> Path | None:
-    """The file of a reward that is named as module:function."""
+    """Return the file of a reward that is named as module:function."""
     module = name.partition(":")[0] if ":" in name else ""
     try:
         spec = importlib.util.find_spec(module) if module else None
@@ -41,7 +20,7 @@ def reward_source(name: str) -> Path | None:
 
 
 def input_files(run: SftRun | GrpoRun) -> Iterator[tuple[str, Path]]:
-    """(key, file) of everything: model, data, the reward's module and files in arguments."""
+    """Yield (key, file) of everything: model, data, the reward's module, files in arguments."""
     model = Path(run.model.path)
     if model.is_dir():
         inside = [*model.iterdir(), *(model / CHAT_TEMPLATES).glob("*")]

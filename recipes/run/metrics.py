@@ -6,16 +6,13 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
-from samebit.recipes.cli.secrets import HIDDEN
+from samebit.recipes.run.secrets import HIDDEN
 from samebit.trainer.config import require, require_default
-from samebit.weight_sync.disk import make_folder, sync
+from samebit.weight_sync.disk import make_folder, naming_file, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -26,7 +23,7 @@ OWNER_ONLY = 0o600
 
 @dataclass(kw_only=True)
 class LoggerConfig:
-    """What is logged beside metrics.jsonl."""
+    """Says what is logged beside metrics.jsonl."""
 
     wandb: str = "offline"
     """`disabled`, `offline` (files in the run folder, for `wandb sync`) or `online`."""
@@ -83,14 +80,14 @@ class MetricsLogger:
             self._wandb = _start_wandb(run_dir, config, run_name, resolved_config, resume)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Writes one row. Values are finite numbers, written exactly, or texts.
+        """Write one row. Values are finite numbers, written exactly, or texts.
 
         Raises ValueError, naming the key, for any other value and for the key `step`.
         """
         if "step" in metrics:
             raise ValueError("the metric key 'step' is taken; rename it")
         row = {"step": step} | {key: _plain(key, value) for key, value in metrics.items()}
-        with _naming(self._metrics) as file:
+        with naming_file(self._metrics) as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
             file.flush()
         if self._wandb is not None:
@@ -98,7 +95,7 @@ class MetricsLogger:
             self._wandb.log(row)
 
     def log_samples(self, step: int, kind: str, rows: list[dict[str, Any]]) -> None:
-        """Writes the first `num_samples` rows, each with its step and kind ("eval", "train").
+        """Write the first `num_samples` rows, each with its step and kind ("eval", "train").
 
         Raises ValueError for a row with a key `step` or `kind`, or with a NaN or infinity in it.
         """
@@ -110,21 +107,21 @@ class MetricsLogger:
                 if isinstance(value, float):
                     _plain(key, value)
             line = json.dumps({"step": step, "kind": kind} | row, allow_nan=False)
-            with _naming(self._samples) as file:
+            with naming_file(self._samples) as file:
                 file.write(line + "\n")
-        with _naming(self._samples) as file:
+        with naming_file(self._samples) as file:
             file.flush()
 
     def sync(self) -> None:
-        """Returns once the rows are on the disk: a checkpoint must not outlive them."""
+        """Return once the rows are on the disk: a checkpoint must not outlive them."""
         for each in (self._metrics, self._samples):
-            with _naming(each) as file:
+            with naming_file(each) as file:
                 os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Closes the files and finishes the wandb run. A second call does nothing."""
+        """Close the files and finish the wandb run. A second call does nothing."""
         for each in (self._metrics, self._samples):
-            with _naming(each) as file:
+            with naming_file(each) as file:
                 file.close()
         if self._wandb is not None:
             self._wandb.finish()
@@ -138,16 +135,16 @@ class MetricsLogger:
 
 
 class NoLogger:
-    """For the processes that leave the logging to the first."""
+    """Writes nothing, in the processes that leave the logging to the first."""
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """See MetricsLogger."""
+        """Do nothing; see MetricsLogger."""
 
     def log_samples(self, step: int, kind: str, rows: list[dict[str, Any]]) -> None:
-        """See MetricsLogger."""
+        """Do nothing; see MetricsLogger."""
 
     def sync(self) -> None:
-        """See MetricsLogger."""
+        """Do nothing; see MetricsLogger."""
 
     def __enter__(self) -> Self:
         return self
@@ -157,12 +154,12 @@ class NoLogger:
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows without what differs between equal runs."""
+    """Return rows without what differs between equal runs."""
     return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file; none where it is missing. A torn last line is left out.
+    """Return the rows of a .jsonl file, none if it is missing. A torn last line is left out.
 
     Raises ValueError, naming the line, for any other line that is not a JSON object with a `step`.
     """
@@ -185,32 +182,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {index + 1} is damaged: {error}") from error
         rows.append(row)
     return rows
-
-
-def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> None:
-    """Replaces a file: at any moment, also after a kill or a power failure, it holds the old
-    content or the new, and the new once this returns.
-
-    Its mode is `mode` less the umask, from the first byte on.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # what a kill left may have another mode
-    with open(temporary, "wb", opener=partial(os.open, mode=mode)) as file, _naming(file):
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-@contextmanager
-def _naming[T: (str, bytes)](file: IO[T]) -> Iterator[IO[T]]:
-    """Names the file in the errors of writing to it, as when the disk is full."""
-    try:
-        yield file
-    except OSError as error:
-        error.filename = error.filename or file.name
-        raise
 
 
 def _truncate(path: Path, resume_step: int | None) -> None:

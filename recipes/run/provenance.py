@@ -28,8 +28,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from samebit.recipes.cli.secrets import without_secrets
-from samebit.recipes.run.metrics import write_atomically
+from samebit.recipes.run.secrets import without_secrets
+from samebit.weight_sync.disk import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 UNKNOWN = "unknown"
@@ -52,7 +52,7 @@ def _belongs(name: str) -> bool:
 
 
 def program_files(root: Path) -> dict[str, str]:
-    """SHA-256 by name of the program's files under `root`."""
+    """Return the SHA-256 of the program's files under `root` by name."""
     files = (path for folder in _SUFFIXES for path in (root / folder).rglob("*") if path.is_file())
     named = {path.relative_to(root).as_posix(): path for path in files}
     return {
@@ -67,7 +67,7 @@ STARTED_AS = program_files(ROOT)
 
 
 def source_digest(files: Mapping[str, str]) -> str:
-    """SHA-256 over the lines that `sha256sum` prints for the files in the order of their names."""
+    """Return SHA-256 over the lines that `sha256sum` prints for the files, in order of names."""
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -79,7 +79,7 @@ def _git(root: Path, *arguments: str) -> bytes:
 
 
 def head(root: Path) -> str | None:
-    """The commit checked out at `root`; None where root is not a checkout's own folder."""
+    """Return the commit checked out at `root`; None where root is not a checkout's own folder."""
     try:
         where = _git(root, "rev-parse", "--show-prefix", "--short=12", "HEAD").decode()
     except (OSError, subprocess.CalledProcessError):
@@ -89,7 +89,7 @@ def head(root: Path) -> str | None:
 
 
 def committed_files(commit: str, root: Path) -> dict[str, str]:
-    """program_files of a commit, from the history at `root`."""
+    """Return the program_files of a commit, from the history at `root`."""
     archive = io.BytesIO(_git(root, "archive", "--format=tar", commit))
     found = {}
     with tarfile.open(fileobj=archive) as tar:
@@ -100,7 +100,7 @@ def committed_files(commit: str, root: Path) -> dict[str, str]:
 
 
 def source(root: Path, files: Mapping[str, str]) -> dict[str, Any]:
-    """The digest of `files`, the commit at `root`, and what differs between the two.
+    """Return the digest of `files`, the commit at `root`, and what differs between the two.
 
     changed_files: those of other bytes, those that only one of them has, untracked ones included;
     None where the commit is unknown.
@@ -137,7 +137,7 @@ def _cpu_name() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """Of the GPU, or of the CPU and its number of cores."""
+    """Return the name of the GPU, or of the CPU with its number of cores."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
@@ -184,7 +184,7 @@ def _versions(device: torch.device) -> dict[str, str]:
 
 
 def provenance(command: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """The fields that every result names: `command` as typed, on the device that it used."""
+    """Return the fields that every result names: `command` as typed, on the device it used."""
     elsewhere = _from_elsewhere()
     return {
         "command": shlex.join(map(without_secrets, command)),
@@ -206,7 +206,7 @@ def record_start(run_dir: Path, device: torch.device, step: int) -> None:
 
 
 def commits_of(digest: str, root: Path) -> list[str]:
-    """The commits of the history at `root` whose program has this digest, newest first."""
+    """Return the commits in the history at `root` whose program has this digest, newest first."""
     commits = _git(root, "rev-list", "--all", "HEAD").decode().split()
     return [c for c in commits if source_digest(committed_files(c, root)) == digest]
 

@@ -9,13 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from samebit.recipes.run.metrics import (
-    METRICS_FILE,
-    OWNER_ONLY,
-    SAMPLES_FILE,
-    read_rows,
-    write_atomically,
-)
+from samebit.recipes.run.metrics import METRICS_FILE, OWNER_ONLY, SAMPLES_FILE, read_rows
+from samebit.weight_sync.disk import write_atomically
 
 COLORS = ("#2a78d6", "#1baf7a", "#eda100", "#4a3aa7", "#e34948", "#e87ba4", "#008300")
 GREY = "#9aa0a6"
@@ -91,7 +86,7 @@ summary { cursor: pointer; font-weight: 600; }
 
 
 def write_report(run_dir: Path, *, title: str, summary: dict[str, Any], config_yaml: str) -> Path:
-    """Writes `report.html` from the run's metrics.jsonl and samples.jsonl, and returns its path.
+    """Write `report.html` from the run's metrics.jsonl and samples.jsonl; returns its path.
 
     Every entry of `summary` becomes a card, in order; `reward_first` and `reward_last` share one,
     and are taken from the metrics where the summary lacks them. A chart without metrics is left

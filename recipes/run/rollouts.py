@@ -9,9 +9,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from samebit.recipes.run.metrics import write_atomically
 from samebit.rollout.types import Completion
-from samebit.weight_sync.disk import make_folder, sync
+from samebit.weight_sync.disk import make_folder, sync, write_atomically
 
 ROLLOUTS_FOLDER = "rollouts"
 _NAME = re.compile(r"step_([0-9]{8,})")
@@ -19,7 +18,7 @@ _NAME = re.compile(r"step_([0-9]{8,})")
 
 @dataclass(frozen=True)
 class SavedSample:
-    """One sample as it was drawn and rewarded."""
+    """Holds one sample as it was drawn and rewarded."""
 
     sample_id: int
     prompt_ids: torch.Tensor
@@ -58,7 +57,7 @@ def save_rollout(
 
 
 def load_rollout(file: Path) -> list[SavedSample]:
-    """The samples of a file, in prompt order. Raises ValueError if it is damaged."""
+    """Read the samples of a file, in prompt order. Raises ValueError if it is damaged."""
     try:
         x = load_file(file)
         prompts = x["prompt_ids"].split(x["prompt_lens"].tolist())
@@ -84,6 +83,6 @@ def drop_rollouts_after(run_dir: Path, step: int) -> None:
 
 
 def list_rollouts(run_dir: Path) -> dict[int, Path]:
-    """The files by step; copies under other names are left out."""
+    """Return the files by step; copies under other names are left out."""
     files = sorted((run_dir / ROLLOUTS_FOLDER).glob("*.safetensors"))
     return {int(name[1]): file for file in files if (name := _NAME.fullmatch(file.stem))}

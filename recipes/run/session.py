@@ -1,19 +1,15 @@
-"""What every training recipe does around its loop: folder, checkpoints, summary."""
+"""What every training recipe does around its loop: the folder, checkpoints, the summary."""
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
-from tqdm import tqdm
 
 from samebit.kernels.profile import NumericsProfile, numerics_profile
-from samebit.recipes.cli.compose import to_dict, to_yaml
-from samebit.recipes.cli.needs import require_ready
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.data.tasks.base import Dataset
 from samebit.recipes.launch.processes import is_launched
@@ -26,17 +22,19 @@ from samebit.recipes.run.folder import (
     require_outside,
 )
 from samebit.recipes.run.input_files import input_files
-from samebit.recipes.run.metrics import OWNER_ONLY, MetricsLogger, NoLogger, write_atomically
+from samebit.recipes.run.metrics import OWNER_ONLY
+from samebit.recipes.run.needs import require_ready
 from samebit.recipes.run.provenance import record_start
-from samebit.recipes.run.signals import Stopped
+from samebit.recipes.run.secrets import to_yaml
 from samebit.rollout.device import resolve_device
 from samebit.trainer.checkpoint import Checkpoint, CheckpointError, latest_checkpoint
 from samebit.trainer.checkpoint_writer import CheckpointWriter, remove_leftovers
+from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron.resharding import WholeState
 from samebit.trainer.megatron.setup import start_processes
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.ranks import is_first, together
-from samebit.weight_sync.disk import make_folder
+from samebit.weight_sync.disk import make_folder, write_atomically
 from samebit.weight_sync.session import non_finite
 from samebit.weight_sync.transports.file import require_replaceable
 
@@ -45,15 +43,9 @@ class RunFolderError(RuntimeError):
     """Another process could not open the run's folder; the message is its own."""
 
 
-class HasStep(Protocol):
-    """A recipe's progress."""
-
-    step: int
-
-
 @dataclass
-class Session:
-    """A run's folder, its device and the numerics that its checkpoints are bound to.
+class RunSession:
+    """Holds a run's folder, its device and the numerics that its checkpoints are bound to.
 
     A context: at its end the folder is free for others, and if the run has not `started`, it holds
     again what it held before.
@@ -80,12 +72,12 @@ class Session:
 
     @property
     def run_dir(self) -> Path:
-        """Where the run's files go."""
+        """The run's files go here."""
         return self.run.run_dir
 
     @property
     def checkpoints(self) -> Path:
-        """Where its checkpoints go."""
+        """The run's checkpoints go here."""
         return self.run_dir / "checkpoints"
 
     def __enter__(self) -> Self:
@@ -96,7 +88,7 @@ class Session:
             self.folder.close()
 
     def started(self) -> None:
-        """All is set up: only now an earlier run is removed. A second call does nothing."""
+        """Remove the earlier run, now that all is set up. A second call does nothing."""
         if not self.has_started:
             with together(RunFolderError):
                 if self.folder is not None:
@@ -121,33 +113,9 @@ class Session:
         }
         self.writer.save(step, state, manifest)
 
-    @contextmanager
-    def saving(
-        self, progress: HasStep, logger: MetricsLogger | NoLogger, save: Callable[[], object]
-    ) -> Iterator[None]:
-        """At the block's end its checkpoints are whole. If it is stopped, `save` the last whole
-        step, after its rows, unless it is saved, and say so."""
-        try:
-            yield
-            self.writer.finish()
-        except Stopped as stopped:
-            self.writer.finish()
-            newest = latest_checkpoint(self.checkpoints)
-            if progress.step > 0 and (newest is None or newest.step < progress.step):
-                logger.sync()
-                save()
-                self.writer.finish()
-            where = f"saved in {self.checkpoints}" if progress.step > 0 else "nothing to save"
-            raise Stopped(
-                f"{stopped}: stopped after step {progress.step}, {where}; resume=true goes on"
-            ) from None
-        except BaseException:
-            self.writer.close()
-            raise
-
     @property
     def resharded(self) -> list[dict[str, Any]]:
-        """The changes of layout that the run has come through, with the steps after which."""
+        """The run has come through these changes of layout, each after a step."""
         if self.resumed is None:
             return []
         there, here = self.resumed.manifest["parallel"], binding_layout(self.run)
@@ -155,7 +123,7 @@ class Session:
         return self.resumed.manifest["resharded"] + ([change] if change["changes"] else [])
 
     def restore(self, trainer: MegatronTrainer) -> dict[str, Any]:
-        """Bring the trainer to the checkpoint that is resumed; its progress, else nothing."""
+        """Bring the trainer to the resumed checkpoint, if there is one; returns its progress."""
         if self.resumed is None:
             return {}
         there, here = self.resumed.manifest["parallel"], binding_layout(self.run)
@@ -171,31 +139,13 @@ class Session:
                 )
         return self.resumed.manifest["progress"]
 
-    def logger(self, progress: HasStep) -> MetricsLogger | NoLogger:
-        """The run's metrics, which the first process writes, from the present step on."""
-        if not self.is_first:
-            return NoLogger()
-        resume_step = progress.step if self.resumed is not None else None
-        run = self.run
-        return MetricsLogger(self.run_dir, run.logger, run.run_name, to_dict(run), resume_step)
-
-    def bar(self, progress: HasStep) -> tqdm:
-        """A bar of the run's steps."""
-        return tqdm(
-            total=self.run.trainer.num_steps,
-            initial=progress.step,
-            desc=self.run.run_name,
-            unit="step",
-            disable=not self.is_first,
-        )
-
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""
         if self.is_first:
             write_atomically(self.run_dir / "summary.json", json.dumps(summary) + "\n")
 
 
-def open_session(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> Session:
+def open_session(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> RunSession:
     """Make or reopen the run's folder; nothing is removed unless overwrite=true says so.
 
     records: what the run's checkpoints are bound to the contents of, by name. With several
@@ -207,8 +157,7 @@ def open_session(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> Sessi
     require_ready(run)
     torch.set_num_threads(run.cpu_threads)
     device, parallel = resolve_device(run.device), run.trainer.parallel
-    if parallel.num_processes > 1 or is_launched():
-        start_processes(device, parallel)
+    join_processes(device, parallel)
     profile = numerics_profile(device, parallel.tensor, run.numerics.tp_invariant)
     bound, folder = {}, None
     with together(RunFolderError):
@@ -218,11 +167,17 @@ def open_session(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> Sessi
     resumed = latest_checkpoint(run.run_dir / "checkpoints") if run.resume else None
     if resumed is not None:  # by the first process, for all
         resumed = replace(resumed, verified=True)
-    return Session(run, device, profile, resumed, is_first(), bound, folder)
+    return RunSession(run, device, profile, resumed, is_first(), bound, folder)
+
+
+def join_processes(device: torch.device, parallel: ParallelConfig) -> None:
+    """Meet the other processes of the run, if there are any; a second call does nothing."""
+    if parallel.num_processes > 1 or is_launched():
+        start_processes(device, parallel)
 
 
 def command_of(run: SftRun | GrpoRun) -> str:
-    """The command that runs it."""
+    """Return the name of the command that runs it."""
     return "grpo" if isinstance(run, GrpoRun) else "sft"
 
 
@@ -252,7 +207,7 @@ def _open_folder(
 
 
 def require_startable(run: SftRun | GrpoRun) -> None:
-    """For a plan: what open_session refuses of a folder that the run is to replace or go on in."""
+    """For a dry run: refuse what open_session would of a folder to replace or to go on in."""
     if run.overwrite or run.resume:
         require_free(
             run.run_dir,
@@ -265,7 +220,7 @@ def require_startable(run: SftRun | GrpoRun) -> None:
 
 
 def require_resumable(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> None:
-    """For a plan: what open_session refuses of the checkpoint to resume, whose state is not read.
+    """For a dry run: refuse what open_session would of a checkpoint, whose state is not read.
 
     records: as for open_session.
     """

@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -35,24 +35,15 @@ class StopSignals:
             raise Stopped(self.received.name)
 
     def poll_together(self) -> None:
-        """Every process calls it between two steps: Stopped on all if one has got a signal."""
+        """Raise Stopped on every process, all of which call it, if a signal has come to one."""
         from samebit.weight_sync.objects import gather_objects
 
         names = gather_objects(self.received.name if self.received is not None else "")
         if received := [name for name in names if name]:
             raise Stopped(received[0])
 
-    def polled[**P, R](self, function: Callable[P, R]) -> Callable[P, R]:
-        """`function` with a poll before each call."""
-
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            self.poll()
-            return function(*args, **kwargs)
-
-        return call
-
     def handle(self, number: int, _frame: Any) -> None:
-        """The handler; it writes past Python's buffers, which it may have interrupted.
+        """Handle a signal; writes past Python's buffers, which it may have interrupted.
 
         A forked child, such as a reward may start, has inherited it and ends at its first signal.
         """

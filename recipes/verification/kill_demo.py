@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from samebit.recipes.cli.compose import resolve
-from samebit.recipes.run.metrics import read_rows, without_times, write_atomically
+from samebit.recipes.run.metrics import read_rows, without_times
 from samebit.recipes.run.provenance import provenance
 from samebit.rollout.device import resolve_device
+from samebit.weight_sync.disk import write_atomically
 
 Outcome = tuple[dict[str, Any], list[dict[str, Any]]]
 """A demo's summary, and its metrics without times."""
@@ -39,7 +40,7 @@ _MODULE = "samebit.recipes.verification.kill_demo"
 
 
 def parse(arguments: Sequence[str]) -> tuple[dict[str, int], list[str]]:
-    """Our own options over their defaults, and what is the demo's."""
+    """Read our own options over their defaults; returns the rest, which is the demo's, too."""
     pairs = [argument.partition("=") for argument in arguments]
     own = {key: int(value) for key, _, value in pairs if key in OPTIONS}
     options = OPTIONS | own
@@ -50,7 +51,7 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, int], list[str]]:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One process of a demo."""
+    """Holds what became of one process of a demo."""
 
     ended: bool
     """By itself, in time."""
@@ -89,24 +90,24 @@ def run_demo(
 
 
 def metrics_path(folder: Path, name: str) -> Path:
-    """Of a demo's reinforcement learning."""
+    """Return where the metrics of a demo's reinforcement learning are."""
     return folder / name / "grpo" / "metrics.jsonl"
 
 
 def result(folder: Path, name: str) -> Outcome:
-    """A finished demo's summary, and the metrics of its reinforcement learning without times."""
+    """Return a finished demo's summary and the metrics of its GRPO phase without times."""
     rows = read_rows(metrics_path(folder, name))
     return json.loads((folder / name / "summary.json").read_text()), without_times(rows)
 
 
 def are_equal(whole: Outcome, resumed: Outcome) -> bool:
-    """Whether both results are there and the same to the bit: -0.0 is not 0.0, NaN is NaN."""
+    """Say whether both results are there and equal to the bit: -0.0 is not 0.0, NaN is NaN."""
     compared = bool(whole[0] and whole[1])
     return compared and json.dumps(whole, sort_keys=True) == json.dumps(resumed, sort_keys=True)
 
 
 def main(out: str, *arguments: str) -> int:
-    """Run both, write the report."""
+    """Run both and write the report."""
     options, demo = parse(arguments)
     device = resolve_device(resolve("demo", demo).device)  # as the demo itself will
     rng, kills = random.Random(options["seed"]), options["kills"]

@@ -23,12 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from samebit.recipes.run.metrics import read_rows, write_atomically
+from samebit.recipes.models.tiny_model import write_character_tokenizer, write_config, write_weights
+from samebit.recipes.run.metrics import read_rows
 from samebit.recipes.run.provenance import provenance
 from samebit.recipes.run.rollouts import list_rollouts
-from samebit.recipes.tiny_model import write_character_tokenizer, write_config, write_weights
 from samebit.rollout.device import resolve_device
 from samebit.trainer.config import ParallelConfig
+from samebit.weight_sync.disk import write_atomically
 
 MODULE = "samebit.recipes.verification.layouts"
 OPTIONS = {"device": "cuda", "num_gpus": "4", "only": "", "at_once": "1"}

@@ -24,7 +24,6 @@ import torch.distributed as dist
 
 from samebit.recipes.bench.timing import timed
 from samebit.recipes.data.samples import drawn_sample
-from samebit.recipes.run.metrics import write_atomically
 from samebit.recipes.run.provenance import provenance
 from samebit.recipes.verification.subject import outcomes_digest
 from samebit.rollout.device import resolve_device
@@ -36,6 +35,7 @@ from samebit.trainer.megatron.forward import ForwardModel
 from samebit.trainer.megatron.setup import initialize
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.stats import count_mismatches
+from samebit.weight_sync.disk import write_atomically
 from samebit.weight_sync.objects import gather_objects
 
 MODULE = "samebit.recipes.verification.tensor_parallel"
@@ -50,7 +50,7 @@ DEFAULTS = {
 
 
 def parse(arguments: list[str]) -> dict[str, Any]:
-    """key=value over the defaults; ValueError for anything else."""
+    """Read key=value over the defaults; raises ValueError for anything else."""
     options: dict[str, Any] = dict(DEFAULTS)
     for argument in arguments:
         key, _, value = argument.partition("=")
@@ -64,14 +64,14 @@ def parse(arguments: list[str]) -> dict[str, Any]:
 
 
 def mixed_lengths(num_seqs: int, max_len: int, seed: int) -> list[tuple[int, int]]:
-    """(prompt, new) tokens of every sequence: from a few to max_len in all, an eighth drawn."""
+    """Return (prompt, new) tokens of every sequence: up to max_len in all, an eighth drawn."""
     rng = random.Random(seed)
     totals = [max_len, *(rng.randint(16, max_len) for _ in range(num_seqs - 1))]
     return [(total - total // 8, total // 8) for total in totals]
 
 
 def measure(folder: Path, options: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Draw, compute again in the trainer, compare."""
+    """Draw, compute again in the trainer, and compare."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     parallel, invariant = ParallelConfig(tensor=size, sequence=size > 1), options["tp_invariant"]
     ranks, _ = initialize(device, parallel, invariant)

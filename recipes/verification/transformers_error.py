@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from samebit.recipes.run.metrics import write_atomically
 from samebit.recipes.run.provenance import provenance
 from samebit.recipes.verification.conversations import CONVERSATIONS
 from samebit.rollout.device import resolve_device, resolve_dtype
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.types import SamplingParams
+from samebit.weight_sync.disk import write_atomically
 
 MODULE = "samebit.recipes.verification.transformers_error"
 NUM_PASSAGES, PASSAGE_TOKENS = 80, 200
@@ -37,7 +37,7 @@ CPU_MAX_ERROR = 1e-3
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids and how many of them are the prompt."""
+    """Holds token ids and how many of them are the prompt."""
 
     token_ids: list[int]
     prompt_len: int
@@ -45,7 +45,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One implementation's view of sequences: log-probs of their tokens, the likeliest ones."""
+    """Holds one implementation's view: log-probs of the tokens, the likeliest tokens."""
 
     logprobs: torch.Tensor  # [positions] fp64
     greedy: torch.Tensor  # [greedy positions] int64
@@ -53,7 +53,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Errors:
-    """Of log-probs in nats, and how many greedy tokens are the reference's."""
+    """Holds errors of log-probs in nats, and how many greedy tokens are the reference's."""
 
     mean: float
     rms: float
@@ -62,13 +62,13 @@ class Errors:
 
 
 def random_texts(vocab_size: int, lens: Sequence[int], seed: int = 0) -> list[Text]:
-    """Random tokens, the first half of each sequence its prompt."""
+    """Draw random tokens; the first half of each sequence is its prompt."""
     rng = random.Random(seed)
     return [Text([rng.randrange(vocab_size) for _ in range(n)], (n + 1) // 2) for n in lens]
 
 
 def chat_texts(model_path: Path) -> list[Text]:
-    """The conversations by the folder's chat template, or as plain text where it has none."""
+    """Return the conversations by the folder's chat template, or as plain text without one."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
@@ -87,7 +87,7 @@ def chat_texts(model_path: Path) -> list[Text]:
 
 
 def prose_texts(model_path: Path, num_passages: int, num_tokens: int) -> list[Text]:
-    """Passages out of the Python language reference, which every Python installation holds."""
+    """Return passages of the Python language reference, which every installation holds."""
     from pydoc_data.topics import topics
 
     from transformers import AutoTokenizer
@@ -103,7 +103,7 @@ def prose_texts(model_path: Path, num_passages: int, num_tokens: int) -> list[Te
 def ours(
     model_path: Path, device: torch.device, texts: Sequence[Text]
 ) -> tuple[list[Text], Outcome]:
-    """The prompts' greedy continuations, and what the engine makes of all."""
+    """Return the prompts' greedy continuations, and what the engine makes of all."""
     engine = Engine(model_path, device=device, kv_cache_tokens=1 << 15)
     prompts = [text.token_ids[: text.prompt_len] for text in texts]
     params = SamplingParams(temperature=0.0, max_new_tokens=NUM_GREEDY, ignore_eos=True)
@@ -123,7 +123,7 @@ def theirs(
     weights: torch.dtype,
     dtype: torch.dtype,
 ) -> Outcome:
-    """The same by transformers: weights rounded to `weights`, computing in `dtype`."""
+    """Return the same by transformers: weights rounded to `weights`, computed in `dtype`."""
     from transformers import AutoModelForCausalLM
 
     gc.collect()  # the model before
@@ -147,7 +147,7 @@ def theirs(
 
 
 def errors(found: Outcome, reference: Outcome) -> Errors:
-    """Distances from the reference."""
+    """Return distances from the reference."""
     distance = (found.logprobs - reference.logprobs).abs()
     return Errors(
         mean=float(distance.mean()),
@@ -158,7 +158,7 @@ def errors(found: Outcome, reference: Outcome) -> Errors:
 
 
 def measure(model_path: Path, device: torch.device, texts: Sequence[Text]) -> dict[str, Any]:
-    """Errors of both, and whether the engine passes."""
+    """Return the errors of both, and whether the engine passes."""
     torch.set_float32_matmul_precision("highest")
     continued, engine = ours(model_path, device, texts)
     weights = resolve_dtype(None, device)
@@ -178,7 +178,7 @@ def measure(model_path: Path, device: torch.device, texts: Sequence[Text]) -> di
 
 
 def random_lens(longest: int) -> list[int]:
-    """Lengths of random sequences, up to a few hundred tokens."""
+    """Return lengths of random sequences, up to a few hundred tokens."""
     return [n for n in range(2, 400, 13) if n <= longest]
 
 

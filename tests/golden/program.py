@@ -17,9 +17,9 @@ from helpers import edit_tensors
 
 from samebit.recipes import grpo, sft
 from samebit.recipes.cli.compose import resolve
+from samebit.recipes.models.tiny_model import make_demo_model, make_random_model
 from samebit.recipes.run.metrics import read_rows, without_times
 from samebit.recipes.run.rollouts import list_rollouts, load_rollout
-from samebit.recipes.tiny_model import make_demo_model, make_random_model
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.types import SamplingParams

@@ -39,7 +39,8 @@ FILES = (
     "trainer/stats.py",
     "trainer/checkpoint_writer.py",
     "recipes/grpo.py",
-    "recipes/run/step_metrics.py",
+    "recipes/run/sampling.py",
+    "recipes/run/training_metrics.py",
     "recipes/data/rewards.py",
     "recipes/data/order.py",
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import run_python
 
-from samebit.recipes.tiny_model import write_config, write_weights
+from samebit.recipes.models.tiny_model import write_config, write_weights
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from samebit.recipes.tiny_model import make_random_model
+from samebit.recipes.models.tiny_model import make_random_model
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.checkpoint import latest_checkpoint
 from samebit.trainer.megatron.resharding import WholeState

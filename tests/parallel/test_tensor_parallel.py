@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from samebit.recipes.tiny_model import write_config, write_weights
+from samebit.recipes.models.tiny_model import write_config, write_weights
 from samebit.recipes.verification import tensor_parallel
 from samebit.recipes.verification.tensor_parallel import DEFAULTS, MODULE, mixed_lengths, parse
 from samebit.trainer.megatron.forward import ForwardModel

@@ -9,8 +9,9 @@ from samebit.kernels.contract import TP_SEGMENTS, tree_sum
 from samebit.kernels.linear import linear, linear_in_segments
 from samebit.kernels.profile import numerics_profile
 from samebit.kernels.reduce import RankGroup
-from samebit.recipes.cli.compose import ConfigError, resolve
-from samebit.recipes.tiny_model import write_config, write_weights
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.config import ConfigError
+from samebit.recipes.models.tiny_model import write_config, write_weights
 from samebit.rollout.engine import Engine
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from policy_steps import assert_same_figures
 
-from samebit.recipes.tiny_model import write_config, write_weights
+from samebit.recipes.models.tiny_model import write_config, write_weights
 from samebit.rollout.engine import Engine
 
 SHAPE = {

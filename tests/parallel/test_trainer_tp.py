@@ -5,7 +5,7 @@ import json
 import pytest
 from policy_steps import assert_same_figures
 
-from samebit.recipes.tiny_model import make_random_model
+from samebit.recipes.models.tiny_model import make_random_model
 from samebit.rollout.engine import Engine
 
 

@@ -8,7 +8,7 @@ import torch
 from samebit.kernels import linear as linear_module
 from samebit.kernels import sample as sample_module
 from samebit.kernels.cpu import sample as cpu_sample
-from samebit.recipes.tiny_model import make_random_model
+from samebit.recipes.models.tiny_model import make_random_model
 from samebit.recipes.verification.properties import (
     PROPERTIES,
     batch_position,

@@ -10,8 +10,8 @@ import pytest
 
 from samebit.recipes import grpo
 from samebit.recipes.cli.compose import resolve
+from samebit.recipes.models.tiny_model import make_demo_model
 from samebit.recipes.run.metrics import read_rows, without_times
-from samebit.recipes.tiny_model import make_demo_model
 
 # Rewards are named as module:function, here and in child processes: run_children.
 sys.path.append(str(Path(__file__).parent))

@@ -61,6 +61,21 @@ def rate_of(update, num_updates, *, schedule, warmup, highest, lowest):
     return lowest + (highest - lowest) * left[schedule]
 
 
+def optimizer_keys(rate, adamw):
+    """The arguments of rate_of and AdamW as keys of a configuration."""
+    return {
+        "trainer.optimizer.lr_schedule": rate["schedule"],
+        "trainer.optimizer.lr_warmup_steps": rate["warmup"],
+        "trainer.optimizer.lr": rate["highest"],
+        "trainer.optimizer.min_lr": rate["lowest"],
+        "trainer.optimizer.adam_beta1": adamw["beta1"],
+        "trainer.optimizer.adam_beta2": adamw["beta2"],
+        "trainer.optimizer.adam_eps": adamw["eps"],
+        "trainer.optimizer.weight_decay": adamw["weight_decay"],
+        "trainer.optimizer.clip_grad": adamw["clip"],
+    }
+
+
 def order_of(num_records, seed, count):
     """Which record comes at each of the first `count` places: every epoch its own shuffle."""
     order = []

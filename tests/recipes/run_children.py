@@ -35,11 +35,27 @@ def score_pairs(text, problem):
 
 def open_run(run):
     """open_session with the records that a run of grpo reads."""
-    from samebit.recipes.data.tasks.base import load_datasets
+    from samebit.recipes.data.tasks.registry import load_datasets
     from samebit.recipes.run.session import open_session
 
     train_set, held_out = load_datasets(run.data)
     return open_session(run, {"training records": train_set, "held-out records": held_out})
+
+
+def roll_out(recipe, step):
+    """The rollout of a step of grpo, scored."""
+    rollout = recipe.sampler.draw(recipe.sampler.training_prompts(step))
+    rollout.rewards = recipe.sampler.score(rollout)
+    return rollout
+
+
+def update(recipe, rollout):
+    """The optimizer steps of grpo on a rollout: their figures."""
+    from samebit.recipes.run.training_metrics import PhaseTimer
+    from samebit.trainer.algorithms.grpo import group_advantages
+
+    advantages = group_advantages(rollout.reward_tensor, recipe.run.algorithm)
+    return recipe.update(rollout.samples(advantages), PhaseTimer())
 
 
 def has_lines(file, count):

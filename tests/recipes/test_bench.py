@@ -24,8 +24,9 @@ from samebit.recipes.bench.roofline import roofline_tokens_s
 from samebit.recipes.bench.timing import CardRates, Spread, num_copies
 from samebit.recipes.bench.trainer import communication
 from samebit.recipes.bench.variants import torch_kernels
-from samebit.recipes.cli import main as cli
-from samebit.recipes.cli.compose import ConfigError, resolve
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.cli.main import main
+from samebit.recipes.config import ConfigError
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.llama import Llama
 from samebit.rollout.models.registry import load_model_config
@@ -77,14 +78,14 @@ def test_wrong_settings_say_what_is_wrong(command, override, message):
 
 def test_commands_of_two_words(capsys):
     """Help at each level, and misspellings."""
-    assert cli.main(["bench"]) == 2
+    assert main(["bench"]) == 2
     usage = capsys.readouterr().out
     assert "  bench engine" in usage
     assert "  grpo" not in usage
-    assert cli.main(["bench", "--help"]) == 0
-    assert cli.main(["bench", "engines", "model=m"]) == 2
+    assert main(["bench", "--help"]) == 0
+    assert main(["bench", "engines", "model=m"]) == 2
     assert "no command 'bench engines'" in capsys.readouterr().err
-    assert cli.main(["bench", "engine"]) == 2
+    assert main(["bench", "engine"]) == 2
     assert capsys.readouterr().err == "samebit bench engine: required: model=...\n"
 
 
@@ -92,8 +93,8 @@ def test_flags_are_short_for_true(monkeypatch, tmp_path):
     """--tune and --profile."""
     seen = []
     monkeypatch.setattr(kernels, "main", lambda run: seen.append(run) or 0)
-    assert cli.main(["bench", "kernels", "model=m", "--tune"]) == 0
-    assert cli.main(["bench", "kernels", "model=m", "--replays=7"]) == 0
+    assert main(["bench", "kernels", "model=m", "--tune"]) == 0
+    assert main(["bench", "kernels", "model=m", "--replays=7"]) == 0
     assert [(run.tune, run.replays) for run in seen] == [(True, 20), (False, 7)]
 
 
@@ -109,7 +110,7 @@ def test_bench_engine_end_to_end(qwen3_path, tmp_path, capsys):
         "engine.kv_cache_tokens=4096",
         "engine.max_num_seqs=8",
     ]
-    assert cli.main(["bench", "engine", *arguments]) == 0
+    assert main(["bench", "engine", *arguments]) == 0
     output = capsys.readouterr().out
     report = json.loads((tmp_path / "bench_engine" / "bench.json").read_text())
     assert {"command", "commit", "device", "versions", "numerics", "model"} <= report.keys()
@@ -146,12 +147,12 @@ def test_bench_trainer_end_to_end(qwen3_path, tmp_path, capsys):
         "tokens_per_step=64",
         "repeats=2",
     ]
-    assert cli.main(["bench", "trainer", *arguments]) == 1
+    assert main(["bench", "trainer", *arguments]) == 1
     assert (
         "compare=true times torch's flash attention: it needs a CUDA device"
         in capsys.readouterr().err
     )
-    assert cli.main(["bench", "trainer", *arguments, "compare=false"]) == 0
+    assert main(["bench", "trainer", *arguments, "compare=false"]) == 0
     report = json.loads((tmp_path / "bench_trainer" / "bench.json").read_text())
     assert list(report["packs"]) == ["2x16", "1x24"]
     pairs, single = report["packs"].values()
@@ -178,7 +179,7 @@ def test_bench_refuses_what_it_cannot_measure(qwen3_path, tmp_path, capsys):
         ("engine", [model, "workloads=[1x1x1000x99]"], "exceed the context of 1024 tokens"),
         ("kernels", [model], "bench kernels needs a CUDA device"),
     ):
-        assert cli.main(["bench", command, *common, *arguments]) == 1
+        assert main(["bench", command, *common, *arguments]) == 1
         err = capsys.readouterr().err
         assert message in err
         assert err.count("\n") == 1

@@ -12,7 +12,7 @@ from samebit.recipes.bench.output import BenchError
 from samebit.recipes.bench.peers import load_peers
 from samebit.recipes.bench.start import Start, cold_start, compilations, describe
 from samebit.recipes.bench.timing import CardRates
-from samebit.recipes.cli import main as cli
+from samebit.recipes.cli.main import main
 from samebit.recipes.run.provenance import device_name
 from samebit.rollout.device import resolve_device
 from samebit.trainer.flops import card_peak
@@ -87,7 +87,7 @@ def test_wrong_files_are_refused_before_an_engine_is_made(
     with pytest.raises(ValueError, match=message):
         load_peers(str(path))
     arguments = [f"model={qwen3_path}", f"output_dir={tmp_path}", "device=cpu", f"peers={path}"]
-    assert cli.main(["bench", "engine", *arguments]) == 1
+    assert main(["bench", "engine", *arguments]) == 1
     assert str(path) in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["peers.json"]
 
@@ -105,7 +105,7 @@ def test_peers_are_printed_beside_the_same_card_model_and_workload(
     )
     arguments = [f"model={qwen3_path}", f"output_dir={tmp_path}", "device=cpu", "repeats=1"]
     arguments += ["workloads=[1x1x4x2,2x1x4x2]", "engine.kv_cache_tokens=4096", f"peers={path}"]
-    assert cli.main(["bench", "engine", *arguments]) == 0
+    assert main(["bench", "engine", *arguments]) == 0
     output = capsys.readouterr().out
     report = json.loads((tmp_path / "bench_engine" / "bench.json").read_text())
     assert report["peers"] == [PEER | here]
@@ -116,7 +116,7 @@ def test_peers_are_printed_beside_the_same_card_model_and_workload(
     for name in ("third", "fourth", "fifth"):
         assert name not in output
     arguments[-1] = f"peers={peers_file({})}"
-    assert cli.main(["bench", "engine", *arguments]) == 0
+    assert main(["bench", "engine", *arguments]) == 0
     output = capsys.readouterr().out
     assert "has nothing of qwen3 on" in output
     assert "other 1.2" not in output

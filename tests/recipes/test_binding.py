@@ -224,10 +224,10 @@ def test_the_package_that_makes_the_problems_counts(demo_model):
     )
 
 
-def test_a_plan_refuses_what_the_resumed_run_would(bound, tmp_path):
-    from samebit.recipes.run.dry_run import grpo_plan
+def test_a_dry_run_refuses_what_the_resumed_run_would(bound, tmp_path):
+    from samebit.recipes.cli.dry_run import describe_grpo
 
-    assert grpo_plan(bound.resolve("resume=true", "dry_run=true"))["train_records"] == 10
+    assert describe_grpo(bound.resolve("resume=true", "dry_run=true"))["train_records"] == 10
     write_records(bound.data, [*RECORDS[:3], {**RECORDS[3], "label": "99"}, *RECORDS[4:]])
     with pytest.raises(CheckpointError, match="data or tokenizer: content of training records 10"):
-        grpo_plan(bound.resolve("resume=true", "dry_run=true"))
+        describe_grpo(bound.resolve("resume=true", "dry_run=true"))

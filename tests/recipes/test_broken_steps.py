@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import file_size_limit, outcomes
-from run_children import open_run
+from run_children import open_run, roll_out, update
 
-from samebit.recipes.grpo import GrpoRecipe, LogprobMismatchError, Phases, Progress
+from samebit.recipes.grpo import GrpoRecipe, LogprobMismatchError
 from samebit.recipes.run.metrics import read_rows
+from samebit.recipes.run.recorder import Progress, recording
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
 from samebit.trainer.checkpoint import list_checkpoints
@@ -65,11 +66,11 @@ def test_a_log_prob_of_another_bit_ends_the_run(runs, monkeypatch):
 def test_weights_that_move_after_the_rollout_are_seen(make_recipe):
     """The trainer's are not those that drew: every log-prob is compared, most differ."""
     with make_recipe() as recipe:
-        rollout = recipe.rollout(0)
+        rollout = roll_out(recipe, 0)
         with torch.no_grad():
             recipe.trainer.params["decoder.final_layernorm.weight"].mul_(1.01)
         with pytest.raises(LogprobMismatchError, match="step 1: "):
-            recipe.update(rollout, Phases())
+            update(recipe, rollout)
         drawn = sum(len(c.token_ids) for group in rollout.completions for c in group)
         assert recipe.progress.logprob_tokens_compared == drawn
         assert drawn / 2 < recipe.progress.logprob_mismatches <= drawn
@@ -79,7 +80,7 @@ def test_weights_that_move_after_the_rollout_are_seen(make_recipe):
 def test_the_trainer_reads_at_the_rollouts_temperature(make_recipe, temperature):
     """Its log-probs are the rollout's bits at any temperature."""
     with make_recipe(f"rollout.temperature={temperature}") as recipe:
-        [stats] = recipe.update(recipe.rollout(0), Phases())
+        [stats] = update(recipe, roll_out(recipe, 0))
         assert stats.logprob_mismatches == 0 < stats.logprob_tokens_compared
         assert stats.metrics["train/ratio"] == 1.0
 
@@ -100,17 +101,17 @@ def failing_at(number, loss):
 def test_weights_of_half_a_step_are_not_served(make_recipe):
     """The second of a step's two optimizer steps fails: the first has written what is shared."""
     with make_recipe("trainer.batch_size=6", "trainer.micro_batch_tokens=1000") as recipe:
-        rollout, before = recipe.rollout(0), recipe.trainer.digest()
+        rollout, before = roll_out(recipe, 0), recipe.trainer.digest()
         recipe.loss = failing_at(2, recipe.loss)
         with pytest.raises(ArithmeticError, match="no such loss"):
-            recipe.update(rollout, Phases())
+            update(recipe, rollout)
         assert recipe.trainer.digest() != before
         message = "update to step 2 broke off: the training step failed: no such loss"
         with pytest.raises(WeightSyncError, match=message):
-            recipe.rollout(1)
+            roll_out(recipe, 1)
         recipe.sync()
         assert recipe.engine.weight_version.digest == recipe.trainer.digest()
-        recipe.rollout(2)
+        roll_out(recipe, 2)
 
 
 def test_nothing_is_served_while_the_optimizer_writes(make_recipe):
@@ -125,7 +126,7 @@ def test_nothing_is_served_while_the_optimizer_writes(make_recipe):
             return loss(*args)
 
         recipe.loss = ask
-        recipe.update(recipe.rollout(0), Phases())
+        update(recipe, roll_out(recipe, 0))
         assert found
         assert recipe.engine.weight_version.step == 1
         assert recipe.engine.weight_version.digest == recipe.trainer.digest()
@@ -147,8 +148,7 @@ def test_a_checkpoint_that_fails_beside_the_step_is_told_too(runs, capsys):
     with open_run(run) as session:
 
         def fail_beside_a_checkpoint():
-            logger = session.logger(Progress())
-            with logger, session.saving(Progress(), logger, lambda: None):
+            with recording(session, Progress(), trainer=None):
                 session.save(1, {"params": {"w": torch.ones(4096)}}, {"step": 1})
                 raise ArithmeticError("no such loss")
 
@@ -161,10 +161,10 @@ def test_a_checkpoint_that_fails_beside_the_step_is_told_too(runs, capsys):
 def test_an_engine_with_weights_of_its_own_serves_the_old_ones(make_recipe):
     """A step that failed was never sent to it."""
     with make_recipe("placement.transport=file") as recipe:
-        version, rollout = recipe.engine.weight_version, recipe.rollout(0)
+        version, rollout = recipe.engine.weight_version, roll_out(recipe, 0)
         recipe.loss = failing_at(1, recipe.loss)
         with pytest.raises(ArithmeticError):
-            recipe.update(rollout, Phases())
+            update(recipe, rollout)
         assert recipe.engine.weight_version == version
         prompts = [[1, 2], [3]]
         old = Engine(recipe.run.model.path, device="cpu").generate(prompts, PARAMS)
@@ -174,10 +174,10 @@ def test_an_engine_with_weights_of_its_own_serves_the_old_ones(make_recipe):
 def test_rewards_too_far_apart_change_nothing(make_recipe):
     """There are no advantages, so there is no step."""
     with make_recipe() as recipe:
-        rollout, digest = recipe.rollout(0), recipe.trainer.digest()
+        rollout, digest = roll_out(recipe, 0), recipe.trainer.digest()
         rollout.rewards[1][2] = math.inf
         with pytest.raises(ValueError, match="lie too far apart"):
-            recipe.update(rollout, Phases())
+            update(recipe, rollout)
         assert (recipe.trainer.step, recipe.trainer.digest()) == (0, digest)
-        with pytest.raises(WeightSyncError, match="the training step failed: the rewards"):
-            recipe.evaluate(0)
+        assert recipe.engine.weight_version.step == 0
+        roll_out(recipe, 1)  # nothing was begun, so the engine serves on

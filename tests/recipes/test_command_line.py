@@ -9,10 +9,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from samebit.recipes.cli import compose
-from samebit.recipes.cli import main as cli
-from samebit.recipes.cli.compose import SCHEMAS, ConfigError, groups_of, resolve
+from samebit.recipes.cli.compose import SCHEMAS, groups_of, resolve
+from samebit.recipes.cli.main import main
 from samebit.recipes.cli.overrides import read_words
-from samebit.recipes.config import check_run_folder
+from samebit.recipes.config import ConfigError, check_run_folder
 
 
 def read(*words, command="grpo"):
@@ -97,10 +97,10 @@ def test_the_last_value_of_a_key_holds():
     assert (run.data.path, run.placement.transport, run.seed) == ("c", "gloo", 1)
 
 
-def test_keys_that_share_a_groups_name_are_text():
-    """`model` is a group of grpo's and a text of demo's."""
+def test_a_word_is_read_by_its_command():
+    """`engine` is a group of grpo's, `model` a text of demo's and of bench kernels'."""
     assert read("model=smollm2", command="demo").values == [("model", "smollm2")]
-    assert read("model=hf_folder").choices == ["model=hf_folder"]
+    assert read("engine=process").choices == ["engine=process"]
     assert read("model=1.10", "rows=[1,2]", command="bench kernels").values == [
         ("model", "1.10"),
         ("rows", [1, 2]),
@@ -179,17 +179,17 @@ def test_ctrl_c_where_nothing_is_to_be_saved(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("samebit.recipes.verify.main", interrupted)
-    assert cli.main(["verify", "device=cpu"]) == 130
+    assert main(["verify", "device=cpu"]) == 130
     assert capsys.readouterr().err == "samebit verify: interrupted\n"
 
 
 def test_the_version(capsys):
-    assert cli.main(["--version"]) == 0
+    assert main(["--version"]) == 0
     assert re.fullmatch(r"samebit \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
 def test_keys_of_a_section_that_is_null(capsys):
-    assert cli.main(["demo", "demo=smollm2", "sft.trainer.num_steps=3"]) == 2
+    assert main(["demo", "demo=smollm2", "sft.trainer.num_steps=3"]) == 2
     assert "sft.trainer.num_steps is given, but sft.trainer is null" in capsys.readouterr().err
 
 
@@ -216,7 +216,7 @@ def test_every_command_with_a_runs_name_checks_it(command):
 def test_values_by_place_are_paths_as_they_are(capsys, tmp_path, monkeypatch):
     """Also with an equals sign, where that names no key."""
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["diff", "epoch=3/it's é", "b"]) == 2
+    assert main(["diff", "epoch=3/it's é", "b"]) == 2
     assert "epoch=3/it's é is no folder" in capsys.readouterr().err
 
 

@@ -7,10 +7,11 @@ import pytest
 from helpers import run_python
 from omegaconf import OmegaConf
 
-from samebit.recipes.cli import main as cli
-from samebit.recipes.cli.compose import CONFIG_DIR, SCHEMAS, ConfigError, compose, resolve
-from samebit.recipes.config import DemoRun, ExportRun, GrpoRun, SftRun, VerifyRun
+from samebit.recipes.cli.compose import CONFIG_DIR, SCHEMAS, compose, resolve
+from samebit.recipes.cli.main import COMMANDS, main
+from samebit.recipes.config import ConfigError, DemoRun, GrpoRun, SftRun
 from samebit.recipes.run.binding import bound_keys
+from samebit.recipes.tools_config import ExportRun, VerifyRun
 
 NEEDED = {
     "grpo": ["model.path=m"],
@@ -20,17 +21,8 @@ NEEDED = {
     "export": ["checkpoint=c", "model=m", "out=o"],
 }
 GROUPS = {
-    "grpo": (
-        "model",
-        "placement",
-        "trainer",
-        "algorithm",
-        "data",
-        "reward",
-        "logger",
-        "experiment",
-    ),
-    "sft": ("model", "trainer", "data", "logger"),
+    "grpo": ("placement", "algorithm", "data", "reward", "logger", "experiment"),
+    "sft": ("data", "logger"),
     "demo": ("demo",),
 }
 CHOICES = [
@@ -51,7 +43,7 @@ def test_every_group_belongs_to_a_command():
     """A folder that no command reads is dead."""
     read = {group for groups in GROUPS.values() for group in groups}
     assert {p.name for p in CONFIG_DIR.iterdir() if p.is_dir()} == read
-    assert {p.stem for p in CONFIG_DIR.glob("*.yaml")} <= set(SCHEMAS) == set(cli.COMMANDS)
+    assert {p.stem for p in CONFIG_DIR.glob("*.yaml")} <= set(SCHEMAS) == set(COMMANDS)
 
 
 def test_groups_set_what_they_say():
@@ -226,7 +218,7 @@ def test_a_wrong_configuration_says_what_is_wrong(capsys, case):
     overrides, message = WRONG[case]
     with pytest.raises(ConfigError, match=message):
         resolve("grpo", ["model.path=m", *overrides])
-    assert cli.main(["grpo", "model.path=m", *overrides]) == 2
+    assert main(["grpo", "model.path=m", *overrides]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("samebit grpo: ")
@@ -243,13 +235,13 @@ def test_a_wrong_configuration_says_what_is_wrong(capsys, case):
 )
 def test_missing_keys_are_all_named(capsys, command, keys):
     """What a user must give, in one go."""
-    assert cli.main([command]) == 2
+    assert main([command]) == 2
     assert capsys.readouterr().err == f"samebit {command}: required: {', '.join(keys)}\n"
 
 
 def test_sft_needs_a_batch_size(capsys):
     """There is no rollout whose size it could take."""
-    assert cli.main(["sft", "model.path=m"]) == 2
+    assert main(["sft", "model.path=m"]) == 2
     assert "trainer.batch_size is None; it must be set for sft" in capsys.readouterr().err
 
 
@@ -292,29 +284,29 @@ def test_a_run_is_bound_by_what_can_change_a_result():
 
 def test_without_a_command(capsys):
     """`samebit` alone shows what there is, and is not a success."""
-    assert cli.main([]) == 2
+    assert main([]) == 2
     usage = capsys.readouterr().out
-    assert all(f"  {command}" in usage for command in cli.COMMANDS)
+    assert all(f"  {command}" in usage for command in COMMANDS)
     for flag in ("-h", "--help", "help"):
-        assert cli.main([flag]) == 0
+        assert main([flag]) == 0
         assert capsys.readouterr().out == usage
 
 
 def test_an_unknown_command(capsys):
     """A misspelled command gets the list, on stderr."""
-    assert cli.main(["gpro", "seed=1"]) == 2
+    assert main(["gpro", "seed=1"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("samebit: no command 'gpro'")
     assert "usage: samebit" in err
 
 
-@pytest.mark.parametrize("command", list(cli.COMMANDS))
+@pytest.mark.parametrize("command", list(COMMANDS))
 def test_help_lists_groups_keys_and_defaults(capsys, command):
     """--help is the reference of the configuration."""
-    assert cli.main([*command.split(), "--help"]) == 0
+    assert main([*command.split(), "--help"]) == 0
     text = capsys.readouterr().out
-    assert f"samebit {command}: {cli.COMMANDS[command]}" in text
+    assert f"samebit {command}: {COMMANDS[command]}" in text
     assert ("placement: colocated, process" in text) == (command == "grpo")
     assert ("output_dir: outputs" in text) == (command not in ("diff", "export", "fetch-smollm2"))
     keys = text.split("(??? must be given):")[1]

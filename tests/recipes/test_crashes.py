@@ -10,7 +10,7 @@ import pytest
 import torch
 from crashing_disk import CrashingDisk
 
-from samebit.recipes.cli import main as cli
+from samebit.recipes.cli.main import main
 from samebit.recipes.run.folder import RunFolder, entries
 from samebit.recipes.run.metrics import (
     METRICS_FILE,
@@ -18,7 +18,6 @@ from samebit.recipes.run.metrics import (
     LoggerConfig,
     MetricsLogger,
     read_rows,
-    write_atomically,
 )
 from samebit.recipes.run.provenance import record_start
 from samebit.recipes.run.report import write_report
@@ -31,6 +30,7 @@ from samebit.recipes.run.rollouts import (
 from samebit.recipes.run.signals import StopSignals
 from samebit.rollout.types import Completion
 from samebit.trainer.checkpoint import latest_checkpoint
+from samebit.weight_sync.disk import write_atomically
 from samebit.weight_sync.folders import MARKER, read_marker
 from samebit.weight_sync.transports.file import read_version
 
@@ -263,7 +263,7 @@ def test_a_checkpoint_does_not_outlive_its_rows(runs, disk, crashes, monkeypatch
     if stopped:
         arguments.append("trainer.num_steps=5")
     with disk.recording():
-        assert cli.main([command, *arguments]) == 0
+        assert main([command, *arguments]) == 0
         disk.report("done")
     steps = set()
     for crash in crashes(["lost"]):

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from samebit.recipes.cli.compose import resolve, to_yaml
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.run.secrets import to_yaml
 
 STORED = Path(__file__).resolve().parents[1] / "golden" / "defaults"
 NEEDED = {

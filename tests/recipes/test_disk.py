@@ -4,13 +4,13 @@ import pytest
 from helpers import file_size_limit
 
 from samebit.recipes import grpo
-from samebit.recipes.cli import main as cli
+from samebit.recipes.cli.main import main
 from samebit.trainer.checkpoint import latest_checkpoint
 
 
 def failure(capsys, arguments):
     """The one line with which a command fails."""
-    assert cli.main(["grpo", *arguments]) == 1
+    assert main(["grpo", *arguments]) == 1
     [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("samebit grpo: ")]
     return line
 

@@ -11,9 +11,9 @@ from helpers import assert_same_bits, edit_config, tree
 from safetensors.torch import load_file
 
 from samebit.recipes import fetch_smollm2
-from samebit.recipes.cli import main as cli
+from samebit.recipes.cli.main import main
 from samebit.recipes.export import write_model
-from samebit.recipes.tiny_model import make_demo_model
+from samebit.recipes.models.tiny_model import make_demo_model
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.checkpoint import latest_checkpoint, read_checkpoint
@@ -23,7 +23,7 @@ from samebit.weight_sync.transports.file import read_version
 
 def export(base, checkpoint, out, *overrides):
     arguments = [f"checkpoint={checkpoint}", f"model={base.model}", f"out={out}", *overrides]
-    return cli.main(["export", *arguments])
+    return main(["export", *arguments])
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_the_folder_says_what_was_written(base, bf16_run, tmp_path, capsys, aske
 
     (checkpoint, model), out = bf16_run, tmp_path / "out"
     arguments = [f"checkpoint={checkpoint}", f"model={model}", f"out={out}", f"dtype={asked}"]
-    assert cli.main(["export", *arguments]) == 0
+    assert main(["export", *arguments]) == 0
     assert f"{read_version(out).digest}, {origin}\n" in capsys.readouterr().out
     config = json.loads((out / "config.json").read_text())
     assert config["torch_dtype"] == str(written).removeprefix("torch.")
@@ -229,17 +229,17 @@ def test_fetching_replaces_only_what_it_wrote(monkeypatch, tmp_path, capsys):
     gguf, out = tmp_path / "x.gguf", tmp_path / "out"
     gguf.touch()
     fetch = ["fetch-smollm2", f"gguf={gguf}", f"out={out}"]
-    assert cli.main(fetch) == 0
-    assert cli.main(fetch) == 2
+    assert main(fetch) == 0
+    assert main(fetch) == 2
     assert "is not empty; give another folder or overwrite=true" in capsys.readouterr().err
     (out / "leftover.safetensors").touch()
-    assert cli.main([*fetch, "overwrite=true"]) == 0
+    assert main([*fetch, "overwrite=true"]) == 0
     assert not (out / "leftover.safetensors").exists()
     inside = shutil.copy(gguf, out)
-    assert cli.main([*fetch, f"gguf={inside}", "overwrite=true"]) == 2
+    assert main([*fetch, f"gguf={inside}", "overwrite=true"]) == 2
     assert "gguf is to be read from" in capsys.readouterr().err
     (out / ".samebit").unlink()
-    assert cli.main([*fetch, "overwrite=true"]) == 1
+    assert main([*fetch, "overwrite=true"]) == 1
     assert "no export made it, so nothing there is replaced" in capsys.readouterr().err
 
 
@@ -264,6 +264,6 @@ def test_a_damaged_checkpoint_is_not_exported(base, run_copy, tmp_path, capsys):
 def test_the_folder_of_another_model_is_refused(base, qwen3_path, tmp_path, capsys):
     """Weights under a config that is not theirs would load nowhere."""
     arguments = [f"checkpoint={base.folder / 'base'}", f"model={qwen3_path}"]
-    assert cli.main(["export", *arguments, f"out={tmp_path / 'out'}"]) == 2
+    assert main(["export", *arguments, f"out={tmp_path / 'out'}"]) == 2
     assert str(qwen3_path) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

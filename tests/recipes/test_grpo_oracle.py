@@ -14,6 +14,7 @@ from plain_trainer import (
     advantages_of,
     evenly,
     grpo_losses,
+    optimizer_keys,
     order_of,
     rate_of,
     sample_id,
@@ -26,9 +27,9 @@ from samebit.recipes import grpo
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.data.tasks.base import Problem
 from samebit.recipes.export import find_checkpoint, write_model
+from samebit.recipes.models.tiny_model import make_random_model, write_character_tokenizer
 from samebit.recipes.run.metrics import read_rows, without_times
 from samebit.recipes.run.rollouts import load_rollout
-from samebit.recipes.tiny_model import make_random_model, write_character_tokenizer
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
 
@@ -98,7 +99,7 @@ class Run:
 
     def train(self, *more, folder=None):
         s = self.settings
-        algorithm, optimizer, rate = s["algorithm"], s["optimizer"], s["rate"]
+        algorithm = s["algorithm"]
         arguments = {
             "model.path": self.model,
             "output_dir": folder or self.folder,
@@ -134,15 +135,7 @@ class Run:
             "trainer.micro_batch_tokens": 40,
             "trainer.checkpoint_every": 1,
             "trainer.keep_checkpoints": 10,
-            "trainer.optimizer.lr_schedule": rate["schedule"],
-            "trainer.optimizer.lr_warmup_steps": rate["warmup"],
-            "trainer.optimizer.lr": rate["highest"],
-            "trainer.optimizer.min_lr": rate["lowest"],
-            "trainer.optimizer.adam_beta1": optimizer["beta1"],
-            "trainer.optimizer.adam_beta2": optimizer["beta2"],
-            "trainer.optimizer.adam_eps": optimizer["eps"],
-            "trainer.optimizer.weight_decay": optimizer["weight_decay"],
-            "trainer.optimizer.clip_grad": optimizer["clip"],
+            **optimizer_keys(s["rate"], s["optimizer"]),
         }
         return grpo.train(resolve("grpo", [f"{k}={v}" for k, v in arguments.items()] + [*more]))
 

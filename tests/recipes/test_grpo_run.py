@@ -7,7 +7,7 @@ import torch
 from helpers import tree
 from run_children import has_begun_to_save, has_lines, open_run
 
-from samebit.recipes.cli import main as cli
+from samebit.recipes.cli.main import main
 from samebit.recipes.data.rewards import RewardError
 from samebit.recipes.grpo import GrpoRecipe
 from samebit.recipes.run.metrics import read_rows
@@ -271,15 +271,15 @@ def test_a_sample_id_is_never_used_twice(runs):
     """Rolling out a step again in the same run would draw the same noise again."""
     run = runs.resolve("ids")
     recipe = GrpoRecipe(run, open_run(run))
-    first = recipe.rollout(0)
-    evaluated = recipe.evaluate(0)
-    groups = first.completions + evaluated.completions
+    prompts, held_out = recipe.sampler.training_prompts, recipe.sampler.held_out_prompts
+    groups = [*recipe.sampler.draw(prompts(0)).completions]
+    groups += recipe.sampler.draw(held_out(0)).completions
     ids = [c.sample_id for group in groups for c in group]
     assert len(set(ids)) == len(ids) == 12 + 4
     with pytest.raises(ValueError, match="sample ids of step 0 .* were used in this run"):
-        recipe.rollout(0)
+        prompts(0)
     with pytest.raises(ValueError, match="sample ids of step 0 .* were used in this run"):
-        recipe.evaluate(0)
+        held_out(0)
     recipe.close()
 
 
@@ -357,7 +357,7 @@ def test_bad_input_is_one_clear_line(runs, capsys, case):
     arguments = runs.arguments("bad")
     if "data=file" in overrides:
         arguments = [a for a in arguments if not a.startswith("data.")]
-    code = cli.main(["grpo", *arguments, *overrides])
+    code = main(["grpo", *arguments, *overrides])
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("samebit ")]
     assert code in (1, 2)
     assert len(error) == 1
@@ -372,13 +372,13 @@ def test_weights_that_are_not_finite_are_not_trained_on(runs, capsys, tmp_path):
 
     folder = shutil.copytree(runs.model, tmp_path / "model")
     edit_tensors(folder, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
-    assert cli.main(["grpo", *runs.arguments("nan"), f"model.path={folder}"]) == 1
+    assert main(["grpo", *runs.arguments("nan"), f"model.path={folder}"]) == 1
     assert "NaN or Inf in: decoder.final_layernorm.weight" in capsys.readouterr().err
 
 
 def test_weights_that_explode_stop_the_run(runs, capsys):
     """An absurd learning rate ends in a clear error, not in a run of NaN."""
-    code = cli.main(["grpo", *runs.arguments("explode"), "trainer.optimizer.lr=1e30"])
+    code = main(["grpo", *runs.arguments("explode"), "trainer.optimizer.lr=1e30"])
     assert code == 1
     assert "NaN or Inf" in capsys.readouterr().err
 

@@ -5,21 +5,13 @@ from functools import partial
 import pytest
 
 from samebit.recipes.bench.config import BenchEngineRun, BenchKernelsRun
-from samebit.recipes.cli import main as cli
-from samebit.recipes.cli.compose import ConfigError, resolve
-from samebit.recipes.config import (
-    DemoRun,
-    DiffRun,
-    ExportRun,
-    FetchRun,
-    GrpoRun,
-    ModelSection,
-    SftRun,
-    VerifyRun,
-)
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.cli.main import main
+from samebit.recipes.config import ConfigError, DemoRun, GrpoRun, ModelSection, SftRun
 from samebit.recipes.data.rewards import RewardConfig
 from samebit.recipes.data.tasks.base import DataConfig
 from samebit.recipes.run.metrics import LoggerConfig
+from samebit.recipes.tools_config import DiffRun, ExportRun, FetchRun, VerifyRun
 from samebit.rollout.config import EngineConfig
 from samebit.trainer.config import GrpoConfig, OptimizerConfig, TrainerConfig
 
@@ -151,7 +143,7 @@ def test_what_is_read_is_taken():
 def test_a_user_sees_one_line(capsys, command, words, message):
     with pytest.raises(ConfigError):
         resolve(command, words)
-    assert cli.main([command, *words]) == 2
+    assert main([command, *words]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -8,7 +8,7 @@ import torch
 from helpers import edit_config, tree
 from run_children import open_run
 
-from samebit.recipes.cli.compose import ConfigError
+from samebit.recipes.config import ConfigError
 from samebit.recipes.run import session
 from samebit.trainer.checkpoint import MANIFEST, CheckpointError, latest_checkpoint
 

@@ -12,9 +12,9 @@ import psutil
 import pytest
 from helpers import assert_on_loopback
 
-from samebit.recipes.cli import main as cli
 from samebit.recipes.cli.compose import resolve
-from samebit.recipes.launch import processes as launch
+from samebit.recipes.cli.main import main, own_command
+from samebit.recipes.launch import processes
 from samebit.recipes.run.metrics import read_rows
 from samebit.trainer.checkpoint import latest_checkpoint
 
@@ -31,7 +31,7 @@ def started(runs, name, *overrides):
     """The launcher of a run; it and all its processes are gone afterwards."""
     arguments = runs.arguments(name, f"trainer.num_steps={STEPS}", *overrides)
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "samebit.recipes.cli.main", "grpo", *arguments],
+        own_command(["grpo", *arguments]),
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -70,7 +70,7 @@ def processes_of(process):
 def kill_a_rank(process, ranks):
     """The other one notices and ends; the launcher says which it was."""
     ranks[1].kill()
-    _, errors = process.communicate(timeout=launch.GRACE_S + 10)
+    _, errors = process.communicate(timeout=processes.GRACE_S + 10)
     assert process.returncode == 128 + signal.SIGKILL
     assert "samebit: rank 1 ended with SIGKILL; the others are ended within 30 s" in errors
 
@@ -109,12 +109,12 @@ def test_disturbed_and_resumed(runs, base, layout, tmp_path, capsys):
         ranks = processes_of(process)
         assert_on_loopback([process.pid, *(rank.pid for rank in ranks)])
         DISTURBANCES[layout](process, ranks)
-        assert not psutil.wait_procs(ranks, timeout=launch.GRACE_S)[1]
+        assert not psutil.wait_procs(ranks, timeout=processes.GRACE_S)[1]
     assert latest_checkpoint(folder / "checkpoints").verify().step >= 2
     assert not (folder / "summary.json").exists()
     assert run_whole(runs, "disturbed", "resume=true", *LAYOUTS[layout]) == whole
     out = tmp_path / "out"
-    assert cli.main(["export", f"checkpoint={folder}", f"model={runs.model}", f"out={out}"]) == 0
+    assert main(["export", f"checkpoint={folder}", f"model={runs.model}", f"out={out}"]) == 0
     assert f"weights of step {STEPS}, digest {summary['weights_digest']}" in capsys.readouterr().out
 
 
@@ -160,22 +160,24 @@ def test_processes_are_started_only_where_they_are_needed(monkeypatch):
     def run(*overrides):
         return resolve("grpo", ["model.path=m", "data=chain_sum", *overrides])
 
-    assert launch.num_processes(run("trainer.parallel.data=2", "trainer.parallel.tensor=2")) == 4
-    assert launch.is_needed(run("trainer.parallel.data=2"))
-    assert not launch.is_needed(run("trainer.parallel.data=2", "dry_run=true"))
-    assert not launch.is_needed(run())
-    assert not launch.is_needed(resolve("export", ["checkpoint=c", "model=m", "out=o"]))
+    assert processes.num_processes(run("trainer.parallel.data=2", "trainer.parallel.tensor=2")) == 4
+    assert processes.needs_launch(run("trainer.parallel.data=2"))
+    assert not processes.needs_launch(run("trainer.parallel.data=2", "dry_run=true"))
+    assert not processes.needs_launch(run())
+    demo = [f"{phase}.trainer.parallel.data=2" for phase in ("sft", "grpo")]
+    assert processes.needs_launch(resolve("demo", ["device=cpu", *demo]))
+    assert not processes.needs_launch(resolve("export", ["checkpoint=c", "model=m", "out=o"]))
     with pytest.raises(ValueError, match="99 processes, each on a GPU of its own; torch finds"):
-        launch.launch([], run("trainer.parallel.data=99", "device=cuda"))
+        processes.launch([], run("trainer.parallel.data=99", "device=cuda"))
     monkeypatch.setenv("RANK", "0")
-    assert not launch.is_needed(run("trainer.parallel.data=2"))
+    assert not processes.needs_launch(run("trainer.parallel.data=2"))
 
 
 @pytest.fixture
 def launch_script(monkeypatch, tmp_path):
     """launch_script(text): the exit code of two processes of a shell script in place of samebit."""
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(launch, "GRACE_S", 0.2)
+    monkeypatch.setattr(processes, "GRACE_S", 0.2)
 
     def run(text):
         script = tmp_path / "interpreter"
@@ -183,7 +185,7 @@ def launch_script(monkeypatch, tmp_path):
         script.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(script))
         overrides = ["model.path=m", "data=chain_sum", "trainer.parallel.data=2", "device=cpu"]
-        return launch.launch(["grpo", "a=b"], resolve("grpo", overrides))
+        return processes.launch(own_command(["grpo", "a=b"]), resolve("grpo", overrides))
 
     return run
 

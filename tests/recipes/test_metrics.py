@@ -8,7 +8,8 @@ import pytest
 import wandb
 from helpers import file_size_limit
 
-from samebit.recipes.run.metrics import LoggerConfig, MetricsLogger, read_rows, write_atomically
+from samebit.recipes.run.metrics import LoggerConfig, MetricsLogger, read_rows
+from samebit.weight_sync.disk import write_atomically
 
 
 def make(run_dir, resume_step=None, **config):

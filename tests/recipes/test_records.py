@@ -7,18 +7,22 @@ import shutil
 import psutil
 import pytest
 
-from samebit.recipes.cli import main as cli
 from samebit.recipes.cli.compose import resolve
+from samebit.recipes.cli.dry_run import describe_grpo
+from samebit.recipes.cli.main import main
 from samebit.recipes.data import records
-from samebit.recipes.data.inputs import Inputs, SftInputs
 from samebit.recipes.data.order import problem_index
 from samebit.recipes.data.tasks.base import Problem
-from samebit.recipes.grpo import make_samples
+from samebit.recipes.models.tiny_model import (
+    make_demo_model,
+    write_character_tokenizer,
+    write_weights,
+)
 from samebit.recipes.run.binding import bound_keys
-from samebit.recipes.run.dry_run import grpo_plan
-from samebit.recipes.run.step_metrics import Rollout
-from samebit.recipes.tiny_model import make_demo_model, write_character_tokenizer, write_weights
+from samebit.recipes.run.inputs import GrpoInputs, SftInputs
+from samebit.recipes.run.sampling import Rollout
 from samebit.rollout.types import Completion
+from samebit.trainer.algorithms.grpo import group_advantages
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +72,7 @@ class Data:
         ]
 
     def read(self, command, *overrides, model=None):
-        inputs = Inputs if command == "grpo" else SftInputs
+        inputs = GrpoInputs if command == "grpo" else SftInputs
         return inputs(resolve(command, self.arguments(command, *overrides, model=model)))
 
 
@@ -100,7 +104,7 @@ def test_bad_records_of_late_steps_are_told_before_the_first(data, capsys, comma
         key = "trainer.micro_batch_tokens allows 1 to 32"
     lines = []
     for more in (["dry_run=true"], []):
-        assert cli.main([command, *data.arguments(command, *more)]) == 1
+        assert main([command, *data.arguments(command, *more)]) == 1
         lines.append(capsys.readouterr().err)
     assert lines[0] == lines[1]
     assert lines[0].count("\n") == 1
@@ -208,7 +212,7 @@ def test_overlong_records_are_dropped_if_asked_to(data, capsys, caplog, command)
     assert "train split: 1 of 4 records are overlong" in caplog.text
     assert [(p.index, p.prompt) for p in inputs.train_set] == [(0, "08="), (1, "00="), (2, "01=")]
     assert prompts(inputs) == ["08=", "00=", "01="]
-    assert cli.main([command, *data.arguments(command, *more, "dry_run=true")]) == 0
+    assert main([command, *data.arguments(command, *more, "dry_run=true")]) == 0
     printed = dict(
         line.split() for line in capsys.readouterr().out.splitlines()[-30:] if "records" in line
     )
@@ -238,10 +242,11 @@ def test_many_records_are_read_like_few(data, monkeypatch, policy):
     ]
     cut_or_dropped = (inputs.train_set.num_cut, inputs.train_set.num_dropped)
     assert cut_or_dropped == ((0, 3) if policy == "drop" else (3, 0))
-    plan = grpo_plan(resolve("grpo", data.arguments("grpo", f"data.overlong_prompts={policy}")))
+    arguments = data.arguments("grpo", f"data.overlong_prompts={policy}")
+    figures = describe_grpo(resolve("grpo", arguments))
     name = {"drop": "records_dropped", "truncate_left": "prompts_cut"}[policy]
-    assert (plan[f"train_{name}"], plan[f"held_out_{name}"]) == (3, 0)
-    assert (plan["train_records"], plan["held_out_records"]) == (len(kept), 1)
+    assert (figures[f"train_{name}"], figures[f"held_out_{name}"]) == (3, 0)
+    assert (figures["train_records"], figures["held_out_records"]) == (len(kept), 1)
 
 
 def test_a_fault_is_told_of_its_record(data):
@@ -307,7 +312,7 @@ def test_a_policy_that_does_not_exist(data):
 
 def test_of_generated_problems_those_are_encoded_that_come(runs, monkeypatch):
     """What the run will draw, once each; and a run goes on where it was not foreseen."""
-    inputs = Inputs(runs.resolve("used", "data.size=100000", "seed=3"))
+    inputs = GrpoInputs(runs.resolve("used", "data.size=100000", "seed=3"))
     calls = []
     monkeypatch.setattr(type(inputs.text), "encode_prompts", lambda *_: calls.append(1) or [[1]])
     for position in range(6 * 3):
@@ -341,8 +346,8 @@ def rollout(*rewards):
 
 def test_close_rewards_have_advantages(runs):
     """Their differences are below what fp32 can hold of them."""
-    run = runs.resolve("close")
-    found = [s.advantage for s in make_samples(rollout(1e6, 1e6 + 0.01, 1e6 + 0.02), run)]
+    config = runs.resolve("close").algorithm
+    found = group_advantages(rollout(1e6, 1e6 + 0.01, 1e6 + 0.02).reward_tensor, config)[0].tolist()
     assert found == pytest.approx([-1, 0, 1], abs=1e-3)
     with pytest.raises(ValueError, match="the rewards .* of a prompt lie too far apart"):
-        make_samples(rollout(1e300, -1e300), run)
+        group_advantages(rollout(1e300, -1e300).reward_tensor, config)

@@ -9,8 +9,8 @@ import sys
 import psutil
 import pytest
 
-from samebit.recipes.data.reward_pool import RewardPool, Worker
-from samebit.recipes.data.rewards import RewardConfig, RewardError, load_reward, score
+from samebit.recipes.data.reward_pool import RewardPool, Worker, load_reward
+from samebit.recipes.data.rewards import RewardConfig, RewardError, score
 from samebit.recipes.data.tasks.base import Problem
 from samebit.recipes.run.signals import Stopped, StopSignals
 
@@ -219,7 +219,8 @@ def test_settings_of_the_workers(settings, message):
 
 
 SCORES_FOR_EVER = """
-from samebit.recipes.data.rewards import RewardConfig, load_reward
+from samebit.recipes.data.reward_pool import load_reward
+from samebit.recipes.data.rewards import RewardConfig
 from samebit.recipes.data.tasks.base import Problem
 
 pool = load_reward(RewardConfig(name="foreign:acts", num_workers=1))

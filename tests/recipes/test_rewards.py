@@ -8,8 +8,10 @@ import re
 import numpy as np
 import pytest
 
-from samebit.recipes.data.rewards import RewardConfig, RewardError, load_reward, score
-from samebit.recipes.data.tasks.base import DataConfig, Problem, load_datasets
+from samebit.recipes.data.reward_pool import load_reward
+from samebit.recipes.data.rewards import RewardConfig, RewardError, score
+from samebit.recipes.data.tasks.base import DataConfig, Problem
+from samebit.recipes.data.tasks.registry import load_datasets
 
 
 def problem(label: str, index: int = 0) -> Problem:

@@ -10,8 +10,8 @@ import torch
 from helpers import edit_tensors, run_python, tree
 from run_children import open_run
 
-from samebit.recipes.cli import main as cli
-from samebit.recipes.cli.compose import ConfigError
+from samebit.recipes.cli.main import main
+from samebit.recipes.config import ConfigError
 from samebit.recipes.run.folder import RunFolder, require_own_report
 from samebit.trainer.checkpoint import CheckpointError
 from samebit.weight_sync.folders import FolderInUseError, FolderLock, read_marker
@@ -164,7 +164,7 @@ def test_two_processes_in_one_folder(runs, base, capsys):
             arguments = runs.arguments("run") if command == "grpo" else ["device=cpu"]
             arguments += [f"output_dir={runs.folder}", "run_name=run"]
             for how in ([], ["resume=true"], ["overwrite=true"]):
-                assert cli.main([command, *arguments, *how]) == 1
+                assert main([command, *arguments, *how]) == 1
                 line = capsys.readouterr().err.splitlines()[-1]
                 assert line.startswith(f"samebit {command}: {path} is in use by process ")
             assert tree(path) == before
@@ -253,7 +253,7 @@ def test_what_a_run_reads_is_not_removed(runs, kept, capsys):
     ):
         generated = ("data.args", "data.size") if key.startswith("data") else ()
         arguments = [a for a in runs.arguments("kept") if not a.startswith(generated)]
-        assert cli.main(["grpo", *arguments, "overwrite=true", *overrides]) == 2
+        assert main(["grpo", *arguments, "overwrite=true", *overrides]) == 2
         error = capsys.readouterr().err
         assert f"{key} is to be read from" in error
         assert ".samebit," not in error
@@ -277,10 +277,10 @@ def test_sft_does_not_replace_what_it_starts_from(runs, capsys):
     shutil.copytree(runs.model, model)
     arguments = [f"model.path={model}", f"output_dir={runs.folder}", "run_name=run", "device=cpu"]
     arguments += ["data=reverse_digits", "trainer.batch_size=2", "resume=true", "logger=disabled"]
-    assert cli.main(["sft", *arguments]) == 2
+    assert main(["sft", *arguments]) == 2
     assert "which the run's export replaces" in capsys.readouterr().err
     arguments[0] = f"model.path={runs.model}"
-    assert cli.main(["sft", *arguments]) == 1
+    assert main(["sft", *arguments]) == 1
     assert "run/model holds no .samebit of an export" in capsys.readouterr().err
 
 
@@ -288,7 +288,7 @@ def test_reports_do_not_land_in_a_runs_folder(earlier, capsys):
     """verify and bench share run_name and output_dir with runs; a file of others is kept too."""
     where = [f"output_dir={earlier.parent}", "run_name=run", "device=cpu"]
     for command in (["verify"], ["bench", "engine", "model=m"], ["bench", "trainer", "model=m"]):
-        assert cli.main([*command, *where]) == 2
+        assert main([*command, *where]) == 2
         assert f"{earlier} is the folder of a run; give another run_name" in capsys.readouterr().err
     write_files(earlier.parent, {"other/verify.json": '{"theirs": 1}'})
     with pytest.raises(ConfigError, match=r"verify.json is there and no report of ours"):

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from samebit.recipes.cli import main as cli
-from samebit.recipes.cli.compose import resolve, to_dict, to_yaml
-from samebit.recipes.cli.needs import MissingError, require_ready
-from samebit.recipes.cli.secrets import is_secret_name, scrubbed, without_secrets
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.cli.main import main
 from samebit.recipes.config import GrpoRun, ModelSection
 from samebit.recipes.run import metrics
-from samebit.recipes.run.metrics import LoggerConfig, MetricsLogger, WandbError, write_atomically
+from samebit.recipes.run.metrics import LoggerConfig, MetricsLogger, WandbError
+from samebit.recipes.run.needs import MissingError, require_ready
+from samebit.recipes.run.secrets import is_secret_name, scrubbed, to_dict, to_yaml, without_secrets
 from samebit.weight_sync import meeting
+from samebit.weight_sync.disk import write_atomically
 
 KEY, FROM_ENVIRONMENT = "sk-named-5f1c", "from-the-environment-77ab"
 
@@ -150,7 +151,7 @@ def test_nothing_of_a_run_holds_a_secret(runs, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["samebit", "grpo", *arguments])
     monkeypatch.setattr(meeting, "_given", [])
     monkeypatch.setenv(meeting.SECRET, "of the ranks alone")
-    assert cli.main(["grpo", *arguments]) == 0
+    assert main(["grpo", *arguments]) == 0
     printed = capsys.readouterr()
     found = {p: p.read_bytes() for p in runs.folder.rglob("*") if p.is_file()}
     assert any(path.suffix == ".wandb" for path in found)
@@ -183,7 +184,7 @@ def test_a_missing_package_is_told_first(monkeypatch, capsys, tmp_path, module):
     monkeypatch.chdir(tmp_path)
     dry = [] if arguments[0] == "fetch-smollm2" else ["dry_run=true"]
     for more in ([], dry):
-        assert cli.main([*arguments, *more]) == 1
+        assert main([*arguments, *more]) == 1
         error = capsys.readouterr().err
         assert message in error
         assert f"is not installed: pip install {module.replace('_', '-')}" in error

@@ -6,13 +6,13 @@ from statistics import mean
 
 import pytest
 import torch
-from plain_trainer import AdamW, PlainModel, order_of, rate_of, update
+from plain_trainer import AdamW, PlainModel, optimizer_keys, order_of, rate_of, update
 from safetensors.torch import load_file
 
 from samebit.recipes import sft
 from samebit.recipes.cli.compose import resolve
+from samebit.recipes.models.tiny_model import make_random_model, write_character_tokenizer
 from samebit.recipes.run.metrics import read_rows
-from samebit.recipes.tiny_model import make_random_model, write_character_tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvw"
 STEPS, BATCH, SEED, LONGEST = 4, 3, 5, 12
@@ -68,15 +68,7 @@ class Run:
             "trainer.loss_mean": self.loss_mean,
             "trainer.micro_batch_tokens": LONGEST,
             "trainer.checkpoint_every": 2,
-            "trainer.optimizer.lr_schedule": RATE["schedule"],
-            "trainer.optimizer.lr_warmup_steps": RATE["warmup"],
-            "trainer.optimizer.lr": RATE["highest"],
-            "trainer.optimizer.min_lr": RATE["lowest"],
-            "trainer.optimizer.adam_beta1": ADAMW["beta1"],
-            "trainer.optimizer.adam_beta2": ADAMW["beta2"],
-            "trainer.optimizer.adam_eps": ADAMW["eps"],
-            "trainer.optimizer.weight_decay": ADAMW["weight_decay"],
-            "trainer.optimizer.clip_grad": ADAMW["clip"],
+            **optimizer_keys(RATE, ADAMW),
         }
         return sft.train(resolve("sft", [f"{k}={v}" for k, v in arguments.items()] + [*more]))
 

@@ -10,9 +10,9 @@ import torch
 from run_children import has_begun_to_save, has_lines
 
 from samebit.recipes import sft
-from samebit.recipes.cli import main as cli
 from samebit.recipes.cli.compose import resolve
-from samebit.recipes.data.inputs import SftInputs
+from samebit.recipes.cli.main import main
+from samebit.recipes.run.inputs import SftInputs
 from samebit.recipes.run.metrics import read_rows
 from samebit.rollout.engine import Engine
 from samebit.trainer.algorithms.sft import sft_loss
@@ -152,7 +152,7 @@ def test_stopped_by_a_signal_and_resumed(runs, base, monkeypatch, capsys):
         return sft_loss(*args)
 
     monkeypatch.setattr(sft, "sft_loss", loss)
-    assert cli.main(["sft", *runs.arguments("stopped")]) == 0
+    assert main(["sft", *runs.arguments("stopped")]) == 0
     assert "samebit sft: SIGTERM: stopped after step 5, saved in" in capsys.readouterr().err
     assert latest_checkpoint(runs.folder / "stopped" / "checkpoints").step == 5
     monkeypatch.undo()

@@ -11,8 +11,10 @@ import pytest
 from helpers import assert_on_loopback
 from run_children import has_lines, run_cli_and_hang
 
-from samebit.recipes.cli import main as cli
+from samebit.recipes.cli.main import main
 from samebit.recipes.grpo import GrpoRecipe
+from samebit.recipes.run.recorder import Recorder
+from samebit.recipes.run.sampling import Sampler
 from samebit.recipes.run.signals import Stopped, StopSignals, stop_signals
 from samebit.trainer.algorithms.grpo import GrpoLoss
 from samebit.trainer.checkpoint import latest_checkpoint
@@ -36,7 +38,7 @@ def signal_before_call(monkeypatch, owner, name, number, which=signal.SIGTERM):
 def stop_and_resume(runs, monkeypatch, capsys, step, *overrides):
     """Run into the signal, look at what is left, and run to the end."""
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    assert cli.main(["grpo", *runs.arguments("stopped", *overrides)]) == 0
+    assert main(["grpo", *runs.arguments("stopped", *overrides)]) == 0
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("samebit grpo: ")]
     assert len(lines) == 1
@@ -52,13 +54,13 @@ def stop_and_resume(runs, monkeypatch, capsys, step, *overrides):
 @pytest.mark.parametrize(
     ("owner", "name", "number", "step"),
     [
-        (GrpoRecipe, "rollout", 4, 3),  # the engine is left at its first batch
-        (GrpoRecipe, "rollout", 1, 0),  # no step is done yet
+        (Sampler, "training_prompts", 4, 3),  # the engine is left at its first batch
+        (Sampler, "training_prompts", 1, 0),  # no step is done yet
         (GrpoRecipe, "evaluate", 1, 0),
         (GrpoRecipe, "evaluate", 2, 3),  # step 3 is trained: its evaluation is finished
         (GrpoRecipe, "update", 4, 3),  # before the first micro-batch
         (GrpoLoss, "__call__", 5, 2),  # between micro-batches of step 3, which is given up
-        (GrpoRecipe, "save", 1, 2),  # while a checkpoint is written: not written twice
+        (Recorder, "save", 1, 2),  # while a checkpoint is written: not written twice
     ],
 )
 def test_stopped_anywhere_and_resumed(runs, base, monkeypatch, capsys, owner, name, number, step):
@@ -170,10 +172,11 @@ def test_a_forked_child_can_be_terminated():
 
 
 def test_poll_raises_only_after_a_signal():
-    """A recipe made without signals is never stopped."""
+    """Signals that are handled nowhere stop nothing."""
     stop = StopSignals()
     stop.poll()
-    assert stop.polled(max)(1, 2) == 2
+    stop.poll_together()
     stop.received = signal.SIGTERM
-    with pytest.raises(Stopped, match="SIGTERM"):
-        stop.polled(max)(1, 2)
+    for poll in (stop.poll, stop.poll_alone, stop.poll_together):
+        with pytest.raises(Stopped, match="SIGTERM"):
+            poll()

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from samebit.recipes.data.tasks.base import DataConfig, load_datasets
+from samebit.recipes.data.tasks.base import DataConfig
+from samebit.recipes.data.tasks.registry import load_datasets
 
 GENERATED = [
     DataConfig(task="reverse_digits", size=60, eval_size=12, args={"length": 3}),
@@ -53,7 +54,8 @@ def test_another_process_makes_the_same_problems(config):
     train, held_out = load_datasets(config)
     here = repr([train[3], train[0], held_out[1]])
     program = (
-        "from samebit.recipes.data.tasks.base import DataConfig, load_datasets\n"
+        "from samebit.recipes.data.tasks.base import DataConfig\n"
+        "from samebit.recipes.data.tasks.registry import load_datasets\n"
         f"train, held_out = load_datasets({config!r})\n"
         "second, third, first = train[0], held_out[1], train[3]\n"
         "print(repr([first, second, third]))"

@@ -6,10 +6,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from samebit.recipes.data.rewards import RewardConfig, load_reward
+from samebit.recipes.data.reward_pool import load_reward
+from samebit.recipes.data.rewards import RewardConfig
 from samebit.recipes.data.tasks.base import Problem
 from samebit.recipes.data.text import TextCodec
-from samebit.recipes.tiny_model import write_config
+from samebit.recipes.models.tiny_model import write_config
 from samebit.rollout.types import Completion
 from samebit.weight_sync.types import VersionSpan
 

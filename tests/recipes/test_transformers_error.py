@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from samebit.recipes.tiny_model import write_character_tokenizer
+from samebit.recipes.models.tiny_model import write_character_tokenizer
 from samebit.recipes.verification import transformers_error
 from samebit.recipes.verification.conversations import CONVERSATIONS
 from samebit.recipes.verification.transformers_error import Errors, Outcome

@@ -7,8 +7,8 @@ import struct
 import pytest
 import torch
 
-from samebit.recipes.cli import main as cli
-from samebit.recipes.tiny_model import make_random_model, write_config, write_weights
+from samebit.recipes.cli.main import main
+from samebit.recipes.models.tiny_model import make_random_model, write_config, write_weights
 from samebit.recipes.verification import kernel_pass, kill_demo
 from samebit.recipes.verification.properties import (
     CPU_BATCH_EDGES,
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 def verify(folder, name, *arguments):
     """The report of a run on the tiny models."""
     where = [f"output_dir={folder}", f"run_name={name}", "device=cpu"]
-    assert cli.main(["verify", *where, *arguments]) == 0
+    assert main(["verify", *where, *arguments]) == 0
     return json.loads((folder / name / "verify.json").read_text())
 
 
@@ -71,7 +71,7 @@ def test_steps_in_flight_are_compared_on_the_cpu(tmp_path, monkeypatch):
 
 
 def test_an_unknown_property_names_the_known_ones(capsys):
-    assert cli.main(["verify", "properties=[batch_size,speed]"]) == 2
+    assert main(["verify", "properties=[batch_size,speed]"]) == 2
     error = capsys.readouterr().err
     assert "no speed; there are batch_size" in error
     assert all(check.__name__ in error for check in PROPERTIES)
@@ -185,7 +185,7 @@ def test_a_model_too_short_for_some_properties(tmp_path, capsys):
     folder = odd_model(tmp_path / "short", 2, 5, 0)
     names = "properties=[neighbour_abort,group]"
     where = [f"model={folder}", "device=cpu", f"output_dir={tmp_path}", "run_name=out"]
-    assert cli.main(["verify", *where, names]) == 1
+    assert main(["verify", *where, names]) == 1
     said = capsys.readouterr()
     assert "abort of a neighbour            2           0          0 could not be tried" in said.out
     assert "not tried: abort after 5 steps: all were done before" in said.out
@@ -227,7 +227,7 @@ def test_odd_models(tmp_path, context, vocab_size, eos):
 
 def test_a_context_of_one_token_is_refused(tmp_path, capsys):
     folder = odd_model(tmp_path / "one", 1, 5, 0)
-    assert cli.main(["verify", f"model={folder}", "device=cpu", f"output_dir={tmp_path}"]) == 1
+    assert main(["verify", f"model={folder}", "device=cpu", f"output_dir={tmp_path}"]) == 1
     assert "one: a context of 1 tokens is too short to verify; it must" in capsys.readouterr().err
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from samebit.recipes.tiny_model import make_random_model
+from samebit.recipes.models.tiny_model import make_random_model
 from samebit.recipes.verification.properties import CHUNKS, CPU_BATCH_EDGES, PROPERTIES
 from samebit.recipes.verification.subject import KV_TOKENS, Subject
 from samebit.rollout.engine import Engine

@@ -3,7 +3,7 @@
 import pytest
 from late_runner import VOCAB, LateRunner
 
-from samebit.recipes.tiny_model import make_random_model
+from samebit.recipes.models.tiny_model import make_random_model
 from samebit.rollout.engine import Engine
 
 

@@ -78,7 +78,7 @@ def logits_of(folder, hidden):
 @pytest.fixture(scope="module")
 def ending(tmp_path_factory):
     """(folder, engine) of a random model with many end tokens."""
-    from samebit.recipes.tiny_model import make_random_model
+    from samebit.recipes.models.tiny_model import make_random_model
 
     folder = tmp_path_factory.mktemp("ending")
     make_random_model(folder, "qwen3", seed=1, tied=False)

@@ -159,7 +159,7 @@ def test_context_and_end_tokens_stay_the_engines_own(make_engine, model_copy, tr
 
 def test_a_folder_of_another_model_changes_nothing(make_engine, tmp_path, truth):
     """Neither weights nor version, nor the readiness to serve."""
-    from samebit.recipes.tiny_model import make_random_model
+    from samebit.recipes.models.tiny_model import make_random_model
 
     engine = make_engine()
     version = engine.weight_version

@@ -8,7 +8,7 @@ import torch
 from helpers import assert_same_bits, make_prompts, outcomes
 
 from samebit.kernels.swiglu import swiglu_linear
-from samebit.recipes.tiny_model import make_random_model
+from samebit.recipes.models.tiny_model import make_random_model
 from samebit.rollout.engine import Engine
 from samebit.rollout.models import decoder
 from samebit.rollout.types import SamplingParams

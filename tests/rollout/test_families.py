@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import edit_config
 
-from samebit.recipes.tiny_model import make_random_model, write_config
+from samebit.recipes.models.tiny_model import make_random_model, write_config
 from samebit.rollout.engine import Engine
 from samebit.rollout.models import registry, supported
 from samebit.rollout.models.config import Family, ModelConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from helpers import edit_config
 
-from samebit.recipes import tiny_model
+from samebit.recipes.models import tiny_model
 from samebit.rollout.config import as_path
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config

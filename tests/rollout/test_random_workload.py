@@ -27,7 +27,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from samebit.recipes.tiny_model import make_random_model
+from samebit.recipes.models.tiny_model import make_random_model
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.types import VersionSpan, WeightSyncError, WeightVersion

@@ -10,8 +10,8 @@ import torch
 from helpers import edit_config
 
 from samebit.recipes.data.text import TextCodec
-from samebit.recipes.side_files import side_files
-from samebit.recipes.tiny_model import make_demo_model, make_random_model
+from samebit.recipes.models.side_files import side_files
+from samebit.recipes.models.tiny_model import make_demo_model, make_random_model
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config, load_stop_tokens, require_taught_end
 from samebit.rollout.types import SamplingParams

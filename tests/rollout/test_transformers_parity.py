@@ -5,7 +5,7 @@ import torch
 from helpers import edit_config, edit_tensors
 
 from samebit.kernels.rms_norm import rms_norm
-from samebit.recipes.tiny_model import write_config, write_weights
+from samebit.recipes.models.tiny_model import write_config, write_weights
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
 

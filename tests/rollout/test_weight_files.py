@@ -9,7 +9,7 @@ import torch
 from helpers import edit_config, edit_tensors
 from safetensors.torch import load_file, save_file
 
-from samebit.recipes.tiny_model import write_config, write_weights
+from samebit.recipes.models.tiny_model import write_config, write_weights
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime import weight_files

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from samebit.recipes.launch.placement import load_weights
-from samebit.recipes.tiny_model import write_config, write_weights
+from samebit.recipes.models.tiny_model import write_config, write_weights
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.algorithms.sft import sft_loss
 from samebit.trainer.config import OptimizerConfig, ParallelConfig

@@ -212,6 +212,24 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_written(make_trainer
     assert trainer.digest() == other.digest()
 
 
+def test_a_poll_ends_a_step_before_anything_is_written(make_trainer, batches):
+    """It is asked before every micro-batch, and never once the optimizer has begun to write."""
+    trainer, polls = make_trainer(), []
+
+    def poll():
+        polls.append(1)
+        if len(polls) == 3:
+            raise KeyboardInterrupt
+
+    before = deepcopy(trainer.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train_step(batches, sft_loss, poll)
+    assert_same_state(trainer.state_dict(), before)
+    assert (trainer.step, len(polls)) == (0, 3)
+    make_trainer().train_step(batches, sft_loss, poll)
+    assert len(polls) == 3 + len(batches)
+
+
 def test_the_first_of_several_bad_samples_is_named(make_trainer, batches):
     """The one to look at: what comes after may be bad because of it."""
     first, last = batches[0].samples[1].sample_id, batches[2].samples[0].sample_id

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from samebit.recipes.tiny_model import write_weights
+from samebit.recipes.models.tiny_model import write_weights
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.remote import RemoteEngine
 from samebit.rollout.runtime.weights import load_safetensors

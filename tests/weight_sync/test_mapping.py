@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from samebit.recipes.tiny_model import write_config
+from samebit.recipes.models.tiny_model import write_config
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
 from samebit.weight_sync.mapping import (

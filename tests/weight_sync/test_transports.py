@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import edit_tensors, outcomes
 
-from samebit.recipes.tiny_model import write_weights
+from samebit.recipes.models.tiny_model import write_weights
 from samebit.rollout.engine import Engine
 from samebit.rollout.remote import RemoteEngine
 from samebit.rollout.types import SamplingParams

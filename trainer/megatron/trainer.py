@@ -162,15 +162,21 @@ class MegatronTrainer:
         totals, counts = zip(*gather_objects(sums, get_data_parallel_group()), strict=True)
         return -sum(totals) / sum(counts)
 
-    def train_step(self, batches: Sequence[MicroBatch], loss: Loss) -> StepStats:
+    def train_step(
+        self,
+        batches: Sequence[MicroBatch],
+        loss: Loss,
+        poll: Callable[[], object] | None = None,
+    ) -> StepStats:
         """One optimizer step over all micro-batches: this data rank's, at least one.
 
+        `poll` is called before each of them; what it raises ends the step, nothing being written.
         Raises NonFiniteError, with step, micro-batch and sample named, before anything is written;
         on every rank alike.
         """
         with no_cuda():
             references = self.logprobs(batches, reference=True) if self._reference else None
-            totals = self._forward_backward(batches, loss, references)
+            totals = self._forward_backward(batches, loss, references, poll)
             for failure in filter(None, gather_objects(self._failure)):
                 raise NonFiniteError(failure)
             self._require_finite_gradients(batches, loss, references)
@@ -238,6 +244,7 @@ class MegatronTrainer:
         batches: Sequence[MicroBatch],
         loss: Loss,
         references: Sequence[torch.Tensor] | None,
+        poll: Callable[[], object] | None = None,
     ) -> Totals:
         """Accumulate gradients over the micro-batches into Megatron's buffers."""
         totals = Totals()
@@ -247,6 +254,8 @@ class MegatronTrainer:
         self._optimizer.zero_grad()
 
         def forward_step(iterator: Any, gpt: Any) -> tuple[torch.Tensor, Any]:
+            if poll is not None:
+                poll()
             batch, reference = next(iterator)
             share = None
             if self.context.size > 1:

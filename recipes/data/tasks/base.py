@@ -1,24 +1,16 @@
-"""What a task is: problems by index, in two splits that share none, chosen by one config."""
+"""What a task gives: problems by index, in two splits that share none, chosen by one config."""
 
-import importlib
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from samebit.trainer.config import require_default
 
-# A new task is one new module with `load(config) -> (train, eval)` and one line here. A task's
-# name may carry a variant after a slash ("reasoning_gym/chain_sum"), which its module reads.
-TASKS = {
-    "file": "samebit.recipes.data.tasks.file",
-    "reasoning_gym": "samebit.recipes.data.tasks.reasoning_gym",
-    "reverse_digits": "samebit.recipes.data.tasks.reverse_digits",
-}
 OVERLONG = ("error", "drop", "truncate_left")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One problem: what the model is asked, and what a reward compares its answer with."""
+    """Holds what the model is asked and what a reward compares its answer with."""
 
     index: int
     """Position in its dataset."""
@@ -33,12 +25,12 @@ class Problem:
 
     @property
     def name(self) -> str:
-        """What an error calls it."""
+        """Errors call it this."""
         return f"{self.where}: problem {self.index}" if self.where else f"problem {self.index}"
 
 
 class Dataset(Protocol):
-    """Problems by index: the same index gives the same problem, in any process and any order."""
+    """Gives problems by index: the same one for an index in any process and any order."""
 
     def __len__(self) -> int: ...
 
@@ -47,7 +39,7 @@ class Dataset(Protocol):
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Where the problems come from."""
+    """Says where the problems come from."""
 
     task: str = "file"
     """`file`, `reverse_digits` or `reasoning_gym/<name>`."""
@@ -88,37 +80,14 @@ class DataConfig:
             require_default(self, "data", keys, f"data.task is {self.task!r}")
 
 
-def load_datasets(config: DataConfig) -> tuple[Dataset, Dataset]:
-    """The train split and the held-out split of a task. No prompt is in both.
-
-    Raises ValueError for an unknown task or a bad setting, FileNotFoundError for a missing file.
-    """
-    name, slash, _ = config.task.partition("/")
-    if name not in TASKS or bool(slash) != (name == "reasoning_gym"):
-        raise ValueError(
-            f"data.task is {config.task!r}; give one of file, reverse_digits, reasoning_gym/<name>"
-        )
-    if config.size < 1:
-        raise ValueError(f"data.size is {config.size}; give at least 1")
-    if config.eval_size < 0:
-        raise ValueError(f"data.eval_size is {config.eval_size}; give 0 or more")
-    if name != "file" and (config.path or config.eval_path):
-        raise ValueError(
-            f"data.path is {config.path!r} and data.eval_path is {config.eval_path!r}, but the "
-            f"task {config.task!r} generates its problems; leave both unset, or use task 'file'"
-        )
-    train, held_out = importlib.import_module(TASKS[name]).load(config)
-    return train, held_out
-
-
 def check_index(index: int, size: int) -> None:
-    """Raises IndexError unless 0 <= index < size (which also ends a plain `for` loop)."""
+    """Raise IndexError unless 0 <= index < size (which also ends a plain `for` loop)."""
     if not 0 <= index < size:
         raise IndexError(f"problem {index} of a split of {size}; give 0 to {size - 1}")
 
 
 class ListDataset:
-    """Problems that are already there."""
+    """Holds problems that are already there."""
 
     def __init__(self, problems: list[Problem]) -> None:
         self._problems = problems

@@ -14,13 +14,13 @@ class Faults:
         return self._count > 0
 
     def add(self, fault: str) -> None:
-        """One more record cannot be used; `fault` names it."""
+        """Count one more record that cannot be used, which `fault` names."""
         self._count += 1
         if self._count <= SHOWN:
             self._first.append(fault)
 
     def raise_all(self) -> None:
-        """Raises ValueError, in one line, if there is any."""
+        """Raise ValueError, in one line, if there is any."""
         if self._count == 1:
             raise ValueError(self._first[0])
         if self._count:

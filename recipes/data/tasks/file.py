@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def load(config: DataConfig) -> tuple[Dataset, Dataset]:
-    """The train and held-out records.
+    """Read the train and held-out records.
 
     A training record whose prompt is also held out is left out of the train split, with a warning.
     Raises FileNotFoundError for a missing file; ValueError for a bad record (naming it) or
@@ -99,7 +99,7 @@ def _texts(prompt: str | list[dict[str, str]]) -> list[str]:
 
 
 def lone_surrogate(text: str) -> str:
-    """Half of a UTF-16 pair, which no encoding of a text has; empty if there is none."""
+    """Name half of a UTF-16 pair, which no encoding of a text has; empty if there is none."""
     found = None if text.isascii() else re.search("[\ud800-\udfff]", text)
     return f"the lone surrogate \\u{ord(found[0]):04x}, which is no character" if found else ""
 

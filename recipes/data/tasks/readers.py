@@ -15,12 +15,12 @@ MOST_DIGITS = 1000
 
 
 class JsonFloat(Decimal):
-    """A number of a JSON text that is not whole, as it stands there."""
+    """Keeps a number of a JSON text that is not whole as it stands there."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One record."""
+    """Holds one record."""
 
     where: str
     """As in "data.jsonl, line 7"."""
@@ -29,7 +29,7 @@ class Record:
     """Keys of floating-point values narrower than Python's, with their numpy type."""
 
     def number_text(self, value: Any, key: str) -> str | None:
-        """A number, which stands at `key`, in decimal digits; None for anything else.
+        """Return a number, which stands at `key`, in decimal digits; None for anything else.
 
         A float gives the fewest digits that mean it.
         """
@@ -47,7 +47,7 @@ class Record:
 
 
 def plain(value: Any) -> Any:
-    """A value of a record with Python's floats."""
+    """Return a value of a record with Python's floats."""
     match value:
         case JsonFloat():
             return float(value)
@@ -59,7 +59,7 @@ def plain(value: Any) -> Any:
 
 
 def read_jsonl(path: Path, faults: Faults) -> Iterator[Record]:
-    """The lines of a file; what is wrong with one goes to `faults`. Blank lines are skipped."""
+    """Yield the lines of a file but blank ones; what is wrong with one goes to `faults`."""
     decoder = json.JSONDecoder(
         parse_float=_json_float, parse_int=_json_int, object_pairs_hook=_object
     )
@@ -86,7 +86,7 @@ def read_jsonl(path: Path, faults: Faults) -> Iterator[Record]:
 
 
 def read_parquet(path: Path, faults: Faults) -> Iterator[Record]:
-    """The rows of a file. Raises ValueError, naming the row group, for one that cannot be read."""
+    """Yield the rows of a file. Raises ValueError, naming the row group, if one cannot be read."""
     import pyarrow.parquet
 
     part = ""

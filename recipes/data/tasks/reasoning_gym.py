@@ -33,7 +33,7 @@ HASH_DEPENDENT = {
 
 
 class Train:
-    """The train split: generated on access, never repeating a held-out question."""
+    """Generates the train split on access, never repeating a held-out question."""
 
     def __init__(self, name: str, config: DataConfig, held_out: set[str]) -> None:
         self._name = name
@@ -63,7 +63,7 @@ class Train:
 
 
 def load(config: DataConfig) -> tuple[Dataset, Dataset]:
-    """The train and held-out split of the task after the slash.
+    """Return the train and held-out split of the task after the slash.
 
     Raises ValueError for an unknown task (listing close matches), bad arguments, or a task whose
     items change with Python's hash seed unless PYTHONHASHSEED=0; ImportError without the package.
@@ -86,7 +86,7 @@ def load(config: DataConfig) -> tuple[Dataset, Dataset]:
 
 
 def make_source(name: str, args: dict[str, Any], *, seed: int, size: int) -> Any:
-    """The package's dataset `name`. Raises ValueError for an unknown name or bad arguments."""
+    """Make the package's dataset `name`; raises ValueError for an unknown name or bad arguments."""
     datasets = _factory().DATASETS
     if name not in datasets:
         close = difflib.get_close_matches(name, datasets, n=5, cutoff=0.4) or sorted(datasets)

@@ -14,7 +14,7 @@ from samebit.recipes.data.tasks.base import DataConfig, Dataset, Problem, check_
 
 
 class ReverseDigits:
-    """One split of the task."""
+    """Draws one split of the task."""
 
     def __init__(self, *, length: int, seed: int, size: int, held_out: bool) -> None:
         self._length = length
@@ -40,7 +40,7 @@ class ReverseDigits:
 
 
 def load(config: DataConfig) -> tuple[Dataset, Dataset]:
-    """The train and held-out split. Raises ValueError for unknown or bad arguments."""
+    """Return the train and held-out split; raises ValueError for unknown or bad arguments."""
     length = _length(config.args)
     train = ReverseDigits(length=length, seed=config.seed, size=config.size, held_out=False)
     held_out = ReverseDigits(length=length, seed=config.seed, size=config.eval_size, held_out=True)

@@ -7,7 +7,8 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
-from samebit.recipes.config import DemoRun, FetchRun, GrpoRun, SftRun
+from samebit.recipes.config import DemoRun, GrpoRun, SftRun
+from samebit.recipes.tools_config import FetchRun
 
 
 class MissingError(ImportError):
@@ -15,7 +16,7 @@ class MissingError(ImportError):
 
 
 def require_ready(run: Any) -> None:
-    """Raises MissingError, naming the key, for a package or a login that `run` cannot do without.
+    """Raise MissingError, naming the key, for a package or a login that `run` cannot do without.
 
     Commands that need neither pass.
     """

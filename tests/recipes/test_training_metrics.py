@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from samebit.recipes.run import step_metrics as step
-from samebit.recipes.run.step_metrics import Rollout, speed
+from samebit.recipes.run import training_metrics
+from samebit.recipes.run.sampling import Rollout
+from samebit.recipes.run.training_metrics import speed
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.types import Completion
 from samebit.trainer.config import ParallelConfig
@@ -28,19 +29,19 @@ def completion(length):
 
 
 @pytest.mark.parametrize("parallel", [{}, {"tensor": 2, "data": 3}])
-def test_the_share_of_a_peak_is_each_processs(llama_path, monkeypatch, parallel):
+def test_each_process_has_its_share_of_a_peak(llama_path, monkeypatch, parallel):
     """Prompts and completions pass once, shared by all processes, in the training's seconds."""
     model = load_model_config(llama_path)
     trainer = SimpleNamespace(device=CPU, model=model, parallel=ParallelConfig(**parallel))
     groups = [[completion(3), completion(5)], [completion(2), completion(7)]]
-    rollout = Rollout([], [[1] * 4, [1] * 6], groups, [], [])
+    rollout = Rollout([], [[1] * 4, [1] * 6], groups, [])
     read = {"loss": 0.0, "grad_norm": 1.0, "learning_rate": 0.0, "logprob_abs_diff_max": 0.0}
     counts = {"logprob_tokens_compared": 0, "logprob_mismatches": 0}
     stats = [StepStats(num_tokens=n, **read, **counts) for n in (17, 20)]
     seconds = {"perf/rollout_s": 2.0, "perf/train_s": 0.5, "perf/eval_s": 9.0}
     rates = {"perf/rollout_tokens_per_s": 8.5, "perf/train_tokens_per_s": 74.0}
     assert speed(trainer, rollout, stats, seconds) == rates
-    monkeypatch.setattr(step, "peak_flops", lambda device: 1e9 if device == CPU else None)
+    monkeypatch.setattr(training_metrics, "peak_flops", {CPU: 1e9}.get)
     share = train_flops(model, [7, 9, 8, 13]) / trainer.parallel.num_processes / 0.5 / 1e9
     found = speed(trainer, rollout, stats, seconds)
     assert found == rates | {"perf/train_mfu": pytest.approx(share, rel=1e-14)}

@@ -11,9 +11,11 @@ from pathlib import Path
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.data.order import problem_index
 from samebit.recipes.data.records import Encoder, Split
-from samebit.recipes.data.rewards import Poll, load_reward
-from samebit.recipes.data.tasks.base import Dataset, ListDataset, Problem, load_datasets
+from samebit.recipes.data.reward_pool import load_reward
+from samebit.recipes.data.rewards import Poll
+from samebit.recipes.data.tasks.base import Dataset, ListDataset, Problem
 from samebit.recipes.data.tasks.faults import Faults
+from samebit.recipes.data.tasks.registry import load_datasets
 from samebit.recipes.data.text import TextCodec
 from samebit.recipes.launch.processes import is_one_of_several, launched_rank
 from samebit.recipes.run.signals import Stopped, StopSignals
@@ -28,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def checked_model(run: GrpoRun | SftRun) -> ModelConfig:
-    """The model that a run starts from; ValueError or OSError for one that it could not.
+    """Return the model that a run starts from; raises ValueError or OSError if it could not.
 
     The layout and the headers of the weights are looked at, no weight is read.
     """
@@ -55,7 +57,7 @@ def _require_lengths(run: GrpoRun, model: ModelConfig) -> None:
 
 
 class Unwritable:
-    """Labels that come out otherwise once they are tokens: the vocabulary lacks a part of them."""
+    """Finds labels that come out otherwise as tokens: the vocabulary lacks a part of them."""
 
     def __init__(self, text: TextCodec) -> None:
         self._text = text
@@ -78,8 +80,9 @@ class Unwritable:
             )
 
 
-class Inputs:
-    """Of a GRPO run. Raises OSError or ValueError for what cannot be used, Stopped by a signal."""
+class GrpoInputs:
+    """Reads what a GRPO run reads. Raises OSError or ValueError for what cannot be used, and
+    Stopped by a signal."""
 
     def __init__(self, run: GrpoRun, stop: StopSignals | None = None) -> None:
         poll = _polled(stop)
@@ -111,8 +114,12 @@ class Inputs:
 
     @property
     def records(self) -> dict[str, Dataset]:
-        """What a checkpoint is bound to the contents of."""
+        """A checkpoint is bound to the contents of these."""
         return {"training records": self.train_set, "held-out records": self.eval_set}
+
+    def close(self) -> None:
+        """Let go of the reward's processes. A second call does nothing."""
+        self.reward.close()
 
     def _prepare(self, used: Sequence[int], unwritable: Unwritable | None, poll: Poll) -> None:
         faults = Faults()
@@ -128,7 +135,7 @@ class Inputs:
 
 
 class SftInputs:
-    """Of a supervised run. Raises as `Inputs` does."""
+    """Reads what a supervised run reads. Raises as GrpoInputs does."""
 
     def __init__(self, run: SftRun, stop: StopSignals | None = None) -> None:
         poll = _polled(stop)
@@ -173,7 +180,7 @@ class SftInputs:
 
     @property
     def records(self) -> dict[str, Dataset]:
-        """What a checkpoint is bound to the contents of."""
+        """A checkpoint is bound to the contents of these."""
         held_out = {} if self.eval_set is None else {"held-out records": self.eval_set}
         return {"training records": self.train_set, **held_out}
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from helpers import edit_config, tree
 
-from samebit.recipes.cli import main as cli
+from samebit.recipes.cli.main import main
 from samebit.trainer.checkpoint import CheckpointError
 
 
@@ -42,7 +42,7 @@ def test_dry_run_reads_what_a_run_would(demo_model, capsys, override, message):
     base = [f"model.path={demo_model}", "device=cpu", "dry_run=true"]
     base += [] if "data" in override else ["data=reverse_digits"]
     base += ["placement.transport=stages"] if "pipeline" in override else []
-    assert cli.main(["grpo", *base, override]) in (1, 2)
+    assert main(["grpo", *base, override]) in (1, 2)
     assert message in capsys.readouterr().err
 
 
@@ -54,7 +54,7 @@ def test_a_dry_run_says_what_ends_a_completion(demo_model, tmp_path, capsys, com
     lengths = ["rollout.max_prompt_len=56", "rollout.max_new_tokens=8"]
     own = {"grpo": lengths, "sft": ["trainer.batch_size=8"]}[command]
     arguments = [f"model.path={folder}", "device=cpu", "dry_run=true", "data=reverse_digits"]
-    assert cli.main([command, *arguments, *own]) == 0
+    assert main([command, *arguments, *own]) == 0
     assert "\nstop tokens: 11 (config.json), 0 (tokenizer)\n" in capsys.readouterr().out
 
 
@@ -72,7 +72,7 @@ def test_samples_that_no_request_may_be(demo_model, tmp_path, capsys, override, 
     arguments = ["data=reverse_digits", "rollout.max_prompt_len=56", "rollout.max_new_tokens=8"]
     arguments += ["engine.page_size=16", "logger=disabled", f"output_dir={tmp_path}", override]
     arguments += [f"model.path={demo_model}", "device=cpu", f"dry_run={dry_run}"]
-    assert cli.main(["grpo", *arguments]) == 1
+    assert main(["grpo", *arguments]) == 1
     message = f"rollout.max_prompt_len . rollout.max_new_tokens {TOO_LONG[override]}"
     assert re.search(message, capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
@@ -90,7 +90,7 @@ def test_a_model_without_its_weights(demo_model, tmp_path, capsys, command, dry_
     }
     arguments = [f"model.path={folder}", "device=cpu", f"dry_run={dry_run}", "data=reverse_digits"]
     out = tmp_path / "runs"
-    assert cli.main([command, *arguments, *own[command], f"output_dir={out}"]) == 1
+    assert main([command, *arguments, *own[command], f"output_dir={out}"]) == 1
     assert f"{folder} holds no *.safetensors file" in capsys.readouterr().err
     assert not out.exists()
 
@@ -106,5 +106,5 @@ def test_a_model_without_its_weights(demo_model, tmp_path, capsys, command, dry_
     ],
 )
 def test_commands_that_would_do_nothing(capsys, arguments, message):
-    assert cli.main(arguments) in (1, 2)
+    assert main(arguments) in (1, 2)
     assert message in capsys.readouterr().err

@@ -1,14 +1,14 @@
-"""dry_run: the plan of a run, from its configuration and its records alone."""
+"""dry_run: what a run would be, from its configuration and its records alone."""
 
 import pytest
 from safetensors.torch import load_file
 
-from samebit.recipes.cli import main as cli
 from samebit.recipes.cli.compose import resolve
-from samebit.recipes.run.dry_run import grpo_plan, sft_plan
+from samebit.recipes.cli.dry_run import describe_grpo, describe_sft
+from samebit.recipes.cli.main import main
 
 
-def test_dry_run_prints_the_plan_and_stops(demo_model, tmp_path, capsys):
+def test_dry_run_describes_the_run_and_stops(demo_model, tmp_path, capsys):
     """Batch arithmetic, parameters and memory, from the configuration alone."""
     arguments = [
         f"model.path={demo_model}",
@@ -24,25 +24,25 @@ def test_dry_run_prints_the_plan_and_stops(demo_model, tmp_path, capsys):
         "trainer.num_steps=50",
         "algorithm.kl_coef=0.1",
     ]
-    assert cli.main(["grpo", *arguments]) == 0
+    assert main(["grpo", *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
-    plan = dict(line.split() for line in lines[lines.index("device" + " " * 23 + "cpu") :])
+    figures = dict(line.split() for line in lines[lines.index("device" + " " * 23 + "cpu") :])
     # Embedding 12 x 64; per layer: norms, q and k norms, qkv, proj, gate, up, down; final norm.
     layer = 2 * 64 + 2 * 16 + (4 + 2 * 2) * 16 * 64 + 64 * 64 + 3 * 64 * 192
-    assert plan["parameters"] == f"{12 * 64 + 2 * layer + 64:,}"
-    assert plan["samples_per_step"] == "24"
-    assert plan["optimizer_steps_per_step"] == "2"
-    assert plan["optimizer_steps"] == "100"
-    assert plan["most_tokens_per_step"] == f"{24 * (40 + 24):,}"
+    assert figures["parameters"] == f"{12 * 64 + 2 * layer + 64:,}"
+    assert figures["samples_per_step"] == "24"
+    assert figures["optimizer_steps_per_step"] == "2"
+    assert figures["optimizer_steps"] == "100"
+    assert figures["most_tokens_per_step"] == f"{24 * (40 + 24):,}"
     size, mib = 12 * 64 + 2 * layer + 64, 2**20
-    assert float(plan["weights_mib"]) == round(4 * size / mib, 1) > 0
-    assert float(plan["gradients_mib"]) == float(plan["reference_mib"]) == round(4 * size / mib, 1)
-    assert float(plan["optimizer_mib"]) == round(8 * size / mib, 1)
-    assert float(plan["checkpoint_on_host_mib"]) == pytest.approx(16 * size / mib, abs=0.11)
+    assert float(figures["weights_mib"]) == round(4 * size / mib, 1) > 0
+    assert figures["gradients_mib"] == figures["reference_mib"] == figures["weights_mib"]
+    assert float(figures["optimizer_mib"]) == round(8 * size / mib, 1)
+    assert float(figures["checkpoint_on_host_mib"]) == pytest.approx(16 * size / mib, abs=0.11)
     # Keys and values of two heads of 16 in two layers, in fp32, for every token of 24 samples.
     kv = 24 * 64 * 2 * 2 * 2 * 16 * 4
-    assert float(plan["kv_mib_if_all_run_at_once"]) == round(kv / mib, 1)
-    assert (plan["train_records"], plan["held_out_records"]) == ("100,000", "256")
+    assert float(figures["kv_mib_if_all_run_at_once"]) == round(kv / mib, 1)
+    assert (figures["train_records"], figures["held_out_records"]) == ("100,000", "256")
     assert "kl_coef: 0.1" in "\n".join(lines)
     assert list(tmp_path.iterdir()) == []
 
@@ -72,38 +72,38 @@ def test_dry_run_prints_the_plan_and_stops(demo_model, tmp_path, capsys):
         ),
     ],
 )
-def test_the_plan_of_several_processes(demo_model, layout, more, moments, name):
+def test_the_description_of_several_processes(demo_model, layout, more, moments, name):
     """Two shards of the weights, two copies; what one process holds of all."""
     arguments = [f"model.path={demo_model}", "device=cpu", "trainer.batch_size=8"]
     arguments += ["data=reverse_digits"]
     arguments += [f"trainer.parallel.{key}={value}" for key, value in layout.items()]
-    plan = sft_plan(resolve("sft", [*arguments, *more]))
+    figures = describe_sft(resolve("sft", [*arguments, *more]))
     size = sum(x.numel() for x in load_file(demo_model / "model.safetensors").values())
     shard = -(-size // 2) / 2**20
-    assert (plan["processes"], plan["parameters"]) == (4, size)
-    assert plan["weights_mib"] == plan["gradients_mib"] == round(4 * shard, 1)
-    assert plan[name] == round(moments * shard, 1)
+    assert (figures["processes"], figures["parameters"]) == (4, size)
+    assert figures["weights_mib"] == figures["gradients_mib"] == round(4 * shard, 1)
+    assert figures[name] == round(moments * shard, 1)
     background = "trainer.background_checkpoints=false" not in more
-    assert plan["checkpoint_on_host_mib"] == round((4 + moments) * shard * background, 1)
+    assert figures["checkpoint_on_host_mib"] == round((4 + moments) * shard * background, 1)
 
 
 @pytest.mark.parametrize(("running", "count"), [(5, 5), (256, 24)])
-def test_the_plan_of_a_kv_cache(demo_model, running, count):
+def test_the_description_of_a_kv_cache(demo_model, running, count):
     """Of what can run at once: all samples of a step, or as many as the engine takes."""
     arguments = [f"model.path={demo_model}", "device=cpu", "data=reverse_digits"]
     arguments += ["data.eval_size=4", "trainer.num_steps=1", f"engine.max_num_seqs={running}"]
     arguments += ["rollout.prompts_per_step=6", "rollout.samples_per_prompt=4"]
     arguments += ["rollout.max_prompt_len=40", "rollout.max_new_tokens=24"]
-    plan = grpo_plan(resolve("grpo", arguments))
+    figures = describe_grpo(resolve("grpo", arguments))
     kv = count * 64 * 2 * 2 * 2 * 16 * 4 / 2**20
-    assert plan["kv_mib_if_all_run_at_once"] == round(kv, 1)
+    assert figures["kv_mib_if_all_run_at_once"] == round(kv, 1)
 
 
 def test_dry_run_of_sft(demo_model, tmp_path, capsys):
     """The same for supervised fine-tuning."""
     arguments = [f"model.path={demo_model}", f"output_dir={tmp_path}", "dry_run=true"]
     arguments += ["data=reverse_digits", "trainer.batch_size=8"]
-    assert cli.main(["sft", *arguments]) == 0
+    assert main(["sft", *arguments]) == 0
     output = capsys.readouterr().out
     assert "optimizer_steps              100\n" in output
     assert "samples_per_step             8\n" in output
@@ -111,7 +111,7 @@ def test_dry_run_of_sft(demo_model, tmp_path, capsys):
 
 
 def test_dry_run_of_a_missing_model(capsys):
-    """The plan needs the model's sizes; exit code 1 with one line."""
-    assert cli.main(["grpo", "model.path=/no/such/model", "dry_run=true"]) == 1
+    """The description needs the model's sizes; exit code 1 with one line."""
+    assert main(["grpo", "model.path=/no/such/model", "dry_run=true"]) == 1
     error = "samebit grpo: model folder /no/such/model does not exist"
     assert capsys.readouterr().err.startswith(error)

@@ -43,7 +43,7 @@ def write_weights(folder: Path, seed: int, std: float = 0.02) -> None:
 
 
 def write_character_tokenizer(folder: Path, characters: str) -> int:
-    """Write a tokenizer of one token per character, after <eos> = 0; its vocabulary size."""
+    """Write a tokenizer of one token a character, after <eos> = 0; returns its vocabulary size."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -59,7 +59,7 @@ def write_character_tokenizer(folder: Path, characters: str) -> int:
 
 
 def make_demo_model(folder: Path, seed: int) -> None:
-    """The demo's model: two Qwen3 layers, D = 64, over the characters of "0123456789="."""
+    """Write the demo's model: two Qwen3 layers, D = 64, over the characters of "0123456789="."""
     vocab_size = write_character_tokenizer(folder, "0123456789=")
     write_config(
         folder,
@@ -88,7 +88,7 @@ def make_random_model(
     std: float = 0.2,
     **shape: Any,
 ) -> None:
-    """A random model for tests: odd sizes, grouped heads, weights large enough to matter.
+    """Write a random model for tests: odd sizes, grouped heads, weights large enough to matter.
 
     `shape` holds Hugging Face keys that are to be otherwise.
     """

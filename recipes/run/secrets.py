@@ -25,7 +25,7 @@ _VALUE = re.compile(r"""'[^']*'|"[^"]*"|\[[^]]*\]|\$?\{[^}]*\}|[^\s,}]+""")
 
 
 class Guarded:
-    """A value with what stands for it where it is shown."""
+    """Is a value together with what stands for it where it is shown."""
 
     shown: str
     secret: bool
@@ -36,19 +36,19 @@ class Guarded:
 
 
 class GuardedText(Guarded, str):
-    """A text; as a str it is the text."""
+    """Is a guarded text; as a str it is the text."""
 
     __str__ = str.__str__
 
 
 class GuardedInt(Guarded, int):
-    """A whole number."""
+    """Is a guarded whole number."""
 
     __str__ = int.__repr__
 
 
 class GuardedFloat(Guarded, float):
-    """A number."""
+    """Is a guarded number."""
 
     __str__ = float.__repr__
 
@@ -57,7 +57,7 @@ _GUARDS: dict[type, type[Any]] = {str: GuardedText, int: GuardedInt, float: Guar
 
 
 def is_secret_name(name: str, value: Any = "") -> bool:
-    """Whether a free argument's name says that its value is a secret.
+    """Say whether a free argument's name says that its value is a secret.
 
     A number is one only under a name that ends so: token_budget=100 is none.
     """
@@ -69,7 +69,7 @@ def is_secret_name(name: str, value: Any = "") -> bool:
 
 
 def without_secrets(word: str) -> str:
-    """A word of a command line, with *** for each value whose key says that it is a secret.
+    """Return a word of a command line, with *** for each value whose key says it is a secret.
 
     A value that names a secret, as ${oc.env:NAME} does, is none.
     """
@@ -98,7 +98,7 @@ def _names_secret(name: str, typed: str) -> bool:
 
 
 def build(schema: Any, values: Mapping[str, Any], raw: Any) -> Any:
-    """The dataclass of resolved `values`, guarded by what `raw`, the same unresolved, says."""
+    """Return the dataclass of resolved `values`, guarded by what `raw`, unresolved, says."""
     types = get_type_hints(schema)
     return schema(**{name: _built(types[name], x, _at(raw, name)) for name, x in values.items()})
 
@@ -136,7 +136,7 @@ def _guarded(value: Any, raw: Any, *, free: bool, secret: bool) -> Any:
 
 
 def scrubbed(message: str, value: Any) -> str:
-    """A message with what stands for the guarded values of a configuration that it quotes."""
+    """Return a message with what stands for the guarded values of a configuration in it."""
     if is_dataclass(value):
         value = [getattr(value, f.name) for f in fields(value)]
     if isinstance(value, Mapping | list):
@@ -148,12 +148,12 @@ def scrubbed(message: str, value: Any) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text that OmegaConf reads as `text`, whatever stands in it."""
+    """Return text that OmegaConf reads as `text`, whatever stands in it."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def plain(value: Any, text: Callable[[str], str] = str, *, shown: bool = True) -> Any:
-    """Dataclasses as plain values, as they may be shown; each text goes through `text`.
+    """Return dataclasses as plain values, as they may be shown; each text goes through `text`.
 
     With shown=False guarded values are themselves, but for secrets.
     """
@@ -168,3 +168,19 @@ def plain(value: Any, text: Callable[[str], str] = str, *, shown: bool = True) -
             return value.shown
         value = next(kind for kind in _GUARDS if isinstance(value, kind))(value)
     return text(value) if isinstance(value, str) else value
+
+
+def to_yaml(run: Any) -> str:
+    """Return the resolved configuration as YAML, as it may be shown."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(plain(run, escaped)))
+
+
+def to_dict(run: Any, *, shown: bool = True) -> dict[str, Any]:
+    """Return the resolved configuration as plain values, as it may be shown.
+
+    With shown=False it has what interpolations gave, for comparisons and digests; secrets by name
+    are never in it.
+    """
+    return plain(run, shown=shown)

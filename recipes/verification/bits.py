@@ -10,7 +10,7 @@ _CHUNK = 1 << 22  # elements at a time, so that temporaries stay small beside a 
 
 @dataclass(frozen=True)
 class Distance:
-    """Where and how far two tensors differ. Ulps count the values from one float to the other."""
+    """Says where and how far two tensors differ. Ulps count the values between two floats."""
 
     num_differing: int
     index: tuple[int, ...]
@@ -21,7 +21,7 @@ class Distance:
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> Distance | None:
-    """Between tensors of one dtype and shape; None if all bits are equal.
+    """Return how far two tensors of one dtype and shape are apart; None if all bits are equal.
 
     Stricter than torch.equal: -0.0 is not 0.0 (0 ulps apart), and a NaN equals the same NaN.
     """

@@ -1,18 +1,20 @@
-"""dry_run: the resolved plan of a run, from its configuration alone. Nothing is allocated."""
+"""What dry_run prints of a training run, from its configuration alone: nothing is allocated."""
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from samebit.recipes.cli.compose import to_yaml
 from samebit.recipes.config import GrpoRun, SftRun
-from samebit.recipes.data.inputs import Inputs, SftInputs
 from samebit.recipes.data.records import Split
-from samebit.recipes.run.session import require_resumable
+from samebit.recipes.run.inputs import GrpoInputs, SftInputs
+from samebit.recipes.run.secrets import to_yaml
+from samebit.recipes.run.session import require_resumable, require_startable
 from samebit.rollout.device import resolve_device, resolve_dtype
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_stop_tokens
 from samebit.trainer.config import TrainerConfig
+from samebit.trainer.ranks import is_first
 from samebit.weight_sync.mapping import hf_shapes
 
 _MIB = 1 << 20
@@ -56,10 +58,10 @@ def _counts(run: GrpoRun | SftRun, splits: Mapping[str, Split]) -> dict[str, int
     return counts
 
 
-def grpo_plan(run: GrpoRun) -> dict[str, Any]:
-    """Batch arithmetic and memory estimate; every record is read and checked."""
-    inputs = Inputs(run)
-    inputs.reward.close()
+def describe_grpo(run: GrpoRun) -> dict[str, Any]:
+    """The batch arithmetic and a memory estimate; every record is read and checked."""
+    inputs = GrpoInputs(run)
+    inputs.close()
     require_resumable(run, inputs.records)
     model = inputs.model
     resolved = resolve_device(run.device)
@@ -74,8 +76,8 @@ def grpo_plan(run: GrpoRun) -> dict[str, Any]:
         "device": device,
         **_counts(run, {"train": inputs.train_set, "held_out": inputs.eval_set}),
         "samples_per_step": run.samples_per_step,
-        "optimizer_steps_per_step": run.samples_per_step // run.batch_size,
-        "optimizer_steps": run.trainer.num_steps * (run.samples_per_step // run.batch_size),
+        "optimizer_steps_per_step": run.updates_per_step,
+        "optimizer_steps": run.num_updates,
         "most_tokens_per_step": run.samples_per_step * longest,
         **memory,
         "reference_mib": reference,
@@ -85,8 +87,8 @@ def grpo_plan(run: GrpoRun) -> dict[str, Any]:
     }
 
 
-def sft_plan(run: SftRun) -> dict[str, Any]:
-    """Batch arithmetic and memory estimate; every record is read and checked."""
+def describe_sft(run: SftRun) -> dict[str, Any]:
+    """The batch arithmetic and a memory estimate; every record is read and checked."""
     inputs = SftInputs(run)
     require_resumable(run, inputs.records)
     device = resolve_device(run.device).type
@@ -99,9 +101,23 @@ def sft_plan(run: SftRun) -> dict[str, Any]:
     }
 
 
-def print_plan(run: GrpoRun | SftRun, plan: dict[str, Any]) -> None:
-    """The configuration as YAML, what ends a completion, then the plan, one figure a line."""
+def print_description(run: GrpoRun | SftRun, figures: Mapping[str, Any]) -> None:
+    """Print the configuration as YAML, what ends a completion, then one figure a line."""
     print(to_yaml(run))
     print(f"stop tokens: {load_stop_tokens(run.model.path)}")
-    for name, value in plan.items():
+    for name, value in figures.items():
         print(f"{name:28s} {value:,}" if isinstance(value, int | float) else f"{name:28s} {value}")
+
+
+def train_or_describe[R: (GrpoRun, SftRun)](
+    run: R, train: Callable[[R], dict[str, Any]], describe: Callable[[R], dict[str, Any]]
+) -> int:
+    """Run a training command, which prints its summary or, with dry_run, what the run would be."""
+    if run.dry_run:
+        require_startable(run)
+        print_description(run, describe(run))
+        return 0
+    summary = train(run)
+    if is_first():
+        print(json.dumps(summary))
+    return 0

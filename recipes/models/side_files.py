@@ -7,8 +7,22 @@ from typing import Any
 
 import torch
 
-from samebit.recipes.run.input_files import CHAT_TEMPLATES
+from samebit.weight_sync.transports.file import VERSION_FILE
 
+CHAT_TEMPLATES = "additional_chat_templates"
+"""The one folder inside a Hugging Face folder of which a tokenizer reads files."""
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 _WEIGHT_SUFFIXES = (
     ".safetensors",
     ".bin",
@@ -22,19 +36,25 @@ _WEIGHT_SUFFIXES = (
     ".gguf",
     ".index.json",
 )
-_OWN = "weight_version.json"
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """Return what a tokenizer reads of a Hugging Face folder, chat templates included, by name."""
+    files = [folder / name for name in _TOKENIZER]
+    files += sorted((folder / CHAT_TEMPLATES).glob("*.jinja"))
+    return {str(file.relative_to(folder)): file for file in files if file.is_file()}
+
+
 def side_files(folder: Path) -> list[Path]:
-    """Every regular file of the folder besides weights and hidden ones, and its chat templates."""
+    """Return all regular files of the folder but weights and hidden ones, and chat templates."""
     return [
         file
         for file in [*sorted(folder.iterdir()), *sorted((folder / CHAT_TEMPLATES).glob("*"))]
         if file.is_file()
         and not file.name.startswith(".")
         and not file.name.endswith(_WEIGHT_SUFFIXES)
-        and file.name != _OWN
+        and file.name != VERSION_FILE
     ]
 
 
@@ -52,7 +72,7 @@ def write_side_files(source: Path, target: Path, dtype: torch.dtype) -> None:
 
 
 def describe(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """A config.json of weights of this dtype, under the key that it uses."""
+    """Return a config.json that names this dtype, under the key that it uses."""
     name = str(dtype).removeprefix("torch.")
     keys = [key for key in _DTYPE_KEYS if key in config] or ["torch_dtype"]
     return config | dict.fromkeys(keys, name)

@@ -1,38 +1,36 @@
-"""One step of reinforcement learning: what was drawn, and the figures that are logged of it."""
+"""The figures that are logged of a training step."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from samebit.recipes.data.tasks.base import Problem
-from samebit.rollout.types import Completion
+from samebit.recipes.run.sampling import Rollout
 from samebit.trainer.flops import peak_flops, train_flops
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.types import StepStats
 
 
-@dataclass
-class Rollout:
-    """One step's problems, completions and rewards, groups in prompt order."""
+class PhaseTimer:
+    """Adds up the seconds of each phase of a training step, by the names that are logged."""
 
-    problems: list[Problem]
-    prompt_ids: list[list[int]]
-    completions: list[list[Completion]]
-    texts: list[list[str]]
-    rewards: list[list[float]]
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
 
-    @property
-    def reward_mean(self) -> float:
-        """Mean over all samples."""
-        flat = [r for group in self.rewards for r in group]
-        return sum(flat) / len(flat)
+    @contextmanager
+    def time(self, phase: str) -> Iterator[None]:
+        """Add the block's wall time to perf/<phase>_s."""
+        start = time.perf_counter()
+        yield
+        key = f"perf/{phase}_s"
+        self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
 
 
 def rollout_metrics(rollout: Rollout, prefix: str) -> dict[str, float]:
-    """Rewards and lengths under the field's names."""
-    rewards = torch.tensor(rollout.rewards, dtype=torch.float64).flatten()
+    """Return rewards and lengths under the field's names."""
+    rewards = rollout.reward_tensor.flatten()
     completions = [c for group in rollout.completions for c in group]
     lens = [len(c.token_ids) for c in completions]
     return {
@@ -45,22 +43,27 @@ def rollout_metrics(rollout: Rollout, prefix: str) -> dict[str, float]:
 
 
 def train_metrics(stats: Sequence[StepStats]) -> dict[str, float]:
-    """Means over a step's optimizer steps; the log-prob comparison is that of the first."""
+    """Return means over a step's optimizer steps. If log-probs are compared with a rollout's,
+    the comparison is that of the first."""
+    first = stats[0]
     metrics = {
         "train/loss": sum(s.loss for s in stats) / len(stats),
         "train/grad_norm": sum(s.grad_norm for s in stats) / len(stats),
         "train/learning_rate": stats[-1].learning_rate,
-        "train/rollout_logprob_abs_diff_max": stats[0].logprob_abs_diff_max,
-        "train/logprob_tokens_compared": stats[0].logprob_tokens_compared,
-        "train/logprob_mismatches": stats[0].logprob_mismatches,
     }
-    for name in stats[0].metrics:
+    if first.logprob_tokens_compared:
+        metrics |= {
+            "train/rollout_logprob_abs_diff_max": first.logprob_abs_diff_max,
+            "train/logprob_tokens_compared": first.logprob_tokens_compared,
+            "train/logprob_mismatches": first.logprob_mismatches,
+        }
+    for name in first.metrics:
         metrics[name] = sum(s.metrics[name] for s in stats) / len(stats)
     return metrics
 
 
 def sample_rows(rollout: Rollout, num_samples: int) -> list[dict[str, Any]]:
-    """The first sample of the first problems, readable."""
+    """Return the first sample of the first problems, readable."""
     rows = []
     for i, problem in enumerate(rollout.problems[:num_samples]):
         rows.append(
@@ -81,7 +84,7 @@ def speed(
     stats: Sequence[StepStats],
     seconds: Mapping[str, float],
 ) -> dict[str, float]:
-    """Tokens per second of the two large phases; on a GPU also the trainer's share of its peak."""
+    """Return tokens per second of the two large phases; on a GPU also the share of its peak."""
     drawn = sum(len(c.token_ids) for group in rollout.completions for c in group)
     trained, train_s = sum(s.num_tokens for s in stats), seconds["perf/train_s"]
     found = {

@@ -1,0 +1,36 @@
+"""Every task by its name, and the problems of the one that a configuration names."""
+
+from collections.abc import Callable
+
+from samebit.recipes.data.tasks import file, reasoning_gym, reverse_digits
+from samebit.recipes.data.tasks.base import DataConfig, Dataset
+
+# A new task is one new module with `load(config) -> (train, eval)` and one line here. A task's
+# name may carry a variant after a slash ("reasoning_gym/chain_sum"), which its module reads.
+TASKS: dict[str, Callable[[DataConfig], tuple[Dataset, Dataset]]] = {
+    "file": file.load,
+    "reasoning_gym": reasoning_gym.load,
+    "reverse_digits": reverse_digits.load,
+}
+
+
+def load_datasets(config: DataConfig) -> tuple[Dataset, Dataset]:
+    """Return the train split and the held-out split of a task. No prompt is in both.
+
+    Raises ValueError for an unknown task or a bad setting, FileNotFoundError for a missing file.
+    """
+    name, slash, _ = config.task.partition("/")
+    if name not in TASKS or bool(slash) != (name == "reasoning_gym"):
+        raise ValueError(
+            f"data.task is {config.task!r}; give one of file, reverse_digits, reasoning_gym/<name>"
+        )
+    if config.size < 1:
+        raise ValueError(f"data.size is {config.size}; give at least 1")
+    if config.eval_size < 0:
+        raise ValueError(f"data.eval_size is {config.eval_size}; give 0 or more")
+    if name != "file" and (config.path or config.eval_path):
+        raise ValueError(
+            f"data.path is {config.path!r} and data.eval_path is {config.eval_path!r}, but the "
+            f"task {config.task!r} generates its problems; leave both unset, or use task 'file'"
+        )
+    return TASKS[name](config)

@@ -1,0 +1,111 @@
+"""What a run makes of its steps: rows of metrics, checkpoints after them, and a bar to look at."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from samebit.recipes.run.metrics import MetricsLogger, NoLogger
+from samebit.recipes.run.secrets import to_dict
+from samebit.recipes.run.session import RunSession
+from samebit.recipes.run.signals import Stopped
+from samebit.trainer.checkpoint import latest_checkpoint
+from samebit.trainer.megatron.trainer import MegatronTrainer
+
+
+@dataclass
+class Progress:
+    """How far a run has come. A recipe adds what its summary needs; all of it is small, and stands
+    in the manifest of every checkpoint."""
+
+    step: int = 0
+
+
+@dataclass
+class Recorder:
+    """Keeps what becomes of each step. Only the first process writes rows and shows a bar."""
+
+    session: RunSession
+    progress: Progress
+    trainer: MegatronTrainer
+    _logger: MetricsLogger | NoLogger
+    _bar: tqdm
+
+    def is_due(self, every: int) -> bool:
+        """Whether the present step is the last one or a multiple of `every`."""
+        step = self.progress.step
+        return step == self.session.run.trainer.num_steps or step % every == 0
+
+    def show(self, text: str) -> None:
+        """Write something beside the bar."""
+        self._bar.set_postfix_str(text)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Write the row of the present step."""
+        self._logger.log(self.progress.step, metrics)
+
+    def log_samples(self, kind: str, rows: list[dict[str, Any]]) -> None:
+        """Write samples of the present step; see MetricsLogger."""
+        self._logger.log_samples(self.progress.step, kind, rows)
+
+    def end_step(self, metrics: dict[str, Any], shown: str) -> None:
+        """Write the step's row, begin a checkpoint where one is due, and move the bar on."""
+        self.log(metrics)
+        if self.session.run.trainer.checkpoint_due(self.progress.step):
+            self.save()
+        self.show(shown)
+        self._bar.update()
+
+    def save(self) -> None:
+        """Begin a checkpoint of the present step, which must not outlive its rows."""
+        self._logger.sync()
+        state, progress = self.trainer.state_dict(), asdict(self.progress)
+        self.session.save(self.progress.step, state, progress)
+
+
+@contextmanager
+def recording(
+    session: RunSession, progress: Progress, trainer: MegatronTrainer
+) -> Iterator[Recorder]:
+    """Within the block a run goes on from `progress`; at its end all checkpoints are whole.
+
+    If the run is stopped, the last whole step is saved, unless it is, and the error says so.
+    """
+    with _logger(session, progress) as logger, _bar(session, progress) as bar:
+        recorder = Recorder(session, progress, trainer, logger, bar)
+        try:
+            session.started()
+            yield recorder
+            session.writer.finish()
+        except Stopped as stopped:
+            session.writer.finish()
+            newest = latest_checkpoint(session.checkpoints)
+            if progress.step > 0 and (newest is None or newest.step < progress.step):
+                recorder.save()
+                session.writer.finish()
+            where = f"saved in {session.checkpoints}" if progress.step > 0 else "nothing to save"
+            raise Stopped(
+                f"{stopped}: stopped after step {progress.step}, {where}; resume=true goes on"
+            ) from None
+        except BaseException:
+            session.writer.close()
+            raise
+
+
+def _logger(session: RunSession, progress: Progress) -> MetricsLogger | NoLogger:
+    if not session.is_first:
+        return NoLogger()
+    run, resume_step = session.run, progress.step if session.resumed is not None else None
+    return MetricsLogger(session.run_dir, run.logger, run.run_name, to_dict(run), resume_step)
+
+
+def _bar(session: RunSession, progress: Progress) -> tqdm:
+    return tqdm(
+        total=session.run.trainer.num_steps,
+        initial=progress.step,
+        desc=session.run.run_name,
+        unit="step",
+        disable=not session.is_first,
+    )

@@ -1,0 +1,159 @@
+"""A rollout: the prompts whose turn it is, their completions and what those are worth."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from samebit.recipes.config import GrpoRun
+from samebit.recipes.data.order import SampleIds, problem_index
+from samebit.recipes.data.records import Split
+from samebit.recipes.data.rewards import Poll, RewardError, score
+from samebit.recipes.data.samples import drawn_sample
+from samebit.recipes.data.tasks.base import Problem
+from samebit.recipes.launch.placement import ServingEngine
+from samebit.recipes.run.inputs import GrpoInputs
+from samebit.recipes.run.signals import Stopped
+from samebit.rollout.types import Completion, SamplingParams
+from samebit.trainer.ranks import on_first
+from samebit.trainer.types import Sample
+
+_SHOW_S = 0.5
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Says what the engine is asked for."""
+
+    problems: list[Problem]
+    token_ids: list[list[int]]
+    sample_ids: list[list[int]]
+    """[prompts][samples]."""
+    params: SamplingParams
+
+
+@dataclass
+class Rollout:
+    """Holds completions of some problems, groups in prompt order."""
+
+    problems: list[Problem]
+    prompt_ids: list[list[int]]
+    completions: list[list[Completion]]
+    texts: list[list[str]]
+    rewards: list[list[float]] = field(default_factory=list)
+    """Empty until the completions are scored."""
+
+    @property
+    def reward_mean(self) -> float:
+        """This is the mean over all samples."""
+        flat = [r for group in self.rewards for r in group]
+        return sum(flat) / len(flat)
+
+    @property
+    def reward_tensor(self) -> torch.Tensor:
+        """These are the rewards [prompts, samples] in fp64; fp32 would lose small differences."""
+        return torch.tensor(self.rewards, dtype=torch.float64)
+
+    def samples(self, advantages: torch.Tensor) -> list[Sample]:
+        """Return all completions as what is trained on, in order; advantages [prompts, samples]."""
+        groups = zip(self.prompt_ids, self.completions, advantages.tolist(), strict=True)
+        return [
+            drawn_sample(prompt, completion, advantage)
+            for prompt, group, values in groups
+            for completion, advantage in zip(group, values, strict=True)
+        ]
+
+
+class Sampler:
+    """Chooses the prompts of a run, has an engine complete them, and scores the completions."""
+
+    def __init__(self, run: GrpoRun, inputs: GrpoInputs, engine: ServingEngine) -> None:
+        self._settings, self._seed = run.rollout, run.seed
+        self._inputs = inputs
+        self._engine = engine
+        self._sample_ids = SampleIds()
+
+    def training_prompts(self, step: int) -> Prompts:
+        """Return the prompts of a step, counted from 0; raises ValueError the second time."""
+        r, problems = self._settings, self._inputs.train_set
+        first = step * r.prompts_per_step
+        indices = [
+            problem_index(first + i, len(problems), self._seed) for i in range(r.prompts_per_step)
+        ]
+        params = SamplingParams(
+            n=r.samples_per_prompt,
+            temperature=r.temperature,
+            top_p=r.top_p,
+            top_k=r.top_k,
+            min_p=r.min_p,
+            max_new_tokens=r.max_new_tokens,
+        )
+        ids = self._sample_ids.of_step(step, len(indices), r.samples_per_prompt)
+        return _prompts(problems, indices, ids, params)
+
+    def held_out_prompts(self, step: int) -> Prompts:
+        """Return the held-out prompts, for the evaluation after `step` steps; raises as above."""
+        r, problems = self._settings, self._inputs.eval_set
+        indices = range(len(problems))
+        params = SamplingParams(
+            n=r.eval_samples_per_prompt,
+            temperature=r.eval_temperature,
+            max_new_tokens=r.max_new_tokens,
+        )
+        ids = self._sample_ids.of_step(
+            step, len(indices), r.eval_samples_per_prompt, evaluation=True
+        )
+        return _prompts(problems, indices, ids, params)
+
+    def draw(
+        self,
+        prompts: Prompts,
+        poll: Poll = lambda: None,
+        show: Callable[[str], object] = lambda text: None,
+    ) -> Rollout:
+        """Have the engine complete the prompts; `show` is told now and then how fast it goes."""
+        start = shown = time.perf_counter()
+
+        def progress(_done: int, num_tokens: int) -> None:
+            nonlocal shown
+            poll()
+            now = time.perf_counter()
+            if num_tokens and now - shown > _SHOW_S:
+                shown = now
+                show(f"rollout: {num_tokens / (now - start):.0f} tok/s")
+
+        groups = self._engine.generate(
+            prompts.token_ids, prompts.params, prompts.sample_ids, progress=progress
+        )
+        texts = [[self._inputs.text.decode(c) for c in group] for group in groups]
+        return Rollout(prompts.problems, prompts.token_ids, groups, texts)
+
+    def score(self, rollout: Rollout, poll: Poll = lambda: None) -> list[list[float]]:
+        """Return the rewards [prompts][samples], which the first process finds for all.
+
+        Where `poll` raises Stopped there, it ends the scoring on every process.
+        """
+        problems, texts = rollout.problems, rollout.texts
+        flat_problems = [p for p, group in zip(problems, texts, strict=True) for _ in group]
+        flat_texts = [t for group in texts for t in group]
+
+        def score_all() -> list[float] | str:
+            try:
+                return score(self._inputs.reward, flat_texts, flat_problems, poll)
+            except Stopped as stopped:
+                return str(stopped)
+
+        found = on_first(score_all, RewardError)
+        if isinstance(found, str):
+            raise Stopped(found)
+        values = iter(found)
+        return [[next(values) for _ in group] for group in texts]
+
+
+def _prompts(
+    split: Split, indices: Sequence[int], sample_ids: list[list[int]], params: SamplingParams
+) -> Prompts:
+    problems = [split[i] for i in indices]
+    token_ids = [split.encoded(problem).prompt_ids.tolist() for problem in problems]
+    return Prompts(problems, token_ids, sample_ids, params)
