@@ -163,6 +163,16 @@ def test_another_card_of_the_profile_is_told(bound, capsys, monkeypatch):
         assert (said in capsys.readouterr().err) is told
 
 
+def test_what_the_architecture_implies_is_no_difference(bound):
+    """Manifests once had a key for it."""
+    checkpoint = latest_checkpoint(bound.runs.folder / "run" / "checkpoints")
+    content = {k: v for k, v in checkpoint.manifest.items() if k != "digest"}
+    assert "qk_norm" not in content["model"]
+    content["model"]["qk_norm"] = True
+    (checkpoint.path / MANIFEST).write_text(manifest_text(content))
+    assert bound.resume() == 1
+
+
 def test_an_earlier_format_is_named(bound):
     """It had digests of paths."""
     checkpoint = latest_checkpoint(bound.runs.folder / "run" / "checkpoints")
