@@ -10,7 +10,7 @@ SHELL := bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-mutants sanitize lint wheelhouse clean setup
+.PHONY: help demo test test-gpu test-long test-mutants sanitize lint wheelhouse clean setup
 MAKEFLAGS += --no-builtin-rules
 
 # Nothing started from here may import the root folders as `kernels`, `trainer`, ...
@@ -43,7 +43,11 @@ NO_GPU := CUDA_VISIBLE_DEVICES= HIP_VISIBLE_DEVICES= ROCR_VISIBLE_DEVICES=
 
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP) ## everything that needs no GPU, in WORKERS=2 processes
-	$(NO_GPU) $(PY) -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile $(ARGS)
+	$(NO_GPU) $(PY) -m pytest -m "not gpu and not long" -n $(WORKERS) --dist loadfile $(ARGS)
+
+test-long: export OMP_NUM_THREADS ?= 1
+test-long: $(STAMP) ## what takes too long for `make test`: 1,000 random workloads
+	$(NO_GPU) $(PY) -m pytest -m long $(ARGS)
 
 test-mutants: $(STAMP) ## are small lies in the code noticed by `make test`? An hour or two
 	$(PY) tests/mutants/run.py all --keep outputs/mutants $(ARGS)

@@ -20,6 +20,17 @@ from samebit.rollout.engine import Engine
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """What is marked gpu or multigpu is skipped where there is no such device, and nothing else."""
+    found = torch.cuda.device_count()
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        needed = 2 if "multigpu" in marks else 1 if "gpu" in marks else 0
+        if found < needed:
+            reason = f"needs CUDA devices: {needed}, has {found}"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _private_cache(tmp_path_factory):
     """The self-check's cache starts empty and never leaks into the user's home."""

@@ -7,7 +7,6 @@ at once: another position in the noise, another order of the samples, another ra
 import copy
 
 import pytest
-import torch
 from golden import program, stored
 
 RUNS = ("engine", "sampling", "grpo", "sft")
@@ -81,7 +80,6 @@ def changed(values, path, change):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_golden_values_of_this_gpu(tmp_path):
     """The same program on a GPU, whose values are kept for each architecture."""
     profile = stored.profile_of("cuda")

@@ -7,18 +7,14 @@ from helpers import assert_same_bits
 from samebit.kernels.bias import add_bias, add_bias_ref, linear_with_bias
 from samebit.kernels.linear import linear
 
-needs_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 MOST_ROWS = 513
 ROW_COUNTS = (*range(1, 18), 31, 32, 33, 64, 100, 127, 128, 129, 191, 255, 256, 257, 384, MOST_ROWS)
 # (N, K): odd sizes, and the qkv products of Qwen2.5-0.5B, -1.5B and -7B, of which one is halved.
 SHAPES = ((33, 100), (96, 48), (331, 64))
 GPU_SHAPES = ((331, 100), (1152, 896), (2048, 1536), (4608, 3584), (2304, 3584))
 CASES = [("cpu", shape) for shape in SHAPES]
-CASES += [pytest.param("cuda", shape, marks=needs_gpu) for shape in GPU_SHAPES]
+CASES += [pytest.param("cuda", shape, marks=pytest.mark.gpu) for shape in GPU_SHAPES]
 
 
 def operands(device, shape, num_rows=MOST_ROWS):

@@ -10,10 +10,7 @@ from samebit.kernels.rope import rope_table
 from samebit.kernels.sample import draw, draw_with_logprobs
 from samebit.kernels.swiglu import swiglu
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 SKINNY_ROWS = (1, 2, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128)
 SHAPES = ((6144, 4096), (4096, 4096), (4096, 12288), (1024, 3072), (960, 576), (576, 1536))

@@ -19,10 +19,7 @@ from samebit.kernels.rope import rope, rope_ref, rope_table
 from samebit.kernels.sample import allowed_tokens, draw, gumbel_noise
 from samebit.kernels.swiglu import swiglu, swiglu_ref
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 # (N, K): Qwen3-0.6B, -4B and -8B with their TP 2, 4 and 8 shards, SmolLM2-135M, routers.
 SHAPES = (

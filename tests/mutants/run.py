@@ -121,7 +121,7 @@ def run_suite(copy: Path, *arguments: str) -> int:
     paths = os.pathsep.join([str(copy / ".typing"), str(copy / "tests")])
     options = f"-q -p no:cacheprovider -n {NUM_WORKERS} --dist loadfile".split()
     return subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "-m", "not gpu", *arguments],
+        [sys.executable, "-m", "pytest", *options, "-m", "not gpu and not long", *arguments],
         cwd=copy,
         env={**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"},
         check=False,

@@ -8,10 +8,7 @@ from helpers import run_python
 
 from samebit.recipes.models.tiny_model import write_config, write_weights
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.multigpu]
 
 _SUMS = """
 import sys, torch, torch.distributed as dist

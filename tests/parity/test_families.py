@@ -42,7 +42,6 @@ def gpu_subject(qwen2_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__)
 def test_property_on_the_gpu(gpu_subject, check):
     """Trainer against engine among them."""

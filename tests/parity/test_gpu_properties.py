@@ -6,10 +6,7 @@ import torch
 from samebit.recipes.verification.properties import PROPERTIES
 from samebit.recipes.verification.subject import make_subject
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module", params=["qwen3-untied", "llama-tied"])

@@ -11,10 +11,7 @@ import torch
 from samebit.recipes.cli.compose import resolve
 from samebit.rollout.models.registry import load_model_config
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 SHAPE = Path(__file__).parents[2] / "recipes" / "bench" / "shapes" / "qwen3-0.6b"
 

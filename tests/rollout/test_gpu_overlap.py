@@ -6,10 +6,7 @@ import torch
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 _TWO_SECONDS = 4_000_000_000  # cycles of the GPU's clock, about
 

@@ -5,10 +5,7 @@ import torch
 
 from samebit.recipes.verification.transformers_error import measure, random_lens, random_texts
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("model", ["qwen3_path", "llama_path"])

@@ -15,10 +15,7 @@ from samebit.trainer.megatron.offload import OffloadedState
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.packing import pack_samples
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture

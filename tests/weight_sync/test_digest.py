@@ -200,7 +200,6 @@ def test_dtypes_differ():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_gpu_gives_the_same_digest(specs, params, dtype):
     """One value for the same weights wherever they lie, whole or as shards."""
