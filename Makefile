@@ -1,7 +1,7 @@
 # samebit: `make help` lists what there is to do.
 #
 # Variables: ARGS="-k matmul -x" goes to pytest, to the mutants or to the demo; PYTHON=/path/to/python
-# is tried first; EXTRAS=demo,dev,gpu adds FlashInfer; SYSTEM_SITE=1 builds on the torch that is
+# is tried first; EXTRAS=demo leaves out what tests need; SYSTEM_SITE=1 builds on the torch that is
 # already installed (an offline GPU machine) and takes everything else from .wheelhouse/ where that
 # exists.
 

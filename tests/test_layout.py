@@ -202,8 +202,6 @@ def test_packages_in_pyproject_are_the_folders():
 DISTRIBUTIONS = {"yaml": "pyyaml", "hydra": "hydra-core", "megatron": "megatron-core"}
 # Declared without an import of ours, and why.
 NOT_IMPORTED = {
-    "ray": "the launcher over many machines, to come",
-    "flashinfer-python": "the speed baseline, to come",
     "psutil": "megatron's dist_checkpointing imports it without declaring it",
     "gguf": "transformers reads the demo's weights with it",
     "accelerate": "transformers reads the demo's weights with it",
