@@ -32,7 +32,7 @@ def one():
 
 def test_exact_match(one):
     assert one("exact_match", " 12\n", "12") == 1.0
-    assert one("exact_match", "12.", "12") == 0.0
+    assert [one("exact_match", text, "12") for text in ("12.", "11", "13", "1")] == [0.0] * 4
 
 
 @pytest.mark.parametrize(
