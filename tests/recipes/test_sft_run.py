@@ -142,6 +142,13 @@ def test_killed_and_resumed(runs, base, kill_when):
     assert read_version(folder / "model").digest == base.result[0]["weights_digest"]
 
 
+def test_the_command_prints_the_summary(runs, capsys):
+    """As its last line of standard output, for programs to read."""
+    assert main(["sft", *runs.arguments("told", "trainer.num_steps=1")]) == 0
+    stored = json.loads((runs.folder / "told" / "summary.json").read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == stored
+
+
 def test_stopped_by_a_signal_and_resumed(runs, base, monkeypatch, capsys):
     """In step 6, between its micro-batches: step 5 is saved, the exit code is 0."""
     metrics = has_lines(runs.folder / "stopped" / "metrics.jsonl", 5)

@@ -11,6 +11,7 @@ from samebit.rollout.models.registry import load_model_config
 from samebit.weight_sync.mapping import (
     Shard,
     collect_hf,
+    columns,
     hf_names,
     hf_shapes,
     hf_tensors,
@@ -69,6 +70,17 @@ def test_load_then_export_gives_back_every_tensor(config):
     for name, tensor in tensors.items():
         assert torch.equal(found[name], tensor), name
     assert ("lm_head.weight" in found) is not config.tie_embeddings
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+def test_ranks_hold_every_row_of_their_columns(shape):
+    """Whichever way the weight is longer."""
+    whole = torch.arange(24.0).view(shape)
+    for rank in (0, 1):
+        spec = columns("p", "hf", shape, Shard(rank, 2))
+        params = {"p": torch.full(spec.shape, torch.nan)}
+        load_params([spec], params, {"hf": whole}.__getitem__)
+        assert torch.equal(params["p"], whole.chunk(2, dim=1)[rank])
 
 
 def test_names_are_those_of_transformers(config, tmp_path):
