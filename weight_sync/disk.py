@@ -7,7 +7,7 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -37,11 +37,16 @@ def sync_tree(folder: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """A folder and those above it, where they are missing."""
-    if not path.is_dir():
-        make_folder(path.parent)
-        path.mkdir(exist_ok=True)
-        sync(path.parent)
+    """Make a folder and those above it, where they are missing.
+
+    The names of all of them are on the disk then, whoever has made them, and when.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in path.resolve().parents:
+        with suppress(PermissionError):  # not ours to read, so not ours to make
+            sync(folder)
+        if folder.is_mount():
+            break
 
 
 def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> None:
@@ -66,14 +71,19 @@ def naming_file[T: (str, bytes)](file: IO[T]) -> Iterator[IO[T]]:
     try:
         yield file
     except OSError as error:
-        error.filename = error.filename or file.name
+        error.filename = error.filename or os.fspath(file.name)
         raise
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Exchange two names in one instant; False, and nothing is changed, where that cannot be done:
-    not every file system does it."""
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    return renameat2 is not None and not renameat2(
-        _HERE, os.fsencode(a), _HERE, os.fsencode(b), _EXCHANGE
-    )
+    """Exchange two names in one instant; False, and nothing is changed, where the file system or
+    the kernel does not do that. Raises OSError for everything else."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(a), None, str(b))

@@ -94,6 +94,7 @@ class RunFolder:
             sync(self.path)
             for entry in self._entries(name):
                 entry.rename(self.path / name / entry.name)
+            sync(self.path / name)  # before the names that they had are gone
             self._mark(name, "starting", marker)
 
     def started(self) -> None:

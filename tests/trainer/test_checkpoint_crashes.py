@@ -81,11 +81,14 @@ def test_the_same_step_again(tmp_path, monkeypatch, exchanges):
     assert (neither in seen) != exchanges
 
 
-def test_in_folders_that_are_new(tmp_path):
-    """The names of all of them are safe with the first checkpoint."""
+@pytest.mark.parametrize("made", ["", "outputs/runs", "outputs/runs/run/checkpoints"])
+def test_in_folders_that_are_new(tmp_path, made):
+    """The names of all of them are safe with the first checkpoint, also of those that another
+    process has made and not synced."""
     disk = CrashingDisk(tmp_path / "disk")
     root = "outputs/runs/run/checkpoints"
     with disk.recording():
+        (disk.folder / made).mkdir(parents=True, exist_ok=True)
         writer = CheckpointWriter(disk.folder / root, 1, background=False)
         writer.save(2, state_of(2), {"note": ""})
         disk.report("saved")

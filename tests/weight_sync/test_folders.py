@@ -12,7 +12,7 @@ from crashing_disk import CrashingDisk
 from helpers import run_python
 
 from samebit.weight_sync import folders
-from samebit.weight_sync.disk import sync
+from samebit.weight_sync.disk import exchange, sync
 from samebit.weight_sync.folders import LOCK, FolderInUseError, FolderLock, read_marker, replacing
 
 HOLDER = """
@@ -108,6 +108,12 @@ def contents(folder):
         return None
     files = [path for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
     return {str(path.relative_to(folder)): path.read_text() for path in files}
+
+
+def test_an_exchange_that_fails_says_why(tmp_path):
+    """Only a file system that knows no exchange is no error."""
+    with pytest.raises(FileNotFoundError, match="No such file.*'.*/a' -> '.*/b'"):
+        exchange(tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.parametrize("exchanges", [True, False])
