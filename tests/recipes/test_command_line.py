@@ -13,6 +13,7 @@ from samebit.recipes.cli.compose import SCHEMAS, groups_of, resolve
 from samebit.recipes.cli.main import main
 from samebit.recipes.cli.overrides import read_words
 from samebit.recipes.config import ConfigError, check_run_folder
+from samebit.recipes.run.secrets import to_dict, to_yaml
 
 
 def read(*words, command="grpo"):
@@ -47,10 +48,10 @@ def test_text_in_a_whole_configuration(tmp_path):
     assert (run.data.path, run.data.eval_path) == ("données/a,b.jsonl", None)
     assert (run.output_dir, str(run.run_dir)) == ("a${b", "a${b/2025_01_05")
     assert run.data.metadata_keys == ["2025_01", "1.10", "a,b", "é"]
-    again = compose.to_yaml(run)
+    again = to_yaml(run)
     (tmp_path / "x.yaml").write_text(again)
     assert OmegaConf.to_container(OmegaConf.load(tmp_path / "x.yaml"), resolve=True) == (
-        compose.to_dict(run)
+        to_dict(run)
     )
 
 
@@ -98,9 +99,9 @@ def test_the_last_value_of_a_key_holds():
 
 
 def test_a_word_is_read_by_its_command():
-    """`engine` is a group of grpo's, `model` a text of demo's and of bench kernels'."""
+    """`placement` is a group of grpo's, `model` a text of demo's and of bench kernels'."""
     assert read("model=smollm2", command="demo").values == [("model", "smollm2")]
-    assert read("engine=process").choices == ["engine=process"]
+    assert read("placement=process").choices == ["placement=process"]
     assert read("model=1.10", "rows=[1,2]", command="bench kernels").values == [
         ("model", "1.10"),
         ("rows", [1, 2]),

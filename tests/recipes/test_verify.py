@@ -67,7 +67,9 @@ def test_steps_in_flight_are_compared_on_the_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(subject, "make_engine", engine)
     result = graphs_and_overlap(subject)
     assert (result.mismatches, result.tokens) == (0, 2 * subject.num_drawn)
-    assert [e.config.overlap for e in made] == [e.pipeline.depth > 0 for e in made] == [False, True]
+    assert (
+        [e.config.overlap for e in made] == [e.step_loop.depth > 0 for e in made] == [False, True]
+    )
 
 
 def test_an_unknown_property_names_the_known_ones(capsys):

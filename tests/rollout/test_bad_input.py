@@ -221,7 +221,11 @@ def test_missing_shard(model_copy):
         ({"attention_bias": True}, "attention_bias = True is not supported"),
         ({"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window = True"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of 3"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_scaling type 'dynamic'"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "no rope_scaling.original_max_position_embeddings; it must be a number above 0",
+        ),
     ],
     ids=str,
 )

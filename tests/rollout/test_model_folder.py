@@ -257,7 +257,7 @@ def test_the_context_of_a_model(model_copy):
 
 @pytest.mark.parametrize("shape", ["qwen2.5-7b", "qwen3-0.6b", "qwen3-4b", "qwen3-8b"])
 def test_the_shapes_of_the_benchmarks(shape):
-    folder = Path(tiny_model.__file__).parent / "bench" / "shapes" / shape
+    folder = Path(tiny_model.__file__).parents[1] / "bench" / "shapes" / shape
     assert load_model_config(folder).eos_token_ids == (151645,)
 
 
