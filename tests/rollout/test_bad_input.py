@@ -14,7 +14,6 @@ from samebit.weight_sync.types import WeightSyncError
 
 PROMPTS = make_prompts(5, 40)
 PARAMS = SamplingParams(n=2, max_new_tokens=6, ignore_eos=True)
-NAN = float("nan")
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +72,15 @@ def test_a_request_over_the_kv_cache(make_engine):
 
 BAD_PARAMS = [
     ("temperature", -0.5),
-    ("temperature", NAN),
+    ("temperature", math.nan),
     ("temperature", math.inf),
     ("top_p", 0.0),
     ("top_p", 1.01),
-    ("top_p", NAN),
+    ("top_p", math.nan),
     ("top_k", -1),
     ("min_p", -0.1),
     ("min_p", 1.5),
-    ("min_p", NAN),
+    ("min_p", math.nan),
     ("n", 0),
     ("max_new_tokens", 0),
     ("min_new_tokens", -1),
@@ -130,7 +129,7 @@ def test_bad_calls(small, still_works, arguments, message):
         ([[1] * 121], 1.0, "121 prompt tokens .* exceed the context of 120"),
         ([[1, 2]], 0.0, "score temperature is 0.0"),
         ([[1, 2]], -1.0, "score temperature is -1.0"),
-        ([[1, 2]], NAN, "score temperature is nan"),
+        ([[1, 2]], math.nan, "score temperature is nan"),
         ([[1, 2]], math.inf, "temperature is inf"),
     ],
 )
@@ -222,10 +221,7 @@ def test_missing_shard(model_copy):
         ({"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window = True"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of 3"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_scaling type 'dynamic'"),
-        (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "no rope_scaling.original_max_position_embeddings; it must be a number above 0",
-        ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "no rope_scaling.original_max_p"),
     ],
     ids=str,
 )
@@ -271,7 +267,7 @@ def test_untied_folder_under_a_tied_config(model_copy):
     assert "output_layer.weight" not in Engine(model_copy).weights
 
 
-@pytest.mark.parametrize("value", [NAN, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_non_finite_weights_are_not_loaded(model_copy, value):
     edit_tensors(model_copy, lambda t: t["model.layers.1.mlp.up_proj.weight"][3:4, 5].fill_(value))
     with pytest.raises(ValueError, match=r"NaN or Inf in: decoder.layers.1.mlp.linear_fc1.weight"):
@@ -311,7 +307,7 @@ def copies(engine):
 
 def test_nan_in_an_update(updated):
     params = copies(updated)
-    params["decoder.layers.2.mlp.linear_fc2.weight"][1, 1] = NAN
+    params["decoder.layers.2.mlp.linear_fc2.weight"][1, 1] = math.nan
     why = "NaN or Inf in 1 tensors: decoder.layers.2.mlp.linear_fc2.weight"
     with pytest.raises(WeightSyncError, match=f"update to step 7 refused: {why}"):
         updated.update_weights_from_tensor(params, step=7)
@@ -319,7 +315,7 @@ def test_nan_in_an_update(updated):
 
 
 def test_nan_in_an_update_from_disk(updated, model_copy):
-    edit_tensors(model_copy, lambda t: t["model.norm.weight"][:1].fill_(NAN))
+    edit_tensors(model_copy, lambda t: t["model.norm.weight"][:1].fill_(math.nan))
     with pytest.raises(ValueError, match="NaN or Inf in: decoder.final_layernorm.weight"):
         updated.update_weights_from_disk(model_copy, step=3)
     refuses(updated, "step 3 broke off: .*NaN or Inf")
@@ -395,7 +391,7 @@ def test_bound_weights_must_fit(updated):
 def test_nan_that_appears_while_running(updated):
     """Weights damaged in memory: detected at the first token, nothing is left behind."""
     weight = updated.weights["decoder.layers.1.mlp.linear_fc2.weight"]
-    weight[0, 0] = NAN
+    weight[0, 0] = math.nan
     with pytest.raises(NonFiniteError, match="NaN log-prob in request .*, sample 0, at position 5"):
         updated.generate(PROMPTS, PARAMS)
     with pytest.raises(NonFiniteError, match="NaN log-prob in request .*, sample 0, at position 1"):
