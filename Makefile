@@ -47,7 +47,7 @@ test: $(STAMP) ## everything that needs no GPU, in WORKERS=2 processes
 
 test-long: export OMP_NUM_THREADS ?= 1
 test-long: $(STAMP) ## what takes too long for `make test`: 1,000 random workloads
-	$(NO_GPU) $(PY) -m pytest -m long $(ARGS)
+	$(NO_GPU) $(PY) -m pytest -m long --timeout 0 $(ARGS)
 
 test-mutants: $(STAMP) ## are small lies in the code noticed by `make test`? An hour or two
 	$(PY) tests/mutants/run.py all --keep outputs/mutants $(ARGS)

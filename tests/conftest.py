@@ -4,7 +4,6 @@ import functools
 import multiprocessing
 import os
 import shutil
-import weakref
 
 # Tests have both ends of a weight group in one process. Two gloo groups that begin at one moment
 # then write torch's flight recorder together, which its lock does not cover (torch 2.11): a crash.
@@ -12,7 +11,7 @@ os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")
 
 import pytest
 import torch
-from conservation import settle
+from conservation import Watch
 
 from samebit.recipes.models.tiny_model import make_random_model
 from samebit.rollout.engine import Engine
@@ -40,39 +39,38 @@ def _private_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _engines():
-    """(every engine of this process that is there, what was found wrong with those that went)."""
-    made, wrong = weakref.WeakSet(), []
-    original = Engine.__init__
+def _watch():
+    """Sees every engine of this process."""
+    watch, original = Watch(), Engine.__init__
 
     @functools.wraps(original)
     def init(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        made.add(self)
-
-    def last_look(self):
-        try:
-            if self in made:
-                settle(self)
-        except (AssertionError, LookupError, RuntimeError) as error:
-            wrong.append(error)  # nobody hears it here; the test raises it
+        watch.made(self)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "__init__", init)
-        patch.setattr(Engine, "__del__", last_look, raising=False)
-        yield made, wrong
+        patch.setattr(Engine, "__del__", lambda self: watch.going(self), raising=False)
+        yield watch
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """A test that fails or is broken off may leave requests: it has its own error to tell."""
+    try:
+        return (yield)
+    except BaseException:
+        if watch := getattr(item, "funcargs", {}).get("_watch"):
+            watch.leaves_requests = True
+        raise
 
 
 @pytest.fixture(autouse=True)
-def _conservation(_engines):
-    """No engine that a test made or used has lost a page, a slot or a sample."""
+def _conservation(_watch, request):
+    """No engine that a test made or used has lost a page, a slot or a sample, or is still busy."""
+    _watch.leaves_requests = request.node.get_closest_marker("leaves_requests") is not None
     yield
-    made, wrong = _engines
-    found, wrong[:] = wrong[:], []
-    for engine in list(made):
-        settle(engine)
-    if found:
-        raise found[0]
+    _watch.after_test()
 
 
 @pytest.fixture(scope="session")

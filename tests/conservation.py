@@ -3,6 +3,7 @@
 The one place of the tests that reads the inside of scheduler, cache and pool.
 """
 
+import weakref
 from collections import Counter
 from contextlib import suppress
 
@@ -111,10 +112,14 @@ def check_books(engine):
     check_queues(engine, running)
 
 
-def settle(engine):
-    """Abort what was left unfinished; then nobody may hold anything but the cache, and after
-    flush_cache not even that."""
-    for request_id in list(engine._live):
+def settle(engine, leaves_requests=False):
+    """Nobody may hold anything but the cache, and after flush_cache not even that.
+
+    Requests that are unfinished are aborted first, so that the next test begins without them; they
+    are an error unless the test says that it `leaves_requests`.
+    """
+    left = list(engine._live)
+    for request_id in left:
         for _ in range(2):  # what was in flight may be NaN, or the end of it
             with suppress(KeyError, NonFiniteError):
                 engine.abort_request(request_id)
@@ -126,3 +131,36 @@ def settle(engine):
     engine.flush_cache()
     check_books(engine)
     assert engine.pool.num_free == engine.pool.num_pages
+    assert leaves_requests or not left, f"left unfinished: {left}; see the marker leaves_requests"
+
+
+class Watch:
+    """Looks at every engine that is made: when it goes, and after each test at those that stay."""
+
+    def __init__(self):
+        self.leaves_requests = False  # of the test that runs
+        self._engines, self._wrong = weakref.WeakSet(), []
+
+    def made(self, engine):
+        """An engine whose __init__ is through."""
+        engine._is_watched = True  # the cyclic collector clears weak references before __del__
+        self._engines.add(engine)
+
+    def going(self, engine):
+        """Of __del__, from which nobody hears an error: `after_test` raises it."""
+        try:
+            if getattr(engine, "_is_watched", False):
+                settle(engine, self.leaves_requests)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is raised elsewhere
+            self._wrong.append(error)
+
+    def after_test(self):
+        """Raise the first thing that is wrong with an engine which the test made or used."""
+        wrong, self._wrong = self._wrong, []
+        for engine in list(self._engines):
+            try:
+                settle(engine, self.leaves_requests)
+            except Exception as error:  # noqa: BLE001 - after all others were settled too
+                wrong.append(error)
+        if wrong:
+            raise wrong[0]

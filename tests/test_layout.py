@@ -206,6 +206,7 @@ NOT_IMPORTED = {
     "gguf": "transformers reads the demo's weights with it",
     "accelerate": "transformers reads the demo's weights with it",
     "pytest-xdist": "pytest's option -n",
+    "pytest-timeout": "pytest's option timeout",
     "ruff": "a command",
     "mypy": "a command",
 }

@@ -21,8 +21,10 @@ from typing import Protocol
 import pytest
 import torch
 
-HUNG_S, HUNG_FACTOR = 90.0, 10.0
-"""A test hangs that takes longer than HUNG_S + HUNG_FACTOR times what it took without the lie."""
+HUNG_S, HUNG_FACTOR = 180.0, 10.0
+"""A test hangs that takes longer than HUNG_S + HUNG_FACTOR times what it took without the lie: long
+enough that tests with deadlines of their own, up to 120 s, fail by these. It stands for the
+`timeout` of pyproject.toml, which makes a hang a failure of `make test` too."""
 
 
 class Mutant(Protocol):
@@ -36,8 +38,23 @@ class Mutant(Protocol):
 
 
 @dataclass(frozen=True)
+class NoMutant:
+    """A control: the file as it is. Tests that fail with it say nothing."""
+
+    name: str
+    file: str
+
+    def text(self, root: Path) -> str:
+        """The file's text."""
+        return (root / self.file).read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
 class Round:
-    """Tests to run in one process: (id, seconds that it took without the lie)."""
+    """Tests to run in one process: (id, seconds that it took without the lie).
+
+    An id without [parameters] stands for all that its function has; the seconds are those of one.
+    """
 
     tests: tuple[tuple[str, float], ...]
 
@@ -48,6 +65,7 @@ class Verdict:
 
     name: str
     killed_by: str = ""
+    hung: bool = False  # the test that killed it
     num_tests: int = 0
     seconds: float = 0.0
 
@@ -55,6 +73,11 @@ class Verdict:
     def killed(self) -> bool:
         """Whether any test noticed it."""
         return bool(self.killed_by)
+
+    @property
+    def end(self) -> str:
+        """How it ended, in words."""
+        return f"killed by {self.killed_by}{' (hung)' * self.hung}" if self.killed else "SURVIVED"
 
 
 @dataclass
@@ -71,6 +94,8 @@ class _Place:
     started: float = 0.0
 
 
+IMPORT = "its import"
+"""In place of a test, where one could not be loaded."""
 _BROKEN = 70
 """Exit code of a round that could not even begin."""
 
@@ -159,7 +184,8 @@ class Judge:
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
         own = [str(self._root / ".typing"), str(self._root / "tests")]
         sys.path[:] = paths + [p for p in sys.path if p not in own]
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-m", "not gpu"]
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "--timeout=0"]
+        options += ["-m", "not gpu"]
         code = _BROKEN
         try:
             _require_code_of(place.folder)
@@ -193,8 +219,8 @@ class Judge:
         if pid and code in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
             self._require_import_error(place)
         if not pid or code != 0:
-            last = begun[-1] if begun else "its import"
-            place.verdict.killed_by = last if pid else f"{last} (hung)"
+            place.verdict.killed_by = begun[-1] if begun else IMPORT
+            place.verdict.hung = not pid
         return True
 
     @staticmethod
@@ -206,8 +232,11 @@ class Judge:
 
     @staticmethod
     def _patience(current: Round, begun: list[str]) -> float:
-        usual = dict(current.tests).get(begun[-1], 0.0) if begun else 0.0
-        return HUNG_S + HUNG_FACTOR * usual
+        """Seconds that the test which has begun last may take."""
+        if not begun:
+            return HUNG_S
+        usual, test = dict(current.tests), begun[-1]
+        return HUNG_S + HUNG_FACTOR * usual.get(test, usual.get(test.partition("[")[0], 0.0))
 
 
 def _require_code_of(folder: Path) -> None:

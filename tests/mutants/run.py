@@ -7,7 +7,8 @@
 
 `semantic` tries the tables of this folder: each entry's own tests have to notice it. `sample` draws
 mutants of cosmic-ray (see sample.py), records once which tests reach which lines, and runs those
-tests against each. Exits with 1 where less than 95% or 90% are killed. `--keep FOLDER` holds what
+tests against each. Every test that killed one is run once more without any: if it fails then too,
+the command stops. Exits with 1 where less than 95% or 90% are killed. `--keep FOLDER` holds what
 was recorded, and is used again as long as no file has changed. `try` takes entries that name no
 tests yet, and tells which of those that reach their lines notice them.
 """
@@ -43,6 +44,7 @@ from mutants.judge import (  # noqa: E402
     copy_repository,
     repository_files,
 )
+from mutants.result import Result, controls  # noqa: E402
 from mutants.table import ROOT, SemanticMutant, read_table, tables  # noqa: E402
 
 SEMANTIC_SHARE, SAMPLE_SHARE = 0.95, 0.90
@@ -50,14 +52,14 @@ NUM_WORKERS = 2
 
 
 def chosen_semantic(table: str | None, only: list[str]) -> list[SemanticMutant]:
-    """The tables' mutants, or some of them, without those that are none."""
+    """The tables' mutants, or some of them."""
     found = tables()
     if table is not None and table not in found:
         raise SystemExit(f"there is no table {table}; there are {', '.join(found)}")
     chosen = [m for name, entries in found.items() if table in (None, name) for m in entries]
     if unknown := sorted(set(only) - {m.name for m in chosen}):
         raise SystemExit(f"there is no mutant {', '.join(unknown)}")
-    return [m for m in chosen if not m.equivalent and (not only or m.name in only)]
+    return [m for m in chosen if not only or m.name in only]
 
 
 def require_green(scratch: Path, mutants: list[SemanticMutant]) -> None:
@@ -68,43 +70,69 @@ def require_green(scratch: Path, mutants: list[SemanticMutant]) -> None:
 
 
 def judge(
-    scratch: Path, rounds: list[tuple[Mutant, Iterable[Round]]], shown: Mapping[str, str]
+    by: Judge, rounds: list[tuple[Mutant, Iterable[Round]]], shown: Mapping[str, str]
 ) -> list[Verdict]:
     """A line for each mutant as soon as it is known; of one that lives, what is `shown` of it."""
     verdicts: list[Verdict] = []
 
     def report(verdict: Verdict) -> None:
         verdicts.append(verdict)
-        became = f"killed by {verdict.killed_by}" if verdict.killed else "SURVIVED"
+        place = f"{len(verdicts):4d}/{len(rounds)}"
         tests = f"{verdict.num_tests} tests, {verdict.seconds:.0f} s"
-        print(f"{len(verdicts):4d}/{len(rounds)} {verdict.name}: {became} ({tests})", flush=True)
+        print(f"{place} {verdict.name}: {verdict.end} ({tests})", flush=True)
         if not verdict.killed and verdict.name in shown:
             print(f"      {shown[verdict.name]}", flush=True)
 
-    Judge(ROOT, scratch, NUM_WORKERS).judge(rounds, report)
+    by.judge(rounds, report)
     return verdicts
 
 
-def judge_semantic(scratch: Path, mutants: list[SemanticMutant]) -> list[Verdict]:
+def run_controls(by: Judge, verdicts: list[Verdict]) -> int:
+    """Run the tests that killed, in the same copies, without any lie: their number. Stop if one
+    fails."""
+    found: list[Verdict] = []
+    by.judge(controls(verdicts), found.append)
+    if wrong := sorted(v.killed_by for v in found if v.killed):
+        raise SystemExit(f"fails without any lie, so what it killed says nothing: {wrong}")
+    return sum(v.num_tests for v in found)
+
+
+def judge_semantic(scratch: Path, mutants: list[SemanticMutant]) -> Result:
     """Each against the tests that it names."""
-    rounds = [(m, [Round(tuple((test, 60.0) for test in m.killed_by))]) for m in mutants]
-    return judge(scratch, rounds, {})
+    by = Judge(ROOT, scratch, NUM_WORKERS)
+    judged = [m for m in mutants if not m.equivalent]
+    rounds = [(m, [Round(tuple((test, 60.0) for test in m.killed_by))]) for m in judged]
+    verdicts = judge(by, rounds, {})
+    return Result(
+        chosen="written",
+        verdicts=verdicts,
+        equivalents={m.name: m.equivalent for m in mutants if m.equivalent},
+        num_controls=run_controls(by, verdicts),
+    )
 
 
 def judge_tried(scratch: Path, reach: Reach, table: Path) -> list[Verdict]:
     """New mutants against the tests that reach their lines."""
-    return judge(scratch, [(m, reach.rounds(m.file, m.line)) for m in read_table(table)], {})
+    rounds = [(m, reach.rounds(m.file, m.line)) for m in read_table(table)]
+    return judge(Judge(ROOT, scratch, NUM_WORKERS), rounds, {})
 
 
-def judge_sample(scratch: Path, reach: Reach, size: int, seed: int, only: list[str]) -> list[dict]:
+def judge_sample(scratch: Path, reach: Reach, size: int, seed: int, only: list[str]) -> Result:
     """A sample against the tests that reach each line."""
-    drawn = sample.without_equivalents(sample.draw(size, seed))
+    by = Judge(ROOT, scratch, NUM_WORKERS)
+    drawn = sample.draw(size, seed)
     drawn = [m for m in drawn if not only or any(part in m.name for part in only)]
+    equivalents = sample.equivalents(drawn)
     changes = {m.name: m.change() for m in drawn}
-    verdicts = judge(scratch, [(m, reach.rounds(m.file, m.line)) for m in drawn], changes)
-    return [
-        {"mutant": v.name, "change": changes[v.name], "killed_by": v.killed_by} for v in verdicts
-    ]
+    rounds = [(m, reach.rounds(m.file, m.line)) for m in drawn if m.name not in equivalents]
+    verdicts = judge(by, rounds, changes)
+    return Result(
+        chosen="drawn",
+        verdicts=verdicts,
+        equivalents=equivalents,
+        changes=changes,
+        num_controls=run_controls(by, verdicts),
+    )
 
 
 def tree_digest() -> str:
@@ -153,11 +181,11 @@ def provenance() -> dict[str, Any]:
     return json.loads(subprocess.run(command, env=env, check=True, capture_output=True).stdout)
 
 
-def verdict_on(name: str, killed: int, total: int, share: float) -> bool:
+def told(name: str, result: Result, share: float) -> bool:
     """Print the figure; whether it is enough."""
-    part = killed / max(total, 1)
-    print(f"{name}: {killed} of {total} killed ({part:.1%}; {share:.0%} is asked)")
-    return part >= share
+    print(f"{name}: {result.figure()}; {share:.0%} is asked", flush=True)
+    print(f"{result.num_controls} tests that killed one pass without any", flush=True)
+    return result.is_enough(share)
 
 
 def main() -> int:
@@ -178,6 +206,7 @@ def main() -> int:
         reach = None
         if given.what != "semantic":
             reach = Reach(given.reach) if given.reach else record_reach(scratch, given.keep)
+            found["num_recorded_tests"] = len(reach.tests)
             print(f"{len(reach.tests)} tests recorded, {time.time() - start:.0f} s", flush=True)
         if given.what == "try":
             assert reach is not None
@@ -187,16 +216,15 @@ def main() -> int:
             mutants = chosen_semantic(given.table, given.only)
             if reach is None:
                 require_green(scratch, mutants)
-            verdicts = judge_semantic(scratch / "semantic", mutants)
-            found["semantic"] = [{"mutant": v.name, "killed_by": v.killed_by} for v in verdicts]
-            killed = sum(v.killed for v in verdicts)
-            good &= verdict_on("semantic mutants", killed, len(verdicts), SEMANTIC_SHARE)
+            result = judge_semantic(scratch / "semantic", mutants)
+            found["semantic"] = result.as_json()
+            good &= told("semantic mutants", result, SEMANTIC_SHARE)
         if given.what in ("sample", "all"):
             assert reach is not None
-            sampled = judge_sample(scratch / "sample", reach, given.size, given.seed, given.only)
-            found["sample"] = sampled
-            killed = sum(bool(v["killed_by"]) for v in sampled)
-            good &= verdict_on("sampled mutants", killed, len(sampled), SAMPLE_SHARE)
+            how = {"size": given.size, "seed": given.seed}
+            result = judge_sample(scratch / "sample", reach, **how, only=given.only)
+            found["sample"] = {**how, **result.as_json()}
+            good &= told("sampled mutants", result, SAMPLE_SHARE)
     seconds = round(time.time() - start)
     print(f"{seconds} s")
     if given.output:

@@ -4,7 +4,7 @@ A place in the code (an operator, a number, a condition, a keyword) is drawn fir
 the changes that cosmic-ray knows for it: otherwise the eleven replacements of each binary operator,
 most of which crash, would be nearly all of the sample. Left out is what no result can show:
 annotations, decorators, `==` made `is` and the like. A change that survives because it is none is
-entered in sampled/equivalent.toml with the reason; it is not judged, and counts nowhere.
+entered in sampled/equivalent.toml with the reason; it is not judged, and told beside the figure.
 """
 
 import ast
@@ -132,18 +132,19 @@ def draw(size: int, seed: int, root: Path = ROOT) -> list[SampledMutant]:
     return drawn
 
 
-def without_equivalents(mutants: list[SampledMutant], root: Path = ROOT) -> list[SampledMutant]:
-    """Those that sampled/equivalent.toml does not name: by file and change and, where other lines
-    read the same, by the line `after` which it stands."""
+def equivalents(mutants: list[SampledMutant], root: Path = ROOT) -> dict[str, str]:
+    """{name: reason} of those that sampled/equivalent.toml knows: by file and change and, where
+    other lines read the same, by the line `after` which it stands."""
     text = (FOLDER / "sampled" / "equivalent.toml").read_text(encoding="utf-8")
     known = tomllib.loads(text)["equivalent"]
-
-    def is_known(mutant: SampledMutant) -> bool:
+    found = {}
+    for mutant in mutants:
         before = (root / mutant.file).read_text(encoding="utf-8").splitlines()[mutant.line - 2]
         place = {"file": mutant.file, "change": mutant.change(root), "after": before.strip()}
-        return any(all(place[k] == v for k, v in e.items() if k != "reason") for e in known)
-
-    return [mutant for mutant in mutants if not is_known(mutant)]
+        for entry in known:
+            if all(place[key] == value for key, value in entry.items() if key != "reason"):
+                found[mutant.name] = entry["reason"]
+    return found
 
 
 def _compiles(mutant: SampledMutant, root: Path) -> bool:

@@ -264,6 +264,7 @@ def test_idle_share_of_a_trace():
     assert top_activities(activities, 2)[0] == {"name": "gemm", "calls": 1.0, "us": 3.0}
 
 
+@pytest.mark.leaves_requests
 @pytest.mark.parametrize("text", ["4x2x60x40", "1x1x200x40", "8x2x7x40"])
 def test_prefill_steps_suffice(qwen3_path, text):
     """The profile's window must hold decode steps alone."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from samebit.recipes.data.reward_pool import load_reward
-from samebit.recipes.data.rewards import RewardConfig, RewardError, score
+from samebit.recipes.data.rewards import RewardConfig, RewardError, bind_reward, score
 from samebit.recipes.data.tasks.base import DataConfig, Problem
 from samebit.recipes.data.tasks.registry import load_datasets
 
@@ -97,6 +97,18 @@ def test_reasoning_gym_uses_the_scorer_of_the_task():
     text = f"<answer>no</answer> or <answer> {train[1].label}\n</answer>"
     assert tagged(text, train[1]) == 1.0
     assert tagged(train[1].label, train[1]) == 0.0
+
+
+@pytest.mark.parametrize("tag", ["answer", "a", "<", None])
+def test_a_tag_that_reasoning_gym_takes(tag):
+    assert bind_reward("reasoning_gym", {"answer_tag": tag}).args == {"answer_tag": tag}
+
+
+@pytest.mark.parametrize("tag", ["", 3, ["answer"]])
+def test_a_tag_that_reasoning_gym_does_not_take(tag):
+    message = re.escape(f"reward.args.answer_tag is {tag!r}; give the name of a tag")
+    with pytest.raises(ValueError, match=message):
+        bind_reward("reasoning_gym", {"answer_tag": tag})
 
 
 def test_reasoning_gym_scores_without_a_single_answer():

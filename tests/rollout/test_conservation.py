@@ -136,6 +136,7 @@ def test_forks_without_room_give_their_pages_back(make_engine, engine, cached):
     assert outcomes([run_to_end(own)[request]]) == outcomes(engine.generate([PROMPTS[2]], params))
 
 
+@pytest.mark.leaves_requests
 def test_a_refused_update_counts_requests_not_samples(make_engine):
     own = make_engine(max_num_seqs=4)
     for prompt in PROMPTS:
