@@ -66,7 +66,7 @@ def naming_file[T: (str, bytes)](file: IO[T]) -> Iterator[IO[T]]:
     try:
         yield file
     except OSError as error:
-        error.filename = error.filename or file.name
+        error.filename = error.filename or str(file.name)
         raise
 
 
