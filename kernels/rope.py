@@ -107,7 +107,7 @@ def _attention_factor(scaling: dict[str, Any]) -> float:
         return 1.0
     if scaling.get("attention_factor") is not None:
         return scaling["attention_factor"]
-    factor, above, below = (scaling.get(k) for k in ("factor", "mscale", "mscale_all_dim"))
+    factor, above, below = scaling["factor"], scaling.get("mscale"), scaling.get("mscale_all_dim")
 
     def sharpness(scale: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0

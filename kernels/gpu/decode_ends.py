@@ -92,11 +92,9 @@ def decode_inputs(
     """
     device = last_tokens.device
     integers = torch.empty(7, batch, dtype=torch.int64, device=device)  # up to the sample ids
-    made = DecodeInputs(
-        *integers,
-        temperatures=torch.empty(batch, device=device),
-        greedy=torch.empty(batch, dtype=torch.bool, device=device),
-    )
+    temperatures = torch.empty(batch, device=device)
+    greedy = torch.empty(batch, dtype=torch.bool, device=device)
+    made = DecodeInputs(*[*integers, temperatures, greedy])
     entries, pdl = plan.decode, supported(device)
     assert entries is not None
     _decode_inputs_kernel[(triton.cdiv(batch, 128),)](

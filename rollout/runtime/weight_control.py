@@ -220,6 +220,6 @@ def _computed(config: ModelConfig) -> dict[str, Any]:
     """What the forward depends on."""
     values = asdict(config)
     del values["eos_token_ids"], values["max_position"]
-    scaling = config.rope_scaling or {}
+    scaling = values.get("rope_scaling") or {}
     kind = scaling.get("rope_type", "default")
     return values | {"rope_scaling": (kind, [scaling.get(key) for key in SCALING_KEYS[kind]])}
