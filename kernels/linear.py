@@ -36,17 +36,20 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 class _Linear(torch.autograd.Function):
+    """`product` of x, weight and `option`; the gradients are the plain product's."""
+
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
         weight: torch.Tensor,
-        out_dtype: torch.dtype,
         main_grad: torch.Tensor | None,
+        product: Op,
+        option: torch.dtype | int,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.main_grad = main_grad
-        return _forward(x, weight, out_dtype)
+        return product(x, weight, option)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -59,23 +62,7 @@ class _Linear(torch.autograd.Function):
                 grad_weight = grad.t() @ x
             else:
                 add_product(ctx.main_grad, grad.t(), x)
-        return grad_x, grad_weight, None, None
-
-
-class _LinearInSegments(_Linear):
-    """The gradients are the plain product's."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        num_segments: int,
-        main_grad: torch.Tensor | None,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.main_grad = main_grad
-        return _forward_in_segments(x, weight, num_segments)
+        return grad_x, grad_weight, None, None, None
 
 
 def linear(
@@ -92,7 +79,7 @@ def linear(
     Raises ValueError for another dtype than the device's contract: fp32 on the CPU, bf16 on CUDA.
     """
     rows = x.reshape(-1, x.shape[-1])
-    y = _Linear.apply(rows, weight, out_dtype or x.dtype, main_grad)
+    y = _Linear.apply(rows, weight, main_grad, _forward, out_dtype or x.dtype)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -108,5 +95,5 @@ def linear_in_segments(
     num_segments is a power of two that divides K; main_grad: as in `linear`.
     """
     rows = x.reshape(-1, x.shape[-1])
-    y = _LinearInSegments.apply(rows, weight, num_segments, main_grad)
+    y = _Linear.apply(rows, weight, main_grad, _forward_in_segments, num_segments)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -198,6 +198,20 @@ def test_packages_in_pyproject_are_the_folders():
     expect_none([f"holds no module: {name}" for name in sorted(set(declared) - found)])
 
 
+def test_data_beside_the_code_is_packaged():
+    """Shapes alone, for benchmarks in a checkout, are in no installed package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packaged = set()
+    for package, patterns in project["tool"]["setuptools"]["package-data"].items():
+        folder = ROOT.joinpath(*package.split(".")[1:])
+        found = [path for pattern in patterns for path in folder.glob(pattern)]
+        assert found, package
+        packaged.update(found)
+    files = [path for folder in CODE_FOLDERS for path in (ROOT / folder).rglob("*.*")]
+    data = {p for p in files if p.suffix not in (".py", ".pyc") and "shapes" not in p.parts}
+    expect_none([name_of(path) for path in data - packaged])
+
+
 # What packages are called on the index where it is not the name that is imported.
 DISTRIBUTIONS = {"yaml": "pyyaml", "hydra": "hydra-core", "megatron": "megatron-core"}
 # Declared without an import of ours, and why.
@@ -297,33 +311,6 @@ def test_functions_are_short():
                     long[f"{name_of(path)}::{node.name}"] = lines
     expect_none([f"{name}: {n} lines" for name, n in long.items() if name not in LONG_FUNCTIONS])
     expect_none([f"{name}: no longer needs its exemption" for name in LONG_FUNCTIONS.keys() - long])
-
-
-# Files that hand every error on without raising it, and to whom.
-HANDS_ERRORS_ON = {
-    "recipes/data/reward_worker.py": "a reward's process sends them to the run's",
-    "rollout/remote.py": "the engine's process sends them to the caller's",
-}
-
-
-def test_no_broad_except_without_raise():
-    def is_broad(handler):
-        types = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
-        return any(
-            t is None or (isinstance(t, ast.Name) and t.id in ("Exception", "BaseException"))
-            for t in types
-        )
-
-    def check(path, tree):
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.ExceptHandler) or not is_broad(node):
-                continue
-            if name_of(path) in HANDS_ERRORS_ON:
-                continue
-            if not any(isinstance(inner, ast.Raise) for inner in ast.walk(node)):
-                yield node, "name the exception, or raise it again"
-
-    hold(all_files(), check)
 
 
 def test_no_global_statements():

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -166,7 +166,7 @@ def _write_file(state: Mapping[str, Any], temporary: Path, rank: int) -> None:
     """The thread: a rank's file; then, for the first rank, its digest."""
     with _new_file(temporary / state_file(rank)) as file:
         hashed = _Hashed(file)
-        torch.save(dict(state), hashed)
+        torch.save(dict(state), cast(IO[bytes], hashed))
     digest = _digest_file(temporary, rank)
     with _new_file(digest.with_suffix(".tmp")) as file:
         file.write(hashed.sha256.hexdigest().encode())

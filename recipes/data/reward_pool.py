@@ -32,6 +32,7 @@ from samebit.recipes.data.rewards import (
     describe,
 )
 from samebit.recipes.data.tasks.base import Problem
+from samebit.recipes.run.signals import signal_name
 from samebit.weight_sync.meeting import own_secret
 
 START_TIMEOUT_S = 600.0  # for the import of a reward, which may read a model
@@ -255,8 +256,7 @@ def _ending(code: int | None) -> str:
         return "closed a file of ours"
     if code >= 0:
         return f"ended its process with exit code {code}"
-    known = {s.value: s.name for s in signal.Signals}
-    return f"ended its process by {known.get(-code, f'signal {-code}')}"
+    return f"ended its process by {signal_name(-code)}"
 
 
 def _write(fd: int, data: bytes) -> None:

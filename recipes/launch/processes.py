@@ -8,7 +8,6 @@ WORLD_SIZE, nothing is started here.
 
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
+
+from samebit.recipes.run.signals import handled_by, signal_name
 
 GRACE_S = 30.0
 _FOLLOWS = "SAMEBIT_FOLLOWS_STDIN"
@@ -127,20 +128,8 @@ def _forwarding(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[i
             if process.poll() is None:
                 process.send_signal(number)
 
-    if threading.current_thread() is not threading.main_thread():
+    with handled_by(forward):
         yield received
-        return
-    previous = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _signal_name(number: int) -> str:
-    known = {s.value: s.name for s in signal.Signals}
-    return known.get(number, f"signal {number}")
 
 
 def _watch(processes: Sequence[subprocess.Popen[bytes]]) -> int:
@@ -158,7 +147,7 @@ def _watch(processes: Sequence[subprocess.Popen[bytes]]) -> int:
                     continue
                 result = code if code > 0 else 128 - code
                 patience.start()
-                how = f"exit code {code}" if code > 0 else _signal_name(-code)
+                how = f"exit code {code}" if code > 0 else signal_name(-code)
                 with suppress(OSError):  # the terminal may be gone
                     print(
                         f"samebit: rank {ranks[future]} ended with {how}; the others are ended "

@@ -134,25 +134,6 @@ class MetricsLogger:
         self.close()
 
 
-class NoLogger:
-    """Writes nothing, in the processes that leave the logging to the first."""
-
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Do nothing; see MetricsLogger."""
-
-    def log_samples(self, step: int, kind: str, rows: list[dict[str, Any]]) -> None:
-        """Do nothing; see MetricsLogger."""
-
-    def sync(self) -> None:
-        """Do nothing; see MetricsLogger."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        """Nothing is open."""
-
-
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return rows without what differs between equal runs."""
     return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]

@@ -37,7 +37,7 @@ UNKNOWN = "unknown"
 # What an installed package holds too: not the shapes that lie beside it.
 _SUFFIXES = {
     "kernels": (".py", ".json"), "rollout": (".py",), "weight_sync": (".py",),
-    "trainer": (".py",), "recipes": (".py",), "configs": (".yaml",),
+    "trainer": (".py",), "recipes": (".py", ".jinja", ".txt"), "configs": (".yaml",),
 }  # fmt: skip
 _LIBRARIES = {
     "torch": "torch", "triton": "triton", "megatron-core": "megatron.core",

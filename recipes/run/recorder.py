@@ -1,13 +1,13 @@
 """What a run makes of its steps: rows of metrics, checkpoints after them, and a bar to look at."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from tqdm import tqdm
 
-from samebit.recipes.run.metrics import MetricsLogger, NoLogger
+from samebit.recipes.run.metrics import MetricsLogger
 from samebit.recipes.run.secrets import to_dict
 from samebit.recipes.run.session import RunSession
 from samebit.recipes.run.signals import Stopped
@@ -25,12 +25,12 @@ class Progress:
 
 @dataclass
 class Recorder:
-    """Keeps what becomes of each step. Only the first process writes rows and shows a bar."""
+    """Keeps what becomes of each step. Only the first process has a logger and shows a bar."""
 
     session: RunSession
     progress: Progress
     trainer: MegatronTrainer
-    _logger: MetricsLogger | NoLogger
+    _logger: MetricsLogger | None
     _bar: tqdm
 
     def is_due(self, every: int) -> bool:
@@ -44,11 +44,13 @@ class Recorder:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Write the row of the present step."""
-        self._logger.log(self.progress.step, metrics)
+        if self._logger is not None:
+            self._logger.log(self.progress.step, metrics)
 
     def log_samples(self, kind: str, rows: list[dict[str, Any]]) -> None:
         """Write samples of the present step; see MetricsLogger."""
-        self._logger.log_samples(self.progress.step, kind, rows)
+        if self._logger is not None:
+            self._logger.log_samples(self.progress.step, kind, rows)
 
     def end_step(self, metrics: dict[str, Any], shown: str) -> None:
         """Write the step's row, begin a checkpoint where one is due, and move the bar on."""
@@ -60,7 +62,8 @@ class Recorder:
 
     def save(self) -> None:
         """Begin a checkpoint of the present step, which must not outlive its rows."""
-        self._logger.sync()
+        if self._logger is not None:
+            self._logger.sync()
         state, progress = self.trainer.state_dict(), asdict(self.progress)
         self.session.save(self.progress.step, state, progress)
 
@@ -94,9 +97,11 @@ def recording(
             raise
 
 
-def _logger(session: RunSession, progress: Progress) -> MetricsLogger | NoLogger:
+def _logger(
+    session: RunSession, progress: Progress
+) -> AbstractContextManager[MetricsLogger | None]:
     if not session.is_first:
-        return NoLogger()
+        return nullcontext()
     run, resume_step = session.run, progress.step if session.resumed is not None else None
     return MetricsLogger(session.run_dir, run.logger, run.run_name, to_dict(run), resume_step)
 

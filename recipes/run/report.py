@@ -1,13 +1,14 @@
 """report.html: one self-contained page with what a run reached, its curves and its completions."""
 
-import html
 import io
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from samebit.recipes.run.metrics import METRICS_FILE, OWNER_ONLY, SAMPLES_FILE, read_rows
 from samebit.weight_sync.disk import write_atomically
@@ -48,42 +49,6 @@ CHARTS = (
     Chart(title="Entropy", caption="mean over tokens, in nats", keys={"train": "train/entropy"}),
 )
 
-STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f6f7f9; color: #1d2129; line-height: 1.5;
-  font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 32px 16px 64px; }
-h1 { font-size: 1.7rem; margin: 0 0 20px; }
-h2 { font-size: 1.15rem; margin: 36px 0 12px; }
-h3 { font-size: 0.95rem; margin: 0; }
-.grid { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); }
-.cards { grid-template-columns: repeat(auto-fit, minmax(155px, 1fr)); }
-.card, figure, details, .table { background: #fff; border: 1px solid #e3e6ea;
-  border-radius: 10px; padding: 14px 16px; margin: 0; min-width: 0; }
-.name, figcaption, th { color: #5b6470; font-size: 0.8rem; font-weight: 500; }
-.value { font-size: 1.4rem; font-weight: 600; overflow-wrap: anywhere; }
-.long { font-size: 0.8rem; font-weight: 400; font-family: ui-monospace, monospace; }
-.good { color: #067647; } .bad { color: #b42318; }
-svg { width: 100%; height: auto; display: block; margin-top: 8px; }
-svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif !important; }
-.table { padding: 0; margin-bottom: 14px; }
-table { width: 100%; border-collapse: collapse; font-size: 0.85rem; }
-th, td { text-align: left; vertical-align: top; padding: 8px 12px; }
-tr + tr td { border-top: 1px solid #eef0f2; } thead th { border-bottom: 1px solid #e3e6ea; }
-td { white-space: pre-wrap; overflow-wrap: anywhere; }
-td.text { font-family: ui-monospace, monospace; font-size: 0.8rem; }
-pre { margin: 12px 0 0; overflow-x: auto; font-size: 0.8rem; }
-summary { cursor: pointer; font-weight: 600; }
-@media (max-width: 640px) {
-  .grid { grid-template-columns: 1fr; } .cards { grid-template-columns: 1fr 1fr; }
-  thead { display: none; } tr { display: block; padding: 8px 0; }
-  tr + tr { border-top: 1px solid #e3e6ea; }
-  td, tr + tr td { display: block; border: 0; padding: 3px 14px; }
-  td::before { content: attr(data-name) ": "; color: #5b6470; font-family: system-ui, sans-serif; }
-}
-"""
-
 
 def write_report(run_dir: Path, *, title: str, summary: dict[str, Any], config_yaml: str) -> Path:
     """Write `report.html` from the run's metrics.jsonl and samples.jsonl; returns its path.
@@ -95,67 +60,33 @@ def write_report(run_dir: Path, *, title: str, summary: dict[str, Any], config_y
     if not run_dir.is_dir():
         raise FileNotFoundError(f"run folder {run_dir} does not exist; give the folder of a run")
     rows = read_rows(run_dir / METRICS_FILE)
-    sections = [
-        f"<h1>{html.escape(title)}</h1>",
-        _cards(summary, _series(rows, "rollout/reward_mean")),
-        _section("Curves", _grid(_charts(rows))),
-        _section("Samples", _samples(read_rows(run_dir / SAMPLES_FILE))),
-        f"<h2>Config</h2><details><summary>Resolved config</summary>"
-        f"<pre>{html.escape(config_yaml)}</pre></details>",
-    ]
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n"
-        "<body><main>" + "\n".join(section for section in sections if section) + "</main></body>"
-        "</html>\n"
+    page = _filled_page(
+        title=title,
+        cards=_cards(summary, _series(rows, "rollout/reward_mean")),
+        figures=_figures(rows),
+        samples=_samples(read_rows(run_dir / SAMPLES_FILE)),
+        config=config_yaml,
     )
     path = run_dir / "report.html"
     write_atomically(path, page, OWNER_ONLY)  # the configuration is in it
     return path
 
 
-def _section(title: str, body: str) -> str:
-    return f"<h2>{title}</h2>{body}" if body else ""
-
-
-def _grid(figures: list[str]) -> str:
-    return f'<div class="grid">{"".join(figures)}</div>' if figures else ""
-
-
-def _series(rows: Iterable[dict[str, Any]], key: str) -> Series:
-    return [(row["step"], row[key]) for row in rows if key in row]
-
-
-def _cards(summary: dict[str, Any], rewards: Series) -> str:
-    entries = dict(summary)
-    first, last = entries.pop("reward_first", None), entries.pop("reward_last", None)
-    if rewards:
-        first = rewards[0][1] if first is None else first
-        last = rewards[-1][1] if last is None else last
-    if first is not None and last is not None:
-        entries = {"reward": (first, last)} | entries
-    cards = "".join(_card(name, value) for name, value in entries.items())
-    return f'<div class="grid cards">{cards}</div>' if cards else ""
-
-
-def _card(name: str, value: Any) -> str:
-    if isinstance(value, list | tuple):
-        shown = " &rarr; ".join(html.escape(_format(part)) for part in value)
-    else:
-        shown = html.escape(_format(value))
-    style = "value"
-    if isinstance(value, str) and len(value) > 20:
-        style += " long"
-    if "mismatch" in name and isinstance(value, int):
-        style += " bad" if value else " good"
-    label = html.escape(name.replace("_", " "))
-    return (
-        f'<div class="card"><div class="name">{label}</div><div class="{style}">{shown}</div></div>'
+def _filled_page(**fields: Any) -> str:
+    """Fill in report.html.jinja, which stands beside this file; every text is escaped there."""
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+    templates.filters |= {"shown": _shown, "dialogue": _dialogue}
+    return templates.get_template("report.html.jinja").render(fields)
 
 
-def _format(value: Any) -> str:
+def _shown(value: Any) -> str:
     if value is None:
         return "n/a"
     if isinstance(value, bool):
@@ -165,24 +96,44 @@ def _format(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _charts(rows: list[dict[str, Any]]) -> list[str]:
-    figures: list[str] = []
+def _dialogue(prompt: Any) -> Any:
+    """Return a chat as text, and any other prompt as it is."""
+    if not isinstance(prompt, list):
+        return prompt
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _series(rows: Iterable[dict[str, Any]], key: str) -> Series:
+    return [(row["step"], row[key]) for row in rows if key in row]
+
+
+def _cards(summary: dict[str, Any], rewards: Series) -> dict[str, Sequence[Any]]:
+    """Return what each card shows: one value, or several that follow each other."""
+    entries = dict(summary)
+    first, last = entries.pop("reward_first", None), entries.pop("reward_last", None)
+    if rewards:
+        first = rewards[0][1] if first is None else first
+        last = rewards[-1][1] if last is None else last
+    if first is not None and last is not None:
+        entries = {"reward": (first, last)} | entries
+    return {name: v if isinstance(v, list | tuple) else [v] for name, v in entries.items()}
+
+
+def _figures(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Return the heading, the caption and the <svg> of each figure that has metrics."""
+    figures: list[tuple[str, str, str]] = []
     for chart in CHARTS:
         lines = {label: _series(rows, key) for label, key in chart.keys.items()}
         lines = {label: line for label, line in lines.items() if line}
         if lines:
             svg = _line_svg(lines, f"c{len(figures)}")
-            figures.append(_figure(chart.title, chart.caption, svg))
+            figures.append((chart.title, chart.caption, svg))
     timed = _times(rows)
     if timed:
         width = math.ceil(len(timed) / MAX_BARS)
         caption = "seconds per step" + (f", mean of {width} steps" if width > 1 else "")
-        figures.append(_figure("Time", caption, _time_svg(timed, width, f"c{len(figures)}")))
+        figures.append(("Time", caption, _time_svg(timed, width, f"c{len(figures)}")))
     return figures
-
-
-def _figure(title: str, caption: str, svg: str) -> str:
-    return f"<figure><h3>{title}</h3><figcaption>{caption}</figcaption>{svg}</figure>"
 
 
 def _line_svg(lines: dict[str, Series], prefix: str) -> str:
@@ -268,28 +219,8 @@ def _svg(figure: Any, prefix: str) -> str:
     return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
 
 
-def _samples(rows: list[dict[str, Any]]) -> str:
-    """Tables of the first and the last evaluation, or of all kinds where none was evaluated."""
+def _samples(rows: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    """Return the rows of the first and the last evaluation, or of all kinds if there was none."""
     rows = [row for row in rows if row.get("kind") == "eval"] or rows
     steps = sorted({row["step"] for row in rows})
-    tables = []
-    for step in dict.fromkeys([*steps[:1], *steps[-1:]]):
-        body = "".join(_sample(row) for row in rows if row["step"] == step)
-        tables.append(
-            f'<h3>Step {step}</h3><div class="table"><table><thead><tr><th>prompt</th>'
-            f"<th>completion</th><th>label</th><th>reward</th></tr></thead>{body}</table></div>"
-        )
-    return "".join(tables)
-
-
-def _sample(row: dict[str, Any]) -> str:
-    prompt = row.get("prompt")
-    if isinstance(prompt, list):
-        prompt = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-    values = {name: row.get(name) for name in ("completion", "label", "reward")}
-    cells = "".join(
-        f'<td class="{"text" if name != "reward" else ""}" data-name="{name}">'
-        f"{html.escape(_format(value))}</td>"
-        for name, value in ({"prompt": prompt} | values).items()
-    )
-    return f"<tr>{cells}</tr>"
+    return {step: [r for r in rows if r["step"] == step] for step in (*steps[:1], *steps[-1:])}

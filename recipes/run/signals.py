@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -56,15 +56,28 @@ class StopSignals:
 
 
 @contextmanager
-def stop_signals() -> Iterator[StopSignals]:
+def handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Handle both signals within the block; outside the main thread nothing is handled."""
-    stop = StopSignals()
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield
         return
-    previous = {s: signal.signal(s, stop.handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    previous = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield stop
+        yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopSignals]:
+    """Remember both signals within the block, in the main thread."""
+    stop = StopSignals()
+    with handled_by(stop.handle):
+        yield stop
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal, or its number where it has none."""
+    known = {s.value: s.name for s in signal.Signals}
+    return known.get(number, f"signal {number}")

@@ -76,8 +76,8 @@ class Runner:
     def launch(self, step: EngineStep, slots: Slots, sampler: Sampler) -> Outcome:
         """Start a step: forward, draws, and the copies for prompts that fork."""
         if self.graphs is not None and self.graphs.fits(step, slots):
-            token_ids, logprobs = self.graphs.launch(step.decode, slots, sampler)
-            return self._outcome(token_ids, logprobs, None, {})
+            drawn = self.graphs.launch(step.decode, slots, sampler)
+            return self._outcome(*drawn, None, {})
         if self.graphs is not None:
             self.graphs.forget(step.decode)
         batch = make_batch(step, slots, self.last_tokens, self.model.config.heads_per_kv)

@@ -28,6 +28,7 @@ PROGRAM = {
     "kernels/a.py": "a = 1\n",
     "kernels/gpu/tables/card.json": "{}\n",
     "recipes/bench/b.py": "b = 1\n",
+    "recipes/run/page.html.jinja": "<p>{{ a }}</p>\n",
     "configs/demo.yaml": "c: 1\n",
 }
 BESIDE = {

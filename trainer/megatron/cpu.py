@@ -6,7 +6,7 @@ optimizers are built and steps run. Both do nothing where there is a GPU.
 """
 
 import contextlib
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -24,14 +24,13 @@ def install() -> None:
         return
     from megatron.core.tensor_parallel import random
 
-    device = torch.device("cpu")
+    device, cuda = torch.device("cpu"), cast(Any, torch.cuda)
     # Sequence parallel embeddings fork a CUDA generator for their dropout, which is 0 here, and
     # recomputed layers save and restore its state.
     random.CudaRNGStatesTracker.fork = lambda *args, **kwargs: contextlib.nullcontext()
     random._get_cuda_rng_state = random._set_cuda_rng_state = lambda *args, **kwargs: None
-    torch.cuda.current_device = lambda: device
-    torch.cuda.synchronize = lambda *args, **kwargs: None
-    torch.cuda.current_stream = lambda *args, **kwargs: None
+    cuda.current_device = lambda: device
+    cuda.synchronize = cuda.current_stream = lambda *args, **kwargs: None
 
 
 class _CpuForCuda(TorchFunctionMode):

@@ -7,7 +7,7 @@ one: the operations are those of the numerics contract.
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,18 +16,18 @@ import torch
 def without_compiler() -> Iterator[None]:
     """What the block imports of Megatron is not compiled, and refuses to run: other bits than the
     contract's would come of it."""
-    compile_ = torch.compile
+    compile_, namespace = torch.compile, cast(Any, torch)
 
     def decorate(function: Any = None, **options: Any) -> Any:
         if not getattr(function, "__module__", "").startswith("megatron."):
             return compile_(function, **options)
         return _refused(function)
 
-    torch.compile = decorate
+    namespace.compile = decorate
     try:
         yield
     finally:
-        torch.compile = compile_
+        namespace.compile = compile_
 
 
 def _refused(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -128,6 +128,8 @@ def is_on_one_machine() -> bool:
     return size == "1" or is_loopback(os.environ.get("MASTER_ADDR", ""))
 
 
-def _all_gather_plain(found: list[Any], value: Any, group: dist.ProcessGroup | None = None) -> None:
+def _all_gather_plain(
+    object_list: list[Any], obj: Any, group: dist.ProcessGroup | None = None
+) -> None:
     """torch's all_gather_object without pickles, which run what another process has sent."""
-    found[:] = gather_objects(value, group)
+    object_list[:] = gather_objects(obj, group)

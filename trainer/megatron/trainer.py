@@ -243,7 +243,7 @@ class MegatronTrainer:
         self,
         batches: Sequence[MicroBatch],
         loss: Loss,
-        references: Sequence[torch.Tensor] | None,
+        references: Sequence[torch.Tensor | None] | None,
         poll: Callable[[], object] | None = None,
     ) -> Totals:
         """Accumulate gradients over the micro-batches into Megatron's buffers."""

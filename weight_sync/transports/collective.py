@@ -63,7 +63,7 @@ class _Group:
         else:
             store = dist.TCPStore(address, port, world_size, rank == 0, timeout)
         prove_secret(store, rank, world_size, secret, timeout)
-        gloo = dist.ProcessGroupGloo
+        gloo: Any = dist.ProcessGroupGloo  # its types leave the options out
         options = gloo._Options()
         options._timeout = timeout
         options._devices = [

@@ -32,25 +32,15 @@ def write_safetensors(
     folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int
 ) -> None:
     """Write named tensors as one file, or as shards with an index if they exceed the limit."""
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    size = total = 0
-    for name, tensor in tensors:
-        num_bytes = tensor.numel() * tensor.element_size()
-        if shards[-1] and size + num_bytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor.detach().cpu().contiguous()
-        size, total = size + num_bytes, total + num_bytes
-    if len(shards) == 1:
-        save_tensors(shards[0], folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_tensors(shard, folder / file_name)
-        weight_map |= dict.fromkeys(shard, file_name)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors}
+    split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_bytes)
+    for file_name, names in split.filename_to_tensors.items():
+        save_tensors({name: state[name] for name in names}, folder / file_name)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 def is_export(folder: Path) -> bool:

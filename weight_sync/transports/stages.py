@@ -38,10 +38,10 @@ class StageTransport(SinkTransport):
         for owner, mask in enumerate(held):
             names = [name for name, here in zip(self._whole, mask.tolist(), strict=True) if here]
             source = dist.get_global_rank(self._group, owner)
-            own = source == dist.get_rank()
+            mine = source == dist.get_rank()
             tensors = {name: self._whole[name] for name in names}
             for metas in plan_buckets(tensors, self._bucket_bytes):
                 device = tensors[metas[0].name].device
-                bucket = pack(metas, params) if own else empty_bucket(metas, device)
+                bucket = pack(metas, params) if mine else empty_bucket(metas, device)
                 dist.broadcast(bucket.buffer, source, group=self._group)
                 self._sink.receive_weights(bucket)
