@@ -96,9 +96,12 @@ async def result_of[T](result: Future[T], abandon: Callable[[], Future[None]]) -
 
 
 async def stream_of[T](
-    start: Callable[[Tell], Future[T]], abandon: Callable[[], object]
+    start: Callable[[Tell], tuple[Future[T], Callable[[], object]]],
 ) -> AsyncIterator[Increment]:
-    """Begin a call and give its increments as they come; abandon it if nobody takes them."""
+    """Give a call's increments as they come; one that nobody reads on is abandoned.
+
+    `start` begins it, and returns its result to come and what abandons it.
+    """
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[list[Increment] | None] = asyncio.Queue()
 
@@ -106,7 +109,7 @@ async def stream_of[T](
         with suppress(RuntimeError):  # asyncio's loop is closed: nobody listens any more
             loop.call_soon_threadsafe(queue.put_nowait, increments)
 
-    result = start(put)
+    result, abandon = start(put)
     result.add_done_callback(lambda _: put(None))
     try:
         while (increments := await queue.get()) is not None:

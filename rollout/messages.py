@@ -4,23 +4,13 @@ To an engine in a process of its own (remote.py), by a pipe and with a number fo
 rank 0 of a tensor parallel engine to the others (runtime/lockstep.py), as plain values.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from samebit.rollout.types import Increment, Request, SamplingParams
 
 # -- to an engine's process ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Start:
-    """Make the engine; answered by its weight version."""
-
-    model_path: Path
-    cpu_threads: int
-    settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -75,7 +65,7 @@ class JoinWeightGroup:
     world_size: int
     backend: str
     timeout_s: float
-    secret: str
+    secret: str | None
 
 
 @dataclass(frozen=True)
@@ -148,6 +138,19 @@ class Leave:
     sample_id: int
 
 
+type Message = (
+    Generate
+    | Score
+    | Abandon
+    | AbortRequest
+    | GetVersion
+    | FlushCache
+    | UpdateFromDisk
+    | JoinWeightGroup
+    | UpdateFromGroup
+    | Stop
+)
+type Answer = Done | Failed | Drew
 type RankMessage = Admit | Drain | AbortRequest | FlushCache | Leave
 
 _PLAIN = {

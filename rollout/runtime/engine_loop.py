@@ -67,13 +67,12 @@ class EngineLoop:
 
     def stream(self, requests: Sequence[Request]) -> AsyncIterator[Increment]:
         """`run` for asyncio, told step by step."""
-        call = Call(requests)
 
-        def start(tell: Tell) -> Future[list[list[Completion]]]:
-            call.tell = tell
-            return self.submit(call)
+        def start(tell: Tell) -> tuple[Future[list[list[Completion]]], Callable[[], object]]:
+            call = Call(requests, tell)
+            return self.submit(call), partial(self.abandon, call)
 
-        return stream_of(start, partial(self.abandon, call))
+        return stream_of(start)
 
     def submit(self, call: Call) -> Future[list[list[Completion]]]:
         """Put a call in and do not wait; its result."""
