@@ -303,7 +303,8 @@ def test_functions_are_short():
 # Files that hand every error on without raising it, and to whom.
 HANDS_ERRORS_ON = {
     "recipes/data/reward_worker.py": "a reward's process sends them to the run's",
-    "rollout/remote.py": "the engine's process sends them to the caller's",
+    "rollout/engine_process.py": "it sends them to the caller's process",
+    "rollout/runtime/engine_loop.py": "the loop's thread gives them to the callers",
 }
 
 

@@ -8,6 +8,7 @@ import torch
 
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.launch.replicas import ReplicatedEngine
+from samebit.rollout.client import EngineClient
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.remote import RemoteEngine
@@ -18,9 +19,6 @@ from samebit.weight_sync.transports.alias import AliasTransport
 from samebit.weight_sync.transports.base import Transport
 from samebit.weight_sync.transports.file import FileTransport
 from samebit.weight_sync.transports.stages import StageTransport
-
-ServingEngine = Engine | RemoteEngine | ReplicatedEngine
-"""What serves the trainer's weights, wherever it runs."""
 
 
 def load_weights(trainer: MegatronTrainer, model_path: str) -> None:
@@ -62,7 +60,7 @@ def _start_copies(
 
 def start_engine(
     run: GrpoRun, device: torch.device, trainer: MegatronTrainer
-) -> tuple[ServingEngine, Transport]:
+) -> tuple[EngineClient, Transport]:
     """Start the engine, with the model folder's weights, and the transport that serves it."""
     longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
     config = replace(run.engine, max_model_len=longest, seed=run.seed)

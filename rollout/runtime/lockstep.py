@@ -19,6 +19,7 @@ class Lockstep:
         self.leads = False
         self.failure = ""
         """What the last step raised on this rank."""
+        self._broken = ""
 
     def require_one_order(self) -> None:
         """Raise RuntimeError where requests may reach the ranks in different orders."""
@@ -50,12 +51,18 @@ class Lockstep:
     def exchange(self) -> list[RankMessage]:
         """What rank 0 said since the last time.
 
-        Raises RuntimeError if a step failed on some ranks and not on all: they differ now.
+        Raises RuntimeError, from then on, if a rank is gone or a step failed on some ranks alone.
         """
+        if self._broken:
+            raise RuntimeError(f"the tensor parallel ranks have parted: {self._broken}")
         own = self.failure, [to_plain(message) for message in self._said]
         self.failure, self._said = "", []
-        heard = gather_objects(own, self._ranks.group)
-        failures = {rank: failure for rank, (failure, _) in enumerate(heard) if failure}
-        if 0 < len(failures) < len(heard):
-            raise RuntimeError(f"a step failed on some ranks, not on all: {failures}")
+        try:
+            heard = gather_objects(own, self._ranks.group)
+            failures = {rank: failure for rank, (failure, _) in enumerate(heard) if failure}
+            if 0 < len(failures) < len(heard):
+                raise RuntimeError(f"a step failed on some ranks, not on all: {failures}")
+        except RuntimeError as error:
+            self._broken = str(error)
+            raise
         return [of_plain(message) for message in heard[0][1]]

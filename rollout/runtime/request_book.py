@@ -151,10 +151,12 @@ class RequestBook:
 
     def stop_leading(self, marks: Callable[[], tuple[int, int]]) -> None:
         """Abort everything and let the other ranks go; see Leave."""
-        self.abandon_all()
-        self.lockstep.say(Leave(*marks()))
-        self.lockstep.meet()
-        self.lockstep.leads = False
+        try:
+            self.abandon_all()
+            self.lockstep.say(Leave(*marks()))
+            self.lockstep.meet()
+        finally:
+            self.lockstep.leads = False
 
     def follow(self) -> Leave:
         """Do what rank 0 does, until it leads no longer; what it says then."""
