@@ -20,7 +20,8 @@ def led(rank, size, store, folder, out):
     """Concurrent callers of rank 0, which the other follows; then both are called alike again."""
     torch.set_num_threads(1)
     ranks = start(rank, size, store)
-    one = Engine(folder, device="cpu", ranks=ranks, seed=3, max_num_seqs=4, page_size=16)
+    settings = {"max_num_seqs": 4, "page_size": 16, "overlap": True}
+    one = Engine(folder, device="cpu", ranks=ranks, seed=3, **settings)
     found = {"alike": exact(one.generate(prompts(), PARAMS, IDS)), "led": []}
     wrong = one.follow if ranks.rank == 0 else one.leading().__enter__
     calls = (wrong, lambda: asyncio.run(one.agenerate(prompts())))

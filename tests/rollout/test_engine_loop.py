@@ -7,9 +7,11 @@ from contextlib import aclosing
 
 import pytest
 from conservation import check_books
+from counting import World
 from helpers import make_prompts, outcomes, run_python
 from late_runner import FaultError, assert_idle, assert_same
 
+from samebit.rollout.runtime.call import Call
 from samebit.rollout.runtime.sampler import NonFiniteError
 from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.types import WeightSyncError
@@ -84,6 +86,21 @@ def test_increments_are_the_completion(make_engine, truth, settings):
     if "kv_cache_tokens" in settings:
         assert own.scheduler.num_preemptions > 0
     check_books(own)
+
+
+def test_what_was_drawn_is_read_from_any_token_on():
+    """In a slot, out of it and in another one."""
+    world = World(num_pages=4)
+    seqs = [seq for _ in range(2) for seq in world.add([1] * 6, max_new=8)]
+    while world.scheduler.has_unfinished:
+        world.step()
+        for seq in seqs:
+            known = len(seq.token_ids) if seq.slot is None else world.slots.known[seq.slot]
+            count = int(known) - 6
+            for start in range(count + 1):
+                expected = [7] * (count - start), [-1.0] * (count - start)
+                assert world.slots.drawn(seq, start) == expected
+    assert world.scheduler.num_preemptions > 0
 
 
 def test_a_stream_without_logprobs_has_none(make_engine):
@@ -213,6 +230,26 @@ def check_no_thread():
     assert not loop_threads()
 
 
+def beside(work):
+    """What another thread's call returns."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(work()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_what_comes_as_the_last_driver_leaves_is_done(make_engine):
+    own, posted = make_engine(), []
+
+    def progress(done, tokens):
+        if done == 1:
+            posted.append(beside(lambda: own.loop.post(lambda: "it is done")))
+
+    own.generate(PROMPTS[:1], SamplingParams(max_new_tokens=3), progress=progress)
+    assert posted[0].result(timeout=60) == "it is done"
+
+
 def test_who_waits_beside_a_driver_may_give_up(make_engine):
     """generate while the loop's thread drives: its progress raises, the stream goes on."""
     own, started = make_engine(), threading.Event()
@@ -301,6 +338,22 @@ def test_a_failing_step_reaches_all_who_wait(plain, make_late, depth, kind):
     while own.has_unfinished_requests:
         found |= {group[0].request_id: group for group in own.step()}
     assert_same(found[kept], truth)
+    assert_idle(own)
+
+
+def test_a_failing_step_of_generate_reaches_those_beside_it(make_late):
+    own, results, steps = make_late(1), [], itertools.count()
+
+    def progress(done, tokens):
+        if next(steps) == 2:
+            requests = own.requests.generation([[4, 5]], LONG, [[9]], ())
+            results.append(beside(lambda: own.loop.submit(Call(requests))))
+            own.runner.fails = {("wait", 6)}
+
+    with pytest.raises(FaultError):
+        own.generate([[1, 2, 3]], LONG, progress=progress)
+    with pytest.raises(FaultError):
+        results[0].result(timeout=60)
     assert_idle(own)
 
 

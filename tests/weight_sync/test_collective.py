@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import assert_same_bits, outcomes
+from helpers import outcomes
 
 from samebit.rollout.engine import Engine
 from samebit.rollout.remote import RemoteEngine, RemoteEngineError
@@ -288,63 +288,6 @@ def test_a_receiver_that_dies_while_it_checks_is_noticed_at_once(new):
         assert child.wait() == 0
 
 
-def test_errors_of_a_remote_engine_are_those_of_a_local_one(remote):
-    """Bad input to an engine in another process keeps its type and message."""
-    with pytest.raises(ValueError, match="prompt 0"):
-        remote.generate([[]], PARAMS)
-    with pytest.raises(ValueError, match="331|vocabulary"):
-        remote.generate([[331]], PARAMS)
-    assert len(remote.generate(PROMPTS, PARAMS)) == 2
-
-
-def test_signals_to_a_group_are_the_parents_to_judge(remote):
-    """Ctrl-C reaches every process of a terminal; the engine's ends when it is told to."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        os.kill(remote._process.pid, number)
-    assert remote.score(PROMPTS[:1]) == remote.score(PROMPTS[:1])
-
-
-def test_a_remote_engine_is_given_all_that_it_is_asked(remote, old, engine):
-    """Parameters and ids of each prompt, layers, temperatures, steps; and progress at the end."""
-    params = [
-        SamplingParams(n=2, max_new_tokens=5, ignore_eos=True, top_k=9),
-        SamplingParams(max_new_tokens=3, ignore_eos=True, temperature=0.5, seed=4),
-    ]
-    ids, seen = [[7, 1 << 63], [5]], []
-    version = remote.update_weights_from_disk(old.folder, 21)
-    assert version == remote.weight_version == WeightVersion(21, old.digest)
-    assert remote.update_weights_from_disk(old.folder) == WeightVersion(22, old.digest)
-    found = remote.generate(
-        PROMPTS, params, ids, return_hidden_states=[0, 2], progress=lambda *now: seen.append(now)
-    )
-    truth = engine.generate(PROMPTS, params, ids, return_hidden_states=[0, 2])
-    assert outcomes(found) == outcomes(truth)
-    assert [[c.sample_id for c in group] for group in found] == ids
-    for a, b in zip(sum(found, []), sum(truth, []), strict=True):
-        assert [span.version for span in a.version_spans] == [remote.weight_version]
-        assert set(a.hidden_states) == {0, 2}
-        for layer, states in b.hidden_states.items():
-            assert_same_bits(a.hidden_states[layer], states, layer)
-    assert set(seen[:-1]) <= {(0, 0)}
-    assert seen[-1] == (3, 2 * 5 + 3)
-    assert remote.score(PROMPTS[:1], 0.3) == engine.score(PROMPTS[:1], 0.3)
-
-
-def test_progress_that_raises_ends_the_process(old):
-    """An engine that works on for nobody would keep its memory and its CPU."""
-    engine = RemoteEngine(old.folder, device="cpu", kv_cache_tokens=1024)
-
-    def interrupt(done, tokens):
-        assert (done, tokens) == (0, 0)
-        raise KeyboardInterrupt
-
-    endless = SamplingParams(max_new_tokens=1000, ignore_eos=True)
-    with pytest.raises(KeyboardInterrupt):
-        engine.generate(PROMPTS[:1], endless, progress=interrupt)
-    engine._process.join(timeout=60)
-    assert engine._process.exitcode == -signal.SIGKILL
-
-
 def test_a_reply_to_a_failed_call_is_not_taken_for_another(remote):
     """The engine's process refuses too; the next call must get its own answer."""
     version = remote.weight_version
@@ -352,30 +295,3 @@ def test_a_reply_to_a_failed_call_is_not_taken_for_another(remote):
         remote.connect_weights("nccl")
     assert remote.weight_version == version
     assert len(remote.generate(PROMPTS, PARAMS)) == 2
-
-
-def test_a_call_that_is_interrupted_ends_the_process(old, monkeypatch):
-    """Its late answer would be taken for the next call's."""
-    engine = RemoteEngine(old.folder, device="cpu", kv_cache_tokens=1024)
-
-    class Interrupted:
-        def recv(self):
-            raise KeyboardInterrupt
-
-        def __getattr__(self, name):
-            return getattr(connection, name)
-
-    connection = engine._connection
-    monkeypatch.setattr(engine, "_connection", Interrupted())
-    with pytest.raises(KeyboardInterrupt):
-        engine.generate(PROMPTS, PARAMS)
-    monkeypatch.undo()
-    with pytest.raises(RemoteEngineError, match="ended with code -9"):
-        engine.score([[1, 2, 3]])
-    engine.close()
-
-
-def test_a_remote_engine_of_a_missing_model_says_so(tmp_path):
-    """A wrong path must come back from the other process as FileNotFoundError."""
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        RemoteEngine(tmp_path / "missing", device="cpu")
