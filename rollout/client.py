@@ -7,7 +7,7 @@ process of a run) are such clients. What needs more, such as weights in place, t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -58,7 +58,7 @@ class EngineClient(Protocol):
         prompt_ids: Sequence[Sequence[int]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         sample_ids: Sequence[Sequence[int]] | None = None,
-    ) -> AsyncIterator[Increment]:
+    ) -> AsyncGenerator[Increment, None]:
         """`agenerate`, told as it is drawn; who stops reading aborts the requests."""
 
     def score(
@@ -97,7 +97,7 @@ async def result_of[T](result: Future[T], abandon: Callable[[], Future[None]]) -
 
 async def stream_of[T](
     start: Callable[[Tell], tuple[Future[T], Callable[[], object]]],
-) -> AsyncIterator[Increment]:
+) -> AsyncGenerator[Increment, None]:
     """Give a call's increments as they come; one that nobody reads on is abandoned.
 
     `start` begins it, and returns its result to come and what abandons it.

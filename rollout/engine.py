@@ -4,7 +4,7 @@ engine = Engine("path/to/model")
 [[completion]] = engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=16))
 """
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -127,7 +127,7 @@ class Engine:
         prompt_ids: Sequence[Sequence[int]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         sample_ids: Sequence[Sequence[int]] | None = None,
-    ) -> AsyncIterator[Increment]:
+    ) -> AsyncGenerator[Increment, None]:
         """`agenerate`, told as it is drawn: after each step, what it drew for each sample.
 
         Who stops reading aborts the requests. Raises as generate does.

@@ -9,7 +9,7 @@ import multiprocessing
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
@@ -176,7 +176,7 @@ class RemoteEngine:
         prompt_ids: Sequence[Sequence[int]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         sample_ids: Sequence[Sequence[int]] | None = None,
-    ) -> AsyncIterator[Increment]:
+    ) -> AsyncGenerator[Increment, None]:
         """See Engine.stream; bad input is refused when the first increment is asked for."""
         prompts = prompt_ids, sampling_params, sample_ids
         message = Generate(*prompts, fresh_ids=True, streams=True)

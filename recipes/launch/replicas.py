@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 from array import array
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -76,7 +76,7 @@ class ReplicatedEngine:
         prompt_ids: Sequence[Sequence[int]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         sample_ids: Sequence[Sequence[int]] | None = None,
-    ) -> AsyncIterator[Increment]:
+    ) -> AsyncGenerator[Increment, None]:
         """See Engine.stream; an increment is a whole sample, once all copies have drawn theirs."""
         for group in await self.agenerate(prompt_ids, sampling_params, sample_ids):
             for c in group:

@@ -7,7 +7,7 @@ somebody still waits, a thread of the loop goes on until nobody does; it is not 
 
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import partial
@@ -65,7 +65,7 @@ class EngineLoop:
         call = Call(requests)
         return await result_of(self.submit(call), partial(self.abandon, call))
 
-    def stream(self, requests: Sequence[Request]) -> AsyncIterator[Increment]:
+    def stream(self, requests: Sequence[Request]) -> AsyncGenerator[Increment, None]:
         """`run` for asyncio, told step by step."""
 
         def start(tell: Tell) -> tuple[Future[list[list[Completion]]], Callable[[], object]]:

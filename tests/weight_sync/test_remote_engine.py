@@ -1,15 +1,16 @@
 """An engine in another process: called like a local one, by several callers at once."""
 
 import asyncio
+import itertools
 import os
 import pickle
 import signal
 import threading
 import time
 from concurrent.futures import Future
-from contextlib import aclosing
 
 import pytest
+from callers import parts_of, put_together
 from helpers import assert_same_bits, outcomes
 
 from samebit.rollout import engine_process
@@ -112,25 +113,10 @@ def test_a_call_that_is_interrupted_is_aborted(remote, old, monkeypatch):
     assert_idle(remote, old)
 
 
-async def parts_of(stream, take=None):
-    """Token ids and log-probs by sample id; of an endless stream the first increments."""
-    found, ends, count = {}, {}, 0
-    async with aclosing(stream) as parts:
-        async for part in parts:
-            tokens, logprobs = found.setdefault(part.sample_id, ([], []))
-            tokens += part.token_ids
-            logprobs += part.logprobs
-            ends[part.sample_id] = part
-            count += 1
-            if count == take:
-                break
-    return {i: (tuple(tokens), tuple(logprobs)) for i, (tokens, logprobs) in found.items()}, ends
-
-
 def test_calls_to_a_remote_engine_overlap(remote, old, engine):
     """Streams, scores and calls at once: each has its own answer, to the bit."""
-    [[a, b], [c, d]] = engine.generate(PROMPTS, PARAMS, [[7, 8], [9, 10]])
-    context = [*PROMPTS[0], *a.token_ids]
+    truth = engine.generate(PROMPTS, PARAMS, [[7, 8], [9, 10]])
+    context = [*PROMPTS[0], *truth[0][0].token_ids]
 
     async def together():
         endless = asyncio.create_task(remote.agenerate(PROMPTS[:1], ENDLESS))
@@ -149,11 +135,10 @@ def test_calls_to_a_remote_engine_overlap(remote, old, engine):
             await endless
         return found
 
-    (parts, ends), drawn, scores, _ = asyncio.run(together())
-    assert parts == {x.sample_id: (x.token_ids, x.logprobs) for x in (a, b, c, d)}
-    assert {part.finish_reason for part in ends.values()} == {"length"}
-    assert [span.version for span in ends[7].version_spans] == [remote.weight_version]
-    assert outcomes(drawn) == outcomes([[a, b], [c, d]])
+    parts, drawn, scores, _ = asyncio.run(together())
+    assert outcomes(drawn) == outcomes(truth)
+    for completion in itertools.chain(*drawn):
+        put_together(parts[completion.sample_id], completion)
     assert scores == engine.score([context])
     assert_idle(remote, old)
 
@@ -167,9 +152,9 @@ def test_a_remote_request_is_aborted_by_name(remote, old):
             parts.append(part)
             if len(parts) == 3:
                 [completion] = await asyncio.to_thread(remote.abort_request, part.request_id)
-        assert parts[-1].finish_reason == completion.finish_reason == "abort"
-        assert sum((p.token_ids for p in parts), ()) == completion.token_ids
-        return parts[-1].request_id
+        put_together(parts, completion)
+        assert completion.finish_reason == "abort"
+        return completion.request_id
 
     request_id = asyncio.run(aborted())
     with pytest.raises(KeyError, match=f"no unfinished request '{request_id}'"):
