@@ -269,7 +269,8 @@ class RemoteEngine:
             return result.result()
         except BaseException:
             if not result.done():
-                self._abandon(number)
+                with suppress(RemoteEngineError):
+                    self._abandon(number)
             raise
 
     def _abandon(self, number: int) -> Future[None]:
