@@ -163,6 +163,7 @@ class RequestBook:
         while True:
             for message in self.lockstep.exchange():
                 if isinstance(message, Leave):
+                    self._reports.clear()  # rank 0 has them
                     return message
                 self._repeat(message)
             with suppress(Exception):  # rank 0's failed as well, or the next exchange says so
