@@ -153,7 +153,7 @@ type Message = (
 type Answer = Done | Failed | Drew
 type RankMessage = Admit | Drain | AbortRequest | FlushCache | Leave
 
-_PLAIN = {
+_PLAIN: dict[str, Any] = {
     kind.__name__: kind
     for kind in (Admit, Drain, AbortRequest, FlushCache, Leave, Request, SamplingParams)
 }

@@ -43,7 +43,7 @@ class ReplicatedEngine:
         """Complete all prompts; see Engine.generate. Progress is of this process's share."""
         params = _per_prompt(sampling_params, len(prompt_ids))
         ids = _ids(params, itertools.count()) if sample_ids is None else sample_ids
-        asked = {"return_hidden_states": return_hidden_states, "progress": progress}
+        asked: dict[str, Any] = {"return_hidden_states": return_hidden_states, "progress": progress}
 
         def draw(own: slice) -> list[list[Any]]:
             groups = self._engine.generate(prompt_ids[own], params[own], ids[own], **asked)
