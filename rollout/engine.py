@@ -37,7 +37,6 @@ from samebit.rollout.runtime.slots import Slots
 from samebit.rollout.runtime.step_loop import StepLoop
 from samebit.rollout.runtime.weight_control import WeightControl, load_weights
 from samebit.rollout.types import Completion, Request, SamplingParams
-from samebit.weight_sync.mapping import Shard
 from samebit.weight_sync.objects import smallest
 from samebit.weight_sync.session import UpdateSession
 from samebit.weight_sync.transports.collective import CollectiveReceiver
@@ -73,7 +72,7 @@ class Engine:
         self.dtype = resolve_dtype(dtype, self.device)
         self.config = settled(EngineConfig.of(config, overrides), self.device, ranks)
         self.model_config = load_model_config(self.model_path)
-        self.specs = self.model_config.param_specs(Shard(ranks.rank, ranks.size))
+        self.specs = self.model_config.param_specs(ranks.shard)
         self.profile: NumericsProfile = numerics_profile(self.device, ranks.size, ranks.invariant)
         self.model_config.selfcheck(self.device, ranks)
         self.arena = Arena(self.device)

@@ -24,7 +24,6 @@ from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config, require_taught_end
 from samebit.rollout.runtime.weights import open_safetensors
 from samebit.trainer.megatron.stages import make_stage
-from samebit.weight_sync.mapping import Shard
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ def checked_model(run: GrpoRun | SftRun) -> ModelConfig:
     The layout and the headers of the weights are looked at, no weight is read.
     """
     model, parallel = load_model_config(run.model.path), run.trainer.parallel
-    model.param_specs(Shard(0, parallel.tensor))
+    model.param_specs((0, parallel.tensor))
     make_stage(model, 0, parallel.pipeline, parallel.virtual_pipeline)
     if run.numerics.tp_invariant:
         model.segment_shapes(resolve_device(run.device))
