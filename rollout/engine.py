@@ -39,7 +39,7 @@ from samebit.rollout.runtime.weight_control import WeightControl, load_weights
 from samebit.rollout.types import Completion, Request, SamplingParams
 from samebit.weight_sync.objects import smallest
 from samebit.weight_sync.session import UpdateSession
-from samebit.weight_sync.transports.collective import CollectiveReceiver
+from samebit.weight_sync.transports.broadcast import BroadcastReceiver
 from samebit.weight_sync.types import Bucket, WeightVersion
 
 Progress = Callable[[int, int], None]
@@ -47,7 +47,7 @@ Progress = Callable[[int, int], None]
 
 
 class Engine:
-    """An in-process rollout engine, and a receiver of weights (transports.base.WeightSink).
+    """An in-process rollout engine; its weight_control takes weights (transports.base.WeightSink).
 
     Settings are EngineConfig's, given as `config`, by name, or both (a name wins). ranks: tensor
     parallel ranks; each runs an engine of its own and is given the same requests.
@@ -257,7 +257,7 @@ class Engine:
         secret: what the trainer and all engines have to know, by default SAMEBIT_SECRET of the
         environment; on one machine there need be none. Raises ValueError if theirs is another.
         """
-        self.weight_control.receiver = CollectiveReceiver(
+        self.weight_control.receiver = BroadcastReceiver(
             master_address, master_port, rank, world_size, backend, timeout_s, secret
         )
 

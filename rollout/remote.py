@@ -2,11 +2,10 @@
 
 import multiprocessing
 import os
-import secrets
 import signal
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -15,9 +14,7 @@ from typing import Any
 import torch
 
 from samebit.rollout.types import Completion, SamplingParams
-from samebit.weight_sync.meeting import loopback_listener
-from samebit.weight_sync.transports.collective import CollectiveSender
-from samebit.weight_sync.types import WeightSyncError, WeightVersion
+from samebit.weight_sync.types import WeightVersion
 
 
 class RemoteEngineError(RuntimeError):
@@ -122,23 +119,13 @@ class RemoteEngine:
         """See Engine.update_weights_from_disk."""
         return self._call("update_weights_from_disk", str(model_path), step)
 
-    def connect_weights(self, backend: str, timeout_s: float = 600.0) -> "RemoteTransport":
-        """Make a weight group of this process (rank 0) and the engine's (rank 1).
+    def init_weights_update_group(self, *args: Any, **kwargs: Any) -> None:
+        """See Engine.init_weights_update_group."""
+        self._call("init_weights_update_group", *args, **kwargs)
 
-        The port is this process's before the engine is told it, and so is a secret of the two.
-        """
-        listener = loopback_listener()
-        address, port = listener.getsockname()
-        known: dict[str, Any] = {"timeout_s": timeout_s, "secret": secrets.token_hex(32)}
-        self._send("init_weights_update_group", address, port, 1, 2, backend, **known)
-        try:
-            with listener:
-                sender = CollectiveSender(address, port, 2, backend, listener=listener, **known)
-        except Exception:
-            self._receive()  # raises the engine's own error, which says more
-            raise
-        self._receive()
-        return RemoteTransport(self, sender)
+    def update_weights_from_distributed(self) -> WeightVersion:
+        """See Engine.update_weights_from_distributed."""
+        return self._call("update_weights_from_distributed")
 
     def close(self) -> None:
         """End the process."""
@@ -178,65 +165,8 @@ class RemoteEngine:
             raise result
         return result
 
-    def _require_alive(self, error: Exception) -> None:
-        self._process.join(timeout=1)
-        if not self._process.is_alive():
-            raise self._died() from error
-
     def _died(self) -> RemoteEngineError:
         self._process.join(timeout=5)
         return RemoteEngineError(
             f"the engine's process {self._process.pid} ended with code {self._process.exitcode}"
         )
-
-
-class RemoteTransport:
-    """Weights to a RemoteEngine: the engine receives while this process sends."""
-
-    def __init__(self, engine: RemoteEngine, sender: CollectiveSender) -> None:
-        self._engine = engine
-        self._sender = sender
-        self._step = 0
-        self._sending = False
-
-    def begin(self, step: int) -> None:
-        """Remember the step. The engine has memory of its own and need not wait for training."""
-        self._step = step
-
-    def send(self, params: Mapping[str, torch.Tensor]) -> None:
-        """The engine stops serving and takes every bucket."""
-        self._engine._send("update_weights_from_distributed")
-        self._sending = True
-        try:
-            self._sender.begin(self._step)
-            self._sender.send(params)
-        except WeightSyncError as error:
-            self._engine._require_alive(error)
-            raise
-
-    def commit(self, digest: str) -> WeightVersion:
-        """The engine compares digests and serves."""
-        self._sending = False
-        try:
-            self._sender.commit(digest)
-        except WeightSyncError:
-            self._engine._receive()  # raises the engine's own error, which says more
-            raise
-        return self._engine._receive()
-
-    def abort(self, reason: str) -> None:
-        """Once buckets were sent, the engine refuses to serve until a full update."""
-        if not self._sending:
-            return
-        self._sending = False
-        try:
-            self._sender.abort(reason)
-        except WeightSyncError as error:
-            self._engine._require_alive(error)
-            self._engine._receive()
-            raise
-        self._engine._receive()
-
-    def close(self) -> None:
-        """Leave the group."""
-        self._sender.close()

@@ -17,6 +17,7 @@ from samebit.recipes.data.tasks.base import Dataset, ListDataset, Problem
 from samebit.recipes.data.tasks.faults import Faults
 from samebit.recipes.data.tasks.registry import load_datasets
 from samebit.recipes.data.text import TextCodec
+from samebit.recipes.launch.placement import load_transport
 from samebit.recipes.launch.processes import is_one_of_several, launched_rank
 from samebit.recipes.run.signals import Stopped, StopSignals
 from samebit.rollout.device import resolve_device
@@ -87,6 +88,7 @@ class GrpoInputs:
         poll = _polled(stop)
         self.model = checked_model(run)
         train_set, eval_set = load_datasets(run.data)
+        load_transport(run.placement.transport)
         self.text = TextCodec(run.model.path, run.data.chat)
         self.reward = load_reward(run.reward, poll)
         encoder = Encoder(
