@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from samebit.weight_sync.types import Bucket, ParamMeta
+from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError
 
 _ALIGN = 64  # bytes; every dtype's views stay aligned
 _ALONE = 1 << 20  # bytes of a tensor whose copies cost more than a transfer of its own
@@ -55,8 +55,17 @@ def bucket_over(metas: Sequence[ParamMeta], tensors: Sequence[torch.Tensor]) -> 
 
 
 def pack(metas: Sequence[ParamMeta], params: Mapping[str, torch.Tensor]) -> Bucket:
-    """Put the named tensors into a bucket on their device; one that is alone is not copied."""
+    """Put the named tensors into a bucket on their device; one that is alone is not copied.
+
+    Raises WeightSyncError for one that is not as `metas` say.
+    """
     tensors = [params[meta.name].detach() for meta in metas]
+    for meta, tensor in zip(metas, tensors, strict=True):
+        if (tuple(tensor.shape), str(tensor.dtype)) != (meta.shape, meta.dtype):
+            raise WeightSyncError(
+                f"{meta.name} is {tuple(tensor.shape)} {tensor.dtype} here and "
+                f"{meta.shape} {meta.dtype} at the receiver"
+            )
     bucket = bucket_over(metas, tensors)
     for meta, tensor in zip(metas, tensors, strict=True):
         copy_apart(tensor, bucket.tensor(meta))

@@ -66,8 +66,9 @@ class UpdateSender(Transport):
     def send(self, params: Mapping[str, torch.Tensor]) -> None:
         """Announce and send every bucket."""
         for metas in cut_buckets(params, self._bucket_bytes):
+            bucket = pack(metas, params)
             self._control.tell({"op": "bucket", "metas": [astuple(meta) for meta in metas]})
-            self._data.send(pack(metas, params))
+            self._data.send(bucket)
 
     def commit(self, digest: str) -> WeightVersion:
         """Return once every receiver has compared its digest; raise if one refused."""
