@@ -12,7 +12,7 @@ from samebit.recipes.launch.placement import load_transport
 from samebit.rollout.engine import Engine
 from samebit.weight_sync.sync import WeightSync
 from samebit.weight_sync.transports.base import Lease
-from samebit.weight_sync.transports.broadcast import GlooControl
+from samebit.weight_sync.transports.broadcast import GlooGroup
 from samebit.weight_sync.transports.registry import TRANSPORTS
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
@@ -232,7 +232,7 @@ def test_what_was_refused_or_given_up_may_be_given_up_again(gloo, remote, old, n
 
     def abort_again(reason):
         with monkeypatch.context() as patch:
-            patch.delattr(GlooControl, "tell")
+            patch.delattr(GlooGroup, "tell")
             gloo.abort(reason)
 
     gloo.begin(8)

@@ -42,17 +42,12 @@ class WeightSink(Protocol):
 class WeightSource(Protocol):
     """Who makes versions; a trainer is one."""
 
-    @property
-    def step(self) -> int:
-        """The optimizer step that made the present weights."""
-
-    @property
-    def params(self) -> Mapping[str, torch.Tensor]:
-        """The live parameters of this process, by their engine (Megatron) names."""
-
-    @property
-    def specs(self) -> Sequence[ParamSpec]:
-        """What each of them is."""
+    step: int
+    """The optimizer step that made the present weights."""
+    params: Mapping[str, torch.Tensor]
+    """The live parameters of this process, by their engine (Megatron) names."""
+    specs: list[ParamSpec]
+    """What each of them is."""
 
     @property
     def pipeline_group(self) -> dist.ProcessGroup:

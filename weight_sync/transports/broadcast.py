@@ -16,7 +16,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,7 @@ _LAST_WORDS_S = 10
 
 
 class GlooGroup:
-    """Ranks that have met, and their broadcasts."""
+    """Ranks that have met; both planes of an update, by broadcasts (see planes)."""
 
     def __init__(
         self,
@@ -74,59 +74,44 @@ class GlooGroup:
         ]
         self._pg = gloo(dist.PrefixStore("weights", store), rank, world_size, options)
 
-    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
-        """Fill `tensor` on every rank with the root's."""
-        try:
-            self._pg.broadcast(tensor, root).wait()
-        except RuntimeError as error:
-            raise WeightSyncError(f"the weight group lost a member: {error}") from error
-
-
-class GlooControl:
-    """Messages by broadcasts; see planes.ControlPlane."""
-
-    def __init__(self, group: GlooGroup) -> None:
-        self._group = group
-
     def tell(self, message: dict[str, Any]) -> None:
-        """Broadcast a message: its length, then its bytes."""
+        """Broadcast this rank's message: its length, then its bytes."""
         payload = torch.frombuffer(bytearray(encode(message)), dtype=torch.uint8)
-        self._group.broadcast(torch.tensor([len(payload)]), self._group.rank)
-        self._group.broadcast(payload, self._group.rank)
+        self._broadcast(torch.tensor([len(payload)]), self.rank)
+        self._broadcast(payload, self.rank)
 
     def hear(self, root: int = 0) -> dict[str, Any]:
         """Take part in the broadcast of a rank's message."""
         length = torch.zeros(1, dtype=torch.int64)
-        self._group.broadcast(length, root)
+        self._broadcast(length, root)
         payload = torch.empty(int(length), dtype=torch.uint8)
-        self._group.broadcast(payload, root)
+        self._broadcast(payload, root)
         return decode(payload.numpy().tobytes())
 
     def exchange_answers(self, own: str = "") -> list[str]:
         """Give the answers of ranks 1 and up, by a broadcast from each in turn."""
         answers = []
-        for rank in range(1, self._group.world_size):
-            if rank == self._group.rank:
+        for rank in range(1, self.world_size):
+            if rank == self.rank:
                 self.tell({"answer": own})
                 answers.append(own)
             else:
                 answers.append(self.hear(rank)["answer"])
         return answers
 
-
-class GlooData:
-    """Buckets by broadcasts; see planes.DataPlane."""
-
-    def __init__(self, group: GlooGroup) -> None:
-        self._group = group
-
     def send(self, bucket: Bucket) -> None:
         """Broadcast the buffer."""
-        self._group.broadcast(bucket.buffer)
+        self._broadcast(bucket.buffer, self.rank)
 
     def receive(self, bucket: Bucket) -> None:
-        """Fill the buffer with the sender's."""
-        self._group.broadcast(bucket.buffer)
+        """Fill the buffer with that of rank 0."""
+        self._broadcast(bucket.buffer, 0)
+
+    def _broadcast(self, tensor: torch.Tensor, root: int) -> None:
+        try:
+            self._pg.broadcast(tensor, root).wait()
+        except RuntimeError as error:
+            raise WeightSyncError(f"the weight group lost a member: {error}") from error
 
 
 class BroadcastSender(UpdateSender):
@@ -145,7 +130,7 @@ class BroadcastSender(UpdateSender):
     ) -> None:
         """listener: a socket that already listens at a loopback `address` and `port`."""
         group = GlooGroup(address, port, 0, world_size, backend, timeout_s, secret, listener)
-        super().__init__(GlooControl(group), GlooData(group), bucket_bytes)
+        super().__init__(group, group, bucket_bytes)
 
 
 class BroadcastReceiver(UpdateReceiver):
@@ -162,43 +147,24 @@ class BroadcastReceiver(UpdateReceiver):
         secret: str | None = None,
     ) -> None:
         group = GlooGroup(address, port, rank, world_size, backend, timeout_s, secret)
-        super().__init__(GlooControl(group), GlooData(group))
-
-
-class RemoteReceiver(Protocol):
-    """An engine in another process. A call returns when the engine has done what it asks."""
-
-    def init_weights_update_group(
-        self,
-        master_address: str,
-        master_port: int,
-        rank: int,
-        world_size: int,
-        backend: str = "gloo",
-        timeout_s: float = 600.0,
-        secret: str | None = None,
-    ) -> None:
-        """Join a group as BroadcastReceiver."""
-
-    def update_weights_from_distributed(self) -> WeightVersion:
-        """Take one update from the group."""
+        super().__init__(group, group)
 
 
 class BroadcastTransport(BroadcastSender):
     """To one engine in another process, which is called to take part while this one sends."""
 
-    def __init__(
-        self, engine: RemoteReceiver, backend: str = "gloo", timeout_s: float = 600.0
-    ) -> None:
+    def __init__(self, engine: Any, backend: str = "gloo", timeout_s: float = 600.0) -> None:
         """Make a group of this process and the engine's.
 
-        The port is this process's before the engine is told it, and so is a secret of the two.
+        `engine` has Engine's init_weights_update_group and update_weights_from_distributed, which
+        return when its process is done. The port is this process's before the engine is told it,
+        and so is a secret of the two.
         """
         listener = loopback_listener()
         address, port = listener.getsockname()
         known: dict[str, Any] = {"timeout_s": timeout_s, "secret": secrets.token_hex(32)}
-        join = partial(engine.init_weights_update_group, address, port, 1, 2, backend, **known)
-        joining = _beside(join)
+        join = engine.init_weights_update_group
+        joining = _beside(partial(join, address, port, 1, 2, backend, **known))
         try:
             with listener:
                 super().__init__(address, port, 2, backend, listener=listener, **known)
@@ -210,7 +176,7 @@ class BroadcastTransport(BroadcastSender):
         self._receiving: Future[Any] = joining  # is done, so nobody waits for it
 
     @classmethod
-    def between(cls, source: WeightSource, engine: RemoteReceiver, folder: Path) -> Self:
+    def between(cls, source: WeightSource, engine: Any, folder: Path) -> Self:
         """Meet the engine."""
         return cls(engine)
 
