@@ -134,7 +134,7 @@ def test_a_tensor_may_come_in_regions(session, regions, is_alone):
 NO_REGIONS = {
     "too low": (meta((2, 0), (2, 4)), r"\(2, 4\) torch.float32, from \(2, 0\) on, in the update"),
     "too wide": (meta((0, 2), (3, 3)), r"a is \(3, 4\) torch.float32 here and \(3, 3\)"),
-    "before the first": (meta((-1, 0), (1, 4)), "a is"),
+    "before the first": (meta((-2, 0), (1, 4)), "a is"),
     "of a vector": (meta((0,), (3,)), "a is"),
     "of a cube": (meta((0, 0, 0), (1, 1, 1)), "a is"),
     "twice": (meta((0, 2), (1, 1)), "a arrived twice"),

@@ -137,12 +137,10 @@ class _Asked:
     def __init__(self) -> None:
         self.refusal: WeightSyncError | None = None
 
-    def __call__[**P, T](
-        self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-    ) -> T | None:
+    def __call__[T, *A](self, action: Callable[[*A], T], *args: *A) -> T | None:
         if self.refusal is None:
             try:
-                return action(*args, **kwargs)
+                return action(*args)
             except WeightSyncError as error:
                 self.refusal = error
         return None

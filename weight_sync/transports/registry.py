@@ -15,10 +15,17 @@ class Entry:
     """one: a single process; copies: several, of which none is a stage of a pipeline; stages."""
 
 
-_HERE = "samebit.weight_sync.transports"
 TRANSPORTS = {
-    "alias": Entry(f"{_HERE}.alias:AliasLease", ("colocated",), ("one", "copies")),
-    "stages": Entry(f"{_HERE}.stages:StageTransport", ("colocated",), ("stages",)),
-    "gloo": Entry(f"{_HERE}.broadcast:BroadcastTransport", ("process",), ("one",)),
-    "file": Entry(f"{_HERE}.file:FileTransport", ("colocated", "process"), ("one",)),
+    "alias": Entry(
+        "samebit.weight_sync.transports.alias:AliasLease", ("colocated",), ("one", "copies")
+    ),
+    "stages": Entry(
+        "samebit.weight_sync.transports.stages:StageTransport", ("colocated",), ("stages",)
+    ),
+    "gloo": Entry(
+        "samebit.weight_sync.transports.broadcast:BroadcastTransport", ("process",), ("one",)
+    ),
+    "file": Entry(
+        "samebit.weight_sync.transports.file:FileTransport", ("colocated", "process"), ("one",)
+    ),
 }
