@@ -40,14 +40,14 @@ from samebit.rollout.types import Completion, Request, SamplingParams
 from samebit.weight_sync.objects import smallest
 from samebit.weight_sync.session import UpdateSession
 from samebit.weight_sync.transports.broadcast import BroadcastReceiver
-from samebit.weight_sync.types import Bucket, WeightVersion
+from samebit.weight_sync.types import Bucket, ParamMeta, WeightVersion
 
 Progress = Callable[[int, int], None]
 """Called with (finished samples, tokens drawn so far) after every step."""
 
 
 class Engine:
-    """An in-process rollout engine; its weight_control takes weights (transports.base.WeightSink).
+    """An in-process rollout engine, and a receiver of weights (transports.base.WeightSink).
 
     Settings are EngineConfig's, given as `config`, by name, or both (a name wins). ranks: tensor
     parallel ranks; each runs an engine of its own and is given the same requests.
@@ -268,6 +268,10 @@ class Engine:
     def begin_weight_update(self, step: int) -> None:
         """Refuse new work from here on; see weight_sync.transports.base.WeightSink."""
         self.weight_control.begin_weight_update(step)
+
+    def bucket_for(self, metas: Sequence[ParamMeta]) -> Bucket:
+        """Give what these tensors are to be written into: the weights' own memory if possible."""
+        return self.weight_control.bucket_for(metas)
 
     def receive_weights(self, bucket: Bucket) -> None:
         """Copy a bucket's tensors into place."""

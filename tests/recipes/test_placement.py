@@ -17,7 +17,7 @@ from samebit.weight_sync.buckets import cut_buckets, pack
 class Slow(SinkTransport):
     @classmethod
     def between(cls, source, engine, folder):
-        return cls(engine.weight_control)
+        return cls(engine)
 
     def send(self, params):
         for metas in cut_buckets(params, 1):

@@ -95,7 +95,7 @@ def test_an_engine_bound_to_the_trainer_sees_its_steps(make_trainer, qwen3_path,
     trainer, engine = make_trainer(), Engine(qwen3_path, device="cpu")
     engine.bind_weights(trainer.params)
     memory = {name: p.data_ptr() for name, p in trainer.params.items()}
-    lease = AliasLease(engine.weight_control)
+    lease = AliasLease(engine)
     before = engine.score([list(samples[0].token_ids)])
     for step in (1, 2):
         lease.take(step)

@@ -63,7 +63,7 @@ def send(sender, params, digest, step):
 
 def recovers(pool, sender, receiver, engine, version, expected):
     """A full update over the same group makes the engine serve again."""
-    receiving = pool.submit(receiver.receive, engine.weight_control, CPU)
+    receiving = pool.submit(receiver.receive, engine, CPU)
     send(sender, version.params, version.digest, 9)
     receiving.result()
     assert engine.weight_version == WeightVersion(9, version.digest)
@@ -96,7 +96,7 @@ def test_a_refusal_reaches_the_sender_and_the_group_goes_on(pool, engine, new, e
     """The sender must stop with the receiver's reason, and its next full update must heal it."""
     params, digest, reason = faults(new)[fault]
     sender, [receiver] = make_group(pool, bucket_bytes=4096)
-    receiving = pool.submit(receiver.receive, engine.weight_control, CPU)
+    receiving = pool.submit(receiver.receive, engine, CPU)
     with pytest.raises(WeightSyncError, match=f"rank 1: .*{reason}"):
         send(sender, params, digest, 4)
     with pytest.raises(WeightSyncError, match=reason):
@@ -110,7 +110,7 @@ def test_an_engine_that_cannot_begin_refuses_through_the_protocol(pool, engine, 
     """A busy engine must not leave the sender alone in a broadcast until the timeout."""
     request_id = engine.add_request(PROMPTS[0], PARAMS)
     sender, [receiver] = make_group(pool)
-    receiving = pool.submit(receiver.receive, engine.weight_control, CPU)
+    receiving = pool.submit(receiver.receive, engine, CPU)
     with pytest.raises(WeightSyncError, match="rank 1: .*1 requests are unfinished"):
         send(sender, new.params, new.digest, 4)
     with pytest.raises(WeightSyncError, match="1 requests are unfinished"):
@@ -127,9 +127,7 @@ def test_one_of_two_receivers_refuses(pool, old, new, expected):
 
     def receive():
         pairs = zip(receivers, engines, strict=True)
-        return [
-            pool.submit(receiver.receive, engine.weight_control, CPU) for receiver, engine in pairs
-        ]
+        return [pool.submit(receiver.receive, engine, CPU) for receiver, engine in pairs]
 
     receiving = receive()
     with pytest.raises(WeightSyncError, match="^rank 2: .*unfinished"):
@@ -148,7 +146,7 @@ def test_one_of_two_receivers_refuses(pool, old, new, expected):
 def test_an_abort_reaches_the_receiver_with_its_reason(pool, engine, new, expected):
     """A trainer that fails in mid-update says so; the engine must not serve a mixture."""
     sender, [receiver] = make_group(pool)
-    receiving = pool.submit(receiver.receive, engine.weight_control, CPU)
+    receiving = pool.submit(receiver.receive, engine, CPU)
     sender.begin(4)
     sender.send(dict(list(new.params.items())[:3]))
     sender.abort("out of disk")
@@ -161,7 +159,7 @@ def test_an_abort_reaches_the_receiver_with_its_reason(pool, engine, new, expect
 def test_a_silent_sender_is_given_up_after_the_timeout(pool, engine, new, expected):
     """A sender that hangs in mid-update must not hang the engine for ever."""
     sender, [receiver] = make_group(pool, timeout_s=5.0)
-    receiving = pool.submit(receiver.receive, engine.weight_control, CPU)
+    receiving = pool.submit(receiver.receive, engine, CPU)
     sender.begin(4)
     with pytest.raises(WeightSyncError, match="the weight group lost a member"):
         receiving.result()
@@ -234,7 +232,7 @@ def test_a_sender_that_dies_breaks_the_update(pool, engine, new, expected, momen
         port = int(child.stdout.readline())
         receiver = BroadcastReceiver("127.0.0.1", port, 1, 2, timeout_s=60.0)
         with pytest.raises(WeightSyncError, match="the weight group lost a member"):
-            receiver.receive(engine.weight_control, CPU)
+            receiver.receive(engine, CPU)
         assert child.wait() == -signal.SIGKILL
     with pytest.raises(WeightSyncError, match="step 4 broke off: the weight group lost a member"):
         engine.generate(PROMPTS, PARAMS)

@@ -20,7 +20,7 @@ class AliasLease(Lease):
     def between(cls, source: WeightSource, engine: Any, folder: Path) -> Self:
         """Bind an engine of this process to the trainer's parameters."""
         engine.bind_weights(source.params, source.step)
-        return cls(engine.weight_control)
+        return cls(engine)
 
     def take(self, step: int) -> None:
         """Have the engine stop serving, so that no rollout can see half a step."""

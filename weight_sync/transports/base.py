@@ -18,7 +18,7 @@ from samebit.weight_sync.types import Bucket, ParamMeta, WeightVersion
 
 
 class WeightSink(Protocol):
-    """A receiver of versions in this process; an engine's weight_control is one."""
+    """A receiver of versions in this process; the engine is one."""
 
     def begin_weight_update(self, step: int) -> None:
         """Refuse new work from here on; the weights become a mixture."""

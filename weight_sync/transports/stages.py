@@ -34,7 +34,7 @@ class StageTransport(SinkTransport):
     @classmethod
     def between(cls, source: WeightSource, engine: Any, folder: Path) -> Self:
         """Serve an engine of this process and those of the other stages."""
-        return cls(engine.weight_control, engine.weights, source.pipeline_group)
+        return cls(engine, engine.weights, source.pipeline_group)
 
     def send(self, params: Mapping[str, torch.Tensor]) -> None:
         """Broadcast what this stage holds and take what the others do."""
