@@ -37,11 +37,10 @@ from samebit.rollout.runtime.slots import Slots
 from samebit.rollout.runtime.step_loop import StepLoop
 from samebit.rollout.runtime.weight_control import WeightControl, load_weights
 from samebit.rollout.types import Completion, Increment, SamplingParams
-from samebit.weight_sync.mapping import Shard
 from samebit.weight_sync.objects import smallest
 from samebit.weight_sync.session import UpdateSession
-from samebit.weight_sync.transports.collective import CollectiveReceiver
-from samebit.weight_sync.types import Bucket, WeightVersion
+from samebit.weight_sync.transports.broadcast import BroadcastReceiver
+from samebit.weight_sync.types import Bucket, ParamMeta, WeightVersion
 
 
 class Engine:
@@ -71,7 +70,7 @@ class Engine:
         self.dtype = resolve_dtype(dtype, self.device)
         self.config = settled(EngineConfig.of(config, overrides), self.device, ranks)
         self.model_config = load_model_config(self.model_path)
-        self.specs = self.model_config.param_specs(Shard(ranks.rank, ranks.size))
+        self.specs = self.model_config.param_specs(ranks.shard)
         self.profile: NumericsProfile = numerics_profile(self.device, ranks.size, ranks.invariant)
         self.model_config.selfcheck(self.device, ranks)
         self.arena = Arena(self.device)
@@ -261,7 +260,7 @@ class Engine:
         secret: what the trainer and all engines have to know, by default SAMEBIT_SECRET of the
         environment; on one machine there need be none. Raises ValueError if theirs is another.
         """
-        self.weight_control.receiver = CollectiveReceiver(
+        self.weight_control.receiver = BroadcastReceiver(
             master_address, master_port, rank, world_size, backend, timeout_s, secret
         )
 
@@ -272,6 +271,10 @@ class Engine:
     def begin_weight_update(self, step: int) -> None:
         """Refuse new work from here on; see weight_sync.transports.base.WeightSink."""
         self.weight_control.begin_weight_update(step)
+
+    def bucket_for(self, metas: Sequence[ParamMeta]) -> Bucket:
+        """Give what these tensors are to be written into: the weights' own memory if possible."""
+        return self.weight_control.bucket_for(metas)
 
     def receive_weights(self, bucket: Bucket) -> None:
         """Copy a bucket's tensors into place."""

@@ -6,10 +6,9 @@ asyncio task may call while other calls are unfinished.
 
 import itertools
 import multiprocessing
-import secrets
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
@@ -18,8 +17,6 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from samebit.rollout.client import Progress, Tell, result_of, stream_of
 from samebit.rollout.engine_process import START, serve
@@ -41,9 +38,7 @@ from samebit.rollout.messages import (
 )
 from samebit.rollout.runtime.call import uncancelled
 from samebit.rollout.types import Completion, Increment, SamplingParams
-from samebit.weight_sync.meeting import loopback_listener
-from samebit.weight_sync.transports.collective import CollectiveSender
-from samebit.weight_sync.types import WeightSyncError, WeightVersion
+from samebit.weight_sync.types import WeightVersion
 
 _PROGRESS_S = 0.1  # how often a caller is told that it still waits
 _EXIT_CODE_S = 5.0  # how long a process may take to end after its end of the pipe
@@ -230,27 +225,6 @@ class RemoteEngine:
         """See Engine.update_weights_from_distributed."""
         return self._call(UpdateFromGroup())
 
-    def connect_weights(self, backend: str, timeout_s: float = 600.0) -> "RemoteTransport":
-        """Make a weight group of this process (rank 0) and the engine's (rank 1).
-
-        The port is this process's before the engine is told it, and so is a secret of the two.
-        """
-        listener = loopback_listener()
-        address, port = listener.getsockname()
-        secret = secrets.token_hex(32)
-        _, joined = self._pipe.call(
-            JoinWeightGroup(address, port, 1, 2, backend, timeout_s, secret)
-        )
-        known: dict[str, Any] = {"timeout_s": timeout_s, "secret": secret}
-        try:
-            with listener:
-                sender = CollectiveSender(address, port, 2, backend, listener=listener, **known)
-        except Exception:
-            joined.result()  # raises the engine's own error, which says more
-            raise
-        joined.result()
-        return RemoteTransport(self, sender)
-
     def close(self) -> None:
         """End the process, and with it what is unfinished."""
         with suppress(RemoteEngineError):
@@ -275,61 +249,3 @@ class RemoteEngine:
 
     def _abandon(self, number: int) -> Future[None]:
         return self._pipe.call(Abandon(number))[1]
-
-    def _require_alive(self, error: Exception) -> None:
-        self._process.join(timeout=1)
-        if not self._process.is_alive():
-            raise self._pipe._death() from error
-
-
-class RemoteTransport:
-    """Weights to a RemoteEngine: the engine receives while this process sends."""
-
-    def __init__(self, engine: RemoteEngine, sender: CollectiveSender) -> None:
-        self._engine = engine
-        self._sender = sender
-        self._step = 0
-        self._sending = False
-        self._receiving: Future[WeightVersion] = uncancelled()
-
-    def begin(self, step: int) -> None:
-        """Remember the step. The engine has memory of its own and need not wait for training."""
-        self._step = step
-
-    def send(self, params: Mapping[str, torch.Tensor]) -> None:
-        """The engine stops serving and takes every bucket."""
-        _, self._receiving = self._engine._pipe.call(UpdateFromGroup())
-        self._sending = True
-        try:
-            self._sender.begin(self._step)
-            self._sender.send(params)
-        except WeightSyncError as error:
-            self._engine._require_alive(error)
-            raise
-
-    def commit(self, digest: str) -> WeightVersion:
-        """The engine compares digests and serves."""
-        self._sending = False
-        try:
-            self._sender.commit(digest)
-        except WeightSyncError:
-            self._receiving.result()  # raises the engine's own error, which says more
-            raise
-        return self._receiving.result()
-
-    def abort(self, reason: str) -> None:
-        """Once buckets were sent, the engine refuses to serve until a full update."""
-        if not self._sending:
-            return
-        self._sending = False
-        try:
-            self._sender.abort(reason)
-        except WeightSyncError as error:
-            self._engine._require_alive(error)
-            self._receiving.result()
-            raise
-        self._receiving.result()
-
-    def close(self) -> None:
-        """Leave the group."""
-        self._sender.close()

@@ -305,6 +305,7 @@ HANDS_ERRORS_ON = {
     "recipes/data/reward_worker.py": "a reward's process sends them to the run's",
     "rollout/engine_process.py": "it sends them to the caller's process",
     "rollout/runtime/engine_loop.py": "the loop's thread gives them to the callers",
+    "weight_sync/transports/broadcast.py": "a thread leaves the engine's to whoever sends to it",
 }
 
 

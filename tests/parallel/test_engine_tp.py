@@ -8,7 +8,6 @@ from rank_programs import PARAMS, exact, prompts
 from samebit.kernels.reduce import RankGroup
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
-from samebit.weight_sync.mapping import Shard
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def test_two_ranks_are_one_engine(found, qwen3_path):
     assert found[0]["updated"] == found[0]["bound"] == first
     assert found[0]["profile"] == 2
     assert found[0]["capacity"] == (1 << 30) // (768 // 2) // 64 * 64  # each has half of the heads
-    specs = load_model_config(qwen3_path).param_specs(Shard(0, 2))
+    specs = load_model_config(qwen3_path).param_specs((0, 2))
     shards = {spec.shape for spec in specs if len(spec.shape) == 2}
     assert set(map(tuple, found[0]["checked"])) == shards | {(331, 48)}  # and the whole logits
     warm = [i for i, p in enumerate(PARAMS) if p.temperature not in (0.0, 1.0)]
