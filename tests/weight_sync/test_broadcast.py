@@ -267,7 +267,7 @@ def test_an_engine_process_that_dies_is_reported(old, new):
 DYING_RECEIVER = """
 import os, sys
 import torch
-from samebit.weight_sync.meeting import loopback_listener
+from samebit.weight_sync.buckets import empty_bucket
 from samebit.weight_sync.transports.broadcast import BroadcastReceiver
 class Sink:
     def begin_weight_update(self, step): pass

@@ -35,7 +35,7 @@ from samebit.weight_sync.transports.planes import UpdateReceiver, UpdateSender
 from samebit.weight_sync.types import Bucket, WeightSyncError, WeightVersion
 
 _BACKENDS = ("gloo",)
-_LAST_WORDS_S = 10
+_LAST_WORDS_S = 60
 """Seconds that an engine is given to say why its group is broken."""
 
 
