@@ -13,7 +13,7 @@ from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
 
 IDS = [list(range(10 * i, 10 * i + params.n)) for i, params in enumerate(PARAMS)]
-ENDLESS = SamplingParams(max_new_tokens=400, ignore_eos=True)
+ENDLESS = SamplingParams(max_new_tokens=100, ignore_eos=True)
 
 
 def led(rank, size, store, folder, out):
@@ -34,7 +34,7 @@ def led(rank, size, store, folder, out):
             one.follow()
     found["unfinished"] = one.has_unfinished_requests
     one.add_request(prompts()[0], PARAMS[0])
-    [group] = [group for _ in range(40) for group in one.step()]
+    [group] = [group for _ in range(20) for group in one.step()]
     found["after"] = [exact([group]), [c.sample_id for c in group], group[0].request_id]
     Path(out).with_suffix(f".{rank}").write_text(json.dumps(found))
     dist.barrier()
@@ -66,12 +66,12 @@ async def concurrent_calls(one):
         return list(samples.values())
 
     async def given_up():
-        async with aclosing(one.stream(prompts(), ENDLESS)) as stream:
+        async with aclosing(one.stream(prompts()[1:3], ENDLESS)) as stream:
             async for part in stream:
                 if part.sample_id % 2:
                     return
 
-    doomed = asyncio.create_task(one.agenerate(prompts(), ENDLESS))
+    doomed = asyncio.create_task(one.agenerate(prompts()[:1], ENDLESS))
     *calls, _ = await asyncio.gather(*map(drawn, range(len(PARAMS))), given_up())
     one.flush_cache()
     doomed.cancel()
