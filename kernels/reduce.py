@@ -47,6 +47,11 @@ class RankGroup:
             )
 
     @property
+    def shard(self) -> tuple[int, int]:
+        """(rank, size): which part of a tensor that is split over the ranks is here."""
+        return self.rank, self.size
+
+    @property
     def sums(self) -> bool:
         """Whether row-parallel products are sums of partial ones."""
         return self.size > 1 or self.invariant

@@ -20,13 +20,13 @@ from samebit.trainer.config import (
     require,
     require_default,
 )
+from samebit.weight_sync.transports.registry import TRANSPORTS
 
 SET_BY_RUN = ("load_format", "max_model_len", "seed")
 """Settings of the engine that commands derive from keys of their own."""
 SET_BY_DEMO = "set by the demo"
 DEMO_MODELS = ("tiny", "smollm2")
 PLACEMENTS = ("colocated", "process")
-TRANSPORTS = {"colocated": ("alias", "stages", "file"), "process": ("gloo", "file")}
 
 
 class ConfigError(ValueError):
@@ -61,14 +61,16 @@ class PlacementSection:
     engine: str = "colocated"
     """colocated: in the trainer's process; process: in one of its own."""
     transport: str = "alias"
-    """How weights reach it: alias, stages (pipelines), file (colocated); gloo, file (process)."""
+    """How weights reach it: alias, stages (pipelines), file (colocated); gloo, file (process); or
+    module:Class, a transport of your own."""
 
     def __post_init__(self) -> None:
         known = self.engine in PLACEMENTS
         require(known, "placement.engine", self.engine, f"one of {PLACEMENTS}")
-        fitting = TRANSPORTS[self.engine]
+        fitting = tuple(name for name, entry in TRANSPORTS.items() if self.engine in entry.engines)
         meaning = f"one of {fitting} for placement '{self.engine}'"
-        require(self.transport in fitting, "placement.transport", self.transport, meaning)
+        fits = self.transport in fitting or ":" in self.transport
+        require(fits, "placement.transport", self.transport, meaning)
 
 
 @dataclass(kw_only=True)
@@ -171,10 +173,11 @@ def _check_placement(placement: PlacementSection, parallel: ParallelConfig) -> N
     layout = f"{count} processes of the trainer, in {parallel.pipeline} stages"
     fits = count == 1 or placement.engine == "colocated"
     require(fits, "placement.engine", placement.engine, f"colocated with {layout}")
-    fitting = ("alias",) if count > 1 else ("alias", "file", "gloo")
-    fitting = ("stages",) if parallel.pipeline > 1 else fitting
+    trainer = "stages" if parallel.pipeline > 1 else "copies" if count > 1 else "one"
+    fitting = sorted(name for name, entry in TRANSPORTS.items() if trainer in entry.trainers)
     meaning = f"{' or '.join(fitting)} with {layout}"
-    require(placement.transport in fitting, "placement.transport", placement.transport, meaning)
+    fits = placement.transport in fitting or ":" in placement.transport
+    require(fits, "placement.transport", placement.transport, meaning)
 
 
 @dataclass(kw_only=True)

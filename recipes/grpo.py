@@ -29,7 +29,6 @@ from samebit.recipes.run.training_metrics import (
     speed,
     train_metrics,
 )
-from samebit.rollout.remote import RemoteEngineError
 from samebit.trainer.algorithms.grpo import GrpoLoss, group_advantages
 from samebit.trainer.types import Sample, StepStats
 from samebit.weight_sync.types import WeightSyncError
@@ -104,7 +103,7 @@ class GrpoProgress(Progress):
 
 
 class GrpoRecipe:
-    """Holds the trainer, the engine, and the transport of weights between them."""
+    """Holds the trainer, the engine, and what keeps the engine on the trainer's weights."""
 
     def __init__(self, run: GrpoRun, session: RunSession, inputs: GrpoInputs | None = None) -> None:
         self.run = run
@@ -114,14 +113,14 @@ class GrpoRecipe:
             self.trainer.freeze_reference()
         self.loss = GrpoLoss(run.algorithm)
         self.progress = GrpoProgress(**session.restore(self.trainer))
-        self.engine, self.transport = start_engine(run, session.device, self.trainer)
+        self.engine, self.weights = start_engine(run, session.device, self.trainer)
         self.sampler = Sampler(run, self._inputs, self.engine)
         self.sync()
 
     def sync(self) -> None:
         """Serve the trainer's present weights."""
-        self.transport.begin(self.trainer.step)
-        self._send_weights()
+        self.weights.lease(self.trainer.step)
+        self.weights.update(self.trainer.params, self.trainer.digest())
 
     def update(
         self, samples: Sequence[Sample], timer: PhaseTimer, poll: Poll = lambda: None
@@ -131,16 +130,16 @@ class GrpoRecipe:
         `poll` is called between micro-batches as long as the weights are as they were; what it
         raises drops the step. Raises LogprobMismatchError.
         """
-        self.transport.begin(self.trainer.step + self.run.updates_per_step)
+        self.weights.lease(self.trainer.step + self.run.updates_per_step)
         try:
             with timer.time("train"):
                 stats = self._train(samples, poll)
                 self._check_promise(stats[0])
             with timer.time("sync"):
-                self._send_weights()
+                self.weights.update(self.trainer.params, self.trainer.digest())
         except BaseException as error:
-            with suppress(WeightSyncError, RemoteEngineError):  # the first error is the one to tell
-                self.transport.abort(f"the training step failed: {error}")
+            with suppress(WeightSyncError):  # the first error is the one to tell
+                self.weights.abort(f"the training step failed: {error}")
             raise
         return stats
 
@@ -172,7 +171,7 @@ class GrpoRecipe:
     def close(self) -> None:
         """Let go of the engine and of the reward's processes."""
         self._inputs.close()
-        self.transport.close()
+        self.weights.close()
         self.engine.close()
 
     def _train(self, samples: Sequence[Sample], poll: Poll) -> list[StepStats]:
@@ -196,10 +195,6 @@ class GrpoRecipe:
                 f"{first.logprob_tokens_compared} log-probs differ between rollout and trainer "
                 f"(at most by {first.logprob_abs_diff_max}); the last checkpoint is unharmed"
             )
-
-    def _send_weights(self) -> None:
-        self.transport.send(self.trainer.params)
-        self.transport.commit(self.trainer.digest())
 
 
 def main(run: GrpoRun) -> int:

@@ -4,10 +4,9 @@ engine = Engine("path/to/model")
 [[completion]] = engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=16))
 """
 
-import asyncio
-import itertools
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +14,45 @@ import torch
 
 from samebit.kernels.profile import NumericsProfile, numerics_profile
 from samebit.kernels.reduce import ALONE, RankGroup
+from samebit.rollout.client import Progress
 from samebit.rollout.config import EngineConfig, as_path
 from samebit.rollout.device import (
     as_ranks,
     automatic_kv_bytes,
-    on_device,
     own_device,
     resolve_dtype,
     settled,
 )
 from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.runtime.engine_loop import EngineLoop
 from samebit.rollout.runtime.kv_cache import KVCache, PagePool
 from samebit.rollout.runtime.memory import Arena
 from samebit.rollout.runtime.prefix_cache import PrefixCache
-from samebit.rollout.runtime.requests import RequestFactory
+from samebit.rollout.runtime.request_book import RequestBook
+from samebit.rollout.runtime.requests import RequestFactory, scores_of
 from samebit.rollout.runtime.runner import Runner
-from samebit.rollout.runtime.running_sample import RunningSample
 from samebit.rollout.runtime.sampler import Sampler
 from samebit.rollout.runtime.scheduler import Scheduler
 from samebit.rollout.runtime.slots import Slots
 from samebit.rollout.runtime.step_loop import StepLoop
 from samebit.rollout.runtime.weight_control import WeightControl, load_weights
-from samebit.rollout.types import Completion, Request, SamplingParams
-from samebit.weight_sync.mapping import Shard
+from samebit.rollout.types import Completion, Increment, SamplingParams
 from samebit.weight_sync.objects import smallest
 from samebit.weight_sync.session import UpdateSession
-from samebit.weight_sync.transports.collective import CollectiveReceiver
-from samebit.weight_sync.types import Bucket, WeightVersion
-
-Progress = Callable[[int, int], None]
-"""Called with (finished samples, tokens drawn so far) after every step."""
+from samebit.weight_sync.transports.broadcast import BroadcastReceiver
+from samebit.weight_sync.types import Bucket, ParamMeta, WeightVersion
 
 
 class Engine:
-    """An in-process rollout engine, and a receiver of weights (transports.base.WeightSink).
+    """A rollout engine in this process: an EngineClient and a weight receiver (WeightSink).
 
     Settings are EngineConfig's, given as `config`, by name, or both (a name wins). ranks: tensor
-    parallel ranks; each runs an engine of its own and is given the same requests.
+    parallel ranks; each runs an engine of its own and is given the same requests, or follows rank
+    0 (see `leading`).
 
-    It is not thread-safe except for `agenerate` and `abort_request`. Raises ValueError for bad
-    settings, TypeError for unknown ones, FileNotFoundError for a missing model and DeviceError for
-    device=cuda without a GPU.
+    Several threads may call it at once, but for the methods that change weights. Raises ValueError
+    for bad settings, TypeError for unknown ones, FileNotFoundError for a missing model and
+    DeviceError for device=cuda without a GPU.
     """
 
     def __init__(
@@ -73,7 +70,7 @@ class Engine:
         self.dtype = resolve_dtype(dtype, self.device)
         self.config = settled(EngineConfig.of(config, overrides), self.device, ranks)
         self.model_config = load_model_config(self.model_path)
-        self.specs = self.model_config.param_specs(Shard(ranks.rank, ranks.size))
+        self.specs = self.model_config.param_specs(ranks.shard)
         self.profile: NumericsProfile = numerics_profile(self.device, ranks.size, ranks.invariant)
         self.model_config.selfcheck(self.device, ranks)
         self.arena = Arena(self.device)
@@ -81,11 +78,6 @@ class Engine:
             self.model_path, self.config, self.specs, self.dtype, self.arena, ranks.group
         )
         self._make_runtime(session)
-        self._lock = threading.RLock()
-        self._arrivals = itertools.count()
-        self._live: dict[str, list[RunningSample]] = {}
-        self._for_step: set[str] = set()  # live requests of add_request
-        self._done: list[list[Completion]] = []
 
     # -- generation ------------------------------------------------------------------------------
 
@@ -108,7 +100,7 @@ class Engine:
         requests = self.requests.generation(
             prompt_ids, sampling_params, sample_ids, return_hidden_states
         )
-        return self._finish(self._add_all(requests), progress)
+        return self.loop.run(requests, progress)
 
     async def agenerate(
         self,
@@ -127,12 +119,22 @@ class Engine:
         requests = self.requests.generation(
             prompt_ids, sampling_params, sample_ids, return_hidden_states, fresh_ids=True
         )
-        groups = self._add_all(requests)  # at once, so that concurrent calls share batches
-        try:
-            return await asyncio.to_thread(self._finish, groups, None)
-        except asyncio.CancelledError:
-            self._abort_all(groups)
-            raise
+        return await self.loop.arun(requests)
+
+    def stream(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sample_ids: Sequence[Sequence[int]] | None = None,
+    ) -> AsyncGenerator[Increment, None]:
+        """`agenerate`, told as it is drawn: after each step, what it drew for each sample.
+
+        Who stops reading aborts the requests. Raises as generate does.
+        """
+        requests = self.requests.generation(
+            prompt_ids, sampling_params, sample_ids, (), fresh_ids=True
+        )
+        return self.loop.stream(requests)
 
     def score(
         self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
@@ -141,11 +143,7 @@ class Engine:
 
         For each sequence of L >= 2 tokens, L - 1 values: that of token i + 1 given tokens 0..i.
         """
-        requests = self.requests.scoring(token_ids, temperature)
-        return [
-            list(completion.logprobs)
-            for [completion] in self._finish(self._add_all(requests), None)
-        ]
+        return scores_of(self.loop.run(self.requests.scoring(token_ids, temperature), None))
 
     # -- finer control ---------------------------------------------------------------------------
 
@@ -165,39 +163,43 @@ class Engine:
         [request] = self.requests.generation(
             [prompt_ids], sampling_params, ids, return_hidden_states, fresh_ids=True
         )
-        with self._lock:
-            self._add(request)
-            self._for_step.add(request.request_id)
+        self.loop.between_steps(partial(self.loop.book.admit_for_step, request))
         return request.request_id
 
     def step(self) -> list[list[Completion]]:
         """Run one batch; n completions of each request of `add_request` that is newly finished."""
-        with self._lock:
-            self._advance()
-            done, self._done = self._done, []
-            return done
+        return self.loop.between_steps(self.loop.book.step_and_report)
 
     def abort_request(self, request_id: str) -> list[Completion]:
         """End a request; its samples as far as they are, finish_reason "abort".
 
         Raises KeyError for an unknown or finished request.
         """
-        with self._lock:
-            if request_id in self._live:
-                self._close_finished(self.step_loop.drain())
-            if request_id not in self._live:
-                raise KeyError(f"no unfinished request '{request_id}'")
-            self._for_step.discard(request_id)
-            self.scheduler.abort(request_id)
-            return [seq.completion() for seq in self._live.pop(request_id)]
+        return self.loop.between_steps(partial(self.loop.book.abort_request, request_id))
 
     @property
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything to do or to report."""
-        return self.scheduler.has_unfinished or bool(self._done)
+        return self.loop.book.has_unfinished
+
+    @contextmanager
+    def leading(self) -> Iterator[None]:
+        """In the block rank 0 alone is called, and by any number of callers; the others `follow`.
+
+        Weights may not change in it. At its end what callers wait for is aborted. It costs an
+        exchange of the ranks for each step. Raises RuntimeError on another rank.
+        """
+        with self.loop.leading(self.requests.marks):
+            yield
+
+    def follow(self) -> None:
+        """Do what rank 0 does in its block `leading`, to its end. RuntimeError on rank 0."""
+        end = self.loop.follow()
+        self.requests.resume(end.request_id, end.sample_id)
 
     def close(self) -> None:
-        """Nothing to end: the engine lives in this process."""
+        """Abort what callers wait for."""
+        self.loop.close()
 
     # -- weights ---------------------------------------------------------------------------------
 
@@ -221,7 +223,7 @@ class Engine:
 
     def flush_cache(self) -> None:
         """Forget all cached prefixes."""
-        self.weight_control.flush_cache()
+        self.loop.between_steps(self.loop.book.flush_cache)
 
     def bind_weights(self, params: Mapping[str, torch.Tensor], step: int = 0) -> WeightVersion:
         """Serve the trainer's own parameters from its memory (transport "alias")."""
@@ -258,7 +260,7 @@ class Engine:
         secret: what the trainer and all engines have to know, by default SAMEBIT_SECRET of the
         environment; on one machine there need be none. Raises ValueError if theirs is another.
         """
-        self.weight_control.receiver = CollectiveReceiver(
+        self.weight_control.receiver = BroadcastReceiver(
             master_address, master_port, rank, world_size, backend, timeout_s, secret
         )
 
@@ -269,6 +271,10 @@ class Engine:
     def begin_weight_update(self, step: int) -> None:
         """Refuse new work from here on; see weight_sync.transports.base.WeightSink."""
         self.weight_control.begin_weight_update(step)
+
+    def bucket_for(self, metas: Sequence[ParamMeta]) -> Bucket:
+        """Give what these tensors are to be written into: the weights' own memory if possible."""
+        return self.weight_control.bucket_for(metas)
 
     def receive_weights(self, bucket: Bucket) -> None:
         """Copy a bucket's tensors into place."""
@@ -314,6 +320,10 @@ class Engine:
         self.weight_control = WeightControl(
             session, m, self.arena, self.runner, self.scheduler, self.prefixes
         )
+        book = RequestBook(
+            *(self.scheduler, self.step_loop, slots, self.weight_control), self.device, self.ranks
+        )
+        self.loop = EngineLoop(book)
         self.requests = RequestFactory(
             vocab_size=m.vocab_size,
             num_layers=m.num_layers,
@@ -331,57 +341,3 @@ class Engine:
         affordable = automatic_kv_bytes(self.device) // token_bytes
         tokens = max(c.page_size, min(affordable, c.max_num_seqs * self.max_model_len))
         return smallest(tokens, self.ranks.group)  # all ranks take the same decisions
-
-    def _add(self, request: Request) -> list[RunningSample]:
-        with self._lock:
-            self.weight_control.require_ready()
-            seqs = RunningSample.of(request, self._arrivals)
-            self._live[request.request_id] = seqs
-            self.scheduler.add(seqs[0])
-            return seqs
-
-    def _add_all(self, requests: list[Request]) -> list[list[RunningSample]]:
-        with self._lock:
-            return [self._add(request) for request in requests]
-
-    def _finish(
-        self, groups: list[list[RunningSample]], progress: Progress | None
-    ) -> list[list[Completion]]:
-        """Step until these groups are done; other callers' steps count too."""
-        flat = [seq for group in groups for seq in group]
-        unfinished, drawn_before = list(reversed(flat)), self.step_loop.num_drawn
-        try:
-            while unfinished:
-                self._advance()
-                while unfinished and unfinished[-1].finish_reason is not None:
-                    unfinished.pop()
-                if progress is not None:
-                    done = sum(seq.finish_reason is not None for seq in flat)
-                    progress(done, self.step_loop.num_drawn - drawn_before)
-        except BaseException:
-            self._abort_all(groups)
-            raise
-        return [[seq.completion() for seq in group] for group in groups]
-
-    def _abort_all(self, groups: list[list[RunningSample]]) -> None:
-        with self._lock:
-            try:
-                self._close_finished(self.step_loop.drain())  # some may end by themselves
-            finally:
-                for request_id in {seq.request.request_id for group in groups for seq in group}:
-                    if request_id in self._live:
-                        self.abort_request(request_id)
-
-    def _advance(self) -> None:
-        with self._lock, on_device(self.device):  # also in a thread of agenerate
-            self.weight_control.require_ready()
-            self._close_finished(self.step_loop.advance(self.weight_version))
-
-    def _close_finished(self, finished: list[RunningSample]) -> None:
-        """Report requests all of whose samples are done."""
-        for request_id in dict.fromkeys(s.request.request_id for s in finished):
-            if all(s.finish_reason is not None for s in self._live[request_id]):
-                group = self._live.pop(request_id)
-                if request_id in self._for_step:
-                    self._for_step.remove(request_id)
-                    self._done.append([s.completion() for s in group])

@@ -1,81 +1,140 @@
-"""An engine in a process of its own on this machine, called like one in this process."""
+"""An engine in a process of its own on this machine, called like one in this process.
 
+A pipe carries typed messages (messages.py), each with the number of its call; so any thread and any
+asyncio task may call while other calls are unfinished.
+"""
+
+import itertools
 import multiprocessing
-import os
-import secrets
-import signal
 import threading
-import traceback
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
-import torch
+from samebit.rollout.client import Progress, Tell, result_of, stream_of
+from samebit.rollout.engine_process import START, serve
+from samebit.rollout.messages import (
+    Abandon,
+    AbortRequest,
+    Answer,
+    Done,
+    Drew,
+    FlushCache,
+    Generate,
+    GetVersion,
+    JoinWeightGroup,
+    Message,
+    Score,
+    Stop,
+    UpdateFromDisk,
+    UpdateFromGroup,
+)
+from samebit.rollout.runtime.call import uncancelled
+from samebit.rollout.types import Completion, Increment, SamplingParams
+from samebit.weight_sync.types import WeightVersion
 
-from samebit.rollout.types import Completion, SamplingParams
-from samebit.weight_sync.meeting import loopback_listener
-from samebit.weight_sync.transports.collective import CollectiveSender
-from samebit.weight_sync.types import WeightSyncError, WeightVersion
+_PROGRESS_S = 0.1  # how often a caller is told that it still waits
+_EXIT_CODE_S = 5.0  # how long a process may take to end after its end of the pipe
 
 
 class RemoteEngineError(RuntimeError):
     """The engine's process died."""
 
 
-def _serve(connection: Connection, model_path: str, cpu_threads: int, settings: dict) -> None:
-    """The child's loop: call the engine's methods by name until told to stop.
+class _Pipe:
+    """Sends calls, each with a number; a thread gives the answers to those who wait for them.
 
-    It ends when its parent does, and only then: signals to a whole group are the parent's to judge.
+    `started` is the first answer: whether the engine could be made.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    torch.set_num_threads(cpu_threads)
-    from samebit.rollout.engine import Engine
 
-    engine: Any = None
-    while True:
-        try:
-            name, args, kwargs = connection.recv()
-        except EOFError:
-            return  # the parent is gone
-        try:
-            if name == "start":
-                engine = Engine(model_path, **settings)
-                result = engine.weight_version
-            elif name == "weight_version":
-                result = engine.weight_version
-            else:
-                result = getattr(engine, name)(*args, **kwargs)
-            connection.send((True, result))
-        except Exception as error:  # noqa: BLE001 - every error goes to the caller
-            error.add_note(f"in the engine's process:\n{traceback.format_exc()}")
-            connection.send((False, error))
+    def __init__(self, connection: Connection, process: BaseProcess) -> None:
+        self._connection = connection
+        self._process = process
+        self._lock = threading.Lock()  # of a call's registration and its message
+        self._numbers = itertools.count(START + 1)
+        self.started = uncancelled()
+        self._waiting: dict[int, tuple[Future[Any], Tell | None]] = {START: (self.started, None)}
+        self._ended = False
+        self._reader = threading.Thread(target=self._read, name="samebit answers", daemon=True)
+        self._reader.start()
 
+    def call(self, message: Message, tell: Tell | None = None) -> tuple[int, Future[Any]]:
+        """A call's number and its result to come. RemoteEngineError if the process has died."""
+        result = uncancelled()
+        with self._lock:
+            if self._ended:
+                raise self._death()
+            number = next(self._numbers)
+            self._waiting[number] = (result, tell)
+            try:
+                self._connection.send((number, message))
+            except BaseException as error:
+                del self._waiting[number]
+                if isinstance(error, OSError):
+                    raise self._death() from error
+                raise
+        return number, result
 
-def _follow_parent() -> None:
-    """Also in the midst of a rollout, which nobody waits for any more."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    def close(self) -> None:
+        """Close this end, once the process has ended."""
+        self._reader.join(timeout=_EXIT_CODE_S)
+        self._connection.close()
+
+    def _read(self) -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                self._take(*self._connection.recv())
+        with self._lock:
+            self._ended = True
+        error = self._death()
+        for result, _ in self._waiting.values():
+            result.set_exception(error)
+
+    def _take(self, number: int, answer: Answer) -> None:
+        if isinstance(answer, Drew):
+            _, tell = self._waiting[number]
+            assert tell is not None
+            tell(answer.increments)
+            return
+        result, _ = self._waiting.pop(number)
+        if isinstance(answer, Done):
+            result.set_result(answer.value)
+        else:
+            result.set_exception(answer.error)
+
+    def _death(self) -> RemoteEngineError:
+        deadline = time.monotonic() + _EXIT_CODE_S
+        while self._process.exitcode is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return RemoteEngineError(
+            f"the engine's process {self._process.pid} ended with code {self._process.exitcode}"
+        )
 
 
 class RemoteEngine:
-    """Starts a process with an Engine; arguments as Engine's. Close it when done."""
+    """An EngineClient: starts a process with an Engine; arguments as Engine's. Close it when done.
+
+    Any method raises RemoteEngineError once the process has died.
+    """
 
     def __init__(self, model_path: str | Path, cpu_threads: int = 1, **settings: Any) -> None:
         context = multiprocessing.get_context("spawn")
-        self._connection, child = context.Pipe()
+        connection, child = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(child, str(model_path), cpu_threads, settings), daemon=True
+            target=serve, args=(child, str(model_path), cpu_threads, settings), daemon=True
         )
         self._process.start()
         Finalize(self, self._process.kill, exitpriority=1)  # for those who do not close it
         child.close()
-        self._call("start")
+        self._pipe = _Pipe(connection, self._process)
+        self._pipe.started.result()
 
     def generate(
         self,
@@ -84,159 +143,109 @@ class RemoteEngine:
         sample_ids: Sequence[Sequence[int]] | None = None,
         *,
         return_hidden_states: Sequence[int] = (),
-        progress: Any = None,
+        progress: Progress | None = None,
     ) -> list[list[Completion]]:
-        """See Engine.generate; progress knows of no tokens before the end.
-
-        If it raises, the engine's process is ended: nobody waits for its answer.
-        """
-        self._send(
-            "generate",
-            prompt_ids,
-            sampling_params,
-            sample_ids,
-            return_hidden_states=return_hidden_states,
-        )
-        if progress is not None:
-            self._wait(progress)
-        groups = self._receive()
+        """See Engine.generate; progress knows of no tokens before the end."""
+        message = Generate(prompt_ids, sampling_params, sample_ids, return_hidden_states)
+        groups = self._call(message, progress)
         if progress is not None:
             done = [c for group in groups for c in group]
             progress(len(done), sum(len(c.token_ids) for c in done))
         return groups
 
+    async def agenerate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sample_ids: Sequence[Sequence[int]] | None = None,
+        *,
+        return_hidden_states: Sequence[int] = (),
+    ) -> list[list[Completion]]:
+        """See Engine.agenerate."""
+        arguments = prompt_ids, sampling_params, sample_ids, return_hidden_states
+        number, result = self._pipe.call(Generate(*arguments, fresh_ids=True))
+        return await result_of(result, partial(self._abandon, number))
+
+    def stream(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sample_ids: Sequence[Sequence[int]] | None = None,
+    ) -> AsyncGenerator[Increment, None]:
+        """See Engine.stream; bad input is refused when the first increment is asked for."""
+        prompts = prompt_ids, sampling_params, sample_ids
+        message = Generate(*prompts, fresh_ids=True, streams=True)
+
+        def start(tell: Tell) -> tuple[Future[Any], Callable[[], object]]:
+            number, result = self._pipe.call(message, tell)
+            return result, partial(self._abandon, number)
+
+        return stream_of(start)
+
     def score(
         self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
     ) -> list[list[float]]:
         """See Engine.score."""
-        return self._call("score", token_ids, temperature)
+        return self._call(Score(token_ids, temperature))
+
+    def abort_request(self, request_id: str) -> list[Completion]:
+        """See Engine.abort_request; increments of `stream` have the request's id."""
+        return self._call(AbortRequest(request_id))
 
     @property
     def weight_version(self) -> WeightVersion:
         """Step and digest of the weights that are served."""
-        return self._call("weight_version")
+        return self._call(GetVersion())
+
+    def flush_cache(self) -> None:
+        """Forget all cached prefixes."""
+        self._call(FlushCache())
 
     def update_weights_from_disk(
         self, model_path: str | Path, step: int | None = None
     ) -> WeightVersion:
         """See Engine.update_weights_from_disk."""
-        return self._call("update_weights_from_disk", str(model_path), step)
+        return self._call(UpdateFromDisk(str(model_path), step))
 
-    def connect_weights(self, backend: str, timeout_s: float = 600.0) -> "RemoteTransport":
-        """Make a weight group of this process (rank 0) and the engine's (rank 1).
+    def init_weights_update_group(
+        self,
+        master_address: str,
+        master_port: int,
+        rank: int,
+        world_size: int,
+        backend: str = "gloo",
+        timeout_s: float = 600.0,
+        secret: str | None = None,
+    ) -> None:
+        """See Engine.init_weights_update_group."""
+        place = master_address, master_port, rank, world_size
+        self._call(JoinWeightGroup(*place, backend, timeout_s, secret))
 
-        The port is this process's before the engine is told it, and so is a secret of the two.
-        """
-        listener = loopback_listener()
-        address, port = listener.getsockname()
-        known: dict[str, Any] = {"timeout_s": timeout_s, "secret": secrets.token_hex(32)}
-        self._send("init_weights_update_group", address, port, 1, 2, backend, **known)
-        try:
-            with listener:
-                sender = CollectiveSender(address, port, 2, backend, listener=listener, **known)
-        except Exception:
-            self._receive()  # raises the engine's own error, which says more
-            raise
-        self._receive()
-        return RemoteTransport(self, sender)
+    def update_weights_from_distributed(self) -> WeightVersion:
+        """See Engine.update_weights_from_distributed."""
+        return self._call(UpdateFromGroup())
 
     def close(self) -> None:
-        """End the process."""
-        self._connection.close()
+        """End the process, and with it what is unfinished."""
+        with suppress(RemoteEngineError):
+            self._pipe.call(Stop())
         self._process.join(timeout=10)
         if self._process.is_alive():
             self._process.kill()
+        self._pipe.close()
 
-    def _wait(self, progress: Any) -> None:
-        """For the engine's answer, calling progress now and then."""
+    def _call(self, message: Message, progress: Progress | None = None) -> Any:
+        """A call's result. Who waits no longer, for what `progress` raises, aborts it."""
+        number, result = self._pipe.call(message)
         try:
-            while not self._connection.poll(0.1):
+            while progress is not None and not wait([result], _PROGRESS_S).done:
                 progress(0, 0)
+            return result.result()
         except BaseException:
-            self._process.kill()
+            if not result.done():
+                with suppress(RemoteEngineError):
+                    self._abandon(number)
             raise
 
-    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        self._send(name, *args, **kwargs)
-        return self._receive()
-
-    def _send(self, name: str, *args: Any, **kwargs: Any) -> None:
-        try:
-            self._connection.send((name, args, kwargs))
-        except (BrokenPipeError, OSError) as error:
-            raise self._died() from error
-
-    def _receive(self) -> Any:
-        try:
-            succeeded, result = self._connection.recv()
-        except (EOFError, ConnectionResetError) as error:
-            raise self._died() from error
-        except BaseException:
-            self._process.kill()  # else its answer would be taken for the next call's
-            raise
-        if not succeeded:
-            raise result
-        return result
-
-    def _require_alive(self, error: Exception) -> None:
-        self._process.join(timeout=1)
-        if not self._process.is_alive():
-            raise self._died() from error
-
-    def _died(self) -> RemoteEngineError:
-        self._process.join(timeout=5)
-        return RemoteEngineError(
-            f"the engine's process {self._process.pid} ended with code {self._process.exitcode}"
-        )
-
-
-class RemoteTransport:
-    """Weights to a RemoteEngine: the engine receives while this process sends."""
-
-    def __init__(self, engine: RemoteEngine, sender: CollectiveSender) -> None:
-        self._engine = engine
-        self._sender = sender
-        self._step = 0
-        self._sending = False
-
-    def begin(self, step: int) -> None:
-        """Remember the step. The engine has memory of its own and need not wait for training."""
-        self._step = step
-
-    def send(self, params: Mapping[str, torch.Tensor]) -> None:
-        """The engine stops serving and takes every bucket."""
-        self._engine._send("update_weights_from_distributed")
-        self._sending = True
-        try:
-            self._sender.begin(self._step)
-            self._sender.send(params)
-        except WeightSyncError as error:
-            self._engine._require_alive(error)
-            raise
-
-    def commit(self, digest: str) -> WeightVersion:
-        """The engine compares digests and serves."""
-        self._sending = False
-        try:
-            self._sender.commit(digest)
-        except WeightSyncError:
-            self._engine._receive()  # raises the engine's own error, which says more
-            raise
-        return self._engine._receive()
-
-    def abort(self, reason: str) -> None:
-        """Once buckets were sent, the engine refuses to serve until a full update."""
-        if not self._sending:
-            return
-        self._sending = False
-        try:
-            self._sender.abort(reason)
-        except WeightSyncError as error:
-            self._engine._require_alive(error)
-            self._engine._receive()
-            raise
-        self._engine._receive()
-
-    def close(self) -> None:
-        """Leave the group."""
-        self._sender.close()
+    def _abandon(self, number: int) -> Future[None]:
+        return self._pipe.call(Abandon(number))[1]

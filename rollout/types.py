@@ -112,3 +112,21 @@ class Completion:
     """Which weight version drew which tokens."""
     hidden_states: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
     """By layer: [prompt + L - 1, D], the residual stream after that many layers (0: embeddings)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Increment:
+    """What a sample has drawn since the last time, as `stream` gives it.
+
+    The increments of a sample, one behind another, are its Completion.
+    """
+
+    request_id: str
+    sample_id: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Of token_ids; empty if not asked for."""
+    finish_reason: str | None
+    """That of the Completion in the sample's last increment, else None."""
+    version_spans: tuple[VersionSpan, ...]
+    """Which weight version drew which tokens of the whole sample, so far."""

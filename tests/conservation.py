@@ -67,11 +67,16 @@ def check_slots(engine, running):
         assert slots.pages[seq.slot, : slots.num_pages[seq.slot]].tolist() == seq.pages
 
 
+def live_samples(engine):
+    """The samples of all requests that are not reported."""
+    return [seq for request in engine.loop.book.live.values() for seq in request.samples]
+
+
 def check_queues(engine, running):
     """Each unfinished sample waits, runs, or is to fork from one that does."""
     scheduler = engine.scheduler
     waiting, prefilling = list(scheduler._waiting), scheduler._prefilling
-    live = [seq for group in engine._live.values() for seq in group]
+    live = live_samples(engine)
     coming = [seq for leader in (*waiting, *running) for seq in leader.siblings]
     forking = {
         id(seq) for f in engine.step_loop._flights for c in f.step.chunks for seq in c.siblings
@@ -98,18 +103,26 @@ def check_queues(engine, running):
     assert set(map(id, prefilling)) <= set(map(id, running))
     unfinished = {seq.request.request_id for seq in live if seq.finish_reason is None}
     late = {seq.request.request_id for seq in engine.step_loop._finished}
-    assert unfinished <= set(engine._live) <= unfinished | late, "not reported"
+    assert unfinished <= set(engine.loop.book.live) <= unfinished | late, "not reported"
     assert scheduler.num_unfinished == len(unfinished)
     assert scheduler.has_unfinished == bool(unfinished)
-    assert engine._for_step <= set(engine._live)
+
+
+def check_calls(engine):
+    """Whoever waits, waits for something that is unfinished."""
+    book = engine.loop.book
+    waiting = {request.call for request in book.live.values()} - {None}
+    assert set(book.calls) == waiting
+    assert set(book._streams) <= waiting
 
 
 def check_books(engine):
     """Between steps, whatever is under way."""
-    running = [seq for group in engine._live.values() for seq in group if seq.slot is not None]
+    running = [seq for seq in live_samples(engine) if seq.slot is not None]
     check_slots(engine, running)
     check_pages(engine, running)
     check_queues(engine, running)
+    check_calls(engine)
 
 
 def settle(engine, leaves_requests=False):
@@ -118,14 +131,14 @@ def settle(engine, leaves_requests=False):
     Requests that are unfinished are aborted first, so that the next test begins without them; they
     are an error unless the test says that it `leaves_requests`.
     """
-    left = list(engine._live)
+    live = engine.loop.book.live
+    left = list(live)
     for request_id in left:
         for _ in range(2):  # what was in flight may be NaN, or the end of it
             with suppress(KeyError, NonFiniteError):
                 engine.abort_request(request_id)
     check_books(engine)
-    assert not engine._live
-    assert not engine._for_step
+    assert not live
     assert not engine.step_loop._flights
     assert engine.scheduler.num_running == 0
     engine.flush_cache()

@@ -1,12 +1,14 @@
 """A scheduler over a model that only counts: what is planned, without what is computed."""
 
 import itertools
+from types import SimpleNamespace
 
 import torch
 
 from samebit.rollout.config import EngineConfig
 from samebit.rollout.runtime.kv_cache import PagePool
 from samebit.rollout.runtime.prefix_cache import PrefixCache
+from samebit.rollout.runtime.request_book import LiveRequest
 from samebit.rollout.runtime.runner import Outcome
 from samebit.rollout.runtime.running_sample import RunningSample
 from samebit.rollout.runtime.sampler import Sampler
@@ -65,7 +67,9 @@ class World:
         self.step_loop = StepLoop(self.scheduler, self.slots, self.runner, sampler, depth)
         self.version = VERSION  # of the steps to come
         self.arrivals = 0
-        self._live, self._for_step = {}, set()  # as an engine's, for check_books
+        # As an engine's book, for check_books.
+        self.loop = SimpleNamespace(book=self)
+        self.live, self.calls, self._streams = {}, {}, {}
 
     def add(self, prompt, max_new=4, n=1, score=False, **params):
         """Queue a request; its sequences."""
@@ -79,7 +83,7 @@ class World:
         seqs = RunningSample.of(request, itertools.count(self.arrivals))
         self.arrivals += n
         self.scheduler.add(seqs[0])
-        self._live[request.request_id] = seqs
+        self.live[request.request_id] = LiveRequest(seqs, None)
         return seqs
 
     def step(self):
@@ -111,10 +115,10 @@ class World:
         return aborted
 
     def _forget_finished(self):
-        self._live = {
-            request: seqs
-            for request, seqs in self._live.items()
-            if any(seq.finish_reason is None for seq in seqs)
+        self.live = {
+            name: request
+            for name, request in self.live.items()
+            if any(seq.finish_reason is None for seq in request.samples)
         }
 
     def run(self, limit=500):

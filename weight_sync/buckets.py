@@ -1,43 +1,78 @@
-"""Which tensors travel together: parameters in order, cut into buckets of a bounded size."""
+"""Which tensors travel together: parameters in order, cut into buckets of a bounded size.
+
+A tensor that is alone in its bucket and contiguous need not be copied: the bucket is over its own
+memory, at the sender as at the receiver.
+"""
 
 from collections.abc import Mapping, Sequence
 
 import torch
 
-from samebit.weight_sync.types import Bucket, ParamMeta
+from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError
 
 _ALIGN = 64  # bytes; every dtype's views stay aligned
+_ALONE = 1 << 20  # bytes of a tensor whose copies cost more than a transfer of its own
 
 
-def plan_buckets(
+def cut_buckets(
     params: Mapping[str, torch.Tensor], bucket_bytes: int
 ) -> list[tuple[ParamMeta, ...]]:
-    """Cut params, in their own order, into buckets of at most bucket_bytes (or one tensor)."""
+    """Cut params, in their own order, into buckets of at most bucket_bytes (or one tensor).
+
+    A tensor of 1 MiB or more has a bucket of its own. Raises ValueError for a limit below 1.
+    """
     if bucket_bytes < 1:
         raise ValueError(f"bucket_bytes must be positive, got {bucket_bytes}")
     buckets: list[list[ParamMeta]] = []
     end = 0
     for name, tensor in params.items():
         num_bytes = tensor.numel() * tensor.element_size()
-        if not buckets or end + num_bytes > bucket_bytes:
+        room = num_bytes if num_bytes < _ALONE else max(num_bytes, bucket_bytes)
+        if not buckets or end + room > bucket_bytes:
             buckets.append([])
             end = 0
         buckets[-1].append(ParamMeta(name, tuple(tensor.shape), str(tensor.dtype), end))
-        end += -(-num_bytes // _ALIGN) * _ALIGN
+        end += -(-room // _ALIGN) * _ALIGN
     return [tuple(metas) for metas in buckets]
 
 
 def empty_bucket(metas: Sequence[ParamMeta], device: torch.device) -> Bucket:
-    """A bucket whose buffer is still to be filled."""
-    last = metas[-1]
-    num_bytes = last.offset + torch.Size(last.shape).numel() * last.torch_dtype.itemsize
+    """Make a bucket whose buffer is still to be filled."""
+    num_bytes = metas[-1].offset + metas[-1].num_bytes
     buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     return Bucket(tuple(metas), buffer)
 
 
+def bucket_over(metas: Sequence[ParamMeta], tensors: Sequence[torch.Tensor]) -> Bucket:
+    """Make a bucket over the memory of the one tensor, if it is contiguous, else an empty one.
+
+    `tensors` are those that `metas` name, of the same shapes.
+    """
+    first = tensors[0]
+    if len(tensors) == 1 and metas[0].offset == 0 and first.is_contiguous():
+        return Bucket(tuple(metas), first.detach().view(-1).view(torch.uint8))
+    return empty_bucket(metas, first.device)
+
+
 def pack(metas: Sequence[ParamMeta], params: Mapping[str, torch.Tensor]) -> Bucket:
-    """Copy the named tensors into one flat buffer on their device."""
-    bucket = empty_bucket(metas, params[metas[0].name].device)
-    for meta in metas:
-        bucket.tensor(meta).copy_(params[meta.name].detach())
+    """Put the named tensors into a bucket on their device; one that is alone is not copied.
+
+    Raises WeightSyncError for one that is not as `metas` say.
+    """
+    tensors = [params[meta.name].detach() for meta in metas]
+    for meta, tensor in zip(metas, tensors, strict=True):
+        if (tuple(tensor.shape), str(tensor.dtype)) != (meta.shape, meta.dtype):
+            raise WeightSyncError(
+                f"{meta.name} is {tuple(tensor.shape)} {tensor.dtype} here and "
+                f"{meta.shape} {meta.dtype} at the receiver"
+            )
+    bucket = bucket_over(metas, tensors)
+    for meta, tensor in zip(metas, tensors, strict=True):
+        copy_apart(tensor, bucket.tensor(meta))
     return bucket
+
+
+def copy_apart(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy a tensor to another of its shape and dtype, unless both are the same memory."""
+    if source.data_ptr() != target.data_ptr():
+        target.copy_(source)

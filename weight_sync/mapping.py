@@ -42,41 +42,36 @@ class ParamSpec:
         return slice(self.column_start, self.column_start + self.shape[1])
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Rank and size of a tensor parallel group."""
+type Shard = tuple[int, int]
+"""(rank, size): which of the equal parts of every split tensor; kernels.reduce.RankGroup has it."""
 
-    rank: int = 0
-    size: int = 1
-
-    def split(self, name: str, total: int) -> tuple[int, int]:
-        """(start, length) of this rank's part; ValueError if `total` does not divide."""
-        if total % self.size:
-            raise ValueError(
-                f"{name} = {total} does not divide by tensor parallel size {self.size}"
-            )
-        return total // self.size * self.rank, total // self.size
+WHOLE: Shard = (0, 1)
 
 
-WHOLE = Shard()
+def _split(name: str, total: int, shard: Shard) -> tuple[int, int]:
+    """(start, length) of a shard's part; ValueError if `total` does not divide."""
+    rank, size = shard
+    if total % size:
+        raise ValueError(f"{name} = {total} does not divide by tensor parallel size {size}")
+    return total // size * rank, total // size
 
 
-def plain(name: str, hf_name: str, shape: tuple[int, ...], rank: int = 0) -> ParamSpec:
+def plain(name: str, hf_name: str, shape: tuple[int, ...], shard: Shard = WHOLE) -> ParamSpec:
     """A parameter that every rank holds whole."""
     block = RowBlock(0, hf_name, 0, shape[0])
-    return ParamSpec(name, shape, (block,), {hf_name: shape}, replica=rank > 0)
+    return ParamSpec(name, shape, (block,), {hf_name: shape}, replica=shard[0] > 0)
 
 
 def columns(name: str, hf_name: str, shape: tuple[int, int], shard: Shard) -> ParamSpec:
     """A row-parallel weight: its input columns are split over the ranks."""
-    start, width = shard.split(f"{name} columns", shape[1])
+    start, width = _split(f"{name} columns", shape[1], shard)
     block = RowBlock(0, hf_name, 0, shape[0])
     return ParamSpec(name, (shape[0], width), (block,), {hf_name: shape}, start)
 
 
 def vocab(name: str, hf_name: str, shape: tuple[int, int], padded: int, shard: Shard) -> ParamSpec:
     """An embedding or output weight: rows padded to `padded`, then split over the ranks."""
-    start, rows = shard.split(f"{name} rows", padded)
+    start, rows = _split(f"{name} rows", padded, shard)
     live = max(0, min(rows, shape[0] - start))
     blocks = (RowBlock(0, hf_name, start, live),) if live else ()
     return ParamSpec(name, (rows, shape[1]), blocks, {hf_name: shape})
@@ -85,7 +80,7 @@ def vocab(name: str, hf_name: str, shape: tuple[int, int], padded: int, shard: S
 def stacked(name: str, hf_names: Iterable[str], shape: tuple[int, int], shard: Shard) -> ParamSpec:
     """Equal weights stacked by rank: [gate; up] of each rank's rows."""
     names = tuple(hf_names)
-    start, rows = shard.split(f"{name} rows", shape[0])
+    start, rows = _split(f"{name} rows", shape[0], shard)
     blocks = tuple(RowBlock(i * rows, n, start, rows) for i, n in enumerate(names))
     return ParamSpec(name, (rows * len(names), shape[1]), blocks, dict.fromkeys(names, shape))
 
@@ -104,7 +99,7 @@ def grouped_qkv(
     """
     num_heads, num_kv, head_dim = heads
     group_rows = num_heads // num_kv * head_dim
-    first, num_groups = shard.split(f"{name} kv heads", num_kv)
+    first, num_groups = _split(f"{name} kv heads", num_kv, shard)
     q, k, v = hf_names
     blocks = []
     for i in range(num_groups):

@@ -12,9 +12,10 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from samebit.weight_sync.buckets import bucket_over, copy_apart
 from samebit.weight_sync.digest import weights_digest
 from samebit.weight_sync.mapping import ParamSpec
-from samebit.weight_sync.types import Bucket, WeightSyncError, WeightVersion
+from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError, WeightVersion
 
 
 class SessionState(Enum):
@@ -45,7 +46,7 @@ class UpdateSession:
         self.state = SessionState.READY
         self.reason = ""
         self._step = version.step
-        self._received: set[str] = set()
+        self._received: dict[str, list[ParamMeta]] = {}
 
     def require_ready(self) -> None:
         """Raise WeightSyncError unless the weights are one whole version."""
@@ -61,35 +62,38 @@ class UpdateSession:
         """Start a full update to `step`. Allowed when ready or broken."""
         if self.state is SessionState.UPDATING:
             raise WeightSyncError(f"update to step {step} begun during that to step {self._step}")
-        self.state, self._step, self._received = SessionState.UPDATING, step, set()
+        self.state, self._step, self._received = SessionState.UPDATING, step, {}
+
+    def bucket_for(self, metas: Sequence[ParamMeta]) -> Bucket:
+        """Give what these tensors are to be written into, before `receive` takes it.
+
+        That is the parameter's own memory for one contiguous region, else an empty bucket. What
+        does not fit breaks the update, and nothing is written.
+        """
+        self._require_updating()
+        return bucket_over(metas, [self._region(meta) for meta in metas])
 
     def receive(self, bucket: Bucket) -> None:
-        """Copy a bucket's tensors into place; unknown or misshapen ones break the update."""
+        """Put a bucket's tensors into place; unknown or misshapen ones break the update."""
         self._require_updating()
         for meta in bucket.metas:
-            param = self.params.get(meta.name)
-            if param is None:
-                self._fail(f"unknown tensor {meta.name}")
-            if (tuple(param.shape), str(param.dtype)) != (meta.shape, meta.dtype):
-                self._fail(
-                    f"{meta.name} is {tuple(param.shape)} {param.dtype} here and "
-                    f"{meta.shape} {meta.dtype} in the update"
-                )
-            if meta.name in self._received:
-                self._fail(f"{meta.name} arrived twice")
+            region = self._region(meta)
             with torch.no_grad():
-                param.copy_(bucket.tensor(meta))
-            self._received.add(meta.name)
+                copy_apart(bucket.tensor(meta), region)
+            self._received.setdefault(meta.name, []).append(meta)
 
     def receive_in_place(self) -> None:
-        """All tensors are already here: the sender writes to this memory."""
+        """Take all tensors as arrived: the sender writes to this memory."""
         self._require_updating()
-        self._received = set(self.params)
+        self._received = {
+            name: [ParamMeta(name, tuple(param.shape), str(param.dtype), 0)]
+            for name, param in self.params.items()
+        }
 
     def commit(self, digest: str) -> WeightVersion:
         """Check completeness, finiteness and the digest; the new version on success."""
         self._require_updating()
-        missing = sorted(set(self.params) - self._received)
+        missing = sorted(name for name in self.params if not self._is_whole(name))
         if missing:
             self._fail(f"{len(missing)} tensors never arrived: {', '.join(missing[:5])}")
         self._check_finite()
@@ -103,6 +107,27 @@ class UpdateSession:
         """End the update; the weights are a mixture and may not be used."""
         self._require_updating()
         self.state, self.reason = SessionState.BROKEN, reason
+
+    def _region(self, meta: ParamMeta) -> torch.Tensor:
+        """Where a tensor of the update goes. One that has no place here breaks the update."""
+        param = self.params.get(meta.name)
+        if param is None:
+            self._fail(f"unknown tensor {meta.name}")
+        region = meta.region_of(param)
+        if region is None:
+            place = "" if meta.start is None else f", from {meta.start} on,"
+            self._fail(
+                f"{meta.name} is {tuple(param.shape)} {param.dtype} here and "
+                f"{meta.shape} {meta.dtype}{place} in the update"
+            )
+        if any(map(meta.overlaps, self._received.get(meta.name, []))):
+            self._fail(f"{meta.name} arrived twice")
+        return region
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether every element of a parameter has arrived: regions do not overlap."""
+        arrived = sum(meta.num_elements for meta in self._received.get(name, []))
+        return arrived == self.params[name].numel()
 
     def _check_finite(self) -> None:
         bad = non_finite(self.params)

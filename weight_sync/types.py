@@ -26,17 +26,54 @@ class VersionSpan:
 
 @dataclass(frozen=True)
 class ParamMeta:
-    """Where one tensor lies in a bucket. `offset` in bytes; `dtype` as torch prints it."""
+    """Names a parameter, or a region of one, and says where it lies in a bucket.
+
+    `shape` is the region's; `start` is the index of its first element in the receiver's parameter,
+    None if the region is the whole of it. `offset` in bytes; `dtype` as torch prints it.
+
+    Example: rows 8 to 11 of a matrix with 6 columns are ParamMeta(name, (4, 6), dtype, 0, (8, 0))
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     offset: int
+    start: tuple[int, ...] | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype object that `dtype` names."""
         return getattr(torch, self.dtype.removeprefix("torch."))
+
+    @property
+    def num_elements(self) -> int:
+        """The region has so many elements."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def num_bytes(self) -> int:
+        """The region takes so many bytes of a bucket."""
+        return self.num_elements * self.torch_dtype.itemsize
+
+    @property
+    def _first(self) -> tuple[int, ...]:
+        return (0,) * len(self.shape) if self.start is None else self.start
+
+    def region_of(self, param: torch.Tensor) -> torch.Tensor | None:
+        """A view of the region in `param`; None if it is not one of this tensor."""
+        region, start = param, self.start
+        if start is not None:
+            if len(start) != param.dim() or min(start, default=0) < 0:
+                return None
+            sides = zip(start, self.shape, strict=False)
+            region = param[tuple(slice(first, first + length) for first, length in sides)]
+        fits = (tuple(region.shape), str(region.dtype)) == (self.shape, self.dtype)
+        return region if fits else None
+
+    def overlaps(self, other: "ParamMeta") -> bool:
+        """Whether two regions of one parameter have an element in common."""
+        sides = zip(self._first, self.shape, other._first, other.shape, strict=True)
+        return all(a < b + n and b < a + m for a, m, b, n in sides)
 
 
 @dataclass(frozen=True)
@@ -48,9 +85,8 @@ class Bucket:
 
     def tensor(self, meta: ParamMeta) -> torch.Tensor:
         """A view of one tensor in the buffer."""
-        dtype = meta.torch_dtype
-        num_bytes = dtype.itemsize * torch.Size(meta.shape).numel()
-        return self.buffer[meta.offset : meta.offset + num_bytes].view(dtype).view(meta.shape)
+        part = self.buffer[meta.offset : meta.offset + meta.num_bytes]
+        return part.view(meta.torch_dtype).view(meta.shape)
 
 
 class WeightSyncError(RuntimeError):

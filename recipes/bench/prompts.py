@@ -7,7 +7,7 @@ import torch
 
 from samebit.recipes.bench.config import Workload
 from samebit.recipes.bench.output import BenchError
-from samebit.rollout.engine import Engine
+from samebit.rollout.client import EngineClient
 from samebit.rollout.types import SamplingParams
 
 
@@ -38,7 +38,7 @@ def sampling_params(workload: Workload) -> SamplingParams:
     )
 
 
-def timed_run(engine: Engine, source: PromptSource, workload: Workload) -> float:
+def timed_run(engine: EngineClient, source: PromptSource, workload: Workload) -> float:
     """Seconds of one run with fresh prompts; BenchError unless every token and log-prob came."""
     prompts, sample_ids = source.draw(workload)
     params = sampling_params(workload)

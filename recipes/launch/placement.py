@@ -1,5 +1,6 @@
 """Where the engine runs and how weights reach it."""
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,19 +9,16 @@ import torch
 
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.launch.replicas import ReplicatedEngine
+from samebit.rollout.client import EngineClient
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.remote import RemoteEngine
 from samebit.rollout.runtime.weights import load_safetensors
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.ranks import place
-from samebit.weight_sync.transports.alias import AliasTransport
-from samebit.weight_sync.transports.base import Transport
-from samebit.weight_sync.transports.file import FileTransport
-from samebit.weight_sync.transports.stages import StageTransport
-
-ServingEngine = Engine | RemoteEngine | ReplicatedEngine
-"""What serves the trainer's weights, wherever it runs."""
+from samebit.weight_sync.sync import WeightSync
+from samebit.weight_sync.transports.base import Lease, Transport
+from samebit.weight_sync.transports.registry import TRANSPORTS
 
 
 def load_weights(trainer: MegatronTrainer, model_path: str) -> None:
@@ -47,39 +45,38 @@ def make_trainer(
     return trainer
 
 
-def _start_copies(
-    run: GrpoRun, trainer: MegatronTrainer, engine: Engine
-) -> tuple[ReplicatedEngine, Transport]:
-    """One of the engines of several processes."""
-    transport: Transport
-    if run.placement.transport == "stages":
-        transport = StageTransport(engine, engine.weights, trainer.pipeline_group)
-    else:
-        engine.bind_weights(trainer.params, trainer.step)
-        transport = AliasTransport(engine)
-    return ReplicatedEngine(engine, *place(), trainer.ranks.size), transport
+def load_transport(name: str) -> type[Lease] | type[Transport]:
+    """Give the class that placement.transport names, or is: module:Class.
+
+    Raises ValueError for one that cannot be imported or is none.
+    """
+    path = TRANSPORTS[name].path if name in TRANSPORTS else name
+    module, _, attribute = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"placement.transport is {name!r}, which cannot be imported: {error}"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Lease | Transport)):
+        raise ValueError(f"placement.transport is {name!r}; give a subclass of Lease or Transport")
+    return found
 
 
 def start_engine(
     run: GrpoRun, device: torch.device, trainer: MegatronTrainer
-) -> tuple[ServingEngine, Transport]:
-    """Start the engine, with the model folder's weights, and the transport that serves it."""
+) -> tuple[EngineClient, WeightSync]:
+    """Start the engine, with the model folder's weights, and what keeps it on the trainer's."""
+    transport = load_transport(run.placement.transport)
     longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
     config = replace(run.engine, max_model_len=longest, seed=run.seed)
     where: dict[str, Any] = {"device": device, "ranks": trainer.ranks}
-    if run.trainer.parallel.num_processes > 1:
-        return _start_copies(run, trainer, Engine(run.model.path, config, **where))
     engine: Engine | RemoteEngine
     if run.placement.engine == "process":
         engine = RemoteEngine(run.model.path, run.cpu_threads, config=config, **where)
     else:
         engine = Engine(run.model.path, config, **where)
-    if run.placement.transport == "alias":
-        assert isinstance(engine, Engine)
-        engine.bind_weights(trainer.params, trainer.step)
-        return engine, AliasTransport(engine)
-    if run.placement.transport == "gloo":
-        assert isinstance(engine, RemoteEngine)
-        return engine, engine.connect_weights("gloo")
-    folder = run.run_dir / "weight_sync"
-    return engine, FileTransport(folder, trainer.specs, engine.update_weights_from_disk)
+    weights = WeightSync(transport.between(trainer, engine, run.run_dir / "weight_sync"))
+    if isinstance(engine, Engine) and run.num_processes > 1:
+        return ReplicatedEngine(engine, *place(), trainer.ranks.size), weights
+    return engine, weights

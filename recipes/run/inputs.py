@@ -17,6 +17,7 @@ from samebit.recipes.data.tasks.base import Dataset, ListDataset, Problem
 from samebit.recipes.data.tasks.faults import Faults
 from samebit.recipes.data.tasks.registry import load_datasets
 from samebit.recipes.data.text import TextCodec
+from samebit.recipes.launch.placement import load_transport
 from samebit.recipes.launch.processes import is_one_of_several, launched_rank
 from samebit.recipes.run.signals import Stopped, StopSignals
 from samebit.rollout.device import resolve_device
@@ -24,7 +25,6 @@ from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config, require_taught_end
 from samebit.rollout.runtime.weights import open_safetensors
 from samebit.trainer.megatron.stages import make_stage
-from samebit.weight_sync.mapping import Shard
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def checked_model(run: GrpoRun | SftRun) -> ModelConfig:
     The layout and the headers of the weights are looked at, no weight is read.
     """
     model, parallel = load_model_config(run.model.path), run.trainer.parallel
-    model.param_specs(Shard(0, parallel.tensor))
+    model.param_specs((0, parallel.tensor))
     make_stage(model, 0, parallel.pipeline, parallel.virtual_pipeline)
     if run.numerics.tp_invariant:
         model.segment_shapes(resolve_device(run.device))
@@ -88,6 +88,7 @@ class GrpoInputs:
         poll = _polled(stop)
         self.model = checked_model(run)
         train_set, eval_set = load_datasets(run.data)
+        load_transport(run.placement.transport)
         self.text = TextCodec(run.model.path, run.data.chat)
         self.reward = load_reward(run.reward, poll)
         encoder = Encoder(

@@ -12,9 +12,9 @@ from samebit.recipes.data.records import Split
 from samebit.recipes.data.rewards import Poll, RewardError, score
 from samebit.recipes.data.samples import drawn_sample
 from samebit.recipes.data.tasks.base import Problem
-from samebit.recipes.launch.placement import ServingEngine
 from samebit.recipes.run.inputs import GrpoInputs
 from samebit.recipes.run.signals import Stopped
+from samebit.rollout.client import EngineClient
 from samebit.rollout.types import Completion, SamplingParams
 from samebit.trainer.ranks import on_first
 from samebit.trainer.types import Sample
@@ -68,7 +68,7 @@ class Rollout:
 class Sampler:
     """Chooses the prompts of a run, has an engine complete them, and scores the completions."""
 
-    def __init__(self, run: GrpoRun, inputs: GrpoInputs, engine: ServingEngine) -> None:
+    def __init__(self, run: GrpoRun, inputs: GrpoInputs, engine: EngineClient) -> None:
         self._settings, self._seed = run.rollout, run.seed
         self._inputs = inputs
         self._engine = engine

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from samebit.rollout.client import EngineClient
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
@@ -151,7 +152,7 @@ class Subject:
         return Engine(self.model_path, device=self.device, seed=11, **settings)
 
     def generate(
-        self, engine: Engine, order: Sequence[int] | None = None
+        self, engine: EngineClient, order: Sequence[int] | None = None
     ) -> list[list[Completion]]:
         """Completions of the prompts named by `order` (default: all), each by its own ids."""
         order = range(len(self.prompts)) if order is None else order

@@ -138,7 +138,7 @@ class DenseModel(ModelConfig):
         specs = [vocab(EMBEDDING, "model.embed_tokens.weight", table, padded, shard)]
         for i in range(self.num_layers):
             specs += self._layer_specs(f"decoder.layers.{i}.", f"model.layers.{i}.", shard)
-        specs.append(plain(FINAL_NORM, "model.norm.weight", (D,), shard.rank))
+        specs.append(plain(FINAL_NORM, "model.norm.weight", (D,), shard))
         if not self.tie_embeddings:
             specs.append(vocab(OUTPUT, "lm_head.weight", table, padded, shard))
         return specs
@@ -146,7 +146,7 @@ class DenseModel(ModelConfig):
     def _layer_specs(self, to: str, hf: str, shard: Shard) -> Iterator[ParamSpec]:
         D, F, Dh = self.hidden_size, self.ffn_size, self.head_dim
         norm = "input_layernorm.weight"
-        yield plain(f"{to}{norm}", f"{hf}{norm}", (D,), shard.rank)
+        yield plain(f"{to}{norm}", f"{hf}{norm}", (D,), shard)
         heads = (self.num_heads, self.num_kv_heads, Dh)
         widths: dict[str, int | None] = {"weight": D}
         if self.qkv_bias:
@@ -157,11 +157,11 @@ class DenseModel(ModelConfig):
             yield grouped_qkv(name, (q, k, v), heads, width, shard)
         for x in "qk" if self.qk_norm else "":
             name = f"{to}self_attention.{x}_layernorm.weight"
-            yield plain(name, f"{hf}self_attn.{x}_norm.weight", (Dh,), shard.rank)
+            yield plain(name, f"{hf}self_attn.{x}_norm.weight", (Dh,), shard)
         proj, o_proj = f"{to}self_attention.linear_proj.weight", f"{hf}self_attn.o_proj.weight"
         yield columns(proj, o_proj, (D, self.num_heads * Dh), shard)
         norm = f"{hf}post_attention_layernorm.weight"
-        yield plain(f"{to}pre_mlp_layernorm.weight", norm, (D,), shard.rank)
+        yield plain(f"{to}pre_mlp_layernorm.weight", norm, (D,), shard)
         gate_up = (f"{hf}mlp.gate_proj.weight", f"{hf}mlp.up_proj.weight")
         yield stacked(f"{to}mlp.linear_fc1.weight", gate_up, (F, D), shard)
         yield columns(f"{to}mlp.linear_fc2.weight", f"{hf}mlp.down_proj.weight", (D, F), shard)
@@ -169,7 +169,7 @@ class DenseModel(ModelConfig):
     def selfcheck(self, device: torch.device, ranks: RankGroup = ALONE) -> None:
         """Prove the contract for the shapes of a rank's shard on this machine; see
         kernels.selfcheck. Raises ValueError for a model that tp_invariant cannot cut up."""
-        specs = self.param_specs(Shard(ranks.rank, ranks.size))
+        specs = self.param_specs(ranks.shard)
         matrices = {s.name: (s.shape[0], s.shape[1]) for s in specs if len(s.shape) == 2}
         shapes = set(matrices.values())
         shapes.add((self.vocab_size, self.hidden_size))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from samebit.rollout.types import Request, SamplingParams
+from samebit.rollout.types import Completion, Request, SamplingParams
 from samebit.rollout.values import MAX_UINT64, as_integer, as_list, as_number, integer_of, shown
 
 _PROMPTS = "a list of prompts, each a list of token ids"
@@ -25,6 +25,15 @@ class RequestFactory:
     _ids: Iterator[int] = field(default_factory=itertools.count)
     _fresh: Iterator[int] = field(default_factory=lambda: itertools.count(MAX_UINT64, -1))
     """Sample ids for those who give none, far from those that recipes and `generate` use."""
+
+    def marks(self) -> tuple[int, int]:
+        """A request id and a sample id that nobody gets: where `resume` goes on."""
+        return next(self._ids), next(self._fresh)
+
+    def resume(self, request_id: int, sample_id: int) -> None:
+        """Give the ids that another factory gives after these `marks` of its own."""
+        self._ids = itertools.count(request_id + 1)
+        self._fresh = itertools.count(sample_id - 1, -1)
 
     def generation(
         self,
@@ -127,6 +136,11 @@ class RequestFactory:
                 f"[0, {self.vocab_size})"
             )
         return tokens
+
+
+def scores_of(groups: Sequence[Sequence[Completion]]) -> list[list[float]]:
+    """Log-probs of each sequence, from what became of its score_only request."""
+    return [list(completion.logprobs) for [completion] in groups]
 
 
 def _integers(what: str, token_ids: Sequence[int]) -> tuple[int, ...]:

@@ -166,6 +166,16 @@ class Slots:
             self.owner(slots[i]).stamp(int(positions[i]), version)
         self.version[slots] = self._number
 
+    def drawn(self, seq: RunningSample, start: int) -> tuple[list[int], list[float]]:
+        """Token ids and log-probs of what a sample has drawn from its new token `start` on."""
+        token_ids, logprobs = seq.token_ids[seq.prompt_len + start :], seq.logprobs[start:]
+        if seq.slot is not None:
+            first = max(len(seq.token_ids), seq.prompt_len + start)
+            new = slice(first, int(self.known[seq.slot]))
+            token_ids += self.tokens[seq.slot, new].tolist()
+            logprobs += self.logprobs[seq.slot, new].tolist()
+        return token_ids, logprobs
+
     def leave(self, seq: RunningSample) -> None:
         """Take the slot back; what the sample drew in it goes with the sample.
 

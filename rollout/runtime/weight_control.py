@@ -18,13 +18,13 @@ from samebit.rollout.runtime.prefix_cache import PrefixCache
 from samebit.rollout.runtime.runner import Runner
 from samebit.rollout.runtime.scheduler import Scheduler
 from samebit.rollout.runtime.weights import fill, load_dummy, load_safetensors, open_safetensors
-from samebit.weight_sync.buckets import pack, plan_buckets
+from samebit.weight_sync.buckets import cut_buckets, pack
 from samebit.weight_sync.digest import weights_digest
 from samebit.weight_sync.mapping import ParamSpec, hf_names
 from samebit.weight_sync.session import SessionState, UpdateSession, non_finite
-from samebit.weight_sync.transports.collective import CollectiveReceiver
+from samebit.weight_sync.transports.broadcast import BroadcastReceiver
 from samebit.weight_sync.transports.file import read_version
-from samebit.weight_sync.types import Bucket, WeightSyncError, WeightVersion
+from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError, WeightVersion
 
 
 def load_weights(
@@ -73,7 +73,7 @@ class WeightControl:
         self._scheduler = scheduler
         self._prefixes = prefixes
         self._dtype = next(iter(session.params.values())).dtype
-        self.receiver: CollectiveReceiver | None = None
+        self.receiver: BroadcastReceiver | None = None
 
     @property
     def weights(self) -> Mapping[str, torch.Tensor]:
@@ -123,8 +123,12 @@ class WeightControl:
         self._require_idle("a weight update")
         self.session.begin(step)
 
+    def bucket_for(self, metas: Sequence[ParamMeta]) -> Bucket:
+        """Give what these tensors are to be written into: the weights' own memory if possible."""
+        return self.session.bucket_for(metas)
+
     def receive_weights(self, bucket: Bucket) -> None:
-        """Copy a bucket's tensors into place."""
+        """Put a bucket's tensors into place."""
         self.session.receive(bucket)
 
     def receive_weights_in_place(self, params: Mapping[str, torch.Tensor]) -> None:
@@ -157,7 +161,7 @@ class WeightControl:
         """See Engine.update_weights_from_tensor."""
         self.begin_weight_update(step)
         with self._aborting():
-            for metas in plan_buckets(params, 512 << 20):
+            for metas in cut_buckets(params, 512 << 20):
                 self.receive_weights(pack(metas, params))
         return self.commit_weight_update(digest or self.digest())
 

@@ -8,7 +8,6 @@ from rank_programs import PARAMS, exact, prompts
 from samebit.kernels.reduce import RankGroup
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
-from samebit.weight_sync.mapping import Shard
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def test_two_ranks_are_one_engine(found, qwen3_path):
     assert found[0]["updated"] == found[0]["bound"] == first
     assert found[0]["profile"] == 2
     assert found[0]["capacity"] == (1 << 30) // (768 // 2) // 64 * 64  # each has half of the heads
-    specs = load_model_config(qwen3_path).param_specs(Shard(0, 2))
+    specs = load_model_config(qwen3_path).param_specs((0, 2))
     shards = {spec.shape for spec in specs if len(spec.shape) == 2}
     assert set(map(tuple, found[0]["checked"])) == shards | {(331, 48)}  # and the whole logits
     warm = [i for i, p in enumerate(PARAMS) if p.temperature not in (0.0, 1.0)]
@@ -42,6 +41,37 @@ def test_two_ranks_are_one_engine(found, qwen3_path):
     for values, ours in zip(alone.score(contexts), found[0]["scores"], strict=True):
         assert values == pytest.approx([float.fromhex(v) for v in ours], abs=2e-5)
     assert exact(alone.generate(prompts(), PARAMS)) != first  # other sums, other last bits
+
+
+def test_concurrent_callers_of_rank_0(run_ranks, qwen3_path, tmp_path):
+    """Calls, streams, cancelled and broken ones at any step cannot make ranks differ; what is
+    called alike before and after has one order and one row of ids."""
+    run_ranks("followed_ranks.led", 2, qwen3_path, tmp_path / "out.json")
+    led, follower = (json.loads((tmp_path / f"out.{rank}").read_text()) for rank in range(2))
+    assert led["led"] == [led["alike"]] * 2
+    assert follower["led"] == []
+    assert led["alike"] == follower["alike"]
+    assert led["after"] == follower["after"]
+    assert not led["unfinished"]
+    assert not follower["unfinished"]
+    assert [led["refused"][0], follower["refused"][0]] == [
+        "rank 0 cannot follow",
+        "rank 1 cannot lead",
+    ]
+    for found in (led, follower):
+        assert "2 tensor parallel ranks need Engine.leading on rank 0" in found["refused"][1]
+
+
+def test_a_step_that_fails_on_one_rank(run_ranks, qwen3_path, tmp_path):
+    """Both say so, and do not hang; one that fails on all alike is the caller's error alone."""
+    run_ranks("followed_ranks.parted", 2, qwen3_path, tmp_path / "out.json")
+    led, follower = (json.loads((tmp_path / f"out.{rank}").read_text()) for rank in range(2))
+    assert "NaN log-prob in request" in led["nan"]
+    assert led["alike"] == follower["alike"]
+    for found in (led, follower):
+        assert "a step failed on some ranks, not on all: {1:" in found["parted"]
+        assert "a card fell off" in found["parted"]
+    assert "the tensor parallel ranks have parted: a step failed" in led["again"]
 
 
 def test_bad_ranks_are_refused(qwen3_path):

@@ -274,7 +274,7 @@ def test_prefill_steps_suffice(qwen3_path, text):
         engine.add_request(prompt, sampling_params(workload), ids)
     for _ in range(num_prefill_steps(engine, workload)):
         assert engine.step() == []
-    stands = [seq.status for group in engine._live.values() for seq in group]
+    stands = [s.status for request in engine.loop.book.live.values() for s in request.samples]
     assert stands == [Status.DECODING] * workload.num_seqs
     with pytest.raises(ValueError, match="engine.max_num_seqs is 16"):
         num_prefill_steps(engine, Workload(17, 1, 8, 8))

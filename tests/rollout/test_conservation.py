@@ -46,8 +46,8 @@ def test_the_books_of_random_worlds(depth, cached):
                 stops = rng.choice([(), (), (7,)])
                 max_new = rng.randrange(1, 12)
                 seqs += world.add(prompt, max_new, rng.choice([1, 2, 5]), stop_token_ids=stops)
-            elif chance < 0.55 and world._live:
-                events["aborts"] += len(world.abort(rng.choice(list(world._live))))
+            elif chance < 0.55 and world.live:
+                events["aborts"] += len(world.abort(rng.choice(list(world.live))))
             elif chance < 0.6:
                 world.runner.fails = True
             try:

@@ -8,7 +8,7 @@ from helpers import assert_same_bits, edit_config, edit_tensors, make_prompts, o
 
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
-from samebit.weight_sync.transports.alias import AliasTransport
+from samebit.weight_sync.transports.alias import AliasLease
 from samebit.weight_sync.types import VersionSpan, WeightSyncError, WeightVersion
 
 PROMPTS = make_prompts(40, 5)
@@ -49,14 +49,13 @@ def test_bound_weights_are_served_at_once(make_engine, truth):
     assert version == engine.weight_version == WeightVersion(4, engine.digest())
     assert served(engine) == truth[1.5]
     assert_same_bits(engine.get_weights_by_name(NORM), memory[NORM])
-    transport = AliasTransport(engine)
-    transport.begin(5)
+    lease = AliasLease(engine)
+    lease.take(5)
     for p in memory.values():
         p.div_(1.5)
-    transport.send(memory)
     fresh = make_engine()
     fresh.bind_weights({name: p.clone() for name, p in memory.items()})
-    assert transport.commit(fresh.weight_version.digest).step == 5
+    assert lease.commit(memory, fresh.weight_version.digest).step == 5
     assert served(engine) == served(fresh) != truth[1.5]
 
 
@@ -65,16 +64,15 @@ def test_a_part_of_the_parameters_is_no_update(make_engine, truth):
     engine = make_engine()
     memory = scaled(engine, 1.5)
     engine.bind_weights(memory)
-    transport = AliasTransport(engine)
-    transport.begin(1)
+    lease = AliasLease(engine)
+    lease.take(1)
     part = {name: p for name, p in memory.items() if name != NORM}
     with pytest.raises(WeightSyncError, match=f"not shared with the engine: {NORM}$"):
-        transport.send(part)
+        lease.commit(part, engine.digest())
     with pytest.raises(WeightSyncError, match="step 1 broke off"):
         served(engine)
-    transport.begin(2)
-    transport.send(memory)
-    transport.commit(engine.digest())
+    lease.take(2)
+    lease.commit(memory, engine.digest())
     assert served(engine) == truth[1.5]
 
 

@@ -58,8 +58,8 @@ def test_spans_are_exact_whatever_becomes_of_a_sample(depth, settings):
                 stops = rng.choice([(), (FIRST + 3,)])
                 n = rng.choice([1, 3])
                 seqs += world.add(prompt, rng.randrange(1, 12), n, stop_token_ids=stops)
-            elif rng.random() < 0.05 and world._live:
-                world.abort(rng.choice(list(world._live)))
+            elif rng.random() < 0.05 and world.live:
+                world.abort(rng.choice(list(world.live)))
             world.runner.fails = rng.random() < 0.05
             if rng.random() < 0.4:
                 number = rng.randrange(len(VERSIONS))

@@ -89,19 +89,18 @@ def test_mismatches_are_counted_by_bits():
 def test_an_engine_bound_to_the_trainer_sees_its_steps(make_trainer, qwen3_path, rollout_samples):
     """Alias: after a step, the shared memory gives the same new bits on both sides."""
     from samebit.trainer.algorithms.sft import sft_loss
-    from samebit.weight_sync.transports.alias import AliasTransport
+    from samebit.weight_sync.transports.alias import AliasLease
 
     samples = rollout_samples(qwen3_path)[:8]
     trainer, engine = make_trainer(), Engine(qwen3_path, device="cpu")
     engine.bind_weights(trainer.params)
     memory = {name: p.data_ptr() for name, p in trainer.params.items()}
-    transport = AliasTransport(engine)
+    lease = AliasLease(engine)
     before = engine.score([list(samples[0].token_ids)])
     for step in (1, 2):
-        transport.begin(step)
+        lease.take(step)
         trainer.train_step(pack_samples(samples, 500), sft_loss)
-        transport.send(trainer.params)
-        version = transport.commit(trainer.digest())
+        version = lease.commit(trainer.params, trainer.digest())
         assert version.step == trainer.step == step
     assert {name: p.data_ptr() for name, p in trainer.params.items()} == memory
     assert engine.score([list(samples[0].token_ids)]) != before

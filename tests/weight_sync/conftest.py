@@ -4,12 +4,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from serving import local_engine, served
 
 from samebit.recipes.models.tiny_model import write_weights
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.remote import RemoteEngine
 from samebit.rollout.runtime.weights import load_safetensors
 from samebit.weight_sync.digest import weights_digest
+from samebit.weight_sync.transports.broadcast import BroadcastTransport
 
 
 class Version:
@@ -48,6 +50,16 @@ def new(qwen3_path, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def expected(old, new):
+    """What is served of both versions after a direct update in one process."""
+    engine, found = local_engine(old.folder), {}
+    for version in (new, old):
+        engine.update_weights_from_tensor(version.params, step=1, digest=version.digest)
+        found[version.digest] = served(engine)
+    return found
+
+
+@pytest.fixture(scope="module")
 def remote(qwen3_path):
     """One engine's process for a module; tests leave it with whole weights."""
     engine = RemoteEngine(qwen3_path, device="cpu", kv_cache_tokens=1024)
@@ -56,10 +68,10 @@ def remote(qwen3_path):
     assert engine._process.exitcode == 0, "close leaves a process behind"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def gloo(remote):
-    """The weight group of this process and `remote`."""
-    transport = remote.connect_weights("gloo", timeout_s=60)
+    """A weight group of this process and `remote`."""
+    transport = BroadcastTransport(remote, timeout_s=60)
     yield transport
     transport.close()
 

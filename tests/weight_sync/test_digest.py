@@ -12,7 +12,7 @@ from samebit.rollout.models.qwen3 import Qwen3
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.weights import load_dummy
 from samebit.weight_sync.digest import digest_sum, weights_digest
-from samebit.weight_sync.mapping import ParamSpec, RowBlock, Shard, hf_tensors, load_params, plain
+from samebit.weight_sync.mapping import ParamSpec, RowBlock, hf_tensors, load_params, plain
 
 MASK = (1 << 64) - 1
 
@@ -94,7 +94,7 @@ def test_ranks_add_up_to_the_whole(size, family):
     tensors = dict(hf_tensors(specs, params))
     total = 0
     for rank in range(size):
-        own = config.param_specs(Shard(rank, size))
+        own = config.param_specs((rank, size))
         shard = {spec.name: torch.empty(spec.shape) for spec in own}
         load_params(own, shard, tensors.__getitem__)
         total += digest_sum(own, shard)
@@ -210,7 +210,7 @@ def test_the_gpu_gives_the_same_digest(specs, params, dtype):
     tensors = {n: p.cuda() for n, p in hf_tensors(config.param_specs(), dummy(config, dtype))}
     total = 0
     for rank in range(2):
-        own = config.param_specs(Shard(rank, 2))
+        own = config.param_specs((rank, 2))
         shard = {s.name: torch.empty(s.shape, dtype=dtype, device="cuda") for s in own}
         load_params(own, shard, tensors.__getitem__)
         total += digest_sum(own, shard)

@@ -9,7 +9,6 @@ from samebit.recipes.models.tiny_model import write_config
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
 from samebit.weight_sync.mapping import (
-    Shard,
     collect_hf,
     columns,
     hf_names,
@@ -54,8 +53,8 @@ def numbered(config):
     return tensors
 
 
-def params_of(config, tensors, shard=None):
-    specs = config.param_specs(shard or Shard())
+def params_of(config, tensors, shard=(0, 1)):
+    specs = config.param_specs(shard)
     params = {spec.name: torch.full(spec.shape, torch.nan) for spec in specs}
     load_params(specs, params, tensors.__getitem__)
     return specs, params
@@ -100,7 +99,7 @@ def test_ranks_together_hold_every_element_once(config, size):
     whole_everywhere = {name for name in tensors if name.endswith("norm.weight")}
     held = []
     for rank in range(size):
-        specs, params = params_of(config, tensors, Shard(rank, size))
+        specs, params = params_of(config, tensors, (rank, size))
         assert not any(p.isnan().any() for p in params.values())
         for spec in specs:
             if spec.blocks and spec.blocks[0].hf_name in whole_everywhere:
@@ -117,7 +116,7 @@ def test_ranks_collect_every_tensor_again(config, size):
     """In any order of ranks: a resharded checkpoint is put together like this."""
     tensors, found = numbered(config), {}
     for rank in reversed(range(size)):
-        specs, params = params_of(config, tensors, Shard(rank, size))
+        specs, params = params_of(config, tensors, (rank, size))
         collect_hf(specs, params, found)
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -146,7 +145,7 @@ def test_tensors_are_asked_for_in_the_order_of_hf_names(config):
 def test_vocabulary_padding_is_zero_and_at_the_end(config, size):
     """Padding that is not zero, or not the last rows, would become tokens of its own."""
     tensors = numbered(config)
-    shards = [params_of(config, tensors, Shard(rank, size))[1] for rank in range(size)]
+    shards = [params_of(config, tensors, (rank, size))[1] for rank in range(size)]
     names = ["embedding.word_embeddings.weight"]
     names += [] if config.tie_embeddings else ["output_layer.weight"]
     for name, source in zip(names, ("model.embed_tokens.weight", "lm_head.weight"), strict=False):
@@ -163,7 +162,7 @@ def test_rows_are_in_megatron_order(config):
     q, k, v = (tensors[f"{layer}self_attn.{x}_proj.weight"].view(4, -1, 6, 24) for x in "qkv")
     for size in (1, 2, 4):
         for rank in range(size):
-            _, params = params_of(config, tensors, Shard(rank, size))
+            _, params = params_of(config, tensors, (rank, size))
             own = slice(4 // size * rank, 4 // size * (rank + 1))
             qkv = torch.cat([q[own], k[own], v[own]], dim=1).reshape(-1, 24)
             assert torch.equal(params["decoder.layers.1.self_attention.linear_qkv.weight"], qkv)
@@ -193,4 +192,4 @@ def test_sizes_that_do_not_divide_are_named(config, change, size, message):
     """A silent floor division would drop the remainder's rows."""
     changed = replace(config, **change)
     with pytest.raises(ValueError, match=message):
-        changed.param_specs(Shard(0, size))
+        changed.param_specs((0, size))

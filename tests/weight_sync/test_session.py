@@ -1,14 +1,17 @@
 """The update protocol: only a whole, finite, matching update makes an engine serve again."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from samebit.weight_sync.buckets import pack, plan_buckets
+from samebit.weight_sync.buckets import cut_buckets, pack
 from samebit.weight_sync.digest import weights_digest
 from samebit.weight_sync.mapping import plain
 from samebit.weight_sync.session import SessionState, UpdateSession
 from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError, WeightVersion
 
+NOTHING = torch.empty(0, dtype=torch.uint8)
 SPECS = [plain("a", "hf.a", (3, 4)), plain("b", "hf.b", (5,))]
 
 
@@ -18,7 +21,7 @@ def weights(seed):
 
 
 def bucket(params):
-    [metas] = plan_buckets(params, 1 << 20)
+    [metas] = cut_buckets(params, 1 << 20)
     return pack(metas, params)
 
 
@@ -65,11 +68,12 @@ def test_buckets_may_come_in_any_order_and_number(session):
     "call",
     [
         lambda s: s.receive(bucket(weights(1))),
+        lambda s: s.bucket_for([ParamMeta("b", (5,), "torch.float32", 0)]),
         lambda s: s.receive_in_place(),
         lambda s: s.commit("0" * 16),
         lambda s: s.abort("why"),
     ],
-    ids=["receive", "receive_in_place", "commit", "abort"],
+    ids=["receive", "bucket_for", "receive_in_place", "commit", "abort"],
 )
 @pytest.mark.parametrize("state", ["ready", "broken"])
 def test_nothing_but_begin_is_allowed_outside_an_update(session, call, state):
@@ -98,6 +102,68 @@ def test_an_update_under_way_is_not_served(session):
     session.begin(4)
     with pytest.raises(WeightSyncError, match="an update to step 4 is under way"):
         session.require_ready()
+
+
+def meta(start, shape, offset=0):
+    return ParamMeta("a", shape, "torch.float32", offset, start)
+
+
+LEFT, RIGHT = meta((0, 0), (3, 1)), meta((0, 1), (3, 3), 64)  # of the columns of a
+TOP, BOTTOM = meta((0, 0), (1, 4)), meta((1, 0), (2, 4), 64)  # of its rows
+
+
+@pytest.mark.parametrize("regions", [(LEFT, RIGHT), (TOP, BOTTOM)], ids=["columns", "rows"])
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_a_tensor_may_come_in_regions(session, regions, is_alone):
+    """As shards of another size bring it: each at its place, rows straight into the parameter."""
+    new = weights(1)
+    session.begin(4)
+    for metas in [[part] for part in regions] if is_alone else [regions]:
+        metas = [replace(part, offset=0 if is_alone else part.offset) for part in metas]
+        target = session.bucket_for(metas)
+        for part in metas:
+            target.tensor(part).copy_(part.region_of(new["a"]))
+        in_place = target.buffer.untyped_storage().data_ptr() == session.params["a"].data_ptr()
+        assert in_place == (is_alone and regions == (TOP, BOTTOM))
+        session.receive(target)
+    session.receive(bucket({"b": new["b"]}))
+    assert session.commit(weights_digest(SPECS, new)).step == 4
+    assert torch.equal(session.params["a"], new["a"])
+
+
+NO_REGIONS = {
+    "too low": (meta((2, 0), (2, 4)), r"\(2, 4\) torch.float32, from \(2, 0\) on, in the update"),
+    "too wide": (meta((0, 2), (3, 3)), r"a is \(3, 4\) torch.float32 here and \(3, 3\)"),
+    "before the first": (meta((-2, 0), (1, 4)), "a is"),
+    "of a vector": (meta((0,), (3,)), "a is"),
+    "of a cube": (meta((0, 0, 0), (1, 1, 1)), "a is"),
+    "twice": (meta((0, 2), (1, 1)), "a arrived twice"),
+}
+
+
+@pytest.mark.parametrize("fault", NO_REGIONS)
+def test_a_region_that_does_not_fit_is_refused_before_a_byte_is_written(session, fault):
+    """Else it would be written over its neighbours, or over what has come already."""
+    wrong, reason = NO_REGIONS[fault]
+    session.begin(4)
+    session.receive(session.bucket_for([TOP]))
+    before = session.params["a"].clone()
+    for take in (session.bucket_for, lambda metas: session.receive(Bucket(tuple(metas), NOTHING))):
+        with pytest.raises(WeightSyncError, match=f"update to step 4 refused: .*{reason}"):
+            take([wrong])
+        assert session.state is SessionState.BROKEN
+        session.begin(4)
+        session.receive(session.bucket_for([TOP]))
+    assert torch.equal(session.params["a"], before)
+
+
+def test_a_tensor_of_which_a_region_is_missing_never_arrived(session):
+    """The rows that did not come are those of the old version."""
+    session.begin(4)
+    session.receive(session.bucket_for([BOTTOM]))
+    session.receive(bucket({"b": weights(1)["b"]}))
+    with pytest.raises(WeightSyncError, match="1 tensors never arrived: a"):
+        session.commit(weights_digest(SPECS, session.params))
 
 
 def misshapen():

@@ -19,7 +19,7 @@ from samebit.trainer.megatron.parallel import ranks_of, spread
 from samebit.trainer.megatron.spec import ContractConfig, PackedSequences
 from samebit.trainer.megatron.stages import Stage, stage_specs
 from samebit.trainer.types import MicroBatch
-from samebit.weight_sync.mapping import ParamSpec, Shard
+from samebit.weight_sync.mapping import ParamSpec
 
 _RECOMPUTE: Mapping[str, dict[str, Any]] = {
     "none": {},
@@ -102,7 +102,7 @@ def build_model(
         for i in range(stage.num_chunks)
     ]
     ranks = ranks_of(chunks[0].pg_collection.tp)
-    specs = stage_specs(model, Shard(ranks.rank, ranks.size), stage)
+    specs = stage_specs(model, ranks.shard, stage)
     _check_params(stage.named_params(chunks), specs)
     return [chunk.to(device) for chunk in chunks]
 

@@ -16,7 +16,7 @@ import torch
 from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.megatron.optimizer_state import Piece
 from samebit.trainer.megatron.stages import make_stage, stage_specs
-from samebit.weight_sync.mapping import ParamSpec, Shard, collect_hf, load_params
+from samebit.weight_sync.mapping import ParamSpec, collect_hf, load_params
 
 _WHOLE = ("params", "reference")
 """Fields of a state that hold a rank's parameters whole; the others are flat parts."""
@@ -36,7 +36,7 @@ class WholeState:
             copies[state["tensor"], state["stage"]].append(state)
         self.first = next(iter(copies.values()))[0]
         for (tensor, stage), same in copies.items():
-            specs = stage_specs(model, Shard(*tensor), make_stage(model, *stage))
+            specs = stage_specs(model, tensor, make_stage(model, *stage))
             for state in same:
                 _require_shapes(specs, state["params"])
             for spec in specs:

@@ -49,7 +49,7 @@ from samebit.trainer.packing import pack_samples, share_batches
 from samebit.trainer.stats import Totals
 from samebit.trainer.types import MicroBatch, NonFiniteError, StepStats
 from samebit.weight_sync.digest import weights_digest
-from samebit.weight_sync.mapping import ParamSpec, Shard
+from samebit.weight_sync.mapping import ParamSpec
 from samebit.weight_sync.objects import gather_objects
 
 
@@ -78,8 +78,7 @@ class MegatronTrainer:
         self._longest = longest
         self.device = device
         self.stage = stage_of(model)
-        shard = Shard(self.ranks.rank, self.ranks.size)
-        self.specs = stage_specs(model, shard, self.stage)
+        self.specs = stage_specs(model, self.ranks.shard, self.stage)
         self.step = 0
         with no_cuda():
             chunks = build_model(model, device, self.parallel, self.stage, tp_invariant, longest)
@@ -206,7 +205,7 @@ class MegatronTrainer:
         """Everything that the next steps depend on, exactly: this rank's part of it."""
         return {
             "step": self.step,
-            "tensor": (self.ranks.rank, self.ranks.size),
+            "tensor": self.ranks.shard,
             "stage": (self.stage.index, self.stage.count, self.stage.num_chunks),
             "params": {name: p.detach() for name, p in self.params.items()},
             "optimizer": optimizer_state(self._pieces),

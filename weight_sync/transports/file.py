@@ -8,11 +8,13 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 
 from samebit.weight_sync.folders import MARKER, read_marker, replacing
 from samebit.weight_sync.mapping import ParamSpec, hf_tensors
+from samebit.weight_sync.transports.base import Transport, WeightSource
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
 VERSION_FILE = "weight_version.json"
@@ -104,8 +106,11 @@ def read_version(folder: Path) -> WeightVersion | None:
         raise ValueError(f"{file} must hold the weights' step and digest: {error}") from None
 
 
-class FileTransport:
-    """Writes each version to `folder` and lets `load` (an engine's update from disk) read it."""
+class FileTransport(Transport):
+    """Writes each version to `folder` and lets `load` (an engine's update from disk) read it.
+
+    The folder stays when it is closed: it is the recovery copy.
+    """
 
     def __init__(
         self,
@@ -117,12 +122,25 @@ class FileTransport:
         self._step = 0
         self._params: Mapping[str, torch.Tensor] = {}
 
+    @classmethod
+    def between(cls, source: WeightSource, engine: Any, folder: Path) -> Self:
+        """Write what a trainer's one process holds, which is all; the engine may be anywhere."""
+        return cls(folder, source.specs, engine.update_weights_from_disk)
+
     def begin(self, step: int) -> None:
         """Remember the step; the receiver goes on serving until commit."""
         self._step = step
 
     def send(self, params: Mapping[str, torch.Tensor]) -> None:
-        """Remember what to write: the version file needs the digest, known at commit."""
+        """Remember what to write: the version file needs the digest, known at commit.
+
+        Raises WeightSyncError if names or shapes are not the receiver's.
+        """
+        wanted = {spec.name: spec.shape for spec in self._specs}
+        found = {name: tuple(param.shape) for name, param in params.items()}
+        misfits = sorted(n for n in {*wanted, *found} if wanted.get(n) != found.get(n))
+        if misfits:
+            raise WeightSyncError(f"tensors do not fit the receiver: {', '.join(misfits[:5])}")
         self._params = params
 
     def commit(self, digest: str) -> WeightVersion:
@@ -135,7 +153,4 @@ class FileTransport:
         return version
 
     def abort(self, reason: str) -> None:
-        """Nothing was handed over yet."""
-
-    def close(self) -> None:
-        """The folder stays: it is the recovery copy."""
+        """Do nothing: nothing was handed over yet."""

@@ -5,13 +5,15 @@ takes the buckets in place. An engine that refuses them ends its process, and so
 """
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 
-from samebit.weight_sync.buckets import empty_bucket, pack, plan_buckets
+from samebit.weight_sync.buckets import cut_buckets, pack
 from samebit.weight_sync.meeting import meeting_device
-from samebit.weight_sync.transports.base import SinkTransport, WeightSink
+from samebit.weight_sync.transports.base import SinkTransport, WeightSink, WeightSource
 
 
 class StageTransport(SinkTransport):
@@ -29,6 +31,11 @@ class StageTransport(SinkTransport):
         self._group = group
         self._bucket_bytes = bucket_bytes
 
+    @classmethod
+    def between(cls, source: WeightSource, engine: Any, folder: Path) -> Self:
+        """Serve an engine of this process and those of the other stages."""
+        return cls(engine, engine.weights, source.pipeline_group)
+
     def send(self, params: Mapping[str, torch.Tensor]) -> None:
         """Broadcast what this stage holds and take what the others do."""
         device = meeting_device(self._group)
@@ -40,8 +47,7 @@ class StageTransport(SinkTransport):
             source = dist.get_global_rank(self._group, owner)
             mine = source == dist.get_rank()
             tensors = {name: self._whole[name] for name in names}
-            for metas in plan_buckets(tensors, self._bucket_bytes):
-                device = tensors[metas[0].name].device
-                bucket = pack(metas, params) if mine else empty_bucket(metas, device)
+            for metas in cut_buckets(tensors, self._bucket_bytes):
+                bucket = pack(metas, params) if mine else self._sink.bucket_for(metas)
                 dist.broadcast(bucket.buffer, source, group=self._group)
                 self._sink.receive_weights(bucket)

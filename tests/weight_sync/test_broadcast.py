@@ -1,4 +1,4 @@
-"""The collective transport: refusals, deaths and silence reach the other end as clear errors."""
+"""The broadcast transport: refusals, deaths and silence reach the other end as clear errors."""
 
 import os
 import signal
@@ -7,13 +7,17 @@ import sys
 
 import pytest
 import torch
-from helpers import assert_same_bits, outcomes
+from helpers import outcomes
 
 from samebit.rollout.engine import Engine
 from samebit.rollout.remote import RemoteEngine, RemoteEngineError
 from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.meeting import loopback_listener
-from samebit.weight_sync.transports.collective import CollectiveReceiver, CollectiveSender
+from samebit.weight_sync.transports.broadcast import (
+    BroadcastReceiver,
+    BroadcastSender,
+    BroadcastTransport,
+)
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
 PROMPTS = [[5, 9, 200, 31], [7]]
@@ -26,10 +30,10 @@ def make_group(pool, num_receivers=1, bucket_bytes=512 << 20, timeout_s=60.0):
     listener, size = loopback_listener(), num_receivers + 1
     address, port = listener.getsockname()
     receivers = [
-        pool.submit(CollectiveReceiver, address, port, rank, size, timeout_s=timeout_s)
+        pool.submit(BroadcastReceiver, address, port, rank, size, timeout_s=timeout_s)
         for rank in range(1, size)
     ]
-    sender = CollectiveSender(
+    sender = BroadcastSender(
         *(address, port, size), bucket_bytes=bucket_bytes, timeout_s=timeout_s, listener=listener
     )
     return sender, [r.result() for r in receivers]
@@ -175,26 +179,26 @@ def test_a_silent_receiver_is_given_up_after_the_timeout(pool, new):
 def test_a_group_of_an_unknown_backend_is_refused():
     """A misspelled backend names the ones there are."""
     with pytest.raises(ValueError, match=r"backend 'glo' is unknown; use one of \['gloo'\]"):
-        CollectiveSender("127.0.0.1", 0, 2, backend="glo")
+        BroadcastSender("127.0.0.1", 0, 2, backend="glo")
 
 
 def test_a_group_beyond_this_machine_needs_a_secret(pool, monkeypatch):
     """Told before anything listens or calls; and a receiver with another secret gets no weights."""
     monkeypatch.delenv("SAMEBIT_SECRET", raising=False)
-    for end in (lambda: CollectiveSender("192.0.2.1", 1, 2), lambda: receiver("192.0.2.1", 1)):
+    for end in (lambda: BroadcastSender("192.0.2.1", 1, 2), lambda: receiver("192.0.2.1", 1)):
         with pytest.raises(ValueError, match="meets at 192.0.2.1, and SAMEBIT_SECRET is not set"):
             end()
     listener = loopback_listener()
     other = pool.submit(receiver, *listener.getsockname(), secret="another secret of the two")
     with pytest.raises(ValueError, match="rank 1 has another SAMEBIT_SECRET than rank 0; set"):
-        CollectiveSender(
+        BroadcastSender(
             *listener.getsockname(), 2, secret="one secret of the two", listener=listener
         )
     assert "rank 0 has another SAMEBIT_SECRET than rank 1" in str(other.exception())
 
 
 def receiver(address, port, **settings):
-    return CollectiveReceiver(address, port, 1, 2, timeout_s=30.0, **settings)
+    return BroadcastReceiver(address, port, 1, 2, timeout_s=30.0, **settings)
 
 
 def test_an_update_without_a_group_is_refused(engine):
@@ -207,16 +211,15 @@ DYING_SENDER = """
 import os, signal, sys
 import torch
 from samebit.weight_sync.meeting import loopback_listener
-from samebit.weight_sync.meeting import loopback_listener
-from samebit.weight_sync.transports.collective import CollectiveSender
+from samebit.weight_sync.transports.broadcast import BroadcastSender
 listener = loopback_listener()
 address, port = listener.getsockname()
 print(port, flush=True)
-sender = CollectiveSender(address, port, 2, timeout_s=60.0, listener=listener)
+sender = BroadcastSender(address, port, 2, timeout_s=60.0, listener=listener)
 sender.begin(4)
 if sys.argv[1] == "in a bucket":
-    meta = {"name": "a", "shape": [4], "dtype": "torch.float32", "offset": 0}
-    sender._group.send_message({"op": "bucket", "metas": [meta]})
+    meta = "decoder.final_layernorm.weight", (48,), "torch.float32", 0, None
+    sender._control.tell({"op": "bucket", "metas": [meta]})
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -227,7 +230,7 @@ def test_a_sender_that_dies_breaks_the_update(pool, engine, new, expected, momen
     command = [sys.executable, "-P", "-c", DYING_SENDER, moment]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         port = int(child.stdout.readline())
-        receiver = CollectiveReceiver("127.0.0.1", port, 1, 2, timeout_s=60.0)
+        receiver = BroadcastReceiver("127.0.0.1", port, 1, 2, timeout_s=60.0)
         with pytest.raises(WeightSyncError, match="the weight group lost a member"):
             receiver.receive(engine, CPU)
         assert child.wait() == -signal.SIGKILL
@@ -245,7 +248,7 @@ def kill(engine):
 def test_an_engine_process_that_dies_is_reported(old, new):
     """A killed engine must not look like a hang, at rest and in mid-update."""
     engine = RemoteEngine(old.folder, device="cpu", kv_cache_tokens=1024)
-    transport = engine.connect_weights("gloo", timeout_s=60)
+    transport = BroadcastTransport(engine, timeout_s=60)
     transport.begin(1)
     transport.send(new.params)
     kill(engine)
@@ -264,13 +267,14 @@ def test_an_engine_process_that_dies_is_reported(old, new):
 DYING_RECEIVER = """
 import os, sys
 import torch
-from samebit.weight_sync.meeting import loopback_listener
-from samebit.weight_sync.transports.collective import CollectiveReceiver
+from samebit.weight_sync.buckets import empty_bucket
+from samebit.weight_sync.transports.broadcast import BroadcastReceiver
 class Sink:
     def begin_weight_update(self, step): pass
+    def bucket_for(self, metas): return empty_bucket(metas, torch.device("cpu"))
     def receive_weights(self, bucket): pass
     def commit_weight_update(self, digest): os._exit(0)
-CollectiveReceiver("127.0.0.1", int(sys.argv[1]), 1, 2, timeout_s=60.0).receive(
+BroadcastReceiver("127.0.0.1", int(sys.argv[1]), 1, 2, timeout_s=60.0).receive(
     Sink(), torch.device("cpu")
 )
 """
@@ -282,100 +286,16 @@ def test_a_receiver_that_dies_while_it_checks_is_noticed_at_once(new):
     address, port = listener.getsockname()
     command = [sys.executable, "-P", "-c", DYING_RECEIVER, str(port)]
     with subprocess.Popen(command) as child:
-        sender = CollectiveSender(address, port, 2, timeout_s=60.0, listener=listener)
+        sender = BroadcastSender(address, port, 2, timeout_s=60.0, listener=listener)
         with pytest.raises(WeightSyncError, match="the weight group lost a member"):
             send(sender, new.params, new.digest, 4)
         assert child.wait() == 0
-
-
-def test_errors_of_a_remote_engine_are_those_of_a_local_one(remote):
-    """Bad input to an engine in another process keeps its type and message."""
-    with pytest.raises(ValueError, match="prompt 0"):
-        remote.generate([[]], PARAMS)
-    with pytest.raises(ValueError, match="331|vocabulary"):
-        remote.generate([[331]], PARAMS)
-    assert len(remote.generate(PROMPTS, PARAMS)) == 2
-
-
-def test_signals_to_a_group_are_the_parents_to_judge(remote):
-    """Ctrl-C reaches every process of a terminal; the engine's ends when it is told to."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        os.kill(remote._process.pid, number)
-    assert remote.score(PROMPTS[:1]) == remote.score(PROMPTS[:1])
-
-
-def test_a_remote_engine_is_given_all_that_it_is_asked(remote, old, engine):
-    """Parameters and ids of each prompt, layers, temperatures, steps; and progress at the end."""
-    params = [
-        SamplingParams(n=2, max_new_tokens=5, ignore_eos=True, top_k=9),
-        SamplingParams(max_new_tokens=3, ignore_eos=True, temperature=0.5, seed=4),
-    ]
-    ids, seen = [[7, 1 << 63], [5]], []
-    version = remote.update_weights_from_disk(old.folder, 21)
-    assert version == remote.weight_version == WeightVersion(21, old.digest)
-    assert remote.update_weights_from_disk(old.folder) == WeightVersion(22, old.digest)
-    found = remote.generate(
-        PROMPTS, params, ids, return_hidden_states=[0, 2], progress=lambda *now: seen.append(now)
-    )
-    truth = engine.generate(PROMPTS, params, ids, return_hidden_states=[0, 2])
-    assert outcomes(found) == outcomes(truth)
-    assert [[c.sample_id for c in group] for group in found] == ids
-    for a, b in zip(sum(found, []), sum(truth, []), strict=True):
-        assert [span.version for span in a.version_spans] == [remote.weight_version]
-        assert set(a.hidden_states) == {0, 2}
-        for layer, states in b.hidden_states.items():
-            assert_same_bits(a.hidden_states[layer], states, layer)
-    assert set(seen[:-1]) <= {(0, 0)}
-    assert seen[-1] == (3, 2 * 5 + 3)
-    assert remote.score(PROMPTS[:1], 0.3) == engine.score(PROMPTS[:1], 0.3)
-
-
-def test_progress_that_raises_ends_the_process(old):
-    """An engine that works on for nobody would keep its memory and its CPU."""
-    engine = RemoteEngine(old.folder, device="cpu", kv_cache_tokens=1024)
-
-    def interrupt(done, tokens):
-        assert (done, tokens) == (0, 0)
-        raise KeyboardInterrupt
-
-    endless = SamplingParams(max_new_tokens=1000, ignore_eos=True)
-    with pytest.raises(KeyboardInterrupt):
-        engine.generate(PROMPTS[:1], endless, progress=interrupt)
-    engine._process.join(timeout=60)
-    assert engine._process.exitcode == -signal.SIGKILL
 
 
 def test_a_reply_to_a_failed_call_is_not_taken_for_another(remote):
     """The engine's process refuses too; the next call must get its own answer."""
     version = remote.weight_version
     with pytest.raises(ValueError, match="backend 'nccl' is unknown"):
-        remote.connect_weights("nccl")
+        BroadcastTransport(remote, "nccl")
     assert remote.weight_version == version
     assert len(remote.generate(PROMPTS, PARAMS)) == 2
-
-
-def test_a_call_that_is_interrupted_ends_the_process(old, monkeypatch):
-    """Its late answer would be taken for the next call's."""
-    engine = RemoteEngine(old.folder, device="cpu", kv_cache_tokens=1024)
-
-    class Interrupted:
-        def recv(self):
-            raise KeyboardInterrupt
-
-        def __getattr__(self, name):
-            return getattr(connection, name)
-
-    connection = engine._connection
-    monkeypatch.setattr(engine, "_connection", Interrupted())
-    with pytest.raises(KeyboardInterrupt):
-        engine.generate(PROMPTS, PARAMS)
-    monkeypatch.undo()
-    with pytest.raises(RemoteEngineError, match="ended with code -9"):
-        engine.score([[1, 2, 3]])
-    engine.close()
-
-
-def test_a_remote_engine_of_a_missing_model_says_so(tmp_path):
-    """A wrong path must come back from the other process as FileNotFoundError."""
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        RemoteEngine(tmp_path / "missing", device="cpu")

@@ -1,0 +1,121 @@
+"""EngineClient: what a caller may ask of an engine, wherever it runs. No torch here.
+
+Engine (in this process), RemoteEngine (in another one) and recipes' ReplicatedEngine (one in each
+process of a run) are such clients. What needs more, such as weights in place, takes an Engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from samebit.rollout.types import Completion, Increment, SamplingParams
+    from samebit.weight_sync.types import WeightVersion
+
+type Progress = Callable[[int, int], None]
+"""It is called with (finished samples, tokens drawn so far) after every step."""
+type Tell = Callable[[list[Increment]], object]
+"""It is called with what a step drew for a caller, in the thread that drives the engine."""
+
+
+class EngineClient(Protocol):
+    """Draws samples, scores tokens, and serves one version of the weights at a time."""
+
+    def generate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sample_ids: Sequence[Sequence[int]] | None = None,
+        *,
+        return_hidden_states: Sequence[int] = (),
+        progress: Progress | None = None,
+    ) -> list[list[Completion]]:
+        """Complete every prompt; outer list in the prompts' order, inner in the samples' order.
+
+        If `progress` raises, the requests are aborted.
+        """
+
+    async def agenerate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sample_ids: Sequence[Sequence[int]] | None = None,
+        *,
+        return_hidden_states: Sequence[int] = (),
+    ) -> list[list[Completion]]:
+        """`generate` for asyncio; a call that is cancelled aborts its requests.
+
+        Without sample_ids every sample gets an id that was never given before.
+        """
+
+    def stream(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sample_ids: Sequence[Sequence[int]] | None = None,
+    ) -> AsyncGenerator[Increment, None]:
+        """`agenerate`, told as it is drawn; who stops reading aborts the requests."""
+
+    def score(
+        self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
+    ) -> list[list[float]]:
+        """Log-probs of given tokens: L - 1 values for a sequence of L."""
+
+    def abort_request(self, request_id: str) -> list[Completion]:
+        """End a request; its samples as far as they are. KeyError if it is not unfinished."""
+
+    @property
+    def weight_version(self) -> WeightVersion:
+        """Step and digest of the weights that are served."""
+
+    def update_weights_from_disk(
+        self, model_path: str | Path, step: int | None = None
+    ) -> WeightVersion:
+        """Load a Hugging Face folder in place; the engine has to be idle."""
+
+    def flush_cache(self) -> None:
+        """Forget all cached prefixes."""
+
+    def close(self) -> None:
+        """Abort what is unfinished and let go of the engine."""
+
+
+async def result_of[T](result: Future[T], abandon: Callable[[], Future[None]]) -> T:
+    """Wait for a call's result; one that is cancelled is abandoned first."""
+    try:
+        return await asyncio.wrap_future(result)
+    except asyncio.CancelledError:
+        with suppress(Exception):  # if a step fails in it, those who still wait are told
+            await asyncio.wrap_future(abandon())
+        raise
+
+
+async def stream_of[T](
+    start: Callable[[Tell], tuple[Future[T], Callable[[], object]]],
+) -> AsyncGenerator[Increment, None]:
+    """Give a call's increments as they come; one that nobody reads on is abandoned.
+
+    `start` begins it, and returns its result to come and what abandons it.
+    """
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[list[Increment] | None] = asyncio.Queue()
+
+    def put(increments: list[Increment] | None) -> None:
+        with suppress(RuntimeError):  # asyncio's loop is closed: nobody listens any more
+            loop.call_soon_threadsafe(queue.put_nowait, increments)
+
+    result, abandon = start(put)
+    result.add_done_callback(lambda _: put(None))
+    try:
+        while (increments := await queue.get()) is not None:
+            for increment in increments:
+                yield increment
+        result.result()  # raises what ended it early
+    finally:
+        if not result.done():
+            abandon()

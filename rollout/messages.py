@@ -1,0 +1,180 @@
+"""What is said to an engine that another process drives, and what it answers.
+
+To an engine in a process of its own (remote.py), by a pipe and with a number for each call; and by
+rank 0 of a tensor parallel engine to the others (runtime/lockstep.py), as plain values.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from samebit.rollout.types import Increment, Request, SamplingParams
+
+# -- to an engine's process ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Complete prompts; answered by groups of completions."""
+
+    prompt_ids: Sequence[Sequence[int]]
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    sample_ids: Sequence[Sequence[int]] | None
+    return_hidden_states: Sequence[int] = ()
+    fresh_ids: bool = False
+    """Without sample_ids: ids that were never given before."""
+    streams: bool = False
+    """Answer with Drew as well, step by step."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Give the log-probs of tokens."""
+
+    token_ids: Sequence[Sequence[int]]
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Abandon:
+    """The caller of this number has gone: abort its requests."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class GetVersion:
+    """Tell the weight version that is served."""
+
+
+@dataclass(frozen=True)
+class UpdateFromDisk:
+    """Load a folder's weights in place; answered by their version."""
+
+    model_path: str
+    step: int | None
+
+
+@dataclass(frozen=True)
+class JoinWeightGroup:
+    """Join a trainer's weight group; see Engine.init_weights_update_group."""
+
+    master_address: str
+    master_port: int
+    rank: int
+    world_size: int
+    backend: str
+    timeout_s: float
+    secret: str | None
+
+
+@dataclass(frozen=True)
+class UpdateFromGroup:
+    """Take one update from the weight group; answered by its version."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Abort everything and end; not answered."""
+
+
+# -- from it ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Done:
+    """The call's result."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What the call raised."""
+
+    error: BaseException
+
+
+@dataclass(frozen=True)
+class Drew:
+    """What one step drew for the call."""
+
+    increments: list[Increment]
+
+
+# -- from rank 0 to the others, and some of it to an engine's process ------------------------------
+
+
+@dataclass(frozen=True)
+class Admit:
+    """Queue requests; `waits`: a caller waits for them, who is told if a step fails."""
+
+    requests: tuple[Request, ...]
+    waits: bool
+
+
+@dataclass(frozen=True)
+class Drain:
+    """Take in every step in flight."""
+
+
+@dataclass(frozen=True)
+class AbortRequest:
+    """End a request; a process answers with its completions."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class FlushCache:
+    """Forget all cached prefixes."""
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Rank 0 leads no longer; the ids to go on from, see RequestFactory.marks."""
+
+    request_id: int
+    sample_id: int
+
+
+type Message = (
+    Generate
+    | Score
+    | Abandon
+    | AbortRequest
+    | GetVersion
+    | FlushCache
+    | UpdateFromDisk
+    | JoinWeightGroup
+    | UpdateFromGroup
+    | Stop
+)
+type Answer = Done | Failed | Drew
+type RankMessage = Admit | Drain | AbortRequest | FlushCache | Leave
+
+_PLAIN: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (Admit, Drain, AbortRequest, FlushCache, Leave, Request, SamplingParams)
+}
+_KIND = "kind"
+
+
+def to_plain(value: Any) -> Any:
+    """A rank's message as a plain value (weight_sync.objects)."""
+    if type(value) in _PLAIN.values():
+        fields = {name: to_plain(item) for name, item in vars(value).items()}
+        return {_KIND: type(value).__name__, **fields}
+    if isinstance(value, tuple) and value and type(value[0]) in _PLAIN.values():
+        return tuple(map(to_plain, value))
+    return value
+
+
+def of_plain(value: Any) -> Any:
+    """What `to_plain` was given. Raises KeyError or TypeError for anything else."""
+    if isinstance(value, dict):
+        fields = {name: of_plain(item) for name, item in value.items() if name != _KIND}
+        return _PLAIN[value[_KIND]](**fields)
+    if isinstance(value, tuple) and value and isinstance(value[0], dict):
+        return tuple(map(of_plain, value))
+    return value

@@ -1,0 +1,175 @@
+"""EngineLoop: any number of callers, one thread at a time that drives the engine's steps.
+
+The caller of `run` drives by itself if nobody does. Whatever else comes, from asyncio or from other
+threads, goes into an inbox, which the driver empties between two steps. When a driver leaves while
+somebody still waits, a thread of the loop goes on until nobody does; it is not there otherwise.
+"""
+
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from samebit.rollout.client import Progress, Tell, result_of, stream_of
+from samebit.rollout.messages import Leave
+from samebit.rollout.runtime.call import Call, uncancelled
+from samebit.rollout.runtime.request_book import RequestBook
+from samebit.rollout.types import Completion, Increment, Request
+
+_PROGRESS_S = 0.05  # how often a caller who does not drive is told of progress
+_STARTING = 0  # no thread's number: the loop's thread is about to drive
+
+
+class EngineLoop:
+    """Drives the steps of an engine for all its callers; any thread may call its methods."""
+
+    def __init__(self, book: RequestBook) -> None:
+        self.book = book
+        self._inbox: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._mutex = threading.Lock()  # held for moments, to take or to hand on the driver's place
+        self._driver: int | None = None  # the number of the thread that drives
+
+    # -- callers ---------------------------------------------------------------------------------
+
+    def run(self, requests: Sequence[Request], progress: Progress | None) -> list[list[Completion]]:
+        """Complete the requests; those of others take part in the steps."""
+        call, drawn_before = Call(requests), self.book.num_drawn
+        with self._driving() as drives:
+            try:
+                if drives:
+                    self.book.admit(call)
+                else:
+                    self.submit(call)
+                while not call.result.done():
+                    if drives:
+                        self._empty_inbox()
+                        self.book.step()
+                    else:
+                        wait([call.result], None if progress is None else _PROGRESS_S)
+                    if progress is not None:
+                        progress(call.num_ended, self.book.num_drawn - drawn_before)
+            except BaseException:
+                abandoned = self.abandon(call)
+                del call  # its result may hold the error, whose traceback holds this frame
+                abandoned.result()
+                raise
+        return call.result.result()
+
+    async def arun(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """`run` for asyncio."""
+        call = Call(requests)
+        return await result_of(self.submit(call), partial(self.abandon, call))
+
+    def stream(self, requests: Sequence[Request]) -> AsyncGenerator[Increment, None]:
+        """`run` for asyncio, told step by step."""
+
+        def start(tell: Tell) -> tuple[Future[list[list[Completion]]], Callable[[], object]]:
+            call = Call(requests, tell)
+            return self.submit(call), partial(self.abandon, call)
+
+        return stream_of(start)
+
+    def submit(self, call: Call) -> Future[list[list[Completion]]]:
+        """Put a call in and do not wait; its result."""
+        self.book.lockstep.require_one_order()
+        self.post(partial(self.book.admit, call))
+        return call.result
+
+    def abandon(self, call: Call) -> Future[None]:
+        """The caller has gone: abort what is unfinished of its requests."""
+        return self.post(partial(self.book.abandon, call))
+
+    def close(self) -> None:
+        """Abort everything that callers wait for."""
+        self.between_steps(self.book.abandon_all)
+
+    @contextmanager
+    def leading(self, marks: Callable[[], tuple[int, int]]) -> Iterator[None]:
+        """In the block rank 0 decides for all ranks; `marks` is asked at its end, see Leave."""
+        self.book.lockstep.begin(leads=True)
+        try:
+            yield
+        finally:
+            self.between_steps(partial(self.book.stop_leading, marks))
+
+    def follow(self) -> Leave:
+        """Do what rank 0 does in its block; what it says at the end."""
+        self.book.lockstep.begin(leads=False)
+        return self.between_steps(self.book.follow)
+
+    # -- who drives ------------------------------------------------------------------------------
+
+    def between_steps[T](self, command: Callable[[], T]) -> T:
+        """The result of a command that runs while no step does."""
+        with self._driving() as drives:
+            if drives:
+                return command()
+        return self.post(command).result()
+
+    def post[T](self, command: Callable[[], T]) -> Future[T]:
+        """Have the driver run a command between two steps; at once, if nobody drives."""
+        future = uncancelled()
+        self._inbox.append((command, future))
+        with self._driving() as drives:
+            if drives:
+                self._empty_inbox()
+        return future
+
+    @contextmanager
+    def _driving(self) -> Iterator[bool]:
+        """Whether this thread drives in the block: if it does already, or else nobody."""
+        me = threading.get_ident()
+        with self._mutex:
+            before = self._driver
+            drives = before in (None, me)
+            if drives:
+                self._driver = me
+        try:
+            yield drives
+        finally:
+            if before is None:
+                self._hand_on()
+
+    def _hand_on(self) -> None:
+        """Leave the driver's place: to the loop's thread if anybody waits, else to nobody."""
+        if self._rest():
+            return
+        self._driver = _STARTING
+        # torch counts threads for each thread; another number could give other bits.
+        arguments = (torch.get_num_threads(),)
+        threading.Thread(target=self._drive, args=arguments, name="samebit engine loop").start()
+
+    def _rest(self) -> bool:
+        """Whether nobody waits for anything; then nobody drives from here on."""
+        with self._mutex:
+            if self._inbox or self.book.calls:
+                return False
+            self._driver = None
+            return True
+
+    def _drive(self, num_threads: int) -> None:
+        """What the loop's thread does: step until nobody waits."""
+        self._driver = threading.get_ident()
+        torch.set_num_threads(num_threads)
+        while not self._rest():
+            self._empty_inbox()
+            if self.book.calls:
+                try:
+                    self.book.step()
+                except BaseException as error:  # noqa: BLE001 - it goes to every caller
+                    self.book.fail_all(error)
+
+    def _empty_inbox(self) -> None:
+        while self._inbox:
+            command, future = self._inbox.popleft()
+            try:
+                future.set_result(command())
+            except BaseException as error:
+                future.set_exception(error)
+                if not isinstance(error, Exception):
+                    raise

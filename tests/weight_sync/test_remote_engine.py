@@ -1,0 +1,236 @@
+"""An engine in another process: called like a local one, by several callers at once."""
+
+import asyncio
+import itertools
+import os
+import pickle
+import signal
+import threading
+import time
+from concurrent.futures import Future
+
+import pytest
+from callers import parts_of, put_together
+from helpers import assert_same_bits, outcomes
+
+from samebit.rollout import engine_process
+from samebit.rollout.engine import Engine
+from samebit.rollout.remote import RemoteEngine, RemoteEngineError
+from samebit.rollout.types import SamplingParams
+from samebit.weight_sync.types import WeightSyncError, WeightVersion
+
+PROMPTS = [[5, 9, 200, 31], [7]]
+PARAMS = SamplingParams(n=2, max_new_tokens=8, ignore_eos=True)
+ENDLESS = SamplingParams(max_new_tokens=1000, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def engine(old):
+    return Engine(old.folder, device="cpu", kv_cache_tokens=1024)
+
+
+def kill(engine):
+    os.kill(engine._process.pid, signal.SIGKILL)
+    engine._process.join()
+
+
+def test_errors_of_a_remote_engine_are_those_of_a_local_one(remote):
+    """Bad input to an engine in another process keeps its type and message."""
+    with pytest.raises(ValueError, match="prompt 0"):
+        remote.generate([[]], PARAMS)
+    with pytest.raises(ValueError, match="331|vocabulary"):
+        remote.generate([[331]], PARAMS)
+    assert len(remote.generate(PROMPTS, PARAMS)) == 2
+
+
+def test_signals_to_a_group_are_the_parents_to_judge(remote):
+    """Ctrl-C reaches every process of a terminal; the engine's ends when it is told to."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(remote._process.pid, number)
+    assert remote.score(PROMPTS[:1]) == remote.score(PROMPTS[:1])
+
+
+def test_a_remote_engine_is_given_all_that_it_is_asked(remote, old, engine):
+    """Parameters and ids of each prompt, layers, temperatures, steps; and progress at the end."""
+    params = [
+        SamplingParams(n=2, max_new_tokens=5, ignore_eos=True, top_k=9),
+        SamplingParams(max_new_tokens=3, ignore_eos=True, temperature=0.5, seed=4),
+    ]
+    ids, seen = [[7, 1 << 63], [5]], []
+    version = remote.update_weights_from_disk(old.folder, 21)
+    assert version == remote.weight_version == WeightVersion(21, old.digest)
+    assert remote.update_weights_from_disk(old.folder) == WeightVersion(22, old.digest)
+    found = remote.generate(
+        PROMPTS, params, ids, return_hidden_states=[0, 2], progress=lambda *now: seen.append(now)
+    )
+    truth = engine.generate(PROMPTS, params, ids, return_hidden_states=[0, 2])
+    assert outcomes(found) == outcomes(truth)
+    assert [[c.sample_id for c in group] for group in found] == ids
+    for a, b in zip(sum(found, []), sum(truth, []), strict=True):
+        assert [span.version for span in a.version_spans] == [remote.weight_version]
+        assert set(a.hidden_states) == {0, 2}
+        for layer, states in b.hidden_states.items():
+            assert_same_bits(a.hidden_states[layer], states, layer)
+    assert set(seen[:-1]) <= {(0, 0)}
+    assert seen[-1] == (3, 2 * 5 + 3)
+    assert remote.score(PROMPTS[:1], 0.3) == engine.score(PROMPTS[:1], 0.3)
+
+
+def assert_idle(remote, old):
+    """Nothing is left unfinished: else the engine would refuse this."""
+    assert remote.update_weights_from_disk(old.folder).digest == old.digest
+
+
+def test_progress_that_raises_ends_its_requests(remote, old, engine):
+    """An engine that works on for nobody would keep its memory and its CPU; others go on."""
+
+    def interrupt(done, tokens):
+        assert (done, tokens) == (0, 0)
+        raise KeyboardInterrupt
+
+    async def beside():
+        drawn = asyncio.create_task(remote.agenerate(PROMPTS, PARAMS, [[0, 1], [2, 3]]))
+        await asyncio.sleep(0)
+        with pytest.raises(KeyboardInterrupt):
+            remote.generate(PROMPTS[:1], ENDLESS, progress=interrupt)
+        return await drawn
+
+    assert outcomes(asyncio.run(beside())) == outcomes(engine.generate(PROMPTS, PARAMS))
+    assert_idle(remote, old)
+
+
+def test_a_call_that_is_interrupted_is_aborted(remote, old, monkeypatch):
+    """Its late answer is not taken for the next call's."""
+
+    def interrupted(future, timeout=None):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            remote.generate(PROMPTS[:1], ENDLESS)
+    assert remote.score(PROMPTS[:1]) == remote.score(PROMPTS[:1])
+    assert_idle(remote, old)
+
+
+def test_calls_to_a_remote_engine_overlap(remote, old, engine):
+    """Streams, scores and calls at once: each has its own answer, to the bit."""
+    truth = engine.generate(PROMPTS, PARAMS, [[7, 8], [9, 10]])
+    context = [*PROMPTS[0], *truth[0][0].token_ids]
+
+    async def together():
+        endless = asyncio.create_task(remote.agenerate(PROMPTS[:1], ENDLESS))
+        await asyncio.sleep(0.05)
+        found = await asyncio.gather(
+            parts_of(remote.stream(PROMPTS, PARAMS, [[7, 8], [9, 10]])),
+            remote.agenerate(PROMPTS, PARAMS, [[7, 8], [9, 10]]),
+            asyncio.to_thread(remote.score, [context]),
+            parts_of(remote.stream(PROMPTS[:1], ENDLESS), take=5),
+        )
+        assert not endless.done()
+        with pytest.raises(WeightSyncError, match="needs an idle engine: [12] requests"):
+            remote.update_weights_from_disk(old.folder)
+        endless.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await endless
+        return found
+
+    parts, drawn, scores, _ = asyncio.run(together())
+    assert outcomes(drawn) == outcomes(truth)
+    for completion in itertools.chain(*drawn):
+        put_together(parts[completion.sample_id], completion)
+    assert scores == engine.score([context])
+    assert_idle(remote, old)
+
+
+def test_a_remote_request_is_aborted_by_name(remote, old):
+    """Whoever waits for it gets what there is."""
+
+    async def aborted():
+        parts = []
+        async for part in remote.stream(PROMPTS[:1], ENDLESS):
+            parts.append(part)
+            if len(parts) == 3:
+                [completion] = await asyncio.to_thread(remote.abort_request, part.request_id)
+        put_together(parts, completion)
+        assert completion.finish_reason == "abort"
+        return completion.request_id
+
+    request_id = asyncio.run(aborted())
+    with pytest.raises(KeyError, match=f"no unfinished request '{request_id}'"):
+        remote.abort_request(request_id)
+    remote.flush_cache()
+    assert_idle(remote, old)
+
+
+def test_errors_reach_the_call_that_they_are_of(remote, engine):
+    """With where they were raised; the calls beside them go on."""
+
+    async def together():
+        return await asyncio.gather(
+            remote.agenerate([[331]], PARAMS),
+            remote.agenerate(PROMPTS, PARAMS, [[0, 1], [2, 3]]),
+            parts_of(remote.stream([[]], PARAMS)),
+            return_exceptions=True,
+        )
+
+    outside, drawn, empty = asyncio.run(together())
+    assert "outside the vocabulary" in str(outside)
+    assert "in the engine's process:\nTraceback" in outside.__notes__[0]
+    assert isinstance(empty, ValueError)
+    assert outcomes(drawn) == outcomes(engine.generate(PROMPTS, PARAMS))
+    with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
+        remote.generate(PROMPTS, lambda: None)
+    assert len(remote.generate(PROMPTS, PARAMS)) == 2
+
+
+class TwoPartError(Exception):
+    """An error whose copy lacks an argument."""
+
+    def __init__(self, what, why):
+        super().__init__(f"{what}: {why}")
+
+
+def test_an_error_that_cannot_be_sent_is_told_by_another():
+    copy = engine_process._portable(TwoPartError("the disk", "full"))
+    assert (type(copy), str(copy)) == (RuntimeError, "TwoPartError: the disk: full")
+    assert type(engine_process._portable(KeyError("x"))) is KeyError
+
+
+def test_a_death_reaches_all_who_wait(old):
+    """Calls, streams and whoever comes later."""
+    engine = RemoteEngine(old.folder, device="cpu", kv_cache_tokens=1024)
+
+    async def together():
+        calls = [
+            asyncio.create_task(engine.agenerate(PROMPTS[:1], ENDLESS)),
+            asyncio.create_task(parts_of(engine.stream(PROMPTS[:1], ENDLESS))),
+        ]
+        await asyncio.sleep(0.1)
+        kill(engine)
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    errors = asyncio.run(together())
+    assert [type(error) for error in errors] == [RemoteEngineError] * 2
+    assert "ended with code -9" in str(errors[0])
+    with pytest.raises(RemoteEngineError, match="ended with code -9"):
+        engine.score([[1, 2, 3]])
+    engine.close()
+    engine.close()
+
+
+def test_close_does_not_wait_for_what_is_unfinished(old):
+    engine = RemoteEngine(old.folder, device="cpu", kv_cache_tokens=1024)
+    waiting = threading.Thread(target=engine.generate, args=(PROMPTS[:1], ENDLESS))
+    waiting.start()
+    time.sleep(0.1)
+    engine.close()
+    waiting.join(timeout=60)
+    assert not waiting.is_alive()
+    assert engine._process.exitcode == 0
+
+
+def test_a_remote_engine_of_a_missing_model_says_so(tmp_path):
+    """A wrong path must come back from the other process as FileNotFoundError."""
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        RemoteEngine(tmp_path / "missing", device="cpu")

@@ -1,0 +1,31 @@
+"""The transports by name (placement.transport): the class of each, and where it fits. No torch."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Says which class it is, and between which trainers and engines it may be."""
+
+    path: str
+    """module:Class, a Lease or a Transport."""
+    engines: tuple[str, ...]
+    """colocated: in the trainer's process; process: in one of its own."""
+    trainers: tuple[str, ...]
+    """one: a single process; copies: several, of which none is a stage of a pipeline; stages."""
+
+
+TRANSPORTS = {
+    "alias": Entry(
+        "samebit.weight_sync.transports.alias:AliasLease", ("colocated",), ("one", "copies")
+    ),
+    "stages": Entry(
+        "samebit.weight_sync.transports.stages:StageTransport", ("colocated",), ("stages",)
+    ),
+    "gloo": Entry(
+        "samebit.weight_sync.transports.broadcast:BroadcastTransport", ("process",), ("one",)
+    ),
+    "file": Entry(
+        "samebit.weight_sync.transports.file:FileTransport", ("colocated", "process"), ("one",)
+    ),
+}
