@@ -7,6 +7,7 @@ that --help and dry_run answer at once.
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from samebit.kernels.registry import ATTENTION_KINDS
 from samebit.recipes.data.rewards import RewardConfig
 from samebit.recipes.data.tasks.base import DataConfig
 from samebit.recipes.run.metrics import LoggerConfig
@@ -21,7 +22,7 @@ from samebit.trainer.config import (
     require_default,
 )
 
-SET_BY_RUN = ("load_format", "max_model_len", "seed")
+SET_BY_RUN = ("attention", "load_format", "max_model_len", "seed")
 """Settings of the engine that commands derive from keys of their own."""
 SET_BY_DEMO = "set by the demo"
 DEMO_MODELS = ("tiny", "smollm2")
@@ -105,7 +106,19 @@ class RolloutSection:
 
 
 @dataclass(kw_only=True)
-class NumericsSection:
+class AttentionSection:
+    """Chooses the attention of engine and trainer alike; the numerics profile names it."""
+
+    attention: str = "canonical"
+    """canonical, the only kind that there is."""
+
+    def __post_init__(self) -> None:
+        known, meaning = self.attention in ATTENTION_KINDS, f"one of {tuple(ATTENTION_KINDS)}"
+        require(known, "numerics.attention", self.attention, meaning)
+
+
+@dataclass(kw_only=True)
+class NumericsSection(AttentionSection):
     """Chooses what the contract leaves open; see kernels/profile.py."""
 
     tp_invariant: bool = False
@@ -258,7 +271,8 @@ class GrpoRun(RunSection):
         invariant, tensor = self.numerics.tp_invariant, self.trainer.parallel.tensor
         check_tp_invariant(invariant, tensor, "trainer.parallel.tensor")
         _check_placement(self.placement, self.trainer.parallel)
-        require_default(self.engine, "engine", SET_BY_RUN, "model, lengths and seed are the run's")
+        meaning = "attention, model, lengths and seed are the run's"
+        require_default(self.engine, "engine", SET_BY_RUN, meaning)
         if self.samples_per_step % self.batch_size:
             raise ValueError(
                 f"rollout.prompts_per_step x rollout.samples_per_prompt = {prompts} x {n} = "
