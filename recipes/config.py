@@ -113,8 +113,9 @@ class AttentionSection:
     """canonical, the only kind that there is."""
 
     def __post_init__(self) -> None:
-        known, meaning = self.attention in ATTENTION_KINDS, f"one of {tuple(ATTENTION_KINDS)}"
-        require(known, "numerics.attention", self.attention, meaning)
+        kinds = tuple(ATTENTION_KINDS)
+        meaning = f"one of {kinds}"
+        require(self.attention in kinds, "numerics.attention", self.attention, meaning)
 
 
 @dataclass(kw_only=True)

@@ -63,8 +63,8 @@ class EngineConfig:
         self._require(longest is None or longest >= 1, "max_model_len", "positive, or unset")
         fits, meaning = tokens is None or tokens >= page, f"at least one page of {page}, or unset"
         self._require(fits, "kv_cache_tokens", meaning)
-        known = self.attention in ATTENTION_KINDS
-        self._require(known, "attention", f"one of {tuple(ATTENTION_KINDS)}")
+        kinds = tuple(ATTENTION_KINDS)
+        self._require(self.attention in kinds, "attention", f"one of {kinds}")
         self._require(self.load_format in LOAD_FORMATS, "load_format", f"one of {LOAD_FORMATS}")
         self._require(0 <= self.seed <= MAX_UINT64, "seed", "an unsigned 64-bit integer")
 

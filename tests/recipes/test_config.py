@@ -187,6 +187,10 @@ WRONG = {
         ["trainer.parallel.recompute=some"],
         r"trainer.parallel.recompute is 'some'; it must be one of \('none', 'selective', 'full'\)",
     ),
+    "unknown attention": (
+        ["numerics.attention=flash"],
+        r"numerics.attention is 'flash'; it must be one of \('canonical',\)",
+    ),
     "no held-out problems": (["data.eval_size=0"], "data.eval_size is 0"),
     "no override at all": (["hello"], "'hello' is no key=value of an existing key"),
     "an option": (["-x"], "'-x' is no key=value"),
