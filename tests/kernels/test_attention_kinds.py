@@ -18,7 +18,7 @@ PAGE = 16
 gpu = pytest.mark.gpu
 no_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PLACES = [(name, "cpu") for name in (*ATTENTION_KINDS, "plain")]
-PLACES += [pytest.param(name, "cuda", marks=[gpu, no_card]) for name in ATTENTION_KINDS]
+PLACES += [pytest.param((name, "cuda"), marks=[gpu, no_card]) for name in ATTENTION_KINDS]
 
 
 class Case:
@@ -38,9 +38,8 @@ class Case:
         self.table = torch.zeros(len(LENS), max(counts), dtype=torch.int64)
         shape = (2, sum(counts) + 3, PAGE, 3, 64)
         self.caches = torch.full(shape, float("nan"), dtype=self.dtype, device=device)
-        for i, (own, k, v) in enumerate(
-            zip(pages, *map(self.split, (self.k, self.v)), strict=True)
-        ):
+        parts = zip(pages, self.split(self.k), self.split(self.v), strict=True)
+        for i, (own, k, v) in enumerate(parts):
             self.table[i, : len(own)] = own
             place = torch.arange(len(k))
             kv_slots = own[place // PAGE] * PAGE + place % PAGE
@@ -117,8 +116,8 @@ def test_gradients_are_those_of_the_reference(case):
         assert (a.float() - t).norm() <= bound * t.norm()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@gpu
+@no_card
 @pytest.mark.parametrize("name", ATTENTION_KINDS)
 def test_replays_are_the_steps_without_a_graph(name):
     """One capture for all contexts up to a bound and fewer samples than its batch."""
