@@ -140,7 +140,7 @@ class RunSection:
     overwrite: bool = False
     """Without resume: remove what an earlier run of this name left."""
     dry_run: bool = False
-    """Print the resolved plan and stop."""
+    """Print what the run would be and stop."""
     device: str | None = None
     """cpu or cuda; unset: the GPU if there is one."""
     cpu_threads: int = 1

@@ -75,11 +75,9 @@ class Engine:
         self.config = settled(EngineConfig.of(config, overrides), self.device, ranks)
         self.model_config = load_model_config(self.model_path)
         self.specs = self.model_config.param_specs(Shard(ranks.rank, ranks.size))
-        kind, heads = attention_kind(self.config.attention), self.model_config.attention_heads
-        self.profile: NumericsProfile = numerics_profile(
-            self.device, ranks.size, ranks.invariant, kind
-        )
-        self.attention = kind(heads(ranks.size), self.device)
+        kind, numerics = attention_kind(self.config.attention), (ranks.size, ranks.invariant)
+        self.profile: NumericsProfile = numerics_profile(self.device, *numerics, kind)
+        self.attention = kind(self.model_config.attention_heads(ranks.size), self.device)
         self.model_config.selfcheck(self.attention, ranks)
         self.arena = Arena(self.device)
         session = load_weights(

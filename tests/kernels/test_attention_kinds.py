@@ -1,11 +1,8 @@
 """What every attention kind has to do: one contract test over all of them, and one from outside."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import assert_same_bits, run_python
 
 from samebit.kernels.attention import CanonicalAttention, attention_ref
 from samebit.kernels.attention_kind import AttentionKind, GraphEntries, Heads
@@ -167,7 +164,6 @@ def test_the_profile_names_the_kind():
 def test_names_are_known_without_torch():
     """Recipes check them before anything heavy is imported."""
     script = "import sys, samebit.kernels.registry as r; print(*r.ATTENTION_KINDS, *sys.modules)"
-    run = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
-    words = run.stdout.split()
-    assert words[: len(ATTENTION_KINDS)] == list(ATTENTION_KINDS)
-    assert not {"torch", "numpy"} & set(words), run.stderr
+    names, modules = list(ATTENTION_KINDS), run_python(script).split()
+    assert modules[: len(names)] == names
+    assert not {"torch", "numpy"} & set(modules)

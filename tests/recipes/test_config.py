@@ -318,7 +318,7 @@ def test_help_lists_groups_keys_and_defaults(capsys, command):
     if command == "grpo":
         assert "  path: ???  # A Hugging Face folder: config.json" in keys
         assert "  clip_ratio_low: 0.2" in keys
-        assert "dry_run: false  # Print the resolved plan and stop.\n" in keys
+        assert "dry_run: false  # Print what the run would be and stop.\n" in keys
 
 
 def test_help_and_wrong_configurations_do_not_import_torch():
