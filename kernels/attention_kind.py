@@ -55,6 +55,16 @@ class GraphEntries:
     max_context: int
     """Bound of context_lens."""
 
+    @classmethod
+    def empty(
+        cls, batch: int, page_table: torch.Tensor, page_size: int, max_context: int
+    ) -> "GraphEntries":
+        """Entries for `batch` samples, which only fill it up so far."""
+        rows, lens = (
+            torch.zeros(batch, dtype=torch.int32, device=page_table.device) for _ in range(2)
+        )
+        return cls(rows, lens, page_table, page_size, max_context)
+
 
 class AttentionKind(ABC):
     """Causal attention of given heads on one device, paged for the engine, packed for the trainer.

@@ -105,10 +105,8 @@ def decode_ends_pass(make: Inputs) -> Iterator[torch.Tensor]:
 
     ring = HostRing(2, 16, make.device)
     slots = torch.tensor([2, 0, 4, 4, 4])
-    table, rows, lens = (
-        torch.zeros(shape, dtype=torch.int32, device=make.device) for shape in ((4, 3), 5, 5)
-    )
-    entries = GraphEntries(rows, lens, table, page_size=16, max_context=48)
+    table = torch.zeros(4, 3, dtype=torch.int32, device=make.device)
+    entries = GraphEntries.empty(5, table, page_size=16, max_context=48)
     last = make.integers(9, 5)
     for turn in (0, 1, 0):
         ring.inputs[turn, RingRow.SLOT, :5] = slots

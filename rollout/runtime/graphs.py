@@ -145,7 +145,10 @@ class DecodeGraphs:
     def _capture(self, bucket: int, bound: int, draws: bool) -> _Graph:
         """Capture a step for `bucket` samples of at most `bound` tokens."""
         start = time.perf_counter()
-        entries = self._entries(bucket, bound)
+        table, page_size = self._table, self._cache.page_size
+        assert table is not None
+        longest = min(bound, table.shape[1] * page_size)
+        entries = GraphEntries.empty(bucket, table, page_size, longest)
         plan = self._attention.plan_graph(entries)
         step = self._make_step(entries, plan, draws)
         saved = self._last_tokens.clone()
@@ -169,15 +172,6 @@ class DecodeGraphs:
             bucket, bound, self.num_graphs + 1, self.capture_s,
         )  # fmt: skip
         return _Graph(graph, plan, step, hidden)
-
-    def _entries(self, bucket: int, bound: int) -> GraphEntries:
-        table, page_size = self._table, self._cache.page_size
-        assert table is not None
-        table_rows, context_lens = (
-            torch.zeros(bucket, dtype=torch.int32, device=self._device) for _ in range(2)
-        )
-        longest = min(bound, table.shape[1] * page_size)
-        return GraphEntries(table_rows, context_lens, table, page_size, max_context=longest)
 
     def _make_step(
         self, entries: GraphEntries, plan: AttentionPlan, draws: bool

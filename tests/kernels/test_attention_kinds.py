@@ -120,10 +120,10 @@ def test_replays_are_the_steps_without_a_graph(name):
     """One capture for all contexts up to a bound and fewer samples than its batch."""
     case, batch = Case(attention_kind(name), "cuda"), 8
     attention, device = case.attention, case.q.device
-    rows, lens = (torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(2))
     table = torch.zeros(10, case.table.shape[1], dtype=torch.int32, device=device)
     table[2:8] = case.table.to(table)
-    plan = attention.plan_graph(GraphEntries(rows, lens, table, PAGE, max_context=2048))
+    entries = GraphEntries.empty(batch, table, PAGE, max_context=2048)
+    plan, rows, lens = attention.plan_graph(entries), entries.table_rows, entries.context_lens
     q = torch.zeros(batch, 9, 64, dtype=case.dtype, device=device)
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
