@@ -1,5 +1,7 @@
 """attention: causal attention over keys in a paged cache or in a packed batch, one result for all.
 
+This is the canonical kind; kernels/attention_kind.py says what every kind has to do.
+
 Contract: keys are taken in tiles of a fixed number of tokens at absolute positions, in ascending
 order, by an online softmax (running max, sum and accumulator; each tile rescales the earlier ones).
 On a GPU it starts anew at every split, and the splits merge in ascending order. A query's result
@@ -11,62 +13,16 @@ Source of the online softmax: Milakov and Gimelshein 2018, arXiv 1805.02867; of 
 al. 2022, arXiv 2205.14135.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
+from samebit.kernels.attention_kind import AttentionKind, AttentionPlan, GraphEntries
+from samebit.kernels.contract import CPU_KV_TILE, GPU_KV_SPLIT, GPU_KV_TILE
 from samebit.kernels.cpu import attention as cpu
 from samebit.kernels.op import Op
-
-
-def plan_paged(
-    query_lens: Sequence[int],
-    context_lens: Sequence[int],
-    page_table: torch.Tensor,
-    page_size: int,
-    heads_per_kv: int,
-    device: torch.device | str = "cpu",
-) -> Any:
-    """Plan attention of queries whose keys lie in pages; only the device knows what a plan holds.
-
-    query_lens [B]: new tokens of each sequence, the last ones of its context_lens [B] tokens
-    (new ones included). page_table [B, max_pages] int64 on the CPU: page ids in order of position.
-    """
-    if torch.device(device).type == "cuda":
-        from samebit.kernels.gpu.attention import plan
-
-        return plan(query_lens, context_lens, page_table, page_size, torch.device(device))
-    return cpu.plan_paged(query_lens, context_lens, page_table, page_size, heads_per_kv)
-
-
-def plan_packed(
-    seq_lens: Sequence[int], heads_per_kv: int, device: torch.device | str = "cpu"
-) -> Any:
-    """Plan attention of whole sequences packed one behind another, as in the training forward."""
-    starts = [0, *itertools.accumulate(seq_lens)]
-    return plan_context(seq_lens, seq_lens, starts[:-1], starts[-1], heads_per_kv, device)
-
-
-def plan_context(
-    query_lens: Sequence[int],
-    context_lens: Sequence[int],
-    key_starts: Sequence[int],
-    num_keys: int,
-    heads_per_kv: int,
-    device: torch.device | str = "cpu",
-) -> Any:
-    """Plan attention of parts of sequences whose keys are packed, as a context parallel rank's.
-
-    query_lens [B]: tokens of each part, the last of its context_lens [B] tokens; key_starts [B]:
-    the first row of its sequence's keys among num_keys. Parts may share a sequence.
-    """
-    if torch.device(device).type == "cuda":
-        from samebit.kernels.gpu.attention import plan
-
-        return plan(query_lens, context_lens, None, 1, torch.device(device), key_starts, num_keys)
-    return cpu.plan_context(query_lens, context_lens, key_starts, num_keys, heads_per_kv)
 
 
 def attention_ref(
@@ -100,7 +56,7 @@ class _PackedAttention(torch.autograd.Function):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        plan: Any,
+        plan: AttentionPlan,
         scale: float,
     ) -> torch.Tensor:
         output, lse = _attend(q, k, v, plan, scale)
@@ -114,27 +70,74 @@ class _PackedAttention(torch.autograd.Function):
         return *_attend_backward(grad, q, k, v, output, lse, ctx.plan, ctx.scale), None, None
 
 
-def packed_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any, scale: float
-) -> torch.Tensor:
-    """Attention of packed sequences to themselves; it is differentiable.
+class CanonicalAttention(AttentionKind):
+    """Tiles and splits at absolute positions, in ascending order: the contract's own attention."""
 
-    q [T, Hq, Dh], k and v [T, Hkv, Dh], plan from plan_packed or plan_context, scale usually
-    Dh**-0.5 -> [T, Hq, Dh].
-    """
-    return _PackedAttention.apply(q, k, v, plan, scale)
+    name = "canonical"
+    is_invariant = True
 
+    @classmethod
+    def tiles(cls, device_type: str) -> tuple[int, int | None]:
+        """Tokens of a key tile, and of a split where the online softmax starts anew."""
+        return (GPU_KV_TILE, GPU_KV_SPLIT) if device_type == "cuda" else (CPU_KV_TILE, None)
 
-def paged_attention(
-    q: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    plan: Any,
-    scale: float,
-) -> torch.Tensor:
-    """Attention of new tokens to their sequences' pages, their own keys already written.
+    def plan_step(
+        self,
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+        page_table: torch.Tensor,
+        page_size: int,
+    ) -> AttentionPlan:
+        """See AttentionKind."""
+        if self.device.type == "cuda":
+            from samebit.kernels.gpu.attention import plan
 
-    q [T, Hq, Dh], caches [P, page_size, Hkv, Dh], plan from plan_paged -> [T, Hq, Dh].
-    """
-    flat = (-1, *key_cache.shape[2:])
-    return _attend(q, key_cache.view(flat), value_cache.view(flat), plan, scale)[0]
+            return plan(query_lens, context_lens, page_table, page_size, self.device)
+        return cpu.plan_step(query_lens, context_lens, page_table, page_size, self.heads.per_kv)
+
+    def plan_context(
+        self,
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+        key_starts: Sequence[int],
+        num_keys: int,
+    ) -> AttentionPlan:
+        """See AttentionKind."""
+        if self.device.type == "cuda":
+            from samebit.kernels.gpu.attention import plan
+
+            return plan(query_lens, context_lens, None, 1, self.device, key_starts, num_keys)
+        return cpu.plan_context(query_lens, context_lens, key_starts, num_keys, self.heads.per_kv)
+
+    def plan_graph(self, entries: GraphEntries) -> AttentionPlan:
+        """See AttentionKind."""
+        from samebit.kernels.gpu.attention import plan_graph
+
+        return plan_graph(entries)
+
+    def prepare_replay(
+        self,
+        plan: AttentionPlan,
+        context_lens: np.ndarray,
+        table_rows: np.ndarray,
+        page_table: np.ndarray,
+    ) -> None:
+        """Nothing: a program for each split of each entry finds its lengths on the device."""
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        plan: AttentionPlan,
+    ) -> torch.Tensor:
+        """See AttentionKind."""
+        flat = (-1, *key_cache.shape[2:])
+        keys, values = key_cache.view(flat), value_cache.view(flat)
+        return _attend(q, keys, values, plan, self.heads.scale)[0]
+
+    def attend_packed(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan
+    ) -> torch.Tensor:
+        """See AttentionKind."""
+        return _PackedAttention.apply(q, k, v, plan, self.heads.scale)

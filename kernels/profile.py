@@ -9,13 +9,9 @@ from pathlib import Path
 
 import torch
 
-from samebit.kernels.contract import (
-    CONTRACT_VERSION,
-    CPU_KV_TILE,
-    GPU_KV_SPLIT,
-    GPU_KV_TILE,
-    LSE_SEGMENTS,
-)
+from samebit.kernels.attention import CanonicalAttention
+from samebit.kernels.attention_kind import AttentionKind
+from samebit.kernels.contract import CONTRACT_VERSION, LSE_SEGMENTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +23,11 @@ class NumericsProfile:
     tp_size: int = 1
     """1 under tp_invariant: a forward's bits do not depend on it."""
     tp_invariant: bool = False
-    kv_tile: int
+    kv_tile: int | None
     kv_split: int | None
     lse_segments: int = LSE_SEGMENTS
-    attention: str = "canonical"
+    attention: str
+    """The kind's name; kv_tile and kv_split are its constants."""
     contract_version: int = CONTRACT_VERSION
     torch_version: str = torch.__version__
     triton_version: str = importlib.metadata.version("triton")
@@ -57,14 +54,18 @@ def _cpu_architecture() -> str:
 
 
 def numerics_profile(
-    device: torch.device, tp_size: int = 1, tp_invariant: bool = False
+    device: torch.device,
+    tp_size: int = 1,
+    tp_invariant: bool = False,
+    attention: type[AttentionKind] = CanonicalAttention,
 ) -> NumericsProfile:
     """The profile of this process on `device`."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        architecture, tile, split = f"sm_{major}{minor}", GPU_KV_TILE, GPU_KV_SPLIT
+        architecture = f"sm_{major}{minor}"
     else:
-        architecture, tile, split = _cpu_architecture(), CPU_KV_TILE, None
+        architecture = _cpu_architecture()
+    tile, split = attention.tiles(device.type)
     return NumericsProfile(
         device_type=device.type,
         architecture=architecture,
@@ -72,4 +73,5 @@ def numerics_profile(
         tp_invariant=tp_invariant,
         kv_tile=tile,
         kv_split=split,
+        attention=attention.name,
     )

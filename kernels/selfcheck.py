@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from samebit.kernels.attention import packed_attention, paged_attention, plan_packed, plan_paged
 from samebit.kernels.attention_inputs import attention_inputs, attention_inputs_ref
+from samebit.kernels.attention_kind import AttentionKind, Heads
 from samebit.kernels.cpu.linear import linear_blocked, linear_padded, use_blocked
 from samebit.kernels.linear import linear
 from samebit.kernels.profile import numerics_profile
@@ -112,14 +112,9 @@ def _gpu_segments_differ(shape: tuple[int, int], device: torch.device) -> bool:
         return True
 
 
-def check_fused(
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    widths: Iterable[int],
-    device: torch.device,
-) -> None:
+def check_fused(heads: Heads, widths: Iterable[int], device: torch.device) -> None:
     """Raise SelfCheckError unless the fused row operations give the bits of the single ones."""
+    num_heads, num_kv_heads, head_dim, _ = heads
     same = True
     for width in widths:
         x, residual = (_randn(67, width, device=device, seed=s) for s in (0, 1))
@@ -146,16 +141,13 @@ def check_fused(
         )
 
 
-def check_attention(
-    num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device | None = None
-) -> None:
+def check_attention(attention: AttentionKind) -> None:
     """Raise SelfCheckError unless decode, chunks and the packed forward agree."""
-    device = device or torch.device("cpu")
-    lens, page_size, group = (3, 64, 65, 150, 1100), 16, num_heads // num_kv_heads
-    total, scale = sum(lens), head_dim**-0.5
-    q = _randn(total, num_heads, head_dim, device=device)
-    k, v = (_randn(total, num_kv_heads, head_dim, device=device, seed=s) for s in (1, 2))
-    truth = packed_attention(q, k, v, plan_packed(lens, group, device), scale).split(lens)
+    (num_heads, num_kv_heads, head_dim, _), device = attention.heads, attention.device
+    lens, page_size = (3, 64, 65, 150, 1100), 16
+    q = _randn(sum(lens), num_heads, head_dim, device=device)
+    k, v = (_randn(sum(lens), num_kv_heads, head_dim, device=device, seed=s) for s in (1, 2))
+    truth = attention.attend_packed(q, k, v, attention.plan_packed(lens)).split(lens)
     num_pages = -(-max(lens) // page_size)
     for length, q_L, k_L, v_L, truth_L in zip(
         lens, q.split(lens), k.split(lens), v.split(lens), truth, strict=True
@@ -167,8 +159,8 @@ def check_attention(
         table = torch.arange(num_pages)[None]
         for chunk in (1, 17):
             start = max(0, length - chunk)
-            plan = plan_paged([length - start], [length], table, page_size, group, device)
-            output = paged_attention(q_L[start:], caches[0], caches[1], plan, scale)
+            plan = attention.plan_step([length - start], [length], table, page_size)
+            output = attention.attend(q_L[start:], caches[0], caches[1], plan)
             if not torch.equal(output, truth_L[start:]):
                 raise SelfCheckError(
                     f"attention is not invariant on this machine: length {length}, chunk {chunk}, "
@@ -207,26 +199,26 @@ def check_columns(shards: Iterable[tuple[int, int, int]], device: torch.device) 
 @torch.no_grad()
 def selfcheck(
     linear_shapes: Iterable[tuple[int, int]],
-    heads: tuple[int, int, int],
+    attention: AttentionKind,
     widths: Iterable[int],
-    device: torch.device | None = None,
     column_shards: Iterable[tuple[int, int, int]] = (),
     segments: Iterable[tuple[int, int]] = (),
 ) -> None:
-    """Check a model's operations on `device` and select implementations accordingly.
+    """Check a model's operations on attention's device and select implementations accordingly.
 
-    linear_shapes: (N, K) of every weight; heads: (Hq, Hkv, Dh); widths: row lengths of norms
-    and activations; column_shards: see check_columns; segments: (N, K) of the parts that
+    linear_shapes: (N, K) of every weight; attention: of the model's heads; widths: row lengths of
+    norms and activations; column_shards: see check_columns; segments: (N, K) of the parts that
     linear_in_segments cuts weights into. Raises SelfCheckError where nothing that keeps the
     contract is left.
     """
-    device = device or torch.device("cpu")
+    device = attention.device
     segments = sorted(set(segments))
     shapes = sorted({*linear_shapes, *segments})
     widths = sorted(set(widths))
-    key = [numerics_profile(device).digest, torch.get_num_threads()]
+    profile = numerics_profile(device, attention=type(attention))
+    key = [profile.digest, torch.get_num_threads()]
     shards = sorted(set(column_shards))
-    key += [shapes, list(heads), widths, shards, segments]
+    key += [shapes, list(attention.heads), widths, shards, segments]
     if device.type == "cuda":
         from samebit.kernels.gpu.tuning import fingerprint
 
@@ -234,10 +226,11 @@ def selfcheck(
     cache = _cache_file(key)
     unequal = _remembered(cache)
     if unequal is None:
-        check_attention(*heads, device)
+        if attention.is_invariant:
+            check_attention(attention)
         check_rows(widths, device)
         if device.type == "cuda":  # elsewhere nothing is fused
-            check_fused(*heads, widths, device)
+            check_fused(attention.heads, widths, device)
         if device.type == "cpu":  # on a GPU every element is one chain, whatever the tile
             check_columns(shards, device)
         unequal = unequal_linear_shapes(shapes, device)

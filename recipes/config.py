@@ -7,6 +7,7 @@ that --help and dry_run answer at once.
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from samebit.kernels.registry import ATTENTION_KINDS
 from samebit.recipes.data.rewards import RewardConfig
 from samebit.recipes.data.tasks.base import DataConfig
 from samebit.recipes.run.metrics import LoggerConfig
@@ -22,7 +23,7 @@ from samebit.trainer.config import (
 )
 from samebit.weight_sync.transports.registry import TRANSPORTS
 
-SET_BY_RUN = ("load_format", "max_model_len", "seed")
+SET_BY_RUN = ("attention", "load_format", "max_model_len", "seed")
 """Settings of the engine that commands derive from keys of their own."""
 SET_BY_DEMO = "set by the demo"
 DEMO_MODELS = ("tiny", "smollm2")
@@ -107,7 +108,20 @@ class RolloutSection:
 
 
 @dataclass(kw_only=True)
-class NumericsSection:
+class AttentionSection:
+    """Chooses the attention of engine and trainer alike; the numerics profile names it."""
+
+    attention: str = "canonical"
+    """canonical, the only kind that there is."""
+
+    def __post_init__(self) -> None:
+        kinds = tuple(ATTENTION_KINDS)
+        meaning = f"one of {kinds}"
+        require(self.attention in kinds, "numerics.attention", self.attention, meaning)
+
+
+@dataclass(kw_only=True)
+class NumericsSection(AttentionSection):
     """Chooses what the contract leaves open; see kernels/profile.py."""
 
     tp_invariant: bool = False
@@ -128,7 +142,7 @@ class RunSection:
     overwrite: bool = False
     """Without resume: remove what an earlier run of this name left."""
     dry_run: bool = False
-    """Print the resolved plan and stop."""
+    """Print what the run would be and stop."""
     device: str | None = None
     """cpu or cuda; unset: the GPU if there is one."""
     cpu_threads: int = 1
@@ -261,7 +275,8 @@ class GrpoRun(RunSection):
         invariant, tensor = self.numerics.tp_invariant, self.trainer.parallel.tensor
         check_tp_invariant(invariant, tensor, "trainer.parallel.tensor")
         _check_placement(self.placement, self.trainer.parallel)
-        require_default(self.engine, "engine", SET_BY_RUN, "model, lengths and seed are the run's")
+        meaning = "attention, model, lengths and seed are the run's"
+        require_default(self.engine, "engine", SET_BY_RUN, meaning)
         if self.samples_per_step % self.batch_size:
             raise ValueError(
                 f"rollout.prompts_per_step x rollout.samples_per_prompt = {prompts} x {n} = "

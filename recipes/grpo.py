@@ -186,10 +186,13 @@ class GrpoRecipe:
         return stats
 
     def _check_promise(self, first: StepStats) -> None:
-        """The first optimizer step ran on the very weights that drew the samples."""
+        """The first optimizer step ran on the very weights that drew the samples.
+
+        Mismatches end the run if the kind of attention promises that there are none.
+        """
         self.progress.logprob_tokens_compared += first.logprob_tokens_compared
         self.progress.logprob_mismatches += first.logprob_mismatches
-        if first.logprob_mismatches:
+        if first.logprob_mismatches and self.trainer.attention.is_invariant:
             raise LogprobMismatchError(
                 f"step {self.progress.step + 1}: {first.logprob_mismatches} of "
                 f"{first.logprob_tokens_compared} log-probs differ between rollout and trainer "

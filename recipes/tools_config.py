@@ -4,9 +4,9 @@ No torch here, so that --help answers at once.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from samebit.recipes.config import check_run_folder
+from samebit.recipes.config import AttentionSection, check_run_folder
 from samebit.rollout.config import LOAD_FORMATS
 from samebit.trainer.config import require, require_default
 
@@ -36,6 +36,7 @@ class VerifyRun:
     """dummy: random weights for a folder that holds only a config.json."""
     properties: list[str] | None = None
     """Only these, as in [batch_size,trainer], to cut a long run in pieces; unset: all."""
+    numerics: AttentionSection = field(default_factory=AttentionSection)
 
     def __post_init__(self) -> None:
         some = self.properties is None or len(self.properties) > 0

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from samebit.kernels.profile import numerics_profile
+from samebit.kernels.registry import attention_kind
 from samebit.recipes.config import ConfigError
 from samebit.recipes.models.tiny_model import make_random_model
 from samebit.recipes.run.folder import require_own_report
@@ -61,9 +62,10 @@ def verify_model(
     device: torch.device,
     properties: Sequence[Property] = PROPERTIES,
     load_format: str = "safetensors",
+    attention: str = "canonical",
 ) -> Measured:
     """Measure the properties of one model, printing them as they come."""
-    subject = make_subject(model_path, device, load_format)
+    subject = make_subject(model_path, device, load_format, attention)
     results = []
     for check in properties:
         result = check(subject)
@@ -96,14 +98,16 @@ def failure(found: Mapping[str, Measured], asked_for: bool) -> str | None:
     return None
 
 
-def make_report(found: Mapping[str, Measured], device: torch.device) -> dict[str, Any]:
+def make_report(
+    found: Mapping[str, Measured], device: torch.device, attention: str
+) -> dict[str, Any]:
     """Return what verify.json holds."""
     results = {name: measured.results for name, measured in found.items()}
     everything = [result for group in results.values() for result in group]
     comparisons = sum(result.tokens for result in everything)
     return {
         **provenance(["samebit", *sys.argv[1:]], device),
-        "numerics": asdict(numerics_profile(device)),
+        "numerics": asdict(numerics_profile(device, attention=attention_kind(attention))),
         "tokens": comparisons,
         "comparisons": comparisons,
         "distinct_tokens": sum(measured.drawn for measured in found.values()),
@@ -121,20 +125,22 @@ def main(run: VerifyRun) -> int:
     target = Path(run.output_dir) / run.run_name / "verify.json"
     require_own_report(target)
     torch.set_num_threads(run.cpu_threads)
-    device = resolve_device(run.device)
+    device, kind = resolve_device(run.device), run.numerics.attention
     counts = f"{'cases':>6s} {'comparisons':>11s} {'mismatches':>10s}"
     print(f"{'model':10s} {'property':26s} {counts} outcomes")
     found: dict[str, Measured] = {}
     if run.model is not None:
         path = Path(run.model)
-        found[path.name] = verify_model(path, path.name[:10], device, properties, run.load_format)
+        measured = verify_model(path, path.name[:10], device, properties, run.load_format, kind)
+        found[path.name] = measured
     else:
         with tempfile.TemporaryDirectory() as folder:
             for architecture, tied in (("qwen3", False), ("llama", True)):
                 path = Path(folder) / architecture
                 make_random_model(path, architecture, run.seed, tied=tied)
-                found[architecture] = verify_model(path, architecture, device, properties)
-    report = make_report(found, device)
+                measured = verify_model(path, architecture, device, properties, attention=kind)
+                found[architecture] = measured
+    report = make_report(found, device, kind)
     cases = sum(result.cases for measured in found.values() for result in measured.results)
     comparisons, mismatches = report["comparisons"], report["mismatches"]
     print(f"{'all':37s} {cases:6,d} {comparisons:11,d} {mismatches:10,d}")

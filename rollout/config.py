@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self, get_args
 
+from samebit.kernels.registry import ATTENTION_KINDS
 from samebit.rollout.values import MAX_UINT64, as_flag, as_integer, shown
 
 LOAD_FORMATS = ("safetensors", "dummy")
@@ -20,7 +21,7 @@ _BESIDES = ("device", "dtype", "ranks")  # what else Engine takes by name
 
 @dataclass(kw_only=True)  # not frozen: OmegaConf would refuse to change a frozen one's keys
 class EngineConfig:
-    """The engine's settings. But for the seed and the load format, none can change a token.
+    """The engine's settings. But for seed, load format and attention, none can change a token.
 
     Example: EngineConfig(kv_cache_tokens=1 << 16, max_num_seqs=64)
 
@@ -47,6 +48,8 @@ class EngineConfig:
     max_model_len: int | None = None
     """Longest context, prompt and completion; unset: the model's, in a recipe its longest sample.
     """
+    attention: str = "canonical"
+    """The attention kind; in a recipe it is numerics.attention."""
     load_format: str = "safetensors"
     """safetensors; dummy: random weights for a folder that holds only a config.json."""
     seed: int = 0
@@ -60,6 +63,8 @@ class EngineConfig:
         self._require(longest is None or longest >= 1, "max_model_len", "positive, or unset")
         fits, meaning = tokens is None or tokens >= page, f"at least one page of {page}, or unset"
         self._require(fits, "kv_cache_tokens", meaning)
+        kinds = tuple(ATTENTION_KINDS)
+        self._require(self.attention in kinds, "attention", f"one of {kinds}")
         self._require(self.load_format in LOAD_FORMATS, "load_format", f"one of {LOAD_FORMATS}")
         self._require(0 <= self.seed <= MAX_UINT64, "seed", "an unsigned 64-bit integer")
 

@@ -14,6 +14,7 @@ import torch
 
 from samebit.kernels.profile import NumericsProfile, numerics_profile
 from samebit.kernels.reduce import ALONE, RankGroup
+from samebit.kernels.registry import attention_kind
 from samebit.rollout.client import Progress
 from samebit.rollout.config import EngineConfig, as_path
 from samebit.rollout.device import (
@@ -71,8 +72,10 @@ class Engine:
         self.config = settled(EngineConfig.of(config, overrides), self.device, ranks)
         self.model_config = load_model_config(self.model_path)
         self.specs = self.model_config.param_specs(ranks.shard)
-        self.profile: NumericsProfile = numerics_profile(self.device, ranks.size, ranks.invariant)
-        self.model_config.selfcheck(self.device, ranks)
+        kind, numerics = attention_kind(self.config.attention), (ranks.size, ranks.invariant)
+        self.profile: NumericsProfile = numerics_profile(self.device, *numerics, kind)
+        self.attention = kind(self.model_config.attention_heads(ranks.size), self.device)
+        self.model_config.selfcheck(self.attention, ranks)
         self.arena = Arena(self.device)
         session = load_weights(
             self.model_path, self.config, self.specs, self.dtype, self.arena, ranks.group
@@ -312,7 +315,8 @@ class Engine:
         slots = Slots(c.max_num_seqs, self.max_model_len + 1, c.page_size, c.seed)
         positions = min(self.max_model_len, self.kv_capacity)  # no request may be longer
         decoder = m.make_decoder(session.params, positions, self.ranks)
-        self.runner = Runner(decoder, cache, c.max_num_seqs, bool(c.cuda_graphs))
+        graphs = bool(c.cuda_graphs)
+        self.runner = Runner(decoder, cache, self.attention, c.max_num_seqs, graphs)
         self.sampler = Sampler(m.vocab_size, m.eos_token_ids)
         self.scheduler = Scheduler(c, self.pool, self.prefixes, slots)
         depth = 1 if c.overlap else 0

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from samebit.kernels.attention import CanonicalAttention
+from samebit.kernels.attention_kind import Heads
 from samebit.recipes.verification.bits import distance
 
 
@@ -31,6 +33,14 @@ def assert_same_bits(found: torch.Tensor, expected: torch.Tensor, case: object =
             f"{apart.index}: {found[apart.index].item()!r} is {apart.ulps} ulps from "
             f"{expected[apart.index].item()!r}"
         )
+
+
+def attention_of(
+    q: torch.Tensor, k: torch.Tensor, scale: float | None = None
+) -> CanonicalAttention:
+    """The canonical kind for the heads of q [T, Hq, Dh] and k [..., Hkv, Dh]; scale: Dh**-0.5."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return CanonicalAttention(Heads(q.shape[-2], k.shape[-2], q.shape[-1], scale), q.device)
 
 
 def run_python(code: str, *arguments: object, timeout: float = 120.0, **env: str) -> str:

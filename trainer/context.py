@@ -6,11 +6,10 @@ where they are and keep their absolute positions, so no bit depends on the size.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
-from samebit.kernels.attention import plan_context
+from samebit.kernels.attention_kind import AttentionKind, AttentionPlan
 from samebit.kernels.reduce import RankGroup
 from samebit.trainer.types import MicroBatch
 
@@ -27,7 +26,7 @@ class ContextShare:
     """[T] int64, where each token of the whole batch stands among the ranks' padded rows."""
     num_padded: int
     """Rows that each rank contributes to a gather."""
-    plan: Any
+    plan: AttentionPlan
     """Attention of this rank's queries to all keys."""
     ranks: RankGroup
 
@@ -38,7 +37,7 @@ def chunks_of(length: int, rank: int, size: int) -> list[tuple[int, int]]:
     return [(cuts[i], cuts[i + 1]) for i in (rank, 2 * size - 1 - rank)]
 
 
-def share_context(batch: MicroBatch, ranks: RankGroup, heads_per_kv: int) -> ContextShare:
+def share_context(batch: MicroBatch, ranks: RankGroup, attention: AttentionKind) -> ContextShare:
     """This rank's share. Raises ValueError if the batch is too short to give every rank a token."""
     device = batch.input_ids.device
     starts = [sum(batch.seq_lens[:i]) for i in range(len(batch.seq_lens))]
@@ -82,12 +81,10 @@ def share_context(batch: MicroBatch, ranks: RankGroup, heads_per_kv: int) -> Con
         loss_denominator=len(rows) if by_token else batch.loss_denominator * (ranks.rank == 0),
     )
     own = chunks[ranks.rank]
-    plan = plan_context(
+    plan = attention.plan_context(
         [b - a for _, a, b in own],
         [b for _, _, b in own],
         [start for start, _, _ in own],
         batch.num_tokens,
-        heads_per_kv,
-        device,
     )
     return ContextShare(share, rows, order, num_padded, plan, ranks)

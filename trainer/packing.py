@@ -36,7 +36,7 @@ def pack_samples(
 
 
 def share_batches(batches: Sequence[MicroBatch], num_ranks: int) -> list[list[MicroBatch]]:
-    """Micro-batches for each data rank, of nearly equal tokens; the same plan on every rank.
+    """Micro-batches for each data rank, of nearly equal tokens; the same on every rank.
 
     The longest goes first, to whoever has least; each rank keeps the order of indices. Raises
     ValueError if there are fewer than ranks.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from samebit.kernels.attention_kind import AttentionPlan
 from samebit.kernels.contract import CPU_KV_TILE as KV_TILE
 from samebit.kernels.contract import CPU_QUERY_TILE as Q_TILE
 from samebit.kernels.op import require_fp32
@@ -27,24 +28,24 @@ class KeyTile:
 
 
 @dataclass(frozen=True)
-class AttentionPlan:
+class CpuAttentionPlan(AttentionPlan):
     """Says which rows meet which keys; it is made once per batch and used by every layer."""
 
-    tile_rows: torch.Tensor  # [tiles, Q_TILE] int64: row (token * heads per kv head + head)
+    tile_rows: torch.Tensor  # [tiles, Q_TILE] int64: row (token * Hq / Hkv + head)
     row_places: torch.Tensor  # [rows] int64: where each row stands among the flattened tiles
     tile_seq: torch.Tensor  # [tiles] int64
     key_tiles: tuple[KeyTile, ...]
     num_seqs: int
 
 
-def plan_paged(
+def plan_step(
     query_lens: Sequence[int],
     context_lens: Sequence[int],
     page_table: torch.Tensor,
     page_size: int,
     heads_per_kv: int,
-) -> AttentionPlan:
-    """See kernels.attention.plan_paged."""
+) -> CpuAttentionPlan:
+    """See AttentionKind; heads_per_kv is Hq / Hkv."""
     page_of = page_table.numpy()
     max_len = int(max(context_lens))
     position = np.arange(-(-max_len // KV_TILE) * KV_TILE)
@@ -59,8 +60,8 @@ def plan_context(
     key_starts: Sequence[int],
     num_keys: int,
     heads_per_kv: int,
-) -> AttentionPlan:
-    """See kernels.attention.plan_context."""
+) -> CpuAttentionPlan:
+    """See AttentionKind; heads_per_kv is Hq / Hkv."""
     lens = np.asarray(context_lens)
     position = np.arange(-(-int(lens.max()) // KV_TILE) * KV_TILE)
     kv_slots = np.minimum(np.asarray(key_starts)[:, None] + position, num_keys - 1)
@@ -69,7 +70,7 @@ def plan_context(
 
 def _plan(
     query_lens: np.ndarray, context_lens: np.ndarray, kv_slots: np.ndarray, heads_per_kv: int
-) -> AttentionPlan:
+) -> CpuAttentionPlan:
     num_rows = query_lens * heads_per_kv
     first_row = np.concatenate([[0], np.cumsum(num_rows)[:-1]])
     tiles_of_seq = -(-num_rows // Q_TILE)
@@ -93,7 +94,7 @@ def _plan(
         _key_tile(j, len(reach), reach, tile_seq, row_position, kv_slots, context_lens)
         for j in range(int(reach[-1]))
     ]
-    return AttentionPlan(
+    return CpuAttentionPlan(
         tile_rows=torch.from_numpy(tile_rows),
         row_places=torch.from_numpy(row_places),
         tile_seq=torch.from_numpy(tile_seq),
@@ -125,14 +126,14 @@ def _key_tile(
     )
 
 
-def _to_tiles(x: torch.Tensor, num_kv: int, plan: AttentionPlan) -> torch.Tensor:
+def _to_tiles(x: torch.Tensor, num_kv: int, plan: CpuAttentionPlan) -> torch.Tensor:
     """[T, Hq, Dh] -> [tiles, Hkv, Q_TILE, Dh]."""
     num_tokens, _, head_dim = x.shape
     rows = x.view(num_tokens, num_kv, -1, head_dim).transpose(1, 2).reshape(-1, num_kv, head_dim)
     return rows[plan.tile_rows].transpose(1, 2).contiguous()
 
 
-def _from_tiles(tiles: torch.Tensor, shape: torch.Size, plan: AttentionPlan) -> torch.Tensor:
+def _from_tiles(tiles: torch.Tensor, shape: torch.Size, plan: CpuAttentionPlan) -> torch.Tensor:
     """[tiles, Hkv, Q_TILE, Dh] -> [T, Hq, Dh]."""
     num_kv, head_dim = tiles.shape[1], tiles.shape[3]
     rows = tiles.transpose(1, 2).reshape(-1, num_kv, head_dim)[plan.row_places]
@@ -163,7 +164,7 @@ def _clean_values(v: torch.Tensor, tile: KeyTile, num_kv: int) -> torch.Tensor:
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: CpuAttentionPlan, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of q [T, Hq, Dh] to k and v [kv_slots, Hkv, Dh].
 
@@ -198,7 +199,7 @@ def attend_backward(
     v: torch.Tensor,
     output: torch.Tensor,
     lse: torch.Tensor,
-    plan: AttentionPlan,
+    plan: CpuAttentionPlan,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See kernels.attention: the keys must be packed (every kv_slot belongs to one sequence)."""
@@ -227,7 +228,7 @@ def attend_backward(
 
 
 def _add_to_kv_slots(
-    total: torch.Tensor, part: torch.Tensor, tile: KeyTile, plan: AttentionPlan
+    total: torch.Tensor, part: torch.Tensor, tile: KeyTile, plan: CpuAttentionPlan
 ) -> None:
     """Add part [num_tiles * Hkv, KV_TILE, Dh] to the tiles' kv_slots of total [kv_slots, Hkv, Dh].
 

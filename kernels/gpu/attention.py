@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from samebit.kernels.attention_kind import AttentionPlan, GraphEntries
 from samebit.kernels.contract import GPU_KV_SPLIT, GPU_KV_TILE
 from samebit.kernels.gpu.decode_attention import (
     LOG2E,
@@ -27,8 +28,8 @@ from samebit.kernels.transfer import to_device
 
 
 @dataclass(frozen=True)
-class GpuAttentionPlan:
-    """What the kernels know of one batch: sequences with one new token decode, others prefill."""
+class GpuAttentionPlan(AttentionPlan):
+    """Says what the kernels know of one batch: who has one new token decodes, others prefill."""
 
     query_starts: torch.Tensor  # [B] int32: first row of each sequence among the T queries
     key_starts: torch.Tensor  # [B] int32: first row of each sequence's keys, packed form only
@@ -109,7 +110,7 @@ def plan(
     key_starts: Sequence[int] | None = None,
     num_keys: int = 0,
 ) -> GpuAttentionPlan:
-    """See kernels.attention.plan_paged and plan_context; page_table None means packed keys."""
+    """See plan_step and plan_context of AttentionKind; page_table None means packed keys."""
     queries, contexts = np.asarray(query_lens), np.asarray(context_lens)
     starts = np.concatenate([[0], np.cumsum(queries)[:-1]])
     first_keys = starts if key_starts is None else np.asarray(key_starts)
@@ -155,25 +156,20 @@ def plan(
     )
 
 
-def decode_plan(
-    page_table: torch.Tensor, page_size: int, num_entries: int, max_context: int
-) -> GpuAttentionPlan:
-    """A plan for decode steps alone, whose entries decode_ends.decode_inputs fills in.
-
-    page_table [slots, max_pages] int32; contexts have at most max_context tokens.
-    """
-    device = page_table.device
-    rows = torch.arange(num_entries, dtype=torch.int32, device=device)
-    table_rows, context_lens = (torch.zeros_like(rows) for _ in range(2))
+def plan_graph(entries: GraphEntries) -> GpuAttentionPlan:
+    """A plan for decode steps alone, which finds its entries on the device."""
+    rows = torch.arange(
+        len(entries.table_rows), dtype=torch.int32, device=entries.table_rows.device
+    )
     none = rows[:0]
     return GpuAttentionPlan(
         query_starts=none,
         key_starts=none,
         query_lens=none,
         context_lens=none,
-        page_table=page_table,
-        page_size=page_size,
-        decode=decode_entries(rows, table_rows, context_lens, max_context),
+        page_table=entries.page_table,
+        page_size=entries.page_size,
+        decode=decode_entries(rows, entries.table_rows, entries.context_lens, entries.max_context),
         tile_seq=none,
         tile_start=none,
         tile_rows=64,

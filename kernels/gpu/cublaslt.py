@@ -73,7 +73,7 @@ class _Problem:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Choice:
     problem: _Problem
     algo: _Algo
 
@@ -222,17 +222,17 @@ def _changed(device_index: int, problem: _Problem, answer: Answer) -> _Algo | No
 
 
 @lru_cache(maxsize=65536)
-def _plan(
+def _choice(
     device_index: int,
     shape: tuple[int, int, int],
     strides: tuple[int, int],
     out_dtype: torch.dtype,
     answer: Answer,
-) -> _Plan:
+) -> _Choice:
     problem = _problem(device_index, shape, strides, out_dtype)
     algo = _changed(device_index, problem, answer) or problem.own(answer)
     _require_no_split(algo, shape)
-    return _Plan(problem, algo)
+    return _Choice(problem, algo)
 
 
 def _row_stride(matrix: torch.Tensor) -> int:
@@ -285,8 +285,8 @@ def matmul(
     before, as y is.
     Raises CublasLtError if a call fails or no algorithm without split-K exists.
     """
-    plan = _plan(*_key(x, weight, y), answer)
-    problem = plan.problem
+    choice = _choice(*_key(x, weight, y), answer)
+    problem = choice.problem
     alpha, beta = ctypes.c_float(1.0), ctypes.c_float(1.0 if accumulate else 0.0)
     status = _library().cublasLtMatmul(
         _handle(x.device.index),
@@ -301,7 +301,7 @@ def matmul(
         problem.y,
         ctypes.c_void_p(y.data_ptr()),
         problem.y,
-        ctypes.byref(plan.algo),
+        ctypes.byref(choice.algo),
         None,
         ctypes.c_size_t(0),
         ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream),

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from samebit.kernels.attention_kind import GraphEntries
 from samebit.kernels.decode_ring import HostRing, RingRow
-from samebit.kernels.gpu.attention import GpuAttentionPlan
 from samebit.kernels.gpu.pdl import after_previous, supported
 
 _SLOT = tl.constexpr(RingRow.SLOT.value)
@@ -77,26 +77,19 @@ def _decode_inputs_kernel(
     tl.store(context_ptr + i, tl.where(live, position + 1, 0).to(tl.int32), mask=inside)
 
 
-def decode_inputs(
-    ring: HostRing,
-    batch: int,
-    last_tokens: torch.Tensor,
-    page_table: torch.Tensor,
-    page_size: int,
-    plan: GpuAttentionPlan,
-) -> DecodeInputs:
-    """Inputs of a decode step of `batch` sequences, from the ring's present entry.
+def decode_inputs(ring: HostRing, last_tokens: torch.Tensor, entries: GraphEntries) -> DecodeInputs:
+    """Inputs of a decode step of a sample for each entry, from the ring's present turn.
 
-    last_tokens [slots + 1] int64. Notes the page in page_table [slots, max_pages] int32, and fills
-    in the plan's entries.
+    last_tokens [slots + 1] int64. Notes the page in the entries' table, and fills in the rest of
+    them.
     """
+    batch, page_table = len(entries.table_rows), entries.page_table
     device = last_tokens.device
     integers = torch.empty(7, batch, dtype=torch.int64, device=device)  # up to the sample ids
     temperatures = torch.empty(batch, device=device)
     greedy = torch.empty(batch, dtype=torch.bool, device=device)
     made = DecodeInputs(*[*integers, temperatures, greedy])
-    entries, pdl = plan.decode, supported(device)
-    assert entries is not None
+    pdl = supported(device)
     _decode_inputs_kernel[(triton.cdiv(batch, 128),)](
         ring_ptr=ring.inputs, turn_ptr=ring.turn, last_ptr=last_tokens, table_ptr=page_table,
         slot_ptr=made.slots, ids_ptr=made.input_ids, position_ptr=made.positions,
@@ -104,8 +97,8 @@ def decode_inputs(
         sample_ptr=made.sample_ids, temperature_ptr=made.temperatures, greedy_ptr=made.greedy,
         table_rows_ptr=entries.table_rows, context_ptr=entries.context_lens,
         capacity=ring.inputs.stride(1), num_slots=len(last_tokens) - 1,
-        max_pages=page_table.stride(0), B=batch, ROWS=len(RingRow), PAGE=page_size, BLOCK=128,
-        PDL=pdl, num_warps=4, launch_pdl=pdl,
+        max_pages=page_table.stride(0), B=batch, ROWS=len(RingRow), PAGE=entries.page_size,
+        BLOCK=128, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     return made
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from samebit.recipes.config import check_run_folder
+from samebit.recipes.config import AttentionSection, check_run_folder
 from samebit.recipes.tools_config import check_given
 from samebit.rollout.config import LOAD_FORMATS, EngineConfig
 from samebit.trainer.config import ParallelConfig, check_tp_invariant, require, require_default
@@ -135,6 +135,7 @@ class BenchEngineRun(BenchRun):
     engine: EngineConfig = field(
         default_factory=lambda: EngineConfig(max_batch_tokens=8192, max_num_seqs=512)
     )
+    numerics: AttentionSection = field(default_factory=AttentionSection)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,8 +152,9 @@ class BenchEngineRun(BenchRun):
             require(name in VARIANTS, "variants", name, f"one of {VARIANTS}")
         if not self.profile:
             require_default(self, "", ("profile_steps",), "profile is false")
-        own = ("load_format", "seed")
-        require_default(self.engine, "engine", own, "load_format and seed are the command's")
+        own = ("attention", "load_format", "seed")
+        meaning = "attention, load_format and seed are the command's"
+        require_default(self.engine, "engine", own, meaning)
         for name, variant in (("cuda_graphs", "no_graphs"), ("overlap", "no_overlap")):
             if self.variants == [variant]:
                 require_default(self.engine, "engine", (name,), f"variants is [{variant}]")
@@ -205,6 +207,7 @@ class BenchTrainerRun(BenchRun):
     compare: bool = True
     """Also time the forward with torch's products and flash attention."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    numerics: AttentionSection = field(default_factory=AttentionSection)
     tp_invariant: bool = False
     """Sum row-parallel products so that a forward's bits do not depend on parallel.tensor."""
 

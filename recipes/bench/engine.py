@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from samebit.kernels.profile import numerics_profile
+from samebit.kernels.registry import attention_kind
 from samebit.recipes.bench.config import BenchEngineRun, Workload
 from samebit.recipes.bench.idle import describe_gpu_times, profile_decode
 from samebit.recipes.bench.output import (
@@ -174,12 +175,12 @@ def main(run: BenchEngineRun) -> int:
     fields, peers = model_fields(run.model), load_peers(run.peers) if run.peers else []
     beside = comparable(peers, device_name(device), fields["model"], run.workloads)
     variants: dict[str, Any] = {}
-    defaults = asdict(EngineConfig())
+    defaults, kind = asdict(EngineConfig()), attention_kind(run.numerics.attention)
     report = {
         **fields,
         "load_format": run.load_format,
         "engine": {k: v for k, v in asdict(run.engine).items() if v != defaults[k]},
-        "numerics": asdict(numerics_profile(device)),
+        "numerics": asdict(numerics_profile(device, attention=kind)),
         "variants": variants,
     }
     for variant in run.variants:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from samebit.kernels.attention import packed_attention, paged_attention, plan_packed, plan_paged
+from samebit.kernels.attention import CanonicalAttention
 from samebit.kernels.linear import linear
 from samebit.kernels.logprob import logsumexp
 from samebit.kernels.profile import numerics_profile
@@ -144,6 +144,7 @@ def make_cache(config: DenseModel, num_pages: int) -> tuple[torch.Tensor, torch.
 def bench_attention(config: DenseModel, run: BenchKernelsRun) -> list[Row]:
     """Decode: one new token a sequence; bytes are those of its keys and values."""
     copy_rate = card_rates().memory_bytes_s
+    attention = CanonicalAttention(config.attention_heads(), _CUDA)
     rows: list[Row] = []
     for batch, context in DECODE:
         pages = batch * -(-context // _PAGE)
@@ -154,11 +155,8 @@ def bench_attention(config: DenseModel, run: BenchKernelsRun) -> list[Row]:
         tables = torch.randperm(count * pages).view(count, batch, -1)
         query = _randn(batch, config.num_heads, config.head_dim)
         lens = ([1] * batch, [context] * batch)
-        plans = [plan_paged(*lens, t, _PAGE, config.heads_per_kv, _CUDA) for t in tables]
-        actions = [
-            partial(paged_attention, query, keys, values, plan, config.softmax_scale)
-            for plan in plans
-        ]
+        plans = [attention.plan_step(*lens, t, _PAGE) for t in tables]
+        actions = [partial(attention.attend, query, keys, values, plan) for plan in plans]
         us = graph_us(actions, num_bytes / copy_rate * 1e6, run.replays)
         rate = num_bytes / us.median * 1e6
         rows.append(
@@ -179,12 +177,13 @@ def bench_prefill(config: DenseModel, run: BenchKernelsRun) -> list[Row]:
     """Packed causal attention of equal lengths, against torch's flash attention."""
     rows: list[Row] = []
     Hq, Hkv, Dh = config.num_heads, config.num_kv_heads, config.head_dim
+    attention = CanonicalAttention(config.attention_heads(), _CUDA)
     for batch, length in PREFILL:
         q, k, v = (_randn(batch * length, heads, Dh) for heads in (Hq, Hkv, Hkv))
-        plan = plan_packed([length] * batch, config.heads_per_kv, _CUDA)
+        plan = attention.plan_packed([length] * batch)
         flops = batch * config.attention_flops(length) // config.num_layers
         expected = card_rates().ideal_us(flops, 0)
-        ours = partial(packed_attention, q, k, v, plan, config.softmax_scale)
+        ours = partial(attention.attend_packed, q, k, v, plan)
         # Repeated heads: its products take the same time, and any build of torch has that kernel.
         padded = [
             x.view(batch, length, -1, Dh).repeat_interleave(Hq // x.shape[1], 2).transpose(1, 2)

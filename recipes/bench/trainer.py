@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from samebit.kernels.profile import numerics_profile
+from samebit.kernels.registry import attention_kind
 from samebit.recipes.bench.config import BenchTrainerRun, Pack
 from samebit.recipes.bench.idle import Activity, recorded
 from samebit.recipes.bench.output import (
@@ -187,11 +188,12 @@ def main(run: BenchTrainerRun) -> int:
     if run.compare and device.type != "cuda":
         raise DeviceError("compare=true times torch's flash attention: it needs a CUDA device")
     model = load_model_config(run.model)
+    kind, settings = attention_kind(run.numerics.attention), OptimizerConfig()
     trainer = MegatronTrainer(
-        model, OptimizerConfig(), 1000, device, run.parallel, run.tp_invariant
+        model, settings, 1000, device, run.parallel, run.tp_invariant, attention=kind
     )
     trainer.fill(lambda specs, params: load_dummy(specs, params, run.seed))
-    profile = numerics_profile(device, run.parallel.tensor, run.tp_invariant)
+    profile = numerics_profile(device, run.parallel.tensor, run.tp_invariant, kind)
     packs: dict[str, Any] = {}
     peak = peak_words(device)
     report = {

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from samebit.kernels.registry import attention_kind
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.launch.replicas import ReplicatedEngine
 from samebit.rollout.client import EngineClient
@@ -31,15 +32,16 @@ def make_trainer(
     run: SftRun | GrpoRun, model: ModelConfig, num_updates: int, device: torch.device
 ) -> MegatronTrainer:
     """Make the trainer that the run asks for, with the weights of its model's folder."""
-    settings, invariant = run.trainer, run.numerics.tp_invariant
+    settings, numerics = run.trainer, run.numerics
     trainer = MegatronTrainer(
         model,
         settings.optimizer,
         num_updates,
         device,
         settings.parallel,
-        invariant,
+        numerics.tp_invariant,
         longest=settings.micro_batch_tokens,
+        attention=attention_kind(numerics.attention),
     )
     load_weights(trainer, run.model.path)
     return trainer
@@ -69,7 +71,9 @@ def start_engine(
     """Start the engine, with the model folder's weights, and what keeps it on the trainer's."""
     transport = load_transport(run.placement.transport)
     longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
-    config = replace(run.engine, max_model_len=longest, seed=run.seed)
+    config = replace(
+        run.engine, max_model_len=longest, seed=run.seed, attention=run.numerics.attention
+    )
     where: dict[str, Any] = {"device": device, "ranks": trainer.ranks}
     engine: Engine | RemoteEngine
     if run.placement.engine == "process":

@@ -43,6 +43,7 @@ _FREE_KEYS = (
 _FREE_TRAINER_KEYS = ("checkpoint_every", "keep_checkpoints", "background_checkpoints")
 _FREE_REWARD_KEYS = ("timeout_s", "num_workers")
 _FREE_PARALLEL_KEYS = ("recompute", "offload_optimizer")
+_PROFILE_KEYS = ("attention",)  # of numerics: the profile, which is bound too, says the same
 _PATHS = ("model.path", "data.path", "data.eval_path")
 _LAYOUT = "trainer.parallel."
 _SAMPLED = 16  # problems of a generated task: with its arguments they stand for all
@@ -54,6 +55,8 @@ def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = {k: v for k, v in config.items() if k not in _FREE_KEYS}
     if "reward" in kept:
         kept["reward"] = {k: v for k, v in kept["reward"].items() if k not in _FREE_REWARD_KEYS}
+    if "numerics" in kept:
+        kept["numerics"] = {k: v for k, v in kept["numerics"].items() if k not in _PROFILE_KEYS}
     trainer = {k: v for k, v in config["trainer"].items() if k not in _FREE_TRAINER_KEYS}
     if trainer["optimizer"]["lr_schedule"] == "constant":
         del trainer["num_steps"]  # a run may be made longer

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 
 from samebit.kernels.profile import NumericsProfile, numerics_profile
+from samebit.kernels.registry import attention_kind
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.data.tasks.base import Dataset
 from samebit.recipes.launch.processes import is_launched
@@ -158,7 +159,7 @@ def open_session(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> RunSe
     torch.set_num_threads(run.cpu_threads)
     device, parallel = resolve_device(run.device), run.trainer.parallel
     join_processes(device, parallel)
-    profile = numerics_profile(device, parallel.tensor, run.numerics.tp_invariant)
+    profile = profile_of(run, device)
     bound, folder = {}, None
     with together(RunFolderError):
         if is_first():
@@ -168,6 +169,13 @@ def open_session(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> RunSe
     if resumed is not None:  # by the first process, for all
         resumed = replace(resumed, verified=True)
     return RunSession(run, device, profile, resumed, is_first(), bound, folder)
+
+
+def profile_of(run: SftRun | GrpoRun, device: torch.device) -> NumericsProfile:
+    """What the run's bits depend on besides its inputs."""
+    tensor, numerics = run.trainer.parallel.tensor, run.numerics
+    kind = attention_kind(numerics.attention)
+    return numerics_profile(device, tensor, numerics.tp_invariant, kind)
 
 
 def join_processes(device: torch.device, parallel: ParallelConfig) -> None:
@@ -226,8 +234,7 @@ def require_resumable(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> 
     """
     resumed = latest_checkpoint(run.run_dir / "checkpoints") if run.resume else None
     if resumed is not None:
-        tensor, invariant = run.trainer.parallel.tensor, run.numerics.tp_invariant
-        profile = numerics_profile(resolve_device(run.device), tensor, invariant)
+        profile = profile_of(run, resolve_device(run.device))
         require_same(resumed, run, bindings(run, command_of(run), records), profile)
 
 

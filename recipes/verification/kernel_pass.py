@@ -13,14 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from samebit.kernels.attention import (
-    packed_attention,
-    paged_attention,
-    plan_context,
-    plan_packed,
-    plan_paged,
-)
+from samebit.kernels.attention import CanonicalAttention
 from samebit.kernels.attention_inputs import attention_inputs
+from samebit.kernels.attention_kind import GraphEntries, Heads
 from samebit.kernels.bias import linear_with_bias
 from samebit.kernels.contract import padded_vocab_size
 from samebit.kernels.decode_ring import HostRing, RingRow
@@ -54,6 +49,11 @@ class Inputs:
         generator = torch.Generator().manual_seed(seed)
         values = torch.randn(shape, generator=generator)
         return values.to(self.device, self.dtype).requires_grad_()
+
+    def attention(self, num_heads: int, num_kv_heads: int, head_dim: int) -> CanonicalAttention:
+        """Attention of these heads: Hq, Hkv, Dh."""
+        heads = Heads(num_heads, num_kv_heads, head_dim, scale=head_dim**-0.5)
+        return CanonicalAttention(heads, self.device)
 
     def integers(self, high: int, *shape: int) -> torch.Tensor:
         """int64 in [0, high)."""
@@ -101,17 +101,16 @@ def decode_ends_pass(make: Inputs) -> Iterator[torch.Tensor]:
     """What begins and ends a decode graph, with entries that only fill it up, once round."""
     if make.device.type != "cuda":
         return
-    from samebit.kernels.gpu.attention import decode_plan
     from samebit.kernels.gpu.decode_ends import decode_inputs, decode_outputs
 
     ring = HostRing(2, 16, make.device)
     slots = torch.tensor([2, 0, 4, 4, 4])
     table = torch.zeros(4, 3, dtype=torch.int32, device=make.device)
-    plan = decode_plan(table, 16, 5, 48)
+    entries = GraphEntries.empty(5, table, page_size=16, max_context=48)
     last = make.integers(9, 5)
     for turn in (0, 1, 0):
         ring.inputs[turn, RingRow.SLOT, :5] = slots
-        made = decode_inputs(ring, 5, last, table, 16, plan)
+        made = decode_inputs(ring, last, entries)
         decode_outputs(ring, made.slots, made.input_ids + 1, made.temperatures, last)
         yield from (made.input_ids, made.positions, made.kv_slots, made.temperatures, last)
         torch.cuda.synchronize()
@@ -149,6 +148,7 @@ def swiglu_pass(make: Inputs) -> Iterator[torch.Tensor]:
 def paged_attention_pass(make: Inputs) -> Iterator[torch.Tensor]:
     """kv_write, then decode over several splits, chunks, and both in one batch."""
     for heads, kv, head_dim, page_size in HEADS:
+        attention = make.attention(heads, kv, head_dim)
         counts = [-(-n // page_size) for n in CONTEXT_LENS]
         pages = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0))
         table = torch.zeros(len(counts), max(counts), dtype=torch.int64)
@@ -161,9 +161,9 @@ def paged_attention_pass(make: Inputs) -> Iterator[torch.Tensor]:
             new = [make.normal(length, kv, head_dim, seed=s).detach() for s in (1, 2)]
             kv_write(*new, keys, values, kv_slots)
         for chunk in ((1, 1, 1, 1), (1, 17, 70, 129), (1, 1, 17, 1)):
-            plan = plan_paged(chunk, CONTEXT_LENS, table, page_size, heads // kv, make.device)
+            plan = attention.plan_step(chunk, CONTEXT_LENS, table, page_size)
             q = make.normal(sum(chunk), heads, head_dim).detach()
-            yield paged_attention(q, keys, values, plan, head_dim**-0.5)
+            yield attention.attend(q, keys, values, plan)
 
 
 def attention_inputs_pass(make: Inputs) -> Iterator[torch.Tensor]:
@@ -185,11 +185,12 @@ def packed_attention_pass(make: Inputs) -> Iterator[torch.Tensor]:
     lens = (1, 65, 300, 1030)
     for heads, kv, head_dim, _ in HEADS:
         q, k, v = (make.normal(sum(lens), n, head_dim, seed=n) for n in (heads, kv, kv))
-        plan = plan_packed(lens, heads // kv, make.device)
-        yield from with_gradients(packed_attention(q, k, v, plan, head_dim**-0.5), q, k, v)
-        parts = plan_context((30, 100), (30, 300), (0, 0), len(k), heads // kv, make.device)
+        attention = make.attention(heads, kv, head_dim)
+        plan = attention.plan_packed(lens)
+        yield from with_gradients(attention.attend_packed(q, k, v, plan), q, k, v)
+        parts = attention.plan_context((30, 100), (30, 300), (0, 0), len(k))
         own = q[:130]
-        yield from with_gradients(packed_attention(own, k, v, parts, head_dim**-0.5), own, k, v)
+        yield from with_gradients(attention.attend_packed(own, k, v, parts), own, k, v)
 
 
 def logprob_pass(make: Inputs) -> Iterator[torch.Tensor]:

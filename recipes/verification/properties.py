@@ -236,7 +236,9 @@ def trainer(subject: Subject) -> Result:
     from samebit.trainer.megatron.forward import ForwardModel
 
     result = Result("trainer vs rollout")
-    megatron = ForwardModel(subject.config, subject.device, subject.engine.weights)
+    engine = subject.engine
+    kind = type(engine.attention)
+    megatron = ForwardModel(subject.config, subject.device, engine.weights, attention=kind)
     for temperature in sorted({p.temperature or 1.0 for p in subject.params}):
         samples = [
             drawn_sample(subject.prompts[i], completion)

@@ -148,7 +148,8 @@ class Subject:
 
     def make_engine(self, **settings: Any) -> Engine:
         """A fresh engine on the same model."""
-        settings = {"kv_cache_tokens": KV_TOKENS, "load_format": self.load_format, **settings}
+        same = {"load_format": self.load_format, "attention": self.engine.config.attention}
+        settings = {"kv_cache_tokens": KV_TOKENS, **same, **settings}
         return Engine(self.model_path, device=self.device, seed=11, **settings)
 
     def generate(
@@ -178,7 +179,10 @@ def flat(groups: Sequence[Sequence[Completion]]) -> list[Completion]:
 
 
 def make_subject(
-    model_path: Path, device: torch.device, load_format: str = "safetensors"
+    model_path: Path,
+    device: torch.device,
+    load_format: str = "safetensors",
+    attention: str = "canonical",
 ) -> Subject:
     """Fixed prompts of every boundary length, and what a plain engine makes of them."""
     config = load_model_config(model_path)
@@ -203,7 +207,12 @@ def make_subject(
     ]
     ids = [[1000 * i + s for s in range(NUM_SAMPLES)] for i in range(len(prompts))]
     engine = Engine(
-        model_path, device=device, seed=11, kv_cache_tokens=KV_TOKENS, load_format=load_format
+        model_path,
+        device=device,
+        seed=11,
+        kv_cache_tokens=KV_TOKENS,
+        load_format=load_format,
+        attention=attention,
     )
     subject = Subject(model_path, device, prompts, params, ids, engine, [], load_format, num_new)
     subject.baseline = subject.generate(engine)

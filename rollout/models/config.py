@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 
+from samebit.kernels.attention_kind import AttentionKind, Heads
 from samebit.kernels.reduce import ALONE, RankGroup
 from samebit.rollout.models.json_file import JsonFile
 from samebit.rollout.models.stop_tokens import StopTokens, find_stop_tokens
@@ -80,10 +81,9 @@ class ModelConfig(ABC):
     def from_hf(cls, hf: Any, eos_token_ids: tuple[int, ...]) -> Self:
         """Read transformers' configuration, whose config.json has been found to be supported."""
 
-    @property
     @abstractmethod
-    def heads_per_kv(self) -> int:
-        """Query heads that share one kv head."""
+    def attention_heads(self, tp_size: int = 1) -> Heads:
+        """What attention is made for: the heads that each of tp_size ranks has."""
 
     @property
     @abstractmethod
@@ -108,8 +108,8 @@ class ModelConfig(ABC):
         """
 
     @abstractmethod
-    def selfcheck(self, device: torch.device, ranks: RankGroup = ALONE) -> None:
-        """Prove the contract for the shapes of a rank's shard on this machine; see
+    def selfcheck(self, attention: AttentionKind, ranks: RankGroup = ALONE) -> None:
+        """Prove the contract for the shapes of a rank's shard on attention's device; see
         kernels.selfcheck. Raises ValueError for a model that tp_invariant cannot cut up."""
 
     @abstractmethod

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from samebit.kernels.attention_kind import AttentionKind, Heads
 from samebit.kernels.bias import linear_with_bias
 from samebit.kernels.contract import TP_SEGMENTS, padded_vocab_size
 from samebit.kernels.logprob import logits
@@ -86,15 +87,10 @@ class DenseModel(ModelConfig):
             eos_token_ids=eos_token_ids,
         )
 
-    @property
-    def heads_per_kv(self) -> int:
-        """Query heads that share one kv head."""
-        return self.num_heads // self.num_kv_heads
-
-    @property
-    def softmax_scale(self) -> float:
-        """Factor of q @ k."""
-        return self.head_dim**-0.5
+    def attention_heads(self, tp_size: int = 1) -> Heads:
+        """What attention is made for: the heads that each of tp_size ranks has."""
+        num_heads, num_kv_heads = self.num_heads // tp_size, self.num_kv_heads // tp_size
+        return Heads(num_heads, num_kv_heads, self.head_dim, scale=self.head_dim**-0.5)
 
     @property
     def kv_layout(self) -> KVLayout:
@@ -166,8 +162,8 @@ class DenseModel(ModelConfig):
         yield stacked(f"{to}mlp.linear_fc1.weight", gate_up, (F, D), shard)
         yield columns(f"{to}mlp.linear_fc2.weight", f"{hf}mlp.down_proj.weight", (D, F), shard)
 
-    def selfcheck(self, device: torch.device, ranks: RankGroup = ALONE) -> None:
-        """Prove the contract for the shapes of a rank's shard on this machine; see
+    def selfcheck(self, attention: AttentionKind, ranks: RankGroup = ALONE) -> None:
+        """Prove the contract for the shapes of a rank's shard on attention's device; see
         kernels.selfcheck. Raises ValueError for a model that tp_invariant cannot cut up."""
         specs = self.param_specs(ranks.shard)
         matrices = {s.name: (s.shape[0], s.shape[1]) for s in specs if len(s.shape) == 2}
@@ -175,12 +171,11 @@ class DenseModel(ModelConfig):
         shapes.add((self.vocab_size, self.hidden_size))
         columns_cut, segments = set(), set()
         if ranks.invariant:
-            segments = self.segment_shapes(device)
+            segments = self.segment_shapes(attention.device)
             rows_of = {s.name: s.shape[0] for s in self.param_specs()}
             columns_cut = {(n, k, ranks.size) for s, (n, k) in matrices.items() if n < rows_of[s]}
-        heads = (self.num_heads, self.num_kv_heads, self.head_dim)
         widths = (self.head_dim, self.hidden_size, self.ffn_size)
-        selfcheck(shapes, heads, widths, device, columns_cut, segments)
+        selfcheck(shapes, attention, widths, columns_cut, segments)
 
     def segment_shapes(self, device: torch.device) -> set[tuple[int, int]]:
         """(N, K) of the products that tp_invariant cuts row-parallel weights into.

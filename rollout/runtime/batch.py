@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from samebit.kernels.attention import plan_paged
+from samebit.kernels.attention_kind import AttentionKind, AttentionPlan
 from samebit.kernels.transfer import to_device
 from samebit.rollout.runtime.running_sample import RunningSample
 from samebit.rollout.runtime.scheduler import Chunk, EngineStep
@@ -16,12 +16,12 @@ from samebit.rollout.runtime.slots import Slots, signed64
 
 @dataclass(frozen=True)
 class Batch:
-    """What a forward needs. Passed down as an argument; nothing global."""
+    """Holds what a forward needs. It is passed down as an argument; nothing is global."""
 
     input_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64, absolute
     kv_slots: torch.Tensor  # [T] int64, where each token's key and value go in the cache
-    plan: Any
+    plan: AttentionPlan
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Draws:
     sample_ids: np.ndarray  # int64
     temperatures: np.ndarray  # float32, 1 where greedy
     greedy: np.ndarray  # bool
-    out_slots: np.ndarray  # int64, of the drawing sequence; num_slots: it has none
+    out_slots: np.ndarray  # int64, of the drawing sample; num_slots: it has none
     restricted: list[tuple[int, RunningSample]]  # rows where not every token may be drawn
 
 
@@ -44,7 +44,7 @@ def keep_tokens(last_tokens: torch.Tensor, token_ids: torch.Tensor, draws: Draws
 
 
 def _row_starts(step: EngineStep) -> list[int]:
-    """First row of each chunk; the decoding sequences come before them."""
+    """First row of each chunk; the decoding samples come before them."""
     starts, row = [], len(step.decode)
     for chunk in step.chunks:
         starts.append(row)
@@ -59,9 +59,9 @@ def chunk_rows(step: EngineStep) -> Iterable[tuple[Chunk, slice]]:
 
 
 def make_batch(
-    step: EngineStep, slots: Slots, last_tokens: torch.Tensor, heads_per_kv: int
+    step: EngineStep, slots: Slots, last_tokens: torch.Tensor, attention: AttentionKind
 ) -> Batch:
-    """Lay the step's tokens one behind another.
+    """Lay the step's tokens one behind another, and plan attention.
 
     last_tokens [num_slots + 1] on the device: the newest token of each slot, which the host may
     not know yet.
@@ -85,13 +85,8 @@ def make_batch(
     if num_decode:
         newest = last_tokens[to_device(step.decode, device)]
         input_ids = torch.cat([newest, input_ids])
-    plan = plan_paged(
-        lens.tolist(),
-        (starts + lens).tolist(),
-        torch.from_numpy(table),
-        page_size,
-        heads_per_kv,
-        device,
+    plan = attention.plan_step(
+        lens.tolist(), (starts + lens).tolist(), torch.from_numpy(table), page_size
     )
     return Batch(
         input_ids=input_ids,
@@ -102,7 +97,7 @@ def make_batch(
 
 
 def decode_draws(decode: np.ndarray, slots: Slots) -> Draws:
-    """Every decoding sequence draws its next token."""
+    """Every decoding sample draws its next token."""
     positions = slots.length[decode]
     restricted = slots.limited[decode] | (positions < slots.min_length[decode])
     owners = [(int(i), slots.seqs[decode[i]]) for i in np.flatnonzero(restricted)]
@@ -119,7 +114,7 @@ def decode_draws(decode: np.ndarray, slots: Slots) -> Draws:
 
 
 def make_draws(step: EngineStep, slots: Slots) -> Draws:
-    """The decoding sequences, then the samples whose context a chunk completes."""
+    """The decoding samples, then those whose context a chunk completes."""
     decode = decode_draws(step.decode, slots)
     rows = [
         (seq, part.stop - 1, chunk.end) for chunk, part in chunk_rows(step) for seq in chunk.drawing
@@ -153,7 +148,7 @@ def make_draws(step: EngineStep, slots: Slots) -> Draws:
 
 
 def scoring_rows(step: EngineStep) -> tuple[np.ndarray, np.ndarray, list[RunningSample]]:
-    """(rows, next tokens, owners) of score_only sequences: every row predicts a given token."""
+    """(rows, next tokens, owners) of score_only samples: every row predicts a given token."""
     rows: list[int] = []
     next_ids: list[int] = []
     owners: list[RunningSample] = []

@@ -2,8 +2,8 @@
 
 import torch
 
-from samebit.kernels.attention import paged_attention
 from samebit.kernels.attention_inputs import attention_inputs
+from samebit.kernels.attention_kind import AttentionKind
 from samebit.rollout.models.decoder import Decoder, Norms
 from samebit.rollout.runtime.batch import Batch
 from samebit.rollout.runtime.kv_cache import KVCache
@@ -13,6 +13,7 @@ from samebit.rollout.runtime.kv_cache import KVCache
 def forward(
     model: Decoder,
     cache: KVCache,
+    attention: AttentionKind,
     batch: Batch,
     collect: set[int],
     rows: torch.Tensor | None = None,
@@ -29,6 +30,6 @@ def forward(
             qkv, norms, config.norm_eps, model.rope_table, batch.positions, batch.kv_slots, keys,
             values,
         )  # fmt: skip
-        return paged_attention(q, keys, values, batch.plan, config.softmax_scale)
+        return attention.attend(q, keys, values, batch.plan)
 
     return model.forward(batch.input_ids, attend, collect, rows)

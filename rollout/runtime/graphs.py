@@ -1,6 +1,6 @@
 """CUDA graphs of decode steps: one launch a step, whatever the model's depth.
 
-A graph serves up to `bucket` sequences with contexts up to a bound; both are rounded up, so that
+A graph serves up to `bucket` samples with contexts up to a bound; both are rounded up, so that
 few graphs serve all steps, and each is captured when it is first needed. A graph reads its inputs
 from host memory and writes its results there (kernels/decode_ring.py): one replay is all that a
 steady step gives the GPU to do. The page table and the newest tokens stay on the device.
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from samebit.kernels.attention_kind import AttentionKind, AttentionPlan, GraphEntries
 from samebit.kernels.decode_ring import HostRing, RingRow
 from samebit.kernels.sample import draw_with_logprobs
 from samebit.kernels.transfer import to_device
@@ -38,6 +39,7 @@ _RING = 4  # more steps than are ever in flight
 @dataclass
 class _Graph:
     graph: torch.cuda.CUDAGraph
+    plan: AttentionPlan
     step: Callable[[], torch.Tensor]  # owns tensors that the graph knows by address alone
     hidden: torch.Tensor  # [bucket, D]
 
@@ -48,9 +50,12 @@ class DecodeGraphs:
     last_tokens [num_slots + 1] int64: the newest token of every slot, on the device.
     """
 
-    def __init__(self, model: Decoder, cache: KVCache, last_tokens: torch.Tensor) -> None:
+    def __init__(
+        self, model: Decoder, cache: KVCache, attention: AttentionKind, last_tokens: torch.Tensor
+    ) -> None:
         self._model = model
         self._cache = cache
+        self._attention = attention
         self._last_tokens = last_tokens
         self._device = last_tokens.device
         self._graphs: dict[tuple[int, int, bool], _Graph] = {}
@@ -103,6 +108,8 @@ class DecodeGraphs:
         if key not in self._graphs:
             self._graphs[key] = self._capture(bucket, bound, draws=key[2])
         found, turn, ring = self._graphs[key], self._turn, self._ring
+        # A token is drawn at the position behind its context.
+        self._attention.prepare_replay(found.plan, draws.positions, decode, slots.pages)
         found.graph.replay()
         self._turn = (turn + 1) % ring.size
         if not draws.restricted:
@@ -112,7 +119,7 @@ class DecodeGraphs:
         return token_ids, logprobs
 
     def _send(self, decode: np.ndarray, slots: Slots, draws: Draws, bucket: int) -> None:
-        """Put the step's inputs into the ring; send pages of sequences that the device lacks."""
+        """Put the step's inputs into the ring; send pages of samples that the device lacks."""
         device = self._device
         if self._table is None or self._in_table is None:
             self._table = torch.zeros(slots.pages.shape, dtype=torch.int32, device=device)
@@ -136,9 +143,14 @@ class DecodeGraphs:
         inputs[RingRow.GREEDY, :size] = draws.greedy
 
     def _capture(self, bucket: int, bound: int, draws: bool) -> _Graph:
-        """Capture a step for `bucket` sequences of at most `bound` tokens."""
+        """Capture a step for `bucket` samples of at most `bound` tokens."""
         start = time.perf_counter()
-        step = self._make_step(bucket, bound, draws)
+        table, page_size = self._table, self._cache.page_size
+        assert table is not None
+        longest = min(bound, table.shape[1] * page_size)
+        entries = GraphEntries.empty(bucket, table, page_size, longest)
+        plan = self._attention.plan_graph(entries)
+        step = self._make_step(entries, plan, draws)
         saved = self._last_tokens.clone()
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
@@ -156,24 +168,28 @@ class DecodeGraphs:
             hidden = step()
         self.capture_s += time.perf_counter() - start
         logger.debug(
-            "graph for %d sequences of at most %d tokens; %d graphs so far took %.1f s",
+            "graph for %d samples of at most %d tokens; %d graphs so far took %.1f s",
             bucket, bound, self.num_graphs + 1, self.capture_s,
         )  # fmt: skip
-        return _Graph(graph, step, hidden)
+        return _Graph(graph, plan, step, hidden)
 
-    def _make_step(self, bucket: int, bound: int, draws: bool) -> Callable[[], torch.Tensor]:
-        from samebit.kernels.gpu.attention import decode_plan
+    def _make_step(
+        self, entries: GraphEntries, plan: AttentionPlan, draws: bool
+    ) -> Callable[[], torch.Tensor]:
         from samebit.kernels.gpu.decode_ends import decode_inputs, decode_outputs
 
-        model, cache, last_tokens = self._model, self._cache, self._last_tokens
-        ring, table, page_size = self._ring, self._table, cache.page_size
-        assert table is not None
-        plan = decode_plan(table, page_size, bucket, min(bound, table.shape[1] * page_size))
+        model, cache, attention = self._model, self._cache, self._attention
+        ring, last_tokens = self._ring, self._last_tokens
 
         def step() -> torch.Tensor:
-            made = decode_inputs(ring, bucket, last_tokens, table, page_size, plan)
-            batch = Batch(made.input_ids, made.positions, made.kv_slots, plan)
-            hidden, _ = forward(model, cache, batch, set())
+            made = decode_inputs(ring, last_tokens, entries)
+            batch = Batch(
+                input_ids=made.input_ids,
+                positions=made.positions,
+                kv_slots=made.kv_slots,
+                plan=plan,
+            )
+            hidden, _ = forward(model, cache, attention, batch, set())
             token_ids, logprobs = made.slots[:0], made.temperatures[:0]
             if draws:
                 token_ids, logprobs = draw_with_logprobs(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from samebit.kernels.attention_kind import AttentionKind
 from samebit.kernels.transfer import to_device
 from samebit.rollout.models.decoder import Decoder
 from samebit.rollout.runtime.batch import (
@@ -26,7 +27,7 @@ _NOTHING = np.zeros(0, dtype=np.float32)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step gives: tokens and log-probs on their way to the host, hidden states."""
+    """Holds what a step gives: tokens and log-probs on their way to the host, hidden states."""
 
     token_ids: torch.Tensor | None  # [S] int64, host
     logprobs: torch.Tensor | None  # [S] fp32, host
@@ -53,18 +54,26 @@ def _to_host(values: torch.Tensor | None) -> torch.Tensor | None:
 
 
 class Runner:
-    """Model and cache together, and the newest token of every slot."""
+    """Holds model, cache and attention together, and the newest token of every slot."""
 
-    def __init__(self, model: Decoder, cache: KVCache, num_slots: int, cuda_graphs: bool) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        cache: KVCache,
+        attention: AttentionKind,
+        num_slots: int,
+        cuda_graphs: bool,
+    ) -> None:
         self.model = model
         self.cache = cache
+        self.attention = attention
         self.device = model.embedding.device
         # One more than there are slots: where tokens go that no slot will continue.
         self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=self.device)
         self.graphs = self._new_graphs() if cuda_graphs else None
 
     def _new_graphs(self) -> DecodeGraphs:
-        return DecodeGraphs(self.model, self.cache, self.last_tokens)
+        return DecodeGraphs(self.model, self.cache, self.attention, self.last_tokens)
 
     def bind(self, model: Decoder) -> None:
         """Serve another model of the same shapes from now on."""
@@ -80,7 +89,7 @@ class Runner:
             return self._outcome(*drawn, None, {})
         if self.graphs is not None:
             self.graphs.forget(step.decode)
-        batch = make_batch(step, slots, self.last_tokens, self.model.config.heads_per_kv)
+        batch = make_batch(step, slots, self.last_tokens, self.attention)
         wanted = {layer for c in step.chunks for layer in c.seq.request.hidden_state_layers}
         for slot in step.decode[slots.collects[step.decode]]:
             wanted |= set(slots.owner(slot).request.hidden_state_layers)
@@ -105,7 +114,7 @@ class Runner:
         self, batch: Batch, collect: set[int], rows: torch.Tensor | None
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """See runtime.forward."""
-        return forward(self.model, self.cache, batch, collect, rows)
+        return forward(self.model, self.cache, self.attention, batch, collect, rows)
 
     def _outcome(
         self,

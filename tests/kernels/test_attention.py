@@ -2,15 +2,9 @@
 
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import assert_same_bits, attention_of
 
-from samebit.kernels.attention import (
-    attention_ref,
-    packed_attention,
-    paged_attention,
-    plan_packed,
-    plan_paged,
-)
+from samebit.kernels.attention import attention_ref
 from samebit.kernels.kv_write import kv_write
 
 NAN = float("nan")
@@ -30,8 +24,8 @@ def make_qkv(heads, lens, seed=0):
 
 def packed(qkv, lens):
     q, k, v = qkv
-    plan = plan_packed(lens, q.shape[1] // k.shape[1])
-    return packed_attention(q, k, v, plan, q.shape[2] ** -0.5)
+    attention = attention_of(q, k)
+    return attention.attend_packed(q, k, v, attention.plan_packed(lens))
 
 
 class Pages:
@@ -62,11 +56,9 @@ class Pages:
             )
             self.done[i] = b
         kv_write(k, v, *self.caches, torch.cat(kv_slots))
-        group = q.shape[1] // k.shape[1]
-        ends = [b for _, _, b in spans]
-        plan = plan_paged(counts, ends, self.table[list(which)], self.page_size, group)
-        output = paged_attention(q, *self.caches, plan, q.shape[2] ** -0.5)
-        return output.split(list(counts))
+        attention, ends = attention_of(q, k), [b for _, _, b in spans]
+        plan = attention.plan_step(counts, ends, self.table[list(which)], self.page_size)
+        return attention.attend(q, *self.caches, plan).split(list(counts))
 
     def run(self, chunk):
         """Everything in chunks of `chunk`, all unfinished sequences in each batch."""

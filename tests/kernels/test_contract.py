@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import assert_same_bits, run_python
+from helpers import assert_same_bits, attention_of, run_python
 
-from samebit.kernels.attention import packed_attention, plan_packed
 from samebit.kernels.kv_write import kv_write, kv_write_ref
 from samebit.kernels.linear import linear, linear_ref
 from samebit.kernels.logprob import logprob, logsumexp, logsumexp_ref
@@ -337,12 +336,13 @@ def refused_calls(dtype, device):
     def make(*shape):
         return torch.ones(*shape, device=device, dtype=dtype)
 
-    plan = plan_packed([3], 2)
+    attention = attention_of(torch.ones(3, 4, 8), torch.ones(3, 2, 8))
+    plan = attention.plan_packed([3])
     ids = torch.zeros(2, dtype=torch.int64, device=device)
     caches = make(2, 4, 2, 4), make(2, 4, 2, 4)
     return {
-        "attention": lambda: packed_attention(
-            make(3, 4, 8), make(3, 2, 8), make(3, 2, 8), plan, 1.0
+        "attention": lambda: attention.attend_packed(
+            make(3, 4, 8), make(3, 2, 8), make(3, 2, 8), plan
         ),
         "kv_write": lambda: kv_write(make(2, 2, 4), make(2, 2, 4), *caches, ids),
         "sample": lambda: sample(make(2, 9), make(2, 9)),

@@ -2,14 +2,9 @@
 
 import pytest
 import torch
+from helpers import attention_of
 
-from samebit.kernels.attention import (
-    attention_ref,
-    packed_attention,
-    paged_attention,
-    plan_packed,
-    plan_paged,
-)
+from samebit.kernels.attention import attention_ref
 from samebit.kernels.contract import tree_sum
 from samebit.kernels.kv_write import kv_write, kv_write_ref
 from samebit.kernels.linear import linear, linear_in_segments
@@ -107,7 +102,8 @@ def test_attention_paths_are_equal(heads, kv, dim, page_size):
     the memory holds."""
     total, scale = sum(LENS), dim**-0.5
     q, k, v = bf16(total, heads, dim), bf16(total, kv, dim, seed=1), bf16(total, kv, dim, seed=2)
-    packed = packed_attention(q, k, v, plan_packed(LENS, heads // kv, "cuda"), scale)
+    attention = attention_of(q, k)
+    packed = attention.attend_packed(q, k, v, attention.plan_packed(LENS))
     truth = attention_ref(q.float(), k.float(), v.float(), LENS, scale)
     plain = attention_ref(q, k, v, LENS, scale)
     assert error(packed, truth) <= 2 * max(error(plain, truth), 2e-3)
@@ -129,13 +125,13 @@ def test_attention_paths_are_equal(heads, kv, dim, page_size):
     for chunk in (1, 2, 16, 63, 64, 65, 129):
         lens = [min(chunk, n) for n in LENS]
         rows = torch.cat([torch.arange(e - n, e) for e, n in zip(ends, lens, strict=True)]).cuda()
-        plan = plan_paged(lens, LENS, table, page_size, heads // kv, "cuda")
-        found = paged_attention(q[rows], caches[0], caches[1], plan, scale)
+        plan = attention.plan_step(lens, LENS, table, page_size)
+        found = attention.attend(q[rows], caches[0], caches[1], plan)
         assert torch.equal(found, packed[rows]), (chunk, page_size)
     mixed = [1 if i % 2 else min(n, 70) for i, n in enumerate(LENS)]
     rows = torch.cat([torch.arange(e - n, e) for e, n in zip(ends, mixed, strict=True)]).cuda()
-    plan = plan_paged(mixed, LENS, table, page_size, heads // kv, "cuda")
-    assert torch.equal(paged_attention(q[rows], caches[0], caches[1], plan, scale), packed[rows])
+    plan = attention.plan_step(mixed, LENS, table, page_size)
+    assert torch.equal(attention.attend(q[rows], caches[0], caches[1], plan), packed[rows])
 
 
 @pytest.mark.parametrize(("heads", "kv", "dim"), [(16, 8, 128), (9, 3, 64)])
@@ -145,9 +141,10 @@ def test_attention_backward(heads, kv, dim):
     total = sum(lens)
     q, k, v = (bf16(total, n, dim, seed=s).requires_grad_() for s, n in enumerate((heads, kv, kv)))
     grad = bf16(total, heads, dim, seed=9)
-    plan = plan_packed(lens, heads // kv, "cuda")
-    found = torch.autograd.grad(packed_attention(q, k, v, plan, scale), (q, k, v), grad)
-    again = torch.autograd.grad(packed_attention(q, k, v, plan, scale), (q, k, v), grad)
+    attention = attention_of(q, k)
+    plan = attention.plan_packed(lens)
+    found = torch.autograd.grad(attention.attend_packed(q, k, v, plan), (q, k, v), grad)
+    again = torch.autograd.grad(attention.attend_packed(q, k, v, plan), (q, k, v), grad)
     wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
     truth = torch.autograd.grad(attention_ref(*wide, lens, scale), wide, grad.float())
     plain = torch.autograd.grad(attention_ref(q, k, v, lens, scale), (q, k, v), grad)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from helpers import attention_of
 
-from samebit.kernels.attention import attention_ref, plan_context, plan_packed
+from samebit.kernels.attention import attention_ref
 from samebit.kernels.linear import add_product, linear, linear_in_segments
 from samebit.kernels.logprob import (
     logits_grad,
@@ -158,7 +159,7 @@ def test_a_rank_without_a_column_of_the_vocabulary(rows):
 def test_attention_backward_with_filling_heads(heads, kv, lens):
     """Heads that only fill the card leave every gradient what it is."""
     q, k, v = (bf16(sum(lens), n, 128, seed=i) for i, n in enumerate((heads, kv, kv)))
-    grad, plan = bf16(sum(lens), heads, 128, seed=3), plan_packed(lens, heads // kv, "cuda")
+    grad, plan = bf16(sum(lens), heads, 128, seed=3), attention_of(q, k).plan_packed(lens)
     output, lse = attend(q, k, v, plan, 128**-0.5)
     found = attend_backward(grad, q, k, v, output, lse, plan, 128**-0.5)
     again = attend_backward(grad, q, k, v, output, lse, plan, 128**-0.5)
@@ -176,7 +177,7 @@ def test_attention_of_context_parallel_shares(lens):
     """Two ranks' parts have the whole's outputs; their gradients add up to the whole's."""
     heads, kv, scale = 16, 8, 128**-0.5
     q, k, v = (bf16(sum(lens), n, 128, seed=i) for i, n in enumerate((heads, kv, kv)))
-    grad, plan = bf16(sum(lens), heads, 128, seed=3), plan_packed(lens, heads // kv, "cuda")
+    grad, plan = bf16(sum(lens), heads, 128, seed=3), attention_of(q, k).plan_packed(lens)
     output, lse = attend(q, k, v, plan, scale)
     truth = attend_backward(grad, q, k, v, output, lse, plan, scale)
     found = [torch.zeros(x.shape, device="cuda") for x in (q, k, v)]
@@ -189,9 +190,9 @@ def test_attention_of_context_parallel_shares(lens):
             if chunk[0] < chunk[1]
         ]
         rows = torch.cat([torch.arange(s + a, s + b, device="cuda") for s, a, b in parts])
-        share = plan_context(
+        share = attention_of(q, k).plan_context(
             [b - a for _, a, b in parts], [b for _, _, b in parts], [s for s, _, _ in parts],
-            sum(lens), heads // kv, "cuda",
+            sum(lens),
         )  # fmt: skip
         own, own_lse = attend(q[rows], k, v, share, scale)
         assert torch.equal(own, output[rows])

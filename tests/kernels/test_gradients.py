@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same_bits
+from helpers import assert_same_bits, attention_of
 
-from samebit.kernels.attention import attention_ref, packed_attention, plan_packed
+from samebit.kernels.attention import attention_ref
 from samebit.kernels.bias import linear_with_bias
 from samebit.kernels.linear import add_product, linear, linear_in_segments
 from samebit.kernels.logprob import logits_grad, logprob
@@ -55,8 +55,8 @@ def attention_plain(q, k, v):
 
 
 def attend(q, k, v):
-    plan = plan_packed(ATTENTION_LENS, q.shape[1] // k.shape[1])
-    return packed_attention(q, k, v, plan, 0.3)
+    attention = attention_of(q, k, 0.3)
+    return attention.attend_packed(q, k, v, attention.plan_packed(ATTENTION_LENS))
 
 
 # name -> (operation, the same in plain torch, shapes of the inputs)

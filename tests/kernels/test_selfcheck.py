@@ -11,12 +11,8 @@ import triton
 from helpers import assert_same_bits
 
 from samebit.kernels import selfcheck as selfcheck_module
-from samebit.kernels.attention import (
-    packed_attention,
-    paged_attention,
-    plan_packed,
-    plan_paged,
-)
+from samebit.kernels.attention import CanonicalAttention
+from samebit.kernels.attention_kind import Heads
 from samebit.kernels.contract import CONTRACT_VERSION, CPU_KV_TILE, LSE_SEGMENTS
 from samebit.kernels.cpu import linear as cpu_linear
 from samebit.kernels.cpu.linear import linear_blocked, linear_padded, use_blocked
@@ -35,7 +31,8 @@ from samebit.rollout.models.registry import load_model_config
 
 # The weights of a small model: qkv, projection, gate and up, down, output.
 SHAPES = ((128, 48), (48, 64), (208, 48), (48, 104), (331, 48), (1024, 48))
-HEADS = (4, 2, 16)
+CPU = torch.device("cpu")
+ATTENTION = CanonicalAttention(Heads(4, 2, 16, 0.25), CPU)
 WIDTHS = (48, 16, 104)
 
 
@@ -63,7 +60,7 @@ def test_blocked_equals_padded(shape):
 
 def test_shapes_of_a_model_pass():
     assert unequal_linear_shapes(SHAPES) == set()
-    check_attention(*HEADS)
+    check_attention(ATTENTION)
     check_rows(WIDTHS)
 
 
@@ -81,15 +78,15 @@ def test_an_unpadded_product_would_be_found(monkeypatch):
 
 
 def test_variant_attention_would_be_found(monkeypatch):
-    original = selfcheck_module.paged_attention
+    original = ATTENTION.attend
 
     def careless(q, *arguments):
         y = original(q, *arguments)
         return y.nextafter(y + 1) if len(q) == 1 else y
 
-    monkeypatch.setattr(selfcheck_module, "paged_attention", careless)
+    monkeypatch.setattr(ATTENTION, "attend", careless)
     with pytest.raises(SelfCheckError, match="length 3, chunk 1, 4/2 heads of 16"):
-        selfcheck(SHAPES, HEADS, WIDTHS)
+        selfcheck(SHAPES, ATTENTION, WIDTHS)
 
 
 def test_variant_row_operations_would_be_found(monkeypatch):
@@ -101,16 +98,16 @@ def test_variant_row_operations_would_be_found(monkeypatch):
 
     monkeypatch.setattr(selfcheck_module, "swiglu", careless)
     with pytest.raises(SelfCheckError, match="width 16"):
-        selfcheck(SHAPES, HEADS, WIDTHS)
+        selfcheck(SHAPES, ATTENTION, WIDTHS)
 
 
 def test_a_failed_check_is_not_remembered(monkeypatch, tmp_path):
     with monkeypatch.context() as broken:
         broken.setattr(selfcheck_module, "swiglu", lambda x: x - x.mean(0))
         with pytest.raises(SelfCheckError):
-            selfcheck(SHAPES, HEADS, WIDTHS)
+            selfcheck(SHAPES, ATTENTION, WIDTHS)
     assert cache_files(tmp_path) == []
-    selfcheck(SHAPES, HEADS, WIDTHS)
+    selfcheck(SHAPES, ATTENTION, WIDTHS)
     assert len(cache_files(tmp_path)) == 1
 
 
@@ -119,40 +116,41 @@ def test_a_failed_check_is_not_remembered(monkeypatch, tmp_path):
 def test_the_check_tells_the_truth_about_head_dims(group, head_dim):
     """Attention that passes the check does not depend on where a row stands in its tile; a head
     size that this machine's BLAS cannot do so is refused, not served."""
+    attention = CanonicalAttention(Heads(2 * group, 2, head_dim, 0.2), CPU)
     try:
-        check_attention(2 * group, 2, head_dim)
+        check_attention(attention)
     except SelfCheckError:
         assert head_dim % 4, "a usual head size is refused"
         return
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(97, n, head_dim, generator=generator) for n in (2 * group, 2, 2))
-    truth = packed_attention(q, k, v, plan_packed((97,), group), 0.2)
+    truth = attention.attend_packed(q, k, v, attention.plan_packed((97,)))
     caches = [x[None] for x in (k, v)]  # one page
     for start in range(1, 97):
-        plan = plan_paged([97 - start], [97], torch.zeros(1, 1, dtype=torch.int64), 97, group)
-        found = paged_attention(q[start:], *caches, plan, 0.2)
+        plan = attention.plan_step([97 - start], [97], torch.zeros(1, 1, dtype=torch.int64), 97)
+        found = attention.attend(q[start:], *caches, plan)
         assert_same_bits(found, truth[start:], f"last {97 - start} tokens")
 
 
 def test_the_result_is_written_and_used_again(monkeypatch, tmp_path):
     """The second start-up computes nothing."""
-    selfcheck(SHAPES, HEADS, WIDTHS)
+    selfcheck(SHAPES, ATTENTION, WIDTHS)
     [file] = cache_files(tmp_path)
     assert json.loads(file.read_text()) == {"unequal": []}
     for name in ("check_attention", "check_rows", "unequal_linear_shapes"):
         monkeypatch.delattr(selfcheck_module, name)
-    selfcheck(SHAPES, HEADS, WIDTHS)
+    selfcheck(SHAPES, ATTENTION, WIDTHS)
     assert cache_files(tmp_path) == [file]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"unequal": 3}'])
 def test_a_damaged_cache_file_is_replaced(tmp_path, text):
     """A full disk or a crash must not keep every later engine from starting."""
-    selfcheck(SHAPES, HEADS, WIDTHS)
+    selfcheck(SHAPES, ATTENTION, WIDTHS)
     [file] = cache_files(tmp_path)
     good = file.read_text()
     file.write_text(text)
-    selfcheck(SHAPES, HEADS, WIDTHS)
+    selfcheck(SHAPES, ATTENTION, WIDTHS)
     assert file.read_text() == good
 
 
@@ -160,40 +158,40 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch, caplo
     """A read-only home: the check runs every time, and says so."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    selfcheck(SHAPES, HEADS, WIDTHS)
+    selfcheck(SHAPES, ATTENTION, WIDTHS)
     assert "will run again next time" in caplog.text
 
 
 def test_another_model_is_checked_anew(tmp_path):
-    selfcheck(SHAPES, HEADS, WIDTHS)
-    selfcheck(SHAPES[:3], HEADS, WIDTHS)
-    selfcheck(SHAPES, (6, 2, 16), WIDTHS)
-    selfcheck(SHAPES, HEADS, (48,))
+    selfcheck(SHAPES, ATTENTION, WIDTHS)
+    selfcheck(SHAPES[:3], ATTENTION, WIDTHS)
+    selfcheck(SHAPES, CanonicalAttention(Heads(6, 2, 16, 0.25), CPU), WIDTHS)
+    selfcheck(SHAPES, ATTENTION, (48,))
     assert len(cache_files(tmp_path)) == 4
 
 
 def test_other_circumstances_are_checked_anew(tmp_path, monkeypatch):
     """What was found for one number of threads, one profile or fewer products proves no other."""
-    selfcheck(SHAPES, HEADS, WIDTHS)
-    selfcheck(SHAPES, HEADS, WIDTHS, column_shards=[(48, 64, 2)])
-    selfcheck(SHAPES, HEADS, WIDTHS, segments=[(48, 8)])
+    selfcheck(SHAPES, ATTENTION, WIDTHS)
+    selfcheck(SHAPES, ATTENTION, WIDTHS, column_shards=[(48, 64, 2)])
+    selfcheck(SHAPES, ATTENTION, WIDTHS, segments=[(48, 8)])
     with monkeypatch.context() as threads:
         threads.setattr(torch, "get_num_threads", lambda: 8)
-        selfcheck(SHAPES, HEADS, WIDTHS)
-    monkeypatch.setattr(selfcheck_module, "numerics_profile", lambda _device: WRITTEN)
-    selfcheck(SHAPES, HEADS, WIDTHS)
+        selfcheck(SHAPES, ATTENTION, WIDTHS)
+    monkeypatch.setattr(selfcheck_module, "numerics_profile", lambda _device, attention: WRITTEN)
+    selfcheck(SHAPES, ATTENTION, WIDTHS)
     assert len(cache_files(tmp_path)) == 5
 
 
 def test_shapes_that_failed_are_computed_by_blocks(tmp_path, caplog):
     """What the cache remembers as unequal is blocked, said aloud, and gives equal bits."""
-    selfcheck(SHAPES, HEADS, WIDTHS)
+    selfcheck(SHAPES, ATTENTION, WIDTHS)
     [file] = cache_files(tmp_path)
     x, weight = torch.randn(37, 48), torch.randn(331, 48)
     before = linear(x, weight)
     file.write_text(json.dumps({"unequal": [[331, 48]]}))
     with caplog.at_level(logging.WARNING):
-        selfcheck(SHAPES, HEADS, WIDTHS)
+        selfcheck(SHAPES, ATTENTION, WIDTHS)
     assert "(331, 48)" in caplog.text
     assert cpu_linear._blocked_shapes == {(331, 48)}
     assert_same_bits(linear(x, weight), before)
@@ -202,7 +200,7 @@ def test_shapes_that_failed_are_computed_by_blocks(tmp_path, caplog):
 def test_parts_of_weights_are_checked_too(monkeypatch):
     """Products that tp_invariant cuts into segments have shapes of their own."""
     monkeypatch.setattr(selfcheck_module, "linear_padded", lambda x, w: linear_padded(x, w) + 1)
-    selfcheck(SHAPES, HEADS, WIDTHS, segments=[(48, 8)])
+    selfcheck(SHAPES, ATTENTION, WIDTHS, segments=[(48, 8)])
     assert cpu_linear._blocked_shapes == {*SHAPES, (48, 8)}
 
 
@@ -277,7 +275,7 @@ def test_shards_whose_columns_have_other_bits_are_found(monkeypatch):
     with refused:
         selfcheck_module.check_columns([(48, 64, 2)], cpu)
     with refused:
-        selfcheck(SHAPES, HEADS, WIDTHS, column_shards=[(48, 64, 2)])
+        selfcheck(SHAPES, ATTENTION, WIDTHS, column_shards=[(48, 64, 2)])
 
 
 def test_the_shards_of_an_invariant_model_are_checked(monkeypatch, qwen3_path):
@@ -288,5 +286,6 @@ def test_the_shards_of_an_invariant_model_are_checked(monkeypatch, qwen3_path):
     )
     half = RankGroup(0, 2, group="the other half", invariant=True)
     config = load_model_config(qwen3_path)
-    replace(config, ffn_size=128).selfcheck(torch.device("cpu"), half)
+    attention = CanonicalAttention(config.attention_heads(2), CPU)
+    replace(config, ffn_size=128).selfcheck(attention, half)
     assert asked == [(64, 48, 2), (128, 48, 2), (512, 48, 2)]

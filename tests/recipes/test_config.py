@@ -187,6 +187,10 @@ WRONG = {
         ["trainer.parallel.recompute=some"],
         r"trainer.parallel.recompute is 'some'; it must be one of \('none', 'selective', 'full'\)",
     ),
+    "unknown attention": (
+        ["numerics.attention=flash"],
+        r"numerics.attention is 'flash'; it must be one of \('canonical',\)",
+    ),
     "no held-out problems": (["data.eval_size=0"], "data.eval_size is 0"),
     "no override at all": (["hello"], "'hello' is no key=value of an existing key"),
     "an option": (["-x"], "'-x' is no key=value"),
@@ -314,7 +318,7 @@ def test_help_lists_groups_keys_and_defaults(capsys, command):
     if command == "grpo":
         assert "  path: ???  # A Hugging Face folder: config.json" in keys
         assert "  clip_ratio_low: 0.2" in keys
-        assert "dry_run: false  # Print the resolved plan and stop.\n" in keys
+        assert "dry_run: false  # Print what the run would be and stop.\n" in keys
 
 
 def test_help_and_wrong_configurations_do_not_import_torch():

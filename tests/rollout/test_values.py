@@ -91,6 +91,8 @@ def test_scalars_of_libraries():
         ({"overlap": 2}, "engine.overlap is 2; it must be True or False"),
         ({"cuda_graphs": "x"}, "engine.cuda_graphs is 'x'"),
         ({"load_format": ["dummy"]}, "engine.load_format is"),
+        ({"attention": ["canonical"]}, "engine.attention is"),
+        ({"attention": "flash"}, r"engine.attention is 'flash'; it must be one of \('canonical'"),
         ({"dtype": 32}, "dtype is 32; the numerics contract"),
         ({"dtype": "nonsense"}, "dtype is nonsense; the numerics contract"),
         ({"ranks": 2}, "Engine ranks is 2; it must be RankGroup"),

@@ -3,9 +3,13 @@
 import pytest
 import torch
 
+from samebit.kernels.attention import CanonicalAttention
+from samebit.kernels.attention_kind import Heads
 from samebit.kernels.reduce import RankGroup
 from samebit.trainer.context import chunks_of, share_context
 from samebit.trainer.packing import pack_samples
+
+ATTENTION = CanonicalAttention(Heads(4, 2, 16, 0.25), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -26,7 +30,7 @@ def test_chunks_cut_a_sample_once_and_evenly(size, length):
 def test_shares_hold_every_token_and_loss_row_once(random_samples, size, loss_mean):
     [batch] = pack_samples(random_samples(7, seed=3, with_logprobs=True), 1000, loss_mean)
     group = object()  # stands for the group; nothing is sent
-    shares = [share_context(batch, RankGroup(r, size, group), 2) for r in range(size)]
+    shares = [share_context(batch, RankGroup(r, size, group), ATTENTION) for r in range(size)]
     padded = torch.full((size * shares[0].num_padded,), -1)
     for rank, share in enumerate(shares):
         start = rank * share.num_padded
@@ -49,4 +53,4 @@ def test_shares_hold_every_token_and_loss_row_once(random_samples, size, loss_me
 def test_a_batch_too_short_for_all_ranks_is_refused(random_samples):
     [batch] = pack_samples(random_samples(1, seed=3), 1000)
     with pytest.raises(ValueError, match=r"micro-batch 0 has \d+ tokens, too few for .*context"):
-        share_context(batch, RankGroup(0, 1000, object()), 2)
+        share_context(batch, RankGroup(0, 1000, object()), ATTENTION)

@@ -60,6 +60,7 @@ def hybrid(model_path, monkeypatch):
         TransformerLayerSubmodules,
     )
 
+    from samebit.kernels.attention import CanonicalAttention
     from samebit.kernels.contract import padded_vocab_size
     from samebit.trainer.config import ParallelConfig
     from samebit.trainer.megatron.cpu import no_cuda
@@ -75,14 +76,14 @@ def hybrid(model_path, monkeypatch):
     def layer(kind, parts):
         return ModuleSpec(module=kind, submodules=TransformerLayerSubmodules(**parts))
 
-    table = model.rope_table(64, CPU)
+    table, attention = model.rope_table(64, CPU), CanonicalAttention(model.attention_heads(), CPU)
     stack = hybrid_block.HybridStackSubmodules(
         attention_layer=layer(TransformerLayer, dense.attention_parts(model, table)),
         mlp_layer=layer(MLPLayer, dense.mlp_parts()),
     )
     with no_cuda():
         gpt = HybridModel(
-            config=transformer_config(model, CPU, ParallelConfig(), tp_invariant=False),
+            config=transformer_config(model, attention, ParallelConfig(), tp_invariant=False),
             hybrid_stack_spec=ModuleSpec(module=hybrid_block.HybridStack, submodules=stack),
             vocab_size=padded_vocab_size(model.vocab_size),
             max_sequence_length=model.max_position,

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from samebit.kernels.attention import CanonicalAttention
+from samebit.kernels.attention_kind import AttentionKind
 from samebit.kernels.reduce import ALONE, RankGroup
 from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.config import ParallelConfig
@@ -50,7 +52,7 @@ def batch_logprobs(
     """
     shares: list[ContextShare | None] = [None] * len(batches)
     if context.size > 1:
-        shares = [share_context(batch, context, model.heads_per_kv) for batch in batches]
+        shares = [share_context(batch, context, chunks[0].config.attention) for batch in batches]
     parts = [
         (batch if share is None else share.batch, share)
         for batch, share in zip(batches, shares, strict=True)
@@ -98,14 +100,16 @@ class ForwardModel:
         parallel: ParallelConfig | None = None,
         tp_invariant: bool = False,
         longest: int | None = None,
+        attention: type[AttentionKind] = CanonicalAttention,
     ) -> None:
         parallel = parallel or ParallelConfig()
         ranks, self._context = initialize(device, parallel, tp_invariant)
-        model.selfcheck(device, ranks)
+        kind = attention(model.attention_heads(ranks.size), device)
+        model.selfcheck(kind, ranks)
         self.model = model
         with no_cuda():
             stage = stage_of(model)
-            self._chunks = build_model(model, device, parallel, stage, tp_invariant, longest)
+            self._chunks = build_model(model, kind, parallel, stage, tp_invariant, longest)
         for chunk in self._chunks:
             chunk.requires_grad_(False)
         self.params = stage.named_params(self._chunks)

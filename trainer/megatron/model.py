@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from samebit.kernels.attention import plan_packed
+from samebit.kernels.attention_kind import AttentionKind
 from samebit.kernels.contract import padded_vocab_size
 from samebit.kernels.logprob import logprob
 from samebit.rollout.models.config import ModelConfig
@@ -33,9 +33,10 @@ _RECOMPUTE: Mapping[str, dict[str, Any]] = {
 
 
 def transformer_config(
-    model: ModelConfig, device: torch.device, parallel: ParallelConfig, tp_invariant: bool
+    model: ModelConfig, attention: AttentionKind, parallel: ParallelConfig, tp_invariant: bool
 ) -> ContractConfig:
     """Megatron's settings for a model; everything that would change the contract's bits is off."""
+    device = attention.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     interleaved = parallel.virtual_pipeline > 1
     return ContractConfig(
@@ -63,6 +64,7 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",  # asked for by variable lengths, in dense models too
         sequence_parallel=parallel.sequence,
         tp_invariant=tp_invariant,
+        attention=attention,
         **_RECOMPUTE[parallel.recompute],
         use_cpu_initialization=device.type == "cpu",
         perform_initialization=False,
@@ -72,7 +74,7 @@ def transformer_config(
 
 def build_model(
     model: ModelConfig,
-    device: torch.device,
+    attention: AttentionKind,
     parallel: ParallelConfig,
     stage: Stage,
     tp_invariant: bool = False,
@@ -80,12 +82,13 @@ def build_model(
 ) -> list[GPTModel]:
     """This process's shard of a GPTModel with our operations and uninitialised weights, by chunk.
 
-    longest: tokens of the longest sample that may come; None: as many as the context holds.
-    Raises RuntimeError unless its parameters have the engine's names and shapes.
+    It lives on attention's device. longest: tokens of the longest sample that may come; None: as
+    many as the context holds. Raises RuntimeError unless its parameters have the engine's names
+    and shapes.
     """
     # A micro-batch is filled up to a multiple of the tensor ranks by a sequence that nobody reads.
     longest = max(longest or model.max_position, parallel.tensor)
-    config = transformer_config(model, device, parallel, tp_invariant)
+    device, config = attention.device, transformer_config(model, attention, parallel, tp_invariant)
     layers = parts_of(model).layers(model, stage.num_layers, longest, device)
     chunks = [
         GPTModel(
@@ -132,7 +135,7 @@ def forward_logprobs(
     packed = PackedSequences(
         qkv_format="thd",
         positions=positions,
-        plan=share.plan if share else plan_packed(lens, model.heads_per_kv, input_ids.device),
+        plan=share.plan if share else gpt.config.attention.plan_packed(lens),
         share=share,
     )
     return gpt(

@@ -13,7 +13,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from samebit.kernels.attention import packed_attention
+from samebit.kernels.attention_kind import AttentionKind, AttentionPlan
 from samebit.kernels.bias import linear_with_bias
 from samebit.kernels.rms_norm import rms_norm
 from samebit.kernels.rope import rope
@@ -25,17 +25,18 @@ from samebit.trainer.megatron.parallel import gather_context, ranks_of, row_para
 
 @dataclass
 class ContractConfig(TransformerConfig):
-    """Megatron's settings, and ours."""
+    """Holds Megatron's settings, and ours."""
 
     tp_invariant: bool = False
+    attention: AttentionKind | None = None
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's packed-sequence argument with what our core attention needs."""
+    """Holds Megatron's packed-sequence argument, and what our core attention needs."""
 
     positions: torch.Tensor | None = None
-    plan: Any = None
+    plan: AttentionPlan | None = None
     share: ContextShare | None = None
 
 
@@ -89,14 +90,13 @@ class SwigluMLP(MLP):
 
 
 class CoreAttention(MegatronModule):
-    """rope, then kernels.packed_attention. Takes packed sequences only."""
+    """Turns by kernels.rope and attends by the configuration's kind, packed sequences only."""
 
-    def __init__(
-        self, config: TransformerConfig, *, rope_table: torch.Tensor, **_unused: Any
-    ) -> None:
+    def __init__(self, config: ContractConfig, *, rope_table: torch.Tensor, **_unused: Any) -> None:
         super().__init__(config=config)
         self.rope_table = rope_table
-        self.scale = config.softmax_scale
+        assert config.attention is not None
+        self.attention = config.attention
 
     def forward(
         self,
@@ -114,4 +114,4 @@ class CoreAttention(MegatronModule):
         assert plan is not None
         q, k = rope(query, positions, self.rope_table), rope(key, positions, self.rope_table)
         k, v = (gather_context(x, packed_seq_params.share) for x in (k, value))
-        return packed_attention(q, k, v, plan, self.scale).flatten(1)
+        return self.attention.attend_packed(q, k, v, plan).flatten(1)

@@ -27,6 +27,8 @@ from megatron.core.parallel_state import (
     get_pipeline_model_parallel_group,
 )
 
+from samebit.kernels.attention import CanonicalAttention
+from samebit.kernels.attention_kind import AttentionKind
 from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.algorithms.base import Loss
 from samebit.trainer.config import OptimizerConfig, ParallelConfig
@@ -69,11 +71,13 @@ class MegatronTrainer:
         parallel: ParallelConfig | None = None,
         tp_invariant: bool = False,
         longest: int | None = None,
+        attention: type[AttentionKind] = CanonicalAttention,
     ) -> None:
         """longest: tokens of the longest sample that may come; None: what the context holds."""
         self.parallel = parallel or ParallelConfig()
         self.ranks, self.context = initialize(device, self.parallel, tp_invariant)
-        model.selfcheck(device, self.ranks)
+        self.attention = attention(model.attention_heads(self.ranks.size), device)
+        model.selfcheck(self.attention, self.ranks)
         self.model = model
         self._longest = longest
         self.device = device
@@ -81,7 +85,9 @@ class MegatronTrainer:
         self.specs = stage_specs(model, self.ranks.shard, self.stage)
         self.step = 0
         with no_cuda():
-            chunks = build_model(model, device, self.parallel, self.stage, tp_invariant, longest)
+            chunks = build_model(
+                model, self.attention, self.parallel, self.stage, tp_invariant, longest
+            )
             config = chunks[0].config
             ddp_config = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
@@ -137,6 +143,7 @@ class MegatronTrainer:
                 parallel=self.parallel,
                 tp_invariant=self.ranks.invariant,
                 longest=self._longest,
+                attention=type(self.attention),
             )
         return self._reference
 
@@ -258,7 +265,7 @@ class MegatronTrainer:
             batch, reference = next(iterator)
             share = None
             if self.context.size > 1:
-                share = share_context(batch, self.context, self.model.heads_per_kv)
+                share = share_context(batch, self.context, self.attention)
                 batch = share.batch
                 reference = None if reference is None else reference[share.rows]
             output = forward_logprobs(gpt, batch, self.model, share)

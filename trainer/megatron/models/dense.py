@@ -34,7 +34,6 @@ def settings(model: DenseModel) -> dict[str, Any]:
         "kv_channels": model.head_dim,
         "ffn_hidden_size": model.ffn_size,
         "layernorm_epsilon": model.norm_eps,
-        "softmax_scale": model.softmax_scale,
         "qk_layernorm": model.qk_norm,
         "add_qkv_bias": model.qkv_bias,
         "add_bias_linear": False,

@@ -1,0 +1,173 @@
+"""AttentionKind: attention as engine and trainer know it, whoever computes it.
+
+A kind plans how the work of a forward is divided, once for all layers, and attends by the plan in
+each. What else belongs to a layer (norms, rope, writing keys and values) does not depend on it.
+kernels/registry.py names the kinds; a recipe's numerics.attention chooses one, for the engine's
+runner and the trainer's layers alike.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+
+
+class Heads(NamedTuple):
+    """The heads that one rank holds."""
+
+    num_heads: int
+    """Hq, query heads."""
+    num_kv_heads: int
+    """Hkv, KV heads."""
+    head_dim: int
+    """Dh."""
+    scale: float
+    """Factor of q @ k, usually Dh**-0.5."""
+
+    @property
+    def per_kv(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+
+class AttentionPlan:
+    """Says how one forward's work is divided. Only the kind that made it knows what it holds."""
+
+
+@dataclass(frozen=True)
+class GraphEntries:
+    """What a captured decode step knows of its samples: tensors that every replay fills anew.
+
+    Their first kernel writes table_rows and context_lens before any layer attends.
+    """
+
+    table_rows: torch.Tensor
+    """[B] int32, rows of the page table."""
+    context_lens: torch.Tensor
+    """[B] int32, tokens of the contexts, the new one included; 0: only fills the batch up."""
+    page_table: torch.Tensor
+    """[slots, max_pages] int32, page ids in order of position."""
+    page_size: int
+    max_context: int
+    """Bound of context_lens."""
+
+    @classmethod
+    def empty(
+        cls, batch: int, page_table: torch.Tensor, page_size: int, max_context: int
+    ) -> "GraphEntries":
+        """Entries for `batch` samples, which only fill it up so far."""
+        rows, lens = (
+            torch.zeros(batch, dtype=torch.int32, device=page_table.device) for _ in range(2)
+        )
+        return cls(rows, lens, page_table, page_size, max_context)
+
+
+class AttentionKind(ABC):
+    """Causal attention of given heads on one device, paged for the engine, packed for the trainer.
+
+    Another kind is a subclass in one file and a line of kernels/registry.py. FlashInfer fits so:
+    the object holds the workspace and the wrappers; plan_step and plan_context call a wrapper's
+    `plan` on the host, with these heads and with the indptr arrays that follow from lengths and
+    page table, and the AttentionPlan holds the wrapper whose `run` attends. plan_graph makes a
+    wrapper for CUDA graphs, with buffers for the batch and the bound of the entries, and
+    prepare_replay plans it anew, into buffers that no replay in flight still reads.
+    """
+
+    name: ClassVar[str]
+    """What the numerics profile calls it; with a library's version, if bits depend on that."""
+    is_invariant: ClassVar[bool]
+    """Whether a query's bits depend on its own keys alone. Then decode, chunks and the packed
+    forward agree to the bit, so that the trainer's log-probs are the rollout's; that is proven at
+    start-up and checked in every training step."""
+
+    def __init__(self, heads: Heads, device: torch.device) -> None:
+        self.heads = heads
+        self.device = device
+
+    @classmethod
+    def tiles(cls, device_type: str) -> tuple[int | None, int | None]:
+        """The profile's kv_tile and kv_split, for a kind whose bits have such constants."""
+        return None, None
+
+    @abstractmethod
+    def plan_step(
+        self,
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+        page_table: torch.Tensor,
+        page_size: int,
+    ) -> AttentionPlan:
+        """Plan an engine step, whose keys lie in pages.
+
+        query_lens [B]: new tokens of each sample, the last ones of its context_lens [B] tokens (new
+        ones included). page_table [B, max_pages] int64 on the CPU: page ids in order of position.
+        Samples share a prefix where their rows begin with the same pages, and nowhere else.
+        """
+
+    def plan_packed(self, seq_lens: Sequence[int]) -> AttentionPlan:
+        """Plan attention of whole samples packed one behind another, as in the training forward."""
+        *starts, num_keys = accumulate(seq_lens, initial=0)
+        return self.plan_context(seq_lens, seq_lens, starts, num_keys)
+
+    @abstractmethod
+    def plan_context(
+        self,
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+        key_starts: Sequence[int],
+        num_keys: int,
+    ) -> AttentionPlan:
+        """Plan attention of parts of samples whose keys are packed, as a context parallel rank's.
+
+        query_lens [B]: tokens of each part, the last of its context_lens [B] tokens; key_starts
+        [B]: the first row of its sample's keys among num_keys. Parts may share a sample.
+        """
+
+    @abstractmethod
+    def plan_graph(self, entries: GraphEntries) -> AttentionPlan:
+        """Plan the decode steps of a CUDA graph, each a new token for every entry.
+
+        The plan must serve every replay: it holds what is captured, at addresses that stay.
+        """
+
+    @abstractmethod
+    def prepare_replay(
+        self,
+        plan: AttentionPlan,
+        context_lens: np.ndarray,
+        table_rows: np.ndarray,
+        page_table: np.ndarray,
+    ) -> None:
+        """Bring a graph's plan up to the step that is replayed next.
+
+        context_lens and table_rows [size] int64: as the entries will hold them, without what only
+        fills the batch up; page_table [slots, max_pages] int32. The step before may still run.
+        """
+
+    @abstractmethod
+    def attend(
+        self,
+        q: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        plan: AttentionPlan,
+    ) -> torch.Tensor:
+        """Attention of new tokens to their samples' pages, their own keys already written.
+
+        q [T, Hq, Dh], caches [P, page_size, Hkv, Dh], plan from plan_step or plan_graph ->
+        [T, Hq, Dh].
+        """
+
+    @abstractmethod
+    def attend_packed(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan
+    ) -> torch.Tensor:
+        """Attention of packed samples to themselves; it is differentiable in q, k and v.
+
+        q [T, Hq, Dh], k and v [num_keys, Hkv, Dh], plan from plan_packed or plan_context ->
+        [T, Hq, Dh].
+        """
