@@ -1,4 +1,4 @@
-"""Context parallel: which rank computes which tokens of a packed batch. Nothing else knows.
+"""Context parallel: which rank computes which tokens of a packed batch, and sums over all of them.
 
 Every sample is cut into 2 * size equal chunks; rank r takes chunk r and chunk 2 * size - 1 - r, so
 that causal attention costs every rank about the same. Keys and values are gathered; queries stay
@@ -6,12 +6,14 @@ where they are and keep their absolute positions, so no bit depends on the size.
 """
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 
 from samebit.kernels.attention import plan_context
-from samebit.kernels.reduce import RankGroup
+from samebit.kernels.reduce import ALONE, RankGroup, gather_rows
 from samebit.trainer.types import MicroBatch
 
 
@@ -41,7 +43,7 @@ def chunks_of(length: int, rank: int, size: int) -> list[tuple[int, int]]:
 def share_context(batch: MicroBatch, ranks: RankGroup, heads_per_kv: int) -> ContextShare:
     """This rank's share. Raises ValueError if the batch is too short to give every rank a token."""
     device = batch.input_ids.device
-    starts = [sum(batch.seq_lens[:i]) for i in range(len(batch.seq_lens))]
+    starts = [0, *accumulate(batch.seq_lens[:-1])]
     chunks = [
         [
             (start, *chunk)
@@ -51,23 +53,23 @@ def share_context(batch: MicroBatch, ranks: RankGroup, heads_per_kv: int) -> Con
         ]
         for rank in range(ranks.size)
     ]
-    places = [[s + i for s, a, b in part for i in range(a, b)] for part in chunks]
-    if not all(places):
+    none = np.empty(0, np.int64)
+    places = [np.concatenate([none, *(np.arange(s + a, s + b) for s, a, b in c)]) for c in chunks]
+    num_padded, fewest = max(map(len, places)), min(map(len, places))
+    if not fewest:
         raise ValueError(
             f"micro-batch {batch.index} has {batch.num_tokens} tokens, too few for "
             f"trainer.parallel.context = {ranks.size}"
         )
-    num_padded = max(map(len, places))
-    order = torch.empty(batch.num_tokens, dtype=torch.int64)
+    ordered = np.empty(batch.num_tokens, np.int64)
     for rank, tokens in enumerate(places):
-        order[tokens] = torch.arange(len(tokens)) + rank * num_padded
-    mine, order = torch.tensor(places[ranks.rank], device=device), order.to(device)
+        ordered[tokens] = np.arange(len(tokens)) + rank * num_padded
+    mine, order = (torch.from_numpy(x).to(device) for x in (places[ranks.rank], ordered))
     local = order - ranks.rank * num_padded  # meaningful for this rank's own tokens
     is_mine = torch.zeros(batch.num_tokens, dtype=torch.bool, device=device)
     is_mine[mine] = True
     rows = is_mine[batch.rows].nonzero().squeeze(1)
-    by_token = batch.loss_denominator == len(batch.rows)
-    compared = batch.rollout_logprobs
+    drawn = batch.rollout_logprobs
     share = replace(
         batch,
         input_ids=batch.input_ids[mine],
@@ -75,11 +77,12 @@ def share_context(batch: MicroBatch, ranks: RankGroup, heads_per_kv: int) -> Con
         rows=local[batch.rows[rows]],
         target_ids=batch.target_ids[rows],
         sample_of_row=batch.sample_of_row[rows],
-        rollout_logprobs=None if compared is None else compared[rows],
+        rollout_logprobs=None if drawn is None else drawn[rows],
+        is_compared=batch.is_compared[rows],
         advantages=batch.advantages[rows],
         loss_weights=batch.loss_weights[rows],
         # The ranks' denominators add up to the batch's.
-        loss_denominator=len(rows) if by_token else batch.loss_denominator * (ranks.rank == 0),
+        loss_denominator=batch.loss_denominator * (ranks.rank == 0),
     )
     own = chunks[ranks.rank]
     plan = plan_context(
@@ -91,3 +94,44 @@ def share_context(batch: MicroBatch, ranks: RankGroup, heads_per_kv: int) -> Con
         device,
     )
     return ContextShare(share, rows, order, num_padded, plan, ranks)
+
+
+class _SampleSums(torch.autograd.Function):
+    """Every row's value goes into the sums of all rows of its sample: so do their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: torch.Tensor, batch: MicroBatch, ranks: RankGroup
+    ) -> torch.Tensor:
+        ctx.batch, ctx.ranks = batch, ranks
+        return _sums_of_samples(values, batch, ranks)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _sums_of_samples(grad, ctx.batch, ctx.ranks), None, None
+
+
+def _sums_of_samples(values: torch.Tensor, batch: MicroBatch, ranks: RankGroup) -> torch.Tensor:
+    """In fp64, rank after rank, rounded once. On a GPU, too, the order of a sum is fixed."""
+    sample, count = batch.sample_of_row, len(batch.samples)
+    # Rows of a sample are neighbours: each gets a row of a table, filled up with zeros.
+    first = torch.searchsorted(sample, torch.arange(count, device=sample.device))
+    place = torch.arange(len(sample), device=sample.device) - first[sample]
+    table = torch.zeros(count, max(batch.seq_lens), dtype=torch.float64, device=values.device)
+    table[sample, place] = values.double()
+    parts = table.sum(1, keepdim=True).t()
+    if ranks.size > 1:
+        parts = gather_rows(parts, ranks)
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total[sample].to(values.dtype)
+
+
+def sample_sums(values: torch.Tensor, batch: MicroBatch, ranks: RankGroup = ALONE) -> torch.Tensor:
+    """Each loss row's [R] sum of `values` [R] over all rows of its sample, differentiable.
+
+    With `ranks`, the context ranks that share the batch, `batch` is a rank's share and the sums are
+    over the shares of all; every one of them calls this as often, with rows or without.
+    """
+    return _SampleSums.apply(values, batch, ranks)

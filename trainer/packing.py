@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 
 from samebit.rollout.models.config import ModelConfig
+from samebit.trainer.loss_means import LOSS_MEANS, LossMean
 from samebit.trainer.types import MicroBatch, Sample
 
 
@@ -30,7 +32,7 @@ def pack_samples(
         for sample in samples:
             _check_fits(sample, model)
     return [
-        _micro_batch(i, group, loss_mean, temperature, device)
+        _micro_batch(i, group, LOSS_MEANS[loss_mean], temperature, device)
         for i, group in enumerate(_halved(_split(samples, max_tokens), at_least))
     ]
 
@@ -61,7 +63,7 @@ def _check_fits(sample: Sample, model: ModelConfig) -> None:
             f"sample {sample.sample_id} has {len(sample.token_ids)} tokens; the model's context "
             f"holds {model.max_position}"
         )
-    low, high = min(sample.token_ids), max(sample.token_ids)
+    low, high = sample.token_ids.min(), sample.token_ids.max()
     if low < 0 or high >= model.vocab_size:
         raise ValueError(
             f"sample {sample.sample_id}: token {low if low < 0 else high} is outside the "
@@ -101,39 +103,38 @@ def _halved(groups: list[list[Sample]], at_least: int) -> list[list[Sample]]:
 def _micro_batch(
     index: int,
     samples: Sequence[Sample],
-    loss_mean: str,
+    loss_mean: LossMean,
     temperature: float,
     device: torch.device | str,
 ) -> MicroBatch:
-    input_ids: list[int] = []
-    positions: list[int] = []
-    rows: list[int] = []
-    targets: list[int] = []
-    for sample in samples:
-        start = len(input_ids)
-        input_ids += sample.token_ids
-        positions += range(len(sample.token_ids))
-        rows += range(start + sample.prompt_len - 1, start + len(sample.token_ids) - 1)
-        targets += sample.token_ids[sample.prompt_len :]
-    lens = torch.tensor([s.response_len for s in samples])
-    sample_of_row = torch.arange(len(samples)).repeat_interleave(lens)
-    weights = torch.ones(len(rows)) if loss_mean == "token" else 1.0 / lens[sample_of_row]
-    advantages = torch.tensor([s.advantage for s in samples], dtype=torch.float32)
-    logprobs = [value for sample in samples for value in sample.logprobs]
-    if logprobs and len(logprobs) != len(rows):
+    lens = tuple(len(s.token_ids) for s in samples)
+    token_ids = np.concatenate([s.token_ids for s in samples])
+    trained = np.flatnonzero(np.concatenate([s.loss_mask for s in samples]))
+    row_counts = np.array([s.num_trained for s in samples])
+    sample_of_row = np.repeat(np.arange(len(samples)), row_counts)
+    weights, denominator = loss_mean(row_counts, sample_of_row)
+    drawn = [s.logprobs for s in samples if s.logprobs is not None]
+    if drawn and len(drawn) != len(samples):
         raise ValueError("some samples of a micro-batch have rollout logprobs and some have none")
+    is_compared = np.array([bool(drawn) and s.has_one_version for s in samples])
+
+    def on_device(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(device)
+
     return MicroBatch(
         index=index,
         samples=tuple(samples),
-        input_ids=torch.tensor(input_ids, device=device),
-        positions=torch.tensor(positions, device=device),
-        seq_lens=tuple(len(s.token_ids) for s in samples),
-        rows=torch.tensor(rows, device=device),
-        target_ids=torch.tensor(targets, device=device),
-        sample_of_row=sample_of_row.to(device),
-        rollout_logprobs=torch.tensor(logprobs, device=device) if logprobs else None,
-        advantages=advantages[sample_of_row].to(device),
-        loss_weights=weights.to(device),
-        loss_denominator=len(rows) if loss_mean == "token" else len(samples),
+        input_ids=on_device(token_ids),
+        positions=on_device(np.concatenate([np.arange(n) for n in lens])),
+        seq_lens=lens,
+        rows=on_device(trained - 1),  # a sample's first token is never trained on
+        target_ids=on_device(token_ids[trained]),
+        sample_of_row=on_device(sample_of_row),
+        row_counts=on_device(row_counts),
+        rollout_logprobs=on_device(np.concatenate(drawn)[trained]) if drawn else None,
+        is_compared=on_device(is_compared[sample_of_row]),
+        advantages=on_device(np.concatenate([s.advantages for s in samples])[trained]),
+        loss_weights=on_device(weights),
+        loss_denominator=denominator,
         temperature=temperature,
     )

@@ -12,7 +12,7 @@ from samebit.trainer.types import Sample
 
 def sample(sample_id, prompt_len, response_len, **fields):
     ids = tuple(sample_id * 100 + i for i in range(prompt_len + response_len))
-    return Sample(sample_id=sample_id, token_ids=ids, prompt_len=prompt_len, **fields)
+    return Sample.of_response(sample_id=sample_id, token_ids=ids, prompt_len=prompt_len, **fields)
 
 
 SAMPLES = [
@@ -106,13 +106,13 @@ def test_a_sample_that_fits_no_batch_is_named():
 def test_a_sample_needs_a_prompt_and_a_response(prompt_len):
     """Without a prompt there is nothing to condition on, without a response nothing to learn."""
     with pytest.raises(ValueError, match=f"sample 7: prompt_len {prompt_len} must leave"):
-        Sample(sample_id=7, token_ids=(1, 2, 3), prompt_len=prompt_len)
+        Sample.of_response(sample_id=7, token_ids=(1, 2, 3), prompt_len=prompt_len)
 
 
 def test_logprobs_must_be_one_per_response_token():
     """Shifted log-probs would be compared with the wrong tokens."""
     with pytest.raises(ValueError, match="sample 7: 2 logprobs for a response of 1 tokens"):
-        Sample(sample_id=7, token_ids=(1, 2, 3), prompt_len=2, logprobs=(-1.0, -2.0))
+        Sample.of_response(sample_id=7, token_ids=(1, 2, 3), prompt_len=2, logprobs=(-1.0, -2.0))
 
 
 def test_every_copy_gets_a_micro_batch(random_samples):
@@ -150,7 +150,7 @@ def test_samples_must_fit_the_model(qwen3_path):
         pack_samples([longest, sample(1, 2, 4)], 100, model=model)
     with pytest.raises(ValueError, match=r"sample 2: token 201 is outside the vocabulary \[0, 105"):
         pack_samples([sample(2, 1, 1)], 100, model=model)
-    one_more = Sample(sample_id=3, token_ids=(1, 105), prompt_len=1)
+    one_more = Sample.of_response(sample_id=3, token_ids=(1, 105), prompt_len=1)
     with pytest.raises(ValueError, match="sample 3: token 105 is outside"):
         pack_samples([one_more], 100, model=model)
     with pytest.raises(ValueError, match="sample 3: token -1 is outside"):

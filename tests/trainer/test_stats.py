@@ -12,7 +12,7 @@ from samebit.trainer.types import Sample
 def batch(*logprobs, first_id=0, loss_mean="token"):
     """One micro-batch of samples with these rollout log-probs (none: supervised samples)."""
     samples = [
-        Sample(
+        Sample.of_response(
             sample_id=first_id + i,
             token_ids=(5,) * (3 + max(1, len(values))),
             prompt_len=3,

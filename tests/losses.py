@@ -1,0 +1,15 @@
+"""A loss that a test writes down as a function, as an algorithm."""
+
+from samebit.trainer.algorithms.base import Algorithm, LossOutputs
+
+
+class LossOf(Algorithm):
+    """function(logprobs [R], reference [R] or None, batch) -> (losses [R], metrics [R] by name)."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def loss(self, inputs):
+        found = self.function(inputs.logprobs, inputs.ref_logprobs, inputs.batch)
+        return LossOutputs(*found)
