@@ -13,3 +13,15 @@ class LossOf(Algorithm):
     def loss(self, inputs):
         found = self.function(inputs.logprobs, inputs.ref_logprobs, inputs.batch)
         return LossOutputs(*found)
+
+
+class SequenceRatio(Algorithm):
+    """The ratio of whole samples, GSPO's, unclipped; and a bonus for entropy."""
+
+    needs_entropy_grad = True
+
+    def loss(self, inputs):
+        batch = inputs.batch
+        ratio = inputs.sample_means(inputs.logprobs - batch.rollout_logprobs).exp()
+        losses = -ratio * batch.advantages - 0.3 * inputs.entropies
+        return LossOutputs(losses, {"train/sequence_ratio": ratio.detach()})
