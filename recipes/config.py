@@ -6,6 +6,7 @@ that --help and dry_run answer at once.
 
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
+from typing import Any
 
 from samebit.recipes.data.rewards import RewardConfig
 from samebit.recipes.data.tasks.base import DataConfig
@@ -283,11 +284,10 @@ class GrpoRun(RunSection):
             )
 
 
-def grpo_run_of(algorithm: type[AlgorithmConfig], name: str) -> type[GrpoRun]:
+def grpo_run_of(algorithm: type[AlgorithmConfig], name: str) -> type[Any]:
     """Return GrpoRun with the settings of another algorithm, of this name, as `algorithm`."""
-    section = field(default_factory=lambda: algorithm(name=name))
-    fields_ = [("algorithm", algorithm, section)]
-    return make_dataclass("GrpoRunOf" + algorithm.__name__, fields_, bases=(GrpoRun,), kw_only=True)
+    section = ("algorithm", algorithm, field(default_factory=lambda: algorithm(name=name)))
+    return make_dataclass(f"{algorithm.__name__}Run", [section], bases=(GrpoRun,), kw_only=True)
 
 
 @dataclass(kw_only=True)

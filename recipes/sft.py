@@ -80,9 +80,10 @@ def samples_of_step(run: SftRun, step: int, data: Split) -> list[Sample]:
 def make_sample(data: Split, index: int, sample_id: int) -> Sample:
     """Join a record's prompt and label, which is trained on."""
     ids = data.encoded(data[index])
-    prompt, label = ids.prompt_ids, ids.label_ids
     return Sample.of_response(
-        sample_id=sample_id, token_ids=(*prompt, *label), prompt_len=len(prompt)
+        sample_id=sample_id,
+        token_ids=ids.prompt_ids + ids.label_ids,
+        prompt_len=len(ids.prompt_ids),
     )
 
 

@@ -23,5 +23,6 @@ class SequenceRatio(Algorithm):
     def loss(self, inputs):
         batch = inputs.batch
         ratio = inputs.sample_means(inputs.logprobs - batch.rollout_logprobs).exp()
+        ratio = inputs.in_rows(ratio)
         losses = -ratio * batch.advantages - 0.3 * inputs.entropies
         return LossOutputs(losses, {"train/sequence_ratio": ratio.detach()})

@@ -25,7 +25,7 @@ def made_up(samples):
 
 def sums(rank, size, store, out):
     """sample_sums of this rank's share of a batch, and the gradient of a function of them."""
-    from samebit.trainer.context import sample_sums, share_context
+    from samebit.trainer.context import in_rows, sample_sums, share_context
 
     torch.set_num_threads(1)
     ranks = start(rank, size, store)
@@ -33,7 +33,7 @@ def sums(rank, size, store, out):
     share = share_context(batch, ranks, 2)
     values = share.batch.rollout_logprobs.clone().requires_grad_()
     found = sample_sums(values, share.batch, ranks)
-    (found.sin() * share.batch.advantages).sum().backward()
+    (in_rows(found.sin(), share.batch) * share.batch.advantages).sum().backward()
     saved = {"rows": share.rows, "sums": found.detach(), "grad": values.grad}
     torch.save(saved, Path(out).with_suffix(f".{rank}"))
     dist.barrier()

@@ -96,42 +96,59 @@ def share_context(batch: MicroBatch, ranks: RankGroup, heads_per_kv: int) -> Con
     return ContextShare(share, rows, order, num_padded, plan, ranks)
 
 
-class _SampleSums(torch.autograd.Function):
-    """Every row's value goes into the sums of all rows of its sample: so do their gradients."""
+def _own_sums(rows: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """Sums of this rank's rows [R] by sample [B], in fp64 and in one order, on a GPU too."""
+    sample, device = batch.sample_of_row, rows.device
+    # Rows of a sample are neighbours: each sample has a line of a table, filled up with zeros.
+    first = torch.searchsorted(sample, torch.arange(len(batch.samples), device=device))
+    place = torch.arange(len(sample), device=device) - first[sample]
+    table = rows.new_zeros(len(batch.samples), max(batch.seq_lens), dtype=torch.float64)
+    table[sample, place] = rows.double()
+    return table.sum(1)
 
+
+def _sums_over(ranks: RankGroup, own: torch.Tensor) -> torch.Tensor:
+    """Sums of every rank's values [B] fp64, in rank order."""
+    if ranks.size == 1:
+        return own
+    total, *others = gather_rows(own[None], ranks)
+    for part in others:
+        total = total + part
+    return total
+
+
+class _SampleSums(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, values: torch.Tensor, batch: MicroBatch, ranks: RankGroup
-    ) -> torch.Tensor:
+    def forward(ctx: Any, rows: torch.Tensor, batch: MicroBatch, ranks: RankGroup) -> torch.Tensor:
         ctx.batch, ctx.ranks = batch, ranks
-        return _sums_of_samples(values, batch, ranks)
+        return _sums_over(ranks, _own_sums(rows, batch)).to(rows.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _sums_of_samples(grad, ctx.batch, ctx.ranks), None, None
+        total = _sums_over(ctx.ranks, grad.double())  # every rank has used the sum
+        return total.to(grad.dtype)[ctx.batch.sample_of_row], None, None
 
 
-def _sums_of_samples(values: torch.Tensor, batch: MicroBatch, ranks: RankGroup) -> torch.Tensor:
-    """In fp64, rank after rank, rounded once. On a GPU, too, the order of a sum is fixed."""
-    sample, count = batch.sample_of_row, len(batch.samples)
-    # Rows of a sample are neighbours: each gets a row of a table, filled up with zeros.
-    first = torch.searchsorted(sample, torch.arange(count, device=sample.device))
-    place = torch.arange(len(sample), device=sample.device) - first[sample]
-    table = torch.zeros(count, max(batch.seq_lens), dtype=torch.float64, device=values.device)
-    table[sample, place] = values.double()
-    parts = table.sum(1, keepdim=True).t()
-    if ranks.size > 1:
-        parts = gather_rows(parts, ranks)
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total[sample].to(values.dtype)
+class _InRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, samples: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        ctx.batch = batch
+        return samples[batch.sample_of_row]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _own_sums(grad, ctx.batch).to(grad.dtype), None
 
 
-def sample_sums(values: torch.Tensor, batch: MicroBatch, ranks: RankGroup = ALONE) -> torch.Tensor:
-    """Each loss row's [R] sum of `values` [R] over all rows of its sample, differentiable.
+def sample_sums(rows: torch.Tensor, batch: MicroBatch, ranks: RankGroup = ALONE) -> torch.Tensor:
+    """Sums of values of loss rows [R] by sample [B], rounded once; they are differentiable.
 
-    With `ranks`, the context ranks that share the batch, `batch` is a rank's share and the sums are
-    over the shares of all; every one of them calls this as often, with rows or without.
+    With `ranks`, the context ranks that share a micro-batch, `batch` is a rank's share and every
+    rank gets the sums over all shares. Each of them must call this as often, with rows or without.
     """
-    return _SampleSums.apply(values, batch, ranks)
+    return _SampleSums.apply(rows, batch, ranks)
+
+
+def in_rows(samples: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """Values of samples [B] in each of their loss rows [R]; they are differentiable."""
+    return _InRows.apply(samples, batch)

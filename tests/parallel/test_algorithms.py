@@ -8,24 +8,24 @@ from policy_steps import gradient_samples
 from rank_losses import made_up
 
 from samebit.recipes.models.tiny_model import make_random_model
-from samebit.trainer.context import sample_sums
+from samebit.trainer.context import in_rows, sample_sums
 from samebit.trainer.packing import pack_samples
 
 
 def test_sums_of_samples_are_over_the_shares_of_all_ranks(run_ranks, tmp_path):
-    """Each row's is its sample's, to the bit on two ranks and on three, some of which have no row
-    of a short sample; and the gradient is that of one process."""
+    """To the bit on two ranks and on three, some of which have no row of a short sample; and the
+    gradient is that of one process."""
     [batch] = pack_samples(made_up(gradient_samples()), 1000)
     values = batch.rollout_logprobs.clone().requires_grad_()
     sums = sample_sums(values, batch)
-    (sums.sin() * batch.advantages).sum().backward()
+    (in_rows(sums.sin(), batch) * batch.advantages).sum().backward()
     for size in (2, 3):
         run_ranks("rank_losses.sums", size, tmp_path / "out.pt")
         found = [torch.load(tmp_path / f"out.{rank}") for rank in range(size)]
         rows = torch.cat([each["rows"] for each in found])
         assert rows.sort().values.tolist() == list(range(len(batch.rows)))
         for rank in found:
-            assert torch.equal(rank["sums"], sums.detach()[rank["rows"]])
+            assert torch.equal(rank["sums"], sums.detach())
             torch.testing.assert_close(rank["grad"], values.grad[rank["rows"]])
 
 

@@ -12,7 +12,7 @@ from samebit.trainer.algorithms.grpo import Grpo
 from samebit.trainer.algorithms.registry import ALGORITHMS, find_algorithm, make_algorithm
 from samebit.trainer.algorithms.sft import Sft
 from samebit.trainer.config import AlgorithmConfig, GrpoConfig
-from samebit.trainer.context import sample_sums
+from samebit.trainer.context import in_rows, sample_sums
 from samebit.trainer.packing import pack_samples
 from samebit.weight_sync.mapping import load_params
 
@@ -74,21 +74,21 @@ def test_entropies_and_sums_of_samples_are_differentiated(make_trainer, random_s
 
 
 def test_sums_of_samples_by_hand(random_samples):
-    """Each row has the sum of its sample; a function of it gives every row the same gradient."""
+    """Back in rows, each has its sample's; a function of it gives every row the same gradient."""
     [batch] = pack_samples(random_samples(5, seed=1), 1000)
     values = torch.randn(len(batch.rows), generator=torch.Generator().manual_seed(0))
-    leaf = values.clone().requires_grad_()
-    found = sample_sums(leaf, batch)
-    [grad] = torch.autograd.grad((found * torch.arange(len(values))).sum(), leaf)
-    for i in range(len(batch.samples)):
+    leaf, places = values.clone().requires_grad_(), torch.arange(len(values))
+    sums = sample_sums(leaf, batch)
+    found = in_rows(sums, batch)
+    [grad] = torch.autograd.grad((found * places).sum(), leaf)
+    assert sums.shape == (5,)
+    for i in range(5):
         rows = batch.sample_of_row == i
-        expected = values[rows].double().sum().float()
-        torch.testing.assert_close(found[rows], expected.expand(int(rows.sum())))
-        assert found[rows].unique().numel() == 1
-        slope = torch.arange(len(values))[rows].sum().float()
-        assert torch.equal(grad[rows], slope.expand(int(rows.sum())))
+        torch.testing.assert_close(sums[i], values[rows].double().sum().float())
+        assert (found[rows] == sums[i]).all()
+        assert (grad[rows] == places[rows].sum()).all()
     wide = values.double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: sample_sums(x, batch), wide)
+    assert torch.autograd.gradcheck(lambda x: in_rows(sample_sums(x, batch).sin(), batch), wide)
 
 
 def test_entropies_have_gradients_only_where_they_are_asked_for(make_trainer, random_samples):

@@ -9,7 +9,7 @@ import torch
 
 from samebit.kernels.reduce import ALONE, RankGroup
 from samebit.trainer.config import AlgorithmConfig
-from samebit.trainer.context import sample_sums
+from samebit.trainer.context import in_rows, sample_sums
 from samebit.trainer.types import MicroBatch, Sample
 
 Advantages = Sequence[Sequence[float | np.ndarray]]
@@ -32,16 +32,20 @@ class LossInputs:
     """[R] fp32: log-probs under the reference weights, if the trainer holds any."""
     context: RankGroup = ALONE
 
-    def sample_sums(self, values: torch.Tensor) -> torch.Tensor:
-        """Each row's sum of `values` [R] over all rows of its sample, on whatever rank: [R].
+    def sample_sums(self, rows: torch.Tensor) -> torch.Tensor:
+        """Sums of rows [R] by sample [B], over the rows of all context ranks, on each of them.
 
-        It is differentiable. All context ranks must call it as often.
+        They are differentiable. All context ranks must call this as often.
         """
-        return sample_sums(values, self.batch, self.context)
+        return sample_sums(rows, self.batch, self.context)
 
-    def sample_means(self, values: torch.Tensor) -> torch.Tensor:
-        """sample_sums, divided by the number of the sample's loss rows."""
-        return self.sample_sums(values) / self.batch.row_counts[self.batch.sample_of_row]
+    def sample_means(self, rows: torch.Tensor) -> torch.Tensor:
+        """sample_sums, divided by the samples' numbers of loss rows."""
+        return self.sample_sums(rows) / self.batch.row_counts
+
+    def in_rows(self, samples: torch.Tensor) -> torch.Tensor:
+        """Values of samples [B] in each of their rows [R]; they are differentiable."""
+        return in_rows(samples, self.batch)
 
 
 @dataclass(frozen=True)
