@@ -1,6 +1,7 @@
 """Samples to packed micro-batches under a token budget, in the samples' order."""
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -22,19 +23,32 @@ def pack_samples(
     """Fill micro-batches of at most max_tokens tokens, never reordering.
 
     loss_mean as in TrainerConfig; temperature is the rollout's. If that makes fewer than `at_least`
-    micro-batches, those of the most samples are halved, as long as there are samples. Raises
-    ValueError for a sample longer than max_tokens or an empty list and, given a model, for one that
-    is longer than its context or has a token outside its vocabulary.
+    micro-batches, those of the most samples are halved, as long as there are samples; units are
+    never parted. Raises ValueError for a sample or unit longer than max_tokens or an empty list
+    and, given a model, for a sample that is longer than its context or has a token outside its
+    vocabulary.
     """
     if not samples:
         raise ValueError("no samples to train on")
     if model is not None:
         for sample in samples:
             _check_fits(sample, model)
+    groups = _halved(_split(units_of(samples), max_tokens), at_least)
     return [
-        _micro_batch(i, group, LOSS_MEANS[loss_mean], temperature, device)
-        for i, group in enumerate(_halved(_split(samples, max_tokens), at_least))
+        _micro_batch(i, list(chain(*group)), LOSS_MEANS[loss_mean], temperature, device)
+        for i, group in enumerate(groups)
     ]
+
+
+def units_of(samples: Iterable[Sample]) -> list[list[Sample]]:
+    """Neighbours that stay in one micro-batch: those of one unit, and every other one alone."""
+    units: list[list[Sample]] = []
+    for sample in samples:
+        if units and sample.unit is not None and sample.unit == units[-1][0].unit:
+            units[-1].append(sample)
+        else:
+            units.append([sample])
+    return units
 
 
 def share_batches(batches: Sequence[MicroBatch], num_ranks: int) -> list[list[MicroBatch]]:
@@ -71,25 +85,26 @@ def _check_fits(sample: Sample, model: ModelConfig) -> None:
         )
 
 
-def _split(samples: Iterable[Sample], max_tokens: int) -> list[list[Sample]]:
-    groups: list[list[Sample]] = []
+def _split(units: Iterable[list[Sample]], max_tokens: int) -> list[list[list[Sample]]]:
+    groups: list[list[list[Sample]]] = []
     room = 0
-    for sample in samples:
-        length = len(sample.token_ids)
+    for unit in units:
+        length = sum(len(s.token_ids) for s in unit)
         if length > max_tokens:
+            others = f" with the {len(unit) - 1} others of its unit" if len(unit) > 1 else ""
             raise ValueError(
-                f"sample {sample.sample_id} has {length} tokens; trainer.micro_batch_tokens is "
-                f"{max_tokens}"
+                f"sample {unit[0].sample_id}{others} has {length} tokens; "
+                f"trainer.micro_batch_tokens is {max_tokens}"
             )
         if length > room:  # the first one too
             groups.append([])
             room = max_tokens
-        groups[-1].append(sample)
+        groups[-1].append(unit)
         room -= length
     return groups
 
 
-def _halved(groups: list[list[Sample]], at_least: int) -> list[list[Sample]]:
+def _halved[T](groups: list[list[T]], at_least: int) -> list[list[T]]:
     while len(groups) < at_least:
         largest = max(range(len(groups)), key=lambda i: len(groups[i]))
         group = groups[largest]

@@ -34,6 +34,8 @@ class Sample:
     """[L] fp32, read where the mask is set; one number is that of every token."""
     version_spans: tuple[VersionSpan, ...] = ()
     """Which weight version drew the tokens from which place in token_ids on; empty if none did."""
+    unit: int | None = None
+    """Neighbours of one unit stay in one micro-batch, where a loss of pairs needs both."""
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)

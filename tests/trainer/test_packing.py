@@ -122,6 +122,25 @@ def test_a_sample_of_two_versions_is_not_compared():
     assert taught.is_compared.tolist() == [False, False]
 
 
+def test_units_are_never_parted():
+    """A loss of pairs sees both; where one is too long for a micro-batch, that is said."""
+    pairs = [replace(sample(i, 1, n), unit=i // 2) for i, n in enumerate((2, 3, 4, 1, 1, 5))]
+    for max_tokens, at_least, expected in (
+        (100, 1, [[0, 1, 2, 3, 4, 5]]),
+        (15, 1, [[0, 1, 2, 3], [4, 5]]),
+        (8, 1, [[0, 1], [2, 3], [4, 5]]),
+        (100, 2, [[0, 1], [2, 3, 4, 5]]),
+        (100, 9, [[0, 1], [2, 3], [4, 5]]),
+    ):
+        batches = pack_samples(pairs, max_tokens, at_least=at_least)
+        assert [[s.sample_id for s in b.samples] for b in batches] == expected
+    alike = [replace(s, unit=0) for s in pairs[:2]]
+    assert len(pack_samples([*alike, SAMPLES[0], SAMPLES[1], *alike], 8)) == 3
+    message = "sample 0 with the 1 others of its unit has 7 tokens; .*micro_batch_tokens is 6"
+    with pytest.raises(ValueError, match=message):
+        pack_samples(pairs, 6)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -45,7 +45,7 @@ from samebit.trainer.megatron.optimizer_state import (
 from samebit.trainer.megatron.resharding import WholeState
 from samebit.trainer.megatron.setup import initialize
 from samebit.trainer.megatron.stages import FILLER, from_last_stage, stage_of, stage_specs
-from samebit.trainer.packing import pack_samples, share_batches
+from samebit.trainer.packing import pack_samples, share_batches, units_of
 from samebit.trainer.stats import Totals
 from samebit.trainer.types import MicroBatch, NonFiniteError, StepStats
 from samebit.weight_sync.digest import weights_digest
@@ -339,15 +339,15 @@ class MegatronTrainer:
 
     def _blame(self, batch: MicroBatch, algorithm: Algorithm[Any]) -> str:
         """Which sample's gradient is not finite by itself; all of them if only their sum is not."""
-        for sample in batch.samples:
+        for unit in units_of(batch.samples):
             [packed] = pack_samples(
-                [sample], batch.num_tokens, temperature=batch.temperature, device=self.device
+                unit, batch.num_tokens, temperature=batch.temperature, device=self.device
             )
             alone = [replace(packed, index=batch.index)]
             reference = self.logprobs(alone, reference=True) if self._reference else None
             self._forward_backward(alone, algorithm, reference)
             if not self._gradients_finite():
-                return f"sample {sample.sample_id}"
+                return f"sample {unit[0].sample_id}"
         ids = [sample.sample_id for sample in batch.samples]
         return f"samples {ids[0]} to {ids[-1]} together"
 
