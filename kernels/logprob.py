@@ -43,13 +43,19 @@ def logits(
 
 
 def token_stats_ref(
-    logits: torch.Tensor, temperature: torch.Tensor, token_ids: torch.Tensor
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    token_ids: torch.Tensor,
+    entropy_grad: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     scaled = logits / temperature[:, None]
     normalizer = logsumexp(scaled)
     logprobs = scaled.gather(1, token_ids[:, None]).squeeze(1) - normalizer
     probs = torch.exp(scaled - normalizer[:, None])
-    return logprobs, normalizer - (probs * scaled).sum(-1), normalizer
+    entropies = normalizer - (probs * scaled).sum(-1)
+    if entropy_grad:  # the gradient needs what the rounded normalizer itself gives
+        entropies = (probs * (normalizer[:, None] - scaled)).sum(-1)
+    return logprobs, entropies, normalizer
 
 
 def logits_grad_ref(
@@ -77,7 +83,8 @@ def logits_grad_ref(
 
 
 token_stats = Op("token_stats", cpu=token_stats_ref, cuda="samebit.kernels.gpu.logprob:token_stats")
-"""logits [T, V] fp32, temperature [T], token_ids [T] -> log-probs, entropies, log-sum-exps [T]."""
+"""logits [T, V] fp32, temperature [T], token_ids [T] -> log-probs, entropies, log-sum-exps [T].
+entropy_grad: entropies that are differentiated, which on the CPU are rounded otherwise."""
 logits_grad = Op("logits_grad", cpu=logits_grad_ref, cuda="samebit.kernels.gpu.logprob:logits_grad")
 """logits [T, V], temperature [T], log-sum-exps [T], token_ids [T] (one outside [0, V) is another
 rank's), gradients of the log-probs [T], dtype -> the gradient of the logits [T, V] in dtype. With
@@ -107,7 +114,10 @@ class _Logprob(torch.autograd.Function):
         live = max(0, min(len(weight), vocab_size - ctx.first))
         rows = _chunk_rows(vocab_size, hidden.device)
         chunks = zip(*(x.split(rows) for x in (hidden, temperature, token_ids)), strict=True)
-        stats = [token_stats(logits(h, weight, vocab_size, ranks), t, ids) for h, t, ids in chunks]
+        stats = [
+            token_stats(logits(h, weight, vocab_size, ranks), t, ids, entropy_grad)
+            for h, t, ids in chunks
+        ]
         logprobs, entropy, normalizers = (torch.cat(x) for x in zip(*stats, strict=True))
         kept = (hidden, weight[:live], token_ids, temperature, normalizers)
         ctx.save_for_backward(*kept, *([entropy] if entropy_grad else []))

@@ -156,7 +156,10 @@ def _merge_kernel(
 
 
 def token_stats(
-    logits: torch.Tensor, temperature: torch.Tensor, token_ids: torch.Tensor
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    token_ids: torch.Tensor,
+    entropy_grad: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See kernels.logprob.token_stats."""
     logits = logits.contiguous()

@@ -190,7 +190,7 @@ def test_logit_gradients_of_a_rank_are_its_columns():
 def test_entropies_of_a_rank_give_its_columns_gradients():
     """They are of the whole row, whatever part of it a rank holds."""
     logits = torch.randn(7, 32, generator=torch.Generator().manual_seed(1)) * 2
-    logprobs, entropies, normalizer = token_stats(logits, TEMPERATURES, TOKEN_IDS)
+    _, entropies, normalizer = token_stats(logits, TEMPERATURES, TOKEN_IDS, True)
     grad, entropy_grad = torch.zeros(7), POSITIONS / 9 - 1
 
     def gradient(columns):
@@ -208,7 +208,7 @@ def test_entropies_of_a_rank_give_its_columns_gradients():
 
 
 def test_an_entropy_that_nobody_differentiates_moves_no_bit():
-    """Neither of the values nor, without a gradient of its own, of the other gradients."""
+    """Neither of the log-probs nor, without a gradient of its own, of their gradients."""
     generator = torch.Generator().manual_seed(5)
     hidden, weight = (torch.randn(n, 20, generator=generator) for n in (7, 40))
     found = []
@@ -217,8 +217,10 @@ def test_an_entropy_that_nobody_differentiates_moves_no_bit():
         values, entropy = logprob(*leaves, TOKEN_IDS, TEMPERATURES, 31, entropy_grad=entropy_grad)
         assert entropy.requires_grad is entropy_grad
         values.sin().sum().backward()
-        found.append((values.detach(), entropy.detach(), *(x.grad for x in leaves)))
-    for a, b in zip(*found, strict=True):
+        found.append((entropy.detach(), values.detach(), *(x.grad for x in leaves)))
+    (entropy, *others), (again, *others_again) = found
+    torch.testing.assert_close(entropy, again, rtol=1e-4, atol=1e-4)
+    for a, b in zip(others, others_again, strict=True):
         assert_same_bits(a, b)
 
 

@@ -33,7 +33,7 @@ def test_sums_of_samples_are_over_the_shares_of_all_ranks(run_ranks, tmp_path):
 def folder(tmp_path_factory):
     """A model of the usual initial scale: split layers sum in another order."""
     folder = tmp_path_factory.mktemp("models") / "qwen3"
-    make_random_model(folder, "qwen3", seed=1, std=0.02, tied=False)
+    make_random_model(folder, "qwen3", seed=1, std=0.02, tied=False, num_layers=4)
     return folder
 
 

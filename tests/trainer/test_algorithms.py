@@ -59,7 +59,7 @@ def test_entropies_and_sums_of_samples_are_differentiated(make_trainer, random_s
     batches = pack_samples(samples, 60, "sequence", TEMPERATURE)
     assert len(batches) >= 3
     stats = trainer.train_step(batches, SequenceRatio())
-    assert stats.loss == pytest.approx(float(loss), rel=1e-5)
+    assert stats.loss == pytest.approx(loss.item(), rel=1e-5)
     figures = {"train/sequence_ratio": ratios, "train/entropy": entropies}
     for name, values in figures.items():
         assert stats.metrics[name] == pytest.approx(sum(values) / len(values), rel=1e-5), name
@@ -94,7 +94,7 @@ def test_sums_of_samples_by_hand(random_samples):
 def test_entropies_have_gradients_only_where_they_are_asked_for(make_trainer, random_samples):
     """The step of a loss without them has the bits that it has beside one with them."""
     batches = pack_samples(random_samples(6, seed=2, with_logprobs=True), 100)
-    seen = []
+    seen, entropies = [], []
 
     class Plain(Grpo):
         def loss(self, inputs):
@@ -107,9 +107,12 @@ def test_entropies_have_gradients_only_where_they_are_asked_for(make_trainer, ra
     found = []
     for algorithm in (Plain(), Asking()):
         trainer = make_trainer()
-        found.append((trainer.train_step(batches, algorithm), trainer.digest()))
+        figures = vars(trainer.train_step(batches, algorithm))
+        entropies.append(figures["metrics"].pop("train/entropy"))
+        found.append((figures, trainer.digest()))
     assert seen == [False] * len(batches) + [True] * len(batches)
     assert found[0] == found[1]
+    assert entropies[0] == pytest.approx(entropies[1], rel=1e-6)
 
 
 def test_a_loss_of_another_shape_is_refused(make_trainer, random_samples):
