@@ -43,7 +43,7 @@ class Sample:
         for name, dtype in (dtypes | {"advantages": np.float32}).items():
             if (given := getattr(self, name)) is None:
                 continue
-            values = np.asarray(given, dtype)
+            values: np.ndarray = np.asarray(given, dtype)
             if name == "advantages" and values.ndim == 0:
                 values = np.broadcast_to(values, length)
             if values.shape != (length,):
