@@ -32,7 +32,7 @@ LAYOUTS = {
 }
 
 
-def smooth(gpt, batch, _model, _share=None):
+def smooth(gpt, batch, _model, _share=None, _entropy_grad=False):
     """Log-probs that go up as the weights' squares go down; as forward_logprobs."""
     total = sum(p.float().square().sum() for p in gpt.parameters())
     logprobs = -total * torch.linspace(0.5, 1.5, len(batch.rows))
