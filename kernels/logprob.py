@@ -43,13 +43,19 @@ def logits(
 
 
 def token_stats_ref(
-    logits: torch.Tensor, temperature: torch.Tensor, token_ids: torch.Tensor
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    token_ids: torch.Tensor,
+    entropy_grad: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     scaled = logits / temperature[:, None]
     normalizer = logsumexp(scaled)
     logprobs = scaled.gather(1, token_ids[:, None]).squeeze(1) - normalizer
     probs = torch.exp(scaled - normalizer[:, None])
-    return logprobs, normalizer - (probs * scaled).sum(-1), normalizer
+    entropies = normalizer - (probs * scaled).sum(-1)
+    if entropy_grad:  # the gradient needs what the rounded normalizer itself gives
+        entropies = (probs * (normalizer[:, None] - scaled)).sum(-1)
+    return logprobs, entropies, normalizer
 
 
 def logits_grad_ref(
@@ -59,6 +65,8 @@ def logits_grad_ref(
     token_ids: torch.Tensor,
     grad: torch.Tensor,
     dtype: torch.dtype,
+    entropy: torch.Tensor | None = None,
+    entropy_grad: torch.Tensor | None = None,
 ) -> torch.Tensor:
     t, chosen = temperature[:, None], token_ids[:, None]
     grad_logits = torch.exp(logits / t - normalizer[:, None]).neg_()
@@ -67,14 +75,20 @@ def logits_grad_ref(
         place = chosen.clamp(0, logits.shape[1] - 1)
         grad_logits.scatter_(1, place, grad_logits.gather(1, place) + here)
     grad_logits *= grad[:, None] / t
+    if entropy is not None and entropy_grad is not None:
+        logprobs = logits / t - normalizer[:, None]
+        slopes = logprobs.exp() * (logprobs + entropy[:, None])
+        grad_logits -= slopes * (entropy_grad[:, None] / t)
     return grad_logits.to(dtype)
 
 
 token_stats = Op("token_stats", cpu=token_stats_ref, cuda="samebit.kernels.gpu.logprob:token_stats")
-"""logits [T, V] fp32, temperature [T], token_ids [T] -> log-probs, entropies, log-sum-exps [T]."""
+"""logits [T, V] fp32, temperature [T], token_ids [T] -> log-probs, entropies, log-sum-exps [T].
+entropy_grad: entropies that are differentiated, which on the CPU are rounded otherwise."""
 logits_grad = Op("logits_grad", cpu=logits_grad_ref, cuda="samebit.kernels.gpu.logprob:logits_grad")
 """logits [T, V], temperature [T], log-sum-exps [T], token_ids [T] (one outside [0, V) is another
-rank's), gradients of the log-probs [T], dtype -> the gradient of the logits [T, V] in dtype."""
+rank's), gradients of the log-probs [T], dtype -> the gradient of the logits [T, V] in dtype. With
+entropies [T] and their gradients [T] too, that of both; without them not a bit of it differs."""
 
 
 def _chunk_rows(vocab_size: int, device: torch.device) -> int:
@@ -93,24 +107,31 @@ class _Logprob(torch.autograd.Function):
         vocab_size: int,
         ranks: RankGroup,
         main_grad: torch.Tensor | None,
+        entropy_grad: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.main_grad = main_grad
         ctx.first = ranks.rank * len(weight)  # the vocabulary's part that this rank holds
         live = max(0, min(len(weight), vocab_size - ctx.first))
         rows = _chunk_rows(vocab_size, hidden.device)
         chunks = zip(*(x.split(rows) for x in (hidden, temperature, token_ids)), strict=True)
-        stats = [token_stats(logits(h, weight, vocab_size, ranks), t, ids) for h, t, ids in chunks]
+        stats = [
+            token_stats(logits(h, weight, vocab_size, ranks), t, ids, entropy_grad)
+            for h, t, ids in chunks
+        ]
         logprobs, entropy, normalizers = (torch.cat(x) for x in zip(*stats, strict=True))
-        ctx.save_for_backward(hidden, weight[:live], token_ids, temperature, normalizers)
+        kept = (hidden, weight[:live], token_ids, temperature, normalizers)
+        ctx.save_for_backward(*kept, *([entropy] if entropy_grad else []))
         ctx.weight_shape, ctx.chunk_rows = weight.shape, rows
-        ctx.mark_non_differentiable(entropy)
+        if not entropy_grad:
+            ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(
-        ctx: Any, grad: torch.Tensor, _grad_entropy: torch.Tensor
+        ctx: Any, grad: torch.Tensor, entropy_grad: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, token_ids, temperature, normalizer = ctx.saved_tensors
+        hidden, weight, token_ids, temperature, normalizer, *entropy = ctx.saved_tensors
+        of_entropy = [*entropy, entropy_grad] if entropy else []
         grad_hidden = torch.empty_like(hidden)
         grad_weight = ctx.main_grad
         if grad_weight is None:
@@ -125,11 +146,12 @@ class _Logprob(torch.autograd.Function):
                 token_ids[part] - ctx.first,
                 grad[part],
                 weight.dtype,
+                *(x[part] for x in of_entropy),
             )
             grad_hidden[part] = narrow @ weight
             add_product(grad_weight[:live], narrow.t(), hidden[part])
         narrow_grad = grad_weight.to(weight.dtype) if ctx.main_grad is None else None
-        return grad_hidden, narrow_grad, None, None, None, None, None
+        return grad_hidden, narrow_grad, None, None, None, None, None, None
 
 
 def logprob(
@@ -140,13 +162,16 @@ def logprob(
     vocab_size: int,
     ranks: RankGroup = ALONE,
     main_grad: torch.Tensor | None = None,
+    entropy_grad: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and entropies of the next-token distributions.
 
     hidden [T, D], weight [padded V / size, D] (this rank's rows; those of the vocabulary from
     vocab_size on are padding), token_ids [T] int64, temperature [T] fp32 > 0 -> (logprobs [T] fp32,
-    differentiable in hidden and weight; entropies [T] fp32 in nats, not differentiable). With
-    several ranks, hidden's gradient is this rank's summand. main_grad: as in `linear`, of weight's
-    shape.
+    differentiable in hidden and weight; entropies [T] fp32 in nats, differentiable if entropy_grad
+    is set). With several ranks, hidden's gradient is this rank's summand. main_grad: as in
+    `linear`, of weight's shape.
     """
-    return _Logprob.apply(hidden, weight, token_ids, temperature, vocab_size, ranks, main_grad)
+    return _Logprob.apply(
+        hidden, weight, token_ids, temperature, vocab_size, ranks, main_grad, entropy_grad
+    )

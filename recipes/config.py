@@ -4,8 +4,9 @@ Defaults stand here; configs/*.yaml hold what a group or an experiment changes. 
 that --help and dry_run answer at once.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
+from typing import Any
 
 from samebit.kernels.registry import ATTENTION_KINDS
 from samebit.recipes.data.rewards import RewardConfig
@@ -14,6 +15,7 @@ from samebit.recipes.run.metrics import LoggerConfig
 from samebit.rollout.config import EngineConfig
 from samebit.rollout.ranges import RANGES, require_in_range
 from samebit.trainer.config import (
+    AlgorithmConfig,
     GrpoConfig,
     ParallelConfig,
     TrainerConfig,
@@ -270,8 +272,9 @@ class GrpoRun(RunSection):
         """Check across sections; raises ValueError, which names the keys."""
         _check_overwrite(self)
         prompts, n = self.rollout.prompts_per_step, self.rollout.samples_per_prompt
-        meaning = "at least 2: an advantage is relative to the other samples of the prompt"
-        require(n >= 2, "rollout.samples_per_prompt", n, meaning)
+        least = self.algorithm.min_samples_per_prompt
+        meaning = f"at least {least}: an advantage is relative to the other samples of the prompt"
+        require(n >= least, "rollout.samples_per_prompt", n, meaning)
         invariant, tensor = self.numerics.tp_invariant, self.trainer.parallel.tensor
         check_tp_invariant(invariant, tensor, "trainer.parallel.tensor")
         _check_placement(self.placement, self.trainer.parallel)
@@ -299,6 +302,12 @@ class GrpoRun(RunSection):
             )
 
 
+def grpo_run_of(algorithm: type[AlgorithmConfig], name: str) -> type[Any]:
+    """Return GrpoRun with the settings of another algorithm, of this name, as `algorithm`."""
+    section = ("algorithm", algorithm, field(default_factory=lambda: algorithm(name=name)))
+    return make_dataclass(f"{algorithm.__name__}Run", [section], bases=(GrpoRun,), kw_only=True)
+
+
 @dataclass(kw_only=True)
 class DemoRun(RunSection):
     """`samebit demo`: a small model, a supervised start where it needs one, then GRPO."""
@@ -320,6 +329,9 @@ class DemoRun(RunSection):
         for name, phase in (("sft", self.sft), ("grpo", self.grpo)):
             if phase is None:
                 continue
+            if isinstance(phase, GrpoRun):
+                algorithm, meaning = phase.algorithm.name, "left alone: the demo's is grpo"
+                require(algorithm == "grpo", "grpo.algorithm.name", algorithm, meaning)
             path, fits = phase.model.path, phase.model.path == SET_BY_DEMO
             require(fits, f"{name}.model.path", path, "left alone: the demo makes its model")
             for f in fields(RunSection):

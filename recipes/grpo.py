@@ -1,5 +1,6 @@
 """GRPO, top to bottom: prompts -> rollout -> rewards -> advantages -> optimizer steps -> weights.
 
+Advantages and loss are those of the algorithm that algorithm.name names (trainer/algorithms).
 Deviations from the paper (Shao et al. 2024): no old-log-prob pass and no importance correction,
 because the rollout's log-probs are the trainer's, bit for bit, and every step checks that they are.
 """
@@ -12,6 +13,7 @@ from typing import Any
 from samebit.recipes.cli.dry_run import describe_grpo, train_or_describe
 from samebit.recipes.config import GrpoRun
 from samebit.recipes.data.rewards import Poll
+from samebit.recipes.data.samples import with_advantages
 from samebit.recipes.launch.placement import make_trainer, start_engine
 from samebit.recipes.run.batches import own_micro_batches
 from samebit.recipes.run.inputs import GrpoInputs
@@ -29,7 +31,7 @@ from samebit.recipes.run.training_metrics import (
     speed,
     train_metrics,
 )
-from samebit.trainer.algorithms.grpo import GrpoLoss, group_advantages
+from samebit.trainer.algorithms.registry import make_algorithm
 from samebit.trainer.types import Sample, StepStats
 from samebit.weight_sync.types import WeightSyncError
 
@@ -68,8 +70,9 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                     drawn = rollout.prompt_ids, rollout.completions, rollout.rewards
                     save_rollout(run.run_dir, progress.step + 1, *drawn)
 
-                advantages = group_advantages(rollout.reward_tensor, run.algorithm)
-                samples = rollout.samples(advantages)
+                groups = rollout.samples()
+                advantages = recipe.algorithm.advantages(rollout.reward_tensor, groups)
+                samples = with_advantages(groups, advantages)
                 stats = recipe.update(samples, timer, stop.poll)
                 progress.step += 1
 
@@ -109,9 +112,9 @@ class GrpoRecipe:
         self.run = run
         self._inputs = inputs or GrpoInputs(run)
         self.trainer = make_trainer(run, self._inputs.model, run.num_updates, session.device)
-        if run.algorithm.kl_coef > 0:
+        self.algorithm = make_algorithm(run.algorithm)
+        if self.algorithm.needs_reference:
             self.trainer.freeze_reference()
-        self.loss = GrpoLoss(run.algorithm)
         self.progress = GrpoProgress(**session.restore(self.trainer))
         self.engine, self.weights = start_engine(run, session.device, self.trainer)
         self.sampler = Sampler(run, self._inputs, self.engine)
@@ -182,7 +185,7 @@ class GrpoRecipe:
             part = samples[start : start + size]
             batches = own_micro_batches(part, settings, self.trainer, temperature)
             # Until the first optimizer step writes, the whole step may be dropped.
-            stats.append(self.trainer.train_step(batches, self.loss, None if stats else poll))
+            stats.append(self.trainer.train_step(batches, self.algorithm, None if stats else poll))
         return stats
 
     def _check_promise(self, first: StepStats) -> None:

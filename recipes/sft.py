@@ -17,7 +17,7 @@ from samebit.recipes.run.recorder import Progress, recording
 from samebit.recipes.run.session import RunSession, open_session
 from samebit.recipes.run.signals import stop_signals
 from samebit.recipes.run.training_metrics import train_metrics
-from samebit.trainer.algorithms.sft import sft_loss
+from samebit.trainer.algorithms.sft import Sft
 from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.ranks import together
@@ -46,7 +46,7 @@ def train(run: SftRun, started: Callable[[], object] = lambda: None) -> dict[str
                     session.writer.poll()
                     samples = samples_of_step(run, progress.step, inputs.train_set)
                     batches = own_micro_batches(samples, run.trainer, trainer)
-                    stats = trainer.train_step(batches, sft_loss, stop.poll)
+                    stats = trainer.train_step(batches, Sft(), stop.poll)
                     progress.step += 1
 
                     metrics = train_metrics([stats])
@@ -80,8 +80,11 @@ def samples_of_step(run: SftRun, step: int, data: Split) -> list[Sample]:
 def make_sample(data: Split, index: int, sample_id: int) -> Sample:
     """Join a record's prompt and label, which is trained on."""
     ids = data.encoded(data[index])
-    prompt, label = ids.prompt_ids, ids.label_ids
-    return Sample(sample_id=sample_id, token_ids=(*prompt, *label), prompt_len=len(prompt))
+    return Sample.of_response(
+        sample_id=sample_id,
+        token_ids=ids.prompt_ids + ids.label_ids,
+        prompt_len=len(ids.prompt_ids),
+    )
 
 
 def evaluate(

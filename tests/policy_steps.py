@@ -20,7 +20,7 @@ def gradient_samples():
     generator = torch.Generator().manual_seed(9)
     lens = [(1, 8), (20, 3), (7, 30), (12, 12), (3, 1), (33, 14)]
     return [
-        Sample(
+        Sample.of_response(
             sample_id=i,
             token_ids=tuple(torch.randint(331, (p + r,), generator=generator).tolist()),
             prompt_len=p,
@@ -46,7 +46,7 @@ def policy_step(megatron, folder):
     """Gradients by name and the figures of a step with advantages, ratios and a far reference, as a
     mean over samples. Only the last micro-batch, rank 1's of two copies, has other log-probs."""
     from samebit.recipes.launch.placement import load_weights
-    from samebit.trainer.algorithms.grpo import GrpoLoss
+    from samebit.trainer.algorithms.grpo import Grpo
     from samebit.trainer.config import GrpoConfig
     from samebit.trainer.megatron.cpu import no_cuda
     from samebit.trainer.packing import pack_samples
@@ -60,12 +60,12 @@ def policy_step(megatron, folder):
     samples = gradient_samples()
     own = torch.cat(megatron.logprobs(pack_samples(samples, 70))).tolist()
     for i, sample in enumerate(samples):
-        logprobs, own = own[: sample.response_len], own[sample.response_len :]
+        logprobs, own = own[: sample.num_trained], own[sample.num_trained :]
         if i == len(samples) - 1:
             logprobs = [value + CHANGED.get(row, 0.0) for row, value in enumerate(logprobs)]
-        samples[i] = replace(sample, logprobs=tuple(logprobs), advantage=0.7 - 0.3 * i)
+        samples[i] = replace(sample.with_logprobs(logprobs), advantages=0.7 - 0.3 * i)
     batches = megatron.own_batches(pack_samples(samples, 70, "sequence"))
-    loss = GrpoLoss(GrpoConfig(kl_coef=0.3))
+    loss = Grpo(GrpoConfig(kl_coef=0.3))
     references = megatron.logprobs(batches, reference=True)
     with no_cuda():
         megatron._forward_backward(batches, loss, references)
@@ -76,7 +76,9 @@ def policy_step(megatron, folder):
 def refusals(megatron, batches, rank):
     """What a NaN in the loss, then in the gradient, of micro-batch 1 alone is said to be, then in
     one parameter's gradient on rank 1 alone; and each time whether the whole state was kept."""
-    from samebit.trainer.algorithms.sft import sft_loss
+    from losses import LossOf
+
+    from samebit.trainer.algorithms.sft import Sft
     from samebit.trainer.types import NonFiniteError
 
     def bad_loss(logprobs, reference, batch):
@@ -88,9 +90,9 @@ def refusals(megatron, batches, rank):
 
     before, found = encode(megatron.state_dict()), []
     alone = megatron.parallel.data == 1
-    for loss in (bad_loss, bad_gradient, *([] if alone else [sft_loss])):
+    for loss in (LossOf(bad_loss), LossOf(bad_gradient), *([] if alone else [Sft()])):
         hook = None
-        if loss is sft_loss and rank == 1:
+        if isinstance(loss, Sft) and rank == 1:
             hook = megatron.params[_ONE_SHARD].register_hook(lambda gradient: gradient * math.nan)
         try:
             megatron.train_step(batches, loss)

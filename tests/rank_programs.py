@@ -112,7 +112,7 @@ def make_trainer(folder, parallel=None, **optimizer):
 
 def gradients(folder, out):
     """One process's gradients by Hugging Face names, and their norm; and those of a GRPO step."""
-    from samebit.trainer.algorithms.sft import sft_loss
+    from samebit.trainer.algorithms.sft import Sft
     from samebit.trainer.megatron.cpu import no_cuda
     from samebit.trainer.packing import pack_samples
     from samebit.weight_sync.mapping import hf_tensors
@@ -121,13 +121,13 @@ def gradients(folder, out):
     megatron = make_trainer(folder)
     batches = pack_samples(gradient_samples(), 70)
     with no_cuda():
-        megatron._forward_backward(batches, sft_loss, None)
+        megatron._forward_backward(batches, Sft(), None)
     found = {name: p.main_grad.clone() for name, p in megatron.params.items()}
     saved = {
         "gradients": dict(hf_tensors(megatron.specs, found)),
         "nll": megatron.mean_nll(batches),
     }
-    saved["norm"] = megatron.train_step(batches, sft_loss).grad_norm
+    saved["norm"] = megatron.train_step(batches, Sft()).grad_norm
     policy, saved["stats"] = policy_step(megatron, folder)
     saved["policy"] = dict(hf_tensors(megatron.specs, policy))
     torch.save(saved, out)
@@ -143,7 +143,7 @@ def trainer(rank, size, store, folder, mode, expected, out):
     """
     from megatron.core import parallel_state
 
-    from samebit.trainer.algorithms.sft import sft_loss
+    from samebit.trainer.algorithms.sft import Sft
     from samebit.trainer.config import ParallelConfig
     from samebit.trainer.megatron.cpu import no_cuda
     from samebit.trainer.packing import pack_samples, share_batches
@@ -178,9 +178,9 @@ def trainer(rank, size, store, folder, mode, expected, out):
     batches = share_batches(batches, parallel.data)[parallel_state.get_data_parallel_rank()]
     found["nll"], found["nll_alone"] = megatron.mean_nll(batches), saved["nll"]
     with no_cuda():
-        megatron._forward_backward(batches, sft_loss, None)
+        megatron._forward_backward(batches, Sft(), None)
     found["errors"] = errors({n: p.main_grad for n, p in megatron.params.items()}, "gradients")
-    norms = [megatron.train_step(batches, sft_loss).grad_norm for _ in range(2)]
+    norms = [megatron.train_step(batches, Sft()).grad_norm for _ in range(2)]
     found["norms"], found["trained"] = norms, megatron.digest()
     rollout.bind_weights(whole_params(megatron, rollout), megatron.step)
     count, found["unequal_after"] = compare_logprobs(megatron, rollout, 200)
@@ -238,7 +238,7 @@ def whole_params(megatron, rollout):
 
 def data(rank, size, store, folder, distributed, out):
     """Two steps on this rank's share of the micro-batches; gradients, weights and stats saved."""
-    from samebit.trainer.algorithms.sft import sft_loss
+    from samebit.trainer.algorithms.sft import Sft
     from samebit.trainer.config import ParallelConfig
     from samebit.trainer.megatron.cpu import no_cuda
     from samebit.trainer.packing import pack_samples, share_batches
@@ -253,10 +253,10 @@ def data(rank, size, store, folder, distributed, out):
     megatron = make_trainer(folder, parallel, lr=1e-3)
     mine = share_batches(pack_samples(gradient_samples(), 50), int(size))[int(rank)]
     with no_cuda():
-        megatron._forward_backward(mine, sft_loss, None)
+        megatron._forward_backward(mine, Sft(), None)
     gradients = {name: p.main_grad.clone() for name, p in megatron.params.items()}
     nll = megatron.mean_nll(mine)
-    stats = [vars(megatron.train_step(mine, sft_loss)) for _ in range(2)]
+    stats = [vars(megatron.train_step(mine, Sft())) for _ in range(2)]
     refused = refusals(megatron, mine, int(rank))
     rollout = Engine(folder, device="cpu", seed=3)
     rollout.bind_weights(megatron.params, megatron.step)
@@ -282,7 +282,7 @@ def resume(rank, size, store, folder, mode, root, out):
 
     mode: a field of ParallelConfig, or "optimizer" for the distributed one over copies.
     """
-    from samebit.trainer.algorithms.sft import sft_loss
+    from samebit.trainer.algorithms.sft import Sft
     from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint
     from samebit.trainer.checkpoint_writer import CheckpointWriter
     from samebit.trainer.config import ParallelConfig
@@ -299,15 +299,15 @@ def resume(rank, size, store, folder, mode, root, out):
     mine = share_batches(batches, parallel.data)[int(rank) if parallel.data > 1 else 0]
     first = make_trainer(folder, parallel, **settings)
     for _ in range(2):
-        first.train_step(mine, sft_loss)
+        first.train_step(mine, Sft())
     writer = CheckpointWriter(Path(root), keep=2)
     writer.save(first.step, first.state_dict(), {"layout": str(parallel)})
-    found = {"whole": [vars(first.train_step(mine, sft_loss)) for _ in range(2)]}
+    found = {"whole": [vars(first.train_step(mine, Sft())) for _ in range(2)]}
     found["whole_digest"] = first.digest()
     writer.finish()
     second = make_trainer(folder, parallel, **settings)
     second.load_state_dict(latest_checkpoint(Path(root)).load())
-    found["resumed"] = [vars(second.train_step(mine, sft_loss)) for _ in range(2)]
+    found["resumed"] = [vars(second.train_step(mine, Sft())) for _ in range(2)]
     found["resumed_digest"] = second.digest()
     found["files"] = sorted(latest_checkpoint(Path(root)).manifest["files"])
     # The second rank's disk is full: both are told, and the checkpoint before is unharmed.
@@ -329,7 +329,7 @@ def reshard(rank, size, store, folder, mode, before, after, out):
 
     mode: as in `resume`, several of two ranks each with plus signs, or "alone".
     """
-    from samebit.trainer.algorithms.sft import sft_loss
+    from samebit.trainer.algorithms.sft import Sft
     from samebit.trainer.checkpoint import latest_checkpoint
     from samebit.trainer.checkpoint_writer import CheckpointWriter
     from samebit.trainer.config import ParallelConfig
@@ -347,12 +347,12 @@ def reshard(rank, size, store, folder, mode, before, after, out):
     if (saved := latest_checkpoint(Path(before))) is None:
         megatron.freeze_reference()
         for _ in range(2):
-            megatron.train_step(mine, sft_loss)
+            megatron.train_step(mine, Sft())
     else:
         megatron.load_resharded(WholeState(megatron.model, saved.load_all()))
     writer = CheckpointWriter(Path(after), keep=1, background=False)
     writer.save(megatron.step, megatron.state_dict(), {})
-    found = {"digest": megatron.digest(), "next": vars(megatron.train_step(mine, sft_loss))}
+    found = {"digest": megatron.digest(), "next": vars(megatron.train_step(mine, Sft()))}
     found["after"] = megatron.digest()
     Path(out).with_suffix(f".{rank}").write_text(json.dumps(found))
     if int(size) > 1:
@@ -372,5 +372,5 @@ def compare_logprobs(megatron, rollout, tokens):
         for c in group
     ]
     ours = [v for part in megatron.logprobs(pack_samples(samples, tokens)) for v in part.tolist()]
-    theirs = [v for sample in samples for v in sample.logprobs]
+    theirs = [v for sample in samples for v in sample.logprobs[sample.loss_mask].tolist()]
     return len(ours), sum(a != b for a, b in zip(ours, theirs, strict=True))

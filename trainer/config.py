@@ -1,11 +1,14 @@
 """Settings of the trainer and its algorithms. Field names are configuration keys; no torch here."""
 
+import importlib
 import math
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar
+
+from samebit.trainer.loss_means import LOSS_MEANS
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
-LOSS_MEANS = ("token", "sequence")
 RECOMPUTE = ("none", "selective", "full")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
@@ -29,6 +32,18 @@ def require_default(section: object, prefix: str, names: Iterable[str], where: s
         value, key = getattr(section, name), f"{prefix}.{name}".lstrip(".")
         what = f"{defaults[name]!r}, its default: nothing reads it where {where}"
         require(value == defaults[name], key, value, what)
+
+
+def import_named(name: str, key: str) -> Any:
+    """What "module:attribute" names; ValueError, naming the key, if it cannot be imported."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except BaseException as error:  # it may do anything, SystemExit included
+        what = error if isinstance(error, ImportError | AttributeError) else repr(error)
+        if isinstance(error, ModuleNotFoundError) and error.name == module:
+            what = f"{error}; put its folder on PYTHONPATH, which the present folder is not on"
+        raise ValueError(f"{key} is {name!r}, which cannot be imported: {what}") from error
 
 
 def check_tp_invariant(tp_invariant: bool, tensor: int, key: str) -> None:
@@ -172,7 +187,7 @@ class TrainerConfig:
         at_least_0 = self.checkpoint_every >= 0
         require(at_least_0, "trainer.checkpoint_every", self.checkpoint_every, "at least 0")
         known = self.loss_mean in LOSS_MEANS
-        require(known, "trainer.loss_mean", self.loss_mean, f"one of {LOSS_MEANS}")
+        require(known, "trainer.loss_mean", self.loss_mean, f"one of {tuple(LOSS_MEANS)}")
 
     def checkpoint_due(self, step: int) -> bool:
         """Whether a checkpoint follows `step`."""
@@ -181,8 +196,21 @@ class TrainerConfig:
 
 
 @dataclass(kw_only=True)
-class GrpoConfig:
+class AlgorithmConfig:
+    """What every algorithm's settings have; those of an algorithm are a subclass."""
+
+    min_samples_per_prompt: ClassVar[int] = 1
+    """Fewest samples of a prompt of which advantages can be made."""
+
+    name: str = "grpo"
+    """`grpo`, or your own `module:Class`."""
+
+
+@dataclass(kw_only=True)
+class GrpoConfig(AlgorithmConfig):
     """Group-relative policy optimization; see trainer/algorithms/grpo.py."""
+
+    min_samples_per_prompt: ClassVar[int] = 2
 
     normalize_std: bool = True
     """Divide a group's centred rewards by their standard deviation (off: Dr. GRPO)."""

@@ -1,4 +1,4 @@
-"""Context parallel: which rank computes which tokens of a packed batch. Nothing else knows.
+"""Context parallel: which rank computes which tokens of a packed batch, and sums over all of them.
 
 Every sample is cut into 2 * size equal chunks; rank r takes chunk r and chunk 2 * size - 1 - r, so
 that causal attention costs every rank about the same. Keys and values are gathered; queries stay
@@ -6,11 +6,14 @@ where they are and keep their absolute positions, so no bit depends on the size.
 """
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
 
+import numpy as np
 import torch
 
 from samebit.kernels.attention_kind import AttentionKind, AttentionPlan
-from samebit.kernels.reduce import RankGroup
+from samebit.kernels.reduce import ALONE, RankGroup, gather_rows
 from samebit.trainer.types import MicroBatch
 
 
@@ -40,7 +43,7 @@ def chunks_of(length: int, rank: int, size: int) -> list[tuple[int, int]]:
 def share_context(batch: MicroBatch, ranks: RankGroup, attention: AttentionKind) -> ContextShare:
     """This rank's share. Raises ValueError if the batch is too short to give every rank a token."""
     device = batch.input_ids.device
-    starts = [sum(batch.seq_lens[:i]) for i in range(len(batch.seq_lens))]
+    starts = [0, *accumulate(batch.seq_lens[:-1])]
     chunks = [
         [
             (start, *chunk)
@@ -50,23 +53,23 @@ def share_context(batch: MicroBatch, ranks: RankGroup, attention: AttentionKind)
         ]
         for rank in range(ranks.size)
     ]
-    places = [[s + i for s, a, b in part for i in range(a, b)] for part in chunks]
-    if not all(places):
+    none = np.empty(0, np.int64)
+    places = [np.concatenate([none, *(np.arange(s + a, s + b) for s, a, b in c)]) for c in chunks]
+    num_padded, fewest = max(map(len, places)), min(map(len, places))
+    if not fewest:
         raise ValueError(
             f"micro-batch {batch.index} has {batch.num_tokens} tokens, too few for "
             f"trainer.parallel.context = {ranks.size}"
         )
-    num_padded = max(map(len, places))
-    order = torch.empty(batch.num_tokens, dtype=torch.int64)
+    ordered = np.empty(batch.num_tokens, np.int64)
     for rank, tokens in enumerate(places):
-        order[tokens] = torch.arange(len(tokens)) + rank * num_padded
-    mine, order = torch.tensor(places[ranks.rank], device=device), order.to(device)
+        ordered[tokens] = np.arange(len(tokens)) + rank * num_padded
+    mine, order = (torch.from_numpy(x).to(device) for x in (places[ranks.rank], ordered))
     local = order - ranks.rank * num_padded  # meaningful for this rank's own tokens
     is_mine = torch.zeros(batch.num_tokens, dtype=torch.bool, device=device)
     is_mine[mine] = True
     rows = is_mine[batch.rows].nonzero().squeeze(1)
-    by_token = batch.loss_denominator == len(batch.rows)
-    compared = batch.rollout_logprobs
+    drawn = batch.rollout_logprobs
     share = replace(
         batch,
         input_ids=batch.input_ids[mine],
@@ -74,11 +77,12 @@ def share_context(batch: MicroBatch, ranks: RankGroup, attention: AttentionKind)
         rows=local[batch.rows[rows]],
         target_ids=batch.target_ids[rows],
         sample_of_row=batch.sample_of_row[rows],
-        rollout_logprobs=None if compared is None else compared[rows],
+        rollout_logprobs=None if drawn is None else drawn[rows],
+        is_compared=batch.is_compared[rows],
         advantages=batch.advantages[rows],
         loss_weights=batch.loss_weights[rows],
         # The ranks' denominators add up to the batch's.
-        loss_denominator=len(rows) if by_token else batch.loss_denominator * (ranks.rank == 0),
+        loss_denominator=batch.loss_denominator * (ranks.rank == 0),
     )
     own = chunks[ranks.rank]
     plan = attention.plan_context(
@@ -88,3 +92,61 @@ def share_context(batch: MicroBatch, ranks: RankGroup, attention: AttentionKind)
         batch.num_tokens,
     )
     return ContextShare(share, rows, order, num_padded, plan, ranks)
+
+
+def _own_sums(rows: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """Sums of this rank's rows [R] by sample [B], in fp64 and in one order, on a GPU too."""
+    sample, device = batch.sample_of_row, rows.device
+    # Rows of a sample are neighbours: each sample has a line of a table, filled up with zeros.
+    first = torch.searchsorted(sample, torch.arange(len(batch.samples), device=device))
+    place = torch.arange(len(sample), device=device) - first[sample]
+    table = rows.new_zeros(len(batch.samples), max(batch.seq_lens), dtype=torch.float64)
+    table[sample, place] = rows.double()
+    return table.sum(1)
+
+
+def _sums_over(ranks: RankGroup, own: torch.Tensor) -> torch.Tensor:
+    """Sums of every rank's values [B] fp64, in rank order."""
+    if ranks.size == 1:
+        return own
+    total, *others = gather_rows(own[None], ranks)
+    for part in others:
+        total = total + part
+    return total
+
+
+class _SampleSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, batch: MicroBatch, ranks: RankGroup) -> torch.Tensor:
+        ctx.batch, ctx.ranks = batch, ranks
+        return _sums_over(ranks, _own_sums(rows, batch)).to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        total = _sums_over(ctx.ranks, grad.double())  # every rank has used the sum
+        return total.to(grad.dtype)[ctx.batch.sample_of_row], None, None
+
+
+class _InRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, samples: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        ctx.batch = batch
+        return samples[batch.sample_of_row]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _own_sums(grad, ctx.batch).to(grad.dtype), None
+
+
+def sample_sums(rows: torch.Tensor, batch: MicroBatch, ranks: RankGroup = ALONE) -> torch.Tensor:
+    """Sums of values of loss rows [R] by sample [B], rounded once; they are differentiable.
+
+    With `ranks`, the context ranks that share a micro-batch, `batch` is a rank's share and every
+    rank gets the sums over all shares. Each of them must call this as often, with rows or without.
+    """
+    return _SampleSums.apply(rows, batch, ranks)
+
+
+def in_rows(samples: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """Values of samples [B] in each of their loss rows [R]; they are differentiable."""
+    return _InRows.apply(samples, batch)

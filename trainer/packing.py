@@ -1,10 +1,13 @@
 """Samples to packed micro-batches under a token budget, in the samples' order."""
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
+import numpy as np
 import torch
 
 from samebit.rollout.models.config import ModelConfig
+from samebit.trainer.loss_means import LOSS_MEANS, LossMean
 from samebit.trainer.types import MicroBatch, Sample
 
 
@@ -20,19 +23,32 @@ def pack_samples(
     """Fill micro-batches of at most max_tokens tokens, never reordering.
 
     loss_mean as in TrainerConfig; temperature is the rollout's. If that makes fewer than `at_least`
-    micro-batches, those of the most samples are halved, as long as there are samples. Raises
-    ValueError for a sample longer than max_tokens or an empty list and, given a model, for one that
-    is longer than its context or has a token outside its vocabulary.
+    micro-batches, those of the most samples are halved, as long as there are samples; units are
+    never parted. Raises ValueError for a sample or unit longer than max_tokens or an empty list
+    and, given a model, for a sample that is longer than its context or has a token outside its
+    vocabulary.
     """
     if not samples:
         raise ValueError("no samples to train on")
     if model is not None:
         for sample in samples:
             _check_fits(sample, model)
+    groups = _halved(_split(units_of(samples), max_tokens), at_least)
     return [
-        _micro_batch(i, group, loss_mean, temperature, device)
-        for i, group in enumerate(_halved(_split(samples, max_tokens), at_least))
+        _micro_batch(i, list(chain(*group)), LOSS_MEANS[loss_mean], temperature, device)
+        for i, group in enumerate(groups)
     ]
+
+
+def units_of(samples: Iterable[Sample]) -> list[list[Sample]]:
+    """Neighbours that stay in one micro-batch: those of one unit, and every other one alone."""
+    units: list[list[Sample]] = []
+    for sample in samples:
+        if units and sample.unit is not None and sample.unit == units[-1][0].unit:
+            units[-1].append(sample)
+        else:
+            units.append([sample])
+    return units
 
 
 def share_batches(batches: Sequence[MicroBatch], num_ranks: int) -> list[list[MicroBatch]]:
@@ -61,7 +77,7 @@ def _check_fits(sample: Sample, model: ModelConfig) -> None:
             f"sample {sample.sample_id} has {len(sample.token_ids)} tokens; the model's context "
             f"holds {model.max_position}"
         )
-    low, high = min(sample.token_ids), max(sample.token_ids)
+    low, high = sample.token_ids.min(), sample.token_ids.max()
     if low < 0 or high >= model.vocab_size:
         raise ValueError(
             f"sample {sample.sample_id}: token {low if low < 0 else high} is outside the "
@@ -69,25 +85,26 @@ def _check_fits(sample: Sample, model: ModelConfig) -> None:
         )
 
 
-def _split(samples: Iterable[Sample], max_tokens: int) -> list[list[Sample]]:
-    groups: list[list[Sample]] = []
+def _split(units: Iterable[list[Sample]], max_tokens: int) -> list[list[list[Sample]]]:
+    groups: list[list[list[Sample]]] = []
     room = 0
-    for sample in samples:
-        length = len(sample.token_ids)
+    for unit in units:
+        length = sum(len(s.token_ids) for s in unit)
         if length > max_tokens:
+            others = f" with the {len(unit) - 1} others of its unit" if len(unit) > 1 else ""
             raise ValueError(
-                f"sample {sample.sample_id} has {length} tokens; trainer.micro_batch_tokens is "
-                f"{max_tokens}"
+                f"sample {unit[0].sample_id}{others} has {length} tokens; "
+                f"trainer.micro_batch_tokens is {max_tokens}"
             )
         if length > room:  # the first one too
             groups.append([])
             room = max_tokens
-        groups[-1].append(sample)
+        groups[-1].append(unit)
         room -= length
     return groups
 
 
-def _halved(groups: list[list[Sample]], at_least: int) -> list[list[Sample]]:
+def _halved[T](groups: list[list[T]], at_least: int) -> list[list[T]]:
     while len(groups) < at_least:
         largest = max(range(len(groups)), key=lambda i: len(groups[i]))
         group = groups[largest]
@@ -101,39 +118,38 @@ def _halved(groups: list[list[Sample]], at_least: int) -> list[list[Sample]]:
 def _micro_batch(
     index: int,
     samples: Sequence[Sample],
-    loss_mean: str,
+    loss_mean: LossMean,
     temperature: float,
     device: torch.device | str,
 ) -> MicroBatch:
-    input_ids: list[int] = []
-    positions: list[int] = []
-    rows: list[int] = []
-    targets: list[int] = []
-    for sample in samples:
-        start = len(input_ids)
-        input_ids += sample.token_ids
-        positions += range(len(sample.token_ids))
-        rows += range(start + sample.prompt_len - 1, start + len(sample.token_ids) - 1)
-        targets += sample.token_ids[sample.prompt_len :]
-    lens = torch.tensor([s.response_len for s in samples])
-    sample_of_row = torch.arange(len(samples)).repeat_interleave(lens)
-    weights = torch.ones(len(rows)) if loss_mean == "token" else 1.0 / lens[sample_of_row]
-    advantages = torch.tensor([s.advantage for s in samples], dtype=torch.float32)
-    logprobs = [value for sample in samples for value in sample.logprobs]
-    if logprobs and len(logprobs) != len(rows):
+    lens = tuple(len(s.token_ids) for s in samples)
+    token_ids = np.concatenate([s.token_ids for s in samples])
+    trained = np.flatnonzero(np.concatenate([s.loss_mask for s in samples]))
+    row_counts = np.array([s.num_trained for s in samples])
+    sample_of_row = np.repeat(np.arange(len(samples)), row_counts)
+    weights, denominator = loss_mean(row_counts, sample_of_row)
+    drawn = [s.logprobs for s in samples if s.logprobs is not None]
+    if drawn and len(drawn) != len(samples):
         raise ValueError("some samples of a micro-batch have rollout logprobs and some have none")
+    is_compared = np.array([bool(drawn) and s.has_one_version for s in samples])
+
+    def on_device(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(device)
+
     return MicroBatch(
         index=index,
         samples=tuple(samples),
-        input_ids=torch.tensor(input_ids, device=device),
-        positions=torch.tensor(positions, device=device),
-        seq_lens=tuple(len(s.token_ids) for s in samples),
-        rows=torch.tensor(rows, device=device),
-        target_ids=torch.tensor(targets, device=device),
-        sample_of_row=sample_of_row.to(device),
-        rollout_logprobs=torch.tensor(logprobs, device=device) if logprobs else None,
-        advantages=advantages[sample_of_row].to(device),
-        loss_weights=weights.to(device),
-        loss_denominator=len(rows) if loss_mean == "token" else len(samples),
+        input_ids=on_device(token_ids),
+        positions=on_device(np.concatenate([np.arange(n) for n in lens])),
+        seq_lens=lens,
+        rows=on_device(trained - 1),  # a sample's first token is never trained on
+        target_ids=on_device(token_ids[trained]),
+        sample_of_row=on_device(sample_of_row),
+        row_counts=on_device(row_counts),
+        rollout_logprobs=on_device(np.concatenate(drawn)[trained]) if drawn else None,
+        is_compared=on_device(is_compared[sample_of_row]),
+        advantages=on_device(np.concatenate([s.advantages for s in samples])[trained]),
+        loss_weights=on_device(weights),
+        loss_denominator=denominator,
         temperature=temperature,
     )

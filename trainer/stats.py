@@ -35,10 +35,13 @@ class Totals:
         self.num_rows += len(logprobs)
         for name, values in metrics.items():
             self.metrics[name] = self.metrics.get(name, 0.0) + float(values.double().sum())
-        if batch.rollout_logprobs is not None and len(logprobs):  # a context rank may have none
-            self.compared += len(logprobs)
-            self.mismatches += count_mismatches(logprobs, batch.rollout_logprobs)
-            diff = (logprobs - batch.rollout_logprobs).abs().max()
+        if batch.rollout_logprobs is None:
+            return
+        ours, theirs = (x[batch.is_compared] for x in (logprobs, batch.rollout_logprobs))
+        if len(ours):  # a context rank may have none
+            self.compared += len(ours)
+            self.mismatches += count_mismatches(ours, theirs)
+            diff = (ours - theirs).abs().max()
             self.abs_diff_max = max(self.abs_diff_max, float(diff))
 
     def merge(self, others: Iterable["Totals"]) -> None:

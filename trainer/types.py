@@ -1,59 +1,135 @@
 """What the trainer works on. Per-token fields are marked [L] (one sample) or [R] (loss rows)."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
 
+import numpy as np
 import torch
 
+from samebit.weight_sync.types import VersionSpan
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Sample:
-    """One prompt with one response. Made by recipes from completions, used by packing.
+    """Tokens in a row, and for each of them whether and how it is trained on.
 
-    Example: Sample(sample_id=3, token_ids=(1, 7, 9, 2), prompt_len=2, logprobs=(-0.5, -0.1),
-    advantage=1.2)
+    Made by recipes from completions, used by packing. A prompt with its response is `of_response`;
+    a conversation masks what the policy has not drawn, such as a tool's output between two turns.
+    Fields [L] may be given as any sequence. Raises ValueError unless they are of one length, some
+    token is trained on, and the first, which nothing predicts, is not.
+
+    Example: Sample(sample_id=3, token_ids=(1, 7, 9, 2), loss_mask=(0, 0, 1, 1),
+    logprobs=(0, 0, -0.5, -0.1), advantages=1.2)
     """
 
     sample_id: int
-    token_ids: tuple[int, ...]
-    """[L] prompt and response."""
-    prompt_len: int
-    logprobs: tuple[float, ...] = ()
-    """[L - prompt_len] the rollout's log-probs; empty for supervised samples."""
-    advantage: float = 0.0
+    token_ids: np.ndarray
+    """[L] int64."""
+    loss_mask: np.ndarray
+    """[L] bool: whether the token is trained on."""
+    logprobs: np.ndarray | None = None
+    """[L] fp32: the rollout's, read where the mask is set; None for supervised samples."""
+    advantages: np.ndarray = field(default_factory=lambda: np.zeros((), np.float32))
+    """[L] fp32, read where the mask is set; one number is that of every token."""
+    version_spans: tuple[VersionSpan, ...] = ()
+    """Which weight version drew the tokens from which place in token_ids on; empty if none did."""
+    unit: int | None = None
+    """Neighbours of one unit stay in one micro-batch, where a loss of pairs needs both."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.prompt_len < len(self.token_ids):
+        length = len(self.token_ids)
+        dtypes = {"token_ids": np.int64, "loss_mask": np.bool_, "logprobs": np.float32}
+        for name, dtype in (dtypes | {"advantages": np.float32}).items():
+            if (given := getattr(self, name)) is None:
+                continue
+            values: np.ndarray = np.asarray(given, dtype)
+            if name == "advantages" and values.ndim == 0:
+                values = np.broadcast_to(values, length)
+            if values.shape != (length,):
+                raise ValueError(
+                    f"sample {self.sample_id}: {name} of shape {values.shape} for {length} tokens"
+                )
+            object.__setattr__(self, name, values)
+        if not self.loss_mask.any() or self.loss_mask[0]:
             raise ValueError(
-                f"sample {self.sample_id}: prompt_len {self.prompt_len} must leave at least one of "
-                f"{len(self.token_ids)} tokens as response"
-            )
-        if self.logprobs and len(self.logprobs) != self.response_len:
-            raise ValueError(
-                f"sample {self.sample_id}: {len(self.logprobs)} logprobs for a response of "
-                f"{self.response_len} tokens"
+                f"sample {self.sample_id}: loss_mask must be set for some of {length} tokens and "
+                "not for the first, which nothing predicts"
             )
 
+    @classmethod
+    def of_response(
+        cls,
+        *,
+        sample_id: int,
+        token_ids: Sequence[int],
+        prompt_len: int,
+        logprobs: Sequence[float] = (),
+        advantage: float = 0.0,
+        version_spans: Sequence[VersionSpan] = (),
+    ) -> Self:
+        """One prompt with one response, all of which is trained on.
+
+        token_ids [L] are both; logprobs [L - prompt_len] (empty: a supervised sample) and the
+        places of version_spans are the response's.
+        """
+        length = len(token_ids)
+        if not 1 <= prompt_len < length:
+            raise ValueError(
+                f"sample {sample_id}: prompt_len {prompt_len} must leave at least one of "
+                f"{length} tokens as response"
+            )
+        if logprobs and len(logprobs) != length - prompt_len:
+            raise ValueError(
+                f"sample {sample_id}: {len(logprobs)} logprobs for a response of "
+                f"{length - prompt_len} tokens"
+            )
+        sample = cls(
+            sample_id=sample_id,
+            token_ids=np.asarray(token_ids, np.int64),
+            loss_mask=np.arange(length) >= prompt_len,
+            advantages=np.asarray(advantage, np.float32),
+            version_spans=tuple(replace(s, start=prompt_len + s.start) for s in version_spans),
+        )
+        return sample.with_logprobs(logprobs) if logprobs else sample
+
+    def with_logprobs(self, logprobs: Sequence[float]) -> Self:
+        """The sample with these log-probs [tokens trained on] as the rollout's."""
+        values = np.zeros(len(self.token_ids), np.float32)
+        values[self.loss_mask] = logprobs
+        return replace(self, logprobs=values)
+
     @property
-    def response_len(self) -> int:
+    def num_trained(self) -> int:
         """Tokens that carry loss."""
-        return len(self.token_ids) - self.prompt_len
+        return int(np.count_nonzero(self.loss_mask))
+
+    @property
+    def has_one_version(self) -> bool:
+        """Whether no two weight versions drew it, so that the trainer can compute its log-probs."""
+        return len({span.version for span in self.version_spans}) <= 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Samples packed one behind another. A loss row is a position whose next token is trained."""
+    """Samples packed one behind another. A loss row is a position whose next token is trained.
+
+    A context rank's share holds its own tokens and rows, and the samples of all.
+    """
 
     index: int
     samples: tuple[Sample, ...]
     input_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64, within each sample
     seq_lens: tuple[int, ...]
-    rows: torch.Tensor  # [R] int64, places among the T tokens
+    rows: torch.Tensor  # [R] int64, places among the T tokens, in ascending order
     target_ids: torch.Tensor  # [R] int64
     sample_of_row: torch.Tensor  # [R] int64, index into samples
+    row_counts: torch.Tensor  # [B] int64, loss rows of each sample, those of other ranks included
     rollout_logprobs: torch.Tensor | None  # [R] fp32
+    is_compared: torch.Tensor  # [R] bool: whether the log-prob must be the rollout's
     advantages: torch.Tensor  # [R] fp32
-    loss_weights: torch.Tensor  # [R] fp32: 1, or 1 / response_len for the mean over samples
+    loss_weights: torch.Tensor  # [R] fp32, by the mean that the loss is (trainer/loss_means.py)
     loss_denominator: int  # this micro-batch's share of what the summed loss is divided by
     temperature: float
 

@@ -156,7 +156,10 @@ def _merge_kernel(
 
 
 def token_stats(
-    logits: torch.Tensor, temperature: torch.Tensor, token_ids: torch.Tensor
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    token_ids: torch.Tensor,
+    entropy_grad: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See kernels.logprob.token_stats."""
     logits = logits.contiguous()
@@ -181,8 +184,9 @@ def token_stats(
 
 @triton.jit
 def _logits_grad_kernel(
-    x_ptr, temperature_ptr, normalizer_ptr, id_ptr, grad_ptr, out_ptr, V, BLOCK: tl.constexpr
-):
+    x_ptr, temperature_ptr, normalizer_ptr, id_ptr, grad_ptr, entropy_ptr, entropy_grad_ptr,
+    out_ptr, V, BLOCK: tl.constexpr, WITH_ENTROPY: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < V
@@ -190,6 +194,10 @@ def _logits_grad_kernel(
     x = libdevice.div_rn(tl.load(x_ptr + row * V + columns, mask=inside, other=0.0), temperature)
     chosen = (columns == tl.load(id_ptr + row)).to(tl.float32)
     grad = (chosen - tl.exp(x - tl.load(normalizer_ptr + row))) * tl.load(grad_ptr + row)
+    if WITH_ENTROPY:
+        logprob = x - tl.load(normalizer_ptr + row)
+        slope = tl.exp(logprob) * (logprob + tl.load(entropy_ptr + row))
+        grad -= slope * tl.load(entropy_grad_ptr + row)
     grad = grad / temperature
     tl.store(out_ptr + row * V + columns, grad.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -201,6 +209,8 @@ def logits_grad(
     token_ids: torch.Tensor,
     grad: torch.Tensor,
     dtype: torch.dtype,
+    entropy: torch.Tensor | None = None,
+    entropy_grad: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See kernels.logprob.logits_grad."""
     logits = logits.contiguous()
@@ -209,6 +219,9 @@ def logits_grad(
     if out.numel():
         _logits_grad_kernel[(rows, triton.cdiv(vocab_size, _GRAD_BLOCK))](
             x_ptr=logits, temperature_ptr=temperature, normalizer_ptr=normalizer, id_ptr=token_ids,
-            grad_ptr=grad.contiguous(), out_ptr=out, V=vocab_size, BLOCK=_GRAD_BLOCK, num_warps=4,
+            grad_ptr=grad.contiguous(), entropy_ptr=entropy,
+            entropy_grad_ptr=None if entropy_grad is None else entropy_grad.contiguous(),
+            out_ptr=out, V=vocab_size, BLOCK=_GRAD_BLOCK, WITH_ENTROPY=entropy is not None,
+            num_warps=4,
         )  # fmt: skip
     return out

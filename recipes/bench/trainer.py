@@ -6,7 +6,7 @@ is compared is the trainer's forward with gradients and the one without, and no 
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -30,8 +30,8 @@ from samebit.recipes.run.provenance import device_name
 from samebit.rollout.device import DeviceError, resolve_device
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.weights import load_dummy
-from samebit.trainer.algorithms.grpo import GrpoLoss
-from samebit.trainer.config import GrpoConfig, OptimizerConfig
+from samebit.trainer.algorithms.grpo import Grpo
+from samebit.trainer.config import OptimizerConfig
 from samebit.trainer.flops import PEAK_SOURCE, peak_flops, train_flops
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.packing import pack_samples
@@ -49,7 +49,7 @@ def make_batches(
     ids = torch.randint(model.vocab_size, (count, pack.seq_len), generator=generator).tolist()
     advantages = torch.randn(count, generator=generator).tolist()
     samples = [
-        Sample(
+        Sample.of_response(
             sample_id=i,
             token_ids=tuple(ids[i]),
             prompt_len=max(1, pack.seq_len // 8),
@@ -68,8 +68,7 @@ def make_batches(
     for batch, values in zip(own, found, strict=True):
         rows = iter(values)
         with_logprobs += [
-            replace(s, logprobs=tuple(next(rows) for _ in range(s.response_len)))
-            for s in batch.samples
+            s.with_logprobs([next(rows) for _ in range(s.num_trained)]) for s in batch.samples
         ]
     return pack_samples(with_logprobs, pack.num_tokens, device=trainer.device, model=model)
 
@@ -104,8 +103,8 @@ def measure(trainer: MegatronTrainer, pack: Pack, run: BenchTrainerRun) -> dict[
         if not calls.count:
             raise BenchError("compare: the trainer does not use what torch's kernels replace")
         found["forward_torch_s"] = asdict(Spread.of(theirs))
-    loss = GrpoLoss(GrpoConfig())
-    first = trainer.train_step(batches, loss)
+    algorithm = Grpo()
+    first = trainer.train_step(batches, algorithm)
     if first.logprob_mismatches or not first.logprob_tokens_compared:
         raise BenchError(
             f"{pack}: {first.logprob_mismatches} of {first.logprob_tokens_compared} log-probs "
@@ -114,7 +113,7 @@ def measure(trainer: MegatronTrainer, pack: Pack, run: BenchTrainerRun) -> dict[
     found["own_logprobs_compared"] = first.logprob_tokens_compared
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = _seconds(lambda: trainer.train_step(batches, loss), run.repeats, device)
+    seconds = _seconds(lambda: trainer.train_step(batches, algorithm), run.repeats, device)
     found["step_s"] = asdict(Spread.of(seconds))
     found["tokens_s"] = num_tokens / Spread.of(seconds).median
     if device.type == "cuda":
@@ -123,7 +122,7 @@ def measure(trainer: MegatronTrainer, pack: Pack, run: BenchTrainerRun) -> dict[
 
         def step() -> None:
             gather_objects(None)  # begin together: who records first would wait in its first sum
-            trainer.train_step(batches, loss)
+            trainer.train_step(batches, algorithm)
 
         trace = run.run_dir / f"trace_{pack}_{dist.get_rank()}.json"
         _, activities = recorded(step, step, trace)

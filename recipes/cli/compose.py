@@ -1,14 +1,24 @@
 """From the command line to a recipe's configuration: Hydra composes, mistakes are explained."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from samebit.recipes.bench.config import BenchEngineRun, BenchKernelsRun, BenchTrainerRun
 from samebit.recipes.cli.overrides import Overrides, check_file, find_field, read_words
-from samebit.recipes.config import ConfigError, DemoRun, GrpoRun, RunSection, SftRun
+from samebit.recipes.config import (
+    ConfigError,
+    DemoRun,
+    GrpoRun,
+    RunSection,
+    SftRun,
+    grpo_run_of,
+)
 from samebit.recipes.run.secrets import build
 from samebit.recipes.tools_config import DiffRun, ExportRun, FetchRun, VerifyRun
+from samebit.trainer.algorithms.registry import find_algorithm
+from samebit.trainer.config import GrpoConfig
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
@@ -43,33 +53,64 @@ def groups_of(command: str) -> dict[str, list[str]]:
 
 def compose(command: str, words: Sequence[str]) -> Any:
     """Return a command's OmegaConf config; raises ConfigError for keys that do not exist."""
-    return _composed(command, read_words(words, SCHEMAS[command], groups_of(command)))
+    schema = schema_of(command, words)
+    return _composed(command, schema, read_words(words, schema, groups_of(command)))
 
 
-def _composed(command: str, given: Overrides) -> Any:
+def schema_of(command: str, words: Sequence[str]) -> type[Any]:
+    """Return the command's dataclass; that of grpo has the settings of the named algorithm."""
+    if command != "grpo" or (name := _algorithm_name(words)) == GrpoConfig.name:
+        return SCHEMAS[command]
+    try:
+        return grpo_run_of(find_algorithm(name).Config, name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _algorithm_name(words: Sequence[str]) -> str:
+    """What the last word algorithm.name=... says, or else the chosen files."""
+    from hydra.errors import HydraException
+
+    given = [word.partition("=") for word in words]
+    if names := [value for key, _, value in given if key == "algorithm.name"]:
+        return names[-1]
+    choices = [f"{k}={v}" for k, _, v in given if k in ("algorithm", "experiment")]
+    config: Any = {}
+    with suppress(HydraException):  # which says it once more when the whole is composed
+        config = _by_hydra("grpo", {}, choices) if choices else {}
+    return config.get("algorithm", {}).get("name", GrpoConfig.name)
+
+
+def _by_hydra(command: str, schema: Any, choices: list[str]) -> Any:
+    """The command's file and groups over a schema."""
     from hydra import compose as hydra_compose
     from hydra import initialize, initialize_config_dir
     from hydra.core.config_store import ConfigStore
-    from hydra.errors import HydraException
 
-    for choice in given.choices:
-        file = CONFIG_DIR / f"{choice.replace('=', '/', 1)}.yaml"
-        if file.exists():
-            check_file(file, SCHEMAS[command])
-    ConfigStore.instance().store(name=f"{command}_schema", node=SCHEMAS[command])
+    ConfigStore.instance().store(name=f"{command}_schema", node=schema)
     has_groups = (CONFIG_DIR / f"{command}.yaml").exists()
     where = (
         initialize_config_dir(str(CONFIG_DIR), version_base="1.3")
         if has_groups
         else initialize(config_path=None, version_base="1.3")
     )
+    with where:
+        return hydra_compose(command if has_groups else f"{command}_schema", choices)
+
+
+def _composed(command: str, schema: type[Any], given: Overrides) -> Any:
+    from hydra.errors import HydraException
+
+    for choice in given.choices:
+        file = CONFIG_DIR / f"{choice.replace('=', '/', 1)}.yaml"
+        if file.exists():
+            check_file(file, schema)
     try:
-        with where:
-            config = hydra_compose(command if has_groups else f"{command}_schema", given.choices)
+        config = _by_hydra(command, schema, given.choices)
     except HydraException as error:
         raise ConfigError(_first_lines(error)) from error
     for key, value in given.values:
-        _set(config, SCHEMAS[command], key, value)
+        _set(config, schema, key, value)
     return config
 
 
@@ -94,10 +135,11 @@ def resolve(command: str, words: Sequence[str]) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    given = read_words(words, SCHEMAS[command], groups_of(command))
+    schema = schema_of(command, words)
+    given = read_words(words, schema, groups_of(command))
     if command == "demo":
         given.choices[:0] = _demo_by_device(given)
-    config = _composed(command, given)
+    config = _composed(command, schema, given)
     raw: Any = OmegaConf.to_container(config)
     try:
         values: Any = OmegaConf.to_container(config, resolve=True)
@@ -106,7 +148,7 @@ def resolve(command: str, words: Sequence[str]) -> Any:
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise ConfigError(f"required: {', '.join(f'{key}=...' for key in missing)}")
     try:
-        run = build(SCHEMAS[command], values, raw)
+        run = build(schema, values, raw)
         if isinstance(run, RunSection):
             run.validate()
     except ValueError as error:

@@ -13,6 +13,7 @@ from samebit.recipes.run.session import require_resumable, require_startable
 from samebit.rollout.device import resolve_device, resolve_dtype
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_stop_tokens
+from samebit.trainer.algorithms.registry import make_algorithm
 from samebit.trainer.config import TrainerConfig
 from samebit.trainer.ranks import is_first
 from samebit.weight_sync.mapping import hf_shapes
@@ -69,7 +70,7 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     memory = _memory(model, device, run.trainer)
     longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
     kv_bytes = model.kv_layout.bytes_per_token(resolve_dtype(None, resolved))
-    reference = memory["weights_mib"] if run.algorithm.kl_coef else 0
+    reference = memory["weights_mib"] if make_algorithm(run.algorithm).needs_reference else 0
     if run.trainer.background_checkpoints:
         memory["checkpoint_on_host_mib"] += reference
     return {

@@ -34,7 +34,11 @@ def field_docs(schema: type[Any]) -> dict[str, str]:
     for cls in reversed(schema.__mro__):
         if not is_dataclass(cls):
             continue
-        [definition] = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        try:
+            source = inspect.getsource(cls)
+        except OSError:  # made at run time (recipes/config.py, grpo_run_of)
+            continue
+        [definition] = ast.parse(textwrap.dedent(source)).body
         assert isinstance(definition, ast.ClassDef)
         for field, after in zip(definition.body, definition.body[1:], strict=False):
             match field, after:

@@ -52,7 +52,7 @@ def usage(prefix: str = "") -> str:
 def _command_help(command: str, overrides: Sequence[str]) -> str:
     from omegaconf import OmegaConf
 
-    from samebit.recipes.cli.compose import CONFIG_DIR, SCHEMAS, compose, groups_of
+    from samebit.recipes.cli.compose import CONFIG_DIR, compose, groups_of, schema_of
     from samebit.recipes.cli.help import documented_yaml
 
     lines = [f"samebit {command}: {COMMANDS[command]}", ""]
@@ -65,7 +65,7 @@ def _command_help(command: str, overrides: Sequence[str]) -> str:
     lines += [f"  {group}: {', '.join(names)}" for group, names in groups.items()]
     lines += ["", "keys and defaults (??? must be given):", ""]
     values: Any = OmegaConf.to_container(compose(command, overrides))
-    return "\n".join(lines) + "\n" + documented_yaml(SCHEMAS[command], values)
+    return "\n".join(lines) + "\n" + documented_yaml(schema_of(command, overrides), values)
 
 
 def _with_keys(command: str, arguments: Sequence[str]) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """Rewards: functions of a completion's text and its problem, and scoring a batch with one."""
 
 import functools
-import importlib
 import inspect
 import json
 import math
@@ -13,7 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 from samebit.recipes.data.tasks.base import Problem
-from samebit.trainer.config import require_default
+from samebit.trainer.config import import_named, require_default
 
 Reward = Callable[[str, Problem], float]
 Poll = Callable[[], object]
@@ -271,14 +270,7 @@ ARGS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
 
 
 def _import_reward(name: str) -> Callable[..., Any]:
-    module_name, _, attribute = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    except BaseException as error:  # it may do anything, SystemExit included
-        what = error if isinstance(error, ImportError | AttributeError) else repr(error)
-        if isinstance(error, ModuleNotFoundError) and error.name == module_name:
-            what = f"{error}; put its folder on PYTHONPATH, which the present folder is not on"
-        raise ValueError(f"reward.name is {name!r}, which cannot be imported: {what}") from error
+    function = import_named(name, "reward.name")
     if not callable(function):
         raise ValueError(f"reward.name is {name!r}, a {type(function).__name__}; give a function")
     return function

@@ -1,19 +1,30 @@
 """What was drawn, as what is trained on."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from samebit.rollout.types import Completion
+from samebit.trainer.algorithms.base import Advantages
 from samebit.trainer.types import Sample
 
 
-def drawn_sample(
-    prompt_ids: Sequence[int], completion: Completion, advantage: float = 0.0
-) -> Sample:
+def drawn_sample(prompt_ids: Sequence[int], completion: Completion) -> Sample:
     """Join a prompt with one of its completions, under the completion's sample id."""
-    return Sample(
+    return Sample.of_response(
         sample_id=completion.sample_id,
         token_ids=(*prompt_ids, *completion.token_ids),
         prompt_len=len(prompt_ids),
         logprobs=completion.logprobs,
-        advantage=advantage,
+        version_spans=completion.version_spans,
     )
+
+
+def with_advantages(groups: Sequence[Sequence[Sample]], advantages: Advantages) -> list[Sample]:
+    """Return the samples of all groups in order, each with its advantage or advantages."""
+    return [
+        replace(sample, advantages=np.asarray(advantage, np.float32))
+        for group, values in zip(groups, advantages, strict=True)
+        for sample, advantage in zip(group, values, strict=True)
+    ]

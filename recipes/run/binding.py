@@ -17,7 +17,7 @@ from samebit.kernels.profile import NumericsProfile
 from samebit.recipes.config import GrpoRun, RunSection, SftRun
 from samebit.recipes.data.tasks.base import DataConfig, Dataset
 from samebit.recipes.models.side_files import tokenizer_files
-from samebit.recipes.run.input_files import reward_source
+from samebit.recipes.run.input_files import source_of
 from samebit.recipes.run.provenance import device_name
 from samebit.recipes.run.secrets import to_dict
 from samebit.rollout.device import resolve_device
@@ -48,6 +48,8 @@ _PATHS = ("model.path", "data.path", "data.eval_path")
 _LAYOUT = "trainer.parallel."
 _SAMPLED = 16  # problems of a generated task: with its arguments they stand for all
 _ABSENT = "absent"
+_SOURCES = {"reward_source": "reward.name", "algorithm_source": "algorithm.name"}
+_EARLIER = {"algorithm.name": "grpo"}
 
 
 def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,7 +104,7 @@ def bindings(run: SftRun | GrpoRun, command: str, records: Mapping[str, Dataset]
         "config": bound_keys(run),
         "model": flatten(asdict(load_model_config(run.model.path))),
         "contents": dict(_contents(run, records)),
-        "reward_source": _reward_digest(run),
+        **_sources(run),
         "card": card_of(run),
     }
     return json.loads(json.dumps(found, default=str))
@@ -118,9 +120,14 @@ def _contents(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> Iterator
         yield "package reasoning_gym", importlib.metadata.version("reasoning_gym")
 
 
-def _reward_digest(run: SftRun | GrpoRun) -> str | None:
-    source = reward_source(run.reward.name) if isinstance(run, GrpoRun) else None
-    return digest(source.read_bytes()) if source is not None and source.is_file() else None
+def _sources(run: SftRun | GrpoRun) -> dict[str, str | None]:
+    """Digests of the files of a reward and an algorithm of the user's own."""
+    found: dict[str, str | None] = dict.fromkeys(_SOURCES)
+    if isinstance(run, GrpoRun):
+        files = (source_of(name) for name in (run.reward.name, run.algorithm.name))
+        for key, file in zip(_SOURCES, files, strict=True):
+            found[key] = digest(file.read_bytes()) if file and file.is_file() else None
+    return found
 
 
 def card_of(run: SftRun | GrpoRun) -> str | None:
@@ -155,8 +162,8 @@ def require_same(
 ) -> None:
     """Raise CheckpointError, naming all keys with both values, unless the run may go on there.
 
-    here: the run's `bindings`. A user's reward may have been edited and the card may be another of
-    its profile, which is said.
+    here: the run's `bindings`. A user's reward or algorithm may have been edited and the card may
+    be another of its profile, which is said.
     """
     there = checkpoint.manifest
     if there.get("format", 1) != FORMAT:
@@ -168,8 +175,10 @@ def require_same(
     checkpoint.require("command", here["command"], "command")
     # Manifests of version 0.1 before families were types say what the architecture implies.
     model = {key: value for key, value in there["model"].items() if key != "qk_norm"}
+    # Those of before there were several do not name their algorithm.
+    config = {k: v for k, v in _EARLIER.items() if k in here["config"]} | there["config"]
     sections = {
-        "configuration": differences(there["config"], here["config"]),
+        "configuration": differences(config, here["config"]),
         "model configuration": differences(model, here["model"], "config.json: "),
         "data or tokenizer": differences(there["contents"], here["contents"], "content of "),
     }
@@ -182,13 +191,14 @@ def require_same(
             f"at least {done}"
         )
     _require_same_layout(checkpoint, run, profile)
-    if there["reward_source"] != here["reward_source"]:
-        print(
-            f"samebit: the source of reward.name has changed since {checkpoint.path} was written: "
-            f"{there['reward_source']} there, {here['reward_source']} here; the run goes on with "
-            "the present one",
-            file=sys.stderr,
-        )
+    for source, key in _SOURCES.items():
+        if there.get(source) != here[source]:
+            print(
+                f"samebit: the source of {key} has changed since {checkpoint.path} was written: "
+                f"{there.get(source)} there, {here[source]} here; the run goes on with the "
+                "present one",
+                file=sys.stderr,
+            )
     if there.get("card", here["card"]) != here["card"]:
         print(
             f"samebit: {checkpoint.path} was written on an {there['card']}; this is an "

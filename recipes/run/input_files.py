@@ -9,8 +9,8 @@ from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.models.side_files import CHAT_TEMPLATES
 
 
-def reward_source(name: str) -> Path | None:
-    """Return the file of a reward that is named as module:function."""
+def source_of(name: str) -> Path | None:
+    """Return the file of a reward or algorithm that is named as module:attribute."""
     module = name.partition(":")[0] if ":" in name else ""
     try:
         spec = importlib.util.find_spec(module) if module else None
@@ -20,7 +20,7 @@ def reward_source(name: str) -> Path | None:
 
 
 def input_files(run: SftRun | GrpoRun) -> Iterator[tuple[str, Path]]:
-    """Yield (key, file) of everything: model, data, the reward's module, files in arguments."""
+    """Yield (key, file) of everything: model, data, modules of the user's, files in arguments."""
     model = Path(run.model.path)
     if model.is_dir():
         inside = [*model.iterdir(), *(model / CHAT_TEMPLATES).glob("*")]
@@ -31,8 +31,9 @@ def input_files(run: SftRun | GrpoRun) -> Iterator[tuple[str, Path]]:
             yield f"data.{key}", Path(file)
     yield from _files_in(run.data.args, "data.args")
     if isinstance(run, GrpoRun):
-        if source := reward_source(run.reward.name):
-            yield "reward.name", source
+        for key, name in (("reward", run.reward.name), ("algorithm", run.algorithm.name)):
+            if source := source_of(name):
+                yield f"{key}.name", source
         yield from _files_in(run.reward.args, "reward.args")
 
 

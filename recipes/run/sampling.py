@@ -55,14 +55,10 @@ class Rollout:
         """These are the rewards [prompts, samples] in fp64; fp32 would lose small differences."""
         return torch.tensor(self.rewards, dtype=torch.float64)
 
-    def samples(self, advantages: torch.Tensor) -> list[Sample]:
-        """Return all completions as what is trained on, in order; advantages [prompts, samples]."""
-        groups = zip(self.prompt_ids, self.completions, advantages.tolist(), strict=True)
-        return [
-            drawn_sample(prompt, completion, advantage)
-            for prompt, group, values in groups
-            for completion, advantage in zip(group, values, strict=True)
-        ]
+    def samples(self) -> list[list[Sample]]:
+        """Return the completions [prompts][samples] as what is trained on, without advantages."""
+        groups = zip(self.prompt_ids, self.completions, strict=True)
+        return [[drawn_sample(prompt, c) for c in group] for prompt, group in groups]
 
 
 class Sampler:

@@ -199,9 +199,11 @@ def logprob_pass(make: Inputs) -> Iterator[torch.Tensor]:
         hidden, weight = make.normal(rows, 64), make.normal(padded_vocab_size(vocab_size), 64)
         temperature = torch.full((rows,), 0.7, device=make.device)
         ids = make.integers(vocab_size, rows)
-        values, entropy = logprob(hidden, weight, ids, temperature, vocab_size)
-        yield from with_gradients(values, hidden, weight)
-        yield entropy
+        for entropy_grad in (False, True):
+            values, entropy = logprob(
+                hidden, weight, ids, temperature, vocab_size, entropy_grad=entropy_grad
+            )
+            yield from with_gradients(values + entropy, hidden, weight)
 
 
 def sample_pass(make: Inputs) -> Iterator[torch.Tensor]:

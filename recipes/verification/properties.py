@@ -240,18 +240,19 @@ def trainer(subject: Subject) -> Result:
     kind = type(engine.attention)
     megatron = ForwardModel(subject.config, subject.device, engine.weights, attention=kind)
     for temperature in sorted({p.temperature or 1.0 for p in subject.params}):
-        samples = [
-            drawn_sample(subject.prompts[i], completion)
+        drawn = [
+            (subject.prompts[i], completion)
             for i, g in enumerate(subject.baseline)
             if (subject.params[i].temperature or 1.0) == temperature
             for completion in g
         ]
+        samples = [drawn_sample(prompt, completion) for prompt, completion in drawn]
+        truth = [v for _, completion in drawn for v in completion.logprobs]
         for max_tokens in (subject.longest, subject.longest + 777, 100_000):
             batches = pack_samples(
                 samples, max_tokens, temperature=temperature, device=subject.device
             )
             found = [v for part in megatron.logprobs(batches) for v in part.tolist()]
-            truth = [v for sample in samples for v in sample.logprobs]
             result.cases += 1
             case = f"temperature {temperature}, packs of {max_tokens}"
             result.compare_values(found, truth, case)

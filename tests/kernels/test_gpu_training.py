@@ -100,6 +100,30 @@ def test_token_stats_have_the_samplers_bits(vocab):
         )
 
 
+@pytest.mark.parametrize("vocab", [331, 49152, 151936])
+def test_gradients_of_entropies(vocab):
+    """Against autograd in fp64; the log-probs' own gradients keep their bits."""
+    rows, generator = 40, torch.Generator("cuda").manual_seed(1)
+    logits = torch.randn(rows, vocab, device="cuda", generator=generator) * 3
+    temperature = torch.rand(rows, device="cuda", generator=generator) + 0.3
+    ids = torch.randint(vocab, (rows,), device="cuda", generator=generator)
+    grad, entropy_grad = torch.randn(2, rows, device="cuda", generator=generator)
+    _, entropies, normalizers = token_stats(logits, temperature, ids)
+    arguments = (logits, temperature, normalizers, ids)
+    found = logits_grad(*arguments, grad, torch.float32, entropies, entropy_grad)
+    leaf = logits.double().requires_grad_()
+    scaled = (leaf / temperature[:, None]).log_softmax(-1)
+    chosen = scaled.gather(1, ids[:, None]).squeeze(1)
+    total = (chosen * grad).sum() - ((scaled.exp() * scaled).sum(-1) * entropy_grad).sum()
+    [truth] = torch.autograd.grad(total, leaf)
+    torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=1e-6)
+    expected = logits_grad_ref(*arguments, grad, torch.float32, entropies, entropy_grad)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    plain = logits_grad(*arguments, grad, torch.float32)
+    none = torch.zeros_like(grad)
+    assert torch.equal(logits_grad(*arguments, grad, torch.float32, entropies, none), plain)
+
+
 def test_logits_of_minus_infinity_add_nothing_to_the_entropy():
     logits = torch.full((2, 3000), float("-inf"), device="cuda")
     logits[:, ::100] = 1.0

@@ -8,7 +8,7 @@ from helpers import assert_same_bits, attention_of
 from samebit.kernels.attention import attention_ref
 from samebit.kernels.bias import linear_with_bias
 from samebit.kernels.linear import add_product, linear, linear_in_segments
-from samebit.kernels.logprob import logits_grad, logprob
+from samebit.kernels.logprob import logits_grad, logprob, token_stats
 from samebit.kernels.rms_norm import add_rms_norm, rms_norm
 from samebit.kernels.rope import rope, rope_table
 from samebit.kernels.swiglu import swiglu
@@ -39,6 +39,15 @@ def swiglu_plain(x):
 def logprob_plain(h, w):
     rows = (h @ w[:31].t() / TEMPERATURES.to(h)[:, None]).log_softmax(-1)
     return rows.gather(1, TOKEN_IDS[:, None]).squeeze(1)
+
+
+def logprob_and_entropy(h, w):
+    return torch.stack(logprob(h, w, TOKEN_IDS, TEMPERATURES, 31, entropy_grad=True))
+
+
+def logprob_and_entropy_plain(h, w):
+    rows = (h @ w[:31].t() / TEMPERATURES.to(h)[:, None]).log_softmax(-1)
+    return torch.stack([logprob_plain(h, w), -(rows.exp() * rows).sum(-1)])
 
 
 def attention_plain(q, k, v):
@@ -81,6 +90,13 @@ OPERATIONS = {
         (7, 20),
         (40, 20),
     ),
+    "entropy": (
+        lambda h, w: logprob_and_entropy(h, w)[1],
+        lambda h, w: logprob_and_entropy_plain(h, w)[1],
+        (7, 20),
+        (40, 20),
+    ),
+    "logprob and entropy": (logprob_and_entropy, logprob_and_entropy_plain, (7, 20), (40, 20)),
     "attention-4/2": (attend, attention_plain, (150, 4, 16), (150, 2, 16), (150, 2, 16)),
     "attention-9/3": (attend, attention_plain, (150, 9, 10), (150, 3, 10), (150, 3, 10)),
     "attention-2/2": (attend, attention_plain, (150, 2, 33), (150, 2, 33), (150, 2, 33)),
@@ -169,6 +185,43 @@ def test_logit_gradients_of_a_rank_are_its_columns():
     found = [gradient(part, 8 * i) for i, part in enumerate(parts)]
     assert_same_bits(torch.cat(found, dim=1), whole)
     assert (whole.gather(1, TOKEN_IDS[:, None]).squeeze(1) > 0).tolist() == (POSITIONS > 0).tolist()
+
+
+def test_entropies_of_a_rank_give_its_columns_gradients():
+    """They are of the whole row, whatever part of it a rank holds."""
+    logits = torch.randn(7, 32, generator=torch.Generator().manual_seed(1)) * 2
+    _, entropies, normalizer = token_stats(logits, TEMPERATURES, TOKEN_IDS, True)
+    grad, entropy_grad = torch.zeros(7), POSITIONS / 9 - 1
+
+    def gradient(columns):
+        others = torch.full((7,), -1)
+        last = grad, torch.float32, entropies, entropy_grad
+        return logits_grad(columns, TEMPERATURES, normalizer, others, *last)
+
+    whole = gradient(logits)
+    assert_same_bits(torch.cat([gradient(x) for x in logits.split(8, dim=1)], dim=1), whole)
+    leaf = logits.double().requires_grad_()
+    rows = (leaf / TEMPERATURES[:, None]).log_softmax(-1)
+    [exact] = torch.autograd.grad(-(rows.exp() * rows).sum(-1), leaf, entropy_grad.double())
+    torch.testing.assert_close(whole.double(), exact, rtol=1e-5, atol=1e-6)
+    assert whole.sum(-1).abs().max() < 1e-4  # a shift of all logits moves no entropy
+
+
+def test_an_entropy_that_nobody_differentiates_moves_no_bit():
+    """Neither of the log-probs nor, without a gradient of its own, of their gradients."""
+    generator = torch.Generator().manual_seed(5)
+    hidden, weight = (torch.randn(n, 20, generator=generator) for n in (7, 40))
+    found = []
+    for entropy_grad in (False, True):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        values, entropy = logprob(*leaves, TOKEN_IDS, TEMPERATURES, 31, entropy_grad=entropy_grad)
+        assert entropy.requires_grad is entropy_grad
+        values.sin().sum().backward()
+        found.append((entropy.detach(), values.detach(), *(x.grad for x in leaves)))
+    (entropy, *others), (again, *others_again) = found
+    torch.testing.assert_close(entropy, again, rtol=1e-4, atol=1e-4)
+    for a, b in zip(others, others_again, strict=True):
+        assert_same_bits(a, b)
 
 
 def test_attention_gradients_match_its_reference():

@@ -28,7 +28,8 @@ UNFUSED = {
     "kernels/gpu/kv_write.py::_kv_write_kernel": "copies alone",
     "kernels/gpu/linear.py::_matmul_kernel": "all its products are the tensor core's (tl.dot), "
     "which adds them up by itself; outside there is one rounding and no arithmetic",
-    "kernels/gpu/logprob.py::_logits_grad_kernel": f"{BACKWARD}; moreover {NO_SUM}",
+    "kernels/gpu/logprob.py::_logits_grad_kernel": f"{BACKWARD}; without the entropy's "
+    f"moreover {NO_SUM}",
     "kernels/gpu/peers.py::_gather_kernel": "copies alone",
     "kernels/gpu/peers.py::_sum_kernel": f"sums alone: {NO_SUM}",
     "kernels/gpu/rms_norm.py::_rms_norm_backward_kernel": BACKWARD,

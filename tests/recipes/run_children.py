@@ -51,11 +51,12 @@ def roll_out(recipe, step):
 
 def update(recipe, rollout):
     """The optimizer steps of grpo on a rollout: their figures."""
+    from samebit.recipes.data.samples import with_advantages
     from samebit.recipes.run.training_metrics import PhaseTimer
-    from samebit.trainer.algorithms.grpo import group_advantages
 
-    advantages = group_advantages(rollout.reward_tensor, recipe.run.algorithm)
-    return recipe.update(rollout.samples(advantages), PhaseTimer())
+    groups = rollout.samples()
+    advantages = recipe.algorithm.advantages(rollout.reward_tensor, groups)
+    return recipe.update(with_advantages(groups, advantages), PhaseTimer())
 
 
 def has_lines(file, count):

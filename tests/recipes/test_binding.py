@@ -173,6 +173,16 @@ def test_what_the_architecture_implies_is_no_difference(bound):
     assert bound.resume() == 1
 
 
+def test_a_manifest_that_names_no_algorithm_is_grpos(bound):
+    """Manifests were written before there were others."""
+    checkpoint = latest_checkpoint(bound.runs.folder / "run" / "checkpoints")
+    content = {k: v for k, v in checkpoint.manifest.items() if k != "digest"}
+    assert content["config"].pop("algorithm.name") == "grpo"
+    assert content.pop("algorithm_source") is None
+    (checkpoint.path / MANIFEST).write_text(manifest_text(content))
+    assert bound.resume() == 1
+
+
 def test_an_earlier_format_is_named(bound):
     """It had digests of paths."""
     checkpoint = latest_checkpoint(bound.runs.folder / "run" / "checkpoints")

@@ -15,7 +15,7 @@ from samebit.recipes.cli.main import main
 from samebit.recipes.run.inputs import SftInputs
 from samebit.recipes.run.metrics import read_rows
 from samebit.rollout.engine import Engine
-from samebit.trainer.algorithms.sft import sft_loss
+from samebit.trainer.algorithms.sft import Sft
 from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint
 from samebit.weight_sync.transports.file import read_version
 
@@ -156,9 +156,10 @@ def test_stopped_by_a_signal_and_resumed(runs, base, monkeypatch, capsys):
     def loss(*args):
         if metrics():
             signal.raise_signal(signal.SIGTERM)  # a second call would end the process
-        return sft_loss(*args)
+        return original(*args)
 
-    monkeypatch.setattr(sft, "sft_loss", loss)
+    original = Sft.loss
+    monkeypatch.setattr(Sft, "loss", loss)
     assert main(["sft", *runs.arguments("stopped")]) == 0
     assert "samebit sft: SIGTERM: stopped after step 5, saved in" in capsys.readouterr().err
     assert latest_checkpoint(runs.folder / "stopped" / "checkpoints").step == 5

@@ -16,7 +16,7 @@ from samebit.recipes.grpo import GrpoRecipe
 from samebit.recipes.run.recorder import Recorder
 from samebit.recipes.run.sampling import Sampler
 from samebit.recipes.run.signals import Stopped, StopSignals, stop_signals
-from samebit.trainer.algorithms.grpo import GrpoLoss
+from samebit.trainer.algorithms.grpo import Grpo
 from samebit.trainer.checkpoint import latest_checkpoint
 from samebit.trainer.megatron.trainer import MegatronTrainer
 
@@ -59,7 +59,7 @@ def stop_and_resume(runs, monkeypatch, capsys, step, *overrides):
         (GrpoRecipe, "evaluate", 1, 0),
         (GrpoRecipe, "evaluate", 2, 3),  # step 3 is trained: its evaluation is finished
         (GrpoRecipe, "update", 4, 3),  # before the first micro-batch
-        (GrpoLoss, "__call__", 5, 2),  # between micro-batches of step 3, which is given up
+        (Grpo, "loss", 5, 2),  # between micro-batches of step 3, which is given up
         (Recorder, "save", 1, 2),  # while a checkpoint is written: not written twice
     ],
 )

@@ -1,6 +1,7 @@
 """Megatron trainers on the random models, and samples to train them on."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def _random_samples(count, seed, with_logprobs=False):
         ids = [rng.randrange(331) for _ in range(prompt_len + response_len)]
         logprobs = [-rng.uniform(0.1, 12.0) for _ in range(response_len)] if with_logprobs else []
         samples.append(
-            Sample(
+            Sample.of_response(
                 sample_id=100 + i,
                 token_ids=tuple(ids),
                 prompt_len=prompt_len,
@@ -82,7 +83,7 @@ def _draw(path, temperature):
     prompts = [[rng.randrange(331) for _ in range(n)] for n in (1, 15, 16, 17, 40, 63, 64, 65)]
     params = SamplingParams(n=3, temperature=temperature, max_new_tokens=25, ignore_eos=True)
     return [
-        drawn_sample(prompt, c, rng.uniform(-1, 1))
+        replace(drawn_sample(prompt, c), advantages=rng.uniform(-1, 1))
         for prompt, group in zip(prompts, engine.generate(prompts, params), strict=True)
         for c in group
     ]

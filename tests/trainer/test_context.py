@@ -1,5 +1,7 @@
 """Who computes which tokens of a packed batch under context parallelism."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -29,6 +31,7 @@ def test_chunks_cut_a_sample_once_and_evenly(size, length):
 @pytest.mark.parametrize("size", [2, 3])
 def test_shares_hold_every_token_and_loss_row_once(random_samples, size, loss_mean):
     [batch] = pack_samples(random_samples(7, seed=3, with_logprobs=True), 1000, loss_mean)
+    batch = replace(batch, is_compared=batch.sample_of_row % 2 == 1)
     group = object()  # stands for the group; nothing is sent
     shares = [share_context(batch, RankGroup(r, size, group), ATTENTION) for r in range(size)]
     padded = torch.full((size * shares[0].num_padded,), -1)
@@ -40,6 +43,8 @@ def test_shares_hold_every_token_and_loss_row_once(random_samples, size, loss_me
         assert torch.equal(own.target_ids, batch.target_ids[share.rows])
         assert torch.equal(own.rollout_logprobs, batch.rollout_logprobs[share.rows])
         assert torch.equal(own.advantages, batch.advantages[share.rows])
+        assert torch.equal(own.is_compared, batch.is_compared[share.rows])
+        assert torch.equal(own.row_counts, batch.row_counts)
         assert torch.equal(own.loss_weights, batch.loss_weights[share.rows])
         assert torch.equal(own.sample_of_row, batch.sample_of_row[share.rows])
         assert torch.equal(own.positions[own.rows], batch.positions[batch.rows[share.rows]])

@@ -8,7 +8,7 @@ import torch
 from samebit.recipes.launch.placement import load_weights
 from samebit.recipes.models.tiny_model import write_config, write_weights
 from samebit.rollout.models.registry import load_model_config
-from samebit.trainer.algorithms.sft import sft_loss
+from samebit.trainer.algorithms.sft import Sft
 from samebit.trainer.config import OptimizerConfig, ParallelConfig
 from samebit.trainer.megatron import trainer as trainer_module
 from samebit.trainer.megatron.offload import OffloadedState
@@ -43,7 +43,7 @@ def test_offload_moves_no_bit(folder, random_samples, split, monkeypatch):
         return trainer
 
     def steps(trainer):
-        return [(trainer.train_step(batches, sft_loss), trainer.digest()) for _ in range(2)]
+        return [(trainer.train_step(batches, Sft()), trainer.digest()) for _ in range(2)]
 
     def memory(offload):
         gc.collect()

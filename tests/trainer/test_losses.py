@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 
-from samebit.trainer.algorithms.grpo import GrpoLoss, group_advantages, kl_estimate
-from samebit.trainer.algorithms.sft import sft_loss
+from samebit.trainer.algorithms.base import LossInputs
+from samebit.trainer.algorithms.grpo import Grpo, group_advantages, kl_estimate
+from samebit.trainer.algorithms.sft import Sft
 from samebit.trainer.config import GrpoConfig, OptimizerConfig, TrainerConfig
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.types import Sample
@@ -76,11 +77,25 @@ def test_advantages_of_a_group_do_not_depend_on_other_groups():
 def batch(old, advantages):
     """A batch of one-token responses with the given log-probs at the rollout."""
     samples = [
-        Sample(sample_id=i, token_ids=(1, 2), prompt_len=1, logprobs=(value,), advantage=a)
+        Sample.of_response(
+            sample_id=i, token_ids=(1, 2), prompt_len=1, logprobs=(value,), advantage=a
+        )
         for i, (value, a) in enumerate(zip(old, advantages, strict=True))
     ]
     [packed] = pack_samples(samples, 1000)
     return packed
+
+
+def loss_of(algorithm, logprobs, reference, packed):
+    """Losses and metrics."""
+    inputs = LossInputs(
+        batch=packed,
+        logprobs=logprobs,
+        entropies=torch.zeros_like(logprobs),
+        ref_logprobs=reference,
+    )
+    found = algorithm.checked_loss(inputs)
+    return found.losses, found.metrics
 
 
 def run(config, ratios, advantages, ref_diff=None):
@@ -88,7 +103,7 @@ def run(config, ratios, advantages, ref_diff=None):
     logprobs = (torch.tensor(ratios).log() - 1.0).requires_grad_()
     packed = batch([-1.0] * len(ratios), advantages)
     reference = None if ref_diff is None else logprobs.detach() - torch.tensor(ref_diff)
-    losses, metrics = GrpoLoss(config)(logprobs, reference, packed)
+    losses, metrics = loss_of(Grpo(config), logprobs, reference, packed)
     losses.sum().backward()
     return losses.tolist(), logprobs.grad.tolist(), metrics
 
@@ -97,7 +112,7 @@ def test_at_ratio_one_the_gradient_is_minus_the_advantage():
     """The first optimizer step: no clipping, exact ratio."""
     packed = batch([-1.25, -3.5, -0.5], [1.5, -0.5, 0.0])
     logprobs = packed.rollout_logprobs.clone().requires_grad_()
-    losses, metrics = GrpoLoss(GrpoConfig())(logprobs, None, packed)
+    losses, metrics = loss_of(Grpo(), logprobs, None, packed)
     losses.sum().backward()
     assert losses.tolist() == [-1.5, 0.5, 0.0]
     assert logprobs.grad.tolist() == [-1.5, 0.5, 0.0]
@@ -183,7 +198,8 @@ def test_the_reference_equal_to_the_policy_costs_exactly_nothing():
 def test_supervised_loss():
     """The negative log-likelihood, whatever the advantages."""
     logprobs = torch.tensor([-0.5, -2.0], requires_grad=True)
-    losses, metrics = sft_loss(logprobs, None, batch([-9.0, -9.0], [5.0, -5.0]))
+    packed = batch([-9.0, -9.0], [5.0, -5.0])
+    losses, metrics = loss_of(Sft(), logprobs, None, packed)
     losses.sum().backward()
     assert losses.tolist() == [0.5, 2.0]
     assert logprobs.grad.tolist() == [-1.0, -1.0]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import assert_same_bits
 
-from samebit.trainer.algorithms.sft import sft_loss
+from samebit.trainer.algorithms.sft import Sft
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron import model as model_module
 from samebit.trainer.megatron import trainer as trainer_module
@@ -32,7 +32,7 @@ LAYOUTS = {
 }
 
 
-def smooth(gpt, batch, _model, _share=None):
+def smooth(gpt, batch, _model, _share=None, _entropy_grad=False):
     """Log-probs that go up as the weights' squares go down; as forward_logprobs."""
     total = sum(p.float().square().sum() for p in gpt.parameters())
     logprobs = -total * torch.linspace(0.5, 1.5, len(batch.rows))
@@ -77,7 +77,7 @@ def test_steps_go_on_from_the_masters(make_bf16, batches, layout):
     lost = 0
     for _ in range(3):
         before = {name: p.detach().clone() for name, p in trainer.params.items()}
-        trainer.train_step(batches, sft_loss)
+        trainer.train_step(batches, Sft())
         for name, p in trainer.params.items():
             assert p.dtype is torch.bfloat16
             assert p.main_grad.dtype is torch.float32
@@ -93,14 +93,14 @@ def test_masters_are_part_of_the_state(make_bf16, batches):
     """A resumed run goes on from the fp32 values, not from the rounded weights; in any layout."""
     trainer = make_bf16()
     for _ in range(2):
-        trainer.train_step(batches, sft_loss)
+        trainer.train_step(batches, Sft())
     saved = deepcopy(trainer.state_dict())
     assert {"master", "exp_avg", "exp_avg_sq", "step", "start"} == set(
         next(iter(saved["optimizer"].values()))
     )
-    expected = [(trainer.train_step(batches, sft_loss).loss, trainer.digest()) for _ in range(2)]
+    expected = [(trainer.train_step(batches, Sft()).loss, trainer.digest()) for _ in range(2)]
     for layout in LAYOUTS:
         resumed = make_bf16(layout)
         resumed.load_state_dict(saved)
-        found = [(resumed.train_step(batches, sft_loss).loss, resumed.digest()) for _ in range(2)]
+        found = [(resumed.train_step(batches, Sft()).loss, resumed.digest()) for _ in range(2)]
         assert found == expected, layout

@@ -22,7 +22,7 @@ def by_sample(trainer, batches, **kwargs):
     """{sample id: log-probs} over all micro-batches."""
     found = {}
     for batch, logprobs in zip(batches, trainer.logprobs(batches, **kwargs), strict=True):
-        lens = [s.response_len for s in batch.samples]
+        lens = [s.num_trained for s in batch.samples]
         for s, part in zip(batch.samples, logprobs.split(lens), strict=True):
             found[s.sample_id] = part
     return found
@@ -44,17 +44,17 @@ def test_logprobs_are_those_of_the_rollout(model_path, make_trainer, rollout_sam
     for batches in packed:
         found = by_sample(trainer, batches)
         for s in samples:
-            assert_same_bits(found[s.sample_id], torch.tensor(s.logprobs), s.sample_id)
+            assert_same_bits(found[s.sample_id], torch.tensor(s.logprobs[s.loss_mask]), s.sample_id)
 
 
 def test_logprobs_are_those_of_score(model_path, make_trainer, random_samples):
     """Tokens that no engine drew, by the trainer and by score, at lengths around 16 and 64."""
     samples = random_samples(12, seed=4)
     trainer, engine = make_trainer(model_path), Engine(model_path, device="cpu")
-    scores = engine.score([list(s.token_ids) for s in samples], temperature=1.0)
+    scores = engine.score([s.token_ids.tolist() for s in samples], temperature=1.0)
     found = by_sample(trainer, pack_samples(samples, 150))
     for s, score in zip(samples, scores, strict=True):
-        expected = torch.tensor(score[s.prompt_len - 1 :])
+        expected = torch.tensor(score[-s.num_trained :])
         assert_same_bits(found[s.sample_id], expected, s.sample_id)
 
 
@@ -62,18 +62,17 @@ def test_the_forward_of_training_is_the_forward_of_evaluation(
     make_trainer, qwen3_path, rollout_samples
 ):
     """train_step's own comparison: with gradients, every log-prob still has the rollout's bits."""
-    from samebit.trainer.algorithms.grpo import GrpoLoss
-    from samebit.trainer.config import GrpoConfig
+    from samebit.trainer.algorithms.grpo import Grpo
 
     samples = rollout_samples(qwen3_path)
     trainer = make_trainer()
-    stats = trainer.train_step(pack_samples(samples, 300), GrpoLoss(GrpoConfig()))
-    assert stats.logprob_tokens_compared == sum(s.response_len for s in samples)
+    stats = trainer.train_step(pack_samples(samples, 300), Grpo())
+    assert stats.logprob_tokens_compared == sum(s.num_trained for s in samples)
     assert (stats.logprob_mismatches, stats.logprob_abs_diff_max) == (0, 0.0)
     assert stats.metrics["train/ratio"] == 1.0
     assert stats.num_tokens == sum(len(s.token_ids) for s in samples)
     # On other weights the comparison must not be blind.
-    stats = trainer.train_step(pack_samples(samples, 300), GrpoLoss(GrpoConfig()))
+    stats = trainer.train_step(pack_samples(samples, 300), Grpo())
     assert stats.logprob_mismatches > 0.9 * stats.logprob_tokens_compared
     assert stats.logprob_abs_diff_max > 0
 
@@ -88,7 +87,7 @@ def test_mismatches_are_counted_by_bits():
 
 def test_an_engine_bound_to_the_trainer_sees_its_steps(make_trainer, qwen3_path, rollout_samples):
     """Alias: after a step, the shared memory gives the same new bits on both sides."""
-    from samebit.trainer.algorithms.sft import sft_loss
+    from samebit.trainer.algorithms.sft import Sft
     from samebit.weight_sync.transports.alias import AliasLease
 
     samples = rollout_samples(qwen3_path)[:8]
@@ -96,18 +95,18 @@ def test_an_engine_bound_to_the_trainer_sees_its_steps(make_trainer, qwen3_path,
     engine.bind_weights(trainer.params)
     memory = {name: p.data_ptr() for name, p in trainer.params.items()}
     lease = AliasLease(engine)
-    before = engine.score([list(samples[0].token_ids)])
+    before = engine.score([samples[0].token_ids.tolist()])
     for step in (1, 2):
         lease.take(step)
-        trainer.train_step(pack_samples(samples, 500), sft_loss)
+        trainer.train_step(pack_samples(samples, 500), Sft())
         version = lease.commit(trainer.params, trainer.digest())
         assert version.step == trainer.step == step
     assert {name: p.data_ptr() for name, p in trainer.params.items()} == memory
-    assert engine.score([list(samples[0].token_ids)]) != before
+    assert engine.score([samples[0].token_ids.tolist()]) != before
     found = by_sample(trainer, pack_samples(samples, 500))
     for s in samples:
-        [score] = engine.score([list(s.token_ids)])
-        assert_same_bits(found[s.sample_id], torch.tensor(score[s.prompt_len - 1 :]), s.sample_id)
+        [score] = engine.score([s.token_ids.tolist()])
+        assert_same_bits(found[s.sample_id], torch.tensor(score[-s.num_trained :]), s.sample_id)
 
 
 def test_the_forward_alone_reads_the_weights_in_place(model_path, rollout_samples):
@@ -120,7 +119,7 @@ def test_the_forward_alone_reads_the_weights_in_place(model_path, rollout_sample
     assert not any(p.requires_grad for p in forward.params.values())
     found = by_sample(forward, pack_samples(samples, 300))
     for s in samples:
-        assert_same_bits(found[s.sample_id], torch.tensor(s.logprobs), s.sample_id)
+        assert_same_bits(found[s.sample_id], torch.tensor(s.logprobs[s.loss_mask]), s.sample_id)
 
 
 @pytest.mark.parametrize(("longest", "rows"), [(64, 64), (None, 1024), (10**6, 1024)])

@@ -4,9 +4,8 @@ import pytest
 import torch
 from helpers import assert_same_bits
 
-from samebit.trainer.algorithms.grpo import GrpoLoss
-from samebit.trainer.algorithms.sft import sft_loss
-from samebit.trainer.config import GrpoConfig
+from samebit.trainer.algorithms.grpo import Grpo
+from samebit.trainer.algorithms.sft import Sft
 from samebit.trainer.packing import pack_samples
 from samebit.weight_sync.mapping import load_params
 
@@ -31,9 +30,9 @@ def cross_entropy(model, samples, loss_mean):
     """Mean negative log-likelihood of the response tokens, one sample at a time."""
     losses = []
     for s in samples:
-        ids = torch.tensor([s.token_ids])
+        ids, start = torch.tensor(s.token_ids[None]), len(s.token_ids) - s.num_trained
         logprobs = model(ids).logits[0].log_softmax(-1)
-        own = logprobs[s.prompt_len - 1 : -1].gather(1, ids[0, s.prompt_len :, None]).squeeze(1)
+        own = logprobs[start - 1 : -1].gather(1, ids[0, start:, None]).squeeze(1)
         losses.append(-own)
     if loss_mean == "token":
         return torch.cat(losses).mean()
@@ -58,7 +57,7 @@ def test_gradients_are_those_of_transformers(model_path, make_trainer, random_sa
     trainer = make_trainer(model_path)
     batches = pack_samples(samples, 100, loss_mean)
     assert len(batches) > 2
-    found = gradients(trainer, batches, sft_loss)
+    found = gradients(trainer, batches, Sft())
     model = reference_model(model_path)
     cross_entropy(model, samples, loss_mean).backward()
     hf = {name: p.grad for name, p in model.named_parameters()}
@@ -71,7 +70,7 @@ def test_a_loss_is_the_mean_that_is_reported(make_trainer, qwen3_path, random_sa
     """The logged loss must be the one that was differentiated."""
     samples = random_samples(9, seed=1)
     for loss_mean in ("token", "sequence"):
-        stats = make_trainer().train_step(pack_samples(samples, 100, loss_mean), sft_loss)
+        stats = make_trainer().train_step(pack_samples(samples, 100, loss_mean), Sft())
         with torch.no_grad():
             expected = cross_entropy(reference_model(qwen3_path), samples, loss_mean)
         assert stats.loss == pytest.approx(float(expected), rel=1e-5)
@@ -80,7 +79,7 @@ def test_a_loss_is_the_mean_that_is_reported(make_trainer, qwen3_path, random_sa
 def test_gradients_do_not_depend_on_the_split(make_trainer, random_samples):
     """Micro-batches are a matter of memory: the sum is the same but for fp32's rounding."""
     samples = random_samples(12, seed=2, with_logprobs=True)
-    loss = GrpoLoss(GrpoConfig())
+    loss = Grpo()
     for loss_mean in ("token", "sequence"):
         found = [
             gradients(make_trainer(), pack_samples(samples, max_tokens, loss_mean), loss)
@@ -95,7 +94,7 @@ def test_gradients_repeat_to_the_bit(make_trainer, random_samples):
     """Same input, same gradient bits: resuming and two equal runs rest on it."""
     samples = random_samples(12, seed=2, with_logprobs=True)
     batches = pack_samples(samples, 120)
-    loss = GrpoLoss(GrpoConfig())
+    loss = Grpo()
     trainer = make_trainer()
     first = gradients(trainer, batches, loss)
     again = gradients(trainer, batches, loss)
@@ -109,8 +108,8 @@ def test_vocabulary_padding_gets_no_gradient(model_path, make_trainer, random_sa
     """Padding that moves would leak into the next step's log-sum-exp."""
     trainer = make_trainer(model_path)
     batches = pack_samples(random_samples(4, seed=1), 200)
-    found = gradients(trainer, batches, sft_loss)
-    trainer.train_step(batches, sft_loss)
+    found = gradients(trainer, batches, Sft())
+    trainer.train_step(batches, Sft())
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         if name in found:
             assert not found[name][331:].any()
@@ -131,7 +130,7 @@ def test_steps_are_those_of_adamw(model_path, make_trainer, random_samples, clip
     before = in_our_layout(trainer.specs, tensors)
     for step in range(3):
         samples = random_samples(5, seed=step)
-        stats = trainer.train_step(pack_samples(samples, 100), sft_loss)
+        stats = trainer.train_step(pack_samples(samples, 100), Sft())
         adam.zero_grad()
         cross_entropy(model, samples, "token").backward()
         limit = clip_grad or float("inf")

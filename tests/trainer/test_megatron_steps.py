@@ -6,9 +6,10 @@ from copy import deepcopy
 import pytest
 import torch
 from helpers import assert_same_bits
+from losses import LossOf
 
-from samebit.trainer.algorithms.grpo import GrpoLoss
-from samebit.trainer.algorithms.sft import sft_loss
+from samebit.trainer.algorithms.grpo import Grpo
+from samebit.trainer.algorithms.sft import Sft
 from samebit.trainer.checkpoint import latest_checkpoint
 from samebit.trainer.checkpoint_writer import CheckpointWriter
 from samebit.trainer.config import GrpoConfig
@@ -26,7 +27,7 @@ def batches(random_samples):
 
 
 def rates(trainer, batches, num_steps):
-    return [trainer.train_step(batches[:1], sft_loss).learning_rate for _ in range(num_steps)]
+    return [trainer.train_step(batches[:1], Sft()).learning_rate for _ in range(num_steps)]
 
 
 def test_constant_rate(make_trainer, batches):
@@ -53,7 +54,7 @@ def test_a_schedule_counts_optimizer_steps(make_trainer, batches):
     settings = {"lr": 1e-3, "lr_warmup_steps": 1, "num_steps": 5, "lr_schedule": "linear"}
     trainer = make_trainer(**settings)
     found = [
-        trainer.train_step(some, sft_loss).learning_rate
+        trainer.train_step(some, Sft()).learning_rate
         for some in (batches, batches[:1], batches[1:], batches, batches, batches[:2])
     ]
     assert found == pytest.approx([0.0, 1e-3, 7.5e-4, 5e-4, 2.5e-4, 0.0])
@@ -64,7 +65,7 @@ def test_a_rate_is_used_in_the_step_that_reports_it(make_trainer, batches):
     trainer = make_trainer(lr=1e-3, lr_warmup_steps=2)
     seen = [trainer.digest()]
     for _ in range(2):
-        trainer.train_step(batches, sft_loss)
+        trainer.train_step(batches, Sft())
         seen.append(trainer.digest())
     assert seen[0] == seen[1] != seen[2]
 
@@ -79,7 +80,7 @@ def test_rate_zero_changes_nothing(make_trainer, batches):
     """A step without a rate must keep every bit, decay or not."""
     trainer = make_trainer(lr=0.0, weight_decay=0.1)
     before = trainer.digest()
-    stats = trainer.train_step(batches, GrpoLoss(GrpoConfig()))
+    stats = trainer.train_step(batches, Grpo())
     assert stats.grad_norm > 0
     assert trainer.digest() == before
     assert trainer.step == 1
@@ -89,7 +90,7 @@ def test_a_step_changes_every_parameter(make_trainer, model_path, batches):
     """A parameter that Megatron's buffers forgot would stay at its start for ever."""
     trainer = make_trainer(model_path)
     before = {name: p.detach().clone() for name, p in trainer.params.items()}
-    trainer.train_step(batches, sft_loss)
+    trainer.train_step(batches, Sft())
     still = [name for name, p in trainer.params.items() if torch.equal(p, before[name])]
     assert still == []
 
@@ -98,7 +99,7 @@ def test_steps_repeat_to_the_bit(make_trainer, batches):
     """Two equal runs give the same bytes."""
     a, b = make_trainer(), make_trainer()
     for _ in range(3):
-        first, second = (t.train_step(batches, GrpoLoss(GrpoConfig())) for t in (a, b))
+        first, second = (t.train_step(batches, Grpo()) for t in (a, b))
         assert first == second
         assert a.digest() == b.digest()
 
@@ -107,17 +108,17 @@ def test_several_trainers_do_not_touch_each_other(make_trainer, batches):
     """Megatron keeps state per process; our objects must not share any of it."""
     a, b = make_trainer(), make_trainer(lr=1e-3, num_steps=4)
     before = b.digest()
-    a.train_step(batches, sft_loss)
+    a.train_step(batches, Sft())
     assert b.digest() == before
     alone = make_trainer(lr=1e-3, num_steps=4)
-    alone.train_step(batches, sft_loss)
-    b.train_step(batches, sft_loss)
+    alone.train_step(batches, Sft())
+    b.train_step(batches, Sft())
     assert b.digest() == alone.digest()
 
 
 def test_the_reference_stays_where_it_was_frozen(make_trainer, batches):
     """KL is measured against the weights at the start, to the bit, and is 0 there."""
-    loss = GrpoLoss(GrpoConfig(kl_coef=0.1, kl_estimator="k3"))
+    loss = Grpo(GrpoConfig(kl_coef=0.1, kl_estimator="k3"))
     trainer = make_trainer()
     with pytest.raises(RuntimeError, match="freeze_reference"):
         trainer.logprobs(batches, reference=True)
@@ -135,6 +136,7 @@ def test_each_micro_batch_gets_its_own_reference(make_trainer, batches):
     """Reference log-probs of another micro-batch would be a random penalty."""
     seen = []
 
+    @LossOf
     def loss(logprobs, reference, batch):
         seen.append((batch.index, reference))
         return -logprobs, {}
@@ -156,7 +158,7 @@ def test_the_kl_penalty_pulls_back(make_trainer, batches):
         trainer.freeze_reference()
         start = torch.cat(trainer.logprobs(batches))
         for _ in range(6):
-            trainer.train_step(batches, GrpoLoss(config))
+            trainer.train_step(batches, Grpo(config))
         distances.append(float((torch.cat(trainer.logprobs(batches)) - start).square().mean()))
     assert distances[1] < 0.5 * distances[0]
 
@@ -174,6 +176,7 @@ def assert_same_state(found, expected, path=""):
 
 
 def nan_loss_of(sample_id, value):
+    @LossOf
     def loss(logprobs, reference, batch):
         ids = torch.tensor([s.sample_id for s in batch.samples])
         bad = ids[batch.sample_of_row] == sample_id
@@ -185,6 +188,7 @@ def nan_loss_of(sample_id, value):
 def nan_gradient_of(index):
     """A finite loss whose gradient is not a number in one micro-batch."""
 
+    @LossOf
     def loss(logprobs, reference, batch):
         losses = -logprobs
         if batch.index == index:
@@ -199,7 +203,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_written(make_trainer
     """The error names step, micro-batch and sample, and the weights are still good."""
     trainer, other = make_trainer(), make_trainer()
     for t in (trainer, other):
-        t.train_step(batches, sft_loss)
+        t.train_step(batches, Sft())
     before, bad = deepcopy(trainer.state_dict()), batches[1].samples[1].sample_id
     message = f"loss is NaN or Inf at step 2, micro-batch 1, sample {bad}; the weights are unch"
     with pytest.raises(NonFiniteError, match=message):
@@ -207,8 +211,8 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_written(make_trainer
     assert_same_state(trainer.state_dict(), before)
     assert trainer.step == 1
     # What was accumulated before the error must not count in the next step.
-    trainer.train_step(batches, sft_loss)
-    other.train_step(batches, sft_loss)
+    trainer.train_step(batches, Sft())
+    other.train_step(batches, Sft())
     assert trainer.digest() == other.digest()
 
 
@@ -223,10 +227,10 @@ def test_a_poll_ends_a_step_before_anything_is_written(make_trainer, batches):
 
     before = deepcopy(trainer.state_dict())
     with pytest.raises(KeyboardInterrupt):
-        trainer.train_step(batches, sft_loss, poll)
+        trainer.train_step(batches, Sft(), poll)
     assert_same_state(trainer.state_dict(), before)
     assert (trainer.step, len(polls)) == (0, 3)
-    make_trainer().train_step(batches, sft_loss, poll)
+    make_trainer().train_step(batches, Sft(), poll)
     assert len(polls) == 3 + len(batches)
 
 
@@ -234,6 +238,7 @@ def test_the_first_of_several_bad_samples_is_named(make_trainer, batches):
     """The one to look at: what comes after may be bad because of it."""
     first, last = batches[0].samples[1].sample_id, batches[2].samples[0].sample_id
 
+    @LossOf
     def loss(logprobs, reference, batch):
         ids = torch.tensor([s.sample_id for s in batch.samples])[batch.sample_of_row]
         return torch.where((ids == first) | (ids == last), math.nan, -logprobs), {}
@@ -246,15 +251,15 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_is_written(make_tra
     """As for the loss; the micro-batch is found among several."""
     trainer, other = make_trainer(), make_trainer()
     for t in (trainer, other):
-        t.train_step(batches, sft_loss)
+        t.train_step(batches, Sft())
     before, ids = deepcopy(trainer.state_dict()), [s.sample_id for s in batches[2].samples]
     message = rf"at step 2, micro-batch 2, sample {ids[0]}; the weights are unchanged"
     with pytest.raises(NonFiniteError, match=message):
         trainer.train_step(batches, nan_gradient_of(2))
     assert_same_state(trainer.state_dict(), before)
     assert trainer.step == 1
-    trainer.train_step(batches, sft_loss)
-    other.train_step(batches, sft_loss)
+    trainer.train_step(batches, Sft())
+    other.train_step(batches, Sft())
     assert trainer.digest() == other.digest()
 
 
@@ -263,6 +268,7 @@ def test_gradients_that_overflow_only_together_are_found_too(make_trainer, batch
 
     scale = 1e30
 
+    @LossOf
     def huge(logprobs, reference, batch):
         return -logprobs * scale, {}
 
@@ -291,7 +297,7 @@ def test_a_loaded_checkpoint_continues_to_the_bit(
     make_trainer, batches, tmp_path, settings, kl_coef
 ):
     """Parameters, moments, schedule and reference: whatever is forgotten shows in a digest."""
-    loss = GrpoLoss(GrpoConfig(kl_coef=kl_coef))
+    loss = Grpo(GrpoConfig(kl_coef=kl_coef))
 
     def make(filled=True):
         trainer = make_trainer(filled=filled, **SETTINGS[settings])
@@ -326,13 +332,14 @@ def test_state_of_another_model_is_refused(make_trainer, llama_path, qwen3_path)
 def test_no_samples_is_an_error(make_trainer):
     """A step on nothing would divide by zero."""
     with pytest.raises(ValueError):
-        make_trainer().train_step([], sft_loss)
+        make_trainer().train_step([], Sft())
 
 
 def test_the_sample_behind_a_bad_gradient_is_named(make_trainer, batches):
     """Not only its micro-batch: a user has to find the data."""
     bad = batches[2].samples[1].sample_id
 
+    @LossOf
     def loss(logprobs, reference, batch):
         ids = torch.tensor([s.sample_id for s in batch.samples])[batch.sample_of_row]
         losses = -logprobs
@@ -350,8 +357,9 @@ def test_the_sample_behind_a_bad_gradient_is_named_at_its_temperature(make_train
     trainer = make_trainer()
     trainer.freeze_reference()
     expected = torch.cat(trainer.logprobs(cold))
-    bad, place = cold[1].samples[1].sample_id, len(cold[0].rows) + cold[1].samples[0].response_len
+    bad, place = cold[1].samples[1].sample_id, len(cold[0].rows) + cold[1].samples[0].num_trained
 
+    @LossOf
     def loss(logprobs, reference, batch):
         alike = (logprobs.detach() == expected[place]) & (reference == expected[place])
         rows = torch.nonzero(alike).squeeze(1)

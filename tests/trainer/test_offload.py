@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import assert_same_bits
 
-from samebit.trainer.algorithms.sft import sft_loss
+from samebit.trainer.algorithms.sft import Sft
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron import trainer as trainer_module
 from samebit.trainer.megatron.offload import OffloadedState
@@ -43,7 +43,7 @@ def test_offload_moves_no_bit(make_trainer, batches, slices, split):
         return make_trainer(parallel=parallel, **SETTINGS)
 
     def steps(trainer, count):
-        return [(trainer.train_step(batches, sft_loss), trainer.digest()) for _ in range(count)]
+        return [(trainer.train_step(batches, Sft()), trainer.digest()) for _ in range(count)]
 
     plain, offloaded = make(False), make(True)
     expected = steps(plain, 2)
@@ -65,7 +65,7 @@ def test_offload_moves_no_bit(make_trainer, batches, slices, split):
 def test_the_state_of_another_layout_is_refused(make_trainer, batches):
     """Nothing of the optimizer is written over."""
     trainer = make_trainer(**SETTINGS)
-    trainer.train_step(batches, sft_loss)
+    trainer.train_step(batches, Sft())
     state = trainer.state_dict()
     name = next(iter(state["optimizer"]))
     state["optimizer"][name] = state["optimizer"][name] | {"start": 7}

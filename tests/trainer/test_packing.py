@@ -2,17 +2,21 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from samebit.rollout.models.registry import load_model_config
+from samebit.trainer.config import TrainerConfig
+from samebit.trainer.loss_means import LOSS_MEANS
 from samebit.trainer.packing import pack_samples, share_batches
 from samebit.trainer.types import Sample
+from samebit.weight_sync.types import VersionSpan, WeightVersion
 
 
 def sample(sample_id, prompt_len, response_len, **fields):
     ids = tuple(sample_id * 100 + i for i in range(prompt_len + response_len))
-    return Sample(sample_id=sample_id, token_ids=ids, prompt_len=prompt_len, **fields)
+    return Sample.of_response(sample_id=sample_id, token_ids=ids, prompt_len=prompt_len, **fields)
 
 
 SAMPLES = [
@@ -69,6 +73,89 @@ def test_loss_means():
         assert sum(b.loss_denominator for b in by_sequence) == len(SAMPLES)
 
 
+def by_constant(row_counts, sample_of_row):
+    """Every token counts an eighth, over the number of samples."""
+    return np.full(len(sample_of_row), 0.125, np.float32), len(row_counts)
+
+
+def test_another_mean_is_a_function_and_its_name(monkeypatch):
+    monkeypatch.setitem(LOSS_MEANS, "constant", by_constant)
+    TrainerConfig(loss_mean="constant")
+    batches = pack_samples(SAMPLES, 8, "constant")
+    assert torch.cat([b.loss_weights for b in batches]).tolist() == [0.125] * 13
+    assert sum(b.loss_denominator for b in batches) == len(SAMPLES)
+
+
+def test_tokens_in_the_middle_may_be_masked():
+    """Two turns with a tool's output between them, behind another sample: by hand."""
+    talk = Sample(
+        sample_id=5,
+        token_ids=range(500, 509),
+        loss_mask=[0, 0, 1, 1, 0, 0, 1, 1, 0],
+        logprobs=[9, 9, -0.5, -0.25, 9, 9, -0.125, -1, 9],
+        advantages=[7, 7, 1, 2, 7, 7, 3, 4, 7],
+    )
+    assert talk.num_trained == 4
+    [batch] = pack_samples([SAMPLES[1], talk], 100, "sequence")
+    assert batch.input_ids.tolist() == [200, 201, *range(500, 509)]
+    assert batch.positions.tolist() == [0, 1, *range(9)]
+    assert batch.rows.tolist() == [0, 3, 4, 7, 8]
+    assert batch.target_ids.tolist() == [201, 502, 503, 506, 507]
+    assert batch.sample_of_row.tolist() == [0, 1, 1, 1, 1]
+    assert batch.row_counts.tolist() == [1, 4]
+    assert batch.rollout_logprobs.tolist() == [-1.0, -0.5, -0.25, -0.125, -1.0]
+    assert batch.advantages.tolist() == [-0.5, 1.0, 2.0, 3.0, 4.0]
+    assert batch.loss_weights.tolist() == [1.0, 0.25, 0.25, 0.25, 0.25]
+    assert batch.is_compared.tolist() == [True] * 5
+
+
+def test_a_sample_of_two_versions_is_not_compared():
+    """No one set of weights has its log-probs; it is trained on like the others."""
+    versions = [WeightVersion(step, f"{step:016x}") for step in (1, 2)]
+    spans = [VersionSpan(3 * i, version) for i, version in enumerate(versions)]
+    mixed = sample(7, 2, 5, logprobs=(-1.0,) * 5, version_spans=spans)
+    drawn = sample(8, 1, 2, logprobs=(-1.0,) * 2, version_spans=spans[:1])
+    assert mixed.version_spans[1].start == 5
+    [batch] = pack_samples([mixed, drawn, SAMPLES[1]], 100)
+    assert batch.is_compared.tolist() == [False] * 5 + [True] * 3
+    [taught] = pack_samples([sample(1, 2, 2)], 100)
+    assert taught.is_compared.tolist() == [False, False]
+
+
+def test_units_are_never_parted():
+    """A loss of pairs sees both; where one is too long for a micro-batch, that is said."""
+    pairs = [replace(sample(i, 1, n), unit=i // 2) for i, n in enumerate((2, 3, 4, 1, 1, 5))]
+    for max_tokens, at_least, expected in (
+        (100, 1, [[0, 1, 2, 3, 4, 5]]),
+        (15, 1, [[0, 1, 2, 3], [4, 5]]),
+        (8, 1, [[0, 1], [2, 3], [4, 5]]),
+        (100, 2, [[0, 1], [2, 3, 4, 5]]),
+        (100, 9, [[0, 1], [2, 3], [4, 5]]),
+    ):
+        batches = pack_samples(pairs, max_tokens, at_least=at_least)
+        assert [[s.sample_id for s in b.samples] for b in batches] == expected
+    alike = [replace(s, unit=0) for s in pairs[:2]]
+    assert len(pack_samples([*alike, SAMPLES[0], SAMPLES[1], *alike], 8)) == 3
+    message = "sample 0 with the 1 others of its unit has 7 tokens; .*micro_batch_tokens is 6"
+    with pytest.raises(ValueError, match=message):
+        pack_samples(pairs, 6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"loss_mask": [0, 0, 0]}, "sample 7: loss_mask must be set for some of 3 tokens"),
+        ({"loss_mask": [1, 0, 1]}, "sample 7: loss_mask must be set .* not for the first"),
+        ({"loss_mask": [0, 1]}, r"sample 7: loss_mask of shape \(2,\) for 3 tokens"),
+        ({"logprobs": [-1.0] * 4}, r"sample 7: logprobs of shape \(4,\) for 3 tokens"),
+        ({"advantages": [[1.0] * 3]}, r"sample 7: advantages of shape \(1, 3\) for 3 tokens"),
+    ],
+)
+def test_a_sample_that_does_not_fit_itself_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Sample(**({"sample_id": 7, "token_ids": (1, 2, 3), "loss_mask": (0, 1, 1)} | fields))
+
+
 def test_samples_of_both_kinds_do_not_mix():
     """Drawn ones beside supervised ones: what would be compared with what?"""
     drawn, taught = sample(1, 1, 2, logprobs=(-0.5, -0.25)), sample(2, 1, 2)
@@ -106,13 +193,13 @@ def test_a_sample_that_fits_no_batch_is_named():
 def test_a_sample_needs_a_prompt_and_a_response(prompt_len):
     """Without a prompt there is nothing to condition on, without a response nothing to learn."""
     with pytest.raises(ValueError, match=f"sample 7: prompt_len {prompt_len} must leave"):
-        Sample(sample_id=7, token_ids=(1, 2, 3), prompt_len=prompt_len)
+        Sample.of_response(sample_id=7, token_ids=(1, 2, 3), prompt_len=prompt_len)
 
 
 def test_logprobs_must_be_one_per_response_token():
     """Shifted log-probs would be compared with the wrong tokens."""
     with pytest.raises(ValueError, match="sample 7: 2 logprobs for a response of 1 tokens"):
-        Sample(sample_id=7, token_ids=(1, 2, 3), prompt_len=2, logprobs=(-1.0, -2.0))
+        Sample.of_response(sample_id=7, token_ids=(1, 2, 3), prompt_len=2, logprobs=(-1.0, -2.0))
 
 
 def test_every_copy_gets_a_micro_batch(random_samples):
@@ -150,7 +237,7 @@ def test_samples_must_fit_the_model(qwen3_path):
         pack_samples([longest, sample(1, 2, 4)], 100, model=model)
     with pytest.raises(ValueError, match=r"sample 2: token 201 is outside the vocabulary \[0, 105"):
         pack_samples([sample(2, 1, 1)], 100, model=model)
-    one_more = Sample(sample_id=3, token_ids=(1, 105), prompt_len=1)
+    one_more = Sample.of_response(sample_id=3, token_ids=(1, 105), prompt_len=1)
     with pytest.raises(ValueError, match="sample 3: token 105 is outside"):
         pack_samples([one_more], 100, model=model)
     with pytest.raises(ValueError, match="sample 3: token -1 is outside"):

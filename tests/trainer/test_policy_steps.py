@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from samebit.trainer.algorithms.grpo import GrpoLoss
+from samebit.trainer.algorithms.grpo import Grpo
 from samebit.trainer.config import GrpoConfig
 from samebit.trainer.packing import pack_samples
 from samebit.weight_sync.mapping import load_params
@@ -24,12 +24,12 @@ def reference_model(path):
 
 def distribution(model, sample):
     """Log-probs [response, vocabulary] before each token of the response."""
-    logits = model(torch.tensor([sample.token_ids])).logits[0]
-    return (logits / TEMPERATURE).log_softmax(-1)[sample.prompt_len - 1 : -1]
+    logits = model(torch.tensor(sample.token_ids[None])).logits[0]
+    return (logits / TEMPERATURE).log_softmax(-1)[-sample.num_trained - 1 : -1]
 
 
 def drawn(logprobs, sample):
-    targets = torch.tensor(sample.token_ids[sample.prompt_len :])
+    targets = torch.tensor(sample.token_ids[-sample.num_trained :])
     return logprobs[torch.arange(len(targets)), targets]
 
 
@@ -44,13 +44,15 @@ class Plain:
             with torch.no_grad():
                 against = drawn(distribution(reference, sample), sample)
             losses = []
+            advantage = float(sample.advantages[-1])
+            before = sample.logprobs[-sample.num_trained :].tolist()
             for i, logprob in enumerate(logprobs):
-                ratio = (logprob - sample.logprobs[i]).exp()
-                bounded = ratio.clamp(0.9, 1.3) * sample.advantage
-                clips = bool(bounded < ratio * sample.advantage)
+                ratio = (logprob - before[i]).exp()
+                bounded = ratio.clamp(0.9, 1.3) * advantage
+                clips = bool(bounded < ratio * advantage)
                 d = logprob - against[i]
                 kl = (-d).exp() - 1 + d  # k3
-                losses.append(-(bounded if clips else ratio * sample.advantage) + 0.4 * kl)
+                losses.append(-(bounded if clips else ratio * advantage) + 0.4 * kl)
                 self.clipped.append(float(clips))
                 self.kl.append(kl.item())
                 self.ratio.append(ratio.item())
@@ -82,11 +84,11 @@ def test_a_step_is_that_of_a_plain_program(make_trainer, random_samples, model_p
         shift = 0.4 * torch.randn(len(own), generator=generator)  # ratios on both sides of a bound
         advantage = 2 * float(torch.rand((), generator=generator)) - 1
         samples.append(
-            replace(sample, logprobs=tuple((own + shift).float().tolist()), advantage=advantage)
+            replace(sample.with_logprobs((own + shift).float().tolist()), advantages=advantage)
         )
     batches = pack_samples(samples, 50, loss_mean, TEMPERATURE)
     assert len(batches) >= 3
-    stats = trainer.train_step(batches, GrpoLoss(CONFIG))
+    stats = trainer.train_step(batches, Grpo(CONFIG))
     plain = Plain(model, reference, samples, loss_mean)
     plain.loss.backward()
     assert 0.1 < sum(plain.clipped) / len(plain.clipped) < 0.9

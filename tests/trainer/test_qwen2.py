@@ -6,7 +6,7 @@ from helpers import assert_same_bits
 
 from samebit.recipes.export import write_model
 from samebit.rollout.engine import Engine
-from samebit.trainer.algorithms.sft import sft_loss
+from samebit.trainer.algorithms.sft import Sft
 from samebit.trainer.checkpoint import latest_checkpoint
 from samebit.trainer.checkpoint_writer import CheckpointWriter
 from samebit.trainer.packing import pack_samples
@@ -36,7 +36,7 @@ def test_an_export_has_the_trained_models_logits(
     trainer = make_trainer(qwen2_path)
     before = {name: p.detach().clone() for name, p in trainer.params.items()}
     for seed in range(2):
-        trainer.train_step(pack_samples(random_samples(6, seed), 100), sft_loss)
+        trainer.train_step(pack_samples(random_samples(6, seed), 100), Sft())
     for layer in range(3):
         moved = trainer.params[BIAS.format(layer)] - before[BIAS.format(layer)]
         assert (moved != 0).float().mean() > 0.9

@@ -2,7 +2,7 @@
 
 import pytest
 
-from samebit.trainer.algorithms.sft import sft_loss
+from samebit.trainer.algorithms.sft import Sft
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron import spec
 from samebit.trainer.packing import pack_samples
@@ -30,7 +30,7 @@ def test_recompute_moves_no_bit(make_trainer, model_path, random_samples, activa
     for how in ("none", recompute):
         activations.clear()
         trainer = make_trainer(model_path, parallel=ParallelConfig(recompute=how))
-        stats = [trainer.train_step(batches, sft_loss) for _ in range(2)]
+        stats = [trainer.train_step(batches, Sft()) for _ in range(2)]
         found.append((stats, trainer.digest(), len(activations)))
     assert found[0][:2] == found[1][:2]
     assert found[1][2] == 2 * found[0][2] > 0

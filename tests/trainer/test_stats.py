@@ -1,6 +1,7 @@
 """A step's figures, added up over micro-batches and ranks: every sum by hand."""
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -12,7 +13,7 @@ from samebit.trainer.types import Sample
 def batch(*logprobs, first_id=0, loss_mean="token"):
     """One micro-batch of samples with these rollout log-probs (none: supervised samples)."""
     samples = [
-        Sample(
+        Sample.of_response(
             sample_id=first_id + i,
             token_ids=(5,) * (3 + max(1, len(values))),
             prompt_len=3,
@@ -78,6 +79,20 @@ def test_a_metric_that_only_another_rank_has_is_kept():
     first = totals_of(SECOND)
     first.merge([totals_of((batch([-1.0]), [-1.0], 0.0, {"b": [4.0]}))])
     assert first.metrics == {"a": 3.0, "b": 4.0}
+
+
+def test_samples_of_several_versions_are_left_out():
+    """Their log-probs are no one set of weights'."""
+    packed, logprobs = FIRST[0], [-1.0, -2.25, -3.5]
+    assert packed.sample_of_row.tolist() == [0, 0, 1]
+    others = replace(packed, is_compared=packed.sample_of_row == 1)
+    stats = totals_of((others, logprobs, 6.0, {"a": [1.0, 2.0, 6.0]})).stats(0.0, 0.0)
+    assert (stats.logprob_tokens_compared, stats.logprob_mismatches) == (1, 1)
+    assert stats.logprob_abs_diff_max == 0.5
+    assert (stats.loss, stats.metrics) == (2.0, {"a": 3.0})
+    none = replace(packed, is_compared=packed.sample_of_row == 2)
+    stats = totals_of((none, logprobs, 6.0, {})).stats(0.0, 0.0)
+    assert (stats.logprob_tokens_compared, stats.logprob_abs_diff_max) == (0, 0.0)
 
 
 def test_supervised_samples_compare_nothing():

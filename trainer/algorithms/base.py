@@ -1,19 +1,97 @@
-"""What an algorithm is to the trainer: a pure function from log-probs to a loss per token."""
+"""What an algorithm is: rewards to advantages, and log-probs to a loss."""
 
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
-from samebit.trainer.types import MicroBatch
+from samebit.kernels.reduce import ALONE, RankGroup
+from samebit.trainer.config import AlgorithmConfig
+from samebit.trainer.context import in_rows, sample_sums
+from samebit.trainer.types import MicroBatch, Sample
+
+Advantages = Sequence[Sequence[float | np.ndarray]]
+"""[prompts][samples]: one number for all of a sample's tokens, or one for each token [L]."""
 
 
-class Loss(Protocol):
-    """Loss of every row of a micro-batch, before weighting and averaging."""
+@dataclass(frozen=True, kw_only=True)
+class LossInputs:
+    """A micro-batch's loss rows, as a loss reads them. A context rank has a part of them.
 
-    def __call__(
-        self,
-        logprobs: torch.Tensor,
-        ref_logprobs: torch.Tensor | None,
-        batch: MicroBatch,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """logprobs [R] (differentiable), ref_logprobs [R] -> (losses [R], metrics by name [R])."""
+    What the rollout said of them stands in `batch`: log-probs, advantages, samples.
+    """
+
+    batch: MicroBatch
+    logprobs: torch.Tensor
+    """[R] fp32, differentiable: log-probs of the target tokens under the present weights."""
+    entropies: torch.Tensor
+    """[R] fp32 in nats; differentiable if the algorithm's needs_entropy_grad is set."""
+    ref_logprobs: torch.Tensor | None = None
+    """[R] fp32: log-probs under the reference weights, if the trainer holds any."""
+    context: RankGroup = ALONE
+
+    def sample_sums(self, rows: torch.Tensor) -> torch.Tensor:
+        """Sums of rows [R] by sample [B], over the rows of all context ranks, on each of them.
+
+        They are differentiable. All context ranks must call this as often.
+        """
+        return sample_sums(rows, self.batch, self.context)
+
+    def sample_means(self, rows: torch.Tensor) -> torch.Tensor:
+        """sample_sums, divided by the samples' numbers of loss rows."""
+        return self.sample_sums(rows) / self.batch.row_counts
+
+    def in_rows(self, samples: torch.Tensor) -> torch.Tensor:
+        """Values of samples [B] in each of their rows [R]; they are differentiable."""
+        return in_rows(samples, self.batch)
+
+
+@dataclass(frozen=True)
+class LossOutputs:
+    """What a loss finds for a micro-batch's rows."""
+
+    losses: torch.Tensor
+    """[R], before any mean. The loss of a whole sample stands in each of its rows: with
+    trainer.loss_mean=sequence it then counts once."""
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+    """[R] by the name that is logged, as the mean over all rows of an optimizer step."""
+
+
+class Algorithm[C: AlgorithmConfig]:
+    """An algorithm with its settings: advantages and loss, pure functions of what they are given.
+
+    A new one is a file with a subclass, which names the dataclass of its settings as Config, and a
+    line in ALGORITHMS of trainer/algorithms/registry.py. See docs/extending.md.
+    """
+
+    Config: ClassVar[Any] = AlgorithmConfig
+    needs_reference: bool = False
+    """Whether the loss reads ref_logprobs: the weights at the run's start are then kept."""
+    needs_entropy_grad: bool = False
+    """Whether the loss differentiates the entropies: their gradient is then made."""
+
+    def __init__(self, config: C | None = None) -> None:
+        self.config: C = self.Config() if config is None else config
+
+    def advantages(self, rewards: torch.Tensor, groups: Sequence[Sequence[Sample]]) -> Advantages:
+        """rewards [prompts, samples] fp64 of a training step's samples -> their advantages.
+
+        `groups` [prompts][samples] are the samples, still without advantages.
+        """
+        raise NotImplementedError(f"{type(self).__name__} makes no advantages of rewards")
+
+    def loss(self, inputs: LossInputs) -> LossOutputs:
+        """The loss of every row of a micro-batch, before weighting and averaging."""
+        raise NotImplementedError
+
+    def checked_loss(self, inputs: LossInputs) -> LossOutputs:
+        """What `loss` finds; ValueError unless that is a loss for each row."""
+        found, expected = self.loss(inputs), inputs.logprobs.shape
+        if found.losses.shape != expected:
+            raise ValueError(
+                f"{type(self).__name__}.loss returned losses of shape {tuple(found.losses.shape)} "
+                f"for {len(inputs.logprobs)} loss rows"
+            )
+        return found

@@ -5,12 +5,13 @@ KL estimators from Schulman 2020, "Approximating KL divergence". Deviation from 
 importance correction between rollout and trainer, because their log-probs are the same bits.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
+from samebit.trainer.algorithms.base import Advantages, Algorithm, LossInputs, LossOutputs
 from samebit.trainer.config import GrpoConfig
-from samebit.trainer.types import MicroBatch
+from samebit.trainer.types import Sample
 
 
 def group_advantages(rewards: torch.Tensor, config: GrpoConfig) -> torch.Tensor:
@@ -44,19 +45,22 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: s
     return torch.expm1(-log_ratio) + log_ratio
 
 
-@dataclass(frozen=True)
-class GrpoLoss:
-    """See trainer.algorithms.base.Loss."""
+class Grpo(Algorithm[GrpoConfig]):
+    """Dr. GRPO and the KL penalty are settings of it."""
 
-    config: GrpoConfig
+    Config = GrpoConfig
 
-    def __call__(
-        self,
-        logprobs: torch.Tensor,
-        ref_logprobs: torch.Tensor | None,
-        batch: MicroBatch,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def __init__(self, config: GrpoConfig | None = None) -> None:
+        super().__init__(config)
+        self.needs_reference = self.config.kl_coef > 0
+
+    def advantages(self, rewards: torch.Tensor, groups: Sequence[Sequence[Sample]]) -> Advantages:
+        """See Algorithm.advantages; those of a prompt depend on no other's rewards."""
+        return group_advantages(rewards, self.config).tolist()
+
+    def loss(self, inputs: LossInputs) -> LossOutputs:
         """Clipped surrogate per token, plus the KL penalty if it has a weight."""
+        logprobs, batch = inputs.logprobs, inputs.batch
         assert batch.rollout_logprobs is not None
         ratio = torch.exp(logprobs - batch.rollout_logprobs)
         low, high = 1 - self.config.clip_ratio_low, 1 + self.config.clip_ratio_high
@@ -68,8 +72,8 @@ class GrpoLoss:
             "train/clip_fraction": (clipped < plain).float(),
         }
         if self.config.kl_coef > 0:
-            assert ref_logprobs is not None
-            kl = kl_estimate(logprobs, ref_logprobs, self.config.kl_estimator)
+            assert inputs.ref_logprobs is not None
+            kl = kl_estimate(logprobs, inputs.ref_logprobs, self.config.kl_estimator)
             losses = losses + self.config.kl_coef * kl
             metrics["train/kl"] = kl.detach()
-        return losses, metrics
+        return LossOutputs(losses, metrics)

@@ -1,12 +1,12 @@
-"""Supervised fine-tuning: the negative log-likelihood of the response tokens."""
+"""Supervised fine-tuning: the negative log-likelihood of the tokens that are trained on."""
 
-import torch
+from samebit.trainer.algorithms.base import Algorithm, LossInputs, LossOutputs
+from samebit.trainer.config import AlgorithmConfig
 
-from samebit.trainer.types import MicroBatch
 
+class Sft(Algorithm[AlgorithmConfig]):
+    """It has no settings and reads no rewards."""
 
-def sft_loss(
-    logprobs: torch.Tensor, ref_logprobs: torch.Tensor | None, batch: MicroBatch
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """See trainer.algorithms.base.Loss."""
-    return -logprobs, {}
+    def loss(self, inputs: LossInputs) -> LossOutputs:
+        """See Algorithm.loss."""
+        return LossOutputs(-inputs.logprobs)

@@ -119,9 +119,13 @@ def _check_params(params: Mapping[str, torch.Tensor], specs: list[ParamSpec]) ->
 
 
 def forward_logprobs(
-    gpt: Any, batch: MicroBatch, model: ModelConfig, share: ContextShare | None = None
+    gpt: Any,
+    batch: MicroBatch,
+    model: ModelConfig,
+    share: ContextShare | None = None,
+    entropy_grad: bool = False,
 ) -> torch.Tensor:
-    """Log-probs and entropies of the loss rows, [2, R]; only the first row carries gradients.
+    """Log-probs and entropies of the loss rows, [2, R]; entropies carry gradients if asked to.
 
     A stage that is not the last of a pipeline gives the hidden states [T, 1, D] for the next one.
     `gpt` is a GPTModel or Megatron's DDP around one. With a context share, `batch` is the share's.
@@ -144,7 +148,7 @@ def forward_logprobs(
         None,
         packed_seq_params=packed,
         output_processor=_logprob_head,
-        output_processor_context=(batch, model.vocab_size),
+        output_processor_context=(batch, model.vocab_size, entropy_grad),
     )
 
 
@@ -153,17 +157,25 @@ def _logprob_head(
     hidden_states: torch.Tensor,
     output_layer: Any,
     output_weight: torch.Tensor | None,
-    context: tuple[MicroBatch, int],
+    context: tuple[MicroBatch, int, bool],
     **_unused: Any,
 ) -> torch.Tensor:
     """Megatron's output hook: hidden_states [T, 1, D], or this rank's part of T, to [2, R]."""
-    batch, vocab_size = context
+    batch, vocab_size, entropy_grad = context
     ranks = ranks_of(output_layer.tp_group)
     whole = spread(hidden_states, ranks, output_layer.config.sequence_parallel)
     hidden = whole.squeeze(1)[batch.rows]
     weight = output_layer.weight if output_weight is None else output_weight
     temperature = torch.full((len(batch.rows),), batch.temperature, device=hidden.device)
-    main_grad = main_grad_of(weight)
     return torch.stack(
-        logprob(hidden, weight, batch.target_ids, temperature, vocab_size, ranks, main_grad)
+        logprob(
+            hidden,
+            weight,
+            batch.target_ids,
+            temperature,
+            vocab_size,
+            ranks,
+            main_grad=main_grad_of(weight),
+            entropy_grad=entropy_grad,
+        )
     )

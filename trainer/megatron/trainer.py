@@ -30,7 +30,7 @@ from megatron.core.parallel_state import (
 from samebit.kernels.attention import CanonicalAttention
 from samebit.kernels.attention_kind import AttentionKind
 from samebit.rollout.models.config import ModelConfig
-from samebit.trainer.algorithms.base import Loss
+from samebit.trainer.algorithms.base import Algorithm, LossInputs
 from samebit.trainer.config import OptimizerConfig, ParallelConfig
 from samebit.trainer.context import share_context
 from samebit.trainer.megatron.cpu import no_cuda
@@ -47,7 +47,7 @@ from samebit.trainer.megatron.optimizer_state import (
 from samebit.trainer.megatron.resharding import WholeState
 from samebit.trainer.megatron.setup import initialize
 from samebit.trainer.megatron.stages import FILLER, from_last_stage, stage_of, stage_specs
-from samebit.trainer.packing import pack_samples, share_batches
+from samebit.trainer.packing import pack_samples, share_batches, units_of
 from samebit.trainer.stats import Totals
 from samebit.trainer.types import MicroBatch, NonFiniteError, StepStats
 from samebit.weight_sync.digest import weights_digest
@@ -171,7 +171,7 @@ class MegatronTrainer:
     def train_step(
         self,
         batches: Sequence[MicroBatch],
-        loss: Loss,
+        algorithm: Algorithm[Any],
         poll: Callable[[], object] | None = None,
     ) -> StepStats:
         """One optimizer step over all micro-batches: this data rank's, at least one.
@@ -182,10 +182,10 @@ class MegatronTrainer:
         """
         with no_cuda():
             references = self.logprobs(batches, reference=True) if self._reference else None
-            totals = self._forward_backward(batches, loss, references, poll)
+            totals = self._forward_backward(batches, algorithm, references, poll)
             for failure in filter(None, gather_objects(self._failure)):
                 raise NonFiniteError(failure)
-            self._require_finite_gradients(batches, loss, references)
+            self._require_finite_gradients(batches, algorithm, references)
             self._optimizer.prepare_grads()
             clip = self._optimizer.config.clip_grad
             norm = (
@@ -248,7 +248,7 @@ class MegatronTrainer:
     def _forward_backward(
         self,
         batches: Sequence[MicroBatch],
-        loss: Loss,
+        algorithm: Algorithm[Any],
         references: Sequence[torch.Tensor | None] | None,
         poll: Callable[[], object] | None = None,
     ) -> Totals:
@@ -268,8 +268,9 @@ class MegatronTrainer:
                 share = share_context(batch, self.context, self.attention)
                 batch = share.batch
                 reference = None if reference is None else reference[share.rows]
-            output = forward_logprobs(gpt, batch, self.model, share)
-            return output, partial(self._loss, batch, loss, reference, totals)
+            entropy_grad = algorithm.needs_entropy_grad
+            output = forward_logprobs(gpt, batch, self.model, share, entropy_grad)
+            return output, partial(self._loss, batch, algorithm, reference, totals)
 
         parts = zip(batches, references or [None] * len(batches), strict=True)
         run_schedule(forward_step, parts, self._chunks, forward_only=False)
@@ -278,7 +279,7 @@ class MegatronTrainer:
     def _loss(
         self,
         batch: MicroBatch,
-        loss: Loss,
+        algorithm: Algorithm[Any],
         reference: torch.Tensor | None,
         totals: Totals,
         output: torch.Tensor,
@@ -286,8 +287,18 @@ class MegatronTrainer:
         """Megatron's loss function: (summed loss, its denominator, nothing to report)."""
         if batch.index == FILLER:
             return output[0].sum() * 0, torch.tensor(0, dtype=torch.int), {}
-        logprobs, entropy = output[0], output[1].detach()
-        losses, metrics = loss(logprobs, reference, batch)
+        logprobs, entropies = output[0], output[1]
+        if not algorithm.needs_entropy_grad:
+            entropies = entropies.detach()
+        inputs = LossInputs(
+            batch=batch,
+            logprobs=logprobs,
+            entropies=entropies,
+            ref_logprobs=reference,
+            context=self.context,
+        )
+        found = algorithm.checked_loss(inputs)
+        losses, metrics = found.losses, found.metrics | {"train/entropy": entropies.detach()}
         finite = losses.detach().isfinite()
         if not bool(finite.all()):
             # Told once the schedule is through: the other ranks wait in it for this one.
@@ -297,7 +308,7 @@ class MegatronTrainer:
                 f"{sample.sample_id}; the weights are unchanged"
             )
         total = (losses * batch.loss_weights).sum()
-        totals.add(batch, logprobs.detach(), total.detach(), metrics | {"train/entropy": entropy})
+        totals.add(batch, logprobs.detach(), total.detach(), metrics)
         return total, torch.tensor(batch.loss_denominator, dtype=torch.int), {}
 
     def _gradients_finite(self) -> bool:
@@ -310,7 +321,7 @@ class MegatronTrainer:
     def _require_finite_gradients(
         self,
         batches: Sequence[MicroBatch],
-        loss: Loss,
+        algorithm: Algorithm[Any],
         references: Sequence[torch.Tensor] | None,
     ) -> None:
         """Equal inputs give equal gradients: running each alone finds the bad micro-batch."""
@@ -321,27 +332,28 @@ class MegatronTrainer:
                 f"a gradient is NaN or Inf at step {self.step + 1}; the weights are unchanged"
             )
         for i, batch in enumerate(batches):
-            self._forward_backward([batch], loss, None if references is None else [references[i]])
+            reference = None if references is None else [references[i]]
+            self._forward_backward([batch], algorithm, reference)
             if not self._gradients_finite():
                 raise NonFiniteError(
                     f"gradient is NaN or Inf at step {self.step + 1}, micro-batch {batch.index}, "
-                    f"{self._blame(batch, loss)}; the weights are unchanged"
+                    f"{self._blame(batch, algorithm)}; the weights are unchanged"
                 )
         raise NonFiniteError(
             f"the sum of the gradients overflows at step {self.step + 1}; the weights are unchanged"
         )
 
-    def _blame(self, batch: MicroBatch, loss: Loss) -> str:
+    def _blame(self, batch: MicroBatch, algorithm: Algorithm[Any]) -> str:
         """Which sample's gradient is not finite by itself; all of them if only their sum is not."""
-        for sample in batch.samples:
+        for unit in units_of(batch.samples):
             [packed] = pack_samples(
-                [sample], batch.num_tokens, temperature=batch.temperature, device=self.device
+                unit, batch.num_tokens, temperature=batch.temperature, device=self.device
             )
             alone = [replace(packed, index=batch.index)]
             reference = self.logprobs(alone, reference=True) if self._reference else None
-            self._forward_backward(alone, loss, reference)
+            self._forward_backward(alone, algorithm, reference)
             if not self._gradients_finite():
-                return f"sample {sample.sample_id}"
+                return f"sample {unit[0].sample_id}"
         ids = [sample.sample_id for sample in batch.samples]
         return f"samples {ids[0]} to {ids[-1]} together"
 

@@ -1,0 +1,58 @@
+"""Losses that see whole samples: two ranks find what one process finds."""
+
+import json
+
+import pytest
+import torch
+from policy_steps import gradient_samples
+from rank_losses import made_up
+
+from samebit.recipes.models.tiny_model import make_random_model
+from samebit.trainer.context import in_rows, sample_sums
+from samebit.trainer.packing import pack_samples
+
+
+def test_sums_of_samples_are_over_the_shares_of_all_ranks(run_ranks, tmp_path):
+    """To the bit on two ranks and on three, some of which have no row of a short sample; and the
+    gradient is that of one process."""
+    [batch] = pack_samples(made_up(gradient_samples()), 1000)
+    values = batch.rollout_logprobs.clone().requires_grad_()
+    sums = sample_sums(values, batch)
+    (in_rows(sums.sin(), batch) * batch.advantages).sum().backward()
+    for size in (2, 3):
+        run_ranks("rank_losses.sums", size, tmp_path / "out.pt")
+        found = [torch.load(tmp_path / f"out.{rank}") for rank in range(size)]
+        rows = torch.cat([each["rows"] for each in found])
+        assert rows.sort().values.tolist() == list(range(len(batch.rows)))
+        for rank in found:
+            assert torch.equal(rank["sums"], sums.detach())
+            torch.testing.assert_close(rank["grad"], values.grad[rank["rows"]])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of the usual initial scale: split layers sum in another order."""
+    folder = tmp_path_factory.mktemp("models") / "qwen3"
+    make_random_model(folder, "qwen3", seed=1, std=0.02, tied=False, num_layers=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder, run_together, tmp_path_factory):
+    """What one process finds."""
+    file = tmp_path_factory.mktemp("alone") / "step.pt"
+    run_together("rank_losses.step", [(0, 1, None, folder, "alone", file, None)])
+    return file
+
+
+@pytest.mark.parametrize("mode", ["context", "tensor", "pipeline", "data"])
+def test_two_ranks_take_the_step_of_one(run_ranks, folder, alone, mode, tmp_path):
+    """The ratio of whole samples and the entropy's gradient: loss, figures, every gradient."""
+    run_ranks("rank_losses.step", 2, folder, mode, alone, tmp_path / "out.json")
+    expected = torch.load(alone)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"out.{rank}").read_text())
+        assert max(found["errors"].values()) < 1e-5, found["errors"]
+        for name in ("loss", "grad_norm"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-6), name
+        assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-6)

@@ -1,0 +1,75 @@
+"""Losses of whole samples on context ranks: each function is one rank's program."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from losses import SequenceRatio
+from policy_steps import gradient_samples
+from rank_programs import make_trainer, start
+
+from samebit.trainer.packing import pack_samples
+
+
+def made_up(samples):
+    """The samples with log-probs of a rollout, and an advantage each."""
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for i, sample in enumerate(samples):
+        logprobs = -4.0 - 3 * torch.rand(sample.num_trained, generator=generator)
+        found.append(replace(sample.with_logprobs(logprobs.tolist()), advantages=0.9 - 0.4 * i))
+    return found
+
+
+def sums(rank, size, store, out):
+    """sample_sums of this rank's share of a batch, and the gradient of a function of them."""
+    from samebit.trainer.context import in_rows, sample_sums, share_context
+
+    torch.set_num_threads(1)
+    ranks = start(rank, size, store)
+    [batch] = pack_samples(made_up(gradient_samples()), 1000)
+    share = share_context(batch, ranks, 2)
+    values = share.batch.rollout_logprobs.clone().requires_grad_()
+    found = sample_sums(values, share.batch, ranks)
+    (in_rows(found.sin(), share.batch) * share.batch.advantages).sum().backward()
+    saved = {"rows": share.rows, "sums": found.detach(), "grad": values.grad}
+    torch.save(saved, Path(out).with_suffix(f".{rank}"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def step(rank, size, store, folder, mode, expected, out):
+    """Gradients and figures of a step by SequenceRatio, saved if alone and else compared.
+
+    mode: "alone", or a field of ParallelConfig for two ranks.
+    """
+    from samebit.trainer.config import ParallelConfig
+    from samebit.trainer.megatron.cpu import no_cuda
+    from samebit.weight_sync.mapping import hf_tensors, load_params
+
+    torch.set_num_threads(1)
+    if mode != "alone":
+        start(rank, size, store)
+    layout = {} if mode == "alone" else {mode: 2}
+    megatron = make_trainer(folder, ParallelConfig(**layout))
+    packed = pack_samples(made_up(gradient_samples()), 70, "sequence", temperature=0.7)
+    batches = megatron.own_batches(packed)
+    with no_cuda():
+        megatron._forward_backward(batches, SequenceRatio(), None)
+    gradients = {name: p.main_grad.clone() for name, p in megatron.params.items()}
+    figures = vars(megatron.train_step(batches, SequenceRatio()))
+    if mode == "alone":
+        torch.save({"gradients": dict(hf_tensors(megatron.specs, gradients)), **figures}, expected)
+        return
+    saved = torch.load(expected)
+    wanted = {s.name: torch.zeros(s.shape) for s in megatron.specs}
+    load_params(megatron.specs, wanted, saved["gradients"].__getitem__)
+    errors = {
+        name: float((gradient - wanted[name]).norm() / (wanted[name].norm() + 1e-30))
+        for name, gradient in gradients.items()
+    }
+    Path(out).with_suffix(f".{rank}").write_text(json.dumps({"errors": errors, **figures}))
+    dist.barrier()
+    dist.destroy_process_group()

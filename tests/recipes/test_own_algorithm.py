@@ -1,0 +1,96 @@
+"""An algorithm from a file outside the package: the example of docs/extending.md, run."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+
+from samebit.recipes.cli import compose
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.cli.main import main
+from samebit.recipes.config import ConfigError, GrpoRun
+from samebit.trainer.checkpoint import latest_checkpoint
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "extending.md"
+NAME = "algorithm.name=my_algorithms:Reinforce"
+
+
+@pytest.fixture(autouse=True)
+def source(tmp_path, monkeypatch):
+    """The file of the page's example, where Python finds it."""
+    [code] = re.findall(r"```python\n(# my_algorithms.py\n.*?)```", PAGE.read_text(), re.DOTALL)
+    file = tmp_path / "my_algorithms.py"
+    file.write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_algorithms", raising=False)
+    return file
+
+
+def test_it_trains_and_is_resumed(runs, source, capsys):
+    """At a ratio of 1 its gradient is Dr. GRPO's, to the bit; with its own key it is another."""
+    summary, rows, _ = runs.train("own", NAME)
+    dr_grpo, expected, _ = runs.train("dr", "algorithm=dr_grpo")
+    assert summary["logprob_mismatches"] == 0
+    assert summary["weights_digest"] == dr_grpo["weights_digest"]
+    assert rows[1].keys() == expected[1].keys() - {"train/ratio", "train/clip_fraction"}
+    coef = "algorithm.entropy_coef=0.1"
+    whole = runs.train("bonus", NAME, coef)
+    assert whole[0]["weights_digest"] != summary["weights_digest"]
+    runs.train("parts", NAME, coef, "trainer.num_steps=3")
+    source.write_text(source.read_text() + "\n# edited\n")
+    capsys.readouterr()
+    assert runs.train("parts", NAME, coef, "resume=true") == whole
+    assert "the source of algorithm.name has changed since" in capsys.readouterr().err
+    manifest = latest_checkpoint(runs.folder / "parts" / "checkpoints").manifest
+    bound = {key: manifest["config"][key] for key in ("algorithm.name", "algorithm.entropy_coef")}
+    assert bound == {"algorithm.name": "my_algorithms:Reinforce", "algorithm.entropy_coef": 0.1}
+    saved = json.loads((runs.folder / "own" / "summary.json").read_text())
+    assert saved["weights_digest"] == summary["weights_digest"]
+
+
+def test_its_settings_are_keys_with_types():
+    run = resolve("grpo", ["model.path=m", NAME, "algorithm.entropy_coef=0.25"])
+    assert isinstance(run, GrpoRun)
+    assert (run.algorithm.name, run.algorithm.entropy_coef) == (NAME.partition("=")[2], 0.25)
+    run.rollout.samples_per_prompt = 1
+    run.validate()
+    for word, message in {
+        "algorithm.entropy_coef=much": "algorithm.entropy_coef is 'much'; it must be a number",
+        "algorithm.kl_coef=0.1": "unknown key: algorithm.kl_coef",
+        "algorithm=dr_grpo": "unknown key: algorithm.normalize_std",
+        "algorithm.name=my_algorithms:Such": "which cannot be imported: module 'my_algorithms'",
+        "algorithm.name=other": "it must be one of ('grpo',) or your own module:Class",
+    }.items():
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            resolve("grpo", ["model.path=m", NAME, word])
+    # After another algorithm nothing of it is left.
+    assert resolve("grpo", ["model.path=m"]).algorithm.kl_coef == 0
+
+
+def test_help_shows_its_settings(capsys):
+    assert main(["grpo", "--help", NAME]) == 0
+    shown = capsys.readouterr().out
+    assert "  entropy_coef: 0.0  # Weight of the entropy, which is rewarded." in shown
+    assert "kl_coef" not in shown
+
+
+def test_a_chosen_file_may_name_it(tmp_path, monkeypatch):
+    """Of the group, or of an experiment."""
+    copytree(compose.CONFIG_DIR, tmp_path / "configs")
+    monkeypatch.setattr(compose, "CONFIG_DIR", tmp_path / "configs")
+    preset = f"name: {NAME.partition('=')[2]}\nentropy_coef: 0.5\n"
+    (tmp_path / "configs" / "algorithm" / "mine.yaml").write_text(preset)
+    experiment = "# @package _global_\ndefaults:\n  - override /algorithm: mine\nseed: 7\n"
+    (tmp_path / "configs" / "experiment" / "mine.yaml").write_text(experiment)
+    for word in ("algorithm=mine", "experiment=mine"):
+        run = resolve("grpo", ["model.path=m", word])
+        assert run.algorithm.entropy_coef == 0.5
+    assert run.seed == 7
+
+
+def test_the_demo_has_its_own():
+    with pytest.raises(ConfigError, match="grpo.algorithm.name is .*the demo's is grpo"):
+        resolve("demo", ["device=cpu", f"grpo.{NAME}"])

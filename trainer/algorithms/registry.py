@@ -1,0 +1,36 @@
+"""Algorithms by name: a line each. No torch here, so that --help answers at once."""
+
+from typing import TYPE_CHECKING, Any
+
+from samebit.trainer.config import AlgorithmConfig, import_named, require
+
+if TYPE_CHECKING:
+    from samebit.trainer.algorithms.base import Algorithm
+
+ALGORITHMS = {
+    "grpo": "samebit.trainer.algorithms.grpo:Grpo",
+}
+
+
+def find_algorithm(name: str) -> "type[Algorithm[Any]]":
+    """The class of a registered algorithm or of one named as module:Class; ValueError for none."""
+    known = name in ALGORITHMS or ":" in name
+    meaning = f"one of {tuple(ALGORITHMS)} or your own module:Class"
+    require(known, "algorithm.name", name, meaning)
+    found = import_named(ALGORITHMS.get(name, name), "algorithm.name")
+    from samebit.trainer.algorithms.base import Algorithm
+
+    fits = isinstance(found, type) and issubclass(found, Algorithm)
+    require(fits, "algorithm.name", name, "a subclass of samebit.trainer.algorithms.base:Algorithm")
+    return found
+
+
+def make_algorithm(config: AlgorithmConfig) -> "Algorithm[Any]":
+    """The algorithm that a configuration names, with its settings; ValueError for another's."""
+    found = find_algorithm(config.name)
+    if not isinstance(config, found.Config):
+        raise ValueError(
+            f"algorithm.name is {config.name!r}, whose settings are {found.Config.__name__}; these "
+            f"are {type(config).__name__}"
+        )
+    return found(config)
