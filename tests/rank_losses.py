@@ -25,12 +25,15 @@ def made_up(samples):
 
 def sums(rank, size, store, out):
     """sample_sums of this rank's share of a batch, and the gradient of a function of them."""
+    from samebit.kernels.attention import CanonicalAttention
+    from samebit.kernels.attention_kind import Heads
     from samebit.trainer.context import in_rows, sample_sums, share_context
 
     torch.set_num_threads(1)
     ranks = start(rank, size, store)
     [batch] = pack_samples(made_up(gradient_samples()), 1000)
-    share = share_context(batch, ranks, 2)
+    attention = CanonicalAttention(Heads(4, 2, 16, 0.25), torch.device("cpu"))
+    share = share_context(batch, ranks, attention)
     values = share.batch.rollout_logprobs.clone().requires_grad_()
     found = sample_sums(values, share.batch, ranks)
     (in_rows(found.sin(), share.batch) * share.batch.advantages).sum().backward()
