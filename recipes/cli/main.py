@@ -161,10 +161,10 @@ def own_command(arguments: Sequence[str]) -> list[str]:
 
 
 def _import_program(command: str) -> Any:
-    from samebit.trainer.megatron.imports import without_compiler
+    from samebit.trainer.megatron.imports import lean_imports
 
     module = command.replace("-", "_").replace(" ", ".")
-    with without_compiler():
+    with lean_imports():
         return importlib.import_module(f"samebit.recipes.{module}")
 
 
