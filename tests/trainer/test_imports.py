@@ -1,4 +1,4 @@
-"""Megatron is imported without the compiler and wandb, and nothing of it that was to be compiled runs."""
+"""Megatron is imported without compiler and wandb; nothing of it that was to be compiled runs."""
 
 from helpers import run_python
 
