@@ -6,7 +6,7 @@ from typing import Any
 
 def import_named(name: str, key: str) -> Any:
     """What "module:attribute" names; ValueError, naming the key, if it cannot be imported."""
-    module, _, attribute = name.partition(":")
+    module, _, attribute = str(name).partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
     except BaseException as error:  # it may do anything, SystemExit included

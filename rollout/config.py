@@ -51,8 +51,7 @@ class EngineConfig:
     attention: str = "canonical"
     """The attention kind, or your own module:Class; in a recipe it is numerics.attention."""
     model_family: str | None = None
-    """A model family of your own, module:Class, of which the model is one; in a recipe it is
-    model_family."""
+    """module:Class, a model family of your own; in a recipe it is model_family."""
     load_format: str = "safetensors"
     """safetensors; dummy: random weights for a folder that holds only a config.json."""
     seed: int = 0
@@ -68,9 +67,7 @@ class EngineConfig:
         self._require(fits, "kv_cache_tokens", meaning)
         kinds = tuple(ATTENTION_KINDS)
         meaning = f"one of {kinds} or your own module:Class"
-        self._require(self.attention in kinds or _is_own(self.attention), "attention", meaning)
-        own = self.model_family is None or _is_own(self.model_family)
-        self._require(own, "model_family", "your own module:Class, or unset")
+        self._require(self.attention in kinds or ":" in str(self.attention), "attention", meaning)
         self._require(self.load_format in LOAD_FORMATS, "load_format", f"one of {LOAD_FORMATS}")
         self._require(0 <= self.seed <= MAX_UINT64, "seed", "an unsigned 64-bit integer")
 
@@ -101,10 +98,6 @@ class EngineConfig:
                 [nearest] = difflib.get_close_matches(name, [*known, *_BESIDES], n=1, cutoff=0)
                 raise TypeError(f"Engine has no setting '{name}'; the nearest is '{nearest}'")
         return replace(config or cls(), **overrides)
-
-
-def _is_own(name: object) -> bool:
-    return isinstance(name, str) and ":" in name
 
 
 def as_path(value: object, what: str) -> Path:

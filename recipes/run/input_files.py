@@ -8,10 +8,7 @@ from typing import Any
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.models.side_files import CHAT_TEMPLATES
 
-OWN_KEYS = (
-    *("model_family", "numerics.attention", "placement.transport"),
-    *("data.task", "reward.name", "algorithm.name"),
-)
+OWN_KEYS = ("model_family", "numerics.attention", "data.task", "reward.name", "algorithm.name")
 """Keys that may name something of the user's own, as module:attribute."""
 
 

@@ -14,8 +14,7 @@ FAMILIES: list[type[ModelConfig]] = [Llama, Qwen2, Qwen3]
 
 
 def own_family(name: str) -> type[ModelConfig]:
-    """The family that "module:Class" names, which this process knows from now on; ValueError for
-    what is none, or has another's architecture."""
+    """The family that "module:Class" names, which this process then knows; ValueError for none."""
     found = import_class(name, "model_family", ModelConfig)
     others = [model for model in FAMILIES if model is not found]
     family, taken = getattr(found, "family", None), [x.family.architecture for x in others]
