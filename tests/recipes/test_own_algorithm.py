@@ -18,7 +18,7 @@ NAME = "algorithm.name=my_algorithms:Reinforce"
 
 
 @pytest.fixture(autouse=True)
-def source(tmp_path, monkeypatch):
+def _source(tmp_path, monkeypatch):
     """The file of the page's example, where Python finds it."""
     [code] = re.findall(r"```python\n(# my_algorithms.py\n.*?)```", PAGE.read_text(), re.DOTALL)
     file = tmp_path / "my_algorithms.py"

@@ -1,6 +1,7 @@
 """Every task by its name, and the problems of the one that a configuration names."""
 
 from collections.abc import Callable
+from typing import Any
 
 from samebit.kernels.named import import_named
 from samebit.recipes.data.tasks import file, reasoning_gym, reverse_digits
@@ -22,9 +23,8 @@ def load_datasets(config: DataConfig) -> tuple[Dataset, Dataset]:
     Raises ValueError for an unknown task or a bad setting, FileNotFoundError for a missing file.
     """
     name, slash, _ = config.task.partition("/")
-    own = ":" in config.task
-    load = import_named(config.task, "data.task") if own else TASKS.get(name)
-    if not own and (load is None or bool(slash) != (name == "reasoning_gym")):
+    load = import_named(config.task, "data.task") if ":" in config.task else TASKS.get(name)
+    if load is None or bool(slash) != (name == "reasoning_gym"):
         raise ValueError(
             f"data.task is {config.task!r}; give one of file, reverse_digits, "
             "reasoning_gym/<name>, or module:function"
@@ -38,7 +38,7 @@ def load_datasets(config: DataConfig) -> tuple[Dataset, Dataset]:
             f"data.path is {config.path!r} and data.eval_path is {config.eval_path!r}, but the "
             f"task {config.task!r} generates its problems; leave both unset, or use task 'file'"
         )
-    splits = load(config) if callable(load) else None
+    splits: Any = load(config) if callable(load) else None
     fits = isinstance(splits, tuple) and [isinstance(x, Dataset) for x in splits] == [True, True]
     meaning = "a function: load(config) -> (train, held_out), two datasets"
     require(fits, "data.task", config.task, meaning)
