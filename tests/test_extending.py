@@ -126,6 +126,9 @@ def test_the_pages_examples_train_together(folder, capsys):
         registry.FAMILIES.pop()
         assert main(command(folder, "whole", *again, f"{key}={module}_2:{name}")) == 1
         assert f"{key} {OWN[key]} there, {module}_2:{name} here" in capsys.readouterr().err
+    registry.FAMILIES.pop()
+    where = [f"checkpoint={folder / 'whole'}", f"model={folder / 'twin'}", f"out={folder / 'out'}"]
+    assert main(["export", f"model_family={OWN['model_family']}", *where]) == 0
     source = folder / "my_tasks.py"
     source.write_text(source.read_text() + "\n# edited\n")
     assert main(command(folder, "whole", *again)) == 0
