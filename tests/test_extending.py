@@ -145,7 +145,7 @@ WRONG = {
     f"model_family={QWEN3}": "it must be a list with one of the known: Qwen3ForCausalLM",
     "data.task=my_tasks:predecessors": f"{TAKES}module 'my_tasks' has no attribute 'predecessors'",
     "data.task=my_tasks:__name__": "it must be a function: load(config) -> (train, held_out)",
-    "data.task=builtins:repr": "it must be a function: load(config) -> (train, held_out)",
+    "data.task=dataclasses:astuple": "it must be a function: load(config) -> (train, held_out)",
     "numerics.attention=my_models:Twin": "a subclass of samebit.kernels.attention_kind:Att",
 }
 
