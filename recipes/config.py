@@ -25,7 +25,7 @@ from samebit.trainer.config import (
 )
 from samebit.weight_sync.transports.registry import TRANSPORTS
 
-SET_BY_RUN = ("attention", "load_format", "max_model_len", "seed")
+SET_BY_RUN = ("attention", "load_format", "max_model_len", "model_family", "seed")
 """Settings of the engine that commands derive from keys of their own."""
 SET_BY_DEMO = "set by the demo"
 DEMO_MODELS = ("tiny", "smollm2")
@@ -114,12 +114,12 @@ class AttentionSection:
     """Chooses the attention of engine and trainer alike; the numerics profile names it."""
 
     attention: str = "canonical"
-    """canonical, the only kind that there is."""
+    """canonical, or module:Class, a kind of your own."""
 
     def __post_init__(self) -> None:
-        kinds = tuple(ATTENTION_KINDS)
-        meaning = f"one of {kinds}"
-        require(self.attention in kinds, "numerics.attention", self.attention, meaning)
+        kinds, name = tuple(ATTENTION_KINDS), self.attention
+        meaning = f"one of {kinds} or your own module:Class"
+        require(name in kinds or ":" in name, "numerics.attention", name, meaning)
 
 
 @dataclass(kw_only=True)
@@ -145,6 +145,8 @@ class RunSection:
     """Without resume: remove what an earlier run of this name left."""
     dry_run: bool = False
     """Print what the run would be and stop."""
+    model_family: str | None = None
+    """module:Class, a model family of your own, of which the model is one."""
     device: str | None = None
     """cpu or cuda; unset: the GPU if there is one."""
     cpu_threads: int = 1
@@ -326,6 +328,7 @@ class DemoRun(RunSection):
     def validate(self) -> None:
         """Check both phases; what they share is given once, at the top."""
         require(self.model in DEMO_MODELS, "model", self.model, f"one of {DEMO_MODELS}")
+        require_default(self, "", ("model_family",), "the demo makes its model")
         for name, phase in (("sft", self.sft), ("grpo", self.grpo)):
             if phase is None:
                 continue

@@ -111,7 +111,7 @@ def _require_free(run: ExportRun, checkpoint: Checkpoint) -> None:
 def main(run: ExportRun) -> int:
     """Run the command `samebit export`."""
     checkpoint, out = find_checkpoint(Path(run.checkpoint)), Path(run.out)
-    load_model_config(run.model)  # it is there
+    load_model_config(run.model, run.model_family)  # it is there
     _require_free(run, checkpoint)
     dtype = None if run.dtype == "auto" else getattr(torch, run.dtype)
     try:

@@ -32,6 +32,8 @@ class VerifyRun:
     """Of the tiny models' weights."""
     model: str | None = None
     """A Hugging Face folder; unset: tiny Qwen3 and Llama models with random weights."""
+    model_family: str | None = None
+    """module:Class, a model family of your own, of which the model is one."""
     load_format: str = "safetensors"
     """dummy: random weights for a folder that holds only a config.json."""
     properties: list[str] | None = None
@@ -47,7 +49,7 @@ class VerifyRun:
         known = self.load_format in LOAD_FORMATS
         require(known, "load_format", self.load_format, f"one of {LOAD_FORMATS}")
         if self.model is None:
-            require_default(self, "", ("load_format",), "no model is given")
+            require_default(self, "", ("load_format", "model_family"), "no model is given")
         else:
             require_default(self, "", ("seed",), "a model is given: it is of the tiny ones")
 
@@ -79,6 +81,8 @@ class ExportRun:
     """A run's folder, its checkpoints folder, or one checkpoint."""
     model: str = "???"
     """The Hugging Face folder that the run started from: config and tokenizer."""
+    model_family: str | None = None
+    """module:Class, a model family of your own, of which the model is one."""
     out: str = "???"
     """The folder to write."""
     overwrite: bool = False

@@ -21,6 +21,7 @@ from samebit.recipes.tools_config import VerifyRun
 from samebit.recipes.verification.properties import PROPERTIES, Property
 from samebit.recipes.verification.subject import Result, chained_digest, make_subject
 from samebit.rollout.device import resolve_device
+from samebit.rollout.models.registry import load_model_config
 from samebit.weight_sync.disk import write_atomically
 
 
@@ -131,6 +132,7 @@ def main(run: VerifyRun) -> int:
     found: dict[str, Measured] = {}
     if run.model is not None:
         path = Path(run.model)
+        load_model_config(path, run.model_family)
         measured = verify_model(path, path.name[:10], device, properties, run.load_format, kind)
         found[path.name] = measured
     else:

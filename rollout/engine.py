@@ -70,7 +70,7 @@ class Engine:
         self.ranks, self.device = as_ranks(ranks), own_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
         self.config = settled(EngineConfig.of(config, overrides), self.device, ranks)
-        self.model_config = load_model_config(self.model_path)
+        self.model_config = load_model_config(self.model_path, self.config.model_family)
         self.specs = self.model_config.param_specs(ranks.shard)
         kind, numerics = attention_kind(self.config.attention), (ranks.size, ranks.invariant)
         self.profile: NumericsProfile = numerics_profile(self.device, *numerics, kind)

@@ -91,6 +91,8 @@ class BenchRun:
     """Of prompts and random tensors."""
     model: str = "???"
     """A Hugging Face folder."""
+    model_family: str | None = None
+    """module:Class, a model family of your own, of which the model is one."""
 
     def __post_init__(self) -> None:
         check_run_folder(self.run_name, self.output_dir)
@@ -152,8 +154,8 @@ class BenchEngineRun(BenchRun):
             require(name in VARIANTS, "variants", name, f"one of {VARIANTS}")
         if not self.profile:
             require_default(self, "", ("profile_steps",), "profile is false")
-        own = ("attention", "load_format", "seed")
-        meaning = "attention, load_format and seed are the command's"
+        own = ("attention", "load_format", "model_family", "seed")
+        meaning = "attention, load_format, model_family and seed are the command's"
         require_default(self.engine, "engine", own, meaning)
         for name, variant in (("cuda_graphs", "no_graphs"), ("overlap", "no_overlap")):
             if self.variants == [variant]:

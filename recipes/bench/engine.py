@@ -171,7 +171,7 @@ def main(run: BenchEngineRun) -> int:
         raise DeviceError(
             f"variants has {', '.join(idle)}: without a CUDA device there is nothing to turn off"
         )
-    load_model_config(run.model)  # before anything is written
+    load_model_config(run.model, run.model_family)  # before anything is written
     fields, peers = model_fields(run.model), load_peers(run.peers) if run.peers else []
     beside = comparable(peers, device_name(device), fields["model"], run.workloads)
     variants: dict[str, Any] = {}

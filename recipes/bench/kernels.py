@@ -269,7 +269,7 @@ def main(run: BenchKernelsRun) -> int:
 
         return tune.main(run)
     torch.manual_seed(run.seed)
-    config = load_model_config(run.model)
+    config = load_model_config(run.model, run.model_family)
     if not isinstance(config, DenseModel):
         raise ConfigError(f"model={run.model}: bench kernels measures dense models alone")
     tables: dict[str, list[Row]] = {}

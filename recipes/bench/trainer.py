@@ -186,7 +186,7 @@ def main(run: BenchTrainerRun) -> int:
     device = resolve_device(run.device)
     if run.compare and device.type != "cuda":
         raise DeviceError("compare=true times torch's flash attention: it needs a CUDA device")
-    model = load_model_config(run.model)
+    model = load_model_config(run.model, run.model_family)
     kind, settings = attention_kind(run.numerics.attention), OptimizerConfig()
     trainer = MegatronTrainer(
         model, settings, 1000, device, run.parallel, run.tp_invariant, attention=kind

@@ -294,7 +294,7 @@ def check(choices: dict[Key, Choice]) -> None:
 
 def main(run: BenchKernelsRun) -> int:
     """The command `samebit bench kernels --tune`: writes a table, for kernels/gpu/tables/."""
-    config = load_model_config(run.model)
+    config = load_model_config(run.model, run.model_family)
     wanted = sorted({row_bucket(m) for m in run.rows or (*SKINNY_ROWS, *LARGE_ROWS)})
     choices, rows = tune(model_keys(config, wanted))
     check(choices)

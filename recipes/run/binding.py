@@ -17,7 +17,7 @@ from samebit.kernels.profile import NumericsProfile
 from samebit.recipes.config import GrpoRun, RunSection, SftRun
 from samebit.recipes.data.tasks.base import DataConfig, Dataset
 from samebit.recipes.models.side_files import tokenizer_files
-from samebit.recipes.run.input_files import source_of
+from samebit.recipes.run.input_files import OWN_KEYS, own_sources
 from samebit.recipes.run.provenance import device_name
 from samebit.recipes.run.secrets import to_dict
 from samebit.rollout.device import resolve_device
@@ -48,8 +48,8 @@ _PATHS = ("model.path", "data.path", "data.eval_path")
 _LAYOUT = "trainer.parallel."
 _SAMPLED = 16  # problems of a generated task: with its arguments they stand for all
 _ABSENT = "absent"
-_SOURCES = {"reward_source": "reward.name", "algorithm_source": "algorithm.name"}
-_EARLIER = {"algorithm.name": "grpo"}
+_SOURCES = {key: f"{key.partition('.')[0]}_source" for key in OWN_KEYS}
+_EARLIER = {"algorithm.name": "grpo", "model_family": None}
 
 
 def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,13 +121,11 @@ def _contents(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> Iterator
 
 
 def _sources(run: SftRun | GrpoRun) -> dict[str, str | None]:
-    """Digests of the files of a reward and an algorithm of the user's own."""
-    found: dict[str, str | None] = dict.fromkeys(_SOURCES)
-    if isinstance(run, GrpoRun):
-        files = (source_of(name) for name in (run.reward.name, run.algorithm.name))
-        for key, file in zip(_SOURCES, files, strict=True):
-            found[key] = digest(file.read_bytes()) if file and file.is_file() else None
-    return found
+    """Digests of the files of what is the user's own."""
+    return {
+        _SOURCES[key]: digest(file.read_bytes()) if file and file.is_file() else None
+        for key, file in own_sources(run).items()
+    }
 
 
 def card_of(run: SftRun | GrpoRun) -> str | None:
@@ -162,8 +160,8 @@ def require_same(
 ) -> None:
     """Raise CheckpointError, naming all keys with both values, unless the run may go on there.
 
-    here: the run's `bindings`. A user's reward or algorithm may have been edited and the card may
-    be another of its profile, which is said.
+    here: the run's `bindings`. A user's reward or another source may have been edited and the card
+    may be another of its profile, which is said.
     """
     there = checkpoint.manifest
     if there.get("format", 1) != FORMAT:
@@ -175,7 +173,7 @@ def require_same(
     checkpoint.require("command", here["command"], "command")
     # Manifests of version 0.1 before families were types say what the architecture implies.
     model = {key: value for key, value in there["model"].items() if key != "qk_norm"}
-    # Those of before there were several do not name their algorithm.
+    # Those of before there were several do not name their algorithm, or their model's family.
     config = {k: v for k, v in _EARLIER.items() if k in here["config"]} | there["config"]
     sections = {
         "configuration": differences(config, here["config"]),
@@ -191,7 +189,7 @@ def require_same(
             f"at least {done}"
         )
     _require_same_layout(checkpoint, run, profile)
-    for source, key in _SOURCES.items():
+    for key, source in _SOURCES.items():
         if there.get(source) != here[source]:
             print(
                 f"samebit: the source of {key} has changed since {checkpoint.path} was written: "

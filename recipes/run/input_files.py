@@ -8,15 +8,28 @@ from typing import Any
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.models.side_files import CHAT_TEMPLATES
 
+OWN_KEYS = ("model_family", "numerics.attention", "data.task", "reward.name", "algorithm.name")
+"""Keys that may name something of the user's own, as module:attribute."""
+
 
 def source_of(name: str) -> Path | None:
-    """Return the file of a reward or algorithm that is named as module:attribute."""
+    """Return the file of what is named as module:attribute."""
     module = name.partition(":")[0] if ":" in name else ""
     try:
         spec = importlib.util.find_spec(module) if module else None
     except (ImportError, ValueError, AttributeError):
         return None  # loading it says why
     return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+
+
+def own_sources(run: SftRun | GrpoRun) -> dict[str, Path | None]:
+    """Return for each of OWN_KEYS the file of what it names, if that is the user's own."""
+    found = {}
+    for key in OWN_KEYS:
+        section, _, name = key.rpartition(".")
+        value = getattr(getattr(run, section, None) if section else run, name, None)
+        found[key] = source_of(str(value))
+    return found
 
 
 def input_files(run: SftRun | GrpoRun) -> Iterator[tuple[str, Path]]:
@@ -30,10 +43,8 @@ def input_files(run: SftRun | GrpoRun) -> Iterator[tuple[str, Path]]:
         if file := getattr(run.data, key):
             yield f"data.{key}", Path(file)
     yield from _files_in(run.data.args, "data.args")
+    yield from ((key, source) for key, source in own_sources(run).items() if source)
     if isinstance(run, GrpoRun):
-        for key, name in (("reward", run.reward.name), ("algorithm", run.algorithm.name)):
-            if source := source_of(name):
-                yield f"{key}.name", source
         yield from _files_in(run.reward.args, "reward.args")
 
 

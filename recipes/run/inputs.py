@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from samebit.kernels.registry import attention_kind
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.data.order import problem_index
 from samebit.recipes.data.records import Encoder, Split
@@ -32,9 +33,10 @@ logger = logging.getLogger(__name__)
 def checked_model(run: GrpoRun | SftRun) -> ModelConfig:
     """Return the model that a run starts from; raises ValueError or OSError if it could not.
 
-    The layout and the headers of the weights are looked at, no weight is read.
+    The layout, the attention kind and the headers of the weights are looked at, no weight is read.
     """
-    model, parallel = load_model_config(run.model.path), run.trainer.parallel
+    model, parallel = load_model_config(run.model.path, run.model_family), run.trainer.parallel
+    attention_kind(run.numerics.attention)
     model.param_specs((0, parallel.tensor))
     make_stage(model, 0, parallel.pipeline, parallel.virtual_pipeline)
     if run.numerics.tp_invariant:

@@ -1,7 +1,7 @@
 """What a task gives: problems by index, in two splits that share none, chosen by one config."""
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from samebit.trainer.config import require_default
 
@@ -29,6 +29,7 @@ class Problem:
         return f"{self.where}: problem {self.index}" if self.where else f"problem {self.index}"
 
 
+@runtime_checkable
 class Dataset(Protocol):
     """Gives problems by index: the same one for an index in any process and any order."""
 
@@ -42,7 +43,7 @@ class DataConfig:
     """Says where the problems come from."""
 
     task: str = "file"
-    """`file`, `reverse_digits` or `reasoning_gym/<name>`."""
+    """`file`, `reverse_digits`, `reasoning_gym/<name>`, or your `module:function`."""
     path: str | None = None
     """Task `file`: the training records, .jsonl or .parquet."""
     eval_path: str | None = None
