@@ -277,9 +277,9 @@ def test_a_sample_id_is_never_used_twice(runs):
     ids = [c.sample_id for group in groups for c in group]
     assert len(set(ids)) == len(ids) == 12 + 4
     with pytest.raises(ValueError, match="sample ids of step 0 .* were used in this run"):
-        prompts(0)
+        source.training_prompts(0)
     with pytest.raises(ValueError, match="sample ids of step 0 .* were used in this run"):
-        held_out(0)
+        source.held_out_prompts(0)
     recipe.close()
 
 

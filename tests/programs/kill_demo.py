@@ -1,7 +1,6 @@
 """Kill the demo again and again, resume it, and compare it with an undisturbed run.
 
-    python -m samebit.recipes.verification.kill_demo OUT.json [kills=10] [seed=0]
-        [ARGUMENT_OF_THE_DEMO ...]
+    python tests/programs/kill_demo.py OUT.json [kills=10] [seed=0] [ARGUMENT_OF_THE_DEMO ...]
 
 Both runs go through the console command; a kill is SIGKILL to its whole process group at a random
 instant. One in five comes while a process starts; the others after it has begun to write metrics,
@@ -36,7 +35,6 @@ Outcome = tuple[dict[str, Any], list[dict[str, Any]]]
 OPTIONS = {"kills": 10, "seed": 0}
 _STARTS = 0.2
 _LOOK_S = 0.02
-_MODULE = "samebit.recipes.verification.kill_demo"
 
 
 def parse(arguments: Sequence[str]) -> tuple[dict[str, int], list[str]]:
@@ -132,7 +130,7 @@ def main(out: str, *arguments: str) -> int:
         whole, resumed = (result(folder, name) for name in ("undisturbed", "killed"))
     equal = are_equal(whole, resumed)
     report = {
-        **provenance(["python", "-m", _MODULE, out, *arguments], device),
+        **provenance(["python", *sys.argv], device),
         "undisturbed_s": round(alone.seconds, 1),
         "undisturbed_began_s": round(alone.began_s, 1),
         "killed_after_s": [round(attempt.seconds, 2) for attempt in killed],
