@@ -197,6 +197,18 @@ def provenance(command: Sequence[str], device: torch.device) -> dict[str, Any]:
     }
 
 
+def write_result(
+    path: Path, device: torch.device, body: Mapping[str, Any], command: Sequence[str] = ()
+) -> None:
+    """Replace a JSON file, in a folder that is made if need be: provenance, then the body.
+
+    command: unset, `samebit` with the words that it was given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = provenance(command or ["samebit", *sys.argv[1:]], device) | body
+    write_atomically(path, json.dumps(report, indent=1) + "\n")
+
+
 def record_start(run_dir: Path, device: torch.device, step: int) -> None:
     """Add a line to the run's provenance.jsonl: what goes on after `step`, by which program."""
     file = run_dir / "provenance.jsonl"

@@ -25,11 +25,10 @@ from typing import Any
 
 from samebit.recipes.models.tiny_model import write_character_tokenizer, write_config, write_weights
 from samebit.recipes.run.metrics import read_rows
-from samebit.recipes.run.provenance import provenance
+from samebit.recipes.run.provenance import write_result
 from samebit.recipes.run.rollouts import list_rollouts
 from samebit.rollout.device import resolve_device
 from samebit.trainer.config import ParallelConfig
-from samebit.weight_sync.disk import write_atomically
 
 MODULE = "samebit.recipes.verification.layouts"
 OPTIONS = {"device": "cuda", "num_gpus": "4", "only": "", "at_once": "1"}
@@ -198,14 +197,14 @@ def main(out: str, *arguments: str) -> int:
         for key in ("logprob_tokens_compared", "logprob_mismatches")
     }
     report = {
-        **provenance(["python", "-m", MODULE, out, *arguments], resolve_device(options["device"])),
         "weights": "random, made on the spot",
         "layouts_run": len(found),
         **total,
         "problems": against,
         "layouts": found,
     }
-    write_atomically(Path(out), json.dumps(report, indent=1) + "\n")
+    command = ["python", "-m", MODULE, out, *arguments]
+    write_result(Path(out), resolve_device(options["device"]), report, command)
     print(f"{len(found)} layouts: {json.dumps(total)}")
     for line in against:
         print(f"layouts: {line}", file=sys.stderr)

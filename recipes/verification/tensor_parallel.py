@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from samebit.recipes.bench.timing import timed
 from samebit.recipes.data.samples import drawn_sample
-from samebit.recipes.run.provenance import provenance
+from samebit.recipes.run.provenance import write_result
 from samebit.recipes.verification.subject import outcomes_digest
 from samebit.rollout.device import resolve_device
 from samebit.rollout.engine import Engine
@@ -35,7 +35,6 @@ from samebit.trainer.megatron.forward import ForwardModel
 from samebit.trainer.megatron.setup import initialize
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.stats import count_mismatches
-from samebit.weight_sync.disk import write_atomically
 from samebit.weight_sync.objects import gather_objects
 
 MODULE = "samebit.recipes.verification.tensor_parallel"
@@ -122,8 +121,8 @@ def main(folder: str, out: str, *arguments: str) -> int:
     options, device = parse(list(arguments)), resolve_device(None)
     found = measure(Path(folder), options, device)
     if dist.get_rank() == 0:
-        source = provenance(["python", "-m", MODULE, folder, out, *arguments], device)
-        write_atomically(Path(out), json.dumps(source | options | found, indent=1) + "\n")
+        command = ["python", "-m", MODULE, folder, out, *arguments]
+        write_result(Path(out), device, options | found, command)
         print(json.dumps(found))
     return 1 if found["mismatches"] or not found["compared"] else 0
 

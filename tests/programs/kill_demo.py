@@ -25,9 +25,8 @@ from typing import Any
 
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.run.metrics import read_rows, without_times
-from samebit.recipes.run.provenance import provenance
+from samebit.recipes.run.provenance import write_result
 from samebit.rollout.device import resolve_device
-from samebit.weight_sync.disk import write_atomically
 
 Outcome = tuple[dict[str, Any], list[dict[str, Any]]]
 """A demo's summary, and its metrics without times."""
@@ -130,7 +129,6 @@ def main(out: str, *arguments: str) -> int:
         whole, resumed = (result(folder, name) for name in ("undisturbed", "killed"))
     equal = are_equal(whole, resumed)
     report = {
-        **provenance(["python", *sys.argv], device),
         "undisturbed_s": round(alone.seconds, 1),
         "undisturbed_began_s": round(alone.began_s, 1),
         "killed_after_s": [round(attempt.seconds, 2) for attempt in killed],
@@ -141,7 +139,7 @@ def main(out: str, *arguments: str) -> int:
         "metrics_compared": len(whole[1]),
         "figures_compared": sum(map(len, whole[1])),
     }
-    write_atomically(Path(out), json.dumps(report, indent=1) + "\n")
+    write_result(Path(out), device, report, ["python", *sys.argv])
     print(json.dumps(report, indent=1))
     return 0 if equal and len(killed) == kills else 1
 

@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 
-from samebit.recipes.run.provenance import provenance
+from samebit.recipes.run.provenance import write_result
 from samebit.rollout.device import resolve_device, resolve_dtype
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.types import SamplingParams
-from samebit.weight_sync.disk import write_atomically
 
 _BLOCKS = Path(__file__).with_name("conversations.txt").read_text(encoding="utf-8")
 CONVERSATIONS = tuple(
@@ -201,12 +200,11 @@ def main(model: str, out: str, device: str | None = None) -> int:
             f"must hold at least {NUM_GREEDY + 2}"
         )
     report = {
-        **provenance(["python", *sys.argv], resolved),
         "model": path.name,
         "text": "chats and prose" if has_tokenizer else "random tokens",
         **measure(path, resolved, texts),
     }
-    write_atomically(Path(out), json.dumps(report, indent=1) + "\n")
+    write_result(Path(out), resolved, report, ["python", *sys.argv])
     print(json.dumps(report, indent=1))
     return 0 if report["pass"] else 1
 
