@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from samebit.recipes.config import ConfigError
-from samebit.recipes.run.binding import binding_config, flatten
+from samebit.recipes.run.binding import binding_config
 from samebit.recipes.run.folder import CONFIG_FILE
+from samebit.recipes.run.input_files import flatten
 from samebit.recipes.run.metrics import METRICS_FILE, SAMPLES_FILE, read_rows
 from samebit.recipes.run.rollouts import SavedSample, list_rollouts, load_rollout
 from samebit.recipes.tools_config import DiffRun

@@ -119,7 +119,7 @@ def main(run: VerifyRun) -> int:
     """The command `samebit verify`; exit code 1 on any mismatch, and if nothing was compared, or a
     property that was asked for by name could not be tried."""
     properties = select_properties(run.properties)
-    target = Path(run.output_dir) / run.run_name / "verify.json"
+    target = run.run_dir / "verify.json"
     require_own_report(target)
     torch.set_num_threads(run.cpu_threads)
     device, kind = resolve_device(run.device), run.numerics.attention

@@ -296,7 +296,7 @@ def main(run: BenchKernelsRun) -> int:
     choices, rows = tune(model_keys(config, wanted))
     check(choices)
     name = table_path(torch.cuda.get_device_name()).name
-    path = Path(run.output_dir) / run.run_name / name
+    path = run.run_dir / name
     write_table(choices, rows, path)
     print(f"{path} holds the table; it is used from {TABLES}/")
     return 0

@@ -17,7 +17,7 @@ from samebit.kernels.profile import NumericsProfile
 from samebit.recipes.config import GrpoRun, RunSection, SftRun
 from samebit.recipes.data.tasks.base import DataConfig, Dataset
 from samebit.recipes.models.side_files import tokenizer_files
-from samebit.recipes.run.input_files import source_of
+from samebit.recipes.run.input_files import flatten, source_of
 from samebit.recipes.run.provenance import device_name
 from samebit.recipes.run.secrets import to_dict
 from samebit.rollout.device import resolve_device
@@ -82,18 +82,6 @@ def bound_keys(run: RunSection) -> dict[str, Any]:
         for key, value in shown.items()
         if key not in _PATHS and not key.startswith(_LAYOUT)
     }
-
-
-def flatten(value: Any, name: str = "") -> dict[str, Any]:
-    """Return the leaves of nested mappings and lists by dotted names."""
-    if isinstance(value, Mapping):
-        items = iter(value.items())
-    elif isinstance(value, list | tuple):
-        items = iter(enumerate(value))
-    else:
-        return {name: value}
-    below = (flatten(x, f"{name}.{key}" if name else key) for key, x in items)
-    return {k: v for leaves in below for k, v in leaves.items()}
 
 
 def bindings(run: SftRun | GrpoRun, command: str, records: Mapping[str, Dataset]) -> dict[str, Any]:

@@ -240,6 +240,16 @@ def _places(file: Path) -> Iterator[Path]:
             yield from _places(place.parent / place.readlink())
 
 
+def is_overwritten(out: Path, overwrite: bool) -> bool:
+    """Say whether a folder to write holds anything; raises ConfigError if that is to stay."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={out} is no folder")
+    holds_something = out.exists() and any(out.iterdir())
+    if holds_something and not overwrite:
+        raise ConfigError(f"out={out} is not empty; give another folder or overwrite=true")
+    return holds_something
+
+
 def require_own_report(file: Path) -> None:
     """Raise ConfigError if writing a command's report would cost something else.
 
