@@ -37,9 +37,9 @@ samebit() { # NAME COMMAND... -> OUT/NAME
     tail -n 30 "$out/$name.log"
 }
 
-module() { # PROCESSES MODULE ARGUMENT...
+program() { # PROCESSES NAME ARGUMENT...
     "$bin/python" -m torch.distributed.run --standalone --nproc-per-node "$1" \
-        -m "samebit.recipes.$2" "${@:3}"
+        "$root/tests/programs/$2.py" "${@:3}"
 }
 
 needs_gpus() { # COUNT
@@ -99,11 +99,11 @@ kills() {
 
 tensor_parallel() { # drawn and computed again; tp_invariant: one GPU draws what two draw
     needs_gpus 2
-    local options=("$shapes/qwen3-8b") program=verification.tensor_parallel
-    module 2 $program "${options[@]}" "$out/tp2.json" dummy=true
-    module 2 $program "${options[@]}" "$out/tp2_eager.json" dummy=true cuda_graphs=false
-    module 2 $program "${options[@]}" "$out/tp2_invariant.json" dummy=true tp_invariant=true
-    module 1 $program "${options[@]}" "$out/tp1_invariant.json" dummy=true tp_invariant=true
+    local model=$shapes/qwen3-8b
+    program 2 tensor_parallel "$model" "$out/tp2.json" dummy=true
+    program 2 tensor_parallel "$model" "$out/tp2_eager.json" dummy=true cuda_graphs=false
+    program 2 tensor_parallel "$model" "$out/tp2_invariant.json" dummy=true tp_invariant=true
+    program 1 tensor_parallel "$model" "$out/tp1_invariant.json" dummy=true tp_invariant=true
     same_draws "$out"/tp{1,2}_invariant.json
 }
 
@@ -117,14 +117,14 @@ trainer_tp() { # what tp_invariant costs
 
 layouts() { # of the trainer, each on as many GPUs as it needs
     needs_gpus 4
-    "$bin/python" -m samebit.recipes.verification.layouts "$out/layouts.json"
+    "$bin/python" "$root/tests/programs/layouts.py" "$out/layouts.json"
 }
 
 tp1_tp4() { # tp_invariant: one GPU draws what four draw
     needs_gpus 4
-    local program=verification.tensor_parallel size
+    local size
     for size in 1 4; do
-        module $size $program "$shapes/qwen3-8b" "$out/tp1_tp4_$size.json" dummy=true \
+        program $size tensor_parallel "$shapes/qwen3-8b" "$out/tp1_tp4_$size.json" dummy=true \
             tp_invariant=true
     done
     same_draws "$out"/tp1_tp4_{1,4}.json

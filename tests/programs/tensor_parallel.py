@@ -1,6 +1,6 @@
 """Tensor parallel engine against tensor parallel trainer, on sequences of mixed length.
 
-    torchrun --nproc-per-node 2 -m samebit.recipes.verification.tensor_parallel FOLDER out.json \\
+    torchrun --nproc-per-node 2 tests/programs/tensor_parallel.py FOLDER out.json \\
         [tp_invariant=true] [dummy=true] [cuda_graphs=false] [num_seqs=64] [max_len=4096] \\
         [seed=0]
 
@@ -37,7 +37,6 @@ from samebit.trainer.packing import pack_samples
 from samebit.trainer.stats import count_mismatches
 from samebit.weight_sync.objects import gather_objects
 
-MODULE = "samebit.recipes.verification.tensor_parallel"
 DEFAULTS = {
     "tp_invariant": False,
     "dummy": False,
@@ -121,8 +120,7 @@ def main(folder: str, out: str, *arguments: str) -> int:
     options, device = parse(list(arguments)), resolve_device(None)
     found = measure(Path(folder), options, device)
     if dist.get_rank() == 0:
-        command = ["python", "-m", MODULE, folder, out, *arguments]
-        write_result(Path(out), device, options | found, command)
+        write_result(Path(out), device, options | found, ["python", *sys.argv])
         print(json.dumps(found))
     return 1 if found["mismatches"] or not found["compared"] else 0
 
