@@ -84,7 +84,7 @@ def _read_config(file: Path) -> Row:
     try:
         config: Any = OmegaConf.to_container(OmegaConf.load(file))
         return flatten(binding_config(config))
-    except (YAMLError, OSError, KeyError, AttributeError) as error:
+    except (YAMLError, OSError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"{file} is no configuration of a training run") from error
 
 

@@ -109,7 +109,7 @@ class BenchEngineRun(BenchRun):
             "8x1x512x256",
             "64x1x512x256",
             "1x8x512x4096",
-        ]
+        ]  # fmt: skip
     )
     """Prompts x samples of each x input length x output length."""
     repeats: int = 3

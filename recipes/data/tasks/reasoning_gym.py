@@ -24,12 +24,8 @@ ATTEMPTS = 16
 # These iterate over sets of text, so their items change with Python's hash seed (found by
 # comparing the items of every task between processes, reasoning_gym 0.1.25).
 HASH_DEPENDENT = {
-    "isomorphic_strings",
-    "knight_swap",
-    "polynomial_multiplication",
-    "ransom_note",
-    "word_ladder",
-}
+    "isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder",
+}  # fmt: skip
 
 
 class Train:
