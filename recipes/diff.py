@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from samebit.recipes.config import ConfigError
 from samebit.recipes.run.binding import binding_config
@@ -78,9 +80,6 @@ def open_run(path: Path) -> RunContents:
 
 
 def _read_config(file: Path) -> Row:
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
-
     try:
         config: Any = OmegaConf.to_container(OmegaConf.load(file))
         return flatten(binding_config(config))

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any, get_args, get_type_hints
 
+from omegaconf import OmegaConf
+
 
 def documented_yaml(schema: type[Any], config: Mapping[str, Any], indent: str = "") -> str:
     """Return the plain values of a configuration as YAML with comments."""
@@ -14,8 +16,6 @@ def documented_yaml(schema: type[Any], config: Mapping[str, Any], indent: str = 
 
 
 def _lines(schema: type[Any], config: Mapping[str, Any], indent: str) -> Iterator[str]:
-    from omegaconf import OmegaConf
-
     docs, types = field_docs(schema), get_type_hints(schema)
     for key, value in config.items():
         comment = f"  # {docs[key]}" if key in docs else ""
