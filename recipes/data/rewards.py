@@ -238,6 +238,10 @@ def _label_number(problem: Problem) -> Decimal:
     return number
 
 
+def _check_math(problem: Problem) -> None:
+    _gold(problem.label)
+
+
 def _check_entry(problem: Problem) -> None:
     if not {"task", "args", "entry"} <= problem.metadata.keys():
         raise ValueError(
@@ -249,7 +253,7 @@ def _check_entry(problem: Problem) -> None:
 # What each of our functions asks of a problem, and of its arguments.
 CHECKS: dict[str, Callable[[Problem], object]] = {
     "number_match": _label_number,
-    "math_verify": lambda problem: _gold(problem.label),
+    "math_verify": _check_math,
     "reasoning_gym": _check_entry,
 }
 ARGS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {

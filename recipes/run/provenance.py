@@ -194,7 +194,7 @@ def provenance(command: Sequence[str], device: torch.device) -> dict[str, Any]:
 
 
 def write_result(
-    path: Path, device: torch.device, body: Mapping[str, Any], command: Sequence[str] = ()
+    path: Path, device: torch.device, body: dict[str, Any], command: Sequence[str] = ()
 ) -> None:
     """Replace a JSON file, in a folder that is made if need be: provenance, then the body.
 

@@ -15,6 +15,7 @@ import json
 import os
 import random
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,11 @@ import torch.distributed as dist
 from samebit.recipes.bench.timing import timed
 from samebit.recipes.data.samples import drawn_sample
 from samebit.recipes.run.provenance import write_result
-from samebit.recipes.verification.subject import outcomes_digest
+from samebit.recipes.verification.subject import chained_digest, exact_bytes
 from samebit.rollout.device import resolve_device
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
-from samebit.rollout.types import SamplingParams
+from samebit.rollout.types import Completion, SamplingParams
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron.forward import ForwardModel
 from samebit.trainer.megatron.setup import initialize
@@ -66,6 +67,15 @@ def mixed_lengths(num_seqs: int, max_len: int, seed: int) -> list[tuple[int, int
     rng = random.Random(seed)
     totals = [max_len, *(rng.randint(16, max_len) for _ in range(num_seqs - 1))]
     return [(total - total // 8, total // 8) for total in totals]
+
+
+def outcomes_digest(groups: Sequence[Sequence[Completion]]) -> str:
+    """Return a digest of every token and log-prob of completions, in order and to the bit."""
+    digest = ""
+    for i, completion in enumerate(c for group in groups for c in group):
+        values = list(zip(completion.token_ids, completion.logprobs, strict=True))
+        digest = chained_digest(digest, str(i), exact_bytes(values))
+    return digest
 
 
 def measure(folder: Path, options: dict[str, Any], device: torch.device) -> dict[str, Any]:
