@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from samebit.kernels.gpu.swiglu import swiglu
 from samebit.kernels.gpu.tuning import TABLES, Choice, Key, row_bucket, table_path, to_json
 from samebit.recipes.bench.config import BenchKernelsRun
 from samebit.recipes.bench.timing import Action, card_rates, graph_us, graphs_us, num_copies
-from samebit.recipes.run.provenance import provenance, write_result
+from samebit.recipes.run.provenance import write_result
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
 
@@ -259,7 +260,7 @@ def write_table(choices: dict[Key, Choice], rows: list[dict[str, Any]], path: Pa
         for name in ("linear", "measured_us")
     )
     device = torch.device("cuda")
-    date = provenance([], device)["date"]
+    date = datetime.now(UTC).isoformat(timespec="seconds")
     before = {k: v for k, v in known.items() if k not in ("linear", "measured_us", "earlier")}
     report = {
         "earlier": [*([before] if before else []), *known.get("earlier", [])],
