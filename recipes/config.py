@@ -47,6 +47,23 @@ def check_run_folder(run_name: str, output_dir: str) -> None:
 
 
 @dataclass(kw_only=True)
+class FolderSection:
+    """Names the folder that a command writes."""
+
+    run_name: str = "run"
+    output_dir: str = "outputs"
+    """The run's folder is output_dir/run_name."""
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's files go here."""
+        return Path(self.output_dir) / self.run_name
+
+    def __post_init__(self) -> None:
+        check_run_folder(self.run_name, self.output_dir)
+
+
+@dataclass(kw_only=True)
 class ModelSection:
     """Names the model that a run starts from."""
 
@@ -131,12 +148,9 @@ class NumericsSection(AttentionSection):
 
 
 @dataclass(kw_only=True)
-class RunSection:
+class RunSection(FolderSection):
     """Holds what every training recipe has."""
 
-    run_name: str = "run"
-    output_dir: str = "outputs"
-    """The run's folder is output_dir/run_name."""
     resume: bool = False
     """Continue from the newest checkpoint, or start if there is none."""
     reshard: bool = False
@@ -154,13 +168,8 @@ class RunSection:
     seed: int = 0
     """Of the sampling noise and of the problems' order."""
 
-    @property
-    def run_dir(self) -> Path:
-        """The run's files go here."""
-        return Path(self.output_dir) / self.run_name
-
     def __post_init__(self) -> None:
-        check_run_folder(self.run_name, self.output_dir)
+        super().__post_init__()
         require(self.cpu_threads >= 1, "cpu_threads", self.cpu_threads, "positive")
         require(0 <= self.seed < 1 << 43, "seed", self.seed, "in [0, 2^43)")
         require(self.resume or not self.reshard, "reshard", self.reshard, "false without resume")

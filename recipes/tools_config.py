@@ -6,7 +6,7 @@ No torch here, so that --help answers at once.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from samebit.recipes.config import AttentionSection, check_run_folder
+from samebit.recipes.config import AttentionSection, FolderSection
 from samebit.rollout.config import LOAD_FORMATS
 from samebit.trainer.config import require, require_default
 
@@ -20,11 +20,10 @@ def check_given(run: object, names: Iterable[str]) -> None:
 
 
 @dataclass(kw_only=True)
-class VerifyRun:
+class VerifyRun(FolderSection):
     """`samebit verify`: the promise, measured. Writes output_dir/run_name/verify.json."""
 
     run_name: str = "verify"
-    output_dir: str = "outputs"
     device: str | None = None
     """cpu or cuda; unset: the GPU if there is one."""
     cpu_threads: int = 1
@@ -42,7 +41,7 @@ class VerifyRun:
 
     def __post_init__(self) -> None:
         some = self.properties is None or len(self.properties) > 0
-        check_run_folder(self.run_name, self.output_dir)
+        super().__post_init__()
         check_given(self, ("model",))
         require(some, "properties", self.properties, "at least one, or unset")
         require(self.cpu_threads >= 1, "cpu_threads", self.cpu_threads, "positive")

@@ -50,7 +50,7 @@ class ReplicatedEngine:
             return [[_to_plain(completion) for completion in group] for group in groups]
 
         groups = self._share(len(prompt_ids), draw)
-        return [[_completion(*plain) for plain in group] for group in groups]
+        return [[_completion(plain) for plain in group] for group in groups]
 
     async def agenerate(
         self,
@@ -145,30 +145,21 @@ def _ids(params: Sequence[SamplingParams], numbers: Iterable[int]) -> list[list[
     return [list(itertools.islice(numbers, p.n)) for p in params]
 
 
-def _to_plain(c: Completion) -> tuple[Any, ...]:
-    """What _completion takes: log-probs are exact fp32 values."""
-    spans = [(span.start, span.version.step, span.version.digest) for span in c.version_spans]
-    numbers = array("i", c.token_ids), array("f", c.logprobs)
-    hidden = {layer: states.cpu() for layer, states in c.hidden_states.items()}
-    return c.request_id, c.sample_id, *numbers, c.finish_reason, spans, hidden
+def _to_plain(c: Completion) -> dict[str, Any]:
+    """Its fields as plain values: log-probs are exact fp32 values."""
+    return vars(c) | {
+        "token_ids": array("i", c.token_ids),
+        "logprobs": array("f", c.logprobs),
+        "version_spans": [(s.start, s.version.step, s.version.digest) for s in c.version_spans],
+        "hidden_states": {layer: states.cpu() for layer, states in c.hidden_states.items()},
+    }
 
 
-def _completion(
-    request_id: str,
-    sample_id: int,
-    token_ids: array[int],
-    logprobs: array[float],
-    finish_reason: str,
-    spans: list[tuple[int, int, str]],
-    hidden: dict[int, Any],
-) -> Completion:
-    versions = tuple(VersionSpan(n, WeightVersion(step, digest)) for n, step, digest in spans)
-    return Completion(
-        request_id=request_id,
-        sample_id=sample_id,
-        token_ids=tuple(token_ids),
-        logprobs=tuple(logprobs),
-        finish_reason=finish_reason,
-        version_spans=versions,
-        hidden_states=hidden,
-    )
+def _completion(plain: dict[str, Any]) -> Completion:
+    spans = plain["version_spans"]
+    found = {
+        "token_ids": tuple(plain["token_ids"]),
+        "logprobs": tuple(plain["logprobs"]),
+        "version_spans": tuple(VersionSpan(n, WeightVersion(*version)) for n, *version in spans),
+    }
+    return Completion(**plain | found)

@@ -17,7 +17,7 @@ from samebit.kernels.profile import NumericsProfile
 from samebit.recipes.config import GrpoRun, RunSection, SftRun
 from samebit.recipes.data.tasks.base import DataConfig, Dataset
 from samebit.recipes.models.side_files import tokenizer_files
-from samebit.recipes.run.input_files import OWN_KEYS, own_sources
+from samebit.recipes.run.input_files import OWN_KEYS, flatten, own_sources
 from samebit.recipes.run.provenance import device_name
 from samebit.recipes.run.secrets import to_dict
 from samebit.rollout.device import resolve_device
@@ -28,22 +28,13 @@ FORMAT = 2
 """Of the manifests that runs write. In format 1 digests of paths stood for contents."""
 
 # Keys that a resumed run may change: none of them can change a result but reshard, which asks to.
-_FREE_KEYS = (
-    "resume",
-    "reshard",
-    "overwrite",
-    "dry_run",
-    "run_name",
-    "output_dir",
-    "placement",
-    "engine",
-    "logger",
-    "device",
-)
-_FREE_TRAINER_KEYS = ("checkpoint_every", "keep_checkpoints", "background_checkpoints")
-_FREE_REWARD_KEYS = ("timeout_s", "num_workers")
-_FREE_PARALLEL_KEYS = ("recompute", "offload_optimizer")
-_PROFILE_KEYS = ("attention",)  # of numerics: the profile, which is bound too, says the same
+# The attention of numerics is bound as a part of the profile.
+_FREE_KEYS = {
+    "resume", "reshard", "overwrite", "dry_run", "run_name", "output_dir", "device", "placement",
+    "engine", "logger", "reward.timeout_s", "reward.num_workers", "numerics.attention",
+    "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.background_checkpoints",
+    "trainer.parallel.recompute", "trainer.parallel.offload_optimizer",
+}  # fmt: skip
 _PATHS = ("model.path", "data.path", "data.eval_path")
 _LAYOUT = "trainer.parallel."
 _SAMPLED = 16  # problems of a generated task: with its arguments they stand for all
@@ -54,16 +45,18 @@ _EARLIER = {"algorithm.name": "grpo", "model_family": None}
 
 def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return every key of a resolved configuration that a result depends on."""
-    kept = {k: v for k, v in config.items() if k not in _FREE_KEYS}
-    if "reward" in kept:
-        kept["reward"] = {k: v for k, v in kept["reward"].items() if k not in _FREE_REWARD_KEYS}
-    if "numerics" in kept:
-        kept["numerics"] = {k: v for k, v in kept["numerics"].items() if k not in _PROFILE_KEYS}
-    trainer = {k: v for k, v in config["trainer"].items() if k not in _FREE_TRAINER_KEYS}
-    if trainer["optimizer"]["lr_schedule"] == "constant":
-        del trainer["num_steps"]  # a run may be made longer
-    layout = {k: v for k, v in trainer["parallel"].items() if k not in _FREE_PARALLEL_KEYS}
-    return kept | {"trainer": trainer | {"parallel": layout}}
+    kept = _without_free_keys(config)
+    if kept["trainer"]["optimizer"]["lr_schedule"] == "constant":
+        del kept["trainer"]["num_steps"]  # a run may be made longer
+    return kept
+
+
+def _without_free_keys(values: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    return {
+        k: _without_free_keys(v, f"{section}{k}.") if isinstance(v, Mapping) else v
+        for k, v in values.items()
+        if f"{section}{k}" not in _FREE_KEYS
+    }
 
 
 def binding_layout(run: SftRun | GrpoRun) -> dict[str, Any]:
@@ -82,18 +75,6 @@ def bound_keys(run: RunSection) -> dict[str, Any]:
         for key, value in shown.items()
         if key not in _PATHS and not key.startswith(_LAYOUT)
     }
-
-
-def flatten(value: Any, name: str = "") -> dict[str, Any]:
-    """Return the leaves of nested mappings and lists by dotted names."""
-    if isinstance(value, Mapping):
-        items = iter(value.items())
-    elif isinstance(value, list | tuple):
-        items = iter(enumerate(value))
-    else:
-        return {name: value}
-    below = (flatten(x, f"{name}.{key}" if name else key) for key, x in items)
-    return {k: v for leaves in below for k, v in leaves.items()}
 
 
 def bindings(run: SftRun | GrpoRun, command: str, records: Mapping[str, Dataset]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Which files a training run reads, by the keys of the configuration that name them."""
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,21 @@ def input_files(run: SftRun | GrpoRun) -> Iterator[tuple[str, Path]]:
         yield from _files_in(run.reward.args, "reward.args")
 
 
-def _files_in(value: Any, key: str) -> Iterator[tuple[str, Path]]:
+def _files_in(arguments: Mapping[str, Any], key: str) -> Iterator[tuple[str, Path]]:
     """Texts that are paths of files."""
+    for name, value in flatten(arguments, key).items():
+        with suppress(OSError, ValueError):  # too long for a path, or with a NUL: some other text
+            if isinstance(value, str) and Path(value).is_file():
+                yield name, Path(value)
+
+
+def flatten(value: Any, name: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings and lists by dotted names."""
     if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _files_in(inner, f"{key}.{name}")
-    elif isinstance(value, str):
-        try:
-            if Path(value).is_file():
-                yield key, Path(value)
-        except (OSError, ValueError):
-            return  # too long for a path, or with a NUL: some other text
-    elif isinstance(value, Sequence):
-        for i, inner in enumerate(value):
-            yield from _files_in(inner, f"{key}.{i}")
+        items = iter(value.items())
+    elif isinstance(value, list | tuple):
+        items = iter(enumerate(value))
+    else:
+        return {name: value}
+    below = (flatten(x, f"{name}.{key}" if name else key) for key, x in items)
+    return {k: v for leaves in below for k, v in leaves.items()}

@@ -14,8 +14,8 @@ from samebit.recipes.data.order import problem_index
 from samebit.recipes.data.records import Encoder, Split
 from samebit.recipes.data.reward_pool import load_reward
 from samebit.recipes.data.rewards import Poll
-from samebit.recipes.data.tasks.base import Dataset, ListDataset, Problem
-from samebit.recipes.data.tasks.faults import Faults
+from samebit.recipes.data.tasks.base import Dataset, Problem
+from samebit.recipes.data.tasks.faults import raise_faults
 from samebit.recipes.data.tasks.registry import load_datasets
 from samebit.recipes.data.text import TextCodec
 from samebit.recipes.launch.placement import load_transport
@@ -125,7 +125,7 @@ class GrpoInputs:
         self.reward.close()
 
     def _prepare(self, used: Sequence[int], unwritable: Unwritable | None, poll: Poll) -> None:
-        faults = Faults()
+        faults: list[str] = []
 
         def check(problems: Sequence[Problem]) -> list[str]:
             if unwritable is not None:
@@ -134,7 +134,7 @@ class GrpoInputs:
 
         self.train_set.prepare(used, check, faults)
         self.eval_set.prepare(range(len(self.eval_set)), check, faults)
-        faults.raise_all()
+        raise_faults(faults)
 
 
 class SftInputs:
@@ -162,7 +162,7 @@ class SftInputs:
         self.train_set = Split("train split", train_set, encoder)
         self.eval_set = Split("held-out split", eval_set, encoder) if len(eval_set) else None
         count = run.trainer.num_steps * (run.trainer.batch_size or 0)
-        faults, unwritable = Faults(), Unwritable(self.text)
+        faults, unwritable = list[str](), Unwritable(self.text)
 
         def check(problems: Sequence[Problem]) -> list[str]:
             poll()
@@ -172,7 +172,7 @@ class SftInputs:
         self.train_set.prepare(_used(train_set, count, run.seed), check, faults)
         if self.eval_set is not None:
             self.eval_set.prepare(range(len(eval_set)), check, faults)
-        faults.raise_all()
+        raise_faults(faults)
         copies, held_out = run.trainer.parallel.data, self.eval_set
         if held_out is not None and len(held_out) < copies:
             raise ValueError(
@@ -191,7 +191,7 @@ class SftInputs:
 def _used(train_set: Dataset, count: int, seed: int) -> range | list[int]:
     """Of a generated split what the first `count` positions of the order hold; all of a file."""
     size = len(train_set)
-    if isinstance(train_set, ListDataset) or count >= size:
+    if isinstance(train_set, list) or count >= size:
         return range(size)
     return sorted({problem_index(position, size, seed) for position in range(count)})
 

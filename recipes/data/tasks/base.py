@@ -31,7 +31,10 @@ class Problem:
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Gives problems by index: the same one for an index in any process and any order."""
+    """Gives problems by index: the same one for an index in any process and any order.
+
+    What is there already is a list; a class makes each problem when it is asked for.
+    """
 
     def __len__(self) -> int: ...
 
@@ -85,17 +88,3 @@ def check_index(index: int, size: int) -> None:
     """Raise IndexError unless 0 <= index < size (which also ends a plain `for` loop)."""
     if not 0 <= index < size:
         raise IndexError(f"problem {index} of a split of {size}; give 0 to {size - 1}")
-
-
-class ListDataset:
-    """Holds problems that are already there."""
-
-    def __init__(self, problems: list[Problem]) -> None:
-        self._problems = problems
-
-    def __len__(self) -> int:
-        return len(self._problems)
-
-    def __getitem__(self, index: int) -> Problem:
-        check_index(index, len(self))
-        return self._problems[index]
