@@ -56,7 +56,7 @@ class EngineLoop:
             except BaseException:
                 abandoned = self.abandon(call)
                 del call  # its result may hold the error, whose traceback holds this frame
-                abandoned.result()
+                abandoned.exception()  # the first error is the one to tell
                 raise
         return call.result.result()
 
@@ -76,8 +76,7 @@ class EngineLoop:
 
     def submit(self, call: Call) -> Future[list[list[Completion]]]:
         """Put a call in and do not wait; its result."""
-        self.book.lockstep.require_one_order()
-        self.post(partial(self.book.admit, call))
+        self.post(partial(self.book.admit, call, alone=True))
         return call.result
 
     def abandon(self, call: Call) -> Future[None]:
