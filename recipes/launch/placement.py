@@ -1,6 +1,5 @@
 """Where the engine runs and how weights reach it."""
 
-import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from samebit.rollout.engine import Engine
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.remote import RemoteEngine
 from samebit.rollout.runtime.weights import load_safetensors
+from samebit.trainer.config import import_named
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.ranks import place
 from samebit.weight_sync.sync import WeightSync
@@ -53,13 +53,7 @@ def load_transport(name: str) -> type[Lease] | type[Transport]:
     Raises ValueError for one that cannot be imported or is none.
     """
     path = TRANSPORTS[name].path if name in TRANSPORTS else name
-    module, _, attribute = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"placement.transport is {name!r}, which cannot be imported: {error}"
-        ) from error
+    found = import_named(path, "placement.transport")
     if not (isinstance(found, type) and issubclass(found, Lease | Transport)):
         raise ValueError(f"placement.transport is {name!r}; give a subclass of Lease or Transport")
     return found

@@ -22,6 +22,8 @@ def find_algorithm(name: str) -> "type[Algorithm[Any]]":
 
     fits = isinstance(found, type) and issubclass(found, Algorithm)
     require(fits, "algorithm.name", name, "a subclass of samebit.trainer.algorithms.base:Algorithm")
+    fits = isinstance(found.Config, type) and issubclass(found.Config, AlgorithmConfig)
+    require(fits, "algorithm.name", name, "a class whose Config is a subclass of AlgorithmConfig")
     return found
 
 
