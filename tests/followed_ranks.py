@@ -88,19 +88,18 @@ def drained(one):
     who comes too late for that."""
     book, calls = one.loop.book, []
     one.step_loop.depth = 1
-    with one.loop._driving():
-        with one.leading():
-            for goes in (True, False):
-                calls.append(Call(one.requests.generation(prompts(), ENDLESS, None, ())))
-                book.admit(calls[-1])
-                book.step()
-                if goes:
-                    with suppress(NonFiniteError):
-                        book.abandon(calls[-1])
-            late = Call(one.requests.generation(prompts(), ENDLESS, None, ()))
-            caller = threading.Thread(target=one.loop.submit, args=(late,))
-            caller.start()
-            caller.join()
+    with one.loop._driving(), one.leading():
+        for goes in (True, False):
+            calls.append(Call(one.requests.generation(prompts(), ENDLESS, None, ())))
+            book.admit(calls[-1])
+            book.step()
+            if goes:
+                with suppress(NonFiniteError):
+                    book.abandon(calls[-1])
+        late = Call(one.requests.generation(prompts(), ENDLESS, None, ()))
+        caller = threading.Thread(target=one.loop.submit, args=(late,))
+        caller.start()
+        caller.join()
     one.step_loop.depth = 0
     return [str(call.result.exception(60)) for call in (*calls, late)]
 

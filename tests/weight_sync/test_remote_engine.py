@@ -8,13 +8,16 @@ import signal
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import aclosing
 
 import pytest
 from callers import parts_of, put_together
 from helpers import assert_same_bits, outcomes
 
 from samebit.rollout import engine_process
+from samebit.rollout.client import stream_of
 from samebit.rollout.engine import Engine
+from samebit.rollout.messages import Score
 from samebit.rollout.remote import RemoteEngine, RemoteEngineError
 from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
@@ -111,6 +114,22 @@ def test_a_call_that_is_interrupted_is_aborted(remote, old, monkeypatch):
             remote.generate(PROMPTS[:1], ENDLESS)
     assert remote.score(PROMPTS[:1]) == remote.score(PROMPTS[:1])
     assert_idle(remote, old)
+
+
+def test_a_call_that_is_interrupted_as_it_goes_out(remote, monkeypatch):
+    """Its answer, which nobody waits for, is no end of the answers."""
+    send = remote._pipe._connection.send
+
+    def interrupted(message):
+        send(message)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote._pipe._connection, "send", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            remote.score(PROMPTS[:1])
+    waiting = remote._pipe.call(Score(PROMPTS[:1], 1.0))[1]
+    assert waiting.result(timeout=60) == remote.score(PROMPTS[:1])
 
 
 def test_calls_to_a_remote_engine_overlap(remote, old, engine):
@@ -217,6 +236,51 @@ def test_a_death_reaches_all_who_wait(old):
         engine.score([[1, 2, 3]])
     engine.close()
     engine.close()
+
+
+def test_an_answer_that_cannot_be_read_ends_the_engine(old, monkeypatch):
+    """Nobody knows who waits for it, and nobody waits for ever."""
+    engine = RemoteEngine(old.folder, device="cpu", kv_cache_tokens=1024)
+
+    def unread(number, answer):
+        raise pickle.UnpicklingError("it is damaged")
+
+    monkeypatch.setattr(engine._pipe, "_take", unread)
+    engine.score([[1, 2, 3]])  # whose answer is waited for already
+    waiting = [engine._pipe.call(Score([[1, 2, 3]], 1.0))[1] for _ in range(2)]
+    for result in waiting:
+        assert "ended with code -9" in str(error := result.exception(timeout=60))
+        assert str(error.__cause__) == "it is damaged"
+    engine.close()
+
+
+def test_who_stops_reading_as_the_engine_dies_is_not_told():
+    """The stream's end is asked for; there is nothing to abort any more."""
+    ended = []
+
+    def start(tell):
+        def abandon():
+            ended.append(True)
+            raise RemoteEngineError("the engine's process 7 ended with code -9")
+
+        tell([1, 2])
+        return Future(), abandon
+
+    async def read():
+        async with aclosing(stream_of(start)) as stream:
+            async for part in stream:
+                return part
+        return None
+
+    assert asyncio.run(read()) == 1
+    assert ended == [True]
+
+
+@pytest.mark.parametrize("threads", [0, "two", True])
+def test_bad_thread_counts_of_a_remote_engine(old, threads):
+    message = "RemoteEngine cpu_threads is .*; it must be (an integer|positive)"
+    with pytest.raises(ValueError, match=message):
+        RemoteEngine(old.folder, threads, device="cpu")
 
 
 def test_close_does_not_wait_for_what_is_unfinished(old):
