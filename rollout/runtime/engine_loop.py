@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -91,10 +91,14 @@ class EngineLoop:
     def leading(self, marks: Callable[[], tuple[int, int]]) -> Iterator[None]:
         """In the block rank 0 decides for all ranks; `marks` is asked at its end, see Leave."""
         self.book.lockstep.begin(leads=True)
+        stop = partial(self.book.stop_leading, marks)
         try:
             yield
-        finally:
-            self.between_steps(partial(self.book.stop_leading, marks))
+        except BaseException:
+            with suppress(RuntimeError):  # the first error is the one to tell
+                self.between_steps(stop)
+            raise
+        self.between_steps(stop)
 
     def follow(self) -> Leave:
         """Do what rank 0 does in its block; what it says at the end."""

@@ -1,10 +1,13 @@
 """What rank 0 tells the others: when it is compared, and when the ranks have parted."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from samebit.kernels.reduce import RankGroup
 from samebit.rollout.messages import Drain
 from samebit.rollout.runtime import lockstep
+from samebit.rollout.runtime.engine_loop import EngineLoop
 
 PARTED = "the tensor parallel ranks have parted: "
 
@@ -65,3 +68,17 @@ def test_an_exchange_that_breaks_off_parts_the_ranks(leader, others, error):
         leader.meet()
     with pytest.raises(RuntimeError, match=f"{PARTED}({type(error).__name__}|no plain value)"):
         leader.meet()
+
+
+def test_what_ends_a_block_is_told_though_the_ranks_have_parted(leader):
+    """Ctrl-C stays what it is; without another error the parting is told."""
+
+    def stop_leading(marks):
+        raise RuntimeError(PARTED)
+
+    book = SimpleNamespace(lockstep=leader, stop_leading=stop_leading, calls={})
+    loop = EngineLoop(book)
+    with pytest.raises(KeyboardInterrupt), loop.leading(lambda: (0, 0)):
+        raise KeyboardInterrupt
+    with pytest.raises(RuntimeError, match=PARTED), loop.leading(lambda: (0, 0)):
+        pass
