@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import Future
 from contextlib import aclosing
+from types import SimpleNamespace
 
 import pytest
 from callers import parts_of, put_together
@@ -17,7 +18,7 @@ from helpers import assert_same_bits, outcomes
 from samebit.rollout import engine_process
 from samebit.rollout.client import stream_of
 from samebit.rollout.engine import Engine
-from samebit.rollout.messages import Score
+from samebit.rollout.messages import Generate, Score, UpdateFromDisk
 from samebit.rollout.remote import RemoteEngine, RemoteEngineError
 from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
@@ -201,6 +202,34 @@ def test_errors_reach_the_call_that_they_are_of(remote, engine):
     with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
         remote.generate(PROMPTS, lambda: None)
     assert len(remote.generate(PROMPTS, PARAMS)) == 2
+
+
+def test_an_update_comes_after_the_calls_before_it(old):
+    """Which are unfinished then: it is refused, and does not begin as they are admitted."""
+    answers, entered, leave = {}, threading.Event(), threading.Event()
+    connection = SimpleNamespace(send=lambda sent: answers.setdefault(*sent))
+    server = engine_process._Server(connection)
+    server.start(old.folder, {"device": "cpu", "kv_cache_tokens": 1024})
+    loop = server._engine.loop
+
+    def drive():
+        with loop._driving():
+            entered.set()
+            assert leave.wait(60)
+
+    driver = threading.Thread(target=drive)
+    driver.start()
+    assert entered.wait(60)
+    server.handle(1, Generate(PROMPTS, ENDLESS, None))
+    updater = threading.Thread(target=server.handle, args=(2, UpdateFromDisk(old.folder, 5)))
+    updater.start()
+    updater.join(0.2)
+    leave.set()
+    for thread in (driver, updater):
+        thread.join()
+    assert "needs an idle engine: 2 requests" in str(answers[2].error)
+    server.close()
+    assert [c.finish_reason for [c] in answers[1].value] == ["abort"] * 2
 
 
 class TwoPartError(Exception):
