@@ -190,7 +190,8 @@ class Engine:
         """In the block rank 0 alone is called, and by any number of callers; the others `follow`.
 
         Weights may not change in it. At its end what callers wait for is aborted. It costs an
-        exchange of the ranks for each step. Raises RuntimeError on another rank.
+        exchange of the ranks for each step, for which the others wait as long as their group's
+        timeout. Raises RuntimeError on another rank.
         """
         with self.loop.leading(self.requests.marks):
             yield

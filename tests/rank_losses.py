@@ -10,6 +10,8 @@ from losses import SequenceRatio
 from policy_steps import gradient_samples
 from rank_programs import make_trainer, start
 
+from samebit.kernels.attention import CanonicalAttention
+from samebit.kernels.attention_kind import Heads
 from samebit.trainer.packing import pack_samples
 
 
@@ -25,8 +27,6 @@ def made_up(samples):
 
 def sums(rank, size, store, out):
     """sample_sums of this rank's share of a batch, and the gradient of a function of them."""
-    from samebit.kernels.attention import CanonicalAttention
-    from samebit.kernels.attention_kind import Heads
     from samebit.trainer.context import in_rows, sample_sums, share_context
 
     torch.set_num_threads(1)

@@ -1,18 +1,16 @@
 """Several copies of the engine as one: each completes its share of the prompts, all get all."""
 
 import asyncio
-import itertools
 from array import array
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from samebit.rollout.client import Progress
 from samebit.rollout.engine import Engine
-from samebit.rollout.types import Completion, Increment, SamplingParams
-from samebit.rollout.values import MAX_UINT64
+from samebit.rollout.runtime.requests import scores_of
+from samebit.rollout.types import Completion, Increment, Request, SamplingParams
 from samebit.weight_sync.objects import gather_objects
 from samebit.weight_sync.types import VersionSpan, WeightVersion
 
@@ -28,7 +26,6 @@ class ReplicatedEngine:
         self._engine = engine
         self._tensor_size = tensor_size
         self._copy, self._num_copies = rank // tensor_size, size // tensor_size
-        self._fresh_ids = itertools.count(MAX_UINT64, -1)
         self._in_order = ThreadPoolExecutor(1)  # asyncio's calls, one after another
 
     def generate(
@@ -41,16 +38,10 @@ class ReplicatedEngine:
         progress: Progress | None = None,
     ) -> list[list[Completion]]:
         """Complete all prompts; see Engine.generate. Progress is of this process's share."""
-        params = _per_prompt(sampling_params, len(prompt_ids))
-        ids = _ids(params, itertools.count()) if sample_ids is None else sample_ids
-        asked: dict[str, Any] = {"return_hidden_states": return_hidden_states, "progress": progress}
-
-        def draw(own: slice) -> list[list[Any]]:
-            groups = self._engine.generate(prompt_ids[own], params[own], ids[own], **asked)
-            return [[_to_plain(completion) for completion in group] for group in groups]
-
-        groups = self._share(len(prompt_ids), draw)
-        return [[_completion(plain) for plain in group] for group in groups]
+        requests = self._engine.requests.generation(
+            prompt_ids, sampling_params, sample_ids, return_hidden_states
+        )
+        return self._drawn(requests, progress)
 
     async def agenerate(
         self,
@@ -64,12 +55,12 @@ class ReplicatedEngine:
 
         One that is cancelled runs to its end: the other processes take part in it.
         """
-        params = _per_prompt(sampling_params, len(prompt_ids))
-        ids = _ids(params, self._fresh_ids) if sample_ids is None else sample_ids
-        call = partial(
-            self.generate, prompt_ids, params, ids, return_hidden_states=return_hidden_states
+        requests = self._engine.requests.generation(
+            prompt_ids, sampling_params, sample_ids, return_hidden_states, fresh_ids=True
         )
-        return await asyncio.get_running_loop().run_in_executor(self._in_order, call)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._in_order, self._drawn, requests
+        )
 
     async def stream(
         self,
@@ -93,9 +84,7 @@ class ReplicatedEngine:
         self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
     ) -> list[list[float]]:
         """Score all sequences; see Engine.score."""
-        return self._share(
-            len(token_ids), lambda own: self._engine.score(token_ids[own], temperature)
-        )
+        return scores_of(self._drawn(self._engine.requests.scoring(token_ids, temperature)))
 
     def abort_request(self, request_id: str) -> list[Completion]:
         """See Engine.abort_request. Between calls nothing is unfinished: KeyError."""
@@ -121,28 +110,20 @@ class ReplicatedEngine:
         self._in_order.shutdown()
         self._engine.close()
 
-    def _share[T](self, count: int, work: Callable[[slice], list[T]]) -> list[T]:
-        """The results for `count` items, in order; each copy does its share, and all get all."""
-        own = slice(self._copy, None, self._num_copies)
-        done = work(own) if self._copy < count else []
-        results: list[Any] = [None] * count
-        for copy, part in enumerate(gather_objects(done)[:: self._tensor_size]):
-            results[copy :: self._num_copies] = part
-        return results
+    def _drawn(
+        self, requests: Sequence[Request], progress: Progress | None = None
+    ) -> list[list[Completion]]:
+        """Groups of all requests, in order; each copy draws its share, and all get all.
 
-
-def _per_prompt(
-    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
-) -> Sequence[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_prompts
-    return params
-
-
-def _ids(params: Sequence[SamplingParams], numbers: Iterable[int]) -> list[list[int]]:
-    """As RequestFactory gives them, over all copies."""
-    numbers = iter(numbers)
-    return [list(itertools.islice(numbers, p.n)) for p in params]
+        The requests were checked whole: what one process refuses, all do.
+        """
+        own = requests[self._copy :: self._num_copies]
+        drawn = self._engine.loop.run(own, progress) if own else []
+        plain = [[_to_plain(completion) for completion in group] for group in drawn]
+        groups: list[list[Completion]] = [[] for _ in requests]
+        for copy, part in enumerate(gather_objects(plain)[:: self._tensor_size]):
+            groups[copy :: self._num_copies] = [[_completion(c) for c in group] for group in part]
+        return groups
 
 
 def _to_plain(c: Completion) -> dict[str, Any]:

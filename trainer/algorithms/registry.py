@@ -20,7 +20,10 @@ def find_algorithm(name: str) -> "type[Algorithm[Any]]":
     require(known, "algorithm.name", name, meaning)
     from samebit.trainer.algorithms.base import Algorithm
 
-    return import_class(ALGORITHMS.get(name, name), "algorithm.name", Algorithm)
+    found = import_class(ALGORITHMS.get(name, name), "algorithm.name", Algorithm)
+    fits = isinstance(found.Config, type) and issubclass(found.Config, AlgorithmConfig)
+    require(fits, "algorithm.name", name, "a class whose Config is a subclass of AlgorithmConfig")
+    return found
 
 
 def make_algorithm(config: AlgorithmConfig) -> "Algorithm[Any]":
