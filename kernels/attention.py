@@ -41,8 +41,10 @@ def attention_ref(
     return torch.cat(outputs)
 
 
-_attend = Op("attention", cpu=cpu.attend, cuda="samebit.kernels.gpu.attention:attend")
-_attend_backward = Op(
+_attend: Op[..., tuple[torch.Tensor, torch.Tensor]] = Op(
+    "attention", cpu=cpu.attend, cuda="samebit.kernels.gpu.attention:attend"
+)
+_attend_backward: Op[..., tuple[torch.Tensor, ...]] = Op(
     "attention_backward",
     cpu=cpu.attend_backward,
     cuda="samebit.kernels.gpu.attention_backward:attend_backward",

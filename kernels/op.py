@@ -15,33 +15,37 @@ from typing import Any
 import torch
 
 
-class Op:
+class Op[**P, R]:
     """Picks the implementation of a contract operation by the device of its first tensor.
 
-    Every implementation of one device type returns the same bits; see docs/contract.md.
+    Every implementation of one device type returns the same bits; see docs/contract.md. Raises
+    ValueError for floats other than fp32 on the CPU, whose contract knows no other dtype.
     """
 
-    def __init__(self, name: str, **implementations: Callable[..., Any] | str) -> None:
-        """An implementation is a function, or "module:function" of one that needs triton."""
+    def __init__(self, name: str, cpu: Callable[P, R], cuda: Callable[P, R] | str = "") -> None:
+        """`cuda` may be "module:function", imported when it is first called: it needs triton."""
         self.name = name
-        self.implementations = implementations
+        self.implementations: dict[str, Callable[P, R] | str] = {"cpu": cpu}
+        if cuda:
+            self.implementations["cuda"] = cuda
 
-    def __call__(self, first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        implementation = self.implementations.get(first.device.type)
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        device: Any = args[0].device  # type: ignore[attr-defined]
+        implementation = self.implementations.get(device.type)
         if implementation is None:
             raise NotImplementedError(
-                f"{self.name} has no implementation for device '{first.device.type}'; "
+                f"{self.name} has no implementation for device '{device.type}'; "
                 f"it has: {', '.join(self.implementations)}"
             )
         if isinstance(implementation, str):
             module, function = implementation.split(":")
             implementation = getattr(importlib.import_module(module), function)
-            self.implementations[first.device.type] = implementation
-        return implementation(first, *args, **kwargs)
+            self.implementations[device.type] = implementation
+        if device.type == "cpu":
+            self._require_fp32(*args)
+        return implementation(*args, **kwargs)
 
-
-def require_fp32(name: str, *tensors: torch.Tensor) -> None:
-    """Raise ValueError unless all tensors are fp32: the only dtype of the CPU contract."""
-    for tensor in tensors:
-        if tensor.dtype != torch.float32:
-            raise ValueError(f"{name} on the CPU takes torch.float32, got {tensor.dtype}")
+    def _require_fp32(self, *args: object) -> None:
+        for x in args:
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float32:
+                raise ValueError(f"{self.name} on the CPU takes torch.float32, got {x.dtype}")

@@ -66,13 +66,7 @@ def add_rms_norm_ref(
     return rms_norm(total, weight, eps), total
 
 
-_add_rms_norm = Op(
+add_rms_norm = Op(
     "add_rms_norm", cpu=add_rms_norm_ref, cuda="samebit.kernels.gpu.rms_norm:add_rms_norm"
 )
-
-
-def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rms_norm(s), s) for s = x + residual [T, D], rounded before it is normalised; inference."""
-    return _add_rms_norm(x, residual, weight, eps)
+"""(rms_norm(s), s) for s = x + residual [T, D], rounded before it is normalised; inference."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from samebit.kernels.op import Op, require_fp32
+from samebit.kernels.op import Op
 
 SCALING_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -123,12 +123,7 @@ def rope_ref(x: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> t
     return rotated.to(x.dtype)
 
 
-def _rope_cpu(x: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    require_fp32("rope", x, table)
-    return rope_ref(x, positions, table)
-
-
-_forward = Op("rope", cpu=_rope_cpu, cuda="samebit.kernels.gpu.rope:rope")
+_forward = Op("rope", cpu=rope_ref, cuda="samebit.kernels.gpu.rope:rope")
 
 
 class _Rope(torch.autograd.Function):

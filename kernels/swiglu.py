@@ -60,11 +60,7 @@ def swiglu_linear_ref(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return swiglu(linear(x, weight))
 
 
-_swiglu_linear = Op(
+swiglu_linear = Op(
     "swiglu_linear", cpu=swiglu_linear_ref, cuda="samebit.kernels.gpu.linear:swiglu_linear"
 )
-
-
-def swiglu_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """swiglu(linear(x, weight)) for inference: x [M, K], weight [2F, K] = [gate; up] -> [M, F]."""
-    return _swiglu_linear(x, weight)
+"""swiglu(linear(x, weight)) for inference: x [M, K], weight [2F, K] = [gate; up] -> [M, F]."""

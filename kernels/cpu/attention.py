@@ -13,7 +13,6 @@ import torch
 from samebit.kernels.attention_kind import AttentionPlan
 from samebit.kernels.contract import CPU_KV_TILE as KV_TILE
 from samebit.kernels.contract import CPU_QUERY_TILE as Q_TILE
-from samebit.kernels.op import require_fp32
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,6 @@ def attend(
 
     Returns the output [T, Hq, Dh] and the log-sum-exps [tiles, Hkv, Q_TILE].
     """
-    require_fp32("attention", q, k, v)
     num_kv, head_dim = k.shape[1:]
     q_tiles = _to_tiles(q, num_kv, plan)
     acc = torch.zeros_like(q_tiles)
