@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from samebit.kernels.attention_kind import AttentionKind, AttentionPlan, GraphEntries
 from samebit.kernels.contract import CPU_KV_TILE, GPU_KV_SPLIT, GPU_KV_TILE
@@ -25,9 +26,7 @@ from samebit.kernels.cpu import attention as cpu
 from samebit.kernels.op import Op
 
 
-def attention_ref(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_lens: Sequence[int], scale: float
-) -> torch.Tensor:
+def attention_ref(q: Tensor, k: Tensor, v: Tensor, seq_lens: Sequence[int], scale: float) -> Tensor:
     """Packed causal attention in plain torch: q [T, Hq, Dh]; k, v [T, Hkv, Dh] -> [T, Hq, Dh]."""
     outputs = []
     group = q.shape[1] // k.shape[1]
@@ -41,10 +40,10 @@ def attention_ref(
     return torch.cat(outputs)
 
 
-_attend: Op[..., tuple[torch.Tensor, torch.Tensor]] = Op(
+_attend: Op[..., tuple[Tensor, Tensor]] = Op(
     "attention", cpu=cpu.attend, cuda="samebit.kernels.gpu.attention:attend"
 )
-_attend_backward: Op[..., tuple[torch.Tensor, ...]] = Op(
+_attend_backward: Op[..., tuple[Tensor, ...]] = Op(
     "attention_backward",
     cpu=cpu.attend_backward,
     cuda="samebit.kernels.gpu.attention_backward:attend_backward",
@@ -54,20 +53,15 @@ _attend_backward: Op[..., tuple[torch.Tensor, ...]] = Op(
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        plan: AttentionPlan,
-        scale: float,
-    ) -> torch.Tensor:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float
+    ) -> Tensor:
         output, lse = _attend(q, k, v, plan, scale)
         ctx.save_for_backward(q, k, v, output, lse)
         ctx.plan, ctx.scale = plan, scale
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, output, lse = ctx.saved_tensors
         return *_attend_backward(grad, q, k, v, output, lse, ctx.plan, ctx.scale), None, None
 
@@ -87,7 +81,7 @@ class CanonicalAttention(AttentionKind):
         self,
         query_lens: Sequence[int],
         context_lens: Sequence[int],
-        page_table: torch.Tensor,
+        page_table: Tensor,
         page_size: int,
     ) -> AttentionPlan:
         """See AttentionKind."""
@@ -127,19 +121,13 @@ class CanonicalAttention(AttentionKind):
         """Nothing: a program for each split of each entry finds its lengths on the device."""
 
     def attend(
-        self,
-        q: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        plan: AttentionPlan,
-    ) -> torch.Tensor:
+        self, q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: AttentionPlan
+    ) -> Tensor:
         """See AttentionKind."""
         flat = (-1, *key_cache.shape[2:])
         keys, values = key_cache.view(flat), value_cache.view(flat)
         return _attend(q, keys, values, plan, self.heads.scale)[0]
 
-    def attend_packed(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan
-    ) -> torch.Tensor:
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
         """See AttentionKind."""
         return _PackedAttention.apply(q, k, v, plan, self.heads.scale)

@@ -14,6 +14,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 class Heads(NamedTuple):
@@ -45,11 +46,11 @@ class GraphEntries:
     Their first kernel writes table_rows and context_lens before any layer attends.
     """
 
-    table_rows: torch.Tensor
+    table_rows: Tensor
     """[B] int32, rows of the page table."""
-    context_lens: torch.Tensor
+    context_lens: Tensor
     """[B] int32, tokens of the contexts, the new one included; 0: only fills the batch up."""
-    page_table: torch.Tensor
+    page_table: Tensor
     """[slots, max_pages] int32, page ids in order of position."""
     page_size: int
     max_context: int
@@ -57,7 +58,7 @@ class GraphEntries:
 
     @classmethod
     def empty(
-        cls, batch: int, page_table: torch.Tensor, page_size: int, max_context: int
+        cls, batch: int, page_table: Tensor, page_size: int, max_context: int
     ) -> "GraphEntries":
         """Entries for `batch` samples, which only fill it up so far."""
         rows, lens = (
@@ -98,7 +99,7 @@ class AttentionKind(ABC):
         self,
         query_lens: Sequence[int],
         context_lens: Sequence[int],
-        page_table: torch.Tensor,
+        page_table: Tensor,
         page_size: int,
     ) -> AttentionPlan:
         """Plan an engine step, whose keys lie in pages.
@@ -150,12 +151,8 @@ class AttentionKind(ABC):
 
     @abstractmethod
     def attend(
-        self,
-        q: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        plan: AttentionPlan,
-    ) -> torch.Tensor:
+        self, q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: AttentionPlan
+    ) -> Tensor:
         """Attention of new tokens to their samples' pages, their own keys already written.
 
         q [T, Hq, Dh], caches [P, page_size, Hkv, Dh], plan from plan_step or plan_graph ->
@@ -163,9 +160,7 @@ class AttentionKind(ABC):
         """
 
     @abstractmethod
-    def attend_packed(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan
-    ) -> torch.Tensor:
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
         """Attention of packed samples to themselves; it is differentiable in q, k and v.
 
         q [T, Hq, Dh], k and v [num_keys, Hkv, Dh], plan from plan_packed or plan_context ->

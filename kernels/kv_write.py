@@ -1,16 +1,12 @@
 """kv_write: scatter new keys and values to their kv_slots in the paged cache."""
 
-import torch
+from torch import Tensor
 
 from samebit.kernels.op import Op
 
 
 def kv_write_ref(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    kv_slots: torch.Tensor,
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, kv_slots: Tensor
 ) -> None:
     """Write key and value [T, Hkv, Dh] to kv_slots [T] of caches [P, page_size, Hkv, Dh], in place.
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class Op[**P, R]:
@@ -47,5 +48,5 @@ class Op[**P, R]:
 
     def _require_fp32(self, *args: object) -> None:
         for x in args:
-            if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float32:
+            if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float32:
                 raise ValueError(f"{self.name} on the CPU takes torch.float32, got {x.dtype}")

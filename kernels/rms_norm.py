@@ -8,12 +8,13 @@ same operation per head. Source: Zhang and Sennrich 2019, arXiv 1910.07467.
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from samebit.kernels.cpu import rms_norm as cpu
 from samebit.kernels.op import Op
 
 
-def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., D], weight [D] -> [..., D], computed in fp32 and rounded once to x's dtype."""
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -24,8 +25,8 @@ _forward = Op("rms_norm", cpu=cpu.rms_norm, cuda="samebit.kernels.gpu.rms_norm:r
 
 
 def rms_norm_backward_ref(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse_rms: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor
+) -> tuple[Tensor, Tensor]:
     """Gradients of x [..., D] and weight [D], in fp32 and rounded once."""
     normed = x.float() * inverse_rms
     grad_weight = (grad.float() * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
@@ -43,24 +44,24 @@ _backward = Op(
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         y, inverse_rms = _forward(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse_rms)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *_backward(grad, *ctx.saved_tensors), None
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise x [..., D] by its root mean square and scale by weight [D]; differentiable."""
     return _RmsNorm.apply(x, weight, eps)
 
 
 def add_rms_norm_ref(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """The composition, by the device's own single operations: a bit reference."""
     total = residual + x
     return rms_norm(total, weight, eps), total

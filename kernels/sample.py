@@ -13,6 +13,7 @@ renormalised, keeps a token if the tokens strictly more likely hold less than to
 """
 
 import torch
+from torch import Tensor
 
 from samebit.kernels.cpu import sample as cpu
 from samebit.kernels.logprob import logprob_of
@@ -30,7 +31,7 @@ scaled_logits [B, V] fp32 after temperature; top_k [B] int64 (0: off), top_p [B]
 min_p [B] fp32 (0: off)."""
 
 
-def sample_ref(scaled_logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def sample_ref(scaled_logits: Tensor, noise: Tensor) -> Tensor:
     """Token ids [B]: the argmax of scaled_logits + noise, both [B, V]; ties to the lower id.
 
     A logit of -inf forbids a token; noise of -inf only puts it behind all others.
@@ -43,12 +44,8 @@ sample = Op("sample", cpu=sample_ref)
 
 
 def draw_ref(
-    scaled_logits: torch.Tensor,
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
-    sample_ids: torch.Tensor,
-    greedy: torch.Tensor,
-) -> torch.Tensor:
+    scaled_logits: Tensor, seeds: Tensor, positions: Tensor, sample_ids: Tensor, greedy: Tensor
+) -> Tensor:
     """Next tokens [B] for scaled_logits [B, V] fp32, -inf where a token may not be drawn.
 
     seeds, positions, sample_ids: int64 [B]; greedy: bool [B], no noise. All on one device.
@@ -61,8 +58,8 @@ draw = Op("draw", cpu=draw_ref, cuda="samebit.kernels.gpu.sample:draw")
 
 
 def draw_with_logprobs_ref(
-    logits: torch.Tensor, temperature: torch.Tensor, *keys: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits: Tensor, temperature: Tensor, *keys: Tensor
+) -> tuple[Tensor, Tensor]:
     """Next tokens [B] and their log-probs [B] fp32 where every token may be drawn.
 
     logits [B, V] fp32 and temperature [B] fp32 > 0; the rest as in `draw`. The same as `draw` and

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from samebit.kernels.attention_inputs import attention_inputs, attention_inputs_ref
 from samebit.kernels.attention_kind import AttentionKind, Heads
@@ -45,7 +46,7 @@ def _dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def _randn(*shape: int, device: torch.device, seed: int = 0) -> torch.Tensor:
+def _randn(*shape: int, device: torch.device, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(device, _dtype(device))
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
+from torch import Tensor
 
 from samebit.trainer.checkpoint import (
     MANIFEST,
@@ -197,11 +198,8 @@ def host_copy(value: Any, last: Any) -> Any:
     last: an earlier copy, whose memory is used again where shapes and dtypes are the same; the
     device copies asynchronously.
     """
-    if isinstance(value, torch.Tensor):
-        fits = isinstance(last, torch.Tensor) and (last.shape, last.dtype) == (
-            value.shape,
-            value.dtype,
-        )
+    if isinstance(value, Tensor):
+        fits = isinstance(last, Tensor) and (last.shape, last.dtype) == (value.shape, value.dtype)
         if not fits:
             last = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
         return last.copy_(value.detach(), non_blocking=True)

@@ -5,6 +5,7 @@ from itertools import chain
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.loss_means import LOSS_MEANS, LossMean
@@ -133,7 +134,7 @@ def _micro_batch(
         raise ValueError("some samples of a micro-batch have rollout logprobs and some have none")
     is_compared = np.array([bool(drawn) and s.has_one_version for s in samples])
 
-    def on_device(values: np.ndarray) -> torch.Tensor:
+    def on_device(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(device)
 
     return MicroBatch(

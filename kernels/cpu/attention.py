@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from samebit.kernels.attention_kind import AttentionPlan
 from samebit.kernels.contract import CPU_KV_TILE as KV_TILE
@@ -20,19 +21,19 @@ class KeyTile:
     """The j-th key tile of every query tile that reaches it: the first `num_tiles` query tiles."""
 
     num_tiles: int
-    kv_slots: torch.Tensor  # [num_tiles, KV_TILE] int64, rows of the flat cache
+    kv_slots: Tensor  # [num_tiles, KV_TILE] int64, rows of the flat cache
     masked_from: int  # query tiles before this one see the whole key tile
-    hidden: torch.Tensor  # [num_tiles - masked_from, Q_TILE, KV_TILE] bool, True: not visible
-    stale: torch.Tensor  # [num_tiles - masked_from, KV_TILE] bool, True: past the sequence's end
+    hidden: Tensor  # [num_tiles - masked_from, Q_TILE, KV_TILE] bool, True: not visible
+    stale: Tensor  # [num_tiles - masked_from, KV_TILE] bool, True: past the sequence's end
 
 
 @dataclass(frozen=True)
 class CpuAttentionPlan(AttentionPlan):
     """Says which rows meet which keys; it is made once per batch and used by every layer."""
 
-    tile_rows: torch.Tensor  # [tiles, Q_TILE] int64: row (token * Hq / Hkv + head)
-    row_places: torch.Tensor  # [rows] int64: where each row stands among the flattened tiles
-    tile_seq: torch.Tensor  # [tiles] int64
+    tile_rows: Tensor  # [tiles, Q_TILE] int64: row (token * Hq / Hkv + head)
+    row_places: Tensor  # [rows] int64: where each row stands among the flattened tiles
+    tile_seq: Tensor  # [tiles] int64
     key_tiles: tuple[KeyTile, ...]
     num_seqs: int
 
@@ -40,7 +41,7 @@ class CpuAttentionPlan(AttentionPlan):
 def plan_step(
     query_lens: Sequence[int],
     context_lens: Sequence[int],
-    page_table: torch.Tensor,
+    page_table: Tensor,
     page_size: int,
     heads_per_kv: int,
 ) -> CpuAttentionPlan:
@@ -125,26 +126,26 @@ def _key_tile(
     )
 
 
-def _to_tiles(x: torch.Tensor, num_kv: int, plan: CpuAttentionPlan) -> torch.Tensor:
+def _to_tiles(x: Tensor, num_kv: int, plan: CpuAttentionPlan) -> Tensor:
     """[T, Hq, Dh] -> [tiles, Hkv, Q_TILE, Dh]."""
     num_tokens, _, head_dim = x.shape
     rows = x.view(num_tokens, num_kv, -1, head_dim).transpose(1, 2).reshape(-1, num_kv, head_dim)
     return rows[plan.tile_rows].transpose(1, 2).contiguous()
 
 
-def _from_tiles(tiles: torch.Tensor, shape: torch.Size, plan: CpuAttentionPlan) -> torch.Tensor:
+def _from_tiles(tiles: Tensor, shape: torch.Size, plan: CpuAttentionPlan) -> Tensor:
     """[tiles, Hkv, Q_TILE, Dh] -> [T, Hq, Dh]."""
     num_kv, head_dim = tiles.shape[1], tiles.shape[3]
     rows = tiles.transpose(1, 2).reshape(-1, num_kv, head_dim)[plan.row_places]
     return rows.view(shape[0], -1, num_kv, head_dim).transpose(1, 2).reshape(shape)
 
 
-def _gather(cache: torch.Tensor, tile: KeyTile) -> torch.Tensor:
+def _gather(cache: Tensor, tile: KeyTile) -> Tensor:
     """[kv_slots, Hkv, Dh] -> [num_tiles * Hkv, KV_TILE, Dh]."""
     return cache[tile.kv_slots].transpose(1, 2).reshape(-1, KV_TILE, cache.shape[-1])
 
 
-def _scores(q: torch.Tensor, keys: torch.Tensor, tile: KeyTile, scale: float) -> torch.Tensor:
+def _scores(q: Tensor, keys: Tensor, tile: KeyTile, scale: float) -> Tensor:
     """[num_tiles, Hkv, Q_TILE, KV_TILE], -inf where hidden."""
     num_kv, head_dim = q.shape[1], q.shape[3]
     products = torch.bmm(
@@ -155,7 +156,7 @@ def _scores(q: torch.Tensor, keys: torch.Tensor, tile: KeyTile, scale: float) ->
     return scores
 
 
-def _clean_values(v: torch.Tensor, tile: KeyTile, num_kv: int) -> torch.Tensor:
+def _clean_values(v: Tensor, tile: KeyTile, num_kv: int) -> Tensor:
     values = _gather(v, tile)
     by_tile = values.view(tile.num_tiles, num_kv, KV_TILE, -1)
     by_tile[tile.masked_from :].masked_fill_(tile.stale[:, None, :, None], 0.0)
@@ -163,8 +164,8 @@ def _clean_values(v: torch.Tensor, tile: KeyTile, num_kv: int) -> torch.Tensor:
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: CpuAttentionPlan, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, plan: CpuAttentionPlan, scale: float
+) -> tuple[Tensor, Tensor]:
     """Attention of q [T, Hq, Dh] to k and v [kv_slots, Hkv, Dh].
 
     Returns the output [T, Hq, Dh] and the log-sum-exps [tiles, Hkv, Q_TILE].
@@ -191,15 +192,15 @@ def attend(
 
 
 def attend_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    lse: Tensor,
     plan: CpuAttentionPlan,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See kernels.attention: the keys must be packed (every kv_slot belongs to one sequence)."""
     num_kv, head_dim = k.shape[1:]
     q_tiles, grad_tiles = _to_tiles(q, num_kv, plan), _to_tiles(grad, num_kv, plan)
@@ -225,9 +226,7 @@ def attend_backward(
     return _from_tiles(grad_q, q.shape, plan), grad_k, grad_v
 
 
-def _add_to_kv_slots(
-    total: torch.Tensor, part: torch.Tensor, tile: KeyTile, plan: CpuAttentionPlan
-) -> None:
+def _add_to_kv_slots(total: Tensor, part: Tensor, tile: KeyTile, plan: CpuAttentionPlan) -> None:
     """Add part [num_tiles * Hkv, KV_TILE, Dh] to the tiles' kv_slots of total [kv_slots, Hkv, Dh].
 
     It is summed over the query tiles of each part of a sequence, in tile order, then part by part.

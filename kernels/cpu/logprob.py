@@ -2,11 +2,12 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from samebit.kernels.contract import LSE_SEGMENTS, padded_vocab_size
 
 
-def logsumexp(logits: torch.Tensor) -> torch.Tensor:
+def logsumexp(logits: Tensor) -> Tensor:
     """logits [B, V] fp32 -> [B] fp32."""
     segment_len = padded_vocab_size(logits.shape[-1]) // LSE_SEGMENTS
     # Segments that are all padding would add exact zeros, so they are left out.

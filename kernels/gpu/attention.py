@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from samebit.kernels.attention_kind import AttentionPlan, GraphEntries
 from samebit.kernels.contract import GPU_KV_SPLIT, GPU_KV_TILE
@@ -31,15 +32,15 @@ from samebit.kernels.transfer import to_device
 class GpuAttentionPlan(AttentionPlan):
     """Says what the kernels know of one batch: who has one new token decodes, others prefill."""
 
-    query_starts: torch.Tensor  # [B] int32: first row of each sequence among the T queries
-    key_starts: torch.Tensor  # [B] int32: first row of each sequence's keys, packed form only
-    query_lens: torch.Tensor  # [B] int32
-    context_lens: torch.Tensor  # [B] int32
-    page_table: torch.Tensor | None  # [B, max_pages] int32
+    query_starts: Tensor  # [B] int32: first row of each sequence among the T queries
+    key_starts: Tensor  # [B] int32: first row of each sequence's keys, packed form only
+    query_lens: Tensor  # [B] int32
+    context_lens: Tensor  # [B] int32
+    page_table: Tensor | None  # [B, max_pages] int32
     page_size: int
     decode: DecodeEntries | None
-    tile_seq: torch.Tensor  # int32, sequence of each query tile
-    tile_start: torch.Tensor  # int32, its first query in that sequence
+    tile_seq: Tensor  # int32, sequence of each query tile
+    tile_start: Tensor  # int32, its first query in that sequence
     tile_rows: int
     longest: int  # bound of the contexts that prefill
     seq_lens: tuple[int, ...]  # packed form, on the host for the backward: queries,
@@ -48,7 +49,7 @@ class GpuAttentionPlan(AttentionPlan):
     own_keys: bool = True  # the keys are the queries' own, no more and in their order
 
     @functools.cached_property
-    def boundaries(self) -> torch.Tensor:
+    def boundaries(self) -> Tensor:
         """[B + 1] int32: the first query of each packed sequence, and the end."""
         return to_device(_boundaries(self.seq_lens), self.query_starts.device)
 
@@ -64,18 +65,18 @@ class GpuAttentionPlan(AttentionPlan):
 class SpreadKeys:
     """Holds every part's keys one behind another, as if they were its own."""
 
-    boundaries: torch.Tensor
+    boundaries: Tensor
     """[B + 1] int32: the first key of each part, and the end."""
-    rows: torch.Tensor
+    rows: Tensor
     """int64: which of the packed keys each is."""
-    rounds: tuple[torch.Tensor, ...]
+    rounds: tuple[Tensor, ...]
     """int64: the first parts of all sequences, then the second ones, and so on."""
 
     @classmethod
     def of(cls, lens: Sequence[int], starts: Sequence[int], device: torch.device) -> "SpreadKeys":
         """The keys of parts with lens[i] keys each, from starts[i] on."""
         boundaries = _boundaries(lens)
-        rounds: list[list[torch.Tensor]] = []
+        rounds: list[list[Tensor]] = []
         seen: dict[int, int] = {}
         for i, start in enumerate(starts):
             number = seen[start] = seen.get(start, -1) + 1
@@ -86,7 +87,7 @@ class SpreadKeys:
         of_round = tuple(to_device(torch.cat(parts), device) for parts in rounds)
         return cls(to_device(boundaries, device), to_device(rows, device), of_round)
 
-    def summed(self, spread: torch.Tensor, num_keys: int) -> torch.Tensor:
+    def summed(self, spread: Tensor, num_keys: int) -> Tensor:
         """Sum what was computed for each part's keys [sum, Hkv, Dh], for the packed ones.
 
         Returns [num_keys, Hkv, Dh], added up in fp32, part by part, and rounded once.
@@ -97,14 +98,14 @@ class SpreadKeys:
         return total.to(spread.dtype)
 
 
-def _boundaries(lens: Sequence[int]) -> torch.Tensor:
+def _boundaries(lens: Sequence[int]) -> Tensor:
     return torch.tensor((0, *lens)).cumsum(0, dtype=torch.int32)
 
 
 def plan(
     query_lens: Sequence[int],
     context_lens: Sequence[int],
-    page_table: torch.Tensor | None,
+    page_table: Tensor | None,
     page_size: int,
     device: torch.device,
     key_starts: Sequence[int] | None = None,
@@ -126,7 +127,7 @@ def plan(
     # The tiles with the longest context first: they finish last otherwise.
     order = np.argsort(-(contexts[tile_seq] - queries[tile_seq] + tile_start), kind="stable")
 
-    def placed(values: np.ndarray | torch.Tensor) -> torch.Tensor:
+    def placed(values: np.ndarray | Tensor) -> Tensor:
         return to_device(torch.as_tensor(values).to(torch.int32), device)
 
     decode = None
@@ -228,15 +229,15 @@ def _prefill_kernel(
 
 
 def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     plan: GpuAttentionPlan,
     scale: float,
     *,
     kv_tile: int = GPU_KV_TILE,
     kv_split: int = GPU_KV_SPLIT,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Attention of q [T, Hq, Dh] to k and v [kv_slots, Hkv, Dh], in bf16.
 
     Returns the output [T, Hq, Dh] and, of packed keys, the log-sum-exps [Hq, T] fp32.
@@ -258,11 +259,11 @@ def attend(
 
 
 def _prefill(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    lse: Tensor,
     plan: GpuAttentionPlan,
     scale: float,
     kv_tile: int,

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _COMPUTE_32F, _R_32F, _R_16BF = 68, 0, 14
 _DESC_TRANSA = 3
@@ -184,12 +185,12 @@ def _choice(
     return problem, algo
 
 
-def _row_stride(matrix: torch.Tensor) -> int:
+def _row_stride(matrix: Tensor) -> int:
     """From row to row; a single row's own stride means nothing."""
     return matrix.stride(0) if len(matrix) > 1 else matrix.shape[1]
 
 
-def supports(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype) -> bool:
+def supports(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> bool:
     """Whether pointers and rows are aligned as the stored algorithms need."""
     n, k = weight.shape
     aligned = not (x.data_ptr() | weight.data_ptr()) % _ALIGNMENT
@@ -199,14 +200,14 @@ def supports(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype) -> b
 
 
 def _key(
-    x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor
+    x: Tensor, weight: Tensor, y: Tensor
 ) -> tuple[int, tuple[int, int, int], tuple[int, int], torch.dtype]:
     """What a product's algorithms depend on."""
     shape = (len(x), *weight.shape)
     return x.device.index, shape, (_row_stride(weight), _row_stride(x)), y.dtype
 
 
-def variants(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> list[Answer]:
+def variants(x: Tensor, weight: Tensor, y: Tensor) -> list[Answer]:
     """The heuristic's answers to this product, then each other way to run one of them."""
     key = _key(x, weight, y)
     problem = _problem(*key)
@@ -221,12 +222,7 @@ def variants(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> list[Ans
 
 
 def matmul(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    y: torch.Tensor,
-    answer: Answer = FIRST,
-    *,
-    accumulate: bool = False,
+    x: Tensor, weight: Tensor, y: Tensor, answer: Answer = FIRST, *, accumulate: bool = False
 ) -> None:
     """y [M, N] = x [M, K] @ weight [N, K].T on the current stream; bf16 in, bf16 or fp32 out.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from samebit.kernels.contract import GPU_KV_SPLIT, GPU_KV_TILE
 from samebit.kernels.gpu.online_softmax import merge, split_pass
@@ -25,15 +26,15 @@ _MAX_KV_HEADS = 128
 class DecodeEntries:
     """The sequences with one new token; a context of 0 marks what only fills a batch up."""
 
-    query_rows: torch.Tensor  # [E] int32, among the T queries
-    table_rows: torch.Tensor  # [E] int32, rows of the page table
-    context_lens: torch.Tensor  # [E] int32, the new token included
+    query_rows: Tensor  # [E] int32, among the T queries
+    table_rows: Tensor  # [E] int32, rows of the page table
+    context_lens: Tensor  # [E] int32, the new token included
     max_context: int  # bound of context_lens
-    counters: torch.Tensor  # [E * _MAX_KV_HEADS] int32, zeros between kernels: arrived splits
+    counters: Tensor  # [E * _MAX_KV_HEADS] int32, zeros between kernels: arrived splits
 
 
 def decode_entries(
-    query_rows: torch.Tensor, table_rows: torch.Tensor, context_lens: torch.Tensor, max_context: int
+    query_rows: Tensor, table_rows: Tensor, context_lens: Tensor, max_context: int
 ) -> DecodeEntries:
     """Entries whose tensors are these [E] int32, with counters of their own."""
     counters = torch.zeros(
@@ -112,12 +113,12 @@ def num_sms(device: torch.device) -> int:
 
 
 def decode_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    output: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
     decode: DecodeEntries,
-    table: torch.Tensor,
+    table: Tensor,
     page_size: int,
     scale: float,
     kv_tile: int = GPU_KV_TILE,

@@ -9,6 +9,7 @@ import contextlib
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _CUDA_NAMES = {
@@ -38,13 +39,13 @@ class _CpuForCuda(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.cuda:
+        if func is Tensor.cuda:
             return args[0]
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             kwargs = {**kwargs, "device": "cpu"}
         result = func(*args, **kwargs)
-        if func is torch.Tensor.type and len(args) == 1:
+        if func is Tensor.type and len(args) == 1:
             return _CUDA_NAMES.get(result, result)
         return result
 

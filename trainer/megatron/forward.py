@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
 
 from samebit.kernels.attention import CanonicalAttention
 from samebit.kernels.attention_kind import AttentionKind
@@ -20,7 +21,7 @@ from samebit.trainer.types import MicroBatch
 
 
 def run_schedule(
-    step: Callable[[Iterator[Any], Any], tuple[torch.Tensor, Any]],
+    step: Callable[[Iterator[Any], Any], tuple[Tensor, Any]],
     parts: Iterable[tuple[MicroBatch, Any]],
     chunks: Sequence[Any],
     **options: Any,
@@ -51,7 +52,7 @@ class ForwardModel:
         self,
         model: ModelConfig,
         device: torch.device,
-        weights: Mapping[str, torch.Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
         parallel: ParallelConfig | None = None,
         tp_invariant: bool = False,
         longest: int | None = None,
@@ -69,13 +70,13 @@ class ForwardModel:
                 model, self.attention, self.parallel, self.stage, tp_invariant, longest
             )
         self._chunks: Sequence[Any] = chunks  # GPTModels, or Megatron's DDPs around them
-        self.params: Mapping[str, torch.Tensor] = self.stage.named_params(chunks)
+        self.params: Mapping[str, Tensor] = self.stage.named_params(chunks)
         if weights is not None:
             for name, param in self.params.items():
                 param.requires_grad_(False)
                 param.data = weights[name]
 
-    def logprobs(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+    def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Log-probs [R] of every micro-batch, on every rank that shares the work."""
         if not batches:
             return []
@@ -87,7 +88,7 @@ class ForwardModel:
             for batch, share in zip(batches, shares, strict=True)
         ]
 
-        def step(iterator: Any, gpt: Any) -> tuple[torch.Tensor, Any]:
+        def step(iterator: Any, gpt: Any) -> tuple[Tensor, Any]:
             batch, share = next(iterator)
             return forward_logprobs(gpt, batch, self.model, share), lambda output, **_: output[0]
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
 
 from samebit.kernels.attention_kind import AttentionKind
 from samebit.kernels.contract import padded_vocab_size
@@ -110,7 +111,7 @@ def build_model(
     return [chunk.to(device) for chunk in chunks]
 
 
-def _check_params(params: Mapping[str, torch.Tensor], specs: list[ParamSpec]) -> None:
+def _check_params(params: Mapping[str, Tensor], specs: list[ParamSpec]) -> None:
     found = {name: tuple(p.shape) for name, p in params.items()}
     expected = {spec.name: spec.shape for spec in specs}
     if found != expected:
@@ -124,7 +125,7 @@ def forward_logprobs(
     model: ModelConfig,
     share: ContextShare | None = None,
     entropy_grad: bool = False,
-) -> torch.Tensor:
+) -> Tensor:
     """Log-probs and entropies of the loss rows, [2, R]; entropies carry gradients if asked to.
 
     A stage that is not the last of a pipeline gives the hidden states [T, 1, D] for the next one.
@@ -154,12 +155,12 @@ def forward_logprobs(
 
 def _logprob_head(
     *,
-    hidden_states: torch.Tensor,
+    hidden_states: Tensor,
     output_layer: Any,
-    output_weight: torch.Tensor | None,
+    output_weight: Tensor | None,
     context: tuple[MicroBatch, int, bool],
     **_unused: Any,
-) -> torch.Tensor:
+) -> Tensor:
     """Megatron's output hook: hidden_states [T, 1, D], or this rank's part of T, to [2, R]."""
     batch, vocab_size, entropy_grad = context
     ranks = ranks_of(output_layer.tp_group)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
+from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -24,13 +25,13 @@ class Piece:
     name: str
     start: int
     """The part's first element in the flattened parameter."""
-    weights: torch.Tensor
+    weights: Tensor
     """The part itself: live memory of the parameter."""
-    main: torch.Tensor
+    main: Tensor
     """What AdamW updates: that memory, or an fp32 master copy of it."""
     group: dict[str, Any]
     """AdamW's settings for it."""
-    state: dict[str, torch.Tensor]
+    state: dict[str, Tensor]
     """AdamW's step, its moments in main's shape and, offloaded, the master copy."""
 
     @property
@@ -39,7 +40,7 @@ class Piece:
         return self.weights.dtype != self.main.dtype
 
     @property
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """The moments and the master copy, if there is one."""
         found = {name: self.state[name] for name in MOMENTS}
         if self.has_master:
@@ -47,13 +48,13 @@ class Piece:
         return found
 
 
-def host_zeros_like(tensor: torch.Tensor) -> torch.Tensor:
+def host_zeros_like(tensor: Tensor) -> Tensor:
     """Zeros in the host's memory, pinned where the tensor is on a GPU."""
     return torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
 
 def pieces_of(
-    optimizer: Any, params: Mapping[str, torch.Tensor], moments_on_host: bool = False
+    optimizer: Any, params: Mapping[str, Tensor], moments_on_host: bool = False
 ) -> list[Piece]:
     """This rank's pieces of a Megatron optimizer, with AdamW's state of all of them made.
 
@@ -106,11 +107,11 @@ def load_optimizer_state(pieces: Sequence[Piece], state: Mapping[str, Mapping[st
             tensor.copy_(saved[name].view_as(tensor))
 
 
-def _flat(saved: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def _flat(saved: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in saved.items() if name not in ("start", "step")}
 
 
-def _sizes(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, int]]:
+def _sizes(tensors: Mapping[str, Tensor]) -> list[tuple[str, int]]:
     return sorted((name, tensor.numel()) for name, tensor in tensors.items())
 
 
@@ -130,9 +131,7 @@ def _parts(optimizer: Any) -> list[Any]:
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
-def _held_by(
-    part: Any,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
+def _held_by(part: Any) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
     """(parameter, this rank's part of it, what AdamW updates, its place) of one optimizer."""
     if isinstance(part, FP32Optimizer):
         for group in part.optimizer.param_groups:
@@ -156,7 +155,7 @@ def _held_by(
             yield param, param.detach(), main, 0
 
 
-def _flattened(*lists: list[list[torch.Tensor]]) -> Iterator[tuple[torch.Tensor, ...]]:
+def _flattened(*lists: list[list[Tensor]]) -> Iterator[tuple[Tensor, ...]]:
     """Of equally long lists of equally long groups, the tensors side by side."""
     for groups in zip(*lists, strict=True):
         yield from zip(*groups, strict=True)

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.megatron.optimizer_state import Piece
@@ -30,7 +31,7 @@ class WholeState:
 
     def __init__(self, model: ModelConfig, states: Iterable[Mapping[str, Any]]) -> None:
         self._holders: dict[str, list[tuple[ParamSpec, list[Mapping[str, Any]]]]] = {}
-        self._cached: tuple[str, dict[str, torch.Tensor]] = ("", {})
+        self._cached: tuple[str, dict[str, Tensor]] = ("", {})
         copies = defaultdict(list)
         for state in states:
             copies[state["tensor"], state["stage"]].append(state)
@@ -43,7 +44,7 @@ class WholeState:
                 for hf_name in spec.hf_shapes:
                     self._holders.setdefault(hf_name, []).append((spec, same))
 
-    def read(self, field: str, hf_name: str) -> torch.Tensor:
+    def read(self, field: str, hf_name: str) -> Tensor:
         """A whole Hugging Face tensor of a field: "params", "reference", a moment or "master"."""
         if self._cached[0] != field or hf_name not in self._cached[1]:
             self._cached = (field, {})
@@ -51,9 +52,7 @@ class WholeState:
                 collect_hf([spec], {spec.name: _shard(field, spec, copies)}, self._cached[1])
         return self._cached[1][hf_name]
 
-    def fill(
-        self, field: str, specs: Iterable[ParamSpec], params: Mapping[str, torch.Tensor]
-    ) -> None:
+    def fill(self, field: str, specs: Iterable[ParamSpec], params: Mapping[str, Tensor]) -> None:
         """Write one field into the shards that `specs` describe."""
         load_params(specs, params, partial(self.read, field))
 
@@ -75,7 +74,7 @@ class WholeState:
         return state
 
 
-def _shard(field: str, spec: ParamSpec, copies: list[Mapping[str, Any]]) -> torch.Tensor:
+def _shard(field: str, spec: ParamSpec, copies: list[Mapping[str, Any]]) -> Tensor:
     """One tensor of a shard, whose flat parts may be spread over copies of the model."""
     if field in _WHOLE:
         return copies[0][field][spec.name]
@@ -90,7 +89,7 @@ def _shard(field: str, spec: ParamSpec, copies: list[Mapping[str, Any]]) -> torc
     return whole.view(spec.shape)
 
 
-def _require_shapes(specs: Iterable[ParamSpec], params: Mapping[str, torch.Tensor]) -> None:
+def _require_shapes(specs: Iterable[ParamSpec], params: Mapping[str, Tensor]) -> None:
     found = {name: tuple(param.shape) for name, param in params.items()}
     wanted = {spec.name: spec.shape for spec in specs}
     for name in {**wanted, **found}:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from megatron.core import parallel_state
+from torch import Tensor
 
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import EMBEDDING, OUTPUT
@@ -47,7 +48,7 @@ class Stage:
         """Whether a layer of the whole model is here."""
         return layer // self.num_layers % self.count == self.index
 
-    def named_params(self, chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
+    def named_params(self, chunks: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
         """Parameters by their names in the whole model, which are the engine's."""
         return {
             GPT.engine_name(name, (i * self.count + self.index) * self.num_layers): param

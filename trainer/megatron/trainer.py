@@ -26,6 +26,7 @@ from megatron.core.parallel_state import (
     get_model_parallel_group,
     get_pipeline_model_parallel_group,
 )
+from torch import Tensor
 
 from samebit.kernels.attention import CanonicalAttention
 from samebit.kernels.attention_kind import AttentionKind
@@ -111,7 +112,7 @@ class MegatronTrainer(ForwardModel):
         """Of a step's micro-batches, those of this process's copy of the model."""
         return share_batches(batches, self.parallel.data)[get_data_parallel_rank()]
 
-    def fill(self, load: Callable[[Sequence[ParamSpec], Mapping[str, torch.Tensor]], None]) -> None:
+    def fill(self, load: Callable[[Sequence[ParamSpec], Mapping[str, Tensor]], None]) -> None:
         """Have `load(specs, params)` write a full set of weights, and tell the optimizer."""
         with torch.no_grad(), no_cuda():
             load(self.specs, self.params)
@@ -138,9 +139,7 @@ class MegatronTrainer(ForwardModel):
         """weights_digest of the present weights."""
         return weights_digest(self.specs, self.params, get_model_parallel_group())
 
-    def logprobs(
-        self, batches: Sequence[MicroBatch], reference: bool = False
-    ) -> list[torch.Tensor]:
+    def logprobs(self, batches: Sequence[MicroBatch], reference: bool = False) -> list[Tensor]:
         """Log-probs [R] of every micro-batch, without gradients."""
         if not reference:
             return super().logprobs(batches)
@@ -236,7 +235,7 @@ class MegatronTrainer(ForwardModel):
         self,
         batches: Sequence[MicroBatch],
         algorithm: Algorithm[Any],
-        references: Sequence[torch.Tensor | None] | None,
+        references: Sequence[Tensor | None] | None,
         poll: Callable[[], object] | None = None,
     ) -> Totals:
         """Accumulate gradients over the micro-batches into Megatron's buffers."""
@@ -246,7 +245,7 @@ class MegatronTrainer(ForwardModel):
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 
-        def forward_step(iterator: Any, gpt: Any) -> tuple[torch.Tensor, Any]:
+        def forward_step(iterator: Any, gpt: Any) -> tuple[Tensor, Any]:
             if poll is not None:
                 poll()
             batch, reference = next(iterator)
@@ -267,10 +266,10 @@ class MegatronTrainer(ForwardModel):
         self,
         batch: MicroBatch,
         algorithm: Algorithm[Any],
-        reference: torch.Tensor | None,
+        reference: Tensor | None,
         totals: Totals,
-        output: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        output: Tensor,
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Megatron's loss function: (summed loss, its denominator, nothing to report)."""
         if batch.index == FILLER:
             return output[0].sum() * 0, torch.tensor(0, dtype=torch.int), {}
@@ -309,7 +308,7 @@ class MegatronTrainer(ForwardModel):
         self,
         batches: Sequence[MicroBatch],
         algorithm: Algorithm[Any],
-        references: Sequence[torch.Tensor] | None,
+        references: Sequence[Tensor] | None,
     ) -> None:
         """Equal inputs give equal gradients: running each alone finds the bad micro-batch."""
         if self._gradients_finite():
@@ -346,7 +345,7 @@ class MegatronTrainer(ForwardModel):
 
 
 @torch.no_grad()
-def _copy_params(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> None:
+def _copy_params(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
     for name, param in target.items():
         param.copy_(source[name])
 
