@@ -1,9 +1,7 @@
 """AttentionKind: attention as engine and trainer know it, whoever computes it.
 
 A kind plans how the work of a forward is divided, once for all layers, and attends by the plan in
-each. What else belongs to a layer (norms, rope, writing keys and values) does not depend on it.
-kernels/registry.py names the kinds; a recipe's numerics.attention chooses one, for the engine's
-runner and the trainer's layers alike.
+each. A recipe's numerics.attention chooses one, for the engine's runner and the trainer's layers.
 """
 
 from abc import ABC, abstractmethod
@@ -70,20 +68,14 @@ class GraphEntries:
 class AttentionKind(ABC):
     """Causal attention of given heads on one device, paged for the engine, packed for the trainer.
 
-    Another kind is a subclass in one file and a line of kernels/registry.py. FlashInfer fits so:
-    the object holds the workspace and the wrappers; plan_step and plan_context call a wrapper's
-    `plan` on the host, with these heads and with the indptr arrays that follow from lengths and
-    page table, and the AttentionPlan holds the wrapper whose `run` attends. plan_graph makes a
-    wrapper for CUDA graphs, with buffers for the batch and the bound of the entries, and
-    prepare_replay plans it anew, into buffers that no replay in flight still reads.
+    Another kind is a subclass in one file and a line of kernels/registry.py: see docs/extending.md.
     """
 
     name: ClassVar[str]
     """What the numerics profile calls it; with a library's version, if bits depend on that."""
     is_invariant: ClassVar[bool]
-    """Whether a query's bits depend on its own keys alone. Then decode, chunks and the packed
-    forward agree to the bit, so that the trainer's log-probs are the rollout's; that is proven at
-    start-up and checked in every training step."""
+    """Whether a query's bits depend on its own keys alone, so that the trainer's log-probs are the
+    rollout's: that is proven at start-up and checked in every training step."""
 
     def __init__(self, heads: Heads, device: torch.device) -> None:
         self.heads = heads

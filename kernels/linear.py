@@ -21,11 +21,6 @@ _forward_in_segments = Op(
 )
 
 
-def linear_ref(x: Tensor, weight: Tensor) -> Tensor:
-    """x [M, K] @ weight [N, K].T in plain torch: a tolerance reference."""
-    return x @ weight.t()
-
-
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total [N, K] fp32 += a [N, M] @ b [M, K], summed in fp32. Any of them may be empty."""
     if not a.numel() or not b.numel():

@@ -17,12 +17,6 @@ from samebit.kernels.linear import add_product, linear
 from samebit.kernels.op import Op
 from samebit.kernels.reduce import ALONE, RankGroup, gather_columns
 
-
-def logsumexp_ref(logits: Tensor) -> Tensor:
-    """logits [B, V] -> [B], in plain torch: a tolerance reference."""
-    return logits.float().logsumexp(-1)
-
-
 logsumexp = Op("logsumexp", cpu=cpu.logsumexp, cuda="samebit.kernels.gpu.logprob:logsumexp")
 """logits [B, V] fp32 -> log-sum-exps [B] fp32."""
 

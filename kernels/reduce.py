@@ -1,8 +1,7 @@
 """reduce: sums over tensor-parallel ranks in ascending rank order, with one rounding.
 
 Contract: fp32 partials, added from rank 0 upwards, rounded once; the same function in engine and
-trainer, so that a row-parallel product has the same bits on both sides. The order is written out:
-a collective's own order may change with its algorithm.
+trainer. The order is written out: a collective's own order may change with its algorithm.
 
 Under tp_invariant a row-parallel product is cut into 8 segments of K, whatever the number of ranks,
 and all sums are one binary tree: its lower branches inside a rank, the upper ones between ranks. So

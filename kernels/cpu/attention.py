@@ -1,7 +1,7 @@
 """attention on the CPU: query rows in tiles of one shape, key tiles in ascending order.
 
 The query rows (the heads of one KV head at consecutive positions) come in tiles of 16, so that
-every product has one shape, CPU_QUERY_TILE x CPU_KV_TILE, whatever the batch.
+every product has one shape, whatever the batch.
 """
 
 from collections.abc import Sequence
@@ -90,31 +90,30 @@ def _plan(
     row_places = np.empty(int(num_rows.sum()), dtype=np.int64)
     row_places[tile_rows] = np.arange(tile_rows.size).reshape(tile_rows.shape)
     reach = np.sort(num_key_tiles)  # ascending: how many query tiles have more than j key tiles
-    key_tiles = [
-        _key_tile(j, len(reach), reach, tile_seq, row_position, kv_slots, context_lens)
+    key_tiles = tuple(
+        _key_tile(j, reach, tile_seq, row_position, kv_slots, context_lens)
         for j in range(int(reach[-1]))
-    ]
+    )
     return CpuAttentionPlan(
         tile_rows=torch.from_numpy(tile_rows),
         row_places=torch.from_numpy(row_places),
         tile_seq=torch.from_numpy(tile_seq),
-        key_tiles=tuple(key_tiles),
+        key_tiles=key_tiles,
         num_seqs=len(query_lens),
     )
 
 
 def _key_tile(
     j: int,
-    num_all: int,
     reach: np.ndarray,
     tile_seq: np.ndarray,
     row_position: np.ndarray,
     kv_slots: np.ndarray,
     context_lens: np.ndarray,
 ) -> KeyTile:
-    num_tiles = num_all - int(np.searchsorted(reach, j, side="right"))
+    num_tiles = len(reach) - int(np.searchsorted(reach, j, side="right"))
     # A query tile spans at most 16 positions, so only its last two key tiles can be cut.
-    masked_from = num_all - int(np.searchsorted(reach, j + 2, side="right"))
+    masked_from = len(reach) - int(np.searchsorted(reach, j + 2, side="right"))
     position = np.arange(j * KV_TILE, (j + 1) * KV_TILE)
     cut = slice(masked_from, num_tiles)
     return KeyTile(

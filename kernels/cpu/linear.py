@@ -1,7 +1,6 @@
 """linear on the CPU: fp32 products over rows filled up to blocks of 16.
 
-A plain CPU matmul is not row-invariant: below 16 rows the BLAS takes other code paths. Two
-implementations give the same bits: one product over all padded rows (fast), or one product per
+Two implementations give the same bits: one product over all padded rows (fast), or one product per
 block of 16 rows. `selfcheck` proves it for a model's shapes and falls back to the second.
 """
 

@@ -1,9 +1,7 @@
 """attention on the GPU: KV tiles and splits at absolute positions, ordered merge, tensor cores.
 
-Within a split, an online softmax runs over tiles of GPU_KV_TILE keys; it starts anew at each split,
-and the splits' (max, sum, accumulator) merge in ascending order. So decode (decode_attention.py: a
-split per program) and prefill or training (here: splits looped in registers, tiles of 64 or 128
-rows) give the same bits.
+Decode (decode_attention.py: a split per program) and prefill or training (here: splits looped in
+registers, tiles of 64 or 128 rows) give the same bits.
 """
 
 import functools
@@ -247,41 +245,26 @@ def attend(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if k.stride() != v.stride():
         k, v = k.contiguous(), v.contiguous()
+    num_tokens, num_heads, head_dim = q.shape
+    table = plan.page_table
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[1], 0 if plan.page_table is not None else q.shape[0], device=q.device)
+    lse = torch.empty(num_heads, num_tokens if table is None else 0, device=q.device)
     if plan.decode is not None:
-        table, page_size = plan.page_table, plan.page_size
         assert table is not None
+        page_size = plan.page_size
         decode_attention(q, k, v, output, plan.decode, table, page_size, scale, kv_tile, kv_split)
     if len(plan.tile_seq):
-        _prefill(q, k, v, output, lse, plan, scale, kv_tile, kv_split)
+        _prefill_kernel[(num_heads, len(plan.tile_seq))](
+            q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=output, lse_ptr=lse, query_starts=plan.query_starts,
+            key_starts=plan.key_starts, query_lens=plan.query_lens, context_lens=plan.context_lens,
+            pages_ptr=q if table is None else table, tile_seq=plan.tile_seq,
+            tile_start=plan.tile_start, max_pages=0 if table is None else table.stride(0),
+            num_tokens=num_tokens, q_stride=q.stride(0), q_head=q.stride(1), stride=k.stride(0),
+            kv_head=k.stride(1), qk_scale=scale * LOG2E, HEADS=num_heads,
+            GROUP=num_heads // k.shape[1], DH=head_dim,
+            BLOCK_DH=triton.next_power_of_2(head_dim), ROWS=plan.tile_rows, TILE=kv_tile,
+            SPLIT=kv_split, PAGED=table is not None, PAGE=plan.page_size, LSE=lse.shape[1] > 0,
+            ONE_SPLIT=plan.longest <= kv_split, num_warps=8 if plan.tile_rows == 128 else 4,
+            num_stages=2, enable_fp_fusion=False,
+        )  # fmt: skip
     return output, lse
-
-
-def _prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    plan: GpuAttentionPlan,
-    scale: float,
-    kv_tile: int,
-    kv_split: int,
-) -> None:
-    num_heads, head_dim = q.shape[1:]
-    table = plan.page_table
-    block_dh = triton.next_power_of_2(head_dim)
-    grid = (num_heads, len(plan.tile_seq))
-    _prefill_kernel[grid](
-        q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=output, lse_ptr=lse, query_starts=plan.query_starts,
-        key_starts=plan.key_starts, query_lens=plan.query_lens, context_lens=plan.context_lens,
-        pages_ptr=q if table is None else table, tile_seq=plan.tile_seq,
-        tile_start=plan.tile_start, max_pages=0 if table is None else table.stride(0),
-        num_tokens=q.shape[0], q_stride=q.stride(0), q_head=q.stride(1), stride=k.stride(0),
-        kv_head=k.stride(1), qk_scale=scale * LOG2E, HEADS=num_heads,
-        GROUP=num_heads // k.shape[1], DH=head_dim, BLOCK_DH=block_dh, ROWS=plan.tile_rows,
-        TILE=kv_tile, SPLIT=kv_split, PAGED=table is not None, PAGE=plan.page_size,
-        LSE=lse.shape[1] > 0, ONE_SPLIT=plan.longest <= kv_split,
-        num_warps=8 if plan.tile_rows == 128 else 4, num_stages=2, enable_fp_fusion=False,
-    )  # fmt: skip

@@ -1,5 +1,4 @@
-"""attention_inputs on the GPU: the norm of every query and key head, rope, and the write of keys
-and values to the cache, in one kernel with the roundings of the single operations.
+"""attention_inputs on the GPU: one kernel with the roundings of the single operations.
 
 A head's sum has the rows and warps of rms_norm's, so the bits are those of the composition.
 """

@@ -1,8 +1,7 @@
 """cuBLASLt without split-K, called directly, so that nothing in the environment can change it.
 
-torch chooses cuBLAS algorithms by workspace and by what the process set before the first handle.
-Here the heuristic is asked with no reduction scheme and no workspace, one of its answers (usually
-the first, perhaps with another cluster shape) is kept per shape, and that it does not split K is
+The heuristic is asked with no reduction scheme and no workspace, one of its answers (usually the
+first, perhaps with another cluster shape) is kept per shape, and that it does not split K is
 asserted.
 """
 

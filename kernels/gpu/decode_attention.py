@@ -1,8 +1,7 @@
 """attention of decode steps on the GPU: one program for each split, the last one merges.
 
 A sequence's last program to arrive merges the splits' (max, sum, accumulator) in ascending order,
-so the result does not depend on who that is. The counter of arrivals is an integer: no floating
-sum depends on its order.
+so the result does not depend on who that is.
 """
 
 import functools
@@ -13,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from samebit.kernels.contract import GPU_KV_SPLIT, GPU_KV_TILE
 from samebit.kernels.gpu.online_softmax import merge, split_pass
 from samebit.kernels.gpu.pdl import after_previous, prefetch_l2, supported
 
@@ -37,9 +35,7 @@ def decode_entries(
     query_rows: Tensor, table_rows: Tensor, context_lens: Tensor, max_context: int
 ) -> DecodeEntries:
     """Entries whose tensors are these [E] int32, with counters of their own."""
-    counters = torch.zeros(
-        len(query_rows) * _MAX_KV_HEADS, dtype=torch.int32, device=query_rows.device
-    )
+    counters = query_rows.new_zeros(len(query_rows) * _MAX_KV_HEADS)
     return DecodeEntries(query_rows, table_rows, context_lens, max_context, counters)
 
 
@@ -121,15 +117,12 @@ def decode_attention(
     table: Tensor,
     page_size: int,
     scale: float,
-    kv_tile: int = GPU_KV_TILE,
-    kv_split: int = GPU_KV_SPLIT,
-    num_warps: int = 4,
-    num_stages: int | None = None,
+    kv_tile: int,
+    kv_split: int,
 ) -> None:
     """Write output rows [query_rows, Hq, Dh] of the entries; table [tables, max_pages] int32.
 
-    q [T, Hq, Dh]; k, v [kv_slots, Hkv, Dh]. kv_tile and kv_split are the contract's; num_warps and
-    num_stages change speed alone.
+    q [T, Hq, Dh]; k, v [kv_slots, Hkv, Dh]. kv_tile and kv_split are the contract's.
     """
     num_heads, head_dim = q.shape[1:]
     num_kv = k.shape[1]
@@ -142,8 +135,7 @@ def decode_attention(
     part_acc = torch.empty(parts, block_dh, device=q.device)
     pdl = supported(q.device)
     # Few programs: each keeps more of its own loads in flight. Many: they hide each other's.
-    if num_stages is None:
-        num_stages = 3 if num_kv * num_seqs * max_splits <= 1.5 * num_sms(q.device) else 2
+    num_stages = 3 if num_kv * num_seqs * max_splits <= 1.5 * num_sms(q.device) else 2
     _decode_kernel[(num_kv, num_seqs, max_splits)](
         q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=output, max_ptr=part_max, sum_ptr=part_sum,
         acc_ptr=part_acc, counters=decode.counters, query_rows=decode.query_rows,
@@ -151,6 +143,6 @@ def decode_attention(
         max_pages=table.stride(0), q_stride=q.stride(0), q_head=q.stride(1), stride=k.stride(0),
         kv_head=k.stride(1), qk_scale=scale * LOG2E, max_splits=max_splits, NUM_KV=num_kv,
         GROUP=group, DH=head_dim, BLOCK_DH=block_dh, ROWS=rows, TILE=kv_tile, SPLIT=kv_split,
-        PAGE=page_size, PDL=pdl, num_warps=num_warps, num_stages=num_stages,
+        PAGE=page_size, PDL=pdl, num_warps=4, num_stages=num_stages,
         enable_fp_fusion=False, launch_pdl=pdl,
     )  # fmt: skip

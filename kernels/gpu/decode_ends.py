@@ -15,13 +15,9 @@ from samebit.kernels.attention_kind import GraphEntries
 from samebit.kernels.decode_ring import HostRing, RingRow
 from samebit.kernels.gpu.pdl import after_previous, supported
 
-_SLOT = tl.constexpr(RingRow.SLOT.value)
-_POSITION = tl.constexpr(RingRow.POSITION.value)
-_PAGE = tl.constexpr(RingRow.PAGE.value)
-_SEED = tl.constexpr(RingRow.SEED.value)
-_SAMPLE_ID = tl.constexpr(RingRow.SAMPLE_ID.value)
-_TEMPERATURE = tl.constexpr(RingRow.TEMPERATURE.value)
-_GREEDY = tl.constexpr(RingRow.GREEDY.value)
+_SLOT, _POSITION, _PAGE, _SEED, _SAMPLE_ID, _TEMPERATURE, _GREEDY = (
+    tl.constexpr(row.value) for row in RingRow
+)
 
 
 @dataclass(frozen=True)

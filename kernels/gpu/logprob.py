@@ -1,8 +1,7 @@
 """logsumexp, and the statistics and gradients of logits that logprob needs, on the GPU.
 
-Rows are cut into the contract's 8 segments; each program handles one segment of one row in blocks
-of fixed size and order, so neither the batch nor the card's size can change a sum. The sampler
-(kernels/gpu/sample.py) uses the same code, and so has the same bits.
+Each program handles one of the contract's segments of one row, in blocks of fixed size and order.
+The sampler (kernels/gpu/sample.py) uses the same code, and so has the same bits.
 """
 
 import torch

@@ -1,10 +1,9 @@
 """reduce on GPUs: ranks read each other's fp32 partials over NVLink, add them and round once; or
 put columns of logits side by side, by the same means.
 
-One kernel is the whole sum. Every program copies its part of this rank's partial to memory that
-the others see, tells the program of the same number on every rank, waits for theirs, and adds. So
-there is no library between that chooses an order, and nothing for the host to wait for: it may be
-captured in a CUDA graph.
+One kernel is the whole sum, so a CUDA graph may hold it. Every program copies its part of this
+rank's partial to memory that the others see, tells the program of the same number on every rank,
+waits for theirs, and adds.
 
 Small sums are read whole by every rank (one shot). Of larger ones each rank adds its own part and
 the others fetch that, already rounded (two shots); sequence parallel ranks keep their part.

@@ -1,8 +1,7 @@
 """rms_norm on the GPU, with and without a residual sum before it, and its gradients.
 
 Every program handles whole rows with a fixed block and fixed warps, so a row's sum has one tree.
-The gradient of the weight is a sum over all rows: over fixed blocks of rows in order, then over the
-blocks, so two runs give the same bits.
+The weight's gradient is summed over fixed blocks of rows in order, then over the blocks.
 """
 
 import torch

@@ -1,7 +1,6 @@
 """sample on the GPU: draws, with and without their log-probs, and thresholds of allowed tokens.
 
-A log-prob's sum is the contract's, segment by segment (kernels/gpu/logprob.py). The draw is exact,
-so it may be cut up as suits the number of rows.
+A log-prob's sum is the contract's, segment by segment (kernels/gpu/logprob.py).
 """
 
 import torch

@@ -1,9 +1,8 @@
 """linear for few rows: kernels that stream the weights at the memory's speed.
 
-The contract's chain (ascending k, k16 tensor-core products, fp32, one rounding) in tiles of all
-rows by a few columns, so that even a narrow weight keeps every SM busy. While the preceding kernel
-still runs, a tile's first weights are fetched into L2. The gated form computes swiglu of the
-rounded gate and up products as well. Tiles are free to choose: they cannot change a bit.
+The contract's chain in tiles of all rows by a few columns, so that even a narrow weight keeps every
+SM busy. While the preceding kernel still runs, a tile's first weights are fetched into L2. The
+gated form computes swiglu of the rounded gate and up products as well. Tiles cannot change a bit.
 """
 
 from dataclasses import dataclass
