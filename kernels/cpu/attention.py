@@ -47,8 +47,7 @@ def plan_step(
 ) -> CpuAttentionPlan:
     """See AttentionKind; heads_per_kv is Hq / Hkv."""
     page_of = page_table.numpy()
-    max_len = int(max(context_lens))
-    position = np.arange(-(-max_len // KV_TILE) * KV_TILE)
+    position = np.arange(-(-max(context_lens) // KV_TILE) * KV_TILE)
     page_index = np.minimum(position // page_size, page_of.shape[1] - 1)
     kv_slots = page_of[:, page_index] * page_size + position % page_size
     return _plan(np.asarray(query_lens), np.asarray(context_lens), kv_slots, heads_per_kv)
@@ -61,11 +60,9 @@ def plan_context(
     num_keys: int,
     heads_per_kv: int,
 ) -> CpuAttentionPlan:
-    """See AttentionKind; heads_per_kv is Hq / Hkv."""
-    lens = np.asarray(context_lens)
-    position = np.arange(-(-int(lens.max()) // KV_TILE) * KV_TILE)
-    kv_slots = np.minimum(np.asarray(key_starts)[:, None] + position, num_keys - 1)
-    return _plan(np.asarray(query_lens), lens, kv_slots, heads_per_kv)
+    """See AttentionKind; the keys lie as in pages of one token. heads_per_kv is Hq / Hkv."""
+    pages = torch.tensor(key_starts)[:, None] + torch.arange(max(context_lens))
+    return plan_step(query_lens, context_lens, pages.clamp(max=num_keys - 1), 1, heads_per_kv)
 
 
 def _plan(

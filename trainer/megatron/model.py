@@ -18,9 +18,8 @@ from samebit.trainer.megatron.main_grad import main_grad_of
 from samebit.trainer.megatron.models.registry import parts_of
 from samebit.trainer.megatron.parallel import ranks_of, spread
 from samebit.trainer.megatron.spec import ContractConfig, PackedSequences
-from samebit.trainer.megatron.stages import Stage, stage_specs
+from samebit.trainer.megatron.stages import Stage, stage_specs, unequal_shapes
 from samebit.trainer.types import MicroBatch
-from samebit.weight_sync.mapping import ParamSpec
 
 _RECOMPUTE: Mapping[str, dict[str, Any]] = {
     "none": {},
@@ -107,16 +106,9 @@ def build_model(
     ]
     ranks = ranks_of(chunks[0].pg_collection.tp)
     specs = stage_specs(model, ranks.shard, stage)
-    _check_params(stage.named_params(chunks), specs)
+    if unequal := unequal_shapes(specs, stage.named_params(chunks)):
+        raise RuntimeError(f"Megatron's parameters are not the engine's: {sorted(unequal)[:5]}")
     return [chunk.to(device) for chunk in chunks]
-
-
-def _check_params(params: Mapping[str, Tensor], specs: list[ParamSpec]) -> None:
-    found = {name: tuple(p.shape) for name, p in params.items()}
-    expected = {spec.name: spec.shape for spec in specs}
-    if found != expected:
-        different = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
-        raise RuntimeError(f"Megatron's parameters are not the engine's: {different[:5]}")
 
 
 def forward_logprobs(

@@ -93,7 +93,7 @@ def optimizer_state(pieces: Sequence[Piece]) -> dict[str, dict[str, Any]]:
 def load_optimizer_state(pieces: Sequence[Piece], state: Mapping[str, Mapping[str, Any]]) -> None:
     """Continue from what `optimizer_state` gave for the same model and layout, or ValueError."""
     here = {piece.name: (piece.start, *_sizes(piece.tensors)) for piece in pieces}
-    there = {name: (saved["start"], *_sizes(_flat(saved))) for name, saved in state.items()}
+    there = {name: (saved["start"], *_sizes(saved)) for name, saved in state.items()}
     if here != there:
         name = min(n for n in {*here, *there} if here.get(n) != there.get(n))
         raise ValueError(
@@ -107,12 +107,8 @@ def load_optimizer_state(pieces: Sequence[Piece], state: Mapping[str, Mapping[st
             tensor.copy_(saved[name].view_as(tensor))
 
 
-def _flat(saved: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in saved.items() if name not in ("start", "step")}
-
-
-def _sizes(tensors: Mapping[str, Tensor]) -> list[tuple[str, int]]:
-    return sorted((name, tensor.numel()) for name, tensor in tensors.items())
+def _sizes(state: Mapping[str, Any]) -> list[tuple[str, int]]:
+    return sorted((name, x.numel()) for name, x in state.items() if name not in ("start", "step"))
 
 
 def replace_step(optimizer: Any, step: Callable[[], None]) -> None:

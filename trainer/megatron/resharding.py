@@ -16,7 +16,7 @@ from torch import Tensor
 
 from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.megatron.optimizer_state import Piece
-from samebit.trainer.megatron.stages import make_stage, stage_specs
+from samebit.trainer.megatron.stages import make_stage, stage_specs, unequal_shapes
 from samebit.weight_sync.mapping import ParamSpec, collect_hf, load_params
 
 _WHOLE = ("params", "reference")
@@ -39,7 +39,11 @@ class WholeState:
         for (tensor, stage), same in copies.items():
             specs = stage_specs(model, tensor, make_stage(model, *stage))
             for state in same:
-                _require_shapes(specs, state["params"])
+                for name, (there, here) in unequal_shapes(specs, state["params"]).items():
+                    raise ValueError(
+                        f"the checkpoint holds another model's parameters: {name} is {there} "
+                        f"there, {here} here"
+                    )
             for spec in specs:
                 for hf_name in spec.hf_shapes:
                     self._holders.setdefault(hf_name, []).append((spec, same))
@@ -87,14 +91,3 @@ def _shard(field: str, spec: ParamSpec, copies: list[Mapping[str, Any]]) -> Tens
             f"{math.prod(spec.shape)}"
         )
     return whole.view(spec.shape)
-
-
-def _require_shapes(specs: Iterable[ParamSpec], params: Mapping[str, Tensor]) -> None:
-    found = {name: tuple(param.shape) for name, param in params.items()}
-    wanted = {spec.name: spec.shape for spec in specs}
-    for name in {**wanted, **found}:
-        if found.get(name) != wanted.get(name):
-            raise ValueError(
-                f"the checkpoint holds another model's parameters: {name} is {found.get(name)} "
-                f"there, {wanted.get(name)} here"
-            )
