@@ -8,7 +8,7 @@ head dim, F ffn, V vocabulary, P pages, E experts, L length of a sample; M, N an
 products, y [M, N] = x [M, K] @ weight [N, K].T. A kv_slot is a token's place in the KV cache.
 """
 
-import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -39,8 +39,7 @@ class Op[**P, R]:
                 f"it has: {', '.join(self.implementations)}"
             )
         if isinstance(implementation, str):
-            module, function = implementation.split(":")
-            implementation = getattr(importlib.import_module(module), function)
+            implementation = pkgutil.resolve_name(implementation)
             self.implementations[device.type] = implementation
         if device.type == "cpu":
             self._require_fp32(*args)

@@ -1,9 +1,8 @@
 """Checkpoints: one exact state file per rank and a manifest, written last.
 
 A checkpoint is a folder `step_00000010`; one with a manifest (which has each file's digest, and its
-own) is whole, whenever a process was killed: see trainer/checkpoint_writer.py. Copies and links
-beside them, under other names, are the user's. With several ranks all of them load together, in a
-folder that all of them see.
+own) is whole: see trainer/checkpoint_writer.py. Copies and links beside them, under other names,
+are the user's. With several ranks all of them load together, in a folder that all of them see.
 """
 
 import hashlib
@@ -93,10 +92,9 @@ def folder_name(step: int) -> str:
 
 def checkpoint_folders(root: Path) -> list[Path]:
     """The folders of the whole checkpoints that a run has written under root, oldest first."""
-    entries = root.iterdir() if root.is_dir() else iter(())
     found = {
         int(name[1]): entry
-        for entry in entries
+        for entry in (root.iterdir() if root.is_dir() else ())
         if (name := NAME.fullmatch(entry.name))
         and entry.is_dir()
         and not entry.is_symlink()

@@ -2,8 +2,7 @@
 
 A checkpoint is made under a temporary name, every file is synced, the manifest comes last, and a
 rename makes it visible. With several ranks each of them writes its file and a digest beside it; the
-first one's thread writes the rest once all digests are there. So a checkpoint becomes whole
-whatever the run does meanwhile.
+first one's thread writes the rest once all digests are there.
 """
 
 import hashlib

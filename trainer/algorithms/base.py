@@ -33,10 +33,7 @@ class LossInputs:
     context: RankGroup = ALONE
 
     def sample_sums(self, rows: Tensor) -> Tensor:
-        """Sums of rows [R] by sample [B], over the rows of all context ranks, on each of them.
-
-        They are differentiable. All context ranks must call this as often.
-        """
+        """Sums of rows [R] by sample [B], of all context ranks: see context.sample_sums."""
         return sample_sums(rows, self.batch, self.context)
 
     def sample_means(self, rows: Tensor) -> Tensor:
@@ -62,8 +59,8 @@ class LossOutputs:
 class Algorithm[C: AlgorithmConfig]:
     """An algorithm with its settings: advantages and loss, pure functions of what they are given.
 
-    A new one is a file with a subclass, which names the dataclass of its settings as Config, and a
-    line in ALGORITHMS of trainer/algorithms/registry.py. See docs/extending.md.
+    A new one is a subclass, which names the dataclass of its settings as Config, and a line in
+    ALGORITHMS of trainer/algorithms/registry.py. See docs/extending.md.
     """
 
     Config: ClassVar[Any] = AlgorithmConfig

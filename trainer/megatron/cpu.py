@@ -1,8 +1,7 @@
 """What Megatron-core needs to run on a machine without CUDA. Nothing else in the project knows.
 
-Megatron calls torch.cuda for the current device and stream, and its optimizers and schedules write
-device="cuda" literally. `install` replaces a few functions; `no_cuda` redirects the literals while
-optimizers are built and steps run. Both do nothing where there is a GPU.
+Megatron calls torch.cuda for the current device and stream: `install` replaces a few functions. Its
+optimizers and schedules write device="cuda" literally: `no_cuda` redirects that while they run.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ _CUDA_NAMES = {
 
 
 def install() -> None:
-    """Make torch.cuda's queries answer for the CPU, once per process."""
+    """Make torch.cuda's queries answer for the CPU, once per process, where there is no GPU."""
     if torch.cuda.is_available():
         return
     from megatron.core.tensor_parallel import random

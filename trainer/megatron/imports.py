@@ -1,7 +1,6 @@
 """Megatron without torch's compiler, whose import takes longer than all of Megatron's own.
 
-Megatron decorates some fused functions with torch.compile as it is imported. No layer of ours calls
-one: the operations are those of the numerics contract.
+Megatron decorates some fused functions with torch.compile; no layer of ours calls one.
 """
 
 import functools

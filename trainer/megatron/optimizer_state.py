@@ -1,9 +1,7 @@
-"""The AdamW behind Megatron's optimizers, and its exact state: what a resumed run needs to take the
-same steps to the same bits.
+"""The AdamW behind Megatron's optimizers, and its exact state by parameter.
 
 Megatron's distributed optimizer keeps moments out of its state_dict, and its own checkpoints of
-them do not resume faithfully over torch's AdamW. Its shards and the AdamW behind it are plain
-tensors, though: they are kept as they are, by parameter.
+them do not resume faithfully over torch's AdamW.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

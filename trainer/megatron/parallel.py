@@ -1,7 +1,6 @@
 """Tensor and sequence parallel communication, differentiable, with sums in rank order.
 
-Sequence parallel: between the linears each rank holds its own part of the tokens [T / size, ...];
-gathering them has scattering the summed gradients as its backward, and the other way around.
+Sequence parallel: between the linears each rank holds its own part of the tokens [T / size, ...].
 Source: Korthikanti et al. 2022, arXiv 2205.05198.
 """
 

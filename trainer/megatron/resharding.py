@@ -1,8 +1,7 @@
 """A checkpoint of any layout, put together again: for export, and to go on under another layout.
 
-Every tensor of a rank's state is cut like the parameter it belongs to: weights, moments, master
-weights. So one description of the shards (weight_sync.mapping) serves them all. Bits are kept here;
-those of the steps after a change of layout are the new layout's.
+Weights, moments and master weights are cut alike: one description of the shards
+(weight_sync.mapping) serves them all. The bits of the steps that follow are the new layout's.
 """
 
 import math

@@ -1,9 +1,8 @@
 """Pipeline parallel: which layers a process holds, and their names in the whole model.
 
 A stage is one chunk of layers or, interleaved, several: chunk 0 of every stage, then chunk 1 of
-every stage, and so on (Narayanan et al. 2021, arXiv 2104.04473). Megatron numbers the layers of a
-chunk from 0; everybody else knows them by their place in the whole model. The last stage of a model
-with tied embeddings holds a copy of the embedding.
+every stage, and so on (Narayanan et al. 2021, arXiv 2104.04473). The last stage of a model with
+tied embeddings holds a copy of the embedding.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
