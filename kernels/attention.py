@@ -1,13 +1,8 @@
 """attention: causal attention over keys in a paged cache or in a packed batch, one result for all.
 
-This is the canonical kind; kernels/attention_kind.py says what every kind has to do.
-
-Contract: keys are taken in tiles of a fixed number of tokens at absolute positions, in ascending
-order, by an online softmax (running max, sum and accumulator; each tile rescales the earlier ones).
-On a GPU it starts anew at every split, and the splits merge in ascending order. A query's result
-depends on its own keys alone: decode, chunked prefill and the packed training forward are the same
-operations on the same tiles. Keys a query may not see get a score of -inf; a value beyond the
-sequence's end is replaced by zero before the product (stale memory may hold NaN).
+This is the canonical kind, whose contract is in docs/contract.md: an online softmax over tiles of
+keys at absolute positions, in ascending order, so that a query's result depends on its own keys
+alone. A value beyond the sequence's end is replaced by zero: stale memory may hold NaN.
 
 Source of the online softmax: Milakov and Gimelshein 2018, arXiv 1805.02867; of the backward: Dao et
 al. 2022, arXiv 2205.14135.

@@ -147,14 +147,12 @@ class AttentionKind(ABC):
     ) -> Tensor:
         """Attention of new tokens to their samples' pages, their own keys already written.
 
-        q [T, Hq, Dh], caches [P, page_size, Hkv, Dh], plan from plan_step or plan_graph ->
-        [T, Hq, Dh].
+        q [T, Hq, Dh], caches [P, page_size, Hkv, Dh] -> [T, Hq, Dh]; plan: of a step or a graph.
         """
 
     @abstractmethod
     def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
         """Attention of packed samples to themselves; it is differentiable in q, k and v.
 
-        q [T, Hq, Dh], k and v [num_keys, Hkv, Dh], plan from plan_packed or plan_context ->
-        [T, Hq, Dh].
+        q [T, Hq, Dh], k and v [num_keys, Hkv, Dh] -> [T, Hq, Dh]; plan: packed or of a context.
         """

@@ -1,8 +1,7 @@
 """add_bias: what a product with a bias adds to its sums.
 
 Contract: the bias, widened to fp32, is added once to the finished fp32 sum of products; then comes
-the one rounding. So an element of the result depends on its own row of x, on the weight and on the
-bias alone, as linear's do.
+the one rounding.
 """
 
 from typing import Any

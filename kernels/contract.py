@@ -1,7 +1,7 @@
 """The numbers and orders that bits depend on. It is the leaf that all of kernels/ imports.
 
-A change of anything here changes bits and raises CONTRACT_VERSION. What the operations mean stands
-in docs/contract.md and in their own files, kernels/<operation>.py.
+A change of anything here changes bits and raises CONTRACT_VERSION. docs/contract.md says what the
+operations mean.
 """
 
 from typing import TYPE_CHECKING

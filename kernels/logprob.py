@@ -1,10 +1,8 @@
 """logprob: the log-probability of given tokens under softmax(hidden @ weight.T / temperature).
 
-Contract: logits are linear's fp32 output divided by the temperature in fp32. The vocabulary counts
-as padded to a multiple of 1,024 whose padding is -inf, and is cut into 8 equal segments: the
-log-sum-exp of each segment, then the 8 merged in ascending order. So tensor parallel sizes
-1, 2, 4 and 8 give equal bits. The softmax is the full one, before any top-k, top-p or min-p.
-Rows are taken in chunks; [T, V] never exists.
+Contract (docs/contract.md): the log-sum-exps of 8 segments of the vocabulary merge in ascending
+order, so that tensor parallel sizes 1, 2, 4 and 8 give equal bits. The softmax is the full one,
+before any top-k, top-p or min-p. Rows are taken in chunks; [T, V] never exists.
 """
 
 from typing import Any

@@ -1,11 +1,9 @@
 """One operation, one canonical meaning, one implementation per device type.
 
-kernels/<operation>.py holds its contract, reference, gradients and dispatch; kernels/cpu/ and
-kernels/gpu/ hold the implementations, which know nothing of the dispatch.
+docs/contract.md writes out the meaning. kernels/<operation>.py holds reference, gradients and
+dispatch; kernels/cpu/ and kernels/gpu/ hold implementations, which know nothing of the dispatch.
 
-Letters of the whole project: T tokens, B samples, D model width, Hq query heads, Hkv KV heads, Dh
-head dim, F ffn, V vocabulary, P pages, E experts, L length of a sample; M, N and K only for matrix
-products, y [M, N] = x [M, K] @ weight [N, K].T. A kv_slot is a token's place in the KV cache.
+Shape letters (T, B, D, Hq, Hkv, Dh, F, V, P, L; M, N, K of products) and words: docs/design.md.
 """
 
 import pkgutil

@@ -1,11 +1,8 @@
 """reduce: sums over tensor-parallel ranks in ascending rank order, with one rounding.
 
-Contract: fp32 partials, added from rank 0 upwards, rounded once; the same function in engine and
-trainer. The order is written out: a collective's own order may change with its algorithm.
-
-Under tp_invariant a row-parallel product is cut into 8 segments of K, whatever the number of ranks,
-and all sums are one binary tree: its lower branches inside a rank, the upper ones between ranks. So
-1, 2, 4 and 8 ranks give the same bits.
+Contract: docs/contract.md. The order is written out, because a collective's own order may change
+with its algorithm. Under tp_invariant all sums are one binary tree over 8 segments of K: its lower
+branches inside a rank, the upper ones between ranks.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,7 @@
 """rms_norm: y = x * rsqrt(mean(x^2) + eps) * weight over the last dimension, in fp32.
 
-Contract: one row at a time, its sum of squares in one fixed order. With a residual, the sum
-x + residual is rounded to the activation dtype first and then normalised. The q and k norms are the
-same operation per head. Source: Zhang and Sennrich 2019, arXiv 1910.07467.
+Contract: one row at a time, its sum of squares in one fixed order. A residual is added and rounded
+to the activation dtype first. Source: Zhang and Sennrich 2019, arXiv 1910.07467.
 """
 
 from typing import Any

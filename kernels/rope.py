@@ -1,9 +1,8 @@
 """rope: rotary position embedding from one fp32 table, applied after the q/k norm.
 
 Contract: the first and second halves of each head are rotated by position * frequency: products
-and sums in fp32, one rounding. What a kind of scaling changes is in the table: frequencies, and
-yarn's factor of cosines and sines. Source: Su et al. 2021, arXiv 2104.09864, in the half-split
-layout of Hugging Face checkpoints.
+and sums in fp32, one rounding. What a kind of scaling changes is in the table. Source: Su et al.
+2021, arXiv 2104.09864, in the half-split layout of Hugging Face checkpoints.
 """
 
 import math

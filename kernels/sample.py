@@ -1,15 +1,8 @@
 """sample: Gumbel-max over the allowed tokens, with noise keyed by what the token is.
 
-Contract: x = word (token id mod 4) of Philox4x32-10 with key (seed low, seed high) and counter
-(token id div 4, position, sample id low, sample id high); v = (x + 1) * 2^-32 rounded to fp32, in
-(0, 1]; E = -log1p(-v); g = -log(E). The token is the argmax of logit / T + g over the allowed
-tokens, ties to the lower id. v rounded up to 1 gives g = -inf: the token is not drawn unless every
-allowed token got that (with top_k = 1, once in 2^25 draws); then the lowest allowed id is.
+Contract: docs/contract.md writes out the noise, which tokens are allowed, and all ties. Noise of
+-inf (once in 2^25 tokens) only puts a token behind all others: with top_k = 1 it is drawn.
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
-
-Allowed tokens are found by thresholds; tokens that tie with a threshold are all kept:
-min_p keeps p >= min_p * max p; top_k keeps the k largest logits; top_p, on what those two kept and
-renormalised, keeps a token if the tokens strictly more likely hold less than top_p of the mass.
 """
 
 import torch
@@ -25,7 +18,7 @@ gumbel_noise = Op("gumbel_noise", cpu=cpu.gumbel_noise)
 allowed_tokens = Op(
     "allowed_tokens", cpu=cpu.allowed_tokens, cuda="samebit.kernels.gpu.sample:allowed_tokens"
 )
-"""Mask [B, V] of the tokens that may be drawn; rules and ties in the module's docstring.
+"""Mask [B, V] of the tokens that may be drawn; rules and ties in docs/contract.md.
 
 scaled_logits [B, V] fp32 after temperature; top_k [B] int64 (0: off), top_p [B] fp32 (1: off),
 min_p [B] fp32 (0: off)."""

@@ -204,10 +204,9 @@ def selfcheck(
 ) -> None:
     """Check a model's operations on attention's device and select implementations accordingly.
 
-    linear_shapes: (N, K) of every weight; attention: of the model's heads; widths: row lengths of
-    norms and activations; column_shards: see check_columns; segments: (N, K) of the parts that
-    linear_in_segments cuts weights into. Raises SelfCheckError where nothing that keeps the
-    contract is left.
+    linear_shapes: (N, K) of every weight; widths: row lengths of norms and activations;
+    column_shards: see check_columns; segments: (N, K) of the parts that linear_in_segments cuts
+    weights into. Raises SelfCheckError where nothing that keeps the contract is left.
     """
     device = attention.device
     segments, widths = sorted(set(segments)), sorted(set(widths))

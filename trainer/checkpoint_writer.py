@@ -145,8 +145,7 @@ class CheckpointWriter:
         size: int,
         given_up: threading.Event,
     ) -> None:
-        """The first rank's thread: wait for every rank's digest, write the manifest, make the
-        checkpoint visible, remove the oldest."""
+        """The first rank's thread: once every rank's digest is there, write the rest."""
         digests = [_digest_file(temporary, rank) for rank in range(size)]
         while not all(digest.exists() for digest in digests):
             if given_up.wait(_LOOK_S):

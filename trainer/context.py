@@ -1,8 +1,8 @@
 """Context parallel: which rank computes which tokens of a packed batch, and sums over all of them.
 
 Every sample is cut into 2 * size equal chunks; rank r takes chunk r and chunk 2 * size - 1 - r, so
-that causal attention costs every rank about the same. Keys and values are gathered; queries stay
-where they are and keep their absolute positions, so no bit depends on the size.
+that causal attention costs every rank about the same. Keys and values are gathered; queries keep
+their absolute positions, so no bit depends on the size.
 """
 
 from dataclasses import dataclass, replace

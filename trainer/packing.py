@@ -23,11 +23,10 @@ def pack_samples(
 ) -> list[MicroBatch]:
     """Fill micro-batches of at most max_tokens tokens, never reordering.
 
-    loss_mean as in TrainerConfig; temperature is the rollout's. If that makes fewer than `at_least`
-    micro-batches, those of the most samples are halved, as long as there are samples; units are
-    never parted. Raises ValueError for a sample or unit longer than max_tokens or an empty list
-    and, given a model, for a sample that is longer than its context or has a token outside its
-    vocabulary.
+    temperature is the rollout's. If that makes fewer than `at_least` micro-batches, those of the most
+    samples are halved; units are never parted. Raises ValueError for a sample or unit longer than
+    max_tokens or an empty list and, given a model, for a sample that is longer than its context or
+    has a token outside its vocabulary.
     """
     if not samples:
         raise ValueError("no samples to train on")

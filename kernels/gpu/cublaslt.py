@@ -1,8 +1,7 @@
 """cuBLASLt without split-K, called directly, so that nothing in the environment can change it.
 
-The heuristic is asked with no reduction scheme and no workspace, one of its answers (usually the
-first, perhaps with another cluster shape) is kept per shape, and that it does not split K is
-asserted.
+The heuristic is asked with no reduction scheme and no workspace, one of its answers (perhaps with
+another cluster shape) is kept per shape, and that it does not split K is asserted.
 """
 
 import ctypes
@@ -225,8 +224,7 @@ def matmul(
 ) -> None:
     """y [M, N] = x [M, K] @ weight [N, K].T on the current stream; bf16 in, bf16 or fp32 out.
 
-    Rows of x and weight may lie apart. accumulate: y += the product, which is rounded to fp32
-    before, as y is.
+    Rows of x and weight may lie apart. accumulate: y += the product, rounded to fp32 before.
     Raises CublasLtError if a call fails or no algorithm without split-K exists.
     """
     problem, algo = _choice(*_key(x, weight, y), answer)

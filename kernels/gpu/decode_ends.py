@@ -1,7 +1,5 @@
-"""The two ends of a decode step: all that the forward needs, made from the few numbers that the
-host gives; and the drawn tokens, handed to the host and to the next step.
-
-Both work on the ring of kernels/decode_ring.py.
+"""The two ends of a decode step, on the ring of kernels/decode_ring.py: all that the forward needs,
+made from what the host gives; and the drawn tokens, handed to the host and to the next step.
 """
 
 from dataclasses import dataclass
@@ -77,8 +75,7 @@ def _decode_inputs_kernel(
 def decode_inputs(ring: HostRing, last_tokens: Tensor, entries: GraphEntries) -> DecodeInputs:
     """Inputs of a decode step of a sample for each entry, from the ring's present turn.
 
-    last_tokens [slots + 1] int64. Notes the page in the entries' table, and fills in the rest of
-    them.
+    last_tokens [slots + 1] int64. Notes the page in the entries' table, and fills in the rest.
     """
     batch, page_table = len(entries.table_rows), entries.page_table
     device = last_tokens.device

@@ -2,8 +2,7 @@
 
 Implementations of equal bits: cuBLASLt without split-K, a Triton kernel that streams weights past
 few rows (skinny.py), and a Triton kernel for any shape and alignment. kernels/gpu/tuning.py knows
-which is the fastest. Products are taken at a finite set of row counts, every M up to 256 and
-multiples of 128 up to 8,192, a sample of which the self-check compares.
+which is the fastest. Products are taken at a finite set of row counts (row_pieces).
 """
 
 import torch

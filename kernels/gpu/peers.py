@@ -1,5 +1,4 @@
-"""reduce on GPUs: ranks read each other's fp32 partials over NVLink, add them and round once; or
-put columns of logits side by side, by the same means.
+"""reduce on GPUs, and gathers of columns: ranks read each other's fp32 memory over NVLink.
 
 One kernel is the whole sum, so a CUDA graph may hold it. Every program copies its part of this
 rank's partial to memory that the others see, tells the program of the same number on every rank,

@@ -11,12 +11,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_CUDA_NAMES = {
-    "torch.FloatTensor": "torch.cuda.FloatTensor",
-    "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
-    "torch.HalfTensor": "torch.cuda.HalfTensor",
-}
-
 
 def install() -> None:
     """Make torch.cuda's queries answer for the CPU, once per process, where there is no GPU."""
@@ -45,7 +39,7 @@ class _CpuForCuda(TorchFunctionMode):
             kwargs = {**kwargs, "device": "cpu"}
         result = func(*args, **kwargs)
         if func is Tensor.type and len(args) == 1:
-            return _CUDA_NAMES.get(result, result)
+            return result.replace("torch.", "torch.cuda.")
         return result
 
 

@@ -13,8 +13,7 @@ import torch
 
 @contextmanager
 def without_compiler() -> Iterator[None]:
-    """What the block imports of Megatron is not compiled, and refuses to run: other bits than the
-    contract's would come of it."""
+    """What the block imports of Megatron is not compiled, and refuses to run."""
     compile_, namespace = torch.compile, cast(Any, torch)
 
     def decorate(function: Any = None, **options: Any) -> Any:

@@ -82,9 +82,8 @@ def build_model(
 ) -> list[GPTModel]:
     """This process's shard of a GPTModel with our operations and uninitialised weights, by chunk.
 
-    It lives on attention's device. longest: tokens of the longest sample that may come; None: as
-    many as the context holds. Raises RuntimeError unless its parameters have the engine's names
-    and shapes.
+    longest: tokens of the longest sample that may come; None: as many as the context holds. Raises
+    RuntimeError unless its parameters have the engine's names and shapes.
     """
     # A micro-batch is filled up to a multiple of the tensor ranks by a sequence that nobody reads.
     longest = max(longest or model.max_position, parallel.tensor)
@@ -160,15 +159,6 @@ def _logprob_head(
     hidden = whole.squeeze(1)[batch.rows]
     weight = output_layer.weight if output_weight is None else output_weight
     temperature = torch.full((len(batch.rows),), batch.temperature, device=hidden.device)
-    return torch.stack(
-        logprob(
-            hidden,
-            weight,
-            batch.target_ids,
-            temperature,
-            vocab_size,
-            ranks,
-            main_grad=main_grad_of(weight),
-            entropy_grad=entropy_grad,
-        )
-    )
+    main_grad, ids = main_grad_of(weight), batch.target_ids
+    found = logprob(hidden, weight, ids, temperature, vocab_size, ranks, main_grad, entropy_grad)
+    return torch.stack(found)

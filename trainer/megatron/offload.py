@@ -1,8 +1,7 @@
 """The optimizer's state in the host's memory: master weights and moments, 12 bytes a parameter (in
 pinned allocations, each of which torch rounds up to a power of two).
 
-A step brings them to the device slice by slice, updates them there and takes them back, loading,
-updating and storing three slices at a time. AdamW is elementwise, so this moves no bit.
+A step takes them through the device, three slices at a time. AdamW is elementwise: no bit moves.
 """
 
 from collections.abc import Iterator, Sequence
