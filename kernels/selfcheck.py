@@ -41,13 +41,10 @@ def _cache_file(key: object) -> Path:
     return root / "samebit" / "selfcheck" / f"{name}.json"
 
 
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
-
-
 def _randn(*shape: int, device: torch.device, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(device, _dtype(device))
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return torch.randn(shape, generator=generator).to(device, dtype)
 
 
 def unequal_linear_shapes(

@@ -71,7 +71,9 @@ class Checkpoint:
         file, expected = self.path / name, self.manifest["files"][name]
         if not file.exists():
             raise CheckpointError(f"{file} is missing")
-        if (found := _file_digest(file)) != expected:
+        with file.open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        if found != expected:
             raise CheckpointError(
                 f"{file} is damaged: SHA-256 {found}, the manifest says {expected}"
             )
@@ -153,8 +155,3 @@ def manifest_text(content: Mapping[str, Any]) -> str:
 def state_file(rank: int) -> str:
     """The name of a rank's file."""
     return f"rank_{rank:05d}.pt"
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
