@@ -50,7 +50,36 @@ def plan_step(
     position = np.arange(-(-max(context_lens) // KV_TILE) * KV_TILE)
     page_index = np.minimum(position // page_size, page_of.shape[1] - 1)
     kv_slots = page_of[:, page_index] * page_size + position % page_size
-    return _plan(np.asarray(query_lens), np.asarray(context_lens), kv_slots, heads_per_kv)
+    new, lens = np.asarray(query_lens), np.asarray(context_lens)
+    num_rows = new * heads_per_kv
+    first_row = np.concatenate([[0], np.cumsum(num_rows)[:-1]])
+    tiles_of_seq = -(-num_rows // Q_TILE)
+    tile_seq = np.repeat(np.arange(len(new)), tiles_of_seq)
+    tile_in_seq = np.arange(len(tile_seq)) - np.repeat(
+        np.cumsum(tiles_of_seq) - tiles_of_seq, tiles_of_seq
+    )
+    # Rows past the end repeat the last row; their results are never read.
+    row_in_seq = tile_in_seq[:, None] * Q_TILE + np.arange(Q_TILE)
+    row_in_seq = np.minimum(row_in_seq, num_rows[tile_seq][:, None] - 1)
+    row_position = (lens - new)[tile_seq][:, None] + row_in_seq // heads_per_kv
+    num_key_tiles = row_position[:, -1] // KV_TILE + 1
+    # Longest first: the query tiles that reach key tile j are a prefix.
+    order = np.argsort(-num_key_tiles, kind="stable")
+    tile_seq, row_in_seq, row_position = tile_seq[order], row_in_seq[order], row_position[order]
+    tile_rows = first_row[tile_seq][:, None] + row_in_seq
+    row_places = np.empty(int(num_rows.sum()), dtype=np.int64)
+    row_places[tile_rows] = np.arange(tile_rows.size).reshape(tile_rows.shape)
+    reach = np.sort(num_key_tiles)  # ascending: how many query tiles have more than j key tiles
+    key_tiles = tuple(
+        _key_tile(j, reach, tile_seq, row_position, kv_slots, lens) for j in range(int(reach[-1]))
+    )
+    return CpuAttentionPlan(
+        tile_rows=torch.from_numpy(tile_rows),
+        row_places=torch.from_numpy(row_places),
+        tile_seq=torch.from_numpy(tile_seq),
+        key_tiles=key_tiles,
+        num_seqs=len(new),
+    )
 
 
 def plan_context(
@@ -63,41 +92,6 @@ def plan_context(
     """See AttentionKind; the keys lie as in pages of one token. heads_per_kv is Hq / Hkv."""
     pages = torch.tensor(key_starts)[:, None] + torch.arange(max(context_lens))
     return plan_step(query_lens, context_lens, pages.clamp(max=num_keys - 1), 1, heads_per_kv)
-
-
-def _plan(
-    query_lens: np.ndarray, context_lens: np.ndarray, kv_slots: np.ndarray, heads_per_kv: int
-) -> CpuAttentionPlan:
-    num_rows = query_lens * heads_per_kv
-    first_row = np.concatenate([[0], np.cumsum(num_rows)[:-1]])
-    tiles_of_seq = -(-num_rows // Q_TILE)
-    tile_seq = np.repeat(np.arange(len(query_lens)), tiles_of_seq)
-    tile_in_seq = np.arange(len(tile_seq)) - np.repeat(
-        np.cumsum(tiles_of_seq) - tiles_of_seq, tiles_of_seq
-    )
-    # Rows past the end repeat the last row; their results are never read.
-    row_in_seq = tile_in_seq[:, None] * Q_TILE + np.arange(Q_TILE)
-    row_in_seq = np.minimum(row_in_seq, num_rows[tile_seq][:, None] - 1)
-    row_position = (context_lens - query_lens)[tile_seq][:, None] + row_in_seq // heads_per_kv
-    num_key_tiles = row_position[:, -1] // KV_TILE + 1
-    # Longest first: the query tiles that reach key tile j are a prefix.
-    order = np.argsort(-num_key_tiles, kind="stable")
-    tile_seq, row_in_seq, row_position = tile_seq[order], row_in_seq[order], row_position[order]
-    tile_rows = first_row[tile_seq][:, None] + row_in_seq
-    row_places = np.empty(int(num_rows.sum()), dtype=np.int64)
-    row_places[tile_rows] = np.arange(tile_rows.size).reshape(tile_rows.shape)
-    reach = np.sort(num_key_tiles)  # ascending: how many query tiles have more than j key tiles
-    key_tiles = tuple(
-        _key_tile(j, reach, tile_seq, row_position, kv_slots, context_lens)
-        for j in range(int(reach[-1]))
-    )
-    return CpuAttentionPlan(
-        tile_rows=torch.from_numpy(tile_rows),
-        row_places=torch.from_numpy(row_places),
-        tile_seq=torch.from_numpy(tile_seq),
-        key_tiles=key_tiles,
-        num_seqs=len(query_lens),
-    )
 
 
 def _key_tile(

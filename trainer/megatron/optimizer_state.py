@@ -113,11 +113,8 @@ def replace_step(optimizer: Any, step: Callable[[], None]) -> None:
     """Have `step` do what the AdamWs and the rounding of master weights do."""
     for part in _parts(optimizer):
         part.optimizer.step = step
-        part._copy_main_params_to_model_params = step = _nothing
-
-
-def _nothing() -> None:
-    """The first optimizer of a chain has done it."""
+        # The first optimizer of a chain does it for all.
+        part._copy_main_params_to_model_params = step = lambda: None
 
 
 def _parts(optimizer: Any) -> list[Any]:
