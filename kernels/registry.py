@@ -1,6 +1,6 @@
 """The attention kinds by name. No torch here: recipes check names before they import it."""
 
-import pkgutil
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,4 +14,5 @@ ATTENTION_KINDS = {
 
 def attention_kind(name: str) -> "type[AttentionKind]":
     """The kind of this name, one of ATTENTION_KINDS."""
-    return pkgutil.resolve_name(ATTENTION_KINDS[name])
+    module, kind = ATTENTION_KINDS[name].split(":")
+    return getattr(importlib.import_module(module), kind)

@@ -1,6 +1,7 @@
 """Megatron without torch's compiler, whose import takes longer than all of Megatron's own.
 
-Megatron decorates some fused functions with torch.compile; no layer of ours calls one.
+Megatron decorates some fused functions with torch.compile as it is imported. No layer of ours calls
+one: the operations are those of the numerics contract.
 """
 
 import functools
@@ -13,7 +14,8 @@ import torch
 
 @contextmanager
 def without_compiler() -> Iterator[None]:
-    """What the block imports of Megatron is not compiled, and refuses to run."""
+    """What the block imports of Megatron is not compiled, and refuses to run: other bits than the
+    contract's would come of it."""
     compile_, namespace = torch.compile, cast(Any, torch)
 
     def decorate(function: Any = None, **options: Any) -> Any:
