@@ -64,7 +64,7 @@ sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
 sanitize: $(STAMP) ## every kernel of one GPU under compute-sanitizer: memcheck, racecheck
 	for tool in memcheck racecheck; do
 		"$(SANITIZER)" --tool $$tool --error-exitcode 1 --target-processes application-only \
-			$(PY) -m samebit.recipes.verification.kernel_pass
+			$(PY) tests/programs/kernel_pass.py
 	done
 
 lint: $(STAMP) ## ruff and mypy

@@ -1,7 +1,8 @@
 """The attention kinds by name. No torch here: recipes check names before they import it."""
 
-import importlib
 from typing import TYPE_CHECKING
+
+from samebit.kernels.named import import_class
 
 if TYPE_CHECKING:
     from samebit.kernels.attention_kind import AttentionKind
@@ -13,6 +14,7 @@ ATTENTION_KINDS = {
 
 
 def attention_kind(name: str) -> "type[AttentionKind]":
-    """The kind of this name, one of ATTENTION_KINDS."""
-    module, kind = ATTENTION_KINDS[name].split(":")
-    return getattr(importlib.import_module(module), kind)
+    """The kind of this name, or one named as module:Class; ValueError for none."""
+    from samebit.kernels.attention_kind import AttentionKind
+
+    return import_class(ATTENTION_KINDS.get(name, name), "numerics.attention", AttentionKind)

@@ -25,7 +25,7 @@ from samebit.trainer.config import (
 )
 from samebit.weight_sync.transports.registry import TRANSPORTS
 
-SET_BY_RUN = ("attention", "load_format", "max_model_len", "seed")
+SET_BY_RUN = ("attention", "load_format", "max_model_len", "model_family", "seed")
 """Settings of the engine that commands derive from keys of their own."""
 SET_BY_DEMO = "set by the demo"
 DEMO_MODELS = ("tiny", "smollm2")
@@ -44,6 +44,23 @@ def check_run_folder(run_name: str, output_dir: str) -> None:
         fits = fits and name not in ("", ".", "..") and name[:1] != "-"
         require(fits, "run_name", run_name, meaning)
     require(output_dir != "", "output_dir", output_dir, "the path of a folder, such as outputs")
+
+
+@dataclass(kw_only=True)
+class FolderSection:
+    """Names the folder that a command writes."""
+
+    run_name: str = "run"
+    output_dir: str = "outputs"
+    """The run's folder is output_dir/run_name."""
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's files go here."""
+        return Path(self.output_dir) / self.run_name
+
+    def __post_init__(self) -> None:
+        check_run_folder(self.run_name, self.output_dir)
 
 
 @dataclass(kw_only=True)
@@ -114,12 +131,12 @@ class AttentionSection:
     """Chooses the attention of engine and trainer alike; the numerics profile names it."""
 
     attention: str = "canonical"
-    """canonical, the only kind that there is."""
+    """canonical, or module:Class, a kind of your own."""
 
     def __post_init__(self) -> None:
-        kinds = tuple(ATTENTION_KINDS)
-        meaning = f"one of {kinds}"
-        require(self.attention in kinds, "numerics.attention", self.attention, meaning)
+        kinds, name = tuple(ATTENTION_KINDS), self.attention
+        meaning = f"one of {kinds} or your own module:Class"
+        require(name in kinds or ":" in name, "numerics.attention", name, meaning)
 
 
 @dataclass(kw_only=True)
@@ -131,12 +148,9 @@ class NumericsSection(AttentionSection):
 
 
 @dataclass(kw_only=True)
-class RunSection:
+class RunSection(FolderSection):
     """Holds what every training recipe has."""
 
-    run_name: str = "run"
-    output_dir: str = "outputs"
-    """The run's folder is output_dir/run_name."""
     resume: bool = False
     """Continue from the newest checkpoint, or start if there is none."""
     reshard: bool = False
@@ -145,6 +159,8 @@ class RunSection:
     """Without resume: remove what an earlier run of this name left."""
     dry_run: bool = False
     """Print what the run would be and stop."""
+    model_family: str | None = None
+    """module:Class, a model family of your own, of which the model is one."""
     device: str | None = None
     """cpu or cuda; unset: the GPU if there is one."""
     cpu_threads: int = 1
@@ -152,13 +168,8 @@ class RunSection:
     seed: int = 0
     """Of the sampling noise and of the problems' order."""
 
-    @property
-    def run_dir(self) -> Path:
-        """The run's files go here."""
-        return Path(self.output_dir) / self.run_name
-
     def __post_init__(self) -> None:
-        check_run_folder(self.run_name, self.output_dir)
+        super().__post_init__()
         require(self.cpu_threads >= 1, "cpu_threads", self.cpu_threads, "positive")
         require(0 <= self.seed < 1 << 43, "seed", self.seed, "in [0, 2^43)")
         require(self.resume or not self.reshard, "reshard", self.reshard, "false without resume")
@@ -326,6 +337,7 @@ class DemoRun(RunSection):
     def validate(self) -> None:
         """Check both phases; what they share is given once, at the top."""
         require(self.model in DEMO_MODELS, "model", self.model, f"one of {DEMO_MODELS}")
+        require_default(self, "", ("model_family",), "the demo makes its model")
         for name, phase in (("sft", self.sft), ("grpo", self.grpo)):
             if phase is None:
                 continue

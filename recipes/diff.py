@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from samebit.recipes.config import ConfigError
-from samebit.recipes.run.binding import binding_config, flatten
+from samebit.recipes.run.binding import binding_config
 from samebit.recipes.run.folder import CONFIG_FILE
+from samebit.recipes.run.input_files import flatten
 from samebit.recipes.run.metrics import METRICS_FILE, SAMPLES_FILE, read_rows
 from samebit.recipes.run.rollouts import SavedSample, list_rollouts, load_rollout
 from samebit.recipes.tools_config import DiffRun
@@ -77,13 +80,10 @@ def open_run(path: Path) -> RunContents:
 
 
 def _read_config(file: Path) -> Row:
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
-
     try:
         config: Any = OmegaConf.to_container(OmegaConf.load(file))
         return flatten(binding_config(config))
-    except (YAMLError, OSError, KeyError, AttributeError) as error:
+    except (YAMLError, OSError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"{file} is no configuration of a training run") from error
 
 

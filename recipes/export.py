@@ -6,7 +6,7 @@ import torch
 
 from samebit.recipes.config import ConfigError
 from samebit.recipes.models.side_files import side_files, write_side_files
-from samebit.recipes.run.folder import require_outside
+from samebit.recipes.run.folder import is_overwritten, require_outside
 from samebit.recipes.tools_config import ExportRun
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
@@ -90,12 +90,8 @@ def _name(dtype: torch.dtype) -> str:
 def _require_free(run: ExportRun, checkpoint: Checkpoint) -> None:
     """ConfigError if `out` holds what nothing says may be replaced, or what is to be read."""
     out, model_path = Path(run.out), Path(run.model)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out={out} is no folder")
-    if not out.exists() or not any(out.iterdir()):
+    if not is_overwritten(out, run.overwrite):
         return
-    if not run.overwrite:
-        raise ConfigError(f"out={out} is not empty; give another folder or overwrite=true")
     if not is_export(out):
         raise ConfigError(
             f"out={out} holds no {MARKER} of an export and no {VERSION_FILE}: no export made it, "
@@ -111,7 +107,7 @@ def _require_free(run: ExportRun, checkpoint: Checkpoint) -> None:
 def main(run: ExportRun) -> int:
     """Run the command `samebit export`."""
     checkpoint, out = find_checkpoint(Path(run.checkpoint)), Path(run.out)
-    load_model_config(run.model)  # it is there
+    load_model_config(run.model, run.model_family)  # it is there
     _require_free(run, checkpoint)
     dtype = None if run.dtype == "auto" else getattr(torch, run.dtype)
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from samebit.recipes.config import ConfigError
-from samebit.recipes.run.folder import require_outside
+from samebit.recipes.run.folder import is_overwritten, require_outside
 from samebit.recipes.tools_config import FetchRun
 from samebit.weight_sync.folders import replacing
 from samebit.weight_sync.transports.file import require_replaceable, write_safetensors
@@ -63,11 +63,7 @@ def write_folder(gguf: Path, out: Path) -> int:
 def main(run: FetchRun) -> int:
     """Run the command `samebit fetch-smollm2`."""
     out, gguf = Path(run.out), find_gguf(run.gguf)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out={out} is no folder")
-    if out.exists() and any(out.iterdir()):
-        if not run.overwrite:
-            raise ConfigError(f"out={out} is not empty; give another folder or overwrite=true")
+    if is_overwritten(out, run.overwrite):
         require_replaceable(out)
         require_outside(out, [("gguf", gguf)], "which overwrite=true removes; give another out")
     with replacing(out) as new:

@@ -20,7 +20,7 @@ from samebit.recipes.run.inputs import GrpoInputs
 from samebit.recipes.run.recorder import Progress, Recorder, recording
 from samebit.recipes.run.report import write_report
 from samebit.recipes.run.rollouts import drop_rollouts_after, save_rollout
-from samebit.recipes.run.sampling import Sampler
+from samebit.recipes.run.sampling import RolloutSource
 from samebit.recipes.run.secrets import to_yaml
 from samebit.recipes.run.session import RunSession, open_session
 from samebit.recipes.run.signals import StopSignals, stop_signals
@@ -51,7 +51,7 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
             closing(GrpoRecipe(run, session, inputs)) as recipe,
             recording(session, recipe.progress, recipe.trainer) as recorder,
         ):
-            progress, sampler = recipe.progress, recipe.sampler
+            progress, source = recipe.progress, recipe.rollout_source
             if session.is_first:
                 drop_rollouts_after(run.run_dir, progress.step)
             started()
@@ -62,9 +62,9 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                 stop.poll_together()
                 timer = PhaseTimer()
                 with timer.time("rollout"):
-                    prompts = sampler.training_prompts(progress.step)
-                    rollout = sampler.draw(prompts, stop.poll, recorder.show)
-                    rollout.rewards = sampler.score(rollout, stop.poll_alone)
+                    prompts = source.training_prompts(progress.step)
+                    rollout = source.draw(prompts, stop.poll, recorder.show)
+                    rollout.rewards = source.score(rollout, stop.poll_alone)
                 session.writer.poll()
                 if run.logger.save_rollouts and session.is_first:
                     drawn = rollout.prompt_ids, rollout.completions, rollout.rewards
@@ -117,7 +117,7 @@ class GrpoRecipe:
             self.trainer.freeze_reference()
         self.progress = GrpoProgress(**session.restore(self.trainer))
         self.engine, self.weights = start_engine(run, session.device, self.trainer)
-        self.sampler = Sampler(run, self._inputs, self.engine)
+        self.rollout_source = RolloutSource(run, self._inputs, self.engine)
         self.sync()
 
     def sync(self) -> None:
@@ -152,9 +152,9 @@ class GrpoRecipe:
         Without `stop`, a step that is trained is evaluated to the end, whatever signal comes.
         """
         stop = stop or StopSignals()
-        prompts = self.sampler.held_out_prompts(self.progress.step)
-        held_out = self.sampler.draw(prompts, stop.poll)
-        held_out.rewards = self.sampler.score(held_out, stop.poll_alone)
+        prompts = self.rollout_source.held_out_prompts(self.progress.step)
+        held_out = self.rollout_source.draw(prompts, stop.poll)
+        held_out.rewards = self.rollout_source.score(held_out, stop.poll_alone)
         if self.progress.reward_first is None:
             self.progress.reward_first = held_out.reward_mean
         self.progress.reward_last = held_out.reward_mean

@@ -6,7 +6,7 @@ No torch here, so that --help answers at once.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from samebit.recipes.config import AttentionSection, check_run_folder
+from samebit.recipes.config import AttentionSection, FolderSection
 from samebit.rollout.config import LOAD_FORMATS
 from samebit.trainer.config import require, require_default
 
@@ -20,11 +20,10 @@ def check_given(run: object, names: Iterable[str]) -> None:
 
 
 @dataclass(kw_only=True)
-class VerifyRun:
+class VerifyRun(FolderSection):
     """`samebit verify`: the promise, measured. Writes output_dir/run_name/verify.json."""
 
     run_name: str = "verify"
-    output_dir: str = "outputs"
     device: str | None = None
     """cpu or cuda; unset: the GPU if there is one."""
     cpu_threads: int = 1
@@ -32,6 +31,8 @@ class VerifyRun:
     """Of the tiny models' weights."""
     model: str | None = None
     """A Hugging Face folder; unset: tiny Qwen3 and Llama models with random weights."""
+    model_family: str | None = None
+    """module:Class, a model family of your own, of which the model is one."""
     load_format: str = "safetensors"
     """dummy: random weights for a folder that holds only a config.json."""
     properties: list[str] | None = None
@@ -40,14 +41,14 @@ class VerifyRun:
 
     def __post_init__(self) -> None:
         some = self.properties is None or len(self.properties) > 0
-        check_run_folder(self.run_name, self.output_dir)
+        super().__post_init__()
         check_given(self, ("model",))
         require(some, "properties", self.properties, "at least one, or unset")
         require(self.cpu_threads >= 1, "cpu_threads", self.cpu_threads, "positive")
         known = self.load_format in LOAD_FORMATS
         require(known, "load_format", self.load_format, f"one of {LOAD_FORMATS}")
         if self.model is None:
-            require_default(self, "", ("load_format",), "no model is given")
+            require_default(self, "", ("load_format", "model_family"), "no model is given")
         else:
             require_default(self, "", ("seed",), "a model is given: it is of the tiny ones")
 
@@ -79,6 +80,8 @@ class ExportRun:
     """A run's folder, its checkpoints folder, or one checkpoint."""
     model: str = "???"
     """The Hugging Face folder that the run started from: config and tokenizer."""
+    model_family: str | None = None
+    """module:Class, a model family of your own, of which the model is one."""
     out: str = "???"
     """The folder to write."""
     overwrite: bool = False

@@ -1,7 +1,6 @@
 """samebit verify: measure every property of the promise on this machine, and say so in numbers."""
 
 import gc
-import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,12 +15,12 @@ from samebit.kernels.registry import attention_kind
 from samebit.recipes.config import ConfigError
 from samebit.recipes.models.tiny_model import make_random_model
 from samebit.recipes.run.folder import require_own_report
-from samebit.recipes.run.provenance import provenance
+from samebit.recipes.run.provenance import write_result
 from samebit.recipes.tools_config import VerifyRun
 from samebit.recipes.verification.properties import PROPERTIES, Property
 from samebit.recipes.verification.subject import Result, chained_digest, make_subject
 from samebit.rollout.device import resolve_device
-from samebit.weight_sync.disk import write_atomically
+from samebit.rollout.models.registry import load_model_config
 
 
 def select_properties(names: Sequence[str] | None) -> list[Property]:
@@ -106,7 +105,6 @@ def make_report(
     everything = [result for group in results.values() for result in group]
     comparisons = sum(result.tokens for result in everything)
     return {
-        **provenance(["samebit", *sys.argv[1:]], device),
         "numerics": asdict(numerics_profile(device, attention=attention_kind(attention))),
         "tokens": comparisons,
         "comparisons": comparisons,
@@ -122,7 +120,7 @@ def main(run: VerifyRun) -> int:
     """The command `samebit verify`; exit code 1 on any mismatch, and if nothing was compared, or a
     property that was asked for by name could not be tried."""
     properties = select_properties(run.properties)
-    target = Path(run.output_dir) / run.run_name / "verify.json"
+    target = run.run_dir / "verify.json"
     require_own_report(target)
     torch.set_num_threads(run.cpu_threads)
     device, kind = resolve_device(run.device), run.numerics.attention
@@ -131,6 +129,7 @@ def main(run: VerifyRun) -> int:
     found: dict[str, Measured] = {}
     if run.model is not None:
         path = Path(run.model)
+        load_model_config(path, run.model_family)
         measured = verify_model(path, path.name[:10], device, properties, run.load_format, kind)
         found[path.name] = measured
     else:
@@ -149,8 +148,7 @@ def main(run: VerifyRun) -> int:
         if untried:
             print(f"Could not be tried on {name}: {', '.join(untried)}.")
     print(f"outcomes_digest {report['outcomes_digest']}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, json.dumps(report, indent=1) + "\n")
+    write_result(target, device, report)
     print(f"{target} holds the report.")
     reason = failure(found, run.properties is not None)
     if reason is not None:

@@ -49,7 +49,9 @@ class EngineConfig:
     """Longest context, prompt and completion; unset: the model's, in a recipe its longest sample.
     """
     attention: str = "canonical"
-    """The attention kind; in a recipe it is numerics.attention."""
+    """The attention kind, or your own module:Class; in a recipe it is numerics.attention."""
+    model_family: str | None = None
+    """module:Class, a model family of your own; in a recipe it is model_family."""
     load_format: str = "safetensors"
     """safetensors; dummy: random weights for a folder that holds only a config.json."""
     seed: int = 0
@@ -64,7 +66,8 @@ class EngineConfig:
         fits, meaning = tokens is None or tokens >= page, f"at least one page of {page}, or unset"
         self._require(fits, "kv_cache_tokens", meaning)
         kinds = tuple(ATTENTION_KINDS)
-        self._require(self.attention in kinds, "attention", f"one of {kinds}")
+        meaning = f"one of {kinds} or your own module:Class"
+        self._require(self.attention in kinds or ":" in str(self.attention), "attention", meaning)
         self._require(self.load_format in LOAD_FORMATS, "load_format", f"one of {LOAD_FORMATS}")
         self._require(0 <= self.seed <= MAX_UINT64, "seed", "an unsigned 64-bit integer")
 

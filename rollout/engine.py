@@ -70,7 +70,7 @@ class Engine:
         self.ranks, self.device = as_ranks(ranks), own_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
         self.config = settled(EngineConfig.of(config, overrides), self.device, ranks)
-        self.model_config = load_model_config(self.model_path)
+        self.model_config = load_model_config(self.model_path, self.config.model_family)
         self.specs = self.model_config.param_specs(ranks.shard)
         kind, numerics = attention_kind(self.config.attention), (ranks.size, ranks.invariant)
         self.profile: NumericsProfile = numerics_profile(self.device, *numerics, kind)
@@ -190,7 +190,8 @@ class Engine:
         """In the block rank 0 alone is called, and by any number of callers; the others `follow`.
 
         Weights may not change in it. At its end what callers wait for is aborted. It costs an
-        exchange of the ranks for each step. Raises RuntimeError on another rank.
+        exchange of the ranks for each step, for which the others wait as long as their group's
+        timeout. Raises RuntimeError on another rank.
         """
         with self.loop.leading(self.requests.marks):
             yield

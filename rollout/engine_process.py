@@ -136,6 +136,8 @@ class _Server:
         engine.loop.submit(call)
 
     def _control(self, engine: Engine, message: Message) -> Any:
+        if isinstance(message, UpdateFromDisk | UpdateFromGroup):
+            engine.loop.between_steps(lambda: None)  # calls that came before it are admitted
         match message:
             case Abandon(number):
                 if (call := self._calls.get(number)) is not None:

@@ -38,6 +38,7 @@ from samebit.rollout.messages import (
 )
 from samebit.rollout.runtime.call import uncancelled
 from samebit.rollout.types import Completion, Increment, SamplingParams
+from samebit.rollout.values import as_integer
 from samebit.weight_sync.types import WeightVersion
 
 _PROGRESS_S = 0.1  # how often a caller is told that it still waits
@@ -88,16 +89,25 @@ class _Pipe:
         self._connection.close()
 
     def _read(self) -> None:
-        with suppress(EOFError, OSError):
+        cause: Exception | None = None
+        try:
             while True:
                 self._take(*self._connection.recv())
+        except (EOFError, OSError):
+            pass
+        except Exception as error:  # noqa: BLE001 - nobody knows whose answer it is
+            cause = error
+            self._process.kill()
         with self._lock:
             self._ended = True
-        error = self._death()
+        death = self._death()
+        death.__cause__ = cause
         for result, _ in self._waiting.values():
-            result.set_exception(error)
+            result.set_exception(death)
 
     def _take(self, number: int, answer: Answer) -> None:
+        if number not in self._waiting:
+            return  # whoever called was interrupted as the call went out
         if isinstance(answer, Drew):
             _, tell = self._waiting[number]
             assert tell is not None
@@ -121,10 +131,14 @@ class _Pipe:
 class RemoteEngine:
     """An EngineClient: starts a process with an Engine; arguments as Engine's. Close it when done.
 
-    Any method raises RemoteEngineError once the process has died.
+    Any method raises RemoteEngineError once the process has died. Raises ValueError for cpu_threads
+    below 1, and what Engine raises.
     """
 
     def __init__(self, model_path: str | Path, cpu_threads: int = 1, **settings: Any) -> None:
+        cpu_threads = as_integer(cpu_threads, "RemoteEngine cpu_threads")
+        if cpu_threads < 1:
+            raise ValueError(f"RemoteEngine cpu_threads is {cpu_threads}; it must be positive")
         context = multiprocessing.get_context("spawn")
         connection, child = context.Pipe()
         self._process = context.Process(

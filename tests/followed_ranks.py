@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from contextlib import aclosing, suppress
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from rank_programs import PARAMS, exact, prompts, start
 
 from samebit.rollout.engine import Engine
+from samebit.rollout.runtime.call import Call
+from samebit.rollout.runtime.sampler import NonFiniteError
 from samebit.rollout.types import SamplingParams
 
 IDS = [list(range(10 * i, 10 * i + params.n)) for i, params in enumerate(PARAMS)]
@@ -80,6 +83,27 @@ async def concurrent_calls(one):
     return calls
 
 
+def drained(one):
+    """What callers hear whose NaN is still in flight as they go, and as rank 0 stops leading; and
+    who comes too late for that."""
+    book, calls = one.loop.book, []
+    one.step_loop.depth = 1
+    with one.loop._driving(), one.leading():
+        for goes in (True, False):
+            calls.append(Call(one.requests.generation(prompts(), ENDLESS, None, ())))
+            book.admit(calls[-1])
+            book.step()
+            if goes:
+                with suppress(NonFiniteError):
+                    book.abandon(calls[-1])
+        late = Call(one.requests.generation(prompts(), ENDLESS, None, ()))
+        caller = threading.Thread(target=one.loop.submit, args=(late,))
+        caller.start()
+        caller.join()
+    one.step_loop.depth = 0
+    return [str(call.result.exception(60)) for call in (*calls, late)]
+
+
 def parted(rank, size, store, folder, out):
     """A NaN on both ranks is the caller's error; a step that fails on one rank parts them."""
     torch.set_num_threads(1)
@@ -101,8 +125,12 @@ def parted(rank, size, store, folder, out):
     if ranks.rank == 0:
         with one.leading():
             found["nan"] = error_of(call)
+        found["drained"] = drained(one)
     else:
         one.follow()
+        one.step_loop.depth = 1
+        one.follow()
+        one.step_loop.depth = 0
     weight.copy_(whole)
     found["alike"] = exact(one.generate(prompts(), PARAMS, IDS))
     one.step_loop._take_in = failing

@@ -1,5 +1,6 @@
 """What several test files share: comparison to the bit, child processes, folders of weights."""
 
+import faulthandler
 import importlib
 import ipaddress
 import json
@@ -60,11 +61,16 @@ def run_python(code: str, *arguments: object, timeout: float = 120.0, **env: str
     return run.stdout
 
 
+DUE_S = 170
+"""Seconds until a child of run_logged is taken to hang."""
+
+
 def run_logged(log: Path, module: str, function: str, *arguments: object) -> None:
     """In a child: call module.function with the arguments as text; what it says goes to `log`."""
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    faulthandler.dump_traceback_later(DUE_S - 20)  # slow work and a deadlock look alike outside
     getattr(importlib.import_module(module), function)(*map(str, arguments))
 
 

@@ -26,3 +26,9 @@ class SequenceRatio(Algorithm):
         ratio = inputs.in_rows(ratio)
         losses = -ratio * batch.advantages - 0.3 * inputs.entropies
         return LossOutputs(losses, {"train/sequence_ratio": ratio.detach()})
+
+
+class NoSettings(Algorithm):
+    """An algorithm whose settings are none of a recipe's."""
+
+    Config = dict

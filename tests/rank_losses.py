@@ -10,6 +10,8 @@ from losses import SequenceRatio
 from policy_steps import gradient_samples
 from rank_programs import make_trainer, start
 
+from samebit.kernels.attention import CanonicalAttention
+from samebit.kernels.attention_kind import Heads
 from samebit.trainer.packing import pack_samples
 
 
@@ -30,7 +32,8 @@ def sums(rank, size, store, out):
     torch.set_num_threads(1)
     ranks = start(rank, size, store)
     [batch] = pack_samples(made_up(gradient_samples()), 1000)
-    share = share_context(batch, ranks, 2)
+    attention = CanonicalAttention(Heads(4, 2, 16, 0.25), torch.device("cpu"))
+    share = share_context(batch, ranks, attention)
     values = share.batch.rollout_logprobs.clone().requires_grad_()
     found = sample_sums(values, share.batch, ranks)
     (in_rows(found.sin(), share.batch) * share.batch.advantages).sum().backward()

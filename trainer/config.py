@@ -1,10 +1,9 @@
 """Settings of the trainer and its algorithms. Field names are configuration keys; no torch here."""
 
-import importlib
 import math
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from samebit.trainer.loss_means import LOSS_MEANS
 
@@ -32,18 +31,6 @@ def require_default(section: object, prefix: str, names: Iterable[str], where: s
         value, key = getattr(section, name), f"{prefix}.{name}".lstrip(".")
         what = f"{defaults[name]!r}, its default: nothing reads it where {where}"
         require(value == defaults[name], key, value, what)
-
-
-def import_named(name: str, key: str) -> Any:
-    """What "module:attribute" names; ValueError, naming the key, if it cannot be imported."""
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except BaseException as error:  # it may do anything, SystemExit included
-        what = error if isinstance(error, ImportError | AttributeError) else repr(error)
-        if isinstance(error, ModuleNotFoundError) and error.name == module:
-            what = f"{error}; put its folder on PYTHONPATH, which the present folder is not on"
-        raise ValueError(f"{key} is {name!r}, which cannot be imported: {what}") from error
 
 
 def check_tp_invariant(tp_invariant: bool, tensor: int, key: str) -> None:

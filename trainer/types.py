@@ -44,6 +44,9 @@ class Sample:
             if (given := getattr(self, name)) is None:
                 continue
             values: np.ndarray = np.asarray(given, dtype)
+            if name in ("token_ids", "loss_mask") and (values != given).any():
+                kind = "integers" if name == "token_ids" else "0 or 1"
+                raise ValueError(f"sample {self.sample_id}: {name} must hold {kind}")
             if name == "advantages" and values.ndim == 0:
                 values = np.broadcast_to(values, length)
             if values.shape != (length,):
@@ -79,11 +82,6 @@ class Sample:
                 f"sample {sample_id}: prompt_len {prompt_len} must leave at least one of "
                 f"{length} tokens as response"
             )
-        if logprobs and len(logprobs) != length - prompt_len:
-            raise ValueError(
-                f"sample {sample_id}: {len(logprobs)} logprobs for a response of "
-                f"{length - prompt_len} tokens"
-            )
         sample = cls(
             sample_id=sample_id,
             token_ids=np.asarray(token_ids, np.int64),
@@ -94,7 +92,15 @@ class Sample:
         return sample.with_logprobs(logprobs) if logprobs else sample
 
     def with_logprobs(self, logprobs: Sequence[float]) -> Self:
-        """The sample with these log-probs [tokens trained on] as the rollout's."""
+        """The sample with these log-probs [tokens trained on] as the rollout's.
+
+        Raises ValueError for another number of them.
+        """
+        if len(logprobs) != self.num_trained:
+            raise ValueError(
+                f"sample {self.sample_id}: {len(logprobs)} logprobs for a response of "
+                f"{self.num_trained} tokens"
+            )
         values = np.zeros(len(self.token_ids), np.float32)
         values[self.loss_mask] = logprobs
         return replace(self, logprobs=values)

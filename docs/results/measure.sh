@@ -5,14 +5,14 @@
 #   docs/results/measure.sh OUT PART...
 #
 # Parts: verify (two runs side by side have to be equal; SMOLLM2=FOLDER adds that model), engine,
-# kernels, trainer, kills (a short demo on SmolLM2, killed 20 times); on two GPUs reduce,
+# kernels, trainer, kills (a short demo on SmolLM2, killed 20 times); on two GPUs
 # tensor_parallel, trainer_tp; on four layouts (short runs under all that fit), tp1_tp4.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 bin=$root/.venv/bin
 shapes=$root/recipes/bench/shapes
-parts=" verify engine kernels trainer kills reduce tensor_parallel trainer_tp layouts tp1_tp4 "
+parts=" verify engine kernels trainer kills tensor_parallel trainer_tp layouts tp1_tp4 "
 for part in "${@:2}"; do
     if [[ $parts != *" $part "* ]]; then
         echo "'$part' is no part; there are:$parts" >&2
@@ -37,9 +37,9 @@ samebit() { # NAME COMMAND... -> OUT/NAME
     tail -n 30 "$out/$name.log"
 }
 
-module() { # PROCESSES MODULE ARGUMENT...
+program() { # PROCESSES NAME ARGUMENT...
     "$bin/python" -m torch.distributed.run --standalone --nproc-per-node "$1" \
-        -m "samebit.recipes.$2" "${@:3}"
+        "$root/tests/programs/$2.py" "${@:3}"
 }
 
 needs_gpus() { # COUNT
@@ -93,19 +93,17 @@ kernels() { samebit kernels_qwen3_8b bench kernels model="$shapes/qwen3-8b"; }
 trainer() { samebit trainer_qwen3_4b bench trainer model="$shapes/qwen3-4b"; }
 
 kills() {
-    "$bin/python" -m samebit.recipes.verification.kill_demo "$out/demo_kills.json" kills=20 seed=7 \
+    "$bin/python" "$root/tests/programs/kill_demo.py" "$out/demo_kills.json" kills=20 seed=7 \
         demo=smollm2 grpo.trainer.num_steps=20 grpo.trainer.checkpoint_every=1
 }
 
-reduce() { needs_gpus 2 && module 2 bench.reduce "$out/reduce.json"; }
-
 tensor_parallel() { # drawn and computed again; tp_invariant: one GPU draws what two draw
     needs_gpus 2
-    local options=("$shapes/qwen3-8b") program=verification.tensor_parallel
-    module 2 $program "${options[@]}" "$out/tp2.json" dummy=true
-    module 2 $program "${options[@]}" "$out/tp2_eager.json" dummy=true cuda_graphs=false
-    module 2 $program "${options[@]}" "$out/tp2_invariant.json" dummy=true tp_invariant=true
-    module 1 $program "${options[@]}" "$out/tp1_invariant.json" dummy=true tp_invariant=true
+    local model=$shapes/qwen3-8b
+    program 2 tensor_parallel "$model" "$out/tp2.json" dummy=true
+    program 2 tensor_parallel "$model" "$out/tp2_eager.json" dummy=true cuda_graphs=false
+    program 2 tensor_parallel "$model" "$out/tp2_invariant.json" dummy=true tp_invariant=true
+    program 1 tensor_parallel "$model" "$out/tp1_invariant.json" dummy=true tp_invariant=true
     same_draws "$out"/tp{1,2}_invariant.json
 }
 
@@ -119,14 +117,14 @@ trainer_tp() { # what tp_invariant costs
 
 layouts() { # of the trainer, each on as many GPUs as it needs
     needs_gpus 4
-    "$bin/python" -m samebit.recipes.verification.layouts "$out/layouts.json"
+    "$bin/python" "$root/tests/programs/layouts.py" "$out/layouts.json"
 }
 
 tp1_tp4() { # tp_invariant: one GPU draws what four draw
     needs_gpus 4
-    local program=verification.tensor_parallel size
+    local size
     for size in 1 4; do
-        module $size $program "$shapes/qwen3-8b" "$out/tp1_tp4_$size.json" dummy=true \
+        program $size tensor_parallel "$shapes/qwen3-8b" "$out/tp1_tp4_$size.json" dummy=true \
             tp_invariant=true
     done
     same_draws "$out"/tp1_tp4_{1,4}.json

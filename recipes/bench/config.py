@@ -2,10 +2,9 @@
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Self
 
-from samebit.recipes.config import AttentionSection, check_run_folder
+from samebit.recipes.config import AttentionSection, FolderSection
 from samebit.recipes.tools_config import check_given
 from samebit.rollout.config import LOAD_FORMATS, EngineConfig
 from samebit.trainer.config import ParallelConfig, check_tp_invariant, require, require_default
@@ -80,26 +79,21 @@ def _check_list(key: str, names: list[str]) -> None:
 
 
 @dataclass(kw_only=True)
-class BenchRun:
+class BenchRun(FolderSection):
     """What all have. Writes output_dir/run_name/bench.json."""
 
-    run_name: str = "bench"
-    output_dir: str = "outputs"
     device: str | None = None
     """cpu or cuda; unset: the GPU if there is one."""
     seed: int = 0
     """Of prompts and random tensors."""
     model: str = "???"
     """A Hugging Face folder."""
+    model_family: str | None = None
+    """module:Class, a model family of your own, of which the model is one."""
 
     def __post_init__(self) -> None:
-        check_run_folder(self.run_name, self.output_dir)
+        super().__post_init__()
         check_given(self, ("model",))
-
-    @property
-    def run_dir(self) -> Path:
-        """Where the run's files go."""
-        return Path(self.output_dir) / self.run_name
 
 
 @dataclass(kw_only=True)
@@ -117,7 +111,7 @@ class BenchEngineRun(BenchRun):
             "8x1x512x256",
             "64x1x512x256",
             "1x8x512x4096",
-        ]
+        ]  # fmt: skip
     )
     """Prompts x samples of each x input length x output length."""
     repeats: int = 3
@@ -152,8 +146,8 @@ class BenchEngineRun(BenchRun):
             require(name in VARIANTS, "variants", name, f"one of {VARIANTS}")
         if not self.profile:
             require_default(self, "", ("profile_steps",), "profile is false")
-        own = ("attention", "load_format", "seed")
-        meaning = "attention, load_format and seed are the command's"
+        own = ("attention", "load_format", "model_family", "seed")
+        meaning = "attention, load_format, model_family and seed are the command's"
         require_default(self.engine, "engine", own, meaning)
         for name, variant in (("cuda_graphs", "no_graphs"), ("overlap", "no_overlap")):
             if self.variants == [variant]:

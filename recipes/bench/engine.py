@@ -9,6 +9,7 @@ import gc
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +18,7 @@ from samebit.kernels.profile import numerics_profile
 from samebit.kernels.registry import attention_kind
 from samebit.recipes.bench.config import BenchEngineRun, Workload
 from samebit.recipes.bench.idle import describe_gpu_times, profile_decode
-from samebit.recipes.bench.output import (
-    REPORT_FILE,
-    BenchError,
-    format_table,
-    model_fields,
-    write_report,
-)
+from samebit.recipes.bench.output import REPORT_FILE, BenchError, format_table, model_fields
 from samebit.recipes.bench.peers import Peer, comparable, load_peers
 from samebit.recipes.bench.prompts import PromptSource, timed_run
 from samebit.recipes.bench.roofline import roofline_tokens_s
@@ -31,7 +26,7 @@ from samebit.recipes.bench.start import Start, cold_start, describe, start_engin
 from samebit.recipes.bench.timing import CardRates, Spread, card_rates
 from samebit.recipes.bench.variants import NOTES, SETTINGS, kernels_of
 from samebit.recipes.run.folder import require_own_report
-from samebit.recipes.run.provenance import device_name
+from samebit.recipes.run.provenance import device_name, write_result
 from samebit.rollout.config import EngineConfig
 from samebit.rollout.device import DeviceError, resolve_device
 from samebit.rollout.engine import Engine
@@ -171,7 +166,7 @@ def main(run: BenchEngineRun) -> int:
         raise DeviceError(
             f"variants has {', '.join(idle)}: without a CUDA device there is nothing to turn off"
         )
-    load_model_config(run.model)  # before anything is written
+    load_model_config(run.model, run.model_family)  # before anything is written
     fields, peers = model_fields(run.model), load_peers(run.peers) if run.peers else []
     beside = comparable(peers, device_name(device), fields["model"], run.workloads)
     variants: dict[str, Any] = {}
@@ -183,18 +178,17 @@ def main(run: BenchEngineRun) -> int:
         "numerics": asdict(numerics_profile(device, attention=kind)),
         "variants": variants,
     }
+    save = partial(write_result, run.run_dir / REPORT_FILE, device, report)
     for variant in run.variants:
         entry = variants[variant] = {}
-        measure_variant(
-            run, variant, device, entry, lambda: write_report(run.run_dir, device, report)
-        )
+        measure_variant(run, variant, device, entry, save)
         gc.collect()  # the engine's memory goes to the next one
         if device.type == "cuda":
             torch.cuda.empty_cache()
         if run.cold:
             entry["cold_start"] = cold_start(Start.of(run, variant, device))
     report |= compare(run, variants, beside)
-    write_report(run.run_dir, device, report)
+    save()
     print(summary(report))
     if peers and not beside:
         print(

@@ -25,11 +25,11 @@ from samebit.kernels.rope import rope
 from samebit.kernels.sample import draw
 from samebit.kernels.swiglu import swiglu
 from samebit.recipes.bench.config import BenchKernelsRun
-from samebit.recipes.bench.output import REPORT_FILE, format_table, model_fields, write_report
-from samebit.recipes.bench.products import HEAD, linear_shapes
-from samebit.recipes.bench.timing import card_rates, graph_us, graphs_us, num_copies
+from samebit.recipes.bench.output import REPORT_FILE, format_table, model_fields
+from samebit.recipes.bench.timing import Spread, card_rates, graph_us, graphs_us, num_copies
 from samebit.recipes.config import ConfigError
 from samebit.recipes.run.folder import require_own_report
+from samebit.recipes.run.provenance import write_result
 from samebit.rollout.device import DeviceError, resolve_device
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import DenseModel
@@ -45,6 +45,7 @@ DECODE = (
 )  # fmt: skip
 PREFILL = ((8, 512), (8, 1024), (1, 8192))
 FEW_ROWS, MOST_LOGIT_ROWS = (1, 64, 512, 4096), 512
+HEAD = "lm_head"
 _PAGE = 64
 _CUDA = torch.device("cuda")
 _BF16 = torch.bfloat16
@@ -53,6 +54,16 @@ _MAX_PLANS = 128
 
 def _randn(*shape: int, dtype: torch.dtype = _BF16) -> torch.Tensor:
     return torch.randn(shape, dtype=dtype, device=_CUDA)
+
+
+def _against_torch(us: Spread, torch_us: Spread) -> Row:
+    return {
+        "us": us.median,
+        "torch_us": torch_us.median,
+        "ratio": us.median / torch_us.median,
+        "spread": asdict(us),
+        "torch_spread": asdict(torch_us),
+    }
 
 
 def _logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -70,7 +81,9 @@ def bench_linear(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
     """
     rows: list[Row] = []
     rates = card_rates()
-    for shape, (n, k) in linear_shapes(config).items():
+    shapes = {name: (product.n, product.k) for name, product in config.layer_products.items()}
+    shapes[HEAD] = (config.vocab_size, config.hidden_size)
+    for shape, (n, k) in shapes.items():
         weights = [_randn(n, k) for _ in range(num_copies(2 * n * k))]
         inputs = _randn(max(run.measured_rows), k)
         is_head = shape == HEAD
@@ -81,14 +94,9 @@ def bench_linear(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
             ideal, sustained = rates.ideal_us(*cost), rates.compute_bound(*cost)
             ways = [[partial(f, inputs[:m], w) for w in weights] for f in (ours, theirs)]
             us, torch_us = graphs_us(ways, ideal, run.replays, sustained)
-            rows.append(
-                {
-                    "shape": shape, "m": m, "us": us.median, "torch_us": torch_us.median,
-                    "ratio": us.median / torch_us.median, "tflop_s": flops / us.median / 1e6,
-                    "gb_s": num_bytes / us.median / 1e3, "roofline": ideal / us.median,
-                    "spread": asdict(us), "torch_spread": asdict(torch_us),
-                }
-            )  # fmt: skip
+            row = {"shape": shape, "m": m, **_against_torch(us, torch_us)}
+            row |= {"tflop_s": flops / us.median / 1e6, "gb_s": num_bytes / us.median / 1e3}
+            rows.append(row | {"roofline": ideal / us.median})
         del weights
         torch.cuda.empty_cache()
     return rows + layer_sums(rows) + layers_in_turn(config, run)
@@ -126,11 +134,8 @@ def layers_in_turn(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
         sustained = rates.compute_bound(*map(sum, zip(*costs, strict=True)))
         ways = [[partial(products, f, layer, m) for layer in layers] for f in (linear, F.linear)]
         us, torch_us = graphs_us(ways, ideal, run.replays, sustained)
-        rows.append(
-            {"shape": "layer in turn", "m": m, "us": us.median, "torch_us": torch_us.median,
-             "ratio": us.median / torch_us.median, "roofline": ideal / us.median,
-             "spread": asdict(us), "torch_spread": asdict(torch_us)}
-        )  # fmt: skip
+        row = {"shape": "layer in turn", "m": m, **_against_torch(us, torch_us)}
+        rows.append(row | {"roofline": ideal / us.median})
     return rows
 
 
@@ -190,12 +195,9 @@ def bench_prefill(config: DenseModel, run: BenchKernelsRun) -> list[Row]:
             for x in (q, k, v)
         ]
         us, torch_us = graphs_us([[ours], [partial(_flash, *padded)]], expected, run.replays)
-        rows.append(
-            {"batch": batch, "length": length, "us": us.median, "torch_us": torch_us.median,
-             "ratio": us.median / torch_us.median, "tflop_s": flops / us.median / 1e6,
-             "torch_tflop_s": flops / torch_us.median / 1e6, "spread": asdict(us),
-             "torch_spread": asdict(torch_us)}
-        )  # fmt: skip
+        row = {"batch": batch, "length": length, **_against_torch(us, torch_us)}
+        row["tflop_s"], row["torch_tflop_s"] = (flops / x.median / 1e6 for x in (us, torch_us))
+        rows.append(row)
     return rows
 
 
@@ -269,7 +271,7 @@ def main(run: BenchKernelsRun) -> int:
 
         return tune.main(run)
     torch.manual_seed(run.seed)
-    config = load_model_config(run.model)
+    config = load_model_config(run.model, run.model_family)
     if not isinstance(config, DenseModel):
         raise ConfigError(f"model={run.model}: bench kernels measures dense models alone")
     tables: dict[str, list[Row]] = {}
@@ -281,7 +283,7 @@ def main(run: BenchKernelsRun) -> int:
     }
     for name in run.tables:
         tables[name] = BENCHES[name](config, run)
-        write_report(run.run_dir, device, report)
+        write_result(run.run_dir / REPORT_FILE, device, report)
         print(f"\n{name}\n{table_of(tables[name])}", flush=True)
     print(f"\n{card_rates().words}")
     print(f"{run.run_dir / REPORT_FILE} holds the report.")

@@ -1,16 +1,8 @@
-"""What a benchmark leaves: an aligned table on the screen and bench.json with its provenance."""
+"""What a benchmark leaves: an aligned table on the screen, and what bench.json says of a model."""
 
 import hashlib
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-
-from samebit.recipes.run.provenance import provenance
-from samebit.weight_sync.disk import write_atomically
 
 REPORT_FILE = "bench.json"
 
@@ -38,12 +30,3 @@ def model_fields(folder: str) -> dict[str, str]:
         "model": Path(folder).resolve().name,
         "model_config_sha256": hashlib.sha256(config.read_bytes()).hexdigest(),
     }
-
-
-def write_report(run_dir: Path, device: torch.device, body: dict[str, Any]) -> Path:
-    """Replace run_dir/bench.json, measured on `device`; returns its path."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    target = run_dir / REPORT_FILE
-    report = {**provenance(["samebit", *sys.argv[1:]], device), **body}
-    write_atomically(target, json.dumps(report, indent=1) + "\n")
-    return target

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from samebit.recipes.bench.config import Workload
+from samebit.trainer.config import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,16 +42,16 @@ def _number(value: object) -> bool:
 
 
 def _entry(entry: Any, where: str) -> Peer:
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where} is no object with {', '.join(f.name for f in fields(Peer))}")
     known = [f.name for f in fields(Peer)]
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} is no object with {', '.join(known)}")
     if missing := [name for name in known if name not in entry]:
         raise ValueError(f"{where} does not name its {', '.join(missing)}")
     if unknown := sorted(entry.keys() - set(known)):
         raise ValueError(f"{where} has {', '.join(unknown)}; it may have {', '.join(known)}")
     for name in known[:-1]:
-        if not isinstance(entry[name], str) or not entry[name].strip():
-            raise ValueError(f"{where}: {name} is {entry[name]!r}; it must be text")
+        is_text = isinstance(entry[name], str) and entry[name].strip() != ""
+        require(is_text, f"{where}: {name}", entry[name], "text")
     rates = entry["workloads"]
     if not isinstance(rates, dict) or not rates:
         raise ValueError(f"{where}: workloads is {rates!r}; it must give tokens per second by name")
@@ -59,8 +60,7 @@ def _entry(entry: Any, where: str) -> Peer:
             Workload.parse(text)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        if not _number(rate):
-            raise ValueError(f"{where}: {text} is {rate!r}; it must be tokens per second")
+        require(_number(rate), f"{where}: {text}", rate, "tokens per second")
     return Peer(**entry)
 
 

@@ -43,7 +43,7 @@ class Start:
     def of(cls, run: BenchEngineRun, variant: str, device: torch.device) -> Self:
         """The variant's engine as the run asks for it."""
         own = {"load_format": run.load_format, "seed": run.seed}
-        own["attention"] = run.numerics.attention
+        own |= {"attention": run.numerics.attention, "model_family": run.model_family}
         settings = asdict(run.engine) | own | SETTINGS.get(variant, {})
         return cls(
             model=run.model, device=str(device), cpu_threads=run.cpu_threads, variant=variant,

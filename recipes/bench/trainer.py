@@ -16,17 +16,11 @@ from samebit.kernels.profile import numerics_profile
 from samebit.kernels.registry import attention_kind
 from samebit.recipes.bench.config import BenchTrainerRun, Pack
 from samebit.recipes.bench.idle import Activity, recorded
-from samebit.recipes.bench.output import (
-    REPORT_FILE,
-    BenchError,
-    format_table,
-    model_fields,
-    write_report,
-)
+from samebit.recipes.bench.output import REPORT_FILE, BenchError, format_table, model_fields
 from samebit.recipes.bench.timing import Spread, timed
 from samebit.recipes.bench.variants import torch_trainer_kernels
 from samebit.recipes.run.folder import require_own_report
-from samebit.recipes.run.provenance import device_name
+from samebit.recipes.run.provenance import device_name, write_result
 from samebit.rollout.device import DeviceError, resolve_device
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.weights import load_dummy
@@ -186,7 +180,7 @@ def main(run: BenchTrainerRun) -> int:
     device = resolve_device(run.device)
     if run.compare and device.type != "cuda":
         raise DeviceError("compare=true times torch's flash attention: it needs a CUDA device")
-    model = load_model_config(run.model)
+    model = load_model_config(run.model, run.model_family)
     kind, settings = attention_kind(run.numerics.attention), OptimizerConfig()
     trainer = MegatronTrainer(
         model, settings, 1000, device, run.parallel, run.tp_invariant, attention=kind
@@ -207,7 +201,7 @@ def main(run: BenchTrainerRun) -> int:
     for pack in map(Pack.parse, run.packs):
         packs[str(pack)] = measure(trainer, pack, run)
         if writes:
-            write_report(run.run_dir, device, report)
+            write_result(run.run_dir / REPORT_FILE, device, report)
     if writes:
         print(summary(packs, peak))
         print(f"{run.run_dir / REPORT_FILE} holds the report.")

@@ -12,11 +12,11 @@ import json
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,9 @@ from samebit.kernels.gpu.swiglu import swiglu
 from samebit.kernels.gpu.tuning import TABLES, Choice, Key, row_bucket, table_path, to_json
 from samebit.recipes.bench.config import BenchKernelsRun
 from samebit.recipes.bench.timing import Action, card_rates, graph_us, graphs_us, num_copies
-from samebit.recipes.run.provenance import provenance
+from samebit.recipes.run.provenance import write_result
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
-from samebit.weight_sync.disk import write_atomically
 
 SKINNY_ROWS = (16, 32, 64, 128)
 LARGE_ROWS = (160, 192, 224, 256, 320, 384, 448, 512, 1024, 2048, 4096, 8192)
@@ -260,16 +259,15 @@ def write_table(choices: dict[Key, Choice], rows: list[dict[str, Any]], path: Pa
         [row for row in known[name] if identity(row) not in anew]
         for name in ("linear", "measured_us")
     )
-    head = provenance(["samebit", *sys.argv[1:]], torch.device("cuda"))
+    device = torch.device("cuda")
+    date = datetime.now(UTC).isoformat(timespec="seconds")
     before = {k: v for k, v in known.items() if k not in ("linear", "measured_us", "earlier")}
     report = {
-        **head,
         "earlier": [*([before] if before else []), *known.get("earlier", [])],
         "linear": linear + to_json(choices),
-        "measured_us": measured + [row | {"date": head["date"]} for row in rows],
+        "measured_us": measured + [row | {"date": date} for row in rows],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(report, indent=1) + "\n")
+    write_result(path, device, report)
 
 
 def check(choices: dict[Key, Choice]) -> None:
@@ -294,12 +292,12 @@ def check(choices: dict[Key, Choice]) -> None:
 
 def main(run: BenchKernelsRun) -> int:
     """The command `samebit bench kernels --tune`: writes a table, for kernels/gpu/tables/."""
-    config = load_model_config(run.model)
+    config = load_model_config(run.model, run.model_family)
     wanted = sorted({row_bucket(m) for m in run.rows or (*SKINNY_ROWS, *LARGE_ROWS)})
     choices, rows = tune(model_keys(config, wanted))
     check(choices)
     name = table_path(torch.cuda.get_device_name()).name
-    path = Path(run.output_dir) / run.run_name / name
+    path = run.run_dir / name
     write_table(choices, rows, path)
     print(f"{path} holds the table; it is used from {TABLES}/")
     return 0

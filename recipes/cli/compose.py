@@ -5,6 +5,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hydra import compose as hydra_compose
+from hydra import initialize, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import (
+    InterpolationResolutionError,
+    InterpolationValidationError,
+    OmegaConfBaseException,
+)
+
 from samebit.recipes.bench.config import BenchEngineRun, BenchKernelsRun, BenchTrainerRun
 from samebit.recipes.cli.overrides import Overrides, check_file, find_field, read_words
 from samebit.recipes.config import (
@@ -38,8 +49,6 @@ SCHEMAS: dict[str, type[Any]] = {
 
 def groups_of(command: str) -> dict[str, list[str]]:
     """Return the groups of configuration files that a command chooses from, with their choices."""
-    from omegaconf import OmegaConf
-
     main_file = CONFIG_DIR / f"{command}.yaml"
     config: Any = OmegaConf.load(main_file) if main_file.exists() else {}
     parts = [d for d in config.get("defaults", []) if not isinstance(d, str)]
@@ -69,8 +78,6 @@ def schema_of(command: str, words: Sequence[str]) -> type[Any]:
 
 def _algorithm_name(words: Sequence[str]) -> str:
     """What the last word algorithm.name=... says, or else the chosen files."""
-    from hydra.errors import HydraException
-
     given = [word.partition("=") for word in words]
     if names := [value for key, _, value in given if key == "algorithm.name"]:
         return names[-1]
@@ -83,10 +90,6 @@ def _algorithm_name(words: Sequence[str]) -> str:
 
 def _by_hydra(command: str, schema: Any, choices: list[str]) -> Any:
     """The command's file and groups over a schema."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize, initialize_config_dir
-    from hydra.core.config_store import ConfigStore
-
     ConfigStore.instance().store(name=f"{command}_schema", node=schema)
     has_groups = (CONFIG_DIR / f"{command}.yaml").exists()
     where = (
@@ -99,8 +102,6 @@ def _by_hydra(command: str, schema: Any, choices: list[str]) -> Any:
 
 
 def _composed(command: str, schema: type[Any], given: Overrides) -> Any:
-    from hydra.errors import HydraException
-
     for choice in given.choices:
         file = CONFIG_DIR / f"{choice.replace('=', '/', 1)}.yaml"
         if file.exists():
@@ -115,9 +116,6 @@ def _composed(command: str, schema: type[Any], given: Overrides) -> Any:
 
 
 def _set(config: Any, schema: Any, key: str, value: Any) -> None:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     named, section = find_field(schema, key), key.rpartition(".")[0]
     assert named is not None
     try:
@@ -132,9 +130,6 @@ def _set(config: Any, schema: Any, key: str, value: Any) -> None:
 
 def resolve(command: str, words: Sequence[str]) -> Any:
     """Return the command's dataclass, filled and checked; raises ConfigError if it cannot."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     schema = schema_of(command, words)
     given = read_words(words, schema, groups_of(command))
     if command == "demo":
@@ -173,9 +168,6 @@ def _first_lines(error: Exception) -> str:
 
 def _explain_value(config: Any, error: Any) -> str:
     """Which key has an interpolation that gives nothing, or nothing of its type."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import InterpolationResolutionError, InterpolationValidationError
-
     key, said = error.full_key, str(error).splitlines()[0]
     raw = _leaf(OmegaConf.to_container(config), str(key))
     resolved = isinstance(error, InterpolationValidationError)  # its message has the value

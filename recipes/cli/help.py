@@ -5,7 +5,11 @@ import inspect
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
+
+from omegaconf import OmegaConf
+
+from samebit.recipes.run.secrets import dataclass_of
 
 
 def documented_yaml(schema: type[Any], config: Mapping[str, Any], indent: str = "") -> str:
@@ -14,12 +18,10 @@ def documented_yaml(schema: type[Any], config: Mapping[str, Any], indent: str = 
 
 
 def _lines(schema: type[Any], config: Mapping[str, Any], indent: str) -> Iterator[str]:
-    from omegaconf import OmegaConf
-
     docs, types = field_docs(schema), get_type_hints(schema)
     for key, value in config.items():
         comment = f"  # {docs[key]}" if key in docs else ""
-        section = _dataclass_of(types.get(key))
+        section = dataclass_of(types.get(key))
         if section is not None and isinstance(value, Mapping):
             yield f"{indent}{key}:{comment}\n"
             yield documented_yaml(section, value, indent + "  ")
@@ -48,8 +50,3 @@ def field_docs(schema: type[Any]) -> dict[str, str]:
                 ):
                     docs[name] = " ".join(text.split())
     return docs
-
-
-def _dataclass_of(annotation: Any) -> type[Any] | None:
-    """The dataclass that a field holds, or may hold."""
-    return next((t for t in (annotation, *get_args(annotation)) if is_dataclass(t)), None)  # type: ignore[return-value]

@@ -144,15 +144,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:  # where no run has begun that could be saved
         print(f"samebit {command}: interrupted", file=sys.stderr)
-        if processes.is_one_of_several():
-            processes.leave(130)
-        return 130
+        code = 130
     except Exception as error:
         if not _was_told(command, error, run):
             raise
-        if processes.is_one_of_several():
-            processes.leave(1)
-        return 1
+        code = 1
+    if processes.is_one_of_several():
+        processes.leave(code)
+    return code
 
 
 def own_command(arguments: Sequence[str]) -> list[str]:
@@ -161,10 +160,10 @@ def own_command(arguments: Sequence[str]) -> list[str]:
 
 
 def _import_program(command: str) -> Any:
-    from samebit.trainer.megatron.imports import without_compiler
+    from samebit.trainer.megatron.imports import lean_imports
 
     module = command.replace("-", "_").replace(" ", ".")
-    with without_compiler():
+    with lean_imports():
         return importlib.import_module(f"samebit.recipes.{module}")
 
 

@@ -13,6 +13,13 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString, Sweep
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import GrammarParseError
+from omegaconf.grammar_parser import parse
+
 from samebit.recipes.config import ConfigError
 from samebit.recipes.run.secrets import HIDDEN, escaped, is_secret_name
 
@@ -165,9 +172,6 @@ def _checked(key: str, text: str) -> str:
 
 def as_written(text: str) -> str:
     """Return text for OmegaConf: `${...}` interpolates if it can be read so, and else is text."""
-    from omegaconf.errors import GrammarParseError
-    from omegaconf.grammar_parser import parse
-
     if "${" not in text:
         return text
     try:
@@ -179,10 +183,6 @@ def as_written(text: str) -> str:
 
 def _parsed(value: str) -> Any:
     """A value in Hydra's grammar, with its marks of quoting; ValueError for what is not in it."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import Sweep
-    from hydra.errors import HydraException
-
     try:
         parsed = OverridesParser.create().parse_override(f"key={value}")._value
     except HydraException as error:
@@ -194,8 +194,6 @@ def _parsed(value: str) -> Any:
 
 def _unquoted(value: str) -> str | None:
     """What is between quotes that enclose a whole value, as Hydra reads it; None without them."""
-    from hydra.core.override_parser.types import QuotedString
-
     if len(value) < 2 or value[0] not in "'\"" or value[-1] != value[0]:
         return None
     try:
@@ -220,8 +218,6 @@ def _texts(key: str, value: str) -> list[str]:
 
 
 def _without_quotes(parsed: Any) -> Any:
-    from hydra.core.override_parser.types import QuotedString
-
     if isinstance(parsed, QuotedString):
         return as_written(parsed.text)
     if isinstance(parsed, dict):
@@ -231,8 +227,6 @@ def _without_quotes(parsed: Any) -> Any:
 
 def _in_grammar(key: str, value: str, named: Field) -> Any:
     """A number, a flag, a list of numbers, a section or a free argument."""
-    from hydra.core.override_parser.types import Quote, QuotedString
-
     try:
         parsed = _without_quotes(_parsed(value)) if value else ""
     except ValueError as error:
@@ -266,8 +260,6 @@ def check_file(file: Path, schema: Any) -> None:
 
     `file` is a choice of a group: the group is the section that it is about, or all are.
     """
-    from omegaconf import OmegaConf
-
     content: Any = OmegaConf.to_container(OmegaConf.load(file))
     values = {key: value for key, value in content.items() if key != "defaults"}
     if not file.read_text(encoding="utf-8").startswith("# @package _global_"):

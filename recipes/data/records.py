@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from tqdm import tqdm
 
 from samebit.recipes.data.tasks.base import Dataset, Problem, check_index
-from samebit.recipes.data.tasks.faults import Faults
 from samebit.recipes.data.text import Prompt, TextCodec
 from samebit.recipes.launch.processes import launched_rank
 
@@ -157,7 +156,7 @@ class Split:
             found = self._encoded[problem.index] = new
         return found
 
-    def prepare(self, indices: Sequence[int], check: Check, faults: Faults) -> None:
+    def prepare(self, indices: Sequence[int], check: Check, faults: list[str]) -> None:
         """Encode and check the problems at `indices`; what is wrong goes to `faults`.
 
         Overlong records that are to be dropped are looked for in the whole split, so that what is
@@ -177,9 +176,9 @@ class Split:
                 for problem, encoded in zip(problems, found, strict=True):
                     if isinstance(encoded, Unfit):
                         if not (drop and encoded.is_overlong):
-                            faults.add(f"{problem.name}: {encoded.fault}")
+                            faults.append(f"{problem.name}: {encoded.fault}")
                     elif fault := next(wrong):
-                        faults.add(f"{problem.name}: {fault}")
+                        faults.append(f"{problem.name}: {fault}")
                     else:
                         self._encoded[len(kept) if drop else problem.index] = encoded
                         self.num_cut += encoded.was_cut

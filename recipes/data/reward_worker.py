@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from samebit.recipes.data.rewards import BoundReward, bind_reward, finite
+from samebit.recipes.data.rewards import bind_reward, finite
 
 LENGTH_BYTES = 8
 _PR_SET_PDEATHSIG = 1
@@ -27,22 +27,14 @@ def main(commands_fd: int, results_fd: int, parent: int) -> None:
     _follow(parent)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     own = os.getpid()
-    reward: BoundReward | None = None
+    functions: dict[str, Callable[..., Any]] = {}
 
     def load(name: str, args: dict[str, Any]) -> bool:
-        nonlocal reward
         reward = bind_reward(name, args)
+        functions.update(check=reward.check_problem, score=reward)
         return reward.has_check
 
-    def check(problem: Any) -> None:
-        assert reward is not None
-        reward.check_problem(problem)
-
-    def score(text: str, problem: Any) -> Any:
-        assert reward is not None
-        return reward(text, problem)
-
-    functions: dict[str, Callable[..., Any]] = {"load": load, "check": check, "score": score}
+    functions["load"] = load
     with os.fdopen(commands_fd, "rb") as commands:
         for kind, items in _commands(commands):
             for item in items:
@@ -99,7 +91,3 @@ def _text(error: BaseException) -> str:
 def _write(fd: int, data: bytes) -> None:
     while data:
         data = data[os.write(fd, data) :]
-
-
-if __name__ == "__main__":
-    main(*(int(argument) for argument in sys.argv[1:]))

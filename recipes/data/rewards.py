@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+from samebit.kernels.named import import_named
 from samebit.recipes.data.tasks.base import Problem
-from samebit.trainer.config import import_named, require_default
+from samebit.trainer.config import require_default
 
 Reward = Callable[[str, Problem], float]
 Poll = Callable[[], object]

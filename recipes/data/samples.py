@@ -22,7 +22,13 @@ def drawn_sample(prompt_ids: Sequence[int], completion: Completion) -> Sample:
 
 
 def with_advantages(groups: Sequence[Sequence[Sample]], advantages: Advantages) -> list[Sample]:
-    """Return the samples of all groups in order, each with its advantage or advantages."""
+    """Return the samples of all groups in order, each with its advantage or advantages.
+
+    Raises ValueError unless there is one for each sample.
+    """
+    sizes, found = [len(group) for group in groups], [len(values) for values in advantages]
+    if sizes != found:
+        raise ValueError(f"advantages of {found} samples for prompts with {sizes} samples")
     return [
         replace(sample, advantages=np.asarray(advantage, np.float32))
         for group, values in zip(groups, advantages, strict=True)

@@ -1,12 +1,12 @@
 """Where the engine runs and how weights reach it."""
 
-import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from samebit.kernels.named import import_named
 from samebit.kernels.registry import attention_kind
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.launch.replicas import ReplicatedEngine
@@ -53,13 +53,7 @@ def load_transport(name: str) -> type[Lease] | type[Transport]:
     Raises ValueError for one that cannot be imported or is none.
     """
     path = TRANSPORTS[name].path if name in TRANSPORTS else name
-    module, _, attribute = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"placement.transport is {name!r}, which cannot be imported: {error}"
-        ) from error
+    found = import_named(path, "placement.transport")
     if not (isinstance(found, type) and issubclass(found, Lease | Transport)):
         raise ValueError(f"placement.transport is {name!r}; give a subclass of Lease or Transport")
     return found
@@ -71,9 +65,8 @@ def start_engine(
     """Start the engine, with the model folder's weights, and what keeps it on the trainer's."""
     transport = load_transport(run.placement.transport)
     longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
-    config = replace(
-        run.engine, max_model_len=longest, seed=run.seed, attention=run.numerics.attention
-    )
+    own: Any = {"attention": run.numerics.attention, "model_family": run.model_family}
+    config = replace(run.engine, max_model_len=longest, seed=run.seed, **own)
     where: dict[str, Any] = {"device": device, "ranks": trainer.ranks}
     engine: Engine | RemoteEngine
     if run.placement.engine == "process":

@@ -1,18 +1,16 @@
 """Several copies of the engine as one: each completes its share of the prompts, all get all."""
 
 import asyncio
-import itertools
 from array import array
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from samebit.rollout.client import Progress
 from samebit.rollout.engine import Engine
-from samebit.rollout.types import Completion, Increment, SamplingParams
-from samebit.rollout.values import MAX_UINT64
+from samebit.rollout.runtime.requests import scores_of
+from samebit.rollout.types import Completion, Increment, Request, SamplingParams
 from samebit.weight_sync.objects import gather_objects
 from samebit.weight_sync.types import VersionSpan, WeightVersion
 
@@ -28,7 +26,6 @@ class ReplicatedEngine:
         self._engine = engine
         self._tensor_size = tensor_size
         self._copy, self._num_copies = rank // tensor_size, size // tensor_size
-        self._fresh_ids = itertools.count(MAX_UINT64, -1)
         self._in_order = ThreadPoolExecutor(1)  # asyncio's calls, one after another
 
     def generate(
@@ -41,16 +38,10 @@ class ReplicatedEngine:
         progress: Progress | None = None,
     ) -> list[list[Completion]]:
         """Complete all prompts; see Engine.generate. Progress is of this process's share."""
-        params = _per_prompt(sampling_params, len(prompt_ids))
-        ids = _ids(params, itertools.count()) if sample_ids is None else sample_ids
-        asked: dict[str, Any] = {"return_hidden_states": return_hidden_states, "progress": progress}
-
-        def draw(own: slice) -> list[list[Any]]:
-            groups = self._engine.generate(prompt_ids[own], params[own], ids[own], **asked)
-            return [[_to_plain(completion) for completion in group] for group in groups]
-
-        groups = self._share(len(prompt_ids), draw)
-        return [[_completion(*plain) for plain in group] for group in groups]
+        requests = self._engine.requests.generation(
+            prompt_ids, sampling_params, sample_ids, return_hidden_states
+        )
+        return self._drawn(requests, progress)
 
     async def agenerate(
         self,
@@ -64,12 +55,12 @@ class ReplicatedEngine:
 
         One that is cancelled runs to its end: the other processes take part in it.
         """
-        params = _per_prompt(sampling_params, len(prompt_ids))
-        ids = _ids(params, self._fresh_ids) if sample_ids is None else sample_ids
-        call = partial(
-            self.generate, prompt_ids, params, ids, return_hidden_states=return_hidden_states
+        requests = self._engine.requests.generation(
+            prompt_ids, sampling_params, sample_ids, return_hidden_states, fresh_ids=True
         )
-        return await asyncio.get_running_loop().run_in_executor(self._in_order, call)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._in_order, self._drawn, requests
+        )
 
     async def stream(
         self,
@@ -93,9 +84,7 @@ class ReplicatedEngine:
         self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
     ) -> list[list[float]]:
         """Score all sequences; see Engine.score."""
-        return self._share(
-            len(token_ids), lambda own: self._engine.score(token_ids[own], temperature)
-        )
+        return scores_of(self._drawn(self._engine.requests.scoring(token_ids, temperature)))
 
     def abort_request(self, request_id: str) -> list[Completion]:
         """See Engine.abort_request. Between calls nothing is unfinished: KeyError."""
@@ -121,54 +110,37 @@ class ReplicatedEngine:
         self._in_order.shutdown()
         self._engine.close()
 
-    def _share[T](self, count: int, work: Callable[[slice], list[T]]) -> list[T]:
-        """The results for `count` items, in order; each copy does its share, and all get all."""
-        own = slice(self._copy, None, self._num_copies)
-        done = work(own) if self._copy < count else []
-        results: list[Any] = [None] * count
-        for copy, part in enumerate(gather_objects(done)[:: self._tensor_size]):
-            results[copy :: self._num_copies] = part
-        return results
+    def _drawn(
+        self, requests: Sequence[Request], progress: Progress | None = None
+    ) -> list[list[Completion]]:
+        """Groups of all requests, in order; each copy draws its share, and all get all.
+
+        The requests were checked whole: what one process refuses, all do.
+        """
+        own = requests[self._copy :: self._num_copies]
+        drawn = self._engine.loop.run(own, progress) if own else []
+        plain = [[_to_plain(completion) for completion in group] for group in drawn]
+        groups: list[list[Completion]] = [[] for _ in requests]
+        for copy, part in enumerate(gather_objects(plain)[:: self._tensor_size]):
+            groups[copy :: self._num_copies] = [[_completion(c) for c in group] for group in part]
+        return groups
 
 
-def _per_prompt(
-    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
-) -> Sequence[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_prompts
-    return params
+def _to_plain(c: Completion) -> dict[str, Any]:
+    """Its fields as plain values: log-probs are exact fp32 values."""
+    return vars(c) | {
+        "token_ids": array("i", c.token_ids),
+        "logprobs": array("f", c.logprobs),
+        "version_spans": [(s.start, s.version.step, s.version.digest) for s in c.version_spans],
+        "hidden_states": {layer: states.cpu() for layer, states in c.hidden_states.items()},
+    }
 
 
-def _ids(params: Sequence[SamplingParams], numbers: Iterable[int]) -> list[list[int]]:
-    """As RequestFactory gives them, over all copies."""
-    numbers = iter(numbers)
-    return [list(itertools.islice(numbers, p.n)) for p in params]
-
-
-def _to_plain(c: Completion) -> tuple[Any, ...]:
-    """What _completion takes: log-probs are exact fp32 values."""
-    spans = [(span.start, span.version.step, span.version.digest) for span in c.version_spans]
-    numbers = array("i", c.token_ids), array("f", c.logprobs)
-    hidden = {layer: states.cpu() for layer, states in c.hidden_states.items()}
-    return c.request_id, c.sample_id, *numbers, c.finish_reason, spans, hidden
-
-
-def _completion(
-    request_id: str,
-    sample_id: int,
-    token_ids: array[int],
-    logprobs: array[float],
-    finish_reason: str,
-    spans: list[tuple[int, int, str]],
-    hidden: dict[int, Any],
-) -> Completion:
-    versions = tuple(VersionSpan(n, WeightVersion(step, digest)) for n, step, digest in spans)
-    return Completion(
-        request_id=request_id,
-        sample_id=sample_id,
-        token_ids=tuple(token_ids),
-        logprobs=tuple(logprobs),
-        finish_reason=finish_reason,
-        version_spans=versions,
-        hidden_states=hidden,
-    )
+def _completion(plain: dict[str, Any]) -> Completion:
+    spans = plain["version_spans"]
+    found = {
+        "token_ids": tuple(plain["token_ids"]),
+        "logprobs": tuple(plain["logprobs"]),
+        "version_spans": tuple(VersionSpan(n, WeightVersion(*version)) for n, *version in spans),
+    }
+    return Completion(**plain | found)

@@ -12,30 +12,14 @@ from samebit.weight_sync.transports.file import VERSION_FILE
 CHAT_TEMPLATES = "additional_chat_templates"
 """The one folder inside a Hugging Face folder of which a tokenizer reads files."""
 _TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
     "chat_template.json",
-)
+)  # fmt: skip
 _WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".onnx_data",
-    ".gguf",
-    ".index.json",
-)
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data",
+    ".gguf", ".index.json",
+)  # fmt: skip
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 

@@ -17,7 +17,7 @@ from samebit.kernels.profile import NumericsProfile
 from samebit.recipes.config import GrpoRun, RunSection, SftRun
 from samebit.recipes.data.tasks.base import DataConfig, Dataset
 from samebit.recipes.models.side_files import tokenizer_files
-from samebit.recipes.run.input_files import source_of
+from samebit.recipes.run.input_files import OWN_KEYS, flatten, own_sources
 from samebit.recipes.run.provenance import device_name
 from samebit.recipes.run.secrets import to_dict
 from samebit.rollout.device import resolve_device
@@ -28,42 +28,35 @@ FORMAT = 2
 """Of the manifests that runs write. In format 1 digests of paths stood for contents."""
 
 # Keys that a resumed run may change: none of them can change a result but reshard, which asks to.
-_FREE_KEYS = (
-    "resume",
-    "reshard",
-    "overwrite",
-    "dry_run",
-    "run_name",
-    "output_dir",
-    "placement",
-    "engine",
-    "logger",
-    "device",
-)
-_FREE_TRAINER_KEYS = ("checkpoint_every", "keep_checkpoints", "background_checkpoints")
-_FREE_REWARD_KEYS = ("timeout_s", "num_workers")
-_FREE_PARALLEL_KEYS = ("recompute", "offload_optimizer")
-_PROFILE_KEYS = ("attention",)  # of numerics: the profile, which is bound too, says the same
+# The attention of numerics is bound as a part of the profile.
+_FREE_KEYS = {
+    "resume", "reshard", "overwrite", "dry_run", "run_name", "output_dir", "device", "placement",
+    "engine", "logger", "reward.timeout_s", "reward.num_workers", "numerics.attention",
+    "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.background_checkpoints",
+    "trainer.parallel.recompute", "trainer.parallel.offload_optimizer",
+}  # fmt: skip
 _PATHS = ("model.path", "data.path", "data.eval_path")
 _LAYOUT = "trainer.parallel."
 _SAMPLED = 16  # problems of a generated task: with its arguments they stand for all
 _ABSENT = "absent"
-_SOURCES = {"reward_source": "reward.name", "algorithm_source": "algorithm.name"}
-_EARLIER = {"algorithm.name": "grpo"}
+_SOURCES = {key: f"{key.partition('.')[0]}_source" for key in OWN_KEYS}
+_EARLIER = {"algorithm.name": "grpo", "model_family": None}
 
 
 def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return every key of a resolved configuration that a result depends on."""
-    kept = {k: v for k, v in config.items() if k not in _FREE_KEYS}
-    if "reward" in kept:
-        kept["reward"] = {k: v for k, v in kept["reward"].items() if k not in _FREE_REWARD_KEYS}
-    if "numerics" in kept:
-        kept["numerics"] = {k: v for k, v in kept["numerics"].items() if k not in _PROFILE_KEYS}
-    trainer = {k: v for k, v in config["trainer"].items() if k not in _FREE_TRAINER_KEYS}
-    if trainer["optimizer"]["lr_schedule"] == "constant":
-        del trainer["num_steps"]  # a run may be made longer
-    layout = {k: v for k, v in trainer["parallel"].items() if k not in _FREE_PARALLEL_KEYS}
-    return kept | {"trainer": trainer | {"parallel": layout}}
+    kept = _without_free_keys(config)
+    if kept["trainer"]["optimizer"]["lr_schedule"] == "constant":
+        del kept["trainer"]["num_steps"]  # a run may be made longer
+    return kept
+
+
+def _without_free_keys(values: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    return {
+        k: _without_free_keys(v, f"{section}{k}.") if isinstance(v, Mapping) else v
+        for k, v in values.items()
+        if f"{section}{k}" not in _FREE_KEYS
+    }
 
 
 def binding_layout(run: SftRun | GrpoRun) -> dict[str, Any]:
@@ -82,18 +75,6 @@ def bound_keys(run: RunSection) -> dict[str, Any]:
         for key, value in shown.items()
         if key not in _PATHS and not key.startswith(_LAYOUT)
     }
-
-
-def flatten(value: Any, name: str = "") -> dict[str, Any]:
-    """Return the leaves of nested mappings and lists by dotted names."""
-    if isinstance(value, Mapping):
-        items = iter(value.items())
-    elif isinstance(value, list | tuple):
-        items = iter(enumerate(value))
-    else:
-        return {name: value}
-    below = (flatten(x, f"{name}.{key}" if name else key) for key, x in items)
-    return {k: v for leaves in below for k, v in leaves.items()}
 
 
 def bindings(run: SftRun | GrpoRun, command: str, records: Mapping[str, Dataset]) -> dict[str, Any]:
@@ -121,13 +102,11 @@ def _contents(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> Iterator
 
 
 def _sources(run: SftRun | GrpoRun) -> dict[str, str | None]:
-    """Digests of the files of a reward and an algorithm of the user's own."""
-    found: dict[str, str | None] = dict.fromkeys(_SOURCES)
-    if isinstance(run, GrpoRun):
-        files = (source_of(name) for name in (run.reward.name, run.algorithm.name))
-        for key, file in zip(_SOURCES, files, strict=True):
-            found[key] = digest(file.read_bytes()) if file and file.is_file() else None
-    return found
+    """Digests of the files of what is the user's own."""
+    return {
+        _SOURCES[key]: digest(file.read_bytes()) if file and file.is_file() else None
+        for key, file in own_sources(run).items()
+    }
 
 
 def card_of(run: SftRun | GrpoRun) -> str | None:
@@ -162,8 +141,8 @@ def require_same(
 ) -> None:
     """Raise CheckpointError, naming all keys with both values, unless the run may go on there.
 
-    here: the run's `bindings`. A user's reward or algorithm may have been edited and the card may
-    be another of its profile, which is said.
+    here: the run's `bindings`. A user's reward or another source may have been edited and the card
+    may be another of its profile, which is said.
     """
     there = checkpoint.manifest
     if there.get("format", 1) != FORMAT:
@@ -175,7 +154,7 @@ def require_same(
     checkpoint.require("command", here["command"], "command")
     # Manifests of version 0.1 before families were types say what the architecture implies.
     model = {key: value for key, value in there["model"].items() if key != "qk_norm"}
-    # Those of before there were several do not name their algorithm.
+    # Those of before there were several do not name their algorithm, or their model's family.
     config = {k: v for k, v in _EARLIER.items() if k in here["config"]} | there["config"]
     sections = {
         "configuration": differences(config, here["config"]),
@@ -191,7 +170,7 @@ def require_same(
             f"at least {done}"
         )
     _require_same_layout(checkpoint, run, profile)
-    for source, key in _SOURCES.items():
+    for key, source in _SOURCES.items():
         if there.get(source) != here[source]:
             print(
                 f"samebit: the source of {key} has changed since {checkpoint.path} was written: "

@@ -28,13 +28,9 @@ from samebit.weight_sync.folders import LOCK, MARKER, FolderLock, read_marker, w
 CONFIG_FILE = "config.yaml"
 # What a run replaces from its start on: where no run of ours is, these are somebody else's.
 _WRITTEN = (
-    CONFIG_FILE,
-    "metrics.jsonl",
-    "provenance.jsonl",
-    "samples.jsonl",
-    "summary.json",
+    CONFIG_FILE, "metrics.jsonl", "provenance.jsonl", "samples.jsonl", "summary.json",
     "report.html",
-)
+)  # fmt: skip
 
 InputFiles = Iterable[tuple[str, Path]]
 """Keys of the configuration, each with a file that the run is to read."""
@@ -238,6 +234,16 @@ def _places(file: Path) -> Iterator[Path]:
             place = part.parent.resolve() / part.name
             yield place
             yield from _places(place.parent / place.readlink())
+
+
+def is_overwritten(out: Path, overwrite: bool) -> bool:
+    """Say whether a folder to write holds anything; raises ConfigError if that is to stay."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={out} is no folder")
+    holds_something = out.exists() and any(out.iterdir())
+    if holds_something and not overwrite:
+        raise ConfigError(f"out={out} is not empty; give another folder or overwrite=true")
+    return holds_something
 
 
 def require_own_report(file: Path) -> None:

@@ -1,22 +1,36 @@
 """Which files a training run reads, by the keys of the configuration that name them."""
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.models.side_files import CHAT_TEMPLATES
 
+OWN_KEYS = ("model_family", "numerics.attention", "data.task", "reward.name", "algorithm.name")
+"""Keys that may name something of the user's own, as module:attribute."""
+
 
 def source_of(name: str) -> Path | None:
-    """Return the file of a reward or algorithm that is named as module:attribute."""
+    """Return the file of what is named as module:attribute."""
     module = name.partition(":")[0] if ":" in name else ""
     try:
         spec = importlib.util.find_spec(module) if module else None
     except (ImportError, ValueError, AttributeError):
         return None  # loading it says why
     return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+
+
+def own_sources(run: SftRun | GrpoRun) -> dict[str, Path | None]:
+    """Return for each of OWN_KEYS the file of what it names, if that is the user's own."""
+    found = {}
+    for key in OWN_KEYS:
+        section, _, name = key.rpartition(".")
+        value = getattr(getattr(run, section, None) if section else run, name, None)
+        found[key] = source_of(str(value))
+    return found
 
 
 def input_files(run: SftRun | GrpoRun) -> Iterator[tuple[str, Path]]:
@@ -30,24 +44,26 @@ def input_files(run: SftRun | GrpoRun) -> Iterator[tuple[str, Path]]:
         if file := getattr(run.data, key):
             yield f"data.{key}", Path(file)
     yield from _files_in(run.data.args, "data.args")
+    yield from ((key, source) for key, source in own_sources(run).items() if source)
     if isinstance(run, GrpoRun):
-        for key, name in (("reward", run.reward.name), ("algorithm", run.algorithm.name)):
-            if source := source_of(name):
-                yield f"{key}.name", source
         yield from _files_in(run.reward.args, "reward.args")
 
 
-def _files_in(value: Any, key: str) -> Iterator[tuple[str, Path]]:
+def _files_in(arguments: Mapping[str, Any], key: str) -> Iterator[tuple[str, Path]]:
     """Texts that are paths of files."""
+    for name, value in flatten(arguments, key).items():
+        with suppress(OSError, ValueError):  # too long for a path, or with a NUL: some other text
+            if isinstance(value, str) and Path(value).is_file():
+                yield name, Path(value)
+
+
+def flatten(value: Any, name: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings and lists by dotted names."""
     if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _files_in(inner, f"{key}.{name}")
-    elif isinstance(value, str):
-        try:
-            if Path(value).is_file():
-                yield key, Path(value)
-        except (OSError, ValueError):
-            return  # too long for a path, or with a NUL: some other text
-    elif isinstance(value, Sequence):
-        for i, inner in enumerate(value):
-            yield from _files_in(inner, f"{key}.{i}")
+        items = iter(value.items())
+    elif isinstance(value, list | tuple):
+        items = iter(enumerate(value))
+    else:
+        return {name: value}
+    below = (flatten(x, f"{name}.{key}" if name else key) for key, x in items)
+    return {k: v for leaves in below for k, v in leaves.items()}

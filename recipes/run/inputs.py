@@ -8,13 +8,14 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from samebit.kernels.registry import attention_kind
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.data.order import problem_index
 from samebit.recipes.data.records import Encoder, Split
 from samebit.recipes.data.reward_pool import load_reward
 from samebit.recipes.data.rewards import Poll
-from samebit.recipes.data.tasks.base import Dataset, ListDataset, Problem
-from samebit.recipes.data.tasks.faults import Faults
+from samebit.recipes.data.tasks.base import Dataset, Problem
+from samebit.recipes.data.tasks.faults import raise_faults
 from samebit.recipes.data.tasks.registry import load_datasets
 from samebit.recipes.data.text import TextCodec
 from samebit.recipes.launch.placement import load_transport
@@ -32,9 +33,10 @@ logger = logging.getLogger(__name__)
 def checked_model(run: GrpoRun | SftRun) -> ModelConfig:
     """Return the model that a run starts from; raises ValueError or OSError if it could not.
 
-    The layout and the headers of the weights are looked at, no weight is read.
+    The layout, the attention kind and the headers of the weights are looked at, no weight is read.
     """
-    model, parallel = load_model_config(run.model.path), run.trainer.parallel
+    model, parallel = load_model_config(run.model.path, run.model_family), run.trainer.parallel
+    attention_kind(run.numerics.attention)
     model.param_specs((0, parallel.tensor))
     make_stage(model, 0, parallel.pipeline, parallel.virtual_pipeline)
     if run.numerics.tp_invariant:
@@ -123,7 +125,7 @@ class GrpoInputs:
         self.reward.close()
 
     def _prepare(self, used: Sequence[int], unwritable: Unwritable | None, poll: Poll) -> None:
-        faults = Faults()
+        faults: list[str] = []
 
         def check(problems: Sequence[Problem]) -> list[str]:
             if unwritable is not None:
@@ -132,7 +134,7 @@ class GrpoInputs:
 
         self.train_set.prepare(used, check, faults)
         self.eval_set.prepare(range(len(self.eval_set)), check, faults)
-        faults.raise_all()
+        raise_faults(faults)
 
 
 class SftInputs:
@@ -160,7 +162,7 @@ class SftInputs:
         self.train_set = Split("train split", train_set, encoder)
         self.eval_set = Split("held-out split", eval_set, encoder) if len(eval_set) else None
         count = run.trainer.num_steps * (run.trainer.batch_size or 0)
-        faults, unwritable = Faults(), Unwritable(self.text)
+        faults, unwritable = list[str](), Unwritable(self.text)
 
         def check(problems: Sequence[Problem]) -> list[str]:
             poll()
@@ -170,7 +172,7 @@ class SftInputs:
         self.train_set.prepare(_used(train_set, count, run.seed), check, faults)
         if self.eval_set is not None:
             self.eval_set.prepare(range(len(eval_set)), check, faults)
-        faults.raise_all()
+        raise_faults(faults)
         copies, held_out = run.trainer.parallel.data, self.eval_set
         if held_out is not None and len(held_out) < copies:
             raise ValueError(
@@ -189,7 +191,7 @@ class SftInputs:
 def _used(train_set: Dataset, count: int, seed: int) -> range | list[int]:
     """Of a generated split what the first `count` positions of the order hold; all of a file."""
     size = len(train_set)
-    if isinstance(train_set, ListDataset) or count >= size:
+    if isinstance(train_set, list) or count >= size:
         return range(size)
     return sorted({problem_index(position, size, seed) for position in range(count)})
 

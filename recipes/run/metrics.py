@@ -99,17 +99,15 @@ class MetricsLogger:
 
         Raises ValueError for a row with a key `step` or `kind`, or with a NaN or infinity in it.
         """
-        for row in rows[: self._num_samples]:
-            taken = sorted({"step", "kind"} & row.keys())
-            if taken:
-                raise ValueError(f"the sample keys {taken} are taken; rename them")
-            for key, value in row.items():
-                if isinstance(value, float):
-                    _plain(key, value)
-            line = json.dumps({"step": step, "kind": kind} | row, allow_nan=False)
-            with naming_file(self._samples) as file:
-                file.write(line + "\n")
         with naming_file(self._samples) as file:
+            for row in rows[: self._num_samples]:
+                if taken := sorted({"step", "kind"} & row.keys()):
+                    raise ValueError(f"the sample keys {taken} are taken; rename them")
+                for key, value in row.items():
+                    if isinstance(value, float):
+                        _plain(key, value)
+                row = {"step": step, "kind": kind} | row
+                file.write(json.dumps(row, allow_nan=False) + "\n")
             file.flush()
 
     def sync(self) -> None:

@@ -1,11 +1,7 @@
 """Where a result comes from, told by the program itself: its source, command, device and versions.
 
 The source digest names the program's files wherever the tree lies; a copy without its history can
-so be traced to the commit that it was taken from:
-
-    python -m samebit.recipes.run.provenance            # this tree: digest, commit, changed files
-    python -m samebit.recipes.run.provenance COMMIT     # the digest of a commit
-    python -m samebit.recipes.run.provenance DIGEST     # the commits that have it
+so be traced to the commit that it was taken from (tests/programs/source_digest.py).
 """
 
 import functools
@@ -15,7 +11,6 @@ import io
 import json
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -72,7 +67,8 @@ def source_digest(files: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _git(root: Path, *arguments: str) -> bytes:
+def run_git(root: Path, *arguments: str) -> bytes:
+    """Return what git prints, in the repository at `root` whatever a hook has set."""
     hooked = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     command = ["git", "-C", str(root), *arguments]
     return subprocess.run(command, capture_output=True, check=True, env=hooked).stdout
@@ -81,7 +77,7 @@ def _git(root: Path, *arguments: str) -> bytes:
 def head(root: Path) -> str | None:
     """Return the commit checked out at `root`; None where root is not a checkout's own folder."""
     try:
-        where = _git(root, "rev-parse", "--show-prefix", "--short=12", "HEAD").decode()
+        where = run_git(root, "rev-parse", "--show-prefix", "--short=12", "HEAD").decode()
     except (OSError, subprocess.CalledProcessError):
         return None
     prefix, commit = where.split("\n")[:2]
@@ -90,7 +86,7 @@ def head(root: Path) -> str | None:
 
 def committed_files(commit: str, root: Path) -> dict[str, str]:
     """Return the program_files of a commit, from the history at `root`."""
-    archive = io.BytesIO(_git(root, "archive", "--format=tar", commit))
+    archive = io.BytesIO(run_git(root, "archive", "--format=tar", commit))
     found = {}
     with tarfile.open(fileobj=archive) as tar:
         for member in tar:
@@ -197,39 +193,21 @@ def provenance(command: Sequence[str], device: torch.device) -> dict[str, Any]:
     }
 
 
+def write_result(
+    path: Path, device: torch.device, body: dict[str, Any], command: Sequence[str] = ()
+) -> None:
+    """Replace a JSON file, in a folder that is made if need be: provenance, then the body.
+
+    command: unset, `samebit` with the words that it was given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = provenance(command or ["samebit", *sys.argv[1:]], device) | body
+    write_atomically(path, json.dumps(report, indent=1) + "\n")
+
+
 def record_start(run_dir: Path, device: torch.device, step: int) -> None:
     """Add a line to the run's provenance.jsonl: what goes on after `step`, by which program."""
     file = run_dir / "provenance.jsonl"
     earlier = file.read_text() if file.exists() else ""
     started = {"after_step": step, **provenance(["samebit", *sys.argv[1:]], device)}
     write_atomically(file, earlier + json.dumps(started) + "\n")
-
-
-def commits_of(digest: str, root: Path) -> list[str]:
-    """Return the commits in the history at `root` whose program has this digest, newest first."""
-    commits = _git(root, "rev-list", "--all", "HEAD").decode().split()
-    return [c for c in commits if source_digest(committed_files(c, root)) == digest]
-
-
-def main(asked: str | None = None, *, root: Path = ROOT) -> int:
-    """Print what the tree at `root` is, a commit's digest, or the commits of a digest."""
-    if asked is None:
-        print(json.dumps(source(root, program_files(root)), indent=1))
-        return 0
-    if head(root) is None:
-        print(f"{root} holds no history to look for '{asked}' in", file=sys.stderr)
-        return 1
-    if re.fullmatch("[0-9a-f]{64}", asked):
-        found = commits_of(asked, root)
-        print("\n".join(found) or f"no commit has the source digest {asked}")
-        return 0 if found else 1
-    try:
-        print(source_digest(committed_files(asked, root)))
-    except subprocess.CalledProcessError as error:
-        print(f"'{asked}' is no commit: {error.stderr.decode().strip()}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

@@ -4,7 +4,6 @@ import io
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +21,22 @@ TOTALS = ("perf/step_s", "perf/total_s")
 Series = list[tuple[int, float]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """One chart of curves over steps."""
-
-    title: str
-    caption: str
-    keys: dict[str, str]
-    """Legend label -> metric key."""
-
-
-CHARTS = (
-    Chart(
-        title="Reward",
-        caption="mean over the completions of a step or an evaluation",
-        keys={"train": "rollout/reward_mean", "eval": "eval/reward_mean"},
+# Title, caption, and the metric of each curve by its label.
+CHARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    (
+        "Reward",
+        "mean over the completions of a step or an evaluation",
+        {"train": "rollout/reward_mean", "eval": "eval/reward_mean"},
     ),
-    Chart(
-        title="Response length",
-        caption="mean tokens per completion",
-        keys={"train": "rollout/response_len_mean", "eval": "eval/response_len_mean"},
+    (
+        "Response length",
+        "mean tokens per completion",
+        {"train": "rollout/response_len_mean", "eval": "eval/response_len_mean"},
     ),
-    Chart(title="Loss", caption="training loss", keys={"train": "train/loss"}),
-    Chart(title="KL", caption="divergence from the reference", keys={"train": "train/kl"}),
-    Chart(title="Gradient norm", caption="before clipping", keys={"train": "train/grad_norm"}),
-    Chart(title="Entropy", caption="mean over tokens, in nats", keys={"train": "train/entropy"}),
+    ("Loss", "training loss", {"train": "train/loss"}),
+    ("KL", "divergence from the reference", {"train": "train/kl"}),
+    ("Gradient norm", "before clipping", {"train": "train/grad_norm"}),
+    ("Entropy", "mean over tokens, in nats", {"train": "train/entropy"}),
 )
 
 
@@ -122,12 +112,11 @@ def _cards(summary: dict[str, Any], rewards: Series) -> dict[str, Sequence[Any]]
 def _figures(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
     """Return the heading, the caption and the <svg> of each figure that has metrics."""
     figures: list[tuple[str, str, str]] = []
-    for chart in CHARTS:
-        lines = {label: _series(rows, key) for label, key in chart.keys.items()}
+    for title, caption, keys in CHARTS:
+        lines = {label: _series(rows, key) for label, key in keys.items()}
         lines = {label: line for label, line in lines.items() if line}
         if lines:
-            svg = _line_svg(lines, f"c{len(figures)}")
-            figures.append((chart.title, chart.caption, svg))
+            figures.append((title, caption, _line_svg(lines, f"c{len(figures)}")))
     timed = _times(rows)
     if timed:
         width = math.ceil(len(timed) / MAX_BARS)

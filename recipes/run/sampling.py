@@ -61,8 +61,8 @@ class Rollout:
         return [[drawn_sample(prompt, c) for c in group] for prompt, group in groups]
 
 
-class Sampler:
-    """Chooses the prompts of a run, has an engine complete them, and scores the completions."""
+class RolloutSource:
+    """Chooses whose turn it is, has an engine complete the prompts, and scores the completions."""
 
     def __init__(self, run: GrpoRun, inputs: GrpoInputs, engine: EngineClient) -> None:
         self._settings, self._seed = run.rollout, run.seed

@@ -104,11 +104,16 @@ def build(schema: Any, values: Mapping[str, Any], raw: Any) -> Any:
 
 
 def _built(annotation: Any, value: Any, raw: Any) -> Any:
-    section = next((t for t in (annotation, *get_args(annotation)) if is_dataclass(t)), None)
+    section = dataclass_of(annotation)
     if section is not None and isinstance(value, Mapping):
         return build(section, value, raw)
     free = get_origin(annotation) is dict
     return _guarded(value, raw, free=free, secret=False)
+
+
+def dataclass_of(annotation: Any) -> Any:
+    """Return the dataclass that a field holds, or may hold; None if there is none."""
+    return next((t for t in (annotation, *get_args(annotation)) if is_dataclass(t)), None)
 
 
 def _at(raw: Any, key: Any) -> Any:

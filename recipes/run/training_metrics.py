@@ -64,18 +64,16 @@ def train_metrics(stats: Sequence[StepStats]) -> dict[str, float]:
 
 def sample_rows(rollout: Rollout, num_samples: int) -> list[dict[str, Any]]:
     """Return the first sample of the first problems, readable."""
-    rows = []
-    for i, problem in enumerate(rollout.problems[:num_samples]):
-        rows.append(
-            {
-                "prompt": problem.prompt,
-                "completion": rollout.texts[i][0],
-                "label": problem.label,
-                "reward": rollout.rewards[i][0],
-                "finish_reason": rollout.completions[i][0].finish_reason,
-            }
-        )
-    return rows
+    return [
+        {
+            "prompt": problem.prompt,
+            "completion": rollout.texts[i][0],
+            "label": problem.label,
+            "reward": rollout.rewards[i][0],
+            "finish_reason": rollout.completions[i][0].finish_reason,
+        }
+        for i, problem in enumerate(rollout.problems[:num_samples])
+    ]
 
 
 def speed(

@@ -260,19 +260,7 @@ def trainer(subject: Subject) -> Result:
 
 
 PROPERTIES: tuple[Property, ...] = (
-    batch_size,
-    batch_position,
-    decode_batch,
-    prefill_chunk,
-    prefix_cache,
-    page_size,
-    preemption,
-    group,
-    neighbour_abort,
-    concurrent_callers,
-    restart,
-    weight_update,
-    graphs_and_overlap,
-    score,
+    batch_size, batch_position, decode_batch, prefill_chunk, prefix_cache, page_size, preemption,
+    group, neighbour_abort, concurrent_callers, restart, weight_update, graphs_and_overlap, score,
     trainer,
-)
+)  # fmt: skip

@@ -77,13 +77,13 @@ class Result:
 
     def compare_values(self, found: Sequence[Any], truth: Sequence[Any], case: str) -> None:
         """Count positions whose bits differ; a missing position is a mismatch."""
-        exact = _exact_bytes(found)
+        exact = exact_bytes(found)
         self.outcomes_digest = chained_digest(self.outcomes_digest, case, exact)
         length = max(len(found), len(truth))
         unequal = length - min(len(found), len(truth))
-        if exact != _exact_bytes(truth):
+        if exact != exact_bytes(truth):
             pairs = zip(found, truth, strict=False)
-            unequal += sum(_exact_bytes([a]) != _exact_bytes([b]) for a, b in pairs)
+            unequal += sum(exact_bytes([a]) != exact_bytes([b]) for a, b in pairs)
         self.tokens += length
         self.mismatches += unequal
         if unequal and len(self.notes) < 5:
@@ -96,19 +96,10 @@ def chained_digest(before: str, name: str, content: bytes) -> str:
     return hashlib.sha256(header + content).hexdigest()
 
 
-def _exact_bytes(values: Sequence[Any]) -> bytes:
+def exact_bytes(values: Sequence[Any]) -> bytes:
     """Numbers, or tuples of them, as doubles: exact for fp32 and for token ids."""
     flat = [x for value in values for x in (value if isinstance(value, tuple) else (value,))]
     return struct.pack(f"<{len(flat)}d", *flat)
-
-
-def outcomes_digest(groups: Sequence[Sequence[Completion]]) -> str:
-    """Of every token and log-prob of completions, in order and to the bit."""
-    digest = ""
-    for i, completion in enumerate(c for group in groups for c in group):
-        values = list(zip(completion.token_ids, completion.logprobs, strict=True))
-        digest = chained_digest(digest, str(i), _exact_bytes(values))
-    return digest
 
 
 @dataclass

@@ -2,23 +2,42 @@
 
 from pathlib import Path
 
-from samebit.rollout.models.config import ModelConfig, ModelFolder
+from samebit.kernels.named import import_class
+from samebit.rollout.models.config import Family, ModelConfig, ModelFolder
 from samebit.rollout.models.llama import Llama
 from samebit.rollout.models.qwen2 import Qwen2
 from samebit.rollout.models.qwen3 import Qwen3
 from samebit.rollout.models.stop_tokens import StopTokens
 
 FAMILIES: list[type[ModelConfig]] = [Llama, Qwen2, Qwen3]
-"""A family of your own is one more: FAMILIES.append(YourModel)."""
+"""Those of samebit; own_family adds the user's."""
 
 
-def load_model_config(model_path: str | Path) -> ModelConfig:
-    """The model of a local Hugging Face folder.
+def own_family(name: str) -> type[ModelConfig]:
+    """The family that "module:Class" names, which this process then knows; ValueError for none."""
+    found = import_class(name, "model_family", ModelConfig)
+    others = [model for model in FAMILIES if model is not found]
+    family, taken = getattr(found, "family", None), [x.family.architecture for x in others]
+    if not isinstance(family, Family) or family.architecture in taken:
+        what = f"`family` must be a Family whose architecture is none of {', '.join(taken)}"
+        raise ValueError(f"model_family is {name!r}; its {what}")
+    FAMILIES[:] = [*others, found]
+    return found
+
+
+def load_model_config(model_path: str | Path, family: str | None = None) -> ModelConfig:
+    """The model of a local Hugging Face folder; it must be of `family`, a user's, if that is given.
 
     Raises FileNotFoundError for what is missing, and ValueError that names file, key and value for
     what cannot be read or is not computed here.
     """
-    return ModelFolder.read(Path(model_path), FAMILIES).model_config()
+    if family is None:
+        return ModelFolder.read(Path(model_path), FAMILIES).model_config()
+    own = own_family(family)
+    try:
+        return ModelFolder.read(Path(model_path), [own]).model_config()
+    except ValueError as error:
+        raise ValueError(f"model_family is {family!r}: {error}") from error
 
 
 def load_stop_tokens(model_path: str | Path) -> StopTokens:

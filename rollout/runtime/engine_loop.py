@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -56,7 +56,7 @@ class EngineLoop:
             except BaseException:
                 abandoned = self.abandon(call)
                 del call  # its result may hold the error, whose traceback holds this frame
-                abandoned.result()
+                abandoned.exception()  # the first error is the one to tell
                 raise
         return call.result.result()
 
@@ -76,8 +76,7 @@ class EngineLoop:
 
     def submit(self, call: Call) -> Future[list[list[Completion]]]:
         """Put a call in and do not wait; its result."""
-        self.book.lockstep.require_one_order()
-        self.post(partial(self.book.admit, call))
+        self.post(partial(self.book.admit, call, alone=True))
         return call.result
 
     def abandon(self, call: Call) -> Future[None]:
@@ -92,10 +91,14 @@ class EngineLoop:
     def leading(self, marks: Callable[[], tuple[int, int]]) -> Iterator[None]:
         """In the block rank 0 decides for all ranks; `marks` is asked at its end, see Leave."""
         self.book.lockstep.begin(leads=True)
+        stop = partial(self.book.stop_leading, marks)
         try:
             yield
-        finally:
-            self.between_steps(partial(self.book.stop_leading, marks))
+        except BaseException:
+            with suppress(RuntimeError):  # the first error is the one to tell
+                self.between_steps(stop)
+            raise
+        self.between_steps(stop)
 
     def follow(self) -> Leave:
         """Do what rank 0 does in its block; what it says at the end."""

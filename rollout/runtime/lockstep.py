@@ -17,8 +17,8 @@ class Lockstep:
         self._ranks = ranks
         self._said: list[RankMessage] = []
         self.leads = False
-        self.failure = ""
-        """What the last step raised on this rank."""
+        self._failures = ["", ""]
+        """What a step raised on this rank: to be told next, and after that."""
         self._broken = ""
 
     def require_one_order(self) -> None:
@@ -36,12 +36,23 @@ class Lockstep:
         """
         if leads != (self._ranks.rank == 0):
             raise RuntimeError(f"rank {self._ranks.rank} cannot {'lead' if leads else 'follow'}")
-        self.leads, self.failure, self._said = leads and self._ranks.size > 1, "", []
+        self.leads = leads and self._ranks.size > 1
+        self._failures, self._said = ["", ""], []
 
     def say(self, message: RankMessage) -> None:
         """Have the others do the same before their next step."""
         if self.leads:
             self._said.append(message)
+
+    def failed(self, error: BaseException) -> None:
+        """Have the ranks compare what a step, or a drain, raised on each of them.
+
+        What rank 0 finds after it said anything, such as Drain, the others find once they hear it.
+        One that was interrupted is in the midst of a step, and meets nobody any more.
+        """
+        self._failures[bool(self._said)] = repr(error)
+        if not isinstance(error, Exception):
+            self._broken = repr(error)
 
     def meet(self) -> None:
         """Tell what was said, if this rank leads."""
@@ -55,14 +66,15 @@ class Lockstep:
         """
         if self._broken:
             raise RuntimeError(f"the tensor parallel ranks have parted: {self._broken}")
-        own = self.failure, [to_plain(message) for message in self._said]
-        self.failure, self._said = "", []
+        failure, later = self._failures
+        said, self._failures, self._said = self._said, [later, ""], []
         try:
+            own = failure, [to_plain(message) for message in said]
             heard = gather_objects(own, self._ranks.group)
             failures = {rank: failure for rank, (failure, _) in enumerate(heard) if failure}
             if 0 < len(failures) < len(heard):
                 raise RuntimeError(f"a step failed on some ranks, not on all: {failures}")
-        except RuntimeError as error:
-            self._broken = str(error)
+        except BaseException as error:
+            self._broken = str(error) or repr(error)
             raise
         return [of_plain(message) for message in heard[0][1]]

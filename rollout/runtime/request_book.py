@@ -28,7 +28,6 @@ from samebit.rollout.runtime.slots import Slots
 from samebit.rollout.runtime.step_loop import StepLoop
 from samebit.rollout.runtime.weight_control import WeightControl
 from samebit.rollout.types import Completion, Request
-from samebit.weight_sync.types import WeightSyncError
 
 
 @dataclass
@@ -77,11 +76,17 @@ class RequestBook:
         """Tokens drawn over the engine's life."""
         return self._step_loop.num_drawn
 
-    def admit(self, call: Call) -> None:
-        """Queue a call's requests. WeightSyncError while the weights are not one whole version."""
+    def admit(self, call: Call, alone: bool = False) -> None:
+        """Queue a call's requests; `alone`: the other ranks get no such call of their own.
+
+        Raises WeightSyncError while the weights are not one whole version, and RuntimeError for a
+        call alone that the other ranks would not hear of.
+        """
         try:
+            if alone:
+                self.lockstep.require_one_order()
             self._weights.require_ready()
-        except WeightSyncError as error:
+        except RuntimeError as error:
             call.result.set_exception(error)
             raise
         self.lockstep.say(Admit(tuple(call.requests), waits=True))
@@ -152,7 +157,8 @@ class RequestBook:
     def stop_leading(self, marks: Callable[[], tuple[int, int]]) -> None:
         """Abort everything and let the other ranks go; see Leave."""
         try:
-            self.abandon_all()
+            with suppress(Exception):  # if a step in flight fails, those who wait are told
+                self.abandon_all()
             self.lockstep.say(Leave(*marks()))
             self.lockstep.meet()
         finally:
@@ -192,9 +198,10 @@ class RequestBook:
         with on_device(self._device):
             try:
                 self._report(work())
-            except Exception as error:
-                self.lockstep.failure = repr(error)
-                self.fail_all(error)
+            except BaseException as error:
+                self.lockstep.failed(error)
+                if isinstance(error, Exception):
+                    self.fail_all(error)
                 raise
 
     def _report(self, finished: list[RunningSample]) -> None:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from helpers import run_logged
+from helpers import DUE_S, run_logged
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def run_together(forkserver, tmp_path_factory):
         ]
         for process in processes:
             process.start()
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + DUE_S
         try:
             for process in processes:
                 process.join(deadline - time.monotonic())
@@ -36,7 +36,7 @@ def run_together(forkserver, tmp_path_factory):
                 process.join()
         codes = [process.exitcode for process in processes]
         said = "\n".join(log.read_text() for log in logs if log.exists())
-        assert not any(codes), f"exit codes {codes} (-9: not in 120 s)\n{said}"
+        assert not any(codes), f"exit codes {codes} (-9: not in {DUE_S} s)\n{said}"
 
     return run
 

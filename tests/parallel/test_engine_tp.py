@@ -63,10 +63,15 @@ def test_concurrent_callers_of_rank_0(run_ranks, qwen3_path, tmp_path):
 
 
 def test_a_step_that_fails_on_one_rank(run_ranks, qwen3_path, tmp_path):
-    """Both say so, and do not hang; one that fails on all alike is the caller's error alone."""
+    """Both say so, and do not hang; one that fails on all alike is the caller's error alone, also
+    if rank 0 finds it first, as it drains."""
     run_ranks("followed_ranks.parted", 2, qwen3_path, tmp_path / "out.json")
     led, follower = (json.loads((tmp_path / f"out.{rank}").read_text()) for rank in range(2))
     assert "NaN log-prob in request" in led["nan"]
+    left, leaving, late = led["drained"]
+    assert "NaN log-prob in request" in left
+    assert "NaN log-prob in request" in leaving
+    assert "need Engine.leading on rank 0" in late
     assert led["alike"] == follower["alike"]
     for found in (led, follower):
         assert "a step failed on some ranks, not on all: {1:" in found["parted"]

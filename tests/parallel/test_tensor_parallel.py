@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
+from programs import tensor_parallel
+from programs.tensor_parallel import DEFAULTS, mixed_lengths, parse
 
 from samebit.recipes.models.tiny_model import write_config, write_weights
-from samebit.recipes.verification import tensor_parallel
-from samebit.recipes.verification.tensor_parallel import DEFAULTS, MODULE, mixed_lengths, parse
 from samebit.trainer.megatron.forward import ForwardModel
 
 SHAPE = {
@@ -33,7 +33,7 @@ def run(tmp_path):
     def run(size, *options):
         out = tmp_path / f"out_{size}.json"
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-        program = ["-m", MODULE, str(folder), str(out), "num_seqs=6", "max_len=96", *options]
+        program = [tensor_parallel.__file__, folder, out, "num_seqs=6", "max_len=96", *options]
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),

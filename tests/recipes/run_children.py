@@ -44,8 +44,8 @@ def open_run(run):
 
 def roll_out(recipe, step):
     """The rollout of a step of grpo, scored."""
-    rollout = recipe.sampler.draw(recipe.sampler.training_prompts(step))
-    rollout.rewards = recipe.sampler.score(rollout)
+    rollout = recipe.rollout_source.draw(recipe.rollout_source.training_prompts(step))
+    rollout.rewards = recipe.rollout_source.score(rollout)
     return rollout
 
 

@@ -10,7 +10,7 @@ from helpers import edit_config
 from run_children import open_run
 
 from samebit.recipes.cli.compose import resolve
-from samebit.recipes.data.tasks.base import DataConfig, ListDataset, Problem
+from samebit.recipes.data.tasks.base import DataConfig, Problem
 from samebit.recipes.run import binding
 from samebit.trainer.checkpoint import MANIFEST, CheckpointError, latest_checkpoint, manifest_text
 
@@ -200,7 +200,7 @@ def test_records_are_told_apart():
             Problem(index=i, prompt=p, label=label, metadata=metadata)
             for i, (p, label, metadata) in enumerate(problems)
         ]
-        return binding.records_digest(ListDataset(rows), DataConfig())
+        return binding.records_digest(rows, DataConfig())
 
     variants = [
         digest(("a", "b", {})),
@@ -224,7 +224,7 @@ def test_every_record_of_a_file_counts_and_the_first_of_generated_ones():
             Problem(index=i, prompt="p", label="x" if i == changed else "l", metadata={})
             for i in range(count)
         ]
-        return binding.records_digest(ListDataset(rows), replace(DataConfig(), task=task))
+        return binding.records_digest(rows, replace(DataConfig(), task=task))
 
     assert digest("file", 40) != digest("file", 40, changed=39)
     assert digest("reverse_digits", 40) != digest("reverse_digits", 40, changed=15)

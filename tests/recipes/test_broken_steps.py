@@ -102,7 +102,7 @@ def test_weights_of_half_a_step_are_not_served(make_recipe):
     """The second of a step's two optimizer steps fails: the first has written what is shared."""
     with make_recipe("trainer.batch_size=6", "trainer.micro_batch_tokens=1000") as recipe:
         rollout, before = roll_out(recipe, 0), recipe.trainer.digest()
-        recipe.loss = failing_at(2, recipe.loss)
+        recipe.algorithm.loss = failing_at(2, recipe.algorithm.loss)
         with pytest.raises(ArithmeticError, match="no such loss"):
             update(recipe, rollout)
         assert recipe.trainer.digest() != before
@@ -117,7 +117,7 @@ def test_weights_of_half_a_step_are_not_served(make_recipe):
 def test_nothing_is_served_while_the_optimizer_writes(make_recipe):
     """From the beginning of an update to its commit the engine refuses work."""
     with make_recipe() as recipe:
-        found, loss = [], recipe.loss
+        found, loss = [], recipe.algorithm.loss
 
         def ask(*args):
             with pytest.raises(WeightSyncError, match="an update to step 1 is under way") as caught:
@@ -125,7 +125,7 @@ def test_nothing_is_served_while_the_optimizer_writes(make_recipe):
             found.append(caught)
             return loss(*args)
 
-        recipe.loss = ask
+        recipe.algorithm.loss = ask
         update(recipe, roll_out(recipe, 0))
         assert found
         assert recipe.engine.weight_version.step == 1
@@ -162,7 +162,7 @@ def test_an_engine_with_weights_of_its_own_serves_the_old_ones(make_recipe):
     """A step that failed was never sent to it."""
     with make_recipe("placement.transport=file") as recipe:
         version, rollout = recipe.engine.weight_version, roll_out(recipe, 0)
-        recipe.loss = failing_at(1, recipe.loss)
+        recipe.algorithm.loss = failing_at(1, recipe.algorithm.loss)
         with pytest.raises(ArithmeticError):
             update(recipe, rollout)
         assert recipe.engine.weight_version == version

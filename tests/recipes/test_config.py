@@ -89,6 +89,8 @@ def test_tools_take_no_keys_that_they_would_ignore():
             resolve(command, [*NEEDED[command], f"{key}=true"])
     with pytest.raises(ConfigError, match="grpo.seed is the demo's own; give seed=5"):
         resolve("demo", ["grpo.seed=5"])
+    with pytest.raises(ConfigError, match="model_family is 'a:B'.*where the demo makes its model"):
+        resolve("demo", ["device=cpu", "model_family=a:B"])
 
 
 def test_resolving_again_starts_from_the_defaults():
@@ -202,6 +204,10 @@ WRONG = {
     "a setting that the run makes": (
         ["engine.seed=3"],
         "engine.seed is 3; it must be 0, its default: nothing reads it where .* seed are the run's",
+    ),
+    "a family of the engine alone": (
+        ["engine.model_family=a:B"],
+        "engine.model_family is 'a:B'; it must be None, its default",
     ),
     "unknown wandb mode": (["logger.wandb=bogus"], "logger.wandb is 'bogus'; give one of disabl"),
     "no threads": (["cpu_threads=0"], "cpu_threads is 0; it must be positive"),

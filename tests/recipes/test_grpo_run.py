@@ -271,15 +271,15 @@ def test_a_sample_id_is_never_used_twice(runs):
     """Rolling out a step again in the same run would draw the same noise again."""
     run = runs.resolve("ids")
     recipe = GrpoRecipe(run, open_run(run))
-    prompts, held_out = recipe.sampler.training_prompts, recipe.sampler.held_out_prompts
-    groups = [*recipe.sampler.draw(prompts(0)).completions]
-    groups += recipe.sampler.draw(held_out(0)).completions
+    source = recipe.rollout_source
+    groups = [*source.draw(source.training_prompts(0)).completions]
+    groups += source.draw(source.held_out_prompts(0)).completions
     ids = [c.sample_id for group in groups for c in group]
     assert len(set(ids)) == len(ids) == 12 + 4
     with pytest.raises(ValueError, match="sample ids of step 0 .* were used in this run"):
-        prompts(0)
+        source.training_prompts(0)
     with pytest.raises(ValueError, match="sample ids of step 0 .* were used in this run"):
-        held_out(0)
+        source.held_out_prompts(0)
     recipe.close()
 
 

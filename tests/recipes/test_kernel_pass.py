@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import kernel_pass
 
 from samebit.kernels import op as op_module
 from samebit.kernels.op import Op
-from samebit.recipes.verification import kernel_pass
 
 
 def all_operations():

@@ -8,20 +8,13 @@ from plain_attention import PlainAttention
 from run_children import open_run, roll_out, update
 
 from samebit.kernels.attention import CanonicalAttention
-from samebit.kernels.registry import ATTENTION_KINDS
 from samebit.recipes.cli.main import main
 from samebit.recipes.grpo import GrpoRecipe
 from samebit.recipes.run.binding import bound_keys
 from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint
 
-PLAIN = "numerics.attention=plain"
+PLAIN = "numerics.attention=plain_attention:PlainAttention"
 KL = ["algorithm=grpo_kl", "algorithm.kl_coef=0.1"]
-
-
-@pytest.fixture(autouse=True)
-def _registered(monkeypatch):
-    """A kind from outside: a file and a line."""
-    monkeypatch.setitem(ATTENTION_KINDS, "plain", "plain_attention:PlainAttention")
 
 
 def kinds_of(recipe):
@@ -34,10 +27,11 @@ def kinds_of(recipe):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("plain", PlainAttention), ("canonical", CanonicalAttention)]
+    ("word", "kind"),
+    [(PLAIN, PlainAttention), ("numerics.attention=canonical", CanonicalAttention)],
 )
-def test_engine_and_trainer_have_the_runs_kind(runs, name, kind):
-    run = runs.resolve("run", f"numerics.attention={name}", *KL)
+def test_engine_and_trainer_have_the_runs_kind(runs, word, kind):
+    run = runs.resolve("run", word, *KL)
     with closing(GrpoRecipe(run, open_run(run))) as recipe:
         assert kinds_of(recipe) == {kind}
         assert recipe.engine.profile.attention == kind.name

@@ -33,6 +33,7 @@ def own_module(tmp_path, monkeypatch):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "own_transport.py").write_text(OWN)
+    (folder / "own_broken.py").write_text("1 / 0")
     monkeypatch.syspath_prepend(folder)
 
 
@@ -45,7 +46,9 @@ def test_every_name_is_a_class(name):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("nowhere:Slow", "cannot be imported: No module named 'nowhere'"),
+        ("nowhere:Slow", "cannot be imported: No module named 'nowhere'; put its folder on"),
+        (":Slow", "cannot be imported: ValueError.'Empty module name'"),
+        ("own_broken:Slow", "cannot be imported: ZeroDivisionError"),
         ("own_transport:Fast", "cannot be imported: .*has no attribute 'Fast'"),
         ("own_transport:nothing", "give a subclass of Lease or Transport"),
         ("own_transport:pack", "give a subclass of Lease or Transport"),

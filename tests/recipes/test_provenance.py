@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import source_digest as source_digest_program
 
 from samebit.recipes.run import provenance as module
 from samebit.recipes.run.provenance import (
@@ -119,17 +120,17 @@ def test_a_digest_leads_to_its_commits(checkout, tmp_path, capsys):
     first = git(checkout, "rev-parse", "HEAD")
     write(checkout, {"kernels/a.py": "a = 2\n"})
     git(checkout, "commit", "--quiet", "--all", "--message", "two")
-    assert module.main(digest, root=checkout) == 0
+    assert source_digest_program.main(digest, root=checkout) == 0
     assert capsys.readouterr().out == f"{first}\n"
-    assert module.main("HEAD~1", root=checkout) == 0
+    assert source_digest_program.main("HEAD~1", root=checkout) == 0
     assert capsys.readouterr().out == f"{digest}\n"
-    assert module.main("0" * 64, root=checkout) == 1
+    assert source_digest_program.main("0" * 64, root=checkout) == 1
     assert "no commit has the source digest 000" in capsys.readouterr().out
-    assert module.main("nowhere", root=checkout) == 1
+    assert source_digest_program.main("nowhere", root=checkout) == 1
     assert capsys.readouterr().err.startswith("'nowhere' is no commit: ")
-    assert module.main("HEAD", root=tmp_path) == 1
+    assert source_digest_program.main("HEAD", root=tmp_path) == 1
     assert capsys.readouterr().err == f"{tmp_path} holds no history to look for 'HEAD' in\n"
-    assert module.main(None, root=checkout) == 0
+    assert source_digest_program.main(None, root=checkout) == 0
     assert json.loads(capsys.readouterr().out) == found_in(checkout)
 
 

@@ -1,7 +1,10 @@
 """Copies of the engine: whoever draws a group, everybody has it, in its place."""
 
 import asyncio
+import itertools
 import threading
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from samebit.recipes.launch import replicas
 from samebit.recipes.launch.replicas import ReplicatedEngine
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
+from samebit.rollout.values import MAX_UINT64
 
 SIZE = 4
 PARAMS = SamplingParams(n=2, max_new_tokens=4)
@@ -21,7 +25,7 @@ class Wire:
 
     def __init__(self):
         self.rank = threading.local()
-        self.values, self.barrier = [None] * SIZE, threading.Barrier(SIZE)
+        self.values, self.barrier = [None] * SIZE, threading.Barrier(SIZE, timeout=120)
 
     def gather(self, value):
         self.values[self.rank.number] = value
@@ -29,6 +33,15 @@ class Wire:
         found = list(self.values)
         self.barrier.wait()
         return found
+
+
+class Own:
+    """One process's engine: it checks what it is asked for, and `run` draws it."""
+
+    def __init__(self, engine, run):
+        fresh = {"_ids": itertools.count(), "_fresh": itertools.count(MAX_UINT64, -1)}
+        self.requests = replace(engine.requests, **fresh)
+        self.loop = SimpleNamespace(run=run)
 
 
 def run_in_threads(process):
@@ -52,21 +65,18 @@ def test_every_process_has_all_groups_in_order(qwen3_path, monkeypatch, tensor_s
     found, scores = [None] * SIZE, [None] * SIZE
     monkeypatch.setattr(replicas, "gather_objects", wire.gather)
 
-    class Own:
-        """One process's engine, which notes what it is asked for."""
-
-        def generate(self, prompt_ids, params, sample_ids, **asked):
-            shares[wire.rank.number] = sample_ids
+    def process_of(rank):
+        def noted(requests, progress):
+            if not requests[0].score_only:
+                shares[rank] = [list(request.sample_ids) for request in requests]
             with turn:
-                return engine.generate(prompt_ids, params, sample_ids, **asked)
+                return engine.loop.run(requests, progress)
 
-        def score(self, token_ids, temperature):
-            with turn:
-                return engine.score(token_ids, temperature)
+        return Own(engine, noted)
 
     def process(rank):
         wire.rank.number = rank
-        replicated = ReplicatedEngine(Own(), rank, SIZE, tensor_size)
+        replicated = ReplicatedEngine(process_of(rank), rank, SIZE, tensor_size)
         found[rank] = replicated.generate(prompts, PARAMS, ids)
         scores[rank] = replicated.score(contexts, 0.7)
 
@@ -95,12 +105,9 @@ def test_copies_are_called_as_any_engine(qwen3_path, monkeypatch):
     wire, turn, found = Wire(), threading.Lock(), [None] * SIZE
     monkeypatch.setattr(replicas, "gather_objects", wire.gather)
 
-    class Own:
-        """One process's engine: the one that there is, when it is free."""
-
-        def generate(self, *arguments, **asked):
-            with turn:
-                return engine.generate(*arguments, **asked)
+    def drawn(requests, progress):
+        with turn:  # there is one engine
+            return engine.loop.run(requests, progress)
 
     def process(rank):
         async def calls(replicated):
@@ -111,7 +118,7 @@ def test_copies_are_called_as_any_engine(qwen3_path, monkeypatch):
             return drawn, [part async for part in replicated.stream(prompts, params)]
 
         wire.rank.number = rank
-        replicated = ReplicatedEngine(Own(), rank, SIZE, 1)
+        replicated = ReplicatedEngine(Own(engine, drawn), rank, SIZE, 1)
         plain = replicated.generate(prompts, params, return_hidden_states=[1])
         found[rank] = plain, *asyncio.run(calls(replicated))
         replicated._in_order.shutdown()
@@ -134,3 +141,29 @@ def test_copies_are_called_as_any_engine(qwen3_path, monkeypatch):
             prompts, params, [[top - 12, top - 13], [top - 14], [top - 15, top - 16, top - 17]]
         )
         assert [(p.token_ids, p.logprobs) for p in parts] == sum(outcomes(again), [])
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"prompt_ids": [[1], [331], [2]]}, "prompt 1: token 331"),
+        ({"sampling_params": [PARAMS] * 5}, "5 sampling_params for 3 prompts"),
+        ({"sample_ids": [[0, 1], [1, 2], [4, 5]]}, "sample id 1 is used twice"),
+        ({"sample_ids": [[0, 1], [2, 3], [4, 5], [6, 7]]}, "come in groups"),
+    ],
+)
+def test_what_one_copy_refuses_all_do(qwen3_path, monkeypatch, asked, message):
+    """None waits for one that is not coming; its own share might be right."""
+    engine = Engine(qwen3_path, device="cpu", seed=3, kv_cache_tokens=1024)
+    arguments = {"prompt_ids": [[1], [2], [3]], "sampling_params": PARAMS}
+
+    def nobody(value):
+        raise AssertionError("it waits for the others")
+
+    monkeypatch.setattr(replicas, "gather_objects", nobody)
+    for rank in range(SIZE):
+        replicated = ReplicatedEngine(Own(engine, engine.loop.run), rank, SIZE, 1)
+        with pytest.raises(ValueError, match=message):
+            replicated.generate(**arguments | asked)
+        with pytest.raises(ValueError, match=message):
+            asyncio.run(replicated.agenerate(**arguments | asked))

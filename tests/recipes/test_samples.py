@@ -1,5 +1,7 @@
 """Completions as what is trained on: nothing that is known of a token is lost or moved."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -50,5 +52,7 @@ def test_advantages_are_numbers_or_one_for_each_token():
     assert found[2].advantages.tolist() == each.tolist()
     with pytest.raises(ValueError, match=r"sample 0: advantages of shape \(2,\) for 4 tokens"):
         with_advantages(groups[:1], [[[1.0, 2.0], 0.0]])
-    with pytest.raises(ValueError, match="zip"):
-        with_advantages(groups, [[0.1, -1.0]])
+    for wrong, sizes in (([[0.1, -1.0]], [2]), ([[0.1, -1.0], [0.1]], [2, 1])):
+        message = f"advantages of {sizes} samples for prompts with [2, 2] samples"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            with_advantages(groups, wrong)

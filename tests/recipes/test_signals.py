@@ -14,7 +14,7 @@ from run_children import has_lines, run_cli_and_hang
 from samebit.recipes.cli.main import main
 from samebit.recipes.grpo import GrpoRecipe
 from samebit.recipes.run.recorder import Recorder
-from samebit.recipes.run.sampling import Sampler
+from samebit.recipes.run.sampling import RolloutSource
 from samebit.recipes.run.signals import Stopped, StopSignals, stop_signals
 from samebit.trainer.algorithms.grpo import Grpo
 from samebit.trainer.checkpoint import latest_checkpoint
@@ -54,8 +54,8 @@ def stop_and_resume(runs, monkeypatch, capsys, step, *overrides):
 @pytest.mark.parametrize(
     ("owner", "name", "number", "step"),
     [
-        (Sampler, "training_prompts", 4, 3),  # the engine is left at its first batch
-        (Sampler, "training_prompts", 1, 0),  # no step is done yet
+        (RolloutSource, "training_prompts", 4, 3),  # the engine is left at its first batch
+        (RolloutSource, "training_prompts", 1, 0),  # no step is done yet
         (GrpoRecipe, "evaluate", 1, 0),
         (GrpoRecipe, "evaluate", 2, 3),  # step 3 is trained: its evaluation is finished
         (GrpoRecipe, "update", 4, 3),  # before the first micro-batch

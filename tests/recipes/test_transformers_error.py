@@ -5,11 +5,10 @@ import shutil
 
 import pytest
 import torch
+from programs import transformers_error
+from programs.transformers_error import CONVERSATIONS, Errors, Outcome
 
 from samebit.recipes.models.tiny_model import write_character_tokenizer
-from samebit.recipes.verification import transformers_error
-from samebit.recipes.verification.conversations import CONVERSATIONS
-from samebit.recipes.verification.transformers_error import Errors, Outcome
 
 TEMPLATE = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
 

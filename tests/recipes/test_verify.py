@@ -6,10 +6,10 @@ import struct
 
 import pytest
 import torch
+from programs import kernel_pass, kill_demo
 
 from samebit.recipes.cli.main import main
 from samebit.recipes.models.tiny_model import make_random_model, write_config, write_weights
-from samebit.recipes.verification import kernel_pass, kill_demo
 from samebit.recipes.verification.properties import (
     CPU_BATCH_EDGES,
     PROPERTIES,

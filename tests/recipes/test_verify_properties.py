@@ -98,8 +98,8 @@ def test_a_property_is_tried_and_sees_one_bit(subject, monkeypatch, check):
     made, steps, orders = [], [], []
     init, generate = Engine.__init__, Engine.generate
 
-    def make(self, *args, seed, kv_cache_tokens, load_format, **settings):
-        assert (seed, load_format) == (11, "safetensors")
+    def make(self, *args, seed, kv_cache_tokens, load_format, attention, **settings):
+        assert (seed, load_format, attention) == (11, "safetensors", "canonical")
         rest = {"kv_cache_tokens": kv_cache_tokens} if kv_cache_tokens != KV_TOKENS else {}
         made.append({k: v for k, v in settings.items() if k != "device"} | rest)
         init(self, *args, seed=seed, kv_cache_tokens=kv_cache_tokens, **settings)

@@ -221,6 +221,41 @@ def test_a_failing_step_of_generate_reaches_those_beside_it(make_late):
     assert_idle(own)
 
 
+def test_an_interrupt_is_told_though_the_step_in_flight_fails(make_late):
+    """What ended the call first is its error."""
+    own = make_late(1)
+
+    def progress(done, tokens):
+        if tokens == 3:
+            own.runner.fails = {("wait", n) for n in range(3, 9)}
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        own.generate([[1, 2, 3]], LONG, progress=progress)
+    assert own.runner.num_faults == 1
+    assert_idle(own)
+
+
+@pytest.mark.parametrize("kind", ["launch", "wait"])
+def test_an_interrupted_step_ends_the_call_that_drives_alone(make_late, plain, kind):
+    """The one beside it begins again from what has arrived, in the loop's thread."""
+    own, results, steps = make_late(1), [], itertools.count()
+    params = SamplingParams(max_new_tokens=20, ignore_eos=True)
+
+    def progress(done, tokens):
+        if next(steps) == 2:
+            requests = own.requests.generation([[4, 5]], params, [[9]], ())
+            results.append(beside(lambda: own.loop.submit(Call(requests))))
+            own.runner.fails, own.runner.error = {(kind, 8)}, KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        own.generate([[1, 2, 3]], LONG, progress=progress)
+    [group] = results[0].result(timeout=60)
+    assert_same(group, plain.generate([[4, 5]], params, [[9]])[0])
+    wait_until(lambda: not loop_threads())
+    assert_idle(own)
+
+
 def test_a_nan_ends_the_calls_and_the_next_one_is_right(make_late, plain):
     own = make_late(1)
     own.runner.nans = {4}

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,15 +142,26 @@ class Twin(DenseModel):
     qkv_bias = True
 
 
+class Thief(DenseModel):
+    """Claims what another one reads."""
+
+    family = Family(architecture="LlamaForCausalLM", model_type="llama")
+
+
 def test_a_family_is_added_from_outside(tmp_path, monkeypatch):
-    """One class and one line; the engine, and the trainer by the type it derives from, know it."""
+    """One class; the engine, and the trainer by the type it derives from, know it."""
     from samebit.trainer.megatron.models.registry import parts_of
 
-    monkeypatch.setattr(registry, "FAMILIES", [*FAMILIES, Twin])
+    monkeypatch.setattr(registry, "FAMILIES", [*FAMILIES])
+    monkeypatch.setitem(sys.modules, "own", SimpleNamespace(Twin=Twin, Thief=Thief))
     make_random_model(tmp_path, "llama", seed=1, tied=True)
+    with pytest.raises(ValueError, match="own:Twin.*architectures = .*one of the known: TwinFor"):
+        load_model_config(tmp_path, "own:Twin")
+    with pytest.raises(ValueError, match="own:Thief.*architecture is none of LlamaForCausalLM, Qw"):
+        load_model_config(tmp_path, "own:Thief")
     edit_config(tmp_path, architectures=["TwinForCausalLM"])
-    config = load_model_config(tmp_path)
-    assert type(config) is Twin
+    config = load_model_config(tmp_path, "own:Twin")
+    assert type(config) is type(load_model_config(tmp_path)) is Twin
     engine = Engine(tmp_path, device="cpu", load_format="dummy")
     layer = "decoder.layers.0.self_attention"
     assert {f"{layer}.linear_qkv.bias", f"{layer}.k_layernorm.weight"} <= engine.weights.keys()

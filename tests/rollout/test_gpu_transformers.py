@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from samebit.recipes.verification.transformers_error import measure, random_lens, random_texts
+from programs.transformers_error import measure, random_lens, random_texts
 
 pytestmark = pytest.mark.gpu
 

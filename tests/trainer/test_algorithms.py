@@ -115,16 +115,19 @@ def test_entropies_have_gradients_only_where_they_are_asked_for(make_trainer, ra
     assert entropies[0] == pytest.approx(entropies[1], rel=1e-6)
 
 
-def test_a_loss_of_another_shape_is_refused(make_trainer, random_samples):
-    """One number would be taken for every row's."""
+@pytest.mark.parametrize("name", ["losses", "train/own"])
+def test_a_loss_or_metric_of_another_shape_is_refused(make_trainer, random_samples, name):
+    """One number would be taken for every row's, or for the sum of all."""
     trainer, batches = make_trainer(), pack_samples(random_samples(2, seed=1), 1000)
     before, rows = trainer.digest(), len(batches[0].rows)
 
     @LossOf
     def loss(logprobs, reference, batch):
-        return -logprobs.mean(), {}
+        found = {"losses": -logprobs, "train/own": logprobs.detach()}
+        found[name] = found[name].mean()
+        return found.pop("losses"), found
 
-    message = rf"LossOf.loss returned losses of shape \(\) for {rows} loss rows"
+    message = rf"LossOf.loss returned {name} of shape \(\) for {rows} loss rows"
     with pytest.raises(ValueError, match=message):
         trainer.train_step(batches, loss)
     assert trainer.digest() == before
@@ -151,6 +154,7 @@ def test_every_registered_algorithm_is_made_of_its_settings():
             "losses:LossOutputs",
             "it must be a subclass of samebit.trainer.algorithms.base:Algorithm",
         ),
+        ("losses:NoSettings", "it must be a class whose Config is a subclass of AlgorithmConfig"),
     ],
 )
 def test_a_name_that_means_no_algorithm(name, message):

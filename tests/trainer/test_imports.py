@@ -1,18 +1,20 @@
-"""Megatron is imported without the compiler, and nothing of it that was to be compiled runs."""
+"""Megatron is imported without compiler and wandb; nothing of it that was to be compiled runs."""
 
 from helpers import run_python
 
 PROGRAM = """
 import sys
 import torch
-from samebit.trainer.megatron.imports import without_compiler
+from samebit.trainer.megatron.imports import lean_imports
 
 compile_ = torch.compile
-with without_compiler():
+with lean_imports():
     import samebit.recipes.grpo
     theirs = torch.compile(lambda x: x + 1, backend="eager")
 assert torch.compile is compile_
 assert "torch._inductor.compile_fx" not in sys.modules
+assert "wandb" not in sys.modules
+import wandb
 from megatron.core.fusions.fused_bias_gelu import bias_gelu
 try:
     bias_gelu(torch.zeros(2), torch.zeros(2))

@@ -147,6 +147,8 @@ def test_units_are_never_parted():
         ({"loss_mask": [0, 0, 0]}, "sample 7: loss_mask must be set for some of 3 tokens"),
         ({"loss_mask": [1, 0, 1]}, "sample 7: loss_mask must be set .* not for the first"),
         ({"loss_mask": [0, 1]}, r"sample 7: loss_mask of shape \(2,\) for 3 tokens"),
+        ({"loss_mask": [0.0, 0.5, 1.0]}, "sample 7: loss_mask must hold 0 or 1"),
+        ({"token_ids": [1, 2.5, 3]}, "sample 7: token_ids must hold integers"),
         ({"logprobs": [-1.0] * 4}, r"sample 7: logprobs of shape \(4,\) for 3 tokens"),
         ({"advantages": [[1.0] * 3]}, r"sample 7: advantages of shape \(1, 3\) for 3 tokens"),
     ],
@@ -200,6 +202,10 @@ def test_logprobs_must_be_one_per_response_token():
     """Shifted log-probs would be compared with the wrong tokens."""
     with pytest.raises(ValueError, match="sample 7: 2 logprobs for a response of 1 tokens"):
         Sample.of_response(sample_id=7, token_ids=(1, 2, 3), prompt_len=2, logprobs=(-1.0, -2.0))
+    masked = Sample(sample_id=7, token_ids=(1, 2, 3, 4), loss_mask=(0, 1, 0, 1))
+    for logprobs in ([-1.0], [-1.0] * 3):
+        with pytest.raises(ValueError, match=f"sample 7: {len(logprobs)} logprobs for .* 2 tokens"):
+            masked.with_logprobs(logprobs)
 
 
 def test_every_copy_gets_a_micro_batch(random_samples):

@@ -76,7 +76,7 @@ def test_ranks_hold_every_row_of_their_columns(shape):
     """Whichever way the weight is longer."""
     whole = torch.arange(24.0).view(shape)
     for rank in (0, 1):
-        spec = columns("p", "hf", shape, Shard(rank, 2))
+        spec = columns("p", "hf", shape, (rank, 2))
         params = {"p": torch.full(spec.shape, torch.nan)}
         load_params([spec], params, {"hf": whole}.__getitem__)
         assert torch.equal(params["p"], whole.chunk(2, dim=1)[rank])

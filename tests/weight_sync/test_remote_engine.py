@@ -8,13 +8,17 @@ import signal
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import aclosing
+from types import SimpleNamespace
 
 import pytest
 from callers import parts_of, put_together
 from helpers import assert_same_bits, outcomes
 
 from samebit.rollout import engine_process
+from samebit.rollout.client import stream_of
 from samebit.rollout.engine import Engine
+from samebit.rollout.messages import Generate, Score, UpdateFromDisk
 from samebit.rollout.remote import RemoteEngine, RemoteEngineError
 from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
@@ -113,6 +117,22 @@ def test_a_call_that_is_interrupted_is_aborted(remote, old, monkeypatch):
     assert_idle(remote, old)
 
 
+def test_a_call_that_is_interrupted_as_it_goes_out(remote, monkeypatch):
+    """Its answer, which nobody waits for, is no end of the answers."""
+    send = remote._pipe._connection.send
+
+    def interrupted(message):
+        send(message)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote._pipe._connection, "send", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            remote.score(PROMPTS[:1])
+    waiting = remote._pipe.call(Score(PROMPTS[:1], 1.0))[1]
+    assert waiting.result(timeout=60) == remote.score(PROMPTS[:1])
+
+
 def test_calls_to_a_remote_engine_overlap(remote, old, engine):
     """Streams, scores and calls at once: each has its own answer, to the bit."""
     truth = engine.generate(PROMPTS, PARAMS, [[7, 8], [9, 10]])
@@ -184,6 +204,34 @@ def test_errors_reach_the_call_that_they_are_of(remote, engine):
     assert len(remote.generate(PROMPTS, PARAMS)) == 2
 
 
+def test_an_update_comes_after_the_calls_before_it(old):
+    """Which are unfinished then: it is refused, and does not begin as they are admitted."""
+    answers, entered, leave = {}, threading.Event(), threading.Event()
+    connection = SimpleNamespace(send=lambda sent: answers.setdefault(*sent))
+    server = engine_process._Server(connection)
+    server.start(old.folder, {"device": "cpu", "kv_cache_tokens": 1024})
+    loop = server._engine.loop
+
+    def drive():
+        with loop._driving():
+            entered.set()
+            assert leave.wait(60)
+
+    driver = threading.Thread(target=drive)
+    driver.start()
+    assert entered.wait(60)
+    server.handle(1, Generate(PROMPTS, ENDLESS, None))
+    updater = threading.Thread(target=server.handle, args=(2, UpdateFromDisk(old.folder, 5)))
+    updater.start()
+    updater.join(0.2)
+    leave.set()
+    for thread in (driver, updater):
+        thread.join()
+    assert "needs an idle engine: 2 requests" in str(answers[2].error)
+    server.close()
+    assert [c.finish_reason for [c] in answers[1].value] == ["abort"] * 2
+
+
 class TwoPartError(Exception):
     """An error whose copy lacks an argument."""
 
@@ -217,6 +265,50 @@ def test_a_death_reaches_all_who_wait(old):
         engine.score([[1, 2, 3]])
     engine.close()
     engine.close()
+
+
+def test_an_answer_that_cannot_be_read_ends_the_engine(old, monkeypatch):
+    """Nobody knows who waits for it, and nobody may wait for ever."""
+    engine = RemoteEngine(old.folder, device="cpu", kv_cache_tokens=1024)
+
+    def unread(number, answer):
+        raise pickle.UnpicklingError("it is damaged")
+
+    monkeypatch.setattr(engine._pipe, "_take", unread)
+    engine.score([[1, 2, 3]])  # whose answer is waited for already
+    error = engine._pipe.call(Score([[1, 2, 3]], 1.0))[1].exception(timeout=60)
+    assert "ended with code -9" in str(error)
+    assert str(error.__cause__) == "it is damaged"
+    engine.close()
+
+
+def test_who_stops_reading_as_the_engine_dies_is_not_told():
+    """The stream's end is asked for; there is nothing to abort any more."""
+    ended = []
+
+    def start(tell):
+        def abandon():
+            ended.append(True)
+            raise RemoteEngineError("the engine's process 7 ended with code -9")
+
+        tell([1, 2])
+        return Future(), abandon
+
+    async def read():
+        async with aclosing(stream_of(start)) as stream:
+            async for part in stream:
+                return part
+        return None
+
+    assert asyncio.run(read()) == 1
+    assert ended == [True]
+
+
+@pytest.mark.parametrize("threads", [0, "two", True])
+def test_bad_thread_counts_of_a_remote_engine(old, threads):
+    message = "RemoteEngine cpu_threads is .*; it must be (an integer|positive)"
+    with pytest.raises(ValueError, match=message):
+        RemoteEngine(old.folder, threads, device="cpu")
 
 
 def test_close_does_not_wait_for_what_is_unfinished(old):

@@ -84,11 +84,12 @@ class Algorithm[C: AlgorithmConfig]:
         raise NotImplementedError
 
     def checked_loss(self, inputs: LossInputs) -> LossOutputs:
-        """What `loss` finds; ValueError unless that is a loss for each row."""
-        found, expected = self.loss(inputs), inputs.logprobs.shape
-        if found.losses.shape != expected:
-            raise ValueError(
-                f"{type(self).__name__}.loss returned losses of shape {tuple(found.losses.shape)} "
-                f"for {len(inputs.logprobs)} loss rows"
-            )
+        """What `loss` finds; ValueError unless losses and metrics have a value for each row."""
+        found, count = self.loss(inputs), len(inputs.logprobs)
+        for name, values in ({"losses": found.losses} | found.metrics).items():
+            if values.shape != (count,):
+                raise ValueError(
+                    f"{type(self).__name__}.loss returned {name} of shape {tuple(values.shape)} "
+                    f"for {count} loss rows"
+                )
         return found

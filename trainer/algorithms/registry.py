@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from samebit.trainer.config import AlgorithmConfig, import_named, require
+from samebit.kernels.named import import_class
+from samebit.trainer.config import AlgorithmConfig, require
 
 if TYPE_CHECKING:
     from samebit.trainer.algorithms.base import Algorithm
@@ -17,11 +18,11 @@ def find_algorithm(name: str) -> "type[Algorithm[Any]]":
     known = name in ALGORITHMS or ":" in name
     meaning = f"one of {tuple(ALGORITHMS)} or your own module:Class"
     require(known, "algorithm.name", name, meaning)
-    found = import_named(ALGORITHMS.get(name, name), "algorithm.name")
     from samebit.trainer.algorithms.base import Algorithm
 
-    fits = isinstance(found, type) and issubclass(found, Algorithm)
-    require(fits, "algorithm.name", name, "a subclass of samebit.trainer.algorithms.base:Algorithm")
+    found = import_class(ALGORITHMS.get(name, name), "algorithm.name", Algorithm)
+    fits = isinstance(found.Config, type) and issubclass(found.Config, AlgorithmConfig)
+    require(fits, "algorithm.name", name, "a class whose Config is a subclass of AlgorithmConfig")
     return found
 
 

@@ -1,7 +1,7 @@
 """What a task gives: problems by index, in two splits that share none, chosen by one config."""
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from samebit.trainer.config import require_default
 
@@ -29,8 +29,12 @@ class Problem:
         return f"{self.where}: problem {self.index}" if self.where else f"problem {self.index}"
 
 
+@runtime_checkable
 class Dataset(Protocol):
-    """Gives problems by index: the same one for an index in any process and any order."""
+    """Gives problems by index: the same one for an index in any process and any order.
+
+    What is there already is a list; a class makes each problem when it is asked for.
+    """
 
     def __len__(self) -> int: ...
 
@@ -42,7 +46,7 @@ class DataConfig:
     """Says where the problems come from."""
 
     task: str = "file"
-    """`file`, `reverse_digits` or `reasoning_gym/<name>`."""
+    """`file`, `reverse_digits`, `reasoning_gym/<name>`, or your `module:function`."""
     path: str | None = None
     """Task `file`: the training records, .jsonl or .parquet."""
     eval_path: str | None = None
@@ -84,17 +88,3 @@ def check_index(index: int, size: int) -> None:
     """Raise IndexError unless 0 <= index < size (which also ends a plain `for` loop)."""
     if not 0 <= index < size:
         raise IndexError(f"problem {index} of a split of {size}; give 0 to {size - 1}")
-
-
-class ListDataset:
-    """Holds problems that are already there."""
-
-    def __init__(self, problems: list[Problem]) -> None:
-        self._problems = problems
-
-    def __len__(self) -> int:
-        return len(self._problems)
-
-    def __getitem__(self, index: int) -> Problem:
-        check_index(index, len(self))
-        return self._problems[index]

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from samebit.recipes.data.tasks.base import DataConfig, Dataset, ListDataset, Problem
-from samebit.recipes.data.tasks.faults import Faults
+from samebit.recipes.data.tasks.base import DataConfig, Dataset, Problem
+from samebit.recipes.data.tasks.faults import raise_faults
 from samebit.recipes.data.tasks.readers import Record, plain, read_jsonl, read_parquet
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def load(config: DataConfig) -> tuple[Dataset, Dataset]:
     if len(kept) < len(problems):
         dropped = len(problems) - len(kept)
         logger.warning("%d records of %s are held out too: not trained on", dropped, config.path)
-    return ListDataset(_numbered(kept)), ListDataset(_numbered(held_out))
+    return _numbered(kept), _numbered(held_out)
 
 
 def _without(problems: list[Problem], held_out: list[Problem]) -> list[Problem]:
@@ -62,14 +62,14 @@ def _read_problems(path: Path, config: DataConfig) -> list[Problem]:
         raise IsADirectoryError(f"data file {path} is a folder; give a .jsonl or .parquet file")
     if not path.is_file():
         raise FileNotFoundError(f"data file {path} does not exist (from {Path.cwd()})")
-    faults, problems = Faults(), list[Problem]()
+    faults, problems = list[str](), list[Problem]()
     read = read_jsonl if path.suffix == ".jsonl" else read_parquet
     for record in read(path, faults):
         try:
             problems.append(_problem(len(problems), record, config))
         except ValueError as error:
-            faults.add(str(error))
-    faults.raise_all()
+            faults.append(str(error))
+    raise_faults(faults)
     if not problems:
         raise ValueError(f"{path} holds no record; give at least one")
     return problems

@@ -8,8 +8,6 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from samebit.recipes.data.tasks.faults import Faults
-
 # Powers of ten of the numbers that a label may be; what is beyond is a mistake.
 MOST_DIGITS = 1000
 
@@ -58,7 +56,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def read_jsonl(path: Path, faults: Faults) -> Iterator[Record]:
+def read_jsonl(path: Path, faults: list[str]) -> Iterator[Record]:
     """Yield the lines of a file but blank ones; what is wrong with one goes to `faults`."""
     decoder = json.JSONDecoder(
         parse_float=_json_float, parse_int=_json_int, object_pairs_hook=_object
@@ -74,18 +72,18 @@ def read_jsonl(path: Path, faults: Faults) -> Iterator[Record]:
                 text = line.decode()
                 record = decoder.decode(text)
             except UnicodeDecodeError as error:
-                faults.add(f"{where} is not UTF-8: {error.reason} at byte {error.start}")
+                faults.append(f"{where} is not UTF-8: {error.reason} at byte {error.start}")
             except (ValueError, RecursionError) as error:
-                faults.add(f"{where} is not JSON: {error}")
+                faults.append(f"{where} is not JSON: {error}")
             else:
                 if isinstance(record, dict):
                     yield Record(where, record)
                 else:
                     name = "number" if isinstance(record, JsonFloat) else type(record).__name__
-                    faults.add(f"{where} is a JSON {name}; give an object")
+                    faults.append(f"{where} is a JSON {name}; give an object")
 
 
-def read_parquet(path: Path, faults: Faults) -> Iterator[Record]:
+def read_parquet(path: Path, faults: list[str]) -> Iterator[Record]:
     """Yield the rows of a file. Raises ValueError, naming the row group, if one cannot be read."""
     import pyarrow.parquet
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from samebit.recipes.data.tasks.base import DataConfig, Dataset, ListDataset, Problem, check_index
+from samebit.recipes.data.tasks.base import DataConfig, Dataset, Problem, check_index
 
 # Items that one range of seeds can give, and how many ranges a train item may be drawn from.
 # Both together with the start stay below 2**32, the largest seed numpy takes.
@@ -24,12 +24,8 @@ ATTEMPTS = 16
 # These iterate over sets of text, so their items change with Python's hash seed (found by
 # comparing the items of every task between processes, reasoning_gym 0.1.25).
 HASH_DEPENDENT = {
-    "isomorphic_strings",
-    "knight_swap",
-    "polynomial_multiplication",
-    "ransom_note",
-    "word_ladder",
-}
+    "isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder",
+}  # fmt: skip
 
 
 class Train:
@@ -82,7 +78,7 @@ def load(config: DataConfig) -> tuple[Dataset, Dataset]:
         entries = (_generate(source, i) for i in range(config.eval_size))
         problems = [_problem(name, config.args, i, entry) for i, entry in enumerate(entries)]
     train = Train(name, config, {str(problem.prompt) for problem in problems})
-    return train, ListDataset(problems)
+    return train, problems
 
 
 def make_source(name: str, args: dict[str, Any], *, seed: int, size: int) -> Any:

@@ -1,9 +1,12 @@
 """Every task by its name, and the problems of the one that a configuration names."""
 
 from collections.abc import Callable
+from typing import Any
 
+from samebit.kernels.named import import_named
 from samebit.recipes.data.tasks import file, reasoning_gym, reverse_digits
 from samebit.recipes.data.tasks.base import DataConfig, Dataset
+from samebit.trainer.config import require
 
 # A new task is one new module with `load(config) -> (train, eval)` and one line here. A task's
 # name may carry a variant after a slash ("reasoning_gym/chain_sum"), which its module reads.
@@ -20,9 +23,11 @@ def load_datasets(config: DataConfig) -> tuple[Dataset, Dataset]:
     Raises ValueError for an unknown task or a bad setting, FileNotFoundError for a missing file.
     """
     name, slash, _ = config.task.partition("/")
-    if name not in TASKS or bool(slash) != (name == "reasoning_gym"):
+    load = import_named(config.task, "data.task") if ":" in config.task else TASKS.get(name)
+    if load is None or bool(slash) != (name == "reasoning_gym"):
         raise ValueError(
-            f"data.task is {config.task!r}; give one of file, reverse_digits, reasoning_gym/<name>"
+            f"data.task is {config.task!r}; give one of file, reverse_digits, "
+            "reasoning_gym/<name>, or module:function"
         )
     if config.size < 1:
         raise ValueError(f"data.size is {config.size}; give at least 1")
@@ -33,4 +38,8 @@ def load_datasets(config: DataConfig) -> tuple[Dataset, Dataset]:
             f"data.path is {config.path!r} and data.eval_path is {config.eval_path!r}, but the "
             f"task {config.task!r} generates its problems; leave both unset, or use task 'file'"
         )
-    return TASKS[name](config)
+    splits: Any = load(config) if callable(load) else None
+    fits = isinstance(splits, tuple) and [isinstance(x, Dataset) for x in splits] == [True, True]
+    meaning = "a function: load(config) -> (train, held_out), two datasets"
+    require(fits, "data.task", config.task, meaning)
+    return splits

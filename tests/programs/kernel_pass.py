@@ -1,6 +1,6 @@
 """One small pass over every operation of kernels/, forward and backward, for `make sanitize`.
 
-    python -m samebit.recipes.verification.kernel_pass [device]
+    python tests/programs/kernel_pass.py [device]
 
 Shapes are small and ragged, so that every kernel meets the edges of its tiles, and what must not
 be read is NaN. Exit code 1 if an output is not finite, or a pass has none. A new operation is one

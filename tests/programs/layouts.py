@@ -1,6 +1,6 @@
 """Short GRPO runs under every layout that this machine's GPUs can hold, through the public command.
 
-    python -m samebit.recipes.verification.layouts OUT.json [device=cuda] [num_gpus=4]
+    python tests/programs/layouts.py OUT.json [device=cuda] [num_gpus=4]
         [only=NAME,NAME] [at_once=1] [KEY=VALUE of samebit grpo ...]
 
 Each run starts as many processes as its layout has, on a small random model that is made on the
@@ -13,6 +13,7 @@ anything differs that may not.
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,13 +26,13 @@ from typing import Any
 
 from samebit.recipes.models.tiny_model import write_character_tokenizer, write_config, write_weights
 from samebit.recipes.run.metrics import read_rows
-from samebit.recipes.run.provenance import provenance
+from samebit.recipes.run.provenance import write_result
 from samebit.recipes.run.rollouts import list_rollouts
 from samebit.rollout.device import resolve_device
 from samebit.trainer.config import ParallelConfig
-from samebit.weight_sync.disk import write_atomically
 
-MODULE = "samebit.recipes.verification.layouts"
+HERE = Path(__file__).resolve().parent
+"""On the search path of the runs, whose reward is a function of this file."""
 OPTIONS = {"device": "cuda", "num_gpus": "4", "only": "", "at_once": "1"}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "alone": {},
@@ -54,7 +55,7 @@ _SETTINGS = {
     "data.args.length": 4,
     "data.size": 64,
     "data.eval_size": 4,
-    "reward.name": f"{MODULE}:odd_characters",
+    "reward.name": "layouts:odd_characters",
     "rollout.prompts_per_step": 8,
     "rollout.samples_per_prompt": 8,
     "rollout.max_prompt_len": 16,
@@ -124,13 +125,17 @@ def run_layout(
     """Run it to its end; its part of the report."""
     arguments = [*grpo_arguments(name, model, output, device), *overrides]
     command = [sys.executable, "-P", "-m", "samebit.recipes.cli.main", "grpo", *arguments]
+    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path}
     start = time.perf_counter()
     found: dict[str, Any] = {
         "processes": ParallelConfig(**LAYOUTS[name]).num_processes,
         "parallel": LAYOUTS[name],
     }
     try:
-        job = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        job = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
+        )
     except subprocess.TimeoutExpired:  # its processes end with it
         return found | {"failed": f"not done in {TIMEOUT_S} s"}
     found["seconds"] = round(time.perf_counter() - start, 1)
@@ -198,14 +203,13 @@ def main(out: str, *arguments: str) -> int:
         for key in ("logprob_tokens_compared", "logprob_mismatches")
     }
     report = {
-        **provenance(["python", "-m", MODULE, out, *arguments], resolve_device(options["device"])),
         "weights": "random, made on the spot",
         "layouts_run": len(found),
         **total,
         "problems": against,
         "layouts": found,
     }
-    write_atomically(Path(out), json.dumps(report, indent=1) + "\n")
+    write_result(Path(out), resolve_device(options["device"]), report, ["python", *sys.argv])
     print(f"{len(found)} layouts: {json.dumps(total)}")
     for line in against:
         print(f"layouts: {line}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """How far the engine's log-probs are from exact ones, and how far those of transformers are.
 
-    python -m samebit.recipes.verification.transformers_error MODEL_FOLDER out.json [device]
+    python tests/programs/transformers_error.py MODEL_FOLDER out.json [device]
 
 On a GPU the engine and transformers, both in bf16 (eager attention), are compared with transformers
 in fp32 (no TF32) on the same weights: chats and passages of English prose, if the folder has a
@@ -21,15 +21,17 @@ from typing import Any
 
 import torch
 
-from samebit.recipes.run.provenance import provenance
-from samebit.recipes.verification.conversations import CONVERSATIONS
+from samebit.recipes.run.provenance import write_result
 from samebit.rollout.device import resolve_device, resolve_dtype
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.types import SamplingParams
-from samebit.weight_sync.disk import write_atomically
 
-MODULE = "samebit.recipes.verification.transformers_error"
+_BLOCKS = Path(__file__).with_name("conversations.txt").read_text(encoding="utf-8")
+CONVERSATIONS = tuple(
+    tuple(part.strip() for part in block.split("\n--\n")) for block in _BLOCKS.split("\n====\n")
+)
+"""Questions and answers in English, from five words to a few hundred."""
 NUM_PASSAGES, PASSAGE_TOKENS = 80, 200
 NUM_GREEDY = 32  # tokens continued from every prompt
 CPU_MAX_ERROR = 1e-3
@@ -198,12 +200,11 @@ def main(model: str, out: str, device: str | None = None) -> int:
             f"must hold at least {NUM_GREEDY + 2}"
         )
     report = {
-        **provenance(["python", "-m", MODULE, *sys.argv[1:]], resolved),
         "model": path.name,
         "text": "chats and prose" if has_tokenizer else "random tokens",
         **measure(path, resolved, texts),
     }
-    write_atomically(Path(out), json.dumps(report, indent=1) + "\n")
+    write_result(Path(out), resolved, report, ["python", *sys.argv])
     print(json.dumps(report, indent=1))
     return 0 if report["pass"] else 1
 

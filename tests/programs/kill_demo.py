@@ -1,7 +1,6 @@
 """Kill the demo again and again, resume it, and compare it with an undisturbed run.
 
-    python -m samebit.recipes.verification.kill_demo OUT.json [kills=10] [seed=0]
-        [ARGUMENT_OF_THE_DEMO ...]
+    python tests/programs/kill_demo.py OUT.json [kills=10] [seed=0] [ARGUMENT_OF_THE_DEMO ...]
 
 Both runs go through the console command; a kill is SIGKILL to its whole process group at a random
 instant. One in five comes while a process starts; the others after it has begun to write metrics,
@@ -26,9 +25,8 @@ from typing import Any
 
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.run.metrics import read_rows, without_times
-from samebit.recipes.run.provenance import provenance
+from samebit.recipes.run.provenance import write_result
 from samebit.rollout.device import resolve_device
-from samebit.weight_sync.disk import write_atomically
 
 Outcome = tuple[dict[str, Any], list[dict[str, Any]]]
 """A demo's summary, and its metrics without times."""
@@ -36,7 +34,6 @@ Outcome = tuple[dict[str, Any], list[dict[str, Any]]]
 OPTIONS = {"kills": 10, "seed": 0}
 _STARTS = 0.2
 _LOOK_S = 0.02
-_MODULE = "samebit.recipes.verification.kill_demo"
 
 
 def parse(arguments: Sequence[str]) -> tuple[dict[str, int], list[str]]:
@@ -132,7 +129,6 @@ def main(out: str, *arguments: str) -> int:
         whole, resumed = (result(folder, name) for name in ("undisturbed", "killed"))
     equal = are_equal(whole, resumed)
     report = {
-        **provenance(["python", "-m", _MODULE, out, *arguments], device),
         "undisturbed_s": round(alone.seconds, 1),
         "undisturbed_began_s": round(alone.began_s, 1),
         "killed_after_s": [round(attempt.seconds, 2) for attempt in killed],
@@ -143,7 +139,7 @@ def main(out: str, *arguments: str) -> int:
         "metrics_compared": len(whole[1]),
         "figures_compared": sum(map(len, whole[1])),
     }
-    write_atomically(Path(out), json.dumps(report, indent=1) + "\n")
+    write_result(Path(out), device, report, ["python", *sys.argv])
     print(json.dumps(report, indent=1))
     return 0 if equal and len(killed) == kills else 1
 

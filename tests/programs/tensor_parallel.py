@@ -1,6 +1,6 @@
 """Tensor parallel engine against tensor parallel trainer, on sequences of mixed length.
 
-    torchrun --nproc-per-node 2 -m samebit.recipes.verification.tensor_parallel FOLDER out.json \\
+    torchrun --nproc-per-node 2 tests/programs/tensor_parallel.py FOLDER out.json \\
         [tp_invariant=true] [dummy=true] [cuda_graphs=false] [num_seqs=64] [max_len=4096] \\
         [seed=0]
 
@@ -15,6 +15,7 @@ import json
 import os
 import random
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,21 +25,19 @@ import torch.distributed as dist
 
 from samebit.recipes.bench.timing import timed
 from samebit.recipes.data.samples import drawn_sample
-from samebit.recipes.run.provenance import provenance
-from samebit.recipes.verification.subject import outcomes_digest
+from samebit.recipes.run.provenance import write_result
+from samebit.recipes.verification.subject import chained_digest, exact_bytes
 from samebit.rollout.device import resolve_device
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
-from samebit.rollout.types import SamplingParams
+from samebit.rollout.types import Completion, SamplingParams
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron.forward import ForwardModel
 from samebit.trainer.megatron.setup import initialize
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.stats import count_mismatches
-from samebit.weight_sync.disk import write_atomically
 from samebit.weight_sync.objects import gather_objects
 
-MODULE = "samebit.recipes.verification.tensor_parallel"
 DEFAULTS = {
     "tp_invariant": False,
     "dummy": False,
@@ -68,6 +67,15 @@ def mixed_lengths(num_seqs: int, max_len: int, seed: int) -> list[tuple[int, int
     rng = random.Random(seed)
     totals = [max_len, *(rng.randint(16, max_len) for _ in range(num_seqs - 1))]
     return [(total - total // 8, total // 8) for total in totals]
+
+
+def outcomes_digest(groups: Sequence[Sequence[Completion]]) -> str:
+    """Return a digest of every token and log-prob of completions, in order and to the bit."""
+    digest = ""
+    for i, completion in enumerate(c for group in groups for c in group):
+        values = list(zip(completion.token_ids, completion.logprobs, strict=True))
+        digest = chained_digest(digest, str(i), exact_bytes(values))
+    return digest
 
 
 def measure(folder: Path, options: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -122,8 +130,7 @@ def main(folder: str, out: str, *arguments: str) -> int:
     options, device = parse(list(arguments)), resolve_device(None)
     found = measure(Path(folder), options, device)
     if dist.get_rank() == 0:
-        source = provenance(["python", "-m", MODULE, folder, out, *arguments], device)
-        write_atomically(Path(out), json.dumps(source | options | found, indent=1) + "\n")
+        write_result(Path(out), device, options | found, ["python", *sys.argv])
         print(json.dumps(found))
     return 1 if found["mismatches"] or not found["compared"] else 0
 
