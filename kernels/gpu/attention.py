@@ -227,14 +227,7 @@ def _prefill_kernel(
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: GpuAttentionPlan,
-    scale: float,
-    *,
-    kv_tile: int = GPU_KV_TILE,
-    kv_split: int = GPU_KV_SPLIT,
+    q: Tensor, k: Tensor, v: Tensor, plan: GpuAttentionPlan, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention of q [T, Hq, Dh] to k and v [kv_slots, Hkv, Dh], in bf16.
 
@@ -251,8 +244,7 @@ def attend(
     lse = torch.empty(num_heads, num_tokens if table is None else 0, device=q.device)
     if plan.decode is not None:
         assert table is not None
-        page_size = plan.page_size
-        decode_attention(q, k, v, output, plan.decode, table, page_size, scale, kv_tile, kv_split)
+        decode_attention(q, k, v, output, plan.decode, table, plan.page_size, scale)
     if len(plan.tile_seq):
         _prefill_kernel[(num_heads, len(plan.tile_seq))](
             q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=output, lse_ptr=lse, query_starts=plan.query_starts,
@@ -262,9 +254,9 @@ def attend(
             num_tokens=num_tokens, q_stride=q.stride(0), q_head=q.stride(1), stride=k.stride(0),
             kv_head=k.stride(1), qk_scale=scale * LOG2E, HEADS=num_heads,
             GROUP=num_heads // k.shape[1], DH=head_dim,
-            BLOCK_DH=triton.next_power_of_2(head_dim), ROWS=plan.tile_rows, TILE=kv_tile,
-            SPLIT=kv_split, PAGED=table is not None, PAGE=plan.page_size, LSE=lse.shape[1] > 0,
-            ONE_SPLIT=plan.longest <= kv_split, num_warps=8 if plan.tile_rows == 128 else 4,
+            BLOCK_DH=triton.next_power_of_2(head_dim), ROWS=plan.tile_rows, TILE=GPU_KV_TILE,
+            SPLIT=GPU_KV_SPLIT, PAGED=table is not None, PAGE=plan.page_size, LSE=lse.shape[1] > 0,
+            ONE_SPLIT=plan.longest <= GPU_KV_SPLIT, num_warps=8 if plan.tile_rows == 128 else 4,
             num_stages=2, enable_fp_fusion=False,
         )  # fmt: skip
     return output, lse

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from samebit.kernels.contract import GPU_KV_SPLIT, GPU_KV_TILE
 from samebit.kernels.gpu.online_softmax import merge, split_pass
 from samebit.kernels.gpu.pdl import after_previous, prefetch_l2, supported
 
@@ -117,19 +118,17 @@ def decode_attention(
     table: Tensor,
     page_size: int,
     scale: float,
-    kv_tile: int,
-    kv_split: int,
 ) -> None:
     """Write output rows [query_rows, Hq, Dh] of the entries; table [tables, max_pages] int32.
 
-    q [T, Hq, Dh]; k, v [kv_slots, Hkv, Dh]. kv_tile and kv_split are the contract's.
+    q [T, Hq, Dh]; k, v [kv_slots, Hkv, Dh].
     """
     num_heads, head_dim = q.shape[1:]
     num_kv = k.shape[1]
     group = num_heads // num_kv
     rows = max(_ROWS, triton.next_power_of_2(group))
     block_dh = max(64, triton.next_power_of_2(head_dim))
-    num_seqs, max_splits = len(decode.query_rows), triton.cdiv(decode.max_context, kv_split)
+    num_seqs, max_splits = len(decode.query_rows), triton.cdiv(decode.max_context, GPU_KV_SPLIT)
     parts = num_seqs * num_kv * group * (max_splits if max_splits > 1 else 0)
     part_max, part_sum = (torch.empty(parts, device=q.device) for _ in range(2))
     part_acc = torch.empty(parts, block_dh, device=q.device)
@@ -142,7 +141,7 @@ def decode_attention(
         table_rows=decode.table_rows, context_lens=decode.context_lens, pages_ptr=table,
         max_pages=table.stride(0), q_stride=q.stride(0), q_head=q.stride(1), stride=k.stride(0),
         kv_head=k.stride(1), qk_scale=scale * LOG2E, max_splits=max_splits, NUM_KV=num_kv,
-        GROUP=group, DH=head_dim, BLOCK_DH=block_dh, ROWS=rows, TILE=kv_tile, SPLIT=kv_split,
-        PAGE=page_size, PDL=pdl, num_warps=4, num_stages=num_stages,
+        GROUP=group, DH=head_dim, BLOCK_DH=block_dh, ROWS=rows, TILE=GPU_KV_TILE,
+        SPLIT=GPU_KV_SPLIT, PAGE=page_size, PDL=pdl, num_warps=4, num_stages=num_stages,
         enable_fp_fusion=False, launch_pdl=pdl,
     )  # fmt: skip
