@@ -1,13 +1,8 @@
 """attention: causal attention over keys in a paged cache or in a packed batch, one result for all.
 
-This is the canonical kind; kernels/attention_kind.py says what every kind has to do.
-
-Contract: keys are taken in tiles of a fixed number of tokens at absolute positions, in ascending
-order, by an online softmax (running max, sum and accumulator; each tile rescales the earlier ones).
-On a GPU it starts anew at every split, and the splits merge in ascending order. A query's result
-depends on its own keys alone: decode, chunked prefill and the packed training forward are the same
-operations on the same tiles. Keys a query may not see get a score of -inf; a value beyond the
-sequence's end is replaced by zero before the product (stale memory may hold NaN).
+This is the canonical kind, whose contract is in docs/contract.md: an online softmax over tiles of
+keys at absolute positions, in ascending order, so that a query's result depends on its own keys
+alone. A value beyond the sequence's end is replaced by zero: stale memory may hold NaN.
 
 Source of the online softmax: Milakov and Gimelshein 2018, arXiv 1805.02867; of the backward: Dao et
 al. 2022, arXiv 2205.14135.
@@ -18,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from samebit.kernels.attention_kind import AttentionKind, AttentionPlan, GraphEntries
 from samebit.kernels.contract import CPU_KV_TILE, GPU_KV_SPLIT, GPU_KV_TILE
@@ -25,9 +21,7 @@ from samebit.kernels.cpu import attention as cpu
 from samebit.kernels.op import Op
 
 
-def attention_ref(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_lens: Sequence[int], scale: float
-) -> torch.Tensor:
+def attention_ref(q: Tensor, k: Tensor, v: Tensor, seq_lens: Sequence[int], scale: float) -> Tensor:
     """Packed causal attention in plain torch: q [T, Hq, Dh]; k, v [T, Hkv, Dh] -> [T, Hq, Dh]."""
     outputs = []
     group = q.shape[1] // k.shape[1]
@@ -41,8 +35,10 @@ def attention_ref(
     return torch.cat(outputs)
 
 
-_attend = Op("attention", cpu=cpu.attend, cuda="samebit.kernels.gpu.attention:attend")
-_attend_backward = Op(
+_attend: Op[..., tuple[Tensor, Tensor]] = Op(
+    "attention", cpu=cpu.attend, cuda="samebit.kernels.gpu.attention:attend"
+)
+_attend_backward: Op[..., tuple[Tensor, ...]] = Op(
     "attention_backward",
     cpu=cpu.attend_backward,
     cuda="samebit.kernels.gpu.attention_backward:attend_backward",
@@ -52,20 +48,15 @@ _attend_backward = Op(
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        plan: AttentionPlan,
-        scale: float,
-    ) -> torch.Tensor:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float
+    ) -> Tensor:
         output, lse = _attend(q, k, v, plan, scale)
         ctx.save_for_backward(q, k, v, output, lse)
         ctx.plan, ctx.scale = plan, scale
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, output, lse = ctx.saved_tensors
         return *_attend_backward(grad, q, k, v, output, lse, ctx.plan, ctx.scale), None, None
 
@@ -85,7 +76,7 @@ class CanonicalAttention(AttentionKind):
         self,
         query_lens: Sequence[int],
         context_lens: Sequence[int],
-        page_table: torch.Tensor,
+        page_table: Tensor,
         page_size: int,
     ) -> AttentionPlan:
         """See AttentionKind."""
@@ -125,19 +116,13 @@ class CanonicalAttention(AttentionKind):
         """Nothing: a program for each split of each entry finds its lengths on the device."""
 
     def attend(
-        self,
-        q: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        plan: AttentionPlan,
-    ) -> torch.Tensor:
+        self, q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: AttentionPlan
+    ) -> Tensor:
         """See AttentionKind."""
         flat = (-1, *key_cache.shape[2:])
         keys, values = key_cache.view(flat), value_cache.view(flat)
         return _attend(q, keys, values, plan, self.heads.scale)[0]
 
-    def attend_packed(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan
-    ) -> torch.Tensor:
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
         """See AttentionKind."""
         return _PackedAttention.apply(q, k, v, plan, self.heads.scale)

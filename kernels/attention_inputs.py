@@ -4,7 +4,7 @@ Contract: the composition of rms_norm per query and key head (where the model ha
 kv_write, with their roundings. For inference; training composes the differentiable operations.
 """
 
-import torch
+from torch import Tensor
 
 from samebit.kernels.contract import GPU_NORM_ROWS
 from samebit.kernels.kv_write import kv_write
@@ -14,15 +14,15 @@ from samebit.kernels.rope import rope
 
 
 def attention_inputs_ref(
-    qkv: torch.Tensor,
-    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    qkv: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
     eps: float,
-    rope_table: torch.Tensor,
-    positions: torch.Tensor,
-    kv_slots: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-) -> torch.Tensor:
+    rope_table: Tensor,
+    positions: Tensor,
+    kv_slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+) -> Tensor:
     """The composition, by the device's own single operations: a bit reference."""
     num_kv, head_dim = key_cache.shape[-2:]
     by_group = qkv.view(len(qkv), num_kv, -1, head_dim)
@@ -42,15 +42,15 @@ _attention_inputs = Op(
 
 
 def attention_inputs(
-    qkv: torch.Tensor,
-    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    qkv: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
     eps: float,
-    rope_table: torch.Tensor,
-    positions: torch.Tensor,
-    kv_slots: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-) -> torch.Tensor:
+    rope_table: Tensor,
+    positions: Tensor,
+    kv_slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+) -> Tensor:
     """Queries [T, Hq, Dh], normalised and rotated; keys and values go to the caches' kv_slots.
 
     qkv [T, Hkv * (Hq / Hkv + 2) * Dh] holds for each KV head its queries, its key, its value.

@@ -1,9 +1,7 @@
 """AttentionKind: attention as engine and trainer know it, whoever computes it.
 
 A kind plans how the work of a forward is divided, once for all layers, and attends by the plan in
-each. What else belongs to a layer (norms, rope, writing keys and values) does not depend on it.
-kernels/registry.py names the kinds; a recipe's numerics.attention chooses one, for the engine's
-runner and the trainer's layers alike.
+each. A recipe's numerics.attention chooses one, for the engine's runner and the trainer's layers.
 """
 
 from abc import ABC, abstractmethod
@@ -14,6 +12,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 class Heads(NamedTuple):
@@ -45,11 +44,11 @@ class GraphEntries:
     Their first kernel writes table_rows and context_lens before any layer attends.
     """
 
-    table_rows: torch.Tensor
+    table_rows: Tensor
     """[B] int32, rows of the page table."""
-    context_lens: torch.Tensor
+    context_lens: Tensor
     """[B] int32, tokens of the contexts, the new one included; 0: only fills the batch up."""
-    page_table: torch.Tensor
+    page_table: Tensor
     """[slots, max_pages] int32, page ids in order of position."""
     page_size: int
     max_context: int
@@ -57,7 +56,7 @@ class GraphEntries:
 
     @classmethod
     def empty(
-        cls, batch: int, page_table: torch.Tensor, page_size: int, max_context: int
+        cls, batch: int, page_table: Tensor, page_size: int, max_context: int
     ) -> "GraphEntries":
         """Entries for `batch` samples, which only fill it up so far."""
         rows, lens = (
@@ -69,20 +68,14 @@ class GraphEntries:
 class AttentionKind(ABC):
     """Causal attention of given heads on one device, paged for the engine, packed for the trainer.
 
-    Another kind is a subclass in one file and a line of kernels/registry.py. FlashInfer fits so:
-    the object holds the workspace and the wrappers; plan_step and plan_context call a wrapper's
-    `plan` on the host, with these heads and with the indptr arrays that follow from lengths and
-    page table, and the AttentionPlan holds the wrapper whose `run` attends. plan_graph makes a
-    wrapper for CUDA graphs, with buffers for the batch and the bound of the entries, and
-    prepare_replay plans it anew, into buffers that no replay in flight still reads.
+    Another kind is a subclass in one file and a line of kernels/registry.py: see docs/extending.md.
     """
 
     name: ClassVar[str]
     """What the numerics profile calls it; with a library's version, if bits depend on that."""
     is_invariant: ClassVar[bool]
-    """Whether a query's bits depend on its own keys alone. Then decode, chunks and the packed
-    forward agree to the bit, so that the trainer's log-probs are the rollout's; that is proven at
-    start-up and checked in every training step."""
+    """Whether a query's bits depend on its own keys alone, so that the trainer's log-probs are the
+    rollout's: that is proven at start-up and checked in every training step."""
 
     def __init__(self, heads: Heads, device: torch.device) -> None:
         self.heads = heads
@@ -98,7 +91,7 @@ class AttentionKind(ABC):
         self,
         query_lens: Sequence[int],
         context_lens: Sequence[int],
-        page_table: torch.Tensor,
+        page_table: Tensor,
         page_size: int,
     ) -> AttentionPlan:
         """Plan an engine step, whose keys lie in pages.
@@ -150,24 +143,16 @@ class AttentionKind(ABC):
 
     @abstractmethod
     def attend(
-        self,
-        q: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        plan: AttentionPlan,
-    ) -> torch.Tensor:
+        self, q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: AttentionPlan
+    ) -> Tensor:
         """Attention of new tokens to their samples' pages, their own keys already written.
 
-        q [T, Hq, Dh], caches [P, page_size, Hkv, Dh], plan from plan_step or plan_graph ->
-        [T, Hq, Dh].
+        q [T, Hq, Dh], caches [P, page_size, Hkv, Dh] -> [T, Hq, Dh]; plan: of a step or a graph.
         """
 
     @abstractmethod
-    def attend_packed(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan
-    ) -> torch.Tensor:
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
         """Attention of packed samples to themselves; it is differentiable in q, k and v.
 
-        q [T, Hq, Dh], k and v [num_keys, Hkv, Dh], plan from plan_packed or plan_context ->
-        [T, Hq, Dh].
+        q [T, Hq, Dh], k and v [num_keys, Hkv, Dh] -> [T, Hq, Dh]; plan: packed or of a context.
         """

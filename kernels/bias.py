@@ -1,44 +1,39 @@
 """add_bias: what a product with a bias adds to its sums.
 
 Contract: the bias, widened to fp32, is added once to the finished fp32 sum of products; then comes
-the one rounding. So an element of the result depends on its own row of x, on the weight and on the
-bias alone, as linear's do.
+the one rounding.
 """
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from samebit.kernels.linear import linear
-from samebit.kernels.op import Op, require_fp32
+from samebit.kernels.op import Op
 
 
-def add_bias_ref(y: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def add_bias_ref(y: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """y [..., N] + bias [N] in fp32, rounded to dtype, in plain torch: a bit reference."""
     return (y.float() + bias.float()).to(dtype)
 
 
-def _add_bias_cpu(y: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    require_fp32("add_bias", y, bias)
-    return add_bias_ref(y, bias, dtype)
-
-
-def _add_bias_cuda(y: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _add_bias_cuda(y: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """One kernel of torch's: it widens as it reads, adds in fp32 and rounds as it writes."""
     return torch.add(y, bias, out=torch.empty(y.shape, dtype=dtype, device=y.device))
 
 
-_forward = Op("add_bias", cpu=_add_bias_cpu, cuda=_add_bias_cuda)
+_forward = Op("add_bias", cpu=add_bias_ref, cuda=_add_bias_cuda)
 
 
 class _AddBias(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def forward(ctx: Any, y: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.bias_dtype = bias.dtype
         return _forward(y, bias, dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_bias = None
         if ctx.needs_input_grad[1]:
             rows = grad.reshape(-1, grad.shape[-1])
@@ -46,7 +41,7 @@ class _AddBias(torch.autograd.Function):
         return grad.float() if ctx.needs_input_grad[0] else None, grad_bias, None
 
 
-def add_bias(y: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def add_bias(y: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """y [..., N] fp32, a finished sum, plus bias [N] -> [..., N] in dtype; differentiable in both.
 
     Raises ValueError for another dtype than fp32 on the CPU.
@@ -55,11 +50,8 @@ def add_bias(y: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> torch.T
 
 
 def linear_with_bias(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    main_grad: torch.Tensor | None = None,
-) -> torch.Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None = None
+) -> Tensor:
     """x [..., K] times weight [N, K] transposed, plus bias [N] where there is one: [..., N].
 
     It is differentiable in all of them; main_grad is the weight's, as in `linear`. Raises

@@ -1,13 +1,13 @@
 """The numbers and orders that bits depend on. It is the leaf that all of kernels/ imports.
 
-A change of anything here changes bits and raises CONTRACT_VERSION. What the operations mean stands
-in docs/contract.md and in their own files, kernels/<operation>.py.
+A change of anything here changes bits and raises CONTRACT_VERSION. docs/contract.md says what the
+operations mean.
 """
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
 CONTRACT_VERSION = 2
 """It stands in every numerics profile and is raised whenever an implementation's bits change."""
@@ -56,7 +56,7 @@ def padded_vocab_size(vocab_size: int) -> int:
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def tree_sum(parts: "list[torch.Tensor]") -> "torch.Tensor":
+def tree_sum(parts: "list[Tensor]") -> "Tensor":
     """Sum of a power of two of equally shaped tensors, neighbours first: ((0 + 1) + (2 + 3))."""
     while len(parts) > 1:
         parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]

@@ -1,8 +1,7 @@
 """The ring between the host and the CUDA graphs of decode steps: one layout for both sides.
 
-It lies in pinned host memory, so that nothing is copied between two replays of a graph: while the
-GPU runs a step, the host fills in the next one's entry and reads the last one's. A counter on the
-device says whose turn it is. kernels/gpu/decode_ends.py is the GPU's side.
+It lies in pinned host memory: while the GPU runs a step, the host fills in the next one's entry and
+reads the last one's. kernels/gpu/decode_ends.py is the GPU's side.
 """
 
 from enum import IntEnum

@@ -1,16 +1,12 @@
 """kv_write: scatter new keys and values to their kv_slots in the paged cache."""
 
-import torch
+from torch import Tensor
 
-from samebit.kernels.op import Op, require_fp32
+from samebit.kernels.op import Op
 
 
 def kv_write_ref(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    kv_slots: torch.Tensor,
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, kv_slots: Tensor
 ) -> None:
     """Write key and value [T, Hkv, Dh] to kv_slots [T] of caches [P, page_size, Hkv, Dh], in place.
 
@@ -20,15 +16,4 @@ def kv_write_ref(
     value_cache.view(-1, *value.shape[1:])[kv_slots] = value
 
 
-def _kv_write_cpu(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    kv_slots: torch.Tensor,
-) -> None:
-    require_fp32("kv_write", key, value, key_cache, value_cache)
-    kv_write_ref(key, value, key_cache, value_cache, kv_slots)
-
-
-kv_write = Op("kv_write", cpu=_kv_write_cpu, cuda="samebit.kernels.gpu.kv_write:kv_write")
+kv_write = Op("kv_write", cpu=kv_write_ref, cuda="samebit.kernels.gpu.kv_write:kv_write")

@@ -8,6 +8,7 @@ chain of tensor-core products in ascending k into one fp32 accumulator, one roun
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from samebit.kernels.cpu import linear as cpu
 from samebit.kernels.op import Op
@@ -20,12 +21,7 @@ _forward_in_segments = Op(
 )
 
 
-def linear_ref(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [M, K] @ weight [N, K].T in plain torch: a tolerance reference."""
-    return x @ weight.t()
-
-
-def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total [N, K] fp32 += a [N, M] @ b [M, K], summed in fp32. Any of them may be empty."""
     if not a.numel() or not b.numel():
         return
@@ -41,18 +37,18 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        main_grad: torch.Tensor | None,
+        x: Tensor,
+        weight: Tensor,
+        main_grad: Tensor | None,
         product: Op,
         option: torch.dtype | int,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.main_grad = main_grad
         return product(x, weight, option)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad.to(x.dtype)
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
@@ -66,11 +62,8 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    out_dtype: torch.dtype | None = None,
-    main_grad: torch.Tensor | None = None,
-) -> torch.Tensor:
+    x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None, main_grad: Tensor | None = None
+) -> Tensor:
     """x [..., K] times weight [N, K] transposed -> [..., N]; it is differentiable in both.
 
     out_dtype: x's, or fp32 for what is not rounded yet (a partial sum) or never is (logits).
@@ -84,11 +77,8 @@ def linear(
 
 
 def linear_in_segments(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    num_segments: int,
-    main_grad: torch.Tensor | None = None,
-) -> torch.Tensor:
+    x: Tensor, weight: Tensor, num_segments: int, main_grad: Tensor | None = None
+) -> Tensor:
     """linear as the tree_sum of products over equal parts of K, in fp32 and not rounded to less.
 
     x [..., K] times weight [N, K] transposed -> [..., N] fp32; it is differentiable in both.

@@ -1,40 +1,31 @@
 """logprob: the log-probability of given tokens under softmax(hidden @ weight.T / temperature).
 
-Contract: logits are linear's fp32 output divided by the temperature in fp32. The vocabulary counts
-as padded to a multiple of 1,024 whose padding is -inf, and is cut into 8 equal segments: the
-log-sum-exp of each segment, then the 8 merged in ascending order. So tensor parallel sizes
-1, 2, 4 and 8 give equal bits. The softmax is the full one, before any top-k, top-p or min-p.
-Rows are taken in chunks; [T, V] never exists.
+Contract (docs/contract.md): the log-sum-exps of 8 segments of the vocabulary merge in ascending
+order, so that tensor parallel sizes 1, 2, 4 and 8 give equal bits. The softmax is the full one,
+before any top-k, top-p or min-p. Rows are taken in chunks; [T, V] never exists.
 """
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from samebit.kernels.cpu import logprob as cpu
 from samebit.kernels.linear import add_product, linear
 from samebit.kernels.op import Op
 from samebit.kernels.reduce import ALONE, RankGroup, gather_columns
 
-
-def logsumexp_ref(logits: torch.Tensor) -> torch.Tensor:
-    """logits [B, V] -> [B], in plain torch: a tolerance reference."""
-    return logits.float().logsumexp(-1)
-
-
 logsumexp = Op("logsumexp", cpu=cpu.logsumexp, cuda="samebit.kernels.gpu.logprob:logsumexp")
 """logits [B, V] fp32 -> log-sum-exps [B] fp32."""
 
 
-def logprob_of(scaled_logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+def logprob_of(scaled_logits: Tensor, token_ids: Tensor) -> Tensor:
     """Log-probabilities [B] of token_ids [B] under scaled_logits [B, V] (fp32)."""
     chosen = scaled_logits.gather(1, token_ids[:, None]).squeeze(1)
     return chosen - logsumexp(scaled_logits)
 
 
-def logits(
-    hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, ranks: RankGroup = ALONE
-) -> torch.Tensor:
+def logits(hidden: Tensor, weight: Tensor, vocab_size: int, ranks: RankGroup = ALONE) -> Tensor:
     """Logits [T, V] fp32 on every rank, before any temperature; arguments as in `logprob`."""
     if ranks.size == 1:
         return linear(hidden, weight[:vocab_size], torch.float32)
@@ -43,11 +34,8 @@ def logits(
 
 
 def token_stats_ref(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    token_ids: torch.Tensor,
-    entropy_grad: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits: Tensor, temperature: Tensor, token_ids: Tensor, entropy_grad: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     scaled = logits / temperature[:, None]
     normalizer = logsumexp(scaled)
     logprobs = scaled.gather(1, token_ids[:, None]).squeeze(1) - normalizer
@@ -59,15 +47,15 @@ def token_stats_ref(
 
 
 def logits_grad_ref(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    normalizer: torch.Tensor,
-    token_ids: torch.Tensor,
-    grad: torch.Tensor,
+    logits: Tensor,
+    temperature: Tensor,
+    normalizer: Tensor,
+    token_ids: Tensor,
+    grad: Tensor,
     dtype: torch.dtype,
-    entropy: torch.Tensor | None = None,
-    entropy_grad: torch.Tensor | None = None,
-) -> torch.Tensor:
+    entropy: Tensor | None = None,
+    entropy_grad: Tensor | None = None,
+) -> Tensor:
     t, chosen = temperature[:, None], token_ids[:, None]
     grad_logits = torch.exp(logits / t - normalizer[:, None]).neg_()
     here = (chosen >= 0) & (chosen < logits.shape[1])
@@ -100,15 +88,15 @@ class _Logprob(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        token_ids: torch.Tensor,
-        temperature: torch.Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        token_ids: Tensor,
+        temperature: Tensor,
         vocab_size: int,
         ranks: RankGroup,
-        main_grad: torch.Tensor | None,
+        main_grad: Tensor | None,
         entropy_grad: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         ctx.main_grad = main_grad
         ctx.first = ranks.rank * len(weight)  # the vocabulary's part that this rank holds
         live = max(0, min(len(weight), vocab_size - ctx.first))
@@ -127,9 +115,7 @@ class _Logprob(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(
-        ctx: Any, grad: torch.Tensor, entropy_grad: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, entropy_grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, token_ids, temperature, normalizer, *entropy = ctx.saved_tensors
         of_entropy = [*entropy, entropy_grad] if entropy else []
         grad_hidden = torch.empty_like(hidden)
@@ -155,15 +141,15 @@ class _Logprob(torch.autograd.Function):
 
 
 def logprob(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    token_ids: torch.Tensor,
-    temperature: torch.Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor,
     vocab_size: int,
     ranks: RankGroup = ALONE,
-    main_grad: torch.Tensor | None = None,
+    main_grad: Tensor | None = None,
     entropy_grad: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of the next-token distributions.
 
     hidden [T, D], weight [padded V / size, D] (this rank's rows; those of the vocabulary from

@@ -1,47 +1,49 @@
 """One operation, one canonical meaning, one implementation per device type.
 
-kernels/<operation>.py holds its contract, reference, gradients and dispatch; kernels/cpu/ and
-kernels/gpu/ hold the implementations, which know nothing of the dispatch.
+docs/contract.md writes out the meaning. kernels/<operation>.py holds reference, gradients and
+dispatch; kernels/cpu/ and kernels/gpu/ hold implementations, which know nothing of the dispatch.
 
-Letters of the whole project: T tokens, B samples, D model width, Hq query heads, Hkv KV heads, Dh
-head dim, F ffn, V vocabulary, P pages, E experts, L length of a sample; M, N and K only for matrix
-products, y [M, N] = x [M, K] @ weight [N, K].T. A kv_slot is a token's place in the KV cache.
+Shape letters (T, B, D, Hq, Hkv, Dh, F, V, P, L; M, N, K of products) and words: docs/design.md.
 """
 
-import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
-class Op:
+class Op[**P, R]:
     """Picks the implementation of a contract operation by the device of its first tensor.
 
-    Every implementation of one device type returns the same bits; see docs/contract.md.
+    Every implementation of one device type returns the same bits; see docs/contract.md. Raises
+    ValueError for floats other than fp32 on the CPU, whose contract knows no other dtype.
     """
 
-    def __init__(self, name: str, **implementations: Callable[..., Any] | str) -> None:
-        """An implementation is a function, or "module:function" of one that needs triton."""
+    def __init__(self, name: str, cpu: Callable[P, R], cuda: Callable[P, R] | str = "") -> None:
+        """`cuda` may be "module:function", imported when it is first called: it needs triton."""
         self.name = name
-        self.implementations = implementations
+        self.implementations: dict[str, Callable[P, R] | str] = {"cpu": cpu}
+        if cuda:
+            self.implementations["cuda"] = cuda
 
-    def __call__(self, first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        implementation = self.implementations.get(first.device.type)
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        device: Any = args[0].device  # type: ignore[attr-defined]
+        implementation = self.implementations.get(device.type)
         if implementation is None:
             raise NotImplementedError(
-                f"{self.name} has no implementation for device '{first.device.type}'; "
+                f"{self.name} has no implementation for device '{device.type}'; "
                 f"it has: {', '.join(self.implementations)}"
             )
         if isinstance(implementation, str):
-            module, function = implementation.split(":")
-            implementation = getattr(importlib.import_module(module), function)
-            self.implementations[first.device.type] = implementation
-        return implementation(first, *args, **kwargs)
+            implementation = pkgutil.resolve_name(implementation)
+            self.implementations[device.type] = implementation
+        if device.type == "cpu":
+            self._require_fp32(*args)
+        return implementation(*args, **kwargs)
 
-
-def require_fp32(name: str, *tensors: torch.Tensor) -> None:
-    """Raise ValueError unless all tensors are fp32: the only dtype of the CPU contract."""
-    for tensor in tensors:
-        if tensor.dtype != torch.float32:
-            raise ValueError(f"{name} on the CPU takes torch.float32, got {tensor.dtype}")
+    def _require_fp32(self, *args: object) -> None:
+        for x in args:
+            if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float32:
+                raise ValueError(f"{self.name} on the CPU takes torch.float32, got {x.dtype}")

@@ -43,13 +43,9 @@ def _cpu_architecture() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return platform.processor() or platform.machine()
-    fields = dict(
-        line.split(":", 1)
-        for line in cpuinfo.read_text().split("\n\n")[0].splitlines()
-        if ":" in line
-    )
-    by_name = {name.strip(): value.strip() for name, value in fields.items()}
-    family = [by_name.get(name, "?") for name in ("vendor_id", "cpu family", "model")]
+    lines = cpuinfo.read_text().split("\n\n")[0].splitlines()
+    fields = {name.strip(): value.strip() for name, _, value in (x.partition(":") for x in lines)}
+    family = [fields.get(name, "?") for name in ("vendor_id", "cpu family", "model")]
     return f"{platform.machine()} {' '.join(family)} {torch.backends.cpu.get_cpu_capability()}"
 
 

@@ -1,12 +1,8 @@
 """reduce: sums over tensor-parallel ranks in ascending rank order, with one rounding.
 
-Contract: fp32 partials, added from rank 0 upwards, rounded once; the same function in engine and
-trainer, so that a row-parallel product has the same bits on both sides. The order is written out:
-a collective's own order may change with its algorithm.
-
-Under tp_invariant a row-parallel product is cut into 8 segments of K, whatever the number of ranks,
-and all sums are one binary tree: its lower branches inside a rank, the upper ones between ranks. So
-1, 2, 4 and 8 ranks give the same bits.
+Contract: docs/contract.md. The order is written out, because a collective's own order may change
+with its algorithm. Under tp_invariant all sums are one binary tree over 8 segments of K: its lower
+branches inside a rank, the upper ones between ranks.
 """
 
 from dataclasses import dataclass
@@ -14,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from samebit.kernels.contract import TP_SEGMENTS, tree_sum
 from samebit.kernels.linear import linear, linear_in_segments
@@ -60,7 +57,7 @@ class RankGroup:
 ALONE = RankGroup()
 
 
-def reduce_ref(partials: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+def reduce_ref(partials: list[Tensor], dtype: torch.dtype) -> Tensor:
     """Sum partials (equal shapes, fp32) from rank 0 upwards and round once to dtype."""
     total = partials[0].float()
     for partial in partials[1:]:
@@ -68,7 +65,7 @@ def reduce_ref(partials: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor
     return total.to(dtype)
 
 
-def sum_over_ranks(partial: torch.Tensor, ranks: RankGroup, dtype: torch.dtype) -> torch.Tensor:
+def sum_over_ranks(partial: Tensor, ranks: RankGroup, dtype: torch.dtype) -> Tensor:
     """Sum each rank's `partial` in fp32 and round once to dtype; every rank gets the same bits."""
     if ranks.size == 1:
         return partial.to(dtype)
@@ -80,14 +77,14 @@ def sum_over_ranks(partial: torch.Tensor, ranks: RankGroup, dtype: torch.dtype) 
     return reduce_ref(parts, dtype)
 
 
-def sum_of_own_rows(partial: torch.Tensor, ranks: RankGroup, dtype: torch.dtype) -> torch.Tensor:
+def sum_of_own_rows(partial: Tensor, ranks: RankGroup, dtype: torch.dtype) -> Tensor:
     """This rank's rows of sum_over_ranks: [T, ...] -> [T / size, ...]; T is a multiple of size."""
     if peers := peers_of(ranks, partial.device):
         return peers.sum_of_own_rows(partial, dtype, ranks.invariant)
     return own_rows(sum_over_ranks(partial, ranks, dtype), ranks)
 
 
-def gather_columns(x: torch.Tensor, ranks: RankGroup) -> torch.Tensor:
+def gather_columns(x: Tensor, ranks: RankGroup) -> Tensor:
     """Every rank's columns [T, C] fp32, side by side in rank order: [T, size * C]."""
     if ranks.size == 1:
         return x
@@ -97,11 +94,8 @@ def gather_columns(x: torch.Tensor, ranks: RankGroup) -> torch.Tensor:
 
 
 def partial_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    ranks: RankGroup,
-    main_grad: torch.Tensor | None = None,
-) -> torch.Tensor:
+    x: Tensor, weight: Tensor, ranks: RankGroup, main_grad: Tensor | None = None
+) -> Tensor:
     """This rank's summand of a row-parallel product: [..., K / size] -> [..., N] fp32.
 
     It is differentiable in both; main_grad: see `linear`.
@@ -111,7 +105,7 @@ def partial_linear(
     return linear(x, weight, torch.float32, main_grad)
 
 
-def row_parallel_linear(x: torch.Tensor, weight: torch.Tensor, ranks: RankGroup) -> torch.Tensor:
+def row_parallel_linear(x: Tensor, weight: Tensor, ranks: RankGroup) -> Tensor:
     """x [M, K / size] times this rank's columns of a weight [N, K], summed over the ranks: [M, N].
 
     It is for inference: nothing is differentiated.
@@ -121,9 +115,7 @@ def row_parallel_linear(x: torch.Tensor, weight: torch.Tensor, ranks: RankGroup)
     return sum_over_ranks(partial_linear(x, weight, ranks), ranks, x.dtype)
 
 
-def vocab_parallel_embedding(
-    token_ids: torch.Tensor, weight: torch.Tensor, ranks: RankGroup
-) -> torch.Tensor:
+def vocab_parallel_embedding(token_ids: Tensor, weight: Tensor, ranks: RankGroup) -> Tensor:
     """Rows of an embedding whose rows are split over the ranks. token_ids [T] -> [T, D]."""
     if ranks.size == 1:
         return weight[token_ids]
@@ -133,12 +125,12 @@ def vocab_parallel_embedding(
     return sum_over_ranks(rows.masked_fill_(elsewhere[:, None], 0.0), ranks, weight.dtype)
 
 
-def gather_rows(x: torch.Tensor, ranks: RankGroup) -> torch.Tensor:
+def gather_rows(x: Tensor, ranks: RankGroup) -> Tensor:
     """Every rank's rows [T, ...], one rank's behind another's: [size * T, ...]."""
     return torch.cat(_gather(x, ranks.group))
 
 
-def own_rows(x: torch.Tensor, ranks: RankGroup) -> torch.Tensor:
+def own_rows(x: Tensor, ranks: RankGroup) -> Tensor:
     """This rank's part of rows that gather_rows would put together."""
     return x.chunk(ranks.size)[ranks.rank]
 
@@ -153,7 +145,7 @@ def peers_of(ranks: RankGroup, device: torch.device) -> "Peers | None":
     return peers.peers_of(ranks.group, device)
 
 
-def _gather(x: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+def _gather(x: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
     parts = [
         torch.empty_like(x, memory_format=torch.contiguous_format)
         for _ in range(dist.get_world_size(group))

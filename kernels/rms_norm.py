@@ -1,19 +1,19 @@
 """rms_norm: y = x * rsqrt(mean(x^2) + eps) * weight over the last dimension, in fp32.
 
-Contract: one row at a time, its sum of squares in one fixed order. With a residual, the sum
-x + residual is rounded to the activation dtype first and then normalised. The q and k norms are the
-same operation per head. Source: Zhang and Sennrich 2019, arXiv 1910.07467.
+Contract: one row at a time, its sum of squares in one fixed order. A residual is added and rounded
+to the activation dtype first. Source: Zhang and Sennrich 2019, arXiv 1910.07467.
 """
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from samebit.kernels.cpu import rms_norm as cpu
 from samebit.kernels.op import Op
 
 
-def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., D], weight [D] -> [..., D], computed in fp32 and rounded once to x's dtype."""
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -24,8 +24,8 @@ _forward = Op("rms_norm", cpu=cpu.rms_norm, cuda="samebit.kernels.gpu.rms_norm:r
 
 
 def rms_norm_backward_ref(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse_rms: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor
+) -> tuple[Tensor, Tensor]:
     """Gradients of x [..., D] and weight [D], in fp32 and rounded once."""
     normed = x.float() * inverse_rms
     grad_weight = (grad.float() * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
@@ -43,36 +43,30 @@ _backward = Op(
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         y, inverse_rms = _forward(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse_rms)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *_backward(grad, *ctx.saved_tensors), None
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise x [..., D] by its root mean square and scale by weight [D]; differentiable."""
     return _RmsNorm.apply(x, weight, eps)
 
 
 def add_rms_norm_ref(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """The composition, by the device's own single operations: a bit reference."""
     total = residual + x
     return rms_norm(total, weight, eps), total
 
 
-_add_rms_norm = Op(
+add_rms_norm = Op(
     "add_rms_norm", cpu=add_rms_norm_ref, cuda="samebit.kernels.gpu.rms_norm:add_rms_norm"
 )
-
-
-def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rms_norm(s), s) for s = x + residual [T, D], rounded before it is normalised; inference."""
-    return _add_rms_norm(x, residual, weight, eps)
+"""(rms_norm(s), s) for s = x + residual [T, D], rounded before it is normalised; inference."""

@@ -1,27 +1,22 @@
 """rope: rotary position embedding from one fp32 table, applied after the q/k norm.
 
 Contract: the first and second halves of each head are rotated by position * frequency: products
-and sums in fp32, one rounding. What a kind of scaling changes is in the table: frequencies, and
-yarn's factor of cosines and sines. Source: Su et al. 2021, arXiv 2104.09864, in the half-split
-layout of Hugging Face checkpoints.
+and sums in fp32, one rounding. What a kind of scaling changes is in the table. Source: Su et al.
+2021, arXiv 2104.09864, in the half-split layout of Hugging Face checkpoints.
 """
 
 import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from samebit.kernels.op import Op, require_fp32
+from samebit.kernels.op import Op
 
 SCALING_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": (
         "factor",
         "original_max_position_embeddings",
@@ -44,7 +39,7 @@ def rope_table(
     max_position: int,
     scaling: dict[str, Any] | None = None,
     device: torch.device | str = "cpu",
-) -> torch.Tensor:
+) -> Tensor:
     """cos and sin of every angle, [max_position, Dh] in fp32: Dh/2 cosines, then Dh/2 sines.
 
     They are computed on the CPU whatever the device, so that every process holds the same table.
@@ -58,9 +53,7 @@ def rope_table(
     return (table * _attention_factor(scaling or {})).to(device)
 
 
-def _frequencies(
-    theta: float, period: torch.Tensor, scaling: dict[str, Any] | None
-) -> torch.Tensor:
+def _frequencies(theta: float, period: Tensor, scaling: dict[str, Any] | None) -> Tensor:
     """[Dh/2] fp32, by transformers' operations in their order. period: theta**(2 i / Dh)."""
     kind = (scaling or {}).get("rope_type", "default")
     frequency = 1.0 / period
@@ -81,7 +74,7 @@ def _frequencies(
     return frequency * ((1 - ramp) / factor + ramp)
 
 
-def _yarn_frequencies(theta: float, period: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:
+def _yarn_frequencies(theta: float, period: Tensor, scaling: dict[str, Any]) -> Tensor:
     """Peng et al. 2023, arXiv 2309.00071: what turns often in the old context is kept, what turns
     rarely is stretched by `factor`, with a ramp over the dimensions between."""
     half, original = len(period), scaling["original_max_position_embeddings"]
@@ -115,7 +108,7 @@ def _attention_factor(scaling: dict[str, Any]) -> float:
     return sharpness(above) / sharpness(below) if above and below else sharpness(1)
 
 
-def rope_ref(x: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def rope_ref(x: Tensor, positions: Tensor, table: Tensor) -> Tensor:
     """x [T, heads, Dh], positions [T], table [max_position, Dh] -> rotated x, in plain torch."""
     cos, sin = table[positions].unsqueeze(1).chunk(2, dim=-1)
     first, second = x.float().chunk(2, dim=-1)
@@ -123,30 +116,23 @@ def rope_ref(x: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> t
     return rotated.to(x.dtype)
 
 
-def _rope_cpu(x: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    require_fp32("rope", x, table)
-    return rope_ref(x, positions, table)
-
-
-_forward = Op("rope", cpu=_rope_cpu, cuda="samebit.kernels.gpu.rope:rope")
+_forward = Op("rope", cpu=rope_ref, cuda="samebit.kernels.gpu.rope:rope")
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, positions: torch.Tensor, table: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, positions: Tensor, table: Tensor) -> Tensor:
         ctx.save_for_backward(positions, table)
         return _forward(x, positions, table)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         positions, table = ctx.saved_tensors
         cos, sin = table[positions].chunk(2, dim=-1)
         back = torch.cat([cos, -sin], dim=-1)  # the transposed rotation
         return _forward(grad, torch.arange(len(positions), device=grad.device), back), None, None
 
 
-def rope(x: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def rope(x: Tensor, positions: Tensor, table: Tensor) -> Tensor:
     """Rotate x [T, heads, Dh] to absolute positions [T] by table [max_position, Dh]."""
     return _Rope.apply(x, positions, table)

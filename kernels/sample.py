@@ -1,50 +1,30 @@
 """sample: Gumbel-max over the allowed tokens, with noise keyed by what the token is.
 
-Contract: x = word (token id mod 4) of Philox4x32-10 with key (seed low, seed high) and counter
-(token id div 4, position, sample id low, sample id high); v = (x + 1) * 2^-32 rounded to fp32, in
-(0, 1]; E = -log1p(-v); g = -log(E). The token is the argmax of logit / T + g over the allowed
-tokens, ties to the lower id. v rounded up to 1 gives g = -inf: the token is not drawn unless every
-allowed token got that (with top_k = 1, once in 2^25 draws); then the lowest allowed id is.
+Contract: docs/contract.md writes out the noise, which tokens are allowed, and all ties. Noise of
+-inf (once in 2^25 tokens) only puts a token behind all others: with top_k = 1 it is drawn.
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
-
-Allowed tokens are found by thresholds; tokens that tie with a threshold are all kept:
-min_p keeps p >= min_p * max p; top_k keeps the k largest logits; top_p, on what those two kept and
-renormalised, keeps a token if the tokens strictly more likely hold less than top_p of the mass.
 """
 
 import torch
+from torch import Tensor
 
 from samebit.kernels.cpu import sample as cpu
 from samebit.kernels.logprob import logprob_of
-from samebit.kernels.op import Op, require_fp32
+from samebit.kernels.op import Op
 
-_noise = Op("gumbel_noise", cpu=cpu.gumbel_noise)
+gumbel_noise = Op("gumbel_noise", cpu=cpu.gumbel_noise)
+"""Noise [B, V] fp32 for int64 tensors seeds, positions and sample_ids, all [B], and V."""
 
-
-def gumbel_noise(
-    seeds: torch.Tensor, positions: torch.Tensor, sample_ids: torch.Tensor, vocab_size: int
-) -> torch.Tensor:
-    """Noise [B, V] fp32 for int64 tensors seeds, positions and sample_ids, all [B]."""
-    return _noise(seeds, positions, sample_ids, vocab_size)
-
-
-_allowed = Op(
+allowed_tokens = Op(
     "allowed_tokens", cpu=cpu.allowed_tokens, cuda="samebit.kernels.gpu.sample:allowed_tokens"
 )
+"""Mask [B, V] of the tokens that may be drawn; rules and ties in docs/contract.md.
+
+scaled_logits [B, V] fp32 after temperature; top_k [B] int64 (0: off), top_p [B] fp32 (1: off),
+min_p [B] fp32 (0: off)."""
 
 
-def allowed_tokens(
-    scaled_logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
-) -> torch.Tensor:
-    """Mask [B, V] of the tokens that may be drawn; rules and ties in the module's docstring.
-
-    scaled_logits [B, V] fp32 after temperature; top_k [B] int64 (0: off), top_p [B] fp32
-    (1: off), min_p [B] fp32 (0: off).
-    """
-    return _allowed(scaled_logits, top_k, top_p, min_p)
-
-
-def sample_ref(scaled_logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def sample_ref(scaled_logits: Tensor, noise: Tensor) -> Tensor:
     """Token ids [B]: the argmax of scaled_logits + noise, both [B, V]; ties to the lower id.
 
     A logit of -inf forbids a token; noise of -inf only puts it behind all others.
@@ -53,70 +33,38 @@ def sample_ref(scaled_logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor
     return (scaled_logits + noise.clamp(min=least)).argmax(-1)
 
 
-def _sample_cpu(scaled_logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    require_fp32("sample", scaled_logits, noise)
-    return sample_ref(scaled_logits, noise)
-
-
-sample = Op("sample", cpu=_sample_cpu)
+sample = Op("sample", cpu=sample_ref)
 
 
 def draw_ref(
-    scaled_logits: torch.Tensor,
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
-    sample_ids: torch.Tensor,
-    greedy: torch.Tensor,
-) -> torch.Tensor:
-    """The composition of the single operations, which is the CPU's implementation."""
-    noise = gumbel_noise(seeds, positions, sample_ids, scaled_logits.shape[-1])
-    return sample(scaled_logits, noise.masked_fill_(greedy[:, None], 0.0))
-
-
-_draw = Op("draw", cpu=draw_ref, cuda="samebit.kernels.gpu.sample:draw")
-
-
-def draw(
-    scaled_logits: torch.Tensor,
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
-    sample_ids: torch.Tensor,
-    greedy: torch.Tensor,
-) -> torch.Tensor:
+    scaled_logits: Tensor, seeds: Tensor, positions: Tensor, sample_ids: Tensor, greedy: Tensor
+) -> Tensor:
     """Next tokens [B] for scaled_logits [B, V] fp32, -inf where a token may not be drawn.
 
     seeds, positions, sample_ids: int64 [B]; greedy: bool [B], no noise. All on one device.
     """
-    return _draw(scaled_logits, seeds, positions, sample_ids, greedy)
+    noise = gumbel_noise(seeds, positions, sample_ids, scaled_logits.shape[-1])
+    return sample(scaled_logits, noise.masked_fill_(greedy[:, None], 0.0))
+
+
+draw = Op("draw", cpu=draw_ref, cuda="samebit.kernels.gpu.sample:draw")
 
 
 def draw_with_logprobs_ref(
-    logits: torch.Tensor, temperature: torch.Tensor, *keys: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The composition of the single operations, which is the CPU's implementation."""
-    scaled = logits / temperature[:, None]
-    token_ids = _draw(scaled, *keys)
-    return token_ids, logprob_of(scaled, token_ids)
-
-
-_draw_with_logprobs = Op(
-    "draw_with_logprobs",
-    cpu=draw_with_logprobs_ref,
-    cuda="samebit.kernels.gpu.sample:draw_with_logprobs",
-)
-
-
-def draw_with_logprobs(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
-    sample_ids: torch.Tensor,
-    greedy: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits: Tensor, temperature: Tensor, *keys: Tensor
+) -> tuple[Tensor, Tensor]:
     """Next tokens [B] and their log-probs [B] fp32 where every token may be drawn.
 
     logits [B, V] fp32 and temperature [B] fp32 > 0; the rest as in `draw`. The same as `draw` and
     `logprob_of` on logits / temperature.
     """
-    return _draw_with_logprobs(logits, temperature, seeds, positions, sample_ids, greedy)
+    scaled = logits / temperature[:, None]
+    token_ids = draw(scaled, *keys)
+    return token_ids, logprob_of(scaled, token_ids)
+
+
+draw_with_logprobs = Op(
+    "draw_with_logprobs",
+    cpu=draw_with_logprobs_ref,
+    cuda="samebit.kernels.gpu.sample:draw_with_logprobs",
+)

@@ -1,9 +1,8 @@
 """A check on the machine at hand that all implementations of an operation give the same bits.
 
 The contract rests on observations of some libraries and chips; others may differ. So the engine
-runs this check at start-up for the model's own shapes (milliseconds for a small model, seconds for
-a large one) and remembers the result. Where the fast path fails, the path
-that keeps the contract by construction is used from then on, and a warning says so.
+runs this check at start-up for the model's own shapes and remembers the result. Where the fast path
+fails, the one that keeps the contract by construction is used, and a warning says so.
 """
 
 import hashlib
@@ -15,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from samebit.kernels.attention_inputs import attention_inputs, attention_inputs_ref
 from samebit.kernels.attention_kind import AttentionKind, Heads
@@ -41,22 +41,18 @@ def _cache_file(key: object) -> Path:
     return root / "samebit" / "selfcheck" / f"{name}.json"
 
 
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
-
-
-def _randn(*shape: int, device: torch.device, seed: int = 0) -> torch.Tensor:
+def _randn(*shape: int, device: torch.device, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(device, _dtype(device))
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return torch.randn(shape, generator=generator).to(device, dtype)
 
 
 def unequal_linear_shapes(
-    shapes: Iterable[tuple[int, int]], device: torch.device | None = None
+    shapes: Iterable[tuple[int, int]], device: torch.device
 ) -> set[tuple[int, int]]:
     """The weight shapes (N, K) at which the fast product differs from the one by construction."""
-    device = device or torch.device("cpu")
     differs = _cpu_differs if device.type == "cpu" else _gpu_differs
-    return {shape for shape in sorted(set(shapes)) if differs(shape, device)}
+    return {shape for shape in shapes if differs(shape, device)}
 
 
 def _cpu_differs(shape: tuple[int, int], device: torch.device) -> bool:
@@ -168,10 +164,9 @@ def check_attention(attention: AttentionKind) -> None:
                 )
 
 
-def check_rows(widths: Iterable[int], device: torch.device | None = None) -> None:
+def check_rows(widths: Iterable[int], device: torch.device) -> None:
     """Raise SelfCheckError unless rms_norm and swiglu treat each row by itself."""
-    device = device or torch.device("cpu")
-    for width in sorted(set(widths)):
+    for width in widths:
         x = _randn(67, 2 * width, device=device)
         weight = torch.ones(width, dtype=x.dtype, device=device)
         norm, gate = rms_norm(x[:, :width], weight, 1e-6), swiglu(x)
@@ -186,7 +181,7 @@ def check_columns(shards: Iterable[tuple[int, int, int]], device: torch.device) 
 
     shards: (N, K, size) of column-parallel weights, N that of one of `size` ranks.
     """
-    for n, k, size in sorted(set(shards)):
+    for n, k, size in shards:
         x, weight = _randn(67, k, device=device), _randn(n * size, k, device=device, seed=1)
         parts = [linear(x, part.contiguous()) for part in weight.chunk(size)]
         if not torch.equal(torch.cat(parts, 1), linear(x, weight)):
@@ -206,18 +201,16 @@ def selfcheck(
 ) -> None:
     """Check a model's operations on attention's device and select implementations accordingly.
 
-    linear_shapes: (N, K) of every weight; attention: of the model's heads; widths: row lengths of
-    norms and activations; column_shards: see check_columns; segments: (N, K) of the parts that
-    linear_in_segments cuts weights into. Raises SelfCheckError where nothing that keeps the
-    contract is left.
+    linear_shapes: (N, K) of every weight; widths: row lengths of norms and activations;
+    column_shards: see check_columns; segments: (N, K) of the parts that linear_in_segments cuts
+    weights into. Raises SelfCheckError where nothing that keeps the contract is left.
     """
     device = attention.device
-    segments = sorted(set(segments))
+    segments, widths = sorted(set(segments)), sorted(set(widths))
     shapes = sorted({*linear_shapes, *segments})
-    widths = sorted(set(widths))
+    shards = sorted(set(column_shards))
     profile = numerics_profile(device, attention=type(attention))
     key = [profile.digest, torch.get_num_threads()]
-    shards = sorted(set(column_shards))
     key += [shapes, list(attention.heads), widths, shards, segments]
     if device.type == "cuda":
         from samebit.kernels.gpu.tuning import fingerprint
@@ -229,13 +222,12 @@ def selfcheck(
         if attention.is_invariant:
             check_attention(attention)
         check_rows(widths, device)
-        if device.type == "cuda":  # elsewhere nothing is fused
-            check_fused(attention.heads, widths, device)
-        if device.type == "cpu":  # on a GPU every element is one chain, whatever the tile
-            check_columns(shards, device)
         unequal = unequal_linear_shapes(shapes, device)
         if device.type == "cuda":
+            check_fused(attention.heads, widths, device)
             unequal |= {shape for shape in segments if _gpu_segments_differ(shape, device)}
+        else:  # on a GPU every element is one chain, whatever the tile
+            check_columns(shards, device)
         _remember(cache, unequal)
     if not unequal:
         return

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from samebit.kernels.cpu import swiglu as cpu
 from samebit.kernels.linear import linear
 from samebit.kernels.op import Op
 
 
-def swiglu_ref(gate_up: torch.Tensor) -> torch.Tensor:
+def swiglu_ref(gate_up: Tensor) -> Tensor:
     """gate_up [..., 2F] = [gate; up] -> [..., F] in plain torch."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
@@ -22,7 +23,7 @@ def swiglu_ref(gate_up: torch.Tensor) -> torch.Tensor:
 _forward = Op("swiglu", cpu=cpu.swiglu, cuda="samebit.kernels.gpu.swiglu:swiglu")
 
 
-def swiglu_backward_ref(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+def swiglu_backward_ref(grad: Tensor, gate_up: Tensor) -> Tensor:
     """Gradient of gate_up [..., 2F], in fp32 and rounded once."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     sigmoid = 1 / (1 + torch.exp(-gate))
@@ -33,38 +34,32 @@ def swiglu_backward_ref(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tens
 
 
 _backward = Op(
-    "swiglu_backward",
-    cpu=swiglu_backward_ref,
-    cuda="samebit.kernels.gpu.swiglu:swiglu_backward",
+    "swiglu_backward", cpu=swiglu_backward_ref, cuda="samebit.kernels.gpu.swiglu:swiglu_backward"
 )
 
 
 class _Swiglu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
         return _forward(gate_up)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return _backward(grad, *ctx.saved_tensors)
 
 
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up for gate_up [..., 2F] = [gate; up] -> [..., F]; differentiable."""
     return _Swiglu.apply(gate_up)
 
 
-def swiglu_linear_ref(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def swiglu_linear_ref(x: Tensor, weight: Tensor) -> Tensor:
     """The composition, by the device's own single operations: a bit reference."""
     return swiglu(linear(x, weight))
 
 
-_swiglu_linear = Op(
+swiglu_linear = Op(
     "swiglu_linear", cpu=swiglu_linear_ref, cuda="samebit.kernels.gpu.linear:swiglu_linear"
 )
-
-
-def swiglu_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """swiglu(linear(x, weight)) for inference: x [M, K], weight [2F, K] = [gate; up] -> [M, F]."""
-    return _swiglu_linear(x, weight)
+"""swiglu(linear(x, weight)) for inference: x [M, K], weight [2F, K] = [gate; up] -> [M, F]."""

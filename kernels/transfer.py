@@ -2,9 +2,10 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
-def to_device(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """The values on the device once its current stream gets there; what is there stays as it is.
 
     Through pinned memory: a copy from any other makes the host wait for all work before it.

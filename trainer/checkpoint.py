@@ -1,9 +1,8 @@
 """Checkpoints: one exact state file per rank and a manifest, written last.
 
 A checkpoint is a folder `step_00000010`; one with a manifest (which has each file's digest, and its
-own) is whole, whenever a process was killed: see trainer/checkpoint_writer.py. Copies and links
-beside them, under other names, are the user's. With several ranks all of them load together, in a
-folder that all of them see.
+own) is whole: see trainer/checkpoint_writer.py. Copies and links beside them, under other names,
+are the user's. With several ranks all of them load together, in a folder that all of them see.
 """
 
 import hashlib
@@ -72,7 +71,9 @@ class Checkpoint:
         file, expected = self.path / name, self.manifest["files"][name]
         if not file.exists():
             raise CheckpointError(f"{file} is missing")
-        if (found := _file_digest(file)) != expected:
+        with file.open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        if found != expected:
             raise CheckpointError(
                 f"{file} is damaged: SHA-256 {found}, the manifest says {expected}"
             )
@@ -93,10 +94,9 @@ def folder_name(step: int) -> str:
 
 def checkpoint_folders(root: Path) -> list[Path]:
     """The folders of the whole checkpoints that a run has written under root, oldest first."""
-    entries = root.iterdir() if root.is_dir() else iter(())
     found = {
         int(name[1]): entry
-        for entry in entries
+        for entry in (root.iterdir() if root.is_dir() else ())
         if (name := NAME.fullmatch(entry.name))
         and entry.is_dir()
         and not entry.is_symlink()
@@ -155,8 +155,3 @@ def manifest_text(content: Mapping[str, Any]) -> str:
 def state_file(rank: int) -> str:
     """The name of a rank's file."""
     return f"rank_{rank:05d}.pt"
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

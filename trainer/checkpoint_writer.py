@@ -2,8 +2,7 @@
 
 A checkpoint is made under a temporary name, every file is synced, the manifest comes last, and a
 rename makes it visible. With several ranks each of them writes its file and a digest beside it; the
-first one's thread writes the rest once all digests are there. So a checkpoint becomes whole
-whatever the run does meanwhile.
+first one's thread writes the rest once all digests are there.
 """
 
 import hashlib
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
+from torch import Tensor
 
 from samebit.trainer.checkpoint import (
     MANIFEST,
@@ -145,8 +145,7 @@ class CheckpointWriter:
         size: int,
         given_up: threading.Event,
     ) -> None:
-        """The first rank's thread: wait for every rank's digest, write the manifest, make the
-        checkpoint visible, remove the oldest."""
+        """The first rank's thread: once every rank's digest is there, write the rest."""
         digests = [_digest_file(temporary, rank) for rank in range(size)]
         while not all(digest.exists() for digest in digests):
             if given_up.wait(_LOOK_S):
@@ -197,11 +196,8 @@ def host_copy(value: Any, last: Any) -> Any:
     last: an earlier copy, whose memory is used again where shapes and dtypes are the same; the
     device copies asynchronously.
     """
-    if isinstance(value, torch.Tensor):
-        fits = isinstance(last, torch.Tensor) and (last.shape, last.dtype) == (
-            value.shape,
-            value.dtype,
-        )
+    if isinstance(value, Tensor):
+        fits = isinstance(last, Tensor) and (last.shape, last.dtype) == (value.shape, value.dtype)
         if not fits:
             last = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
         return last.copy_(value.detach(), non_blocking=True)

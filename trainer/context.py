@@ -1,8 +1,8 @@
 """Context parallel: which rank computes which tokens of a packed batch, and sums over all of them.
 
 Every sample is cut into 2 * size equal chunks; rank r takes chunk r and chunk 2 * size - 1 - r, so
-that causal attention costs every rank about the same. Keys and values are gathered; queries stay
-where they are and keep their absolute positions, so no bit depends on the size.
+that causal attention costs every rank about the same. Keys and values are gathered; queries keep
+their absolute positions, so no bit depends on the size.
 """
 
 from dataclasses import dataclass, replace
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from samebit.kernels.attention_kind import AttentionKind, AttentionPlan
 from samebit.kernels.reduce import ALONE, RankGroup, gather_rows
@@ -23,9 +24,9 @@ class ContextShare:
 
     batch: MicroBatch
     """Its tokens and its loss rows only."""
-    rows: torch.Tensor
+    rows: Tensor
     """[R of this rank] int64, which of the whole batch's loss rows they are."""
-    order: torch.Tensor
+    order: Tensor
     """[T] int64, where each token of the whole batch stands among the ranks' padded rows."""
     num_padded: int
     """Rows that each rank contributes to a gather."""
@@ -94,7 +95,7 @@ def share_context(batch: MicroBatch, ranks: RankGroup, attention: AttentionKind)
     return ContextShare(share, rows, order, num_padded, plan, ranks)
 
 
-def _own_sums(rows: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+def _own_sums(rows: Tensor, batch: MicroBatch) -> Tensor:
     """Sums of this rank's rows [R] by sample [B], in fp64 and in one order, on a GPU too."""
     sample, device = batch.sample_of_row, rows.device
     # Rows of a sample are neighbours: each sample has a line of a table, filled up with zeros.
@@ -105,7 +106,7 @@ def _own_sums(rows: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
     return table.sum(1)
 
 
-def _sums_over(ranks: RankGroup, own: torch.Tensor) -> torch.Tensor:
+def _sums_over(ranks: RankGroup, own: Tensor) -> Tensor:
     """Sums of every rank's values [B] fp64, in rank order."""
     if ranks.size == 1:
         return own
@@ -117,28 +118,28 @@ def _sums_over(ranks: RankGroup, own: torch.Tensor) -> torch.Tensor:
 
 class _SampleSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, batch: MicroBatch, ranks: RankGroup) -> torch.Tensor:
+    def forward(ctx: Any, rows: Tensor, batch: MicroBatch, ranks: RankGroup) -> Tensor:
         ctx.batch, ctx.ranks = batch, ranks
         return _sums_over(ranks, _own_sums(rows, batch)).to(rows.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         total = _sums_over(ctx.ranks, grad.double())  # every rank has used the sum
         return total.to(grad.dtype)[ctx.batch.sample_of_row], None, None
 
 
 class _InRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, samples: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    def forward(ctx: Any, samples: Tensor, batch: MicroBatch) -> Tensor:
         ctx.batch = batch
         return samples[batch.sample_of_row]
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _own_sums(grad, ctx.batch).to(grad.dtype), None
 
 
-def sample_sums(rows: torch.Tensor, batch: MicroBatch, ranks: RankGroup = ALONE) -> torch.Tensor:
+def sample_sums(rows: Tensor, batch: MicroBatch, ranks: RankGroup = ALONE) -> Tensor:
     """Sums of values of loss rows [R] by sample [B], rounded once; they are differentiable.
 
     With `ranks`, the context ranks that share a micro-batch, `batch` is a rank's share and every
@@ -147,6 +148,6 @@ def sample_sums(rows: torch.Tensor, batch: MicroBatch, ranks: RankGroup = ALONE)
     return _SampleSums.apply(rows, batch, ranks)
 
 
-def in_rows(samples: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+def in_rows(samples: Tensor, batch: MicroBatch) -> Tensor:
     """Values of samples [B] in each of their loss rows [R]; they are differentiable."""
     return _InRows.apply(samples, batch)

@@ -11,7 +11,7 @@ import torch
 from samebit.rollout.models.config import ModelConfig
 
 # By the card's whole name: a PCIe card, another form or a slice of one has other figures.
-_PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
+PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 PEAK_SOURCE = "dense bf16, by the data sheets of H100 SXM and H200"
 
 
@@ -23,10 +23,5 @@ def train_flops(model: ModelConfig, seq_lens: Iterable[int]) -> int:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of the card, if it is a known one; see PEAK_SOURCE."""
-    return card_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
-def card_peak(name: str) -> float | None:
-    """Of a card by its name, if it is a known one."""
-    return _PEAK_FLOPS.get(name)
+    """Of the card, if it is a known one."""
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

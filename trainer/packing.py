@@ -5,6 +5,7 @@ from itertools import chain
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.loss_means import LOSS_MEANS, LossMean
@@ -22,11 +23,10 @@ def pack_samples(
 ) -> list[MicroBatch]:
     """Fill micro-batches of at most max_tokens tokens, never reordering.
 
-    loss_mean as in TrainerConfig; temperature is the rollout's. If that makes fewer than `at_least`
-    micro-batches, those of the most samples are halved, as long as there are samples; units are
-    never parted. Raises ValueError for a sample or unit longer than max_tokens or an empty list
-    and, given a model, for a sample that is longer than its context or has a token outside its
-    vocabulary.
+    temperature is the rollout's. Where that makes fewer than `at_least` of them, those of the most
+    samples are halved; units are never parted. Raises ValueError for a sample or unit longer than
+    max_tokens or an empty list and, given a model, for a sample that is longer than its context or
+    has a token outside its vocabulary.
     """
     if not samples:
         raise ValueError("no samples to train on")
@@ -133,7 +133,7 @@ def _micro_batch(
         raise ValueError("some samples of a micro-batch have rollout logprobs and some have none")
     is_compared = np.array([bool(drawn) and s.has_one_version for s in samples])
 
-    def on_device(values: np.ndarray) -> torch.Tensor:
+    def on_device(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(device)
 
     return MicroBatch(

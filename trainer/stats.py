@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from samebit.trainer.types import MicroBatch, StepStats
 
@@ -22,11 +23,7 @@ class Totals:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def add(
-        self,
-        batch: MicroBatch,
-        logprobs: torch.Tensor,
-        loss: torch.Tensor,
-        metrics: dict[str, torch.Tensor],
+        self, batch: MicroBatch, logprobs: Tensor, loss: Tensor, metrics: dict[str, Tensor]
     ) -> None:
         """Add a micro-batch: logprobs [R], its summed loss and metrics [R] by name."""
         self.loss += float(loss)
@@ -67,6 +64,6 @@ class Totals:
         )
 
 
-def count_mismatches(a: torch.Tensor, b: torch.Tensor) -> int:
+def count_mismatches(a: Tensor, b: Tensor) -> int:
     """How many fp32 values differ in any bit (so NaN equals itself, and 0.0 differs from -0.0)."""
     return int((a.view(torch.int32) != b.view(torch.int32)).sum())

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from samebit.weight_sync.types import VersionSpan
 
@@ -125,17 +125,17 @@ class MicroBatch:
 
     index: int
     samples: tuple[Sample, ...]
-    input_ids: torch.Tensor  # [T] int64
-    positions: torch.Tensor  # [T] int64, within each sample
+    input_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, within each sample
     seq_lens: tuple[int, ...]
-    rows: torch.Tensor  # [R] int64, places among the T tokens, in ascending order
-    target_ids: torch.Tensor  # [R] int64
-    sample_of_row: torch.Tensor  # [R] int64, index into samples
-    row_counts: torch.Tensor  # [B] int64, loss rows of each sample, those of other ranks included
-    rollout_logprobs: torch.Tensor | None  # [R] fp32
-    is_compared: torch.Tensor  # [R] bool: whether the log-prob must be the rollout's
-    advantages: torch.Tensor  # [R] fp32
-    loss_weights: torch.Tensor  # [R] fp32, by the mean that the loss is (trainer/loss_means.py)
+    rows: Tensor  # [R] int64, places among the T tokens, in ascending order
+    target_ids: Tensor  # [R] int64
+    sample_of_row: Tensor  # [R] int64, index into samples
+    row_counts: Tensor  # [B] int64, loss rows of each sample, those of other ranks included
+    rollout_logprobs: Tensor | None  # [R] fp32
+    is_compared: Tensor  # [R] bool: whether the log-prob must be the rollout's
+    advantages: Tensor  # [R] fp32
+    loss_weights: Tensor  # [R] fp32, by the mean that the loss is (trainer/loss_means.py)
     loss_denominator: int  # this micro-batch's share of what the summed loss is divided by
     temperature: float
 

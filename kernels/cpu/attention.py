@@ -1,7 +1,7 @@
 """attention on the CPU: query rows in tiles of one shape, key tiles in ascending order.
 
 The query rows (the heads of one KV head at consecutive positions) come in tiles of 16, so that
-every product has one shape, CPU_QUERY_TILE x CPU_KV_TILE, whatever the batch.
+every product has one shape, whatever the batch.
 """
 
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from samebit.kernels.attention_kind import AttentionPlan
 from samebit.kernels.contract import CPU_KV_TILE as KV_TILE
 from samebit.kernels.contract import CPU_QUERY_TILE as Q_TILE
-from samebit.kernels.op import require_fp32
 
 
 @dataclass(frozen=True)
@@ -21,19 +21,19 @@ class KeyTile:
     """The j-th key tile of every query tile that reaches it: the first `num_tiles` query tiles."""
 
     num_tiles: int
-    kv_slots: torch.Tensor  # [num_tiles, KV_TILE] int64, rows of the flat cache
+    kv_slots: Tensor  # [num_tiles, KV_TILE] int64, rows of the flat cache
     masked_from: int  # query tiles before this one see the whole key tile
-    hidden: torch.Tensor  # [num_tiles - masked_from, Q_TILE, KV_TILE] bool, True: not visible
-    stale: torch.Tensor  # [num_tiles - masked_from, KV_TILE] bool, True: past the sequence's end
+    hidden: Tensor  # [num_tiles - masked_from, Q_TILE, KV_TILE] bool, True: not visible
+    stale: Tensor  # [num_tiles - masked_from, KV_TILE] bool, True: past the sequence's end
 
 
 @dataclass(frozen=True)
 class CpuAttentionPlan(AttentionPlan):
     """Says which rows meet which keys; it is made once per batch and used by every layer."""
 
-    tile_rows: torch.Tensor  # [tiles, Q_TILE] int64: row (token * Hq / Hkv + head)
-    row_places: torch.Tensor  # [rows] int64: where each row stands among the flattened tiles
-    tile_seq: torch.Tensor  # [tiles] int64
+    tile_rows: Tensor  # [tiles, Q_TILE] int64: row (token * Hq / Hkv + head)
+    row_places: Tensor  # [rows] int64: where each row stands among the flattened tiles
+    tile_seq: Tensor  # [tiles] int64
     key_tiles: tuple[KeyTile, ...]
     num_seqs: int
 
@@ -41,17 +41,45 @@ class CpuAttentionPlan(AttentionPlan):
 def plan_step(
     query_lens: Sequence[int],
     context_lens: Sequence[int],
-    page_table: torch.Tensor,
+    page_table: Tensor,
     page_size: int,
     heads_per_kv: int,
 ) -> CpuAttentionPlan:
     """See AttentionKind; heads_per_kv is Hq / Hkv."""
     page_of = page_table.numpy()
-    max_len = int(max(context_lens))
-    position = np.arange(-(-max_len // KV_TILE) * KV_TILE)
+    position = np.arange(-(-max(context_lens) // KV_TILE) * KV_TILE)
     page_index = np.minimum(position // page_size, page_of.shape[1] - 1)
     kv_slots = page_of[:, page_index] * page_size + position % page_size
-    return _plan(np.asarray(query_lens), np.asarray(context_lens), kv_slots, heads_per_kv)
+    new, lens = np.asarray(query_lens), np.asarray(context_lens)
+    num_rows = new * heads_per_kv
+    first_row = np.concatenate([[0], np.cumsum(num_rows)[:-1]])
+    tiles_of_seq = -(-num_rows // Q_TILE)
+    tile_seq = np.repeat(np.arange(len(new)), tiles_of_seq)
+    tile_in_seq = np.arange(len(tile_seq)) - np.repeat(
+        np.cumsum(tiles_of_seq) - tiles_of_seq, tiles_of_seq
+    )
+    # Rows past the end repeat the last row; their results are never read.
+    row_in_seq = tile_in_seq[:, None] * Q_TILE + np.arange(Q_TILE)
+    row_in_seq = np.minimum(row_in_seq, num_rows[tile_seq][:, None] - 1)
+    row_position = (lens - new)[tile_seq][:, None] + row_in_seq // heads_per_kv
+    num_key_tiles = row_position[:, -1] // KV_TILE + 1
+    # Longest first: the query tiles that reach key tile j are a prefix.
+    order = np.argsort(-num_key_tiles, kind="stable")
+    tile_seq, row_in_seq, row_position = tile_seq[order], row_in_seq[order], row_position[order]
+    tile_rows = first_row[tile_seq][:, None] + row_in_seq
+    row_places = np.empty(int(num_rows.sum()), dtype=np.int64)
+    row_places[tile_rows] = np.arange(tile_rows.size).reshape(tile_rows.shape)
+    reach = np.sort(num_key_tiles)  # ascending: how many query tiles have more than j key tiles
+    key_tiles = tuple(
+        _key_tile(j, reach, tile_seq, row_position, kv_slots, lens) for j in range(int(reach[-1]))
+    )
+    return CpuAttentionPlan(
+        tile_rows=torch.from_numpy(tile_rows),
+        row_places=torch.from_numpy(row_places),
+        tile_seq=torch.from_numpy(tile_seq),
+        key_tiles=key_tiles,
+        num_seqs=len(new),
+    )
 
 
 def plan_context(
@@ -61,60 +89,22 @@ def plan_context(
     num_keys: int,
     heads_per_kv: int,
 ) -> CpuAttentionPlan:
-    """See AttentionKind; heads_per_kv is Hq / Hkv."""
-    lens = np.asarray(context_lens)
-    position = np.arange(-(-int(lens.max()) // KV_TILE) * KV_TILE)
-    kv_slots = np.minimum(np.asarray(key_starts)[:, None] + position, num_keys - 1)
-    return _plan(np.asarray(query_lens), lens, kv_slots, heads_per_kv)
-
-
-def _plan(
-    query_lens: np.ndarray, context_lens: np.ndarray, kv_slots: np.ndarray, heads_per_kv: int
-) -> CpuAttentionPlan:
-    num_rows = query_lens * heads_per_kv
-    first_row = np.concatenate([[0], np.cumsum(num_rows)[:-1]])
-    tiles_of_seq = -(-num_rows // Q_TILE)
-    tile_seq = np.repeat(np.arange(len(query_lens)), tiles_of_seq)
-    tile_in_seq = np.arange(len(tile_seq)) - np.repeat(
-        np.cumsum(tiles_of_seq) - tiles_of_seq, tiles_of_seq
-    )
-    # Rows past the end repeat the last row; their results are never read.
-    row_in_seq = tile_in_seq[:, None] * Q_TILE + np.arange(Q_TILE)
-    row_in_seq = np.minimum(row_in_seq, num_rows[tile_seq][:, None] - 1)
-    row_position = (context_lens - query_lens)[tile_seq][:, None] + row_in_seq // heads_per_kv
-    num_key_tiles = row_position[:, -1] // KV_TILE + 1
-    # Longest first: the query tiles that reach key tile j are a prefix.
-    order = np.argsort(-num_key_tiles, kind="stable")
-    tile_seq, row_in_seq, row_position = tile_seq[order], row_in_seq[order], row_position[order]
-    tile_rows = first_row[tile_seq][:, None] + row_in_seq
-    row_places = np.empty(int(num_rows.sum()), dtype=np.int64)
-    row_places[tile_rows] = np.arange(tile_rows.size).reshape(tile_rows.shape)
-    reach = np.sort(num_key_tiles)  # ascending: how many query tiles have more than j key tiles
-    key_tiles = [
-        _key_tile(j, len(reach), reach, tile_seq, row_position, kv_slots, context_lens)
-        for j in range(int(reach[-1]))
-    ]
-    return CpuAttentionPlan(
-        tile_rows=torch.from_numpy(tile_rows),
-        row_places=torch.from_numpy(row_places),
-        tile_seq=torch.from_numpy(tile_seq),
-        key_tiles=tuple(key_tiles),
-        num_seqs=len(query_lens),
-    )
+    """See AttentionKind; the keys lie as in pages of one token. heads_per_kv is Hq / Hkv."""
+    pages = torch.tensor(key_starts)[:, None] + torch.arange(max(context_lens))
+    return plan_step(query_lens, context_lens, pages.clamp(max=num_keys - 1), 1, heads_per_kv)
 
 
 def _key_tile(
     j: int,
-    num_all: int,
     reach: np.ndarray,
     tile_seq: np.ndarray,
     row_position: np.ndarray,
     kv_slots: np.ndarray,
     context_lens: np.ndarray,
 ) -> KeyTile:
-    num_tiles = num_all - int(np.searchsorted(reach, j, side="right"))
+    num_tiles = len(reach) - int(np.searchsorted(reach, j, side="right"))
     # A query tile spans at most 16 positions, so only its last two key tiles can be cut.
-    masked_from = num_all - int(np.searchsorted(reach, j + 2, side="right"))
+    masked_from = len(reach) - int(np.searchsorted(reach, j + 2, side="right"))
     position = np.arange(j * KV_TILE, (j + 1) * KV_TILE)
     cut = slice(masked_from, num_tiles)
     return KeyTile(
@@ -126,26 +116,26 @@ def _key_tile(
     )
 
 
-def _to_tiles(x: torch.Tensor, num_kv: int, plan: CpuAttentionPlan) -> torch.Tensor:
+def _to_tiles(x: Tensor, num_kv: int, plan: CpuAttentionPlan) -> Tensor:
     """[T, Hq, Dh] -> [tiles, Hkv, Q_TILE, Dh]."""
     num_tokens, _, head_dim = x.shape
     rows = x.view(num_tokens, num_kv, -1, head_dim).transpose(1, 2).reshape(-1, num_kv, head_dim)
     return rows[plan.tile_rows].transpose(1, 2).contiguous()
 
 
-def _from_tiles(tiles: torch.Tensor, shape: torch.Size, plan: CpuAttentionPlan) -> torch.Tensor:
+def _from_tiles(tiles: Tensor, shape: torch.Size, plan: CpuAttentionPlan) -> Tensor:
     """[tiles, Hkv, Q_TILE, Dh] -> [T, Hq, Dh]."""
     num_kv, head_dim = tiles.shape[1], tiles.shape[3]
     rows = tiles.transpose(1, 2).reshape(-1, num_kv, head_dim)[plan.row_places]
     return rows.view(shape[0], -1, num_kv, head_dim).transpose(1, 2).reshape(shape)
 
 
-def _gather(cache: torch.Tensor, tile: KeyTile) -> torch.Tensor:
+def _gather(cache: Tensor, tile: KeyTile) -> Tensor:
     """[kv_slots, Hkv, Dh] -> [num_tiles * Hkv, KV_TILE, Dh]."""
     return cache[tile.kv_slots].transpose(1, 2).reshape(-1, KV_TILE, cache.shape[-1])
 
 
-def _scores(q: torch.Tensor, keys: torch.Tensor, tile: KeyTile, scale: float) -> torch.Tensor:
+def _scores(q: Tensor, keys: Tensor, tile: KeyTile, scale: float) -> Tensor:
     """[num_tiles, Hkv, Q_TILE, KV_TILE], -inf where hidden."""
     num_kv, head_dim = q.shape[1], q.shape[3]
     products = torch.bmm(
@@ -156,7 +146,7 @@ def _scores(q: torch.Tensor, keys: torch.Tensor, tile: KeyTile, scale: float) ->
     return scores
 
 
-def _clean_values(v: torch.Tensor, tile: KeyTile, num_kv: int) -> torch.Tensor:
+def _clean_values(v: Tensor, tile: KeyTile, num_kv: int) -> Tensor:
     values = _gather(v, tile)
     by_tile = values.view(tile.num_tiles, num_kv, KV_TILE, -1)
     by_tile[tile.masked_from :].masked_fill_(tile.stale[:, None, :, None], 0.0)
@@ -164,13 +154,12 @@ def _clean_values(v: torch.Tensor, tile: KeyTile, num_kv: int) -> torch.Tensor:
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: CpuAttentionPlan, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, plan: CpuAttentionPlan, scale: float
+) -> tuple[Tensor, Tensor]:
     """Attention of q [T, Hq, Dh] to k and v [kv_slots, Hkv, Dh].
 
     Returns the output [T, Hq, Dh] and the log-sum-exps [tiles, Hkv, Q_TILE].
     """
-    require_fp32("attention", q, k, v)
     num_kv, head_dim = k.shape[1:]
     q_tiles = _to_tiles(q, num_kv, plan)
     acc = torch.zeros_like(q_tiles)
@@ -193,15 +182,15 @@ def attend(
 
 
 def attend_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    lse: Tensor,
     plan: CpuAttentionPlan,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See kernels.attention: the keys must be packed (every kv_slot belongs to one sequence)."""
     num_kv, head_dim = k.shape[1:]
     q_tiles, grad_tiles = _to_tiles(q, num_kv, plan), _to_tiles(grad, num_kv, plan)
@@ -227,9 +216,7 @@ def attend_backward(
     return _from_tiles(grad_q, q.shape, plan), grad_k, grad_v
 
 
-def _add_to_kv_slots(
-    total: torch.Tensor, part: torch.Tensor, tile: KeyTile, plan: CpuAttentionPlan
-) -> None:
+def _add_to_kv_slots(total: Tensor, part: Tensor, tile: KeyTile, plan: CpuAttentionPlan) -> None:
     """Add part [num_tiles * Hkv, KV_TILE, Dh] to the tiles' kv_slots of total [kv_slots, Hkv, Dh].
 
     It is summed over the query tiles of each part of a sequence, in tile order, then part by part.

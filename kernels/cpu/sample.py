@@ -1,6 +1,7 @@
 """sample on the CPU: Philox words, Gumbel noise from them, and thresholds by a sort."""
 
 import torch
+from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -9,9 +10,7 @@ _WORDS = 4  # of a counter
 _CHUNK = 1 << 13  # counters at a time: the ten rounds stay in the CPU's cache
 
 
-def philox_4x32(
-    counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, ...]
-) -> tuple[torch.Tensor, ...]:
+def philox_4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Ten rounds of Philox on int64 tensors that hold unsigned 32-bit words (broadcastable)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -27,15 +26,13 @@ def philox_4x32(
     return c0, c1, c2, c3
 
 
-def gumbel_from_bits(x: torch.Tensor) -> torch.Tensor:
+def gumbel_from_bits(x: Tensor) -> Tensor:
     """The contract's g in fp32 from x, int64 tensors of unsigned 32-bit integers."""
     v = (x + 1).to(torch.float32) * 2.0**-32
     return -torch.log(-torch.log1p(-v))
 
 
-def gumbel_noise(
-    seeds: torch.Tensor, positions: torch.Tensor, sample_ids: torch.Tensor, vocab_size: int
-) -> torch.Tensor:
+def gumbel_noise(seeds: Tensor, positions: Tensor, sample_ids: Tensor, vocab_size: int) -> Tensor:
     """See kernels.sample.gumbel_noise."""
     counters = torch.arange(-(-vocab_size // _WORDS))
     noise = torch.empty(len(seeds), len(counters), _WORDS)
@@ -51,9 +48,7 @@ def gumbel_noise(
     return noise.flatten(1)[:, :vocab_size]
 
 
-def allowed_tokens(
-    scaled_logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
-) -> torch.Tensor:
+def allowed_tokens(scaled_logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """See kernels.sample.allowed_tokens."""
     ordered, _ = scaled_logits.sort(-1, descending=True)
     kth = torch.where(top_k > 0, top_k, scaled_logits.shape[-1]).clamp(max=scaled_logits.shape[-1])

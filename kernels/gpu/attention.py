@@ -1,9 +1,7 @@
 """attention on the GPU: KV tiles and splits at absolute positions, ordered merge, tensor cores.
 
-Within a split, an online softmax runs over tiles of GPU_KV_TILE keys; it starts anew at each split,
-and the splits' (max, sum, accumulator) merge in ascending order. So decode (decode_attention.py: a
-split per program) and prefill or training (here: splits looped in registers, tiles of 64 or 128
-rows) give the same bits.
+Decode (decode_attention.py: a split per program) and prefill or training (here: splits looped in
+registers, tiles of 64 or 128 rows) give the same bits.
 """
 
 import functools
@@ -14,6 +12,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from samebit.kernels.attention_kind import AttentionPlan, GraphEntries
 from samebit.kernels.contract import GPU_KV_SPLIT, GPU_KV_TILE
@@ -31,15 +30,15 @@ from samebit.kernels.transfer import to_device
 class GpuAttentionPlan(AttentionPlan):
     """Says what the kernels know of one batch: who has one new token decodes, others prefill."""
 
-    query_starts: torch.Tensor  # [B] int32: first row of each sequence among the T queries
-    key_starts: torch.Tensor  # [B] int32: first row of each sequence's keys, packed form only
-    query_lens: torch.Tensor  # [B] int32
-    context_lens: torch.Tensor  # [B] int32
-    page_table: torch.Tensor | None  # [B, max_pages] int32
+    query_starts: Tensor  # [B] int32: first row of each sequence among the T queries
+    key_starts: Tensor  # [B] int32: first row of each sequence's keys, packed form only
+    query_lens: Tensor  # [B] int32
+    context_lens: Tensor  # [B] int32
+    page_table: Tensor | None  # [B, max_pages] int32
     page_size: int
     decode: DecodeEntries | None
-    tile_seq: torch.Tensor  # int32, sequence of each query tile
-    tile_start: torch.Tensor  # int32, its first query in that sequence
+    tile_seq: Tensor  # int32, sequence of each query tile
+    tile_start: Tensor  # int32, its first query in that sequence
     tile_rows: int
     longest: int  # bound of the contexts that prefill
     seq_lens: tuple[int, ...]  # packed form, on the host for the backward: queries,
@@ -48,7 +47,7 @@ class GpuAttentionPlan(AttentionPlan):
     own_keys: bool = True  # the keys are the queries' own, no more and in their order
 
     @functools.cached_property
-    def boundaries(self) -> torch.Tensor:
+    def boundaries(self) -> Tensor:
         """[B + 1] int32: the first query of each packed sequence, and the end."""
         return to_device(_boundaries(self.seq_lens), self.query_starts.device)
 
@@ -64,18 +63,18 @@ class GpuAttentionPlan(AttentionPlan):
 class SpreadKeys:
     """Holds every part's keys one behind another, as if they were its own."""
 
-    boundaries: torch.Tensor
+    boundaries: Tensor
     """[B + 1] int32: the first key of each part, and the end."""
-    rows: torch.Tensor
+    rows: Tensor
     """int64: which of the packed keys each is."""
-    rounds: tuple[torch.Tensor, ...]
+    rounds: tuple[Tensor, ...]
     """int64: the first parts of all sequences, then the second ones, and so on."""
 
     @classmethod
     def of(cls, lens: Sequence[int], starts: Sequence[int], device: torch.device) -> "SpreadKeys":
         """The keys of parts with lens[i] keys each, from starts[i] on."""
         boundaries = _boundaries(lens)
-        rounds: list[list[torch.Tensor]] = []
+        rounds: list[list[Tensor]] = []
         seen: dict[int, int] = {}
         for i, start in enumerate(starts):
             number = seen[start] = seen.get(start, -1) + 1
@@ -86,7 +85,7 @@ class SpreadKeys:
         of_round = tuple(to_device(torch.cat(parts), device) for parts in rounds)
         return cls(to_device(boundaries, device), to_device(rows, device), of_round)
 
-    def summed(self, spread: torch.Tensor, num_keys: int) -> torch.Tensor:
+    def summed(self, spread: Tensor, num_keys: int) -> Tensor:
         """Sum what was computed for each part's keys [sum, Hkv, Dh], for the packed ones.
 
         Returns [num_keys, Hkv, Dh], added up in fp32, part by part, and rounded once.
@@ -97,14 +96,14 @@ class SpreadKeys:
         return total.to(spread.dtype)
 
 
-def _boundaries(lens: Sequence[int]) -> torch.Tensor:
+def _boundaries(lens: Sequence[int]) -> Tensor:
     return torch.tensor((0, *lens)).cumsum(0, dtype=torch.int32)
 
 
 def plan(
     query_lens: Sequence[int],
     context_lens: Sequence[int],
-    page_table: torch.Tensor | None,
+    page_table: Tensor | None,
     page_size: int,
     device: torch.device,
     key_starts: Sequence[int] | None = None,
@@ -126,7 +125,7 @@ def plan(
     # The tiles with the longest context first: they finish last otherwise.
     order = np.argsort(-(contexts[tile_seq] - queries[tile_seq] + tile_start), kind="stable")
 
-    def placed(values: np.ndarray | torch.Tensor) -> torch.Tensor:
+    def placed(values: np.ndarray | Tensor) -> Tensor:
         return to_device(torch.as_tensor(values).to(torch.int32), device)
 
     decode = None
@@ -228,15 +227,8 @@ def _prefill_kernel(
 
 
 def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    plan: GpuAttentionPlan,
-    scale: float,
-    *,
-    kv_tile: int = GPU_KV_TILE,
-    kv_split: int = GPU_KV_SPLIT,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, plan: GpuAttentionPlan, scale: float
+) -> tuple[Tensor, Tensor]:
     """Attention of q [T, Hq, Dh] to k and v [kv_slots, Hkv, Dh], in bf16.
 
     Returns the output [T, Hq, Dh] and, of packed keys, the log-sum-exps [Hq, T] fp32.
@@ -246,41 +238,25 @@ def attend(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if k.stride() != v.stride():
         k, v = k.contiguous(), v.contiguous()
-    output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[1], 0 if plan.page_table is not None else q.shape[0], device=q.device)
-    if plan.decode is not None:
-        table, page_size = plan.page_table, plan.page_size
-        assert table is not None
-        decode_attention(q, k, v, output, plan.decode, table, page_size, scale, kv_tile, kv_split)
-    if len(plan.tile_seq):
-        _prefill(q, k, v, output, lse, plan, scale, kv_tile, kv_split)
-    return output, lse
-
-
-def _prefill(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    plan: GpuAttentionPlan,
-    scale: float,
-    kv_tile: int,
-    kv_split: int,
-) -> None:
-    num_heads, head_dim = q.shape[1:]
+    num_tokens, num_heads, head_dim = q.shape
     table = plan.page_table
-    block_dh = triton.next_power_of_2(head_dim)
-    grid = (num_heads, len(plan.tile_seq))
-    _prefill_kernel[grid](
-        q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=output, lse_ptr=lse, query_starts=plan.query_starts,
-        key_starts=plan.key_starts, query_lens=plan.query_lens, context_lens=plan.context_lens,
-        pages_ptr=q if table is None else table, tile_seq=plan.tile_seq,
-        tile_start=plan.tile_start, max_pages=0 if table is None else table.stride(0),
-        num_tokens=q.shape[0], q_stride=q.stride(0), q_head=q.stride(1), stride=k.stride(0),
-        kv_head=k.stride(1), qk_scale=scale * LOG2E, HEADS=num_heads,
-        GROUP=num_heads // k.shape[1], DH=head_dim, BLOCK_DH=block_dh, ROWS=plan.tile_rows,
-        TILE=kv_tile, SPLIT=kv_split, PAGED=table is not None, PAGE=plan.page_size,
-        LSE=lse.shape[1] > 0, ONE_SPLIT=plan.longest <= kv_split,
-        num_warps=8 if plan.tile_rows == 128 else 4, num_stages=2, enable_fp_fusion=False,
-    )  # fmt: skip
+    output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(num_heads, num_tokens if table is None else 0, device=q.device)
+    if plan.decode is not None:
+        assert table is not None
+        decode_attention(q, k, v, output, plan.decode, table, plan.page_size, scale)
+    if len(plan.tile_seq):
+        _prefill_kernel[(num_heads, len(plan.tile_seq))](
+            q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=output, lse_ptr=lse, query_starts=plan.query_starts,
+            key_starts=plan.key_starts, query_lens=plan.query_lens, context_lens=plan.context_lens,
+            pages_ptr=q if table is None else table, tile_seq=plan.tile_seq,
+            tile_start=plan.tile_start, max_pages=0 if table is None else table.stride(0),
+            num_tokens=num_tokens, q_stride=q.stride(0), q_head=q.stride(1), stride=k.stride(0),
+            kv_head=k.stride(1), qk_scale=scale * LOG2E, HEADS=num_heads,
+            GROUP=num_heads // k.shape[1], DH=head_dim,
+            BLOCK_DH=triton.next_power_of_2(head_dim), ROWS=plan.tile_rows, TILE=GPU_KV_TILE,
+            SPLIT=GPU_KV_SPLIT, PAGED=table is not None, PAGE=plan.page_size, LSE=lse.shape[1] > 0,
+            ONE_SPLIT=plan.longest <= GPU_KV_SPLIT, num_warps=8 if plan.tile_rows == 128 else 4,
+            num_stages=2, enable_fp_fusion=False,
+        )  # fmt: skip
+    return output, lse

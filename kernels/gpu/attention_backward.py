@@ -7,21 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from samebit.kernels.gpu.attention import GpuAttentionPlan
 from samebit.kernels.gpu.decode_attention import num_sms
 
 
 def attend_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    lse: Tensor,
     plan: GpuAttentionPlan,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q [T, Hq, Dh], k and v [keys, Hkv, Dh]; lse [Hq, T], output: the forward's.
 
     A part of a sequence has the keys of its whole context: causal from their end, as in the kernel.
@@ -51,12 +52,12 @@ def attend_backward(
     return grad_q, grad_k, grad_v
 
 
-def _more_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+def _more_heads(x: Tensor, heads: int) -> Tensor:
     """[T, Hq, Dh] -> [T, heads, Dh]: the first ones again, whose results nobody reads."""
     return torch.cat([x, x[:, : heads - x.shape[1]]], dim=1)
 
 
-def _one_per_head(x: torch.Tensor, num_heads: int, heads: int) -> torch.Tensor:
+def _one_per_head(x: Tensor, num_heads: int, heads: int) -> Tensor:
     """Keys or values [T, Hkv, Dh] -> [T, heads, Dh], in the order of `_more_heads`."""
     num_tokens, num_kv, head_dim = x.shape
     group = num_heads // num_kv

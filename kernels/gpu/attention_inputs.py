@@ -1,5 +1,4 @@
-"""attention_inputs on the GPU: the norm of every query and key head, rope, and the write of keys
-and values to the cache, in one kernel with the roundings of the single operations.
+"""attention_inputs on the GPU: one kernel with the roundings of the single operations.
 
 A head's sum has the rows and warps of rms_norm's, so the bits are those of the composition.
 """
@@ -7,6 +6,7 @@ A head's sum has the rows and warps of rms_norm's, so the bits are those of the 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra import libdevice
 
 from samebit.kernels.contract import GPU_NORM_ROWS
@@ -65,15 +65,15 @@ def _attention_inputs_kernel(
 
 
 def attention_inputs(
-    qkv: torch.Tensor,
-    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    qkv: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
     eps: float,
-    rope_table: torch.Tensor,
-    positions: torch.Tensor,
-    kv_slots: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-) -> torch.Tensor:
+    rope_table: Tensor,
+    positions: Tensor,
+    kv_slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+) -> Tensor:
     """See kernels.attention_inputs; with norms for groups of fewer than GPU_NORM_ROWS heads."""
     num_tokens = len(qkv)
     num_kv, head_dim = key_cache.shape[-2:]

@@ -1,9 +1,7 @@
 """cuBLASLt without split-K, called directly, so that nothing in the environment can change it.
 
-torch chooses cuBLAS algorithms by workspace and by what the process set before the first handle.
-Here the heuristic is asked with no reduction scheme and no workspace, one of its answers (usually
-the first, perhaps with another cluster shape) is kept per shape, and that it does not split K is
-asserted.
+The heuristic is asked with no reduction scheme and no workspace, one of its answers (perhaps with
+another cluster shape) is kept per shape, and that it does not split K is asserted.
 """
 
 import ctypes
@@ -13,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _COMPUTE_32F, _R_32F, _R_16BF = 68, 0, 14
 _DESC_TRANSA = 3
@@ -62,25 +61,12 @@ FIRST = Answer()
 @dataclass(frozen=True)
 class _Problem:
     operation: Any
-    weight: Any
-    x: Any
-    y: Any
+    layouts: tuple[Any, Any, Any, Any]  # of weight, x, and y as what is added and as the result
     answers: tuple[_Algo, ...]
 
     def own(self, answer: Answer) -> _Algo:
         """The heuristic's algorithm, as it is."""
         return self.answers[min(answer.number, len(self.answers) - 1)]
-
-
-@dataclass(frozen=True)
-class _Choice:
-    problem: _Problem
-    algo: _Algo
-
-
-def _check(status: int, call: str) -> None:
-    if status != 0:
-        raise CublasLtError(f"{call} returned status {status}")
 
 
 @lru_cache(maxsize=1)
@@ -96,52 +82,48 @@ def version() -> str:
     return str(get())
 
 
+def _call(name: str, *arguments: Any) -> None:
+    status = getattr(_library(), name)(*arguments)
+    if status != 0:
+        raise CublasLtError(f"{name} returned status {status}")
+
+
+def _created(kind: str, *arguments: Any) -> ctypes.c_void_p:
+    made = ctypes.c_void_p()
+    _call(f"cublasLt{kind}Create", ctypes.byref(made), *arguments)
+    return made
+
+
+def _set(kind: str, target: Any, attribute: int, value: Any) -> None:
+    size = ctypes.c_size_t(ctypes.sizeof(value))
+    _call(f"cublasLt{kind}SetAttribute", target, attribute, ctypes.byref(value), size)
+
+
 @lru_cache(maxsize=8)
 def _handle(_device_index: int) -> ctypes.c_void_p:
-    handle = ctypes.c_void_p()
-    _check(_library().cublasLtCreate(ctypes.byref(handle)), "cublasLtCreate")
-    return handle
+    return _created("")
 
 
 def _layout(dtype: torch.dtype, rows: int, columns: int, stride: int) -> ctypes.c_void_p:
-    layout = ctypes.c_void_p()
-    arguments = (ctypes.c_uint64(rows), ctypes.c_uint64(columns), ctypes.c_int64(stride))
-    status = _library().cublasLtMatrixLayoutCreate(ctypes.byref(layout), _TYPES[dtype], *arguments)
-    _check(status, "cublasLtMatrixLayoutCreate")
-    return layout
-
-
-def _set_preference(preference: ctypes.c_void_p, attribute: int, value: Any) -> None:
-    status = _library().cublasLtMatmulPreferenceSetAttribute(
-        preference, attribute, ctypes.byref(value), ctypes.c_size_t(ctypes.sizeof(value))
-    )
-    _check(status, "cublasLtMatmulPreferenceSetAttribute")
+    sizes = (ctypes.c_uint64(rows), ctypes.c_uint64(columns), ctypes.c_int64(stride))
+    return _created("MatrixLayout", _TYPES[dtype], *sizes)
 
 
 def _preference() -> ctypes.c_void_p:
-    preference = ctypes.c_void_p()
-    _check(
-        _library().cublasLtMatmulPreferenceCreate(ctypes.byref(preference)),
-        "cublasLtMatmulPreferenceCreate",
-    )
-    _set_preference(preference, _PREF_MAX_WORKSPACE, ctypes.c_uint64(0))
-    _set_preference(preference, _PREF_REDUCTION_MASK, ctypes.c_uint32(0))
+    preference = _created("MatmulPreference")
+    _set("MatmulPreference", preference, _PREF_MAX_WORKSPACE, ctypes.c_uint64(0))
+    _set("MatmulPreference", preference, _PREF_REDUCTION_MASK, ctypes.c_uint32(0))
     for attribute in _PREF_ALIGNMENTS:
-        _set_preference(preference, attribute, ctypes.c_uint32(_ALIGNMENT))
+        _set("MatmulPreference", preference, attribute, ctypes.c_uint32(_ALIGNMENT))
     return preference
 
 
 def _require_no_split(algo: _Algo, shape: tuple[int, int, int]) -> None:
+    get = "cublasLtMatmulAlgoConfigGetAttribute"
     for attribute, name in ((_ALGO_SPLITK_NUM, "split-K"), (_ALGO_REDUCTION, "reduction scheme")):
         value, written = ctypes.c_int32(), ctypes.c_size_t()
-        status = _library().cublasLtMatmulAlgoConfigGetAttribute(
-            ctypes.byref(algo),
-            attribute,
-            ctypes.byref(value),
-            ctypes.c_size_t(4),
-            ctypes.byref(written),
-        )
-        _check(status, "cublasLtMatmulAlgoConfigGetAttribute")
+        place = (ctypes.byref(value), ctypes.c_size_t(4), ctypes.byref(written))
+        _call(get, ctypes.byref(algo), attribute, *place)
         if value.value not in (0, 1) or (attribute == _ALGO_REDUCTION and value.value):
             raise CublasLtError(f"algorithm for (M, N, K) = {shape} has {name} {value.value}")
 
@@ -155,70 +137,36 @@ def _problem(
     shape: (M, N, K); strides: from row to row of weight and x.
     """
     m, n, k = shape
-    library = _library()
-    operation = ctypes.c_void_p()
-    _check(
-        library.cublasLtMatmulDescCreate(ctypes.byref(operation), _COMPUTE_32F, _R_32F),
-        "cublasLtMatmulDescCreate",
-    )
-    transpose = ctypes.c_int32(1)
-    status = library.cublasLtMatmulDescSetAttribute(
-        operation, _DESC_TRANSA, ctypes.byref(transpose), ctypes.c_size_t(4)
-    )
-    _check(status, "cublasLtMatmulDescSetAttribute")
-    weight, x = (
-        _layout(torch.bfloat16, k, columns, stride)
-        for columns, stride in zip((n, m), strides, strict=True)
-    )
+    operation = _created("MatmulDesc", _COMPUTE_32F, _R_32F)
+    _set("MatmulDesc", operation, _DESC_TRANSA, ctypes.c_int32(1))
+    weight = _layout(torch.bfloat16, k, n, strides[0])
+    x = _layout(torch.bfloat16, k, m, strides[1])
     y = _layout(out_dtype, n, m, n)
+    layouts = (weight, x, y, y)
     found, count = (_Heuristic * _MAX_ANSWERS)(), ctypes.c_int()
-    status = library.cublasLtMatmulAlgoGetHeuristic(
-        _handle(device_index),
-        operation,
-        weight,
-        x,
-        y,
-        y,
-        _preference(),
-        _MAX_ANSWERS,
-        ctypes.byref(found),
-        ctypes.byref(count),
-    )
-    _check(status, "cublasLtMatmulAlgoGetHeuristic")
+    request = (_handle(device_index), operation, *layouts, _preference(), _MAX_ANSWERS)
+    _call("cublasLtMatmulAlgoGetHeuristic", *request, ctypes.byref(found), ctypes.byref(count))
     usable = [found[i] for i in range(count.value) if found[i].state == 0]
     if not usable:
         raise CublasLtError(f"no algorithm without split-K for (M, N, K) = {shape}")
     answers = tuple(_Algo.from_buffer_copy(answer.algo) for answer in usable)
-    return _Problem(operation, weight, x, y, answers)
+    return _Problem(operation, layouts, answers)
 
 
 def _changed(device_index: int, problem: _Problem, answer: Answer) -> _Algo | None:
     """The answer's algorithm with its cluster and custom option; None where cuBLASLt refuses."""
-    algo = _Algo.from_buffer_copy(problem.own(answer))
-    values = (
-        (_ALGO_CUSTOM, answer.custom, ctypes.c_uint32),
-        (_ALGO_CLUSTER, answer.cluster, ctypes.c_uint16),
-    )
-    for attribute, value, kind in values:
-        if value is not None and _library().cublasLtMatmulAlgoConfigSetAttribute(
-            ctypes.byref(algo),
-            attribute,
-            ctypes.byref(kind(value)),
-            ctypes.c_size_t(ctypes.sizeof(kind)),
-        ):
-            return None
-    result = _Heuristic()
-    status = _library().cublasLtMatmulAlgoCheck(
-        _handle(device_index),
-        problem.operation,
-        problem.weight,
-        problem.x,
-        problem.y,
-        problem.y,
-        ctypes.byref(algo),
-        ctypes.byref(result),
-    )
-    return None if status or result.workspace else algo
+    algo, result = _Algo.from_buffer_copy(problem.own(answer)), _Heuristic()
+    target, product = ctypes.byref(algo), (problem.operation, *problem.layouts)
+    try:
+        if answer.custom is not None:
+            _set("MatmulAlgoConfig", target, _ALGO_CUSTOM, ctypes.c_uint32(answer.custom))
+        if answer.cluster is not None:
+            _set("MatmulAlgoConfig", target, _ALGO_CLUSTER, ctypes.c_uint16(answer.cluster))
+        handle = _handle(device_index)
+        _call("cublasLtMatmulAlgoCheck", handle, *product, target, ctypes.byref(result))
+    except CublasLtError:
+        return None
+    return None if result.workspace else algo
 
 
 @lru_cache(maxsize=65536)
@@ -228,19 +176,19 @@ def _choice(
     strides: tuple[int, int],
     out_dtype: torch.dtype,
     answer: Answer,
-) -> _Choice:
+) -> tuple[_Problem, _Algo]:
     problem = _problem(device_index, shape, strides, out_dtype)
     algo = _changed(device_index, problem, answer) or problem.own(answer)
     _require_no_split(algo, shape)
-    return _Choice(problem, algo)
+    return problem, algo
 
 
-def _row_stride(matrix: torch.Tensor) -> int:
+def _row_stride(matrix: Tensor) -> int:
     """From row to row; a single row's own stride means nothing."""
     return matrix.stride(0) if len(matrix) > 1 else matrix.shape[1]
 
 
-def supports(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype) -> bool:
+def supports(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> bool:
     """Whether pointers and rows are aligned as the stored algorithms need."""
     n, k = weight.shape
     aligned = not (x.data_ptr() | weight.data_ptr()) % _ALIGNMENT
@@ -250,14 +198,14 @@ def supports(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype) -> b
 
 
 def _key(
-    x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor
+    x: Tensor, weight: Tensor, y: Tensor
 ) -> tuple[int, tuple[int, int, int], tuple[int, int], torch.dtype]:
     """What a product's algorithms depend on."""
     shape = (len(x), *weight.shape)
     return x.device.index, shape, (_row_stride(weight), _row_stride(x)), y.dtype
 
 
-def variants(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> list[Answer]:
+def variants(x: Tensor, weight: Tensor, y: Tensor) -> list[Answer]:
     """The heuristic's answers to this product, then each other way to run one of them."""
     key = _key(x, weight, y)
     problem = _problem(*key)
@@ -272,38 +220,21 @@ def variants(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> list[Ans
 
 
 def matmul(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    y: torch.Tensor,
-    answer: Answer = FIRST,
-    *,
-    accumulate: bool = False,
+    x: Tensor, weight: Tensor, y: Tensor, answer: Answer = FIRST, *, accumulate: bool = False
 ) -> None:
     """y [M, N] = x [M, K] @ weight [N, K].T on the current stream; bf16 in, bf16 or fp32 out.
 
-    Rows of x and weight may lie apart. accumulate: y += the product, which is rounded to fp32
-    before, as y is.
+    Rows of x and weight may lie apart. accumulate: y += the product, rounded to fp32 before.
     Raises CublasLtError if a call fails or no algorithm without split-K exists.
     """
-    choice = _choice(*_key(x, weight, y), answer)
-    problem = choice.problem
+    problem, algo = _choice(*_key(x, weight, y), answer)
+    weight_layout, x_layout, y_layout, _ = problem.layouts
     alpha, beta = ctypes.c_float(1.0), ctypes.c_float(1.0 if accumulate else 0.0)
-    status = _library().cublasLtMatmul(
-        _handle(x.device.index),
-        problem.operation,
-        ctypes.byref(alpha),
-        ctypes.c_void_p(weight.data_ptr()),
-        problem.weight,
-        ctypes.c_void_p(x.data_ptr()),
-        problem.x,
-        ctypes.byref(beta),
-        ctypes.c_void_p(y.data_ptr()),
-        problem.y,
-        ctypes.c_void_p(y.data_ptr()),
-        problem.y,
-        ctypes.byref(choice.algo),
-        None,
-        ctypes.c_size_t(0),
-        ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream),
-    )
-    _check(status, "cublasLtMatmul")
+    result = ctypes.c_void_p(y.data_ptr())
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    _call(
+        "cublasLtMatmul", _handle(x.device.index), problem.operation,
+        ctypes.byref(alpha), ctypes.c_void_p(weight.data_ptr()), weight_layout,
+        ctypes.c_void_p(x.data_ptr()), x_layout, ctypes.byref(beta), result, y_layout,
+        result, y_layout, ctypes.byref(algo), None, ctypes.c_size_t(0), ctypes.c_void_p(stream),
+    )  # fmt: skip

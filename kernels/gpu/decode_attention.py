@@ -1,8 +1,7 @@
 """attention of decode steps on the GPU: one program for each split, the last one merges.
 
 A sequence's last program to arrive merges the splits' (max, sum, accumulator) in ascending order,
-so the result does not depend on who that is. The counter of arrivals is an integer: no floating
-sum depends on its order.
+so the result does not depend on who that is.
 """
 
 import functools
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from samebit.kernels.contract import GPU_KV_SPLIT, GPU_KV_TILE
 from samebit.kernels.gpu.online_softmax import merge, split_pass
@@ -25,20 +25,18 @@ _MAX_KV_HEADS = 128
 class DecodeEntries:
     """The sequences with one new token; a context of 0 marks what only fills a batch up."""
 
-    query_rows: torch.Tensor  # [E] int32, among the T queries
-    table_rows: torch.Tensor  # [E] int32, rows of the page table
-    context_lens: torch.Tensor  # [E] int32, the new token included
+    query_rows: Tensor  # [E] int32, among the T queries
+    table_rows: Tensor  # [E] int32, rows of the page table
+    context_lens: Tensor  # [E] int32, the new token included
     max_context: int  # bound of context_lens
-    counters: torch.Tensor  # [E * _MAX_KV_HEADS] int32, zeros between kernels: arrived splits
+    counters: Tensor  # [E * _MAX_KV_HEADS] int32, zeros between kernels: arrived splits
 
 
 def decode_entries(
-    query_rows: torch.Tensor, table_rows: torch.Tensor, context_lens: torch.Tensor, max_context: int
+    query_rows: Tensor, table_rows: Tensor, context_lens: Tensor, max_context: int
 ) -> DecodeEntries:
     """Entries whose tensors are these [E] int32, with counters of their own."""
-    counters = torch.zeros(
-        len(query_rows) * _MAX_KV_HEADS, dtype=torch.int32, device=query_rows.device
-    )
+    counters = query_rows.new_zeros(len(query_rows) * _MAX_KV_HEADS)
     return DecodeEntries(query_rows, table_rows, context_lens, max_context, counters)
 
 
@@ -112,44 +110,38 @@ def num_sms(device: torch.device) -> int:
 
 
 def decode_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    output: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
     decode: DecodeEntries,
-    table: torch.Tensor,
+    table: Tensor,
     page_size: int,
     scale: float,
-    kv_tile: int = GPU_KV_TILE,
-    kv_split: int = GPU_KV_SPLIT,
-    num_warps: int = 4,
-    num_stages: int | None = None,
 ) -> None:
     """Write output rows [query_rows, Hq, Dh] of the entries; table [tables, max_pages] int32.
 
-    q [T, Hq, Dh]; k, v [kv_slots, Hkv, Dh]. kv_tile and kv_split are the contract's; num_warps and
-    num_stages change speed alone.
+    q [T, Hq, Dh]; k, v [kv_slots, Hkv, Dh].
     """
     num_heads, head_dim = q.shape[1:]
     num_kv = k.shape[1]
     group = num_heads // num_kv
     rows = max(_ROWS, triton.next_power_of_2(group))
     block_dh = max(64, triton.next_power_of_2(head_dim))
-    num_seqs, max_splits = len(decode.query_rows), triton.cdiv(decode.max_context, kv_split)
+    num_seqs, max_splits = len(decode.query_rows), triton.cdiv(decode.max_context, GPU_KV_SPLIT)
     parts = num_seqs * num_kv * group * (max_splits if max_splits > 1 else 0)
     part_max, part_sum = (torch.empty(parts, device=q.device) for _ in range(2))
     part_acc = torch.empty(parts, block_dh, device=q.device)
     pdl = supported(q.device)
     # Few programs: each keeps more of its own loads in flight. Many: they hide each other's.
-    if num_stages is None:
-        num_stages = 3 if num_kv * num_seqs * max_splits <= 1.5 * num_sms(q.device) else 2
+    num_stages = 3 if num_kv * num_seqs * max_splits <= 1.5 * num_sms(q.device) else 2
     _decode_kernel[(num_kv, num_seqs, max_splits)](
         q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=output, max_ptr=part_max, sum_ptr=part_sum,
         acc_ptr=part_acc, counters=decode.counters, query_rows=decode.query_rows,
         table_rows=decode.table_rows, context_lens=decode.context_lens, pages_ptr=table,
         max_pages=table.stride(0), q_stride=q.stride(0), q_head=q.stride(1), stride=k.stride(0),
         kv_head=k.stride(1), qk_scale=scale * LOG2E, max_splits=max_splits, NUM_KV=num_kv,
-        GROUP=group, DH=head_dim, BLOCK_DH=block_dh, ROWS=rows, TILE=kv_tile, SPLIT=kv_split,
-        PAGE=page_size, PDL=pdl, num_warps=num_warps, num_stages=num_stages,
+        GROUP=group, DH=head_dim, BLOCK_DH=block_dh, ROWS=rows, TILE=GPU_KV_TILE,
+        SPLIT=GPU_KV_SPLIT, PAGE=page_size, PDL=pdl, num_warps=4, num_stages=num_stages,
         enable_fp_fusion=False, launch_pdl=pdl,
     )  # fmt: skip

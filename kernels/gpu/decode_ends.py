@@ -1,7 +1,5 @@
-"""The two ends of a decode step: all that the forward needs, made from the few numbers that the
-host gives; and the drawn tokens, handed to the host and to the next step.
-
-Both work on the ring of kernels/decode_ring.py.
+"""The two ends of a decode step, on the ring of kernels/decode_ring.py: all that the forward needs,
+made from what the host gives; and the drawn tokens, handed to the host and to the next step.
 """
 
 from dataclasses import dataclass
@@ -9,33 +7,30 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from samebit.kernels.attention_kind import GraphEntries
 from samebit.kernels.decode_ring import HostRing, RingRow
 from samebit.kernels.gpu.pdl import after_previous, supported
 
-_SLOT = tl.constexpr(RingRow.SLOT.value)
-_POSITION = tl.constexpr(RingRow.POSITION.value)
-_PAGE = tl.constexpr(RingRow.PAGE.value)
-_SEED = tl.constexpr(RingRow.SEED.value)
-_SAMPLE_ID = tl.constexpr(RingRow.SAMPLE_ID.value)
-_TEMPERATURE = tl.constexpr(RingRow.TEMPERATURE.value)
-_GREEDY = tl.constexpr(RingRow.GREEDY.value)
+_SLOT, _POSITION, _PAGE, _SEED, _SAMPLE_ID, _TEMPERATURE, _GREEDY = (
+    tl.constexpr(row.value) for row in RingRow
+)
 
 
 @dataclass(frozen=True)
 class DecodeInputs:
     """Tensors [B] of a decode step."""
 
-    slots: torch.Tensor  # int64, places in the engine's arrays; one past the last: nobody
-    input_ids: torch.Tensor  # int64
-    positions: torch.Tensor  # int64
-    next_positions: torch.Tensor  # int64
-    kv_slots: torch.Tensor  # int64; -1: nothing is stored
-    seeds: torch.Tensor  # int64
-    sample_ids: torch.Tensor  # int64
-    temperatures: torch.Tensor  # fp32
-    greedy: torch.Tensor  # bool
+    slots: Tensor  # int64, places in the engine's arrays; one past the last: nobody
+    input_ids: Tensor  # int64
+    positions: Tensor  # int64
+    next_positions: Tensor  # int64
+    kv_slots: Tensor  # int64; -1: nothing is stored
+    seeds: Tensor  # int64
+    sample_ids: Tensor  # int64
+    temperatures: Tensor  # fp32
+    greedy: Tensor  # bool
 
 
 @triton.jit
@@ -77,11 +72,10 @@ def _decode_inputs_kernel(
     tl.store(context_ptr + i, tl.where(live, position + 1, 0).to(tl.int32), mask=inside)
 
 
-def decode_inputs(ring: HostRing, last_tokens: torch.Tensor, entries: GraphEntries) -> DecodeInputs:
+def decode_inputs(ring: HostRing, last_tokens: Tensor, entries: GraphEntries) -> DecodeInputs:
     """Inputs of a decode step of a sample for each entry, from the ring's present turn.
 
-    last_tokens [slots + 1] int64. Notes the page in the entries' table, and fills in the rest of
-    them.
+    last_tokens [slots + 1] int64. Notes the page in the entries' table, and fills in the rest.
     """
     batch, page_table = len(entries.table_rows), entries.page_table
     device = last_tokens.device
@@ -123,11 +117,7 @@ def _decode_outputs_kernel(
 
 
 def decode_outputs(
-    ring: HostRing,
-    slots: torch.Tensor,
-    token_ids: torch.Tensor,
-    logprobs: torch.Tensor,
-    last_tokens: torch.Tensor,
+    ring: HostRing, slots: Tensor, token_ids: Tensor, logprobs: Tensor, last_tokens: Tensor
 ) -> None:
     """Write token_ids [B] int64 and logprobs [B] fp32 to the ring and end its turn.
 

@@ -1,8 +1,8 @@
 """kv_write on the GPU."""
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -23,11 +23,7 @@ def _kv_write_kernel(
 
 
 def kv_write(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    kv_slots: torch.Tensor,
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, kv_slots: Tensor
 ) -> None:
     """Write key and value [T, Hkv, Dh] to kv_slots [T] of the caches; one of -1 is nowhere."""
     num_tokens, num_heads, head_dim = key.shape

@@ -2,14 +2,13 @@
 
 Implementations of equal bits: cuBLASLt without split-K, a Triton kernel that streams weights past
 few rows (skinny.py), and a Triton kernel for any shape and alignment. kernels/gpu/tuning.py knows
-which is the fastest. Products are taken at a finite set of row counts, every M up to 256 and
-multiples of 128 up to 8,192; the self-check compares implementations at a sample of them for the
-model's own shapes.
+which is the fastest. Products are taken at a finite set of row counts (row_pieces).
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from samebit.kernels.contract import tree_sum
 from samebit.kernels.gpu import cublaslt, skinny
@@ -52,7 +51,7 @@ def _matmul_kernel(
     tl.store(y_ptr + place, acc.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def linear_triton(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> None:
+def linear_triton(x: Tensor, weight: Tensor, y: Tensor) -> None:
     """y [M, N] = x [M, K] @ weight [N, K].T; any shape, bf16; rows of both may lie apart."""
     (m, k), n = x.shape, weight.shape[0]
     block_m = 16 if m <= 16 else 64 if m <= 512 else 128
@@ -77,7 +76,7 @@ def row_pieces(num_rows: int) -> list[tuple[int, int]]:
     return pieces
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> None:
+def product(x: Tensor, weight: Tensor, y: Tensor) -> None:
     """y = x @ weight.T for a row count of the finite set, by the fastest implementation."""
     if tuple(weight.shape) in _triton_shapes or not cublaslt.supports(x, weight, y.dtype):
         return linear_triton(x, weight, y)
@@ -88,16 +87,14 @@ def product(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> None:
     return cublaslt.matmul(x, weight, y, choice.cublaslt)
 
 
-def _checked(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _checked(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
         raise ValueError(f"linear on the GPU takes torch.bfloat16, got {x.dtype}, {weight.dtype}")
     x, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (x, weight))
     return x, weight
 
 
-def linear(
-    x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype | None = None
-) -> torch.Tensor:
+def linear(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """x [M, K] times weight [N, K] transposed -> [M, N] in out_dtype (default: x's).
 
     M and N may be 0: a rank may hold no row of the vocabulary.
@@ -111,7 +108,7 @@ def linear(
     return y
 
 
-def linear_in_segments(x: torch.Tensor, weight: torch.Tensor, num_segments: int) -> torch.Tensor:
+def linear_in_segments(x: Tensor, weight: Tensor, num_segments: int) -> Tensor:
     """The tree_sum of products over so many equal parts of K: [M, N] fp32.
 
     The tree's lowest sums are made by the products: an odd part's is added to the even one's.
@@ -134,7 +131,7 @@ def linear_in_segments(x: torch.Tensor, weight: torch.Tensor, num_segments: int)
     return tree_sum(sums)
 
 
-def swiglu_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
     """The swiglu of x [M, K] times weight [2F, K] transposed -> [M, F]."""
     x, weight = _checked(x, weight)
     (rows, k), f = x.shape, weight.shape[0] // 2

@@ -1,13 +1,13 @@
 """logsumexp, and the statistics and gradients of logits that logprob needs, on the GPU.
 
-Rows are cut into the contract's 8 segments; each program handles one segment of one row in blocks
-of fixed size and order, so neither the batch nor the card's size can change a sum. The sampler
-(kernels/gpu/sample.py) uses the same code, and so has the same bits.
+Each program handles one of the contract's segments of one row, in blocks of fixed size and order.
+The sampler (kernels/gpu/sample.py) uses the same code, and so has the same bits.
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra import libdevice
 
 from samebit.kernels.contract import GPU_LSE_BLOCK, LSE_SEGMENTS, padded_vocab_size
@@ -99,7 +99,7 @@ def _merge_segments_kernel(max_ptr, sum_ptr, out_ptr, SEGMENTS: tl.constexpr):
     tl.store(out_ptr + row, lse)
 
 
-def logsumexp(logits: torch.Tensor) -> torch.Tensor:
+def logsumexp(logits: Tensor) -> Tensor:
     """logits [B, V] fp32 -> [B] fp32."""
     logits = logits.contiguous()
     rows, vocab_size = logits.shape
@@ -156,11 +156,8 @@ def _merge_kernel(
 
 
 def token_stats(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    token_ids: torch.Tensor,
-    entropy_grad: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits: Tensor, temperature: Tensor, token_ids: Tensor, entropy_grad: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """See kernels.logprob.token_stats."""
     logits = logits.contiguous()
     rows, vocab_size = logits.shape
@@ -203,15 +200,15 @@ def _logits_grad_kernel(
 
 
 def logits_grad(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    normalizer: torch.Tensor,
-    token_ids: torch.Tensor,
-    grad: torch.Tensor,
+    logits: Tensor,
+    temperature: Tensor,
+    normalizer: Tensor,
+    token_ids: Tensor,
+    grad: Tensor,
     dtype: torch.dtype,
-    entropy: torch.Tensor | None = None,
-    entropy_grad: torch.Tensor | None = None,
-) -> torch.Tensor:
+    entropy: Tensor | None = None,
+    entropy_grad: Tensor | None = None,
+) -> Tensor:
     """See kernels.logprob.logits_grad."""
     logits = logits.contiguous()
     rows, vocab_size = logits.shape

@@ -1,9 +1,8 @@
 """Programmatic dependent launch: the next kernel's start-up hides behind the present one's work.
 
 Every decode kernel calls `after_previous` before it reads what its predecessor wrote, and lets its
-own successor start from there on. So what comes before the call in a kernel may read anything but
-its predecessor's results: weights, and what older kernels wrote. Source: CUDA C++ Programming
-Guide, "Programmatic Dependent Launch".
+own successor start from there on. What comes before the call may read weights and what older
+kernels wrote. Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch".
 """
 
 import functools

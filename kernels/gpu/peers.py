@@ -1,10 +1,8 @@
-"""reduce on GPUs: ranks read each other's fp32 partials over NVLink, add them and round once; or
-put columns of logits side by side, by the same means.
+"""reduce on GPUs, and gathers of columns: ranks read each other's fp32 memory over NVLink.
 
-One kernel is the whole sum. Every program copies its part of this rank's partial to memory that
-the others see, tells the program of the same number on every rank, waits for theirs, and adds. So
-there is no library between that chooses an order, and nothing for the host to wait for: it may be
-captured in a CUDA graph.
+One kernel is the whole sum, so a CUDA graph may hold it. Every program copies its part of this
+rank's partial to memory that the others see, tells the program of the same number on every rank,
+waits for theirs, and adds.
 
 Small sums are read whole by every rank (one shot). Of larger ones each rank adds its own part and
 the others fetch that, already rounded (two shots); sequence parallel ranks keep their part.
@@ -22,6 +20,7 @@ import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # NVLink's multicast is of no use here: it adds in an order of its own.
 os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
@@ -227,23 +226,21 @@ class Peers:
     memories: list[_Memory] = field(default_factory=list)
     """Growing; a CUDA graph may hold an earlier one."""
 
-    def sum(self, partial: torch.Tensor, dtype: torch.dtype, tree: bool) -> torch.Tensor:
+    def sum(self, partial: Tensor, dtype: torch.dtype, tree: bool) -> Tensor:
         """The ranks' partials added up in fp32, on every rank: partial's shape in dtype."""
         output = torch.empty(partial.shape, dtype=dtype, device=partial.device)
         small = partial.numel() <= _ONE_SHOT_ELEMENTS
         self._launch(partial, output, _ONE_SHOT if small else _TWO_SHOTS, tree)
         return output
 
-    def sum_of_own_rows(
-        self, partial: torch.Tensor, dtype: torch.dtype, tree: bool
-    ) -> torch.Tensor:
+    def sum_of_own_rows(self, partial: Tensor, dtype: torch.dtype, tree: bool) -> Tensor:
         """The same sum, of this rank's part of the rows only: [T, ...] -> [T / size, ...]."""
         rows = len(partial) // dist.get_world_size(self.group)
         output = torch.empty((rows, *partial.shape[1:]), dtype=dtype, device=partial.device)
         self._launch(partial, output, _OWN_PART, tree)
         return output
 
-    def gather_columns(self, x: torch.Tensor) -> torch.Tensor:
+    def gather_columns(self, x: Tensor) -> Tensor:
         """Every rank's columns [T, C] fp32, side by side in rank order: [T, size * C]."""
         (num_rows, width), size = x.shape, dist.get_world_size(self.group)
         output = torch.empty(num_rows, size * width, dtype=x.dtype, device=x.device)
@@ -258,9 +255,7 @@ class Peers:
             )  # fmt: skip
         return output
 
-    def _launch(
-        self, partial: torch.Tensor, output: torch.Tensor, mode: tl.constexpr, tree: bool
-    ) -> None:
+    def _launch(self, partial: Tensor, output: Tensor, mode: tl.constexpr, tree: bool) -> None:
         numel, size = partial.numel(), dist.get_world_size(self.group)
         if numel == 0:
             return

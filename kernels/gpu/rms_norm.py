@@ -1,13 +1,13 @@
 """rms_norm on the GPU, with and without a residual sum before it, and its gradients.
 
 Every program handles whole rows with a fixed block and fixed warps, so a row's sum has one tree.
-The gradient of the weight is a sum over all rows: over fixed blocks of rows in order, then over the
-blocks, so two runs give the same bits.
+The weight's gradient is summed over fixed blocks of rows in order, then over the blocks.
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra import libdevice
 
 from samebit.kernels.contract import GPU_NORM_ROWS
@@ -22,7 +22,7 @@ def norm_launch(width: int) -> tuple[int, int, int]:
     return block, GPU_NORM_ROWS if block <= 256 else 1, 4 if block <= 4096 else 8
 
 
-def _flat_rows(x: torch.Tensor) -> torch.Tensor:
+def _flat_rows(x: Tensor) -> Tensor:
     """[..., D] -> [rows, D], each row without gaps."""
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(-1) == 1 else flat.contiguous()
@@ -47,9 +47,7 @@ def _rms_norm_kernel(
     tl.store(inverse_ptr + rows, inverse, mask=rows < num_rows)
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x [..., D] -> (normalised [..., D], inverse rms [..., 1] fp32)."""
     flat, width = _flat_rows(x), x.shape[-1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -84,9 +82,7 @@ def _add_rms_norm_kernel(
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(s), s) for s = x + residual, both [T, D] contiguous bf16."""
     num_rows, width = x.shape
     y, total = torch.empty_like(x), torch.empty_like(x)
@@ -128,8 +124,8 @@ def _rms_norm_backward_kernel(
 
 
 def rms_norm_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse_rms: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor
+) -> tuple[Tensor, Tensor]:
     """grad and x [..., D], weight [D], inverse_rms [..., 1] fp32 -> gradients of x and weight."""
     flat, width = _flat_rows(x), x.shape[-1]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -26,7 +27,7 @@ def _rope_kernel(
     tl.store(target + HALF, (second * cos + first * sin).to(dtype), mask=inside)
 
 
-def rope(x: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def rope(x: Tensor, positions: Tensor, table: Tensor) -> Tensor:
     """x [T, heads, Dh] rotated to positions [T] by table [max_position, Dh] fp32."""
     num_tokens, num_heads, head_dim = x.shape
     if x.stride(-1) != 1:

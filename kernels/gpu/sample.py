@@ -1,12 +1,12 @@
 """sample on the GPU: draws, with and without their log-probs, and thresholds of allowed tokens.
 
-A log-prob's sum is the contract's, segment by segment (kernels/gpu/logprob.py). The draw is exact,
-so it may be cut up as suits the number of rows.
+A log-prob's sum is the contract's, segment by segment (kernels/gpu/logprob.py).
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra import libdevice
 
 from samebit.kernels.contract import (
@@ -111,13 +111,13 @@ def _choose_kernel(
 
 
 def draw_with_logprobs(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
-    sample_ids: torch.Tensor,
-    greedy: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    sample_ids: Tensor,
+    greedy: Tensor,
+) -> tuple[Tensor, Tensor]:
     """See kernels.sample.draw_with_logprobs."""
     logits = logits.contiguous()
     rows, vocab_size = logits.shape
@@ -150,12 +150,8 @@ def draw_with_logprobs(
 
 
 def draw(
-    scaled_logits: torch.Tensor,
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
-    sample_ids: torch.Tensor,
-    greedy: torch.Tensor,
-) -> torch.Tensor:
+    scaled_logits: Tensor, seeds: Tensor, positions: Tensor, sample_ids: Tensor, greedy: Tensor
+) -> Tensor:
     """See kernels.sample.draw."""
     ones = torch.ones(len(scaled_logits), device=scaled_logits.device)
     return draw_with_logprobs(scaled_logits, ones, seeds, positions, sample_ids, greedy)[0]
@@ -222,9 +218,7 @@ def _threshold_kernel(x_ptr, k_ptr, p_ptr, min_p_ptr, out_ptr, V, BLOCK: tl.cons
     tl.store(out_ptr + row, (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True))
 
 
-def allowed_tokens(
-    scaled_logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
-) -> torch.Tensor:
+def allowed_tokens(scaled_logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """See kernels.sample.allowed_tokens. Thresholds by bisection over the floats: no sort."""
     scaled_logits = scaled_logits.contiguous()
     rows, vocab_size = scaled_logits.shape

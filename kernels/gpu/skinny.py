@@ -1,16 +1,15 @@
 """linear for few rows: kernels that stream the weights at the memory's speed.
 
-The contract's chain (ascending k, k16 tensor-core products, fp32, one rounding) in tiles of all
-rows by a few columns, so that even a narrow weight keeps every SM busy. While the preceding kernel
-still runs, a tile's first weights are fetched into L2. The gated form computes swiglu of the
-rounded gate and up products as well. Tiles are free to choose: they cannot change a bit.
+The contract's chain in tiles of all rows by a few columns, so that even a narrow weight keeps every
+SM busy. While the preceding kernel still runs, a tile's first weights are fetched into L2. The
+gated form computes swiglu of the rounded gate and up products as well. Tiles cannot change a bit.
 """
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra import libdevice
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -140,9 +139,7 @@ def block_rows(num_rows: int) -> int:
     return max(16, triton.next_power_of_2(num_rows))
 
 
-def matmul(
-    x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, tile: Tile, *, gated: bool = False
-) -> None:
+def matmul(x: Tensor, weight: Tensor, y: Tensor, tile: Tile, *, gated: bool = False) -> None:
     """y [M, N] = x [M, K] @ weight [N, K].T, M up to 128; contiguous bf16 in, bf16 or fp32 out.
 
     gated: weight [2N, K] = [gate; up] and y = swiglu of the two rounded products.

@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra import libdevice
 
 
@@ -17,7 +18,7 @@ def _swiglu_kernel(x_ptr, y_ptr, F, BLOCK: tl.constexpr):
     tl.store(y_ptr + row * F + columns, (silu * up).to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+def swiglu(gate_up: Tensor) -> Tensor:
     """gate_up [..., 2F] -> [..., F]."""
     flat = gate_up.reshape(-1, gate_up.shape[-1]).contiguous()
     width = flat.shape[1] // 2
@@ -47,7 +48,7 @@ def _swiglu_backward_kernel(grad_ptr, x_ptr, grad_x_ptr, F, BLOCK: tl.constexpr)
     tl.store(grad_x_ptr + first + F, (grad * silu).to(dtype), mask=inside)
 
 
-def swiglu_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     """grad [..., F], gate_up [..., 2F] -> gradient of gate_up, in fp32 and rounded once."""
     gate_up = gate_up.contiguous()
     width = gate_up.shape[-1] // 2

@@ -61,19 +61,14 @@ def to_json(choices: dict[Key, Choice]) -> list[dict[str, Any]]:
     ]
 
 
-def _driver_version() -> int:
-    """The newest CUDA that the driver knows."""
-    version = ctypes.c_int()
-    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    return version.value
-
-
 def fingerprint(device: torch.device) -> list[str]:
     """What implementations and their choice depend on, beside what the numerics profile holds."""
     name = torch.cuda.get_device_name(device)
     table = table_path(name)
     digest = hashlib.sha256(table.read_bytes()).hexdigest() if table.exists() else "none"
-    return [name, cublaslt.version(), str(_driver_version()), digest]
+    driver = ctypes.c_int()  # the newest CUDA that it knows
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(driver))
+    return [name, cublaslt.version(), str(driver.value), digest]
 
 
 @functools.lru_cache(maxsize=8)

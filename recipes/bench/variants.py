@@ -55,7 +55,7 @@ def torch_kernels(device_type: str) -> Iterator[Calls]:
     replacements: list[tuple[Op, Callable[..., Any]]] = [
         (linear_op._forward, product),
         (linear_op._forward_in_segments, in_segments),
-        (swiglu_op._swiglu_linear, gated),
+        (swiglu_op.swiglu_linear, gated),
     ]
     with _replaced(device_type, replacements):
         yield calls

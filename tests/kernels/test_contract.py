@@ -9,8 +9,8 @@ import torch
 from helpers import assert_same_bits, attention_of, run_python
 
 from samebit.kernels.kv_write import kv_write, kv_write_ref
-from samebit.kernels.linear import linear, linear_ref
-from samebit.kernels.logprob import logprob, logsumexp, logsumexp_ref
+from samebit.kernels.linear import linear
+from samebit.kernels.logprob import logprob, logsumexp
 from samebit.kernels.reduce import reduce_ref
 from samebit.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_ref
 from samebit.kernels.rope import rope, rope_ref, rope_table
@@ -42,7 +42,7 @@ def randn(*shape, scale=1.0, seed=0):
 def linear_case(num_out, width):
     return Case(
         run=lambda x, w: (linear(x, w),),
-        ref=lambda x, w: (linear_ref(x, w),),
+        ref=lambda x, w: (x @ w.t(),),
         exact=lambda x, w: (x @ w.t(),),
         rows=(randn(NUM_ROWS, width),),
         fixed=(randn(num_out, width, seed=1),),
@@ -138,7 +138,7 @@ def logprob_case(vocab_size, width):
 def logsumexp_case(vocab_size):
     return Case(
         run=lambda x: (logsumexp(x),),
-        ref=lambda x: (logsumexp_ref(x),),
+        ref=lambda x: (x.logsumexp(-1),),
         exact=lambda x: (x.logsumexp(-1),),
         rows=(randn(NUM_ROWS, vocab_size, scale=5.0),),
         fixed=(),

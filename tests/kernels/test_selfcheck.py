@@ -59,9 +59,9 @@ def test_blocked_equals_padded(shape):
 
 
 def test_shapes_of_a_model_pass():
-    assert unequal_linear_shapes(SHAPES) == set()
+    assert unequal_linear_shapes(SHAPES, CPU) == set()
     check_attention(ATTENTION)
-    check_rows(WIDTHS)
+    check_rows(WIDTHS, CPU)
 
 
 def test_an_unpadded_product_would_be_found(monkeypatch):
@@ -73,7 +73,7 @@ def test_an_unpadded_product_would_be_found(monkeypatch):
 
     monkeypatch.setattr(selfcheck_module, "linear_blocked", lambda x, w: x @ w.t())
     monkeypatch.setattr(selfcheck_module, "linear_padded", careless)
-    found = unequal_linear_shapes(SHAPES)
+    found = unequal_linear_shapes(SHAPES, CPU)
     assert {(48, 64), (48, 104)} <= found
 
 

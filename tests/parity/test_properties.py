@@ -106,7 +106,7 @@ def test_noise_by_place_in_the_batch_is_found_out(qwen3_path, monkeypatch):
     def by_row(seeds, positions, sample_ids, vocab_size):
         return original(seeds, positions, torch.arange(len(seeds)), vocab_size)
 
-    monkeypatch.setitem(sample_module._noise.implementations, "cpu", by_row)
+    monkeypatch.setitem(sample_module.gumbel_noise.implementations, "cpu", by_row)
     result = batch_position(broken_subject(qwen3_path))
     assert result.mismatches > result.tokens // 2
 

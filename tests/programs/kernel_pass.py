@@ -158,8 +158,8 @@ def paged_attention_pass(make: Inputs) -> Iterator[torch.Tensor]:
             table[i, : len(own)] = own
             place = torch.arange(length)
             kv_slots = (own[place // page_size] * page_size + place % page_size).to(make.device)
-            new = [make.normal(length, kv, head_dim, seed=s).detach() for s in (1, 2)]
-            kv_write(*new, keys, values, kv_slots)
+            key, value = (make.normal(length, kv, head_dim, seed=s).detach() for s in (1, 2))
+            kv_write(key, value, keys, values, kv_slots)
         for chunk in ((1, 1, 1, 1), (1, 17, 70, 129), (1, 1, 17, 1)):
             plan = attention.plan_step(chunk, CONTEXT_LENS, table, page_size)
             q = make.normal(sum(chunk), heads, head_dim).detach()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from samebit.kernels.reduce import ALONE, RankGroup
 from samebit.trainer.config import AlgorithmConfig
@@ -24,26 +24,23 @@ class LossInputs:
     """
 
     batch: MicroBatch
-    logprobs: torch.Tensor
+    logprobs: Tensor
     """[R] fp32, differentiable: log-probs of the target tokens under the present weights."""
-    entropies: torch.Tensor
+    entropies: Tensor
     """[R] fp32 in nats; differentiable if the algorithm's needs_entropy_grad is set."""
-    ref_logprobs: torch.Tensor | None = None
+    ref_logprobs: Tensor | None = None
     """[R] fp32: log-probs under the reference weights, if the trainer holds any."""
     context: RankGroup = ALONE
 
-    def sample_sums(self, rows: torch.Tensor) -> torch.Tensor:
-        """Sums of rows [R] by sample [B], over the rows of all context ranks, on each of them.
-
-        They are differentiable. All context ranks must call this as often.
-        """
+    def sample_sums(self, rows: Tensor) -> Tensor:
+        """Sums of rows [R] by sample [B], of all context ranks: see context.sample_sums."""
         return sample_sums(rows, self.batch, self.context)
 
-    def sample_means(self, rows: torch.Tensor) -> torch.Tensor:
+    def sample_means(self, rows: Tensor) -> Tensor:
         """sample_sums, divided by the samples' numbers of loss rows."""
         return self.sample_sums(rows) / self.batch.row_counts
 
-    def in_rows(self, samples: torch.Tensor) -> torch.Tensor:
+    def in_rows(self, samples: Tensor) -> Tensor:
         """Values of samples [B] in each of their rows [R]; they are differentiable."""
         return in_rows(samples, self.batch)
 
@@ -52,18 +49,18 @@ class LossInputs:
 class LossOutputs:
     """What a loss finds for a micro-batch's rows."""
 
-    losses: torch.Tensor
+    losses: Tensor
     """[R], before any mean. The loss of a whole sample stands in each of its rows: with
     trainer.loss_mean=sequence it then counts once."""
-    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
     """[R] by the name that is logged, as the mean over all rows of an optimizer step."""
 
 
 class Algorithm[C: AlgorithmConfig]:
     """An algorithm with its settings: advantages and loss, pure functions of what they are given.
 
-    A new one is a file with a subclass, which names the dataclass of its settings as Config, and a
-    line in ALGORITHMS of trainer/algorithms/registry.py. See docs/extending.md.
+    A new one is a subclass, which names the dataclass of its settings as Config, and a line in
+    ALGORITHMS of trainer/algorithms/registry.py. See docs/extending.md.
     """
 
     Config: ClassVar[Any] = AlgorithmConfig
@@ -75,7 +72,7 @@ class Algorithm[C: AlgorithmConfig]:
     def __init__(self, config: C | None = None) -> None:
         self.config: C = self.Config() if config is None else config
 
-    def advantages(self, rewards: torch.Tensor, groups: Sequence[Sequence[Sample]]) -> Advantages:
+    def advantages(self, rewards: Tensor, groups: Sequence[Sequence[Sample]]) -> Advantages:
         """rewards [prompts, samples] fp64 of a training step's samples -> their advantages.
 
         `groups` [prompts][samples] are the samples, still without advantages.

@@ -8,13 +8,14 @@ importance correction between rollout and trainer, because their log-probs are t
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from samebit.trainer.algorithms.base import Advantages, Algorithm, LossInputs, LossOutputs
 from samebit.trainer.config import GrpoConfig
 from samebit.trainer.types import Sample
 
 
-def group_advantages(rewards: torch.Tensor, config: GrpoConfig) -> torch.Tensor:
+def group_advantages(rewards: Tensor, config: GrpoConfig) -> Tensor:
     """rewards [groups, n] -> advantages of the same shape, in fp64; give the rewards in fp64 too.
 
     A group whose rewards are all equal gets exact zeros. Raises ValueError for rewards so far
@@ -35,7 +36,7 @@ def group_advantages(rewards: torch.Tensor, config: GrpoConfig) -> torch.Tensor:
     return advantages
 
 
-def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str) -> torch.Tensor:
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     """Per-token estimate of KL(policy || reference) from samples of the policy; shapes [R]."""
     log_ratio = logprobs - ref_logprobs
     if estimator == "k1":
@@ -54,7 +55,7 @@ class Grpo(Algorithm[GrpoConfig]):
         super().__init__(config)
         self.needs_reference = self.config.kl_coef > 0
 
-    def advantages(self, rewards: torch.Tensor, groups: Sequence[Sequence[Sample]]) -> Advantages:
+    def advantages(self, rewards: Tensor, groups: Sequence[Sequence[Sample]]) -> Advantages:
         """See Algorithm.advantages; those of a prompt depend on no other's rewards."""
         return group_advantages(rewards, self.config).tolist()
 
@@ -67,10 +68,7 @@ class Grpo(Algorithm[GrpoConfig]):
         plain = ratio * batch.advantages
         clipped = ratio.clamp(low, high) * batch.advantages
         losses = -torch.minimum(plain, clipped)
-        metrics = {
-            "train/ratio": ratio.detach(),
-            "train/clip_fraction": (clipped < plain).float(),
-        }
+        metrics = {"train/ratio": ratio.detach(), "train/clip_fraction": (clipped < plain).float()}
         if self.config.kl_coef > 0:
             assert inputs.ref_logprobs is not None
             kl = kl_estimate(logprobs, inputs.ref_logprobs, self.config.kl_estimator)

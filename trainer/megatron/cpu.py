@@ -1,25 +1,19 @@
 """What Megatron-core needs to run on a machine without CUDA. Nothing else in the project knows.
 
-Megatron calls torch.cuda for the current device and stream, and its optimizers and schedules write
-device="cuda" literally. `install` replaces a few functions; `no_cuda` redirects the literals while
-optimizers are built and steps run. Both do nothing where there is a GPU.
+Megatron calls torch.cuda for the current device and stream: `install` replaces a few functions. Its
+optimizers and schedules write device="cuda" literally: `no_cuda` redirects that while they run.
 """
 
 import contextlib
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
-
-_CUDA_NAMES = {
-    "torch.FloatTensor": "torch.cuda.FloatTensor",
-    "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
-    "torch.HalfTensor": "torch.cuda.HalfTensor",
-}
 
 
 def install() -> None:
-    """Make torch.cuda's queries answer for the CPU, once per process."""
+    """Make torch.cuda's queries answer for the CPU, once per process, where there is no GPU."""
     if torch.cuda.is_available():
         return
     from megatron.core.tensor_parallel import random
@@ -38,14 +32,14 @@ class _CpuForCuda(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.cuda:
+        if func is Tensor.cuda:
             return args[0]
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             kwargs = {**kwargs, "device": "cpu"}
         result = func(*args, **kwargs)
-        if func is torch.Tensor.type and len(args) == 1:
-            return _CUDA_NAMES.get(result, result)
+        if func is Tensor.type and len(args) == 1:
+            return result.replace("torch.", "torch.cuda.")
         return result
 
 

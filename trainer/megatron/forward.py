@@ -1,14 +1,14 @@
-"""Megatron's forward by itself: log-probs without gradients, optimizer or master weights."""
+"""Megatron's forward by itself: log-probs without optimizer or master weights."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
 
 from samebit.kernels.attention import CanonicalAttention
 from samebit.kernels.attention_kind import AttentionKind
-from samebit.kernels.reduce import ALONE, RankGroup
 from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.context import ContextShare, share_context
@@ -21,7 +21,7 @@ from samebit.trainer.types import MicroBatch
 
 
 def run_schedule(
-    step: Callable[[Iterator[Any], Any], tuple[torch.Tensor, Any]],
+    step: Callable[[Iterator[Any], Any], tuple[Tensor, Any]],
     parts: Iterable[tuple[MicroBatch, Any]],
     chunks: Sequence[Any],
     **options: Any,
@@ -40,83 +40,65 @@ def run_schedule(
     )
 
 
-def batch_logprobs(
-    chunks: Sequence[Any],
-    batches: Sequence[MicroBatch],
-    model: ModelConfig,
-    context: RankGroup = ALONE,
-) -> list[torch.Tensor]:
-    """Log-probs [R] of every micro-batch, without gradients, on every rank that shares the work.
-
-    chunks: the GPTModels of this stage, or Megatron's DDPs around them.
-    """
-    shares: list[ContextShare | None] = [None] * len(batches)
-    if context.size > 1:
-        shares = [share_context(batch, context, chunks[0].config.attention) for batch in batches]
-    parts = [
-        (batch if share is None else share.batch, share)
-        for batch, share in zip(batches, shares, strict=True)
-    ]
-    with torch.no_grad(), no_cuda():
-        if chunks[0].config.pipeline_model_parallel_size > 1:
-            own = _pipeline_logprobs(chunks, parts, model)
-        else:
-            own = [forward_logprobs(chunks[0], batch, model, share)[0] for batch, share in parts]
-        return [
-            found if share is None else gather_loss_rows(found, share, len(batch.rows))
-            for found, share, batch in zip(own, shares, batches, strict=True)
-        ]
-
-
-def _pipeline_logprobs(
-    chunks: Sequence[Any],
-    parts: Sequence[tuple[MicroBatch, ContextShare | None]],
-    model: ModelConfig,
-) -> list[torch.Tensor]:
-    """Through all stages, by Megatron's schedule."""
-
-    def step(iterator: Any, gpt: Any) -> tuple[torch.Tensor, Any]:
-        batch, share = next(iterator)
-        return forward_logprobs(gpt, batch, model, share), lambda output, **_: output[0]
-
-    found = run_schedule(step, parts, chunks, forward_only=True, collect_non_loss_data=True)
-    device = parts[0][0].input_ids.device
-    values = from_last_stage([x.cpu() for x in found])[: len(parts)]
-    return [x.to(device) for x in values]
-
-
 class ForwardModel:
-    """A policy that is only read: the KL reference, or an engine's weights seen by Megatron.
+    """This process's part of a policy, and its forward: log-probs without gradients.
 
-    `weights`, by Megatron's names, are used in place and may be rewritten by their owner. Without
-    them `params` are uninitialised memory of the model's own.
+    `params` are the live parameters by their names in the whole model. Given `weights`, by the same
+    names, those are used in place, never differentiated, and may be rewritten by their owner; else
+    the memory is the model's own and uninitialised.
     """
 
     def __init__(
         self,
         model: ModelConfig,
         device: torch.device,
-        weights: Mapping[str, torch.Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
         parallel: ParallelConfig | None = None,
         tp_invariant: bool = False,
         longest: int | None = None,
         attention: type[AttentionKind] = CanonicalAttention,
     ) -> None:
-        parallel = parallel or ParallelConfig()
-        ranks, self._context = initialize(device, parallel, tp_invariant)
-        kind = attention(model.attention_heads(ranks.size), device)
-        model.selfcheck(kind, ranks)
-        self.model = model
+        """longest: tokens of the longest sample that may come; None: what the context holds."""
+        self.model, self.device, self.longest = model, device, longest
+        self.parallel = parallel or ParallelConfig()
+        self.ranks, self.context = initialize(device, self.parallel, tp_invariant)
+        self.attention = attention(model.attention_heads(self.ranks.size), device)
+        model.selfcheck(self.attention, self.ranks)
+        self.stage = stage_of(model)
         with no_cuda():
-            stage = stage_of(model)
-            self._chunks = build_model(model, kind, parallel, stage, tp_invariant, longest)
-        for chunk in self._chunks:
-            chunk.requires_grad_(False)
-        self.params = stage.named_params(self._chunks)
+            chunks = build_model(
+                model, self.attention, self.parallel, self.stage, tp_invariant, longest
+            )
+        self._chunks: Sequence[Any] = chunks  # GPTModels, or Megatron's DDPs around them
+        self.params: Mapping[str, Tensor] = self.stage.named_params(chunks)
         if weights is not None:
             for name, param in self.params.items():
+                param.requires_grad_(False)
                 param.data = weights[name]
 
-    def logprobs(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
-        """Log-probs [R] of every micro-batch."""
-        return batch_logprobs(self._chunks, batches, self.model, self._context)
+    def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Log-probs [R] of every micro-batch, on every rank that shares the work."""
+        if not batches:
+            return []
+        shares: list[ContextShare | None] = [None] * len(batches)
+        if self.context.size > 1:
+            shares = [share_context(batch, self.context, self.attention) for batch in batches]
+        parts = [
+            (batch if share is None else share.batch, share)
+            for batch, share in zip(batches, shares, strict=True)
+        ]
+
+        def step(iterator: Any, gpt: Any) -> tuple[Tensor, Any]:
+            batch, share = next(iterator)
+            return forward_logprobs(gpt, batch, self.model, share), lambda output, **_: output[0]
+
+        options = {"forward_only": True, "collect_non_loss_data": True}
+        with torch.no_grad(), no_cuda():
+            own = run_schedule(step, parts, self._chunks, **options)
+            if self.stage.count > 1:
+                values = from_last_stage([x.cpu() for x in own])[: len(parts)]
+                own = [x.to(self.device) for x in values]
+            return [
+                found if share is None else gather_loss_rows(found, share, len(batch.rows))
+                for found, share, batch in zip(own, shares, batches, strict=True)
+            ]

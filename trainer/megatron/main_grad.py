@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
-import torch
+from torch import Tensor
 
 
-def main_grad_of(weight: torch.Tensor) -> torch.Tensor | None:
+def main_grad_of(weight: Tensor) -> Tensor | None:
     """The buffer, if any, that products on a GPU add the weight's gradient to without rounding.
 
     Where there is none, autograd is given the gradient and Megatron's hook adds it to the buffer.
@@ -14,7 +14,7 @@ def main_grad_of(weight: torch.Tensor) -> torch.Tensor | None:
     return getattr(weight, "main_grad", None) if fused else None
 
 
-def own_gradients(weights: Iterable[torch.Tensor]) -> None:
+def own_gradients(weights: Iterable[Tensor]) -> None:
     """Have autograd be given these weights' gradients: something waits for it to get them."""
     for weight in weights:
         weight.own_gradient = True  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
 
 from samebit.kernels.attention_kind import AttentionKind
 from samebit.kernels.contract import padded_vocab_size
@@ -17,9 +18,8 @@ from samebit.trainer.megatron.main_grad import main_grad_of
 from samebit.trainer.megatron.models.registry import parts_of
 from samebit.trainer.megatron.parallel import ranks_of, spread
 from samebit.trainer.megatron.spec import ContractConfig, PackedSequences
-from samebit.trainer.megatron.stages import Stage, stage_specs
+from samebit.trainer.megatron.stages import Stage, stage_specs, unequal_shapes
 from samebit.trainer.types import MicroBatch
-from samebit.weight_sync.mapping import ParamSpec
 
 _RECOMPUTE: Mapping[str, dict[str, Any]] = {
     "none": {},
@@ -82,9 +82,8 @@ def build_model(
 ) -> list[GPTModel]:
     """This process's shard of a GPTModel with our operations and uninitialised weights, by chunk.
 
-    It lives on attention's device. longest: tokens of the longest sample that may come; None: as
-    many as the context holds. Raises RuntimeError unless its parameters have the engine's names
-    and shapes.
+    longest: tokens of the longest sample that may come; None: as many as the context holds. Raises
+    RuntimeError unless its parameters have the engine's names and shapes.
     """
     # A micro-batch is filled up to a multiple of the tensor ranks by a sequence that nobody reads.
     longest = max(longest or model.max_position, parallel.tensor)
@@ -106,16 +105,9 @@ def build_model(
     ]
     ranks = ranks_of(chunks[0].pg_collection.tp)
     specs = stage_specs(model, ranks.shard, stage)
-    _check_params(stage.named_params(chunks), specs)
+    if unequal := unequal_shapes(specs, stage.named_params(chunks)):
+        raise RuntimeError(f"Megatron's parameters are not the engine's: {sorted(unequal)[:5]}")
     return [chunk.to(device) for chunk in chunks]
-
-
-def _check_params(params: Mapping[str, torch.Tensor], specs: list[ParamSpec]) -> None:
-    found = {name: tuple(p.shape) for name, p in params.items()}
-    expected = {spec.name: spec.shape for spec in specs}
-    if found != expected:
-        different = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
-        raise RuntimeError(f"Megatron's parameters are not the engine's: {different[:5]}")
 
 
 def forward_logprobs(
@@ -124,7 +116,7 @@ def forward_logprobs(
     model: ModelConfig,
     share: ContextShare | None = None,
     entropy_grad: bool = False,
-) -> torch.Tensor:
+) -> Tensor:
     """Log-probs and entropies of the loss rows, [2, R]; entropies carry gradients if asked to.
 
     A stage that is not the last of a pipeline gives the hidden states [T, 1, D] for the next one.
@@ -154,12 +146,12 @@ def forward_logprobs(
 
 def _logprob_head(
     *,
-    hidden_states: torch.Tensor,
+    hidden_states: Tensor,
     output_layer: Any,
-    output_weight: torch.Tensor | None,
+    output_weight: Tensor | None,
     context: tuple[MicroBatch, int, bool],
     **_unused: Any,
-) -> torch.Tensor:
+) -> Tensor:
     """Megatron's output hook: hidden_states [T, 1, D], or this rank's part of T, to [2, R]."""
     batch, vocab_size, entropy_grad = context
     ranks = ranks_of(output_layer.tp_group)
@@ -167,15 +159,6 @@ def _logprob_head(
     hidden = whole.squeeze(1)[batch.rows]
     weight = output_layer.weight if output_weight is None else output_weight
     temperature = torch.full((len(batch.rows),), batch.temperature, device=hidden.device)
-    return torch.stack(
-        logprob(
-            hidden,
-            weight,
-            batch.target_ids,
-            temperature,
-            vocab_size,
-            ranks,
-            main_grad=main_grad_of(weight),
-            entropy_grad=entropy_grad,
-        )
-    )
+    main_grad, ids = main_grad_of(weight), batch.target_ids
+    found = logprob(hidden, weight, ids, temperature, vocab_size, ranks, main_grad, entropy_grad)
+    return torch.stack(found)

@@ -1,13 +1,13 @@
 """The optimizer's state in the host's memory: master weights and moments, 12 bytes a parameter (in
 pinned allocations, each of which torch rounds up to a power of two).
 
-A step brings them to the device slice by slice, updates them there and takes them back, loading,
-updating and storing three slices at a time. AdamW is elementwise, so this moves no bit.
+A step takes them through the device, three slices at a time. AdamW is elementwise: no bit moves.
 """
 
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 from samebit.trainer.megatron.optimizer_state import Piece, host_zeros_like
@@ -88,7 +88,7 @@ class _StagingBuffer:
         self.stream = torch.cuda.Stream(device)
 
 
-def update(piece: Piece, part: slice, tensors: dict[str, torch.Tensor]) -> None:
+def update(piece: Piece, part: slice, tensors: dict[str, Tensor]) -> None:
     """AdamW's step of a slice whose state is in `tensors`, [n] each on the weights' device."""
     weights, grad, group = piece.weights.view(-1)[part], piece.main.grad, piece.group
     assert grad is not None

@@ -1,9 +1,7 @@
-"""The AdamW behind Megatron's optimizers, and its exact state: what a resumed run needs to take the
-same steps to the same bits.
+"""The AdamW behind Megatron's optimizers, and its exact state by parameter.
 
 Megatron's distributed optimizer keeps moments out of its state_dict, and its own checkpoints of
-them do not resume faithfully over torch's AdamW. Its shards and the AdamW behind it are plain
-tensors, though: they are kept as they are, by parameter.
+them do not resume faithfully over torch's AdamW.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
+from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -24,13 +23,13 @@ class Piece:
     name: str
     start: int
     """The part's first element in the flattened parameter."""
-    weights: torch.Tensor
+    weights: Tensor
     """The part itself: live memory of the parameter."""
-    main: torch.Tensor
+    main: Tensor
     """What AdamW updates: that memory, or an fp32 master copy of it."""
     group: dict[str, Any]
     """AdamW's settings for it."""
-    state: dict[str, torch.Tensor]
+    state: dict[str, Tensor]
     """AdamW's step, its moments in main's shape and, offloaded, the master copy."""
 
     @property
@@ -39,7 +38,7 @@ class Piece:
         return self.weights.dtype != self.main.dtype
 
     @property
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """The moments and the master copy, if there is one."""
         found = {name: self.state[name] for name in MOMENTS}
         if self.has_master:
@@ -47,13 +46,13 @@ class Piece:
         return found
 
 
-def host_zeros_like(tensor: torch.Tensor) -> torch.Tensor:
+def host_zeros_like(tensor: Tensor) -> Tensor:
     """Zeros in the host's memory, pinned where the tensor is on a GPU."""
     return torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
 
 def pieces_of(
-    optimizer: Any, params: Mapping[str, torch.Tensor], moments_on_host: bool = False
+    optimizer: Any, params: Mapping[str, Tensor], moments_on_host: bool = False
 ) -> list[Piece]:
     """This rank's pieces of a Megatron optimizer, with AdamW's state of all of them made.
 
@@ -92,7 +91,7 @@ def optimizer_state(pieces: Sequence[Piece]) -> dict[str, dict[str, Any]]:
 def load_optimizer_state(pieces: Sequence[Piece], state: Mapping[str, Mapping[str, Any]]) -> None:
     """Continue from what `optimizer_state` gave for the same model and layout, or ValueError."""
     here = {piece.name: (piece.start, *_sizes(piece.tensors)) for piece in pieces}
-    there = {name: (saved["start"], *_sizes(_flat(saved))) for name, saved in state.items()}
+    there = {name: (saved["start"], *_sizes(saved)) for name, saved in state.items()}
     if here != there:
         name = min(n for n in {*here, *there} if here.get(n) != there.get(n))
         raise ValueError(
@@ -106,23 +105,16 @@ def load_optimizer_state(pieces: Sequence[Piece], state: Mapping[str, Mapping[st
             tensor.copy_(saved[name].view_as(tensor))
 
 
-def _flat(saved: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in saved.items() if name not in ("start", "step")}
-
-
-def _sizes(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, int]]:
-    return sorted((name, tensor.numel()) for name, tensor in tensors.items())
+def _sizes(state: Mapping[str, Any]) -> list[tuple[str, int]]:
+    return sorted((name, x.numel()) for name, x in state.items() if name not in ("start", "step"))
 
 
 def replace_step(optimizer: Any, step: Callable[[], None]) -> None:
     """Have `step` do what the AdamWs and the rounding of master weights do."""
     for part in _parts(optimizer):
         part.optimizer.step = step
-        part._copy_main_params_to_model_params = step = _nothing
-
-
-def _nothing() -> None:
-    """The first optimizer of a chain has done it."""
+        # The first optimizer of a chain does it for all.
+        part._copy_main_params_to_model_params = step = lambda: None
 
 
 def _parts(optimizer: Any) -> list[Any]:
@@ -130,9 +122,7 @@ def _parts(optimizer: Any) -> list[Any]:
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
-def _held_by(
-    part: Any,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
+def _held_by(part: Any) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
     """(parameter, this rank's part of it, what AdamW updates, its place) of one optimizer."""
     if isinstance(part, FP32Optimizer):
         for group in part.optimizer.param_groups:
@@ -156,7 +146,7 @@ def _held_by(
             yield param, param.detach(), main, 0
 
 
-def _flattened(*lists: list[list[torch.Tensor]]) -> Iterator[tuple[torch.Tensor, ...]]:
+def _flattened(*lists: list[list[Tensor]]) -> Iterator[tuple[Tensor, ...]]:
     """Of equally long lists of equally long groups, the tensors side by side."""
     for groups in zip(*lists, strict=True):
         yield from zip(*groups, strict=True)

@@ -1,7 +1,6 @@
 """Tensor and sequence parallel communication, differentiable, with sums in rank order.
 
-Sequence parallel: between the linears each rank holds its own part of the tokens [T / size, ...];
-gathering them has scattering the summed gradients as its backward, and the other way around.
+Sequence parallel: between the linears each rank holds its own part of the tokens [T / size, ...].
 Source: Korthikanti et al. 2022, arXiv 2205.05198.
 """
 
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from samebit.kernels.linear import linear
 from samebit.kernels.reduce import (
@@ -33,12 +33,12 @@ class _Spread(torch.autograd.Function):
     """Whole rows to every rank's part of a layer; backward: the sum of the parts' gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, ranks: RankGroup, sequence: bool) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, ranks: RankGroup, sequence: bool) -> Tensor:
         ctx.ranks, ctx.sequence = ranks, sequence
         return gather_rows(x, ranks) if sequence else x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sum_up = sum_of_own_rows if ctx.sequence else sum_over_ranks
         return sum_up(grad, ctx.ranks, grad.dtype), None, None
 
@@ -48,13 +48,13 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, partial: torch.Tensor, ranks: RankGroup, sequence: bool, dtype: torch.dtype
-    ) -> torch.Tensor:
+        ctx: Any, partial: Tensor, ranks: RankGroup, sequence: bool, dtype: torch.dtype
+    ) -> Tensor:
         ctx.ranks, ctx.sequence = ranks, sequence
         return (sum_of_own_rows if sequence else sum_over_ranks)(partial, ranks, dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         whole = gather_rows(grad, ctx.ranks) if ctx.sequence else grad
         return whole, None, None, None
 
@@ -63,14 +63,14 @@ class _GatherContext(torch.autograd.Function):
     """Every rank's keys or values in the packed order; backward: the sum of their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, share: ContextShare) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, share: ContextShare) -> Tensor:
         ctx.share, ctx.num_own = share, len(x)
         padded = x.new_zeros(share.num_padded, *x.shape[1:])
         padded[: len(x)] = x
         return gather_rows(padded, share.ranks)[share.order]
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         share = ctx.share
         total = sum_over_ranks(grad, share.ranks, grad.dtype)
         padded = total.new_zeros(share.num_padded * share.ranks.size, *total.shape[1:])
@@ -78,26 +78,24 @@ class _GatherContext(torch.autograd.Function):
         return own_rows(padded, share.ranks)[: ctx.num_own], None
 
 
-def gather_context(x: torch.Tensor, share: ContextShare | None) -> torch.Tensor:
+def gather_context(x: Tensor, share: ContextShare | None) -> Tensor:
     """This rank's and all other keys or values [T, Hkv, Dh], in the packed batch's order."""
     return x if share is None else _GatherContext.apply(x, share)
 
 
-def gather_loss_rows(values: torch.Tensor, share: ContextShare, num_rows: int) -> torch.Tensor:
+def gather_loss_rows(values: Tensor, share: ContextShare, num_rows: int) -> Tensor:
     """Every rank's loss rows in the whole batch's order [num_rows]; nothing is differentiated."""
     whole = values.new_zeros(num_rows)
     whole[share.rows] = values
     return sum_over_ranks(whole, share.ranks, whole.dtype)
 
 
-def spread(x: torch.Tensor, ranks: RankGroup, sequence: bool) -> torch.Tensor:
+def spread(x: Tensor, ranks: RankGroup, sequence: bool) -> Tensor:
     """What a column-parallel product multiplies: x [T, ...], or [T / size, ...] if `sequence`."""
     return x if ranks.size == 1 else _Spread.apply(x, ranks, sequence)
 
 
-def row_parallel(
-    x: torch.Tensor, weight: torch.Tensor, ranks: RankGroup, sequence: bool
-) -> torch.Tensor:
+def row_parallel(x: Tensor, weight: Tensor, ranks: RankGroup, sequence: bool) -> Tensor:
     """x [T, b, K / size] times this rank's weight [N, K / size], summed: [T or T / size, b, N]."""
     main_grad = main_grad_of(weight)
     if not ranks.sums:

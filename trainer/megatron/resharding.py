@@ -1,8 +1,7 @@
 """A checkpoint of any layout, put together again: for export, and to go on under another layout.
 
-Every tensor of a rank's state is cut like the parameter it belongs to: weights, moments, master
-weights. So one description of the shards (weight_sync.mapping) serves them all. Bits are kept here;
-those of the steps after a change of layout are the new layout's.
+Weights, moments and master weights are cut alike: one description of the shards
+(weight_sync.mapping) serves them all. The bits of the steps that follow are the new layout's.
 """
 
 import math
@@ -12,10 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.megatron.optimizer_state import Piece
-from samebit.trainer.megatron.stages import make_stage, stage_specs
+from samebit.trainer.megatron.stages import make_stage, stage_specs, unequal_shapes
 from samebit.weight_sync.mapping import ParamSpec, collect_hf, load_params
 
 _WHOLE = ("params", "reference")
@@ -30,7 +30,7 @@ class WholeState:
 
     def __init__(self, model: ModelConfig, states: Iterable[Mapping[str, Any]]) -> None:
         self._holders: dict[str, list[tuple[ParamSpec, list[Mapping[str, Any]]]]] = {}
-        self._cached: tuple[str, dict[str, torch.Tensor]] = ("", {})
+        self._cached: tuple[str, dict[str, Tensor]] = ("", {})
         copies = defaultdict(list)
         for state in states:
             copies[state["tensor"], state["stage"]].append(state)
@@ -38,12 +38,16 @@ class WholeState:
         for (tensor, stage), same in copies.items():
             specs = stage_specs(model, tensor, make_stage(model, *stage))
             for state in same:
-                _require_shapes(specs, state["params"])
+                for name, (there, here) in unequal_shapes(specs, state["params"]).items():
+                    raise ValueError(
+                        f"the checkpoint holds another model's parameters: {name} is {there} "
+                        f"there, {here} here"
+                    )
             for spec in specs:
                 for hf_name in spec.hf_shapes:
                     self._holders.setdefault(hf_name, []).append((spec, same))
 
-    def read(self, field: str, hf_name: str) -> torch.Tensor:
+    def read(self, field: str, hf_name: str) -> Tensor:
         """A whole Hugging Face tensor of a field: "params", "reference", a moment or "master"."""
         if self._cached[0] != field or hf_name not in self._cached[1]:
             self._cached = (field, {})
@@ -51,9 +55,7 @@ class WholeState:
                 collect_hf([spec], {spec.name: _shard(field, spec, copies)}, self._cached[1])
         return self._cached[1][hf_name]
 
-    def fill(
-        self, field: str, specs: Iterable[ParamSpec], params: Mapping[str, torch.Tensor]
-    ) -> None:
+    def fill(self, field: str, specs: Iterable[ParamSpec], params: Mapping[str, Tensor]) -> None:
         """Write one field into the shards that `specs` describe."""
         load_params(specs, params, partial(self.read, field))
 
@@ -75,7 +77,7 @@ class WholeState:
         return state
 
 
-def _shard(field: str, spec: ParamSpec, copies: list[Mapping[str, Any]]) -> torch.Tensor:
+def _shard(field: str, spec: ParamSpec, copies: list[Mapping[str, Any]]) -> Tensor:
     """One tensor of a shard, whose flat parts may be spread over copies of the model."""
     if field in _WHOLE:
         return copies[0][field][spec.name]
@@ -88,14 +90,3 @@ def _shard(field: str, spec: ParamSpec, copies: list[Mapping[str, Any]]) -> torc
             f"{math.prod(spec.shape)}"
         )
     return whole.view(spec.shape)
-
-
-def _require_shapes(specs: Iterable[ParamSpec], params: Mapping[str, torch.Tensor]) -> None:
-    found = {name: tuple(param.shape) for name, param in params.items()}
-    wanted = {spec.name: spec.shape for spec in specs}
-    for name in {**wanted, **found}:
-        if found.get(name) != wanted.get(name):
-            raise ValueError(
-                f"the checkpoint holds another model's parameters: {name} is {found.get(name)} "
-                f"there, {wanted.get(name)} here"
-            )

@@ -43,8 +43,6 @@ def initialize(
     """Start torch.distributed and Megatron's groups, once.
 
     Returns this process among those that share every layer, and among those that share contexts.
-
-    Under a launcher (RANK and WORLD_SIZE set) the environment gives the group; else a group of one.
     Raises ValueError if the processes do not fit `parallel`.
     """
     from megatron.core import parallel_state
@@ -70,15 +68,12 @@ def initialize(
             f"trainer.parallel asks for {parallel}, virtual_pipeline {parallel.virtual_pipeline}; "
             f"this process runs with {_running[0]}"
         )
-    tensor, context = (
-        parallel_state.get_tensor_model_parallel_group(),
-        parallel_state.get_context_parallel_group(),
-    )
-    return ranks_of(tensor, tp_invariant), ranks_of(context)
+    tensor = ranks_of(parallel_state.get_tensor_model_parallel_group(), tp_invariant)
+    return tensor, ranks_of(parallel_state.get_context_parallel_group())
 
 
 def start_processes(device: torch.device, parallel: ParallelConfig) -> None:
-    """Join the processes that the environment names, once; without any, a group of one.
+    """Join the processes that the environment names (RANK, WORLD_SIZE), once, or a group of one.
 
     Raises ValueError if they are not as many as `parallel` needs, are not told their GPU, or do not
     share a secret where they need one.

@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from samebit.kernels.attention_kind import AttentionKind, AttentionPlan
 from samebit.kernels.bias import linear_with_bias
@@ -35,7 +36,7 @@ class ContractConfig(TransformerConfig):
 class PackedSequences(PackedSeqParams):
     """Holds Megatron's packed-sequence argument, and what our core attention needs."""
 
-    positions: torch.Tensor | None = None
+    positions: Tensor | None = None
     plan: AttentionPlan | None = None
     share: ContextShare | None = None
 
@@ -50,7 +51,7 @@ class RMSNorm(MegatronModule):
         weight.sequence_parallel = config.sequence_parallel
         self.weight = weight
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden_size]."""
         return rms_norm(x, self.weight, self.eps)
 
@@ -59,8 +60,8 @@ class ContractColumnLinear(ColumnParallelLinear):
     """Column-parallel linear: kernels.bias on this rank's rows of the weight and the bias."""
 
     def forward(
-        self, input_: torch.Tensor, weight: torch.Tensor | None = None, *_unused: Any, **_: Any
-    ) -> tuple[torch.Tensor, None]:
+        self, input_: Tensor, weight: Tensor | None = None, *_unused: Any, **_: Any
+    ) -> tuple[Tensor, None]:
         """[s, b, K] ([s / size, b, K] if sequence parallel) -> [s, b, N / size]."""
         x = spread(input_, ranks_of(self.tp_group), self.sequence_parallel)
         weight = self.weight if weight is None else weight
@@ -70,7 +71,7 @@ class ContractColumnLinear(ColumnParallelLinear):
 class ContractRowLinear(RowParallelLinear):
     """Row-parallel linear: fp32 partials of kernels.linear, summed in rank order, rounded once."""
 
-    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def forward(self, input_: Tensor) -> tuple[Tensor, None]:
         """[s, b, K / size] -> [s, b, N], or [s / size, b, N] if sequence parallel."""
         ranks = ranks_of(self.tp_group, self.config.tp_invariant)
         return row_parallel(input_, self.weight, ranks, self.sequence_parallel), None
@@ -80,8 +81,8 @@ class SwigluMLP(MLP):
     """Megatron's MLP with kernels.swiglu between its two linears."""
 
     def forward(
-        self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **_: Any
-    ) -> tuple[torch.Tensor, None]:
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any
+    ) -> tuple[Tensor, None]:
         """[s, b, D] -> [s, b, D]."""
         assert per_token_scale is None
         gate_up, _bias = self.linear_fc1(hidden_states)
@@ -92,7 +93,7 @@ class SwigluMLP(MLP):
 class CoreAttention(MegatronModule):
     """Turns by kernels.rope and attends by the configuration's kind, packed sequences only."""
 
-    def __init__(self, config: ContractConfig, *, rope_table: torch.Tensor, **_unused: Any) -> None:
+    def __init__(self, config: ContractConfig, *, rope_table: Tensor, **_unused: Any) -> None:
         super().__init__(config=config)
         self.rope_table = rope_table
         assert config.attention is not None
@@ -100,13 +101,13 @@ class CoreAttention(MegatronModule):
 
     def forward(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
         packed_seq_params: PackedSequences | None = None,
         **_unused: Any,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """query [T, Hq, Dh], key and value [T, Hkv, Dh] -> [T, Hq * Dh]; T of this context rank."""
         assert packed_seq_params is not None
         positions, plan = packed_seq_params.positions, packed_seq_params.plan

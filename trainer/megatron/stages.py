@@ -1,16 +1,16 @@
 """Pipeline parallel: which layers a process holds, and their names in the whole model.
 
 A stage is one chunk of layers or, interleaved, several: chunk 0 of every stage, then chunk 1 of
-every stage, and so on (Narayanan et al. 2021, arXiv 2104.04473). Megatron numbers the layers of a
-chunk from 0; everybody else knows them by their place in the whole model. The last stage of a model
-with tied embeddings holds a copy of the embedding.
+every stage, and so on (Narayanan et al. 2021, arXiv 2104.04473). The last stage of a model with
+tied embeddings holds a copy of the embedding.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from megatron.core import parallel_state
+from torch import Tensor
 
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import EMBEDDING, OUTPUT
@@ -47,7 +47,7 @@ class Stage:
         """Whether a layer of the whole model is here."""
         return layer // self.num_layers % self.count == self.index
 
-    def named_params(self, chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
+    def named_params(self, chunks: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
         """Parameters by their names in the whole model, which are the engine's."""
         return {
             GPT.engine_name(name, (i * self.count + self.index) * self.num_layers): param
@@ -99,6 +99,16 @@ def stage_specs(model: ModelConfig, shard: Shard, stage: Stage) -> list[ParamSpe
     if model.tie_embeddings and stage.is_last and not stage.is_first:
         copies = [replace(spec, name=OUTPUT, replica=True) for spec in specs[:1]]
     return [*filter(here, specs), *copies]
+
+
+def unequal_shapes(
+    specs: Iterable[ParamSpec], params: Mapping[str, Tensor]
+) -> dict[str, tuple[tuple[int, ...] | None, tuple[int, ...] | None]]:
+    """(shape, shape by the specs) of the parameters where these differ; None: there is none."""
+    found = {name: tuple(param.shape) for name, param in params.items()}
+    wanted = {spec.name: spec.shape for spec in specs}
+    both = {name: (found.get(name), wanted.get(name)) for name in {**wanted, **found}}
+    return {name: (there, here) for name, (there, here) in both.items() if there != here}
 
 
 def from_last_stage[T](value: T) -> T:

@@ -26,6 +26,7 @@ from megatron.core.parallel_state import (
     get_model_parallel_group,
     get_pipeline_model_parallel_group,
 )
+from torch import Tensor
 
 from samebit.kernels.attention import CanonicalAttention
 from samebit.kernels.attention_kind import AttentionKind
@@ -34,9 +35,9 @@ from samebit.trainer.algorithms.base import Algorithm, LossInputs
 from samebit.trainer.config import OptimizerConfig, ParallelConfig
 from samebit.trainer.context import share_context
 from samebit.trainer.megatron.cpu import no_cuda
-from samebit.trainer.megatron.forward import ForwardModel, batch_logprobs, run_schedule
+from samebit.trainer.megatron.forward import ForwardModel, run_schedule
 from samebit.trainer.megatron.main_grad import own_gradients
-from samebit.trainer.megatron.model import build_model, forward_logprobs
+from samebit.trainer.megatron.model import forward_logprobs
 from samebit.trainer.megatron.offload import OffloadedState
 from samebit.trainer.megatron.optimizer_state import (
     load_optimizer_state,
@@ -45,8 +46,7 @@ from samebit.trainer.megatron.optimizer_state import (
     replace_step,
 )
 from samebit.trainer.megatron.resharding import WholeState
-from samebit.trainer.megatron.setup import initialize
-from samebit.trainer.megatron.stages import FILLER, from_last_stage, stage_of, stage_specs
+from samebit.trainer.megatron.stages import FILLER, from_last_stage, stage_specs
 from samebit.trainer.packing import pack_samples, share_batches, units_of
 from samebit.trainer.stats import Totals
 from samebit.trainer.types import MicroBatch, NonFiniteError, StepStats
@@ -55,11 +55,10 @@ from samebit.weight_sync.mapping import ParamSpec
 from samebit.weight_sync.objects import gather_objects
 
 
-class MegatronTrainer:
+class MegatronTrainer(ForwardModel):
     """Policy, optimizer and schedule of one process, which holds its shard of them.
 
-    `params` are the live parameters by Megatron's names; they keep their memory for the trainer's
-    whole life, so an engine may be bound to them.
+    `params` keep their memory for the trainer's whole life, so an engine may be bound to them.
     """
 
     def __init__(
@@ -73,41 +72,30 @@ class MegatronTrainer:
         longest: int | None = None,
         attention: type[AttentionKind] = CanonicalAttention,
     ) -> None:
-        """longest: tokens of the longest sample that may come; None: what the context holds."""
-        self.parallel = parallel or ParallelConfig()
-        self.ranks, self.context = initialize(device, self.parallel, tp_invariant)
-        self.attention = attention(model.attention_heads(self.ranks.size), device)
-        model.selfcheck(self.attention, self.ranks)
-        self.model = model
-        self._longest = longest
-        self.device = device
-        self.stage = stage_of(model)
+        super().__init__(model, device, None, parallel, tp_invariant, longest, attention)
         self.specs = stage_specs(model, self.ranks.shard, self.stage)
         self.step = 0
+        config = self._chunks[0].config
+        if self.parallel.overlap_grad_reduce:
+            own_gradients(self.params.values())
         with no_cuda():
-            chunks = build_model(
-                model, self.attention, self.parallel, self.stage, tp_invariant, longest
-            )
-            config = chunks[0].config
             ddp_config = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 overlap_grad_reduce=self.parallel.overlap_grad_reduce,
                 average_in_collective=False,
                 use_distributed_optimizer=self.parallel.distributed_optimizer,
             )
-            self._chunks = [DistributedDataParallel(config, ddp_config, gpt) for gpt in chunks]
+            self._chunks = [
+                DistributedDataParallel(config, ddp_config, gpt) for gpt in self._chunks
+            ]
             self._optimizer = get_megatron_optimizer(
                 _megatron_optimizer_config(optimizer, config.bf16, self.parallel), self._chunks
             )
             self._scheduler = _scheduler(self._optimizer, optimizer, num_steps)
-        if self.parallel.overlap_grad_reduce:
-            for chunk in chunks:
-                own_gradients(chunk.parameters())
         config.grad_scale_func = self._optimizer.scale_loss
         no_syncs = [chunk.no_sync for chunk in self._chunks]
         config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
         config.finalize_model_grads_func = finalize_model_grads
-        self.params: Mapping[str, torch.Tensor] = self.stage.named_params(chunks)
         offloaded = self.parallel.offload_optimizer
         self._pieces = pieces_of(self._optimizer, self.params, moments_on_host=offloaded)
         self._offloaded = OffloadedState(self._pieces) if offloaded else None
@@ -124,7 +112,7 @@ class MegatronTrainer:
         """Of a step's micro-batches, those of this process's copy of the model."""
         return share_batches(batches, self.parallel.data)[get_data_parallel_rank()]
 
-    def fill(self, load: Callable[[Sequence[ParamSpec], Mapping[str, torch.Tensor]], None]) -> None:
+    def fill(self, load: Callable[[Sequence[ParamSpec], Mapping[str, Tensor]], None]) -> None:
         """Have `load(specs, params)` write a full set of weights, and tell the optimizer."""
         with torch.no_grad(), no_cuda():
             load(self.specs, self.params)
@@ -142,7 +130,7 @@ class MegatronTrainer:
                 self.device,
                 parallel=self.parallel,
                 tp_invariant=self.ranks.invariant,
-                longest=self._longest,
+                longest=self.longest,
                 attention=type(self.attention),
             )
         return self._reference
@@ -151,12 +139,10 @@ class MegatronTrainer:
         """weights_digest of the present weights."""
         return weights_digest(self.specs, self.params, get_model_parallel_group())
 
-    def logprobs(
-        self, batches: Sequence[MicroBatch], reference: bool = False
-    ) -> list[torch.Tensor]:
+    def logprobs(self, batches: Sequence[MicroBatch], reference: bool = False) -> list[Tensor]:
         """Log-probs [R] of every micro-batch, without gradients."""
         if not reference:
-            return batch_logprobs(self._chunks, batches, self.model, self.context)
+            return super().logprobs(batches)
         if self._reference is None:
             raise RuntimeError("no reference model; call freeze_reference first")
         return self._reference.logprobs(batches)
@@ -249,7 +235,7 @@ class MegatronTrainer:
         self,
         batches: Sequence[MicroBatch],
         algorithm: Algorithm[Any],
-        references: Sequence[torch.Tensor | None] | None,
+        references: Sequence[Tensor | None] | None,
         poll: Callable[[], object] | None = None,
     ) -> Totals:
         """Accumulate gradients over the micro-batches into Megatron's buffers."""
@@ -259,7 +245,7 @@ class MegatronTrainer:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 
-        def forward_step(iterator: Any, gpt: Any) -> tuple[torch.Tensor, Any]:
+        def forward_step(iterator: Any, gpt: Any) -> tuple[Tensor, Any]:
             if poll is not None:
                 poll()
             batch, reference = next(iterator)
@@ -280,10 +266,10 @@ class MegatronTrainer:
         self,
         batch: MicroBatch,
         algorithm: Algorithm[Any],
-        reference: torch.Tensor | None,
+        reference: Tensor | None,
         totals: Totals,
-        output: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        output: Tensor,
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Megatron's loss function: (summed loss, its denominator, nothing to report)."""
         if batch.index == FILLER:
             return output[0].sum() * 0, torch.tensor(0, dtype=torch.int), {}
@@ -322,7 +308,7 @@ class MegatronTrainer:
         self,
         batches: Sequence[MicroBatch],
         algorithm: Algorithm[Any],
-        references: Sequence[torch.Tensor] | None,
+        references: Sequence[Tensor] | None,
     ) -> None:
         """Equal inputs give equal gradients: running each alone finds the bad micro-batch."""
         if self._gradients_finite():
@@ -359,7 +345,7 @@ class MegatronTrainer:
 
 
 @torch.no_grad()
-def _copy_params(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> None:
+def _copy_params(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
     for name, param in target.items():
         param.copy_(source[name])
 

@@ -1,8 +1,7 @@
 """Megatron's names of parameters, and the engine's: one adapter for each of its model classes.
 
-The engine's names are GPTModel's in the whole model, whose layer is attention and MLP. HybridModel,
-to which Megatron moves, makes two layers of it, attention and then MLP, and calls the last norm
-otherwise. Both number the layers of a chunk of the pipeline from 0.
+The engine's names are GPTModel's in the whole model. HybridModel makes two layers of one, attention
+and then MLP, and calls the last norm otherwise. Both number the layers of a chunk from 0.
 """
 
 import re

@@ -11,10 +11,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
-    TransformerLayerSubmodules,
-)
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
 
 from samebit.rollout.models.decoder import DenseModel
 from samebit.trainer.megatron.spec import (
@@ -43,7 +41,7 @@ def settings(model: DenseModel) -> dict[str, Any]:
     }
 
 
-def attention_parts(model: DenseModel, rope_table: torch.Tensor) -> dict[str, Any]:
+def attention_parts(model: DenseModel, rope_table: Tensor) -> dict[str, Any]:
     """The first half of a layer, by the names of Megatron's."""
     norm = RMSNorm if model.qk_norm else None
     attention = ModuleSpec(
