@@ -18,20 +18,15 @@ import torch
 from samebit.rollout.engine import Engine
 from samebit.rollout.messages import (
     Abandon,
-    AbortRequest,
     Answer,
+    Ask,
     Done,
     Drew,
     Failed,
-    FlushCache,
     Generate,
-    GetVersion,
-    JoinWeightGroup,
     Message,
     Score,
     Stop,
-    UpdateFromDisk,
-    UpdateFromGroup,
 )
 from samebit.rollout.runtime.call import Call
 from samebit.rollout.runtime.requests import scores_of
@@ -108,8 +103,12 @@ class _Server:
                 case Score(token_ids, temperature):
                     requests = engine.requests.scoring(token_ids, temperature)
                     self._submit(number, engine, Call(requests), scores_of)
-                case _:
-                    self._send(number, Done(self._control(engine, message)))
+                case Abandon(caller):
+                    if (call := self._calls.get(caller)) is not None:
+                        engine.loop.abandon(call).result()
+                    self._send(number, Done(None))
+                case Ask(function, arguments, by_name):
+                    self._send(number, Done(function(engine, *arguments, **by_name)))
         except Exception as error:  # noqa: BLE001 - every error goes to the caller
             self._send(number, Failed(_portable(error)))
 
@@ -134,27 +133,6 @@ class _Server:
         self._calls[number] = call
         call.result.add_done_callback(finish)
         engine.loop.submit(call)
-
-    def _control(self, engine: Engine, message: Message) -> Any:
-        match message:
-            case Abandon(number):
-                if (call := self._calls.get(number)) is not None:
-                    engine.loop.abandon(call).result()
-            case AbortRequest(request_id):
-                return engine.abort_request(request_id)
-            case GetVersion():
-                return engine.weight_version
-            case FlushCache():
-                engine.flush_cache()
-            case UpdateFromDisk(model_path, step):
-                return engine.update_weights_from_disk(model_path, step)
-            case JoinWeightGroup():
-                engine.init_weights_update_group(**vars(message))
-            case UpdateFromGroup():
-                return engine.update_weights_from_distributed()
-            case _:
-                raise TypeError(f"an engine's process cannot be told {message!r}")
-        return None
 
     def _tell(self, number: int, increments: list[Increment]) -> None:
         self._send(number, Drew(increments))

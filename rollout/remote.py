@@ -16,25 +16,21 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate
 
 from samebit.rollout.client import Progress, Tell, result_of, stream_of
+from samebit.rollout.engine import Engine
 from samebit.rollout.engine_process import START, serve
 from samebit.rollout.messages import (
     Abandon,
-    AbortRequest,
     Answer,
+    Ask,
     Done,
     Drew,
-    FlushCache,
     Generate,
-    GetVersion,
-    JoinWeightGroup,
     Message,
     Score,
     Stop,
-    UpdateFromDisk,
-    UpdateFromGroup,
 )
 from samebit.rollout.runtime.call import uncancelled
 from samebit.rollout.types import Completion, Increment, SamplingParams
@@ -190,22 +186,22 @@ class RemoteEngine:
 
     def abort_request(self, request_id: str) -> list[Completion]:
         """See Engine.abort_request; increments of `stream` have the request's id."""
-        return self._call(AbortRequest(request_id))
+        return self._ask(Engine.abort_request, request_id)
 
     @property
     def weight_version(self) -> WeightVersion:
         """Step and digest of the weights that are served."""
-        return self._call(GetVersion())
+        return self._ask(_weight_version)
 
     def flush_cache(self) -> None:
         """Forget all cached prefixes."""
-        self._call(FlushCache())
+        self._ask(Engine.flush_cache)
 
     def update_weights_from_disk(
         self, model_path: str | Path, step: int | None = None
     ) -> WeightVersion:
         """See Engine.update_weights_from_disk."""
-        return self._call(UpdateFromDisk(str(model_path), step))
+        return self._ask(Engine.update_weights_from_disk, str(model_path), step)
 
     def init_weights_update_group(
         self,
@@ -219,11 +215,11 @@ class RemoteEngine:
     ) -> None:
         """See Engine.init_weights_update_group."""
         place = master_address, master_port, rank, world_size
-        self._call(JoinWeightGroup(*place, backend, timeout_s, secret))
+        self._ask(Engine.init_weights_update_group, *place, backend, timeout_s, secret)
 
     def update_weights_from_distributed(self) -> WeightVersion:
         """See Engine.update_weights_from_distributed."""
-        return self._call(UpdateFromGroup())
+        return self._ask(Engine.update_weights_from_distributed)
 
     def close(self) -> None:
         """End the process, and with it what is unfinished."""
@@ -233,6 +229,12 @@ class RemoteEngine:
         if self._process.is_alive():
             self._process.kill()
         self._pipe.close()
+
+    def _ask[**P, T](
+        self, method: Callable[Concatenate[Engine, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """What a method of the process's engine returns."""
+        return self._call(Ask(method, args, kwargs))
 
     def _call(self, message: Message, progress: Progress | None = None) -> Any:
         """A call's result. Who waits no longer, for what `progress` raises, aborts it."""
@@ -249,3 +251,7 @@ class RemoteEngine:
 
     def _abandon(self, number: int) -> Future[None]:
         return self._pipe.call(Abandon(number))[1]
+
+
+def _weight_version(engine: Engine) -> WeightVersion:
+    return engine.weight_version
