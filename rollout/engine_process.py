@@ -76,16 +76,13 @@ class _Server:
         self._calls: dict[int, Call] = {}
 
     def start(self, model_path: str, settings: Mapping[str, Any]) -> None:
-        """Make the engine."""
         self._engine = Engine(model_path, **settings)
 
     def close(self) -> None:
-        """Let go of the engine."""
         if self._engine is not None:
             self._engine.close()
 
     def handle(self, number: int, message: Message) -> None:
-        """Begin what a message asks for, or do it."""
         engine = self._engine
         assert engine is not None, "the parent calls an engine that was not made"
         try:
@@ -113,7 +110,6 @@ class _Server:
             self._send(number, Failed(_portable(error)))
 
     def answer(self, number: int, work: Callable[[], Any]) -> None:
-        """Send what `work` returns or raises."""
         try:
             self._send(number, Done(work()))
         except Exception as error:  # noqa: BLE001 - as above

@@ -79,7 +79,6 @@ class _Pipe:
         return number, result
 
     def close(self) -> None:
-        """Close this end, once the process has ended."""
         self._reader.join(timeout=_EXIT_CODE_S)
         self._connection.close()
 
@@ -115,9 +114,9 @@ class _Pipe:
 
 
 class RemoteEngine:
-    """An EngineClient: starts a process with an Engine; arguments as Engine's. Close it when done.
+    """An EngineClient: starts a process with an Engine, whose arguments and methods it has.
 
-    Any method raises RemoteEngineError once the process has died.
+    Close it when done. Any method raises RemoteEngineError once the process has died.
     """
 
     def __init__(self, model_path: str | Path, cpu_threads: int = 1, **settings: Any) -> None:
@@ -157,7 +156,6 @@ class RemoteEngine:
         *,
         return_hidden_states: Sequence[int] = (),
     ) -> list[list[Completion]]:
-        """See Engine.agenerate."""
         arguments = prompt_ids, sampling_params, sample_ids, return_hidden_states
         number, result = self._pipe.call(Generate(*arguments, fresh_ids=True))
         return await result_of(result, partial(self._abandon, number))
@@ -181,7 +179,6 @@ class RemoteEngine:
     def score(
         self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
     ) -> list[list[float]]:
-        """See Engine.score."""
         return self._call(Score(token_ids, temperature))
 
     def abort_request(self, request_id: str) -> list[Completion]:
@@ -190,17 +187,14 @@ class RemoteEngine:
 
     @property
     def weight_version(self) -> WeightVersion:
-        """Step and digest of the weights that are served."""
         return self._ask(_weight_version)
 
     def flush_cache(self) -> None:
-        """Forget all cached prefixes."""
         self._ask(Engine.flush_cache)
 
     def update_weights_from_disk(
         self, model_path: str | Path, step: int | None = None
     ) -> WeightVersion:
-        """See Engine.update_weights_from_disk."""
         return self._ask(Engine.update_weights_from_disk, str(model_path), step)
 
     def init_weights_update_group(
@@ -213,12 +207,10 @@ class RemoteEngine:
         timeout_s: float = 600.0,
         secret: str | None = None,
     ) -> None:
-        """See Engine.init_weights_update_group."""
         place = master_address, master_port, rank, world_size
         self._ask(Engine.init_weights_update_group, *place, backend, timeout_s, secret)
 
     def update_weights_from_distributed(self) -> WeightVersion:
-        """See Engine.update_weights_from_distributed."""
         return self._ask(Engine.update_weights_from_distributed)
 
     def close(self) -> None:
@@ -233,7 +225,6 @@ class RemoteEngine:
     def _ask[**P, T](
         self, method: Callable[Concatenate[Engine, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """What a method of the process's engine returns."""
         return self._call(Ask(method, args, kwargs))
 
     def _call(self, message: Message, progress: Progress | None = None) -> Any:

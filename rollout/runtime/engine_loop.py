@@ -84,10 +84,6 @@ class EngineLoop:
         """The caller has gone: abort what is unfinished of its requests."""
         return self.post(partial(self.book.abandon, call))
 
-    def close(self) -> None:
-        """Abort everything that callers wait for."""
-        self.between_steps(self.book.abandon_all)
-
     @contextmanager
     def leading(self, marks: Callable[[], tuple[int, int]]) -> Iterator[None]:
         """In the block rank 0 decides for all ranks; `marks` is asked at its end, see Leave."""

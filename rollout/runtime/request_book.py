@@ -74,13 +74,12 @@ class RequestBook:
 
     @property
     def num_drawn(self) -> int:
-        """Tokens drawn over the engine's life."""
         return self._step_loop.num_drawn
 
     def admit(self, call: Call) -> None:
         """Queue a call's requests. WeightSyncError while the weights are not one whole version."""
         try:
-            self._weights.require_ready()
+            self._weights.session.require_ready()
         except WeightSyncError as error:
             call.result.set_exception(error)
             raise
@@ -95,12 +94,11 @@ class RequestBook:
 
     def admit_for_step(self, request: Request) -> None:
         """Queue a request that `step_and_report` reports. Raises as `admit` does."""
-        self._weights.require_ready()
+        self._weights.session.require_ready()
         self.lockstep.say(Admit((request,), waits=False))
         self._queue(request, None)
 
     def step(self) -> None:
-        """Run one step."""
         self._take(self._step)
 
     def step_and_report(self) -> list[list[Completion]]:
@@ -145,7 +143,6 @@ class RequestBook:
             call.result.set_exception(error)
 
     def flush_cache(self) -> None:
-        """Forget all cached prefixes."""
         self.lockstep.say(FlushCache())
         self._weights.flush_cache()
 
@@ -178,12 +175,11 @@ class RequestBook:
         return samples
 
     def _step(self) -> list[RunningSample]:
-        self._weights.require_ready()
+        self._weights.session.require_ready()
         self.lockstep.meet()
         return self._step_loop.advance(self._weights.version)
 
     def _drain(self) -> None:
-        """Take in every step in flight."""
         self.lockstep.say(Drain())
         self._take(self._step_loop.drain)
 

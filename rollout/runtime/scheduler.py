@@ -57,7 +57,6 @@ class EngineStep:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens computed."""
         return len(self.decode) + sum(chunk.num_tokens for chunk in self.chunks)
 
 
@@ -86,12 +85,10 @@ class Scheduler:
 
     @property
     def num_unfinished(self) -> int:
-        """Requests that wait or run."""
         return len({seq.request.request_id for seq in (*self._waiting, *self._running())})
 
     @property
     def num_running(self) -> int:
-        """Sequences that hold a slot."""
         return self._slots.num_used
 
     def add(self, seq: RunningSample) -> None:

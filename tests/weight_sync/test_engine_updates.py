@@ -9,7 +9,6 @@ from serving import PARAMS, PROMPTS, local_engine, serves
 
 from samebit.recipes.models.tiny_model import write_weights
 from samebit.rollout.remote import RemoteEngine
-from samebit.weight_sync.sync import WeightSync
 from samebit.weight_sync.transports.alias import AliasLease
 from samebit.weight_sync.transports.broadcast import BroadcastTransport
 from samebit.weight_sync.transports.file import FileTransport
@@ -46,9 +45,9 @@ def test_alias_refuses_memory_that_the_engine_does_not_read(old):
     """A trainer that replaced its parameters would train weights that nobody serves."""
     engine = local_engine(old.folder)
     lease = AliasLease(engine)
-    lease.take(1)
+    lease.lease(1)
     with pytest.raises(WeightSyncError, match="not shared with the engine: "):
-        lease.commit(old.params, old.digest)
+        lease.update(old.params, old.digest)
     with pytest.raises(WeightSyncError, match="step 1 broke off: tensors not shared"):
         engine.generate(PROMPTS, PARAMS)
     engine.bind_weights(old.params, step=2)
@@ -61,15 +60,15 @@ def test_alias_refuses_a_part_of_the_parameters(old):
     engine = local_engine(old.folder)
     engine.bind_weights(old.params)
     lease, part = AliasLease(engine), old.without("output_layer.weight")
-    lease.take(1)
+    lease.lease(1)
     with pytest.raises(WeightSyncError, match="not shared with the engine"):
-        lease.commit(part, old.digest)
+        lease.update(part, old.digest)
     with pytest.raises(WeightSyncError, match="no update is under way"):
-        lease.commit(old.params, old.digest)
+        lease.update(old.params, old.digest)
     with pytest.raises(WeightSyncError, match="step 1 broke off"):
         engine.generate(PROMPTS, PARAMS)
-    lease.take(2)
-    version = lease.commit(old.params, old.digest)
+    lease.lease(2)
+    version = lease.update(old.params, old.digest)
     assert version == engine.weight_version == WeightVersion(2, old.digest)
 
 
@@ -151,9 +150,8 @@ def test_biases_travel_as_matrices_do(qwen2_path, old, tmp_path):
     load = by_file.update_weights_from_disk
     try:
         for transport in (FileTransport(tmp_path / "weights", version.specs, load), gloo):
-            sync = WeightSync(transport)
-            sync.lease(1)
-            found = sync.update(version.params, version.digest)
+            transport.lease(1)
+            found = transport.update(version.params, version.digest)
             assert found == WeightVersion(1, version.digest)
         for engine in (direct, by_file, remote):
             assert outcomes(engine.generate(PROMPTS, PARAMS)) == truth

@@ -128,7 +128,6 @@ class FileTransport(Transport):
         return cls(folder, source.specs, engine.update_weights_from_disk)
 
     def begin(self, step: int) -> None:
-        """Remember the step; the receiver goes on serving until commit."""
         self._step = step
 
     def send(self, params: Mapping[str, torch.Tensor]) -> None:

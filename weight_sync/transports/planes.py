@@ -51,27 +51,26 @@ class DataPlane(Protocol):
 class UpdateSender(Transport):
     """The sender's end. One update at a time: a second one is refused."""
 
-    def __init__(self, control: ControlPlane, data: DataPlane, bucket_bytes: int) -> None:
+    def __init__(
+        self, control: ControlPlane, data: DataPlane, bucket_bytes: int = 512 << 20
+    ) -> None:
         self._control, self._data = control, data
         self._bucket_bytes = bucket_bytes
         self._step: int | None = None
         """Of the update that is under way."""
 
     def begin(self, step: int) -> None:
-        """Have receivers stop serving."""
         self._require_closed(step)
         self._step = step
         self._control.tell({"op": "begin", "step": step})
 
     def send(self, params: Mapping[str, torch.Tensor]) -> None:
-        """Announce and send every bucket."""
         for metas in cut_buckets(params, self._bucket_bytes):
             bucket = pack(metas, params)
             self._control.tell({"op": "bucket", "metas": [astuple(meta) for meta in metas]})
             self._data.send(bucket)
 
     def commit(self, digest: str) -> WeightVersion:
-        """Return once every receiver has compared its digest; raise if one refused."""
         step, self._step = self._step, None
         if step is None:
             raise WeightSyncError("no update is under way")
@@ -89,7 +88,6 @@ class UpdateSender(Transport):
             self._control.tell({"op": "abort", "reason": reason})
 
     def close(self) -> None:
-        """Leave the planes."""
         del self._control, self._data
 
     def _require_closed(self, step: int) -> None:
