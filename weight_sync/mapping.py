@@ -119,6 +119,13 @@ def hf_shapes(specs: Iterable[ParamSpec]) -> dict[str, tuple[int, ...]]:
     return {name: shape for spec in specs for name, shape in spec.hf_shapes.items()}
 
 
+def misfits(specs: Iterable[ParamSpec], params: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the parameters that are missing, unknown or of another shape than their spec's."""
+    wanted = {spec.name: spec.shape for spec in specs}
+    found = {name: tuple(param.shape) for name, param in params.items()}
+    return sorted(n for n in {*wanted, *found} if wanted.get(n) != found.get(n))
+
+
 def load_params(
     specs: Iterable[ParamSpec],
     params: Mapping[str, torch.Tensor],

@@ -20,7 +20,7 @@ from samebit.rollout.runtime.scheduler import Scheduler
 from samebit.rollout.runtime.weights import fill, load_dummy, load_safetensors, open_safetensors
 from samebit.weight_sync.buckets import cut_buckets, pack
 from samebit.weight_sync.digest import weights_digest
-from samebit.weight_sync.mapping import ParamSpec, hf_names
+from samebit.weight_sync.mapping import ParamSpec, hf_names, misfits
 from samebit.weight_sync.session import SessionState, UpdateSession, non_finite
 from samebit.weight_sync.transports.file import read_version
 from samebit.weight_sync.transports.planes import UpdateReceiver
@@ -88,15 +88,12 @@ class WeightControl:
 
     def bind_weights(self, params: Mapping[str, torch.Tensor], step: int) -> WeightVersion:
         specs, group = self.session.specs, self.session.group
-        expected = {spec.name: spec.shape for spec in specs}
-        found = {name: tuple(p.shape) for name, p in params.items()}
-        if expected != found:
-            names = sorted(n for n in {*expected, *found} if expected.get(n) != found.get(n))
+        if names := misfits(specs, params):
             raise ValueError(f"parameters do not fit the engine: {', '.join(names[:5])}")
         self._require_idle("bind_weights")
-        misfits = [n for n, p in params.items() if p.dtype != self._dtype]
-        if misfits or (misfits := non_finite(params)):
-            raise ValueError(f"not finite or not {self._dtype}: {', '.join(misfits[:5])}")
+        bad = [n for n, p in params.items() if p.dtype != self._dtype]
+        if bad or (bad := non_finite(params)):
+            raise ValueError(f"not finite or not {self._dtype}: {', '.join(bad[:5])}")
         self._arena.adopt("weights", params)
         weights = {name: p.detach() for name, p in params.items()}
         version = WeightVersion(step, weights_digest(specs, weights, group))
@@ -116,13 +113,13 @@ class WeightControl:
         self.session.receive(bucket)
 
     def receive_weights_in_place(self, params: Mapping[str, torch.Tensor]) -> None:
+        own = self.session.params
         apart = [
             name
             for name, p in params.items()
-            if name not in self.session.params
-            or self.session.params[name].data_ptr() != p.data_ptr()
+            if name not in own or own[name].data_ptr() != p.data_ptr()
         ]
-        apart += [name for name in self.session.params if name not in params]
+        apart += [name for name in own if name not in params]
         if apart:
             reason = f"tensors not shared with the engine: {', '.join(apart[:5])}"
             self.session.abort(reason)
