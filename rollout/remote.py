@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from functools import partial
+from functools import partial, wraps
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -113,6 +113,22 @@ class _Pipe:
         )
 
 
+def _asking[**P, T](
+    method: Callable[Concatenate[Engine, P], T],
+) -> Callable[Concatenate["RemoteEngine", P], T]:
+    """A method that has the process's engine do this one of its own, which takes no steps."""
+
+    @wraps(method)
+    def ask(remote: "RemoteEngine", *args: P.args, **kwargs: P.kwargs) -> T:
+        return remote._call(Ask(method, args, kwargs))
+
+    return ask
+
+
+def _weight_version(engine: Engine) -> WeightVersion:
+    return engine.weight_version
+
+
 class RemoteEngine:
     """An EngineClient: starts a process with an Engine, whose arguments and methods it has.
 
@@ -181,37 +197,16 @@ class RemoteEngine:
     ) -> list[list[float]]:
         return self._call(Score(token_ids, temperature))
 
-    def abort_request(self, request_id: str) -> list[Completion]:
-        """See Engine.abort_request; increments of `stream` have the request's id."""
-        return self._ask(Engine.abort_request, request_id)
+    abort_request = _asking(Engine.abort_request)
+    flush_cache = _asking(Engine.flush_cache)
+    update_weights_from_disk = _asking(Engine.update_weights_from_disk)
+    init_weights_update_group = _asking(Engine.init_weights_update_group)
+    update_weights_from_distributed = _asking(Engine.update_weights_from_distributed)
 
     @property
     def weight_version(self) -> WeightVersion:
-        return self._ask(_weight_version)
-
-    def flush_cache(self) -> None:
-        self._ask(Engine.flush_cache)
-
-    def update_weights_from_disk(
-        self, model_path: str | Path, step: int | None = None
-    ) -> WeightVersion:
-        return self._ask(Engine.update_weights_from_disk, str(model_path), step)
-
-    def init_weights_update_group(
-        self,
-        master_address: str,
-        master_port: int,
-        rank: int,
-        world_size: int,
-        backend: str = "gloo",
-        timeout_s: float = 600.0,
-        secret: str | None = None,
-    ) -> None:
-        place = master_address, master_port, rank, world_size
-        self._ask(Engine.init_weights_update_group, *place, backend, timeout_s, secret)
-
-    def update_weights_from_distributed(self) -> WeightVersion:
-        return self._ask(Engine.update_weights_from_distributed)
+        """Step and digest of the weights that are served."""
+        return _asking(_weight_version)(self)
 
     def close(self) -> None:
         """End the process, and with it what is unfinished."""
@@ -221,11 +216,6 @@ class RemoteEngine:
         if self._process.is_alive():
             self._process.kill()
         self._pipe.close()
-
-    def _ask[**P, T](
-        self, method: Callable[Concatenate[Engine, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        return self._call(Ask(method, args, kwargs))
 
     def _call(self, message: Message, progress: Progress | None = None) -> Any:
         """A call's result. Who waits no longer, for what `progress` raises, aborts it."""
@@ -242,7 +232,3 @@ class RemoteEngine:
 
     def _abandon(self, number: int) -> Future[None]:
         return self._pipe.call(Abandon(number))[1]
-
-
-def _weight_version(engine: Engine) -> WeightVersion:
-    return engine.weight_version
