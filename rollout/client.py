@@ -118,4 +118,5 @@ async def stream_of[T](
         result.result()  # raises what ended it early
     finally:
         if not result.done():
-            abandon()
+            with suppress(RuntimeError):  # an engine that is gone draws nothing more
+                abandon()

@@ -83,12 +83,19 @@ class _Pipe:
         self._connection.close()
 
     def _read(self) -> None:
-        with suppress(EOFError, OSError):
+        unreadable: Exception | None = None
+        try:
             while True:
                 self._take(*self._connection.recv())
+        except (EOFError, OSError):
+            pass  # the process has ended
+        except Exception as error:  # noqa: BLE001 - an answer is lost: nobody may wait for it
+            unreadable = error
+            self._process.kill()
         with self._lock:
             self._ended = True
         error = self._death()
+        error.__cause__ = unreadable
         for result, _ in self._waiting.values():
             result.set_exception(error)
 

@@ -138,7 +138,12 @@ class EngineLoop:
         self._driver = _STARTING
         # torch counts threads for each thread; another number could give other bits.
         arguments = (torch.get_num_threads(),)
-        threading.Thread(target=self._drive, args=arguments, name="samebit engine loop").start()
+        thread = threading.Thread(target=self._drive, args=arguments, name="samebit engine loop")
+        try:
+            thread.start()
+        except BaseException:  # too many threads, or the interpreter ends: the next caller drives
+            self._driver = None
+            raise
 
     def _rest(self) -> bool:
         """Whether nobody waits for anything; then nobody drives from here on."""

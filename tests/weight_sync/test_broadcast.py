@@ -176,6 +176,29 @@ def test_a_silent_sender_is_given_up_after_the_timeout(pool, engine, new, expect
     assert outcomes(engine.generate(PROMPTS, PARAMS)) == expected[new.digest]
 
 
+@pytest.mark.parametrize("method", ["receive_weights", "commit_weight_update"])
+def test_any_error_of_the_receiver_breaks_the_update(
+    pool, engine, new, expected, monkeypatch, method
+):
+    """An engine left in the update for ever would refuse the next one too."""
+
+    def full(_):
+        raise MemoryError("out of memory")
+
+    sender, [receiver] = make_group(pool, timeout_s=5.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, method, full)
+        receiving = pool.submit(receiver.receive, engine, CPU)
+        with pytest.raises(WeightSyncError, match="the weight group lost a member"):
+            send(sender, new.params, new.digest, 4)
+        with pytest.raises(MemoryError):
+            receiving.result()
+    with pytest.raises(WeightSyncError, match="step 4 broke off: out of memory"):
+        engine.generate(PROMPTS, PARAMS)
+    sender, [receiver] = make_group(pool)
+    recovers(pool, sender, receiver, engine, new, expected)
+
+
 def test_a_silent_receiver_is_given_up_after_the_timeout(pool, new):
     """A receiver that never answers a commit is an error of the sync, not a foreign one."""
     sender, _ = make_group(pool, timeout_s=5.0)

@@ -7,7 +7,7 @@ import pickle
 import signal
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 from callers import parts_of, put_together
@@ -15,7 +15,7 @@ from helpers import assert_same_bits, outcomes
 
 from samebit.rollout import engine_process
 from samebit.rollout.engine import Engine
-from samebit.rollout.remote import RemoteEngine, RemoteEngineError
+from samebit.rollout.remote import RemoteEngine, RemoteEngineError, _Pipe
 from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
@@ -216,6 +216,26 @@ def test_a_death_reaches_all_who_wait(old):
     with pytest.raises(RemoteEngineError, match="ended with code -9"):
         engine.score([[1, 2, 3]])
     engine.close()
+    engine.close()
+
+
+def test_an_answer_that_cannot_be_read_reaches_all_who_wait(old, monkeypatch):
+    """Such as an exception whose class this process lacks: nobody may wait for ever."""
+    take = _Pipe._take
+
+    def unreadable(pipe, number, answer):
+        if number > engine_process.START:
+            raise ModuleNotFoundError("No module named 'plugin'")
+        take(pipe, number, answer)
+
+    monkeypatch.setattr(_Pipe, "_take", unreadable)
+    engine = RemoteEngine(old.folder, device="cpu", kv_cache_tokens=1024)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(engine.generate, PROMPTS[:1], ENDLESS)
+        with pytest.raises(RemoteEngineError, match="ended with code -9") as raised:
+            engine.score([[1, 2, 3]])
+        assert "plugin" in str(raised.value.__cause__)
+        assert isinstance(waiting.exception(timeout=60), RemoteEngineError)
     engine.close()
 
 

@@ -106,7 +106,7 @@ class UpdateReceiver:
 
         A sink that refuses does not break the lockstep: the rest is read and dropped, and the
         sender gets the reason as the answer to its commit. If the sender dies, the sink's update is
-        aborted and WeightSyncError is raised.
+        aborted and WeightSyncError is raised; so it is by any other error, which is raised.
         """
         begin, asked = self._control.hear(), _Asked()
         asked(sink.begin_weight_update, begin["step"])
@@ -116,13 +116,13 @@ class UpdateReceiver:
                 bucket = asked(sink.bucket_for, metas) or empty_bucket(metas, device)
                 self._data.receive(bucket)
                 asked(sink.receive_weights, bucket)
-        except WeightSyncError as error:
+            if message["op"] == "abort":
+                asked(sink.abort_weight_update, message["reason"])
+                return
+            asked(sink.commit_weight_update, message["digest"])
+        except BaseException as error:
             asked(sink.abort_weight_update, str(error))
             raise
-        if message["op"] == "abort":
-            asked(sink.abort_weight_update, message["reason"])
-            return
-        asked(sink.commit_weight_update, message["digest"])
         refusal = asked.refusal
         self._control.exchange_answers(_OK if refusal is None else str(refusal))
         if refusal is not None:
