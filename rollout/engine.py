@@ -15,7 +15,7 @@ import torch
 from samebit.kernels.profile import NumericsProfile, numerics_profile
 from samebit.kernels.reduce import ALONE, RankGroup
 from samebit.kernels.registry import attention_kind
-from samebit.rollout.client import Progress
+from samebit.rollout.client import Progress, result_of, stream_of
 from samebit.rollout.config import EngineConfig, as_path
 from samebit.rollout.device import (
     as_ranks,
@@ -123,7 +123,7 @@ class Engine:
         requests = self.requests.generation(
             prompt_ids, sampling_params, sample_ids, return_hidden_states, fresh_ids=True
         )
-        return await self.loop.arun(requests)
+        return await result_of(*self.loop.begin(requests))
 
     def stream(
         self,
@@ -138,7 +138,7 @@ class Engine:
         requests = self.requests.generation(
             prompt_ids, sampling_params, sample_ids, (), fresh_ids=True
         )
-        return self.loop.stream(requests)
+        return stream_of(partial(self.loop.begin, requests))
 
     def score(
         self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0

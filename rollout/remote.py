@@ -18,7 +18,7 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Concatenate
 
-from samebit.rollout.client import Progress, Tell, result_of, stream_of
+from samebit.rollout.client import Begun, Progress, Tell, result_of, stream_of
 from samebit.rollout.engine import Engine
 from samebit.rollout.engine_process import START, serve
 from samebit.rollout.messages import (
@@ -180,8 +180,7 @@ class RemoteEngine:
         return_hidden_states: Sequence[int] = (),
     ) -> list[list[Completion]]:
         arguments = prompt_ids, sampling_params, sample_ids, return_hidden_states
-        number, result = self._pipe.call(Generate(*arguments, fresh_ids=True))
-        return await result_of(result, partial(self._abandon, number))
+        return await result_of(*self._begin(Generate(*arguments, fresh_ids=True)))
 
     def stream(
         self,
@@ -192,12 +191,7 @@ class RemoteEngine:
         """See Engine.stream; bad input is refused when the first increment is asked for."""
         prompts = prompt_ids, sampling_params, sample_ids
         message = Generate(*prompts, fresh_ids=True, streams=True)
-
-        def start(tell: Tell) -> tuple[Future[Any], Callable[[], object]]:
-            number, result = self._pipe.call(message, tell)
-            return result, partial(self._abandon, number)
-
-        return stream_of(start)
+        return stream_of(partial(self._begin, message))
 
     def score(
         self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
@@ -226,7 +220,7 @@ class RemoteEngine:
 
     def _call(self, message: Message, progress: Progress | None = None) -> Any:
         """A call's result. Who waits no longer, for what `progress` raises, aborts it."""
-        number, result = self._pipe.call(message)
+        result, abandon = self._begin(message)
         try:
             while progress is not None and not wait([result], _PROGRESS_S).done:
                 progress(0, 0)
@@ -234,8 +228,9 @@ class RemoteEngine:
         except BaseException:
             if not result.done():
                 with suppress(RemoteEngineError):
-                    self._abandon(number)
+                    abandon()
             raise
 
-    def _abandon(self, number: int) -> Future[None]:
-        return self._pipe.call(Abandon(number))[1]
+    def _begin(self, message: Message, tell: Tell | None = None) -> Begun[Any]:
+        number, result = self._pipe.call(message, tell)
+        return result, lambda: self._pipe.call(Abandon(number))[1]
