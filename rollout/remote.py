@@ -94,10 +94,10 @@ class _Pipe:
             self._process.kill()
         with self._lock:
             self._ended = True
-        error = self._death()
-        error.__cause__ = unreadable
+        death = self._death()
+        death.__cause__ = unreadable
         for result, _ in self._waiting.values():
-            result.set_exception(error)
+            result.set_exception(death)
 
     def _take(self, number: int, answer: Answer) -> None:
         if isinstance(answer, Drew):

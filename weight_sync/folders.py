@@ -67,14 +67,17 @@ class FolderLock:
             self._file.unlink(missing_ok=True)
             self._close()
 
+    def drop(self) -> None:
+        """In a forked child: it is the parent's."""
+        self._close()
+
 
 _held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
 
 def _drop_all() -> None:
-    """In a forked child: they are the parent's."""
     for lock in list(_held):
-        lock._close()
+        lock.drop()
 
 
 os.register_at_fork(after_in_child=_drop_all)
