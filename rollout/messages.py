@@ -29,7 +29,7 @@ class Generate:
 
 @dataclass(frozen=True)
 class Score:
-    """Give the log-probs of tokens."""
+    """Score tokens; answered by groups of completions."""
 
     token_ids: Sequence[Sequence[int]]
     temperature: float

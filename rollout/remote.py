@@ -33,6 +33,7 @@ from samebit.rollout.messages import (
     Stop,
 )
 from samebit.rollout.runtime.call import uncancelled
+from samebit.rollout.runtime.requests import scores_of
 from samebit.rollout.types import Completion, Increment, SamplingParams
 from samebit.weight_sync.types import WeightVersion
 
@@ -196,7 +197,7 @@ class RemoteEngine:
     def score(
         self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
     ) -> list[list[float]]:
-        return self._call(Score(token_ids, temperature))
+        return scores_of(self._call(Score(token_ids, temperature)))
 
     abort_request = _asking(Engine.abort_request)
     flush_cache = _asking(Engine.flush_cache)
