@@ -42,7 +42,7 @@ from samebit.weight_sync.objects import smallest
 from samebit.weight_sync.session import UpdateSession
 from samebit.weight_sync.transports.broadcast import GlooGroup
 from samebit.weight_sync.transports.planes import UpdateReceiver
-from samebit.weight_sync.types import Bucket, ParamMeta, WeightVersion
+from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError, WeightVersion
 
 
 class Engine:
@@ -82,6 +82,7 @@ class Engine:
             self.model_path, self.config, self.specs, self.dtype, self.arena, ranks.group
         )
         self._make_runtime(session)
+        self._receiver: UpdateReceiver | None = None
 
     # -- generation ------------------------------------------------------------------------------
 
@@ -264,11 +265,14 @@ class Engine:
         """
         place = master_address, master_port, rank, world_size
         group = GlooGroup(*place, backend, timeout_s, secret)
-        self.weight_control.receiver = UpdateReceiver(group, group)
+        self._receiver = UpdateReceiver(group, group)
 
     def update_weights_from_distributed(self) -> WeightVersion:
         """Take one update from the weight group, in place."""
-        return self.weight_control.update_weights_from_distributed()
+        if self._receiver is None:
+            raise WeightSyncError("no weight group; call init_weights_update_group first")
+        self._receiver.receive(self, self.device)
+        return self.weight_version
 
     # -- as a WeightSink -------------------------------------------------------------------------
 
@@ -276,10 +280,10 @@ class Engine:
         self.weight_control.begin_weight_update(step)
 
     def bucket_for(self, metas: Sequence[ParamMeta]) -> Bucket:
-        return self.weight_control.bucket_for(metas)
+        return self.weight_control.session.bucket_for(metas)
 
     def receive_weights(self, bucket: Bucket) -> None:
-        self.weight_control.receive_weights(bucket)
+        self.weight_control.session.receive(bucket)
 
     def receive_weights_in_place(self, params: Mapping[str, torch.Tensor]) -> None:
         self.weight_control.receive_weights_in_place(params)
@@ -288,7 +292,7 @@ class Engine:
         return self.weight_control.commit_weight_update(digest)
 
     def abort_weight_update(self, reason: str) -> None:
-        self.weight_control.abort_weight_update(reason)
+        self.weight_control.session.abort(reason)
 
     # -- internals -------------------------------------------------------------------------------
 

@@ -23,8 +23,7 @@ from samebit.weight_sync.digest import weights_digest
 from samebit.weight_sync.mapping import ParamSpec, hf_names, misfits
 from samebit.weight_sync.session import SessionState, UpdateSession, non_finite
 from samebit.weight_sync.transports.file import read_version
-from samebit.weight_sync.transports.planes import UpdateReceiver
-from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError, WeightVersion
+from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
 
 def load_weights(
@@ -73,7 +72,6 @@ class WeightControl:
         self._scheduler = scheduler
         self._prefixes = prefixes
         self._dtype = next(iter(session.params.values())).dtype
-        self.receiver: UpdateReceiver | None = None
 
     @property
     def version(self) -> WeightVersion:
@@ -106,12 +104,6 @@ class WeightControl:
         self._require_idle("a weight update")
         self.session.begin(step)
 
-    def bucket_for(self, metas: Sequence[ParamMeta]) -> Bucket:
-        return self.session.bucket_for(metas)
-
-    def receive_weights(self, bucket: Bucket) -> None:
-        self.session.receive(bucket)
-
     def receive_weights_in_place(self, params: Mapping[str, torch.Tensor]) -> None:
         own = self.session.params
         apart = [
@@ -131,16 +123,13 @@ class WeightControl:
         self.flush_cache()
         return version
 
-    def abort_weight_update(self, reason: str) -> None:
-        self.session.abort(reason)
-
     def update_weights_from_tensor(
         self, params: Mapping[str, torch.Tensor], step: int, digest: str | None
     ) -> WeightVersion:
         self.begin_weight_update(step)
         with self._aborting():
             for metas in cut_buckets(params, 512 << 20):
-                self.receive_weights(pack(metas, params))
+                self.session.receive(pack(metas, params))
         return self.commit_weight_update(digest or self.digest())
 
     def update_weights_from_disk(self, model_path: str | Path, step: int | None) -> WeightVersion:
@@ -160,12 +149,6 @@ class WeightControl:
         # A digest is of bits, so it says nothing about a copy in another dtype.
         same_dtype = read(hf_names(specs)[-1]).dtype == self._dtype
         return self.commit_weight_update(version.digest if version and same_dtype else own)
-
-    def update_weights_from_distributed(self) -> WeightVersion:
-        if self.receiver is None:
-            raise WeightSyncError("no weight group; call init_weights_update_group first")
-        self.receiver.receive(self, self._arena.device)
-        return self.version
 
     @contextmanager
     def _aborting(self) -> Iterator[None]:
