@@ -188,9 +188,10 @@ class RequestBook:
         with on_device(self._device):
             try:
                 self._report(work())
-            except Exception as error:
-                self.lockstep.failure = repr(error)
-                self.fail_all(error)
+            except BaseException as error:
+                self.lockstep.failure = repr(error)  # what is restarted here goes on elsewhere
+                if isinstance(error, Exception):
+                    self.fail_all(error)
                 raise
 
     def _report(self, finished: list[RunningSample]) -> None:

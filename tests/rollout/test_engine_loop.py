@@ -161,6 +161,21 @@ def test_the_engine_goes_on_where_no_thread_can_be_started(make_engine, truth, m
     assert not own.has_unfinished_requests
 
 
+def test_an_interrupt_is_told_to_the_other_ranks(make_engine, monkeypatch):
+    """Only this rank begins again from what has arrived: they would compute another step."""
+    own = make_engine()
+
+    def interrupted(version):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(own.step_loop, "advance", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            own.generate(PROMPTS, PARAMS)
+    assert own.loop.book.lockstep.failure == "KeyboardInterrupt()"
+    assert not own.has_unfinished_requests
+
+
 def test_close_aborts_what_callers_wait_for(make_engine):
     own = make_engine()
 
