@@ -108,7 +108,6 @@ class Slots:
         return seq.prompt_len + seq.request.params.min_new_tokens
 
     def set_pages(self, seq: RunningSample) -> None:
-        """Note the sample's present pages."""
         assert seq.slot is not None
         self.pages[seq.slot, : len(seq.pages)] = seq.pages
         self.num_pages[seq.slot] = len(seq.pages)
