@@ -92,7 +92,9 @@ class _Server:
                         engine.loop.abandon(call).result()
                     self.send(number, Done(None))
                 case Ask(function, arguments, by_name):
-                    self.send(number, Done(function(engine, *arguments, **by_name)))
+                    # Between steps: the loop's thread must admit nothing while weights change.
+                    asked = partial(function, engine, *arguments, **by_name)
+                    self.send(number, Done(engine.loop.between_steps(asked)))
         except Exception as error:  # noqa: BLE001 - as above
             self.send(number, Failed(_portable(error)))
 

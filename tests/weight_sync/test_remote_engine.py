@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from callers import parts_of, put_together
@@ -15,6 +16,7 @@ from helpers import assert_same_bits, outcomes
 
 from samebit.rollout import engine_process
 from samebit.rollout.engine import Engine
+from samebit.rollout.messages import Ask, Done
 from samebit.rollout.remote import RemoteEngine, RemoteEngineError, _Pipe
 from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
@@ -195,6 +197,19 @@ def test_an_error_that_cannot_be_sent_is_told_by_another():
     copy = engine_process._portable(TwoPartError("the disk", "full"))
     assert (type(copy), str(copy)) == (RuntimeError, "TwoPartError: the disk: full")
     assert type(engine_process._portable(KeyError("x"))) is KeyError
+
+
+def test_what_is_asked_runs_between_steps(engine):
+    """No call may be admitted, in the loop's thread, in the midst of an update of the weights."""
+    sent = []
+    server = engine_process._Server(SimpleNamespace(send=sent.append))
+    server.engine = engine
+
+    def drives(asked, *, of):
+        return asked is engine and asked.loop._driver == of
+
+    server.handle(7, Ask(drives, (), {"of": threading.get_ident()}))
+    assert sent == [(7, Done(True))]
 
 
 def test_a_death_reaches_all_who_wait(old):
