@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from samebit.rollout.models.config import ModelConfig, ModelFolder
+from samebit.rollout.models.config import ModelConfig, read_folder
 from samebit.rollout.models.llama import Llama
 from samebit.rollout.models.qwen2 import Qwen2
 from samebit.rollout.models.qwen3 import Qwen3
@@ -18,12 +18,12 @@ def load_model_config(model_path: str | Path) -> ModelConfig:
     Raises FileNotFoundError for what is missing, and ValueError that names file, key and value for
     what cannot be read or is not computed here.
     """
-    return ModelFolder.read(Path(model_path), FAMILIES).model_config()
+    return read_folder(Path(model_path), FAMILIES)[0]
 
 
 def load_stop_tokens(model_path: str | Path) -> StopTokens:
     """What ends a completion of a folder's model, and where it is said; raises as above."""
-    return ModelFolder.read(Path(model_path), FAMILIES).stop_tokens
+    return read_folder(Path(model_path), FAMILIES)[1]
 
 
 def require_taught_end(model_path: str | Path, eos_token_id: int | None) -> None:
