@@ -130,7 +130,7 @@ class WeightControl:
         with self._aborting():
             for metas in cut_buckets(params, 512 << 20):
                 self.session.receive(pack(metas, params))
-        return self.commit_weight_update(digest or self.digest())
+            return self.commit_weight_update(digest or self.digest())
 
     def update_weights_from_disk(self, model_path: str | Path, step: int | None) -> WeightVersion:
         folder = as_path(model_path, "model_path")
@@ -144,11 +144,11 @@ class WeightControl:
         self.begin_weight_update(step)
         with self._aborting():
             fill(folder, specs, self.session.params, read)
-        self.session.receive_in_place()
-        own = self.digest()
-        # A digest is of bits, so it says nothing about a copy in another dtype.
-        same_dtype = read(hf_names(specs)[-1]).dtype == self._dtype
-        return self.commit_weight_update(version.digest if version and same_dtype else own)
+            self.session.receive_in_place()
+            own = self.digest()
+            # A digest is of bits, so it says nothing about a copy in another dtype.
+            same_dtype = read(hf_names(specs)[-1]).dtype == self._dtype
+            return self.commit_weight_update(version.digest if version and same_dtype else own)
 
     @contextmanager
     def _aborting(self) -> Iterator[None]:

@@ -95,6 +95,31 @@ def test_a_direct_update_must_be_full(old, new, expected):
     assert serves(engine, new, expected)
 
 
+@pytest.mark.parametrize("way", ["tensor", "disk"])
+def test_an_update_that_is_interrupted_at_its_end_has_broken_off(
+    old, new, expected, monkeypatch, way
+):
+    """An engine left in the update for ever would refuse the next one too."""
+    engine = local_engine(old.folder)
+
+    def interrupted():
+        raise KeyboardInterrupt("by the user")
+
+    def update():
+        if way == "disk":
+            return engine.update_weights_from_disk(new.folder, step=4)
+        return engine.update_weights_from_tensor(new.params, step=4)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.weight_control, "digest", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            update()
+    with pytest.raises(WeightSyncError, match="step 4 broke off: by the user"):
+        engine.generate(PROMPTS, PARAMS)
+    assert update() == WeightVersion(4, new.digest)
+    assert serves(engine, new, expected)
+
+
 def test_get_weights_by_name_gives_a_copy(old):
     """Writing to what was asked for must not change what is served."""
     engine = local_engine(old.folder)
