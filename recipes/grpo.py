@@ -142,7 +142,7 @@ class GrpoRecipe:
                 self.weights.update(self.trainer.params, self.trainer.digest())
         except BaseException as error:
             with suppress(WeightSyncError):  # the first error is the one to tell
-                self.weights.abort(f"the training step failed: {error}")
+                self.weights.give_up(f"the training step failed: {error}")
             raise
         return stats
 

@@ -21,6 +21,8 @@ type Progress = Callable[[int, int], None]
 """It is called with (finished samples, tokens drawn so far) after every step."""
 type Tell = Callable[[list[Increment]], object]
 """It is called with what a step drew for a caller, in the thread that drives the engine."""
+type Begun[T] = tuple[Future[T], Callable[[], Future[None]]]
+"""A call's result to come, and what abandons the call."""
 
 
 class EngineClient(Protocol):
@@ -95,13 +97,8 @@ async def result_of[T](result: Future[T], abandon: Callable[[], Future[None]]) -
         raise
 
 
-async def stream_of[T](
-    start: Callable[[Tell], tuple[Future[T], Callable[[], object]]],
-) -> AsyncGenerator[Increment, None]:
-    """Give a call's increments as they come; one that nobody reads on is abandoned.
-
-    `start` begins it, and returns its result to come and what abandons it.
-    """
+async def stream_of[T](begin: Callable[[Tell], Begun[T]]) -> AsyncGenerator[Increment, None]:
+    """Begin a call and give its increments as they come; one that nobody reads on is abandoned."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[list[Increment] | None] = asyncio.Queue()
 
@@ -109,7 +106,7 @@ async def stream_of[T](
         with suppress(RuntimeError):  # asyncio's loop is closed: nobody listens any more
             loop.call_soon_threadsafe(queue.put_nowait, increments)
 
-    result, abandon = start(put)
+    result, abandon = begin(put)
     result.add_done_callback(lambda _: put(None))
     try:
         while (increments := await queue.get()) is not None:

@@ -6,16 +6,15 @@ What depends on the machine (device, dtype, ranks) is no setting: see rollout/de
 
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 from samebit.kernels.registry import ATTENTION_KINDS
-from samebit.rollout.values import MAX_UINT64, as_flag, as_integer, shown
+from samebit.rollout.values import MAX_UINT64, bring_to_type, shown
 
 LOAD_FORMATS = ("safetensors", "dummy")
-_CONVERT: dict[Any, Callable[[Any, str], Any]] = {int: as_integer, bool: as_flag}
 _BESIDES = ("device", "dtype", "ranks")  # what else Engine takes by name
 
 
@@ -58,7 +57,7 @@ class EngineConfig:
     """Of the noise of requests that bring no seed; in a recipe it is the recipe's."""
 
     def __post_init__(self) -> None:
-        self._bring_to_type()
+        bring_to_type(self, "engine")
         page, tokens, longest = self.page_size, self.kv_cache_tokens, self.max_model_len
         for name in ("page_size", "max_batch_tokens", "max_num_seqs", "prefill_chunk"):
             self._require(getattr(self, name) >= 1, name, "positive")
@@ -70,14 +69,6 @@ class EngineConfig:
         self._require(self.attention in kinds or ":" in str(self.attention), "attention", meaning)
         self._require(self.load_format in LOAD_FORMATS, "load_format", f"one of {LOAD_FORMATS}")
         self._require(0 <= self.seed <= MAX_UINT64, "seed", "an unsigned 64-bit integer")
-
-    def _bring_to_type(self) -> None:
-        """Whole numbers and flags of other types, such as numpy's, become Python's."""
-        for f in fields(self):
-            kind, *optional = get_args(f.type) or (f.type,)
-            value = getattr(self, f.name)
-            if kind in _CONVERT and not (optional and value is None):
-                setattr(self, f.name, _CONVERT[kind](value, f"engine.{f.name}"))
 
     def _require(self, holds: bool, name: str, meaning: str) -> None:
         if not holds:

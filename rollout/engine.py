@@ -4,8 +4,8 @@ engine = Engine("path/to/model")
 [[completion]] = engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=16))
 """
 
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from samebit.kernels.profile import NumericsProfile, numerics_profile
 from samebit.kernels.reduce import ALONE, RankGroup
 from samebit.kernels.registry import attention_kind
-from samebit.rollout.client import Progress
+from samebit.rollout.client import Progress, result_of, stream_of
 from samebit.rollout.config import EngineConfig, as_path
 from samebit.rollout.device import (
     as_ranks,
@@ -40,8 +40,9 @@ from samebit.rollout.runtime.weight_control import WeightControl, load_weights
 from samebit.rollout.types import Completion, Increment, SamplingParams
 from samebit.weight_sync.objects import smallest
 from samebit.weight_sync.session import UpdateSession
-from samebit.weight_sync.transports.broadcast import BroadcastReceiver
-from samebit.weight_sync.types import Bucket, ParamMeta, WeightVersion
+from samebit.weight_sync.transports.broadcast import GlooGroup
+from samebit.weight_sync.transports.planes import UpdateReceiver
+from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError, WeightVersion
 
 
 class Engine:
@@ -81,6 +82,7 @@ class Engine:
             self.model_path, self.config, self.specs, self.dtype, self.arena, ranks.group
         )
         self._make_runtime(session)
+        self._receiver: UpdateReceiver | None = None
 
     # -- generation ------------------------------------------------------------------------------
 
@@ -122,7 +124,7 @@ class Engine:
         requests = self.requests.generation(
             prompt_ids, sampling_params, sample_ids, return_hidden_states, fresh_ids=True
         )
-        return await self.loop.arun(requests)
+        return await result_of(*self.loop.begin(requests))
 
     def stream(
         self,
@@ -137,7 +139,7 @@ class Engine:
         requests = self.requests.generation(
             prompt_ids, sampling_params, sample_ids, (), fresh_ids=True
         )
-        return self.loop.stream(requests)
+        return stream_of(partial(self.loop.begin, requests))
 
     def score(
         self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
@@ -185,16 +187,14 @@ class Engine:
         """Whether `step` has anything to do or to report."""
         return self.loop.book.has_unfinished
 
-    @contextmanager
-    def leading(self) -> Iterator[None]:
+    def leading(self) -> AbstractContextManager[None]:
         """In the block rank 0 alone is called, and by any number of callers; the others `follow`.
 
         Weights may not change in it. At its end what callers wait for is aborted. It costs an
         exchange of the ranks for each step, for which the others wait as long as their group's
         timeout. Raises RuntimeError on another rank.
         """
-        with self.loop.leading(self.requests.marks):
-            yield
+        return self.loop.leading(self.requests.marks)
 
     def follow(self) -> None:
         """Do what rank 0 does in its block `leading`, to its end. RuntimeError on rank 0."""
@@ -203,14 +203,14 @@ class Engine:
 
     def close(self) -> None:
         """Abort what callers wait for."""
-        self.loop.close()
+        self.loop.between_steps(self.loop.book.abandon_all)
 
     # -- weights ---------------------------------------------------------------------------------
 
     @property
     def weights(self) -> Mapping[str, torch.Tensor]:
         """The parameters that are served, by their engine (Megatron) names."""
-        return self.weight_control.weights
+        return self.weight_control.session.params
 
     @property
     def weight_version(self) -> WeightVersion:
@@ -264,37 +264,36 @@ class Engine:
         secret: what the trainer and all engines have to know, by default SAMEBIT_SECRET of the
         environment; on one machine there need be none. Raises ValueError if theirs is another.
         """
-        self.weight_control.receiver = BroadcastReceiver(
-            master_address, master_port, rank, world_size, backend, timeout_s, secret
-        )
+        place = master_address, master_port, rank, world_size
+        group = GlooGroup(*place, backend, timeout_s, secret)
+        self._receiver = UpdateReceiver(group, group)
 
     def update_weights_from_distributed(self) -> WeightVersion:
         """Take one update from the weight group, in place."""
-        return self.weight_control.update_weights_from_distributed()
+        if self._receiver is None:
+            raise WeightSyncError("no weight group; call init_weights_update_group first")
+        self._receiver.receive(self, self.device)
+        return self.weight_version
+
+    # -- as a WeightSink -------------------------------------------------------------------------
 
     def begin_weight_update(self, step: int) -> None:
-        """Refuse new work from here on; see weight_sync.transports.base.WeightSink."""
         self.weight_control.begin_weight_update(step)
 
     def bucket_for(self, metas: Sequence[ParamMeta]) -> Bucket:
-        """Give what these tensors are to be written into: the weights' own memory if possible."""
-        return self.weight_control.bucket_for(metas)
+        return self.weight_control.session.bucket_for(metas)
 
     def receive_weights(self, bucket: Bucket) -> None:
-        """Copy a bucket's tensors into place."""
-        self.weight_control.receive_weights(bucket)
+        self.weight_control.session.receive(bucket)
 
     def receive_weights_in_place(self, params: Mapping[str, torch.Tensor]) -> None:
-        """Accept that `params` are this engine's memory and hold the new version."""
         self.weight_control.receive_weights_in_place(params)
 
     def commit_weight_update(self, digest: str) -> WeightVersion:
-        """Check the digest and serve the new version; cached prefixes become unreachable."""
         return self.weight_control.commit_weight_update(digest)
 
     def abort_weight_update(self, reason: str) -> None:
-        """Refuse to generate until a full update commits."""
-        self.weight_control.abort_weight_update(reason)
+        self.weight_control.session.abort(reason)
 
     # -- internals -------------------------------------------------------------------------------
 

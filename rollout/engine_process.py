@@ -6,35 +6,27 @@ import pickle
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any
 
 import torch
 
 from samebit.rollout.engine import Engine
 from samebit.rollout.messages import (
     Abandon,
-    AbortRequest,
     Answer,
+    Ask,
     Done,
     Drew,
     Failed,
-    FlushCache,
     Generate,
-    GetVersion,
-    JoinWeightGroup,
     Message,
     Score,
     Stop,
-    UpdateFromDisk,
-    UpdateFromGroup,
 )
 from samebit.rollout.runtime.call import Call
-from samebit.rollout.runtime.requests import scores_of
 from samebit.rollout.types import Completion, Increment
 
 START = 0
@@ -42,7 +34,7 @@ START = 0
 
 
 def serve(connection: Connection, model_path: str, cpu_threads: int, settings: dict) -> None:
-    """What the process does: handle messages until it is told to stop.
+    """What the process does: make an engine, and handle messages until it is told to stop.
 
     It ends when its parent does, and only then: signals to a whole group are the parent's to judge.
     """
@@ -51,16 +43,19 @@ def serve(connection: Connection, model_path: str, cpu_threads: int, settings: d
     threading.Thread(target=_follow_parent, daemon=True).start()
     torch.set_num_threads(cpu_threads)
     server = _Server(connection)
-    server.answer(START, partial(server.start, model_path, settings))
-    while True:
-        try:
+    try:
+        server.engine = engine = Engine(model_path, **settings)
+    except Exception as error:  # noqa: BLE001 - every error goes to the caller
+        server.send(START, Failed(_portable(error)))
+        return
+    server.send(START, Done(None))
+    with suppress(EOFError):  # the parent is gone
+        while True:
             number, message = connection.recv()
-        except EOFError:
-            break  # the parent is gone
-        if isinstance(message, Stop):
-            break
-        server.handle(number, message)
-    server.close()
+            if isinstance(message, Stop):
+                break
+            server.handle(number, message)
+    engine.close()
 
 
 def _follow_parent() -> None:
@@ -74,99 +69,56 @@ def _follow_parent() -> None:
 class _Server:
     """Has an engine do what messages ask. Its loop's thread answers calls that take steps."""
 
+    engine: Engine
+
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._sending = threading.Lock()
-        self._engine: Engine | None = None
         self._calls: dict[int, Call] = {}
 
-    def start(self, model_path: str, settings: Mapping[str, Any]) -> None:
-        """Make the engine."""
-        self._engine = Engine(model_path, **settings)
-
-    def close(self) -> None:
-        """Let go of the engine."""
-        if self._engine is not None:
-            self._engine.close()
-
     def handle(self, number: int, message: Message) -> None:
-        """Begin what a message asks for, or do it."""
-        engine = self._engine
-        assert engine is not None, "the parent calls an engine that was not made"
+        engine = self.engine
         try:
             match message:
-                case Generate():
-                    requests = engine.requests.generation(
-                        message.prompt_ids,
-                        message.sampling_params,
-                        message.sample_ids,
-                        message.return_hidden_states,
-                        message.fresh_ids,
-                    )
-                    tell = partial(self._tell, number) if message.streams else None
-                    self._submit(number, engine, Call(requests, tell), lambda groups: groups)
+                case Generate(prompts, params, ids, layers, fresh_ids, streams):
+                    requests = engine.requests.generation(prompts, params, ids, layers, fresh_ids)
+                    tell = partial(self._tell, number) if streams else None
+                    self._submit(number, Call(requests, tell))
                 case Score(token_ids, temperature):
                     requests = engine.requests.scoring(token_ids, temperature)
-                    self._submit(number, engine, Call(requests), scores_of)
-                case _:
-                    self._send(number, Done(self._control(engine, message)))
-        except Exception as error:  # noqa: BLE001 - every error goes to the caller
-            self._send(number, Failed(_portable(error)))
-
-    def answer(self, number: int, work: Callable[[], Any]) -> None:
-        """Send what `work` returns or raises."""
-        try:
-            self._send(number, Done(work()))
+                    self._submit(number, Call(requests))
+                case Abandon(caller):
+                    if (call := self._calls.get(caller)) is not None:
+                        engine.loop.abandon(call).result()
+                    self.send(number, Done(None))
+                case Ask(function, arguments, by_name):
+                    # Between steps: the loop's thread must admit nothing while weights change.
+                    asked = partial(function, engine, *arguments, **by_name)
+                    self.send(number, Done(engine.loop.between_steps(asked)))
         except Exception as error:  # noqa: BLE001 - as above
-            self._send(number, Failed(_portable(error)))
+            self.send(number, Failed(_portable(error)))
 
-    def _submit(
-        self,
-        number: int,
-        engine: Engine,
-        call: Call,
-        value_of: Callable[[list[list[Completion]]], Any],
-    ) -> None:
-        def finish(result: Future[list[list[Completion]]]) -> None:
-            del self._calls[number]
-            self.answer(number, lambda: value_of(result.result()))
-
-        self._calls[number] = call
-        call.result.add_done_callback(finish)
-        engine.loop.submit(call)
-
-    def _control(self, engine: Engine, message: Message) -> Any:
-        if isinstance(message, UpdateFromDisk | UpdateFromGroup):
-            engine.loop.between_steps(lambda: None)  # calls that came before it are admitted
-        match message:
-            case Abandon(number):
-                if (call := self._calls.get(number)) is not None:
-                    engine.loop.abandon(call).result()
-            case AbortRequest(request_id):
-                return engine.abort_request(request_id)
-            case GetVersion():
-                return engine.weight_version
-            case FlushCache():
-                engine.flush_cache()
-            case UpdateFromDisk(model_path, step):
-                return engine.update_weights_from_disk(model_path, step)
-            case JoinWeightGroup():
-                engine.init_weights_update_group(**vars(message))
-            case UpdateFromGroup():
-                return engine.update_weights_from_distributed()
-            case _:
-                raise TypeError(f"an engine's process cannot be told {message!r}")
-        return None
-
-    def _tell(self, number: int, increments: list[Increment]) -> None:
-        self._send(number, Drew(increments))
-
-    def _send(self, number: int, answer: Answer) -> None:
+    def send(self, number: int, answer: Answer) -> None:
         with self._sending, suppress(OSError):  # the parent is gone, and this process soon
             self._connection.send((number, answer))
 
+    def _submit(self, number: int, call: Call) -> None:
+        def finish(result: Future[list[list[Completion]]]) -> None:
+            del self._calls[number]
+            try:
+                self.send(number, Done(result.result()))
+            except BaseException as error:  # noqa: BLE001 - as above
+                self.send(number, Failed(_portable(error)))
 
-def _portable(error: Exception) -> Exception:
+        self._calls[number] = call
+        call.result.add_done_callback(finish)
+        self.engine.loop.submit(call)
+
+    def _tell(self, number: int, increments: list[Increment]) -> None:
+        self.send(number, Drew(increments))
+
+
+def _portable(error: BaseException) -> BaseException:
     """A copy that says where it was raised; of another type if its own cannot be sent."""
     try:
         copy = pickle.loads(pickle.dumps(error))

@@ -4,7 +4,7 @@ To an engine in a process of its own (remote.py), by a pipe and with a number fo
 rank 0 of a tensor parallel engine to the others (runtime/lockstep.py), as plain values.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class Generate:
 
 @dataclass(frozen=True)
 class Score:
-    """Give the log-probs of tokens."""
+    """Score tokens; answered by groups of completions."""
 
     token_ids: Sequence[Sequence[int]]
     temperature: float
@@ -43,34 +43,12 @@ class Abandon:
 
 
 @dataclass(frozen=True)
-class GetVersion:
-    """Tell the weight version that is served."""
+class Ask:
+    """Call a function of the engine that takes no steps; answered by what it returns."""
 
-
-@dataclass(frozen=True)
-class UpdateFromDisk:
-    """Load a folder's weights in place; answered by their version."""
-
-    model_path: str
-    step: int | None
-
-
-@dataclass(frozen=True)
-class JoinWeightGroup:
-    """Join a trainer's weight group; see Engine.init_weights_update_group."""
-
-    master_address: str
-    master_port: int
-    rank: int
-    world_size: int
-    backend: str
-    timeout_s: float
-    secret: str | None
-
-
-@dataclass(frozen=True)
-class UpdateFromGroup:
-    """Take one update from the weight group; answered by its version."""
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    by_name: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -102,7 +80,7 @@ class Drew:
     increments: list[Increment]
 
 
-# -- from rank 0 to the others, and some of it to an engine's process ------------------------------
+# -- from rank 0 to the others ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -120,7 +98,7 @@ class Drain:
 
 @dataclass(frozen=True)
 class AbortRequest:
-    """End a request; a process answers with its completions."""
+    """End a request."""
 
     request_id: str
 
@@ -138,18 +116,7 @@ class Leave:
     sample_id: int
 
 
-type Message = (
-    Generate
-    | Score
-    | Abandon
-    | AbortRequest
-    | GetVersion
-    | FlushCache
-    | UpdateFromDisk
-    | JoinWeightGroup
-    | UpdateFromGroup
-    | Stop
-)
+type Message = Generate | Score | Abandon | Ask | Stop
 type Answer = Done | Failed | Drew
 type RankMessage = Admit | Drain | AbortRequest | FlushCache | Leave
 

@@ -11,32 +11,29 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from functools import partial
+from functools import partial, wraps
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate
 
-from samebit.rollout.client import Progress, Tell, result_of, stream_of
+from samebit.rollout.client import Begun, Progress, Tell, result_of, stream_of
+from samebit.rollout.engine import Engine
 from samebit.rollout.engine_process import START, serve
 from samebit.rollout.messages import (
     Abandon,
-    AbortRequest,
     Answer,
+    Ask,
     Done,
     Drew,
-    FlushCache,
     Generate,
-    GetVersion,
-    JoinWeightGroup,
     Message,
     Score,
     Stop,
-    UpdateFromDisk,
-    UpdateFromGroup,
 )
 from samebit.rollout.runtime.call import uncancelled
+from samebit.rollout.runtime.requests import scores_of
 from samebit.rollout.types import Completion, Increment, SamplingParams
 from samebit.rollout.values import as_integer
 from samebit.weight_sync.types import WeightVersion
@@ -84,24 +81,23 @@ class _Pipe:
         return number, result
 
     def close(self) -> None:
-        """Close this end, once the process has ended."""
         self._reader.join(timeout=_EXIT_CODE_S)
         self._connection.close()
 
     def _read(self) -> None:
-        cause: Exception | None = None
+        unreadable: Exception | None = None
         try:
             while True:
                 self._take(*self._connection.recv())
         except (EOFError, OSError):
-            pass
-        except Exception as error:  # noqa: BLE001 - nobody knows whose answer it is
-            cause = error
+            pass  # the process has ended
+        except Exception as error:  # noqa: BLE001 - an answer is lost: nobody may wait for it
+            unreadable = error
             self._process.kill()
         with self._lock:
             self._ended = True
         death = self._death()
-        death.__cause__ = cause
+        death.__cause__ = unreadable
         for result, _ in self._waiting.values():
             result.set_exception(death)
 
@@ -128,11 +124,27 @@ class _Pipe:
         )
 
 
-class RemoteEngine:
-    """An EngineClient: starts a process with an Engine; arguments as Engine's. Close it when done.
+def _asking[**P, T](
+    method: Callable[Concatenate[Engine, P], T],
+) -> Callable[Concatenate["RemoteEngine", P], T]:
+    """A method that has the process's engine do this one of its own, which takes no steps."""
 
-    Any method raises RemoteEngineError once the process has died. Raises ValueError for cpu_threads
-    below 1, and what Engine raises.
+    @wraps(method)
+    def ask(remote: "RemoteEngine", *args: P.args, **kwargs: P.kwargs) -> T:
+        return remote._call(Ask(method, args, kwargs))
+
+    return ask
+
+
+def _weight_version(engine: Engine) -> WeightVersion:
+    return engine.weight_version
+
+
+class RemoteEngine:
+    """An EngineClient: starts a process with an Engine, whose arguments and methods it has.
+
+    Close it when done. Any method raises RemoteEngineError once the process has died. Raises
+    ValueError for cpu_threads below 1, and what Engine raises.
     """
 
     def __init__(self, model_path: str | Path, cpu_threads: int = 1, **settings: Any) -> None:
@@ -175,10 +187,8 @@ class RemoteEngine:
         *,
         return_hidden_states: Sequence[int] = (),
     ) -> list[list[Completion]]:
-        """See Engine.agenerate."""
         arguments = prompt_ids, sampling_params, sample_ids, return_hidden_states
-        number, result = self._pipe.call(Generate(*arguments, fresh_ids=True))
-        return await result_of(result, partial(self._abandon, number))
+        return await result_of(*self._begin(Generate(*arguments, fresh_ids=True)))
 
     def stream(
         self,
@@ -189,55 +199,23 @@ class RemoteEngine:
         """See Engine.stream; bad input is refused when the first increment is asked for."""
         prompts = prompt_ids, sampling_params, sample_ids
         message = Generate(*prompts, fresh_ids=True, streams=True)
-
-        def start(tell: Tell) -> tuple[Future[Any], Callable[[], object]]:
-            number, result = self._pipe.call(message, tell)
-            return result, partial(self._abandon, number)
-
-        return stream_of(start)
+        return stream_of(partial(self._begin, message))
 
     def score(
         self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
     ) -> list[list[float]]:
-        """See Engine.score."""
-        return self._call(Score(token_ids, temperature))
+        return scores_of(self._call(Score(token_ids, temperature)))
 
-    def abort_request(self, request_id: str) -> list[Completion]:
-        """See Engine.abort_request; increments of `stream` have the request's id."""
-        return self._call(AbortRequest(request_id))
+    abort_request = _asking(Engine.abort_request)
+    flush_cache = _asking(Engine.flush_cache)
+    update_weights_from_disk = _asking(Engine.update_weights_from_disk)
+    init_weights_update_group = _asking(Engine.init_weights_update_group)
+    update_weights_from_distributed = _asking(Engine.update_weights_from_distributed)
 
     @property
     def weight_version(self) -> WeightVersion:
         """Step and digest of the weights that are served."""
-        return self._call(GetVersion())
-
-    def flush_cache(self) -> None:
-        """Forget all cached prefixes."""
-        self._call(FlushCache())
-
-    def update_weights_from_disk(
-        self, model_path: str | Path, step: int | None = None
-    ) -> WeightVersion:
-        """See Engine.update_weights_from_disk."""
-        return self._call(UpdateFromDisk(str(model_path), step))
-
-    def init_weights_update_group(
-        self,
-        master_address: str,
-        master_port: int,
-        rank: int,
-        world_size: int,
-        backend: str = "gloo",
-        timeout_s: float = 600.0,
-        secret: str | None = None,
-    ) -> None:
-        """See Engine.init_weights_update_group."""
-        place = master_address, master_port, rank, world_size
-        self._call(JoinWeightGroup(*place, backend, timeout_s, secret))
-
-    def update_weights_from_distributed(self) -> WeightVersion:
-        """See Engine.update_weights_from_distributed."""
-        return self._call(UpdateFromGroup())
+        return _asking(_weight_version)(self)
 
     def close(self) -> None:
         """End the process, and with it what is unfinished."""
@@ -250,7 +228,7 @@ class RemoteEngine:
 
     def _call(self, message: Message, progress: Progress | None = None) -> Any:
         """A call's result. Who waits no longer, for what `progress` raises, aborts it."""
-        number, result = self._pipe.call(message)
+        result, abandon = self._begin(message)
         try:
             while progress is not None and not wait([result], _PROGRESS_S).done:
                 progress(0, 0)
@@ -258,8 +236,9 @@ class RemoteEngine:
         except BaseException:
             if not result.done():
                 with suppress(RemoteEngineError):
-                    self._abandon(number)
+                    abandon()
             raise
 
-    def _abandon(self, number: int) -> Future[None]:
-        return self._pipe.call(Abandon(number))[1]
+    def _begin(self, message: Message, tell: Tell | None = None) -> Begun[Any]:
+        number, result = self._pipe.call(message, tell)
+        return result, lambda: self._pipe.call(Abandon(number))[1]

@@ -1,12 +1,11 @@
 """What users give to the engine and get back. Per-token fields are marked [L]."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from samebit.rollout.ranges import RANGES, require_in_range
-from samebit.rollout.values import MAX_UINT64, as_flag, as_integer, as_list, as_number
+from samebit.rollout.values import MAX_UINT64, as_integer, as_list, bring_to_type
 from samebit.weight_sync.types import VersionSpan
 
 
@@ -46,14 +45,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         where = "SamplingParams.stop_token_ids"
         stops = as_list(self.stop_token_ids, where, "a list of token ids", ordered=False)
-        self._set("stop_token_ids", tuple(as_integer(i, f"{where}: token") for i in stops))
-        for name in ("n", "top_k", "max_new_tokens", "min_new_tokens", "seed"):
-            if name != "seed" or self.seed is not None:
-                self._set(name, as_integer(getattr(self, name), f"SamplingParams.{name}"))
-        for name in ("temperature", "top_p", "min_p"):
-            self._set(name, as_number(getattr(self, name), f"SamplingParams.{name}"))
-        for name in ("ignore_eos", "logprobs"):
-            self._set(name, as_flag(getattr(self, name), f"SamplingParams.{name}"))
+        token_ids = tuple(as_integer(i, f"{where}: token") for i in stops)
+        object.__setattr__(self, "stop_token_ids", token_ids)
+        bring_to_type(self, "SamplingParams")
         _require(self.n >= 1, "n", self.n, "at least 1")
         for name in RANGES:
             require_in_range(name, getattr(self, name), f"SamplingParams.{name}")
@@ -62,9 +56,6 @@ class SamplingParams:
         _require(in_range, "min_new_tokens", self.min_new_tokens, "in [0, max_new_tokens]")
         if self.seed is not None:
             _require(0 <= self.seed <= MAX_UINT64, "seed", self.seed, "an unsigned 64-bit integer")
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
 
     @property
     def limits(self) -> bool:

@@ -4,7 +4,9 @@ No torch here, and no numpy: `samebit --help` answers at once.
 """
 
 import operator
-from typing import Any
+from dataclasses import fields
+from types import NoneType
+from typing import Any, get_args
 
 MAX_UINT64 = (1 << 64) - 1
 _TEXTS = (str, bytes, bytearray)
@@ -47,6 +49,17 @@ def _is_flag(value: Any) -> bool:
     """Whether it is True or False, numpy's too."""
     numpys = str(getattr(value, "dtype", "")) == "bool" and not getattr(value, "ndim", 0)
     return isinstance(value, bool) or numpys
+
+
+def bring_to_type(settings: Any, where: str) -> None:
+    """The numbers and flags of a dataclass, of other types such as numpy's, become Python's."""
+    convert = {int: as_integer, float: as_number, bool: as_flag}
+    for f in fields(settings):
+        value, kinds = getattr(settings, f.name), get_args(f.type)
+        optional = NoneType in kinds
+        kind = kinds[0] if optional else f.type
+        if kind in convert and not (optional and value is None):
+            object.__setattr__(settings, f.name, convert[kind](value, f"{where}.{f.name}"))
 
 
 def as_list(value: Any, what: str, right: str, ordered: bool = True) -> list[Any]:

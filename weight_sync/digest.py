@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from samebit.weight_sync.mapping import ParamSpec
-from samebit.weight_sync.meeting import meeting_device
+from samebit.weight_sync.objects import gather_objects
 
 _STEP = 0x9E3779B97F4A7C15
 _BITS = 0xD6E8FEB86659FD93
@@ -90,9 +90,6 @@ def weights_digest(
     group: the ranks over which they are split; every rank gets the same.
     """
     total = digest_sum(specs, params)
-    if group is not None and dist.get_world_size(group) > 1:
-        own = torch.tensor([_signed(total)], device=meeting_device(group))
-        totals = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(totals, own, group=group)
-        total = sum(int(each) for each in totals) % (1 << 64)
+    if group is not None:
+        total = sum(gather_objects(total, group)) % (1 << 64)
     return f"{total:016x}"

@@ -119,6 +119,13 @@ def hf_shapes(specs: Iterable[ParamSpec]) -> dict[str, tuple[int, ...]]:
     return {name: shape for spec in specs for name, shape in spec.hf_shapes.items()}
 
 
+def misfits(specs: Iterable[ParamSpec], params: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the parameters that are missing, unknown or of another shape than their spec's."""
+    wanted = {spec.name: spec.shape for spec in specs}
+    found = {name: tuple(param.shape) for name, param in params.items()}
+    return sorted(n for n in {*wanted, *found} if wanted.get(n) != found.get(n))
+
+
 def load_params(
     specs: Iterable[ParamSpec],
     params: Mapping[str, torch.Tensor],
@@ -149,15 +156,9 @@ def hf_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Unsharded Hugging Face tensors from the parameters of one whole rank (size 1)."""
     for spec in specs:
-        parts: dict[str, list[RowBlock]] = {}
-        for block in spec.blocks:
-            parts.setdefault(block.hf_name, []).append(block)
-        for hf_name, blocks in parts.items():
-            tensor = params[spec.name].new_empty(spec.hf_shapes[hf_name])
-            for block in blocks:
-                source = params[spec.name][block.start : block.start + block.num_rows]
-                tensor[block.hf_start : block.hf_start + block.num_rows] = source
-            yield hf_name, tensor
+        whole: dict[str, torch.Tensor] = {}
+        collect_hf([spec], params, whole)
+        yield from whole.items()
 
 
 def collect_hf(

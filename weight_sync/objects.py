@@ -7,7 +7,6 @@ raises ValueError. All machines have one byte order.
 
 import struct
 from array import array
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,26 +19,49 @@ _DTYPES = {
     for dtype in (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
     + (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
-# Of the items of a list or tuple: in one piece if all are of one of these types.
-_ARRAYS: dict[type, str] = {int: "q", float: "d"}
 _NUMBERS = "bBhHiIlLqQfd"
-_CONSTANTS: dict[bytes, Any] = {b"N": None, b"T": True, b"F": False}
+_PACKED = {int: "q", float: "d"}  # how a list or tuple whose items are all of this type is stored
+_HEADER = struct.Struct("<cq")  # of every value: what it is, and how many bytes follow
 
 
 def encode(value: Any) -> bytes:
     """The value's bytes. Raises TypeError for another type, also for a subclass of these."""
-    return b"".join(_encoded(value))
+    kind = type(value)
+    if value is None:
+        return _record(b"N")
+    if kind is bool:
+        return _record(b"T" if value else b"F")
+    if kind is int:
+        return _record(b"i", value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
+    if kind is float:
+        return _record(b"f", struct.pack("<d", value))
+    if kind is str:
+        return _record(b"s", value.encode("utf-8", "surrogatepass"))
+    if kind is bytes:
+        return _record(b"b", value)
+    if kind is array and value.typecode in _NUMBERS:
+        return _record(b"r", value.typecode.encode(), value.tobytes())
+    if kind is list or kind is tuple:
+        if (packed := _packed(value)) is not None:
+            return _record(b"L" if kind is list else b"U", encode(packed))
+        return _record(b"l" if kind is list else b"t", *map(encode, value))
+    if kind is dict:
+        return _record(b"m", *(encode(item) for pair in value.items() for item in pair))
+    if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+        content = value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        return _record(b"a", encode(str(value.dtype)), encode(tuple(value.shape)), encode(content))
+    where = f" on {value.device}" if isinstance(value, torch.Tensor) else ""
+    raise TypeError(f"{kind.__module__}.{kind.__qualname__}{where} is no plain value")
 
 
 def decode(data: bytes) -> Any:
     """The value that was encoded. Raises ValueError for anything else."""
-    reader = _Reader(data)
     try:
-        value = reader.value()
+        value, rest = _first(memoryview(data))
     except (struct.error, RuntimeError, TypeError, KeyError) as error:
         raise ValueError(f"damaged message: {error}") from None
-    if reader.place != len(data):
-        raise ValueError(f"damaged message: {len(data) - reader.place} bytes too many")
+    if rest:
+        raise ValueError(f"damaged message: {len(rest)} bytes too many")
     return value
 
 
@@ -72,110 +94,69 @@ def _gather(x: torch.Tensor, size: int, group: dist.ProcessGroup | None) -> list
     return parts
 
 
-def _sized(tag: bytes, content: bytes) -> bytes:
-    return tag + struct.pack("<q", len(content)) + content
+def _record(tag: bytes, *parts: bytes) -> bytes:
+    return b"".join((_HEADER.pack(tag, sum(map(len, parts))), *parts))
 
 
-def _encoded(value: Any) -> Iterator[bytes]:
-    kind = type(value)
-    if value is None or kind is bool:
-        yield b"N" if value is None else b"T" if value else b"F"
-    elif kind is int:
-        yield _sized(b"i", value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
-    elif kind is float:
-        yield b"f" + struct.pack("<d", value)
-    elif kind is str:
-        yield _sized(b"s", value.encode("utf-8", "surrogatepass"))
-    elif kind is bytes:
-        yield _sized(b"b", value)
-    elif kind is array and value.typecode in _NUMBERS:
-        yield _sized(b"r" + value.typecode.encode(), value.tobytes())
-    elif kind is list or kind is tuple:
-        yield from _encoded_items(value, b"l" if kind is list else b"t")
-    elif kind is dict:
-        yield b"m" + struct.pack("<q", len(value))
-        for pair in value.items():
-            yield from (part for item in pair for part in _encoded(item))
-    elif isinstance(value, torch.Tensor) and value.device.type == "cpu":
-        yield b"a"
-        yield from _encoded((str(value.dtype), tuple(value.shape)))
-        flat = value.detach().contiguous().view(-1)
-        yield _sized(b"b", flat.view(torch.uint8).numpy().tobytes())
-    else:
-        where = f" on {value.device}" if isinstance(value, torch.Tensor) else ""
-        raise TypeError(f"{kind.__module__}.{kind.__qualname__}{where} is no plain value")
+def _packed(items: list[Any] | tuple[Any, ...]) -> array[Any] | None:
+    """The items in one piece, if all are integers of at most 64 bits, or all are floats."""
+    kinds = set(map(type, items))
+    code = _PACKED.get(kinds.pop()) if len(kinds) == 1 else None
+    try:
+        return None if code is None else array(code, items)
+    except OverflowError:
+        return None
 
 
-def _encoded_items(value: list[Any] | tuple[Any, ...], tag: bytes) -> Iterator[bytes]:
-    kinds = set(map(type, value))
-    code = _ARRAYS.get(kinds.pop()) if len(kinds) == 1 else None
-    if code is not None:
-        try:
-            yield _sized(tag + code.encode(), array(code, value).tobytes())
-            return
-        except OverflowError:  # an integer of more than 64 bits
-            pass
-    yield tag + b"*" + struct.pack("<q", len(value))
-    for item in value:
-        yield from _encoded(item)
+def _first(data: memoryview) -> tuple[Any, memoryview]:
+    """The value that the data begin with, and what comes behind it."""
+    start = _HEADER.size
+    tag, length = _HEADER.unpack(data[:start]) if len(data) >= start else (b"", 0)
+    if not tag or not 0 <= length <= len(data) - start:
+        raise ValueError("damaged message: it ends too early")
+    return _value(tag, data[start : start + length]), data[start + length :]
 
 
-class _Reader:
-    def __init__(self, data: bytes) -> None:
-        self._data = memoryview(data)
-        self.place = 0
+def _values(data: memoryview) -> list[Any]:
+    values = []
+    while data:
+        value, data = _first(data)
+        values.append(value)
+    return values
 
-    def _take(self, count: int) -> memoryview:
-        if not 0 <= count <= len(self._data) - self.place:
-            raise ValueError("damaged message: it ends too early")
-        self.place += count
-        return self._data[self.place - count : self.place]
 
-    def _tag(self) -> bytes:
-        return bytes(self._take(1))
-
-    def _length(self) -> int:
-        return struct.unpack("<q", self._take(8))[0]
-
-    def value(self) -> Any:
-        tag = self._tag()
-        if tag in _CONSTANTS:
-            return _CONSTANTS[tag]
-        if tag == b"f":
-            return struct.unpack("<d", self._take(8))[0]
-        if tag in (b"l", b"t"):
-            items = self._items()
-            return list(items) if tag == b"l" else tuple(items)
-        if tag == b"r":
-            return self._array(str(self._tag(), "ascii"))
-        if tag == b"m":
-            return {self.value(): self.value() for _ in range(self._length())}
-        if tag == b"a":
-            return self._tensor()
-        content = self._take(self._length())
-        if tag == b"i":
+def _value(tag: bytes, content: memoryview) -> Any:
+    match tag:
+        case b"N":
+            return None
+        case b"T" | b"F":
+            return tag == b"T"
+        case b"i":
             return int.from_bytes(content, "little", signed=True)
-        if tag == b"s":
+        case b"f":
+            return struct.unpack("<d", content)[0]
+        case b"s":
             return str(content, "utf-8", "surrogatepass")
-        if tag == b"b":
+        case b"b":
             return bytes(content)
-        raise ValueError(f"damaged message: {tag!r} stands for nothing")
+        case b"r":
+            return array(str(content[:1], "ascii"), bytes(content[1:]))
+        case b"l" | b"t":
+            return _values(content) if tag == b"l" else tuple(_values(content))
+        case b"L" | b"U":
+            packed, _ = _first(content)
+            return list(packed) if tag == b"L" else tuple(packed)
+        case b"m":
+            items = _values(content)
+            return dict(zip(items[::2], items[1::2], strict=True))
+        case b"a":
+            return _tensor(*_values(content))
+    raise ValueError(f"damaged message: {tag!r} stands for nothing")
 
-    def _items(self) -> Iterable[Any]:
-        code = str(self._tag(), "ascii")
-        if code == "*":
-            return [self.value() for _ in range(self._length())]
-        return self._array(code)
 
-    def _array(self, code: str) -> array[Any]:
-        values: array[Any] = array(code)
-        values.frombytes(self._take(self._length()))
-        return values
-
-    def _tensor(self) -> torch.Tensor:
-        (name, shape), content = self.value(), self.value()
-        if not content:
-            if 0 not in shape:
-                raise ValueError("damaged message: a tensor without its elements")
-            return torch.empty(shape, dtype=_DTYPES[name])
-        return torch.frombuffer(bytearray(content), dtype=_DTYPES[name]).view(shape)
+def _tensor(name: str, shape: tuple[int, ...], content: bytes) -> torch.Tensor:
+    if not content:
+        if 0 not in shape:
+            raise ValueError("damaged message: a tensor without its elements")
+        return torch.empty(shape, dtype=_DTYPES[name])
+    return torch.frombuffer(bytearray(content), dtype=_DTYPES[name]).view(shape)

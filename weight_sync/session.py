@@ -96,7 +96,8 @@ class UpdateSession:
         missing = sorted(name for name in self.params if not self._is_whole(name))
         if missing:
             self._fail(f"{len(missing)} tensors never arrived: {', '.join(missing[:5])}")
-        self._check_finite()
+        if bad := non_finite(self.params):
+            self._fail(f"NaN or Inf in {len(bad)} tensors: {', '.join(bad[:5])}")
         own = weights_digest(self.specs, self.params, self.group)
         if own != digest:
             self._fail(f"digest {own} here, {digest} at the sender")
@@ -128,11 +129,6 @@ class UpdateSession:
         """Whether every element of a parameter has arrived: regions do not overlap."""
         arrived = sum(meta.num_elements for meta in self._received.get(name, []))
         return arrived == self.params[name].numel()
-
-    def _check_finite(self) -> None:
-        bad = non_finite(self.params)
-        if bad:
-            self._fail(f"NaN or Inf in {len(bad)} tensors: {', '.join(bad[:5])}")
 
     def _require_updating(self) -> None:
         if self.state is not SessionState.UPDATING:

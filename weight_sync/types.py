@@ -42,17 +42,14 @@ class ParamMeta:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype object that `dtype` names."""
         return getattr(torch, self.dtype.removeprefix("torch."))
 
     @property
     def num_elements(self) -> int:
-        """The region has so many elements."""
         return torch.Size(self.shape).numel()
 
     @property
     def num_bytes(self) -> int:
-        """The region takes so many bytes of a bucket."""
         return self.num_elements * self.torch_dtype.itemsize
 
     @property

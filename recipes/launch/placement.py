@@ -17,8 +17,7 @@ from samebit.rollout.remote import RemoteEngine
 from samebit.rollout.runtime.weights import load_safetensors
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.ranks import place
-from samebit.weight_sync.sync import WeightSync
-from samebit.weight_sync.transports.base import Lease, Transport
+from samebit.weight_sync.transports.base import WeightSync
 from samebit.weight_sync.transports.registry import TRANSPORTS
 
 
@@ -47,14 +46,14 @@ def make_trainer(
     return trainer
 
 
-def load_transport(name: str) -> type[Lease] | type[Transport]:
+def load_transport(name: str) -> type[WeightSync]:
     """Give the class that placement.transport names, or is: module:Class.
 
     Raises ValueError for one that cannot be imported or is none.
     """
     path = TRANSPORTS[name].path if name in TRANSPORTS else name
     found = import_named(path, "placement.transport")
-    if not (isinstance(found, type) and issubclass(found, Lease | Transport)):
+    if not (isinstance(found, type) and issubclass(found, WeightSync)):
         raise ValueError(f"placement.transport is {name!r}; give a subclass of Lease or Transport")
     return found
 
@@ -73,7 +72,7 @@ def start_engine(
         engine = RemoteEngine(run.model.path, run.cpu_threads, config=config, **where)
     else:
         engine = Engine(run.model.path, config, **where)
-    weights = WeightSync(transport.between(trainer, engine, run.run_dir / "weight_sync"))
+    weights = transport.between(trainer, engine, run.run_dir / "weight_sync")
     if isinstance(engine, Engine) and run.num_processes > 1:
         return ReplicatedEngine(engine, *place(), trainer.ranks.size), weights
     return engine, weights

@@ -143,46 +143,35 @@ class ModelConfig(ABC):
             )
 
 
-@dataclass(frozen=True)
-class ModelFolder:
-    """The configuration of a local Hugging Face folder: as written, and filled by transformers.
+ADAPTER_FILE = "adapter_config.json"
+
+
+def read_folder(
+    path: Path, models: Collection[type[ModelConfig]]
+) -> tuple[ModelConfig, StopTokens]:
+    """The model of a local Hugging Face folder, of one of these families, and what ends its texts.
 
     Raises FileNotFoundError for what is missing, ValueError that names file, key and value for what
     cannot be read or is not computed here.
     """
-
-    model: type[ModelConfig]
-    stop_tokens: StopTokens
-    hf: Any
-
-    @classmethod
-    def read(cls, path: Path, models: Collection[type[ModelConfig]]) -> "ModelFolder":
-        """A folder of one of these families."""
-        if not path.exists():
-            raise FileNotFoundError(
-                f"model folder {path} does not exist (nothing is fetched from a hub: give a local "
-                "folder)"
-            )
-        if not path.is_dir():
-            raise FileNotFoundError(f"model folder {path} is a file; give the folder that holds it")
-        if not (path / "config.json").exists():
-            adapter = (path / ADAPTER_FILE).exists()
-            hint = f": it is an adapter ({ADAPTER_FILE}), not a model" if adapter else ""
-            raise FileNotFoundError(f"model folder {path} has no config.json{hint}")
-        require_no_adapter(path)
-        written = JsonFile.read(path / "config.json")
-        model = _model(written, models)
-        family = model.family
-        require_supported(written, family.explicit, family.without_effect)
-        stop_tokens = find_stop_tokens(written, family.eos_token_id)
-        return cls(model, stop_tokens, _filled(written))
-
-    def model_config(self) -> ModelConfig:
-        """What the numerics need."""
-        return self.model.from_hf(self.hf, self.stop_tokens.ids)
-
-
-ADAPTER_FILE = "adapter_config.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"model folder {path} does not exist (nothing is fetched from a hub: give a local "
+            "folder)"
+        )
+    if not path.is_dir():
+        raise FileNotFoundError(f"model folder {path} is a file; give the folder that holds it")
+    if not (path / "config.json").exists():
+        adapter = (path / ADAPTER_FILE).exists()
+        hint = f": it is an adapter ({ADAPTER_FILE}), not a model" if adapter else ""
+        raise FileNotFoundError(f"model folder {path} has no config.json{hint}")
+    require_no_adapter(path)
+    written = JsonFile.read(path / "config.json")
+    model = _model(written, models)
+    family = model.family
+    require_supported(written, family.explicit, family.without_effect)
+    stop_tokens = find_stop_tokens(written, family.eos_token_id)
+    return model.from_hf(_filled(written), stop_tokens.ids), stop_tokens
 
 
 def require_no_adapter(folder: Path) -> None:

@@ -66,7 +66,6 @@ class DenseModel(ModelConfig):
 
     @classmethod
     def from_hf(cls, hf: Any, eos_token_ids: tuple[int, ...]) -> Self:
-        """Read transformers' configuration of a Llama-like model."""
         rope = dict(hf.rope_parameters or {})
         theta = rope.pop("rope_theta", 10000.0)
         num_heads = hf.num_attention_heads
@@ -88,20 +87,17 @@ class DenseModel(ModelConfig):
         )
 
     def attention_heads(self, tp_size: int = 1) -> Heads:
-        """What attention is made for: the heads that each of tp_size ranks has."""
         num_heads, num_kv_heads = self.num_heads // tp_size, self.num_kv_heads // tp_size
         return Heads(num_heads, num_kv_heads, self.head_dim, scale=self.head_dim**-0.5)
 
     @property
     def kv_layout(self) -> KVLayout:
-        """What attention keeps of every token."""
         return KVLayout(
             num_layers=self.num_layers, num_heads=self.num_kv_heads, head_dim=self.head_dim
         )
 
     @property
     def layer_products(self) -> Mapping[str, Product]:
-        """The products of one layer by name, in the order in which they are taken."""
         D, F = self.hidden_size, self.ffn_size
         heads = self.num_heads + 2 * self.num_kv_heads
         return {
@@ -112,7 +108,6 @@ class DenseModel(ModelConfig):
         }
 
     def attention_flops(self, length: int) -> int:
-        """Operations of one sequence's causal attention, forward."""
         return 2 * self.num_layers * self.num_heads * self.head_dim * length**2
 
     def rope_table(self, num_positions: int, device: torch.device) -> torch.Tensor:
@@ -123,12 +118,10 @@ class DenseModel(ModelConfig):
     def make_decoder(
         self, params: Mapping[str, torch.Tensor], num_positions: int, ranks: RankGroup = ALONE
     ) -> "Decoder":
-        """Build the engine's forward over a rank's parameters, for contexts of num_positions."""
         table = self.rope_table(num_positions, params[EMBEDDING].device)
         return Decoder(self, params, table, ranks)
 
     def param_specs(self, shard: Shard = WHOLE) -> list[ParamSpec]:
-        """Every parameter of one tensor parallel rank, in forward order."""
         D = self.hidden_size
         padded, table = padded_vocab_size(self.vocab_size), (self.vocab_size, D)
         specs = [vocab(EMBEDDING, "model.embed_tokens.weight", table, padded, shard)]
@@ -163,8 +156,6 @@ class DenseModel(ModelConfig):
         yield columns(f"{to}mlp.linear_fc2.weight", f"{hf}mlp.down_proj.weight", (D, F), shard)
 
     def selfcheck(self, attention: AttentionKind, ranks: RankGroup = ALONE) -> None:
-        """Prove the contract for the shapes of a rank's shard on attention's device; see
-        kernels.selfcheck. Raises ValueError for a model that tp_invariant cannot cut up."""
         specs = self.param_specs(ranks.shard)
         matrices = {s.name: (s.shape[0], s.shape[1]) for s in specs if len(s.shape) == 2}
         shapes = set(matrices.values())
@@ -178,10 +169,6 @@ class DenseModel(ModelConfig):
         selfcheck(shapes, attention, widths, columns_cut, segments)
 
     def segment_shapes(self, device: torch.device) -> set[tuple[int, int]]:
-        """(N, K) of the products that tp_invariant cuts row-parallel weights into.
-
-        Raises ValueError for a width that cannot be cut.
-        """
         # Tensor cores take 16 of K at a time.
         step = TP_SEGMENTS * (16 if device.type == "cuda" else 1)
         widths = {
@@ -246,7 +233,6 @@ class Decoder:
         self.layers = [_layer(params, i) for i in range(config.num_layers)]
 
     def with_params(self, params: Mapping[str, torch.Tensor]) -> "Decoder":
-        """The same model over other parameters."""
         return Decoder(self.config, params, self.rope_table, self.ranks)
 
     def forward(

@@ -63,7 +63,6 @@ def is_positive(value: Any) -> bool:
 
 
 def is_list(value: Any) -> bool:
-    """A list, of anything."""
     return isinstance(value, list)
 
 

@@ -5,6 +5,4 @@ from samebit.rollout.models.decoder import DenseModel
 
 
 class Llama(DenseModel):
-    """The dense decoder as it is."""
-
     family = Family(architecture="LlamaForCausalLM", model_type="llama", eos_token_id=2)

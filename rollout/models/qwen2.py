@@ -8,8 +8,6 @@ from samebit.rollout.models.decoder import DenseModel
 
 
 class Qwen2(DenseModel):
-    """The dense decoder with biases."""
-
     family = Family(
         architecture="Qwen2ForCausalLM",
         model_type="qwen2",

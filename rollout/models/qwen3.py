@@ -5,8 +5,6 @@ from samebit.rollout.models.decoder import DenseModel
 
 
 class Qwen3(DenseModel):
-    """The dense decoder with norms of heads."""
-
     family = Family(
         architecture="Qwen3ForCausalLM",
         model_type="qwen3",

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from samebit.kernels.named import import_class
-from samebit.rollout.models.config import Family, ModelConfig, ModelFolder
+from samebit.rollout.models.config import Family, ModelConfig, read_folder
 from samebit.rollout.models.llama import Llama
 from samebit.rollout.models.qwen2 import Qwen2
 from samebit.rollout.models.qwen3 import Qwen3
@@ -32,17 +32,17 @@ def load_model_config(model_path: str | Path, family: str | None = None) -> Mode
     what cannot be read or is not computed here.
     """
     if family is None:
-        return ModelFolder.read(Path(model_path), FAMILIES).model_config()
+        return read_folder(Path(model_path), FAMILIES)[0]
     own = own_family(family)
     try:
-        return ModelFolder.read(Path(model_path), [own]).model_config()
+        return read_folder(Path(model_path), [own])[0]
     except ValueError as error:
         raise ValueError(f"model_family is {family!r}: {error}") from error
 
 
 def load_stop_tokens(model_path: str | Path) -> StopTokens:
     """What ends a completion of a folder's model, and where it is said; raises as above."""
-    return ModelFolder.read(Path(model_path), FAMILIES).stop_tokens
+    return read_folder(Path(model_path), FAMILIES)[1]
 
 
 def require_taught_end(model_path: str | Path, eos_token_id: int | None) -> None:

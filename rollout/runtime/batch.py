@@ -43,19 +43,12 @@ def keep_tokens(last_tokens: torch.Tensor, token_ids: torch.Tensor, draws: Draws
     last_tokens.index_copy_(0, to_device(draws.out_slots, last_tokens.device), token_ids)
 
 
-def _row_starts(step: EngineStep) -> list[int]:
-    """First row of each chunk; the decoding samples come before them."""
-    starts, row = [], len(step.decode)
-    for chunk in step.chunks:
-        starts.append(row)
-        row += chunk.num_tokens
-    return starts
-
-
 def chunk_rows(step: EngineStep) -> Iterable[tuple[Chunk, slice]]:
-    """Each chunk with its rows of the batch."""
-    for chunk, start in zip(step.chunks, _row_starts(step), strict=True):
-        yield chunk, slice(start, start + chunk.num_tokens)
+    """Each chunk with its rows of the batch; the decoding samples come before them."""
+    row = len(step.decode)
+    for chunk in step.chunks:
+        yield chunk, slice(row, row + chunk.num_tokens)
+        row += chunk.num_tokens
 
 
 def make_batch(

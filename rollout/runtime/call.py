@@ -36,7 +36,6 @@ class Call:
 
     @property
     def num_ended(self) -> int:
-        """Samples that have ended."""
         return sum(sample.finish_reason is not None for sample in self.samples)
 
     def news(self, slots: Slots) -> list[Increment]:

@@ -7,7 +7,7 @@ somebody still waits, a thread of the loop goes on until nobody does; it is not 
 
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from samebit.rollout.client import Progress, Tell, result_of, stream_of
+from samebit.rollout.client import Begun, Progress, Tell
 from samebit.rollout.messages import Leave
 from samebit.rollout.runtime.call import Call, uncancelled
 from samebit.rollout.runtime.request_book import RequestBook
-from samebit.rollout.types import Completion, Increment, Request
+from samebit.rollout.types import Completion, Request
 
 _PROGRESS_S = 0.05  # how often a caller who does not drive is told of progress
 _STARTING = 0  # no thread's number: the loop's thread is about to drive
@@ -60,19 +60,12 @@ class EngineLoop:
                 raise
         return call.result.result()
 
-    async def arun(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """`run` for asyncio."""
-        call = Call(requests)
-        return await result_of(self.submit(call), partial(self.abandon, call))
-
-    def stream(self, requests: Sequence[Request]) -> AsyncGenerator[Increment, None]:
-        """`run` for asyncio, told step by step."""
-
-        def start(tell: Tell) -> tuple[Future[list[list[Completion]]], Callable[[], object]]:
-            call = Call(requests, tell)
-            return self.submit(call), partial(self.abandon, call)
-
-        return stream_of(start)
+    def begin(
+        self, requests: Sequence[Request], tell: Tell | None = None
+    ) -> Begun[list[list[Completion]]]:
+        """`run` for those who do not wait in a thread of their own."""
+        call = Call(requests, tell)
+        return self.submit(call), partial(self.abandon, call)
 
     def submit(self, call: Call) -> Future[list[list[Completion]]]:
         """Put a call in and do not wait; its result."""
@@ -82,10 +75,6 @@ class EngineLoop:
     def abandon(self, call: Call) -> Future[None]:
         """The caller has gone: abort what is unfinished of its requests."""
         return self.post(partial(self.book.abandon, call))
-
-    def close(self) -> None:
-        """Abort everything that callers wait for."""
-        self.between_steps(self.book.abandon_all)
 
     @contextmanager
     def leading(self, marks: Callable[[], tuple[int, int]]) -> Iterator[None]:
@@ -145,7 +134,12 @@ class EngineLoop:
         self._driver = _STARTING
         # torch counts threads for each thread; another number could give other bits.
         arguments = (torch.get_num_threads(),)
-        threading.Thread(target=self._drive, args=arguments, name="samebit engine loop").start()
+        thread = threading.Thread(target=self._drive, args=arguments, name="samebit engine loop")
+        try:
+            thread.start()
+        except BaseException:  # too many threads, or the interpreter ends: the next caller drives
+            self._driver = None
+            raise
 
     def _rest(self) -> bool:
         """Whether nobody waits for anything; then nobody drives from here on."""

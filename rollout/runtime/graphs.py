@@ -68,7 +68,6 @@ class DecodeGraphs:
 
     @property
     def num_graphs(self) -> int:
-        """Graphs captured so far."""
         return len(self._graphs)
 
     @property

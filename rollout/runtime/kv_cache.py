@@ -20,7 +20,6 @@ class PagePool:
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody refers to."""
         return len(self._free)
 
     def take(self) -> int:
@@ -43,7 +42,6 @@ class PagePool:
             self._free.append(page)
 
     def references(self, page: int) -> int:
-        """How many refer to the page."""
         return self._references[page]
 
 

@@ -73,7 +73,6 @@ class RequestBook:
 
     @property
     def num_drawn(self) -> int:
-        """Tokens drawn over the engine's life."""
         return self._step_loop.num_drawn
 
     def admit(self, call: Call, alone: bool = False) -> None:
@@ -85,7 +84,7 @@ class RequestBook:
         try:
             if alone:
                 self.lockstep.require_one_order()
-            self._weights.require_ready()
+            self._weights.session.require_ready()
         except RuntimeError as error:
             call.result.set_exception(error)
             raise
@@ -100,12 +99,11 @@ class RequestBook:
 
     def admit_for_step(self, request: Request) -> None:
         """Queue a request that `step_and_report` reports. Raises as `admit` does."""
-        self._weights.require_ready()
+        self._weights.session.require_ready()
         self.lockstep.say(Admit((request,), waits=False))
         self._queue(request, None)
 
     def step(self) -> None:
-        """Run one step."""
         self._take(self._step)
 
     def step_and_report(self) -> list[list[Completion]]:
@@ -150,7 +148,6 @@ class RequestBook:
             call.result.set_exception(error)
 
     def flush_cache(self) -> None:
-        """Forget all cached prefixes."""
         self.lockstep.say(FlushCache())
         self._weights.flush_cache()
 
@@ -184,12 +181,11 @@ class RequestBook:
         return samples
 
     def _step(self) -> list[RunningSample]:
-        self._weights.require_ready()
+        self._weights.session.require_ready()
         self.lockstep.meet()
         return self._step_loop.advance(self._weights.version)
 
     def _drain(self) -> None:
-        """Take in every step in flight."""
         self.lockstep.say(Drain())
         self._take(self._step_loop.drain)
 

@@ -113,7 +113,6 @@ class Runner:
     def forward(
         self, batch: Batch, collect: set[int], rows: torch.Tensor | None
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """See runtime.forward."""
         return forward(self.model, self.cache, self.attention, batch, collect, rows)
 
     def _outcome(

@@ -82,12 +82,10 @@ class RunningSample:
 
     @property
     def sample_id(self) -> int:
-        """The id that keys this sample's noise."""
         return self.request.sample_ids[self.index]
 
     @property
     def prompt_len(self) -> int:
-        """Tokens that were given."""
         return len(self.request.prompt_ids)
 
     @property
@@ -120,7 +118,6 @@ class RunningSample:
             self.hidden.setdefault(layer, []).append(collected[layer][rows].clone())
 
     def end(self, reason: str) -> None:
-        """It is finished, for this reason."""
         self.status, self.finish_reason = Status.FINISHED, reason
 
     def completion(self) -> Completion:

@@ -31,7 +31,6 @@ class Sampler:
         self._eos = np.array(eos_token_ids, dtype=np.int64)
 
     def stop_ids(self, seq: RunningSample) -> set[int]:
-        """Tokens that end this sequence."""
         params = seq.request.params
         eos = () if params.ignore_eos else self._eos_token_ids
         return {*eos, *params.stop_token_ids}

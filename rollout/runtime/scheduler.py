@@ -57,7 +57,6 @@ class EngineStep:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens computed."""
         return len(self.decode) + sum(chunk.num_tokens for chunk in self.chunks)
 
 
@@ -86,12 +85,10 @@ class Scheduler:
 
     @property
     def num_unfinished(self) -> int:
-        """Requests that wait or run."""
         return len({seq.request.request_id for seq in (*self._waiting, *self._running())})
 
     @property
     def num_running(self) -> int:
-        """Sequences that hold a slot."""
         return self._slots.num_used
 
     def add(self, seq: RunningSample) -> None:
@@ -240,7 +237,8 @@ class Scheduler:
         admitted = []
         while self._waiting and budget > 0 and self._slots.num_free > 0:
             seq = self._waiting[0]
-            if self._prefixes is not None and not self._needs_every_position(seq):
+            every_position = seq.request.score_only or seq.request.hidden_state_layers
+            if self._prefixes is not None and not every_position:
                 seq.pages = self._prefixes.match(seq.token_ids)
                 seq.num_computed = len(seq.pages) * self._config.page_size
             if not self._grow(seq, len(seq.token_ids)):
@@ -256,10 +254,6 @@ class Scheduler:
             budget -= chunk.num_tokens
         self._prefilling.sort(key=lambda s: s.arrival)
         return admitted
-
-    @staticmethod
-    def _needs_every_position(seq: RunningSample) -> bool:
-        return seq.request.score_only or bool(seq.request.hidden_state_layers)
 
     def _reserve(self, seq: RunningSample, num_tokens: int, in_flight: bool) -> None:
         """Give seq pages for num_tokens tokens, preempting later arrivals if need be."""

@@ -59,12 +59,10 @@ class Slots:
 
     @property
     def num_free(self) -> int:
-        """Slots that nobody holds."""
         return len(self._free)
 
     @property
     def num_used(self) -> int:
-        """Samples that hold one."""
         return self.num_slots - len(self._free)
 
     def decode_order(self) -> np.ndarray:
@@ -95,7 +93,6 @@ class Slots:
         self.own_stops[slot] = bool(params.stop_token_ids)
 
     def owner(self, slot: int) -> RunningSample:
-        """The sample that holds a slot."""
         seq = self.seqs[slot]
         assert seq is not None, slot
         return seq
@@ -111,7 +108,6 @@ class Slots:
         return seq.prompt_len + seq.request.params.min_new_tokens
 
     def set_pages(self, seq: RunningSample) -> None:
-        """Note the sample's present pages."""
         assert seq.slot is not None
         self.pages[seq.slot, : len(seq.pages)] = seq.pages
         self.num_pages[seq.slot] = len(seq.pages)

@@ -20,11 +20,10 @@ from samebit.rollout.runtime.scheduler import Scheduler
 from samebit.rollout.runtime.weights import fill, load_dummy, load_safetensors, open_safetensors
 from samebit.weight_sync.buckets import cut_buckets, pack
 from samebit.weight_sync.digest import weights_digest
-from samebit.weight_sync.mapping import ParamSpec, hf_names
+from samebit.weight_sync.mapping import ParamSpec, hf_names, misfits
 from samebit.weight_sync.session import SessionState, UpdateSession, non_finite
-from samebit.weight_sync.transports.broadcast import BroadcastReceiver
 from samebit.weight_sync.transports.file import read_version
-from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError, WeightVersion
+from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
 
 def load_weights(
@@ -52,9 +51,9 @@ def load_weights(
 
 
 class WeightControl:
-    """Holds the engine's weights and changes them; a weight_sync.transports.base.WeightSink.
+    """Holds the engine's weights and changes them, by the methods of Engine that have these names.
 
-    Nothing may be served while an update is under way or has broken off: see require_ready.
+    Nothing may be served while an update is under way or has broken off: see UpdateSession.
     """
 
     def __init__(
@@ -73,43 +72,26 @@ class WeightControl:
         self._scheduler = scheduler
         self._prefixes = prefixes
         self._dtype = next(iter(session.params.values())).dtype
-        self.receiver: BroadcastReceiver | None = None
-
-    @property
-    def weights(self) -> Mapping[str, torch.Tensor]:
-        """The parameters that are served, by their engine names."""
-        return self.session.params
 
     @property
     def version(self) -> WeightVersion:
-        """Step and digest of the weights that are served."""
         return self.session.version
 
-    def require_ready(self) -> None:
-        """Raise WeightSyncError unless the weights are one whole version."""
-        self.session.require_ready()
-
     def digest(self) -> str:
-        """weights_digest of the weights as they are now, over all tensor parallel ranks."""
-        return weights_digest(self.session.specs, self.weights, self.session.group)
+        return weights_digest(self.session.specs, self.session.params, self.session.group)
 
     def flush_cache(self) -> None:
-        """Forget all cached prefixes."""
         if self._prefixes is not None:
             self._prefixes.reset(self.version)
 
     def bind_weights(self, params: Mapping[str, torch.Tensor], step: int) -> WeightVersion:
-        """See Engine.bind_weights."""
         specs, group = self.session.specs, self.session.group
-        expected = {spec.name: spec.shape for spec in specs}
-        found = {name: tuple(p.shape) for name, p in params.items()}
-        if expected != found:
-            names = sorted(n for n in {*expected, *found} if expected.get(n) != found.get(n))
+        if names := misfits(specs, params):
             raise ValueError(f"parameters do not fit the engine: {', '.join(names[:5])}")
         self._require_idle("bind_weights")
-        misfits = [n for n, p in params.items() if p.dtype != self._dtype]
-        if misfits or (misfits := non_finite(params)):
-            raise ValueError(f"not finite or not {self._dtype}: {', '.join(misfits[:5])}")
+        bad = [n for n, p in params.items() if p.dtype != self._dtype]
+        if bad or (bad := non_finite(params)):
+            raise ValueError(f"not finite or not {self._dtype}: {', '.join(bad[:5])}")
         self._arena.adopt("weights", params)
         weights = {name: p.detach() for name, p in params.items()}
         version = WeightVersion(step, weights_digest(specs, weights, group))
@@ -119,26 +101,17 @@ class WeightControl:
         return version
 
     def begin_weight_update(self, step: int) -> None:
-        """See weight_sync.transports.base.WeightSink."""
         self._require_idle("a weight update")
         self.session.begin(step)
 
-    def bucket_for(self, metas: Sequence[ParamMeta]) -> Bucket:
-        """Give what these tensors are to be written into: the weights' own memory if possible."""
-        return self.session.bucket_for(metas)
-
-    def receive_weights(self, bucket: Bucket) -> None:
-        """Put a bucket's tensors into place."""
-        self.session.receive(bucket)
-
     def receive_weights_in_place(self, params: Mapping[str, torch.Tensor]) -> None:
-        """Accept that `params` are this engine's memory and hold the new version."""
+        own = self.session.params
         apart = [
             name
             for name, p in params.items()
-            if name not in self.weights or self.weights[name].data_ptr() != p.data_ptr()
+            if name not in own or own[name].data_ptr() != p.data_ptr()
         ]
-        apart += [name for name in self.weights if name not in params]
+        apart += [name for name in own if name not in params]
         if apart:
             reason = f"tensors not shared with the engine: {', '.join(apart[:5])}"
             self.session.abort(reason)
@@ -146,27 +119,20 @@ class WeightControl:
         self.session.receive_in_place()
 
     def commit_weight_update(self, digest: str) -> WeightVersion:
-        """Check the digest and serve the new version; cached prefixes become unreachable."""
         version = self.session.commit(digest)
         self.flush_cache()
         return version
 
-    def abort_weight_update(self, reason: str) -> None:
-        """Refuse to generate until a full update commits."""
-        self.session.abort(reason)
-
     def update_weights_from_tensor(
         self, params: Mapping[str, torch.Tensor], step: int, digest: str | None
     ) -> WeightVersion:
-        """See Engine.update_weights_from_tensor."""
         self.begin_weight_update(step)
         with self._aborting():
             for metas in cut_buckets(params, 512 << 20):
-                self.receive_weights(pack(metas, params))
-        return self.commit_weight_update(digest or self.digest())
+                self.session.receive(pack(metas, params))
+            return self.commit_weight_update(digest or self.digest())
 
     def update_weights_from_disk(self, model_path: str | Path, step: int | None) -> WeightVersion:
-        """See Engine.update_weights_from_disk."""
         folder = as_path(model_path, "model_path")
         if (folder / "config.json").exists():
             _require_same_model(load_model_config(folder), self._model, folder)
@@ -177,19 +143,12 @@ class WeightControl:
             step = version.step if version else self.version.step + 1
         self.begin_weight_update(step)
         with self._aborting():
-            fill(folder, specs, self.weights, read)
-        self.session.receive_in_place()
-        own = self.digest()
-        # A digest is of bits, so it says nothing about a copy in another dtype.
-        same_dtype = read(hf_names(specs)[-1]).dtype == self._dtype
-        return self.commit_weight_update(version.digest if version and same_dtype else own)
-
-    def update_weights_from_distributed(self) -> WeightVersion:
-        """See Engine.update_weights_from_distributed."""
-        if self.receiver is None:
-            raise WeightSyncError("no weight group; call init_weights_update_group first")
-        self.receiver.receive(self, self._arena.device)
-        return self.version
+            fill(folder, specs, self.session.params, read)
+            self.session.receive_in_place()
+            own = self.digest()
+            # A digest is of bits, so it says nothing about a copy in another dtype.
+            same_dtype = read(hf_names(specs)[-1]).dtype == self._dtype
+            return self.commit_weight_update(version.digest if version and same_dtype else own)
 
     @contextmanager
     def _aborting(self) -> Iterator[None]:

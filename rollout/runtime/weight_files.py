@@ -7,8 +7,7 @@ set of shards without an index. Other *.safetensors files are named once and lef
 import functools
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -59,13 +58,6 @@ def find_tensors(folder: Path) -> dict[str, Path]:
     return found
 
 
-@contextmanager
-def opened(file: Path) -> Iterator[Any]:
-    """`open_file` for as long as the block runs."""
-    with open_file(file) as handle:
-        yield handle
-
-
 def open_file(file: Path) -> Any:
     """A safetensors handle; WeightLoadError for what is none, whole."""
     from safetensors import SafetensorError, safe_open
@@ -87,7 +79,7 @@ def _tensors_of(files: Sequence[Path]) -> dict[str, Path]:
     """By the files' own headers; no tensor may be in two."""
     found: dict[str, Path] = {}
     for file in files:
-        with opened(file) as handle:
+        with open_file(file) as handle:
             names = list(handle.keys())
         for name in names:
             if name in found:
@@ -152,7 +144,7 @@ def _tensors_of_index(index: Path) -> dict[str, Path]:
 
 
 def _require_fit(index: Path, file: str, named: set[str]) -> None:
-    with opened(index.parent / file) as handle:
+    with open_file(index.parent / file) as handle:
         held = set(handle.keys())
     held = {name for name in held if name in named or not name.endswith(IGNORED_SUFFIXES)}
     for names, what in ((named - held, "does not hold"), (held - named, "holds besides")):

@@ -19,7 +19,6 @@ from samebit.rollout.runtime.weight_files import (
 from samebit.weight_sync.mapping import ParamSpec, hf_names, hf_shapes, load_params
 from samebit.weight_sync.session import non_finite
 
-_DUMMY_STD = 0.02
 _READERS = 4  # threads
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
@@ -125,7 +124,7 @@ def load_dummy(
     specs: Sequence[ParamSpec],
     params: Mapping[str, torch.Tensor],
     seed: int,
-    std: float = _DUMMY_STD,
+    std: float = 0.02,
 ) -> None:
     """Fill params with N(0, std), norms with ones; each tensor by its own seed and name."""
     shapes = hf_shapes(specs)

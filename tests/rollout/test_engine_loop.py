@@ -144,6 +144,38 @@ def test_who_waits_beside_a_driver_may_give_up(make_engine):
     assert not own.has_unfinished_requests
 
 
+def test_the_engine_goes_on_where_no_thread_can_be_started(make_engine, truth, monkeypatch):
+    """Too many threads, or an interpreter that ends: the caller is told, and others may drive."""
+    own = make_engine()
+
+    def full(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", full)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            asyncio.run(own.agenerate(PROMPTS[:1], LONG))
+    assert outcomes(own.generate(PROMPTS, PARAMS, IDS)) == outcomes(truth)
+    own.close()
+    wait_until(lambda: not loop_threads())
+    assert not own.has_unfinished_requests
+
+
+def test_an_interrupt_is_told_to_the_other_ranks(make_engine, monkeypatch):
+    """Only this rank begins again from what has arrived: they would compute another step."""
+    own = make_engine()
+
+    def interrupted(version):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(own.step_loop, "advance", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            own.generate(PROMPTS, PARAMS)
+    assert own.loop.book.lockstep.failure == "KeyboardInterrupt()"
+    assert not own.has_unfinished_requests
+
+
 def test_close_aborts_what_callers_wait_for(make_engine):
     own = make_engine()
 

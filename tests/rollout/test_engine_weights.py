@@ -50,12 +50,12 @@ def test_bound_weights_are_served_at_once(make_engine, truth):
     assert served(engine) == truth[1.5]
     assert_same_bits(engine.get_weights_by_name(NORM), memory[NORM])
     lease = AliasLease(engine)
-    lease.take(5)
+    lease.lease(5)
     for p in memory.values():
         p.div_(1.5)
     fresh = make_engine()
     fresh.bind_weights({name: p.clone() for name, p in memory.items()})
-    assert lease.commit(memory, fresh.weight_version.digest).step == 5
+    assert lease.update(memory, fresh.weight_version.digest).step == 5
     assert served(engine) == served(fresh) != truth[1.5]
 
 
@@ -65,14 +65,14 @@ def test_a_part_of_the_parameters_is_no_update(make_engine, truth):
     memory = scaled(engine, 1.5)
     engine.bind_weights(memory)
     lease = AliasLease(engine)
-    lease.take(1)
+    lease.lease(1)
     part = {name: p for name, p in memory.items() if name != NORM}
     with pytest.raises(WeightSyncError, match=f"not shared with the engine: {NORM}$"):
-        lease.commit(part, engine.digest())
+        lease.update(part, engine.digest())
     with pytest.raises(WeightSyncError, match="step 1 broke off"):
         served(engine)
-    lease.take(2)
-    lease.commit(memory, engine.digest())
+    lease.lease(2)
+    lease.update(memory, engine.digest())
     assert served(engine) == truth[1.5]
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from concurrent.futures import Future
 
 import pytest
 from callers import loop_threads, parts_of, put_together, wait_until
@@ -10,7 +11,8 @@ from counting import World
 from helpers import make_prompts, outcomes
 from late_runner import assert_idle
 
-from samebit.rollout.types import SamplingParams
+from samebit.rollout.client import stream_of
+from samebit.rollout.types import Increment, SamplingParams
 
 PROMPTS = make_prompts(5, 70, 1, 33)
 PARAMS = SamplingParams(n=2, max_new_tokens=12, ignore_eos=True)
@@ -81,6 +83,23 @@ def test_a_stream_draws_new_samples(make_engine):
 
     first, second = asyncio.run(both())
     assert not set(first) & set(second)
+
+
+def test_who_stops_reading_an_engine_that_is_gone_is_not_troubled():
+    """What abandons the call may find that the process has just died."""
+    increment = Increment(
+        request_id="0", sample_id=0, token_ids=(1,), logprobs=(-0.5,), finish_reason=None,
+        version_spans=(),
+    )  # fmt: skip
+
+    def gone():
+        raise RuntimeError("the engine's process 7 ended with code -9")
+
+    def start(tell):
+        tell([increment])
+        return Future(), gone
+
+    assert asyncio.run(parts_of(stream_of(start), take=1)) == {0: [increment]}
 
 
 def test_who_stops_reading_aborts(make_engine, truth):

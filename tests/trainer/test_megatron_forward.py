@@ -97,9 +97,9 @@ def test_an_engine_bound_to_the_trainer_sees_its_steps(make_trainer, qwen3_path,
     lease = AliasLease(engine)
     before = engine.score([samples[0].token_ids.tolist()])
     for step in (1, 2):
-        lease.take(step)
+        lease.lease(step)
         trainer.train_step(pack_samples(samples, 500), Sft())
-        version = lease.commit(trainer.params, trainer.digest())
+        version = lease.update(trainer.params, trainer.digest())
         assert version.step == trainer.step == step
     assert {name: p.data_ptr() for name, p in trainer.params.items()} == memory
     assert engine.score([samples[0].token_ids.tolist()]) != before

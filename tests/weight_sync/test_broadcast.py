@@ -13,11 +13,8 @@ from samebit.rollout.engine import Engine
 from samebit.rollout.remote import RemoteEngine, RemoteEngineError
 from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.meeting import loopback_listener
-from samebit.weight_sync.transports.broadcast import (
-    BroadcastReceiver,
-    BroadcastSender,
-    BroadcastTransport,
-)
+from samebit.weight_sync.transports.broadcast import BroadcastTransport, GlooGroup
+from samebit.weight_sync.transports.planes import UpdateReceiver, UpdateSender
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
 PROMPTS = [[5, 9, 200, 31], [7]]
@@ -25,15 +22,25 @@ PARAMS = SamplingParams(n=2, max_new_tokens=8, ignore_eos=True)
 CPU = torch.device("cpu")
 
 
+def make_sender(address, port, size=2, bucket_bytes=512 << 20, **settings):
+    group = GlooGroup(address, port, 0, size, **settings)
+    return UpdateSender(group, group, bucket_bytes)
+
+
+def make_receiver(address, port, rank=1, size=2, **settings):
+    group = GlooGroup(address, port, rank, size, **settings)
+    return UpdateReceiver(group, group)
+
+
 def make_group(pool, num_receivers=1, bucket_bytes=512 << 20, timeout_s=60.0):
     """A sender and its receivers, all in this process."""
     listener, size = loopback_listener(), num_receivers + 1
     address, port = listener.getsockname()
     receivers = [
-        pool.submit(BroadcastReceiver, address, port, rank, size, timeout_s=timeout_s)
+        pool.submit(make_receiver, address, port, rank, size, timeout_s=timeout_s)
         for rank in range(1, size)
     ]
-    sender = BroadcastSender(
+    sender = make_sender(
         *(address, port, size), bucket_bytes=bucket_bytes, timeout_s=timeout_s, listener=listener
     )
     return sender, [r.result() for r in receivers]
@@ -169,6 +176,29 @@ def test_a_silent_sender_is_given_up_after_the_timeout(pool, engine, new, expect
     assert outcomes(engine.generate(PROMPTS, PARAMS)) == expected[new.digest]
 
 
+@pytest.mark.parametrize("method", ["receive_weights", "commit_weight_update"])
+def test_any_error_of_the_receiver_breaks_the_update(
+    pool, engine, new, expected, monkeypatch, method
+):
+    """An engine left in the update for ever would refuse the next one too."""
+
+    def full(_):
+        raise MemoryError("out of memory")
+
+    sender, [receiver] = make_group(pool, timeout_s=5.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, method, full)
+        receiving = pool.submit(receiver.receive, engine, CPU)
+        with pytest.raises(WeightSyncError, match="the weight group lost a member"):
+            send(sender, new.params, new.digest, 4)
+        with pytest.raises(MemoryError):
+            receiving.result()
+    with pytest.raises(WeightSyncError, match="step 4 broke off: out of memory"):
+        engine.generate(PROMPTS, PARAMS)
+    sender, [receiver] = make_group(pool)
+    recovers(pool, sender, receiver, engine, new, expected)
+
+
 def test_a_silent_receiver_is_given_up_after_the_timeout(pool, new):
     """A receiver that never answers a commit is an error of the sync, not a foreign one."""
     sender, _ = make_group(pool, timeout_s=5.0)
@@ -179,26 +209,21 @@ def test_a_silent_receiver_is_given_up_after_the_timeout(pool, new):
 def test_a_group_of_an_unknown_backend_is_refused():
     """A misspelled backend names the ones there are."""
     with pytest.raises(ValueError, match=r"backend 'glo' is unknown; use one of \['gloo'\]"):
-        BroadcastSender("127.0.0.1", 0, 2, backend="glo")
+        make_sender("127.0.0.1", 0, backend="glo")
 
 
 def test_a_group_beyond_this_machine_needs_a_secret(pool, monkeypatch):
     """Told before anything listens or calls; and a receiver with another secret gets no weights."""
     monkeypatch.delenv("SAMEBIT_SECRET", raising=False)
-    for end in (lambda: BroadcastSender("192.0.2.1", 1, 2), lambda: receiver("192.0.2.1", 1)):
+    for end in (make_sender, make_receiver):
         with pytest.raises(ValueError, match="meets at 192.0.2.1, and SAMEBIT_SECRET is not set"):
-            end()
+            end("192.0.2.1", 1, timeout_s=30.0)
     listener = loopback_listener()
-    other = pool.submit(receiver, *listener.getsockname(), secret="another secret of the two")
+    place, other_secret = listener.getsockname(), "another secret of the two"
+    other = pool.submit(make_receiver, *place, timeout_s=30.0, secret=other_secret)
     with pytest.raises(ValueError, match="rank 1 has another SAMEBIT_SECRET than rank 0; set"):
-        BroadcastSender(
-            *listener.getsockname(), 2, secret="one secret of the two", listener=listener
-        )
+        make_sender(*place, secret="one secret of the two", listener=listener)
     assert "rank 0 has another SAMEBIT_SECRET than rank 1" in str(other.exception())
-
-
-def receiver(address, port, **settings):
-    return BroadcastReceiver(address, port, 1, 2, timeout_s=30.0, **settings)
 
 
 def test_an_update_without_a_group_is_refused(engine):
@@ -211,11 +236,13 @@ DYING_SENDER = """
 import os, signal, sys
 import torch
 from samebit.weight_sync.meeting import loopback_listener
-from samebit.weight_sync.transports.broadcast import BroadcastSender
+from samebit.weight_sync.transports.broadcast import GlooGroup
+from samebit.weight_sync.transports.planes import UpdateSender
 listener = loopback_listener()
 address, port = listener.getsockname()
 print(port, flush=True)
-sender = BroadcastSender(address, port, 2, timeout_s=60.0, listener=listener)
+group = GlooGroup(address, port, 0, 2, timeout_s=60.0, listener=listener)
+sender = UpdateSender(group, group)
 sender.begin(4)
 if sys.argv[1] == "in a bucket":
     meta = "decoder.final_layernorm.weight", (48,), "torch.float32", 0, None
@@ -230,7 +257,7 @@ def test_a_sender_that_dies_breaks_the_update(pool, engine, new, expected, momen
     command = [sys.executable, "-P", "-c", DYING_SENDER, moment]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         port = int(child.stdout.readline())
-        receiver = BroadcastReceiver("127.0.0.1", port, 1, 2, timeout_s=60.0)
+        receiver = make_receiver("127.0.0.1", port, timeout_s=60.0)
         with pytest.raises(WeightSyncError, match="the weight group lost a member"):
             receiver.receive(engine, CPU)
         assert child.wait() == -signal.SIGKILL
@@ -268,15 +295,15 @@ DYING_RECEIVER = """
 import os, sys
 import torch
 from samebit.weight_sync.buckets import empty_bucket
-from samebit.weight_sync.transports.broadcast import BroadcastReceiver
+from samebit.weight_sync.transports.broadcast import GlooGroup
+from samebit.weight_sync.transports.planes import UpdateReceiver
 class Sink:
     def begin_weight_update(self, step): pass
     def bucket_for(self, metas): return empty_bucket(metas, torch.device("cpu"))
     def receive_weights(self, bucket): pass
     def commit_weight_update(self, digest): os._exit(0)
-BroadcastReceiver("127.0.0.1", int(sys.argv[1]), 1, 2, timeout_s=60.0).receive(
-    Sink(), torch.device("cpu")
-)
+group = GlooGroup("127.0.0.1", int(sys.argv[1]), 1, 2, timeout_s=60.0)
+UpdateReceiver(group, group).receive(Sink(), torch.device("cpu"))
 """
 
 
@@ -286,7 +313,7 @@ def test_a_receiver_that_dies_while_it_checks_is_noticed_at_once(new):
     address, port = listener.getsockname()
     command = [sys.executable, "-P", "-c", DYING_RECEIVER, str(port)]
     with subprocess.Popen(command) as child:
-        sender = BroadcastSender(address, port, 2, timeout_s=60.0, listener=listener)
+        sender = make_sender(address, port, timeout_s=60.0, listener=listener)
         with pytest.raises(WeightSyncError, match="the weight group lost a member"):
             send(sender, new.params, new.digest, 4)
         assert child.wait() == 0

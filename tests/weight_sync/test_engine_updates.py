@@ -9,7 +9,6 @@ from serving import PARAMS, PROMPTS, local_engine, serves
 
 from samebit.recipes.models.tiny_model import write_weights
 from samebit.rollout.remote import RemoteEngine
-from samebit.weight_sync.sync import WeightSync
 from samebit.weight_sync.transports.alias import AliasLease
 from samebit.weight_sync.transports.broadcast import BroadcastTransport
 from samebit.weight_sync.transports.file import FileTransport
@@ -46,9 +45,9 @@ def test_alias_refuses_memory_that_the_engine_does_not_read(old):
     """A trainer that replaced its parameters would train weights that nobody serves."""
     engine = local_engine(old.folder)
     lease = AliasLease(engine)
-    lease.take(1)
+    lease.lease(1)
     with pytest.raises(WeightSyncError, match="not shared with the engine: "):
-        lease.commit(old.params, old.digest)
+        lease.update(old.params, old.digest)
     with pytest.raises(WeightSyncError, match="step 1 broke off: tensors not shared"):
         engine.generate(PROMPTS, PARAMS)
     engine.bind_weights(old.params, step=2)
@@ -61,15 +60,15 @@ def test_alias_refuses_a_part_of_the_parameters(old):
     engine = local_engine(old.folder)
     engine.bind_weights(old.params)
     lease, part = AliasLease(engine), old.without("output_layer.weight")
-    lease.take(1)
+    lease.lease(1)
     with pytest.raises(WeightSyncError, match="not shared with the engine"):
-        lease.commit(part, old.digest)
+        lease.update(part, old.digest)
     with pytest.raises(WeightSyncError, match="no update is under way"):
-        lease.commit(old.params, old.digest)
+        lease.update(old.params, old.digest)
     with pytest.raises(WeightSyncError, match="step 1 broke off"):
         engine.generate(PROMPTS, PARAMS)
-    lease.take(2)
-    version = lease.commit(old.params, old.digest)
+    lease.lease(2)
+    version = lease.update(old.params, old.digest)
     assert version == engine.weight_version == WeightVersion(2, old.digest)
 
 
@@ -93,6 +92,31 @@ def test_a_direct_update_must_be_full(old, new, expected):
     with pytest.raises(WeightSyncError, match="broke off"):
         engine.generate(PROMPTS, PARAMS)
     engine.update_weights_from_tensor(new.params, step=2, digest=new.digest)
+    assert serves(engine, new, expected)
+
+
+@pytest.mark.parametrize("way", ["tensor", "disk"])
+def test_an_update_that_is_interrupted_at_its_end_has_broken_off(
+    old, new, expected, monkeypatch, way
+):
+    """An engine left in the update for ever would refuse the next one too."""
+    engine = local_engine(old.folder)
+
+    def interrupted():
+        raise KeyboardInterrupt("by the user")
+
+    def update():
+        if way == "disk":
+            return engine.update_weights_from_disk(new.folder, step=4)
+        return engine.update_weights_from_tensor(new.params, step=4)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.weight_control, "digest", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            update()
+    with pytest.raises(WeightSyncError, match="step 4 broke off: by the user"):
+        engine.generate(PROMPTS, PARAMS)
+    assert update() == WeightVersion(4, new.digest)
     assert serves(engine, new, expected)
 
 
@@ -151,9 +175,8 @@ def test_biases_travel_as_matrices_do(qwen2_path, old, tmp_path):
     load = by_file.update_weights_from_disk
     try:
         for transport in (FileTransport(tmp_path / "weights", version.specs, load), gloo):
-            sync = WeightSync(transport)
-            sync.lease(1)
-            found = sync.update(version.params, version.digest)
+            transport.lease(1)
+            found = transport.update(version.params, version.digest)
             assert found == WeightVersion(1, version.digest)
         for engine in (direct, by_file, remote):
             assert outcomes(engine.generate(PROMPTS, PARAMS)) == truth

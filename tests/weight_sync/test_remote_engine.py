@@ -7,7 +7,7 @@ import pickle
 import signal
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
 from types import SimpleNamespace
 
@@ -18,8 +18,8 @@ from helpers import assert_same_bits, outcomes
 from samebit.rollout import engine_process
 from samebit.rollout.client import stream_of
 from samebit.rollout.engine import Engine
-from samebit.rollout.messages import Generate, Score, UpdateFromDisk
-from samebit.rollout.remote import RemoteEngine, RemoteEngineError
+from samebit.rollout.messages import Ask, Done, Generate, Score
+from samebit.rollout.remote import RemoteEngine, RemoteEngineError, _Pipe
 from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
@@ -209,8 +209,8 @@ def test_an_update_comes_after_the_calls_before_it(old):
     answers, entered, leave = {}, threading.Event(), threading.Event()
     connection = SimpleNamespace(send=lambda sent: answers.setdefault(*sent))
     server = engine_process._Server(connection)
-    server.start(old.folder, {"device": "cpu", "kv_cache_tokens": 1024})
-    loop = server._engine.loop
+    server.engine = Engine(old.folder, device="cpu", kv_cache_tokens=1024)
+    loop = server.engine.loop
 
     def drive():
         with loop._driving():
@@ -221,14 +221,15 @@ def test_an_update_comes_after_the_calls_before_it(old):
     driver.start()
     assert entered.wait(60)
     server.handle(1, Generate(PROMPTS, ENDLESS, None))
-    updater = threading.Thread(target=server.handle, args=(2, UpdateFromDisk(old.folder, 5)))
+    update = Ask(Engine.update_weights_from_disk, (old.folder, 5), {})
+    updater = threading.Thread(target=server.handle, args=(2, update))
     updater.start()
     updater.join(0.2)
     leave.set()
     for thread in (driver, updater):
         thread.join()
     assert "needs an idle engine: 2 requests" in str(answers[2].error)
-    server.close()
+    server.engine.close()
     assert [c.finish_reason for [c] in answers[1].value] == ["abort"] * 2
 
 
@@ -243,6 +244,19 @@ def test_an_error_that_cannot_be_sent_is_told_by_another():
     copy = engine_process._portable(TwoPartError("the disk", "full"))
     assert (type(copy), str(copy)) == (RuntimeError, "TwoPartError: the disk: full")
     assert type(engine_process._portable(KeyError("x"))) is KeyError
+
+
+def test_what_is_asked_runs_between_steps(engine):
+    """No call may be admitted, in the loop's thread, in the midst of an update of the weights."""
+    sent = []
+    server = engine_process._Server(SimpleNamespace(send=sent.append))
+    server.engine = engine
+
+    def drives(asked, *, of):
+        return asked is engine and asked.loop._driver == of
+
+    server.handle(7, Ask(drives, (), {"of": threading.get_ident()}))
+    assert sent == [(7, Done(True))]
 
 
 def test_a_death_reaches_all_who_wait(old):
@@ -264,21 +278,6 @@ def test_a_death_reaches_all_who_wait(old):
     with pytest.raises(RemoteEngineError, match="ended with code -9"):
         engine.score([[1, 2, 3]])
     engine.close()
-    engine.close()
-
-
-def test_an_answer_that_cannot_be_read_ends_the_engine(old, monkeypatch):
-    """Nobody knows who waits for it, and nobody may wait for ever."""
-    engine = RemoteEngine(old.folder, device="cpu", kv_cache_tokens=1024)
-
-    def unread(number, answer):
-        raise pickle.UnpicklingError("it is damaged")
-
-    monkeypatch.setattr(engine._pipe, "_take", unread)
-    engine.score([[1, 2, 3]])  # whose answer is waited for already
-    error = engine._pipe.call(Score([[1, 2, 3]], 1.0))[1].exception(timeout=60)
-    assert "ended with code -9" in str(error)
-    assert str(error.__cause__) == "it is damaged"
     engine.close()
 
 
@@ -309,6 +308,26 @@ def test_bad_thread_counts_of_a_remote_engine(old, threads):
     message = "RemoteEngine cpu_threads is .*; it must be (an integer|positive)"
     with pytest.raises(ValueError, match=message):
         RemoteEngine(old.folder, threads, device="cpu")
+
+
+def test_an_answer_that_cannot_be_read_reaches_all_who_wait(old, monkeypatch):
+    """Such as an exception whose class this process lacks: nobody may wait for ever."""
+    take = _Pipe._take
+
+    def unreadable(pipe, number, answer):
+        if number > engine_process.START:
+            raise ModuleNotFoundError("No module named 'plugin'")
+        take(pipe, number, answer)
+
+    monkeypatch.setattr(_Pipe, "_take", unreadable)
+    engine = RemoteEngine(old.folder, device="cpu", kv_cache_tokens=1024)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(engine.generate, PROMPTS[:1], ENDLESS)
+        with pytest.raises(RemoteEngineError, match="ended with code -9") as raised:
+            engine.score([[1, 2, 3]])
+        assert "plugin" in str(raised.value.__cause__)
+        assert isinstance(waiting.exception(timeout=60), RemoteEngineError)
+    engine.close()
 
 
 def test_close_does_not_wait_for_what_is_unfinished(old):

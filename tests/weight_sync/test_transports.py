@@ -10,7 +10,6 @@ from serving import PARAMS, PROMPTS, local_engine, serves
 
 from samebit.recipes.launch.placement import load_transport
 from samebit.rollout.engine import Engine
-from samebit.weight_sync.sync import WeightSync
 from samebit.weight_sync.transports.base import Lease
 from samebit.weight_sync.transports.broadcast import GlooGroup
 from samebit.weight_sync.transports.registry import TRANSPORTS
@@ -25,12 +24,11 @@ class Sender:
     def __init__(self, name, source, engine, folder):
         self.name, self.engine, self.memory = name, engine, source.params
         self.way = load_transport(name).between(source, engine, folder)
-        self.sync = WeightSync(self.way)
         self.shares = isinstance(self.way, Lease)
-        self.abort = self.way.abort
+        self.abort = self.way.give_up if self.shares else self.way.abort
 
     def begin(self, step):
-        (self.way.take if self.shares else self.way.begin)(step)
+        (self.way.lease if self.shares else self.way.begin)(step)
 
     def send(self, params):
         """Move them; or write them to the shared memory, as an optimizer does."""
@@ -39,12 +37,12 @@ class Sender:
             self.way.send(params)
 
     def commit(self, digest):
-        return self.way.commit(self._sent, digest) if self.shares else self.way.commit(digest)
+        return self.way.update(self._sent, digest) if self.shares else self.way.commit(digest)
 
     def update(self, params, digest, step):
         """As a recipe does it."""
-        self.sync.lease(step)
-        return self.sync.update(self.written(params) if self.shares else params, digest)
+        self.way.lease(step)
+        return self.way.update(self.written(params) if self.shares else params, digest)
 
     def written(self, params):
         """The shared memory with these values; what does not fit there is memory of its own."""
@@ -84,7 +82,7 @@ def sender(request, old, alone, tmp_path):
     engine = request.getfixturevalue("remote") if is_apart else local_engine(old.folder)
     sender = Sender(name, source, engine, tmp_path / "weights")
     yield sender
-    sender.sync.close()
+    sender.way.close()
 
 
 def send(sender, version, step):
@@ -143,8 +141,8 @@ def test_not_a_number_is_refused_by_name(sender, old, new, expected):
 def test_after_an_abort_nothing_half_done_is_served(sender, old, new, expected):
     """An engine either refuses with the sender's reason, or still holds the old version whole."""
     send(sender, old, 1)
-    sender.sync.lease(2)
-    sender.sync.abort("the optimizer failed")
+    sender.way.lease(2)
+    sender.way.give_up("the optimizer failed")
     if sender.shares:  # the optimizer may have written the memory
         with pytest.raises(WeightSyncError, match="step 2 broke off: the optimizer failed"):
             sender.engine.generate(PROMPTS, PARAMS)

@@ -1,12 +1,11 @@
 """How a trainer's weights reach who serves them: they are shared, or they are moved.
 
-Shared memory is leased: Lease. Weights that are moved arrive in memory of the receivers' own:
-Transport. A trainer's side needs one of the two and knows it as a WeightSync (weight_sync/sync.py);
-the receiver's side is a WeightSink.
+A trainer's side is a WeightSync, which is a Lease or a Transport; the receiver's side a WeightSink.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -54,43 +53,84 @@ class WeightSource(Protocol):
         """The processes that hold the other layers of the model."""
 
 
-class Way:
-    """A way of weights from their source to who serves them: a Lease or a Transport."""
+class WeightSync(ABC):
+    """Has an engine serve a trainer's versions: `lease`, train, `update`; or `give_up` on an error.
+
+    An engine that shares the trainer's memory serves nothing from `lease` to `update`: Lease. One
+    with memory of its own serves the version before until `update`: Transport.
+    """
 
     @classmethod
     def between(cls, source: WeightSource, engine: Any, folder: Path) -> Self:
         """Make one for a trainer and its engine; what it writes goes into `folder`."""
         raise NotImplementedError(f"{cls.__name__} is made otherwise")
 
-    def close(self) -> None:
+    @abstractmethod
+    def lease(self, step: int) -> None:
+        """Say that the weights of `step` are going to be made: memory that is shared is leased."""
+
+    @abstractmethod
+    def update(self, params: Mapping[str, torch.Tensor], digest: str) -> WeightVersion:
+        """Serve `params`, whose digest this is, as the step that `lease` named.
+
+        Raises WeightSyncError if the engine refused them; it then serves nothing, or the version
+        before.
+        """
+
+    @abstractmethod
+    def give_up(self, reason: str) -> None:
+        """Give the step up: shared memory, which may hold half of it, is not served any more."""
+
+    def close(self) -> None:  # noqa: B027 - most hold nothing
         """Let go of what is held: nothing, unless a subclass says otherwise."""
 
 
-class Lease(Way, ABC):
-    """Receivers whose memory is the sender's. Every method raises WeightSyncError if one refused.
+class Lease(WeightSync):
+    """For a receiver whose memory is the sender's: nothing moves."""
 
-    An update is `take`, the optimizer's writes, `commit`; or `abort` at any point after `take`.
-    """
+    def __init__(self, sink: WeightSink) -> None:
+        self._sink = sink
 
-    @abstractmethod
-    def take(self, step: int) -> None:
-        """Have receivers stop serving: from here on the memory may hold half of `step`."""
+    def lease(self, step: int) -> None:
+        """Have the engine stop serving, so that no rollout can see half a step."""
+        self._sink.begin_weight_update(step)
 
-    @abstractmethod
-    def commit(self, params: Mapping[str, torch.Tensor], digest: str) -> WeightVersion:
-        """Have receivers check that `params` are their memory, and serve what it holds."""
+    def update(self, params: Mapping[str, torch.Tensor], digest: str) -> WeightVersion:
+        """Have the engine check that it holds this very memory, and its digest."""
+        self._sink.receive_weights_in_place(params)
+        return self._sink.commit_weight_update(digest)
 
-    @abstractmethod
-    def abort(self, reason: str) -> None:
-        """Tell receivers that the memory may hold half a step: they refuse until a commit."""
+    def give_up(self, reason: str) -> None:
+        """Have the engine refuse to serve until an update."""
+        self._sink.abort_weight_update(reason)
 
 
-class Transport(Way, ABC):
+class Transport(WeightSync):
     """Moves weights. Every method raises WeightSyncError if a receiver refused.
 
     An update is `begin`, `send`, `commit`; or `abort` before `commit`. Until `begin` receivers
     serve the version before it; a commit that is refused has ended the update too.
     """
+
+    _leased = 0
+
+    def lease(self, step: int) -> None:
+        """Remember the step: nothing is shared."""
+        self._leased = step
+
+    def update(self, params: Mapping[str, torch.Tensor], digest: str) -> WeightVersion:
+        """Begin, send and commit; abort if the sending breaks off."""
+        self.begin(self._leased)
+        try:
+            self.send(params)
+        except BaseException as error:
+            with suppress(RuntimeError):  # the first error is the one to tell
+                self.abort(str(error))
+            raise
+        return self.commit(digest)
+
+    def give_up(self, reason: str) -> None:
+        """Do nothing: receivers serve the version before."""
 
     @abstractmethod
     def begin(self, step: int) -> None:
@@ -116,13 +156,10 @@ class SinkTransport(Transport):
         self._sink = sink
 
     def begin(self, step: int) -> None:
-        """Have the engine stop serving."""
         self._sink.begin_weight_update(step)
 
     def commit(self, digest: str) -> WeightVersion:
-        """Have the engine check the digest and serve the new version."""
         return self._sink.commit_weight_update(digest)
 
     def abort(self, reason: str) -> None:
-        """Have the engine refuse to serve until a full update commits."""
         self._sink.abort_weight_update(reason)

@@ -31,7 +31,7 @@ from samebit.weight_sync.meeting import (
 )
 from samebit.weight_sync.objects import decode, encode
 from samebit.weight_sync.transports.base import WeightSource
-from samebit.weight_sync.transports.planes import UpdateReceiver, UpdateSender
+from samebit.weight_sync.transports.planes import UpdateSender
 from samebit.weight_sync.types import Bucket, WeightSyncError, WeightVersion
 
 _BACKENDS = ("gloo",)
@@ -48,11 +48,12 @@ class GlooGroup:
         port: int,
         rank: int,
         world_size: int,
-        backend: str,
-        timeout_s: float,
-        secret: str | None,
+        backend: str = "gloo",
+        timeout_s: float = 600.0,
+        secret: str | None = None,
         listener: socket.socket | None = None,
     ) -> None:
+        """listener: a socket that already listens at a loopback `address` and `port`."""
         if backend not in _BACKENDS:
             raise ValueError(f"backend '{backend}' is unknown; use one of {sorted(_BACKENDS)}")
         secret = own_secret() if secret is None else secret
@@ -75,7 +76,6 @@ class GlooGroup:
         self._pg = gloo(dist.PrefixStore("weights", store), rank, world_size, options)
 
     def tell(self, message: dict[str, Any]) -> None:
-        """Broadcast this rank's message: its length, then its bytes."""
         payload = torch.frombuffer(bytearray(encode(message)), dtype=torch.uint8)
         self._broadcast(torch.tensor([len(payload)]), self.rank)
         self._broadcast(payload, self.rank)
@@ -100,11 +100,9 @@ class GlooGroup:
         return answers
 
     def send(self, bucket: Bucket) -> None:
-        """Broadcast the buffer."""
         self._broadcast(bucket.buffer, self.rank)
 
     def receive(self, bucket: Bucket) -> None:
-        """Fill the buffer with that of rank 0."""
         self._broadcast(bucket.buffer, 0)
 
     def _broadcast(self, tensor: torch.Tensor, root: int) -> None:
@@ -114,43 +112,7 @@ class GlooGroup:
             raise WeightSyncError(f"the weight group lost a member: {error}") from error
 
 
-class BroadcastSender(UpdateSender):
-    """Rank 0 of the group: the trainer's end."""
-
-    def __init__(
-        self,
-        address: str,
-        port: int,
-        world_size: int,
-        backend: str = "gloo",
-        bucket_bytes: int = 512 << 20,
-        timeout_s: float = 600.0,
-        secret: str | None = None,
-        listener: socket.socket | None = None,
-    ) -> None:
-        """listener: a socket that already listens at a loopback `address` and `port`."""
-        group = GlooGroup(address, port, 0, world_size, backend, timeout_s, secret, listener)
-        super().__init__(group, group, bucket_bytes)
-
-
-class BroadcastReceiver(UpdateReceiver):
-    """A rank above 0 of the group: an engine's end."""
-
-    def __init__(
-        self,
-        address: str,
-        port: int,
-        rank: int,
-        world_size: int,
-        backend: str = "gloo",
-        timeout_s: float = 600.0,
-        secret: str | None = None,
-    ) -> None:
-        group = GlooGroup(address, port, rank, world_size, backend, timeout_s, secret)
-        super().__init__(group, group)
-
-
-class BroadcastTransport(BroadcastSender):
+class BroadcastTransport(UpdateSender):
     """To one engine in another process, which is called to take part while this one sends."""
 
     def __init__(self, engine: Any, backend: str = "gloo", timeout_s: float = 600.0) -> None:
@@ -167,28 +129,26 @@ class BroadcastTransport(BroadcastSender):
         joining = _beside(partial(join, address, port, 1, 2, backend, **known))
         try:
             with listener:
-                super().__init__(address, port, 2, backend, listener=listener, **known)
+                group = GlooGroup(address, port, 0, 2, backend, listener=listener, **known)
         except Exception:
             joining.result()  # raises the engine's own error, which says more
             raise
         joining.result()
+        super().__init__(group, group)
         self._engine = engine
         self._receiving: Future[Any] = joining  # is done, so nobody waits for it
 
     @classmethod
     def between(cls, source: WeightSource, engine: Any, folder: Path) -> Self:
-        """Meet the engine."""
         return cls(engine)
 
     def begin(self, step: int) -> None:
-        """Have the engine stop serving and listen."""
         self._require_closed(step)
         self._receiving = _beside(self._engine.update_weights_from_distributed)
         with self._last_words():
             super().begin(step)
 
     def send(self, params: Mapping[str, torch.Tensor]) -> None:
-        """Broadcast every bucket."""
         with self._last_words():
             super().send(params)
 
@@ -199,7 +159,6 @@ class BroadcastTransport(BroadcastSender):
         return self._receiving.result()
 
     def abort(self, reason: str) -> None:
-        """Have the engine refuse to serve until a full update. Without one under way: nothing."""
         if self._step is not None:
             with self._last_words():
                 super().abort(reason)

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 
 from samebit.weight_sync.folders import MARKER, read_marker, replacing
-from samebit.weight_sync.mapping import ParamSpec, hf_tensors
+from samebit.weight_sync.mapping import ParamSpec, hf_tensors, misfits
 from samebit.weight_sync.transports.base import Transport, WeightSource
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
@@ -128,7 +128,6 @@ class FileTransport(Transport):
         return cls(folder, source.specs, engine.update_weights_from_disk)
 
     def begin(self, step: int) -> None:
-        """Remember the step; the receiver goes on serving until commit."""
         self._step = step
 
     def send(self, params: Mapping[str, torch.Tensor]) -> None:
@@ -136,11 +135,8 @@ class FileTransport(Transport):
 
         Raises WeightSyncError if names or shapes are not the receiver's.
         """
-        wanted = {spec.name: spec.shape for spec in self._specs}
-        found = {name: tuple(param.shape) for name, param in params.items()}
-        misfits = sorted(n for n in {*wanted, *found} if wanted.get(n) != found.get(n))
-        if misfits:
-            raise WeightSyncError(f"tensors do not fit the receiver: {', '.join(misfits[:5])}")
+        if names := misfits(self._specs, params):
+            raise WeightSyncError(f"tensors do not fit the receiver: {', '.join(names[:5])}")
         self._params = params
 
     def commit(self, digest: str) -> WeightVersion:

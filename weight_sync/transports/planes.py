@@ -51,27 +51,26 @@ class DataPlane(Protocol):
 class UpdateSender(Transport):
     """The sender's end. One update at a time: a second one is refused."""
 
-    def __init__(self, control: ControlPlane, data: DataPlane, bucket_bytes: int) -> None:
+    def __init__(
+        self, control: ControlPlane, data: DataPlane, bucket_bytes: int = 512 << 20
+    ) -> None:
         self._control, self._data = control, data
         self._bucket_bytes = bucket_bytes
         self._step: int | None = None
         """Of the update that is under way."""
 
     def begin(self, step: int) -> None:
-        """Have receivers stop serving."""
         self._require_closed(step)
         self._step = step
         self._control.tell({"op": "begin", "step": step})
 
     def send(self, params: Mapping[str, torch.Tensor]) -> None:
-        """Announce and send every bucket."""
         for metas in cut_buckets(params, self._bucket_bytes):
             bucket = pack(metas, params)
             self._control.tell({"op": "bucket", "metas": [astuple(meta) for meta in metas]})
             self._data.send(bucket)
 
     def commit(self, digest: str) -> WeightVersion:
-        """Return once every receiver has compared its digest; raise if one refused."""
         step, self._step = self._step, None
         if step is None:
             raise WeightSyncError("no update is under way")
@@ -89,7 +88,6 @@ class UpdateSender(Transport):
             self._control.tell({"op": "abort", "reason": reason})
 
     def close(self) -> None:
-        """Leave the planes."""
         del self._control, self._data
 
     def _require_closed(self, step: int) -> None:
@@ -108,7 +106,7 @@ class UpdateReceiver:
 
         A sink that refuses does not break the lockstep: the rest is read and dropped, and the
         sender gets the reason as the answer to its commit. If the sender dies, the sink's update is
-        aborted and WeightSyncError is raised.
+        aborted and WeightSyncError is raised; so it is by any other error, which is raised.
         """
         begin, asked = self._control.hear(), _Asked()
         asked(sink.begin_weight_update, begin["step"])
@@ -118,13 +116,13 @@ class UpdateReceiver:
                 bucket = asked(sink.bucket_for, metas) or empty_bucket(metas, device)
                 self._data.receive(bucket)
                 asked(sink.receive_weights, bucket)
-        except WeightSyncError as error:
+            if message["op"] == "abort":
+                asked(sink.abort_weight_update, message["reason"])
+                return
+            asked(sink.commit_weight_update, message["digest"])
+        except BaseException as error:
             asked(sink.abort_weight_update, str(error))
             raise
-        if message["op"] == "abort":
-            asked(sink.abort_weight_update, message["reason"])
-            return
-        asked(sink.commit_weight_update, message["digest"])
         refusal = asked.refusal
         self._control.exchange_answers(_OK if refusal is None else str(refusal))
         if refusal is not None:

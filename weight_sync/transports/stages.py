@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from samebit.weight_sync.buckets import cut_buckets, pack
-from samebit.weight_sync.meeting import meeting_device
+from samebit.weight_sync.objects import gather_objects
 from samebit.weight_sync.transports.base import SinkTransport, WeightSink, WeightSource
 
 
@@ -38,15 +38,10 @@ class StageTransport(SinkTransport):
 
     def send(self, params: Mapping[str, torch.Tensor]) -> None:
         """Broadcast what this stage holds and take what the others do."""
-        device = meeting_device(self._group)
-        own = torch.tensor([name in params for name in self._whole]).to(device, torch.uint8)
-        held = [torch.empty_like(own) for _ in range(dist.get_world_size(self._group))]
-        dist.all_gather(held, own, group=self._group)
-        for owner, mask in enumerate(held):
-            names = [name for name, here in zip(self._whole, mask.tolist(), strict=True) if here]
+        for owner, held in enumerate(gather_objects(list(params), self._group)):
             source = dist.get_global_rank(self._group, owner)
             mine = source == dist.get_rank()
-            tensors = {name: self._whole[name] for name in names}
+            tensors = {name: self._whole[name] for name in self._whole if name in held}
             for metas in cut_buckets(tensors, self._bucket_bytes):
                 bucket = pack(metas, params) if mine else self._sink.bucket_for(metas)
                 dist.broadcast(bucket.buffer, source, group=self._group)
