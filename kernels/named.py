@@ -9,7 +9,7 @@ def import_named(name: str, key: str) -> Any:
     module, _, attribute = str(name).partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except BaseException as error:  # it may do anything, SystemExit included
+    except (Exception, SystemExit) as error:  # it may do anything
         what = error if isinstance(error, ImportError | AttributeError) else repr(error)
         if isinstance(error, ModuleNotFoundError) and error.name == module:
             what = f"{error}; put its folder on PYTHONPATH, which the present folder is not on"

@@ -146,6 +146,7 @@ WRONG = {
     "data.task=my_tasks:predecessors": f"{TAKES}module 'my_tasks' has no attribute 'predecessors'",
     "data.task=my_tasks:__name__": "it must be a function: load(config) -> (train, held_out)",
     "data.task=dataclasses:astuple": "it must be a function: load(config) -> (train, held_out)",
+    "data.task=json:loads": "which failed: TypeError('the JSON object must be str",
     "numerics.attention=my_models:Twin": "a subclass of samebit.kernels.attention_kind:Att",
 }
 

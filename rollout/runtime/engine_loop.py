@@ -154,12 +154,12 @@ class EngineLoop:
         self._driver = threading.get_ident()
         torch.set_num_threads(num_threads)
         while not self._rest():
-            self._empty_inbox()
-            if self.book.calls:
-                try:
+            try:
+                self._empty_inbox()
+                if self.book.calls:
                     self.book.step()
-                except BaseException as error:  # noqa: BLE001 - it goes to every caller
-                    self.book.fail_all(error)
+            except BaseException as error:  # noqa: BLE001 - it goes to every caller
+                self.book.fail_all(error)
 
     def _empty_inbox(self) -> None:
         while self._inbox:

@@ -253,6 +253,21 @@ def test_a_failing_step_of_generate_reaches_those_beside_it(make_late):
     assert_idle(own)
 
 
+def test_a_command_that_ends_threads_reaches_all_who_wait(make_engine):
+    """And leaves the driver's place free."""
+
+    def leave():
+        raise SystemExit("enough")
+
+    own = make_engine()
+    result, _ = own.loop.begin(own.requests.generation([[4, 5]], LONG, [[9]], ()))
+    for future in (own.loop.post(leave), result):
+        with pytest.raises(SystemExit, match="enough"):
+            future.result(timeout=60)
+    wait_until(lambda: not loop_threads())
+    assert_idle(own)
+
+
 def test_an_interrupt_is_told_though_the_step_in_flight_fails(make_late):
     """What ended the call first is its error."""
     own = make_late(1)

@@ -38,7 +38,12 @@ def load_datasets(config: DataConfig) -> tuple[Dataset, Dataset]:
             f"data.path is {config.path!r} and data.eval_path is {config.eval_path!r}, but the "
             f"task {config.task!r} generates its problems; leave both unset, or use task 'file'"
         )
-    splits: Any = load(config) if callable(load) else None
+    try:
+        splits: Any = load(config) if callable(load) else None
+    except Exception as error:  # the user's own may raise anything
+        if ":" not in config.task or isinstance(error, ValueError | OSError):
+            raise
+        raise ValueError(f"data.task is {config.task!r}, which failed: {error!r}") from error
     fits = isinstance(splits, tuple) and [isinstance(x, Dataset) for x in splits] == [True, True]
     meaning = "a function: load(config) -> (train, held_out), two datasets"
     require(fits, "data.task", config.task, meaning)
