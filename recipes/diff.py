@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 from yaml import YAMLError
 
 from samebit.recipes.config import ConfigError
@@ -168,7 +169,7 @@ def row_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]
 
 def leaf_difference(a: Any, b: Any) -> str | None:
     """Yield how two values differ, if they do."""
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
         return tensor_difference(a, b)
     if repr(a) == repr(b):
         return None
@@ -179,7 +180,7 @@ def leaf_difference(a: Any, b: Any) -> str | None:
     return text
 
 
-def tensor_difference(a: torch.Tensor, b: torch.Tensor) -> str | None:
+def tensor_difference(a: Tensor, b: Tensor) -> str | None:
     """Say how many elements differ, the first of them, how far, and a digest of either tensor."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return f"{_show(a)} in A, {_show(b)} in B"
@@ -276,7 +277,7 @@ def text_differences(a: Row, b: Row) -> Iterator[str]:
 
 def _show(value: Any, dtype: torch.dtype = torch.float64) -> str:
     """A value in few characters; floats exactly."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return f"{value.dtype} {list(value.shape)}".removeprefix("torch.")
     if isinstance(value, float) and dtype != torch.float64:
         return f"{value:.9g}"
@@ -288,7 +289,7 @@ def _ulps(count: int) -> str:
     return "1 ulp" if count == 1 else f"{count} ulps"
 
 
-def _digest(x: torch.Tensor) -> str:
+def _digest(x: Tensor) -> str:
     raw = x.detach().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(raw.numpy()).hexdigest()[:16]
 

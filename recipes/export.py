@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from samebit.recipes.config import ConfigError
 from samebit.recipes.models.side_files import side_files, write_side_files
@@ -41,7 +42,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
 
 def read_model(
     checkpoint: Checkpoint, model: ModelConfig, dtype: torch.dtype | None = None
-) -> tuple[WeightVersion, dict[str, torch.Tensor], str]:
+) -> tuple[WeightVersion, dict[str, Tensor], str]:
     """Put the shards of all ranks together; returns (version, parameters, where they come from).
 
     dtype: unset, that of the weights trained with. fp32 is read from AdamW's master weights, if

@@ -11,19 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from samebit.kernels.profile import NumericsProfile, numerics_profile
 from samebit.kernels.reduce import ALONE, RankGroup
 from samebit.kernels.registry import attention_kind
 from samebit.rollout.client import Progress, result_of, stream_of
 from samebit.rollout.config import EngineConfig, as_path
-from samebit.rollout.device import (
-    as_ranks,
-    automatic_kv_bytes,
-    own_device,
-    resolve_dtype,
-    settled,
-)
+from samebit.rollout.device import as_ranks, automatic_kv_bytes, own_device, resolve_dtype, settled
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.engine_loop import EngineLoop
 from samebit.rollout.runtime.kv_cache import KVCache, PagePool
@@ -208,7 +203,7 @@ class Engine:
     # -- weights ---------------------------------------------------------------------------------
 
     @property
-    def weights(self) -> Mapping[str, torch.Tensor]:
+    def weights(self) -> Mapping[str, Tensor]:
         """The parameters that are served, by their engine (Megatron) names."""
         return self.weight_control.session.params
 
@@ -221,7 +216,7 @@ class Engine:
         """weights_digest of the weights as they are now, over all tensor parallel ranks."""
         return self.weight_control.digest()
 
-    def get_weights_by_name(self, name: str) -> torch.Tensor:
+    def get_weights_by_name(self, name: str) -> Tensor:
         """A copy of one parameter by its engine (Megatron) name; KeyError if there is none."""
         return self.weights[name].clone()
 
@@ -229,12 +224,12 @@ class Engine:
         """Forget all cached prefixes."""
         self.loop.between_steps(self.loop.book.flush_cache)
 
-    def bind_weights(self, params: Mapping[str, torch.Tensor], step: int = 0) -> WeightVersion:
+    def bind_weights(self, params: Mapping[str, Tensor], step: int = 0) -> WeightVersion:
         """Serve the trainer's own parameters from its memory (transport "alias")."""
         return self.weight_control.bind_weights(params, step)
 
     def update_weights_from_tensor(
-        self, params: Mapping[str, torch.Tensor], step: int, digest: str | None = None
+        self, params: Mapping[str, Tensor], step: int, digest: str | None = None
     ) -> WeightVersion:
         """Copy a full set of parameters (engine names) into place."""
         return self.weight_control.update_weights_from_tensor(params, step, digest)
@@ -286,7 +281,7 @@ class Engine:
     def receive_weights(self, bucket: Bucket) -> None:
         self.weight_control.session.receive(bucket)
 
-    def receive_weights_in_place(self, params: Mapping[str, torch.Tensor]) -> None:
+    def receive_weights_in_place(self, params: Mapping[str, Tensor]) -> None:
         self.weight_control.receive_weights_in_place(params)
 
     def commit_weight_update(self, digest: str) -> WeightVersion:

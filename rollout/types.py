@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-import torch
+from torch import Tensor
 
 from samebit.rollout.ranges import RANGES, require_in_range
 from samebit.rollout.values import MAX_UINT64, as_integer, as_list, bring_to_type
@@ -101,7 +101,7 @@ class Completion:
     """"stop" (a stop token was drawn), "length" or "abort"."""
     version_spans: tuple[VersionSpan, ...]
     """Which weight version drew which tokens."""
-    hidden_states: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
+    hidden_states: dict[int, Tensor] = field(default_factory=dict, repr=False)
     """By layer: [prompt + L - 1, D], the residual stream after that many layers (0: embeddings)."""
 
 

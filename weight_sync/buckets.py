@@ -7,6 +7,7 @@ memory, at the sender as at the receiver.
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError
 
@@ -14,9 +15,7 @@ _ALIGN = 64  # bytes; every dtype's views stay aligned
 _ALONE = 1 << 20  # bytes of a tensor whose copies cost more than a transfer of its own
 
 
-def cut_buckets(
-    params: Mapping[str, torch.Tensor], bucket_bytes: int
-) -> list[tuple[ParamMeta, ...]]:
+def cut_buckets(params: Mapping[str, Tensor], bucket_bytes: int) -> list[tuple[ParamMeta, ...]]:
     """Cut params, in their own order, into buckets of at most bucket_bytes (or one tensor).
 
     A tensor of 1 MiB or more has a bucket of its own. Raises ValueError for a limit below 1.
@@ -43,7 +42,7 @@ def empty_bucket(metas: Sequence[ParamMeta], device: torch.device) -> Bucket:
     return Bucket(tuple(metas), buffer)
 
 
-def bucket_over(metas: Sequence[ParamMeta], tensors: Sequence[torch.Tensor]) -> Bucket:
+def bucket_over(metas: Sequence[ParamMeta], tensors: Sequence[Tensor]) -> Bucket:
     """Make a bucket over the memory of the one tensor, if it is contiguous, else an empty one.
 
     `tensors` are those that `metas` name, of the same shapes.
@@ -54,7 +53,7 @@ def bucket_over(metas: Sequence[ParamMeta], tensors: Sequence[torch.Tensor]) -> 
     return empty_bucket(metas, first.device)
 
 
-def pack(metas: Sequence[ParamMeta], params: Mapping[str, torch.Tensor]) -> Bucket:
+def pack(metas: Sequence[ParamMeta], params: Mapping[str, Tensor]) -> Bucket:
     """Put the named tensors into a bucket on their device; one that is alone is not copied.
 
     Raises WeightSyncError for one that is not as `metas` say.
@@ -72,7 +71,7 @@ def pack(metas: Sequence[ParamMeta], params: Mapping[str, torch.Tensor]) -> Buck
     return bucket
 
 
-def copy_apart(source: torch.Tensor, target: torch.Tensor) -> None:
+def copy_apart(source: Tensor, target: Tensor) -> None:
     """Copy a tensor to another of its shape and dtype, unless both are the same memory."""
     if source.data_ptr() != target.data_ptr():
         target.copy_(source)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from samebit.weight_sync.mapping import ParamSpec
 from samebit.weight_sync.objects import gather_objects
@@ -26,7 +27,7 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
+def _mix(x: Tensor) -> Tensor:
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
     return x ^ ((x >> 31) & ((1 << 33) - 1))
@@ -37,7 +38,7 @@ def _tensor_key(name: str, dtype: torch.dtype) -> int:
 
 
 def _add_hash(
-    total: torch.Tensor, rows: torch.Tensor, key: int, first_row: int, width: int, first_column: int
+    total: Tensor, rows: Tensor, key: int, first_row: int, width: int, first_column: int
 ) -> None:
     """Add rows [R, C] that stand at (first_row, first_column) of a tensor `width` wide to total."""
     if rows.stride(-1) != 1:
@@ -60,9 +61,9 @@ def _add_hash(
     return None
 
 
-def digest_sum(specs: Iterable[ParamSpec], params: Mapping[str, torch.Tensor]) -> int:
+def digest_sum(specs: Iterable[ParamSpec], params: Mapping[str, Tensor]) -> int:
     """This rank's summand of the digest; add the ranks' values modulo 2^64."""
-    totals: dict[torch.device, torch.Tensor] = {}
+    totals: dict[torch.device, Tensor] = {}
     for spec in specs:
         if spec.replica:
             continue
@@ -81,9 +82,7 @@ def digest_sum(specs: Iterable[ParamSpec], params: Mapping[str, torch.Tensor]) -
 
 
 def weights_digest(
-    specs: Iterable[ParamSpec],
-    params: Mapping[str, torch.Tensor],
-    group: dist.ProcessGroup | None = None,
+    specs: Iterable[ParamSpec], params: Mapping[str, Tensor], group: dist.ProcessGroup | None = None
 ) -> str:
     """The digest of whole parameters as 16 hexadecimal digits.
 

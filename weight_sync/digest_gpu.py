@@ -1,8 +1,8 @@
 """weights_digest on the GPU: one pass over the weights, at the memory's speed."""
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 _BLOCK = 8192
 
@@ -30,8 +30,8 @@ def _hash_kernel(
 
 
 def add_hash(
-    bits: torch.Tensor,
-    total: torch.Tensor,
+    bits: Tensor,
+    total: Tensor,
     key: int,
     step: int,
     bits_factor: int,

@@ -8,7 +8,7 @@ gate/up stacking, vocabulary padding and tensor parallel shards, for loading, ex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def hf_shapes(specs: Iterable[ParamSpec]) -> dict[str, tuple[int, ...]]:
     return {name: shape for spec in specs for name, shape in spec.hf_shapes.items()}
 
 
-def misfits(specs: Iterable[ParamSpec], params: Mapping[str, torch.Tensor]) -> list[str]:
+def misfits(specs: Iterable[ParamSpec], params: Mapping[str, Tensor]) -> list[str]:
     """Names of the parameters that are missing, unknown or of another shape than their spec's."""
     wanted = {spec.name: spec.shape for spec in specs}
     found = {name: tuple(param.shape) for name, param in params.items()}
@@ -127,15 +127,13 @@ def misfits(specs: Iterable[ParamSpec], params: Mapping[str, torch.Tensor]) -> l
 
 
 def load_params(
-    specs: Iterable[ParamSpec],
-    params: Mapping[str, torch.Tensor],
-    read: Callable[[str], torch.Tensor],
+    specs: Iterable[ParamSpec], params: Mapping[str, Tensor], read: Callable[[str], Tensor]
 ) -> None:
     """Fill `params` in place; `read` gives a whole Hugging Face tensor by name."""
     for spec in specs:
         param = params[spec.name]
         param.zero_()
-        cached: dict[str, torch.Tensor] = {}
+        cached: dict[str, Tensor] = {}
         for block in spec.blocks:
             if block.hf_name not in cached:
                 cached[block.hf_name] = read(block.hf_name)
@@ -152,19 +150,17 @@ def hf_names(specs: Iterable[ParamSpec]) -> list[str]:
 
 
 def hf_tensors(
-    specs: Iterable[ParamSpec], params: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[str, torch.Tensor]]:
+    specs: Iterable[ParamSpec], params: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     """Unsharded Hugging Face tensors from the parameters of one whole rank (size 1)."""
     for spec in specs:
-        whole: dict[str, torch.Tensor] = {}
+        whole: dict[str, Tensor] = {}
         collect_hf([spec], params, whole)
         yield from whole.items()
 
 
 def collect_hf(
-    specs: Iterable[ParamSpec],
-    params: Mapping[str, torch.Tensor],
-    into: dict[str, torch.Tensor],
+    specs: Iterable[ParamSpec], params: Mapping[str, Tensor], into: dict[str, Tensor]
 ) -> None:
     """Write one rank's parts of Hugging Face tensors into the whole ones, made when first met."""
     for spec in specs:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from samebit.weight_sync.meeting import meeting_device
 
@@ -47,10 +48,10 @@ def encode(value: Any) -> bytes:
         return _record(b"l" if kind is list else b"t", *map(encode, value))
     if kind is dict:
         return _record(b"m", *(encode(item) for pair in value.items() for item in pair))
-    if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+    if isinstance(value, Tensor) and value.device.type == "cpu":
         content = value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         return _record(b"a", encode(str(value.dtype)), encode(tuple(value.shape)), encode(content))
-    where = f" on {value.device}" if isinstance(value, torch.Tensor) else ""
+    where = f" on {value.device}" if isinstance(value, Tensor) else ""
     raise TypeError(f"{kind.__module__}.{kind.__qualname__}{where} is no plain value")
 
 
@@ -88,7 +89,7 @@ def smallest(value: int, group: dist.ProcessGroup | None) -> int:
     return value if group is None else min(gather_objects(value, group))
 
 
-def _gather(x: torch.Tensor, size: int, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+def _gather(x: Tensor, size: int, group: dist.ProcessGroup | None) -> list[Tensor]:
     parts = [torch.empty_like(x) for _ in range(size)]
     dist.all_gather(parts, x, group=group)
     return parts
@@ -154,7 +155,7 @@ def _value(tag: bytes, content: memoryview) -> Any:
     raise ValueError(f"damaged message: {tag!r} stands for nothing")
 
 
-def _tensor(name: str, shape: tuple[int, ...], content: bytes) -> torch.Tensor:
+def _tensor(name: str, shape: tuple[int, ...], content: bytes) -> Tensor:
     if not content:
         if 0 not in shape:
             raise ValueError("damaged message: a tensor without its elements")

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from samebit.weight_sync.buckets import bucket_over, copy_apart
 from samebit.weight_sync.digest import weights_digest
@@ -35,7 +36,7 @@ class UpdateSession:
     def __init__(
         self,
         specs: Sequence[ParamSpec],
-        params: Mapping[str, torch.Tensor],
+        params: Mapping[str, Tensor],
         version: WeightVersion,
         group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -109,7 +110,7 @@ class UpdateSession:
         self._require_updating()
         self.state, self.reason = SessionState.BROKEN, reason
 
-    def _region(self, meta: ParamMeta) -> torch.Tensor:
+    def _region(self, meta: ParamMeta) -> Tensor:
         """Where a tensor of the update goes. One that has no place here breaks the update."""
         param = self.params.get(meta.name)
         if param is None:
@@ -139,6 +140,6 @@ class UpdateSession:
         raise WeightSyncError(f"update to step {self._step} refused: {reason}")
 
 
-def non_finite(params: Mapping[str, torch.Tensor]) -> list[str]:
+def non_finite(params: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors that hold a NaN or an infinity."""
     return [name for name, tensor in params.items() if not bool(tensor.isfinite().all())]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, order=True)
@@ -56,7 +57,7 @@ class ParamMeta:
     def _first(self) -> tuple[int, ...]:
         return (0,) * len(self.shape) if self.start is None else self.start
 
-    def region_of(self, param: torch.Tensor) -> torch.Tensor | None:
+    def region_of(self, param: Tensor) -> Tensor | None:
         """A view of the region in `param`; None if it is not one of this tensor."""
         region, start = param, self.start
         if start is not None:
@@ -78,9 +79,9 @@ class Bucket:
     """Some tensors in one flat uint8 buffer, moved by one transfer."""
 
     metas: tuple[ParamMeta, ...]
-    buffer: torch.Tensor
+    buffer: Tensor
 
-    def tensor(self, meta: ParamMeta) -> torch.Tensor:
+    def tensor(self, meta: ParamMeta) -> Tensor:
         """A view of one tensor in the buffer."""
         part = self.buffer[meta.offset : meta.offset + meta.num_bytes]
         return part.view(meta.torch_dtype).view(meta.shape)

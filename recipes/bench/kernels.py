@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from samebit.kernels.attention import CanonicalAttention
@@ -52,7 +53,7 @@ _BF16 = torch.bfloat16
 _MAX_PLANS = 128
 
 
-def _randn(*shape: int, dtype: torch.dtype = _BF16) -> torch.Tensor:
+def _randn(*shape: int, dtype: torch.dtype = _BF16) -> Tensor:
     return torch.randn(shape, dtype=dtype, device=_CUDA)
 
 
@@ -66,11 +67,11 @@ def _against_torch(us: Spread, torch_us: Spread) -> Row:
     }
 
 
-def _logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _logits(x: Tensor, weight: Tensor) -> Tensor:
     return linear(x, weight, torch.float32)
 
 
-def _torch_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _torch_logits(x: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(x, weight.t(), out_dtype=torch.float32)
 
 
@@ -123,7 +124,7 @@ def layers_in_turn(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
     layers = [[_randn(*shape) for shape in shapes] for _ in range(max(2, num_copies(num_bytes)))]
     inputs = [_randn(max(run.measured_rows), k) for _, k in shapes]
 
-    def products(multiply: Callable, weights: list[torch.Tensor], m: int) -> None:
+    def products(multiply: Callable, weights: list[Tensor], m: int) -> None:
         for x, weight in zip(inputs, weights, strict=True):
             multiply(x[:m], weight)
 
@@ -139,7 +140,7 @@ def layers_in_turn(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
     return rows
 
 
-def make_cache(config: DenseModel, num_pages: int) -> tuple[torch.Tensor, torch.Tensor]:
+def make_cache(config: DenseModel, num_pages: int) -> tuple[Tensor, Tensor]:
     """Key and value cache of one layer with random contents, laid out as the engine's."""
     layout = replace(config.kv_layout, num_layers=1)
     cache = KVCache(layout, num_pages, _PAGE, _BF16, Arena(_CUDA))
@@ -173,7 +174,7 @@ def bench_attention(config: DenseModel, run: BenchKernelsRun) -> list[Row]:
     return rows
 
 
-def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 

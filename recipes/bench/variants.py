@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from samebit.kernels import attention as attention_op
 from samebit.kernels import linear as linear_op
@@ -20,7 +21,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 NOTES = {
     "torch_kernels": "linear is torch's own product (cuBLAS as it chooses, split-K included); "
-    "all other operations stay the engine's (torch has no attention over a paged cache)",
+    "all other operations stay the engine's (torch has no attention over a paged cache)"
 }
 
 
@@ -38,18 +39,16 @@ def torch_kernels(device_type: str) -> Iterator[Calls]:
     """
     calls = Calls()
 
-    def product(
-        x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
+    def product(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         calls.count += 1
         if out_dtype in (None, x.dtype):
             return F.linear(x, weight)
         return torch.mm(x, weight.t(), out_dtype=out_dtype)
 
-    def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def gated(x: Tensor, weight: Tensor) -> Tensor:
         return swiglu_op.swiglu(product(x, weight))
 
-    def in_segments(x: torch.Tensor, weight: torch.Tensor, _num_segments: int) -> torch.Tensor:
+    def in_segments(x: Tensor, weight: Tensor, _num_segments: int) -> Tensor:
         return product(x, weight, torch.float32)
 
     replacements: list[tuple[Op, Callable[..., Any]]] = [
@@ -65,9 +64,7 @@ def torch_kernels(device_type: str) -> Iterator[Calls]:
 def torch_trainer_kernels(device_type: str) -> Iterator[Calls]:
     """torch's own matrix product and attention in the trainer's forward, without gradients."""
 
-    def attend(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any, scale: float
-    ) -> tuple[torch.Tensor, None]:
+    def attend(q: Tensor, k: Tensor, v: Tensor, plan: Any, scale: float) -> tuple[Tensor, None]:
         ends, longest = plan.boundaries, max(plan.seq_lens)
         output, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, ends, ends, longest, longest, 0.0, True, False, scale=scale

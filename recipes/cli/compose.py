@@ -18,14 +18,7 @@ from omegaconf.errors import (
 
 from samebit.recipes.bench.config import BenchEngineRun, BenchKernelsRun, BenchTrainerRun
 from samebit.recipes.cli.overrides import Overrides, check_file, find_field, read_words
-from samebit.recipes.config import (
-    ConfigError,
-    DemoRun,
-    GrpoRun,
-    RunSection,
-    SftRun,
-    grpo_run_of,
-)
+from samebit.recipes.config import ConfigError, DemoRun, GrpoRun, RunSection, SftRun, grpo_run_of
 from samebit.recipes.run.secrets import build
 from samebit.recipes.tools_config import DiffRun, ExportRun, FetchRun, VerifyRun
 from samebit.trainer.algorithms.registry import find_algorithm

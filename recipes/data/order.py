@@ -3,12 +3,13 @@
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 _STEP_BITS, _PROMPT_BITS, _SAMPLE_BITS = 31, 20, 12
 
 
 @lru_cache(maxsize=2)
-def _permutation(size: int, seed: int, epoch: int) -> torch.Tensor:
+def _permutation(size: int, seed: int, epoch: int) -> Tensor:
     generator = torch.Generator().manual_seed((seed << 20) + epoch)
     return torch.randperm(size, generator=generator)
 

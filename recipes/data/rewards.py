@@ -131,10 +131,7 @@ def bind_reward(name: str, args: dict[str, Any]) -> BoundReward:
 
 
 def score(
-    reward: Reward,
-    texts: Sequence[str],
-    problems: Sequence[Problem],
-    poll: Poll = lambda: None,
+    reward: Reward, texts: Sequence[str], problems: Sequence[Problem], poll: Poll = lambda: None
 ) -> list[float]:
     """Return the reward of each completion, in order; `poll` is called while others compute them.
 

@@ -134,10 +134,7 @@ def records_digest(problems: Dataset, config: DataConfig) -> str:
 
 
 def require_same(
-    checkpoint: Checkpoint,
-    run: SftRun | GrpoRun,
-    here: Mapping[str, Any],
-    profile: NumericsProfile,
+    checkpoint: Checkpoint, run: SftRun | GrpoRun, here: Mapping[str, Any], profile: NumericsProfile
 ) -> None:
     """Raise CheckpointError, naming all keys with both values, unless the run may go on there.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from samebit.rollout.types import Completion
 from samebit.weight_sync.disk import make_folder, sync, write_atomically
@@ -21,10 +22,10 @@ class SavedSample:
     """Holds one sample as it was drawn and rewarded."""
 
     sample_id: int
-    prompt_ids: torch.Tensor
-    token_ids: torch.Tensor
+    prompt_ids: Tensor
+    token_ids: Tensor
     """[L] int32 drawn tokens."""
-    logprobs: torch.Tensor
+    logprobs: Tensor
     """[L] fp32, the rollout's own bits."""
     reward: float
 
@@ -39,7 +40,7 @@ def save_rollout(
     """Write the rollout of a step: groups in prompt order, 8 bytes a drawn token."""
     completions = [c for group in groups for c in group]
 
-    def ints(values: Iterator[int]) -> torch.Tensor:
+    def ints(values: Iterator[int]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.int32)
 
     tensors = {

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from samebit.recipes.config import GrpoRun
 from samebit.recipes.data.order import SampleIds, problem_index
@@ -51,7 +52,7 @@ class Rollout:
         return sum(flat) / len(flat)
 
     @property
-    def reward_tensor(self) -> torch.Tensor:
+    def reward_tensor(self) -> Tensor:
         """These are the rewards [prompts, samples] in fp64; fp32 would lose small differences."""
         return torch.tensor(self.rewards, dtype=torch.float64)
 

@@ -15,13 +15,7 @@ from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.data.tasks.base import Dataset
 from samebit.recipes.launch.processes import is_launched
 from samebit.recipes.run.binding import binding_layout, bindings, changes, require_same
-from samebit.recipes.run.folder import (
-    CONFIG_FILE,
-    RunFolder,
-    naming,
-    require_free,
-    require_outside,
-)
+from samebit.recipes.run.folder import CONFIG_FILE, RunFolder, naming, require_free, require_outside
 from samebit.recipes.run.input_files import input_files
 from samebit.recipes.run.metrics import OWNER_ONLY
 from samebit.recipes.run.needs import require_ready

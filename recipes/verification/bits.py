@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 _INT_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 22  # elements at a time, so that temporaries stay small beside a model's largest
@@ -20,7 +21,7 @@ class Distance:
     max_ulps: int
 
 
-def distance(a: torch.Tensor, b: torch.Tensor) -> Distance | None:
+def distance(a: Tensor, b: Tensor) -> Distance | None:
     """Return how far two tensors of one dtype and shape are apart; None if all bits are equal.
 
     Stricter than torch.equal: -0.0 is not 0.0 (0 ulps apart), and a NaN equals the same NaN.
@@ -46,17 +47,17 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> Distance | None:
     return Distance(num_differing, tuple(int(i) for i in place), first[1], max_ulps)
 
 
-def _bits(x: torch.Tensor) -> torch.Tensor:
+def _bits(x: Tensor) -> Tensor:
     return x.contiguous().view(_INT_OF_SIZE[x.element_size()]) if x.is_floating_point() else x
 
 
-def _ordered(bits: torch.Tensor) -> torch.Tensor:
+def _ordered(bits: Tensor) -> Tensor:
     """Floats in ascending order as ascending integers; both zeros are 0."""
     magnitude = bits.long() & torch.iinfo(bits.dtype).max
     return torch.where(bits < 0, -magnitude, magnitude)
 
 
-def _largest(x: torch.Tensor, y: torch.Tensor, element_size: int) -> int:
+def _largest(x: Tensor, y: Tensor, element_size: int) -> int:
     if element_size < 8:
         return int((x - y).abs().max())
     return max(abs(p - q) for p, q in zip(x.tolist(), y.tolist(), strict=True))  # exact past int64

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
+from torch import Tensor
 
 from samebit.kernels.attention_kind import AttentionKind, Heads
 from samebit.kernels.reduce import ALONE, RankGroup
@@ -121,7 +122,7 @@ class ModelConfig(ABC):
 
     @abstractmethod
     def make_decoder(
-        self, params: Mapping[str, torch.Tensor], num_positions: int, ranks: RankGroup = ALONE
+        self, params: Mapping[str, Tensor], num_positions: int, ranks: RankGroup = ALONE
     ) -> Any:
         """Build the engine's forward over a rank's parameters, for contexts of num_positions."""
 

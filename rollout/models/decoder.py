@@ -10,17 +10,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
+from torch import Tensor
 
 from samebit.kernels.attention_kind import AttentionKind, Heads
 from samebit.kernels.bias import linear_with_bias
 from samebit.kernels.contract import TP_SEGMENTS, padded_vocab_size
 from samebit.kernels.logprob import logits
-from samebit.kernels.reduce import (
-    ALONE,
-    RankGroup,
-    row_parallel_linear,
-    vocab_parallel_embedding,
-)
+from samebit.kernels.reduce import ALONE, RankGroup, row_parallel_linear, vocab_parallel_embedding
 from samebit.kernels.rms_norm import add_rms_norm, rms_norm
 from samebit.kernels.rope import rope_table
 from samebit.kernels.selfcheck import selfcheck
@@ -41,10 +37,10 @@ EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
 
-Norms = tuple[torch.Tensor, torch.Tensor] | None  # weights [Dh] of the query and key norms
+Norms = tuple[Tensor, Tensor] | None  # weights [Dh] of the query and key norms
 
 # (layer, qkv [T, (Hq + 2 Hkv) Dh] by kv head, norms) -> [T, Hq, Dh]
-Attend = Callable[[int, torch.Tensor, Norms], torch.Tensor]
+Attend = Callable[[int, Tensor, Norms], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +106,13 @@ class DenseModel(ModelConfig):
     def attention_flops(self, length: int) -> int:
         return 2 * self.num_layers * self.num_heads * self.head_dim * length**2
 
-    def rope_table(self, num_positions: int, device: torch.device) -> torch.Tensor:
+    def rope_table(self, num_positions: int, device: torch.device) -> Tensor:
         """The angles of the first positions [num_positions, Dh]; never more than the model has."""
         rows = min(num_positions, self.max_position)
         return rope_table(self.head_dim, self.rope_theta, rows, self.rope_scaling, device)
 
     def make_decoder(
-        self, params: Mapping[str, torch.Tensor], num_positions: int, ranks: RankGroup = ALONE
+        self, params: Mapping[str, Tensor], num_positions: int, ranks: RankGroup = ALONE
     ) -> "Decoder":
         table = self.rope_table(num_positions, params[EMBEDDING].device)
         return Decoder(self, params, table, ranks)
@@ -185,17 +181,17 @@ class DenseModel(ModelConfig):
 
 @dataclass(frozen=True)
 class _Layer:
-    input_norm: torch.Tensor
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
+    input_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
     norms: Norms
-    proj: torch.Tensor
-    mlp_norm: torch.Tensor
-    fc1: torch.Tensor
-    fc2: torch.Tensor
+    proj: Tensor
+    mlp_norm: Tensor
+    fc1: Tensor
+    fc2: Tensor
 
 
-def _layer(params: Mapping[str, torch.Tensor], i: int) -> _Layer:
+def _layer(params: Mapping[str, Tensor], i: int) -> _Layer:
     to = f"decoder.layers.{i}."
     heads = [params.get(f"{to}self_attention.{x}_layernorm.weight") for x in "qk"]
     return _Layer(
@@ -220,8 +216,8 @@ class Decoder:
     def __init__(
         self,
         config: DenseModel,
-        params: Mapping[str, torch.Tensor],
-        rope_table: torch.Tensor,
+        params: Mapping[str, Tensor],
+        rope_table: Tensor,
         ranks: RankGroup = ALONE,
     ) -> None:
         self.config = config
@@ -232,16 +228,16 @@ class Decoder:
         self.final_norm = params[FINAL_NORM]
         self.layers = [_layer(params, i) for i in range(config.num_layers)]
 
-    def with_params(self, params: Mapping[str, torch.Tensor]) -> "Decoder":
+    def with_params(self, params: Mapping[str, Tensor]) -> "Decoder":
         return Decoder(self.config, params, self.rope_table, self.ranks)
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: Tensor,
         attend: Attend,
         collect: Iterable[int] = (),
-        rows: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         """input_ids [T] int64 -> (final-normed hidden [T, D], collected).
 
         `collect` names layers whose residual stream [T, D] to return: i is the stream after i
@@ -249,9 +245,9 @@ class Decoder:
         the last attention nothing else is computed, unless streams are collected.
         """
         eps, wanted = self.config.norm_eps, set(collect)
-        collected: dict[int, torch.Tensor] = {}
+        collected: dict[int, Tensor] = {}
         residual = vocab_parallel_embedding(input_ids, self.embedding, self.ranks)
-        branch: torch.Tensor | None = None
+        branch: Tensor | None = None
         for i, layer in enumerate(self.layers):
             if branch is None:
                 normed = rms_norm(residual, layer.input_norm, eps)
@@ -274,6 +270,6 @@ class Decoder:
             collected[len(self.layers)] = residual
         return hidden if rows is None else hidden[rows], collected
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """hidden [S, D] after the final norm -> [S, V] fp32, before any temperature."""
         return logits(hidden, self._output_weight, self.config.vocab_size, self.ranks)

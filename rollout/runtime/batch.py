@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from samebit.kernels.attention_kind import AttentionKind, AttentionPlan
 from samebit.kernels.transfer import to_device
@@ -18,9 +19,9 @@ from samebit.rollout.runtime.slots import Slots, signed64
 class Batch:
     """Holds what a forward needs. It is passed down as an argument; nothing is global."""
 
-    input_ids: torch.Tensor  # [T] int64
-    positions: torch.Tensor  # [T] int64, absolute
-    kv_slots: torch.Tensor  # [T] int64, where each token's key and value go in the cache
+    input_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, absolute
+    kv_slots: Tensor  # [T] int64, where each token's key and value go in the cache
     plan: AttentionPlan
 
 
@@ -38,7 +39,7 @@ class Draws:
     restricted: list[tuple[int, RunningSample]]  # rows where not every token may be drawn
 
 
-def keep_tokens(last_tokens: torch.Tensor, token_ids: torch.Tensor, draws: Draws) -> None:
+def keep_tokens(last_tokens: Tensor, token_ids: Tensor, draws: Draws) -> None:
     """Note the newest token of each drawing slot in last_tokens, for the next step's forward."""
     last_tokens.index_copy_(0, to_device(draws.out_slots, last_tokens.device), token_ids)
 
@@ -52,7 +53,7 @@ def chunk_rows(step: EngineStep) -> Iterable[tuple[Chunk, slice]]:
 
 
 def make_batch(
-    step: EngineStep, slots: Slots, last_tokens: torch.Tensor, attention: AttentionKind
+    step: EngineStep, slots: Slots, last_tokens: Tensor, attention: AttentionKind
 ) -> Batch:
     """Lay the step's tokens one behind another, and plan attention.
 

@@ -1,6 +1,7 @@
 """The model's forward over the paged cache."""
 
 import torch
+from torch import Tensor
 
 from samebit.kernels.attention_inputs import attention_inputs
 from samebit.kernels.attention_kind import AttentionKind
@@ -16,15 +17,15 @@ def forward(
     attention: AttentionKind,
     batch: Batch,
     collect: set[int],
-    rows: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    rows: Tensor | None = None,
+) -> tuple[Tensor, dict[int, Tensor]]:
     """Compute the batch's tokens; their keys and values are in the cache afterwards.
 
     Returns (hidden [S, D] after the final norm of `rows`, residual streams of `collect`).
     """
     config = model.config
 
-    def attend(layer: int, qkv: torch.Tensor, norms: Norms) -> torch.Tensor:
+    def attend(layer: int, qkv: Tensor, norms: Norms) -> Tensor:
         keys, values = cache.keys[layer], cache.values[layer]
         q = attention_inputs(
             qkv, norms, config.norm_eps, model.rope_table, batch.positions, batch.kv_slots, keys,

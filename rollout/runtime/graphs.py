@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from samebit.kernels.attention_kind import AttentionKind, AttentionPlan, GraphEntries
 from samebit.kernels.decode_ring import HostRing, RingRow
@@ -40,8 +41,8 @@ _RING = 4  # more steps than are ever in flight
 class _Graph:
     graph: torch.cuda.CUDAGraph
     plan: AttentionPlan
-    step: Callable[[], torch.Tensor]  # owns tensors that the graph knows by address alone
-    hidden: torch.Tensor  # [bucket, D]
+    step: Callable[[], Tensor]  # owns tensors that the graph knows by address alone
+    hidden: Tensor  # [bucket, D]
 
 
 class DecodeGraphs:
@@ -51,7 +52,7 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, model: Decoder, cache: KVCache, attention: AttentionKind, last_tokens: torch.Tensor
+        self, model: Decoder, cache: KVCache, attention: AttentionKind, last_tokens: Tensor
     ) -> None:
         self._model = model
         self._cache = cache
@@ -62,7 +63,7 @@ class DecodeGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._ring = HostRing(_RING, BUCKETS[-1], self._device)
         self._turn = 0  # of the ring, as the next replay will find it
-        self._table: torch.Tensor | None = None
+        self._table: Tensor | None = None
         self._in_table: np.ndarray | None = None  # slots whose pages the device knows
         self.capture_s = 0.0
 
@@ -88,9 +89,7 @@ class DecodeGraphs:
         if self._in_table is not None:
             self._in_table[decode] = -1
 
-    def launch(
-        self, decode: np.ndarray, slots: Slots, sampler: Sampler
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def launch(self, decode: np.ndarray, slots: Slots, sampler: Sampler) -> tuple[Tensor, Tensor]:
         """Start one decode step; (token ids [B], log-probs [B]).
 
         They are the host's memory, filled once the step has run; the device's for restricted draws.
@@ -174,13 +173,13 @@ class DecodeGraphs:
 
     def _make_step(
         self, entries: GraphEntries, plan: AttentionPlan, draws: bool
-    ) -> Callable[[], torch.Tensor]:
+    ) -> Callable[[], Tensor]:
         from samebit.kernels.gpu.decode_ends import decode_inputs, decode_outputs
 
         model, cache, attention = self._model, self._cache, self._attention
         ring, last_tokens = self._ring, self._last_tokens
 
-        def step() -> torch.Tensor:
+        def step() -> Tensor:
             made = decode_inputs(ring, last_tokens, entries)
             batch = Batch(
                 input_ids=made.input_ids,

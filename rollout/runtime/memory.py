@@ -7,6 +7,7 @@ by tag ("weights", "kv"), and a tag is what is released and resumed.
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 
 class Arena:
@@ -14,11 +15,9 @@ class Arena:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._buffers: dict[str, dict[str, torch.Tensor]] = {}
+        self._buffers: dict[str, dict[str, Tensor]] = {}
 
-    def allocate(
-        self, tag: str, name: str, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> torch.Tensor:
+    def allocate(self, tag: str, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised buffer; ValueError if the tag already has the name."""
         buffers = self._buffers.setdefault(tag, {})
         if name in buffers:
@@ -26,6 +25,6 @@ class Arena:
         buffers[name] = torch.empty(shape, dtype=dtype, device=self.device)
         return buffers[name]
 
-    def adopt(self, tag: str, buffers: Mapping[str, torch.Tensor]) -> None:
+    def adopt(self, tag: str, buffers: Mapping[str, Tensor]) -> None:
         """Take memory that somebody else owns in place of the tag's buffers."""
         self._buffers[tag] = dict(buffers)

@@ -12,14 +12,7 @@ import torch
 
 from samebit.kernels.reduce import RankGroup
 from samebit.rollout.device import on_device
-from samebit.rollout.messages import (
-    AbortRequest,
-    Admit,
-    Drain,
-    FlushCache,
-    Leave,
-    RankMessage,
-)
+from samebit.rollout.messages import AbortRequest, Admit, Drain, FlushCache, Leave, RankMessage
 from samebit.rollout.runtime.call import Call
 from samebit.rollout.runtime.lockstep import Lockstep
 from samebit.rollout.runtime.running_sample import RunningSample

@@ -4,17 +4,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from samebit.kernels.attention_kind import AttentionKind
 from samebit.kernels.transfer import to_device
 from samebit.rollout.models.decoder import Decoder
-from samebit.rollout.runtime.batch import (
-    Batch,
-    keep_tokens,
-    make_batch,
-    make_draws,
-    scoring_rows,
-)
+from samebit.rollout.runtime.batch import Batch, keep_tokens, make_batch, make_draws, scoring_rows
 from samebit.rollout.runtime.forward import forward
 from samebit.rollout.runtime.graphs import DecodeGraphs
 from samebit.rollout.runtime.kv_cache import KVCache
@@ -29,11 +24,11 @@ _NOTHING = np.zeros(0, dtype=np.float32)
 class Outcome:
     """Holds what a step gives: tokens and log-probs on their way to the host, hidden states."""
 
-    token_ids: torch.Tensor | None  # [S] int64, host
-    logprobs: torch.Tensor | None  # [S] fp32, host
-    scores: torch.Tensor | None  # fp32, host
+    token_ids: Tensor | None  # [S] int64, host
+    logprobs: Tensor | None  # [S] fp32, host
+    scores: Tensor | None  # fp32, host
     done: torch.cuda.Event | None
-    collected: dict[int, torch.Tensor] = field(default_factory=dict)
+    collected: dict[int, Tensor] = field(default_factory=dict)
 
     def wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(token ids, log-probs, scores), once they have arrived."""
@@ -44,7 +39,7 @@ class Outcome:
         return token_ids.astype(np.int64), logprobs, scores
 
 
-def _to_host(values: torch.Tensor | None) -> torch.Tensor | None:
+def _to_host(values: Tensor | None) -> Tensor | None:
     """A copy on the host that is there once the stream gets to it."""
     if values is None or values.device.type == "cpu":
         return values
@@ -111,16 +106,16 @@ class Runner:
         return self._outcome(token_ids, logprobs, scores, collected)
 
     def forward(
-        self, batch: Batch, collect: set[int], rows: torch.Tensor | None
-    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        self, batch: Batch, collect: set[int], rows: Tensor | None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         return forward(self.model, self.cache, self.attention, batch, collect, rows)
 
     def _outcome(
         self,
-        token_ids: torch.Tensor | None,
-        logprobs: torch.Tensor | None,
-        scores: torch.Tensor | None,
-        collected: dict[int, torch.Tensor],
+        token_ids: Tensor | None,
+        logprobs: Tensor | None,
+        scores: Tensor | None,
+        collected: dict[int, Tensor],
     ) -> Outcome:
         token_ids, logprobs, scores = (_to_host(x) for x in (token_ids, logprobs, scores))
         done = None

@@ -25,6 +25,7 @@ from enum import Enum
 from typing import Self
 
 import torch
+from torch import Tensor
 
 from samebit.rollout.types import Completion, Request
 from samebit.weight_sync.types import VersionSpan, WeightVersion
@@ -65,7 +66,7 @@ class RunningSample:
     spans: list[VersionSpan] = field(default_factory=list)
     finish_reason: str | None = None
     siblings: list["RunningSample"] = field(default_factory=list)
-    hidden: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    hidden: dict[int, list[Tensor]] = field(default_factory=dict)
     slot: int | None = None
 
     @classmethod
@@ -112,7 +113,7 @@ class RunningSample:
         if not self.spans or self.spans[-1].version != version:
             self.spans.append(VersionSpan(position - self.prompt_len, version))
 
-    def add_hidden(self, collected: dict[int, torch.Tensor], rows: slice) -> None:
+    def add_hidden(self, collected: dict[int, Tensor], rows: slice) -> None:
         """Keep this step's part of the hidden states asked for."""
         for layer in self.request.hidden_state_layers:
             self.hidden.setdefault(layer, []).append(collected[layer][rows].clone())

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from samebit.kernels.logprob import logprob_of
 from samebit.kernels.sample import allowed_tokens, draw, draw_with_logprobs
@@ -12,7 +13,7 @@ from samebit.rollout.runtime.batch import Draws
 from samebit.rollout.runtime.running_sample import RunningSample
 from samebit.rollout.runtime.slots import Slots
 
-Logits = Callable[[torch.Tensor], torch.Tensor]
+Logits = Callable[[Tensor], Tensor]
 """From hidden states [S, D] to logits [S, V] fp32, before any temperature."""
 
 _MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}  # elements of one chunk of rows
@@ -54,9 +55,7 @@ class Sampler:
             return "stop"
         return "length" if num_new >= params.max_new_tokens else None
 
-    def draw(
-        self, hidden: torch.Tensor, logits_of: Logits, draws: Draws
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(self, hidden: Tensor, logits_of: Logits, draws: Draws) -> tuple[Tensor, Tensor]:
         """Next tokens [S] int64 and their log-probs [S] fp32 for hidden [S, D], on its device."""
         device, num_rows = hidden.device, len(hidden)
         columns = (
@@ -76,12 +75,8 @@ class Sampler:
         return torch.cat(token_ids), torch.cat(logprobs)
 
     def score(
-        self,
-        hidden: torch.Tensor,
-        logits_of: Logits,
-        next_ids: np.ndarray,
-        owners: list[RunningSample],
-    ) -> torch.Tensor:
+        self, hidden: Tensor, logits_of: Logits, next_ids: np.ndarray, owners: list[RunningSample]
+    ) -> Tensor:
         """Log-probs [S] of given next tokens [S] for hidden [S, D]."""
         divisors = np.array([s.request.params.temperature or 1.0 for s in owners], np.float32)
         ids, temperature = (to_device(values, hidden.device) for values in (next_ids, divisors))
@@ -99,20 +94,18 @@ class Sampler:
 
     def _draw(
         self,
-        logits: torch.Tensor,
+        logits: Tensor,
         restricted: list[tuple[int, RunningSample, int]],
-        temperature: torch.Tensor,
-        *keys: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        temperature: Tensor,
+        *keys: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         if not restricted:
             return draw_with_logprobs(logits, temperature, *keys)
         scaled = logits / temperature[:, None]
         token_ids = draw(self._restrict(scaled, restricted), *keys)
         return token_ids, logprob_of(scaled, token_ids)
 
-    def _restrict(
-        self, scaled: torch.Tensor, restricted: list[tuple[int, RunningSample, int]]
-    ) -> torch.Tensor:
+    def _restrict(self, scaled: Tensor, restricted: list[tuple[int, RunningSample, int]]) -> Tensor:
         """Scaled logits with -inf where (row, sequence, position) may not draw a token."""
         scaled, device = scaled.clone(), scaled.device
         limited = [(i, seq.request.params) for i, seq, _ in restricted if seq.request.params.limits]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from samebit.kernels.rope import SCALING_KEYS
 from samebit.rollout.config import EngineConfig, as_path
@@ -84,7 +85,7 @@ class WeightControl:
         if self._prefixes is not None:
             self._prefixes.reset(self.version)
 
-    def bind_weights(self, params: Mapping[str, torch.Tensor], step: int) -> WeightVersion:
+    def bind_weights(self, params: Mapping[str, Tensor], step: int) -> WeightVersion:
         specs, group = self.session.specs, self.session.group
         if names := misfits(specs, params):
             raise ValueError(f"parameters do not fit the engine: {', '.join(names[:5])}")
@@ -104,7 +105,7 @@ class WeightControl:
         self._require_idle("a weight update")
         self.session.begin(step)
 
-    def receive_weights_in_place(self, params: Mapping[str, torch.Tensor]) -> None:
+    def receive_weights_in_place(self, params: Mapping[str, Tensor]) -> None:
         own = self.session.params
         apart = [
             name
@@ -124,7 +125,7 @@ class WeightControl:
         return version
 
     def update_weights_from_tensor(
-        self, params: Mapping[str, torch.Tensor], step: int, digest: str | None
+        self, params: Mapping[str, Tensor], step: int, digest: str | None
     ) -> WeightVersion:
         self.begin_weight_update(step)
         with self._aborting():

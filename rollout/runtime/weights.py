@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from samebit.rollout.runtime.weight_files import (
@@ -26,7 +27,7 @@ _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float
 def load_safetensors(
     folder: Path,
     specs: Sequence[ParamSpec],
-    params: Mapping[str, torch.Tensor],
+    params: Mapping[str, Tensor],
     whole: Sequence[ParamSpec] | None = None,
 ) -> None:
     """Fill params in place from a Hugging Face folder, sharded or not.
@@ -40,8 +41,8 @@ def load_safetensors(
 def fill(
     folder: Path,
     specs: Sequence[ParamSpec],
-    params: Mapping[str, torch.Tensor],
-    read: Callable[[str], torch.Tensor],
+    params: Mapping[str, Tensor],
+    read: Callable[[str], Tensor],
 ) -> None:
     """Fill params in place by a reader of `folder`; WeightLoadError for NaN or Inf."""
     device = params[specs[0].name].device
@@ -53,26 +54,26 @@ def fill(
 
 @contextmanager
 def read_ahead(
-    read: Callable[[str], torch.Tensor], names: Sequence[str], pin: bool
-) -> Iterator[Callable[[str], torch.Tensor]]:
+    read: Callable[[str], Tensor], names: Sequence[str], pin: bool
+) -> Iterator[Callable[[str], Tensor]]:
     """A reader that fetches the next tensors on threads while the present one is used.
 
     names: the order of reading. pin: copies go through page-locked memory, so that the device takes
     them at full speed. A bar shows the progress of what takes more than a second.
     """
 
-    def fetch(name: str) -> torch.Tensor:
+    def fetch(name: str) -> Tensor:
         tensor = read(name)
         return tensor.pin_memory() if pin else tensor
 
-    waiting: dict[str, Future[torch.Tensor]] = {}
+    waiting: dict[str, Future[Tensor]] = {}
     upcoming = iter(names)
     with (
         ThreadPoolExecutor(_READERS) as pool,
         tqdm(total=len(names), desc="weights", unit=" tensors", delay=1, leave=False) as bar,
     ):
 
-        def next_one(name: str) -> torch.Tensor:
+        def next_one(name: str) -> Tensor:
             for coming in itertools.islice(upcoming, 1 if waiting else 2 * _READERS):
                 waiting[coming] = pool.submit(fetch, coming)
             bar.update()
@@ -81,7 +82,7 @@ def read_ahead(
         yield next_one
 
 
-def open_safetensors(folder: Path, specs: Sequence[ParamSpec]) -> Callable[[str], torch.Tensor]:
+def open_safetensors(folder: Path, specs: Sequence[ParamSpec]) -> Callable[[str], Tensor]:
     """A reader of whole tensors by Hugging Face name, for a folder that fits the specs.
 
     Only the files' headers are read before. Raises as find_tensors does, and WeightLoadError that
@@ -121,16 +122,13 @@ def _check_tied(names: set[str], handles: Mapping, file_of: Mapping[str, Path]) 
 
 
 def load_dummy(
-    specs: Sequence[ParamSpec],
-    params: Mapping[str, torch.Tensor],
-    seed: int,
-    std: float = 0.02,
+    specs: Sequence[ParamSpec], params: Mapping[str, Tensor], seed: int, std: float = 0.02
 ) -> None:
     """Fill params with N(0, std), norms with ones; each tensor by its own seed and name."""
     shapes = hf_shapes(specs)
     device = params[specs[0].name].device
 
-    def draw(name: str) -> torch.Tensor:
+    def draw(name: str) -> Tensor:
         if name.endswith("norm.weight"):
             return torch.ones(shapes[name], device=device)
         key = hashlib.sha256(f"{seed}:{name}".encode()).digest()

@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from samebit.weight_sync.mapping import ParamSpec
 from samebit.weight_sync.types import Bucket, ParamMeta, WeightVersion
@@ -28,7 +28,7 @@ class WeightSink(Protocol):
     def receive_weights(self, bucket: Bucket) -> None:
         """Put a bucket's tensors into place."""
 
-    def receive_weights_in_place(self, params: Mapping[str, torch.Tensor]) -> None:
+    def receive_weights_in_place(self, params: Mapping[str, Tensor]) -> None:
         """Accept that `params`, the receiver's own memory, already hold the new version."""
 
     def commit_weight_update(self, digest: str) -> WeightVersion:
@@ -43,7 +43,7 @@ class WeightSource(Protocol):
 
     step: int
     """The optimizer step that made the present weights."""
-    params: Mapping[str, torch.Tensor]
+    params: Mapping[str, Tensor]
     """The live parameters of this process, by their engine (Megatron) names."""
     specs: list[ParamSpec]
     """What each of them is."""
@@ -70,7 +70,7 @@ class WeightSync(ABC):
         """Say that the weights of `step` are going to be made: memory that is shared is leased."""
 
     @abstractmethod
-    def update(self, params: Mapping[str, torch.Tensor], digest: str) -> WeightVersion:
+    def update(self, params: Mapping[str, Tensor], digest: str) -> WeightVersion:
         """Serve `params`, whose digest this is, as the step that `lease` named.
 
         Raises WeightSyncError if the engine refused them; it then serves nothing, or the version
@@ -95,7 +95,7 @@ class Lease(WeightSync):
         """Have the engine stop serving, so that no rollout can see half a step."""
         self._sink.begin_weight_update(step)
 
-    def update(self, params: Mapping[str, torch.Tensor], digest: str) -> WeightVersion:
+    def update(self, params: Mapping[str, Tensor], digest: str) -> WeightVersion:
         """Have the engine check that it holds this very memory, and its digest."""
         self._sink.receive_weights_in_place(params)
         return self._sink.commit_weight_update(digest)
@@ -118,7 +118,7 @@ class Transport(WeightSync):
         """Remember the step: nothing is shared."""
         self._leased = step
 
-    def update(self, params: Mapping[str, torch.Tensor], digest: str) -> WeightVersion:
+    def update(self, params: Mapping[str, Tensor], digest: str) -> WeightVersion:
         """Begin, send and commit; abort if the sending breaks off."""
         self.begin(self._leased)
         try:
@@ -137,7 +137,7 @@ class Transport(WeightSync):
         """Begin an update to `step`. Receivers that are written in place stop serving."""
 
     @abstractmethod
-    def send(self, params: Mapping[str, torch.Tensor]) -> None:
+    def send(self, params: Mapping[str, Tensor]) -> None:
         """Move all parameters."""
 
     @abstractmethod

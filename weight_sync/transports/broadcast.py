@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from samebit.weight_sync.meeting import (
     check_secret,
@@ -105,7 +106,7 @@ class GlooGroup:
     def receive(self, bucket: Bucket) -> None:
         self._broadcast(bucket.buffer, 0)
 
-    def _broadcast(self, tensor: torch.Tensor, root: int) -> None:
+    def _broadcast(self, tensor: Tensor, root: int) -> None:
         try:
             self._pg.broadcast(tensor, root).wait()
         except RuntimeError as error:
@@ -148,7 +149,7 @@ class BroadcastTransport(UpdateSender):
         with self._last_words():
             super().begin(step)
 
-    def send(self, params: Mapping[str, torch.Tensor]) -> None:
+    def send(self, params: Mapping[str, Tensor]) -> None:
         with self._last_words():
             super().send(params)
 

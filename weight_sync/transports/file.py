@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import torch
+from torch import Tensor
 
 from samebit.weight_sync.folders import MARKER, read_marker, replacing
 from samebit.weight_sync.mapping import ParamSpec, hf_tensors, misfits
@@ -20,7 +20,7 @@ from samebit.weight_sync.types import WeightSyncError, WeightVersion
 VERSION_FILE = "weight_version.json"
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     """Write a safetensors file with the mode of any new file; safetensors makes private ones."""
     from safetensors.torch import save_file
 
@@ -31,7 +31,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
 
 
 def write_safetensors(
-    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int
 ) -> None:
     """Write named tensors as one file, or as shards with an index if they exceed the limit."""
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -64,7 +64,7 @@ def require_replaceable(folder: Path) -> None:
 def write_weights(
     folder: Path,
     specs: Sequence[ParamSpec],
-    params: Mapping[str, torch.Tensor],
+    params: Mapping[str, Tensor],
     version: WeightVersion,
     max_shard_bytes: int = 5 << 30,
 ) -> None:
@@ -76,7 +76,7 @@ def write_weights(
 def write_hf_folder(
     folder: Path,
     specs: Sequence[ParamSpec],
-    params: Mapping[str, torch.Tensor],
+    params: Mapping[str, Tensor],
     version: WeightVersion,
     side_files: Iterable[Path] = (),
     max_shard_bytes: int = 5 << 30,
@@ -113,14 +113,11 @@ class FileTransport(Transport):
     """
 
     def __init__(
-        self,
-        folder: Path,
-        specs: Sequence[ParamSpec],
-        load: Callable[[Path], WeightVersion],
+        self, folder: Path, specs: Sequence[ParamSpec], load: Callable[[Path], WeightVersion]
     ) -> None:
         self._folder, self._specs, self._load = folder, specs, load
         self._step = 0
-        self._params: Mapping[str, torch.Tensor] = {}
+        self._params: Mapping[str, Tensor] = {}
 
     @classmethod
     def between(cls, source: WeightSource, engine: Any, folder: Path) -> Self:
@@ -130,7 +127,7 @@ class FileTransport(Transport):
     def begin(self, step: int) -> None:
         self._step = step
 
-    def send(self, params: Mapping[str, torch.Tensor]) -> None:
+    def send(self, params: Mapping[str, Tensor]) -> None:
         """Remember what to write: the version file needs the digest, known at commit.
 
         Raises WeightSyncError if names or shapes are not the receiver's.

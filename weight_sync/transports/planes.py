@@ -11,6 +11,7 @@ from dataclasses import astuple
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from samebit.weight_sync.buckets import cut_buckets, empty_bucket, pack
 from samebit.weight_sync.transports.base import Transport, WeightSink
@@ -64,7 +65,7 @@ class UpdateSender(Transport):
         self._step = step
         self._control.tell({"op": "begin", "step": step})
 
-    def send(self, params: Mapping[str, torch.Tensor]) -> None:
+    def send(self, params: Mapping[str, Tensor]) -> None:
         for metas in cut_buckets(params, self._bucket_bytes):
             bucket = pack(metas, params)
             self._control.tell({"op": "bucket", "metas": [astuple(meta) for meta in metas]})

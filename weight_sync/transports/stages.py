@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from samebit.weight_sync.buckets import cut_buckets, pack
 from samebit.weight_sync.objects import gather_objects
@@ -22,7 +22,7 @@ class StageTransport(SinkTransport):
     def __init__(
         self,
         sink: WeightSink,
-        whole: Mapping[str, torch.Tensor],
+        whole: Mapping[str, Tensor],
         group: dist.ProcessGroup,
         bucket_bytes: int = 256 << 20,
     ) -> None:
@@ -36,7 +36,7 @@ class StageTransport(SinkTransport):
         """Serve an engine of this process and those of the other stages."""
         return cls(engine, engine.weights, source.pipeline_group)
 
-    def send(self, params: Mapping[str, torch.Tensor]) -> None:
+    def send(self, params: Mapping[str, Tensor]) -> None:
         """Broadcast what this stage holds and take what the others do."""
         for owner, held in enumerate(gather_objects(list(params), self._group)):
             source = dist.get_global_rank(self._group, owner)
