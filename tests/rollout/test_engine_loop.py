@@ -172,7 +172,8 @@ def test_an_interrupt_is_told_to_the_other_ranks(make_engine, monkeypatch):
         patch.setattr(own.step_loop, "advance", interrupted)
         with pytest.raises(KeyboardInterrupt):
             own.generate(PROMPTS, PARAMS)
-    assert own.loop.book.lockstep.failure == "KeyboardInterrupt()"
+    with pytest.raises(RuntimeError, match="have parted: KeyboardInterrupt()"):
+        own.loop.book.lockstep.exchange()
     assert not own.has_unfinished_requests
 
 

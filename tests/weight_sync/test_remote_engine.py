@@ -20,6 +20,7 @@ from samebit.rollout.client import stream_of
 from samebit.rollout.engine import Engine
 from samebit.rollout.messages import Ask, Done, Generate, Score
 from samebit.rollout.remote import RemoteEngine, RemoteEngineError, _Pipe
+from samebit.rollout.runtime.requests import scores_of
 from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
@@ -130,7 +131,7 @@ def test_a_call_that_is_interrupted_as_it_goes_out(remote, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             remote.score(PROMPTS[:1])
     waiting = remote._pipe.call(Score(PROMPTS[:1], 1.0))[1]
-    assert waiting.result(timeout=60) == remote.score(PROMPTS[:1])
+    assert scores_of(waiting.result(timeout=60)) == remote.score(PROMPTS[:1])
 
 
 def test_calls_to_a_remote_engine_overlap(remote, old, engine):
