@@ -32,11 +32,14 @@ from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.types import Completion, SamplingParams
 from samebit.trainer.config import ParallelConfig
-from samebit.trainer.megatron.forward import ForwardModel
+from samebit.trainer.megatron.imports import lean_imports
 from samebit.trainer.megatron.setup import initialize
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.stats import count_mismatches
 from samebit.weight_sync.objects import gather_objects
+
+with lean_imports():
+    from samebit.trainer.megatron.forward import ForwardModel
 
 DEFAULTS = {
     "tp_invariant": False,
