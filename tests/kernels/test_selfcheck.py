@@ -143,6 +143,20 @@ def test_the_result_is_written_and_used_again(monkeypatch, tmp_path):
     assert cache_files(tmp_path) == [file]
 
 
+class OwnAttention(CanonicalAttention):
+    """A kind from outside the package."""
+
+
+def test_attention_of_the_users_own_is_checked_at_every_start(monkeypatch):
+    """Its source may have changed under the same name."""
+    own, checked = OwnAttention(ATTENTION.heads, CPU), []
+    monkeypatch.setattr(selfcheck_module, "check_attention", checked.append)
+    for _ in range(2):
+        selfcheck(SHAPES, ATTENTION, WIDTHS)
+        selfcheck(SHAPES, own, WIDTHS)
+    assert checked == [ATTENTION, own, own]
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"unequal": 3}'])
 def test_a_damaged_cache_file_is_replaced(tmp_path, text):
     """A full disk or a crash must not keep every later engine from starting."""
