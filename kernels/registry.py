@@ -17,4 +17,10 @@ def attention_kind(name: str) -> "type[AttentionKind]":
     """The kind of this name, or one named as module:Class; ValueError for none."""
     from samebit.kernels.attention_kind import AttentionKind
 
-    return import_class(ATTENTION_KINDS.get(name, name), "numerics.attention", AttentionKind)
+    found = import_class(ATTENTION_KINDS.get(name, name), "numerics.attention", AttentionKind)
+    if name not in ATTENTION_KINDS:
+        named = isinstance(own := getattr(found, "name", None), str) and own not in ATTENTION_KINDS
+        if not (named and hasattr(found, "is_invariant")):
+            what = "its class must have is_invariant, and a name that no kind of samebit has"
+            raise ValueError(f"numerics.attention is {name!r}; {what}")
+    return found

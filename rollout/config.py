@@ -20,7 +20,7 @@ _BESIDES = ("device", "dtype", "ranks")  # what else Engine takes by name
 
 @dataclass(kw_only=True)  # not frozen: OmegaConf would refuse to change a frozen one's keys
 class EngineConfig:
-    """The engine's settings. But for seed, load format and attention, none can change a token.
+    """The engine's settings. None can change a token but seed, load format, attention and family.
 
     Example: EngineConfig(kv_cache_tokens=1 << 16, max_num_seqs=64)
 

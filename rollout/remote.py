@@ -74,7 +74,7 @@ class _Pipe:
             try:
                 self._connection.send((number, message))
             except BaseException as error:
-                del self._waiting[number]
+                self._waiting.pop(number, None)
                 if isinstance(error, OSError):
                     raise self._death() from error
                 raise
@@ -102,14 +102,14 @@ class _Pipe:
             result.set_exception(death)
 
     def _take(self, number: int, answer: Answer) -> None:
-        if number not in self._waiting:
+        if (waiting := self._waiting.get(number)) is None:
             return  # whoever called was interrupted as the call went out
+        result, tell = waiting
         if isinstance(answer, Drew):
-            _, tell = self._waiting[number]
             assert tell is not None
             tell(answer.increments)
             return
-        result, _ = self._waiting.pop(number)
+        self._waiting.pop(number, None)
         if isinstance(answer, Done):
             result.set_result(answer.value)
         else:
@@ -141,7 +141,7 @@ def _weight_version(engine: Engine) -> WeightVersion:
 
 
 class RemoteEngine:
-    """An EngineClient: starts a process with an Engine, whose arguments and methods it has.
+    """An EngineClient: starts a process with an Engine; arguments as Engine's.
 
     Close it when done. Any method raises RemoteEngineError once the process has died. Raises
     ValueError for cpu_threads below 1, and what Engine raises.

@@ -147,6 +147,7 @@ WRONG = {
     "data.task=my_tasks:__name__": "it must be a function: load(config) -> (train, held_out)",
     "data.task=dataclasses:astuple": "it must be a function: load(config) -> (train, held_out)",
     "data.task=json:loads": "which failed: TypeError('the JSON object must be str",
+    "numerics.attention=samebit.kernels.attention:CanonicalAttention": "a name that no kind of",
     "numerics.attention=my_models:Twin": "a subclass of samebit.kernels.attention_kind:Att",
 }
 
@@ -161,6 +162,18 @@ def test_what_cannot_be_used_is_refused_by_key_and_value(folder, capsys):
         assert reason in said
     assert main(command(folder, "run", word)) == 1
     assert not (folder / "run").exists()
+
+
+def test_a_problem_stands_at_its_index(folder, capsys):
+    """Else a model would be given one problem and another's label."""
+    with (folder / "my_tasks.py").open("a") as file:
+        file.write("from dataclasses import replace\ndef renumbered(config):\n")
+        file.write("    train, held_out = successors(config)\n")
+        file.write("    return [replace(p, index=1) for p in train], held_out\n")
+    assert main(command(folder, "run", "dry_run=true", "data.task=my_tasks:renumbered")) == 1
+    said = capsys.readouterr().err
+    assert "holds Problem(index=1, prompt='1=', label='2'" in said
+    assert "at 0; give a Problem with index 0" in said
 
 
 def test_other_commands_and_the_engine_take_a_family(folder, capsys):

@@ -23,10 +23,10 @@ def pack_samples(
 ) -> list[MicroBatch]:
     """Fill micro-batches of at most max_tokens tokens, never reordering.
 
-    temperature is the rollout's. Where that makes fewer than `at_least` of them, those of the most
-    samples are halved; units are never parted. Raises ValueError for a sample or unit longer than
-    max_tokens or an empty list and, given a model, for a sample that is longer than its context or
-    has a token outside its vocabulary.
+    loss_mean: as in TrainerConfig; temperature: the rollout's. Where there would be fewer than
+    `at_least` micro-batches, those of the most samples are halved; units are never parted. Raises
+    ValueError for a sample or unit longer than max_tokens or an empty list and, given a model, for
+    a sample that is longer than its context or has a token outside its vocabulary.
     """
     if not samples:
         raise ValueError("no samples to train on")

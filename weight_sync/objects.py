@@ -145,8 +145,10 @@ def _value(tag: bytes, content: memoryview) -> Any:
         case b"l" | b"t":
             return _values(content) if tag == b"l" else tuple(_values(content))
         case b"L" | b"U":
-            packed, _ = _first(content)
-            return list(packed) if tag == b"L" else tuple(packed)
+            packed = _values(content)
+            if len(packed) != 1 or type(packed[0]) is not array:
+                raise ValueError("damaged message: a list of no numbers")
+            return list(packed[0]) if tag == b"L" else tuple(packed[0])
         case b"m":
             items = _values(content)
             return dict(zip(items[::2], items[1::2], strict=True))

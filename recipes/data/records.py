@@ -15,6 +15,7 @@ from tqdm import tqdm
 from samebit.recipes.data.tasks.base import Dataset, Problem, check_index
 from samebit.recipes.data.text import Prompt, TextCodec
 from samebit.recipes.launch.processes import launched_rank
+from samebit.rollout.values import shown
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ class Split:
         self.num_dropped = 0
         self.num_cut = 0
         self._name = name
-        self._dataset = dataset
+        self.dataset = dataset
         self._encoder = encoder
         self._kept: Sequence[int] = range(len(dataset))
         self._encoded: dict[int, Encoded] = {}
@@ -144,7 +145,7 @@ class Split:
 
     def __getitem__(self, index: int) -> Problem:
         check_index(index, len(self))
-        problem = self._dataset[self._kept[index]]
+        problem = self.dataset[self._kept[index]]
         return problem if problem.index == index else replace(problem, index=index)
 
     def encoded(self, problem: Problem) -> Encoded:
@@ -163,12 +164,12 @@ class Split:
         left is the same however long the run is. A bar appears if it takes long.
         """
         drop = self._encoder.policy == "drop"
-        order = range(len(self._dataset)) if drop else indices
+        order = range(len(self.dataset)) if drop else indices
         kept: list[int] = []
         look = {"unit": "rec", "delay": 1, "leave": False, "disable": launched_rank() > 0}
         with tqdm(desc=self._name, total=len(order), **look) as bar:
             for start in range(0, len(order), CHUNK):
-                problems = [self._dataset[i] for i in order[start : start + CHUNK]]
+                problems = [self._problem(i) for i in order[start : start + CHUNK]]
                 found = self._encoder(problems)
                 fit = [p for p, e in zip(problems, found, strict=True) if isinstance(e, Encoded)]
                 self._encoder.text.keep_tokens_of(p.label for p in fit)
@@ -192,6 +193,13 @@ class Split:
         self._say(self.num_cut, len(order), "cut at their left")
         if len(order) and not kept:
             raise ValueError(f"no record of the {self._name} is left: all are overlong")
+
+    def _problem(self, index: int) -> Problem:
+        problem = self.dataset[index]
+        if getattr(problem, "index", None) != index:
+            what = f"give a Problem with index {index}"
+            raise ValueError(f"the {self._name} holds {shown(problem)} at {index}; {what}")
+        return problem
 
     def _say(self, number: int, total: int, what: str) -> None:
         if number:

@@ -123,10 +123,12 @@ def digest(*parts: bytes) -> str:
 def records_digest(problems: Dataset, config: DataConfig) -> str:
     """Return the number and a digest of prompts, labels and metadata, in order.
 
-    Of generated problems the first ones: the configuration and those say what the others are.
+    Of generated problems the first ones: the configuration and those say what the others are. Not
+    so of a user's list.
     """
     count = len(problems)
-    read = range(count if config.task == "file" else min(count, _SAMPLED))
+    listed = ":" in config.task and isinstance(getattr(problems, "dataset", problems), list)
+    read = range(count if listed or config.task == "file" else min(count, _SAMPLED))
     rows = (problems[i] for i in read)
     encode = json.JSONEncoder(sort_keys=True, default=repr).encode
     texts = (encode([p.prompt, p.label, p.metadata]) for p in rows)

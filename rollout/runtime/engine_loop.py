@@ -65,7 +65,13 @@ class EngineLoop:
     ) -> Begun[list[list[Completion]]]:
         """`run` for those who do not wait in a thread of their own."""
         call = Call(requests, tell)
-        return self.submit(call), partial(self.abandon, call)
+        abandon = partial(self.abandon, call)
+        try:
+            return self.submit(call), abandon
+        except BaseException:
+            with suppress(RuntimeError):  # no thread can be started: nobody would ask for it
+                abandon()
+            raise
 
     def submit(self, call: Call) -> Future[list[list[Completion]]]:
         """Put a call in and do not wait; its result."""

@@ -158,7 +158,7 @@ class WeightControl:
             yield
         except BaseException as error:
             if self.session.state is SessionState.UPDATING:
-                self.session.abort(str(error))
+                self.session.abort(str(error) or repr(error))
             raise
 
     def _require_idle(self, what: str) -> None:

@@ -217,7 +217,8 @@ def test_records_are_told_apart():
 
 
 def test_every_record_of_a_file_counts_and_the_first_of_generated_ones():
-    """Generated problems follow from their arguments, but a task may change between versions."""
+    """Generated problems follow from their arguments, but a task may change between versions. A
+    list of the user's task may have been read from anywhere."""
 
     def digest(task, count, changed=None):
         rows = [
@@ -230,6 +231,7 @@ def test_every_record_of_a_file_counts_and_the_first_of_generated_ones():
     assert digest("reverse_digits", 40) != digest("reverse_digits", 40, changed=15)
     assert digest("reverse_digits", 40) == digest("reverse_digits", 40, changed=39)
     assert digest("reverse_digits", 40) != digest("reverse_digits", 41)
+    assert digest("mine:listed", 40) != digest("mine:listed", 40, changed=39)
 
 
 def test_the_package_that_makes_the_problems_counts(demo_model):

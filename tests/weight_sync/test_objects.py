@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import assert_same_bits
 
-from samebit.weight_sync.objects import decode, encode
+from samebit.weight_sync.objects import _HEADER, decode, encode
 
 VALUES = [
     *(None, True, False, 0, 1, -1, 255, -256, (1 << 63) - 1, 1 << 63, -(1 << 80)),
@@ -75,6 +75,9 @@ def test_no_message_is_run():
     """A pickle is noise; and of the message of a peer that went mad nothing but an error comes."""
     with pytest.raises(ValueError, match="damaged message"):
         decode(pickle.dumps(Evil()))
+    for content in (encode("text"), encode(array("d", [1.0])) * 2):
+        with pytest.raises(ValueError, match="damaged message: a list of no numbers"):
+            decode(_HEADER.pack(b"L", len(content)) + content)
     whole = encode([*VALUES, torch.ones(3), array("d", [1.0])])
     for end in range(0, len(whole), 7):
         with pytest.raises(ValueError, match="damaged message"):

@@ -125,7 +125,7 @@ class Transport(WeightSync):
             self.send(params)
         except BaseException as error:
             with suppress(RuntimeError):  # the first error is the one to tell
-                self.abort(str(error))
+                self.abort(str(error) or repr(error))
             raise
         return self.commit(digest)
 

@@ -122,7 +122,7 @@ class UpdateReceiver:
                 return
             asked(sink.commit_weight_update, message["digest"])
         except BaseException as error:
-            asked(sink.abort_weight_update, str(error))
+            asked(sink.abort_weight_update, str(error) or repr(error))
             raise
         refusal = asked.refusal
         self._control.exchange_answers(_OK if refusal is None else str(refusal))
