@@ -103,7 +103,7 @@ def test_who_stops_reading_an_engine_that_is_gone_is_not_troubled():
 
 
 def test_who_stops_reading_aborts(make_engine, truth):
-    """The neighbour gets its bits; the engine is idle afterwards, and its thread gone."""
+    """The neighbour gets its bits; the engine is idle soon afterwards, and its thread gone."""
     own = make_engine(prefix_cache=False)
 
     async def together():
@@ -114,6 +114,7 @@ def test_who_stops_reading_aborts(make_engine, truth):
 
     assert outcomes(asyncio.run(together())) == outcomes(truth)
     wait_until(lambda: not loop_threads())
+    assert own.loop.book.num_drawn < LONG.max_new_tokens  # of each of the two that nobody read
     assert_idle(own)
 
 
