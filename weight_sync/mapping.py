@@ -119,11 +119,14 @@ def hf_shapes(specs: Iterable[ParamSpec]) -> dict[str, tuple[int, ...]]:
     return {name: shape for spec in specs for name, shape in spec.hf_shapes.items()}
 
 
-def misfits(specs: Iterable[ParamSpec], params: Mapping[str, Tensor]) -> list[str]:
-    """Names of the parameters that are missing, unknown or of another shape than their spec's."""
-    wanted = {spec.name: spec.shape for spec in specs}
+def unequal_shapes(
+    specs: Iterable[ParamSpec], params: Mapping[str, Tensor]
+) -> dict[str, tuple[tuple[int, ...] | None, tuple[int, ...] | None]]:
+    """(shape, shape by the specs) of the parameters where these differ; None: there is none."""
     found = {name: tuple(param.shape) for name, param in params.items()}
-    return sorted(n for n in {*wanted, *found} if wanted.get(n) != found.get(n))
+    wanted = {spec.name: spec.shape for spec in specs}
+    both = {name: (found.get(name), wanted.get(name)) for name in {**wanted, **found}}
+    return {name: (there, here) for name, (there, here) in both.items() if there != here}
 
 
 def load_params(

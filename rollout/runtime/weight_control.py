@@ -21,7 +21,7 @@ from samebit.rollout.runtime.scheduler import Scheduler
 from samebit.rollout.runtime.weights import fill, load_dummy, load_safetensors, open_safetensors
 from samebit.weight_sync.buckets import cut_buckets, pack
 from samebit.weight_sync.digest import weights_digest
-from samebit.weight_sync.mapping import ParamSpec, hf_names, misfits
+from samebit.weight_sync.mapping import ParamSpec, hf_names, unequal_shapes
 from samebit.weight_sync.session import SessionState, UpdateSession, non_finite
 from samebit.weight_sync.transports.file import read_version
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
@@ -87,8 +87,8 @@ class WeightControl:
 
     def bind_weights(self, params: Mapping[str, Tensor], step: int) -> WeightVersion:
         specs, group = self.session.specs, self.session.group
-        if names := misfits(specs, params):
-            raise ValueError(f"parameters do not fit the engine: {', '.join(names[:5])}")
+        if names := unequal_shapes(specs, params):
+            raise ValueError(f"parameters do not fit the engine: {', '.join(sorted(names)[:5])}")
         self._require_idle("bind_weights")
         bad = [n for n, p in params.items() if p.dtype != self._dtype]
         if bad or (bad := non_finite(params)):

@@ -18,8 +18,9 @@ from samebit.trainer.megatron.main_grad import main_grad_of
 from samebit.trainer.megatron.models.registry import parts_of
 from samebit.trainer.megatron.parallel import ranks_of, spread
 from samebit.trainer.megatron.spec import ContractConfig, PackedSequences
-from samebit.trainer.megatron.stages import Stage, stage_specs, unequal_shapes
+from samebit.trainer.megatron.stages import Stage, stage_specs
 from samebit.trainer.types import MicroBatch
+from samebit.weight_sync.mapping import unequal_shapes
 
 _RECOMPUTE: Mapping[str, dict[str, Any]] = {
     "none": {},

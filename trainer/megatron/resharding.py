@@ -15,8 +15,8 @@ from torch import Tensor
 
 from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.megatron.optimizer_state import Piece
-from samebit.trainer.megatron.stages import make_stage, stage_specs, unequal_shapes
-from samebit.weight_sync.mapping import ParamSpec, collect_hf, load_params
+from samebit.trainer.megatron.stages import make_stage, stage_specs
+from samebit.weight_sync.mapping import ParamSpec, collect_hf, load_params, unequal_shapes
 
 _WHOLE = ("params", "reference")
 """Fields of a state that hold a rank's parameters whole; the others are flat parts."""

@@ -5,7 +5,7 @@ every stage, and so on (Narayanan et al. 2021, arXiv 2104.04473). The last stage
 tied embeddings holds a copy of the embedding.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -99,16 +99,6 @@ def stage_specs(model: ModelConfig, shard: Shard, stage: Stage) -> list[ParamSpe
     if model.tie_embeddings and stage.is_last and not stage.is_first:
         copies = [replace(spec, name=OUTPUT, replica=True) for spec in specs[:1]]
     return [*filter(here, specs), *copies]
-
-
-def unequal_shapes(
-    specs: Iterable[ParamSpec], params: Mapping[str, Tensor]
-) -> dict[str, tuple[tuple[int, ...] | None, tuple[int, ...] | None]]:
-    """(shape, shape by the specs) of the parameters where these differ; None: there is none."""
-    found = {name: tuple(param.shape) for name, param in params.items()}
-    wanted = {spec.name: spec.shape for spec in specs}
-    both = {name: (found.get(name), wanted.get(name)) for name in {**wanted, **found}}
-    return {name: (there, here) for name, (there, here) in both.items() if there != here}
 
 
 def from_last_stage[T](value: T) -> T:

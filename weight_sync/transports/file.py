@@ -13,7 +13,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from samebit.weight_sync.folders import MARKER, read_marker, replacing
-from samebit.weight_sync.mapping import ParamSpec, hf_tensors, misfits
+from samebit.weight_sync.mapping import ParamSpec, hf_tensors, unequal_shapes
 from samebit.weight_sync.transports.base import Transport, WeightSource
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
@@ -132,8 +132,9 @@ class FileTransport(Transport):
 
         Raises WeightSyncError if names or shapes are not the receiver's.
         """
-        if names := misfits(self._specs, params):
-            raise WeightSyncError(f"tensors do not fit the receiver: {', '.join(names[:5])}")
+        if names := unequal_shapes(self._specs, params):
+            what = ", ".join(sorted(names)[:5])
+            raise WeightSyncError(f"tensors do not fit the receiver: {what}")
         self._params = params
 
     def commit(self, digest: str) -> WeightVersion:
