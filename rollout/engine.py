@@ -35,13 +35,14 @@ from samebit.rollout.runtime.weight_control import WeightControl, load_weights
 from samebit.rollout.types import Completion, Increment, SamplingParams
 from samebit.weight_sync.objects import smallest
 from samebit.weight_sync.session import UpdateSession
+from samebit.weight_sync.transports.base import WeightSink
 from samebit.weight_sync.transports.broadcast import GlooGroup
 from samebit.weight_sync.transports.planes import UpdateReceiver
-from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError, WeightVersion
+from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
 
 class Engine:
-    """A rollout engine in this process: an EngineClient and a weight receiver (WeightSink).
+    """A rollout engine in this process: an EngineClient; its `sink` receives weights.
 
     Settings are EngineConfig's, given as `config`, by name, or both (a name wins). ranks: tensor
     parallel ranks; each runs an engine of its own and is given the same requests, or follows rank
@@ -208,6 +209,11 @@ class Engine:
         return self.weight_control.session.params
 
     @property
+    def sink(self) -> WeightSink:
+        """What a transport of this process updates."""
+        return self.weight_control
+
+    @property
     def weight_version(self) -> WeightVersion:
         """Step and digest of the weights that are served."""
         return self.weight_control.version
@@ -267,28 +273,8 @@ class Engine:
         """Take one update from the weight group, in place."""
         if self._receiver is None:
             raise WeightSyncError("no weight group; call init_weights_update_group first")
-        self._receiver.receive(self, self.device)
+        self._receiver.receive(self.sink, self.device)
         return self.weight_version
-
-    # -- as a WeightSink -------------------------------------------------------------------------
-
-    def begin_weight_update(self, step: int) -> None:
-        self.weight_control.begin_weight_update(step)
-
-    def bucket_for(self, metas: Sequence[ParamMeta]) -> Bucket:
-        return self.weight_control.session.bucket_for(metas)
-
-    def receive_weights(self, bucket: Bucket) -> None:
-        self.weight_control.session.receive(bucket)
-
-    def receive_weights_in_place(self, params: Mapping[str, Tensor]) -> None:
-        self.weight_control.receive_weights_in_place(params)
-
-    def commit_weight_update(self, digest: str) -> WeightVersion:
-        return self.weight_control.commit_weight_update(digest)
-
-    def abort_weight_update(self, reason: str) -> None:
-        self.weight_control.session.abort(reason)
 
     # -- internals -------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from samebit.weight_sync.digest import weights_digest
 from samebit.weight_sync.mapping import ParamSpec, hf_names, unequal_shapes
 from samebit.weight_sync.session import SessionState, UpdateSession, non_finite
 from samebit.weight_sync.transports.file import read_version
-from samebit.weight_sync.types import WeightSyncError, WeightVersion
+from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError, WeightVersion
 
 
 def load_weights(
@@ -52,7 +52,7 @@ def load_weights(
 
 
 class WeightControl:
-    """Holds the engine's weights and changes them, by the methods of Engine that have these names.
+    """Holds the engine's weights and changes them: a WeightSink, and what Engine does by these names.
 
     Nothing may be served while an update is under way or has broken off: see UpdateSession.
     """
@@ -101,11 +101,11 @@ class WeightControl:
         self.flush_cache()
         return version
 
-    def begin_weight_update(self, step: int) -> None:
+    def begin(self, step: int) -> None:
         self._require_idle("a weight update")
         self.session.begin(step)
 
-    def receive_weights_in_place(self, params: Mapping[str, Tensor]) -> None:
+    def receive_in_place(self, params: Mapping[str, Tensor]) -> None:
         own = self.session.params
         apart = [
             name
@@ -119,7 +119,16 @@ class WeightControl:
             raise WeightSyncError(reason)
         self.session.receive_in_place()
 
-    def commit_weight_update(self, digest: str) -> WeightVersion:
+    def bucket_for(self, metas: Sequence[ParamMeta]) -> Bucket:
+        return self.session.bucket_for(metas)
+
+    def receive(self, bucket: Bucket) -> None:
+        self.session.receive(bucket)
+
+    def abort(self, reason: str) -> None:
+        self.session.abort(reason)
+
+    def commit(self, digest: str) -> WeightVersion:
         version = self.session.commit(digest)
         self.flush_cache()
         return version
@@ -127,11 +136,11 @@ class WeightControl:
     def update_weights_from_tensor(
         self, params: Mapping[str, Tensor], step: int, digest: str | None
     ) -> WeightVersion:
-        self.begin_weight_update(step)
+        self.begin(step)
         with self._aborting():
             for metas in cut_buckets(params, 512 << 20):
                 self.session.receive(pack(metas, params))
-            return self.commit_weight_update(digest or self.digest())
+            return self.commit(digest or self.digest())
 
     def update_weights_from_disk(self, model_path: str | Path, step: int | None) -> WeightVersion:
         folder = as_path(model_path, "model_path")
@@ -142,14 +151,14 @@ class WeightControl:
         version = read_version(folder)
         if step is None:
             step = version.step if version else self.version.step + 1
-        self.begin_weight_update(step)
+        self.begin(step)
         with self._aborting():
             fill(folder, specs, self.session.params, read)
             self.session.receive_in_place()
             own = self.digest()
             # A digest is of bits, so it says nothing about a copy in another dtype.
             same_dtype = read(hf_names(specs)[-1]).dtype == self._dtype
-            return self.commit_weight_update(version.digest if version and same_dtype else own)
+            return self.commit(version.digest if version and same_dtype else own)
 
     @contextmanager
     def _aborting(self) -> Iterator[None]:

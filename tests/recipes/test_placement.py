@@ -17,11 +17,11 @@ from samebit.weight_sync.buckets import cut_buckets, pack
 class Slow(SinkTransport):
     @classmethod
     def between(cls, source, engine, folder):
-        return cls(engine)
+        return cls(engine.sink)
 
     def send(self, params):
         for metas in cut_buckets(params, 1):
-            self._sink.receive_weights(pack(metas, params))
+            self._sink.receive(pack(metas, params))
 
 nothing = 3
 """

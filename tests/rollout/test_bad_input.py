@@ -348,11 +348,11 @@ def test_a_wrong_digest(updated):
 
 
 def test_an_update_that_broke_off(updated):
-    updated.begin_weight_update(4)
+    updated.sink.begin(4)
     refuses(updated, "an update to step 4 is under way")
     with pytest.raises(WeightSyncError, match="step 5 begun during that to step 4"):
-        updated.begin_weight_update(5)
-    updated.abort_weight_update("the trainer died")
+        updated.sink.begin(5)
+    updated.sink.abort("the trainer died")
     refuses(updated, "the update to step 4 broke off: the trainer died")
 
 
@@ -370,7 +370,7 @@ def test_updates_need_an_idle_engine(updated):
     updated.step()
     for call in (
         lambda: updated.update_weights_from_tensor(copies(updated), step=1),
-        lambda: updated.begin_weight_update(1),
+        lambda: updated.sink.begin(1),
         lambda: updated.bind_weights(copies(updated)),
     ):
         with pytest.raises(WeightSyncError, match="needs an idle engine: 1 requests are unfin"):

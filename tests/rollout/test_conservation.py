@@ -143,7 +143,7 @@ def test_a_refused_update_counts_requests_not_samples(make_engine):
         own.add_request(prompt, SamplingParams(n=3, max_new_tokens=5, ignore_eos=True))
     for _ in range(3):
         with pytest.raises(RuntimeError, match="idle engine: 3 requests are unfinished"):
-            own.begin_weight_update(1)
+            own.sink.begin(1)
         own.step()
 
 

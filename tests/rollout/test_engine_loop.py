@@ -320,7 +320,7 @@ def test_a_nan_ends_the_calls_and_the_next_one_is_right(make_late, plain):
 
 def test_during_an_update_nobody_is_admitted(make_engine):
     own = make_engine()
-    own.begin_weight_update(3)
+    own.sink.begin(3)
     for call in (own.agenerate(PROMPTS, PARAMS), parts_of(own.stream(PROMPTS, PARAMS))):
         with pytest.raises(WeightSyncError, match="an update to step 3 is under way"):
             asyncio.run(call)

@@ -96,8 +96,8 @@ def test_a_refused_binding_changes_nothing(make_engine, truth, damage):
 
 def test_a_binding_mends_an_engine_whose_update_broke_off(make_engine, truth):
     engine = make_engine()
-    engine.begin_weight_update(2)
-    engine.abort_weight_update("the trainer died")
+    engine.sink.begin(2)
+    engine.sink.abort("the trainer died")
     engine.bind_weights(scaled(engine, 1.5), step=3)
     assert served(engine) == truth[1.5]
 

@@ -262,7 +262,7 @@ class Workload(RuleBasedStateMachine):
         if self.live:
             self.events["refused updates"] += 1
             before = self.engine.weight_version
-            for update in (self.engine.begin_weight_update, self.engine.bind_weights):
+            for update in (self.engine.sink.begin, self.engine.bind_weights):
                 arguments = [self.oracle.weights[0]] if update == self.engine.bind_weights else []
                 with pytest.raises(WeightSyncError, match=f"engine: {len(self.live)} requests"):
                     update(*arguments, 99)
@@ -286,11 +286,11 @@ class Workload(RuleBasedStateMachine):
         if how == "bind":
             engine.bind_weights({n: w.clone() for n, w in weights.items()}, step)
         elif how == "in place":
-            engine.begin_weight_update(step)
+            engine.sink.begin(step)
             for name, weight in weights.items():
                 engine.weights[name].copy_(weight)
-            engine.receive_weights_in_place(engine.weights)
-            engine.commit_weight_update(engine.digest())
+            engine.sink.receive_in_place(engine.weights)
+            engine.sink.commit(engine.digest())
         else:
             engine.update_weights_from_tensor(weights, step)
         digest = self.oracle.engines[which].weight_version.digest

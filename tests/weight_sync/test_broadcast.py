@@ -70,7 +70,7 @@ def send(sender, params, digest, step):
 
 def recovers(pool, sender, receiver, engine, version, expected):
     """A full update over the same group makes the engine serve again."""
-    receiving = pool.submit(receiver.receive, engine, CPU)
+    receiving = pool.submit(receiver.receive, engine.sink, CPU)
     send(sender, version.params, version.digest, 9)
     receiving.result()
     assert engine.weight_version == WeightVersion(9, version.digest)
@@ -103,7 +103,7 @@ def test_a_refusal_reaches_the_sender_and_the_group_goes_on(pool, engine, new, e
     """The sender must stop with the receiver's reason, and its next full update must heal it."""
     params, digest, reason = faults(new)[fault]
     sender, [receiver] = make_group(pool, bucket_bytes=4096)
-    receiving = pool.submit(receiver.receive, engine, CPU)
+    receiving = pool.submit(receiver.receive, engine.sink, CPU)
     with pytest.raises(WeightSyncError, match=f"rank 1: .*{reason}"):
         send(sender, params, digest, 4)
     with pytest.raises(WeightSyncError, match=reason):
@@ -117,7 +117,7 @@ def test_an_engine_that_cannot_begin_refuses_through_the_protocol(pool, engine, 
     """A busy engine must not leave the sender alone in a broadcast until the timeout."""
     request_id = engine.add_request(PROMPTS[0], PARAMS)
     sender, [receiver] = make_group(pool)
-    receiving = pool.submit(receiver.receive, engine, CPU)
+    receiving = pool.submit(receiver.receive, engine.sink, CPU)
     with pytest.raises(WeightSyncError, match="rank 1: .*1 requests are unfinished"):
         send(sender, new.params, new.digest, 4)
     with pytest.raises(WeightSyncError, match="1 requests are unfinished"):
@@ -134,7 +134,7 @@ def test_one_of_two_receivers_refuses(pool, old, new, expected):
 
     def receive():
         pairs = zip(receivers, engines, strict=True)
-        return [pool.submit(receiver.receive, engine, CPU) for receiver, engine in pairs]
+        return [pool.submit(receiver.receive, engine.sink, CPU) for receiver, engine in pairs]
 
     receiving = receive()
     with pytest.raises(WeightSyncError, match="^rank 2: .*unfinished"):
@@ -153,7 +153,7 @@ def test_one_of_two_receivers_refuses(pool, old, new, expected):
 def test_an_abort_reaches_the_receiver_with_its_reason(pool, engine, new, expected):
     """A trainer that fails in mid-update says so; the engine must not serve a mixture."""
     sender, [receiver] = make_group(pool)
-    receiving = pool.submit(receiver.receive, engine, CPU)
+    receiving = pool.submit(receiver.receive, engine.sink, CPU)
     sender.begin(4)
     sender.send(dict(list(new.params.items())[:3]))
     sender.abort("out of disk")
@@ -166,7 +166,7 @@ def test_an_abort_reaches_the_receiver_with_its_reason(pool, engine, new, expect
 def test_a_silent_sender_is_given_up_after_the_timeout(pool, engine, new, expected):
     """A sender that hangs in mid-update must not hang the engine for ever."""
     sender, [receiver] = make_group(pool, timeout_s=5.0)
-    receiving = pool.submit(receiver.receive, engine, CPU)
+    receiving = pool.submit(receiver.receive, engine.sink, CPU)
     sender.begin(4)
     with pytest.raises(WeightSyncError, match="the weight group lost a member"):
         receiving.result()
@@ -176,7 +176,7 @@ def test_a_silent_sender_is_given_up_after_the_timeout(pool, engine, new, expect
     assert outcomes(engine.generate(PROMPTS, PARAMS)) == expected[new.digest]
 
 
-@pytest.mark.parametrize("method", ["receive_weights", "commit_weight_update"])
+@pytest.mark.parametrize("method", ["receive", "commit"])
 def test_any_error_of_the_receiver_breaks_the_update(
     pool, engine, new, expected, monkeypatch, method
 ):
@@ -187,8 +187,8 @@ def test_any_error_of_the_receiver_breaks_the_update(
 
     sender, [receiver] = make_group(pool, timeout_s=5.0)
     with monkeypatch.context() as patch:
-        patch.setattr(engine, method, full)
-        receiving = pool.submit(receiver.receive, engine, CPU)
+        patch.setattr(engine.sink, method, full)
+        receiving = pool.submit(receiver.receive, engine.sink, CPU)
         with pytest.raises(WeightSyncError, match="the weight group lost a member"):
             send(sender, new.params, new.digest, 4)
         with pytest.raises(MemoryError):
@@ -259,7 +259,7 @@ def test_a_sender_that_dies_breaks_the_update(pool, engine, new, expected, momen
         port = int(child.stdout.readline())
         receiver = make_receiver("127.0.0.1", port, timeout_s=60.0)
         with pytest.raises(WeightSyncError, match="the weight group lost a member"):
-            receiver.receive(engine, CPU)
+            receiver.receive(engine.sink, CPU)
         assert child.wait() == -signal.SIGKILL
     with pytest.raises(WeightSyncError, match="step 4 broke off: the weight group lost a member"):
         engine.generate(PROMPTS, PARAMS)
@@ -298,10 +298,10 @@ from samebit.weight_sync.buckets import empty_bucket
 from samebit.weight_sync.transports.broadcast import GlooGroup
 from samebit.weight_sync.transports.planes import UpdateReceiver
 class Sink:
-    def begin_weight_update(self, step): pass
+    def begin(self, step): pass
     def bucket_for(self, metas): return empty_bucket(metas, torch.device("cpu"))
-    def receive_weights(self, bucket): pass
-    def commit_weight_update(self, digest): os._exit(0)
+    def receive(self, bucket): pass
+    def commit(self, digest): os._exit(0)
 group = GlooGroup("127.0.0.1", int(sys.argv[1]), 1, 2, timeout_s=60.0)
 UpdateReceiver(group, group).receive(Sink(), torch.device("cpu"))
 """

@@ -18,13 +18,13 @@ from samebit.weight_sync.types import WeightSyncError, WeightVersion
 def test_during_an_update_the_engine_takes_no_work(old):
     """Alias: between begin and commit the optimizer writes the memory that the engine reads."""
     engine = local_engine(old.folder)
-    engine.begin_weight_update(4)
+    engine.sink.begin(4)
     for call in (
         engine.step,
         lambda: engine.generate(PROMPTS, PARAMS),
         lambda: engine.score(PROMPTS[::2]),
         lambda: engine.add_request(PROMPTS[0], PARAMS),
-        lambda: engine.begin_weight_update(5),
+        lambda: engine.sink.begin(5),
     ):
         with pytest.raises(WeightSyncError, match="step 4"):
             call()
@@ -36,9 +36,9 @@ def test_an_update_does_not_begin_while_requests_run(old):
     request_id = engine.add_request(PROMPTS[0], PARAMS)
     engine.step()
     with pytest.raises(WeightSyncError, match="1 requests are unfinished"):
-        engine.begin_weight_update(4)
+        engine.sink.begin(4)
     engine.abort_request(request_id)
-    engine.begin_weight_update(4)
+    engine.sink.begin(4)
 
 
 def test_alias_refuses_memory_that_the_engine_does_not_read(old):

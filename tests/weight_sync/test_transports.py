@@ -56,8 +56,8 @@ class Sender:
     def another_updater(self, step):
         """Begins an update; returns how it gives it up. An engine apart has no other end."""
         if isinstance(self.engine, Engine):
-            self.engine.begin_weight_update(step)
-            return self.engine.abort_weight_update
+            self.engine.sink.begin(step)
+            return self.engine.sink.abort
         self.way.begin(step)
         return self.way.abort
 

@@ -13,4 +13,4 @@ class AliasLease(Lease):
     def between(cls, source: WeightSource, engine: Any, folder: Path) -> Self:
         """Bind an engine of this process to the trainer's parameters."""
         engine.bind_weights(source.params, source.step)
-        return cls(engine)
+        return cls(engine.sink)

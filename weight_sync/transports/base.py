@@ -19,22 +19,22 @@ from samebit.weight_sync.types import Bucket, ParamMeta, WeightVersion
 class WeightSink(Protocol):
     """A receiver of versions in this process; the engine is one."""
 
-    def begin_weight_update(self, step: int) -> None:
+    def begin(self, step: int) -> None:
         """Refuse new work from here on; the weights become a mixture."""
 
     def bucket_for(self, metas: Sequence[ParamMeta]) -> Bucket:
         """Give what these tensors are to be written into: parameters' own memory if possible."""
 
-    def receive_weights(self, bucket: Bucket) -> None:
+    def receive(self, bucket: Bucket) -> None:
         """Put a bucket's tensors into place."""
 
-    def receive_weights_in_place(self, params: Mapping[str, Tensor]) -> None:
+    def receive_in_place(self, params: Mapping[str, Tensor]) -> None:
         """Accept that `params`, the receiver's own memory, already hold the new version."""
 
-    def commit_weight_update(self, digest: str) -> WeightVersion:
+    def commit(self, digest: str) -> WeightVersion:
         """Check what arrived against the sender's digest and serve it."""
 
-    def abort_weight_update(self, reason: str) -> None:
+    def abort(self, reason: str) -> None:
         """Give up; the receiver refuses to serve until a full update commits."""
 
 
@@ -93,16 +93,16 @@ class Lease(WeightSync):
 
     def lease(self, step: int) -> None:
         """Have the engine stop serving, so that no rollout can see half a step."""
-        self._sink.begin_weight_update(step)
+        self._sink.begin(step)
 
     def update(self, params: Mapping[str, Tensor], digest: str) -> WeightVersion:
         """Have the engine check that it holds this very memory, and its digest."""
-        self._sink.receive_weights_in_place(params)
-        return self._sink.commit_weight_update(digest)
+        self._sink.receive_in_place(params)
+        return self._sink.commit(digest)
 
     def give_up(self, reason: str) -> None:
         """Have the engine refuse to serve until an update."""
-        self._sink.abort_weight_update(reason)
+        self._sink.abort(reason)
 
 
 class Transport(WeightSync):
@@ -156,10 +156,10 @@ class SinkTransport(Transport):
         self._sink = sink
 
     def begin(self, step: int) -> None:
-        self._sink.begin_weight_update(step)
+        self._sink.begin(step)
 
     def commit(self, digest: str) -> WeightVersion:
-        return self._sink.commit_weight_update(digest)
+        return self._sink.commit(digest)
 
     def abort(self, reason: str) -> None:
-        self._sink.abort_weight_update(reason)
+        self._sink.abort(reason)

@@ -110,19 +110,19 @@ class UpdateReceiver:
         aborted and WeightSyncError is raised; so it is by any other error, which is raised.
         """
         begin, asked = self._control.hear(), _Asked()
-        asked(sink.begin_weight_update, begin["step"])
+        asked(sink.begin, begin["step"])
         try:
             while (message := self._control.hear())["op"] == "bucket":
                 metas = [ParamMeta(*meta) for meta in message["metas"]]
                 bucket = asked(sink.bucket_for, metas) or empty_bucket(metas, device)
                 self._data.receive(bucket)
-                asked(sink.receive_weights, bucket)
+                asked(sink.receive, bucket)
             if message["op"] == "abort":
-                asked(sink.abort_weight_update, message["reason"])
+                asked(sink.abort, message["reason"])
                 return
-            asked(sink.commit_weight_update, message["digest"])
+            asked(sink.commit, message["digest"])
         except BaseException as error:
-            asked(sink.abort_weight_update, str(error) or repr(error))
+            asked(sink.abort, str(error) or repr(error))
             raise
         refusal = asked.refusal
         self._control.exchange_answers(_OK if refusal is None else str(refusal))

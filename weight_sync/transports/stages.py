@@ -34,7 +34,7 @@ class StageTransport(SinkTransport):
     @classmethod
     def between(cls, source: WeightSource, engine: Any, folder: Path) -> Self:
         """Serve an engine of this process and those of the other stages."""
-        return cls(engine, engine.weights, source.pipeline_group)
+        return cls(engine.sink, engine.weights, source.pipeline_group)
 
     def send(self, params: Mapping[str, Tensor]) -> None:
         """Broadcast what this stage holds and take what the others do."""
@@ -45,4 +45,4 @@ class StageTransport(SinkTransport):
             for metas in cut_buckets(tensors, self._bucket_bytes):
                 bucket = pack(metas, params) if mine else self._sink.bucket_for(metas)
                 dist.broadcast(bucket.buffer, source, group=self._group)
-                self._sink.receive_weights(bucket)
+                self._sink.receive(bucket)
