@@ -52,7 +52,7 @@ def load_weights(
 
 
 class WeightControl:
-    """Holds the engine's weights and changes them: a WeightSink, and what Engine does by these names.
+    """Holds the engine's weights and changes them: a WeightSink, and methods of Engine.
 
     Nothing may be served while an update is under way or has broken off: see UpdateSession.
     """

@@ -49,7 +49,7 @@ def test_bound_weights_are_served_at_once(make_engine, truth):
     assert version == engine.weight_version == WeightVersion(4, engine.digest())
     assert served(engine) == truth[1.5]
     assert_same_bits(engine.get_weights_by_name(NORM), memory[NORM])
-    lease = AliasLease(engine)
+    lease = AliasLease(engine.sink)
     lease.lease(5)
     for p in memory.values():
         p.div_(1.5)
@@ -64,7 +64,7 @@ def test_a_part_of_the_parameters_is_no_update(make_engine, truth):
     engine = make_engine()
     memory = scaled(engine, 1.5)
     engine.bind_weights(memory)
-    lease = AliasLease(engine)
+    lease = AliasLease(engine.sink)
     lease.lease(1)
     part = {name: p for name, p in memory.items() if name != NORM}
     with pytest.raises(WeightSyncError, match=f"not shared with the engine: {NORM}$"):

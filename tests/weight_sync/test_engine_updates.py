@@ -44,7 +44,7 @@ def test_an_update_does_not_begin_while_requests_run(old):
 def test_alias_refuses_memory_that_the_engine_does_not_read(old):
     """A trainer that replaced its parameters would train weights that nobody serves."""
     engine = local_engine(old.folder)
-    lease = AliasLease(engine)
+    lease = AliasLease(engine.sink)
     lease.lease(1)
     with pytest.raises(WeightSyncError, match="not shared with the engine: "):
         lease.update(old.params, old.digest)
@@ -59,7 +59,7 @@ def test_alias_refuses_a_part_of_the_parameters(old):
     """A trainer that forgot one would have the engine serve a version that is none."""
     engine = local_engine(old.folder)
     engine.bind_weights(old.params)
-    lease, part = AliasLease(engine), old.without("output_layer.weight")
+    lease, part = AliasLease(engine.sink), old.without("output_layer.weight")
     lease.lease(1)
     with pytest.raises(WeightSyncError, match="not shared with the engine"):
         lease.update(part, old.digest)
