@@ -36,8 +36,9 @@ from samebit.rollout.types import Completion, Increment, SamplingParams
 from samebit.weight_sync.objects import smallest
 from samebit.weight_sync.session import UpdateSession
 from samebit.weight_sync.transports.base import WeightSink
-from samebit.weight_sync.transports.broadcast import GlooGroup
-from samebit.weight_sync.transports.planes import UpdateReceiver
+from samebit.weight_sync.transports.data_planes import make_data_plane
+from samebit.weight_sync.transports.group import WeightGroup
+from samebit.weight_sync.transports.shards import ShardReceiver
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
 
@@ -78,7 +79,7 @@ class Engine:
             self.model_path, self.config, self.specs, self.dtype, self.arena, ranks.group
         )
         self._make_runtime(session)
-        self._receiver: UpdateReceiver | None = None
+        self._receiver: ShardReceiver | None = None
 
     # -- generation ------------------------------------------------------------------------------
 
@@ -250,7 +251,7 @@ class Engine:
         """
         return self.weight_control.update_weights_from_disk(model_path, step)
 
-    def init_weights_update_group(
+    def join_weight_transport(
         self,
         master_address: str,
         master_port: int,
@@ -265,15 +266,16 @@ class Engine:
         secret: what the trainer and all engines have to know, by default SAMEBIT_SECRET of the
         environment; on one machine there need be none. Raises ValueError if theirs is another.
         """
+        data = make_data_plane(backend, self.device)
         place = master_address, master_port, rank, world_size
-        group = GlooGroup(*place, backend, timeout_s, secret)
-        self._receiver = UpdateReceiver(group, group)
+        group = WeightGroup(*place, timeout_s, secret)
+        self._receiver = ShardReceiver(group, data, self.specs, self.weights)
 
-    def update_weights_from_distributed(self) -> WeightVersion:
+    def receive_weight_update(self) -> WeightVersion:
         """Take one update from the weight group, in place."""
         if self._receiver is None:
-            raise WeightSyncError("no weight group; call init_weights_update_group first")
-        self._receiver.receive(self.sink, self.device)
+            raise WeightSyncError("no weight group; call join_weight_transport first")
+        self._receiver.receive(self.sink)
         return self.weight_version
 
     # -- internals -------------------------------------------------------------------------------

@@ -83,6 +83,13 @@ class UpdateSession:
                 copy_apart(bucket.tensor(meta), region)
             self._received.setdefault(meta.name, []).append(meta)
 
+    def expect(self, metas):
+        return [self._region(meta) for meta in metas]
+
+    def arrived(self, metas):
+        for meta in metas:
+            self._received.setdefault(meta.name, []).append(meta)
+
     def receive_in_place(self) -> None:
         """Take all tensors as arrived: the sender writes to this memory."""
         self._require_updating()
@@ -129,7 +136,9 @@ class UpdateSession:
     def _is_whole(self, name: str) -> bool:
         """Whether every element of a parameter has arrived: regions do not overlap."""
         arrived = sum(meta.num_elements for meta in self._received.get(name, []))
-        return arrived == self.params[name].numel()
+        spec = {s.name: s for s in self.specs}[name]
+        rows = sum(b.num_rows for b in spec.blocks)
+        return arrived >= self.params[name].numel() // max(1, spec.shape[0]) * rows
 
     def _require_updating(self) -> None:
         if self.state is not SessionState.UPDATING:

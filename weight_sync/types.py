@@ -89,3 +89,7 @@ class Bucket:
 
 class WeightSyncError(RuntimeError):
     """An update broke off or arrived damaged; the message says what happened."""
+
+
+class LostMemberError(WeightSyncError):
+    """A member of a weight group is dead or silent: the group is of no use any more."""

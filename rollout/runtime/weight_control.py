@@ -122,6 +122,12 @@ class WeightControl:
     def bucket_for(self, metas: Sequence[ParamMeta]) -> Bucket:
         return self.session.bucket_for(metas)
 
+    def expect(self, metas: Sequence[ParamMeta]) -> Sequence[Tensor]:
+        return self.session.expect(metas)
+
+    def arrived(self, metas: Sequence[ParamMeta]) -> None:
+        self.session.arrived(metas)
+
     def receive(self, bucket: Bucket) -> None:
         self.session.receive(bucket)
 

@@ -1,6 +1,7 @@
 """An engine between two versions: what it takes, what it refuses, and what makes it whole again."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from serving import PARAMS, PROMPTS, local_engine, serves
 from samebit.recipes.models.tiny_model import write_weights
 from samebit.rollout.remote import RemoteEngine
 from samebit.weight_sync.transports.alias import AliasLease
-from samebit.weight_sync.transports.broadcast import BroadcastTransport
 from samebit.weight_sync.transports.file import FileTransport
+from samebit.weight_sync.transports.remote import GlooTransport
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
 
@@ -171,7 +172,8 @@ def test_biases_travel_as_matrices_do(qwen2_path, old, tmp_path):
     assert outcomes(direct.generate(PROMPTS, PARAMS)) != truth
     direct.update_weights_from_tensor(version.params, step=1, digest=version.digest)
     remote = RemoteEngine(qwen2_path, device="cpu", kv_cache_tokens=1024)
-    gloo = BroadcastTransport(remote, timeout_s=60)
+    source = SimpleNamespace(step=0, params=version.params, specs=version.specs)
+    gloo = GlooTransport(source, remote, timeout_s=60)
     load = by_file.update_weights_from_disk
     try:
         for transport in (FileTransport(tmp_path / "weights", version.specs, load), gloo):
