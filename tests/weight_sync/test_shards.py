@@ -11,7 +11,9 @@ import torch
 from helpers import outcomes
 
 from samebit.rollout.engine import Engine
+from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.remote import RemoteEngine, RemoteEngineError
+from samebit.rollout.runtime.weights import load_safetensors
 from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.meeting import loopback_listener
 from samebit.weight_sync.transports.group import WeightGroup
@@ -92,6 +94,34 @@ def test_the_size_of_buckets_does_not_matter(pool, engine, new, expected, bucket
     """One tensor a bucket, a few, or all in one: the same weights arrive."""
     sender, [receiver] = make_group(pool, new, bucket_bytes=bucket_bytes)
     recovers(pool, sender, receiver, engine, new, expected)
+
+
+def test_two_trainer_ranks_fill_one_engine(pool, engine, new, expected):
+    """Each sends its shards; the engine's digest is that of the whole."""
+    config = load_model_config(new.folder)
+    sides = []
+    for rank in range(2):
+        specs = config.param_specs((rank, 2))
+        params = {spec.name: torch.empty(spec.shape) for spec in specs}
+        load_safetensors(new.folder, specs, params, new.specs)
+        sides.append(SimpleNamespace(specs=specs, params=params))
+    listener = loopback_listener()
+    address, port = listener.getsockname()
+
+    def update(rank):
+        settings = {"listener": listener} if rank == 0 else {}
+        group = WeightGroup(address, port, rank, 3, timeout_s=60.0, **settings)
+        side = sides[rank]
+        sender = ShardSender(group, GlooPeers(), side.specs, side.params, bucket_bytes=9000)
+        return [send(sender, side.params, new.digest, step) for step in (4, 5)]
+
+    updates = [pool.submit(update, rank) for rank in range(2)]
+    receiver = make_receiver(new, address, port, 2, 3, timeout_s=60.0)
+    for step in (4, 5):
+        receiver.receive(engine.sink)
+        assert engine.weight_version == WeightVersion(step, new.digest)
+    assert outcomes(engine.generate(PROMPTS, PARAMS)) == expected[new.digest]
+    assert all(u.result() == [WeightVersion(n, new.digest) for n in (4, 5)] for u in updates)
 
 
 def faults(new):

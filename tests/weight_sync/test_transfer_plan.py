@@ -1,4 +1,4 @@
-"""Transfer plans: any layout to any other gives each receiver what loading would, each byte once."""
+"""Transfer plans: any layout gives any other what loading would, and each byte once."""
 
 from dataclasses import replace
 
@@ -58,11 +58,9 @@ def ranks_of(layout, folder):
 def carry_out(plan, senders, receivers):
     """What the data planes do, without one."""
     for transfer in plan.transfers:
-        source = transfer.source.region_of(senders[transfer.sender].params[transfer.source.name])
-        target = transfer.target.region_of(
-            receivers[transfer.receiver].params[transfer.target.name]
-        )
-        target.copy_(source)
+        source, target = transfer.source, transfer.target
+        there, here = senders[transfer.sender].params, receivers[transfer.receiver].params
+        target.region_of(here[target.name]).copy_(source.region_of(there[source.name]))
 
 
 @pytest.mark.parametrize("bucket_bytes", [64, 5000, 1 << 30])
@@ -132,25 +130,14 @@ def test_all_ranks_make_the_same_plan_and_another_layout_another(qwen3_path):
     two, one = ([r.holding for r in ranks_of(n, qwen3_path)] for n in ("tp2", "1"))
     digests = {make_plan(two, one, 1 << 20).digest for _ in range(2)}
     assert len(digests) == 1
-    others = [
-        make_plan(one, one, 1 << 20),
-        make_plan(two, one, 1 << 12),
-        make_plan(one, two, 1 << 20),
-    ]
-    assert len(digests | {plan.digest for plan in others}) == 4
-
-
-def changed(holding, name, **fields):
-    specs = tuple(replace(s, **fields) if s.name == name else s for s in holding.specs)
-    return replace(holding, specs=specs)
+    others = [(one, one, 1 << 20), (two, one, 1 << 12), (one, two, 1 << 20)]
+    assert len(digests | {make_plan(*args).digest for args in others}) == 4
 
 
 def test_two_models_are_refused(qwen3_path, llama_path):
     """Told at the meeting, by name: nothing is cast, cut or left out."""
     [one], [other] = ranks_of("1", qwen3_path), ranks_of("1", llama_path)
-    with pytest.raises(
-        WeightSyncError, match=r"(different models|no receiver has a place|no sender)"
-    ):
+    with pytest.raises(WeightSyncError, match="different models|no receiver has|no sender holds"):
         make_plan([one.holding], [other.holding], 1 << 20)
     part = Rank(qwen3_path, layers=lambda name: name != FC1)
     wanted = "no sender holds rows 0 to 103 of model.layers.0.mlp.gate_proj.weight, which "
@@ -161,9 +148,7 @@ def test_two_models_are_refused(qwen3_path, llama_path):
     ):
         make_plan([one.holding], [part.holding], 1 << 20)
     low = replace(one.holding, dtypes=("torch.bfloat16",) * len(one.holding.dtypes))
-    with pytest.raises(
-        WeightSyncError, match="is torch.bfloat16 at the receiver, .* is torch.float32"
-    ):
+    with pytest.raises(WeightSyncError, match="bfloat16 at the receiver, .* is torch.float32"):
         make_plan([one.holding], [low], 1 << 20)
     with pytest.raises(ValueError, match="bucket_bytes is 63; it must be at least 64"):
         make_plan([one.holding], [one.holding], 63)
