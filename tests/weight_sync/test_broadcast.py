@@ -172,7 +172,7 @@ def test_a_silent_sender_is_given_up_after_the_timeout(pool, engine, new, expect
         receiving.result()
     with pytest.raises(WeightSyncError, match="step 4 broke off: the weight group lost a member"):
         engine.generate(PROMPTS, PARAMS)
-    engine.update_weights_from_tensor(new.params, step=5, digest=new.digest)
+    engine.copy_weights(new.params, step=5, digest=new.digest)
     assert outcomes(engine.generate(PROMPTS, PARAMS)) == expected[new.digest]
 
 
@@ -228,8 +228,8 @@ def test_a_group_beyond_this_machine_needs_a_secret(pool, monkeypatch):
 
 def test_an_update_without_a_group_is_refused(engine):
     """Calls out of order say what is missing."""
-    with pytest.raises(WeightSyncError, match="call init_weights_update_group first"):
-        engine.update_weights_from_distributed()
+    with pytest.raises(WeightSyncError, match="call join_weight_transport first"):
+        engine.receive_weight_update()
 
 
 DYING_SENDER = """

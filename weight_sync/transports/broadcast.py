@@ -119,14 +119,14 @@ class BroadcastTransport(UpdateSender):
     def __init__(self, engine: Any, backend: str = "gloo", timeout_s: float = 600.0) -> None:
         """Make a group of this process and the engine's.
 
-        `engine` has Engine's init_weights_update_group and update_weights_from_distributed, which
+        `engine` has Engine's join_weight_transport and receive_weight_update, which
         return when its process is done. The port is this process's before the engine is told it,
         and so is a secret of the two.
         """
         listener = loopback_listener()
         address, port = listener.getsockname()
         known: dict[str, Any] = {"timeout_s": timeout_s, "secret": secrets.token_hex(32)}
-        join = engine.init_weights_update_group
+        join = engine.join_weight_transport
         joining = _beside(partial(join, address, port, 1, 2, backend, **known))
         try:
             with listener:
@@ -145,7 +145,7 @@ class BroadcastTransport(UpdateSender):
 
     def begin(self, step: int) -> None:
         self._require_closed(step)
-        self._receiving = _beside(self._engine.update_weights_from_distributed)
+        self._receiving = _beside(self._engine.receive_weight_update)
         with self._last_words():
             super().begin(step)
 

@@ -120,7 +120,7 @@ class UpdateReceiver:
             if message["op"] == "abort":
                 asked(sink.abort, message["reason"])
                 return
-            asked(sink.commit, message["digest"])
+            asked.at_last(sink.commit, message["digest"])
         except BaseException as error:
             asked(sink.abort, str(error) or repr(error))
             raise
@@ -143,3 +143,10 @@ class _Asked:
             except WeightSyncError as error:
                 self.refusal = error
         return None
+
+    def at_last(self, commit: Callable[[str], object], digest: str) -> None:
+        """Ask for the commit in any case: tensor parallel ranks learn there what others refused."""
+        try:
+            commit(digest)
+        except WeightSyncError as error:
+            self.refusal = self.refusal or error
