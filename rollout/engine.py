@@ -219,7 +219,7 @@ class Engine(EngineWeights):
         graphs = bool(c.cuda_graphs)
         self.runner = Runner(decoder, cache, self.attention, c.max_num_seqs, graphs)
         self.sampler = Sampler(m.vocab_size, m.eos_token_ids)
-        self.scheduler = Scheduler(c, self.pool, self.prefixes, slots)
+        self.scheduler = Scheduler(c, self.pool, self.prefixes, slots, cache)
         depth = 1 if c.overlap else 0
         self.step_loop = StepLoop(self.scheduler, slots, self.runner, self.sampler, depth)
         self.weight_control = WeightControl(
@@ -229,6 +229,7 @@ class Engine(EngineWeights):
             *(self.scheduler, self.step_loop, slots, self.weight_control), self.device, self.ranks
         )
         self.loop = EngineLoop(book)
+        self.weight_control.between_steps = self.loop.between_steps
         self.requests = RequestFactory(
             vocab_size=m.vocab_size,
             num_layers=m.num_layers,

@@ -15,6 +15,9 @@ from samebit.weight_sync.transports.planes import UpdateReceiver
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
 
+PAUSE_MODES = ("abort", "retract", "keep")
+
+
 class EngineWeights:
     """What Engine serves and how that changes; its other half makes what stands here."""
 
@@ -22,6 +25,38 @@ class EngineWeights:
     weight_control: WeightControl
     device: torch.device
     _receiver: UpdateReceiver | None = None
+
+    # -- pauses ----------------------------------------------------------------------------------
+
+    def pause_generation(self, mode: str = "abort") -> None:
+        """Take no steps until `continue_generation`; weights may change meanwhile.
+
+        New calls are queued and wait. What is unfinished, by mode: "abort" ends it, as it is;
+        "retract" has the contexts computed anew, by the weights that are served then; "keep" (also
+        "in_place") keeps keys and values, so that a sample which has drawn tokens goes on as one of
+        several versions. Spans of the completions tell which. Raises ValueError for another mode,
+        and RuntimeError where the tensor parallel ranks would pause at different steps.
+        """
+        mode = "keep" if mode == "in_place" else mode
+        if mode not in PAUSE_MODES:
+            hint = "; wait for the calls, then pause" if mode == "wait" else ""
+            known = ", ".join(PAUSE_MODES)
+            raise ValueError(f"pause mode '{mode}' is unknown; use one of {known}{hint}")
+        self.loop.pause(mode)
+
+    def continue_generation(self) -> None:
+        """Go on after `pause_generation`. Without a pause it does nothing.
+
+        Raises WeightSyncError while the weights are not one whole version: it stays paused.
+        """
+        self.loop.between_steps(self.loop.book.go_on)
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether generation is paused."""
+        return self.loop.book.is_paused
+
+    # -- what is served --------------------------------------------------------------------------
 
     @property
     def weights(self) -> Mapping[str, Tensor]:

@@ -1,6 +1,6 @@
 """Which weights the engine serves: loading, binding, updates in place, and the ways they arrive."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -57,6 +57,11 @@ class WeightControl:
     Nothing may be served while an update is under way or has broken off: see UpdateSession.
     """
 
+    is_paused = False
+    """Whether no step runs before the engine is told to go on."""
+    between_steps: Callable[[Callable[[], None]], None] = staticmethod(lambda command: command())
+    """What touches the engine's books, which have one thread at a time, goes through here."""
+
     def __init__(
         self,
         session: UpdateSession,
@@ -98,7 +103,7 @@ class WeightControl:
         version = WeightVersion(step, weights_digest(specs, weights, group))
         self.session = UpdateSession(specs, weights, version, group, shared=True)
         self._runner.bind(self._runner.model.with_params(weights))
-        self.flush_cache()
+        self.between_steps(self.flush_cache)
         return version
 
     def begin(self, step: int, selector: str = "target", *, may_go_back: bool = False) -> None:
@@ -129,7 +134,7 @@ class WeightControl:
 
     def commit(self, digest: str | None) -> WeightVersion:
         version = self.session.commit(digest)
-        self.flush_cache()
+        self.between_steps(self.flush_cache)
         return version
 
     def copy_weights(
@@ -173,10 +178,10 @@ class WeightControl:
             raise
 
     def _require_idle(self, what: str) -> None:
-        if self._scheduler.has_unfinished:
+        if self._scheduler.has_unfinished and not self.is_paused:
             raise WeightSyncError(
                 f"{what} needs an idle engine: {self._scheduler.num_unfinished} requests are "
-                "unfinished; finish or abort them first"
+                "unfinished; finish or abort them first, or call pause_generation"
             )
 
 
