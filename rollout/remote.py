@@ -211,6 +211,7 @@ class RemoteEngine:
     update_weights_from_disk = _asking(Engine.update_weights_from_disk)
     join_weight_transport = _asking(Engine.join_weight_transport)
     receive_weight_update = _asking(Engine.receive_weight_update)
+    weight_report = _asking(Engine.weight_report)
 
     @property
     def weight_version(self) -> WeightVersion:

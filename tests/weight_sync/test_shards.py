@@ -227,7 +227,7 @@ def test_a_silent_sender_is_given_up_after_the_timeout(pool, engine, new, expect
         receiving.result()
     with pytest.raises(WeightSyncError, match="step 4 broke off: the weight group lost a member"):
         engine.generate(PROMPTS, PARAMS)
-    engine.update_weights_from_tensor(new.params, step=5, digest=new.digest)
+    engine.copy_weights(new.params, step=5, digest=new.digest)
     assert outcomes(engine.generate(PROMPTS, PARAMS)) == expected[new.digest]
 
 
@@ -357,7 +357,7 @@ def test_a_sender_that_dies_at_any_point_breaks_the_update(
     assert num_points >= 12
     first, last = 0, num_points - 1  # the begin is not told; the answer to the commit not heard
     for point in (*range(5), num_points // 2, *range(num_points - 4, num_points)):
-        engine.update_weights_from_tensor(old.params, step=3, digest=old.digest)
+        engine.copy_weights(old.params, step=3, digest=old.digest)
         receiver = make_receiver(new, "127.0.0.1", begin(point), timeout_s=60.0)
         with pytest.raises(WeightSyncError, match="the weight group lost a member"):
             receiver.receive(engine.sink)

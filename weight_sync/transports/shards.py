@@ -257,7 +257,7 @@ class ShardReceiver:
         if message["op"] == "abort":
             asked(sink.abort, message["reason"])
             return
-        asked(sink.commit, message["digest"])
+        asked.at_last(sink.commit, message["digest"])
         member.refusals(asked.words)
 
     def _is_off(self, sink: WeightSink, asked: "_Asked") -> bool:
@@ -294,6 +294,13 @@ class _Asked:
             except WeightSyncError as error:
                 self.refusal = error
         return None
+
+    def at_last(self, commit: Callable[[str], object], digest: str) -> None:
+        """Ask for the commit in any case: tensor parallel ranks learn there what others refused."""
+        try:
+            commit(digest)
+        except WeightSyncError as error:
+            self.refusal = self.refusal or error
 
     def refuse(self, reason: str) -> None:
         """Refuse before the sink is asked."""
