@@ -68,7 +68,7 @@ class UpdateSession:
         self._step = version.step
         self._num_rows = {spec.name: spec.num_rows for spec in specs}
         self._received: dict[str, list[ParamMeta]] = {}
-        self._was_whole = True  # as the update began
+        self._state_before, self._unknown_before = self._state, set[str]()  # as the update began
         self._unknown: set[str] = set()  # may have been written to since the last commit
 
     @property
@@ -115,8 +115,10 @@ class UpdateSession:
             raise WeightSyncError(
                 f"update to step {step} is stale: the version before it is of step {self._oldest}"
             )
-        self._unknown.update(self._received, self.params if self._shared else ())
-        self._was_whole = self._state is SessionState.READY
+        self._unknown.update(self._received)
+        self._state_before, self._unknown_before = self._state, set(self._unknown)
+        if self._shared:
+            self._unknown.update(self.params)
         self._state, self._step, self._received = SessionState.UPDATING, step, {}
         self.is_refused = False
 
@@ -195,15 +197,16 @@ class UpdateSession:
         return self.version
 
     def abort(self, reason: str) -> None:
-        """End the update: the weights are a mixture and may not be used.
-
-        If nothing was handed out to be written, they are still the version before, whole.
-        """
+        """End the update: the weights are a mixture and may not be used."""
         self._require_updating()
-        if self._was_whole and not self._unknown and not self._received:
-            self._state = SessionState.READY
-        else:
-            self._break_off(reason)
+        self._break_off(reason)
+
+    def cancel(self) -> None:
+        """End an update of which nothing was handed out: what was before it is there, and stays."""
+        self._require_updating()
+        if self._received or self._unknown - self._unknown_before:
+            raise WeightSyncError("an update that may have written is aborted, not cancelled")
+        self._state = self._state_before
 
     def abort_alike(self, reason: str) -> None:
         """`abort`, where all ranks run the update alike: those that commit it are told why.

@@ -126,6 +126,9 @@ class WeightControl:
     def bucket_for(self, metas: Sequence[ParamMeta]) -> Bucket:
         return self.session.bucket_for(metas)
 
+    def cancel(self) -> None:
+        self.session.cancel()
+
     def expect(self, metas: Sequence[ParamMeta]) -> Sequence[Tensor]:
         return self.session.expect(metas)
 
