@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from samebit.weight_sync.buckets import bucket_over, copy_apart
-from samebit.weight_sync.digest import weights_digest
+from samebit.weight_sync.digest import Digester
 from samebit.weight_sync.mapping import ParamSpec
 from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError, WeightVersion
 
@@ -46,8 +46,13 @@ class UpdateSession:
         self.version = version
         self.state = SessionState.READY
         self.reason = ""
+        self._digester = Digester(specs, params)
         self._step = version.step
         self._received: dict[str, list[ParamMeta]] = {}
+
+    def digest(self) -> str:
+        """weights_digest of the weights as they are now, over all ranks of the group."""
+        return self._digester.digest(self.group)
 
     def require_ready(self) -> None:
         """Raise WeightSyncError unless the weights are one whole version."""
@@ -99,7 +104,7 @@ class UpdateSession:
             self._fail(f"{len(missing)} tensors never arrived: {', '.join(missing[:5])}")
         if bad := non_finite(self.params):
             self._fail(f"NaN or Inf in {len(bad)} tensors: {', '.join(bad[:5])}")
-        own = weights_digest(self.specs, self.params, self.group)
+        own = self.digest()
         if own != digest:
             self._fail(f"digest {own} here, {digest} at the sender")
         self.state, self.version = SessionState.READY, WeightVersion(self._step, digest)
