@@ -33,7 +33,7 @@ class Rectangle:
 class Coefficients:
     """The table for some parameters: the columns' coefficients, then the rows' of each parameter.
 
-    table: int64, modulo 2^64, on the CPU. Rows of padding have 0.
+    table: int64, modulo 2^64, on the CPU. Rows of padding and of replicas have 0.
     """
 
     def __init__(self, specs: Sequence[ParamSpec], params: Mapping[str, Tensor]) -> None:
@@ -49,7 +49,7 @@ class Coefficients:
         live = torch.zeros(size, dtype=torch.bool)
         seeds[:num_columns], live[:num_columns] = column, True
         for spec in specs:
-            for block in spec.blocks:
+            for block in () if spec.replica else spec.blocks:
                 here = slice(start := self._starts[spec.name] + block.start, start + block.num_rows)
                 row = torch.arange(block.hf_start + 1, block.hf_start + block.num_rows + 1)
                 key = _tensor_key(block.hf_name, self._dtypes[spec.name])
@@ -57,8 +57,8 @@ class Coefficients:
         self.table = (_mix(seeds) | 1) * live
 
     def of_param(self, name: str, values: Tensor) -> list[Rectangle]:
-        """A whole parameter, whose rows may lie apart. Nothing for one that does not count."""
-        if name not in self._specs or not values.numel():
+        """A whole parameter, whose rows may lie apart."""
+        if not values.numel():
             return []
         first, start, dtype = self._columns_of(name).start, self._starts[name], self._dtypes[name]
         if values.dim() == 1:  # one row of a matrix whose columns have the rows' coefficients
@@ -68,8 +68,6 @@ class Coefficients:
     def of_part(self, name: str, start: int, values: Tensor) -> list[Rectangle]:
         """The elements of a flattened parameter from `start` on: the end of a row, whole rows, the
         beginning of one."""
-        if name not in self._specs:
-            return []
         first, dtype = self._starts[name], self._dtypes[name]
         if len(self._specs[name].shape) == 1:
             return [Rectangle(values.view(1, -1), 0, first + start, dtype)] if len(values) else []

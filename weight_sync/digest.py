@@ -58,13 +58,15 @@ class Digester:
         parts: Sequence[Part] | None = None,
     ) -> None:
         """parts: what is digested in place of the parameters, such as fp32 copies of them."""
-        self._specs = [spec for spec in specs if not spec.replica]
+        self._specs = list(specs)
         self._params = params
         self._parts = parts
         self._layout: list[object] = []
         self._rectangles: list[list[Rectangle]] = []
         self._table = torch.zeros(0, dtype=torch.int64)
-        self._total = torch.zeros(1, dtype=torch.int64)
+        self._total = torch.zeros(2, dtype=torch.int64)  # the sum, and where it is not finite
+        self.all_finite = True
+        """Of the last sum: whether no element, padding and replicas included, is NaN or Inf."""
         self._tiles: TileTable | None = None
 
     def sum(self) -> int:
@@ -75,8 +77,7 @@ class Digester:
 
     def digest(self, group: dist.ProcessGroup | None = None) -> str:
         """The digest as 16 hexadecimal digits; group: the ranks over which the weights are split"""
-        own = self.sum()
-        return as_digest([own] if group is None else gather_objects(own, group))
+        return gather_digest(self.sum(), group)
 
     def start(self) -> None:
         """Begin a sum of which the caller adds each of the parts by itself."""
@@ -94,7 +95,9 @@ class Digester:
 
     def finish(self) -> int:
         """The sum so far, modulo 2^64."""
-        return int(self._total) % (1 << 64)
+        total, not_finite = self._total.tolist()
+        self.all_finite = not_finite == 0
+        return total % (1 << 64)
 
     def _tensors(self) -> list[Tensor]:
         if self._parts is None:
@@ -143,12 +146,18 @@ def _add_on_cpu(total: Tensor, rectangle: Rectangle, table: Tensor) -> None:
         part = rectangle.values[start : start + step].to(rectangle.dtype)
         bits = part.view(_INT_OF_SIZE[part.element_size()]).to(torch.int64) & bits_mask
         in_rows = bits @ column_factor + column_factor.sum()
-        total += (in_rows * row_factor[start : start + step]).sum()
+        total[0] += (in_rows * row_factor[start : start + step]).sum()
+        total[1] += not part.isfinite().all()
 
 
 def as_digest(sums: Iterable[int]) -> str:
     """The digest, as 16 hexadecimal digits, of the summands of all ranks."""
     return f"{sum(sums) % (1 << 64):016x}"
+
+
+def gather_digest(own: int, group: dist.ProcessGroup | None) -> str:
+    """as_digest of a group's summands, of which this rank has `own`; None: it is alone."""
+    return as_digest([own] if group is None else gather_objects(own, group))
 
 
 def digest_sum(specs: Iterable[ParamSpec], params: Mapping[str, Tensor]) -> int:

@@ -13,20 +13,23 @@ _TILE_ROWS = 64
 _BLOCK_ROWS = 8  # loads of each thread on their way at a time
 _THREADS = 128
 _LOAD_BYTES = 16  # of one thread
+_LIMITS = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+_ROUNDED_LIMIT = 0x7F7F8000
 
 
 @triton.jit(do_not_specialize=["first_tile"])
 def _tile_kernel(
     tiles_ptr, rectangles_ptr, table_ptr, total_ptr, first_tile, SIZE: tl.constexpr,
-    ROUND: tl.constexpr, ALIGN: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    ROUND: tl.constexpr, LIMIT: tl.constexpr, ALIGN: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Add one tile's elements to the total.
+    """Add one tile's elements to total[0]; to total[1], 1 if one of them is NaN or infinite.
 
     tiles [T, 3]: rectangle, first row, first column. rectangles [N, 6]: address, rows, columns, row
     stride in elements, first row's and first column's place in the table. All int64.
-    SIZE: bytes of an element. ROUND: fp32 that counts as bf16. ALIGN: columns and row strides are
-    multiples of it, and addresses of so many elements.
+    SIZE: bytes of an element. ROUND: fp32 that counts as bf16. LIMIT: bits of infinity, or of what
+    is rounded to it. ALIGN: columns and row strides are multiples of it, and addresses of so many
+    elements.
     """
     tile = tiles_ptr + (first_tile + tl.program_id(0)) * 3
     rectangle = rectangles_ptr + tl.load(tile) * 6
@@ -44,12 +47,15 @@ def _tile_kernel(
     column = tl.arange(0, BLOCK_COLUMNS)
     inside = column < num_columns
     sums = tl.zeros([BLOCK_COLUMNS], tl.int64)
+    peaks = tl.zeros([BLOCK_COLUMNS], tl.int32)
     for start in range(0, tl.minimum(num_rows, TILE_ROWS), BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
         live = row < num_rows
         places = values_ptr + row[:, None].to(tl.int64) * stride + column[None, :]
         places = tl.multiple_of(places, (1, ALIGN * SIZE))
         bits = tl.load(places, mask=live[:, None] & inside[None, :], other=0).to(tl.uint32)
+        without_sign = bits & (0x7FFF if SIZE == 2 else 0x7FFFFFFF)
+        peaks = tl.maximum(peaks, tl.max(without_sign.to(tl.int32), 0))
         if ROUND:
             bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         factor = tl.load(rows_ptr + row, mask=live, other=0)
@@ -57,6 +63,7 @@ def _tile_kernel(
     # Integers modulo 2^64: any order of the sum gives the same.
     factor = tl.load(columns_ptr + column, mask=inside, other=0)
     tl.atomic_add(total_ptr, tl.sum(sums * factor, 0))
+    tl.atomic_add(total_ptr + 1, 1, mask=tl.max(peaks, 0) >= LIMIT)
 
 
 class TileTable:
@@ -84,13 +91,15 @@ class TileTable:
             self._launches.append((kind, on_device, torch.cat(tiles).to(table.device), bounds))
 
     def add(self, total: Tensor, part: int | None = None) -> None:
-        """Add the sum of one part, or of all, to total [1], int64."""
-        for (size, rounded, align), rectangles, tiles, bounds in self._launches:
+        """Add the sum of one part, or of all, to total[0], int64; to total[1] how many of its tiles
+        are not finite.
+        """
+        for (size, rounded, limit, align), rectangles, tiles, bounds in self._launches:
             first, end = (0, bounds[-1]) if part is None else bounds[part : part + 2]
             if first < end:
                 _tile_kernel[(end - first,)](
                     tiles, rectangles, self._table, total, first, SIZE=size, ROUND=rounded,
-                    ALIGN=align, TILE_ROWS=_TILE_ROWS, BLOCK_ROWS=_BLOCK_ROWS,
+                    LIMIT=limit, ALIGN=align, TILE_ROWS=_TILE_ROWS, BLOCK_ROWS=_BLOCK_ROWS,
                     BLOCK_COLUMNS=_block_columns(size), num_warps=_THREADS // 32,
                 )  # fmt: skip
 
@@ -99,13 +108,18 @@ def _block_columns(size: int) -> int:
     return _THREADS * _LOAD_BYTES // size
 
 
-def _kind(each: Rectangle) -> tuple[int, bool, int]:
-    """(bytes of an element, whether it is rounded, elements that a thread may load at once)."""
+def _kind(each: Rectangle) -> tuple[int, bool, int, int]:
+    """(bytes of an element, whether it is rounded, its bits from which on it counts as infinite or
+    NaN, elements that a thread may load at once)."""
     values, size = each.values, each.values.element_size()
+    rounded = (values.dtype, each.dtype) == (torch.float32, torch.bfloat16)
+    if not rounded and (values.dtype != each.dtype or values.dtype not in _LIMITS):
+        raise ValueError(f"{values.dtype} cannot be digested as {each.dtype} on a GPU")
     together = _LOAD_BYTES // size
     places = (values.data_ptr() // size, values.stride(0), values.shape[1])
     aligned = values.data_ptr() % size == 0 and all(place % together == 0 for place in places)
-    return size, values.dtype != each.dtype, together if aligned else 1
+    limit = _ROUNDED_LIMIT if rounded else _LIMITS[values.dtype]
+    return size, rounded, limit, together if aligned else 1
 
 
 def _record(each: Rectangle) -> list[int]:
@@ -115,8 +129,6 @@ def _record(each: Rectangle) -> list[int]:
             f"a tensor of shape {tuple(values.shape)} and strides {values.stride()}: the digest "
             "on a GPU takes rows whose elements are neighbours"
         )
-    if values.dtype != each.dtype and (values.dtype, each.dtype) != (torch.float32, torch.bfloat16):
-        raise ValueError(f"{values.dtype} cannot be digested as {each.dtype} on a GPU")
     return [values.data_ptr(), *values.shape, values.stride(0), each.row, each.column]
 
 

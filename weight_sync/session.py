@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from samebit.weight_sync.buckets import bucket_over, copy_apart
-from samebit.weight_sync.digest import Digester
+from samebit.weight_sync.digest import Digester, gather_digest
 from samebit.weight_sync.mapping import ParamSpec
 from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError, WeightVersion
 
@@ -102,9 +102,11 @@ class UpdateSession:
         missing = sorted(name for name in self.params if not self._is_whole(name))
         if missing:
             self._fail(f"{len(missing)} tensors never arrived: {', '.join(missing[:5])}")
-        if bad := non_finite(self.params):
+        own_sum = self._digester.sum()
+        if not self._digester.all_finite:
+            bad = non_finite(self.params)
             self._fail(f"NaN or Inf in {len(bad)} tensors: {', '.join(bad[:5])}")
-        own = self.digest()
+        own = gather_digest(own_sum, self.group)
         if own != digest:
             self._fail(f"digest {own} here, {digest} at the sender")
         self.state, self.version = SessionState.READY, WeightVersion(self._step, digest)

@@ -2,6 +2,7 @@
 
 import hashlib
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -249,6 +250,24 @@ def test_a_digester_notices_other_memory(specs, params):
     assert digester.digest() == weights_digest(specs, params)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_digester_tells_what_is_not_finite(specs, params, value):
+    """In padding and in what another rank counts too: such weights are never served."""
+    digester = Digester([*specs, replace(specs[0], name="copy", replica=True)], params)
+    params["copy"] = params[EMBEDDING].clone()
+    expected = weights_digest(specs, params)
+    assert digester.digest() == expected
+    assert digester.all_finite
+    for name, row in (("decoder.layers.1.mlp.linear_fc2.weight", 3), (EMBEDDING, -1), ("copy", 0)):
+        kept = params[name][row, -1].clone()
+        params[name][row, -1] = value
+        assert (digester.digest() == expected) == (row != 3)
+        assert not digester.all_finite, name
+        params[name][row, -1] = kept
+    assert digester.digest() == expected
+    assert digester.all_finite
+
+
 def test_weights_on_several_devices_are_refused():
     """One sum on one device: a part that lies elsewhere would be left out."""
     specs = [plain("a", "x", (2,)), plain("b", "y", (2,))]
@@ -282,12 +301,33 @@ def awkward(device):
             param = memory.to(device, dtype)
             params[name] = param[:, :columns] if columns else param
             master = params[name].float().contiguous().flatten() * 1.001
+            master[: len(TIES)] = torch.tensor(TIES, device=device)[: len(master)]
+            master[-1] = torch.finfo(torch.bfloat16).max if i else 1.0
             cut = len(master) // 3
             parts += [Part(name, 0, master[:cut].clone()), Part(name, cut, master[cut:].clone())]
     return specs, params, parts
 
 
 SHAPES = ((3, 5, 0), (70, 16, 0), (70, 16, 8), (9, 24, 3), (5, 1040, 0), (37, 0, 0), (130, 1, 0))
+
+
+def not_finite(rectangle):
+    """Puts what is not finite, or not once it is rounded, into the last element, one by one."""
+    values, infinity = rectangle.values, torch.inf
+    rounded = values.dtype != rectangle.dtype
+    kept = values[-1, -1].clone()
+    for value in (infinity, -infinity, torch.nan, *[LEAST_ROUNDED, -LEAST_ROUNDED] * rounded):
+        values[-1, -1] = value
+        yield value
+    values[-1, -1] = kept
+
+
+LEAST_ROUNDED = float.fromhex("0x1.FFp127")  # of fp32: halfway between the largest of bf16 and infinity
+
+
+def signed(total):
+    """A sum modulo 2^64 as int64 holds it."""
+    return total - (1 << 64) if total >> 63 else total
 
 
 def test_tiles_in_tritons_interpreter():
@@ -300,7 +340,7 @@ import torch
 from samebit.weight_sync.coefficients import Coefficients
 from samebit.weight_sync.digest import Digester
 from samebit.weight_sync.digest_gpu import TileTable
-from weight_sync.test_digest import awkward
+from weight_sync.test_digest import awkward, not_finite, signed
 
 specs, params, parts = awkward("cpu")
 table = Coefficients(specs, params)
@@ -308,15 +348,19 @@ whole = [table.of_param(spec.name, params[spec.name]) for spec in specs]
 cut = [table.of_part(part.name, part.start, part.values) for part in parts]
 for rectangles, digester in ((whole, Digester(specs, params)), (cut, Digester(specs, params, parts))):
     tiles = TileTable(rectangles, table.table)
-    total = torch.zeros(1, dtype=torch.int64)
+    total = torch.zeros(2, dtype=torch.int64)
     tiles.add(total)
-    assert int(total) % (1 << 64) == digester.sum()
-    for i in range(len(rectangles)):
-        one = torch.zeros(1, dtype=torch.int64)
+    assert total.tolist() == [signed(digester.sum()), 0]
+    for i, part in enumerate(rectangles):
+        one = torch.zeros(2, dtype=torch.int64)
         tiles.add(one, i)
         digester.start()
         digester.add(i)
-        assert int(one) % (1 << 64) == digester.finish(), rectangles[i]
+        assert one.tolist() == [signed(digester.finish()), 0], part
+        for last in not_finite(part[-1]) if rectangles is cut else ():
+            one = torch.zeros(2, dtype=torch.int64)
+            tiles.add(one, i)
+            assert int(one[1]) == 1, (part, last)
 """
 
 
@@ -330,11 +374,19 @@ def test_tiles_on_the_gpu():
     digester = Digester(specs, params, parts)
     expected = Digester(specs, on_cpu, cpu_parts)
     assert digester.digest() == expected.digest()
-    for i in range(len(parts)):
+    assert digester.all_finite
+    for i, part in enumerate(parts):
         for each in (digester, expected):
             each.start()
             each.add(i)
-        assert digester.finish() == expected.finish(), parts[i].name
+        assert digester.finish() == expected.finish(), part.name
+        kept = part.values[-1].clone()
+        part.values[-1] = torch.inf
+        digester.start()
+        digester.add(i)
+        digester.finish()
+        assert not digester.all_finite, part.name
+        part.values[-1] = kept
 
 
 @pytest.mark.gpu
