@@ -4,14 +4,15 @@ Every element adds (bits + 1) x a(row) x b(column) modulo 2^64. bits are its 16 
 unsigned number; row and column are its place in its unpadded Hugging Face tensor (a vector has one
 column); a(row) = mix(key + (row + 1) x 0x9E3779B97F4A7C15) | 1 and b(column) = mix((column + 1) x
 0xD6E8FEB86659FD93) | 1. key is the 8-byte BLAKE2b of "name:dtype", big-endian; mix is the finalizer
-of splitmix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators"). A sum commutes,
-so shards, interleaved rows and any order give the same digest; padding is left out.
+of splitmix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators"). A sum
+commutes, so shards, interleaved rows and any order give the same digest; padding is left out.
 
 It finds accidents, not forgers. The difference d of two sets of weights goes unseen only if
 sum d(i, j) a(i) b(j) = 0 modulo 2^64. One changed element is always seen, because a and b are odd
-and |d| < 2^64. More of them, changed with no regard to a and b, cancel in about one case of 2^63; if
-all d are multiples of 2^k, in one of 2^(63 - k): of 2^32 where only signs of fp32 numbers changed,
-of 2^48 for those of bf16. Who knows the formula can make two sets of weights of one digest.
+and |d| < 2^64. More of them, changed with no regard to a and b, cancel in about one case of 2^63;
+if all d are multiples of 2^k, in one of 2^(63 - k): of 2^32 where only signs of fp32 numbers
+changed, of 2^48 for those of bf16. Who knows the formula can make two sets of weights of one
+digest.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -20,8 +20,8 @@ _ROUNDED_LIMIT = 0x7F7F8000
 @triton.jit(do_not_specialize=["first_tile"])
 def _tile_kernel(
     tiles_ptr, rectangles_ptr, table_ptr, total_ptr, first_tile, SIZE: tl.constexpr,
-    ROUND: tl.constexpr, LIMIT: tl.constexpr, ALIGN: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    ROUND: tl.constexpr, LIMIT: tl.constexpr, ALIGN: tl.constexpr, TILE_ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Add one tile's elements to total[0]; to total[1], 1 if one of them is NaN or infinite.
 

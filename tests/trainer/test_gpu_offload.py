@@ -35,7 +35,9 @@ def folder(tmp_path):
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "distributed optimizer"])
 def test_offload_moves_no_bit(folder, random_samples, split, monkeypatch):
     """Slices of 100,000 elements through three slots; either kind takes over the other's state."""
-    monkeypatch.setattr(trainer_module, "OffloadedState", lambda *args: OffloadedState(*args, 100_000))
+    monkeypatch.setattr(
+        trainer_module, "OffloadedState", lambda *args: OffloadedState(*args, 100_000)
+    )
     device = torch.device("cuda")
     batches = pack_samples(random_samples(20, seed=6), 200, device=device)
 

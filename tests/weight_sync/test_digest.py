@@ -209,7 +209,7 @@ def test_dtypes_differ():
 
 @pytest.mark.parametrize("size", [1, 4, 7, 1000])
 def test_parts_of_rounded_copies_add_up(size):
-    """Optimizers cut flattened parameters anywhere; their fp32 copies count as what they round to."""
+    """Optimizers cut flattened parameters anywhere; fp32 copies count as what they round to."""
     config = sharded_config()
     specs = [spec for rank in range(2) for spec in config.param_specs((rank, 2))]
     generator = torch.Generator().manual_seed(size)
@@ -322,7 +322,8 @@ def not_finite(rectangle):
     values[-1, -1] = kept
 
 
-LEAST_ROUNDED = float.fromhex("0x1.FFp127")  # of fp32: halfway between the largest of bf16 and infinity
+# Of fp32, halfway between the largest number of bf16 and infinity.
+LEAST_ROUNDED = float.fromhex("0x1.FFp127")
 
 
 def signed(total):
@@ -346,7 +347,8 @@ specs, params, parts = awkward("cpu")
 table = Coefficients(specs, params)
 whole = [table.of_param(spec.name, params[spec.name]) for spec in specs]
 cut = [table.of_part(part.name, part.start, part.values) for part in parts]
-for rectangles, digester in ((whole, Digester(specs, params)), (cut, Digester(specs, params, parts))):
+digesters = Digester(specs, params), Digester(specs, params, parts)
+for rectangles, digester in zip((whole, cut), digesters):
     tiles = TileTable(rectangles, table.table)
     total = torch.zeros(2, dtype=torch.int64)
     tiles.add(total)
