@@ -55,17 +55,18 @@ def commit(trainer, digest):
     return None
 
 
-def digests(rank, size, store, folder, split, out):
+def digests(rank, size, store, folder, masters, out):
     """The trainer's digests and those of its weights at every turn, and two commits; as JSON.
 
-    split: whether the masters are split over the copies of the model. Rank 1's weights are damaged.
+    masters: "whole", or "split" over the copies of the model. Rank 1's weights are damaged.
     """
     from samebit.trainer.config import ParallelConfig
 
     torch.set_num_threads(1)
     start(rank, size, store)
     use_bf16()
-    trainer = make_trainer(folder, ParallelConfig(data=int(size), distributed_optimizer=split))
+    parallel = ParallelConfig(data=int(size), distributed_optimizer=masters == "split")
+    trainer = make_trainer(folder, parallel)
     mine = trainer.own_batches(pack_samples(gradient_samples(), 50))
     found = {"masters": [], "weights": []}
 

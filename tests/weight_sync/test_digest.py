@@ -292,8 +292,8 @@ def awkward(device):
     for i, dtype in enumerate((torch.float32, torch.bfloat16)):
         for j, (rows, columns, apart) in enumerate(SHAPES):
             name, hf_name = f"p{i}.{j}", f"x{i}.{j}"
-            live = max(1, rows - 2)
-            blocks = (RowBlock(0, hf_name, 3, live // 2), RowBlock(live // 2, hf_name, 90, 1))
+            half = rows // 2
+            blocks = (RowBlock(1, hf_name, 3, half - 1), RowBlock(half, hf_name, 90, rows - half))
             tail = (columns,) if columns else ()
             hf_shape = (rows + 100, *(2 * n for n in tail))
             specs.append(ParamSpec(name, (rows, *tail), blocks, {hf_name: hf_shape}, columns // 2))
