@@ -73,15 +73,18 @@ class Digester:
     def sum(self) -> int:
         """This rank's summand of the digest; add the ranks' values modulo 2^64."""
         self.start()
-        self._add(None)
+        self.add()
         return self.finish()
 
     def digest(self, group: dist.ProcessGroup | None = None) -> str:
-        """The digest as 16 hexadecimal digits; group: the ranks over which the weights are split"""
+        """The digest as 16 hexadecimal digits.
+
+        group: the ranks over which the weights are split; every rank gets the same.
+        """
         return gather_digest(self.sum(), group)
 
     def start(self) -> None:
-        """Begin a sum of which the caller adds each of the parts by itself."""
+        """Begin a sum, to which the caller may add the parts one by one."""
         tensors = self._tensors()
         layout: list[object] = [(x.data_ptr(), x.stride(), x.dtype, x.device) for x in tensors]
         dtypes = [self._params[spec.name].dtype for spec in self._specs]
@@ -90,9 +93,14 @@ class Digester:
             self._layout = [*layout, *dtypes]
         self._total.zero_()
 
-    def add(self, part: int) -> None:
-        """Add a part to the sum, in the current stream's order."""
-        self._add(part)
+    def add(self, part: int | None = None) -> None:
+        """Add a part, or all of them, to the sum, in the current stream's order."""
+        if self._tiles is not None:
+            return self._tiles.add(self._total, part)
+        for rectangles in self._rectangles if part is None else [self._rectangles[part]]:
+            for rectangle in rectangles:
+                _add_on_cpu(self._total, rectangle, self._table)
+        return None
 
     def finish(self) -> int:
         """The sum so far, modulo 2^64."""
@@ -127,14 +135,6 @@ class Digester:
             from samebit.weight_sync.digest_gpu import TileTable
 
             self._tiles = TileTable(self._rectangles, self._table)
-
-    def _add(self, part: int | None) -> None:
-        if self._tiles is not None:
-            return self._tiles.add(self._total, part)
-        for rectangles in self._rectangles if part is None else [self._rectangles[part]]:
-            for rectangle in rectangles:
-                _add_on_cpu(self._total, rectangle, self._table)
-        return None
 
 
 def _add_on_cpu(total: Tensor, rectangle: Rectangle, table: Tensor) -> None:

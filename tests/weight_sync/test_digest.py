@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import run_python
+from digest_cases import TIES
 
 from samebit.rollout.models.decoder import EMBEDDING
 from samebit.rollout.models.qwen2 import Qwen2
@@ -232,9 +232,6 @@ def test_parts_of_rounded_copies_add_up(size):
     assert as_digest([total]) == as_digest([expected])
 
 
-TIES = (1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -1 - 2**-8, -1 - 3 * 2**-8, 0.0, -0.0, 1e-45)
-
-
 def test_a_digester_notices_other_memory(specs, params):
     """Tables hold addresses: a parameter that moved must not be read where it was."""
     params = dict(params)
@@ -282,139 +279,6 @@ def test_columns_that_lie_apart():
     specs = [plain("a", "x", (7, 5))]
     transposed = weights_digest(specs, {"a": values.T})
     assert transposed == weights_digest(specs, {"a": values.T.contiguous()})
-
-
-def awkward(device):
-    """(specs, params, parts): odd shapes, vectors, padding, rows that lie apart, shards of columns,
-    several tiles of rows and columns, masters from any element on."""
-    generator = torch.Generator().manual_seed(1)
-    specs, params, parts = [], {}, []
-    for i, dtype in enumerate((torch.float32, torch.bfloat16)):
-        for j, (rows, columns, apart) in enumerate(SHAPES):
-            name, hf_name = f"p{i}.{j}", f"x{i}.{j}"
-            half = rows // 2
-            blocks = (RowBlock(1, hf_name, 3, half - 1), RowBlock(half, hf_name, 90, rows - half))
-            tail = (columns,) if columns else ()
-            hf_shape = (rows + 100, *(2 * n for n in tail))
-            specs.append(ParamSpec(name, (rows, *tail), blocks, {hf_name: hf_shape}, columns // 2))
-            memory = torch.randn(rows, *(n + apart for n in tail), generator=generator)
-            param = memory.to(device, dtype)
-            params[name] = param[:, :columns] if columns else param
-            master = params[name].float().contiguous().flatten() * 1.001
-            master[: len(TIES)] = torch.tensor(TIES, device=device)[: len(master)]
-            master[-1] = torch.finfo(torch.bfloat16).max if i else 1.0
-            cut = len(master) // 3
-            parts += [Part(name, 0, master[:cut].clone()), Part(name, cut, master[cut:].clone())]
-    return specs, params, parts
-
-
-SHAPES = ((3, 5, 0), (70, 16, 0), (70, 16, 8), (9, 24, 3), (5, 1040, 0), (37, 0, 0), (130, 1, 0))
-
-
-def not_finite(rectangle):
-    """Puts what is not finite, or not once it is rounded, into the last element, one by one."""
-    values, infinity = rectangle.values, torch.inf
-    rounded = values.dtype != rectangle.dtype
-    kept = values[-1, -1].clone()
-    for value in (infinity, -infinity, torch.nan, *[LEAST_ROUNDED, -LEAST_ROUNDED] * rounded):
-        values[-1, -1] = value
-        yield value
-    values[-1, -1] = kept
-
-
-# Of fp32, halfway between the largest number of bf16 and infinity.
-LEAST_ROUNDED = float.fromhex("0x1.FFp127")
-
-
-def signed(total):
-    """A sum modulo 2^64 as int64 holds it."""
-    return total - (1 << 64) if total >> 63 else total
-
-
-def test_tiles_in_tritons_interpreter():
-    """The GPU's kernel by the CPU: every kind of load gives the CPU's sum, as parts and at once."""
-    run_python(_TILES, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-
-
-_TILES = """
-import torch
-from samebit.weight_sync.coefficients import Coefficients
-from samebit.weight_sync.digest import Digester
-from samebit.weight_sync.digest_gpu import TileTable
-from weight_sync.test_digest import awkward, not_finite, signed
-
-specs, params, parts = awkward("cpu")
-table = Coefficients(specs, params)
-whole = [table.of_param(spec.name, params[spec.name]) for spec in specs]
-cut = [table.of_part(part.name, part.start, part.values) for part in parts]
-digesters = Digester(specs, params), Digester(specs, params, parts)
-for rectangles, digester in zip((whole, cut), digesters):
-    tiles = TileTable(rectangles, table.table)
-    total = torch.zeros(2, dtype=torch.int64)
-    tiles.add(total)
-    assert total.tolist() == [signed(digester.sum()), 0]
-    for i, part in enumerate(rectangles):
-        one = torch.zeros(2, dtype=torch.int64)
-        tiles.add(one, i)
-        digester.start()
-        digester.add(i)
-        assert one.tolist() == [signed(digester.finish()), 0], part
-        for last in not_finite(part[-1]) if rectangles is cut else ():
-            one = torch.zeros(2, dtype=torch.int64)
-            tiles.add(one, i)
-            assert int(one[1]) == 1, (part, last)
-"""
-
-
-@pytest.mark.gpu
-def test_tiles_on_the_gpu():
-    """Odd shapes, vectors, padding, strides, shards, rounded copies: what the CPU finds."""
-    specs, params, parts = awkward("cuda")
-    on_cpu = {name: p.cpu() for name, p in params.items()}
-    assert weights_digest(specs, params) == weights_digest(specs, on_cpu)
-    cpu_parts = [Part(part.name, part.start, part.values.cpu()) for part in parts]
-    digester = Digester(specs, params, parts)
-    expected = Digester(specs, on_cpu, cpu_parts)
-    assert digester.digest() == expected.digest()
-    assert digester.all_finite
-    for i, part in enumerate(parts):
-        for each in (digester, expected):
-            each.start()
-            each.add(i)
-        assert digester.finish() == expected.finish(), part.name
-        kept = part.values[-1].clone()
-        part.values[-1] = torch.inf
-        digester.start()
-        digester.add(i)
-        digester.finish()
-        assert not digester.all_finite, part.name
-        part.values[-1] = kept
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_large_tensors_on_the_gpu(dtype):
-    """Beyond 16 MiB and beyond 2^31 elements, at row offsets: addresses are of 64 bits."""
-    whole = torch.randn(4100, 4096, device="cuda").to(dtype)
-    block = RowBlock(0, "x", 1 << 20, 4099)
-    spec = ParamSpec("a", (4100, 4096), (block,), {"x": (1 << 21, 4096)})
-    expected = weights_digest([spec], {"a": whole.cpu()})
-    assert weights_digest([spec], {"a": whole}) == expected
-    far = torch.empty(4100, 600_000, dtype=torch.bfloat16, device="cuda")[:, 4096:8192]
-    far.copy_(whole)  # its last row begins beyond 2^31 elements
-    narrow = whole.bfloat16()
-    assert weights_digest([spec], {"a": far}) == weights_digest([spec], {"a": narrow.cpu()})
-    part = Part("a", 5, whole.float().flatten()[5:-3].clone())
-    on_cpu = Part("a", 5, part.values.cpu())
-    found = Digester([spec], {"a": narrow}, [part]).digest()
-    assert found == Digester([spec], {"a": narrow.cpu()}, [on_cpu]).digest()
-
-
-@pytest.mark.gpu
-def test_columns_apart_on_the_gpu():
-    """Refused: a program would read the neighbours in memory."""
-    with pytest.raises(ValueError, match="rows whose elements are neighbours"):
-        weights_digest([plain("a", "x", (7, 5))], {"a": torch.zeros(5, 7, device="cuda").T})
 
 
 @pytest.mark.gpu
