@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from samebit.weight_sync.buckets import bucket_over, copy_apart
-from samebit.weight_sync.digest import digest_sum
+from samebit.weight_sync.digest import Digester, as_digest
 from samebit.weight_sync.mapping import ParamSpec
 from samebit.weight_sync.objects import gather_objects
 from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError, WeightVersion
@@ -65,6 +65,7 @@ class UpdateSession:
         self.is_refused = False  # by this rank, before its commit: the others do not know yet
         self._broke_off = ""  # what made it dirty
         self._oldest = version.step  # that may be begun
+        self._digester = Digester(specs, params)
         self._step = version.step
         self._num_rows = {spec.name: spec.num_rows for spec in specs}
         self._received: dict[str, list[ParamMeta]] = {}
@@ -75,6 +76,10 @@ class UpdateSession:
     def state(self) -> SessionState:
         updating = self._state is SessionState.UPDATING
         return SessionState.RELEASED if self.released and not updating else self._state
+
+    def digest(self) -> str:
+        """weights_digest of the weights as they are now, over all ranks of the group."""
+        return self._digester.digest(self.group)
 
     def require_ready(self) -> None:
         """Raise WeightSyncError unless the weights are there, and one whole version."""
@@ -179,13 +184,12 @@ class UpdateSession:
         if not self.is_refused:
             self._require_updating()
         try:
-            refusal = self.reason if self.is_refused else self._fault()
-            total = 0 if refusal else digest_sum(self.specs, self.params)
+            refusal, total = (self.reason, 0) if self.is_refused else self._look()
             refusals, total = self._gather(refusal, total)
         except BaseException as error:
             self._break_off(str(error) or repr(error))
             raise
-        own = f"{total:016x}"
+        own = as_digest([total])
         if not refusals and digest not in (None, own):
             refusals = f"digest {own} here, {digest} at the sender"
         if refusals:
@@ -237,15 +241,17 @@ class UpdateSession:
 
     # -- internals -------------------------------------------------------------------------------
 
-    def _fault(self) -> str:
-        """What is wrong with what this rank holds; "": nothing."""
+    def _look(self) -> tuple[str, int]:
+        """What is wrong with what this rank holds ("": nothing), and its part of the digest."""
         missing = sorted(name for name in self.params if not self._is_whole(name))
         if missing:
-            return f"{len(missing)} tensors never arrived: {', '.join(missing[:5])}"
+            return f"{len(missing)} tensors never arrived: {', '.join(missing[:5])}", 0
         self._clear_padding()
-        if bad := non_finite(self.params):
-            return f"NaN or Inf in {len(bad)} tensors: {', '.join(bad[:5])}"
-        return ""
+        total = self._digester.sum()
+        if self._digester.all_finite:
+            return "", total
+        bad = non_finite(self.params)
+        return f"NaN or Inf in {len(bad)} tensors: {', '.join(bad[:5])}", 0
 
     def _gather(self, refusal: str, total: int) -> tuple[str, int]:
         """The refusals of all ranks ("": none), and the sum of their parts of the digest."""
@@ -253,7 +259,7 @@ class UpdateSession:
             return refusal, total
         told = gather_objects((refusal, total), self.group)
         refusals = [f"rank {rank}: {reason}" for rank, (reason, _) in enumerate(told) if reason]
-        return "; ".join(refusals), sum(total for _, total in told) % (1 << 64)
+        return "; ".join(refusals), sum(total for _, total in told)
 
     def _region(self, meta: ParamMeta) -> Tensor:
         """Where a tensor of the update goes. One that has no place here breaks the update."""

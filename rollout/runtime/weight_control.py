@@ -20,7 +20,6 @@ from samebit.rollout.runtime.runner import Runner
 from samebit.rollout.runtime.scheduler import Scheduler
 from samebit.rollout.runtime.weights import fill, load_dummy, load_safetensors, open_safetensors
 from samebit.weight_sync.buckets import cut_buckets, pack
-from samebit.weight_sync.digest import weights_digest
 from samebit.weight_sync.mapping import ParamSpec, hf_names, unequal_shapes
 from samebit.weight_sync.session import UpdateSession, non_finite
 from samebit.weight_sync.transports.file import read_version
@@ -46,9 +45,11 @@ def load_weights(
     else:
         load_safetensors(model_path, specs, weights)
         stored = read_version(model_path)
-    digest = weights_digest(specs, weights, group)
+    session = UpdateSession(specs, weights, WeightVersion(0, ""), group)
+    digest = session.digest()
     step = stored.step if stored and stored.digest == digest else 0
-    return UpdateSession(specs, weights, WeightVersion(step, digest), group)
+    session.version = WeightVersion(step, digest)
+    return session
 
 
 class WeightControl:
@@ -84,7 +85,7 @@ class WeightControl:
         return self.session.version
 
     def digest(self) -> str:
-        return weights_digest(self.session.specs, self.session.params, self.session.group)
+        return self.session.digest()
 
     def flush_cache(self) -> None:
         if self._prefixes is not None:
@@ -100,8 +101,9 @@ class WeightControl:
             raise ValueError(f"not finite or not {self._dtype}: {', '.join(bad[:5])}")
         self._arena.adopt("weights", params)
         weights = {name: p.detach() for name, p in params.items()}
-        version = WeightVersion(step, weights_digest(specs, weights, group))
+        version = WeightVersion(step, "")
         self.session = UpdateSession(specs, weights, version, group, shared=True)
+        self.session.version = version = WeightVersion(step, self.session.digest())
         self._runner.bind(self._runner.model.with_params(weights))
         self.between_steps(self.flush_cache)
         return version

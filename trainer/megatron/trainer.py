@@ -23,7 +23,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.parallel_state import (
     get_data_parallel_group,
     get_data_parallel_rank,
-    get_model_parallel_group,
     get_pipeline_model_parallel_group,
 )
 from torch import Tensor
@@ -50,7 +49,7 @@ from samebit.trainer.megatron.stages import FILLER, from_last_stage, stage_specs
 from samebit.trainer.packing import pack_samples, share_batches, units_of
 from samebit.trainer.stats import Totals
 from samebit.trainer.types import MicroBatch, NonFiniteError, StepStats
-from samebit.weight_sync.digest import weights_digest
+from samebit.weight_sync.digest import Digester, as_digest
 from samebit.weight_sync.mapping import ParamSpec
 from samebit.weight_sync.objects import gather_objects
 
@@ -98,9 +97,13 @@ class MegatronTrainer(ForwardModel):
         config.finalize_model_grads_func = finalize_model_grads
         offloaded = self.parallel.offload_optimizer
         self._pieces = pieces_of(self._optimizer, self.params, moments_on_host=offloaded)
-        self._offloaded = OffloadedState(self._pieces) if offloaded else None
+        digester_of = partial(Digester, self.specs, self.params)
+        self._offloaded = OffloadedState(self._pieces, digester_of) if offloaded else None
         if self._offloaded:
             replace_step(self._optimizer, self._offloaded.step)
+            self._digest_sum = self._offloaded.digest_sum
+        else:
+            self._digest_sum = digester_of([piece.digested for piece in self._pieces]).sum
         self._reference: ForwardModel | None = None
 
     @property
@@ -136,8 +139,12 @@ class MegatronTrainer(ForwardModel):
         return self._reference
 
     def digest(self) -> str:
-        """weights_digest of the present weights."""
-        return weights_digest(self.specs, self.params, get_model_parallel_group())
+        """weights_digest of the weights that the optimizer means, on every rank: of its master
+        copies, rounded, where it has them. The weights themselves are not read then.
+        """
+        copy = get_data_parallel_rank(with_context_parallel=True)
+        counts = copy == 0 or self.parallel.distributed_optimizer
+        return as_digest(gather_objects(self._digest_sum() if counts else 0))
 
     def logprobs(self, batches: Sequence[MicroBatch], reference: bool = False) -> list[Tensor]:
         """Log-probs [R] of every micro-batch, without gradients."""
@@ -228,6 +235,8 @@ class MegatronTrainer(ForwardModel):
     def _go_on_from(self, state: Mapping[str, Any]) -> None:
         """What is the same on every rank."""
         self.step = state["step"]
+        if self._offloaded:
+            self._offloaded.forget_digest()
         self._scheduler.num_steps = 0  # Megatron adds the saved count to the present one
         self._scheduler.load_state_dict(state["scheduler"])
 
