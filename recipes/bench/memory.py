@@ -20,13 +20,12 @@ from samebit.recipes.bench.bars import BACK_GIB_S, RELEASE_MS, RESUME_MS, Bars
 from samebit.recipes.bench.config import BenchMemoryRun, Workload
 from samebit.recipes.bench.output import REPORT_FILE, BenchError, format_table
 from samebit.recipes.bench.prompts import FixedPrompts, PromptSource
-from samebit.recipes.bench.start import report_of, settings_of
+from samebit.recipes.bench.start import fill, report_of, settings_of
 from samebit.recipes.bench.timing import Spread, timed
 from samebit.recipes.run.folder import require_own_report
 from samebit.recipes.run.provenance import device_name, write_result
 from samebit.rollout.device import resolve_device
 from samebit.rollout.engine import Engine
-from samebit.rollout.runtime.weights import load_dummy, load_safetensors
 from samebit.weight_sync.transports.alias import AliasLease
 
 ROWS: tuple[tuple[str, list[str] | None, bool], ...] = (
@@ -69,11 +68,7 @@ class Subject:
 
     def load_again(self) -> None:
         """Fill the weights that are served with what they held at first."""
-        specs, weights = self.engine.specs, self.engine.weights
-        if self._run.load_format == "dummy":
-            load_dummy(specs, weights, self._run.seed)
-        else:
-            load_safetensors(self.engine.model_path, specs, weights)
+        fill(self._run, self.engine.specs, self.engine.weights)
 
     def update(self, load: Callable[[], None] = lambda: None) -> None:
         """Have the engine take its weights as those of the next step, once `load` has run."""
@@ -162,9 +157,8 @@ def summary(report: dict[str, Any], device: torch.device) -> str:
             ms = {k: 1e3 * s for k, s in found[key].items()}
             row.append(bars.beside(ms["median"], bar if everything and not backup else None))
             row += [f"{ms[k]:,.1f}" for k in ("min", "max")]
-        back = found.get("bytes_back_s", 0.0) / 2**30
-        bar = None if everything else BACK_GIB_S
-        row.append(bars.beside(back, bar, least=True) if backup else "-")
+        back, least = found.get("bytes_back_s", 0.0) / 2**30, None if everything else BACK_GIB_S
+        row.append(bars.beside(back, least, least=True) if backup else "-")
         rows.append(row)
     cycles = report["cycles"]
     grown = [last - first for first, last in (cycles["reserved_bytes"], cycles["used_bytes"])]

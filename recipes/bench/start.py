@@ -11,12 +11,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from samebit.kernels.profile import numerics_profile
 from samebit.kernels.registry import attention_kind
@@ -27,6 +29,8 @@ from samebit.recipes.bench.variants import SETTINGS, kernels_of
 from samebit.rollout.config import EngineConfig
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.runtime.weights import load_dummy, load_safetensors
+from samebit.weight_sync.mapping import ParamSpec
 
 FIRST = Workload(num_prompts=1, num_samples=1, input_len=16, output_len=1)
 _CACHES = ("TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "XDG_CACHE_HOME")
@@ -37,6 +41,14 @@ def settings_of(run: BenchEngineSection, **changes: Any) -> EngineConfig:
     own: dict[str, Any] = {"load_format": run.load_format, "seed": run.seed}
     own |= {"attention": run.numerics.attention, "model_family": run.model_family}
     return replace(run.engine, **own | changes)
+
+
+def fill(run: BenchEngineSection, specs: Sequence[ParamSpec], params: Mapping[str, Tensor]) -> None:
+    """Fill parameters, in place, with the weights that the run asks for."""
+    if run.load_format == "dummy":
+        load_dummy(specs, params, run.seed)
+    else:
+        load_safetensors(Path(run.model), specs, params)
 
 
 def report_of(run: BenchEngineSection, device: torch.device) -> dict[str, Any]:

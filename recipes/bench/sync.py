@@ -10,37 +10,26 @@ sender's own memory drew.
 import gc
 import tempfile
 import time
-from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from samebit.recipes.bench.bars import TRANSFER_MS, UPDATE_MS, WINDOW_MS, Bars
 from samebit.recipes.bench.config import TRANSPORTS, BenchSyncRun, Workload
 from samebit.recipes.bench.output import REPORT_FILE, BenchError, format_table
 from samebit.recipes.bench.prompts import FixedPrompts, Outcome, PromptSource, timed_run
-from samebit.recipes.bench.start import FIRST, report_of, settings_of
+from samebit.recipes.bench.start import FIRST, fill, report_of, settings_of
 from samebit.recipes.bench.timing import Spread, timed
-from samebit.recipes.launch.placement import load_transport
+from samebit.recipes.launch.updates import Source, connect, why_not_here
 from samebit.recipes.run.folder import require_own_report
 from samebit.recipes.run.provenance import device_name, write_result
 from samebit.rollout.device import DeviceError, resolve_device, resolve_dtype
-from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
-from samebit.rollout.remote import RemoteEngine
-from samebit.rollout.runtime.weights import load_dummy, load_safetensors
-from samebit.weight_sync.digest import weights_digest
-from samebit.weight_sync.mapping import ParamSpec
-from samebit.weight_sync.transports.base import Lease, Transport, WeightSync
-from samebit.weight_sync.transports.registry import TRANSPORTS as ENTRIES
-from samebit.weight_sync.types import WeightVersion
+from samebit.weight_sync.transports.base import Transport
 
-_FACTORS = (2.0, 0.5)  # exact: the weights are the first version's again after two updates
 _PARTS = ("digest", "begin", "transfer", "commit", "update", "first_token")
 
 
@@ -48,62 +37,22 @@ type Truth = dict[int, list[Outcome]]
 """What each of the two versions draws, by an engine on the source's own memory."""
 
 
-@dataclass
-class Source:
-    """A WeightSource without a trainer: parameters of which every step makes others."""
-
-    params: Mapping[str, Tensor]
-    specs: list[ParamSpec]
-    step: int = 0
-
-    @classmethod
-    def of(cls, run: BenchSyncRun, device: torch.device) -> "Source":
-        """With the weights that the run asks for."""
-        specs = load_model_config(run.model, run.model_family).param_specs()
-        dtype = resolve_dtype(None, device)
-        params = {s.name: torch.empty(s.shape, dtype=dtype, device=device) for s in specs}
-        if run.load_format == "dummy":
-            load_dummy(specs, params, run.seed)
-        else:
-            load_safetensors(Path(run.model), specs, params)
-        return cls(params, specs)
-
-    @property
-    def pipeline_group(self) -> dist.ProcessGroup:
-        """There is none."""
-        raise BenchError("a bench's source is no stage of a pipeline")
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all parameters."""
-        return sum(p.nbytes for p in self.params.values())
-
-    def change(self) -> None:
-        """Make the next step's weights in place."""
-        torch._foreach_mul_(list(self.params.values()), _FACTORS[self.step % 2])
-        self.step += 1
-
-    def digest(self) -> str:
-        """Of the present weights."""
-        return weights_digest(self.specs, self.params)
+def make_source(run: BenchSyncRun, device: torch.device) -> Source:
+    """The weights that the run asks for, in this process."""
+    specs = load_model_config(run.model, run.model_family).param_specs()
+    dtype = resolve_dtype(None, device)
+    params = {s.name: torch.empty(s.shape, dtype=dtype, device=device) for s in specs}
+    fill(run, specs, params)
+    return Source(params, specs)
 
 
 class Receiver:
     """An engine, and what keeps it on the source's weights."""
 
     def __init__(self, name: str, run: BenchSyncRun, source: Source, folder: Path) -> None:
-        transport, entry = load_transport(name), ENTRIES[name]
-        device = next(iter(source.params.values())).device
-        config = settings_of(run, load_format="none")
-        self.engine: Engine | RemoteEngine
-        if "colocated" in entry.engines:
-            leased = source.params if issubclass(transport, Lease) else None
-            self.engine = Engine(run.model, config, device=device, weights=leased, step=source.step)
-        else:
-            where = torch.device("cuda", 1) if entry.gpus > 1 else device
-            self.engine = RemoteEngine(run.model, run.cpu_threads, config=config, device=where)
-        self.weights: WeightSync = transport.between(source, self.engine, folder)
-        self._source, self._device = source, device
+        place = run.model, settings_of(run), folder, run.cpu_threads
+        self.engine, self.weights = connect(name, source, *place)
+        self._source = source
         vocab_size = load_model_config(run.model, run.model_family).vocab_size
         self._prompts = PromptSource(vocab_size, run.seed + 1)
 
@@ -115,10 +64,10 @@ class Receiver:
             engine.pause_generation("abort")
             weights.lease(source.step + 1)
 
-        _, before = timed(prepare, self._device)
-        timed(source.change, self._device)
+        _, before = timed(prepare, source.device)
+        timed(source.change, source.device)
         start = time.perf_counter()
-        digest = source.digest()
+        digest = source.version.digest
         digested = time.perf_counter()
         weights.update(source.params, digest)
         updated = time.perf_counter()
@@ -151,10 +100,10 @@ def run_transport(
         with closing(receiver):
             for _ in range(run.repeats + 1):
                 windows.append(receiver.window())
-                expected = WeightVersion(source.step, source.digest())
-                if (served := receiver.engine.weight_version) != expected:
+                served, expected = receiver.engine.weight_version, source.version
+                if served != expected:
                     raise BenchError(f"{name}: {served} is served in place of {expected}")
-                version = source.step % len(_FACTORS)
+                version = source.step % 2
                 if version not in truth:
                     truth[version] = prompts.outcomes(receiver.engine)
                 tokens += prompts.require_same(receiver.engine, truth[version], f"after {name}")
@@ -170,13 +119,12 @@ def chosen(run: BenchSyncRun, device: torch.device) -> list[str]:
 
     Raises DeviceError for one that is between more GPUs than there are.
     """
-    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     if run.transports is None:
-        of_cpus = ("gloo", "file") if gpus else ()
-        return [n for n in TRANSPORTS if ENTRIES[n].gpus <= gpus and n not in of_cpus]
+        of_cpus = ("gloo", "file") if device.type == "cuda" else ()
+        return [n for n in TRANSPORTS if n not in of_cpus and not why_not_here(n, device)]
     for name in run.transports:
-        if (needed := ENTRIES[name].gpus) > gpus:
-            raise DeviceError(f"transports has {name}, which needs {needed} GPUs; there are {gpus}")
+        if reason := why_not_here(name, device):
+            raise DeviceError(f"transports: {reason}")
     return run.transports
 
 
@@ -219,7 +167,7 @@ def main(run: BenchSyncRun) -> int:
     device = resolve_device(run.device)
     names, found = chosen(run, device), dict[str, Any]()
     report = report_of(run, device) | {"transports": found}
-    source = Source.of(run, device)
+    source = make_source(run, device)
     truth: Truth = {}
     vocab_size = load_model_config(run.model, run.model_family).vocab_size
     prompts = FixedPrompts.of(PromptSource(vocab_size, run.seed), Workload.parse(run.workload))
