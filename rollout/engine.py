@@ -19,6 +19,7 @@ from samebit.kernels.registry import attention_kind
 from samebit.rollout.client import Progress, result_of, stream_of
 from samebit.rollout.config import EngineConfig, as_path
 from samebit.rollout.device import as_ranks, automatic_kv_bytes, own_device, resolve_dtype, settled
+from samebit.rollout.engine_weights import EngineWeights
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.engine_loop import EngineLoop
 from samebit.rollout.runtime.kv_cache import KVCache, PagePool
@@ -35,14 +36,10 @@ from samebit.rollout.runtime.weight_control import WeightControl, adopt_weights,
 from samebit.rollout.types import Completion, Increment, SamplingParams
 from samebit.weight_sync.objects import smallest
 from samebit.weight_sync.session import UpdateSession
-from samebit.weight_sync.transports.base import WeightSink
-from samebit.weight_sync.transports.broadcast import GlooGroup
-from samebit.weight_sync.transports.planes import UpdateReceiver
-from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
 
-class Engine:
-    """A rollout engine in this process: an EngineClient; its `sink` receives weights.
+class Engine(EngineWeights):
+    """A rollout engine in this process: an EngineClient; EngineWeights is how its weights change.
 
     Settings are EngineConfig's, given as `config`, by name, or both (a name wins). ranks: tensor
     parallel ranks; each runs an engine of its own and is given the same requests, or follows rank
@@ -83,7 +80,6 @@ class Engine:
         else:
             session = adopt_weights(weights, step, *place)
         self._make_runtime(session)
-        self._receiver: UpdateReceiver | None = None
 
     # -- generation ------------------------------------------------------------------------------
 
@@ -206,81 +202,6 @@ class Engine:
         """Abort what callers wait for."""
         self.loop.between_steps(self.loop.book.abandon_all)
 
-    # -- weights ---------------------------------------------------------------------------------
-
-    @property
-    def weights(self) -> Mapping[str, Tensor]:
-        """The parameters that are served, by their engine (Megatron) names."""
-        return self.weight_control.session.params
-
-    @property
-    def sink(self) -> WeightSink:
-        """What a transport of this process updates."""
-        return self.weight_control
-
-    @property
-    def weight_version(self) -> WeightVersion:
-        """Step and digest of the weights that are served."""
-        return self.weight_control.version
-
-    def digest(self) -> str:
-        """weights_digest of the weights as they are now, over all tensor parallel ranks."""
-        return self.weight_control.digest()
-
-    def get_weights_by_name(self, name: str) -> Tensor:
-        """A copy of one parameter by its engine (Megatron) name; KeyError if there is none."""
-        return self.weights[name].clone()
-
-    def flush_cache(self) -> None:
-        """Forget all cached prefixes."""
-        self.loop.between_steps(self.loop.book.flush_cache)
-
-    def bind_weights(self, params: Mapping[str, Tensor], step: int = 0) -> WeightVersion:
-        """Serve the trainer's own parameters from its memory (transport "alias")."""
-        return self.weight_control.bind_weights(params, step)
-
-    def update_weights_from_tensor(
-        self, params: Mapping[str, Tensor], step: int, digest: str | None = None
-    ) -> WeightVersion:
-        """Copy a full set of parameters (engine names) into place."""
-        return self.weight_control.update_weights_from_tensor(params, step, digest)
-
-    def update_weights_from_disk(
-        self, model_path: str | Path, step: int | None = None
-    ) -> WeightVersion:
-        """Load a Hugging Face folder in place, under its own version if it carries one.
-
-        A folder that is missing or does not fit is refused before anything changes, as is one whose
-        config.json, if it has one, is of another model.
-        """
-        return self.weight_control.update_weights_from_disk(model_path, step)
-
-    def init_weights_update_group(
-        self,
-        master_address: str,
-        master_port: int,
-        rank: int,
-        world_size: int,
-        backend: str = "gloo",
-        timeout_s: float = 600.0,
-        secret: str | None = None,
-    ) -> None:
-        """Join the trainer's weight group as `rank` (1 or higher).
-
-        secret: what the trainer and all engines have to know, by default SAMEBIT_SECRET of the
-        environment; on one machine there need be none. Raises ValueError if theirs is another.
-        """
-        place = master_address, master_port, rank, world_size
-        group = GlooGroup(*place, backend, timeout_s, secret)
-        self._receiver = UpdateReceiver(group, group)
-
-    def update_weights_from_distributed(self) -> WeightVersion:
-        """Take one update from the weight group, in place."""
-        if self._receiver is None:
-            raise WeightSyncError("no weight group; call init_weights_update_group first")
-        self._receiver.receive(self.sink, self.device)
-        return self.weight_version
-
     # -- internals -------------------------------------------------------------------------------
 
     def _make_runtime(self, session: UpdateSession) -> None:
@@ -304,7 +225,7 @@ class Engine:
         graphs = bool(c.cuda_graphs)
         self.runner = Runner(decoder, cache, self.attention, c.max_num_seqs, graphs)
         self.sampler = Sampler(m.vocab_size, m.eos_token_ids)
-        self.scheduler = Scheduler(c, self.pool, self.prefixes, slots)
+        self.scheduler = Scheduler(c, self.pool, self.prefixes, slots, cache)
         depth = 1 if c.overlap else 0
         self.step_loop = StepLoop(self.scheduler, slots, self.runner, self.sampler, depth)
         self.weight_control = WeightControl(
@@ -314,6 +235,7 @@ class Engine:
             *(self.scheduler, self.step_loop, slots, self.weight_control), self.device, self.ranks
         )
         self.loop = EngineLoop(book)
+        self.weight_control.between_steps = self.loop.between_steps
         self.requests = RequestFactory(
             vocab_size=m.vocab_size,
             num_layers=m.num_layers,

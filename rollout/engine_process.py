@@ -42,6 +42,9 @@ def serve(connection: Connection, model_path: str, cpu_threads: int, settings: d
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
     torch.set_num_threads(cpu_threads)
+    device = settings.get("device")
+    if device is not None and (gpu := torch.device(device)).index is not None:
+        torch.cuda.set_device(gpu)
     server = _Server(connection)
     try:
         server.engine = engine = Engine(model_path, **settings)

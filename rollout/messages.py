@@ -109,6 +109,18 @@ class FlushCache:
 
 
 @dataclass(frozen=True)
+class Pause:
+    """Take no steps; what runs is as RequestBook.pause says."""
+
+    mode: str
+
+
+@dataclass(frozen=True)
+class Continue:
+    """Take steps again."""
+
+
+@dataclass(frozen=True)
 class Leave:
     """Rank 0 leads no longer; the ids to go on from, see RequestFactory.marks."""
 
@@ -118,11 +130,14 @@ class Leave:
 
 type Message = Generate | Score | Abandon | Ask | Stop
 type Answer = Done | Failed | Drew
-type RankMessage = Admit | Drain | AbortRequest | FlushCache | Leave
+type RankMessage = Admit | Drain | AbortRequest | FlushCache | Pause | Continue | Leave
 
 _PLAIN: dict[str, Any] = {
     kind.__name__: kind
-    for kind in (Admit, Drain, AbortRequest, FlushCache, Leave, Request, SamplingParams)
+    for kind in (
+        *(Admit, Drain, AbortRequest, FlushCache, Pause, Continue, Leave),
+        *(Request, SamplingParams),
+    )
 }
 _KIND = "kind"
 

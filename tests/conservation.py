@@ -89,6 +89,9 @@ def check_queues(engine, running):
             assert places[id(seq)] == expected, "a sample is lost, or in two places"
         if seq.slot is None:
             assert not seq.pages, "pages of one that does not run"
+        if seq.swapped:
+            assert seq.is_mixed, "what can be computed anew is kept"
+            assert seq.status is Status.WAITING, "keys and values in two places"
     expected = {id(seq): Status.WAITING for seq in waiting}
     expected |= {id(seq): Status.FORKING for seq in coming}
     expected |= {id(seq): Status.DECODING for seq in running}

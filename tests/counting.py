@@ -61,7 +61,7 @@ class World:
         self.config = config
         self.prefixes = PrefixCache(self.pool, PAGE, VERSION) if cached else None
         self.slots = Slots(config.max_num_seqs, 64, PAGE, seed=0)
-        self.scheduler = Scheduler(config, self.pool, self.prefixes, self.slots)
+        self.scheduler = Scheduler(config, self.pool, self.prefixes, self.slots, None)
         self.runner = CountingRunner(self.slots)
         sampler = Sampler(331, ())
         self.step_loop = StepLoop(self.scheduler, self.slots, self.runner, sampler, depth)

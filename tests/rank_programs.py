@@ -71,7 +71,7 @@ def engine(rank, size, store, folder, out):
     contexts = [[*p, *c[0][0]] for p, c in zip(prompts(), found["generated"][0], strict=True)]
     found["scores"] = [[v.hex() for v in values] for values in one.score(contexts)]
     found["versions"].append(vars(one.weight_version))
-    one.update_weights_from_tensor({n: w.clone() for n, w in one.weights.items()}, step=4)
+    one.copy_weights({n: w.clone() for n, w in one.weights.items()}, step=4)
     one.update_weights_from_disk(folder, step=5)
     found["versions"].append(vars(one.weight_version))
     found["updated"] = exact(one.generate(prompts(), PARAMS))

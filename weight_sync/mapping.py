@@ -43,6 +43,11 @@ class ParamSpec:
     column_start: int = 0
     replica: bool = False
 
+    @property
+    def num_rows(self) -> int:
+        """Rows that blocks cover; padding stands behind them."""
+        return sum(block.num_rows for block in self.blocks)
+
     def columns(self) -> slice:
         """The source columns that this shard of a matrix holds."""
         return slice(self.column_start, self.column_start + self.shape[1])

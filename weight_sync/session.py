@@ -2,21 +2,30 @@
 
 Weights are written in place, so between begin and commit the receiver holds a mixture. It is
 `ready` again only after a commit whose tensors are complete and finite and whose digest equals the
-sender's. Anything else leaves it `broken`, with the reason, until a later full update commits.
+sender's. Anything else leaves it `dirty`, with the reason, until a later full update commits.
+
+Tensor parallel ranks commit together: what one of them refuses, all refuse. So whoever drives an
+update calls commit (or abort) on every rank, also on one that has refused a tensor before.
 """
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from samebit.weight_sync.buckets import bucket_over, copy_apart
-from samebit.weight_sync.digest import weights_digest
+from samebit.weight_sync.digest import digest_sum
 from samebit.weight_sync.mapping import ParamSpec
+from samebit.weight_sync.objects import gather_objects
 from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError, WeightVersion
+
+type Content = Literal["old", "new", "unknown"]
+"""What a tensor of a dirty receiver holds."""
+
+_SELECTORS = ("all", "target", "draft")
 
 
 class SessionState(Enum):
@@ -24,14 +33,19 @@ class SessionState(Enum):
 
     READY = "ready"
     UPDATING = "updating"
-    BROKEN = "broken"
+    DIRTY = "dirty"
+    RELEASED = "released"
 
 
 class UpdateSession:
     """Receives versions of the parameters that `params` holds, in place.
 
     group: the tensor parallel ranks that hold the other shards; they commit together.
+    shared: the memory is the sender's own, who may write to all of it from `begin` on.
     """
+
+    released: tuple[str, ...] = ()
+    """Tags of the memory that is released: nothing is served without it."""
 
     def __init__(
         self,
@@ -39,31 +53,94 @@ class UpdateSession:
         params: Mapping[str, Tensor],
         version: WeightVersion,
         group: dist.ProcessGroup | None = None,
+        shared: bool = False,
     ) -> None:
         self.specs = specs
         self.params = params
         self.group = group
         self.version = version
-        self.state = SessionState.READY
         self.reason = ""
+        self._shared = shared
+        self._state = SessionState.READY
+        self.is_refused = False  # by this rank, before its commit: the others do not know yet
+        self._broke_off = ""  # what made it dirty
+        self._oldest = version.step  # that may be begun
         self._step = version.step
+        self._num_rows = {spec.name: spec.num_rows for spec in specs}
         self._received: dict[str, list[ParamMeta]] = {}
+        self._was_whole = True  # as the update began
+        self._unknown: set[str] = set()  # may have been written to since the last commit
+
+    @property
+    def state(self) -> SessionState:
+        updating = self._state is SessionState.UPDATING
+        return SessionState.RELEASED if self.released and not updating else self._state
 
     def require_ready(self) -> None:
-        """Raise WeightSyncError unless the weights are one whole version."""
-        if self.state is SessionState.UPDATING:
+        """Raise WeightSyncError unless the weights are there, and one whole version."""
+        if self.released:
+            tags = ", ".join(self.released)
+            raise WeightSyncError(f"the memory of {tags} is released; resume it first")
+        if self._state is SessionState.UPDATING:
             raise WeightSyncError(f"an update to step {self._step} is under way")
-        if self.state is SessionState.BROKEN:
+        if self._state is SessionState.DIRTY:
+            found = list(self.report().values())
+            new, unknown, old = map(found.count, ("new", "unknown", "old"))
             raise WeightSyncError(
-                f"the update to step {self._step} broke off: {self.reason}; "
-                "a full update makes the engine usable again"
+                f"{self._broke_off}: {self.reason}; {new} tensors are new, {unknown} unknown, "
+                f"{old} old; a full update makes the engine usable again"
             )
 
-    def begin(self, step: int) -> None:
-        """Start a full update to `step`. Allowed when ready or broken."""
-        if self.state is SessionState.UPDATING:
+    def report(self) -> dict[str, Content]:
+        """What each tensor holds: "old", untouched since the last commit; "new", the whole of what
+        the last update brought; "unknown" otherwise. All are old when ready."""
+        return {name: self._content(name) for name in self.params}
+
+    def begin(self, step: int, selector: str = "target", *, may_go_back: bool = False) -> None:
+        """Start a full update to `step`. Allowed when ready or dirty.
+
+        selector: which served models the update is of: "target", or "all", which is the same here.
+        may_go_back: the caller means a step below that of the version before it. Raises ValueError
+        for an unknown selector, and WeightSyncError for a model that is not served, a stale step,
+        an update under way, or weights whose memory is released.
+        """
+        require_served(selector)
+        if self._state is SessionState.UPDATING:
             raise WeightSyncError(f"update to step {step} begun during that to step {self._step}")
-        self.state, self._step, self._received = SessionState.UPDATING, step, {}
+        if "weights" in self.released:
+            raise WeightSyncError(
+                f"update to step {step}: the memory of weights is released; resume it first"
+            )
+        if step < self._oldest and not may_go_back:
+            raise WeightSyncError(
+                f"update to step {step} is stale: the version before it is of step {self._oldest}"
+            )
+        self._unknown.update(self._received, self.params if self._shared else ())
+        self._was_whole = self._state is SessionState.READY
+        self._state, self._step, self._received = SessionState.UPDATING, step, {}
+        self.is_refused = False
+
+    def meet_sender(self) -> None:
+        """Another sender is there: none of its steps is stale for those of others."""
+        self._oldest = 0
+
+    def expect(self, metas: Sequence[ParamMeta]) -> list[Tensor]:
+        """The places of these regions, to be written by the caller, who then calls `arrived`.
+
+        Views of parameters, contiguous or not; "unknown" from here on. One that does not fit
+        breaks the update, and nothing is written.
+        """
+        self._require_updating()
+        regions = [self._region(meta) for meta in metas]
+        self._unknown.update(meta.name for meta in metas)
+        return regions
+
+    def arrived(self, metas: Sequence[ParamMeta]) -> None:
+        """Take these regions as written. What comes twice breaks the update."""
+        self._require_updating()
+        for meta in metas:
+            self._region(meta)
+            self._received.setdefault(meta.name, []).append(meta)
 
     def bucket_for(self, metas: Sequence[ParamMeta]) -> Bucket:
         """Give what these tensors are to be written into, before `receive` takes it.
@@ -71,73 +148,163 @@ class UpdateSession:
         That is the parameter's own memory for one contiguous region, else an empty bucket. What
         does not fit breaks the update, and nothing is written.
         """
-        self._require_updating()
-        return bucket_over(metas, [self._region(meta) for meta in metas])
+        return bucket_over(metas, self.expect(metas))
 
     def receive(self, bucket: Bucket) -> None:
         """Put a bucket's tensors into place; unknown or misshapen ones break the update."""
-        self._require_updating()
         for meta in bucket.metas:
-            region = self._region(meta)
+            [region] = self.expect([meta])
             with torch.no_grad():
                 copy_apart(bucket.tensor(meta), region)
-            self._received.setdefault(meta.name, []).append(meta)
+            self.arrived([meta])
 
     def receive_in_place(self) -> None:
         """Take all tensors as arrived: the sender writes to this memory."""
         self._require_updating()
-        self._received = {
-            name: [ParamMeta(name, tuple(param.shape), str(param.dtype), 0)]
-            for name, param in self.params.items()
-        }
+        self._received = {meta.name: [meta] for meta in self.metas()}
 
-    def commit(self, digest: str) -> WeightVersion:
-        """Check completeness, finiteness and the digest; the new version on success."""
-        self._require_updating()
-        missing = sorted(name for name in self.params if not self._is_whole(name))
-        if missing:
-            self._fail(f"{len(missing)} tensors never arrived: {', '.join(missing[:5])}")
-        if bad := non_finite(self.params):
-            self._fail(f"NaN or Inf in {len(bad)} tensors: {', '.join(bad[:5])}")
-        own = weights_digest(self.specs, self.params, self.group)
-        if own != digest:
-            self._fail(f"digest {own} here, {digest} at the sender")
-        self.state, self.version = SessionState.READY, WeightVersion(self._step, digest)
+    def metas(self) -> list[ParamMeta]:
+        """All parameters, whole."""
+        return [ParamMeta(n, tuple(p.shape), str(p.dtype), 0) for n, p in self.params.items()]
+
+    def commit(self, digest: str | None) -> WeightVersion:
+        """Check completeness, finiteness and the digest; the new version on success.
+
+        digest: the sender's; None if it has told none. Rows of padding need not have arrived: then
+        they are zero from here on. Raises WeightSyncError, on every rank, if any refuses or has
+        refused a tensor before.
+        """
+        if not self.is_refused:
+            self._require_updating()
+        try:
+            refusal = self.reason if self.is_refused else self._fault()
+            total = 0 if refusal else digest_sum(self.specs, self.params)
+            refusals, total = self._gather(refusal, total)
+        except BaseException as error:
+            self._break_off(str(error) or repr(error))
+            raise
+        own = f"{total:016x}"
+        if not refusals and digest not in (None, own):
+            refusals = f"digest {own} here, {digest} at the sender"
+        if refusals:
+            self._break_off(refusals)
+            raise self._refusal(refusals)
+        self._state, self.version = SessionState.READY, WeightVersion(self._step, own)
+        self._oldest = self._step
+        self._received, self._unknown = {}, set()
         return self.version
 
     def abort(self, reason: str) -> None:
-        """End the update; the weights are a mixture and may not be used."""
+        """End the update: the weights are a mixture and may not be used.
+
+        If nothing was handed out to be written, they are still the version before, whole.
+        """
         self._require_updating()
-        self.state, self.reason = SessionState.BROKEN, reason
+        if self._was_whole and not self._unknown and not self._received:
+            self._state = SessionState.READY
+        else:
+            self._break_off(reason)
+
+    def abort_alike(self, reason: str) -> None:
+        """`abort`, where all ranks run the update alike: those that commit it are told why.
+
+        Does nothing if the update has ended on all ranks.
+        """
+        if self._state is SessionState.UPDATING:
+            self._break_off(reason)
+        elif not self.is_refused:
+            return
+        self.is_refused = False
+        self._gather(self.reason, 0)
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Break the update before its commit, when the other ranks learn of it."""
+        self._require_updating()
+        self._break_off(reason)
+        self.is_refused = True
+        raise self._refusal(reason)
+
+    def invalidate(self, reason: str) -> None:
+        """The weights are lost: nothing is served until a full update commits."""
+        if self._state is SessionState.UPDATING:
+            raise WeightSyncError(f"an update to step {self._step} is under way")
+        self._received, self._unknown = {}, set(self.params)
+        self._state, self.reason = SessionState.DIRTY, reason
+        self._broke_off = "the weights are lost"
+
+    # -- internals -------------------------------------------------------------------------------
+
+    def _fault(self) -> str:
+        """What is wrong with what this rank holds; "": nothing."""
+        missing = sorted(name for name in self.params if not self._is_whole(name))
+        if missing:
+            return f"{len(missing)} tensors never arrived: {', '.join(missing[:5])}"
+        self._clear_padding()
+        if bad := non_finite(self.params):
+            return f"NaN or Inf in {len(bad)} tensors: {', '.join(bad[:5])}"
+        return ""
+
+    def _gather(self, refusal: str, total: int) -> tuple[str, int]:
+        """The refusals of all ranks ("": none), and the sum of their parts of the digest."""
+        if self.group is None:
+            return refusal, total
+        told = gather_objects((refusal, total), self.group)
+        refusals = [f"rank {rank}: {reason}" for rank, (reason, _) in enumerate(told) if reason]
+        return "; ".join(refusals), sum(total for _, total in told) % (1 << 64)
 
     def _region(self, meta: ParamMeta) -> Tensor:
         """Where a tensor of the update goes. One that has no place here breaks the update."""
         param = self.params.get(meta.name)
         if param is None:
-            self._fail(f"unknown tensor {meta.name}")
+            self.refuse(f"unknown tensor {meta.name}")
         region = meta.region_of(param)
         if region is None:
             place = "" if meta.start is None else f", from {meta.start} on,"
-            self._fail(
+            self.refuse(
                 f"{meta.name} is {tuple(param.shape)} {param.dtype} here and "
                 f"{meta.shape} {meta.dtype}{place} in the update"
             )
         if any(map(meta.overlaps, self._received.get(meta.name, []))):
-            self._fail(f"{meta.name} arrived twice")
+            self.refuse(f"{meta.name} arrived twice")
         return region
 
+    def _content(self, name: str) -> Content:
+        if name in self._received and self._is_whole(name):
+            return "new"
+        return "unknown" if name in self._unknown or name in self._received else "old"
+
     def _is_whole(self, name: str) -> bool:
-        """Whether every element of a parameter has arrived: regions do not overlap."""
-        arrived = sum(meta.num_elements for meta in self._received.get(name, []))
-        return arrived == self.params[name].numel()
+        """Whether every element but padding has arrived: regions do not overlap."""
+        num_rows = self._num_rows[name]
+        arrived = sum(meta.num_elements_in(num_rows) for meta in self._received.get(name, []))
+        return arrived == self.params[name][:num_rows].numel()
+
+    def _clear_padding(self) -> None:
+        for name, num_rows in self._num_rows.items():
+            param = self.params[name]
+            if sum(meta.num_elements for meta in self._received.get(name, [])) < param.numel():
+                with torch.no_grad():
+                    param[num_rows:].zero_()
 
     def _require_updating(self) -> None:
-        if self.state is not SessionState.UPDATING:
+        if self._state is not SessionState.UPDATING:
             raise WeightSyncError(f"no update is under way (state: {self.state.value})")
 
-    def _fail(self, reason: str) -> NoReturn:
-        self.abort(reason)
-        raise WeightSyncError(f"update to step {self._step} refused: {reason}")
+    def _break_off(self, reason: str) -> None:
+        self._state, self.reason, self.is_refused = SessionState.DIRTY, reason, False
+        self._broke_off = f"the update to step {self._step} broke off"
+
+    def _refusal(self, reason: str) -> WeightSyncError:
+        return WeightSyncError(f"update to step {self._step} refused: {reason}")
+
+
+def require_served(selector: str) -> None:
+    """Raise unless the models that an update is to name are served: today the target alone."""
+    if selector not in _SELECTORS:
+        known = ", ".join(_SELECTORS)
+        raise ValueError(f"selector '{selector}' is unknown; use one of {known}")
+    if selector == "draft":
+        raise WeightSyncError("selector 'draft': no draft model is served, the target alone")
 
 
 def non_finite(params: Mapping[str, Tensor]) -> list[str]:

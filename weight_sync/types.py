@@ -19,10 +19,15 @@ class WeightVersion:
 
 @dataclass(frozen=True)
 class VersionSpan:
-    """Tokens of a completion from `start` (index into its token_ids) were drawn by `version`."""
+    """Tokens of a completion from `start` (index into its token_ids) were drawn by `version`.
+
+    recomputed: the keys and values of what stands before `start` are by `version` as well; else
+    they stayed those of the spans before.
+    """
 
     start: int
     version: WeightVersion
+    recomputed: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,12 @@ class ParamMeta:
     @property
     def num_elements(self) -> int:
         return torch.Size(self.shape).numel()
+
+    def num_elements_in(self, num_rows: int) -> int:
+        """Elements of the region that lie in the first rows of the parameter."""
+        first, length = self._first[0], self.shape[0]
+        rows = max(0, min(length, num_rows - first))
+        return self.num_elements // length * rows if length else 0
 
     @property
     def num_bytes(self) -> int:
@@ -89,3 +100,7 @@ class Bucket:
 
 class WeightSyncError(RuntimeError):
     """An update broke off or arrived damaged; the message says what happened."""
+
+
+class LostMemberError(WeightSyncError):
+    """A member of a weight group is dead or silent: the group is of no use any more."""

@@ -28,7 +28,7 @@ from samebit.recipes.run.folder import require_own_report
 from samebit.recipes.run.provenance import device_name, write_result
 from samebit.rollout.device import DeviceError, resolve_device, resolve_dtype
 from samebit.rollout.models.registry import load_model_config
-from samebit.weight_sync.transports.base import Transport
+from samebit.weight_sync.transports.remote import RemoteTransport
 
 _PARTS = ("digest", "begin", "transfer", "commit", "update", "first_token")
 
@@ -76,7 +76,7 @@ class Receiver:
         end = time.perf_counter()
         found = {"window_s": before + end - start, "digest_s": digested - start}
         found |= {"update_s": updated - digested, "first_token_s": end - updated}
-        if isinstance(weights, Transport):
+        if isinstance(weights, RemoteTransport):
             found |= {f"{part}_s": seconds for part, seconds in weights.seconds.items()}
         return found
 

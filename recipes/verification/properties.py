@@ -194,7 +194,7 @@ def weight_update(subject: Subject) -> Result:
     engine = subject.make_engine()
     subject.generate(engine)
     copies = {name: tensor.clone() for name, tensor in engine.weights.items()}
-    engine.update_weights_from_tensor(copies, step=1)
+    engine.copy_weights(copies, step=1)
     result.compare(flat(subject.generate(engine)), subject.truth(), "update from tensors")
     if subject.load_format != "safetensors":
         result.untried.append("update from disk: no weights are there")

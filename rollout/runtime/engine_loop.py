@@ -3,6 +3,7 @@
 The caller of `run` drives by itself if nobody does. Whatever else comes, from asyncio or from other
 threads, goes into an inbox, which the driver empties between two steps. When a driver leaves while
 somebody still waits, a thread of the loop goes on until nobody does; it is not there otherwise.
+While generation is paused the driver waits for what comes into the inbox.
 """
 
 import threading
@@ -22,6 +23,7 @@ from samebit.rollout.runtime.request_book import RequestBook
 from samebit.rollout.types import Completion, Request
 
 _PROGRESS_S = 0.05  # how often a caller who does not drive is told of progress
+_ORPHAN_S = 1.0  # how often the loop's thread sees whether anybody is left who may continue
 _STARTING = 0  # no thread's number: the loop's thread is about to drive
 
 
@@ -31,6 +33,7 @@ class EngineLoop:
     def __init__(self, book: RequestBook) -> None:
         self.book = book
         self._inbox: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._came = threading.Condition()  # something into the inbox
         self._mutex = threading.Lock()  # held for moments, to take or to hand on the driver's place
         self._driver: int | None = None  # the number of the thread that drives
 
@@ -39,6 +42,7 @@ class EngineLoop:
     def run(self, requests: Sequence[Request], progress: Progress | None) -> list[list[Completion]]:
         """Complete the requests; those of others take part in the steps."""
         call, drawn_before = Call(requests), self.book.num_drawn
+        patience = None if progress is None else _PROGRESS_S
         with self._driving() as drives:
             try:
                 if drives:
@@ -48,9 +52,10 @@ class EngineLoop:
                 while not call.result.done():
                     if drives:
                         self._empty_inbox()
-                        self.book.step()
+                        if not call.result.done():
+                            self._advance(patience)
                     else:
-                        wait([call.result], None if progress is None else _PROGRESS_S)
+                        wait([call.result], patience)
                     if progress is not None:
                         progress(call.num_ended, self.book.num_drawn - drawn_before)
             except BaseException:
@@ -82,6 +87,11 @@ class EngineLoop:
         """The caller has gone: abort what is unfinished of its requests."""
         return self.post(partial(self.book.abandon, call))
 
+    def pause(self, mode: str) -> None:
+        """See RequestBook.pause; several ranks do it in the thread that drives."""
+        caller = threading.get_ident()
+        self.between_steps(lambda: self.book.pause(mode, alone=threading.get_ident() != caller))
+
     @contextmanager
     def leading(self, marks: Callable[[], tuple[int, int]]) -> Iterator[None]:
         """In the block rank 0 decides for all ranks; `marks` is asked at its end, see Leave."""
@@ -112,7 +122,9 @@ class EngineLoop:
     def post[T](self, command: Callable[[], T]) -> Future[T]:
         """Have the driver run a command between two steps; at once, if nobody drives."""
         future = uncancelled()
-        self._inbox.append((command, future))
+        with self._came:
+            self._inbox.append((command, future))
+            self._came.notify_all()
         with self._driving() as drives:
             if drives:
                 self._empty_inbox()
@@ -163,9 +175,19 @@ class EngineLoop:
             try:
                 self._empty_inbox()
                 if self.book.calls:
-                    self.book.step()
+                    self._advance(_ORPHAN_S)
+                if self.book.is_paused and not threading.main_thread().is_alive():
+                    self.book.abandon_all()  # else the interpreter would not end
             except BaseException as error:  # noqa: BLE001 - it goes to every caller
                 self.book.fail_all(error)
+
+    def _advance(self, patience: float | None) -> None:
+        """Step; while generation is paused, wait for what comes, so many seconds at most."""
+        if not self.book.is_paused:
+            self.book.step()
+            return
+        with self._came:
+            self._came.wait_for(lambda: self._inbox, patience)
 
     def _empty_inbox(self) -> None:
         while self._inbox:

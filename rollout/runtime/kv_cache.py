@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from samebit.kernels.transfer import to_device
 from samebit.rollout.models.config import KVLayout
@@ -71,3 +72,14 @@ class KVCache:
         index = to_device(torch.tensor(copies), self.keys[0].device)
         for cache in (*self.keys, *self.values):
             cache.index_copy_(0, index[:, 1], cache[index[:, 0]])
+
+    def read_pages(self, pages: Sequence[int]) -> list[Tensor]:
+        """Copies in host memory of the pages in every layer, each [pages, page_size, Hkv, Dh]."""
+        index = to_device(torch.tensor(pages), self.keys[0].device)
+        return [cache[index].cpu() for cache in (*self.keys, *self.values)]
+
+    def write_pages(self, pages: Sequence[int], contents: Sequence[Tensor]) -> None:
+        """Put back what `read_pages` gave for the same pages."""
+        index = to_device(torch.tensor(pages), self.keys[0].device)
+        for cache, content in zip((*self.keys, *self.values), contents, strict=True):
+            cache.index_copy_(0, index, content.to(cache.device))

@@ -12,7 +12,16 @@ import torch
 
 from samebit.kernels.reduce import RankGroup
 from samebit.rollout.device import on_device
-from samebit.rollout.messages import AbortRequest, Admit, Drain, FlushCache, Leave, RankMessage
+from samebit.rollout.messages import (
+    AbortRequest,
+    Admit,
+    Continue,
+    Drain,
+    FlushCache,
+    Leave,
+    Pause,
+    RankMessage,
+)
 from samebit.rollout.runtime.call import Call
 from samebit.rollout.runtime.lockstep import Lockstep
 from samebit.rollout.runtime.running_sample import RunningSample
@@ -58,6 +67,8 @@ class RequestBook:
         self._streams: dict[Call, None] = {}  # of them, those that are told every step
         self._reports: list[list[Completion]] = []  # the next step's
         self._arrivals = itertools.count()
+        self.is_paused = False  # no step runs; what comes is queued
+        self._paused_at = weights.version
 
     @property
     def has_unfinished(self) -> bool:
@@ -71,13 +82,13 @@ class RequestBook:
     def admit(self, call: Call, alone: bool = False) -> None:
         """Queue a call's requests; `alone`: the other ranks get no such call of their own.
 
-        Raises WeightSyncError while the weights are not one whole version, and RuntimeError for a
-        call alone that the other ranks would not hear of.
+        Raises WeightSyncError while the weights are not one whole version, unless it is paused, and
+        RuntimeError for a call alone that the other ranks would not hear of.
         """
         try:
             if alone:
                 self.lockstep.require_one_order()
-            self._weights.session.require_ready()
+            self._require_ready()
         except RuntimeError as error:
             call.result.set_exception(error)
             raise
@@ -92,7 +103,7 @@ class RequestBook:
 
     def admit_for_step(self, request: Request) -> None:
         """Queue a request that `step_and_report` reports. Raises as `admit` does."""
-        self._weights.session.require_ready()
+        self._require_ready()
         self.lockstep.say(Admit((request,), waits=False))
         self._queue(request, None)
 
@@ -100,8 +111,14 @@ class RequestBook:
         self._take(self._step)
 
     def step_and_report(self) -> list[list[Completion]]:
-        """Run one step; the groups of the requests without a caller that are newly finished."""
-        self.step()
+        """Run one step; the groups of the requests without a caller that are newly finished.
+
+        Raises RuntimeError while it is paused and there is none.
+        """
+        if not self.is_paused:
+            self.step()
+        elif not self._reports:
+            raise RuntimeError("generation is paused; continue_generation lets it go on")
         reports, self._reports = self._reports, []
         return reports
 
@@ -140,6 +157,33 @@ class RequestBook:
             self._forget(call)
             call.result.set_exception(error)
 
+    def pause(self, mode: str, alone: bool = False) -> None:
+        """Take no steps. What is unfinished: "abort" ends it, "retract" has it computed anew later,
+        "keep" leaves it as it is.
+
+        Raises RuntimeError if the other ranks pause, alone, at another step.
+        """
+        if alone:
+            self.lockstep.require_one_order()
+        self._drain()
+        if mode == "abort":
+            for request_id, live in list(self.live.items()):
+                group = self._abort(request_id)
+                if live.call is None:
+                    self._reports.append(group)
+        self.lockstep.say(Pause(mode))
+        self._pause(mode)
+
+    def go_on(self) -> None:
+        """Take steps again. Raises WeightSyncError, and stays paused, without whole weights."""
+        if not self.is_paused:
+            return
+        self._weights.session.require_ready()
+        self.lockstep.say(Continue())
+        if self._weights.version != self._paused_at:
+            self._scheduler.keep_all()
+        self.is_paused = self._weights.is_paused = False
+
     def flush_cache(self) -> None:
         self.lockstep.say(FlushCache())
         self._weights.flush_cache()
@@ -166,6 +210,17 @@ class RequestBook:
                 self.step()
 
     # -- internals -------------------------------------------------------------------------------
+
+    def _require_ready(self) -> None:
+        if not self.is_paused:
+            self._weights.session.require_ready()
+
+    def _pause(self, mode: str) -> None:
+        if mode == "retract":
+            self._scheduler.retract_all()
+        if not self.is_paused:
+            self._paused_at = self._weights.version
+        self.is_paused = self._weights.is_paused = True
 
     def _queue(self, request: Request, call: Call | None) -> list[RunningSample]:
         samples = RunningSample.of(request, self._arrivals)
@@ -250,3 +305,7 @@ class RequestBook:
                 self._abort(request_id)
             case FlushCache():
                 self.flush_cache()
+            case Pause(mode):
+                self._pause(mode)
+            case Continue():
+                self.go_on()

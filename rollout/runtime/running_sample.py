@@ -11,6 +11,7 @@ Who writes what:
 | token_ids, logprobs | Slots.leave; the StepLoop for a sample without a slot, and for a score |
 | num_computed | Slots.leave; the Scheduler for a sample without a slot |
 | spans | with each token that comes in: Slots.append, or the StepLoop without a slot |
+| is_mixed, swapped | the Scheduler; `restart` forgets both |
 | hidden | the StepLoop; `restart` forgets it |
 
 While a sample holds a slot, its progress stands in the arrays of Slots: the tokens that it draws
@@ -35,7 +36,7 @@ class Status(Enum):
     """Where a sample stands."""
 
     WAITING = "waiting"
-    """It is in the queue, without slot or pages."""
+    """It is in the queue, without slot or pages; a mixed one has its pages in host memory."""
     FORKING = "forking"
     """It waits for the prefill of another sample of its prompt; a slot may be reserved for it."""
     PREFILLING = "prefilling"
@@ -51,8 +52,10 @@ class Status(Enum):
 class RunningSample:
     """One sample from its request to its completion; see the table above.
 
-    The first `num_computed` of `token_ids` have their keys and values in `pages`. `siblings` are
-    the samples of the same prompt that wait for this one's prefill.
+    The first `num_computed` of `token_ids` have their keys and values in `pages`, or, as long as
+    it waits, in `swapped`. Those of a mixed sample are by several weight versions, so that they
+    cannot be computed anew. `siblings` are the samples of the same prompt that wait for this one's
+    prefill.
     """
 
     request: Request
@@ -68,6 +71,10 @@ class RunningSample:
     siblings: list["RunningSample"] = field(default_factory=list)
     hidden: dict[int, list[Tensor]] = field(default_factory=dict)
     slot: int | None = None
+    is_mixed: bool = False
+    begun_anew: bool = False
+    """What was computed was forgotten, and it has drawn nothing since."""
+    swapped: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def of(cls, request: Request, arrivals: Iterator[int]) -> list[Self]:
@@ -98,6 +105,7 @@ class RunningSample:
         """Forget what was computed; keep what was drawn."""
         self.num_computed = 0
         self.hidden = {}
+        self.begun_anew, self.is_mixed, self.swapped = True, False, []
         if self.request.score_only:
             self.logprobs = []
 
@@ -110,8 +118,14 @@ class RunningSample:
 
     def stamp(self, position: int, version: WeightVersion) -> None:
         """Note who draws the token at `position` of the context, and those after it."""
-        if not self.spans or self.spans[-1].version != version:
+        begun_anew, self.begun_anew = self.begun_anew, False
+        if not self.spans:
             self.spans.append(VersionSpan(position - self.prompt_len, version))
+            return
+        last = self.spans[-1]
+        was_mixed = len(self.spans) > 1 and not last.recomputed
+        if last.version != version or (begun_anew and was_mixed):
+            self.spans.append(VersionSpan(position - self.prompt_len, version, begun_anew))
 
     def add_hidden(self, collected: dict[int, Tensor], rows: slice) -> None:
         """Keep this step's part of the hidden states asked for."""

@@ -2,7 +2,8 @@
 
 Results cannot depend on any choice made here, so the choices follow speed alone. Sequences that
 decode go first, then earlier arrivals; when pages run out, cached prefixes are evicted, then the
-latest arrival is preempted and computes its context again later. Steps are planned before the
+latest arrival is preempted and computes its context again later; a mixed sample, whose context
+cannot be computed again, has its pages copied to host memory and back. Steps are planned before the
 results of earlier ones are known: only their lengths matter here.
 """
 
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from samebit.rollout.config import EngineConfig
-from samebit.rollout.runtime.kv_cache import PagePool
+from samebit.rollout.runtime.kv_cache import KVCache, PagePool
 from samebit.rollout.runtime.prefix_cache import PrefixCache
 from samebit.rollout.runtime.running_sample import RunningSample, Status
 from samebit.rollout.runtime.slots import Slots
@@ -68,9 +69,15 @@ class Scheduler:
     """Owns the queues and hands out pages and slots."""
 
     def __init__(
-        self, config: EngineConfig, pool: PagePool, prefixes: PrefixCache | None, slots: Slots
+        self,
+        config: EngineConfig,
+        pool: PagePool,
+        prefixes: PrefixCache | None,
+        slots: Slots,
+        cache: KVCache,
     ) -> None:
         self._config = config
+        self._cache = cache
         self._pool = pool
         self._prefixes = prefixes
         self._slots = slots
@@ -139,13 +146,19 @@ class Scheduler:
         seq.end(reason)
 
     def remember(self, seq: RunningSample, num_tokens: int) -> None:
-        """Put the full pages of its first tokens, which are computed, into the prefix cache."""
-        if self._prefixes is not None:
+        """Put the full pages of its first tokens, which are computed, into the prefix cache.
+
+        Not those of a mixed sample: no prompt may find keys and values of other weights.
+        """
+        if self._prefixes is not None and not seq.is_mixed:
             self._prefixes.insert(seq.token_ids[:num_tokens], seq.pages)
 
     def requeue(self, seq: RunningSample) -> None:
         """Back into the queue, before every later arrival, to be computed anew."""
         seq.restart()
+        self._enqueue(seq)
+
+    def _enqueue(self, seq: RunningSample) -> None:
         seq.status = Status.WAITING
         later = next((i for i, s in enumerate(self._waiting) if s.arrival > seq.arrival), None)
         if later is None:
@@ -174,14 +187,34 @@ class Scheduler:
 
         lost: steps whose results will never come.
         """
-        for seq in self._running():
-            self._send_back(seq)
+        self._send_all_back()
         for chunk in (chunk for step in lost for chunk in step.chunks):
             for sibling in chunk.siblings:
                 if sibling.status is Status.FORKING:
                     self.requeue(sibling)
 
+    def retract_all(self) -> None:
+        """Forget all keys and values, with nothing in flight; what was drawn stays."""
+        self._send_all_back()
+        for seq in self._waiting:
+            seq.restart()
+
+    def keep_all(self) -> None:
+        """Go on under other weights, with nothing in flight: who has drawn keeps keys and values.
+
+        Who has drawn nothing yet, or is being computed anew, begins again under the new ones.
+        """
+        for seq in self._running():
+            if seq.status is Status.DECODING:
+                seq.is_mixed = True
+            else:
+                self._send_back(seq)
+
     # -- internals -------------------------------------------------------------------------------
+
+    def _send_all_back(self) -> None:
+        for seq in self._running():
+            self._send_back(seq)
 
     def _running(self) -> list[RunningSample]:
         seqs = [seq for seq in self._slots.seqs if seq is not None]
@@ -238,14 +271,18 @@ class Scheduler:
         while self._waiting and budget > 0 and self._slots.num_free > 0:
             seq = self._waiting[0]
             every_position = seq.request.score_only or seq.request.hidden_state_layers
-            if self._prefixes is not None and not every_position:
+            if self._prefixes is not None and not every_position and not seq.swapped:
                 seq.pages = self._prefixes.match(seq.token_ids)
                 seq.num_computed = len(seq.pages) * self._config.page_size
             if not self._grow(seq, len(seq.token_ids)):
                 self._drop_pages(seq)
-                seq.restart()
+                if not seq.swapped:
+                    seq.restart()
                 break
             self._waiting.popleft()
+            if seq.swapped:
+                self._cache.write_pages(seq.pages[: len(seq.swapped[0])], seq.swapped)
+                seq.swapped = []
             self._slots.enter(seq)
             self._prefilling.append(seq)
             seq.status = Status.PREFILLING
@@ -261,7 +298,7 @@ class Scheduler:
             if in_flight:
                 raise _OutOfPagesError
             victim = self._running()[-1]
-            self._send_back(victim)
+            (self._swap_out if victim.is_mixed else self._send_back)(victim)
             self.num_preemptions += 1
             if victim is seq:
                 return
@@ -282,6 +319,14 @@ class Scheduler:
         """Back into the queue, with what has arrived of its tokens."""
         self._release(seq)
         self.requeue(seq)
+
+    def _swap_out(self, seq: RunningSample) -> None:
+        """Back into the queue, with what has arrived of its tokens and all keys and values."""
+        self._leave(seq)
+        num_pages = -(-seq.num_computed // self._config.page_size)
+        seq.swapped = self._cache.read_pages(seq.pages[:num_pages])
+        self._drop_pages(seq)
+        self._enqueue(seq)
 
     def _release(self, seq: RunningSample) -> None:
         self._leave(seq)

@@ -1,7 +1,7 @@
 """Which weights the engine serves: loading, binding, updates in place, and the ways they arrive."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from samebit.rollout.runtime.weights import fill, load_dummy, load_safetensors, 
 from samebit.weight_sync.buckets import cut_buckets, pack
 from samebit.weight_sync.digest import weights_digest
 from samebit.weight_sync.mapping import ParamSpec, hf_parts, unequal_shapes
-from samebit.weight_sync.session import SessionState, UpdateSession, non_finite
+from samebit.weight_sync.session import UpdateSession, non_finite
 from samebit.weight_sync.transports.file import read_version
 from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError, WeightVersion
 
@@ -43,8 +43,7 @@ def load_weights(
     weights = {s.name: arena.allocate("weights", s.name, s.shape, dtype) for s in specs}
     if config.load_format == "none":
         session = UpdateSession(specs, weights, WeightVersion(0, ""), group)
-        session.begin(0)
-        session.abort("no weights were loaded yet")
+        session.invalidate("no weights were loaded yet")
         return session
     stored = None
     if config.load_format == "dummy":
@@ -77,7 +76,7 @@ def adopt_weights(
     arena.adopt("weights", params)
     weights = {name: p.detach() for name, p in params.items()}
     version = WeightVersion(step, weights_digest(specs, weights, group))
-    return UpdateSession(specs, weights, version, group)
+    return UpdateSession(specs, weights, version, group, shared=True)
 
 
 class WeightControl:
@@ -85,6 +84,11 @@ class WeightControl:
 
     Nothing may be served while an update is under way or has broken off: see UpdateSession.
     """
+
+    is_paused = False
+    """Whether no step runs before the engine is told to go on."""
+    between_steps: Callable[[Callable[[], None]], None] = staticmethod(lambda command: command())
+    """What touches the engine's books, which have one thread at a time, goes through here."""
 
     def __init__(
         self,
@@ -120,12 +124,12 @@ class WeightControl:
         kept = own.specs, self._dtype, self._arena, own.group
         self.session = adopt_weights(params, step, *kept)
         self._runner.bind(self._runner.model.with_params(self.session.params))
-        self.flush_cache()
+        self.between_steps(self.flush_cache)
         return self.version
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, selector: str = "target", *, may_go_back: bool = False) -> None:
         self._require_idle("a weight update")
-        self.session.begin(step)
+        self.session.begin(step, selector, may_go_back=may_go_back)
 
     def receive_in_place(self, params: Mapping[str, Tensor]) -> None:
         own = self.session.params
@@ -136,13 +140,18 @@ class WeightControl:
         ]
         apart += [name for name in own if name not in params]
         if apart:
-            reason = f"tensors not shared with the engine: {', '.join(apart[:5])}"
-            self.session.abort(reason)
-            raise WeightSyncError(reason)
+            with self.aborting():
+                self.session.refuse(f"tensors not shared with the engine: {', '.join(apart[:5])}")
         self.session.receive_in_place()
 
     def bucket_for(self, metas: Sequence[ParamMeta]) -> Bucket:
         return self.session.bucket_for(metas)
+
+    def expect(self, metas: Sequence[ParamMeta]) -> Sequence[Tensor]:
+        return self.session.expect(metas)
+
+    def arrived(self, metas: Sequence[ParamMeta]) -> None:
+        self.session.arrived(metas)
 
     def receive(self, bucket: Bucket) -> None:
         self.session.receive(bucket)
@@ -150,53 +159,56 @@ class WeightControl:
     def abort(self, reason: str) -> None:
         self.session.abort(reason)
 
-    def commit(self, digest: str) -> WeightVersion:
+    def commit(self, digest: str | None) -> WeightVersion:
         version = self.session.commit(digest)
-        self.flush_cache()
+        self.between_steps(self.flush_cache)
         return version
 
-    def update_weights_from_tensor(
+    def copy_weights(
         self, params: Mapping[str, Tensor], step: int, digest: str | None
     ) -> WeightVersion:
-        self.begin(step)
-        with self._aborting():
+        self.begin(step, may_go_back=True)
+        with self.aborting():
             for metas in cut_buckets(params, 512 << 20):
                 self.session.receive(pack(metas, params))
-            return self.commit(digest or self.digest())
+            return self.commit(digest)
 
     def update_weights_from_disk(self, model_path: str | Path, step: int | None) -> WeightVersion:
         folder = as_path(model_path, "model_path")
         if (folder / "config.json").exists():
             _require_same_model(load_model_config(folder), self._model, folder)
-        specs = self.session.specs
-        read = open_safetensors(folder, specs)
+        session = self.session
+        read = open_safetensors(folder, session.specs)
         version = read_version(folder)
         if step is None:
             step = version.step if version else self.version.step + 1
-        self.begin(step)
-        with self._aborting():
-            fill(folder, specs, self.session.params, read)
-            self.session.receive_in_place()
-            own = self.digest()
+        self.begin(step, may_go_back=True)
+        with self.aborting():
+            metas = session.metas()
+            session.expect(metas)
+            fill(folder, session.specs, session.params, read)
+            session.arrived(metas)
             # A digest is of bits, so it says nothing about a copy in another dtype.
-            same_dtype = read(*hf_parts(specs)[-1]).dtype == self._dtype
-            return self.commit(version.digest if version and same_dtype else own)
+            same_dtype = read(*hf_parts(session.specs)[-1]).dtype == self._dtype
+            return self.commit(version.digest if version and same_dtype else None)
 
     @contextmanager
-    def _aborting(self) -> Iterator[None]:
-        """Whatever ends the block early also ends the weight update."""
+    def aborting(self) -> Iterator[None]:
+        """Whatever ends the block early also ends the weight update, on all ranks."""
         try:
             yield
         except BaseException as error:
-            if self.session.state is SessionState.UPDATING:
-                self.session.abort(str(error) or repr(error))
+            if self.session.is_refused:
+                self.session.commit(None)  # raises, on all ranks the same
+            with suppress(RuntimeError):  # a rank is gone: the first error is the one to tell
+                self.session.abort_alike(str(error) or repr(error))
             raise
 
     def _require_idle(self, what: str) -> None:
-        if self._scheduler.has_unfinished:
+        if self._scheduler.has_unfinished and not self.is_paused:
             raise WeightSyncError(
                 f"{what} needs an idle engine: {self._scheduler.num_unfinished} requests are "
-                "unfinished; finish or abort them first"
+                "unfinished; finish or abort them first, or call pause_generation"
             )
 
 

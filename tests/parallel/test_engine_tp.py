@@ -84,3 +84,23 @@ def test_bad_ranks_are_refused(qwen3_path):
         RankGroup(2, 2)
     with pytest.raises(ValueError, match="tensor size 2 with group None"):
         RankGroup(0, 2)
+
+
+def test_what_one_rank_refuses_all_refuse_at_once(run_ranks, qwen3_path, tmp_path):
+    """None waits for another: all learn which rank it was and why, and none serves a mixture."""
+    run_ranks("session_ranks.refused", 2, qwen3_path, tmp_path / "out.json")
+    found = [json.loads((tmp_path / f"out.{rank}").read_text()) for rank in range(2)]
+    reasons = {
+        "shape": "rank 1: decoder.final_layernorm.weight is (48,)",
+        "missing": "tensors never arrived: decoder.final_layernorm.weight, ",
+        "extra": "rank 1: unknown tensor extra",
+        "NaN": "rank 1: NaN or Inf in 1 tensors: decoder.final_layernorm.weight",
+        "by hand": "rank 1: unknown tensor x",
+        "leased": "rank 1: tensors not shared with the engine: decoder.final_layernorm.weight",
+    }
+    for name, reason in reasons.items():
+        for rank in range(2):
+            told, served = found[rank][name]
+            assert reason in told, (name, told)
+            assert "broke off: " in served
+        assert found[0][name] == found[1][name], name

@@ -283,7 +283,7 @@ def updated(make_engine, truth):
     engine = make_engine()
     good = {name: p.clone() for name, p in engine.weights.items()}
     yield engine
-    engine.update_weights_from_tensor(good, step=50)
+    engine.copy_weights(good, step=50)
     assert outcomes(engine.generate(PROMPTS, PARAMS)) == truth
 
 
@@ -310,7 +310,7 @@ def test_nan_in_an_update(updated):
     params["decoder.layers.2.mlp.linear_fc2.weight"][1, 1] = math.nan
     why = "NaN or Inf in 1 tensors: decoder.layers.2.mlp.linear_fc2.weight"
     with pytest.raises(WeightSyncError, match=f"update to step 7 refused: {why}"):
-        updated.update_weights_from_tensor(params, step=7)
+        updated.copy_weights(params, step=7)
     refuses(updated, f"the update to step 7 broke off: {why}")
 
 
@@ -325,25 +325,25 @@ def test_a_missing_tensor_in_an_update(updated):
     params = copies(updated)
     del params["decoder.final_layernorm.weight"]
     with pytest.raises(WeightSyncError, match="never arrived: decoder.final_layernorm.weight"):
-        updated.update_weights_from_tensor(params, step=2)
+        updated.copy_weights(params, step=2)
     refuses(updated, "never arrived")
 
 
 def test_a_wrong_tensor_in_an_update(updated):
     params = {**copies(updated), "decoder.nonsense.weight": torch.zeros(2)}
     with pytest.raises(WeightSyncError, match="unknown tensor decoder.nonsense.weight"):
-        updated.update_weights_from_tensor(params, step=2)
+        updated.copy_weights(params, step=2)
     refuses(updated, "unknown tensor")
     params = copies(updated)
     params["decoder.final_layernorm.weight"] = torch.zeros(49)
     with pytest.raises(WeightSyncError, match=r"is \(48,\) torch.float32 here and \(49,\)"):
-        updated.update_weights_from_tensor(params, step=3)
+        updated.copy_weights(params, step=3)
     refuses(updated, r"step 3 broke off: .*\(49,\)")
 
 
 def test_a_wrong_digest(updated):
     with pytest.raises(WeightSyncError, match="digest [0-9a-f]{16} here, 0123456789abcdef at"):
-        updated.update_weights_from_tensor(copies(updated), step=2, digest="0123456789abcdef")
+        updated.copy_weights(copies(updated), step=2, digest="0123456789abcdef")
     refuses(updated, "digest")
 
 
@@ -369,7 +369,7 @@ def test_updates_need_an_idle_engine(updated):
     request = updated.add_request(PROMPTS[0], PARAMS)
     updated.step()
     for call in (
-        lambda: updated.update_weights_from_tensor(copies(updated), step=1),
+        lambda: updated.copy_weights(copies(updated), step=1),
         lambda: updated.sink.begin(1),
         lambda: updated.bind_weights(copies(updated)),
     ):
@@ -385,7 +385,7 @@ def test_bound_weights_must_fit(updated):
     with pytest.raises(ValueError, match="do not fit the engine: decoder.final_layernorm.weight"):
         updated.bind_weights(params)
     with pytest.raises(WeightSyncError, match="no weight group"):
-        updated.update_weights_from_distributed()
+        updated.receive_weight_update()
 
 
 def test_nan_that_appears_while_running(updated):

@@ -99,7 +99,7 @@ def test_version_spans_name_the_weights(make_engine):
     before = engine.weight_version
     assert drawn(engine).version_spans == (VersionSpan(0, before),)
     halved = {name: p * 0.5 for name, p in engine.weights.items()}
-    after = engine.update_weights_from_tensor(halved, step=9)
+    after = engine.copy_weights(halved, step=9)
     assert (after.step, engine.weight_version) == (9, after)
     assert after.digest != before.digest
     assert drawn(engine).version_spans == (VersionSpan(0, after),)
@@ -111,12 +111,12 @@ def test_new_weights_are_served_and_old_prefixes_forgotten(make_engine):
     first = outcomes(engine.generate(PROMPTS, PARAMS))
     original = {name: p.clone() for name, p in engine.weights.items()}
     doubled = {name: p * 1.5 for name, p in original.items()}
-    engine.update_weights_from_tensor(doubled, step=1)
+    engine.copy_weights(doubled, step=1)
     fresh = make_engine(page_size=16)
-    fresh.update_weights_from_tensor(doubled, step=1)
+    fresh.copy_weights(doubled, step=1)
     second = outcomes(engine.generate(PROMPTS, PARAMS))
     assert second == outcomes(fresh.generate(PROMPTS, PARAMS)) != first
-    engine.update_weights_from_tensor(original, step=2)
+    engine.copy_weights(original, step=2)
     assert outcomes(engine.generate(PROMPTS, PARAMS)) == first
 
 

@@ -34,7 +34,7 @@ def truth(make_engine):
     found = {}
     for factor in (1.0, 1.5):
         engine = make_engine(prefix_cache=False)
-        engine.update_weights_from_tensor(scaled(engine, factor), step=1)
+        engine.copy_weights(scaled(engine, factor), step=1)
         found[factor] = served(engine)
     return found
 
@@ -187,9 +187,9 @@ def test_an_update_whose_source_breaks_leaves_no_mixture(make_engine, truth, err
             return super().__getitem__(name)
 
     with pytest.raises(error, match="the cable was pulled"):
-        engine.update_weights_from_tensor(Torn(scaled(engine, 2.0)), step=6)
+        engine.copy_weights(Torn(scaled(engine, 2.0)), step=6)
     with pytest.raises(WeightSyncError, match="step 6 broke off: the cable was pulled"):
         served(engine)
-    engine.update_weights_from_tensor(good, step=7)
+    engine.copy_weights(good, step=7)
     assert served(engine) == truth[1.0]
     assert torch.equal(engine.weights[NORM], good[NORM])

@@ -215,7 +215,7 @@ def test_weights_change_only_with_nothing_in_flight(late_folder, make_late, dept
     """Refused while anything is; afterwards as a plain engine on the new weights."""
     fresh, engine = Engine(late_folder, overlap=False), make_late(depth, page_size=4)
     params = SamplingParams(n=2, max_new_tokens=9, stop_token_ids=range(9))
-    for step, ways in enumerate((Engine.update_weights_from_tensor, Engine.bind_weights), start=1):
+    for step, ways in enumerate((Engine.copy_weights, Engine.bind_weights), start=1):
         new = {name: p * 1.25 for name, p in engine.weights.items()}
         request = engine.add_request(PROMPT, LONG)
         engine.step()
@@ -223,7 +223,7 @@ def test_weights_change_only_with_nothing_in_flight(late_folder, make_late, dept
             ways(engine, new, step)
         assert len(engine.abort_request(request)[0].token_ids) == 1
         version = ways(engine, new, step)
-        assert fresh.update_weights_from_tensor(new, step) == version
+        assert fresh.copy_weights(new, step) == version
         for _ in range(2):
             found = engine.generate([PROMPT, PROMPT[:7]], params)
             for group, truth in zip(

@@ -87,7 +87,7 @@ def test_nothing_is_served_before_the_first_update(folder, monkeypatch):
         with pytest.raises(WeightSyncError, match="no weights were loaded yet"):
             ask()
     assert not reads
-    engine.update_weights_from_tensor(loaded.weights, step=0)
+    engine.copy_weights(loaded.weights, step=0)
     assert engine.weight_version == loaded.weight_version
     found, expected = (e.generate(PROMPTS, PARAMS) for e in (engine, loaded))
     assert outcomes(found) == outcomes(expected)

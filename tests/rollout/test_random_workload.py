@@ -139,7 +139,7 @@ class Workload(RuleBasedStateMachine):
     @initialize(settings=st.fixed_dictionaries(SETTINGS))
     def start(self, settings):
         self.engine = Engine(self.oracle.folder, **settings)
-        self.engine.update_weights_from_tensor(self.oracle.weights[0], step=0)
+        self.engine.copy_weights(self.oracle.weights[0], step=0)
         self.which, self.num_updates = 0, 0
         self.live = {}  # by request: prompt, what its samples must be, version
         self.contexts = [STEM[:12]]  # finished samples, to be gone on from
@@ -280,7 +280,7 @@ class Workload(RuleBasedStateMachine):
         if how == "after a failed one":
             self.events["failed updates"] += 1
             with pytest.raises(WeightSyncError, match="digest"):
-                engine.update_weights_from_tensor(self.oracle.weights[which - 1], step, "00")
+                engine.copy_weights(self.oracle.weights[which - 1], step, "00")
             with pytest.raises(WeightSyncError, match="broke off"):
                 engine.add_request(PROMPTS[0], FREE)
         if how == "bind":
@@ -292,7 +292,7 @@ class Workload(RuleBasedStateMachine):
             engine.sink.receive_in_place(engine.weights)
             engine.sink.commit(engine.digest())
         else:
-            engine.update_weights_from_tensor(weights, step)
+            engine.copy_weights(weights, step)
         digest = self.oracle.engines[which].weight_version.digest
         assert engine.weight_version == WeightVersion(step, digest)
         self.which = which

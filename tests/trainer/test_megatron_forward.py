@@ -94,7 +94,7 @@ def test_an_engine_bound_to_the_trainer_sees_its_steps(make_trainer, qwen3_path,
     trainer, engine = make_trainer(), Engine(qwen3_path, device="cpu")
     engine.bind_weights(trainer.params)
     memory = {name: p.data_ptr() for name, p in trainer.params.items()}
-    lease = AliasLease(engine)
+    lease = AliasLease(engine.sink)
     before = engine.score([samples[0].token_ids.tolist()])
     for step in (1, 2):
         lease.lease(step)

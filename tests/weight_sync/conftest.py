@@ -1,6 +1,7 @@
 """Two versions of one model's weights, and an engine in a process of its own."""
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.remote import RemoteEngine
 from samebit.rollout.runtime.weights import load_safetensors
 from samebit.weight_sync.digest import weights_digest
-from samebit.weight_sync.transports.broadcast import BroadcastTransport
+from samebit.weight_sync.transports.remote import GlooTransport
 
 
 class Version:
@@ -54,7 +55,7 @@ def expected(old, new):
     """What is served of both versions after a direct update in one process."""
     engine, found = local_engine(old.folder), {}
     for version in (new, old):
-        engine.update_weights_from_tensor(version.params, step=1, digest=version.digest)
+        engine.copy_weights(version.params, step=1, digest=version.digest)
         found[version.digest] = served(engine)
     return found
 
@@ -69,9 +70,10 @@ def remote(qwen3_path):
 
 
 @pytest.fixture
-def gloo(remote):
+def gloo(remote, old):
     """A weight group of this process and `remote`."""
-    transport = BroadcastTransport(remote, timeout_s=60)
+    source = SimpleNamespace(step=0, params=old.params, specs=old.specs)
+    transport = GlooTransport(source, remote, timeout_s=60)
     yield transport
     transport.close()
 

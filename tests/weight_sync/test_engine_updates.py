@@ -1,6 +1,7 @@
 """An engine between two versions: what it takes, what it refuses, and what makes it whole again."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from serving import PARAMS, PROMPTS, local_engine, serves
 from samebit.recipes.models.tiny_model import write_weights
 from samebit.rollout.remote import RemoteEngine
 from samebit.weight_sync.transports.alias import AliasLease
-from samebit.weight_sync.transports.broadcast import BroadcastTransport
 from samebit.weight_sync.transports.file import FileTransport
+from samebit.weight_sync.transports.remote import GlooTransport
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
 
@@ -88,10 +89,10 @@ def test_a_direct_update_must_be_full(old, new, expected):
     """A forgotten tensor would leave one of the old version in place."""
     engine = local_engine(old.folder)
     with pytest.raises(WeightSyncError, match="1 tensors never arrived: output_layer.weight"):
-        engine.update_weights_from_tensor(new.without("output_layer.weight"), step=1)
+        engine.copy_weights(new.without("output_layer.weight"), step=1)
     with pytest.raises(WeightSyncError, match="broke off"):
         engine.generate(PROMPTS, PARAMS)
-    engine.update_weights_from_tensor(new.params, step=2, digest=new.digest)
+    engine.copy_weights(new.params, step=2, digest=new.digest)
     assert serves(engine, new, expected)
 
 
@@ -102,16 +103,16 @@ def test_an_update_that_is_interrupted_at_its_end_has_broken_off(
     """An engine left in the update for ever would refuse the next one too."""
     engine = local_engine(old.folder)
 
-    def interrupted():
+    def interrupted(_):
         raise KeyboardInterrupt("by the user")
 
     def update():
         if way == "disk":
             return engine.update_weights_from_disk(new.folder, step=4)
-        return engine.update_weights_from_tensor(new.params, step=4)
+        return engine.copy_weights(new.params, step=4)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.weight_control, "digest", interrupted)
+        patch.setattr(engine.weight_control, "commit", interrupted)
         with pytest.raises(KeyboardInterrupt):
             update()
     with pytest.raises(WeightSyncError, match="step 4 broke off: by the user"):
@@ -169,9 +170,10 @@ def test_biases_travel_as_matrices_do(qwen2_path, old, tmp_path):
 
     direct, by_file = local_engine(qwen2_path), local_engine(qwen2_path)
     assert outcomes(direct.generate(PROMPTS, PARAMS)) != truth
-    direct.update_weights_from_tensor(version.params, step=1, digest=version.digest)
+    direct.copy_weights(version.params, step=1, digest=version.digest)
     remote = RemoteEngine(qwen2_path, device="cpu", kv_cache_tokens=1024)
-    gloo = BroadcastTransport(remote, timeout_s=60)
+    source = SimpleNamespace(step=0, params=version.params, specs=version.specs)
+    gloo = GlooTransport(source, remote, timeout_s=60)
     load = by_file.update_weights_from_disk
     try:
         for transport in (FileTransport(tmp_path / "weights", version.specs, load), gloo):

@@ -37,7 +37,7 @@ def update(session, params, step):
     return session.commit(weights_digest(SPECS, params))
 
 
-def make_broken(session):
+def make_dirty(session):
     session.begin(4)
     session.abort("the cable was pulled")
 
@@ -75,11 +75,11 @@ def test_buckets_may_come_in_any_order_and_number(session):
     ],
     ids=["receive", "bucket_for", "receive_in_place", "commit", "abort"],
 )
-@pytest.mark.parametrize("state", ["ready", "broken"])
+@pytest.mark.parametrize("state", ["ready", "dirty"])
 def test_nothing_but_begin_is_allowed_outside_an_update(session, call, state):
     """A stray bucket or commit outside an update would change weights that are being served."""
-    if state == "broken":
-        make_broken(session)
+    if state == "dirty":
+        make_dirty(session)
     before = {name: p.clone() for name, p in session.params.items()}
     with pytest.raises(WeightSyncError, match=rf"no update is under way \(state: {state}\)"):
         call(session)
@@ -151,7 +151,7 @@ def test_a_region_that_does_not_fit_is_refused_before_a_byte_is_written(session,
     for take in (session.bucket_for, lambda metas: session.receive(Bucket(tuple(metas), NOTHING))):
         with pytest.raises(WeightSyncError, match=f"update to step 4 refused: .*{reason}"):
             take([wrong])
-        assert session.state is SessionState.BROKEN
+        assert session.state is SessionState.DIRTY
         session.begin(4)
         session.receive(session.bucket_for([TOP]))
     assert torch.equal(session.params["a"], before)
@@ -207,7 +207,7 @@ def test_a_faulty_update_is_refused_with_the_reason_until_a_full_one(session, fa
 
     with pytest.raises(WeightSyncError, match=f"update to step 4 refused: .*{reason}"):
         faulty()
-    assert session.state is SessionState.BROKEN
+    assert session.state is SessionState.DIRTY
     assert session.version.step == 3
     with pytest.raises(WeightSyncError, match=f"step 4 broke off: .*{reason}.*full update"):
         session.require_ready()

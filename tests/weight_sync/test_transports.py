@@ -11,7 +11,7 @@ from serving import PARAMS, PROMPTS, local_engine, serves
 from samebit.recipes.launch.placement import load_transport
 from samebit.rollout.engine import Engine
 from samebit.weight_sync.transports.base import Lease
-from samebit.weight_sync.transports.broadcast import GlooGroup
+from samebit.weight_sync.transports.group import WeightGroup
 from samebit.weight_sync.transports.registry import TRANSPORTS
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
@@ -73,7 +73,7 @@ def alone():
     dist.destroy_process_group()
 
 
-@pytest.fixture(params=TRANSPORTS)
+@pytest.fixture(params=[name for name, entry in TRANSPORTS.items() if not entry.gpus])
 def sender(request, old, alone, tmp_path):
     """One of each that there is: a line in the registry is all that a new one needs."""
     name, params = request.param, {name: p.clone() for name, p in old.params.items()}
@@ -219,7 +219,7 @@ def test_a_source_that_breaks_ends_the_update(sender, old, new, expected):
     if sender.name == "file":
         assert serves(sender.engine, old, expected)
     else:
-        with pytest.raises(WeightSyncError, match="step 2 broke off: the cable was pulled"):
+        with pytest.raises(WeightSyncError, match="step 2 broke off: .*the cable was pulled"):
             sender.engine.generate(PROMPTS, PARAMS)
     sender.update(new.params, new.digest, 3)
     assert serves(sender.engine, new, expected)
@@ -230,7 +230,7 @@ def test_what_was_refused_or_given_up_may_be_given_up_again(gloo, remote, old, n
 
     def abort_again(reason):
         with monkeypatch.context() as patch:
-            patch.delattr(GlooGroup, "tell")
+            patch.delattr(WeightGroup, "tell")
             gloo.abort(reason)
 
     gloo.begin(8)

@@ -28,6 +28,12 @@ class WeightSink(Protocol):
     def receive(self, bucket: Bucket) -> None:
         """Put a bucket's tensors into place."""
 
+    def expect(self, metas: Sequence[ParamMeta]) -> Sequence[Tensor]:
+        """Give the memory of these regions, which is going to be written."""
+
+    def arrived(self, metas: Sequence[ParamMeta]) -> None:
+        """Take these regions, which `expect` gave, as written."""
+
     def receive_in_place(self, params: Mapping[str, Tensor]) -> None:
         """Accept that `params`, the receiver's own memory, already hold the new version."""
 

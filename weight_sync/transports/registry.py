@@ -13,6 +13,8 @@ class Entry:
     """colocated: in the trainer's process; process: in one of its own."""
     trainers: tuple[str, ...]
     """one: a single process; copies: several, of which none is a stage of a pipeline; stages."""
+    gpus: int = 0
+    """How many it is between; 0: it needs none."""
 
 
 TRANSPORTS = {
@@ -22,8 +24,12 @@ TRANSPORTS = {
     "stages": Entry(
         "samebit.weight_sync.transports.stages:StageTransport", ("colocated",), ("stages",)
     ),
-    "gloo": Entry(
-        "samebit.weight_sync.transports.broadcast:BroadcastTransport", ("process",), ("one",)
+    "gloo": Entry("samebit.weight_sync.transports.remote:GlooTransport", ("process",), ("one",)),
+    "nccl": Entry(
+        "samebit.weight_sync.transports.remote:NcclTransport", ("process",), ("one",), gpus=2
+    ),
+    "ipc": Entry(
+        "samebit.weight_sync.transports.remote:IpcTransport", ("process",), ("one",), gpus=1
     ),
     "file": Entry(
         "samebit.weight_sync.transports.file:FileTransport", ("colocated", "process"), ("one",)

@@ -1,0 +1,117 @@
+"""The group of an update: trainer ranks first, then engine ranks; what they say to each other.
+
+A process group of its own beside whatever groups trainer and engine use: it needs no default group
+on either side. Messages are plain values (weight_sync.objects) over gloo; bytes of weights go by
+another way (see peers).
+
+At a loopback address nothing listens on another interface. At any other all ranks have to show
+that they know one secret (weight_sync.meeting), by default that of the environment.
+"""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from samebit.weight_sync.meeting import (
+    check_secret,
+    host_store,
+    is_loopback,
+    loopback_listener,
+    own_secret,
+    prove_secret,
+)
+from samebit.weight_sync.objects import decode, encode
+from samebit.weight_sync.types import LostMemberError
+
+
+class WeightGroup:
+    """Ranks that have met. Every method raises LostMemberError if a member is lost or silent."""
+
+    def __init__(
+        self,
+        address: str,
+        port: int,
+        rank: int,
+        world_size: int,
+        timeout_s: float = 600.0,
+        secret: str | None = None,
+        listener: socket.socket | None = None,
+    ) -> None:
+        """listener: a socket that already listens at a loopback `address` and `port`.
+
+        timeout_s: how long a member is waited for. Raises ValueError for another secret.
+        """
+        secret = own_secret() if secret is None else secret
+        self._local = is_loopback(address)
+        check_secret(secret, "" if self._local else f"a weight group meets at {address}")
+        self.timeout = timedelta(seconds=timeout_s)
+        self.rank, self.world_size = rank, world_size
+        if rank == 0 and self._local:
+            listener = listener or loopback_listener(address, port)
+            self._store = host_store(listener, world_size, self.timeout)
+        else:
+            self._store = dist.TCPStore(address, port, world_size, rank == 0, self.timeout)
+        prove_secret(self._store, rank, world_size, secret, self.timeout)
+        self._address = address
+        self._pg = self.gloo("messages")
+
+    def gloo(self, name: str) -> Any:
+        """Another gloo process group of these ranks; all make it."""
+        gloo: Any = dist.ProcessGroupGloo  # its types leave the options out
+        options = gloo._Options()
+        options._timeout = self.timeout
+        options._devices = [
+            gloo.create_device(hostname=self._address)
+            if self._local
+            else gloo.create_default_device()
+        ]
+        store = dist.PrefixStore(name, self._store)
+        return gloo(store, self.rank, self.world_size, options)
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Tell all others; they `hear` it from this rank."""
+        payload = torch.frombuffer(bytearray(encode(message)), dtype=torch.uint8)
+        self._broadcast(torch.tensor([len(payload)]), self.rank)
+        self._broadcast(payload, self.rank)
+
+    def hear(self, root: int = 0) -> dict[str, Any]:
+        """Wait for what a rank tells."""
+        length = torch.zeros(1, dtype=torch.int64)
+        self._broadcast(length, root)
+        payload = torch.empty(int(length), dtype=torch.uint8)
+        self._broadcast(payload, root)
+        return decode(payload.numpy().tobytes())
+
+    def exchange(self, own: Any) -> list[Any]:
+        """Every rank's value, in rank order."""
+        data = torch.frombuffer(bytearray(encode(own)), dtype=torch.uint8)
+        lengths = [int(n) for n in self._gather(torch.tensor([len(data)]))]
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded[: len(data)] = data
+        parts = zip(self._gather(padded), lengths, strict=True)
+        return [decode(part[:n].numpy().tobytes()) for part, n in parts]
+
+    def _gather(self, x: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(x) for _ in range(self.world_size)]
+        with lost_members():
+            self._pg.allgather([parts], [x]).wait()
+        return parts
+
+    def _broadcast(self, tensor: Tensor, root: int) -> None:
+        with lost_members():
+            self._pg.broadcast(tensor, root).wait()
+
+
+@contextmanager
+def lost_members() -> Iterator[None]:
+    """Say in our words what torch says of a member that is dead or silent."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostMemberError(f"the weight group lost a member: {error}") from error

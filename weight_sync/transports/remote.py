@@ -1,0 +1,149 @@
+"""gloo, nccl, ipc: from a trainer's process to an engine in another process, shard to shard.
+
+gloo goes over sockets and the host's memory; nccl from GPU to GPU; ipc through buckets of a GPU
+that both processes use. The engine is called to take part while this process sends.
+"""
+
+import secrets
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+from samebit.weight_sync.meeting import loopback_listener
+from samebit.weight_sync.transports.base import Transport, WeightSource
+from samebit.weight_sync.transports.data_planes import make_data_plane
+from samebit.weight_sync.transports.group import WeightGroup
+from samebit.weight_sync.transports.shards import BUCKET_BYTES, ShardSender, beside
+from samebit.weight_sync.types import LostMemberError, WeightSyncError, WeightVersion
+
+_LAST_WORDS_S = 60
+"""Seconds that an engine is given to say why its group is broken."""
+
+
+class RemoteTransport(Transport):
+    """To one engine in another process. After a break-off the next update makes a new group."""
+
+    backend: ClassVar[str]
+    """The data plane."""
+
+    def __init__(
+        self,
+        source: WeightSource,
+        engine: Any,
+        timeout_s: float = 600.0,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        """Meet an engine that has join_weight_transport and receive_weight_update.
+
+        timeout_s: how long each waits for the other. Raises what either end does.
+        """
+        self._source, self._engine = source, engine
+        self._timeout_s, self._bucket_bytes = timeout_s, bucket_bytes
+        self._receiving: Future[Any] = Future()
+        self._sender: ShardSender | None = self._meet()
+
+    @classmethod
+    def between(cls, source: WeightSource, engine: Any, folder: Path) -> Self:
+        return cls(source, engine)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What begin, transfer and commit of the last update took."""
+        return {} if self._sender is None else self._sender.seconds
+
+    def begin(self, step: int) -> None:
+        if self._sender is None:
+            self._sender = self._meet()
+        self._sender.require_closed(step)
+        self._receiving = beside(self._engine.receive_weight_update)
+        with self._last_words():
+            self._sender.begin(step)
+
+    def send(self, params: Mapping[str, Tensor]) -> None:
+        with self._last_words():
+            self._open().send(params)
+
+    def commit(self, digest: str) -> WeightVersion:
+        """Return once the engine serves the new version; raise its own error if it refused."""
+        with self._last_words():
+            self._open().commit(digest)
+        return self._receiving.result()
+
+    def abort(self, reason: str) -> None:
+        if self._sender is not None and not self._receiving.done():
+            with self._last_words():
+                self._sender.abort(reason)
+            self._receiving.result()
+
+    def close(self) -> None:
+        if self._sender is not None:
+            self._sender.close()
+            self._sender = None
+
+    def _open(self) -> ShardSender:
+        if self._sender is None:
+            raise WeightSyncError("no update is under way")
+        return self._sender
+
+    def _meet(self) -> ShardSender:
+        """Both ends at once; port and secret are this one's before the engine is told them.
+
+        Whichever fails first is the one to tell: the other would wait for it in vain.
+        """
+        params = self._source.params
+        data = make_data_plane(self.backend, next(iter(params.values())).device)
+        listener, secret = loopback_listener(), secrets.token_hex(32)
+        place, known = listener.getsockname(), (self._timeout_s, secret)
+        join = self._engine.join_weight_transport
+
+        def make_sender() -> ShardSender:
+            with listener:
+                group = WeightGroup(*place, 0, 2, *known, listener)
+                ends = group, data, self._source.specs, params
+                return ShardSender(*ends, self._bucket_bytes, self._require_receiving)
+
+        self._receiving = beside(partial(join, *place, 1, 2, self.backend, *known))
+        made = beside(make_sender)
+        for future in wait([self._receiving, made], return_when=FIRST_EXCEPTION).done:
+            future.result()
+        return made.result()
+
+    def _require_receiving(self) -> None:
+        if self._receiving.done():
+            self._receiving.result()
+            raise WeightSyncError("the engine has ended the update")
+
+    @contextmanager
+    def _last_words(self) -> Iterator[None]:
+        """Raise the engine's own error in place of what this end sees of it: it says more."""
+        try:
+            yield
+        except WeightSyncError as error:
+            if isinstance(error, LostMemberError):
+                self.close()
+            with suppress(TimeoutError):
+                self._receiving.result(_LAST_WORDS_S)
+            raise
+
+
+class GlooTransport(RemoteTransport):
+    """Over sockets of this machine; for tests, and for engines on the CPU."""
+
+    backend = "gloo"
+
+
+class NcclTransport(RemoteTransport):
+    """From this process's GPU to another one."""
+
+    backend = "nccl"
+
+
+class IpcTransport(RemoteTransport):
+    """To an engine on this process's GPU."""
+
+    backend = "ipc"
