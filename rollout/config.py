@@ -14,8 +14,8 @@ from typing import Any, Self
 from samebit.kernels.registry import ATTENTION_KINDS
 from samebit.rollout.values import MAX_UINT64, bring_to_type, shown
 
-LOAD_FORMATS = ("safetensors", "dummy")
-_BESIDES = ("device", "dtype", "ranks")  # what else Engine takes by name
+LOAD_FORMATS = ("safetensors", "dummy")  # of an engine that serves from its start
+_BESIDES = ("device", "dtype", "ranks", "weights", "step")  # what else Engine takes by name
 
 
 @dataclass(kw_only=True)  # not frozen: OmegaConf would refuse to change a frozen one's keys
@@ -52,7 +52,8 @@ class EngineConfig:
     model_family: str | None = None
     """module:Class, a model family of your own; in a recipe it is model_family."""
     load_format: str = "safetensors"
-    """safetensors; dummy: random weights for a folder that holds only a config.json."""
+    """safetensors; dummy: random weights for a folder that holds only a config.json; none: nothing
+    is loaded, and served after the first update."""
     seed: int = 0
     """Of the noise of requests that bring no seed; in a recipe it is the recipe's."""
 
@@ -67,7 +68,8 @@ class EngineConfig:
         kinds = tuple(ATTENTION_KINDS)
         meaning = f"one of {kinds} or your own module:Class"
         self._require(self.attention in kinds or ":" in str(self.attention), "attention", meaning)
-        self._require(self.load_format in LOAD_FORMATS, "load_format", f"one of {LOAD_FORMATS}")
+        formats = (*LOAD_FORMATS, "none")
+        self._require(self.load_format in formats, "load_format", f"one of {formats}")
         self._require(0 <= self.seed <= MAX_UINT64, "seed", "an unsigned 64-bit integer")
 
     def _require(self, holds: bool, name: str, meaning: str) -> None:

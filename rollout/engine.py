@@ -4,13 +4,14 @@ engine = Engine("path/to/model")
 [[completion]] = engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=16))
 """
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from samebit.kernels.profile import NumericsProfile, numerics_profile
 from samebit.kernels.reduce import ALONE, RankGroup
@@ -31,7 +32,7 @@ from samebit.rollout.runtime.sampler import Sampler
 from samebit.rollout.runtime.scheduler import Scheduler
 from samebit.rollout.runtime.slots import Slots
 from samebit.rollout.runtime.step_loop import StepLoop
-from samebit.rollout.runtime.weight_control import WeightControl, load_weights
+from samebit.rollout.runtime.weight_control import WeightControl, adopt_weights, load_weights
 from samebit.rollout.types import Completion, Increment, SamplingParams
 from samebit.weight_sync.objects import smallest
 from samebit.weight_sync.session import UpdateSession
@@ -42,7 +43,8 @@ class Engine(EngineWeights):
 
     Settings are EngineConfig's, given as `config`, by name, or both (a name wins). ranks: tensor
     parallel ranks; each runs an engine of its own and is given the same requests, or follows rank
-    0 (see `leading`).
+    0 (see `leading`). weights: parameters (engine names) of `step` that are served from their own
+    memory as by bind_weights; none are loaded then.
 
     Several threads may call it at once, but for the methods that change weights. Raises ValueError
     for bad settings, TypeError for unknown ones, FileNotFoundError for a missing model and
@@ -57,6 +59,8 @@ class Engine(EngineWeights):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         ranks: RankGroup = ALONE,
+        weights: Mapping[str, Tensor] | None = None,
+        step: int = 0,
         **overrides: Any,
     ) -> None:
         self.model_path = as_path(model_path, "Engine model_path")
@@ -70,9 +74,11 @@ class Engine(EngineWeights):
         self.attention = kind(self.model_config.attention_heads(ranks.size), self.device)
         self.model_config.selfcheck(self.attention, ranks)
         self.arena = Arena(self.device)
-        session = load_weights(
-            self.model_path, self.config, self.specs, self.dtype, self.arena, ranks.group
-        )
+        place = self.specs, self.dtype, self.arena, ranks.group
+        if weights is None:
+            session = load_weights(self.model_path, self.config, *place)
+        else:
+            session = adopt_weights(weights, step, *place)
         self._make_runtime(session)
 
     # -- generation ------------------------------------------------------------------------------

@@ -208,6 +208,8 @@ class RemoteEngine:
 
     abort_request = _asking(Engine.abort_request)
     flush_cache = _asking(Engine.flush_cache)
+    pause_generation = _asking(Engine.pause_generation)
+    continue_generation = _asking(Engine.continue_generation)
     update_weights_from_disk = _asking(Engine.update_weights_from_disk)
     join_weight_transport = _asking(Engine.join_weight_transport)
     receive_weight_update = _asking(Engine.receive_weight_update)

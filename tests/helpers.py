@@ -132,6 +132,39 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) 
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+def recorded_reads(monkeypatch: Any) -> list[tuple[Path, int]]:
+    """Grows by (folder, bytes) with every tensor, or part of one, that is read of a folder."""
+    from samebit.rollout.runtime import weights
+
+    reads: list[tuple[Path, int]] = []
+
+    class Recording:
+        """A handle, or a slice of its: what it gives as a tensor counts."""
+
+        def __init__(self, file: Path, inner: Any) -> None:
+            self._file, self._inner = file, inner
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+        def get_slice(self, name: str) -> "Recording":
+            return Recording(self._file, self._inner.get_slice(name))
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            return self._count(self._inner.get_tensor(name))
+
+        def __getitem__(self, index: Any) -> torch.Tensor:
+            return self._count(self._inner[index])
+
+        def _count(self, tensor: torch.Tensor) -> torch.Tensor:
+            reads.append((self._file.parent, tensor.nbytes))
+            return tensor
+
+    original = weights.open_file
+    monkeypatch.setattr(weights, "open_file", lambda file: Recording(file, original(file)))
+    return reads
+
+
 def philox_on_integers(counter: Sequence[int], key: Sequence[int]) -> tuple[int, int, int, int]:
     """Philox4x32-10 (Salmon et al. 2011) on Python's integers: four words of 32 bits."""
     (c0, c1, c2, c3), (k0, k1), mask = counter, key, (1 << 32) - 1

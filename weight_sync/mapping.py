@@ -10,6 +10,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+type Index = tuple[slice, ...]
+"""A range of a tensor's rows and, of a matrix, one of its columns."""
+
+type Read = Callable[[str, Index], Tensor]
+"""Gives a part of a Hugging Face tensor, by the tensor's name."""
+
 
 @dataclass(frozen=True)
 class RowBlock:
@@ -45,6 +51,16 @@ class ParamSpec:
     def columns(self) -> slice:
         """The source columns that this shard of a matrix holds."""
         return slice(self.column_start, self.column_start + self.shape[1])
+
+    def sources(self) -> dict[str, Index]:
+        """What the blocks take of each Hugging Face tensor, from their first to their last row."""
+        rows: dict[str, tuple[int, int]] = {}
+        for block in self.blocks:
+            start, end = rows.get(block.hf_name, (block.hf_start, 0))
+            last = block.hf_start + block.num_rows
+            rows[block.hf_name] = min(start, block.hf_start), max(end, last)
+        columns = (self.columns(),) if len(self.shape) > 1 else ()
+        return {name: (slice(*found), *columns) for name, found in rows.items()}
 
 
 type Shard = tuple[int, int]
@@ -134,27 +150,27 @@ def unequal_shapes(
     return {name: (there, here) for name, (there, here) in both.items() if there != here}
 
 
-def load_params(
-    specs: Iterable[ParamSpec], params: Mapping[str, Tensor], read: Callable[[str], Tensor]
-) -> None:
-    """Fill `params` in place; `read` gives a whole Hugging Face tensor by name."""
+def load_params(specs: Iterable[ParamSpec], params: Mapping[str, Tensor], read: Read) -> None:
+    """Fill `params` in place; of each Hugging Face tensor only what they hold is read."""
     for spec in specs:
-        param = params[spec.name]
+        param, sources = params[spec.name], spec.sources()
         param.zero_()
-        cached: dict[str, Tensor] = {}
+        found = {name: read(name, index) for name, index in sources.items()}
         for block in spec.blocks:
-            if block.hf_name not in cached:
-                cached[block.hf_name] = read(block.hf_name)
-            rows = cached[block.hf_name][block.hf_start : block.hf_start + block.num_rows]
-            if rows.dim() > 1:
-                rows = rows[:, spec.columns()]
+            start = block.hf_start - sources[block.hf_name][0].start
+            rows = found[block.hf_name][start : start + block.num_rows]
             # Pinned rows need not be waited for: their memory is kept until they have arrived.
             param[block.start : block.start + block.num_rows].copy_(rows, non_blocking=True)
 
 
-def hf_names(specs: Iterable[ParamSpec]) -> list[str]:
-    """Hugging Face tensors in the order in which load_params first reads them."""
-    return list(dict.fromkeys(block.hf_name for spec in specs for block in spec.blocks))
+def parts_of(read: Callable[[str], Tensor]) -> Read:
+    """A reader of parts from one of whole tensors."""
+    return lambda name, index: read(name)[index]
+
+
+def hf_parts(specs: Iterable[ParamSpec]) -> list[tuple[str, Index]]:
+    """What load_params reads, in the order in which it first does."""
+    return list(dict.fromkeys(part for spec in specs for part in spec.sources().items()))
 
 
 def hf_tensors(

@@ -11,6 +11,7 @@ from samebit.trainer.config import ParallelConfig, check_tp_invariant, require, 
 
 VARIANTS = ("default", "no_graphs", "no_overlap", "torch_kernels")
 TABLES = ("linear", "attention", "prefill", "rows")
+TRANSPORTS = ("alias", "ipc", "nccl", "gloo", "file")
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,35 @@ class BenchRun(FolderSection):
 
 
 @dataclass(kw_only=True)
-class BenchEngineRun(BenchRun):
-    """`samebit bench engine`: output tokens per second of whole workloads."""
+class BenchEngineSection(BenchRun):
+    """What all have that measure an engine."""
 
-    run_name: str = "bench_engine"
     load_format: str = "safetensors"
     """dummy: random weights for a folder that holds only a config.json."""
     cpu_threads: int = 1
+    repeats: int = 3
+    """Timed runs, after one that warms up."""
+    engine: EngineConfig = field(
+        default_factory=lambda: EngineConfig(max_batch_tokens=8192, max_num_seqs=512)
+    )
+    numerics: AttentionSection = field(default_factory=AttentionSection)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = self.load_format in LOAD_FORMATS
+        require(known, "load_format", self.load_format, f"one of {LOAD_FORMATS}")
+        require(self.repeats >= 1, "repeats", self.repeats, "positive")
+        require(self.cpu_threads >= 1, "cpu_threads", self.cpu_threads, "positive")
+        own = ("attention", "load_format", "model_family", "seed")
+        meaning = "attention, load_format, model_family and seed are the command's"
+        require_default(self.engine, "engine", own, meaning)
+
+
+@dataclass(kw_only=True)
+class BenchEngineRun(BenchEngineSection):
+    """`samebit bench engine`: output tokens per second of whole workloads."""
+
+    run_name: str = "bench_engine"
     workloads: list[str] = field(
         default_factory=lambda: [
             "64x8x512x512",
@@ -114,8 +137,6 @@ class BenchEngineRun(BenchRun):
         ]  # fmt: skip
     )
     """Prompts x samples of each x input length x output length."""
-    repeats: int = 3
-    """Timed runs of a workload, after one that warms up."""
     variants: list[str] = field(default_factory=lambda: ["default"])
     """default, no_graphs, no_overlap, torch_kernels: one engine each."""
     cold: bool = False
@@ -126,19 +147,11 @@ class BenchEngineRun(BenchRun):
     profile: bool = False
     """Trace decode steps of the first workload; how much of them the GPU has something to run."""
     profile_steps: int = 32
-    engine: EngineConfig = field(
-        default_factory=lambda: EngineConfig(max_batch_tokens=8192, max_num_seqs=512)
-    )
-    numerics: AttentionSection = field(default_factory=AttentionSection)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_list("workloads", self.workloads)
         _check_list("variants", self.variants)
-        known = self.load_format in LOAD_FORMATS
-        require(known, "load_format", self.load_format, f"one of {LOAD_FORMATS}")
-        require(self.repeats >= 1, "repeats", self.repeats, "positive")
-        require(self.cpu_threads >= 1, "cpu_threads", self.cpu_threads, "positive")
         require(self.profile_steps >= 1, "profile_steps", self.profile_steps, "positive")
         for text in self.workloads:
             Workload.parse(text)
@@ -146,12 +159,50 @@ class BenchEngineRun(BenchRun):
             require(name in VARIANTS, "variants", name, f"one of {VARIANTS}")
         if not self.profile:
             require_default(self, "", ("profile_steps",), "profile is false")
-        own = ("attention", "load_format", "model_family", "seed")
-        meaning = "attention, load_format, model_family and seed are the command's"
-        require_default(self.engine, "engine", own, meaning)
         for name, variant in (("cuda_graphs", "no_graphs"), ("overlap", "no_overlap")):
             if self.variants == [variant]:
                 require_default(self.engine, "engine", (name,), f"variants is [{variant}]")
+
+
+@dataclass(kw_only=True)
+class BenchMemoryRun(BenchEngineSection):
+    """`samebit bench memory`: an engine's memory, released and resumed by tag."""
+
+    run_name: str = "bench_memory"
+    workload: str = "8x2x64x16"
+    """What is drawn before and after each row and in each cycle, always the same."""
+    cycles: int = 200
+    """Times that everything is released and resumed and the weights are updated, one behind the
+    other."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Workload.parse(self.workload)
+        require(self.cycles >= 1, "cycles", self.cycles, "positive")
+        meaning = "memory is released, with a backup and without"
+        require_default(self.engine, "engine", ("releasable", "weights_backup"), meaning)
+
+
+@dataclass(kw_only=True)
+class BenchSyncRun(BenchEngineSection):
+    """`samebit bench sync`: new weights on their way to an engine, by every transport."""
+
+    run_name: str = "bench_sync"
+    transports: list[str] | None = None
+    """Of alias, ipc, nccl, gloo and file; unset: those for GPUs that there are, or for the CPU."""
+    workload: str = "8x2x64x16"
+    """What is drawn after each update, always the same."""
+    engine: EngineConfig = field(
+        default_factory=lambda: EngineConfig(kv_cache_tokens=1 << 16, max_num_seqs=64)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Workload.parse(self.workload)
+        if self.transports is not None:
+            _check_list("transports", self.transports)
+            for name in self.transports:
+                require(name in TRANSPORTS, "transports", name, f"one of {TRANSPORTS}")
 
 
 @dataclass(kw_only=True)

@@ -14,20 +14,17 @@ from typing import Any
 
 import torch
 
-from samebit.kernels.profile import numerics_profile
-from samebit.kernels.registry import attention_kind
 from samebit.recipes.bench.config import BenchEngineRun, Workload
 from samebit.recipes.bench.idle import describe_gpu_times, profile_decode
-from samebit.recipes.bench.output import REPORT_FILE, BenchError, format_table, model_fields
+from samebit.recipes.bench.output import REPORT_FILE, BenchError, format_table
 from samebit.recipes.bench.peers import Peer, comparable, load_peers
 from samebit.recipes.bench.prompts import PromptSource, timed_run
 from samebit.recipes.bench.roofline import roofline_tokens_s
-from samebit.recipes.bench.start import Start, cold_start, describe, start_engine
+from samebit.recipes.bench.start import Start, cold_start, describe, report_of, start_engine
 from samebit.recipes.bench.timing import CardRates, Spread, card_rates
 from samebit.recipes.bench.variants import NOTES, SETTINGS, kernels_of
 from samebit.recipes.run.folder import require_own_report
 from samebit.recipes.run.provenance import device_name, write_result
-from samebit.rollout.config import EngineConfig
 from samebit.rollout.device import DeviceError, resolve_device
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
@@ -166,18 +163,10 @@ def main(run: BenchEngineRun) -> int:
         raise DeviceError(
             f"variants has {', '.join(idle)}: without a CUDA device there is nothing to turn off"
         )
-    load_model_config(run.model, run.model_family)  # before anything is written
-    fields, peers = model_fields(run.model), load_peers(run.peers) if run.peers else []
-    beside = comparable(peers, device_name(device), fields["model"], run.workloads)
     variants: dict[str, Any] = {}
-    defaults, kind = asdict(EngineConfig()), attention_kind(run.numerics.attention)
-    report = {
-        **fields,
-        "load_format": run.load_format,
-        "engine": {k: v for k, v in asdict(run.engine).items() if v != defaults[k]},
-        "numerics": asdict(numerics_profile(device, attention=kind)),
-        "variants": variants,
-    }
+    report = report_of(run, device) | {"variants": variants}
+    peers = load_peers(run.peers) if run.peers else []
+    beside = comparable(peers, device_name(device), report["model"], run.workloads)
     save = partial(write_result, run.run_dir / REPORT_FILE, device, report)
     for variant in run.variants:
         entry = variants[variant] = {}
@@ -192,7 +181,7 @@ def main(run: BenchEngineRun) -> int:
     print(summary(report))
     if peers and not beside:
         print(
-            f"{run.peers} has nothing of {fields['model']} on {device_name(device)} with these "
+            f"{run.peers} has nothing of {report['model']} on {device_name(device)} with these "
             "workloads"
         )
     print(f"{run.run_dir / REPORT_FILE} holds the report.")

@@ -2,6 +2,8 @@
 
 import itertools
 import time
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -9,6 +11,9 @@ from samebit.recipes.bench.config import Workload
 from samebit.recipes.bench.output import BenchError
 from samebit.rollout.client import EngineClient
 from samebit.rollout.types import SamplingParams
+
+type Outcome = tuple[tuple[int, ...], tuple[float, ...]]
+"""Tokens of a completion and their log-probs."""
 
 
 class PromptSource:
@@ -36,6 +41,32 @@ def sampling_params(workload: Workload) -> SamplingParams:
         ignore_eos=True,
         logprobs=True,
     )
+
+
+@dataclass(frozen=True)
+class FixedPrompts:
+    """Requests that are made again and again, and have to be answered by the same bits."""
+
+    prompt_ids: list[list[int]]
+    sample_ids: list[list[int]]
+    params: SamplingParams
+
+    @classmethod
+    def of(cls, source: PromptSource, workload: Workload) -> Self:
+        """A workload's next requests."""
+        return cls(*source.draw(workload), sampling_params(workload))
+
+    def outcomes(self, engine: EngineClient) -> list[Outcome]:
+        """What an engine answers."""
+        groups = engine.generate(self.prompt_ids, self.params, self.sample_ids)
+        return [(tuple(c.token_ids), tuple(c.logprobs)) for group in groups for c in group]
+
+    def require_same(self, engine: EngineClient, truth: list[Outcome], when: str) -> int:
+        """BenchError unless the engine answers by these bits; how many tokens they were."""
+        found = self.outcomes(engine)
+        if apart := sum(a != b for a, b in zip(found, truth, strict=True)):
+            raise BenchError(f"{when}: {apart} of {len(truth)} completions are not those before")
+        return sum(len(tokens) for tokens, _ in found)
 
 
 def timed_run(engine: EngineClient, source: PromptSource, workload: Workload) -> float:

@@ -11,21 +11,56 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
-from samebit.recipes.bench.config import BenchEngineRun, Workload
-from samebit.recipes.bench.output import BenchError
+from samebit.kernels.profile import numerics_profile
+from samebit.kernels.registry import attention_kind
+from samebit.recipes.bench.config import BenchEngineRun, BenchEngineSection, Workload
+from samebit.recipes.bench.output import BenchError, model_fields
 from samebit.recipes.bench.prompts import PromptSource, timed_run
 from samebit.recipes.bench.variants import SETTINGS, kernels_of
+from samebit.rollout.config import EngineConfig
 from samebit.rollout.engine import Engine
+from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.runtime.weights import load_dummy, load_safetensors
+from samebit.weight_sync.mapping import ParamSpec
 
-_FIRST = Workload(num_prompts=1, num_samples=1, input_len=16, output_len=1)
+FIRST = Workload(num_prompts=1, num_samples=1, input_len=16, output_len=1)
 _CACHES = ("TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "XDG_CACHE_HOME")
+
+
+def settings_of(run: BenchEngineSection, **changes: Any) -> EngineConfig:
+    """The engine's settings as the run asks for them, with `changes` by name."""
+    own: dict[str, Any] = {"load_format": run.load_format, "seed": run.seed}
+    own |= {"attention": run.numerics.attention, "model_family": run.model_family}
+    return replace(run.engine, **own | changes)
+
+
+def fill(run: BenchEngineSection, specs: Sequence[ParamSpec], params: Mapping[str, Tensor]) -> None:
+    """Fill parameters, in place, with the weights that the run asks for."""
+    if run.load_format == "dummy":
+        load_dummy(specs, params, run.seed)
+    else:
+        load_safetensors(Path(run.model), specs, params)
+
+
+def report_of(run: BenchEngineSection, device: torch.device) -> dict[str, Any]:
+    """What a report says of its engine: the model, its weights, the settings, the profile."""
+    load_model_config(run.model, run.model_family)  # before anything is written
+    defaults, kind = asdict(EngineConfig()), attention_kind(run.numerics.attention)
+    return {
+        **model_fields(run.model),
+        "load_format": run.load_format,
+        "engine": {k: v for k, v in asdict(run.engine).items() if v != defaults[k]},
+        "numerics": asdict(numerics_profile(device, attention=kind)),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +77,7 @@ class Start:
     @classmethod
     def of(cls, run: BenchEngineRun, variant: str, device: torch.device) -> Self:
         """The variant's engine as the run asks for it."""
-        own = {"load_format": run.load_format, "seed": run.seed}
-        own |= {"attention": run.numerics.attention, "model_family": run.model_family}
-        settings = asdict(run.engine) | own | SETTINGS.get(variant, {})
+        settings = asdict(settings_of(run, **SETTINGS.get(variant, {})))
         return cls(
             model=run.model, device=str(device), cpu_threads=run.cpu_threads, variant=variant,
             settings=settings,
@@ -79,7 +112,7 @@ def start_engine(start: Start) -> tuple[Engine, PromptSource, dict[str, float]]:
         engine = Engine(start.model, device=start.device, **start.settings)
         there = time.perf_counter()
         source = PromptSource(engine.model_config.vocab_size, engine.config.seed)
-        timed_run(engine, source, _FIRST)
+        timed_run(engine, source, FIRST)
         done = time.perf_counter()
     seconds = {"start_s": there - begin, "first_token_s": done - begin}
     return engine, source, seconds | (compiled if engine.device.type == "cuda" else {})

@@ -16,7 +16,13 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from samebit.recipes.bench.config import BenchEngineRun, BenchKernelsRun, BenchTrainerRun
+from samebit.recipes.bench.config import (
+    BenchEngineRun,
+    BenchKernelsRun,
+    BenchMemoryRun,
+    BenchSyncRun,
+    BenchTrainerRun,
+)
 from samebit.recipes.cli.overrides import Overrides, check_file, find_field, read_words
 from samebit.recipes.config import ConfigError, DemoRun, GrpoRun, RunSection, SftRun, grpo_run_of
 from samebit.recipes.run.secrets import build
@@ -33,6 +39,8 @@ SCHEMAS: dict[str, type[Any]] = {
     "verify": VerifyRun,
     "bench engine": BenchEngineRun,
     "bench kernels": BenchKernelsRun,
+    "bench memory": BenchMemoryRun,
+    "bench sync": BenchSyncRun,
     "bench trainer": BenchTrainerRun,
     "diff": DiffRun,
     "export": ExportRun,

@@ -17,7 +17,7 @@ from samebit.rollout.remote import RemoteEngine
 from samebit.rollout.runtime.weights import load_safetensors
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.ranks import place
-from samebit.weight_sync.transports.base import WeightSync
+from samebit.weight_sync.transports.base import Lease, WeightSync
 from samebit.weight_sync.transports.registry import TRANSPORTS
 
 
@@ -61,17 +61,22 @@ def load_transport(name: str) -> type[WeightSync]:
 def start_engine(
     run: GrpoRun, device: torch.device, trainer: MegatronTrainer
 ) -> tuple[EngineClient, WeightSync]:
-    """Start the engine, with the model folder's weights, and what keeps it on the trainer's."""
+    """Start the engine and what keeps it on the trainer's weights; no folder's are loaded.
+
+    Where weights are leased it is made on the trainer's. Any other serves after its first update.
+    """
     transport = load_transport(run.placement.transport)
     longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
     own: Any = {"attention": run.numerics.attention, "model_family": run.model_family}
+    own |= {"load_format": "none"}
     config = replace(run.engine, max_model_len=longest, seed=run.seed, **own)
     where: dict[str, Any] = {"device": device, "ranks": trainer.ranks}
     engine: Engine | RemoteEngine
     if run.placement.engine == "process":
         engine = RemoteEngine(run.model.path, run.cpu_threads, config=config, **where)
     else:
-        engine = Engine(run.model.path, config, **where)
+        leased = trainer.params if issubclass(transport, Lease) else None
+        engine = Engine(run.model.path, config, weights=leased, step=trainer.step, **where)
     weights = transport.between(trainer, engine, run.run_dir / "weight_sync")
     if isinstance(engine, Engine) and run.num_processes > 1:
         return ReplicatedEngine(engine, *place(), trainer.ranks.size), weights

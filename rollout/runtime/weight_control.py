@@ -20,7 +20,7 @@ from samebit.rollout.runtime.runner import Runner
 from samebit.rollout.runtime.scheduler import Scheduler
 from samebit.rollout.runtime.weights import fill, load_dummy, load_safetensors, open_safetensors
 from samebit.weight_sync.buckets import cut_buckets, pack
-from samebit.weight_sync.mapping import ParamSpec, hf_names, unequal_shapes
+from samebit.weight_sync.mapping import ParamSpec, hf_parts, unequal_shapes
 from samebit.weight_sync.session import UpdateSession, non_finite
 from samebit.weight_sync.transports.file import read_version
 from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError, WeightVersion
@@ -36,9 +36,14 @@ def load_weights(
 ) -> UpdateSession:
     """The parameters of `specs` in the arena, filled from the folder, under the folder's version.
 
-    The version counts if its digest is that of the weights; else they are step 0's.
+    The version counts if its digest is that of the weights; else they are step 0's. With
+    load_format "none" they are whatever the memory held, and nothing is served before an update.
     """
     weights = {s.name: arena.allocate("weights", s.name, s.shape, dtype) for s in specs}
+    if config.load_format == "none":
+        session = UpdateSession(specs, weights, WeightVersion(0, ""), group)
+        session.invalidate("no weights were loaded yet")
+        return session
     stored = None
     if config.load_format == "dummy":
         load_dummy(specs, weights, config.seed)
@@ -49,6 +54,30 @@ def load_weights(
     digest = session.digest()
     step = stored.step if stored and stored.digest == digest else 0
     session.version = WeightVersion(step, digest)
+    return session
+
+
+def adopt_weights(
+    params: Mapping[str, Tensor],
+    step: int,
+    specs: Sequence[ParamSpec],
+    dtype: torch.dtype,
+    arena: Arena,
+    group: dist.ProcessGroup | None,
+) -> UpdateSession:
+    """Parameters whose memory somebody else owns, in place of the arena's, as those of `step`.
+
+    Raises ValueError for other names, shapes or another dtype than the engine's, and NaN or Inf.
+    """
+    if names := unequal_shapes(specs, params):
+        raise ValueError(f"parameters do not fit the engine: {', '.join(sorted(names)[:5])}")
+    bad = [n for n, p in params.items() if p.dtype != dtype]
+    if bad or (bad := non_finite(params)):
+        raise ValueError(f"not finite or not {dtype}: {', '.join(bad[:5])}")
+    arena.adopt("weights", params)
+    weights = {name: p.detach() for name, p in params.items()}
+    session = UpdateSession(specs, weights, WeightVersion(step, ""), group, shared=True)
+    session.version = WeightVersion(step, session.digest())
     return session
 
 
@@ -92,21 +121,13 @@ class WeightControl:
             self._prefixes.reset(self.version)
 
     def bind_weights(self, params: Mapping[str, Tensor], step: int) -> WeightVersion:
-        specs, group = self.session.specs, self.session.group
-        if names := unequal_shapes(specs, params):
-            raise ValueError(f"parameters do not fit the engine: {', '.join(sorted(names)[:5])}")
         self._require_idle("bind_weights")
-        bad = [n for n, p in params.items() if p.dtype != self._dtype]
-        if bad or (bad := non_finite(params)):
-            raise ValueError(f"not finite or not {self._dtype}: {', '.join(bad[:5])}")
-        self._arena.adopt("weights", params)
-        weights = {name: p.detach() for name, p in params.items()}
-        version = WeightVersion(step, "")
-        self.session = UpdateSession(specs, weights, version, group, shared=True)
-        self.session.version = version = WeightVersion(step, self.session.digest())
-        self._runner.bind(self._runner.model.with_params(weights))
+        own = self.session
+        kept = own.specs, self._dtype, self._arena, own.group
+        self.session = adopt_weights(params, step, *kept)
+        self._runner.bind(self._runner.model.with_params(self.session.params))
         self.between_steps(self.flush_cache)
-        return version
+        return self.version
 
     def begin(self, step: int, selector: str = "target", *, may_go_back: bool = False) -> None:
         self._require_idle("a weight update")
@@ -173,7 +194,7 @@ class WeightControl:
             fill(folder, session.specs, session.params, read)
             session.arrived(metas)
             # A digest is of bits, so it says nothing about a copy in another dtype.
-            same_dtype = read(hf_names(session.specs)[-1]).dtype == self._dtype
+            same_dtype = read(*hf_parts(session.specs)[-1]).dtype == self._dtype
             return self.commit(version.digest if version and same_dtype else None)
 
     @contextmanager

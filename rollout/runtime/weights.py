@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +17,15 @@ from samebit.rollout.runtime.weight_files import (
     find_tensors,
     open_file,
 )
-from samebit.weight_sync.mapping import ParamSpec, hf_names, hf_shapes, load_params
+from samebit.weight_sync.mapping import (
+    Index,
+    ParamSpec,
+    Read,
+    hf_parts,
+    hf_shapes,
+    load_params,
+    parts_of,
+)
 from samebit.weight_sync.session import non_finite
 
 _READERS = 4  # threads
@@ -30,7 +38,7 @@ def load_safetensors(
     params: Mapping[str, Tensor],
     whole: Sequence[ParamSpec] | None = None,
 ) -> None:
-    """Fill params in place from a Hugging Face folder, sharded or not.
+    """Fill params in place from a Hugging Face folder, sharded or not; no other bytes are read.
 
     whole: all that the folder must hold, where `specs` are one pipeline stage's.
     Raises as open_safetensors does before anything is written, and WeightLoadError for NaN or Inf.
@@ -39,51 +47,50 @@ def load_safetensors(
 
 
 def fill(
-    folder: Path,
-    specs: Sequence[ParamSpec],
-    params: Mapping[str, Tensor],
-    read: Callable[[str], Tensor],
+    folder: Path, specs: Sequence[ParamSpec], params: Mapping[str, Tensor], read: Read
 ) -> None:
     """Fill params in place by a reader of `folder`; WeightLoadError for NaN or Inf."""
     device = params[specs[0].name].device
-    with read_ahead(read, hf_names(specs), pin=device.type == "cuda") as reader:
+    with read_ahead(read, hf_parts(specs), pin=device.type == "cuda") as reader:
         load_params(specs, params, reader)
     if bad := non_finite(params):
         raise WeightLoadError(f"{folder} holds NaN or Inf in: {', '.join(bad)}")
 
 
 @contextmanager
-def read_ahead(
-    read: Callable[[str], Tensor], names: Sequence[str], pin: bool
-) -> Iterator[Callable[[str], Tensor]]:
-    """A reader that fetches the next tensors on threads while the present one is used.
+def read_ahead(read: Read, parts: Sequence[tuple[str, Index]], pin: bool) -> Iterator[Read]:
+    """A reader that fetches the next parts on threads while the present one is used.
 
-    names: the order of reading. pin: copies go through page-locked memory, so that the device takes
+    parts: the order of reading. pin: copies go through page-locked memory, so that the device takes
     them at full speed. A bar shows the progress of what takes more than a second.
     """
 
-    def fetch(name: str) -> Tensor:
-        tensor = read(name)
-        return tensor.pin_memory() if pin else tensor
+    def fetch(name: str, index: Index) -> Tensor:
+        tensor = read(name, index)
+        if not pin:
+            return tensor
+        # pin_memory() would keep the gaps between columns.
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
-    waiting: dict[str, Future[Tensor]] = {}
-    upcoming = iter(names)
+    waiting: dict[tuple[str, Index], Future[Tensor]] = {}
+    upcoming = iter(parts)
     with (
         ThreadPoolExecutor(_READERS) as pool,
-        tqdm(total=len(names), desc="weights", unit=" tensors", delay=1, leave=False) as bar,
+        tqdm(total=len(parts), desc="weights", unit=" tensors", delay=1, leave=False) as bar,
     ):
 
-        def next_one(name: str) -> Tensor:
+        def next_one(name: str, index: Index) -> Tensor:
             for coming in itertools.islice(upcoming, 1 if waiting else 2 * _READERS):
-                waiting[coming] = pool.submit(fetch, coming)
+                waiting[coming] = pool.submit(fetch, *coming)
             bar.update()
-            return waiting.pop(name).result() if name in waiting else fetch(name)
+            part = name, index
+            return waiting.pop(part).result() if part in waiting else fetch(*part)
 
         yield next_one
 
 
-def open_safetensors(folder: Path, specs: Sequence[ParamSpec]) -> Callable[[str], Tensor]:
-    """A reader of whole tensors by Hugging Face name, for a folder that fits the specs.
+def open_safetensors(folder: Path, specs: Sequence[ParamSpec]) -> Read:
+    """A reader of a folder that fits the specs; what it gives lies in the mapped file.
 
     Only the files' headers are read before. Raises as find_tensors does, and WeightLoadError that
     lists every missing, extra or misshapen tensor and those of a dtype that is not read.
@@ -108,7 +115,7 @@ def open_safetensors(folder: Path, specs: Sequence[ParamSpec]) -> Callable[[str]
     if problems:
         raise WeightLoadError(f"{folder} does not fit the model:\n  " + "\n  ".join(problems))
     _check_tied(tied & set(file_of), handles, file_of)
-    return lambda name: handles[file_of[name]].get_tensor(name)
+    return lambda name, index: handles[file_of[name]].get_slice(name)[index]
 
 
 def _check_tied(names: set[str], handles: Mapping, file_of: Mapping[str, Path]) -> None:
@@ -135,4 +142,4 @@ def load_dummy(
         generator = torch.Generator(device).manual_seed(int.from_bytes(key[:7]))
         return torch.randn(shapes[name], generator=generator, device=device) * std
 
-    load_params(specs, params, draw)
+    load_params(specs, params, parts_of(draw))

@@ -9,7 +9,7 @@ from samebit.recipes.models.tiny_model import make_random_model
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.checkpoint import latest_checkpoint
 from samebit.trainer.megatron.resharding import WholeState
-from samebit.weight_sync.mapping import hf_names
+from samebit.weight_sync.mapping import hf_shapes
 
 LAYOUTS = (("alone", 1), ("tensor+optimizer", 4), ("optimizer", 2), ("pipeline", 2))
 FIELDS = ("params", "reference", "exp_avg", "exp_avg_sq")
@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 def whole_state(model, root):
     """Every tensor of a checkpoint by field and Hugging Face name, and its step."""
     saved = WholeState(model, latest_checkpoint(root).load_all())
-    names = hf_names(model.param_specs())
+    names = hf_shapes(model.param_specs())
     tensors = {(field, name): saved.read(field, name) for field in FIELDS for name in names}
     return tensors, saved.first["step"]
 

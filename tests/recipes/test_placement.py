@@ -1,17 +1,23 @@
 """Which transport a run gets: by name, or one of the user's own; and what cannot be one."""
 
+import math
+from collections import Counter
 from contextlib import closing
 
 import pytest
+from helpers import recorded_reads
 from run_children import open_run, roll_out, update
 
 from samebit.recipes.grpo import GrpoRecipe
 from samebit.recipes.launch.placement import load_transport
+from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.runtime.memory import Arena
+from samebit.weight_sync.mapping import hf_shapes
 from samebit.weight_sync.transports.base import WeightSync
 from samebit.weight_sync.transports.registry import TRANSPORTS
 
 OWN = """
-from samebit.weight_sync.transports.base import SinkTransport
+from samebit.weight_sync.transports.base import Lease, SinkTransport
 from samebit.weight_sync.buckets import cut_buckets, pack
 
 class Slow(SinkTransport):
@@ -22,6 +28,11 @@ class Slow(SinkTransport):
     def send(self, params):
         for metas in cut_buckets(params, 1):
             self._sink.receive(pack(metas, params))
+
+class Shared(Lease):
+    @classmethod
+    def between(cls, source, engine, folder):
+        return cls(engine.sink)
 
 nothing = 3
 """
@@ -70,3 +81,42 @@ def test_a_transport_of_ones_own_serves_each_step(runs):
             assert stats.logprob_mismatches == 0
             assert recipe.engine.weight_version.digest == recipe.trainer.digest()
             recipe.progress.step += 1
+
+
+@pytest.mark.parametrize("name", ["alias", "file", "own_transport:Slow", "own_transport:Shared"])
+def test_a_run_reads_the_folder_once(runs, demo_model, monkeypatch, name):
+    """The trainer does; the engine gets its weights from it, before anything is asked of it."""
+    reads = recorded_reads(monkeypatch)
+    run = runs.resolve(f"once {name}".replace(":", " "), f"placement.transport={name}")
+    with open_run(run) as session, closing(GrpoRecipe(run, session)) as recipe:
+        assert recipe.engine.weight_version.digest == recipe.trainer.digest()
+        assert recipe.engine.weight_version.step == 0
+        [stats] = update(recipe, roll_out(recipe, 0))
+        assert stats.logprob_mismatches == 0
+        own = recipe.engine.weights
+        shared = [p.data_ptr() == own[n].data_ptr() for n, p in recipe.trainer.params.items()]
+        assert shared == [name in ("alias", "own_transport:Shared")] * len(own)
+    specs = load_model_config(demo_model).param_specs()
+    num_bytes = 4 * sum(math.prod(shape) for shape in hf_shapes(specs).values())
+    read = Counter()
+    for folder, count in reads:
+        read[folder] += count
+    assert read[demo_model] == num_bytes
+
+
+@pytest.mark.parametrize("name", ["alias", "own_transport:Shared"])
+def test_a_leased_engine_is_made_on_the_trainers_weights(runs, monkeypatch, name):
+    """It never has weights of its own: the largest model that fits would not, for a moment."""
+    allocated = []
+    original = Arena.allocate
+
+    def allocate(arena, tag, *rest):
+        allocated.append(tag)
+        return original(arena, tag, *rest)
+
+    monkeypatch.setattr(Arena, "allocate", allocate)
+    run = runs.resolve(f"leased {name}".replace(":", " "), f"placement.transport={name}")
+    with open_run(run) as session, closing(GrpoRecipe(run, session)):
+        pass
+    assert allocated
+    assert "weights" not in allocated

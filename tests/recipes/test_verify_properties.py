@@ -34,6 +34,9 @@ SETTINGS = {
     "graphs_and_overlap": [{"cuda_graphs": False, "overlap": x} for x in (False, True)],
     "score": [{"prefill_chunk": n} for n in (1024, 17)],
     "trainer": [],
+    "released_memory": [{"weights_backup": True}, {}],
+    "transports": [{"load_format": "none"}] * 2,  # and one in another process
+    "pauses": [WITHOUT] * 3,
 }
 """Of the engines that each makes."""
 TRIED = {
@@ -52,6 +55,9 @@ TRIED = {
     "graphs_and_overlap": (2, 2),
     "score": (2, 0),
     "trainer": (3, 0),
+    "released_memory": (4, 5),
+    "transports": (3, 2),
+    "pauses": (5, 3),
 }
 """How often each compares all samples, and calls Engine.generate."""
 
@@ -98,11 +104,17 @@ def test_a_property_is_tried_and_sees_one_bit(subject, monkeypatch, check):
     made, steps, orders = [], [], []
     init, generate = Engine.__init__, Engine.generate
 
-    def make(self, *args, seed, kv_cache_tokens, load_format, attention, **settings):
-        assert (seed, load_format, attention) == (11, "safetensors", "canonical")
-        rest = {"kv_cache_tokens": kv_cache_tokens} if kv_cache_tokens != KV_TOKENS else {}
-        made.append({k: v for k, v in settings.items() if k != "device"} | rest)
-        init(self, *args, seed=seed, kv_cache_tokens=kv_cache_tokens, **settings)
+    def make(self, *args, **settings):
+        [config] = args[1:] or [None]
+        asked = settings if config is None else {"load_format": config.load_format}
+        same = {"seed": 11, "kv_cache_tokens": KV_TOKENS, "attention": "canonical"}
+        same |= {"load_format": "safetensors", "device": subject.device}
+        made.append({k: v for k, v in asked.items() if same.get(k) != v})
+        if config is None:
+            assert same.keys() <= settings.keys()
+        else:
+            assert config == replace(subject.engine.config, load_format="none")
+        init(self, *args, **settings)
 
     def draw(self, prompts, *args, **kwargs):
         steps.append(self.weight_version.step)
@@ -123,7 +135,7 @@ def test_a_property_is_tried_and_sees_one_bit(subject, monkeypatch, check):
         "decode_batch": NUM_NEW * sum(CPU_BATCH_EDGES),
         "prefix_cache": drawn_of_last(subject),
     }
-    if name not in ("preemption", "neighbour_abort"):  # here some cases cannot be tried
+    if name not in ("preemption", "neighbour_abort", "pauses"):  # here some cases cannot be tried
         assert result.tokens == times * num_drawn + others.get(name, 0)
     if name == "weight_update":
         assert steps[1:] == [1, 2]

@@ -171,17 +171,19 @@ def test_read_ahead_reads_every_tensor_once_and_in_order():
     names = [str(i) for i in range(30)]
     fetched = []
 
-    def read(name):
+    def read(name, index):
+        assert index == (slice(0, 1),)
         fetched.append(name)
         if name == "23":
             raise OSError("the disk is gone")
         return torch.tensor(int(name))
 
-    with read_ahead(read, names, pin=False) as reader:
-        assert [int(reader(name)) for name in names[:23]] == list(range(23))
+    parts = [(name, (slice(0, 1),)) for name in names]
+    with read_ahead(read, parts, pin=False) as reader:
+        assert [int(reader(*part)) for part in parts[:23]] == list(range(23))
         with pytest.raises(OSError, match="the disk is gone"):
-            reader("23")
-        assert int(reader("5")) == 5  # again, out of order
+            reader(*parts[23])
+        assert int(reader(*parts[5])) == 5  # again, out of order
     assert sorted(set(fetched), key=int) == names
     assert len(fetched) == len(names) + 1
 

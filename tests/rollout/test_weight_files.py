@@ -59,7 +59,9 @@ def read_index(folder):
 
 
 def opened(folder):
-    return open_safetensors(folder, load_model_config(folder).param_specs())
+    """A reader of whole tensors."""
+    read = open_safetensors(folder, load_model_config(folder).param_specs())
+    return lambda name: read(name, (slice(0, None),))
 
 
 def refuses(folder, *parts, error=WeightLoadError):

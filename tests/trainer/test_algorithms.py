@@ -14,7 +14,7 @@ from samebit.trainer.algorithms.sft import Sft
 from samebit.trainer.config import AlgorithmConfig, GrpoConfig
 from samebit.trainer.context import in_rows, sample_sums
 from samebit.trainer.packing import pack_samples
-from samebit.weight_sync.mapping import load_params
+from samebit.weight_sync.mapping import load_params, parts_of
 
 TEMPERATURE = 0.7
 
@@ -67,7 +67,7 @@ def test_entropies_and_sums_of_samples_are_differentiated(make_trainer, random_s
     assert stats.grad_norm == pytest.approx(float(norm), rel=1e-5)
     expected = {spec.name: torch.zeros(spec.shape, dtype=torch.float64) for spec in trainer.specs}
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    load_params(trainer.specs, expected, gradients.__getitem__)
+    load_params(trainer.specs, expected, parts_of(gradients.__getitem__))
     for name, p in trainer.params.items():
         error = (p.main_grad.double() - expected[name]).norm() / expected[name].norm()
         assert error < 1e-5, (name, float(error))

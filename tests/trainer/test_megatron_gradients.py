@@ -7,7 +7,7 @@ from helpers import assert_same_bits
 from samebit.trainer.algorithms.grpo import Grpo
 from samebit.trainer.algorithms.sft import Sft
 from samebit.trainer.packing import pack_samples
-from samebit.weight_sync.mapping import load_params
+from samebit.weight_sync.mapping import load_params, parts_of
 
 
 def gradients(trainer, batches, loss):
@@ -42,7 +42,7 @@ def cross_entropy(model, samples, loss_mean):
 def in_our_layout(specs, tensors):
     """Hugging Face gradients under Megatron's names and in its rows."""
     params = {spec.name: torch.zeros(spec.shape, dtype=torch.float64) for spec in specs}
-    load_params(specs, params, tensors.__getitem__)
+    load_params(specs, params, parts_of(tensors.__getitem__))
     return params
 
 

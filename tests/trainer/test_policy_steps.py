@@ -8,7 +8,7 @@ import torch
 from samebit.trainer.algorithms.grpo import Grpo
 from samebit.trainer.config import GrpoConfig
 from samebit.trainer.packing import pack_samples
-from samebit.weight_sync.mapping import load_params
+from samebit.weight_sync.mapping import load_params, parts_of
 
 TEMPERATURE = 0.7
 CONFIG = GrpoConfig(clip_ratio_low=0.1, clip_ratio_high=0.3, kl_coef=0.4, kl_estimator="k3")
@@ -75,7 +75,7 @@ def test_a_step_is_that_of_a_plain_program(make_trainer, random_samples, model_p
             p.mul_(0.95)
     trainer.freeze_reference()
     hf = {name: p.detach() for name, p in model.named_parameters()}
-    trainer.fill(lambda specs, params: load_params(specs, params, hf.__getitem__))
+    trainer.fill(lambda specs, params: load_params(specs, params, parts_of(hf.__getitem__)))
     generator = torch.Generator().manual_seed(3)
     samples = []
     for sample in random_samples(6, seed=5):
@@ -109,7 +109,7 @@ def test_a_step_is_that_of_a_plain_program(make_trainer, random_samples, model_p
     assert stats.logprob_abs_diff_max == pytest.approx(max(differences), rel=1e-3)
     expected = {spec.name: torch.zeros(spec.shape, dtype=torch.float64) for spec in trainer.specs}
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    load_params(trainer.specs, expected, gradients.__getitem__)
+    load_params(trainer.specs, expected, parts_of(gradients.__getitem__))
     for name, p in trainer.params.items():
         error = (p.main_grad.double() - expected[name]).norm() / expected[name].norm()
         assert error < 1e-5, (name, float(error))

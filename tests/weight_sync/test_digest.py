@@ -14,7 +14,14 @@ from samebit.rollout.models.qwen3 import Qwen3
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.weights import load_dummy
 from samebit.weight_sync.digest import Digester, Part, as_digest, digest_sum, weights_digest
-from samebit.weight_sync.mapping import ParamSpec, RowBlock, hf_tensors, load_params, plain
+from samebit.weight_sync.mapping import (
+    ParamSpec,
+    RowBlock,
+    hf_tensors,
+    load_params,
+    parts_of,
+    plain,
+)
 
 MASK = (1 << 64) - 1
 
@@ -104,7 +111,7 @@ def test_ranks_add_up_to_the_whole(size, family):
     for rank in range(size):
         own = config.param_specs((rank, size))
         shard = {spec.name: torch.empty(spec.shape) for spec in own}
-        load_params(own, shard, tensors.__getitem__)
+        load_params(own, shard, parts_of(tensors.__getitem__))
         total += digest_sum(own, shard)
     assert total & MASK == digest_sum(specs, params)
 
@@ -294,7 +301,7 @@ def test_the_gpu_gives_the_same_digest(specs, params, dtype):
     for rank in range(2):
         own = config.param_specs((rank, 2))
         shard = {s.name: torch.empty(s.shape, dtype=dtype, device="cuda") for s in own}
-        load_params(own, shard, tensors.__getitem__)
+        load_params(own, shard, parts_of(tensors.__getitem__))
         total += digest_sum(own, shard)
     assert total & MASK == digest_sum(config.param_specs(), dummy(config, dtype))
 

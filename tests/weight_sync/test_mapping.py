@@ -11,10 +11,11 @@ from samebit.rollout.models.registry import load_model_config
 from samebit.weight_sync.mapping import (
     collect_hf,
     columns,
-    hf_names,
+    hf_parts,
     hf_shapes,
     hf_tensors,
     load_params,
+    parts_of,
 )
 
 CASES = {
@@ -56,7 +57,7 @@ def numbered(config):
 def params_of(config, tensors, shard=(0, 1)):
     specs = config.param_specs(shard)
     params = {spec.name: torch.full(spec.shape, torch.nan) for spec in specs}
-    load_params(specs, params, tensors.__getitem__)
+    load_params(specs, params, parts_of(tensors.__getitem__))
     return specs, params
 
 
@@ -78,7 +79,7 @@ def test_ranks_hold_every_row_of_their_columns(shape):
     for rank in (0, 1):
         spec = columns("p", "hf", shape, (rank, 2))
         params = {"p": torch.full(spec.shape, torch.nan)}
-        load_params([spec], params, {"hf": whole}.__getitem__)
+        load_params([spec], params, parts_of({"hf": whole}.__getitem__))
         assert torch.equal(params["p"], whole.chunk(2, dim=1)[rank])
 
 
@@ -123,18 +124,18 @@ def test_ranks_collect_every_tensor_again(config, size):
         assert torch.equal(found[name], tensor), name
 
 
-def test_tensors_are_asked_for_in_the_order_of_hf_names(config):
+def test_tensors_are_asked_for_in_the_order_of_hf_parts(config):
     """Whoever streams a folder reads ahead in that order; each tensor is read once a parameter."""
     tensors, asked = numbered(config), []
 
-    def read(name):
-        asked.append(name)
-        return tensors[name]
+    def read(name, index):
+        asked.append((name, index))
+        return tensors[name][index]
 
     specs = config.param_specs()
     load_params(specs, {s.name: torch.empty(s.shape) for s in specs}, read)
-    assert asked == hf_names(specs)
-    assert asked[:5] == [
+    assert asked == hf_parts(specs)
+    assert [name for name, _ in asked[:5]] == [
         "model.embed_tokens.weight",
         "model.layers.0.input_layernorm.weight",
         *(f"model.layers.0.self_attn.{x}_proj.weight" for x in "qkv"),

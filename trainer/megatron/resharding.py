@@ -16,7 +16,13 @@ from torch import Tensor
 from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.megatron.optimizer_state import Piece
 from samebit.trainer.megatron.stages import make_stage, stage_specs
-from samebit.weight_sync.mapping import ParamSpec, collect_hf, load_params, unequal_shapes
+from samebit.weight_sync.mapping import (
+    ParamSpec,
+    collect_hf,
+    load_params,
+    parts_of,
+    unequal_shapes,
+)
 
 _WHOLE = ("params", "reference")
 """Fields of a state that hold a rank's parameters whole; the others are flat parts."""
@@ -57,7 +63,7 @@ class WholeState:
 
     def fill(self, field: str, specs: Iterable[ParamSpec], params: Mapping[str, Tensor]) -> None:
         """Write one field into the shards that `specs` describe."""
-        load_params(specs, params, partial(self.read, field))
+        load_params(specs, params, parts_of(partial(self.read, field)))
 
     def optimizer_state(
         self, specs: Iterable[ParamSpec], pieces: Iterable[Piece]

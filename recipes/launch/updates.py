@@ -1,0 +1,91 @@
+"""Weights that change without a trainer, and engines that take them by samebit's own transports."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from samebit.kernels.named import import_class
+from samebit.rollout.config import EngineConfig
+from samebit.rollout.engine import Engine
+from samebit.rollout.remote import RemoteEngine
+from samebit.weight_sync.digest import weights_digest
+from samebit.weight_sync.mapping import ParamSpec
+from samebit.weight_sync.transports.base import Lease, WeightSync
+from samebit.weight_sync.transports.registry import TRANSPORTS
+from samebit.weight_sync.types import WeightVersion
+
+_FACTORS = (2.0, 0.5)  # exact
+
+
+@dataclass
+class Source:
+    """A WeightSource without a trainer: two versions of all parameters, which take turns."""
+
+    params: Mapping[str, Tensor]
+    specs: list[ParamSpec]
+    step: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where all parameters lie."""
+        return next(iter(self.params.values())).device
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all parameters."""
+        return sum(p.nbytes for p in self.params.values())
+
+    @property
+    def pipeline_group(self) -> dist.ProcessGroup:
+        """There is none: raises ValueError."""
+        raise ValueError("a source without a trainer is no stage of a pipeline")
+
+    @property
+    def version(self) -> WeightVersion:
+        """Step and digest of the present weights."""
+        return WeightVersion(self.step, weights_digest(self.specs, self.params))
+
+    def change(self) -> None:
+        """Make the next step's weights in place; after two of them every bit is as before."""
+        torch._foreach_mul_(list(self.params.values()), _FACTORS[self.step % 2])
+        self.step += 1
+
+
+def why_not_here(transport: str, device: torch.device) -> str:
+    """What keeps one of TRANSPORTS from working between one process and an engine; "": nothing."""
+    entry, gpus = TRANSPORTS[transport], 0
+    if device.type == "cuda":
+        gpus = torch.cuda.device_count()
+    if "one" not in entry.trainers:
+        return f"{transport} is for trainers of several processes"
+    return f"{transport} needs {entry.gpus} GPUs; there are {gpus}" if entry.gpus > gpus else ""
+
+
+def connect(
+    transport: str,
+    source: Source,
+    model_path: str | Path,
+    config: EngineConfig,
+    folder: Path,
+    cpu_threads: int = 1,
+) -> tuple[Engine | RemoteEngine, WeightSync]:
+    """An engine that serves after its first update by one of TRANSPORTS, and what brings that.
+
+    It is in this process if it can be, else in one of its own: on the source's device, or the
+    next GPU if the transport is between two.
+    """
+    entry, config = TRANSPORTS[transport], replace(config, load_format="none")
+    kind = import_class(entry.path, "transport", WeightSync)
+    engine: Engine | RemoteEngine
+    if "colocated" in entry.engines:
+        leased = source.params if issubclass(kind, Lease) else None
+        device, step = source.device, source.step
+        engine = Engine(model_path, config, device=device, weights=leased, step=step)
+    else:
+        device = torch.device("cuda", 1) if entry.gpus > 1 else source.device
+        engine = RemoteEngine(model_path, cpu_threads, config=config, device=device)
+    return engine, kind.between(source, engine, folder)

@@ -1,0 +1,100 @@
+"""The promise while weights and memory come and go."""
+
+import tempfile
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+from samebit.recipes.launch.updates import Source, connect, why_not_here
+from samebit.recipes.verification.subject import Result, Subject, flat
+from samebit.rollout.engine_memory import ENGINE_TAGS
+from samebit.rollout.engine_weights import PAUSE_MODES
+from samebit.rollout.types import Completion
+from samebit.weight_sync.transports.alias import AliasLease
+
+TRANSPORTS = ("alias", "file", "gloo", "ipc", "nccl")
+
+
+def released_memory(subject: Subject) -> Result:
+    """Before and after a release and resume of each tag and of all; weights without a backup are
+    written again."""
+    result = Result("released memory")
+    engine = subject.make_engine(weights_backup=True)
+    if not engine.config.releasable:
+        result.untried.append("this machine has no memory that can be released")
+        return result
+    subject.generate(engine)  # graphs are captured, prefixes cached
+    for tags in (*([tag] for tag in ENGINE_TAGS), ENGINE_TAGS):
+        given = engine.release_memory_occupation(tags)
+        engine.resume_memory_occupation(tags)
+        case = ", ".join(tags)
+        if any(given.values()):
+            result.compare(flat(subject.generate(engine)), subject.truth(), case)
+        else:
+            result.untried.append(f"{case}: there is none")
+    del engine
+    engine = subject.make_engine()
+    version, lease = engine.weight_version, AliasLease(engine.sink)
+    copies = {name: tensor.clone() for name, tensor in engine.weights.items()}
+    engine.release_memory_occupation(["weights"])
+    engine.resume_memory_occupation(["weights"])
+    lease.lease(version.step + 1)
+    for name, tensor in engine.weights.items():
+        tensor.copy_(copies[name])
+    lease.update(engine.weights, version.digest)
+    result.compare(flat(subject.generate(engine)), subject.truth(), "weights without a backup")
+    return result
+
+
+def transports(subject: Subject) -> Result:
+    """Other weights and the first ones again, by every transport that is for one process."""
+    result = Result("update by transport")
+    params = {name: tensor.clone() for name, tensor in subject.engine.weights.items()}
+    source = Source(params, list(subject.engine.specs))
+    for name in TRANSPORTS:
+        if reason := why_not_here(name, subject.device):
+            result.untried.append(reason)
+            continue
+        with tempfile.TemporaryDirectory(prefix="samebit_verify_") as folder:
+            place = subject.model_path, subject.engine.config, Path(folder) / "weights"
+            engine, weights = connect(name, source, *place)
+            with closing(engine), closing(weights):
+                for _ in range(2):
+                    weights.lease(source.step + 1)
+                    source.change()
+                    weights.update(source.params, source.version.digest)
+                result.compare(flat(subject.generate(engine)), subject.truth(), name)
+    return result
+
+
+def pauses(subject: Subject) -> Result:
+    """Paused in mid-flight in each mode, while the same weights come as another version."""
+    result = Result("pause and continue")
+    for mode in PAUSE_MODES:
+        engine = subject.make_engine(prefix_cache=False)
+        place = {
+            engine.add_request(prompt, subject.params[i], subject.sample_ids[i]): i
+            for i, prompt in enumerate(subject.prompts)
+        }
+        done = [group for _ in range(2) for group in engine.step()]
+        late = "" if len(done) < len(place) else f"{mode}: all were done before"
+        engine.pause_generation(mode)
+        version, lease = engine.weight_version, AliasLease(engine.sink)
+        lease.lease(version.step + 1)
+        lease.update(engine.weights, version.digest)
+        engine.continue_generation()
+        while engine.has_unfinished_requests:
+            done += engine.step()
+        done.sort(key=lambda group: place[group[0].request_id])
+        truth = subject.truth()
+        if mode == "abort":  # what it had drawn
+            pairs = zip(flat(done), truth, strict=True)
+            truth = [_beginning(whole, len(found.token_ids)) for found, whole in pairs]
+        result.compare(flat(done), truth, mode, late)
+        result.compare(flat(subject.generate(engine)), subject.truth(), f"after {mode}")
+    return result
+
+
+def _beginning(completion: Completion, num_tokens: int) -> Completion:
+    tokens, logprobs = completion.token_ids[:num_tokens], completion.logprobs[:num_tokens]
+    return replace(completion, token_ids=tokens, logprobs=logprobs)
