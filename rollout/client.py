@@ -83,6 +83,12 @@ class EngineClient(Protocol):
     def flush_cache(self) -> None:
         """Forget all cached prefixes."""
 
+    def release_memory_occupation(self, tags: Sequence[str] | None = None) -> dict[str, int]:
+        """Give the memory of these tags back; the bytes of each."""
+
+    def resume_memory_occupation(self, tags: Sequence[str] | None = None) -> dict[str, int]:
+        """Have the memory of these tags again, at the same addresses; the bytes of each."""
+
     def close(self) -> None:
         """Abort what is unfinished and let go of the engine."""
 

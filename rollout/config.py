@@ -44,6 +44,11 @@ class EngineConfig:
     """Decode by CUDA graphs; unset: on GPUs; tensor parallel ones need peer access."""
     overlap: bool | None = None
     """Plan and start a step while the one before still runs; unset: on a GPU."""
+    releasable: bool | None = None
+    """Allocate weights, KV cache and graphs so that release_memory_occupation can give their memory
+    back; unset: on a CPU, and on GPUs where a C compiler is found, once, for the allocator."""
+    weights_backup: bool = False
+    """Keep released weights in (pinned) host memory; else a full update follows their resume."""
     max_model_len: int | None = None
     """Longest context, prompt and completion; unset: the model's, in a recipe its longest sample.
     """

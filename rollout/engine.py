@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from samebit.kernels.memory import Arena
 from samebit.kernels.profile import NumericsProfile, numerics_profile
 from samebit.kernels.reduce import ALONE, RankGroup
 from samebit.kernels.registry import attention_kind
 from samebit.rollout.client import Progress, result_of, stream_of
 from samebit.rollout.config import EngineConfig, as_path
 from samebit.rollout.device import as_ranks, automatic_kv_bytes, own_device, resolve_dtype, settled
+from samebit.rollout.engine_memory import EngineMemory, MemoryControl
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.engine_loop import EngineLoop
 from samebit.rollout.runtime.kv_cache import KVCache, PagePool
-from samebit.rollout.runtime.memory import Arena
 from samebit.rollout.runtime.prefix_cache import PrefixCache
 from samebit.rollout.runtime.request_book import RequestBook
 from samebit.rollout.runtime.requests import RequestFactory, scores_of
@@ -41,7 +42,7 @@ from samebit.weight_sync.transports.planes import UpdateReceiver
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
 
-class Engine:
+class Engine(EngineMemory):
     """A rollout engine in this process: an EngineClient; its `sink` receives weights.
 
     Settings are EngineConfig's, given as `config`, by name, or both (a name wins). ranks: tensor
@@ -73,7 +74,7 @@ class Engine:
         self.profile: NumericsProfile = numerics_profile(self.device, *numerics, kind)
         self.attention = kind(self.model_config.attention_heads(ranks.size), self.device)
         self.model_config.selfcheck(self.attention, ranks)
-        self.arena = Arena(self.device)
+        self.arena = Arena(self.device, bool(self.config.releasable))
         session = load_weights(
             self.model_path, self.config, self.specs, self.dtype, self.arena, ranks.group
         )
@@ -224,6 +225,7 @@ class Engine:
 
     def get_weights_by_name(self, name: str) -> Tensor:
         """A copy of one parameter by its engine (Megatron) name; KeyError if there is none."""
+        self.arena.require_resident(("weights",))
         return self.weights[name].clone()
 
     def flush_cache(self) -> None:
@@ -296,8 +298,8 @@ class Engine:
         slots = Slots(c.max_num_seqs, self.max_model_len + 1, c.page_size, c.seed)
         positions = min(self.max_model_len, self.kv_capacity)  # no request may be longer
         decoder = m.make_decoder(session.params, positions, self.ranks)
-        graphs = bool(c.cuda_graphs)
-        self.runner = Runner(decoder, cache, self.attention, c.max_num_seqs, graphs)
+        graph_pool = self.arena.graph_pool("cuda_graphs") if c.cuda_graphs else None
+        self.runner = Runner(decoder, cache, self.attention, c.max_num_seqs, graph_pool)
         self.sampler = Sampler(m.vocab_size, m.eos_token_ids)
         self.scheduler = Scheduler(c, self.pool, self.prefixes, slots)
         depth = 1 if c.overlap else 0
@@ -309,6 +311,9 @@ class Engine:
             *(self.scheduler, self.step_loop, slots, self.weight_control), self.device, self.ranks
         )
         self.loop = EngineLoop(book)
+        self.memory_control = MemoryControl(
+            *(self.arena, self.weight_control, self.scheduler, self.pool, cache), c.weights_backup
+        )
         self.requests = RequestFactory(
             vocab_size=m.vocab_size,
             num_layers=m.num_layers,

@@ -33,6 +33,9 @@ class UpdateSession:
     group: the tensor parallel ranks that hold the other shards; they commit together.
     """
 
+    released: tuple[str, ...] = ()
+    """Tags of the memory that is released: nothing is served without it."""
+
     def __init__(
         self,
         specs: Sequence[ParamSpec],
@@ -50,7 +53,10 @@ class UpdateSession:
         self._received: dict[str, list[ParamMeta]] = {}
 
     def require_ready(self) -> None:
-        """Raise WeightSyncError unless the weights are one whole version."""
+        """Raise WeightSyncError unless the weights are there, and one whole version."""
+        if self.released:
+            tags = ", ".join(self.released)
+            raise WeightSyncError(f"the memory of {tags} is released; resume it first")
         if self.state is SessionState.UPDATING:
             raise WeightSyncError(f"an update to step {self._step} is under way")
         if self.state is SessionState.BROKEN:
@@ -63,6 +69,10 @@ class UpdateSession:
         """Start a full update to `step`. Allowed when ready or broken."""
         if self.state is SessionState.UPDATING:
             raise WeightSyncError(f"update to step {step} begun during that to step {self._step}")
+        if "weights" in self.released:
+            raise WeightSyncError(
+                f"update to step {step}: the memory of weights is released; resume it first"
+            )
         self.state, self._step, self._received = SessionState.UPDATING, step, {}
 
     def bucket_for(self, metas: Sequence[ParamMeta]) -> Bucket:
@@ -108,6 +118,12 @@ class UpdateSession:
     def abort(self, reason: str) -> None:
         """End the update; the weights are a mixture and may not be used."""
         self._require_updating()
+        self.state, self.reason = SessionState.BROKEN, reason
+
+    def invalidate(self, reason: str) -> None:
+        """The weights are lost: nothing is served until a full update commits."""
+        if self.state is SessionState.UPDATING:
+            raise WeightSyncError(f"an update to step {self._step} is under way")
         self.state, self.reason = SessionState.BROKEN, reason
 
     def _region(self, meta: ParamMeta) -> Tensor:

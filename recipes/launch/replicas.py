@@ -105,6 +105,14 @@ class ReplicatedEngine:
         """Forget all cached prefixes."""
         self._engine.flush_cache()
 
+    def release_memory_occupation(self, tags: Sequence[str] | None = None) -> dict[str, int]:
+        """See Engine.release_memory_occupation; the bytes are this process's."""
+        return self._engine.release_memory_occupation(tags)
+
+    def resume_memory_occupation(self, tags: Sequence[str] | None = None) -> dict[str, int]:
+        """See Engine.resume_memory_occupation; the bytes are this process's."""
+        return self._engine.resume_memory_occupation(tags)
+
     def close(self) -> None:
         """Let go of the engine."""
         self._in_order.shutdown()

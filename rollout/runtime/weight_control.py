@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from samebit.kernels.memory import Arena
 from samebit.kernels.rope import SCALING_KEYS
 from samebit.rollout.config import EngineConfig, as_path
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
-from samebit.rollout.runtime.memory import Arena
 from samebit.rollout.runtime.prefix_cache import PrefixCache
 from samebit.rollout.runtime.runner import Runner
 from samebit.rollout.runtime.scheduler import Scheduler
@@ -39,7 +39,7 @@ def load_weights(
 
     The version counts if its digest is that of the weights; else they are step 0's.
     """
-    weights = {s.name: arena.allocate("weights", s.name, s.shape, dtype) for s in specs}
+    weights = arena.allocate("weights", {spec.name: (spec.shape, dtype) for spec in specs})
     stored = None
     if config.load_format == "dummy":
         load_dummy(specs, weights, config.seed)
@@ -79,6 +79,7 @@ class WeightControl:
         return self.session.version
 
     def digest(self) -> str:
+        self._arena.require_resident(("weights",))
         return weights_digest(self.session.specs, self.session.params, self.session.group)
 
     def flush_cache(self) -> None:
@@ -93,10 +94,11 @@ class WeightControl:
         bad = [n for n, p in params.items() if p.dtype != self._dtype]
         if bad or (bad := non_finite(params)):
             raise ValueError(f"not finite or not {self._dtype}: {', '.join(bad[:5])}")
-        self._arena.adopt("weights", params)
+        self._arena.adopt("weights")
         weights = {name: p.detach() for name, p in params.items()}
         version = WeightVersion(step, weights_digest(specs, weights, group))
         self.session = UpdateSession(specs, weights, version, group)
+        self.session.released = self._arena.released
         self._runner.bind(self._runner.model.with_params(weights))
         self.flush_cache()
         return version
