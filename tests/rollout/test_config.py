@@ -45,7 +45,12 @@ def test_settings_are_given_as_one_and_by_name(make_engine):
     given = EngineConfig(page_size=16, kv_cache_tokens=np.int64(64))
     engine = make_engine(config=given, page_size=32, prefix_cache=np.False_)
     assert engine.config == EngineConfig(
-        page_size=32, kv_cache_tokens=64, prefix_cache=False, cuda_graphs=False, overlap=False
+        page_size=32,
+        kv_cache_tokens=64,
+        prefix_cache=False,
+        cuda_graphs=False,
+        overlap=False,
+        releasable=True,
     )
     assert given == EngineConfig(page_size=16, kv_cache_tokens=64)
     assert type(given.kv_cache_tokens) is int
