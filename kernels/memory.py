@@ -9,7 +9,7 @@ import mmap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import prod
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,15 @@ class ReleasedError(RuntimeError):
 
 class ResumeError(RuntimeError):
     """A tag's pages do not fit into the free memory; it is still released and may be retried."""
+
+
+class TagBytes(NamedTuple):
+    """What a tag takes."""
+
+    resident: int
+    """Bytes that have pages."""
+    reserved: int
+    """Bytes of its addresses, with or without pages."""
 
 
 class Memory(Protocol):
@@ -75,7 +84,7 @@ class HostMemory:
 
     def hold(self, tensors: list[Tensor]) -> None:
         for tensor in tensors:
-            whole = tensor.detach().reshape(-1).view(torch.uint8)
+            whole = tensor.detach().view(-1).view(torch.uint8)
             start = -whole.data_ptr() % mmap.PAGESIZE
             num_bytes = (len(whole) - start) // mmap.PAGESIZE * mmap.PAGESIZE
             if num_bytes > 0:
@@ -270,10 +279,7 @@ class Arena:
     def require_resident(self, tags: Sequence[str] | None = None) -> None:
         """Raise ReleasedError if one of the tags (unset: of any) is released."""
         if missing := [tag for tag in self._given(tags) if tag in self._released]:
-            raise ReleasedError(
-                f"the memory of {', '.join(missing)} is released; resume_memory_occupation gives "
-                "it back"
-            )
+            raise ReleasedError(f"the memory of {', '.join(missing)} is released; resume it first")
 
     def require_releasable(self) -> None:
         """Raise ReleasedError for an arena of ordinary memory."""
@@ -294,9 +300,10 @@ class Arena:
         self._require_known((tag,))
         return self._memories[tag].num_bytes() if tag in self._memories else 0
 
-    def resident(self) -> dict[str, int]:
-        """Bytes that have pages, by tag, of the tags that have memory."""
-        return {tag: self._memories[tag].resident_bytes() for tag in TAGS if tag in self._memories}
+    def occupation(self) -> dict[str, TagBytes]:
+        """What each tag takes, of those that have memory."""
+        found = {tag: self._memories[tag] for tag in TAGS if tag in self._memories}
+        return {t: TagBytes(m.resident_bytes(), m.num_bytes()) for t, m in found.items()}
 
     # -- internals -------------------------------------------------------------------------------
 

@@ -31,7 +31,10 @@ class EngineConfig:
     """Tokens per KV page."""
     kv_cache_tokens: int | None = None
     """KV capacity in tokens; unset: what max_num_seqs samples can need, within 1 GiB on a CPU and
-    half of the free memory on a GPU."""
+    kv_memory_fraction on a GPU."""
+    kv_memory_fraction: float | None = None
+    """Of a GPU's free memory, once the weights are in place, for keys and values; unset: 0.5, and
+    0.85 in a recipe that releases it to train."""
     max_batch_tokens: int = 4096
     """Tokens computed in one step, over all samples."""
     max_num_seqs: int = 256
@@ -69,6 +72,9 @@ class EngineConfig:
         self._require(longest is None or longest >= 1, "max_model_len", "positive, or unset")
         fits, meaning = tokens is None or tokens >= page, f"at least one page of {page}, or unset"
         self._require(fits, "kv_cache_tokens", meaning)
+        fraction = self.kv_memory_fraction
+        fits = fraction is None or 0 < fraction <= 1
+        self._require(fits, "kv_memory_fraction", "above 0 and at most 1, or unset")
         kinds = tuple(ATTENTION_KINDS)
         meaning = f"one of {kinds} or your own module:Class"
         self._require(self.attention in kinds or ":" in str(self.attention), "attention", meaning)

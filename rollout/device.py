@@ -69,11 +69,11 @@ def can_record(device: torch.device, ranks: RankGroup) -> bool:
     return device.type == "cuda" and (ranks.size == 1 or peers_of(ranks, device) is not None)
 
 
-def automatic_kv_bytes(device: torch.device) -> int:
+def automatic_kv_bytes(device: torch.device, fraction: float | None) -> int:
     """Bound of the automatic KV capacity, once the weights are in place."""
     if device.type == "cpu":
         return 1 << 30
-    return torch.cuda.mem_get_info(device)[0] // 2
+    return int(torch.cuda.mem_get_info(device)[0] * (fraction or 0.5))
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

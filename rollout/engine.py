@@ -328,6 +328,6 @@ class Engine(EngineMemory):
         if c.kv_cache_tokens is not None:
             return c.kv_cache_tokens
         token_bytes = m.kv_layout.bytes_per_token(self.dtype) // self.ranks.size
-        affordable = automatic_kv_bytes(self.device) // token_bytes
+        affordable = automatic_kv_bytes(self.device, c.kv_memory_fraction) // token_bytes
         tokens = max(c.page_size, min(affordable, c.max_num_seqs * self.max_model_len))
         return smallest(tokens, self.ranks.group)  # all ranks take the same decisions

@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import Tensor
 
-from samebit.kernels.memory import Arena
+from samebit.kernels.memory import Arena, TagBytes
 from samebit.rollout.runtime.engine_loop import EngineLoop
 from samebit.rollout.runtime.kv_cache import KVCache, PagePool
 from samebit.rollout.runtime.scheduler import Scheduler
@@ -93,6 +93,7 @@ def _engine_tags(tags: Sequence[str] | None) -> Sequence[str]:
 class EngineMemory:
     """The part of Engine that gives memory back and takes it again."""
 
+    arena: Arena
     loop: EngineLoop
     memory_control: MemoryControl
 
@@ -116,3 +117,7 @@ class EngineMemory:
         names the tag and the bytes; then the call may be repeated.
         """
         return self.loop.between_steps(partial(self.memory_control.resume, tags))
+
+    def memory_occupation(self) -> dict[str, TagBytes]:
+        """Bytes of each tag that are resident, and those of its addresses."""
+        return self.arena.occupation()

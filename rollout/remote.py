@@ -210,6 +210,7 @@ class RemoteEngine:
     flush_cache = _asking(Engine.flush_cache)
     release_memory_occupation = _asking(Engine.release_memory_occupation)
     resume_memory_occupation = _asking(Engine.resume_memory_occupation)
+    memory_occupation = _asking(Engine.memory_occupation)
     update_weights_from_disk = _asking(Engine.update_weights_from_disk)
     init_weights_update_group = _asking(Engine.init_weights_update_group)
     update_weights_from_distributed = _asking(Engine.update_weights_from_distributed)

@@ -38,7 +38,7 @@ def test_pages_go_back_to_the_device_and_come_again(arena):
     address, full = tensor.data_ptr(), free_bytes()
     assert arena.release(["kv_cache"]) == {"kv_cache": GIB}
     assert free_bytes() - full == GIB
-    assert arena.resident()["kv_cache"] == 0
+    assert arena.occupation()["kv_cache"] == (0, GIB)
     assert arena.release(["kv_cache"]) == {"kv_cache": 0}
     assert arena.resume(["kv_cache"]) == {"kv_cache": GIB}
     assert arena.resume(["kv_cache"]) == {"kv_cache": 0}
@@ -97,7 +97,7 @@ def test_a_resume_without_room_is_told_and_repeated(arena):
         ):
             arena.resume()
         assert arena.released == ("kv_cache",)
-        assert arena.resident() == {"kv_cache": 0}
+        assert arena.occupation() == {"kv_cache": (0, size)}
     del hog
     # torch still caches the memory: resume has it freed.
     assert arena.resume() == {"kv_cache": size}

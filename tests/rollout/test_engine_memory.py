@@ -42,12 +42,13 @@ def test_everything_is_released_and_comes_back(make_engine, truth):
     addresses = [p.data_ptr() for p in engine.weights.values()]
     weights = {name: p.clone() for name, p in engine.weights.items()}
     version, digest, size = engine.weight_version, engine.digest(), sizes(engine)
+    assert engine.memory_occupation() == {t: (size[t], size[t]) for t in ("weights", "kv_cache")}
     assert size["weights"] >= sum(p.nbytes for p in weights.values())
     assert size["kv_cache"] == engine.kv_capacity * 768  # bytes a token
     assert served(engine) == truth
     for _ in range(2):
         assert engine.release_memory_occupation() == size
-        assert engine.arena.resident() == {"weights": 0, "kv_cache": 0}
+        assert [x.resident for x in engine.memory_occupation().values()] == [0, 0]
         assert int(torch.stack([p.count_nonzero() for p in engine.weights.values()]).sum()) == 0
         assert engine.resume_memory_occupation() == size
         assert [p.data_ptr() for p in engine.weights.values()] == addresses
@@ -255,6 +256,7 @@ def test_an_engine_in_another_process_does_the_same(qwen3_path, truth):
         with pytest.raises(WeightSyncError, match="memory of weights, kv_cache is released"):
             remote.generate(PROMPTS, PARAMS)
         assert remote.resume_memory_occupation() == done
+        assert remote.memory_occupation() == {t: (n, n) for t, n in done.items() if n}
         assert (outcomes(remote.generate(PROMPTS, PARAMS)), remote.score(PROMPTS)) == truth
     finally:
         remote.close()
