@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ class DecodeGraphs:
         self._last_tokens = last_tokens
         self._device = last_tokens.device
         self._graphs: dict[tuple[int, int, bool], _Graph] = {}
-        self._pool = pool
+        self._pool: Any = pool
         self._ring = HostRing(_RING, BUCKETS[-1], self._device)
         self._turn = 0  # of the ring, as the next replay will find it
         self._table: Tensor | None = None
@@ -168,7 +169,10 @@ class DecodeGraphs:
             self._ring.turn.fill_(self._turn)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(
-            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+            graph,
+            pool=self._pool,
+            stream=stream,
+            capture_error_mode="thread_local",
         ):
             hidden = step()
         self.capture_s += time.perf_counter() - start

@@ -94,7 +94,6 @@ def test_another_seed_is_another_run(runs, base):
         ["trainer.parallel.recompute=full"],
         ["trainer.parallel.offload_optimizer=true"],
         ["placement.release_memory=true"],
-        ["placement.release_memory=true", "placement.transport=file", "engine.page_size=16"],
     ],
     ids=[
         "reward workers",
@@ -106,7 +105,6 @@ def test_another_seed_is_another_run(runs, base):
         "recompute",
         "offload",
         "released memory",
-        "released memory, file",
     ],
 )
 def test_placement_and_scheduling_change_nothing(runs, base, placement):
