@@ -187,7 +187,7 @@ class Engine(EngineMemory):
     def leading(self) -> AbstractContextManager[None]:
         """In the block rank 0 alone is called, and by any number of callers; the others `follow`.
 
-        Weights may not change in it. At its end what callers wait for is aborted. It costs an
+        Neither weights nor released memory may change in it. At its end what callers wait for is aborted. It costs an
         exchange of the ranks for each step, for which the others wait as long as their group's
         timeout. Raises RuntimeError on another rank.
         """

@@ -151,11 +151,12 @@ class DevicePool:
     """A pool of one device's memory; VmmError where there can be none."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._device = torch.device("cuda", index)
         self._vmm = vmm()
         self._number = self._vmm.take()
         weakref.finalize(self, self._vmm.give, self._number)
-        with torch.cuda.device(device):
+        with torch.cuda.device(index):
             self._pool = torch.cuda.MemPool(_allocator(self._number).allocator())
 
     @property

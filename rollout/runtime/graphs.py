@@ -169,10 +169,7 @@ class DecodeGraphs:
             self._ring.turn.fill_(self._turn)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(
-            graph,
-            pool=self._pool,
-            stream=stream,
-            capture_error_mode="thread_local",
+            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
         ):
             hidden = step()
         self.capture_s += time.perf_counter() - start
