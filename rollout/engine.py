@@ -187,9 +187,9 @@ class Engine(EngineMemory):
     def leading(self) -> AbstractContextManager[None]:
         """In the block rank 0 alone is called, and by any number of callers; the others `follow`.
 
-        Neither weights nor released memory may change in it. At its end what callers wait for is aborted. It costs an
-        exchange of the ranks for each step, for which the others wait as long as their group's
-        timeout. Raises RuntimeError on another rank.
+        In it weights may not change, nor memory be released. At its end what callers wait for is
+        aborted. It costs an exchange of the ranks for each step, for which the others wait as long
+        as their group's timeout. Raises RuntimeError on another rank.
         """
         return self.loop.leading(self.requests.marks)
 
