@@ -3,11 +3,13 @@
 from contextlib import closing
 
 import pytest
+import torch
 from run_children import open_run, roll_out, update
 
 from samebit.kernels.memory import ReleasedError
 from samebit.recipes.config import ConfigError
 from samebit.recipes.grpo import GrpoRecipe
+from samebit.recipes.launch import placement
 from samebit.recipes.run.metrics import read_rows
 from samebit.recipes.run.phase_ledger import MemoryPlanError
 from samebit.rollout.types import SamplingParams
@@ -101,6 +103,33 @@ def test_the_figures_are_logged_and_drawn(runs):
     page = (folder / "report.html").read_text()
     for text in ("KV cache, training", "gradients, drawing", "switch_to_train"):
         assert text in page
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "why_not", "releases"),
+    [
+        ("cuda", [], "", True),
+        ("cuda", [], "there is no compiler", False),
+        ("cuda", ["placement.release_memory=false"], "", False),
+        ("cuda", ["engine.releasable=false"], "", False),
+        ("cuda", ["placement=process"], "", False),
+        ("cpu", [], "", False),
+        ("cpu", [RELEASE], "", True),
+    ],
+)
+def test_memory_changes_hands_on_a_gpu_or_where_asked_for(
+    runs, monkeypatch, device, settings, why_not, releases
+):
+    monkeypatch.setattr(placement, "why_not_releasable", lambda _: why_not)
+    run = runs.resolve("where", *settings)
+    assert placement.releases_memory(run, torch.device(device)) is releases
+
+
+def test_where_memory_cannot_change_hands_a_demand_is_refused(runs, monkeypatch):
+    monkeypatch.setattr(placement, "why_not_releasable", lambda _: "there is no compiler")
+    run = runs.resolve("where", RELEASE)
+    with pytest.raises(ValueError, match="release_memory=true cannot be: there is no compiler"):
+        placement.releases_memory(run, torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
