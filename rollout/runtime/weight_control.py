@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from samebit.kernels.memory import Arena
 from samebit.kernels.rope import SCALING_KEYS
 from samebit.rollout.config import EngineConfig, as_path
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
-from samebit.rollout.runtime.memory import Arena
 from samebit.rollout.runtime.prefix_cache import PrefixCache
 from samebit.rollout.runtime.runner import Runner
 from samebit.rollout.runtime.scheduler import Scheduler
@@ -39,7 +39,7 @@ def load_weights(
     The version counts if its digest is that of the weights; else they are step 0's. With
     load_format "none" they are whatever the memory held, and nothing is served before an update.
     """
-    weights = {s.name: arena.allocate("weights", s.name, s.shape, dtype) for s in specs}
+    weights = arena.allocate("weights", {spec.name: (spec.shape, dtype) for spec in specs})
     if config.load_format == "none":
         session = UpdateSession(specs, weights, WeightVersion(0, ""), group)
         session.invalidate("no weights were loaded yet")
@@ -74,7 +74,7 @@ def adopt_weights(
     bad = [n for n, p in params.items() if p.dtype != dtype]
     if bad or (bad := non_finite(params)):
         raise ValueError(f"not finite or not {dtype}: {', '.join(bad[:5])}")
-    arena.adopt("weights", params)
+    arena.adopt("weights")
     weights = {name: p.detach() for name, p in params.items()}
     session = UpdateSession(specs, weights, WeightVersion(step, ""), group, shared=True)
     session.version = WeightVersion(step, session.digest())
@@ -114,6 +114,7 @@ class WeightControl:
         return self.session.version
 
     def digest(self) -> str:
+        self._arena.require_resident(("weights",))
         return self.session.digest()
 
     def flush_cache(self) -> None:
@@ -121,16 +122,17 @@ class WeightControl:
             self._prefixes.reset(self.version)
 
     def bind_weights(self, params: Mapping[str, Tensor], step: int) -> WeightVersion:
-        self._require_idle("bind_weights")
+        self.require_quiet("bind_weights")
         own = self.session
         kept = own.specs, self._dtype, self._arena, own.group
         self.session = adopt_weights(params, step, *kept)
+        self.session.released = self._arena.released
         self._runner.bind(self._runner.model.with_params(self.session.params))
         self.between_steps(self.flush_cache)
         return self.version
 
     def begin(self, step: int, selector: str = "target", *, may_go_back: bool = False) -> None:
-        self._require_idle("a weight update")
+        self.require_quiet("a weight update")
         self.session.begin(step, selector, may_go_back=may_go_back)
 
     def receive_in_place(self, params: Mapping[str, Tensor]) -> None:
@@ -209,7 +211,8 @@ class WeightControl:
                 self.session.abort_alike(str(error) or repr(error))
             raise
 
-    def _require_idle(self, what: str) -> None:
+    def require_quiet(self, what: str) -> None:
+        """Raise WeightSyncError unless no step may come: the engine is idle, or paused."""
         if self._scheduler.has_unfinished and not self.is_paused:
             raise WeightSyncError(
                 f"{what} needs an idle engine: {self._scheduler.num_unfinished} requests are "
