@@ -83,6 +83,9 @@ class PlacementSection:
     transport: str = "alias"
     """How weights reach it: alias, stages (pipelines), file (colocated); gloo, file (process); or
     module:Class, a transport of your own."""
+    release_memory: bool | None = None
+    """Give the engine's KV cache and CUDA graphs back while training, and the trainer's gradients
+    while drawing; unset: with a colocated engine on a GPU."""
 
     def __post_init__(self) -> None:
         known = self.engine in PLACEMENTS
@@ -91,6 +94,9 @@ class PlacementSection:
         meaning = f"one of {fitting} for placement '{self.engine}'"
         fits = self.transport in fitting or ":" in self.transport
         require(fits, "placement.transport", self.transport, meaning)
+        fits, meaning = not self.release_memory or self.engine == "colocated", "unset or false"
+        meaning += " with placement.engine=process: the engine's memory is another process's"
+        require(fits, "placement.release_memory", self.release_memory, meaning)
 
 
 @dataclass(kw_only=True)
@@ -207,6 +213,12 @@ def _check_placement(placement: PlacementSection, parallel: ParallelConfig) -> N
     require(fits, "placement.transport", placement.transport, meaning)
 
 
+def _check_release(placement: PlacementSection, engine: EngineConfig) -> None:
+    """ValueError for an engine that is to release what it cannot."""
+    fits = engine.releasable is not False or not placement.release_memory
+    require(fits, "engine.releasable", False, "left alone with placement.release_memory=true")
+
+
 @dataclass(kw_only=True)
 class SftRun(RunSection):
     """`samebit sft`: supervised fine-tuning on prompts and labels."""
@@ -289,6 +301,7 @@ class GrpoRun(RunSection):
         invariant, tensor = self.numerics.tp_invariant, self.trainer.parallel.tensor
         check_tp_invariant(invariant, tensor, "trainer.parallel.tensor")
         _check_placement(self.placement, self.trainer.parallel)
+        _check_release(self.placement, self.engine)
         meaning = "attention, model, lengths and seed are the run's"
         require_default(self.engine, "engine", SET_BY_RUN, meaning)
         if self.samples_per_step % self.batch_size:

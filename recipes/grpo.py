@@ -14,9 +14,10 @@ from samebit.recipes.cli.dry_run import describe_grpo, train_or_describe
 from samebit.recipes.config import GrpoRun
 from samebit.recipes.data.rewards import Poll
 from samebit.recipes.data.samples import with_advantages
-from samebit.recipes.launch.placement import make_trainer, start_engine
+from samebit.recipes.launch.placement import make_trainer, releases_memory, start_engine
 from samebit.recipes.run.batches import own_micro_batches
 from samebit.recipes.run.inputs import GrpoInputs
+from samebit.recipes.run.phase_ledger import PhaseLedger
 from samebit.recipes.run.recorder import Progress, Recorder, recording
 from samebit.recipes.run.report import write_report
 from samebit.recipes.run.rollouts import drop_rollouts_after, save_rollout
@@ -81,6 +82,7 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                     with timer.time("eval"):
                         metrics |= recipe.evaluate(recorder)
                 metrics |= timer.seconds | speed(recipe.trainer, rollout, stats, timer.seconds)
+                metrics |= recipe.ledger.metrics()
                 rate = f"{metrics['perf/rollout_tokens_per_s']:.0f} tok/s"
                 recorder.end_step(metrics, f"reward {rollout.reward_mean:.3f}, {rate}")
             summary = recipe.summary()
@@ -117,6 +119,8 @@ class GrpoRecipe:
             self.trainer.freeze_reference()
         self.progress = GrpoProgress(**session.restore(self.trainer))
         self.engine, self.weights = start_engine(run, session.device, self.trainer)
+        releases = releases_memory(run, session.device)
+        self.ledger = PhaseLedger(self.trainer, self.engine, releases)
         self.rollout_source = RolloutSource(run, self._inputs, self.engine)
         self.sync()
 
@@ -135,9 +139,11 @@ class GrpoRecipe:
         """
         self.weights.lease(self.trainer.step + self.run.updates_per_step)
         try:
+            self.ledger.enter("train")
             with timer.time("train"):
                 stats = self._train(samples, poll)
                 self._check_promise(stats[0])
+            self.ledger.enter("rollout")
             with timer.time("sync"):
                 self.weights.update(self.trainer.params, self.trainer.digest())
         except BaseException as error:

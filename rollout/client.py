@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from samebit.kernels.memory import TagBytes
     from samebit.rollout.types import Completion, Increment, SamplingParams
     from samebit.weight_sync.types import WeightVersion
 
@@ -82,6 +83,15 @@ class EngineClient(Protocol):
 
     def flush_cache(self) -> None:
         """Forget all cached prefixes."""
+
+    def release_memory_occupation(self, tags: Sequence[str] | None = None) -> dict[str, int]:
+        """Give the memory of these tags back; the bytes of each."""
+
+    def resume_memory_occupation(self, tags: Sequence[str] | None = None) -> dict[str, int]:
+        """Have the memory of these tags again, at the same addresses; the bytes of each."""
+
+    def memory_occupation(self) -> dict[str, TagBytes]:
+        """Bytes of each tag that are resident, and those of its addresses."""
 
     def close(self) -> None:
         """Abort what is unfinished and let go of the engine."""

@@ -31,7 +31,10 @@ class EngineConfig:
     """Tokens per KV page."""
     kv_cache_tokens: int | None = None
     """KV capacity in tokens; unset: what max_num_seqs samples can need, within 1 GiB on a CPU and
-    half of the free memory on a GPU."""
+    kv_memory_fraction on a GPU."""
+    kv_memory_fraction: float | None = None
+    """Of a GPU's free memory, once the weights are in place, for keys and values; unset: 0.5, and
+    0.85 in a recipe that releases it to train."""
     max_batch_tokens: int = 4096
     """Tokens computed in one step, over all samples."""
     max_num_seqs: int = 256
@@ -44,6 +47,11 @@ class EngineConfig:
     """Decode by CUDA graphs; unset: on GPUs; tensor parallel ones need peer access."""
     overlap: bool | None = None
     """Plan and start a step while the one before still runs; unset: on a GPU."""
+    releasable: bool | None = None
+    """Allocate weights, KV cache and graphs so that release_memory_occupation can give their memory
+    back; unset: on a CPU, and on GPUs where a C compiler is found, once, for the allocator."""
+    weights_backup: bool = False
+    """Keep released weights in (pinned) host memory; else a full update follows their resume."""
     max_model_len: int | None = None
     """Longest context, prompt and completion; unset: the model's, in a recipe its longest sample.
     """
@@ -65,6 +73,9 @@ class EngineConfig:
         self._require(longest is None or longest >= 1, "max_model_len", "positive, or unset")
         fits, meaning = tokens is None or tokens >= page, f"at least one page of {page}, or unset"
         self._require(fits, "kv_cache_tokens", meaning)
+        fraction = self.kv_memory_fraction
+        fits = fraction is None or 0 < fraction <= 1
+        self._require(fits, "kv_memory_fraction", "above 0 and at most 1, or unset")
         kinds = tuple(ATTENTION_KINDS)
         meaning = f"one of {kinds} or your own module:Class"
         self._require(self.attention in kinds or ":" in str(self.attention), "attention", meaning)

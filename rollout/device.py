@@ -1,5 +1,6 @@
 """Where an engine lives: the device, its dtype, and what the settings leave to it."""
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -9,15 +10,18 @@ from samebit.kernels.reduce import RankGroup, peers_of
 from samebit.rollout.config import EngineConfig
 from samebit.rollout.values import shown
 
+logger = logging.getLogger(__name__)
+
 
 class DeviceError(RuntimeError):
     """The device asked for is not there."""
 
 
 def settled(config: EngineConfig, device: torch.device, ranks: RankGroup) -> EngineConfig:
-    """The settings with CUDA graphs and overlap decided, where they are unset, by the device.
+    """The settings with what is unset of CUDA graphs, overlap and releasable memory decided by the
+    device.
 
-    Raises ValueError for CUDA graphs where there can be none.
+    Raises ValueError for CUDA graphs or releasable memory where there can be none.
     """
     graphs = config.cuda_graphs
     if graphs is None:
@@ -30,7 +34,27 @@ def settled(config: EngineConfig, device: torch.device, ranks: RankGroup) -> Eng
             "read each other's memory; leave it unset"
         )
     overlap = device.type == "cuda" if config.overlap is None else config.overlap
-    return replace(config, cuda_graphs=graphs, overlap=overlap)
+    releasable = config.releasable
+    if releasable is not False and (why_not := why_not_releasable(device)):
+        if releasable:
+            raise ValueError(f"engine.releasable=True cannot be: {why_not}")
+        logger.warning("the engine's memory cannot be released: %s", why_not)
+        releasable = False
+    releasable = releasable is not False
+    return replace(config, cuda_graphs=graphs, overlap=overlap, releasable=releasable)
+
+
+def why_not_releasable(device: torch.device) -> str:
+    """What keeps memory of the device from being released; "" if nothing does."""
+    if device.type == "cpu":
+        return ""
+    from samebit.kernels.gpu.vmm import VmmError, vmm
+
+    try:
+        vmm()
+    except VmmError as error:
+        return str(error)
+    return ""
 
 
 def as_ranks(value: object) -> RankGroup:
@@ -45,11 +69,11 @@ def can_record(device: torch.device, ranks: RankGroup) -> bool:
     return device.type == "cuda" and (ranks.size == 1 or peers_of(ranks, device) is not None)
 
 
-def automatic_kv_bytes(device: torch.device) -> int:
+def automatic_kv_bytes(device: torch.device, fraction: float | None) -> int:
     """Bound of the automatic KV capacity, once the weights are in place."""
     if device.type == "cpu":
         return 1 << 30
-    return torch.cuda.mem_get_info(device)[0] // 2
+    return int(torch.cuda.mem_get_info(device)[0] * (fraction or 0.5))
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

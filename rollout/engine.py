@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from samebit.kernels.memory import Arena
 from samebit.kernels.profile import NumericsProfile, numerics_profile
 from samebit.kernels.reduce import ALONE, RankGroup
 from samebit.kernels.registry import attention_kind
 from samebit.rollout.client import Progress, result_of, stream_of
 from samebit.rollout.config import EngineConfig, as_path
 from samebit.rollout.device import as_ranks, automatic_kv_bytes, own_device, resolve_dtype, settled
+from samebit.rollout.engine_memory import EngineMemory, MemoryControl
 from samebit.rollout.engine_weights import EngineWeights
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.engine_loop import EngineLoop
 from samebit.rollout.runtime.kv_cache import KVCache, PagePool
-from samebit.rollout.runtime.memory import Arena
 from samebit.rollout.runtime.prefix_cache import PrefixCache
 from samebit.rollout.runtime.request_book import RequestBook
 from samebit.rollout.runtime.requests import RequestFactory, scores_of
@@ -38,8 +39,8 @@ from samebit.weight_sync.objects import smallest
 from samebit.weight_sync.session import UpdateSession
 
 
-class Engine(EngineWeights):
-    """A rollout engine in this process: an EngineClient; EngineWeights is how its weights change.
+class Engine(EngineWeights, EngineMemory):
+    """A rollout engine in this process: an EngineClient; its weights and memory come and go.
 
     Settings are EngineConfig's, given as `config`, by name, or both (a name wins). ranks: tensor
     parallel ranks; each runs an engine of its own and is given the same requests, or follows rank
@@ -73,7 +74,7 @@ class Engine(EngineWeights):
         self.profile: NumericsProfile = numerics_profile(self.device, *numerics, kind)
         self.attention = kind(self.model_config.attention_heads(ranks.size), self.device)
         self.model_config.selfcheck(self.attention, ranks)
-        self.arena = Arena(self.device)
+        self.arena = Arena(self.device, bool(self.config.releasable))
         place = self.specs, self.dtype, self.arena, ranks.group
         if weights is None:
             session = load_weights(self.model_path, self.config, *place)
@@ -187,9 +188,9 @@ class Engine(EngineWeights):
     def leading(self) -> AbstractContextManager[None]:
         """In the block rank 0 alone is called, and by any number of callers; the others `follow`.
 
-        Weights may not change in it. At its end what callers wait for is aborted. It costs an
-        exchange of the ranks for each step, for which the others wait as long as their group's
-        timeout. Raises RuntimeError on another rank.
+        In it weights may not change, nor memory be released. At its end what callers wait for is
+        aborted. It costs an exchange of the ranks for each step, for which the others wait as long
+        as their group's timeout. Raises RuntimeError on another rank.
         """
         return self.loop.leading(self.requests.marks)
 
@@ -222,8 +223,8 @@ class Engine(EngineWeights):
         slots = Slots(c.max_num_seqs, self.max_model_len + 1, c.page_size, c.seed)
         positions = min(self.max_model_len, self.kv_capacity)  # no request may be longer
         decoder = m.make_decoder(session.params, positions, self.ranks)
-        graphs = bool(c.cuda_graphs)
-        self.runner = Runner(decoder, cache, self.attention, c.max_num_seqs, graphs)
+        graph_pool = self.arena.graph_pool("cuda_graphs") if c.cuda_graphs else None
+        self.runner = Runner(decoder, cache, self.attention, c.max_num_seqs, graph_pool)
         self.sampler = Sampler(m.vocab_size, m.eos_token_ids)
         self.scheduler = Scheduler(c, self.pool, self.prefixes, slots, cache)
         depth = 1 if c.overlap else 0
@@ -236,6 +237,9 @@ class Engine(EngineWeights):
         )
         self.loop = EngineLoop(book)
         self.weight_control.between_steps = self.loop.between_steps
+        self.memory_control = MemoryControl(
+            *(self.arena, self.weight_control, self.pool, cache), c.weights_backup
+        )
         self.requests = RequestFactory(
             vocab_size=m.vocab_size,
             num_layers=m.num_layers,
@@ -250,6 +254,6 @@ class Engine(EngineWeights):
         if c.kv_cache_tokens is not None:
             return c.kv_cache_tokens
         token_bytes = m.kv_layout.bytes_per_token(self.dtype) // self.ranks.size
-        affordable = automatic_kv_bytes(self.device) // token_bytes
+        affordable = automatic_kv_bytes(self.device, c.kv_memory_fraction) // token_bytes
         tokens = max(c.page_size, min(affordable, c.max_num_seqs * self.max_model_len))
         return smallest(tokens, self.ranks.group)  # all ranks take the same decisions

@@ -87,6 +87,7 @@ class EngineWeights:
 
     def get_weights_by_name(self, name: str) -> Tensor:
         """A copy of one parameter by its engine (Megatron) name; KeyError if there is none."""
+        self.weight_control.require_resident()
         return self.weights[name].clone()
 
     def flush_cache(self) -> None:

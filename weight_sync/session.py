@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from samebit.weight_sync.buckets import bucket_over, copy_apart
-from samebit.weight_sync.digest import digest_sum
+from samebit.weight_sync.digest import Digester, as_digest
 from samebit.weight_sync.mapping import ParamSpec
 from samebit.weight_sync.objects import gather_objects
 from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError, WeightVersion
@@ -65,16 +65,21 @@ class UpdateSession:
         self.is_refused = False  # by this rank, before its commit: the others do not know yet
         self._broke_off = ""  # what made it dirty
         self._oldest = version.step  # that may be begun
+        self._digester = Digester(specs, params)
         self._step = version.step
         self._num_rows = {spec.name: spec.num_rows for spec in specs}
         self._received: dict[str, list[ParamMeta]] = {}
-        self._was_whole = True  # as the update began
+        self._state_before, self._unknown_before = self._state, set[str]()  # as the update began
         self._unknown: set[str] = set()  # may have been written to since the last commit
 
     @property
     def state(self) -> SessionState:
         updating = self._state is SessionState.UPDATING
         return SessionState.RELEASED if self.released and not updating else self._state
+
+    def digest(self) -> str:
+        """weights_digest of the weights as they are now, over all ranks of the group."""
+        return self._digester.digest(self.group)
 
     def require_ready(self) -> None:
         """Raise WeightSyncError unless the weights are there, and one whole version."""
@@ -115,8 +120,10 @@ class UpdateSession:
             raise WeightSyncError(
                 f"update to step {step} is stale: the version before it is of step {self._oldest}"
             )
-        self._unknown.update(self._received, self.params if self._shared else ())
-        self._was_whole = self._state is SessionState.READY
+        self._unknown.update(self._received)
+        self._state_before, self._unknown_before = self._state, set(self._unknown)
+        if self._shared:
+            self._unknown.update(self.params)
         self._state, self._step, self._received = SessionState.UPDATING, step, {}
         self.is_refused = False
 
@@ -177,13 +184,12 @@ class UpdateSession:
         if not self.is_refused:
             self._require_updating()
         try:
-            refusal = self.reason if self.is_refused else self._fault()
-            total = 0 if refusal else digest_sum(self.specs, self.params)
+            refusal, total = (self.reason, 0) if self.is_refused else self._look()
             refusals, total = self._gather(refusal, total)
         except BaseException as error:
             self._break_off(str(error) or repr(error))
             raise
-        own = f"{total:016x}"
+        own = as_digest([total])
         if not refusals and digest not in (None, own):
             refusals = f"digest {own} here, {digest} at the sender"
         if refusals:
@@ -195,15 +201,16 @@ class UpdateSession:
         return self.version
 
     def abort(self, reason: str) -> None:
-        """End the update: the weights are a mixture and may not be used.
-
-        If nothing was handed out to be written, they are still the version before, whole.
-        """
+        """End the update: the weights are a mixture and may not be used."""
         self._require_updating()
-        if self._was_whole and not self._unknown and not self._received:
-            self._state = SessionState.READY
-        else:
-            self._break_off(reason)
+        self._break_off(reason)
+
+    def cancel(self) -> None:
+        """End an update of which nothing was handed out: what was before it is there, and stays."""
+        self._require_updating()
+        if self._received or self._unknown - self._unknown_before:
+            raise WeightSyncError("an update that may have written is aborted, not cancelled")
+        self._state = self._state_before
 
     def abort_alike(self, reason: str) -> None:
         """`abort`, where all ranks run the update alike: those that commit it are told why.
@@ -234,15 +241,17 @@ class UpdateSession:
 
     # -- internals -------------------------------------------------------------------------------
 
-    def _fault(self) -> str:
-        """What is wrong with what this rank holds; "": nothing."""
+    def _look(self) -> tuple[str, int]:
+        """What is wrong with what this rank holds ("": nothing), and its part of the digest."""
         missing = sorted(name for name in self.params if not self._is_whole(name))
         if missing:
-            return f"{len(missing)} tensors never arrived: {', '.join(missing[:5])}"
+            return f"{len(missing)} tensors never arrived: {', '.join(missing[:5])}", 0
         self._clear_padding()
-        if bad := non_finite(self.params):
-            return f"NaN or Inf in {len(bad)} tensors: {', '.join(bad[:5])}"
-        return ""
+        total = self._digester.sum()
+        if self._digester.all_finite:
+            return "", total
+        bad = non_finite(self.params)
+        return f"NaN or Inf in {len(bad)} tensors: {', '.join(bad[:5])}", 0
 
     def _gather(self, refusal: str, total: int) -> tuple[str, int]:
         """The refusals of all ranks ("": none), and the sum of their parts of the digest."""
@@ -250,7 +259,7 @@ class UpdateSession:
             return refusal, total
         told = gather_objects((refusal, total), self.group)
         refusals = [f"rank {rank}: {reason}" for rank, (reason, _) in enumerate(told) if reason]
-        return "; ".join(refusals), sum(total for _, total in told) % (1 << 64)
+        return "; ".join(refusals), sum(total for _, total in told)
 
     def _region(self, meta: ParamMeta) -> Tensor:
         """Where a tensor of the update goes. One that has no place here breaks the update."""

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from samebit.kernels.attention import CanonicalAttention
 from samebit.kernels.linear import linear
 from samebit.kernels.logprob import logsumexp
+from samebit.kernels.memory import Arena
 from samebit.kernels.profile import numerics_profile
 from samebit.kernels.rms_norm import add_rms_norm, rms_norm
 from samebit.kernels.rope import rope
@@ -36,7 +37,6 @@ from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import DenseModel
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.kv_cache import KVCache
-from samebit.rollout.runtime.memory import Arena
 
 Row = dict[str, Any]
 """One measurement: a line of a table and of bench.json."""
@@ -143,7 +143,7 @@ def layers_in_turn(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
 def make_cache(config: DenseModel, num_pages: int) -> tuple[Tensor, Tensor]:
     """Key and value cache of one layer with random contents, laid out as the engine's."""
     layout = replace(config.kv_layout, num_layers=1)
-    cache = KVCache(layout, num_pages, _PAGE, _BF16, Arena(_CUDA))
+    cache = KVCache(layout, num_pages, _PAGE, _BF16, Arena(_CUDA, releasable=False))
     return cache.keys[0].normal_(), cache.values[0].normal_()
 
 

@@ -1,5 +1,6 @@
 """Where the engine runs and how weights reach it."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from samebit.kernels.named import import_named
 from samebit.kernels.registry import attention_kind
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.launch.replicas import ReplicatedEngine
+from samebit.recipes.run.phase_ledger import TRAINER_TURN
 from samebit.rollout.client import EngineClient
+from samebit.rollout.device import why_not_releasable
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.remote import RemoteEngine
@@ -19,6 +22,12 @@ from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.ranks import place
 from samebit.weight_sync.transports.base import Lease, WeightSync
 from samebit.weight_sync.transports.registry import TRANSPORTS
+
+logger = logging.getLogger(__name__)
+
+KV_FRACTION = 0.85
+"""Of what is free while no gradients are resident. What is left, 6 GiB of 40, holds the graphs'
+activations and those of a prefill step."""
 
 
 def load_weights(trainer: MegatronTrainer, model_path: str) -> None:
@@ -41,9 +50,29 @@ def make_trainer(
         numerics.tp_invariant,
         longest=settings.micro_batch_tokens,
         attention=attention_kind(numerics.attention),
+        releasable=isinstance(run, GrpoRun) and releases_memory(run, device),
     )
     load_weights(trainer, run.model.path)
     return trainer
+
+
+def releases_memory(run: GrpoRun, device: torch.device) -> bool:
+    """Whether engine and trainer give each other memory, phase by phase.
+
+    Raises ValueError for placement.release_memory=true where memory cannot be released.
+    """
+    wanted = run.placement.release_memory
+    if wanted is None:
+        alone = device.type == "cuda" and run.placement.engine == "colocated"
+        if not alone or run.engine.releasable is False:
+            return False
+    if wanted is False:
+        return False
+    if why_not := why_not_releasable(device):
+        if wanted:
+            raise ValueError(f"placement.release_memory=true cannot be: {why_not}")
+        logger.warning("engine and trainer keep their memory beside each other: %s", why_not)
+    return not why_not
 
 
 def load_transport(name: str) -> type[WeightSync]:
@@ -64,11 +93,18 @@ def start_engine(
     """Start the engine and what keeps it on the trainer's weights; no folder's are loaded.
 
     Where weights are leased it is made on the trainer's. Any other serves after its first update.
+    If it takes turns with the trainer, the gradients are released from here on, and its KV cache
+    may have most of what is free: the rest is for graphs and a prefill's activations.
     """
     transport = load_transport(run.placement.transport)
     longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
     own: Any = {"attention": run.numerics.attention, "model_family": run.model_family}
     own |= {"load_format": "none"}
+    if releases := releases_memory(run, device):
+        trainer.release_memory(TRAINER_TURN)
+        own["kv_memory_fraction"] = run.engine.kv_memory_fraction or KV_FRACTION
+    if run.engine.releasable is None:
+        own["releasable"] = releases
     config = replace(run.engine, max_model_len=longest, seed=run.seed, **own)
     where: dict[str, Any] = {"device": device, "ranks": trainer.ranks}
     engine: Engine | RemoteEngine

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from samebit.kernels.memory import TagBytes
 from samebit.rollout.client import Progress
 from samebit.rollout.engine import Engine
 from samebit.rollout.runtime.requests import scores_of
@@ -104,6 +105,18 @@ class ReplicatedEngine:
     def flush_cache(self) -> None:
         """Forget all cached prefixes."""
         self._engine.flush_cache()
+
+    def release_memory_occupation(self, tags: Sequence[str] | None = None) -> dict[str, int]:
+        """See Engine.release_memory_occupation; the bytes are this process's."""
+        return self._engine.release_memory_occupation(tags)
+
+    def resume_memory_occupation(self, tags: Sequence[str] | None = None) -> dict[str, int]:
+        """See Engine.resume_memory_occupation; the bytes are this process's."""
+        return self._engine.resume_memory_occupation(tags)
+
+    def memory_occupation(self) -> dict[str, TagBytes]:
+        """See Engine.memory_occupation; it is this process's."""
+        return self._engine.memory_occupation()
 
     def close(self) -> None:
         """Let go of the engine."""

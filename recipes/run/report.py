@@ -36,6 +36,19 @@ CHARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Loss", "training loss", {"train": "train/loss"}),
     ("KL", "divergence from the reference", {"train": "train/kl"}),
     ("Gradient norm", "before clipping", {"train": "train/grad_norm"}),
+    (
+        "Memory",
+        "GiB at the end of a phase; peaks are torch's",
+        {
+            "KV cache, drawing": "perf/rollout_kv_cache_gib",
+            "KV cache, training": "perf/train_kv_cache_gib",
+            "gradients, drawing": "perf/rollout_gradients_gib",
+            "gradients, training": "perf/train_gradients_gib",
+            "optimizer": "perf/train_optimizer_gib",
+            "peak, drawing": "perf/rollout_peak_gib",
+            "peak, training": "perf/train_peak_gib",
+        },
+    ),
     ("Entropy", "mean over tokens, in nats", {"train": "train/entropy"}),
 )
 

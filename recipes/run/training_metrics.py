@@ -5,8 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from samebit.recipes.run.sampling import Rollout
 from samebit.trainer.flops import peak_flops, train_flops
 from samebit.trainer.megatron.trainer import MegatronTrainer
@@ -89,10 +87,7 @@ def speed(
         "perf/rollout_tokens_per_s": drawn / seconds["perf/rollout_s"],
         "perf/train_tokens_per_s": trained / train_s,
     }
-    device = trainer.device
-    if device.type == "cuda":
-        found["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-    if peak := peak_flops(device):
+    if peak := peak_flops(trainer.device):
         lens = [
             len(prompt) + len(c.token_ids)
             for prompt, group in zip(rollout.prompt_ids, rollout.completions, strict=True)

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,11 +49,18 @@ class _Graph:
 class DecodeGraphs:
     """Graphs by (bucket, context bound, whether tokens are drawn in the graph).
 
-    last_tokens [num_slots + 1] int64: the newest token of every slot, on the device.
+    last_tokens [num_slots + 1] int64: the newest token of every slot, on the device. pool: where
+    what a step computes lies; it may be released between steps, for each replay writes all that it
+    reads there. What must last lies outside.
     """
 
     def __init__(
-        self, model: Decoder, cache: KVCache, attention: AttentionKind, last_tokens: Tensor
+        self,
+        model: Decoder,
+        cache: KVCache,
+        attention: AttentionKind,
+        last_tokens: Tensor,
+        pool: tuple[int, int],
     ) -> None:
         self._model = model
         self._cache = cache
@@ -60,7 +68,7 @@ class DecodeGraphs:
         self._last_tokens = last_tokens
         self._device = last_tokens.device
         self._graphs: dict[tuple[int, int, bool], _Graph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = pool
         self._ring = HostRing(_RING, BUCKETS[-1], self._device)
         self._turn = 0  # of the ring, as the next replay will find it
         self._table: Tensor | None = None

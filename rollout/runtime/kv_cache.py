@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from samebit.kernels.memory import Arena
 from samebit.kernels.transfer import to_device
 from samebit.rollout.models.config import KVLayout
-from samebit.rollout.runtime.memory import Arena
 
 
 class PagePool:
@@ -45,6 +45,10 @@ class PagePool:
     def references(self, page: int) -> int:
         return self._references[page]
 
+    def in_use(self) -> list[int]:
+        """The pages that somebody refers to, in order."""
+        return [page for page, count in enumerate(self._references) if count]
+
 
 class KVCache:
     """Keys and values of every layer: caches [P, page_size, Hkv, Dh], Hkv this rank's kv heads."""
@@ -59,11 +63,10 @@ class KVCache:
         tp_size: int = 1,
     ) -> None:
         self.page_size = page_size
-        shape = layout.cache_shape(num_pages, page_size, tp_size)
-        self.keys, self.values = (
-            [arena.allocate("kv", f"{kind}.{i}", shape, dtype) for i in range(layout.num_layers)]
-            for kind in ("key", "value")
-        )
+        shape, layers = layout.cache_shape(num_pages, page_size, tp_size), range(layout.num_layers)
+        names = [[f"{kind}.{i}" for i in layers] for kind in ("key", "value")]
+        made = arena.allocate("kv_cache", {name: (shape, dtype) for kind in names for name in kind})
+        self.keys, self.values = ([made[name] for name in kind] for kind in names)
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy pages (source, target) in every layer; no target is a source."""

@@ -57,7 +57,7 @@ class Runner:
         cache: KVCache,
         attention: AttentionKind,
         num_slots: int,
-        cuda_graphs: bool,
+        graph_pool: tuple[int, int] | None,
     ) -> None:
         self.model = model
         self.cache = cache
@@ -65,16 +65,20 @@ class Runner:
         self.device = model.embedding.device
         # One more than there are slots: where tokens go that no slot will continue.
         self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=self.device)
-        self.graphs = self._new_graphs() if cuda_graphs else None
+        self._graph_pool = graph_pool  # None: no CUDA graphs
+        self.graphs = self._new_graphs()
 
-    def _new_graphs(self) -> DecodeGraphs:
-        return DecodeGraphs(self.model, self.cache, self.attention, self.last_tokens)
+    def _new_graphs(self) -> DecodeGraphs | None:
+        if self._graph_pool is None:
+            return None
+        return DecodeGraphs(
+            self.model, self.cache, self.attention, self.last_tokens, self._graph_pool
+        )
 
     def bind(self, model: Decoder) -> None:
         """Serve another model of the same shapes from now on."""
         self.model = model
-        if self.graphs is not None:
-            self.graphs = self._new_graphs()
+        self.graphs = self._new_graphs()
 
     @torch.no_grad()
     def launch(self, step: EngineStep, slots: Slots, sampler: Sampler) -> Outcome:

@@ -10,17 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from samebit.kernels.memory import Arena
 from samebit.kernels.rope import SCALING_KEYS
 from samebit.rollout.config import EngineConfig, as_path
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
-from samebit.rollout.runtime.memory import Arena
 from samebit.rollout.runtime.prefix_cache import PrefixCache
 from samebit.rollout.runtime.runner import Runner
 from samebit.rollout.runtime.scheduler import Scheduler
 from samebit.rollout.runtime.weights import fill, load_dummy, load_safetensors, open_safetensors
 from samebit.weight_sync.buckets import cut_buckets, pack
-from samebit.weight_sync.digest import weights_digest
 from samebit.weight_sync.mapping import ParamSpec, hf_parts, unequal_shapes
 from samebit.weight_sync.session import UpdateSession, non_finite
 from samebit.weight_sync.transports.file import read_version
@@ -40,7 +39,7 @@ def load_weights(
     The version counts if its digest is that of the weights; else they are step 0's. With
     load_format "none" they are whatever the memory held, and nothing is served before an update.
     """
-    weights = {s.name: arena.allocate("weights", s.name, s.shape, dtype) for s in specs}
+    weights = arena.allocate("weights", {spec.name: (spec.shape, dtype) for spec in specs})
     if config.load_format == "none":
         session = UpdateSession(specs, weights, WeightVersion(0, ""), group)
         session.invalidate("no weights were loaded yet")
@@ -51,9 +50,11 @@ def load_weights(
     else:
         load_safetensors(model_path, specs, weights)
         stored = read_version(model_path)
-    digest = weights_digest(specs, weights, group)
+    session = UpdateSession(specs, weights, WeightVersion(0, ""), group)
+    digest = session.digest()
     step = stored.step if stored and stored.digest == digest else 0
-    return UpdateSession(specs, weights, WeightVersion(step, digest), group)
+    session.version = WeightVersion(step, digest)
+    return session
 
 
 def adopt_weights(
@@ -73,10 +74,11 @@ def adopt_weights(
     bad = [n for n, p in params.items() if p.dtype != dtype]
     if bad or (bad := non_finite(params)):
         raise ValueError(f"not finite or not {dtype}: {', '.join(bad[:5])}")
-    arena.adopt("weights", params)
+    arena.adopt("weights")
     weights = {name: p.detach() for name, p in params.items()}
-    version = WeightVersion(step, weights_digest(specs, weights, group))
-    return UpdateSession(specs, weights, version, group, shared=True)
+    session = UpdateSession(specs, weights, WeightVersion(step, ""), group, shared=True)
+    session.version = WeightVersion(step, session.digest())
+    return session
 
 
 class WeightControl:
@@ -112,23 +114,25 @@ class WeightControl:
         return self.session.version
 
     def digest(self) -> str:
-        return weights_digest(self.session.specs, self.session.params, self.session.group)
+        self._arena.require_resident(("weights",))
+        return self.session.digest()
 
     def flush_cache(self) -> None:
         if self._prefixes is not None:
             self._prefixes.reset(self.version)
 
     def bind_weights(self, params: Mapping[str, Tensor], step: int) -> WeightVersion:
-        self._require_idle("bind_weights")
+        self.require_quiet("bind_weights")
         own = self.session
         kept = own.specs, self._dtype, self._arena, own.group
         self.session = adopt_weights(params, step, *kept)
+        self.session.released = self._arena.released
         self._runner.bind(self._runner.model.with_params(self.session.params))
         self.between_steps(self.flush_cache)
         return self.version
 
     def begin(self, step: int, selector: str = "target", *, may_go_back: bool = False) -> None:
-        self._require_idle("a weight update")
+        self.require_quiet("a weight update")
         self.session.begin(step, selector, may_go_back=may_go_back)
 
     def receive_in_place(self, params: Mapping[str, Tensor]) -> None:
@@ -146,6 +150,9 @@ class WeightControl:
 
     def bucket_for(self, metas: Sequence[ParamMeta]) -> Bucket:
         return self.session.bucket_for(metas)
+
+    def cancel(self) -> None:
+        self.session.cancel()
 
     def expect(self, metas: Sequence[ParamMeta]) -> Sequence[Tensor]:
         return self.session.expect(metas)
@@ -204,7 +211,8 @@ class WeightControl:
                 self.session.abort_alike(str(error) or repr(error))
             raise
 
-    def _require_idle(self, what: str) -> None:
+    def require_quiet(self, what: str) -> None:
+        """Raise WeightSyncError unless no step may come: the engine is idle, or paused."""
         if self._scheduler.has_unfinished and not self.is_paused:
             raise WeightSyncError(
                 f"{what} needs an idle engine: {self._scheduler.num_unfinished} requests are "

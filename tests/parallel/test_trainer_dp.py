@@ -1,5 +1,7 @@
 """Data parallel training: the gradients of one process, and copies that stay one model."""
 
+import json
+
 import pytest
 import torch
 from policy_steps import assert_same_figures
@@ -45,3 +47,19 @@ def test_two_copies_train_one_model(run_ranks, qwen3_path, alone, distributed, t
             assert error < 1e-6, name
         drift = (found[0]["params"][name] - alone["params"][name]).abs().max()
         assert drift < 1e-5, name  # two steps of at most 1e-3 an element
+
+
+@pytest.mark.parametrize("masters", ["whole", "split"])
+def test_masters_of_all_ranks_are_one_digest(run_ranks, qwen3_path, masters, tmp_path):
+    """That of each rank's gathered weights; damage on one rank is told to that rank's engine."""
+    run_ranks("rank_masters.digests", 2, qwen3_path, masters, tmp_path / "out.json")
+    first, second = (json.loads((tmp_path / f"out.{rank}").read_text()) for rank in range(2))
+    *whole, damaged = second.pop("weights")
+    assert first["masters"] == first["weights"] == second["masters"]
+    start, one, two, loaded, last = first["weights"]
+    assert whole == [start, one, two, loaded]
+    assert len({start, one, two}) == 3
+    assert two == loaded == last != damaged
+    assert first["whole"] is second["whole"] is first["damaged"] is None
+    refusal = f"update to step 2 refused: digest {damaged} here, {last} at the sender"
+    assert second["damaged"] == refusal

@@ -93,6 +93,7 @@ def test_another_seed_is_another_run(runs, base):
         ["engine.prefix_cache=false", "engine.prefill_chunk=2", "engine.max_batch_tokens=7"],
         ["trainer.parallel.recompute=full"],
         ["trainer.parallel.offload_optimizer=true"],
+        ["placement.release_memory=true"],
     ],
     ids=[
         "reward workers",
@@ -103,6 +104,7 @@ def test_another_seed_is_another_run(runs, base):
         "small batches",
         "recompute",
         "offload",
+        "released memory",
     ],
 )
 def test_placement_and_scheduling_change_nothing(runs, base, placement):

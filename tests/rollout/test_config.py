@@ -40,12 +40,35 @@ def test_the_device_decides_what_is_unset(monkeypatch):
     assert (found.cuda_graphs, found.overlap) == (False, True)
 
 
+@pytest.mark.parametrize(("why_not", "unset"), [("", True), ("there is no compiler", False)])
+def test_memory_is_releasable_where_the_allocator_can_be_made(monkeypatch, caplog, why_not, unset):
+    """Unset: what the device allows, and a word about it; asked for in vain: an error."""
+    monkeypatch.setattr("samebit.rollout.device.why_not_releasable", lambda device: why_not)
+
+    def found(asked):
+        return settled(EngineConfig(releasable=asked), torch.device("cuda"), RankGroup()).releasable
+
+    assert (found(None), found(False)) == (unset, False)
+    assert bool(caplog.records) is not unset
+    assert why_not in caplog.text
+    if unset:
+        assert found(True)
+    else:
+        with pytest.raises(ValueError, match="engine.releasable=True cannot be: there is no comp"):
+            found(True)
+
+
 def test_settings_are_given_as_one_and_by_name(make_engine):
     """A name wins; what was given is left as it was."""
     given = EngineConfig(page_size=16, kv_cache_tokens=np.int64(64))
     engine = make_engine(config=given, page_size=32, prefix_cache=np.False_)
     assert engine.config == EngineConfig(
-        page_size=32, kv_cache_tokens=64, prefix_cache=False, cuda_graphs=False, overlap=False
+        page_size=32,
+        kv_cache_tokens=64,
+        prefix_cache=False,
+        cuda_graphs=False,
+        overlap=False,
+        releasable=True,
     )
     assert given == EngineConfig(page_size=16, kv_cache_tokens=64)
     assert type(given.kv_cache_tokens) is int

@@ -6,12 +6,10 @@ import weakref
 from collections import Counter
 
 import pytest
-import torch
 from conservation import check_books
 from counting import VERSION, World
 from helpers import make_prompts, outcomes
 
-from samebit.rollout.runtime.memory import Arena
 from samebit.rollout.types import SamplingParams
 
 PROMPTS = make_prompts(5, 21, 37)
@@ -152,11 +150,3 @@ def test_kv_capacity_by_default(make_engine):
     sequences can need, within 1 GiB, in whole pages."""
     assert make_engine(max_num_seqs=3, max_model_len=100).kv_capacity == 256
     assert make_engine(max_num_seqs=4096).kv_capacity == (1 << 30) // 768 // 64 * 64
-
-
-def test_a_buffer_is_allocated_once():
-    arena = Arena(torch.device("cpu"))
-    arena.allocate("kv", "a", (2,), torch.float32)
-    arena.allocate("weights", "a", (2,), torch.float32)
-    with pytest.raises(ValueError, match="buffer 'a' of 'kv' is allocated already"):
-        arena.allocate("kv", "a", (2,), torch.float32)

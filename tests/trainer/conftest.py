@@ -28,9 +28,12 @@ def model_path(request):
 def make_trainer(qwen3_path):
     """make_trainer(path, num_steps=..., lr=...) -> a trainer that holds the folder's weights."""
 
-    def make(path=qwen3_path, num_steps=100, filled=True, parallel=None, **optimizer):
+    def make(
+        path=qwen3_path, num_steps=100, filled=True, parallel=None, releasable=False, **optimizer
+    ):
         settings = OptimizerConfig(**({"lr": 1e-2} | optimizer))
-        trainer = MegatronTrainer(load_model_config(path), settings, num_steps, CPU, parallel)
+        model = load_model_config(path)
+        trainer = MegatronTrainer(model, settings, num_steps, CPU, parallel, releasable=releasable)
         if filled:
             trainer.fill(lambda specs, params: load_safetensors(path, specs, params))
         return trainer

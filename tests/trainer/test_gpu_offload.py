@@ -7,6 +7,7 @@ import torch
 
 from samebit.recipes.launch.placement import load_weights
 from samebit.recipes.models.tiny_model import write_config, write_weights
+from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.algorithms.sft import Sft
 from samebit.trainer.config import OptimizerConfig, ParallelConfig
@@ -14,6 +15,9 @@ from samebit.trainer.megatron import trainer as trainer_module
 from samebit.trainer.megatron.offload import OffloadedState
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.packing import pack_samples
+from samebit.weight_sync.digest import weights_digest
+from samebit.weight_sync.transports.alias import AliasLease
+from samebit.weight_sync.types import WeightSyncError
 
 pytestmark = pytest.mark.gpu
 
@@ -31,7 +35,9 @@ def folder(tmp_path):
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "distributed optimizer"])
 def test_offload_moves_no_bit(folder, random_samples, split, monkeypatch):
     """Slices of 100,000 elements through three slots; either kind takes over the other's state."""
-    monkeypatch.setattr(trainer_module, "OffloadedState", lambda p: OffloadedState(p, 100_000))
+    monkeypatch.setattr(
+        trainer_module, "OffloadedState", lambda *args: OffloadedState(*args, 100_000)
+    )
     device = torch.device("cuda")
     batches = pack_samples(random_samples(20, seed=6), 200, device=device)
 
@@ -42,8 +48,13 @@ def test_offload_moves_no_bit(folder, random_samples, split, monkeypatch):
         load_weights(trainer, folder)
         return trainer
 
+    def digest(trainer):
+        found = trainer.digest()
+        assert found == weights_digest(trainer.specs, trainer.params)
+        return found
+
     def steps(trainer):
-        return [(trainer.train_step(batches, Sft()), trainer.digest()) for _ in range(2)]
+        return [(trainer.train_step(batches, Sft()), digest(trainer)) for _ in range(2)]
 
     def memory(offload):
         gc.collect()
@@ -54,6 +65,7 @@ def test_offload_moves_no_bit(folder, random_samples, split, monkeypatch):
     (plain, whole), (offloaded, less) = memory(False), memory(True)
     num_params = sum(p.numel() for p in plain.params.values())
     assert whole - less > 11 * num_params
+    assert digest(plain) == digest(offloaded)  # filled, no step made
     assert steps(offloaded) == steps(plain)
     ours, theirs = offloaded.state_dict(), plain.state_dict()
     for name, state in theirs["optimizer"].items():
@@ -62,5 +74,31 @@ def test_offload_moves_no_bit(folder, random_samples, split, monkeypatch):
     back, forth = make(False), make(True)
     back.load_state_dict(ours)
     forth.load_state_dict(theirs)
+    assert digest(back) == digest(forth) == digest(plain)
     expected = steps(plain)
     assert steps(back) == steps(forth) == steps(offloaded) == expected
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["on the card", "offloaded"])
+def test_weights_that_are_not_the_masters_are_refused(folder, random_samples, offload):
+    """Of an engine on the trainer's own memory: a bit that flipped after the step is found."""
+    device = torch.device("cuda")
+    batches = pack_samples(random_samples(20, seed=6), 200, device=device)
+    parallel = ParallelConfig(offload_optimizer=offload)
+    trainer = MegatronTrainer(
+        load_model_config(folder), OptimizerConfig(lr=1e-3), 9, device, parallel
+    )
+    load_weights(trainer, folder)
+    engine = Engine(folder, device="cuda")
+    engine.bind_weights(trainer.params)
+    lease = AliasLease(engine.sink)
+    lease.lease(1)
+    trainer.train_step(batches, Sft())
+    bits = trainer.params["decoder.layers.1.mlp.linear_fc2.weight"].detach().view(torch.int16)
+    bits[5, 7] ^= 1
+    with pytest.raises(WeightSyncError, match="digest .* here, .* at the sender"):
+        lease.update(trainer.params, trainer.digest())
+    bits[5, 7] ^= 1
+    lease.lease(1)
+    assert lease.update(trainer.params, trainer.digest()).step == 1
+    engine.close()

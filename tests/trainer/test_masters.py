@@ -1,20 +1,19 @@
 """bf16 weights with fp32 master copies, as on a GPU: what is rounded, and when.
 
-The CPU's operations take fp32 alone, so a smooth function of the weights stands for the model.
+The model is the smooth function of tests/rank_masters.py.
 """
 
 from copy import deepcopy
-from dataclasses import replace
 
 import pytest
 import torch
 from helpers import assert_same_bits
+from rank_masters import commit, use_bf16
 
 from samebit.trainer.algorithms.sft import Sft
 from samebit.trainer.config import ParallelConfig
-from samebit.trainer.megatron import model as model_module
-from samebit.trainer.megatron import trainer as trainer_module
 from samebit.trainer.packing import pack_samples
+from samebit.weight_sync.digest import weights_digest
 
 BETAS = (0.8, 0.95)
 SETTINGS = {
@@ -32,24 +31,10 @@ LAYOUTS = {
 }
 
 
-def smooth(gpt, batch, _model, _share=None, _entropy_grad=False):
-    """Log-probs that go up as the weights' squares go down; as forward_logprobs."""
-    total = sum(p.float().square().sum() for p in gpt.parameters())
-    logprobs = -total * torch.linspace(0.5, 1.5, len(batch.rows))
-    return torch.stack([logprobs, torch.zeros_like(logprobs)])
-
-
 @pytest.fixture
 def make_bf16(make_trainer, monkeypatch):
     """make_bf16(layout, ...): a trainer in bf16, which only GPUs are otherwise given."""
-    original = model_module.transformer_config
-
-    def in_bf16(*args):
-        bf16 = torch.bfloat16
-        return replace(original(*args), params_dtype=bf16, pipeline_dtype=bf16, bf16=True)
-
-    monkeypatch.setattr(model_module, "transformer_config", in_bf16)
-    monkeypatch.setattr(trainer_module, "forward_logprobs", smooth)
+    use_bf16(monkeypatch.setattr)
 
     def make(layout="plain", **settings):
         parallel = ParallelConfig(**LAYOUTS[layout])
@@ -104,3 +89,25 @@ def test_masters_are_part_of_the_state(make_bf16, batches):
         resumed.load_state_dict(saved)
         found = [(resumed.train_step(batches, Sft()).loss, resumed.digest()) for _ in range(2)]
         assert found == expected, layout
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_digest_is_of_the_masters(make_bf16, batches, layout):
+    """Weights that were damaged behind the optimizer's back have another digest: an engine that
+    holds the same memory refuses them, and takes them again once they are what was trained."""
+    trainer = make_bf16(layout)
+    for step in range(3):
+        if step:
+            trainer.train_step(batches, Sft())
+        digest = trainer.digest()
+        assert digest == weights_digest(trainer.specs, trainer.params)
+        assert commit(trainer, digest) is None
+    name = "decoder.layers.1.mlp.linear_fc2.weight"
+    bits = trainer.params[name].detach().view(torch.int16)
+    bits[5, 7] ^= 1
+    assert trainer.digest() == digest
+    damaged = weights_digest(trainer.specs, trainer.params)
+    refusal = f"update to step 2 refused: digest {damaged} here, {digest} at the sender"
+    assert commit(trainer, trainer.digest()) == refusal
+    bits[5, 7] ^= 1
+    assert commit(trainer, trainer.digest()) is None

@@ -30,7 +30,7 @@ def slices(monkeypatch):
         original(piece, part, tensors)
 
     monkeypatch.setattr(offload, "update", counting)
-    monkeypatch.setattr(trainer_module, "OffloadedState", lambda p: OffloadedState(p, 100))
+    monkeypatch.setattr(trainer_module, "OffloadedState", lambda *args: OffloadedState(*args, 100))
     return calls
 
 

@@ -2,16 +2,18 @@
 
 import hashlib
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
+from digest_cases import TIES
 
 from samebit.rollout.models.decoder import EMBEDDING
 from samebit.rollout.models.qwen2 import Qwen2
 from samebit.rollout.models.qwen3 import Qwen3
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.weights import load_dummy
-from samebit.weight_sync.digest import digest_sum, weights_digest
+from samebit.weight_sync.digest import Digester, Part, as_digest, digest_sum, weights_digest
 from samebit.weight_sync.mapping import (
     ParamSpec,
     RowBlock,
@@ -36,18 +38,24 @@ def params(specs):
     return params
 
 
+def mix(x):
+    """splitmix64's finalizer."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & MASK
+    return x ^ x >> 31
+
+
 def by_the_book(name, dtype, rows):
     """The formula of the module's docstring, in Python's integers."""
     key = int.from_bytes(hashlib.blake2b(f"{name}:{dtype}".encode(), digest_size=8).digest())
     total = 0
-    for position, value in enumerate(rows):
-        bits = int.from_bytes(struct.pack("<f", value), "little")
-        bits >>= 16 if dtype is torch.bfloat16 else 0
-        x = (key + position * 0x9E3779B97F4A7C15) & MASK
-        x ^= bits * 0xD6E8FEB86659FD93 & MASK
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK
-        x = (x ^ x >> 27) * 0x94D049BB133111EB & MASK
-        total += x ^ x >> 31
+    for i, row in enumerate(rows):
+        for j, value in enumerate(row):
+            bits = int.from_bytes(struct.pack("<f", value), "little")
+            bits >>= 16 if dtype is torch.bfloat16 else 0
+            in_row = mix(key + (i + 1) * 0x9E3779B97F4A7C15 & MASK) | 1
+            in_column = mix((j + 1) * 0xD6E8FEB86659FD93 & MASK) | 1
+            total += (bits + 1) * in_row * in_column
     return total & MASK
 
 
@@ -55,11 +63,11 @@ def test_the_formula_is_the_documented_one():
     """Digests stand in checkpoints and reports: another formula would make them incomparable."""
     values = torch.tensor([[0.0, -0.0, 1.5], [-3.25e-30, 7e30, 1e-45]])
     specs = [plain("a", "x.weight", (2, 3))]
-    expected = by_the_book("x.weight", torch.float32, values.flatten().tolist())
+    expected = by_the_book("x.weight", torch.float32, values.tolist())
     assert digest_sum(specs, {"a": values}) == expected
     assert weights_digest(specs, {"a": values}) == f"{expected:016x}"
     values = values.bfloat16()
-    expected = by_the_book("x.weight", torch.bfloat16, values.flatten().tolist())
+    expected = by_the_book("x.weight", torch.bfloat16, values.tolist())
     assert weights_digest(specs, {"a": values}) == f"{expected:016x}"
 
 
@@ -67,18 +75,18 @@ def test_a_digest_by_its_value():
     """So that no change of the formula and of its copy above passes together."""
     specs = [plain("a", "x.weight", (2, 3)), plain("b", "y", (2,))]
     params = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([-1.0, 0.5])}
-    assert weights_digest(specs, params) == "dd7545455d1730ed"
+    assert weights_digest(specs, params) == "2caa50ad7b26da38"
 
 
 def test_digests_are_pinned():
     """Two shapes and two dtypes of the same values; computed once by the book."""
     values = torch.arange(6.0).view(2, 3) - 2.5
     matrix, vector = [plain("a", "x.weight", (2, 3))], [plain("a", "norm.weight", (6,))]
-    assert weights_digest(matrix, {"a": values}) == "3fc356ecc4ba4c27"
-    assert weights_digest(matrix, {"a": values.bfloat16()}) == "765133884ce9dad2"
-    assert weights_digest(vector, {"a": values.flatten()}) == "46291e57d1ff7194"
-    by_hand = by_the_book("norm.weight", torch.float32, values.flatten().tolist())
-    assert f"{by_hand:016x}" == "46291e57d1ff7194"
+    assert weights_digest(matrix, {"a": values}) == "506bcb8677817028"
+    assert weights_digest(matrix, {"a": values.bfloat16()}) == "2810b972d595c936"
+    assert weights_digest(vector, {"a": values.flatten()}) == "7c9f98867e491794"
+    by_hand = by_the_book("norm.weight", torch.float32, values.view(6, 1).tolist())
+    assert f"{by_hand:016x}" == "7c9f98867e491794"
 
 
 def test_layout_does_not_matter(specs, params):
@@ -204,6 +212,80 @@ def test_dtypes_differ():
     assert weights_digest(specs, {"a": values}) != weights_digest(specs, {"a": values.bfloat16()})
     ones = torch.ones(4, 4, dtype=torch.bfloat16)
     assert weights_digest(specs, {"a": ones}) != weights_digest(specs, {"a": values.bfloat16()})
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 1000])
+def test_parts_of_rounded_copies_add_up(size):
+    """Optimizers cut flattened parameters anywhere; fp32 copies count as what they round to."""
+    config = sharded_config()
+    specs = [spec for rank in range(2) for spec in config.param_specs((rank, 2))]
+    generator = torch.Generator().manual_seed(size)
+    total, expected = 0, 0
+    for spec in specs:
+        master = torch.randn(spec.shape, generator=generator).flatten()
+        master[: len(TIES)] = torch.tensor(TIES)[: len(master)]
+        params = {spec.name: master.bfloat16().view(spec.shape)}
+        expected += digest_sum([spec], params)
+        starts = range(0, len(master), size * len(master) // 60 + 1)
+        parts = [Part(spec.name, i, master[i : i + starts.step]) for i in starts]
+        digester = Digester([spec], params, parts)
+        alone = []
+        for i in range(len(parts)):
+            digester.start()
+            digester.add(i)
+            alone.append(digester.finish())
+        assert as_digest(alone) == digester.digest() == as_digest([digest_sum([spec], params)])
+        total += digester.sum()
+    assert as_digest([total]) == as_digest([expected])
+
+
+def test_a_digester_notices_other_memory(specs, params):
+    """Tables hold addresses: a parameter that moved must not be read where it was."""
+    params = dict(params)
+    digester = Digester(specs, params)
+    assert digester.digest() == weights_digest(specs, params)
+    name = "decoder.layers.1.mlp.linear_fc2.weight"
+    params[name][1, 2] += 1
+    assert digester.digest() == weights_digest(specs, params)
+    params[name] = params[name] + 1
+    assert digester.digest() == weights_digest(specs, params)
+    for each in params:
+        params[each] = params[each].bfloat16()
+    assert digester.digest() == weights_digest(specs, params)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_digester_tells_what_is_not_finite(specs, params, value):
+    """In padding and in what another rank counts too: such weights are never served."""
+    digester = Digester([*specs, replace(specs[0], name="copy", replica=True)], params)
+    params["copy"] = params[EMBEDDING].clone()
+    expected = weights_digest(specs, params)
+    assert digester.digest() == expected
+    assert digester.all_finite
+    for name, row in (("decoder.layers.1.mlp.linear_fc2.weight", 3), (EMBEDDING, -1), ("copy", 0)):
+        kept = params[name][row, -1].clone()
+        params[name][row, -1] = value
+        assert (digester.digest() == expected) == (row != 3)
+        assert not digester.all_finite, name
+        params[name][row, -1] = kept
+    assert digester.digest() == expected
+    assert digester.all_finite
+
+
+def test_weights_on_several_devices_are_refused():
+    """One sum on one device: a part that lies elsewhere would be left out."""
+    specs = [plain("a", "x", (2,)), plain("b", "y", (2,))]
+    params = {"a": torch.zeros(2), "b": torch.zeros(2, device="meta")}
+    with pytest.raises(ValueError, match="weights on several devices: cpu, meta"):
+        weights_digest(specs, params)
+
+
+def test_columns_that_lie_apart():
+    """A transposed matrix has the digest of its values, not of its memory."""
+    values = torch.arange(35.0).view(5, 7)
+    specs = [plain("a", "x", (7, 5))]
+    transposed = weights_digest(specs, {"a": values.T})
+    assert transposed == weights_digest(specs, {"a": values.T.contiguous()})
 
 
 @pytest.mark.gpu

@@ -182,7 +182,7 @@ def test_an_engine_that_cannot_begin_refuses_through_the_protocol(pool, engine, 
 
 
 def test_one_of_two_receivers_refuses(pool, old, new, expected):
-    """A commit means that all receivers serve the version; the one that does not is named."""
+    """All receivers get the version or none: the one that refuses is named, the others serve on."""
     engines = [Engine(old.folder, device="cpu", kv_cache_tokens=1024) for _ in range(2)]
     request_id = engines[1].add_request(PROMPTS[0], PARAMS)
     sender, receivers = make_group(pool, new, num_receivers=2)
@@ -195,7 +195,7 @@ def test_one_of_two_receivers_refuses(pool, old, new, expected):
     with pytest.raises(WeightSyncError, match="^rank 2: .*unfinished"):
         send(sender, new.params, new.digest, 4)
     receiving[0].result()
-    assert outcomes(engines[0].generate(PROMPTS, PARAMS)) == expected[new.digest]
+    assert outcomes(engines[0].generate(PROMPTS, PARAMS)) == expected[old.digest]
     assert isinstance(receiving[1].exception(), WeightSyncError)
     engines[1].abort_request(request_id)
     receiving = receive()
@@ -300,7 +300,7 @@ digest = weights_digest(specs, params)
 
 def update(listener, fatal):
     group = WeightGroup(*listener.getsockname(), 0, 2, timeout_s=60.0, listener=listener)
-    sender = ShardSender(group, GlooPeers(), specs, params, bucket_bytes=20_000)
+    sender = ShardSender(group, GlooPeers(), specs, params, bucket_bytes=10_000)
     points = iter(range(1000))
     def counted(call):
         def counting(*args):
@@ -354,9 +354,9 @@ def test_a_sender_that_dies_at_any_point_breaks_the_update(
     receiver = make_receiver(new, "127.0.0.1", begin(-1), timeout_s=60.0)
     receiver.receive(engine.sink)
     num_points = exit_code()
-    assert num_points >= 12
+    assert num_points >= 16
     first, last = 0, num_points - 1  # the begin is not told; the answer to the commit not heard
-    for point in (*range(5), num_points // 2, *range(num_points - 4, num_points)):
+    for point in (*range(5), *range(7, num_points - 4, 4), *range(num_points - 4, num_points)):
         engine.copy_weights(old.params, step=3, digest=old.digest)
         receiver = make_receiver(new, "127.0.0.1", begin(point), timeout_s=60.0)
         with pytest.raises(WeightSyncError, match="the weight group lost a member"):

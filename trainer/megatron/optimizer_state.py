@@ -13,6 +13,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
 from torch import Tensor
 
+from samebit.weight_sync.digest import Part
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -44,6 +46,11 @@ class Piece:
         if self.has_master:
             found["master"] = self.state.get("master", self.main)
         return found
+
+    @property
+    def digested(self) -> Part:
+        """What the weights' digest is computed from: the master copy, if there is one."""
+        return Part(self.name, self.start, self.tensors.get("master", self.weights))
 
 
 def host_zeros_like(tensor: Tensor) -> Tensor:

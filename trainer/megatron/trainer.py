@@ -23,13 +23,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.parallel_state import (
     get_data_parallel_group,
     get_data_parallel_rank,
-    get_model_parallel_group,
     get_pipeline_model_parallel_group,
 )
 from torch import Tensor
 
 from samebit.kernels.attention import CanonicalAttention
 from samebit.kernels.attention_kind import AttentionKind
+from samebit.kernels.memory import Arena
 from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.algorithms.base import Algorithm, LossInputs
 from samebit.trainer.config import OptimizerConfig, ParallelConfig
@@ -37,6 +37,7 @@ from samebit.trainer.context import share_context
 from samebit.trainer.megatron.cpu import no_cuda
 from samebit.trainer.megatron.forward import ForwardModel, run_schedule
 from samebit.trainer.megatron.main_grad import own_gradients
+from samebit.trainer.megatron.memory import TrainerMemory, gradients_in, hold, optimizer_in
 from samebit.trainer.megatron.model import forward_logprobs
 from samebit.trainer.megatron.offload import OffloadedState
 from samebit.trainer.megatron.optimizer_state import (
@@ -50,12 +51,12 @@ from samebit.trainer.megatron.stages import FILLER, from_last_stage, stage_specs
 from samebit.trainer.packing import pack_samples, share_batches, units_of
 from samebit.trainer.stats import Totals
 from samebit.trainer.types import MicroBatch, NonFiniteError, StepStats
-from samebit.weight_sync.digest import weights_digest
+from samebit.weight_sync.digest import Digester, as_digest
 from samebit.weight_sync.mapping import ParamSpec
 from samebit.weight_sync.objects import gather_objects
 
 
-class MegatronTrainer(ForwardModel):
+class MegatronTrainer(ForwardModel, TrainerMemory):
     """Policy, optimizer and schedule of one process, which holds its shard of them.
 
     `params` keep their memory for the trainer's whole life, so an engine may be bound to them.
@@ -71,14 +72,18 @@ class MegatronTrainer(ForwardModel):
         tp_invariant: bool = False,
         longest: int | None = None,
         attention: type[AttentionKind] = CanonicalAttention,
+        releasable: bool = False,
     ) -> None:
+        """releasable: gradients and optimizer are allocated so that they can be released."""
         super().__init__(model, device, None, parallel, tp_invariant, longest, attention)
+        self.arena = Arena(self.device, releasable)
+        offloaded = self.parallel.offload_optimizer
         self.specs = stage_specs(model, self.ranks.shard, self.stage)
         self.step = 0
         config = self._chunks[0].config
         if self.parallel.overlap_grad_reduce:
             own_gradients(self.params.values())
-        with no_cuda():
+        with no_cuda(), gradients_in(self.arena):
             ddp_config = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 overlap_grad_reduce=self.parallel.overlap_grad_reduce,
@@ -88,19 +93,24 @@ class MegatronTrainer(ForwardModel):
             self._chunks = [
                 DistributedDataParallel(config, ddp_config, gpt) for gpt in self._chunks
             ]
+        with no_cuda(), optimizer_in(self.arena, offloaded):
             self._optimizer = get_megatron_optimizer(
                 _megatron_optimizer_config(optimizer, config.bf16, self.parallel), self._chunks
             )
             self._scheduler = _scheduler(self._optimizer, optimizer, num_steps)
+            self._pieces = pieces_of(self._optimizer, self.params, moments_on_host=offloaded)
+        hold(self.arena, self._chunks, self._pieces, offloaded)
         config.grad_scale_func = self._optimizer.scale_loss
         no_syncs = [chunk.no_sync for chunk in self._chunks]
         config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
         config.finalize_model_grads_func = finalize_model_grads
-        offloaded = self.parallel.offload_optimizer
-        self._pieces = pieces_of(self._optimizer, self.params, moments_on_host=offloaded)
-        self._offloaded = OffloadedState(self._pieces) if offloaded else None
+        digester_of = partial(Digester, self.specs, self.params)
+        self._offloaded = OffloadedState(self._pieces, digester_of) if offloaded else None
         if self._offloaded:
             replace_step(self._optimizer, self._offloaded.step)
+            self._digest_sum = self._offloaded.digest_sum
+        else:
+            self._digest_sum = digester_of([piece.digested for piece in self._pieces]).sum
         self._reference: ForwardModel | None = None
 
     @property
@@ -114,6 +124,7 @@ class MegatronTrainer(ForwardModel):
 
     def fill(self, load: Callable[[Sequence[ParamSpec], Mapping[str, Tensor]], None]) -> None:
         """Have `load(specs, params)` write a full set of weights, and tell the optimizer."""
+        self.arena.require_resident(("optimizer",))
         with torch.no_grad(), no_cuda():
             load(self.specs, self.params)
             (self._offloaded or self._optimizer).reload_model_params()
@@ -136,8 +147,12 @@ class MegatronTrainer(ForwardModel):
         return self._reference
 
     def digest(self) -> str:
-        """weights_digest of the present weights."""
-        return weights_digest(self.specs, self.params, get_model_parallel_group())
+        """weights_digest of the weights that the optimizer means, on every rank: of its master
+        copies, rounded, where it has them. The weights themselves are not read then.
+        """
+        copy = get_data_parallel_rank(with_context_parallel=True)
+        counts = copy == 0 or self.parallel.distributed_optimizer
+        return as_digest(gather_objects(self._digest_sum() if counts else 0))
 
     def logprobs(self, batches: Sequence[MicroBatch], reference: bool = False) -> list[Tensor]:
         """Log-probs [R] of every micro-batch, without gradients."""
@@ -166,6 +181,7 @@ class MegatronTrainer(ForwardModel):
         Raises NonFiniteError, with step, micro-batch and sample named, before anything is written;
         on every rank alike.
         """
+        self.arena.require_resident()
         with no_cuda():
             references = self.logprobs(batches, reference=True) if self._reference else None
             totals = self._forward_backward(batches, algorithm, references, poll)
@@ -196,6 +212,7 @@ class MegatronTrainer(ForwardModel):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on, exactly: this rank's part of it."""
+        self.arena.require_resident(("optimizer",))
         return {
             "step": self.step,
             "tensor": self.ranks.shard,
@@ -210,6 +227,7 @@ class MegatronTrainer(ForwardModel):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`, written by state_dict with the same settings."""
+        self.arena.require_resident(("optimizer",))
         _copy_params(state["params"], self.params)
         load_optimizer_state(self._pieces, state["optimizer"])
         self._go_on_from(state)
@@ -219,6 +237,7 @@ class MegatronTrainer(ForwardModel):
     @torch.no_grad()
     def load_resharded(self, saved: WholeState) -> None:
         """Continue from the states of all ranks of any layout; bits then follow this one's."""
+        self.arena.require_resident(("optimizer",))
         saved.fill("params", self.specs, self.params)
         load_optimizer_state(self._pieces, saved.optimizer_state(self.specs, self._pieces))
         self._go_on_from(saved.first)
@@ -228,6 +247,8 @@ class MegatronTrainer(ForwardModel):
     def _go_on_from(self, state: Mapping[str, Any]) -> None:
         """What is the same on every rank."""
         self.step = state["step"]
+        if self._offloaded:
+            self._offloaded.forget_digest()
         self._scheduler.num_steps = 0  # Megatron adds the saved count to the present one
         self._scheduler.load_state_dict(state["scheduler"])
 

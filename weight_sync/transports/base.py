@@ -34,6 +34,9 @@ class WeightSink(Protocol):
     def arrived(self, metas: Sequence[ParamMeta]) -> None:
         """Take these regions, which `expect` gave, as written."""
 
+    def cancel(self) -> None:
+        """End an update of which nothing was handed out: the version before stays."""
+
     def receive_in_place(self, params: Mapping[str, Tensor]) -> None:
         """Accept that `params`, the receiver's own memory, already hold the new version."""
 

@@ -242,13 +242,15 @@ class ShardReceiver:
         if message["plan"] != member.plan.digest:
             asked.refuse(f"the plan is {member.plan.digest} here and {message['plan']} at rank 0")
         asked(sink.begin, message["step"])
-        if self._is_off(sink, asked):
+        if member.refusals(asked.words):  # of anybody: nothing was written
+            asked(sink.cancel)
             return
         message = member.hear()
         if message["op"] == "send":
             targets = member.own_targets()
             memory = asked(sink.expect, targets) or []
-            if self._is_off(sink, asked):
+            if refusals := member.refusals(asked.words):
+                asked(sink.abort, refusals)
                 return
             of = dict(zip(map(_place, targets), memory, strict=True))
             member.move(member.parts_of(lambda meta: of[_place(meta)]), lambda: None)
@@ -259,13 +261,6 @@ class ShardReceiver:
             return
         asked.at_last(sink.commit, message["digest"])
         member.refusals(asked.words)
-
-    def _is_off(self, sink: WeightSink, asked: "_Asked") -> bool:
-        """Answer; whether anybody refused, which ends the update."""
-        refusals = self._member.refusals(asked.words)
-        if refusals:
-            asked(sink.abort, refusals)
-        return bool(refusals)
 
     def close(self) -> None:
         """Let go of what the data plane holds."""

@@ -1,0 +1,112 @@
+"""The engine's memory by tag: what is released and resumed, and what that means for its content."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor
+
+from samebit.kernels.memory import Arena, TagBytes
+from samebit.rollout.runtime.engine_loop import EngineLoop
+from samebit.rollout.runtime.kv_cache import KVCache, PagePool
+from samebit.rollout.runtime.weight_control import WeightControl
+from samebit.weight_sync.session import SessionState
+from samebit.weight_sync.types import WeightSyncError
+
+ENGINE_TAGS = ("weights", "kv_cache", "cuda_graphs", "draft")
+
+
+class MemoryControl:
+    """Releases and resumes an engine's tags; between steps, by the thread that drives them.
+
+    Weights come back as they were if `weights_backup`, else a full update has to follow. KV pages
+    of unfinished requests are kept in host memory; cached prefixes are forgotten. CUDA graphs need
+    no content.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        weights: WeightControl,
+        pool: PagePool,
+        cache: KVCache,
+        weights_backup: bool,
+    ) -> None:
+        self._arena = arena
+        self._weights = weights
+        self._pool = pool
+        self._cache = cache
+        self._kept = ("weights",) if weights_backup else ()
+        self._pages: tuple[list[int], list[Tensor]] | None = None  # and their content
+
+    def release(self, tags: Sequence[str] | None) -> dict[str, int]:
+        given = _engine_tags(tags)
+        self._arena.require_releasable()
+        self._weights.require_quiet("release_memory_occupation")
+        session = self._weights.session
+        if "weights" in given and self._is_resident("weights"):
+            if session.state is SessionState.UPDATING:
+                raise WeightSyncError("the weights cannot be released: they are being updated")
+            if not self._kept:
+                session.invalidate("their memory was released without a backup")
+        if "kv_cache" in given and self._is_resident("kv_cache"):
+            self._weights.flush_cache()
+            if pages := self._pool.in_use():
+                self._pages = pages, self._cache.read_pages(pages)
+        try:
+            return self._arena.release(given, keep=self._kept)
+        finally:
+            session.released = self._arena.released
+
+    def resume(self, tags: Sequence[str] | None) -> dict[str, int]:
+        try:
+            return self._arena.resume(_engine_tags(tags))
+        finally:
+            if self._pages is not None and not self._arena.is_released("kv_cache"):
+                self._cache.write_pages(*self._pages)
+                self._pages = None
+            self._weights.session.released = self._arena.released
+
+    def _is_resident(self, tag: str) -> bool:
+        return self._arena.owns(tag) and not self._arena.is_released(tag)
+
+
+def _engine_tags(tags: Sequence[str] | None) -> Sequence[str]:
+    if tags is None:
+        return ENGINE_TAGS
+    if isinstance(tags, str) or (unknown := [tag for tag in tags if tag not in ENGINE_TAGS]):
+        wrong = tags if isinstance(tags, str) else unknown[0]
+        raise ValueError(f"tags has {wrong!r}; give a list of: {', '.join(ENGINE_TAGS)}")
+    return tags
+
+
+class EngineMemory:
+    """The part of Engine that gives memory back and takes it again."""
+
+    arena: Arena
+    loop: EngineLoop
+    memory_control: MemoryControl
+
+    def release_memory_occupation(self, tags: Sequence[str] | None = None) -> dict[str, int]:
+        """Give the memory of these tags back to the device; the bytes of each.
+
+        tags: of "weights", "kv_cache", "cuda_graphs" and "draft"; unset: all. 0 bytes: nothing to
+        do, because the tag is released already, has no memory, or is the trainer's (after
+        bind_weights). Until all is resumed nothing is served. Every tensor parallel rank calls it.
+
+        Raises ValueError for unknown tags, WeightSyncError while requests are unfinished or, for
+        weights, an update is under way, and ReleasedError for an engine with releasable=false.
+        """
+        return self.loop.between_steps(partial(self.memory_control.release, tags))
+
+    def resume_memory_occupation(self, tags: Sequence[str] | None = None) -> dict[str, int]:
+        """Have the memory of these tags again, at the same addresses; the bytes of each.
+
+        CUDA graphs stay valid. Weights without a backup need a full update before anything is
+        served. Raises ValueError for unknown tags and, where memory is short, ResumeError that
+        names the tag and the bytes; then the call may be repeated.
+        """
+        return self.loop.between_steps(partial(self.memory_control.resume, tags))
+
+    def memory_occupation(self) -> dict[str, TagBytes]:
+        """Bytes of each tag that are resident, and those of its addresses."""
+        return self.arena.occupation()
