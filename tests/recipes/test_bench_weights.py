@@ -131,6 +131,6 @@ def test_bars_stand_where_card_and_model_are_theirs():
     assert bars.beside(101.0, 100.0) == "101.0 (<= 100 MISSED)"
     assert bars.beside(39.0, 40.0, least=True) == "39.0 (>= 40 MISSED)"
     assert bars.beside(3.0, None) == "3.0"
-    for other in (Bars("NVIDIA A100", "qwen3-8b"), Bars("NVIDIA H100", "qwen3-4b")):
+    for other in (Bars("NVIDIA GH200 480GB", "qwen3-8b"), Bars("NVIDIA H100", "qwen3-4b")):
         assert other.free_gib is None
         assert other.beside(101.0, 100.0) == "101.0"
