@@ -73,6 +73,7 @@ def automatic_kv_bytes(device: torch.device, fraction: float | None) -> int:
     """Bound of the automatic KV capacity, once the weights are in place."""
     if device.type == "cpu":
         return 1 << 30
+    torch.cuda.empty_cache()  # what torch only keeps is free as well
     return int(torch.cuda.mem_get_info(device)[0] * (fraction or 0.5))
 
 

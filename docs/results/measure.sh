@@ -5,14 +5,14 @@
 #   docs/results/measure.sh OUT PART...
 #
 # Parts: verify (two runs side by side have to be equal; SMOLLM2=FOLDER adds that model), engine,
-# kernels, trainer, kills (a short demo on SmolLM2, killed 20 times); on two GPUs
-# tensor_parallel, trainer_tp; on four layouts (short runs under all that fit), tp1_tp4.
+# kernels, trainer, memory, sync, kills (a short demo on SmolLM2, killed 20 times); on two GPUs
+# sync measures more, tensor_parallel, trainer_tp; on four layouts (short runs under all that fit), tp1_tp4.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 bin=$root/.venv/bin
 shapes=$root/recipes/bench/shapes
-parts=" verify engine kernels trainer kills tensor_parallel trainer_tp layouts tp1_tp4 "
+parts=" verify engine kernels trainer memory sync kills tensor_parallel trainer_tp layouts tp1_tp4 "
 for part in "${@:2}"; do
     if [[ $parts != *" $part "* ]]; then
         echo "'$part' is no part; there are:$parts" >&2
@@ -91,6 +91,10 @@ engine() {
 kernels() { samebit kernels_qwen3_8b bench kernels model="$shapes/qwen3-8b"; }
 
 trainer() { samebit trainer_qwen3_4b bench trainer model="$shapes/qwen3-4b"; }
+
+memory() { samebit memory_qwen3_8b bench memory model="$shapes/qwen3-8b" load_format=dummy; }
+
+sync() { samebit sync_qwen3_8b bench sync model="$shapes/qwen3-8b" load_format=dummy; }
 
 kills() {
     "$bin/python" "$root/tests/programs/kill_demo.py" "$out/demo_kills.json" kills=20 seed=7 \

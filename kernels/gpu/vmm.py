@@ -6,6 +6,7 @@ lock of its own allocator, where waiting for the interpreter's lock could be for
 
 import ctypes
 import functools
+import gc
 import hashlib
 import os
 import shlex
@@ -154,10 +155,18 @@ class DevicePool:
         index = torch.cuda.current_device() if device.index is None else device.index
         self._device = torch.device("cuda", index)
         self._vmm = vmm()
-        self._number = self._vmm.take()
+        self._number = self._free_number()
         weakref.finalize(self, self._vmm.give, self._number)
         with torch.cuda.device(index):
             self._pool = torch.cuda.MemPool(_allocator(self._number).allocator())
+
+    def _free_number(self) -> int:
+        try:
+            return self._vmm.take()
+        except VmmError:  # what is gone may not be collected, or torch may still cache its memory
+            gc.collect()
+            torch.cuda.empty_cache()
+            return self._vmm.take()
 
     @property
     def graph_pool(self) -> tuple[int, int]:

@@ -21,7 +21,7 @@ class Bars:
     @property
     def kind(self) -> str | None:
         """The card that bars are of; None: there are none here."""
-        kinds = [kind for kind in _FREE_GIB if kind in self.card]
+        kinds = [kind for kind in _FREE_GIB if kind in self.card.split()]
         return kinds[0] if kinds and self.model.lower() == _MODEL else None
 
     @property

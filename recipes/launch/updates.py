@@ -62,7 +62,8 @@ def why_not_here(transport: str, device: torch.device) -> str:
         gpus = torch.cuda.device_count()
     if "one" not in entry.trainers:
         return f"{transport} is for trainers of several processes"
-    return f"{transport} needs {entry.gpus} GPUs; there are {gpus}" if entry.gpus > gpus else ""
+    missing = f"{transport} needs CUDA devices: {entry.gpus}, there are {gpus}"
+    return missing if entry.gpus > gpus else ""
 
 
 def connect(
@@ -86,6 +87,7 @@ def connect(
         device, step = source.device, source.step
         engine = Engine(model_path, config, device=device, weights=leased, step=step)
     else:
+        torch.cuda.empty_cache()  # what this process keeps for later may be what that one needs
         device = torch.device("cuda", 1) if entry.gpus > 1 else source.device
         engine = RemoteEngine(model_path, cpu_threads, config=config, device=device)
     return engine, kind.between(source, engine, folder)

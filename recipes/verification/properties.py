@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from samebit.recipes.data.samples import drawn_sample
 from samebit.recipes.verification.subject import NUM_SAMPLES, Result, Subject, flat
-from samebit.recipes.verification.weight_properties import pauses, released_memory, transports
+from samebit.recipes.verification.weight_properties import pauses, transports
 from samebit.rollout.types import Completion, SamplingParams
 from samebit.trainer.packing import pack_samples
 
@@ -263,5 +263,5 @@ def trainer(subject: Subject) -> Result:
 PROPERTIES: tuple[Property, ...] = (
     batch_size, batch_position, decode_batch, prefill_chunk, prefix_cache, page_size, preemption,
     group, neighbour_abort, concurrent_callers, restart, weight_update, graphs_and_overlap, score,
-    trainer, released_memory, transports, pauses,
+    trainer, transports, pauses,
 )  # fmt: skip

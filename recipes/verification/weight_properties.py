@@ -1,4 +1,4 @@
-"""The promise while weights and memory come and go."""
+"""The promise while weights come by a transport, or amid samples that are half drawn."""
 
 import tempfile
 from contextlib import closing
@@ -7,43 +7,11 @@ from pathlib import Path
 
 from samebit.recipes.launch.updates import Source, connect, why_not_here
 from samebit.recipes.verification.subject import Result, Subject, flat
-from samebit.rollout.engine_memory import ENGINE_TAGS
 from samebit.rollout.engine_weights import PAUSE_MODES
 from samebit.rollout.types import Completion
 from samebit.weight_sync.transports.alias import AliasLease
 
 TRANSPORTS = ("alias", "file", "gloo", "ipc", "nccl")
-
-
-def released_memory(subject: Subject) -> Result:
-    """Before and after a release and resume of each tag and of all; weights without a backup are
-    written again."""
-    result = Result("released memory")
-    engine = subject.make_engine(weights_backup=True)
-    if not engine.config.releasable:
-        result.untried.append("this machine has no memory that can be released")
-        return result
-    subject.generate(engine)  # graphs are captured, prefixes cached
-    for tags in (*([tag] for tag in ENGINE_TAGS), ENGINE_TAGS):
-        given = engine.release_memory_occupation(tags)
-        engine.resume_memory_occupation(tags)
-        case = ", ".join(tags)
-        if any(given.values()):
-            result.compare(flat(subject.generate(engine)), subject.truth(), case)
-        else:
-            result.untried.append(f"{case}: there is none")
-    del engine
-    engine = subject.make_engine()
-    version, lease = engine.weight_version, AliasLease(engine.sink)
-    copies = {name: tensor.clone() for name, tensor in engine.weights.items()}
-    engine.release_memory_occupation(["weights"])
-    engine.resume_memory_occupation(["weights"])
-    lease.lease(version.step + 1)
-    for name, tensor in engine.weights.items():
-        tensor.copy_(copies[name])
-    lease.update(engine.weights, version.digest)
-    result.compare(flat(subject.generate(engine)), subject.truth(), "weights without a backup")
-    return result
 
 
 def transports(subject: Subject) -> Result:
@@ -54,17 +22,22 @@ def transports(subject: Subject) -> Result:
     for name in TRANSPORTS:
         if reason := why_not_here(name, subject.device):
             result.untried.append(reason)
-            continue
-        with tempfile.TemporaryDirectory(prefix="samebit_verify_") as folder:
-            place = subject.model_path, subject.engine.config, Path(folder) / "weights"
-            engine, weights = connect(name, source, *place)
-            with closing(engine), closing(weights):
-                for _ in range(2):
-                    weights.lease(source.step + 1)
-                    source.change()
-                    weights.update(source.params, source.version.digest)
-                result.compare(flat(subject.generate(engine)), subject.truth(), name)
+        else:
+            result.compare(_updated_twice(subject, source, name), subject.truth(), name)
     return result
+
+
+def _updated_twice(subject: Subject, source: Source, transport: str) -> list[Completion]:
+    """What an engine draws by the weights that it was given last."""
+    with tempfile.TemporaryDirectory(prefix="samebit_verify_") as folder:
+        place = subject.model_path, subject.engine.config, Path(folder) / "weights"
+        engine, weights = connect(transport, source, *place)
+        with closing(engine), closing(weights):
+            for _ in range(2):
+                weights.lease(source.step + 1)
+                source.change()
+                weights.update(source.params, source.version.digest)
+            return flat(subject.generate(engine))
 
 
 def pauses(subject: Subject) -> Result:

@@ -125,12 +125,12 @@ def test_what_nobody_refers_to_goes_back():
     before = None
     for _ in range(70):
         arena = Arena(device)
-        buffer(arena, num_bytes=64 * MIB)
-        arena.release()
+        kept = buffer(arena, num_bytes=64 * MIB).fill_(1)
         del arena
-        gc.collect()
-        torch.cuda.empty_cache()
+        assert int(kept.min()) == 1, "a view outlives its arena"
+        del kept
         before = before or free_bytes()
+    torch.cuda.empty_cache()
     assert free_bytes() >= before
 
 

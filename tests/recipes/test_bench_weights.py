@@ -96,7 +96,7 @@ def test_bench_sync_end_to_end(qwen3_path, tmp_path, capsys):
     """The transports that a CPU has, each with the same bits, and one that it has not."""
     arguments = [f"model={qwen3_path}", f"output_dir={tmp_path}", *SMALL, "repeats=1"]
     assert main(["bench", "sync", *arguments, "transports=[alias,nccl]"]) == 1
-    assert "transports: nccl needs 2 GPUs; there are 0" in capsys.readouterr().err
+    assert "transports: nccl needs CUDA devices: 2, there are 0" in capsys.readouterr().err
     assert main(["bench", "sync", *arguments]) == 0
     report = json.loads((tmp_path / "bench_sync" / "bench.json").read_text())
     assert list(report["transports"]) == ["alias", "gloo", "file"]
@@ -131,6 +131,6 @@ def test_bars_stand_where_card_and_model_are_theirs():
     assert bars.beside(101.0, 100.0) == "101.0 (<= 100 MISSED)"
     assert bars.beside(39.0, 40.0, least=True) == "39.0 (>= 40 MISSED)"
     assert bars.beside(3.0, None) == "3.0"
-    for other in (Bars("NVIDIA A100", "qwen3-8b"), Bars("NVIDIA H100", "qwen3-4b")):
+    for other in (Bars("NVIDIA GH200 480GB", "qwen3-8b"), Bars("NVIDIA H100", "qwen3-4b")):
         assert other.free_gib is None
         assert other.beside(101.0, 100.0) == "101.0"

@@ -21,7 +21,11 @@ from samebit.trainer.checkpoint import latest_checkpoint
 LAYOUTS = {
     "tensor": ["trainer.parallel.tensor=2", "trainer.parallel.sequence=true"],
     "pipeline": ["trainer.parallel.pipeline=2", "placement.transport=stages"],
-    "data": ["trainer.parallel.data=2", "trainer.parallel.distributed_optimizer=true"],
+    "data": [
+        "trainer.parallel.data=2",
+        "trainer.parallel.distributed_optimizer=true",
+        "placement.release_memory=true",
+    ],
 }
 STEPS = 8
 

@@ -8,10 +8,10 @@ import pytest
 from helpers import recorded_reads
 from run_children import open_run, roll_out, update
 
+from samebit.kernels.memory import Arena
 from samebit.recipes.grpo import GrpoRecipe
 from samebit.recipes.launch.placement import load_transport
 from samebit.rollout.models.registry import load_model_config
-from samebit.rollout.runtime.memory import Arena
 from samebit.weight_sync.mapping import hf_shapes
 from samebit.weight_sync.transports.base import WeightSync
 from samebit.weight_sync.transports.registry import TRANSPORTS
