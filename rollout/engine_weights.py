@@ -12,7 +12,7 @@ from samebit.weight_sync.session import Content
 from samebit.weight_sync.transports.base import WeightSink
 from samebit.weight_sync.transports.data_planes import make_data_plane
 from samebit.weight_sync.transports.group import WeightGroup
-from samebit.weight_sync.transports.shards import ShardReceiver
+from samebit.weight_sync.transports.shards import Held, ShardReceiver
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
 PAUSE_MODES = ("abort", "retract", "keep")
@@ -134,7 +134,7 @@ class EngineWeights:
         group = WeightGroup(master_address, master_port, rank, world_size, timeout_s, secret)
         session = self.weight_control.session
         session.meet_sender()
-        self._receiver = ShardReceiver(group, data, session.specs, session.params)
+        self._receiver = ShardReceiver(group, data, Held(session.specs, session.params))
 
     def receive_weight_update(self) -> WeightVersion:
         """Take one update from the weight group, in place."""

@@ -281,7 +281,8 @@ def _region(
     spec: ParamSpec, dtype: str, row: int, num_rows: int, columns: tuple[int, int]
 ) -> ParamMeta:
     """Rows of a parameter, and of a matrix the columns that have these places in the whole one."""
-    shape, start = (num_rows,), (row,)
+    shape: tuple[int, ...] = (num_rows,)
+    start: tuple[int, ...] = (row,)
     if len(spec.shape) > 1:
         shape, start = (num_rows, columns[1] - columns[0]), (row, columns[0] - spec.column_start)
     whole = shape == spec.shape

@@ -113,8 +113,12 @@ class WeightControl:
     def version(self) -> WeightVersion:
         return self.session.version
 
-    def digest(self) -> str:
+    def require_resident(self) -> None:
+        """Raise ReleasedError if the weights' memory is released."""
         self._arena.require_resident(("weights",))
+
+    def digest(self) -> str:
+        self.require_resident()
         return self.session.digest()
 
     def flush_cache(self) -> None:

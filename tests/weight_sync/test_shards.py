@@ -19,7 +19,7 @@ from samebit.weight_sync.meeting import loopback_listener
 from samebit.weight_sync.transports.group import WeightGroup
 from samebit.weight_sync.transports.peers import GlooPeers
 from samebit.weight_sync.transports.remote import GlooTransport, NcclTransport
-from samebit.weight_sync.transports.shards import ShardReceiver, ShardSender
+from samebit.weight_sync.transports.shards import Held, ShardReceiver, ShardSender
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
 PROMPTS = [[5, 9, 200, 31], [7]]
@@ -28,12 +28,12 @@ PARAMS = SamplingParams(n=2, max_new_tokens=8, ignore_eos=True)
 
 def make_sender(version, address, port, size=2, bucket_bytes=512 << 20, **settings):
     group = WeightGroup(address, port, 0, size, **settings)
-    return ShardSender(group, GlooPeers(), version.specs, version.params, bucket_bytes)
+    return ShardSender(group, GlooPeers(), Held(version.specs, version.params), bucket_bytes)
 
 
 def make_receiver(version, address, port, rank=1, size=2, **settings):
     group = WeightGroup(address, port, rank, size, **settings)
-    return ShardReceiver(group, GlooPeers(), version.specs, version.params)
+    return ShardReceiver(group, GlooPeers(), Held(version.specs, version.params))
 
 
 def make_group(pool, version, num_receivers=1, bucket_bytes=512 << 20, timeout_s=60.0):
@@ -112,7 +112,7 @@ def test_two_trainer_ranks_fill_one_engine(pool, engine, new, expected):
         settings = {"listener": listener} if rank == 0 else {}
         group = WeightGroup(address, port, rank, 3, timeout_s=60.0, **settings)
         side = sides[rank]
-        sender = ShardSender(group, GlooPeers(), side.specs, side.params, bucket_bytes=9000)
+        sender = ShardSender(group, GlooPeers(), Held(side.specs, side.params), bucket_bytes=9000)
         return [send(sender, side.params, new.digest, step) for step in (4, 5)]
 
     updates = [pool.submit(update, rank) for rank in range(2)]
@@ -122,6 +122,45 @@ def test_two_trainer_ranks_fill_one_engine(pool, engine, new, expected):
         assert engine.weight_version == WeightVersion(step, new.digest)
     assert outcomes(engine.generate(PROMPTS, PARAMS)) == expected[new.digest]
     assert all(u.result() == [WeightVersion(n, new.digest) for n in (4, 5)] for u in updates)
+
+
+def test_ranks_that_train_and_serve_change_the_layout_among_themselves(pool, old, new, expected):
+    """Two trainer ranks hold halves, and each has an engine of the whole: what a rank has for
+    itself it copies, the other half comes; a refusal of one engine is known to both ranks."""
+    config = load_model_config(new.folder)
+    listener = loopback_listener()
+    address, port = listener.getsockname()
+    engines = [Engine(old.folder, device="cpu", kv_cache_tokens=1024) for _ in range(2)]
+
+    def make(rank):
+        specs = config.param_specs((rank, 2))
+        params = {spec.name: torch.empty(spec.shape) for spec in specs}
+        load_safetensors(new.folder, specs, params, new.specs)
+        settings = {"listener": listener} if rank == 0 else {}
+        group = WeightGroup(address, port, rank, 2, timeout_s=60.0, **settings)
+        engine = engines[rank]
+        both = engine.sink, Held(engine.specs, engine.weights)
+        sender = ShardSender(group, GlooPeers(), Held(specs, params), 9000, engine=both)
+        return sender, params
+
+    def together(work):
+        return [future.result() for future in [pool.submit(work, *pair) for pair in pairs]]
+
+    def update(sender, params, step=4):
+        return send(sender, params, new.digest, step)
+
+    pairs = [future.result() for future in [pool.submit(make, rank) for rank in range(2)]]
+    request_id = engines[1].add_request(PROMPTS[0], PARAMS)
+    refused = [pool.submit(update, *pair) for pair in pairs]
+    for future in refused:
+        with pytest.raises(WeightSyncError, match="^rank 1: .* 1 requests are unfinished"):
+            future.result()
+    assert outcomes(engines[0].generate(PROMPTS, PARAMS)) == expected[old.digest]
+    engines[1].abort_request(request_id)
+    assert together(update) == [WeightVersion(4, new.digest)] * 2
+    for engine in engines:
+        assert engine.weight_version == WeightVersion(4, new.digest)
+        assert outcomes(engine.generate(PROMPTS, PARAMS)) == expected[new.digest]
 
 
 def faults(new):
@@ -291,7 +330,7 @@ from samebit.weight_sync.digest import weights_digest
 from samebit.weight_sync.meeting import loopback_listener
 from samebit.weight_sync.transports.group import WeightGroup
 from samebit.weight_sync.transports.peers import GlooPeers
-from samebit.weight_sync.transports.shards import ShardSender
+from samebit.weight_sync.transports.shards import Held, ShardSender
 folder = Path(sys.argv[1])
 specs = load_model_config(folder).param_specs()
 params = {spec.name: torch.empty(spec.shape) for spec in specs}
@@ -300,7 +339,7 @@ digest = weights_digest(specs, params)
 
 def update(listener, fatal):
     group = WeightGroup(*listener.getsockname(), 0, 2, timeout_s=60.0, listener=listener)
-    sender = ShardSender(group, GlooPeers(), specs, params, bucket_bytes=10_000)
+    sender = ShardSender(group, GlooPeers(), Held(specs, params), bucket_bytes=10_000)
     points = iter(range(1000))
     def counted(call):
         def counting(*args):
@@ -405,7 +444,7 @@ import torch
 from samebit.rollout.models.registry import load_model_config
 from samebit.weight_sync.transports.group import WeightGroup
 from samebit.weight_sync.transports.peers import GlooPeers
-from samebit.weight_sync.transports.shards import ShardReceiver
+from samebit.weight_sync.transports.shards import Held, ShardReceiver
 specs = load_model_config(Path(sys.argv[2])).param_specs()
 params = {spec.name: torch.empty(spec.shape) for spec in specs}
 sink = SimpleNamespace(
@@ -415,7 +454,7 @@ sink = SimpleNamespace(
     commit=lambda digest: os._exit(7),
 )
 group = WeightGroup("127.0.0.1", int(sys.argv[1]), 1, 2, timeout_s=60.0)
-ShardReceiver(group, GlooPeers(), specs, params).receive(sink)
+ShardReceiver(group, GlooPeers(), Held(specs, params)).receive(sink)
 """
 
 

@@ -65,6 +65,7 @@ class IpcPeers:
         filled, emptied = Counter[int](), Counter[int]()
         torch.cuda.synchronize(self._device)
         for round_ in rounds:
+            round_.copy_own()
             for peer, parcels in _by_peer(round_.outgoing).items():
                 if filled[peer] >= _NUM_BUCKETS:
                     self._hear(peer, _EMPTY)

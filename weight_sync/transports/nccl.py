@@ -58,6 +58,7 @@ class NcclPeers:
         torch.cuda.synchronize(self._device)
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             for round_ in rounds:
+                round_.copy_own()
                 memory = self._memory([*round_.outgoing, *round_.incoming])
                 outgoing, incoming = memory[: len(round_.outgoing)], memory[len(round_.outgoing) :]
                 for parts, place in zip(round_.outgoing, outgoing, strict=True):

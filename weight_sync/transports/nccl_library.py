@@ -21,13 +21,13 @@ _POLL_S = 2e-5
 
 
 class _UniqueId(ctypes.Structure):
-    _fields_ = [("internal", c_char * 128)]
+    _fields_ = (("internal", c_char * 128),)
 
 
 class _Config(ctypes.Structure):
     """ncclConfig_t of NCCL 2.18; newer ones know by `version` what it lacks."""
 
-    _fields_ = [
+    _fields_ = (
         ("size", c_size_t),
         ("magic", c_uint),
         ("version", c_uint),
@@ -37,7 +37,7 @@ class _Config(ctypes.Structure):
         ("max_ctas", c_int),
         ("net_name", c_char_p),
         ("split_share", c_int),
-    ]
+    )
 
 
 def _library() -> ctypes.CDLL:

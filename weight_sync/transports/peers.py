@@ -55,6 +55,14 @@ class Round:
 
     outgoing: tuple[Parts, ...]
     incoming: tuple[Parts, ...]
+    own: tuple[tuple[Tensor, Tensor], ...] = ()
+    """(source, target): what the rank keeps for itself."""
+
+    def copy_own(self) -> None:
+        """Copy what no other rank takes part in."""
+        if self.own:
+            sources, targets = zip(*self.own, strict=True)
+            torch._foreach_copy_(list(targets), list(sources))
 
 
 class DataPlane(Protocol):
@@ -107,6 +115,7 @@ class GlooPeers:
 
     def move(self, rounds: Sequence[Round], watch: Watch) -> None:
         for round_ in rounds:
+            round_.copy_own()
             with lost_members():
                 sent = [self._send(parts) for parts in round_.outgoing]
                 received = [self._receive(parts) for parts in round_.incoming]

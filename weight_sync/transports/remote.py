@@ -18,7 +18,7 @@ from samebit.weight_sync.meeting import loopback_listener
 from samebit.weight_sync.transports.base import Transport, WeightSource
 from samebit.weight_sync.transports.data_planes import make_data_plane
 from samebit.weight_sync.transports.group import WeightGroup
-from samebit.weight_sync.transports.shards import BUCKET_BYTES, ShardSender, beside
+from samebit.weight_sync.transports.shards import BUCKET_BYTES, Held, ShardSender, beside
 from samebit.weight_sync.types import LostMemberError, WeightSyncError, WeightVersion
 
 _LAST_WORDS_S = 60
@@ -98,16 +98,18 @@ class RemoteTransport(Transport):
         params = self._source.params
         data = make_data_plane(self.backend, next(iter(params.values())).device)
         listener, secret = loopback_listener(), secrets.token_hex(32)
-        place, known = listener.getsockname(), (self._timeout_s, secret)
+        address, port = listener.getsockname()
+        known = self._timeout_s, secret
         join = self._engine.join_weight_transport
 
         def make_sender() -> ShardSender:
             with listener:
-                group = WeightGroup(*place, 0, 2, *known, listener)
-                ends = group, data, self._source.specs, params
-                return ShardSender(*ends, self._bucket_bytes, self._require_receiving)
+                group = WeightGroup(address, port, 0, 2, *known, listener)
+                sends = Held(self._source.specs, params)
+                more = self._bucket_bytes, self._require_receiving
+                return ShardSender(group, data, sends, *more)
 
-        self._receiving = beside(partial(join, *place, 1, 2, self.backend, *known))
+        self._receiving = beside(partial(join, address, port, 1, 2, self.backend, *known))
         made = beside(make_sender)
         for future in wait([self._receiving, made], return_when=FIRST_EXCEPTION).done:
             future.result()
