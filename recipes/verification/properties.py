@@ -204,6 +204,26 @@ def weight_update(subject: Subject) -> Result:
     return result
 
 
+def memory_release(subject: Subject) -> Result:
+    """Memory of each tag, then of all, given back and had again at the same addresses."""
+    result = Result("memory release")
+    engine = subject.make_engine(weights_backup=True)
+    if not engine.config.releasable:
+        result.untried.append("memory cannot be released here: there is no C compiler")
+        return result
+    subject.generate(engine)
+    every = ("weights", "kv_cache", "cuda_graphs")
+    for tags in (*([tag] for tag in every), every):
+        released = engine.release_memory_occupation(tags)
+        engine.resume_memory_occupation(tags)
+        case = ", ".join(tags)
+        if any(released.values()):
+            result.compare(flat(subject.generate(engine)), subject.truth(), case)
+        else:
+            result.untried.append(f"{case}: there is none to release")
+    return result
+
+
 def graphs_and_overlap(subject: Subject) -> Result:
     """Decode by CUDA graphs or not, steps planned ahead or not."""
     result = Result("graphs and overlap")
@@ -263,5 +283,5 @@ def trainer(subject: Subject) -> Result:
 PROPERTIES: tuple[Property, ...] = (
     batch_size, batch_position, decode_batch, prefill_chunk, prefix_cache, page_size, preemption,
     group, neighbour_abort, concurrent_callers, restart, weight_update, graphs_and_overlap, score,
-    trainer, transports, pauses,
+    trainer, memory_release, transports, pauses,
 )  # fmt: skip

@@ -34,6 +34,7 @@ SETTINGS = {
     "graphs_and_overlap": [{"cuda_graphs": False, "overlap": x} for x in (False, True)],
     "score": [{"prefill_chunk": n} for n in (1024, 17)],
     "trainer": [],
+    "memory_release": [{"weights_backup": True}],
     "transports": [{"load_format": "none"}] * 2,  # and one in another process
     "pauses": [WITHOUT] * 3,
 }
@@ -54,6 +55,7 @@ TRIED = {
     "graphs_and_overlap": (2, 2),
     "score": (2, 0),
     "trainer": (3, 0),
+    "memory_release": (3, 4),
     "transports": (3, 2),
     "pauses": (5, 3),
 }

@@ -141,8 +141,8 @@ def test_unfinished_requests_are_not_taken_their_memory(make_engine):
 
 
 @pytest.mark.parametrize("tags", [["kv_cache"], None])
-def test_pages_of_paused_requests_are_kept(make_engine, monkeypatch, tags):
-    """Without the check, requests between two steps are as paused as can be."""
+def test_pages_of_paused_requests_are_kept(make_engine, tags):
+    """They go on as if nothing had been, and nothing is computed anew."""
     settings = {"page_size": 16, "kv_cache_tokens": 320, "weights_backup": True}
     plain, engine = make_engine(**settings), make_engine(**settings)
     for own in (plain, engine):
@@ -151,12 +151,13 @@ def test_pages_of_paused_requests_are_kept(make_engine, monkeypatch, tags):
             own.add_request(prompt, LONG, [7])
         for _ in range(5):
             own.step()
-    monkeypatch.setattr(engine.memory_control, "require_quiet", lambda: None)
+    engine.pause_generation("keep")
     computed = engine.scheduler.num_running
     engine.release_memory_occupation(tags)
     assert int(torch.stack([k.count_nonzero() for k in engine.runner.cache.keys]).sum()) == 0
     engine.resume_memory_occupation(tags)
     assert engine.scheduler.num_running == computed == 2
+    engine.continue_generation()
     assert run_to_end(engine) == run_to_end(plain)
 
 

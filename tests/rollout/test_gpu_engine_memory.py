@@ -67,7 +67,7 @@ def test_twenty_cycles_with_updates_leave_no_trace(qwen3_path, truth):
         engine.resume_memory_occupation()
         with pytest.raises(WeightSyncError, match="full update"):
             engine.generate(PROMPTS, PARAMS)
-        engine.update_weights_from_tensor(weights, step=step + 1)
+        engine.copy_weights(weights, step=step + 1)
         assert served(engine) == truth
         torch.cuda.empty_cache()
         kept.append((torch.cuda.memory_reserved(), free_bytes()))
@@ -110,18 +110,19 @@ def test_any_thread_may_release_and_resume(qwen3_path, truth):
     assert served(engine) == truth
 
 
-def test_pages_of_paused_requests_are_kept(qwen3_path, monkeypatch):
+def test_pages_of_paused_requests_are_kept(qwen3_path):
     settings = {"kv_cache_tokens": 4096, "weights_backup": True}
     plain, engine = make(qwen3_path, **settings), make(qwen3_path, **settings)
-    monkeypatch.setattr(engine.memory_control, "require_quiet", lambda: None)
     found = []
     for own in (plain, engine):
         for prompt in PROMPTS:
             own.add_request(prompt, PARAMS, [1, 2, 3])
         done = [*own.step(), *own.step(), *own.step()]
         if own is engine:
+            own.pause_generation("keep")
             own.release_memory_occupation()
             own.resume_memory_occupation()
+            own.continue_generation()
         while own.has_unfinished_requests:
             done += own.step()
         found.append(outcomes(done))

@@ -17,9 +17,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.parallel_state import (
     get_data_parallel_group,
     get_data_parallel_rank,
@@ -40,6 +38,7 @@ from samebit.trainer.megatron.main_grad import own_gradients
 from samebit.trainer.megatron.memory import TrainerMemory, gradients_in, hold, optimizer_in
 from samebit.trainer.megatron.model import forward_logprobs
 from samebit.trainer.megatron.offload import OffloadedState
+from samebit.trainer.megatron.optimizer_settings import lr_scheduler, optimizer_settings
 from samebit.trainer.megatron.optimizer_state import (
     load_optimizer_state,
     optimizer_state,
@@ -95,9 +94,9 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
             ]
         with no_cuda(), optimizer_in(self.arena, offloaded):
             self._optimizer = get_megatron_optimizer(
-                _megatron_optimizer_config(optimizer, config.bf16, self.parallel), self._chunks
+                optimizer_settings(optimizer, config.bf16, self.parallel), self._chunks
             )
-            self._scheduler = _scheduler(self._optimizer, optimizer, num_steps)
+            self._scheduler = lr_scheduler(self._optimizer, optimizer, num_steps)
             self._pieces = pieces_of(self._optimizer, self.params, moments_on_host=offloaded)
         hold(self.arena, self._chunks, self._pieces, offloaded)
         config.grad_scale_func = self._optimizer.scale_loss
@@ -149,7 +148,10 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
     def digest(self) -> str:
         """weights_digest of the weights that the optimizer means, on every rank: of its master
         copies, rounded, where it has them. The weights themselves are not read then.
+
+        Raises ReleasedError while the optimizer's memory is released.
         """
+        self.arena.require_resident(("optimizer",))
         copy = get_data_parallel_rank(with_context_parallel=True)
         counts = copy == 0 or self.parallel.distributed_optimizer
         return as_digest(gather_objects(self._digest_sum() if counts else 0))
@@ -369,37 +371,3 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
 def _copy_params(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
     for name, param in target.items():
         param.copy_(source[name])
-
-
-def _megatron_optimizer_config(
-    config: OptimizerConfig, bf16: bool, parallel: ParallelConfig
-) -> MegatronOptimizerConfig:
-    return MegatronOptimizerConfig(
-        optimizer="adam",
-        lr=config.lr,
-        min_lr=config.min_lr,
-        weight_decay=config.weight_decay,
-        adam_beta1=config.adam_beta1,
-        adam_beta2=config.adam_beta2,
-        adam_eps=config.adam_eps,
-        clip_grad=config.clip_grad,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=parallel.distributed_optimizer,
-    )
-
-
-def _scheduler(optimizer: Any, config: OptimizerConfig, num_steps: int) -> OptimizerParamScheduler:
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=config.lr,
-        min_lr=config.min_lr,
-        lr_warmup_steps=config.lr_warmup_steps,
-        lr_decay_steps=max(num_steps, config.lr_warmup_steps + 1),
-        lr_decay_style=config.lr_schedule,
-        start_wd=config.weight_decay,
-        end_wd=config.weight_decay,
-        wd_incr_steps=max(num_steps, 1),
-        wd_incr_style="constant",
-    )

@@ -1,0 +1,47 @@
+"""Our settings of the optimizer as Megatron's."""
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from samebit.trainer.config import OptimizerConfig, ParallelConfig
+
+
+def optimizer_settings(
+    config: OptimizerConfig, bf16: bool, parallel: ParallelConfig
+) -> MegatronOptimizerConfig:
+    """Megatron's settings of AdamW."""
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        clip_grad=config.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+    )
+
+
+def lr_scheduler(
+    optimizer: Any, config: OptimizerConfig, num_steps: int
+) -> OptimizerParamScheduler:
+    """Megatron's schedule of learning rates, in optimizer steps."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.lr_warmup_steps,
+        lr_decay_steps=max(num_steps, config.lr_warmup_steps + 1),
+        lr_decay_style=config.lr_schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=max(num_steps, 1),
+        wd_incr_style="constant",
+    )
