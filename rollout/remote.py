@@ -140,6 +140,10 @@ def _weight_version(engine: Engine) -> WeightVersion:
     return engine.weight_version
 
 
+def _is_paused(engine: Engine) -> bool:
+    return engine.is_paused
+
+
 class RemoteEngine:
     """An EngineClient: starts a process with an Engine; arguments as Engine's.
 
@@ -212,11 +216,25 @@ class RemoteEngine:
     join_weight_transport = _asking(Engine.join_weight_transport)
     receive_weight_update = _asking(Engine.receive_weight_update)
     weight_report = _asking(Engine.weight_report)
+    pause_generation = _asking(Engine.pause_generation)
+    continue_generation = _asking(Engine.continue_generation)
+    get_weights_by_name = _asking(Engine.get_weights_by_name)
+    begin_weight_update = _asking(Engine.begin_weight_update)
+    end_weight_update = _asking(Engine.end_weight_update)
+    init_weights_update_group = _asking(Engine.init_weights_update_group)
+    destroy_weights_update_group = _asking(Engine.destroy_weights_update_group)
+    update_weights_from_distributed = _asking(Engine.update_weights_from_distributed)
+    update_weights_from_tensor = _asking(Engine.update_weights_from_tensor)
 
     @property
     def weight_version(self) -> WeightVersion:
         """Step and digest of the weights that are served."""
         return _asking(_weight_version)(self)
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether generation is paused."""
+        return _asking(_is_paused)(self)
 
     def close(self) -> None:
         """End the process, and with it what is unfinished."""

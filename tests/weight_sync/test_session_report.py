@@ -202,9 +202,7 @@ def test_an_update_names_what_it_updates(session):
     """A drafter must not be overwritten by whoever does not know of it."""
     with pytest.raises(ValueError, match="is unknown; use one of all, target, draft"):
         session.begin(4, "drafter")
-    with pytest.raises(
-        WeightSyncError, match="no draft model is served, the target alone"
-    ):
+    with pytest.raises(WeightSyncError, match="no draft model is served, the target alone"):
         session.begin(4, "draft")
     session.require_ready()
     for step, selector in enumerate(("target", "all"), start=4):
