@@ -209,6 +209,38 @@ def finish_without_settling(engine, names):
     return [found[name] for name in names]
 
 
+def test_who_has_drawn_nothing_begins_again(folder):
+    """A prompt of which a chunk is computed by the old weights is the new version's alone."""
+    engine, fresh = Engine(folder, prefill_chunk=3), Engine(folder)
+    names, new = add(engine, PROMPTS[:2]), changed(engine)
+    assert not engine.step()
+    assert engine.scheduler._prefilling
+    for step in (6, 7):  # paused twice, which is one pause
+        engine.pause_generation("keep")
+        engine.copy_weights(new, step)
+    engine.continue_generation()
+    fresh.copy_weights(new, 7)
+    groups = finish(engine, names)
+    assert outcomes(groups) == outcomes(finish(fresh, add(fresh, PROMPTS[:2])))
+    assert {s for g in groups for c in g for s in c.version_spans} == {
+        VersionSpan(0, fresh.weight_version)
+    }
+
+
+def test_a_second_pause_does_not_forget_the_first(folder):
+    """What was drawn before either of them is of the version that was served then."""
+    engine = Engine(folder, page_size=2)
+    [name] = add(engine, PROMPTS[:1])
+    step_until(engine, name, 4)
+    engine.pause_generation("keep")
+    engine.copy_weights(changed(engine), 7)
+    engine.pause_generation("keep")
+    engine.continue_generation()
+    engine.step()
+    assert all(sample.is_mixed for sample in engine.loop.book.live[name].samples)
+    finish(engine, [name])
+
+
 def test_a_mixed_sample_that_is_retracted_says_so(folder):
     """From then on it is the new version's alone, as a fresh engine draws it."""
     engine = Engine(folder)
@@ -404,6 +436,7 @@ def test_the_newest_keys_are_the_new_weights(folder):
     sample = donor.loop.book.live[names[1]].samples[0]
     num_computed = len(PROMPTS[0]) + 4 - 1
     pages = donor.runner.cache.read_pages(sample.pages[:num_computed])
+    donor.abort_request(names[1])
     fresh = Engine(folder, page_size=1)
     fresh.copy_weights(new, 7)
     rest = replace(greedy, max_new_tokens=5)
