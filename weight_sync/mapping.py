@@ -131,7 +131,7 @@ def regions_of(
     specs: Iterable[ParamSpec], hf_name: str, dtype: torch.dtype
 ) -> list[tuple[ParamMeta, tuple[slice, ...]]]:
     """Where a Hugging Face tensor lies in the specs' parameters: regions, and its part for each."""
-    found = []
+    found: list[tuple[ParamMeta, tuple[slice, ...]]] = []
     for spec in specs:
         for block in spec.blocks:
             if block.hf_name != hf_name:

@@ -84,7 +84,7 @@ class UpdateSession:
             raise WeightSyncError(f"an update to step {self._step} is under way")
         if self._state is SessionState.DIRTY:
             found = list(self.report().values())
-            new, unknown, old = map(found.count, ("new", "unknown", "old"))
+            new, unknown, old = (found.count(content) for content in ("new", "unknown", "old"))
             raise WeightSyncError(
                 f"{self._broke_off}: {self.reason}; {new} tensors are new, {unknown} unknown, "
                 f"{old} old; a full update makes the engine usable again"

@@ -79,8 +79,8 @@ class HFWeights:
             gathered = gather_objects([(place, part.cpu()) for place, part in own], group)
             parts = [part for parts in gathered for part in parts]
         whole = torch.empty(self._shapes[name], dtype=self._dtypes[name], device=parts[0][1].device)
-        for place, part in parts:
-            whole[tuple(slice(*side) for side in place)] = part
+        for place, region in parts:
+            whole[tuple(slice(*side) for side in place)] = region
         return whole
 
     def _received(self, name: str, places: Sequence[Tensor], broadcasts: Broadcasts) -> Tensor:

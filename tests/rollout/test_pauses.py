@@ -1,22 +1,26 @@
 """Pauses between two steps: what is unfinished goes on to the same bits, under whatever weights."""
 
-import asyncio
-import threading
 from dataclasses import replace
 
 import pytest
 import torch
-from callers import wait_until
 from conservation import check_books, settle
 from helpers import outcomes
+from pauses import (
+    PARAMS,
+    PROMPTS,
+    add,
+    changed,
+    finish,
+    finish_without_settling,
+    num_drawn,
+    step_until,
+)
 
-from samebit.recipes.models.tiny_model import make_random_model
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
-from samebit.weight_sync.types import VersionSpan, WeightSyncError
+from samebit.weight_sync.types import VersionSpan
 
-PROMPTS = [[7, 3, 11, 3, 19, 5, 2], [7, 3, 11, 3, 19, 5, 2, 23, 13], [9]]
-PARAMS = SamplingParams(n=2, max_new_tokens=12, ignore_eos=True)
 TIGHT = {"kv_cache_tokens": 44, "page_size": 4}
 SETTINGS = [
     {},
@@ -27,49 +31,6 @@ SETTINGS = [
     TIGHT | {"overlap": True, "page_size": 2},
 ]
 LAYERS = (0, 2)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "small"
-    make_random_model(path, "qwen3", seed=3, tied=False, vocab_size=29, num_layers=2)
-    return path
-
-
-def changed(engine):
-    """Other weights: each matrix its neighbour's, so to say."""
-    return {n: w.roll(1, 0) * 1.1 if w.dim() > 1 else w.clone() for n, w in engine.weights.items()}
-
-
-def add(engine, prompts=PROMPTS, params=PARAMS, first_id=0, layers=()):
-    """Requests, whose samples have ids that say which they are."""
-    return [
-        engine.add_request(
-            p, params, range(10 * i + first_id, 10 * i + first_id + params.n),
-            return_hidden_states=layers,
-        )
-        for i, p in enumerate(prompts)
-    ]  # fmt: skip
-
-
-def finish(engine, names):
-    found = {}
-    while engine.has_unfinished_requests:
-        found |= {group[0].request_id: group for group in engine.step()}
-        check_books(engine)
-    settle(engine)
-    return [found[name] for name in names]
-
-
-def num_drawn(engine, name, index=0):
-    sample = engine.loop.book.live[name].samples[index]
-    return len(engine.scheduler._slots.drawn(sample, 0)[0])
-
-
-def step_until(engine, name, count, index=0):
-    """Step until a sample has drawn so many tokens."""
-    while num_drawn(engine, name, index) < count:
-        engine.step()
 
 
 def bits(groups):
@@ -83,17 +44,17 @@ def bits(groups):
 
 
 @pytest.fixture(scope="module")
-def truth(folder):
-    engine = Engine(folder)
+def truth(small_folder):
+    engine = Engine(small_folder)
     return bits(finish(engine, add(engine, layers=LAYERS)))
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("mode", ["retract", "keep", "in_place"])
 @pytest.mark.parametrize("weights", ["no update", "the same weights"])
-def test_a_pause_moves_no_bit(folder, truth, settings, mode, weights):
+def test_a_pause_moves_no_bit(small_folder, truth, settings, mode, weights):
     """At several moments, without an update or with one that changes nothing."""
-    engine = Engine(folder, **settings)
+    engine = Engine(small_folder, **settings)
     names, found, step = add(engine, layers=LAYERS), {}, 0
     same = {n: w.clone() for n, w in engine.weights.items()}
     while engine.has_unfinished_requests:
@@ -119,11 +80,11 @@ def test_a_pause_moves_no_bit(folder, truth, settings, mode, weights):
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_retract_goes_on_as_a_fresh_engine_from_what_was_drawn(folder, settings):
+def test_retract_goes_on_as_a_fresh_engine_from_what_was_drawn(small_folder, settings):
     """Context and weights are all that counts, so a prompt of what was drawn draws the rest."""
-    engine = Engine(folder, **settings)
+    engine = Engine(small_folder, **settings)
     before, names = engine.weight_version, add(engine)
-    new, fresh = changed(engine), Engine(folder)
+    new, fresh = changed(engine), Engine(small_folder)
     step_until(engine, names[0], 4)
     engine.pause_generation("retract")
     version = engine.copy_weights(new, 7)
@@ -142,11 +103,11 @@ def test_retract_goes_on_as_a_fresh_engine_from_what_was_drawn(folder, settings)
             assert again.logprobs == found.logprobs[start:]
 
 
-def kept(folder, settings, companions, watch=lambda engine: None):
+def kept(small_folder, settings, companions, watch=lambda engine: None):
     """The samples of two prompts, updated to new weights once the first has drawn four tokens."""
     found = []
     for prompt in PROMPTS[:2]:
-        engine = Engine(folder, **settings)
+        engine = Engine(small_folder, **settings)
         watch(engine)
         add(engine, companions[:1], replace(PARAMS, max_new_tokens=7), first_id=500)
         [name] = add(engine, [prompt], replace(PARAMS, n=1, max_new_tokens=16))
@@ -161,13 +122,13 @@ def kept(folder, settings, companions, watch=lambda engine: None):
 
 
 @pytest.fixture(scope="module")
-def kept_alone(folder):
-    return kept(folder, {"prefix_cache": False}, [])
+def kept_alone(small_folder):
+    return kept(small_folder, {"prefix_cache": False}, [])
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("companions", [[], PROMPTS], ids=len)
-def test_keep_is_a_function_of_the_spans(folder, kept_alone, settings, companions):
+def test_keep_is_a_function_of_the_spans(small_folder, kept_alone, settings, companions):
     """In any company, with pages of any size, some of which leave for host memory and return."""
     swaps = []
 
@@ -175,7 +136,7 @@ def test_keep_is_a_function_of_the_spans(folder, kept_alone, settings, companion
         original = engine.scheduler._swap_out
         engine.scheduler._swap_out = lambda seq: (swaps.append(seq), original(seq))
 
-    found = kept(folder, settings, companions, watch)
+    found = kept(small_folder, settings, companions, watch)
     assert outcomes([found]) == outcomes([kept_alone])
     for one, other in zip(found, kept_alone, strict=True):
         assert one.version_spans == other.version_spans
@@ -185,9 +146,9 @@ def test_keep_is_a_function_of_the_spans(folder, kept_alone, settings, companion
     assert swaps or settings is not TIGHT or not companions
 
 
-def test_a_prompt_finds_nothing_of_a_mixed_sample(folder):
+def test_a_prompt_finds_nothing_of_a_mixed_sample(small_folder):
     """Its pages hold keys and values of weights that are served no more."""
-    engine = Engine(folder, page_size=2)
+    engine = Engine(small_folder, page_size=2)
     [name] = add(engine, PROMPTS[:1])
     step_until(engine, name, 4)
     engine.pause_generation("keep")
@@ -196,22 +157,15 @@ def test_a_prompt_finds_nothing_of_a_mixed_sample(folder):
     engine.flush_cache()
     engine.continue_generation()
     [[mixed, _]] = finish_without_settling(engine, [name])
-    fresh = Engine(folder, prefix_cache=False)
+    fresh = Engine(small_folder, prefix_cache=False)
     fresh.copy_weights(new, 7)
     context = [[*PROMPTS[0], *mixed.token_ids, 3]]
     assert outcomes(engine.generate(context, PARAMS)) == outcomes(fresh.generate(context, PARAMS))
 
 
-def finish_without_settling(engine, names):
-    found = {}
-    while engine.has_unfinished_requests:
-        found |= {group[0].request_id: group for group in engine.step()}
-    return [found[name] for name in names]
-
-
-def test_who_has_drawn_nothing_begins_again(folder):
+def test_who_has_drawn_nothing_begins_again(small_folder):
     """A prompt of which a chunk is computed by the old weights is the new version's alone."""
-    engine, fresh = Engine(folder, prefill_chunk=3), Engine(folder)
+    engine, fresh = Engine(small_folder, prefill_chunk=3), Engine(small_folder)
     names, new = add(engine, PROMPTS[:2]), changed(engine)
     assert not engine.step()
     assert engine.scheduler._prefilling
@@ -227,9 +181,9 @@ def test_who_has_drawn_nothing_begins_again(folder):
     }
 
 
-def test_a_second_pause_does_not_forget_the_first(folder):
+def test_a_second_pause_does_not_forget_the_first(small_folder):
     """What was drawn before either of them is of the version that was served then."""
-    engine = Engine(folder, page_size=2)
+    engine = Engine(small_folder, page_size=2)
     [name] = add(engine, PROMPTS[:1])
     step_until(engine, name, 4)
     engine.pause_generation("keep")
@@ -241,10 +195,10 @@ def test_a_second_pause_does_not_forget_the_first(folder):
     finish(engine, [name])
 
 
-def test_a_mixed_sample_that_is_retracted_says_so(folder):
+def test_a_mixed_sample_that_is_retracted_says_so(small_folder):
     """From then on it is the new version's alone, as a fresh engine draws it."""
-    engine = Engine(folder)
-    new, fresh = changed(engine), Engine(folder)
+    engine = Engine(small_folder)
+    new, fresh = changed(engine), Engine(small_folder)
     fresh.copy_weights(new, 7)
     [name] = add(engine, PROMPTS[:1])
     for count, mode in ((3, "keep"), (6, "retract")):
@@ -262,9 +216,9 @@ def test_a_mixed_sample_that_is_retracted_says_so(folder):
     assert again.logprobs == found.logprobs[6:]
 
 
-def test_who_waits_with_tokens_is_computed_anew_by_the_new_version(folder):
+def test_who_waits_with_tokens_is_computed_anew_by_the_new_version(small_folder):
     """Preempted before the update: nothing of the old keys is left, and the span says it."""
-    engine = Engine(folder, **TIGHT)
+    engine = Engine(small_folder, **TIGHT)
     names = add(engine)
     while not any(s.token_ids[s.prompt_len :] for s in engine.scheduler._waiting):
         engine.step()
@@ -279,148 +233,9 @@ def test_who_waits_with_tokens_is_computed_anew_by_the_new_version(folder):
     assert waiting
 
 
-def test_abort_ends_everything_with_what_there_is(folder, truth):
-    """Callers, streams and those who step get their partial samples; later calls wait."""
-    engine = Engine(folder)
-    names = add(engine)
-    step_until(engine, names[0], 5)
-    engine.pause_generation()
-    assert not engine.has_unfinished_requests or engine.is_paused
-    groups = {group[0].request_id: group for group in engine.step()}
-    for name, expected in zip(names, truth, strict=True):
-        for found, (token_ids, *_) in zip(groups[name], expected, strict=True):
-            assert found.finish_reason == "abort"
-            assert list(found.token_ids) == list(token_ids)[: len(found.token_ids)]
-    assert len(groups[names[0]][0].token_ids) == 5
-    with pytest.raises(RuntimeError, match="generation is paused; continue_generation"):
-        engine.step()
-    engine.continue_generation()
-    settle(engine)
-
-
-def in_thread(call):
-    """The call on a thread, and a list that its result comes into."""
-    found = []
-    thread = threading.Thread(target=lambda: found.append(call()))
-    thread.start()
-    return thread, found
-
-
-@pytest.mark.parametrize("mode", ["retract", "keep"])
-def test_callers_wait_through_a_pause_and_an_update(folder, mode):
-    """A thread, asyncio and a stream; new calls queue, one is aborted, weights change meanwhile."""
-    engine = Engine(folder)
-    expected = outcomes(engine.generate(PROMPTS, PARAMS))
-    engine.pause_generation(mode)
-    thread, found = in_thread(lambda: engine.generate(PROMPTS, PARAMS))
-    wait_until(lambda: engine.loop.book.calls)
-    name = engine.add_request(PROMPTS[0], PARAMS)
-
-    async def later():
-        waiting = asyncio.create_task(engine.agenerate(PROMPTS[:1], PARAMS, [[0, 1]]))
-        while len(engine.loop.book.calls) < 2:
-            await asyncio.sleep(0)
-        assert [c.finish_reason for c in engine.abort_request(name)] == ["abort"] * 2
-        engine.copy_weights({n: w.clone() for n, w in engine.weights.items()}, 3)
-        assert not found
-        engine.continue_generation()
-        return await waiting
-
-    assert outcomes(asyncio.run(later())) == expected[:1]
-    thread.join()
-    assert outcomes(found[0]) == expected
-    assert {s.version.step for g in found[0] for c in g for s in c.version_spans} == {3}
-
-
-def test_a_pause_in_mid_call_ends_it_or_lets_it_go_on(folder):
-    """From another thread than the one that drives."""
-    engine = Engine(folder)
-    expected, reached, go_on = (
-        engine.generate(PROMPTS, PARAMS),
-        threading.Event(),
-        threading.Event(),
-    )
-
-    def progress(_, drawn):
-        if drawn >= 8 and not reached.is_set():
-            reached.set()
-            go_on.wait()
-
-    for mode in ("keep", "retract", "abort"):
-        reached.clear()
-        go_on.clear()
-        call = in_thread(lambda: engine.generate(PROMPTS, PARAMS, progress=progress))
-        thread, found = call
-        reached.wait()
-        pause, _ = in_thread(lambda mode=mode: engine.pause_generation(mode))
-        wait_until(lambda: engine.loop._inbox)
-        go_on.set()
-        pause.join()
-        assert engine.is_paused
-        if mode != "abort":
-            assert not found
-            engine.continue_generation()
-        thread.join()
-        reasons = {c.finish_reason for group in found[0] for c in group}
-        assert reasons == ({"abort"} if mode == "abort" else {"length"})
-        if mode != "abort":
-            assert outcomes(found[0]) == outcomes(expected)
-    engine.continue_generation()
-
-
-def test_close_ends_what_waits_in_a_pause(folder):
-    """Nobody is left behind."""
-    engine = Engine(folder)
-    engine.pause_generation("keep")
-    thread, found = in_thread(lambda: engine.generate(PROMPTS, PARAMS))
-    wait_until(lambda: engine.loop.book.calls)
-    engine.close()
-    thread.join()
-    assert {c.finish_reason for group in found[0] for c in group} == {"abort"}
-
-
-def test_a_mixture_is_not_gone_on_with(folder):
-    """A broken update leaves the engine paused, with its requests; a full one heals it."""
-    engine = Engine(folder)
-    names = add(engine)
-    step_until(engine, names[0], 4)
-    engine.pause_generation("keep")
-    new = changed(engine)
-    with pytest.raises(WeightSyncError, match="digest"):
-        engine.copy_weights(new, 7, "00")
-    with pytest.raises(WeightSyncError, match="step 7 broke off: .* new, 0 unknown, 0 old"):
-        engine.continue_generation()
-    assert engine.is_paused
-    late = engine.add_request(PROMPTS[2], PARAMS)
-    engine.copy_weights(new, 8)
-    engine.continue_generation()
-    *groups, group = finish(engine, [*names, late])
-    steps = [[s.version.step for s in c.version_spans] for c in groups[0]]
-    assert steps == [[0, 8]] * 2
-    assert {s.version.step for c in group for s in c.version_spans} == {8}
-
-
-def test_an_engine_at_work_still_refuses_an_update(folder):
-    """Without a pause nothing changes: half a step would see other weights."""
-    engine = Engine(folder)
-    add(engine)
-    with pytest.raises(WeightSyncError, match="3 requests are unfinished.*pause_generation"):
-        engine.copy_weights(changed(engine), 7)
-    settle(engine, leaves_requests=True)
-
-
-@pytest.mark.parametrize(("mode", "hint"), [("Keep", "keep$"), ("wait", "wait for the calls")])
-def test_an_unknown_mode_names_the_known_ones(folder, mode, hint):
-    engine = Engine(folder)
-    with pytest.raises(ValueError, match=f"mode '{mode}' is unknown; use one of abort.*{hint}"):
-        engine.pause_generation(mode)
-    assert not engine.is_paused
-    engine.continue_generation()
-
-
-def test_the_newest_keys_are_the_new_weights(folder):
+def test_the_newest_keys_are_the_new_weights(small_folder):
     """Against a hand-made computation: old pages up to the last token but one, then new weights."""
-    engine, donor = Engine(folder, page_size=1), Engine(folder, page_size=1)
+    engine, donor = Engine(small_folder, page_size=1), Engine(small_folder, page_size=1)
     new, greedy = (
         changed(engine),
         SamplingParams(max_new_tokens=9, temperature=0.0, ignore_eos=True),
@@ -437,7 +252,7 @@ def test_the_newest_keys_are_the_new_weights(folder):
     num_computed = len(PROMPTS[0]) + 4 - 1
     pages = donor.runner.cache.read_pages(sample.pages[:num_computed])
     donor.abort_request(names[1])
-    fresh = Engine(folder, page_size=1)
+    fresh = Engine(small_folder, page_size=1)
     fresh.copy_weights(new, 7)
     rest = replace(greedy, max_new_tokens=5)
     [name] = add(fresh, [[*PROMPTS[0], *found.token_ids[:4]]], rest)
@@ -446,7 +261,7 @@ def test_the_newest_keys_are_the_new_weights(folder):
     [[again]] = finish_without_settling(fresh, [name])
     assert again.token_ids == found.token_ids[4:]
     assert again.logprobs == found.logprobs[4:]
-    recomputed = Engine(folder)
+    recomputed = Engine(small_folder)
     recomputed.copy_weights(new, 7)
     [[other]] = recomputed.generate([[*PROMPTS[0], *found.token_ids[:4]]], rest)
     assert other.logprobs != again.logprobs
