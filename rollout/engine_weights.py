@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from samebit.kernels.reduce import RankGroup
+from samebit.rollout.device import on_device
 from samebit.rollout.runtime.engine_loop import EngineLoop
 from samebit.rollout.runtime.hf_weights import HFWeights
 from samebit.rollout.runtime.weight_control import WeightControl
@@ -200,7 +201,7 @@ class EngineWeights:
         weights = HFWeights(self.weight_control.session)
         weights.require_session()
         group, timeout_s = self._update_group(group_name)
-        with self._breaking(group_name):
+        with self._breaking(group_name), on_device(self.device):
             weights.require_fit(names, dtypes, shapes)
             broadcasts = Broadcasts(group, timeout_s)
             for name in names:

@@ -18,6 +18,8 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Concatenate
 
+from torch import Tensor
+
 from samebit.rollout.client import Begun, Progress, Tell, result_of, stream_of
 from samebit.rollout.engine import Engine
 from samebit.rollout.engine_process import START, serve
@@ -140,6 +142,11 @@ def _weight_version(engine: Engine) -> WeightVersion:
     return engine.weight_version
 
 
+def _get_weights_by_name(engine: Engine, name: str, truncate_size: int | None = None) -> Tensor:
+    """See Engine.get_weights_by_name; the copy is on the CPU."""
+    return engine.get_weights_by_name(name, truncate_size).cpu()
+
+
 def _is_paused(engine: Engine) -> bool:
     return engine.is_paused
 
@@ -218,7 +225,7 @@ class RemoteEngine:
     weight_report = _asking(Engine.weight_report)
     pause_generation = _asking(Engine.pause_generation)
     continue_generation = _asking(Engine.continue_generation)
-    get_weights_by_name = _asking(Engine.get_weights_by_name)
+    get_weights_by_name = _asking(_get_weights_by_name)
     begin_weight_update = _asking(Engine.begin_weight_update)
     end_weight_update = _asking(Engine.end_weight_update)
     init_weights_update_group = _asking(Engine.init_weights_update_group)

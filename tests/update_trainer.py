@@ -23,17 +23,20 @@ def init_process_group(init_method, world_size, rank, group_name, backend):
     return group
 
 
-def serve(connection, folder):
+def serve(connection, folder, backend="gloo", device="cpu"):
     """Do what the test says: join a port, or broadcast tensors; `None` ends it."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     weights, groups = load_file(folder / "model.safetensors"), {}
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+        weights = {name: weight.to(device, torch.bfloat16) for name, weight in weights.items()}
     while (asked := connection.recv()) is not None:
         verb, *arguments = asked
         try:
             if verb == "join":
                 port, name, size = arguments
-                groups[name] = init_process_group(f"tcp://127.0.0.1:{port}", size, 0, name, "gloo")
+                groups[name] = init_process_group(f"tcp://127.0.0.1:{port}", size, 0, name, backend)
             elif verb == "die":
                 os._exit(0)
             else:
@@ -41,6 +44,8 @@ def serve(connection, folder):
                 for name in names:
                     tensor = changes.get(name, weights[name])
                     dist.broadcast(tensor, src=0, group=groups[group_name])
+                if backend == "nccl":
+                    torch.cuda.synchronize()
             connection.send("done")
         except Exception as error:  # noqa: BLE001 - it is told
             connection.send(f"failed: {error}")

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from types import SimpleNamespace
 
 import pytest
 from callers import wait_until
@@ -100,6 +101,30 @@ def test_a_pause_in_mid_call_ends_it_or_lets_it_go_on(small_folder):
         assert reasons == ({"abort"} if mode == "abort" else {"length"})
         if mode != "abort":
             assert outcomes(found[0]) == outcomes(expected)
+    engine.continue_generation()
+
+
+def test_ranks_pause_at_the_same_step_or_not_at_all(small_folder, monkeypatch):
+    """A thread beside the one that drives would reach each rank at another step."""
+    engine, told = Engine(small_folder), []
+    monkeypatch.setattr(engine.loop.book.lockstep, "_ranks", SimpleNamespace(size=2, rank=0))
+
+    def pause():
+        with pytest.raises(RuntimeError, match="2 tensor parallel ranks need Engine.leading"):
+            engine.pause_generation("keep")
+        told.append(True)
+
+    def progress(_, drawn):
+        if not told and not threads:
+            threads.append(in_thread(pause)[0])
+            wait_until(lambda: engine.loop._inbox)
+
+    threads = []
+    engine.generate(PROMPTS, PARAMS, progress=progress)
+    threads[0].join()
+    assert told
+    assert not engine.is_paused
+    engine.pause_generation("keep")  # by the thread that drives: all ranks do it alike
     engine.continue_generation()
 
 
