@@ -1,19 +1,26 @@
 """EngineWeights: the engine's public methods that concern its weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from samebit.kernels.reduce import RankGroup
+from samebit.rollout.device import on_device
 from samebit.rollout.runtime.engine_loop import EngineLoop
+from samebit.rollout.runtime.hf_weights import HFWeights
 from samebit.rollout.runtime.weight_control import WeightControl
-from samebit.weight_sync.session import Content
+from samebit.weight_sync.session import Content, SessionState
 from samebit.weight_sync.transports.base import WeightSink
 from samebit.weight_sync.transports.data_planes import make_data_plane
 from samebit.weight_sync.transports.group import WeightGroup
 from samebit.weight_sync.transports.shards import Held, ShardReceiver
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
+from samebit.weight_sync.update_group import Broadcasts, join_update_group, leave_update_group
 
 PAUSE_MODES = ("abort", "retract", "keep")
 
@@ -24,7 +31,13 @@ class EngineWeights:
     loop: EngineLoop
     weight_control: WeightControl
     device: torch.device
+    ranks: RankGroup
     _receiver: ShardReceiver | None = None
+
+    @cached_property
+    def _update_groups(self) -> dict[str, tuple[ProcessGroup, float]]:
+        """By name, with the seconds that a member may stay away."""
+        return {}
 
     # -- pauses ----------------------------------------------------------------------------------
 
@@ -85,10 +98,14 @@ class EngineWeights:
         """weights_digest of the weights as they are now, over all tensor parallel ranks."""
         return self.weight_control.digest()
 
-    def get_weights_by_name(self, name: str) -> Tensor:
-        """A copy of one parameter by its engine (Megatron) name; KeyError if there is none."""
+    def get_weights_by_name(self, name: str, truncate_size: int | None = None) -> Tensor:
+        """A copy of a whole tensor by its Hugging Face name, or of this rank's by its engine name.
+
+        truncate_size: so many rows, the first. Tensor parallel ranks ask for a Hugging Face tensor
+        alike, and get it on the CPU. Raises KeyError that names the nearest if there is none.
+        """
         self.weight_control.require_resident()
-        return self.weights[name].clone()
+        return HFWeights(self.weight_control.session).whole(name)[:truncate_size]
 
     def flush_cache(self) -> None:
         """Forget all cached prefixes."""
@@ -113,6 +130,130 @@ class EngineWeights:
         config.json, if it has one, is of another model.
         """
         return self.weight_control.update_weights_from_disk(model_path, step)
+
+    # -- updates as RL frameworks make them ------------------------------------------------------
+
+    def begin_weight_update(self, selector: str = "all", step: int | None = None) -> None:
+        """Open a session for a full update to `step`, by default the next one.
+
+        The engine has to be idle or paused. selector: the served models that the update is of:
+        "all" or "target", which are the same. Raises ValueError for an unknown one, and
+        WeightSyncError for "draft", which is not served, another session, or a stale step.
+        """
+        step = self.weight_version.step + 1 if step is None else step
+        self.weight_control.begin(step, selector)
+
+    def end_weight_update(self, digest: str | None = None) -> WeightVersion:
+        """Serve what came in the session; the version has the digest of the weights themselves.
+
+        digest: the sender's, to be compared. Raises WeightSyncError, and serves nothing, if
+        tensors are missing or not finite, or if anything was refused in the session.
+        """
+        return self.weight_control.commit(digest)
+
+    def init_weights_update_group(
+        self,
+        master_address: str,
+        master_port: int,
+        rank_offset: int,
+        world_size: int,
+        group_name: str = "weight_update_group",
+        backend: str = "nccl",
+        timeout_s: float = 600.0,
+        secret: str | None = None,
+    ) -> None:
+        """Join a group whose rank 0, at the address, broadcasts weights; see join_update_group.
+
+        This engine's ranks are rank_offset and the next ones. timeout_s: how long a member may stay
+        away, now and in every update. Raises ValueError for a name in use or a bad backend.
+        """
+        if group_name in self._update_groups:
+            raise ValueError(f"group '{group_name}' is there; destroy_weights_update_group first")
+        if backend == "nccl" and self.device.type == "cpu":
+            raise ValueError("backend 'nccl' needs a GPU; for an engine on the CPU use 'gloo'")
+        rank = rank_offset + self.ranks.rank
+        place = master_address, master_port, rank, world_size
+        group = join_update_group(*place, group_name, backend, timeout_s, secret)
+        self._update_groups[group_name] = group, timeout_s
+        self.weight_control.session.meet_sender()
+
+    def destroy_weights_update_group(self, group_name: str = "weight_update_group") -> None:
+        """Leave a group. ValueError if there is none of that name."""
+        leave_update_group(self._update_group(group_name)[0])
+        del self._update_groups[group_name]
+
+    def update_weights_from_distributed(
+        self,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        group_name: str = "weight_update_group",
+        flush_cache: bool = True,
+        load_format: str | None = None,
+    ) -> None:
+        """Take whole tensors, by Hugging Face names, that rank 0 of the group broadcasts in order.
+
+        Within a session, whose end drops cached prefixes, whatever flush_cache says. A tensor that
+        does not fit is refused before anything is received, and nothing is ever cast. Raises
+        WeightSyncError for that, without a session, or if the group has lost a member. Then the
+        update has broken off, and the group is closed: what its rank 0 sends next would be taken
+        for something else.
+        """
+        _require_plain(load_format)
+        weights = HFWeights(self.weight_control.session)
+        weights.require_session()
+        group, timeout_s = self._update_group(group_name)
+        with self._breaking(group_name), on_device(self.device):
+            weights.require_fit(names, dtypes, shapes)
+            broadcasts = Broadcasts(group, timeout_s)
+            for name in names:
+                weights.take(name, broadcasts)
+            broadcasts.wait()
+
+    def update_weights_from_tensor(
+        self,
+        named_tensors: Sequence[tuple[str, Tensor]],
+        load_format: str | None = None,
+        flush_cache: bool = True,
+    ) -> None:
+        """Copy whole tensors, by Hugging Face names, into place; in a session, as above.
+
+        For all parameters by their engine names, at once and without a session: `copy_weights`.
+        """
+        _require_plain(load_format)
+        weights, named = HFWeights(self.weight_control.session), list(named_tensors)
+        weights.require_session()
+        with self._breaking():
+            tensors = [tensor for _, tensor in named]
+            names, dtypes = [name for name, _ in named], [str(t.dtype) for t in tensors]
+            weights.require_fit(names, dtypes, [tuple(tensor.shape) for tensor in tensors])
+            for name, tensor in named:
+                weights.take(name, tensor.detach())
+
+    @contextmanager
+    def _breaking(self, group_name: str | None = None) -> Iterator[None]:
+        """Whatever ends the block early breaks the session's update, and the group."""
+        session = self.weight_control.session
+        try:
+            yield
+        except BaseException as error:
+            if group_name is not None:
+                leave_update_group(self._update_groups.pop(group_name)[0], is_broken=True)
+            if session.state is SessionState.UPDATING:
+                with suppress(WeightSyncError):  # the first error is the one to tell
+                    session.refuse(str(error) or repr(error))
+            raise
+
+    def _update_group(self, group_name: str) -> tuple[ProcessGroup, float]:
+        if group_name not in self._update_groups:
+            known = ", ".join(self._update_groups) or "none"
+            raise ValueError(
+                f"no weight group '{group_name}' (there are: {known}); call "
+                "init_weights_update_group first"
+            )
+        return self._update_groups[group_name]
+
+    # -- updates by samebit's own transports -----------------------------------------------------
 
     def join_weight_transport(
         self,
@@ -142,3 +283,8 @@ class EngineWeights:
             raise WeightSyncError("no weight group; call join_weight_transport first")
         self._receiver.receive(self.sink)
         return self.weight_version
+
+
+def _require_plain(load_format: str | None) -> None:
+    if load_format is not None:
+        raise ValueError(f"load_format '{load_format}' is unknown; there is none but None")

@@ -18,6 +18,8 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Concatenate
 
+from torch import Tensor
+
 from samebit.rollout.client import Begun, Progress, Tell, result_of, stream_of
 from samebit.rollout.engine import Engine
 from samebit.rollout.engine_process import START, serve
@@ -140,6 +142,15 @@ def _weight_version(engine: Engine) -> WeightVersion:
     return engine.weight_version
 
 
+def _get_weights_by_name(engine: Engine, name: str, truncate_size: int | None = None) -> Tensor:
+    """See Engine.get_weights_by_name; the copy is on the CPU."""
+    return engine.get_weights_by_name(name, truncate_size).cpu()
+
+
+def _is_paused(engine: Engine) -> bool:
+    return engine.is_paused
+
+
 class RemoteEngine:
     """An EngineClient: starts a process with an Engine; arguments as Engine's.
 
@@ -217,11 +228,25 @@ class RemoteEngine:
     join_weight_transport = _asking(Engine.join_weight_transport)
     receive_weight_update = _asking(Engine.receive_weight_update)
     weight_report = _asking(Engine.weight_report)
+    pause_generation = _asking(Engine.pause_generation)
+    continue_generation = _asking(Engine.continue_generation)
+    get_weights_by_name = _asking(_get_weights_by_name)
+    begin_weight_update = _asking(Engine.begin_weight_update)
+    end_weight_update = _asking(Engine.end_weight_update)
+    init_weights_update_group = _asking(Engine.init_weights_update_group)
+    destroy_weights_update_group = _asking(Engine.destroy_weights_update_group)
+    update_weights_from_distributed = _asking(Engine.update_weights_from_distributed)
+    update_weights_from_tensor = _asking(Engine.update_weights_from_tensor)
 
     @property
     def weight_version(self) -> WeightVersion:
         """Step and digest of the weights that are served."""
         return _asking(_weight_version)(self)
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether generation is paused."""
+        return _asking(_is_paused)(self)
 
     def close(self) -> None:
         """End the process, and with it what is unfinished."""

@@ -1,11 +1,13 @@
 """Ranks of one engine that do not all take an update: programs of tests/parallel."""
 
+import asyncio
 import json
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rank_programs import prompts, start
+from rank_programs import exact, prompts, start
+from safetensors.torch import load_file
 
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
@@ -20,6 +22,61 @@ def message_of(call):
     except WeightSyncError as error:
         return str(error)
     raise AssertionError("nothing was refused")
+
+
+def paused(rank, size, store, folder, out):
+    """Pauses that every rank makes alike, and that rank 0 makes for all; whole tensors between."""
+    torch.set_num_threads(1)
+    engine = Engine(folder, device="cpu", ranks=start(rank, size, store), overlap=True)
+    params = SamplingParams(n=2, max_new_tokens=10, ignore_eos=True)
+    ids = [[2 * i, 2 * i + 1] for i in range(len(prompts()))]
+    truth = exact(engine.generate(prompts(), params, ids))
+    weights = load_file(Path(folder) / "model.safetensors")
+
+    def stepped(mode):
+        names = [engine.add_request(p, params, i) for p, i in zip(prompts(), ids, strict=True)]
+        found = {}
+        while engine.has_unfinished_requests:
+            found |= {group[0].request_id: group for group in engine.step()}
+            if engine.step_loop.num_drawn % 3 == 0 and engine.weight_version.step < 3:
+                engine.pause_generation(mode)
+                engine.begin_weight_update()
+                engine.update_weights_from_tensor(list(weights.items()))
+                engine.end_weight_update()
+                engine.continue_generation()
+        return exact([found[name] for name in names])
+
+    found = {"alike": [], "led": None}
+    for mode in ("keep", "retract"):
+        engine.update_weights_from_disk(folder, step=0)
+        found["alike"].append(stepped(mode) == truth)
+    found["version"] = vars(engine.weight_version)
+    found["whole"] = all(torch.equal(engine.get_weights_by_name(n), w) for n, w in weights.items())
+    if int(rank) > 0:
+        engine.follow()
+    else:
+        with engine.leading():
+            found["led"] = exact(asyncio.run(_led(engine, params, ids))) == truth
+    found["after"] = exact(engine.generate(prompts(), params, ids)) == truth
+    Path(out).with_suffix(f".{rank}").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+async def _led(engine, params, ids):
+    """A call that is paused again and again by another task; then one that is aborted."""
+    call = asyncio.create_task(engine.agenerate(prompts(), params, ids))
+    for mode in ("keep", "retract", "keep", "retract"):
+        await asyncio.sleep(0.02)
+        engine.pause_generation(mode)
+        engine.continue_generation()
+    found = await call
+    doomed = asyncio.create_task(engine.agenerate(prompts(), params, ids))
+    await asyncio.sleep(0)
+    engine.pause_generation("abort")
+    engine.continue_generation()
+    await doomed
+    return found
 
 
 def refused(rank, size, store, folder, out):

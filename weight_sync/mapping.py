@@ -8,7 +8,10 @@ gate/up stacking, vocabulary padding and tensor parallel shards, for loading, ex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from samebit.weight_sync.types import ParamMeta
 
 type Index = tuple[slice, ...]
 """A range of a tensor's rows and, of a matrix, one of its columns."""
@@ -138,6 +141,23 @@ def grouped_qkv(
 def hf_shapes(specs: Iterable[ParamSpec]) -> dict[str, tuple[int, ...]]:
     """The full shape of every Hugging Face tensor that the specs draw on."""
     return {name: shape for spec in specs for name, shape in spec.hf_shapes.items()}
+
+
+def regions_of(
+    specs: Iterable[ParamSpec], hf_name: str, dtype: torch.dtype
+) -> list[tuple[ParamMeta, tuple[slice, ...]]]:
+    """Where a Hugging Face tensor lies in the specs' parameters: regions, and its part for each."""
+    found: list[tuple[ParamMeta, tuple[slice, ...]]] = []
+    for spec in specs:
+        for block in spec.blocks:
+            if block.hf_name != hf_name:
+                continue
+            rows = slice(block.hf_start, block.hf_start + block.num_rows)
+            shape = (block.num_rows, *spec.shape[1:])
+            start = (block.start, *(0 for _ in spec.shape[1:]))
+            meta = ParamMeta(spec.name, shape, str(dtype), 0, start)
+            found.append((meta, (rows, spec.columns()) if len(shape) > 1 else (rows,)))
+    return found
 
 
 def unequal_shapes(

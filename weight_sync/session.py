@@ -120,10 +120,8 @@ class UpdateSession:
             raise WeightSyncError(
                 f"update to step {step} is stale: the version before it is of step {self._oldest}"
             )
-        self._unknown.update(self._received)
         self._state_before, self._unknown_before = self._state, set(self._unknown)
-        if self._shared:
-            self._unknown.update(self.params)
+        self._unknown.update(self.params if self._shared else ())
         self._state, self._step, self._received = SessionState.UPDATING, step, {}
         self.is_refused = False
 
@@ -143,7 +141,7 @@ class UpdateSession:
         return regions
 
     def arrived(self, metas: Sequence[ParamMeta]) -> None:
-        """Take these regions as written. What comes twice breaks the update."""
+        """Take regions that were expected as written. What comes twice breaks the update."""
         self._require_updating()
         for meta in metas:
             self._region(meta)
@@ -168,6 +166,7 @@ class UpdateSession:
     def receive_in_place(self) -> None:
         """Take all tensors as arrived: the sender writes to this memory."""
         self._require_updating()
+        self._unknown.update(self.params)
         self._received = {meta.name: [meta] for meta in self.metas()}
 
     def metas(self) -> list[ParamMeta]:
@@ -280,7 +279,7 @@ class UpdateSession:
     def _content(self, name: str) -> Content:
         if name in self._received and self._is_whole(name):
             return "new"
-        return "unknown" if name in self._unknown or name in self._received else "old"
+        return "unknown" if name in self._unknown else "old"
 
     def _is_whole(self, name: str) -> bool:
         """Whether every element but padding has arrived: regions do not overlap."""

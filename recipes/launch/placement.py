@@ -11,9 +11,10 @@ from samebit.kernels.named import import_named
 from samebit.kernels.registry import attention_kind
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.launch.replicas import ReplicatedEngine
+from samebit.recipes.launch.updates import engine_device, why_not_here
 from samebit.recipes.run.phase_ledger import TRAINER_TURN
 from samebit.rollout.client import EngineClient
-from samebit.rollout.device import why_not_releasable
+from samebit.rollout.device import resolve_device, why_not_releasable
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.remote import RemoteEngine
@@ -75,6 +76,15 @@ def releases_memory(run: GrpoRun, device: torch.device) -> bool:
     return not why_not
 
 
+def require_transport(run: GrpoRun) -> None:
+    """Raise ValueError for a transport that cannot be had, or not on this machine's devices."""
+    name = run.placement.transport
+    load_transport(name)
+    between_gpus = name in TRANSPORTS and TRANSPORTS[name].gpus > 0
+    if between_gpus and (reason := why_not_here(name, resolve_device(run.device))):
+        raise ValueError(f"placement.transport: {reason}")
+
+
 def load_transport(name: str) -> type[WeightSync]:
     """Give the class that placement.transport names, or is: module:Class.
 
@@ -106,7 +116,8 @@ def start_engine(
     if run.engine.releasable is None:
         own["releasable"] = releases
     config = replace(run.engine, max_model_len=longest, seed=run.seed, **own)
-    where: dict[str, Any] = {"device": device, "ranks": trainer.ranks}
+    there = engine_device(run.placement.transport, device)
+    where: dict[str, Any] = {"device": there, "ranks": trainer.ranks}
     engine: Engine | RemoteEngine
     if run.placement.engine == "process":
         engine = RemoteEngine(run.model.path, run.cpu_threads, config=config, **where)

@@ -144,7 +144,9 @@ def _to_plain(c: Completion) -> dict[str, Any]:
     return vars(c) | {
         "token_ids": array("i", c.token_ids),
         "logprobs": array("f", c.logprobs),
-        "version_spans": [(s.start, s.version.step, s.version.digest) for s in c.version_spans],
+        "version_spans": [
+            (s.start, s.recomputed, s.version.step, s.version.digest) for s in c.version_spans
+        ],
         "hidden_states": {layer: states.cpu() for layer, states in c.hidden_states.items()},
     }
 
@@ -154,6 +156,9 @@ def _completion(plain: dict[str, Any]) -> Completion:
     found = {
         "token_ids": tuple(plain["token_ids"]),
         "logprobs": tuple(plain["logprobs"]),
-        "version_spans": tuple(VersionSpan(n, WeightVersion(*version)) for n, *version in spans),
+        "version_spans": tuple(
+            VersionSpan(start, WeightVersion(*version), recomputed)
+            for start, recomputed, *version in spans
+        ),
     }
     return Completion(**plain | found)

@@ -66,6 +66,13 @@ def why_not_here(transport: str, device: torch.device) -> str:
     return missing if entry.gpus > gpus else ""
 
 
+def engine_device(transport: str, device: torch.device) -> torch.device:
+    """Where an engine lives that gets its weights so: on the sender's device, or on the next GPU
+    if the transport is between two."""
+    apart = transport in TRANSPORTS and TRANSPORTS[transport].gpus > 1
+    return torch.device("cuda", 1) if apart else device
+
+
 def connect(
     transport: str,
     source: Source,
@@ -76,8 +83,7 @@ def connect(
 ) -> tuple[Engine | RemoteEngine, WeightSync]:
     """An engine that serves after its first update by one of TRANSPORTS, and what brings that.
 
-    It is in this process if it can be, else in one of its own: on the source's device, or the
-    next GPU if the transport is between two.
+    It is in this process if it can be, else in one of its own.
     """
     entry, config = TRANSPORTS[transport], replace(config, load_format="none")
     kind = import_class(entry.path, "transport", WeightSync)
@@ -88,6 +94,6 @@ def connect(
         engine = Engine(model_path, config, device=device, weights=leased, step=step)
     else:
         torch.cuda.empty_cache()  # what this process keeps for later may be what that one needs
-        device = torch.device("cuda", 1) if entry.gpus > 1 else source.device
+        device = engine_device(transport, source.device)
         engine = RemoteEngine(model_path, cpu_threads, config=config, device=device)
     return engine, kind.between(source, engine, folder)

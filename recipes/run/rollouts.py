@@ -1,5 +1,6 @@
 """A run's rollouts on disk: every token and the exact bits of its log-prob, one file a step."""
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from samebit.rollout.types import Completion
 from samebit.weight_sync.disk import make_folder, sync, write_atomically
+from samebit.weight_sync.types import VersionSpan, WeightVersion
 
 ROLLOUTS_FOLDER = "rollouts"
 _NAME = re.compile(r"step_([0-9]{8,})")
@@ -28,6 +30,8 @@ class SavedSample:
     logprobs: Tensor
     """[L] fp32, the rollout's own bits."""
     reward: float
+    version_spans: tuple[VersionSpan, ...] = ()
+    """None in files of earlier versions."""
 
 
 def save_rollout(
@@ -51,6 +55,7 @@ def save_rollout(
         "lens": ints(len(c.token_ids) for c in completions),
         "token_ids": ints(token for c in completions for token in c.token_ids),
         "logprobs": torch.tensor([x for c in completions for x in c.logprobs]),
+        "version_spans": _spans_as_bytes(completions),
     }
     file = run_dir / ROLLOUTS_FOLDER / f"step_{step:08d}.safetensors"
     make_folder(file.parent)
@@ -64,7 +69,8 @@ def load_rollout(file: Path) -> list[SavedSample]:
         prompts = x["prompt_ids"].split(x["prompt_lens"].tolist())
         lens = x["lens"].tolist()
         parts = x["token_ids"].split(lens), x["logprobs"].split(lens)
-        rows = zip(x["sample_ids"].tolist(), *parts, x["rewards"].tolist(), strict=True)
+        spans = _spans_of_bytes(x["version_spans"]) if "version_spans" in x else [()] * len(lens)
+        rows = zip(x["sample_ids"].tolist(), *parts, x["rewards"].tolist(), spans, strict=True)
         group_size = len(lens) // len(prompts)
         return [
             SavedSample(sample_id, prompts[i // group_size], *row)
@@ -87,3 +93,22 @@ def list_rollouts(run_dir: Path) -> dict[int, Path]:
     """Return the files by step; copies under other names are left out."""
     files = sorted((run_dir / ROLLOUTS_FOLDER).glob("*.safetensors"))
     return {int(name[1]): file for file in files if (name := _NAME.fullmatch(file.stem))}
+
+
+def _spans_as_bytes(completions: Sequence[Completion]) -> Tensor:
+    """The version spans of all samples, as JSON."""
+    spans = [
+        [(s.start, s.recomputed, s.version.step, s.version.digest) for s in c.version_spans]
+        for c in completions
+    ]
+    return torch.frombuffer(bytearray(json.dumps(spans).encode()), dtype=torch.uint8)
+
+
+def _spans_of_bytes(data: Tensor) -> list[tuple[VersionSpan, ...]]:
+    return [
+        tuple(
+            VersionSpan(start, WeightVersion(*version), recomputed)
+            for start, recomputed, *version in spans
+        )
+        for spans in json.loads(data.numpy().tobytes())
+    ]

@@ -104,3 +104,16 @@ def test_what_one_rank_refuses_all_refuse_at_once(run_ranks, qwen3_path, tmp_pat
             assert reason in told, (name, told)
             assert "broke off: " in served
         assert found[0][name] == found[1][name], name
+
+
+def test_ranks_pause_alike(run_ranks, qwen3_path, tmp_path):
+    """Called alike or by rank 0 alone, with whole tensors taken apart and put together between."""
+    run_ranks("session_ranks.paused", 2, qwen3_path, tmp_path / "out.json")
+    led, follower = (json.loads((tmp_path / f"out.{rank}").read_text()) for rank in range(2))
+    digest = Engine(qwen3_path, device="cpu").weight_version.digest
+    for found in (led, follower):
+        assert found["alike"] == [True, True]
+        assert found["version"] == {"step": 3, "digest": digest}
+        assert found["whole"]
+        assert found["after"]
+    assert led["led"]

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from crashing_disk import CrashingDisk
+from safetensors.torch import load_file, save_file
 
 from samebit.recipes.cli.main import main
 from samebit.recipes.run.folder import RunFolder, entries
@@ -33,6 +34,7 @@ from samebit.trainer.checkpoint import latest_checkpoint
 from samebit.weight_sync.disk import write_atomically
 from samebit.weight_sync.folders import MARKER, read_marker
 from samebit.weight_sync.transports.file import read_version
+from samebit.weight_sync.types import VersionSpan, WeightVersion
 
 
 @pytest.fixture
@@ -156,10 +158,18 @@ def test_rollouts(disk, crashes):
 
 
 def test_a_rollout_comes_back_to_the_bit(tmp_path):
-    """Every sample with its group's prompt, its own tokens and log-probs, and its exact reward."""
+    """Every sample with its group's prompt, its own tokens, log-probs and weight versions, and its
+    exact reward; of a file of earlier versions without them."""
     prompts, lens = [[5, 6, 7], [8]], [1, 3, 2, 4]
     drawn = [
-        replace(completion(n), token_ids=tuple(range(n)), logprobs=tuple(-k / 7 for k in range(n)))
+        replace(
+            completion(n),
+            token_ids=tuple(range(n)),
+            logprobs=tuple(-k / 7 for k in range(n)),
+            version_spans=tuple(
+                VersionSpan(k, WeightVersion(k, "00" * 8), k == 2) for k in range(n)
+            ),
+        )
         for n in lens
     ]
     save_rollout(tmp_path, 3, prompts, [drawn[:2], drawn[2:]], [[0.1, 1e300], [1 / 3, -0.0]])
@@ -170,6 +180,12 @@ def test_a_rollout_comes_back_to_the_bit(tmp_path):
     assert [str(sample.reward) for sample in found] == ["0.1", "1e+300", str(1 / 3), "-0.0"]
     for sample, one in zip(found, drawn, strict=True):
         assert torch.equal(sample.logprobs, torch.tensor(one.logprobs))
+        assert sample.version_spans == one.version_spans
+    [file] = list_rollouts(tmp_path).values()
+    tensors = load_file(file)
+    del tensors["version_spans"]
+    save_file(tensors, file)
+    assert [sample.version_spans for sample in load_rollout(file)] == [()] * 4
 
 
 # -- a run that takes an earlier one's place ---------------------------------------------------

@@ -72,6 +72,16 @@ def test_what_is_no_transport_is_refused_before_anything_is_removed(runs, name, 
     assert not (runs.folder / "refused").exists()
 
 
+@pytest.mark.parametrize(("name", "gpus"), [("nccl", 2), ("ipc", 1)])
+def test_a_transport_between_gpus_is_refused_where_there_are_too_few(runs, name, gpus):
+    """Before anything is removed, and not by NCCL in the midst of the first step."""
+    words = ["placement=process", f"placement.transport={name}", "device=cpu"]
+    reason = f"placement.transport: {name} needs CUDA devices: {gpus}, there are 0"
+    with pytest.raises(ValueError, match=reason):
+        runs.train("refused", *words)
+    assert not (runs.folder / "refused").exists()
+
+
 def test_a_transport_of_ones_own_serves_each_step(runs):
     """One class in a file outside the package, and no line inside it."""
     run = runs.resolve("own", "placement.transport=own_transport:Slow")

@@ -45,3 +45,11 @@ def make_late(late_folder, monkeypatch):
         return engine
 
     return make
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory):
+    """A model of two layers whose samples seldom end by themselves."""
+    path = tmp_path_factory.mktemp("models") / "small"
+    make_random_model(path, "qwen3", seed=3, tied=False, vocab_size=29, num_layers=2)
+    return path
