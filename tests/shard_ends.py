@@ -10,31 +10,30 @@ from samebit.weight_sync.transports.peers import GlooPeers
 from samebit.weight_sync.transports.shards import Held, ShardReceiver, ShardSender
 from samebit.weight_sync.types import WeightVersion
 
+BUCKET_BYTES = 512 << 20
 
-def make_sender(version, address, port, size=2, bucket_bytes=512 << 20, **settings):
+
+def make_sender(
+    version, address, port, size=2, bucket_bytes=BUCKET_BYTES, peers=GlooPeers, **settings
+):
     group = WeightGroup(address, port, 0, size, **settings)
-    return ShardSender(group, GlooPeers(), Held(version.specs, version.params), bucket_bytes)
+    return ShardSender(group, peers(), Held(version.specs, version.params), bucket_bytes)
 
 
-def make_receiver(version, address, port, rank=1, size=2, **settings):
+def make_receiver(version, address, port, rank=1, size=2, peers=GlooPeers, **settings):
     group = WeightGroup(address, port, rank, size, **settings)
-    return ShardReceiver(group, GlooPeers(), Held(version.specs, version.params))
+    return ShardReceiver(group, peers(), Held(version.specs, version.params))
 
 
-def make_group(pool, version, num_receivers=1, bucket_bytes=512 << 20, timeout_s=60.0):
+def make_group(pool, version, num_receivers=1, bucket_bytes=BUCKET_BYTES, **settings):
     """A sender and its receivers, all in this process."""
     listener, size = loopback_listener(), num_receivers + 1
-    address, port = listener.getsockname()
+    place, settings = listener.getsockname(), {"timeout_s": 60.0, **settings}
     receivers = [
-        pool.submit(make_receiver, version, address, port, rank, size, timeout_s=timeout_s)
+        pool.submit(make_receiver, version, *place, rank, size, **settings)
         for rank in range(1, size)
     ]
-    sender = make_sender(
-        *(version, address, port, size),
-        bucket_bytes=bucket_bytes,
-        timeout_s=timeout_s,
-        listener=listener,
-    )
+    sender = make_sender(version, *place, size, bucket_bytes, listener=listener, **settings)
     return sender, [r.result() for r in receivers]
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from serving import PARAMS, PROMPTS, serves
@@ -11,6 +12,7 @@ from shard_ends import make_group, make_receiver, make_sender, recovers, send, s
 
 from samebit.rollout.remote import RemoteEngine, RemoteEngineError
 from samebit.weight_sync.meeting import loopback_listener
+from samebit.weight_sync.transports.peers import GlooPeers
 from samebit.weight_sync.transports.remote import GlooTransport
 from samebit.weight_sync.types import WeightSyncError
 
@@ -26,6 +28,37 @@ def test_a_silent_sender_is_given_up_after_the_timeout(pool, engine, new, expect
         engine.generate(PROMPTS, PARAMS)
     engine.copy_weights(new.params, step=5, digest=new.digest)
     assert serves(engine, new, expected)
+
+
+class BlindPeers(GlooPeers):
+    """As nccl: bytes that do not come are awaited for ever, but for what `watch` raises."""
+
+    sees_deaths = False
+
+    def move(self, rounds, watch):
+        if any(round_.outgoing for round_ in rounds):
+            raise OSError("the cable was pulled")
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            watch()
+            time.sleep(0.001)
+        raise AssertionError("nobody said that nothing will come")
+
+
+def test_an_abort_ends_the_wait_for_bytes(pool, engine, new, expected):
+    """A sender that fails between two bytes says so; the engine must not wait for the rest."""
+    sender, [receiver] = make_group(pool, new, peers=BlindPeers)
+    receiving = pool.submit(receiver.receive, engine.sink)
+    sender.begin(4)
+    with pytest.raises(OSError, match="the cable was pulled") as caught:
+        sender.send(new.params)
+    sender.abort(str(caught.value))
+    with pytest.raises(WeightSyncError, match="the cable was pulled"):
+        receiving.result()
+    with pytest.raises(WeightSyncError, match="step 4 broke off: the cable was pulled"):
+        engine.generate(PROMPTS, PARAMS)
+    sender, [receiver] = make_group(pool, new)
+    recovers(pool, sender, receiver, engine, new, expected)
 
 
 @pytest.mark.parametrize("method", ["arrived", "commit"])

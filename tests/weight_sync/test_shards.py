@@ -14,7 +14,7 @@ from samebit.weight_sync.meeting import loopback_listener
 from samebit.weight_sync.transports.group import WeightGroup
 from samebit.weight_sync.transports.peers import GlooPeers
 from samebit.weight_sync.transports.remote import NcclTransport
-from samebit.weight_sync.transports.shards import Held, ShardReceiver, ShardSender
+from samebit.weight_sync.transports.shards import Held, ShardSender
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
 
@@ -244,15 +244,10 @@ def test_ranks_that_would_move_bytes_by_different_ways_do_not_meet(pool, new):
         name = "pigeons"
 
     listener = loopback_listener()
-    address, port = listener.getsockname()
-
-    def join():
-        group = WeightGroup(address, port, 1, 2, timeout_s=60.0)
-        ShardReceiver(group, OtherPeers(), Held(new.specs, new.params))
-
-    joining = pool.submit(join)
+    place = listener.getsockname()
+    joining = pool.submit(make_receiver, new, *place, peers=OtherPeers, timeout_s=60.0)
     message = r"move bytes by different ways: \['gloo', 'pigeons'\]"
     with pytest.raises(WeightSyncError, match=message):
-        make_sender(new, address, port, timeout_s=60.0, listener=listener)
+        make_sender(new, *place, timeout_s=60.0, listener=listener)
     with pytest.raises(WeightSyncError, match=message):
         joining.result()
