@@ -81,6 +81,7 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                 if recorder.is_due(run.rollout.eval_every):
                     with timer.time("eval"):
                         metrics |= recipe.evaluate(recorder)
+                timer.end_step()
                 metrics |= timer.seconds | speed(recipe.trainer, rollout, stats, timer.seconds)
                 metrics |= recipe.ledger.metrics()
                 rate = f"{metrics['perf/rollout_tokens_per_s']:.0f} tok/s"

@@ -16,6 +16,7 @@ class PhaseTimer:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
@@ -24,6 +25,10 @@ class PhaseTimer:
         yield
         key = f"perf/{phase}_s"
         self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
+
+    def end_step(self) -> None:
+        """Put down perf/step_s: all that went by since the timer was made."""
+        self.seconds["perf/step_s"] = time.perf_counter() - self._start
 
 
 def rollout_metrics(rollout: Rollout, prefix: str) -> dict[str, float]:

@@ -74,7 +74,7 @@ class NcclPeers:
 
     def close(self) -> None:
         if self._communicator is not None:
-            self._communicator.close()
+            self._communicator.abort()
             self._communicator = None
 
     def _memory(self, all_parts: Sequence[Parts]) -> list[Tensor]:

@@ -52,8 +52,7 @@ def _library() -> ctypes.CDLL:
     for transfer in (library.ncclSend, library.ncclRecv):
         transfer.argtypes = [c_void_p, c_size_t, c_int, c_int, c_void_p, c_void_p]
     library.ncclCommGetAsyncError.argtypes = [c_void_p, POINTER(c_int)]
-    for name in ("ncclCommAbort", "ncclCommDestroy", "ncclCommFinalize"):
-        getattr(library, name).argtypes = [c_void_p]
+    library.ncclCommAbort.argtypes = [c_void_p]
     return library
 
 
@@ -106,15 +105,12 @@ class NcclCommunicator:
         self._until(done.query, watch)
 
     def abort(self) -> None:
-        """End whatever runs or waits."""
+        """Let go of everything, whatever runs or waits.
+
+        ncclCommDestroy would wait until the other ranks destroy theirs too.
+        """
         if self._comm:
             self._library.ncclCommAbort(self._comm)
-            self._comm = c_void_p()
-
-    def close(self) -> None:
-        """Let go of a communicator that nothing runs on."""
-        if self._comm:
-            self._library.ncclCommDestroy(self._comm)
             self._comm = c_void_p()
 
     def _settle(self, found: int, watch: Callable[[], None]) -> None:
