@@ -198,7 +198,7 @@ def test_all_receivers_of_a_region_get_its_changes():
 # -- updates --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bucket_bytes", [64, 5000, 1 << 30])
+@pytest.mark.parametrize("bucket_bytes", [1000, 1 << 30])
 def test_only_changed_elements_travel(pool, engine, new, bucket_bytes):
     """Few, none, many and all: the bytes are those of the changes, and the bits the sender's."""
     ends, params = Ends(pool, [new], [engine], bucket_bytes), new.params
@@ -270,6 +270,45 @@ def test_two_trainer_ranks_send_changes_of_their_halves(pool, engine, new):
         assert sent == [8 * count if every > 1 else halves[0][COLUMNS].nbytes, 0]
         assert ends.update(step + 1, new.digest, *halves) == sent
         assert holds(engine, new.params)
+
+
+def test_ranks_that_train_and_serve_exchange_changes(pool, old, new):
+    """Two trainer ranks hold halves, and each has an engine of the whole in its process."""
+    config = load_model_config(new.folder)
+    engines = [local_engine(old.folder) for _ in range(2)]
+    listener = loopback_listener()
+    place = listener.getsockname()
+
+    def make(rank):
+        specs = config.param_specs((rank, 2))
+        params = {spec.name: torch.empty(spec.shape) for spec in specs}
+        load_safetensors(new.folder, specs, params, new.specs)
+        settings = {"listener": listener} if rank == 0 else {}
+        group = WeightGroup(*place, rank, 2, timeout_s=60.0, **settings)
+        both = engines[rank].sink, Held(engines[rank].specs, engines[rank].weights)
+        held = Held(specs, params)
+        return ShardSender(group, GlooPeers(), held, 9000, engine=both, delta=True), held
+
+    def update(end, params, step, digest):
+        sender, _ = end
+        sender.begin(step)
+        sender.send(params)
+        sender.commit(digest)
+        return sender.sent_bytes
+
+    def together(step, digest, *sides):
+        return list(pool.map(update, ends, sides, [step] * 2, [digest] * 2))
+
+    ends = list(pool.map(make, range(2)))
+    halves = [held.params for _, held in ends]
+    full = together(1, new.digest, *halves)
+    changed, count = flipped(ends[1][1], halves[1], every=50, name=COLUMNS)
+    whole = {**new.params, COLUMNS: torch.cat([halves[0][COLUMNS], changed[COLUMNS]], dim=1)}
+    assert together(2, digest_of(new, whole), halves[0], changed) == [0, 8 * count]
+    assert all(holds(engine, whole) for engine in engines)
+    engines[0].copy_weights(new.params, step=2)
+    assert together(3, digest_of(new, whole), halves[0], changed) == full
+    assert all(holds(engine, whole) for engine in engines)
 
 
 def test_all_of_two_engines_must_hold_the_base(pool, old, new):

@@ -82,7 +82,8 @@ def only_changes(
     for round_ in rounds:
         outgoing = [_changed_parts(parts, to[parts.peer], read) for parts in round_.outgoing]
         incoming = [_changed_parts(parts, of[parts.peer], expect) for parts in round_.incoming]
-        yield Round(tuple(filter(None, outgoing)), tuple(filter(None, incoming)), round_.own)
+        if any(outgoing) or any(incoming) or round_.own:
+            yield Round(tuple(filter(None, outgoing)), tuple(filter(None, incoming)), round_.own)
         for region, positions, bits in arriving:
             _bits(region)[_index(positions.long(), region)] = bits
         arriving.clear()

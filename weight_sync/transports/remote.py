@@ -50,9 +50,7 @@ class RemoteTransport(Transport):
         self._sender: ShardSender | None = self._meet()
 
     @classmethod
-    def between(
-        cls, source: WeightSource, engine: Any, folder: Path, delta: bool = False
-    ) -> Self:
+    def between(cls, source: WeightSource, engine: Any, folder: Path, delta: bool = False) -> Self:
         return cls(source, engine, delta=delta)
 
     @property
