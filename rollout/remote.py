@@ -228,8 +228,6 @@ class RemoteEngine:
     join_weight_transport = _asking(Engine.join_weight_transport)
     receive_weight_update = _asking(Engine.receive_weight_update)
     weight_report = _asking(Engine.weight_report)
-    pause_generation = _asking(Engine.pause_generation)
-    continue_generation = _asking(Engine.continue_generation)
     get_weights_by_name = _asking(_get_weights_by_name)
     begin_weight_update = _asking(Engine.begin_weight_update)
     end_weight_update = _asking(Engine.end_weight_update)

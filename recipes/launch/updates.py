@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from samebit.kernels.named import import_class
 from samebit.rollout.config import EngineConfig
 from samebit.rollout.engine import Engine
 from samebit.rollout.remote import RemoteEngine
-from samebit.weight_sync.digest import weights_digest
+from samebit.weight_sync.digest import Digester
 from samebit.weight_sync.mapping import ParamSpec
 from samebit.weight_sync.transports.base import Lease, WeightSync
 from samebit.weight_sync.transports.registry import TRANSPORTS
@@ -44,10 +45,14 @@ class Source:
         """There is none: raises ValueError."""
         raise ValueError("a source without a trainer is no stage of a pipeline")
 
+    @cached_property
+    def _digester(self) -> Digester:
+        return Digester(self.specs, self.params)
+
     @property
     def version(self) -> WeightVersion:
         """Step and digest of the present weights."""
-        return WeightVersion(self.step, weights_digest(self.specs, self.params))
+        return WeightVersion(self.step, self._digester.digest())
 
     def change(self) -> None:
         """Make the next step's weights in place; after two of them every bit is as before."""

@@ -142,7 +142,7 @@ WRONG = {
     ),
     "alias to another process": (
         ["placement.engine=process"],
-        r"placement.transport is 'alias'; it must be one of \('gloo', 'file'\) for placement 'proc",
+        r"placement.transport is 'alias'; it must be one of \('gloo', 'nccl', 'ipc', 'file'\)",
     ),
     "gloo in one process": (
         ["placement.transport=gloo"],
@@ -180,7 +180,7 @@ WRONG = {
     ),
     "stages of one process": (
         ["placement.transport=stages"],
-        "placement.transport is 'stages'; it must be alias or file or gloo with 1 processes of the",
+        "placement.transport is 'stages'; it must be alias or file or gloo or ipc or nccl with 1",
     ),
     "more copies than samples": (
         ["trainer.parallel.data=8", "trainer.batch_size=4"],

@@ -84,7 +84,7 @@ def test_weights_that_are_released_are_neither_read_nor_updated(make_engine, tru
     with pytest.raises(ReleasedError, match="memory of weights is released"):
         engine.get_weights_by_name("decoder.final_layernorm.weight")
     for update in (
-        lambda: engine.update_weights_from_tensor(weights, step=1),
+        lambda: engine.copy_weights(weights, step=1),
         lambda: engine.update_weights_from_disk(qwen3_path),
         lambda: engine.sink.begin(1),
     ):
@@ -102,7 +102,7 @@ def test_weights_without_a_backup_need_a_full_update(make_engine, truth):
     engine.resume_memory_occupation(["weights"])
     with pytest.raises(WeightSyncError, match="released without a backup; .*full update"):
         engine.generate(PROMPTS, PARAMS)
-    engine.update_weights_from_tensor(weights, step=1)
+    engine.copy_weights(weights, step=1)
     assert served(engine) == truth
 
 
@@ -112,7 +112,7 @@ def test_weights_are_updated_while_the_kv_cache_is_released(make_engine, truth):
     weights = {name: p.clone() for name, p in engine.weights.items()}
     engine.release_memory_occupation()
     engine.resume_memory_occupation(["weights"])
-    engine.update_weights_from_tensor(weights, step=1)
+    engine.copy_weights(weights, step=1)
     with pytest.raises(WeightSyncError, match="the memory of kv_cache is released"):
         engine.generate(PROMPTS, PARAMS)
     engine.resume_memory_occupation(["kv_cache"])
@@ -194,7 +194,7 @@ def test_weights_under_update_are_not_released(make_engine, truth):
     engine.release_memory_occupation(["kv_cache"])  # room for the update
     engine.sink.abort("no more")
     engine.resume_memory_occupation()
-    engine.update_weights_from_tensor(weights, step=1)
+    engine.copy_weights(weights, step=1)
     assert served(engine) == truth
 
 

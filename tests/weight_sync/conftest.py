@@ -50,6 +50,12 @@ def new(qwen3_path, tmp_path_factory):
     return Version(folder)
 
 
+@pytest.fixture
+def engine(old):
+    """One of this process."""
+    return local_engine(old.folder)
+
+
 @pytest.fixture(scope="module")
 def expected(old, new):
     """What is served of both versions after a direct update in one process."""

@@ -250,6 +250,22 @@ def test_a_version_of_somebody_else_is_replaced_in_full(pool, engine, old, new):
     assert holds(engine, new.params)
 
 
+def test_a_mixture_is_of_no_version(pool, engine, new):
+    """Though its version is the sender's base: another update wrote some of it and broke off."""
+    ends = Ends(pool, [new], [engine])
+    ends.update(1, new.digest, new.params)
+    few, _ = flipped(new, new.params, every=97, name=LARGE)
+    engine.sink.begin(2)
+    [place] = engine.sink.expect(
+        [ParamMeta(COLUMNS, new.params[COLUMNS].shape, "torch.float32", 0)]
+    )
+    place.zero_()
+    engine.sink.abort("the cable was pulled")
+    assert engine.weight_version.digest == new.digest
+    assert ends.update(3, digest_of(new, few), few) == [all_bytes(new)]
+    assert holds(engine, few)
+
+
 def test_two_trainer_ranks_send_changes_of_their_halves(pool, engine, new):
     """Columns and rows of one parameter come from different ranks."""
     config = load_model_config(new.folder)

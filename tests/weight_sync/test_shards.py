@@ -1,92 +1,21 @@
-"""Updates to other processes: refusals, deaths and silence reach the other end as clear errors."""
+"""Updates shard to shard: what arrives, and how a refusal reaches every rank."""
 
-import os
-import signal
-import subprocess
-import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import outcomes
+from serving import PARAMS, PROMPTS, local_engine, serves
+from shard_ends import make_group, make_receiver, make_sender, recovers, send, source_of
 
-from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
-from samebit.rollout.remote import RemoteEngine, RemoteEngineError
 from samebit.rollout.runtime.weights import load_safetensors
-from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.meeting import loopback_listener
 from samebit.weight_sync.transports.group import WeightGroup
 from samebit.weight_sync.transports.peers import GlooPeers
-from samebit.weight_sync.transports.remote import GlooTransport, NcclTransport
-from samebit.weight_sync.transports.shards import Held, ShardReceiver, ShardSender
+from samebit.weight_sync.transports.remote import NcclTransport
+from samebit.weight_sync.transports.shards import Held, ShardSender
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
-
-PROMPTS = [[5, 9, 200, 31], [7]]
-PARAMS = SamplingParams(n=2, max_new_tokens=8, ignore_eos=True)
-
-
-def make_sender(version, address, port, size=2, bucket_bytes=512 << 20, **settings):
-    group = WeightGroup(address, port, 0, size, **settings)
-    return ShardSender(group, GlooPeers(), Held(version.specs, version.params), bucket_bytes)
-
-
-def make_receiver(version, address, port, rank=1, size=2, **settings):
-    group = WeightGroup(address, port, rank, size, **settings)
-    return ShardReceiver(group, GlooPeers(), Held(version.specs, version.params))
-
-
-def make_group(pool, version, num_receivers=1, bucket_bytes=512 << 20, timeout_s=60.0):
-    """A sender and its receivers, all in this process."""
-    listener, size = loopback_listener(), num_receivers + 1
-    address, port = listener.getsockname()
-    receivers = [
-        pool.submit(make_receiver, version, address, port, rank, size, timeout_s=timeout_s)
-        for rank in range(1, size)
-    ]
-    sender = make_sender(
-        *(version, address, port, size),
-        bucket_bytes=bucket_bytes,
-        timeout_s=timeout_s,
-        listener=listener,
-    )
-    return sender, [r.result() for r in receivers]
-
-
-@pytest.fixture
-def engine(old):
-    return Engine(old.folder, device="cpu", kv_cache_tokens=1024)
-
-
-@pytest.fixture(scope="module")
-def expected(old, new):
-    """Outcomes of both versions."""
-    return {
-        v.digest: outcomes(
-            Engine(v.folder, device="cpu", kv_cache_tokens=1024).generate(PROMPTS, PARAMS)
-        )
-        for v in (old, new)
-    }
-
-
-def source_of(version):
-    """A trainer's end, as transports see it."""
-    return SimpleNamespace(step=0, params=version.params, specs=version.specs)
-
-
-def send(sender, params, digest, step):
-    sender.begin(step)
-    sender.send(params)
-    return sender.commit(digest)
-
-
-def recovers(pool, sender, receiver, engine, version, expected):
-    """A full update over the same group makes the engine serve again."""
-    receiving = pool.submit(receiver.receive, engine.sink)
-    send(sender, version.params, version.digest, 9)
-    receiving.result()
-    assert engine.weight_version == WeightVersion(9, version.digest)
-    assert outcomes(engine.generate(PROMPTS, PARAMS)) == expected[version.digest]
 
 
 @pytest.mark.parametrize("bucket_bytes", [64, 5000, 1 << 30])
@@ -120,7 +49,7 @@ def test_two_trainer_ranks_fill_one_engine(pool, engine, new, expected):
     for step in (4, 5):
         receiver.receive(engine.sink)
         assert engine.weight_version == WeightVersion(step, new.digest)
-    assert outcomes(engine.generate(PROMPTS, PARAMS)) == expected[new.digest]
+    assert serves(engine, new, expected)
     assert all(u.result() == [WeightVersion(n, new.digest) for n in (4, 5)] for u in updates)
 
 
@@ -130,7 +59,7 @@ def test_ranks_that_train_and_serve_change_the_layout_among_themselves(pool, old
     config = load_model_config(new.folder)
     listener = loopback_listener()
     address, port = listener.getsockname()
-    engines = [Engine(old.folder, device="cpu", kv_cache_tokens=1024) for _ in range(2)]
+    engines = [local_engine(old.folder) for _ in range(2)]
 
     def make(rank):
         specs = config.param_specs((rank, 2))
@@ -155,12 +84,12 @@ def test_ranks_that_train_and_serve_change_the_layout_among_themselves(pool, old
     for future in refused:
         with pytest.raises(WeightSyncError, match="^rank 1: .* 1 requests are unfinished"):
             future.result()
-    assert outcomes(engines[0].generate(PROMPTS, PARAMS)) == expected[old.digest]
+    assert serves(engines[0], old, expected)
     engines[1].abort_request(request_id)
     assert together(update) == [WeightVersion(4, new.digest)] * 2
     for engine in engines:
         assert engine.weight_version == WeightVersion(4, new.digest)
-        assert outcomes(engine.generate(PROMPTS, PARAMS)) == expected[new.digest]
+        assert serves(engine, new, expected)
 
 
 def faults(new):
@@ -222,7 +151,7 @@ def test_an_engine_that_cannot_begin_refuses_through_the_protocol(pool, engine, 
 
 def test_one_of_two_receivers_refuses(pool, old, new, expected):
     """All receivers get the version or none: the one that refuses is named, the others serve on."""
-    engines = [Engine(old.folder, device="cpu", kv_cache_tokens=1024) for _ in range(2)]
+    engines = [local_engine(old.folder) for _ in range(2)]
     request_id = engines[1].add_request(PROMPTS[0], PARAMS)
     sender, receivers = make_group(pool, new, num_receivers=2)
 
@@ -234,14 +163,14 @@ def test_one_of_two_receivers_refuses(pool, old, new, expected):
     with pytest.raises(WeightSyncError, match="^rank 2: .*unfinished"):
         send(sender, new.params, new.digest, 4)
     receiving[0].result()
-    assert outcomes(engines[0].generate(PROMPTS, PARAMS)) == expected[old.digest]
+    assert serves(engines[0], old, expected)
     assert isinstance(receiving[1].exception(), WeightSyncError)
     engines[1].abort_request(request_id)
     receiving = receive()
     send(sender, new.params, new.digest, 5)
     for future, engine in zip(receiving, engines, strict=True):
         future.result()
-        assert outcomes(engine.generate(PROMPTS, PARAMS)) == expected[new.digest]
+        assert serves(engine, new, expected)
 
 
 def test_an_abort_reaches_the_receiver_with_its_reason(pool, engine, new, expected):
@@ -255,49 +184,6 @@ def test_an_abort_reaches_the_receiver_with_its_reason(pool, engine, new, expect
     with pytest.raises(WeightSyncError, match="step 4 broke off: out of disk"):
         engine.generate(PROMPTS, PARAMS)
     recovers(pool, sender, receiver, engine, new, expected)
-
-
-def test_a_silent_sender_is_given_up_after_the_timeout(pool, engine, new, expected):
-    """A sender that hangs in mid-update must not hang the engine for ever."""
-    sender, [receiver] = make_group(pool, new, timeout_s=5.0)
-    receiving = pool.submit(receiver.receive, engine.sink)
-    sender.begin(4)
-    with pytest.raises(WeightSyncError, match="the weight group lost a member"):
-        receiving.result()
-    with pytest.raises(WeightSyncError, match="step 4 broke off: the weight group lost a member"):
-        engine.generate(PROMPTS, PARAMS)
-    engine.copy_weights(new.params, step=5, digest=new.digest)
-    assert outcomes(engine.generate(PROMPTS, PARAMS)) == expected[new.digest]
-
-
-@pytest.mark.parametrize("method", ["arrived", "commit"])
-def test_any_error_of_the_receiver_breaks_the_update(
-    pool, engine, new, expected, monkeypatch, method
-):
-    """An engine left in the update for ever would refuse the next one too."""
-
-    def full(_):
-        raise MemoryError("out of memory")
-
-    sender, [receiver] = make_group(pool, new, timeout_s=5.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.sink, method, full)
-        receiving = pool.submit(receiver.receive, engine.sink)
-        with pytest.raises(WeightSyncError, match="the weight group lost a member"):
-            send(sender, new.params, new.digest, 4)
-        with pytest.raises(MemoryError):
-            receiving.result()
-    with pytest.raises(WeightSyncError, match="step 4 broke off: out of memory"):
-        engine.generate(PROMPTS, PARAMS)
-    sender, [receiver] = make_group(pool, new)
-    recovers(pool, sender, receiver, engine, new, expected)
-
-
-def test_a_silent_receiver_is_given_up_after_the_timeout(pool, new):
-    """A receiver that never answers a commit is an error of the sync, not a foreign one."""
-    sender, _ = make_group(pool, new, timeout_s=5.0)
-    with pytest.raises(WeightSyncError):
-        send(sender, new.params, new.digest, 4)
 
 
 def test_a_group_beyond_this_machine_needs_a_secret(pool, new, monkeypatch):
@@ -320,166 +206,48 @@ def test_an_update_without_a_group_is_refused(engine):
         engine.receive_weight_update()
 
 
-DYING_SENDERS = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from samebit.rollout.models.registry import load_model_config
-from samebit.rollout.runtime.weights import load_safetensors
-from samebit.weight_sync.digest import weights_digest
-from samebit.weight_sync.meeting import loopback_listener
-from samebit.weight_sync.transports.group import WeightGroup
-from samebit.weight_sync.transports.peers import GlooPeers
-from samebit.weight_sync.transports.shards import Held, ShardSender
-folder = Path(sys.argv[1])
-specs = load_model_config(folder).param_specs()
-params = {spec.name: torch.empty(spec.shape) for spec in specs}
-load_safetensors(folder, specs, params)
-digest = weights_digest(specs, params)
-
-def update(listener, fatal):
-    group = WeightGroup(*listener.getsockname(), 0, 2, timeout_s=60.0, listener=listener)
-    sender = ShardSender(group, GlooPeers(), Held(specs, params), bucket_bytes=10_000)
-    points = iter(range(1000))
-    def counted(call):
-        def counting(*args):
-            if next(points) == fatal:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args)
-        return counting
-    for owner, name in ((group, "tell"), (group, "exchange"), (sender._member.data, "_send")):
-        setattr(owner, name, counted(getattr(owner, name)))
-    sender.begin(4)
-    sender.send(params)
-    sender.commit(digest)
-    os._exit(next(points))
-
-for line in sys.stdin:
-    listener = loopback_listener()
-    print(listener.getsockname()[1], flush=True)
-    child = os.fork()
-    if child == 0:
-        update(listener, int(line))
-    listener.close()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def dying_sender(new):
-    """Updates from another process, which is killed at a given one of its steps."""
-    command = [sys.executable, "-P", "-c", DYING_SENDERS, str(new.folder)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-
-        def begin(fatal):
-            print(fatal, file=process.stdin, flush=True)
-            return int(process.stdout.readline())
-
-        yield begin, lambda: int(process.stdout.readline())
-        process.stdin.close()
-
-
-def test_a_sender_that_dies_at_any_point_breaks_the_update(
-    pool, engine, old, new, expected, dying_sender
-):
-    """The trainer's process is killed in mid-update: the engine notices, refuses and recovers.
-
-    Before it begins the old version is served, and once the engine has checked the whole new one
-    that is.
-    """
-    begin, exit_code = dying_sender
-    receiver = make_receiver(new, "127.0.0.1", begin(-1), timeout_s=60.0)
-    receiver.receive(engine.sink)
-    num_points = exit_code()
-    assert num_points >= 16
-    first, last = 0, num_points - 1  # the begin is not told; the answer to the commit not heard
-    for point in (*range(5), *range(7, num_points - 4, 4), *range(num_points - 4, num_points)):
-        engine.copy_weights(old.params, step=3, digest=old.digest)
-        receiver = make_receiver(new, "127.0.0.1", begin(point), timeout_s=60.0)
-        with pytest.raises(WeightSyncError, match="the weight group lost a member"):
-            receiver.receive(engine.sink)
-        assert exit_code() == -signal.SIGKILL
-        if point in (first, last):
-            served = old if point == first else new
-            assert outcomes(engine.generate(PROMPTS, PARAMS)) == expected[served.digest]
-            continue
-        refusal = "step 4 broke off: the weight group lost a member"
-        with pytest.raises(WeightSyncError, match=refusal):
-            engine.generate(PROMPTS, PARAMS)
-    sender, [receiver] = make_group(pool, new)  # the restarted trainer makes a new group
-    recovers(pool, sender, receiver, engine, new, expected)
-
-
-def kill(engine):
-    os.kill(engine._process.pid, signal.SIGKILL)
-    engine._process.join()
-
-
-def test_an_engine_process_that_dies_is_reported(old, new):
-    """A killed engine must not look like a hang, at rest and in mid-update."""
-    engine = RemoteEngine(old.folder, device="cpu", kv_cache_tokens=1024)
-    transport = GlooTransport(source_of(new), engine, timeout_s=60)
-    transport.begin(1)
-    transport.send(new.params)
-    kill(engine)
-    message = f"the engine's process {engine._process.pid} ended with code -9"
-    with pytest.raises(RemoteEngineError, match=message):
-        transport.commit(new.digest)
-    with pytest.raises(RemoteEngineError, match=message):
-        engine.generate(PROMPTS, PARAMS)
-    with pytest.raises(RemoteEngineError, match=message):
-        send(transport, new.params, new.digest, 2)
-    with pytest.raises(RemoteEngineError, match=message):
-        _ = engine.weight_version
-    engine.close()
-
-
-DYING_RECEIVER = """
-import os, sys
-from pathlib import Path
-from types import SimpleNamespace
-import torch
-from samebit.rollout.models.registry import load_model_config
-from samebit.weight_sync.transports.group import WeightGroup
-from samebit.weight_sync.transports.peers import GlooPeers
-from samebit.weight_sync.transports.shards import Held, ShardReceiver
-specs = load_model_config(Path(sys.argv[2])).param_specs()
-params = {spec.name: torch.empty(spec.shape) for spec in specs}
-sink = SimpleNamespace(
-    begin=lambda step: None,
-    expect=lambda metas: [meta.region_of(params[meta.name]) for meta in metas],
-    arrived=lambda metas: None,
-    commit=lambda digest: os._exit(7),
-)
-group = WeightGroup("127.0.0.1", int(sys.argv[1]), 1, 2, timeout_s=60.0)
-ShardReceiver(group, GlooPeers(), Held(specs, params)).receive(sink)
-"""
-
-
-def test_a_receiver_that_dies_while_it_checks_is_noticed_at_once(new):
-    """The sender waits for the answer to its commit: a death must end the wait."""
-    listener = loopback_listener()
-    address, port = listener.getsockname()
-    command = [sys.executable, "-P", "-c", DYING_RECEIVER, str(port), str(new.folder)]
-    with subprocess.Popen(command) as child:
-        sender = make_sender(new, address, port, timeout_s=60.0, listener=listener)
-        with pytest.raises(WeightSyncError, match="the weight group lost a member"):
-            send(sender, new.params, new.digest, 4)
-        assert child.wait() == 7
-
-
 def test_a_reply_to_a_failed_call_is_not_taken_for_another(remote, new):
     """The engine's process refuses too; the next call must get its own answer."""
     version = remote.weight_version
     with pytest.raises(ValueError, match="backend 'nccl' needs weights on a GPU, not on 'cpu'"):
         NcclTransport(source_of(new), remote)
     assert remote.weight_version == version
-    assert len(remote.generate(PROMPTS, PARAMS)) == 2
+    assert len(remote.generate(PROMPTS, PARAMS)) == len(PROMPTS)
 
 
 def test_an_unknown_backend_is_refused(engine):
     """A misspelled backend names the ones there are."""
     with pytest.raises(ValueError, match=r"backend 'glo' is unknown; use one of \['gloo', 'ipc'"):
         engine.join_weight_transport("127.0.0.1", 1, 1, 2, "glo")
+
+
+def test_ranks_that_planned_otherwise_move_nothing(pool, engine, old, new, expected):
+    """Bytes of one plan in the places of another are weights of no version."""
+    sender, [receiver] = make_group(pool, new)
+    planned, member = receiver._member.plan, receiver._member
+    member.plan = replace(planned, digest="0" * 16)
+    receiving = pool.submit(receiver.receive, engine.sink)
+    refusal = f"the plan is {'0' * 16} here and {planned.digest} at rank 0"
+    with pytest.raises(WeightSyncError, match=f"rank 1: {refusal}"):
+        sender.begin(4)
+    with pytest.raises(WeightSyncError, match=refusal):
+        receiving.result()
+    assert serves(engine, old, expected)
+    member.plan = planned
+    recovers(pool, sender, receiver, engine, new, expected)
+
+
+def test_ranks_that_would_move_bytes_by_different_ways_do_not_meet(pool, new):
+    """They would wait for each other's bytes until the timeout."""
+
+    class OtherPeers(GlooPeers):
+        name = "pigeons"
+
+    listener = loopback_listener()
+    place = listener.getsockname()
+    joining = pool.submit(make_receiver, new, *place, peers=OtherPeers, timeout_s=60.0)
+    message = r"move bytes by different ways: \['gloo', 'pigeons'\]"
+    with pytest.raises(WeightSyncError, match=message):
+        make_sender(new, *place, timeout_s=60.0, listener=listener)
+    with pytest.raises(WeightSyncError, match=message):
+        joining.result()

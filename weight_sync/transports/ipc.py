@@ -32,6 +32,7 @@ class IpcPeers:
         self._device = device
         self._buckets: dict[int, list[Tensor]] = {}  # by peer
         self._said: Any = None  # a gloo process group
+        self._told: list[tuple[Any, Tensor]] = []  # on its way
 
     def connect(
         self,
@@ -84,16 +85,22 @@ class IpcPeers:
         for peer, count in filled.items():
             for _ in range(min(count, _NUM_BUCKETS)):
                 self._hear(peer, _EMPTY)
+        with lost_members():
+            for work, _ in self._told:
+                work.wait()
+        self._told.clear()
 
     def close(self) -> None:
         self._buckets.clear()
+        self._told.clear()
         self._said = None
 
     def _say(self, peer: int, what: int) -> None:
-        """Once the copies have run."""
+        """Once the copies have run. Nobody waits until it is heard: each would for the other."""
         torch.cuda.current_stream(self._device).synchronize()
+        token = torch.zeros(1)
         with lost_members():
-            self._said.send([torch.zeros(1)], peer, what).wait()
+            self._told.append((self._said.send([token], peer, what), token))
 
     def _hear(self, peer: int, what: int) -> None:
         with lost_members():

@@ -47,11 +47,10 @@ def _library() -> ctypes.CDLL:
     except OSError as error:
         raise WeightSyncError(f"transport nccl: torch came without NCCL: {error}") from None
     library.ncclGetErrorString.restype = c_char_p
-    library.ncclCommInitRankConfig.argtypes = [
-        *(POINTER(c_void_p), c_int, _UniqueId, c_int, POINTER(_Config))
-    ]
-    transfer = [c_void_p, c_size_t, c_int, c_int, c_void_p, c_void_p]
-    library.ncclSend.argtypes = library.ncclRecv.argtypes = transfer
+    init = library.ncclCommInitRankConfig
+    init.argtypes = [POINTER(c_void_p), c_int, _UniqueId, c_int, POINTER(_Config)]
+    for transfer in (library.ncclSend, library.ncclRecv):
+        transfer.argtypes = [c_void_p, c_size_t, c_int, c_int, c_void_p, c_void_p]
     library.ncclCommGetAsyncError.argtypes = [c_void_p, POINTER(c_int)]
     for name in ("ncclCommAbort", "ncclCommDestroy", "ncclCommFinalize"):
         getattr(library, name).argtypes = [c_void_p]
