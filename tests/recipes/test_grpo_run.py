@@ -88,7 +88,6 @@ def test_another_seed_is_another_run(runs, base):
         ["reward.num_workers=3"],
         ["placement.transport=file"],
         ["placement=process"],
-        ["placement=process", "placement.delta=true"],
         ["placement=process", "placement.transport=file"],
         ["engine.page_size=16", "engine.kv_cache_tokens=64", "engine.max_num_seqs=3"],
         ["engine.prefix_cache=false", "engine.prefill_chunk=2", "engine.max_batch_tokens=7"],
@@ -100,7 +99,6 @@ def test_another_seed_is_another_run(runs, base):
         "reward workers",
         "file",
         "gloo process",
-        "gloo process, deltas",
         "file process",
         "preempting",
         "small batches",
@@ -118,7 +116,7 @@ def test_tp_invariant_is_another_profile_for_engine_and_trainer(runs, base):
     """Both sum row-parallel products in segments, wherever the engine runs."""
     invariant = ["numerics.tp_invariant=true", "algorithm=grpo_kl", "algorithm.kl_coef=0.1"]
     found = runs.train("invariant", *invariant)
-    assert runs.train("placed", *invariant, "placement=process") == found
+    assert runs.train("placed", *invariant, "placement=process", "placement.delta=true") == found
     assert found[0]["logprob_mismatches"] == 0
     assert found[1][1]["train/kl"] == 0.0  # the reference sums in segments too
     assert found[0]["weights_digest"] != base.result[0]["weights_digest"]
