@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from samebit.rollout.client import Begun, Progress, Tell
+from samebit.rollout.device import on_device
 from samebit.rollout.messages import Leave
 from samebit.rollout.runtime.call import Call, uncancelled
 from samebit.rollout.runtime.request_book import RequestBook
@@ -140,7 +141,8 @@ class EngineLoop:
             if drives:
                 self._driver = me
         try:
-            yield drives
+            with on_device(self.book.device):
+                yield drives
         finally:
             if before is None:
                 self._hand_on()
@@ -171,6 +173,8 @@ class EngineLoop:
         """What the loop's thread does: step until nobody waits."""
         self._driver = threading.get_ident()
         torch.set_num_threads(num_threads)
+        if self.book.device.type == "cuda":
+            torch.cuda.set_device(self.book.device)
         while not self._rest():
             try:
                 self._empty_inbox()

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 
 from samebit.kernels.reduce import RankGroup
-from samebit.rollout.device import on_device
 from samebit.rollout.messages import (
     AbortRequest,
     Admit,
@@ -60,7 +59,7 @@ class RequestBook:
         self._step_loop = step_loop
         self._slots = slots
         self._weights = weights
-        self._device = device
+        self.device = device
         self.lockstep = Lockstep(ranks)
         self.live: dict[str, LiveRequest] = {}
         self.calls: dict[Call, None] = {}  # those without a result, in order
@@ -239,14 +238,13 @@ class RequestBook:
 
     def _take(self, work: Callable[[], list[RunningSample]]) -> None:
         """Report what a step, or what was in flight, has come to."""
-        with on_device(self._device):
-            try:
-                self._report(work())
-            except BaseException as error:
-                self.lockstep.failed(error)
-                if isinstance(error, Exception):
-                    self.fail_all(error)
-                raise
+        try:
+            self._report(work())
+        except BaseException as error:
+            self.lockstep.failed(error)
+            if isinstance(error, Exception):
+                self.fail_all(error)
+            raise
 
     def _report(self, finished: list[RunningSample]) -> None:
         """Tell the callers what was drawn, and what has ended of their requests."""

@@ -7,6 +7,7 @@ import torch
 
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.weights import load_safetensors
+from samebit.weight_sync import mapping
 from samebit.weight_sync.transfer_plan import Holding, make_plan
 from samebit.weight_sync.types import WeightSyncError
 
@@ -63,12 +64,8 @@ def carry_out(plan, senders, receivers):
         target.region_of(here[target.name]).copy_(source.region_of(there[source.name]))
 
 
-@pytest.mark.parametrize("bucket_bytes", [64, 5000, 1 << 30])
-@pytest.mark.parametrize("there", ["1", "tp2", "tp2 x dp2"])
-@pytest.mark.parametrize("here", LAYOUTS)
-def test_every_layout_gives_every_other_what_loading_gives(qwen3_path, here, there, bucket_bytes):
-    """A wrong row of gate or up, or a wrong head, is what diverges slowly and is never found."""
-    senders, receivers = ranks_of(here, qwen3_path), ranks_of(there, qwen3_path)
+def require_same_as_loaded(senders, receivers, bucket_bytes):
+    """Empty the receivers and fill them by a plan: all is back, and each byte came once."""
     expected = [{name: p.clone() for name, p in r.params.items()} for r in receivers]
     plan = make_plan(*([r.holding for r in side] for side in (senders, receivers)), bucket_bytes)
     for receiver in receivers:
@@ -86,6 +83,46 @@ def test_every_layout_gives_every_other_what_loading_gives(qwen3_path, here, the
         for r in receivers
     ]
     assert [plan.bytes_to(i) for i in range(len(receivers))] == held, "a byte travels twice"
+
+
+@pytest.mark.parametrize("bucket_bytes", [64, 5000, 1 << 30])
+@pytest.mark.parametrize("there", ["1", "tp2", "tp2 x dp2"])
+@pytest.mark.parametrize("here", LAYOUTS)
+def test_every_layout_gives_every_other_what_loading_gives(qwen3_path, here, there, bucket_bytes):
+    """A wrong row of gate or up, or a wrong head, is what diverges slowly and is never found."""
+    sides = ranks_of(here, qwen3_path), ranks_of(there, qwen3_path)
+    require_same_as_loaded(*sides, bucket_bytes)
+
+
+class Shard(Rank):
+    """What a rank of `size` holds of a few tensors that divide by many sizes."""
+
+    def __init__(self, rank, size):
+        shard = rank, size
+        self.specs = [
+            mapping.plain("norm", "n", (4,), shard),
+            mapping.columns("proj", "o", (6, 12), shard),
+            mapping.stacked("fc1", ("gate", "up"), (12, 4), shard),
+            mapping.vocab("embedding", "e", (19, 4), 24, shard),
+            mapping.grouped_qkv("qkv", ("q", "k", "v"), (24, 12, 2), 4, shard),
+            mapping.grouped_qkv("bias", ("bq", "bk", "bv"), (24, 12, 2), None, shard),
+        ]
+        shapes = {name: shape for spec in self.specs for name, shape in spec.hf_shapes.items()}
+        values = {
+            name: torch.arange(torch.Size(shape).numel()).view(shape) + 1000.0 * i
+            for i, (name, shape) in enumerate(shapes.items())
+        }
+        self.params = {spec.name: torch.zeros(spec.shape) for spec in self.specs}
+        mapping.load_params(self.specs, self.params, mapping.parts_of(values.__getitem__))
+
+
+@pytest.mark.parametrize("bucket_bytes", [64, 1 << 30])
+@pytest.mark.parametrize("there", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("here", [1, 2, 3, 4, 6])
+def test_shards_of_any_size_fill_shards_of_any_other(here, there, bucket_bytes):
+    """Also where neither side is whole, and neither size divides the other."""
+    sides = ([Shard(rank, size) for rank in range(size)] for size in (here, there))
+    require_same_as_loaded(*sides, bucket_bytes)
 
 
 def test_equal_layouts_move_whole_parameters(qwen3_path):

@@ -30,13 +30,15 @@ class RemoteTransport(Transport):
 
     backend: ClassVar[str]
     """The data plane."""
+    bucket_bytes: ClassVar[int] = BUCKET_BYTES
+    """What travels at a time, unless another number is given."""
 
     def __init__(
         self,
         source: WeightSource,
         engine: Any,
         timeout_s: float = 600.0,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
         delta: bool = False,
     ) -> None:
         """Meet an engine that has join_weight_transport and receive_weight_update.
@@ -45,7 +47,8 @@ class RemoteTransport(Transport):
         last update where the engine holds that (see ShardSender). Raises what either end does.
         """
         self._source, self._engine = source, engine
-        self._timeout_s, self._bucket_bytes, self._delta = timeout_s, bucket_bytes, delta
+        self._timeout_s, self._bucket_bytes = timeout_s, bucket_bytes or self.bucket_bytes
+        self._delta = delta
         self._receiving: Future[Any] = Future()
         self._sender: ShardSender | None = self._meet()
 
@@ -153,6 +156,7 @@ class NcclTransport(RemoteTransport):
 
 
 class IpcTransport(RemoteTransport):
-    """To an engine on this process's GPU."""
+    """To an engine on this process's GPU. Two processes take turns on it: fewer are faster."""
 
     backend = "ipc"
+    bucket_bytes = 2 * BUCKET_BYTES
