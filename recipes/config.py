@@ -83,6 +83,8 @@ class PlacementSection:
     transport: str = "alias"
     """How weights reach it: alias, stages (pipelines), file (colocated); gloo, file (process); or
     module:Class, a transport of your own."""
+    delta: bool = False
+    """Send only what has changed in the weights; the trainer's device keeps them once more."""
     release_memory: bool | None = None
     """Give the engine's KV cache and CUDA graphs back while training, and the trainer's gradients
     while drawing; unset: with a colocated engine on a GPU."""
@@ -94,6 +96,12 @@ class PlacementSection:
         meaning = f"one of {fitting} for placement '{self.engine}'"
         fits = self.transport in fitting or ":" in self.transport
         require(fits, "placement.transport", self.transport, meaning)
+        able = tuple(name for name, entry in TRANSPORTS.items() if entry.delta)
+        fits = not self.delta or self.transport in able
+        meaning = (
+            f"false with placement.transport '{self.transport}', or the transport one of {able}"
+        )
+        require(fits, "placement.delta", self.delta, meaning)
         fits, meaning = not self.release_memory or self.engine == "colocated", "unset or false"
         meaning += " with placement.engine=process: the engine's memory is another process's"
         require(fits, "placement.release_memory", self.release_memory, meaning)

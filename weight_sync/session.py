@@ -77,6 +77,11 @@ class UpdateSession:
         updating = self._state is SessionState.UPDATING
         return SessionState.RELEASED if self.released and not updating else self._state
 
+    @property
+    def whole(self) -> WeightVersion | None:
+        """The version that is held, whether or not it may be served; None for a mixture."""
+        return self.version if self._state is SessionState.READY else None
+
     def digest(self) -> str:
         """weights_digest of the weights as they are now, over all ranks of the group."""
         return self._digester.digest(self.group)

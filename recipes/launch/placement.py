@@ -124,7 +124,8 @@ def start_engine(
     else:
         leased = trainer.params if issubclass(transport, Lease) else None
         engine = Engine(run.model.path, config, weights=leased, step=trainer.step, **where)
-    weights = transport.between(trainer, engine, run.run_dir / "weight_sync")
+    more: Any = {"delta": True} if run.placement.delta else {}
+    weights = transport.between(trainer, engine, run.run_dir / "weight_sync", **more)
     if isinstance(engine, Engine) and run.num_processes > 1:
         return ReplicatedEngine(engine, *place(), trainer.ranks.size), weights
     return engine, weights

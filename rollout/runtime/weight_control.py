@@ -135,9 +135,13 @@ class WeightControl:
         self.between_steps(self.flush_cache)
         return self.version
 
-    def begin(self, step: int, selector: str = "target", *, may_go_back: bool = False) -> None:
+    def begin(
+        self, step: int, selector: str = "target", *, may_go_back: bool = False
+    ) -> WeightVersion | None:
         self.require_quiet("a weight update")
+        held = self.session.whole
         self.session.begin(step, selector, may_go_back=may_go_back)
+        return held
 
     def receive_in_place(self, params: Mapping[str, Tensor]) -> None:
         own = self.session.params

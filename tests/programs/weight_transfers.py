@@ -1,11 +1,13 @@
 """Weights of one layout into engines of another, shard to shard: bits, bytes and seconds.
 
     torchrun --nproc-per-node N tests/programs/weight_transfers.py FOLDER out.json \\
-        [trainer=2x1] [engine=1] [engines=1] [at=2] [backend=nccl] [device=cuda] [updates=4]
+        [trainer=2x1] [engine=1] [engines=1] [at=2] [backend=nccl] [device=cuda] [updates=4] \\
+        [delta=0]
 
 trainer: tensor x pipeline ranks, the first ones, which hold random weights of the folder's shape.
 engine: tensor parallel ranks of each engine; engines: how many there are; at: rank of the first of
-them, which may be a trainer's too. Each update brings other weights. The window is from
+them, which may be a trainer's too. Each update brings other weights; with delta=1 one bit in every
+50th element is another, and what has changed is sent alone. The window is from
 pause_generation to the first token after continue_generation, digests checked. After the last one
 every engine draws what a fresh engine on those weights draws, with the CUDA graphs that it captured
 before. Exit code 1 if a bit differs, or if receivers got other bytes than they hold.
@@ -37,7 +39,7 @@ from samebit.weight_sync.transports.shards import Held, ShardReceiver, ShardSend
 
 DEFAULTS = {
     "trainer": "1x1", "engine": "1", "engines": "1", "at": "1", "backend": "nccl",
-    "device": "cuda", "updates": "4",
+    "device": "cuda", "updates": "4", "delta": "0",
 }  # fmt: skip
 PARAMS = SamplingParams(n=8, max_new_tokens=32, ignore_eos=True, seed=3)
 FIRST = SamplingParams(max_new_tokens=1)
@@ -92,7 +94,7 @@ def meet(roles: Roles, options: dict[str, str], trainer: Held | None, engine: En
         assert receives is not None
         return ShardReceiver(group, data, receives)
     both = None if engine is None or receives is None else (engine.sink, receives)
-    return ShardSender(group, data, trainer, engine=both)
+    return ShardSender(group, data, trainer, engine=both, delta=options["delta"] == "1")
 
 
 def update(end: Any, params: dict[str, Tensor], step: int, digest: str, engine: Any) -> float:
@@ -111,6 +113,18 @@ def update(end: Any, params: dict[str, Tensor], step: int, digest: str, engine: 
         engine.continue_generation()
         engine.generate([[1, 2, 3, 4]], FIRST)
     return time.perf_counter() - start
+
+
+def change_weights(
+    specs: list[ParamSpec], params: dict[str, Tensor], step: int, last: int, delta: bool
+) -> None:
+    """Make a step's weights: the last one's are those of this seed for a fresh engine too."""
+    load_dummy(specs, params, last if delta else step)
+    if delta and (last - step) % 2:
+        for spec in specs:
+            chosen = params[spec.name][: spec.num_rows].view(-1)[::50]
+            bits = torch.int16 if chosen.dtype.itemsize == 2 else torch.int32
+            chosen.copy_((chosen.view(bits) ^ 1).view(chosen.dtype))
 
 
 def draw(engine: Engine) -> list[Any]:
@@ -143,16 +157,17 @@ def measure(folder: Path, options: dict[str, str], device: torch.device) -> dict
         specs = stage_of(specs, stage, roles.pipeline, model.num_layers)
         params = {s.name: torch.empty(s.shape, dtype=dtype, device=device) for s in specs}
     end = meet(roles, options, Held(specs, params) if roles.trains else None, engine)
-    found: dict[str, Any] = {"rank": roles.rank, "windows_s": [], "seconds": []}
+    found: dict[str, Any] = {"rank": roles.rank, "windows_s": [], "seconds": [], "sent_bytes": []}
     last = int(options["updates"])
     for step in range(1, last + 1):
         digest = ""
         if roles.trains:
-            load_dummy(specs, params, step)
+            change_weights(specs, params, step, last, options["delta"] == "1")
             digest = weights_digest(specs, params, roles.trainers)
         found["windows_s"].append(update(end, params, step, digest, engine))
         if roles.trains:
             found["seconds"].append(dict(end.seconds))
+            found["sent_bytes"].append(end.sent_bytes)
     plan, receivers = end._member.plan, end._member._receivers
     got = {rank: plan.bytes_to(i) for i, rank in enumerate(receivers)}
     found |= {"plan": plan.digest, "rounds": len(plan.rounds), "bytes": got.get(roles.rank, 0)}

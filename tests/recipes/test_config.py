@@ -148,6 +148,15 @@ WRONG = {
         ["placement.transport=gloo"],
         r"placement.transport is 'gloo'; it must be one of \('alias', 'stages', 'file'\)",
     ),
+    "deltas of what is shared": (
+        ["placement.delta=true"],
+        r"placement.delta is True; it must be false with placement.transport 'alias', or the "
+        r"transport one of \('gloo', 'nccl', 'ipc'\)",
+    ),
+    "deltas in files": (
+        ["placement=process", "placement.transport=file", "placement.delta=true"],
+        "placement.delta is True; it must be false with placement.transport 'file'",
+    ),
     "sample longer than a batch": (
         ["rollout.max_prompt_len=5000", "rollout.max_new_tokens=4000"],
         "= 9000 exceed trainer.micro_batch_tokens = 8192",
@@ -265,6 +274,7 @@ def test_a_run_is_bound_by_what_can_change_a_result():
     base = digest()
     for free in (
         "placement=process",
+        ["placement=process", "placement.delta=true"],
         "engine.page_size=16",
         "logger=disabled",
         "resume=true",
@@ -277,7 +287,7 @@ def test_a_run_is_bound_by_what_can_change_a_result():
         "model.path=n",
         "data.path=x.jsonl",
     ):
-        assert digest(free) == base, free
+        assert digest(*([free] if isinstance(free, str) else free)) == base, free
     for bound in (
         "seed=1",
         "algorithm.kl_coef=0.1",

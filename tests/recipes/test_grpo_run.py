@@ -116,7 +116,7 @@ def test_tp_invariant_is_another_profile_for_engine_and_trainer(runs, base):
     """Both sum row-parallel products in segments, wherever the engine runs."""
     invariant = ["numerics.tp_invariant=true", "algorithm=grpo_kl", "algorithm.kl_coef=0.1"]
     found = runs.train("invariant", *invariant)
-    assert runs.train("placed", *invariant, "placement=process") == found
+    assert runs.train("placed", *invariant, "placement=process", "placement.delta=true") == found
     assert found[0]["logprob_mismatches"] == 0
     assert found[1][1]["train/kl"] == 0.0  # the reference sums in segments too
     assert found[0]["weights_digest"] != base.result[0]["weights_digest"]

@@ -81,6 +81,37 @@ def test_updates_give_the_bits_of_loading(versions, way, bucket_bytes):
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("bucket_bytes", [1 << 20, 512 << 20])
+def test_deltas_give_the_bits_of_loading(versions, way, bucket_bytes):
+    """Only changed elements travel, 4 bytes of position and 2 of value for each."""
+    kind, device = way
+    old, new = versions
+    params, count = {name: p.clone() for name, p in new.params.items()}, 0
+    for spec in new.specs:
+        changed = params[spec.name][: spec.num_rows].view(-1)[1000::2000]  # padding does not travel
+        changed.copy_((changed.view(torch.int16) ^ 1).view(torch.bfloat16))
+        count += len(changed)
+    few = SimpleNamespace(params=params, digest=weights_digest(new.specs, params))
+    everything = sum(new.params[s.name][: s.num_rows].nbytes for s in new.specs)
+    settings = {"timeout_s": 60, "bucket_bytes": bucket_bytes, "delta": True}
+    engine = RemoteEngine(old.folder, device=device, **SETTINGS)
+    with closing(engine), closing(kind(source_of(new), engine, **settings)) as transport:
+        sent = []
+        for step, version in enumerate((new, few, few, new, old, new), start=1):
+            assert update(transport, version, step) == WeightVersion(step, version.digest)
+            sent.append(transport.sent_bytes)
+            if version is not few:
+                assert outcomes(engine.generate(PROMPTS, PARAMS)) == version.drawn
+        assert sent[:4] == [everything, 6 * count, 0, 6 * count]
+        with pytest.raises(WeightSyncError, match=f"digest {few.digest} here, {old.digest} at"):
+            update(transport, few, 7, old.digest)
+        assert transport.sent_bytes == 6 * count
+        update(transport, new, 8)
+        assert transport.sent_bytes == everything
+        assert outcomes(engine.generate(PROMPTS, PARAMS)) == new.drawn
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_a_refused_update_is_healed_by_the_next(versions, way):
     """The engine does not serve what the sender's digest does not vouch for."""
     kind, device = way

@@ -21,9 +21,9 @@ FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
 class Sender:
     """A trainer's end of one way to an engine, which another updater may know too."""
 
-    def __init__(self, name, source, engine, folder):
+    def __init__(self, name, source, engine, folder, **settings):
         self.name, self.engine, self.memory = name, engine, source.params
-        self.way = load_transport(name).between(source, engine, folder)
+        self.way = load_transport(name).between(source, engine, folder, **settings)
         self.shares = isinstance(self.way, Lease)
         self.abort = self.way.give_up if self.shares else self.way.abort
 
@@ -73,14 +73,21 @@ def alone():
     dist.destroy_process_group()
 
 
-@pytest.fixture(params=[name for name, entry in TRANSPORTS.items() if not entry.gpus])
+ANYWHERE = {name: entry for name, entry in TRANSPORTS.items() if not entry.gpus}
+DELTAS = [
+    pytest.param((n, {"delta": True}), id=f"{n} delta") for n, e in ANYWHERE.items() if e.delta
+]
+
+
+@pytest.fixture(params=[*(pytest.param((n, {}), id=n) for n in ANYWHERE), *DELTAS])
 def sender(request, old, alone, tmp_path):
     """One of each that there is: a line in the registry is all that a new one needs."""
-    name, params = request.param, {name: p.clone() for name, p in old.params.items()}
+    name, settings = request.param
+    params = {name: p.clone() for name, p in old.params.items()}
     source = SimpleNamespace(step=0, params=params, specs=old.specs, pipeline_group=alone)
     is_apart = "colocated" not in TRANSPORTS[name].engines
     engine = request.getfixturevalue("remote") if is_apart else local_engine(old.folder)
-    sender = Sender(name, source, engine, tmp_path / "weights")
+    sender = Sender(name, source, engine, tmp_path / "weights", **settings)
     yield sender
     sender.way.close()
 

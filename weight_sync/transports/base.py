@@ -19,8 +19,11 @@ from samebit.weight_sync.types import Bucket, ParamMeta, WeightVersion
 class WeightSink(Protocol):
     """A receiver of versions in this process; the engine is one."""
 
-    def begin(self, step: int) -> None:
-        """Refuse new work from here on; the weights become a mixture."""
+    def begin(self, step: int) -> WeightVersion | None:
+        """Refuse new work from here on; the weights become a mixture.
+
+        Returns the version that they were, None if they were none.
+        """
 
     def bucket_for(self, metas: Sequence[ParamMeta]) -> Bucket:
         """Give what these tensors are to be written into: parameters' own memory if possible."""

@@ -5,7 +5,7 @@ receiver empties the other, and fills none before the receiver has said that it 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class IpcPeers:
             self._buckets[peer] = [self._open(handle) for handle in given]
         group.exchange("opened")  # the sender's buckets stay until then
 
-    def move(self, rounds: Sequence[Round], watch: Watch) -> None:
+    def move(self, rounds: Iterable[Round], watch: Watch) -> None:
         filled, emptied = Counter[int](), Counter[int]()
         torch.cuda.synchronize(self._device)
         for round_ in rounds:

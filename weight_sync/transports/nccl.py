@@ -2,7 +2,7 @@
 are one piece of memory; small and strided parts go through a buffer that is packed and unpacked on
 the device. Everything runs on one stream of its own, while the engine computes nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import torch
@@ -51,7 +51,7 @@ class NcclPeers:
             self._communicator.exchange(sends, receives, self._stream, lambda: None)
             self._communicator.wait(self._stream, lambda: None)
 
-    def move(self, rounds: Sequence[Round], watch: Watch) -> None:
+    def move(self, rounds: Iterable[Round], watch: Watch) -> None:
         communicator = self._communicator
         assert communicator is not None
         # A kernel that waits for its other end may keep others from running: there are none now.

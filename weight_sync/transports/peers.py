@@ -4,7 +4,7 @@ A DataPlane gets one rank's part of the plan, round by round, with views of the 
 parcel reads or fills.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +14,8 @@ from torch import Tensor
 from samebit.weight_sync.transports.group import WeightGroup, lost_members
 from samebit.weight_sync.types import ParamMeta
 
+View = Callable[[ParamMeta], Tensor]
+"""Gives the memory of a region."""
 Watch = Callable[[], None]
 """Called again and again while bytes are awaited; raises if they will never come."""
 
@@ -85,10 +87,12 @@ class DataPlane(Protocol):
         All ranks do this at once. Raises WeightSyncError.
         """
 
-    def move(self, rounds: Sequence[Round], watch: Watch) -> None:
+    def move(self, rounds: Iterable[Round], watch: Watch) -> None:
         """Send and receive everything; returns when this rank's memory may be read and written.
 
-        Raises WeightSyncError if a member is lost or silent; the plane is of no use after that.
+        After a round the next one, or the end, is asked for, where whatever is queued on the
+        current stream finds what the round brought. Raises WeightSyncError if a member is lost or
+        silent; the plane is of no use after that.
         """
 
     def close(self) -> None:
@@ -113,7 +117,7 @@ class GlooPeers:
     ) -> None:
         self._pg = group.gloo("weights")
 
-    def move(self, rounds: Sequence[Round], watch: Watch) -> None:
+    def move(self, rounds: Iterable[Round], watch: Watch) -> None:
         for round_ in rounds:
             round_.copy_own()
             with lost_members():

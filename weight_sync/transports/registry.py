@@ -15,6 +15,8 @@ class Entry:
     """one: a single process; copies: several, of which none is a stage of a pipeline; stages."""
     gpus: int = 0
     """How many it is between; 0: it needs none."""
+    delta: bool = False
+    """Whether it can send only what has changed."""
 
 
 TRANSPORTS = {
@@ -24,12 +26,17 @@ TRANSPORTS = {
     "stages": Entry(
         "samebit.weight_sync.transports.stages:StageTransport", ("colocated",), ("stages",)
     ),
-    "gloo": Entry("samebit.weight_sync.transports.remote:GlooTransport", ("process",), ("one",)),
+    "gloo": Entry(
+        *("samebit.weight_sync.transports.remote:GlooTransport", ("process",), ("one",)),
+        delta=True,
+    ),
     "nccl": Entry(
-        "samebit.weight_sync.transports.remote:NcclTransport", ("process",), ("one",), gpus=2
+        *("samebit.weight_sync.transports.remote:NcclTransport", ("process",), ("one",), 2),
+        delta=True,
     ),
     "ipc": Entry(
-        "samebit.weight_sync.transports.remote:IpcTransport", ("process",), ("one",), gpus=1
+        *("samebit.weight_sync.transports.remote:IpcTransport", ("process",), ("one",), 1),
+        delta=True,
     ),
     "file": Entry(
         "samebit.weight_sync.transports.file:FileTransport", ("colocated", "process"), ("one",)

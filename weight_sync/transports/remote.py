@@ -39,24 +39,32 @@ class RemoteTransport(Transport):
         engine: Any,
         timeout_s: float = 600.0,
         bucket_bytes: int | None = None,
+        delta: bool = False,
     ) -> None:
         """Meet an engine that has join_weight_transport and receive_weight_update.
 
-        timeout_s: how long each waits for the other. Raises what either end does.
+        timeout_s: how long each waits for the other. delta: send only what has changed since the
+        last update where the engine holds that (see ShardSender). Raises what either end does.
         """
         self._source, self._engine = source, engine
         self._timeout_s, self._bucket_bytes = timeout_s, bucket_bytes or self.bucket_bytes
+        self._delta = delta
         self._receiving: Future[Any] = Future()
         self._sender: ShardSender | None = self._meet()
 
     @classmethod
-    def between(cls, source: WeightSource, engine: Any, folder: Path) -> Self:
-        return cls(source, engine)
+    def between(cls, source: WeightSource, engine: Any, folder: Path, delta: bool = False) -> Self:
+        return cls(source, engine, delta=delta)
 
     @property
     def seconds(self) -> dict[str, float]:
         """What begin, transfer and commit of the last update took."""
         return {} if self._sender is None else self._sender.seconds
+
+    @property
+    def sent_bytes(self) -> int:
+        """What the last update sent."""
+        return 0 if self._sender is None else self._sender.sent_bytes
 
     def begin(self, step: int) -> None:
         if self._sender is None:
@@ -109,7 +117,7 @@ class RemoteTransport(Transport):
                 group = WeightGroup(address, port, 0, 2, *known, listener)
                 sends = Held(self._source.specs, params)
                 more = self._bucket_bytes, self._require_receiving
-                return ShardSender(group, data, sends, *more)
+                return ShardSender(group, data, sends, *more, delta=self._delta)
 
         self._receiving = beside(partial(join, address, port, 1, 2, self.backend, *known))
         made = beside(make_sender)

@@ -6,7 +6,7 @@ ready, a refusal carries its reason to every rank, and nobody waits for one that
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,15 +17,14 @@ from torch import Tensor
 
 from samebit.weight_sync.mapping import ParamSpec, unequal_shapes
 from samebit.weight_sync.transfer_plan import Holding, Parcel, make_plan
+from samebit.weight_sync.transports.asked_sink import AskedSink
 from samebit.weight_sync.transports.base import Transport, WeightSink
+from samebit.weight_sync.transports.delta import Base, Counts, only_changes
 from samebit.weight_sync.transports.group import WeightGroup
-from samebit.weight_sync.transports.peers import DataPlane, Parts, Round, Watch
+from samebit.weight_sync.transports.peers import DataPlane, Parts, Round, View, Watch
 from samebit.weight_sync.types import ParamMeta, WeightSyncError, WeightVersion
 
 BUCKET_BYTES = 512 << 20
-
-View = Callable[[ParamMeta], Tensor]
-"""Gives the memory of a region."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,8 @@ class _Member:
         outgoing = sorted(there for here, there in ends if here == group.rank != there)
         incoming = sorted(here for here, there in ends if there == group.rank != here)
         data.connect(group, outgoing, incoming, self.plan.round_bytes)
+        self.is_delta = False
+        """Whether all receivers hold what all senders know they hold: only changes travel."""
         self._coming: Future[dict[str, Any]] | None = None
 
     def _ends(self, parcel: Parcel) -> tuple[int, int]:
@@ -102,6 +103,13 @@ class _Member:
         rank = self.group.rank
         return [t.target for t in self.plan.transfers if self._receivers[t.receiver] == rank]
 
+    def sent_params(self) -> set[str]:
+        """Names of the parameters that this rank sends to others."""
+        ends = ((*self._ends(p), p) for parcels in self.plan.rounds for p in parcels)
+        rank = self.group.rank
+        parcels = [parcel for here, there, parcel in ends if here == rank != there]
+        return {t.source.name for parcel in parcels for t in parcel.transfers}
+
     def say(self, **message: Any) -> None:
         """Rank 0 tells it; the others of its side hear the same, or raise WeightSyncError."""
         if self.group.rank == 0:
@@ -114,12 +122,22 @@ class _Member:
         coming, self._coming = self._coming, None
         return self.group.hear() if coming is None else coming.result()
 
-    def refusals(self, own: str = "") -> str:
-        """Exchange answers; who refused and why, "" for nobody."""
-        answers = self.group.exchange(own)
-        return "; ".join(f"rank {i}: {why}" for i, why in enumerate(answers) if why)
+    def answers(self, own: str, more: Any = None) -> tuple[str, list[Any]]:
+        """Exchange refusals: who refused and why, "" for nobody; and what else each rank said."""
+        refusals, others = zip(*self.group.exchange((own, more)), strict=True)
+        return "; ".join(f"rank {i}: {why}" for i, why in enumerate(refusals) if why), list(others)
 
-    def move(self, rounds: Sequence[Round], watch: Watch) -> None:
+    def agree(self, engine: AskedSink, *known: str) -> str:
+        """The refusals to begin; and see alike on all ranks whether a delta will do.
+
+        known: the digest of what this rank knows that the receivers hold, "" for nothing.
+        """
+        refusals, told = self.answers(engine.words, [*known, *engine.held])
+        digests = {digest for rank in told for digest in rank}
+        self.is_delta = len(digests) == 1 and "" not in digests
+        return refusals
+
+    def move(self, rounds: Iterable[Round], watch: Watch) -> None:
         """This rank's part of all rounds. Where the data plane cannot see that rank 0 is gone, the
         next message is awaited meanwhile: it never comes, or says so."""
         if self.group.rank and not self.data.sees_deaths:
@@ -148,19 +166,26 @@ class ShardSender(Transport):
         bucket_bytes: int = BUCKET_BYTES,
         watch: Watch = lambda: None,
         engine: tuple[WeightSink, Held] | None = None,
+        delta: bool = False,
     ) -> None:
         """watch: raises if the receivers are known to be gone; asked while bytes are awaited.
 
-        engine: this process's, and what it receives.
+        engine: this process's, and what it receives. delta: keep what was sent, as large as it is,
+        and where all receivers hold it send only the elements that have changed.
         """
         sink, receives = engine or (None, None)
         self._specs = list(sends.specs)
         self._member = _Member(group, data, sends, receives, bucket_bytes)
-        self._engine = _Engine(sink, self._member)
+        self._engine = AskedSink(sink, self._member.own_targets())
+        self._delta = delta
+        sent = self._member.sent_params() if delta else ()
+        self._base = Base({name: sends.params[name] for name in sent})
         self._watch = watch
         self._step: int | None = None
         """Of the update that is under way."""
         self.seconds: dict[str, float] = {}
+        self.sent_bytes = 0
+        """Of the last update, to other ranks."""
 
     def require_closed(self, step: int) -> None:
         """Raise WeightSyncError if an update is under way."""
@@ -173,7 +198,7 @@ class ShardSender(Transport):
             self._engine.start()
             self._member.say(op="begin", step=step, plan=self._member.plan.digest)
             self._engine.begin(step)
-            if refusals := self._engine.refusals():
+            if refusals := self._member.agree(self._engine, self._base.digest):
                 self._engine.cancel()
                 raise WeightSyncError(refusals)
             self._step = step
@@ -181,18 +206,28 @@ class ShardSender(Transport):
     def send(self, params: Mapping[str, Tensor]) -> None:
         with self._timed("transfer"):
             failure: Exception | None = None
+            base, counts = self._base, Counts()
             try:
                 self._require_fitting(params)
                 target = self._engine.targets()
                 rounds = self._member.parts_of(lambda meta: _source(meta, params), target)
+                if self._member.is_delta:
+                    counts = base.count_changes(rounds)
             except Exception as error:  # noqa: BLE001 - the others are told first: none will send
                 failure = error
             self._member.say(op="send")
-            if refusals := self._engine.refusals(repr_of(failure)):
+            own = repr_of(failure) or self._engine.words
+            refusals, told = self._member.answers(own, counts)
+            if refusals:
                 self._step = None
                 self._engine.abort(refusals)
                 raise failure or WeightSyncError(refusals)
-            self._member.move(rounds, self._watch)
+            going: Iterable[Round] = rounds
+            if self._member.is_delta:
+                going = only_changes(rounds, self._member.group.rank, told, base.region)
+            base.digest, self.sent_bytes = "", 0
+            self._member.move(self._counted(going), self._watch)
+            base.keep(params)
             self._engine.arrived()
 
     def commit(self, digest: str) -> WeightVersion:
@@ -202,8 +237,10 @@ class ShardSender(Transport):
         with self._timed("commit"):
             self._member.say(op="commit", digest=digest)
             self._engine.commit(digest)
-            if refusals := self._engine.refusals():
+            refusals, _ = self._member.answers(self._engine.words)
+            if refusals:
                 raise WeightSyncError(refusals)
+        self._base.digest = digest if self._delta else ""
         return WeightVersion(step, digest)
 
     def abort(self, reason: str) -> None:
@@ -215,6 +252,12 @@ class ShardSender(Transport):
 
     def close(self) -> None:
         self._member.data.close()
+        self._base = Base({})
+
+    def _counted(self, rounds: Iterable[Round]) -> Iterator[Round]:
+        for round_ in rounds:
+            self.sent_bytes += sum(v.nbytes for parts in round_.outgoing for v in parts.views)
+            yield round_
 
     def _require_fitting(self, params: Mapping[str, Tensor]) -> None:
         for name, (found, wanted) in unequal_shapes(self._specs, params).items():
@@ -250,7 +293,7 @@ class ShardReceiver:
         What the sink refuses it answers, and raises at the end. If rank 0 dies or is silent, the
         sink's update is aborted and WeightSyncError is raised; so it is by any other error.
         """
-        engine = _Engine(sink, self._member)
+        engine = AskedSink(sink, self._member.own_targets())
         try:
             self._take(engine)
         except BaseException as error:
@@ -259,28 +302,32 @@ class ShardReceiver:
         if engine.refusal is not None:
             raise engine.refusal
 
-    def _take(self, engine: "_Engine") -> None:
+    def _take(self, engine: AskedSink) -> None:
         member, message = self._member, self._member.hear()
         if message["plan"] != member.plan.digest:
             engine.refuse(f"the plan is {member.plan.digest} here and {message['plan']} at rank 0")
         engine.begin(message["step"])
-        if engine.refusals():
+        if member.agree(engine):
             engine.cancel()  # whoever refused: nothing was written
             return
         message = member.hear()
         if message["op"] == "send":
             target = engine.targets()
-            if refusals := engine.refusals():
+            refusals, told = member.answers(engine.words, {})
+            if refusals:
                 engine.abort(refusals)
                 return
-            member.move(member.parts_of(_sends_nothing, target), lambda: None)
+            rounds: Iterable[Round] = member.parts_of(_sends_nothing, target)
+            if member.is_delta:
+                rounds = only_changes(rounds, member.group.rank, told, _sends_nothing)
+            member.move(rounds, lambda: None)
             engine.arrived()
             message = member.hear()
         if message["op"] == "abort":
             engine.abort(message["reason"])
             return
         engine.commit(message["digest"])
-        engine.refusals()
+        member.answers(engine.words)
 
     def close(self) -> None:
         """Let go of what the data plane holds."""
@@ -289,75 +336,6 @@ class ShardReceiver:
 
 def _sends_nothing(meta: ParamMeta) -> Tensor:
     raise AssertionError(meta)
-
-
-class _Engine:
-    """The engine of a rank, if it has one: asked until it refuses; then its refusal stands."""
-
-    def __init__(self, sink: WeightSink | None, member: _Member) -> None:
-        self._sink, self._member = sink, member
-        self.refusal: WeightSyncError | None = None
-
-    def start(self) -> None:
-        """Forget the last update's refusal."""
-        self.refusal = None
-
-    def refuse(self, reason: str) -> None:
-        """Refuse before the engine is asked."""
-        self.refusal = WeightSyncError(reason)
-
-    def refusals(self, own: str = "") -> str:
-        """Exchange answers; who refused and why, "" for nobody."""
-        return self._member.refusals(own or ("" if self.refusal is None else str(self.refusal)))
-
-    def begin(self, step: int) -> None:
-        if self._sink is not None:
-            self._ask(self._sink.begin, step)
-
-    def cancel(self) -> None:
-        if self._sink is not None:
-            self._ask(self._sink.cancel)
-
-    def targets(self) -> View:
-        """The memory of the regions that come, by region."""
-        if self._sink is None:
-            return _receives_nothing
-        metas = self._member.own_targets()
-        views = self._ask(self._sink.expect, metas) or []
-        of = dict(zip(map(_place, metas), views, strict=False))
-        return lambda meta: of[_place(meta)]
-
-    def arrived(self) -> None:
-        if self._sink is not None:
-            self._ask(self._sink.arrived, self._member.own_targets())
-
-    def commit(self, digest: str) -> None:
-        """In any case: tensor parallel ranks learn there what others refused."""
-        if self._sink is not None:
-            try:
-                self._sink.commit(digest)
-            except WeightSyncError as error:
-                self.refusal = self.refusal or error
-
-    def abort(self, reason: str) -> None:
-        if self._sink is not None:
-            self._ask(self._sink.abort, reason)
-
-    def _ask[T, *A](self, action: Callable[[*A], T], *args: *A) -> T | None:
-        if self.refusal is None:
-            try:
-                return action(*args)
-            except WeightSyncError as error:
-                self.refusal = error
-        return None
-
-
-def _receives_nothing(meta: ParamMeta) -> Tensor:
-    raise AssertionError(meta)
-
-
-def _place(meta: ParamMeta) -> tuple[str, tuple[int, ...] | None]:
-    return meta.name, meta.start
 
 
 def repr_of(error: BaseException | None) -> str:
