@@ -98,8 +98,9 @@ class TileTable:
             first, end = (0, bounds[-1]) if part is None else bounds[part : part + 2]
             if first < end:
                 _tile_kernel[(end - first,)](
-                    tiles, rectangles, self._table, total, first, SIZE=size, ROUND=rounded,
-                    LIMIT=limit, ALIGN=align, TILE_ROWS=_TILE_ROWS, BLOCK_ROWS=_BLOCK_ROWS,
+                    tiles_ptr=tiles, rectangles_ptr=rectangles, table_ptr=self._table,
+                    total_ptr=total, first_tile=first, SIZE=size, ROUND=rounded, LIMIT=limit,
+                    ALIGN=align, TILE_ROWS=_TILE_ROWS, BLOCK_ROWS=_BLOCK_ROWS,
                     BLOCK_COLUMNS=_block_columns(size), num_warps=_THREADS // 32,
                 )  # fmt: skip
 
