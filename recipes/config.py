@@ -4,6 +4,7 @@ Defaults stand here; configs/*.yaml hold what a group or an experiment changes. 
 that --help and dry_run answer at once.
 """
 
+import math
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,8 @@ class PlacementSection:
     module:Class, a transport of your own."""
     delta: bool = False
     """Send only what has changed in the weights; the trainer's device keeps them once more."""
+    timeout_s: float = 600.0
+    """Seconds that trainer and engine wait for each other in an update by gloo, nccl or ipc."""
     release_memory: bool | None = None
     """Give the engine's KV cache and CUDA graphs back while training, and the trainer's gradients
     while drawing; unset: with a colocated engine on a GPU."""
@@ -96,12 +99,14 @@ class PlacementSection:
         meaning = f"one of {fitting} for placement '{self.engine}'"
         fits = self.transport in fitting or ":" in self.transport
         require(fits, "placement.transport", self.transport, meaning)
-        able = tuple(name for name, entry in TRANSPORTS.items() if entry.delta)
-        fits = not self.delta or self.transport in able
-        meaning = (
-            f"false with placement.transport '{self.transport}', or the transport one of {able}"
-        )
-        require(fits, "placement.delta", self.delta, meaning)
+        positive = 0 < self.timeout_s < math.inf
+        require(positive, "placement.timeout_s", self.timeout_s, "positive and finite")
+        for key, default in (("delta", False), ("timeout_s", 600.0)):
+            able = tuple(name for name, entry in TRANSPORTS.items() if key in entry.settings)
+            value, usual = getattr(self, key), str(default).lower()
+            fits = value == default or self.transport in able
+            meaning = f"with placement.transport '{self.transport}', or the transport one of {able}"
+            require(fits, f"placement.{key}", value, f"{usual} {meaning}")
         fits, meaning = not self.release_memory or self.engine == "colocated", "unset or false"
         meaning += " with placement.engine=process: the engine's memory is another process's"
         require(fits, "placement.release_memory", self.release_memory, meaning)

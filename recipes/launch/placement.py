@@ -124,7 +124,8 @@ def start_engine(
     else:
         leased = trainer.params if issubclass(transport, Lease) else None
         engine = Engine(run.model.path, config, weights=leased, step=trainer.step, **where)
-    more: Any = {"delta": True} if run.placement.delta else {}
+    entry = TRANSPORTS.get(run.placement.transport)
+    more: Any = {key: getattr(run.placement, key) for key in (entry.settings if entry else ())}
     weights = transport.between(trainer, engine, run.run_dir / "weight_sync", **more)
     if isinstance(engine, Engine) and run.num_processes > 1:
         return ReplicatedEngine(engine, *place(), trainer.ranks.size), weights

@@ -153,6 +153,14 @@ WRONG = {
         r"placement.delta is True; it must be false with placement.transport 'alias', or the "
         r"transport one of \('gloo', 'nccl', 'ipc'\)",
     ),
+    "no time to wait": (
+        ["placement=process", "placement.timeout_s=0"],
+        "placement.timeout_s is 0.0; it must be positive and finite",
+    ),
+    "a wait where there is none": (
+        ["placement.timeout_s=30"],
+        "placement.timeout_s is 30.0; it must be 600.0 with placement.transport 'alias'",
+    ),
     "deltas in files": (
         ["placement=process", "placement.transport=file", "placement.delta=true"],
         "placement.delta is True; it must be false with placement.transport 'file'",

@@ -75,7 +75,9 @@ def alone():
 
 ANYWHERE = {name: entry for name, entry in TRANSPORTS.items() if not entry.gpus}
 DELTAS = [
-    pytest.param((n, {"delta": True}), id=f"{n} delta") for n, e in ANYWHERE.items() if e.delta
+    pytest.param((n, {"delta": True}), id=f"{n} delta")
+    for n, e in ANYWHERE.items()
+    if "delta" in e.settings
 ]
 
 

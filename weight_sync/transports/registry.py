@@ -15,8 +15,11 @@ class Entry:
     """one: a single process; copies: several, of which none is a stage of a pipeline; stages."""
     gpus: int = 0
     """How many it is between; 0: it needs none."""
-    delta: bool = False
-    """Whether it can send only what has changed."""
+    settings: tuple[str, ...] = ()
+    """Keys of the placement that `between` takes by name."""
+
+
+_REMOTE = ("delta", "timeout_s")
 
 
 TRANSPORTS = {
@@ -28,15 +31,15 @@ TRANSPORTS = {
     ),
     "gloo": Entry(
         *("samebit.weight_sync.transports.remote:GlooTransport", ("process",), ("one",)),
-        delta=True,
+        settings=_REMOTE,
     ),
     "nccl": Entry(
         *("samebit.weight_sync.transports.remote:NcclTransport", ("process",), ("one",), 2),
-        delta=True,
+        settings=_REMOTE,
     ),
     "ipc": Entry(
         *("samebit.weight_sync.transports.remote:IpcTransport", ("process",), ("one",), 1),
-        delta=True,
+        settings=_REMOTE,
     ),
     "file": Entry(
         "samebit.weight_sync.transports.file:FileTransport", ("colocated", "process"), ("one",)

@@ -53,8 +53,15 @@ class RemoteTransport(Transport):
         self._sender: ShardSender | None = self._meet()
 
     @classmethod
-    def between(cls, source: WeightSource, engine: Any, folder: Path, delta: bool = False) -> Self:
-        return cls(source, engine, delta=delta)
+    def between(
+        cls,
+        source: WeightSource,
+        engine: Any,
+        folder: Path,
+        delta: bool = False,
+        timeout_s: float = 600.0,
+    ) -> Self:
+        return cls(source, engine, timeout_s, delta=delta)
 
     @property
     def seconds(self) -> dict[str, float]:
