@@ -5,14 +5,16 @@
 #   docs/results/measure.sh OUT PART...
 #
 # Parts: verify (two runs side by side have to be equal; SMOLLM2=FOLDER adds that model), engine,
-# kernels, trainer, memory, sync, kills (a short demo on SmolLM2, killed 20 times); on two GPUs
-# sync measures more, tensor_parallel, trainer_tp; on four layouts (short runs under all that fit), tp1_tp4.
+# kernels, trainer, memory, sync (on two GPUs also between them), step (of colocated GRPO), kills (a
+# short demo on SmolLM2, killed 20 times); on two GPUs tensor_parallel, trainer_tp, transfers; on
+# four transfers4, layouts (short runs under all that fit), tp1_tp4.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 bin=$root/.venv/bin
 shapes=$root/recipes/bench/shapes
-parts=" verify engine kernels trainer memory sync kills tensor_parallel trainer_tp layouts tp1_tp4 "
+parts=" verify engine kernels trainer memory sync step kills tensor_parallel trainer_tp transfers"
+parts+=" transfers4 layouts tp1_tp4 "
 for part in "${@:2}"; do
     if [[ $parts != *" $part "* ]]; then
         echo "'$part' is no part; there are:$parts" >&2
@@ -95,6 +97,28 @@ trainer() { samebit trainer_qwen3_4b bench trainer model="$shapes/qwen3-4b"; }
 memory() { samebit memory_qwen3_8b bench memory model="$shapes/qwen3-8b" load_format=dummy; }
 
 sync() { samebit sync_qwen3_8b bench sync model="$shapes/qwen3-8b" load_format=dummy; }
+
+step() { "$bin/python" "$root/tests/programs/colocated_step.py" "$out/step.json"; }
+
+transfer() { # PROCESSES NAME OPTION...: weights from one layout to another
+    program "$1" weight_transfers "$shapes/qwen3-8b" "$out/transfer_$2.json" "${@:3}"
+}
+
+transfers() {
+    needs_gpus 2
+    transfer 2 tp1_tp1 trainer=1x1 engine=1 at=1
+    transfer 2 tp1_tp1_delta trainer=1x1 engine=1 at=1 delta=1
+    transfer 2 tp2_tp1 trainer=2x1 engine=1 at=0
+    transfer 2 tp1_tp2 trainer=1x1 engine=2 at=0
+    transfer 2 pp2_tp1 trainer=1x2 engine=1 at=1
+}
+
+transfers4() {
+    needs_gpus 4
+    transfer 4 tp2pp2_tp2 trainer=2x2 engine=2 at=0
+    transfer 4 tp2pp2_2xtp1 trainer=2x2 engine=1 engines=2 at=0
+    transfer 4 tp2_apart_tp2 trainer=2x1 engine=2 at=2
+}
 
 kills() {
     "$bin/python" "$root/tests/programs/kill_demo.py" "$out/demo_kills.json" kills=20 seed=7 \

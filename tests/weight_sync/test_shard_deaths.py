@@ -19,7 +19,7 @@ from samebit.weight_sync.types import WeightSyncError
 
 def test_a_silent_sender_is_given_up_after_the_timeout(pool, engine, new, expected):
     """A sender that hangs in mid-update must not hang the engine for ever."""
-    sender, [receiver] = make_group(pool, new, timeout_s=5.0)
+    sender, [receiver] = make_group(pool, new, timeout_s=2.0)
     receiving = pool.submit(receiver.receive, engine.sink)
     sender.begin(4)
     with pytest.raises(WeightSyncError, match="the weight group lost a member"):
@@ -70,7 +70,7 @@ def test_any_error_of_the_receiver_breaks_the_update(
     def full(_):
         raise MemoryError("out of memory")
 
-    sender, [receiver] = make_group(pool, new, timeout_s=5.0)
+    sender, [receiver] = make_group(pool, new, timeout_s=2.0)
     with monkeypatch.context() as patch:
         patch.setattr(engine.sink, method, full)
         receiving = pool.submit(receiver.receive, engine.sink)
@@ -86,7 +86,7 @@ def test_any_error_of_the_receiver_breaks_the_update(
 
 def test_a_silent_receiver_is_given_up_after_the_timeout(pool, new):
     """A receiver that never answers a commit is an error of the sync, not a foreign one."""
-    sender, _ = make_group(pool, new, timeout_s=5.0)
+    sender, _ = make_group(pool, new, timeout_s=2.0)
     with pytest.raises(WeightSyncError):
         send(sender, new.params, new.digest, 4)
 
