@@ -251,3 +251,11 @@ def test_ranks_that_would_move_bytes_by_different_ways_do_not_meet(pool, new):
         make_sender(new, *place, timeout_s=60.0, listener=listener)
     with pytest.raises(WeightSyncError, match=message):
         joining.result()
+
+
+def test_a_group_that_nobody_makes_is_given_up(engine):
+    """A trainer that never started, or another port: bounded, and in words that name the place."""
+    with loopback_listener() as listener:
+        address, port = listener.getsockname()
+    with pytest.raises(WeightSyncError, match=f"no weight group at {address}:{port}: "):
+        engine.join_weight_transport(address, port, 1, 2, timeout_s=1.0)

@@ -56,7 +56,10 @@ class WeightGroup:
             listener = listener or loopback_listener(address, port)
             self._store = host_store(listener, world_size, self.timeout)
         else:
-            self._store = dist.TCPStore(address, port, world_size, rank == 0, self.timeout)
+            try:
+                self._store = dist.TCPStore(address, port, world_size, rank == 0, self.timeout)
+            except RuntimeError as error:
+                raise LostMemberError(f"no weight group at {address}:{port}: {error}") from error
         prove_secret(self._store, rank, world_size, secret, self.timeout)
         self._address = address
         self._pg = self.gloo("messages")
@@ -72,7 +75,8 @@ class WeightGroup:
             else gloo.create_default_device()
         ]
         store = dist.PrefixStore(name, self._store)
-        return gloo(store, self.rank, self.world_size, options)
+        with lost_members():
+            return gloo(store, self.rank, self.world_size, options)
 
     def tell(self, message: dict[str, Any]) -> None:
         """Tell all others; they `hear` it from this rank."""

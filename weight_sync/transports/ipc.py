@@ -60,7 +60,6 @@ class IpcPeers:
         for peer in incoming:
             given = members[peer][1][group.rank]
             self._buckets[peer] = [self._open(handle) for handle in given]
-        group.exchange("opened")  # the sender's buckets stay until then
 
     def move(self, rounds: Iterable[Round], watch: Watch) -> None:
         filled, emptied = Counter[int](), Counter[int]()

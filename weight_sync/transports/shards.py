@@ -70,6 +70,7 @@ class _Member:
         outgoing = sorted(there for here, there in ends if here == group.rank != there)
         incoming = sorted(here for here, there in ends if there == group.rank != here)
         data.connect(group, outgoing, incoming, self.plan.round_bytes)
+        group.exchange("connected")  # nobody goes on, or away, while another still connects
         self.is_delta = False
         """Whether all receivers hold what all senders know they hold: only changes travel."""
         self._coming: Future[dict[str, Any]] | None = None
