@@ -202,6 +202,7 @@ class Engine(EngineWeights, EngineMemory):
     def close(self) -> None:
         """Abort what callers wait for."""
         self.loop.between_steps(self.loop.book.abandon_all)
+        self.leave_weight_transport()
 
     # -- internals -------------------------------------------------------------------------------
 

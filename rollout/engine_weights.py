@@ -1,6 +1,6 @@
 """EngineWeights: the engine's public methods that concern its weights."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from samebit.rollout.device import on_device
 from samebit.rollout.runtime.engine_loop import EngineLoop
 from samebit.rollout.runtime.hf_weights import HFWeights
 from samebit.rollout.runtime.weight_control import WeightControl
+from samebit.rollout.values import as_integer, shown
 from samebit.weight_sync.session import Content, SessionState
 from samebit.weight_sync.transports.base import WeightSink
 from samebit.weight_sync.transports.data_planes import make_data_plane
@@ -105,6 +106,8 @@ class EngineWeights:
         alike, and get it on the CPU. Raises KeyError that names the nearest if there is none.
         """
         self.weight_control.require_resident()
+        if truncate_size is not None and (size := as_integer(truncate_size, "truncate_size")) < 0:
+            raise ValueError(f"truncate_size is {size}; it must be at least 0, or unset")
         return HFWeights(self.weight_control.session).whole(name)[:truncate_size]
 
     def flush_cache(self) -> None:
@@ -140,7 +143,7 @@ class EngineWeights:
         "all" or "target", which are the same. Raises ValueError for an unknown one, and
         WeightSyncError for "draft", which is not served, another session, or a stale step.
         """
-        step = self.weight_version.step + 1 if step is None else step
+        step = self.weight_version.step + 1 if step is None else as_integer(step, "step")
         self.weight_control.begin(step, selector)
 
     def end_weight_update(self, digest: str | None = None) -> WeightVersion:
@@ -221,7 +224,7 @@ class EngineWeights:
         For all parameters by their engine names, at once and without a session: `copy_weights`.
         """
         _require_plain(load_format)
-        weights, named = HFWeights(self.weight_control.session), list(named_tensors)
+        weights, named = HFWeights(self.weight_control.session), _pairs(named_tensors)
         weights.require_session()
         with self._breaking():
             tensors = [tensor for _, tensor in named]
@@ -271,11 +274,18 @@ class EngineWeights:
         secret: what the trainer and all engines have to know, by default SAMEBIT_SECRET of the
         environment; on one machine there need be none. Raises ValueError if theirs is another.
         """
+        self.leave_weight_transport()
         data = make_data_plane(backend, self.device)
         group = WeightGroup(master_address, master_port, rank, world_size, timeout_s, secret)
         session = self.weight_control.session
         session.meet_sender()
         self._receiver = ShardReceiver(group, data, Held(session.specs, session.params))
+
+    def leave_weight_transport(self) -> None:
+        """Let go of the trainers' weight group, if there is one."""
+        if self._receiver is not None:
+            self._receiver.close()
+            self._receiver = None
 
     def receive_weight_update(self) -> WeightVersion:
         """Take one update from the weight group, in place."""
@@ -283,6 +293,19 @@ class EngineWeights:
             raise WeightSyncError("no weight group; call join_weight_transport first")
         self._receiver.receive(self.sink)
         return self.weight_version
+
+
+def _pairs(named: object) -> list[tuple[str, Tensor]]:
+    if isinstance(named, Mapping) or not isinstance(named, Iterable):
+        raise ValueError(
+            "update_weights_from_tensor takes (Hugging Face name, tensor) pairs; a mapping of "
+            "engine names is for copy_weights"
+        )
+    pairs = list(named)
+    for pair in pairs:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], Tensor)):
+            raise ValueError(f"named_tensors has {shown(pair)}; give (name, tensor) pairs")
+    return pairs
 
 
 def _require_plain(load_format: str | None) -> None:

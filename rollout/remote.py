@@ -226,6 +226,7 @@ class RemoteEngine:
     memory_occupation = _asking(Engine.memory_occupation)
     update_weights_from_disk = _asking(Engine.update_weights_from_disk)
     join_weight_transport = _asking(Engine.join_weight_transport)
+    leave_weight_transport = _asking(Engine.leave_weight_transport)
     receive_weight_update = _asking(Engine.receive_weight_update)
     weight_report = _asking(Engine.weight_report)
     get_weights_by_name = _asking(_get_weights_by_name)

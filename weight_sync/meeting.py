@@ -10,6 +10,8 @@ import ipaddress
 import os
 import secrets
 import socket
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 
@@ -17,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 SECRET = "SAMEBIT_SECRET"
+_LOOK_S = 0.5
 MIN_SECRET = 16
 """Characters of a secret."""
 _given: list[str] = []
@@ -84,23 +87,28 @@ def check_secret(secret: str, why: str = "") -> None:
 
 
 def prove_secret(
-    store: dist.Store, rank: int, size: int, secret: str, timeout: timedelta = timedelta(minutes=10)
+    store: dist.Store,
+    rank: int,
+    size: int,
+    secret: str,
+    timeout: timedelta = timedelta(minutes=10),
+    watch: Callable[[], None] = lambda: None,
 ) -> None:
     """Show the other ranks of a store that this one knows the secret, and see that they do.
 
-    "": there is none, which has to be so for all. Raises ValueError that names the rank which has
-    none, or another one, or says nothing.
+    "": there is none, which has to be so for all. watch is called now and then. Raises ValueError
+    that names the rank which has none, or another one, or says nothing.
     """
     store = dist.PrefixStore("samebit_secret", store)
     store.set(f"question_{rank}", secrets.token_hex(16))
-    questions = [_read(store, f"question_{r}", r, timeout) for r in range(size)]
+    questions = [_read(store, f"question_{r}", r, timeout, watch) for r in range(size)]
 
     def proof_of(prover: int) -> str:
         message = f"samebit {prover} of {size}: {' '.join(questions)}"
         return hmac.new(secret.encode(), message.encode(), "sha256").hexdigest() if secret else "-"
 
     store.set(f"proof_{rank}", proof_of(rank))
-    shown = [_read(store, f"proof_{r}", r, timeout) for r in range(size)]
+    shown = [_read(store, f"proof_{r}", r, timeout, watch) for r in range(size)]
     store.set(f"read_{rank}", "")
     for other, proof in enumerate(shown):
         if not hmac.compare_digest(proof.encode(), proof_of(other).encode()):
@@ -116,9 +124,17 @@ def _wait_for_readers(store: dist.Store, size: int, timeout: timedelta) -> None:
         store.wait([f"read_{r}" for r in range(size)], min(timeout, timedelta(seconds=5)))
 
 
-def _read(store: dist.Store, key: str, rank: int, timeout: timedelta) -> str:
+def _read(
+    store: dist.Store, key: str, rank: int, timeout: timedelta, watch: Callable[[], None]
+) -> str:
+    deadline = time.monotonic() + timeout.total_seconds()
+    while (left := deadline - time.monotonic()) > _LOOK_S:
+        with suppress(dist.DistStoreError):  # not yet
+            store.wait([key], timedelta(seconds=_LOOK_S))
+            break
+        watch()
     try:
-        store.wait([key], timeout)
+        store.wait([key], timedelta(seconds=max(left, 0.001)))
         return store.get(key).decode(errors="replace")
     except RuntimeError:
         raise ValueError(

@@ -189,7 +189,7 @@ class UpdateSession:
             self._require_updating()
         try:
             refusal, total = (self.reason, 0) if self.is_refused else self._look()
-            refusals, total = self._gather(refusal, total)
+            refusals, total = self._gather(refusal, total, digest)
         except BaseException as error:
             self._break_off(str(error) or repr(error))
             raise
@@ -210,11 +210,23 @@ class UpdateSession:
         self._break_off(reason)
 
     def cancel(self) -> None:
-        """End an update of which nothing was handed out: what was before it is there, and stays."""
+        """End an update of which nothing was handed out: what was before it is there, and stays.
+
+        One that may have written is aborted.
+        """
         self._require_updating()
         if self._received or self._unknown - self._unknown_before:
-            raise WeightSyncError("an update that may have written is aborted, not cancelled")
-        self._state = self._state_before
+            self._break_off("it was given up after memory had been handed out")
+        else:
+            self._state = self._state_before
+
+    def agree(self, failure: Exception | None) -> None:
+        """Raise on every rank what failed on any, before an update begins."""
+        told = [""] if self.group is None else gather_objects(repr(failure or ""), self.group)
+        if failure is not None:
+            raise failure
+        if failed := [f"rank {i}: {why}" for i, why in enumerate(told) if why not in ("", "''")]:
+            raise WeightSyncError("; ".join(failed))
 
     def abort_alike(self, reason: str) -> None:
         """`abort`, where all ranks run the update alike: those that commit it are told why.
@@ -246,7 +258,16 @@ class UpdateSession:
     # -- internals -------------------------------------------------------------------------------
 
     def _look(self) -> tuple[str, int]:
-        """What is wrong with what this rank holds ("": nothing), and its part of the digest."""
+        """What is wrong with what this rank holds ("": nothing), and its part of the digest.
+
+        Also what fails as it looks: the other ranks wait to hear of it.
+        """
+        try:
+            return self._found()
+        except Exception as error:  # noqa: BLE001 - told to all ranks, and raised on all
+            return repr(error), 0
+
+    def _found(self) -> tuple[str, int]:
         missing = sorted(name for name in self.params if not self._is_whole(name))
         if missing:
             return f"{len(missing)} tensors never arrived: {', '.join(missing[:5])}", 0
@@ -257,13 +278,19 @@ class UpdateSession:
         bad = non_finite(self.params)
         return f"NaN or Inf in {len(bad)} tensors: {', '.join(bad[:5])}", 0
 
-    def _gather(self, refusal: str, total: int) -> tuple[str, int]:
-        """The refusals of all ranks ("": none), and the sum of their parts of the digest."""
+    def _gather(self, refusal: str, total: int, digest: str | None = None) -> tuple[str, int]:
+        """The refusals of all ranks ("": none), and the sum of their parts of the digest.
+
+        digest: the sender's. Ranks that commit different updates refuse.
+        """
         if self.group is None:
             return refusal, total
-        told = gather_objects((refusal, total), self.group)
-        refusals = [f"rank {rank}: {reason}" for rank, (reason, _) in enumerate(told) if reason]
-        return "; ".join(refusals), sum(total for _, total in told)
+        told = gather_objects((refusal, total, self._step, digest), self.group)
+        refusals = [f"rank {rank}: {reason}" for rank, (reason, *_) in enumerate(told) if reason]
+        updates = {(step, sent) for _, _, step, sent in told}
+        if len(updates) > 1 and not refusals:
+            refusals = [f"the ranks commit different updates: {sorted(map(str, updates))}"]
+        return "; ".join(refusals), sum(total for _, total, *_ in told)
 
     def _region(self, meta: ParamMeta) -> Tensor:
         """Where a tensor of the update goes. One that has no place here breaks the update."""

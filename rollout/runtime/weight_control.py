@@ -21,7 +21,7 @@ from samebit.rollout.runtime.scheduler import Scheduler
 from samebit.rollout.runtime.weights import fill, load_dummy, load_safetensors, open_safetensors
 from samebit.weight_sync.buckets import cut_buckets, pack
 from samebit.weight_sync.mapping import ParamSpec, hf_parts, unequal_shapes
-from samebit.weight_sync.session import UpdateSession, non_finite
+from samebit.weight_sync.session import SessionState, UpdateSession, non_finite
 from samebit.weight_sync.transports.file import read_version
 from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError, WeightVersion
 
@@ -89,7 +89,7 @@ class WeightControl:
 
     is_paused = False
     """Whether no step runs before the engine is told to go on."""
-    between_steps: Callable[[Callable[[], None]], None] = staticmethod(lambda command: command())
+    between_steps: Callable[[Callable[[], Any]], Any] = staticmethod(lambda command: command())
     """What touches the engine's books, which have one thread at a time, goes through here."""
 
     def __init__(
@@ -126,22 +126,31 @@ class WeightControl:
             self._prefixes.reset(self.version)
 
     def bind_weights(self, params: Mapping[str, Tensor], step: int) -> WeightVersion:
-        self.require_quiet("bind_weights")
-        own = self.session
-        kept = own.specs, self._dtype, self._arena, own.group
-        self.session = adopt_weights(params, step, *kept)
-        self.session.released = self._arena.released
-        self._runner.bind(self._runner.model.with_params(self.session.params))
-        self.between_steps(self.flush_cache)
-        return self.version
+        def bind() -> WeightVersion:
+            self.require_quiet("bind_weights")
+            own = self.session
+            if own.state is SessionState.UPDATING:
+                raise WeightSyncError("bind_weights: an update is under way; end it first")
+            kept = own.specs, self._dtype, self._arena, own.group
+            self.session = adopt_weights(params, step, *kept)
+            self.session.released = self._arena.released
+            self._runner.bind(self._runner.model.with_params(self.session.params))
+            self.flush_cache()
+            return self.version
+
+        return self.between_steps(bind)
 
     def begin(
         self, step: int, selector: str = "target", *, may_go_back: bool = False
     ) -> WeightVersion | None:
-        self.require_quiet("a weight update")
-        held = self.session.whole
-        self.session.begin(step, selector, may_go_back=may_go_back)
-        return held
+        def begin() -> WeightVersion | None:
+            self.require_quiet("a weight update")
+            held = self.session.whole
+            self.session.begin(step, selector, may_go_back=may_go_back)
+            self.flush_cache()  # before a byte is written, and so before anything is served again
+            return held
+
+        return self.between_steps(begin)
 
     def receive_in_place(self, params: Mapping[str, Tensor]) -> None:
         own = self.session.params
@@ -175,9 +184,12 @@ class WeightControl:
         self.session.abort(reason)
 
     def commit(self, digest: str | None) -> WeightVersion:
-        version = self.session.commit(digest)
-        self.between_steps(self.flush_cache)
-        return version
+        def commit() -> WeightVersion:
+            version = self.session.commit(digest)
+            self.flush_cache()
+            return version
+
+        return self.between_steps(commit)
 
     def copy_weights(
         self, params: Mapping[str, Tensor], step: int, digest: str | None
@@ -189,12 +201,15 @@ class WeightControl:
             return self.commit(digest)
 
     def update_weights_from_disk(self, model_path: str | Path, step: int | None) -> WeightVersion:
-        folder = as_path(model_path, "model_path")
-        if (folder / "config.json").exists():
-            _require_same_model(load_model_config(folder), self._model, folder)
-        session = self.session
-        read = open_safetensors(folder, session.specs)
-        version = read_version(folder)
+        folder, session, failure = as_path(model_path, "model_path"), self.session, None
+        try:
+            if (folder / "config.json").exists():
+                _require_same_model(load_model_config(folder), self._model, folder)
+            read = open_safetensors(folder, session.specs)
+            version = read_version(folder)
+        except Exception as error:  # noqa: BLE001 - raised once the other ranks know of it
+            failure = error
+        session.agree(failure)
         if step is None:
             step = version.step if version else self.version.step + 1
         self.begin(step, may_go_back=True)

@@ -8,8 +8,9 @@ At a loopback address nothing listens on another interface. At any other all ran
 that they know one secret (weight_sync.meeting), by default that of the environment.
 """
 
+import math
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -42,25 +43,31 @@ class WeightGroup:
         timeout_s: float = 600.0,
         secret: str | None = None,
         listener: socket.socket | None = None,
+        watch: Callable[[], None] = lambda: None,
     ) -> None:
-        """listener: a socket that already listens at a loopback `address` and `port`.
+        """listener: a socket that already listens at a loopback `address` and `port`. watch: raises
+        if the others are known not to come; asked now and then while they are waited for.
 
         timeout_s: how long a member is waited for. Raises ValueError for another secret.
         """
         secret = own_secret() if secret is None else secret
         self._local = is_loopback(address)
         check_secret(secret, "" if self._local else f"a weight group meets at {address}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}; it must be in [0, world_size = {world_size})")
+        if not 0 < timeout_s < math.inf:
+            raise ValueError(f"timeout_s is {timeout_s}; it must be positive and finite")
         self.timeout = timedelta(seconds=timeout_s)
         self.rank, self.world_size = rank, world_size
         if rank == 0 and self._local:
             listener = listener or loopback_listener(address, port)
-            self._store = host_store(listener, world_size, self.timeout)
+            self._store: Any = host_store(listener, world_size, self.timeout)
         else:
             try:
                 self._store = dist.TCPStore(address, port, world_size, rank == 0, self.timeout)
             except RuntimeError as error:
                 raise LostMemberError(f"no weight group at {address}:{port}: {error}") from error
-        prove_secret(self._store, rank, world_size, secret, self.timeout)
+        prove_secret(self._store, rank, world_size, secret, self.timeout, watch)
         self._address = address
         self._pg = self.gloo("messages")
 
@@ -77,6 +84,10 @@ class WeightGroup:
         store = dist.PrefixStore(name, self._store)
         with lost_members():
             return gloo(store, self.rank, self.world_size, options)
+
+    def close(self) -> None:
+        """Let go of the sockets: who waits for this rank hears that it is gone."""
+        self._pg = self._store = None
 
     def tell(self, message: dict[str, Any]) -> None:
         """Tell all others; they `hear` it from this rank."""

@@ -87,16 +87,17 @@ class NcclCommunicator:
         watch: Callable[[], None],
     ) -> None:
         """Put sends and receives (peer, contiguous uint8 tensor) onto a stream as one group."""
-        library = self._library
+        library, found = self._library, _SUCCESS
+        if not self._comm:
+            raise LostMemberError("the weight group lost a member: its communicator was given up")
         _check(library, library.ncclGroupStart())
         for call, parts in ((library.ncclSend, outgoing), (library.ncclRecv, incoming)):
             for peer, memory in parts:
-                size, place = memory.numel(), memory.data_ptr()
-                found = call(place, size, _UINT8, peer, self._comm, stream.cuda_stream)
-                if found not in (_SUCCESS, _IN_PROGRESS):
-                    self.abort()
-                    _check(library, found)
-        self._settle(library.ncclGroupEnd(), watch)
+                if found in (_SUCCESS, _IN_PROGRESS):
+                    size, place = memory.numel(), memory.data_ptr()
+                    found = call(place, size, _UINT8, peer, self._comm, stream.cuda_stream)
+        ended = library.ncclGroupEnd()  # in any case: this thread's later groups would nest in it
+        self._settle(ended if found in (_SUCCESS, _IN_PROGRESS) else found, watch)
 
     def wait(self, stream: torch.cuda.Stream, watch: Callable[[], None]) -> None:
         """Wait for all that is on the stream."""

@@ -19,7 +19,7 @@ from samebit.weight_sync.transports.base import Transport, WeightSource
 from samebit.weight_sync.transports.data_planes import make_data_plane
 from samebit.weight_sync.transports.group import WeightGroup
 from samebit.weight_sync.transports.shards import BUCKET_BYTES, Held, ShardSender, beside
-from samebit.weight_sync.types import LostMemberError, WeightSyncError, WeightVersion
+from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
 _LAST_WORDS_S = 60
 """Seconds that an engine is given to say why its group is broken."""
@@ -78,26 +78,32 @@ class RemoteTransport(Transport):
             self._sender = self._meet()
         self._sender.require_closed(step)
         self._receiving = beside(self._engine.receive_weight_update)
-        with self._last_words():
+        with self._exchanging(self._sender):
             self._sender.begin(step)
 
     def send(self, params: Mapping[str, Tensor]) -> None:
-        with self._last_words():
-            self._open().send(params)
+        with self._exchanging(sender := self._open()):
+            sender.send(params)
 
     def commit(self, digest: str) -> WeightVersion:
         """Return once the engine serves the new version; raise its own error if it refused."""
-        with self._last_words():
-            self._open().commit(digest)
+        with self._exchanging(sender := self._open()):
+            sender.commit(digest)
         return self._receiving.result()
 
     def abort(self, reason: str) -> None:
-        if self._sender is not None and not self._receiving.done():
-            with self._last_words():
+        if self._sender is not None and self._sender.is_open:
+            with self._exchanging(self._sender):
                 self._sender.abort(reason)
             self._receiving.result()
 
     def close(self) -> None:
+        if self._sender is not None:
+            self._drop()
+            with suppress(RuntimeError):  # its process has died: nothing is held there
+                self._engine.leave_weight_transport()
+
+    def _drop(self) -> None:
         if self._sender is not None:
             self._sender.close()
             self._sender = None
@@ -119,17 +125,23 @@ class RemoteTransport(Transport):
         known = self._timeout_s, secret
         join = self._engine.join_weight_transport
 
+        def require_coming() -> None:
+            if joining.done():
+                joining.result()
+
         def make_sender() -> ShardSender:
             with listener:
-                group = WeightGroup(address, port, 0, 2, *known, listener)
+                group = WeightGroup(address, port, 0, 2, *known, listener, require_coming)
                 sends = Held(self._source.specs, params)
                 more = self._bucket_bytes, self._require_receiving
                 return ShardSender(group, data, sends, *more, delta=self._delta)
 
-        self._receiving = beside(partial(join, address, port, 1, 2, self.backend, *known))
+        self._receiving = joining = beside(partial(join, address, port, 1, 2, self.backend, *known))
         made = beside(make_sender)
-        for future in wait([self._receiving, made], return_when=FIRST_EXCEPTION).done:
-            future.result()
+        wait([joining, made], return_when=FIRST_EXCEPTION)
+        if joining.done() and joining.exception() is not None:
+            wait([made], _LAST_WORDS_S)  # its thread ends with it
+            joining.result()
         return made.result()
 
     def _require_receiving(self) -> None:
@@ -138,15 +150,17 @@ class RemoteTransport(Transport):
             raise WeightSyncError("the engine has ended the update")
 
     @contextmanager
-    def _last_words(self) -> Iterator[None]:
-        """Raise the engine's own error in place of what this end sees of it: it says more."""
+    def _exchanging(self, sender: ShardSender) -> Iterator[None]:
+        """Let go of a group that has come out of step, which wakes the engine's end, and raise the
+        engine's own error in place of what this end sees of it: it says more."""
         try:
             yield
-        except WeightSyncError as error:
-            if isinstance(error, LostMemberError):
-                self.close()
-            with suppress(TimeoutError):
-                self._receiving.result(_LAST_WORDS_S)
+        except BaseException as error:
+            if not sender.in_order:
+                self._drop()
+            if isinstance(error, WeightSyncError):
+                with suppress(TimeoutError):
+                    self._receiving.result(_LAST_WORDS_S)
             raise
 
 

@@ -111,6 +111,11 @@ class _Member:
         parcels = [parcel for here, there, parcel in ends if here == rank != there]
         return {t.source.name for parcel in parcels for t in parcel.transfers}
 
+    def close(self) -> None:
+        """Let go of sockets and buffers."""
+        self.data.close()
+        self.group.close()
+
     def say(self, **message: Any) -> None:
         """Rank 0 tells it; the others of its side hear the same, or raise WeightSyncError."""
         if self.group.rank == 0:
@@ -182,6 +187,9 @@ class ShardSender(Transport):
         sent = self._member.sent_params() if delta else ()
         self._base = Base({name: sends.params[name] for name in sent})
         self._watch = watch
+        self.in_order = True
+        """Whether all ranks know alike how far the update is: whatever else is raised than a
+        refusal leaves a group that is of no use any more."""
         self._step: int | None = None
         """Of the update that is under way."""
         self.seconds: dict[str, float] = {}
@@ -201,6 +209,7 @@ class ShardSender(Transport):
             self._engine.begin(step)
             if refusals := self._member.agree(self._engine, self._base.digest):
                 self._engine.cancel()
+                self.in_order = True
                 raise WeightSyncError(refusals)
             self._step = step
 
@@ -220,7 +229,7 @@ class ShardSender(Transport):
             own = repr_of(failure) or self._engine.words
             refusals, told = self._member.answers(own, counts)
             if refusals:
-                self._step = None
+                self._step, self.in_order = None, True
                 self._engine.abort(refusals)
                 raise failure or WeightSyncError(refusals)
             going: Iterable[Round] = rounds
@@ -240,6 +249,7 @@ class ShardSender(Transport):
             self._engine.commit(digest)
             refusals, _ = self._member.answers(self._engine.words)
             if refusals:
+                self.in_order = True
                 raise WeightSyncError(refusals)
         self._base.digest = digest if self._delta else ""
         return WeightVersion(step, digest)
@@ -248,11 +258,17 @@ class ShardSender(Transport):
         """Have receivers refuse to serve until a full update. Without one under way: nothing."""
         if self._step is not None:
             self._step = None
-            self._engine.abort(reason)
-            self._member.say(op="abort", reason=reason)
+            with self._timed("abort"):
+                self._engine.abort(reason)
+                self._member.say(op="abort", reason=reason)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an update is under way."""
+        return self._step is not None
 
     def close(self) -> None:
-        self._member.data.close()
+        self._member.close()
         self._base = Base({})
 
     def _counted(self, rounds: Iterable[Round]) -> Iterator[Round]:
@@ -269,9 +285,9 @@ class ShardSender(Transport):
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, self.in_order = time.perf_counter(), False
         yield
-        self.seconds[stage] = time.perf_counter() - start
+        self.seconds[stage], self.in_order = time.perf_counter() - start, True
 
 
 def _source(meta: ParamMeta, params: Mapping[str, Tensor]) -> Tensor:
@@ -287,6 +303,7 @@ class ShardReceiver:
 
     def __init__(self, group: WeightGroup, data: DataPlane, receives: Held) -> None:
         self._member = _Member(group, data, None, receives)
+        self._is_closed = False
 
     def receive(self, sink: WeightSink) -> None:
         """Take one update, from begin to commit or abort.
@@ -294,17 +311,22 @@ class ShardReceiver:
         What the sink refuses it answers, and raises at the end. If rank 0 dies or is silent, the
         sink's update is aborted and WeightSyncError is raised; so it is by any other error.
         """
+        if self._is_closed:
+            raise WeightSyncError("the weight group is broken; call join_weight_transport again")
         engine = AskedSink(sink, self._member.own_targets())
         try:
             self._take(engine)
         except BaseException as error:
             engine.abort(repr_of(error))
+            self.close()  # the other ranks would wait for this one
             raise
         if engine.refusal is not None:
             raise engine.refusal
 
     def _take(self, engine: AskedSink) -> None:
         member, message = self._member, self._member.hear()
+        if message["op"] != "begin":
+            raise WeightSyncError(f"rank 0 says {message['op']} and has not begun")
         if message["plan"] != member.plan.digest:
             engine.refuse(f"the plan is {member.plan.digest} here and {message['plan']} at rank 0")
         engine.begin(message["step"])
@@ -331,8 +353,9 @@ class ShardReceiver:
         member.answers(engine.words)
 
     def close(self) -> None:
-        """Let go of what the data plane holds."""
-        self._member.data.close()
+        """Let go of the group, and of what the data plane holds."""
+        self._is_closed = True
+        self._member.close()
 
 
 def _sends_nothing(meta: ParamMeta) -> Tensor:
