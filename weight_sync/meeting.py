@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 SECRET = "SAMEBIT_SECRET"
-_LOOK_S = 0.5
+_LOOK_S = 0.01
 MIN_SECRET = 16
 """Characters of a secret."""
 _given: list[str] = []
@@ -128,13 +128,12 @@ def _read(
     store: dist.Store, key: str, rank: int, timeout: timedelta, watch: Callable[[], None]
 ) -> str:
     deadline = time.monotonic() + timeout.total_seconds()
-    while (left := deadline - time.monotonic()) > _LOOK_S:
-        with suppress(dist.DistStoreError):  # not yet
-            store.wait([key], timedelta(seconds=_LOOK_S))
-            break
-        watch()
     try:
-        store.wait([key], timedelta(seconds=max(left, 0.001)))
+        while not store.check([key]):
+            if time.monotonic() > deadline:
+                raise RuntimeError("the time is up")
+            watch()
+            time.sleep(_LOOK_S)
         return store.get(key).decode(errors="replace")
     except RuntimeError:
         raise ValueError(
