@@ -4,6 +4,7 @@ import asyncio
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from rank_programs import exact, prompts, start
@@ -100,6 +101,17 @@ def refused(rank, size, store, folder, out):
             engine.weight_control.session.arrived(metas)
         engine.sink.commit("")
 
+    def fails():
+        """As if the digest's tables did not fit any more."""
+        session = engine.weight_control.session
+        digester = session._digester
+        if is_bad:
+            session._digester = None
+        try:
+            engine.copy_weights(good, step=1)
+        finally:
+            session._digester = digester
+
     def leased():
         engine.bind_weights(good)
         engine.sink.begin(3)
@@ -113,6 +125,8 @@ def refused(rank, size, store, folder, out):
         "extra": lambda: copied(extra=torch.zeros(3)),
         "NaN": lambda: copied(**{NORM: torch.full_like(good[NORM], torch.nan)}),
         "by hand": by_hand,
+        "fails": fails,
+        "different": lambda: engine.copy_weights(good, step=4 if is_bad else 5),
         "leased": leased,
     }
     for name, fault in faults.items():
@@ -121,6 +135,10 @@ def refused(rank, size, store, folder, out):
         engine.copy_weights(good, step=9)
         engine.generate(prompts()[:1], SamplingParams(max_new_tokens=2))
         found[name] = told, served.partition(";")[0]
+    with pytest.raises((FileNotFoundError, WeightSyncError)) as told:
+        engine.update_weights_from_disk("/nowhere" if is_bad else folder, 1)
+    engine.generate(prompts()[:1], SamplingParams(max_new_tokens=2))  # nothing has begun
+    found["no folder"] = str(told.value)
     Path(out).with_suffix(f".{rank}").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from samebit.kernels.reduce import RankGroup
 from samebit.rollout.messages import Drain
@@ -76,7 +77,9 @@ def test_what_ends_a_block_is_told_though_the_ranks_have_parted(leader):
     def stop_leading(marks):
         raise RuntimeError(PARTED)
 
-    book = SimpleNamespace(lockstep=leader, stop_leading=stop_leading, calls={})
+    book = SimpleNamespace(
+        lockstep=leader, stop_leading=stop_leading, calls={}, device=torch.device("cpu")
+    )
     loop = EngineLoop(book)
     with pytest.raises(KeyboardInterrupt), loop.leading(lambda: (0, 0)):
         raise KeyboardInterrupt

@@ -14,7 +14,7 @@ from samebit.rollout.remote import RemoteEngine, RemoteEngineError
 from samebit.weight_sync.meeting import loopback_listener
 from samebit.weight_sync.transports.peers import GlooPeers
 from samebit.weight_sync.transports.remote import GlooTransport
-from samebit.weight_sync.types import WeightSyncError
+from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
 
 def test_a_silent_sender_is_given_up_after_the_timeout(pool, engine, new, expected):
@@ -59,6 +59,36 @@ def test_an_abort_ends_the_wait_for_bytes(pool, engine, new, expected):
         engine.generate(PROMPTS, PARAMS)
     sender, [receiver] = make_group(pool, new)
     recovers(pool, sender, receiver, engine, new, expected)
+
+
+class FullPeers(GlooPeers):
+    """A receiver without room for what comes, once."""
+
+    room = 0
+
+    def move(self, rounds, watch):
+        rounds = list(rounds)
+        if any(round_.incoming for round_ in rounds) and not type(self).room:
+            type(self).room = 1
+            raise MemoryError("no room for a buffer")
+        super().move(rounds, watch)
+
+
+def test_an_engine_that_fails_in_mid_transfer_takes_the_next_update(
+    engine, new, expected, monkeypatch
+):
+    """Its error is told, and the next update makes a new group: not a run that is stuck."""
+    monkeypatch.setattr(FullPeers, "room", 0)
+    for module in ("samebit.rollout.engine_weights", "samebit.weight_sync.transports.remote"):
+        monkeypatch.setattr(f"{module}.make_data_plane", lambda name, device: FullPeers())
+    transport = GlooTransport(source_of(new), engine, timeout_s=60)
+    with pytest.raises(MemoryError, match="no room for a buffer"):
+        send(transport, new.params, new.digest, 4)
+    with pytest.raises(WeightSyncError, match="step 4 broke off: no room for a buffer"):
+        engine.generate(PROMPTS, PARAMS)
+    assert send(transport, new.params, new.digest, 5) == WeightVersion(5, new.digest)
+    assert serves(engine, new, expected)
+    transport.close()
 
 
 @pytest.mark.parametrize("method", ["arrived", "commit"])
