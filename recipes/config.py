@@ -82,8 +82,8 @@ class PlacementSection:
     engine: str = "colocated"
     """colocated: in the trainer's process; process: in one of its own."""
     transport: str = "alias"
-    """How weights reach it: alias, stages (pipelines), file (colocated); gloo, file (process); or
-    module:Class, a transport of your own."""
+    """How weights reach it: alias, stages (pipelines), file (colocated); gloo, nccl (another GPU),
+    ipc (the same GPU), file (process); or module:Class, a transport of your own."""
     delta: bool = False
     """Send only what has changed in the weights; the trainer's device keeps them once more."""
     timeout_s: float = 600.0

@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import Tensor
 
-from samebit.kernels.memory import Arena, TagBytes
+from samebit.kernels.memory import Arena, ResumeError, TagBytes, require_tags
 from samebit.rollout.runtime.engine_loop import EngineLoop
 from samebit.rollout.runtime.kv_cache import KVCache, PagePool
 from samebit.rollout.runtime.weight_control import WeightControl
@@ -43,28 +43,47 @@ class MemoryControl:
         self._arena.require_releasable()
         self._weights.require_quiet("release_memory_occupation")
         session = self._weights.session
-        if "weights" in given and self._is_resident("weights"):
-            if session.state is SessionState.UPDATING:
-                raise WeightSyncError("the weights cannot be released: they are being updated")
-            if not self._kept:
-                session.invalidate("their memory was released without a backup")
-        if "kv_cache" in given and self._is_resident("kv_cache"):
+        has_weights = "weights" in given and self._is_resident("weights")
+        if has_weights and session.state is SessionState.UPDATING:
+            raise WeightSyncError("the weights cannot be released: they are being updated")
+        has_pages = "kv_cache" in given and self._is_resident("kv_cache") and self._pages is None
+        if has_pages:
             self._weights.flush_cache()
             if pages := self._pool.in_use():
                 self._pages = pages, self._cache.read_pages(pages)
         try:
             return self._arena.release(given, keep=self._kept)
-        finally:
+        finally:  # it may have broken off before all of them were released
+            if has_pages and not self._arena.is_released("kv_cache"):
+                self._pages = None
+            if has_weights and not self._kept and self._arena.is_released("weights"):
+                session.invalidate("their memory was released without a backup")
             session.released = self._arena.released
 
     def resume(self, tags: Sequence[str] | None) -> dict[str, int]:
         try:
             return self._arena.resume(_engine_tags(tags))
         finally:
-            if self._pages is not None and not self._arena.is_released("kv_cache"):
-                self._cache.write_pages(*self._pages)
-                self._pages = None
-            self._weights.session.released = self._arena.released
+            try:
+                self._write_pages()
+            finally:
+                self._weights.session.released = self._arena.released
+
+    def _write_pages(self) -> None:
+        """Put the kept pages back into a KV cache that is resident; else it is released again."""
+        if self._pages is None or self._arena.is_released("kv_cache"):
+            return
+        try:
+            self._cache.write_pages(*self._pages)
+        except BaseException as error:
+            self._arena.release(("kv_cache",))
+            if not isinstance(error, RuntimeError):
+                raise
+            raise ResumeError(
+                f"{len(self._pages[0])} pages of unfinished requests could not be written back to "
+                f"kv_cache, which is still released: make room and resume it again: {error}"
+            ) from error
+        self._pages = None
 
     def _is_resident(self, tag: str) -> bool:
         return self._arena.owns(tag) and not self._arena.is_released(tag)
@@ -73,9 +92,7 @@ class MemoryControl:
 def _engine_tags(tags: Sequence[str] | None) -> Sequence[str]:
     if tags is None:
         return ENGINE_TAGS
-    if isinstance(tags, str) or (unknown := [tag for tag in tags if tag not in ENGINE_TAGS]):
-        wrong = tags if isinstance(tags, str) else unknown[0]
-        raise ValueError(f"tags has {wrong!r}; give a list of: {', '.join(ENGINE_TAGS)}")
+    require_tags(tags, ENGINE_TAGS)
     return tags
 
 
