@@ -317,6 +317,8 @@ class GrpoRun(RunSection):
         _check_release(self.placement, self.engine)
         meaning = "attention, model, lengths and seed are the run's"
         require_default(self.engine, "engine", SET_BY_RUN, meaning)
+        meaning = "a run releases no weights of the engine"
+        require_default(self.engine, "engine", ("weights_backup",), meaning)
         if self.samples_per_step % self.batch_size:
             raise ValueError(
                 f"rollout.prompts_per_step x rollout.samples_per_prompt = {prompts} x {n} = "

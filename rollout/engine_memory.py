@@ -1,6 +1,6 @@
 """The engine's memory by tag: what is released and resumed, and what that means for its content."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -111,19 +111,27 @@ class EngineMemory:
         bind_weights). Until all is resumed nothing is served. Every tensor parallel rank calls it.
 
         Raises ValueError for unknown tags, WeightSyncError while requests are unfinished or, for
-        weights, an update is under way, and ReleasedError for an engine with releasable=false.
+        weights, an update is under way, ReleasedError for an engine with releasable=false, and
+        RuntimeError while rank 0 leads others.
         """
-        return self.loop.between_steps(partial(self.memory_control.release, tags))
+        return self._alike("release_memory_occupation", partial(self.memory_control.release, tags))
 
     def resume_memory_occupation(self, tags: Sequence[str] | None = None) -> dict[str, int]:
         """Have the memory of these tags again, at the same addresses; the bytes of each.
 
         CUDA graphs stay valid. Weights without a backup need a full update before anything is
         served. Raises ValueError for unknown tags and, where memory is short, ResumeError that
-        names the tag and the bytes; then the call may be repeated.
+        names the tag and the bytes; then the call may be repeated. RuntimeError while rank 0 leads.
         """
-        return self.loop.between_steps(partial(self.memory_control.resume, tags))
+        return self._alike("resume_memory_occupation", partial(self.memory_control.resume, tags))
 
     def memory_occupation(self) -> dict[str, TagBytes]:
         """Bytes of each tag that are resident, and those of its addresses."""
         return self.arena.occupation()
+
+    def _alike(self, what: str, command: Callable[[], dict[str, int]]) -> dict[str, int]:
+        def run() -> dict[str, int]:
+            self.loop.book.lockstep.require_alike(what)
+            return command()
+
+        return self.loop.between_steps(run)

@@ -280,6 +280,15 @@ def test_doubled_calls_do_nothing_and_say_so(make_engine, truth):
     assert served(engine) == truth
 
 
+def test_memory_is_every_ranks_and_not_released_while_rank_0_leads(make_engine, monkeypatch):
+    engine = make_engine()
+    monkeypatch.setattr(engine.loop.book.lockstep, "leads", True)
+    for call in (engine.release_memory_occupation, engine.resume_memory_occupation):
+        with pytest.raises(RuntimeError, match="_memory_occupation is for every rank: call it aft"):
+            call()
+    assert engine.arena.released == ()
+
+
 @pytest.mark.parametrize("tags", [["kv"], ["weights", "gradients"], "weights", 7])
 def test_unknown_tags_are_refused(make_engine, tags):
     engine = make_engine()
