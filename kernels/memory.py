@@ -27,10 +27,6 @@ class ResumeError(RuntimeError):
     """A tag's pages do not fit into the free memory; it is still released and may be retried."""
 
 
-class OutOfPagesError(RuntimeError):
-    """The device has too little free memory for the pages of a Memory."""
-
-
 class TagBytes(NamedTuple):
     """What a tag takes."""
 
@@ -65,7 +61,7 @@ class Memory(Protocol):
         """Give its pages back."""
 
     def map(self) -> None:
-        """Have pages again; OutOfPagesError, and none of them, where too few are free."""
+        """Have pages again; torch.OutOfMemoryError, and none, where too few are free."""
 
 
 class HostMemory:
@@ -278,7 +274,7 @@ class Arena:
             memory = self._memories[tag]
             try:
                 memory.map()
-            except OutOfPagesError as error:
+            except torch.OutOfMemoryError as error:
                 raise ResumeError(self._does_not_fit(tag, memory)) from error
             if self._released[tag]:
                 self._backups[tag].restore(memory.segments())

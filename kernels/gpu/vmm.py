@@ -24,8 +24,6 @@ from torch import Tensor
 from triton.runtime.build import platform_key
 from triton.runtime.cache import get_cache_manager
 
-from samebit.kernels.memory import OutOfPagesError
-
 _SOURCE = Path(__file__).with_name("vmm.c")
 _INCLUDE = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
 _FLAGS = ("-O2", "-shared", "-fPIC")
@@ -35,6 +33,10 @@ _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 
 class VmmError(RuntimeError):
     """Releasable memory cannot be had, or the driver refused what should not fail."""
+
+
+class OutOfPagesError(torch.OutOfMemoryError):
+    """The device has too little free memory for a pool's pages."""
 
 
 def build(source: Path = _SOURCE, include: Path = _INCLUDE) -> Path:

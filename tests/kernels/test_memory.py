@@ -11,7 +11,6 @@ from samebit.kernels.memory import (
     TAGS,
     Arena,
     HostMemory,
-    OutOfPagesError,
     ReleasedError,
     ResumeError,
     _Backup,
@@ -160,7 +159,7 @@ def test_a_resume_that_fails_names_tag_and_bytes_and_can_be_repeated(arena, monk
 
     def fail_on_kv(memory):
         if memory is arena._memories["kv_cache"]:
-            raise OutOfPagesError
+            raise torch.OutOfMemoryError
         own_map(memory)
 
     monkeypatch.setattr(HostMemory, "map", fail_on_kv)

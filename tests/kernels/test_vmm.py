@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from samebit.kernels.gpu.vmm import Vmm, VmmError, build
-from samebit.kernels.memory import OutOfPagesError
+from samebit.kernels.gpu.vmm import OutOfPagesError, Vmm, VmmError, build
 
 MIB = 1 << 20
 FAKE = Path(__file__).resolve().parents[1] / "programs" / "fake_cuda.c"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import assert_same_bits, make_prompts, outcomes
 
-from samebit.kernels.memory import HostMemory, OutOfPagesError, ReleasedError, ResumeError
+from samebit.kernels.memory import HostMemory, ReleasedError, ResumeError
 from samebit.rollout.remote import RemoteEngine
 from samebit.rollout.runtime.kv_cache import KVCache
 from samebit.rollout.types import SamplingParams
@@ -256,7 +256,7 @@ def test_a_resume_without_room_is_told_and_repeated(make_engine, truth, monkeypa
 
     def fail_on_kv(memory):
         if memory is engine.arena._memories["kv_cache"]:
-            raise OutOfPagesError
+            raise torch.OutOfMemoryError
         own_map(memory)
 
     monkeypatch.setattr(HostMemory, "map", fail_on_kv)
