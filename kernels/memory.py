@@ -6,7 +6,7 @@ GPUs that is CUDA's virtual memory behind torch's MemPool (gpu/vmm.py), on a CPU
 
 import ctypes
 import mmap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import prod
 from typing import NamedTuple, Protocol
@@ -31,7 +31,7 @@ class TagBytes(NamedTuple):
     """What a tag takes."""
 
     resident: int
-    """Bytes that have pages."""
+    """Bytes that have pages; on a CPU what was not given back, which nothing measures."""
     reserved: int
     """Bytes of its addresses, with or without pages."""
 
@@ -61,7 +61,7 @@ class Memory(Protocol):
         """Give its pages back."""
 
     def map(self) -> None:
-        """Have pages again; what fails leaves none."""
+        """Have pages again; torch.OutOfMemoryError, and none, where too few are free."""
 
 
 class HostMemory:
@@ -147,6 +147,15 @@ def give_back(address: int, num_bytes: int) -> None:
     place = ctypes.c_void_p(address), ctypes.c_size_t(num_bytes)
     if libc.madvise(*place, mmap.MADV_DONTNEED):
         raise OSError(ctypes.get_errno(), "madvise(MADV_DONTNEED) failed")
+
+
+def require_tags(tags: object, known: Sequence[str]) -> None:
+    """Raise ValueError for what is no list of known tags; it says the first wrong one."""
+    unknown = [tags]
+    if isinstance(tags, Collection) and not isinstance(tags, str):
+        unknown = [tag for tag in tags if tag not in known]
+    if unknown:
+        raise ValueError(f"tags has {unknown[0]!r}; give a list of: {', '.join(known)}")
 
 
 class Arena:
@@ -237,14 +246,15 @@ class Arena:
         done = {}
         for tag in given:
             done[tag] = 0
-            if (memory := self._memories.get(tag)) is None or tag in self._released:
+            if (memory := self._memories.get(tag)) is None:
                 continue
-            if tag in keep:
-                self._backups.setdefault(tag, _Backup(self.device)).save(memory.segments())
-                self._synchronize()
+            if tag not in self._released:
+                if tag in keep:
+                    self._backups.setdefault(tag, _Backup(self.device)).save(memory.segments())
+                    self._synchronize()
+                self._released[tag] = tag in keep  # before a page goes, lest one be missing unknown
             done[tag] = memory.resident_bytes()
             memory.unmap()
-            self._released[tag] = tag in keep
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return done
@@ -253,7 +263,8 @@ class Arena:
         """Give the tags pages again (unset: all tags); the bytes of each, 0 for nothing to do.
 
         Raises ResumeError that names the first tag that does not fit; those before it are resumed,
-        it and the later ones are as they were, and the call may be repeated.
+        it and the later ones are as they were. After that, or an interruption, the call may be
+        repeated.
         """
         done = {}
         for tag in self._given(tags):
@@ -263,11 +274,12 @@ class Arena:
             memory = self._memories[tag]
             try:
                 memory.map()
-            except RuntimeError as error:
+            except torch.OutOfMemoryError as error:
                 raise ResumeError(self._does_not_fit(tag, memory)) from error
-            if self._released.pop(tag):
+            if self._released[tag]:
                 self._backups[tag].restore(memory.segments())
                 self._synchronize()
+            del self._released[tag]
             done[tag] = memory.resident_bytes()
         return done
 
@@ -330,9 +342,7 @@ class Arena:
 
     @staticmethod
     def _require_known(tags: Sequence[str]) -> None:
-        if isinstance(tags, str) or (unknown := [tag for tag in tags if tag not in TAGS]):
-            wrong = tags if isinstance(tags, str) else unknown[0]
-            raise ValueError(f"tags has {wrong!r}; give a list of: {', '.join(TAGS)}")
+        require_tags(tags, TAGS)
 
     def _does_not_fit(self, tag: str, memory: Memory) -> str:
         wanted = memory.num_bytes() - memory.resident_bytes()

@@ -82,8 +82,8 @@ class PlacementSection:
     engine: str = "colocated"
     """colocated: in the trainer's process; process: in one of its own."""
     transport: str = "alias"
-    """How weights reach it: alias, stages (pipelines), file (colocated); gloo, file (process); or
-    module:Class, a transport of your own."""
+    """How weights reach it: alias, stages (pipelines), file (colocated); gloo, nccl (another GPU),
+    ipc (the same GPU), file (process); or module:Class, a transport of your own."""
     delta: bool = False
     """Send only what has changed in the weights; the trainer's device keeps them once more."""
     timeout_s: float = 600.0
@@ -317,6 +317,8 @@ class GrpoRun(RunSection):
         _check_release(self.placement, self.engine)
         meaning = "attention, model, lengths and seed are the run's"
         require_default(self.engine, "engine", SET_BY_RUN, meaning)
+        meaning = "a run releases no weights of the engine"
+        require_default(self.engine, "engine", ("weights_backup",), meaning)
         if self.samples_per_step % self.batch_size:
             raise ValueError(
                 f"rollout.prompts_per_step x rollout.samples_per_prompt = {prompts} x {n} = "

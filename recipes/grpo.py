@@ -114,13 +114,15 @@ class GrpoRecipe:
     def __init__(self, run: GrpoRun, session: RunSession, inputs: GrpoInputs | None = None) -> None:
         self.run = run
         self._inputs = inputs or GrpoInputs(run)
-        self.trainer = make_trainer(run, self._inputs.model, run.num_updates, session.device)
+        device = session.device
+        releases = releases_memory(run, device)
+        model = self._inputs.model
+        self.trainer = make_trainer(run, model, run.num_updates, device, releases)
         self.algorithm = make_algorithm(run.algorithm)
         if self.algorithm.needs_reference:
             self.trainer.freeze_reference()
         self.progress = GrpoProgress(**session.restore(self.trainer))
-        self.engine, self.weights = start_engine(run, session.device, self.trainer)
-        releases = releases_memory(run, session.device)
+        self.engine, self.weights = start_engine(run, device, self.trainer, releases)
         self.ledger = PhaseLedger(self.trainer, self.engine, releases)
         self.rollout_source = RolloutSource(run, self._inputs, self.engine)
         self.sync()

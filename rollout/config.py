@@ -76,6 +76,8 @@ class EngineConfig:
         fraction = self.kv_memory_fraction
         fits = fraction is None or 0 < fraction <= 1
         self._require(fits, "kv_memory_fraction", "above 0 and at most 1, or unset")
+        fits = fraction is None or tokens is None
+        self._require(fits, "kv_memory_fraction", f"unset with kv_cache_tokens={tokens}")
         kinds = tuple(ATTENTION_KINDS)
         meaning = f"one of {kinds} or your own module:Class"
         self._require(self.attention in kinds or ":" in str(self.attention), "attention", meaning)

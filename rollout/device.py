@@ -51,7 +51,7 @@ def why_not_releasable(device: torch.device) -> str:
     from samebit.kernels.gpu.vmm import VmmError, vmm
 
     try:
-        vmm()
+        vmm().require_able(device.index or 0)
     except VmmError as error:
         return str(error)
     return ""

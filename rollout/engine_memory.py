@@ -1,11 +1,11 @@
 """The engine's memory by tag: what is released and resumed, and what that means for its content."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import Tensor
 
-from samebit.kernels.memory import Arena, TagBytes
+from samebit.kernels.memory import Arena, ResumeError, TagBytes, require_tags
 from samebit.rollout.runtime.engine_loop import EngineLoop
 from samebit.rollout.runtime.kv_cache import KVCache, PagePool
 from samebit.rollout.runtime.weight_control import WeightControl
@@ -43,28 +43,47 @@ class MemoryControl:
         self._arena.require_releasable()
         self._weights.require_quiet("release_memory_occupation")
         session = self._weights.session
-        if "weights" in given and self._is_resident("weights"):
-            if session.state is SessionState.UPDATING:
-                raise WeightSyncError("the weights cannot be released: they are being updated")
-            if not self._kept:
-                session.invalidate("their memory was released without a backup")
-        if "kv_cache" in given and self._is_resident("kv_cache"):
+        has_weights = "weights" in given and self._is_resident("weights")
+        if has_weights and session.state is SessionState.UPDATING:
+            raise WeightSyncError("the weights cannot be released: they are being updated")
+        has_pages = "kv_cache" in given and self._is_resident("kv_cache") and self._pages is None
+        if has_pages:
             self._weights.flush_cache()
             if pages := self._pool.in_use():
                 self._pages = pages, self._cache.read_pages(pages)
         try:
             return self._arena.release(given, keep=self._kept)
-        finally:
+        finally:  # it may have broken off before all of them were released
+            if has_pages and not self._arena.is_released("kv_cache"):
+                self._pages = None
+            if has_weights and not self._kept and self._arena.is_released("weights"):
+                session.invalidate("their memory was released without a backup")
             session.released = self._arena.released
 
     def resume(self, tags: Sequence[str] | None) -> dict[str, int]:
         try:
             return self._arena.resume(_engine_tags(tags))
         finally:
-            if self._pages is not None and not self._arena.is_released("kv_cache"):
-                self._cache.write_pages(*self._pages)
-                self._pages = None
-            self._weights.session.released = self._arena.released
+            try:
+                self._write_pages()
+            finally:
+                self._weights.session.released = self._arena.released
+
+    def _write_pages(self) -> None:
+        """Put the kept pages back into a KV cache that is resident; else it is released again."""
+        if self._pages is None or self._arena.is_released("kv_cache"):
+            return
+        try:
+            self._cache.write_pages(*self._pages)
+        except BaseException as error:
+            self._arena.release(("kv_cache",))
+            if not isinstance(error, RuntimeError):
+                raise
+            raise ResumeError(
+                f"{len(self._pages[0])} pages of unfinished requests could not be written back to "
+                f"kv_cache, which is still released: make room and resume it again: {error}"
+            ) from error
+        self._pages = None
 
     def _is_resident(self, tag: str) -> bool:
         return self._arena.owns(tag) and not self._arena.is_released(tag)
@@ -73,9 +92,7 @@ class MemoryControl:
 def _engine_tags(tags: Sequence[str] | None) -> Sequence[str]:
     if tags is None:
         return ENGINE_TAGS
-    if isinstance(tags, str) or (unknown := [tag for tag in tags if tag not in ENGINE_TAGS]):
-        wrong = tags if isinstance(tags, str) else unknown[0]
-        raise ValueError(f"tags has {wrong!r}; give a list of: {', '.join(ENGINE_TAGS)}")
+    require_tags(tags, ENGINE_TAGS)
     return tags
 
 
@@ -94,19 +111,27 @@ class EngineMemory:
         bind_weights). Until all is resumed nothing is served. Every tensor parallel rank calls it.
 
         Raises ValueError for unknown tags, WeightSyncError while requests are unfinished or, for
-        weights, an update is under way, and ReleasedError for an engine with releasable=false.
+        weights, an update is under way, ReleasedError for an engine with releasable=false, and
+        RuntimeError while rank 0 leads others.
         """
-        return self.loop.between_steps(partial(self.memory_control.release, tags))
+        return self._alike("release_memory_occupation", partial(self.memory_control.release, tags))
 
     def resume_memory_occupation(self, tags: Sequence[str] | None = None) -> dict[str, int]:
         """Have the memory of these tags again, at the same addresses; the bytes of each.
 
         CUDA graphs stay valid. Weights without a backup need a full update before anything is
         served. Raises ValueError for unknown tags and, where memory is short, ResumeError that
-        names the tag and the bytes; then the call may be repeated.
+        names the tag and the bytes; then the call may be repeated. RuntimeError while rank 0 leads.
         """
-        return self.loop.between_steps(partial(self.memory_control.resume, tags))
+        return self._alike("resume_memory_occupation", partial(self.memory_control.resume, tags))
 
     def memory_occupation(self) -> dict[str, TagBytes]:
         """Bytes of each tag that are resident, and those of its addresses."""
         return self.arena.occupation()
+
+    def _alike(self, what: str, command: Callable[[], dict[str, int]]) -> dict[str, int]:
+        def run() -> dict[str, int]:
+            self.loop.book.lockstep.require_alike(what)
+            return command()
+
+        return self.loop.between_steps(run)

@@ -15,7 +15,8 @@
 #define DRIVER(F)                                                                              \
     F(cuMemAddressReserve) F(cuMemAddressFree) F(cuMemCreate) F(cuMemRelease) F(cuMemMap)      \
     F(cuMemUnmap) F(cuMemSetAccess) F(cuMemGetAllocationGranularity) F(cuCtxGetCurrent)        \
-    F(cuCtxSetCurrent) F(cuCtxSynchronize) F(cuDevicePrimaryCtxRetain) F(cuGetErrorName)
+    F(cuCtxSetCurrent) F(cuCtxSynchronize) F(cuDevicePrimaryCtxRetain) F(cuGetErrorName)      \
+    F(cuInit) F(cuDeviceGetAttribute)
 
 #define TEXT(x) #x
 #define SYMBOL(x) TEXT(x) /* with the version that cuda.h gives it */
@@ -51,6 +52,17 @@ const char *samebit_vmm_error(int result) {
     return name ? name : "an unknown error";
 }
 
+/* What keeps a device from having such memory, or NULL. */
+const char *samebit_vmm_why_not(int device) {
+    int able = 0;
+    CUresult result = p_cuInit(0);
+    if (result == CUDA_SUCCESS)
+        result = p_cuDeviceGetAttribute(
+            &able, CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, device);
+    if (result != CUDA_SUCCESS) return samebit_vmm_error(result);
+    return able ? NULL : "its driver has no virtual memory management for it";
+}
+
 /* A pool that nobody has and that holds nothing; -1 if there is none. */
 int samebit_vmm_take(void) {
     int found = -1;
@@ -78,6 +90,15 @@ static CUresult enter(int device) {
     if (result != CUDA_SUCCESS || context != NULL) return result;
     result = p_cuDevicePrimaryCtxRetain(&context, device);
     return result == CUDA_SUCCESS ? p_cuCtxSetCurrent(context) : result;
+}
+
+/* Wait for all that runs on a device, whichever device the thread is on. */
+static void synchronize(int device) {
+    CUcontext before = NULL, primary = NULL;
+    p_cuCtxGetCurrent(&before);
+    if (p_cuDevicePrimaryCtxRetain(&primary, device) != CUDA_SUCCESS) return;
+    if (p_cuCtxSetCurrent(primary) == CUDA_SUCCESS) p_cuCtxSynchronize();
+    p_cuCtxSetCurrent(before);
 }
 
 static CUmemAllocationProp properties(int device) {
@@ -111,7 +132,8 @@ static CUresult unmap(Segment *s) {
     return result;
 }
 
-/* NULL where there is no memory: torch frees what it caches, tries again, and raises. */
+/* NULL where there is no memory: torch raises. It does not free what it caches before: within
+   use_mem_pool it does not try again. */
 static void *allocate(int pool, ssize_t size, int device) {
     Segment *s = calloc(1, sizeof *s);
     if (s == NULL) return NULL;
@@ -150,7 +172,7 @@ static void deallocate(void *address) {
         *place = s->next;
         enter(s->device);
         if (s->mapped) {
-            p_cuCtxSynchronize(); /* kernels may still use it, as before a cudaFree */
+            synchronize(s->device); /* kernels may still use it, as before a cudaFree */
             unmap(s);
         }
         p_cuMemAddressFree(s->address, s->size);

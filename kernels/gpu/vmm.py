@@ -28,13 +28,14 @@ _SOURCE = Path(__file__).with_name("vmm.c")
 _INCLUDE = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
 _FLAGS = ("-O2", "-shared", "-fPIC")
 _NAME = "samebit_vmm.so"
+_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 
 
 class VmmError(RuntimeError):
     """Releasable memory cannot be had, or the driver refused what should not fail."""
 
 
-class OutOfPagesError(RuntimeError):
+class OutOfPagesError(torch.OutOfMemoryError):
     """The device has too little free memory for a pool's pages."""
 
 
@@ -78,10 +79,16 @@ class Vmm:
     def __init__(self, path: Path, libcuda: str = "libcuda.so.1") -> None:
         self.path = path
         self._calls = calls = ctypes.CDLL(str(path))
-        calls.samebit_vmm_open.restype = calls.samebit_vmm_error.restype = ctypes.c_char_p
+        for call in (calls.samebit_vmm_open, calls.samebit_vmm_error, calls.samebit_vmm_why_not):
+            call.restype = ctypes.c_char_p
         calls.samebit_vmm_bytes.restype = ctypes.c_uint64
         if (wrong := calls.samebit_vmm_open(libcuda.encode())) is not None:
             raise VmmError(f"the CUDA driver cannot be used: {wrong.decode()}")
+
+    def require_able(self, device: int) -> None:
+        """Raise VmmError for a device (its index) whose memory cannot be had so."""
+        if (wrong := self._calls.samebit_vmm_why_not(device)) is not None:
+            raise VmmError(f"GPU {device} has no releasable memory: {wrong.decode()}")
 
     def take(self) -> int:
         """The number of a pool that is empty and nobody's; VmmError if there is none."""
@@ -99,9 +106,11 @@ class Vmm:
             raise VmmError(f"pages were not given back: {self._said(result)}")
 
     def resume(self, pool: int) -> None:
-        """Give a pool pages again: all of them, or none and OutOfPagesError."""
-        if result := self._calls.samebit_vmm_resume(pool):
+        """Give a pool pages again: all of them, or none and OutOfPagesError, or VmmError."""
+        if (result := self._calls.samebit_vmm_resume(pool)) == _OUT_OF_MEMORY:
             raise OutOfPagesError(self._said(result))
+        if result:
+            raise VmmError(f"pages were not had again: {self._said(result)}")
 
     def num_bytes(self, pool: int, mapped: bool = False) -> int:
         """Bytes of a pool's addresses; `mapped`: of those that have pages."""
@@ -155,6 +164,7 @@ class DevicePool:
         index = torch.cuda.current_device() if device.index is None else device.index
         self._device = torch.device("cuda", index)
         self._vmm = vmm()
+        self._vmm.require_able(index)
         self._number = self._free_number()
         weakref.finalize(self, self._vmm.give, self._number)
         with torch.cuda.device(index):
@@ -176,6 +186,7 @@ class DevicePool:
     @contextmanager
     def allocating(self) -> Iterator[None]:
         """What this thread allocates on the device in the block lies in the pool."""
+        torch.cuda.empty_cache()  # in the block torch would not, where memory is short
         with torch.cuda.use_mem_pool(self._pool, self._device):
             yield
 

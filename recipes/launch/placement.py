@@ -38,9 +38,16 @@ def load_weights(trainer: MegatronTrainer, model_path: str) -> None:
 
 
 def make_trainer(
-    run: SftRun | GrpoRun, model: ModelConfig, num_updates: int, device: torch.device
+    run: SftRun | GrpoRun,
+    model: ModelConfig,
+    num_updates: int,
+    device: torch.device,
+    releasable: bool = False,
 ) -> MegatronTrainer:
-    """Make the trainer that the run asks for, with the weights of its model's folder."""
+    """Make the trainer that the run asks for, with the weights of its model's folder.
+
+    releasable: so that its gradients can be released, see `releases_memory`.
+    """
     settings, numerics = run.trainer, run.numerics
     trainer = MegatronTrainer(
         model,
@@ -51,7 +58,7 @@ def make_trainer(
         numerics.tp_invariant,
         longest=settings.micro_batch_tokens,
         attention=attention_kind(numerics.attention),
-        releasable=isinstance(run, GrpoRun) and releases_memory(run, device),
+        releasable=releasable,
     )
     load_weights(trainer, run.model.path)
     return trainer
@@ -85,6 +92,12 @@ def require_transport(run: GrpoRun) -> None:
         raise ValueError(f"placement.transport: {reason}")
 
 
+def require_release(run: GrpoRun) -> None:
+    """Raise ValueError for placement.release_memory=true where memory cannot be released."""
+    if run.placement.release_memory:
+        releases_memory(run, resolve_device(run.device))
+
+
 def load_transport(name: str) -> type[WeightSync]:
     """Give the class that placement.transport names, or is: module:Class.
 
@@ -98,21 +111,22 @@ def load_transport(name: str) -> type[WeightSync]:
 
 
 def start_engine(
-    run: GrpoRun, device: torch.device, trainer: MegatronTrainer
+    run: GrpoRun, device: torch.device, trainer: MegatronTrainer, releases: bool
 ) -> tuple[EngineClient, WeightSync]:
     """Start the engine and what keeps it on the trainer's weights; no folder's are loaded.
 
     Where weights are leased it is made on the trainer's. Any other serves after its first update.
-    If it takes turns with the trainer, the gradients are released from here on, and its KV cache
-    may have most of what is free: the rest is for graphs and a prefill's activations.
+    If it takes turns with the trainer (`releases`), the gradients are released from here on, and
+    its KV cache may have most of what is free: the rest is for graphs and a prefill's activations.
     """
     transport = load_transport(run.placement.transport)
     longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
     own: Any = {"attention": run.numerics.attention, "model_family": run.model_family}
     own |= {"load_format": "none"}
-    if releases := releases_memory(run, device):
+    if releases:
         trainer.release_memory(TRAINER_TURN)
-        own["kv_memory_fraction"] = run.engine.kv_memory_fraction or KV_FRACTION
+        if run.engine.kv_cache_tokens is None:
+            own["kv_memory_fraction"] = run.engine.kv_memory_fraction or KV_FRACTION
     if run.engine.releasable is None:
         own["releasable"] = releases
     config = replace(run.engine, max_model_len=longest, seed=run.seed, **own)

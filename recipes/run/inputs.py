@@ -18,7 +18,7 @@ from samebit.recipes.data.tasks.base import Dataset, Problem
 from samebit.recipes.data.tasks.faults import raise_faults
 from samebit.recipes.data.tasks.registry import load_datasets
 from samebit.recipes.data.text import TextCodec
-from samebit.recipes.launch.placement import require_transport
+from samebit.recipes.launch.placement import require_release, require_transport
 from samebit.recipes.launch.processes import is_one_of_several, launched_rank
 from samebit.recipes.run.signals import Stopped, StopSignals
 from samebit.rollout.device import resolve_device
@@ -91,6 +91,7 @@ class GrpoInputs:
         self.model = checked_model(run)
         train_set, eval_set = load_datasets(run.data)
         require_transport(run)
+        require_release(run)
         self.text = TextCodec(run.model.path, run.data.chat)
         self.reward = load_reward(run.reward, poll)
         encoder = Encoder(

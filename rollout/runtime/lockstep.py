@@ -29,6 +29,11 @@ class Lockstep:
                 "Engine.leading on rank 0 and Engine.follow on the others"
             )
 
+    def require_alike(self, what: str) -> None:
+        """Raise RuntimeError for what all ranks have to call, while rank 0 alone is called."""
+        if self.leads:
+            raise RuntimeError(f"{what} is for every rank: call it after the block Engine.leading")
+
     def begin(self, leads: bool) -> None:
         """From here on rank 0 leads, and the others hear it; alone it has nobody to tell.
 

@@ -7,7 +7,14 @@ import pytest
 import torch
 from helpers import assert_same_bits
 
-from samebit.kernels.memory import TAGS, Arena, HostMemory, ReleasedError, ResumeError
+from samebit.kernels.memory import (
+    TAGS,
+    Arena,
+    HostMemory,
+    ReleasedError,
+    ResumeError,
+    _Backup,
+)
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -32,6 +39,19 @@ def arena():
 def fill(arena, tag, num_bytes=8 * MIB):
     [tensor] = arena.allocate(tag, {"a": ((num_bytes,), torch.uint8)}).values()
     return tensor.fill_(7)
+
+
+def interrupted_after(monkeypatch, owner, name, done=True):
+    """Have a method raise KeyboardInterrupt, once its work is done or before; what undoes that."""
+    own = getattr(owner, name)
+
+    def method(*arguments):
+        if done:
+            own(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, method)
+    return monkeypatch.undo
 
 
 def test_buffers_are_aligned_views_of_one_allocation(arena):
@@ -139,7 +159,7 @@ def test_a_resume_that_fails_names_tag_and_bytes_and_can_be_repeated(arena, monk
 
     def fail_on_kv(memory):
         if memory is arena._memories["kv_cache"]:
-            raise RuntimeError("out of pages")
+            raise torch.OutOfMemoryError
         own_map(memory)
 
     monkeypatch.setattr(HostMemory, "map", fail_on_kv)
@@ -152,6 +172,51 @@ def test_a_resume_that_fails_names_tag_and_bytes_and_can_be_repeated(arena, monk
     monkeypatch.undo()
     assert arena.resume() == {"weights": 0, "kv_cache": 8 * MIB, "draft": 8 * MIB}
     assert [int(x.min()) for x in (first, second, third)] == [0, 7, 7]
+
+
+@pytest.mark.parametrize("again", ["resume", "release"])
+def test_an_interrupted_resume_is_repeated_to_the_bit(arena, monkeypatch, again):
+    tensor = fill(arena, "optimizer")
+    arena.release(keep=["optimizer"])
+    restore = interrupted_after(monkeypatch, _Backup, "restore", done=False)
+    with pytest.raises(KeyboardInterrupt):
+        arena.resume()
+    assert arena.released == ("optimizer",)
+    with pytest.raises(ReleasedError, match="memory of optimizer is released"):
+        arena.require_resident()
+    restore()
+    if again == "release":
+        assert arena.release(keep=["optimizer"]) == {"optimizer": 8 * MIB}
+        assert resident_kib(tensor) == 0
+    assert arena.resume() == {"optimizer": 8 * MIB}
+    assert (int(tensor.min()), int(tensor.max())) == (7, 7)
+    assert arena.released == ()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_interrupted_release_counts_as_released(arena, monkeypatch, kept):
+    tensor = fill(arena, "optimizer")
+    restore = interrupted_after(monkeypatch, HostMemory, "unmap")
+    with pytest.raises(KeyboardInterrupt):
+        arena.release(keep=["optimizer"] if kept else [])
+    assert arena.released == ("optimizer",)
+    restore()
+    arena.resume()
+    assert int(tensor.min()) == int(tensor.max()) == 7 * kept
+
+
+def test_memory_is_not_said_to_be_short_for_another_error(arena, monkeypatch):
+    fill(arena, "kv_cache")
+    arena.release()
+
+    def broken(_):
+        raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    monkeypatch.setattr(HostMemory, "map", broken)
+    with pytest.raises(RuntimeError, match="ILLEGAL_ADDRESS") as found:
+        arena.resume()
+    assert not isinstance(found.value, ResumeError)
+    assert arena.released == ("kv_cache",)
 
 
 def test_adopted_memory_is_not_released(arena):
@@ -194,9 +259,10 @@ def test_unknown_tags_are_refused_with_the_known_ones(arena, call):
     assert arena.released == ()
 
 
-def test_one_tag_is_not_a_list_of_tags(arena):
-    with pytest.raises(ValueError, match="tags has 'weights'; give a list"):
-        arena.release("weights")
+@pytest.mark.parametrize("wrong", ["weights", 7])
+def test_what_is_no_list_of_tags_is_refused(arena, wrong):
+    with pytest.raises(ValueError, match=f"tags has {wrong!r}; give a list"):
+        arena.release(wrong)
 
 
 def test_an_arena_of_ordinary_memory_refuses_to_release():

@@ -137,6 +137,29 @@ def test_a_resume_that_fails_maps_nothing_and_can_be_repeated(vmm, driver):
         pool.free(address)
 
 
+def test_only_a_lack_of_memory_is_told_as_one(vmm, driver):
+    pool = Pool(vmm)
+    address = pool.alloc(2 * MIB)
+    vmm.release(pool.number)
+    driver.set("error", 700)
+    driver.fail_at(1)
+    with pytest.raises(VmmError, match="pages were not had again: an unknown error"):
+        vmm.resume(pool.number)
+    driver.set("error", 2)
+    assert pool.bytes() == (2 * MIB, 0)
+    pool.free(address)
+
+
+def test_a_device_that_cannot_is_told(vmm, driver):
+    vmm.require_able(0)
+    driver.set("able", 0)
+    with pytest.raises(VmmError, match="GPU 0 has no releasable memory: .*virtual memory"):
+        vmm.require_able(0)
+    driver.set("able", 1)
+    with pytest.raises(VmmError, match="GPU 3 has no releasable memory: an unknown error"):
+        vmm.require_able(3)
+
+
 def test_segments_that_stayed_mapped_survive_a_failed_resume(vmm, driver):
     pool = Pool(vmm)
     released = pool.alloc(2 * MIB)
@@ -166,7 +189,9 @@ def test_freed_memory_is_unmapped_behind_a_synchronisation_and_once(vmm, driver)
     pool, before = Pool(vmm), driver.mapped
     address = pool.alloc(MIB)
     waited = driver.synchronized & 0xFFFFFFFF
+    driver.set("context", 7)  # the thread is on another device
     pool.free(address)
+    assert (driver.synchronized_in, driver.context) == (100, 7)
     assert driver.mapped == before
     assert (driver.synchronized & 0xFFFFFFFF) == waited + 1
     address = pool.alloc(MIB)

@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> int:
             rows = steps_of(command, metrics, int(options["steps"]), Path(work) / f"{release}.log")
             found = report[name] = {"command": command[2:], "steps": len(rows), **medians(rows)}
             found["step_s"] = statistics.median(row["perf/step_s"] for row in rows)
-            found["switching_s"] = sum(found.get(key, 0.0) for key in SWITCHES)
+            found["switching_s"] = sum(found[key] for key in SWITCHES)
             found["switching_fraction"] = found["switching_s"] / found["step_s"]
             found["kv_tokens"] = int(found["perf/rollout_kv_cache_gib"] * 2**30 / token_bytes)
             print(name, json.dumps({k: v for k, v in found.items() if k != "command"}, indent=1))

@@ -1,5 +1,6 @@
 /* A CUDA driver for machines without one: its device memory is anonymous pages of the host.
-   fake_limit bounds the bytes that are mapped; fake_fail_at makes the n-th call of cuMemMap fail. */
+   fake_limit bounds the bytes that are mapped; fake_fail_at makes the n-th call of cuMemMap fail,
+   with fake_error. A context is a number: PRIMARY is that of the one device. */
 
 #define _GNU_SOURCE
 #include <cuda.h>
@@ -7,15 +8,30 @@
 #include <sys/mman.h>
 
 size_t fake_mapped, fake_created, fake_reserved, fake_limit = (size_t)1 << 40;
+size_t fake_context, fake_synchronized_in, fake_error = CUDA_ERROR_OUT_OF_MEMORY, fake_able = 1;
 int fake_fail_at, fake_calls, fake_synchronized;
+#define PRIMARY 100
 static size_t sizes[1024];
 static int handles;
 
-CUresult cuCtxGetCurrent(CUcontext *context) { return *context = NULL, CUDA_SUCCESS; }
-CUresult cuCtxSetCurrent(CUcontext context) { return (void)context, CUDA_SUCCESS; }
-CUresult cuCtxSynchronize(void) { return fake_synchronized++, CUDA_SUCCESS; }
+CUresult cuInit(unsigned int flags) { return (void)flags, CUDA_SUCCESS; }
+CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
+    if (device != 0) return CUDA_ERROR_INVALID_DEVICE;
+    *value = fake_able && attribute == CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED;
+    return CUDA_SUCCESS;
+}
+CUresult cuCtxGetCurrent(CUcontext *context) {
+    return *context = (CUcontext)fake_context, CUDA_SUCCESS;
+}
+CUresult cuCtxSetCurrent(CUcontext context) {
+    return fake_context = (size_t)context, CUDA_SUCCESS;
+}
+CUresult cuCtxSynchronize(void) {
+    return fake_synchronized++, fake_synchronized_in = fake_context, CUDA_SUCCESS;
+}
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
-    return *context = NULL, device == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE;
+    *context = (CUcontext)PRIMARY;
+    return device == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE;
 }
 CUresult cuGetErrorName(CUresult result, const char **name) {
     *name = result == CUDA_ERROR_OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : NULL;
@@ -23,7 +39,8 @@ CUresult cuGetErrorName(CUresult result, const char **name) {
 }
 CUresult cuMemGetAllocationGranularity(size_t *size, const CUmemAllocationProp *prop,
                                        CUmemAllocationGranularity_flags flags) {
-    return (void)prop, (void)flags, *size = (size_t)1 << 21, CUDA_SUCCESS;
+    (void)flags, *size = (size_t)1 << 21;
+    return prop->location.id == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE;
 }
 CUresult cuMemAddressReserve(CUdeviceptr *address, size_t size, size_t alignment, CUdeviceptr at,
                              unsigned long long flags) {
@@ -50,7 +67,7 @@ CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
 CUresult cuMemMap(CUdeviceptr address, size_t size, size_t offset,
                   CUmemGenericAllocationHandle handle, unsigned long long flags) {
     (void)handle, (void)flags, (void)offset;
-    if (++fake_calls == fake_fail_at) return CUDA_ERROR_OUT_OF_MEMORY;
+    if (++fake_calls == fake_fail_at) return (CUresult)fake_error;
     fake_mapped += size;
     mmap((void *)address, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
     return CUDA_SUCCESS;

@@ -10,7 +10,8 @@ them, which may be a trainer's too. Each update brings other weights; with delta
 50th element is another, and what has changed is sent alone. The window is from
 pause_generation to the first token after continue_generation, digests checked. After the last one
 every engine draws what a fresh engine on those weights draws, with the CUDA graphs that it captured
-before. Exit code 1 if a bit differs, or if receivers got other bytes than they hold.
+before. Exit code 1 if a bit differs, or if the transfer plan's bytes are not those that the
+receivers hold.
 """
 
 import json

@@ -10,6 +10,7 @@ from samebit.kernels.memory import ReleasedError
 from samebit.recipes.config import ConfigError
 from samebit.recipes.grpo import GrpoRecipe
 from samebit.recipes.launch import placement
+from samebit.recipes.run.inputs import GrpoInputs
 from samebit.recipes.run.metrics import read_rows
 from samebit.recipes.run.phase_ledger import MemoryPlanError
 from samebit.rollout.types import SamplingParams
@@ -130,6 +131,8 @@ def test_where_memory_cannot_change_hands_a_demand_is_refused(runs, monkeypatch)
     run = runs.resolve("where", RELEASE)
     with pytest.raises(ValueError, match="release_memory=true cannot be: there is no compiler"):
         placement.releases_memory(run, torch.device("cuda"))
+    with pytest.raises(ValueError, match="release_memory=true cannot be: there is no compiler"):
+        GrpoInputs(run)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +146,11 @@ def test_where_memory_cannot_change_hands_a_demand_is_refused(runs, monkeypatch)
             [RELEASE, "engine.releasable=false"],
             "engine.releasable is False; it must be left alone with placement.release_memory=true",
         ),
+        (
+            ["engine.kv_memory_fraction=0.5", "engine.kv_cache_tokens=4096"],
+            "engine.kv_memory_fraction is 0.5; it must be unset with kv_cache_tokens=4096",
+        ),
+        (["engine.weights_backup=true"], "engine.weights_backup is True"),
         (["engine.kv_memory_fraction=1.5"], "engine.kv_memory_fraction is 1.5; it must be above 0"),
     ],
 )

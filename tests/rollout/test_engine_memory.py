@@ -1,6 +1,7 @@
 """An engine gives memory back and takes it again: what it then serves, and what it refuses."""
 
 import re
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from helpers import assert_same_bits, make_prompts, outcomes
 
 from samebit.kernels.memory import HostMemory, ReleasedError, ResumeError
 from samebit.rollout.remote import RemoteEngine
+from samebit.rollout.runtime.kv_cache import KVCache
 from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.types import WeightSyncError
 
@@ -161,6 +163,54 @@ def test_pages_of_paused_requests_are_kept(make_engine, tags):
     assert run_to_end(engine) == run_to_end(plain)
 
 
+def test_a_release_that_breaks_off_keeps_what_is_there(make_engine, truth, monkeypatch):
+    """Not the KV pages of that moment, which go on changing, nor a word that weights are lost."""
+    settings = {"page_size": 16, "kv_cache_tokens": 320}
+    plain, engine = make_engine(**settings), make_engine(**settings)
+    for own in (plain, engine):
+        for prompt in PROMPTS:
+            own.add_request(prompt, LONG, [7])
+        for _ in range(3):
+            own.step()
+    engine.pause_generation("keep")
+
+    def broken(*_, **__):
+        raise RuntimeError("not now")
+
+    for owner, name in ((engine.arena, "release"), (KVCache, "read_pages")):
+        monkeypatch.setattr(owner, name, broken)
+        with pytest.raises(RuntimeError, match="not now"):
+            engine.release_memory_occupation()
+        monkeypatch.undo()
+    engine.continue_generation()
+    for _ in range(3):
+        engine.step()
+    engine.resume_memory_occupation()
+    assert run_to_end(engine) == run_to_end(plain)
+    assert served(engine) == truth
+
+
+def test_pages_that_cannot_be_written_back_are_kept(make_engine, monkeypatch):
+    settings = {"page_size": 16, "kv_cache_tokens": 320}
+    plain, engine = make_engine(**settings), make_engine(**settings)
+    for own in (plain, engine):
+        own.add_request(PROMPTS[0], LONG, [7])
+        own.step()
+    engine.pause_generation("keep")
+    engine.release_memory_occupation(["kv_cache"])
+    for error, told in ((torch.OutOfMemoryError, ResumeError), (KeyboardInterrupt,) * 2):
+        monkeypatch.setattr(KVCache, "write_pages", Mock(side_effect=error("no room")))
+        with pytest.raises(told):
+            engine.resume_memory_occupation()
+        monkeypatch.undo()
+        assert engine.arena.released == ("kv_cache",)
+        with pytest.raises(WeightSyncError, match="memory of kv_cache is released"):
+            engine.continue_generation()
+    engine.resume_memory_occupation()
+    engine.continue_generation()
+    assert run_to_end(engine) == run_to_end(plain)
+
+
 def test_memory_that_the_trainer_owns_is_not_released(make_engine, truth):
     engine = make_engine()
     memory = {name: p.clone() for name, p in engine.weights.items()}
@@ -206,7 +256,7 @@ def test_a_resume_without_room_is_told_and_repeated(make_engine, truth, monkeypa
 
     def fail_on_kv(memory):
         if memory is engine.arena._memories["kv_cache"]:
-            raise RuntimeError("out of pages")
+            raise torch.OutOfMemoryError
         own_map(memory)
 
     monkeypatch.setattr(HostMemory, "map", fail_on_kv)
@@ -230,10 +280,19 @@ def test_doubled_calls_do_nothing_and_say_so(make_engine, truth):
     assert served(engine) == truth
 
 
-@pytest.mark.parametrize("tags", [["kv"], ["weights", "gradients"], "weights"])
+def test_memory_is_every_ranks_and_not_released_while_rank_0_leads(make_engine, monkeypatch):
+    engine = make_engine()
+    monkeypatch.setattr(engine.loop.book.lockstep, "leads", True)
+    for call in (engine.release_memory_occupation, engine.resume_memory_occupation):
+        with pytest.raises(RuntimeError, match="_memory_occupation is for every rank: call it aft"):
+            call()
+    assert engine.arena.released == ()
+
+
+@pytest.mark.parametrize("tags", [["kv"], ["weights", "gradients"], "weights", 7])
 def test_unknown_tags_are_refused(make_engine, tags):
     engine = make_engine()
-    wrong = tags if isinstance(tags, str) else tags[-1]
+    wrong = tags[-1] if isinstance(tags, list) else tags
     message = re.escape(f"tags has {wrong!r}; give a list of: {', '.join(TAGS)}")
     with pytest.raises(ValueError, match=message):
         engine.release_memory_occupation(tags)

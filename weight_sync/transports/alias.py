@@ -12,5 +12,10 @@ class AliasLease(Lease):
     @classmethod
     def between(cls, source: WeightSource, engine: Any, folder: Path) -> Self:
         """Bind an engine of this process to the trainer's parameters."""
-        engine.bind_weights(source.params, source.step)
+        shared, own = source.params, engine.weights
+        same = {n: p.data_ptr() for n, p in shared.items()} == {
+            n: p.data_ptr() for n, p in own.items()
+        }
+        if not same or engine.weight_version.step != source.step:  # else it was made on them
+            engine.bind_weights(shared, source.step)
         return cls(engine.sink)

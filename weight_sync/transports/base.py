@@ -69,7 +69,8 @@ class WeightSync(ABC):
     """Has an engine serve a trainer's versions: `lease`, train, `update`; or `give_up` on an error.
 
     An engine that shares the trainer's memory serves nothing from `lease` to `update`: Lease. One
-    with memory of its own serves the version before until `update`: Transport.
+    with memory of its own serves the version before until `update`: Transport. Where its memory
+    is released meanwhile it serves nothing until that is resumed.
     """
 
     @classmethod
@@ -121,7 +122,8 @@ class Transport(WeightSync):
     """Moves weights. Every method raises WeightSyncError if a receiver refused.
 
     An update is `begin`, `send`, `commit`; or `abort` before `commit`. Until `begin` receivers
-    serve the version before it; a commit that is refused has ended the update too.
+    serve the version before it, if their memory is resident; a commit that is refused has ended the
+    update too.
     """
 
     _leased = 0
@@ -142,7 +144,7 @@ class Transport(WeightSync):
         return self.commit(digest)
 
     def give_up(self, reason: str) -> None:
-        """Do nothing: receivers serve the version before."""
+        """Do nothing: receivers serve the version before, once their memory is resident."""
 
     @abstractmethod
     def begin(self, step: int) -> None:
