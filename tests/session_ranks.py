@@ -80,6 +80,14 @@ async def _led(engine, params, ids):
     return found
 
 
+def without_a_folder(engine, folder):
+    """What a rank is told if it, or another, has no folder; nothing has begun, and it serves on."""
+    with pytest.raises((FileNotFoundError, WeightSyncError)) as told:
+        engine.update_weights_from_disk(folder, 1)
+    engine.generate(prompts()[:1], SamplingParams(max_new_tokens=2))
+    return str(told.value)
+
+
 def refused(rank, size, store, folder, out):
     """What every rank is told of updates that rank 1 alone refuses, each in another way."""
     torch.set_num_threads(1)
@@ -135,10 +143,7 @@ def refused(rank, size, store, folder, out):
         engine.copy_weights(good, step=9)
         engine.generate(prompts()[:1], SamplingParams(max_new_tokens=2))
         found[name] = told, served.partition(";")[0]
-    with pytest.raises((FileNotFoundError, WeightSyncError)) as told:
-        engine.update_weights_from_disk("/nowhere" if is_bad else folder, 1)
-    engine.generate(prompts()[:1], SamplingParams(max_new_tokens=2))  # nothing has begun
-    found["no folder"] = str(told.value)
+    found["no folder"] = without_a_folder(engine, "/nowhere" if is_bad else folder)
     Path(out).with_suffix(f".{rank}").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
