@@ -11,8 +11,13 @@ from torch import Tensor
 
 from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError
 
-_ALIGN = 64  # bytes; every dtype's views stay aligned
-_ALONE = 1 << 20  # bytes of a tensor whose copies cost more than a transfer of its own
+ALIGN = 64  # bytes; every dtype's views stay aligned
+ALONE = 1 << 20  # bytes of a tensor whose copies cost more than a transfer of its own
+
+
+def aligned(num_bytes: int) -> int:
+    """The room of so many bytes in a buffer: what follows begins behind it."""
+    return -(-num_bytes // ALIGN) * ALIGN
 
 
 def cut_buckets(params: Mapping[str, Tensor], bucket_bytes: int) -> list[tuple[ParamMeta, ...]]:
@@ -26,12 +31,12 @@ def cut_buckets(params: Mapping[str, Tensor], bucket_bytes: int) -> list[tuple[P
     end = 0
     for name, tensor in params.items():
         num_bytes = tensor.numel() * tensor.element_size()
-        room = num_bytes if num_bytes < _ALONE else max(num_bytes, bucket_bytes)
+        room = num_bytes if num_bytes < ALONE else max(num_bytes, bucket_bytes)
         if not buckets or end + room > bucket_bytes:
             buckets.append([])
             end = 0
         buckets[-1].append(ParamMeta(name, tuple(tensor.shape), str(tensor.dtype), end))
-        end += -(-room // _ALIGN) * _ALIGN
+        end += aligned(room)
     return [tuple(metas) for metas in buckets]
 
 

@@ -17,12 +17,10 @@ from typing import Any
 
 from torch import Tensor
 
+from samebit.weight_sync.buckets import ALIGN, ALONE, aligned
 from samebit.weight_sync.mapping import ParamSpec, RowBlock
 from samebit.weight_sync.objects import encode
 from samebit.weight_sync.types import ParamMeta, WeightSyncError
-
-_ALIGN = 64  # bytes; every dtype's views stay aligned
-_ALONE = 1 << 20  # bytes of a part whose copies cost more than a message of its own
 
 
 @dataclass(frozen=True)
@@ -126,8 +124,8 @@ def make_plan(
     Parts that several senders hold are spread over these by bytes. Raises WeightSyncError if the
     two sides are not of one model in one dtype: nothing is cast on the way.
     """
-    if bucket_bytes < _ALIGN:
-        raise ValueError(f"bucket_bytes is {bucket_bytes}; it must be at least {_ALIGN}")
+    if bucket_bytes < ALIGN:
+        raise ValueError(f"bucket_bytes is {bucket_bytes}; it must be at least {ALIGN}")
     pieces = defaultdict[str, list[_Piece]](list)
     for sender, holding in enumerate(senders):
         for piece in _pieces(sender, holding):
@@ -324,16 +322,11 @@ def _rounds(transfers: Iterable[Transfer], bucket_bytes: int) -> list[list[Trans
     return rounds
 
 
-def aligned(num_bytes: int) -> int:
-    """The room of so many bytes in a buffer: what follows begins behind it."""
-    return -(-num_bytes // _ALIGN) * _ALIGN
-
-
 def _parcels(transfers: Iterable[Transfer]) -> Iterator[Parcel]:
     """Small parts of a round between two ranks in one parcel, each large one in its own."""
     small = defaultdict[tuple[int, int], list[Transfer]](list)
     for transfer in transfers:
-        if transfer.target.num_bytes >= _ALONE:
+        if transfer.target.num_bytes >= ALONE:
             yield Parcel((transfer,))
         else:
             small[transfer.sender, transfer.receiver].append(transfer)

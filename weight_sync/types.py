@@ -68,6 +68,11 @@ class ParamMeta:
     def _first(self) -> tuple[int, ...]:
         return (0,) * len(self.shape) if self.start is None else self.start
 
+    def view_in(self, buffer: Tensor) -> Tensor:
+        """A view of the region in a flat uint8 buffer, at its offset."""
+        part = buffer[self.offset : self.offset + self.num_bytes]
+        return part.view(self.torch_dtype).view(self.shape)
+
     def region_of(self, param: Tensor) -> Tensor | None:
         """A view of the region in `param`; None if it is not one of this tensor."""
         region, start = param, self.start
@@ -94,8 +99,7 @@ class Bucket:
 
     def tensor(self, meta: ParamMeta) -> Tensor:
         """A view of one tensor in the buffer."""
-        part = self.buffer[meta.offset : meta.offset + meta.num_bytes]
-        return part.view(meta.torch_dtype).view(meta.shape)
+        return meta.view_in(self.buffer)
 
 
 class WeightSyncError(RuntimeError):

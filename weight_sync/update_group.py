@@ -26,7 +26,8 @@ from samebit.weight_sync.meeting import (
     own_secret,
     prove_secret,
 )
-from samebit.weight_sync.types import WeightSyncError
+from samebit.weight_sync.transports.group import lost_members
+from samebit.weight_sync.types import LostMemberError
 
 BACKENDS = ("nccl", "gloo")
 _UNSEEN_BYTES = 512 << 20
@@ -86,7 +87,7 @@ def leave_update_group(group: dist.ProcessGroup, is_broken: bool = False) -> Non
 class Broadcasts:
     """Takes tensors that rank 0 broadcasts, one after another; at the end `wait`.
 
-    Every wait is of timeout_s at most. Raises WeightSyncError if the group has lost a member.
+    Every wait is of timeout_s at most. Raises LostMemberError if the group has lost a member.
     """
 
     def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
@@ -101,10 +102,8 @@ class Broadcasts:
 
     def receive(self, tensor: Tensor) -> None:
         """Fill a contiguous tensor; on a GPU its stream waits for that, not the host."""
-        try:
+        with lost_members():
             dist.broadcast(tensor, group_src=0, group=self._group, async_op=True).wait()
-        except RuntimeError as error:
-            raise self._lost(error) from error
         self._unseen_bytes += tensor.nbytes
         if self._unseen_bytes >= _UNSEEN_BYTES:
             self.wait()
@@ -119,12 +118,10 @@ class Broadcasts:
         done.record()
         while not done.query():
             if time.monotonic() > deadline:
-                raise self._lost(TimeoutError(f"nothing came for {self._timeout_s} s"))
+                raise LostMemberError(
+                    f"the weight group lost a member: nothing came for {self._timeout_s} s"
+                )
             time.sleep(_POLL_S)
-
-    @staticmethod
-    def _lost(error: Exception) -> WeightSyncError:
-        return WeightSyncError(f"the weight group lost a member: {error}")
 
 
 @contextmanager

@@ -5,7 +5,6 @@ warm up and then `repeats` times, always with fresh prompts; median and spread a
 GPU the roofline stands beside them, and where a file has them, other engines' figures.
 """
 
-import gc
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from samebit.recipes.bench.peers import Peer, comparable, load_peers
 from samebit.recipes.bench.prompts import PromptSource, timed_run
 from samebit.recipes.bench.roofline import roofline_tokens_s
 from samebit.recipes.bench.start import Start, cold_start, describe, report_of, start_engine
-from samebit.recipes.bench.timing import CardRates, Spread, card_rates
+from samebit.recipes.bench.timing import CardRates, Spread, card_rates, free_memory
 from samebit.recipes.bench.variants import NOTES, SETTINGS, kernels_of
 from samebit.recipes.run.folder import require_own_report
 from samebit.recipes.run.provenance import device_name, write_result
@@ -171,9 +170,7 @@ def main(run: BenchEngineRun) -> int:
     for variant in run.variants:
         entry = variants[variant] = {}
         measure_variant(run, variant, device, entry, save)
-        gc.collect()  # the engine's memory goes to the next one
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(device)  # the engine's goes to the next one
         if run.cold:
             entry["cold_start"] = cold_start(Start.of(run, variant, device))
     report |= compare(run, variants, beside)

@@ -7,7 +7,6 @@ updated, `cycles` times: memory must not grow. Times are between moments at whic
 done.
 """
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -21,7 +20,7 @@ from samebit.recipes.bench.config import BenchMemoryRun, Workload
 from samebit.recipes.bench.output import REPORT_FILE, BenchError, format_table
 from samebit.recipes.bench.prompts import FixedPrompts, PromptSource
 from samebit.recipes.bench.start import fill, report_of, settings_of
-from samebit.recipes.bench.timing import Spread, timed
+from samebit.recipes.bench.timing import Spread, free_memory, timed
 from samebit.recipes.run.folder import require_own_report
 from samebit.recipes.run.provenance import device_name, write_result
 from samebit.rollout.device import resolve_device
@@ -195,9 +194,7 @@ def main(run: BenchMemoryRun) -> int:
             report["cycles"] = cycle(subject, run.cycles)
         subject.engine.close()
         del subject
-        gc.collect()  # the engine's memory goes to the next one
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(device)  # the engine's goes to the next one
     save()
     print(summary(report, device))
     require_no_growth(report["cycles"], device)

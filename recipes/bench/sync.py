@@ -7,7 +7,6 @@ turns the weights into one of two versions; afterwards the engine has to draw wh
 sender's own memory drew.
 """
 
-import gc
 import tempfile
 import time
 from contextlib import closing
@@ -22,7 +21,7 @@ from samebit.recipes.bench.config import TRANSPORTS, BenchSyncRun, Workload
 from samebit.recipes.bench.output import REPORT_FILE, BenchError, format_table
 from samebit.recipes.bench.prompts import FixedPrompts, Outcome, PromptSource, timed_run
 from samebit.recipes.bench.start import FIRST, fill, report_of, settings_of
-from samebit.recipes.bench.timing import Spread, timed
+from samebit.recipes.bench.timing import Spread, free_memory, timed
 from samebit.recipes.launch.updates import Source, connect, why_not_here
 from samebit.recipes.run.folder import require_own_report
 from samebit.recipes.run.provenance import device_name, write_result
@@ -175,9 +174,7 @@ def main(run: BenchSyncRun) -> int:
         entry = run_transport(name, run, source, prompts, truth)
         if truth[0] == truth[1]:
             raise BenchError("both versions of the weights draw the same: nothing can be told")
-        gc.collect()  # the engine's memory goes to the next one
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(device)  # the engine's goes to the next one
         if name in names:
             found[name] = entry
             write_result(run.run_dir / REPORT_FILE, device, report)

@@ -1,6 +1,7 @@
 """Measured times: spreads of repeated runs, CUDA graph replay, what the hardware would allow."""
 
 import functools
+import gc
 import math
 import statistics
 import time
@@ -169,3 +170,10 @@ def card_rates() -> CardRates:
     rates = CardRates(_copy_bytes_s(), _product_flops_s())
     torch.cuda.empty_cache()
     return rates
+
+
+def free_memory(device: torch.device) -> None:
+    """Collect what nothing refers to any more; on a GPU, give its memory back to the card."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

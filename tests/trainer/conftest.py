@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from samebit.recipes.data.samples import drawn_sample
+from samebit.recipes.models.tiny_model import write_config, write_weights
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.weights import load_safetensors
@@ -65,6 +66,16 @@ def _random_samples(count, seed, with_logprobs=False):
             )
         )
     return samples
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A qwen3 of eight million parameters, with an output layer of its own."""
+    shape = {"hidden_size": 512, "intermediate_size": 1536, "head_dim": 64, "vocab_size": 2000}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2}
+    write_config(tmp_path, "qwen3", **shape, **heads, tie_word_embeddings=False)
+    write_weights(tmp_path, seed=7)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from samebit.recipes.launch.placement import load_weights
-from samebit.recipes.models.tiny_model import write_config, write_weights
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.algorithms.sft import Sft
@@ -20,16 +19,6 @@ from samebit.weight_sync.transports.alias import AliasLease
 from samebit.weight_sync.types import WeightSyncError
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Eight million parameters."""
-    shape = {"hidden_size": 512, "intermediate_size": 1536, "head_dim": 64, "vocab_size": 2000}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2}
-    write_config(tmp_path, "qwen3", **shape, **heads, tie_word_embeddings=False)
-    write_weights(tmp_path, seed=7)
-    return tmp_path
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "distributed optimizer"])

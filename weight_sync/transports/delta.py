@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from samebit.weight_sync.transfer_plan import aligned
+from samebit.weight_sync.buckets import aligned
 from samebit.weight_sync.transports.peers import Parts, Round, View
 from samebit.weight_sync.types import ParamMeta
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samebit.weight_sync.transfer_plan import aligned
+from samebit.weight_sync.buckets import aligned
 from samebit.weight_sync.transports.group import WeightGroup, lost_members
 from samebit.weight_sync.transports.peers import Parts, Round, Watch
 from samebit.weight_sync.types import WeightSyncError
@@ -27,8 +27,6 @@ class IpcPeers:
     sees_deaths = True
 
     def __init__(self, device: torch.device) -> None:
-        if device.type != "cuda":
-            raise ValueError(f"backend 'ipc' needs weights on a GPU, not on '{device}'; use gloo")
         self._device = device
         self._buckets: dict[int, list[Tensor]] = {}  # by peer
         self._said: Any = None  # a gloo process group

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from samebit.weight_sync.transfer_plan import aligned
+from samebit.weight_sync.buckets import aligned
 from samebit.weight_sync.transports.group import WeightGroup
 from samebit.weight_sync.transports.nccl_library import NcclCommunicator, new_unique_id
 from samebit.weight_sync.transports.peers import Parts, Round, Watch
@@ -21,8 +21,6 @@ class NcclPeers:
     sees_deaths = False
 
     def __init__(self, device: torch.device) -> None:
-        if device.type != "cuda":
-            raise ValueError(f"backend 'nccl' needs weights on a GPU, not on '{device}'; use gloo")
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._buffer = torch.empty(0, dtype=torch.uint8, device=device)

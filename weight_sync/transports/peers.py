@@ -39,16 +39,11 @@ class Parts:
 
     def pack(self, buffer: Tensor) -> None:
         """Copy the parts into a parcel's buffer."""
-        torch._foreach_copy_([self._slot(buffer, m) for m in self.metas], list(self.views))
+        torch._foreach_copy_([m.view_in(buffer) for m in self.metas], list(self.views))
 
     def unpack(self, buffer: Tensor) -> None:
         """Copy the parts out of a parcel's buffer."""
-        torch._foreach_copy_(list(self.views), [self._slot(buffer, m) for m in self.metas])
-
-    @staticmethod
-    def _slot(buffer: Tensor, meta: ParamMeta) -> Tensor:
-        part = buffer[meta.offset : meta.offset + meta.num_bytes]
-        return part.view(meta.torch_dtype).view(meta.shape)
+        torch._foreach_copy_(list(self.views), [m.view_in(buffer) for m in self.metas])
 
 
 @dataclass(frozen=True)
