@@ -86,8 +86,9 @@ class Worker:
     def send(self, kind: str, items: Sequence[Item], owed: Sequence[int], timeout_s: float) -> None:
         """Begin a command; a thread writes it, so that a worker that reads nothing blocks nobody.
 
-        `timeout_s` is for each item.
+        `timeout_s` is for each item. One command at a time: the writers of two could change places.
         """
+        assert not self.owed, "the worker still owes answers"
         data = pickle.dumps((kind, list(items)))
         self.owed.extend(owed)
         self.deadline = time.monotonic() + timeout_s
