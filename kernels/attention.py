@@ -9,6 +9,7 @@ al. 2022, arXiv 2205.14135.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from samebit.kernels.attention_kind import AttentionKind, AttentionPlan, GraphEn
 from samebit.kernels.contract import CPU_KV_TILE, GPU_KV_SPLIT, GPU_KV_TILE
 from samebit.kernels.cpu import attention as cpu
 from samebit.kernels.op import Op
+from samebit.kernels.shared_prefixes import SharedPrefixes
 
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, seq_lens: Sequence[int], scale: float) -> Tensor:
@@ -82,8 +84,11 @@ class CanonicalAttention(AttentionKind):
         """See AttentionKind."""
         if self.device.type == "cuda":
             from samebit.kernels.gpu.attention import plan
+            from samebit.kernels.gpu.decode_attention import most_queries
 
-            return plan(query_lens, context_lens, page_table, page_size, self.device)
+            few, share = most_queries(self.heads.per_kv), partial(self._shared, page_size=page_size)
+            place = page_table, page_size, self.device
+            return plan(query_lens, context_lens, *place, most_queries=few, share=share)
         return cpu.plan_step(query_lens, context_lens, page_table, page_size, self.heads.per_kv)
 
     def plan_context(
@@ -100,11 +105,32 @@ class CanonicalAttention(AttentionKind):
             return plan(query_lens, context_lens, None, 1, self.device, key_starts, num_keys)
         return cpu.plan_context(query_lens, context_lens, key_starts, num_keys, self.heads.per_kv)
 
-    def plan_graph(self, entries: GraphEntries) -> AttentionPlan:
+    def shared_prefixes(
+        self, context_lens: np.ndarray, tables: np.ndarray, page_size: int
+    ) -> SharedPrefixes | None:
+        """See AttentionKind: what spares at least least_shared_bytes in a layer."""
+        return self._shared(np.ones_like(context_lens), context_lens, tables, page_size)
+
+    def _shared(
+        self,
+        query_lens: np.ndarray,
+        context_lens: np.ndarray,
+        tables: np.ndarray,
+        page_size: int,
+    ) -> SharedPrefixes | None:
+        if self.least_shared_bytes is None or self.device.type != "cuda":
+            return None
+        from samebit.kernels.gpu.prefix_tasks import find_prefixes
+
+        return find_prefixes(
+            query_lens, context_lens, tables, page_size, self.heads, self.least_shared_bytes
+        )
+
+    def plan_graph(self, entries: GraphEntries, shares: bool) -> AttentionPlan:
         """See AttentionKind."""
         from samebit.kernels.gpu.attention import plan_graph
 
-        return plan_graph(entries)
+        return plan_graph(entries, self.heads.per_kv if shares else None)
 
     def prepare_replay(
         self,
@@ -112,8 +138,12 @@ class CanonicalAttention(AttentionKind):
         context_lens: np.ndarray,
         table_rows: np.ndarray,
         page_table: np.ndarray,
+        shared: SharedPrefixes | None,
     ) -> None:
-        """Nothing: a program for each split of each entry finds its lengths on the device."""
+        """Tell the device what is shared; programs find their entries' lengths there."""
+        from samebit.kernels.gpu.attention import prepare_replay
+
+        prepare_replay(plan, shared)
 
     def attend(
         self, q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: AttentionPlan

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from samebit.kernels.shared_prefixes import SharedPrefixes
+
 
 class Heads(NamedTuple):
     """The heads that one rank holds."""
@@ -31,6 +33,9 @@ class Heads(NamedTuple):
     def per_kv(self) -> int:
         """Query heads that share one KV head."""
         return self.num_heads // self.num_kv_heads
+
+
+LEAST_SHARED_BYTES = 16 << 20  # reading them takes as long as the kernel that shares them costs
 
 
 class AttentionPlan:
@@ -80,6 +85,8 @@ class AttentionKind(ABC):
     def __init__(self, heads: Heads, device: torch.device) -> None:
         self.heads = heads
         self.device = device
+        self.least_shared_bytes: int | None = LEAST_SHARED_BYTES
+        """How much a layer must be spared before decode shares prefixes; None: it never does."""
 
     @classmethod
     def tiles(cls, device_type: str) -> tuple[int | None, int | None]:
@@ -120,11 +127,22 @@ class AttentionKind(ABC):
         [B]: the first row of its sample's keys among num_keys. Parts may share a sample.
         """
 
+    def shared_prefixes(
+        self, context_lens: np.ndarray, tables: np.ndarray, page_size: int
+    ) -> SharedPrefixes | None:
+        """What the samples of a decode step, one new token each, are to read together, if anything.
+
+        context_lens [B], the new token included; tables [B, pages] int32: their pages in order of
+        position. A kind that reads every sample's context for itself leaves this as it is.
+        """
+        return None
+
     @abstractmethod
-    def plan_graph(self, entries: GraphEntries) -> AttentionPlan:
+    def plan_graph(self, entries: GraphEntries, shares: bool) -> AttentionPlan:
         """Plan the decode steps of a CUDA graph, each a new token for every entry.
 
         The plan must serve every replay: it holds what is captured, at addresses that stay.
+        shares: the replays are those of steps for which shared_prefixes finds something.
         """
 
     @abstractmethod
@@ -134,11 +152,14 @@ class AttentionKind(ABC):
         context_lens: np.ndarray,
         table_rows: np.ndarray,
         page_table: np.ndarray,
+        shared: SharedPrefixes | None,
     ) -> None:
         """Bring a graph's plan up to the step that is replayed next.
 
         context_lens and table_rows [size] int64: as the entries will hold them, without what only
-        fills the batch up; page_table [slots, max_pages] int32. The step before may still run.
+        fills the batch up; page_table [slots, max_pages] int32; shared: what shared_prefixes found
+        for them, the same object as long as they are the same samples. The step before may still
+        run.
         """
 
     @abstractmethod

@@ -43,6 +43,9 @@ class EngineConfig:
     """Prompt tokens of one sample computed in one step."""
     prefix_cache: bool = True
     """Compute a prefix that prompts share once."""
+    group_attention: bool = True
+    """On a GPU, read what decoding samples share of their contexts once for all of them, in steps
+    where that spares enough; the bits are the same."""
     cuda_graphs: bool | None = None
     """Decode by CUDA graphs; unset: on GPUs; tensor parallel ones need peer access."""
     overlap: bool | None = None

@@ -74,6 +74,8 @@ class Engine(EngineWeights, EngineMemory):
         self.profile: NumericsProfile = numerics_profile(self.device, *numerics, kind)
         self.attention = kind(self.model_config.attention_heads(ranks.size), self.device)
         self.model_config.selfcheck(self.attention, ranks)
+        if not self.config.group_attention:
+            self.attention.least_shared_bytes = None
         self.arena = Arena(self.device, bool(self.config.releasable))
         place = self.specs, self.dtype, self.arena, ranks.group
         if weights is None:

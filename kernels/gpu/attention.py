@@ -1,11 +1,11 @@
 """attention on the GPU: KV tiles and splits at absolute positions, ordered merge, tensor cores.
 
-Decode (decode_attention.py: a split per program) and prefill or training (here: splits looped in
-registers, tiles of 64 or 128 rows) give the same bits.
+Decode (decode_attention.py: few queries, a split per program) and prefill or training (here: splits
+looped in registers, tiles of 64 or 128 rows) give the same bits.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,13 +22,24 @@ from samebit.kernels.gpu.decode_attention import (
     decode_attention,
     decode_entries,
 )
-from samebit.kernels.gpu.online_softmax import merge, split_pass
+from samebit.kernels.gpu.online_softmax import merge, nothing_seen, split_pass
+from samebit.kernels.gpu.prefix_tasks import PrefixTasks, task_capacity
+from samebit.kernels.shared_prefixes import SharedPrefixes
 from samebit.kernels.transfer import to_device
+
+Share = Callable[[np.ndarray, np.ndarray, np.ndarray], SharedPrefixes | None]
+
+
+def share_nothing(
+    query_lens: np.ndarray, context_lens: np.ndarray, tables: np.ndarray
+) -> SharedPrefixes | None:
+    """Every entry reads its own context."""
+    return None
 
 
 @dataclass(frozen=True)
 class GpuAttentionPlan(AttentionPlan):
-    """Says what the kernels know of one batch: who has one new token decodes, others prefill."""
+    """Says what the kernels know of one batch: who has few new tokens decodes, others prefill."""
 
     query_starts: Tensor  # [B] int32: first row of each sequence among the T queries
     key_starts: Tensor  # [B] int32: first row of each sequence's keys, packed form only
@@ -36,7 +47,7 @@ class GpuAttentionPlan(AttentionPlan):
     context_lens: Tensor  # [B] int32
     page_table: Tensor | None  # [B, max_pages] int32
     page_size: int
-    decode: DecodeEntries | None
+    decode: tuple[DecodeEntries, ...]
     tile_seq: Tensor  # int32, sequence of each query tile
     tile_start: Tensor  # int32, its first query in that sequence
     tile_rows: int
@@ -108,13 +119,18 @@ def plan(
     device: torch.device,
     key_starts: Sequence[int] | None = None,
     num_keys: int = 0,
+    most_queries: int = 0,
+    share: Share = share_nothing,
 ) -> GpuAttentionPlan:
-    """See plan_step and plan_context of AttentionKind; page_table None means packed keys."""
+    """See plan_step and plan_context of AttentionKind; page_table None means packed keys.
+
+    Samples with at most most_queries decode; share says what those are to read together.
+    """
     queries, contexts = np.asarray(query_lens), np.asarray(context_lens)
     starts = np.concatenate([[0], np.cumsum(queries)[:-1]])
     first_keys = starts if key_starts is None else np.asarray(key_starts)
     own_keys = (queries == contexts).all() and (starts == first_keys).all()
-    decoding = (queries == 1) & (page_table is not None)
+    decoding = queries <= most_queries
     prefilling = np.flatnonzero(~decoding)
     tile_rows = 128 if queries[prefilling].max(initial=0) > 64 else 64
     counts = -(-queries[prefilling] // tile_rows)
@@ -128,14 +144,10 @@ def plan(
     def placed(values: np.ndarray | Tensor) -> Tensor:
         return to_device(torch.as_tensor(values).to(torch.int32), device)
 
-    decode = None
-    if decoding.any():
-        decode = decode_entries(
-            placed(starts[decoding]),
-            placed(np.flatnonzero(decoding)),
-            placed(contexts[decoding]),
-            int(contexts[decoding].max()),
-        )
+    decode: tuple[DecodeEntries, ...] = ()
+    if page_table is not None:
+        tables = page_table.numpy().astype(np.int32)
+        decode = tuple(_plan_decode(queries, contexts, starts, tables, device, most_queries, share))
     return GpuAttentionPlan(
         query_starts=placed(starts),
         key_starts=placed(first_keys),
@@ -155,12 +167,57 @@ def plan(
     )
 
 
-def plan_graph(entries: GraphEntries) -> GpuAttentionPlan:
-    """A plan for decode steps alone, which finds its entries on the device."""
-    rows = torch.arange(
-        len(entries.table_rows), dtype=torch.int32, device=entries.table_rows.device
+def _plan_decode(
+    query_lens: np.ndarray,
+    context_lens: np.ndarray,
+    starts: np.ndarray,
+    tables: np.ndarray,
+    device: torch.device,
+    most_queries: int,
+    share: Share,
+) -> Iterator[DecodeEntries]:
+    """Yield the samples [B] with one query, then those with up to most_queries."""
+
+    def placed(values: np.ndarray) -> Tensor:
+        return to_device(values.astype(np.int32), device)
+
+    for least, most in ((1, 1), (2, most_queries)):
+        rows = np.flatnonzero((least <= query_lens) & (query_lens <= most))
+        if not len(rows):
+            continue
+        queries, contexts = query_lens[rows], context_lens[rows]
+        shared = share(queries, contexts, tables[rows])
+        yield decode_entries(
+            query_starts=placed(starts[rows]),
+            query_lens=placed(queries),
+            table_rows=placed(rows),
+            context_lens=placed(contexts),
+            max_queries=int(queries.max()),
+            max_context=int(contexts.max()),
+            prefixes=None if shared is None else PrefixTasks.of(shared, device),
+        )
+
+
+def plan_graph(entries: GraphEntries, shared_by: int | None) -> GpuAttentionPlan:
+    """A plan for decode steps alone, which finds its entries on the device.
+
+    shared_by: query heads of a KV head, if prefixes are shared; else None.
+    """
+    batch, device = len(entries.table_rows), entries.table_rows.device
+    rows = torch.arange(batch, dtype=torch.int32, device=device)
+    none, prefixes = rows[:0], None
+    if shared_by is not None:
+        capacity = task_capacity(shared_by)
+        prefixes = PrefixTasks.for_graph(batch, capacity, entries.max_context, device)
+    decode = decode_entries(
+        query_starts=rows,
+        query_lens=torch.ones_like(rows),
+        table_rows=entries.table_rows,
+        context_lens=entries.context_lens,
+        max_queries=1,
+        max_context=entries.max_context,
+        prefixes=prefixes,
     )
-    none = rows[:0]
     return GpuAttentionPlan(
         query_starts=none,
         key_starts=none,
@@ -168,13 +225,21 @@ def plan_graph(entries: GraphEntries) -> GpuAttentionPlan:
         context_lens=none,
         page_table=entries.page_table,
         page_size=entries.page_size,
-        decode=decode_entries(rows, entries.table_rows, entries.context_lens, entries.max_context),
+        decode=(decode,),
         tile_seq=none,
         tile_start=none,
         tile_rows=64,
         longest=0,
         seq_lens=(),
     )
+
+
+def prepare_replay(plan: AttentionPlan, shared: SharedPrefixes | None) -> None:
+    """Tell a graph's kernels what its next replay's entries share."""
+    assert isinstance(plan, GpuAttentionPlan)
+    prefixes = plan.decode[0].prefixes
+    if prefixes is not None and shared is not None:
+        prefixes.write(shared)
 
 
 @triton.jit
@@ -205,18 +270,22 @@ def _prefill_kernel(
     v_head = v_ptr + (head // GROUP) * kv_head
     pages = pages_ptr + seq.to(tl.int64) * max_pages
     key_start = tl.load(key_starts + seq)
+    m, total, acc = nothing_seen(ROWS, BLOCK_DH)
     m, total, acc = split_pass(
         q=q, k_ptr=k_head, v_ptr=v_head, pages=pages, key_start=key_start, position=position,
-        lo=0, whole=whole, hi=tl.minimum(SPLIT, end), stride=stride, qk_scale=qk_scale, DH=DH,
-        BLOCK_DH=BLOCK_DH, ROWS=ROWS, TILE=TILE, SPLIT=SPLIT, PAGED=PAGED, PAGE=PAGE, UNMASKED=True,
+        lo=0, whole=whole, hi=tl.minimum(SPLIT, end), stride=stride, qk_scale=qk_scale, m=m,
+        total=total, acc=acc, DH=DH, BLOCK_DH=BLOCK_DH, TILE=TILE, SPLIT=SPLIT, PAGED=PAGED,
+        PAGE=PAGE, UNMASKED=True, MASKED=True,
     )  # fmt: skip
     if not ONE_SPLIT:
         for s0 in range(SPLIT, end, SPLIT):
+            next_m, next_total, next_acc = nothing_seen(ROWS, BLOCK_DH)
             next_m, next_total, next_acc = split_pass(
                 q=q, k_ptr=k_head, v_ptr=v_head, pages=pages, key_start=key_start,
                 position=position, lo=s0, whole=whole, hi=tl.minimum(s0 + SPLIT, end),
-                stride=stride, qk_scale=qk_scale, DH=DH, BLOCK_DH=BLOCK_DH, ROWS=ROWS, TILE=TILE,
-                SPLIT=SPLIT, PAGED=PAGED, PAGE=PAGE, UNMASKED=True,
+                stride=stride, qk_scale=qk_scale, m=next_m, total=next_total, acc=next_acc, DH=DH,
+                BLOCK_DH=BLOCK_DH, TILE=TILE, SPLIT=SPLIT, PAGED=PAGED, PAGE=PAGE, UNMASKED=True,
+                MASKED=True,
             )  # fmt: skip
             m, total, acc = merge(m, total, acc, next_m, next_total, next_acc)
     out = o_ptr + (row[:, None] * HEADS + head) * DH + d[None, :]
@@ -242,9 +311,9 @@ def attend(
     table = plan.page_table
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(num_heads, num_tokens if table is None else 0, device=q.device)
-    if plan.decode is not None:
+    for entries in plan.decode:
         assert table is not None
-        decode_attention(q, k, v, output, plan.decode, table, plan.page_size, scale)
+        decode_attention(q, k, v, output, entries, table, plan.page_size, scale)
     if len(plan.tile_seq):
         _prefill_kernel[(num_heads, len(plan.tile_seq))](
             q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=output, lse_ptr=lse, query_starts=plan.query_starts,

@@ -1,7 +1,9 @@
-"""attention of decode steps on the GPU: one program for each split, the last one merges.
+"""attention of decode entries on the GPU: a program for each split, the last one merges.
 
-A sequence's last program to arrive merges the splits' (max, sum, accumulator) in ascending order,
-so the result does not depend on who that is.
+An entry has up to 16 query rows at successive positions. Its last program to arrive merges
+the splits' (max, sum, accumulator) in ascending order, so the result does not depend on who that
+is. Tiles that entries share are read once for all of them, by a kernel before; each entry's own
+programs carry its (max, sum, accumulator) on or merge it: the same operations in the same order.
 """
 
 import functools
@@ -13,92 +15,213 @@ import triton.language as tl
 from torch import Tensor
 
 from samebit.kernels.contract import GPU_KV_SPLIT, GPU_KV_TILE
-from samebit.kernels.gpu.online_softmax import merge, split_pass
+from samebit.kernels.gpu.online_softmax import merge, nothing_seen, split_pass
 from samebit.kernels.gpu.pdl import after_previous, prefetch_l2, supported
+from samebit.kernels.gpu.prefix_tasks import PrefixTasks, task_rows
 
 LOG2E = 1.4426950408889634
-_ROWS = 16
+_LEAST_ROWS, _MOST_ROWS = 16, 128
 _MAX_KV_HEADS = 128
+
+
+def most_queries(heads_per_kv: int) -> int:
+    """Queries that an entry may have, for so many query heads of a KV head."""
+    return max(1, min(16, _MOST_ROWS // heads_per_kv))
 
 
 @dataclass(frozen=True)
 class DecodeEntries:
-    """The sequences with one new token; a context of 0 marks what only fills a batch up."""
+    """Samples with few query rows; a context of 0 marks what only fills a batch up."""
 
-    query_rows: Tensor  # [E] int32, among the T queries
+    query_starts: Tensor  # [E] int32, first row among the T queries
+    query_lens: Tensor  # [E] int32, 1 to max_queries
     table_rows: Tensor  # [E] int32, rows of the page table
-    context_lens: Tensor  # [E] int32, the new token included
+    context_lens: Tensor  # [E] int32, the new tokens included
+    max_queries: int  # a power of two
     max_context: int  # bound of context_lens
     counters: Tensor  # [E * _MAX_KV_HEADS] int32, zeros between kernels: arrived splits
+    prefixes: PrefixTasks | None  # None: no entry shares anything
 
 
 def decode_entries(
-    query_rows: Tensor, table_rows: Tensor, context_lens: Tensor, max_context: int
+    query_starts: Tensor,
+    query_lens: Tensor,
+    table_rows: Tensor,
+    context_lens: Tensor,
+    max_queries: int,
+    max_context: int,
+    prefixes: PrefixTasks | None = None,
 ) -> DecodeEntries:
     """Entries whose tensors are these [E] int32, with counters of their own."""
-    counters = query_rows.new_zeros(len(query_rows) * _MAX_KV_HEADS)
-    return DecodeEntries(query_rows, table_rows, context_lens, max_context, counters)
+    counters = table_rows.new_zeros(len(table_rows) * _MAX_KV_HEADS)
+    return DecodeEntries(
+        query_starts=query_starts,
+        query_lens=query_lens,
+        table_rows=table_rows,
+        context_lens=context_lens,
+        max_queries=triton.next_power_of_2(max_queries),
+        max_context=max_context,
+        counters=counters,
+        prefixes=prefixes,
+    )
+
+
+@triton.jit
+def _prefetch_tile(k_head, v_head, pages, lo, end, stride, TILE: tl.constexpr, PAGE: tl.constexpr,
+                   BLOCK_DH: tl.constexpr):  # fmt: skip
+    """Ask for the keys [lo, lo + TILE) below `end` and their values to come to the L2 cache."""
+    n = lo + tl.arange(0, TILE)
+    page = tl.load(pages + n // PAGE, mask=n < end, other=0).to(tl.int64)
+    lines = ((page * PAGE + n % PAGE) * stride)[:, None] + (tl.arange(0, BLOCK_DH // 64) * 64)
+    prefetch_l2(k_head + lines)
+    prefetch_l2(v_head + lines)
+
+
+@triton.jit
+def _load_part(max_ptr, sum_ptr, acc_ptr, place, mask, BLOCK_DH: tl.constexpr):
+    """(max, sum, accumulator) as another program wrote it; nothing seen where the mask is off."""
+    d = tl.arange(0, BLOCK_DH)
+    m = tl.load(max_ptr + place, mask=mask, other=-1e30, cache_modifier=".cg")
+    total = tl.load(sum_ptr + place, mask=mask, other=0.0, cache_modifier=".cg")
+    acc = tl.load(
+        acc_ptr + place[:, None] * BLOCK_DH + d[None, :], mask=mask[:, None], other=0.0,
+        cache_modifier=".cg",
+    )  # fmt: skip
+    return m, total, acc
+
+
+@triton.jit
+def _store_part(max_ptr, sum_ptr, acc_ptr, place, mask, m, total, acc, BLOCK_DH: tl.constexpr):
+    """Write (max, sum, accumulator) for another program."""
+    tl.store(max_ptr + place, m, mask=mask)
+    tl.store(sum_ptr + place, total, mask=mask)
+    tl.store(
+        acc_ptr + place[:, None] * BLOCK_DH + tl.arange(0, BLOCK_DH)[None, :],
+        acc,
+        mask=mask[:, None],
+    )
+
+
+@triton.jit(do_not_specialize=["max_pages", "max_splits"])
+def _prefix_kernel(
+    q_ptr, k_ptr, v_ptr, max_ptr, sum_ptr, acc_ptr, members, lens, query_starts, query_lens,
+    table_rows, pages_ptr, max_pages, q_stride, q_head, stride, kv_head, qk_scale, max_splits,
+    NUM_KV: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
+    CAPACITY: tl.constexpr, DH: tl.constexpr, BLOCK_DH: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, SPLIT: tl.constexpr, PAGE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One split of what a task's members share, for one KV head: every query sees all of it."""
+    kv, task, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    shared = tl.load(lens + task)
+    lo = split * SPLIT
+    members += task * CAPACITY
+    first = tl.maximum(tl.load(members), 0)
+    pages = pages_ptr + tl.load(table_rows + first).to(tl.int64) * max_pages
+    k_head, v_head = k_ptr + kv * kv_head, v_ptr + kv * kv_head
+    if PDL and lo < shared:
+        _prefetch_tile(k_head, v_head, pages, lo, shared, stride, TILE, PAGE, BLOCK_DH)
+    after_previous(PDL)
+    if lo >= shared:
+        return
+    r, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_DH)
+    OWN: tl.constexpr = GROUP * QUERIES  # rows of an entry
+    whose = r // OWN
+    entry = tl.load(members + whose, mask=whose < CAPACITY, other=-1)
+    live = entry >= 0
+    entry = tl.maximum(entry, 0)
+    query = r % OWN // GROUP
+    live = live & (query < tl.load(query_lens + entry))
+    row = tl.load(query_starts + entry).to(tl.int64) + query
+    heads = kv * GROUP + r % GROUP
+    q = tl.load(
+        q_ptr + (row * q_stride + heads * q_head)[:, None] + d[None, :],
+        mask=live[:, None] & (d < DH)[None, :], other=0.0,
+    )  # fmt: skip
+    hi = tl.minimum(lo + SPLIT, shared)
+    m, total, acc = nothing_seen(ROWS, BLOCK_DH)
+    m, total, acc = split_pass(
+        q=q, k_ptr=k_head, v_ptr=v_head, pages=pages, key_start=0, position=r, lo=lo, whole=hi,
+        hi=hi, stride=stride, qk_scale=qk_scale, m=m, total=total, acc=acc, DH=DH,
+        BLOCK_DH=BLOCK_DH, TILE=TILE, SPLIT=SPLIT, PAGED=True, PAGE=PAGE, UNMASKED=True,
+        MASKED=False,
+    )  # fmt: skip
+    place = ((entry.to(tl.int64) * NUM_KV + kv) * max_splits + split) * OWN + r % OWN
+    _store_part(max_ptr, sum_ptr, acc_ptr, place, live, m, total, acc, BLOCK_DH)
+
+
+@triton.jit
+def _merge_parts(
+    max_ptr, sum_ptr, acc_ptr, first, num_splits, mask, OWN: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_DH: tl.constexpr,
+):  # fmt: skip
+    """The (max, sum, accumulator) of an entry's splits in ascending order; first: of split 0."""
+    m, total, acc = nothing_seen(ROWS, BLOCK_DH)
+    for split in range(0, num_splits):
+        place = first + split * OWN
+        part_m, part, part_acc = _load_part(max_ptr, sum_ptr, acc_ptr, place, mask, BLOCK_DH)
+        m, total, acc = merge(m, total, acc, part_m, part, part_acc)
+    return m, total, acc
 
 
 @triton.jit(do_not_specialize=["max_pages", "max_splits"])
 def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, max_ptr, sum_ptr, acc_ptr, counters, query_rows, table_rows,
-    context_lens, pages_ptr, max_pages, q_stride, q_head, stride, kv_head, qk_scale, max_splits,
-    NUM_KV: tl.constexpr, GROUP: tl.constexpr, DH: tl.constexpr, BLOCK_DH: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, PAGE: tl.constexpr,
-    PDL: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, o_ptr, max_ptr, sum_ptr, acc_ptr, counters, prefix_lens, query_starts,
+    query_lens, table_rows, context_lens, pages_ptr, max_pages, q_stride, q_head, stride, kv_head,
+    qk_scale, max_splits, NUM_KV: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
+    DH: tl.constexpr, BLOCK_DH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    SPLIT: tl.constexpr, PAGE: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One split of one sequence and KV head; the last to arrive merges the splits in order."""
+    """One split of one entry and KV head; the last to arrive merges the splits in order."""
     kv, entry, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     context_len = tl.load(context_lens + entry)
-    row = tl.load(query_rows + entry).to(tl.int64)
+    row = tl.load(query_starts + entry).to(tl.int64)
+    query_len = tl.load(query_lens + entry) if QUERIES > 1 else 1
+    shared = tl.load(prefix_lens + entry) if SHARED else 0
     pages = pages_ptr + tl.load(table_rows + entry).to(tl.int64) * max_pages
     k_head, v_head = k_ptr + kv * kv_head, v_ptr + kv * kv_head
-    lo = split * SPLIT
-    if PDL:  # the first tile, while the preceding kernel still runs
-        n = lo + tl.arange(0, TILE)
-        page = tl.load(pages + n // PAGE, mask=n < context_len, other=0).to(tl.int64)
-        lines = ((page * PAGE + n % PAGE) * stride)[:, None] + (tl.arange(0, BLOCK_DH // 64) * 64)
-        prefetch_l2(k_head + lines)
-        prefetch_l2(v_head + lines)
+    lo = tl.maximum(split * SPLIT, shared)
+    hi = tl.minimum((split + 1) * SPLIT, context_len)
+    if PDL and lo < hi:  # the first tile, while the preceding kernel still runs
+        _prefetch_tile(k_head, v_head, pages, lo, hi, stride, TILE, PAGE, BLOCK_DH)
     after_previous(PDL)
-    if lo >= context_len:
+    if lo >= hi:
         return
     r, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_DH)
-    inside = (r < GROUP)[:, None] & (d < DH)[None, :]
-    heads = (kv * GROUP + r)[:, None]
-    q = tl.load(q_ptr + row * q_stride + heads * q_head + d[None, :], mask=inside, other=0.0)
-    position = tl.zeros((ROWS,), tl.int32) + context_len - 1
-    hi = tl.minimum(lo + SPLIT, context_len)
+    OWN: tl.constexpr = GROUP * QUERIES
+    query = r // GROUP
+    live = (r < OWN) & (query < query_len)
+    inside = live[:, None] & (d < DH)[None, :]
+    heads = (kv * GROUP + r % GROUP)[:, None]
+    q = tl.load(
+        q_ptr + (row + query)[:, None] * q_stride + heads * q_head + d[None, :], mask=inside,
+        other=0.0,
+    )  # fmt: skip
+    whose = entry.to(tl.int64) * NUM_KV + kv
+    place = (whose * max_splits + split) * OWN + r
+    m, total, acc = nothing_seen(ROWS, BLOCK_DH)
+    if SHARED:
+        carried = live & (split * SPLIT < shared)
+        m, total, acc = _load_part(max_ptr, sum_ptr, acc_ptr, place, carried, BLOCK_DH)
     m, total, acc = split_pass(
-        q=q, k_ptr=k_head, v_ptr=v_head, pages=pages, key_start=0, position=position, lo=lo,
-        whole=hi, hi=hi, stride=stride, qk_scale=qk_scale, DH=DH, BLOCK_DH=BLOCK_DH, ROWS=ROWS,
-        TILE=TILE, SPLIT=SPLIT, PAGED=True, PAGE=PAGE, UNMASKED=False,
+        q=q, k_ptr=k_head, v_ptr=v_head, pages=pages, key_start=0,
+        position=context_len - query_len + query, lo=lo, whole=hi, hi=hi, stride=stride,
+        qk_scale=qk_scale, m=m, total=total, acc=acc, DH=DH, BLOCK_DH=BLOCK_DH, TILE=TILE,
+        SPLIT=SPLIT, PAGED=True, PAGE=PAGE, UNMASKED=False, MASKED=True,
     )  # fmt: skip
     num_splits = tl.cdiv(context_len, SPLIT)
-    out = o_ptr + (row * NUM_KV * GROUP + heads) * DH + d[None, :]
+    out = o_ptr + ((row + query)[:, None] * NUM_KV * GROUP + heads) * DH + d[None, :]
     if num_splits == 1:
         tl.store(out, (acc / total[:, None]).to(o_ptr.dtype.element_ty), mask=inside)
         return
-    whose = entry.to(tl.int64) * NUM_KV + kv
-    place = (whose * max_splits + split) * GROUP + r
-    tl.store(max_ptr + place, m, mask=r < GROUP)
-    tl.store(sum_ptr + place, total, mask=r < GROUP)
-    tl.store(acc_ptr + place[:, None] * BLOCK_DH + d[None, :], acc, mask=(r < GROUP)[:, None])
+    _store_part(max_ptr, sum_ptr, acc_ptr, place, live, m, total, acc, BLOCK_DH)
     tl.debug_barrier()  # every thread's part is written before the arrival is counted
-    if tl.atomic_add(counters + whose, 1, sem="acq_rel") != num_splits - 1:
+    arrived = tl.atomic_add(counters + whose, 1, sem="acq_rel")
+    if arrived != num_splits - 1 - shared // SPLIT:
         return
-    m, total = tl.full((ROWS,), -1e30, tl.float32), tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, BLOCK_DH), tl.float32)
-    for s in range(0, num_splits):
-        place = (whose * max_splits + s) * GROUP + r
-        part_m = tl.load(max_ptr + place, mask=r < GROUP, other=-1e30, cache_modifier=".cg")
-        part = tl.load(sum_ptr + place, mask=r < GROUP, other=0.0, cache_modifier=".cg")
-        part_acc = tl.load(
-            acc_ptr + place[:, None] * BLOCK_DH + d[None, :], mask=(r < GROUP)[:, None], other=0.0,
-            cache_modifier=".cg",
-        )  # fmt: skip
-        m, total, acc = merge(m, total, acc, part_m, part, part_acc)
+    first = whose * max_splits * OWN + r
+    m, total, acc = _merge_parts(
+        max_ptr, sum_ptr, acc_ptr, first, num_splits, live, OWN, ROWS, BLOCK_DH
+    )
     tl.store(out, (acc / total[:, None]).to(o_ptr.dtype.element_ty), mask=inside)
     tl.store(counters + whose, 0)
 
@@ -119,29 +242,49 @@ def decode_attention(
     page_size: int,
     scale: float,
 ) -> None:
-    """Write output rows [query_rows, Hq, Dh] of the entries; table [tables, max_pages] int32.
+    """Write the entries' rows of output [T, Hq, Dh]; table [tables, max_pages] int32.
 
     q [T, Hq, Dh]; k, v [kv_slots, Hkv, Dh].
     """
     num_heads, head_dim = q.shape[1:]
-    num_kv = k.shape[1]
-    group = num_heads // num_kv
-    rows = max(_ROWS, triton.next_power_of_2(group))
+    num_kv, prefixes = k.shape[1], decode.prefixes
+    own = num_heads // num_kv * decode.max_queries  # rows of an entry
     block_dh = max(64, triton.next_power_of_2(head_dim))
-    num_seqs, max_splits = len(decode.query_rows), triton.cdiv(decode.max_context, GPU_KV_SPLIT)
-    parts = num_seqs * num_kv * group * (max_splits if max_splits > 1 else 0)
+    num_seqs, max_splits = len(decode.table_rows), triton.cdiv(decode.max_context, GPU_KV_SPLIT)
+    has_parts = max_splits > 1 or prefixes is not None
+    parts = num_seqs * num_kv * own * max_splits if has_parts else 0
     part_max, part_sum = (torch.empty(parts, device=q.device) for _ in range(2))
     part_acc = torch.empty(parts, block_dh, device=q.device)
     pdl = supported(q.device)
+    strides = table.stride(0), q.stride(0), q.stride(1), k.stride(0), k.stride(1)
+    max_pages, q_stride, q_head, stride, kv_head = strides
+    if prefixes is not None:
+        rows, num_tasks = task_rows(own), len(prefixes.lens)
+        _prefix_kernel[(num_kv, num_tasks, triton.cdiv(prefixes.longest, GPU_KV_SPLIT))](
+            q_ptr=q, k_ptr=k, v_ptr=v, max_ptr=part_max, sum_ptr=part_sum, acc_ptr=part_acc,
+            members=prefixes.members, lens=prefixes.lens, query_starts=decode.query_starts,
+            query_lens=decode.query_lens, table_rows=decode.table_rows, pages_ptr=table,
+            max_pages=max_pages, q_stride=q_stride, q_head=q_head, stride=stride, kv_head=kv_head,
+            qk_scale=scale * LOG2E, max_splits=max_splits, NUM_KV=num_kv,
+            GROUP=num_heads // num_kv, QUERIES=decode.max_queries,
+            CAPACITY=prefixes.members.shape[1], DH=head_dim, BLOCK_DH=block_dh, ROWS=rows,
+            TILE=GPU_KV_TILE, SPLIT=GPU_KV_SPLIT, PAGE=page_size, PDL=pdl,
+            num_warps=4 if rows == 64 else 8, num_stages=2, enable_fp_fusion=False, launch_pdl=pdl,
+        )  # fmt: skip
+    rows = max(_LEAST_ROWS, triton.next_power_of_2(own))
     # Few programs: each keeps more of its own loads in flight. Many: they hide each other's.
     num_stages = 3 if num_kv * num_seqs * max_splits <= 1.5 * num_sms(q.device) else 2
     _decode_kernel[(num_kv, num_seqs, max_splits)](
         q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=output, max_ptr=part_max, sum_ptr=part_sum,
-        acc_ptr=part_acc, counters=decode.counters, query_rows=decode.query_rows,
+        acc_ptr=part_acc, counters=decode.counters,
+        prefix_lens=decode.context_lens if prefixes is None else prefixes.of_entry,
+        query_starts=decode.query_starts, query_lens=decode.query_lens,
         table_rows=decode.table_rows, context_lens=decode.context_lens, pages_ptr=table,
-        max_pages=table.stride(0), q_stride=q.stride(0), q_head=q.stride(1), stride=k.stride(0),
-        kv_head=k.stride(1), qk_scale=scale * LOG2E, max_splits=max_splits, NUM_KV=num_kv,
-        GROUP=group, DH=head_dim, BLOCK_DH=block_dh, ROWS=rows, TILE=GPU_KV_TILE,
-        SPLIT=GPU_KV_SPLIT, PAGE=page_size, PDL=pdl, num_warps=4, num_stages=num_stages,
+        max_pages=max_pages, q_stride=q_stride, q_head=q_head, stride=stride, kv_head=kv_head,
+        qk_scale=scale * LOG2E, max_splits=max_splits, NUM_KV=num_kv, GROUP=num_heads // num_kv,
+        QUERIES=decode.max_queries, DH=head_dim, BLOCK_DH=block_dh,
+        ROWS=rows, TILE=GPU_KV_TILE, SPLIT=GPU_KV_SPLIT,
+        PAGE=page_size, SHARED=prefixes is not None, PDL=pdl, num_warps=4 if rows < 64 else 8,
+        num_stages=num_stages,
         enable_fp_fusion=False, launch_pdl=pdl,
     )  # fmt: skip

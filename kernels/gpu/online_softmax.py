@@ -60,14 +60,23 @@ def _attend_tile(
 
 
 @triton.jit
-def split_pass(
-    q, k_ptr, v_ptr, pages, key_start, position, lo, whole, hi, stride, qk_scale,
-    DH: tl.constexpr, BLOCK_DH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    SPLIT: tl.constexpr, PAGED: tl.constexpr, PAGE: tl.constexpr, UNMASKED: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over keys [lo, hi) of one split: running max, sum and accumulator.
+def nothing_seen(ROWS: tl.constexpr, BLOCK_DH: tl.constexpr):
+    """The (max, sum, accumulator) that a split begins with."""
+    m = tl.full((ROWS,), -1e30, tl.float32)
+    return m, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, BLOCK_DH), tl.float32)
 
-    Every query sees the keys below `whole`; UNMASKED: tiles up to there have a loop without masks.
+
+@triton.jit
+def split_pass(
+    q, k_ptr, v_ptr, pages, key_start, position, lo, whole, hi, stride, qk_scale, m, total, acc,
+    DH: tl.constexpr, BLOCK_DH: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
+    PAGED: tl.constexpr, PAGE: tl.constexpr, UNMASKED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over keys [lo, hi) of one split, from (max, sum, accumulator) on.
+
+    lo: the split's start, or where another kernel has stopped: whole tiles from its start. Every
+    query sees the keys below `whole`; UNMASKED: tiles up to there have a loop without masks, and
+    without MASKED there are no others.
     """
     ones = tl.full((TILE, 16), 1.0, tl.bfloat16)
     ids = 0
@@ -79,9 +88,6 @@ def split_pass(
     if IDS > 0:  # all page ids at once, so that the tiles' loads depend on nothing in the loop
         place = tl.arange(0, IDS)
         ids = tl.load(pages + lo // PAGE + place, mask=lo + place * PAGE < hi, other=0)
-    m = tl.full((ROWS,), -1e30, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, BLOCK_DH), tl.float32)
     begin = lo
     if UNMASKED:
         begin += tl.maximum(tl.minimum(whole, hi) - lo, 0) // TILE * TILE
@@ -91,12 +97,13 @@ def split_pass(
                 ones, m, total, acc, DH=DH, BLOCK_DH=BLOCK_DH, TILE=TILE, PAGED=PAGED, PAGE=PAGE,
                 IDS=IDS, MASKED=False,
             )  # fmt: skip
-    for n0 in range(begin, hi, TILE):
-        m, total, acc = _attend_tile(
-            q, k_ptr, v_ptr, pages, ids, key_start, position, n0, lo, hi, stride, qk_scale, ones,
-            m, total, acc, DH=DH, BLOCK_DH=BLOCK_DH, TILE=TILE, PAGED=PAGED, PAGE=PAGE, IDS=IDS,
-            MASKED=True,
-        )  # fmt: skip
+    if MASKED:
+        for n0 in range(begin, hi, TILE):
+            m, total, acc = _attend_tile(
+                q, k_ptr, v_ptr, pages, ids, key_start, position, n0, lo, hi, stride, qk_scale,
+                ones, m, total, acc, DH=DH, BLOCK_DH=BLOCK_DH, TILE=TILE, PAGED=PAGED, PAGE=PAGE,
+                IDS=IDS, MASKED=True,
+            )  # fmt: skip
     return m, total, acc
 
 

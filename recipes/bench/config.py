@@ -10,7 +10,7 @@ from samebit.rollout.config import LOAD_FORMATS, EngineConfig
 from samebit.trainer.config import ParallelConfig, check_tp_invariant, require, require_default
 
 VARIANTS = ("default", "no_graphs", "no_overlap", "torch_kernels")
-TABLES = ("linear", "attention", "prefill", "rows")
+TABLES = ("linear", "attention", "shared", "prefill", "rows")
 TRANSPORTS = ("alias", "ipc", "nccl", "gloo", "file")
 
 
@@ -211,7 +211,8 @@ class BenchKernelsRun(BenchRun):
 
     run_name: str = "bench_kernels"
     tables: list[str] = field(default_factory=lambda: list(TABLES))
-    """linear, attention (decode), prefill (packed), rows (norms, activations, sampling)."""
+    """linear, attention (decode), shared (decode of groups), prefill (packed), rows (norms,
+    activations, sampling)."""
     rows: list[int] | None = None
     """Numbers of rows of linear's products; unset: from 1 to 8,192, and more of them to tune."""
     replays: int = 20

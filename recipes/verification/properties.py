@@ -224,6 +224,39 @@ def memory_release(subject: Subject) -> Result:
     return result
 
 
+def shared_prefixes(subject: Subject) -> Result:
+    """Groups of 1 to 64 samples, alone, mixed and nested, read their prefixes together or not."""
+    result = Result("shared prefixes")
+    if subject.device.type != "cuda":
+        result.untried.append("shared prefixes: every sample reads its own on the CPU")
+        return result
+    most = subject.config.max_position - subject.num_new_tokens
+    edges = (128, 256, 640, 1024, 1152)
+    lens = [n + d for n in edges for d in (-1, 0, 1, 60) if n + d <= most]
+    if not lens:
+        result.untried.append("shared prefixes: the context is shorter than a tile")
+        return result
+    rng = random.Random(3)
+    longest, other = (
+        [rng.randrange(subject.config.vocab_size) for _ in range(max(lens))] for _ in range(2)
+    )
+    prompts = [longest[:n] for n in lens] + [other[:n] for n in lens[:2]]
+    sizes = (1, 2, 3, 5, 8, 16, 17, 33, 64)
+    params = [
+        SamplingParams(n=sizes[i % len(sizes)], max_new_tokens=subject.num_new_tokens)
+        for i in range(len(prompts))
+    ]
+    ids = [[5000 * i + s for s in range(p.n)] for i, p in enumerate(params)]
+    tokens = sum(p.n * (len(prompt) + 256) for p, prompt in zip(params, prompts, strict=True))
+    for graphs in (True, False):
+        settings = {"max_num_seqs": 512, "kv_cache_tokens": tokens, "cuda_graphs": graphs}
+        engine = subject.make_engine(group_attention=False, **settings)
+        truth = flat(engine.generate(prompts, params, ids))
+        engine.attention.least_shared_bytes = 1
+        result.compare(flat(engine.generate(prompts, params, ids)), truth, f"graphs {graphs}")
+    return result
+
+
 def graphs_and_overlap(subject: Subject) -> Result:
     """Decode by CUDA graphs or not, steps planned ahead or not."""
     result = Result("graphs and overlap")
@@ -283,5 +316,5 @@ def trainer(subject: Subject) -> Result:
 PROPERTIES: tuple[Property, ...] = (
     batch_size, batch_position, decode_batch, prefill_chunk, prefix_cache, page_size, preemption,
     group, neighbour_abort, concurrent_callers, restart, weight_update, graphs_and_overlap, score,
-    trainer, memory_release, transports, pauses,
+    trainer, memory_release, transports, pauses, shared_prefixes,
 )  # fmt: skip

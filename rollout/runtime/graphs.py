@@ -19,6 +19,7 @@ from torch import Tensor
 from samebit.kernels.attention_kind import AttentionKind, AttentionPlan, GraphEntries
 from samebit.kernels.decode_ring import HostRing, RingRow
 from samebit.kernels.sample import draw_with_logprobs
+from samebit.kernels.shared_prefixes import SharedPrefixes
 from samebit.kernels.transfer import to_device
 from samebit.rollout.models.decoder import Decoder
 from samebit.rollout.runtime.batch import Batch, Draws, decode_draws, keep_tokens
@@ -47,7 +48,7 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """Graphs by (bucket, context bound, whether tokens are drawn in the graph).
+    """Graphs by (bucket, context bound, whether they draw tokens, whether prefixes are shared).
 
     last_tokens [num_slots + 1] int64: the newest token of every slot, on the device. pool: where
     what a step computes lies; it may be released between steps, for each replay writes all that it
@@ -67,9 +68,11 @@ class DecodeGraphs:
         self._attention = attention
         self._last_tokens = last_tokens
         self._device = last_tokens.device
-        self._graphs: dict[tuple[int, int, bool], _Graph] = {}
+        self._graphs: dict[tuple[int, int, bool, bool], _Graph] = {}
         self._pool: Any = pool
         self._ring = HostRing(_RING, BUCKETS[-1], self._device)
+        self._entries = np.zeros(0, dtype=np.int64)  # of the samples that decoded last
+        self._shared: SharedPrefixes | None = None  # by them
         self._turn = 0  # of the ring, as the next replay will find it
         self._table: Tensor | None = None
         self._in_table: np.ndarray | None = None  # slots whose pages the device knows
@@ -108,14 +111,14 @@ class DecodeGraphs:
         bound = _MIN_CONTEXT
         while bound < longest:
             bound *= 2
-        draws = decode_draws(decode, slots)
+        draws, shared = decode_draws(decode, slots), self._shared_prefixes(decode, slots)
         self._send(decode, slots, draws, bucket)
-        key = (bucket, bound, not draws.restricted)
+        key = (bucket, bound, not draws.restricted, shared is not None)
         if key not in self._graphs:
-            self._graphs[key] = self._capture(bucket, bound, draws=key[2])
+            self._graphs[key] = self._capture(*key)
         found, turn, ring = self._graphs[key], self._turn, self._ring
         # A token is drawn at the position behind its context.
-        self._attention.prepare_replay(found.plan, draws.positions, decode, slots.pages)
+        self._attention.prepare_replay(found.plan, draws.positions, decode, slots.pages, shared)
         found.graph.replay()
         self._turn = (turn + 1) % ring.size
         if not draws.restricted:
@@ -123,6 +126,19 @@ class DecodeGraphs:
         token_ids, logprobs = sampler.draw(found.hidden[:size], self._model.logits, draws)
         keep_tokens(self._last_tokens, token_ids, draws)
         return token_ids, logprobs
+
+    def _shared_prefixes(self, decode: np.ndarray, slots: Slots) -> SharedPrefixes | None:
+        """What the samples are to read together; looked for when others decode than before.
+
+        A prefix that is shared lies in what was there when its samples entered their slots.
+        """
+        entries = slots.entry[decode]
+        if not np.array_equal(entries, self._entries):
+            self._entries, size = entries, self._cache.page_size
+            contexts = slots.length[decode]
+            tables = slots.pages[decode, : -(-int(contexts.max()) // size)]
+            self._shared = self._attention.shared_prefixes(contexts, tables, size)
+        return self._shared
 
     def _send(self, decode: np.ndarray, slots: Slots, draws: Draws, bucket: int) -> None:
         """Put the step's inputs into the ring; send pages of samples that the device lacks."""
@@ -148,14 +164,14 @@ class DecodeGraphs:
         inputs[RingRow.TEMPERATURE, :size] = draws.temperatures.view(np.int32)
         inputs[RingRow.GREEDY, :size] = draws.greedy
 
-    def _capture(self, bucket: int, bound: int, draws: bool) -> _Graph:
+    def _capture(self, bucket: int, bound: int, draws: bool, shares: bool) -> _Graph:
         """Capture a step for `bucket` samples of at most `bound` tokens."""
         start = time.perf_counter()
         table, page_size = self._table, self._cache.page_size
         assert table is not None
         longest = min(bound, table.shape[1] * page_size)
         entries = GraphEntries.empty(bucket, table, page_size, longest)
-        plan = self._attention.plan_graph(entries)
+        plan = self._attention.plan_graph(entries, shares)
         step = self._make_step(entries, plan, draws)
         saved = self._last_tokens.clone()
         torch.cuda.synchronize()

@@ -123,7 +123,11 @@ def test_replays_are_the_steps_without_a_graph(name):
     table = torch.zeros(10, case.table.shape[1], dtype=torch.int32, device=device)
     table[2:8] = case.table.to(table)
     entries = GraphEntries.empty(batch, table, PAGE, max_context=2048)
-    plan, rows, lens = attention.plan_graph(entries), entries.table_rows, entries.context_lens
+    plan, rows, lens = (
+        attention.plan_graph(entries, False),
+        entries.table_rows,
+        entries.context_lens,
+    )
     q = torch.zeros(batch, 9, 64, dtype=case.dtype, device=device)
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
@@ -142,7 +146,7 @@ def test_replays_are_the_steps_without_a_graph(name):
         rows[:size] = torch.tensor(which, device=device) + 2
         lens[:size] = torch.tensor(contexts, device=device)
         host = rows[:size].cpu().numpy().astype("int64"), table.cpu().numpy()
-        attention.prepare_replay(plan, lens[:size].cpu().numpy().astype("int64"), *host)
+        attention.prepare_replay(plan, lens[:size].cpu().numpy().astype("int64"), *host, None)
         graph.replay()
         case.hold(output[:size], truth, which)
 

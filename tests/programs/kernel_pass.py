@@ -166,6 +166,23 @@ def paged_attention_pass(make: Inputs) -> Iterator[torch.Tensor]:
             yield attention.attend(q, keys, values, plan)
 
 
+def shared_prefix_pass(make: Inputs) -> Iterator[torch.Tensor]:
+    """Decode of a group whose prefix ends in a split, behind one and with one; also 5 queries."""
+    for heads, kv, head_dim, page_size in HEADS:
+        attention = make.attention(heads, kv, head_dim)
+        attention.least_shared_bytes = 1
+        for shared, queries in ((128, 1), (1152, 1), (1024, 5)):
+            full, own = -(-shared // page_size), -(-300 // page_size)
+            shape = (full + 6 * own, page_size, kv, head_dim)
+            keys, values = (make.normal(*shape, seed=seed).detach() for seed in (0, 1))
+            prefix, *rest = torch.arange(len(keys)).split([full, *[own] * 6])
+            table = torch.stack([torch.cat([prefix, part]) for part in rest])
+            lens = [full * page_size + n for n in (17, 300, 299, 128, 129, 64)]
+            plan = attention.plan_step([queries] * 6, lens, table, page_size)
+            q = make.normal(6 * queries, heads, head_dim, seed=2).detach()
+            yield attention.attend(q, keys, values, plan)
+
+
 def attention_inputs_pass(make: Inputs) -> Iterator[torch.Tensor]:
     """With head norms and without."""
     for heads, kv, head_dim, page_size in HEADS:
@@ -231,6 +248,7 @@ PASSES: tuple[Callable[[Inputs], Iterable[torch.Tensor]], ...] = (
     swiglu_pass,
     attention_inputs_pass,
     paged_attention_pass,
+    shared_prefix_pass,
     packed_attention_pass,
     logprob_pass,
     sample_pass,

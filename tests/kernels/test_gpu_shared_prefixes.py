@@ -1,0 +1,114 @@
+"""Prefixes that decode entries share, on the card: read once or by each, the same bits."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from samebit.kernels.attention import CanonicalAttention
+from samebit.kernels.attention_kind import GraphEntries, Heads
+
+pytestmark = pytest.mark.gpu
+
+HEADS = ((32, 8, 128), (16, 8, 128), (9, 3, 64), (8, 8, 64), (28, 4, 128), (64, 4, 128))
+EDGES = [n + d for n in (128, 256, 640, 1024, 1152, 2048) for d in (-1, 0, 1, 40)]
+
+
+class Contexts:
+    """Random groups of contexts over one cache: alone, siblings, and prefixes within prefixes."""
+
+    def __init__(self, heads, page_size, seed, count=40):
+        rng = random.Random(seed)
+        self.page_size, rows, self.lens = page_size, [], []
+        pages = 0
+        while len(rows) < count:
+            begun = rng.randrange(len(rows)) if rows and rng.random() < 0.6 else None
+            shared = rng.choice(EDGES)
+            if begun is not None:
+                shared = min(shared, self.lens[begun])
+            for _ in range(rng.choice((1, 2, 3, 5, 8, 16, 17, 64))):
+                length = shared + rng.choice((1, 2, 16, 100, 128, 300, 1100))
+                full = 0 if begun is None else shared // page_size
+                own = -(-length // page_size) - full
+                first = rows[begun][:full] if full else []
+                rows.append([*first, *range(pages, pages + own)])
+                self.lens.append(length)
+                pages += own
+                begun = len(rows) - 1 if begun is None else begun
+        order = list(range(len(rows)))
+        rng.shuffle(order)
+        rows, self.lens = [rows[i] for i in order], [self.lens[i] for i in order]
+        self.table = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+        places = torch.randperm(pages, generator=torch.Generator().manual_seed(seed))
+        for target, row in zip(self.table, rows, strict=True):
+            target[: len(row)] = places[row]
+        shape = (2, pages, page_size, heads.num_kv_heads, heads.head_dim)
+        self.caches = torch.randn(shape, device="cuda").bfloat16()
+
+
+def kinds(heads):
+    together, alone = (CanonicalAttention(heads, torch.device("cuda")) for _ in range(2))
+    together.least_shared_bytes, alone.least_shared_bytes = 1, None
+    return together, alone
+
+
+@pytest.mark.parametrize("shape", HEADS, ids=str)
+@pytest.mark.parametrize("page_size", [16, 48, 64])
+@pytest.mark.parametrize("most", [1, 2, 5, 16])
+def test_together_and_alone(shape, page_size, most):
+    """Any mixture of groups, with one query and with up to 16; and each query by itself."""
+    heads = Heads(*shape, scale=shape[2] ** -0.5)
+    together, alone = kinds(heads)
+    for seed in range(3):
+        contexts = Contexts(heads, page_size, seed)
+        rng, lens = random.Random(seed), contexts.lens
+        queries = [rng.randint(1, min(most, n)) for n in lens]
+        q = torch.randn(sum(queries), *shape[::2], device="cuda").bfloat16()
+        step = queries, lens, contexts.table, page_size
+        plan = together.plan_step(*step)
+        assert plan.decode[0].prefixes is not None or shape[0] // shape[1] * most > 64
+        found = together.attend(q, *contexts.caches, plan)
+        truth = alone.attend(q, *contexts.caches, alone.plan_step(*step))
+        assert torch.equal(found, truth), (shape, page_size, most, seed)
+        if most > 1:
+            owner = np.repeat(np.arange(len(lens)), queries)
+            ends = np.cumsum(queries)
+            places = [lens[i] - (ends[i] - row) + 1 for row, i in enumerate(owner)]
+            single = alone.plan_step([1] * len(q), places, contexts.table[owner], page_size)
+            assert torch.equal(found, alone.attend(q, *contexts.caches, single))
+
+
+def test_groups_of_a_replay_are_those_of_its_step():
+    """One capture; samples, groups and their prefixes change from replay to replay."""
+    heads = Heads(16, 8, 128, scale=0.1)
+    together, alone = kinds(heads)
+    contexts = Contexts(heads, 64, 0, count=100)
+    batch, device = 64, torch.device("cuda")
+    table = contexts.table.int().to(device)
+    entries = GraphEntries.empty(batch, table, 64, max_context=4096)
+    plan = together.plan_graph(entries, True)
+    q = torch.zeros(batch, 16, 128, dtype=torch.bfloat16, device=device)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        together.attend(q, *contexts.caches, plan)
+    stream.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        output = together.attend(q, *contexts.caches, plan)
+    rng, host, used = random.Random(0), contexts.table.int().numpy(), 0
+    for size in (64, 2, 33, 64, 17):
+        rows = np.array(rng.sample(range(len(host)), size))
+        lens = np.array([contexts.lens[i] for i in rows])
+        shared = together.shared_prefixes(lens, host[rows], 64)
+        if shared is None:
+            continue
+        used += 1
+        q[:size] = torch.randn(size, 16, 128, device=device).bfloat16()
+        entries.table_rows.zero_(), entries.context_lens.zero_()
+        entries.table_rows[:size] = torch.from_numpy(rows).to(device)
+        entries.context_lens[:size] = torch.from_numpy(lens).to(device)
+        together.prepare_replay(plan, lens, rows, host, shared)
+        graph.replay()
+        step = alone.plan_step([1] * size, lens.tolist(), contexts.table[rows], 64)
+        assert torch.equal(output[:size], alone.attend(q[:size], *contexts.caches, step))
+    assert used >= 3
