@@ -237,7 +237,7 @@ class Engine(EngineWeights, EngineMemory):
             *(self.scheduler, self.step_loop, slots, self.weight_control), self.device, self.ranks
         )
         self.loop = EngineLoop(book)
-        self.weight_control.between_steps = self.loop.between_steps
+        self.weight_control.between_steps = self.loop.weak_between_steps()
         self.memory_control = MemoryControl(
             *(self.arena, self.weight_control, self.pool, cache), c.weights_backup
         )

@@ -10,8 +10,9 @@ that they know one secret (weight_sync.meeting), by default that of the environm
 
 import math
 import socket
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -28,7 +29,10 @@ from samebit.weight_sync.meeting import (
     prove_secret,
 )
 from samebit.weight_sync.objects import decode, encode
-from samebit.weight_sync.types import LostMemberError
+from samebit.weight_sync.types import LostMemberError, WeightSyncError
+
+_GIVEN_UP = "given_up"
+_LOOK_S = 0.02
 
 
 class WeightGroup:
@@ -69,6 +73,7 @@ class WeightGroup:
                 raise LostMemberError(f"no weight group at {address}:{port}: {error}") from error
         prove_secret(self._store, rank, world_size, secret, self.timeout, watch)
         self._address = address
+        self._looked = 0.0
         self._pg = self.gloo("messages")
 
     def gloo(self, name: str) -> Any:
@@ -88,6 +93,24 @@ class WeightGroup:
     def close(self) -> None:
         """Let go of the sockets: who waits for this rank hears that it is gone."""
         self._pg = self._store = None
+
+    def give_up(self, reason: str) -> None:
+        """Tell whoever asks `require_going_on`; the group is of no use any more."""
+        with suppress(RuntimeError):  # rank 0 is gone: they see that
+            self._store.set(_GIVEN_UP, reason)
+
+    def require_going_on(self) -> None:
+        """Raise WeightSyncError if a rank has given up; asked as often as one likes.
+
+        It waits for nobody, so that a rank that fails beside it can let go of the group.
+        """
+        if time.monotonic() - self._looked < _LOOK_S:
+            return
+        with lost_members():
+            reason = self._store.get(_GIVEN_UP) if self._store.check([_GIVEN_UP]) else None
+        if reason is not None:
+            raise WeightSyncError(reason.decode(errors="replace"))
+        self._looked = time.monotonic()
 
     def tell(self, message: dict[str, Any]) -> None:
         """Tell all others; they `hear` it from this rank."""
