@@ -8,7 +8,6 @@ At a loopback address nothing listens on another interface. At any other all ran
 that they know one secret (weight_sync.meeting), by default that of the environment.
 """
 
-import math
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from samebit.weight_sync.meeting import (
+    check_place,
     check_secret,
     host_store,
     is_loopback,
@@ -55,15 +55,12 @@ class WeightGroup:
         timeout_s: how long a member is waited for. Raises ValueError for another secret.
         """
         secret = own_secret() if secret is None else secret
-        self._local = is_loopback(address)
-        check_secret(secret, "" if self._local else f"a weight group meets at {address}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank}; it must be in [0, world_size = {world_size})")
-        if not 0 < timeout_s < math.inf:
-            raise ValueError(f"timeout_s is {timeout_s}; it must be positive and finite")
+        check_place(address, port, rank, world_size, timeout_s)
+        self.is_local = is_loopback(address)
+        check_secret(secret, "" if self.is_local else f"a weight group meets at {address}")
         self.timeout = timedelta(seconds=timeout_s)
         self.rank, self.world_size = rank, world_size
-        if rank == 0 and self._local:
+        if rank == 0 and self.is_local:
             listener = listener or loopback_listener(address, port)
             self._store: Any = host_store(listener, world_size, self.timeout)
         else:
@@ -83,7 +80,7 @@ class WeightGroup:
         options._timeout = self.timeout
         options._devices = [
             gloo.create_device(hostname=self._address)
-            if self._local
+            if self.is_local
             else gloo.create_default_device()
         ]
         store = dist.PrefixStore(name, self._store)
