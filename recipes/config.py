@@ -220,8 +220,12 @@ def _check_placement(placement: PlacementSection, parallel: ParallelConfig) -> N
     fits = count == 1 or placement.engine == "colocated"
     require(fits, "placement.engine", placement.engine, f"colocated with {layout}")
     trainer = "stages" if parallel.pipeline > 1 else "copies" if count > 1 else "one"
-    fitting = sorted(name for name, entry in TRANSPORTS.items() if trainer in entry.trainers)
-    meaning = f"{' or '.join(fitting)} with {layout}"
+    fitting = sorted(
+        name
+        for name, entry in TRANSPORTS.items()
+        if trainer in entry.trainers and placement.engine in entry.engines
+    )
+    meaning = f"{' or '.join(fitting)} with placement={placement.engine} and {layout}"
     fits = placement.transport in fitting or ":" in placement.transport
     require(fits, "placement.transport", placement.transport, meaning)
 

@@ -21,7 +21,7 @@ from samebit.rollout.client import Progress, result_of, stream_of
 from samebit.rollout.config import EngineConfig, as_path
 from samebit.rollout.device import as_ranks, automatic_kv_bytes, own_device, resolve_dtype, settled
 from samebit.rollout.engine_memory import EngineMemory, MemoryControl
-from samebit.rollout.engine_weights import EngineWeights
+from samebit.rollout.engine_weights import EngineWeights, as_step
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.engine_loop import EngineLoop
 from samebit.rollout.runtime.kv_cache import KVCache, PagePool
@@ -35,6 +35,7 @@ from samebit.rollout.runtime.slots import Slots
 from samebit.rollout.runtime.step_loop import StepLoop
 from samebit.rollout.runtime.weight_control import WeightControl, adopt_weights, load_weights
 from samebit.rollout.types import Completion, Increment, SamplingParams
+from samebit.rollout.values import shown
 from samebit.weight_sync.objects import smallest
 from samebit.weight_sync.session import UpdateSession
 
@@ -78,10 +79,12 @@ class Engine(EngineWeights, EngineMemory):
             self.attention.least_shared_bytes = None
         self.arena = Arena(self.device, bool(self.config.releasable))
         place = self.specs, self.dtype, self.arena, ranks.group
+        if weights is None and step != 0:
+            raise ValueError(f"step is {shown(step)} without weights; a folder has its own version")
         if weights is None:
             session = load_weights(self.model_path, self.config, *place)
         else:
-            session = adopt_weights(weights, step, *place)
+            session = adopt_weights(weights, as_step(step), *place)
         self._make_runtime(session)
 
     # -- generation ------------------------------------------------------------------------------
@@ -205,6 +208,7 @@ class Engine(EngineWeights, EngineMemory):
         """Abort what callers wait for."""
         self.loop.between_steps(self.loop.book.abandon_all)
         self.leave_weight_transport()
+        self._leave_update_groups()
 
     # -- internals -------------------------------------------------------------------------------
 
@@ -239,7 +243,7 @@ class Engine(EngineWeights, EngineMemory):
             *(self.scheduler, self.step_loop, slots, self.weight_control), self.device, self.ranks
         )
         self.loop = EngineLoop(book)
-        self.weight_control.between_steps = self.loop.between_steps
+        self.weight_control.between_steps = self.loop.weak_between_steps()
         self.memory_control = MemoryControl(
             *(self.arena, self.weight_control, self.pool, cache), c.weights_backup
         )

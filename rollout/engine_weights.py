@@ -14,7 +14,7 @@ from samebit.rollout.device import on_device
 from samebit.rollout.runtime.engine_loop import EngineLoop
 from samebit.rollout.runtime.hf_weights import HFWeights
 from samebit.rollout.runtime.weight_control import WeightControl
-from samebit.rollout.values import as_integer, shown
+from samebit.rollout.values import as_integer, as_list, as_number, shown
 from samebit.weight_sync.session import Content, SessionState
 from samebit.weight_sync.transports.base import WeightSink
 from samebit.weight_sync.transports.data_planes import make_data_plane
@@ -106,6 +106,7 @@ class EngineWeights:
         alike, and get it on the CPU. Raises KeyError that names the nearest if there is none.
         """
         self.weight_control.require_resident()
+        [name] = _names([name])
         if truncate_size is not None and (size := as_integer(truncate_size, "truncate_size")) < 0:
             raise ValueError(f"truncate_size is {size}; it must be at least 0, or unset")
         return HFWeights(self.weight_control.session).whole(name)[:truncate_size]
@@ -116,13 +117,13 @@ class EngineWeights:
 
     def bind_weights(self, params: Mapping[str, Tensor], step: int = 0) -> WeightVersion:
         """Serve the trainer's own parameters from its memory (transport "alias")."""
-        return self.weight_control.bind_weights(params, step)
+        return self.weight_control.bind_weights(_tensors(params), as_step(step))
 
     def copy_weights(
         self, params: Mapping[str, Tensor], step: int, digest: str | None = None
     ) -> WeightVersion:
         """Copy a full set of parameters (engine names) into place."""
-        return self.weight_control.copy_weights(params, step, digest)
+        return self.weight_control.copy_weights(_tensors(params), as_step(step), digest)
 
     def update_weights_from_disk(
         self, model_path: str | Path, step: int | None = None
@@ -130,8 +131,10 @@ class EngineWeights:
         """Load a Hugging Face folder in place, under its own version if it carries one.
 
         A folder that is missing or does not fit is refused before anything changes, as is one whose
-        config.json, if it has one, is of another model.
+        config.json, if it has one, is of another model. An engine that serves its trainer's own
+        parameters (Engine(weights=...), bind_weights) writes to those.
         """
+        step = None if step is None else as_step(step)
         return self.weight_control.update_weights_from_disk(model_path, step)
 
     # -- updates as RL frameworks make them ------------------------------------------------------
@@ -143,7 +146,7 @@ class EngineWeights:
         "all" or "target", which are the same. Raises ValueError for an unknown one, and
         WeightSyncError for "draft", which is not served, another session, or a stale step.
         """
-        step = self.weight_version.step + 1 if step is None else as_integer(step, "step")
+        step = self.weight_version.step + 1 if step is None else as_step(step)
         self.weight_control.begin(step, selector)
 
     def end_weight_update(self, digest: str | None = None) -> WeightVersion:
@@ -170,6 +173,15 @@ class EngineWeights:
         This engine's ranks are rank_offset and the next ones. timeout_s: how long a member may stay
         away, now and in every update. Raises ValueError for a name in use or a bad backend.
         """
+        rank_offset = as_integer(rank_offset, "rank_offset")
+        world_size = as_integer(world_size, "world_size")
+        master_port = as_integer(master_port, "master_port")
+        timeout_s = as_number(timeout_s, "timeout_s")
+        if rank_offset < 1 or rank_offset + self.ranks.size > world_size:
+            raise ValueError(
+                f"rank_offset is {rank_offset} for {self.ranks.size} ranks of world_size "
+                f"{world_size}; it must be at least 1, behind the trainer, and all must fit"
+            )
         if group_name in self._update_groups:
             raise ValueError(f"group '{group_name}' is there; destroy_weights_update_group first")
         if backend == "nccl" and self.device.type == "cpu":
@@ -203,6 +215,8 @@ class EngineWeights:
         for something else.
         """
         _require_plain(load_format)
+        names, shapes = _names(names), _shapes(shapes)
+        dtypes = [str(dtype) for dtype in as_list(dtypes, "dtypes", "a list of dtypes")]
         weights = HFWeights(self.weight_control.session)
         weights.require_session()
         group, timeout_s = self._update_group(group_name)
@@ -246,6 +260,10 @@ class EngineWeights:
                 with suppress(WeightSyncError):  # the first error is the one to tell
                     session.refuse(str(error) or repr(error))
             raise
+
+    def _leave_update_groups(self) -> None:
+        while self._update_groups:
+            leave_update_group(self._update_groups.popitem()[1][0])
 
     def _update_group(self, group_name: str) -> tuple[ProcessGroup, float]:
         if group_name not in self._update_groups:
@@ -295,6 +313,38 @@ class EngineWeights:
         return self.weight_version
 
 
+def as_step(step: object) -> int:
+    """A weight version's step. ValueError unless it is an integer from 0 on."""
+    if (number := as_integer(step, "step")) < 0:
+        raise ValueError(f"step is {number}; it must be at least 0")
+    return number
+
+
+def _tensors(params: object) -> Mapping[str, Tensor]:
+    if not isinstance(params, Mapping):
+        raise ValueError(f"params is {shown(params)}; give a mapping of engine names to tensors")
+    for name, value in params.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise ValueError(f"params has {shown(name)}: {shown(value)}; give names and tensors")
+    return params
+
+
+def _names(names: object) -> list[str]:
+    found = as_list(names, "names", "a list of Hugging Face names")
+    for name in found:
+        if not isinstance(name, str):
+            raise ValueError(f"names has {shown(name)}; give Hugging Face names")
+    return found
+
+
+def _shapes(shapes: object) -> list[tuple[int, ...]]:
+    found = as_list(shapes, "shapes", "a list of shapes")
+    return [
+        tuple(as_integer(n, "shapes") for n in as_list(shape, "shapes", "a list of shapes"))
+        for shape in found
+    ]
+
+
 def _pairs(named: object) -> list[tuple[str, Tensor]]:
     if isinstance(named, Mapping) or not isinstance(named, Iterable):
         raise ValueError(
@@ -303,9 +353,16 @@ def _pairs(named: object) -> list[tuple[str, Tensor]]:
         )
     pairs = list(named)
     for pair in pairs:
-        if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], Tensor)):
+        if not (isinstance(pair, tuple | list) and _fits(pair)):
             raise ValueError(f"named_tensors has {shown(pair)}; give (name, tensor) pairs")
+        name, tensor = pair
+        if tensor.layout is not torch.strided or tensor.device.type == "meta":
+            raise ValueError(f"{name} is {tensor.layout} on {tensor.device}; give a dense tensor")
     return pairs
+
+
+def _fits(pair: Sequence[object]) -> bool:
+    return len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)
 
 
 def _require_plain(load_format: str | None) -> None:

@@ -7,18 +7,20 @@ of each, so that nothing that was seen on the network can be said again.
 
 import hmac
 import ipaddress
+import math
 import os
 import secrets
 import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 SECRET = "SAMEBIT_SECRET"
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _LOOK_S = 0.01
 MIN_SECRET = 16
 """Characters of a secret."""
@@ -41,11 +43,36 @@ def is_loopback(address: str) -> bool:
         return address == "localhost"
 
 
+def check_place(address: str, port: int, rank: int, world_size: int, timeout_s: float) -> None:
+    """ValueError unless a rank of world_size may meet the others there, within timeout_s."""
+    if not isinstance(address, str) or not address or "/" in address:
+        raise ValueError(f"the address is {address!r}; it must be a host's name or number")
+    if not 1 <= port <= 65535:
+        raise ValueError(f"the port is {port}; it must be in [1, 65535]")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank}; it must be in [0, world_size = {world_size})")
+    if not 0 < timeout_s < math.inf:
+        raise ValueError(f"timeout_s is {timeout_s}; it must be positive and finite")
+
+
 def stay_on_loopback() -> None:
     """Keep the groups of this process, and of those it starts, on the loopback, unless the
     environment names another interface."""
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+    for name in _INTERFACES:
         os.environ.setdefault(name, "lo")
+
+
+@contextmanager
+def on_loopback(is_local: bool) -> Iterator[None]:
+    """Have what begins in the block listen on the loopback alone, if it is local, and unless the
+    environment names an interface. NCCL looks once in a process."""
+    names = [name for name in _INTERFACES if is_local and name not in os.environ]
+    os.environ.update(dict.fromkeys(names, "lo"))
+    try:
+        yield
+    finally:
+        for name in names:
+            del os.environ[name]
 
 
 def loopback_listener(address: str = "127.0.0.1", port: int = 0) -> socket.socket:

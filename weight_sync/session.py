@@ -152,6 +152,12 @@ class UpdateSession:
             self._region(meta)
             self._received.setdefault(meta.name, []).append(meta)
 
+    def holds(self, metas: Sequence[ParamMeta]) -> bool:
+        """Whether some of these regions have arrived in the update that is under way."""
+        return any(
+            meta.overlaps(got) for meta in metas for got in self._received.get(meta.name, [])
+        )
+
     def bucket_for(self, metas: Sequence[ParamMeta]) -> Bucket:
         """Give what these tensors are to be written into, before `receive` takes it.
 

@@ -6,7 +6,6 @@ At a loopback address nothing has to be known; at any other all ranks prove that
 secret (weight_sync.meeting) before the group is made.
 """
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +18,12 @@ from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from samebit.weight_sync.meeting import (
+    check_place,
     check_secret,
     host_store,
     is_loopback,
     loopback_listener,
+    on_loopback,
     own_secret,
     prove_secret,
 )
@@ -48,11 +49,12 @@ def join_update_group(
     """Meet the other ranks; rank 0 listens at the address.
 
     secret: by default SAMEBIT_SECRET of the environment. Raises ValueError for an unknown backend,
-    a name in use, or a secret that is missing or another one, and RuntimeError for ranks that do
-    not come within timeout_s.
+    a place that cannot be, or a secret that is missing or another one, and LostMemberError for
+    ranks that do not come within timeout_s, or under another group_name.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend '{backend}' is unknown; use one of {', '.join(BACKENDS)}")
+    check_place(address, port, rank, world_size, timeout_s)
     secret = own_secret() if secret is None else secret
     is_local, timeout = is_loopback(address), timedelta(seconds=timeout_s)
     check_secret(secret, "" if is_local else f"the group '{group_name}' meets at {address}")
@@ -60,11 +62,13 @@ def join_update_group(
         store: dist.Store = host_store(loopback_listener(address, port), world_size, timeout)
     else:
         place = f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
-        store, _, _ = next(rendezvous(place, rank, world_size, timeout=timeout))
+        with _meeting(f"no weight group at {address}:{port}"):
+            store, _, _ = next(rendezvous(place, rank, world_size, timeout=timeout))
         store.set_timeout(timeout)
     if secret:
         prove_secret(store, rank, world_size, secret, timeout)
-    with _on_loopback(is_local):
+    said = f"no weight group '{group_name}' of {world_size} ranks at {address}:{port}"
+    with on_loopback(is_local), _meeting(said):
         group, _ = distributed_c10d._new_process_group_helper(
             *(world_size, rank, [], backend, dist.PrefixStore(group_name, store)),
             group_name=distributed_c10d.GroupName(group_name),
@@ -125,14 +129,10 @@ class Broadcasts:
 
 
 @contextmanager
-def _on_loopback(is_local: bool) -> Iterator[None]:
-    """Have a local group of gloo listen on the loopback alone, unless the environment says else."""
-    name = "GLOO_SOCKET_IFNAME"
-    if not is_local or name in os.environ:
-        yield
-        return
-    os.environ[name] = "lo"
+def _meeting(said: str) -> Iterator[None]:
+    """Say in our words, and in one line, what torch says of ranks that do not come."""
     try:
         yield
-    finally:
-        del os.environ[name]
+    except RuntimeError as error:
+        [first, *_] = str(error).splitlines() or [""]
+        raise LostMemberError(f"{said}: {first}") from error

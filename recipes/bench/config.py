@@ -8,10 +8,10 @@ from samebit.recipes.config import AttentionSection, FolderSection
 from samebit.recipes.tools_config import check_given
 from samebit.rollout.config import LOAD_FORMATS, EngineConfig
 from samebit.trainer.config import ParallelConfig, check_tp_invariant, require, require_default
+from samebit.weight_sync.transports.registry import FROM_ONE
 
 VARIANTS = ("default", "no_graphs", "no_overlap", "torch_kernels")
 TABLES = ("linear", "attention", "shared", "prefill", "rows")
-TRANSPORTS = ("alias", "ipc", "nccl", "gloo", "file")
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class BenchSyncRun(BenchEngineSection):
         if self.transports is not None:
             _check_list("transports", self.transports)
             for name in self.transports:
-                require(name in TRANSPORTS, "transports", name, f"one of {TRANSPORTS}")
+                require(name in FROM_ONE, "transports", name, f"one of {FROM_ONE}")
 
 
 @dataclass(kw_only=True)

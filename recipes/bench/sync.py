@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from samebit.recipes.bench.bars import TRANSFER_MS, UPDATE_MS, WINDOW_MS, Bars
-from samebit.recipes.bench.config import TRANSPORTS, BenchSyncRun, Workload
+from samebit.recipes.bench.config import BenchSyncRun, Workload
 from samebit.recipes.bench.output import REPORT_FILE, BenchError, format_table
 from samebit.recipes.bench.prompts import FixedPrompts, Outcome, PromptSource, timed_run
 from samebit.recipes.bench.start import FIRST, fill, report_of, settings_of
@@ -27,6 +27,7 @@ from samebit.recipes.run.folder import require_own_report
 from samebit.recipes.run.provenance import device_name, write_result
 from samebit.rollout.device import DeviceError, resolve_device, resolve_dtype
 from samebit.rollout.models.registry import load_model_config
+from samebit.weight_sync.transports.registry import FROM_ONE
 from samebit.weight_sync.transports.remote import RemoteTransport
 
 _PARTS = ("digest", "begin", "transfer", "commit", "update", "first_token")
@@ -120,7 +121,7 @@ def chosen(run: BenchSyncRun, device: torch.device) -> list[str]:
     """
     if run.transports is None:
         of_cpus = ("gloo", "file") if device.type == "cuda" else ()
-        return [n for n in TRANSPORTS if n not in of_cpus and not why_not_here(n, device)]
+        return [n for n in FROM_ONE if n not in of_cpus and not why_not_here(n, device)]
     for name in run.transports:
         if reason := why_not_here(name, device):
             raise DeviceError(f"transports: {reason}")

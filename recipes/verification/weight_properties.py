@@ -10,8 +10,7 @@ from samebit.recipes.verification.subject import Result, Subject, flat
 from samebit.rollout.engine_weights import PAUSE_MODES
 from samebit.rollout.types import Completion
 from samebit.weight_sync.transports.alias import AliasLease
-
-TRANSPORTS = ("alias", "file", "gloo", "ipc", "nccl")
+from samebit.weight_sync.transports.registry import FROM_ONE
 
 
 def transports(subject: Subject) -> Result:
@@ -19,7 +18,7 @@ def transports(subject: Subject) -> Result:
     result = Result("update by transport")
     params = {name: tensor.clone() for name, tensor in subject.engine.weights.items()}
     source = Source(params, list(subject.engine.specs))
-    for name in TRANSPORTS:
+    for name in sorted(FROM_ONE):
         if reason := why_not_here(name, subject.device):
             result.untried.append(reason)
         else:

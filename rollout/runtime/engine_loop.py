@@ -7,6 +7,7 @@ While generation is paused the driver waits for what comes into the inbox.
 """
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
@@ -112,6 +113,16 @@ class EngineLoop:
         return self.between_steps(self.book.follow)
 
     # -- who drives ------------------------------------------------------------------------------
+
+    def weak_between_steps(self) -> Callable[[Callable[[], Any]], Any]:
+        """between_steps for what the loop itself holds, as long as there is a loop: no cycle."""
+        held = weakref.ref(self)
+
+        def between_steps(command: Callable[[], Any]) -> Any:
+            loop = held()
+            return command() if loop is None else loop.between_steps(command)
+
+        return between_steps
 
     def between_steps[T](self, command: Callable[[], T]) -> T:
         """The result of a command that runs while no step does."""

@@ -6,11 +6,12 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor
 
+from samebit.rollout.runtime.weights import EMBEDDING, HEAD
 from samebit.weight_sync.buckets import copy_apart
 from samebit.weight_sync.mapping import hf_shapes, regions_of
 from samebit.weight_sync.objects import gather_objects
 from samebit.weight_sync.session import SessionState, UpdateSession
-from samebit.weight_sync.types import WeightSyncError
+from samebit.weight_sync.types import ParamMeta, WeightSyncError
 from samebit.weight_sync.update_group import Broadcasts
 
 
@@ -21,6 +22,7 @@ class HFWeights:
         self._session = session
         self._shapes = hf_shapes(session.specs)
         self._dtypes = {n: session.params[s.name].dtype for s in session.specs for n in s.hf_shapes}
+        self._tied = HEAD not in self._shapes and EMBEDDING in self._shapes
 
     def require_session(self) -> None:
         """Raise WeightSyncError unless an update is under way."""
@@ -39,24 +41,46 @@ class HFWeights:
                 f"{len(names)} names, {len(dtypes)} dtypes and {len(shapes)} shapes; every tensor "
                 "has one of each"
             )
-        for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
+        for given_name, dtype, shape in zip(names, dtypes, shapes, strict=True):
+            name = self._own_name(given_name)
             if name not in self._shapes:
                 self._session.refuse(f"unknown tensor {name}{self._hint(name, self._shapes)}")
             own = f"{self._shapes[name]} {self._dtypes[name]}"
             given = f"{tuple(shape)} torch.{str(dtype).removeprefix('torch.')}"
             if given != own:
-                self._session.refuse(f"{name} is {own} here and {given} in the update")
+                self._session.refuse(f"{given_name} is {own} here and {given} in the update")
 
-    def take(self, name: str, source: Tensor | Broadcasts) -> None:
-        """Put a tensor that fits into its places, or one that is broadcast next."""
+    def take(self, given_name: str, source: Tensor | Broadcasts) -> None:
+        """Put a tensor that fits into its places, or one that is broadcast next.
+
+        Of a model that ties its head to its embedding both names may come; whichever comes second
+        has to equal what came first.
+        """
+        name = self._own_name(given_name)
         found = regions_of(self._session.specs, name, self._dtypes[name])
         metas = [meta for meta, _ in found]
-        places = self._session.expect(metas)
+        is_copy = self._tied and name == EMBEDDING and self._session.holds(metas)
+        places = [] if is_copy else self._session.expect(metas)
         whole = self._received(name, places, source) if isinstance(source, Broadcasts) else source
+        if is_copy:
+            self._require_same(found, whole)
+            return
         with torch.no_grad():
             for place, (_, part) in zip(places, found, strict=True):
                 copy_apart(whole[part], place)
         self._session.arrived(metas)
+
+    def _own_name(self, name: str) -> str:
+        """The name of what holds it: a tied head is the embedding."""
+        return EMBEDDING if self._tied and name == HEAD else name
+
+    def _require_same(
+        self, found: Sequence[tuple[ParamMeta, tuple[slice, ...]]], whole: Tensor
+    ) -> None:
+        for meta, part in found:
+            held = meta.region_of(self._session.params[meta.name])
+            if held is None or not torch.equal(held, whole[part].to(held.device)):
+                self._session.refuse(f"{HEAD} is not {EMBEDDING}, and this model ties them")
 
     def whole(self, name: str) -> Tensor:
         """A copy of a Hugging Face tensor, on the CPU if ranks share it, or of a parameter.
@@ -66,6 +90,7 @@ class HFWeights:
         params, group = self._session.params, self._session.group
         if name in params:
             return params[name].detach().clone()
+        name = self._own_name(name)
         if name not in self._shapes:
             raise KeyError(f"no weight {name}{self._hint(name, [*params, *self._shapes])}")
         own = []

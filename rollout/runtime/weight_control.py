@@ -131,6 +131,9 @@ class WeightControl:
             own = self.session
             if own.state is SessionState.UPDATING:
                 raise WeightSyncError("bind_weights: an update is under way; end it first")
+            places = {p.data_ptr() for p in own.params.values()}
+            if any(p.data_ptr() in places for p in params.values()):
+                self.require_resident()
             kept = own.specs, self._dtype, self._arena, own.group
             self.session = adopt_weights(params, step, *kept)
             self.session.released = self._arena.released

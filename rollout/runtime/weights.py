@@ -28,6 +28,8 @@ from samebit.weight_sync.mapping import (
 )
 from samebit.weight_sync.session import non_finite
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+"""Which are one where a model ties them; some folders and trainers have both nevertheless."""
 _READERS = 4  # threads
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
@@ -98,7 +100,7 @@ def open_safetensors(folder: Path, specs: Sequence[ParamSpec]) -> Read:
     file_of = find_tensors(folder)
     shapes = hf_shapes(specs)
     handles = {f: open_file(f) for f in sorted(set(file_of.values()))}
-    tied = {"lm_head.weight"} - set(shapes)  # some checkpoints store the tied weight twice
+    tied = {HEAD} - set(shapes)
     extra = {n for n in set(file_of) - set(shapes) - tied if not n.endswith(IGNORED_SUFFIXES)}
     problems = [f"missing: {name}" for name in sorted(set(shapes) - set(file_of))]
     problems += [f"extra: {name}" for name in sorted(extra)]
@@ -119,12 +121,11 @@ def open_safetensors(folder: Path, specs: Sequence[ParamSpec]) -> Read:
 
 
 def _check_tied(names: set[str], handles: Mapping, file_of: Mapping[str, Path]) -> None:
-    embedding = "model.embed_tokens.weight"
     for name in names:
         head = handles[file_of[name]].get_tensor(name)
-        if not torch.equal(head, handles[file_of[embedding]].get_tensor(embedding)):
+        if not torch.equal(head, handles[file_of[EMBEDDING]].get_tensor(EMBEDDING)):
             raise WeightLoadError(
-                f"config.json says tie_word_embeddings, but {name} differs from {embedding}"
+                f"config.json says tie_word_embeddings, but {name} differs from {EMBEDDING}"
             )
 
 

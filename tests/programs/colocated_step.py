@@ -32,7 +32,7 @@ from samebit.rollout.models.registry import load_model_config
 COMMAND = [
     "data=reverse_digits", "data.args.length=511", "data.size=1000000", "data.eval_size=1",
     "rollout.prompts_per_step=64", "rollout.samples_per_prompt=8", "rollout.max_prompt_len=512",
-    "rollout.max_new_tokens=512", "rollout.eval_every=1000", "trainer.num_steps=1000",
+    "rollout.max_new_tokens=512", "rollout.eval_every=1000",
     "trainer.micro_batch_tokens=8192", "trainer.checkpoint_every=0", "logger=disabled",
     "engine.max_num_seqs=512", "engine.max_batch_tokens=8192", "reward=number_match",
 ]  # fmt: skip
@@ -89,6 +89,7 @@ def main(arguments: list[str]) -> int:
             place = [f"model.path={folder}", f"output_dir={work}", f"run_name={release}"]
             command = [sys.executable, "-m", "samebit.recipes.cli.main", "grpo", *place, *COMMAND]
             command += [f"placement.release_memory={release}", *own]
+            command.append(f"trainer.num_steps={int(options['steps']) + 1}")
             metrics = Path(work) / release / "metrics.jsonl"
             rows = steps_of(command, metrics, int(options["steps"]), Path(work) / f"{release}.log")
             found = report[name] = {"command": command[2:], "steps": len(rows), **medians(rows)}

@@ -180,15 +180,15 @@ WRONG = {
     ),
     "several processes, by files": (
         ["trainer.parallel.data=2", "placement.transport=file"],
-        "placement.transport is 'file'; it must be alias with 2 processes of the trainer, in 1 sta",
+        "placement.transport is 'file'; it must be alias with placement=colocated and 2 processes",
     ),
     "pipeline that shares memory": (
         ["trainer.parallel.pipeline=2"],
-        "placement.transport is 'alias'; it must be stages with 2 processes of the trainer, in 2 s",
+        "placement.transport is 'alias'; it must be stages with placement=colocated and 2 processe",
     ),
     "stages of one process": (
         ["placement.transport=stages"],
-        "placement.transport is 'stages'; it must be alias or file or gloo or ipc or nccl with 1",
+        "placement.transport is 'stages'; it must be alias or file with placement=colocated and 1",
     ),
     "more copies than samples": (
         ["trainer.parallel.data=8", "trainer.batch_size=4"],

@@ -234,6 +234,16 @@ def test_a_binding_forgets_no_released_tag(make_engine, truth):
     assert served(engine) == truth
 
 
+def test_released_weights_are_not_bound(make_engine, truth):
+    """They are zeros, or nothing at all."""
+    engine = make_engine(weights_backup=True)
+    engine.release_memory_occupation(["weights"])
+    with pytest.raises(ReleasedError, match="memory of weights is released"):
+        engine.bind_weights(dict(engine.weights), 3)
+    engine.resume_memory_occupation()
+    assert served(engine) == truth
+
+
 def test_weights_under_update_are_not_released(make_engine, truth):
     engine = make_engine(weights_backup=True)
     weights = {name: p.clone() for name, p in engine.weights.items()}

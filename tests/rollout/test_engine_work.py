@@ -189,10 +189,12 @@ def test_read_ahead_reads_every_tensor_once_and_in_order():
 
 
 def generated_and_dropped(folder, device):
-    """A weak reference to an engine that has worked and that nobody holds any more."""
+    """Weak references to an engine that has worked and that nobody holds any more, and to what
+    holds its memory."""
     engine = Engine(folder, device=device)
     engine.generate(PROMPTS, PARAMS)
-    return weakref.ref(engine)
+    owners = (engine, engine.arena, engine.runner.cache, engine.runner.model, engine.sink)
+    return [weakref.ref(owner) for owner in owners]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -201,6 +203,6 @@ def test_a_dropped_engine_frees_its_memory_at_once(qwen3_path, device):
     gc.collect()
     gc.disable()
     try:
-        assert generated_and_dropped(qwen3_path, device)() is None
+        assert [ref() for ref in generated_and_dropped(qwen3_path, device)] == [None] * 5
     finally:
         gc.enable()

@@ -155,7 +155,7 @@ def test_an_engine_that_dies_in_mid_transfer_is_noticed(versions, way):
 
 
 DYING_SENDER = """
-import os, signal, sys
+import itertools, os, signal, sys
 from pathlib import Path
 import torch
 from samebit.rollout.models.registry import load_model_config
@@ -177,7 +177,7 @@ group = WeightGroup(address, port, 0, 2, 60.0, listener=listener)
 sender = ShardSender(group, make_data_plane(name, device), Held(specs, params), 1 << 20)
 move = sender._member.data.move
 def die_between(rounds, watch):
-    move(rounds[:round_], watch)
+    move(itertools.islice(rounds, round_), watch)
     os.kill(os.getpid(), signal.SIGKILL)
 sender._member.data.move = die_between
 sender.begin(4)

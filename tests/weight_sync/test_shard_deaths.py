@@ -33,10 +33,10 @@ def test_a_silent_sender_is_given_up_after_the_timeout(pool, engine, new, expect
 class BlindPeers(GlooPeers):
     """As nccl: bytes that do not come are awaited for ever, but for what `watch` raises."""
 
-    sees_deaths = False
+    sees_deaths, fails = False, "outgoing"
 
     def move(self, rounds, watch):
-        if any(round_.outgoing for round_ in rounds):
+        if any(getattr(round_, self.fails) for round_ in rounds):
             raise OSError("the cable was pulled")
         end = time.monotonic() + 60
         while time.monotonic() < end:
@@ -57,6 +57,23 @@ def test_an_abort_ends_the_wait_for_bytes(pool, engine, new, expected):
         receiving.result()
     with pytest.raises(WeightSyncError, match="step 4 broke off: the cable was pulled"):
         engine.generate(PROMPTS, PARAMS)
+    sender, [receiver] = make_group(pool, new)
+    recovers(pool, sender, receiver, engine, new, expected)
+
+
+class BlindReceivers(BlindPeers):
+    fails = "incoming"
+
+
+def test_a_receiver_that_fails_ends_the_wait_for_it(pool, engine, new, expected):
+    """It lets go of the group at once, and whoever waits for its bytes hears why they stay away."""
+    sender, [receiver] = make_group(pool, new, peers=BlindReceivers, timeout_s=500.0)
+    receiving = pool.submit(receiver.receive, engine.sink)
+    sender.begin(4)
+    with pytest.raises(WeightSyncError, match="the cable was pulled"):
+        sender.send(new.params)
+    with pytest.raises(OSError, match="the cable was pulled"):
+        receiving.result()
     sender, [receiver] = make_group(pool, new)
     recovers(pool, sender, receiver, engine, new, expected)
 

@@ -1,6 +1,7 @@
 """Updates as RL frameworks make them, against SGLang's method signatures, over gloo."""
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ from update_trainer import serve
 
 from samebit.rollout.engine import Engine
 from samebit.rollout.remote import RemoteEngine
-from samebit.weight_sync.meeting import loopback_listener
+from samebit.weight_sync.meeting import host_store, loopback_listener
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
 GROUP = "weight_update_group"
-NORM = "model.norm.weight"
+NORM, HEAD = "model.norm.weight", "lm_head.weight"
 
 
 class Trainer:
@@ -220,6 +221,40 @@ def test_what_does_not_fit_is_refused_before_it_comes(engine, trainer, old, kind
     assert all(torch.equal(p, old.params[n]) for n, p in engine.weights.items())
     with pytest.raises(ValueError, match=f"no weight group '{GROUP}'.*none.; call init_weights"):
         engine.destroy_weights_update_group()
+
+
+def test_nobody_is_there(engine):
+    """No trainer listens, or under another name: one line that says where and who was awaited."""
+    with loopback_listener() as listener:
+        place = listener.getsockname()
+    join = partial(engine.init_weights_update_group, *place, 1, 2, backend="gloo", timeout_s=1.0)
+    with pytest.raises(WeightSyncError, match=f"no weight group at {place[0]}:{place[1]}: .*"):
+        join()
+    store = host_store(loopback_listener(), 2)
+    place = place[0], store.port
+    join = partial(engine.init_weights_update_group, *place, 1, 2, backend="gloo", timeout_s=1.0)
+    with pytest.raises(WeightSyncError, match="no weight group 'x' of 2 ranks at .*: [^\n]*$"):
+        join(group_name="x")
+
+
+TIED = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("order", [(TIED, HEAD), (HEAD, TIED), (HEAD,)])
+def test_a_tied_head_may_come_too(llama_path, order):
+    """As trainers send it that have both; it has to be the embedding."""
+    engine, weights = local_engine(llama_path), load_file(llama_path / "model.safetensors")
+    rest = [(name, tensor) for name, tensor in weights.items() if name not in (TIED, HEAD)]
+    both = dict.fromkeys(order, weights[TIED] * 1.5)
+    engine.begin_weight_update()
+    engine.update_weights_from_tensor([*rest, *both.items()])
+    engine.end_weight_update()
+    assert torch.equal(engine.get_weights_by_name(TIED), weights[TIED] * 1.5)
+    assert torch.equal(engine.get_weights_by_name(HEAD), weights[TIED] * 1.5)
+    engine.begin_weight_update()
+    other = {TIED: weights[TIED], HEAD: weights[TIED] * 2}
+    with pytest.raises(WeightSyncError, match=f"{HEAD} is not {TIED}, and this model ties them"):
+        engine.update_weights_from_tensor([*rest, *other.items()])
 
 
 def named(weights, **changes):

@@ -8,10 +8,10 @@ At a loopback address nothing listens on another interface. At any other all ran
 that they know one secret (weight_sync.meeting), by default that of the environment.
 """
 
-import math
 import socket
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from samebit.weight_sync.meeting import (
+    check_place,
     check_secret,
     host_store,
     is_loopback,
@@ -28,7 +29,10 @@ from samebit.weight_sync.meeting import (
     prove_secret,
 )
 from samebit.weight_sync.objects import decode, encode
-from samebit.weight_sync.types import LostMemberError
+from samebit.weight_sync.types import LostMemberError, WeightSyncError
+
+_GIVEN_UP = "given_up"
+_LOOK_S = 0.02
 
 
 class WeightGroup:
@@ -51,15 +55,12 @@ class WeightGroup:
         timeout_s: how long a member is waited for. Raises ValueError for another secret.
         """
         secret = own_secret() if secret is None else secret
-        self._local = is_loopback(address)
-        check_secret(secret, "" if self._local else f"a weight group meets at {address}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank}; it must be in [0, world_size = {world_size})")
-        if not 0 < timeout_s < math.inf:
-            raise ValueError(f"timeout_s is {timeout_s}; it must be positive and finite")
+        check_place(address, port, rank, world_size, timeout_s)
+        self.is_local = is_loopback(address)
+        check_secret(secret, "" if self.is_local else f"a weight group meets at {address}")
         self.timeout = timedelta(seconds=timeout_s)
         self.rank, self.world_size = rank, world_size
-        if rank == 0 and self._local:
+        if rank == 0 and self.is_local:
             listener = listener or loopback_listener(address, port)
             self._store: Any = host_store(listener, world_size, self.timeout)
         else:
@@ -69,6 +70,7 @@ class WeightGroup:
                 raise LostMemberError(f"no weight group at {address}:{port}: {error}") from error
         prove_secret(self._store, rank, world_size, secret, self.timeout, watch)
         self._address = address
+        self._looked = 0.0
         self._pg = self.gloo("messages")
 
     def gloo(self, name: str) -> Any:
@@ -78,7 +80,7 @@ class WeightGroup:
         options._timeout = self.timeout
         options._devices = [
             gloo.create_device(hostname=self._address)
-            if self._local
+            if self.is_local
             else gloo.create_default_device()
         ]
         store = dist.PrefixStore(name, self._store)
@@ -88,6 +90,24 @@ class WeightGroup:
     def close(self) -> None:
         """Let go of the sockets: who waits for this rank hears that it is gone."""
         self._pg = self._store = None
+
+    def give_up(self, reason: str) -> None:
+        """Tell whoever asks `require_going_on`; the group is of no use any more."""
+        with suppress(RuntimeError):  # rank 0 is gone: they see that
+            self._store.set(_GIVEN_UP, reason)
+
+    def require_going_on(self) -> None:
+        """Raise WeightSyncError if a rank has given up; asked as often as one likes.
+
+        It waits for nobody, so that a rank that fails beside it can let go of the group.
+        """
+        if time.monotonic() - self._looked < _LOOK_S:
+            return
+        with lost_members():
+            reason = self._store.get(_GIVEN_UP) if self._store.check([_GIVEN_UP]) else None
+        if reason is not None:
+            raise WeightSyncError(reason.decode(errors="replace"))
+        self._looked = time.monotonic()
 
     def tell(self, message: dict[str, Any]) -> None:
         """Tell all others; they `hear` it from this rank."""

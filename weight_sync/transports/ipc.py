@@ -2,6 +2,7 @@
 
 The sender has two buckets for each receiver, in ordinary CUDA memory. It fills one while the
 receiver empties the other, and fills none before the receiver has said that it is done with it.
+What a receiver had open when it was killed, torch keeps until the sender's process ends.
 """
 
 from collections import Counter

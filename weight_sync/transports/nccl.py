@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from samebit.weight_sync.buckets import aligned
+from samebit.weight_sync.meeting import on_loopback
 from samebit.weight_sync.transports.group import WeightGroup
 from samebit.weight_sync.transports.nccl_library import NcclCommunicator, new_unique_id
 from samebit.weight_sync.transports.peers import Parts, Round, Watch
@@ -39,7 +40,7 @@ class NcclPeers:
         else:
             unique = group.hear()["nccl"]
         seconds = group.timeout / timedelta(seconds=1)
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self._device), on_loopback(group.is_local):
             self._communicator = NcclCommunicator(unique, group.rank, group.world_size, seconds)
             # Two ranks make their channels when they first talk: not in an update.
             token = torch.zeros(1024, dtype=torch.uint8, device=self._device)

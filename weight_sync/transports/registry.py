@@ -45,3 +45,5 @@ TRANSPORTS = {
         "samebit.weight_sync.transports.file:FileTransport", ("colocated", "process"), ("one",)
     ),
 }
+FROM_ONE = tuple(name for name, entry in TRANSPORTS.items() if "one" in entry.trainers)
+"""Those from one trainer process."""

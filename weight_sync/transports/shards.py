@@ -8,7 +8,7 @@ ready, a refusal carries its reason to every rank, and nobody waits for one that
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Thread
 from typing import Any
@@ -22,7 +22,12 @@ from samebit.weight_sync.transports.base import Transport, WeightSink
 from samebit.weight_sync.transports.delta import Base, Counts, only_changes
 from samebit.weight_sync.transports.group import WeightGroup
 from samebit.weight_sync.transports.peers import DataPlane, Parts, Round, View, Watch
-from samebit.weight_sync.types import ParamMeta, WeightSyncError, WeightVersion
+from samebit.weight_sync.types import (
+    LostMemberError,
+    ParamMeta,
+    WeightSyncError,
+    WeightVersion,
+)
 
 BUCKET_BYTES = 512 << 20
 
@@ -73,7 +78,6 @@ class _Member:
         group.exchange("connected")  # nobody goes on, or away, while another still connects
         self.is_delta = False
         """Whether all receivers hold what all senders know they hold: only changes travel."""
-        self._coming: Future[dict[str, Any]] | None = None
 
     def _ends(self, parcel: Parcel) -> tuple[int, int]:
         """The ranks that send and receive it."""
@@ -120,13 +124,8 @@ class _Member:
         """Rank 0 tells it; the others of its side hear the same, or raise WeightSyncError."""
         if self.group.rank == 0:
             self.group.tell(message)
-        elif (heard := self.hear()) != message:
+        elif (heard := self.group.hear()) != message:
             raise WeightSyncError(f"rank {self.group.rank} would say {message}, rank 0 {heard}")
-
-    def hear(self) -> dict[str, Any]:
-        """Rank 0's next message."""
-        coming, self._coming = self._coming, None
-        return self.group.hear() if coming is None else coming.result()
 
     def answers(self, own: str, more: Any = None) -> tuple[str, list[Any]]:
         """Exchange refusals: who refused and why, "" for nobody; and what else each rank said."""
@@ -144,17 +143,18 @@ class _Member:
         return refusals
 
     def move(self, rounds: Iterable[Round], watch: Watch) -> None:
-        """This rank's part of all rounds. Where the data plane cannot see that rank 0 is gone, the
-        next message is awaited meanwhile: it never comes, or says so."""
-        if self.group.rank and not self.data.sees_deaths:
-            self._coming = coming = beside(self.group.hear)
-            watch = lambda: _require_going_on(coming)  # noqa: E731
-        self.data.move(rounds, watch)
+        """This rank's part of all rounds. What a data plane does not see, that another rank has
+        failed or is gone, is asked of the group meanwhile, and told it."""
 
+        def watch_all() -> None:
+            watch()
+            self.group.require_going_on()
 
-def _require_going_on(coming: Future[dict[str, Any]]) -> None:
-    if coming.done() and (message := coming.result())["op"] == "abort":
-        raise WeightSyncError(message["reason"])
+        try:
+            self.data.move(rounds, watch if self.data.sees_deaths else watch_all)
+        except BaseException as error:
+            self.group.give_up(repr_of(error))
+            raise
 
 
 class ShardSender(Transport):
@@ -260,7 +260,8 @@ class ShardSender(Transport):
             self._step = None
             with self._timed("abort"):
                 self._engine.abort(reason)
-                self._member.say(op="abort", reason=reason)
+                with suppress(LostMemberError):  # who has failed, or seen it, has let go
+                    self._member.say(op="abort", reason=reason)
 
     @property
     def is_open(self) -> bool:
@@ -324,7 +325,7 @@ class ShardReceiver:
             raise engine.refusal
 
     def _take(self, engine: AskedSink) -> None:
-        member, message = self._member, self._member.hear()
+        member, message = self._member, self._member.group.hear()
         if message["op"] != "begin":
             raise WeightSyncError(f"rank 0 says {message['op']} and has not begun")
         if message["plan"] != member.plan.digest:
@@ -333,7 +334,7 @@ class ShardReceiver:
         if member.agree(engine):
             engine.cancel()  # whoever refused: nothing was written
             return
-        message = member.hear()
+        message = member.group.hear()
         if message["op"] == "send":
             target = engine.targets()
             refusals, told = member.answers(engine.words, {})
@@ -345,7 +346,7 @@ class ShardReceiver:
                 rounds = only_changes(rounds, member.group.rank, told, _sends_nothing)
             member.move(rounds, lambda: None)
             engine.arrived()
-            message = member.hear()
+            message = member.group.hear()
         if message["op"] == "abort":
             engine.abort(message["reason"])
             return
