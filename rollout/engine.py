@@ -21,7 +21,7 @@ from samebit.rollout.client import Progress, result_of, stream_of
 from samebit.rollout.config import EngineConfig, as_path
 from samebit.rollout.device import as_ranks, automatic_kv_bytes, own_device, resolve_dtype, settled
 from samebit.rollout.engine_memory import EngineMemory, MemoryControl
-from samebit.rollout.engine_weights import EngineWeights, as_step
+from samebit.rollout.engine_weights import EngineWeights
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.engine_loop import EngineLoop
 from samebit.rollout.runtime.kv_cache import KVCache, PagePool
@@ -36,6 +36,7 @@ from samebit.rollout.runtime.step_loop import StepLoop
 from samebit.rollout.runtime.weight_control import WeightControl, adopt_weights, load_weights
 from samebit.rollout.types import Completion, Increment, SamplingParams
 from samebit.rollout.values import shown
+from samebit.rollout.weight_arguments import as_step, as_tensors
 from samebit.weight_sync.objects import smallest
 from samebit.weight_sync.session import UpdateSession
 
@@ -84,7 +85,7 @@ class Engine(EngineWeights, EngineMemory):
         if weights is None:
             session = load_weights(self.model_path, self.config, *place)
         else:
-            session = adopt_weights(weights, as_step(step), *place)
+            session = adopt_weights(as_tensors(weights, "weights"), as_step(step), *place)
         self._make_runtime(session)
 
     # -- generation ------------------------------------------------------------------------------

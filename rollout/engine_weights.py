@@ -1,6 +1,6 @@
 """EngineWeights: the engine's public methods that concern its weights."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,14 @@ from samebit.rollout.runtime.engine_loop import EngineLoop
 from samebit.rollout.runtime.hf_weights import HFWeights
 from samebit.rollout.runtime.weight_control import WeightControl
 from samebit.rollout.values import as_integer, as_list, as_number, shown
+from samebit.rollout.weight_arguments import (
+    as_names,
+    as_pairs,
+    as_shapes,
+    as_step,
+    as_tensors,
+    require_plain,
+)
 from samebit.weight_sync.session import Content, SessionState
 from samebit.weight_sync.transports.base import WeightSink
 from samebit.weight_sync.transports.data_planes import make_data_plane
@@ -106,7 +114,7 @@ class EngineWeights:
         alike, and get it on the CPU. Raises KeyError that names the nearest if there is none.
         """
         self.weight_control.require_resident()
-        [name] = _names([name])
+        [name] = as_names([name])
         if truncate_size is not None and (size := as_integer(truncate_size, "truncate_size")) < 0:
             raise ValueError(f"truncate_size is {size}; it must be at least 0, or unset")
         return HFWeights(self.weight_control.session).whole(name)[:truncate_size]
@@ -117,13 +125,13 @@ class EngineWeights:
 
     def bind_weights(self, params: Mapping[str, Tensor], step: int = 0) -> WeightVersion:
         """Serve the trainer's own parameters from its memory (transport "alias")."""
-        return self.weight_control.bind_weights(_tensors(params), as_step(step))
+        return self.weight_control.bind_weights(as_tensors(params), as_step(step))
 
     def copy_weights(
         self, params: Mapping[str, Tensor], step: int, digest: str | None = None
     ) -> WeightVersion:
         """Copy a full set of parameters (engine names) into place."""
-        return self.weight_control.copy_weights(_tensors(params), as_step(step), digest)
+        return self.weight_control.copy_weights(as_tensors(params), as_step(step), digest)
 
     def update_weights_from_disk(
         self, model_path: str | Path, step: int | None = None
@@ -182,6 +190,8 @@ class EngineWeights:
                 f"rank_offset is {rank_offset} for {self.ranks.size} ranks of world_size "
                 f"{world_size}; it must be at least 1, behind the trainer, and all must fit"
             )
+        if not isinstance(group_name, str):
+            raise ValueError(f"group_name is {shown(group_name)}; it must be a text")
         if group_name in self._update_groups:
             raise ValueError(f"group '{group_name}' is there; destroy_weights_update_group first")
         if backend == "nccl" and self.device.type == "cpu":
@@ -209,13 +219,14 @@ class EngineWeights:
         """Take whole tensors, by Hugging Face names, that rank 0 of the group broadcasts in order.
 
         Within a session, whose end drops cached prefixes, whatever flush_cache says. A tensor that
-        does not fit is refused before anything is received, and nothing is ever cast. Raises
+        does not fit is refused before anything is received, and nothing is ever cast. What rank 0
+        sends has to be what it tells: a digest given to end_weight_update proves it. Raises
         WeightSyncError for that, without a session, or if the group has lost a member. Then the
         update has broken off, and the group is closed: what its rank 0 sends next would be taken
         for something else.
         """
-        _require_plain(load_format)
-        names, shapes = _names(names), _shapes(shapes)
+        require_plain(load_format)
+        names, shapes = as_names(names), as_shapes(shapes)
         dtypes = [str(dtype) for dtype in as_list(dtypes, "dtypes", "a list of dtypes")]
         weights = HFWeights(self.weight_control.session)
         weights.require_session()
@@ -237,8 +248,8 @@ class EngineWeights:
 
         For all parameters by their engine names, at once and without a session: `copy_weights`.
         """
-        _require_plain(load_format)
-        weights, named = HFWeights(self.weight_control.session), _pairs(named_tensors)
+        require_plain(load_format)
+        weights, named = HFWeights(self.weight_control.session), as_pairs(named_tensors)
         weights.require_session()
         with self._breaking():
             tensors = [tensor for _, tensor in named]
@@ -292,6 +303,9 @@ class EngineWeights:
         secret: what the trainer and all engines have to know, by default SAMEBIT_SECRET of the
         environment; on one machine there need be none. Raises ValueError if theirs is another.
         """
+        rank, world_size = as_integer(rank, "rank"), as_integer(world_size, "world_size")
+        master_port = as_integer(master_port, "master_port")
+        timeout_s = as_number(timeout_s, "timeout_s")
         self.leave_weight_transport()
         data = make_data_plane(backend, self.device)
         group = WeightGroup(master_address, master_port, rank, world_size, timeout_s, secret)
@@ -311,60 +325,3 @@ class EngineWeights:
             raise WeightSyncError("no weight group; call join_weight_transport first")
         self._receiver.receive(self.sink)
         return self.weight_version
-
-
-def as_step(step: object) -> int:
-    """A weight version's step. ValueError unless it is an integer from 0 on."""
-    if (number := as_integer(step, "step")) < 0:
-        raise ValueError(f"step is {number}; it must be at least 0")
-    return number
-
-
-def _tensors(params: object) -> Mapping[str, Tensor]:
-    if not isinstance(params, Mapping):
-        raise ValueError(f"params is {shown(params)}; give a mapping of engine names to tensors")
-    for name, value in params.items():
-        if not (isinstance(name, str) and isinstance(value, Tensor)):
-            raise ValueError(f"params has {shown(name)}: {shown(value)}; give names and tensors")
-    return params
-
-
-def _names(names: object) -> list[str]:
-    found = as_list(names, "names", "a list of Hugging Face names")
-    for name in found:
-        if not isinstance(name, str):
-            raise ValueError(f"names has {shown(name)}; give Hugging Face names")
-    return found
-
-
-def _shapes(shapes: object) -> list[tuple[int, ...]]:
-    found = as_list(shapes, "shapes", "a list of shapes")
-    return [
-        tuple(as_integer(n, "shapes") for n in as_list(shape, "shapes", "a list of shapes"))
-        for shape in found
-    ]
-
-
-def _pairs(named: object) -> list[tuple[str, Tensor]]:
-    if isinstance(named, Mapping) or not isinstance(named, Iterable):
-        raise ValueError(
-            "update_weights_from_tensor takes (Hugging Face name, tensor) pairs; a mapping of "
-            "engine names is for copy_weights"
-        )
-    pairs = list(named)
-    for pair in pairs:
-        if not (isinstance(pair, tuple | list) and _fits(pair)):
-            raise ValueError(f"named_tensors has {shown(pair)}; give (name, tensor) pairs")
-        name, tensor = pair
-        if tensor.layout is not torch.strided or tensor.device.type == "meta":
-            raise ValueError(f"{name} is {tensor.layout} on {tensor.device}; give a dense tensor")
-    return pairs
-
-
-def _fits(pair: Sequence[object]) -> bool:
-    return len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)
-
-
-def _require_plain(load_format: str | None) -> None:
-    if load_format is not None:
-        raise ValueError(f"load_format '{load_format}' is unknown; there is none but None")

@@ -78,5 +78,7 @@ def pack(metas: Sequence[ParamMeta], params: Mapping[str, Tensor]) -> Bucket:
 
 def copy_apart(source: Tensor, target: Tensor) -> None:
     """Copy a tensor to another of its shape and dtype, unless both are the same memory."""
-    if source.data_ptr() != target.data_ptr():
-        target.copy_(source)
+    if source.data_ptr() == target.data_ptr() and source.stride() == target.stride():
+        return
+    memory = (x.untyped_storage().data_ptr() for x in (source, target))
+    target.copy_(source.clone() if len(set(memory)) == 1 else source)

@@ -7,7 +7,6 @@ of each, so that nothing that was seen on the network can be said again.
 
 import hmac
 import ipaddress
-import math
 import os
 import secrets
 import socket
@@ -51,8 +50,8 @@ def check_place(address: str, port: int, rank: int, world_size: int, timeout_s: 
         raise ValueError(f"the port is {port}; it must be in [1, 65535]")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank}; it must be in [0, world_size = {world_size})")
-    if not 0 < timeout_s < math.inf:
-        raise ValueError(f"timeout_s is {timeout_s}; it must be positive and finite")
+    if not 0 < timeout_s < 1e8:
+        raise ValueError(f"timeout_s is {timeout_s}; it must be positive, and below 1e8")
 
 
 def stay_on_loopback() -> None:
@@ -105,6 +104,8 @@ def own_secret() -> str:
 
 def check_secret(secret: str, why: str = "") -> None:
     """ValueError for a secret that is too short; and, if there is a reason `why`, for none."""
+    if not isinstance(secret, str):
+        raise ValueError(f"the secret is of type {type(secret).__name__}; it must be a text")
     if not secret and why:
         raise ValueError(f"{why}, and {SECRET} is not set; {_HOW}")
     if secret and len(secret) < MIN_SECRET:
@@ -128,14 +129,14 @@ def prove_secret(
     """
     store = dist.PrefixStore("samebit_secret", store)
     store.set(f"question_{rank}", secrets.token_hex(16))
-    questions = [_read(store, f"question_{r}", r, timeout, watch) for r in range(size)]
+    questions = [_read(store, "question", r, timeout, watch) for r in range(size)]
 
     def proof_of(prover: int) -> str:
         message = f"samebit {prover} of {size}: {' '.join(questions)}"
         return hmac.new(secret.encode(), message.encode(), "sha256").hexdigest() if secret else "-"
 
     store.set(f"proof_{rank}", proof_of(rank))
-    shown = [_read(store, f"proof_{r}", r, timeout, watch) for r in range(size)]
+    shown = [_read(store, "proof", r, timeout, watch) for r in range(size)]
     store.set(f"read_{rank}", "")
     for other, proof in enumerate(shown):
         if not hmac.compare_digest(proof.encode(), proof_of(other).encode()):
@@ -152,9 +153,9 @@ def _wait_for_readers(store: dist.Store, size: int, timeout: timedelta) -> None:
 
 
 def _read(
-    store: dist.Store, key: str, rank: int, timeout: timedelta, watch: Callable[[], None]
+    store: dist.Store, what: str, rank: int, timeout: timedelta, watch: Callable[[], None]
 ) -> str:
-    deadline = time.monotonic() + timeout.total_seconds()
+    deadline, key = time.monotonic() + timeout.total_seconds(), f"{what}_{rank}"
     try:
         while not store.check([key]):
             if time.monotonic() > deadline:
@@ -163,7 +164,9 @@ def _read(
             time.sleep(_LOOK_S)
         return store.get(key).decode(errors="replace")
     except RuntimeError:
-        raise ValueError(
-            f"rank {rank} has not shown within {timeout.total_seconds():.0f} s that it knows "
-            f"{SECRET}, or rank 0 is gone; {_HOW}"
-        ) from None
+        seconds = f"{timeout.total_seconds():g} s"
+        if what == "question":
+            missing = f"rank {rank} has not come within {seconds}, or rank 0 is gone"
+        else:
+            missing = f"rank {rank} has not shown within {seconds} that it knows {SECRET}; {_HOW}"
+        raise ValueError(missing) from None

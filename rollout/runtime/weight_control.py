@@ -150,7 +150,11 @@ class WeightControl:
             self.require_quiet("a weight update")
             held = self.session.whole
             self.session.begin(step, selector, may_go_back=may_go_back)
-            self.flush_cache()  # before a byte is written, and so before anything is served again
+            try:
+                self.flush_cache()  # before a byte is written, so before anything is served again
+            except BaseException:
+                self.session.cancel()
+                raise
             return held
 
         return self.between_steps(begin)

@@ -1,6 +1,7 @@
 """Bad updates of an engine's weights: refused with their reason, and a full one makes it whole."""
 
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from samebit.weight_sync.types import WeightSyncError
 
 PROMPTS = make_prompts(5, 40)
 PARAMS = SamplingParams(n=2, max_new_tokens=6, ignore_eos=True)
+
+
+SPARSE, META = torch.eye(2).to_sparse(), torch.empty(2, device="meta")
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,22 @@ UPDATES = {
     "bind None": (lambda e: e.bind_weights(None), "params is None; give a mapping of engine names"),
     "copy list": (lambda e: e.copy_weights([1], 2), r"params is \[1\]; give a mapping of engine n"),
     "copy 3": (lambda e: e.copy_weights({"a": 3}, 2), "params has 'a': 3; give names and tensors"),
+    "step 2^70": (lambda e: e.copy_weights(copies(e), 1 << 70), "it must be at least 0, and below"),
+    "copy sparse": (
+        lambda e: e.copy_weights({"a": SPARSE}, 2),
+        "a is torch.sparse_coo on cpu; gi",
+    ),
+    "bind meta": (
+        lambda e: e.bind_weights({"a": META}, 2),
+        "a is torch.strided on meta; give a",
+    ),
+    "join port": (lambda e: e.join_weight_transport("h", None, 1, 2), "master_port is None; it mu"),
+    "join rank": (lambda e: e.join_weight_transport("h", 9, "1", 2), "rank is '1'; it must be an"),
+    "join time": (lambda e: e.join_weight_transport("h", 9, 1, 2, "gloo", "5"), "timeout_s is '5'"),
+    "group name": (
+        lambda e: e.init_weights_update_group("h", 9, 1, 2, group_name=[1]),
+        r"group_name is \[1\]; it must be a text",
+    ),
     "name": (lambda e: e.get_weights_by_name(3), "names has 3; give Hugging Face names"),
     "port": (lambda e: e.init_weights_update_group("h", "9", 1, 2), "master_port is '9'; it must"),
     "offset": (lambda e: e.init_weights_update_group("h", 9, 2, 2), "rank_offset is 2 for 1 ranks"),
@@ -80,8 +100,8 @@ GROUPS = {
     "url": ({"address": "tcp://127.0.0.1"}, "the address is 'tcp://127.0.0.1'; it must be a host"),
     "port 0": ({"port": 0}, r"the port is 0; it must be in \[1, 65535\]"),
     "port": ({"port": 99999}, "the port is 99999; it must be in"),
-    "time": ({"timeout_s": 0}, "timeout_s is 0.0; it must be positive and finite"),
-    "for ever": ({"timeout_s": math.inf}, "timeout_s is inf; it must be positive and finite"),
+    "time": ({"timeout_s": 0}, "timeout_s is 0.0; it must be positive, and bel"),
+    "for ever": ({"timeout_s": math.inf}, "timeout_s is inf; it must be positive, and be"),
     "time text": ({"timeout_s": "5 s"}, "timeout_s is '5 s'; it must be a number"),
     "backend": ({"backend": "mpi"}, "backend 'mpi' is unknown; use one of nccl, gloo"),
 }
@@ -103,6 +123,27 @@ def test_steps_of_an_engine(qwen3_path, updated):
         Engine(qwen3_path, device="cpu", step=7)
     with pytest.raises(ValueError, match="step is 'x'; it must be an integer"):
         Engine(qwen3_path, device="cpu", weights=copies(updated), step="x")
+
+
+@pytest.mark.parametrize("method", ["copy_weights", "update_weights_from_disk"])
+def test_an_interrupt_as_an_update_begins(updated, truth, qwen3_path, monkeypatch, method):
+    """Nothing was written, and nothing is under way."""
+    source = qwen3_path if method == "update_weights_from_disk" else copies(updated)
+    with monkeypatch.context() as patch:
+        patch.setattr(updated.weight_control, "flush_cache", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            getattr(updated, method)(source, 3)
+    assert outcomes(updated.generate(PROMPTS, PARAMS)) == truth
+
+
+def test_a_source_in_the_parameters_own_memory(updated):
+    """Another view of the same place is other values."""
+    params, name = copies(updated), "decoder.layers.0.mlp.linear_fc2.weight"
+    own = updated.weights[name]
+    source = params[name] = own[:1].expand_as(own)
+    wanted = source.clone()
+    updated.copy_weights(params, 3)
+    assert torch.equal(updated.weights[name], wanted)
 
 
 def test_nan_in_an_update(updated):

@@ -11,6 +11,7 @@ from serving import PARAMS, PROMPTS, serves
 from shard_ends import make_group, make_receiver, make_sender, recovers, send, source_of
 
 from samebit.rollout.remote import RemoteEngine, RemoteEngineError
+from samebit.weight_sync.buckets import cut_buckets, pack
 from samebit.weight_sync.meeting import loopback_listener
 from samebit.weight_sync.transports.peers import GlooPeers
 from samebit.weight_sync.transports.remote import GlooTransport
@@ -228,6 +229,36 @@ def test_a_sender_that_dies_at_any_point_breaks_the_update(
             engine.generate(PROMPTS, PARAMS)
     sender, [receiver] = make_group(pool, new)  # the restarted trainer makes a new group
     recovers(pool, sender, receiver, engine, new, expected)
+
+
+def test_another_update_is_not_broken_by_a_sender_that_leaves(pool, engine, new, expected):
+    """A receiver waits for its trainer, and breaks only what it has begun itself."""
+    sender, [receiver] = make_group(pool, new)
+    receiving = pool.submit(receiver.receive, engine.sink)
+    engine.sink.begin(4)
+    sender.close()
+    with pytest.raises(WeightSyncError, match="the weight group lost a member"):
+        receiving.result()
+    for metas in cut_buckets(new.params, 1 << 20):
+        engine.sink.receive(pack(metas, new.params))
+    engine.sink.commit(new.digest)
+    assert serves(engine, new, expected)
+
+
+def test_a_frozen_engine_is_given_up_after_the_timeout(old, new):
+    """In whatever it is asked, and as it is let go of."""
+    engine = RemoteEngine(old.folder, device="cpu", kv_cache_tokens=1024)
+    transport = GlooTransport(source_of(new), engine, timeout_s=1.0)
+    transport.begin(1)
+    os.kill(engine._process.pid, signal.SIGSTOP)
+    with pytest.raises(WeightSyncError, match="the engine said nothing for 1 s"):
+        transport.abort("no more")
+    with pytest.raises(ValueError, match="rank 1 has not come within 1 s"):
+        transport.begin(2)
+    transport.close()
+    os.kill(engine._process.pid, signal.SIGCONT)
+    kill(engine)
+    engine.close()
 
 
 def kill(engine):

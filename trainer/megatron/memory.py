@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from samebit.kernels.memory import Arena, TagBytes
+from samebit.kernels.memory import Arena, TagBytes, require_tags
 from samebit.trainer.megatron.optimizer_state import Piece
 
 TRAINER_TAGS = ("gradients", "optimizer")
@@ -84,7 +84,5 @@ class TrainerMemory:
 
 
 def _trainer_tags(tags: Sequence[str]) -> Sequence[str]:
-    if isinstance(tags, str) or (unknown := [tag for tag in tags if tag not in TRAINER_TAGS]):
-        wrong = tags if isinstance(tags, str) else unknown[0]
-        raise ValueError(f"tags has {wrong!r}; give a list of: {', '.join(TRAINER_TAGS)}")
+    require_tags(tags, TRAINER_TAGS)
     return tags

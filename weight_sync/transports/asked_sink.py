@@ -25,6 +25,7 @@ class AskedSink:
         """Forget the last update's refusal."""
         self.refusal: WeightSyncError | None = None
         self.held: list[str] = []
+        self._has_begun = False  # else whatever is under way in the engine is somebody else's
 
     @property
     def words(self) -> str:
@@ -38,10 +39,11 @@ class AskedSink:
     def begin(self, step: int) -> None:
         if self._sink is not None:
             version = self._ask(self._sink.begin, step)
+            self._has_begun = self.refusal is None
             self.held = ["" if version is None else version.digest]
 
     def cancel(self) -> None:
-        if self._sink is not None:
+        if self._sink is not None and self._has_begun:
             self._ask(self._sink.cancel)
 
     def targets(self) -> View:
@@ -65,7 +67,7 @@ class AskedSink:
                 self.refusal = self.refusal or error
 
     def abort(self, reason: str) -> None:
-        if self._sink is not None:
+        if self._sink is not None and self._has_begun:
             self._ask(self._sink.abort, reason)
 
     def _ask[T, *A](self, action: Callable[[*A], T], *args: *A) -> T | None:

@@ -22,7 +22,7 @@ from samebit.weight_sync.transports.shards import BUCKET_BYTES, Held, ShardSende
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
 _LAST_WORDS_S = 60
-"""Seconds that an engine is given to say why its group is broken."""
+"""Seconds at most that an engine is given to say why its group is broken."""
 
 
 class RemoteTransport(Transport):
@@ -48,6 +48,7 @@ class RemoteTransport(Transport):
         """
         self._source, self._engine = source, engine
         self._timeout_s, self._bucket_bytes = timeout_s, bucket_bytes or self.bucket_bytes
+        self._last_words_s = min(timeout_s, _LAST_WORDS_S)
         self._delta = delta
         self._receiving: Future[Any] = Future()
         self._sender: ShardSender | None = self._meet()
@@ -88,20 +89,22 @@ class RemoteTransport(Transport):
     def commit(self, digest: str) -> WeightVersion:
         """Return once the engine serves the new version; raise its own error if it refused."""
         with self._exchanging(sender := self._open()):
-            sender.commit(digest)
-        return self._receiving.result()
+            version = sender.commit(digest)
+        self._answer()
+        return version
 
     def abort(self, reason: str) -> None:
         if self._sender is not None and self._sender.is_open:
             with self._exchanging(self._sender):
                 self._sender.abort(reason)
-            self._receiving.result()
+            self._answer()
 
     def close(self) -> None:
         if self._sender is not None:
             self._drop()
-            with suppress(RuntimeError):  # its process has died: nothing is held there
-                self._engine.leave_weight_transport()
+            leaving = beside(self._engine.leave_weight_transport)
+            with suppress(RuntimeError, TimeoutError):  # dead or frozen: nothing is to be had there
+                leaving.result(self._last_words_s)
 
     def _drop(self) -> None:
         if self._sender is not None:
@@ -140,9 +143,17 @@ class RemoteTransport(Transport):
         made = beside(make_sender)
         wait([joining, made], return_when=FIRST_EXCEPTION)
         if joining.done() and joining.exception() is not None:
-            wait([made], _LAST_WORDS_S)  # its thread ends with it
+            wait([made], self._last_words_s)  # its thread ends with it
             joining.result()
         return made.result()
+
+    def _answer(self) -> None:
+        """Raise what ended the engine's part of an update that has ended here."""
+        try:
+            self._receiving.result(self._timeout_s)
+        except TimeoutError:
+            self._drop()
+            raise WeightSyncError(f"the engine said nothing for {self._timeout_s:g} s") from None
 
     def _require_receiving(self) -> None:
         if self._receiving.done():
@@ -160,7 +171,7 @@ class RemoteTransport(Transport):
                 self._drop()
             if isinstance(error, WeightSyncError):
                 with suppress(TimeoutError):
-                    self._receiving.result(_LAST_WORDS_S)
+                    self._receiving.result(self._last_words_s)
             raise
 
 
