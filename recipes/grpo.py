@@ -15,13 +15,13 @@ from samebit.recipes.config import GrpoRun
 from samebit.recipes.data.rewards import Poll
 from samebit.recipes.data.samples import with_advantages
 from samebit.recipes.launch.placement import make_trainer, releases_memory, start_engine
-from samebit.recipes.run.batches import own_micro_batches
+from samebit.recipes.run.batches import own_micro_batches, with_reference
 from samebit.recipes.run.inputs import GrpoInputs
 from samebit.recipes.run.phase_ledger import PhaseLedger
 from samebit.recipes.run.recorder import Progress, Recorder, recording
 from samebit.recipes.run.report import write_report
 from samebit.recipes.run.rollouts import drop_rollouts_after, save_rollout
-from samebit.recipes.run.sampling import RolloutSource
+from samebit.recipes.run.sampling import Rollout, RolloutSource
 from samebit.recipes.run.secrets import to_yaml
 from samebit.recipes.run.session import RunSession, open_session
 from samebit.recipes.run.signals import StopSignals, stop_signals
@@ -71,10 +71,7 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                     drawn = rollout.prompt_ids, rollout.completions, rollout.rewards
                     save_rollout(run.run_dir, progress.step + 1, *drawn)
 
-                groups = rollout.samples()
-                advantages = recipe.algorithm.advantages(rollout.reward_tensor, groups)
-                samples = with_advantages(groups, advantages)
-                stats = recipe.update(samples, timer, stop.poll)
+                stats = recipe.update(rollout, timer, stop.poll)
                 progress.step += 1
 
                 metrics = rollout_metrics(rollout, "rollout") | train_metrics(stats)
@@ -119,7 +116,7 @@ class GrpoRecipe:
         model = self._inputs.model
         self.trainer = make_trainer(run, model, run.num_updates, device, releases)
         self.algorithm = make_algorithm(run.algorithm)
-        if self.algorithm.needs_reference:
+        if self.algorithm.needs_reference or self.algorithm.rewards_need_reference:
             self.trainer.freeze_reference()
         self.progress = GrpoProgress(**session.restore(self.trainer))
         self.engine, self.weights = start_engine(run, device, self.trainer, releases)
@@ -133,9 +130,9 @@ class GrpoRecipe:
         self.weights.update(self.trainer.params, self.trainer.digest())
 
     def update(
-        self, samples: Sequence[Sample], timer: PhaseTimer, poll: Poll = lambda: None
+        self, rollout: Rollout, timer: PhaseTimer, poll: Poll = lambda: None
     ) -> list[StepStats]:
-        """Train on a rollout's samples and serve the result; nothing is served in between.
+        """Train on a rollout, which is scored, and serve the result; nothing is served in between.
 
         `poll` is called between micro-batches as long as the weights are as they were; what it
         raises drops the step. Raises LogprobMismatchError.
@@ -144,7 +141,7 @@ class GrpoRecipe:
         try:
             self.ledger.enter("train")
             with timer.time("train"):
-                stats = self._train(samples, poll)
+                stats = self._train(self._samples(rollout), poll)
                 self._check_promise(stats[0])
             self.ledger.enter("rollout")
             with timer.time("sync"):
@@ -185,6 +182,15 @@ class GrpoRecipe:
         self._inputs.close()
         self.weights.close()
         self.engine.close()
+
+    def _samples(self, rollout: Rollout) -> list[Sample]:
+        """What the algorithm makes of the rewards."""
+        groups = rollout.samples()
+        if self.algorithm.rewards_need_reference:
+            temperature = self.run.rollout.temperature
+            groups = with_reference(groups, self.run.trainer, self.trainer, temperature)
+        advantages = self.algorithm.advantages(rollout.reward_tensor, groups)
+        return with_advantages(groups, advantages)
 
     def _train(self, samples: Sequence[Sample], poll: Poll) -> list[StepStats]:
         """One or more optimizer steps on a rollout; the first is exactly on-policy."""

@@ -147,7 +147,7 @@ def test_every_registered_algorithm_is_made_of_its_settings():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("grop", "algorithm.name is 'grop'; it must be one of ('grpo',) or your own module:Class"),
+        ("grop", "algorithm.name is 'grop'; it must be one of ('grpo', 'gspo', 'cispo', 'rloo', "),
         ("none:Such", "algorithm.name is 'none:Such', which cannot be imported: No module named"),
         ("losses:Such", "algorithm.name is 'losses:Such', which cannot be imported: module"),
         (
