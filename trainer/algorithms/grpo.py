@@ -24,6 +24,8 @@ def group_advantages(rewards: Tensor, config: GrpoConfig) -> Tensor:
     apart that their deviation, or an advantage in fp32, is infinite.
     """
     rewards = rewards.double()
+    if not rewards.numel():
+        return rewards
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
     deviation = torch.ones_like(rewards[:, :1])

@@ -33,7 +33,8 @@ def truncated(log_ratio: Tensor, bound: float) -> Tensor:
     """
     if bound == 0:
         return log_ratio
-    return log_ratio - (log_ratio.detach() - math.log(bound)).clamp(min=0)
+    value, limit = log_ratio.detach(), math.log(bound)
+    return torch.where(value > limit, limit + (log_ratio - value), log_ratio)
 
 
 def clipped_surrogate(
