@@ -19,9 +19,10 @@ class PolicyGradient[C: PolicyGradientConfig](Algorithm[C]):
     def __init__(self, config: C | None = None) -> None:
         super().__init__(config)
         penalizes, place = self.config.kl_coef > 0, self.config.kl_in
-        self.needs_reference = penalizes and place == "loss"
-        self.rewards_need_reference = penalizes and place == "reward"
-        self.needs_entropy_grad = self.config.entropy_coef > 0
+        # A subclass may need them for more.
+        self.needs_reference |= penalizes and place == "loss"
+        self.rewards_need_reference |= penalizes and place == "reward"
+        self.needs_entropy_grad |= self.config.entropy_coef > 0
 
 
 def truncated(log_ratio: Tensor, bound: float) -> Tensor:
