@@ -27,6 +27,7 @@ from samebit.recipes.run.session import RunSession, open_session
 from samebit.recipes.run.signals import StopSignals, stop_signals
 from samebit.recipes.run.training_metrics import (
     PhaseTimer,
+    reference_metrics,
     rollout_metrics,
     sample_rows,
     speed,
@@ -74,7 +75,8 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                 stats = recipe.update(rollout, timer, stop.poll)
                 progress.step += 1
 
-                metrics = rollout_metrics(rollout, "rollout") | train_metrics(stats)
+                metrics = rollout_metrics(rollout, "rollout") | recipe.reference_metrics
+                metrics |= train_metrics(stats)
                 if recorder.is_due(run.rollout.eval_every):
                     with timer.time("eval"):
                         metrics |= recipe.evaluate(recorder)
@@ -118,6 +120,7 @@ class GrpoRecipe:
         self.algorithm = make_algorithm(run.algorithm)
         if self.algorithm.needs_reference or self.algorithm.rewards_need_reference:
             self.trainer.freeze_reference()
+        self.reference_metrics: dict[str, float] = {}
         self.progress = GrpoProgress(**session.restore(self.trainer))
         self.engine, self.weights = start_engine(run, device, self.trainer, releases)
         self.ledger = PhaseLedger(self.trainer, self.engine, releases)
@@ -137,11 +140,17 @@ class GrpoRecipe:
         `poll` is called between micro-batches as long as the weights are as they were; what it
         raises drops the step. Raises LogprobMismatchError.
         """
+        self.ledger.enter("train")
+        try:
+            with timer.time("train"):
+                samples = self._samples(rollout)
+        except BaseException:
+            self.ledger.enter("rollout")  # nothing has begun: the engine serves on
+            raise
         self.weights.lease(self.trainer.step + self.run.updates_per_step)
         try:
-            self.ledger.enter("train")
             with timer.time("train"):
-                stats = self._train(self._samples(rollout), poll)
+                stats = self._train(samples, poll)
                 self._check_promise(stats[0])
             self.ledger.enter("rollout")
             with timer.time("sync"):
@@ -189,6 +198,8 @@ class GrpoRecipe:
         if self.algorithm.rewards_need_reference:
             temperature = self.run.rollout.temperature
             groups = with_reference(groups, self.run.trainer, self.trainer, temperature)
+            samples = [sample for group in groups for sample in group]
+            self.reference_metrics = reference_metrics(samples)
         advantages = self.algorithm.advantages(rollout.reward_tensor, groups)
         return with_advantages(groups, advantages)
 

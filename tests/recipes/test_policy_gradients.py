@@ -3,6 +3,7 @@
 import re
 from contextlib import closing
 
+import numpy as np
 import pytest
 import torch
 from run_children import open_run, roll_out, update
@@ -95,6 +96,10 @@ def test_the_reference_of_rewards_is_the_policy_at_the_start(runs):
             equal = [(s.ref_logprobs == s.logprobs)[s.loss_mask] for s in seen]
             assert len(equal) == 12
             assert all(x.all() for x in equal) if step == 0 else not any(x.all() for x in equal)
+            rows = [(s.logprobs.astype(float) - s.ref_logprobs)[s.loss_mask] for s in seen]
+            kl = recipe.reference_metrics["rollout/kl"]
+            assert kl == pytest.approx(np.concatenate(rows).mean(), rel=1e-5)
+            assert (kl == 0.0) == (step == 0)
 
 
 @pytest.mark.parametrize(
