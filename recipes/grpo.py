@@ -120,8 +120,8 @@ class GrpoRecipe:
         self.algorithm = make_algorithm(run.algorithm)
         if self.algorithm.needs_reference or self.algorithm.rewards_need_reference:
             self.trainer.freeze_reference()
-        self.reference_metrics: dict[str, float] = {}
         self.progress = GrpoProgress(**session.restore(self.trainer))
+        self.reference_metrics: dict[str, float] = {}
         self.engine, self.weights = start_engine(run, device, self.trainer, releases)
         self.ledger = PhaseLedger(self.trainer, self.engine, releases)
         self.rollout_source = RolloutSource(run, self._inputs, self.engine)
