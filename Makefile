@@ -10,7 +10,7 @@ SHELL := bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-long test-mutants sanitize lint wheelhouse clean setup
+.PHONY: help demo test test-gpu test-long test-algorithms test-mutants sanitize lint wheelhouse clean setup
 MAKEFLAGS += --no-builtin-rules
 
 # Nothing started from here may import the root folders as `kernels`, `trainer`, ...
@@ -31,7 +31,7 @@ KEY := $(shell { cat $(INPUTS); echo '$(EXTRAS) $(SYSTEM_SITE)'; \
 STAMP := $(VENV)/.setup-$(KEY)
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP) ## a small model learns, on a GPU or the CPU: outputs/demo/grpo/report.html
 	$(VENV)/bin/samebit demo $(ARGS)
@@ -47,7 +47,11 @@ test: $(STAMP) ## everything that needs no GPU, in WORKERS=2 processes
 
 test-long: export OMP_NUM_THREADS ?= 1
 test-long: $(STAMP) ## what takes too long for `make test`: 1,000 random workloads
-	$(NO_GPU) $(PY) -m pytest -m long --timeout 0 $(ARGS)
+	$(NO_GPU) $(PY) -m pytest -m "long and not algorithms" --timeout 0 $(ARGS)
+
+test-algorithms: export OMP_NUM_THREADS ?= 1
+test-algorithms: $(STAMP) ## does every preset of configs/algorithm learn to reverse digits?
+	$(NO_GPU) $(PY) -m pytest -m algorithms --timeout 0 -s $(ARGS)
 
 test-mutants: $(STAMP) ## are small lies in the code noticed by `make test`? An hour or two
 	$(PY) tests/mutants/run.py all --keep outputs/mutants $(ARGS)

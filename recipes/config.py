@@ -314,6 +314,7 @@ class GrpoRun(RunSection):
         least = self.algorithm.min_samples_per_prompt
         meaning = f"at least {least}: an advantage is relative to the other samples of the prompt"
         require(n >= least, "rollout.samples_per_prompt", n, meaning)
+        self.algorithm.check_lengths(self.rollout.max_new_tokens)
         invariant, tensor = self.numerics.tp_invariant, self.trainer.parallel.tensor
         check_tp_invariant(invariant, tensor, "trainer.parallel.tensor")
         _check_placement(self.placement, self.trainer.parallel)

@@ -15,18 +15,19 @@ from samebit.recipes.config import GrpoRun
 from samebit.recipes.data.rewards import Poll
 from samebit.recipes.data.samples import with_advantages
 from samebit.recipes.launch.placement import make_trainer, releases_memory, start_engine
-from samebit.recipes.run.batches import own_micro_batches
+from samebit.recipes.run.batches import own_micro_batches, with_reference
 from samebit.recipes.run.inputs import GrpoInputs
 from samebit.recipes.run.phase_ledger import PhaseLedger
 from samebit.recipes.run.recorder import Progress, Recorder, recording
 from samebit.recipes.run.report import write_report
 from samebit.recipes.run.rollouts import drop_rollouts_after, save_rollout
-from samebit.recipes.run.sampling import RolloutSource
+from samebit.recipes.run.sampling import Rollout, RolloutSource
 from samebit.recipes.run.secrets import to_yaml
 from samebit.recipes.run.session import RunSession, open_session
 from samebit.recipes.run.signals import StopSignals, stop_signals
 from samebit.recipes.run.training_metrics import (
     PhaseTimer,
+    reference_metrics,
     rollout_metrics,
     sample_rows,
     speed,
@@ -71,13 +72,11 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                     drawn = rollout.prompt_ids, rollout.completions, rollout.rewards
                     save_rollout(run.run_dir, progress.step + 1, *drawn)
 
-                groups = rollout.samples()
-                advantages = recipe.algorithm.advantages(rollout.reward_tensor, groups)
-                samples = with_advantages(groups, advantages)
-                stats = recipe.update(samples, timer, stop.poll)
+                stats = recipe.update(rollout, timer, stop.poll)
                 progress.step += 1
 
-                metrics = rollout_metrics(rollout, "rollout") | train_metrics(stats)
+                metrics = rollout_metrics(rollout, "rollout") | recipe.reference_metrics
+                metrics |= train_metrics(stats)
                 if recorder.is_due(run.rollout.eval_every):
                     with timer.time("eval"):
                         metrics |= recipe.evaluate(recorder)
@@ -119,9 +118,10 @@ class GrpoRecipe:
         model = self._inputs.model
         self.trainer = make_trainer(run, model, run.num_updates, device, releases)
         self.algorithm = make_algorithm(run.algorithm)
-        if self.algorithm.needs_reference:
+        if self.algorithm.needs_reference or self.algorithm.rewards_need_reference:
             self.trainer.freeze_reference()
         self.progress = GrpoProgress(**session.restore(self.trainer))
+        self.reference_metrics: dict[str, float] = {}
         self.engine, self.weights = start_engine(run, device, self.trainer, releases)
         self.ledger = PhaseLedger(self.trainer, self.engine, releases)
         self.rollout_source = RolloutSource(run, self._inputs, self.engine)
@@ -133,16 +133,22 @@ class GrpoRecipe:
         self.weights.update(self.trainer.params, self.trainer.digest())
 
     def update(
-        self, samples: Sequence[Sample], timer: PhaseTimer, poll: Poll = lambda: None
+        self, rollout: Rollout, timer: PhaseTimer, poll: Poll = lambda: None
     ) -> list[StepStats]:
-        """Train on a rollout's samples and serve the result; nothing is served in between.
+        """Train on a rollout, which is scored, and serve the result; nothing is served in between.
 
         `poll` is called between micro-batches as long as the weights are as they were; what it
         raises drops the step. Raises LogprobMismatchError.
         """
+        self.ledger.enter("train")
+        try:
+            with timer.time("train"):
+                samples = self._samples(rollout)
+        except BaseException:
+            self.ledger.enter("rollout")  # nothing has begun: the engine serves on
+            raise
         self.weights.lease(self.trainer.step + self.run.updates_per_step)
         try:
-            self.ledger.enter("train")
             with timer.time("train"):
                 stats = self._train(samples, poll)
                 self._check_promise(stats[0])
@@ -185,6 +191,17 @@ class GrpoRecipe:
         self._inputs.close()
         self.weights.close()
         self.engine.close()
+
+    def _samples(self, rollout: Rollout) -> list[Sample]:
+        """What the algorithm makes of the rewards."""
+        groups = rollout.samples()
+        if self.algorithm.rewards_need_reference:
+            temperature = self.run.rollout.temperature
+            groups = with_reference(groups, self.run.trainer, self.trainer, temperature)
+            samples = [sample for group in groups for sample in group]
+            self.reference_metrics = reference_metrics(samples)
+        advantages = self.algorithm.advantages(rollout.reward_tensor, groups)
+        return with_advantages(groups, advantages)
 
     def _train(self, samples: Sequence[Sample], poll: Poll) -> list[StepStats]:
         """One or more optimizer steps on a rollout; the first is exactly on-policy."""

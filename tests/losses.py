@@ -1,6 +1,10 @@
 """A loss that a test writes down as a function, as an algorithm."""
 
-from samebit.trainer.algorithms.base import Algorithm, LossOutputs
+import torch
+
+from samebit.kernels.reduce import ALONE
+from samebit.trainer.algorithms.base import Algorithm, LossInputs, LossOutputs
+from samebit.trainer.algorithms.registry import ALGORITHMS, find_algorithm
 
 
 class LossOf(Algorithm):
@@ -32,3 +36,19 @@ class NoSettings(Algorithm):
     """An algorithm whose settings are none of a recipe's."""
 
     Config = dict
+
+
+def policy_gradients(batch, logprobs, ranks=ALONE):
+    """By the name of each registered algorithm, rows [R] of a batch: losses, its metrics by name,
+    and the gradient by log-prob of the weighted sum of the losses."""
+    found = {}
+    for name in ALGORITHMS:
+        algorithm = find_algorithm(name)
+        leaf = logprobs.clone().requires_grad_()
+        inputs = LossInputs(
+            batch=batch, logprobs=leaf, entropies=torch.zeros_like(leaf), context=ranks
+        )
+        outputs = algorithm(algorithm.Config(name=name)).checked_loss(inputs)
+        (outputs.losses * batch.loss_weights).sum().backward()
+        found[name] = {"losses": outputs.losses.detach(), "grad": leaf.grad, **outputs.metrics}
+    return found

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from losses import SequenceRatio
+from losses import SequenceRatio, policy_gradients
 from policy_steps import gradient_samples
 from rank_programs import make_trainer, start
 
@@ -43,8 +43,46 @@ def sums(rank, size, store, out):
     dist.destroy_process_group()
 
 
+def losses(rank, size, store, out):
+    """This rank's rows of every policy gradient: losses, metrics, gradients by log-prob."""
+    from samebit.trainer.context import share_context
+
+    torch.set_num_threads(1)
+    ranks = start(rank, size, store)
+    [batch] = pack_samples(made_up(gradient_samples()), 1000, "sequence")
+    attention = CanonicalAttention(Heads(4, 2, 16, 0.25), torch.device("cpu"))
+    share = share_context(batch, ranks, attention)
+    found = policy_gradients(share.batch, near(batch)[share.rows], ranks)
+    torch.save({"rows": share.rows, "found": found}, Path(out).with_suffix(f".{rank}"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def near(batch):
+    """Log-probs of a batch's rows, such that ratios stand on both sides of every bound."""
+    generator = torch.Generator().manual_seed(7)
+    return batch.rollout_logprobs + torch.randn(len(batch.rows), generator=generator)
+
+
+def referred(megatron, parallel):
+    """ref_logprobs of made-up samples, by sample, under a model that is not the present one."""
+    from samebit.recipes.run.batches import with_reference
+    from samebit.trainer.config import TrainerConfig
+
+    megatron.freeze_reference()
+    with torch.no_grad():
+        for p in megatron.params.values():
+            p.mul_(1.5)
+    settings = TrainerConfig(micro_batch_tokens=70, parallel=parallel)
+    samples = made_up(gradient_samples())
+    groups = with_reference([samples[:2], samples[2:]], settings, megatron, 0.7)
+    assert [len(group) for group in groups] == [2, len(samples) - 2]
+    return [s.ref_logprobs[s.loss_mask].tolist() for group in groups for s in group]
+
+
 def step(rank, size, store, folder, mode, expected, out):
-    """Gradients and figures of a step by SequenceRatio, saved if alone and else compared.
+    """Gradients and figures of a step by SequenceRatio, and the reference's log-probs, saved if
+    alone and else compared.
 
     mode: "alone", or a field of ParallelConfig for two ranks.
     """
@@ -56,13 +94,15 @@ def step(rank, size, store, folder, mode, expected, out):
     if mode != "alone":
         start(rank, size, store)
     layout = {} if mode == "alone" else {mode: 2}
-    megatron = make_trainer(folder, ParallelConfig(**layout))
+    parallel = ParallelConfig(**layout)
+    megatron = make_trainer(folder, parallel)
     packed = pack_samples(made_up(gradient_samples()), 70, "sequence", temperature=0.7)
     batches = megatron.own_batches(packed)
     with no_cuda():
         megatron._forward_backward(batches, SequenceRatio(), None)
     gradients = {name: p.main_grad.clone() for name, p in megatron.params.items()}
     figures = vars(megatron.train_step(batches, SequenceRatio()))
+    figures["reference"] = referred(make_trainer(folder, parallel), parallel)
     if mode == "alone":
         torch.save({"gradients": dict(hf_tensors(megatron.specs, gradients)), **figures}, expected)
         return

@@ -9,7 +9,8 @@ from samebit.trainer.loss_means import LOSS_MEANS
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
 RECOMPUTE = ("none", "selective", "full")
-KL_ESTIMATORS = ("k1", "k2", "k3")
+KL_ESTIMATORS = ("k1", "k2", "k3", "k3_unbiased")
+LENGTH_PENALTIES = ("none", "overlong", "relative")
 
 
 def require(holds: bool, key: str, value: object, what: str) -> None:
@@ -156,7 +157,11 @@ class TrainerConfig:
     micro_batch_tokens: int = 8192
     """Most tokens packed into one forward and backward."""
     loss_mean: str = "token"
-    """token: every token counts the same; sequence: every sample counts the same."""
+    """token: every token counts the same; sequence: every sample counts the same; constant: a
+    sample's sum of losses is divided by loss_mean_tokens, every token of the run counts the same.
+    """
+    loss_mean_tokens: int | None = None
+    """What loss_mean=constant divides by, such as ${rollout.max_new_tokens}."""
     checkpoint_every: int = 50
     """Steps between checkpoints; the last step always gets one. 0: only the last."""
     keep_checkpoints: int = 2
@@ -175,6 +180,12 @@ class TrainerConfig:
         require(at_least_0, "trainer.checkpoint_every", self.checkpoint_every, "at least 0")
         known = self.loss_mean in LOSS_MEANS
         require(known, "trainer.loss_mean", self.loss_mean, f"one of {tuple(LOSS_MEANS)}")
+        tokens, where = self.loss_mean_tokens, f"trainer.loss_mean is {self.loss_mean!r}"
+        if self.loss_mean == "constant":
+            meaning = f"a positive number of tokens where {where}"
+            require(tokens is not None and tokens >= 1, "trainer.loss_mean_tokens", tokens, meaning)
+        else:
+            require_default(self, "trainer", ("loss_mean_tokens",), where)
 
     def checkpoint_due(self, step: int) -> bool:
         """Whether a checkpoint follows `step`."""
@@ -190,37 +201,126 @@ class AlgorithmConfig:
     """Fewest samples of a prompt of which advantages can be made."""
 
     name: str = "grpo"
-    """`grpo`, or your own `module:Class`."""
+    """An algorithm of docs/algorithms.md, or your own `module:Class`."""
+
+    def check_lengths(self, max_new_tokens: int) -> None:
+        """Raise ValueError for a setting that contradicts the tokens of a response, at most."""
 
 
 @dataclass(kw_only=True)
-class GrpoConfig(AlgorithmConfig):
+class PolicyGradientConfig(AlgorithmConfig):
+    """What the policy-gradient algorithms share; see trainer/algorithms/policy_gradient.py."""
+
+    kl_coef: float = 0.0
+    """Weight of the KL to the reference model; 0 needs no reference."""
+    kl_estimator: str = "k3"
+    """k1: log ratio; k2: half its square; k3: ratio - 1 - log ratio; k3_unbiased: k3 times the
+    policy ratio, whose gradient is the KL's."""
+    kl_in: str = "loss"
+    """loss: of each token; reward: the rewards are lowered by it, before advantages are made."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy, which is rewarded."""
+    tis_clip: float = 0.0
+    """Truncated importance sampling: the policy ratio weighs a gradient at most so much; 0: off."""
+    length_penalty: str = "none"
+    """overlong: rewards fall towards the longest response (DAPO); relative: short right responses
+    of a prompt get more (Kimi k1.5)."""
+    length_penalty_coef: float = 1.0
+    """What a penalty of 1 takes from a reward."""
+    max_response_len: int | None = None
+    """Tokens at which the overlong penalty is whole, such as ${rollout.max_new_tokens}."""
+    overlong_buffer: float = 0.2
+    """Share of max_response_len in which it rises, up to the end."""
+
+    def __post_init__(self) -> None:
+        for name in ("kl_coef", "entropy_coef", "length_penalty_coef"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"algorithm.{name}", value, "finite and at least 0")
+        truncates = self.tis_clip == 0 or 1 <= self.tis_clip < math.inf
+        require(truncates, "algorithm.tis_clip", self.tis_clip, "0, or finite and at least 1")
+        self._check_kl()
+        self._check_length_penalty()
+
+    def check_lengths(self, max_new_tokens: int) -> None:
+        """Raise ValueError for a length penalty that would never be whole."""
+        longest = self.max_response_len
+        meaning = f"at most {max_new_tokens}, rollout.max_new_tokens"
+        fits = longest is None or longest <= max_new_tokens
+        require(fits, "algorithm.max_response_len", longest, meaning)
+
+    def _check_kl(self) -> None:
+        known = self.kl_estimator in KL_ESTIMATORS
+        require(known, "algorithm.kl_estimator", self.kl_estimator, f"one of {KL_ESTIMATORS}")
+        known = self.kl_in in ("loss", "reward")
+        require(known, "algorithm.kl_in", self.kl_in, "loss or reward")
+        if self.kl_coef == 0:
+            idle = ("kl_estimator", "kl_in")
+            require_default(self, "algorithm", idle, "algorithm.kl_coef is 0")
+        fits = self.kl_in == "loss" or self.kl_estimator != "k3_unbiased"
+        meaning = "k1, k2 or k3 with algorithm.kl_in=reward, which has no gradient"
+        require(fits, "algorithm.kl_estimator", self.kl_estimator, meaning)
+
+    def _check_length_penalty(self) -> None:
+        kind, longest = self.length_penalty, self.max_response_len
+        known = kind in LENGTH_PENALTIES
+        require(known, "algorithm.length_penalty", kind, f"one of {LENGTH_PENALTIES}")
+        where = f"algorithm.length_penalty is {kind!r}"
+        if kind == "none":
+            require_default(self, "algorithm", ("length_penalty_coef",), where)
+        if kind != "overlong":
+            idle = ("max_response_len", "overlong_buffer")
+            require_default(self, "algorithm", idle, where)
+            return
+        given = longest is not None and longest >= 1
+        meaning = "a number of tokens with algorithm.length_penalty=overlong"
+        require(given, "algorithm.max_response_len", longest, meaning)
+        a_share = 0 < self.overlong_buffer <= 1
+        require(a_share, "algorithm.overlong_buffer", self.overlong_buffer, "in (0, 1]")
+
+
+@dataclass(kw_only=True)
+class ClippedConfig(PolicyGradientConfig):
+    """Where the policy ratio counts; see policy_gradient.clipped_surrogate."""
+
+    clip_ratio_low: float = 0.2
+    """A token's probability ratio counts down to 1 minus this."""
+    clip_ratio_high: float = 0.2
+    """It counts up to 1 plus this."""
+    dual_clip: float = 0.0
+    """Where the advantage is negative it counts up to this; 0: without a bound."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = self.clip_ratio_low, self.clip_ratio_high
+        require(0 <= low <= 1, "algorithm.clip_ratio_low", low, "in [0, 1]")
+        require(0 <= high < math.inf, "algorithm.clip_ratio_high", high, "finite and at least 0")
+        meaning = f"0, or finite and above 1 + clip_ratio_high = {1 + high}"
+        for name in ("dual_clip", "tis_clip"):
+            value = getattr(self, name)
+            require(value == 0 or 1 + high < value < math.inf, f"algorithm.{name}", value, meaning)
+        one = self.dual_clip == 0 or self.tis_clip == 0
+        meaning = "0 with algorithm.dual_clip: both bound the same ratios"
+        require(one, "algorithm.tis_clip", self.tis_clip, meaning)
+
+
+@dataclass(kw_only=True)
+class GrpoConfig(ClippedConfig):
     """Group-relative policy optimization; see trainer/algorithms/grpo.py."""
 
     min_samples_per_prompt: ClassVar[int] = 2
 
     normalize_std: bool = True
-    """Divide a group's centred rewards by their standard deviation (off: Dr. GRPO)."""
+    """Divide a group's centred rewards by a standard deviation (off: Dr. GRPO)."""
+    std_over: str = "group"
+    """Whose: group, of the prompt's rewards; batch, of all rewards of the training step."""
     std_eps: float = 1e-6
-    clip_ratio_low: float = 0.2
-    """A token's probability ratio counts down to 1 minus this."""
-    clip_ratio_high: float = 0.2
-    """It counts up to 1 plus this."""
-    kl_coef: float = 0.0
-    """Weight of the KL to the reference model; 0 needs no reference."""
-    kl_estimator: str = "k3"
-    """k1: log ratio; k2: half its square; k3: ratio - 1 - log ratio."""
+    """Added to it."""
 
     def __post_init__(self) -> None:
-        for name in ("clip_ratio_low", "clip_ratio_high", "kl_coef", "std_eps"):
-            require(
-                getattr(self, name) >= 0, f"algorithm.{name}", getattr(self, name), "at least 0"
-            )
-        require(self.clip_ratio_low < 1, "algorithm.clip_ratio_low", self.clip_ratio_low, "below 1")
-        known = self.kl_estimator in KL_ESTIMATORS
-        require(known, "algorithm.kl_estimator", self.kl_estimator, f"one of {KL_ESTIMATORS}")
+        super().__post_init__()
+        require(self.std_eps >= 0, "algorithm.std_eps", self.std_eps, "at least 0")
+        known = self.std_over in ("group", "batch")
+        require(known, "algorithm.std_over", self.std_over, "group or batch")
         if not self.normalize_std:
             where = "algorithm.normalize_std is false"
-            require_default(self, "algorithm", ("std_eps",), where)
-        if self.kl_coef == 0:
-            require_default(self, "algorithm", ("kl_estimator",), "algorithm.kl_coef is 0")
+            require_default(self, "algorithm", ("std_over", "std_eps"), where)

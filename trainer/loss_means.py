@@ -8,20 +8,32 @@ from collections.abc import Callable
 
 import numpy as np
 
-LossMean = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, int]]
-"""(loss rows of each sample of a micro-batch [B], each row's sample [R]) -> (each row's weight [R]
-fp32, denominator). The loss of an optimizer step is the sum over its micro-batches of row losses
-times weights, divided by the sum of their denominators."""
+LossMean = Callable[[np.ndarray, np.ndarray, int | None], tuple[np.ndarray, int]]
+"""(loss rows of each sample of a micro-batch [B], each row's sample [R], loss_mean_tokens) -> (each
+row's weight [R] fp32, denominator). The loss of an optimizer step is the sum over its micro-batches
+of row losses times weights, divided by the sum of their denominators."""
 
 
-def token(row_counts: np.ndarray, sample_of_row: np.ndarray) -> tuple[np.ndarray, int]:
+def token(
+    row_counts: np.ndarray, sample_of_row: np.ndarray, tokens: int | None
+) -> tuple[np.ndarray, int]:
     """Every token counts the same."""
     return np.ones(len(sample_of_row), np.float32), len(sample_of_row)
 
 
-def sequence(row_counts: np.ndarray, sample_of_row: np.ndarray) -> tuple[np.ndarray, int]:
+def sequence(
+    row_counts: np.ndarray, sample_of_row: np.ndarray, tokens: int | None
+) -> tuple[np.ndarray, int]:
     """Every sample counts the same, as the mean over its tokens."""
     return (np.float32(1) / row_counts.astype(np.float32))[sample_of_row], len(row_counts)
 
 
-LOSS_MEANS: dict[str, LossMean] = {"token": token, "sequence": sequence}
+def constant(
+    row_counts: np.ndarray, sample_of_row: np.ndarray, tokens: int | None
+) -> tuple[np.ndarray, int]:
+    """The mean over samples of their sums, divided by a constant (Dr. GRPO, arXiv 2503.20783)."""
+    assert tokens is not None
+    return np.full(len(sample_of_row), np.float32(1) / np.float32(tokens)), len(row_counts)
+
+
+LOSS_MEANS: dict[str, LossMean] = {"token": token, "sequence": sequence, "constant": constant}

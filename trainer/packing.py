@@ -20,13 +20,15 @@ def pack_samples(
     device: torch.device | str = "cpu",
     model: ModelConfig | None = None,
     at_least: int = 1,
+    loss_mean_tokens: int | None = None,
 ) -> list[MicroBatch]:
     """Fill micro-batches of at most max_tokens tokens, never reordering.
 
-    loss_mean: as in TrainerConfig; temperature: the rollout's. Where there would be fewer than
-    `at_least` micro-batches, those of the most samples are halved; units are never parted. Raises
-    ValueError for a sample or unit longer than max_tokens or an empty list and, given a model, for
-    a sample that is longer than its context or has a token outside its vocabulary.
+    loss_mean, loss_mean_tokens: as in TrainerConfig; temperature: the rollout's. Where there would
+    be fewer than `at_least` micro-batches, those of the most samples are halved; units are never
+    parted. Raises ValueError for a sample or unit longer than max_tokens or an empty list and,
+    given a model, for a sample that is longer than its context or has a token outside its
+    vocabulary.
     """
     if not samples:
         raise ValueError("no samples to train on")
@@ -34,8 +36,9 @@ def pack_samples(
         for sample in samples:
             _check_fits(sample, model)
     groups = _halved(_split(units_of(samples), max_tokens), at_least)
+    mean = LOSS_MEANS[loss_mean], loss_mean_tokens
     return [
-        _micro_batch(i, list(chain(*group)), LOSS_MEANS[loss_mean], temperature, device)
+        _micro_batch(i, list(chain(*group)), mean, temperature, device)
         for i, group in enumerate(groups)
     ]
 
@@ -118,7 +121,7 @@ def _halved[T](groups: list[list[T]], at_least: int) -> list[list[T]]:
 def _micro_batch(
     index: int,
     samples: Sequence[Sample],
-    loss_mean: LossMean,
+    loss_mean: tuple[LossMean, int | None],
     temperature: float,
     device: torch.device | str,
 ) -> MicroBatch:
@@ -127,7 +130,7 @@ def _micro_batch(
     trained = np.flatnonzero(np.concatenate([s.loss_mask for s in samples]))
     row_counts = np.array([s.num_trained for s in samples])
     sample_of_row = np.repeat(np.arange(len(samples)), row_counts)
-    weights, denominator = loss_mean(row_counts, sample_of_row)
+    weights, denominator = loss_mean[0](row_counts, sample_of_row, loss_mean[1])
     drawn = [s.logprobs for s in samples if s.logprobs is not None]
     if drawn and len(drawn) != len(samples):
         raise ValueError("some samples of a micro-batch have rollout logprobs and some have none")

@@ -30,6 +30,8 @@ class Sample:
     """[L] bool: whether the token is trained on."""
     logprobs: np.ndarray | None = None
     """[L] fp32: the rollout's, read where the mask is set; None for supervised samples."""
+    ref_logprobs: np.ndarray | None = None
+    """[L] fp32: the reference model's, where rewards are lowered by the KL to it."""
     advantages: np.ndarray = field(default_factory=lambda: np.zeros((), np.float32))
     """[L] fp32, read where the mask is set; one number is that of every token."""
     version_spans: tuple[VersionSpan, ...] = ()
@@ -39,8 +41,9 @@ class Sample:
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
-        dtypes = {"token_ids": np.int64, "loss_mask": np.bool_, "logprobs": np.float32}
-        for name, dtype in (dtypes | {"advantages": np.float32}).items():
+        dtypes = {"token_ids": np.int64, "loss_mask": np.bool_}
+        floats = dict.fromkeys(("logprobs", "ref_logprobs", "advantages"), np.float32)
+        for name, dtype in (dtypes | floats).items():
             if (given := getattr(self, name)) is None:
                 continue
             values: np.ndarray = np.asarray(given, dtype)
@@ -96,14 +99,21 @@ class Sample:
 
         Raises ValueError for another number of them.
         """
-        if len(logprobs) != self.num_trained:
+        return replace(self, logprobs=self.in_place(logprobs, "logprobs"))
+
+    def in_place(self, values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
+        """Values of the tokens trained on, where those stand: [L] fp32, else 0.
+
+        Raises ValueError, which says what they are by `name`, for another number of them.
+        """
+        if len(values) != self.num_trained:
             raise ValueError(
-                f"sample {self.sample_id}: {len(logprobs)} logprobs for a response of "
+                f"sample {self.sample_id}: {len(values)} {name} for a response of "
                 f"{self.num_trained} tokens"
             )
-        values = np.zeros(len(self.token_ids), np.float32)
-        values[self.loss_mask] = logprobs
-        return replace(self, logprobs=values)
+        found = np.zeros(len(self.token_ids), np.float32)
+        found[self.loss_mask] = values
+        return found
 
     @property
     def num_trained(self) -> int:

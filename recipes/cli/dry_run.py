@@ -70,7 +70,9 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     memory = _memory(model, device, run.trainer)
     longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
     kv_bytes = model.kv_layout.bytes_per_token(resolve_dtype(None, resolved))
-    reference = memory["weights_mib"] if make_algorithm(run.algorithm).needs_reference else 0
+    algorithm = make_algorithm(run.algorithm)
+    keeps = algorithm.needs_reference or algorithm.rewards_need_reference
+    reference = memory["weights_mib"] if keeps else 0
     if run.trainer.background_checkpoints:
         memory["checkpoint_on_host_mib"] += reference
     return {

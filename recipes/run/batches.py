@@ -1,11 +1,13 @@
-"""The samples of an optimizer step, as what a trainer computes."""
+"""The samples of an optimizer step, as what a trainer computes, and its reference of them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from samebit.trainer.config import TrainerConfig
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.types import MicroBatch, Sample
+from samebit.weight_sync.objects import gather_objects
 
 
 def own_micro_batches(
@@ -26,5 +28,26 @@ def own_micro_batches(
         trainer.device,
         trainer.model,
         at_least=settings.parallel.data,
+        loss_mean_tokens=settings.loss_mean_tokens,
     )
     return trainer.own_batches(batches)
+
+
+def with_reference(
+    groups: Sequence[Sequence[Sample]],
+    settings: TrainerConfig,
+    trainer: MegatronTrainer,
+    temperature: float,
+) -> list[list[Sample]]:
+    """Return the samples with the log-probs of the trainer's reference, the same on every rank."""
+    samples = [sample for group in groups for sample in group]
+    batches = own_micro_batches(samples, settings, trainer, temperature)
+    own: dict[int, list[float]] = {}
+    for batch, found in zip(batches, trainer.logprobs(batches, reference=True), strict=True):
+        parts = found.split(batch.row_counts.tolist())
+        own |= {s.sample_id: x.tolist() for s, x in zip(batch.samples, parts, strict=True)}
+    logprobs = {key: x for rank in gather_objects(own) for key, x in rank.items()}
+    return [
+        [replace(s, ref_logprobs=s.in_place(logprobs[s.sample_id], "ref_logprobs")) for s in group]
+        for group in groups
+    ]

@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from samebit.recipes.run.secrets import to_dict
 from samebit.rollout.device import resolve_device
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.checkpoint import Checkpoint, CheckpointError
+from samebit.trainer.config import GrpoConfig
 
 FORMAT = 2
 """Of the manifests that runs write. In format 1 digests of paths stood for contents."""
@@ -40,7 +41,12 @@ _LAYOUT = "trainer.parallel."
 _SAMPLED = 16  # problems of a generated task: with its arguments they stand for all
 _ABSENT = "absent"
 _SOURCES = {key: f"{key.partition('.')[0]}_source" for key in OWN_KEYS}
-_EARLIER = {"algorithm.name": "grpo", "model_family": None}
+_EARLIER = {
+    "model_family": None,
+    "trainer.loss_mean_tokens": None,
+    **{f"algorithm.{f.name}": f.default for f in fields(GrpoConfig)},
+}
+"""Keys that manifests of version 0.1 may lack, and what runs did then."""
 
 
 def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +159,6 @@ def require_same(
     checkpoint.require("command", here["command"], "command")
     # Manifests of version 0.1 before families were types say what the architecture implies.
     model = {key: value for key, value in there["model"].items() if key != "qk_norm"}
-    # Those of before there were several do not name their algorithm, or their model's family.
     config = {k: v for k, v in _EARLIER.items() if k in here["config"]} | there["config"]
     sections = {
         "configuration": differences(config, here["config"]),

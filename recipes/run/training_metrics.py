@@ -5,10 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from samebit.recipes.run.sampling import Rollout
 from samebit.trainer.flops import peak_flops, train_flops
 from samebit.trainer.megatron.trainer import MegatronTrainer
-from samebit.trainer.types import StepStats
+from samebit.trainer.types import Sample, StepStats
 
 
 class PhaseTimer:
@@ -43,6 +45,13 @@ def rollout_metrics(rollout: Rollout, prefix: str) -> dict[str, float]:
         f"{prefix}/truncated_fraction": sum(c.finish_reason == "length" for c in completions)
         / len(completions),
     }
+
+
+def reference_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Return the mean over drawn tokens of log(policy / reference); nothing without a reference."""
+    pairs = [(s.logprobs, s.ref_logprobs, s.loss_mask) for s in samples]
+    found = [(a - b)[mask] for a, b, mask in pairs if a is not None and b is not None]
+    return {"rollout/kl": float(np.concatenate(found).mean(dtype=np.float64))} if found else {}
 
 
 def train_metrics(stats: Sequence[StepStats]) -> dict[str, float]:

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from losses import policy_gradients
 from policy_steps import gradient_samples
-from rank_losses import made_up
+from rank_losses import made_up, near
 
 from samebit.recipes.models.tiny_model import make_random_model
 from samebit.trainer.context import in_rows, sample_sums
@@ -27,6 +28,25 @@ def test_sums_of_samples_are_over_the_shares_of_all_ranks(run_ranks, tmp_path):
         for rank in found:
             assert torch.equal(rank["sums"], sums.detach())
             torch.testing.assert_close(rank["grad"], values.grad[rank["rows"]])
+
+
+def test_policy_gradients_are_the_same_on_context_ranks(run_ranks, tmp_path):
+    """Each algorithm's losses and figures have the same bits, those of whole samples too; so have
+    the gradients, but for GSPO's, which are sums over the ranks."""
+    [batch] = pack_samples(made_up(gradient_samples()), 1000, "sequence")
+    alone = policy_gradients(batch, near(batch))
+    run_ranks("rank_losses.losses", 2, tmp_path / "out.pt")
+    for rank in range(2):
+        saved = torch.load(tmp_path / f"out.{rank}")
+        assert saved["found"].keys() == alone.keys()
+        for name, rows in saved["found"].items():
+            assert rows.keys() == alone[name].keys()
+            for key, values in rows.items():
+                expected = alone[name][key][saved["rows"]]
+                if (name, key) == ("gspo", "grad"):
+                    torch.testing.assert_close(values, expected)
+                else:
+                    assert torch.equal(values, expected), (name, key)
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +76,5 @@ def test_two_ranks_take_the_step_of_one(run_ranks, folder, alone, mode, tmp_path
         for name in ("loss", "grad_norm"):
             assert found[name] == pytest.approx(expected[name], rel=1e-6), name
         assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-6)
+        for own, other in zip(found["reference"], expected["reference"], strict=True):
+            assert own == (pytest.approx(other, rel=1e-5) if mode == "tensor" else other)

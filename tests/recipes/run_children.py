@@ -51,12 +51,9 @@ def roll_out(recipe, step):
 
 def update(recipe, rollout):
     """The optimizer steps of grpo on a rollout: their figures."""
-    from samebit.recipes.data.samples import with_advantages
     from samebit.recipes.run.training_metrics import PhaseTimer
 
-    groups = rollout.samples()
-    advantages = recipe.algorithm.advantages(rollout.reward_tensor, groups)
-    return recipe.update(with_advantages(groups, advantages), PhaseTimer())
+    return recipe.update(rollout, PhaseTimer())
 
 
 def has_lines(file, count):

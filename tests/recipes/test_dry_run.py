@@ -99,6 +99,17 @@ def test_the_description_of_a_kv_cache(demo_model, running, count):
     assert figures["kv_mib_if_all_run_at_once"] == round(kv, 1)
 
 
+@pytest.mark.parametrize(("place", "kept"), [("loss", 1), ("reward", 1), (None, 0)])
+def test_the_description_of_a_reference(demo_model, place, kept):
+    """Its weights are kept wherever the KL to it stands."""
+    arguments = [f"model.path={demo_model}", "device=cpu", "data=reverse_digits", "algorithm=rloo"]
+    arguments += ["data.eval_size=4", "trainer.num_steps=1"]
+    arguments += ["rollout.max_prompt_len=40", "rollout.max_new_tokens=24"]
+    arguments += [f"algorithm.kl_in={place}", "algorithm.kl_coef=0.1"] if place else []
+    figures = describe_grpo(resolve("grpo", arguments))
+    assert figures["reference_mib"] == kept * figures["weights_mib"]
+
+
 def test_dry_run_of_sft(demo_model, tmp_path, capsys):
     """The same for supervised fine-tuning."""
     arguments = [f"model.path={demo_model}", f"output_dir={tmp_path}", "dry_run=true"]

@@ -7,11 +7,12 @@ import pytest
 import torch
 from losses import LossOf, SequenceRatio
 
+from samebit.recipes.run.batches import own_micro_batches
 from samebit.trainer.algorithms.base import Algorithm
 from samebit.trainer.algorithms.grpo import Grpo
 from samebit.trainer.algorithms.registry import ALGORITHMS, find_algorithm, make_algorithm
 from samebit.trainer.algorithms.sft import Sft
-from samebit.trainer.config import AlgorithmConfig, GrpoConfig
+from samebit.trainer.config import AlgorithmConfig, GrpoConfig, TrainerConfig
 from samebit.trainer.context import in_rows, sample_sums
 from samebit.trainer.packing import pack_samples
 from samebit.weight_sync.mapping import load_params, parts_of
@@ -133,6 +134,13 @@ def test_a_loss_or_metric_of_another_shape_is_refused(make_trainer, random_sampl
     assert trainer.digest() == before
 
 
+def test_a_run_has_the_loss_mean_of_its_settings(make_trainer, random_samples):
+    settings = TrainerConfig(loss_mean="constant", loss_mean_tokens=8)
+    [batch] = own_micro_batches(random_samples(2, seed=1), settings, make_trainer())
+    assert batch.loss_weights.eq(0.125).all()
+    assert batch.loss_denominator == 2
+
+
 def test_every_registered_algorithm_is_made_of_its_settings():
     for name in ALGORITHMS:
         algorithm = make_algorithm(find_algorithm(name).Config(name=name))
@@ -147,7 +155,7 @@ def test_every_registered_algorithm_is_made_of_its_settings():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("grop", "algorithm.name is 'grop'; it must be one of ('grpo',) or your own module:Class"),
+        ("grop", "algorithm.name is 'grop'; it must be one of ('grpo', 'gspo', 'cispo', 'rloo', "),
         ("none:Such", "algorithm.name is 'none:Such', which cannot be imported: No module named"),
         ("losses:Such", "algorithm.name is 'losses:Such', which cannot be imported: module"),
         (

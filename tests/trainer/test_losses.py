@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from samebit.trainer.algorithms.base import LossInputs
-from samebit.trainer.algorithms.grpo import Grpo, group_advantages, kl_estimate
+from samebit.trainer.algorithms.grpo import Grpo, group_advantages
+from samebit.trainer.algorithms.policy_gradient import kl_estimate
 from samebit.trainer.algorithms.sft import Sft
 from samebit.trainer.config import GrpoConfig, OptimizerConfig, TrainerConfig
 from samebit.trainer.packing import pack_samples
@@ -209,7 +210,7 @@ def test_supervised_loss():
 @pytest.mark.parametrize(
     ("config", "key"),
     [
-        (lambda: GrpoConfig(clip_ratio_low=1.0), "algorithm.clip_ratio_low is 1.0"),
+        (lambda: GrpoConfig(clip_ratio_low=1.1), "algorithm.clip_ratio_low is 1.1"),
         (lambda: GrpoConfig(clip_ratio_high=-0.1), "algorithm.clip_ratio_high is -0.1"),
         (lambda: GrpoConfig(kl_coef=-1), "algorithm.kl_coef is -1"),
         (lambda: GrpoConfig(kl_estimator="k4"), "algorithm.kl_estimator is 'k4'.*k1.*k2.*k3"),

@@ -141,7 +141,7 @@ def test_each_micro_batch_gets_its_own_reference(make_trainer, batches):
         seen.append((batch.index, reference))
         return -logprobs, {}
 
-    trainer = make_trainer()
+    trainer, loss.needs_reference = make_trainer(), True
     trainer.freeze_reference()
     expected = trainer.logprobs(batches)
     trainer.train_step(batches, loss)
@@ -366,5 +366,6 @@ def test_the_sample_behind_a_bad_gradient_is_named_at_its_temperature(make_train
         kink = (logprobs[rows] - logprobs[rows].detach()).abs().sqrt()
         return (-logprobs).index_add(0, rows, kink), {}
 
+    loss.needs_reference = True
     with pytest.raises(NonFiniteError, match=f"micro-batch 1, sample {bad}; the weights"):
         trainer.train_step(cold, loss)

@@ -73,16 +73,24 @@ def test_loss_means():
         assert sum(b.loss_denominator for b in by_sequence) == len(SAMPLES)
 
 
-def by_constant(row_counts, sample_of_row):
-    """Every token counts an eighth, over the number of samples."""
-    return np.full(len(sample_of_row), 0.125, np.float32), len(row_counts)
+def test_the_mean_by_a_constant():
+    """Every token counts an eighth, over the number of samples: Dr. GRPO's."""
+    for max_tokens in (1000, 8):
+        batches = pack_samples(SAMPLES, max_tokens, "constant", loss_mean_tokens=8)
+        assert torch.cat([b.loss_weights for b in batches]).tolist() == [0.125] * 13
+        assert sum(b.loss_denominator for b in batches) == len(SAMPLES)
+
+
+def by_half(row_counts, sample_of_row, tokens):
+    """Every token counts a half, over the number of samples."""
+    return np.full(len(sample_of_row), 0.5, np.float32), len(row_counts)
 
 
 def test_another_mean_is_a_function_and_its_name(monkeypatch):
-    monkeypatch.setitem(LOSS_MEANS, "constant", by_constant)
-    TrainerConfig(loss_mean="constant")
-    batches = pack_samples(SAMPLES, 8, "constant")
-    assert torch.cat([b.loss_weights for b in batches]).tolist() == [0.125] * 13
+    monkeypatch.setitem(LOSS_MEANS, "half", by_half)
+    TrainerConfig(loss_mean="half")
+    batches = pack_samples(SAMPLES, 8, "half")
+    assert torch.cat([b.loss_weights for b in batches]).tolist() == [0.5] * 13
     assert sum(b.loss_denominator for b in batches) == len(SAMPLES)
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from samebit.rollout.models.registry import load_model_config
+from samebit.trainer.algorithms.rloo import RlooConfig
 from samebit.trainer.config import (
     GrpoConfig,
     OptimizerConfig,
@@ -56,9 +57,13 @@ def test_layouts_that_make_no_sense_name_their_key(settings, message):
         (OptimizerConfig, "adam_beta1", [-0.1, 1.0], [0.0, 0.999]),
         (OptimizerConfig, "adam_beta2", [-0.1, 1.0], [0.0, 0.999]),
         (OptimizerConfig, "adam_eps", [0.0, -1e-9], [1e-30]),
-        (GrpoConfig, "clip_ratio_low", [-0.1, 1.0], [0.0, 0.999]),
+        (GrpoConfig, "clip_ratio_low", [-0.1, 1.1], [0.0, 1.0]),
         (GrpoConfig, "clip_ratio_high", [-0.1], [0.0, 3.0]),
-        (GrpoConfig, "kl_coef", [-0.1], [0.0]),
+        (GrpoConfig, "kl_coef", [-0.1, math.inf], [0.0]),
+        (GrpoConfig, "entropy_coef", [-0.1, math.nan], [0.0, 0.5]),
+        (GrpoConfig, "dual_clip", [-1.0, 1.2, math.inf], [0.0, 1.25]),
+        (GrpoConfig, "tis_clip", [-1.0, 1.2, math.inf], [0.0, 1.25]),
+        (RlooConfig, "tis_clip", [0.9, math.inf], [0.0, 1.0]),
         (GrpoConfig, "std_eps", [-0.1], [0.0]),
         (TrainerConfig, "num_steps", [0], [1]),
         (TrainerConfig, "batch_size", [0], [1, None]),

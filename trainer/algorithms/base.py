@@ -32,6 +32,12 @@ class LossInputs:
     """[R] fp32: log-probs under the reference weights, if the trainer holds any."""
     context: RankGroup = ALONE
 
+    @property
+    def log_ratio(self) -> Tensor:
+        """[R] log of the policy ratio, of the present weights to the rollout's; differentiable."""
+        assert self.batch.rollout_logprobs is not None
+        return self.logprobs - self.batch.rollout_logprobs
+
     def sample_sums(self, rows: Tensor) -> Tensor:
         """Sums of rows [R] by sample [B], of all context ranks: see context.sample_sums."""
         return sample_sums(rows, self.batch, self.context)
@@ -66,6 +72,8 @@ class Algorithm[C: AlgorithmConfig]:
     Config: ClassVar[Any] = AlgorithmConfig
     needs_reference: bool = False
     """Whether the loss reads ref_logprobs: the weights at the run's start are then kept."""
+    rewards_need_reference: bool = False
+    """Whether `advantages` reads the samples' ref_logprobs: they are kept then too."""
     needs_entropy_grad: bool = False
     """Whether the loss differentiates the entropies: their gradient is then made."""
 

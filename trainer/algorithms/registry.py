@@ -10,6 +10,13 @@ if TYPE_CHECKING:
 
 ALGORITHMS = {
     "grpo": "samebit.trainer.algorithms.grpo:Grpo",
+    "gspo": "samebit.trainer.algorithms.gspo:Gspo",
+    "cispo": "samebit.trainer.algorithms.cispo:Cispo",
+    "rloo": "samebit.trainer.algorithms.rloo:Rloo",
+    "reinforce_plus_plus": "samebit.trainer.algorithms.reinforce_plus_plus:ReinforcePlusPlus",
+    "reinforce_plus_plus_baseline": (
+        "samebit.trainer.algorithms.reinforce_plus_plus_baseline:ReinforcePlusPlusBaseline"
+    ),
 }
 
 

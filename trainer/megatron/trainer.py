@@ -185,7 +185,8 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
         """
         self.arena.require_resident()
         with no_cuda():
-            references = self.logprobs(batches, reference=True) if self._reference else None
+            needed = algorithm.needs_reference
+            references = self.logprobs(batches, reference=True) if needed else None
             totals = self._forward_backward(batches, algorithm, references, poll)
             for failure in filter(None, gather_objects(self._failure)):
                 raise NonFiniteError(failure)
@@ -359,7 +360,8 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
                 unit, batch.num_tokens, temperature=batch.temperature, device=self.device
             )
             alone = [replace(packed, index=batch.index)]
-            reference = self.logprobs(alone, reference=True) if self._reference else None
+            needed = algorithm.needs_reference
+            reference = self.logprobs(alone, reference=True) if needed else None
             self._forward_backward(alone, algorithm, reference)
             if not self._gradients_finite():
                 return f"sample {unit[0].sample_id}"
