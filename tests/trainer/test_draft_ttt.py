@@ -91,7 +91,7 @@ def test_loss_and_gradients_are_those_of_the_literal_test(name, monkeypatch):
     stats = trainer.train_step([data])
     assert abs(stats.loss - expected) < 1e-5
     for i, (loss, rows, _) in enumerate(passes):
-        assert abs(stats.metrics[f"draft/loss_{i}"] - float(loss.detach()) / rows) < 1e-5
+        assert abs(stats.metrics[f"loss_{i}"] - float(loss.detach()) / rows) < 1e-5
     if EMBEDDING in trainer.params:
         seen[EMBEDDING] = torch.zeros_like(trainer.params[EMBEDDING])
         w["embed_tokens.weight"].grad = torch.zeros_like(w["embed_tokens.weight"])
@@ -140,7 +140,7 @@ def test_every_loss_is_learned(name):
         trainer.train_step(batches)
     after = trainer.evaluate(batches).metrics
     for i in range(2):
-        assert after[f"draft/acceptance_{i}"] > before[f"draft/acceptance_{i}"] + 0.02, (name, i)
+        assert after[f"acceptance_{i}"] > before[f"acceptance_{i}"] + 0.02, (name, i)
 
 
 def test_chunks_move_nothing_that_matters(monkeypatch):

@@ -5,7 +5,7 @@ masters. Gradients are sums in fp32 over rows, passes, micro-batches and ranks, 
 are divided once by the rows that count. The same samples on the same device give the same bytes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,13 @@ from samebit.rollout.models.draft.config import EMBEDDING, OUTPUT, DraftConfig
 from samebit.rollout.models.draft.decoder import DraftDecoder
 from samebit.rollout.models.draft.vocabulary import DraftVocabulary
 from samebit.trainer.config import OptimizerConfig
+from samebit.trainer.draft.acceptance import accept_lengths
 from samebit.trainer.draft.batch import DraftBatch, TargetHead
 from samebit.trainer.draft.config import TttConfig
 from samebit.trainer.draft.optimizer import MasterAdamW, learning_rate
 from samebit.trainer.draft.ttt import TttTotals, loss_gradients, unroll
 from samebit.trainer.types import NonFiniteError
+from samebit.weight_sync.digest import weights_digest
 from samebit.weight_sync.objects import gather_objects
 
 
@@ -37,7 +39,7 @@ class DraftStats:
     learning_rate: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
     """Of each pass: loss, share of rows with the target's first choice, acceptance at temperature
-    1; and the share of rows whose first choice is in the draft vocabulary."""
+    1; the share of rows whose first choice is in the draft vocabulary; evaluated, accept_length."""
 
 
 class DraftTrainer:
@@ -109,7 +111,7 @@ class DraftTrainer:
         self.step = 0
 
     def train_step(
-        self, batches: Sequence[DraftBatch], poll: Callable[[], object] = lambda: None
+        self, batches: Iterable[DraftBatch], poll: Callable[[], object] = lambda: None
     ) -> DraftStats:
         """One optimizer step on this rank's micro-batches; `poll` is called before each of them.
 
@@ -144,15 +146,20 @@ class DraftTrainer:
             metrics=stats.metrics,
         )
 
-    def evaluate(self, batches: Sequence[DraftBatch]) -> DraftStats:
-        """The same measures without a step; all ranks call it."""
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[DraftBatch]) -> DraftStats:
+        """The same measures without a step, and the accept length; all ranks call it."""
         totals = TttTotals.zeros(self.ttt.passes, self.device)
-        with torch.no_grad():
-            for data in batches:
-                loss_gradients(
-                    self._draft, self.unroll(data), data, self._target, self._token_ids, self.ttt,
-                    None, totals,
-                )  # fmt: skip
+        for data in batches:
+            finals = self.unroll(data)
+            loss_gradients(
+                self._draft, finals, data, self._target, self._token_ids, self.ttt, None, totals
+            )
+            batch, drafted = data.batch, self._choices(finals).cpu().numpy()
+            ids, rows = (x.cpu().numpy() for x in (batch.input_ids, batch.rows))
+            lengths = accept_lengths(drafted, ids, rows, batch.seq_lens)
+            totals.accepted[0] += sum(lengths)
+            totals.accepted[1] += len(lengths)
         return self._stats(totals)
 
     def unroll(self, data: DraftBatch) -> list[Tensor]:
@@ -163,7 +170,9 @@ class DraftTrainer:
     @torch.no_grad()
     def drafted(self, data: DraftBatch) -> Tensor:
         """[passes, T] int64: the target's id of each pass's first choice in every column."""
-        finals = self.unroll(data)
+        return self._choices(self.unroll(data))
+
+    def _choices(self, finals: Sequence[Tensor]) -> Tensor:
         rows = max(1, (1 << 22) // self.config.draft_vocab_size)
         chosen = [
             torch.cat([self._draft.logits(part).argmax(-1) for part in final.split(rows)])
@@ -174,11 +183,22 @@ class DraftTrainer:
     def state_dict(self) -> dict[str, Any]:
         """All that training goes on from, to the same bytes; `params` are what is served."""
         params = {name: p.detach() for name, p in self.params.items()}
-        return {"step": self.step, "params": params, "optimizer": self._adam.state_dict()}
+        return {
+            "step": self.step,
+            "params": params,
+            "optimizer": self._adam.state_dict(),
+            "vocabulary": self.vocabulary.token_ids,
+        }
+
+    def digest(self) -> str:
+        """The weights digest of the parameters, under the names of the sglang dialect."""
+        return weights_digest(self.specs, self.params)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state_dict; ValueError for another draft's."""
+        if not torch.equal(state["vocabulary"], self.vocabulary.token_ids):
+            raise ValueError("the state is another draft's: its vocabulary holds other tokens")
         self._adam.load_state_dict(state["optimizer"])
         if EMBEDDING in self.params:
             self.params[EMBEDDING].copy_(state["params"][EMBEDDING])
@@ -213,7 +233,7 @@ class DraftTrainer:
     def _stats(self, totals: TttTotals) -> DraftStats:
         own = [x.tolist() for x in totals.tensors()]
         each = gather_objects(own, self.ranks.group) if self.ranks.size > 1 else [own]
-        rows, loss, matches, accepted, asked = (
+        rows, loss, matches, acceptance, asked, accepted = (
             torch.tensor(parts, dtype=torch.float64).sum(0) for parts in zip(*each, strict=True)
         )
         if not rows[0]:
@@ -222,11 +242,13 @@ class DraftTrainer:
                 f"vocabulary of {len(self.vocabulary)} tokens, or no sample has three tokens"
             )
         decay = self.ttt.loss_decay ** torch.arange(self.ttt.passes, dtype=torch.float64)
-        metrics = {"draft/vocabulary_share": float(rows[0] / asked[0])}
-        per_pass = {"loss": loss, "match": matches, "acceptance": accepted}
+        metrics = {"vocabulary_share": float(rows[0] / asked[0])}
+        if accepted[1]:
+            metrics["accept_length"] = float(accepted[0] / accepted[1])
+        per_pass = {"loss": loss, "match": matches, "acceptance": acceptance}
         for name, sums in per_pass.items():
             means = (sums / rows.clamp(min=1)).tolist()
-            metrics |= {f"draft/{name}_{i}": mean for i, mean in enumerate(means)}
+            metrics |= {f"{name}_{i}": mean for i, mean in enumerate(means)}
         return DraftStats(
             loss=float((loss * decay).sum() / rows[0]), num_rows=int(rows[0]), metrics=metrics
         )

@@ -80,6 +80,8 @@ class TttTotals:
     acceptance: Tensor
     asked: Tensor
     """[1]: rows trained on that pass 0 can answer."""
+    accepted: Tensor
+    """[2]: tokens that verifications yield, and verifications; where that is looked at."""
 
     @classmethod
     def zeros(cls, passes: int, device: torch.device) -> "TttTotals":
@@ -88,11 +90,11 @@ class TttTotals:
         def sums(size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.float64, device=device)
 
-        return cls(sums(passes), sums(passes), sums(passes), sums(passes), sums(1))
+        return cls(sums(passes), sums(passes), sums(passes), sums(passes), sums(1), sums(2))
 
     def tensors(self) -> list[Tensor]:
         """All of them, in one order."""
-        return [self.rows, self.loss, self.matches, self.acceptance, self.asked]
+        return [self.rows, self.loss, self.matches, self.acceptance, self.asked, self.accepted]
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
