@@ -12,6 +12,7 @@ from draft_cases import (
 )
 from draft_training import NUM_LAYERS, make_batches, make_trainer
 from helpers import assert_same_bits
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from samebit.rollout.models.draft.config import EMBEDDING
 from samebit.trainer.draft import ttt
@@ -151,6 +152,35 @@ def test_chunks_move_nothing_that_matters(monkeypatch):
         monkeypatch.setattr(ttt, "chunk_rows", lambda v, d, rows=rows: rows)
         losses.append(make_trainer(config, passes=3).train_step(make_batches(config)).loss)
     assert abs(losses[0] - losses[1]) < 1e-9 * losses[0]
+
+
+class Largest(TorchDispatchMode):
+    """Sees how many elements the largest tensor has that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for x in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return made
+
+
+def test_memory_is_linear_in_the_tokens(monkeypatch):
+    """No tensor of a step is [T, T] or [T, Vd]: of twice the tokens the largest is at most twice as
+    large, and smaller than either."""
+    config = make_config(vocab_size=2000, draft_vocab_size=1500, max_position=600)
+    trainer = make_trainer(config, passes=2)
+    monkeypatch.setattr(ttt, "chunk_rows", lambda vocab_size, device: 16)
+    largest = []
+    for length in (256, 512):
+        batches = make_batches(config, lens=(length,), max_tokens=length)
+        with Largest() as seen:
+            trainer.train_step(batches)
+        largest.append(seen.numel)
+    assert largest[1] <= 2 * largest[0]
+    assert largest[1] < 512 * 512
 
 
 def test_streams_that_do_not_fit_are_refused():
