@@ -37,10 +37,10 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, seq_lens: Sequence[int], scal
     return torch.cat(outputs)
 
 
-_attend: Op[..., tuple[Tensor, Tensor]] = Op(
+attend: Op[..., tuple[Tensor, Tensor]] = Op(
     "attention", cpu=cpu.attend, cuda="samebit.kernels.gpu.attention:attend"
 )
-_attend_backward: Op[..., tuple[Tensor, ...]] = Op(
+attend_backward: Op[..., tuple[Tensor, ...]] = Op(
     "attention_backward",
     cpu=cpu.attend_backward,
     cuda="samebit.kernels.gpu.attention_backward:attend_backward",
@@ -52,7 +52,7 @@ class _PackedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float
     ) -> Tensor:
-        output, lse = _attend(q, k, v, plan, scale)
+        output, lse = attend(q, k, v, plan, scale)
         ctx.save_for_backward(q, k, v, output, lse)
         ctx.plan, ctx.scale = plan, scale
         return output
@@ -60,7 +60,7 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, output, lse = ctx.saved_tensors
-        return *_attend_backward(grad, q, k, v, output, lse, ctx.plan, ctx.scale), None, None
+        return *attend_backward(grad, q, k, v, output, lse, ctx.plan, ctx.scale), None, None
 
 
 class CanonicalAttention(AttentionKind):
@@ -151,7 +151,7 @@ class CanonicalAttention(AttentionKind):
         """See AttentionKind."""
         flat = (-1, *key_cache.shape[2:])
         keys, values = key_cache.view(flat), value_cache.view(flat)
-        return _attend(q, keys, values, plan, self.heads.scale)[0]
+        return attend(q, keys, values, plan, self.heads.scale)[0]
 
     def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
         """See AttentionKind."""

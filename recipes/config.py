@@ -196,7 +196,7 @@ class RunSection(FolderSection):
         """Check across sections; raises ValueError, which names the keys."""
 
 
-def _check_schedule(trainer: TrainerConfig, num_updates: int) -> None:
+def check_schedule(trainer: TrainerConfig, num_updates: int) -> None:
     """ValueError for a learning rate that is to decay and has no step left to do so."""
     schedule, warmup = trainer.optimizer.lr_schedule, trainer.optimizer.lr_warmup_steps
     decays = schedule == "constant" or warmup < num_updates
@@ -204,7 +204,8 @@ def _check_schedule(trainer: TrainerConfig, num_updates: int) -> None:
     require(decays, "trainer.optimizer.lr_warmup_steps", warmup, meaning)
 
 
-def _check_overwrite(run: RunSection) -> None:
+def check_overwrite(run: RunSection) -> None:
+    """ValueError for a run that is to go on and to remove what is there."""
     alone = not (run.resume and run.overwrite)
     require(alone, "overwrite", run.overwrite, "false with resume=true, which removes nothing")
 
@@ -254,10 +255,10 @@ class SftRun(RunSection):
 
     def validate(self) -> None:
         """Check across sections; raises ValueError, which names the keys."""
-        _check_overwrite(self)
+        check_overwrite(self)
         require(self.eval_every >= 1, "eval_every", self.eval_every, "positive")
         require(self.trainer.batch_size is not None, "trainer.batch_size", None, "set for sft")
-        _check_schedule(self.trainer, self.trainer.num_steps)
+        check_schedule(self.trainer, self.trainer.num_steps)
         if self.data.eval_size == 0 and self.data.eval_path is None:
             require_default(self, "", ("eval_every",), "no record is held out")
         idle = ("num_samples", "save_rollouts")
@@ -309,7 +310,7 @@ class GrpoRun(RunSection):
 
     def validate(self) -> None:
         """Check across sections; raises ValueError, which names the keys."""
-        _check_overwrite(self)
+        check_overwrite(self)
         prompts, n = self.rollout.prompts_per_step, self.rollout.samples_per_prompt
         least = self.algorithm.min_samples_per_prompt
         meaning = f"at least {least}: an advantage is relative to the other samples of the prompt"
@@ -330,7 +331,7 @@ class GrpoRun(RunSection):
                 f"{self.batch_size}"
             )
         _check_copies(self.batch_size, self.trainer.parallel.data)
-        _check_schedule(self.trainer, self.num_updates)
+        check_schedule(self.trainer, self.num_updates)
         if self.data.eval_size < 1 and self.data.eval_path is None:
             raise ValueError(
                 f"data.eval_size is {self.data.eval_size}; grpo measures the reward on held-out "

@@ -37,6 +37,11 @@ def find_checkpoint(path: Path) -> Checkpoint:
     )
     if found is None:
         raise ConfigError(f"checkpoint={path}: no whole checkpoint there")
+    if found.manifest.get("command") == "eagle3":
+        raise ConfigError(
+            f"checkpoint={path} is a draft's, of samebit eagle3, which writes its own draft/ at "
+            "the end of the run"
+        )
     return found
 
 

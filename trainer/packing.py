@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -54,7 +55,17 @@ def units_of(samples: Iterable[Sample]) -> list[list[Sample]]:
     return units
 
 
-def share_batches(batches: Sequence[MicroBatch], num_ranks: int) -> list[list[MicroBatch]]:
+class Packed(Protocol):
+    """A micro-batch as it is shared out."""
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+
+def share_batches[B: Packed](batches: Sequence[B], num_ranks: int) -> list[list[B]]:
     """Micro-batches for each data rank, of nearly equal tokens; the same on every rank.
 
     The longest goes first, to whoever has least; each rank keeps the order of indices. Raises
@@ -65,7 +76,7 @@ def share_batches(batches: Sequence[MicroBatch], num_ranks: int) -> list[list[Mi
             f"{len(batches)} micro-batches for {num_ranks} data ranks; each needs one: train on "
             "more samples"
         )
-    shares: list[list[MicroBatch]] = [[] for _ in range(num_ranks)]
+    shares: list[list[B]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
     for batch in sorted(batches, key=lambda b: -b.num_tokens):
         rank = min(range(num_ranks), key=lambda r: (loads[r], r))

@@ -106,12 +106,13 @@ def _take(file: Path, folder: Path) -> int:
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path, **content: Any) -> Iterator[Path]:
     """Gives a new folder to fill; at the block's end it takes the place of `folder`, as a whole.
 
-    It is marked as ours, of the kind "model". Both stand in a folder of ours beside `folder`, under
-    a name that nobody else has, until that is done; what a killed process left there is finished or
-    removed. A link is followed. Raises FolderInUseError if another process is replacing `folder`.
+    It is marked as ours, of the kind "model", with `content`. Both stand in a folder of ours beside
+    `folder`, under a name that nobody else has, until that is done; what a killed process left
+    there is finished or removed. A link is followed. Raises FolderInUseError if another process is
+    replacing `folder`.
     """
     folder = folder.resolve()
     make_folder(folder.parent)
@@ -123,7 +124,7 @@ def replacing(folder: Path) -> Iterator[Path]:
         new = work / "new"
         new.mkdir()
         yield new
-        write_marker(new, "model")
+        write_marker(new, "model", **content)
         sync_tree(work)
         sync(folder.parent)
         _put_in_place(folder, work)

@@ -130,6 +130,18 @@ def _from_tiles(tiles: Tensor, shape: torch.Size, plan: CpuAttentionPlan) -> Ten
     return rows.view(shape[0], -1, num_kv, head_dim).transpose(1, 2).reshape(shape)
 
 
+def lse_of_rows(lse: Tensor, num_heads: int, plan: CpuAttentionPlan) -> Tensor:
+    """Log-sum-exps [tiles, Hkv, Q_TILE] -> [T, Hq]."""
+    num_tokens = len(plan.row_places) * lse.shape[1] // num_heads
+    shape = torch.Size((num_tokens, num_heads, 1))
+    return _from_tiles(lse[..., None], shape, plan).squeeze(-1)
+
+
+def lse_of_tiles(lse: Tensor, num_kv: int, plan: CpuAttentionPlan) -> Tensor:
+    """Log-sum-exps [T, Hq] -> [tiles, Hkv, Q_TILE]."""
+    return _to_tiles(lse[..., None], num_kv, plan).squeeze(-1)
+
+
 def _gather(cache: Tensor, tile: KeyTile) -> Tensor:
     """[kv_slots, Hkv, Dh] -> [num_tiles * Hkv, KV_TILE, Dh]."""
     return cache[tile.kv_slots].transpose(1, 2).reshape(-1, KV_TILE, cache.shape[-1])

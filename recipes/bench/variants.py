@@ -73,7 +73,7 @@ def torch_trainer_kernels(device_type: str) -> Iterator[Calls]:
 
     with (
         torch_kernels(device_type) as calls,
-        _replaced(device_type, [(attention_op._attend, attend)]),
+        _replaced(device_type, [(attention_op.attend, attend)]),
     ):
         yield calls
 

@@ -7,11 +7,13 @@ from typing import Any
 
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.data.records import Split
-from samebit.recipes.run.inputs import GrpoInputs, SftInputs
+from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
+from samebit.recipes.run.inputs import Eagle3Inputs, GrpoInputs, SftInputs
 from samebit.recipes.run.secrets import to_yaml
 from samebit.recipes.run.session import require_resumable, require_startable
 from samebit.rollout.device import resolve_device, resolve_dtype
 from samebit.rollout.models.config import ModelConfig
+from samebit.rollout.models.draft.config import DraftConfig
 from samebit.rollout.models.registry import load_stop_tokens
 from samebit.trainer.algorithms.registry import make_algorithm
 from samebit.trainer.config import TrainerConfig
@@ -21,11 +23,13 @@ from samebit.weight_sync.mapping import hf_shapes
 _MIB = 1 << 20
 
 
-def _num_parameters(model: ModelConfig) -> int:
+def _num_parameters(model: ModelConfig | DraftConfig) -> int:
     return sum(math.prod(shape) for shape in hf_shapes(model.param_specs()).values())
 
 
-def _memory(model: ModelConfig, device_type: str, trainer: TrainerConfig) -> dict[str, Any]:
+def _memory(
+    model: ModelConfig | DraftConfig, device_type: str, trainer: TrainerConfig
+) -> dict[str, Any]:
     """MiB of a process by use. AdamW keeps two fp32 moments, bf16 weights also an fp32 master copy.
 
     Stages and tensor ranks count as equal; the first and last stage have more.
@@ -48,7 +52,7 @@ def _memory(model: ModelConfig, device_type: str, trainer: TrainerConfig) -> dic
     }
 
 
-def _counts(run: GrpoRun | SftRun, splits: Mapping[str, Split]) -> dict[str, int]:
+def _counts(run: TrainingRun, splits: Mapping[str, Split]) -> dict[str, int]:
     """Numbers of records, and of those that the policy for overlong ones has changed."""
     counts = {f"{name}_records": len(split) for name, split in splits.items()}
     for name, split in splits.items():
@@ -104,7 +108,30 @@ def describe_sft(run: SftRun) -> dict[str, Any]:
     }
 
 
-def print_description(run: GrpoRun | SftRun, figures: Mapping[str, Any]) -> None:
+def describe_eagle3(run: Eagle3Run) -> dict[str, Any]:
+    """The batch arithmetic and a memory estimate; every record and the draft's headers are read."""
+    inputs = Eagle3Inputs(run)
+    require_resumable(run, inputs.records)
+    resolved, model, config = resolve_device(run.device), inputs.model, inputs.config
+    samples = run.rollout.prompts_per_step * run.rollout.samples_per_prompt
+    width = resolve_dtype(None, resolved).itemsize
+    streams = len({*config.captured_layers, model.num_layers}) * config.target_hidden_size
+    most_tokens = run.trainer.micro_batch_tokens
+    return {
+        "device": resolved.type,
+        **_counts(run, {"train": inputs.train_set, "held_out": inputs.eval_set}),
+        "samples_per_step": samples,
+        "optimizer_steps": run.trainer.num_steps,
+        "most_tokens_per_step": samples * run.longest,
+        "draft_vocabulary": config.draft_vocab_size,
+        "captured_layers": ", ".join(map(str, config.captured_layers)),
+        "target_mib": round(_num_parameters(model) * width / _MIB, 1),
+        **_memory(config, resolved.type, run.trainer),
+        "streams_mib": round(most_tokens * streams * width / _MIB, 1),
+    }
+
+
+def print_description(run: TrainingRun, figures: Mapping[str, Any]) -> None:
     """Print the configuration as YAML, what ends a completion, then one figure a line."""
     print(to_yaml(run))
     print(f"stop tokens: {load_stop_tokens(run.model.path)}")
@@ -112,7 +139,7 @@ def print_description(run: GrpoRun | SftRun, figures: Mapping[str, Any]) -> None
         print(f"{name:28s} {value:,}" if isinstance(value, int | float) else f"{name:28s} {value}")
 
 
-def train_or_describe[R: (GrpoRun, SftRun)](
+def train_or_describe[R: (GrpoRun, SftRun, Eagle3Run)](
     run: R, train: Callable[[R], dict[str, Any]], describe: Callable[[R], dict[str, Any]]
 ) -> int:
     """Run a training command, which prints its summary or, with dry_run, what the run would be."""

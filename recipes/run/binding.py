@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from samebit.kernels.profile import NumericsProfile
-from samebit.recipes.config import GrpoRun, RunSection, SftRun
+from samebit.recipes.config import RunSection
 from samebit.recipes.data.tasks.base import DataConfig, Dataset
+from samebit.recipes.eagle3_config import TrainingRun
 from samebit.recipes.models.side_files import tokenizer_files
 from samebit.recipes.run.input_files import OWN_KEYS, flatten, own_sources
 from samebit.recipes.run.provenance import device_name
@@ -36,7 +37,7 @@ _FREE_KEYS = {
     "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.background_checkpoints",
     "trainer.parallel.recompute", "trainer.parallel.offload_optimizer",
 }  # fmt: skip
-_PATHS = ("model.path", "data.path", "data.eval_path")
+_PATHS = ("model.path", "draft.path", "data.path", "data.eval_path")
 _LAYOUT = "trainer.parallel."
 _SAMPLED = 16  # problems of a generated task: with its arguments they stand for all
 _ABSENT = "absent"
@@ -65,7 +66,7 @@ def _without_free_keys(values: Mapping[str, Any], section: str = "") -> dict[str
     }
 
 
-def binding_layout(run: SftRun | GrpoRun) -> dict[str, Any]:
+def binding_layout(run: TrainingRun) -> dict[str, Any]:
     """Return every key of trainer.parallel that bits or a checkpoint's files depend on."""
     return binding_config(to_dict(run))["trainer"]["parallel"]
 
@@ -83,7 +84,7 @@ def bound_keys(run: RunSection) -> dict[str, Any]:
     }
 
 
-def bindings(run: SftRun | GrpoRun, command: str, records: Mapping[str, Dataset]) -> dict[str, Any]:
+def bindings(run: TrainingRun, command: str, records: Mapping[str, Dataset]) -> dict[str, Any]:
     """Return what a run's checkpoints are bound to, as manifests say it; records by their name."""
     found = {
         "format": FORMAT,
@@ -97,7 +98,7 @@ def bindings(run: SftRun | GrpoRun, command: str, records: Mapping[str, Dataset]
     return json.loads(json.dumps(found, default=str))
 
 
-def _contents(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> Iterator[tuple[str, str]]:
+def _contents(run: TrainingRun, records: Mapping[str, Dataset]) -> Iterator[tuple[str, str]]:
     """Digests of the tokenizer's files and of the problems, by what they are."""
     for name, file in tokenizer_files(Path(run.model.path)).items():
         yield f"model.path/{name}", digest(file.read_bytes())
@@ -107,7 +108,7 @@ def _contents(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> Iterator
         yield "package reasoning_gym", importlib.metadata.version("reasoning_gym")
 
 
-def _sources(run: SftRun | GrpoRun) -> dict[str, str | None]:
+def _sources(run: TrainingRun) -> dict[str, str | None]:
     """Digests of the files of what is the user's own."""
     return {
         _SOURCES[key]: digest(file.read_bytes()) if file and file.is_file() else None
@@ -115,7 +116,7 @@ def _sources(run: SftRun | GrpoRun) -> dict[str, str | None]:
     }
 
 
-def card_of(run: SftRun | GrpoRun) -> str | None:
+def card_of(run: TrainingRun) -> str | None:
     """Return the GPU's name, by which cuBLAS chooses the backward's products; None on a CPU."""
     device = resolve_device(run.device)
     return device_name(device) if device.type == "cuda" else None
@@ -142,7 +143,7 @@ def records_digest(problems: Dataset, config: DataConfig) -> str:
 
 
 def require_same(
-    checkpoint: Checkpoint, run: SftRun | GrpoRun, here: Mapping[str, Any], profile: NumericsProfile
+    checkpoint: Checkpoint, run: TrainingRun, here: Mapping[str, Any], profile: NumericsProfile
 ) -> None:
     """Raise CheckpointError, naming all keys with both values, unless the run may go on there.
 
@@ -191,7 +192,7 @@ def require_same(
 
 
 def _require_same_layout(
-    checkpoint: Checkpoint, run: SftRun | GrpoRun, profile: NumericsProfile
+    checkpoint: Checkpoint, run: TrainingRun, profile: NumericsProfile
 ) -> None:
     there, here = checkpoint.manifest["parallel"], binding_layout(run)
     if there != here and not run.reshard:

@@ -6,7 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from samebit.recipes.config import GrpoRun, SftRun
+from samebit.recipes.config import GrpoRun
+from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
 from samebit.recipes.models.side_files import CHAT_TEMPLATES
 
 OWN_KEYS = ("model_family", "numerics.attention", "data.task", "reward.name", "algorithm.name")
@@ -23,7 +24,7 @@ def source_of(name: str) -> Path | None:
     return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
 
 
-def own_sources(run: SftRun | GrpoRun) -> dict[str, Path | None]:
+def own_sources(run: TrainingRun) -> dict[str, Path | None]:
     """Return for each of OWN_KEYS the file of what it names, if that is the user's own."""
     found = {}
     for key in OWN_KEYS:
@@ -33,13 +34,16 @@ def own_sources(run: SftRun | GrpoRun) -> dict[str, Path | None]:
     return found
 
 
-def input_files(run: SftRun | GrpoRun) -> Iterator[tuple[str, Path]]:
+def input_files(run: TrainingRun) -> Iterator[tuple[str, Path]]:
     """Yield (key, file) of everything: model, data, modules of the user's, files in arguments."""
     model = Path(run.model.path)
     if model.is_dir():
         inside = [*model.iterdir(), *(model / CHAT_TEMPLATES).glob("*")]
         visible = (file for file in inside if file.is_file() and not file.name.startswith("."))
         yield from (("model.path", file) for file in visible)
+    if isinstance(run, Eagle3Run) and run.draft.path is not None:
+        files = (file for file in Path(run.draft.path).glob("*") if file.is_file())
+        yield from (("draft.path", file) for file in files)
     for key in ("path", "eval_path"):
         if file := getattr(run.data, key):
             yield f"data.{key}", Path(file)

@@ -18,6 +18,8 @@ from samebit.recipes.data.tasks.base import Dataset, Problem
 from samebit.recipes.data.tasks.faults import raise_faults
 from samebit.recipes.data.tasks.registry import load_datasets
 from samebit.recipes.data.text import TextCodec
+from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
+from samebit.recipes.launch.draft import checked_draft
 from samebit.recipes.launch.placement import require_release, require_transport
 from samebit.recipes.launch.processes import is_one_of_several, launched_rank
 from samebit.recipes.run.signals import Stopped, StopSignals
@@ -30,7 +32,7 @@ from samebit.trainer.megatron.stages import make_stage
 logger = logging.getLogger(__name__)
 
 
-def checked_model(run: GrpoRun | SftRun) -> ModelConfig:
+def checked_model(run: TrainingRun) -> ModelConfig:
     """Return the model that a run starts from; raises ValueError or OSError if it could not.
 
     The layout, the attention kind and the headers of the weights are looked at, no weight is read.
@@ -45,7 +47,7 @@ def checked_model(run: GrpoRun | SftRun) -> ModelConfig:
     return model
 
 
-def _require_lengths(run: GrpoRun, model: ModelConfig) -> None:
+def _require_lengths(run: GrpoRun | Eagle3Run, model: ModelConfig) -> None:
     """ValueError unless the longest sample fits the model's context and the KV cache."""
     longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
     lengths = "rollout.max_prompt_len + rollout.max_new_tokens"
@@ -187,6 +189,44 @@ class SftInputs:
         """A checkpoint is bound to the contents of these."""
         held_out = {} if self.eval_set is None else {"held-out records": self.eval_set}
         return {"training records": self.train_set, **held_out}
+
+
+class Eagle3Inputs:
+    """Reads what a draft's training reads; of the draft's folder the headers alone. Raises as
+    GrpoInputs does."""
+
+    def __init__(self, run: Eagle3Run, stop: StopSignals | None = None) -> None:
+        poll = _polled(stop)
+        self.model = checked_model(run)
+        _require_lengths(run, self.model)
+        self.draft, self.config = checked_draft(run, self.model)
+        train_set, eval_set = load_datasets(run.data)
+        encoder = Encoder(
+            text=TextCodec(run.model.path, run.data.chat),
+            vocab_size=self.model.vocab_size,
+            max_len=run.rollout.max_prompt_len,
+            limit="rollout.max_prompt_len",
+            policy=run.data.overlong_prompts,
+        )
+        self.train_set = Split("train split", train_set, encoder)
+        self.eval_set = Split("held-out split", eval_set, encoder)
+        faults: list[str] = []
+
+        def check(problems: Sequence[Problem]) -> list[str]:
+            poll()
+            return [""] * len(problems)
+
+        count = run.trainer.num_steps * run.rollout.prompts_per_step
+        if run.draft.path is None:
+            count = max(count, run.draft.vocab_prompts)
+        self.train_set.prepare(_used(train_set, count, run.seed), check, faults)
+        self.eval_set.prepare(range(len(eval_set)), check, faults)
+        raise_faults(faults)
+
+    @property
+    def records(self) -> dict[str, Dataset]:
+        """A checkpoint is bound to the contents of these."""
+        return {"training records": self.train_set, "held-out records": self.eval_set}
 
 
 def _used(train_set: Dataset, count: int, seed: int) -> range | list[int]:

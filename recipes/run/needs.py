@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from samebit.recipes.config import DemoRun, GrpoRun, SftRun
+from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
 from samebit.recipes.tools_config import FetchRun
 
 
@@ -32,10 +33,10 @@ def require_ready(run: Any) -> None:
             _require_wandb_login(prefix)
 
 
-def _phases(run: Any) -> list[tuple[str, SftRun | GrpoRun]]:
+def _phases(run: Any) -> list[tuple[str, TrainingRun]]:
     if isinstance(run, DemoRun):
         return [(f"{n}.", p) for n, p in (("sft", run.sft), ("grpo", run.grpo)) if p is not None]
-    return [("", run)] if isinstance(run, SftRun | GrpoRun) else []
+    return [("", run)] if isinstance(run, SftRun | GrpoRun | Eagle3Run) else []
 
 
 def _packages(run: Any) -> Iterator[tuple[str, str, str]]:

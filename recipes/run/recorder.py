@@ -12,6 +12,7 @@ from samebit.recipes.run.secrets import to_dict
 from samebit.recipes.run.session import RunSession
 from samebit.recipes.run.signals import Stopped
 from samebit.trainer.checkpoint import latest_checkpoint
+from samebit.trainer.draft.trainer import DraftTrainer
 from samebit.trainer.megatron.trainer import MegatronTrainer
 
 
@@ -29,7 +30,7 @@ class Recorder:
 
     session: RunSession
     progress: Progress
-    trainer: MegatronTrainer
+    trainer: MegatronTrainer | DraftTrainer
     _logger: MetricsLogger | None
     _bar: tqdm
 
@@ -70,7 +71,7 @@ class Recorder:
 
 @contextmanager
 def recording(
-    session: RunSession, progress: Progress, trainer: MegatronTrainer
+    session: RunSession, progress: Progress, trainer: MegatronTrainer | DraftTrainer
 ) -> Iterator[Recorder]:
     """Within the block a run goes on from `progress`; at its end all checkpoints are whole.
 

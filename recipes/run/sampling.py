@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from samebit.recipes.config import GrpoRun
+from samebit.recipes.config import GrpoRun, RolloutSection
 from samebit.recipes.data.order import SampleIds, problem_index
 from samebit.recipes.data.records import Split
 from samebit.recipes.data.rewards import Poll, RewardError, score
@@ -62,18 +62,19 @@ class Rollout:
         return [[drawn_sample(prompt, c) for c in group] for prompt, group in groups]
 
 
-class RolloutSource:
-    """Chooses whose turn it is, has an engine complete the prompts, and scores the completions."""
+class PromptOrder:
+    """Chooses whose turn it is."""
 
-    def __init__(self, run: GrpoRun, inputs: GrpoInputs, engine: EngineClient) -> None:
-        self._settings, self._seed = run.rollout, run.seed
-        self._inputs = inputs
-        self._engine = engine
+    def __init__(
+        self, settings: RolloutSection, seed: int, train_set: Split, eval_set: Split
+    ) -> None:
+        self._settings, self._seed = settings, seed
+        self._train_set, self._eval_set = train_set, eval_set
         self._sample_ids = SampleIds()
 
     def training_prompts(self, step: int) -> Prompts:
         """Return the prompts of a step, counted from 0; raises ValueError the second time."""
-        r, problems = self._settings, self._inputs.train_set
+        r, problems = self._settings, self._train_set
         first = step * r.prompts_per_step
         indices = [
             problem_index(first + i, len(problems), self._seed) for i in range(r.prompts_per_step)
@@ -91,7 +92,7 @@ class RolloutSource:
 
     def held_out_prompts(self, step: int) -> Prompts:
         """Return the held-out prompts, for the evaluation after `step` steps; raises as above."""
-        r, problems = self._settings, self._inputs.eval_set
+        r, problems = self._settings, self._eval_set
         indices = range(len(problems))
         params = SamplingParams(
             n=r.eval_samples_per_prompt,
@@ -102,6 +103,15 @@ class RolloutSource:
             step, len(indices), r.eval_samples_per_prompt, evaluation=True
         )
         return _prompts(problems, indices, ids, params)
+
+
+class RolloutSource(PromptOrder):
+    """Has an engine complete the prompts whose turn it is, and scores the completions."""
+
+    def __init__(self, run: GrpoRun, inputs: GrpoInputs, engine: EngineClient) -> None:
+        super().__init__(run.rollout, run.seed, inputs.train_set, inputs.eval_set)
+        self._inputs = inputs
+        self._engine = engine
 
     def draw(
         self,

@@ -13,6 +13,7 @@ from samebit.kernels.profile import NumericsProfile, numerics_profile
 from samebit.kernels.registry import attention_kind
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.data.tasks.base import Dataset
+from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
 from samebit.recipes.launch.processes import is_launched
 from samebit.recipes.run.binding import binding_layout, bindings, changes, require_same
 from samebit.recipes.run.folder import CONFIG_FILE, RunFolder, naming, require_free, require_outside
@@ -25,6 +26,7 @@ from samebit.rollout.device import resolve_device
 from samebit.trainer.checkpoint import Checkpoint, CheckpointError, latest_checkpoint
 from samebit.trainer.checkpoint_writer import CheckpointWriter, remove_leftovers
 from samebit.trainer.config import ParallelConfig
+from samebit.trainer.draft.trainer import DraftTrainer
 from samebit.trainer.megatron.resharding import WholeState
 from samebit.trainer.megatron.setup import start_processes
 from samebit.trainer.megatron.trainer import MegatronTrainer
@@ -46,7 +48,7 @@ class RunSession:
     again what it held before.
     """
 
-    run: SftRun | GrpoRun
+    run: TrainingRun
     device: torch.device
     profile: NumericsProfile
     resumed: Checkpoint | None
@@ -117,12 +119,12 @@ class RunSession:
         change = {"step": self.resumed.step, "changes": changes(there, here)}
         return self.resumed.manifest["resharded"] + ([change] if change["changes"] else [])
 
-    def restore(self, trainer: MegatronTrainer) -> dict[str, Any]:
+    def restore(self, trainer: MegatronTrainer | DraftTrainer) -> dict[str, Any]:
         """Bring the trainer to the resumed checkpoint, if there is one; returns its progress."""
         if self.resumed is None:
             return {}
         there, here = self.resumed.manifest["parallel"], binding_layout(self.run)
-        if there == here:
+        if there == here or isinstance(trainer, DraftTrainer):
             trainer.load_state_dict(self.resumed.load())
         else:
             trainer.load_resharded(WholeState(trainer.model, self.resumed.load_all()))
@@ -140,7 +142,7 @@ class RunSession:
             write_atomically(self.run_dir / "summary.json", json.dumps(summary) + "\n")
 
 
-def open_session(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> RunSession:
+def open_session(run: TrainingRun, records: Mapping[str, Dataset]) -> RunSession:
     """Make or reopen the run's folder; nothing is removed unless overwrite=true says so.
 
     records: what the run's checkpoints are bound to the contents of, by name. With several
@@ -165,7 +167,7 @@ def open_session(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> RunSe
     return RunSession(run, device, profile, resumed, is_first(), bound, folder)
 
 
-def profile_of(run: SftRun | GrpoRun, device: torch.device) -> NumericsProfile:
+def profile_of(run: TrainingRun, device: torch.device) -> NumericsProfile:
     """What the run's bits depend on besides its inputs."""
     tensor, numerics = run.trainer.parallel.tensor, run.numerics
     kind = attention_kind(numerics.attention)
@@ -178,13 +180,13 @@ def join_processes(device: torch.device, parallel: ParallelConfig) -> None:
         start_processes(device, parallel)
 
 
-def command_of(run: SftRun | GrpoRun) -> str:
+def command_of(run: TrainingRun) -> str:
     """Return the name of the command that runs it."""
-    return "grpo" if isinstance(run, GrpoRun) else "sft"
+    return "grpo" if isinstance(run, GrpoRun) else "sft" if isinstance(run, SftRun) else "eagle3"
 
 
 def _open_folder(
-    run: SftRun | GrpoRun, device: torch.device, bound: dict[str, Any], profile: NumericsProfile
+    run: TrainingRun, device: torch.device, bound: dict[str, Any], profile: NumericsProfile
 ) -> RunFolder:
     _require_own_model(run)
     folder = RunFolder(run.run_dir, command_of(run))
@@ -208,7 +210,7 @@ def _open_folder(
     return folder
 
 
-def require_startable(run: SftRun | GrpoRun) -> None:
+def require_startable(run: TrainingRun) -> None:
     """For a dry run: refuse what open_session would of a folder to replace or to go on in."""
     if run.overwrite or run.resume:
         require_free(
@@ -221,7 +223,7 @@ def require_startable(run: SftRun | GrpoRun) -> None:
     _require_own_model(run)
 
 
-def require_resumable(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> None:
+def require_resumable(run: TrainingRun, records: Mapping[str, Dataset]) -> None:
     """For a dry run: refuse what open_session would of a checkpoint, whose state is not read.
 
     records: as for open_session.
@@ -232,9 +234,9 @@ def require_resumable(run: SftRun | GrpoRun, records: Mapping[str, Dataset]) -> 
         require_same(resumed, run, bindings(run, command_of(run), records), profile)
 
 
-def _require_own_model(run: SftRun | GrpoRun) -> None:
-    """sft writes run_dir/model at its end: neither over what it starts from nor over another's."""
-    if isinstance(run, SftRun) and run.resume:
-        out = run.run_dir / "model"
+def _require_own_model(run: TrainingRun) -> None:
+    """sft and eagle3 write a model at their end: neither over what they read nor over another's."""
+    if run.resume and not isinstance(run, GrpoRun):
+        out = run.run_dir / ("draft" if isinstance(run, Eagle3Run) else "model")
         require_outside(out, input_files(run), "which the run's export replaces")
         require_replaceable(out)

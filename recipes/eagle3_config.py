@@ -1,0 +1,128 @@
+"""The configuration of `samebit eagle3`, and that of any training command. No torch here."""
+
+from dataclasses import dataclass, field
+
+from samebit.recipes.config import (
+    SET_BY_RUN,
+    GrpoRun,
+    ModelSection,
+    NumericsSection,
+    RolloutSection,
+    RunSection,
+    SftRun,
+    check_overwrite,
+    check_schedule,
+)
+from samebit.recipes.data.tasks.base import DataConfig
+from samebit.recipes.run.metrics import LoggerConfig
+from samebit.rollout.config import EngineConfig
+from samebit.trainer.config import TrainerConfig, require, require_default
+from samebit.trainer.draft.config import TttConfig
+
+DIALECTS = ("sglang", "speculators")
+_NEW = ("vocab_size", "vocab_prompts", "layers", "fc_norm", "norm_before_fc",
+        "norm_before_residual", "feeds_normed")  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class DraftSection:
+    """Says which draft is trained, and how it is written."""
+
+    path: str | None = None
+    """A draft's folder to start from; unset: a new one, whose output layer begins as the target's
+    rows."""
+    norm_output: str | None = None
+    """Whose meaning that key has in the folder's config.json, sglang or specforge, if it is there
+    and not of ours."""
+    vocab_size: int | None = None
+    """Tokens that a new draft can say; unset: 32,000, or all where there are fewer."""
+    vocab_prompts: int = 256
+    """Prompts whose answers are counted for the most frequent tokens."""
+    layers: list[int] | None = None
+    """Numbers of the target's layers after which a new draft reads its stream; unset: EAGLE-3's."""
+    fc_norm: bool = False
+    """EAGLE-3.1: normalise each of these streams."""
+    norm_before_fc: bool = False
+    """Normalise them as one vector."""
+    norm_before_residual: bool = False
+    """Add to the normalised state; only the speculators dialect can say so."""
+    feeds_normed: bool = False
+    """EAGLE-3.1: feed the next draft step with the normalised state."""
+    dialect: str = "sglang"
+    """What run_dir/draft is written as: sglang (also SpecForge's) or speculators (vLLM's)."""
+    verifier: str | None = None
+    """The target's name in the speculators dialect; unset: model.path."""
+
+    def __post_init__(self) -> None:
+        require(self.path != "", "draft.path", self.path, "the path of a folder, or unset")
+        known = self.norm_output in (None, "sglang", "specforge")
+        require(known, "draft.norm_output", self.norm_output, "sglang, specforge or unset")
+        for name in ("vocab_size", "vocab_prompts"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"draft.{name}", value, "positive")
+        require(self.dialect in DIALECTS, "draft.dialect", self.dialect, f"one of {DIALECTS}")
+        if self.path is not None:
+            require_default(self, "draft", _NEW, "draft.path is given, which says so")
+        else:
+            require_default(self, "draft", ("norm_output",), "draft.path is unset")
+        if self.dialect == "sglang":
+            require_default(self, "draft", ("verifier",), "draft.dialect is 'sglang'")
+            fits, meaning = not self.norm_before_residual, "false with draft.dialect=sglang"
+            require(fits, "draft.norm_before_residual", self.norm_before_residual, meaning)
+        both = self.fc_norm and self.norm_before_fc
+        require(not both, "draft.fc_norm", self.fc_norm, "false with draft.norm_before_fc=true")
+
+
+@dataclass(kw_only=True)
+class Eagle3Run(RunSection):
+    """`samebit eagle3`: train a draft on what its target answers itself."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    draft: DraftSection = field(default_factory=DraftSection)
+    ttt: TttConfig = field(default_factory=TttConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    rollout: RolloutSection = field(default_factory=lambda: RolloutSection(samples_per_prompt=1))
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    numerics: NumericsSection = field(default_factory=NumericsSection)
+    data: DataConfig = field(default_factory=DataConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    @property
+    def num_processes(self) -> int:
+        """The run needs so many processes."""
+        return self.trainer.parallel.num_processes
+
+    @property
+    def longest(self) -> int:
+        """A sample has at most so many tokens."""
+        return self.rollout.max_prompt_len + self.rollout.max_new_tokens
+
+    def validate(self) -> None:
+        """Check across sections; raises ValueError, which names the keys."""
+        check_overwrite(self)
+        check_schedule(self.trainer, self.trainer.num_steps)
+        meaning = (
+            "the command is eagle3: an optimizer step trains on all tokens of a step's answers"
+        )
+        require_default(self.trainer, "trainer", ("batch_size", "loss_mean"), meaning)
+        meaning = "the command is eagle3, which runs in one process"
+        require_default(self.trainer, "trainer", ("parallel",), meaning)
+        require_default(self.numerics, "numerics", ("tp_invariant",), meaning)
+        meaning = "attention, model, lengths and seed are the run's"
+        require_default(self.engine, "engine", SET_BY_RUN, meaning)
+        idle = ("num_samples", "save_rollouts")
+        require_default(
+            self.logger, "logger", idle, "the command is eagle3, which keeps no samples"
+        )
+        held_out = self.data.eval_size >= 1 or self.data.eval_path is not None
+        meaning = "at least 1: the accept length is measured on held-out prompts"
+        require(held_out, "data.eval_size", self.data.eval_size, meaning)
+        room, meaning = (
+            self.trainer.micro_batch_tokens,
+            f"at least {self.longest}, the longest sample",
+        )
+        require(room >= self.longest, "trainer.micro_batch_tokens", room, meaning)
+
+
+type TrainingRun = GrpoRun | SftRun | Eagle3Run
+"""The configuration of a command that trains and keeps checkpoints."""

@@ -1,0 +1,123 @@
+"""The draft that a run trains: what the configuration says of it, and its trainer."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from samebit.recipes.eagle3_config import Eagle3Run
+from samebit.rollout.engine import Engine
+from samebit.rollout.models.config import ModelConfig
+from samebit.rollout.models.decoder import EMBEDDING, FINAL_NORM, OUTPUT, DenseModel
+from samebit.rollout.models.draft.config import OUTPUT as DRAFT_OUTPUT
+from samebit.rollout.models.draft.config import DraftConfig, Verifier
+from samebit.rollout.models.draft.vocabulary import DraftVocabulary
+from samebit.rollout.runtime.draft_folder import DIALECTS, DraftFolder, open_draft
+from samebit.rollout.runtime.weights import load_dummy
+from samebit.trainer.draft.batch import TargetHead
+from samebit.trainer.draft.trainer import DraftTrainer
+from samebit.weight_sync.transports.file import require_replaceable
+
+USUAL_VOCABULARY = 32000
+
+
+def checked_draft(run: Eagle3Run, model: ModelConfig) -> tuple[DraftFolder | None, DraftConfig]:
+    """The folder that the draft starts from, if there is one, and the draft's configuration.
+
+    Raises ValueError or OSError for a draft of another target, or that cannot be written.
+    """
+    if not isinstance(model, DenseModel):
+        raise ValueError(
+            f"model.path is a {model.architecture}; drafts are trained for dense decoders"
+        )
+    verifier = Verifier(run.draft.verifier or run.model.path, (model.architecture,))
+    folder = None
+    if run.draft.path is None:
+        config = _new(run, model)
+    else:
+        folder = open_draft(Path(run.draft.path), model.num_layers, run.draft.norm_output)
+        config = folder.config
+    config = replace(config, verifier=verifier, speculative_tokens=run.ttt.passes)
+    for name, own in (("vocab_size", model.vocab_size), ("target_hidden_size", model.hidden_size)):
+        if getattr(config, name) != own:
+            raise ValueError(
+                f"draft.path={run.draft.path} is another target's: its {name} is "
+                f"{getattr(config, name)}; that of {run.model.path} is {own}"
+            )
+    if config.max_position < run.longest:
+        raise ValueError(
+            f"rollout.max_prompt_len + rollout.max_new_tokens = {run.longest} tokens; the draft's "
+            f"max_position_embeddings is {config.max_position}"
+        )
+    DIALECTS[run.draft.dialect].write(config, "float32")
+    if run.resume:
+        require_replaceable(run.run_dir / "draft")
+    return folder, config
+
+
+def _new(run: Eagle3Run, model: DenseModel) -> DraftConfig:
+    wanted = run.draft.vocab_size or min(USUAL_VOCABULARY, model.vocab_size)
+    if wanted > model.vocab_size:
+        raise ValueError(f"draft.vocab_size is {wanted}; the target has {model.vocab_size} tokens")
+    names = ("fc_norm", "norm_before_fc", "norm_before_residual", "feeds_normed")
+    options = {name: getattr(run.draft, name) for name in names}
+    layers = None if run.draft.layers is None else tuple(run.draft.layers)
+    try:
+        return DraftConfig.of_target(model, wanted, layers, **options)
+    except ValueError as error:
+        raise ValueError(f"draft.layers: {error}") from error
+
+
+def make_draft_trainer(
+    run: Eagle3Run,
+    folder: DraftFolder | None,
+    config: DraftConfig,
+    vocabulary: DraftVocabulary,
+    engine: Engine,
+) -> DraftTrainer:
+    """A trainer beside the engine, whose weights it reads: its draft is the folder's or a new one.
+
+    A new one is random, by run.seed, with norms of one; where the widths are the same its output
+    layer begins with the target's rows.
+    """
+    target, weights = engine.model_config, engine.weights
+    assert isinstance(target, DenseModel)
+    head = weights[EMBEDDING if target.tie_embeddings else OUTPUT]
+    trainer = DraftTrainer(
+        config,
+        vocabulary,
+        TargetHead(
+            final_norm=weights[FINAL_NORM],
+            output_weight=head,
+            norm_eps=target.norm_eps,
+            vocab_size=target.vocab_size,
+            num_layers=target.num_layers,
+        ),
+        weights[EMBEDDING],
+        run.trainer.optimizer,
+        run.trainer.num_steps,
+        run.ttt,
+    )
+
+    def new(params: Mapping[str, Tensor]) -> None:
+        load_dummy(trainer.specs, params, run.seed)
+        if config.hidden_size == target.hidden_size:
+            rows = vocabulary.token_ids.to(head.device)
+            params[DRAFT_OUTPUT][: len(rows)] = head[rows]
+
+    trainer.fill(new if folder is None else folder.fill)
+    return trainer
+
+
+def engine_of(run: Eagle3Run, device: torch.device) -> Engine:
+    """The target, which answers and is not trained."""
+    config = replace(
+        run.engine,
+        max_model_len=run.longest,
+        seed=run.seed,
+        attention=run.numerics.attention,
+        model_family=run.model_family,
+    )
+    return Engine(run.model.path, config, device=device)

@@ -1,0 +1,113 @@
+"""The draft's forward by contract operations; differentiable, and the same for engine and training.
+
+It knows nothing of caches and passes: the caller says what attends, and where a state comes from.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from samebit.kernels.attention_kind import Heads
+from samebit.kernels.linear import linear
+from samebit.kernels.logprob import logits
+from samebit.kernels.reduce import ALONE, RankGroup, row_parallel_linear, vocab_parallel_embedding
+from samebit.kernels.rms_norm import rms_norm
+from samebit.kernels.swiglu import swiglu
+from samebit.rollout.models.draft.config import (
+    FC,
+    FC_NORM,
+    FINAL_NORM,
+    INPUT_NORM,
+    LAYER,
+    OUTPUT,
+    DraftConfig,
+)
+
+Attend = Callable[[Tensor], Tensor]  # qkv [T, (Hq + 2 Hkv) Dh] by kv head -> [T, Hq, Dh]
+
+
+def split_heads(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [T, (Hq + 2 Hkv) Dh] by kv head -> queries [T, Hq, Dh], keys, values [T, Hkv, Dh]."""
+    by_group = qkv.view(len(qkv), heads.num_kv_heads, heads.per_kv + 2, heads.head_dim)
+    q, k, v = by_group.split([heads.per_kv, 1, 1], dim=2)
+    return q.reshape(len(qkv), heads.num_heads, heads.head_dim), k.squeeze(2), v.squeeze(2)
+
+
+class DraftDecoder:
+    """The draft over parameters that somebody else owns and may rewrite in place.
+
+    `params` are the shard of `ranks`; `embedding` [V, D] is that rank's rows of the target's or the
+    draft's own. Norms may be given in fp32: they are rounded to the states' dtype where they are
+    used. main_grads: fp32 buffers by name, to which the backward adds the gradients of those
+    matrices; without ranks alone.
+    """
+
+    def __init__(
+        self,
+        config: DraftConfig,
+        params: Mapping[str, Tensor],
+        embedding: Tensor,
+        ranks: RankGroup = ALONE,
+        main_grads: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.config = config
+        self.ranks = ranks
+        self.heads = config.attention_heads(ranks.size)
+        self.embedding = embedding
+        self._params = params
+        self._main_grads = main_grads or {}
+
+    def fuse(self, features: Sequence[Tensor]) -> Tensor:
+        """Captured streams, each [T, Dt], in the order of captured_layers -> states [T, D].
+
+        It is done once for each token that the target has computed.
+        """
+        parts = list(features)
+        if self.config.fc_norm:
+            parts = [self._norm(x, FC_NORM.format(i)) for i, x in enumerate(parts)]
+        joined = torch.cat(parts, dim=-1)
+        if self.config.norm_before_fc:
+            joined = self._norm(joined, INPUT_NORM)
+        return self._linear(joined, FC)
+
+    def step(self, states: Tensor, token_ids: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        """One pass of the layer over states [T, D] and the tokens after them, token_ids [T].
+
+        Returns the states to feed the next pass with, and those that give the logits, both [T, D].
+        """
+        embedded = vocab_parallel_embedding(token_ids, self.embedding, self.ranks)
+        normed = self._norm(states, f"{LAYER}hidden_norm.weight")
+        inputs = torch.cat([self._norm(embedded, f"{LAYER}input_layernorm.weight"), normed], -1)
+        attended = attend(self._linear(inputs, f"{LAYER}self_attention.linear_qkv.weight"))
+        residual = normed if self.config.norm_before_residual else states
+        residual = residual + self._row_parallel(
+            attended.flatten(1), f"{LAYER}self_attention.linear_proj.weight"
+        )
+        branch = self._norm(residual, f"{LAYER}pre_mlp_layernorm.weight")
+        branch = swiglu(self._linear(branch, f"{LAYER}mlp.linear_fc1.weight"))
+        residual = residual + self._row_parallel(branch, f"{LAYER}mlp.linear_fc2.weight")
+        final = self._norm(residual, FINAL_NORM)
+        return (final if self.config.feeds_normed else residual), final
+
+    def logits(self, final: Tensor) -> Tensor:
+        """States [S, D] after the final norm -> [S, Vd] fp32, by draft id; not differentiable where
+        main_grads hold the output layer."""
+        weight = self._params[OUTPUT]
+        return logits(final, weight, self.config.draft_vocab_size, self.ranks)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[Vd, D]: the live rows of the output layer, of one rank alone."""
+        return self._params[OUTPUT][: self.config.draft_vocab_size]
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        return rms_norm(x, self._params[name].to(x.dtype), self.config.norm_eps)
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        return linear(x, self._params[name], main_grad=self._main_grads.get(name))
+
+    def _row_parallel(self, x: Tensor, name: str) -> Tensor:
+        if self.ranks.sums:
+            return row_parallel_linear(x, self._params[name], self.ranks)
+        return self._linear(x, name)

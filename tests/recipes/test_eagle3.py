@@ -1,0 +1,267 @@
+"""Draft training on a target's own answers: it learns, is written, and resumes to the bit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import assert_same_bits, tree
+
+from samebit.kernels.logprob import logprob_of
+from samebit.recipes import eagle3
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.cli.main import main
+from samebit.recipes.config import ConfigError
+from samebit.recipes.data.order import SampleIds, problem_index
+from samebit.recipes.export import find_checkpoint
+from samebit.recipes.launch.draft import engine_of, make_draft_trainer
+from samebit.recipes.models.tiny_model import make_demo_model, write_weights
+from samebit.recipes.run.answers import AnswerSource
+from samebit.recipes.run.inputs import Eagle3Inputs
+from samebit.recipes.run.metrics import read_rows, without_times
+from samebit.rollout.runtime.draft_folder import open_draft
+from samebit.rollout.types import SamplingParams
+from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint
+
+
+class Eagle3Runs:
+    """Six steps of eight answers, with a checkpoint every two, under one folder."""
+
+    def __init__(self, model, folder):
+        self.model, self.folder = model, folder
+
+    def arguments(self, run_name, *overrides):
+        return [
+            f"model.path={self.model}",
+            f"output_dir={self.folder}",
+            f"run_name={run_name}",
+            "device=cpu",
+            "logger=disabled",
+            "data=reverse_digits",
+            "data.args.length=2",
+            "data.size=50",
+            "data.eval_size=3",
+            "draft.layers=[1,2]",
+            "draft.vocab_size=9",
+            "draft.vocab_prompts=8",
+            "draft.feeds_normed=true",
+            "ttt.passes=3",
+            "rollout.prompts_per_step=8",
+            "rollout.max_prompt_len=8",
+            "rollout.max_new_tokens=20",
+            "rollout.eval_every=3",
+            "trainer.num_steps=6",
+            "trainer.checkpoint_every=2",
+            "trainer.micro_batch_tokens=64",
+            "trainer.optimizer.lr=2e-3",
+            *overrides,
+        ]
+
+    def resolve(self, run_name, *overrides):
+        return resolve("eagle3", self.arguments(run_name, *overrides))
+
+    def train(self, run_name, *overrides):
+        summary = eagle3.train(self.resolve(run_name, *overrides))
+        return summary, read_rows(self.folder / run_name / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    """The demo's model with weights large enough to have something to say. Do not write to it."""
+    path = tmp_path_factory.mktemp("models") / "target"
+    make_demo_model(path, seed=3)
+    write_weights(path, seed=3, std=0.1)
+    return path
+
+
+@pytest.fixture
+def runs(target, tmp_path):
+    return Eagle3Runs(target, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def base(target, tmp_path_factory):
+    """One uninterrupted run. Do not write to its folder."""
+    runs = Eagle3Runs(target, tmp_path_factory.mktemp("eagle3"))
+    summary, rows = runs.train("base")
+    return runs, summary, rows
+
+
+def test_a_draft_is_learned_and_written(base):
+    """Its folder is what the last checkpoint holds, and a run can start from it."""
+    runs, summary, rows = base
+    assert [row["step"] for row in rows] == list(range(7))
+    assert rows[6]["eval/loss"] < rows[0]["eval/loss"] - 0.3
+    assert rows[6]["eval/acceptance_0"] > rows[0]["eval/acceptance_0"] + 0.05
+    assert all(1 <= row["eval/accept_length"] <= 4 for row in (rows[0], rows[3], rows[6]))
+    assert summary["accept_length_first"] == rows[0]["eval/accept_length"]
+    for name in ("accept_length", "greedy_accept_length"):
+        assert summary[name] == rows[6][f"eval/{name}"]
+    found = open_draft(runs.folder / "base" / "draft", num_target_layers=2)
+    assert (found.config.captured_layers, found.config.draft_vocab_size) == ((1, 2), 9)
+    assert found.config.feeds_normed
+    state = latest_checkpoint(runs.folder / "base" / "checkpoints").load()
+    params = {name: torch.empty_like(p) for name, p in state["params"].items()}
+    found.fill(params)
+    for name, param in state["params"].items():
+        assert_same_bits(params[name], param, name)
+    drop = ("draft.layers=null", "draft.vocab_size=null", "draft.vocab_prompts=256")
+    start = (f"draft.path={found.path}", "draft.feeds_normed=false", "draft.dialect=speculators")
+    more, again = runs.train("more", *drop, *start, "trainer.num_steps=1")
+    key = "eval/greedy_accept_length"  # greedy answers are the same at any step
+    assert again[0][key] == rows[6][key]
+    with pytest.raises(ConfigError, match="is a draft's, of samebit eagle3, which writes its own"):
+        find_checkpoint(runs.folder / "base")
+    assert open_draft(runs.folder / "more" / "draft").dialect == "speculators"
+    assert more["steps"] == 1
+
+
+def test_a_resumed_run_ends_in_the_same_bytes(base, runs):
+    """From the checkpoint after step 4, in a copy of the run's folder."""
+    original, summary, rows = base
+    shutil.copytree(original.folder / "base", runs.folder / "base")
+    shutil.rmtree(runs.folder / "base" / "checkpoints" / "step_00000006")
+    again, resumed = runs.train("base", "resume=true")
+    assert again == summary
+    assert without_times(resumed) == without_times(rows)
+    folders = [where.folder / "base" / "draft" for where in (original, runs)]
+    assert tree(folders[0]) == tree(folders[1])
+    manifests = [
+        latest_checkpoint(where.folder / "base" / "checkpoints").manifest
+        for where in (original, runs)
+    ]
+    assert manifests[0] == manifests[1]
+
+
+def test_another_target_is_refused(base, runs, tmp_path):
+    """The same folder with other weights; and another setting, by name."""
+    original, _, _ = base
+    shutil.copytree(original.folder / "base", runs.folder / "base")
+    with pytest.raises(CheckpointError, match="configuration: ttt.loss_decay 0.8 there, 0.5 here"):
+        runs.train("base", "resume=true", "ttt.loss_decay=0.5")
+    shutil.copytree(original.model, tmp_path / "other")
+    write_weights(tmp_path / "other", seed=99)
+    runs.model = tmp_path / "other"
+    with pytest.raises(CheckpointError, match="was trained on a target of digest"):
+        runs.train("base", "resume=true")
+
+
+@pytest.fixture(scope="module")
+def parts(target, tmp_path_factory):
+    """(engine, source, trainer, prompts, a step's samples) of a run that has not begun."""
+    run = Eagle3Runs(target, tmp_path_factory.mktemp("parts")).resolve("parts")
+    inputs, engine = Eagle3Inputs(run), engine_of(run, torch.device("cpu"))
+    splits = inputs.train_set, inputs.eval_set
+    source = AnswerSource(run.rollout, run.seed, splits, engine, inputs.config)
+    vocabulary = source.vocabulary(9, 8, lambda: None)
+    trainer = make_draft_trainer(run, None, inputs.config, vocabulary, engine)
+    prompts = source.training_prompts(0)
+    return engine, source, trainer, prompts, source.draw(prompts)
+
+
+def test_streams_have_the_bits_of_drawing(parts):
+    """Those of a prefill, packed, are those that the engine had when it drew."""
+    engine, source, _, prompts, samples = parts
+    drawn = engine.generate(
+        prompts.token_ids, prompts.params, prompts.sample_ids, return_hidden_states=[1, 2]
+    )
+    seen, [data, *rest] = 0, list(source.batches(samples, 64))
+    assert rest, "one micro-batch would test little"
+    for part in (data, *rest):
+        for layer in (1, 2):
+            for i, own in enumerate(part.streams[layer].split(part.batch.seq_lens)):
+                [completion] = drawn[seen + i]
+                assert_same_bits(own[:-1], completion.hidden_states[layer])
+        seen += len(part.batch.samples)
+    assert seen == len(samples) == 8
+
+
+def test_the_targets_head_gives_its_own_logprobs(parts):
+    """So the last stream is taken before the final norm, and normed once: as the engine scores."""
+    engine, source, trainer, _, samples = parts
+    for data in source.batches(samples, 64):
+        ids, lens = data.batch.input_ids.split(data.batch.seq_lens), data.batch.seq_lens
+        scores = engine.score([x.tolist() for x in ids])
+        for own, x, expected in zip(data.streams[2].split(lens), ids, scores, strict=True):
+            logits = trainer._target.logits(own[:-1])
+            assert logprob_of(logits, x[1:]).tolist() == expected
+
+
+def test_the_vocabulary_is_what_the_target_says(parts):
+    """The nine most frequent of twelve tokens; the output layer begins as the target's rows."""
+    engine, source, trainer, _, _ = parts
+    ids = SampleIds().of_step((1 << 31) - 1, 8, 1)
+    indices = [problem_index(i, 50, 0) for i in range(8)]
+    prompts = [source._train_set.encoded(source._train_set[i]).prompt_ids.tolist() for i in indices]
+    drawn = engine.generate(prompts, SamplingParams(max_new_tokens=20), ids)
+    said = [token for [c] in drawn for token in c.token_ids]
+    counts = sorted(range(12), key=lambda token: (-said.count(token), token))
+    assert trainer.vocabulary.token_ids.tolist() == sorted(counts[:9])
+    rows = engine.weights["embedding.word_embeddings.weight"][trainer.vocabulary.token_ids]
+    assert_same_bits(trainer.params["draft.output_layer.weight"][:9].detach(), rows)
+
+
+def test_a_dry_run_reads_and_writes_nothing(runs, capsys):
+    assert main(["eagle3", *runs.arguments("dry"), "dry_run=true"]) == 0
+    lines = [line.split(None, 1) for line in capsys.readouterr().out.splitlines()]
+    said = {line[0]: line[1] for line in lines if len(line) == 2}
+    assert said["draft_vocabulary"] == "9"
+    assert said["captured_layers"] == "1, 2"
+    assert said["optimizer_steps"] == "6"
+    assert said["most_tokens_per_step"] == "224"
+    assert not (runs.folder / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["draft.layers=null"], "draft.layers: a target of 2 layers has no default"),
+        (["draft.layers=[1,3]"], r"captured_layers is \[1, 3\]; the target has streams after 0"),
+        (["draft.layers=[0,1]"], r"it has no embeddings \(0\)"),
+        (["draft.vocab_size=13"], "draft.vocab_size is 13; the target has 12 tokens"),
+        (["rollout.max_new_tokens=60", "trainer.micro_batch_tokens=80"], "the model's context"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_it_begins(runs, overrides, message):
+    """By the run and by dry_run, after reading the model's folder."""
+    with pytest.raises(ValueError, match=message):
+        runs.train("refused", *overrides)
+    assert not (runs.folder / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["draft.path=x"], "draft.vocab_size is 9; it must be None, its default: nothing reads"),
+        (["draft.dialect=vllm"], "draft.dialect is 'vllm'; it must be one of"),
+        (["draft.norm_before_residual=true"], "it must be false with draft.dialect=sglang"),
+        (["draft.norm_output=sglang"], "nothing reads it where draft.path is unset"),
+        (["draft.verifier=x"], "nothing reads it where draft.dialect is 'sglang'"),
+        (
+            ["draft.fc_norm=true", "draft.norm_before_fc=true"],
+            "false with draft.norm_before_fc=true",
+        ),
+        (["trainer.batch_size=4"], "trainer.batch_size is 4; it must be None, its default"),
+        (["trainer.parallel.data=2"], "the command is eagle3, which runs in one process"),
+        (["trainer.micro_batch_tokens=27"], "it must be at least 28, the longest sample"),
+        (["data.eval_size=0"], "data.eval_size is 0; it must be at least 1"),
+        (["engine.seed=5"], "engine.seed is 5"),
+        (["ttt.passes=0"], "ttt.passes is 0; it must be positive"),
+    ],
+)
+def test_wrong_settings_are_refused(runs, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        runs.resolve("wrong", *overrides)
+
+
+def test_a_draft_of_another_target_is_refused(base, runs, tmp_path):
+    """By its folder's sizes."""
+    original, _, _ = base
+    shutil.copytree(original.folder / "base" / "draft", tmp_path / "draft")
+    file = tmp_path / "draft" / "config.json"
+    keys = json.loads(file.read_text())
+    drop = ("draft.layers=null", "draft.vocab_size=null", "draft.vocab_prompts=256")
+    start = (*drop, "draft.feeds_normed=false", f"draft.path={tmp_path / 'draft'}")
+    file.write_text(json.dumps(keys | {"max_position_embeddings": 16}))
+    with pytest.raises(ValueError, match="= 28 tokens; the draft's max_position_embeddings is 16"):
+        runs.train("other", *start)

@@ -1,0 +1,254 @@
+"""DraftTrainer: optimizer steps of a draft model, on one process or on data parallel ones.
+
+Its parameters have the model's dtype, bf16 on a GPU, and fp32 masters; on a CPU they are the
+masters. Gradients are sums in fp32 over rows, passes, micro-batches and ranks, in that order, and
+are divided once by the rows that count. The same samples on the same device give the same bytes.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samebit.kernels.reduce import ALONE, RankGroup, gather_rows, reduce_ref
+from samebit.rollout.models.draft.config import EMBEDDING, OUTPUT, DraftConfig
+from samebit.rollout.models.draft.decoder import DraftDecoder
+from samebit.rollout.models.draft.vocabulary import DraftVocabulary
+from samebit.trainer.config import OptimizerConfig
+from samebit.trainer.draft.acceptance import accept_lengths
+from samebit.trainer.draft.batch import DraftBatch, TargetHead
+from samebit.trainer.draft.config import TttConfig
+from samebit.trainer.draft.optimizer import MasterAdamW, learning_rate
+from samebit.trainer.draft.ttt import TttTotals, loss_gradients, unroll
+from samebit.trainer.types import NonFiniteError
+from samebit.weight_sync.digest import weights_digest
+from samebit.weight_sync.objects import gather_objects
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftStats:
+    """What draft training measured on an optimizer step's rows, or on others without a step."""
+
+    loss: float
+    """The sum over passes of decayed losses, a mean over pass 0's rows."""
+    num_rows: int
+    """Rows that count in pass 0."""
+    grad_norm: float = 0.0
+    learning_rate: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of each pass: loss, share of rows with the target's first choice, acceptance at temperature
+    1; the share of rows whose first choice is in the draft vocabulary; evaluated, accept_length."""
+
+
+class DraftTrainer:
+    """A draft, its target's head and embedding, and an optimizer.
+
+    `params` are the live parameters of config.param_specs, in the model's dtype; they are filled by
+    `fill` and rewritten by each step. An embedding of its own stays as it was filled.
+    """
+
+    def __init__(
+        self,
+        config: DraftConfig,
+        vocabulary: DraftVocabulary,
+        target: TargetHead,
+        target_embedding: Tensor,
+        optimizer: OptimizerConfig,
+        num_steps: int,
+        ttt: TttConfig | None = None,
+        ranks: RankGroup = ALONE,
+    ) -> None:
+        """target_embedding [V, Dt]: read unless the draft has its own. ranks: the data parallel
+        ones, each with its own micro-batches. num_steps: of the learning rate's schedule."""
+        if len(vocabulary) != config.draft_vocab_size:
+            raise ValueError(
+                f"a vocabulary of {len(vocabulary)} tokens for a draft of {config.draft_vocab_size}"
+            )
+        self.config, self.vocabulary, self.ttt, self.ranks = (
+            config,
+            vocabulary,
+            ttt or TttConfig(),
+            ranks,
+        )
+        self.device, self.dtype = target.output_weight.device, target.output_weight.dtype
+        self.specs = config.param_specs()
+        self.step = 0
+        self._target, self._settings, self._num_steps = target, optimizer, num_steps
+        self.params = {
+            spec.name: torch.zeros(spec.shape, dtype=self.dtype, device=self.device)
+            for spec in self.specs
+        }
+        trained = {name: p for name, p in self.params.items() if name != EMBEDDING}
+        same = self.dtype == torch.float32
+        self._masters = {name: p if same else p.float() for name, p in trained.items()}
+        self._grads = {
+            name: torch.zeros_like(m, dtype=torch.float32) for name, m in self._masters.items()
+        }
+        # The matrices' gradients go to _grads unrounded, the vectors' to their fp32 leaves.
+        self._vectors = {n: m.requires_grad_() for n, m in self._masters.items() if m.dim() == 1}
+        matrices = {n: p.requires_grad_() for n, p in trained.items() if n not in self._vectors}
+        embedding = self.params.get(EMBEDDING, target_embedding).detach()
+        self._draft = DraftDecoder(
+            config,
+            matrices | self._vectors,
+            embedding,
+            main_grads={name: self._grads[name] for name in matrices},
+        )
+        self._adam = MasterAdamW(self._masters, optimizer)
+        self._token_ids = vocabulary.token_ids.to(self.device)
+        positions = config.max_position + self.ttt.passes
+        self._rope_table = config.rope_table(positions, self.device)
+
+    @torch.no_grad()
+    def fill(self, load: Callable[[Mapping[str, Tensor]], object]) -> None:
+        """Let `load` fill the parameters in place; the masters are theirs, the optimizer's anew."""
+        load(self.params)
+        for name, master in self._masters.items():
+            master.copy_(self.params[name])
+        self._adam.reset()
+        self.step = 0
+
+    def train_step(
+        self, batches: Iterable[DraftBatch], poll: Callable[[], object] = lambda: None
+    ) -> DraftStats:
+        """One optimizer step on this rank's micro-batches; `poll` is called before each of them.
+
+        Raises NonFiniteError, and writes nothing, for a loss or gradient that is NaN or infinite,
+        and ValueError for micro-batches of other streams or without a row that counts.
+        """
+        for grad in self._grads.values():
+            grad.zero_()
+        totals = TttTotals.zeros(self.ttt.passes, self.device)
+        for data in batches:
+            poll()
+            self._accumulate(data, totals)
+        stats = self._stats(totals)
+        grads = {name: self._summed(grad) / stats.num_rows for name, grad in self._grads.items()}
+        norms = torch.stack([torch.linalg.vector_norm(grad) for grad in grads.values()])
+        norm = float(torch.linalg.vector_norm(norms))
+        if not torch.isfinite(torch.tensor([norm, stats.loss])).all():
+            raise NonFiniteError(f"draft: loss {stats.loss}, gradient norm {norm}")
+        limit = self._settings.clip_grad
+        if 0 < limit < norm:
+            for grad in grads.values():
+                grad *= limit / norm
+        lr = learning_rate(self._settings, self.step, self._num_steps)
+        self._adam.step(grads, lr)
+        self._publish()
+        self.step += 1
+        return DraftStats(
+            loss=stats.loss,
+            num_rows=stats.num_rows,
+            grad_norm=norm,
+            learning_rate=lr,
+            metrics=stats.metrics,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[DraftBatch]) -> DraftStats:
+        """The same measures without a step, and the accept length; all ranks call it."""
+        totals = TttTotals.zeros(self.ttt.passes, self.device)
+        for data in batches:
+            finals = self.unroll(data)
+            loss_gradients(
+                self._draft, finals, data, self._target, self._token_ids, self.ttt, None, totals
+            )
+            batch, drafted = data.batch, self._choices(finals).cpu().numpy()
+            ids, rows = (x.cpu().numpy() for x in (batch.input_ids, batch.rows))
+            lengths = accept_lengths(drafted, ids, rows, batch.seq_lens)
+            totals.accepted[0] += sum(lengths)
+            totals.accepted[1] += len(lengths)
+        return self._stats(totals)
+
+    def unroll(self, data: DraftBatch) -> list[Tensor]:
+        """The states [T, D] that give each pass's logits (ttt.unroll)."""
+        data.require(self.config, self._target.num_layers)
+        return unroll(self._draft, data, self.ttt.passes, self._rope_table)
+
+    @torch.no_grad()
+    def drafted(self, data: DraftBatch) -> Tensor:
+        """[passes, T] int64: the target's id of each pass's first choice in every column."""
+        return self._choices(self.unroll(data))
+
+    def _choices(self, finals: Sequence[Tensor]) -> Tensor:
+        rows = max(1, (1 << 22) // self.config.draft_vocab_size)
+        chosen = [
+            torch.cat([self._draft.logits(part).argmax(-1) for part in final.split(rows)])
+            for final in finals
+        ]
+        return self._token_ids[torch.stack(chosen)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that training goes on from, to the same bytes; `params` are what is served."""
+        params = {name: p.detach() for name, p in self.params.items()}
+        return {
+            "step": self.step,
+            "params": params,
+            "optimizer": self._adam.state_dict(),
+            "vocabulary": self.vocabulary.token_ids,
+        }
+
+    def digest(self) -> str:
+        """The weights digest of the parameters, under the names of the sglang dialect."""
+        return weights_digest(self.specs, self.params)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state_dict; ValueError for another draft's."""
+        if not torch.equal(state["vocabulary"], self.vocabulary.token_ids):
+            raise ValueError("the state is another draft's: its vocabulary holds other tokens")
+        self._adam.load_state_dict(state["optimizer"])
+        if EMBEDDING in self.params:
+            self.params[EMBEDDING].copy_(state["params"][EMBEDDING])
+        self._publish()
+        self.step = state["step"]
+
+    def _accumulate(self, data: DraftBatch, totals: TttTotals) -> None:
+        finals = self.unroll(data)
+        output_grad = self._grads[OUTPUT][: self.config.draft_vocab_size]
+        grads = loss_gradients(
+            self._draft, finals, data, self._target, self._token_ids, self.ttt, output_grad, totals
+        )
+        torch.autograd.backward(finals, grads)
+        for name, vector in self._vectors.items():
+            assert vector.grad is not None, name
+            self._grads[name] += vector.grad
+            vector.grad = None
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Round the masters into the parameters."""
+        for name, master in self._masters.items():
+            if self.params[name] is not master:
+                self.params[name].copy_(master)
+
+    def _summed(self, grad: Tensor) -> Tensor:
+        """Over the data parallel ranks, in rank order."""
+        if self.ranks.size == 1:
+            return grad
+        return reduce_ref(list(gather_rows(grad, self.ranks).chunk(self.ranks.size)), torch.float32)
+
+    def _stats(self, totals: TttTotals) -> DraftStats:
+        own = [x.tolist() for x in totals.tensors()]
+        each = gather_objects(own, self.ranks.group) if self.ranks.size > 1 else [own]
+        rows, loss, matches, acceptance, asked, accepted = (
+            torch.tensor(parts, dtype=torch.float64).sum(0) for parts in zip(*each, strict=True)
+        )
+        if not rows[0]:
+            raise ValueError(
+                f"none of {int(asked)} rows counts: what the target would say is not in the draft "
+                f"vocabulary of {len(self.vocabulary)} tokens, or no sample has three tokens"
+            )
+        decay = self.ttt.loss_decay ** torch.arange(self.ttt.passes, dtype=torch.float64)
+        metrics = {"vocabulary_share": float(rows[0] / asked[0])}
+        if accepted[1]:
+            metrics["accept_length"] = float(accepted[0] / accepted[1])
+        per_pass = {"loss": loss, "match": matches, "acceptance": acceptance}
+        for name, sums in per_pass.items():
+            means = (sums / rows.clamp(min=1)).tolist()
+            metrics |= {f"{name}_{i}": mean for i, mean in enumerate(means)}
+        return DraftStats(
+            loss=float((loss * decay).sum() / rows[0]), num_rows=int(rows[0]), metrics=metrics
+        )
