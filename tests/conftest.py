@@ -49,7 +49,7 @@ def _composed_once():
     @functools.wraps(original)
     def by_hydra(command, schema, choices):
         key = command, schema or None, tuple(choices)
-        if compose.CONFIG_DIR != folder:
+        if folder != compose.CONFIG_DIR:
             return original(command, schema, choices)
         if key not in made:
             made[key] = original(command, schema, choices)
