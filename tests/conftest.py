@@ -97,9 +97,20 @@ def _conservation(_watch, request):
 
 @pytest.fixture(scope="session")
 def forkserver(_private_cache):
-    """A multiprocessing context whose processes have the trainer and its libraries imported."""
+    """A multiprocessing context whose processes have all imported that most of them would."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["samebit.recipes.demo"])
+    context.set_forkserver_preload(
+        [
+            "samebit.recipes.demo",
+            "samebit.recipes.cli.compose",
+            "samebit.trainer.algorithms.grpo",
+            "transformers.models.auto.configuration_auto",
+            "transformers.models.auto.tokenization_auto",
+            *(f"transformers.models.{x}.configuration_{x}" for x in ("llama", "qwen2", "qwen3")),
+            "matplotlib.figure",
+            "matplotlib.backends.backend_svg",
+        ]
+    )
     return context
 
 
