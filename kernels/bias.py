@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from samebit.kernels.linear import linear
-from samebit.kernels.op import Op
+from samebit.kernels.op import Op, applied
 
 
 def add_bias_ref(y: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
@@ -46,7 +46,7 @@ def add_bias(y: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
 
     Raises ValueError for another dtype than fp32 on the CPU.
     """
-    return _AddBias.apply(y, bias, dtype)
+    return applied(_AddBias, y, bias, dtype)
 
 
 def linear_with_bias(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from samebit.kernels.cpu import linear as cpu
-from samebit.kernels.op import Op
+from samebit.kernels.op import Op, applied
 
 _forward = Op("linear", cpu=cpu.linear, cuda="samebit.kernels.gpu.linear:linear")
 _forward_in_segments = Op(
@@ -72,7 +72,7 @@ def linear(
     Raises ValueError for another dtype than the device's contract: fp32 on the CPU, bf16 on CUDA.
     """
     rows = x.reshape(-1, x.shape[-1])
-    y = _Linear.apply(rows, weight, main_grad, _forward, out_dtype or x.dtype)
+    y = applied(_Linear, rows, weight, main_grad, _forward, out_dtype or x.dtype)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -85,5 +85,5 @@ def linear_in_segments(
     num_segments is a power of two that divides K; main_grad: as in `linear`.
     """
     rows = x.reshape(-1, x.shape[-1])
-    y = _Linear.apply(rows, weight, main_grad, _forward_in_segments, num_segments)
+    y = applied(_Linear, rows, weight, main_grad, _forward_in_segments, num_segments)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -45,5 +45,19 @@ class Op[**P, R]:
 
     def _require_fp32(self, *args: object) -> None:
         for x in args:
-            if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float32:
+            if isinstance(x, Tensor) and x.dtype != torch.float32 and x.is_floating_point():
                 raise ValueError(f"{self.name} on the CPU takes torch.float32, got {x.dtype}")
+
+
+class _KeepsNothing:
+    """The context of a forward that no backward follows."""
+
+    def save_for_backward(self, *_tensors: Tensor) -> None:
+        """See torch.autograd.Function."""
+
+
+def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(*args), without autograd's own time where no gradients are recorded."""
+    if torch.is_grad_enabled():
+        return function.apply(*args)
+    return function.forward(_KeepsNothing(), *args)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from samebit.kernels.cpu import rms_norm as cpu
-from samebit.kernels.op import Op
+from samebit.kernels.op import Op, applied
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -55,7 +55,7 @@ class _RmsNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise x [..., D] by its root mean square and scale by weight [D]; differentiable."""
-    return _RmsNorm.apply(x, weight, eps)
+    return applied(_RmsNorm, x, weight, eps)
 
 
 def add_rms_norm_ref(

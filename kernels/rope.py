@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samebit.kernels.op import Op
+from samebit.kernels.op import Op, applied
 
 SCALING_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -135,4 +135,4 @@ class _Rope(torch.autograd.Function):
 
 def rope(x: Tensor, positions: Tensor, table: Tensor) -> Tensor:
     """Rotate x [T, heads, Dh] to absolute positions [T] by table [max_position, Dh]."""
-    return _Rope.apply(x, positions, table)
+    return applied(_Rope, x, positions, table)

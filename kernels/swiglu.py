@@ -11,7 +11,7 @@ from torch import Tensor
 
 from samebit.kernels.cpu import swiglu as cpu
 from samebit.kernels.linear import linear
-from samebit.kernels.op import Op
+from samebit.kernels.op import Op, applied
 
 
 def swiglu_ref(gate_up: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class _Swiglu(torch.autograd.Function):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up for gate_up [..., 2F] = [gate; up] -> [..., F]; differentiable."""
-    return _Swiglu.apply(gate_up)
+    return applied(_Swiglu, gate_up)
 
 
 def swiglu_linear_ref(x: Tensor, weight: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -158,11 +159,7 @@ def trainer(rank, size, store, folder, mode, expected, out):
     megatron = make_trainer(folder, parallel)
     rollout = Engine(folder, device="cpu", ranks=megatron.ranks, seed=3)
     found = {"digests": [megatron.digest(), rollout.weight_version.digest]}
-    found["compared"], found["unequal"] = 0, 0
-    for tokens in (90, 300):
-        count, unequal = compare_logprobs(megatron, rollout, tokens)
-        found["compared"] += count
-        found["unequal"] += unequal
+    found["compared"], found["unequal"] = compare_logprobs(megatron, rollout, 90, 300)
     saved = torch.load(expected)
 
     def errors(gradients, field):
@@ -222,6 +219,17 @@ def invariant(rank, size, store, folder, out):
     if int(size) > 1:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def verification(rank, size, port, folder, out, *options):
+    """The tensor parallel verification program, as one that a launcher has started."""
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    from programs import tensor_parallel
+
+    torch.set_num_threads(1)
+    sys.exit(tensor_parallel.main(folder, out, *options))
 
 
 def whole_params(megatron, rollout):
@@ -360,8 +368,9 @@ def reshard(rank, size, store, folder, mode, before, after, out):
         dist.destroy_process_group()
 
 
-def compare_logprobs(megatron, rollout, tokens):
-    """(log-probs compared, unequal) between fresh samples and the trainer's forward of them."""
+def compare_logprobs(megatron, rollout, *pack_tokens):
+    """(log-probs compared, unequal) between fresh samples and the trainer's forward of them, in
+    packs of each of these numbers of tokens."""
     from samebit.recipes.data.samples import drawn_sample
     from samebit.trainer.packing import pack_samples
 
@@ -371,6 +380,8 @@ def compare_logprobs(megatron, rollout, tokens):
         for prompt, group in zip(prompts(), rollout.generate(prompts(), params), strict=True)
         for c in group
     ]
-    ours = [v for part in megatron.logprobs(pack_samples(samples, tokens)) for v in part.tolist()]
+    packs = [pack_samples(samples, tokens) for tokens in pack_tokens]
+    ours = [v for pack in packs for part in megatron.logprobs(pack) for v in part.tolist()]
     theirs = [v for sample in samples for v in sample.logprobs[sample.loss_mask].tolist()]
+    theirs *= len(packs)
     return len(ours), sum(a != b for a, b in zip(ours, theirs, strict=True))

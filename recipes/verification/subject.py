@@ -174,8 +174,12 @@ def make_subject(
     device: torch.device,
     load_format: str = "safetensors",
     attention: str = "canonical",
+    num_new_tokens: int = NUM_NEW_TOKENS,
 ) -> Subject:
-    """Fixed prompts of every boundary length, and what a plain engine makes of them."""
+    """Fixed prompts of every boundary length, and what a plain engine makes of them.
+
+    num_new_tokens: the most that a sample has, at least 1; half a shorter context at most.
+    """
     config = load_model_config(model_path)
     rng = random.Random(5)
     if config.max_position < 2:
@@ -183,7 +187,7 @@ def make_subject(
             f"{model_path}: a context of {config.max_position} tokens is too short to verify; it "
             "must hold a token of a prompt and one that is drawn"
         )
-    num_new = min(NUM_NEW_TOKENS, config.max_position // 2)
+    num_new = min(num_new_tokens, config.max_position // 2)
     lens: tuple[int, ...] = GPU_PROMPT_LENS if device.type == "cuda" else PROMPT_LENS
     lens = tuple(n for n in lens if n + num_new <= config.max_position)
     prompts = [[rng.randrange(config.vocab_size) for _ in range(n)] for n in lens]

@@ -12,6 +12,7 @@ from programs.tensor_parallel import DEFAULTS, mixed_lengths, parse
 
 from samebit.recipes.models.tiny_model import write_config, write_weights
 from samebit.trainer.megatron.forward import ForwardModel
+from samebit.weight_sync.meeting import host_store, loopback_listener
 
 SHAPE = {
     "hidden_size": 48,
@@ -23,17 +24,26 @@ SHAPE = {
 }
 
 
+SIZES = ("num_seqs=6", "max_len=96")
+
+
 @pytest.fixture
-def run(tmp_path):
-    """run(size, *options): the report of that many processes on a small random model."""
+def folder(tmp_path):
+    """A small random model."""
     folder = tmp_path / "model"
     write_config(folder, "qwen3", **SHAPE, vocab_size=700, max_position_embeddings=256)
     write_weights(folder, seed=5, std=0.1)
+    return folder
+
+
+@pytest.fixture
+def run_by_torch(folder, tmp_path):
+    """run_by_torch(size, *options): the report of that many processes, started as users do."""
 
     def run(size, *options):
-        out = tmp_path / f"out_{size}.json"
+        out = tmp_path / f"by_torch_{size}.json"
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-        program = [tensor_parallel.__file__, folder, out, "num_seqs=6", "max_len=96", *options]
+        program = [tensor_parallel.__file__, folder, out, *SIZES, *options]
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
@@ -52,9 +62,22 @@ def run(tmp_path):
     return run
 
 
-def test_one_and_two_processes(run):
+@pytest.fixture
+def run(folder, run_together, tmp_path):
+    """run(size, *options): the report of that many processes, which need not import anything."""
+
+    def run(size, *options):
+        out, store = tmp_path / f"out_{size}.json", host_store(loopback_listener())
+        program = (size, store.port, folder, out, *SIZES, *options)
+        run_together("verification", [(rank, *program) for rank in range(size)])
+        return json.loads(out.read_text())
+
+    return run
+
+
+def test_one_and_two_processes(run_by_torch, run):
     """No log-prob differs; under tp_invariant both draw the same to the bit."""
-    plain, alone, both = run(2), run(1, "tp_invariant=true"), run(2, "tp_invariant=true")
+    plain, alone, both = run_by_torch(2), run(1, "tp_invariant=true"), run(2, "tp_invariant=true")
     for found in (plain, alone, both):
         assert found["compared"] == sum(new for _, new in mixed_lengths(6, 96, 0)) > 20
         assert found["drawn_tokens_compared"] == found["compared"] < found["tokens_computed"]

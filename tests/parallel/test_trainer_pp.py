@@ -63,15 +63,21 @@ def test_two_stages_train_one_model(run_ranks, folder, gradients, mode, tmp_path
     assert first["trained"] != alone
 
 
+@pytest.fixture(scope="module")
+def qwen3_gradients(run_gradients, qwen3_folder, tmp_path_factory):
+    """What one process comes to."""
+    file = tmp_path_factory.mktemp("gradients") / "qwen3.pt"
+    run_gradients(qwen3_folder, file)
+    return file
+
+
 @pytest.mark.parametrize(
     "mode",
     ["tensor+context", "tensor+data", "pipeline+sequence", "pipeline+context"],
 )
-def test_four_ranks_train_one_model(run_ranks, run_gradients, qwen3_folder, mode, tmp_path):
+def test_four_ranks_train_one_model(run_ranks, qwen3_gradients, qwen3_folder, mode, tmp_path):
     """Two kinds of parallelism at once: the same as each of them."""
-    file = tmp_path / "whole.pt"
-    run_gradients(qwen3_folder, file)
-    run_ranks("trainer", 4, qwen3_folder, mode, file, tmp_path / "out.json")
+    run_ranks("trainer", 4, qwen3_folder, mode, qwen3_gradients, tmp_path / "out.json")
     found = [json.loads((tmp_path / f"out.{r}").read_text()) for r in range(4)]
     for rank in found:
         assert rank["compared"] > 300
@@ -80,7 +86,7 @@ def test_four_ranks_train_one_model(run_ranks, run_gradients, qwen3_folder, mode
         assert max(rank["policy_errors"].values()) < 1e-5, rank["policy_errors"]
         assert_same_figures(rank["stats"], rank["stats_alone"])
         assert rank["norms"] == found[0]["norms"]
-        assert rank["norms"][0] == pytest.approx(torch.load(file)["norm"], rel=1e-6)
+        assert rank["norms"][0] == pytest.approx(torch.load(qwen3_gradients)["norm"], rel=1e-6)
     alone = Engine(qwen3_folder, device="cpu").weight_version.digest
     assert {d for rank in found for d in rank["digests"]} == {alone}
     assert len({rank["trained"] for rank in found} | {alone}) == 2

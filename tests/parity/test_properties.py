@@ -21,16 +21,18 @@ from samebit.recipes.verification.properties import (
 from samebit.recipes.verification.subject import PROMPT_LENS, Result, make_subject
 
 CPU = torch.device("cpu")
+NUM_NEW = 24
+"""Tokens of a sample: contexts still grow across the edges of tiles and pages."""
 
 
 @pytest.fixture(scope="module", params=["qwen3-untied", "llama-tied"])
 def subject(request, qwen3_path, tmp_path_factory):
     """A model, prompts of every boundary length, and what a plain engine made of them."""
     if request.param == "qwen3-untied":
-        return make_subject(qwen3_path, CPU)
+        return make_subject(qwen3_path, CPU, num_new_tokens=NUM_NEW)
     path = tmp_path_factory.mktemp("models") / "llama"
     make_random_model(path, "llama", seed=5, tied=True)  # some of its samples end by themselves
-    return make_subject(path, CPU)
+    return make_subject(path, CPU, num_new_tokens=NUM_NEW)
 
 
 @pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__)
@@ -42,11 +44,18 @@ def test_property(subject, check):
     assert result.cases > 0
 
 
+def drawn(subject):
+    """Every completion with its prompt."""
+    return [(p, c) for p, g in zip(subject.prompts, subject.baseline, strict=True) for c in g]
+
+
 def test_the_subject_reaches_every_boundary(subject):
     """Tiles of 16 and 64 tokens, from both sides, in prompts and in completions."""
     for boundary in (16, 64, 128):
         assert {boundary - 1, boundary, boundary + 1} <= set(PROMPT_LENS)
-    assert any(n < 64 < n + 40 for n in PROMPT_LENS)
+    lens = [(len(p), len(p) + len(c.token_ids)) for p, c in drawn(subject)]
+    for boundary in (16, 32, 64, 128):
+        assert any(first < boundary < last for first, last in lens)
     reasons = {c.finish_reason for group in subject.baseline for c in group}
     assert reasons == {"stop", "length"}
     kinds = {(p.temperature, p.top_k, p.top_p, p.min_p) for p in subject.params}
@@ -80,7 +89,7 @@ def test_altered_and_missing_tokens_are_mismatches():
 
 def broken_subject(path):
     """Measured under the same broken operation, so that only its variance can be noticed."""
-    subject = make_subject(path, CPU)
+    subject = make_subject(path, CPU, num_new_tokens=8)
     for values in (subject.prompts, subject.params, subject.sample_ids, subject.baseline):
         del values[8:]
     return subject

@@ -1,5 +1,6 @@
 """What test runs import by name, here and in children: a reward, an entry point, and moments."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -91,6 +92,20 @@ def run_cli(arguments):
     from samebit.recipes.cli.main import main
 
     sys.exit(main(arguments))
+
+
+def run_cli_as_rank(rank, size, port, secret, *arguments):
+    """`samebit` as one of the processes that a launcher has started."""
+    from samebit.trainer.megatron.setup import DETERMINISTIC
+    from samebit.weight_sync.meeting import SECRET
+
+    for name in ("RANK", "LOCAL_RANK"):
+        os.environ[name] = rank
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ[name] = size
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, SECRET: secret}
+    os.environ |= DETERMINISTIC | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    run_cli(arguments)
 
 
 def fussy(text, problem):

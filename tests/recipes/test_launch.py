@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -10,13 +11,14 @@ from contextlib import contextmanager
 
 import psutil
 import pytest
-from helpers import assert_on_loopback
+from helpers import assert_on_loopback, run_logged
 
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.cli.main import main, own_command
 from samebit.recipes.launch import processes
 from samebit.recipes.run.metrics import read_rows
 from samebit.trainer.checkpoint import latest_checkpoint
+from samebit.weight_sync.meeting import host_store, loopback_listener
 
 LAYOUTS = {
     "tensor": ["trainer.parallel.tensor=2", "trainer.parallel.sequence=true"],
@@ -49,14 +51,49 @@ def started(runs, name, *overrides):
 
 
 def run_whole(runs, name, *overrides):
-    """Run to the end: summary, metrics without times, samples."""
+    """Run to the end: as `result_of`."""
     with started(runs, name, *overrides) as process:
         output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
+    result = result_of(runs, name)
+    assert json.loads(output) == result[0]  # said once, not by every process
+    return result
+
+
+def result_of(runs, name):
+    """Summary, metrics without times, samples."""
     folder = runs.folder / name
     summary = json.loads((folder / "summary.json").read_text())
-    assert json.loads(output) == summary  # said once, not by every process
     return summary, runs.rows(name), read_rows(folder / "samples.jsonl")
+
+
+@pytest.fixture
+def run_ranks(forkserver, tmp_path):
+    """run_ranks(arguments): what two ranks end with and say, without launcher and imports."""
+
+    def run(arguments):
+        store = host_store(loopback_listener())  # which lives as long as they
+        place = "2", store.port, secrets.token_hex(32)
+        logs = [tmp_path / f"rank_{rank}.log" for rank in range(2)]
+        ranks = [
+            forkserver.Process(
+                target=run_logged,
+                args=(log, "run_children", "run_cli_as_rank", rank, *place, "grpo", *arguments),
+            )
+            for rank, log in enumerate(logs)
+        ]
+        for rank in ranks:
+            rank.start()
+        try:
+            for rank in ranks:
+                rank.join(120)
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.join()
+        return [rank.exitcode for rank in ranks], "".join(log.read_text() for log in logs)
+
+    return run
 
 
 def wait_for(process, condition):
@@ -98,11 +135,13 @@ DISTURBANCES = {"tensor": kill_the_launcher, "pipeline": kill_a_rank, "data": st
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_disturbed_and_resumed(runs, base, layout, tmp_path, capsys):
+def test_disturbed_and_resumed(runs, base, run_ranks, layout, tmp_path, capsys):
     """Log-probs equal to the bit, the first rollouts those of one process, an exact resume, and a
     checkpoint of several ranks exported as one model."""
-    whole = run_whole(runs, "whole", *LAYOUTS[layout])
-    summary, rows, _ = whole
+    words = runs.arguments("whole", f"trainer.num_steps={STEPS}", *LAYOUTS[layout])
+    codes, said = run_ranks(words)
+    assert codes == [0, 0], said
+    whole = summary, rows, _ = result_of(runs, "whole")
     assert summary["logprob_mismatches"] == 0
     assert summary["logprob_tokens_compared"] > 100
     for key in ("rollout/reward_mean", "rollout/response_len_mean"):
@@ -122,12 +161,12 @@ def test_disturbed_and_resumed(runs, base, layout, tmp_path, capsys):
     assert f"weights of step {STEPS}, digest {summary['weights_digest']}" in capsys.readouterr().out
 
 
-def test_a_run_goes_on_under_another_layout(runs, capsys):
+def test_a_run_goes_on_under_another_layout(runs, run_ranks, capsys):
     """From one process to two, whose rollouts go on from the same weights; and back."""
     layout, (_, first_rows, _) = LAYOUTS["tensor"], runs.train("run")
-    with started(runs, "run", "resume=true", *layout) as process:
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
+    words = runs.arguments("run", f"trainer.num_steps={STEPS}", "resume=true", *layout)
+    codes, errors = run_ranks(words)
+    assert codes == [1, 1]
     assert "another trainer.parallel (tensor 1 -> 2, sequence False -> True)" in errors
     with started(runs, "run", "resume=true", "reshard=true", *layout) as process:
         output, errors = process.communicate(timeout=120)

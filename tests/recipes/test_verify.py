@@ -37,11 +37,12 @@ def verify(folder, name, *arguments):
 
 def test_chosen_properties_and_equal_digests(tmp_path, capsys):
     """Asked for in any order, measured in that of a full run; the same run finds the same bits."""
-    first = verify(tmp_path, "first", "properties=[trainer,group]")
+    words = "properties=[concurrent_callers,group]"
+    first = verify(tmp_path, "first", words)
     names = [[r["name"] for r in group] for group in first["models"].values()]
-    assert names == [["group vs single", "trainer vs rollout"]] * 2
+    assert names == [["group vs single", "concurrent callers"]] * 2
     assert f"outcomes_digest {first['outcomes_digest']}" in capsys.readouterr().out
-    again = verify(tmp_path, "again", "properties=[trainer,group]")
+    again = verify(tmp_path, "again", words)
     assert again["models"] == first["models"]
     assert again["outcomes_digest"] == first["outcomes_digest"]
     other = verify(tmp_path, "other", "properties=[trainer]", "seed=1")
