@@ -41,6 +41,7 @@ from samebit.rollout.values import as_integer
 from samebit.weight_sync.types import WeightVersion
 
 _PROGRESS_S = 0.1  # how often a caller is told that it still waits
+_EXIT_S = 60.0  # how long a process may take to end that is told to, on a busy machine
 _EXIT_CODE_S = 5.0  # how long a process may take to end after its end of the pipe
 
 
@@ -251,7 +252,7 @@ class RemoteEngine:
         """End the process, and with it what is unfinished."""
         with suppress(RemoteEngineError):
             self._pipe.call(Stop())
-        self._process.join(timeout=10)
+        self._process.join(_EXIT_S)
         if self._process.is_alive():
             self._process.kill()
         self._pipe.close()

@@ -136,8 +136,9 @@ def start_engine(
     if run.placement.engine == "process":
         engine = RemoteEngine(run.model.path, run.cpu_threads, config=config, **where)
     else:
-        leased = trainer.params if issubclass(transport, Lease) else None
-        engine = Engine(run.model.path, config, weights=leased, step=trainer.step, **where)
+        if issubclass(transport, Lease):
+            where |= {"weights": trainer.params, "step": trainer.step}
+        engine = Engine(run.model.path, config, **where)
     entry = TRANSPORTS.get(run.placement.transport)
     more: Any = {key: getattr(run.placement, key) for key in (entry.settings if entry else ())}
     weights = transport.between(trainer, engine, run.run_dir / "weight_sync", **more)

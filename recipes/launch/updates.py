@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -94,9 +95,10 @@ def connect(
     kind = import_class(entry.path, "transport", WeightSync)
     engine: Engine | RemoteEngine
     if "colocated" in entry.engines:
-        leased = source.params if issubclass(kind, Lease) else None
-        device, step = source.device, source.step
-        engine = Engine(model_path, config, device=device, weights=leased, step=step)
+        shared: dict[str, Any] = {}
+        if issubclass(kind, Lease):
+            shared = {"weights": source.params, "step": source.step}
+        engine = Engine(model_path, config, device=source.device, **shared)
     else:
         torch.cuda.empty_cache()  # what this process keeps for later may be what that one needs
         device = engine_device(transport, source.device)
