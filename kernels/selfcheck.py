@@ -141,7 +141,7 @@ def check_fused(heads: Heads, widths: Iterable[int], device: torch.device) -> No
 def check_attention(attention: AttentionKind) -> None:
     """Raise SelfCheckError unless decode, chunks, shared prefixes and the packed forward agree."""
     (num_heads, num_kv_heads, head_dim, _), device = attention.heads, attention.device
-    lens, page_size = (3, 64, 65, 150, 1100), 16
+    lens, page_size = (3, 64, 65, 150, 1100), 64
     q = _randn(sum(lens), num_heads, head_dim, device=device)
     k, v = (_randn(sum(lens), num_kv_heads, head_dim, device=device, seed=s) for s in (1, 2))
     truth = attention.attend_packed(q, k, v, attention.plan_packed(lens)).split(lens)
@@ -169,16 +169,18 @@ def check_attention(attention: AttentionKind) -> None:
 def _check_shared_prefixes(
     attention: AttentionKind, q: Tensor, caches: Tensor, length: int, truth: Tensor
 ) -> None:
-    """Contexts of all lengths from 1,025 on that begin alike, decoded as one group."""
-    page_size = caches.shape[2]
-    lens = range(1025, length + 1)
+    """Contexts of all lengths from 641 on that begin alike, decoded as groups that share 640."""
+    page_size, first = caches.shape[2], 641
+    lens = range(first, length + 1)
     table = torch.arange(caches.shape[1]).repeat(len(lens), 1)
     least, attention.least_shared_bytes = attention.least_shared_bytes, 1
     try:
         plan = attention.plan_step([1] * len(lens), lens, table, page_size)
     finally:
         attention.least_shared_bytes = least
-    if not torch.equal(attention.attend(q[1024:], caches[0], caches[1], plan), truth[1024:]):
+    if not torch.equal(
+        attention.attend(q[first - 1 :], caches[0], caches[1], plan), truth[first - 1 :]
+    ):
         heads = attention.heads
         raise SelfCheckError(
             "attention of samples that share a prefix is not invariant on this machine: "

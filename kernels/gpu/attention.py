@@ -27,6 +27,8 @@ from samebit.kernels.gpu.prefix_tasks import PrefixTasks, task_capacity
 from samebit.kernels.shared_prefixes import SharedPrefixes
 from samebit.kernels.transfer import to_device
 
+_MOST_PARTS = 1 << 14  # of one query head: 272 MB of parts with 32 heads of 128
+
 Share = Callable[[np.ndarray, np.ndarray, np.ndarray], SharedPrefixes | None]
 
 
@@ -130,7 +132,7 @@ def plan(
     starts = np.concatenate([[0], np.cumsum(queries)[:-1]])
     first_keys = starts if key_starts is None else np.asarray(key_starts)
     own_keys = (queries == contexts).all() and (starts == first_keys).all()
-    decoding = queries <= most_queries
+    decoding = queries <= _few(queries, contexts, most_queries)
     prefilling = np.flatnonzero(~decoding)
     tile_rows = 128 if queries[prefilling].max(initial=0) > 64 else 64
     counts = -(-queries[prefilling] // tile_rows)
@@ -147,7 +149,7 @@ def plan(
     decode: tuple[DecodeEntries, ...] = ()
     if page_table is not None:
         tables = page_table.numpy().astype(np.int32)
-        decode = tuple(_plan_decode(queries, contexts, starts, tables, device, most_queries, share))
+        decode = tuple(_plan_decode(queries, contexts, starts, tables, device, decoding, share))
     return GpuAttentionPlan(
         query_starts=placed(starts),
         key_starts=placed(first_keys),
@@ -167,22 +169,32 @@ def plan(
     )
 
 
+def _few(query_lens: np.ndarray, context_lens: np.ndarray, most_queries: int) -> int:
+    """Up to how many queries decode: 1 where more would need too large parts of their splits."""
+    several = (query_lens > 1) & (query_lens <= most_queries)
+    if not several.any():
+        return most_queries
+    num_splits = -(-int(context_lens[several].max()) // GPU_KV_SPLIT)
+    fits = int(several.sum()) * most_queries * num_splits <= _MOST_PARTS
+    return most_queries if fits else min(1, most_queries)
+
+
 def _plan_decode(
     query_lens: np.ndarray,
     context_lens: np.ndarray,
     starts: np.ndarray,
     tables: np.ndarray,
     device: torch.device,
-    most_queries: int,
+    decoding: np.ndarray,
     share: Share,
 ) -> Iterator[DecodeEntries]:
-    """Yield the samples [B] with one query, then those with up to most_queries."""
+    """Yield those of the samples [B] that decode: with one query, then with several."""
 
     def placed(values: np.ndarray) -> Tensor:
         return to_device(values.astype(np.int32), device)
 
-    for least, most in ((1, 1), (2, most_queries)):
-        rows = np.flatnonzero((least <= query_lens) & (query_lens <= most))
+    for which in (query_lens == 1, query_lens > 1):
+        rows = np.flatnonzero(which & decoding)
         if not len(rows):
             continue
         queries, contexts = query_lens[rows], context_lens[rows]

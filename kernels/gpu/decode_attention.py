@@ -25,8 +25,9 @@ _MAX_KV_HEADS = 128
 
 
 def most_queries(heads_per_kv: int) -> int:
-    """Queries that an entry may have, for so many query heads of a KV head."""
-    return max(1, min(16, _MOST_ROWS // heads_per_kv))
+    """Queries that an entry may have, for so many query heads of a KV head: a power of two."""
+    most = max(1, min(16, _MOST_ROWS // heads_per_kv))
+    return 1 << (most.bit_length() - 1)
 
 
 @dataclass(frozen=True)
@@ -272,8 +273,10 @@ def decode_attention(
             num_warps=4 if rows == 64 else 8, num_stages=2, enable_fp_fusion=False, launch_pdl=pdl,
         )  # fmt: skip
     rows = max(_LEAST_ROWS, triton.next_power_of_2(own))
-    # Few programs: each keeps more of its own loads in flight. Many: they hide each other's.
-    num_stages = 3 if num_kv * num_seqs * max_splits <= 1.5 * num_sms(q.device) else 2
+    # Few programs: each keeps more of its own loads in flight, as far as a multiprocessor's shared
+    # memory holds them. Many: they hide each other's.
+    is_few = num_kv * num_seqs * max_splits <= 1.5 * num_sms(q.device)
+    num_stages = 3 if is_few and rows < 128 else 2
     _decode_kernel[(num_kv, num_seqs, max_splits)](
         q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=output, max_ptr=part_max, sum_ptr=part_sum,
         acc_ptr=part_acc, counters=decode.counters,

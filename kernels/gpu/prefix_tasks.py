@@ -53,8 +53,8 @@ class PrefixTasks:
         self.longest = longest
         self._written: SharedPrefixes | None = None
         self._shape = (num_tasks, capacity)
-        self._block = torch.zeros(num_tasks * (capacity + 1) + num_entries, dtype=torch.int32)
-        self._block = self._block.to(device)
+        size = num_tasks * (capacity + 1) + num_entries
+        self._block = torch.zeros(size, dtype=torch.int32, device=device)
         sizes = (num_tasks * capacity, num_tasks, num_entries)
         members, self.lens, self.of_entry = self._block.split(sizes)
         self.members = members.view(self._shape)

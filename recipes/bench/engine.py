@@ -160,7 +160,7 @@ def main(run: BenchEngineRun) -> int:
     idle = [name for name in run.variants if name in SETTINGS]
     if idle and device.type != "cuda":
         raise DeviceError(
-            f"variants has {', '.join(idle)}: without a CUDA device there is nothing to turn off"
+            f"variants has {', '.join(idle)}: without a CUDA device they change nothing"
         )
     variants: dict[str, Any] = {}
     report = report_of(run, device) | {"variants": variants}

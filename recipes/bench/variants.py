@@ -1,4 +1,4 @@
-"""What single decisions cost or gain: the same engine with one of them undone."""
+"""What single decisions cost or gain: the same engine with one of them made otherwise."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,6 +16,7 @@ from samebit.kernels.op import Op
 SETTINGS: dict[str, dict[str, Any]] = {
     "no_graphs": {"cuda_graphs": False},
     "no_overlap": {"overlap": False},
+    "group_attention": {"group_attention": True},
 }
 """Arguments of Engine that a variant sets."""
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 from samebit.recipes.data.samples import drawn_sample
 from samebit.recipes.verification.subject import NUM_SAMPLES, Result, Subject, flat
 from samebit.recipes.verification.weight_properties import pauses, transports
+from samebit.rollout.config import EngineConfig
 from samebit.rollout.types import Completion, SamplingParams
 from samebit.trainer.packing import pack_samples
 
@@ -247,13 +248,15 @@ def shared_prefixes(subject: Subject) -> Result:
         for i in range(len(prompts))
     ]
     ids = [[5000 * i + s for s in range(p.n)] for i, p in enumerate(params)]
-    tokens = sum(p.n * (len(prompt) + 256) for p, prompt in zip(params, prompts, strict=True))
+    own = subject.num_new_tokens + 2 * EngineConfig().page_size
+    tokens = sum(len(x) + p.n * own for p, x in zip(params, prompts, strict=True))
+    settings = {"max_num_seqs": 512, "kv_cache_tokens": tokens, "group_attention": False}
     for graphs in (True, False):
-        settings = {"max_num_seqs": 512, "kv_cache_tokens": tokens, "cuda_graphs": graphs}
-        engine = subject.make_engine(group_attention=False, **settings)
+        engine = subject.make_engine(cuda_graphs=graphs, **settings)
         truth = flat(engine.generate(prompts, params, ids))
         engine.attention.least_shared_bytes = 1
         result.compare(flat(engine.generate(prompts, params, ids)), truth, f"graphs {graphs}")
+        del engine  # its memory is the next one's
     return result
 
 

@@ -71,6 +71,9 @@ IDLE = {
     "engine.cuda_graphs is True": lambda: ENGINE(
         variants=["no_graphs"], engine=EngineConfig(cuda_graphs=True)
     ),
+    "engine.group_attention is True": lambda: ENGINE(
+        variants=["group_attention"], engine=EngineConfig(group_attention=True)
+    ),
     "engine.seed is 7": lambda: ENGINE(engine=EngineConfig(seed=7)),
     "engine.load_format is 'dummy'": lambda: ENGINE(engine=EngineConfig(load_format="dummy")),
     "engine.max_model_len is 8": lambda: grpo(DECAY, engine=EngineConfig(max_model_len=8)),
@@ -113,7 +116,7 @@ def test_what_is_read_is_taken():
     VerifyRun(load_format="dummy", model="m", seed=0)
     ENGINE(profile=True, profile_steps=8)
     ENGINE(variants=["default", "no_graphs"], engine=EngineConfig(cuda_graphs=True))
-    KERNELS(tune=True, rows=[4], tables=["linear", "attention", "prefill", "rows"])
+    KERNELS(tune=True, rows=[4], tables=["linear", "attention", "shared", "prefill", "rows"])
     sft(optimizer=OptimizerConfig(lr_schedule="cosine", lr_warmup_steps=4))
     sft(optimizer=OptimizerConfig(lr_warmup_steps=50))
     sft(FILE(eval_size=100), eval_every=5)
