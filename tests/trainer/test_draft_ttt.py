@@ -83,7 +83,7 @@ def test_loss_and_gradients_are_those_of_the_literal_test(name, monkeypatch):
     expected = sum(loss * 0.8**i for i, (loss, _, _) in enumerate(passes)) / passes[0][1]
     expected.backward()
     expected = float(expected.detach())
-    drafted = trainer.drafted(data)
+    drafted = trainer.choices(trainer.unroll(data))
     for i, (_, _, choices) in enumerate(passes):
         assert torch.equal(drafted[i], choices)
     assert abs(trainer.evaluate([data]).loss - expected) < 1e-5
@@ -192,6 +192,10 @@ def test_streams_that_do_not_fit_are_refused():
         trainer.train_step([missing])
     with pytest.raises(ValueError, match="after 2 layers has 5 tokens; its sample has 7"):
         pack_streams([{2: torch.zeros(5, 24)}], [7], torch.device("cpu"))
+    with pytest.raises(
+        ValueError, match="has 129 tokens; the draft's max_position_embeddings is 1"
+    ):
+        trainer.train_step(make_batches(config, lens=(129,), max_tokens=200))
     with pytest.raises(ValueError, match="none of 0 rows counts"):
         trainer.train_step(make_batches(config, lens=(2,)))
 
