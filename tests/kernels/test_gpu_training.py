@@ -16,6 +16,7 @@ from samebit.kernels.logprob import (
 from samebit.kernels.rms_norm import rms_norm, rms_norm_backward_ref
 from samebit.kernels.sample import draw_with_logprobs
 from samebit.kernels.swiglu import swiglu, swiglu_backward_ref
+from samebit.kernels.ttt_attention import ttt_attention, ttt_attention_ref
 from samebit.trainer.context import chunks_of
 
 if torch.cuda.is_available():
@@ -194,6 +195,30 @@ def test_attention_backward_with_filling_heads(heads, kv, lens):
     plain = torch.autograd.grad(attention_ref(*narrow, lens, 128**-0.5), narrow, grad)
     for a, t, p in zip(found, truth, plain, strict=True):
         assert (a.float() - t).norm() <= 2 * (p.float() - t).norm()
+
+
+@pytest.mark.parametrize("heads", [(8, 2, 64), (4, 4, 128)], ids=str)
+def test_ttt_attention(heads):
+    """Values and gradients of three passes; the same bits again."""
+    num_heads, num_kv, head_dim = heads
+    lens, scale = (1, 130, 700), head_dim**-0.5
+    shapes = [(sum(lens), n, head_dim) for n in (num_heads, *[num_kv] * 8)]
+    leaves = [bf16(*s, seed=i).requires_grad_() for i, s in enumerate(shapes)]
+    grad, plan = bf16(*shapes[0], seed=99), attention_of(*leaves[:2]).plan_packed(lens)
+
+    def run(function, tensors, packed):
+        q, k, v, *own = tensors
+        return function(q, k, v, list(zip(own[::2], own[1::2], strict=True)), packed, scale)
+
+    output = run(ttt_attention, leaves, plan)
+    found = torch.autograd.grad(output, leaves, grad)
+    again = torch.autograd.grad(run(ttt_attention, leaves, plan), leaves, grad)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    truth, plain = run(ttt_attention_ref, wide, lens), run(ttt_attention_ref, leaves, lens)
+    assert_near([output], [truth], plain)
+    expected = torch.autograd.grad(truth, wide, grad.double())
+    assert_near(found, expected, *[torch.autograd.grad(plain, leaves, grad)])
 
 
 @pytest.mark.parametrize("lens", [(700,), (65, 300, 2100), (5, 1030), (2, 2), (2,)])

@@ -20,6 +20,8 @@ from samebit.trainer.draft.acceptance import accept_lengths
 from samebit.trainer.draft.batch import DraftBatch, pack_streams
 from samebit.trainer.draft.config import LOSSES, TttConfig
 from samebit.trainer.draft.losses import DRAFT_LOSSES, acceptance
+from samebit.trainer.packing import pack_samples
+from samebit.trainer.types import Sample
 
 
 def plain_losses(config, w, trainer, data):
@@ -83,7 +85,7 @@ def test_loss_and_gradients_are_those_of_the_literal_test(name, monkeypatch):
     expected = sum(loss * 0.8**i for i, (loss, _, _) in enumerate(passes)) / passes[0][1]
     expected.backward()
     expected = float(expected.detach())
-    drafted = trainer.drafted(data)
+    drafted = trainer.choices(trainer.unroll(data))
     for i, (_, _, choices) in enumerate(passes):
         assert torch.equal(drafted[i], choices)
     assert abs(trainer.evaluate([data]).loss - expected) < 1e-5
@@ -192,6 +194,10 @@ def test_streams_that_do_not_fit_are_refused():
         trainer.train_step([missing])
     with pytest.raises(ValueError, match="after 2 layers has 5 tokens; its sample has 7"):
         pack_streams([{2: torch.zeros(5, 24)}], [7], torch.device("cpu"))
+    with pytest.raises(
+        ValueError, match="has 129 tokens; the draft's max_position_embeddings is 1"
+    ):
+        trainer.train_step(make_batches(config, lens=(129,), max_tokens=200))
     with pytest.raises(ValueError, match="none of 0 rows counts"):
         trainer.train_step(make_batches(config, lens=(2,)))
 
@@ -225,6 +231,56 @@ def test_accept_lengths_follow_the_chain():
     gap = np.array([2, 3, 5, 6, 7])
     assert accept_lengths(right, tokens, gap, [10]) == [1, 2]
     assert accept_lengths(right, tokens, np.array([2, 3, 4, 5]), [5, 5]) == [2]
+
+
+def drafted_chain(config, w, embedding, fused, ids, column, passes, chosen):
+    """What a draft says behind column's next token when it really drafts: token by token, each fed
+    with the one before; the target's streams are known up to the column."""
+    keys, values, group = [], [], config.num_heads // config.num_kv_heads
+
+    def attend(q, k, v):
+        keys.append(k.repeat_interleave(group, 1))
+        values.append(v.repeat_interleave(group, 1))
+        scores = torch.einsum("qnh,knh->nqk", q, torch.cat(keys)) * config.head_dim**-0.5
+        if len(keys) == 1:
+            mask = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(mask, float("-inf"))
+        return torch.einsum("nqk,knh->qnh", scores.softmax(-1), torch.cat(values))
+
+    states, tokens = fused[: column + 1], ids[1 : column + 2]
+    positions, said = torch.arange(column + 1), []
+    for _ in range(passes):
+        states, final = plain_step(config, w, states, tokens, positions, embedding, attend)
+        tokens = chosen[(final[-1:] @ w["lm_head.weight"].t()).argmax(-1)]
+        states, positions = states[-1:], positions[-1:] + 1
+        said.append(int(tokens))
+    return said
+
+
+@pytest.mark.parametrize("name", ["eagle3", "eagle3.1"])
+def test_accept_lengths_are_those_of_real_drafting(name):
+    """Of four tokens chance hits many: chains of every length, to the end of the sample."""
+    config = make_config(**OPTIONS[name], vocab_size=4, draft_vocab_size=3)
+    trainer = make_trainer(config, passes=3)
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(4, (60,), generator=generator)
+    sample = Sample.of_response(sample_id=0, token_ids=ids.numpy(), prompt_len=5)
+    [batch] = pack_samples([sample], 60)
+    streams = {layer: torch.randn(60, 24, generator=generator) for layer in (1, 2, 3, NUM_LAYERS)}
+    data = DraftBatch(batch=batch, streams=streams)
+    drafted = trainer.choices(trainer.unroll(data)).numpy()
+    found = accept_lengths(drafted, ids.numpy(), batch.rows.numpy(), [60])
+    w, embedding = plain_tensors(config, trainer.params), trainer._draft.embedding.double()
+    fused = plain_fuse(config, w, [streams[layer].double() for layer in config.captured_layers])
+    chosen, column, expected = trainer.vocabulary.token_ids, 4, []
+    while column + 2 < 60:
+        said = drafted_chain(config, w, embedding, fused, ids, column, 3, chosen)
+        right = [a == b for a, b in zip(said, ids[column + 2 :].tolist(), strict=False)]
+        accepted = (*right, False).index(False)
+        expected.append(min(accepted + 1, 60 - column - 2))
+        column += expected[-1]
+    assert found == expected
+    assert len(set(found)) > 2, "chains of few lengths would test little"
 
 
 def test_the_same_samples_give_the_same_bytes():

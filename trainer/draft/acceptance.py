@@ -16,7 +16,7 @@ def accept_lengths(
 ) -> list[int]:
     """Tokens that each verification yields, the target's own one included where the sample has it.
 
-    drafted [passes, T]: a pass's choice in every column (DraftTrainer.drafted). token_ids [T] and
+    drafted [passes, T]: a pass's choice in every column (DraftTrainer.choices). token_ids [T] and
     rows [R], ascending, are a micro-batch's: row r's next token was drawn. The first token of a
     stretch of rows needs no draft; from then on each verification begins behind the last token.
     """

@@ -51,7 +51,13 @@ class DraftBatch:
         return self.batch.num_tokens
 
     def require(self, config: DraftConfig, num_layers: int) -> None:
-        """ValueError unless the streams are those that this draft is trained on."""
+        """ValueError unless the streams are those that this draft is trained on, and its positions
+        reach over the longest sample."""
+        if (longest := max(self.batch.seq_lens)) > config.max_position:
+            raise ValueError(
+                f"micro-batch {self.index}: a sample has {longest} tokens; the draft's "
+                f"max_position_embeddings is {config.max_position}"
+            )
         shape = (self.num_tokens, config.target_hidden_size)
         for layer in sorted({*config.captured_layers, num_layers}):
             stream = self.streams.get(layer)

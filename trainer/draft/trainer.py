@@ -66,12 +66,8 @@ class DraftTrainer:
             raise ValueError(
                 f"a vocabulary of {len(vocabulary)} tokens for a draft of {config.draft_vocab_size}"
             )
-        self.config, self.vocabulary, self.ttt, self.ranks = (
-            config,
-            vocabulary,
-            ttt or TttConfig(),
-            ranks,
-        )
+        self.config, self.vocabulary = config, vocabulary
+        self.ttt, self.ranks = ttt or TttConfig(), ranks
         self.device, self.dtype = target.output_weight.device, target.output_weight.dtype
         self.specs = config.param_specs()
         self.step = 0
@@ -118,14 +114,17 @@ class DraftTrainer:
         Raises NonFiniteError, and writes nothing, for a loss or gradient that is NaN or infinite,
         and ValueError for micro-batches of other streams or without a row that counts.
         """
-        for grad in self._grads.values():
+        for name, grad in self._grads.items():
             grad.zero_()
+            self._masters[name].grad = None  # of a step that was broken off
         totals = TttTotals.zeros(self.ttt.passes, self.device)
         for data in batches:
             poll()
             self._accumulate(data, totals)
         stats = self._stats(totals)
-        grads = {name: self._summed(grad) / stats.num_rows for name, grad in self._grads.items()}
+        grads = {name: self._summed(grad) for name, grad in self._grads.items()}
+        for grad in grads.values():
+            grad /= stats.num_rows
         norms = torch.stack([torch.linalg.vector_norm(grad) for grad in grads.values()])
         norm = float(torch.linalg.vector_norm(norms))
         if not torch.isfinite(torch.tensor([norm, stats.loss])).all():
@@ -155,7 +154,7 @@ class DraftTrainer:
             loss_gradients(
                 self._draft, finals, data, self._target, self._token_ids, self.ttt, None, totals
             )
-            batch, drafted = data.batch, self._choices(finals).cpu().numpy()
+            batch, drafted = data.batch, self.choices(finals).cpu().numpy()
             ids, rows = (x.cpu().numpy() for x in (batch.input_ids, batch.rows))
             lengths = accept_lengths(drafted, ids, rows, batch.seq_lens)
             totals.accepted[0] += sum(lengths)
@@ -168,11 +167,8 @@ class DraftTrainer:
         return unroll(self._draft, data, self.ttt.passes, self._rope_table)
 
     @torch.no_grad()
-    def drafted(self, data: DraftBatch) -> Tensor:
+    def choices(self, finals: Sequence[Tensor]) -> Tensor:
         """[passes, T] int64: the target's id of each pass's first choice in every column."""
-        return self._choices(self.unroll(data))
-
-    def _choices(self, finals: Sequence[Tensor]) -> Tensor:
         rows = max(1, (1 << 22) // self.config.draft_vocab_size)
         chosen = [
             torch.cat([self._draft.logits(part).argmax(-1) for part in final.split(rows)])
