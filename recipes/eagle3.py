@@ -125,10 +125,11 @@ class Eagle3Recipe:
             samples = self._source.draw(prompts, temperature, stop.poll)
             stats = self.trainer.evaluate(self._source.batches(samples, most))
             metrics = {"loss": stats.loss, **stats.metrics}
-            kept = metrics if temperature is None else {"accept_length": metrics["accept_length"]}
-            found |= {f"eval/{name}{key}": value for key, value in kept.items()}
-        self.progress.accept_length = found["eval/accept_length"]
-        self.progress.greedy_accept_length = found["eval/greedy_accept_length"]
+            kept = metrics.keys() if temperature is None else {"accept_length"} & metrics.keys()
+            found |= {f"eval/{name}{key}": metrics[key] for key in kept}
+        # Answers of one token each verify nothing.
+        self.progress.accept_length = found.get("eval/accept_length")
+        self.progress.greedy_accept_length = found.get("eval/greedy_accept_length")
         if self.progress.accept_length_first is None:
             self.progress.accept_length_first = self.progress.accept_length
         return found

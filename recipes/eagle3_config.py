@@ -104,7 +104,8 @@ class Eagle3Run(RunSection):
         meaning = (
             "the command is eagle3: an optimizer step trains on all tokens of a step's answers"
         )
-        require_default(self.trainer, "trainer", ("batch_size", "loss_mean"), meaning)
+        means = ("batch_size", "loss_mean", "loss_mean_tokens")
+        require_default(self.trainer, "trainer", means, meaning)
         meaning = "the command is eagle3, which runs in one process"
         require_default(self.trainer, "trainer", ("parallel",), meaning)
         require_default(self.numerics, "numerics", ("tp_invariant",), meaning)
@@ -114,6 +115,9 @@ class Eagle3Run(RunSection):
         require_default(
             self.logger, "logger", idle, "the command is eagle3, which keeps no samples"
         )
+        drawn = self.rollout.max_new_tokens
+        meaning = "at least 2: the first token of an answer needs no draft"
+        require(drawn >= 2, "rollout.max_new_tokens", drawn, meaning)
         held_out = self.data.eval_size >= 1 or self.data.eval_path is not None
         meaning = "at least 1: the accept length is measured on held-out prompts"
         require(held_out, "data.eval_size", self.data.eval_size, meaning)

@@ -16,7 +16,7 @@ from typing import Any
 from samebit.kernels.profile import NumericsProfile
 from samebit.recipes.config import RunSection
 from samebit.recipes.data.tasks.base import DataConfig, Dataset
-from samebit.recipes.eagle3_config import TrainingRun
+from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
 from samebit.recipes.models.side_files import tokenizer_files
 from samebit.recipes.run.input_files import OWN_KEYS, flatten, own_sources
 from samebit.recipes.run.provenance import device_name
@@ -102,6 +102,8 @@ def _contents(run: TrainingRun, records: Mapping[str, Dataset]) -> Iterator[tupl
     """Digests of the tokenizer's files and of the problems, by what they are."""
     for name, file in tokenizer_files(Path(run.model.path)).items():
         yield f"model.path/{name}", digest(file.read_bytes())
+    if isinstance(run, Eagle3Run) and run.draft.path is not None:  # its weights are the state's
+        yield "draft.path/config.json", digest((Path(run.draft.path) / "config.json").read_bytes())
     for name, problems in records.items():
         yield name, records_digest(problems, run.data)
     if run.data.task.startswith("reasoning_gym/"):

@@ -226,37 +226,40 @@ def memory_release(subject: Subject) -> Result:
 
 
 def shared_prefixes(subject: Subject) -> Result:
-    """Groups of 1 to 64 samples, alone, mixed and nested, read their prefixes together or not."""
+    """Groups of 1 to 64 samples, mixed, with prefixes within prefixes: each sample on pages of its
+    own, then on shared ones; on a GPU these are read once for all as well."""
     result = Result("shared prefixes")
-    if subject.device.type != "cuda":
-        result.untried.append("shared prefixes: every sample reads its own on the CPU")
-        return result
+    on_gpu = subject.device.type == "cuda"
+    edges: tuple[int, ...] = (128, 256, 640, 1024, 1152) if on_gpu else (64, 128)
+    sizes: tuple[int, ...] = (1, 2, 3, 5, 8, 16, 17, 33, 64) if on_gpu else (1, 2, 3)
     most = subject.config.max_position - subject.num_new_tokens
-    edges = (128, 256, 640, 1024, 1152)
-    lens = [n + d for n in edges for d in (-1, 0, 1, 60) if n + d <= most]
+    lens = [n + d for n in edges for d in (-1, 0, 1) if n + d <= most]
     if not lens:
         result.untried.append("shared prefixes: the context is shorter than a tile")
         return result
-    rng = random.Random(3)
-    longest, other = (
-        [rng.randrange(subject.config.vocab_size) for _ in range(max(lens))] for _ in range(2)
-    )
-    prompts = [longest[:n] for n in lens] + [other[:n] for n in lens[:2]]
-    sizes = (1, 2, 3, 5, 8, 16, 17, 33, 64)
+    rng, vocab = random.Random(3), subject.config.vocab_size
+    longest, other = ([rng.randrange(vocab) for _ in range(max(lens))] for _ in range(2))
+    prompts = [longest[:n] for n in lens] + [other[:n] for n in lens[-2:]]
+    new, page = subject.num_new_tokens, EngineConfig().page_size
     params = [
-        SamplingParams(n=sizes[i % len(sizes)], max_new_tokens=subject.num_new_tokens)
-        for i in range(len(prompts))
+        SamplingParams(n=sizes[i % len(sizes)], max_new_tokens=new) for i in range(len(prompts))
     ]
     ids = [[5000 * i + s for s in range(p.n)] for i, p in enumerate(params)]
-    own = subject.num_new_tokens + 2 * EngineConfig().page_size
-    tokens = sum(len(x) + p.n * own for p, x in zip(params, prompts, strict=True))
-    settings = {"max_num_seqs": 512, "kv_cache_tokens": tokens, "group_attention": False}
-    for graphs in (True, False):
-        engine = subject.make_engine(cuda_graphs=graphs, **settings)
-        truth = flat(engine.generate(prompts, params, ids))
+    tokens = sum(len(x) + p.n * (new + 2 * page) for p, x in zip(params, prompts, strict=True))
+    settings = {"max_num_seqs": 512, "kv_cache_tokens": tokens}
+    alone = subject.make_engine(prefix_cache=False, **settings)
+    each = [
+        (x, _single(p), [i]) for x, p, own in zip(prompts, params, ids, strict=True) for i in own
+    ]
+    truth = flat(alone.generate(*map(list, zip(*each, strict=True))))
+    del alone  # its memory is the next one's
+    for graphs in (True, False) if on_gpu else (None,):
+        engine = subject.make_engine(cuda_graphs=graphs, group_attention=True, **settings)
         engine.attention.least_shared_bytes = 1
-        result.compare(flat(engine.generate(prompts, params, ids)), truth, f"graphs {graphs}")
-        del engine  # its memory is the next one's
+        for case in ("first run", "second run"):
+            found = flat(engine.generate(prompts, params, ids))
+            result.compare(found, truth, f"{case}, graphs {graphs}")
+        del engine
     return result
 
 

@@ -245,6 +245,8 @@ def test_what_cannot_be_is_refused_before_it_begins(runs, overrides, message):
         (["trainer.parallel.data=2"], "the command is eagle3, which runs in one process"),
         (["trainer.micro_batch_tokens=27"], "it must be at least 28, the longest sample"),
         (["data.eval_size=0"], "data.eval_size is 0; it must be at least 1"),
+        (["rollout.max_new_tokens=1"], "rollout.max_new_tokens is 1; it must be at least 2"),
+        (["trainer.loss_mean_tokens=5"], "trainer.loss_mean_tokens is 5"),
         (["engine.seed=5"], "engine.seed is 5"),
         (["ttt.passes=0"], "ttt.passes is 0; it must be positive"),
     ],
@@ -265,3 +267,18 @@ def test_a_draft_of_another_target_is_refused(base, runs, tmp_path):
     file.write_text(json.dumps(keys | {"max_position_embeddings": 16}))
     with pytest.raises(ValueError, match="= 28 tokens; the draft's max_position_embeddings is 16"):
         runs.train("other", *start)
+
+
+def test_a_draft_folder_that_was_edited_is_refused(base, runs, tmp_path):
+    """A resumed run has the weights of its checkpoint: they would be another draft's."""
+    original, _, _ = base
+    shutil.copytree(original.folder / "base" / "draft", tmp_path / "draft")
+    drop = ("draft.layers=null", "draft.vocab_size=null", "draft.vocab_prompts=256")
+    start = (*drop, "draft.feeds_normed=false", f"draft.path={tmp_path / 'draft'}")
+    runs.train("started", *start, "trainer.num_steps=1", "trainer.checkpoint_every=1")
+    file = tmp_path / "draft" / "config.json"
+    keys = json.loads(file.read_text())
+    rope = keys["rope_parameters"] | {"rope_theta": 5e4}
+    file.write_text(json.dumps(keys | {"rope_theta": 5e4, "rope_parameters": rope}))
+    with pytest.raises(CheckpointError, match="draft.path/config.json"):
+        runs.train("started", *start, "trainer.num_steps=2", "resume=true")

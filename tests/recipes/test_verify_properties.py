@@ -37,6 +37,10 @@ SETTINGS = {
     "memory_release": [{"weights_backup": True}],
     "transports": [{"load_format": "none"}] * 2,  # and one in another process
     "pauses": [WITHOUT] * 3,
+    "shared_prefixes": [
+        {"max_num_seqs": 512, "kv_cache_tokens": 2798, **more}
+        for more in (WITHOUT, {"group_attention": True})
+    ],
 }
 """Of the engines that each makes."""
 TRIED = {
@@ -58,6 +62,7 @@ TRIED = {
     "memory_release": (3, 4),
     "transports": (3, 2),
     "pauses": (5, 3),
+    "shared_prefixes": (0, 3),
 }
 """How often each compares all samples, and calls Engine.generate."""
 
@@ -134,6 +139,7 @@ def test_a_property_is_tried_and_sees_one_bit(subject, monkeypatch, check):
     others = {
         "decode_batch": NUM_NEW * sum(CPU_BATCH_EDGES),
         "prefix_cache": drawn_of_last(subject),
+        "shared_prefixes": 2 * NUM_NEW * (1 + 2 + 3 + 1 + 2 + 3 + 1 + 2),
     }
     if name not in ("preemption", "neighbour_abort", "pauses"):  # here some cases cannot be tried
         assert result.tokens == times * num_drawn + others.get(name, 0)

@@ -125,6 +125,8 @@ class DraftConfig:
         sizes = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size")
         same = (*sizes, "max_position", "norm_eps", "rope_theta", "rope_scaling")
         given = {name: getattr(target, name) for name in same}
+        if given["rope_scaling"] == {"rope_type": "default"}:
+            given["rope_scaling"] = None  # the same to us; SpecForge knows no scaling of that name
         given |= {"target_hidden_size": target.hidden_size, "captured_layers": tuple(layers)}
         given |= {"token_ids": {"eos_token_id": list(target.eos_token_ids) or None}}
         return cls(**given | {"draft_vocab_size": draft_vocab_size} | options)
