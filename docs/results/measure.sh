@@ -5,7 +5,7 @@
 #   docs/results/measure.sh OUT PART...
 #
 # Parts: verify (two runs side by side have to be equal; SMOLLM2=FOLDER adds that model), engine,
-# kernels, trainer, memory, sync (on two GPUs also between them), step (of colocated GRPO), kills (a
+# groups, kernels, trainer, memory, sync (on two GPUs also between them), step (of colocated GRPO), kills (a
 # short demo on SmolLM2, killed 20 times); on two GPUs tensor_parallel, trainer_tp, transfers; on
 # four transfers4, layouts (short runs under all that fit), tp1_tp4.
 set -euo pipefail
@@ -13,7 +13,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 bin=$root/.venv/bin
 shapes=$root/recipes/bench/shapes
-parts=" verify engine kernels trainer memory sync step kills tensor_parallel trainer_tp transfers"
+parts=" verify engine groups kernels trainer memory sync step kills tensor_parallel trainer_tp transfers"
 parts+=" transfers4 layouts tp1_tp4 "
 for part in "${@:2}"; do
     if [[ $parts != *" $part "* ]]; then
@@ -88,6 +88,13 @@ engine() {
         'workloads=[64x1x512x256,1x1x512x256,8x1x512x256,64x8x512x512,1x8x512x4096]'
     samebit engine_qwen3_0.6b bench engine model="$shapes/qwen3-0.6b" load_format=dummy \
         'workloads=[1x1x512x512,64x8x512x512]'
+}
+
+groups() { # prefixes that samples share, read by each and read once
+    samebit groups_qwen3_8b bench engine model="$shapes/qwen3-8b" load_format=dummy \
+        'variants=[default,group_attention]' \
+        'workloads=[64x8x512x512,64x8x700x512,16x16x8192x512,1x8x512x4096,64x1x512x256]'
+    samebit groups_kernels_qwen3_8b bench kernels model="$shapes/qwen3-8b" 'tables=[shared]'
 }
 
 kernels() { samebit kernels_qwen3_8b bench kernels model="$shapes/qwen3-8b"; }

@@ -22,6 +22,7 @@ from samebit.kernels.gpu.prefix_tasks import PrefixTasks, task_rows
 LOG2E = 1.4426950408889634
 _LEAST_ROWS, _MOST_ROWS = 16, 128
 _MAX_KV_HEADS = 128
+_WAVES = 4  # programs over shared tiles, of which a multiprocessor holds one at a time
 
 
 def most_queries(heads_per_kv: int) -> int:
@@ -105,49 +106,51 @@ def _store_part(max_ptr, sum_ptr, acc_ptr, place, mask, m, total, acc, BLOCK_DH:
 
 @triton.jit(do_not_specialize=["max_pages", "max_splits"])
 def _prefix_kernel(
-    q_ptr, k_ptr, v_ptr, max_ptr, sum_ptr, acc_ptr, members, lens, query_starts, query_lens,
-    table_rows, pages_ptr, max_pages, q_stride, q_head, stride, kv_head, qk_scale, max_splits,
-    NUM_KV: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, max_ptr, sum_ptr, acc_ptr, members, lens, num_items, items, query_starts,
+    query_lens, table_rows, pages_ptr, max_pages, q_stride, q_head, stride, kv_head, qk_scale,
+    max_splits, NUM_KV: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
     CAPACITY: tl.constexpr, DH: tl.constexpr, BLOCK_DH: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr, SPLIT: tl.constexpr, PAGE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One split of what a task's members share, for one KV head: every query sees all of it."""
-    kv, task, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    shared = tl.load(lens + task)
-    lo = split * SPLIT
-    members += task * CAPACITY
-    first = tl.maximum(tl.load(members), 0)
-    pages = pages_ptr + tl.load(table_rows + first).to(tl.int64) * max_pages
+    """Splits of what tasks' members share, for one KV head: every query sees all of it."""
+    kv = tl.program_id(0)
     k_head, v_head = k_ptr + kv * kv_head, v_ptr + kv * kv_head
-    if PDL and lo < shared:
-        _prefetch_tile(k_head, v_head, pages, lo, shared, stride, TILE, PAGE, BLOCK_DH)
-    after_previous(PDL)
-    if lo >= shared:
-        return
     r, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_DH)
     OWN: tl.constexpr = GROUP * QUERIES  # rows of an entry
-    whose = r // OWN
-    entry = tl.load(members + whose, mask=whose < CAPACITY, other=-1)
-    live = entry >= 0
-    entry = tl.maximum(entry, 0)
-    query = r % OWN // GROUP
-    live = live & (query < tl.load(query_lens + entry))
-    row = tl.load(query_starts + entry).to(tl.int64) + query
-    heads = kv * GROUP + r % GROUP
-    q = tl.load(
-        q_ptr + (row * q_stride + heads * q_head)[:, None] + d[None, :],
-        mask=live[:, None] & (d < DH)[None, :], other=0.0,
-    )  # fmt: skip
-    hi = tl.minimum(lo + SPLIT, shared)
-    m, total, acc = nothing_seen(ROWS, BLOCK_DH)
-    m, total, acc = split_pass(
-        q=q, k_ptr=k_head, v_ptr=v_head, pages=pages, key_start=0, position=r, lo=lo, whole=hi,
-        hi=hi, stride=stride, qk_scale=qk_scale, m=m, total=total, acc=acc, DH=DH,
-        BLOCK_DH=BLOCK_DH, TILE=TILE, SPLIT=SPLIT, PAGED=True, PAGE=PAGE, UNMASKED=True,
-        MASKED=False,
-    )  # fmt: skip
-    place = ((entry.to(tl.int64) * NUM_KV + kv) * max_splits + split) * OWN + r % OWN
-    _store_part(max_ptr, sum_ptr, acc_ptr, place, live, m, total, acc, BLOCK_DH)
+    heads, count = kv * GROUP + r % GROUP, tl.load(num_items)
+    if PDL and tl.program_id(1) < count:  # the first tile, while the preceding kernel still runs
+        task = tl.load(items + 2 * tl.program_id(1))
+        first = tl.load(table_rows + tl.load(members + task * CAPACITY)).to(tl.int64)
+        lo = tl.load(items + 2 * tl.program_id(1) + 1) * SPLIT
+        pages, end = pages_ptr + first * max_pages, tl.load(lens + task)
+        _prefetch_tile(k_head, v_head, pages, lo, end, stride, TILE, PAGE, BLOCK_DH)
+    after_previous(PDL)
+    for item in range(tl.program_id(1), count, tl.num_programs(1)):
+        task, split = tl.load(items + 2 * item), tl.load(items + 2 * item + 1)
+        whose = task * CAPACITY + r // OWN
+        entry = tl.load(members + whose, mask=r // OWN < CAPACITY, other=-1)
+        live = entry >= 0
+        entry = tl.maximum(entry, 0)
+        query = r % OWN // GROUP
+        live = live & (query < tl.load(query_lens + entry))
+        row = tl.load(query_starts + entry).to(tl.int64) + query
+        q = tl.load(
+            q_ptr + (row * q_stride + heads * q_head)[:, None] + d[None, :],
+            mask=live[:, None] & (d < DH)[None, :], other=0.0,
+        )  # fmt: skip
+        first = tl.load(members + task * CAPACITY)
+        pages = pages_ptr + tl.load(table_rows + first).to(tl.int64) * max_pages
+        lo = split * SPLIT
+        hi = tl.minimum(lo + SPLIT, tl.load(lens + task))
+        m, total, acc = nothing_seen(ROWS, BLOCK_DH)
+        m, total, acc = split_pass(
+            q=q, k_ptr=k_head, v_ptr=v_head, pages=pages, key_start=0, position=r, lo=lo, whole=hi,
+            hi=hi, stride=stride, qk_scale=qk_scale, m=m, total=total, acc=acc, DH=DH,
+            BLOCK_DH=BLOCK_DH, TILE=TILE, SPLIT=SPLIT, PAGED=True, PAGE=PAGE, UNMASKED=True,
+            MASKED=False,
+        )  # fmt: skip
+        place = ((entry.to(tl.int64) * NUM_KV + kv) * max_splits + split) * OWN + r % OWN
+        _store_part(max_ptr, sum_ptr, acc_ptr, place, live, m, total, acc, BLOCK_DH)
 
 
 @triton.jit
@@ -260,17 +263,19 @@ def decode_attention(
     strides = table.stride(0), q.stride(0), q.stride(1), k.stride(0), k.stride(1)
     max_pages, q_stride, q_head, stride, kv_head = strides
     if prefixes is not None:
-        rows, num_tasks = task_rows(own), len(prefixes.lens)
-        _prefix_kernel[(num_kv, num_tasks, triton.cdiv(prefixes.longest, GPU_KV_SPLIT))](
+        rows = task_rows(own)
+        programs = min(prefixes.most_items, triton.cdiv(_WAVES * num_sms(q.device), num_kv))
+        _prefix_kernel[(num_kv, programs)](
             q_ptr=q, k_ptr=k, v_ptr=v, max_ptr=part_max, sum_ptr=part_sum, acc_ptr=part_acc,
-            members=prefixes.members, lens=prefixes.lens, query_starts=decode.query_starts,
+            members=prefixes.members, lens=prefixes.lens, num_items=prefixes.num_items,
+            items=prefixes.items, query_starts=decode.query_starts,
             query_lens=decode.query_lens, table_rows=decode.table_rows, pages_ptr=table,
             max_pages=max_pages, q_stride=q_stride, q_head=q_head, stride=stride, kv_head=kv_head,
             qk_scale=scale * LOG2E, max_splits=max_splits, NUM_KV=num_kv,
             GROUP=num_heads // num_kv, QUERIES=decode.max_queries,
             CAPACITY=prefixes.members.shape[1], DH=head_dim, BLOCK_DH=block_dh, ROWS=rows,
             TILE=GPU_KV_TILE, SPLIT=GPU_KV_SPLIT, PAGE=page_size, PDL=pdl,
-            num_warps=4 if rows == 64 else 8, num_stages=2, enable_fp_fusion=False, launch_pdl=pdl,
+            num_warps=8, num_stages=2, enable_fp_fusion=False, launch_pdl=pdl,
         )  # fmt: skip
     rows = max(_LEAST_ROWS, triton.next_power_of_2(own))
     # Few programs: each keeps more of its own loads in flight, as far as a multiprocessor's shared

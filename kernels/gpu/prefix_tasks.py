@@ -5,8 +5,10 @@ import torch
 import triton
 
 from samebit.kernels.attention_kind import Heads
-from samebit.kernels.contract import GPU_KV_TILE
+from samebit.kernels.contract import GPU_KV_SPLIT, GPU_KV_TILE
 from samebit.kernels.shared_prefixes import SharedPrefixes, find_shared_prefixes
+
+_ALIGNED = 4  # numbers: kernels are compiled for addresses that are multiples of 16 bytes
 
 
 def task_rows(entry_rows: int) -> int:
@@ -44,19 +46,24 @@ def find_prefixes(
 
 
 class PrefixTasks:
-    """SharedPrefixes as one block of int32 on the device: a graph's replays find the newest."""
+    """SharedPrefixes as one block of int32 on the device: a graph's replays find the newest.
+
+    Its work items are (task, split): programs take them in turn, so that a graph has as many
+    programs as the card can use, whatever there is to do.
+    """
 
     def __init__(
         self, num_tasks: int, num_entries: int, capacity: int, longest: int, device: torch.device
     ) -> None:
         """Room for so many tasks and entries, which share at most `longest` tokens."""
-        self.longest = longest
+        self.most_items = num_tasks * -(-longest // GPU_KV_SPLIT)
         self._written: SharedPrefixes | None = None
         self._shape = (num_tasks, capacity)
-        size = num_tasks * (capacity + 1) + num_entries
-        self._block = torch.zeros(size, dtype=torch.int32, device=device)
-        sizes = (num_tasks * capacity, num_tasks, num_entries)
-        members, self.lens, self.of_entry = self._block.split(sizes)
+        sizes = (num_tasks * capacity, num_tasks, num_entries, 1, 2 * self.most_items)
+        self._sizes = [size + -size % _ALIGNED for size in sizes]
+        self._block = torch.zeros(sum(self._sizes), dtype=torch.int32, device=device)
+        parts = zip(self._block.split(self._sizes), sizes, strict=True)
+        members, self.lens, self.of_entry, self.num_items, self.items = (x[:n] for x, n in parts)
         self.members = members.view(self._shape)
 
     @classmethod
@@ -80,13 +87,26 @@ class PrefixTasks:
         if shared is self._written:
             return
         self._written = shared
-        tasks, capacity = self._shape
-        members = np.full((tasks, capacity), -1, dtype=np.int32)
-        lens, of_entry = np.zeros(tasks, np.int32), np.zeros(len(self.of_entry), np.int32)
+        members = np.full(self._shape, -1, dtype=np.int32)
         members[: len(shared.members)] = shared.members
-        lens[: len(shared.lens)] = shared.lens
-        of_entry[: len(shared.of_entry)] = shared.of_entry
-        block = torch.from_numpy(np.concatenate([members.ravel(), lens, of_entry]))
+        num_splits = -(-shared.lens // GPU_KV_SPLIT)
+        tasks = np.repeat(np.arange(len(num_splits)), num_splits)
+        first = np.cumsum(num_splits) - num_splits
+        items = np.stack([tasks, np.arange(len(tasks)) - first[tasks]], axis=1)
+        parts = (
+            members.ravel(),
+            shared.lens,
+            shared.of_entry,
+            np.array([len(items)]),
+            items.ravel(),
+        )
+        filled = [_filled(part, size) for part, size in zip(parts, self._sizes, strict=True)]
+        block = torch.from_numpy(np.concatenate(filled).astype(np.int32))
         if self._block.device.type == "cuda":
             block = block.pin_memory()
         self._block.copy_(block, non_blocking=True)
+
+
+def _filled(values: np.ndarray, size: int) -> np.ndarray:
+    """With zeros behind them."""
+    return np.pad(values, (0, size - len(values)))
