@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 SECRET = "SAMEBIT_SECRET"
-_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_GLOO_INTERFACE, _NCCL_INTERFACE = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 _LOOK_S = 0.01
 MIN_SECRET = 16
 """Characters of a secret."""
@@ -57,21 +57,25 @@ def check_place(address: str, port: int, rank: int, world_size: int, timeout_s: 
 def stay_on_loopback() -> None:
     """Keep the groups of this process, and of those it starts, on the loopback, unless the
     environment names another interface."""
-    for name in _INTERFACES:
+    for name in (_GLOO_INTERFACE, _NCCL_INTERFACE):
         os.environ.setdefault(name, "lo")
 
 
 @contextmanager
 def on_loopback(is_local: bool) -> Iterator[None]:
-    """Have what begins in the block listen on the loopback alone, if it is local, and unless the
-    environment names an interface. NCCL looks once in a process."""
-    names = [name for name in _INTERFACES if is_local and name not in os.environ]
-    os.environ.update(dict.fromkeys(names, "lo"))
+    """Have a local group that is made in the block stay on the loopback, unless the environment
+    names an interface. NCCL's is named for good: it looks when its first group is first used."""
+    if not is_local:
+        yield
+        return
+    os.environ.setdefault(_NCCL_INTERFACE, "lo")
+    given = os.environ.get(_GLOO_INTERFACE)
+    os.environ.setdefault(_GLOO_INTERFACE, "lo")
     try:
         yield
     finally:
-        for name in names:
-            del os.environ[name]
+        if given is None:
+            del os.environ[_GLOO_INTERFACE]
 
 
 def loopback_listener(address: str = "127.0.0.1", port: int = 0) -> socket.socket:

@@ -14,6 +14,7 @@ from samebit.weight_sync.meeting import (
     host_store,
     is_loopback,
     loopback_listener,
+    on_loopback,
     prove_secret,
     stay_on_loopback,
 )
@@ -150,3 +151,18 @@ def test_a_store_on_the_loopback_listens_nowhere_else(forkserver):
     del everywhere
     with socket.create_server(("0.0.0.0", 0)):
         assert "0.0.0.0" in listening([os.getpid()])
+
+
+@pytest.mark.parametrize("given", [None, "eth1"])
+def test_a_local_groups_interface(monkeypatch, given):
+    """The loopback for as long as the group is made, for NCCL from then on; what is given stays."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, given or "")
+        if given is None:
+            monkeypatch.delenv(name)
+    with on_loopback(False):
+        assert os.environ.get("GLOO_SOCKET_IFNAME") == given
+    with on_loopback(True):
+        assert os.environ["GLOO_SOCKET_IFNAME"] == (given or "lo")
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == given
+    assert os.environ["NCCL_SOCKET_IFNAME"] == (given or "lo")
