@@ -232,7 +232,7 @@ def test_nobody_is_there(engine):
         join()
     store = host_store(loopback_listener(), 2)
     place = place[0], store.port
-    join = partial(engine.init_weights_update_group, *place, 1, 2, backend="gloo", timeout_s=1.0)
+    join = partial(engine.init_weights_update_group, *place, 1, 2, backend="gloo", timeout_s=3.0)
     with pytest.raises(WeightSyncError, match="no weight group 'x' of 2 ranks at .*: [^\n]*$"):
         join(group_name="x")
 
