@@ -248,7 +248,7 @@ def test_another_update_is_not_broken_by_a_sender_that_leaves(pool, engine, new,
 def test_a_frozen_engine_is_given_up_after_the_timeout(old, new):
     """In whatever it is asked, and as it is let go of."""
     engine = RemoteEngine(old.folder, device="cpu", kv_cache_tokens=1024)
-    transport = GlooTransport(source_of(new), engine, timeout_s=4.0)
+    transport = GlooTransport(source_of(new), engine, timeout_s=2.0)
     transport.begin(1)
     transport._timeout_s = transport._last_words_s = 1.0  # now that they have met
     os.kill(engine._process.pid, signal.SIGSTOP)
