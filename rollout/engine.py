@@ -245,6 +245,7 @@ class Engine(EngineWeights, EngineMemory):
         )
         self.loop = EngineLoop(book)
         self.weight_control.between_steps = self.loop.weak_between_steps()
+        self.weight_control.require_alike = book.lockstep.require_alike
         self.memory_control = MemoryControl(
             *(self.arena, self.weight_control, self.pool, cache), c.weights_backup
         )

@@ -91,6 +91,8 @@ class WeightControl:
     """Whether no step runs before the engine is told to go on."""
     between_steps: Callable[[Callable[[], Any]], Any] = staticmethod(lambda command: command())
     """What touches the engine's books, which have one thread at a time, goes through here."""
+    require_alike: Callable[[str], None] = staticmethod(lambda what: None)
+    """Raises for what every tensor parallel rank has to call, while rank 0 alone is called."""
 
     def __init__(
         self,
@@ -127,6 +129,7 @@ class WeightControl:
 
     def bind_weights(self, params: Mapping[str, Tensor], step: int) -> WeightVersion:
         def bind() -> WeightVersion:
+            self.require_alike("bind_weights")
             self.require_quiet("bind_weights")
             own = self.session
             if own.state is SessionState.UPDATING:
@@ -147,6 +150,7 @@ class WeightControl:
         self, step: int, selector: str = "target", *, may_go_back: bool = False
     ) -> WeightVersion | None:
         def begin() -> WeightVersion | None:
+            self.require_alike("a weight update")
             self.require_quiet("a weight update")
             held = self.session.whole
             self.session.begin(step, selector, may_go_back=may_go_back)

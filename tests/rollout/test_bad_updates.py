@@ -125,6 +125,23 @@ def test_steps_of_an_engine(qwen3_path, updated):
         Engine(qwen3_path, device="cpu", weights=copies(updated), step="x")
 
 
+def test_updates_are_for_every_rank(updated, qwen3_path, truth):
+    """While rank 0 leads others, who would not hear of it."""
+    updated.loop.book.lockstep.leads = True
+    params = copies(updated)
+    calls = (
+        lambda: updated.bind_weights(params, 3),
+        lambda: updated.copy_weights(params, 3),
+        lambda: updated.update_weights_from_disk(qwen3_path, 3),
+        updated.begin_weight_update,
+    )
+    for call in calls:
+        with pytest.raises(RuntimeError, match="is for every rank: call it after the block Engine"):
+            call()
+    updated.loop.book.lockstep.leads = False
+    assert outcomes(updated.generate(PROMPTS, PARAMS)) == truth
+
+
 @pytest.mark.parametrize("method", ["copy_weights", "update_weights_from_disk"])
 def test_an_interrupt_as_an_update_begins(updated, truth, qwen3_path, monkeypatch, method):
     """Nothing was written, and nothing is under way."""
