@@ -47,6 +47,9 @@ def input_files(run: TrainingRun) -> Iterator[tuple[str, Path]]:
     for key in ("path", "eval_path"):
         if file := getattr(run.data, key):
             yield f"data.{key}", Path(file)
+        for i, source in enumerate(run.data.sources):
+            if file := getattr(source, key):
+                yield f"data.sources.{i}.{key}", Path(file)
     yield from _files_in(run.data.args, "data.args")
     yield from ((key, source) for key, source in own_sources(run).items() if source)
     if isinstance(run, GrpoRun):
