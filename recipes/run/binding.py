@@ -147,7 +147,7 @@ def records_digest(problems: Dataset, config: DataConfig) -> str:
 
 
 def _told_of_tools(problem: Problem) -> list[str]:
-    """Tools and calls of them in one text, if there are any: templates write their keys in order."""
+    """Tools and calls in one text, if there are any: templates write their keys in order."""
     prompt = [] if isinstance(problem.prompt, str) else problem.prompt
     calls = [message["tool_calls"] for message in prompt if "tool_calls" in message]
     return [json.dumps([problem.tools, calls], default=repr)] if problem.tools or calls else []

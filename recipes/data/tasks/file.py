@@ -93,13 +93,17 @@ def _read_splits(config: DataConfig, key: str) -> tuple[list[Problem], list[Prob
 
 
 def _without(problems: list[Problem], held_out: list[Problem], path: str) -> list[Problem]:
-    held = {json.dumps(problem.prompt, sort_keys=True) for problem in held_out}
-    kept = [p for p in problems if json.dumps(p.prompt, sort_keys=True) not in held]
+    kept = _not_among(problems, held_out)
     if not kept:
         raise ValueError(f"every training prompt of {path} is also a held-out one")
     if dropped := len(problems) - len(kept):
         logger.warning("%d records of %s are held out too: not trained on", dropped, path)
     return kept
+
+
+def _not_among(problems: list[Problem], held_out: list[Problem]) -> list[Problem]:
+    held = {json.dumps(problem.prompt, sort_keys=True) for problem in held_out}
+    return [p for p in problems if json.dumps(p.prompt, sort_keys=True) not in held]
 
 
 def _numbered(problems: list[Problem]) -> list[Problem]:
