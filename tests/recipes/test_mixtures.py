@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -133,10 +134,12 @@ def test_each_source_holds_out_its_last_records(mix):
 
 
 def test_no_source_trains_on_what_another_holds_out(mix, caplog):
-    mix.write("b", [*range(20, 24), 15, 24, 25])
+    mix.write("b", [*range(20, 24), 15, 24, 11])
     train, _ = load_datasets(mix.resolve("grpo").data)
-    assert "15=" not in [p.prompt for p in train]
-    assert f"1 records of data.sources.1.path {mix.folder}/b.jsonl are held out too" in caplog.text
+    assert [p.prompt for p in train] == [f"{i}=" for i in (10, 12, 13, *range(20, 24))]
+    for i, name in enumerate("ab"):
+        what = f"1 records of data.sources.{i}.path {mix.folder}/{name}.jsonl are held out too"
+        assert what in caplog.text
 
 
 def test_sources_have_keys_of_their_own(mix):
@@ -217,6 +220,16 @@ def test_a_checkpoint_is_bound_to_weights_and_contents_of_sources(mix):
 def test_what_a_run_reads_is_known(mix):
     found = dict(input_files(mix.resolve("grpo")))
     assert found["data.sources.1.path"] == mix.folder / "b.jsonl"
+    linked = mix.folder / "linked"
+    linked.mkdir()
+    (linked / "a.jsonl").symlink_to(mix.folder / "b.jsonl")
+    run = mix.resolve("grpo", f"data.sources=[{{path: '{linked}', eval_path: x.jsonl}}]")
+    keys = ("data.sources.0.path", "data.sources.0.eval_path")
+    assert [file for key, file in input_files(run) if key in keys] == [
+        linked,
+        linked / "a.jsonl",
+        Path("x.jsonl"),
+    ]
 
 
 BAD = {
