@@ -133,10 +133,23 @@ def test_a_bad_row_of_a_folder_is_named(tmp_path):
     arrow(folder / "b.arrow", [*records(1, 2), {"prompt": "q", "label": None}])
     with pytest.raises(ValueError, match=f"^{folder}/b.arrow, row 2: 'label' is None; give a text"):
         problems(folder)
-    data = (folder / "b.arrow").read_bytes()
-    (folder / "b.arrow").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=f"^{folder}/b.arrow.* is not a readable file of Arrow's"):
-        problems(folder)
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        (lambda data: data[:-8], ": its end is missing"),  # all batches are there
+        (lambda data: data[: len(data) // 2] + data[-8:], ": Expected to "),
+        (lambda data: b"", ": its end is missing"),
+        (lambda data: b"ARROW1" + data, ": it is in Arrow's file format; save it as a stream, or"),
+    ],
+)
+def test_a_damaged_arrow_file_is_named(tmp_path, cut, message):
+    path = arrow(tmp_path / "a.arrow", records(*range(6)))
+    path.write_bytes(cut(path.read_bytes()))
+    what = f"{path}(, record batch [0-2])? is not a readable file of Arrow's stream format"
+    with pytest.raises(ValueError, match=f"^{what}{message}"):
+        problems(path)
 
 
 def test_records_of_verl_are_read_as_they_are(tmp_path):
