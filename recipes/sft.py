@@ -7,7 +7,6 @@ from typing import Any
 
 from samebit.recipes.cli.dry_run import describe_sft, train_or_describe
 from samebit.recipes.config import SftRun
-from samebit.recipes.data.order import problem_index
 from samebit.recipes.data.records import Split
 from samebit.recipes.export import write_model
 from samebit.recipes.launch.placement import make_trainer
@@ -74,7 +73,7 @@ def samples_of_step(run: SftRun, step: int, data: Split) -> list[Sample]:
     size = run.trainer.batch_size
     assert size is not None
     positions = range(step * size, (step + 1) * size)
-    return [make_sample(data, problem_index(p, len(data), run.seed), p) for p in positions]
+    return [make_sample(data, data.index_at(p, run.seed), p) for p in positions]
 
 
 def make_sample(data: Split, index: int, sample_id: int) -> Sample:

@@ -128,7 +128,8 @@ def _set(config: Any, schema: Any, key: str, value: Any) -> None:
     except OmegaConfBaseException as error:
         if named.kind in (int, float, bool, list[int]):
             raise ConfigError(f"{key} is {value!r}; it must be {named.words}") from error
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
+        right = "" if named.element is None else f"; it must be {named.words}"
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}{right}") from error
 
 
 def resolve(command: str, words: Sequence[str]) -> Any:

@@ -56,6 +56,7 @@ def _counts(run: TrainingRun, splits: Mapping[str, Split]) -> dict[str, int]:
     """Numbers of records, and of those that the policy for overlong ones has changed."""
     counts = {f"{name}_records": len(split) for name, split in splits.items()}
     for name, split in splits.items():
+        counts |= {f"{name}_records_of_source_{i}": size for i, size in enumerate(split.sizes)}
         if run.data.overlong_prompts == "drop":
             counts[f"{name}_records_dropped"] = split.num_dropped
         elif run.data.overlong_prompts == "truncate_left":

@@ -21,7 +21,7 @@ from omegaconf.errors import GrammarParseError
 from omegaconf.grammar_parser import parse
 
 from samebit.recipes.config import ConfigError
-from samebit.recipes.run.secrets import HIDDEN, escaped, is_secret_name
+from samebit.recipes.run.secrets import HIDDEN, element_of, escaped, is_secret_name
 
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
 _ELEMENT = re.compile(r"""\s*('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,]*?)\s*(?:,|$)""")
@@ -53,8 +53,15 @@ class Field:
         return is_dataclass(self.kind)
 
     @property
+    def element(self) -> Any:
+        """This section each element of its list is, if it is such a list."""
+        return element_of(self.kind)
+
+    @property
     def words(self) -> str:
         """Say what it takes, for a message."""
+        if self.element is not None:
+            return "a list of sections, such as [{path: a}, {path: b}]"
         words = _WORDS.get(self.kind, "a section, such as {name: value}")
         return f"{words}, or null" if self.optional else words
 
@@ -239,7 +246,17 @@ def _in_grammar(key: str, value: str, named: Field) -> Any:
         if not isinstance(parsed, dict):
             raise ConfigError(f"{key} is {value!r}; it must be {named.words}")
         _check_section(named.kind, f"{key}.", parsed)
+    if named.element is not None:
+        _check_elements(named, key, parsed)
     return parsed
+
+
+def _check_elements(named: Field, key: str, parsed: Any) -> None:
+    """ConfigError unless a value is a list of sections with keys of their own."""
+    if not isinstance(parsed, list) or not all(isinstance(x, dict) for x in parsed):
+        raise ConfigError(f"{key} is {parsed!r}; it must be {named.words}")
+    for i, element in enumerate(parsed):
+        _check_section(named.element, f"{key}.{i}.", element)
 
 
 def _check_section(schema: Any, prefix: str, values: Mapping[str, Any]) -> None:
@@ -250,6 +267,8 @@ def _check_section(schema: Any, prefix: str, values: Mapping[str, Any]) -> None:
             raise ConfigError(f"unknown key: {key}{_nearest(schema, name, (), prefix)}")
         if named.is_section and isinstance(value, Mapping):
             _check_section(named.kind, f"{key}.", value)
+        if named.element is not None:
+            _check_elements(named, key, value)
         texts = value if isinstance(value, list) else [value]
         if named.kind in (str, list[str]) and not all(isinstance(x, str | None) for x in texts):
             raise ConfigError(f"{key} is {value!r}, no text: quote it")

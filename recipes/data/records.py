@@ -9,10 +9,12 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from tqdm import tqdm
 
-from samebit.recipes.data.tasks.base import Dataset, Problem, check_index
+from samebit.recipes.data.order import mixed_index, problem_index
+from samebit.recipes.data.tasks.base import Dataset, MixedRecords, Problem, check_index
 from samebit.recipes.data.text import Prompt, TextCodec
 from samebit.recipes.launch.processes import launched_rank
 from samebit.rollout.values import shown
@@ -64,7 +66,7 @@ class Encoder:
         texts: dict[int, str] = {}
         for i, problem in enumerate(problems):
             try:
-                texts[i] = self.text.render(problem.prompt)
+                texts[i] = self.text.render(problem.prompt, problem.tools)
             except ValueError as error:
                 found[i] = Unfit(str(error))
         good = [i for i in texts if i not in found]
@@ -88,7 +90,7 @@ class Encoder:
             return Unfit("its prompt has 0 tokens; give one of at least 1")
         rest, was_cut = self.max_len - len(label), False
         if self.policy == "truncate_left" and len(prompt) > rest:
-            prompt, was_cut = self._cut(problem.prompt, prompt, rest), True
+            prompt, was_cut = self._cut(problem, prompt, rest), True
         if len(prompt) > rest:
             return Unfit(self._too_long(len(prompt), len(label), was_cut), is_overlong=True)
         if (highest := max((*prompt, *label))) >= self.vocab_size:
@@ -106,12 +108,12 @@ class Encoder:
         other = " (or give data.overlong_prompts)" if self.policy == "error" else ""
         return f"{tokens}; {self.limit} allows 1 to {self.max_len}{other}"
 
-    def _cut(self, prompt: Prompt, ids: list[int], max_len: int) -> list[int]:
+    def _cut(self, problem: Problem, ids: list[int], max_len: int) -> list[int]:
         """The end of a prompt: of a plain text its last tokens, of a chat its last turns.
 
         A chat keeps its system message and its last user turn, and no message is cut.
         """
-        messages = self.text.messages(prompt)
+        messages = self.text.messages(problem.prompt)
         if isinstance(messages, str):
             return self.text.cut_left(ids, max_len)
         head = next((i for i, m in enumerate(messages) if m["role"] not in _SYSTEM), len(messages))
@@ -119,7 +121,7 @@ class Encoder:
 
         def encode(start: int) -> list[int]:
             kept: Prompt = [*messages[:head], *messages[start:]]
-            return self.text.encode_prompts([kept], [self.text.render(kept)])[0]
+            return self.text.encode_prompts([kept], [self.text.render(kept, problem.tools)])[0]
 
         first = bisect_left(starts, True, key=lambda start: len(encode(start)) <= max_len)
         return encode(starts[min(first, len(starts) - 1)]) if starts else ids
@@ -136,6 +138,9 @@ class Split:
         self.num_cut = 0
         self._name = name
         self.dataset = dataset
+        self._sources = dataset if isinstance(dataset, MixedRecords) else None
+        self.sizes = () if self._sources is None else self._sources.sizes
+        """Numbers of records of each source, where there are several."""
         self._encoder = encoder
         self._kept: Sequence[int] = range(len(dataset))
         self._encoded: dict[int, Encoded] = {}
@@ -147,6 +152,24 @@ class Split:
         check_index(index, len(self))
         problem = self.dataset[self._kept[index]]
         return problem if problem.index == index else replace(problem, index=index)
+
+    def index_at(self, position: int, seed: int) -> int:
+        """Return the index of the problem at a place of the endless training order."""
+        if self._sources is None:
+            return problem_index(position, len(self), seed)
+        source, record = mixed_index(position, self.sizes, self._sources.weights, seed)
+        return sum(self.sizes[:source]) + record
+
+    def contents(self, name: str) -> dict[str, Dataset]:
+        """Return the split under its name; of several sources each one's records by theirs."""
+        if self._sources is None:
+            return {name: self}
+        ends = accumulate(self.sizes)
+        parts = zip(self._sources.names, self.sizes, ends, strict=True)
+        return {
+            f"{name} of {source}": [self[i] for i in range(end - size, end)]
+            for source, size, end in parts
+        }
 
     def encoded(self, problem: Problem) -> Encoded:
         """Return a problem as token ids; raises ValueError, naming it, if it does not fit."""
@@ -189,10 +212,23 @@ class Split:
             return
         if drop:
             self._kept, self.num_dropped = kept, len(order) - len(kept)
+            self._count_kept(kept)
         self._say(self.num_dropped, len(order), "dropped")
         self._say(self.num_cut, len(order), "cut at their left")
         if len(order) and not kept:
             raise ValueError(f"no record of the {self._name} is left: all are overlong")
+
+    def _count_kept(self, kept: Sequence[int]) -> None:
+        """The sizes of sources without what was dropped; ValueError where nothing is left."""
+        if self._sources is None:
+            return
+        below = [bisect_left(kept, end) for end in accumulate(self._sources.sizes, initial=0)]
+        self.sizes = tuple(b - a for a, b in zip(below, below[1:], strict=False))
+        names = zip(self._sources.names, self._sources.sizes, self.sizes, strict=True)
+        if empty := [name for name, size, left in names if size and not left]:
+            raise ValueError(
+                f"no record of {empty[0]} is left in the {self._name}: all are overlong"
+            )
 
     def _problem(self, index: int) -> Problem:
         problem = self.dataset[index]

@@ -8,9 +8,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from samebit.recipes.data.tasks.base import ChatPrompt
 from samebit.rollout.types import Completion
 
-Prompt = str | list[dict[str, str]]
+Prompt = str | ChatPrompt
 
 
 class TextCodec:
@@ -48,13 +49,22 @@ class TextCodec:
             return [{"role": "user", "content": prompt}]
         return prompt
 
-    def render(self, prompt: Prompt) -> str:
-        """Return the text of a prompt; messages go through the chat template.
+    def render(self, prompt: Prompt, tools: Sequence[dict[str, Any]] = ()) -> str:
+        """Return the text of a prompt; messages and tools go through the chat template.
 
-        Raises ValueError where the template does, or gives nothing.
+        Raises ValueError where the template does, gives nothing, or says nothing of the tools.
         """
         prompt = self.messages(prompt)
-        text = prompt if isinstance(prompt, str) else self._apply_template(prompt)
+        if isinstance(prompt, str):
+            if tools:
+                raise ValueError(
+                    "it has tools, but its prompt is a text; give chat messages or data.chat=true"
+                )
+            text = prompt
+        else:
+            text = self._apply_template(prompt, tools)
+            if tools and text == self._apply_template(prompt):
+                raise ValueError("it has tools, which the chat template leaves out")
         if not text:
             raise ValueError("the chat template makes an empty text of its prompt")
         return text
@@ -110,7 +120,7 @@ class TextCodec:
         """Return a token as the tokenizer writes it, for errors."""
         return str(self._tokenizer.convert_ids_to_tokens(token_id))
 
-    def _apply_template(self, messages: list[dict[str, str]]) -> str:
+    def _apply_template(self, messages: ChatPrompt, tools: Sequence[dict[str, Any]] = ()) -> str:
         if not self._tokenizer.chat_template:
             raise ValueError(
                 "its prompt is a list of chat messages, but the tokenizer of "
@@ -118,7 +128,7 @@ class TextCodec:
             )
         try:
             return self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
+                messages, tools=[*tools] or None, add_generation_prompt=True, tokenize=False
             )
         except Exception as error:  # a template is a program, and may raise anything
             raise ValueError(f"the chat template refuses its prompt: {_line(error)}") from error

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from samebit.recipes.config import RolloutSection
-from samebit.recipes.data.order import SampleIds, problem_index
+from samebit.recipes.data.order import SampleIds
 from samebit.recipes.data.records import Split
 from samebit.recipes.data.rewards import Poll
 from samebit.recipes.data.samples import drawn_sample
@@ -84,7 +84,7 @@ class AnswerSource(PromptOrder):
         if size == vocab_size:
             return DraftVocabulary.whole(vocab_size)
         problems, r = self._train_set, self._settings
-        indices = [problem_index(i, len(problems), self._seed) for i in range(num_prompts)]
+        indices = [problems.index_at(i, self._seed) for i in range(num_prompts)]
         token_ids = [problems.encoded(problems[i]).prompt_ids.tolist() for i in indices]
         ids = SampleIds().of_step(_COUNTING, num_prompts, 1)
         params = SamplingParams(temperature=r.temperature, max_new_tokens=r.max_new_tokens)

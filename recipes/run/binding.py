@@ -7,6 +7,7 @@ Paths are not among it: a file that was moved or renamed is no difference, one t
 import hashlib
 import importlib.metadata
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
@@ -15,7 +16,7 @@ from typing import Any
 
 from samebit.kernels.profile import NumericsProfile
 from samebit.recipes.config import RunSection
-from samebit.recipes.data.tasks.base import DataConfig, Dataset
+from samebit.recipes.data.tasks.base import DataConfig, Dataset, Problem
 from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
 from samebit.recipes.models.side_files import tokenizer_files
 from samebit.recipes.run.input_files import OWN_KEYS, flatten, own_sources
@@ -37,7 +38,7 @@ _FREE_KEYS = {
     "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.background_checkpoints",
     "trainer.parallel.recompute", "trainer.parallel.offload_optimizer",
 }  # fmt: skip
-_PATHS = ("model.path", "draft.path", "data.path", "data.eval_path")
+_PATHS = re.compile(r"(model|draft|data(\.sources\.\d+)?)\.path|data\.(sources\.\d+\.)?eval_path")
 _LAYOUT = "trainer.parallel."
 _SAMPLED = 16  # problems of a generated task: with its arguments they stand for all
 _ABSENT = "absent"
@@ -45,6 +46,7 @@ _SOURCES = {key: f"{key.partition('.')[0]}_source" for key in OWN_KEYS}
 _EARLIER = {
     "model_family": None,
     "trainer.loss_mean_tokens": None,
+    "data.tools_key": None,
     **{f"algorithm.{f.name}": f.default for f in fields(GrpoConfig)},
 }
 """Keys that manifests of version 0.1 may lack, and what runs did then."""
@@ -80,7 +82,7 @@ def bound_keys(run: RunSection) -> dict[str, Any]:
     return {
         key: value if value == real[key] else f"{value} ({digest(str(real[key]).encode())})"
         for key, value in shown.items()
-        if key not in _PATHS and not key.startswith(_LAYOUT)
+        if not _PATHS.fullmatch(key) and not key.startswith(_LAYOUT)
     }
 
 
@@ -130,7 +132,7 @@ def digest(*parts: bytes) -> str:
 
 
 def records_digest(problems: Dataset, config: DataConfig) -> str:
-    """Return the number and a digest of prompts, labels and metadata, in order.
+    """Return the number and a digest of prompts, labels, metadata and tools, in order.
 
     Of generated problems the first ones: the configuration and those say what the others are. Not
     so of a user's list.
@@ -140,8 +142,15 @@ def records_digest(problems: Dataset, config: DataConfig) -> str:
     read = range(count if listed or config.task == "file" else min(count, _SAMPLED))
     rows = (problems[i] for i in read)
     encode = json.JSONEncoder(sort_keys=True, default=repr).encode
-    texts = (encode([p.prompt, p.label, p.metadata]) for p in rows)
+    texts = (encode([p.prompt, p.label, p.metadata, *_told_of_tools(p)]) for p in rows)
     return f"{count} x {digest('\n'.join(texts).encode())}"
+
+
+def _told_of_tools(problem: Problem) -> list[str]:
+    """Tools and calls in one text, if there are any: templates write their keys in order."""
+    prompt = [] if isinstance(problem.prompt, str) else problem.prompt
+    calls = [message["tool_calls"] for message in prompt if "tool_calls" in message]
+    return [json.dumps([problem.tools, calls], default=repr)] if problem.tools or calls else []
 
 
 def require_same(

@@ -46,11 +46,21 @@ def input_files(run: TrainingRun) -> Iterator[tuple[str, Path]]:
         yield from (("draft.path", file) for file in files)
     for key in ("path", "eval_path"):
         if file := getattr(run.data, key):
-            yield f"data.{key}", Path(file)
+            yield from _with_content(f"data.{key}", Path(file))
+        for i, source in enumerate(run.data.sources):
+            if file := getattr(source, key):
+                yield from _with_content(f"data.sources.{i}.{key}", Path(file))
     yield from _files_in(run.data.args, "data.args")
     yield from ((key, source) for key, source in own_sources(run).items() if source)
     if isinstance(run, GrpoRun):
         yield from _files_in(run.reward.args, "reward.args")
+
+
+def _with_content(key: str, path: Path) -> Iterator[tuple[str, Path]]:
+    """A file, or a folder and what lies in it."""
+    yield key, path
+    if path.is_dir():
+        yield from ((key, file) for file in sorted(path.iterdir()))
 
 
 def _files_in(arguments: Mapping[str, Any], key: str) -> Iterator[tuple[str, Path]]:

@@ -121,7 +121,8 @@ class GrpoInputs:
     @property
     def records(self) -> dict[str, Dataset]:
         """A checkpoint is bound to the contents of these."""
-        return {"training records": self.train_set, "held-out records": self.eval_set}
+        train = self.train_set.contents("training records")
+        return train | self.eval_set.contents("held-out records")
 
     def close(self) -> None:
         """Let go of the reward's processes. A second call does nothing."""
@@ -187,8 +188,8 @@ class SftInputs:
     @property
     def records(self) -> dict[str, Dataset]:
         """A checkpoint is bound to the contents of these."""
-        held_out = {} if self.eval_set is None else {"held-out records": self.eval_set}
-        return {"training records": self.train_set, **held_out}
+        held_out = {} if self.eval_set is None else self.eval_set.contents("held-out records")
+        return self.train_set.contents("training records") | held_out
 
 
 class Eagle3Inputs:
@@ -226,7 +227,8 @@ class Eagle3Inputs:
     @property
     def records(self) -> dict[str, Dataset]:
         """A checkpoint is bound to the contents of these."""
-        return {"training records": self.train_set, "held-out records": self.eval_set}
+        train = self.train_set.contents("training records")
+        return train | self.eval_set.contents("held-out records")
 
 
 def _used(train_set: Dataset, count: int, seed: int) -> range | list[int]:

@@ -5,9 +5,11 @@ Found out before a phase begins, and in dry_run, without importing what is slow 
 
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from samebit.recipes.config import DemoRun, GrpoRun, SftRun
+from samebit.recipes.data.tasks.files import BY_PYARROW, kinds_at
 from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
 from samebit.recipes.tools_config import FetchRun
 
@@ -52,8 +54,11 @@ def _packages(run: Any) -> Iterator[tuple[str, str, str]]:
             yield why, "wandb", f"{prefix}logger.wandb=disabled"
         if data.task.startswith("reasoning_gym"):
             yield f"{prefix}data.task, which is {data.task!r},", "reasoning-gym", ""
-        if any(str(path).endswith(".parquet") for path in (data.path, data.eval_path)):
-            yield f"{prefix}data, a .parquet file,", "pyarrow", "a .jsonl file"
+        paths = [data.path, data.eval_path]
+        paths += [path for source in data.sources for path in (source.path, source.eval_path)]
+        kinds = sorted({kind for path in paths if path for kind in kinds_at(Path(path))})
+        if found := [kind for kind in kinds if kind in BY_PYARROW]:
+            yield f"{prefix}data, a {found[0]} file,", "pyarrow", "a .jsonl file"
         if isinstance(phase, GrpoRun):
             yield "report.html, with its curves,", "matplotlib", ""
             name = phase.reward.name

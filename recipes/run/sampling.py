@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from samebit.recipes.config import GrpoRun, RolloutSection
-from samebit.recipes.data.order import SampleIds, problem_index
+from samebit.recipes.data.order import SampleIds
 from samebit.recipes.data.records import Split
 from samebit.recipes.data.rewards import Poll, RewardError, score
 from samebit.recipes.data.samples import drawn_sample
@@ -76,9 +76,7 @@ class PromptOrder:
         """Return the prompts of a step, counted from 0; raises ValueError the second time."""
         r, problems = self._settings, self._train_set
         first = step * r.prompts_per_step
-        indices = [
-            problem_index(first + i, len(problems), self._seed) for i in range(r.prompts_per_step)
-        ]
+        indices = [problems.index_at(first + i, self._seed) for i in range(r.prompts_per_step)]
         params = SamplingParams(
             n=r.samples_per_prompt,
             temperature=r.temperature,

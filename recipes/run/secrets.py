@@ -107,6 +107,9 @@ def _built(annotation: Any, value: Any, raw: Any) -> Any:
     section = dataclass_of(annotation)
     if section is not None and isinstance(value, Mapping):
         return build(section, value, raw)
+    element = element_of(annotation)
+    if element is not None and isinstance(value, list):
+        return [build(element, x, _at(raw, i)) for i, x in enumerate(value)]
     free = get_origin(annotation) is dict
     return _guarded(value, raw, free=free, secret=False)
 
@@ -114,6 +117,12 @@ def _built(annotation: Any, value: Any, raw: Any) -> Any:
 def dataclass_of(annotation: Any) -> Any:
     """Return the dataclass that a field holds, or may hold; None if there is none."""
     return next((t for t in (annotation, *get_args(annotation)) if is_dataclass(t)), None)
+
+
+def element_of(annotation: Any) -> Any:
+    """Return the dataclass that a list holds; None of anything else."""
+    inner = get_args(annotation) if get_origin(annotation) is list else ()
+    return next(filter(is_dataclass, inner), None)
 
 
 def _at(raw: Any, key: Any) -> Any:

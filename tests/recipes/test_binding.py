@@ -178,7 +178,8 @@ def test_a_manifest_that_names_no_algorithm_is_grpos(bound):
     checkpoint = latest_checkpoint(bound.runs.folder / "run" / "checkpoints")
     content = {k: v for k, v in checkpoint.manifest.items() if k != "digest"}
     assert content["config"].pop("algorithm.name") == "grpo"
-    for key in ("algorithm.kl_in", "algorithm.tis_clip", "trainer.loss_mean_tokens"):
+    later = ("algorithm.kl_in", "algorithm.tis_clip", "trainer.loss_mean_tokens", "data.tools_key")
+    for key in later:
         del content["config"][key]
     assert content.pop("algorithm_source") is None
     (checkpoint.path / MANIFEST).write_text(manifest_text(content))
@@ -216,6 +217,19 @@ def test_records_are_told_apart():
     ]
     assert len(set(variants)) == len(variants)
     assert digest(("a", "b", {"x": 1, "y": 2})) == digest(("a", "b", {"y": 2, "x": 1}))
+
+
+def test_tools_are_part_of_a_records_digest():
+    """Their keys in order, as templates write them; without tools it is what it was."""
+    plain = Problem(index=0, prompt="a", label="b", metadata={"x": 1})
+    told = [replace(plain, tools=[tool]) for tool in ({"a": 1, "b": 2}, {"b": 2, "a": 1})]
+    calls = [
+        replace(plain, prompt=[{"role": "assistant", "tool_calls": problem.tools}])
+        for problem in told
+    ]
+    digests = [binding.records_digest([p], DataConfig()) for p in (plain, *told, *calls)]
+    assert len(set(digests)) == 5
+    assert digests[0] == f"1 x {binding.digest(b'["a", "b", {"x": 1}]')}"
 
 
 def test_every_record_of_a_file_counts_and_the_first_of_generated_ones():

@@ -154,7 +154,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path, how):
 def test_a_folder_or_an_unreadable_file_is_named(tmp_path, suffix):
     folder = tmp_path / f"folder.{suffix}"
     folder.mkdir()
-    with pytest.raises(OSError, match=f"{folder} is a folder; give a .jsonl or .parquet file"):
+    with pytest.raises(OSError, match=f"{folder} is an empty folder; give a .jsonl, .parquet or"):
         problems(folder)
     locked = tmp_path / f"locked.{suffix}"
     locked.write_text("")

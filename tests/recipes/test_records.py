@@ -305,6 +305,32 @@ def test_chats_are_cut_by_turns(data, chat_model, limit, expected):
         data.read("grpo", *more, model=chat_model)
 
 
+def test_a_cut_chat_keeps_its_tools(data, chat_model, tmp_path):
+    """They stand before its turns, and count."""
+    shutil.copytree(chat_model, tmp_path / "model")
+    file = tmp_path / "model" / "chat_template.jinja"
+    file.write_text("{% for t in tools or [] %}{{ t.name }}{% endfor %}" + file.read_text())
+    turns = ("user", "0"), ("assistant", "1"), ("user", "56")
+    chat = [{"role": role, "content": content} for role, content in turns]
+    rows = [
+        {"prompt": chat, "label": "1", "tools": [{"name": "77"}]},
+        {"prompt": "1", "label": "1"},
+    ]
+    data.write(*(row | {"tools": row.get("tools")} for row in rows))
+    more = ["data.tools_key=tools", "data.overlong_prompts=truncate_left", "data.chat=true"]
+    found = {
+        limit: prompts(
+            data.read("grpo", *more, f"rollout.max_prompt_len={limit}", model=file.parent)
+        )
+        for limit in (10, 9, 8)
+    }
+    assert found == {10: ["77U0A1U56A"], 9: ["77U56A"], 8: ["77U56A"]}
+    with pytest.raises(
+        ValueError, match="line 1: problem 0: its prompt is a list of chat messages"
+    ):
+        data.read("grpo", "data.tools_key=tools")
+
+
 def test_a_policy_that_does_not_exist(data):
     with pytest.raises(ValueError, match="data.overlong_prompts is 'cut'; give one of error, drop"):
         resolve("grpo", data.arguments("grpo", "data.overlong_prompts=cut"))

@@ -166,7 +166,7 @@ def test_reasoning_gym_composite():
         ({"task": "reasoning_gym"}, "data.task is 'reasoning_gym'"),
         ({"task": "file/x"}, "data.task is 'file/x'"),
         ({"task": "file"}, "data.path is unset"),
-        ({"task": "file", "path": "x.csv"}, "suffix '.csv'; give a .jsonl or .parquet"),
+        ({"task": "file", "path": "x.csv"}, "suffix '.csv'; give a .jsonl, .parquet or .arrow"),
         ({"task": "reverse_digits", "size": 0}, "data.size is 0; give at least 1"),
         ({"task": "reverse_digits", "eval_size": -1}, "data.eval_size is -1; give 0 or more"),
         ({"task": "reverse_digits", "path": "x.jsonl"}, "generates its problems"),

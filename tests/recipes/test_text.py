@@ -196,6 +196,17 @@ def test_a_template_that_fails_is_named(codec, prompt, message):
         codec(template=template).render(prompt)
 
 
+def test_tools_go_to_the_template(codec):
+    """A text has none, and a template that leaves them out would train on another prompt."""
+    told = codec(template="{% for t in tools or [] %}{{t.name}}{% endfor %}" + TEMPLATE, chat=True)
+    assert told.render("a", [{"name": "b"}, {"name": "c"}]) == f"bc{BOS}a=!"
+    assert told.render("a") == told.render("a", []) == f"{BOS}a=!"
+    with pytest.raises(ValueError, match="it has tools, which the chat template leaves out"):
+        codec(template=TEMPLATE, chat=True).render("a", [{"name": "b"}])
+    with pytest.raises(ValueError, match="it has tools, but its prompt is a text; give chat mess"):
+        codec(template=TEMPLATE).render("a", [{"name": "b"}])
+
+
 def test_messages_without_a_template(codec):
     with pytest.raises(ValueError, match="list of chat messages, but .* has no chat template"):
         codec().render([{"role": "user", "content": "a"}])

@@ -1,11 +1,15 @@
 """What a task gives: problems by index, in two splits that share none, chosen by one config."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from samebit.trainer.config import require_default
+from samebit.trainer.config import require, require_default
 
 OVERLONG = ("error", "drop", "truncate_left")
+
+ChatPrompt = list[dict[str, Any]]
+"""Chat messages with texts `role` and `content`; an assistant's may have `tool_calls`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,12 +18,13 @@ class Problem:
 
     index: int
     """Position in its dataset."""
-    prompt: str | list[dict[str, str]]
-    """Plain text, or chat messages with `role` and `content`."""
+    prompt: str | ChatPrompt
     label: str
     """The reference answer; empty where the task has a scorer and no single answer."""
     metadata: dict[str, Any]
     """Whatever else the reward needs."""
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    """What may be called, as the chat template is told it."""
     where: str = field(default="", compare=False)
     """Where it was read, as in "data.jsonl, line 7"; empty for a generated one."""
 
@@ -41,6 +46,36 @@ class Dataset(Protocol):
     def __getitem__(self, index: int) -> Problem: ...
 
 
+class MixedRecords(list[Problem]):
+    """Holds the records of several sources, one source behind another."""
+
+    def __init__(
+        self, parts: Sequence[Sequence[Problem]], weights: Sequence[float], names: Sequence[str]
+    ) -> None:
+        """parts: each source's records; names: what errors call the sources."""
+        super().__init__(problem for part in parts for problem in part)
+        self.sizes = tuple(len(part) for part in parts)
+        self.weights = tuple(weights)
+        self.names = tuple(names)
+
+
+@dataclass(kw_only=True)
+class DataSource:
+    """Says where some of the problems come from; what is unset is as in `data`."""
+
+    path: str = "???"
+    """As data.path."""
+    weight: float = 1.0
+    """This share of the training order, over the sum of all weights, is its records."""
+    prompt_key: str | None = None
+    label_key: str | None = None
+    tools_key: str | None = None
+    metadata_keys: list[str] | None = None
+    eval_path: str | None = None
+    """Its held-out records; unset, the last `eval_size` records of `path`."""
+    eval_size: int | None = None
+
+
 @dataclass(kw_only=True)
 class DataConfig:
     """Says where the problems come from."""
@@ -48,13 +83,20 @@ class DataConfig:
     task: str = "file"
     """`file`, `reverse_digits`, `reasoning_gym/<name>`, or your `module:function`."""
     path: str | None = None
-    """Task `file`: the training records, .jsonl or .parquet."""
+    """Task `file`: the training records: a .jsonl, .parquet or .arrow file, a folder of them, or a
+    Hugging Face data set saved on disk."""
+    sources: list[DataSource] = field(default_factory=list)
+    """Task `file`, in place of `path`: several such, mixed: [{path: a, weight: 2}, {path: b}]."""
     eval_path: str | None = None
-    """Task `file`: the held-out records; unset, the last `eval_size` records of `path`."""
+    """Task `file`: the held-out records; unset, the last `eval_size` records of `path`, or of each
+    source."""
     prompt_key: str = "prompt"
     """Task `file`: key of the prompt (text or chat messages); dots reach into nested fields."""
     label_key: str = "label"
     """Task `file`: key of the reference answer; dots reach into nested fields."""
+    tools_key: str | None = None
+    """Task `file`: key of the tools that the chat template is told: a list, its JSON text, or
+    null."""
     chat: bool = False
     """Give text prompts to the model as one user message of its chat template."""
     metadata_keys: list[str] = field(default_factory=list)
@@ -77,11 +119,27 @@ class DataConfig:
                 f"data.overlong_prompts is {self.overlong_prompts!r}; give one of "
                 f"{', '.join(OVERLONG)}"
             )
-        if self.task == "file" and self.path is not None:
-            require_default(self, "data", ("size", "seed"), "data.path is given")
+        if self.task == "file" and (self.path is not None or self.sources):
+            given = "data.path" if self.path is not None else "data.sources"
+            require_default(self, "data", ("size", "seed"), f"{given} is given")
         if self.task != "file":
-            keys = ("prompt_key", "label_key", "metadata_keys")
+            keys = ("prompt_key", "label_key", "tools_key", "metadata_keys", "sources")
             require_default(self, "data", keys, f"data.task is {self.task!r}")
+        if self.sources:
+            require_default(self, "data", ("path",), "data.sources is given")
+        for i, source in enumerate(self.sources):
+            self._check_source(source, f"data.sources.{i}")
+
+    def _check_source(self, source: DataSource, key: str) -> None:
+        require(source.path not in ("", "???"), f"{key}.path", source.path, "a path")
+        fits = isinstance(source.weight, int | float) and 1e-9 <= source.weight <= 1e9
+        require(fits, f"{key}.weight", source.weight, "positive, 1e-9 to 1e9")
+        fits = source.eval_size is None or source.eval_size >= 0
+        require(fits, f"{key}.eval_size", source.eval_size, "0 or more, or null")
+        if self.eval_path is not None:
+            require_default(source, key, ("eval_path", "eval_size"), "data.eval_path is given")
+        if source.eval_path is not None:
+            require_default(source, key, ("eval_size",), f"{key}.eval_path is given")
 
 
 def check_index(index: int, size: int) -> None:

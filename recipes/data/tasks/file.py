@@ -1,52 +1,107 @@
-"""Task `file`: problems from a .jsonl or .parquet file of records."""
+"""Task `file`: problems from files of records, of one source or of several that are mixed."""
 
 import json
 import logging
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from samebit.recipes.data.tasks.base import DataConfig, Dataset, Problem
+from samebit.recipes.data.tasks.base import (
+    ChatPrompt,
+    DataConfig,
+    Dataset,
+    DataSource,
+    MixedRecords,
+    Problem,
+)
+from samebit.recipes.data.tasks.chat import lone_surrogate, read_prompt, read_tools
 from samebit.recipes.data.tasks.faults import raise_faults
-from samebit.recipes.data.tasks.readers import Record, plain, read_jsonl, read_parquet
+from samebit.recipes.data.tasks.files import list_files
+from samebit.recipes.data.tasks.readers import READERS, Record, plain
 
 logger = logging.getLogger(__name__)
 
+_OWN = ("prompt_key", "label_key", "tools_key", "metadata_keys", "eval_path", "eval_size")
+
 
 def load(config: DataConfig) -> tuple[Dataset, Dataset]:
-    """Read the train and held-out records.
+    """Read the train and held-out records; of several sources each split is a MixedRecords.
 
     A training record whose prompt is also held out is left out of the train split, with a warning.
     Raises FileNotFoundError for a missing file; ValueError for a bad record (naming it) or
     where no training record is left.
     """
-    if not config.path:
-        raise ValueError("data.path is unset; give the .jsonl or .parquet file of training records")
+    if not config.path and not config.sources:
+        raise ValueError(
+            "data.path is unset; give the file or folder of training records (or data.sources)"
+        )
     if config.args:
         raise ValueError(f"data.args is {config.args}; the task 'file' takes none")
+    if not config.sources:
+        train, held_out = _read_splits(config, "data")
+        train = _without(train, held_out, f"data.path {config.path}")
+        return _numbered(train), _numbered(held_out)
+    return _load_mixed(config)
+
+
+def _load_mixed(config: DataConfig) -> tuple[Dataset, Dataset]:
+    names = [f"data.sources.{i}" for i in range(len(config.sources))]
+    own = [_own_config(config, source) for source in config.sources]
+    splits = [_read_splits(one, name) for one, name in zip(own, names, strict=True)]
+    held_out = [held for _, held in splits]
+    if config.eval_path:
+        held_out = [_read_problems(Path(config.eval_path), config)]
+    every = [problem for part in held_out for problem in part]
+    train = [
+        _without(part, every, f"{name}.path {one.path}")
+        for one, name, (part, _) in zip(own, names, splits, strict=True)
+    ]
+    weights = [source.weight for source in config.sources]
+    if config.eval_path:
+        return _mixed(train, weights, names), _numbered(every)
+    return _mixed(train, weights, names), _mixed(held_out, weights, names)
+
+
+def _mixed(parts: list[list[Problem]], weights: list[float], names: list[str]) -> MixedRecords:
+    found = MixedRecords(parts, weights, names)
+    found[:] = _numbered(found)
+    return found
+
+
+def _own_config(config: DataConfig, source: DataSource) -> DataConfig:
+    """The configuration of one source by itself."""
+    own = {key: x for key in _OWN if (x := getattr(source, key)) is not None}
+    if config.eval_path:  # one for all
+        own |= {"eval_path": None, "eval_size": 0}
+    return replace(config, sources=[], path=source.path, **own)
+
+
+def _read_splits(config: DataConfig, key: str) -> tuple[list[Problem], list[Problem]]:
+    """To train on and held out, as they are read; `key`: the section's, for errors."""
+    assert config.path is not None
     problems = _read_problems(Path(config.path), config)
     if config.eval_path:
-        held_out = _read_problems(Path(config.eval_path), config)
-    else:
-        first = len(problems) - config.eval_size
-        if first < 1:
-            raise ValueError(
-                f"data.eval_size is {config.eval_size} and {config.path} has {len(problems)} "
-                f"records, which leaves none to train on; give at most {len(problems) - 1}, or set "
-                "data.eval_path"
-            )
-        problems, held_out = problems[:first], problems[first:]
-    kept = _without(problems, held_out)
+        return problems, _read_problems(Path(config.eval_path), config)
+    first = len(problems) - config.eval_size
+    if first < 1:
+        raise ValueError(
+            f"{key}.eval_size is {config.eval_size} and {config.path} has {len(problems)} "
+            f"records, which leaves none to train on; give at most {len(problems) - 1}, or set "
+            f"{key}.eval_path"
+        )
+    return problems[:first], problems[first:]
+
+
+def _without(problems: list[Problem], held_out: list[Problem], path: str) -> list[Problem]:
+    kept = _not_among(problems, held_out)
     if not kept:
-        raise ValueError(f"every training prompt of data.path {config.path} is also a held-out one")
-    if len(kept) < len(problems):
-        dropped = len(problems) - len(kept)
-        logger.warning("%d records of %s are held out too: not trained on", dropped, config.path)
-    return _numbered(kept), _numbered(held_out)
+        raise ValueError(f"every training prompt of {path} is also a held-out one")
+    if dropped := len(problems) - len(kept):
+        logger.warning("%d records of %s are held out too: not trained on", dropped, path)
+    return kept
 
 
-def _without(problems: list[Problem], held_out: list[Problem]) -> list[Problem]:
+def _not_among(problems: list[Problem], held_out: list[Problem]) -> list[Problem]:
     held = {json.dumps(problem.prompt, sort_keys=True) for problem in held_out}
     return [p for p in problems if json.dumps(p.prompt, sort_keys=True) not in held]
 
@@ -56,19 +111,13 @@ def _numbered(problems: list[Problem]) -> list[Problem]:
 
 
 def _read_problems(path: Path, config: DataConfig) -> list[Problem]:
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"{path} has the suffix {path.suffix!r}; give a .jsonl or .parquet file")
-    if path.is_dir():
-        raise IsADirectoryError(f"data file {path} is a folder; give a .jsonl or .parquet file")
-    if not path.is_file():
-        raise FileNotFoundError(f"data file {path} does not exist (from {Path.cwd()})")
     faults, problems = list[str](), list[Problem]()
-    read = read_jsonl if path.suffix == ".jsonl" else read_parquet
-    for record in read(path, faults):
-        try:
-            problems.append(_problem(len(problems), record, config))
-        except ValueError as error:
-            faults.append(str(error))
+    for file in list_files(path):
+        for record in READERS[file.suffix](file, faults):
+            try:
+                problems.append(_problem(len(problems), record, config))
+            except ValueError as error:
+                faults.append(str(error))
     raise_faults(faults)
     if not problems:
         raise ValueError(f"{path} holds no record; give at least one")
@@ -77,7 +126,7 @@ def _read_problems(path: Path, config: DataConfig) -> list[Problem]:
 
 def _problem(index: int, record: Record, config: DataConfig) -> Problem:
     where, values = record.where, record.values
-    prompt = _prompt(_lookup(values, config.prompt_key, where), f"{where}: {config.prompt_key!r}")
+    prompt = _prompt(record, config.prompt_key)
     label = _lookup(values, config.label_key, where)
     text = record.number_text(label, config.label_key)
     if text is None and isinstance(label, str):
@@ -85,23 +134,21 @@ def _problem(index: int, record: Record, config: DataConfig) -> Problem:
     if text is None:
         what = f"{where}: {config.label_key!r}"
         raise ValueError(f"{what} is {label!r:.80}; give a text or a number")
-    for part in (text, *_texts(prompt)):
-        if fault := lone_surrogate(part):
-            raise ValueError(f"{where} holds {fault}")
+    tools = list[dict[str, Any]]()
+    if config.tools_key is not None:
+        value, what = _lookup(values, config.tools_key, where), f"{where}: {config.tools_key!r}"
+        tools = read_tools(value, what, columnar=record.columnar)
+    if fault := lone_surrogate(text, prompt, tools):
+        raise ValueError(f"{where} holds {fault}")
     metadata = {key: plain(_lookup(values, key, where)) for key in config.metadata_keys}
-    return Problem(index=index, prompt=prompt, label=text, metadata=metadata, where=where)
+    return Problem(
+        index=index, prompt=prompt, label=text, metadata=metadata, tools=tools, where=where
+    )
 
 
-def _texts(prompt: str | list[dict[str, str]]) -> list[str]:
-    if isinstance(prompt, str):
-        return [prompt]
-    return [text for message in prompt for text in message.values()]
-
-
-def lone_surrogate(text: str) -> str:
-    """Name half of a UTF-16 pair, which no encoding of a text has; empty if there is none."""
-    found = None if text.isascii() else re.search("[\ud800-\udfff]", text)
-    return f"the lone surrogate \\u{ord(found[0]):04x}, which is no character" if found else ""
+def _prompt(record: Record, key: str) -> str | ChatPrompt:
+    value = _lookup(record.values, key, record.where)
+    return read_prompt(value, f"{record.where}: {key!r}", columnar=record.columnar)
 
 
 def _lookup(record: dict[str, Any], key: str, where: str) -> Any:
@@ -114,21 +161,3 @@ def _lookup(record: dict[str, Any], key: str, where: str) -> Any:
             raise ValueError(f"{where} has no {key!r}; its keys are {sorted(record)}")
         value = value[part]
     return value
-
-
-def _prompt(value: Any, what: str) -> str | list[dict[str, str]]:
-    if isinstance(value, str) and value:
-        return value
-    if isinstance(value, list) and value:
-        return [_message(message, what) for message in value]
-    raise ValueError(f"{what} is {value!r:.80}; give a text or a list of chat messages")
-
-
-def _message(message: Any, what: str) -> dict[str, str]:
-    if isinstance(message, dict):
-        # Parquet gives every message every field of the column, None where a message lacks it.
-        message = {key: value for key, value in message.items() if value is not None}
-        texts = all(isinstance(value, str) for value in message.values())
-        if texts and {"role", "content"} <= message.keys():
-            return message
-    raise ValueError(f"{what} has the message {message!r:.80}; give texts `role` and `content`")

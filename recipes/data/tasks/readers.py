@@ -1,7 +1,9 @@
-"""Records of .jsonl and .parquet files, each with where it stands and its numbers' decimal text."""
+"""Records of .jsonl, .parquet and .arrow files, with their places and numbers' decimal text."""
 
+import itertools
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -10,6 +12,9 @@ from typing import Any
 
 # Powers of ten of the numbers that a label may be; what is beyond is a mistake.
 MOST_DIGITS = 1000
+
+
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of Arrow's
 
 
 class JsonFloat(Decimal):
@@ -25,6 +30,8 @@ class Record:
     values: dict[str, Any]
     narrow: tuple[tuple[str, str], ...] = ()
     """Keys of floating-point values narrower than Python's, with their numpy type."""
+    columnar: bool = False
+    """Its file gives it every field of every column, None where it has none."""
 
     def number_text(self, value: Any, key: str) -> str | None:
         """Return a number, which stands at `key`, in decimal digits; None for anything else.
@@ -95,11 +102,54 @@ def read_parquet(path: Path, faults: list[str]) -> Iterator[Record]:
             for group in range(file.num_row_groups):
                 part = f", row group {group}"
                 for row in file.read_row_group(group).to_pylist():
-                    yield Record(f"{path}, row {number}", row, narrow)
+                    yield Record(f"{path}, row {number}", row, narrow, columnar=True)
                     number += 1
     except Exception as error:  # pyarrow has many, some of them bare OSErrors without a name
         what = " ".join(f"{error}".split())
         raise ValueError(f"{path}{part} is not a readable parquet file: {what:.300}") from error
+
+
+def read_arrow(path: Path, faults: list[str]) -> Iterator[Record]:
+    """Yield the rows of a file in Arrow's stream format, as the package datasets saves them.
+
+    Raises ValueError, naming the record batch, if one cannot be read, and for a file without an
+    end: what is cut between two batches would look whole.
+    """
+    import pyarrow
+
+    part = ""
+    try:
+        _require_ended(path)
+        with pyarrow.OSFile(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+            narrow = tuple(_narrow(stream.schema))
+            number = 0
+            for i in itertools.count():
+                part = f", record batch {i}"
+                if (batch := next(stream, None)) is None:
+                    break
+                for row in batch.to_pylist():
+                    yield Record(f"{path}, row {number}", row, narrow, columnar=True)
+                    number += 1
+    except Exception as error:  # as of parquet
+        what = " ".join(f"{error}".split())
+        raise ValueError(
+            f"{path}{part} is not a readable file of Arrow's stream format: {what:.300}"
+        ) from error
+
+
+READERS = {".jsonl": read_jsonl, ".parquet": read_parquet, ".arrow": read_arrow}
+"""By the suffix of a file."""
+
+
+def _require_ended(path: Path) -> None:
+    """ValueError unless a stream has its end marker, which every writer of them writes."""
+    with path.open("rb") as file:
+        if file.read(6) == b"ARROW1":
+            raise ValueError("it is in Arrow's file format; save it as a stream, or as .parquet")
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - len(_END), 0))
+        if file.read() != _END:
+            raise ValueError("its end is missing")
 
 
 def _shortest(value: float, dtype: str | None) -> str:

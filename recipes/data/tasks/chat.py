@@ -1,0 +1,95 @@
+"""What a record says of a prompt: a text or chat messages, and the tools that may be called."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from samebit.recipes.data.tasks.base import ChatPrompt
+from samebit.recipes.data.tasks.readers import plain
+
+
+def read_prompt(value: Any, what: str, *, columnar: bool) -> str | ChatPrompt:
+    """Return a prompt: a text that is not empty, or messages.
+
+    Messages have texts `role` and `content`; one with a list `tool_calls` needs no content. In
+    columnar files a row has every field of its column, None where it lacks one: those are left out.
+    Raises ValueError, which begins with `what`.
+    """
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, list) and value:
+        return [_message(message, what, columnar) for message in value]
+    raise ValueError(f"{what} is {value!r:.80}; give a text or a list of chat messages")
+
+
+def _message(message: Any, what: str, columnar: bool) -> dict[str, Any]:
+    if isinstance(message, dict):
+        kept = {key: value for key, value in message.items() if value is not None}
+        calls = kept.get("tool_calls")
+        if calls == []:
+            calls = kept.pop("tool_calls", None)
+        texts = (value for key, value in kept.items() if key != "tool_calls")
+        needed = {"role"} if calls else {"role", "content"}
+        if all(isinstance(text, str) for text in texts) and needed <= kept.keys():
+            if calls:
+                kept["tool_calls"] = _objects(calls, f"{what}: 'tool_calls'", columnar)
+            return kept
+    raise ValueError(
+        f"{what} has the message {message!r:.80}; give texts `role` and `content` (or a list "
+        "`tool_calls`)"
+    )
+
+
+def read_tools(value: Any, what: str, *, columnar: bool) -> list[dict[str, Any]]:
+    """Return what may be called: a list of JSON objects, or the JSON text of one; None is none.
+
+    Raises ValueError, which begins with `what`.
+    """
+    if value is None:
+        return []
+    if isinstance(value, str):
+        columnar = False
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{what} is no JSON text: {error}; give a list of tools") from error
+    return _objects(value, what, columnar)
+
+
+def _objects(value: Any, what: str, columnar: bool) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(x, dict) and x for x in value):
+        raise ValueError(
+            f"{what} is {value!r:.80}; give a list of objects such as "
+            '{"type": "function", "function": {"name": ...}}'
+        )
+    return [plain(_without_none(x) if columnar else x) for x in value]
+
+
+def _without_none(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _without_none(x) for key, x in value.items() if x is not None}
+        case list():
+            return [_without_none(x) for x in value]
+    return value
+
+
+def lone_surrogate(*values: Any) -> str:
+    """Name half of a UTF-16 pair, which no encoding of a text has; empty if there is none."""
+    for text in _texts(values):
+        if not text.isascii() and (found := re.search("[\ud800-\udfff]", text)):
+            return f"the lone surrogate \\u{ord(found[0]):04x}, which is no character"
+    return ""
+
+
+def _texts(value: Any) -> Iterator[str]:
+    match value:
+        case str():
+            yield value
+        case dict():
+            for key, part in value.items():
+                yield from (*_texts(key), *_texts(part))
+        case list() | tuple():
+            for part in value:
+                yield from _texts(part)

@@ -1,0 +1,240 @@
+"""Data sets as users have them: folders, saved Hugging Face sets, records of verl and of slime."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from samebit.recipes.cli.main import main
+from samebit.recipes.data.tasks.base import DataConfig
+from samebit.recipes.data.tasks.registry import load_datasets
+
+
+def records(*numbers):
+    return [{"prompt": f"q{i}", "label": f"a{i}"} for i in numbers]
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def parquet(path, rows):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def arrow(path, rows, batch=2):
+    table = pyarrow.Table.from_pylist(rows)
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table, max_chunksize=batch)
+    return path
+
+
+WRITERS = {".jsonl": jsonl, ".parquet": parquet, ".arrow": arrow}
+
+
+def saved_set(folder, *shards, **state):
+    """As datasets.Dataset.save_to_disk writes it."""
+    folder.mkdir(parents=True)
+    names = [f"data-{i:05d}-of-{len(shards):05d}.arrow" for i in range(len(shards))]
+    for name, rows in zip(names, shards, strict=True):
+        arrow(folder / name, rows)
+    content = {"_data_files": [{"filename": name} for name in names], "_split": "train"} | state
+    (folder / "state.json").write_text(json.dumps(content))
+    (folder / "dataset_info.json").write_text("{}")
+    return folder
+
+
+def problems(path, **settings):
+    return list(load_datasets(DataConfig(path=str(path), eval_size=0, **settings))[0])
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_folder_is_its_files_by_name(tmp_path, kind):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / ".hidden").write_text("")
+    for name, numbers in (("b", [3, 4, 5]), ("a", [0, 1, 2]), ("c", [6])):
+        WRITERS[kind](folder / f"{name}{kind}", records(*numbers))
+    found = problems(folder)
+    assert [(p.index, p.prompt, p.label) for p in found] == [
+        (i, f"q{i}", f"a{i}") for i in range(7)
+    ]
+    place = "line 3" if kind == ".jsonl" else "row 2"
+    assert found[5].where == f"{folder}/b{kind}, {place}"
+    assert found == problems(jsonl(tmp_path / "one.jsonl", records(*range(7))))
+
+
+def test_a_saved_set_is_what_its_state_lists(tmp_path):
+    """Caches of a set's transformations lie beside its files."""
+    folder = saved_set(tmp_path / "saved", records(0, 1, 2), records(3))
+    arrow(folder / "cache-0123.arrow", records(8, 9))
+    assert [p.prompt for p in problems(folder)] == ["q0", "q1", "q2", "q3"]
+
+
+def folder_of(tmp_path, *names):
+    folder = tmp_path / "folder"
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        writer = WRITERS.get(f".{name.rpartition('.')[2]}", jsonl)
+        writer(folder / name, records(1))
+    return folder
+
+
+FOLDERS = {
+    (): "folder is an empty folder; give a .jsonl, .parquet or .arrow file, or a folder of them",
+    ("a.jsonl", "b.parquet"): "holds files of several kinds, a.jsonl, b.parquet; give one kind",
+    ("a.jsonl", "README.md"): "holds README.md, which is no file of records",
+    ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"): (
+        "holds shards of test, train; give those of one"
+    ),
+    ("train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"): (
+        "lacks shard 1 of 3 of 'train'; give all of one"
+    ),
+    ("train-00000-of-00001.jsonl", "train-00001-of-00002.jsonl"): (
+        "holds shards of several sets of 2 of 'train'"
+    ),
+}
+
+
+@pytest.mark.parametrize("names", FOLDERS, ids=str)
+def test_an_ambiguous_folder_is_refused(tmp_path, names):
+    folder = folder_of(tmp_path, *names)
+    with pytest.raises((ValueError, OSError), match=FOLDERS[names]) as caught:
+        problems(folder)
+    assert str(caught.value).startswith(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"_data_files": []}, r"state.json: _data_files is \[\]; it must be a list of"),
+        ({"_data_files": [{"filename": "x.arrow"}]}, "state.json lists x.arrow, no .arrow file"),
+        ({"_indices_data_files": [{"filename": "i"}]}, "selects rows by _indices_data_files"),
+    ],
+)
+def test_a_saved_set_that_cannot_be_read_is_refused(tmp_path, state, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        problems(saved_set(tmp_path / "saved", records(0), **state))
+
+
+def test_a_saved_dict_of_splits_asks_for_one(tmp_path):
+    for name in ("train", "test"):
+        saved_set(tmp_path / "sets" / name, records(0))
+    (tmp_path / "sets" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(ValueError, match="sets holds the splits test, train; give the folder of o"):
+        problems(tmp_path / "sets")
+
+
+def test_a_bad_row_of_a_folder_is_named(tmp_path):
+    folder = folder_of(tmp_path, "a.arrow")
+    arrow(folder / "b.arrow", [*records(1, 2), {"prompt": "q", "label": None}])
+    with pytest.raises(ValueError, match=f"^{folder}/b.arrow, row 2: 'label' is None; give a text"):
+        problems(folder)
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        (lambda data: data[:-8], ": its end is missing"),  # all batches are there
+        (lambda data: data[: len(data) // 2] + data[-8:], ": Expected to "),
+        (lambda data: b"", ": its end is missing"),
+        (lambda data: b"ARROW1" + data, ": it is in Arrow's file format; save it as a stream, or"),
+    ],
+)
+def test_a_damaged_arrow_file_is_named(tmp_path, cut, message):
+    path = arrow(tmp_path / "a.arrow", records(*range(6)))
+    path.write_bytes(cut(path.read_bytes()))
+    what = f"{path}(, record batch [0-2])? is not a readable file of Arrow's stream format"
+    with pytest.raises(ValueError, match=f"^{what}{message}"):
+        problems(path)
+
+
+def test_records_of_verl_are_read_as_they_are(tmp_path):
+    rows = [
+        {
+            "data_source": "openai/gsm8k",
+            "prompt": [{"role": "user", "content": f"q{i}"}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": f"{i}"},
+            "extra_info": {"split": "train", "index": i, "answer": None},
+        }
+        for i in range(3)
+    ]
+    found = problems(
+        parquet(tmp_path / "train.parquet", rows),
+        label_key="reward_model.ground_truth",
+        metadata_keys=["data_source", "extra_info.index"],
+    )
+    assert [p.prompt for p in found] == [row["prompt"] for row in rows]
+    assert [p.label for p in found] == ["0", "1", "2"]
+    assert found[2].metadata == {"data_source": "openai/gsm8k", "extra_info.index": 2}
+
+
+CALC = {"type": "function", "function": {"name": "calc", "parameters": {"x": {"default": None}}}}
+LOOK = {"type": "function", "function": {"name": "look", "strict": True}}
+CHAT = [
+    {"role": "user", "content": "1+1"},
+    {"role": "assistant", "tool_calls": [{"function": {"name": "calc", "arguments": {"x": 1}}}]},
+    {"role": "tool", "content": "2"},
+]
+
+
+def test_records_of_slime_are_read_as_they_are(tmp_path):
+    """Tools as a list, as the JSON text of one, and none; turns that call them."""
+    asked = [
+        {"input": CHAT, "answer": 2, "metadata": {"rm_type": "math"}, "tools": tools}
+        for tools in ([CALC, LOOK], json.dumps([CALC]), None, [])
+    ]
+    found = problems(
+        jsonl(tmp_path / "a.jsonl", asked),
+        prompt_key="input",
+        label_key="answer",
+        metadata_keys=["metadata"],
+        tools_key="tools",
+    )
+    assert [p.tools for p in found] == [[CALC, LOOK], [CALC], [], []]
+    assert found[0].prompt == CHAT
+    assert (found[0].label, found[0].metadata) == ("2", {"metadata": {"rm_type": "math"}})
+
+
+def test_what_rows_of_columns_lack_is_no_part_of_them(tmp_path):
+    """Each tool and message has every field of its column in a parquet file."""
+    tool = {"function": {"name": "calc"}}
+    path = parquet(tmp_path / "a.parquet", [{"prompt": CHAT, "label": "2", "tools": [tool, LOOK]}])
+    [problem] = problems(path, tools_key="tools")
+    assert problem.tools == [tool, LOOK]
+    assert problem.prompt == CHAT
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tools": 3}, "line 1: 'tools' is 3; give a list of objects such as"),
+        ({"tools": "[{"}, "line 1: 'tools' is no JSON text: .*; give a list of tools"),
+        ({"tools": [{}]}, r"line 1: 'tools' is \[{}\]; give a list of objects"),
+        ({"tools": [{"name": "\ud800"}]}, r"line 1 holds the lone surrogate \\ud800"),
+        ({"other": 1}, "line 1 has no 'tools'; its keys are"),
+        (
+            {"tools": [], "prompt": [{"role": "assistant", "tool_calls": "x"}]},
+            "line 1: 'prompt': 'tool_calls' is 'x'; give a list of objects",
+        ),
+        ({"tools": [], "prompt": [{"role": "user", "tool_calls": []}]}, "give texts `role` and"),
+    ],
+)
+def test_bad_tools_are_named(tmp_path, change, message):
+    path = jsonl(tmp_path / "a.jsonl", [{"prompt": "q", "label": "a"} | change])
+    with pytest.raises(ValueError, match=message):
+        problems(path, tools_key="tools")
+
+
+def test_pyarrow_is_asked_for_where_a_folder_needs_it(monkeypatch, capsys, tmp_path):
+    import sys
+
+    folder = folder_of(tmp_path, "a.arrow")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    source = f"data.sources=[{{path: '{folder}'}}]"
+    assert main(["grpo", "model.path=m", "logger=disabled", source, "dry_run=true"]) == 1
+    assert "data, a .arrow file, needs the package pyarrow" in capsys.readouterr().err
