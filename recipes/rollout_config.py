@@ -18,8 +18,9 @@ class RolloutSection:
     """Train on prompts whose samples have different rewards alone, and draw others in place of the
     rest (DAPO, Yu et al. 2025, arXiv 2503.14476, section 3.2)."""
     max_refills: int = 9
-    """With dynamic_sampling: prompts_per_step prompts are drawn again so many times in a step, at
-    most; 0: never."""
+    """With dynamic_sampling: a step draws more prompts so many times, at most; 0: never."""
+    refill_prompts: int | None = None
+    """So many each time; unset: prompts_per_step."""
     too_few_groups: str = "error"
     """If even then fewer than prompts_per_step prompts can be trained on: error, the run ends; or
     train on those that there are."""
@@ -53,17 +54,26 @@ class RolloutSection:
     @property
     def most_prompts_per_step(self) -> int:
         """A step draws so many prompts at most."""
-        rounds = 1 + self.max_refills if self.dynamic_sampling else 1
-        return self.prompts_per_step * rounds
+        return self.places_of(self.max_refills if self.dynamic_sampling else 0).stop
+
+    def places_of(self, refill: int) -> range:
+        """Return which prompts of a step a refill draws; 0: those that every step draws."""
+        begun, more = self.prompts_per_step, self.refill_prompts or self.prompts_per_step
+        return range(begun + (refill - 1) * more, begun + refill * more) if refill else range(begun)
 
     def _check_dynamic_sampling(self) -> None:
         if not self.dynamic_sampling:
-            idle = ("max_refills", "too_few_groups")
+            idle = ("max_refills", "refill_prompts", "too_few_groups")
             require_default(self, "rollout", idle, "rollout.dynamic_sampling is false")
             return
         n, known = self.samples_per_prompt, self.too_few_groups in TOO_FEW_GROUPS
         meaning = "at least 2 with rollout.dynamic_sampling: one sample's reward is no spread"
         require(n >= 2, "rollout.samples_per_prompt", n, meaning)
         require(self.max_refills >= 0, "rollout.max_refills", self.max_refills, "0 or more")
+        more = self.refill_prompts
+        meaning = "positive, or unset"
+        require(more is None or more >= 1, "rollout.refill_prompts", more, meaning)
+        if self.max_refills == 0:
+            require_default(self, "rollout", ("refill_prompts",), "rollout.max_refills is 0")
         meaning = f"one of {TOO_FEW_GROUPS}"
         require(known, "rollout.too_few_groups", self.too_few_groups, meaning)

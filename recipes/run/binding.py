@@ -46,6 +46,7 @@ _EARLIER = {
     "model_family": None,
     "trainer.loss_mean_tokens": None,
     "rollout.dynamic_sampling": False,
+    "rollout.refill_prompts": None,
     "rollout.too_few_groups": "error",
     **{f"algorithm.{f.name}": f.default for f in fields(GrpoConfig)},
 }

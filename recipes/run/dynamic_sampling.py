@@ -2,11 +2,10 @@
 
 Dynamic sampling (DAPO, Yu et al. 2025, arXiv 2503.14476, section 3.2): prompts whose samples all
 have the same reward teach nothing, so more are drawn until there are enough of the others. Which
-are kept is a function of seed, data and rewards alone: a refill is prompts_per_step prompts, the
-next ones of the training order; the first ones with a spread are kept, in that order; what the last
-refill has drawn beyond them is dropped, and the next step begins behind it. Rewards are the reward
-function's, before any length penalty or KL. Deviations from verl's recipe: its buffer of metrics to
-filter by, and batches of another size to draw.
+are kept is a function of seed, data and rewards alone: a refill draws the next prompts of the
+training order; the first ones with a spread are kept, in that order; what the last refill has drawn
+beyond them is dropped, and the next step begins behind it. Rewards are the reward function's,
+before any length penalty or KL.
 """
 
 from collections.abc import Callable, Sequence

@@ -111,9 +111,8 @@ class GrpoInputs:
             most = run.rollout.most_prompts_per_step
             if most > MAX_PROMPTS:
                 raise ValueError(
-                    f"rollout.prompts_per_step = {run.rollout.prompts_per_step}, with max_refills "
-                    f"= {run.rollout.max_refills}, are up to {most} prompts a step; sample ids can "
-                    f"name {MAX_PROMPTS}"
+                    f"rollout.prompts_per_step is {run.rollout.prompts_per_step}, with its refills "
+                    f"up to {most} prompts a step; sample ids can name {MAX_PROMPTS}"
                 )
             used = _used(train_set, run.trainer.num_steps * most, run.seed)
             self._prepare(used, unwritable if run.reward.name == "exact_match" else None, poll)

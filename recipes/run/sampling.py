@@ -98,11 +98,9 @@ class PromptOrder:
         prompts_per_step. refill: 0, or which of the step's refills, each behind the one before.
         """
         r, problems = self._settings, self._train_set
-        drawn = refill * r.prompts_per_step
-        first = (step * r.prompts_per_step if begin is None else begin) + drawn
-        indices = [
-            problem_index(first + i, len(problems), self._seed) for i in range(r.prompts_per_step)
-        ]
+        first = step * r.prompts_per_step if begin is None else begin
+        places = r.places_of(refill)
+        indices = [problem_index(first + i, len(problems), self._seed) for i in places]
         params = SamplingParams(
             n=r.samples_per_prompt,
             temperature=r.temperature,
@@ -112,7 +110,7 @@ class PromptOrder:
             max_new_tokens=r.max_new_tokens,
         )
         n = r.samples_per_prompt
-        ids = self._sample_ids.of_step(step, len(indices), n, first_prompt=drawn)
+        ids = self._sample_ids.of_step(step, len(indices), n, first_prompt=places.start)
         return _prompts(problems, indices, ids, params)
 
     def held_out_prompts(self, step: int) -> Prompts:
