@@ -12,15 +12,17 @@ from samebit.recipes.cli.compose import resolve
 from samebit.recipes.config import ConfigError
 from samebit.recipes.data.order import SampleIds, problem_index
 from samebit.recipes.data.tasks.registry import load_datasets
+from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.dynamic_sampling import TooFewGroupsError
 from samebit.recipes.run.rollouts import list_rollouts, load_dropped, load_rollout
-from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint
+from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint, manifest_text
 
-PROMPTS, SAMPLES, STEPS, EVERY, SIZE = 3, 4, 4, 3, 50
+PROMPTS, SAMPLES, STEPS, EVERY, SIZE, MORE, SEED = 3, 4, 3, 3, 50, 4, 2
 DYNAMIC = ["rollout.dynamic_sampling=true", "reward.name=run_children:score_some"]
 DYNAMIC += [f"reward.args.every={EVERY}", f"trainer.num_steps={STEPS}"]
 DYNAMIC += ["logger.save_rollouts=true", "trainer.background_checkpoints=false"]
-REFILLS = "rollout.refill_prompts=2"
+DYNAMIC += [f"seed={SEED}"]
+REFILLS = f"rollout.refill_prompts={MORE}"
 
 
 @pytest.fixture(scope="module")
@@ -31,22 +33,18 @@ def whole(make_runs, tmp_path_factory):
     return runs
 
 
-def expected_step(place):
-    """What a step draws that begins at a place: problems, the places kept, and refills."""
-    problems = [problem_index(place + i, SIZE, 0) for i in range(PROMPTS)]
-    refills = 0
-    while len(kept := [i for i, p in enumerate(problems) if p % EVERY == 0]) < PROMPTS:
-        behind = place + len(problems)
-        problems += [problem_index(behind + i, SIZE, 0) for i in range(2)]
-        refills += 1
-    return problems, kept[:PROMPTS], refills
+def expected_choice(spread):
+    """Of a step whose groups have a spread or not: how many are drawn, the places kept, refills."""
+    drawn, refills = PROMPTS, 0
+    while sum(spread[:drawn]) < PROMPTS:
+        drawn, refills = drawn + MORE, refills + 1
+    return drawn, [i for i in range(drawn) if spread[i]][:PROMPTS], refills
 
 
 def files_of(runs):
-    """What must be equal in equal runs: the weights, and what was drawn, as bytes."""
-    folder = runs.folder / "run"
-    newest = latest_checkpoint(folder / "checkpoints")
-    return tree(folder / "rollouts"), newest.manifest["progress"], tree(newest.path)
+    """What must be equal in equal runs: all that was drawn, the state's digests, the progress."""
+    manifest = latest_checkpoint(runs.folder / "run" / "checkpoints").manifest
+    return tree(runs.folder / "run" / "rollouts"), manifest["files"], manifest["progress"]
 
 
 def test_prompts_order_and_ids_are_as_the_rewards_say(whole):
@@ -55,14 +53,21 @@ def test_prompts_order_and_ids_are_as_the_rewards_say(whole):
     prompt_of = {p.index: p.prompt for p in load_datasets(whole.resolve("run", *DYNAMIC).data)[0]}
     seen = set()
     for step, file in list_rollouts(folder).items():
-        problems, kept, refills = expected_step(place)
-        row, drawn = rows[step], len(problems)
-        assert (row["rollout/refills"], row["rollout/prompts_drawn"]) == (refills, drawn)
-        assert row["rollout/kept_fraction"] == PROMPTS / drawn
-        spread = sum(p % EVERY == 0 for p in problems)
-        assert row["rollout/spread_fraction"] == spread / drawn
+        row, samples, dropped = rows[step], load_rollout(file), load_dropped(file)
+        rewards = {s.sample_id: s.reward for s in samples}
+        drawn = (len(rewards) + len(dropped)) // SAMPLES
         ids = SampleIds().of_step(step - 1, drawn, SAMPLES)
-        samples, dropped = load_rollout(file), load_dropped(file)
+        rewards |= dropped
+        groups = [[rewards[i] for i in some] for some in ids]
+        problems = [problem_index(place + i, SIZE, SEED) for i in range(drawn)]
+        others = [g for g, p in zip(groups, problems, strict=True) if p % EVERY]
+        assert all(group == [0.25] * SAMPLES for group in others)
+        spread = [len(set(group)) > 1 for group in groups]
+        expected, kept, refills = expected_choice(spread)
+        assert (row["rollout/refills"], row["rollout/prompts_drawn"]) == (refills, expected)
+        assert expected == drawn
+        assert row["rollout/kept_fraction"] == PROMPTS / drawn
+        assert row["rollout/spread_fraction"] == sum(spread) / drawn
         assert [s.sample_id for s in samples] == [i for place in kept for i in ids[place]]
         prompts = [s.prompt_ids.tolist() for s in samples[::SAMPLES]]
         assert [len(p) for p in prompts] == [len(prompt_of[problems[i]]) for i in kept]
@@ -70,44 +75,50 @@ def test_prompts_order_and_ids_are_as_the_rewards_say(whole):
         assert len(set(same.values())) == len(same)
         rest = [i for i in range(drawn) if i not in kept]
         assert list(dropped) == [i for place in rest for i in ids[place]]
-        without = [i for place in rest if problems[place] % EVERY for i in ids[place]]
-        assert {dropped[i] for i in without} == {0.25}
-        rewards = [s.reward for s in samples]
-        assert row["rollout/reward_mean"] == float(torch.tensor(rewards).double().mean())
-        every = [*rewards, *dropped.values()]
-        assert row["rollout/drawn_reward_mean"] == pytest.approx(sum(every) / len(every), rel=1e-14)
-        seen.add((refills, spread > PROMPTS))
+        trained = torch.tensor([s.reward for s in samples], dtype=torch.float64)
+        assert row["rollout/reward_mean"] == float(trained.mean())
+        mean = sum(rewards.values()) / len(rewards)
+        assert row["rollout/drawn_reward_mean"] == pytest.approx(mean, rel=1e-14)
+        seen.add((refills, sum(spread) > PROMPTS))
         place += drawn
-    assert len(seen) > 2  # several numbers of refills, and groups beyond what is needed
-    assert {beyond for _, beyond in seen} == {False, True}
+    assert len({refills for refills, _ in seen}) > 1
+    assert {beyond for _, beyond in seen} == {False, True}  # more than needed, too
     progress = latest_checkpoint(folder / "checkpoints").manifest["progress"]
     assert (progress["step"], progress["prompts_drawn"]) == (STEPS, place)
 
 
 def test_scheduling_changes_nothing(runs, whole):
-    """What the engine does when is no business of the choice; unset, a refill is a whole draw."""
+    """What the engine does when is no business of the choice."""
     small = ["engine.page_size=16", "engine.kv_cache_tokens=64", "engine.max_num_seqs=3"]
     assert runs.train("run", *DYNAMIC, REFILLS, *small, "placement.transport=file") == whole.result
-    wide = [f"rollout.refill_prompts={PROMPTS}", "trainer.num_steps=1"]
-    assert runs.train("wide", *DYNAMIC, *wide) == runs.train("unset", *DYNAMIC, wide[1])
+
+
+def test_places_of_refills():
+    """One behind the other; unset, a refill is as large as the first draw."""
+    some = RolloutSection(
+        prompts_per_step=5, dynamic_sampling=True, refill_prompts=2, max_refills=3
+    )
+    assert [some.places_of(i) for i in range(3)] == [range(5), range(5, 7), range(7, 9)]
+    assert some.most_prompts_per_step == 11
+    unset = RolloutSection(prompts_per_step=5, dynamic_sampling=True)
+    assert [unset.places_of(i) for i in (0, 2)] == [range(5), range(10, 15)]
+    assert unset.most_prompts_per_step == 50
+    assert RolloutSection(prompts_per_step=5).most_prompts_per_step == 5
 
 
 def test_killed_between_refills_and_resumed(runs, whole, kill_when):
-    """In the scoring of refills of a step before and of one behind a checkpoint: equal bytes."""
-    evaluated, drawn = 4, [len(expected_step(0)[0])]
-    drawn.append(len(expected_step(drawn[0])[0]))
-    assert expected_step(0)[2] > 0 < expected_step(sum(drawn))[2]
+    """SIGKILL in the scoring of a refill, a step behind the checkpoint: equal bytes."""
+    evaluated, rows = 4, whole.result[1]
+    drawn = [row["rollout/prompts_drawn"] for row in rows[1:3]]
+    assert rows[3]["rollout/refills"] > 1
     arguments = ["grpo", *runs.arguments("run", "resume=true", *DYNAMIC, REFILLS)]
-    kill_when(runs.held(evaluated + PROMPTS * SAMPLES + 1), arguments)
-    assert latest_checkpoint(runs.folder / "run" / "checkpoints") is None
-    kill_when(runs.held(evaluated + (sum(drawn) + PROMPTS) * SAMPLES + 1), arguments)
+    calls = evaluated + (sum(drawn) + PROMPTS + MORE) * SAMPLES + 1
+    kill_when(runs.held(calls), arguments)
     newest = latest_checkpoint(runs.folder / "run" / "checkpoints")
     assert newest.manifest["progress"]["prompts_drawn"] == sum(drawn)
     runs.control.unlink()
     assert runs.train("run", "resume=true", *DYNAMIC, REFILLS) == whole.result
-    there, here = files_of(whole), files_of(runs)
-    assert here[:2] == there[:2]
-    assert here[2].keys() == there[2].keys()
+    assert files_of(runs) == files_of(whole)
 
 
 def test_a_run_is_bound_to_it(whole):
@@ -115,7 +126,7 @@ def test_a_run_is_bound_to_it(whole):
     words = [word for word in DYNAMIC if "dynamic" not in word]
     for changed, said in {
         (*words,): "rollout.dynamic_sampling true there, false here",
-        (*DYNAMIC,): "rollout.refill_prompts 2 there, null here",
+        (*DYNAMIC,): f"rollout.refill_prompts {MORE} there, null here",
     }.items():
         with pytest.raises(CheckpointError, match=said):
             open_run(whole.resolve("run", "resume=true", *changed))
@@ -123,18 +134,13 @@ def test_a_run_is_bound_to_it(whole):
 
 def test_too_few_groups_are_an_error_with_the_numbers(runs, whole):
     """verl's way; with more refills the run goes on as if there had always been as many."""
-    once = "rollout.max_refills=1"
-    drawn = expected_step(0)[0][: PROMPTS + 2]
-    found = sum(p % EVERY == 0 for p in drawn)
-    message = f"step 1: of 5 prompts drawn {found} have samples of different rewards; rollout"
-    message += ".prompts_per_step is 3 and rollout.max_refills is 1: give other prompts, or more"
-    with pytest.raises(TooFewGroupsError, match=re.escape(message)):
-        runs.train("run", *DYNAMIC, REFILLS, once)
-    most = max(row["rollout/refills"] for row in whole.result[1][1:])
-    by_step = [row.get("rollout/refills", 0) for row in whole.result[1]]
-    assert max(by_step[1:3]) < most  # steps 1 and 2 are saved, a later one has too few
-    with pytest.raises(TooFewGroupsError, match=f"max_refills is {most - 1}: "):
-        runs.train("run", *DYNAMIC, REFILLS, f"rollout.max_refills={most - 1}", "overwrite=true")
+    by_step = [row["rollout/refills"] for row in whole.result[1][1:]]
+    assert max(by_step[:2]) < by_step[2]  # of the steps before it there is a checkpoint
+    drawn, fewer = PROMPTS + MORE * (by_step[2] - 1), f"rollout.max_refills={by_step[2] - 1}"
+    message = rf"step 3: of {drawn} prompts drawn [12] have samples of different rewards; rollout"
+    message += rf".prompts_per_step is 3 and rollout.max_refills is {by_step[2] - 1}: give other"
+    with pytest.raises(TooFewGroupsError, match=message):
+        runs.train("run", *DYNAMIC, REFILLS, fewer)
     assert runs.train("run", *DYNAMIC, REFILLS, "resume=true") == whole.result
 
 
@@ -144,7 +150,7 @@ def test_too_few_groups_are_trained_on_where_asked(runs):
     words += ["trainer.batch_size=4", "trainer.num_steps=2", "rollout.prompts_per_step=9"]
     summary, rows, _ = runs.train("run", *words)
     assert summary["logprob_mismatches"] == 0
-    problems = [[problem_index(9 * step + i, SIZE, 0) for i in range(9)] for step in range(2)]
+    problems = [[problem_index(9 * step + i, SIZE, SEED) for i in range(9)] for step in range(2)]
     kept = [sum(p % EVERY == 0 for p in some) for some in problems]
     assert [row["rollout/kept_fraction"] for row in rows[1:]] == [n / 9 for n in kept]
     assert 0 < min(kept) <= max(kept) < 9
@@ -166,9 +172,9 @@ def test_a_checkpoint_that_does_not_say_what_was_drawn(runs, base):
     assert manifest["progress"].pop("prompts_drawn") == 2 * PROMPTS
     for key in [key for key in manifest["config"] if "dynamic" in key or "_few" in key]:
         del manifest["config"][key]
-    file.write_text(json.dumps(manifest))
+    file.write_text(manifest_text({k: v for k, v in manifest.items() if k != "digest"}))
     _, rows, _ = runs.train("base", "trainer.num_steps=3", "resume=true")
-    assert rows == base.result[1][:4]
+    assert rows[3] == base.result[1][3]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +190,7 @@ def test_a_checkpoint_that_does_not_say_what_was_drawn(runs, base):
             "nothing reads it where rollout.max_refills is 0",
         ),
         ([*DYNAMIC[:1], "rollout.too_few_groups=skip"], "it must be one of ('error', 'train')"),
-        ([*DYNAMIC[:1], "rollout.samples_per_prompt=1"], "at least 2 with rollout.dynamic_sampling"),
+        ([*DYNAMIC[:1], "rollout.samples_per_prompt=1"], "at least 2 with rollout.dynamic"),
         (
             [*DYNAMIC[:1], "rollout.too_few_groups=train", "trainer.batch_size=12"]
             + ["rollout.prompts_per_step=3", "trainer.parallel.data=5"],
