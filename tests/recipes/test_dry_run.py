@@ -52,9 +52,10 @@ def test_a_step_with_refills_is_described(demo_model, tmp_path):
     words = [f"model.path={demo_model}", f"output_dir={tmp_path}", "device=cpu"]
     words += ["data=reverse_digits", "data.size=8", "rollout.prompts_per_step=6"]
     words += ["rollout.dynamic_sampling=true", "rollout.max_refills=3", "rollout.refill_prompts=2"]
+    words += ["rollout.max_prompt_len=40", "rollout.max_new_tokens=24"]
     figures = describe_grpo(resolve("grpo", words))
     assert (figures["samples_per_step"], figures["most_prompts_per_step"]) == (48, 12)
-    assert figures["most_tokens_per_step"] == 12 * 8 * (512 + 256)
+    assert figures["most_tokens_per_step"] == 12 * 8 * 64
     with pytest.raises(
         ValueError, match="up to 1048582 prompts a step; sample ids can name 1048576"
     ):
