@@ -5,15 +5,16 @@ that --help and dry_run answer at once.
 """
 
 from dataclasses import dataclass, field, fields, make_dataclass
+from math import gcd
 from pathlib import Path
 from typing import Any
 
 from samebit.kernels.registry import ATTENTION_KINDS
 from samebit.recipes.data.rewards import RewardConfig
 from samebit.recipes.data.tasks.base import DataConfig
+from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.metrics import LoggerConfig
 from samebit.rollout.config import EngineConfig
-from samebit.rollout.ranges import RANGES, require_in_range
 from samebit.trainer.config import (
     AlgorithmConfig,
     GrpoConfig,
@@ -109,39 +110,6 @@ class PlacementSection:
         fits, meaning = not self.release_memory or self.engine == "colocated", "unset or false"
         meaning += " with placement.engine=process: the engine's memory is another process's"
         require(fits, "placement.release_memory", self.release_memory, meaning)
-
-
-@dataclass(kw_only=True)
-class RolloutSection:
-    """Says what is sampled in a step."""
-
-    prompts_per_step: int = 32
-    samples_per_prompt: int = 8
-    temperature: float = 1.0
-    top_p: float = 1.0
-    """Draw from the most likely tokens that together have this probability; 1: from all."""
-    top_k: int = 0
-    """Draw from so many most likely tokens; 0: from all."""
-    min_p: float = 0.0
-    """Draw from tokens at least so likely, relative to the most likely one; 0: from all."""
-    max_prompt_len: int = 512
-    """Tokens; what becomes of a longer prompt is for data.overlong_prompts to say."""
-    max_new_tokens: int = 256
-    """Tokens of a completion, at most."""
-    eval_every: int = 20
-    """Steps between evaluations on held-out problems; also before the first, after the last."""
-    eval_samples_per_prompt: int = 1
-    eval_temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        positive = ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "eval_every")
-        for name in (*positive, "eval_samples_per_prompt", "max_prompt_len"):
-            require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), "positive")
-        trainable = self.temperature != 0
-        require(trainable, "rollout.temperature", self.temperature, "positive to train on")
-        for name in RANGES:
-            require_in_range(name, getattr(self, name), f"rollout.{name}")
-        require_in_range("temperature", self.eval_temperature, "rollout.eval_temperature")
 
 
 @dataclass(kw_only=True)
@@ -303,9 +271,13 @@ class GrpoRun(RunSection):
         """The samples of a rollout step are trained on in so many optimizer steps."""
         return self.samples_per_step // self.batch_size
 
+    def updates_on(self, num_samples: int) -> int:
+        """Return the optimizer steps of a training step that trains on so many samples."""
+        return -(-num_samples // self.batch_size)
+
     @property
     def num_updates(self) -> int:
-        """The whole run takes so many optimizer steps."""
+        """The whole run takes so many optimizer steps, if no training step has fewer samples."""
         return self.trainer.num_steps * self.updates_per_step
 
     def validate(self) -> None:
@@ -331,6 +303,11 @@ class GrpoRun(RunSection):
                 f"{self.batch_size}"
             )
         _check_copies(self.batch_size, self.trainer.parallel.data)
+        if self.rollout.too_few_groups == "train":
+            least, copies = gcd(n, self.batch_size), self.trainer.parallel.data
+            meaning = f"at most {least}, the samples that too few groups may leave"
+            meaning += " an optimizer step of with rollout.too_few_groups=train"
+            require(least >= copies, "trainer.parallel.data", copies, meaning)
         check_schedule(self.trainer, self.num_updates)
         if self.data.eval_size < 1 and self.data.eval_path is None:
             raise ValueError(

@@ -7,13 +7,13 @@ from samebit.recipes.config import (
     GrpoRun,
     ModelSection,
     NumericsSection,
-    RolloutSection,
     RunSection,
     SftRun,
     check_overwrite,
     check_schedule,
 )
 from samebit.recipes.data.tasks.base import DataConfig
+from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.metrics import LoggerConfig
 from samebit.rollout.config import EngineConfig
 from samebit.trainer.config import TrainerConfig, require, require_default
@@ -111,6 +111,8 @@ class Eagle3Run(RunSection):
         require_default(self.numerics, "numerics", ("tp_invariant",), meaning)
         meaning = "attention, model, lengths and seed are the run's"
         require_default(self.engine, "engine", SET_BY_RUN, meaning)
+        meaning = "the command is eagle3, which scores no answer"
+        require_default(self.rollout, "rollout", ("dynamic_sampling",), meaning)
         idle = ("num_samples", "save_rollouts")
         require_default(
             self.logger, "logger", idle, "the command is eagle3, which keeps no samples"

@@ -16,6 +16,7 @@ from samebit.recipes.data.rewards import Poll
 from samebit.recipes.data.samples import with_advantages
 from samebit.recipes.launch.placement import make_trainer, releases_memory, start_engine
 from samebit.recipes.run.batches import own_micro_batches, with_reference
+from samebit.recipes.run.dynamic_sampling import draw_step
 from samebit.recipes.run.inputs import GrpoInputs
 from samebit.recipes.run.phase_ledger import PhaseLedger
 from samebit.recipes.run.recorder import Progress, Recorder, recording
@@ -64,24 +65,31 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                 stop.poll_together()
                 timer = PhaseTimer()
                 with timer.time("rollout"):
-                    prompts = source.training_prompts(progress.step)
-                    rollout = source.draw(prompts, stop.poll, recorder.show)
-                    rollout.rewards = source.score(rollout, stop.poll_alone)
+                    place, polls = progress.prompts_drawn, (stop.poll, stop.poll_alone)
+                    of_step = draw_step(
+                        source, run.rollout, progress.step, place, polls, recorder.show
+                    )
+                    rollout = of_step.trained
                 session.writer.poll()
+                is_dynamic = run.rollout.dynamic_sampling
                 if run.logger.save_rollouts and session.is_first:
-                    drawn = rollout.prompt_ids, rollout.completions, rollout.rewards
-                    save_rollout(run.run_dir, progress.step + 1, *drawn)
+                    dropped = of_step.dropped() if is_dynamic else None
+                    kept = rollout.prompt_ids, rollout.completions, rollout.rewards
+                    save_rollout(run.run_dir, progress.step + 1, *kept, dropped)
 
                 stats = recipe.update(rollout, timer, stop.poll)
                 progress.step += 1
+                progress.prompts_drawn += of_step.num_prompts
 
                 metrics = rollout_metrics(rollout, "rollout") | recipe.reference_metrics
+                metrics |= of_step.metrics() if is_dynamic else {}
                 metrics |= train_metrics(stats)
                 if recorder.is_due(run.rollout.eval_every):
                     with timer.time("eval"):
                         metrics |= recipe.evaluate(recorder)
                 timer.end_step()
-                metrics |= timer.seconds | speed(recipe.trainer, rollout, stats, timer.seconds)
+                timed = rollout, stats, timer.seconds, of_step.drawn
+                metrics |= timer.seconds | speed(recipe.trainer, *timed)
                 metrics |= recipe.ledger.metrics()
                 rate = f"{metrics['perf/rollout_tokens_per_s']:.0f} tok/s"
                 recorder.end_step(metrics, f"reward {rollout.reward_mean:.3f}, {rate}")
@@ -99,8 +107,10 @@ class LogprobMismatchError(RuntimeError):
 
 @dataclass
 class GrpoProgress(Progress):
-    """Keeps what the summary needs of the steps so far."""
+    """Keeps what the summary needs of the steps so far, and where the next one begins."""
 
+    prompts_drawn: int = 0
+    """The next step begins at this place of the training order."""
     reward_first: float | None = None
     reward_last: float | None = None
     logprob_tokens_compared: int = 0
@@ -120,7 +130,10 @@ class GrpoRecipe:
         self.algorithm = make_algorithm(run.algorithm)
         if self.algorithm.needs_reference or self.algorithm.rewards_need_reference:
             self.trainer.freeze_reference()
-        self.progress = GrpoProgress(**session.restore(self.trainer))
+        restored = session.restore(self.trainer)
+        # Earlier versions drew as many in every step, and did not write it down.
+        drawn = {"prompts_drawn": restored.get("step", 0) * run.rollout.prompts_per_step}
+        self.progress = GrpoProgress(**drawn | restored)
         self.reference_metrics: dict[str, float] = {}
         self.engine, self.weights = start_engine(run, device, self.trainer, releases)
         self.ledger = PhaseLedger(self.trainer, self.engine, releases)
@@ -147,7 +160,7 @@ class GrpoRecipe:
         except BaseException:
             self.ledger.enter("rollout")  # nothing has begun: the engine serves on
             raise
-        self.weights.lease(self.trainer.step + self.run.updates_per_step)
+        self.weights.lease(self.trainer.step + self.run.updates_on(len(samples)))
         try:
             with timer.time("train"):
                 stats = self._train(samples, poll)

@@ -74,6 +74,7 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     device = resolved.type
     memory = _memory(model, device, run.trainer)
     longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
+    most_samples = run.rollout.most_prompts_per_step * run.rollout.samples_per_prompt
     kv_bytes = model.kv_layout.bytes_per_token(resolve_dtype(None, resolved))
     algorithm = make_algorithm(run.algorithm)
     keeps = algorithm.needs_reference or algorithm.rewards_need_reference
@@ -86,7 +87,8 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
         "samples_per_step": run.samples_per_step,
         "optimizer_steps_per_step": run.updates_per_step,
         "optimizer_steps": run.num_updates,
-        "most_tokens_per_step": run.samples_per_step * longest,
+        "most_prompts_per_step": run.rollout.most_prompts_per_step,
+        "most_tokens_per_step": most_samples * longest,
         **memory,
         "reference_mib": reference,
         "kv_mib_if_all_run_at_once": round(

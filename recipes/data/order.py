@@ -15,6 +15,8 @@ _GAMMA = 0x9E3779B97F4A7C15
 _RANGE_BITS = 63  # of a draw
 _BLOCK = 4096  # positions whose draws are counted together
 _STEP_BITS, _PROMPT_BITS, _SAMPLE_BITS = 31, 20, 12
+MAX_PROMPTS = 1 << _PROMPT_BITS
+"""Sample ids can name so many prompts of a step."""
 
 
 @lru_cache(maxsize=2)
@@ -115,28 +117,38 @@ class SampleIds:
     """
 
     def __init__(self) -> None:
-        self._last_step = {False: -1, True: -1}
+        self._behind = {False: (0, 0), True: (0, 0)}  # step and prompt
 
     def of_step(
-        self, step: int, num_prompts: int, num_samples: int, *, evaluation: bool = False
+        self,
+        step: int,
+        num_prompts: int,
+        num_samples: int,
+        *,
+        evaluation: bool = False,
+        first_prompt: int = 0,
     ) -> list[list[int]]:
-        """Return a step's ids [prompts][samples]; raises ValueError if they were given before."""
-        if step <= self._last_step[evaluation]:
+        """Return a step's ids [prompts][samples], from a prompt on.
+
+        Raises ValueError if they, or later ones, were given before.
+        """
+        end = first_prompt + num_prompts
+        if (step, first_prompt) < self._behind[evaluation]:
             raise ValueError(
                 f"sample ids of step {step} (evaluation={evaluation}) were used in this run"
             )
         for name, value, bits in (
             ("step", step + 1, _STEP_BITS),
-            ("prompts per step", num_prompts, _PROMPT_BITS),
+            ("prompts per step", end, _PROMPT_BITS),
             ("samples per prompt", num_samples, _SAMPLE_BITS),
         ):
             if value > 1 << bits:
                 raise ValueError(
                     f"{name} = {value} exceed the {1 << bits} that sample ids can name"
                 )
-        self._last_step[evaluation] = step
+        self._behind[evaluation] = step, end
         base = (int(evaluation) << _STEP_BITS | step) << _PROMPT_BITS
         return [
             [(base | prompt) << _SAMPLE_BITS | sample for sample in range(num_samples)]
-            for prompt in range(num_prompts)
+            for prompt in range(first_prompt, end)
         ]

@@ -11,11 +11,11 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from samebit.recipes.config import RolloutSection
 from samebit.recipes.data.order import SampleIds
 from samebit.recipes.data.records import Split
 from samebit.recipes.data.rewards import Poll
 from samebit.recipes.data.samples import drawn_sample
+from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.sampling import PromptOrder, Prompts
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.draft.config import DraftConfig

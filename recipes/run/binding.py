@@ -47,6 +47,9 @@ _EARLIER = {
     "model_family": None,
     "trainer.loss_mean_tokens": None,
     "data.tools_key": None,
+    "rollout.dynamic_sampling": False,
+    "rollout.refill_prompts": None,
+    "rollout.too_few_groups": "error",
     **{f"algorithm.{f.name}": f.default for f in fields(GrpoConfig)},
 }
 """Keys that manifests of version 0.1 may lack, and what runs did then."""
@@ -57,6 +60,8 @@ def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = _without_free_keys(config)
     if kept["trainer"]["optimizer"]["lr_schedule"] == "constant":
         del kept["trainer"]["num_steps"]  # a run may be made longer
+    if kept.get("rollout", {}).get("too_few_groups") == "error":
+        del kept["rollout"]["max_refills"]  # where it is reached nothing is trained
     return kept
 
 

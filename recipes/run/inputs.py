@@ -10,7 +10,7 @@ from pathlib import Path
 
 from samebit.kernels.registry import attention_kind
 from samebit.recipes.config import GrpoRun, SftRun
-from samebit.recipes.data.order import problem_index
+from samebit.recipes.data.order import MAX_PROMPTS, problem_index
 from samebit.recipes.data.records import Encoder, Split
 from samebit.recipes.data.reward_pool import load_reward
 from samebit.recipes.data.rewards import Poll
@@ -108,8 +108,13 @@ class GrpoInputs:
         unwritable = Unwritable(self.text)
         try:
             _require_lengths(run, self.model)
-            count = run.trainer.num_steps * run.rollout.prompts_per_step
-            used = _used(train_set, count, run.seed)
+            most = run.rollout.most_prompts_per_step
+            if most > MAX_PROMPTS:
+                raise ValueError(
+                    f"rollout.prompts_per_step is {run.rollout.prompts_per_step}, with its refills "
+                    f"up to {most} prompts a step; sample ids can name {MAX_PROMPTS}"
+                )
+            used = _used(train_set, run.trainer.num_steps * most, run.seed)
             self._prepare(used, unwritable if run.reward.name == "exact_match" else None, poll)
         except BaseException:
             self.reward.close()

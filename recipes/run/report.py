@@ -33,6 +33,16 @@ CHARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
         "mean tokens per completion",
         {"train": "rollout/response_len_mean", "eval": "eval/response_len_mean"},
     ),
+    (
+        "Prompts drawn",
+        "in a step, with dynamic sampling",
+        {"drawn": "rollout/prompts_drawn"},
+    ),
+    (
+        "Prompts kept",
+        "share of the drawn ones",
+        {"rewards differ": "rollout/spread_fraction", "trained on": "rollout/kept_fraction"},
+    ),
     ("Loss", "training loss", {"train": "train/loss"}),
     ("KL", "divergence from the reference", {"train": "train/kl"}),
     ("Gradient norm", "before clipping", {"train": "train/grad_norm"}),

@@ -40,8 +40,12 @@ def save_rollout(
     prompt_ids: Sequence[Sequence[int]],
     groups: Sequence[Sequence[Completion]],
     rewards: Sequence[Sequence[float]],
+    dropped: Sequence[tuple[Completion, float]] | None = None,
 ) -> None:
-    """Write the rollout of a step: groups in prompt order, 8 bytes a drawn token."""
+    """Write what a step is trained on: groups in prompt order, 8 bytes a drawn token.
+
+    dropped: samples that dynamic sampling has dropped, and their rewards; None without it.
+    """
     completions = [c for group in groups for c in group]
 
     def ints(values: Iterator[int]) -> Tensor:
@@ -57,6 +61,10 @@ def save_rollout(
         "logprobs": torch.tensor([x for c in completions for x in c.logprobs]),
         "version_spans": _spans_as_bytes(completions),
     }
+    if dropped is not None:
+        ids, values = [c.sample_id for c, _ in dropped], [reward for _, reward in dropped]
+        tensors["dropped_sample_ids"] = torch.tensor(ids, dtype=torch.int64)
+        tensors["dropped_rewards"] = torch.tensor(values, dtype=torch.float64)
     file = run_dir / ROLLOUTS_FOLDER / f"step_{step:08d}.safetensors"
     make_folder(file.parent)
     write_atomically(file, save(tensors))
@@ -77,6 +85,21 @@ def load_rollout(file: Path) -> list[SavedSample]:
             for i, (sample_id, *row) in enumerate(rows)
         ]
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def load_dropped(file: Path) -> dict[int, float]:
+    """Read the rewards of the samples that dynamic sampling has dropped, by sample id.
+
+    In the training order; none in a file of a run without it. Raises ValueError if it is damaged.
+    """
+    try:
+        x = load_file(file)
+        if "dropped_sample_ids" not in x:
+            return {}
+        pairs = zip(x["dropped_sample_ids"].tolist(), x["dropped_rewards"].tolist(), strict=True)
+        return dict(pairs)
+    except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
 
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from samebit.recipes.config import GrpoRun, RolloutSection
+from samebit.recipes.config import GrpoRun
 from samebit.recipes.data.order import SampleIds
 from samebit.recipes.data.records import Split
 from samebit.recipes.data.rewards import Poll, RewardError, score
 from samebit.recipes.data.samples import drawn_sample
 from samebit.recipes.data.tasks.base import Problem
+from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.inputs import GrpoInputs
 from samebit.recipes.run.signals import Stopped
 from samebit.rollout.client import EngineClient
@@ -45,6 +46,24 @@ class Rollout:
     rewards: list[list[float]] = field(default_factory=list)
     """Empty until the completions are scored."""
 
+    def select(self, places: Sequence[int]) -> "Rollout":
+        """Return the groups at these places, in their order."""
+        return Rollout(
+            problems=[self.problems[i] for i in places],
+            prompt_ids=[self.prompt_ids[i] for i in places],
+            completions=[self.completions[i] for i in places],
+            texts=[self.texts[i] for i in places],
+            rewards=[self.rewards[i] for i in places],
+        )
+
+    def extend(self, other: "Rollout") -> None:
+        """Put the groups of another rollout behind these."""
+        self.problems += other.problems
+        self.prompt_ids += other.prompt_ids
+        self.completions += other.completions
+        self.texts += other.texts
+        self.rewards += other.rewards
+
     @property
     def reward_mean(self) -> float:
         """This is the mean over all samples."""
@@ -72,11 +91,16 @@ class PromptOrder:
         self._train_set, self._eval_set = train_set, eval_set
         self._sample_ids = SampleIds()
 
-    def training_prompts(self, step: int) -> Prompts:
-        """Return the prompts of a step, counted from 0; raises ValueError the second time."""
+    def training_prompts(self, step: int, begin: int | None = None, refill: int = 0) -> Prompts:
+        """Return the prompts of a step, counted from 0; raises ValueError the second time.
+
+        begin: the step's first place in the training order, if not all steps before it have drawn
+        prompts_per_step. refill: 0, or which of the step's refills, each behind the one before.
+        """
         r, problems = self._settings, self._train_set
-        first = step * r.prompts_per_step
-        indices = [problems.index_at(first + i, self._seed) for i in range(r.prompts_per_step)]
+        first = step * r.prompts_per_step if begin is None else begin
+        places = r.places_of(refill)
+        indices = [problems.index_at(first + i, self._seed) for i in places]
         params = SamplingParams(
             n=r.samples_per_prompt,
             temperature=r.temperature,
@@ -85,7 +109,8 @@ class PromptOrder:
             min_p=r.min_p,
             max_new_tokens=r.max_new_tokens,
         )
-        ids = self._sample_ids.of_step(step, len(indices), r.samples_per_prompt)
+        n = r.samples_per_prompt
+        ids = self._sample_ids.of_step(step, len(indices), n, first_prompt=places.start)
         return _prompts(problems, indices, ids, params)
 
     def held_out_prompts(self, step: int) -> Prompts:

@@ -93,12 +93,16 @@ def speed(
     rollout: Rollout,
     stats: Sequence[StepStats],
     seconds: Mapping[str, float],
+    drawn: Rollout | None = None,
 ) -> dict[str, float]:
-    """Return tokens per second of the two large phases; on a GPU also the share of its peak."""
-    drawn = sum(len(c.token_ids) for group in rollout.completions for c in group)
+    """Return tokens per second of the two large phases; on a GPU also the share of its peak.
+
+    rollout: what is trained on; drawn: all that was drawn, where that is more.
+    """
+    drawn_tokens = sum(len(c.token_ids) for group in (drawn or rollout).completions for c in group)
     trained, train_s = sum(s.num_tokens for s in stats), seconds["perf/train_s"]
     found = {
-        "perf/rollout_tokens_per_s": drawn / seconds["perf/rollout_s"],
+        "perf/rollout_tokens_per_s": drawn_tokens / seconds["perf/rollout_s"],
         "perf/train_tokens_per_s": trained / train_s,
     }
     if peak := peak_flops(trainer.device):

@@ -28,6 +28,12 @@ def score_digits(text, problem, *, control):
     return right + 0.5 * sum(c in "02468" for c in text) - 0.1 * len(text)
 
 
+def score_some(text, problem, *, control, every):
+    """As score_digits for one problem in `every`; all the others have the same reward always."""
+    found = score_digits(text, problem, control=control)
+    return found if problem.index % every == 0 else 0.25
+
+
 def score_pairs(text, problem):
     """Another number for about every pair of a text and a label, times the problem's level."""
     label, level = problem.label, problem.metadata["level"]

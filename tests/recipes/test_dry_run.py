@@ -47,6 +47,21 @@ def test_dry_run_describes_the_run_and_stops(demo_model, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_step_with_refills_is_described(demo_model, tmp_path):
+    """All that it may draw; what it trains on is as without them."""
+    words = [f"model.path={demo_model}", f"output_dir={tmp_path}", "device=cpu"]
+    words += ["data=reverse_digits", "data.size=8", "rollout.prompts_per_step=6"]
+    words += ["rollout.dynamic_sampling=true", "rollout.max_refills=3", "rollout.refill_prompts=2"]
+    words += ["rollout.max_prompt_len=40", "rollout.max_new_tokens=24"]
+    figures = describe_grpo(resolve("grpo", words))
+    assert (figures["samples_per_step"], figures["most_prompts_per_step"]) == (48, 12)
+    assert figures["most_tokens_per_step"] == 12 * 8 * 64
+    with pytest.raises(
+        ValueError, match="up to 1048582 prompts a step; sample ids can name 1048576"
+    ):
+        describe_grpo(resolve("grpo", [*words, f"rollout.max_refills={1 << 19}"]))
+
+
 @pytest.mark.parametrize(
     ("layout", "more", "moments", "name"),
     [

@@ -245,6 +245,7 @@ def test_what_cannot_be_is_refused_before_it_begins(runs, overrides, message):
         (["trainer.parallel.data=2"], "the command is eagle3, which runs in one process"),
         (["trainer.micro_batch_tokens=27"], "it must be at least 28, the longest sample"),
         (["data.eval_size=0"], "data.eval_size is 0; it must be at least 1"),
+        (["rollout.dynamic_sampling=true", "rollout.samples_per_prompt=2"], "scores no answer"),
         (["rollout.max_new_tokens=1"], "rollout.max_new_tokens is 1; it must be at least 2"),
         (["trainer.loss_mean_tokens=5"], "trainer.loss_mean_tokens is 5"),
         (["engine.seed=5"], "engine.seed is 5"),

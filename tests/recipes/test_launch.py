@@ -29,6 +29,13 @@ LAYOUTS = {
         "placement.release_memory=true",
     ],
 }
+SAMPLING = {
+    "data": [
+        "rollout.dynamic_sampling=true",
+        "reward.name=run_children:score_some",
+        "reward.args.every=2",
+    ],
+}
 STEPS = 8
 
 
@@ -137,17 +144,21 @@ DISTURBANCES = {"tensor": kill_the_launcher, "pipeline": kill_a_rank, "data": st
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_disturbed_and_resumed(runs, base, run_ranks, layout, tmp_path, capsys):
     """Log-probs equal to the bit, the first rollouts those of one process, an exact resume, and a
-    checkpoint of several ranks exported as one model."""
-    words = runs.arguments("whole", f"trainer.num_steps={STEPS}", *LAYOUTS[layout])
+    checkpoint of several ranks exported as one model. All ranks choose the same prompts."""
+    sampling = SAMPLING.get(layout, [])
+    own = LAYOUTS[layout] + sampling
+    words = runs.arguments("whole", f"trainer.num_steps={STEPS}", *own)
     codes, said = run_ranks(words)
     assert codes == [0, 0], said
     whole = summary, rows, _ = result_of(runs, "whole")
     assert summary["logprob_mismatches"] == 0
     assert summary["logprob_tokens_compared"] > 100
-    for key in ("rollout/reward_mean", "rollout/response_len_mean"):
-        assert rows[1][key] == base.result[1][1][key]
+    alone = runs.train("alone", "trainer.num_steps=1", *sampling) if sampling else base.result
+    of_alone = {key: x for key, x in alone[1][1].items() if key.startswith("rollout/")}
+    assert {key: rows[1][key] for key in of_alone} == of_alone
+    assert (of_alone.get("rollout/refills", 0) > 0) == bool(sampling)
     folder = runs.folder / "disturbed"
-    with started(runs, "disturbed", *LAYOUTS[layout]) as process:
+    with started(runs, "disturbed", *own) as process:
         wait_for(process, (folder / "checkpoints" / "step_00000002").exists)
         ranks = processes_of(process)
         assert_on_loopback([process.pid, *(rank.pid for rank in ranks)])
@@ -155,7 +166,7 @@ def test_disturbed_and_resumed(runs, base, run_ranks, layout, tmp_path, capsys):
         assert not psutil.wait_procs(ranks, timeout=processes.GRACE_S)[1]
     assert latest_checkpoint(folder / "checkpoints").verify().step >= 2
     assert not (folder / "summary.json").exists()
-    assert run_whole(runs, "disturbed", "resume=true", *LAYOUTS[layout]) == whole
+    assert run_whole(runs, "disturbed", "resume=true", *own) == whole
     out = tmp_path / "out"
     assert main(["export", f"checkpoint={folder}", f"model={runs.model}", f"out={out}"]) == 0
     assert f"weights of step {STEPS}, digest {summary['weights_digest']}" in capsys.readouterr().out

@@ -107,6 +107,19 @@ def test_ids_are_never_given_twice(evaluation):
     ids.of_step(5, 1, 1, evaluation=evaluation)
 
 
+def test_ids_of_a_step_go_on_where_they_ended():
+    """A refill's are those of a larger step, never those that a step has had."""
+    whole, ids = SampleIds(), SampleIds()
+    parts = ids.of_step(4, 3, 2) + ids.of_step(4, 2, 2, first_prompt=3)
+    assert parts == whole.of_step(4, 5, 2)
+    for first in (0, 4):
+        with pytest.raises(ValueError, match="step 4"):
+            ids.of_step(4, 1, 1, first_prompt=first)
+    with pytest.raises(ValueError, match="prompts per step = 1048577 exceed"):
+        ids.of_step(4, 1, 1, first_prompt=1 << 20)
+    assert ids.of_step(5, 1, 1) == [[5 << 32]]
+
+
 def test_a_refused_step_does_not_use_up_its_ids():
     """After an error about sizes the step can still be run."""
     ids = SampleIds()

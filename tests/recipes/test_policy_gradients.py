@@ -30,7 +30,7 @@ OFF_POLICY = [
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_its_algorithm(preset):
-    """Its settings, its loss mean, and nothing else; lengths follow the rollout's."""
+    """Its settings, its loss mean, DAPO's prompts, and nothing else; lengths are the rollout's."""
     words = ["model.path=m", "rollout.max_new_tokens=48"]
     run, plain = resolve("grpo", [*words, f"algorithm={preset}"]), resolve("grpo", words)
     assert run.algorithm.name in ALGORITHMS
@@ -40,6 +40,9 @@ def test_a_preset_is_its_algorithm(preset):
     assert (run.trainer.loss_mean, run.trainer.loss_mean_tokens) == mean
     run.trainer.loss_mean, run.trainer.loss_mean_tokens = "token", None
     assert run.trainer == plain.trainer
+    assert run.rollout.dynamic_sampling == (preset == "dapo")
+    run.rollout.dynamic_sampling = False
+    assert run.rollout == plain.rollout
 
 
 def test_every_algorithm_has_a_preset():

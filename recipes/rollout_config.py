@@ -1,0 +1,79 @@
+"""What is sampled in a step, as a section of the configuration."""
+
+from dataclasses import dataclass
+
+from samebit.rollout.ranges import RANGES, require_in_range
+from samebit.trainer.config import require, require_default
+
+TOO_FEW_GROUPS = ("error", "train")
+
+
+@dataclass(kw_only=True)
+class RolloutSection:
+    """Says what is sampled in a step."""
+
+    prompts_per_step: int = 32
+    samples_per_prompt: int = 8
+    dynamic_sampling: bool = False
+    """Train on prompts whose samples have different rewards alone, and draw others in place of the
+    rest (DAPO, Yu et al. 2025, arXiv 2503.14476, section 3.2)."""
+    max_refills: int = 9
+    """With dynamic_sampling: a step draws more prompts so many times, at most; 0: never."""
+    refill_prompts: int | None = None
+    """So many each time; unset: prompts_per_step."""
+    too_few_groups: str = "error"
+    """If even then fewer than prompts_per_step prompts can be trained on: error, the run ends; or
+    train on those that there are."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    """Draw from the most likely tokens that together have this probability; 1: from all."""
+    top_k: int = 0
+    """Draw from so many most likely tokens; 0: from all."""
+    min_p: float = 0.0
+    """Draw from tokens at least so likely, relative to the most likely one; 0: from all."""
+    max_prompt_len: int = 512
+    """Tokens; what becomes of a longer prompt is for data.overlong_prompts to say."""
+    max_new_tokens: int = 256
+    """Tokens of a completion, at most."""
+    eval_every: int = 20
+    """Steps between evaluations on held-out problems; also before the first, after the last."""
+    eval_samples_per_prompt: int = 1
+    eval_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive = ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "eval_every")
+        for name in (*positive, "eval_samples_per_prompt", "max_prompt_len"):
+            require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), "positive")
+        trainable = self.temperature != 0
+        require(trainable, "rollout.temperature", self.temperature, "positive to train on")
+        for name in RANGES:
+            require_in_range(name, getattr(self, name), f"rollout.{name}")
+        require_in_range("temperature", self.eval_temperature, "rollout.eval_temperature")
+        self._check_dynamic_sampling()
+
+    @property
+    def most_prompts_per_step(self) -> int:
+        """A step draws so many prompts at most."""
+        return self.places_of(self.max_refills if self.dynamic_sampling else 0).stop
+
+    def places_of(self, refill: int) -> range:
+        """Return which prompts of a step a refill draws; 0: those that every step draws."""
+        begun, more = self.prompts_per_step, self.refill_prompts or self.prompts_per_step
+        return range(begun + (refill - 1) * more, begun + refill * more) if refill else range(begun)
+
+    def _check_dynamic_sampling(self) -> None:
+        if not self.dynamic_sampling:
+            idle = ("max_refills", "refill_prompts", "too_few_groups")
+            require_default(self, "rollout", idle, "rollout.dynamic_sampling is false")
+            return
+        n, known = self.samples_per_prompt, self.too_few_groups in TOO_FEW_GROUPS
+        meaning = "at least 2 with rollout.dynamic_sampling: one sample's reward is no spread"
+        require(n >= 2, "rollout.samples_per_prompt", n, meaning)
+        require(self.max_refills >= 0, "rollout.max_refills", self.max_refills, "0 or more")
+        more = self.refill_prompts
+        meaning = "positive, or unset"
+        require(more is None or more >= 1, "rollout.refill_prompts", more, meaning)
+        if self.max_refills == 0:
+            require_default(self, "rollout", ("refill_prompts",), "rollout.max_refills is 0")
+        meaning = f"one of {TOO_FEW_GROUPS}"
+        require(known, "rollout.too_few_groups", self.too_few_groups, meaning)

@@ -1,0 +1,105 @@
+"""What a training step draws, and which of it is trained on.
+
+Dynamic sampling (DAPO, Yu et al. 2025, arXiv 2503.14476, section 3.2): prompts whose samples all
+have the same reward teach nothing, so more are drawn until there are enough of the others. Which
+are kept is a function of seed, data and rewards alone: a refill draws the next prompts of the
+training order; the first ones with a spread are kept, in that order; what the last refill has drawn
+beyond them is dropped, and the next step begins behind it. Rewards are the reward function's,
+before any length penalty or KL.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from samebit.recipes.data.rewards import Poll
+from samebit.recipes.rollout_config import RolloutSection
+from samebit.recipes.run.sampling import Rollout, RolloutSource
+from samebit.rollout.types import Completion
+
+
+class TooFewGroupsError(RuntimeError):
+    """After the last refill a step has too few prompts whose samples' rewards differ."""
+
+
+@dataclass(frozen=True)
+class StepRollout:
+    """Holds all that a step has drawn, scored, in the training order."""
+
+    drawn: Rollout
+    kept: Sequence[int]
+    """Places in `drawn` of the groups that are trained on, ascending."""
+    refills: int = 0
+
+    @property
+    def trained(self) -> Rollout:
+        """These groups are trained on."""
+        return self.drawn.select(self.kept)
+
+    @property
+    def num_prompts(self) -> int:
+        """The step has drawn so many prompts."""
+        return len(self.drawn.problems)
+
+    def dropped(self) -> list[tuple[Completion, float]]:
+        """Return the samples that are not trained on, with their rewards, in order."""
+        rest = self.drawn.select(sorted(set(range(self.num_prompts)) - set(self.kept)))
+        groups = zip(rest.completions, rest.rewards, strict=True)
+        return [pair for group, rewards in groups for pair in zip(group, rewards, strict=True)]
+
+    def metrics(self) -> dict[str, float]:
+        """Return what dynamic sampling has come to, under rollout/."""
+        return {
+            "rollout/refills": self.refills,
+            "rollout/prompts_drawn": self.num_prompts,
+            "rollout/spread_fraction": len(with_spread(self.drawn.rewards)) / self.num_prompts,
+            "rollout/kept_fraction": len(self.kept) / self.num_prompts,
+            "rollout/drawn_reward_mean": self.drawn.reward_mean,
+        }
+
+
+def with_spread(rewards: Sequence[Sequence[float]]) -> list[int]:
+    """Return the places of the groups whose rewards are not all equal, [groups][samples]."""
+    return [i for i, group in enumerate(rewards) if min(group) != max(group)]
+
+
+def draw_step(
+    source: RolloutSource,
+    settings: RolloutSection,
+    step: int,
+    begin: int,
+    poll: tuple[Poll, Poll] = (lambda: None, lambda: None),
+    show: Callable[[str], object] = lambda text: None,
+) -> StepRollout:
+    """Draw and score a step, counted from 0, from the place `begin` of the training order.
+
+    poll: while samples are drawn, and while they are scored; show: as RolloutSource.draw. Every
+    process is given the same rewards, so all decide alike. Raises TooFewGroupsError, and Stopped.
+    """
+
+    def round_of(refill: int) -> Rollout:
+        rollout = source.draw(source.training_prompts(step, begin, refill), poll[0], show)
+        rollout.rewards = source.score(rollout, poll[1])
+        return rollout
+
+    drawn, refills = round_of(0), 0
+    if not settings.dynamic_sampling:
+        return StepRollout(drawn, range(len(drawn.problems)))
+    wanted = settings.prompts_per_step
+    while len(kept := with_spread(drawn.rewards)) < wanted and refills < settings.max_refills:
+        refills += 1
+        show(f"refill {refills}: {len(kept)} of {wanted} prompts")
+        drawn.extend(round_of(refills))
+    if not kept or (len(kept) < wanted and settings.too_few_groups == "error"):
+        raise TooFewGroupsError(_too_few(settings, step, len(kept), len(drawn.problems)))
+    return StepRollout(drawn, kept[:wanted], refills)
+
+
+def _too_few(settings: RolloutSection, step: int, found: int, drawn: int) -> str:
+    meaning = "give other prompts, or more refills"
+    if settings.too_few_groups == "error":
+        meaning += ", with which resume=true goes on, or rollout.too_few_groups=train"
+    return (
+        f"step {step + 1}: of {drawn} prompts drawn {found} have samples of different rewards; "
+        f"rollout.prompts_per_step is {settings.prompts_per_step} and rollout.max_refills is "
+        f"{settings.max_refills}: {meaning}; the last checkpoint is unharmed"
+    )
