@@ -227,7 +227,7 @@ class SftRun(RunSection):
         require(self.eval_every >= 1, "eval_every", self.eval_every, "positive")
         require(self.trainer.batch_size is not None, "trainer.batch_size", None, "set for sft")
         check_schedule(self.trainer, self.trainer.num_steps)
-        if self.data.eval_size == 0 and self.data.eval_path is None:
+        if not self.data.holds_out:
             require_default(self, "", ("eval_every",), "no record is held out")
         idle = ("num_samples", "save_rollouts")
         require_default(self.logger, "logger", idle, "the command is sft, which draws no samples")
@@ -309,7 +309,7 @@ class GrpoRun(RunSection):
             meaning += " an optimizer step of with rollout.too_few_groups=train"
             require(least >= copies, "trainer.parallel.data", copies, meaning)
         check_schedule(self.trainer, self.num_updates)
-        if self.data.eval_size < 1 and self.data.eval_path is None:
+        if not self.data.holds_out:
             raise ValueError(
                 f"data.eval_size is {self.data.eval_size}; grpo measures the reward on held-out "
                 "problems: give at least 1"

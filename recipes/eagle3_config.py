@@ -120,9 +120,8 @@ class Eagle3Run(RunSection):
         drawn = self.rollout.max_new_tokens
         meaning = "at least 2: the first token of an answer needs no draft"
         require(drawn >= 2, "rollout.max_new_tokens", drawn, meaning)
-        held_out = self.data.eval_size >= 1 or self.data.eval_path is not None
         meaning = "at least 1: the accept length is measured on held-out prompts"
-        require(held_out, "data.eval_size", self.data.eval_size, meaning)
+        require(self.data.holds_out, "data.eval_size", self.data.eval_size, meaning)
         room, meaning = (
             self.trainer.micro_batch_tokens,
             f"at least {self.longest}, the longest sample",

@@ -75,6 +75,8 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     memory = _memory(model, device, run.trainer)
     longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
     most_samples = run.rollout.most_prompts_per_step * run.rollout.samples_per_prompt
+    at_once = max(len(run.rollout.places_of(refill)) for refill in (0, 1))
+    at_once *= run.rollout.samples_per_prompt
     kv_bytes = model.kv_layout.bytes_per_token(resolve_dtype(None, resolved))
     algorithm = make_algorithm(run.algorithm)
     keeps = algorithm.needs_reference or algorithm.rewards_need_reference
@@ -92,7 +94,7 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
         **memory,
         "reference_mib": reference,
         "kv_mib_if_all_run_at_once": round(
-            min(run.samples_per_step, run.engine.max_num_seqs) * longest * kv_bytes / _MIB, 1
+            min(at_once, run.engine.max_num_seqs) * longest * kv_bytes / _MIB, 1
         ),
     }
 

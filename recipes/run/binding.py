@@ -60,8 +60,9 @@ def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = _without_free_keys(config)
     if kept["trainer"]["optimizer"]["lr_schedule"] == "constant":
         del kept["trainer"]["num_steps"]  # a run may be made longer
-    if kept.get("rollout", {}).get("too_few_groups") == "error":
-        del kept["rollout"]["max_refills"]  # where it is reached nothing is trained
+    # Where it is reached nothing is trained; of a generated task it says what is prepared.
+    if kept.get("rollout", {}).get("too_few_groups") == "error" and kept["data"]["task"] == "file":
+        del kept["rollout"]["max_refills"]
     return kept
 
 

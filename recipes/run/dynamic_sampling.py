@@ -97,7 +97,8 @@ def draw_step(
 def _too_few(settings: RolloutSection, step: int, found: int, drawn: int) -> str:
     meaning = "give other prompts, or more refills"
     if settings.too_few_groups == "error":
-        meaning += ", with which resume=true goes on, or rollout.too_few_groups=train"
+        meaning += " (of records in files resume=true goes on with them)"
+        meaning += ", or rollout.too_few_groups=train"
     return (
         f"step {step + 1}: of {drawn} prompts drawn {found} have samples of different rewards; "
         f"rollout.prompts_per_step is {settings.prompts_per_step} and rollout.max_refills is "

@@ -232,8 +232,8 @@ def test_the_measuring_script_names_its_parts():
     script = Path(__file__).parents[2] / "docs" / "results" / "measure.sh"
     run = subprocess.run([script, "out", "engines"], capture_output=True, text=True)
     assert run.returncode == 2
-    message = "'engines' is no part; there are: verify engine kernels trainer memory sync step "
-    rest = "kills tensor_parallel trainer_tp transfers transfers4 layouts tp1_tp4"
+    message = "'engines' is no part; there are: verify engine groups kernels trainer memory sync "
+    rest = "step kills tensor_parallel trainer_tp transfers transfers4 layouts tp1_tp4"
     assert run.stderr == f"{message}{rest} \n"
     text = script.read_text()
     for part in run.stderr.split(": ")[1].split():

@@ -1,6 +1,7 @@
 """Data sets as users have them: folders, saved Hugging Face sets, records of verl and of slime."""
 
 import json
+from datetime import datetime
 
 import pyarrow
 import pyarrow.parquet
@@ -238,3 +239,36 @@ def test_pyarrow_is_asked_for_where_a_folder_needs_it(monkeypatch, capsys, tmp_p
     source = f"data.sources=[{{path: '{folder}'}}]"
     assert main(["grpo", "model.path=m", "logger=disabled", source, "dry_run=true"]) == 1
     assert "data, a .arrow file, needs the package pyarrow" in capsys.readouterr().err
+
+
+def test_streams_behind_each_other_are_refused(tmp_path):
+    """Their reader ends with the first: the rest would be lost."""
+    file = arrow(tmp_path / "twice.arrow", records(0, 1))
+    file.write_bytes(file.read_bytes() * 2)
+    with pytest.raises(ValueError, match="twice.arrow.* holds more than one stream"):
+        problems(file)
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".arrow"])
+def test_two_columns_of_one_name_are_refused(tmp_path, kind):
+    table = pyarrow.table([["q0"], ["a0"], ["b0"]], names=["prompt", "label", "label"])
+    file = tmp_path / f"data{kind}"
+    if kind == ".parquet":
+        pyarrow.parquet.write_table(table, file)
+    else:
+        with (
+            pyarrow.OSFile(str(file), "wb") as out,
+            pyarrow.ipc.new_stream(out, table.schema) as to,
+        ):
+            to.write_table(table)
+    with pytest.raises(ValueError, match="it has two columns 'label'"):
+        problems(file)
+
+
+def test_values_of_columns_that_no_json_holds_are_named(tmp_path):
+    """A template would say of them what Python does."""
+    called = {"function": {"name": "f", "arguments": {"at": datetime(2026, 1, 1)}}}
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [called]}]
+    file = parquet(tmp_path / "data.parquet", [{"prompt": chat, "label": "a"}])
+    with pytest.raises(ValueError, match="row 0.*'tool_calls' holds datetime.*what JSON can hold"):
+        problems(file)

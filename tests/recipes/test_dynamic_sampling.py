@@ -133,7 +133,8 @@ def test_a_run_is_bound_to_it(whole):
 
 
 def test_too_few_groups_are_an_error_with_the_numbers(runs, whole):
-    """verl's way; with more refills the run goes on as if there had always been as many."""
+    """verl's way; of records in a file the run goes on with more refills, as if there had always
+    been as many. Of a generated task they say what is checked as it starts: it is bound to them."""
     by_step = [row["rollout/refills"] for row in whole.result[1][1:]]
     assert max(by_step[:2]) < by_step[2]  # of the steps before it there is a checkpoint
     drawn, fewer = PROMPTS + MORE * (by_step[2] - 1), f"rollout.max_refills={by_step[2] - 1}"
@@ -141,7 +142,21 @@ def test_too_few_groups_are_an_error_with_the_numbers(runs, whole):
     message += rf".prompts_per_step is 3 and rollout.max_refills is {by_step[2] - 1}: give other"
     with pytest.raises(TooFewGroupsError, match=message):
         runs.train("run", *DYNAMIC, REFILLS, fewer)
-    assert runs.train("run", *DYNAMIC, REFILLS, "resume=true") == whole.result
+    with pytest.raises(CheckpointError, match="rollout.max_refills [0-9] there, 9 here"):
+        runs.train("run", *DYNAMIC, REFILLS, "resume=true")
+    paths = {"path": runs.folder / "train.jsonl", "eval_path": runs.folder / "held_out.jsonl"}
+    parts = load_datasets(runs.resolve("run", *DYNAMIC).data)
+    for path, part in zip(paths.values(), parts, strict=True):
+        lines = [json.dumps({"prompt": p.prompt, "label": p.label}) + "\n" for p in part]
+        path.write_text("".join(lines))
+    every = runs.arguments
+    of_task = {"data=reverse_digits", "data.args.length=2", f"data.size={SIZE}", "data.eval_size=4"}
+    runs.arguments = lambda *words: [word for word in every(*words) if word not in of_task]
+    words = [*DYNAMIC, REFILLS, *(f"data.{key}={path}" for key, path in paths.items())]
+    with pytest.raises(TooFewGroupsError, match=message):
+        runs.train("of_files", *words, fewer)
+    again = runs.train("of_files", *words, "resume=true")
+    assert again == runs.train("with_more", *words)
 
 
 def test_too_few_groups_are_trained_on_where_asked(runs):

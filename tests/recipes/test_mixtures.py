@@ -277,3 +277,13 @@ def test_too_few_records_of_a_source(mix):
     mix.write("a", [1, 2])
     with pytest.raises(ValueError, match="data.sources.0.eval_size is 2 and .*a.jsonl has 2 rec"):
         load_datasets(mix.resolve("grpo").data)
+
+
+def test_no_source_holds_out(mix):
+    """GRPO and draft training measure on held-out prompts: of some source, whatever data says."""
+    none = "data.sources=[{path: a.jsonl, eval_size: 0}, {path: b.jsonl, eval_size: 0}]"
+    one = "data.sources=[{path: a.jsonl, eval_size: 0}, {path: b.jsonl, eval_size: 2}]"
+    for command in ("grpo", "eagle3"):
+        with pytest.raises(ConfigError, match="data.eval_size"):
+            resolve(command, ["model.path=m", none])
+        resolve(command, ["model.path=m", one, "data.eval_size=0"])

@@ -130,6 +130,15 @@ class DataConfig:
         for i, source in enumerate(self.sources):
             self._check_source(source, f"data.sources.{i}")
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are held-out problems."""
+        if self.eval_path is not None or not self.sources:
+            return self.eval_path is not None or self.eval_size >= 1
+        sizes = [self.eval_size if s.eval_size is None else s.eval_size for s in self.sources]
+        paths = [source.eval_path for source in self.sources]
+        return any(size >= 1 or path is not None for size, path in zip(sizes, paths, strict=True))
+
     def _check_source(self, source: DataSource, key: str) -> None:
         require(source.path not in ("", "???"), f"{key}.path", source.path, "a path")
         fits = isinstance(source.weight, int | float) and 1e-9 <= source.weight <= 1e9

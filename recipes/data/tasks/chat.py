@@ -63,7 +63,25 @@ def _objects(value: Any, what: str, columnar: bool) -> list[dict[str, Any]]:
             f"{what} is {value!r:.80}; give a list of objects such as "
             '{"type": "function", "function": {"name": ...}}'
         )
-    return [plain(_without_none(x) if columnar else x) for x in value]
+    objects = [plain(_without_none(x) if columnar else x) for x in value]
+    _require_json(objects, what)
+    return objects
+
+
+def _require_json(value: Any, what: str) -> None:
+    """ValueError for what no JSON text holds, as columns may: times, bytes, decimals, pairs."""
+    match value:
+        case list():
+            for part in value:
+                _require_json(part, what)
+        case dict():
+            for key, part in value.items():
+                _require_json([key, part], what)
+        case str() | int() | float() | None:
+            pass
+        case _:
+            kind = type(value).__name__
+            raise ValueError(f"{what} holds {value!r:.80}, a {kind}; give what JSON can hold")
 
 
 def _without_none(value: Any) -> Any:

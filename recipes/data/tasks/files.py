@@ -64,9 +64,13 @@ def _require_whole(folder: Path, files: list[Path]) -> None:
         raise ValueError(f"{folder} holds shards of {_listed(sorted(splits))}; give those of one")
     if not shards:
         return
-    numbers, counts = {int(shard[2]) for shard in shards}, {int(shard[3]) for shard in shards}
+    if len(shards) < len(files):
+        other = next(file.name for file in files if not _SHARD.fullmatch(file.stem))
+        raise ValueError(f"{folder} holds {other} beside shards; give a folder of shards alone")
+    counts = {int(shard[3]) for shard in shards}
+    numbers = sorted(int(shard[2]) for shard in shards)
     missing = [i for i in range(max(counts)) if i not in numbers]
-    if len(counts) > 1 or missing:
+    if len(counts) > 1 or numbers != list(range(max(counts))):
         what = f"lacks shard {missing[0]}" if missing else "holds shards of several sets"
         raise ValueError(f"{folder} {what} of {max(counts)} of {shards[0][1]!r}; give all of one")
 

@@ -97,6 +97,7 @@ def read_parquet(path: Path, faults: list[str]) -> Iterator[Record]:
     part = ""
     try:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            _require_distinct(file.schema_arrow.names)
             narrow = tuple(_narrow(file.schema_arrow))
             number = 0
             for group in range(file.num_row_groups):
@@ -121,6 +122,7 @@ def read_arrow(path: Path, faults: list[str]) -> Iterator[Record]:
     try:
         _require_ended(path)
         with pyarrow.OSFile(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+            _require_distinct(stream.schema.names)
             narrow = tuple(_narrow(stream.schema))
             number = 0
             for i in itertools.count():
@@ -130,6 +132,8 @@ def read_arrow(path: Path, faults: list[str]) -> Iterator[Record]:
                 for row in batch.to_pylist():
                     yield Record(f"{path}, row {number}", row, narrow, columnar=True)
                     number += 1
+            if file.tell() != file.size():
+                raise ValueError("it holds more than one stream; save them as files of their own")
     except Exception as error:  # as of parquet
         what = " ".join(f"{error}".split())
         raise ValueError(
@@ -139,6 +143,11 @@ def read_arrow(path: Path, faults: list[str]) -> Iterator[Record]:
 
 READERS = {".jsonl": read_jsonl, ".parquet": read_parquet, ".arrow": read_arrow}
 """By the suffix of a file."""
+
+
+def _require_distinct(names: list[str]) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"it has two columns {twice[0]!r}")
 
 
 def _require_ended(path: Path) -> None:
