@@ -16,6 +16,8 @@ from samebit.recipes.run.metrics import read_rows, without_times
 # Rewards are named as module:function, here and in child processes: run_children.
 sys.path.append(str(Path(__file__).parent))
 
+from run_children import Runs  # noqa: E402
+
 
 @pytest.fixture(scope="session")
 def demo_model(tmp_path_factory):
@@ -25,22 +27,16 @@ def demo_model(tmp_path_factory):
     return path
 
 
-class GrpoRuns:
+class GrpoRuns(Runs):
     """Runs of six steps of twelve samples, with a checkpoint every two, under one folder."""
 
     def __init__(self, model, folder):
-        self.model, self.folder = model, folder
+        super().__init__(model, folder)
         self.control = folder / "control"
 
-    def arguments(self, run_name, *overrides):
-        return [
-            f"model.path={self.model}",
-            f"output_dir={self.folder}",
-            f"run_name={run_name}",
-            "device=cpu",
-            "logger=disabled",
-            "data=reverse_digits",
-            "data.args.length=2",
+    @property
+    def words(self):
+        return (
             "data.size=50",
             "data.eval_size=4",
             "reward.name=run_children:score_digits",
@@ -55,8 +51,7 @@ class GrpoRuns:
             "trainer.checkpoint_every=2",
             "trainer.micro_batch_tokens=64",
             "trainer.optimizer.lr=1e-2",
-            *overrides,
-        ]
+        )
 
     def resolve(self, run_name, *overrides):
         return resolve("grpo", self.arguments(run_name, *overrides))

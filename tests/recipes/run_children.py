@@ -8,6 +8,29 @@ from pathlib import Path
 calls: list[str] = []
 
 
+class Runs:
+    """Runs of a command on a model and the smallest task, under one folder."""
+
+    words: tuple[str, ...]
+    """What the command is told besides."""
+
+    def __init__(self, model, folder):
+        self.model, self.folder = model, folder
+
+    def arguments(self, run_name, *overrides):
+        return [
+            f"model.path={self.model}",
+            f"output_dir={self.folder}",
+            f"run_name={run_name}",
+            "device=cpu",
+            "logger=disabled",
+            "data=reverse_digits",
+            "data.args.length=2",
+            *self.words,
+            *overrides,
+        ]
+
+
 def score_digits(text, problem, *, control):
     """Even digits are worth most, so a random model gets rewards of many sizes.
 

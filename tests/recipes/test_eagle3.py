@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from helpers import assert_same_bits, tree
+from run_children import Runs
 
 from samebit.kernels.logprob import logprob_of
 from samebit.recipes import eagle3
@@ -24,38 +25,26 @@ from samebit.rollout.types import SamplingParams
 from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint
 
 
-class Eagle3Runs:
+class Eagle3Runs(Runs):
     """Six steps of eight answers, with a checkpoint every two, under one folder."""
 
-    def __init__(self, model, folder):
-        self.model, self.folder = model, folder
-
-    def arguments(self, run_name, *overrides):
-        return [
-            f"model.path={self.model}",
-            f"output_dir={self.folder}",
-            f"run_name={run_name}",
-            "device=cpu",
-            "logger=disabled",
-            "data=reverse_digits",
-            "data.args.length=2",
-            "data.size=50",
-            "data.eval_size=3",
-            "draft.layers=[1,2]",
-            "draft.vocab_size=9",
-            "draft.vocab_prompts=8",
-            "draft.feeds_normed=true",
-            "ttt.passes=3",
-            "rollout.prompts_per_step=8",
-            "rollout.max_prompt_len=8",
-            "rollout.max_new_tokens=20",
-            "rollout.eval_every=3",
-            "trainer.num_steps=6",
-            "trainer.checkpoint_every=2",
-            "trainer.micro_batch_tokens=64",
-            "trainer.optimizer.lr=2e-3",
-            *overrides,
-        ]
+    words = (
+        "data.size=50",
+        "data.eval_size=3",
+        "draft.layers=[1,2]",
+        "draft.vocab_size=9",
+        "draft.vocab_prompts=8",
+        "draft.feeds_normed=true",
+        "ttt.passes=3",
+        "rollout.prompts_per_step=8",
+        "rollout.max_prompt_len=8",
+        "rollout.max_new_tokens=20",
+        "rollout.eval_every=3",
+        "trainer.num_steps=6",
+        "trainer.checkpoint_every=2",
+        "trainer.micro_batch_tokens=64",
+        "trainer.optimizer.lr=2e-3",
+    )
 
     def resolve(self, run_name, *overrides):
         return resolve("eagle3", self.arguments(run_name, *overrides))

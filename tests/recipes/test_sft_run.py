@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from run_children import has_begun_to_save, has_lines
+from run_children import Runs, has_begun_to_save, has_lines
 
 from samebit.recipes import sft
 from samebit.recipes.cli.compose import resolve
@@ -20,29 +20,17 @@ from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint
 from samebit.weight_sync.transports.file import read_version
 
 
-class SftRuns:
+class SftRuns(Runs):
     """Twelve steps of sixteen samples, with a checkpoint every four, under one folder."""
 
-    def __init__(self, model, folder):
-        self.model, self.folder = model, folder
-
-    def arguments(self, run_name, *overrides):
-        return [
-            f"model.path={self.model}",
-            f"output_dir={self.folder}",
-            f"run_name={run_name}",
-            "device=cpu",
-            "logger=disabled",
-            "data=reverse_digits",
-            "data.args.length=2",
-            "data.size=100",
-            "trainer.num_steps=12",
-            "trainer.batch_size=16",
-            "trainer.checkpoint_every=4",
-            "trainer.micro_batch_tokens=64",
-            "trainer.optimizer.lr=5e-3",
-            *overrides,
-        ]
+    words = (
+        "data.size=100",
+        "trainer.num_steps=12",
+        "trainer.batch_size=16",
+        "trainer.checkpoint_every=4",
+        "trainer.micro_batch_tokens=64",
+        "trainer.optimizer.lr=5e-3",
+    )
 
     def train(self, run_name, *overrides):
         summary = sft.train(resolve("sft", self.arguments(run_name, *overrides)))
