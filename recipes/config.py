@@ -314,7 +314,7 @@ class GrpoRun(RunSection):
                 f"data.eval_size is {self.data.eval_size}; grpo measures the reward on held-out "
                 "problems: give at least 1"
             )
-        longest = self.rollout.max_prompt_len + self.rollout.max_new_tokens
+        longest = self.rollout.longest
         if longest > self.trainer.micro_batch_tokens:
             raise ValueError(
                 f"rollout.max_prompt_len + rollout.max_new_tokens = {longest} exceed "

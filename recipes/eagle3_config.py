@@ -92,11 +92,6 @@ class Eagle3Run(RunSection):
         """The run needs so many processes."""
         return self.trainer.parallel.num_processes
 
-    @property
-    def longest(self) -> int:
-        """A sample has at most so many tokens."""
-        return self.rollout.max_prompt_len + self.rollout.max_new_tokens
-
     def validate(self) -> None:
         """Check across sections; raises ValueError, which names the keys."""
         check_overwrite(self)
@@ -124,9 +119,9 @@ class Eagle3Run(RunSection):
         require(self.data.holds_out, "data.eval_size", self.data.eval_size, meaning)
         room, meaning = (
             self.trainer.micro_batch_tokens,
-            f"at least {self.longest}, the longest sample",
+            f"at least {self.rollout.longest}, the longest sample",
         )
-        require(room >= self.longest, "trainer.micro_batch_tokens", room, meaning)
+        require(room >= self.rollout.longest, "trainer.micro_batch_tokens", room, meaning)
 
 
 type TrainingRun = GrpoRun | SftRun | Eagle3Run

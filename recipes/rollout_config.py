@@ -52,6 +52,11 @@ class RolloutSection:
         self._check_dynamic_sampling()
 
     @property
+    def longest(self) -> int:
+        """A sample has at most so many tokens, prompt and completion."""
+        return self.max_prompt_len + self.max_new_tokens
+
+    @property
     def most_prompts_per_step(self) -> int:
         """A step draws so many prompts at most."""
         return self.places_of(self.max_refills if self.dynamic_sampling else 0).stop

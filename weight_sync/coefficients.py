@@ -54,7 +54,7 @@ class Coefficients:
                 row = torch.arange(block.hf_start + 1, block.hf_start + block.num_rows + 1)
                 key = _tensor_key(block.hf_name, self._dtypes[spec.name])
                 seeds[here], live[here] = row * _signed(_ROW_STEP) + key, True
-        self.table = (_mix(seeds) | 1) * live
+        self.table = (mix(seeds) | 1) * live
 
     def of_param(self, name: str, values: Tensor) -> list[Rectangle]:
         """A whole parameter, whose rows may lie apart."""
@@ -102,8 +102,8 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def _mix(x: Tensor) -> Tensor:
-    """The finalizer of splitmix64."""
+def mix(x: Tensor) -> Tensor:
+    """The finalizer of splitmix64 (Steele, Lea, Flood 2014), of int64 modulo 2^64."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
     return x ^ ((x >> 31) & ((1 << 33) - 1))

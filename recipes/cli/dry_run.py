@@ -73,7 +73,7 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     resolved = resolve_device(run.device)
     device = resolved.type
     memory = _memory(model, device, run.trainer)
-    longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
+    longest = run.rollout.longest
     most_samples = run.rollout.most_prompts_per_step * run.rollout.samples_per_prompt
     at_once = max(len(run.rollout.places_of(refill)) for refill in (0, 1))
     at_once *= run.rollout.samples_per_prompt
@@ -127,7 +127,7 @@ def describe_eagle3(run: Eagle3Run) -> dict[str, Any]:
         **_counts(run, {"train": inputs.train_set, "held_out": inputs.eval_set}),
         "samples_per_step": samples,
         "optimizer_steps": run.trainer.num_steps,
-        "most_tokens_per_step": samples * run.longest,
+        "most_tokens_per_step": samples * run.rollout.longest,
         "draft_vocabulary": config.draft_vocab_size,
         "captured_layers": ", ".join(map(str, config.captured_layers)),
         "target_mib": round(_num_parameters(model) * width / _MIB, 1),

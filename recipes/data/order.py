@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from samebit.weight_sync.coefficients import mix
+
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 _RANGE_BITS = 63  # of a draw
@@ -31,7 +33,7 @@ def problem_index(position: int, size: int, seed: int) -> int:
 
 
 def _hashes(key: tuple[int, ...], first: int, count: int) -> NDArray[np.uint64]:
-    """The outputs of SplitMix64 (Steele, Lea, Flood 2014) at counters from `first` on.
+    """The outputs of SplitMix64 at counters from `first` on.
 
     The words of a key are hashed into its state one after another.
     """
@@ -43,9 +45,7 @@ def _hashes(key: tuple[int, ...], first: int, count: int) -> NDArray[np.uint64]:
 
 
 def _mixed(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    return mix(torch.from_numpy(z.view(np.int64))).numpy().view(np.uint64)
 
 
 class _Draws:

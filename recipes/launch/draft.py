@@ -46,10 +46,10 @@ def checked_draft(run: Eagle3Run, model: ModelConfig) -> tuple[DraftFolder | Non
                 f"draft.path={run.draft.path} is another target's: its {name} is "
                 f"{getattr(config, name)}; that of {run.model.path} is {own}"
             )
-    if config.max_position < run.longest:
+    if config.max_position < run.rollout.longest:
         raise ValueError(
-            f"rollout.max_prompt_len + rollout.max_new_tokens = {run.longest} tokens; the draft's "
-            f"max_position_embeddings is {config.max_position}"
+            f"rollout.max_prompt_len + rollout.max_new_tokens = {run.rollout.longest} tokens; the "
+            f"draft's max_position_embeddings is {config.max_position}"
         )
     DIALECTS[run.draft.dialect].write(config, "float32")
     if run.resume:
@@ -115,7 +115,7 @@ def engine_of(run: Eagle3Run, device: torch.device) -> Engine:
     """The target, which answers and is not trained."""
     config = replace(
         run.engine,
-        max_model_len=run.longest,
+        max_model_len=run.rollout.longest,
         seed=run.seed,
         attention=run.numerics.attention,
         model_family=run.model_family,

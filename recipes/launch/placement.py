@@ -120,7 +120,7 @@ def start_engine(
     its KV cache may have most of what is free: the rest is for graphs and a prefill's activations.
     """
     transport = load_transport(run.placement.transport)
-    longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
+    longest = run.rollout.longest
     own: Any = {"attention": run.numerics.attention, "model_family": run.model_family}
     own |= {"load_format": "none"}
     if releases:

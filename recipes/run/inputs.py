@@ -49,7 +49,7 @@ def checked_model(run: TrainingRun) -> ModelConfig:
 
 def _require_lengths(run: GrpoRun | Eagle3Run, model: ModelConfig) -> None:
     """ValueError unless the longest sample fits the model's context and the KV cache."""
-    longest = run.rollout.max_prompt_len + run.rollout.max_new_tokens
+    longest = run.rollout.longest
     lengths = "rollout.max_prompt_len + rollout.max_new_tokens"
     model.require_context(longest, lengths)
     tokens, page = run.engine.kv_cache_tokens, run.engine.page_size

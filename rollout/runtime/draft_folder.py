@@ -127,14 +127,14 @@ def write_draft(
 
 def _spelled(name: str, dialect: str) -> str:
     """A Hugging Face name of the specs, in a dialect."""
-    prefix = DIALECTS[dialect].HF_LAYER
+    prefix = DIALECTS[dialect].LAYER
     own = name.startswith(draft.HF_LAYER)
     return prefix + name.removeprefix(draft.HF_LAYER) if own else name
 
 
 def _plain(name: str, dialect: str) -> str:
     """The name of the specs. One that another dialect would spell so is none."""
-    prefix = DIALECTS[dialect].HF_LAYER
+    prefix = DIALECTS[dialect].LAYER
     if name.startswith(prefix):
         return draft.HF_LAYER + name.removeprefix(prefix)
     return f"{name} (of another dialect)" if name.startswith(draft.HF_LAYER) else name

@@ -8,7 +8,7 @@ and feeds the state before it all the same.
 
 from typing import Any
 
-from samebit.rollout.models.draft.config import DraftConfig
+from samebit.rollout.models.draft.config import HF_LAYER, DraftConfig
 from samebit.rollout.models.draft.layer_json import (
     LAYER_IDS,
     captured_layers,
@@ -21,7 +21,7 @@ from samebit.rollout.models.draft.layer_json import (
 )
 from samebit.rollout.models.json_file import JsonFile
 
-HF_LAYER = "midlayer."
+LAYER = HF_LAYER  # our own names are this dialect's
 NORM_OUTPUT = ("sglang", "specforge")
 """Whose meaning `norm_output` may have."""
 ARCHITECTURE = "LlamaForCausalLMEagle3"

@@ -20,7 +20,7 @@ from samebit.rollout.models.draft.layer_json import (
 )
 from samebit.rollout.models.json_file import JsonFile, is_list, is_size
 
-HF_LAYER = "layers.0."
+LAYER = "layers.0."
 TYPE_KEY = "speculators_model_type"
 VERSION = "0.9.0"
 ARCHITECTURE = "Eagle3DraftModel"
