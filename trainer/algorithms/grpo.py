@@ -13,7 +13,7 @@ from torch import Tensor
 
 from samebit.trainer.algorithms.base import Advantages, LossInputs, LossOutputs
 from samebit.trainer.algorithms.policy_gradient import PolicyGradient, clipped_surrogate, penalized
-from samebit.trainer.algorithms.shaping import Groups, shaped_rewards
+from samebit.trainer.algorithms.shaping import Groups, all_equal, require_groups, shaped_rewards
 from samebit.trainer.config import GrpoConfig
 
 
@@ -27,17 +27,15 @@ def group_advantages(rewards: Tensor, config: GrpoConfig) -> Tensor:
     if not rewards.numel():
         return rewards
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+    equal = all_equal(rewards)
     deviation = torch.ones_like(rewards[:, :1])
     if config.normalize_std and config.std_over == "batch" and rewards.numel() > 1:
         deviation = deviation * (rewards.std() + config.std_eps)
     elif config.normalize_std and config.std_over == "group" and rewards.shape[1] > 1:
         deviation = rewards.std(dim=1, keepdim=True) + config.std_eps
     advantages = (centred / deviation).masked_fill(equal, 0.0)
-    wrong = ~(torch.isfinite(advantages.float()) & (torch.isfinite(deviation) | equal))
-    if wrong.any():
-        group = rewards[int(wrong.any(dim=1).nonzero()[0])].tolist()
-        raise ValueError(f"the rewards {group} of a prompt lie too far apart; scale them down")
+    finite = torch.isfinite(advantages.float()) & (torch.isfinite(deviation) | equal)
+    require_groups(finite, rewards)
     return advantages
 
 

@@ -15,7 +15,13 @@ from samebit.trainer.algorithms.reinforce_plus_plus import (
     ReinforcePlusPlus,
     ReinforcePlusPlusConfig,
 )
-from samebit.trainer.algorithms.shaping import Groups, on_tokens, shaped_rewards, whitened
+from samebit.trainer.algorithms.shaping import (
+    Groups,
+    all_equal,
+    on_tokens,
+    shaped_rewards,
+    whitened,
+)
 
 
 @dataclass(kw_only=True)
@@ -37,7 +43,7 @@ class ReinforcePlusPlusBaseline(ReinforcePlusPlus):
         """See Algorithm.advantages; they depend on all prompts of the step, and on no other."""
         rewards = shaped_rewards(rewards, groups, self.config)
         centred = rewards - rewards.mean(dim=1, keepdim=True)
-        centred = centred.masked_fill((rewards == rewards[:, :1]).all(dim=1, keepdim=True), 0.0)
+        centred = centred.masked_fill(all_equal(rewards), 0.0)
         found = [
             [np.full(s.num_trained, value) for s, value in zip(group, values, strict=True)]
             for group, values in zip(groups, centred.tolist(), strict=True)

@@ -19,7 +19,7 @@ from samebit.trainer.algorithms.policy_gradient import (
     truncated,
     truncation_metrics,
 )
-from samebit.trainer.algorithms.shaping import Groups, shaped_rewards
+from samebit.trainer.algorithms.shaping import Groups, all_equal, require_groups, shaped_rewards
 from samebit.trainer.config import PolicyGradientConfig
 
 
@@ -43,12 +43,8 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     if n == 1:
         raise ValueError("a prompt has 1 sample; leave-one-out needs at least 2")
     others = (rewards.sum(dim=1, keepdim=True) - rewards) / (n - 1)
-    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
-    advantages = (rewards - others).masked_fill(equal, 0.0)
-    wrong = ~torch.isfinite(advantages.float())
-    if wrong.any():
-        group = rewards[int(wrong.any(dim=1).nonzero()[0])].tolist()
-        raise ValueError(f"the rewards {group} of a prompt lie too far apart; scale them down")
+    advantages = (rewards - others).masked_fill(all_equal(rewards), 0.0)
+    require_groups(torch.isfinite(advantages.float()), rewards)
     return advantages
 
 

@@ -63,6 +63,18 @@ def token_penalties(sample: Sample, config: PolicyGradientConfig) -> np.ndarray:
     return config.kl_coef * kl_estimate(own, reference, config.kl_estimator).numpy()
 
 
+def all_equal(rewards: Tensor) -> Tensor:
+    """[prompts, 1] bool: whether all of a prompt's rewards [prompts, n] are the same."""
+    return (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+
+
+def require_groups(fits: Tensor, rewards: Tensor) -> None:
+    """Raise ValueError that shows the first prompt's rewards [prompts, n] for which it is off."""
+    if not fits.all():
+        group = rewards[int((~fits).any(dim=1).nonzero()[0])].tolist()
+        raise ValueError(f"the rewards {group} of a prompt lie too far apart; scale them down")
+
+
 def whitened(advantages: Sequence[Sequence[np.ndarray]], eps: float) -> list[list[np.ndarray]]:
     """(A - mean) / (deviation + eps) over all tokens of the training step; zeros if all are equal.
 
