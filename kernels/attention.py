@@ -126,11 +126,11 @@ class CanonicalAttention(AttentionKind):
             query_lens, context_lens, tables, page_size, self.heads, self.least_shared_bytes
         )
 
-    def plan_graph(self, entries: GraphEntries, shares: bool) -> AttentionPlan:
+    def plan_graph(self, entries: GraphEntries, max_own: int | None = None) -> AttentionPlan:
         """See AttentionKind."""
         from samebit.kernels.gpu.attention import plan_graph
 
-        return plan_graph(entries, self.heads.per_kv if shares else None)
+        return plan_graph(entries, self.heads.per_kv, max_own)
 
     def prepare_replay(
         self,

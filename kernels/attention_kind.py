@@ -138,11 +138,12 @@ class AttentionKind(ABC):
         return None
 
     @abstractmethod
-    def plan_graph(self, entries: GraphEntries, shares: bool) -> AttentionPlan:
+    def plan_graph(self, entries: GraphEntries, max_own: int | None = None) -> AttentionPlan:
         """Plan the decode steps of a CUDA graph, each a new token for every entry.
 
         The plan must serve every replay: it holds what is captured, at addresses that stay.
-        shares: the replays are those of steps for which shared_prefixes finds something.
+        max_own: for steps in which shared_prefixes finds something, a bound of its longest_own;
+        unset: nothing is shared.
         """
 
     @abstractmethod

@@ -22,6 +22,15 @@ class SharedPrefixes:
     """[B] int32: tokens of each entry that a task reads for it."""
     num_spared: int
     """Tiles that need not be read."""
+    split: int
+    """Tokens of a split: what an entry reads for itself is counted from a split's start."""
+
+    def longest_own(self, context_lens: np.ndarray) -> int:
+        """Most tokens from the split in which an entry begins to read to its end.
+
+        context_lens [B]: as they are now, longer than those that the groups were found for.
+        """
+        return int((context_lens - self.of_entry // self.split * self.split).max())
 
 
 class _Group(NamedTuple):
@@ -36,12 +45,18 @@ class _Group(NamedTuple):
 
 
 def find_shared_prefixes(
-    tables: np.ndarray, first_queries: np.ndarray, page_size: int, tile: int, capacity: int
+    tables: np.ndarray,
+    first_queries: np.ndarray,
+    page_size: int,
+    tile: int,
+    split: int,
+    capacity: int,
 ) -> SharedPrefixes | None:
     """Find what entries share, up to `capacity` of them in a task; None: nothing.
 
     tables [B, pages] int32: page ids in order of position, equal where pages are shared.
     first_queries [B]: position of each entry's first query; what lies before it can be shared.
+    tile, split: tokens of each; a split is whole tiles.
     """
     limits = np.asarray(first_queries) // tile
     num_pages = min(-(-int(limits.max(initial=0)) * tile // page_size), tables.shape[1])
@@ -74,6 +89,7 @@ def find_shared_prefixes(
         lens=np.array([num_tokens for num_tokens, _ in tasks], dtype=np.int32),
         of_entry=of_entry,
         num_spared=sum(num_tokens // tile * (len(part) - 1) for num_tokens, part in tasks),
+        split=split,
     )
 
 

@@ -34,7 +34,7 @@ class PlainAttention(AttentionKind):
         keys = [torch.arange(s, s + n) for s, n in zip(key_starts, context_lens, strict=True)]
         return PlainPlan(list(query_lens), keys)
 
-    def plan_graph(self, entries, shares):
+    def plan_graph(self, entries, max_own=None):
         raise NotImplementedError("there are no CUDA graphs on a CPU")
 
     def prepare_replay(self, plan, context_lens, table_rows, page_table, shared):

@@ -22,7 +22,7 @@ from samebit.kernels.gpu.decode_attention import (
     decode_attention,
     decode_entries,
 )
-from samebit.kernels.gpu.online_softmax import merge, nothing_seen, split_pass
+from samebit.kernels.gpu.online_softmax import merge, nothing_seen, num_stages, split_pass
 from samebit.kernels.gpu.prefix_tasks import PrefixTasks, task_capacity
 from samebit.kernels.shared_prefixes import SharedPrefixes
 from samebit.kernels.transfer import to_device
@@ -207,19 +207,17 @@ def _plan_decode(
             max_queries=int(queries.max()),
             max_context=int(contexts.max()),
             prefixes=None if shared is None else PrefixTasks.of(shared, device),
+            max_own=None if shared is None else shared.longest_own(contexts),
         )
 
 
-def plan_graph(entries: GraphEntries, shared_by: int | None) -> GpuAttentionPlan:
-    """A plan for decode steps alone, which finds its entries on the device.
-
-    shared_by: query heads of a KV head, if prefixes are shared; else None.
-    """
+def plan_graph(entries: GraphEntries, heads_per_kv: int, max_own: int | None) -> GpuAttentionPlan:
+    """A plan for decode steps alone, which finds its entries on the device; max_own: see there."""
     batch, device = len(entries.table_rows), entries.table_rows.device
     rows = torch.arange(batch, dtype=torch.int32, device=device)
     none, prefixes = rows[:0], None
-    if shared_by is not None:
-        capacity = task_capacity(shared_by)
+    if max_own is not None:
+        capacity = task_capacity(heads_per_kv)
         prefixes = PrefixTasks.for_graph(batch, capacity, entries.max_context, device)
     decode = decode_entries(
         query_starts=rows,
@@ -229,6 +227,7 @@ def plan_graph(entries: GraphEntries, shared_by: int | None) -> GpuAttentionPlan
         max_queries=1,
         max_context=entries.max_context,
         prefixes=prefixes,
+        max_own=max_own,
     )
     return GpuAttentionPlan(
         query_starts=none,
@@ -327,6 +326,7 @@ def attend(
         assert table is not None
         decode_attention(q, k, v, output, entries, table, plan.page_size, scale)
     if len(plan.tile_seq):
+        block_dh = triton.next_power_of_2(head_dim)
         _prefill_kernel[(num_heads, len(plan.tile_seq))](
             q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=output, lse_ptr=lse, query_starts=plan.query_starts,
             key_starts=plan.key_starts, query_lens=plan.query_lens, context_lens=plan.context_lens,
@@ -335,9 +335,9 @@ def attend(
             num_tokens=num_tokens, q_stride=q.stride(0), q_head=q.stride(1), stride=k.stride(0),
             kv_head=k.stride(1), qk_scale=scale * LOG2E, HEADS=num_heads,
             GROUP=num_heads // k.shape[1], DH=head_dim,
-            BLOCK_DH=triton.next_power_of_2(head_dim), ROWS=plan.tile_rows, TILE=GPU_KV_TILE,
+            BLOCK_DH=block_dh, ROWS=plan.tile_rows, TILE=GPU_KV_TILE,
             SPLIT=GPU_KV_SPLIT, PAGED=table is not None, PAGE=plan.page_size, LSE=lse.shape[1] > 0,
             ONE_SPLIT=plan.longest <= GPU_KV_SPLIT, num_warps=8 if plan.tile_rows == 128 else 4,
-            num_stages=2, enable_fp_fusion=False,
+            num_stages=num_stages(plan.tile_rows, block_dh, q.device, 2), enable_fp_fusion=False,
         )  # fmt: skip
     return output, lse

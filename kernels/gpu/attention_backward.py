@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from samebit.kernels.gpu.attention import GpuAttentionPlan
-from samebit.kernels.gpu.decode_attention import num_sms
+from samebit.kernels.gpu.card import num_sms
 
 
 def attend_backward(

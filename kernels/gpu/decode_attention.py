@@ -6,7 +6,6 @@ is. Tiles that entries share are read once for all of them, by a kernel before; 
 programs carry its (max, sum, accumulator) on or merge it: the same operations in the same order.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -15,14 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from samebit.kernels.contract import GPU_KV_SPLIT, GPU_KV_TILE
-from samebit.kernels.gpu.online_softmax import merge, nothing_seen, split_pass
+from samebit.kernels.gpu.card import num_sms
+from samebit.kernels.gpu.online_softmax import merge, nothing_seen, num_stages, split_pass
 from samebit.kernels.gpu.pdl import after_previous, prefetch_l2, supported
 from samebit.kernels.gpu.prefix_tasks import PrefixTasks, task_rows
 
 LOG2E = 1.4426950408889634
 _LEAST_ROWS, _MOST_ROWS = 16, 128
 _MAX_KV_HEADS = 128
-_WAVES = 4  # programs over shared tiles, of which a multiprocessor holds one at a time
+_WAVES = 2  # programs over shared tiles, of which a multiprocessor holds one at a time
 
 
 def most_queries(heads_per_kv: int) -> int:
@@ -41,6 +41,7 @@ class DecodeEntries:
     context_lens: Tensor  # [E] int32, the new tokens included
     max_queries: int  # a power of two
     max_context: int  # bound of context_lens
+    max_own: int  # bound of what an entry reads for itself, from a split's start on
     counters: Tensor  # [E * _MAX_KV_HEADS] int32, zeros between kernels: arrived splits
     prefixes: PrefixTasks | None  # None: no entry shares anything
 
@@ -53,8 +54,12 @@ def decode_entries(
     max_queries: int,
     max_context: int,
     prefixes: PrefixTasks | None = None,
+    max_own: int | None = None,
 ) -> DecodeEntries:
-    """Entries whose tensors are these [E] int32, with counters of their own."""
+    """Entries whose tensors are these [E] int32, with counters of their own.
+
+    max_own: with prefixes, a bound of SharedPrefixes.longest_own.
+    """
     counters = table_rows.new_zeros(len(table_rows) * _MAX_KV_HEADS)
     return DecodeEntries(
         query_starts=query_starts,
@@ -63,6 +68,7 @@ def decode_entries(
         context_lens=context_lens,
         max_queries=triton.next_power_of_2(max_queries),
         max_context=max_context,
+        max_own=max_context if max_own is None else max_own,
         counters=counters,
         prefixes=prefixes,
     )
@@ -175,12 +181,16 @@ def _decode_kernel(
     DH: tl.constexpr, BLOCK_DH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr, PAGE: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One split of one entry and KV head; the last to arrive merges the splits in order."""
+    """One split of one entry and KV head; the last to arrive merges the splits in order.
+
+    Program 0 has the split in which the entry begins to read for itself.
+    """
     kv, entry, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     context_len = tl.load(context_lens + entry)
     row = tl.load(query_starts + entry).to(tl.int64)
     query_len = tl.load(query_lens + entry) if QUERIES > 1 else 1
     shared = tl.load(prefix_lens + entry) if SHARED else 0
+    split += shared // SPLIT
     pages = pages_ptr + tl.load(table_rows + entry).to(tl.int64) * max_pages
     k_head, v_head = k_ptr + kv * kv_head, v_ptr + kv * kv_head
     lo = tl.maximum(split * SPLIT, shared)
@@ -230,12 +240,6 @@ def _decode_kernel(
     tl.store(counters + whose, 0)
 
 
-@functools.lru_cache(maxsize=8)
-def num_sms(device: torch.device) -> int:
-    """Streaming multiprocessors of the card."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def decode_attention(
     q: Tensor,
     k: Tensor,
@@ -275,14 +279,14 @@ def decode_attention(
             GROUP=num_heads // num_kv, QUERIES=decode.max_queries,
             CAPACITY=prefixes.members.shape[1], DH=head_dim, BLOCK_DH=block_dh, ROWS=rows,
             TILE=GPU_KV_TILE, SPLIT=GPU_KV_SPLIT, PAGE=page_size, PDL=pdl,
-            num_warps=8, num_stages=2, enable_fp_fusion=False, launch_pdl=pdl,
+            num_warps=rows // 16, num_stages=num_stages(rows, block_dh, q.device, 3),
+            enable_fp_fusion=False, launch_pdl=pdl,
         )  # fmt: skip
     rows = max(_LEAST_ROWS, triton.next_power_of_2(own))
-    # Few programs: each keeps more of its own loads in flight, as far as a multiprocessor's shared
-    # memory holds them. Many: they hide each other's.
-    is_few = num_kv * num_seqs * max_splits <= 1.5 * num_sms(q.device)
-    num_stages = 3 if is_few and rows < 128 else 2
-    _decode_kernel[(num_kv, num_seqs, max_splits)](
+    # Few programs: each keeps more of its own loads in flight. Many: they hide each other's.
+    own_splits = triton.cdiv(decode.max_own, GPU_KV_SPLIT)
+    is_few = num_kv * num_seqs * own_splits <= 1.5 * num_sms(q.device)
+    _decode_kernel[(num_kv, num_seqs, own_splits)](
         q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=output, max_ptr=part_max, sum_ptr=part_sum,
         acc_ptr=part_acc, counters=decode.counters,
         prefix_lens=decode.context_lens if prefixes is None else prefixes.of_entry,
@@ -293,6 +297,6 @@ def decode_attention(
         QUERIES=decode.max_queries, DH=head_dim, BLOCK_DH=block_dh,
         ROWS=rows, TILE=GPU_KV_TILE, SPLIT=GPU_KV_SPLIT,
         PAGE=page_size, SHARED=prefixes is not None, PDL=pdl, num_warps=4 if rows < 64 else 8,
-        num_stages=num_stages,
+        num_stages=num_stages(rows, block_dh, q.device, 3 if is_few else 2),
         enable_fp_fusion=False, launch_pdl=pdl,
     )  # fmt: skip

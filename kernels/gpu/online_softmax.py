@@ -5,8 +5,23 @@ rounded to bf16 and its row sum goes through the tensor core, because a plain ro
 tile's height. Source: Milakov and Gimelshein 2018, arXiv 1805.02867.
 """
 
+import torch
 import triton
 import triton.language as tl
+
+from samebit.kernels.contract import GPU_KV_TILE
+from samebit.kernels.gpu.card import has_wgmma, shared_memory
+
+
+def num_stages(rows: int, block_dh: int, device: torch.device, most: int) -> int:
+    """Stages of `split_pass` for so many queries: as many as shared memory holds, at most `most`.
+
+    A product of fewer rows, or on an older card, takes its keys from registers: one stage more.
+    """
+    tile_bytes = 2 * GPU_KV_TILE * block_dh * torch.bfloat16.itemsize
+    rest = rows * (block_dh + GPU_KV_TILE) * torch.bfloat16.itemsize  # queries and weights
+    held = (shared_memory(device) - rest) // tile_bytes
+    return max(1, min(most, held if rows >= 64 and has_wgmma(device) else held + 1))
 
 
 @triton.jit

@@ -37,7 +37,7 @@ def find_prefixes(
     if capacity < 2:
         return None
     shared = find_shared_prefixes(
-        tables, context_lens - query_lens, page_size, GPU_KV_TILE, capacity
+        tables, context_lens - query_lens, page_size, GPU_KV_TILE, GPU_KV_SPLIT, capacity
     )
     if shared is None:
         return None

@@ -48,7 +48,8 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """Graphs by (bucket, context bound, whether they draw tokens, whether prefixes are shared).
+    """Graphs by (bucket, context bound, whether they draw tokens, bound of what samples read for
+    themselves: None where no prefix is shared).
 
     last_tokens [num_slots + 1] int64: the newest token of every slot, on the device. pool: where
     what a step computes lies; it may be released between steps, for each replay writes all that it
@@ -68,7 +69,7 @@ class DecodeGraphs:
         self._attention = attention
         self._last_tokens = last_tokens
         self._device = last_tokens.device
-        self._graphs: dict[tuple[int, int, bool, bool], _Graph] = {}
+        self._graphs: dict[tuple[int, int, bool, int | None], _Graph] = {}
         self._pool: Any = pool
         self._ring = HostRing(_RING, BUCKETS[-1], self._device)
         self._entries = np.zeros(0, dtype=np.int64)  # of the samples that decoded last
@@ -107,13 +108,11 @@ class DecodeGraphs:
         """
         size = len(decode)
         bucket = next(b for b in BUCKETS if b >= size)
-        longest = int(slots.length[decode].max())
-        bound = _MIN_CONTEXT
-        while bound < longest:
-            bound *= 2
+        lengths = slots.length[decode]
         draws, shared = decode_draws(decode, slots), self._shared_prefixes(decode, slots)
         self._send(decode, slots, draws, bucket)
-        key = (bucket, bound, not draws.restricted, shared is not None)
+        max_own = None if shared is None else _bound(shared.longest_own(lengths))
+        key = (bucket, _bound(int(lengths.max())), not draws.restricted, max_own)
         if key not in self._graphs:
             self._graphs[key] = self._capture(*key)
         found, turn, ring = self._graphs[key], self._turn, self._ring
@@ -164,14 +163,14 @@ class DecodeGraphs:
         inputs[RingRow.TEMPERATURE, :size] = draws.temperatures.view(np.int32)
         inputs[RingRow.GREEDY, :size] = draws.greedy
 
-    def _capture(self, bucket: int, bound: int, draws: bool, shares: bool) -> _Graph:
+    def _capture(self, bucket: int, bound: int, draws: bool, max_own: int | None) -> _Graph:
         """Capture a step for `bucket` samples of at most `bound` tokens."""
         start = time.perf_counter()
         table, page_size = self._table, self._cache.page_size
         assert table is not None
         longest = min(bound, table.shape[1] * page_size)
         entries = GraphEntries.empty(bucket, table, page_size, longest)
-        plan = self._attention.plan_graph(entries, shares)
+        plan = self._attention.plan_graph(entries, max_own)
         step = self._make_step(entries, plan, draws)
         saved = self._last_tokens.clone()
         torch.cuda.synchronize()
@@ -222,3 +221,11 @@ class DecodeGraphs:
             return hidden
 
         return step
+
+
+def _bound(num_tokens: int) -> int:
+    """The bound for so many tokens: few there are, so that few graphs serve all steps."""
+    bound = _MIN_CONTEXT
+    while bound < num_tokens:
+        bound *= 2
+    return bound

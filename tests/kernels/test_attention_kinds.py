@@ -124,7 +124,7 @@ def test_replays_are_the_steps_without_a_graph(name):
     table[2:8] = case.table.to(table)
     entries = GraphEntries.empty(batch, table, PAGE, max_context=2048)
     plan, rows, lens = (
-        attention.plan_graph(entries, False),
+        attention.plan_graph(entries),
         entries.table_rows,
         entries.context_lens,
     )

@@ -88,7 +88,7 @@ def test_groups_of_a_replay_are_those_of_its_step():
     batch, device = 64, torch.device("cuda")
     table = contexts.table.int().to(device)
     entries = GraphEntries.empty(batch, table, 64, max_context=4096)
-    plan = together.plan_graph(entries, True)
+    plan = together.plan_graph(entries, max_own=4096)
     q = torch.zeros(batch, 16, 128, dtype=torch.bfloat16, device=device)
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):

@@ -218,7 +218,7 @@ def test_ttt_attention(heads):
     truth, plain = run(ttt_attention_ref, wide, lens), run(ttt_attention_ref, leaves, lens)
     assert_near([output], [truth], plain)
     expected = torch.autograd.grad(truth, wide, grad.double())
-    assert_near(found, expected, *[torch.autograd.grad(plain, leaves, grad)])
+    assert_near(found, expected, *torch.autograd.grad(plain, leaves, grad))
 
 
 @pytest.mark.parametrize("lens", [(700,), (65, 300, 2100), (5, 1030), (2, 2), (2,)])

@@ -8,7 +8,7 @@ from helpers import run_python
 
 from samebit.kernels.shared_prefixes import best_groups, find_shared_prefixes
 
-TILE = 128
+TILE, SPLIT = 128, 512
 
 
 def partitions(items):
@@ -97,9 +97,8 @@ def test_members_share_what_they_are_said_to(page_size):
             tree.add(other, shared, shared + rng.randint(1, 400))
         queries = np.array([rng.randint(1, min(5, n)) for n in tree.lens])
         table, capacity = tree.table(), rng.choice([2, 3, 16])
-        found = find_shared_prefixes(
-            table, np.array(tree.lens) - queries, page_size, TILE, capacity
-        )
+        lens = np.array(tree.lens)
+        found = find_shared_prefixes(table, lens - queries, page_size, TILE, SPLIT, capacity)
         if found is None:
             continue
         of_entry = np.zeros(len(table), dtype=int)
@@ -115,7 +114,10 @@ def test_members_share_what_they_are_said_to(page_size):
             assert (of_entry[entries] == 0).all()
             of_entry[entries] = length
         assert (of_entry == found.of_entry).all()
-        assert (of_entry <= np.array(tree.lens) - queries).all()
+        assert (of_entry <= lens - queries).all()
+        own = [n - have + have % SPLIT for n, have in zip(tree.lens, of_entry, strict=True)]
+        assert found.longest_own(lens) == max(own)
+        assert found.longest_own(lens + 5) == max(own) + 5
         tiles = (of_entry // TILE).sum() - (found.lens // TILE).sum()
         assert tiles == found.num_spared > 0
 
@@ -127,7 +129,7 @@ def test_siblings_and_a_common_beginning():
     prompts = [tree.add(root, 256, 700) for _ in range(2)]
     siblings = [[p, *(tree.add(p, 640, 650 + 40 * i) for i in range(4))] for p in prompts]
     alone = tree.add(root, 256, 400)
-    found = find_shared_prefixes(tree.table(), np.array(tree.lens) - 1, 16, TILE, 16)
+    found = find_shared_prefixes(tree.table(), np.array(tree.lens) - 1, 16, TILE, SPLIT, 16)
     assert [m[m >= 0].tolist() for m in found.members] == [*siblings, [root, alone]]
     assert found.lens.tolist() == [640, 640, 256]
     assert found.num_spared == 5 * 4 * 2 + 2
@@ -138,15 +140,17 @@ def test_nothing_is_shared():
     tree = Tree(16, 0)
     first = tree.add(None, 0, 500)
     lens = np.array([500])
-    assert find_shared_prefixes(tree.table(), lens - 1, 16, TILE, 16) is None
+    assert find_shared_prefixes(tree.table(), lens - 1, 16, TILE, SPLIT, 16) is None
     tree.add(first, 112, 500)
     tree.add(None, 0, 500)
     lens = np.array(tree.lens)
-    assert find_shared_prefixes(tree.table(), lens - 1, 16, TILE, 16) is None
+    assert find_shared_prefixes(tree.table(), lens - 1, 16, TILE, SPLIT, 16) is None
     tree.add(first, 128, 500)
-    assert find_shared_prefixes(tree.table(), np.array(tree.lens) - 1, 16, TILE, 16) is not None
+    assert (
+        find_shared_prefixes(tree.table(), np.array(tree.lens) - 1, 16, TILE, SPLIT, 16) is not None
+    )
     short = np.array([127, 499, 499, 499])
-    assert find_shared_prefixes(tree.table(), short, 16, TILE, 16) is None
+    assert find_shared_prefixes(tree.table(), short, 16, TILE, SPLIT, 16) is None
 
 
 _KERNELS = """
@@ -179,6 +183,7 @@ def bf16(self, value):
 interpreter.InterpreterBuilder.create_dot = dot
 interpreter.InterpreterBuilder.get_bf16 = bf16
 decode.supported, decode.num_sms = lambda device: False, lambda device: 1
+decode.num_stages = lambda *_: 1
 decode._WAVES = 1  # one program takes all items
 CPU, rng = torch.device("cpu"), random.Random(0)
 

@@ -9,7 +9,7 @@ from samebit.rollout.engine import Engine
 from samebit.weight_sync.meeting import loopback_listener
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
-pytestmark = pytest.mark.multigpu
+pytestmark = [pytest.mark.gpu, pytest.mark.multigpu]
 
 GROUP = "weight_update_group"
 
