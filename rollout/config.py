@@ -43,7 +43,7 @@ class EngineConfig:
     """Prompt tokens of one sample computed in one step."""
     prefix_cache: bool = True
     """Compute a prefix that prompts share once."""
-    group_attention: bool = False
+    group_attention: bool = True
     """On a GPU, read what decoding samples share of their contexts once for all of them, in steps
     where that spares enough; the bits are the same."""
     cuda_graphs: bool | None = None

@@ -92,7 +92,7 @@ engine() {
 
 groups() { # prefixes that samples share, read by each and read once
     samebit groups_qwen3_8b bench engine model="$shapes/qwen3-8b" load_format=dummy \
-        'variants=[default,group_attention]' \
+        'variants=[default,no_groups]' \
         'workloads=[64x8x512x512,64x8x700x512,16x16x8192x512,1x8x512x4096,64x1x512x256]'
     samebit groups_kernels_qwen3_8b bench kernels model="$shapes/qwen3-8b" 'tables=[shared]'
 }

@@ -22,6 +22,7 @@ from samebit.kernels.gpu.decode_attention import (
     decode_attention,
     decode_entries,
 )
+from samebit.kernels.gpu.hopper_attention import fits, prefill_attention
 from samebit.kernels.gpu.online_softmax import merge, nothing_seen, num_stages, split_pass
 from samebit.kernels.gpu.prefix_tasks import PrefixTasks, task_capacity
 from samebit.kernels.shared_prefixes import SharedPrefixes
@@ -325,7 +326,9 @@ def attend(
     for entries in plan.decode:
         assert table is not None
         decode_attention(q, k, v, output, entries, table, plan.page_size, scale)
-    if len(plan.tile_seq):
+    if len(plan.tile_seq) and fits(q, k, plan.tile_rows, None if table is None else plan.page_size):
+        prefill_attention(q, k, v, output, lse, plan, scale * LOG2E)
+    elif len(plan.tile_seq):
         block_dh = triton.next_power_of_2(head_dim)
         _prefill_kernel[(num_heads, len(plan.tile_seq))](
             q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=output, lse_ptr=lse, query_starts=plan.query_starts,

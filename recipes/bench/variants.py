@@ -16,7 +16,7 @@ from samebit.kernels.op import Op
 SETTINGS: dict[str, dict[str, Any]] = {
     "no_graphs": {"cuda_graphs": False},
     "no_overlap": {"overlap": False},
-    "group_attention": {"group_attention": True},
+    "no_groups": {"group_attention": False},
 }
 """Arguments of Engine that a variant sets."""
 

@@ -247,14 +247,14 @@ def shared_prefixes(subject: Subject) -> Result:
     ids = [[5000 * i + s for s in range(p.n)] for i, p in enumerate(params)]
     tokens = sum(len(x) + p.n * (new + 2 * page) for p, x in zip(params, prompts, strict=True))
     settings = {"max_num_seqs": 512, "kv_cache_tokens": tokens}
-    alone = subject.make_engine(prefix_cache=False, **settings)
+    alone = subject.make_engine(prefix_cache=False, group_attention=False, **settings)
     each = [
         (x, _single(p), [i]) for x, p, own in zip(prompts, params, ids, strict=True) for i in own
     ]
     truth = flat(alone.generate(*map(list, zip(*each, strict=True))))
     del alone  # its memory is the next one's
     for graphs in (True, False) if on_gpu else (None,):
-        engine = subject.make_engine(cuda_graphs=graphs, group_attention=True, **settings)
+        engine = subject.make_engine(cuda_graphs=graphs, **settings)
         engine.attention.least_shared_bytes = 1
         for case in ("first run", "second run"):
             found = flat(engine.generate(prompts, params, ids))

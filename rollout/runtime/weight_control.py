@@ -50,6 +50,8 @@ def load_weights(
     else:
         load_safetensors(model_path, specs, weights)
         stored = read_version(model_path)
+    if arena.device.type == "cuda":
+        torch.cuda.empty_cache()  # small things of later would keep all that loading needed
     session = UpdateSession(specs, weights, WeightVersion(0, ""), group)
     digest = session.digest()
     step = stored.step if stored and stored.digest == digest else 0

@@ -71,8 +71,8 @@ IDLE = {
     "engine.cuda_graphs is True": lambda: ENGINE(
         variants=["no_graphs"], engine=EngineConfig(cuda_graphs=True)
     ),
-    "engine.group_attention is True": lambda: ENGINE(
-        variants=["group_attention"], engine=EngineConfig(group_attention=True)
+    "engine.group_attention is False": lambda: ENGINE(
+        variants=["no_groups"], engine=EngineConfig(group_attention=False)
     ),
     "engine.seed is 7": lambda: ENGINE(engine=EngineConfig(seed=7)),
     "engine.load_format is 'dummy'": lambda: ENGINE(engine=EngineConfig(load_format="dummy")),

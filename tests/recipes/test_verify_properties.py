@@ -39,7 +39,7 @@ SETTINGS = {
     "pauses": [WITHOUT] * 3,
     "shared_prefixes": [
         {"max_num_seqs": 512, "kv_cache_tokens": 2798, **more}
-        for more in (WITHOUT, {"group_attention": True})
+        for more in (WITHOUT | {"group_attention": False}, {})
     ],
 }
 """Of the engines that each makes."""
