@@ -22,7 +22,6 @@ from samebit.kernels.gpu.prefix_tasks import PrefixTasks, task_rows
 LOG2E = 1.4426950408889634
 _LEAST_ROWS, _MOST_ROWS = 16, 128
 _MAX_KV_HEADS = 128
-_MAX_REGISTERS: int | None = None  # of a thread where entries have few rows
 _WAVES = 2  # programs over shared tiles, of which a multiprocessor holds one at a time
 
 
@@ -299,6 +298,5 @@ def decode_attention(
         ROWS=rows, TILE=GPU_KV_TILE, SPLIT=GPU_KV_SPLIT,
         PAGE=page_size, SHARED=prefixes is not None, PDL=pdl, num_warps=4 if rows < 64 else 8,
         num_stages=num_stages(rows, block_dh, q.device, 3 if is_few else 2),
-        maxnreg=_MAX_REGISTERS if rows < 64 else None,
         enable_fp_fusion=False, launch_pdl=pdl,
     )  # fmt: skip
