@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> int:
             found["switching_fraction"] = found["switching_s"] / found["step_s"]
             found["kv_tokens"] = int(found["perf/rollout_kv_cache_gib"] * 2**30 / token_bytes)
             print(name, json.dumps({k: v for k, v in found.items() if k != "command"}, indent=1))
-            write_result(Path(out), device, report)
+            write_result(Path(out), device, report, ["python", *sys.argv])
     ours = report["with release"]
     return 0 if ours["switching_s"] <= 0.5 and ours["switching_fraction"] <= 0.02 else 1
 

@@ -198,7 +198,7 @@ def main(arguments: list[str]) -> int:
         device = torch.device("cuda", dist.get_rank())
     ranks = gather_objects(measure(Path(folder), options, device))
     if dist.get_rank() == 0:
-        write_result(Path(out), device, {"options": options, "ranks": ranks})
+        write_result(Path(out), device, {"options": options, "ranks": ranks}, ["python", *sys.argv])
         for found in ranks:
             print(json.dumps(found))
     dist.destroy_process_group()
