@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,6 +50,28 @@ def _randn(*shape: int, device: torch.device, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=generator).to(device, dtype)
 
 
+_rehearsing = False
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two results are; while kernels are only compiled there are none, and nobody asks."""
+    return _rehearsing or torch.equal(a, b)
+
+
+@contextmanager
+def _rehearsal() -> Iterator[None]:
+    """In the block the checks' kernels are compiled, all at once, and nothing is found."""
+    from samebit.kernels.gpu.compile_ahead import compiling_ahead
+
+    global _rehearsing
+    _rehearsing = True
+    try:
+        with compiling_ahead():
+            yield
+    finally:
+        _rehearsing = False
+
+
 def unequal_linear_shapes(
     shapes: Iterable[tuple[int, int]], device: torch.device
 ) -> set[tuple[int, int]]:
@@ -60,7 +84,7 @@ def _cpu_differs(shape: tuple[int, int], device: torch.device) -> bool:
     weight = _randn(*shape, device=device)
     x = _randn(ROW_COUNTS[-1], shape[1], device=device, seed=1)
     truth = linear_blocked(x, weight)
-    return any(not torch.equal(linear_padded(x[:m], weight), truth[:m]) for m in ROW_COUNTS)
+    return any(not _equal(linear_padded(x[:m], weight), truth[:m]) for m in ROW_COUNTS)
 
 
 def _gpu_differs(shape: tuple[int, int], device: torch.device) -> bool:
@@ -78,10 +102,10 @@ def _gpu_differs(shape: tuple[int, int], device: torch.device) -> bool:
             linear_triton(x, weight, truth)
             for m in GPU_ROW_COUNTS:
                 product(x[:m], weight, found[:m])
-                if not torch.equal(found[:m], truth[:m]):
+                if not _equal(found[:m], truth[:m]):
                     return True
                 gated = shape[0] % 2 == 0 and out_dtype == torch.bfloat16
-                if gated and not torch.equal(swiglu_linear(x[:m], weight), swiglu(truth[:m])):
+                if gated and not _equal(swiglu_linear(x[:m], weight), swiglu(truth[:m])):
                     return True
     except cublaslt.CublasLtError as error:
         logger.warning("linear: %s", error)
@@ -103,7 +127,7 @@ def _gpu_segments_differ(shape: tuple[int, int], device: torch.device) -> bool:
     truth = parts[0] + parts[1]
     try:
         found = ((m, linear_in_segments(x[:m], weight, 2)) for m in GPU_ROW_COUNTS)
-        return any(not torch.equal(y, truth[:m]) for m, y in found)
+        return any(not _equal(y, truth[:m]) for m, y in found)
     except cublaslt.CublasLtError as error:
         logger.warning("linear_in_segments: %s", error)
         return True
@@ -117,8 +141,8 @@ def check_fused(heads: Heads, widths: Iterable[int], device: torch.device) -> No
         x, residual = (_randn(67, width, device=device, seed=s) for s in (0, 1))
         weight = _randn(width, device=device, seed=2)
         normed, total = add_rms_norm(x, residual, weight, 1e-6)
-        same &= torch.equal(total, residual + x)
-        same &= torch.equal(normed, rms_norm(residual + x, weight, 1e-6))
+        same &= _equal(total, residual + x)
+        same &= _equal(normed, rms_norm(residual + x, weight, 1e-6))
     shape = (5, 16, num_kv_heads, head_dim)
     qkv = _randn(67, (num_heads + 2 * num_kv_heads) * head_dim, device=device)
     norms = (_randn(head_dim, device=device), _randn(head_dim, device=device, seed=1))
@@ -130,7 +154,7 @@ def check_fused(heads: Heads, widths: Iterable[int], device: torch.device) -> No
             caches = [torch.zeros(shape, dtype=qkv.dtype, device=device) for _ in range(2)]
             q = operation(qkv, used, 1e-6, table, positions, kv_slots, *caches)
             outputs.append((q, *caches))
-        same &= all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+        same &= all(_equal(a, b) for a, b in zip(*outputs, strict=True))
     if not same:
         raise SelfCheckError(
             f"fused row operations differ from the single ones on this machine: {widths=}, "
@@ -154,11 +178,11 @@ def check_attention(attention: AttentionKind) -> None:
         caches[0].view(-1, num_kv_heads, head_dim)[:length] = k_L
         caches[1].view(-1, num_kv_heads, head_dim)[:length] = v_L
         table = torch.arange(num_pages)[None]
-        for chunk in (1, 2, 16, 17):
+        for chunk in (1, 2, 16, 17, 150):
             start = max(0, length - chunk)
             plan = attention.plan_step([length - start], [length], table, page_size)
             output = attention.attend(q_L[start:], caches[0], caches[1], plan)
-            if not torch.equal(output, truth_L[start:]):
+            if not _equal(output, truth_L[start:]):
                 raise SelfCheckError(
                     f"attention is not invariant on this machine: length {length}, chunk {chunk}, "
                     f"{num_heads}/{num_kv_heads} heads of {head_dim}"
@@ -178,9 +202,7 @@ def _check_shared_prefixes(
         plan = attention.plan_step([1] * len(lens), lens, table, page_size)
     finally:
         attention.least_shared_bytes = least
-    if not torch.equal(
-        attention.attend(q[first - 1 :], caches[0], caches[1], plan), truth[first - 1 :]
-    ):
+    if not _equal(attention.attend(q[first - 1 :], caches[0], caches[1], plan), truth[first - 1 :]):
         heads = attention.heads
         raise SelfCheckError(
             "attention of samples that share a prefix is not invariant on this machine: "
@@ -195,8 +217,8 @@ def check_rows(widths: Iterable[int], device: torch.device) -> None:
         weight = torch.ones(width, dtype=x.dtype, device=device)
         norm, gate = rms_norm(x[:, :width], weight, 1e-6), swiglu(x)
         for rows in (1, 2, 5, 31, 66):
-            same_norm = torch.equal(rms_norm(x[:rows, :width], weight, 1e-6), norm[:rows])
-            if not (same_norm and torch.equal(swiglu(x[:rows]), gate[:rows])):
+            same_norm = _equal(rms_norm(x[:rows, :width], weight, 1e-6), norm[:rows])
+            if not (same_norm and _equal(swiglu(x[:rows]), gate[:rows])):
                 raise SelfCheckError(f"row operations are not invariant here: width {width}")
 
 
@@ -208,7 +230,7 @@ def check_columns(shards: Iterable[tuple[int, int, int]], device: torch.device) 
     for n, k, size in shards:
         x, weight = _randn(67, k, device=device), _randn(n * size, k, device=device, seed=1)
         parts = [linear(x, part.contiguous()) for part in weight.chunk(size)]
-        if not torch.equal(torch.cat(parts, 1), linear(x, weight)):
+        if not _equal(torch.cat(parts, 1), linear(x, weight)):
             raise SelfCheckError(
                 f"products with {n} of {n * size} columns differ from the whole product's on this "
                 f"machine: tp_invariant does not hold for {size} ranks"
@@ -237,23 +259,23 @@ def selfcheck(
     key: list[object] = [profile.digest, torch.get_num_threads(), _source_digest()]
     key += [shapes, list(attention.heads), widths, shards, segments]
     if device.type == "cuda":
-        from samebit.kernels.gpu.tuning import fingerprint
+        from samebit.kernels.gpu.tuning import fingerprint, hint
 
         key += fingerprint(device)
     cache = _cache_file(key)
     unequal = _remembered(cache)
     own = not type(attention).__module__.startswith("samebit.")  # its source may be another now
-    if attention.is_invariant and (unequal is None or own):
-        check_attention(attention)
     if unequal is None:
-        check_rows(widths, device)
-        unequal = unequal_linear_shapes(shapes, device)
+        check = partial(_check, shapes, attention, widths, shards, segments)
         if device.type == "cuda":
-            check_fused(attention.heads, widths, device)
-            unequal |= {shape for shape in segments if _gpu_segments_differ(shape, device)}
-        else:  # on a GPU every element is one chain, whatever the tile
-            check_columns(shards, device)
+            if (words := hint(device, shapes)) is not None:
+                logger.warning("linear: %s", words)
+            with _rehearsal():
+                check()
+        unequal = check()
         _remember(cache, unequal)
+    elif own and attention.is_invariant:
+        check_attention(attention)
     if not unequal:
         return
     logger.warning("linear: the fast product is not used here for %s", sorted(unequal))
@@ -263,6 +285,27 @@ def selfcheck(
         from samebit.kernels.gpu.linear import use_triton
 
         use_triton(unequal)
+
+
+def _check(
+    shapes: Iterable[tuple[int, int]],
+    attention: AttentionKind,
+    widths: Iterable[int],
+    shards: Iterable[tuple[int, int, int]],
+    segments: Iterable[tuple[int, int]],
+) -> set[tuple[int, int]]:
+    """Check everything; the weight shapes whose fast product is not to be used."""
+    device = attention.device
+    if attention.is_invariant:
+        check_attention(attention)
+    check_rows(widths, device)
+    unequal = unequal_linear_shapes(shapes, device)
+    if device.type == "cuda":
+        check_fused(attention.heads, widths, device)
+        unequal |= {shape for shape in segments if _gpu_segments_differ(shape, device)}
+    else:  # on a GPU every element is one chain, whatever the tile
+        check_columns(shards, device)
+    return unequal
 
 
 @functools.cache

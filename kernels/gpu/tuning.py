@@ -1,20 +1,24 @@
 """Which implementation of a product is the fastest: tables measured offline, one file a card.
 
 `samebit bench kernels --tune` measures and writes them. All implementations give the same bits, so
-a table can only change speed. Shapes and cards without a table take cuBLASLt's first answer.
+a table can only change speed. What a card's own table lacks is looked up in those of cards of the
+same architecture; what nobody has measured goes by a rule.
 """
 
 import ctypes
 import functools
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from samebit.kernels.gpu import cublaslt
+from samebit.kernels.gpu.card import num_sms, shared_memory
 from samebit.kernels.gpu.cublaslt import FIRST, Answer
 from samebit.kernels.gpu.skinny import MAX_ROWS, Tile, block_rows
 
@@ -48,9 +52,20 @@ def row_bucket(num_rows: int) -> int:
     return block_rows(num_rows) if num_rows <= MAX_ROWS else num_rows
 
 
+def table_name(device_name: str) -> str:
+    """The file's name of a card's table."""
+    return f"{device_name.lower().replace(' ', '_')}.json"
+
+
+def user_tables() -> Path:
+    """Where the tables lie that were measured on this machine."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "samebit" / "tables"
+
+
 def table_path(device_name: str) -> Path:
-    """The file of a card."""
-    return TABLES / f"{device_name.lower().replace(' ', '_')}.json"
+    """The file that counts for a card, whether it is there or not: this machine's, else ours."""
+    own = user_tables() / table_name(device_name)
+    return own if own.exists() else TABLES / table_name(device_name)
 
 
 def to_json(choices: dict[Key, Choice]) -> list[dict[str, Any]]:
@@ -64,27 +79,101 @@ def to_json(choices: dict[Key, Choice]) -> list[dict[str, Any]]:
 def fingerprint(device: torch.device) -> list[str]:
     """What implementations and their choice depend on, beside what the numerics profile holds."""
     name = torch.cuda.get_device_name(device)
-    table = table_path(name)
-    digest = hashlib.sha256(table.read_bytes()).hexdigest() if table.exists() else "none"
+    tables = sorted({table_path(name), *TABLES.glob("*.json")})
+    content = b"".join(path.read_bytes() for path in tables if path.exists())
     driver = ctypes.c_int()  # the newest CUDA that it knows
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(driver))
+    digest = hashlib.sha256(content).hexdigest()
     return [name, cublaslt.version(), str(driver.value), digest]
 
 
-@functools.lru_cache(maxsize=8)
-def _table(device_index: int) -> dict[Key, Choice]:
-    path = table_path(torch.cuda.get_device_name(device_index))
+def architecture(device: torch.device | int) -> str:
+    """What a table says of its card, for others like it: sm_90."""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def hint(device: torch.device, shapes: Iterable[tuple[int, int]]) -> str | None:
+    """What to tell a user whose card has no table that knows one of these weights [N, K]."""
+    name = torch.cuda.get_device_name(device)
+    known = {(key.n, key.k) for key in own_choices(table_path(name))}
+    if not known.isdisjoint(shapes):
+        return None
+    return (
+        f"no product of this model was measured on {name}; which kernel computes it is a guess. "
+        "`samebit bench kernels --tune model=FOLDER` measures them, once: that can only change "
+        "speed"
+    )
+
+
+def own_choices(path: Path) -> dict[Key, Choice]:
+    """What a card's table says: of products that it has no row of but measured, the default."""
     if not path.exists():
         return {}
+    table = json.loads(path.read_text())
+    names = [field.name for field in fields(Key)]
+    measured = (Key(**{n: row[n] for n in names}) for row in table["measured_us"])
+    return dict.fromkeys(measured, DEFAULT) | _choices(table)
+
+
+def _choices(table: dict[str, Any]) -> dict[Key, Choice]:
     choices = {}
-    for row in json.loads(path.read_text())["linear"]:
+    for row in table["linear"]:
         tile = Tile(**row.pop("tile")) if "tile" in row else None
         answer = Answer(**row.pop("cublaslt", {}))
         choices[Key(**row)] = Choice(tile, answer)
     return choices
 
 
+def tiles_of_others(own: Path, arch: str) -> dict[Key, Choice]:
+    """Tiles from the tables of other cards of one architecture.
+
+    Not their answers of cuBLASLt's, whose numbers are those of a card's own heuristic.
+    """
+    tables = [json.loads(p.read_text()) for p in sorted(TABLES.glob("*.json")) if p != own]
+    found: dict[Key, Choice] = {}
+    for table in tables:
+        if table.get("architecture") == arch:
+            found |= {k: c for k, c in _choices(table).items() if c.tile is not None}
+    return found
+
+
+def by_rule(key: Key, num_sms: int, shared_bytes: int) -> Choice:
+    """A choice for what nobody has measured.
+
+    Few rows: a tile as wide as still gives most SMs a program, with loads in flight for one or two
+    programs on each. So were nearly all that were measured. Else cuBLASLt's first answer.
+    """
+    if key.rows > (32 if key.fp32 else 64):
+        return DEFAULT
+    widths = (32, 16) if key.gated else (64, 32, 16)
+    divides = [width for width in widths if key.n % width == 0]
+    full = [width for width in divides if key.n // width >= 0.7 * num_sms]
+    if not divides:
+        return DEFAULT
+    block_n = (full or divides[-1:])[0]
+    deep = key.rows <= 32 and block_n <= 32 and not key.gated
+    for block_k in (256, 128, 64) if deep else (128, 64):
+        programs = 1 if key.n // block_n <= num_sms else 2  # on an SM
+        width = block_n * (2 if key.gated else 1) + key.rows
+        held = int(shared_bytes * (0.67 if programs == 1 else 0.46))
+        stages = min(6, held // (2 * block_k * width))
+        if key.k % block_k == 0 and stages >= 3:
+            return Choice(Tile(block_n, block_k, 4, stages, prefetch=256 if key.k >= 256 else 0))
+    return DEFAULT
+
+
+@functools.lru_cache(maxsize=8)
+def _tables(device_index: int) -> tuple[dict[Key, Choice], dict[Key, Choice]]:
+    """The card's own choices, and tiles of cards like it."""
+    own = table_path(torch.cuda.get_device_name(device_index))
+    return own_choices(own), tiles_of_others(own, architecture(device_index))
+
+
 @functools.lru_cache(maxsize=1 << 16)
 def choose(device_index: int, key: Key) -> Choice:
     """The choice for a product whose rows are a row_bucket."""
-    return _table(device_index).get(key, DEFAULT)
+    for table in _tables(device_index):
+        if key in table:
+            return table[key]
+    device = torch.device("cuda", device_index)
+    return by_rule(key, num_sms(device), shared_memory(device))

@@ -4,7 +4,7 @@ Times are medians under CUDA graph replay with weights rotated so that L2 never 
 product of few rows is timed with a norm before it, as in a model, where one kernel's start hides
 behind the work of another, and alone; one of many rows for longer, until the card draws all the
 power that it may, as in a prefill: the fastest there need not be the fastest on a cool card.
-Kernels are compiled by many processes first. The result is a table for kernels/gpu/tables/.
+Kernels are compiled by many processes first. The result is a table (kernels/gpu/tuning.py).
 """
 
 import itertools
@@ -29,12 +29,22 @@ from samebit.kernels.gpu.cublaslt import Answer
 from samebit.kernels.gpu.rms_norm import add_rms_norm
 from samebit.kernels.gpu.skinny import Tile
 from samebit.kernels.gpu.swiglu import swiglu
-from samebit.kernels.gpu.tuning import TABLES, Choice, Key, row_bucket, table_path, to_json
+from samebit.kernels.gpu.tuning import (
+    Choice,
+    Key,
+    architecture,
+    row_bucket,
+    table_name,
+    table_path,
+    to_json,
+    user_tables,
+)
 from samebit.recipes.bench.config import BenchKernelsRun
 from samebit.recipes.bench.timing import Action, card_rates, graph_us, graphs_us, num_copies
 from samebit.recipes.run.provenance import write_result
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
+from samebit.weight_sync.disk import write_atomically
 
 SKINNY_ROWS = (16, 32, 64, 128)
 LARGE_ROWS = (160, 192, 224, 256, 320, 384, 448, 512, 1024, 2048, 4096, 8192)
@@ -264,6 +274,7 @@ def write_table(choices: dict[Key, Choice], rows: list[dict[str, Any]], path: Pa
     before = {k: v for k, v in known.items() if k not in ("linear", "measured_us", "earlier")}
     report = {
         "earlier": [*([before] if before else []), *known.get("earlier", [])],
+        "architecture": architecture(device),
         "linear": linear + to_json(choices),
         "measured_us": measured + [row | {"date": date} for row in rows],
     }
@@ -291,13 +302,16 @@ def check(choices: dict[Key, Choice]) -> None:
 
 
 def main(run: BenchKernelsRun) -> int:
-    """The command `samebit bench kernels --tune`: writes a table, for kernels/gpu/tables/."""
+    """The command `samebit bench kernels --tune`: writes a table, which counts from now on."""
     config = load_model_config(run.model, run.model_family)
     wanted = sorted({row_bucket(m) for m in run.rows or (*SKINNY_ROWS, *LARGE_ROWS)})
     choices, rows = tune(model_keys(config, wanted))
     check(choices)
-    name = table_path(torch.cuda.get_device_name()).name
+    name = table_name(torch.cuda.get_device_name())
     path = run.run_dir / name
     write_table(choices, rows, path)
-    print(f"{path} holds the table; it is used from {TABLES}/")
+    kept = user_tables() / name
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(kept, path.read_text())
+    print(f"{path} holds the table; engines on this machine use it from {kept}")
     return 0

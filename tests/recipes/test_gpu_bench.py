@@ -76,18 +76,16 @@ def test_tuner_writes_a_table_that_can_be_read(tmp_path, monkeypatch):
 
     every_tile = tune.tiles
     monkeypatch.setattr(tune, "tiles", lambda *product: islice(every_tile(*product), 3))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     arguments = [f"model={SHAPE}", "tune=true", "rows=[16]", f"output_dir={tmp_path}"]
     assert tune.main(resolve("bench kernels", arguments)) == 0
-    (path,) = tmp_path.glob("*/*.json")
+    (path,) = tmp_path.glob("*_kernels/*.json")
     measured = json.loads(path.read_text())["measured_us"]
     keys = {
         tuning.Key(**{field.name: row[field.name] for field in fields(tuning.Key)})
         for row in measured
     }
     assert keys >= set(tune.model_keys(load_model_config(str(SHAPE)), [16]))
-    monkeypatch.setattr(tuning, "TABLES", path.parent)
-    tuning._table.cache_clear()
-    try:
-        assert set(tuning._table(0)) <= keys
-    finally:
-        tuning._table.cache_clear()
+    name = torch.cuda.get_device_name()
+    assert tuning.table_path(name) == tmp_path / "samebit" / "tables" / tuning.table_name(name)
+    assert keys <= set(tuning.own_choices(tuning.table_path(name)))

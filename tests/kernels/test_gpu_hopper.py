@@ -1,0 +1,81 @@
+"""Prefill on Hopper: the bits of the portable kernel, whatever lies around the contexts."""
+
+import pytest
+import torch
+
+from samebit.kernels.attention import CanonicalAttention
+from samebit.kernels.attention_kind import Heads
+from samebit.kernels.gpu import attention as gpu
+
+pytestmark = pytest.mark.gpu
+
+HEADS = {"8 of 4x128": Heads(32, 8, 128, 128**-0.5), "3 of 3x64": Heads(9, 3, 64, 0.125)}
+PACKS = ([128], [512] * 3, [1000, 37, 2048, 129], [3000, 65, 1024, 1025, 1023])
+
+
+@pytest.fixture
+def portable(monkeypatch):
+    """A function that calls another with the portable kernel in the Hopper one's place."""
+
+    def call(function):
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu, "fits", lambda *_: False)
+            return function()
+
+    return call
+
+
+def taken(monkeypatch):
+    """Count what goes to the Hopper kernel."""
+    calls, run = [], gpu.prefill_attention
+    monkeypatch.setattr(gpu, "prefill_attention", lambda *args: (calls.append(1), run(*args))[1])
+    return calls
+
+
+needs_hopper = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9,
+    reason="the kernel is for Hopper",
+)
+
+
+@needs_hopper
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("lens", PACKS, ids=str)
+def test_packed(heads, lens, portable, monkeypatch):
+    """Outputs and log-sum-exps, of views into one tensor of queries, keys and values."""
+    kind = CanonicalAttention(heads, torch.device("cuda"))
+    sizes = [heads.num_heads, heads.num_kv_heads, heads.num_kv_heads]
+    qkv = torch.randn(sum(lens), sum(sizes), heads.head_dim, device="cuda").bfloat16()
+    q, k, v = qkv.split(sizes, 1)
+    plan = kind.plan_packed(lens)
+    calls = taken(monkeypatch)
+    found = gpu.attend(q, k, v, plan, heads.scale)
+    assert calls
+    truth = portable(lambda: gpu.attend(q, k, v, plan, heads.scale))
+    assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+
+
+@needs_hopper
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+def test_paged(heads, page_size, portable, monkeypatch):
+    """Chunks of contexts that end anywhere in a page; every other slot of the cache is NaN."""
+    kind = CanonicalAttention(heads, torch.device("cuda"))
+    lens, new = [200, 1500, 3000, 128, 129, 1025, 700], [130, 1500, 300, 128, 129, 65, 512]
+    counts = [-(-n // page_size) for n in lens]
+    table = torch.zeros(len(lens), max(counts), dtype=torch.int64)
+    shape = (2, sum(counts), page_size, heads.num_kv_heads, heads.head_dim)
+    caches = torch.full(shape, float("nan"), device="cuda").bfloat16()
+    pages = torch.randperm(sum(counts)).split(counts)
+    for row, own, length in zip(table, pages, lens, strict=True):
+        row[: len(own)] = own
+        place = torch.arange(length)
+        values = torch.randn(2, length, *shape[3:], device="cuda").bfloat16()
+        caches[:, row[place // page_size], place % page_size] = values
+    q = torch.randn(sum(new), heads.num_heads, heads.head_dim, device="cuda").bfloat16()
+    plan = kind.plan_step(new, lens, table, page_size)
+    calls = taken(monkeypatch)
+    found = kind.attend(q, *caches, plan)
+    assert calls
+    assert not found.isnan().any()
+    assert torch.equal(found, portable(lambda: kind.attend(q, *caches, plan)))
