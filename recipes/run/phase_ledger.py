@@ -5,6 +5,7 @@ take turns, so that a step never needs the sum of both peaks.
 """
 
 import time
+from contextlib import suppress
 from typing import Literal
 
 import torch
@@ -37,6 +38,8 @@ class PhaseLedger:
         self._phase: Phase = "rollout"
         self._figures: dict[str, float] = {}
         self._peak = 0.0
+        self._working_bytes = 0
+        """What torch held for the latest training beside the tags."""
         self._begin()
 
     def enter(self, phase: Phase) -> None:
@@ -50,12 +53,27 @@ class PhaseLedger:
         if self._releases and phase == "train":
             self._engine.release_memory_occupation(ENGINE_TURN)
             self._trainer.resume_memory(TRAINER_TURN)
+            self._reserve()
         elif self._releases:
             self._trainer.release_memory(TRAINER_TURN)
             self._engine.resume_memory_occupation(ENGINE_TURN)
         self._figures[f"perf/switch_to_{phase}_s"] = time.perf_counter() - start
         self._phase = phase
         self._begin()
+
+    def _reserve(self) -> None:
+        """Have torch take in one piece what training took in hundreds the last time."""
+        missing = self._working_bytes - self._beside_tags()
+        if missing > 0:
+            with suppress(torch.OutOfMemoryError):  # then as it goes
+                torch.empty(missing, dtype=torch.uint8, device=self._trainer.device)
+
+    def _beside_tags(self) -> int:
+        """Bytes that torch holds of a GPU beside the tags, which it counts even when released."""
+        if self._trainer.device.type != "cuda":
+            return 0
+        tagged = sum(found.reserved for found in self._occupation().values())
+        return torch.cuda.memory_reserved(self._trainer.device) - tagged
 
     def metrics(self) -> dict[str, float]:
         """What the latest of each phase took, in GiB, and the seconds of the switches to them."""
@@ -80,6 +98,8 @@ class PhaseLedger:
         torch still counts released memory, but for what graphs compute, as allocated.
         """
         taken, phase = self._occupation(), self._phase
+        if phase == "train":
+            self._working_bytes = self._beside_tags()
         for tag, found in taken.items():
             self._figures[f"perf/{phase}_{tag}_gib"] = found.resident / _GIB
         device = self._trainer.device
