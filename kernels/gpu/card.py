@@ -20,6 +20,6 @@ def shared_memory(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=8)
-def has_wgmma(device: torch.device) -> bool:
-    """Whether products of 64 rows and more read both operands from shared memory (Hopper)."""
-    return torch.cuda.get_device_capability(device)[0] >= 9
+def generation(device: torch.device) -> int:
+    """The first number of its compute capability: 9 is Hopper; 0: not a GPU."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from samebit.kernels.contract import GPU_KV_SPLIT, GPU_KV_TILE
 from samebit.kernels.gpu.card import num_sms
+from samebit.kernels.gpu.hopper_prefix import prefix_attention
+from samebit.kernels.gpu.hopper_tiles import takes
 from samebit.kernels.gpu.online_softmax import merge, nothing_seen, num_stages, split_pass
 from samebit.kernels.gpu.pdl import after_previous, prefetch_l2, supported
 from samebit.kernels.gpu.prefix_tasks import PrefixTasks, task_rows
@@ -22,6 +24,7 @@ from samebit.kernels.gpu.prefix_tasks import PrefixTasks, task_rows
 LOG2E = 1.4426950408889634
 _LEAST_ROWS, _MOST_ROWS = 16, 128
 _MAX_KV_HEADS = 128
+_ON_HOPPER = False  # whether hopper_prefix.py is taken: not before it has run on a card
 _WAVES = 2  # programs over shared tiles, of which a multiprocessor holds one at a time
 
 
@@ -240,6 +243,46 @@ def _decode_kernel(
     tl.store(counters + whose, 0)
 
 
+def _prefix_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor],
+    decode: DecodeEntries,
+    table: Tensor,
+    page_size: int,
+    scale: float,
+) -> None:
+    """Compute what entries share: each one's (max, sum, accumulator) of its splits.
+
+    parts: [entries, Hkv, splits, rows of an entry], the last one with the block of Dh beside.
+    """
+    prefixes, num_heads, (num_kv, head_dim) = decode.prefixes, q.shape[1], k.shape[1:]
+    assert prefixes is not None
+    rows = task_rows(num_heads // num_kv * decode.max_queries)
+    max_splits = triton.cdiv(decode.max_context, GPU_KV_SPLIT)
+    if _ON_HOPPER and takes(k, page_size):
+        return prefix_attention(
+            q, k, v, parts, decode, table, page_size, scale * LOG2E, rows, max_splits
+        )
+    programs = min(prefixes.most_items, triton.cdiv(_WAVES * num_sms(q.device), num_kv))
+    (part_max, part_sum, part_acc), pdl = parts, supported(q.device)
+    block_dh = part_acc.shape[1]
+    _prefix_kernel[(num_kv, programs)](
+        q_ptr=q, k_ptr=k, v_ptr=v, max_ptr=part_max, sum_ptr=part_sum, acc_ptr=part_acc,
+        members=prefixes.members, lens=prefixes.lens, num_items=prefixes.num_items,
+        items=prefixes.items, query_starts=decode.query_starts, query_lens=decode.query_lens,
+        table_rows=decode.table_rows, pages_ptr=table, max_pages=table.stride(0),
+        q_stride=q.stride(0), q_head=q.stride(1), stride=k.stride(0), kv_head=k.stride(1),
+        qk_scale=scale * LOG2E, max_splits=max_splits, NUM_KV=num_kv, GROUP=num_heads // num_kv,
+        QUERIES=decode.max_queries, CAPACITY=prefixes.members.shape[1], DH=head_dim,
+        BLOCK_DH=block_dh, ROWS=rows, TILE=GPU_KV_TILE, SPLIT=GPU_KV_SPLIT, PAGE=page_size, PDL=pdl,
+        num_warps=rows // 16, num_stages=num_stages(rows, block_dh, q.device, 3),
+        enable_fp_fusion=False, launch_pdl=pdl,
+    )  # fmt: skip
+    return None
+
+
 def decode_attention(
     q: Tensor,
     k: Tensor,
@@ -267,21 +310,7 @@ def decode_attention(
     strides = table.stride(0), q.stride(0), q.stride(1), k.stride(0), k.stride(1)
     max_pages, q_stride, q_head, stride, kv_head = strides
     if prefixes is not None:
-        rows = task_rows(own)
-        programs = min(prefixes.most_items, triton.cdiv(_WAVES * num_sms(q.device), num_kv))
-        _prefix_kernel[(num_kv, programs)](
-            q_ptr=q, k_ptr=k, v_ptr=v, max_ptr=part_max, sum_ptr=part_sum, acc_ptr=part_acc,
-            members=prefixes.members, lens=prefixes.lens, num_items=prefixes.num_items,
-            items=prefixes.items, query_starts=decode.query_starts,
-            query_lens=decode.query_lens, table_rows=decode.table_rows, pages_ptr=table,
-            max_pages=max_pages, q_stride=q_stride, q_head=q_head, stride=stride, kv_head=kv_head,
-            qk_scale=scale * LOG2E, max_splits=max_splits, NUM_KV=num_kv,
-            GROUP=num_heads // num_kv, QUERIES=decode.max_queries,
-            CAPACITY=prefixes.members.shape[1], DH=head_dim, BLOCK_DH=block_dh, ROWS=rows,
-            TILE=GPU_KV_TILE, SPLIT=GPU_KV_SPLIT, PAGE=page_size, PDL=pdl,
-            num_warps=rows // 16, num_stages=num_stages(rows, block_dh, q.device, 3),
-            enable_fp_fusion=False, launch_pdl=pdl,
-        )  # fmt: skip
+        _prefix_parts(q, k, v, (part_max, part_sum, part_acc), decode, table, page_size, scale)
     rows = max(_LEAST_ROWS, triton.next_power_of_2(own))
     # Few programs: each keeps more of its own loads in flight. Many: they hide each other's.
     own_splits = triton.cdiv(decode.max_own, GPU_KV_SPLIT)

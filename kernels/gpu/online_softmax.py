@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from samebit.kernels.contract import GPU_KV_TILE
-from samebit.kernels.gpu.card import has_wgmma, shared_memory
+from samebit.kernels.gpu.card import generation, shared_memory
 
 
 def num_stages(rows: int, block_dh: int, device: torch.device, most: int) -> int:
@@ -21,7 +21,7 @@ def num_stages(rows: int, block_dh: int, device: torch.device, most: int) -> int
     tile_bytes = 2 * GPU_KV_TILE * block_dh * torch.bfloat16.itemsize
     rest = rows * (block_dh + GPU_KV_TILE) * torch.bfloat16.itemsize  # queries and weights
     held = (shared_memory(device) - rest) // tile_bytes
-    return max(1, min(most, held if rows >= 64 and has_wgmma(device) else held + 1))
+    return max(1, min(most, held if rows >= 64 and generation(device) >= 9 else held + 1))
 
 
 @triton.jit
