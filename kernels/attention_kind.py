@@ -89,6 +89,10 @@ class AttentionKind(ABC):
         """How much a layer must be spared before decode shares prefixes; None: it never does."""
 
     @classmethod
+    def require_usable(cls, device_type: str) -> None:  # noqa: B027 - most run anywhere
+        """Raise ValueError where the kind does not run: on another device, without its library."""
+
+    @classmethod
     def tiles(cls, device_type: str) -> tuple[int | None, int | None]:
         """The profile's kv_tile and kv_split, for a kind whose bits have such constants."""
         return None, None

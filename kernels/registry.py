@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 ATTENTION_KINDS = {
     "canonical": "samebit.kernels.attention:CanonicalAttention",
+    "flashinfer": "samebit.kernels.flashinfer:FlashInferAttention",
 }
 """Where each kind is, as "module:class"."""
 

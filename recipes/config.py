@@ -117,7 +117,7 @@ class AttentionSection:
     """Chooses the attention of engine and trainer alike; the numerics profile names it."""
 
     attention: str = "canonical"
-    """canonical, or module:Class, a kind of your own."""
+    """canonical; flashinfer, on a GPU; or module:Class, a kind of your own."""
 
     def __post_init__(self) -> None:
         kinds, name = tuple(ATTENTION_KINDS), self.attention

@@ -38,7 +38,7 @@ def checked_model(run: TrainingRun) -> ModelConfig:
     The layout, the attention kind and the headers of the weights are looked at, no weight is read.
     """
     model, parallel = load_model_config(run.model.path, run.model_family), run.trainer.parallel
-    attention_kind(run.numerics.attention)
+    attention_kind(run.numerics.attention).require_usable(resolve_device(run.device).type)
     model.param_specs((0, parallel.tensor))
     make_stage(model, 0, parallel.pipeline, parallel.virtual_pipeline)
     if run.numerics.tp_invariant:

@@ -1,11 +1,16 @@
 """What every attention kind has to do: one contract test over all of them, and one from outside."""
 
+import importlib.metadata
+import importlib.util
+
+import numpy as np
 import pytest
 import torch
 from helpers import assert_same_bits, run_python
 
 from samebit.kernels.attention import CanonicalAttention, attention_ref
 from samebit.kernels.attention_kind import AttentionKind, GraphEntries, Heads
+from samebit.kernels.flashinfer import _pages
 from samebit.kernels.kv_write import kv_write
 from samebit.kernels.profile import numerics_profile
 from samebit.kernels.registry import ATTENTION_KINDS, attention_kind
@@ -14,8 +19,15 @@ LENS = (1, 17, 64, 65, 130, 1100)
 PAGE = 16
 gpu = pytest.mark.gpu
 no_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-PLACES = [(name, "cpu") for name in (*ATTENTION_KINDS, "plain")]
-PLACES += [pytest.param((name, "cuda"), marks=[gpu, no_card]) for name in ATTENTION_KINDS]
+no_library = pytest.mark.skipif(
+    importlib.util.find_spec("flashinfer") is None, reason="flashinfer-python is not installed"
+)
+ON_GPU = [
+    pytest.param(name, marks=[gpu, no_card, *([no_library] if name == "flashinfer" else [])])
+    for name in ATTENTION_KINDS
+]
+PLACES = [(name, "cpu") for name in ("canonical", "plain")]
+PLACES += [pytest.param((*param.values, "cuda"), marks=param.marks) for param in ON_GPU]
 
 
 class Case:
@@ -113,9 +125,7 @@ def test_gradients_are_those_of_the_reference(case):
         assert (a.float() - t).norm() <= bound * t.norm()
 
 
-@gpu
-@no_card
-@pytest.mark.parametrize("name", ATTENTION_KINDS)
+@pytest.mark.parametrize("name", ON_GPU)
 def test_replays_are_the_steps_without_a_graph(name):
     """One capture for all contexts up to a bound and fewer samples than its batch."""
     case, batch = Case(attention_kind(name), "cuda"), 8
@@ -171,3 +181,24 @@ def test_names_are_known_without_torch():
     names, modules = list(ATTENTION_KINDS), run_python(script).split()
     assert modules[: len(names)] == names
     assert not {"torch", "numpy"} & set(modules)
+
+
+def test_flashinfer_is_for_gpus_and_of_one_version(monkeypatch):
+    """Refused by name where it does not run, before anything is made."""
+    kind = attention_kind("flashinfer")
+    with pytest.raises(ValueError, match="numerics.attention is 'flashinfer'.* device is 'cpu'"):
+        kind(Heads(4, 2, 64, 0.1), torch.device("cpu"))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1")
+    with pytest.raises(ValueError, match=r"needs flashinfer-python 0\.7.*it is 0\.1: pip install"):
+        kind.require_usable("cuda")
+    assert not kind.is_invariant
+    assert kind.tiles("cuda") == (None, None)
+
+
+def test_pages_of_flashinfer():
+    """Page ids of contexts one behind another, and how many keys the last page of each holds."""
+    table = np.arange(12).reshape(3, 4)
+    indptr, indices, last = _pages(np.array([33, 16, 1]), table, 16)
+    assert indptr.tolist() == [0, 3, 4, 5]
+    assert indices.tolist() == [0, 1, 2, 4, 8]
+    assert last.tolist() == [1, 16, 1]
