@@ -88,8 +88,8 @@ class AttentionKind(ABC):
         self.least_shared_bytes: int | None = LEAST_SHARED_BYTES
         """How much a layer must be spared before decode shares prefixes; None: it never does."""
 
-    @classmethod
-    def require_usable(cls, device_type: str) -> None:  # noqa: B027 - most run anywhere
+    @classmethod  # noqa: B027 - most run anywhere
+    def require_usable(cls, device_type: str) -> None:
         """Raise ValueError where the kind does not run: on another device, without its library."""
 
     @classmethod
