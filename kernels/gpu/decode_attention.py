@@ -167,12 +167,32 @@ def _merge_parts(
     max_ptr, sum_ptr, acc_ptr, first, num_splits, mask, OWN: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_DH: tl.constexpr,
 ):  # fmt: skip
-    """The (max, sum, accumulator) of an entry's splits in ascending order; first: of split 0."""
+    """The (max, sum, accumulator) of an entry's splits in ascending order; first: of split 0.
+
+    Four are on their way at a time: one after the other, long contexts would wait for each.
+    """
     m, total, acc = nothing_seen(ROWS, BLOCK_DH)
-    for split in range(0, num_splits):
-        place = first + split * OWN
-        part_m, part, part_acc = _load_part(max_ptr, sum_ptr, acc_ptr, place, mask, BLOCK_DH)
-        m, total, acc = merge(m, total, acc, part_m, part, part_acc)
+    for s0 in range(0, num_splits, 4):
+        m0, t0, a0 = _load_part(max_ptr, sum_ptr, acc_ptr, first + s0 * OWN, mask, BLOCK_DH)
+        m1, t1, a1 = _load_part(
+            max_ptr, sum_ptr, acc_ptr, first + (s0 + 1) * OWN, mask & (s0 + 1 < num_splits),
+            BLOCK_DH,
+        )  # fmt: skip
+        m2, t2, a2 = _load_part(
+            max_ptr, sum_ptr, acc_ptr, first + (s0 + 2) * OWN, mask & (s0 + 2 < num_splits),
+            BLOCK_DH,
+        )  # fmt: skip
+        m3, t3, a3 = _load_part(
+            max_ptr, sum_ptr, acc_ptr, first + (s0 + 3) * OWN, mask & (s0 + 3 < num_splits),
+            BLOCK_DH,
+        )  # fmt: skip
+        m, total, acc = merge(m, total, acc, m0, t0, a0)
+        if s0 + 1 < num_splits:
+            m, total, acc = merge(m, total, acc, m1, t1, a1)
+        if s0 + 2 < num_splits:
+            m, total, acc = merge(m, total, acc, m2, t2, a2)
+        if s0 + 3 < num_splits:
+            m, total, acc = merge(m, total, acc, m3, t3, a3)
     return m, total, acc
 
 

@@ -201,6 +201,7 @@ for page_size, heads, shared, lens, queries in (
     (48, Heads(3, 1, 64, 0.1), 1025, (1030, 1100), (1, 1)),
     (64, Heads(2, 2, 16, 0.3), 1280, (1290, 1282), (5, 2)),
     (16, Heads(2, 1, 16, 0.3), 1024, (1026, 40, 2049), (3, 3, 3)),
+    (64, Heads(1, 1, 16, 0.3), 4096, (5200, 4200), (1, 1)),
     (16, Heads(8, 1, 16, 0.3), 256, [257 + i for i in range(10)], [1] * 10),
 ):
     table, num_pages = np.zeros((len(lens), -(-max(lens) // page_size)), dtype=np.int64), 1000
