@@ -10,7 +10,8 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from samebit.kernels.gpu.cublaslt import FIRST, Answer
 from samebit.kernels.gpu.skinny import MAX_ROWS, Tile, block_rows
 
 TABLES = Path(__file__).parent / "tables"
+_tables_count = True
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def to_json(choices: dict[Key, Choice]) -> list[dict[str, Any]]:
 def fingerprint(device: torch.device) -> list[str]:
     """What implementations and their choice depend on, beside what the numerics profile holds."""
     name = torch.cuda.get_device_name(device)
-    tables = sorted({table_path(name), *TABLES.glob("*.json")})
+    tables = sorted({table_path(name), *TABLES.glob("*.json")}) if _tables_count else []
     content = b"".join(path.read_bytes() for path in tables if path.exists())
     driver = ctypes.c_int()  # the newest CUDA that it knows
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(driver))
@@ -165,6 +167,8 @@ def by_rule(key: Key, num_sms: int, shared_bytes: int) -> Choice:
 @functools.lru_cache(maxsize=8)
 def _tables(device_index: int) -> tuple[dict[Key, Choice], dict[Key, Choice]]:
     """The card's own choices, and tiles of cards like it."""
+    if not _tables_count:
+        return {}, {}
     own = table_path(torch.cuda.get_device_name(device_index))
     return own_choices(own), tiles_of_others(own, architecture(device_index))
 
@@ -177,3 +181,21 @@ def choose(device_index: int, key: Key) -> Choice:
             return table[key]
     device = torch.device("cuda", device_index)
     return by_rule(key, num_sms(device), shared_memory(device))
+
+
+@contextmanager
+def without_tables() -> Iterator[None]:
+    """In the block there is no table, of this card or of any like it: a rule chooses."""
+    global _tables_count
+    _tables_count = False
+    _forget()
+    try:
+        yield
+    finally:
+        _tables_count = True
+        _forget()
+
+
+def _forget() -> None:
+    _tables.cache_clear()
+    choose.cache_clear()

@@ -10,7 +10,7 @@ from samebit.rollout.config import LOAD_FORMATS, EngineConfig
 from samebit.trainer.config import ParallelConfig, check_tp_invariant, require, require_default
 from samebit.weight_sync.transports.registry import FROM_ONE
 
-VARIANTS = ("default", "no_graphs", "no_overlap", "no_groups", "torch_kernels")
+VARIANTS = ("default", "no_graphs", "no_overlap", "no_groups", "no_table", "torch_kernels")
 TABLES = ("linear", "attention", "shared", "prefill", "rows")
 
 
@@ -138,7 +138,7 @@ class BenchEngineRun(BenchEngineSection):
     )
     """Prompts x samples of each x input length x output length."""
     variants: list[str] = field(default_factory=lambda: ["default"])
-    """default, no_graphs, no_overlap, no_groups, torch_kernels: one engine each."""
+    """default, no_graphs, no_overlap, no_groups, no_table, torch_kernels: an engine each."""
     cold: bool = False
     """Also start each engine in a process that finds empty caches, and time its first token."""
     peers: str | None = None

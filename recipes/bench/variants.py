@@ -17,6 +17,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no_graphs": {"cuda_graphs": False},
     "no_overlap": {"overlap": False},
     "no_groups": {"group_attention": False},
+    "no_table": {},
 }
 """Arguments of Engine that a variant sets."""
 
@@ -95,4 +96,8 @@ def _replaced(
 
 def kernels_of(variant: str, device_type: str) -> AbstractContextManager[Calls | None]:
     """The context in which the variant's engine lives."""
+    if variant == "no_table" and device_type == "cuda":
+        from samebit.kernels.gpu.tuning import without_tables  # needs Triton
+
+        return without_tables()
     return torch_kernels(device_type) if variant == "torch_kernels" else nullcontext()
