@@ -68,6 +68,8 @@ def _rehearsal() -> Iterator[None]:
     try:
         with compiling_ahead():
             yield
+    except Exception as error:  # noqa: BLE001 - it only saves time: the check itself comes next
+        logger.warning("kernels are compiled one by one: %s", error)
     finally:
         _rehearsing = False
 

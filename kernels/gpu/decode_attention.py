@@ -24,7 +24,6 @@ from samebit.kernels.gpu.prefix_tasks import PrefixTasks, task_rows
 LOG2E = 1.4426950408889634
 _LEAST_ROWS, _MOST_ROWS = 16, 128
 _MAX_KV_HEADS = 128
-_ON_HOPPER = False  # whether hopper_prefix.py is taken: not before it has run on a card
 _WAVES = 2  # programs over shared tiles, of which a multiprocessor holds one at a time
 
 
@@ -281,7 +280,7 @@ def _prefix_parts(
     assert prefixes is not None
     rows = task_rows(num_heads // num_kv * decode.max_queries)
     max_splits = triton.cdiv(decode.max_context, GPU_KV_SPLIT)
-    if _ON_HOPPER and takes(k, page_size):
+    if takes(k, page_size):
         return prefix_attention(
             q, k, v, parts, decode, table, page_size, scale * LOG2E, rows, max_splits
         )

@@ -21,6 +21,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from samebit.kernels.contract import GPU_KV_TILE
 from samebit.kernels.gpu.card import generation
 
+ENABLED = False
+"""Whether engines and trainers take these kernels: not before all of them have run on a card."""
 WARPGROUP_ROWS = 64
 COLUMNS = 64
 """Of bf16, in the 128 bytes that shared memory is swizzled by."""
@@ -32,7 +34,8 @@ def takes(k: Tensor, page_size: int | None) -> bool:
     whole_boxes = page_size is None or GPU_KV_TILE % page_size == 0 or page_size % GPU_KV_TILE == 0
     boxes = whole_boxes and (page_size is None or page_size >= 16)
     aligned = k.data_ptr() % 16 == 0 and k.stride(0) % 8 == 0 and k.stride(1) % 8 == 0
-    return generation(k.device) == 9 and k.shape[2] in (64, 128) and boxes and aligned
+    able = ENABLED and generation(k.device) == 9
+    return able and k.shape[2] in (64, 128) and boxes and aligned
 
 
 def box_rows(page_size: int | None) -> int:

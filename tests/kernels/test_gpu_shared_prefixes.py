@@ -8,7 +8,7 @@ import torch
 
 from samebit.kernels.attention import CanonicalAttention
 from samebit.kernels.attention_kind import GraphEntries, Heads
-from samebit.kernels.gpu import decode_attention
+from samebit.kernels.gpu import hopper_tiles
 
 pytestmark = pytest.mark.gpu
 
@@ -62,7 +62,7 @@ def test_together_and_alone(shape, page_size, most, on_hopper, monkeypatch):
     """Any mixture of groups, with one query and with up to 16; and each query by itself."""
     if on_hopper and (torch.cuda.get_device_capability()[0] != 9 or page_size == 48):
         return  # there the portable kernel is taken again
-    monkeypatch.setattr(decode_attention, "_ON_HOPPER", on_hopper)
+    monkeypatch.setattr(hopper_tiles, "ENABLED", on_hopper)
     heads = Heads(*shape, scale=shape[2] ** -0.5)
     together, alone = kinds(heads)
     for seed in range(3):
