@@ -39,7 +39,10 @@ LEAST_SHARED_BYTES = 16 << 20  # reading them takes as long as the kernel that s
 
 
 class AttentionPlan:
-    """Says how one forward's work is divided. Only the kind that made it knows what it holds."""
+    """Says how one forward's work is divided. Only the kind that made it knows what it holds.
+
+    It stays valid as long as it lives: others may be planned, and used, meanwhile.
+    """
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ Source: Ye et al. 2025, arXiv 2501.01005.
 
 import importlib.metadata
 import math
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,46 +26,38 @@ from samebit.kernels.shared_prefixes import SharedPrefixes
 
 VERSION = "0.7.2.post1"
 """Of flashinfer-python: another one is another kind, with bits of its own."""
-_WORKSPACE_BYTES = 256 << 20  # for the parts of contexts that are cut up
-_TURNS = 3  # plans whose host memory may be read by what is in flight
+_WORKSPACE_BYTES = 384 << 20  # for the parts of contexts that are cut up
 
 
 @dataclass(frozen=True)
 class FlashInferPlan(AttentionPlan):
-    """A wrapper that has planned a batch; for packed samples also how gradients see it."""
+    """A wrapper that has planned a batch, its own as long as the plan lives."""
 
     wrapper: Any
-    packed: Any = None  # the canonical kind's plan
+    packed: Any = None  # the canonical kind's plan of packed samples, by which gradients go
+    graph_page_size: int | None = None  # of a CUDA graph's wrapper, which is planned again
 
 
-class _Turns:
-    """Wrappers that plan in turn: one plans anew only when what it had planned is on the device."""
+class _Wrappers:
+    """Wrappers that no plan has, each with the moment when its latest one was on the device."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
-        self._wrappers = [make() for _ in range(_TURNS)]
-        self._copied: list[torch.cuda.Event | None] = [None] * _TURNS
-        self._turn = 0
+        self._make = make
+        self._free: list[tuple[Any, torch.cuda.Event]] = []
 
-    def plan(self, *arguments: Any, **options: Any) -> Any:
-        """The wrapper whose turn it is, once it has planned."""
-        turn, self._turn = self._turn, (self._turn + 1) % _TURNS
-        if (copied := self._copied[turn]) is not None:
-            copied.synchronize()
-        self._wrappers[turn].plan(*arguments, **options)
-        copied = self._copied[turn] = torch.cuda.Event()
+    def plan(self, packed: Any, *arguments: Any, **options: Any) -> FlashInferPlan:
+        """A plan by a wrapper that comes back when the plan is gone."""
+        if self._free:
+            wrapper, copied = self._free.pop(0)
+            copied.synchronize()  # its host memory is written anew
+        else:
+            wrapper, copied = self._make(), torch.cuda.Event()
+        with _told():
+            wrapper.plan(*arguments, **options)
         copied.record()
-        return self._wrappers[turn]
-
-
-@dataclass
-class _GraphWrapper:
-    """A wrapper whose buffers a CUDA graph reads, and where they may have pages."""
-
-    wrapper: Any
-    batch: int
-    page_size: int
-    pinned: list[Tensor]
-    turn: int = 0
+        made = FlashInferPlan(wrapper, packed)
+        weakref.finalize(made, self._free.append, (wrapper, copied))
+        return made
 
 
 class FlashInferAttention(AttentionKind):
@@ -77,8 +71,9 @@ class FlashInferAttention(AttentionKind):
         super().__init__(heads, device)
         self.require_usable(device.type)
         self._workspace: Tensor | None = None
-        self._paged: _Turns | None = None
-        self._ragged: _Turns | None = None
+        self._paged: _Wrappers | None = None
+        self._ragged: _Wrappers | None = None
+        self._try()
 
     @classmethod
     def require_usable(cls, device_type: str) -> None:
@@ -109,15 +104,15 @@ class FlashInferAttention(AttentionKind):
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
         if self._paged is None:
-            self._paged = _Turns(
+            self._paged = _Wrappers(
                 lambda: BatchPrefillWithPagedKVCacheWrapper(self._buffer(), backend="fa2")
             )
         lens = np.asarray(context_lens)
         indptr, indices, last = _pages(lens, page_table.numpy(), page_size)
-        wrapper = self._paged.plan(
-            _ends(query_lens), indptr, indices, last, *self._sizes(), page_size, **self._options()
+        pages = indptr, indices, last
+        return self._paged.plan(
+            None, _ends(query_lens), *pages, *self._sizes(), page_size, **self._options()
         )
-        return FlashInferPlan(wrapper)
 
     def plan_context(
         self,
@@ -132,14 +127,12 @@ class FlashInferAttention(AttentionKind):
         from samebit.kernels.gpu.attention import plan
 
         if self._ragged is None:
-            self._ragged = _Turns(
+            self._ragged = _Wrappers(
                 lambda: BatchPrefillWithRaggedKVCacheWrapper(self._buffer(), backend="fa2")
             )
         packed = plan(query_lens, context_lens, None, 1, self.device, key_starts, num_keys)
-        wrapper = self._ragged.plan(
-            _ends(query_lens), _ends(context_lens), *self._sizes(), **self._options()
-        )
-        return FlashInferPlan(wrapper, packed)
+        ends = _ends(query_lens), _ends(context_lens)
+        return self._ragged.plan(packed, *ends, *self._sizes(), **self._options())
 
     def plan_graph(self, entries: GraphEntries, max_own: int | None = None) -> AttentionPlan:
         """See AttentionKind: a wrapper with buffers of its own, planned for the longest."""
@@ -156,11 +149,9 @@ class FlashInferAttention(AttentionKind):
             paged_kv_last_page_len_buffer=torch.ones(batch, **ints),
             backend="fa2",
         )
-        shape = wrapper._pin_memory_int_workspace_buffer.shape
-        pinned = [torch.empty(shape, dtype=torch.uint8, pin_memory=True) for _ in range(_TURNS)]
-        made = _GraphWrapper(wrapper, batch, entries.page_size, pinned)
+        made = FlashInferPlan(wrapper, graph_page_size=entries.page_size)
         self._plan_graph(made, np.full(batch, entries.max_context), np.zeros((batch, pages), int))
-        return FlashInferPlan(made)
+        return made
 
     def prepare_replay(
         self,
@@ -170,34 +161,48 @@ class FlashInferAttention(AttentionKind):
         page_table: np.ndarray,
         shared: SharedPrefixes | None,
     ) -> None:
-        """Plan the graph's wrapper anew. What only fills the batch up has one page, of one key."""
+        """Plan the graph's wrapper anew, once the step before has run: FlashInfer waits for it.
+
+        What only fills the batch up reads one key of the first slot's first page.
+        """
         assert isinstance(plan, FlashInferPlan)
-        missing = plan.wrapper.batch - len(context_lens)
+        missing = len(plan.wrapper._paged_kv_last_page_len_buf) - len(context_lens)
         lens = np.concatenate([context_lens, np.ones(missing, dtype=context_lens.dtype)])
         rows = np.concatenate([table_rows, np.zeros(missing, dtype=table_rows.dtype)])
-        self._plan_graph(plan.wrapper, lens, page_table[rows])
+        self._plan_graph(plan, lens, page_table[rows])
 
     def attend(
         self, q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: AttentionPlan
     ) -> Tensor:
         """See AttentionKind."""
         assert isinstance(plan, FlashInferPlan)
-        wrapper = plan.wrapper
-        if isinstance(wrapper, _GraphWrapper):
-            wrapper = wrapper.wrapper
-        return wrapper.run(q.contiguous(), (key_cache, value_cache))
+        return plan.wrapper.run(q.contiguous(), (key_cache, value_cache))
 
     def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
         """See AttentionKind."""
         return _PackedFlashInfer.apply(q, k, v, plan, self.heads.scale)
 
-    def _plan_graph(self, made: _GraphWrapper, lens: np.ndarray, tables: np.ndarray) -> None:
-        made.turn = (made.turn + 1) % _TURNS
-        made.wrapper._pin_memory_int_workspace_buffer = made.pinned[made.turn]
-        pages = _pages(lens, tables, made.page_size)
+    def _plan_graph(self, plan: FlashInferPlan, lens: np.ndarray, tables: np.ndarray) -> None:
+        page_size = plan.graph_page_size
+        assert page_size is not None
         options = self._options()
         del options["causal"]  # one query sees all keys
-        made.wrapper.plan(*pages, *self._sizes(), made.page_size, **options)
+        with _told():
+            plan.wrapper.plan(
+                *_pages(lens, tables, page_size), *self._sizes(), page_size, **options
+            )
+
+    def _try(self) -> None:
+        """Compute one token, so that what cannot be compiled or computed is known at the start."""
+        heads, page_size = self.heads, 16
+        caches = torch.zeros(
+            2, 1, page_size, heads.num_kv_heads, heads.head_dim,
+            dtype=torch.bfloat16, device=self.device,
+        )  # fmt: skip
+        q = caches.new_zeros(1, heads.num_heads, heads.head_dim)
+        with _told(f"heads of {heads.head_dim} on {torch.cuda.get_device_name(self.device)}"):
+            plan = self.plan_step([1], [1], torch.zeros(1, 1, dtype=torch.int64), page_size)
+            self.attend(q, caches[0], caches[1], plan)
 
     def _buffer(self) -> Tensor:
         if self._workspace is None:
@@ -231,6 +236,17 @@ class _PackedFlashInfer(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, output, lse = ctx.saved_tensors
         return *attend_backward(grad, q, k, v, output, lse, ctx.plan, ctx.scale), None, None
+
+
+@contextmanager
+def _told(what: str = "a batch") -> Iterator[None]:
+    """Say in our words what FlashInfer refuses."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"numerics.attention is 'flashinfer', which refuses {what}: {error}"
+        ) from error
 
 
 def _ends(lens: Sequence[int] | np.ndarray) -> Tensor:

@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 
@@ -50,12 +51,12 @@ def _randn(*shape: int, device: torch.device, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=generator).to(device, dtype)
 
 
-_rehearsing = False
+_rehearsing: ContextVar[bool] = ContextVar("rehearsing", default=False)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     """Whether two results are; while kernels are only compiled there are none, and nobody asks."""
-    return _rehearsing or torch.equal(a, b)
+    return _rehearsing.get() or torch.equal(a, b)
 
 
 @contextmanager
@@ -63,15 +64,14 @@ def _rehearsal() -> Iterator[None]:
     """In the block the checks' kernels are compiled, all at once, and nothing is found."""
     from samebit.kernels.gpu.compile_ahead import compiling_ahead
 
-    global _rehearsing
-    _rehearsing = True
+    token = _rehearsing.set(True)
     try:
         with compiling_ahead():
             yield
     except Exception as error:  # noqa: BLE001 - it only saves time: the check itself comes next
         logger.warning("kernels are compiled one by one: %s", error)
     finally:
-        _rehearsing = False
+        _rehearsing.reset(token)
 
 
 def unequal_linear_shapes(

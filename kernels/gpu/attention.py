@@ -326,7 +326,7 @@ def attend(
     for entries in plan.decode:
         assert table is not None
         decode_attention(q, k, v, output, entries, table, plan.page_size, scale)
-    if len(plan.tile_seq) and fits(k, plan.tile_rows, None if table is None else plan.page_size):
+    if len(plan.tile_seq) and fits(k, v, plan.tile_rows, None if table is None else plan.page_size):
         prefill_attention(q, k, v, output, lse, plan, scale * LOG2E)
     elif len(plan.tile_seq):
         block_dh = triton.next_power_of_2(head_dim)

@@ -8,28 +8,43 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import Lock
 from typing import Any
 
 import triton
 from triton.runtime.jit import JITFunction
 
+_MOST_THREADS = 16
+_ahead: ContextVar[bool] = ContextVar("compiling_ahead", default=False)
+_lock = Lock()
+_run: Any = JITFunction.run
+_users = 0
+
+
+def _compile_or_run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+    return _run(self, *args, grid=grid, warmup=warmup or _ahead.get(), **options)
+
 
 @contextmanager
 def compiling_ahead() -> Iterator[None]:
-    """In the block this process's Triton kernels are compiled and not run; at its end all are.
+    """In the block this thread's Triton kernels are compiled and not run; at its end all are.
 
     What they would write stays as it is. A kernel that does not compile is none here: whoever runs
-    it learns why.
+    it learns why. Other threads run theirs.
     """
-    run: Any = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        return run(self, *args, grid=grid, warmup=True, **options)
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        JITFunction.run = compile_only  # type: ignore[method-assign]
-        try:
-            with triton.AsyncCompileMode(pool, ignore_errors=True):
-                yield
-        finally:
-            JITFunction.run = run  # type: ignore[method-assign]
+    global _users
+    with _lock:
+        _users += 1
+        JITFunction.run = _compile_or_run  # type: ignore[method-assign]
+    token = _ahead.set(True)
+    try:
+        threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+        with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+            yield
+    finally:
+        _ahead.reset(token)
+        with _lock:
+            _users -= 1
+            if not _users:
+                JITFunction.run = _run  # type: ignore[method-assign]

@@ -168,30 +168,32 @@ def _merge_parts(
 ):  # fmt: skip
     """The (max, sum, accumulator) of an entry's splits in ascending order; first: of split 0.
 
-    Four are on their way at a time: one after the other, long contexts would wait for each.
+    Few rows: four parts are on their way at a time, since long contexts would wait for each.
     """
     m, total, acc = nothing_seen(ROWS, BLOCK_DH)
-    for s0 in range(0, num_splits, 4):
-        m0, t0, a0 = _load_part(max_ptr, sum_ptr, acc_ptr, first + s0 * OWN, mask, BLOCK_DH)
-        m1, t1, a1 = _load_part(
-            max_ptr, sum_ptr, acc_ptr, first + (s0 + 1) * OWN, mask & (s0 + 1 < num_splits),
-            BLOCK_DH,
-        )  # fmt: skip
-        m2, t2, a2 = _load_part(
-            max_ptr, sum_ptr, acc_ptr, first + (s0 + 2) * OWN, mask & (s0 + 2 < num_splits),
-            BLOCK_DH,
-        )  # fmt: skip
-        m3, t3, a3 = _load_part(
-            max_ptr, sum_ptr, acc_ptr, first + (s0 + 3) * OWN, mask & (s0 + 3 < num_splits),
-            BLOCK_DH,
-        )  # fmt: skip
-        m, total, acc = merge(m, total, acc, m0, t0, a0)
-        if s0 + 1 < num_splits:
-            m, total, acc = merge(m, total, acc, m1, t1, a1)
-        if s0 + 2 < num_splits:
-            m, total, acc = merge(m, total, acc, m2, t2, a2)
-        if s0 + 3 < num_splits:
-            m, total, acc = merge(m, total, acc, m3, t3, a3)
+    if ROWS < 64:
+        for s0 in range(0, num_splits, 4):
+            one, two, three = s0 + 1 < num_splits, s0 + 2 < num_splits, s0 + 3 < num_splits
+            place = first + s0 * OWN
+            m0, t0, a0 = _load_part(max_ptr, sum_ptr, acc_ptr, place, mask, BLOCK_DH)
+            place += OWN
+            m1, t1, a1 = _load_part(max_ptr, sum_ptr, acc_ptr, place, mask & one, BLOCK_DH)
+            place += OWN
+            m2, t2, a2 = _load_part(max_ptr, sum_ptr, acc_ptr, place, mask & two, BLOCK_DH)
+            place += OWN
+            m3, t3, a3 = _load_part(max_ptr, sum_ptr, acc_ptr, place, mask & three, BLOCK_DH)
+            m, total, acc = merge(m, total, acc, m0, t0, a0)
+            if one:
+                m, total, acc = merge(m, total, acc, m1, t1, a1)
+            if two:
+                m, total, acc = merge(m, total, acc, m2, t2, a2)
+            if three:
+                m, total, acc = merge(m, total, acc, m3, t3, a3)
+    else:
+        for split in range(0, num_splits):
+            place = first + split * OWN
+            part_m, part, part_acc = _load_part(max_ptr, sum_ptr, acc_ptr, place, mask, BLOCK_DH)
+            m, total, acc = merge(m, total, acc, part_m, part, part_acc)
     return m, total, acc
 
 
@@ -280,7 +282,7 @@ def _prefix_parts(
     assert prefixes is not None
     rows = task_rows(num_heads // num_kv * decode.max_queries)
     max_splits = triton.cdiv(decode.max_context, GPU_KV_SPLIT)
-    if takes(k, page_size):
+    if takes(k, v, page_size):
         return prefix_attention(
             q, k, v, parts, decode, table, page_size, scale * LOG2E, rows, max_splits
         )

@@ -1,6 +1,7 @@
 """attention of prefill and training on Hopper: two warpgroups with 64 query rows each, one loads.
 
-See hopper_tiles.py; the portable kernel beside it, attention.py, gives the same bits.
+See hopper_tiles.py; the portable kernel beside it, attention.py, gives the same bits: of keys and
+values that are finite as far as the context goes.
 """
 
 from typing import Any
@@ -162,9 +163,9 @@ def _hopper_kernel(
     )  # fmt: skip
 
 
-def fits(k: Tensor, tile_rows: int, page_size: int | None) -> bool:
+def fits(k: Tensor, v: Tensor, tile_rows: int, page_size: int | None) -> bool:
     """Whether `prefill_attention` takes these heads, tiles and pages (None: packed keys)."""
-    return tile_rows == _ROWS and takes(k, page_size)
+    return tile_rows == _ROWS and takes(k, v, page_size)
 
 
 def prefill_attention(

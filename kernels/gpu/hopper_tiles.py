@@ -29,11 +29,15 @@ COLUMNS = 64
 _LOWEST = gl.constexpr(-1e30)
 
 
-def takes(k: Tensor, page_size: int | None) -> bool:
-    """Whether tiles of these keys [kv_slots, Hkv, Dh] come by TMA; page_size: None if packed."""
+def takes(k: Tensor, v: Tensor, page_size: int | None) -> bool:
+    """Whether tiles of keys and values [kv_slots, Hkv, Dh] come by TMA; page_size: None if packed.
+
+    Both have the same strides.
+    """
     whole_boxes = page_size is None or GPU_KV_TILE % page_size == 0 or page_size % GPU_KV_TILE == 0
     boxes = whole_boxes and (page_size is None or page_size >= 16)
-    aligned = k.data_ptr() % 16 == 0 and k.stride(0) % 8 == 0 and k.stride(1) % 8 == 0
+    starts = k.data_ptr() % 16 == v.data_ptr() % 16 == 0
+    aligned = starts and k.stride(0) % 8 == 0 and k.stride(1) % 8 == 0
     able = ENABLED and generation(k.device) == 9
     return able and k.shape[2] in (64, 128) and boxes and aligned
 

@@ -21,7 +21,7 @@ def num_stages(rows: int, block_dh: int, device: torch.device, most: int) -> int
     tile_bytes = 2 * GPU_KV_TILE * block_dh * torch.bfloat16.itemsize
     rest = rows * (block_dh + GPU_KV_TILE) * torch.bfloat16.itemsize  # queries and weights
     held = (shared_memory(device) - rest) // tile_bytes
-    return max(1, min(most, held if rows >= 64 and generation(device) >= 9 else held + 1))
+    return max(1, min(most, held if rows >= 64 and generation(device) in (9, 10) else held + 1))
 
 
 @triton.jit

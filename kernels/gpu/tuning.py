@@ -9,6 +9,7 @@ import ctypes
 import functools
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from samebit.kernels.gpu import cublaslt
 from samebit.kernels.gpu.card import num_sms, shared_memory
 from samebit.kernels.gpu.cublaslt import FIRST, Answer
 from samebit.kernels.gpu.skinny import MAX_ROWS, Tile, block_rows
+
+logger = logging.getLogger(__name__)
 
 TABLES = Path(__file__).parent / "tables"
 _tables_count = True
@@ -60,14 +63,14 @@ def table_name(device_name: str) -> str:
 
 
 def user_tables() -> Path:
-    """Where the tables lie that were measured on this machine."""
+    """Where the tables lie that were measured on this machine: they count before ours."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "samebit" / "tables"
 
 
-def table_path(device_name: str) -> Path:
-    """The file that counts for a card, whether it is there or not: this machine's, else ours."""
-    own = user_tables() / table_name(device_name)
-    return own if own.exists() else TABLES / table_name(device_name)
+def _tables_of(device_name: str) -> list[Path]:
+    """A card's table files that there are, the one that counts most last."""
+    paths = [folder / table_name(device_name) for folder in (TABLES, user_tables())]
+    return [path for path in paths if path.exists()]
 
 
 def to_json(choices: dict[Key, Choice]) -> list[dict[str, Any]]:
@@ -81,8 +84,8 @@ def to_json(choices: dict[Key, Choice]) -> list[dict[str, Any]]:
 def fingerprint(device: torch.device) -> list[str]:
     """What implementations and their choice depend on, beside what the numerics profile holds."""
     name = torch.cuda.get_device_name(device)
-    tables = sorted({table_path(name), *TABLES.glob("*.json")}) if _tables_count else []
-    content = b"".join(path.read_bytes() for path in tables if path.exists())
+    tables = [*sorted(TABLES.glob("*.json")), *_tables_of(name)] if _tables_count else []
+    content = b"".join(path.read_bytes() for path in tables)
     driver = ctypes.c_int()  # the newest CUDA that it knows
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(driver))
     digest = hashlib.sha256(content).hexdigest()
@@ -97,7 +100,7 @@ def architecture(device: torch.device | int) -> str:
 def hint(device: torch.device, shapes: Iterable[tuple[int, int]]) -> str | None:
     """What to tell a user whose card has no table that knows one of these weights [N, K]."""
     name = torch.cuda.get_device_name(device)
-    known = {(key.n, key.k) for key in own_choices(table_path(name))}
+    known = {(key.n, key.k) for key in own_choices(name)}
     if not known.isdisjoint(shapes):
         return None
     return (
@@ -107,35 +110,46 @@ def hint(device: torch.device, shapes: Iterable[tuple[int, int]]) -> str | None:
     )
 
 
-def own_choices(path: Path) -> dict[Key, Choice]:
-    """What a card's table says: of products that it has no row of but measured, the default."""
-    if not path.exists():
+def own_choices(device_name: str) -> dict[Key, Choice]:
+    """What a card's tables say: of products that they have no row of but measured, the default."""
+    found: dict[Key, Choice] = {}
+    for path in _tables_of(device_name):
+        found |= _choices(path)
+    return found
+
+
+def _choices(path: Path) -> dict[Key, Choice]:
+    """What a file says; nothing, and a warning, if it is no table that this version writes."""
+    try:
+        table, names = json.loads(path.read_text()), [field.name for field in fields(Key)]
+        choices = dict.fromkeys(
+            (Key(**{n: r[n] for n in names}) for r in table["measured_us"]), DEFAULT
+        )
+        for row in table["linear"]:
+            tile = Tile(**row.pop("tile")) if "tile" in row else None
+            answer = Answer(**row.pop("cublaslt", {}))
+            choices[Key(**row)] = Choice(tile, answer)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning(
+            "%s is no tuning table of this version, and not used (%s: %s): `samebit bench kernels "
+            "--tune` makes another", path, type(error).__name__, error,
+        )  # fmt: skip
         return {}
-    table = json.loads(path.read_text())
-    names = [field.name for field in fields(Key)]
-    measured = (Key(**{n: row[n] for n in names}) for row in table["measured_us"])
-    return dict.fromkeys(measured, DEFAULT) | _choices(table)
-
-
-def _choices(table: dict[str, Any]) -> dict[Key, Choice]:
-    choices = {}
-    for row in table["linear"]:
-        tile = Tile(**row.pop("tile")) if "tile" in row else None
-        answer = Answer(**row.pop("cublaslt", {}))
-        choices[Key(**row)] = Choice(tile, answer)
     return choices
 
 
-def tiles_of_others(own: Path, arch: str) -> dict[Key, Choice]:
-    """Tiles from the tables of other cards of one architecture.
+def tiles_of_others(device_name: str, arch: str) -> dict[Key, Choice]:
+    """What our tables of other cards of one architecture say: a tile, or that none is best.
 
-    Not their answers of cuBLASLt's, whose numbers are those of a card's own heuristic.
+    Not which of cuBLASLt's answers is, whose numbers are those of a card's own heuristic.
     """
-    tables = [json.loads(p.read_text()) for p in sorted(TABLES.glob("*.json")) if p != own]
     found: dict[Key, Choice] = {}
-    for table in tables:
-        if table.get("architecture") == arch:
-            found |= {k: c for k, c in _choices(table).items() if c.tile is not None}
+    for path in sorted(TABLES.glob("*.json")):
+        if path.name == table_name(device_name):
+            continue
+        if json.loads(path.read_text()).get("architecture") == arch:
+            choices = _choices(path)
+            found |= {key: c if c.tile is not None else DEFAULT for key, c in choices.items()}
     return found
 
 
@@ -169,8 +183,8 @@ def _tables(device_index: int) -> tuple[dict[Key, Choice], dict[Key, Choice]]:
     """The card's own choices, and tiles of cards like it."""
     if not _tables_count:
         return {}, {}
-    own = table_path(torch.cuda.get_device_name(device_index))
-    return own_choices(own), tiles_of_others(own, architecture(device_index))
+    name = torch.cuda.get_device_name(device_index)
+    return own_choices(name), tiles_of_others(name, architecture(device_index))
 
 
 @functools.lru_cache(maxsize=1 << 16)

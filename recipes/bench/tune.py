@@ -35,7 +35,6 @@ from samebit.kernels.gpu.tuning import (
     architecture,
     row_bucket,
     table_name,
-    table_path,
     to_json,
     user_tables,
 )
@@ -253,12 +252,12 @@ def tune(keys: Sequence[Key]) -> tuple[dict[Key, Choice], list[dict[str, Any]]]:
 
 
 def write_table(choices: dict[Key, Choice], rows: list[dict[str, Any]], path: Path) -> None:
-    """A table file: the present one of this card with these products' choices in place.
+    """A table file: what this machine had measured before with these products' choices in place.
 
     Its head is this run's; `earlier` holds those of the runs before, and a measured row has its
     own run's date.
     """
-    old = table_path(torch.cuda.get_device_name())
+    old = user_tables() / table_name(torch.cuda.get_device_name())
     known = json.loads(old.read_text()) if old.exists() else {"linear": [], "measured_us": []}
 
     def identity(row: dict[str, Any]) -> tuple:

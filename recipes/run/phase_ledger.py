@@ -19,6 +19,7 @@ type Phase = Literal["rollout", "train"]
 ENGINE_TURN = ("kv_cache", "cuda_graphs")
 TRAINER_TURN = ("gradients",)
 _GIB = 2**30
+_PIECE = 2 * _GIB
 
 
 class MemoryPlanError(RuntimeError):
@@ -39,7 +40,7 @@ class PhaseLedger:
         self._figures: dict[str, float] = {}
         self._peak = 0.0
         self._working_bytes = 0
-        """What torch held for the latest training beside the tags."""
+        """The most that the latest training had of torch's memory at once, beside the tags."""
         self._begin()
 
     def enter(self, phase: Phase) -> None:
@@ -62,18 +63,14 @@ class PhaseLedger:
         self._begin()
 
     def _reserve(self) -> None:
-        """Have torch take in one piece what training took in hundreds the last time."""
-        missing = self._working_bytes - self._beside_tags()
-        if missing > 0:
-            with suppress(torch.OutOfMemoryError):  # then as it goes
-                torch.empty(missing, dtype=torch.uint8, device=self._trainer.device)
+        """Have torch take in a few pieces what training took in hundreds the last time.
 
-    def _beside_tags(self) -> int:
-        """Bytes that torch holds of a GPU beside the tags, which it counts even when released."""
-        if self._trainer.device.type != "cuda":
-            return 0
-        tagged = sum(found.reserved for found in self._occupation().values())
-        return torch.cuda.memory_reserved(self._trainer.device) - tagged
+        Not in one: torch gives back whole pieces alone, where something larger is wanted.
+        """
+        device, pieces = self._trainer.device, list[torch.Tensor]()
+        with suppress(torch.OutOfMemoryError):  # then as it goes
+            for _ in range(self._working_bytes // _PIECE):
+                pieces.append(torch.empty(_PIECE, dtype=torch.uint8, device=device))
 
     def metrics(self) -> dict[str, float]:
         """What the latest of each phase took, in GiB, and the seconds of the switches to them."""
@@ -98,8 +95,6 @@ class PhaseLedger:
         torch still counts released memory, but for what graphs compute, as allocated.
         """
         taken, phase = self._occupation(), self._phase
-        if phase == "train":
-            self._working_bytes = self._beside_tags()
         for tag, found in taken.items():
             self._figures[f"perf/{phase}_{tag}_gib"] = found.resident / _GIB
         device = self._trainer.device
@@ -107,6 +102,9 @@ class PhaseLedger:
             return
         away = {tag: found.reserved - found.resident for tag, found in taken.items()}
         reserved = torch.cuda.memory_reserved(device) - sum(away.values())
+        if phase == "train":  # torch counts all tags as allocated
+            tagged = sum(found.reserved for found in taken.values())
+            self._working_bytes = max(0, torch.cuda.max_memory_allocated(device) - tagged)
         away.pop("cuda_graphs", None)
         peak = (torch.cuda.max_memory_allocated(device) - sum(away.values())) / _GIB
         free, total = torch.cuda.mem_get_info(device)

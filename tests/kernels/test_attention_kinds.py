@@ -107,6 +107,21 @@ def test_parts_of_samples_are_the_packed_forward(case):
     case.hold(found, packed[rows])
 
 
+def test_plans_stay_valid_as_long_as_they_live(case):
+    """Five of them, made before the first is used."""
+    attention = case.attention
+    packed = attention.attend_packed(case.q, case.k, case.v, attention.plan_packed(LENS))
+    ones = case.last(case.q, [1] * 6)
+    plans = []
+    for i in range(5):
+        order = [*range(i, 6), *range(i)]
+        lens = [LENS[j] for j in order]
+        plans.append((order, attention.plan_step([1] * 6, lens, case.table[order], PAGE)))
+    for order, plan in plans:
+        found = attention.attend(ones[order].contiguous(), *case.caches, plan)
+        case.hold(found, case.last(packed, [1] * 6)[order])
+
+
 def test_gradients_are_those_of_the_reference(case):
     """And the same bits twice."""
     inputs = [x.detach().requires_grad_() for x in (case.q, case.k, case.v)]

@@ -8,7 +8,7 @@ import torch
 
 from samebit.kernels.attention import CanonicalAttention
 from samebit.kernels.attention_kind import GraphEntries, Heads
-from samebit.kernels.gpu import hopper_tiles
+from samebit.kernels.gpu import decode_attention, hopper_tiles
 
 pytestmark = pytest.mark.gpu
 
@@ -60,9 +60,14 @@ def kinds(heads):
 @pytest.mark.parametrize("on_hopper", [False, True])
 def test_together_and_alone(shape, page_size, most, on_hopper, monkeypatch):
     """Any mixture of groups, with one query and with up to 16; and each query by itself."""
-    if on_hopper and (torch.cuda.get_device_capability()[0] != 9 or page_size == 48):
-        return  # there the portable kernel is taken again
+    fits = page_size != 48 and shape[2] in (64, 128)
+    if on_hopper and not (fits and torch.cuda.get_device_capability()[0] == 9):
+        pytest.skip("the kernel for Hopper takes whole pages of heads of 64 or 128, on a Hopper")
     monkeypatch.setattr(hopper_tiles, "ENABLED", on_hopper)
+    calls, run = [], decode_attention.prefix_attention
+    monkeypatch.setattr(
+        decode_attention, "prefix_attention", lambda *args: (calls.append(1), run(*args))[1]
+    )
     heads = Heads(*shape, scale=shape[2] ** -0.5)
     together, alone = kinds(heads)
     for seed in range(3):
@@ -77,6 +82,8 @@ def test_together_and_alone(shape, page_size, most, on_hopper, monkeypatch):
         found = together.attend(q, *contexts.caches, plan)
         truth = alone.attend(q, *contexts.caches, alone.plan_step(*step))
         assert torch.equal(found, truth), (shape, page_size, most, seed)
+        assert bool(calls) == (on_hopper and shares)
+        calls.clear()
         if most > 1:
             owner = np.repeat(np.arange(len(lens)), queries)
             ends = np.cumsum(queries)
@@ -85,7 +92,8 @@ def test_together_and_alone(shape, page_size, most, on_hopper, monkeypatch):
             assert torch.equal(found, alone.attend(q, *contexts.caches, single))
 
 
-def test_groups_of_a_replay_are_those_of_its_step():
+@pytest.mark.parametrize("tight", [False, True])
+def test_groups_of_a_replay_are_those_of_its_step(tight):
     """One capture; samples, groups and their prefixes change from replay to replay."""
     heads = Heads(16, 8, 128, scale=0.1)
     together, alone = kinds(heads)
@@ -93,7 +101,16 @@ def test_groups_of_a_replay_are_those_of_its_step():
     batch, device = 64, torch.device("cuda")
     table = contexts.table.int().to(device)
     entries = GraphEntries.empty(batch, table, 64, max_context=4096)
-    plan = together.plan_graph(entries, max_own=4096)
+    rng, host = random.Random(0), contexts.table.int().numpy()
+    steps = []
+    for size in (64, 2, 33, 64, 17):
+        rows = np.array(rng.sample(range(len(host)), size))
+        lens = np.array([contexts.lens[i] for i in rows])
+        if (shared := together.shared_prefixes(lens, host[rows], 64)) is not None:
+            steps.append((size, rows, lens, shared))
+    assert len(steps) >= 3
+    max_own = max(shared.longest_own(lens) for _, _, lens, shared in steps)
+    plan = together.plan_graph(entries, max_own if tight else 4096)
     q = torch.zeros(batch, 16, 128, dtype=torch.bfloat16, device=device)
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
@@ -101,14 +118,7 @@ def test_groups_of_a_replay_are_those_of_its_step():
     stream.synchronize()
     with torch.cuda.graph(graph, stream=stream):
         output = together.attend(q, *contexts.caches, plan)
-    rng, host, used = random.Random(0), contexts.table.int().numpy(), 0
-    for size in (64, 2, 33, 64, 17):
-        rows = np.array(rng.sample(range(len(host)), size))
-        lens = np.array([contexts.lens[i] for i in rows])
-        shared = together.shared_prefixes(lens, host[rows], 64)
-        if shared is None:
-            continue
-        used += 1
+    for size, rows, lens, shared in steps:
         q[:size] = torch.randn(size, 16, 128, device=device).bfloat16()
         entries.table_rows.zero_(), entries.context_lens.zero_()
         entries.table_rows[:size] = torch.from_numpy(rows).to(device)
@@ -117,4 +127,3 @@ def test_groups_of_a_replay_are_those_of_its_step():
         graph.replay()
         step = alone.plan_step([1] * size, lens.tolist(), contexts.table[rows], 64)
         assert torch.equal(output[:size], alone.attend(q[:size], *contexts.caches, step))
-    assert used >= 3

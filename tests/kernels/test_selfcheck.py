@@ -2,13 +2,16 @@
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Barrier, Event
 
 import pytest
 import torch
 import triton
 from helpers import assert_same_bits
+from triton.runtime.jit import JITFunction
 
 from samebit.kernels import selfcheck as selfcheck_module
 from samebit.kernels.attention import CanonicalAttention
@@ -32,6 +35,7 @@ from samebit.rollout.models.registry import load_model_config
 # The weights of a small model: qkv, projection, gate and up, down, output.
 SHAPES = ((128, 48), (48, 64), (208, 48), (48, 104), (331, 48), (1024, 48))
 CPU = torch.device("cpu")
+rehearsal, equal = selfcheck_module._rehearsal, selfcheck_module._equal
 ATTENTION = CanonicalAttention(Heads(4, 2, 16, 0.25), CPU)
 WIDTHS = (48, 16, 104)
 
@@ -303,3 +307,40 @@ def test_the_shards_of_an_invariant_model_are_checked(monkeypatch, qwen3_path):
     attention = CanonicalAttention(config.attention_heads(2), CPU)
     replace(config, ffn_size=128).selfcheck(attention, half)
     assert asked == [(64, 48, 2), (128, 48, 2), (512, 48, 2)]
+
+
+def test_a_rehearsal_finds_nothing_in_its_own_thread_alone():
+    """Another one that checks meanwhile sees what differs, and so does this one afterwards."""
+    one, other = torch.zeros(2), torch.ones(2)
+    with rehearsal(), ThreadPoolExecutor(1) as pool:
+        assert equal(one, other)
+        assert not pool.submit(equal, one, other).result()
+    assert not equal(one, other)
+    assert equal(one, one)
+
+
+def test_rehearsals_of_two_threads_leave_triton_as_it_was():
+    """Whichever of them ends first."""
+    run, begun, ended = JITFunction.run, Barrier(2), Event()
+
+    def first():
+        with rehearsal():
+            begun.wait()
+        ended.set()
+
+    def second():
+        with rehearsal():
+            begun.wait()
+            ended.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(first), pool.submit(second)]:
+            done.result()
+    assert JITFunction.run is run
+
+
+def test_what_breaks_a_rehearsal_is_said_and_ends_nothing(caplog):
+    with rehearsal():
+        raise RuntimeError("no compiler")
+    assert "kernels are compiled one by one: no compiler" in caplog.text
+    assert not equal(torch.zeros(1), torch.ones(1))

@@ -87,5 +87,5 @@ def test_tuner_writes_a_table_that_can_be_read(tmp_path, monkeypatch):
     }
     assert keys >= set(tune.model_keys(load_model_config(str(SHAPE)), [16]))
     name = torch.cuda.get_device_name()
-    assert tuning.table_path(name) == tmp_path / "samebit" / "tables" / tuning.table_name(name)
-    assert keys <= set(tuning.own_choices(tuning.table_path(name)))
+    assert (tmp_path / "samebit" / "tables" / tuning.table_name(name)).exists()
+    assert keys <= set(tuning.own_choices(name))
