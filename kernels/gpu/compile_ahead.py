@@ -19,7 +19,7 @@ _MOST_THREADS = 16
 _ahead: ContextVar[bool] = ContextVar("compiling_ahead", default=False)
 _lock = Lock()
 _run: Any = JITFunction.run
-_users = 0
+_inside: list[object] = []
 
 
 def _compile_or_run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -33,9 +33,9 @@ def compiling_ahead() -> Iterator[None]:
     What they would write stays as it is. A kernel that does not compile is none here: whoever runs
     it learns why. Other threads run theirs.
     """
-    global _users
+    block = object()
     with _lock:
-        _users += 1
+        _inside.append(block)
         JITFunction.run = _compile_or_run  # type: ignore[method-assign]
     token = _ahead.set(True)
     try:
@@ -45,6 +45,6 @@ def compiling_ahead() -> Iterator[None]:
     finally:
         _ahead.reset(token)
         with _lock:
-            _users -= 1
-            if not _users:
+            _inside.remove(block)
+            if not _inside:
                 JITFunction.run = _run  # type: ignore[method-assign]

@@ -205,10 +205,7 @@ def _decode_kernel(
     DH: tl.constexpr, BLOCK_DH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr, PAGE: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One split of one entry and KV head; the last to arrive merges the splits in order.
-
-    Program 0 has the split in which the entry begins to read for itself.
-    """
+    """One of the splits that an entry reads itself, of a KV head; the last to arrive merges all."""
     kv, entry, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     context_len = tl.load(context_lens + entry)
     row = tl.load(query_starts + entry).to(tl.int64)
@@ -256,9 +253,8 @@ def _decode_kernel(
     arrived = tl.atomic_add(counters + whose, 1, sem="acq_rel")
     if arrived != num_splits - 1 - shared // SPLIT:
         return
-    first = whose * max_splits * OWN + r
     m, total, acc = _merge_parts(
-        max_ptr, sum_ptr, acc_ptr, first, num_splits, live, OWN, ROWS, BLOCK_DH
+        max_ptr, sum_ptr, acc_ptr, place - split * OWN, num_splits, live, OWN, ROWS, BLOCK_DH
     )
     tl.store(out, (acc / total[:, None]).to(o_ptr.dtype.element_ty), mask=inside)
     tl.store(counters + whose, 0)

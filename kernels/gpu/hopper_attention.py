@@ -136,7 +136,6 @@ def _hopper_kernel(
     ones = make_ones(TILE)
     k_full, k_empty = make_barriers(STAGES, 2)
     v_full, v_empty = make_barriers(STAGES, 2)
-    fence_async_shared()
     other: gl.constexpr = 0 if ONE_SPLIT else 1
     gl.warp_specialize(
         [

@@ -140,7 +140,6 @@ def _hopper_prefix_kernel(
     ones = make_ones(TILE)
     k_full, k_empty = make_barriers(STAGES, WARPGROUPS)
     v_full, v_empty = make_barriers(STAGES, WARPGROUPS)
-    fence_async_shared()
     if WARPGROUPS == 1:
         gl.warp_specialize(
             [

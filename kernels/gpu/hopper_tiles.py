@@ -103,6 +103,7 @@ def make_barriers(STAGES: gl.constexpr, READERS: gl.constexpr):
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=READERS)
+    fence_async_shared()
     return full, empty
 
 

@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from samebit.kernels.gpu.skinny import MAX_ROWS, Tile, block_rows
 logger = logging.getLogger(__name__)
 
 TABLES = Path(__file__).parent / "tables"
-_tables_count = True
+_tables_count = ContextVar("tables count", default=True)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def to_json(choices: dict[Key, Choice]) -> list[dict[str, Any]]:
 def fingerprint(device: torch.device) -> list[str]:
     """What implementations and their choice depend on, beside what the numerics profile holds."""
     name = torch.cuda.get_device_name(device)
-    tables = [*sorted(TABLES.glob("*.json")), *_tables_of(name)] if _tables_count else []
+    tables = [*sorted(TABLES.glob("*.json")), *_tables_of(name)] if _tables_count.get() else []
     content = b"".join(path.read_bytes() for path in tables)
     driver = ctypes.c_int()  # the newest CUDA that it knows
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(driver))
@@ -181,7 +182,7 @@ def by_rule(key: Key, num_sms: int, shared_bytes: int) -> Choice:
 @functools.lru_cache(maxsize=8)
 def _tables(device_index: int) -> tuple[dict[Key, Choice], dict[Key, Choice]]:
     """The card's own choices, and tiles of cards like it."""
-    if not _tables_count:
+    if not _tables_count.get():
         return {}, {}
     name = torch.cuda.get_device_name(device_index)
     return own_choices(name), tiles_of_others(name, architecture(device_index))
@@ -200,13 +201,12 @@ def choose(device_index: int, key: Key) -> Choice:
 @contextmanager
 def without_tables() -> Iterator[None]:
     """In the block there is no table, of this card or of any like it: a rule chooses."""
-    global _tables_count
-    _tables_count = False
+    token = _tables_count.set(False)
     _forget()
     try:
         yield
     finally:
-        _tables_count = True
+        _tables_count.reset(token)
         _forget()
 
 
