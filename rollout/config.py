@@ -113,6 +113,10 @@ class EngineConfig:
         number = self.num_draft_tokens
         meaning = f"in [1, {MAX_DRAFT_TOKENS}]"
         self._require(1 <= number <= MAX_DRAFT_TOKENS, "num_draft_tokens", meaning)
+        for name in ("num_draft_tokens", "adaptive_drafts") if kind == "none" else ():
+            default = getattr(type(self), name)
+            fits = getattr(self, name) == default
+            self._require(fits, name, f"{default}, its default, with speculative=none")
         folder, norm = self.draft_model, self.draft_norm_output
         if kind in WITH_DRAFT:
             meaning = f"the path of a draft model's folder with speculative={kind}"

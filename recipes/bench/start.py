@@ -53,7 +53,8 @@ def fill(run: BenchEngineSection, specs: Sequence[ParamSpec], params: Mapping[st
 
 def report_of(run: BenchEngineSection, device: torch.device) -> dict[str, Any]:
     """What a report says of its engine: the model, its weights, the settings, the profile."""
-    load_model_config(run.model, run.model_family)  # before anything is written
+    model = load_model_config(run.model, run.model_family)  # before anything is written
+    open_speculation(run.engine, model)
     defaults, kind = asdict(EngineConfig()), attention_kind(run.numerics.attention)
     return {
         **model_fields(run.model),
