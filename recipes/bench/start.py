@@ -30,6 +30,7 @@ from samebit.rollout.config import EngineConfig
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.weights import load_dummy, load_safetensors
+from samebit.rollout.speculative.making import open_speculation
 from samebit.weight_sync.mapping import ParamSpec
 
 FIRST = Workload(num_prompts=1, num_samples=1, input_len=16, output_len=1)

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def speculation(subject: Subject) -> Result:
         write_random_draft(Path(folder) / "draft", subject.config)
         for value in (None, float("nan"), 3e38):
             case, settings = f"eagle3, weights {value}", {"speculative": "eagle3", **draft}
-            _try(result, subject, case, settings, lambda e, v=value: _damage(e, v))
+            _try(result, subject, case, settings, partial(_damage, value=value))
         _try(result, subject, "hybrid", {"speculative": "hybrid", **draft, **small})
     return result
 
@@ -104,5 +105,6 @@ def _damage(engine: Engine, value: float | None) -> None:
     """What no folder may hold, unless None."""
     assert engine.speculation is not None
     assert isinstance(proposer := engine.speculation.proposer, Eagle3)
-    for param in proposer.params.values() if value is not None else ():
-        param.fill_(value)
+    for param in proposer.params.values():
+        if value is not None:
+            param.fill_(value)

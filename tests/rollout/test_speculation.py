@@ -1,4 +1,4 @@
-"""Speculation: whatever is guessed, tokens and log-probs are those of an engine that guesses none."""
+"""Speculation: whatever is guessed, tokens and log-probs are those of an engine without."""
 
 import asyncio
 import itertools
@@ -162,21 +162,31 @@ def drafted(own):
     return getattr(proposer, "eagle3", proposer)
 
 
-def test_a_draft_is_released_and_resumed(make_engine, truth, draft_path):
-    """Its weights as they were, also without a backup of the engine's; in the midst of samples."""
+def test_a_drafts_weights_come_back(make_engine, truth, draft_path):
+    """Without a backup of the engine's, which a full update brings: a draft has none."""
+    own = make_engine(speculative="eagle3", draft_model=draft_path)
+    params, weights = drafted(own).params, {n: w.clone() for n, w in own.weights.items()}
+    kept = {name: param.clone() for name, param in params.items()}
+    assert own.release_memory_occupation(["weights", "draft"])["draft"] > 0
+    with pytest.raises(RuntimeError, match="draft"):
+        own.generate(PROMPTS, PARAMS, IDS)
+    own.resume_memory_occupation()
+    own.copy_weights(weights, step=1)
+    for name, param in params.items():
+        assert_same_bits(param, kept[name], name)
+    assert outcomes(own.generate(PROMPTS[:1], PARAMS[:1], IDS[:1])) == outcomes(truth[:1])
+
+
+def test_a_draft_is_released_and_resumed(make_engine, draft_path):
+    """In the midst of samples, all tags."""
     settings = {"speculative": "eagle3", "adaptive_drafts": False, "draft_model": draft_path}
     own = make_engine(**settings, weights_backup=True)
     names = add(own, PROMPTS, SamplingParams(n=2, max_new_tokens=12))
-    kept = {name: param.clone() for name, param in drafted(own).params.items()}
     for _ in range(3):
         own.step()
     own.pause_generation("keep")
-    released = own.release_memory_occupation()
-    assert released["draft"] > 0
-    assert own.memory_occupation()["draft"].resident == 0
+    assert own.release_memory_occupation()["draft"] > 0
     own.resume_memory_occupation()
-    for name, param in drafted(own).params.items():
-        assert_same_bits(param, kept[name])
     own.continue_generation()
     found = finish(own, names)
     plain = make_engine()
@@ -231,7 +241,7 @@ def test_a_proposer_from_outside_that_is_wrong(make_engine, name, message):
         ({"speculative": "nowhere:Kind"}, "engine.speculative is 'nowhere:Kind', which cannot be"),
         (
             {"speculative": "json:JSONDecoder"},
-            "engine.speculative .* must be a subclass of .*Propo",
+            "engine.speculative .* a subclass of .*Proposer",
         ),
         ({"num_draft_tokens": 16}, r"engine.num_draft_tokens is 16; it must be in \[1, 15\]"),
         ({"num_draft_tokens": 3}, "engine.num_draft_tokens is 3; .* 5, its default, with specul"),
