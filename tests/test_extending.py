@@ -98,7 +98,7 @@ def result(folder, run_name):
 
 
 def test_the_pages_examples_train_together(folder, capsys):
-    """By the command line alone; resumed, with guesses, and with the engine in a process of its own,
+    """By the command line alone; resumed, with guesses, and with the engine in another process,
     alike."""
     process = start(folder, command(folder, "whole", TRANSPORT))
     assert main(command(folder, "parts", TRANSPORT, "trainer.num_steps=1")) == 0
