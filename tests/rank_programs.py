@@ -30,7 +30,7 @@ SETTINGS = (
     {},
     {"max_num_seqs": 2, "prefix_cache": False},
     {"prefill_chunk": 9, "max_batch_tokens": 16, "page_size": 16},
-    {"speculative": "hybrid", "num_draft_tokens": 3, "adaptive_drafts": False},
+    {"speculative": "hybrid", "num_draft_tokens": 2, "adaptive_drafts": False},
     {"kv_cache_tokens": 128, "page_size": 16, "overlap": True},
 )
 
