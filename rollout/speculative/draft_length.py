@@ -46,11 +46,9 @@ class DraftLength:
 
     def learn(self, drafts: Drafts, counts: np.ndarray) -> None:
         """Take in a step's outcome: counts [B], the tokens that each sample got."""
+        place = np.arange(self._most)[:, None]
         _, right = by_place(drafts, counts, self._most)
-        # A guess is tried where all before it were right.
-        tried = ((drafts.lens > np.arange(self._most)[:, None]) & (
-            counts > np.arange(self._most)[:, None]
-        )).sum(1)  # fmt: skip
+        tried = ((drafts.lens > place) & (counts > place)).sum(1)  # all before it were right
         some = tried > 0
         self._tried += some
         self._right[some] += right[some] / tried[some]

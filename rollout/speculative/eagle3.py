@@ -101,7 +101,7 @@ class Eagle3(Proposer):
         if not len(held := self._unread(contexts)):
             return proposals
         asked = [contexts[i] for i in held]
-        slots, room = (np.array([c[i] for c in asked]) for i in (1, 3))
+        slots, room = np.array([c.slot for c in asked]), np.array([c.room for c in asked])
         starts, lengths = self._first[slots], np.array([len(c.token_ids) for c in asked])
         layout = lay_out(slots, starts, lengths - 1 - starts, self.parts.slots)
         token_ids = [c.token_ids[start + 1 :] for c, start in zip(asked, starts, strict=True)]
