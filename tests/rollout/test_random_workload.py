@@ -143,7 +143,9 @@ class Informed(Proposer):
         return [Proposal(self.guesses(*context)) for context in contexts]
 
     def guesses(self, sample, slot, token_ids, room):
-        _, expected, _, _ = self.workload.live[sample.request.request_id]
+        if (known := self.workload.live.get(sample.request.request_id)) is None:
+            return token_ids[-room:].tolist() if room else []  # of a call
+        _, expected, _, _ = known
         start = len(token_ids) - sample.prompt_len
         rest = expected[sample.index].token_ids[start:] + (1,) * room  # behind its end too
         return [t if (start + i) % 3 else 0 for i, t in enumerate(rest[:room])]
