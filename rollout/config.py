@@ -14,6 +14,11 @@ from typing import Any, Self
 from samebit.kernels.registry import ATTENTION_KINDS
 from samebit.rollout.values import MAX_UINT64, bring_to_type, shown
 
+WITH_DRAFT = ("eagle3", "hybrid")
+"""The proposers that guess by a draft model."""
+SPECULATIVE = ("none", "suffix", *WITH_DRAFT)
+MAX_DRAFT_TOKENS = 15
+"""With the newest token as many rows as attention decodes at once."""
 LOAD_FORMATS = ("safetensors", "dummy")  # of an engine that serves from its start
 _BESIDES = ("device", "dtype", "ranks", "weights", "step")  # what else Engine takes by name
 
@@ -49,7 +54,19 @@ class EngineConfig:
     cuda_graphs: bool | None = None
     """Decode by CUDA graphs; unset: on GPUs; tensor parallel ones need peer access."""
     overlap: bool | None = None
-    """Plan and start a step while the one before still runs; unset: on a GPU."""
+    """Plan and start a step while the one before still runs; unset: on a GPU without speculation.
+    """
+    speculative: str = "none"
+    """What guesses tokens that the model verifies several at a time: none, suffix, eagle3, hybrid,
+    or your own module:Class; the tokens are the same."""
+    num_draft_tokens: int = 5
+    """The most tokens of one sample guessed for one step."""
+    adaptive_drafts: bool = True
+    """Guess fewer, or none, while too few are right to pay for so many samples."""
+    draft_model: str | None = None
+    """Folder of the draft model, for eagle3 and hybrid."""
+    draft_norm_output: str | None = None
+    """Whose meaning norm_output has in a draft folder that leaves it open: sglang or specforge."""
     releasable: bool | None = None
     """Allocate weights, KV cache and graphs so that release_memory_occupation can give their memory
     back; unset: on a CPU, and on GPUs where a C compiler is found, once, for the allocator."""
@@ -86,7 +103,32 @@ class EngineConfig:
         self._require(self.attention in kinds or ":" in str(self.attention), "attention", meaning)
         formats = (*LOAD_FORMATS, "none")
         self._require(self.load_format in formats, "load_format", f"one of {formats}")
+        self._require_speculation()
         self._require(0 <= self.seed <= MAX_UINT64, "seed", "an unsigned 64-bit integer")
+
+    def _require_speculation(self) -> None:
+        kind = str(self.speculative)
+        known = kind in SPECULATIVE or ":" in kind
+        self._require(known, "speculative", f"one of {SPECULATIVE} or your own module:Class")
+        number = self.num_draft_tokens
+        meaning = f"in [1, {MAX_DRAFT_TOKENS}]"
+        self._require(1 <= number <= MAX_DRAFT_TOKENS, "num_draft_tokens", meaning)
+        for name in ("num_draft_tokens", "adaptive_drafts") if kind == "none" else ():
+            default = getattr(type(self), name)
+            fits = getattr(self, name) == default
+            self._require(fits, name, f"{default}, its default, with speculative=none")
+        folder, norm = self.draft_model, self.draft_norm_output
+        if kind in WITH_DRAFT:
+            meaning = f"the path of a draft model's folder with speculative={kind}"
+            self._require(bool(folder), "draft_model", meaning)
+        else:
+            self._require(folder is None, "draft_model", f"unset with speculative={kind}")
+        fits = norm is None or (folder is not None and norm in ("sglang", "specforge"))
+        meaning = "sglang or specforge, or unset, as without draft_model"
+        self._require(fits, "draft_norm_output", meaning)
+        fits = kind == "none" or not self.overlap
+        meaning = f"unset or false with speculative={kind}, whose steps are taken in one by one"
+        self._require(fits, "overlap", meaning)
 
     def _require(self, holds: bool, name: str, meaning: str) -> None:
         if not holds:

@@ -33,7 +33,9 @@ def settled(config: EngineConfig, device: torch.device, ranks: RankGroup) -> Eng
             f"engine.cuda_graphs=True with {ranks.size} tensor parallel ranks needs GPUs that can "
             "read each other's memory; leave it unset"
         )
-    overlap = device.type == "cuda" if config.overlap is None else config.overlap
+    overlap = config.overlap
+    if overlap is None:
+        overlap = device.type == "cuda" and config.speculative == "none"
     releasable = config.releasable
     if releasable is not False and (why_not := why_not_releasable(device)):
         if releasable:

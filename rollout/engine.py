@@ -22,6 +22,7 @@ from samebit.rollout.config import EngineConfig, as_path
 from samebit.rollout.device import as_ranks, automatic_kv_bytes, own_device, resolve_dtype, settled
 from samebit.rollout.engine_memory import EngineMemory, MemoryControl
 from samebit.rollout.engine_weights import EngineWeights
+from samebit.rollout.models.config import KVLayout
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.engine_loop import EngineLoop
 from samebit.rollout.runtime.kv_cache import KVCache, PagePool
@@ -34,6 +35,9 @@ from samebit.rollout.runtime.scheduler import Scheduler
 from samebit.rollout.runtime.slots import Slots
 from samebit.rollout.runtime.step_loop import StepLoop
 from samebit.rollout.runtime.weight_control import WeightControl, adopt_weights, load_weights
+from samebit.rollout.speculative.accept_lengths import AcceptLengths
+from samebit.rollout.speculative.making import make_speculation, open_speculation
+from samebit.rollout.speculative.proposer import ProposerParts
 from samebit.rollout.types import Completion, Increment, SamplingParams
 from samebit.rollout.values import shown
 from samebit.rollout.weight_arguments import as_step, as_tensors
@@ -72,6 +76,7 @@ class Engine(EngineWeights, EngineMemory):
         self.config = settled(EngineConfig.of(config, overrides), self.device, ranks)
         self.model_config = load_model_config(self.model_path, self.config.model_family)
         self.specs = self.model_config.param_specs(ranks.shard)
+        self._draft = open_speculation(self.config, self.model_config)
         kind, numerics = attention_kind(self.config.attention), (ranks.size, ranks.invariant)
         self.profile: NumericsProfile = numerics_profile(self.device, *numerics, kind)
         self.attention = kind(self.model_config.attention_heads(ranks.size), self.device)
@@ -191,6 +196,11 @@ class Engine(EngineWeights, EngineMemory):
         """Whether `step` has anything to do or to report."""
         return self.loop.book.has_unfinished
 
+    @property
+    def accept_lengths(self) -> AcceptLengths | None:
+        """How many guesses were right over the engine's life; None if it does not speculate."""
+        return None if self.speculation is None else self.speculation.accept_lengths
+
     def leading(self) -> AbstractContextManager[None]:
         """In the block rank 0 alone is called, and by any number of callers; the others `follow`.
 
@@ -226,7 +236,7 @@ class Engine(EngineWeights, EngineMemory):
         self.pool = PagePool(num_pages)
         self.prefixes = PrefixCache(self.pool, c.page_size, version) if c.prefix_cache else None
         cache = KVCache(
-            m.kv_layout, num_pages, c.page_size, self.dtype, self.arena, self.ranks.size
+            self._kv_layouts, num_pages, c.page_size, self.dtype, self.arena, self.ranks.size
         )
         slots = Slots(c.max_num_seqs, self.max_model_len + 1, c.page_size, c.seed)
         positions = min(self.max_model_len, self.kv_capacity)  # no request may be longer
@@ -235,8 +245,12 @@ class Engine(EngineWeights, EngineMemory):
         self.runner = Runner(decoder, cache, self.attention, c.max_num_seqs, graph_pool)
         self.sampler = Sampler(m.vocab_size, m.eos_token_ids)
         self.scheduler = Scheduler(c, self.pool, self.prefixes, slots, cache)
-        depth = 1 if c.overlap else 0
-        self.step_loop = StepLoop(self.scheduler, slots, self.runner, self.sampler, depth)
+        self.speculation = make_speculation(c, self._proposer_parts(slots, cache, positions))
+        self.step_loop = StepLoop(
+            *(self.scheduler, slots, self.runner, self.sampler),
+            depth=1 if c.overlap else 0,
+            speculation=self.speculation,
+        )
         self.weight_control = WeightControl(
             session, m, self.arena, self.runner, self.scheduler, self.prefixes
         )
@@ -257,12 +271,33 @@ class Engine(EngineWeights, EngineMemory):
             eos_token_ids=m.eos_token_ids,
         )
 
+    def _proposer_parts(self, slots: Slots, cache: KVCache, positions: int) -> ProposerParts:
+        return ProposerParts(
+            vocab_size=self.model_config.vocab_size,
+            num_draft_tokens=self.config.num_draft_tokens,
+            slots=slots,
+            runner=self.runner,
+            cache=cache,
+            attention=self.attention,
+            arena=self.arena,
+            ranks=self.ranks,
+            num_positions=positions,
+            draft=self._draft,
+        )
+
+    @property
+    def _kv_layouts(self) -> list[KVLayout]:
+        """The model's, and its draft's behind it."""
+        draft = [] if self._draft is None else [self._draft.config.kv_layout]
+        return [self.model_config.kv_layout, *draft]
+
     def _kv_tokens(self) -> int:
         """Tokens that the KV cache is to hold; the same on all tensor parallel ranks."""
-        c, m = self.config, self.model_config
+        c = self.config
         if c.kv_cache_tokens is not None:
             return c.kv_cache_tokens
-        token_bytes = m.kv_layout.bytes_per_token(self.dtype) // self.ranks.size
+        layouts = self._kv_layouts
+        token_bytes = sum(x.bytes_per_token(self.dtype) for x in layouts) // self.ranks.size
         affordable = automatic_kv_bytes(self.device, c.kv_memory_fraction) // token_bytes
         tokens = max(c.page_size, min(affordable, c.max_num_seqs * self.max_model_len))
         return smallest(tokens, self.ranks.group)  # all ranks take the same decisions

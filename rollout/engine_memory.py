@@ -19,8 +19,8 @@ class MemoryControl:
     """Releases and resumes an engine's tags; between steps, by the thread that drives them.
 
     Weights come back as they were if `weights_backup`, else a full update has to follow. KV pages
-    of unfinished requests are kept in host memory; cached prefixes are forgotten. CUDA graphs need
-    no content.
+    of unfinished requests are kept in host memory; cached prefixes are forgotten. A draft's weights
+    come back as they were: no update brings them. CUDA graphs need no content.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class MemoryControl:
         self._weights = weights
         self._pool = pool
         self._cache = cache
-        self._kept = ("weights",) if weights_backup else ()
+        self._kept = ("weights", "draft") if weights_backup else ("draft",)
         self._pages: tuple[list[int], list[Tensor]] | None = None  # and their content
 
     def release(self, tags: Sequence[str] | None) -> dict[str, int]:
@@ -56,7 +56,7 @@ class MemoryControl:
         finally:  # it may have broken off before all of them were released
             if has_pages and not self._arena.is_released("kv_cache"):
                 self._pages = None
-            if has_weights and not self._kept and self._arena.is_released("weights"):
+            if has_weights and "weights" not in self._kept and self._arena.is_released("weights"):
                 session.invalidate("their memory was released without a backup")
             session.released = self._arena.released
 

@@ -30,6 +30,7 @@ SETTINGS = (
     {},
     {"max_num_seqs": 2, "prefix_cache": False},
     {"prefill_chunk": 9, "max_batch_tokens": 16, "page_size": 16},
+    {"speculative": "hybrid", "num_draft_tokens": 2, "adaptive_drafts": False},
     {"kv_cache_tokens": 128, "page_size": 16, "overlap": True},
 )
 
@@ -67,8 +68,12 @@ def engine(rank, size, store, folder, out):
     ranks = start(rank, size, store)
     found = {"generated": [], "versions": []}
     for settings in SETTINGS:
+        if "speculative" in settings:
+            settings = settings | {"draft_model": str(Path(out).parent / "draft")}
         one = Engine(folder, device="cpu", ranks=ranks, seed=3, **settings)
         found["generated"].append(exact(one.generate(prompts(), PARAMS)))
+        if one.accept_lengths is not None:
+            found["guessed"] = vars(one.accept_lengths)
     contexts = [[*p, *c[0][0]] for p, c in zip(prompts(), found["generated"][0], strict=True)]
     found["scores"] = [[v.hex() for v in values] for values in one.score(contexts)]
     found["versions"].append(vars(one.weight_version))

@@ -25,6 +25,7 @@ OWN = {
     "algorithm.name": "my_algorithms:Reinforce",
 }
 TRANSPORT = "placement.transport=my_transport:OneByOne"
+PROPOSER = "engine.speculative=my_proposers:Again"
 BENCH = ["workloads=[1x1x4x2]", "repeats=1"]
 
 
@@ -32,7 +33,7 @@ BENCH = ["workloads=[1x1x4x2]", "repeats=1"]
 def folder(tmp_path, monkeypatch):
     """The page's files, where Python finds them, and a model of the page's family."""
     examples = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(examples) == len(OWN) + 1
+    assert len(examples) == len(OWN) + 2
     for name, code in examples:
         (tmp_path / name).write_text(code)
         monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
@@ -97,11 +98,12 @@ def result(folder, run_name):
 
 
 def test_the_pages_examples_train_together(folder, capsys):
-    """By the command line alone; resumed, and with the engine in a process of its own, alike."""
+    """By the command line alone; resumed, with guesses, and with the engine in another process,
+    alike."""
     process = start(folder, command(folder, "whole", TRANSPORT))
     assert main(command(folder, "parts", TRANSPORT, "trainer.num_steps=1")) == 0
-    assert main(command(folder, "parts", TRANSPORT, "resume=true")) == 0
-    assert main(command(folder, "process", "placement=process")) == 0
+    assert main(command(folder, "parts", TRANSPORT, "resume=true", PROPOSER)) == 0
+    assert main(command(folder, "process", "placement=process", PROPOSER)) == 0
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     whole = result(folder, "whole")
@@ -148,6 +150,8 @@ WRONG = {
     "data.task=dataclasses:astuple": "it must be a function: load(config) -> (train, held_out)",
     "data.task=json:loads": "which failed: TypeError('the JSON object must be str",
     "numerics.attention=samebit.kernels.attention:CanonicalAttention": "a name that no kind of",
+    "engine.speculative=my_proposers:None": f"{TAKES}module 'my_proposers' has no attribute 'None'",
+    "engine.speculative=my_models:Twin": "a subclass of samebit.rollout.speculative.proposer:Propo",
     "numerics.attention=my_models:Twin": "a subclass of samebit.kernels.attention_kind:Att",
 }
 

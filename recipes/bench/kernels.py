@@ -144,7 +144,7 @@ def layers_in_turn(config: ModelConfig, run: BenchKernelsRun) -> list[Row]:
 def make_cache(config: DenseModel, num_pages: int) -> tuple[Tensor, Tensor]:
     """Key and value cache of one layer with random contents, laid out as the engine's."""
     layout = replace(config.kv_layout, num_layers=1)
-    cache = KVCache(layout, num_pages, _PAGE, _BF16, Arena(_CUDA, releasable=False))
+    cache = KVCache([layout], num_pages, _PAGE, _BF16, Arena(_CUDA, releasable=False))
     return cache.keys[0].normal_(), cache.values[0].normal_()
 
 

@@ -30,6 +30,7 @@ from samebit.rollout.config import EngineConfig
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.weights import load_dummy, load_safetensors
+from samebit.rollout.speculative.making import open_speculation
 from samebit.weight_sync.mapping import ParamSpec
 
 FIRST = Workload(num_prompts=1, num_samples=1, input_len=16, output_len=1)
@@ -53,7 +54,8 @@ def fill(run: BenchEngineSection, specs: Sequence[ParamSpec], params: Mapping[st
 
 def report_of(run: BenchEngineSection, device: torch.device) -> dict[str, Any]:
     """What a report says of its engine: the model, its weights, the settings, the profile."""
-    load_model_config(run.model, run.model_family)  # before anything is written
+    model = load_model_config(run.model, run.model_family)  # before anything is written
+    open_speculation(run.engine, model)
     defaults, kind = asdict(EngineConfig()), attention_kind(run.numerics.attention)
     return {
         **model_fields(run.model),

@@ -15,6 +15,7 @@ from samebit.rollout.device import resolve_device, resolve_dtype
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.draft.config import DraftConfig
 from samebit.rollout.models.registry import load_stop_tokens
+from samebit.rollout.speculative.making import open_speculation
 from samebit.trainer.algorithms.registry import make_algorithm
 from samebit.trainer.config import TrainerConfig
 from samebit.trainer.ranks import is_first
@@ -77,7 +78,9 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     most_samples = run.rollout.most_prompts_per_step * run.rollout.samples_per_prompt
     at_once = max(len(run.rollout.places_of(refill)) for refill in (0, 1))
     at_once *= run.rollout.samples_per_prompt
-    kv_bytes = model.kv_layout.bytes_per_token(resolve_dtype(None, resolved))
+    draft = open_speculation(run.engine, model)
+    layouts = [model.kv_layout, *([] if draft is None else [draft.config.kv_layout])]
+    kv_bytes = sum(x.bytes_per_token(resolve_dtype(None, resolved)) for x in layouts)
     algorithm = make_algorithm(run.algorithm)
     keeps = algorithm.needs_reference or algorithm.rewards_need_reference
     reference = memory["weights_mib"] if keeps else 0

@@ -27,6 +27,7 @@ from samebit.rollout.device import resolve_device
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config, require_taught_end
 from samebit.rollout.runtime.weights import open_safetensors
+from samebit.rollout.speculative.making import open_speculation
 from samebit.trainer.megatron.stages import make_stage
 
 logger = logging.getLogger(__name__)
@@ -47,8 +48,10 @@ def checked_model(run: TrainingRun) -> ModelConfig:
     return model
 
 
-def _require_lengths(run: GrpoRun | Eagle3Run, model: ModelConfig) -> None:
-    """ValueError unless the longest sample fits the model's context and the KV cache."""
+def _require_engine(run: GrpoRun | Eagle3Run, model: ModelConfig) -> None:
+    """ValueError or OSError unless the longest sample fits the model's context and the KV cache,
+    and what is to guess tokens is there."""
+    open_speculation(run.engine, model)
     longest = run.rollout.longest
     lengths = "rollout.max_prompt_len + rollout.max_new_tokens"
     model.require_context(longest, lengths)
@@ -107,7 +110,7 @@ class GrpoInputs:
         self.eval_set = Split("held-out split", eval_set, encoder)
         unwritable = Unwritable(self.text)
         try:
-            _require_lengths(run, self.model)
+            _require_engine(run, self.model)
             most = run.rollout.most_prompts_per_step
             if most > MAX_PROMPTS:
                 raise ValueError(
@@ -204,7 +207,7 @@ class Eagle3Inputs:
     def __init__(self, run: Eagle3Run, stop: StopSignals | None = None) -> None:
         poll = _polled(stop)
         self.model = checked_model(run)
-        _require_lengths(run, self.model)
+        _require_engine(run, self.model)
         self.draft, self.config = checked_draft(run, self.model)
         train_set, eval_set = load_datasets(run.data)
         encoder = Encoder(

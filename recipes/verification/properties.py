@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from samebit.recipes.data.samples import drawn_sample
+from samebit.recipes.verification.speculation import speculation
 from samebit.recipes.verification.subject import NUM_SAMPLES, Result, Subject, flat
 from samebit.recipes.verification.weight_properties import pauses, transports
 from samebit.rollout.config import EngineConfig
@@ -322,5 +323,5 @@ def trainer(subject: Subject) -> Result:
 PROPERTIES: tuple[Property, ...] = (
     batch_size, batch_position, decode_batch, prefill_chunk, prefix_cache, page_size, preemption,
     group, neighbour_abort, concurrent_callers, restart, weight_update, graphs_and_overlap, score,
-    trainer, memory_release, transports, pauses, shared_prefixes,
+    trainer, memory_release, transports, pauses, shared_prefixes, speculation,
 )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from samebit.kernels.attention_kind import AttentionKind, AttentionPlan
 from samebit.kernels.transfer import to_device
+from samebit.rollout.runtime.drafts import Drafts
 from samebit.rollout.runtime.running_sample import RunningSample
 from samebit.rollout.runtime.scheduler import Chunk, EngineStep
 from samebit.rollout.runtime.slots import Slots, signed64
@@ -46,10 +47,32 @@ def keep_tokens(last_tokens: Tensor, token_ids: Tensor, draws: Draws) -> None:
 
 def chunk_rows(step: EngineStep) -> Iterable[tuple[Chunk, slice]]:
     """Each chunk with its rows of the batch; the decoding samples come before them."""
-    row = len(step.decode)
+    row = step.num_decode_rows
     for chunk in step.chunks:
         yield chunk, slice(row, row + chunk.num_tokens)
         row += chunk.num_tokens
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the new tokens of B samples lie: the T rows of a forward."""
+
+    starts: np.ndarray  # [B] int64, position of each sample's first row
+    lens: np.ndarray  # [B] int64, rows of each
+    positions: np.ndarray  # [T] int64
+    kv_slots: np.ndarray  # [T] int64
+    table: np.ndarray  # [B, pages] int64
+
+
+def lay_out(owners: np.ndarray, starts: np.ndarray, lens: np.ndarray, slots: Slots) -> Layout:
+    """Rows for the tokens [start, start + len) of the samples in the slots `owners`; all [B]."""
+    page_size, owner_of_row = slots.page_size, np.repeat(np.arange(len(owners)), lens)
+    row_starts = np.cumsum(lens) - lens
+    positions = np.arange(len(owner_of_row)) - row_starts[owner_of_row] + starts[owner_of_row]
+    num_pages = -(-int((starts + lens).max()) // page_size)
+    table = slots.pages[owners, :num_pages].astype(np.int64)
+    kv_slots = table[owner_of_row, positions // page_size] * page_size + positions % page_size
+    return Layout(starts, lens, positions, kv_slots, table)
 
 
 def make_batch(
@@ -60,39 +83,52 @@ def make_batch(
     last_tokens [num_slots + 1] on the device: the newest token of each slot, which the host may
     not know yet.
     """
-    device, page_size, num_decode = last_tokens.device, slots.page_size, len(step.decode)
+    device, num_decode = last_tokens.device, len(step.decode)
     chunk_slots = [chunk.seq.slot for chunk in step.chunks]
     owners = np.concatenate([step.decode, np.array(chunk_slots, dtype=np.int64)])
     starts = np.concatenate(
         [slots.computed[step.decode], np.array([c.start for c in step.chunks], dtype=np.int64)]
     )
-    lens = np.ones(len(owners), dtype=np.int64)
+    lens, drafts = np.ones(len(owners), dtype=np.int64), step.drafts
     lens[num_decode:] = [c.num_tokens for c in step.chunks]
-    row_starts = np.cumsum(lens) - lens
-    owner_of_row = np.repeat(np.arange(len(owners)), lens)
-    positions = np.arange(len(owner_of_row)) - row_starts[owner_of_row] + starts[owner_of_row]
-    num_pages = -(-int((starts + lens).max()) // page_size)
-    table = slots.pages[owners, :num_pages].astype(np.int64)
-    kv_slots = table[owner_of_row, positions // page_size] * page_size + positions % page_size
+    if drafts is not None:
+        lens[:num_decode] += drafts.lens
+    layout = lay_out(owners, starts, lens, slots)
     given = [c.seq.token_ids[c.start : c.end] for c in step.chunks]
     input_ids = to_device(np.array([t for ids in given for t in ids], dtype=np.int64), device)
     if num_decode:
         newest = last_tokens[to_device(step.decode, device)]
+        if drafts is not None:
+            newest = _with_drafts(newest, drafts)
         input_ids = torch.cat([newest, input_ids])
     plan = attention.plan_step(
-        lens.tolist(), (starts + lens).tolist(), torch.from_numpy(table), page_size
+        lens.tolist(), (starts + lens).tolist(), torch.from_numpy(layout.table), slots.page_size
     )
     return Batch(
         input_ids=input_ids,
-        positions=to_device(positions, device),
-        kv_slots=to_device(kv_slots, device),
+        positions=to_device(layout.positions, device),
+        kv_slots=to_device(layout.kv_slots, device),
         plan=plan,
     )
 
 
-def decode_draws(decode: np.ndarray, slots: Slots) -> Draws:
-    """Every decoding sample draws its next token."""
-    positions = slots.length[decode]
+def _with_drafts(newest: Tensor, drafts: Drafts) -> Tensor:
+    """The newest tokens [B], each with its guesses behind it; [R]."""
+    rows = to_device(np.concatenate([drafts.firsts, drafts.rows]), newest.device)
+    values = torch.cat([newest, to_device(drafts.token_ids, newest.device)])
+    return torch.empty_like(values).index_copy_(0, rows, values)
+
+
+def decode_draws(decode: np.ndarray, slots: Slots, drafts: Drafts | None = None) -> Draws:
+    """Every decoding sample draws its next token, and one behind each guess.
+
+    Which of them is its newest is then known once they have arrived: no slot takes one here.
+    """
+    positions, out_slots = slots.length[decode], decode
+    if drafts is not None:
+        decode = drafts.spread(decode)
+        positions = slots.length[decode] + drafts.offsets
+        out_slots = np.full(len(decode), slots.num_slots)
     restricted = slots.limited[decode] | (positions < slots.min_length[decode])
     owners = [(int(i), slots.seqs[decode[i]]) for i in np.flatnonzero(restricted)]
     return Draws(
@@ -102,14 +138,14 @@ def decode_draws(decode: np.ndarray, slots: Slots) -> Draws:
         sample_ids=slots.sample_id[decode],
         temperatures=slots.temperature[decode],
         greedy=slots.greedy[decode],
-        out_slots=decode,
+        out_slots=out_slots,
         restricted=[(i, seq) for i, seq in owners if seq is not None],
     )
 
 
 def make_draws(step: EngineStep, slots: Slots) -> Draws:
     """The decoding samples, then those whose context a chunk completes."""
-    decode = decode_draws(step.decode, slots)
+    decode = decode_draws(step.decode, slots, step.drafts)
     rows = [
         (seq, part.stop - 1, chunk.end) for chunk, part in chunk_rows(step) for seq in chunk.drawing
     ]
@@ -117,7 +153,7 @@ def make_draws(step: EngineStep, slots: Slots) -> Draws:
         return decode
     seqs, hidden_rows, positions = zip(*rows, strict=True)
     params = [seq.request.params for seq in seqs]
-    num_decode = len(step.decode)
+    num_decode = step.num_decode_rows
 
     def joined(first: np.ndarray, values: Iterable[Any]) -> np.ndarray:
         return np.concatenate([first, np.array(list(values), dtype=first.dtype)])

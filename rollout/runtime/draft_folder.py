@@ -23,7 +23,7 @@ from samebit.rollout.models.json_file import JsonFile
 from samebit.rollout.runtime.weight_files import SINGLE, WeightLoadError, find_tensors, open_file
 from samebit.rollout.runtime.weights import fill
 from samebit.weight_sync.folders import read_marker, replacing
-from samebit.weight_sync.mapping import Read, hf_shapes, hf_tensors
+from samebit.weight_sync.mapping import WHOLE, Read, Shard, hf_shapes, hf_tensors
 from samebit.weight_sync.transports.file import require_replaceable, save_tensors
 
 DIALECTS: dict[str, ModuleType] = {"sglang": sglang, "speculators": speculators}
@@ -43,10 +43,10 @@ class DraftFolder:
     vocabulary: DraftVocabulary
     _read: Read
 
-    def fill(self, params: Mapping[str, Tensor]) -> None:
+    def fill(self, params: Mapping[str, Tensor], shard: Shard = WHOLE) -> None:
         """Fill params (of config.param_specs) in place, in their dtype; WeightLoadError for NaN or
         Inf."""
-        fill(self.path, self.config.param_specs(), params, self._read)
+        fill(self.path, self.config.param_specs(shard), params, self._read)
 
 
 def open_draft(

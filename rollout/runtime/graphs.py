@@ -90,11 +90,10 @@ class DecodeGraphs:
         return sum(segment["total_size"] for segment in segments)
 
     def fits(self, step: EngineStep, slots: Slots) -> bool:
-        """Whether a graph can run the step: decode only, no hidden states to return."""
-        size = len(step.decode)
-        return (
-            not step.chunks and size <= BUCKETS[-1] and not bool(slots.collects[step.decode].any())
-        )
+        """Whether a graph can run the step: decode only, no guesses, no hidden states to return."""
+        plain = not step.chunks and step.drafts is None
+        fits = plain and len(step.decode) <= BUCKETS[-1]
+        return fits and not bool(slots.collects[step.decode].any())
 
     def forget(self, decode: np.ndarray) -> None:
         """These slots took part in a step without a graph: they may have pages unknown here."""

@@ -51,11 +51,14 @@ class PagePool:
 
 
 class KVCache:
-    """Keys and values of every layer: caches [P, page_size, Hkv, Dh], Hkv this rank's kv heads."""
+    """Keys and values of every layer: caches [P, page_size, Hkv, Dh], Hkv this rank's kv heads.
+
+    Of several layouts the layers come one behind another.
+    """
 
     def __init__(
         self,
-        layout: KVLayout,
+        layouts: Sequence[KVLayout],
         num_pages: int,
         page_size: int,
         dtype: torch.dtype,
@@ -63,10 +66,15 @@ class KVCache:
         tp_size: int = 1,
     ) -> None:
         self.page_size = page_size
-        shape, layers = layout.cache_shape(num_pages, page_size, tp_size), range(layout.num_layers)
-        names = [[f"{kind}.{i}" for i in layers] for kind in ("key", "value")]
-        made = arena.allocate("kv_cache", {name: (shape, dtype) for kind in names for name in kind})
-        self.keys, self.values = ([made[name] for name in kind] for kind in names)
+        shapes = [
+            layout.cache_shape(num_pages, page_size, tp_size)
+            for layout in layouts
+            for _ in range(layout.num_layers)
+        ]
+        kinds = ("key", "value")
+        named = {f"{kind}.{i}": (x, dtype) for kind in kinds for i, x in enumerate(shapes)}
+        made = [*arena.allocate("kv_cache", named).values()]
+        self.keys, self.values = made[: len(shapes)], made[len(shapes) :]
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy pages (source, target) in every layer; no target is a source."""

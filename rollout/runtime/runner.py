@@ -1,6 +1,7 @@
 """Forward steps of the model over the paged cache, started but not waited for."""
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -48,6 +49,16 @@ def _to_host(values: Tensor | None) -> Tensor | None:
     )
 
 
+class Observer(Protocol):
+    """Who is shown what every forward has computed."""
+
+    streams: tuple[int, ...]
+    """Layers whose residual streams are wanted of every row."""
+
+    def observe(self, step: EngineStep, batch: Batch, collected: dict[int, Tensor]) -> None:
+        """Take what is wanted of the streams, each [T, D] by layer, before the next forward."""
+
+
 class Runner:
     """Holds model, cache and attention together, and the newest token of every slot."""
 
@@ -65,6 +76,7 @@ class Runner:
         self.device = model.embedding.device
         # One more than there are slots: where tokens go that no slot will continue.
         self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=self.device)
+        self.observer: Observer | None = None
         self._graph_pool = graph_pool  # None: no CUDA graphs
         self.graphs = self._new_graphs()
 
@@ -83,13 +95,16 @@ class Runner:
     @torch.no_grad()
     def launch(self, step: EngineStep, slots: Slots, sampler: Sampler) -> Outcome:
         """Start a step: forward, draws, and the copies for prompts that fork."""
-        if self.graphs is not None and self.graphs.fits(step, slots):
+        watched = self.observer is not None
+        if self.graphs is not None and not watched and self.graphs.fits(step, slots):
             drawn = self.graphs.launch(step.decode, slots, sampler)
             return self._outcome(*drawn, None, {})
         if self.graphs is not None:
             self.graphs.forget(step.decode)
         batch = make_batch(step, slots, self.last_tokens, self.attention)
         wanted = {layer for c in step.chunks for layer in c.seq.request.hidden_state_layers}
+        if self.observer is not None:
+            wanted |= set(self.observer.streams)
         for slot in step.decode[slots.collects[step.decode]]:
             wanted |= set(slots.owner(slot).request.hidden_state_layers)
         draws, logits_of = make_draws(step, slots), self.model.logits
@@ -99,6 +114,8 @@ class Runner:
         hidden, collected = self.forward(
             batch, wanted, None if all_in_order else to_device(rows, self.device)
         )
+        if self.observer is not None:
+            self.observer.observe(step, batch, collected)  # before copies are made of pages
         token_ids = logprobs = scores = None
         num_draws = len(draws.hidden_rows)
         if num_draws:
@@ -108,6 +125,11 @@ class Runner:
             scores = sampler.score(hidden[num_draws:], logits_of, next_ids, owners)
         self.cache.copy_pages([copy for chunk in step.chunks for copy in chunk.copies])
         return self._outcome(token_ids, logprobs, scores, collected)
+
+    def keep_newest(self, slots: np.ndarray, token_ids: np.ndarray) -> None:
+        """Note the newest tokens [B] of these slots [B], for the next step's forward."""
+        index, values = to_device(slots, self.device), to_device(token_ids, self.device)
+        self.last_tokens.index_copy_(0, index, values)
 
     def forward(
         self, batch: Batch, collect: set[int], rows: Tensor | None

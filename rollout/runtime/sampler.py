@@ -37,14 +37,20 @@ class Sampler:
         return {*eos, *params.stop_token_ids}
 
     def reasons_to_end(
-        self, rows: np.ndarray, token_ids: np.ndarray, slots: Slots, owners: np.ndarray
+        self,
+        rows: np.ndarray,
+        token_ids: np.ndarray,
+        positions: np.ndarray,
+        slots: Slots,
+        owners: np.ndarray,
     ) -> dict[int, str]:
-        """By row [B], why a sample ends with its newest token [B]; of the slots `owners` [B]."""
+        """By row [S], why a sample ends with the token [S] at that position [S]; of the slots
+        `owners` [S]."""
         stopped = np.isin(token_ids, self._eos) & ~slots.ignore_eos[owners]
         for i in np.flatnonzero(slots.own_stops[owners]):
             stopped[i] |= int(token_ids[i]) in slots.owner(owners[i]).request.params.stop_token_ids
-        stopped &= slots.known[owners] >= slots.min_length[owners]
-        full = slots.known[owners] >= slots.limit[owners]
+        stopped &= positions + 1 >= slots.min_length[owners]
+        full = positions + 1 >= slots.limit[owners]
         ends = np.flatnonzero(stopped | full)
         return {int(rows[i]): "stop" if stopped[i] else "length" for i in ends}
 

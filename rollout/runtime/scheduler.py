@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from samebit.rollout.config import EngineConfig
+from samebit.rollout.runtime.drafts import Drafts
 from samebit.rollout.runtime.kv_cache import KVCache, PagePool
 from samebit.rollout.runtime.prefix_cache import PrefixCache
 from samebit.rollout.runtime.running_sample import RunningSample, Status
@@ -51,14 +52,20 @@ class Chunk:
 
 @dataclass(frozen=True)
 class EngineStep:
-    """One forward: a token for each slot in `decode`, then the chunks."""
+    """One forward: for each slot in `decode` its newest token and what is guessed to follow, then
+    the chunks."""
 
     decode: np.ndarray  # [B] slots
     chunks: tuple[Chunk, ...]
+    drafts: Drafts | None = None
 
     @property
     def num_tokens(self) -> int:
-        return len(self.decode) + sum(chunk.num_tokens for chunk in self.chunks)
+        return self.num_decode_rows + sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def num_decode_rows(self) -> int:
+        return len(self.decode) + (0 if self.drafts is None else len(self.drafts.token_ids))
 
 
 class _OutOfPagesError(Exception):
@@ -123,6 +130,23 @@ class Scheduler:
         except _OutOfPagesError:
             return None
         return EngineStep(decode, tuple(chunks))
+
+    def room_for_drafts(self, step: EngineStep, wanted: int) -> np.ndarray:
+        """How many guesses, of those wanted, each decoding sample of the step may have; [B] int64.
+
+        They get what is left: none that its completion has no place for, no more tokens than a step
+        may have, and pages for which nobody is preempted. The pages are the samples' from here on.
+        """
+        slots, decode = self._slots, step.decode
+        room = np.minimum(wanted, slots.limit[decode] - slots.length[decode] - 1)
+        budget = self._config.max_batch_tokens - step.num_tokens
+        room = np.clip(budget - (np.cumsum(room) - room), 0, room)
+        ends = slots.computed[decode] + 1 + room
+        for i in np.flatnonzero(ends > slots.num_pages[decode] * self._config.page_size):
+            if not self._grow(slots.owner(decode[i]), int(ends[i])):
+                pages = int(slots.num_pages[decode[i]])
+                room[i] -= ends[i] - pages * self._config.page_size
+        return room
 
     def launched(self, step: EngineStep) -> None:
         """The step's tokens are on their way: its sequences may be planned further."""

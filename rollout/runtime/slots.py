@@ -47,6 +47,7 @@ class Slots:
         self.pages = np.zeros((num_slots, -(-max_len // page_size)), dtype=np.int32)
         self.tokens = np.zeros((num_slots, max_len), dtype=np.int32)
         self.logprobs = np.zeros((num_slots, max_len), dtype=np.float32)
+        self.filled = np.full(num_slots, -1)  # the entry whose first tokens are in `tokens` too
         # Sampling parameters.
         self.seed = np.zeros(num_slots, dtype=np.int64)
         self.sample_id = np.zeros(num_slots, dtype=np.int64)
@@ -144,6 +145,12 @@ class Slots:
         self.length[slots] += 1
         self.decoding[slots] = self.length[slots] < self.limit[slots]
 
+    def advance_more(self, slots: np.ndarray, counts: np.ndarray) -> None:
+        """So many tokens [B] more than one each came of these slots' last step."""
+        self.computed[slots] += counts
+        self.length[slots] += counts
+        self.decoding[slots] = self.length[slots] < self.limit[slots]
+
     def append(
         self,
         slots: np.ndarray,
@@ -152,7 +159,10 @@ class Slots:
         logprobs: np.ndarray,
         version: WeightVersion,
     ) -> None:
-        """Take in a token for each of these slots, drawn by `version` at `positions`; all [B]."""
+        """Take in tokens of these slots, drawn by `version` at `positions`; all [S].
+
+        A slot's tokens are in their order.
+        """
         self.tokens[slots, positions] = token_ids
         self.logprobs[slots, positions] = logprobs
         self.known[slots] = positions + 1
@@ -161,6 +171,14 @@ class Slots:
         for i in np.flatnonzero(self.version[slots] != self._number):
             self.owner(slots[i]).stamp(int(positions[i]), version)
         self.version[slots] = self._number
+
+    def context(self, slot: int) -> np.ndarray:
+        """All tokens of a sample that have arrived, [known] int32; not to be changed."""
+        seq = self.owner(slot)
+        if self.filled[slot] != self.entry[slot]:
+            self.tokens[slot, : len(seq.token_ids)] = seq.token_ids
+            self.filled[slot] = self.entry[slot]
+        return self.tokens[slot, : self.known[slot]]
 
     def drawn(self, seq: RunningSample, start: int) -> tuple[list[int], list[float]]:
         """Token ids and log-probs of what a sample has drawn from its new token `start` on."""

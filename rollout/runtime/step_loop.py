@@ -2,7 +2,8 @@
 
 The host needs no token to plan the next step, only lengths; drawn tokens stay on the device for the
 next forward and arrive here one step later. So a sample that draws a stop token takes part in one
-more step, whose result for it is dropped.
+more step, whose result for it is dropped. Where tokens are guessed, lengths are known once a step's
+results are: then steps are taken in one by one.
 """
 
 import itertools
@@ -18,6 +19,7 @@ from samebit.rollout.runtime.running_sample import RunningSample
 from samebit.rollout.runtime.sampler import Sampler, require_finite
 from samebit.rollout.runtime.scheduler import EngineStep, Scheduler
 from samebit.rollout.runtime.slots import Slots
+from samebit.rollout.speculative.speculation import Speculation
 from samebit.weight_sync.types import WeightVersion
 
 
@@ -27,10 +29,10 @@ class _Flight:
 
     step: EngineStep
     outcome: Outcome
-    owners: np.ndarray  # [S] slots: those that decode, then those of each chunk.drawing; -1: none
+    owners: np.ndarray  # [S] slots: of the decode rows, then those of each chunk.drawing; -1: none
     positions: np.ndarray  # [S] of the drawn tokens in their contexts
     version: WeightVersion
-    live: np.ndarray = field(init=False)  # [S] false: the sample has ended meanwhile
+    live: np.ndarray = field(init=False)  # [S] false: behind a wrong guess, or the sample has ended
 
     def __post_init__(self) -> None:
         self.live = np.ones(len(self.owners), dtype=bool)
@@ -38,15 +40,23 @@ class _Flight:
 
 class StepLoop:
     """Plans, starts and takes in steps. depth: how many may be in flight after a call; it may be
-    changed between calls."""
+    changed between calls. speculation: what guesses tokens, if anything does; then depth is 0."""
 
     def __init__(
-        self, scheduler: Scheduler, slots: Slots, runner: Runner, sampler: Sampler, depth: int
+        self,
+        scheduler: Scheduler,
+        slots: Slots,
+        runner: Runner,
+        sampler: Sampler,
+        depth: int,
+        speculation: Speculation | None = None,
     ) -> None:
+        assert depth == 0 or speculation is None
         self._scheduler = scheduler
         self._slots = slots
         self._runner = runner
         self._sampler = sampler
+        self._speculation = speculation
         self.depth = depth
         self._flights: deque[_Flight] = deque()
         self._finished: list[RunningSample] = []  # taken off, but not reported yet
@@ -64,6 +74,8 @@ class StepLoop:
             step = self._scheduler.schedule(in_flight=bool(self._flights))
             if step is None or step.num_tokens == 0:
                 return self._collect(keep=0)
+            if self._speculation is not None:
+                step = self._speculation.add_drafts(step, self._scheduler, self._slots)
             owners, positions = self._drawn_by(step)
             outcome = self._runner.launch(step, self._slots, self._sampler)
             self._scheduler.launched(step)
@@ -95,9 +107,12 @@ class StepLoop:
             for seq in chunk.drawing
         ]
         owners, positions = np.array(drawn, dtype=np.int64).reshape(-1, 2).T
+        decode, offsets = step.decode, np.zeros(len(step.decode), dtype=np.int64)
+        if step.drafts is not None:
+            decode, offsets = step.drafts.spread(decode), step.drafts.offsets
         return (
-            np.concatenate([step.decode, owners]),
-            np.concatenate([self._slots.length[step.decode], positions]),
+            np.concatenate([decode, owners]),
+            np.concatenate([self._slots.length[decode] + offsets, positions]),
         )
 
     def _collect(self, keep: int) -> list[RunningSample]:
@@ -121,18 +136,20 @@ class StepLoop:
         its turn.
         """
         token_ids, logprobs, scores = flight.outcome.wait()
+        step, slots, collected = flight.step, self._slots, flight.outcome.collected
+        num_decode = step.num_decode_rows
+        reasons = self._reasons_to_end(flight, token_ids)
         self._require_finite(flight, logprobs, scores)
         self.num_drawn += int(flight.live.sum())
-        step, slots, collected = flight.step, self._slots, flight.outcome.collected
-        num_decode = len(step.decode)
-        # Who holds a slot, all at once: a token each, drawn in a decode row or at a chunk's end.
+        # Who holds a slot, all at once: tokens drawn in decode rows or at a chunk's end.
         rows = np.flatnonzero(flight.live & (flight.owners >= 0))
         owners = flight.owners[rows]
         drawn = flight.positions[rows], token_ids[rows], logprobs[rows]
         slots.append(owners, *drawn, flight.version)
-        reasons = self._sampler.reasons_to_end(rows, token_ids[rows], slots, owners)
-        for row in np.flatnonzero(slots.collects[step.decode] & flight.live[:num_decode]):
-            slots.owner(flight.owners[row]).add_hidden(collected, slice(row, row + 1))
+        self._settle_lengths(flight, token_ids)
+        own = flight.owners[:num_decode]
+        for row in np.flatnonzero(slots.collects[own] & flight.live[:num_decode]):
+            slots.owner(own[row]).add_hidden(collected, slice(row, row + 1))
         ended = [(slots.owner(flight.owners[i]), reasons[i]) for i in reasons if i < num_decode]
         # Chunks one by one: what else their rows gave, and samples that hold no slot.
         values, row = iter(scores.tolist()), num_decode
@@ -161,6 +178,29 @@ class StepLoop:
             self._end(seq, reason)
         return [seq for seq, _ in ended]
 
+    def _reasons_to_end(self, flight: _Flight, token_ids: np.ndarray) -> dict[int, str]:
+        """By row, why a sample with a slot ends there; what lies behind a wrong guess, or behind an
+        end, lives no longer."""
+        rows, drafts = np.flatnonzero(flight.live & (flight.owners >= 0)), flight.step.drafts
+        drawn = token_ids[rows], flight.positions[rows]
+        reasons = self._sampler.reasons_to_end(rows, *drawn, self._slots, flight.owners[rows])
+        if drafts is not None:
+            num_rows, ends = flight.step.num_decode_rows, np.zeros(len(token_ids), dtype=bool)
+            ends[list(reasons)] = True
+            flight.live[:num_rows] &= drafts.holding(token_ids[:num_rows], ends[:num_rows])
+        return {row: reason for row, reason in reasons.items() if flight.live[row]}
+
+    def _settle_lengths(self, flight: _Flight, token_ids: np.ndarray) -> None:
+        """Tell how many tokens each sample got, now that it is known which guesses were right."""
+        step, drafts = flight.step, flight.step.drafts
+        if drafts is None:
+            return
+        counts = drafts.counts(flight.live[: step.num_decode_rows])
+        self._slots.advance_more(step.decode, counts - 1)
+        self._runner.keep_newest(step.decode, token_ids[drafts.firsts + counts - 1])
+        if self._speculation is not None:
+            self._speculation.learn(drafts, counts)
+
     def _end(self, seq: RunningSample, reason: str) -> None:
         """Take a sample off that ends; later steps in flight have nothing for it."""
         if seq.slot is not None:
@@ -172,7 +212,8 @@ class StepLoop:
         bad = np.isnan(logprobs) & flight.live
         if bad.any() or np.isnan(scores).any():
             chunks = flight.step.chunks
-            decoding = [self._slots.seqs[slot] for slot in flight.step.decode]
+            num_decode = flight.step.num_decode_rows
+            decoding = [self._slots.seqs[slot] for slot in flight.owners[:num_decode]]
             drawing = [seq for chunk in chunks for seq in chunk.drawing]
             owners = zip([*decoding, *drawing], flight.positions.tolist(), strict=True)
             require_finite(np.where(bad, logprobs, 0), list(owners))

@@ -6,6 +6,7 @@ import pytest
 from rank_programs import PARAMS, exact, prompts
 
 from samebit.kernels.reduce import RankGroup
+from samebit.recipes.verification.speculation import write_random_draft
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
 
@@ -13,17 +14,19 @@ from samebit.rollout.models.registry import load_model_config
 @pytest.fixture
 def found(run_ranks, qwen3_path, tmp_path):
     """What each of two ranks reported."""
+    write_random_draft(tmp_path / "draft", load_model_config(qwen3_path))
     run_ranks("engine", 2, qwen3_path, tmp_path / "out.json")
     return [json.loads((tmp_path / f"out.{rank}").read_text()) for rank in range(2)]
 
 
 def test_two_ranks_are_one_engine(found, qwen3_path):
-    """Batches, chunks, preemption and overlap move no bit; scores are the drawn log-probs; an
-    update of shards commits under the digest of the whole; and the model is that of one rank."""
+    """Batches, chunks, preemption, guesses and overlap move no bit; scores are the drawn log-probs;
+    an update of shards commits under the digest of the whole; and the model is that of one rank."""
     assert found[0] == found[1]
     first = found[0]["generated"][0]
     assert all(generated == first for generated in found[0]["generated"])
     assert found[0]["updated"] == found[0]["bound"] == first
+    assert found[0]["guessed"]["verifications"] > 0
     assert found[0]["profile"] == 2
     assert found[0]["capacity"] == (1 << 30) // (768 // 2) // 64 * 64  # each has half of the heads
     specs = load_model_config(qwen3_path).param_specs((0, 2))

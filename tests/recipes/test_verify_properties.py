@@ -14,6 +14,7 @@ from samebit.rollout.types import SamplingParams
 
 LENS, NUM_SAMPLES, NUM_NEW = (3, 16, 17, 65), 3, 3
 WITHOUT = {"prefix_cache": False}
+SUFFIX = {"speculative": "suffix", "adaptive_drafts": False}
 SETTINGS = {
     "batch_size": [WITHOUT],
     "batch_position": [WITHOUT | {"max_num_seqs": n} for _ in range(3) for n in (256, 7)],
@@ -37,6 +38,15 @@ SETTINGS = {
     "memory_release": [{"weights_backup": True}],
     "transports": [{"load_format": "none"}] * 2,  # and one in another process
     "pauses": [WITHOUT] * 3,
+    "speculation": [
+        SUFFIX | {"prefill_chunk": 17, "max_num_seqs": 7},
+        *(SUFFIX | {"num_draft_tokens": n, "page_size": 16} for n in (1, 5, 15)),
+        SUFFIX
+        | {"num_draft_tokens": 5, "page_size": 16, "max_num_seqs": 3}
+        | {"adaptive_drafts": True},
+        *[{"speculative": "eagle3", "adaptive_drafts": False}] * 3,
+        {"speculative": "hybrid", "adaptive_drafts": False, "prefill_chunk": 17, "max_num_seqs": 7},
+    ],
     "shared_prefixes": [
         {"max_num_seqs": 512, "kv_cache_tokens": 2798, **more}
         for more in (WITHOUT | {"group_attention": False}, {})
@@ -62,6 +72,7 @@ TRIED = {
     "memory_release": (3, 4),
     "transports": (3, 2),
     "pauses": (5, 3),
+    "speculation": (9, 9),
     "shared_prefixes": (0, 3),
 }
 """How often each compares all samples, and calls Engine.generate."""
@@ -114,9 +125,10 @@ def test_a_property_is_tried_and_sees_one_bit(subject, monkeypatch, check):
         asked = settings if config is None else {"load_format": config.load_format}
         same = {"seed": 11, "kv_cache_tokens": KV_TOKENS, "attention": "canonical"}
         same |= {"load_format": "safetensors", "device": subject.device}
+        same |= {"draft_model": asked.get("draft_model")}  # in a folder of its own
         made.append({k: v for k, v in asked.items() if same.get(k) != v})
         if config is None:
-            assert same.keys() <= settings.keys()
+            assert same.keys() - {"draft_model"} <= settings.keys()
         else:
             assert config == replace(subject.engine.config, load_format="none")
         init(self, *args, **settings)
@@ -141,7 +153,8 @@ def test_a_property_is_tried_and_sees_one_bit(subject, monkeypatch, check):
         "prefix_cache": drawn_of_last(subject),
         "shared_prefixes": 2 * NUM_NEW * (1 + 2 + 3 + 1 + 2 + 3 + 1 + 2),
     }
-    if name not in ("preemption", "neighbour_abort", "pauses"):  # here some cases cannot be tried
+    tried_in_part = ("preemption", "neighbour_abort", "pauses", "speculation")
+    if name not in tried_in_part:  # here some cases cannot be tried
         assert result.tokens == times * num_drawn + others.get(name, 0)
     if name == "weight_update":
         assert steps[1:] == [1, 2]

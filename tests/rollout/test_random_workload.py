@@ -29,6 +29,7 @@ from hypothesis.stateful import (
 
 from samebit.recipes.models.tiny_model import make_random_model
 from samebit.rollout.engine import Engine
+from samebit.rollout.speculative.proposer import Proposal, Proposer
 from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.types import VersionSpan, WeightSyncError, WeightVersion
 
@@ -41,6 +42,7 @@ EVENTS = {
     "forwards",
     "next turns",
     "preemptions",
+    "right guesses",
     "refused updates",
     "updates",
 }
@@ -75,7 +77,7 @@ SETTINGS = {
     "max_num_seqs": [8, 3, 2],
     "max_batch_tokens": [64, 9],
     "prefix_cache": [True, True, True, False],
-    "overlap": [False, True],
+    "steps": ["one by one", "overlap", "guesses"],
 }
 
 
@@ -130,6 +132,25 @@ def assert_same(found, expected, version):
         assert_same_bits(states, whole if found.finish_reason != "abort" else whole[: len(states)])
 
 
+class Informed(Proposer):
+    """Guesses what a sample must be, every third token wrongly."""
+
+    def __init__(self, parts, workload):
+        super().__init__(parts)
+        self.workload = workload
+
+    def propose(self, contexts):
+        return [Proposal(self.guesses(*context)) for context in contexts]
+
+    def guesses(self, sample, slot, token_ids, room):
+        if (known := self.workload.live.get(sample.request.request_id)) is None:
+            return token_ids[-room:].tolist() if room else []  # of a call
+        _, expected, _, _ = known
+        start = len(token_ids) - sample.prompt_len
+        rest = expected[sample.index].token_ids[start:] + (1,) * room  # behind its end too
+        return [t if (start + i) % 3 else 0 for i, t in enumerate(rest[:room])]
+
+
 class Workload(RuleBasedStateMachine):
     """The engine, and what is expected of it."""
 
@@ -138,7 +159,13 @@ class Workload(RuleBasedStateMachine):
 
     @initialize(settings=st.fixed_dictionaries(SETTINGS))
     def start(self, settings):
+        steps = settings.pop("steps")
+        settings |= {"overlap": True} if steps == "overlap" else {}
+        if steps == "guesses":
+            settings |= {"speculative": "suffix", "adaptive_drafts": False}
         self.engine = Engine(self.oracle.folder, **settings)
+        if (speculation := self.engine.speculation) is not None:
+            speculation.proposer = Informed(speculation.proposer.parts, self)
         self.engine.copy_weights(self.oracle.weights[0], step=0)
         self.which, self.num_updates = 0, 0
         self.live = {}  # by request: prompt, what its samples must be, version
@@ -312,6 +339,8 @@ class Workload(RuleBasedStateMachine):
         engine, self.engine.runner.forward = self.engine, self.original
         settle(engine)
         self.events["preemptions"] += engine.scheduler.num_preemptions
+        if engine.accept_lengths is not None:
+            self.events["right guesses"] += sum(engine.accept_lengths.right)
         if engine.prefixes is not None:
             self.events["cached tokens"] += engine.prefixes.num_hit_tokens
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from samebit.kernels.attention_kind import Heads
 from samebit.kernels.contract import padded_vocab_size
 from samebit.kernels.rope import rope_table
+from samebit.rollout.models.config import KVLayout
 from samebit.rollout.models.decoder import DenseModel
 from samebit.weight_sync.mapping import (
     WHOLE,
@@ -140,6 +141,11 @@ class DraftConfig:
         """What attention is made for: the heads that each of tp_size ranks has."""
         num_heads, num_kv_heads = self.num_heads // tp_size, self.num_kv_heads // tp_size
         return Heads(num_heads, num_kv_heads, self.head_dim, scale=self.head_dim**-0.5)
+
+    @property
+    def kv_layout(self) -> KVLayout:
+        """What its layer keeps of every token."""
+        return KVLayout(num_layers=1, num_heads=self.num_kv_heads, head_dim=self.head_dim)
 
     def rope_table(self, num_positions: int, device: torch.device) -> Tensor:
         """The angles of the first positions, [num_positions, Dh] fp32."""

@@ -1,0 +1,55 @@
+"""AcceptLengths: how many guesses were right, in all and place by place."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from samebit.rollout.runtime.drafts import Drafts
+
+
+@dataclass(frozen=True)
+class AcceptLengths:
+    """Counts over an engine's life; of a decoding sample's steps in which anything was guessed."""
+
+    verifications: int
+    """Such steps of one sample."""
+    tokens: int
+    """What they drew: each the tokens that were guessed right, and one more."""
+    guessed: tuple[int, ...]
+    """[k]: how often there was a first, a second, ... guess."""
+    right: tuple[int, ...]
+    """[k]: how often it was right, and all before it; not counted behind a completion's end."""
+
+    @classmethod
+    def none(cls, num_draft_tokens: int) -> Self:
+        """Nothing was guessed yet."""
+        return cls(0, 0, (0,) * num_draft_tokens, (0,) * num_draft_tokens)
+
+    @property
+    def accept_length(self) -> float:
+        """Tokens that a verification yields in the mean, from 1 on; NaN without any."""
+        return self.tokens / self.verifications if self.verifications else float("nan")
+
+    @property
+    def acceptance(self) -> tuple[float, ...]:
+        """[k]: the share of each place's guesses that were right; NaN where there were none."""
+        pairs = zip(self.right, self.guessed, strict=True)
+        return tuple(right / guessed if guessed else float("nan") for right, guessed in pairs)
+
+    def plus(self, drafts: Drafts, counts: np.ndarray) -> Self:
+        """With a step's: counts [B], the tokens that each of its samples got."""
+        guessed, right = by_place(drafts, counts, len(self.guessed))
+        verified = drafts.lens > 0
+        return type(self)(
+            self.verifications + int(verified.sum()),
+            self.tokens + int(counts[verified].sum()),
+            tuple((np.array(self.guessed) + guessed).tolist()),
+            tuple((np.array(self.right) + right).tolist()),
+        )
+
+
+def by_place(drafts: Drafts, counts: np.ndarray, places: int) -> tuple[np.ndarray, np.ndarray]:
+    """(guesses, right ones) in each place [places], of counts [B] tokens that the samples got."""
+    place = np.arange(places)[:, None]
+    return (drafts.lens > place).sum(1), (counts - 1 > place).sum(1)

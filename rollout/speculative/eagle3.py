@@ -1,0 +1,188 @@
+"""Eagle3: a chain of guesses by a draft model, over what the target computed.
+
+At position p the draft reads the target's streams of token p and, beside them, token p + 1. Its
+keys and values lie in the last layer of the KV cache, in the sample's own pages: they are forked,
+kept and found again with the target's. What is drafted goes on from the draft's own states, and is
+written over once the target has computed those tokens. Source: Li et al. 2025, arXiv 2503.01840.
+
+A guess is drawn as the target will draw, with the same noise for each token of its vocabulary: at a
+temperature, too, both mostly take the same token where they think alike.
+
+Where pages hold no keys of the draft's, or those of another continuation (the last token of a page
+that samples share), the guesses are worse, and nothing else is.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from samebit.kernels.attention_inputs import attention_inputs
+from samebit.kernels.sample import draw
+from samebit.kernels.transfer import to_device
+from samebit.rollout.models.draft.config import EMBEDDING
+from samebit.rollout.models.draft.decoder import DraftDecoder
+from samebit.rollout.runtime.batch import Batch, Layout, chunk_rows, lay_out
+from samebit.rollout.runtime.scheduler import EngineStep
+from samebit.rollout.speculative.proposer import Context, Proposal, Proposer, ProposerParts
+
+
+class Eagle3(Proposer):
+    """Guesses by the draft model of the engine's draft_model; see the file's head."""
+
+    def __init__(self, parts: ProposerParts) -> None:
+        super().__init__(parts)
+        assert parts.draft is not None, "the engine opens the folder before it makes its KV cache"
+        config, ranks, device = parts.draft.config, parts.ranks, parts.runner.device
+        self.streams, self.cost = config.captured_layers, 1 / parts.runner.model.config.num_layers
+        self.config, dtype = config, parts.runner.model.embedding.dtype
+        specs = config.param_specs(ranks.shard)
+        self.params = parts.arena.allocate("draft", {s.name: (s.shape, dtype) for s in specs})
+        parts.draft.fill(self.params, ranks.shard)
+        self._draft = DraftDecoder(config, self.params, parts.runner.model.embedding, ranks)
+        self._attention = type(parts.attention)(self._draft.heads, device)
+        self._rope_table = config.rope_table(parts.num_positions, device)
+        self._keys, self._values = parts.cache.keys[-1], parts.cache.values[-1]
+        self._vocabulary = to_device(parts.draft.vocabulary.token_ids, device)
+        # By slot, what the target computed last: fused states of `count` tokens from `first` on.
+        num_slots, most = parts.slots.num_slots, parts.num_draft_tokens + 1
+        shape = (num_slots, most, config.hidden_size)
+        self._states = torch.zeros(shape, dtype=dtype, device=device)
+        self._first = np.zeros(num_slots, dtype=np.int64)
+        self._count = np.zeros(num_slots, dtype=np.int64)
+        self._entry = np.full(num_slots, -1)  # the sample's, see Slots
+
+    def observe(self, step: EngineStep, batch: Batch, collected: dict[int, Tensor]) -> None:
+        """Note the states of tokens whose next one is yet to be drawn; read the others at once."""
+        states = self._model().fuse([collected[layer] for layer in self.streams])
+        slots, num_rows = self.parts.slots, step.num_decode_rows
+        owners, offsets = step.decode, np.zeros(num_rows, dtype=np.int64)
+        if step.drafts is not None:
+            owners, offsets = step.drafts.spread(owners), step.drafts.offsets
+        lasts = [
+            (part.stop - 1, seq.slot, chunk.end - 1)
+            for chunk, part in chunk_rows(step)
+            for seq in chunk.drawing
+            if seq.slot is not None
+        ]
+        rows, others, ends = np.array(lasts, dtype=np.int64).reshape(-1, 3).T
+        rows = np.concatenate([np.arange(num_rows), rows])
+        held = np.concatenate([step.decode, others])
+        owners = np.concatenate([owners, others])
+        offsets = np.concatenate([offsets, np.zeros_like(others)])
+        if len(rows):
+            where = self._on_device(owners), self._on_device(offsets)
+            self._states.index_put_(where, states[self._on_device(rows)])
+        self._entry[held] = slots.entry[held]
+        self._first[held] = np.concatenate([slots.computed[step.decode], ends])
+        self._count[held] = np.bincount(owners, minlength=slots.num_slots)[held]
+        self._read_chunks(step, states)
+
+    def _read_chunks(self, step: EngineStep, states: Tensor) -> None:
+        """Keys and values of the chunks' tokens whose next one is known."""
+        rows: list[int] = []
+        token_ids: list[int] = []
+        places = []
+        for chunk, part in chunk_rows(step):
+            num_tokens = chunk.num_tokens - chunk.completes
+            if num_tokens and not chunk.scores:
+                rows += range(part.start, part.start + num_tokens)
+                token_ids += chunk.seq.token_ids[chunk.start + 1 : chunk.start + 1 + num_tokens]
+                places.append((chunk.seq.slot, chunk.start, num_tokens))
+        if places:
+            owners, starts, lens = np.array(places, dtype=np.int64).T
+            read = self._on_device(np.array(rows)), self._on_device(np.array(token_ids))
+            self._step(states[read[0]], read[1], lay_out(owners, starts, lens, self.parts.slots))
+
+    def propose(self, contexts: Sequence[Context]) -> list[Proposal]:
+        """Read what was drawn since, and guess for those that have room."""
+        proposals = [Proposal()] * len(contexts)
+        if not len(held := self._unread(contexts)):
+            return proposals
+        asked = [contexts[i] for i in held]
+        slots, room = np.array([c.slot for c in asked]), np.array([c.room for c in asked])
+        starts, lengths = self._first[slots], np.array([len(c.token_ids) for c in asked])
+        layout = lay_out(slots, starts, lengths - 1 - starts, self.parts.slots)
+        token_ids = [c.token_ids[start + 1 :] for c, start in zip(asked, starts, strict=True)]
+        offsets = layout.positions - np.repeat(starts, layout.lens)
+        where = self._on_device(np.repeat(slots, layout.lens)), self._on_device(offsets)
+        read = self._on_device(np.concatenate(token_ids).astype(np.int64))
+        fed, final = self._step(self._states[where], read, layout)
+        lasts = self._on_device(np.cumsum(layout.lens) - 1)
+        chains = self._chain(fed[lasts], final[lasts], slots, lengths, room)
+        for i, chain, num_tokens in zip(held, chains, room, strict=True):
+            proposals[i] = Proposal(chain[:num_tokens].tolist())
+        return proposals
+
+    def _unread(self, contexts: Sequence[Context]) -> np.ndarray:
+        """The contexts for whose new tokens there are all states.
+
+        A place belongs to one sample: of those that share one, the others have to wait for a step.
+        """
+        slots = np.array([c.slot for c in contexts], dtype=np.int64)
+        lens = np.array([len(c.token_ids) for c in contexts], dtype=np.int64) - 1
+        lens -= self._first[slots]
+        ready = self._entry[slots] == self.parts.slots.entry[slots]
+        held = np.flatnonzero(ready & (lens >= 1) & (lens <= self._count[slots]))
+        if not len(held):
+            return held
+        layout = lay_out(slots[held], self._first[slots[held]], lens[held], self.parts.slots)
+        own = np.zeros(len(layout.kv_slots), dtype=bool)
+        own[np.unique(layout.kv_slots, return_index=True)[1]] = True
+        return held[np.logical_and.reduceat(own, np.cumsum(layout.lens) - layout.lens)]
+
+    def _chain(
+        self, fed: Tensor, final: Tensor, slots: np.ndarray, lengths: np.ndarray, room: np.ndarray
+    ) -> np.ndarray:
+        """Guesses [B, most room] behind contexts of these lengths, by what their last rows gave."""
+        most, rows = int(room.max()), np.arange(len(room))
+        chosen, guesses = torch.zeros(len(room), dtype=torch.int64, device=fed.device), []
+        for i in range(most):
+            going = np.flatnonzero(room[rows] > i)
+            kept, rows = self._on_device(going), rows[going]
+            fed, final, chosen = fed[kept], final[kept], chosen[kept]
+            if i:
+                places = slots[rows], lengths[rows] - 2 + i, np.ones_like(rows)
+                fed, final = self._step(fed, chosen, lay_out(*places, self.parts.slots))
+            chosen = self._choose(final, slots[rows], lengths[rows] + i)
+            guesses.append((rows, chosen))
+        table = np.zeros((len(room), most), dtype=np.int64)
+        for i, (which, chosen) in enumerate(guesses):
+            table[which, i] = chosen.cpu().numpy()
+        return table
+
+    def _choose(self, final: Tensor, slots: np.ndarray, positions: np.ndarray) -> Tensor:
+        """The tokens [B] that the draft takes at these positions by the noise of the samples."""
+        own, known = self.parts.slots, self._draft.logits(final)
+        logits = known.new_full((len(known), self.config.vocab_size), float("-inf"))
+        logits.index_copy_(1, self._vocabulary, known)
+        columns = (own.temperature, own.seed, own.sample_id, own.greedy)
+        temperature, seeds, ids, greedy = (self._on_device(column[slots]) for column in columns)
+        keys = seeds, self._on_device(positions), ids, greedy
+        # Logits of damaged weights may be NaN: what is chosen then must be some token.
+        return draw(logits / temperature[:, None], *keys).clamp(0, self.config.vocab_size - 1)
+
+    def _step(self, states: Tensor, token_ids: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """A pass over rows [T], each with the token behind it; see DraftDecoder.step."""
+        lens = layout.lens.tolist(), (layout.starts + layout.lens).tolist()
+        table = torch.from_numpy(layout.table)
+        plan = self._attention.plan_step(*lens, table, self.parts.slots.page_size)
+        positions, places = self._on_device(layout.positions), self._on_device(layout.kv_slots)
+
+        def attend(qkv: Tensor) -> Tensor:
+            q = attention_inputs(
+                qkv, None, self.config.norm_eps, self._rope_table, positions, places, self._keys,
+                self._values,
+            )  # fmt: skip
+            return self._attention.attend(q, self._keys, self._values, plan)
+
+        return self._model().step(states, token_ids, attend)
+
+    def _model(self) -> DraftDecoder:
+        """The draft, on the embedding that is the target's now."""
+        self._draft.embedding = self.params.get(EMBEDDING, self.parts.runner.model.embedding)
+        return self._draft
+
+    def _on_device(self, values: np.ndarray) -> Tensor:
+        return to_device(values, self._states.device)

@@ -1,0 +1,165 @@
+"""What is guessed, and how much: by texts that repeat themselves, by a draft, by what was right."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_prompts
+
+from samebit.recipes.verification.speculation import write_random_draft
+from samebit.rollout.config import SPECULATIVE
+from samebit.rollout.runtime.drafts import Drafts
+from samebit.rollout.runtime.running_sample import RunningSample
+from samebit.rollout.speculative.accept_lengths import AcceptLengths
+from samebit.rollout.speculative.draft_length import DraftLength
+from samebit.rollout.speculative.proposer import Context
+from samebit.rollout.speculative.registry import PROPOSERS
+from samebit.rollout.speculative.suffix import Suffix
+from samebit.rollout.types import Request, SamplingParams
+
+
+def group(prompt, n=1, name="0"):
+    request = Request(
+        request_id=name,
+        prompt_ids=tuple(prompt),
+        params=SamplingParams(n=n),
+        sample_ids=tuple(range(n)),
+    )
+    return RunningSample.of(request, iter(range(n)))
+
+
+def context(sample, drawn=(), room=4):
+    return Context(sample, 0, np.array([*sample.request.prompt_ids, *drawn], dtype=np.int32), room)
+
+
+def guesses(suffix, *contexts):
+    return [list(proposal.token_ids) for proposal in suffix.propose(contexts)]
+
+
+def test_names_are_those_of_the_settings():
+    assert ("none", *PROPOSERS) == SPECULATIVE
+
+
+def test_suffix_goes_on_as_the_text_did():
+    """From the longest match, the newest of equal ones; a loop is gone on with."""
+    suffix = Suffix(None)
+    [a] = group([9, 1, 2, 3, 4, 5, 8, 1, 2, 3, 6, 7])
+    assert guesses(suffix, context(a)) == [[]]
+    assert guesses(suffix, context(a, [1, 2, 3])) == [[6, 7, 1, 2]], "the newest"
+    [b] = group([9, 1, 2, 3, 4, 5, 8, 1, 2, 3, 6, 7], name="1")
+    assert guesses(suffix, context(b, [9, 1, 2, 3], room=2)) == [[4, 5]], "the longest"
+    [c] = group([5, 6, 7], name="2")
+    assert guesses(suffix, context(c, [6, 7, 6, 7, 6], room=5)) == [[7, 6, 7, 6, 7]], "a loop"
+    assert guesses(suffix, context(c, [6, 7, 6, 7, 6], room=0)) == [[]]
+
+
+def test_suffix_reads_siblings_and_nobody_else():
+    suffix = Suffix(None)
+    a, b = group([1, 2, 3], n=2)
+    [other] = group([1, 2, 3], name="1")
+    assert guesses(suffix, context(a, [4, 5, 6, 7, 8]), context(b), context(other)) == [
+        [],
+        [4, 5, 6, 7],
+        [],
+    ]
+    assert guesses(suffix, context(b, [9, 4, 5, 6])) == [[7, 8]], "amid another continuation"
+    a.token_ids += [4, 5, 6, 7, 8]  # it was preempted
+    assert guesses(suffix, context(a, [4, 5, 6, 7, 8, 9, 4, 5])) == [[6]], "the longest"
+
+
+def test_suffix_forgets_samples_that_are_gone():
+    suffix = Suffix(None)
+    a, b = group([1, 2, 3], n=2)
+    suffix.propose([context(a), context(b)])
+    assert len(suffix._readers) == 2
+    del a, b
+    assert not suffix._readers
+    assert not suffix._groups
+
+
+def test_rows_hold_up_to_the_first_wrong_guess_or_end():
+    drafts = Drafts(np.array([2, 0, 3]), np.array([5, 6, 7, 8, 9]))
+    drawn = np.array([5, 1, 1, 4, 7, 8, 9, 3])
+    ends = np.zeros(8, dtype=bool)
+    assert drafts.holding(drawn, ends).tolist() == [1, 1, 0, 1, 1, 1, 1, 1]
+    assert drafts.counts(drafts.holding(drawn, ends)).tolist() == [2, 1, 4]
+    ends[5] = ends[3] = True
+    assert drafts.holding(drawn, ends).tolist() == [1, 1, 0, 1, 1, 1, 0, 0]
+    found = AcceptLengths.none(4)
+    for counts in ([2, 1, 4], [1, 1, 1]):
+        found = found.plus(drafts, np.array(counts))
+    assert (found.verifications, found.tokens) == (4, 8)
+    assert (found.guessed, found.right) == ((4, 4, 2, 0), (2, 1, 1, 0))
+    assert (found.accept_length, found.acceptance[:3]) == (2.0, (0.5, 0.25, 0.5))
+
+
+def test_no_more_is_guessed_than_pays():
+    """Right guesses: many for one sample, few for many; wrong ones: none, and in time one more."""
+    length = DraftLength(5, adaptive=True, free_rows=64, draft_cost=0.05)
+    right, wrong = Drafts(np.array([5]), np.arange(5)), np.array([1])
+    for _ in range(40):
+        length.choose(1)
+        length.learn(right, np.array([6]))
+    assert [length.choose(n) for n in (1, 8)] == [5, 5]
+    for _ in range(200):
+        length.choose(1)
+        length.learn(right, wrong)
+    assert [length.choose(n) for n in (1, 64)] == [0, 0]
+    assert any(length.choose(1) for _ in range(300))
+    assert DraftLength(5, adaptive=False, free_rows=1, draft_cost=1).choose(999) == 5
+
+
+@pytest.fixture(scope="module")
+def draft_path(engine, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("draft") / "draft"
+    write_random_draft(folder, engine.model_config)
+    return str(folder)
+
+
+def test_a_chain_is_the_unrolled_draft(make_engine, engine, draft_path):
+    """Each guess is what training unrolls on the target's streams: over chunks of prompts, samples
+    that wait for slots, and tokens of which some were guessed."""
+    from samebit.trainer.draft.ttt import unroll
+
+    prompts, passes = make_prompts(5, 70, 33), 3
+    params = SamplingParams(max_new_tokens=9, temperature=0.0, ignore_eos=True)
+    own = make_engine(
+        speculative="eagle3", draft_model=draft_path, adaptive_drafts=False, prefix_cache=False,
+        num_draft_tokens=passes, prefill_chunk=17, max_num_seqs=2,
+    )  # fmt: skip
+    proposer, seen = own.speculation.proposer, []
+    propose = proposer.propose
+
+    def recording(contexts):
+        found = propose(contexts)
+        seen.extend((c.sample.sample_id, c.token_ids.tolist(), p.token_ids)
+                    for c, p in zip(contexts, found, strict=True))  # fmt: skip
+        return found
+
+    proposer.propose = recording
+    own.generate(prompts, params, [[0], [1], [2]])
+    layers = own.speculation.proposer.streams
+    truth = engine.generate(prompts, params, [[0], [1], [2]], return_hidden_states=layers)
+    vocabulary = own._draft.vocabulary.token_ids
+    assert sum(len(ids) == passes for _, _, ids in seen) > 9
+    for sample_id, token_ids, ids in seen:
+        if not ids:
+            continue
+        column, input_ids = len(token_ids) - 2, torch.tensor([*token_ids, *ids])
+        streams = {
+            layer: torch.zeros(len(input_ids), stream.shape[1])
+            for layer, stream in truth[sample_id][0].hidden_states.items()
+        }
+        for layer, stream in truth[sample_id][0].hidden_states.items():
+            streams[layer][: column + 1] = stream[: column + 1]
+        batch = SimpleNamespace(
+            input_ids=input_ids,
+            positions=torch.arange(len(input_ids)),
+            seq_lens=[len(input_ids)],
+        )
+        data = SimpleNamespace(batch=batch, streams=streams)
+        with torch.no_grad():
+            finals = unroll(proposer._model(), data, len(ids), proposer._rope_table)
+            best = [int(proposer._draft.logits(f[column : column + 1]).argmax()) for f in finals]
+        assert [int(vocabulary[i]) for i in best] == list(ids)
