@@ -84,6 +84,7 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     if run.trainer.background_checkpoints:
         memory["checkpoint_on_host_mib"] += reference
     return {
+        "logprobs": _logprobs(run),
         "device": device,
         **_counts(run, {"train": inputs.train_set, "held_out": inputs.eval_set}),
         "samples_per_step": run.samples_per_step,
@@ -97,6 +98,20 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
             min(at_once, run.engine.max_num_seqs) * longest * kv_bytes / _MIB, 1
         ),
     }
+
+
+def _logprobs(run: GrpoRun) -> str:
+    """Of which policy log-probs, ratios, entropies and KL are, in words."""
+    if run.rollout.truncates:
+        sets = "of what may be drawn: top_p, top_k, min_p"
+        later = run.updates_per_step > 1 or make_algorithm(run.algorithm).needs_reference
+        return sets + (", known from one more forward pass of later steps" if later else "")
+    if run.rollout.limits:
+        return (
+            "of the full softmax, although top_p, top_k or min_p draw from a part of it, so that "
+            "gradients are biased; rollout.logprobs=truncated counts that part alone"
+        )
+    return "of the full softmax, which draws"
 
 
 def describe_sft(run: SftRun) -> dict[str, Any]:

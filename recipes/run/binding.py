@@ -50,6 +50,7 @@ _EARLIER = {
     "rollout.dynamic_sampling": False,
     "rollout.refill_prompts": None,
     "rollout.too_few_groups": "error",
+    "rollout.logprobs": "full",
     **{f"algorithm.{f.name}": f.default for f in fields(GrpoConfig)},
 }
 """Keys that manifests of version 0.1 may lack, and what runs did then."""

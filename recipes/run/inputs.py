@@ -27,6 +27,7 @@ from samebit.rollout.device import resolve_device
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config, require_taught_end
 from samebit.rollout.runtime.weights import open_safetensors
+from samebit.trainer.config import require
 from samebit.trainer.megatron.stages import make_stage
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,14 @@ def checked_model(run: TrainingRun) -> ModelConfig:
         model.segment_shapes(resolve_device(run.device))
     open_safetensors(Path(run.model.path), model.param_specs())
     return model
+
+
+def _require_exact_truncation(run: GrpoRun) -> None:
+    """ValueError where thresholds would be compared with other logits than those that drew."""
+    exact = attention_kind(run.numerics.attention).is_invariant or not run.rollout.truncates
+    meaning = f"full with numerics.attention={run.numerics.attention}, which is not invariant: "
+    meaning += "the trainer would not find what could be drawn"
+    require(exact, "rollout.logprobs", run.rollout.logprobs, meaning)
 
 
 def _require_lengths(run: GrpoRun | Eagle3Run, model: ModelConfig) -> None:
@@ -91,6 +100,7 @@ class GrpoInputs:
     def __init__(self, run: GrpoRun, stop: StopSignals | None = None) -> None:
         poll = _polled(stop)
         self.model = checked_model(run)
+        _require_exact_truncation(run)
         train_set, eval_set = load_datasets(run.data)
         require_transport(run)
         require_release(run)

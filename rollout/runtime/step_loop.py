@@ -120,7 +120,7 @@ class StepLoop:
         Nothing comes in but here. A sample without a slot gets its first token and then waits for
         its turn.
         """
-        token_ids, logprobs, scores = flight.outcome.wait()
+        token_ids, logprobs, thresholds, scores = flight.outcome.wait()
         self._require_finite(flight, logprobs, scores)
         self.num_drawn += int(flight.live.sum())
         step, slots, collected = flight.step, self._slots, flight.outcome.collected
@@ -129,7 +129,8 @@ class StepLoop:
         rows = np.flatnonzero(flight.live & (flight.owners >= 0))
         owners = flight.owners[rows]
         drawn = flight.positions[rows], token_ids[rows], logprobs[rows]
-        slots.append(owners, *drawn, flight.version)
+        least = None if thresholds is None else thresholds[rows]
+        slots.append(owners, *drawn, flight.version, least)
         reasons = self._sampler.reasons_to_end(rows, token_ids[rows], slots, owners)
         for row in np.flatnonzero(slots.collects[step.decode] & flight.live[:num_decode]):
             slots.owner(flight.owners[row]).add_hidden(collected, slice(row, row + 1))
@@ -148,7 +149,9 @@ class StepLoop:
                 if seq is not chunk.seq:
                     seq.hidden = {layer: list(parts) for layer, parts in chunk.seq.hidden.items()}
                 if seq.slot is None:
-                    seq.append(int(token_ids[row]), float(logprobs[row]), flight.version)
+                    threshold = None if thresholds is None else float(thresholds[row])
+                    drawn_alone = int(token_ids[row]), float(logprobs[row])
+                    seq.append(*drawn_alone, flight.version, threshold)
                     reason = self._sampler.reason_to_end(seq)
                 else:
                     reason = reasons.get(row)
