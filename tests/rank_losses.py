@@ -108,6 +108,21 @@ def truncated(megatron):
     return own, [stats.loss, stats.grad_norm, stats.metrics["train/entropy"]]
 
 
+def preferred(megatron):
+    """Loss, gradient norm and figures of a step of DPO, away from its reference."""
+    from samebit.trainer.algorithms.dpo import Dpo
+    from samebit.trainer.config import DpoConfig
+
+    megatron.freeze_reference()
+    with torch.no_grad():
+        for p in megatron.params.values():
+            p.mul_(1.5)
+    samples = [replace(s, unit=i // 2) for i, s in enumerate(gradient_samples())]
+    batches = megatron.own_batches(pack_samples(samples, 70, "sequence"))
+    stats = megatron.train_step(batches, Dpo(DpoConfig(beta=0.5)))
+    return [stats.loss, stats.grad_norm, *stats.metrics.values()]
+
+
 def step(rank, size, store, folder, mode, expected, out):
     """Gradients and figures of a step by SequenceRatio, and the reference's log-probs, saved if
     alone and else compared.
@@ -131,6 +146,7 @@ def step(rank, size, store, folder, mode, expected, out):
     gradients = {name: p.main_grad.clone() for name, p in megatron.params.items()}
     figures = vars(megatron.train_step(batches, SequenceRatio()))
     figures["reference"] = referred(make_trainer(folder, parallel), parallel)
+    figures["preferred"] = preferred(make_trainer(folder, parallel))
     figures["truncated"] = truncated(make_trainer(folder, parallel))
     if mode == "alone":
         torch.save({"gradients": dict(hf_tensors(megatron.specs, gradients)), **figures}, expected)

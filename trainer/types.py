@@ -77,6 +77,7 @@ class Sample:
         thresholds: Sequence[float] = (),
         advantage: float = 0.0,
         version_spans: Sequence[VersionSpan] = (),
+        unit: int | None = None,
     ) -> Self:
         """One prompt with one response, all of which is trained on.
 
@@ -95,6 +96,7 @@ class Sample:
             loss_mask=np.arange(length) >= prompt_len,
             advantages=np.asarray(advantage, np.float32),
             version_spans=tuple(replace(s, start=prompt_len + s.start) for s in version_spans),
+            unit=unit,
         )
         if thresholds:
             sample = replace(sample, thresholds=sample.in_place(thresholds, "thresholds"))

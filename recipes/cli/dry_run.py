@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from samebit.recipes.config import GrpoRun, SftRun
+from samebit.recipes.config import DpoRun, GrpoRun, SftRun
 from samebit.recipes.data.records import Split
 from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
 from samebit.recipes.run.inputs import Eagle3Inputs, GrpoInputs, SftInputs
@@ -128,6 +128,15 @@ def describe_sft(run: SftRun) -> dict[str, Any]:
     }
 
 
+def describe_dpo(run: DpoRun) -> dict[str, Any]:
+    """As describe_sft; a step's samples are pairs, and the reference is one more copy."""
+    figures = describe_sft(run)
+    figures["pairs_per_step"] = figures.pop("samples_per_step")
+    if run.trainer.background_checkpoints:
+        figures["checkpoint_on_host_mib"] += figures["weights_mib"]
+    return figures | {"reference_mib": figures["weights_mib"]}
+
+
 def describe_eagle3(run: Eagle3Run) -> dict[str, Any]:
     """The batch arithmetic and a memory estimate; every record and the draft's headers are read."""
     inputs = Eagle3Inputs(run)
@@ -159,7 +168,7 @@ def print_description(run: TrainingRun, figures: Mapping[str, Any]) -> None:
         print(f"{name:28s} {value:,}" if isinstance(value, int | float) else f"{name:28s} {value}")
 
 
-def train_or_describe[R: (GrpoRun, SftRun, Eagle3Run)](
+def train_or_describe[R: (GrpoRun, SftRun, DpoRun, Eagle3Run)](
     run: R, train: Callable[[R], dict[str, Any]], describe: Callable[[R], dict[str, Any]]
 ) -> int:
     """Run a training command, which prints its summary or, with dry_run, what the run would be."""

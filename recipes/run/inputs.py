@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from samebit.kernels.registry import attention_kind
-from samebit.recipes.config import GrpoRun, SftRun
+from samebit.recipes.config import DpoRun, GrpoRun, SftRun
 from samebit.recipes.data.order import MAX_PROMPTS, problem_index
 from samebit.recipes.data.records import Encoder, Split
 from samebit.recipes.data.reward_pool import load_reward
@@ -77,12 +77,12 @@ class Unwritable:
         self._found: list[str] = []
 
     def look(self, problems: Sequence[Problem]) -> None:
-        """Count those of some problems."""
-        labels = [problem.label for problem in problems]
-        for problem, text in zip(problems, self._text.rewritten(labels), strict=True):
-            if text.strip() != problem.label.strip():
-                example = f"{problem.name}: {problem.label!r:.80} becomes {text!r:.80}"
-                self._found.append(example)
+        """Count those of some problems, rejected answers too."""
+        named = [(p.name, x) for p in problems for x in (p.label, p.rejected) if x]
+        texts = self._text.rewritten([label for _, label in named])
+        for (name, label), text in zip(named, texts, strict=True):
+            if text.strip() != label.strip():
+                self._found.append(f"{name}: {label!r:.80} becomes {text!r:.80}")
 
     def warn(self, outcome: str) -> None:
         """Say how many there are, what that means, and the first."""
@@ -157,7 +157,7 @@ class GrpoInputs:
 
 
 class SftInputs:
-    """Reads what a supervised run reads. Raises as GrpoInputs does."""
+    """Reads what a supervised run reads, or one of dpo. Raises as GrpoInputs does."""
 
     def __init__(self, run: SftRun, stop: StopSignals | None = None) -> None:
         poll = _polled(stop)
@@ -169,6 +169,7 @@ class SftInputs:
             "trainer.micro_batch_tokens": run.trainer.micro_batch_tokens,
             "the model's max_position_embeddings": self.model.max_position,
         }
+        pair_len = limits.pop("trainer.micro_batch_tokens") if isinstance(run, DpoRun) else None
         limit = min(limits, key=lambda name: limits[name])
         encoder = Encoder(
             text=self.text,
@@ -177,6 +178,7 @@ class SftInputs:
             limit=limit,
             policy=run.data.overlong_prompts,
             with_labels=True,
+            pair_len=pair_len,
         )
         self.train_set = Split("train split", train_set, encoder)
         self.eval_set = Split("held-out split", eval_set, encoder) if len(eval_set) else None
