@@ -32,20 +32,26 @@ def begun(tmp_path_factory):
     return folder / "sft" / "model"
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_it_learns(begun, tmp_path, preset):
+TRUNCATED = ["rollout.top_p=0.9", "rollout.logprobs=truncated"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "more"), [*((preset, []) for preset in PRESETS), ("grpo_kl", TRUNCATED)]
+)
+def test_it_learns(begun, tmp_path, preset, more):
     """From half of the held-out problems to most of them, with two optimizer steps a
     rollout, of which the second is off-policy; every log-prob of the first is the rollout's."""
     words = [f"model.path={begun}", f"output_dir={tmp_path}", f"algorithm={preset}", *TASK]
     words += ["data.seed=1", "rollout.max_prompt_len=16", "rollout.max_new_tokens=8"]
     words += ["rollout.eval_every=1000", "trainer.num_steps=100", "trainer.batch_size=128"]
     words += ["trainer.micro_batch_tokens=4096", "trainer.checkpoint_every=0"]
-    words += [f"trainer.optimizer.{key}={value}" for key, value in OPTIMIZER.items()]
+    words += [f"trainer.optimizer.{key}={value}" for key, value in OPTIMIZER.items()] + more
     start = time.perf_counter()
     summary = grpo.train(resolve("grpo", words))
     seconds = time.perf_counter() - start
     first, last = summary["reward_first"], summary["reward_last"]
-    print(f"\n{preset}: held-out reward {first:.3f} -> {last:.3f} in {seconds:.0f} s")
+    name = " ".join([preset, *more])
+    print(f"\n{name}: held-out reward {first:.3f} -> {last:.3f} in {seconds:.0f} s")
     assert first < 0.6
     assert last >= ENOUGH
     assert summary["logprob_mismatches"] == 0
