@@ -50,7 +50,7 @@ test-long: $(STAMP) ## what takes too long for `make test`: 1,000 random workloa
 	$(NO_GPU) $(PY) -m pytest -m "long and not algorithms" --timeout 0 $(ARGS)
 
 test-algorithms: export OMP_NUM_THREADS ?= 1
-test-algorithms: $(STAMP) ## does every preset of configs/algorithm learn to reverse digits?
+test-algorithms: $(STAMP) ## does every preset of configs/algorithm, and dpo, learn to reverse digits?
 	$(NO_GPU) $(PY) -m pytest -m algorithms --timeout 0 -s $(ARGS)
 
 test-mutants: $(STAMP) ## are small lies in the code noticed by `make test`? An hour or two

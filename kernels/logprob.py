@@ -2,7 +2,8 @@
 
 Contract (docs/contract.md): the log-sum-exps of 8 segments of the vocabulary merge in ascending
 order, so that tensor parallel sizes 1, 2, 4 and 8 give equal bits. The softmax is the full one,
-before any top-k, top-p or min-p. Rows are taken in chunks; [T, V] never exists.
+before any top-k, top-p or min-p, unless it is told which tokens count (kernels/truncation.py).
+Rows are taken in chunks; [T, V] never exists.
 """
 
 from typing import Any
@@ -14,6 +15,7 @@ from samebit.kernels.cpu import logprob as cpu
 from samebit.kernels.linear import add_product, linear
 from samebit.kernels.op import Op
 from samebit.kernels.reduce import ALONE, RankGroup, gather_columns
+from samebit.kernels.truncation import Kept, KeptSets, Thresholds, kept_sets_of
 
 logsumexp = Op("logsumexp", cpu=cpu.logsumexp, cuda="samebit.kernels.gpu.logprob:logsumexp")
 """logits [B, V] fp32 -> log-sum-exps [B] fp32."""
@@ -40,9 +42,10 @@ def token_stats_ref(
     normalizer = logsumexp(scaled)
     logprobs = scaled.gather(1, token_ids[:, None]).squeeze(1) - normalizer
     probs = torch.exp(scaled - normalizer[:, None])
-    entropies = normalizer - (probs * scaled).sum(-1)
+    counted = scaled.masked_fill(scaled == float("-inf"), 0.0)  # where probs are 0
+    entropies = normalizer - (probs * counted).sum(-1)
     if entropy_grad:  # the gradient needs what the rounded normalizer itself gives
-        entropies = (probs * (normalizer[:, None] - scaled)).sum(-1)
+        entropies = (probs * (normalizer[:, None] - counted)).sum(-1)
     return logprobs, entropies, normalizer
 
 
@@ -66,13 +69,15 @@ def logits_grad_ref(
     if entropy is not None and entropy_grad is not None:
         logprobs = logits / t - normalizer[:, None]
         slopes = logprobs.exp() * (logprobs + entropy[:, None])
+        slopes.masked_fill_(logprobs == float("-inf"), 0.0)
         grad_logits -= slopes * (entropy_grad[:, None] / t)
     return grad_logits.to(dtype)
 
 
 token_stats = Op("token_stats", cpu=token_stats_ref, cuda="samebit.kernels.gpu.logprob:token_stats")
 """logits [T, V] fp32, temperature [T], token_ids [T] -> log-probs, entropies, log-sum-exps [T].
-entropy_grad: entropies that are differentiated, which on the CPU are rounded otherwise."""
+A logit of -inf counts for nothing. entropy_grad: entropies that are differentiated, which on the
+CPU are rounded otherwise."""
 logits_grad = Op("logits_grad", cpu=logits_grad_ref, cuda="samebit.kernels.gpu.logprob:logits_grad")
 """logits [T, V], temperature [T], log-sum-exps [T], token_ids [T] (one outside [0, V) is another
 rank's), gradients of the log-probs [T], dtype -> the gradient of the logits [T, V] in dtype. With
@@ -82,6 +87,11 @@ entropies [T] and their gradients [T] too, that of both; without them not a bit 
 def _chunk_rows(vocab_size: int, device: torch.device) -> int:
     """Rows of logits at a time: on a GPU 2,048 rows of V = 151,936 are 1.2 GB, elsewhere 512."""
     return max(2048 if device.type == "cuda" else 512, (1 << 22) // vocab_size)
+
+
+def _parts(num_rows: int, step: int) -> list[slice]:
+    """Rows in chunks; one without rows if there are none."""
+    return [slice(i, min(i + step, num_rows)) for i in range(0, max(num_rows, 1), step)]
 
 
 class _Logprob(torch.autograd.Function):
@@ -96,19 +106,21 @@ class _Logprob(torch.autograd.Function):
         ranks: RankGroup,
         main_grad: Tensor | None,
         entropy_grad: bool,
+        kept: Kept | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.main_grad = main_grad
+        ctx.main_grad, ctx.kept = main_grad, kept
         ctx.first = ranks.rank * len(weight)  # the vocabulary's part that this rank holds
         live = max(0, min(len(weight), vocab_size - ctx.first))
         rows = _chunk_rows(vocab_size, hidden.device)
-        chunks = zip(*(x.split(rows) for x in (hidden, temperature, token_ids)), strict=True)
-        stats = [
-            token_stats(logits(h, weight, vocab_size, ranks), t, ids, entropy_grad)
-            for h, t, ids in chunks
-        ]
+        stats = []
+        for part in _parts(len(hidden), rows):
+            scores, t = logits(hidden[part], weight, vocab_size, ranks), temperature[part]
+            if kept is not None:
+                scores = kept.part(part).restrict(scores, t)
+            stats.append(token_stats(scores, t, token_ids[part], entropy_grad))
         logprobs, entropy, normalizers = (torch.cat(x) for x in zip(*stats, strict=True))
-        kept = (hidden, weight[:live], token_ids, temperature, normalizers)
-        ctx.save_for_backward(*kept, *([entropy] if entropy_grad else []))
+        saved = (hidden, weight[:live], token_ids, temperature, normalizers)
+        ctx.save_for_backward(*saved, *([entropy] if entropy_grad else []))
         ctx.weight_shape, ctx.chunk_rows = weight.shape, rows
         if not entropy_grad:
             ctx.mark_non_differentiable(entropy)
@@ -125,8 +137,11 @@ class _Logprob(torch.autograd.Function):
         rows, live = ctx.chunk_rows, len(weight)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
+            columns = linear(hidden[part], weight, torch.float32)
+            if ctx.kept is not None:
+                columns = ctx.kept.part(part).restrict(columns, temperature[part], ctx.first)
             narrow = logits_grad(
-                linear(hidden[part], weight, torch.float32),
+                columns,
                 temperature[part],
                 normalizer[part],
                 token_ids[part] - ctx.first,
@@ -137,7 +152,7 @@ class _Logprob(torch.autograd.Function):
             grad_hidden[part] = narrow @ weight
             add_product(grad_weight[:live], narrow.t(), hidden[part])
         narrow_grad = grad_weight.to(weight.dtype) if ctx.main_grad is None else None
-        return grad_hidden, narrow_grad, None, None, None, None, None, None
+        return grad_hidden, narrow_grad, *[None] * 7
 
 
 def logprob(
@@ -149,6 +164,7 @@ def logprob(
     ranks: RankGroup = ALONE,
     main_grad: Tensor | None = None,
     entropy_grad: bool = False,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of the next-token distributions.
 
@@ -156,8 +172,30 @@ def logprob(
     vocab_size on are padding), token_ids [T] int64, temperature [T] fp32 > 0 -> (logprobs [T] fp32,
     differentiable in hidden and weight; entropies [T] fp32 in nats, differentiable if entropy_grad
     is set). With several ranks, hidden's gradient is this rank's summand. main_grad: as in
-    `linear`, of weight's shape.
+    `linear`, of weight's shape. kept: the distributions are those of the kept tokens alone, which
+    must be all rows' own; a token outside them has the log-prob -inf.
     """
     return _Logprob.apply(
-        hidden, weight, token_ids, temperature, vocab_size, ranks, main_grad, entropy_grad
+        hidden, weight, token_ids, temperature, vocab_size, ranks, main_grad, entropy_grad, kept
+    )
+
+
+def kept_sets(
+    hidden: Tensor,
+    weight: Tensor,
+    thresholds: Thresholds,
+    temperature: Tensor,
+    vocab_size: int,
+    ranks: RankGroup = ALONE,
+) -> KeptSets:
+    """Which tokens thresholds [T] keep under these weights; other arguments as in `logprob`."""
+    return KeptSets.joined(
+        [
+            kept_sets_of(
+                logits(hidden[part], weight, vocab_size, ranks),
+                temperature[part],
+                thresholds.part(part),
+            )
+            for part in _parts(len(hidden), _chunk_rows(vocab_size, hidden.device))
+        ]
     )

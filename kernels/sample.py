@@ -15,13 +15,18 @@ from samebit.kernels.op import Op
 gumbel_noise = Op("gumbel_noise", cpu=cpu.gumbel_noise)
 """Noise [B, V] fp32 for int64 tensors seeds, positions and sample_ids, all [B], and V."""
 
-allowed_tokens = Op(
-    "allowed_tokens", cpu=cpu.allowed_tokens, cuda="samebit.kernels.gpu.sample:allowed_tokens"
+least_allowed = Op(
+    "least_allowed", cpu=cpu.least_allowed, cuda="samebit.kernels.gpu.sample:least_allowed"
 )
-"""Mask [B, V] of the tokens that may be drawn; rules and ties in docs/contract.md.
+"""Thresholds [B] fp32: a token may be drawn if its scaled logit is at least its row's.
 
-scaled_logits [B, V] fp32 after temperature; top_k [B] int64 (0: off), top_p [B] fp32 (1: off),
-min_p [B] fp32 (0: off)."""
+Rules and ties in docs/contract.md. scaled_logits [B, V] fp32 after temperature; top_k [B] int64
+(0: off), top_p [B] fp32 (1: off), min_p [B] fp32 (0: off)."""
+
+
+def allowed_tokens(scaled_logits: Tensor, *limits: Tensor) -> Tensor:
+    """Mask [B, V] of the tokens that may be drawn; arguments as in `least_allowed`."""
+    return scaled_logits >= least_allowed(scaled_logits, *limits)[:, None]
 
 
 def sample_ref(scaled_logits: Tensor, noise: Tensor) -> Tensor:

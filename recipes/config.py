@@ -7,16 +7,17 @@ that --help and dry_run answer at once.
 from dataclasses import dataclass, field, fields, make_dataclass
 from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from samebit.kernels.registry import ATTENTION_KINDS
 from samebit.recipes.data.rewards import RewardConfig
-from samebit.recipes.data.tasks.base import DataConfig
+from samebit.recipes.data.tasks.base import DataConfig, PreferenceConfig
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.metrics import LoggerConfig
 from samebit.rollout.config import EngineConfig
 from samebit.trainer.config import (
     AlgorithmConfig,
+    DpoConfig,
     GrpoConfig,
     ParallelConfig,
     TrainerConfig,
@@ -208,6 +209,8 @@ def _check_release(placement: PlacementSection, engine: EngineConfig) -> None:
 class SftRun(RunSection):
     """`samebit sft`: supervised fine-tuning on prompts and labels."""
 
+    command: ClassVar[str] = "sft"
+
     model: ModelSection = field(default_factory=ModelSection)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     numerics: NumericsSection = field(default_factory=NumericsSection)
@@ -225,15 +228,33 @@ class SftRun(RunSection):
         """Check across sections; raises ValueError, which names the keys."""
         check_overwrite(self)
         require(self.eval_every >= 1, "eval_every", self.eval_every, "positive")
-        require(self.trainer.batch_size is not None, "trainer.batch_size", None, "set for sft")
+        given = self.trainer.batch_size is not None
+        require(given, "trainer.batch_size", None, f"set for {self.command}")
         check_schedule(self.trainer, self.trainer.num_steps)
         if not self.data.holds_out:
             require_default(self, "", ("eval_every",), "no record is held out")
         idle = ("num_samples", "save_rollouts")
-        require_default(self.logger, "logger", idle, "the command is sft, which draws no samples")
+        meaning = f"the command is {self.command}, which draws no samples"
+        require_default(self.logger, "logger", idle, meaning)
         invariant, tensor = self.numerics.tp_invariant, self.trainer.parallel.tensor
         check_tp_invariant(invariant, tensor, "trainer.parallel.tensor")
         _check_copies(self.trainer.batch_size or 0, self.trainer.parallel.data)
+
+
+@dataclass(kw_only=True)
+class DpoRun(SftRun):
+    """`samebit dpo`: direct preference optimization on pairs of answers."""
+
+    command: ClassVar[str] = "dpo"
+
+    data: PreferenceConfig = field(default_factory=PreferenceConfig)
+    algorithm: DpoConfig = field(default_factory=DpoConfig)
+
+    def validate(self) -> None:
+        """Check across sections; raises ValueError, which names the keys."""
+        super().validate()
+        mean = self.trainer.loss_mean
+        require(mean == "sequence", "trainer.loss_mean", mean, "sequence: a loss is a pair's")
 
 
 @dataclass(kw_only=True)

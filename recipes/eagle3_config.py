@@ -107,7 +107,7 @@ class Eagle3Run(RunSection):
         meaning = "attention, model, lengths and seed are the run's"
         require_default(self.engine, "engine", SET_BY_RUN, meaning)
         meaning = "the command is eagle3, which scores no answer"
-        require_default(self.rollout, "rollout", ("dynamic_sampling",), meaning)
+        require_default(self.rollout, "rollout", ("dynamic_sampling", "logprobs"), meaning)
         idle = ("num_samples", "save_rollouts")
         require_default(
             self.logger, "logger", idle, "the command is eagle3, which keeps no samples"

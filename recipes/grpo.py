@@ -220,9 +220,14 @@ class GrpoRecipe:
         """One or more optimizer steps on a rollout; the first is exactly on-policy."""
         settings, temperature = self.run.trainer, self.run.rollout.temperature
         size, stats = self.run.batch_size, list[StepStats]()
-        for start in range(0, len(samples), size):
-            part = samples[start : start + size]
-            batches = own_micro_batches(part, settings, self.trainer, temperature)
+        parts = [
+            own_micro_batches(samples[i : i + size], settings, self.trainer, temperature)
+            for i in range(0, len(samples), size)
+        ]
+        for i, batches in enumerate(parts):
+            if i or self.algorithm.needs_reference:  # weights that have not drawn
+                parts[i] = self.trainer.with_kept_sets(batches)
+        for batches in parts:
             # Until the first optimizer step writes, the whole step may be dropped.
             stats.append(self.trainer.train_step(batches, self.algorithm, None if stats else poll))
         return stats

@@ -6,6 +6,7 @@ from samebit.rollout.ranges import RANGES, require_in_range
 from samebit.trainer.config import require, require_default
 
 TOO_FEW_GROUPS = ("error", "train")
+LOGPROBS = ("full", "truncated")
 
 
 @dataclass(kw_only=True)
@@ -31,6 +32,9 @@ class RolloutSection:
     """Draw from so many most likely tokens; 0: from all."""
     min_p: float = 0.0
     """Draw from tokens at least so likely, relative to the most likely one; 0: from all."""
+    logprobs: str = "full"
+    """Log-probs, ratios, entropies and KL are of the full softmax; or truncated, of what top_p,
+    top_k and min_p draw from."""
     max_prompt_len: int = 512
     """Tokens; what becomes of a longer prompt is for data.overlong_prompts to say."""
     max_new_tokens: int = 256
@@ -49,7 +53,21 @@ class RolloutSection:
         for name in RANGES:
             require_in_range(name, getattr(self, name), f"rollout.{name}")
         require_in_range("temperature", self.eval_temperature, "rollout.eval_temperature")
+        known = self.logprobs in LOGPROBS
+        require(known, "rollout.logprobs", self.logprobs, f"one of {LOGPROBS}")
+        meaning = "full where rollout.top_p, top_k and min_p draw from all tokens"
+        require(self.limits or not self.truncates, "rollout.logprobs", self.logprobs, meaning)
         self._check_dynamic_sampling()
+
+    @property
+    def limits(self) -> bool:
+        """Whether top_p, top_k or min_p forbid any token."""
+        return bool(self.top_p < 1 or self.top_k or self.min_p > 0)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether log-probs are of what may be drawn alone."""
+        return self.logprobs == "truncated"
 
     @property
     def longest(self) -> int:

@@ -14,8 +14,8 @@ class SamplingParams:
     """How to draw completions of one prompt.
 
     The token at a position is a function of weights, context, these parameters, the seed and the
-    sample id; never of the batch. Log-probs are of the full softmax after temperature; at
-    temperature 0 (greedy) they are those of temperature 1.
+    sample id; never of the batch. Log-probs are of the full softmax after temperature, unless
+    truncated_logprobs is set; at temperature 0 (greedy) they are those of temperature 1.
 
     Example: SamplingParams(n=8, temperature=1.0, max_new_tokens=512)
     """
@@ -41,6 +41,9 @@ class SamplingParams:
     """Overrides the engine's seed."""
     logprobs: bool = True
     """Return the log-prob of every drawn token."""
+    truncated_logprobs: bool = False
+    """Log-probs are of the distribution that draws, over what top-k, top-p and min-p keep alone;
+    completions say what that was (Completion.thresholds)."""
 
     def __post_init__(self) -> None:
         where = "SamplingParams.stop_token_ids"
@@ -56,6 +59,15 @@ class SamplingParams:
         _require(in_range, "min_new_tokens", self.min_new_tokens, "in [0, max_new_tokens]")
         if self.seed is not None:
             _require(0 <= self.seed <= MAX_UINT64, "seed", self.seed, "an unsigned 64-bit integer")
+
+        fits = not (self.truncated_logprobs and self.min_new_tokens)
+        meaning = "0 with truncated_logprobs: thresholds cannot say that stop tokens were forbidden"
+        _require(fits, "min_new_tokens", self.min_new_tokens, meaning)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether log-probs are of less than the full softmax."""
+        return self.truncated_logprobs and self.limits
 
     @property
     def limits(self) -> bool:
@@ -101,6 +113,9 @@ class Completion:
     """"stop" (a stop token was drawn), "length" or "abort"."""
     version_spans: tuple[VersionSpan, ...]
     """Which weight version drew which tokens."""
+    thresholds: tuple[float, ...] = ()
+    """[L] exact fp32 values, where log-probs are truncated: a token could be drawn if its logit,
+    divided by the temperature, was at least this. Empty where every token could."""
     hidden_states: dict[int, Tensor] = field(default_factory=dict, repr=False)
     """By layer: [prompt + L - 1, D], the residual stream after that many layers (0: embeddings)."""
 
@@ -121,3 +136,5 @@ class Increment:
     """That of the Completion in the sample's last increment, else None."""
     version_spans: tuple[VersionSpan, ...]
     """Which weight version drew which tokens of the whole sample, so far."""
+    thresholds: tuple[float, ...] = ()
+    """Of token_ids, where log-probs are truncated; see Completion."""

@@ -80,6 +80,49 @@ def referred(megatron, parallel):
     return [s.ref_logprobs[s.loss_mask].tolist() for group in groups for s in group]
 
 
+def truncated(megatron):
+    """Rows of truncated samples by the weights that drew, by others, and by the reference, which
+    drew; and what others find of a step on them, with the sets that are known since."""
+    from samebit.trainer.algorithms.base import Algorithm, LossOutputs
+
+    class Truncated(Algorithm):
+        needs_entropy_grad = True
+
+        def loss(self, inputs):
+            # Some of the made-up tokens could not be drawn: their log-probs are -inf.
+            known = inputs.logprobs.clamp(min=-50)
+            return LossOutputs(-known * inputs.batch.advantages - 0.3 * inputs.entropies)
+
+    megatron.freeze_reference()
+    samples = [replace(s, thresholds=0.02 + 0 * s.logprobs) for s in made_up(gradient_samples())]
+    packed = pack_samples(samples, 70, "sequence", temperature=0.7)
+    batches = megatron.own_batches(packed)
+    rows = [megatron.logprobs(batches)]
+    batches = megatron.with_kept_sets(batches)
+    with torch.no_grad():
+        for p in megatron.params.values():
+            p.mul_(1.5)
+    rows += [megatron.logprobs(batches), megatron.logprobs(batches, reference=True)]
+    stats = megatron.train_step(batches, Truncated())
+    own = {b.index: [x.tolist() for x in each] for b, *each in zip(batches, *rows, strict=True)}
+    return own, [stats.loss, stats.grad_norm, stats.metrics["train/entropy"]]
+
+
+def preferred(megatron):
+    """Loss, gradient norm and figures of a step of DPO, away from its reference."""
+    from samebit.trainer.algorithms.dpo import Dpo
+    from samebit.trainer.config import DpoConfig
+
+    megatron.freeze_reference()
+    with torch.no_grad():
+        for p in megatron.params.values():
+            p.mul_(1.5)
+    samples = [replace(s, unit=i // 2) for i, s in enumerate(gradient_samples())]
+    batches = megatron.own_batches(pack_samples(samples, 70, "sequence"))
+    stats = megatron.train_step(batches, Dpo(DpoConfig(beta=0.5)))
+    return [stats.loss, stats.grad_norm, *stats.metrics.values()]
+
+
 def step(rank, size, store, folder, mode, expected, out):
     """Gradients and figures of a step by SequenceRatio, and the reference's log-probs, saved if
     alone and else compared.
@@ -103,6 +146,8 @@ def step(rank, size, store, folder, mode, expected, out):
     gradients = {name: p.main_grad.clone() for name, p in megatron.params.items()}
     figures = vars(megatron.train_step(batches, SequenceRatio()))
     figures["reference"] = referred(make_trainer(folder, parallel), parallel)
+    figures["preferred"] = preferred(make_trainer(folder, parallel))
+    figures["truncated"] = truncated(make_trainer(folder, parallel))
     if mode == "alone":
         torch.save({"gradients": dict(hf_tensors(megatron.specs, gradients)), **figures}, expected)
         return

@@ -208,6 +208,25 @@ class AlgorithmConfig:
 
 
 @dataclass(kw_only=True)
+class DpoConfig(AlgorithmConfig):
+    """Direct preference optimization; see trainer/algorithms/dpo.py."""
+
+    name: str = "dpo"
+    """dpo, and no other."""
+    beta: float = 0.1
+    """How much a log ratio to the reference counts: large keeps the policy near it."""
+    label_smoothing: float = 0.0
+    """The probability with which a pair is taken to be the wrong way round."""
+
+    def __post_init__(self) -> None:
+        require(self.name == "dpo", "algorithm.name", self.name, "dpo, as the command is")
+        fits = 0 < self.beta < math.inf
+        require(fits, "algorithm.beta", self.beta, "positive and finite")
+        smoothing = self.label_smoothing
+        require(0 <= smoothing < 0.5, "algorithm.label_smoothing", smoothing, "in [0, 0.5)")
+
+
+@dataclass(kw_only=True)
 class PolicyGradientConfig(AlgorithmConfig):
     """What the policy-gradient algorithms share; see trainer/algorithms/policy_gradient.py."""
 

@@ -82,6 +82,7 @@ def share_context(batch: MicroBatch, ranks: RankGroup, attention: AttentionKind)
         is_compared=batch.is_compared[rows],
         advantages=batch.advantages[rows],
         loss_weights=batch.loss_weights[rows],
+        kept=None if batch.kept is None else batch.kept.select(rows),
         # The ranks' denominators add up to the batch's.
         loss_denominator=batch.loss_denominator * (ranks.rank == 0),
     )

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from samebit.kernels.truncation import Thresholds
 from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.loss_means import LOSS_MEANS, LossMean
 from samebit.trainer.types import MicroBatch, Sample
@@ -145,6 +146,7 @@ def _micro_batch(
     drawn = [s.logprobs for s in samples if s.logprobs is not None]
     if drawn and len(drawn) != len(samples):
         raise ValueError("some samples of a micro-batch have rollout logprobs and some have none")
+    least = _thresholds(samples)
     is_compared = np.array([bool(drawn) and s.has_one_version for s in samples])
 
     def on_device(values: np.ndarray) -> Tensor:
@@ -166,4 +168,19 @@ def _micro_batch(
         loss_weights=on_device(weights),
         loss_denominator=denominator,
         temperature=temperature,
+        kept=None if least is None else Thresholds(on_device(least[trained])),
     )
+
+
+def _thresholds(samples: Sequence[Sample]) -> np.ndarray | None:
+    """[T] fp32 of samples whose log-probs are truncated; None of others."""
+    found = [s.thresholds for s in samples if s.thresholds is not None]
+    if found and len(found) != len(samples):
+        raise ValueError("some samples of a micro-batch have thresholds and some have none")
+    for sample in samples:
+        if found and not sample.has_one_version:
+            raise ValueError(
+                f"sample {sample.sample_id} was drawn by several weight versions; its thresholds "
+                "say what could be drawn under one alone: train on full log-probs"
+            )
+    return np.concatenate(found) if found else None

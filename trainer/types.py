@@ -7,6 +7,7 @@ from typing import Self
 import numpy as np
 from torch import Tensor
 
+from samebit.kernels.truncation import Kept
 from samebit.weight_sync.types import VersionSpan
 
 
@@ -30,6 +31,8 @@ class Sample:
     """[L] bool: whether the token is trained on."""
     logprobs: np.ndarray | None = None
     """[L] fp32: the rollout's, read where the mask is set; None for supervised samples."""
+    thresholds: np.ndarray | None = None
+    """[L] fp32: what could be drawn, as in Completion, where the log-probs are truncated."""
     ref_logprobs: np.ndarray | None = None
     """[L] fp32: the reference model's, where rewards are lowered by the KL to it."""
     advantages: np.ndarray = field(default_factory=lambda: np.zeros((), np.float32))
@@ -42,7 +45,7 @@ class Sample:
     def __post_init__(self) -> None:
         length = len(self.token_ids)
         dtypes = {"token_ids": np.int64, "loss_mask": np.bool_}
-        floats = dict.fromkeys(("logprobs", "ref_logprobs", "advantages"), np.float32)
+        floats = dict.fromkeys(("logprobs", "thresholds", "ref_logprobs", "advantages"), np.float32)
         for name, dtype in (dtypes | floats).items():
             if (given := getattr(self, name)) is None:
                 continue
@@ -71,13 +74,15 @@ class Sample:
         token_ids: Sequence[int],
         prompt_len: int,
         logprobs: Sequence[float] = (),
+        thresholds: Sequence[float] = (),
         advantage: float = 0.0,
         version_spans: Sequence[VersionSpan] = (),
+        unit: int | None = None,
     ) -> Self:
         """One prompt with one response, all of which is trained on.
 
-        token_ids [L] are both; logprobs [L - prompt_len] (empty: a supervised sample) and the
-        places of version_spans are the response's.
+        token_ids [L] are both; logprobs [L - prompt_len] (empty: a supervised sample), thresholds
+        (empty: log-probs of the full softmax) and the places of version_spans are the response's.
         """
         length = len(token_ids)
         if not 1 <= prompt_len < length:
@@ -91,7 +96,10 @@ class Sample:
             loss_mask=np.arange(length) >= prompt_len,
             advantages=np.asarray(advantage, np.float32),
             version_spans=tuple(replace(s, start=prompt_len + s.start) for s in version_spans),
+            unit=unit,
         )
+        if thresholds:
+            sample = replace(sample, thresholds=sample.in_place(thresholds, "thresholds"))
         return sample.with_logprobs(logprobs) if logprobs else sample
 
     def with_logprobs(self, logprobs: Sequence[float]) -> Self:
@@ -148,6 +156,8 @@ class MicroBatch:
     loss_weights: Tensor  # [R] fp32, by the mean that the loss is (trainer/loss_means.py)
     loss_denominator: int  # this micro-batch's share of what the summed loss is divided by
     temperature: float
+    kept: Kept | None = None
+    """[R] which tokens the rows' distributions are of; None: all."""
 
     @property
     def num_tokens(self) -> int:

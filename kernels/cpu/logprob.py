@@ -13,7 +13,8 @@ def logsumexp(logits: Tensor) -> Tensor:
     # Segments that are all padding would add exact zeros, so they are left out.
     padded = F.pad(logits, (0, -logits.shape[-1] % segment_len), value=float("-inf"))
     segments = padded.view(len(logits), padded.shape[1] // segment_len, segment_len)
-    segment_max = segments.amax(-1)
+    # A segment of which no token may be drawn, all of it -inf, has the sum 0 then, not NaN.
+    segment_max = segments.amax(-1).clamp(min=torch.finfo(logits.dtype).min)
     segment_sum = torch.exp(segments - segment_max[..., None]).sum(-1)
     row_max, row_sum = segment_max[:, 0], segment_sum[:, 0]
     for i in range(1, segments.shape[1]):

@@ -48,8 +48,8 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, sample_ids: Tensor, vocab_siz
     return noise.flatten(1)[:, :vocab_size]
 
 
-def allowed_tokens(scaled_logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """See kernels.sample.allowed_tokens."""
+def least_allowed(scaled_logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """See kernels.sample.least_allowed."""
     ordered, _ = scaled_logits.sort(-1, descending=True)
     kth = torch.where(top_k > 0, top_k, scaled_logits.shape[-1]).clamp(max=scaled_logits.shape[-1])
     least = ordered.gather(1, kth[:, None] - 1)
@@ -58,7 +58,9 @@ def allowed_tokens(scaled_logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: T
     weights = torch.exp(ordered - ordered[:, :1]).masked_fill(ordered < least, 0.0)
     mass = weights.cumsum(-1)
     # The first token of a run of equal logits has the mass strictly above that run.
-    run_start = torch.searchsorted(-ordered, -scaled_logits)
+    run_start = torch.searchsorted(-ordered, -ordered)
     above = torch.cat([torch.zeros_like(mass[:, :1]), mass], dim=-1).gather(1, run_start)
     within_p = (above < top_p[:, None] * mass[:, -1:]) | (top_p >= 1)[:, None]
-    return (scaled_logits >= least) & within_p
+    # Mass only grows along a row, so what is within p is its beginning.
+    last = within_p.sum(-1, keepdim=True).clamp(min=1) - 1
+    return torch.maximum(least, ordered.gather(1, last)).squeeze(1)

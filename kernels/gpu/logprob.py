@@ -12,6 +12,7 @@ from triton.language.extra import libdevice
 
 from samebit.kernels.contract import GPU_LSE_BLOCK, LSE_SEGMENTS, padded_vocab_size
 
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
 _GRAD_BLOCK = 2048  # logits that a program of the backward takes; it sums up nothing
 
 
@@ -47,7 +48,8 @@ def segment_sum(
         x2 = scaled(x_ptr, c0 + 2 * BLOCK + columns, end, temperature)
         x3 = scaled(x_ptr, c0 + 3 * BLOCK + columns, end, temperature)
         best = tl.maximum(best, tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)))
-    m = tl.max(best, 0)
+    # A segment of which no token may be drawn, all of it -inf, has the sum 0 then, not NaN.
+    m = tl.maximum(tl.max(best, 0), _LOWEST)
     total = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
     for c0 in range(start, end, 4 * BLOCK):
@@ -194,6 +196,7 @@ def _logits_grad_kernel(
     if WITH_ENTROPY:
         logprob = x - tl.load(normalizer_ptr + row)
         slope = tl.exp(logprob) * (logprob + tl.load(entropy_ptr + row))
+        slope = tl.where(logprob > float("-inf"), slope, 0.0)
         grad -= slope * tl.load(entropy_grad_ptr + row)
     grad = grad / temperature
     tl.store(out_ptr + row * V + columns, grad.to(out_ptr.dtype.element_ty), mask=inside)

@@ -218,8 +218,8 @@ def _threshold_kernel(x_ptr, k_ptr, p_ptr, min_p_ptr, out_ptr, V, BLOCK: tl.cons
     tl.store(out_ptr + row, (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True))
 
 
-def allowed_tokens(scaled_logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """See kernels.sample.allowed_tokens. Thresholds by bisection over the floats: no sort."""
+def least_allowed(scaled_logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """See kernels.sample.least_allowed. By bisection over the floats: no sort."""
     scaled_logits = scaled_logits.contiguous()
     rows, vocab_size = scaled_logits.shape
     least = torch.empty(rows, device=scaled_logits.device)
@@ -227,4 +227,4 @@ def allowed_tokens(scaled_logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: T
         x_ptr=scaled_logits, k_ptr=top_k.clamp(max=vocab_size), p_ptr=top_p, min_p_ptr=min_p,
         out_ptr=least, V=vocab_size, BLOCK=GPU_LIMITS_BLOCK, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
-    return scaled_logits >= least[:, None]
+    return least

@@ -24,7 +24,15 @@ from samebit.recipes.bench.config import (
     BenchTrainerRun,
 )
 from samebit.recipes.cli.overrides import Overrides, check_file, find_field, read_words
-from samebit.recipes.config import ConfigError, DemoRun, GrpoRun, RunSection, SftRun, grpo_run_of
+from samebit.recipes.config import (
+    ConfigError,
+    DemoRun,
+    DpoRun,
+    GrpoRun,
+    RunSection,
+    SftRun,
+    grpo_run_of,
+)
 from samebit.recipes.eagle3_config import Eagle3Run
 from samebit.recipes.run.secrets import build
 from samebit.recipes.tools_config import DiffRun, ExportRun, FetchRun, VerifyRun
@@ -36,6 +44,7 @@ CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 SCHEMAS: dict[str, type[Any]] = {
     "grpo": GrpoRun,
     "sft": SftRun,
+    "dpo": DpoRun,
     "eagle3": Eagle3Run,
     "demo": DemoRun,
     "verify": VerifyRun,

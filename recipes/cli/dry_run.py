@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from samebit.recipes.config import GrpoRun, SftRun
+from samebit.recipes.config import DpoRun, GrpoRun, SftRun
 from samebit.recipes.data.records import Split
 from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
 from samebit.recipes.run.inputs import Eagle3Inputs, GrpoInputs, SftInputs
@@ -87,6 +87,7 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     if run.trainer.background_checkpoints:
         memory["checkpoint_on_host_mib"] += reference
     return {
+        "logprobs": _logprobs(run),
         "device": device,
         **_counts(run, {"train": inputs.train_set, "held_out": inputs.eval_set}),
         "samples_per_step": run.samples_per_step,
@@ -102,6 +103,20 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     }
 
 
+def _logprobs(run: GrpoRun) -> str:
+    """Of which policy log-probs, ratios, entropies and KL are, in words."""
+    if run.rollout.truncates:
+        sets = "of what may be drawn: top_p, top_k, min_p"
+        later = run.updates_per_step > 1 or make_algorithm(run.algorithm).needs_reference
+        return sets + (", known from one more forward pass of later steps" if later else "")
+    if run.rollout.limits:
+        return (
+            "of the full softmax, although top_p, top_k or min_p draw from a part of it, so that "
+            "gradients are biased; rollout.logprobs=truncated counts that part alone"
+        )
+    return "of the full softmax, which draws"
+
+
 def describe_sft(run: SftRun) -> dict[str, Any]:
     """The batch arithmetic and a memory estimate; every record is read and checked."""
     inputs = SftInputs(run)
@@ -114,6 +129,15 @@ def describe_sft(run: SftRun) -> dict[str, Any]:
         "optimizer_steps": run.trainer.num_steps,
         **_memory(inputs.model, device, run.trainer),
     }
+
+
+def describe_dpo(run: DpoRun) -> dict[str, Any]:
+    """As describe_sft; a step's samples are pairs, and the reference is one more copy."""
+    figures = describe_sft(run)
+    figures["pairs_per_step"] = figures.pop("samples_per_step")
+    if run.trainer.background_checkpoints:
+        figures["checkpoint_on_host_mib"] += figures["weights_mib"]
+    return figures | {"reference_mib": figures["weights_mib"]}
 
 
 def describe_eagle3(run: Eagle3Run) -> dict[str, Any]:
@@ -147,7 +171,7 @@ def print_description(run: TrainingRun, figures: Mapping[str, Any]) -> None:
         print(f"{name:28s} {value:,}" if isinstance(value, int | float) else f"{name:28s} {value}")
 
 
-def train_or_describe[R: (GrpoRun, SftRun, Eagle3Run)](
+def train_or_describe[R: (GrpoRun, SftRun, DpoRun, Eagle3Run)](
     run: R, train: Callable[[R], dict[str, Any]], describe: Callable[[R], dict[str, Any]]
 ) -> int:
     """Run a training command, which prints its summary or, with dry_run, what the run would be."""

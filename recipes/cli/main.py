@@ -18,6 +18,7 @@ from typing import Any
 COMMANDS = {
     "grpo": "train a policy with GRPO: rollout, reward, Megatron step, weight sync",
     "sft": "supervised fine-tuning with the same trainer",
+    "dpo": "direct preference optimization on pairs of answers, with the same trainer",
     "eagle3": "train an Eagle-3 draft on what its target answers itself",
     "demo": "train a small model with GRPO, on the CPU or a GPU, until its reward is high",
     "verify": "measure the promise: every property, tokens compared, mismatches",

@@ -8,7 +8,7 @@ import logging
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 from tqdm import tqdm
@@ -33,7 +33,9 @@ class Encoded:
 
     prompt_ids: array[int]
     label_ids: array[int]
-    """Empty but for sft."""
+    """Empty but for sft and dpo."""
+    rejected_ids: array[int] = field(default_factory=lambda: array("i"))
+    """Of dpo."""
     was_cut: bool = False
 
 
@@ -60,6 +62,9 @@ class Encoder:
     """data.overlong_prompts."""
     with_labels: bool = False
     """Labels are trained on."""
+    pair_len: int | None = None
+    """Most tokens of a prompt with its label and again with the rejected answer, which are both
+    trained on then: trainer.micro_batch_tokens."""
 
     def __call__(self, problems: Sequence[Problem]) -> list[Encoded | Unfit]:
         found: dict[int, Encoded | Unfit] = {}
@@ -73,39 +78,58 @@ class Encoder:
         prompts = self.text.encode_prompts(
             [problems[i].prompt for i in good], [texts[i] for i in good]
         )
-        labels = [list[int]() for _ in good]
+        labels, rejected = ([list[int]() for _ in good] for _ in range(2))
         if self.with_labels:
             labels = self.text.encode_labels([problems[i].label for i in good])
-        for i, prompt, label in zip(good, prompts, labels, strict=True):
+        if self.pair_len is not None:
+            rejected = self.text.encode_labels([problems[i].rejected for i in good])
+        for i, prompt, *answers in zip(good, prompts, labels, rejected, strict=True):
             try:
-                found[i] = self._fit(problems[i], prompt, label)
+                found[i] = self._fit(problems[i], prompt, *answers)
             except ValueError as error:  # the template refuses what is left of a chat
                 found[i] = Unfit(str(error))
         return [found[i] for i in range(len(problems))]
 
-    def _fit(self, problem: Problem, prompt: list[int], label: list[int]) -> Encoded | Unfit:
+    def _fit(
+        self, problem: Problem, prompt: list[int], label: list[int], rejected: list[int]
+    ) -> Encoded | Unfit:
+        if self.pair_len is not None and not (label and rejected):
+            return Unfit("one of its answers is empty; dpo needs two")
         if self.with_labels and not label:
             return Unfit("its label is empty; sft needs an answer")
         if not prompt:
             return Unfit("its prompt has 0 tokens; give one of at least 1")
-        rest, was_cut = self.max_len - len(label), False
+        rest, was_cut = self.max_len - max(len(label), len(rejected)), False
+        if self.pair_len is not None:
+            rest = min(rest, (self.pair_len - len(label) - len(rejected)) // 2)
         if self.policy == "truncate_left" and len(prompt) > rest:
             prompt, was_cut = self._cut(problem, prompt, rest), True
         if len(prompt) > rest:
-            return Unfit(self._too_long(len(prompt), len(label), was_cut), is_overlong=True)
-        if (highest := max((*prompt, *label))) >= self.vocab_size:
+            lens = len(prompt), len(label), len(rejected)
+            return Unfit(self._too_long(*lens, was_cut), is_overlong=True)
+        if (highest := max((*prompt, *label, *rejected))) >= self.vocab_size:
             return Unfit(
                 f"its token {highest} ({self.text.token(highest)!r}) is outside the model's "
                 f"vocab_size of {self.vocab_size}: tokenizer and config.json do not fit together"
             )
-        return Encoded(array("i", prompt), array("i", label), was_cut)
+        return Encoded(
+            prompt_ids=array("i", prompt),
+            label_ids=array("i", label),
+            rejected_ids=array("i", rejected),
+            was_cut=was_cut,
+        )
 
-    def _too_long(self, prompt: int, label: int, was_cut: bool) -> str:
+    def _too_long(self, prompt: int, label: int, rejected: int, was_cut: bool) -> str:
         least = "at least " if was_cut else ""
         tokens = f"its prompt has {least}{prompt} tokens"
         if self.with_labels:
             tokens += f" and its label {label}"
         other = " (or give data.overlong_prompts)" if self.policy == "error" else ""
+        if self.pair_len is not None:
+            tokens += f" and its rejected answer {rejected}"
+            other = (
+                f", trainer.micro_batch_tokens {self.pair_len} of prompt and answer twice{other}"
+            )
         return f"{tokens}; {self.limit} allows 1 to {self.max_len}{other}"
 
     def _cut(self, problem: Problem, ids: list[int], max_len: int) -> list[int]:

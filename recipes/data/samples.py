@@ -17,6 +17,7 @@ def drawn_sample(prompt_ids: Sequence[int], completion: Completion) -> Sample:
         token_ids=(*prompt_ids, *completion.token_ids),
         prompt_len=len(prompt_ids),
         logprobs=completion.logprobs,
+        thresholds=completion.thresholds,
         version_spans=completion.version_spans,
     )
 

@@ -79,6 +79,7 @@ class ReplicatedEngine:
                     logprobs=c.logprobs,
                     finish_reason=c.finish_reason,
                     version_spans=c.version_spans,
+                    thresholds=c.thresholds,
                 )
 
     def score(
@@ -144,6 +145,7 @@ def _to_plain(c: Completion) -> dict[str, Any]:
     return vars(c) | {
         "token_ids": array("i", c.token_ids),
         "logprobs": array("f", c.logprobs),
+        "thresholds": array("f", c.thresholds),
         "version_spans": [
             (s.start, s.recomputed, s.version.step, s.version.digest) for s in c.version_spans
         ],
@@ -156,6 +158,7 @@ def _completion(plain: dict[str, Any]) -> Completion:
     found = {
         "token_ids": tuple(plain["token_ids"]),
         "logprobs": tuple(plain["logprobs"]),
+        "thresholds": tuple(plain["thresholds"]),
         "version_spans": tuple(
             VersionSpan(start, WeightVersion(*version), recomputed)
             for start, recomputed, *version in spans

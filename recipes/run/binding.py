@@ -50,6 +50,7 @@ _EARLIER = {
     "rollout.dynamic_sampling": False,
     "rollout.refill_prompts": None,
     "rollout.too_few_groups": "error",
+    "rollout.logprobs": "full",
     **{f"algorithm.{f.name}": f.default for f in fields(GrpoConfig)},
 }
 """Keys that manifests of version 0.1 may lack, and what runs did then."""
@@ -138,7 +139,7 @@ def digest(*parts: bytes) -> str:
 
 
 def records_digest(problems: Dataset, config: DataConfig) -> str:
-    """Return the number and a digest of prompts, labels, metadata and tools, in order.
+    """Return the number and a digest of prompts, answers, metadata and tools, in order.
 
     Of generated problems the first ones: the configuration and those say what the others are. Not
     so of a user's list.
@@ -148,15 +149,18 @@ def records_digest(problems: Dataset, config: DataConfig) -> str:
     read = range(count if listed or config.task == "file" else min(count, _SAMPLED))
     rows = (problems[i] for i in read)
     encode = json.JSONEncoder(sort_keys=True, default=repr).encode
-    texts = (encode([p.prompt, p.label, p.metadata, *_told_of_tools(p)]) for p in rows)
+    texts = (encode([p.prompt, p.label, p.metadata, *_told_besides(p)]) for p in rows)
     return f"{count} x {digest('\n'.join(texts).encode())}"
 
 
-def _told_of_tools(problem: Problem) -> list[str]:
-    """Tools and calls in one text, if there are any: templates write their keys in order."""
+def _told_besides(problem: Problem) -> list[str]:
+    """The rejected answer, if there is one; tools and calls, if there are any, in one text:
+    templates write their keys in order."""
+    rejected = [f"rejected {problem.rejected}"] if problem.rejected else []
     prompt = [] if isinstance(problem.prompt, str) else problem.prompt
     calls = [message["tool_calls"] for message in prompt if "tool_calls" in message]
-    return [json.dumps([problem.tools, calls], default=repr)] if problem.tools or calls else []
+    told = [json.dumps([problem.tools, calls], default=repr)] if problem.tools or calls else []
+    return rejected + told
 
 
 def require_same(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from samebit.kernels.registry import attention_kind
-from samebit.recipes.config import GrpoRun, SftRun
+from samebit.recipes.config import DpoRun, GrpoRun, SftRun
 from samebit.recipes.data.order import MAX_PROMPTS, problem_index
 from samebit.recipes.data.records import Encoder, Split
 from samebit.recipes.data.reward_pool import load_reward
@@ -28,6 +28,7 @@ from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config, require_taught_end
 from samebit.rollout.runtime.weights import open_safetensors
 from samebit.rollout.speculative.making import open_speculation
+from samebit.trainer.config import require
 from samebit.trainer.megatron.stages import make_stage
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,14 @@ def checked_model(run: TrainingRun) -> ModelConfig:
         model.segment_shapes(resolve_device(run.device))
     open_safetensors(Path(run.model.path), model.param_specs())
     return model
+
+
+def _require_exact_truncation(run: GrpoRun) -> None:
+    """ValueError where thresholds would be compared with other logits than those that drew."""
+    exact = attention_kind(run.numerics.attention).is_invariant or not run.rollout.truncates
+    meaning = f"full with numerics.attention={run.numerics.attention}, which is not invariant: "
+    meaning += "the trainer would not find what could be drawn"
+    require(exact, "rollout.logprobs", run.rollout.logprobs, meaning)
 
 
 def _require_engine(run: GrpoRun | Eagle3Run, model: ModelConfig) -> None:
@@ -71,12 +80,12 @@ class Unwritable:
         self._found: list[str] = []
 
     def look(self, problems: Sequence[Problem]) -> None:
-        """Count those of some problems."""
-        labels = [problem.label for problem in problems]
-        for problem, text in zip(problems, self._text.rewritten(labels), strict=True):
-            if text.strip() != problem.label.strip():
-                example = f"{problem.name}: {problem.label!r:.80} becomes {text!r:.80}"
-                self._found.append(example)
+        """Count those of some problems, rejected answers too."""
+        named = [(p.name, x) for p in problems for x in (p.label, p.rejected) if x]
+        texts = self._text.rewritten([label for _, label in named])
+        for (name, label), text in zip(named, texts, strict=True):
+            if text.strip() != label.strip():
+                self._found.append(f"{name}: {label!r:.80} becomes {text!r:.80}")
 
     def warn(self, outcome: str) -> None:
         """Say how many there are, what that means, and the first."""
@@ -94,6 +103,7 @@ class GrpoInputs:
     def __init__(self, run: GrpoRun, stop: StopSignals | None = None) -> None:
         poll = _polled(stop)
         self.model = checked_model(run)
+        _require_exact_truncation(run)
         train_set, eval_set = load_datasets(run.data)
         require_transport(run)
         require_release(run)
@@ -150,7 +160,7 @@ class GrpoInputs:
 
 
 class SftInputs:
-    """Reads what a supervised run reads. Raises as GrpoInputs does."""
+    """Reads what a supervised run reads, or one of dpo. Raises as GrpoInputs does."""
 
     def __init__(self, run: SftRun, stop: StopSignals | None = None) -> None:
         poll = _polled(stop)
@@ -162,6 +172,7 @@ class SftInputs:
             "trainer.micro_batch_tokens": run.trainer.micro_batch_tokens,
             "the model's max_position_embeddings": self.model.max_position,
         }
+        pair_len = limits.pop("trainer.micro_batch_tokens") if isinstance(run, DpoRun) else None
         limit = min(limits, key=lambda name: limits[name])
         encoder = Encoder(
             text=self.text,
@@ -170,6 +181,7 @@ class SftInputs:
             limit=limit,
             policy=run.data.overlong_prompts,
             with_labels=True,
+            pair_len=pair_len,
         )
         self.train_set = Split("train split", train_set, encoder)
         self.eval_set = Split("held-out split", eval_set, encoder) if len(eval_set) else None

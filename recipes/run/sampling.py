@@ -108,6 +108,7 @@ class PromptOrder:
             top_k=r.top_k,
             min_p=r.min_p,
             max_new_tokens=r.max_new_tokens,
+            truncated_logprobs=r.truncates,
         )
         n = r.samples_per_prompt
         ids = self._sample_ids.of_step(step, len(indices), n, first_prompt=places.start)

@@ -182,7 +182,9 @@ def join_processes(device: torch.device, parallel: ParallelConfig) -> None:
 
 def command_of(run: TrainingRun) -> str:
     """Return the name of the command that runs it."""
-    return "grpo" if isinstance(run, GrpoRun) else "sft" if isinstance(run, SftRun) else "eagle3"
+    if isinstance(run, SftRun):
+        return run.command
+    return "grpo" if isinstance(run, GrpoRun) else "eagle3"
 
 
 def _open_folder(
@@ -235,7 +237,7 @@ def require_resumable(run: TrainingRun, records: Mapping[str, Dataset]) -> None:
 
 
 def _require_own_model(run: TrainingRun) -> None:
-    """sft and eagle3 write a model at their end: neither over what they read nor over another's."""
+    """All but grpo write a model at their end: neither over what they read nor over another's."""
     if run.resume and not isinstance(run, GrpoRun):
         out = run.run_dir / ("draft" if isinstance(run, Eagle3Run) else "model")
         require_outside(out, input_files(run), "which the run's export replaces")

@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 from samebit.recipes.data.samples import drawn_sample
 from samebit.recipes.verification.speculation import speculation
@@ -293,30 +294,36 @@ def score(subject: Subject) -> Result:
 
 
 def trainer(subject: Subject) -> Result:
-    """Megatron's forward over packed samples, against the rollout's log-probs."""
+    """Megatron's forward over packed samples, against the rollout's log-probs; of prompts with
+    limits also against those of truncated distributions."""
     from samebit.trainer.megatron.forward import ForwardModel
 
     result = Result("trainer vs rollout")
     engine = subject.engine
     kind = type(engine.attention)
     megatron = ForwardModel(subject.config, subject.device, engine.weights, attention=kind)
-    for temperature in sorted({p.temperature or 1.0 for p in subject.params}):
-        drawn = [
-            (subject.prompts[i], completion)
-            for i, g in enumerate(subject.baseline)
-            if (subject.params[i].temperature or 1.0) == temperature
-            for completion in g
-        ]
-        samples = [drawn_sample(prompt, completion) for prompt, completion in drawn]
-        truth = [v for _, completion in drawn for v in completion.logprobs]
-        for max_tokens in (subject.longest, subject.longest + 777, 100_000):
-            batches = pack_samples(
-                samples, max_tokens, temperature=temperature, device=subject.device
-            )
-            found = [v for part in megatron.logprobs(batches) for v in part.tolist()]
-            result.cases += 1
-            case = f"temperature {temperature}, packs of {max_tokens}"
-            result.compare_values(found, truth, case)
+    limited = [i for i, params in enumerate(subject.params) if params.limits]
+    params = [replace(subject.params[i], truncated_logprobs=True) for i in limited]
+    prompts, ids = ([x[i] for i in limited] for x in (subject.prompts, subject.sample_ids))
+    truncated = dict(zip(limited, engine.generate(prompts, params, ids), strict=True))
+    for kind_of, groups in (("", dict(enumerate(subject.baseline))), ("truncated, ", truncated)):
+        for temperature in sorted({subject.params[i].temperature or 1.0 for i in groups}):
+            drawn = [
+                (subject.prompts[i], completion)
+                for i, group in groups.items()
+                if (subject.params[i].temperature or 1.0) == temperature
+                for completion in group
+            ]
+            samples = [drawn_sample(prompt, completion) for prompt, completion in drawn]
+            truth = [v for _, completion in drawn for v in completion.logprobs]
+            for max_tokens in (subject.longest, subject.longest + 777, 100_000):
+                batches = pack_samples(
+                    samples, max_tokens, temperature=temperature, device=subject.device
+                )
+                found = [v for part in megatron.logprobs(batches) for v in part.tolist()]
+                result.cases += 1
+                case = f"{kind_of}temperature {temperature}, packs of {max_tokens}"
+                result.compare_values(found, truth, case)
     return result
 
 

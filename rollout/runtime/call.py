@@ -42,16 +42,18 @@ class Call:
         """What its samples drew since the last time, and which have ended."""
         found = []
         for sample, num_told in list(self.num_told.items()):
-            token_ids, logprobs = slots.drawn(sample, num_told)
+            token_ids, logprobs, thresholds = slots.drawn(sample, num_told)
+            wanted = sample.request.params.logprobs
             if token_ids or sample.finish_reason is not None:
                 found.append(
                     Increment(
                         request_id=sample.request.request_id,
                         sample_id=sample.sample_id,
                         token_ids=tuple(token_ids),
-                        logprobs=tuple(logprobs) if sample.request.params.logprobs else (),
+                        logprobs=tuple(logprobs) if wanted else (),
                         finish_reason=sample.finish_reason,
                         version_spans=tuple(sample.spans),
+                        thresholds=tuple(thresholds) if wanted else (),
                     )
                 )
             self.num_told[sample] += len(token_ids)

@@ -25,7 +25,7 @@ from samebit.rollout.models.decoder import Decoder
 from samebit.rollout.runtime.batch import Batch, Draws, decode_draws, keep_tokens
 from samebit.rollout.runtime.forward import forward
 from samebit.rollout.runtime.kv_cache import KVCache
-from samebit.rollout.runtime.sampler import Sampler
+from samebit.rollout.runtime.sampler import Drawn, Sampler
 from samebit.rollout.runtime.scheduler import EngineStep
 from samebit.rollout.runtime.slots import Slots
 
@@ -100,10 +100,10 @@ class DecodeGraphs:
         if self._in_table is not None:
             self._in_table[decode] = -1
 
-    def launch(self, decode: np.ndarray, slots: Slots, sampler: Sampler) -> tuple[Tensor, Tensor]:
-        """Start one decode step; (token ids [B], log-probs [B]).
+    def launch(self, decode: np.ndarray, slots: Slots, sampler: Sampler) -> Drawn:
+        """Start one decode step; what it draws.
 
-        They are the host's memory, filled once the step has run; the device's for restricted draws.
+        It is the host's memory, filled once the step has run; the device's for restricted draws.
         """
         size = len(decode)
         bucket = next(b for b in BUCKETS if b >= size)
@@ -120,10 +120,10 @@ class DecodeGraphs:
         found.graph.replay()
         self._turn = (turn + 1) % ring.size
         if not draws.restricted:
-            return ring.token_ids[turn, :size], ring.logprobs[turn, :size]
-        token_ids, logprobs = sampler.draw(found.hidden[:size], self._model.logits, draws)
-        keep_tokens(self._last_tokens, token_ids, draws)
-        return token_ids, logprobs
+            return ring.token_ids[turn, :size], ring.logprobs[turn, :size], None
+        drawn = sampler.draw(found.hidden[:size], self._model.logits, draws)
+        keep_tokens(self._last_tokens, drawn[0], draws)
+        return drawn
 
     def _shared_prefixes(self, decode: np.ndarray, slots: Slots) -> SharedPrefixes | None:
         """What the samples are to read together; looked for when others decode than before.

@@ -14,7 +14,7 @@ from samebit.rollout.runtime.batch import Batch, keep_tokens, make_batch, make_d
 from samebit.rollout.runtime.forward import forward
 from samebit.rollout.runtime.graphs import DecodeGraphs
 from samebit.rollout.runtime.kv_cache import KVCache
-from samebit.rollout.runtime.sampler import Sampler
+from samebit.rollout.runtime.sampler import Drawn, Sampler
 from samebit.rollout.runtime.scheduler import EngineStep
 from samebit.rollout.runtime.slots import Slots
 
@@ -23,21 +23,24 @@ _NOTHING = np.zeros(0, dtype=np.float32)
 
 @dataclass(frozen=True)
 class Outcome:
-    """Holds what a step gives: tokens and log-probs on their way to the host, hidden states."""
+    """Holds what a step gives: tokens with their log-probs and thresholds, on their way to the
+    host, and hidden states."""
 
     token_ids: Tensor | None  # [S] int64, host
     logprobs: Tensor | None  # [S] fp32, host
     scores: Tensor | None  # fp32, host
     done: torch.cuda.Event | None
     collected: dict[int, Tensor] = field(default_factory=dict)
+    thresholds: Tensor | None = None  # [S] fp32, host; None: no log-prob is truncated
 
-    def wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(token ids, log-probs, scores), once they have arrived."""
+    def wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
+        """(token ids, log-probs, thresholds, scores), once they have arrived."""
         if self.done is not None:
             self.done.synchronize()
         parts = (self.token_ids, self.logprobs, self.scores)
         token_ids, logprobs, scores = (_NOTHING if p is None else p.numpy() for p in parts)
-        return token_ids.astype(np.int64), logprobs, scores
+        thresholds = None if self.thresholds is None else self.thresholds.numpy()
+        return token_ids.astype(np.int64), logprobs, thresholds, scores
 
 
 def _to_host(values: Tensor | None) -> Tensor | None:
@@ -97,8 +100,7 @@ class Runner:
         """Start a step: forward, draws, and the copies for prompts that fork."""
         watched = self.observer is not None
         if self.graphs is not None and not watched and self.graphs.fits(step, slots):
-            drawn = self.graphs.launch(step.decode, slots, sampler)
-            return self._outcome(*drawn, None, {})
+            return self._outcome(self.graphs.launch(step.decode, slots, sampler), None, {})
         if self.graphs is not None:
             self.graphs.forget(step.decode)
         batch = make_batch(step, slots, self.last_tokens, self.attention)
@@ -116,15 +118,16 @@ class Runner:
         )
         if self.observer is not None:
             self.observer.observe(step, batch, collected)  # before copies are made of pages
-        token_ids = logprobs = scores = None
+        drawn: Drawn | None = None
+        scores = None
         num_draws = len(draws.hidden_rows)
         if num_draws:
-            token_ids, logprobs = sampler.draw(hidden[:num_draws], logits_of, draws)
-            keep_tokens(self.last_tokens, token_ids, draws)
+            drawn = sampler.draw(hidden[:num_draws], logits_of, draws)
+            keep_tokens(self.last_tokens, drawn[0], draws)
         if owners:
             scores = sampler.score(hidden[num_draws:], logits_of, next_ids, owners)
         self.cache.copy_pages([copy for chunk in step.chunks for copy in chunk.copies])
-        return self._outcome(token_ids, logprobs, scores, collected)
+        return self._outcome(drawn, scores, collected)
 
     def keep_newest(self, slots: np.ndarray, token_ids: np.ndarray) -> None:
         """Note the newest tokens [B] of these slots [B], for the next step's forward."""
@@ -137,15 +140,12 @@ class Runner:
         return forward(self.model, self.cache, self.attention, batch, collect, rows)
 
     def _outcome(
-        self,
-        token_ids: Tensor | None,
-        logprobs: Tensor | None,
-        scores: Tensor | None,
-        collected: dict[int, Tensor],
+        self, drawn: Drawn | None, scores: Tensor | None, collected: dict[int, Tensor]
     ) -> Outcome:
-        token_ids, logprobs, scores = (_to_host(x) for x in (token_ids, logprobs, scores))
+        parts = (*(drawn or (None, None, None)), scores)
+        token_ids, logprobs, thresholds, scores = (_to_host(x) for x in parts)
         done = None
         if self.device.type == "cuda":
             done = torch.cuda.Event()
             done.record()
-        return Outcome(token_ids, logprobs, scores, done, collected)
+        return Outcome(token_ids, logprobs, scores, done, collected, thresholds)

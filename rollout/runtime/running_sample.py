@@ -9,6 +9,7 @@ Who writes what:
 | finish_reason, pages | the Scheduler (Slots.pages is a copy for the device) |
 | slot | Slots.enter and Slots.leave |
 | token_ids, logprobs | Slots.leave; the StepLoop for a sample without a slot, and for a score |
+| thresholds | with the log-probs, where those are truncated |
 | num_computed | Slots.leave; the Scheduler for a sample without a slot |
 | spans | with each token that comes in: Slots.append, or the StepLoop without a slot |
 | is_mixed, swapped | the Scheduler; `restart` forgets both |
@@ -66,6 +67,7 @@ class RunningSample:
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    thresholds: list[float] = field(default_factory=list)
     spans: list[VersionSpan] = field(default_factory=list)
     finish_reason: str | None = None
     siblings: list["RunningSample"] = field(default_factory=list)
@@ -109,12 +111,17 @@ class RunningSample:
         if self.request.score_only:
             self.logprobs = []
 
-    def append(self, token_id: int, logprob: float, version: WeightVersion) -> None:
+    def append(
+        self, token_id: int, logprob: float, version: WeightVersion, threshold: float | None = None
+    ) -> None:
         """Add a drawn token; the sample has no slot."""
         assert self.slot is None
         self.stamp(len(self.token_ids), version)
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
+        if self.request.params.truncates:
+            assert threshold is not None
+            self.thresholds.append(threshold)
 
     def stamp(self, position: int, version: WeightVersion) -> None:
         """Note who draws the token at `position` of the context, and those after it."""
@@ -145,5 +152,6 @@ class RunningSample:
             logprobs=tuple(self.logprobs) if self.request.params.logprobs else (),
             finish_reason=self.finish_reason,
             version_spans=tuple(self.spans),
+            thresholds=tuple(self.thresholds) if self.request.params.logprobs else (),
             hidden_states={layer: torch.cat(parts) for layer, parts in self.hidden.items()},
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from samebit.kernels.logprob import logprob_of
-from samebit.kernels.sample import allowed_tokens, draw, draw_with_logprobs
+from samebit.kernels.sample import draw, draw_with_logprobs, least_allowed
 from samebit.kernels.transfer import to_device
 from samebit.rollout.runtime.batch import Draws
 from samebit.rollout.runtime.running_sample import RunningSample
@@ -15,6 +15,10 @@ from samebit.rollout.runtime.slots import Slots
 
 Logits = Callable[[Tensor], Tensor]
 """From hidden states [S, D] to logits [S, V] fp32, before any temperature."""
+
+Drawn = tuple[Tensor, Tensor, Tensor | None]
+"""Next tokens [S] int64, their log-probs [S] fp32, and thresholds [S] fp32, -inf where every token
+may be drawn; None where no log-prob is truncated."""
 
 _MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}  # elements of one chunk of rows
 
@@ -61,8 +65,8 @@ class Sampler:
             return "stop"
         return "length" if num_new >= params.max_new_tokens else None
 
-    def draw(self, hidden: Tensor, logits_of: Logits, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Next tokens [S] int64 and their log-probs [S] fp32 for hidden [S, D], on its device."""
+    def draw(self, hidden: Tensor, logits_of: Logits, draws: Draws) -> Drawn:
+        """What is drawn for hidden [S, D], on its device."""
         device, num_rows = hidden.device, len(hidden)
         columns = (
             draws.temperatures, draws.seeds, draws.positions, draws.sample_ids, draws.greedy
@@ -77,8 +81,10 @@ class Sampler:
             ]
             logits = logits_of(hidden[part])
             parts.append(self._draw(logits, restricted, *(key[part] for key in keys)))
-        token_ids, logprobs = zip(*parts, strict=True)
-        return torch.cat(token_ids), torch.cat(logprobs)
+        token_ids, logprobs, least = zip(*parts, strict=True)
+        if not any(seq.request.params.truncates for _, seq in draws.restricted):
+            return torch.cat(token_ids), torch.cat(logprobs), None
+        return torch.cat(token_ids), torch.cat(logprobs), torch.cat(least)
 
     def score(
         self, hidden: Tensor, logits_of: Logits, next_ids: np.ndarray, owners: list[RunningSample]
@@ -104,16 +110,26 @@ class Sampler:
         restricted: list[tuple[int, RunningSample, int]],
         temperature: Tensor,
         *keys: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, log-probs and thresholds [S] of rows; thresholds are -inf where none is told."""
         if not restricted:
-            return draw_with_logprobs(logits, temperature, *keys)
+            return *draw_with_logprobs(logits, temperature, *keys), _no_threshold(logits)
         scaled = logits / temperature[:, None]
-        token_ids = draw(self._restrict(scaled, restricted), *keys)
-        return token_ids, logprob_of(scaled, token_ids)
+        allowed, least = self._restrict(scaled, restricted)
+        token_ids = draw(allowed, *keys)
+        logprobs = logprob_of(scaled, token_ids)
+        told = [i for i, seq, _ in restricted if seq.request.params.truncates]
+        if told:
+            rows = to_device(np.array(told), logits.device)
+            logprobs[rows] = logprob_of(allowed[rows], token_ids[rows])
+        return token_ids, logprobs, least
 
-    def _restrict(self, scaled: Tensor, restricted: list[tuple[int, RunningSample, int]]) -> Tensor:
-        """Scaled logits with -inf where (row, sequence, position) may not draw a token."""
-        scaled, device = scaled.clone(), scaled.device
+    def _restrict(
+        self, scaled: Tensor, restricted: list[tuple[int, RunningSample, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Scaled logits with -inf where (row, sequence, position) may not draw a token, and the
+        thresholds [S] of the rows that have some."""
+        scaled, device, thresholds = scaled.clone(), scaled.device, _no_threshold(scaled)
         limited = [(i, seq.request.params) for i, seq, _ in restricted if seq.request.params.limits]
         early = [
             (i, token)
@@ -132,9 +148,14 @@ class Sampler:
                 np.array([p.top_p for _, p in limited], dtype=np.float32),
                 np.array([p.min_p for _, p in limited], dtype=np.float32),
             )
-            allowed = allowed_tokens(rows, *(to_device(column, device) for column in columns))
-            scaled[index] = rows.masked_fill(~allowed, float("-inf"))
-        return scaled
+            least = least_allowed(rows, *(to_device(column, device) for column in columns))
+            thresholds[index] = least
+            scaled[index] = rows.masked_fill(~(rows >= least[:, None]), float("-inf"))
+        return scaled, thresholds
+
+
+def _no_threshold(logits: Tensor) -> Tensor:
+    return logits.new_full((len(logits),), float("-inf"))
 
 
 def require_finite(logprobs: np.ndarray, owners: list[tuple[RunningSample, int]]) -> None:

@@ -48,6 +48,7 @@ class Slots:
         self.tokens = np.zeros((num_slots, max_len), dtype=np.int32)
         self.logprobs = np.zeros((num_slots, max_len), dtype=np.float32)
         self.filled = np.full(num_slots, -1)  # the entry whose first tokens are in `tokens` too
+        self.thresholds = np.zeros((num_slots, max_len), dtype=np.float32)  # of truncated ones
         # Sampling parameters.
         self.seed = np.zeros(num_slots, dtype=np.int64)
         self.sample_id = np.zeros(num_slots, dtype=np.int64)
@@ -158,13 +159,17 @@ class Slots:
         token_ids: np.ndarray,
         logprobs: np.ndarray,
         version: WeightVersion,
+        thresholds: np.ndarray | None = None,
     ) -> None:
         """Take in tokens of these slots, drawn by `version` at `positions`; all [S].
 
-        A slot's tokens are in their order.
+        A slot's tokens are in their order. thresholds may be missing only where no slot's log-probs
+        are truncated.
         """
         self.tokens[slots, positions] = token_ids
         self.logprobs[slots, positions] = logprobs
+        if thresholds is not None:
+            self.thresholds[slots, positions] = thresholds
         self.known[slots] = positions + 1
         if version != self._newest:
             self._newest, self._number = version, self._number + 1
@@ -180,15 +185,19 @@ class Slots:
             self.filled[slot] = self.entry[slot]
         return self.tokens[slot, : self.known[slot]]
 
-    def drawn(self, seq: RunningSample, start: int) -> tuple[list[int], list[float]]:
-        """Token ids and log-probs of what a sample has drawn from its new token `start` on."""
+    def drawn(self, seq: RunningSample, start: int) -> tuple[list[int], list[float], list[float]]:
+        """Token ids, log-probs and, where those are truncated, thresholds of what a sample has
+        drawn from its new token `start` on."""
         token_ids, logprobs = seq.token_ids[seq.prompt_len + start :], seq.logprobs[start:]
+        thresholds = seq.thresholds[start:]
         if seq.slot is not None:
             first = max(len(seq.token_ids), seq.prompt_len + start)
             new = slice(first, int(self.known[seq.slot]))
             token_ids += self.tokens[seq.slot, new].tolist()
             logprobs += self.logprobs[seq.slot, new].tolist()
-        return token_ids, logprobs
+            if seq.request.params.truncates:
+                thresholds += self.thresholds[seq.slot, new].tolist()
+        return token_ids, logprobs, thresholds
 
     def leave(self, seq: RunningSample) -> None:
         """Take the slot back; what the sample drew in it goes with the sample.
@@ -201,6 +210,8 @@ class Slots:
         new = slice(len(seq.token_ids), known)
         seq.token_ids += self.tokens[slot, new].tolist()
         seq.logprobs += self.logprobs[slot, new].tolist()
+        if seq.request.params.truncates:
+            seq.thresholds += self.thresholds[slot, new].tolist()
         seq.num_computed = min(self.num_computed(seq), known - 1)
         self.decoding[slot] = False
         self.seqs[slot] = None

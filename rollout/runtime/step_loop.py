@@ -135,7 +135,7 @@ class StepLoop:
         Nothing comes in but here. A sample without a slot gets its first token and then waits for
         its turn.
         """
-        token_ids, logprobs, scores = flight.outcome.wait()
+        token_ids, logprobs, thresholds, scores = flight.outcome.wait()
         step, slots, collected = flight.step, self._slots, flight.outcome.collected
         num_decode = step.num_decode_rows
         reasons = self._reasons_to_end(flight, token_ids)
@@ -145,7 +145,8 @@ class StepLoop:
         rows = np.flatnonzero(flight.live & (flight.owners >= 0))
         owners = flight.owners[rows]
         drawn = flight.positions[rows], token_ids[rows], logprobs[rows]
-        slots.append(owners, *drawn, flight.version)
+        least = None if thresholds is None else thresholds[rows]
+        slots.append(owners, *drawn, flight.version, least)
         self._settle_lengths(flight, token_ids)
         own = flight.owners[:num_decode]
         for row in np.flatnonzero(slots.collects[own] & flight.live[:num_decode]):
@@ -165,7 +166,9 @@ class StepLoop:
                 if seq is not chunk.seq:
                     seq.hidden = {layer: list(parts) for layer, parts in chunk.seq.hidden.items()}
                 if seq.slot is None:
-                    seq.append(int(token_ids[row]), float(logprobs[row]), flight.version)
+                    threshold = None if thresholds is None else float(thresholds[row])
+                    drawn_alone = int(token_ids[row]), float(logprobs[row])
+                    seq.append(*drawn_alone, flight.version, threshold)
                     reason = self._sampler.reason_to_end(seq)
                 else:
                     reason = reasons.get(row)

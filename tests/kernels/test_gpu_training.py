@@ -14,8 +14,9 @@ from samebit.kernels.logprob import (
     token_stats,
 )
 from samebit.kernels.rms_norm import rms_norm, rms_norm_backward_ref
-from samebit.kernels.sample import draw_with_logprobs
+from samebit.kernels.sample import draw_with_logprobs, least_allowed
 from samebit.kernels.swiglu import swiglu, swiglu_backward_ref
+from samebit.kernels.truncation import Thresholds, kept_sets_of
 from samebit.kernels.ttt_attention import ttt_attention, ttt_attention_ref
 from samebit.trainer.context import chunks_of
 
@@ -254,3 +255,33 @@ def test_attention_of_context_parallel_shares(lens):
         found[2] += grads[2]
     for a, b in zip(found, truth, strict=True):
         assert (a - b.float()).norm() < 4e-3 * b.float().norm()
+
+
+@pytest.mark.parametrize("vocab", [331, 49152, 151936])
+def test_truncated_rows_have_the_samplers_bits(vocab):
+    """By thresholds and by sets; a kept set may leave whole segments without a token."""
+    rows, generator = 40, torch.Generator("cuda").manual_seed(2)
+    logits = torch.randn(rows, vocab, device="cuda", generator=generator) * 3
+    temperature = torch.rand(rows, device="cuda", generator=generator) + 0.3
+    scaled = logits / temperature[:, None]
+    top_k = torch.tensor([0, 1, 2, 40] * 10, device="cuda")
+    top_p = torch.linspace(0.2, 1.0, rows, device="cuda")
+    least = least_allowed(scaled, top_k, top_p, torch.full_like(top_p, 0.001))
+    mask = scaled >= least[:, None]
+    ids, expected = mask.int().argmax(-1), scaled.masked_fill(~mask, float("-inf"))
+    thresholds = Thresholds(least)
+    sets = kept_sets_of(logits, temperature, thresholds)
+    grad, entropy_grad = torch.randn(2, rows, device="cuda", generator=generator)
+    leaf = logits.double().requires_grad_()
+    exact = (leaf / temperature[:, None]).masked_fill(~mask, float("-inf")).log_softmax(-1)
+    entropy = -(exact.exp() * exact.masked_fill(~mask, 0.0)).sum(-1)
+    chosen = exact.gather(1, ids[:, None]).squeeze(1)
+    [truth] = torch.autograd.grad((chosen * grad + entropy * entropy_grad).sum(), leaf)
+    for kept in (thresholds, sets):
+        restricted = kept.restrict(logits.clone(), temperature)
+        logprobs, entropies, normalizers = token_stats(restricted, temperature, ids, True)
+        assert torch.equal(logprobs, logprob_of(expected, ids))
+        torch.testing.assert_close(entropies.double(), entropy, rtol=1e-5, atol=1e-5)
+        last = grad, torch.float32, entropies, entropy_grad
+        found = logits_grad(restricted, temperature, normalizers, ids, *last)
+        torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=1e-5)

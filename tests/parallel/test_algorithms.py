@@ -1,6 +1,7 @@
 """Losses that see whole samples: two ranks find what one process finds."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -67,7 +68,8 @@ def alone(folder, run_together, tmp_path_factory):
 
 @pytest.mark.parametrize("mode", ["context", "tensor", "pipeline", "data"])
 def test_two_ranks_take_the_step_of_one(run_ranks, folder, alone, mode, tmp_path):
-    """The ratio of whole samples and the entropy's gradient: loss, figures, every gradient."""
+    """The ratio of whole samples and the entropy's gradient: loss, figures, every gradient; and
+    truncated log-probs, whose kept sets other weights know; and pairs, whole samples too."""
     run_ranks("rank_losses.step", 2, folder, mode, alone, tmp_path / "out.json")
     expected = torch.load(alone)
     for rank in range(2):
@@ -78,3 +80,11 @@ def test_two_ranks_take_the_step_of_one(run_ranks, folder, alone, mode, tmp_path
         assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-6)
         for own, other in zip(found["reference"], expected["reference"], strict=True):
             assert own == (pytest.approx(other, rel=1e-5) if mode == "tensor" else other)
+        assert found["preferred"] == pytest.approx(expected["preferred"], rel=1e-5, abs=2e-5)
+        (rows, figures), (all_rows, all_figures) = found["truncated"], expected["truncated"]
+        assert figures == pytest.approx(all_figures, rel=1e-6)
+        for index, (drawn, later, reference) in rows.items():
+            assert drawn == reference
+            assert -math.inf in drawn
+            for own, other in zip((drawn, later), all_rows[int(index)], strict=False):
+                assert own == (pytest.approx(other, rel=1e-5) if mode == "tensor" else other)

@@ -11,6 +11,7 @@ STORED = Path(__file__).resolve().parents[1] / "golden" / "defaults"
 NEEDED = {
     "grpo": ["model.path=m"],
     "sft": ["model.path=m", "trainer.batch_size=8"],
+    "dpo": ["model.path=m", "trainer.batch_size=8"],
     "eagle3": ["model.path=m"],
     "demo": ["device=cpu"],
     "verify": [],

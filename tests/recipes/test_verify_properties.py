@@ -68,7 +68,7 @@ TRIED = {
     "weight_update": (2, 3),
     "graphs_and_overlap": (2, 2),
     "score": (2, 0),
-    "trainer": (3, 0),
+    "trainer": (3, 1),
     "memory_release": (3, 4),
     "transports": (3, 2),
     "pauses": (5, 3),
@@ -114,6 +114,12 @@ def drawn_of_last(subject):
     return sum(len(c.token_ids) for c in subject.baseline[-1])
 
 
+def drawn_with_limits(subject):
+    """Tokens of prompts with limits, which are drawn once more for truncated log-probs."""
+    groups = zip(subject.params, subject.baseline, strict=True)
+    return sum(len(c.token_ids) for params, group in groups if params.limits for c in group)
+
+
 @pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__)
 def test_a_property_is_tried_and_sees_one_bit(subject, monkeypatch, check):
     """Engines of its own, as it says; each comparison notices a baseline that is one bit off."""
@@ -151,6 +157,7 @@ def test_a_property_is_tried_and_sees_one_bit(subject, monkeypatch, check):
     others = {
         "decode_batch": NUM_NEW * sum(CPU_BATCH_EDGES),
         "prefix_cache": drawn_of_last(subject),
+        "trainer": 3 * drawn_with_limits(subject),
         "shared_prefixes": 2 * NUM_NEW * (1 + 2 + 3 + 1 + 2 + 3 + 1 + 2),
     }
     tried_in_part = ("preemption", "neighbour_abort", "pauses", "speculation")

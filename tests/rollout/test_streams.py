@@ -57,7 +57,7 @@ def test_what_was_drawn_is_read_from_any_token_on():
             known = len(seq.token_ids) if seq.slot is None else world.slots.known[seq.slot]
             count = int(known) - 6
             for start in range(count + 1):
-                expected = [7] * (count - start), [-1.0] * (count - start)
+                expected = [7] * (count - start), [-1.0] * (count - start), []
                 assert world.slots.drawn(seq, start) == expected
     assert world.scheduler.num_preemptions > 0
 

@@ -1,6 +1,7 @@
 """Megatron's forward by itself: log-probs without optimizer or master weights."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from samebit.kernels.attention import CanonicalAttention
 from samebit.kernels.attention_kind import AttentionKind
+from samebit.kernels.truncation import KeptSets, Thresholds
 from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.context import ContextShare, share_context
@@ -80,9 +82,49 @@ class ForwardModel:
         """Log-probs [R] of every micro-batch, on every rank that shares the work."""
         if not batches:
             return []
-        shares: list[ContextShare | None] = [None] * len(batches)
-        if self.context.size > 1:
-            shares = [share_context(batch, self.context, self.attention) for batch in batches]
+        shares = self._shares(batches)
+        with torch.no_grad(), no_cuda():
+            own = self._forward(batches, shares)
+            if self.stage.count > 1:
+                values = from_last_stage([x.cpu() for x in own])[: len(batches)]
+                own = [x.to(self.device) for x in values]
+            return [
+                found if share is None else gather_loss_rows(found, share, len(batch.rows))
+                for found, share, batch in zip(own, shares, batches, strict=True)
+            ]
+
+    def with_kept_sets(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """The micro-batches with kept sets in place of thresholds, good under other weights too.
+
+        The present weights must be those that drew. Others than truncated ones stay as they are; a
+        rank knows the sets of its own rows alone.
+        """
+        if not any(isinstance(batch.kept, Thresholds) for batch in batches):
+            return list(batches)
+        shares, found = self._shares(batches), list[KeptSets]()
+        with torch.no_grad(), no_cuda():
+            self._forward(batches, shares, found)
+        if not self.stage.is_last:  # which never reads them
+            found = [KeptSets.empty(len(batch.rows)) for batch in batches]
+            shares = [None] * len(batches)
+        return [
+            replace(batch, kept=s if share is None else s.spread(share.rows, len(batch.rows)))
+            for batch, share, s in zip(batches, shares, found[: len(batches)], strict=True)
+        ]
+
+    def _shares(self, batches: Sequence[MicroBatch]) -> list[ContextShare | None]:
+        """This context rank's part of each micro-batch; None where it is the whole."""
+        if self.context.size == 1:
+            return [None] * len(batches)
+        return [share_context(batch, self.context, self.attention) for batch in batches]
+
+    def _forward(
+        self,
+        batches: Sequence[MicroBatch],
+        shares: Sequence[ContextShare | None],
+        sets: list[KeptSets] | None = None,
+    ) -> Any:
+        """Log-probs of this rank's rows; given `sets`, the kept sets of thresholds go there."""
         parts = [
             (batch if share is None else share.batch, share)
             for batch, share in zip(batches, shares, strict=True)
@@ -90,15 +132,8 @@ class ForwardModel:
 
         def step(iterator: Any, gpt: Any) -> tuple[Tensor, Any]:
             batch, share = next(iterator)
-            return forward_logprobs(gpt, batch, self.model, share), lambda output, **_: output[0]
+            output = forward_logprobs(gpt, batch, self.model, share, found=sets)
+            return output, lambda output, **_: output[0]
 
         options = {"forward_only": True, "collect_non_loss_data": True}
-        with torch.no_grad(), no_cuda():
-            own = run_schedule(step, parts, self._chunks, **options)
-            if self.stage.count > 1:
-                values = from_last_stage([x.cpu() for x in own])[: len(parts)]
-                own = [x.to(self.device) for x in values]
-            return [
-                found if share is None else gather_loss_rows(found, share, len(batch.rows))
-                for found, share, batch in zip(own, shares, batches, strict=True)
-            ]
+        return run_schedule(step, parts, self._chunks, **options)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from samebit.kernels.attention_kind import AttentionKind
 from samebit.kernels.contract import padded_vocab_size
-from samebit.kernels.logprob import logprob
+from samebit.kernels.logprob import kept_sets, logprob
+from samebit.kernels.truncation import KeptSets, Thresholds
 from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.context import ContextShare
@@ -117,11 +118,14 @@ def forward_logprobs(
     model: ModelConfig,
     share: ContextShare | None = None,
     entropy_grad: bool = False,
+    found: list[KeptSets] | None = None,
 ) -> Tensor:
     """Log-probs and entropies of the loss rows, [2, R]; entropies carry gradients if asked to.
 
-    A stage that is not the last of a pipeline gives the hidden states [T, 1, D] for the next one.
-    `gpt` is a GPTModel or Megatron's DDP around one. With a context share, `batch` is the share's.
+    Given `found`, the kept sets of the rows' thresholds are added to it, and the values mean
+    nothing. A stage that is not the last of a pipeline gives the hidden states [T, 1, D] for the
+    next one. `gpt` is a GPTModel or Megatron's DDP around one. With a context share, `batch` is the
+    share's.
     """
     input_ids, positions, lens = batch.input_ids, batch.positions, list(batch.seq_lens)
     parallel_size = gpt.config.tensor_model_parallel_size
@@ -141,7 +145,7 @@ def forward_logprobs(
         None,
         packed_seq_params=packed,
         output_processor=_logprob_head,
-        output_processor_context=(batch, model.vocab_size, entropy_grad),
+        output_processor_context=(batch, model.vocab_size, entropy_grad, found),
     )
 
 
@@ -150,16 +154,20 @@ def _logprob_head(
     hidden_states: Tensor,
     output_layer: Any,
     output_weight: Tensor | None,
-    context: tuple[MicroBatch, int, bool],
+    context: tuple[MicroBatch, int, bool, list[KeptSets] | None],
     **_unused: Any,
 ) -> Tensor:
     """Megatron's output hook: hidden_states [T, 1, D], or this rank's part of T, to [2, R]."""
-    batch, vocab_size, entropy_grad = context
+    batch, vocab_size, entropy_grad, sets = context
     ranks = ranks_of(output_layer.tp_group)
     whole = spread(hidden_states, ranks, output_layer.config.sequence_parallel)
     hidden = whole.squeeze(1)[batch.rows]
     weight = output_layer.weight if output_weight is None else output_weight
     temperature = torch.full((len(batch.rows),), batch.temperature, device=hidden.device)
+    if sets is not None:
+        assert isinstance(batch.kept, Thresholds)
+        sets.append(kept_sets(hidden, weight, batch.kept, temperature, vocab_size, ranks))
+        return hidden.new_zeros(2, len(batch.rows), dtype=torch.float32)
     main_grad, ids = main_grad_of(weight), batch.target_ids
-    found = logprob(hidden, weight, ids, temperature, vocab_size, ranks, main_grad, entropy_grad)
-    return torch.stack(found)
+    settings = vocab_size, ranks, main_grad, entropy_grad, batch.kept
+    return torch.stack(logprob(hidden, weight, ids, temperature, *settings))

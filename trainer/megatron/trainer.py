@@ -162,7 +162,7 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
             return super().logprobs(batches)
         if self._reference is None:
             raise RuntimeError("no reference model; call freeze_reference first")
-        return self._reference.logprobs(batches)
+        return self._reference.logprobs(self.with_kept_sets(batches))
 
     def mean_nll(self, batches: Sequence[MicroBatch]) -> float:
         """Mean negative log-likelihood, in nats, of the loss rows of every data rank's batches."""
@@ -179,6 +179,7 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
     ) -> StepStats:
         """One optimizer step over all micro-batches: this data rank's, at least one.
 
+        Truncated ones need kept sets (`with_kept_sets`) unless the weights are those that drew.
         `poll` is called before each of them; what it raises ends the step, nothing being written.
         Raises NonFiniteError, with step, micro-batch and sample named, before anything is written;
         on every rank alike.
@@ -359,7 +360,10 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
             [packed] = pack_samples(
                 unit, batch.num_tokens, temperature=batch.temperature, device=self.device
             )
-            alone = [replace(packed, index=batch.index)]
+            here = [any(s is sample for sample in unit) for s in batch.samples]
+            rows = torch.tensor(here, device=self.device)[batch.sample_of_row].nonzero().squeeze(1)
+            kept = None if batch.kept is None else batch.kept.select(rows)
+            alone = [replace(packed, index=batch.index, kept=kept)]
             needed = algorithm.needs_reference
             reference = self.logprobs(alone, reference=True) if needed else None
             self._forward_backward(alone, algorithm, reference)

@@ -23,6 +23,8 @@ class Problem:
     """The reference answer; empty where the task has a scorer and no single answer."""
     metadata: dict[str, Any]
     """Whatever else the reward needs."""
+    rejected: str = ""
+    """Of dpo: the answer that is worse than `label`."""
     tools: list[dict[str, Any]] = field(default_factory=list)
     """What may be called, as the chat template is told it."""
     where: str = field(default="", compare=False)
@@ -149,6 +151,22 @@ class DataConfig:
             require_default(source, key, ("eval_path", "eval_size"), "data.eval_path is given")
         if source.eval_path is not None:
             require_default(source, key, ("eval_size",), f"{key}.eval_path is given")
+
+
+@dataclass(kw_only=True)
+class PreferenceConfig(DataConfig):
+    """Says where pairs of answers come from. Each answer is a text, a chat message of the
+    assistant's, or the prompt's messages with such a one behind."""
+
+    label_key: str = "chosen"
+    """Task `file`: key of the better answer; dots reach into nested fields."""
+    rejected_key: str = "rejected"
+    """Task `file`: key of the worse answer; dots reach into nested fields."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task != "file":
+            require_default(self, "data", ("rejected_key",), f"data.task is {self.task!r}")
 
 
 def check_index(index: int, size: int) -> None:

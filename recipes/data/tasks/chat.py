@@ -41,6 +41,25 @@ def _message(message: Any, what: str, columnar: bool) -> dict[str, Any]:
     )
 
 
+def read_answer(value: Any, prompt: str | ChatPrompt, what: str, *, columnar: bool) -> str:
+    """Return an answer's text: of a text itself; of messages the content of the assistant's, which
+    is the only one or stands behind the prompt's own.
+
+    Raises ValueError, which begins with `what`.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value:
+        *before, last = (_message(message, what, columnar) for message in value)
+        if last.keys() == {"role", "content"} and last["role"] == "assistant":
+            if not before or before == prompt:
+                return last["content"]
+            raise ValueError(f"{what} has {len(before)} messages before its last, not the prompt's")
+    raise ValueError(
+        f"{what} is {value!r:.80}; give a text or a list that ends with an assistant's message"
+    )
+
+
 def read_tools(value: Any, what: str, *, columnar: bool) -> list[dict[str, Any]]:
     """Return what may be called: a list of JSON objects, or the JSON text of one; None is none.
 

@@ -12,9 +12,10 @@ from samebit.recipes.data.tasks.base import (
     Dataset,
     DataSource,
     MixedRecords,
+    PreferenceConfig,
     Problem,
 )
-from samebit.recipes.data.tasks.chat import lone_surrogate, read_prompt, read_tools
+from samebit.recipes.data.tasks.chat import lone_surrogate, read_answer, read_prompt, read_tools
 from samebit.recipes.data.tasks.faults import raise_faults
 from samebit.recipes.data.tasks.files import list_files
 from samebit.recipes.data.tasks.readers import READERS, Record, plain
@@ -127,23 +128,52 @@ def _read_problems(path: Path, config: DataConfig) -> list[Problem]:
 def _problem(index: int, record: Record, config: DataConfig) -> Problem:
     where, values = record.where, record.values
     prompt = _prompt(record, config.prompt_key)
-    label = _lookup(values, config.label_key, where)
-    text = record.number_text(label, config.label_key)
-    if text is None and isinstance(label, str):
-        text = label
-    if text is None:
-        what = f"{where}: {config.label_key!r}"
-        raise ValueError(f"{what} is {label!r:.80}; give a text or a number")
+    if isinstance(config, PreferenceConfig):
+        text, rejected = _pair(record, prompt, config)
+    else:
+        text, rejected = _label(record, config.label_key), ""
     tools = list[dict[str, Any]]()
     if config.tools_key is not None:
         value, what = _lookup(values, config.tools_key, where), f"{where}: {config.tools_key!r}"
         tools = read_tools(value, what, columnar=record.columnar)
-    if fault := lone_surrogate(text, prompt, tools):
+    if fault := lone_surrogate(text, rejected, prompt, tools):
         raise ValueError(f"{where} holds {fault}")
     metadata = {key: plain(_lookup(values, key, where)) for key in config.metadata_keys}
     return Problem(
-        index=index, prompt=prompt, label=text, metadata=metadata, tools=tools, where=where
+        index=index,
+        prompt=prompt,
+        label=text,
+        metadata=metadata,
+        rejected=rejected,
+        tools=tools,
+        where=where,
     )
+
+
+def _label(record: Record, key: str) -> str:
+    label = _lookup(record.values, key, record.where)
+    text = record.number_text(label, key)
+    if text is None and isinstance(label, str):
+        text = label
+    if text is None:
+        raise ValueError(f"{record.where}: {key!r} is {label!r:.80}; give a text or a number")
+    return text
+
+
+def _pair(record: Record, prompt: str | ChatPrompt, config: PreferenceConfig) -> tuple[str, str]:
+    """The better and the worse answer."""
+    keys, where = (config.label_key, config.rejected_key), record.where
+    found = [_lookup(record.values, key, where) for key in keys]
+    numbers = [record.number_text(x, key) for x, key in zip(found, keys, strict=True)]
+    chosen, rejected = (
+        read_answer(x, prompt, f"{where}: {key!r}", columnar=record.columnar)
+        if number is None
+        else number
+        for x, key, number in zip(found, keys, numbers, strict=True)
+    )
+    if chosen == rejected:
+        raise ValueError(f"{where}: {keys[0]!r} and {keys[1]!r} are the same answer")
+    return chosen, rejected
 
 
 def _prompt(record: Record, key: str) -> str | ChatPrompt:
