@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from samebit.kernels.registry import ATTENTION_KINDS
-from samebit.recipes.data.rewards import RewardConfig
+from samebit.recipes.data.reward_config import RewardConfig
 from samebit.recipes.data.tasks.base import DataConfig
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.metrics import LoggerConfig

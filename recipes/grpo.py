@@ -182,7 +182,7 @@ class GrpoRecipe:
         stop = stop or StopSignals()
         prompts = self.rollout_source.held_out_prompts(self.progress.step)
         held_out = self.rollout_source.draw(prompts, stop.poll)
-        held_out.rewards = self.rollout_source.score(held_out, stop.poll_alone)
+        self.rollout_source.score(held_out, stop.poll_alone)
         if self.progress.reward_first is None:
             self.progress.reward_first = held_out.reward_mean
         self.progress.reward_last = held_out.reward_mean

@@ -25,12 +25,18 @@ def source_of(name: str) -> Path | None:
 
 
 def own_sources(run: TrainingRun) -> dict[str, Path | None]:
-    """Return for each of OWN_KEYS the file of what it names, if that is the user's own."""
+    """Return for each of OWN_KEYS, and each term of the reward, the file of what it names.
+
+    None stands for what is not the user's own.
+    """
     found = {}
     for key in OWN_KEYS:
         section, _, name = key.rpartition(".")
         value = getattr(getattr(run, section, None) if section else run, name, None)
         found[key] = source_of(str(value))
+    if isinstance(run, GrpoRun):
+        terms = enumerate(run.reward.terms)
+        found |= {f"reward.terms.{i}.name": source_of(term.name) for i, term in terms}
     return found
 
 
@@ -53,7 +59,8 @@ def input_files(run: TrainingRun) -> Iterator[tuple[str, Path]]:
     yield from _files_in(run.data.args, "data.args")
     yield from ((key, source) for key, source in own_sources(run).items() if source)
     if isinstance(run, GrpoRun):
-        yield from _files_in(run.reward.args, "reward.args")
+        for key, function in run.reward.functions.items():
+            yield from _files_in(function.args, f"{key}.args")
 
 
 def _with_content(key: str, path: Path) -> Iterator[tuple[str, Path]]:

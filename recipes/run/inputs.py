@@ -115,7 +115,8 @@ class GrpoInputs:
                     f"up to {most} prompts a step; sample ids can name {MAX_PROMPTS}"
                 )
             used = _used(train_set, run.trainer.num_steps * most, run.seed)
-            self._prepare(used, unwritable if run.reward.name == "exact_match" else None, poll)
+            names = {function.name for function in run.reward.functions.values()}
+            self._prepare(used, unwritable if "exact_match" in names else None, poll)
         except BaseException:
             self.reward.close()
             raise

@@ -10,6 +10,7 @@ from torch import Tensor
 from samebit.recipes.config import GrpoRun
 from samebit.recipes.data.order import SampleIds
 from samebit.recipes.data.records import Split
+from samebit.recipes.data.reward_sum import RewardSum
 from samebit.recipes.data.rewards import Poll, RewardError, score
 from samebit.recipes.data.samples import drawn_sample
 from samebit.recipes.data.tasks.base import Problem
@@ -45,6 +46,8 @@ class Rollout:
     texts: list[list[str]]
     rewards: list[list[float]] = field(default_factory=list)
     """Empty until the completions are scored."""
+    terms: dict[str, list[list[float]]] = field(default_factory=dict)
+    """By label, where the reward is a sum of several: each one's rewards, without its weight."""
 
     def select(self, places: Sequence[int]) -> "Rollout":
         """Return the groups at these places, in their order."""
@@ -54,6 +57,7 @@ class Rollout:
             completions=[self.completions[i] for i in places],
             texts=[self.texts[i] for i in places],
             rewards=[self.rewards[i] for i in places],
+            terms={label: [groups[i] for i in places] for label, groups in self.terms.items()},
         )
 
     def extend(self, other: "Rollout") -> None:
@@ -63,6 +67,8 @@ class Rollout:
         self.completions += other.completions
         self.texts += other.texts
         self.rewards += other.rewards
+        for label, groups in other.terms.items():
+            self.terms[label] += groups
 
     @property
     def reward_mean(self) -> float:
@@ -159,26 +165,36 @@ class RolloutSource(PromptOrder):
         texts = [[self._inputs.text.decode(c) for c in group] for group in groups]
         return Rollout(prompts.problems, prompts.token_ids, groups, texts)
 
-    def score(self, rollout: Rollout, poll: Poll = lambda: None) -> list[list[float]]:
-        """Return the rewards [prompts][samples], which the first process finds for all.
+    def score(self, rollout: Rollout, poll: Poll = lambda: None) -> None:
+        """Give a rollout its rewards [prompts][samples], which the first process finds for all.
 
         Where `poll` raises Stopped there, it ends the scoring on every process.
         """
-        problems, texts = rollout.problems, rollout.texts
-        flat_problems = [p for p, group in zip(problems, texts, strict=True) for _ in group]
-        flat_texts = [t for group in texts for t in group]
+        reward, texts = self._inputs.reward, rollout.texts
+        problems = [p for p, group in zip(rollout.problems, texts, strict=True) for _ in group]
+        flat = [text for group in texts for text in group]
 
-        def score_all() -> list[float] | str:
+        def score_all() -> list[list[float]] | str:
+            """The rewards of all samples, and those of each term, if there are several."""
             try:
-                return score(self._inputs.reward, flat_texts, flat_problems, poll)
+                if not isinstance(reward, RewardSum):
+                    return [score(reward, flat, problems, poll)]
+                terms = reward.score_terms(flat, problems, poll)
+                return [reward.sums(terms, flat, problems), *terms]
             except Stopped as stopped:
                 return str(stopped)
 
         found = on_first(score_all, RewardError)
         if isinstance(found, str):
             raise Stopped(found)
-        values = iter(found)
-        return [[next(values) for _ in group] for group in texts]
+        labels = reward.labels if isinstance(reward, RewardSum) else ()
+        rollout.rewards, *terms = (_in_groups(values, texts) for values in found)
+        rollout.terms = dict(zip(labels, terms, strict=True))
+
+
+def _in_groups(values: Sequence[float], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+    rest = iter(values)
+    return [[next(rest) for _ in group] for group in texts]
 
 
 def _prompts(

@@ -38,8 +38,13 @@ def rollout_metrics(rollout: Rollout, prefix: str) -> dict[str, float]:
     rewards = rollout.reward_tensor.flatten()
     completions = [c for group in rollout.completions for c in group]
     lens = [len(c.token_ids) for c in completions]
+    terms = {
+        f"{prefix}/reward_mean/{label}": sum(map(sum, groups)) / len(completions)
+        for label, groups in rollout.terms.items()
+    }
     return {
         f"{prefix}/reward_mean": float(rewards.mean()),
+        **terms,
         f"{prefix}/reward_std": float(rewards.std(correction=0)),
         f"{prefix}/response_len_mean": sum(lens) / len(lens),
         f"{prefix}/truncated_fraction": sum(c.finish_reason == "length" for c in completions)
@@ -83,9 +88,14 @@ def sample_rows(rollout: Rollout, num_samples: int) -> list[dict[str, Any]]:
             "label": problem.label,
             "reward": rollout.rewards[i][0],
             "finish_reason": rollout.completions[i][0].finish_reason,
+            **({"rewards": _terms_of(rollout, i)} if rollout.terms else {}),
         }
         for i, problem in enumerate(rollout.problems[:num_samples])
     ]
+
+
+def _terms_of(rollout: Rollout, prompt: int) -> dict[str, float]:
+    return {label: groups[prompt][0] for label, groups in rollout.terms.items()}
 
 
 def speed(

@@ -1,11 +1,13 @@
 """What test runs import by name, here and in children: a reward, an entry point, and moments."""
 
+import asyncio
 import os
 import signal
 import sys
 from pathlib import Path
 
 calls: list[str] = []
+later_calls: list[int] = []
 
 
 class Runs:
@@ -51,6 +53,20 @@ def score_digits(text, problem, *, control):
     return right + 0.5 * sum(c in "02468" for c in text) - 0.1 * len(text)
 
 
+async def score_later(texts, problems, *, seed):
+    """As score_digits, of several and later: calls end in an order that the seed draws.
+
+    The ninth call in this process fails if the file that SCORE_LATER_FAILS names is there.
+    """
+    later_calls.append(seed)
+    if len(later_calls) == 9 and Path(os.environ.get("SCORE_LATER_FAILS", "/no")).exists():
+        raise KeyError("no such unit")
+    for _ in range(hash((seed, len(later_calls))) % 50):
+        await asyncio.sleep(0)
+    pairs = zip(texts, problems, strict=True)
+    return [score_digits(text, problem, control="/no") for text, problem in pairs]
+
+
 def score_some(text, problem, *, control, every):
     """As score_digits for one problem in `every`; all the others have the same reward always."""
     found = score_digits(text, problem, control=control)
@@ -75,7 +91,7 @@ def open_run(run):
 def roll_out(recipe, step):
     """The rollout of a step of grpo, scored."""
     rollout = recipe.rollout_source.draw(recipe.rollout_source.training_prompts(step))
-    rollout.rewards = recipe.rollout_source.score(rollout)
+    recipe.rollout_source.score(rollout)
     return rollout
 
 

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from samebit.recipes.data.reward_config import RewardConfig
 from samebit.recipes.data.reward_pool import load_reward
-from samebit.recipes.data.rewards import RewardConfig
 from samebit.recipes.data.tasks.base import Problem
 from samebit.recipes.data.text import TextCodec
 from samebit.recipes.models.tiny_model import write_config
