@@ -34,7 +34,7 @@ FORMAT = 2
 # The attention of numerics is bound as a part of the profile.
 _FREE_KEYS = {
     "resume", "reshard", "overwrite", "dry_run", "run_name", "output_dir", "device", "placement",
-    "engine", "logger", "numerics.attention",
+    "engine", "logger", "numerics.attention", "rollout.generate_timeout_s",
     *(f"reward.{terms}{key}" for terms in ("", "terms.")
       for key in ("timeout_s", "num_workers", "concurrency")),
     "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.background_checkpoints",
@@ -51,6 +51,7 @@ _EARLIER = {
     "data.tools_key": None,
     "rollout.dynamic_sampling": False,
     "rollout.refill_prompts": None,
+    "rollout.generate": None,
     "rollout.too_few_groups": "error",
     **{f"algorithm.{f.name}": f.default for f in fields(GrpoConfig)},
 }

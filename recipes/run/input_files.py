@@ -10,7 +10,8 @@ from samebit.recipes.config import GrpoRun
 from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
 from samebit.recipes.models.side_files import CHAT_TEMPLATES
 
-OWN_KEYS = ("model_family", "numerics.attention", "data.task", "reward.name", "algorithm.name")
+OWN_KEYS = ("model_family", "numerics.attention", "data.task", "reward.name",
+            "algorithm.name", "rollout.generate")  # fmt: skip
 """Keys that may name something of the user's own, as module:attribute."""
 
 
@@ -61,6 +62,7 @@ def input_files(run: TrainingRun) -> Iterator[tuple[str, Path]]:
     if isinstance(run, GrpoRun):
         for key, function in run.reward.functions.items():
             yield from _files_in(function.args, f"{key}.args")
+        yield from _files_in(run.rollout.generate_args, "rollout.generate_args")
 
 
 def _with_content(key: str, path: Path) -> Iterator[tuple[str, Path]]:

@@ -2,22 +2,25 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from samebit.recipes.config import GrpoRun
+from samebit.recipes.data.conversation import GenerateError, GenerateRequest, Response
 from samebit.recipes.data.order import SampleIds
 from samebit.recipes.data.records import Split
 from samebit.recipes.data.reward_sum import RewardSum
 from samebit.recipes.data.rewards import Poll, RewardError, score
 from samebit.recipes.data.samples import drawn_sample
 from samebit.recipes.data.tasks.base import Problem
+from samebit.recipes.launch.replicas import ReplicatedEngine
 from samebit.recipes.rollout_config import RolloutSection
+from samebit.recipes.run.generation import GenerateFunction
 from samebit.recipes.run.inputs import GrpoInputs
 from samebit.recipes.run.signals import Stopped
-from samebit.rollout.client import EngineClient
+from samebit.rollout.client import EngineClient, Progress
 from samebit.rollout.types import Completion, SamplingParams
 from samebit.trainer.ranks import on_first
 from samebit.trainer.types import Sample
@@ -159,11 +162,42 @@ class RolloutSource(PromptOrder):
                 shown = now
                 show(f"rollout: {num_tokens / (now - start):.0f} tok/s")
 
-        groups = self._engine.generate(
-            prompts.token_ids, prompts.params, prompts.sample_ids, progress=progress
-        )
+        if self._inputs.generate is not None:
+            groups = self._in_turns(self._inputs.generate, prompts, progress)
+        else:
+            groups = self._engine.generate(
+                prompts.token_ids, prompts.params, prompts.sample_ids, progress=progress
+            )
         texts = [[self._inputs.text.decode(c) for c in group] for group in groups]
         return Rollout(prompts.problems, prompts.token_ids, groups, texts)
+
+    def _in_turns(
+        self, generate: GenerateFunction, prompts: Prompts, progress: Progress
+    ) -> list[list[Completion]]:
+        """The samples that the user's function makes of the prompts, [prompts][samples]."""
+        params = replace(prompts.params, n=1)
+        parts = zip(prompts.problems, prompts.token_ids, prompts.sample_ids, strict=True)
+        requests = [
+            GenerateRequest(
+                sample_id=sample_id,
+                prompt_ids=tuple(prompt),
+                problem=problem,
+                max_new_tokens=params.max_new_tokens,
+                text=self._inputs.text,
+            )
+            for problem, prompt, sample_ids in parts
+            for sample_id in sample_ids
+        ]
+
+        def work(client: EngineClient, own: Sequence[GenerateRequest]) -> list[Response]:
+            return generate.draw(client, own, params, progress)
+
+        if isinstance(self._engine, ReplicatedEngine):
+            found = self._engine.shared(requests, work, GenerateError)
+        else:
+            found = work(self._engine, requests)
+        rest = iter(found)
+        return [[next(rest) for _ in ids] for ids in prompts.sample_ids]
 
     def score(self, rollout: Rollout, poll: Poll = lambda: None) -> None:
         """Give a rollout its rewards [prompts][samples], which the first process finds for all.

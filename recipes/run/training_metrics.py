@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from samebit.recipes.data.conversation import Response, num_drawn
 from samebit.recipes.run.sampling import Rollout
 from samebit.trainer.flops import peak_flops, train_flops
 from samebit.trainer.megatron.trainer import MegatronTrainer
@@ -37,7 +38,8 @@ def rollout_metrics(rollout: Rollout, prefix: str) -> dict[str, float]:
     """Return rewards and lengths under the field's names."""
     rewards = rollout.reward_tensor.flatten()
     completions = [c for group in rollout.completions for c in group]
-    lens = [len(c.token_ids) for c in completions]
+    lens = [num_drawn(c) for c in completions]
+    turns = [c.num_turns for c in completions if isinstance(c, Response)]
     terms = {
         f"{prefix}/reward_mean/{label}": sum(map(sum, groups)) / len(completions)
         for label, groups in rollout.terms.items()
@@ -49,6 +51,7 @@ def rollout_metrics(rollout: Rollout, prefix: str) -> dict[str, float]:
         f"{prefix}/response_len_mean": sum(lens) / len(lens),
         f"{prefix}/truncated_fraction": sum(c.finish_reason == "length" for c in completions)
         / len(completions),
+        **({f"{prefix}/turns_mean": sum(turns) / len(turns)} if turns else {}),
     }
 
 
@@ -109,7 +112,7 @@ def speed(
 
     rollout: what is trained on; drawn: all that was drawn, where that is more.
     """
-    drawn_tokens = sum(len(c.token_ids) for group in (drawn or rollout).completions for c in group)
+    drawn_tokens = sum(num_drawn(c) for group in (drawn or rollout).completions for c in group)
     trained, train_s = sum(s.num_tokens for s in stats), seconds["perf/train_s"]
     found = {
         "perf/rollout_tokens_per_s": drawn_tokens / seconds["perf/rollout_s"],

@@ -4,7 +4,10 @@ import asyncio
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
+
+from samebit.recipes.data.conversation import Conversation
 
 calls: list[str] = []
 later_calls: list[int] = []
@@ -65,6 +68,29 @@ async def score_later(texts, problems, *, seed):
         await asyncio.sleep(0)
     pairs = zip(texts, problems, strict=True)
     return [score_digits(text, problem, control="/no") for text, problem in pairs]
+
+
+generated: list[int] = []
+
+
+async def two_turns(engine, request, sampling_params, *, seed=0, control="/no"):
+    """Two tokens, the first one of the label, up to three tokens; later, as the seed says.
+
+    If the file `control` holds "hold 7", the 7th sample of this process waits for ever after making
+    the file <control>.held.
+    """
+    generated.append(request.sample_id)
+    file, number = Path(control), len(generated)
+    talk = Conversation(request)
+    await talk.draw(engine, replace(sampling_params, max_new_tokens=2))
+    if file.exists() and file.read_text() == f"hold {number}":
+        file.with_suffix(".held").touch()
+        await asyncio.Event().wait()
+    for _ in range(hash((seed, number)) % 60 if seed else 0):
+        await asyncio.sleep(0)
+    talk.add(request.text.encode(request.problem.label[:1]))
+    await talk.draw(engine, replace(sampling_params, max_new_tokens=3))
+    return talk.sample()
 
 
 def score_some(text, problem, *, control, every):
