@@ -186,7 +186,8 @@ class GrpoRecipe:
         if self.progress.reward_first is None:
             self.progress.reward_first = held_out.reward_mean
         self.progress.reward_last = held_out.reward_mean
-        recorder.log_samples("eval", sample_rows(held_out, self.run.logger.num_samples))
+        rows = sample_rows(held_out, self.run.logger.num_samples, self._inputs.text)
+        recorder.log_samples("eval", rows)
         return rollout_metrics(held_out, "eval")
 
     def summary(self) -> dict[str, Any]:

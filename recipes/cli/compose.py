@@ -27,7 +27,14 @@ from samebit.recipes.cli.overrides import Overrides, check_file, find_field, rea
 from samebit.recipes.config import ConfigError, DemoRun, GrpoRun, RunSection, SftRun, grpo_run_of
 from samebit.recipes.eagle3_config import Eagle3Run
 from samebit.recipes.run.secrets import build
-from samebit.recipes.tools_config import DiffRun, ExportRun, FetchRun, VerifyRun
+from samebit.recipes.tools_config import (
+    DiffRun,
+    ExportRun,
+    FetchRun,
+    ReportRun,
+    VerifyRun,
+    WatchRun,
+)
 from samebit.trainer.algorithms.registry import find_algorithm
 from samebit.trainer.config import GrpoConfig
 
@@ -45,6 +52,8 @@ SCHEMAS: dict[str, type[Any]] = {
     "bench sync": BenchSyncRun,
     "bench trainer": BenchTrainerRun,
     "diff": DiffRun,
+    "report": ReportRun,
+    "watch": WatchRun,
     "export": ExportRun,
     "fetch-smollm2": FetchRun,
 }

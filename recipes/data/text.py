@@ -124,6 +124,10 @@ class TextCodec:
         kept = [i for i in token_ids if i not in self._dropped]
         return self._tokenizer.decode(kept, clean_up_tokenization_spaces=False)
 
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """Return the text of each token by itself, special ones too, for people to read."""
+        return [self._tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in token_ids]
+
     def after_answer(self, messages: ChatPrompt) -> str:
         """Return what the chat template writes behind an answer's text, where messages follow it.
 

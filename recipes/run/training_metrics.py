@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from samebit.recipes.data.conversation import Response, num_drawn
+from samebit.recipes.data.text import TextCodec
 from samebit.recipes.run.sampling import Rollout
+from samebit.rollout.types import Completion
 from samebit.trainer.flops import peak_flops, train_flops
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.types import Sample, StepStats
@@ -82,8 +84,8 @@ def train_metrics(stats: Sequence[StepStats]) -> dict[str, float]:
     return metrics
 
 
-def sample_rows(rollout: Rollout, num_samples: int) -> list[dict[str, Any]]:
-    """Return the first sample of the first problems, readable."""
+def sample_rows(rollout: Rollout, num_samples: int, text: TextCodec) -> list[dict[str, Any]]:
+    """Return the first sample of the first problems, readable; each token with its log-prob."""
     return [
         {
             "prompt": problem.prompt,
@@ -92,6 +94,7 @@ def sample_rows(rollout: Rollout, num_samples: int) -> list[dict[str, Any]]:
             "reward": rollout.rewards[i][0],
             "finish_reason": rollout.completions[i][0].finish_reason,
             **({"rewards": _terms_of(rollout, i)} if rollout.terms else {}),
+            **_tokens_of(rollout.completions[i][0], text),
         }
         for i, problem in enumerate(rollout.problems[:num_samples])
     ]
@@ -99,6 +102,17 @@ def sample_rows(rollout: Rollout, num_samples: int) -> list[dict[str, Any]]:
 
 def _terms_of(rollout: Rollout, prompt: int) -> dict[str, float]:
     return {label: groups[prompt][0] for label, groups in rollout.terms.items()}
+
+
+def _tokens_of(completion: Completion, text: TextCodec) -> dict[str, list[Any]]:
+    """Its tokens one by one; of several turns, which of them were drawn."""
+    found: dict[str, list[Any]] = {
+        "tokens": text.pieces(completion.token_ids),
+        "logprobs": list(completion.logprobs),
+    }
+    if isinstance(completion, Response):
+        found["loss_mask"] = [int(drawn) for drawn in completion.loss_mask]
+    return found
 
 
 def speed(

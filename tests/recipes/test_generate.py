@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -406,8 +407,9 @@ def test_killed_at_ten_instants_and_resumed(runs, turned, kill_when):
 
 @pytest.mark.long
 @pytest.mark.parametrize("layout", ["data", "tensor"])
-def test_several_processes_draw_the_same(runs, turned, layout):
+def test_several_processes_draw_the_same(runs, turned, layout, monkeypatch):
     """Each copy its share; with tensor parallel ranks the first leads."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
     assert main(["grpo", *runs.arguments("many", *words(f"trainer.parallel.{layout}=2"))]) == 0
     first = [list_rollouts(f)[1] for f in (runs.folder / "many", turned.folder / "whole")]
     many, whole = (load_rollout(file) for file in first)

@@ -249,5 +249,5 @@ def test_what_a_template_writes_between_answers(codec):
         ("stop", EOS, after),
         ("length", "a", [VOCAB[EOS], *after]),
     ):
-        turn = drawn([VOCAB["a"], VOCAB[token]], reason)
+        turn = said("a", token, reason=reason)
         assert request.reply(turn, [{"role": "user", "content": "b"}]) == expected
