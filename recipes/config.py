@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from samebit.kernels.registry import ATTENTION_KINDS
-from samebit.recipes.data.rewards import RewardConfig
+from samebit.recipes.data.reward_config import RewardConfig
 from samebit.recipes.data.tasks.base import DataConfig, PreferenceConfig
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.metrics import LoggerConfig
@@ -305,6 +305,9 @@ class GrpoRun(RunSection):
         """Check across sections; raises ValueError, which names the keys."""
         check_overwrite(self)
         prompts, n = self.rollout.prompts_per_step, self.rollout.samples_per_prompt
+        steps, turns = self.trainer.num_steps, "whose turns have ids of their own"
+        fits, meaning = steps < 1 << 24, f"below 2^24 with rollout.generate, {turns}"
+        require(fits or not self.rollout.generate, "trainer.num_steps", steps, meaning)
         least = self.algorithm.min_samples_per_prompt
         meaning = f"at least {least}: an advantage is relative to the other samples of the prompt"
         require(n >= least, "rollout.samples_per_prompt", n, meaning)

@@ -182,11 +182,12 @@ class GrpoRecipe:
         stop = stop or StopSignals()
         prompts = self.rollout_source.held_out_prompts(self.progress.step)
         held_out = self.rollout_source.draw(prompts, stop.poll)
-        held_out.rewards = self.rollout_source.score(held_out, stop.poll_alone)
+        self.rollout_source.score(held_out, stop.poll_alone)
         if self.progress.reward_first is None:
             self.progress.reward_first = held_out.reward_mean
         self.progress.reward_last = held_out.reward_mean
-        recorder.log_samples("eval", sample_rows(held_out, self.run.logger.num_samples))
+        rows = sample_rows(held_out, self.run.logger.num_samples, self._inputs.text)
+        recorder.log_samples("eval", rows)
         return rollout_metrics(held_out, "eval")
 
     def summary(self) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """What is sampled in a step, as a section of the configuration."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from typing import Any
 
 from samebit.rollout.ranges import RANGES, require_in_range
 from samebit.trainer.config import require, require_default
@@ -43,6 +45,13 @@ class RolloutSection:
     """Steps between evaluations on held-out problems; also before the first, after the last."""
     eval_samples_per_prompt: int = 1
     eval_temperature: float = 1.0
+    generate: str | None = None
+    """module:function, an `async def` of your own that draws a sample in turns, with tools; prompt
+    and max_new_tokens then bound all turns and tools' text together."""
+    generate_args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of that function."""
+    generate_timeout_s: float = 3600.0
+    """Seconds for all samples that are drawn at once."""
 
     def __post_init__(self) -> None:
         positive = ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "eval_every")
@@ -58,6 +67,7 @@ class RolloutSection:
         meaning = "full where rollout.top_p, top_k and min_p draw from all tokens"
         require(self.limits or not self.truncates, "rollout.logprobs", self.logprobs, meaning)
         self._check_dynamic_sampling()
+        self._check_generate()
 
     @property
     def limits(self) -> bool:
@@ -83,6 +93,16 @@ class RolloutSection:
         """Return which prompts of a step a refill draws; 0: those that every step draws."""
         begun, more = self.prompts_per_step, self.refill_prompts or self.prompts_per_step
         return range(begun + (refill - 1) * more, begun + refill * more) if refill else range(begun)
+
+    def _check_generate(self) -> None:
+        if self.generate is None:
+            idle = ("generate_args", "generate_timeout_s")
+            require_default(self, "rollout", idle, "rollout.generate is unset")
+            return
+        named = all(self.generate.partition(":"))
+        require(named, "rollout.generate", self.generate, "module:function, or unset")
+        fits = 0 < self.generate_timeout_s < math.inf
+        require(fits, "rollout.generate_timeout_s", self.generate_timeout_s, "seconds above 0")
 
     def _check_dynamic_sampling(self) -> None:
         if not self.dynamic_sampling:

@@ -73,6 +73,39 @@ class DiffRun:
 
 
 @dataclass(kw_only=True)
+class ReportRun:
+    """`samebit report RUN...`: runs beside each other in one page."""
+
+    runs: list[str] = field(default_factory=list)
+    """Folders of runs."""
+    out: str = "samebit_report.html"
+    """The page; an earlier one of the same kind is replaced."""
+
+    def __post_init__(self) -> None:
+        _check_runs(self.runs)
+        require(self.out != "", "out", "", "the path of a file")
+
+
+@dataclass(kw_only=True)
+class WatchRun:
+    """`samebit watch RUN...`: a page that follows runs, at the loopback of this machine."""
+
+    runs: list[str] = field(default_factory=list)
+    """Folders of runs."""
+    port: int = 0
+    """Of the page; 0: one that is free."""
+
+    def __post_init__(self) -> None:
+        _check_runs(self.runs)
+        require(0 <= self.port < 1 << 16, "port", self.port, "0 to 65535")
+
+
+def _check_runs(runs: list[str]) -> None:
+    fits = bool(runs) and all(runs)
+    require(fits, "runs", runs, "the folder of a run, or of several, as in outputs/run")
+
+
+@dataclass(kw_only=True)
 class ExportRun:
     """`samebit export`: a checkpoint as a Hugging Face folder."""
 

@@ -23,6 +23,7 @@ OWN = {
     "data.task": "my_tasks:successors",
     "reward.name": "my_rewards:short_and_right",
     "algorithm.name": "my_algorithms:Reinforce",
+    "rollout.generate": "my_turns:generate",
 }
 TRANSPORT = "placement.transport=my_transport:OneByOne"
 PROPOSER = "engine.speculative=my_proposers:Again"

@@ -35,7 +35,14 @@ from samebit.recipes.config import (
 )
 from samebit.recipes.eagle3_config import Eagle3Run
 from samebit.recipes.run.secrets import build
-from samebit.recipes.tools_config import DiffRun, ExportRun, FetchRun, VerifyRun
+from samebit.recipes.tools_config import (
+    DiffRun,
+    ExportRun,
+    FetchRun,
+    ReportRun,
+    VerifyRun,
+    WatchRun,
+)
 from samebit.trainer.algorithms.registry import find_algorithm
 from samebit.trainer.config import GrpoConfig
 
@@ -54,6 +61,8 @@ SCHEMAS: dict[str, type[Any]] = {
     "bench sync": BenchSyncRun,
     "bench trainer": BenchTrainerRun,
     "diff": DiffRun,
+    "report": ReportRun,
+    "watch": WatchRun,
     "export": ExportRun,
     "fetch-smollm2": FetchRun,
 }

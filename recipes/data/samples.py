@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from samebit.recipes.data.conversation import Response
 from samebit.rollout.types import Completion
 from samebit.trainer.algorithms.base import Advantages
 from samebit.trainer.types import Sample
@@ -12,6 +13,8 @@ from samebit.trainer.types import Sample
 
 def drawn_sample(prompt_ids: Sequence[int], completion: Completion) -> Sample:
     """Join a prompt with one of its completions, under the completion's sample id."""
+    if isinstance(completion, Response):
+        return _of_turns(prompt_ids, completion)
     return Sample.of_response(
         sample_id=completion.sample_id,
         token_ids=(*prompt_ids, *completion.token_ids),
@@ -19,6 +22,18 @@ def drawn_sample(prompt_ids: Sequence[int], completion: Completion) -> Sample:
         logprobs=completion.logprobs,
         thresholds=completion.thresholds,
         version_spans=completion.version_spans,
+    )
+
+
+def _of_turns(prompt_ids: Sequence[int], response: Response) -> Sample:
+    begin = len(prompt_ids)
+    spans = (replace(span, start=begin + span.start) for span in response.version_spans)
+    return Sample(
+        sample_id=response.sample_id,
+        token_ids=np.asarray((*prompt_ids, *response.token_ids), np.int64),
+        loss_mask=np.asarray((*[False] * begin, *response.loss_mask)),
+        logprobs=np.asarray((*[0.0] * begin, *response.logprobs), np.float32),
+        version_spans=tuple(spans),
     )
 
 

@@ -12,6 +12,7 @@ from samebit.recipes.data.tasks.base import ChatPrompt
 from samebit.rollout.types import Completion
 
 Prompt = str | ChatPrompt
+_ANSWER = "samebit-answer"  # stands for an answer in a template
 
 
 class TextCodec:
@@ -105,9 +106,7 @@ class TextCodec:
         ids = completion.token_ids
         if completion.finish_reason == "stop" and ids[-1] in self._special.values():
             ids = ids[:-1]
-        return self._tokenizer.decode(
-            [i for i in ids if i not in self._dropped], clean_up_tokenization_spaces=False
-        )
+        return self.decode_ids(ids)
 
     def rewritten(self, labels: Sequence[str]) -> list[str]:
         """Return what `decode` gives for exactly these labels."""
@@ -115,6 +114,31 @@ class TextCodec:
         if self._backend is not None:
             return self._backend.decode_batch(ids, skip_special_tokens=False)
         return self._tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, with nothing added."""
+        return self._encode([text])[0]
+
+    def decode_ids(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids, without special tokens but those that labels hold."""
+        kept = [i for i in token_ids if i not in self._dropped]
+        return self._tokenizer.decode(kept, clean_up_tokenization_spaces=False)
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """Return the text of each token by itself, special ones too, for people to read."""
+        return [self._tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in token_ids]
+
+    def after_answer(self, messages: ChatPrompt) -> str:
+        """Return what the chat template writes behind an answer's text, where messages follow it.
+
+        It begins with what ends the answer's turn, and ends where the next answer begins. Raises
+        ValueError where the template does, or rewrites the answer.
+        """
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
+        before, found, after = self._apply_template([*talk, *messages]).rpartition(_ANSWER)
+        if not found or not before:
+            raise ValueError("the chat template leaves an earlier answer out, or rewrites it")
+        return after
 
     def token(self, token_id: int) -> str:
         """Return a token as the tokenizer writes it, for errors."""

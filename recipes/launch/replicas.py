@@ -2,16 +2,18 @@
 
 import asyncio
 from array import array
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from samebit.kernels.memory import TagBytes
-from samebit.rollout.client import Progress
+from samebit.recipes.data.conversation import Response
+from samebit.rollout.client import EngineClient, Progress
 from samebit.rollout.engine import Engine
 from samebit.rollout.runtime.requests import scores_of
 from samebit.rollout.types import Completion, Increment, Request, SamplingParams
+from samebit.trainer.ranks import together
 from samebit.weight_sync.objects import gather_objects
 from samebit.weight_sync.types import VersionSpan, WeightVersion
 
@@ -25,7 +27,7 @@ class ReplicatedEngine:
 
     def __init__(self, engine: Engine, rank: int, size: int, tensor_size: int) -> None:
         self._engine = engine
-        self._tensor_size = tensor_size
+        self._rank, self._tensor_size = rank, tensor_size
         self._copy, self._num_copies = rank // tensor_size, size // tensor_size
         self._in_order = ThreadPoolExecutor(1)  # asyncio's calls, one after another
 
@@ -119,6 +121,33 @@ class ReplicatedEngine:
         """See Engine.memory_occupation; it is this process's."""
         return self._engine.memory_occupation()
 
+    def shared[T](
+        self,
+        items: Sequence[T],
+        work: Callable[[EngineClient, Sequence[T]], list[Response]],
+        error_type: type[Exception],
+    ) -> list[Response]:
+        """Have each copy do its share of the items with its engine; all get all, in order.
+
+        `work` runs on a copy's first process, and calls its engine in any order. Where it fails,
+        the other processes raise its error as error_type.
+        """
+        own = items[self._copy :: self._num_copies]
+        with together(error_type):
+            if self._tensor_size == 1:
+                drawn = work(self._engine, own)
+            elif self._rank % self._tensor_size == 0:
+                with self._engine.leading():
+                    drawn = work(self._engine, own)
+            else:
+                self._engine.follow()
+                drawn = []
+        found: list[Response | None] = [None] * len(items)
+        parts = gather_objects([_to_plain(response) for response in drawn])
+        for copy, part in enumerate(parts[:: self._tensor_size]):
+            found[copy :: self._num_copies] = [_completion(c, Response) for c in part]
+        return [response for response in found if response is not None]
+
     def close(self) -> None:
         """Let go of the engine."""
         self._in_order.shutdown()
@@ -136,7 +165,9 @@ class ReplicatedEngine:
         plain = [[_to_plain(completion) for completion in group] for group in drawn]
         groups: list[list[Completion]] = [[] for _ in requests]
         for copy, part in enumerate(gather_objects(plain)[:: self._tensor_size]):
-            groups[copy :: self._num_copies] = [[_completion(c) for c in group] for group in part]
+            groups[copy :: self._num_copies] = [
+                [_completion(c, Completion) for c in group] for group in part
+            ]
         return groups
 
 
@@ -153,7 +184,7 @@ def _to_plain(c: Completion) -> dict[str, Any]:
     }
 
 
-def _completion(plain: dict[str, Any]) -> Completion:
+def _completion[C: Completion](plain: dict[str, Any], kind: type[C]) -> C:
     spans = plain["version_spans"]
     found = {
         "token_ids": tuple(plain["token_ids"]),
@@ -164,4 +195,4 @@ def _completion(plain: dict[str, Any]) -> Completion:
             for start, recomputed, *version in spans
         ),
     }
-    return Completion(**plain | found)
+    return kind(**plain | found)

@@ -19,7 +19,7 @@ from samebit.recipes.config import RunSection
 from samebit.recipes.data.tasks.base import DataConfig, Dataset, Problem
 from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
 from samebit.recipes.models.side_files import tokenizer_files
-from samebit.recipes.run.input_files import OWN_KEYS, flatten, own_sources
+from samebit.recipes.run.input_files import flatten, own_sources
 from samebit.recipes.run.provenance import device_name
 from samebit.recipes.run.secrets import to_dict
 from samebit.rollout.device import resolve_device
@@ -34,7 +34,9 @@ FORMAT = 2
 # The attention of numerics is bound as a part of the profile.
 _FREE_KEYS = {
     "resume", "reshard", "overwrite", "dry_run", "run_name", "output_dir", "device", "placement",
-    "engine", "logger", "reward.timeout_s", "reward.num_workers", "numerics.attention",
+    "engine", "logger", "numerics.attention", "rollout.generate_timeout_s",
+    *(f"reward.{terms}{key}" for terms in ("", "terms.")
+      for key in ("timeout_s", "num_workers", "concurrency")),
     "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.background_checkpoints",
     "trainer.parallel.recompute", "trainer.parallel.offload_optimizer",
 }  # fmt: skip
@@ -42,13 +44,14 @@ _PATHS = re.compile(r"(model|draft|data(\.sources\.\d+)?)\.path|data\.(sources\.
 _LAYOUT = "trainer.parallel."
 _SAMPLED = 16  # problems of a generated task: with its arguments they stand for all
 _ABSENT = "absent"
-_SOURCES = {key: f"{key.partition('.')[0]}_source" for key in OWN_KEYS}
 _EARLIER = {
     "model_family": None,
     "trainer.loss_mean_tokens": None,
+    "reward.batch_size": None,
     "data.tools_key": None,
     "rollout.dynamic_sampling": False,
     "rollout.refill_prompts": None,
+    "rollout.generate": None,
     "rollout.too_few_groups": "error",
     "rollout.logprobs": "full",
     **{f"algorithm.{f.name}": f.default for f in fields(GrpoConfig)},
@@ -68,10 +71,13 @@ def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_free_keys(values: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    def bound(value: Any, key: str) -> Any:
+        if isinstance(value, list) and all(isinstance(x, Mapping) for x in value):
+            return [_without_free_keys(x, f"{key}.") for x in value]
+        return _without_free_keys(value, f"{key}.") if isinstance(value, Mapping) else value
+
     return {
-        k: _without_free_keys(v, f"{section}{k}.") if isinstance(v, Mapping) else v
-        for k, v in values.items()
-        if f"{section}{k}" not in _FREE_KEYS
+        k: bound(v, f"{section}{k}") for k, v in values.items() if f"{section}{k}" not in _FREE_KEYS
     }
 
 
@@ -122,9 +128,15 @@ def _contents(run: TrainingRun, records: Mapping[str, Dataset]) -> Iterator[tupl
 def _sources(run: TrainingRun) -> dict[str, str | None]:
     """Digests of the files of what is the user's own."""
     return {
-        _SOURCES[key]: digest(file.read_bytes()) if file and file.is_file() else None
+        _source_name(key): digest(file.read_bytes()) if file and file.is_file() else None
         for key, file in own_sources(run).items()
     }
+
+
+def _source_name(key: str) -> str:
+    """What manifests call the source of a key's function."""
+    section = key.rpartition(".")[0] if key.startswith("reward.terms") else key.partition(".")[0]
+    return f"{section.replace('.', '_')}_source"
 
 
 def card_of(run: TrainingRun) -> str | None:
@@ -196,7 +208,8 @@ def require_same(
             f"at least {done}"
         )
     _require_same_layout(checkpoint, run, profile)
-    for key, source in _SOURCES.items():
+    for key in own_sources(run):
+        source = _source_name(key)
         if there.get(source) != here[source]:
             print(
                 f"samebit: the source of {key} has changed since {checkpoint.path} was written: "

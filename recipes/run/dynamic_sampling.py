@@ -78,7 +78,7 @@ def draw_step(
 
     def round_of(refill: int) -> Rollout:
         rollout = source.draw(source.training_prompts(step, begin, refill), poll[0], show)
-        rollout.rewards = source.score(rollout, poll[1])
+        source.score(rollout, poll[1])
         return rollout
 
     drawn, refills = round_of(0), 0

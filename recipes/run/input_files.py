@@ -10,7 +10,8 @@ from samebit.recipes.config import GrpoRun
 from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
 from samebit.recipes.models.side_files import CHAT_TEMPLATES
 
-OWN_KEYS = ("model_family", "numerics.attention", "data.task", "reward.name", "algorithm.name")
+OWN_KEYS = ("model_family", "numerics.attention", "data.task", "reward.name",
+            "algorithm.name", "rollout.generate")  # fmt: skip
 """Keys that may name something of the user's own, as module:attribute."""
 
 
@@ -25,12 +26,18 @@ def source_of(name: str) -> Path | None:
 
 
 def own_sources(run: TrainingRun) -> dict[str, Path | None]:
-    """Return for each of OWN_KEYS the file of what it names, if that is the user's own."""
+    """Return for each of OWN_KEYS, and each term of the reward, the file of what it names.
+
+    None stands for what is not the user's own.
+    """
     found = {}
     for key in OWN_KEYS:
         section, _, name = key.rpartition(".")
         value = getattr(getattr(run, section, None) if section else run, name, None)
         found[key] = source_of(str(value))
+    if isinstance(run, GrpoRun):
+        terms = enumerate(run.reward.terms)
+        found |= {f"reward.terms.{i}.name": source_of(term.name) for i, term in terms}
     return found
 
 
@@ -53,7 +60,9 @@ def input_files(run: TrainingRun) -> Iterator[tuple[str, Path]]:
     yield from _files_in(run.data.args, "data.args")
     yield from ((key, source) for key, source in own_sources(run).items() if source)
     if isinstance(run, GrpoRun):
-        yield from _files_in(run.reward.args, "reward.args")
+        for key, function in run.reward.functions.items():
+            yield from _files_in(function.args, f"{key}.args")
+        yield from _files_in(run.rollout.generate_args, "rollout.generate_args")
 
 
 def _with_content(key: str, path: Path) -> Iterator[tuple[str, Path]]:

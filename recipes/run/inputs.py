@@ -22,6 +22,7 @@ from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
 from samebit.recipes.launch.draft import checked_draft
 from samebit.recipes.launch.placement import require_release, require_transport
 from samebit.recipes.launch.processes import is_one_of_several, launched_rank
+from samebit.recipes.run.generation import GenerateFunction
 from samebit.recipes.run.signals import Stopped, StopSignals
 from samebit.rollout.device import resolve_device
 from samebit.rollout.models.config import ModelConfig
@@ -108,6 +109,8 @@ class GrpoInputs:
         require_transport(run)
         require_release(run)
         self.text = TextCodec(run.model.path, run.data.chat)
+        wanted = run.rollout.generate is not None
+        self.generate = GenerateFunction(run.rollout) if wanted else None
         self.reward = load_reward(run.reward, poll)
         encoder = Encoder(
             text=self.text,
@@ -128,7 +131,8 @@ class GrpoInputs:
                     f"up to {most} prompts a step; sample ids can name {MAX_PROMPTS}"
                 )
             used = _used(train_set, run.trainer.num_steps * most, run.seed)
-            self._prepare(used, unwritable if run.reward.name == "exact_match" else None, poll)
+            names = {function.name for function in run.reward.functions.values()}
+            self._prepare(used, unwritable if "exact_match" in names else None, poll)
         except BaseException:
             self.reward.close()
             raise
@@ -143,8 +147,10 @@ class GrpoInputs:
         return train | self.eval_set.contents("held-out records")
 
     def close(self) -> None:
-        """Let go of the reward's processes. A second call does nothing."""
+        """Let go of the reward's processes and the event loop. A second call does nothing."""
         self.reward.close()
+        if self.generate is not None:
+            self.generate.close()
 
     def _prepare(self, used: Sequence[int], unwritable: Unwritable | None, poll: Poll) -> None:
         faults: list[str] = []

@@ -61,9 +61,9 @@ def _packages(run: Any) -> Iterator[tuple[str, str, str]]:
             yield f"{prefix}data, a {found[0]} file,", "pyarrow", "a .jsonl file"
         if isinstance(phase, GrpoRun):
             yield "report.html, with its curves,", "matplotlib", ""
-            name = phase.reward.name
-            if name in ("math_verify", "reasoning_gym"):
-                yield f"{prefix}reward.name, which is {name!r},", name.replace("_", "-"), ""
+            for key, name in ((key, f.name) for key, f in phase.reward.functions.items()):
+                if name in ("math_verify", "reasoning_gym"):
+                    yield f"{prefix}{key}.name, which is {name!r},", name.replace("_", "-"), ""
 
 
 def _require_wandb_login(prefix: str) -> None:

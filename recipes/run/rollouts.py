@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from samebit.recipes.data.conversation import Response
 from samebit.rollout.types import Completion
 from samebit.weight_sync.disk import make_folder, sync, write_atomically
 from samebit.weight_sync.types import VersionSpan, WeightVersion
@@ -26,12 +27,15 @@ class SavedSample:
     sample_id: int
     prompt_ids: Tensor
     token_ids: Tensor
-    """[L] int32 drawn tokens."""
+    """[L] int32 tokens that follow the prompt."""
     logprobs: Tensor
     """[L] fp32, the rollout's own bits."""
     reward: float
     version_spans: tuple[VersionSpan, ...] = ()
     """None in files of earlier versions."""
+    loss_mask: Tensor | None = None
+    """[L] bool, whether the policy drew the token and is trained on it; None: all of them. A token
+    without has the log-prob 0."""
 
 
 def save_rollout(
@@ -42,7 +46,7 @@ def save_rollout(
     rewards: Sequence[Sequence[float]],
     dropped: Sequence[tuple[Completion, float]] | None = None,
 ) -> None:
-    """Write what a step is trained on: groups in prompt order, 8 bytes a drawn token.
+    """Write what a step is trained on: groups in prompt order, 8 bytes a token after the prompt.
 
     dropped: samples that dynamic sampling has dropped, and their rewards; None without it.
     """
@@ -61,6 +65,9 @@ def save_rollout(
         "logprobs": torch.tensor([x for c in completions for x in c.logprobs]),
         "version_spans": _spans_as_bytes(completions),
     }
+    if any(isinstance(c, Response) for c in completions):
+        masks = [x for c in completions if isinstance(c, Response) for x in c.loss_mask]
+        tensors["loss_mask"] = torch.tensor(masks, dtype=torch.bool)
     if dropped is not None:
         ids, values = [c.sample_id for c, _ in dropped], [reward for _, reward in dropped]
         tensors["dropped_sample_ids"] = torch.tensor(ids, dtype=torch.int64)
@@ -78,7 +85,9 @@ def load_rollout(file: Path) -> list[SavedSample]:
         lens = x["lens"].tolist()
         parts = x["token_ids"].split(lens), x["logprobs"].split(lens)
         spans = _spans_of_bytes(x["version_spans"]) if "version_spans" in x else [()] * len(lens)
-        rows = zip(x["sample_ids"].tolist(), *parts, x["rewards"].tolist(), spans, strict=True)
+        masks = x["loss_mask"].split(lens) if "loss_mask" in x else [None] * len(lens)
+        ids, rewards = x["sample_ids"].tolist(), x["rewards"].tolist()
+        rows = zip(ids, *parts, rewards, spans, masks, strict=True)
         group_size = len(lens) // len(prompts)
         return [
             SavedSample(sample_id, prompts[i // group_size], *row)

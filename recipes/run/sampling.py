@@ -2,21 +2,25 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from samebit.recipes.config import GrpoRun
+from samebit.recipes.data.conversation import GenerateError, GenerateRequest, Response
 from samebit.recipes.data.order import SampleIds
 from samebit.recipes.data.records import Split
+from samebit.recipes.data.reward_sum import RewardSum
 from samebit.recipes.data.rewards import Poll, RewardError, score
 from samebit.recipes.data.samples import drawn_sample
 from samebit.recipes.data.tasks.base import Problem
+from samebit.recipes.launch.replicas import ReplicatedEngine
 from samebit.recipes.rollout_config import RolloutSection
+from samebit.recipes.run.generation import GenerateFunction
 from samebit.recipes.run.inputs import GrpoInputs
 from samebit.recipes.run.signals import Stopped
-from samebit.rollout.client import EngineClient
+from samebit.rollout.client import EngineClient, Progress
 from samebit.rollout.types import Completion, SamplingParams
 from samebit.trainer.ranks import on_first
 from samebit.trainer.types import Sample
@@ -45,6 +49,8 @@ class Rollout:
     texts: list[list[str]]
     rewards: list[list[float]] = field(default_factory=list)
     """Empty until the completions are scored."""
+    terms: dict[str, list[list[float]]] = field(default_factory=dict)
+    """By label, where the reward is a sum of several: each one's rewards, without its weight."""
 
     def select(self, places: Sequence[int]) -> "Rollout":
         """Return the groups at these places, in their order."""
@@ -54,6 +60,7 @@ class Rollout:
             completions=[self.completions[i] for i in places],
             texts=[self.texts[i] for i in places],
             rewards=[self.rewards[i] for i in places],
+            terms={label: [groups[i] for i in places] for label, groups in self.terms.items()},
         )
 
     def extend(self, other: "Rollout") -> None:
@@ -63,6 +70,8 @@ class Rollout:
         self.completions += other.completions
         self.texts += other.texts
         self.rewards += other.rewards
+        for label, groups in other.terms.items():
+            self.terms[label] += groups
 
     @property
     def reward_mean(self) -> float:
@@ -154,32 +163,73 @@ class RolloutSource(PromptOrder):
                 shown = now
                 show(f"rollout: {num_tokens / (now - start):.0f} tok/s")
 
-        groups = self._engine.generate(
-            prompts.token_ids, prompts.params, prompts.sample_ids, progress=progress
-        )
+        if self._inputs.generate is not None:
+            groups = self._in_turns(self._inputs.generate, prompts, progress)
+        else:
+            groups = self._engine.generate(
+                prompts.token_ids, prompts.params, prompts.sample_ids, progress=progress
+            )
         texts = [[self._inputs.text.decode(c) for c in group] for group in groups]
         return Rollout(prompts.problems, prompts.token_ids, groups, texts)
 
-    def score(self, rollout: Rollout, poll: Poll = lambda: None) -> list[list[float]]:
-        """Return the rewards [prompts][samples], which the first process finds for all.
+    def _in_turns(
+        self, generate: GenerateFunction, prompts: Prompts, progress: Progress
+    ) -> list[list[Completion]]:
+        """The samples that the user's function makes of the prompts, [prompts][samples]."""
+        params = replace(prompts.params, n=1)
+        parts = zip(prompts.problems, prompts.token_ids, prompts.sample_ids, strict=True)
+        requests = [
+            GenerateRequest(
+                sample_id=sample_id,
+                prompt_ids=tuple(prompt),
+                problem=problem,
+                max_new_tokens=params.max_new_tokens,
+                text=self._inputs.text,
+            )
+            for problem, prompt, sample_ids in parts
+            for sample_id in sample_ids
+        ]
+
+        def work(client: EngineClient, own: Sequence[GenerateRequest]) -> list[Response]:
+            return generate.draw(client, own, params, progress)
+
+        if isinstance(self._engine, ReplicatedEngine):
+            found = self._engine.shared(requests, work, GenerateError)
+        else:
+            found = work(self._engine, requests)
+        rest = iter(found)
+        return [[next(rest) for _ in ids] for ids in prompts.sample_ids]
+
+    def score(self, rollout: Rollout, poll: Poll = lambda: None) -> None:
+        """Give a rollout its rewards [prompts][samples], which the first process finds for all.
 
         Where `poll` raises Stopped there, it ends the scoring on every process.
         """
-        problems, texts = rollout.problems, rollout.texts
-        flat_problems = [p for p, group in zip(problems, texts, strict=True) for _ in group]
-        flat_texts = [t for group in texts for t in group]
+        reward, texts = self._inputs.reward, rollout.texts
+        problems = [p for p, group in zip(rollout.problems, texts, strict=True) for _ in group]
+        flat = [text for group in texts for text in group]
 
-        def score_all() -> list[float] | str:
+        def score_all() -> list[list[float]] | str:
+            """The rewards of all samples, and those of each term, if there are several."""
             try:
-                return score(self._inputs.reward, flat_texts, flat_problems, poll)
+                if not isinstance(reward, RewardSum):
+                    return [score(reward, flat, problems, poll)]
+                terms = reward.score_terms(flat, problems, poll)
+                return [reward.sums(terms, flat, problems), *terms]
             except Stopped as stopped:
                 return str(stopped)
 
         found = on_first(score_all, RewardError)
         if isinstance(found, str):
             raise Stopped(found)
-        values = iter(found)
-        return [[next(values) for _ in group] for group in texts]
+        labels = reward.labels if isinstance(reward, RewardSum) else ()
+        rollout.rewards, *terms = (_in_groups(values, texts) for values in found)
+        rollout.terms = dict(zip(labels, terms, strict=True))
+
+
+def _in_groups(values: Sequence[float], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+    rest = iter(values)
+    return [[next(rest) for _ in group] for group in texts]
 
 
 def _prompts(

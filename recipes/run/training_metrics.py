@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from samebit.recipes.data.conversation import Response, num_drawn
+from samebit.recipes.data.text import TextCodec
 from samebit.recipes.run.sampling import Rollout
+from samebit.rollout.types import Completion
 from samebit.trainer.flops import peak_flops, train_flops
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.types import Sample, StepStats
@@ -37,13 +40,20 @@ def rollout_metrics(rollout: Rollout, prefix: str) -> dict[str, float]:
     """Return rewards and lengths under the field's names."""
     rewards = rollout.reward_tensor.flatten()
     completions = [c for group in rollout.completions for c in group]
-    lens = [len(c.token_ids) for c in completions]
+    lens = [num_drawn(c) for c in completions]
+    turns = [c.num_turns for c in completions if isinstance(c, Response)]
+    terms = {
+        f"{prefix}/reward_mean/{label}": sum(map(sum, groups)) / len(completions)
+        for label, groups in rollout.terms.items()
+    }
     return {
         f"{prefix}/reward_mean": float(rewards.mean()),
+        **terms,
         f"{prefix}/reward_std": float(rewards.std(correction=0)),
         f"{prefix}/response_len_mean": sum(lens) / len(lens),
         f"{prefix}/truncated_fraction": sum(c.finish_reason == "length" for c in completions)
         / len(completions),
+        **({f"{prefix}/turns_mean": sum(turns) / len(turns)} if turns else {}),
     }
 
 
@@ -74,8 +84,8 @@ def train_metrics(stats: Sequence[StepStats]) -> dict[str, float]:
     return metrics
 
 
-def sample_rows(rollout: Rollout, num_samples: int) -> list[dict[str, Any]]:
-    """Return the first sample of the first problems, readable."""
+def sample_rows(rollout: Rollout, num_samples: int, text: TextCodec) -> list[dict[str, Any]]:
+    """Return the first sample of the first problems, readable; each token with its log-prob."""
     return [
         {
             "prompt": problem.prompt,
@@ -83,9 +93,26 @@ def sample_rows(rollout: Rollout, num_samples: int) -> list[dict[str, Any]]:
             "label": problem.label,
             "reward": rollout.rewards[i][0],
             "finish_reason": rollout.completions[i][0].finish_reason,
+            **({"rewards": _terms_of(rollout, i)} if rollout.terms else {}),
+            **_tokens_of(rollout.completions[i][0], text),
         }
         for i, problem in enumerate(rollout.problems[:num_samples])
     ]
+
+
+def _terms_of(rollout: Rollout, prompt: int) -> dict[str, float]:
+    return {label: groups[prompt][0] for label, groups in rollout.terms.items()}
+
+
+def _tokens_of(completion: Completion, text: TextCodec) -> dict[str, list[Any]]:
+    """Its tokens one by one; of several turns, which of them were drawn."""
+    found: dict[str, list[Any]] = {
+        "tokens": text.pieces(completion.token_ids),
+        "logprobs": list(completion.logprobs),
+    }
+    if isinstance(completion, Response):
+        found["loss_mask"] = [int(drawn) for drawn in completion.loss_mask]
+    return found
 
 
 def speed(
@@ -99,7 +126,7 @@ def speed(
 
     rollout: what is trained on; drawn: all that was drawn, where that is more.
     """
-    drawn_tokens = sum(len(c.token_ids) for group in (drawn or rollout).completions for c in group)
+    drawn_tokens = sum(num_drawn(c) for group in (drawn or rollout).completions for c in group)
     trained, train_s = sum(s.num_tokens for s in stats), seconds["perf/train_s"]
     found = {
         "perf/rollout_tokens_per_s": drawn_tokens / seconds["perf/rollout_s"],

@@ -1,11 +1,16 @@
 """What test runs import by name, here and in children: a reward, an entry point, and moments."""
 
+import asyncio
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+from samebit.recipes.data.conversation import Conversation
+
 calls: list[str] = []
+later_calls: list[int] = []
 
 
 class Runs:
@@ -51,6 +56,43 @@ def score_digits(text, problem, *, control):
     return right + 0.5 * sum(c in "02468" for c in text) - 0.1 * len(text)
 
 
+async def score_later(texts, problems, *, seed):
+    """As score_digits, of several and later: calls end in an order that the seed draws.
+
+    The ninth call in this process fails if the file that SCORE_LATER_FAILS names is there.
+    """
+    later_calls.append(seed)
+    if len(later_calls) == 9 and Path(os.environ.get("SCORE_LATER_FAILS", "/no")).exists():
+        raise KeyError("no such unit")
+    for _ in range(hash((seed, len(later_calls))) % 50):
+        await asyncio.sleep(0)
+    pairs = zip(texts, problems, strict=True)
+    return [score_digits(text, problem, control="/no") for text, problem in pairs]
+
+
+generated: list[int] = []
+
+
+async def two_turns(engine, request, sampling_params, *, seed=0, control="/no"):
+    """Two tokens, the first one of the label, up to three tokens; later, as the seed says.
+
+    If the file `control` holds "hold 7", the 7th sample of this process waits for ever after making
+    the file <control>.held.
+    """
+    generated.append(request.sample_id)
+    file, number = Path(control), len(generated)
+    talk = Conversation(request)
+    await talk.draw(engine, replace(sampling_params, max_new_tokens=2))
+    if file.exists() and file.read_text() == f"hold {number}":
+        file.with_suffix(".held").touch()
+        await asyncio.Event().wait()
+    for _ in range(hash((seed, number)) % 60 if seed else 0):
+        await asyncio.sleep(0)
+    talk.add(request.text.encode(request.problem.label[:1]))
+    await talk.draw(engine, replace(sampling_params, max_new_tokens=3))
+    return talk.sample()
+
+
 def score_some(text, problem, *, control, every):
     """As score_digits for one problem in `every`; all the others have the same reward always."""
     found = score_digits(text, problem, control=control)
@@ -75,7 +117,7 @@ def open_run(run):
 def roll_out(recipe, step):
     """The rollout of a step of grpo, scored."""
     rollout = recipe.rollout_source.draw(recipe.rollout_source.training_prompts(step))
-    rollout.rewards = recipe.rollout_source.score(rollout)
+    recipe.rollout_source.score(rollout)
     return rollout
 
 

@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from samebit.recipes.data.reward_config import RewardConfig
 from samebit.recipes.data.reward_pool import load_reward
-from samebit.recipes.data.rewards import RewardConfig
 from samebit.recipes.data.tasks.base import DataConfig
 from samebit.recipes.data.tasks.registry import load_datasets
 

@@ -1,6 +1,7 @@
 """Copies of the engine: whoever draws a group, everybody has it, in its place."""
 
 import asyncio
+import contextlib
 import itertools
 import threading
 from dataclasses import replace
@@ -10,11 +11,14 @@ import pytest
 import torch
 from helpers import make_prompts, outcomes
 
+from samebit.recipes.data.conversation import GenerateError, Response
 from samebit.recipes.launch import replicas
 from samebit.recipes.launch.replicas import ReplicatedEngine
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
 from samebit.rollout.values import MAX_UINT64
+from samebit.trainer import ranks
+from samebit.weight_sync.types import VersionSpan, WeightVersion
 
 SIZE = 4
 PARAMS = SamplingParams(n=2, max_new_tokens=4)
@@ -167,3 +171,40 @@ def test_what_one_copy_refuses_all_do(qwen3_path, monkeypatch, asked, message):
             replicated.generate(**arguments | asked)
         with pytest.raises(ValueError, match=message):
             asyncio.run(replicated.agenerate(**arguments | asked))
+
+
+@pytest.mark.parametrize(("tensor_size", "count"), [(1, 7), (1, 2), (2, 5)])
+def test_what_copies_make_of_their_shares_is_everybodys(monkeypatch, tensor_size, count):
+    """In order, whoever made it; a failure on one is a failure on all."""
+    wire, found, led = Wire(), [None] * SIZE, []
+    for module in (replicas, ranks):
+        monkeypatch.setattr(module, "gather_objects", wire.gather)
+    monkeypatch.setattr(ranks, "place", lambda: (wire.rank.number, SIZE))
+    span = VersionSpan(2, WeightVersion(3, "f"))
+
+    def response(item):
+        given = {"logprobs": (-0.5,), "loss_mask": (True,), "version_spans": (span,)}
+        given |= {"request_id": "", "finish_reason": "stop"}
+        return Response(sample_id=item, token_ids=(item,), num_turns=item, **given)
+
+    def work(engine, items):
+        led.append(engine.rank)
+        return [response(item) for item in items]
+
+    def fails(engine, items):
+        if engine.rank == tensor_size:
+            raise GenerateError("mine")
+        return work(engine, items)
+
+    def process(rank):
+        wire.rank.number = rank
+        following = SimpleNamespace(rank=rank, leading=contextlib.nullcontext, follow=lambda: None)
+        replicated = ReplicatedEngine(following, rank, SIZE, tensor_size)
+        found[rank] = replicated.shared(range(count), work, GenerateError)
+        with pytest.raises(GenerateError, match=f"^mine$|^rank {tensor_size}: mine$"):
+            replicated.shared(range(count), fails, GenerateError)
+        replicated._in_order.shutdown()
+
+    run_in_threads(process)
+    assert found == [[response(item) for item in range(count)]] * SIZE
+    assert set(led) == set(range(0, SIZE, tensor_size))

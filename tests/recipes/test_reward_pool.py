@@ -9,8 +9,9 @@ import sys
 import psutil
 import pytest
 
+from samebit.recipes.data.reward_config import RewardConfig
 from samebit.recipes.data.reward_pool import RewardPool, Worker, load_reward
-from samebit.recipes.data.rewards import RewardConfig, RewardError, score
+from samebit.recipes.data.rewards import RewardError, score
 from samebit.recipes.data.tasks.base import Problem
 from samebit.recipes.run.signals import Stopped, StopSignals
 
@@ -138,8 +139,8 @@ def test_each_completion_has_its_own_time(module):
             found += worker.receive(6000.0)
         return found
 
-    worker.send("load", [("foreign:acts", {})], [-1], 600.0)
-    assert answers() == [(-1, ["ok", 0.0])]
+    worker.send("load", [("foreign:acts", {}, "reward", False, None, 600.0)], [-1], 600.0)
+    assert answers() == [(-1, ["loaded", False, False])]
     worker.send("score", [("a", problem(0)), ("b", problem(1))], [0, 1], 600.0)
     first = worker.deadline
     assert answers() == [(0, ["ok", 1.0]), (1, ["ok", 1.125])]
@@ -233,7 +234,7 @@ def test_settings_of_the_workers(settings, message):
 
 SCORES_FOR_EVER = """
 from samebit.recipes.data.reward_pool import load_reward
-from samebit.recipes.data.rewards import RewardConfig
+from samebit.recipes.data.reward_config import RewardConfig
 from samebit.recipes.data.tasks.base import Problem
 
 pool = load_reward(RewardConfig(name="foreign:acts", num_workers=1))

@@ -8,8 +8,9 @@ import re
 import numpy as np
 import pytest
 
+from samebit.recipes.data.reward_config import RewardConfig
 from samebit.recipes.data.reward_pool import load_reward
-from samebit.recipes.data.rewards import RewardConfig, RewardError, bind_reward, score
+from samebit.recipes.data.rewards import RewardError, bind_reward, score
 from samebit.recipes.data.tasks.base import DataConfig, Problem
 from samebit.recipes.data.tasks.registry import load_datasets
 

@@ -6,8 +6,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from samebit.recipes.data.conversation import GenerateRequest
+from samebit.recipes.data.reward_config import RewardConfig
 from samebit.recipes.data.reward_pool import load_reward
-from samebit.recipes.data.rewards import RewardConfig
 from samebit.recipes.data.tasks.base import Problem
 from samebit.recipes.data.text import TextCodec
 from samebit.recipes.models.tiny_model import write_config
@@ -228,3 +229,25 @@ def test_a_tokenizer_that_cannot_be_read_is_named(codec, tmp_path):
     (tmp_path / "mine.py").write_text("raise SystemExit('it ran')\n")
     with pytest.raises(ValueError, match="it needs code of its own, which is not run"):
         TextCodec(tmp_path)
+
+
+def test_what_a_template_writes_between_answers(codec):
+    """From an answer's end to the next one's begin; the answer's own end is not given twice."""
+    plain = codec(template=TEMPLATE)
+    assert plain.after_answer([{"role": "user", "content": "b"}]) == "=b=!"
+    with pytest.raises(ValueError, match="the chat template refuses its prompt: .*no evil"):
+        plain.after_answer([{"role": "evil", "content": "b"}])
+    deaf = codec(template="{{messages[-1].content}}")
+    with pytest.raises(ValueError, match="leaves an earlier answer out, or rewrites it"):
+        deaf.after_answer([{"role": "user", "content": "b"}])
+    ends = codec(template=TEMPLATE.replace("}}=", "}}</s>="))
+    problem = Problem(index=0, prompt="a", label="b", metadata={})
+    given = {"sample_id": 0, "prompt_ids": (0,), "problem": problem, "max_new_tokens": 9}
+    request = GenerateRequest(text=ends, **given)
+    after = [VOCAB[c] for c in "=b"] + [VOCAB[EOS]] + [VOCAB[c] for c in "=!"]
+    for reason, token, expected in (
+        ("stop", EOS, after),
+        ("length", "a", [VOCAB[EOS], *after]),
+    ):
+        turn = said("a", token, reason=reason)
+        assert request.reply(turn, [{"role": "user", "content": "b"}]) == expected

@@ -1,0 +1,308 @@
+"""Samples that a generate function of the user's makes, each checked against what the engine drew.
+
+All functions of a round run in one event loop of this process, over one engine, whose batches they
+share. The ids of a sample's turns follow from its own and from their number, so that neither tokens
+nor log-probs depend on which function waits for what, or how long.
+"""
+
+import asyncio
+import inspect
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from samebit.kernels.named import import_named
+from samebit.recipes.data.conversation import Generate, GenerateError, GenerateRequest, Response
+from samebit.recipes.data.order import MAX_TURNS, turn_id
+from samebit.recipes.rollout_config import RolloutSection
+from samebit.rollout.client import EngineClient, Progress
+from samebit.rollout.types import Completion, SamplingParams
+from samebit.trainer.types import Sample
+from samebit.weight_sync.types import VersionSpan
+
+_TICK_S = 0.1
+_CANCEL_S = 5.0  # for functions that another one's error ends
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Keeps what was drawn, and after what."""
+
+    context_ids: tuple[int, ...]
+    completion: Completion
+    temperature: float
+
+
+@dataclass
+class SampleEngine:
+    """The engine as a generate function has it for one sample; it writes down what was drawn."""
+
+    client: EngineClient
+    request: GenerateRequest
+    turns: list[Turn] = field(default_factory=list)
+    drawing: asyncio.Task[list[list[Completion]]] | None = None
+    """The turn that is being drawn."""
+    ended: bool = False
+    """Nothing more is drawn: the sample is made, or what makes it was told to end."""
+
+    async def draw(self, context_ids: Sequence[int], sampling_params: SamplingParams) -> Completion:
+        """Draw the next turn; see TurnDrawer."""
+        context, number = tuple(context_ids), len(self.turns)
+        self._check(context, sampling_params, number)
+        ids = [[turn_id(self.request.sample_id, number)]]
+        turn: Coroutine[Any, Any, list[list[Completion]]]
+        turn = self.client.agenerate([context], sampling_params, ids)
+        self.drawing = asyncio.create_task(turn)
+        try:
+            [[found]] = await self.drawing
+        finally:
+            self.drawing = None
+        self.turns.append(Turn(context, found, sampling_params.temperature))
+        return found
+
+    async def agenerate(
+        self, prompt_ids: Sequence[Sequence[int]], sampling_params: SamplingParams
+    ) -> list[list[Completion]]:
+        """Draw the next turn; see TurnDrawer."""
+        if len(prompt_ids) != 1:
+            raise GenerateError(f"asks for {len(prompt_ids)} contexts; give one, a turn's, at once")
+        return [[await self.draw(prompt_ids[0], sampling_params)]]
+
+    def _check(self, context: tuple[int, ...], params: SamplingParams, number: int) -> None:
+        request = self.request
+        if self.ended:
+            raise GenerateError("draws a turn after its sample was made, or its round has ended")
+        if self.drawing is not None:
+            raise GenerateError(
+                "draws a turn while another one is being drawn, so that their order would be that "
+                "of a race; await one before the next"
+            )
+        if number >= MAX_TURNS:
+            raise GenerateError(f"draws turn {number + 1}; a sample has at most {MAX_TURNS}")
+        if context[: len(request.prompt_ids)] != request.prompt_ids:
+            raise GenerateError("draws after a context that does not begin with request.prompt_ids")
+        added = f"{len(context) - len(request.prompt_ids)} tokens after the prompt"
+        limit = f"rollout.max_new_tokens is {request.max_new_tokens}"
+        room = request.room(context)
+        if room == 0:
+            raise GenerateError(
+                f"draws turn {number + 1} after the context is full: it has {added}, and {limit}"
+            )
+        if params.max_new_tokens > room:
+            raise GenerateError(
+                f"draws turn {number + 1} with max_new_tokens={params.max_new_tokens}; its context "
+                f"has {added}, and {limit}: give at most {room} (request.room)"
+            )
+        if params.n != 1:
+            raise GenerateError(f"draws turn {number + 1} with n={params.n}; give n=1")
+
+
+class GenerateFunction:
+    """Runs the function that rollout.generate names; raises ValueError if there is none."""
+
+    def __init__(self, settings: RolloutSection) -> None:
+        self.name = str(settings.generate)
+        self._function = _load(self.name, settings.generate_args)
+        self._args = settings.generate_args
+        self._timeout_s = settings.generate_timeout_s
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def draw(
+        self,
+        client: EngineClient,
+        requests: Sequence[GenerateRequest],
+        params: SamplingParams,
+        progress: Progress = lambda done, tokens: None,
+    ) -> list[Response]:
+        """Have the function make a sample of each request; returns them in order.
+
+        `progress` is called now and then; what it raises ends all of them. Raises GenerateError,
+        naming the function, the problem and the sample.
+        """
+        self._loop = self._loop or asyncio.new_event_loop()  # as long as the run, for sessions
+        return self._loop.run_until_complete(self._all(client, requests, params, progress))
+
+    def close(self) -> None:
+        """Let go of the event loop. A second call does nothing."""
+        if self._loop is not None:
+            self._loop.close()
+            self._loop = None
+
+    async def _all(
+        self,
+        client: EngineClient,
+        requests: Sequence[GenerateRequest],
+        params: SamplingParams,
+        progress: Progress,
+    ) -> list[Response]:
+        engines = [SampleEngine(client, request) for request in requests]
+        tasks = [asyncio.create_task(self._one(engine, params)) for engine in engines]
+        deadline, waits = time.monotonic() + self._timeout_s, set(tasks)
+        try:
+            while waits:
+                done, waits = await asyncio.wait(
+                    waits, timeout=_TICK_S, return_when=asyncio.FIRST_EXCEPTION
+                )
+                failed = [task for task in tasks if task.done() and task.exception()]
+                if failed:
+                    failed[0].result()
+                tokens = sum(len(t.completion.token_ids) for e in engines for t in e.turns)
+                progress(len(tasks) - len(waits), tokens)
+                if waits and time.monotonic() > deadline:
+                    [late, *_] = [e for e, t in zip(engines, tasks, strict=True) if t in waits]
+                    limit = f"{self._timeout_s:g} s (rollout.generate_timeout_s)"
+                    raise GenerateError(f"{self._where(late.request)} took longer than {limit}")
+            return [task.result() for task in tasks]
+        finally:
+            for engine in engines:
+                engine.ended = True
+            # A function may have left a turn to a task of its own.
+            left = [*tasks, *(e.drawing for e in engines if e.drawing is not None)]
+            for task in left:
+                task.cancel()
+            await asyncio.wait(left, timeout=_CANCEL_S)
+
+    async def _one(self, engine: SampleEngine, params: SamplingParams) -> Response:
+        request = engine.request
+        try:
+            sample = await self._function(engine, request, params, **self._args)
+            if engine.drawing is not None:
+                raise GenerateError("returned while a turn was being drawn; await every turn")
+            response = response_of(request, sample, engine.turns, params.temperature)
+            engine.ended = True
+            return response
+        except BaseException as error:
+            # Of others' code: a SystemExit too ends the sample, and then the run, with its name.
+            if engine.ended:
+                raise
+            what = f"{error}"
+            if not isinstance(error, GenerateError):
+                what = f"raised {type(error).__name__}: {error} (SAMEBIT_TRACEBACK=1 shows where)"
+            raise GenerateError(f"{self._where(request)} {what}") from error
+
+    def _where(self, request: GenerateRequest) -> str:
+        sample = f"sample {request.sample_id:#x}"
+        return f"rollout.generate {self.name!r} on {request.problem.name}, {sample},"
+
+
+def response_of(
+    request: GenerateRequest, sample: Sample, turns: Sequence[Turn], temperature: float
+) -> Response:
+    """Check a sample against the turns that were drawn for it; returns what follows its prompt.
+
+    Raises GenerateError, naming the place of the first token that cannot be as it is.
+    """
+    if not isinstance(sample, Sample):
+        raise GenerateError(f"returned {sample!r:.80}; return a samebit.trainer.types:Sample")
+    token_ids, begin = tuple(sample.token_ids.tolist()), len(request.prompt_ids)
+    _check_fields(request, sample, token_ids)
+    drawn, temperatures = _drawn_at(token_ids, turns)
+    mask, given = sample.loss_mask, sample.logprobs
+    for place in np.flatnonzero(mask).tolist():
+        where = f"returned token {token_ids[place]} at place {place} of {len(token_ids)}"
+        if place < begin:
+            raise GenerateError(f"{where} with its loss mask set: that is the prompt; mask it")
+        if place not in drawn:
+            raise GenerateError(
+                f"{where} with its loss mask set, but the engine did not draw it there after these "
+                "tokens: mask it"
+            )
+        if temperatures[place] != temperature:
+            raise GenerateError(
+                f"{where} with its loss mask set, which was drawn at temperature "
+                f"{temperatures[place]}; the run trains at {temperature}: mask it"
+            )
+        if given is not None and np.float32(drawn[place]) != given[place]:
+            raise GenerateError(
+                f"{where} with log-prob {given[place]}; the engine drew it with {drawn[place]}: "
+                "give that, or no log-probs"
+            )
+    trained = [turn for turn in turns if any(mask[len(turn.context_ids) :])]
+    last = max(trained, key=lambda turn: len(turn.context_ids)).completion
+    return Response(
+        request_id=last.request_id,
+        sample_id=request.sample_id,
+        token_ids=token_ids[begin:],
+        logprobs=tuple(
+            drawn[place] if mask[place] else 0.0 for place in range(begin, len(token_ids))
+        ),
+        finish_reason=last.finish_reason,
+        version_spans=_spans(turns, begin),
+        loss_mask=tuple(mask[begin:].tolist()),
+        num_turns=len(turns),
+    )
+
+
+def _check_fields(request: GenerateRequest, sample: Sample, token_ids: tuple[int, ...]) -> None:
+    begin = len(request.prompt_ids)
+    if sample.sample_id != request.sample_id:
+        raise GenerateError(
+            f"returned a sample with the id {sample.sample_id:#x}; give request.sample_id"
+        )
+    if token_ids[:begin] != request.prompt_ids:
+        raise GenerateError("returned a sample that does not begin with request.prompt_ids")
+    if len(token_ids) - begin > request.max_new_tokens:
+        raise GenerateError(
+            f"returned {len(token_ids) - begin} tokens after the prompt; rollout.max_new_tokens is "
+            f"{request.max_new_tokens}"
+        )
+    given = {
+        "advantages": sample.advantages.any(),
+        "ref_logprobs": sample.ref_logprobs is not None,
+        "version_spans": sample.version_spans != (),
+        "unit": sample.unit is not None,
+    }
+    if names := [name for name, is_given in given.items() if is_given]:
+        raise GenerateError(f"returned a sample with {names[0]}, which the run finds: leave it out")
+
+
+def _drawn_at(
+    token_ids: tuple[int, ...], turns: Sequence[Turn]
+) -> tuple[dict[int, float], dict[int, float]]:
+    """By place in a sample: log-prob and temperature of what was drawn after the very same tokens.
+
+    A turn that was cut short counts as far as it was kept.
+    """
+    logprobs: dict[int, float] = {}
+    temperatures: dict[int, float] = {}
+    for turn in turns:
+        start = len(turn.context_ids)
+        if token_ids[:start] != turn.context_ids or not turn.completion.logprobs:
+            continue
+        pairs = zip(turn.completion.token_ids, turn.completion.logprobs, strict=True)
+        for place, (token, logprob) in enumerate(pairs, start):
+            if place >= len(token_ids) or token_ids[place] != token:
+                break
+            logprobs[place], temperatures[place] = logprob, turn.temperature
+    return logprobs, temperatures
+
+
+def _spans(turns: Sequence[Turn], begin: int) -> tuple[VersionSpan, ...]:
+    """Which version drew from which place after the prompt on: one, unless weights changed."""
+    found: list[VersionSpan] = []
+    for turn in turns:
+        for span in turn.completion.version_spans:
+            start = len(turn.context_ids) - begin + span.start
+            if not found or found[-1].version != span.version:
+                found.append(replace(span, start=start))
+    return tuple(found)
+
+
+def _load(name: str, args: dict[str, Any]) -> Generate:
+    function = import_named(name, "rollout.generate")
+    if not inspect.iscoroutinefunction(function):
+        raise ValueError(
+            f"rollout.generate is {name!r}, a {type(function).__name__}; it must be an `async def "
+            "generate(engine, request, sampling_params)` that returns a Sample"
+        )
+    try:
+        inspect.signature(function).bind(None, None, None, **args)
+    except TypeError as error:
+        raise ValueError(
+            f"rollout.generate_args is {args}, but {name!r} is called as "
+            f"generate(engine, request, sampling_params, **generate_args): {error}"
+        ) from error
+    return function

@@ -1,0 +1,68 @@
+"""One self-contained page of several runs beside each other: compare.html.jinja and compare.js."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from samebit.recipes.run.run_data import RunData
+
+CHARTS = (
+    "eval/reward_mean", "rollout/reward_mean", "rollout/kl", "train/kl", "train/entropy",
+    "rollout/response_len_mean", "eval/response_len_mean", "rollout/truncated_fraction",
+    "rollout/turns_mean", "train/clip_fraction", "train/loss", "train/grad_norm",
+    "train/logprob_mismatches", "perf/step_s", "perf/rollout_s", "perf/train_s", "perf/sync_s",
+    "perf/eval_s", "perf/rollout_tokens_per_s", "perf/train_tokens_per_s", "perf/train_mfu",
+    "perf/rollout_kv_cache_gib", "perf/train_kv_cache_gib", "perf/rollout_gradients_gib",
+    "perf/train_gradients_gib", "perf/train_optimizer_gib", "perf/rollout_peak_gib",
+    "perf/train_peak_gib",
+)  # fmt: skip
+"""Metrics that are shown first, in this order; a button shows all others."""
+CARDS = (
+    "eval/reward_mean", "rollout/reward_mean", "train/kl", "train/entropy",
+    "rollout/response_len_mean", "train/clip_fraction", "perf/step_s",
+)  # fmt: skip
+"""Metrics whose last value stands in the table."""
+MARK = "<!-- samebit: runs beside each other -->"
+"""In the first lines of every such page."""
+
+
+def open_runs(folders: Sequence[str], key: str) -> list[RunData]:
+    """Read runs by their folders, each under a name that no other has.
+
+    Raises ValueError, naming the key of the configuration, for a folder that is given twice, and
+    FileNotFoundError for one that holds no run.
+    """
+    paths = [Path(folder).resolve() for folder in folders]
+    if twice := [folder for i, folder in enumerate(folders) if paths[i] in paths[:i]]:
+        raise ValueError(f"{key} has {twice[0]!r} twice; give every run once")
+    names = [path.name for path in paths]
+    unique = len(set(names)) == len(names)
+    return [
+        RunData(path, name if unique else str(path))
+        for path, name in zip(paths, names, strict=True)
+    ]
+
+
+def page_data(runs: Sequence[RunData], *, live: bool = False) -> str:
+    """Return what a page shows, as JSON. live: it asks for what is new, see watch.py."""
+    shown = [run.shown() for run in runs]
+    data = {"runs": shown, "charts": CHARTS, "cards": CARDS, "live": live}
+    return json.dumps(data, allow_nan=False)
+
+
+def page(title: str, data: str) -> str:
+    """Return the page that shows such data; texts in it cannot end its script."""
+    here = Path(__file__).parent
+    templates = Environment(
+        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined
+    )
+    fields: dict[str, Any] = {
+        "title": title,
+        "mark": MARK,
+        "data": data.replace("<", "\\u003c"),
+        "script": (here / "compare.js").read_text(encoding="utf-8"),
+    }
+    return templates.get_template("compare.html.jinja").render(fields)
