@@ -29,12 +29,12 @@ class LateOutcome(Outcome):
 
     def wait(self):
         """The results, once."""
-        token_ids, logprobs, scores = self.arriving.wait()
+        token_ids, logprobs, *others = self.arriving.wait()
         token_ids, logprobs = token_ids.copy(), logprobs.copy()
         self.on_wait(token_ids, logprobs)
         for layer, states in self.arriving.collected.items():
             self.collected[layer].copy_(states)
-        return token_ids, logprobs, scores
+        return token_ids, logprobs, *others
 
 
 def _poison(values):
