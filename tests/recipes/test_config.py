@@ -208,7 +208,7 @@ WRONG = {
     ),
     "unknown attention": (
         ["numerics.attention=flash"],
-        r"numerics.attention is 'flash'; it must be one of \('canonical',\)",
+        r"numerics.attention is 'flash'; it must be one of \('canonical', 'flashinfer'\)",
     ),
     "no held-out problems": (["data.eval_size=0"], "data.eval_size is 0"),
     "no override at all": (["hello"], "'hello' is no key=value of an existing key"),
@@ -336,7 +336,8 @@ def test_help_lists_groups_keys_and_defaults(capsys, command):
     text = capsys.readouterr().out
     assert f"samebit {command}: {COMMANDS[command]}" in text
     assert ("placement: colocated, process" in text) == (command == "grpo")
-    assert ("output_dir: outputs" in text) == (command not in ("diff", "export", "fetch-smollm2"))
+    elsewhere = ("diff", "export", "fetch-smollm2", "report", "watch")
+    assert ("output_dir: outputs" in text) == (command not in elsewhere)
     keys = text.split("(??? must be given):")[1]
     assert OmegaConf.create(keys) == compose(command, [])
     if command == "grpo":

@@ -281,6 +281,8 @@ def test_evaluations(run):
                     "label": record["answer"],
                     "reward": rewards[i * n],
                     "finish_reason": "stop" if 0 in groups[i][0].token_ids else "length",
+                    "tokens": [decode([t]) if t else "<eos>" for t in groups[i][0].token_ids],
+                    "logprobs": list(groups[i][0].logprobs),
                 }
             )
     assert read_rows(run.dir / "samples.jsonl") == samples
