@@ -21,12 +21,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from samebit.kernels.contract import GPU_KV_TILE
 from samebit.kernels.gpu.card import generation
 
-ENABLED = False
-"""Whether engines and trainers take these kernels: not before all of them have run on a card."""
 WARPGROUP_ROWS = 64
 COLUMNS = 64
 """Of bf16, in the 128 bytes that shared memory is swizzled by."""
 _LOWEST = gl.constexpr(-1e30)
+_SWIZZLED = gl.NVMMASharedLayout(128, 16)
 
 
 def takes(k: Tensor, v: Tensor, page_size: int | None) -> bool:
@@ -38,8 +37,8 @@ def takes(k: Tensor, v: Tensor, page_size: int | None) -> bool:
     boxes = whole_boxes and (page_size is None or page_size >= 16)
     starts = k.data_ptr() % 16 == v.data_ptr() % 16 == 0
     aligned = starts and k.stride(0) % 8 == 0 and k.stride(1) % 8 == 0
-    able = ENABLED and generation(k.device) == 9
-    return able and k.shape[2] in (64, 128) and boxes and aligned
+    able = generation(k.device) == 9 and k.shape[2] in (64, 128)
+    return able and boxes and aligned
 
 
 def box_rows(page_size: int | None) -> int:
@@ -55,7 +54,7 @@ def descriptor(x: Tensor, box: int) -> TensorDescriptor:
         [slots, (heads - 1) * x.stride(1) + head_dim],
         [x.stride(0), 1],
         [box, COLUMNS],
-        gl.NVMMASharedLayout(128, 16),
+        _SWIZZLED,
     )
 
 

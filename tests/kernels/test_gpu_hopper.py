@@ -6,17 +6,11 @@ import torch
 from samebit.kernels.attention import CanonicalAttention
 from samebit.kernels.attention_kind import Heads
 from samebit.kernels.gpu import attention as gpu
-from samebit.kernels.gpu import hopper_tiles
 
 pytestmark = pytest.mark.gpu
 
 HEADS = {"8 of 4x128": Heads(32, 8, 128, 128**-0.5), "3 of 3x64": Heads(9, 3, 64, 0.125)}
 PACKS = ([128], [512] * 3, [1000, 37, 2048, 129], [3000, 65, 1024, 1025, 1023])
-
-
-@pytest.fixture(autouse=True)
-def _enabled(monkeypatch):
-    monkeypatch.setattr(hopper_tiles, "ENABLED", True)
 
 
 @pytest.fixture
