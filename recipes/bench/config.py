@@ -216,7 +216,7 @@ class BenchKernelsRun(BenchRun):
     run_name: str = "bench_kernels"
     tables: list[str] = field(default_factory=lambda: list(TABLES))
     """linear, attention (decode), shared (decode of groups), prefill (packed), rows (norms,
-    activations, sampling)."""
+    activations, sampling); FlashInfer's decode and prefill beside ours where it is installed."""
     rows: list[int] | None = None
     """Numbers of rows of linear's products; unset: from 1 to 8,192, and more of them to tune."""
     replays: int = 20

@@ -7,7 +7,7 @@ pages through 256 MB or more, so that no cache holds them, as in an engine that 
 between two uses; the row operations find their inputs in the cache, as they do in an engine.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from samebit.kernels.attention import CanonicalAttention
+from samebit.kernels.attention_kind import AttentionKind
+from samebit.kernels.flashinfer import FlashInferAttention
 from samebit.kernels.linear import linear
 from samebit.kernels.logprob import logsumexp
 from samebit.kernels.memory import Arena
@@ -148,10 +150,26 @@ def make_cache(config: DenseModel, num_pages: int) -> tuple[Tensor, Tensor]:
     return cache.keys[0].normal_(), cache.values[0].normal_()
 
 
+def attention_kinds(config: DenseModel) -> list[AttentionKind]:
+    """Our attention, and FlashInfer's where it is installed as it is pinned."""
+    heads = config.attention_heads()
+    kinds: list[AttentionKind] = [CanonicalAttention(heads, _CUDA)]
+    try:
+        FlashInferAttention.require_usable(_CUDA.type)
+    except ValueError as reason:
+        print(f"FlashInfer's attention is not measured: {reason}")
+        return kinds
+    return [*kinds, FlashInferAttention(heads, _CUDA)]
+
+
+def _beside(others: Sequence[Spread]) -> Row:
+    return {"flashinfer_us": others[0].median} if others else {}
+
+
 def bench_attention(config: DenseModel, run: BenchKernelsRun) -> list[Row]:
     """Decode: one new token a sequence; bytes are those of its keys and values."""
     copy_rate = card_rates().memory_bytes_s
-    attention = CanonicalAttention(config.attention_heads(), _CUDA)
+    kinds = attention_kinds(config)
     rows: list[Row] = []
     for batch, context in DECODE:
         pages = batch * -(-context // _PAGE)
@@ -162,15 +180,19 @@ def bench_attention(config: DenseModel, run: BenchKernelsRun) -> list[Row]:
         tables = torch.randperm(count * pages).view(count, batch, -1)
         query = _randn(batch, config.num_heads, config.head_dim)
         lens = ([1] * batch, [context] * batch)
-        plans = [attention.plan_step(*lens, t, _PAGE) for t in tables]
-        actions = [partial(attention.attend, query, keys, values, plan) for plan in plans]
-        us = graph_us(actions, num_bytes / copy_rate * 1e6, run.replays)
+        ways: list[list[Callable[[], Any]]] = [
+            [partial(kind.attend, query, keys, values, kind.plan_step(*lens, t, _PAGE))
+             for t in tables]
+            for kind in kinds
+        ]  # fmt: skip
+        us, *others = graphs_us(ways, num_bytes / copy_rate * 1e6, run.replays)
         rate = num_bytes / us.median * 1e6
         rows.append(
-            {"batch": batch, "context": context, "us": us.median, "gb_s": rate / 1e9,
-             "copy_gb_s": copy_rate / 1e9, "of_copy": rate / copy_rate, "spread": asdict(us)}
+            {"batch": batch, "context": context, "us": us.median, **_beside(others),
+             "gb_s": rate / 1e9, "copy_gb_s": copy_rate / 1e9, "of_copy": rate / copy_rate,
+             "spread": asdict(us)}
         )  # fmt: skip
-        del keys, values, actions, plans
+        del keys, values, ways
         torch.cuda.empty_cache()
     return rows
 
@@ -218,20 +240,23 @@ def bench_prefill(config: DenseModel, run: BenchKernelsRun) -> list[Row]:
     """Packed causal attention of equal lengths, against torch's flash attention."""
     rows: list[Row] = []
     Hq, Hkv, Dh = config.num_heads, config.num_kv_heads, config.head_dim
-    attention = CanonicalAttention(config.attention_heads(), _CUDA)
+    kinds = attention_kinds(config)
     for batch, length in PREFILL:
         q, k, v = (_randn(batch * length, heads, Dh) for heads in (Hq, Hkv, Hkv))
-        plan = attention.plan_packed([length] * batch)
+        ours: list[list[Callable[[], Any]]] = [
+            [partial(kind.attend_packed, q, k, v, kind.plan_packed([length] * batch))]
+            for kind in kinds
+        ]
         flops = batch * config.attention_flops(length) // config.num_layers
         expected = card_rates().ideal_us(flops, 0)
-        ours = partial(attention.attend_packed, q, k, v, plan)
         # Repeated heads: its products take the same time, and any build of torch has that kernel.
         padded = [
             x.view(batch, length, -1, Dh).repeat_interleave(Hq // x.shape[1], 2).transpose(1, 2)
             for x in (q, k, v)
         ]
-        us, torch_us = graphs_us([[ours], [partial(_flash, *padded)]], expected, run.replays)
-        row = {"batch": batch, "length": length, **_against_torch(us, torch_us)}
+        ways = [[partial(_flash, *padded)], *ours]
+        torch_us, us, *others = graphs_us(ways, expected, run.replays)
+        row = {"batch": batch, "length": length, **_against_torch(us, torch_us), **_beside(others)}
         row["tflop_s"], row["torch_tflop_s"] = (flops / x.median / 1e6 for x in (us, torch_us))
         rows.append(row)
     return rows
@@ -283,7 +308,7 @@ BENCHES = {
 _FORMATS = {
     "us": "{:,.2f}", "torch_us": "{:,.2f}", "ratio": "{:.2f}", "tflop_s": "{:,.1f}",
     "torch_tflop_s": "{:,.1f}", "gb_s": "{:,.0f}", "copy_gb_s": "{:,.0f}", "roofline": "{:.2f}",
-    "of_copy": "{:.2f}", "alone_us": "{:,.2f}", "gain": "{:.2f}",
+    "flashinfer_us": "{:,.2f}", "of_copy": "{:.2f}", "alone_us": "{:,.2f}", "gain": "{:.2f}",
 }  # fmt: skip
 
 
