@@ -26,6 +26,7 @@ from samebit.kernels.shared_prefixes import SharedPrefixes
 
 VERSION = "0.7.2.post1"
 """Of flashinfer-python: another one is another kind, with bits of its own."""
+_HEAD_DIMS = (64, 128, 256)  # that its kernels are written for
 _WORKSPACE_BYTES = 384 << 20  # for the parts of contexts that are cut up
 
 
@@ -70,6 +71,11 @@ class FlashInferAttention(AttentionKind):
         """See require_usable."""
         super().__init__(heads, device)
         self.require_usable(device.type)
+        if heads.head_dim not in _HEAD_DIMS:
+            raise ValueError(
+                f"numerics.attention is 'flashinfer', which has kernels for heads of {_HEAD_DIMS} "
+                f"features; head_dim is {heads.head_dim}: use canonical"
+            )
         self._workspace: Tensor | None = None
         self._paged: _Wrappers | None = None
         self._ragged: _Wrappers | None = None

@@ -232,7 +232,7 @@ def shared_prefixes(subject: Subject) -> Result:
     own, then on shared ones; on a GPU these are read once for all as well."""
     result = Result("shared prefixes")
     on_gpu = subject.device.type == "cuda"
-    edges: tuple[int, ...] = (128, 256, 640, 1024, 1152) if on_gpu else (64, 128)
+    edges: tuple[int, ...] = (128, 256, 640, 1024, 1152, 2048) if on_gpu else (64, 128)
     sizes: tuple[int, ...] = (1, 2, 3, 5, 8, 16, 17, 33, 64) if on_gpu else (1, 2, 3)
     most = subject.config.max_position - subject.num_new_tokens
     lens = [n + d for n in edges for d in (-1, 0, 1) if n + d <= most]

@@ -112,11 +112,16 @@ class DecodeGraphs:
         self._send(decode, slots, draws, bucket)
         max_own = None if shared is None else _bound(shared.longest_own(lengths))
         key = (bucket, _bound(int(lengths.max())), not draws.restricted, max_own)
+        turn, ring = self._turn, self._ring
+
+        def prepare(plan: AttentionPlan) -> None:
+            # A token is drawn at the position behind its context.
+            self._attention.prepare_replay(plan, draws.positions, decode, slots.pages, shared)
+
         if key not in self._graphs:
-            self._graphs[key] = self._capture(*key)
-        found, turn, ring = self._graphs[key], self._turn, self._ring
-        # A token is drawn at the position behind its context.
-        self._attention.prepare_replay(found.plan, draws.positions, decode, slots.pages, shared)
+            self._graphs[key] = self._capture(*key, prepare)
+        found = self._graphs[key]
+        prepare(found.plan)
         found.graph.replay()
         self._turn = (turn + 1) % ring.size
         if not draws.restricted:
@@ -162,14 +167,26 @@ class DecodeGraphs:
         inputs[RingRow.TEMPERATURE, :size] = draws.temperatures.view(np.int32)
         inputs[RingRow.GREEDY, :size] = draws.greedy
 
-    def _capture(self, bucket: int, bound: int, draws: bool, max_own: int | None) -> _Graph:
-        """Capture a step for `bucket` samples of at most `bound` tokens."""
+    def _capture(
+        self,
+        bucket: int,
+        bound: int,
+        draws: bool,
+        max_own: int | None,
+        prepare: Callable[[AttentionPlan], None],
+    ) -> _Graph:
+        """Capture a step for `bucket` samples of at most `bound` tokens.
+
+        It runs once before, on what the ring holds: so its plan has to be prepared for that, or
+        programs that count on each other would not all be there.
+        """
         start = time.perf_counter()
         table, page_size = self._table, self._cache.page_size
         assert table is not None
         longest = min(bound, table.shape[1] * page_size)
         entries = GraphEntries.empty(bucket, table, page_size, longest)
         plan = self._attention.plan_graph(entries, max_own)
+        prepare(plan)
         step = self._make_step(entries, plan, draws)
         saved = self._last_tokens.clone()
         torch.cuda.synchronize()

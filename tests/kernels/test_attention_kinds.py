@@ -10,7 +10,7 @@ from helpers import assert_same_bits, run_python
 
 from samebit.kernels.attention import CanonicalAttention, attention_ref
 from samebit.kernels.attention_kind import AttentionKind, GraphEntries, Heads
-from samebit.kernels.flashinfer import _pages
+from samebit.kernels.flashinfer import VERSION, _pages
 from samebit.kernels.kv_write import kv_write
 from samebit.kernels.profile import numerics_profile
 from samebit.kernels.registry import ATTENTION_KINDS, attention_kind
@@ -206,6 +206,9 @@ def test_flashinfer_is_for_gpus_and_of_one_version(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1")
     with pytest.raises(ValueError, match=r"needs flashinfer-python 0\.7.*it is 0\.1: pip install"):
         kind.require_usable("cuda")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: VERSION)
+    with pytest.raises(ValueError, match=r"heads of \(64, 128, 256\) features; head_dim is 16"):
+        kind(Heads(4, 2, 16, 0.1), torch.device("cuda"))
     assert not kind.is_invariant
     assert kind.tiles("cuda") == (None, None)
 

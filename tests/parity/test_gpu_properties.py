@@ -5,14 +5,16 @@ import torch
 
 from samebit.recipes.verification.properties import PROPERTIES
 from samebit.recipes.verification.subject import make_subject
+from samebit.recipes.verify import TINY_MODELS, make_tiny_model
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module", params=["qwen3-untied", "llama-tied"])
-def subject(request, qwen3_path, llama_path):
-    paths = {"qwen3-untied": qwen3_path, "llama-tied": llama_path}
-    return make_subject(paths[request.param], torch.device("cuda"))
+@pytest.fixture(scope="module", params=TINY_MODELS)
+def subject(request, tmp_path_factory):
+    path, device = tmp_path_factory.mktemp("models") / request.param, torch.device("cuda")
+    make_tiny_model(path, request.param, 1, device)
+    return make_subject(path, device)
 
 
 @pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__)
