@@ -105,11 +105,19 @@ class CanonicalAttention(AttentionKind):
             return plan(query_lens, context_lens, None, 1, self.device, key_starts, num_keys)
         return cpu.plan_context(query_lens, context_lens, key_starts, num_keys, self.heads.per_kv)
 
+    def graph_queries(self, num_samples: int, max_context: int) -> int:
+        """See AttentionKind."""
+        from samebit.kernels.gpu.attention import few_queries
+        from samebit.kernels.gpu.decode_attention import most_queries
+
+        return few_queries(num_samples, max_context, most_queries(self.heads.per_kv))
+
     def shared_prefixes(
-        self, context_lens: np.ndarray, tables: np.ndarray, page_size: int
+        self, context_lens: np.ndarray, tables: np.ndarray, page_size: int, max_queries: int = 1
     ) -> SharedPrefixes | None:
         """See AttentionKind: what spares at least least_shared_bytes in a layer."""
-        return self._shared(np.ones_like(context_lens), context_lens, tables, page_size)
+        queries = np.full_like(context_lens, max_queries)
+        return self._shared(queries, context_lens - 1 + queries, tables, page_size)
 
     def _shared(
         self,

@@ -49,28 +49,42 @@ class AttentionPlan:
 class GraphEntries:
     """What a captured decode step knows of its samples: tensors that every replay fills anew.
 
-    Their first kernel writes table_rows and context_lens before any layer attends.
+    Their first kernel writes the first three before any layer attends. A sample has max_queries
+    rows of the forward, of which its first query_lens count: its new tokens, the last ones of its
+    context.
     """
 
     table_rows: Tensor
     """[B] int32, rows of the page table."""
     context_lens: Tensor
-    """[B] int32, tokens of the contexts, the new one included; 0: only fills the batch up."""
+    """[B] int32, tokens of the contexts, new ones included; 0: only fills the batch up."""
+    query_lens: Tensor
+    """[B] int32."""
     page_table: Tensor
     """[slots, max_pages] int32, page ids in order of position."""
     page_size: int
     max_context: int
     """Bound of context_lens."""
+    max_queries: int
+    """A power of two."""
 
     @classmethod
     def empty(
-        cls, batch: int, page_table: Tensor, page_size: int, max_context: int
+        cls,
+        batch: int,
+        page_table: Tensor,
+        page_size: int,
+        max_context: int,
+        max_queries: int = 1,
     ) -> "GraphEntries":
         """Entries for `batch` samples, which only fill it up so far."""
-        rows, lens = (
-            torch.zeros(batch, dtype=torch.int32, device=page_table.device) for _ in range(2)
-        )
-        return cls(rows, lens, page_table, page_size, max_context)
+        rows, lens, queries = torch.zeros(3, batch, dtype=torch.int32, device=page_table.device)
+        return cls(rows, lens, queries, page_table, page_size, max_context, max_queries)
+
+    @property
+    def num_rows(self) -> int:
+        """Of the forward."""
+        return len(self.table_rows) * self.max_queries
 
 
 class AttentionKind(ABC):
@@ -134,19 +148,25 @@ class AttentionKind(ABC):
         [B]: the first row of its sample's keys among num_keys. Parts may share a sample.
         """
 
-    def shared_prefixes(
-        self, context_lens: np.ndarray, tables: np.ndarray, page_size: int
-    ) -> SharedPrefixes | None:
-        """What the samples of a decode step, one new token each, are to read together, if anything.
+    def graph_queries(self, num_samples: int, max_context: int) -> int:
+        """The most new tokens of a sample, a power of two, in a CUDA graph of so many samples with
+        contexts up to a bound: where tokens are guessed there are several."""
+        return 1
 
-        context_lens [B], the new token included; tables [B, pages] int32: their pages in order of
-        position. A kind that reads every sample's context for itself leaves this as it is.
+    def shared_prefixes(
+        self, context_lens: np.ndarray, tables: np.ndarray, page_size: int, max_queries: int = 1
+    ) -> SharedPrefixes | None:
+        """What the samples of a graph's decode step are to read together, if anything.
+
+        context_lens [B], the first new token included; tables [B, pages] int32: their pages in
+        order of position; max_queries: the graph's. A kind that reads every sample's context for
+        itself leaves this as it is.
         """
         return None
 
     @abstractmethod
     def plan_graph(self, entries: GraphEntries, max_own: int | None = None) -> AttentionPlan:
-        """Plan the decode steps of a CUDA graph, each a new token for every entry.
+        """Plan the decode steps of a CUDA graph, each of max_queries rows for every entry.
 
         The plan must serve every replay: it holds what is captured, at addresses that stay.
         max_own: for steps in which shared_prefixes finds something, a bound of its longest_own;

@@ -10,12 +10,16 @@ import torch
 
 
 class RingRow(IntEnum):
-    """The rows of an entry: what a step is told of each of its sequences, in int64."""
+    """The rows of an entry: what a step is told of each of its forward's rows, in int64.
+
+    A sequence has as many of these as the step's graph has for each, one behind another: its newest
+    token's, and some for guesses that are to follow it; those without a guess are nobody's.
+    """
 
     SLOT = 0
     """The sequence's place in the engine's arrays; one past the last: nobody's."""
     POSITION = 1
-    """Position of the newest token."""
+    """Position of the row's token."""
     PAGE = 2
     """Page of that position."""
     SEED = 3
@@ -24,10 +28,14 @@ class RingRow(IntEnum):
     """Bits of the fp32 value."""
     GREEDY = 6
     """0 or 1."""
+    GUESS = 7
+    """1 + the token that is guessed; 0: the sequence's newest, which the device knows."""
+    MORE = 8
+    """Of a sequence's first row: how many guesses follow."""
 
 
 class HostRing:
-    """Inputs and results of decode steps of at most `capacity` sequences.
+    """Inputs and results of decode steps of at most `capacity` rows.
 
     inputs [size, rows of RingRow, capacity] int64, token_ids [size, capacity] int64 and logprobs
     [size, capacity] fp32 are the host's; turn [1] int64, on the device, is the entry of the next

@@ -175,9 +175,13 @@ def _few(query_lens: np.ndarray, context_lens: np.ndarray, most_queries: int) ->
     several = (query_lens > 1) & (query_lens <= most_queries)
     if not several.any():
         return most_queries
-    num_splits = -(-int(context_lens[several].max()) // GPU_KV_SPLIT)
-    fits = int(several.sum()) * most_queries * num_splits <= _MOST_PARTS
-    return most_queries if fits else min(1, most_queries)
+    return few_queries(int(several.sum()), int(context_lens[several].max()), most_queries)
+
+
+def few_queries(num_samples: int, max_context: int, most_queries: int) -> int:
+    """Up to how many queries so many samples may have: most_queries, or 1 where parts get large."""
+    num_parts = num_samples * most_queries * -(-max_context // GPU_KV_SPLIT)
+    return most_queries if num_parts <= _MOST_PARTS else min(1, most_queries)
 
 
 def _plan_decode(
@@ -214,18 +218,18 @@ def _plan_decode(
 
 def plan_graph(entries: GraphEntries, heads_per_kv: int, max_own: int | None) -> GpuAttentionPlan:
     """A plan for decode steps alone, which finds its entries on the device; max_own: see there."""
-    batch, device = len(entries.table_rows), entries.table_rows.device
-    rows = torch.arange(batch, dtype=torch.int32, device=device)
+    batch, device, queries = len(entries.table_rows), entries.table_rows.device, entries.max_queries
+    rows = torch.arange(0, entries.num_rows, queries, dtype=torch.int32, device=device)
     none, prefixes = rows[:0], None
     if max_own is not None:
-        capacity = task_capacity(heads_per_kv)
+        capacity = task_capacity(heads_per_kv * queries)
         prefixes = PrefixTasks.for_graph(batch, capacity, entries.max_context, device)
     decode = decode_entries(
         query_starts=rows,
-        query_lens=torch.ones_like(rows),
+        query_lens=entries.query_lens,
         table_rows=entries.table_rows,
         context_lens=entries.context_lens,
-        max_queries=1,
+        max_queries=queries,
         max_context=entries.max_context,
         prefixes=prefixes,
         max_own=max_own,

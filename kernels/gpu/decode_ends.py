@@ -13,14 +13,14 @@ from samebit.kernels.attention_kind import GraphEntries
 from samebit.kernels.decode_ring import HostRing, RingRow
 from samebit.kernels.gpu.pdl import after_previous, supported
 
-_SLOT, _POSITION, _PAGE, _SEED, _SAMPLE_ID, _TEMPERATURE, _GREEDY = (
+_SLOT, _POSITION, _PAGE, _SEED, _SAMPLE_ID, _TEMPERATURE, _GREEDY, _GUESS, _MORE = (
     tl.constexpr(row.value) for row in RingRow
 )
 
 
 @dataclass(frozen=True)
 class DecodeInputs:
-    """Tensors [B] of a decode step."""
+    """Tensors [T] of a decode step: entries.max_queries rows for each sample."""
 
     slots: Tensor  # int64, places in the engine's arrays; one past the last: nobody
     input_ids: Tensor  # int64
@@ -43,12 +43,12 @@ def _told(entry, row: tl.constexpr, capacity, inside):
 def _decode_inputs_kernel(
     ring_ptr, turn_ptr, last_ptr, table_ptr, slot_ptr, ids_ptr, position_ptr, next_ptr,
     kv_slot_ptr, seed_ptr, sample_ptr, temperature_ptr, greedy_ptr, table_rows_ptr, context_ptr,
-    capacity, num_slots, max_pages, B, ROWS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    query_len_ptr, capacity, num_slots, max_pages, T, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     after_previous(PDL)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < B
+    inside = i < T
     entry = ring_ptr + tl.load(turn_ptr) * ROWS * capacity + i
     slot = _told(entry, _SLOT, capacity, inside)
     position = _told(entry, _POSITION, capacity, inside)
@@ -57,10 +57,13 @@ def _decode_inputs_kernel(
     sample = _told(entry, _SAMPLE_ID, capacity, inside)
     bits = _told(entry, _TEMPERATURE, capacity, inside)
     greedy = _told(entry, _GREEDY, capacity, inside)
+    guess = _told(entry, _GUESS, capacity, inside)
+    queries = 1 + _told(entry, _MORE, capacity, inside)
     live = inside & (slot < num_slots)
+    newest = tl.load(last_ptr + slot, mask=live & (guess == 0), other=0)
     tl.store(table_ptr + slot * max_pages + position // PAGE, page.to(tl.int32), mask=live)
     tl.store(slot_ptr + i, slot, mask=inside)
-    tl.store(ids_ptr + i, tl.load(last_ptr + slot, mask=live, other=0), mask=inside)
+    tl.store(ids_ptr + i, tl.where(guess == 0, newest, guess - 1), mask=inside)
     tl.store(position_ptr + i, position, mask=inside)
     tl.store(next_ptr + i, position + 1, mask=inside)
     tl.store(kv_slot_ptr + i, tl.where(live, page * PAGE + position % PAGE, -1), mask=inside)
@@ -68,47 +71,51 @@ def _decode_inputs_kernel(
     tl.store(sample_ptr + i, sample, mask=inside)
     tl.store(temperature_ptr + i, bits.to(tl.int32).to(tl.float32, bitcast=True), mask=inside)
     tl.store(greedy_ptr + i, greedy != 0, mask=inside)
-    tl.store(table_rows_ptr + i, tl.where(live, slot, 0).to(tl.int32), mask=inside)
-    tl.store(context_ptr + i, tl.where(live, position + 1, 0).to(tl.int32), mask=inside)
+    sample, first = i // QUERIES, inside & (i % QUERIES == 0)
+    tl.store(table_rows_ptr + sample, tl.where(live, slot, 0).to(tl.int32), mask=first)
+    tl.store(context_ptr + sample, tl.where(live, position + queries, 0).to(tl.int32), mask=first)
+    tl.store(query_len_ptr + sample, tl.where(live, queries, 0).to(tl.int32), mask=first)
 
 
 def decode_inputs(ring: HostRing, last_tokens: Tensor, entries: GraphEntries) -> DecodeInputs:
     """Inputs of a decode step of a sample for each entry, from the ring's present turn.
 
-    last_tokens [slots + 1] int64. Notes the page in the entries' table, and fills in the rest.
+    last_tokens [slots + 1] int64. Notes pages in the entries' table, and fills in the rest.
     """
-    batch, page_table = len(entries.table_rows), entries.page_table
+    num_rows, page_table = entries.num_rows, entries.page_table
     device = last_tokens.device
-    integers = torch.empty(7, batch, dtype=torch.int64, device=device)  # up to the sample ids
-    temperatures = torch.empty(batch, device=device)
-    greedy = torch.empty(batch, dtype=torch.bool, device=device)
+    integers = torch.empty(7, num_rows, dtype=torch.int64, device=device)  # up to the sample ids
+    temperatures = torch.empty(num_rows, device=device)
+    greedy = torch.empty(num_rows, dtype=torch.bool, device=device)
     made = DecodeInputs(*[*integers, temperatures, greedy])
     pdl = supported(device)
-    _decode_inputs_kernel[(triton.cdiv(batch, 128),)](
+    _decode_inputs_kernel[(triton.cdiv(num_rows, 128),)](
         ring_ptr=ring.inputs, turn_ptr=ring.turn, last_ptr=last_tokens, table_ptr=page_table,
         slot_ptr=made.slots, ids_ptr=made.input_ids, position_ptr=made.positions,
         next_ptr=made.next_positions, kv_slot_ptr=made.kv_slots, seed_ptr=made.seeds,
         sample_ptr=made.sample_ids, temperature_ptr=made.temperatures, greedy_ptr=made.greedy,
         table_rows_ptr=entries.table_rows, context_ptr=entries.context_lens,
-        capacity=ring.inputs.stride(1), num_slots=len(last_tokens) - 1,
-        max_pages=page_table.stride(0), B=batch, ROWS=len(RingRow), PAGE=entries.page_size,
-        BLOCK=128, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        query_len_ptr=entries.query_lens, capacity=ring.inputs.stride(1),
+        num_slots=len(last_tokens) - 1, max_pages=page_table.stride(0), T=num_rows,
+        QUERIES=entries.max_queries, ROWS=len(RingRow), PAGE=entries.page_size, BLOCK=128, PDL=pdl,
+        num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     return made
 
 
 @triton.jit
 def _decode_outputs_kernel(
-    slot_ptr, token_ptr, logprob_ptr, last_ptr, ring_tokens, ring_logprobs, turn_ptr, capacity, B,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    slot_ptr, token_ptr, logprob_ptr, last_ptr, ring_tokens, ring_logprobs, turn_ptr, capacity, T,
+    QUERIES: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A single program: nobody else reads the turn that it changes."""
     after_previous(PDL)
     i = tl.arange(0, BLOCK)
-    inside = i < B
+    inside = i < T
     turn = tl.load(turn_ptr)
     token = tl.load(token_ptr + i, mask=inside)
-    tl.store(last_ptr + tl.load(slot_ptr + i, mask=inside, other=0), token, mask=inside)
+    if QUERIES == 1:
+        tl.store(last_ptr + tl.load(slot_ptr + i, mask=inside, other=0), token, mask=inside)
     tl.store(ring_tokens + turn * capacity + i, token, mask=inside)
     logprob = tl.load(logprob_ptr + i, mask=inside)
     tl.store(ring_logprobs + turn * capacity + i, logprob, mask=inside)
@@ -117,16 +124,22 @@ def _decode_outputs_kernel(
 
 
 def decode_outputs(
-    ring: HostRing, slots: Tensor, token_ids: Tensor, logprobs: Tensor, last_tokens: Tensor
+    ring: HostRing,
+    slots: Tensor,
+    token_ids: Tensor,
+    logprobs: Tensor,
+    last_tokens: Tensor,
+    max_queries: int = 1,
 ) -> None:
-    """Write token_ids [B] int64 and logprobs [B] fp32 to the ring and end its turn.
+    """Write token_ids [T] int64 and logprobs [T] fp32 to the ring and end its turn.
 
-    last_tokens [slots + 1] int64 gets each slot's token. B = 0 ends the turn, no more.
+    last_tokens [slots + 1] int64 gets each slot's token, but with several rows for a sample: which
+    of them is its newest, the host finds out. T = 0 ends the turn, no more.
     """
-    batch, pdl = len(token_ids), supported(last_tokens.device)
+    num_rows, pdl = len(token_ids), supported(last_tokens.device)
     _decode_outputs_kernel[(1,)](
         slot_ptr=slots, token_ptr=token_ids, logprob_ptr=logprobs, last_ptr=last_tokens,
         ring_tokens=ring.token_ids, ring_logprobs=ring.logprobs, turn_ptr=ring.turn,
-        capacity=ring.token_ids.stride(0), B=batch, SIZE=ring.size,
-        BLOCK=max(32, triton.next_power_of_2(batch)), PDL=pdl, num_warps=4, launch_pdl=pdl,
+        capacity=ring.token_ids.stride(0), T=num_rows, QUERIES=max_queries, SIZE=ring.size,
+        BLOCK=max(32, triton.next_power_of_2(num_rows)), PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip

@@ -254,7 +254,7 @@ def bench_prefill(config: DenseModel, run: BenchKernelsRun) -> list[Row]:
             x.view(batch, length, -1, Dh).repeat_interleave(Hq // x.shape[1], 2).transpose(1, 2)
             for x in (q, k, v)
         ]
-        ways = [[partial(_flash, *padded)], *ours]
+        ways: list[list[Callable[[], Any]]] = [[partial(_flash, *padded)], *ours]
         torch_us, us, *others = graphs_us(ways, expected, run.replays)
         row = {"batch": batch, "length": length, **_against_torch(us, torch_us), **_beside(others)}
         row["tflop_s"], row["torch_tflop_s"] = (flops / x.median / 1e6 for x in (us, torch_us))

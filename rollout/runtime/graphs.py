@@ -1,16 +1,17 @@
 """CUDA graphs of decode steps: one launch a step, whatever the model's depth.
 
-A graph serves up to `bucket` samples with contexts up to a bound; both are rounded up, so that
-few graphs serve all steps, and each is captured when it is first needed. A graph reads its inputs
-from host memory and writes its results there (kernels/decode_ring.py): one replay is all that a
-steady step gives the GPU to do. The page table and the newest tokens stay on the device.
+A graph serves up to `bucket` samples with contexts up to a bound and so many rows for each: one, or
+several where tokens are guessed. All are rounded up, so that few graphs serve all steps, and each
+is captured when it is first needed. A graph reads its inputs from host memory and writes its
+results there (kernels/decode_ring.py): one replay is all that a steady step gives the GPU to do.
+The page table and the newest tokens stay on the device.
 """
 
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from samebit.kernels.shared_prefixes import SharedPrefixes
 from samebit.kernels.transfer import to_device
 from samebit.rollout.models.decoder import Decoder
 from samebit.rollout.runtime.batch import Batch, Draws, decode_draws, keep_tokens
+from samebit.rollout.runtime.drafts import Drafts
 from samebit.rollout.runtime.forward import forward
 from samebit.rollout.runtime.kv_cache import KVCache
 from samebit.rollout.runtime.sampler import Drawn, Sampler
@@ -35,21 +37,71 @@ BUCKETS = (
     1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512,
     640, 768, 896, 1024,
 )  # fmt: skip
+GUESSES = False
+"""Whether graphs also run steps with guesses, or whose streams are wanted: not before that has run
+on a card."""
 _MIN_CONTEXT = 1024
 _RING = 4  # more steps than are ever in flight
+
+
+class _Key(NamedTuple):
+    """What a graph was captured for."""
+
+    bucket: int
+    queries: int  # rows of each sample, a power of two
+    bound: int  # of contexts
+    draws: bool  # whether it draws tokens
+    max_own: int | None  # bound of what samples read for themselves; None: no prefix is shared
+    streams: tuple[int, ...]  # layers whose residual streams it leaves
 
 
 @dataclass
 class _Graph:
     graph: torch.cuda.CUDAGraph
     plan: AttentionPlan
-    step: Callable[[], Tensor]  # owns tensors that the graph knows by address alone
-    hidden: Tensor  # [bucket, D]
+    step: Callable[[], Any]  # owns tensors that the graph knows by address alone
+    hidden: Tensor  # [bucket * queries, D]
+    streams: dict[int, Tensor]  # [bucket * queries, D] by layer
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a step that was started gives."""
+
+    drawn: Drawn
+    """The host's memory, filled once the step has run; the device's for restricted draws."""
+    rows: np.ndarray | None
+    """The rows of it that are the step's; None: all of them."""
+    streams: dict[int, Tensor]
+    """By layer, of the step's rows; until the next step is started."""
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Where the R rows of a step lie among a graph's: a sample's own behind one another."""
+
+    queries: int
+    lens: np.ndarray  # [B] guesses of each sample
+    owners: np.ndarray  # [R] which sample a row is of
+    offsets: np.ndarray  # [R] how far behind its newest token
+
+    @classmethod
+    def of(cls, num_samples: int, drafts: Drafts | None) -> "_Columns":
+        """One for each sample, or as many as the most that one needs."""
+        own, zeros = np.arange(num_samples), np.zeros(num_samples, dtype=np.int64)
+        if drafts is None:
+            return cls(1, zeros, own, zeros)
+        queries = 1 << int(drafts.lens.max()).bit_length()
+        return cls(queries, drafts.lens, drafts.spread(own), drafts.offsets)
+
+    @property
+    def places(self) -> np.ndarray:
+        """[R]."""
+        return self.owners * self.queries + self.offsets
 
 
 class DecodeGraphs:
-    """Graphs by (bucket, context bound, whether they draw tokens, bound of what samples read for
-    themselves: None where no prefix is shared).
+    """Graphs by what they were captured for.
 
     last_tokens [num_slots + 1] int64: the newest token of every slot, on the device. pool: where
     what a step computes lies; it may be released between steps, for each replay writes all that it
@@ -69,11 +121,12 @@ class DecodeGraphs:
         self._attention = attention
         self._last_tokens = last_tokens
         self._device = last_tokens.device
-        self._graphs: dict[tuple[int, int, bool, int | None], _Graph] = {}
+        self._graphs: dict[_Key, _Graph] = {}
         self._pool: Any = pool
         self._ring = HostRing(_RING, BUCKETS[-1], self._device)
-        self._entries = np.zeros(0, dtype=np.int64)  # of the samples that decoded last
-        self._shared: SharedPrefixes | None = None  # by them
+        # Of the samples that decoded last, and of rows for each, what is shared.
+        self._entries, self._queries = np.zeros(0, dtype=np.int64), 1
+        self._shared: SharedPrefixes | None = None
         self._turn = 0  # of the ring, as the next replay will find it
         self._table: Tensor | None = None
         self._in_table: np.ndarray | None = None  # slots whose pages the device knows
@@ -89,63 +142,85 @@ class DecodeGraphs:
         segments = torch.cuda.memory_snapshot(self._pool, include_traces=False)
         return sum(segment["total_size"] for segment in segments)
 
-    def fits(self, step: EngineStep, slots: Slots) -> bool:
-        """Whether a graph can run the step: decode only, no guesses, no hidden states to return."""
-        plain = not step.chunks and step.drafts is None
-        fits = plain and len(step.decode) <= BUCKETS[-1]
-        return fits and not bool(slots.collects[step.decode].any())
+    def fits(self, step: EngineStep, slots: Slots, streams: tuple[int, ...]) -> bool:
+        """Whether a graph can run the step: decode only, no hidden states to return."""
+        size, queries = len(step.decode), 1
+        if not GUESSES and (step.drafts is not None or streams):
+            return False
+        if step.chunks or size > BUCKETS[-1] or bool(slots.collects[step.decode].any()):
+            return False
+        if step.drafts is not None:
+            queries, bucket = _Columns.of(size, step.drafts).queries, _bucket(size)
+            bound = _bound(int((slots.length[step.decode] + step.drafts.lens).max()))
+            if queries > self._attention.graph_queries(bucket, bound):
+                return False
+        return _bucket(size) * queries <= BUCKETS[-1]
 
     def forget(self, decode: np.ndarray) -> None:
         """These slots took part in a step without a graph: they may have pages unknown here."""
         if self._in_table is not None:
             self._in_table[decode] = -1
 
-    def launch(self, decode: np.ndarray, slots: Slots, sampler: Sampler) -> Drawn:
-        """Start one decode step; what it draws.
-
-        It is the host's memory, filled once the step has run; the device's for restricted draws.
-        """
-        size = len(decode)
-        bucket = next(b for b in BUCKETS if b >= size)
-        lengths = slots.length[decode]
-        draws, shared = decode_draws(decode, slots), self._shared_prefixes(decode, slots)
-        self._send(decode, slots, draws, bucket)
-        max_own = None if shared is None else _bound(shared.longest_own(lengths))
-        key = (bucket, _bound(int(lengths.max())), not draws.restricted, max_own)
+    def launch(
+        self, step: EngineStep, slots: Slots, sampler: Sampler, streams: tuple[int, ...]
+    ) -> Replayed:
+        """Start one decode step that fits. streams: layers whose residual streams are wanted."""
+        decode, columns = step.decode, _Columns.of(len(step.decode), step.drafts)
+        lengths = slots.length[decode] + columns.lens
+        draws = decode_draws(decode, slots, step.drafts)
+        shared = self._shared_prefixes(decode, slots, columns.queries)
+        bucket = _bucket(len(decode))
+        self._send(step, slots, draws, columns, bucket * columns.queries)
+        key = _Key(
+            bucket=bucket,
+            queries=columns.queries,
+            bound=_bound(int(lengths.max())),
+            draws=not draws.restricted,
+            max_own=None if shared is None else _bound(shared.longest_own(lengths)),
+            streams=streams,
+        )
         turn, ring = self._turn, self._ring
 
         def prepare(plan: AttentionPlan) -> None:
-            # A token is drawn at the position behind its context.
-            self._attention.prepare_replay(plan, draws.positions, decode, slots.pages, shared)
+            self._attention.prepare_replay(plan, lengths, decode, slots.pages, shared)
 
         if key not in self._graphs:
-            self._graphs[key] = self._capture(*key, prepare)
+            self._graphs[key] = self._capture(key, prepare)
         found = self._graphs[key]
         prepare(found.plan)
         found.graph.replay()
         self._turn = (turn + 1) % ring.size
+        places = columns.places
+        rows: slice | Tensor = slice(len(decode))
+        if columns.queries > 1:
+            rows = to_device(places, self._device)
+        wanted = {layer: stream[rows] for layer, stream in found.streams.items()}
         if not draws.restricted:
-            return ring.token_ids[turn, :size], ring.logprobs[turn, :size], None
-        drawn = sampler.draw(found.hidden[:size], self._model.logits, draws)
+            return Replayed((ring.token_ids[turn], ring.logprobs[turn], None), places, wanted)
+        drawn = sampler.draw(found.hidden[rows], self._model.logits, draws)
         keep_tokens(self._last_tokens, drawn[0], draws)
-        return drawn
+        return Replayed(drawn, None, wanted)
 
-    def _shared_prefixes(self, decode: np.ndarray, slots: Slots) -> SharedPrefixes | None:
+    def _shared_prefixes(
+        self, decode: np.ndarray, slots: Slots, queries: int
+    ) -> SharedPrefixes | None:
         """What the samples are to read together; looked for when others decode than before.
 
         A prefix that is shared lies in what was there when its samples entered their slots.
         """
         entries = slots.entry[decode]
-        if not np.array_equal(entries, self._entries):
-            self._entries, size = entries, self._cache.page_size
+        if queries != self._queries or not np.array_equal(entries, self._entries):
+            self._entries, self._queries, size = entries, queries, self._cache.page_size
             contexts = slots.length[decode]
             tables = slots.pages[decode, : -(-int(contexts.max()) // size)]
-            self._shared = self._attention.shared_prefixes(contexts, tables, size)
+            self._shared = self._attention.shared_prefixes(contexts, tables, size, queries)
         return self._shared
 
-    def _send(self, decode: np.ndarray, slots: Slots, draws: Draws, bucket: int) -> None:
+    def _send(
+        self, step: EngineStep, slots: Slots, draws: Draws, columns: _Columns, num_rows: int
+    ) -> None:
         """Put the step's inputs into the ring; send pages of samples that the device lacks."""
-        device = self._device
+        decode, device = step.decode, self._device
         if self._table is None or self._in_table is None:
             self._table = torch.zeros(slots.pages.shape, dtype=torch.int32, device=device)
             self._in_table = np.full(slots.num_slots, -1)
@@ -154,28 +229,25 @@ class DecodeGraphs:
             rows = to_device(slots.pages[new], device)
             self._table.index_copy_(0, to_device(new, device), rows)
             self._in_table[new] = slots.entry[new]
-        positions, size = slots.computed[decode], len(decode)
-        inputs = self._ring.inputs[self._turn, :, :bucket].numpy()
-        inputs[:, size:] = 0  # what only fills the bucket up
-        inputs[RingRow.SLOT, size:] = slots.num_slots
-        inputs[RingRow.SLOT, :size] = decode
-        inputs[RingRow.POSITION, :size] = positions
-        inputs[RingRow.PAGE, :size] = slots.pages[decode, positions // slots.page_size]
-        inputs[RingRow.SEED, :size] = draws.seeds
-        inputs[RingRow.SAMPLE_ID, :size] = draws.sample_ids
-        inputs[RingRow.TEMPERATURE, size:] = np.float32(1).view(np.int32)
-        inputs[RingRow.TEMPERATURE, :size] = draws.temperatures.view(np.int32)
-        inputs[RingRow.GREEDY, :size] = draws.greedy
+        owners, places = decode[columns.owners], columns.places
+        positions = slots.computed[owners] + columns.offsets
+        inputs = self._ring.inputs[self._turn, :, :num_rows].numpy()
+        inputs[:] = 0  # also what only fills up
+        inputs[RingRow.SLOT] = slots.num_slots
+        inputs[RingRow.TEMPERATURE] = np.float32(1).view(np.int32)
+        inputs[RingRow.SLOT, places] = owners
+        inputs[RingRow.POSITION, places] = positions
+        inputs[RingRow.PAGE, places] = slots.pages[owners, positions // slots.page_size]
+        inputs[RingRow.SEED, places] = draws.seeds
+        inputs[RingRow.SAMPLE_ID, places] = draws.sample_ids
+        inputs[RingRow.TEMPERATURE, places] = draws.temperatures.view(np.int32)
+        inputs[RingRow.GREEDY, places] = draws.greedy
+        if step.drafts is not None:
+            inputs[RingRow.GUESS, places[step.drafts.rows]] = 1 + step.drafts.token_ids
+            inputs[RingRow.MORE, places[step.drafts.firsts]] = columns.lens
 
-    def _capture(
-        self,
-        bucket: int,
-        bound: int,
-        draws: bool,
-        max_own: int | None,
-        prepare: Callable[[AttentionPlan], None],
-    ) -> _Graph:
-        """Capture a step for `bucket` samples of at most `bound` tokens.
+    def _capture(self, key: _Key, prepare: Callable[[AttentionPlan], None]) -> _Graph:
+        """Capture a step.
 
         It runs once before, on what the ring holds: so its plan has to be prepared for that, or
         programs that count on each other would not all be there.
@@ -183,11 +255,11 @@ class DecodeGraphs:
         start = time.perf_counter()
         table, page_size = self._table, self._cache.page_size
         assert table is not None
-        longest = min(bound, table.shape[1] * page_size)
-        entries = GraphEntries.empty(bucket, table, page_size, longest)
-        plan = self._attention.plan_graph(entries, max_own)
+        longest = min(key.bound, table.shape[1] * page_size)
+        entries = GraphEntries.empty(key.bucket, table, page_size, longest, key.queries)
+        plan = self._attention.plan_graph(entries, key.max_own)
         prepare(plan)
-        step = self._make_step(entries, plan, draws)
+        step = self._make_step(entries, plan, key)
         saved = self._last_tokens.clone()
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
@@ -202,23 +274,20 @@ class DecodeGraphs:
         with torch.cuda.graph(
             graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
         ):
-            hidden = step()
+            hidden, streams = step()
         self.capture_s += time.perf_counter() - start
-        logger.debug(
-            "graph for %d samples of at most %d tokens; %d graphs so far took %.1f s",
-            bucket, bound, self.num_graphs + 1, self.capture_s,
-        )  # fmt: skip
-        return _Graph(graph, plan, step, hidden)
+        logger.debug("%s; %d graphs took %.1f s", key, self.num_graphs + 1, self.capture_s)
+        return _Graph(graph, plan, step, hidden, streams)
 
     def _make_step(
-        self, entries: GraphEntries, plan: AttentionPlan, draws: bool
-    ) -> Callable[[], Tensor]:
+        self, entries: GraphEntries, plan: AttentionPlan, key: _Key
+    ) -> Callable[[], tuple[Tensor, dict[int, Tensor]]]:
         from samebit.kernels.gpu.decode_ends import decode_inputs, decode_outputs
 
         model, cache, attention = self._model, self._cache, self._attention
         ring, last_tokens = self._ring, self._last_tokens
 
-        def step() -> Tensor:
+        def step() -> tuple[Tensor, dict[int, Tensor]]:
             made = decode_inputs(ring, last_tokens, entries)
             batch = Batch(
                 input_ids=made.input_ids,
@@ -226,17 +295,21 @@ class DecodeGraphs:
                 kv_slots=made.kv_slots,
                 plan=plan,
             )
-            hidden, _ = forward(model, cache, attention, batch, set())
+            hidden, streams = forward(model, cache, attention, batch, set(key.streams))
             token_ids, logprobs = made.slots[:0], made.temperatures[:0]
-            if draws:
+            if key.draws:
                 token_ids, logprobs = draw_with_logprobs(
                     model.logits(hidden), made.temperatures, made.seeds, made.next_positions,
                     made.sample_ids, made.greedy,
                 )  # fmt: skip
-            decode_outputs(ring, made.slots, token_ids, logprobs, last_tokens)
-            return hidden
+            decode_outputs(ring, made.slots, token_ids, logprobs, last_tokens, key.queries)
+            return hidden, streams
 
         return step
+
+
+def _bucket(num_samples: int) -> int:
+    return next(bucket for bucket in BUCKETS if bucket >= num_samples)
 
 
 def _bound(num_tokens: int) -> int:

@@ -32,6 +32,7 @@ class Outcome:
     done: torch.cuda.Event | None
     collected: dict[int, Tensor] = field(default_factory=dict)
     thresholds: Tensor | None = None  # [S] fp32, host; None: no log-prob is truncated
+    rows: np.ndarray | None = None  # [S] of token_ids and logprobs, where others lie between them
 
     def wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
         """(token ids, log-probs, thresholds, scores), once they have arrived."""
@@ -39,6 +40,8 @@ class Outcome:
             self.done.synchronize()
         parts = (self.token_ids, self.logprobs, self.scores)
         token_ids, logprobs, scores = (_NOTHING if p is None else p.numpy() for p in parts)
+        if self.rows is not None:
+            token_ids, logprobs = token_ids[self.rows], logprobs[self.rows]
         thresholds = None if self.thresholds is None else self.thresholds.numpy()
         return token_ids.astype(np.int64), logprobs, thresholds, scores
 
@@ -58,7 +61,7 @@ class Observer(Protocol):
     streams: tuple[int, ...]
     """Layers whose residual streams are wanted of every row."""
 
-    def observe(self, step: EngineStep, batch: Batch, collected: dict[int, Tensor]) -> None:
+    def observe(self, step: EngineStep, collected: dict[int, Tensor]) -> None:
         """Take what is wanted of the streams, each [T, D] by layer, before the next forward."""
 
 
@@ -98,15 +101,14 @@ class Runner:
     @torch.no_grad()
     def launch(self, step: EngineStep, slots: Slots, sampler: Sampler) -> Outcome:
         """Start a step: forward, draws, and the copies for prompts that fork."""
-        watched = self.observer is not None
-        if self.graphs is not None and not watched and self.graphs.fits(step, slots):
-            return self._outcome(self.graphs.launch(step.decode, slots, sampler), None, {})
+        streams = () if self.observer is None else self.observer.streams
+        if self.graphs is not None and self.graphs.fits(step, slots, streams):
+            return self._replay(self.graphs, step, slots, sampler, streams)
         if self.graphs is not None:
             self.graphs.forget(step.decode)
         batch = make_batch(step, slots, self.last_tokens, self.attention)
         wanted = {layer for c in step.chunks for layer in c.seq.request.hidden_state_layers}
-        if self.observer is not None:
-            wanted |= set(self.observer.streams)
+        wanted |= set(streams)
         for slot in step.decode[slots.collects[step.decode]]:
             wanted |= set(slots.owner(slot).request.hidden_state_layers)
         draws, logits_of = make_draws(step, slots), self.model.logits
@@ -117,7 +119,7 @@ class Runner:
             batch, wanted, None if all_in_order else to_device(rows, self.device)
         )
         if self.observer is not None:
-            self.observer.observe(step, batch, collected)  # before copies are made of pages
+            self.observer.observe(step, collected)  # before copies are made of pages
         drawn: Drawn | None = None
         scores = None
         num_draws = len(draws.hidden_rows)
@@ -128,6 +130,20 @@ class Runner:
             scores = sampler.score(hidden[num_draws:], logits_of, next_ids, owners)
         self.cache.copy_pages([copy for chunk in step.chunks for copy in chunk.copies])
         return self._outcome(drawn, scores, collected)
+
+    def _replay(
+        self,
+        graphs: DecodeGraphs,
+        step: EngineStep,
+        slots: Slots,
+        sampler: Sampler,
+        streams: tuple[int, ...],
+    ) -> Outcome:
+        replayed = graphs.launch(step, slots, sampler, streams)
+        outcome = self._outcome(replayed.drawn, None, {}, replayed.rows)
+        if self.observer is not None:
+            self.observer.observe(step, replayed.streams)
+        return outcome
 
     def keep_newest(self, slots: np.ndarray, token_ids: np.ndarray) -> None:
         """Note the newest tokens [B] of these slots [B], for the next step's forward."""
@@ -140,7 +156,11 @@ class Runner:
         return forward(self.model, self.cache, self.attention, batch, collect, rows)
 
     def _outcome(
-        self, drawn: Drawn | None, scores: Tensor | None, collected: dict[int, Tensor]
+        self,
+        drawn: Drawn | None,
+        scores: Tensor | None,
+        collected: dict[int, Tensor],
+        rows: np.ndarray | None = None,
     ) -> Outcome:
         parts = (*(drawn or (None, None, None)), scores)
         token_ids, logprobs, thresholds, scores = (_to_host(x) for x in parts)
@@ -148,4 +168,4 @@ class Runner:
         if self.device.type == "cuda":
             done = torch.cuda.Event()
             done.record()
-        return Outcome(token_ids, logprobs, scores, done, collected, thresholds)
+        return Outcome(token_ids, logprobs, scores, done, collected, thresholds, rows)

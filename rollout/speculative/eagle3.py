@@ -23,7 +23,7 @@ from samebit.kernels.sample import draw
 from samebit.kernels.transfer import to_device
 from samebit.rollout.models.draft.config import EMBEDDING
 from samebit.rollout.models.draft.decoder import DraftDecoder
-from samebit.rollout.runtime.batch import Batch, Layout, chunk_rows, lay_out
+from samebit.rollout.runtime.batch import Layout, chunk_rows, lay_out
 from samebit.rollout.runtime.scheduler import EngineStep
 from samebit.rollout.speculative.proposer import Context, Proposal, Proposer, ProposerParts
 
@@ -53,7 +53,7 @@ class Eagle3(Proposer):
         self._count = np.zeros(num_slots, dtype=np.int64)
         self._entry = np.full(num_slots, -1)  # the sample's, see Slots
 
-    def observe(self, step: EngineStep, batch: Batch, collected: dict[int, Tensor]) -> None:
+    def observe(self, step: EngineStep, collected: dict[int, Tensor]) -> None:
         """Note the states of tokens whose next one is yet to be drawn; read the others at once."""
         states = self._model().fuse([collected[layer] for layer in self.streams])
         slots, num_rows = self.parts.slots, step.num_decode_rows

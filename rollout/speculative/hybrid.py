@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from samebit.rollout.runtime.batch import Batch
 from samebit.rollout.runtime.scheduler import EngineStep
 from samebit.rollout.speculative.eagle3 import Eagle3
 from samebit.rollout.speculative.proposer import Context, Proposal, Proposer, ProposerParts
@@ -35,5 +34,5 @@ class Hybrid(Proposer):
             match if trust or not draft.token_ids else draft for (match, _), trust, draft in both
         ]
 
-    def observe(self, step: EngineStep, batch: Batch, collected: dict[int, Tensor]) -> None:
-        self.eagle3.observe(step, batch, collected)
+    def observe(self, step: EngineStep, collected: dict[int, Tensor]) -> None:
+        self.eagle3.observe(step, collected)

@@ -16,7 +16,6 @@ from torch import Tensor
 from samebit.kernels.attention_kind import AttentionKind
 from samebit.kernels.memory import Arena
 from samebit.kernels.reduce import RankGroup
-from samebit.rollout.runtime.batch import Batch
 from samebit.rollout.runtime.draft_folder import DraftFolder
 from samebit.rollout.runtime.kv_cache import KVCache
 from samebit.rollout.runtime.runner import Runner
@@ -85,6 +84,6 @@ class Proposer(ABC):
         """A proposal for each context, of no more tokens than it has room for; possibly none."""
 
     def observe(  # noqa: B027 - nothing is to be seen without streams
-        self, step: EngineStep, batch: Batch, collected: dict[int, Tensor]
+        self, step: EngineStep, collected: dict[int, Tensor]
     ) -> None:
-        """See what a forward has computed: streams [T, D] by layer, in the batch's rows."""
+        """See what a forward has computed: streams [T, D] by layer, in the step's rows."""
