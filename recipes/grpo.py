@@ -16,7 +16,7 @@ from samebit.recipes.data.rewards import Poll
 from samebit.recipes.data.samples import with_advantages
 from samebit.recipes.launch.placement import make_trainer, releases_memory, start_engine
 from samebit.recipes.run.batches import own_micro_batches, with_reference
-from samebit.recipes.run.dynamic_sampling import draw_step
+from samebit.recipes.run.dynamic_sampling import StepRollout, draw_step
 from samebit.recipes.run.inputs import GrpoInputs
 from samebit.recipes.run.phase_ledger import PhaseLedger
 from samebit.recipes.run.recorder import Progress, Recorder, recording
@@ -31,6 +31,7 @@ from samebit.recipes.run.training_metrics import (
     reference_metrics,
     rollout_metrics,
     sample_rows,
+    speculation_metrics,
     speed,
     train_metrics,
 )
@@ -54,7 +55,7 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
             closing(GrpoRecipe(run, session, inputs)) as recipe,
             recording(session, recipe.progress, recipe.trainer) as recorder,
         ):
-            progress, source = recipe.progress, recipe.rollout_source
+            progress = recipe.progress
             if session.is_first:
                 drop_rollouts_after(run.run_dir, progress.step)
             started()
@@ -65,10 +66,7 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                 stop.poll_together()
                 timer = PhaseTimer()
                 with timer.time("rollout"):
-                    place, polls = progress.prompts_drawn, (stop.poll, stop.poll_alone)
-                    of_step = draw_step(
-                        source, run.rollout, progress.step, place, polls, recorder.show
-                    )
+                    of_step = recipe.draw(stop, recorder.show)
                     rollout = of_step.trained
                 session.writer.poll()
                 is_dynamic = run.rollout.dynamic_sampling
@@ -83,6 +81,7 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
 
                 metrics = rollout_metrics(rollout, "rollout") | recipe.reference_metrics
                 metrics |= of_step.metrics() if is_dynamic else {}
+                metrics |= speculation_metrics(of_step.guesses)
                 metrics |= train_metrics(stats)
                 if recorder.is_due(run.rollout.eval_every):
                     with timer.time("eval"):
@@ -144,6 +143,12 @@ class GrpoRecipe:
         """Serve the trainer's present weights."""
         self.weights.lease(self.trainer.step)
         self.weights.update(self.trainer.params, self.trainer.digest())
+
+    def draw(self, stop: StopSignals, show: Callable[[str], object]) -> StepRollout:
+        """Draw and score what the next step trains on; `show` is told how it goes."""
+        where = self.progress.step, self.progress.prompts_drawn
+        polls = stop.poll, stop.poll_alone
+        return draw_step(self.rollout_source, self.run.rollout, *where, polls, show)
 
     def update(
         self, rollout: Rollout, timer: PhaseTimer, poll: Poll = lambda: None

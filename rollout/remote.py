@@ -36,6 +36,7 @@ from samebit.rollout.messages import (
 )
 from samebit.rollout.runtime.call import uncancelled
 from samebit.rollout.runtime.requests import scores_of
+from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion, Increment, SamplingParams
 from samebit.rollout.values import as_integer
 from samebit.weight_sync.types import WeightVersion
@@ -152,6 +153,10 @@ def _is_paused(engine: Engine) -> bool:
     return engine.is_paused
 
 
+def _accept_lengths(engine: Engine) -> AcceptLengths | None:
+    return engine.accept_lengths
+
+
 class RemoteEngine:
     """An EngineClient: starts a process with an Engine; arguments as Engine's.
 
@@ -247,6 +252,11 @@ class RemoteEngine:
     def is_paused(self) -> bool:
         """Whether generation is paused."""
         return _asking(_is_paused)(self)
+
+    @property
+    def accept_lengths(self) -> AcceptLengths | None:
+        """See Engine.accept_lengths."""
+        return _asking(_accept_lengths)(self)
 
     def close(self) -> None:
         """End the process, and with it what is unfinished."""
