@@ -144,6 +144,10 @@ def _weight_version(engine: Engine) -> WeightVersion:
     return engine.weight_version
 
 
+def _draft_version(engine: Engine) -> WeightVersion | None:
+    return engine.draft_version
+
+
 def _get_weights_by_name(engine: Engine, name: str, truncate_size: int | None = None) -> Tensor:
     """See Engine.get_weights_by_name; the copy is on the CPU."""
     return engine.get_weights_by_name(name, truncate_size).cpu()
@@ -247,6 +251,11 @@ class RemoteEngine:
     def weight_version(self) -> WeightVersion:
         """Step and digest of the weights that are served."""
         return _asking(_weight_version)(self)
+
+    @property
+    def draft_version(self) -> WeightVersion | None:
+        """See Engine.draft_version."""
+        return _asking(_draft_version)(self)
 
     @property
     def is_paused(self) -> bool:

@@ -37,11 +37,7 @@ def open_speculation(config: EngineConfig, target: ModelConfig) -> DraftFolder |
 
 
 def make_speculation(config: EngineConfig, parts: ProposerParts) -> Speculation | None:
-    """What guesses for an engine; None if nothing does.
-
-    Raises WeightLoadError for a draft with NaN or Inf, and ValueError for one that the tensor
-    parallel ranks cannot share.
-    """
+    """What guesses for an engine; None if nothing does."""
     if config.speculative == "none":
         return None
     speculation = Speculation(proposer(config.speculative)(parts), config.adaptive_drafts)
