@@ -47,6 +47,7 @@ from samebit.trainer.megatron.optimizer_state import (
 )
 from samebit.trainer.megatron.resharding import WholeState
 from samebit.trainer.megatron.stages import FILLER, from_last_stage, stage_specs
+from samebit.trainer.megatron.streams import StreamObserver, observed
 from samebit.trainer.packing import pack_samples, share_batches, units_of
 from samebit.trainer.stats import Totals
 from samebit.trainer.types import MicroBatch, NonFiniteError, StepStats
@@ -60,6 +61,10 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
 
     `params` keep their memory for the trainer's whole life, so an engine may be bound to them.
     """
+
+    observer: StreamObserver | None = None
+    """Who is shown the residual streams of what train_step computes; without stages and ranks that
+    share a sample's tokens or layers."""
 
     def __init__(
         self,
@@ -280,7 +285,8 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
                 batch = share.batch
                 reference = None if reference is None else reference[share.rows]
             entropy_grad = algorithm.needs_entropy_grad
-            output = forward_logprobs(gpt, batch, self.model, share, entropy_grad)
+            with observed(gpt, batch, self.observer):
+                output = forward_logprobs(gpt, batch, self.model, share, entropy_grad)
             return output, partial(self._loss, batch, algorithm, reference, totals)
 
         parts = zip(batches, references or [None] * len(batches), strict=True)
