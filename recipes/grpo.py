@@ -6,7 +6,7 @@ because the rollout's log-probs are the trainer's, bit for bit, and every step c
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from samebit.recipes.cli.dry_run import describe_grpo, train_or_describe
 from samebit.recipes.config import GrpoRun
 from samebit.recipes.data.rewards import Poll
 from samebit.recipes.data.samples import with_advantages
+from samebit.recipes.launch.online_draft import OnlineDraft
 from samebit.recipes.launch.placement import make_trainer, releases_memory, start_engine
 from samebit.recipes.run.batches import own_micro_batches, with_reference
 from samebit.recipes.run.dynamic_sampling import StepRollout, draw_step
@@ -53,7 +54,7 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
     ):
         with (
             closing(GrpoRecipe(run, session, inputs)) as recipe,
-            recording(session, recipe.progress, recipe.trainer) as recorder,
+            recording(session, recipe.progress, recipe) as recorder,
         ):
             progress = recipe.progress
             if session.is_first:
@@ -82,7 +83,7 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                 metrics = rollout_metrics(rollout, "rollout") | recipe.reference_metrics
                 metrics |= of_step.metrics() if is_dynamic else {}
                 metrics |= speculation_metrics(of_step.guesses)
-                metrics |= train_metrics(stats)
+                metrics |= train_metrics(stats) | recipe.draft_metrics
                 if recorder.is_due(run.rollout.eval_every):
                     with timer.time("eval"):
                         metrics |= recipe.evaluate(recorder)
@@ -92,6 +93,8 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                 metrics |= recipe.ledger.metrics()
                 rate = f"{metrics['perf/rollout_tokens_per_s']:.0f} tok/s"
                 recorder.end_step(metrics, f"reward {rollout.reward_mean:.3f}, {rate}")
+            if recipe.draft is not None:
+                recipe.draft.write()
             summary = recipe.summary()
         session.finish(summary)
         if session.is_first:
@@ -129,12 +132,18 @@ class GrpoRecipe:
         self.algorithm = make_algorithm(run.algorithm)
         if self.algorithm.needs_reference or self.algorithm.rewards_need_reference:
             self.trainer.freeze_reference()
+        self.draft: OnlineDraft | None = None
+        if self._inputs.draft is not None:
+            self.draft = OnlineDraft(run, self._inputs.draft, self.trainer)
         restored = session.restore(self.trainer)
+        if self.draft is not None and session.resumed is not None:
+            self.draft.trainer.load_state_dict(session.resumed.load()["draft"])
         # Earlier versions drew as many in every step, and did not write it down.
         drawn = {"prompts_drawn": restored.get("step", 0) * run.rollout.prompts_per_step}
         self.progress = GrpoProgress(**drawn | restored)
         self.reference_metrics: dict[str, float] = {}
-        self.engine, self.weights = start_engine(run, device, self.trainer, releases)
+        self.draft_metrics: dict[str, float] = {}
+        self.engine, self.weights = start_engine(run, device, self.trainer, releases, self.draft)
         self.ledger = PhaseLedger(self.trainer, self.engine, releases)
         self.rollout_source = RolloutSource(run, self._inputs, self.engine)
         self.sync()
@@ -168,8 +177,10 @@ class GrpoRecipe:
         self.weights.lease(self.trainer.step + self.run.updates_on(len(samples)))
         try:
             with timer.time("train"):
-                stats = self._train(samples, poll)
+                with self._watched_by_draft():
+                    stats = self._train(samples, poll)
                 self._check_promise(stats[0])
+                self.draft_metrics = {} if self.draft is None else self.draft.end_step()
             self.ledger.enter("rollout")
             with timer.time("sync"):
                 self.weights.update(self.trainer.params, self.trainer.digest())
@@ -203,7 +214,13 @@ class GrpoRecipe:
             "logprob_tokens_compared": self.progress.logprob_tokens_compared,
             "logprob_mismatches": self.progress.logprob_mismatches,
             "weights_digest": self.trainer.digest(),
+            **({} if self.draft is None else {"draft_digest": self.draft.trainer.digest()}),
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run goes on from."""
+        draft = {} if self.draft is None else {"draft": self.draft.trainer.state_dict()}
+        return self.trainer.state_dict() | draft
 
     def close(self) -> None:
         """Let go of the engine and of the reward's processes."""
@@ -237,6 +254,10 @@ class GrpoRecipe:
             # Until the first optimizer step writes, the whole step may be dropped.
             stats.append(self.trainer.train_step(batches, self.algorithm, None if stats else poll))
         return stats
+
+    def _watched_by_draft(self) -> AbstractContextManager[None]:
+        """Within it the draft, if one is trained, is shown what the policy's steps compute."""
+        return nullcontext() if self.draft is None else self.draft.watching(self.progress.step + 1)
 
     def _check_promise(self, first: StepStats) -> None:
         """The first optimizer step ran on the very weights that drew the samples.

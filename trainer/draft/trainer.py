@@ -72,7 +72,7 @@ class DraftTrainer:
         self.specs = config.param_specs()
         self.step = 0
         self._target, self._settings, self._num_steps = target, optimizer, num_steps
-        self.params = {
+        self.params: Mapping[str, Tensor] = {
             spec.name: torch.zeros(spec.shape, dtype=self.dtype, device=self.device)
             for spec in self.specs
         }

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from samebit.weight_sync.transports.base import Transport, WeightSync
+from samebit.weight_sync.transports.base import WeightSync
 from samebit.weight_sync.types import WeightVersion
 
 
@@ -27,7 +27,7 @@ class WithDraft(WeightSync):
     update is whole or refused by itself: what becomes of the draft's can change no token.
     """
 
-    def __init__(self, target: WeightSync, draft: Transport, source: DraftSource) -> None:
+    def __init__(self, target: WeightSync, draft: WeightSync, source: DraftSource) -> None:
         self._target, self._draft, self._source = target, draft, source
         self._step = 0
         self._held: int | None = None
