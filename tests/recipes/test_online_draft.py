@@ -1,14 +1,19 @@
 """GRPO runs that speculate: the same runs, with what the guesses came to beside them."""
 
+import re
+import shutil
+
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import assert_same_bits, tree
 
+from samebit.recipes.cli.main import main
+from samebit.recipes.config import ConfigError
 from samebit.recipes.run.metrics import is_repeated, read_rows
 from samebit.recipes.verification.speculation import write_random_draft
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.draft_folder import open_draft
-from samebit.trainer.checkpoint import latest_checkpoint
+from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint
 from samebit.weight_sync.digest import weights_digest
 
 
@@ -87,3 +92,113 @@ def test_a_draft_is_trained_and_left(online):
     for name, param in state["params"].items():
         assert_same_bits(params[name], param, name)
     assert summary["draft_digest"] == weights_digest(found.config.param_specs(), params)
+
+
+def test_a_resumed_run_ends_in_the_same_bytes(online, runs):
+    """From the checkpoint after step 4, in a copy of the run's folder: also its draft's state."""
+    shutil.copytree(online.folder / "base", runs.folder / "base")
+    shutil.rmtree(runs.folder / "base" / "checkpoints" / "step_00000006")
+    words = *ONLINE, f"reward.args.control={online.control}", "resume=true"
+    assert runs.train("base", *words) == online.result
+    folders = [where.folder / "base" for where in (online, runs)]
+    assert tree(folders[0] / "draft") == tree(folders[1] / "draft")
+    manifests = [latest_checkpoint(folder / "checkpoints").manifest for folder in folders]
+    assert manifests[0] == manifests[1]
+    with pytest.raises(CheckpointError, match=r"configuration: ttt.passes 3 there, 2 here"):
+        runs.train("base", *words, "ttt.passes=2")
+    with pytest.raises(CheckpointError, match="draft.train online there, absent here"):
+        runs.train("base", *words[-2:])
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [
+        ("placement=process", "placement.transport=gloo", "placement.delta=true"),
+        pytest.param(("placement=process", "placement.transport=file"), marks=pytest.mark.long),
+        pytest.param(("placement.transport=file",), marks=pytest.mark.long),
+    ],
+    ids=["gloo", "file", "file beside"],
+)
+def test_the_draft_goes_wherever_the_engine_is(online, runs, placement):
+    """The same weights, target's and draft's, over every way; and guesses there are as many."""
+    assert runs.train("there", *ONLINE, *placement) == online.result
+    rows = read_rows(runs.folder / "there" / "metrics.jsonl")
+    for row, own in zip(rows[1:], online.rows[1:], strict=True):
+        for name in ("verifications", "draft_tokens", "accepted_tokens"):
+            assert row[f"rollout/spec_{name}"] == own[f"rollout/spec_{name}"]
+
+
+def test_a_draft_is_trained_every_so_often(runs, base):
+    """On one step's samples in all of its optimizer steps; between them it stays as it is."""
+    words = "draft.every=2", "trainer.batch_size=4", "engine.speculative=hybrid"
+    plain, result = runs.train("plain", "trainer.batch_size=4"), runs.train("two", *ONLINE, *words)
+    assert without_draft(result) == plain != base.result
+    rows = result[1]
+    assert [row["step"] for row in rows if "draft/loss" in row] == [2, 4, 6]
+    of_step = {row["step"]: row["rollout/response_len_mean"] * 12 for row in rows[1:]}
+    for row in rows:
+        if "draft/loss" in row:
+            assert row["draft/num_rows"] == of_step[row["step"]]  # no prompt is of one token
+
+
+def test_a_run_begins_with_a_draft_that_is_there(online, runs):
+    """Another run's; its folder stays as it is, and no run may replace what it reads."""
+    folder = online.folder / "base" / "draft"
+    before = tree(folder)
+    words = [word for word in ONLINE if not word.startswith("draft.layers")]
+    words += ["trainer.num_steps=1", "draft.optimizer.lr=0"]
+    summary, rows, _ = runs.train("more", *words, f"engine.draft_model={folder}")
+    assert summary["draft_digest"] == online.result[0]["draft_digest"]
+    assert rows[1]["draft/loss"] != online.result[1][1]["draft/loss"]
+    assert tree(folder) == before == tree(runs.folder / "more" / "draft")
+    own = f"engine.draft_model={runs.folder / 'more' / 'draft'}"
+    with pytest.raises(ConfigError, match="engine.draft_model"):
+        runs.train("more", *words, own, "overwrite=true")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["draft.every=2"], "draft.every is 2; it must be 1, its default: .* draft.train is 'off'"),
+        (["draft.optimizer.lr=1"], "draft.optimizer is .*: nothing reads it where draft.train is"),
+        (["ttt.passes=3"], "ttt.passes is 3; it must be 7, its default: .* draft.train is 'off'"),
+        (["draft.train=on"], "draft.train is 'on'; it must be one of .'off', 'online'."),
+        (
+            ["draft.train=online", "engine.speculative=suffix"],
+            "engine.speculative is 'suffix'; it must be eagle3 or hybrid with draft.train=online",
+        ),
+        (
+            [*ONLINE, "trainer.parallel.tensor=2"],
+            "trainer.parallel.tensor is 2; it must be 1 with draft.train=online, which knows one",
+        ),
+        (
+            [*ONLINE, "trainer.parallel.data=2"],
+            "trainer.parallel.data is 2; it must be 1 with draft.train=online, which knows one",
+        ),
+        ([*ONLINE, "draft.every=7"], "draft.every is 7; it must be at most 6, trainer.num_steps"),
+        ([*ONLINE, "draft.every=0"], "draft.every is 0; it must be positive"),
+        ([*ONLINE, "draft.layers=null"], "draft.layers: a target of 2 layers has no default"),
+        ([*ONLINE, "draft.layers=[1,3]"], "draft.layers: .* the target has streams after 0 to 2"),
+        ([*ONLINE, "draft.optimizer.lr=-1"], "draft.optimizer.lr is -1.0; it must be finite"),
+        (
+            [*ONLINE, "draft.optimizer.lr_schedule=linear", "draft.optimizer.lr_warmup_steps=6"],
+            "draft.optimizer.lr_warmup_steps is 6; it must be below 6, the draft's optimizer",
+        ),
+        ([*ONLINE, "engine.draft_model=nowhere"], "draft.layers is .1, 2.*engine.draft_model is"),
+        (["engine.speculative=eagle3"], "engine.draft_model is None; it must be the path of a"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_a_dry_run(runs, capsys, words, message):
+    """By the key, before anything runs."""
+    assert main(["grpo", *runs.arguments("dry", *words), "dry_run=true"]) in (1, 2)
+    assert re.search(message, capsys.readouterr().err)
+    assert not (runs.folder / "dry").exists()
+
+
+def test_a_dry_run_tells_of_the_draft(runs, capsys):
+    assert main(["grpo", *runs.arguments("dry", *ONLINE, "draft.every=4"), "dry_run=true"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"draft_optimizer_steps +1\n", out)
+    assert re.search(r"draft_captured_layers +1, 2\n", out)
+    assert re.search(r"draft_mib +[1-9]", out)
+    assert not (runs.folder / "dry").exists()
