@@ -132,12 +132,12 @@ class GrpoRecipe:
         self.algorithm = make_algorithm(run.algorithm)
         if self.algorithm.needs_reference or self.algorithm.rewards_need_reference:
             self.trainer.freeze_reference()
+        restored = session.restore(self.trainer)
         self.draft: OnlineDraft | None = None
         if self._inputs.draft is not None:
             self.draft = OnlineDraft(run, self._inputs.draft, self.trainer)
-        restored = session.restore(self.trainer)
-        if self.draft is not None and session.resumed is not None:
-            self.draft.trainer.load_state_dict(session.resumed.load()["draft"])
+            if session.resumed is not None:
+                self.draft.trainer.load_state_dict(session.resumed.load()["draft"])
         # Earlier versions drew as many in every step, and did not write it down.
         drawn = {"prompts_drawn": restored.get("step", 0) * run.rollout.prompts_per_step}
         self.progress = GrpoProgress(**drawn | restored)
@@ -177,8 +177,7 @@ class GrpoRecipe:
         self.weights.lease(self.trainer.step + self.run.updates_on(len(samples)))
         try:
             with timer.time("train"):
-                with self._watched_by_draft():
-                    stats = self._train(samples, poll)
+                stats = self._train(samples, poll)
                 self._check_promise(stats[0])
                 self.draft_metrics = {} if self.draft is None else self.draft.end_step()
             self.ledger.enter("rollout")
@@ -250,9 +249,11 @@ class GrpoRecipe:
         for i, batches in enumerate(parts):
             if i or self.algorithm.needs_reference:  # weights that have not drawn
                 parts[i] = self.trainer.with_kept_sets(batches)
-        for batches in parts:
-            # Until the first optimizer step writes, the whole step may be dropped.
-            stats.append(self.trainer.train_step(batches, self.algorithm, None if stats else poll))
+        with self._watched_by_draft():
+            for batches in parts:
+                # Until the first optimizer step writes, the whole step may be dropped.
+                drops = None if stats else poll
+                stats.append(self.trainer.train_step(batches, self.algorithm, drops))
         return stats
 
     def _watched_by_draft(self) -> AbstractContextManager[None]:

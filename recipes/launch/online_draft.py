@@ -68,8 +68,8 @@ class OnlineDraft:
         checked: tuple[DraftFolder | None, DraftConfig],
         policy: MegatronTrainer,
     ) -> None:
-        """checked: as checked_online_draft gives it; policy: holds the weights that a run starts
-        from, and is alone (see OnlineDraftSection.check)."""
+        """checked: as checked_online_draft gives it; policy: holds the weights that a new draft's
+        output layer begins with, and is alone (see OnlineDraftSection.check)."""
         folder, config = checked
         model, every = policy.model, run.draft.every
         assert isinstance(model, DenseModel)

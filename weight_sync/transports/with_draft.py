@@ -31,7 +31,7 @@ class WithDraft(WeightSync):
         self._target, self._draft, self._source = target, draft, source
         self._step = 0
         self._held: int | None = None
-        """The draft's own step that the engine holds; None: unknown."""
+        """The draft's own step that the engine was last brought to; None: to none."""
 
     def lease(self, step: int) -> None:
         """See WeightSync.lease; a draft is never leased: what is served of it is a copy."""
@@ -42,7 +42,6 @@ class WithDraft(WeightSync):
         """Serve the target's `params`, then the draft's, as the step that `lease` named."""
         version = self._target.update(params, digest)
         if self._held != self._source.step:
-            self._held = None
             self._draft.lease(self._step)
             self._draft.update(self._source.params, self._source.digest())
             self._held = self._source.step
