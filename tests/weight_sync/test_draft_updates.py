@@ -87,8 +87,8 @@ def truth(qwen3_path):
     return served(Engine(qwen3_path, device="cpu", kv_cache_tokens=1024))
 
 
-def guesses(engine):
-    """What it draws and scores, and what the draft guessed meanwhile."""
+def guesses(engine, draw=served):
+    """What it draws, and what was guessed meanwhile."""
     engine.flush_cache()
     proposer, seen = engine.speculation.proposer, []
     propose = type(proposer).propose
@@ -101,7 +101,7 @@ def guesses(engine):
 
     proposer.propose = recording
     try:
-        return served(engine), sorted(seen)
+        return draw(engine), sorted(seen)
     finally:
         del proposer.propose
 
@@ -245,6 +245,20 @@ def test_a_draft_changes_while_samples_wait(engine, better, qwen3_path):
         for c, e in zip(group, right, strict=True):
             assert (c.token_ids, c.logprobs) == (e.token_ids, e.logprobs)
             assert [span.version.step for span in c.version_spans] == [0]
+
+
+def test_a_draft_breaks_while_samples_wait(engine, better):
+    """What was computed for their next guesses is not guessed by, and they draw on."""
+    names = add(engine)
+    step_until(engine, names[0], 5)
+    engine.pause_generation("keep")
+    with pytest.raises(WeightSyncError, match="NaN or Inf"):
+        update_badly(engine, better, "not finite")
+    engine.continue_generation()
+    groups, seen = guesses(engine, lambda engine: finish(engine, names))
+    assert all(len(c.token_ids) == 12 for group in groups for c in group)
+    assert seen
+    assert not any(ids for _, _, ids in seen)
 
 
 def test_released_memory_of_a_draft(engine, better, new, truth, expected):
