@@ -57,10 +57,10 @@ class OnlineDraftSection:
         kinds = " or ".join(WITH_DRAFT)
         meaning = f"{kinds} with draft.train=online: a draft that nothing guesses by is idle"
         require(engine.speculative in WITH_DRAFT, "engine.speculative", engine.speculative, meaning)
-        for name in ("tensor", "pipeline", "context", "data"):
+        for name in ("tensor", "pipeline", "context"):
             size, key = getattr(parallel, name), f"trainer.parallel.{name}"
-            meaning = "1 with draft.train=online, which knows one trainer process"
-            require(size == 1, key, size, meaning)
+            meaning = "1 with draft.train=online, where each process trains on whole samples by a "
+            require(size == 1, key, size, f"{meaning}whole target")
         meaning = f"at most {num_steps}, trainer.num_steps: it would never be trained"
         require(self.every <= num_steps, "draft.every", self.every, meaning)
         if engine.draft_model is not None:

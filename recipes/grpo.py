@@ -137,7 +137,7 @@ class GrpoRecipe:
         if self._inputs.draft is not None:
             self.draft = OnlineDraft(run, self._inputs.draft, self.trainer)
             if session.resumed is not None:
-                self.draft.trainer.load_state_dict(session.resumed.load()["draft"])
+                self.draft.restore(session.resumed)
         # Earlier versions drew as many in every step, and did not write it down.
         drawn = {"prompts_drawn": restored.get("step", 0) * run.rollout.prompts_per_step}
         self.progress = GrpoProgress(**drawn | restored)
@@ -218,7 +218,7 @@ class GrpoRecipe:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run goes on from."""
-        draft = {} if self.draft is None else {"draft": self.draft.trainer.state_dict()}
+        draft = {} if self.draft is None else self.draft.state_dict()
         return self.trainer.state_dict() | draft
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from samebit.kernels.reduce import ALONE, RankGroup
 from samebit.recipes.eagle3_config import Eagle3Run
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.config import ModelConfig
@@ -114,6 +115,7 @@ def make_trainer_of(
     num_steps: int,
     ttt: TttConfig,
     seed: int,
+    ranks: RankGroup = ALONE,
 ) -> DraftTrainer:
     """A trainer of a draft whose target has these live weights, whole, by engine names.
 
@@ -135,6 +137,7 @@ def make_trainer_of(
         optimizer,
         num_steps,
         ttt,
+        ranks,
     )
 
     def new(params: Mapping[str, Tensor]) -> None:

@@ -23,8 +23,10 @@ from samebit.rollout.models.draft.vocabulary import DraftVocabulary
 from samebit.rollout.remote import RemoteEngine
 from samebit.rollout.runtime.draft_folder import DIALECTS, DraftFolder, write_draft
 from samebit.rollout.speculative.making import open_speculation
+from samebit.trainer.checkpoint import Checkpoint
 from samebit.trainer.draft.batch import DraftBatch
 from samebit.trainer.megatron.trainer import MegatronTrainer
+from samebit.trainer.ranks import is_first, together
 from samebit.trainer.types import MicroBatch
 from samebit.weight_sync.transports.base import WeightSync
 from samebit.weight_sync.transports.copy import CopyTransport
@@ -59,6 +61,10 @@ def _dialect(folder: DraftFolder | None) -> str:
     return "sglang" if folder is None else folder.dialect
 
 
+class OnlineDraftError(RuntimeError):
+    """The first process could not write the draft; the message is its own."""
+
+
 class OnlineDraft:
     """Trains a draft beside its target: what the trainer's `observer` is on the draft's steps."""
 
@@ -69,7 +75,7 @@ class OnlineDraft:
         policy: MegatronTrainer,
     ) -> None:
         """checked: as checked_online_draft gives it; policy: holds the weights that a new draft's
-        output layer begins with, and is alone (see OnlineDraftSection.check)."""
+        output layer begins with, whole (see OnlineDraftSection.check)."""
         folder, config = checked
         model, every = policy.model, run.draft.every
         assert isinstance(model, DenseModel)
@@ -80,6 +86,7 @@ class OnlineDraft:
             num_steps=run.trainer.num_steps // every,
             ttt=run.ttt,
             seed=run.seed,
+            ranks=policy.data_ranks,
         )
         self.streams = tuple(sorted({*config.captured_layers, model.num_layers}))
         self.folder = run.run_dir / "draft"
@@ -121,9 +128,22 @@ class OnlineDraft:
         return {f"draft/{name}": value for name, value in (figures | stats.metrics).items()}
 
     def write(self) -> None:
-        """Write run_dir/draft as it is now; the engine starts from it, and it is what is left."""
+        """Write run_dir/draft as it is now: the engine starts from it, and it is what is left.
+
+        All processes call it, and the first one writes. Raises OSError, others OnlineDraftError.
+        """
         parts = self.trainer.config, self.trainer.vocabulary, self.trainer.params
-        write_draft(self.folder, *parts, self._dialect)
+        with together(OnlineDraftError):
+            if is_first():
+                write_draft(self.folder, *parts, self._dialect)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the first process adds to its checkpoint: the draft is the same on all."""
+        return {"draft": self.trainer.state_dict()} if is_first() else {}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint of any layout; CheckpointError for a damaged one."""
+        self.trainer.load_state_dict(next(checkpoint.load_all())["draft"])
 
     def beside(
         self,

@@ -1,5 +1,6 @@
 """GRPO runs that speculate: the same runs, with what the guesses came to beside them."""
 
+import json
 import re
 import shutil
 
@@ -128,12 +129,10 @@ def test_the_draft_goes_wherever_the_engine_is(online, runs, placement):
             assert row[f"rollout/spec_{name}"] == own[f"rollout/spec_{name}"]
 
 
-def test_a_draft_is_trained_every_so_often(runs, base):
+def test_a_draft_is_trained_every_so_often(runs):
     """On one step's samples in all of its optimizer steps; between them it stays as it is."""
     words = "draft.every=2", "trainer.batch_size=4", "engine.speculative=hybrid"
-    plain, result = runs.train("plain", "trainer.batch_size=4"), runs.train("two", *ONLINE, *words)
-    assert without_draft(result) == plain != base.result
-    rows = result[1]
+    _, rows, _ = runs.train("two", *ONLINE, *words)
     assert [row["step"] for row in rows if "draft/loss" in row] == [2, 4, 6]
     of_step = {row["step"]: row["rollout/response_len_mean"] * 12 for row in rows[1:]}
     for row in rows:
@@ -169,28 +168,43 @@ def test_a_run_begins_with_a_draft_that_is_there(online, runs):
         ),
         (
             [*ONLINE, "trainer.parallel.tensor=2"],
-            "trainer.parallel.tensor is 2; it must be 1 with draft.train=online, which knows one",
+            "trainer.parallel.tensor is 2; it must be 1 with draft.train=online, where each proc",
         ),
         (
-            [*ONLINE, "trainer.parallel.data=2"],
-            "trainer.parallel.data is 2; it must be 1 with draft.train=online, which knows one",
+            [*ONLINE, "trainer.parallel.context=2"],
+            "trainer.parallel.context is 2; it must be 1 with draft.train=online, where each proc",
+        ),
+        (
+            [*ONLINE, "trainer.parallel.pipeline=2", "placement.transport=stages"],
+            "trainer.parallel.pipeline is 2; it must be 1 with draft.train=online, where each pr",
         ),
         ([*ONLINE, "draft.every=7"], "draft.every is 7; it must be at most 6, trainer.num_steps"),
         ([*ONLINE, "draft.every=0"], "draft.every is 0; it must be positive"),
-        ([*ONLINE, "draft.layers=null"], "draft.layers: a target of 2 layers has no default"),
-        ([*ONLINE, "draft.layers=[1,3]"], "draft.layers: .* the target has streams after 0 to 2"),
         ([*ONLINE, "draft.optimizer.lr=-1"], "draft.optimizer.lr is -1.0; it must be finite"),
         (
             [*ONLINE, "draft.optimizer.lr_schedule=linear", "draft.optimizer.lr_warmup_steps=6"],
             "draft.optimizer.lr_warmup_steps is 6; it must be below 6, the draft's optimizer",
         ),
         ([*ONLINE, "engine.draft_model=nowhere"], "draft.layers is .1, 2.*engine.draft_model is"),
+    ],
+)
+def test_settings_that_do_not_fit(runs, words, message):
+    """Refused by the key, as the command line is read: in a dry run too."""
+    with pytest.raises(ConfigError, match=message):
+        runs.resolve("never", *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*ONLINE, "draft.layers=null"], "draft.layers: a target of 2 layers has no default"),
+        ([*ONLINE, "draft.layers=[1,3]"], "draft.layers: .* the target has streams after 0 to 2"),
         (["engine.speculative=eagle3"], "engine.draft_model is None; it must be the path of a"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_a_dry_run(runs, capsys, words, message):
-    """By the key, before anything runs."""
-    assert main(["grpo", *runs.arguments("dry", *words), "dry_run=true"]) in (1, 2)
+def test_drafts_that_cannot_be_are_refused_in_a_dry_run(runs, capsys, words, message):
+    """By the key, before anything is made."""
+    assert main(["grpo", *runs.arguments("dry", *words), "dry_run=true"]) == 1
     assert re.search(message, capsys.readouterr().err)
     assert not (runs.folder / "dry").exists()
 
@@ -202,3 +216,35 @@ def test_a_dry_run_tells_of_the_draft(runs, capsys):
     assert re.search(r"draft_captured_layers +1, 2\n", out)
     assert re.search(r"draft_mib +[1-9]", out)
     assert not (runs.folder / "dry").exists()
+
+
+@pytest.mark.long
+def test_copies_of_the_target_train_one_draft(runs, run_ranks):
+    """Two processes: the target is that of the same run without, and a resume finds the draft."""
+    words = "trainer.parallel.data=2", "trainer.num_steps=4"
+    found = {}
+    for name, more in (("none", ()), ("online", ONLINE)):
+        codes, said = run_ranks(runs.arguments(name, *words, *more))
+        assert codes == [0, 0], said
+        summary = json.loads((runs.folder / name / "summary.json").read_text())
+        samples = read_rows(runs.folder / name / "samples.jsonl")
+        found[name] = summary, runs.rows(name), samples
+    assert without_draft(found["online"]) == found["none"]
+    rows = read_rows(runs.folder / "online" / "metrics.jsonl")
+    for row in rows[1:]:
+        assert row["draft/num_rows"] == row["rollout/response_len_mean"] * 12
+        assert row["rollout/spec_verifications"] > 0
+    draft, manifest = tree(runs.folder / "online" / "draft"), newest(runs).manifest
+    shutil.rmtree(newest(runs).path)
+    codes, said = run_ranks(runs.arguments("online", *words, *ONLINE, "resume=true"))
+    assert codes == [0, 0], said
+    assert tree(runs.folder / "online" / "draft") == draft
+    assert newest(runs).manifest == manifest
+    assert runs.rows("online") == found["online"][1]
+    shutil.rmtree(newest(runs).path)  # and one process goes on from both, with other bits
+    summary, _, _ = runs.train("online", *words[1:], *ONLINE, "resume=true", "reshard=true")
+    assert summary["draft_digest"] != found["online"][0]["draft_digest"]
+
+
+def newest(runs):
+    return latest_checkpoint(runs.folder / "online" / "checkpoints")
