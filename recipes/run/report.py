@@ -54,6 +54,7 @@ CHARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
         {"all": "rollout/spec_accept_rate"}
         | {f"{i + 1}": f"rollout/spec_accept_rate_{i}" for i in range(5)},
     ),
+    ("Draft loss", "of a draft in training", {"train": "draft/loss"}),
     ("Loss", "training loss", {"train": "train/loss"}),
     ("KL", "divergence from the reference", {"train": "train/kl"}),
     ("Gradient norm", "before clipping", {"train": "train/grad_norm"}),

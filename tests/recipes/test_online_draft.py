@@ -93,6 +93,9 @@ def test_a_draft_is_trained_and_left(online):
     for name, param in state["params"].items():
         assert_same_bits(params[name], param, name)
     assert summary["draft_digest"] == weights_digest(found.config.param_specs(), params)
+    report = (online.folder / "base" / "report.html").read_text()
+    assert "Draft loss" in report
+    assert summary["draft_digest"] in report
 
 
 def test_a_resumed_run_ends_in_the_same_bytes(online, runs):
