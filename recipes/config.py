@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from samebit.kernels.registry import ATTENTION_KINDS
 from samebit.recipes.data.reward_config import RewardConfig
 from samebit.recipes.data.tasks.base import DataConfig, PreferenceConfig
+from samebit.recipes.draft_config import OnlineDraftSection
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.metrics import LoggerConfig
 from samebit.rollout.config import EngineConfig
@@ -25,6 +26,7 @@ from samebit.trainer.config import (
     require,
     require_default,
 )
+from samebit.trainer.draft.config import TttConfig
 from samebit.weight_sync.transports.registry import TRANSPORTS
 
 SET_BY_RUN = ("attention", "load_format", "max_model_len", "model_family", "seed")
@@ -199,12 +201,6 @@ def _check_placement(placement: PlacementSection, parallel: ParallelConfig) -> N
     require(fits, "placement.transport", placement.transport, meaning)
 
 
-def _check_release(placement: PlacementSection, engine: EngineConfig) -> None:
-    """ValueError for an engine that is to release what it cannot."""
-    fits = engine.releasable is not False or not placement.release_memory
-    require(fits, "engine.releasable", False, "left alone with placement.release_memory=true")
-
-
 @dataclass(kw_only=True)
 class SftRun(RunSection):
     """`samebit sft`: supervised fine-tuning on prompts and labels."""
@@ -264,6 +260,8 @@ class GrpoRun(RunSection):
     model: ModelSection = field(default_factory=ModelSection)
     placement: PlacementSection = field(default_factory=PlacementSection)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    draft: OnlineDraftSection = field(default_factory=OnlineDraftSection)
+    ttt: TttConfig = field(default_factory=TttConfig)
     rollout: RolloutSection = field(default_factory=RolloutSection)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     numerics: NumericsSection = field(default_factory=NumericsSection)
@@ -315,7 +313,9 @@ class GrpoRun(RunSection):
         invariant, tensor = self.numerics.tp_invariant, self.trainer.parallel.tensor
         check_tp_invariant(invariant, tensor, "trainer.parallel.tensor")
         _check_placement(self.placement, self.trainer.parallel)
-        _check_release(self.placement, self.engine)
+        fits = self.engine.releasable is not False or not self.placement.release_memory
+        require(fits, "engine.releasable", False, "left alone with placement.release_memory=true")
+        self.draft.check(self.ttt, self.engine, self.trainer.parallel, self.trainer.num_steps)
         meaning = "attention, model, lengths and seed are the run's"
         require_default(self.engine, "engine", SET_BY_RUN, meaning)
         meaning = "a run releases no weights of the engine"

@@ -1,8 +1,9 @@
 """samebit diff: the first place where two runs part.
 
 In the order in which a step happens: its rollout, its training metrics, its checkpoint, then the
-evaluation of the new weights. Times (perf/*) are left out. What only one run has kept (checkpoints,
-rollouts, samples) is named and not compared; metrics that only one has are a difference.
+evaluation of the new weights. Times (perf/*) and what guesses came to (rollout/spec_*) are left
+out. What only one run has kept (checkpoints, rollouts, samples) is named and not compared; other
+metrics that only one has are a difference.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from samebit.recipes.config import ConfigError
 from samebit.recipes.run.binding import binding_config
 from samebit.recipes.run.folder import CONFIG_FILE
 from samebit.recipes.run.input_files import flatten
-from samebit.recipes.run.metrics import METRICS_FILE, SAMPLES_FILE, read_rows
+from samebit.recipes.run.metrics import METRICS_FILE, SAMPLES_FILE, is_repeated, read_rows
 from samebit.recipes.run.rollouts import SavedSample, list_rollouts, load_rollout
 from samebit.recipes.tools_config import DiffRun
 from samebit.recipes.verification.bits import distance
@@ -144,7 +145,7 @@ def step_differences(a: RunContents, b: RunContents, step: int) -> Iterator[str]
     texts: list[str] = []
     if step in a.metrics and step in b.metrics:
         found = row_differences(a.metrics[step], b.metrics[step])
-        texts = [f"metrics, {text}" for text in found if not text.startswith("perf/")]
+        texts = [f"metrics, {text}" for text in found if is_repeated(text)]
     evaluated = [text for text in texts if text.startswith(f"metrics, {_EVAL}")]
     yield from (text for text in texts if text not in evaluated)
     if step in a.checkpoints and step in b.checkpoints:

@@ -6,7 +6,7 @@ because the rollout's log-probs are the trainer's, bit for bit, and every step c
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,10 @@ from samebit.recipes.cli.dry_run import describe_grpo, train_or_describe
 from samebit.recipes.config import GrpoRun
 from samebit.recipes.data.rewards import Poll
 from samebit.recipes.data.samples import with_advantages
+from samebit.recipes.launch.online_draft import OnlineDraft
 from samebit.recipes.launch.placement import make_trainer, releases_memory, start_engine
 from samebit.recipes.run.batches import own_micro_batches, with_reference
-from samebit.recipes.run.dynamic_sampling import draw_step
+from samebit.recipes.run.dynamic_sampling import StepRollout, draw_step
 from samebit.recipes.run.inputs import GrpoInputs
 from samebit.recipes.run.phase_ledger import PhaseLedger
 from samebit.recipes.run.recorder import Progress, Recorder, recording
@@ -31,6 +32,7 @@ from samebit.recipes.run.training_metrics import (
     reference_metrics,
     rollout_metrics,
     sample_rows,
+    speculation_metrics,
     speed,
     train_metrics,
 )
@@ -52,9 +54,9 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
     ):
         with (
             closing(GrpoRecipe(run, session, inputs)) as recipe,
-            recording(session, recipe.progress, recipe.trainer) as recorder,
+            recording(session, recipe.progress, recipe) as recorder,
         ):
-            progress, source = recipe.progress, recipe.rollout_source
+            progress = recipe.progress
             if session.is_first:
                 drop_rollouts_after(run.run_dir, progress.step)
             started()
@@ -65,10 +67,7 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                 stop.poll_together()
                 timer = PhaseTimer()
                 with timer.time("rollout"):
-                    place, polls = progress.prompts_drawn, (stop.poll, stop.poll_alone)
-                    of_step = draw_step(
-                        source, run.rollout, progress.step, place, polls, recorder.show
-                    )
+                    of_step = recipe.draw(stop, recorder.show)
                     rollout = of_step.trained
                 session.writer.poll()
                 is_dynamic = run.rollout.dynamic_sampling
@@ -83,7 +82,8 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
 
                 metrics = rollout_metrics(rollout, "rollout") | recipe.reference_metrics
                 metrics |= of_step.metrics() if is_dynamic else {}
-                metrics |= train_metrics(stats)
+                metrics |= speculation_metrics(of_step.guesses)
+                metrics |= train_metrics(stats) | recipe.draft_metrics
                 if recorder.is_due(run.rollout.eval_every):
                     with timer.time("eval"):
                         metrics |= recipe.evaluate(recorder)
@@ -93,6 +93,8 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                 metrics |= recipe.ledger.metrics()
                 rate = f"{metrics['perf/rollout_tokens_per_s']:.0f} tok/s"
                 recorder.end_step(metrics, f"reward {rollout.reward_mean:.3f}, {rate}")
+            if recipe.draft is not None:
+                recipe.draft.write()
             summary = recipe.summary()
         session.finish(summary)
         if session.is_first:
@@ -131,11 +133,17 @@ class GrpoRecipe:
         if self.algorithm.needs_reference or self.algorithm.rewards_need_reference:
             self.trainer.freeze_reference()
         restored = session.restore(self.trainer)
+        self.draft: OnlineDraft | None = None
+        if self._inputs.draft is not None:
+            self.draft = OnlineDraft(run, self._inputs.draft, self.trainer)
+            if session.resumed is not None:
+                self.draft.restore(session.resumed)
         # Earlier versions drew as many in every step, and did not write it down.
         drawn = {"prompts_drawn": restored.get("step", 0) * run.rollout.prompts_per_step}
         self.progress = GrpoProgress(**drawn | restored)
         self.reference_metrics: dict[str, float] = {}
-        self.engine, self.weights = start_engine(run, device, self.trainer, releases)
+        self.draft_metrics: dict[str, float] = {}
+        self.engine, self.weights = start_engine(run, device, self.trainer, releases, self.draft)
         self.ledger = PhaseLedger(self.trainer, self.engine, releases)
         self.rollout_source = RolloutSource(run, self._inputs, self.engine)
         self.sync()
@@ -144,6 +152,12 @@ class GrpoRecipe:
         """Serve the trainer's present weights."""
         self.weights.lease(self.trainer.step)
         self.weights.update(self.trainer.params, self.trainer.digest())
+
+    def draw(self, stop: StopSignals, show: Callable[[str], object]) -> StepRollout:
+        """Draw and score what the next step trains on; `show` is told how it goes."""
+        where = self.progress.step, self.progress.prompts_drawn
+        polls = stop.poll, stop.poll_alone
+        return draw_step(self.rollout_source, self.run.rollout, *where, polls, show)
 
     def update(
         self, rollout: Rollout, timer: PhaseTimer, poll: Poll = lambda: None
@@ -165,6 +179,7 @@ class GrpoRecipe:
             with timer.time("train"):
                 stats = self._train(samples, poll)
                 self._check_promise(stats[0])
+                self.draft_metrics = {} if self.draft is None else self.draft.end_step()
             self.ledger.enter("rollout")
             with timer.time("sync"):
                 self.weights.update(self.trainer.params, self.trainer.digest())
@@ -198,7 +213,13 @@ class GrpoRecipe:
             "logprob_tokens_compared": self.progress.logprob_tokens_compared,
             "logprob_mismatches": self.progress.logprob_mismatches,
             "weights_digest": self.trainer.digest(),
+            **({} if self.draft is None else {"draft_digest": self.draft.trainer.digest()}),
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run goes on from."""
+        draft = {} if self.draft is None else self.draft.state_dict()
+        return self.trainer.state_dict() | draft
 
     def close(self) -> None:
         """Let go of the engine and of the reward's processes."""
@@ -228,10 +249,16 @@ class GrpoRecipe:
         for i, batches in enumerate(parts):
             if i or self.algorithm.needs_reference:  # weights that have not drawn
                 parts[i] = self.trainer.with_kept_sets(batches)
-        for batches in parts:
-            # Until the first optimizer step writes, the whole step may be dropped.
-            stats.append(self.trainer.train_step(batches, self.algorithm, None if stats else poll))
+        with self._watched_by_draft():
+            for batches in parts:
+                # Until the first optimizer step writes, the whole step may be dropped.
+                drops = None if stats else poll
+                stats.append(self.trainer.train_step(batches, self.algorithm, drops))
         return stats
+
+    def _watched_by_draft(self) -> AbstractContextManager[None]:
+        """Within it the draft, if one is trained, is shown what the policy's steps compute."""
+        return nullcontext() if self.draft is None else self.draft.watching(self.progress.step + 1)
 
     def _check_promise(self, first: StepStats) -> None:
         """The first optimizer step ran on the very weights that drew the samples.

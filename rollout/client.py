@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from samebit.kernels.memory import TagBytes
+    from samebit.rollout.speculative.accept_lengths import AcceptLengths
     from samebit.rollout.types import Completion, Increment, SamplingParams
     from samebit.weight_sync.types import WeightVersion
 
@@ -75,6 +76,10 @@ class EngineClient(Protocol):
     @property
     def weight_version(self) -> WeightVersion:
         """Step and digest of the weights that are served."""
+
+    @property
+    def accept_lengths(self) -> AcceptLengths | None:
+        """How many guesses were right so far; None if it does not speculate."""
 
     def update_weights_from_disk(
         self, model_path: str | Path, step: int | None = None

@@ -32,9 +32,15 @@ from samebit.rollout.runtime.requests import RequestFactory, scores_of
 from samebit.rollout.runtime.runner import Runner
 from samebit.rollout.runtime.sampler import Sampler
 from samebit.rollout.runtime.scheduler import Scheduler
+from samebit.rollout.runtime.served_draft import ServedDraft, load_draft
 from samebit.rollout.runtime.slots import Slots
 from samebit.rollout.runtime.step_loop import StepLoop
-from samebit.rollout.runtime.weight_control import WeightControl, adopt_weights, load_weights
+from samebit.rollout.runtime.weight_control import (
+    StepGate,
+    WeightControl,
+    adopt_weights,
+    load_weights,
+)
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.speculative.making import make_speculation, open_speculation
 from samebit.rollout.speculative.proposer import ProposerParts
@@ -218,7 +224,8 @@ class Engine(EngineWeights, EngineMemory):
     def close(self) -> None:
         """Abort what callers wait for."""
         self.loop.between_steps(self.loop.book.abandon_all)
-        self.leave_weight_transport()
+        for selector in list(self._receivers):
+            self.leave_weight_transport(selector)
         self._leave_update_groups()
 
     # -- internals -------------------------------------------------------------------------------
@@ -231,6 +238,9 @@ class Engine(EngineWeights, EngineMemory):
                 f"engine.max_model_len is {self.max_model_len}; the model has {m.max_position} "
                 "positions"
             )
+        drafted = None
+        if self._draft is not None:
+            drafted = load_draft(self._draft, self.dtype, self.arena, self.ranks)
         num_pages = self._kv_tokens() // c.page_size
         self.kv_capacity = num_pages * c.page_size
         self.pool = PagePool(num_pages)
@@ -245,6 +255,9 @@ class Engine(EngineWeights, EngineMemory):
         self.runner = Runner(decoder, cache, self.attention, c.max_num_seqs, graph_pool)
         self.sampler = Sampler(m.vocab_size, m.eos_token_ids)
         self.scheduler = Scheduler(c, self.pool, self.prefixes, slots, cache)
+        gate = StepGate(self.scheduler)
+        if self._draft is not None and drafted is not None:
+            self.draft_control = ServedDraft(self._draft, drafted, self.arena, gate)
         self.speculation = make_speculation(c, self._proposer_parts(slots, cache, positions))
         self.step_loop = StepLoop(
             *(self.scheduler, slots, self.runner, self.sampler),
@@ -252,16 +265,17 @@ class Engine(EngineWeights, EngineMemory):
             speculation=self.speculation,
         )
         self.weight_control = WeightControl(
-            session, m, self.arena, self.runner, self.scheduler, self.prefixes
+            session, m, self.arena, self.runner, self.prefixes, gate
         )
         book = RequestBook(
             *(self.scheduler, self.step_loop, slots, self.weight_control), self.device, self.ranks
         )
         self.loop = EngineLoop(book)
-        self.weight_control.between_steps = self.loop.weak_between_steps()
-        self.weight_control.require_alike = book.lockstep.require_alike
+        gate.between_steps = self.loop.weak_between_steps()
+        gate.require_alike = book.lockstep.require_alike
         self.memory_control = MemoryControl(
-            *(self.arena, self.weight_control, self.pool, cache), c.weights_backup
+            *(self.arena, self.weight_control, self.draft_control, self.pool, cache),
+            c.weights_backup,
         )
         self.requests = RequestFactory(
             vocab_size=m.vocab_size,
@@ -282,7 +296,7 @@ class Engine(EngineWeights, EngineMemory):
             arena=self.arena,
             ranks=self.ranks,
             num_positions=positions,
-            draft=self._draft,
+            draft=self.draft_control,
         )
 
     @property

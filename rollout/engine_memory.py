@@ -8,6 +8,7 @@ from torch import Tensor
 from samebit.kernels.memory import Arena, ResumeError, TagBytes, require_tags
 from samebit.rollout.runtime.engine_loop import EngineLoop
 from samebit.rollout.runtime.kv_cache import KVCache, PagePool
+from samebit.rollout.runtime.served_draft import ServedDraft
 from samebit.rollout.runtime.weight_control import WeightControl
 from samebit.weight_sync.session import SessionState
 from samebit.weight_sync.types import WeightSyncError
@@ -20,19 +21,20 @@ class MemoryControl:
 
     Weights come back as they were if `weights_backup`, else a full update has to follow. KV pages
     of unfinished requests are kept in host memory; cached prefixes are forgotten. A draft's weights
-    come back as they were: no update brings them. CUDA graphs need no content.
+    come back as they were: no update of the target brings them. CUDA graphs need no content.
     """
 
     def __init__(
         self,
         arena: Arena,
         weights: WeightControl,
+        draft: ServedDraft | None,
         pool: PagePool,
         cache: KVCache,
         weights_backup: bool,
     ) -> None:
         self._arena = arena
-        self._weights = weights
+        self._weights, self._models = weights, [weights] if draft is None else [weights, draft]
         self._pool = pool
         self._cache = cache
         self._kept = ("weights", "draft") if weights_backup else ("draft",)
@@ -41,11 +43,14 @@ class MemoryControl:
     def release(self, tags: Sequence[str] | None) -> dict[str, int]:
         given = _engine_tags(tags)
         self._arena.require_releasable()
-        self._weights.require_quiet("release_memory_occupation")
-        session = self._weights.session
+        self._weights.gate.require_quiet("release_memory_occupation")
         has_weights = "weights" in given and self._is_resident("weights")
-        if has_weights and session.state is SessionState.UPDATING:
-            raise WeightSyncError("the weights cannot be released: they are being updated")
+        for model in self._models:
+            tag, state = model.session.tag, model.session.state
+            if state is SessionState.UPDATING and tag in given and self._is_resident(tag):
+                raise WeightSyncError(
+                    f"the memory of {tag} cannot be released: an update writes to it"
+                )
         has_pages = "kv_cache" in given and self._is_resident("kv_cache") and self._pages is None
         if has_pages:
             self._weights.flush_cache()
@@ -57,8 +62,9 @@ class MemoryControl:
             if has_pages and not self._arena.is_released("kv_cache"):
                 self._pages = None
             if has_weights and "weights" not in self._kept and self._arena.is_released("weights"):
-                session.invalidate("their memory was released without a backup")
-            session.released = self._arena.released
+                reason = "their memory was released without a backup"
+                self._weights.session.invalidate(reason)
+            self._tell_released()
 
     def resume(self, tags: Sequence[str] | None) -> dict[str, int]:
         try:
@@ -67,7 +73,11 @@ class MemoryControl:
             try:
                 self._write_pages()
             finally:
-                self._weights.session.released = self._arena.released
+                self._tell_released()
+
+    def _tell_released(self) -> None:
+        for model in self._models:
+            model.session.released = self._arena.released
 
     def _write_pages(self) -> None:
         """Put the kept pages back into a KV cache that is resident; else it is released again."""

@@ -36,6 +36,7 @@ from samebit.rollout.messages import (
 )
 from samebit.rollout.runtime.call import uncancelled
 from samebit.rollout.runtime.requests import scores_of
+from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion, Increment, SamplingParams
 from samebit.rollout.values import as_integer
 from samebit.weight_sync.types import WeightVersion
@@ -143,6 +144,10 @@ def _weight_version(engine: Engine) -> WeightVersion:
     return engine.weight_version
 
 
+def _draft_version(engine: Engine) -> WeightVersion | None:
+    return engine.draft_version
+
+
 def _get_weights_by_name(engine: Engine, name: str, truncate_size: int | None = None) -> Tensor:
     """See Engine.get_weights_by_name; the copy is on the CPU."""
     return engine.get_weights_by_name(name, truncate_size).cpu()
@@ -150,6 +155,10 @@ def _get_weights_by_name(engine: Engine, name: str, truncate_size: int | None = 
 
 def _is_paused(engine: Engine) -> bool:
     return engine.is_paused
+
+
+def _accept_lengths(engine: Engine) -> AcceptLengths | None:
+    return engine.accept_lengths
 
 
 class RemoteEngine:
@@ -244,9 +253,19 @@ class RemoteEngine:
         return _asking(_weight_version)(self)
 
     @property
+    def draft_version(self) -> WeightVersion | None:
+        """See Engine.draft_version."""
+        return _asking(_draft_version)(self)
+
+    @property
     def is_paused(self) -> bool:
         """Whether generation is paused."""
         return _asking(_is_paused)(self)
+
+    @property
+    def accept_lengths(self) -> AcceptLengths | None:
+        """See Engine.accept_lengths."""
+        return _asking(_accept_lengths)(self)
 
     def close(self) -> None:
         """End the process, and with it what is unfinished."""

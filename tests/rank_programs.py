@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from helpers import file_size_limit
 from policy_steps import gradient_samples, policy_step, refusals
+from rank_updates import updated_draft
 from torch.distributed import distributed_c10d
 
 from samebit.kernels import selfcheck
@@ -74,6 +75,8 @@ def engine(rank, size, store, folder, out):
         found["generated"].append(exact(one.generate(prompts(), PARAMS)))
         if one.accept_lengths is not None:
             found["guessed"] = vars(one.accept_lengths)
+            found["draft"] = updated_draft(one, settings["draft_model"])
+            found["generated"].append(exact(one.generate(prompts(), PARAMS)))
     contexts = [[*p, *c[0][0]] for p, c in zip(prompts(), found["generated"][0], strict=True)]
     found["scores"] = [[v.hex() for v in values] for values in one.score(contexts)]
     found["versions"].append(vars(one.weight_version))

@@ -25,8 +25,6 @@ from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError, Weight
 type Content = Literal["old", "new", "unknown"]
 """What a tensor of a dirty receiver holds."""
 
-_SELECTORS = ("all", "target", "draft")
-
 
 class SessionState(Enum):
     """Where a receiver stands."""
@@ -41,7 +39,8 @@ class UpdateSession:
     """Receives versions of the parameters that `params` holds, in place.
 
     group: the tensor parallel ranks that hold the other shards; they commit together.
-    shared: the memory is the sender's own, who may write to all of it from `begin` on.
+    shared: the memory is the sender's own, who may write to all of it from `begin` on. tag: what
+    that memory is released by.
     """
 
     released: tuple[str, ...] = ()
@@ -54,10 +53,12 @@ class UpdateSession:
         version: WeightVersion,
         group: dist.ProcessGroup | None = None,
         shared: bool = False,
+        tag: str = "weights",
     ) -> None:
         self.specs = specs
         self.params = params
         self.group = group
+        self.tag = tag
         self.version = version
         self.reason = ""
         self._shared = shared
@@ -76,6 +77,11 @@ class UpdateSession:
     def state(self) -> SessionState:
         updating = self._state is SessionState.UPDATING
         return SessionState.RELEASED if self.released and not updating else self._state
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an update is under way, which a commit or abort ends; refused ones too."""
+        return self._state is SessionState.UPDATING or self.is_refused
 
     @property
     def whole(self) -> WeightVersion | None:
@@ -106,20 +112,17 @@ class UpdateSession:
         the last update brought; "unknown" otherwise. All are old when ready."""
         return {name: self._content(name) for name in self.params}
 
-    def begin(self, step: int, selector: str = "target", *, may_go_back: bool = False) -> None:
+    def begin(self, step: int, *, may_go_back: bool = False) -> None:
         """Start a full update to `step`. Allowed when ready or dirty.
 
-        selector: which served models the update is of: "target", or "all", which is the same here.
-        may_go_back: the caller means a step below that of the version before it. Raises ValueError
-        for an unknown selector, and WeightSyncError for a model that is not served, a stale step,
-        an update under way, or weights whose memory is released.
+        may_go_back: the caller means a step below that of the version before it. Raises
+        WeightSyncError for a stale step, an update under way, or weights whose memory is released.
         """
-        require_served(selector)
         if self._state is SessionState.UPDATING:
             raise WeightSyncError(f"update to step {step} begun during that to step {self._step}")
-        if "weights" in self.released:
+        if self.tag in self.released:
             raise WeightSyncError(
-                f"update to step {step}: the memory of weights is released; resume it first"
+                f"update to step {step}: the memory of {self.tag} is released; resume it first"
             )
         if step < self._oldest and not may_go_back:
             raise WeightSyncError(
@@ -342,15 +345,6 @@ class UpdateSession:
 
     def _refusal(self, reason: str) -> WeightSyncError:
         return WeightSyncError(f"update to step {self._step} refused: {reason}")
-
-
-def require_served(selector: str) -> None:
-    """Raise unless the models that an update is to name are served: today the target alone."""
-    if selector not in _SELECTORS:
-        known = ", ".join(_SELECTORS)
-        raise ValueError(f"selector '{selector}' is unknown; use one of {known}")
-    if selector == "draft":
-        raise WeightSyncError("selector 'draft': no draft model is served, the target alone")
 
 
 def non_finite(params: Mapping[str, Tensor]) -> list[str]:

@@ -78,8 +78,8 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     most_samples = run.rollout.most_prompts_per_step * run.rollout.samples_per_prompt
     at_once = max(len(run.rollout.places_of(refill)) for refill in (0, 1))
     at_once *= run.rollout.samples_per_prompt
-    draft = open_speculation(run.engine, model)
-    layouts = [model.kv_layout, *([] if draft is None else [draft.config.kv_layout])]
+    draft = _draft_of(run, inputs)
+    layouts = [model.kv_layout, *([] if draft is None else [draft.kv_layout])]
     kv_bytes = sum(x.bytes_per_token(resolve_dtype(None, resolved)) for x in layouts)
     algorithm = make_algorithm(run.algorithm)
     keeps = algorithm.needs_reference or algorithm.rewards_need_reference
@@ -97,9 +97,35 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
         "most_tokens_per_step": most_samples * longest,
         **memory,
         "reference_mib": reference,
+        **_online_draft(run, draft, device),
         "kv_mib_if_all_run_at_once": round(
             min(at_once, run.engine.max_num_seqs) * longest * kv_bytes / _MIB, 1
         ),
+    }
+
+
+def _draft_of(run: GrpoRun, inputs: GrpoInputs) -> DraftConfig | None:
+    """Of the draft that guesses, trained or not; None if none does."""
+    if inputs.draft is not None:
+        return inputs.draft[1]
+    folder = open_speculation(run.engine, inputs.model)
+    return None if folder is None else folder.config
+
+
+def _online_draft(
+    run: GrpoRun, draft: DraftConfig | None, device_type: str
+) -> dict[str, int | float | str]:
+    """Figures of the draft that the run trains, if it does, beside its target's."""
+    if draft is None or not run.draft.is_online:
+        return {}
+    parameters = _num_parameters(draft)
+    weights, masters = (4, 0) if device_type == "cpu" else (2, 4)  # fp32 weights are their own
+    return {
+        "draft_optimizer_steps": run.trainer.num_steps // run.draft.every,
+        "draft_parameters": parameters,
+        "draft_vocabulary": draft.draft_vocab_size,
+        "draft_captured_layers": ", ".join(map(str, draft.captured_layers)),
+        "draft_mib": round(parameters * (weights + masters + 12) / _MIB, 1),  # sums, two moments
     }
 
 

@@ -1,12 +1,13 @@
 """The draft that a run trains: what the configuration says of it, and its trainer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from samebit.kernels.reduce import ALONE, RankGroup
 from samebit.recipes.eagle3_config import Eagle3Run
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.config import ModelConfig
@@ -16,7 +17,9 @@ from samebit.rollout.models.draft.config import DraftConfig, Verifier
 from samebit.rollout.models.draft.vocabulary import DraftVocabulary
 from samebit.rollout.runtime.draft_folder import DIALECTS, DraftFolder, open_draft
 from samebit.rollout.runtime.weights import load_dummy
+from samebit.trainer.config import OptimizerConfig
 from samebit.trainer.draft.batch import TargetHead
+from samebit.trainer.draft.config import TttConfig
 from samebit.trainer.draft.trainer import DraftTrainer
 from samebit.weight_sync.transports.file import require_replaceable
 
@@ -46,11 +49,7 @@ def checked_draft(run: Eagle3Run, model: ModelConfig) -> tuple[DraftFolder | Non
                 f"draft.path={run.draft.path} is another target's: its {name} is "
                 f"{getattr(config, name)}; that of {run.model.path} is {own}"
             )
-    if config.max_position < run.rollout.longest:
-        raise ValueError(
-            f"rollout.max_prompt_len + rollout.max_new_tokens = {run.rollout.longest} tokens; the "
-            f"draft's max_position_embeddings is {config.max_position}"
-        )
+    require_positions(config, run.rollout.longest)
     DIALECTS[run.draft.dialect].write(config, "float32")
     if run.resume:
         require_replaceable(run.run_dir / "draft")
@@ -63,11 +62,27 @@ def _new(run: Eagle3Run, model: DenseModel) -> DraftConfig:
         raise ValueError(f"draft.vocab_size is {wanted}; the target has {model.vocab_size} tokens")
     names = ("fc_norm", "norm_before_fc", "norm_before_residual", "feeds_normed")
     options = {name: getattr(run.draft, name) for name in names}
-    layers = None if run.draft.layers is None else tuple(run.draft.layers)
+    return new_draft(model, wanted, run.draft.layers, **options)
+
+
+def new_draft(
+    model: DenseModel, vocab_size: int, layers: Sequence[int] | None, **options: bool
+) -> DraftConfig:
+    """A new draft of a target; ValueError, naming draft.layers, for streams that it has not."""
     try:
-        return DraftConfig.of_target(model, wanted, layers, **options)
+        captured = None if layers is None else tuple(layers)
+        return DraftConfig.of_target(model, vocab_size, captured, **options)
     except ValueError as error:
         raise ValueError(f"draft.layers: {error}") from error
+
+
+def require_positions(config: DraftConfig, longest: int) -> None:
+    """ValueError unless the draft reaches over a run's longest sample."""
+    if config.max_position < longest:
+        raise ValueError(
+            f"rollout.max_prompt_len + rollout.max_new_tokens = {longest} tokens; the draft's "
+            f"max_position_embeddings is {config.max_position}"
+        )
 
 
 def make_draft_trainer(
@@ -77,32 +92,56 @@ def make_draft_trainer(
     vocabulary: DraftVocabulary,
     engine: Engine,
 ) -> DraftTrainer:
-    """A trainer beside the engine, whose weights it reads: its draft is the folder's or a new one.
-
-    A new one is random, by run.seed, with norms of one; where the widths are the same its output
-    layer begins with the target's rows.
-    """
-    target, weights = engine.model_config, engine.weights
+    """A trainer beside the engine, whose weights it reads; see make_trainer_of."""
+    target = engine.model_config
     assert isinstance(target, DenseModel)
-    head = weights[EMBEDDING if target.tie_embeddings else OUTPUT]
+    return make_trainer_of(
+        *(target, engine.weights, folder, config, vocabulary),
+        optimizer=run.trainer.optimizer,
+        num_steps=run.trainer.num_steps,
+        ttt=run.ttt,
+        seed=run.seed,
+    )
+
+
+def make_trainer_of(
+    target: DenseModel,
+    weights: Mapping[str, Tensor],
+    folder: DraftFolder | None,
+    config: DraftConfig,
+    vocabulary: DraftVocabulary,
+    *,
+    optimizer: OptimizerConfig,
+    num_steps: int,
+    ttt: TttConfig,
+    seed: int,
+    ranks: RankGroup = ALONE,
+) -> DraftTrainer:
+    """A trainer of a draft whose target has these live weights, whole, by engine names.
+
+    The draft is the folder's or a new one: random, by the seed, with norms of one; where the widths
+    are the same its output layer begins with the target's rows.
+    """
+    head = weights[EMBEDDING if target.tie_embeddings else OUTPUT].detach()
     trainer = DraftTrainer(
         config,
         vocabulary,
         TargetHead(
-            final_norm=weights[FINAL_NORM],
+            final_norm=weights[FINAL_NORM].detach(),
             output_weight=head,
             norm_eps=target.norm_eps,
             vocab_size=target.vocab_size,
             num_layers=target.num_layers,
         ),
-        weights[EMBEDDING],
-        run.trainer.optimizer,
-        run.trainer.num_steps,
-        run.ttt,
+        weights[EMBEDDING].detach(),
+        optimizer,
+        num_steps,
+        ttt,
+        ranks,
     )
 
     def new(params: Mapping[str, Tensor]) -> None:
-        load_dummy(trainer.specs, params, run.seed)
+        load_dummy(trainer.specs, params, seed)
         if config.hidden_size == target.hidden_size:
             rows = vocabulary.token_ids.to(head.device)
             params[DRAFT_OUTPUT][: len(rows)] = head[rows]

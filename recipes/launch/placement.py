@@ -10,6 +10,7 @@ import torch
 from samebit.kernels.named import import_named
 from samebit.kernels.registry import attention_kind
 from samebit.recipes.config import GrpoRun, SftRun
+from samebit.recipes.launch.online_draft import OnlineDraft
 from samebit.recipes.launch.replicas import ReplicatedEngine
 from samebit.recipes.launch.updates import engine_device, why_not_here
 from samebit.recipes.run.phase_ledger import TRAINER_TURN
@@ -111,18 +112,26 @@ def load_transport(name: str) -> type[WeightSync]:
 
 
 def start_engine(
-    run: GrpoRun, device: torch.device, trainer: MegatronTrainer, releases: bool
+    run: GrpoRun,
+    device: torch.device,
+    trainer: MegatronTrainer,
+    releases: bool,
+    draft: OnlineDraft | None = None,
 ) -> tuple[EngineClient, WeightSync]:
     """Start the engine and what keeps it on the trainer's weights; no folder's are loaded.
 
     Where weights are leased it is made on the trainer's. Any other serves after its first update.
     If it takes turns with the trainer (`releases`), the gradients are released from here on, and
     its KV cache may have most of what is free: the rest is for graphs and a prefill's activations.
+    A draft that is trained is written to its folder, and the engine begins with it.
     """
     transport = load_transport(run.placement.transport)
     longest = run.rollout.longest
     own: Any = {"attention": run.numerics.attention, "model_family": run.model_family}
     own |= {"load_format": "none"}
+    if draft is not None:
+        draft.write()
+        own |= {"draft_model": str(draft.folder), "draft_norm_output": None}
     if releases:
         trainer.release_memory(TRAINER_TURN)
         if run.engine.kv_cache_tokens is None:
@@ -141,7 +150,9 @@ def start_engine(
         engine = Engine(run.model.path, config, **where)
     entry = TRANSPORTS.get(run.placement.transport)
     more: Any = {key: getattr(run.placement, key) for key in (entry.settings if entry else ())}
-    weights = transport.between(trainer, engine, run.run_dir / "weight_sync", **more)
+    weights: WeightSync = transport.between(trainer, engine, run.run_dir / "weight_sync", **more)
+    if draft is not None:
+        weights = draft.beside(run, weights, engine, transport, more)
     if isinstance(engine, Engine) and run.num_processes > 1:
         return ReplicatedEngine(engine, *place(), trainer.ranks.size), weights
     return engine, weights

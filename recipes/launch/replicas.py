@@ -12,6 +12,7 @@ from samebit.recipes.data.conversation import Response
 from samebit.rollout.client import EngineClient, Progress
 from samebit.rollout.engine import Engine
 from samebit.rollout.runtime.requests import scores_of
+from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion, Increment, Request, SamplingParams
 from samebit.trainer.ranks import together
 from samebit.weight_sync.objects import gather_objects
@@ -98,6 +99,16 @@ class ReplicatedEngine:
     def weight_version(self) -> WeightVersion:
         """Step and digest of the weights that are served."""
         return self._engine.weight_version
+
+    @property
+    def accept_lengths(self) -> AcceptLengths | None:
+        """Those of all copies; every process asks."""
+        own = self._engine.accept_lengths
+        if own is None:
+            return None
+        copies = gather_objects(vars(own))[:: self._tensor_size]
+        first, *others = (AcceptLengths(**counts) for counts in copies)
+        return sum(others, first)
 
     def update_weights_from_disk(
         self, model_path: str | Path, step: int | None = None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from samebit.kernels.profile import NumericsProfile
-from samebit.recipes.config import RunSection
+from samebit.recipes.config import GrpoRun, RunSection
 from samebit.recipes.data.tasks.base import DataConfig, Dataset, Problem
 from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
 from samebit.recipes.models.side_files import tokenizer_files
@@ -64,6 +64,8 @@ def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = _without_free_keys(config)
     if kept["trainer"]["optimizer"]["lr_schedule"] == "constant":
         del kept["trainer"]["num_steps"]  # a run may be made longer
+    if kept.get("draft", {}).get("train") == "off":  # nothing reads them
+        del kept["draft"], kept["ttt"]
     # Where it is reached nothing is trained; of a generated task it says what is prepared.
     if kept.get("rollout", {}).get("too_few_groups") == "error" and kept["data"]["task"] == "file":
         del kept["rollout"]["max_refills"]
@@ -119,6 +121,9 @@ def _contents(run: TrainingRun, records: Mapping[str, Dataset]) -> Iterator[tupl
         yield f"model.path/{name}", digest(file.read_bytes())
     if isinstance(run, Eagle3Run) and run.draft.path is not None:  # its weights are the state's
         yield "draft.path/config.json", digest((Path(run.draft.path) / "config.json").read_bytes())
+    if isinstance(run, GrpoRun) and run.draft.is_online and run.engine.draft_model is not None:
+        config = Path(run.engine.draft_model) / "config.json"
+        yield "engine.draft_model/config.json", digest(config.read_bytes())
     for name, problems in records.items():
         yield name, records_digest(problems, run.data)
     if run.data.task.startswith("reasoning_gym/"):

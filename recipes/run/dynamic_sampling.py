@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from samebit.recipes.data.rewards import Poll
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.sampling import Rollout, RolloutSource
+from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion
 
 
@@ -29,6 +30,8 @@ class StepRollout:
     kept: Sequence[int]
     """Places in `drawn` of the groups that are trained on, ascending."""
     refills: int = 0
+    guesses: AcceptLengths | None = None
+    """What the engine's guesses came to, if it speculates."""
 
     @property
     def trained(self) -> Rollout:
@@ -81,9 +84,10 @@ def draw_step(
         source.score(rollout, poll[1])
         return rollout
 
+    before = source.accept_lengths
     drawn, refills = round_of(0), 0
     if not settings.dynamic_sampling:
-        return StepRollout(drawn, range(len(drawn.problems)))
+        return StepRollout(drawn, range(len(drawn.problems)), guesses=source.guesses_since(before))
     wanted = settings.prompts_per_step
     while len(kept := with_spread(drawn.rewards)) < wanted and refills < settings.max_refills:
         refills += 1
@@ -91,7 +95,7 @@ def draw_step(
         drawn.extend(round_of(refills))
     if not kept or (len(kept) < wanted and settings.too_few_groups == "error"):
         raise TooFewGroupsError(_too_few(settings, step, len(kept), len(drawn.problems)))
-    return StepRollout(drawn, kept[:wanted], refills)
+    return StepRollout(drawn, kept[:wanted], refills, source.guesses_since(before))
 
 
 def _too_few(settings: RolloutSection, step: int, found: int, drawn: int) -> str:

@@ -48,9 +48,13 @@ def input_files(run: TrainingRun) -> Iterator[tuple[str, Path]]:
         inside = [*model.iterdir(), *(model / CHAT_TEMPLATES).glob("*")]
         visible = (file for file in inside if file.is_file() and not file.name.startswith("."))
         yield from (("model.path", file) for file in visible)
-    if isinstance(run, Eagle3Run) and run.draft.path is not None:
-        files = (file for file in Path(run.draft.path).glob("*") if file.is_file())
-        yield from (("draft.path", file) for file in files)
+    key, draft = "engine.draft_model", None
+    if isinstance(run, Eagle3Run):
+        key, draft = "draft.path", run.draft.path
+    elif isinstance(run, GrpoRun):
+        draft = run.engine.draft_model
+    if draft is not None:
+        yield from ((key, file) for file in Path(draft).glob("*") if file.is_file())
     for key in ("path", "eval_path"):
         if file := getattr(run.data, key):
             yield from _with_content(f"data.{key}", Path(file))

@@ -20,6 +20,7 @@ from samebit.recipes.data.tasks.registry import load_datasets
 from samebit.recipes.data.text import TextCodec
 from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
 from samebit.recipes.launch.draft import checked_draft
+from samebit.recipes.launch.online_draft import checked_online_draft
 from samebit.recipes.launch.placement import require_release, require_transport
 from samebit.recipes.launch.processes import is_one_of_several, launched_rank
 from samebit.recipes.run.generation import GenerateFunction
@@ -61,7 +62,8 @@ def _require_exact_truncation(run: GrpoRun) -> None:
 def _require_engine(run: GrpoRun | Eagle3Run, model: ModelConfig) -> None:
     """ValueError or OSError unless the longest sample fits the model's context and the KV cache,
     and what is to guess tokens is there."""
-    open_speculation(run.engine, model)
+    if not (isinstance(run, GrpoRun) and run.draft.is_online):
+        open_speculation(run.engine, model)
     longest = run.rollout.longest
     lengths = "rollout.max_prompt_len + rollout.max_new_tokens"
     model.require_context(longest, lengths)
@@ -104,6 +106,7 @@ class GrpoInputs:
     def __init__(self, run: GrpoRun, stop: StopSignals | None = None) -> None:
         poll = _polled(stop)
         self.model = checked_model(run)
+        self.draft = checked_online_draft(run, self.model) if run.draft.is_online else None
         _require_exact_truncation(run)
         train_set, eval_set = load_datasets(run.data)
         require_transport(run)

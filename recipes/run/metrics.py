@@ -16,6 +16,8 @@ from samebit.weight_sync.disk import make_folder, naming_file, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+SPECULATION = "rollout/spec_"
+"""What the keys of speculation begin with."""
 WANDB_MODES = ("disabled", "offline", "online")
 OWNER_ONLY = 0o600
 """The mode of files that hold a configuration: what is in it may be nobody else's business."""
@@ -132,9 +134,15 @@ class MetricsLogger:
         self.close()
 
 
+def is_repeated(key: str) -> bool:
+    """Whether equal runs log the same under this key: neither times nor what guesses came to, which
+    depends on what ran beside them."""
+    return not key.startswith(("perf/", SPECULATION))
+
+
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return rows without what differs between equal runs."""
-    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
+    return [{k: v for k, v in row.items() if is_repeated(k)} for row in rows]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ CHARTS = (
     "eval/reward_mean", "rollout/reward_mean", "rollout/kl", "train/kl", "train/entropy",
     "rollout/response_len_mean", "eval/response_len_mean", "rollout/truncated_fraction",
     "rollout/turns_mean", "train/clip_fraction", "train/loss", "train/grad_norm",
+    "rollout/spec_accept_length", "rollout/spec_accept_rate", "draft/loss", "draft/acceptance_0",
     "train/logprob_mismatches", "perf/step_s", "perf/rollout_s", "perf/train_s", "perf/sync_s",
     "perf/eval_s", "perf/rollout_tokens_per_s", "perf/train_tokens_per_s", "perf/train_mfu",
     "perf/rollout_kv_cache_gib", "perf/train_kv_cache_gib", "perf/rollout_gradients_gib",

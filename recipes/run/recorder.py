@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -12,8 +12,6 @@ from samebit.recipes.run.secrets import to_dict
 from samebit.recipes.run.session import RunSession
 from samebit.recipes.run.signals import Stopped
 from samebit.trainer.checkpoint import latest_checkpoint
-from samebit.trainer.draft.trainer import DraftTrainer
-from samebit.trainer.megatron.trainer import MegatronTrainer
 
 
 @dataclass
@@ -24,13 +22,20 @@ class Progress:
     step: int = 0
 
 
+class Stateful(Protocol):
+    """What a checkpoint holds the state of: a trainer, or a recipe with more than one."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run goes on from; `params` are its model's."""
+
+
 @dataclass
 class Recorder:
     """Keeps what becomes of each step. Only the first process has a logger and shows a bar."""
 
     session: RunSession
     progress: Progress
-    trainer: MegatronTrainer | DraftTrainer
+    trained: Stateful
     _logger: MetricsLogger | None
     _bar: tqdm
 
@@ -65,20 +70,18 @@ class Recorder:
         """Begin a checkpoint of the present step, which must not outlive its rows."""
         if self._logger is not None:
             self._logger.sync()
-        state, progress = self.trainer.state_dict(), asdict(self.progress)
+        state, progress = self.trained.state_dict(), asdict(self.progress)
         self.session.save(self.progress.step, state, progress)
 
 
 @contextmanager
-def recording(
-    session: RunSession, progress: Progress, trainer: MegatronTrainer | DraftTrainer
-) -> Iterator[Recorder]:
+def recording(session: RunSession, progress: Progress, trained: Stateful) -> Iterator[Recorder]:
     """Within the block a run goes on from `progress`; at its end all checkpoints are whole.
 
     If the run is stopped, the last whole step is saved, unless it is, and the error says so.
     """
     with _logger(session, progress) as logger, _bar(session, progress) as bar:
-        recorder = Recorder(session, progress, trainer, logger, bar)
+        recorder = Recorder(session, progress, trained, logger, bar)
         try:
             session.started()
             yield recorder

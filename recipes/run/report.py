@@ -43,6 +43,18 @@ CHARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
         "share of the drawn ones",
         {"rewards differ": "rollout/spread_fraction", "trained on": "rollout/kept_fraction"},
     ),
+    (
+        "Accept length",
+        "tokens that a verification of guesses yields",
+        {"train": "rollout/spec_accept_length"},
+    ),
+    (
+        "Accepted guesses",
+        "share of the guesses that were right, in all and by place",
+        {"all": "rollout/spec_accept_rate"}
+        | {f"{i + 1}": f"rollout/spec_accept_rate_{i}" for i in range(5)},
+    ),
+    ("Draft loss", "of a draft in training", {"train": "draft/loss"}),
     ("Loss", "training loss", {"train": "train/loss"}),
     ("KL", "divergence from the reference", {"train": "train/kl"}),
     ("Gradient norm", "before clipping", {"train": "train/grad_norm"}),

@@ -21,6 +21,7 @@ from samebit.recipes.run.generation import GenerateFunction
 from samebit.recipes.run.inputs import GrpoInputs
 from samebit.recipes.run.signals import Stopped
 from samebit.rollout.client import EngineClient, Progress
+from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion, SamplingParams
 from samebit.trainer.ranks import on_first
 from samebit.trainer.types import Sample
@@ -145,6 +146,16 @@ class RolloutSource(PromptOrder):
         super().__init__(run.rollout, run.seed, inputs.train_set, inputs.eval_set)
         self._inputs = inputs
         self._engine = engine
+
+    @property
+    def accept_lengths(self) -> AcceptLengths | None:
+        """What the engine's guesses have come to so far; None if it does not speculate."""
+        return self._engine.accept_lengths
+
+    def guesses_since(self, earlier: AcceptLengths | None) -> AcceptLengths | None:
+        """What has come to earlier `accept_lengths` since."""
+        now = self.accept_lengths
+        return None if now is None or earlier is None else now - earlier
 
     def draw(
         self,

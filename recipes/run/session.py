@@ -237,8 +237,9 @@ def require_resumable(run: TrainingRun, records: Mapping[str, Dataset]) -> None:
 
 
 def _require_own_model(run: TrainingRun) -> None:
-    """All but grpo write a model at their end: neither over what they read nor over another's."""
-    if run.resume and not isinstance(run, GrpoRun):
-        out = run.run_dir / ("draft" if isinstance(run, Eagle3Run) else "model")
+    """What a run writes at its end: neither over what it reads nor over another's."""
+    trains_draft = isinstance(run, Eagle3Run) or (isinstance(run, GrpoRun) and run.draft.is_online)
+    if run.resume and (trains_draft or not isinstance(run, GrpoRun)):
+        out = run.run_dir / ("draft" if trains_draft else "model")
         require_outside(out, input_files(run), "which the run's export replaces")
         require_replaceable(out)

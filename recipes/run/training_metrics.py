@@ -9,7 +9,9 @@ import numpy as np
 
 from samebit.recipes.data.conversation import Response, num_drawn
 from samebit.recipes.data.text import TextCodec
+from samebit.recipes.run.metrics import SPECULATION
 from samebit.recipes.run.sampling import Rollout
+from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion
 from samebit.trainer.flops import peak_flops, train_flops
 from samebit.trainer.megatron.trainer import MegatronTrainer
@@ -55,6 +57,26 @@ def rollout_metrics(rollout: Rollout, prefix: str) -> dict[str, float]:
         / len(completions),
         **({f"{prefix}/turns_mean": sum(turns) / len(turns)} if turns else {}),
     }
+
+
+def speculation_metrics(guesses: AcceptLengths | None) -> dict[str, float]:
+    """Return what a rollout's guesses came to, under slime's names; nothing if none are made.
+
+    Where nothing was guessed there are counts alone; place 0 is the first guess.
+    """
+    if guesses is None:
+        return {}
+    found: dict[str, float] = {
+        "verifications": guesses.verifications,
+        "draft_tokens": guesses.num_guessed,
+        "accepted_tokens": guesses.num_right,
+    }
+    if guesses.num_guessed:
+        found["accept_length"] = guesses.accept_length
+        found["accept_rate"] = guesses.num_right / guesses.num_guessed
+        rates = enumerate(zip(guesses.acceptance, guesses.guessed, strict=True))
+        found |= {f"accept_rate_{i}": rate for i, (rate, tried) in rates if tried}
+    return {f"{SPECULATION}{name}": value for name, value in found.items()}
 
 
 def reference_metrics(samples: Sequence[Sample]) -> dict[str, float]:

@@ -105,6 +105,7 @@ def _damage(engine: Engine, value: float | None) -> None:
     """What no folder may hold, unless None."""
     assert engine.speculation is not None
     assert isinstance(proposer := engine.speculation.proposer, Eagle3)
-    for param in proposer.params.values():
+    assert (draft := proposer.parts.draft) is not None
+    for param in draft.params.values():
         if value is not None:
             param.fill_(value)

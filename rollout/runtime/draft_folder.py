@@ -41,12 +41,15 @@ class DraftFolder:
     dtype: torch.dtype
     config: DraftConfig
     vocabulary: DraftVocabulary
-    _read: Read
+    read: Read
+    """Parts of its weights, by the names of config.param_specs' Hugging Face tensors."""
+    norm_output: str | None = None
+    """Whose meaning that key was said to have."""
 
     def fill(self, params: Mapping[str, Tensor], shard: Shard = WHOLE) -> None:
         """Fill params (of config.param_specs) in place, in their dtype; WeightLoadError for NaN or
         Inf."""
-        fill(self.path, self.config.param_specs(shard), params, self._read)
+        fill(self.path, self.config.param_specs(shard), params, self.read)
 
 
 def open_draft(
@@ -86,7 +89,7 @@ def open_draft(
         handle, own = places[name]
         return handle.get_slice(own)[index]
 
-    return DraftFolder(folder, dialect, dtype, config, vocabulary, read)
+    return DraftFolder(folder, dialect, dtype, config, vocabulary, read, norm_output)
 
 
 def write_draft(

@@ -32,23 +32,15 @@ class HFWeights:
                 f"no update is under way (state: {state}); call begin_weight_update first"
             )
 
-    def require_fit(
-        self, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]]
-    ) -> None:
-        """Break the update if a tensor does not fit, before any comes. dtypes may have "torch."."""
-        if not len(names) == len(dtypes) == len(shapes):
-            self._session.refuse(
-                f"{len(names)} names, {len(dtypes)} dtypes and {len(shapes)} shapes; every tensor "
-                "has one of each"
-            )
-        for given_name, dtype, shape in zip(names, dtypes, shapes, strict=True):
-            name = self._own_name(given_name)
-            if name not in self._shapes:
-                self._session.refuse(f"unknown tensor {name}{self._hint(name, self._shapes)}")
-            own = f"{self._shapes[name]} {self._dtypes[name]}"
-            given = f"{tuple(shape)} torch.{str(dtype).removeprefix('torch.')}"
-            if given != own:
-                self._session.refuse(f"{given_name} is {own} here and {given} in the update")
+    def require_fit(self, given_name: str, dtype: str, shape: Sequence[int]) -> None:
+        """Break the update if a tensor does not fit, before any comes. dtype may have "torch."."""
+        name = self._own_name(given_name)
+        if name not in self._shapes:
+            self._session.refuse(f"unknown tensor {name}{self._hint(name, self._shapes)}")
+        own = f"{self._shapes[name]} {self._dtypes[name]}"
+        given = f"{tuple(shape)} torch.{str(dtype).removeprefix('torch.')}"
+        if given != own:
+            self._session.refuse(f"{given_name} is {own} here and {given} in the update")
 
     def take(self, given_name: str, source: Tensor | Broadcasts) -> None:
         """Put a tensor that fits into its places, or one that is broadcast next.

@@ -181,7 +181,7 @@ class RequestBook:
         self.lockstep.say(Continue())
         if self._weights.version != self._paused_at:
             self._scheduler.keep_all()
-        self.is_paused = self._weights.is_paused = False
+        self.is_paused = self._weights.gate.is_paused = False
 
     def flush_cache(self) -> None:
         self.lockstep.say(FlushCache())
@@ -219,7 +219,7 @@ class RequestBook:
             self._scheduler.retract_all()
         if not self.is_paused:
             self._paused_at = self._weights.version
-        self.is_paused = self._weights.is_paused = True
+        self.is_paused = self._weights.gate.is_paused = True
 
     def _queue(self, request: Request, call: Call | None) -> list[RunningSample]:
         samples = RunningSample.of(request, self._arrivals)

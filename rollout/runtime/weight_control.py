@@ -1,5 +1,6 @@
-"""Which weights the engine serves: loading, binding, updates in place, and the ways they arrive."""
+"""Which weights an engine serves: loading, binding, updates in place, and the ways they arrive."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from samebit.rollout.runtime.runner import Runner
 from samebit.rollout.runtime.scheduler import Scheduler
 from samebit.rollout.runtime.weights import fill, load_dummy, load_safetensors, open_safetensors
 from samebit.weight_sync.buckets import cut_buckets, pack
-from samebit.weight_sync.mapping import ParamSpec, hf_parts, unequal_shapes
+from samebit.weight_sync.mapping import ParamSpec, Read, hf_parts, unequal_shapes
 from samebit.weight_sync.session import SessionState, UpdateSession, non_finite
 from samebit.weight_sync.transports.file import read_version
 from samebit.weight_sync.types import Bucket, ParamMeta, WeightSyncError, WeightVersion
@@ -52,7 +53,11 @@ def load_weights(
         stored = read_version(model_path)
     if arena.device.type == "cuda":
         torch.cuda.empty_cache()  # small things of later would keep all that loading needed
-    session = UpdateSession(specs, weights, WeightVersion(0, ""), group)
+    return versioned(UpdateSession(specs, weights, WeightVersion(0, ""), group), stored)
+
+
+def versioned(session: UpdateSession, stored: WeightVersion | None) -> UpdateSession:
+    """The session, under the version of its folder if that has their digest, else of step 0."""
     digest = session.digest()
     step = stored.step if stored and stored.digest == digest else 0
     session.version = WeightVersion(step, digest)
@@ -83,11 +88,8 @@ def adopt_weights(
     return session
 
 
-class WeightControl:
-    """Holds the engine's weights and changes them: a WeightSink, and methods of Engine.
-
-    Nothing may be served while an update is under way or has broken off: see UpdateSession.
-    """
+class StepGate:
+    """When an engine's models may change: between two steps, while none is due."""
 
     is_paused = False
     """Whether no step runs before the engine is told to go on."""
@@ -96,66 +98,55 @@ class WeightControl:
     require_alike: Callable[[str], None] = staticmethod(lambda what: None)
     """Raises for what every tensor parallel rank has to call, while rank 0 alone is called."""
 
-    def __init__(
-        self,
-        session: UpdateSession,
-        model: ModelConfig,
-        arena: Arena,
-        runner: Runner,
-        scheduler: Scheduler,
-        prefixes: PrefixCache | None,
-    ) -> None:
-        self.session = session
-        self._model = model
-        self._arena = arena
-        self._runner = runner
+    def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self._prefixes = prefixes
+
+    def require_quiet(self, what: str) -> None:
+        """Raise WeightSyncError unless no step may come: the engine is idle, or paused."""
+        if self._scheduler.has_unfinished and not self.is_paused:
+            raise WeightSyncError(
+                f"{what} needs an idle engine: {self._scheduler.num_unfinished} requests are "
+                "unfinished; finish or abort them first, or call pause_generation"
+            )
+
+
+class ServedModel(ABC):
+    """Holds the weights of one of an engine's models and changes them in place: a WeightSink.
+
+    Each has a session, and so a version and a digest, of its own.
+    """
+
+    def __init__(self, session: UpdateSession, arena: Arena, gate: StepGate) -> None:
+        self.session, self.gate = session, gate
+        self._arena = arena
         self._dtype = next(iter(session.params.values())).dtype
 
     @property
     def version(self) -> WeightVersion:
         return self.session.version
 
+    @abstractmethod
+    def flush_cache(self) -> None:
+        """Forget what was computed by these weights and must not be found under others."""
+
+    @abstractmethod
+    def _open(self, folder: Path) -> Read:
+        """A reader of a folder; ValueError or WeightLoadError for one of another model."""
+
     def require_resident(self) -> None:
         """Raise ReleasedError if the weights' memory is released."""
-        self._arena.require_resident(("weights",))
+        self._arena.require_resident((self.session.tag,))
 
     def digest(self) -> str:
         self.require_resident()
         return self.session.digest()
 
-    def flush_cache(self) -> None:
-        if self._prefixes is not None:
-            self._prefixes.reset(self.version)
-
-    def bind_weights(self, params: Mapping[str, Tensor], step: int) -> WeightVersion:
-        def bind() -> WeightVersion:
-            self.require_alike("bind_weights")
-            self.require_quiet("bind_weights")
-            own = self.session
-            if own.state is SessionState.UPDATING:
-                raise WeightSyncError("bind_weights: an update is under way; end it first")
-            places = {p.data_ptr() for p in own.params.values()}
-            if any(p.data_ptr() in places for p in params.values()):
-                self.require_resident()
-            kept = own.specs, self._dtype, self._arena, own.group
-            self.session = adopt_weights(params, step, *kept)
-            self.session.released = self._arena.released
-            self._runner.bind(self._runner.model.with_params(self.session.params))
-            self.flush_cache()
-            return self.version
-
-        return self.between_steps(bind)
-
-    def begin(
-        self, step: int, selector: str = "target", *, may_go_back: bool = False
-    ) -> WeightVersion | None:
+    def begin(self, step: int, *, may_go_back: bool = False) -> WeightVersion | None:
         def begin() -> WeightVersion | None:
-            self.require_alike("a weight update")
-            self.require_quiet("a weight update")
+            self.gate.require_alike("a weight update")
+            self.gate.require_quiet("a weight update")
             held = self.session.whole
-            self.session.begin(step, selector, may_go_back=may_go_back)
+            self.session.begin(step, may_go_back=may_go_back)
             try:
                 self.flush_cache()  # before a byte is written, so before anything is served again
             except BaseException:
@@ -163,7 +154,7 @@ class WeightControl:
                 raise
             return held
 
-        return self.between_steps(begin)
+        return self.gate.between_steps(begin)
 
     def receive_in_place(self, params: Mapping[str, Tensor]) -> None:
         own = self.session.params
@@ -202,7 +193,7 @@ class WeightControl:
             self.flush_cache()
             return version
 
-        return self.between_steps(commit)
+        return self.gate.between_steps(commit)
 
     def copy_weights(
         self, params: Mapping[str, Tensor], step: int, digest: str | None
@@ -216,10 +207,7 @@ class WeightControl:
     def update_weights_from_disk(self, model_path: str | Path, step: int | None) -> WeightVersion:
         folder, session, failure = as_path(model_path, "model_path"), self.session, None
         try:
-            if (folder / "config.json").exists():
-                _require_same_model(load_model_config(folder), self._model, folder)
-            read = open_safetensors(folder, session.specs)
-            version = read_version(folder)
+            read, version = self._open(folder), read_version(folder)
         except Exception as error:  # noqa: BLE001 - raised once the other ranks know of it
             failure = error
         session.agree(failure)
@@ -247,13 +235,54 @@ class WeightControl:
                 self.session.abort_alike(str(error) or repr(error))
             raise
 
-    def require_quiet(self, what: str) -> None:
-        """Raise WeightSyncError unless no step may come: the engine is idle, or paused."""
-        if self._scheduler.has_unfinished and not self.is_paused:
-            raise WeightSyncError(
-                f"{what} needs an idle engine: {self._scheduler.num_unfinished} requests are "
-                "unfinished; finish or abort them first, or call pause_generation"
-            )
+
+class WeightControl(ServedModel):
+    """The weights of the target, the model whose tokens an engine draws.
+
+    Nothing may be served while an update is under way or has broken off: see UpdateSession.
+    """
+
+    def __init__(
+        self,
+        session: UpdateSession,
+        model: ModelConfig,
+        arena: Arena,
+        runner: Runner,
+        prefixes: PrefixCache | None,
+        gate: StepGate,
+    ) -> None:
+        super().__init__(session, arena, gate)
+        self._model = model
+        self._runner = runner
+        self._prefixes = prefixes
+
+    def flush_cache(self) -> None:
+        if self._prefixes is not None:
+            self._prefixes.reset(self.version)
+
+    def bind_weights(self, params: Mapping[str, Tensor], step: int) -> WeightVersion:
+        def bind() -> WeightVersion:
+            self.gate.require_alike("bind_weights")
+            self.gate.require_quiet("bind_weights")
+            own = self.session
+            if own.state is SessionState.UPDATING:
+                raise WeightSyncError("bind_weights: an update is under way; end it first")
+            places = {p.data_ptr() for p in own.params.values()}
+            if any(p.data_ptr() in places for p in params.values()):
+                self.require_resident()
+            kept = own.specs, self._dtype, self._arena, own.group
+            self.session = adopt_weights(params, step, *kept)
+            self.session.released = self._arena.released
+            self._runner.bind(self._runner.model.with_params(self.session.params))
+            self.flush_cache()
+            return self.version
+
+        return self.gate.between_steps(bind)
+
+    def _open(self, folder: Path) -> Read:
+        if (folder / "config.json").exists():
+            _require_same_model(load_model_config(folder), self._model, folder)
+        return open_safetensors(folder, self.session.specs)
 
 
 def _require_same_model(found: ModelConfig, own: ModelConfig, folder: Path) -> None:

@@ -10,7 +10,8 @@ from samebit.rollout.runtime.drafts import Drafts
 
 @dataclass(frozen=True)
 class AcceptLengths:
-    """Counts over an engine's life; of a decoding sample's steps in which anything was guessed."""
+    """Counts over an engine's life, or a part of it; of a decoding sample's steps in which anything
+    was guessed."""
 
     verifications: int
     """Such steps of one sample."""
@@ -27,6 +28,16 @@ class AcceptLengths:
         return cls(0, 0, (0,) * num_draft_tokens, (0,) * num_draft_tokens)
 
     @property
+    def num_guessed(self) -> int:
+        """Guesses in all places."""
+        return sum(self.guessed)
+
+    @property
+    def num_right(self) -> int:
+        """Guesses that were right."""
+        return sum(self.right)
+
+    @property
     def accept_length(self) -> float:
         """Tokens that a verification yields in the mean, from 1 on; NaN without any."""
         return self.tokens / self.verifications if self.verifications else float("nan")
@@ -41,11 +52,26 @@ class AcceptLengths:
         """With a step's: counts [B], the tokens that each of its samples got."""
         guessed, right = by_place(drafts, counts, len(self.guessed))
         verified = drafts.lens > 0
+        sums = int(verified.sum()), int(counts[verified].sum())
+        return self + type(self)(*sums, tuple(guessed.tolist()), tuple(right.tolist()))
+
+    def __add__(self, other: Self) -> Self:
+        """The counts of both, of engines that guess as many tokens at most."""
+        return self._with(other, 1)
+
+    def __sub__(self, earlier: Self) -> Self:
+        """What has come to earlier counts of the same engine since."""
+        return self._with(earlier, -1)
+
+    def _with(self, other: Self, sign: int) -> Self:
+        def places(own: tuple[int, ...], more: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(a + sign * b for a, b in zip(own, more, strict=True))
+
         return type(self)(
-            self.verifications + int(verified.sum()),
-            self.tokens + int(counts[verified].sum()),
-            tuple((np.array(self.guessed) + guessed).tolist()),
-            tuple((np.array(self.right) + right).tolist()),
+            self.verifications + sign * other.verifications,
+            self.tokens + sign * other.tokens,
+            places(self.guessed, other.guessed),
+            places(self.right, other.right),
         )
 
 

@@ -8,8 +8,9 @@ written over once the target has computed those tokens. Source: Li et al. 2025, 
 A guess is drawn as the target will draw, with the same noise for each token of its vocabulary: at a
 temperature, too, both mostly take the same token where they think alike.
 
-Where pages hold no keys of the draft's, or those of another continuation (the last token of a page
-that samples share), the guesses are worse, and nothing else is.
+Where pages hold no keys of the draft's, those of its weights before, or of another continuation
+(the last token of a page that samples share), the guesses are worse, and nothing else is. While the
+draft's weights are no whole version nothing is guessed.
 """
 
 from collections.abc import Sequence
@@ -29,22 +30,20 @@ from samebit.rollout.speculative.proposer import Context, Proposal, Proposer, Pr
 
 
 class Eagle3(Proposer):
-    """Guesses by the draft model of the engine's draft_model; see the file's head."""
+    """Guesses by the engine's draft model; see the file's head."""
 
     def __init__(self, parts: ProposerParts) -> None:
         super().__init__(parts)
-        assert parts.draft is not None, "the engine opens the folder before it makes its KV cache"
-        config, ranks, device = parts.draft.config, parts.ranks, parts.runner.device
+        assert parts.draft is not None, "the engine loads it before it makes its KV cache"
+        self._served = draft = parts.draft
+        config, ranks, device = draft.config, parts.ranks, parts.runner.device
         self.streams, self.cost = config.captured_layers, 1 / parts.runner.model.config.num_layers
         self.config, dtype = config, parts.runner.model.embedding.dtype
-        specs = config.param_specs(ranks.shard)
-        self.params = parts.arena.allocate("draft", {s.name: (s.shape, dtype) for s in specs})
-        parts.draft.fill(self.params, ranks.shard)
-        self._draft = DraftDecoder(config, self.params, parts.runner.model.embedding, ranks)
+        self._draft = DraftDecoder(config, draft.params, parts.runner.model.embedding, ranks)
         self._attention = type(parts.attention)(self._draft.heads, device)
         self._rope_table = config.rope_table(parts.num_positions, device)
         self._keys, self._values = parts.cache.keys[-1], parts.cache.values[-1]
-        self._vocabulary = to_device(parts.draft.vocabulary.token_ids, device)
+        self._vocabulary = to_device(draft.vocabulary.token_ids, device)
         # By slot, what the target computed last: fused states of `count` tokens from `first` on.
         num_slots, most = parts.slots.num_slots, parts.num_draft_tokens + 1
         shape = (num_slots, most, config.hidden_size)
@@ -55,6 +54,9 @@ class Eagle3(Proposer):
 
     def observe(self, step: EngineStep, collected: dict[int, Tensor]) -> None:
         """Note the states of tokens whose next one is yet to be drawn; read the others at once."""
+        if not self._served.is_whole:
+            self._entry[:] = -1  # what is known of samples has a gap from here on
+            return
         states = self._model().fuse([collected[layer] for layer in self.streams])
         slots, num_rows = self.parts.slots, step.num_decode_rows
         owners, offsets = step.decode, np.zeros(num_rows, dtype=np.int64)
@@ -98,7 +100,7 @@ class Eagle3(Proposer):
     def propose(self, contexts: Sequence[Context]) -> list[Proposal]:
         """Read what was drawn since, and guess for those that have room."""
         proposals = [Proposal()] * len(contexts)
-        if not len(held := self._unread(contexts)):
+        if not self._served.is_whole or not len(held := self._unread(contexts)):
             return proposals
         asked = [contexts[i] for i in held]
         slots, room = np.array([c.slot for c in asked]), np.array([c.room for c in asked])
@@ -181,7 +183,9 @@ class Eagle3(Proposer):
 
     def _model(self) -> DraftDecoder:
         """The draft, on the embedding that is the target's now."""
-        self._draft.embedding = self.params.get(EMBEDDING, self.parts.runner.model.embedding)
+        self._draft.embedding = self._served.params.get(
+            EMBEDDING, self.parts.runner.model.embedding
+        )
         return self._draft
 
     def _on_device(self, values: np.ndarray) -> Tensor:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from samebit.rollout.config import EngineConfig
+from samebit.rollout.config import WITH_DRAFT, EngineConfig
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.runtime.draft_folder import DraftFolder, open_draft
 from samebit.rollout.speculative.proposer import ProposerParts
@@ -13,11 +13,17 @@ from samebit.rollout.speculative.speculation import Speculation
 def open_speculation(config: EngineConfig, target: ModelConfig) -> DraftFolder | None:
     """The draft model of an engine, if it has one; its weights are not read yet.
 
-    Raises ValueError for a proposer that cannot be imported and for a draft of another target,
-    besides what open_draft raises.
+    Raises ValueError for a proposer that cannot be imported, and for a draft that is missing or of
+    another target, besides what open_draft raises.
     """
-    if config.speculative != "none":
-        proposer(config.speculative)
+    kind = config.speculative
+    if kind != "none":
+        proposer(kind)
+    if kind in WITH_DRAFT and not config.draft_model:
+        raise ValueError(
+            f"engine.draft_model is {config.draft_model!r}; it must be the path of a draft model's "
+            f"folder with speculative={kind}"
+        )
     if config.draft_model is None:
         return None
     path = Path(config.draft_model)
@@ -37,11 +43,7 @@ def open_speculation(config: EngineConfig, target: ModelConfig) -> DraftFolder |
 
 
 def make_speculation(config: EngineConfig, parts: ProposerParts) -> Speculation | None:
-    """What guesses for an engine; None if nothing does.
-
-    Raises WeightLoadError for a draft with NaN or Inf, and ValueError for one that the tensor
-    parallel ranks cannot share.
-    """
+    """What guesses for an engine; None if nothing does."""
     if config.speculative == "none":
         return None
     speculation = Speculation(proposer(config.speculative)(parts), config.adaptive_drafts)

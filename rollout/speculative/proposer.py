@@ -16,11 +16,11 @@ from torch import Tensor
 from samebit.kernels.attention_kind import AttentionKind
 from samebit.kernels.memory import Arena
 from samebit.kernels.reduce import RankGroup
-from samebit.rollout.runtime.draft_folder import DraftFolder
 from samebit.rollout.runtime.kv_cache import KVCache
 from samebit.rollout.runtime.runner import Runner
 from samebit.rollout.runtime.running_sample import RunningSample
 from samebit.rollout.runtime.scheduler import EngineStep
+from samebit.rollout.runtime.served_draft import ServedDraft
 from samebit.rollout.runtime.slots import Slots
 
 
@@ -64,7 +64,7 @@ class ProposerParts:
     arena: Arena
     ranks: RankGroup
     num_positions: int
-    draft: DraftFolder | None
+    draft: ServedDraft | None
 
 
 class Proposer(ABC):

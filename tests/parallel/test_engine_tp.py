@@ -36,7 +36,14 @@ def test_two_ranks_are_one_engine(found, qwen3_path):
     for i, (prompt, group) in enumerate(zip(prompts(), first, strict=True)):
         if i not in warm:
             assert found[0]["scores"][i][len(prompt) - 1 :] == group[0][1]
-    alone = Engine(qwen3_path, device="cpu", seed=3)
+    draft = {"speculative": "eagle3", "draft_model": found[0]["draft"]["folder"]}
+    alone = Engine(qwen3_path, device="cpu", seed=3, **draft)
+    doubled = {name: 2 * param for name, param in alone.draft_control.params.items()}
+    old, new, healed = found[0]["draft"]["versions"]
+    assert old == vars(alone.draft_version)
+    assert new == vars(alone.copy_weights(doubled, 3, selector="draft"))
+    assert healed == {"step": 5, "digest": old["digest"]}
+    assert "rank 1: NaN or Inf in 1 tensors: draft.fc.weight" in found[0]["draft"]["said"]
     versions = found[0]["versions"]
     assert [v["step"] for v in versions] == [0, 5, 7]
     assert {v["digest"] for v in versions} == {alone.weight_version.digest}

@@ -7,8 +7,9 @@ import torch
 
 from samebit.recipes.run import training_metrics
 from samebit.recipes.run.sampling import Rollout
-from samebit.recipes.run.training_metrics import speed
+from samebit.recipes.run.training_metrics import speculation_metrics, speed
 from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.flops import train_flops
@@ -47,3 +48,27 @@ def test_each_process_has_its_share_of_a_peak(llama_path, monkeypatch, parallel)
     share = train_flops(model, [7, 9, 8, 13]) / trainer.parallel.num_processes / 0.5 / 1e9
     found = speed(trainer, rollout, stats, seconds)
     assert found == rates | {"perf/train_mfu": pytest.approx(share, rel=1e-14)}
+
+
+def test_guesses_are_told_in_all_and_by_place():
+    """What was never guessed has no share, and an engine that guesses nothing has no metrics."""
+    assert speculation_metrics(None) == {}
+    counts = {"verifications": 0, "draft_tokens": 0, "accepted_tokens": 0}
+    none = AcceptLengths.none(3)
+    assert speculation_metrics(none) == {f"rollout/spec_{k}": v for k, v in counts.items()}
+    some = AcceptLengths(verifications=4, tokens=7, guessed=(4, 2, 0), right=(2, 1, 0))
+    earlier = AcceptLengths(verifications=1, tokens=1, guessed=(1, 1, 0), right=(0, 0, 0))
+    found = speculation_metrics(some + earlier - earlier)
+    assert (
+        found
+        == speculation_metrics(some)
+        == {
+            "rollout/spec_verifications": 4,
+            "rollout/spec_draft_tokens": 6,
+            "rollout/spec_accepted_tokens": 3,
+            "rollout/spec_accept_length": 1.75,
+            "rollout/spec_accept_rate": 0.5,
+            "rollout/spec_accept_rate_0": 0.5,
+            "rollout/spec_accept_rate_1": 0.5,
+        }
+    )

@@ -248,7 +248,7 @@ def test_weights_under_update_are_not_released(make_engine, truth):
     engine = make_engine(weights_backup=True)
     weights = {name: p.clone() for name, p in engine.weights.items()}
     engine.sink.begin(1)
-    with pytest.raises(WeightSyncError, match="cannot be released: they are being updated"):
+    with pytest.raises(WeightSyncError, match="memory of weights cannot be released: an update"):
         engine.release_memory_occupation()
     assert engine.arena.released == ()
     engine.release_memory_occupation(["kv_cache"])  # room for the update

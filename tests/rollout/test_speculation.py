@@ -149,7 +149,7 @@ DRAFTED = [
 def test_a_draft_that_knows_nothing(make_engine, truth, draft_path, settings, weights):
     own = make_engine(**{"adaptive_drafts": False, "draft_model": draft_path} | settings)
     if weights == "nan":
-        for param in drafted(own).params.values():
+        for param in own.draft_control.params.values():
             param.fill_(math.nan)
     found = own.generate(PROMPTS, PARAMS, IDS)
     assert outcomes(found) == outcomes(truth)
@@ -165,7 +165,7 @@ def drafted(own):
 def test_a_drafts_weights_come_back(make_engine, truth, draft_path):
     """Without a backup of the engine's, which a full update brings: a draft has none."""
     own = make_engine(speculative="eagle3", draft_model=draft_path)
-    params, weights = drafted(own).params, {n: w.clone() for n, w in own.weights.items()}
+    params, weights = own.draft_control.params, {n: w.clone() for n, w in own.weights.items()}
     kept = {name: param.clone() for name, param in params.items()}
     assert own.release_memory_occupation(["weights", "draft"])["draft"] > 0
     with pytest.raises(RuntimeError, match="draft"):

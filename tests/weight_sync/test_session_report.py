@@ -198,19 +198,6 @@ def test_a_stale_step_is_refused_and_changes_nothing(session):
     assert session.version.step == 4
 
 
-def test_an_update_names_what_it_updates(session):
-    """A drafter must not be overwritten by whoever does not know of it."""
-    with pytest.raises(ValueError, match="is unknown; use one of all, target, draft"):
-        session.begin(4, "drafter")
-    with pytest.raises(WeightSyncError, match="no draft model is served, the target alone"):
-        session.begin(4, "draft")
-    session.require_ready()
-    for step, selector in enumerate(("target", "all"), start=4):
-        session.begin(step, selector)
-        fill(session, *session.metas())
-        assert session.commit(None).step == step
-
-
 def test_released_memory_is_named(session):
     """Whoever asks learns what to resume; without weights there is nothing to update."""
     session.released = ("kv_cache", "cuda_graphs")

@@ -6,7 +6,7 @@ are divided once by the rows that count. The same samples on the same device giv
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class DraftTrainer:
         self.specs = config.param_specs()
         self.step = 0
         self._target, self._settings, self._num_steps = target, optimizer, num_steps
-        self.params = {
+        self.params: Mapping[str, Tensor] = {
             spec.name: torch.zeros(spec.shape, dtype=self.dtype, device=self.device)
             for spec in self.specs
         }
@@ -96,6 +96,8 @@ class DraftTrainer:
         self._token_ids = vocabulary.token_ids.to(self.device)
         positions = config.max_position + self.ttt.passes
         self._rope_table = config.rope_table(positions, self.device)
+        self._totals = TttTotals.zeros(self.ttt.passes, self.device)
+        self._asked = 0  # rows of the last step or evaluation
 
     @torch.no_grad()
     def fill(self, load: Callable[[Mapping[str, Tensor]], object]) -> None:
@@ -114,14 +116,42 @@ class DraftTrainer:
         Raises NonFiniteError, and writes nothing, for a loss or gradient that is NaN or infinite,
         and ValueError for micro-batches of other streams or without a row that counts.
         """
+        self.begin_step()
+        for data in batches:
+            poll()
+            self.take(data)
+        if (stats := self.end_step()) is None:
+            raise _no_row(self._asked, self.vocabulary)
+        return stats
+
+    def begin_step(self) -> None:
+        """Begin an optimizer step; what an earlier one took in that has not ended is forgotten."""
         for name, grad in self._grads.items():
             grad.zero_()
             self._masters[name].grad = None  # of a step that was broken off
-        totals = TttTotals.zeros(self.ttt.passes, self.device)
-        for data in batches:
-            poll()
-            self._accumulate(data, totals)
-        stats = self._stats(totals)
+        self._totals = TttTotals.zeros(self.ttt.passes, self.device)
+
+    def take(self, data: DraftBatch) -> None:
+        """Add a micro-batch's gradients to those of the step; ValueError for other streams."""
+        totals, finals = self._totals, self.unroll(data)
+        output_grad = self._grads[OUTPUT][: self.config.draft_vocab_size]
+        grads = loss_gradients(
+            self._draft, finals, data, self._target, self._token_ids, self.ttt, output_grad, totals
+        )
+        torch.autograd.backward(finals, grads)
+        for name, vector in self._vectors.items():
+            assert vector.grad is not None, name
+            self._grads[name] += vector.grad
+            vector.grad = None
+
+    def end_step(self) -> DraftStats | None:
+        """End the step on what all ranks have taken; without a row that counts none is made: None.
+
+        Raises NonFiniteError, and writes nothing, for a loss or gradient that is NaN or infinite.
+        """
+        stats = self._stats(self._totals)
+        if stats is None:
+            return None
         grads = {name: self._summed(grad) for name, grad in self._grads.items()}
         for grad in grads.values():
             grad /= stats.num_rows
@@ -137,13 +167,7 @@ class DraftTrainer:
         self._adam.step(grads, lr)
         self._publish()
         self.step += 1
-        return DraftStats(
-            loss=stats.loss,
-            num_rows=stats.num_rows,
-            grad_norm=norm,
-            learning_rate=lr,
-            metrics=stats.metrics,
-        )
+        return replace(stats, grad_norm=norm, learning_rate=lr)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[DraftBatch]) -> DraftStats:
@@ -159,7 +183,9 @@ class DraftTrainer:
             lengths = accept_lengths(drafted, ids, rows, batch.seq_lens)
             totals.accepted[0] += sum(lengths)
             totals.accepted[1] += len(lengths)
-        return self._stats(totals)
+        if (stats := self._stats(totals)) is None:
+            raise _no_row(self._asked, self.vocabulary)
+        return stats
 
     def unroll(self, data: DraftBatch) -> list[Tensor]:
         """The states [T, D] that give each pass's logits (ttt.unroll)."""
@@ -201,18 +227,6 @@ class DraftTrainer:
         self._publish()
         self.step = state["step"]
 
-    def _accumulate(self, data: DraftBatch, totals: TttTotals) -> None:
-        finals = self.unroll(data)
-        output_grad = self._grads[OUTPUT][: self.config.draft_vocab_size]
-        grads = loss_gradients(
-            self._draft, finals, data, self._target, self._token_ids, self.ttt, output_grad, totals
-        )
-        torch.autograd.backward(finals, grads)
-        for name, vector in self._vectors.items():
-            assert vector.grad is not None, name
-            self._grads[name] += vector.grad
-            vector.grad = None
-
     @torch.no_grad()
     def _publish(self) -> None:
         """Round the masters into the parameters."""
@@ -226,17 +240,16 @@ class DraftTrainer:
             return grad
         return reduce_ref(list(gather_rows(grad, self.ranks).chunk(self.ranks.size)), torch.float32)
 
-    def _stats(self, totals: TttTotals) -> DraftStats:
+    def _stats(self, totals: TttTotals) -> DraftStats | None:
+        """Of all ranks' rows; None if none counts."""
         own = [x.tolist() for x in totals.tensors()]
         each = gather_objects(own, self.ranks.group) if self.ranks.size > 1 else [own]
         rows, loss, matches, acceptance, asked, accepted = (
             torch.tensor(parts, dtype=torch.float64).sum(0) for parts in zip(*each, strict=True)
         )
+        self._asked = int(asked)
         if not rows[0]:
-            raise ValueError(
-                f"none of {int(asked)} rows counts: what the target would say is not in the draft "
-                f"vocabulary of {len(self.vocabulary)} tokens, or no sample has three tokens"
-            )
+            return None
         decay = self.ttt.loss_decay ** torch.arange(self.ttt.passes, dtype=torch.float64)
         metrics = {"vocabulary_share": float(rows[0] / asked[0])}
         if accepted[1]:
@@ -248,3 +261,10 @@ class DraftTrainer:
         return DraftStats(
             loss=float((loss * decay).sum() / rows[0]), num_rows=int(rows[0]), metrics=metrics
         )
+
+
+def _no_row(asked: int, vocabulary: DraftVocabulary) -> ValueError:
+    return ValueError(
+        f"none of {asked} rows counts: what the target would say is not in the draft vocabulary of "
+        f"{len(vocabulary)} tokens, or no sample has three tokens"
+    )

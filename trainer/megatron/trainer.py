@@ -28,6 +28,7 @@ from torch import Tensor
 from samebit.kernels.attention import CanonicalAttention
 from samebit.kernels.attention_kind import AttentionKind
 from samebit.kernels.memory import Arena
+from samebit.kernels.reduce import RankGroup
 from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.algorithms.base import Algorithm, LossInputs
 from samebit.trainer.config import OptimizerConfig, ParallelConfig
@@ -45,8 +46,10 @@ from samebit.trainer.megatron.optimizer_state import (
     pieces_of,
     replace_step,
 )
+from samebit.trainer.megatron.parallel import ranks_of
 from samebit.trainer.megatron.resharding import WholeState
 from samebit.trainer.megatron.stages import FILLER, from_last_stage, stage_specs
+from samebit.trainer.megatron.streams import StreamObserver, observed
 from samebit.trainer.packing import pack_samples, share_batches, units_of
 from samebit.trainer.stats import Totals
 from samebit.trainer.types import MicroBatch, NonFiniteError, StepStats
@@ -60,6 +63,10 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
 
     `params` keep their memory for the trainer's whole life, so an engine may be bound to them.
     """
+
+    observer: StreamObserver | None = None
+    """Who is shown the residual streams of what train_step computes; without stages and ranks that
+    share a sample's tokens or layers."""
 
     def __init__(
         self,
@@ -116,6 +123,11 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
     def pipeline_group(self) -> dist.ProcessGroup:
         """The processes that hold the other layers of this model."""
         return get_pipeline_model_parallel_group()
+
+    @property
+    def data_ranks(self) -> RankGroup:
+        """This process among the copies of the model, each with samples of its own."""
+        return ranks_of(get_data_parallel_group())
 
     def own_batches(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Of a step's micro-batches, those of this process's copy of the model."""
@@ -280,7 +292,8 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
                 batch = share.batch
                 reference = None if reference is None else reference[share.rows]
             entropy_grad = algorithm.needs_entropy_grad
-            output = forward_logprobs(gpt, batch, self.model, share, entropy_grad)
+            with observed(gpt, batch, self.observer):
+                output = forward_logprobs(gpt, batch, self.model, share, entropy_grad)
             return output, partial(self._loss, batch, algorithm, reference, totals)
 
         parts = zip(batches, references or [None] * len(batches), strict=True)
