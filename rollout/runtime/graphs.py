@@ -150,11 +150,11 @@ class DecodeGraphs:
         if step.chunks or size > BUCKETS[-1] or bool(slots.collects[step.decode].any()):
             return False
         if step.drafts is not None:
-            queries, bucket = _Columns.of(size, step.drafts).queries, _bucket(size)
-            bound = _bound(int((slots.length[step.decode] + step.drafts.lens).max()))
+            queries, bucket = _Columns.of(size, step.drafts).queries, bucket_of(size)
+            bound = context_bound(int((slots.length[step.decode] + step.drafts.lens).max()))
             if queries > self._attention.graph_queries(bucket, bound):
                 return False
-        return _bucket(size) * queries <= BUCKETS[-1]
+        return bucket_of(size) * queries <= BUCKETS[-1]
 
     def forget(self, decode: np.ndarray) -> None:
         """These slots took part in a step without a graph: they may have pages unknown here."""
@@ -169,14 +169,14 @@ class DecodeGraphs:
         lengths = slots.length[decode] + columns.lens
         draws = decode_draws(decode, slots, step.drafts)
         shared = self._shared_prefixes(decode, slots, columns.queries)
-        bucket = _bucket(len(decode))
+        bucket = bucket_of(len(decode))
         self._send(step, slots, draws, columns, bucket * columns.queries)
         key = _Key(
             bucket=bucket,
             queries=columns.queries,
-            bound=_bound(int(lengths.max())),
+            bound=context_bound(int(lengths.max())),
             draws=not draws.restricted,
-            max_own=None if shared is None else _bound(shared.longest_own(lengths)),
+            max_own=None if shared is None else context_bound(shared.longest_own(lengths)),
             streams=streams,
         )
         turn, ring = self._turn, self._ring
@@ -308,11 +308,12 @@ class DecodeGraphs:
         return step
 
 
-def _bucket(num_samples: int) -> int:
+def bucket_of(num_samples: int) -> int:
+    """The bucket for so many samples, up to the largest one."""
     return next(bucket for bucket in BUCKETS if bucket >= num_samples)
 
 
-def _bound(num_tokens: int) -> int:
+def context_bound(num_tokens: int) -> int:
     """The bound for so many tokens: few there are, so that few graphs serve all steps."""
     bound = _MIN_CONTEXT
     while bound < num_tokens:

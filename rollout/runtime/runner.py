@@ -83,14 +83,14 @@ class Runner:
         # One more than there are slots: where tokens go that no slot will continue.
         self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=self.device)
         self.observer: Observer | None = None
-        self._graph_pool = graph_pool  # None: no CUDA graphs
+        self.graph_pool = graph_pool  # None: no CUDA graphs
         self.graphs = self._new_graphs()
 
     def _new_graphs(self) -> DecodeGraphs | None:
-        if self._graph_pool is None:
+        if self.graph_pool is None:
             return None
         return DecodeGraphs(
-            self.model, self.cache, self.attention, self.last_tokens, self._graph_pool
+            self.model, self.cache, self.attention, self.last_tokens, self.graph_pool
         )
 
     def bind(self, model: Decoder) -> None:

@@ -19,13 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from samebit.kernels.attention_inputs import attention_inputs
-from samebit.kernels.sample import draw
 from samebit.kernels.transfer import to_device
-from samebit.rollout.models.draft.config import EMBEDDING
-from samebit.rollout.models.draft.decoder import DraftDecoder
 from samebit.rollout.runtime.batch import Layout, chunk_rows, lay_out
+from samebit.rollout.runtime.graphs import GUESSES
 from samebit.rollout.runtime.scheduler import EngineStep
+from samebit.rollout.speculative.draft_graphs import Chains, DraftGraphs
+from samebit.rollout.speculative.draft_passes import DraftPasses
 from samebit.rollout.speculative.proposer import Context, Proposal, Proposer, ProposerParts
 
 
@@ -34,20 +33,18 @@ class Eagle3(Proposer):
 
     def __init__(self, parts: ProposerParts) -> None:
         super().__init__(parts)
-        assert parts.draft is not None, "the engine loads it before it makes its KV cache"
-        self._served = draft = parts.draft
-        config, ranks, device = draft.config, parts.ranks, parts.runner.device
-        self.streams, self.cost = config.captured_layers, 1 / parts.runner.model.config.num_layers
-        self.config, dtype = config, parts.runner.model.embedding.dtype
-        self._draft = DraftDecoder(config, draft.params, parts.runner.model.embedding, ranks)
-        self._attention = type(parts.attention)(self._draft.heads, device)
-        self._rope_table = config.rope_table(parts.num_positions, device)
-        self._keys, self._values = parts.cache.keys[-1], parts.cache.values[-1]
-        self._vocabulary = to_device(draft.vocabulary.token_ids, device)
+        self._passes = DraftPasses(parts)
+        assert parts.draft is not None
+        self._served, self.config = parts.draft, parts.draft.config
+        self.streams = self.config.captured_layers
+        self.cost = 1 / parts.runner.model.config.num_layers
         # By slot, what the target computed last: fused states of `count` tokens from `first` on.
         num_slots, most = parts.slots.num_slots, parts.num_draft_tokens + 1
-        shape = (num_slots, most, config.hidden_size)
-        self._states = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (num_slots + 1, most, self.config.hidden_size)  # the last place is nobody's
+        like = parts.runner.model.embedding
+        self._states = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self._graphs: DraftGraphs | None = None
+        self._model = parts.runner.model  # whose embedding the graphs read
         self._first = np.zeros(num_slots, dtype=np.int64)
         self._count = np.zeros(num_slots, dtype=np.int64)
         self._entry = np.full(num_slots, -1)  # the sample's, see Slots
@@ -57,7 +54,7 @@ class Eagle3(Proposer):
         if not self._served.is_whole:
             self._entry[:] = -1  # what is known of samples has a gap from here on
             return
-        states = self._model().fuse([collected[layer] for layer in self.streams])
+        states = self._passes.fuse(collected)
         slots, num_rows = self.parts.slots, step.num_decode_rows
         owners, offsets = step.decode, np.zeros(num_rows, dtype=np.int64)
         if step.drafts is not None:
@@ -106,16 +103,39 @@ class Eagle3(Proposer):
         slots, room = np.array([c.slot for c in asked]), np.array([c.room for c in asked])
         starts, lengths = self._first[slots], np.array([len(c.token_ids) for c in asked])
         layout = lay_out(slots, starts, lengths - 1 - starts, self.parts.slots)
-        token_ids = [c.token_ids[start + 1 :] for c, start in zip(asked, starts, strict=True)]
-        offsets = layout.positions - np.repeat(starts, layout.lens)
-        where = self._on_device(np.repeat(slots, layout.lens)), self._on_device(offsets)
-        read = self._on_device(np.concatenate(token_ids).astype(np.int64))
-        fed, final = self._step(self._states[where], read, layout)
-        lasts = self._on_device(np.cumsum(layout.lens) - 1)
-        chains = self._chain(fed[lasts], final[lasts], slots, lengths, room)
-        for i, chain, num_tokens in zip(held, chains, room, strict=True):
+        behind = [c.token_ids[start + 1 :] for c, start in zip(asked, starts, strict=True)]
+        token_ids = np.concatenate(behind).astype(np.int64)
+        chains = Chains(slots, lengths, room, layout, token_ids)
+        graphs = self._usable_graphs()
+        if graphs is not None and graphs.fits(chains):
+            guesses = graphs.guess(chains)
+        else:
+            guesses = self._guess(chains)
+        for i, chain, num_tokens in zip(held, guesses, room, strict=True):
             proposals[i] = Proposal(chain[:num_tokens].tolist())
         return proposals
+
+    def _usable_graphs(self) -> DraftGraphs | None:
+        """Graphs for the model that is served now, where the engine has any."""
+        runner = self.parts.runner
+        if not GUESSES or runner.graph_pool is None:
+            return None
+        if self._graphs is None or self._model is not runner.model:
+            self._model = runner.model
+            self._graphs = DraftGraphs(
+                self._passes, self.parts.slots, self._states, runner.graph_pool
+            )
+        return self._graphs
+
+    def _guess(self, chains: Chains) -> np.ndarray:
+        """Guesses [B, most room], launch by launch."""
+        layout = chains.layout
+        offsets = layout.positions - np.repeat(layout.starts, layout.lens)
+        where = self._on_device(np.repeat(chains.slots, layout.lens)), self._on_device(offsets)
+        read = self._on_device(chains.token_ids)
+        fed, final = self._step(self._states[where], read, layout)
+        lasts = self._on_device(np.cumsum(layout.lens) - 1)
+        return self._chain(fed[lasts], final[lasts], chains.slots, chains.lengths, chains.room)
 
     def _unread(self, contexts: Sequence[Context]) -> np.ndarray:
         """The contexts for whose new tokens there are all states.
@@ -155,38 +175,19 @@ class Eagle3(Proposer):
         return table
 
     def _choose(self, final: Tensor, slots: np.ndarray, positions: np.ndarray) -> Tensor:
-        """The tokens [B] that the draft takes at these positions by the noise of the samples."""
-        own, known = self.parts.slots, self._draft.logits(final)
-        logits = known.new_full((len(known), self.config.vocab_size), float("-inf"))
-        logits.index_copy_(1, self._vocabulary, known)
-        columns = (own.temperature, own.seed, own.sample_id, own.greedy)
-        temperature, seeds, ids, greedy = (self._on_device(column[slots]) for column in columns)
-        keys = seeds, self._on_device(positions), ids, greedy
-        # Logits of damaged weights may be NaN: what is chosen then must be some token.
-        return draw(logits / temperature[:, None], *keys).clamp(0, self.config.vocab_size - 1)
+        """The tokens [B] that the draft takes at these positions."""
+        own = self.parts.slots
+        columns = own.temperature[slots], own.seed[slots], positions, own.sample_id[slots]
+        told = (self._on_device(column) for column in (*columns, own.greedy[slots]))
+        return self._passes.choose(final, *told)
 
     def _step(self, states: Tensor, token_ids: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        """A pass over rows [T], each with the token behind it; see DraftDecoder.step."""
+        """A pass over rows [T], each with the token behind it."""
         lens = layout.lens.tolist(), (layout.starts + layout.lens).tolist()
         table = torch.from_numpy(layout.table)
-        plan = self._attention.plan_step(*lens, table, self.parts.slots.page_size)
-        positions, places = self._on_device(layout.positions), self._on_device(layout.kv_slots)
-
-        def attend(qkv: Tensor) -> Tensor:
-            q = attention_inputs(
-                qkv, None, self.config.norm_eps, self._rope_table, positions, places, self._keys,
-                self._values,
-            )  # fmt: skip
-            return self._attention.attend(q, self._keys, self._values, plan)
-
-        return self._model().step(states, token_ids, attend)
-
-    def _model(self) -> DraftDecoder:
-        """The draft, on the embedding that is the target's now."""
-        self._draft.embedding = self._served.params.get(
-            EMBEDDING, self.parts.runner.model.embedding
-        )
-        return self._draft
+        plan = self._passes.attention.plan_step(*lens, table, self.parts.slots.page_size)
+        places = self._on_device(layout.positions), self._on_device(layout.kv_slots)
+        return self._passes.step(states, token_ids, *places, plan)
 
     def _on_device(self, values: np.ndarray) -> Tensor:
         return to_device(values, self._states.device)

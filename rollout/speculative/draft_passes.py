@@ -1,0 +1,70 @@
+"""DraftPasses: what a draft model computes for an engine, over keys and values in its KV cache."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from samebit.kernels.attention_inputs import attention_inputs
+from samebit.kernels.attention_kind import AttentionPlan
+from samebit.kernels.sample import draw
+from samebit.kernels.transfer import to_device
+from samebit.rollout.models.draft.config import EMBEDDING
+from samebit.rollout.models.draft.decoder import DraftDecoder
+from samebit.rollout.speculative.proposer import ProposerParts
+
+
+class DraftPasses:
+    """The passes of an engine's draft model; its keys and values are the KV cache's last layer."""
+
+    def __init__(self, parts: ProposerParts) -> None:
+        draft = parts.draft
+        assert draft is not None, "the engine loads it before it makes its KV cache"
+        self._parts, self._params, self.config = parts, draft.params, draft.config
+        self._draft = DraftDecoder(
+            draft.config, draft.params, parts.runner.model.embedding, parts.ranks
+        )
+        device = parts.runner.device
+        self.attention = type(parts.attention)(self._draft.heads, device)
+        self._rope_table = draft.config.rope_table(parts.num_positions, device)
+        self._keys, self._values = parts.cache.keys[-1], parts.cache.values[-1]
+        self._vocabulary = to_device(draft.vocabulary.token_ids, device)
+
+    def fuse(self, streams: Mapping[int, Tensor]) -> Tensor:
+        """The states [T, D] that are made of captured streams, each [T, Dt], by layer."""
+        return self._model().fuse([streams[layer] for layer in self.config.captured_layers])
+
+    def step(
+        self,
+        states: Tensor,
+        token_ids: Tensor,
+        positions: Tensor,
+        kv_slots: Tensor,
+        plan: AttentionPlan,
+    ) -> tuple[Tensor, Tensor]:
+        """A pass over rows [T], each with the token behind it; see DraftDecoder.step."""
+
+        def attend(qkv: Tensor) -> Tensor:
+            q = attention_inputs(
+                qkv, None, self.config.norm_eps, self._rope_table, positions, kv_slots, self._keys,
+                self._values,
+            )  # fmt: skip
+            return self.attention.attend(q, self._keys, self._values, plan)
+
+        return self._model().step(states, token_ids, attend)
+
+    def choose(self, final: Tensor, temperature: Tensor, *keys: Tensor) -> Tensor:
+        """The tokens [B] that the draft takes by the noise of the samples.
+
+        final [B, D]; temperature [B] fp32; keys: seeds, positions, sample ids and greedy, [B].
+        """
+        known = self._draft.logits(final)
+        logits = known.new_full((len(known), self.config.vocab_size), float("-inf"))
+        logits.index_copy_(1, self._vocabulary, known)
+        # Logits of damaged weights may be NaN: what is chosen then must be some token.
+        return draw(logits / temperature[:, None], *keys).clamp(0, self.config.vocab_size - 1)
+
+    def _model(self) -> DraftDecoder:
+        """The draft, on the embedding that is the target's now."""
+        embedding = self._parts.runner.model.embedding
+        self._draft.embedding = self._params.get(EMBEDDING, embedding)
+        return self._draft
