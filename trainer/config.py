@@ -1,9 +1,9 @@
 """Settings of the trainer and its algorithms. Field names are configuration keys; no torch here."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from samebit.trainer.loss_means import LOSS_MEANS
 
@@ -112,6 +112,9 @@ class ParallelConfig:
 class OptimizerConfig:
     """AdamW and its schedule."""
 
+    key: ClassVar[str] = "trainer.optimizer"
+    """The section's name in a configuration."""
+
     lr: float = 1e-6
     """Learning rate, after the warm-up."""
     min_lr: float = 0.0
@@ -129,21 +132,21 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         finite = 0 <= self.lr < math.inf
-        require(finite, "trainer.optimizer.lr", self.lr, "finite and at least 0")
+        require(finite, f"{self.key}.lr", self.lr, "finite and at least 0")
         in_range = 0 <= self.min_lr <= self.lr
-        require(in_range, "trainer.optimizer.min_lr", self.min_lr, f"in [0, lr = {self.lr}]")
+        require(in_range, f"{self.key}.min_lr", self.min_lr, f"in [0, lr = {self.lr}]")
         known = self.lr_schedule in LR_SCHEDULES
-        require(known, "trainer.optimizer.lr_schedule", self.lr_schedule, f"one of {LR_SCHEDULES}")
+        require(known, f"{self.key}.lr_schedule", self.lr_schedule, f"one of {LR_SCHEDULES}")
         for name in ("lr_warmup_steps", "weight_decay", "clip_grad"):
             value = getattr(self, name)
-            require(value >= 0, f"trainer.optimizer.{name}", value, "at least 0")
+            require(value >= 0, f"{self.key}.{name}", value, "at least 0")
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
-            require(0 <= value < 1, f"trainer.optimizer.{name}", value, "in [0, 1)")
-        require(self.adam_eps > 0, "trainer.optimizer.adam_eps", self.adam_eps, "positive")
+            require(0 <= value < 1, f"{self.key}.{name}", value, "in [0, 1)")
+        require(self.adam_eps > 0, f"{self.key}.adam_eps", self.adam_eps, "positive")
         if self.lr_schedule == "constant":
-            where = "trainer.optimizer.lr_schedule is 'constant'"
-            require_default(self, "trainer.optimizer", ("min_lr",), where)
+            where = f"{self.key}.lr_schedule is 'constant'"
+            require_default(self, self.key, ("min_lr",), where)
 
 
 @dataclass(kw_only=True)
@@ -199,6 +202,8 @@ class AlgorithmConfig:
 
     min_samples_per_prompt: ClassVar[int] = 1
     """Fewest samples of a prompt of which advantages can be made."""
+    sections: ClassVar[Mapping[str, type[Any]]] = {}
+    """Sections of their own that runs of the algorithm have, by key: dataclasses with defaults."""
 
     name: str = "grpo"
     """An algorithm of docs/algorithms.md, or your own `module:Class`."""

@@ -18,6 +18,7 @@ from samebit.rollout.models.registry import load_stop_tokens
 from samebit.rollout.speculative.making import open_speculation
 from samebit.trainer.algorithms.registry import make_algorithm
 from samebit.trainer.config import TrainerConfig
+from samebit.trainer.critic.value_model import value_model_of
 from samebit.trainer.ranks import is_first
 from samebit.weight_sync.mapping import hf_shapes
 
@@ -74,6 +75,11 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     resolved = resolve_device(run.device)
     device = resolved.type
     memory = _memory(model, device, run.trainer)
+    critic = {}
+    if inputs.critic is not None:
+        found = _memory(value_model_of(inputs.critic), device, run.trainer)
+        memory["checkpoint_on_host_mib"] += found.pop("checkpoint_on_host_mib")
+        critic = {f"critic_{name}": x for name, x in found.items() if name != "processes"}
     longest = run.rollout.longest
     most_samples = run.rollout.most_prompts_per_step * run.rollout.samples_per_prompt
     at_once = max(len(run.rollout.places_of(refill)) for refill in (0, 1))
@@ -96,6 +102,7 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
         "most_prompts_per_step": run.rollout.most_prompts_per_step,
         "most_tokens_per_step": most_samples * longest,
         **memory,
+        **critic,
         "reference_mib": reference,
         "kv_mib_if_all_run_at_once": round(
             min(at_once, run.engine.max_num_seqs) * longest * kv_bytes / _MIB, 1

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from samebit.kernels.profile import NumericsProfile
-from samebit.recipes.config import RunSection
+from samebit.recipes.config import GrpoRun, RunSection
 from samebit.recipes.data.tasks.base import DataConfig, Dataset, Problem
 from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
 from samebit.recipes.models.side_files import tokenizer_files
@@ -40,7 +40,9 @@ _FREE_KEYS = {
     "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.background_checkpoints",
     "trainer.parallel.recompute", "trainer.parallel.offload_optimizer",
 }  # fmt: skip
-_PATHS = re.compile(r"(model|draft|data(\.sources\.\d+)?)\.path|data\.(sources\.\d+\.)?eval_path")
+_PATHS = re.compile(
+    r"(model|draft|data(\.sources\.\d+)?)\.path|data\.(sources\.\d+\.)?eval_path|critic\.model"
+)
 _LAYOUT = "trainer.parallel."
 _SAMPLED = 16  # problems of a generated task: with its arguments they stand for all
 _ABSENT = "absent"
@@ -62,7 +64,10 @@ _EARLIER = {
 def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return every key of a resolved configuration that a result depends on."""
     kept = _without_free_keys(config)
-    if kept["trainer"]["optimizer"]["lr_schedule"] == "constant":
+    schedules = [
+        kept[key]["optimizer"]["lr_schedule"] for key in ("trainer", "critic") if key in kept
+    ]
+    if set(schedules) == {"constant"}:
         del kept["trainer"]["num_steps"]  # a run may be made longer
     # Where it is reached nothing is trained; of a generated task it says what is prepared.
     if kept.get("rollout", {}).get("too_few_groups") == "error" and kept["data"]["task"] == "file":
@@ -119,6 +124,9 @@ def _contents(run: TrainingRun, records: Mapping[str, Dataset]) -> Iterator[tupl
         yield f"model.path/{name}", digest(file.read_bytes())
     if isinstance(run, Eagle3Run) and run.draft.path is not None:  # its weights are the state's
         yield "draft.path/config.json", digest((Path(run.draft.path) / "config.json").read_bytes())
+    if isinstance(run, GrpoRun) and run.critic is not None and run.critic.model is not None:
+        folder = Path(run.critic.model)
+        yield "critic.model/config.json", digest((folder / "config.json").read_bytes())
     for name, problems in records.items():
         yield name, records_digest(problems, run.data)
     if run.data.task.startswith("reasoning_gym/"):

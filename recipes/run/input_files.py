@@ -51,6 +51,9 @@ def input_files(run: TrainingRun) -> Iterator[tuple[str, Path]]:
     if isinstance(run, Eagle3Run) and run.draft.path is not None:
         files = (file for file in Path(run.draft.path).glob("*") if file.is_file())
         yield from (("draft.path", file) for file in files)
+    if isinstance(run, GrpoRun) and run.critic is not None and run.critic.model is not None:
+        files = (file for file in Path(run.critic.model).glob("*") if file.is_file())
+        yield from (("critic.model", file) for file in files)
     for key in ("path", "eval_path"):
         if file := getattr(run.data, key):
             yield from _with_content(f"data.{key}", Path(file))

@@ -29,6 +29,7 @@ from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config, require_taught_end
 from samebit.rollout.runtime.weights import open_safetensors
 from samebit.rollout.speculative.making import open_speculation
+from samebit.trainer.algorithms.registry import find_algorithm
 from samebit.trainer.config import require
 from samebit.trainer.megatron.stages import make_stage
 
@@ -40,14 +41,40 @@ def checked_model(run: TrainingRun) -> ModelConfig:
 
     The layout, the attention kind and the headers of the weights are looked at, no weight is read.
     """
-    model, parallel = load_model_config(run.model.path, run.model_family), run.trainer.parallel
     attention_kind(run.numerics.attention).require_usable(resolve_device(run.device).type)
+    return _checked_folder(run, run.model.path)
+
+
+def _checked_folder(run: TrainingRun, folder: str) -> ModelConfig:
+    model, parallel = load_model_config(folder, run.model_family), run.trainer.parallel
     model.param_specs((0, parallel.tensor))
     make_stage(model, 0, parallel.pipeline, parallel.virtual_pipeline)
     if run.numerics.tp_invariant:
         model.segment_shapes(resolve_device(run.device))
-    open_safetensors(Path(run.model.path), model.param_specs())
+    open_safetensors(Path(folder), model.param_specs())
     return model
+
+
+def checked_critic(run: GrpoRun, model: ModelConfig) -> ModelConfig | None:
+    """Return the model that a run's critic starts from, if it has one; `model` is the policy's.
+
+    Raises as checked_model does, and ValueError for an algorithm whose section is missing.
+    """
+    if run.critic is None:
+        needs = find_algorithm(run.algorithm.name).needs_values
+        meaning = "a class whose Config.sections has `critic`, as its needs_values is set"
+        require(not needs, "algorithm.name", run.algorithm.name, meaning)
+        return None
+    if run.critic.model is None:
+        return model
+    found = _checked_folder(run, run.critic.model)
+    for name in ("architecture", "vocab_size"):
+        own, policy = getattr(found, name), getattr(model, name)
+        meaning = f"a folder whose {name} is that of model.path, {policy!r}; it is {own!r}"
+        require(own == policy, "critic.model", run.critic.model, meaning)
+    lengths = "critic.model: rollout.max_prompt_len + rollout.max_new_tokens"
+    found.require_context(run.rollout.longest, lengths)
+    return found
 
 
 def _require_exact_truncation(run: GrpoRun) -> None:
@@ -104,6 +131,7 @@ class GrpoInputs:
     def __init__(self, run: GrpoRun, stop: StopSignals | None = None) -> None:
         poll = _polled(stop)
         self.model = checked_model(run)
+        self.critic = checked_critic(run, self.model)
         _require_exact_truncation(run)
         train_set, eval_set = load_datasets(run.data)
         require_transport(run)

@@ -44,6 +44,17 @@ CHARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
         {"rewards differ": "rollout/spread_fraction", "trained on": "rollout/kept_fraction"},
     ),
     ("Loss", "training loss", {"train": "train/loss"}),
+    ("Value loss", "of the critic", {"critic": "critic/vf_loss"}),
+    (
+        "Values",
+        "means over tokens",
+        {"critic": "critic/values/mean", "returns": "critic/returns/mean"},
+    ),
+    (
+        "Explained variance",
+        "of the returns, by the critic's values",
+        {"critic": "critic/vf_explained_var"},
+    ),
     ("KL", "divergence from the reference", {"train": "train/kl"}),
     ("Gradient norm", "before clipping", {"train": "train/grad_norm"}),
     (

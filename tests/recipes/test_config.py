@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 
 from samebit.recipes.cli.compose import CONFIG_DIR, SCHEMAS, compose, resolve
 from samebit.recipes.cli.main import COMMANDS, main
-from samebit.recipes.config import ConfigError, DemoRun, GrpoRun, SftRun
+from samebit.recipes.config import ConfigError, GrpoRun, SftRun
+from samebit.recipes.demo_config import DemoRun
 from samebit.recipes.run.binding import bound_keys
 from samebit.recipes.tools_config import ExportRun, VerifyRun
 

@@ -21,7 +21,7 @@ NOT_DEFAULT = {
 }
 MEANS = {"dr_grpo": ("constant", 48), "gspo": ("sequence", None), "gspo_token": ("sequence", None)}
 OFF_POLICY = [
-    *((name, {}) for name in ALGORITHMS),
+    *((name, {}) for name in ALGORITHMS if not find_algorithm(name).Config.sections),
     ("grpo", {"tis_clip": 2.0}),
     ("rloo", {"tis_clip": 1.5, "length_penalty": "relative"}),
     ("reinforce_plus_plus", {"kl_coef": 0.1, "entropy_coef": 0.01}),

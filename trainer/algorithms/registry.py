@@ -17,6 +17,7 @@ ALGORITHMS = {
     "reinforce_plus_plus_baseline": (
         "samebit.trainer.algorithms.reinforce_plus_plus_baseline:ReinforcePlusPlusBaseline"
     ),
+    "ppo": "samebit.trainer.algorithms.ppo:Ppo",
 }
 
 
