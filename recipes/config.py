@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from samebit.kernels.registry import ATTENTION_KINDS
 from samebit.recipes.data.reward_config import RewardConfig
 from samebit.recipes.data.tasks.base import DataConfig, PreferenceConfig
+from samebit.recipes.distillation_config import DistillationSection
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.metrics import LoggerConfig
 from samebit.rollout.config import EngineConfig
@@ -261,7 +262,8 @@ class GrpoRun(RunSection):
     """`samebit grpo`: rollout, reward, train, sync, until num_steps."""
 
     critic: ClassVar[CriticConfig | None] = None
-    """A section of runs whose algorithm has a critic: see grpo_run_of."""
+    distillation: ClassVar[DistillationSection | None] = None
+    """Sections of runs whose algorithm has a critic or a teacher: see grpo_run_of."""
 
     model: ModelSection = field(default_factory=ModelSection)
     placement: PlacementSection = field(default_factory=PlacementSection)
@@ -349,6 +351,11 @@ class GrpoRun(RunSection):
         check_schedule(self.trainer, self.num_updates)
         if self.critic is not None:
             check_schedule(self.critic, self.num_critic_updates)
+        if self.distillation is not None:
+            self.distillation.check(self.rollout)
+            meaning = "attention, model, lengths and seed are the run's"
+            engine = self.distillation.engine
+            require_default(engine, engine.key, SET_BY_RUN, meaning)
         if not self.data.holds_out:
             raise ValueError(
                 f"data.eval_size is {self.data.eval_size}; grpo measures the reward on held-out "
@@ -363,9 +370,16 @@ class GrpoRun(RunSection):
             )
 
 
+SECTIONS: dict[str, type[Any]] = {"critic": CriticConfig, "distillation": DistillationSection}
+"""Of runs, by their keys, which an algorithm's settings may name."""
+
+
 def grpo_run_of(algorithm: type[AlgorithmConfig], name: str) -> type[Any]:
     """Return GrpoRun with the settings of another algorithm, of this name, as `algorithm`, and its
     sections."""
+    meaning = f"a class whose Config.sections are among {tuple(SECTIONS)}"
+    require(SECTIONS.keys() >= {*algorithm.sections}, "algorithm.name", name, meaning)
     own: list[Any] = [("algorithm", algorithm, field(default_factory=lambda: algorithm(name=name)))]
-    own += [(key, kind, field(default_factory=kind)) for key, kind in algorithm.sections.items()]
+    kinds = [(key, SECTIONS[key]) for key in algorithm.sections]
+    own += [(key, kind, field(default_factory=kind)) for key, kind in kinds]
     return make_dataclass(f"{algorithm.__name__}Run", own, bases=(GrpoRun,), kw_only=True)

@@ -16,6 +16,7 @@ from samebit.recipes.data.rewards import Poll
 from samebit.recipes.data.samples import with_advantages, with_returns
 from samebit.recipes.launch.critic import make_critic
 from samebit.recipes.launch.placement import make_trainer, releases_memory, start_engine
+from samebit.recipes.launch.teacher import Teacher
 from samebit.recipes.run.batches import own_micro_batches, with_reference
 from samebit.recipes.run.critic import CriticUpdates
 from samebit.recipes.run.dynamic_sampling import draw_step
@@ -116,6 +117,8 @@ class GrpoProgress(Progress):
     reward_last: float | None = None
     logprob_tokens_compared: int = 0
     logprob_mismatches: int = 0
+    teacher_digest: str | None = None
+    """Of a teacher's weights, where there is one: a run has the same all the time."""
 
 
 class GrpoRecipe:
@@ -140,6 +143,10 @@ class GrpoRecipe:
         drawn = {"prompts_drawn": restored.get("step", 0) * run.rollout.prompts_per_step}
         self.progress = GrpoProgress(**drawn | restored)
         self.reference_metrics: dict[str, float] = {}
+        self.teacher = None if run.distillation is None else Teacher(run, self.trainer)
+        if self.teacher is not None:
+            self.progress.teacher_digest = self.progress.teacher_digest or self.teacher.digest
+            self.teacher.require(self.progress.teacher_digest)
         self.engine, self.weights = start_engine(run, device, self.trainer, releases)
         self.ledger = PhaseLedger(self.trainer, self.engine, releases)
         self.rollout_source = RolloutSource(run, self._inputs, self.engine)
@@ -195,8 +202,10 @@ class GrpoRecipe:
 
     def step_metrics(self, stats: Sequence[StepStats]) -> dict[str, float]:
         """Return what is logged of a step's training; nothing of a policy that waits."""
-        of_critic = {} if self.critic is None else self.critic.metrics
-        return self.reference_metrics | (train_metrics(stats) if stats else {}) | of_critic
+        found = self.reference_metrics | (train_metrics(stats) if stats else {})
+        for part in (self.critic, self.teacher):
+            found |= {} if part is None else part.metrics
+        return found
 
     def evaluate(self, recorder: Recorder, stop: StopSignals | None = None) -> dict[str, float]:
         """Complete and score the held-out problems; returns the metrics and records some samples.
@@ -229,6 +238,8 @@ class GrpoRecipe:
         self._inputs.close()
         self.weights.close()
         self.engine.close()
+        if self.teacher is not None:
+            self.teacher.close()
 
     def _samples(self, rollout: Rollout) -> list[Sample]:
         """What the algorithm makes of the rewards."""
@@ -238,6 +249,8 @@ class GrpoRecipe:
             groups = with_reference(groups, self.run.trainer, self.trainer, temperature)
             samples = [sample for group in groups for sample in group]
             self.reference_metrics = reference_metrics(samples)
+        if self.teacher is not None:
+            groups = self.teacher.with_logprobs(groups)
         if self.critic is not None:
             groups = self.critic.with_values(groups)
             groups = with_returns(groups, self.algorithm.returns(rollout.reward_tensor, groups))

@@ -1,9 +1,9 @@
 """Settings of the trainer and its algorithms. Field names are configuration keys; no torch here."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from samebit.trainer.loss_means import LOSS_MEANS
 
@@ -202,8 +202,8 @@ class AlgorithmConfig:
 
     min_samples_per_prompt: ClassVar[int] = 1
     """Fewest samples of a prompt of which advantages can be made."""
-    sections: ClassVar[Mapping[str, type[Any]]] = {}
-    """Sections of their own that runs of the algorithm have, by key: dataclasses with defaults."""
+    sections: ClassVar[tuple[str, ...]] = ()
+    """Which sections runs of the algorithm have besides: critic, distillation."""
 
     name: str = "grpo"
     """An algorithm of docs/algorithms.md, or your own `module:Class`."""

@@ -10,7 +10,8 @@ from torch import Tensor
 from samebit.kernels.truncation import Kept
 from samebit.weight_sync.types import VersionSpan
 
-_FLOATS = ("logprobs", "thresholds", "ref_logprobs", "values", "returns", "advantages")
+_FLOATS = ("logprobs", "thresholds", "ref_logprobs", "teacher_logprobs", "values", "returns",
+           "advantages")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,6 +38,8 @@ class Sample:
     """[L] fp32: what could be drawn, as in Completion, where the log-probs are truncated."""
     ref_logprobs: np.ndarray | None = None
     """[L] fp32: the reference model's, where rewards are lowered by the KL to it."""
+    teacher_logprobs: np.ndarray | None = None
+    """[L] fp32: a teacher's, read where the mask is set."""
     values: np.ndarray | None = None
     """[L] fp32: the critic's, of the state before each token, read where the mask is set."""
     returns: np.ndarray | None = None

@@ -17,7 +17,7 @@ from samebit.rollout.models.draft.config import DraftConfig
 from samebit.rollout.models.registry import load_stop_tokens
 from samebit.rollout.speculative.making import open_speculation
 from samebit.trainer.algorithms.registry import make_algorithm
-from samebit.trainer.config import TrainerConfig
+from samebit.trainer.config import ParallelConfig, TrainerConfig
 from samebit.trainer.critic.value_model import value_model_of
 from samebit.trainer.ranks import is_first
 from samebit.weight_sync.mapping import hf_shapes
@@ -75,11 +75,8 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     resolved = resolve_device(run.device)
     device = resolved.type
     memory = _memory(model, device, run.trainer)
-    critic = {}
-    if inputs.critic is not None:
-        found = _memory(value_model_of(inputs.critic), device, run.trainer)
-        memory["checkpoint_on_host_mib"] += found.pop("checkpoint_on_host_mib")
-        critic = {f"critic_{name}": x for name, x in found.items() if name != "processes"}
+    others = _other_models(run, inputs, device)
+    memory["checkpoint_on_host_mib"] += others.pop("critic_checkpoint_on_host_mib", 0)
     longest = run.rollout.longest
     most_samples = run.rollout.most_prompts_per_step * run.rollout.samples_per_prompt
     at_once = max(len(run.rollout.places_of(refill)) for refill in (0, 1))
@@ -102,12 +99,24 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
         "most_prompts_per_step": run.rollout.most_prompts_per_step,
         "most_tokens_per_step": most_samples * longest,
         **memory,
-        **critic,
+        **others,
         "reference_mib": reference,
         "kv_mib_if_all_run_at_once": round(
             min(at_once, run.engine.max_num_seqs) * longest * kv_bytes / _MIB, 1
         ),
     }
+
+
+def _other_models(run: GrpoRun, inputs: GrpoInputs, device_type: str) -> dict[str, Any]:
+    """MiB of a process by use of the critic and the teacher, where there are any."""
+    found = {}
+    if inputs.critic is not None:
+        memory = _memory(value_model_of(inputs.critic), device_type, run.trainer)
+        found = {f"critic_{name}": x for name, x in memory.items() if name != "processes"}
+    if inputs.teacher is not None:
+        engine = TrainerConfig(parallel=ParallelConfig(tensor=run.trainer.parallel.tensor))
+        found["teacher_mib"] = _memory(inputs.teacher, device_type, engine)["weights_mib"]
+    return found
 
 
 def _logprobs(run: GrpoRun) -> str:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from samebit.kernels.profile import NumericsProfile
-from samebit.recipes.config import GrpoRun, RunSection
+from samebit.recipes.config import RunSection
 from samebit.recipes.data.tasks.base import DataConfig, Dataset, Problem
 from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
 from samebit.recipes.models.side_files import tokenizer_files
-from samebit.recipes.run.input_files import flatten, own_sources
+from samebit.recipes.run.input_files import flatten, other_models, own_sources
 from samebit.recipes.run.provenance import device_name
 from samebit.recipes.run.secrets import to_dict
 from samebit.rollout.device import resolve_device
@@ -34,14 +34,15 @@ FORMAT = 2
 # The attention of numerics is bound as a part of the profile.
 _FREE_KEYS = {
     "resume", "reshard", "overwrite", "dry_run", "run_name", "output_dir", "device", "placement",
-    "engine", "logger", "numerics.attention", "rollout.generate_timeout_s",
+    "engine", "distillation.engine", "logger", "numerics.attention", "rollout.generate_timeout_s",
     *(f"reward.{terms}{key}" for terms in ("", "terms.")
       for key in ("timeout_s", "num_workers", "concurrency")),
     "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.background_checkpoints",
     "trainer.parallel.recompute", "trainer.parallel.offload_optimizer",
 }  # fmt: skip
 _PATHS = re.compile(
-    r"(model|draft|data(\.sources\.\d+)?)\.path|data\.(sources\.\d+\.)?eval_path|critic\.model"
+    r"(model|draft|data(\.sources\.\d+)?)\.path|data\.(sources\.\d+\.)?eval_path"
+    r"|critic\.model|distillation\.teacher"
 )
 _LAYOUT = "trainer.parallel."
 _SAMPLED = 16  # problems of a generated task: with its arguments they stand for all
@@ -124,9 +125,8 @@ def _contents(run: TrainingRun, records: Mapping[str, Dataset]) -> Iterator[tupl
         yield f"model.path/{name}", digest(file.read_bytes())
     if isinstance(run, Eagle3Run) and run.draft.path is not None:  # its weights are the state's
         yield "draft.path/config.json", digest((Path(run.draft.path) / "config.json").read_bytes())
-    if isinstance(run, GrpoRun) and run.critic is not None and run.critic.model is not None:
-        folder = Path(run.critic.model)
-        yield "critic.model/config.json", digest((folder / "config.json").read_bytes())
+    for key, folder in other_models(run).items():
+        yield f"{key}/config.json", digest((folder / "config.json").read_bytes())
     for name, problems in records.items():
         yield name, records_digest(problems, run.data)
     if run.data.task.startswith("reasoning_gym/"):

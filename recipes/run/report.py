@@ -56,6 +56,7 @@ CHARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
         {"critic": "critic/vf_explained_var"},
     ),
     ("KL", "divergence from the reference", {"train": "train/kl"}),
+    ("Reverse KL", "to the teacher, mean over tokens", {"drawn": "distillation/reverse_kl"}),
     ("Gradient norm", "before clipping", {"train": "train/grad_norm"}),
     (
         "Memory",

@@ -77,6 +77,9 @@ class Algorithm[C: AlgorithmConfig]:
     needs_values: bool = False
     """Whether `advantages` reads the samples' values: a critic is trained then, on `returns`, by
     the section `critic` that Config.sections has to name."""
+    needs_teacher: bool = False
+    """Whether `advantages` reads the samples' teacher_logprobs: of the teacher that the section
+    `distillation` says, which Config.sections has to name."""
     needs_entropy_grad: bool = False
     """Whether the loss differentiates the entropies: their gradient is then made."""
 

@@ -8,9 +8,8 @@ Sources: Schulman et al. 2017, arXiv 1707.06347; 2016, arXiv 1506.02438 (GAE). D
 first: policy and critic are two models, each with an optimizer, as RL frameworks have them.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -25,7 +24,6 @@ from samebit.trainer.algorithms.shaping import (
     whitened,
 )
 from samebit.trainer.config import ClippedConfig, require
-from samebit.trainer.critic.config import CriticConfig
 from samebit.trainer.critic.gae import advantage_estimates
 from samebit.trainer.types import Sample
 
@@ -34,7 +32,7 @@ from samebit.trainer.types import Sample
 class PpoConfig(ClippedConfig):
     """The KL stands in the reward of each token unless said otherwise."""
 
-    sections: ClassVar[Mapping[str, type[Any]]] = {"critic": CriticConfig}
+    sections: ClassVar[tuple[str, ...]] = ("critic",)
 
     kl_estimator: str = "k1"
     kl_in: str = "reward"

@@ -18,6 +18,7 @@ ALGORITHMS = {
         "samebit.trainer.algorithms.reinforce_plus_plus_baseline:ReinforcePlusPlusBaseline"
     ),
     "ppo": "samebit.trainer.algorithms.ppo:Ppo",
+    "distillation": "samebit.trainer.algorithms.distillation:Distillation",
 }
 
 
