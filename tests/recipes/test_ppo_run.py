@@ -1,14 +1,21 @@
 """PPO runs: the critic's place in steps, checkpoints, memory and figures."""
 
+from contextlib import closing
+
 import pytest
-from run_children import open_run
+import torch
+from run_children import open_run, roll_out
+from safetensors import safe_open
 
 from samebit.recipes.cli.dry_run import describe_grpo
 from samebit.recipes.config import ConfigError
 from samebit.recipes.grpo import GrpoRecipe
 from samebit.recipes.models.tiny_model import make_demo_model
+from samebit.recipes.run.binding import bindings
+from samebit.recipes.run.input_files import input_files
 from samebit.recipes.run.training_metrics import PhaseTimer
-from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint
+from samebit.rollout.models.decoder import EMBEDDING, OUTPUT
+from samebit.trainer.checkpoint import latest_checkpoint
 
 PPO = (
     "algorithm=ppo",
@@ -56,7 +63,8 @@ def test_the_policy_waits_and_the_critic_learns(ppo):
 def test_memory_that_changes_hands_moves_no_bit(ppo):
     """The critic's gradients go and come with the policy's."""
     memory = ["placement.release_memory=true", "trainer.parallel.recompute=full"]
-    assert ppo.train("released", *PPO, *memory) == ppo.result
+    _, rows, _ = ppo.train("released", *PPO, *memory, "trainer.num_steps=3")
+    assert rows == ppo.result[1][:4]
 
 
 def test_killed_and_resumed_to_the_same_bytes(ppo, kill_when):
@@ -73,40 +81,52 @@ def test_killed_and_resumed_to_the_same_bytes(ppo, kill_when):
 
 
 def test_a_stop_before_anything_is_written_drops_the_step(runs):
-    """Of the policy and of the critic, which steps behind it; and of the critic alone."""
-    for warmup in (0, 1):
-        run = runs.resolve(f"stopped_{warmup}", *PPO, f"critic.warmup_steps={warmup}")
-        recipe = GrpoRecipe(run, open_run(run))
-        source, polls = recipe.rollout_source, 0
-        rollout = source.draw(source.training_prompts(0))
-        source.score(rollout)
-        before = recipe.trainer.state_dict()["step"], recipe.trainer.critic.digest()
+    """Of the critic alone; and of the policy with the critic, which steps behind it."""
+    run = runs.resolve("stopped", *PPO)
+    polls = []
 
-        def poll():
-            nonlocal polls
-            polls += 1
-            raise InterruptedError("now")
+    def poll():
+        polls.append(1)
+        raise InterruptedError("now")
 
-        with pytest.raises(InterruptedError):
-            recipe.update(rollout, PhaseTimer(), poll)
-        assert polls == 1
-        assert before == (recipe.trainer.step, recipe.trainer.critic.digest())
-        recipe.close()
+    with closing(GrpoRecipe(run, open_run(run))) as recipe:
+        rollout, trainer = roll_out(recipe, 0), recipe.trainer
+        before = trainer.step, trainer.digest(), trainer.critic.digest()
+        for warmup in (2, 0):
+            run.critic.warmup_steps = warmup
+            with pytest.raises(InterruptedError):
+                recipe.update(rollout, PhaseTimer(), poll)
+            assert before == (trainer.step, trainer.digest(), trainer.critic.digest())
+        assert len(polls) == 2
+        run.critic.warmup_steps = 2
+        assert recipe.update(rollout, PhaseTimer()) == []
+        assert before[2] != trainer.critic.digest()
 
 
-def test_a_critic_of_its_own_folder(ppo, tmp_path):
-    """Other weights of the family; a folder that was moved is no other."""
+def test_a_critic_of_its_own_folder(runs, tmp_path, demo_model):
+    """Other weights of the family; a folder that was moved is no other, one of other sizes is."""
     make_demo_model(tmp_path / "other", seed=9)
-    own = ["trainer.num_steps=3", *PPO]
-    summary, rows, samples = ppo.train("own", *own, f"critic.model={tmp_path / 'other'}")
-    base = ppo.result[1]
-    assert rows[2]["rollout/reward_mean"] == base[2]["rollout/reward_mean"]
-    assert rows[2]["critic/vf_loss"] != base[2]["critic/vf_loss"]
+    run = runs.resolve("own", *PPO, f"critic.model={tmp_path / 'other'}")
+    with closing(GrpoRecipe(run, open_run(run))) as recipe:
+        critic = recipe.trainer.critic.params
+        for folder, same in ((tmp_path / "other", True), (demo_model, False)):
+            with safe_open(folder / "model.safetensors", "pt") as file:
+                weights = file.get_tensor("model.embed_tokens.weight")
+            assert torch.equal(critic[EMBEDDING][: len(weights)], weights) is same
+        assert not critic[OUTPUT].any()
+    bound = bindings(run, "grpo", {})
     (tmp_path / "other").rename(tmp_path / "moved")
-    moved = f"critic.model={tmp_path / 'moved'}"
-    assert ppo.train("own", *own, moved, "resume=true") == (summary, rows, samples)
-    with pytest.raises(CheckpointError, match="critic.model/config.json"):
-        ppo.train("own", *own, "resume=true")
+    run.critic.model = str(tmp_path / "moved")
+    assert bindings(run, "grpo", {}) == bound
+    config = tmp_path / "moved" / "config.json"
+    config.write_text(
+        config.read_text().replace('"intermediate_size": 192', '"intermediate_size": 96')
+    )
+    other = bindings(run, "grpo", {})
+    assert {k: v for k, v in other.items() if v != bound[k]}.keys() == {"contents"}
+    run.critic.model = None
+    assert bindings(run, "grpo", {}) != bound
+    assert {key for key, _ in input_files(run)}.isdisjoint({"critic.model"})
 
 
 def test_a_critic_of_another_family_or_vocabulary_is_refused(runs, llama_path, tmp_path):
