@@ -76,7 +76,6 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     device = resolved.type
     memory = _memory(model, device, run.trainer)
     others = _other_models(run, inputs, device)
-    memory["checkpoint_on_host_mib"] += others.pop("critic_checkpoint_on_host_mib", 0)
     longest = run.rollout.longest
     most_samples = run.rollout.most_prompts_per_step * run.rollout.samples_per_prompt
     at_once = max(len(run.rollout.places_of(refill)) for refill in (0, 1))
@@ -87,8 +86,9 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     algorithm = make_algorithm(run.algorithm)
     keeps = algorithm.needs_reference or algorithm.rewards_need_reference
     reference = memory["weights_mib"] if keeps else 0
-    if run.trainer.background_checkpoints:
-        memory["checkpoint_on_host_mib"] += reference
+    saved = memory["checkpoint_on_host_mib"] + others.pop("critic_checkpoint_on_host_mib", 0)
+    saved += reference if run.trainer.background_checkpoints else 0
+    memory["checkpoint_on_host_mib"] = round(saved, 1)
     return {
         "logprobs": _logprobs(run),
         "device": device,
