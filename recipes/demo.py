@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from samebit.recipes import fetch_smollm2, grpo, sft
-from samebit.recipes.config import ConfigError, DemoRun, GrpoRun, RunSection, SftRun
+from samebit.recipes.config import ConfigError, GrpoRun, RunSection, SftRun
 from samebit.recipes.data.reward_pool import load_reward
 from samebit.recipes.data.tasks.registry import load_datasets
+from samebit.recipes.demo_config import DemoRun
 from samebit.recipes.models.tiny_model import make_demo_model
 from samebit.recipes.run.folder import CONFIG_FILE, InputFiles, RunFolder
 from samebit.recipes.run.input_files import input_files

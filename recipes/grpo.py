@@ -13,10 +13,13 @@ from typing import Any
 from samebit.recipes.cli.dry_run import describe_grpo, train_or_describe
 from samebit.recipes.config import GrpoRun
 from samebit.recipes.data.rewards import Poll
-from samebit.recipes.data.samples import with_advantages
+from samebit.recipes.data.samples import with_advantages, with_returns
+from samebit.recipes.launch.critic import make_critic
 from samebit.recipes.launch.online_draft import OnlineDraft
 from samebit.recipes.launch.placement import make_trainer, releases_memory, start_engine
+from samebit.recipes.launch.teacher import Teacher
 from samebit.recipes.run.batches import own_micro_batches, with_reference
+from samebit.recipes.run.critic import CriticUpdates
 from samebit.recipes.run.dynamic_sampling import StepRollout, draw_step
 from samebit.recipes.run.inputs import GrpoInputs
 from samebit.recipes.run.phase_ledger import PhaseLedger
@@ -80,15 +83,14 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                 progress.step += 1
                 progress.prompts_drawn += of_step.num_prompts
 
-                metrics = rollout_metrics(rollout, "rollout") | recipe.reference_metrics
+                metrics = rollout_metrics(rollout, "rollout") | recipe.step_metrics(stats)
                 metrics |= of_step.metrics() if is_dynamic else {}
                 metrics |= speculation_metrics(of_step.guesses)
-                metrics |= train_metrics(stats) | recipe.draft_metrics
                 if recorder.is_due(run.rollout.eval_every):
                     with timer.time("eval"):
                         metrics |= recipe.evaluate(recorder)
                 timer.end_step()
-                timed = rollout, stats, timer.seconds, of_step.drawn
+                timed = rollout, stats or recipe.critic_stats, timer.seconds, of_step.drawn
                 metrics |= timer.seconds | speed(recipe.trainer, *timed)
                 metrics |= recipe.ledger.metrics()
                 rate = f"{metrics['perf/rollout_tokens_per_s']:.0f} tok/s"
@@ -117,6 +119,8 @@ class GrpoProgress(Progress):
     reward_last: float | None = None
     logprob_tokens_compared: int = 0
     logprob_mismatches: int = 0
+    teacher_digest: str | None = None
+    """Of a teacher's weights, where there is one: a run has the same all the time."""
 
 
 class GrpoRecipe:
@@ -129,6 +133,10 @@ class GrpoRecipe:
         releases = releases_memory(run, device)
         model = self._inputs.model
         self.trainer = make_trainer(run, model, run.num_updates, device, releases)
+        self.critic: CriticUpdates | None = None
+        if self._inputs.critic is not None:
+            critic = make_critic(run, self._inputs.critic, self.trainer)
+            self.critic = CriticUpdates(run, critic)
         self.algorithm = make_algorithm(run.algorithm)
         if self.algorithm.needs_reference or self.algorithm.rewards_need_reference:
             self.trainer.freeze_reference()
@@ -143,6 +151,10 @@ class GrpoRecipe:
         self.progress = GrpoProgress(**drawn | restored)
         self.reference_metrics: dict[str, float] = {}
         self.draft_metrics: dict[str, float] = {}
+        self.teacher = None if run.distillation is None else Teacher(run, self.trainer)
+        if self.teacher is not None:
+            self.progress.teacher_digest = self.progress.teacher_digest or self.teacher.digest
+            self.teacher.require(self.progress.teacher_digest)
         self.engine, self.weights = start_engine(run, device, self.trainer, releases, self.draft)
         self.ledger = PhaseLedger(self.trainer, self.engine, releases)
         self.rollout_source = RolloutSource(run, self._inputs, self.engine)
@@ -164,22 +176,31 @@ class GrpoRecipe:
     ) -> list[StepStats]:
         """Train on a rollout, which is scored, and serve the result; nothing is served in between.
 
+        While the critic alone learns there is nothing new to serve, and no figure of the policy's.
         `poll` is called between micro-batches as long as the weights are as they were; what it
         raises drops the step. Raises LogprobMismatchError.
         """
         self.ledger.enter("train")
+        waits = self.progress.step < self.run.num_waits
         try:
             with timer.time("train"):
                 samples = self._samples(rollout)
+                if waits and self.critic is not None:
+                    self.critic.train(samples, poll)
         except BaseException:
             self.ledger.enter("rollout")  # nothing has begun: the engine serves on
             raise
+        if waits:
+            self.ledger.enter("rollout")
+            return []
         self.weights.lease(self.trainer.step + self.run.updates_on(len(samples)))
         try:
             with timer.time("train"):
                 stats = self._train(samples, poll)
                 self._check_promise(stats[0])
                 self.draft_metrics = {} if self.draft is None else self.draft.end_step()
+                if self.critic is not None:
+                    self.critic.train(samples)
             self.ledger.enter("rollout")
             with timer.time("sync"):
                 self.weights.update(self.trainer.params, self.trainer.digest())
@@ -188,6 +209,19 @@ class GrpoRecipe:
                 self.weights.give_up(f"the training step failed: {error}")
             raise
         return stats
+
+    @property
+    def critic_stats(self) -> list[StepStats]:
+        """Of the critic's latest optimizer steps, if there is one."""
+        return [] if self.critic is None else self.critic.stats
+
+    def step_metrics(self, stats: Sequence[StepStats]) -> dict[str, float]:
+        """Return what is logged of a step's training; nothing of a policy that waits."""
+        found = self.reference_metrics | (train_metrics(stats) if stats else {})
+        found |= self.draft_metrics
+        for part in (self.critic, self.teacher):
+            found |= {} if part is None else part.metrics
+        return found
 
     def evaluate(self, recorder: Recorder, stop: StopSignals | None = None) -> dict[str, float]:
         """Complete and score the held-out problems; returns the metrics and records some samples.
@@ -226,6 +260,8 @@ class GrpoRecipe:
         self._inputs.close()
         self.weights.close()
         self.engine.close()
+        if self.teacher is not None:
+            self.teacher.close()
 
     def _samples(self, rollout: Rollout) -> list[Sample]:
         """What the algorithm makes of the rewards."""
@@ -235,6 +271,11 @@ class GrpoRecipe:
             groups = with_reference(groups, self.run.trainer, self.trainer, temperature)
             samples = [sample for group in groups for sample in group]
             self.reference_metrics = reference_metrics(samples)
+        if self.teacher is not None:
+            groups = self.teacher.with_logprobs(groups)
+        if self.critic is not None:
+            groups = self.critic.with_values(groups)
+            groups = with_returns(groups, self.algorithm.returns(rollout.reward_tensor, groups))
         advantages = self.algorithm.advantages(rollout.reward_tensor, groups)
         return with_advantages(groups, advantages)
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from samebit.kernels.registry import ATTENTION_KINDS
 from samebit.rollout.values import MAX_UINT64, bring_to_type, shown
@@ -31,6 +31,9 @@ class EngineConfig:
 
     Raises ValueError, naming the key, for a value that cannot be used.
     """
+
+    key: ClassVar[str] = "engine"
+    """The section's name in a recipe's configuration."""
 
     page_size: int = 64
     """Tokens per KV page."""
@@ -87,7 +90,7 @@ class EngineConfig:
     """Of the noise of requests that bring no seed; in a recipe it is the recipe's."""
 
     def __post_init__(self) -> None:
-        bring_to_type(self, "engine")
+        bring_to_type(self, self.key)
         page, tokens, longest = self.page_size, self.kv_cache_tokens, self.max_model_len
         for name in ("page_size", "max_batch_tokens", "max_num_seqs", "prefill_chunk"):
             self._require(getattr(self, name) >= 1, name, "positive")
@@ -131,7 +134,7 @@ class EngineConfig:
     def _require(self, holds: bool, name: str, meaning: str) -> None:
         if not holds:
             value = shown(getattr(self, name))
-            raise ValueError(f"engine.{name} is {value}; it must be {meaning}")
+            raise ValueError(f"{self.key}.{name} is {value}; it must be {meaning}")
 
     @classmethod
     def of(cls, config: Self | None, overrides: Mapping[str, Any]) -> Self:

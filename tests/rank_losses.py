@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from losses import SequenceRatio, policy_gradients
 from policy_steps import gradient_samples
+from rank_critic import critic_step
 from rank_programs import make_trainer, start
 
 from samebit.kernels.attention import CanonicalAttention
@@ -148,6 +149,11 @@ def step(rank, size, store, folder, mode, expected, out):
     figures["reference"] = referred(make_trainer(folder, parallel), parallel)
     figures["preferred"] = preferred(make_trainer(folder, parallel))
     figures["truncated"] = truncated(make_trainer(folder, parallel))
+    layouts = [parallel, *([replace(parallel, sequence=True)] if mode == "tensor" else [])]
+    figures["critic"] = [
+        critic_step(make_trainer(folder, layout), folder, expected, mode == "alone")
+        for layout in layouts
+    ]
     if mode == "alone":
         torch.save({"gradients": dict(hf_tensors(megatron.specs, gradients)), **figures}, expected)
         return

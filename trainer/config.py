@@ -113,7 +113,7 @@ class OptimizerConfig:
     """AdamW and its schedule."""
 
     key: ClassVar[str] = "trainer.optimizer"
-    """Where it stands in the configuration."""
+    """The section's name in a configuration."""
 
     lr: float = 1e-6
     """Learning rate, after the warm-up."""
@@ -202,6 +202,8 @@ class AlgorithmConfig:
 
     min_samples_per_prompt: ClassVar[int] = 1
     """Fewest samples of a prompt of which advantages can be made."""
+    sections: ClassVar[tuple[str, ...]] = ()
+    """Which sections runs of the algorithm have besides: critic, distillation."""
 
     name: str = "grpo"
     """An algorithm of docs/algorithms.md, or your own `module:Class`."""

@@ -10,6 +10,9 @@ from torch import Tensor
 from samebit.kernels.truncation import Kept
 from samebit.weight_sync.types import VersionSpan
 
+_FLOATS = ("logprobs", "thresholds", "ref_logprobs", "teacher_logprobs", "values", "returns",
+           "advantages")  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sample:
@@ -35,6 +38,12 @@ class Sample:
     """[L] fp32: what could be drawn, as in Completion, where the log-probs are truncated."""
     ref_logprobs: np.ndarray | None = None
     """[L] fp32: the reference model's, where rewards are lowered by the KL to it."""
+    teacher_logprobs: np.ndarray | None = None
+    """[L] fp32: a teacher's, read where the mask is set."""
+    values: np.ndarray | None = None
+    """[L] fp32: the critic's, of the state before each token, read where the mask is set."""
+    returns: np.ndarray | None = None
+    """[L] fp32: what the critic is to learn there."""
     advantages: np.ndarray = field(default_factory=lambda: np.zeros((), np.float32))
     """[L] fp32, read where the mask is set; one number is that of every token."""
     version_spans: tuple[VersionSpan, ...] = ()
@@ -45,8 +54,7 @@ class Sample:
     def __post_init__(self) -> None:
         length = len(self.token_ids)
         dtypes = {"token_ids": np.int64, "loss_mask": np.bool_}
-        floats = dict.fromkeys(("logprobs", "thresholds", "ref_logprobs", "advantages"), np.float32)
-        for name, dtype in (dtypes | floats).items():
+        for name, dtype in (dtypes | dict.fromkeys(_FLOATS, np.float32)).items():
             if (given := getattr(self, name)) is None:
                 continue
             values: np.ndarray = np.asarray(given, dtype)

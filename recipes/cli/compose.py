@@ -26,13 +26,13 @@ from samebit.recipes.bench.config import (
 from samebit.recipes.cli.overrides import Overrides, check_file, find_field, read_words
 from samebit.recipes.config import (
     ConfigError,
-    DemoRun,
     DpoRun,
     GrpoRun,
     RunSection,
     SftRun,
     grpo_run_of,
 )
+from samebit.recipes.demo_config import DemoRun
 from samebit.recipes.eagle3_config import Eagle3Run
 from samebit.recipes.run.secrets import build
 from samebit.recipes.tools_config import (

@@ -17,7 +17,8 @@ from samebit.rollout.models.draft.config import DraftConfig
 from samebit.rollout.models.registry import load_stop_tokens
 from samebit.rollout.speculative.making import open_speculation
 from samebit.trainer.algorithms.registry import make_algorithm
-from samebit.trainer.config import TrainerConfig
+from samebit.trainer.config import ParallelConfig, TrainerConfig
+from samebit.trainer.critic.value_model import value_model_of
 from samebit.trainer.ranks import is_first
 from samebit.weight_sync.mapping import hf_shapes
 
@@ -74,6 +75,7 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     resolved = resolve_device(run.device)
     device = resolved.type
     memory = _memory(model, device, run.trainer)
+    others = _other_models(run, inputs, device)
     longest = run.rollout.longest
     most_samples = run.rollout.most_prompts_per_step * run.rollout.samples_per_prompt
     at_once = max(len(run.rollout.places_of(refill)) for refill in (0, 1))
@@ -84,8 +86,9 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     algorithm = make_algorithm(run.algorithm)
     keeps = algorithm.needs_reference or algorithm.rewards_need_reference
     reference = memory["weights_mib"] if keeps else 0
-    if run.trainer.background_checkpoints:
-        memory["checkpoint_on_host_mib"] += reference
+    saved = memory["checkpoint_on_host_mib"] + others.pop("critic_checkpoint_on_host_mib", 0)
+    saved += reference if run.trainer.background_checkpoints else 0
+    memory["checkpoint_on_host_mib"] = round(saved, 1)
     return {
         "logprobs": _logprobs(run),
         "device": device,
@@ -96,6 +99,7 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
         "most_prompts_per_step": run.rollout.most_prompts_per_step,
         "most_tokens_per_step": most_samples * longest,
         **memory,
+        **others,
         "reference_mib": reference,
         **_online_draft(run, draft, device),
         "kv_mib_if_all_run_at_once": round(
@@ -127,6 +131,18 @@ def _online_draft(
         "draft_captured_layers": ", ".join(map(str, draft.captured_layers)),
         "draft_mib": round(parameters * (weights + masters + 12) / _MIB, 1),  # sums, two moments
     }
+
+
+def _other_models(run: GrpoRun, inputs: GrpoInputs, device_type: str) -> dict[str, Any]:
+    """MiB of a process by use of the critic and the teacher, where there are any."""
+    found = {}
+    if inputs.critic is not None:
+        memory = _memory(value_model_of(inputs.critic), device_type, run.trainer)
+        found = {f"critic_{name}": x for name, x in memory.items() if name != "processes"}
+    if inputs.teacher is not None:
+        engine = TrainerConfig(parallel=ParallelConfig(tensor=run.trainer.parallel.tensor))
+        found["teacher_mib"] = _memory(inputs.teacher, device_type, engine)["weights_mib"]
+    return found
 
 
 def _logprobs(run: GrpoRun) -> str:

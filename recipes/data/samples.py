@@ -1,6 +1,6 @@
 """What was drawn, as what is trained on."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import replace
 
 import numpy as np
@@ -42,11 +42,30 @@ def with_advantages(groups: Sequence[Sequence[Sample]], advantages: Advantages) 
 
     Raises ValueError unless there is one for each sample.
     """
-    sizes, found = [len(group) for group in groups], [len(values) for values in advantages]
-    if sizes != found:
-        raise ValueError(f"advantages of {found} samples for prompts with {sizes} samples")
+    _require_each(groups, advantages, "advantages")
     return [
         replace(sample, advantages=np.asarray(advantage, np.float32))
         for group, values in zip(groups, advantages, strict=True)
         for sample, advantage in zip(group, values, strict=True)
     ]
+
+
+def with_returns(groups: Sequence[Sequence[Sample]], returns: Advantages) -> list[list[Sample]]:
+    """Return the samples, each with what the critic is to learn of its tokens.
+
+    Raises ValueError as with_advantages does.
+    """
+    _require_each(groups, returns, "returns")
+    return [
+        [
+            replace(sample, returns=np.asarray(x, np.float32))
+            for sample, x in zip(*pair, strict=True)
+        ]
+        for pair in zip(groups, returns, strict=True)
+    ]
+
+
+def _require_each(groups: Sequence[Sized], values: Sequence[Sized], what: str) -> None:
+    sizes, found = [len(group) for group in groups], [len(x) for x in values]
+    if sizes != found:
+        raise ValueError(f"{what} of {found} samples for prompts with {sizes} samples")

@@ -23,10 +23,8 @@ class TextCodec:
         folder = Path(model_path)
         if not folder.is_dir():
             raise FileNotFoundError(f"model folder {folder} does not exist (from {Path.cwd()})")
-        if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer_config.json")):
-            raise ValueError(f"model.path {folder} holds no tokenizer (tokenizer.json)")
         self._folder = folder
-        self._tokenizer: Any = _read_tokenizer(folder)
+        self._tokenizer: Any = _read_tokenizer(folder, "model.path")
         self._backend = _plain_backend(self._tokenizer)
         self._chat = chat
         if chat and not self._tokenizer.chat_template:
@@ -43,6 +41,11 @@ class TextCodec:
     def end_token_id(self) -> int | None:
         """This token ends a label; None where the tokenizer has none."""
         return self._tokenizer.eos_token_id
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """These are the ids of all tokens, added ones too."""
+        return self._tokenizer.get_vocab()
 
     def messages(self, prompt: Prompt) -> Prompt:
         """Return the prompt as it is encoded: with `chat`, a text is one user message."""
@@ -203,10 +206,20 @@ class TextCodec:
         return any(ids[: len(opening)] == opening for opening in self._openings)
 
 
-def _read_tokenizer(folder: Path) -> Any:
+def vocabulary_of(folder: str | Path, key: str) -> dict[str, int]:
+    """Return the ids of the tokens of another folder's tokenizer.
+
+    Raises ValueError, which names the key of the folder, for one that cannot be read.
+    """
+    return _read_tokenizer(Path(folder), key).get_vocab()
+
+
+def _read_tokenizer(folder: Path, key: str) -> Any:
     """The folder's tokenizer, which writes exactly what tokens say."""
     from transformers import AutoTokenizer
 
+    if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer_config.json")):
+        raise ValueError(f"{key} {folder} holds no tokenizer (tokenizer.json)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
@@ -215,7 +228,7 @@ def _read_tokenizer(folder: Path) -> Any:
         what = _line(error)
         if "trust_remote_code" in str(error):
             what = "it needs code of its own, which is not run; give a folder with a tokenizer.json"
-        raise ValueError(f"the tokenizer of model.path {folder} cannot be read: {what}") from error
+        raise ValueError(f"the tokenizer of {key} {folder} cannot be read: {what}") from error
     if tokenizer.is_fast and tokenizer.backend_tokenizer.decoder is not None:
         _keep_spaces(tokenizer.backend_tokenizer)
     return tokenizer

@@ -20,6 +20,7 @@ from samebit.rollout.engine import Engine
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.remote import RemoteEngine
 from samebit.rollout.runtime.weights import load_safetensors
+from samebit.trainer.megatron.critic import ActorCritic
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.ranks import place
 from samebit.weight_sync.transports.base import Lease, WeightSync
@@ -45,12 +46,14 @@ def make_trainer(
     device: torch.device,
     releasable: bool = False,
 ) -> MegatronTrainer:
-    """Make the trainer that the run asks for, with the weights of its model's folder.
+    """Make the trainer that the run asks for, with the weights of its model's folder; a critic is
+    yet to be given to it.
 
     releasable: so that its gradients can be released, see `releases_memory`.
     """
     settings, numerics = run.trainer, run.numerics
-    trainer = MegatronTrainer(
+    has_critic = isinstance(run, GrpoRun) and run.critic is not None
+    trainer = (ActorCritic if has_critic else MegatronTrainer)(
         model,
         settings.optimizer,
         num_updates,

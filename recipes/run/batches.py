@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from torch import Tensor
+
 from samebit.trainer.config import TrainerConfig
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.packing import pack_samples
@@ -33,6 +35,15 @@ def own_micro_batches(
     return trainer.own_batches(batches)
 
 
+def rows_by_sample(batches: Sequence[MicroBatch], rows: Sequence[Tensor]) -> dict[int, list[float]]:
+    """By sample id, what every rank has found for the loss rows [R] of its micro-batches."""
+    own: dict[int, list[float]] = {}
+    for batch, found in zip(batches, rows, strict=True):
+        parts = found.split(batch.row_counts.tolist())
+        own |= {s.sample_id: x.tolist() for s, x in zip(batch.samples, parts, strict=True)}
+    return {key: x for rank in gather_objects(own) for key, x in rank.items()}
+
+
 def with_reference(
     groups: Sequence[Sequence[Sample]],
     settings: TrainerConfig,
@@ -42,11 +53,7 @@ def with_reference(
     """Return the samples with the log-probs of the trainer's reference, the same on every rank."""
     samples = [sample for group in groups for sample in group]
     batches = own_micro_batches(samples, settings, trainer, temperature)
-    own: dict[int, list[float]] = {}
-    for batch, found in zip(batches, trainer.logprobs(batches, reference=True), strict=True):
-        parts = found.split(batch.row_counts.tolist())
-        own |= {s.sample_id: x.tolist() for s, x in zip(batch.samples, parts, strict=True)}
-    logprobs = {key: x for rank in gather_objects(own) for key, x in rank.items()}
+    logprobs = rows_by_sample(batches, trainer.logprobs(batches, reference=True))
     return [
         [replace(s, ref_logprobs=s.in_place(logprobs[s.sample_id], "ref_logprobs")) for s in group]
         for group in groups

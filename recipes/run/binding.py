@@ -19,7 +19,7 @@ from samebit.recipes.config import GrpoRun, RunSection
 from samebit.recipes.data.tasks.base import DataConfig, Dataset, Problem
 from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
 from samebit.recipes.models.side_files import tokenizer_files
-from samebit.recipes.run.input_files import flatten, own_sources
+from samebit.recipes.run.input_files import flatten, other_models, own_sources
 from samebit.recipes.run.provenance import device_name
 from samebit.recipes.run.secrets import to_dict
 from samebit.rollout.device import resolve_device
@@ -34,13 +34,16 @@ FORMAT = 2
 # The attention of numerics is bound as a part of the profile.
 _FREE_KEYS = {
     "resume", "reshard", "overwrite", "dry_run", "run_name", "output_dir", "device", "placement",
-    "engine", "logger", "numerics.attention", "rollout.generate_timeout_s",
+    "engine", "distillation.engine", "logger", "numerics.attention", "rollout.generate_timeout_s",
     *(f"reward.{terms}{key}" for terms in ("", "terms.")
       for key in ("timeout_s", "num_workers", "concurrency")),
     "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.background_checkpoints",
     "trainer.parallel.recompute", "trainer.parallel.offload_optimizer",
 }  # fmt: skip
-_PATHS = re.compile(r"(model|draft|data(\.sources\.\d+)?)\.path|data\.(sources\.\d+\.)?eval_path")
+_PATHS = re.compile(
+    r"(model|draft|data(\.sources\.\d+)?)\.path|data\.(sources\.\d+\.)?eval_path"
+    r"|critic\.model|distillation\.teacher"
+)
 _LAYOUT = "trainer.parallel."
 _SAMPLED = 16  # problems of a generated task: with its arguments they stand for all
 _ABSENT = "absent"
@@ -62,7 +65,10 @@ _EARLIER = {
 def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return every key of a resolved configuration that a result depends on."""
     kept = _without_free_keys(config)
-    if kept["trainer"]["optimizer"]["lr_schedule"] == "constant":
+    schedules = [
+        kept[key]["optimizer"]["lr_schedule"] for key in ("trainer", "critic") if key in kept
+    ]
+    if set(schedules) == {"constant"}:
         del kept["trainer"]["num_steps"]  # a run may be made longer
     if kept.get("draft", {}).get("train") == "off":  # nothing reads them
         del kept["draft"], kept["ttt"]
@@ -124,6 +130,8 @@ def _contents(run: TrainingRun, records: Mapping[str, Dataset]) -> Iterator[tupl
     if isinstance(run, GrpoRun) and run.draft.is_online and run.engine.draft_model is not None:
         config = Path(run.engine.draft_model) / "config.json"
         yield "engine.draft_model/config.json", digest(config.read_bytes())
+    for key, folder in other_models(run).items():
+        yield f"{key}/config.json", digest((folder / "config.json").read_bytes())
     for name, problems in records.items():
         yield name, records_digest(problems, run.data)
     if run.data.task.startswith("reasoning_gym/"):

@@ -41,6 +41,16 @@ def own_sources(run: TrainingRun) -> dict[str, Path | None]:
     return found
 
 
+def other_models(run: TrainingRun) -> dict[str, Path]:
+    """Return the folders of a critic and a teacher, by the keys that name them."""
+    found = {}
+    if isinstance(run, GrpoRun) and run.critic is not None and run.critic.model is not None:
+        found["critic.model"] = Path(run.critic.model)
+    if isinstance(run, GrpoRun) and run.distillation is not None:
+        found["distillation.teacher"] = Path(run.distillation.teacher)
+    return found
+
+
 def input_files(run: TrainingRun) -> Iterator[tuple[str, Path]]:
     """Yield (key, file) of everything: model, data, modules of the user's, files in arguments."""
     model = Path(run.model.path)
@@ -55,6 +65,8 @@ def input_files(run: TrainingRun) -> Iterator[tuple[str, Path]]:
         draft = run.engine.draft_model
     if draft is not None:
         yield from ((key, file) for file in Path(draft).glob("*") if file.is_file())
+    for key, folder in other_models(run).items():
+        yield from ((key, file) for file in folder.glob("*") if file.is_file())
     for key in ("path", "eval_path"):
         if file := getattr(run.data, key):
             yield from _with_content(f"data.{key}", Path(file))

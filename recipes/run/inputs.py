@@ -6,7 +6,6 @@ will use.
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from samebit.kernels.registry import attention_kind
 from samebit.recipes.config import DpoRun, GrpoRun, SftRun
@@ -18,37 +17,20 @@ from samebit.recipes.data.tasks.base import Dataset, Problem
 from samebit.recipes.data.tasks.faults import raise_faults
 from samebit.recipes.data.tasks.registry import load_datasets
 from samebit.recipes.data.text import TextCodec
-from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
+from samebit.recipes.eagle3_config import Eagle3Run
 from samebit.recipes.launch.draft import checked_draft
 from samebit.recipes.launch.online_draft import checked_online_draft
 from samebit.recipes.launch.placement import require_release, require_transport
 from samebit.recipes.launch.processes import is_one_of_several, launched_rank
+from samebit.recipes.run.checked_models import checked_critic, checked_model, checked_teacher
 from samebit.recipes.run.generation import GenerateFunction
 from samebit.recipes.run.signals import Stopped, StopSignals
-from samebit.rollout.device import resolve_device
 from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.models.registry import load_model_config, require_taught_end
-from samebit.rollout.runtime.weights import open_safetensors
+from samebit.rollout.models.registry import require_taught_end
 from samebit.rollout.speculative.making import open_speculation
 from samebit.trainer.config import require
-from samebit.trainer.megatron.stages import make_stage
 
 logger = logging.getLogger(__name__)
-
-
-def checked_model(run: TrainingRun) -> ModelConfig:
-    """Return the model that a run starts from; raises ValueError or OSError if it could not.
-
-    The layout, the attention kind and the headers of the weights are looked at, no weight is read.
-    """
-    model, parallel = load_model_config(run.model.path, run.model_family), run.trainer.parallel
-    attention_kind(run.numerics.attention).require_usable(resolve_device(run.device).type)
-    model.param_specs((0, parallel.tensor))
-    make_stage(model, 0, parallel.pipeline, parallel.virtual_pipeline)
-    if run.numerics.tp_invariant:
-        model.segment_shapes(resolve_device(run.device))
-    open_safetensors(Path(run.model.path), model.param_specs())
-    return model
 
 
 def _require_exact_truncation(run: GrpoRun) -> None:
@@ -107,11 +89,13 @@ class GrpoInputs:
         poll = _polled(stop)
         self.model = checked_model(run)
         self.draft = checked_online_draft(run, self.model) if run.draft.is_online else None
+        self.critic = checked_critic(run, self.model)
         _require_exact_truncation(run)
         train_set, eval_set = load_datasets(run.data)
         require_transport(run)
         require_release(run)
         self.text = TextCodec(run.model.path, run.data.chat)
+        self.teacher = checked_teacher(run, self.model, self.text)
         wanted = run.rollout.generate is not None
         self.generate = GenerateFunction(run.rollout) if wanted else None
         self.reward = load_reward(run.reward, poll)

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from samebit.recipes.config import DemoRun, GrpoRun, SftRun
+from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.data.tasks.files import BY_PYARROW, kinds_at
+from samebit.recipes.demo_config import DemoRun
 from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
 from samebit.recipes.tools_config import FetchRun
 

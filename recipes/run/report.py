@@ -56,7 +56,19 @@ CHARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ),
     ("Draft loss", "of a draft in training", {"train": "draft/loss"}),
     ("Loss", "training loss", {"train": "train/loss"}),
+    ("Value loss", "of the critic", {"critic": "critic/vf_loss"}),
+    (
+        "Values",
+        "means over tokens",
+        {"critic": "critic/values/mean", "returns": "critic/returns/mean"},
+    ),
+    (
+        "Explained variance",
+        "of the returns, by the critic's values",
+        {"critic": "critic/vf_explained_var"},
+    ),
     ("KL", "divergence from the reference", {"train": "train/kl"}),
+    ("Reverse KL", "to the teacher, mean over tokens", {"drawn": "distillation/reverse_kl"}),
     ("Gradient norm", "before clipping", {"train": "train/grad_norm"}),
     (
         "Memory",

@@ -96,7 +96,9 @@ class RunSession:
         """Begin a checkpoint after `step`; `progress` is small and readable, in the manifest."""
         self.started()
         with together(CheckpointError):
-            if bad := non_finite(state["params"]):
+            critic = state.get("critic", {}).get("params", {})
+            bad = non_finite(state["params"])
+            if bad := bad + [f"critic {name}" for name in non_finite(critic)]:
                 raise CheckpointError(
                     f"NaN or Inf in {', '.join(bad[:5])} after step {step}; it was not saved, the "
                     "last checkpoint is unharmed"

@@ -69,7 +69,8 @@ def alone(folder, run_together, tmp_path_factory):
 @pytest.mark.parametrize("mode", ["context", "tensor", "pipeline", "data"])
 def test_two_ranks_take_the_step_of_one(run_ranks, folder, alone, mode, tmp_path):
     """The ratio of whole samples and the entropy's gradient: loss, figures, every gradient; and
-    truncated log-probs, whose kept sets other weights know; and pairs, whole samples too."""
+    truncated log-probs, whose kept sets other weights know; and pairs, whole samples too; and a
+    critic's values, with the tokens split too where layers are."""
     run_ranks("rank_losses.step", 2, folder, mode, alone, tmp_path / "out.json")
     expected = torch.load(alone)
     for rank in range(2):
@@ -81,6 +82,11 @@ def test_two_ranks_take_the_step_of_one(run_ranks, folder, alone, mode, tmp_path
         for own, other in zip(found["reference"], expected["reference"], strict=True):
             assert own == (pytest.approx(other, rel=1e-5) if mode == "tensor" else other)
         assert found["preferred"] == pytest.approx(expected["preferred"], rel=1e-5, abs=2e-5)
+        [(own_critic, _)] = expected["critic"]
+        assert len(found["critic"]) == (2 if mode == "tensor" else 1)
+        for critic, errors in found["critic"]:
+            assert critic == pytest.approx(own_critic, rel=1e-6)
+            assert max(errors.values()) < 1e-6, errors
         (rows, figures), (all_rows, all_figures) = found["truncated"], expected["truncated"]
         assert figures == pytest.approx(all_figures, rel=1e-6)
         for index, (drawn, later, reference) in rows.items():

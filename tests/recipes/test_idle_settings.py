@@ -7,9 +7,10 @@ import pytest
 from samebit.recipes.bench.config import BenchEngineRun, BenchKernelsRun
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.cli.main import main
-from samebit.recipes.config import ConfigError, DemoRun, GrpoRun, ModelSection, SftRun
+from samebit.recipes.config import ConfigError, GrpoRun, ModelSection, SftRun
 from samebit.recipes.data.reward_config import RewardConfig
 from samebit.recipes.data.tasks.base import DataConfig
+from samebit.recipes.demo_config import DemoRun
 from samebit.recipes.run.metrics import LoggerConfig
 from samebit.recipes.tools_config import DiffRun, ExportRun, FetchRun, VerifyRun
 from samebit.rollout.config import EngineConfig

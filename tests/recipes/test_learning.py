@@ -19,21 +19,37 @@ PRESETS = sorted(file.stem for file in (CONFIG_DIR / "algorithm").glob("*.yaml")
 ENOUGH = 0.8
 TASK = ["device=cpu", "logger=disabled", "data=reverse_digits", "data.args.length=4"]
 OPTIMIZER = {"lr": 6e-4, "lr_warmup_steps": 10, "lr_schedule": "linear", "min_lr": 1e-4}
+OWN = {
+    "ppo": ["critic.optimizer.lr=1e-3", "critic.optimizer.lr_warmup_steps=10"],
+    "distillation": ["distillation.teacher={teacher}"],
+}
+"""What a preset needs besides, for so small a model."""
+
+
+def taught(folder, num_steps):
+    """A model after so many steps of supervised training."""
+    make_demo_model(folder / "model", seed=0)
+    words = [f"model.path={folder / 'model'}", f"output_dir={folder}", "run_name=sft", *TASK]
+    words += [f"trainer.num_steps={num_steps}", "trainer.batch_size=128"]
+    words += ["trainer.micro_batch_tokens=4096", "data.eval_size=0", "trainer.optimizer.lr=2e-3"]
+    sft.train(resolve("sft", words))
+    return folder / "sft" / "model"
 
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
     """A model that is right now and then: what its sampling finds can be learnt from."""
-    folder = tmp_path_factory.mktemp("begun")
-    make_demo_model(folder / "model", seed=0)
-    words = [f"model.path={folder / 'model'}", f"output_dir={folder}", "run_name=sft", *TASK]
-    words += ["trainer.num_steps=50", "trainer.batch_size=128", "trainer.micro_batch_tokens=4096"]
-    sft.train(resolve("sft", [*words, "data.eval_size=0", "trainer.optimizer.lr=2e-3"]))
-    return folder / "sft" / "model"
+    return taught(tmp_path_factory.mktemp("begun"), 50)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """One that is right nearly always."""
+    return taught(tmp_path_factory.mktemp("teacher"), 200)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_it_learns(begun, tmp_path, preset):
+def test_it_learns(begun, teacher, tmp_path, preset):
     """From half of the held-out problems to most of them, with two optimizer steps a
     rollout, of which the second is off-policy; every log-prob of the first is the rollout's."""
     words = [f"model.path={begun}", f"output_dir={tmp_path}", f"algorithm={preset}", *TASK]
@@ -41,6 +57,7 @@ def test_it_learns(begun, tmp_path, preset):
     words += ["rollout.eval_every=1000", "trainer.num_steps=100", "trainer.batch_size=128"]
     words += ["trainer.micro_batch_tokens=4096", "trainer.checkpoint_every=0"]
     words += [f"trainer.optimizer.{key}={value}" for key, value in OPTIMIZER.items()]
+    words += [word.format(teacher=teacher) for word in OWN.get(preset, [])]
     start = time.perf_counter()
     summary = grpo.train(resolve("grpo", words))
     seconds = time.perf_counter() - start

@@ -10,11 +10,49 @@ import pytest
 
 from samebit.recipes.cli import compose
 from samebit.recipes.cli.compose import resolve
+from samebit.recipes.cli.dry_run import describe_grpo
 from samebit.recipes.cli.main import main
 from samebit.recipes.config import ConfigError, GrpoRun
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "extending.md"
 NAME = "algorithm.name=my_algorithms:Reinforce"
+
+
+CRITICS = """
+from dataclasses import dataclass
+
+from samebit.trainer.algorithms.distillation import Distillation
+from samebit.trainer.algorithms.ppo import Ppo, PpoConfig
+from samebit.trainer.config import AlgorithmConfig
+
+
+@dataclass(kw_only=True)
+class BothConfig(PpoConfig):
+    sections = "critic", "distillation"
+
+
+class Both(Ppo):
+    Config = BothConfig
+    needs_teacher = True
+
+
+@dataclass(kw_only=True)
+class MisnamedConfig(AlgorithmConfig):
+    sections = ("crtic",)
+
+
+class Misnamed(Ppo):
+    Config = MisnamedConfig
+
+
+class Forgotten(Ppo):
+    Config = AlgorithmConfig
+    __init__ = object.__init__
+
+
+class Untaught(Forgotten):
+    needs_values, needs_teacher = False, True
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +114,23 @@ def test_a_chosen_file_may_name_it(tmp_path, monkeypatch):
         run = resolve("grpo", ["model.path=m", word])
         assert run.algorithm.entropy_coef == 0.5
     assert run.seed == 7
+
+
+def test_what_it_needs_has_its_section(runs, tmp_path, demo_model):
+    """A critic's or a teacher's, which its settings name; no other."""
+    (tmp_path / "my_critics.py").write_text(CRITICS)
+    for name, message in {
+        "Misnamed": "Config.sections are among ('critic', 'distillation')",
+        "Forgotten": "Config.sections has `critic`, as its needs_values is set",
+        "Untaught": "Config.sections has `distillation`, as its needs_teacher is set",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(message)):
+            describe_grpo(runs.resolve("own", f"algorithm.name=my_critics:{name}"))
+    both = ["algorithm.name=my_critics:Both", f"distillation.teacher={demo_model}"]
+    summary, rows, _ = runs.train("both", *both, "critic.warmup_steps=1", "trainer.num_steps=2")
+    assert summary["logprob_mismatches"] == 0
+    assert rows[1]["distillation/reverse_kl"] == 0.0
+    assert rows[2]["critic/vf_loss"] > 0
 
 
 def test_the_demo_has_its_own():

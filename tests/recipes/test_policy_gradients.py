@@ -19,9 +19,10 @@ NOT_DEFAULT = {
     "gspo_token": {"token_level": True},
     "grpo_kl": {"kl_coef": 0.001},
 }
+REQUIRED = {"distillation": ["distillation.teacher=t"]}
 MEANS = {"dr_grpo": ("constant", 48), "gspo": ("sequence", None), "gspo_token": ("sequence", None)}
 OFF_POLICY = [
-    *((name, {}) for name in ALGORITHMS),
+    *((name, {}) for name in ALGORITHMS if not find_algorithm(name).Config.sections),
     ("grpo", {"tis_clip": 2.0}),
     ("rloo", {"tis_clip": 1.5, "length_penalty": "relative"}),
     ("reinforce_plus_plus", {"kl_coef": 0.1, "entropy_coef": 0.01}),
@@ -32,7 +33,8 @@ OFF_POLICY = [
 def test_a_preset_is_its_algorithm(preset):
     """Its settings, its loss mean, DAPO's prompts, and nothing else; lengths are the rollout's."""
     words = ["model.path=m", "rollout.max_new_tokens=48"]
-    run, plain = resolve("grpo", [*words, f"algorithm={preset}"]), resolve("grpo", words)
+    chosen = [f"algorithm={preset}", *REQUIRED.get(preset, [])]
+    run, plain = resolve("grpo", [*words, *chosen]), resolve("grpo", words)
     assert run.algorithm.name in ALGORITHMS
     default = find_algorithm(run.algorithm.name).Config(name=run.algorithm.name)
     assert vars(run.algorithm) == vars(default) | NOT_DEFAULT.get(preset, {})

@@ -151,6 +151,8 @@ CASES = {
     "rloo": (make("rloo"), plain),
     "rloo tis": (make("rloo", tis_clip=2.0), weighted(0.0, 2.0)),
     "reinforce_plus_plus": (make("reinforce_plus_plus", **BOUNDS), by_token(0.2, 0.28)),
+    "ppo": (make("ppo", **BOUNDS), by_token(0.2, 0.28)),
+    "distillation": (make("distillation", **BOUNDS), by_token(0.2, 0.28)),
     "reinforce_plus_plus_baseline": (
         make("reinforce_plus_plus_baseline", **BOUNDS),
         by_token(0.2, 0.28),

@@ -74,6 +74,12 @@ class Algorithm[C: AlgorithmConfig]:
     """Whether the loss reads ref_logprobs: the weights at the run's start are then kept."""
     rewards_need_reference: bool = False
     """Whether `advantages` reads the samples' ref_logprobs: they are kept then too."""
+    needs_values: bool = False
+    """Whether `advantages` reads the samples' values: a critic is trained then, on `returns`, by
+    the section `critic` that Config.sections has to name."""
+    needs_teacher: bool = False
+    """Whether `advantages` reads the samples' teacher_logprobs: of the teacher that the section
+    `distillation` says, which Config.sections has to name."""
     needs_entropy_grad: bool = False
     """Whether the loss differentiates the entropies: their gradient is then made."""
 
@@ -86,6 +92,10 @@ class Algorithm[C: AlgorithmConfig]:
         `groups` [prompts][samples] are the samples, still without advantages.
         """
         raise NotImplementedError(f"{type(self).__name__} makes no advantages of rewards")
+
+    def returns(self, rewards: Tensor, groups: Sequence[Sequence[Sample]]) -> Advantages:
+        """What a critic is to learn, of the same arguments: for each token."""
+        raise NotImplementedError(f"{type(self).__name__} makes no returns of rewards")
 
     def loss(self, inputs: LossInputs) -> LossOutputs:
         """The loss of every row of a micro-batch, before weighting and averaging."""

@@ -17,6 +17,8 @@ ALGORITHMS = {
     "reinforce_plus_plus_baseline": (
         "samebit.trainer.algorithms.reinforce_plus_plus_baseline:ReinforcePlusPlusBaseline"
     ),
+    "ppo": "samebit.trainer.algorithms.ppo:Ppo",
+    "distillation": "samebit.trainer.algorithms.distillation:Distillation",
 }
 
 

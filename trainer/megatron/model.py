@@ -15,11 +15,13 @@ from samebit.kernels.truncation import KeptSets, Thresholds
 from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.context import ContextShare
+from samebit.trainer.critic.value_model import ValueModel
 from samebit.trainer.megatron.main_grad import main_grad_of
 from samebit.trainer.megatron.models.registry import parts_of
 from samebit.trainer.megatron.parallel import ranks_of, spread
 from samebit.trainer.megatron.spec import ContractConfig, PackedSequences
 from samebit.trainer.megatron.stages import Stage, stage_specs
+from samebit.trainer.megatron.value_head import ValueHead, value_output
 from samebit.trainer.types import MicroBatch
 from samebit.weight_sync.mapping import unequal_shapes
 
@@ -105,6 +107,9 @@ def build_model(
         )
         for i in range(stage.num_chunks)
     ]
+    if isinstance(model, ValueModel) and stage.is_last:
+        group = chunks[-1].pg_collection.tp
+        chunks[-1].output_layer = ValueHead(config, model.hidden_size, group)
     ranks = ranks_of(chunks[0].pg_collection.tp)
     specs = stage_specs(model, ranks.shard, stage)
     if unequal := unequal_shapes(specs, stage.named_params(chunks)):
@@ -120,7 +125,8 @@ def forward_logprobs(
     entropy_grad: bool = False,
     found: list[KeptSets] | None = None,
 ) -> Tensor:
-    """Log-probs and entropies of the loss rows, [2, R]; entropies carry gradients if asked to.
+    """Log-probs and entropies of the loss rows, [2, R]; entropies carry gradients if asked to. Of a
+    ValueModel they are its values, [1, R].
 
     Given `found`, the kept sets of the rows' thresholds are added to it, and the values mean
     nothing. A stage that is not the last of a pipeline gives the hidden states [T, 1, D] for the
@@ -139,14 +145,13 @@ def forward_logprobs(
         plan=share.plan if share else gpt.config.attention.plan_packed(lens),
         share=share,
     )
-    return gpt(
-        input_ids[None],
-        positions[None],
-        None,
-        packed_seq_params=packed,
-        output_processor=_logprob_head,
-        output_processor_context=(batch, model.vocab_size, entropy_grad, found),
-    )
+    output: dict[str, Any] = {
+        "output_processor": _logprob_head,
+        "output_processor_context": (batch, model.vocab_size, entropy_grad, found),
+    }
+    if isinstance(model, ValueModel):
+        output = {"output_processor": value_output, "output_processor_context": batch}
+    return gpt(input_ids[None], positions[None], None, packed_seq_params=packed, **output)
 
 
 def _logprob_head(

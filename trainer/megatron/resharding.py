@@ -38,7 +38,8 @@ class WholeState:
         self._holders: dict[str, list[tuple[ParamSpec, list[Mapping[str, Any]]]]] = {}
         self._cached: tuple[str, dict[str, Tensor]] = ("", {})
         copies = defaultdict(list)
-        for state in states:
+        self._states = list(states)
+        for state in self._states:
             copies[state["tensor"], state["stage"]].append(state)
         self.first = next(iter(copies.values()))[0]
         for (tensor, stage), same in copies.items():
@@ -52,6 +53,10 @@ class WholeState:
             for spec in specs:
                 for hf_name in spec.hf_shapes:
                     self._holders.setdefault(hf_name, []).append((spec, same))
+
+    def part(self, field: str, model: ModelConfig) -> "WholeState":
+        """The states of another model that every rank has inside its own, such as a critic's."""
+        return WholeState(model, [state[field] for state in self._states])
 
     def read(self, field: str, hf_name: str) -> Tensor:
         """A whole Hugging Face tensor of a field: "params", "reference", a moment or "master"."""

@@ -30,7 +30,7 @@ from samebit.kernels.attention_kind import AttentionKind
 from samebit.kernels.memory import Arena
 from samebit.kernels.reduce import RankGroup
 from samebit.rollout.models.config import ModelConfig
-from samebit.trainer.algorithms.base import Algorithm, LossInputs
+from samebit.trainer.algorithms.base import Algorithm, LossInputs, LossOutputs
 from samebit.trainer.config import OptimizerConfig, ParallelConfig
 from samebit.trainer.context import share_context
 from samebit.trainer.megatron.cpu import no_cuda
@@ -79,10 +79,12 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
         longest: int | None = None,
         attention: type[AttentionKind] = CanonicalAttention,
         releasable: bool = False,
+        arena: Arena | None = None,
     ) -> None:
-        """releasable: gradients and optimizer are allocated so that they can be released."""
+        """releasable: gradients and optimizer are allocated so that they can be released. arena:
+        another trainer's, by which both release theirs together."""
         super().__init__(model, device, None, parallel, tp_invariant, longest, attention)
-        self.arena = Arena(self.device, releasable)
+        self.arena = arena or Arena(self.device, releasable)
         offloaded = self.parallel.offload_optimizer
         self.specs = stage_specs(model, self.ranks.shard, self.stage)
         self.step = 0
@@ -198,8 +200,7 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
         """
         self.arena.require_resident()
         with no_cuda():
-            needed = algorithm.needs_reference
-            references = self.logprobs(batches, reference=True) if needed else None
+            references = self._references(batches, algorithm)
             totals = self._forward_backward(batches, algorithm, references, poll)
             for failure in filter(None, gather_objects(self._failure)):
                 raise NonFiniteError(failure)
@@ -311,18 +312,8 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
         """Megatron's loss function: (summed loss, its denominator, nothing to report)."""
         if batch.index == FILLER:
             return output[0].sum() * 0, torch.tensor(0, dtype=torch.int), {}
-        logprobs, entropies = output[0], output[1]
-        if not algorithm.needs_entropy_grad:
-            entropies = entropies.detach()
-        inputs = LossInputs(
-            batch=batch,
-            logprobs=logprobs,
-            entropies=entropies,
-            ref_logprobs=reference,
-            context=self.context,
-        )
-        found = algorithm.checked_loss(inputs)
-        losses, metrics = found.losses, found.metrics | {"train/entropy": entropies.detach()}
+        found = self._found(batch, algorithm, reference, output)
+        losses = found.losses
         finite = losses.detach().isfinite()
         if not bool(finite.all()):
             # Told once the schedule is through: the other ranks wait in it for this one.
@@ -332,8 +323,34 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
                 f"{sample.sample_id}; the weights are unchanged"
             )
         total = (losses * batch.loss_weights).sum()
-        totals.add(batch, logprobs.detach(), total.detach(), metrics)
+        totals.add(batch, output[0].detach(), total.detach(), found.metrics)
         return total, torch.tensor(batch.loss_denominator, dtype=torch.int), {}
+
+    def _references(
+        self, batches: Sequence[MicroBatch], algorithm: Algorithm[Any]
+    ) -> Sequence[Tensor] | None:
+        """What the loss compares rows with: [R, ...] of every micro-batch, all context ranks'."""
+        return self.logprobs(batches, reference=True) if algorithm.needs_reference else None
+
+    def _found(
+        self,
+        batch: MicroBatch,
+        algorithm: Algorithm[Any],
+        reference: Tensor | None,
+        output: Tensor,
+    ) -> LossOutputs:
+        """The algorithm's losses and metrics of a micro-batch's rows, given the model's output."""
+        entropies = output[1] if algorithm.needs_entropy_grad else output[1].detach()
+        inputs = LossInputs(
+            batch=batch,
+            logprobs=output[0],
+            entropies=entropies,
+            ref_logprobs=reference,
+            context=self.context,
+        )
+        found = algorithm.checked_loss(inputs)
+        metrics = found.metrics | {"train/entropy": entropies.detach()}
+        return LossOutputs(found.losses, metrics)
 
     def _gradients_finite(self) -> bool:
         """Whether they are on every rank: all must take the same way from here."""
@@ -377,9 +394,7 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
             rows = torch.tensor(here, device=self.device)[batch.sample_of_row].nonzero().squeeze(1)
             kept = None if batch.kept is None else batch.kept.select(rows)
             alone = [replace(packed, index=batch.index, kept=kept)]
-            needed = algorithm.needs_reference
-            reference = self.logprobs(alone, reference=True) if needed else None
-            self._forward_backward(alone, algorithm, reference)
+            self._forward_backward(alone, algorithm, self._references(alone, algorithm))
             if not self._gradients_finite():
                 return f"sample {unit[0].sample_id}"
         ids = [sample.sample_id for sample in batch.samples]

@@ -1,0 +1,91 @@
+"""The models that a run reads: whether each could be had, before anything is made of it.
+
+Layouts and the headers of the weights are looked at, no weight is read.
+"""
+
+from pathlib import Path
+
+from samebit.kernels.registry import attention_kind
+from samebit.recipes.config import GrpoRun
+from samebit.recipes.data.text import TextCodec, vocabulary_of
+from samebit.recipes.eagle3_config import TrainingRun
+from samebit.rollout.device import resolve_device
+from samebit.rollout.models.config import ModelConfig
+from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.runtime.weights import open_safetensors
+from samebit.trainer.algorithms.registry import find_algorithm
+from samebit.trainer.config import require
+from samebit.trainer.megatron.stages import make_stage
+
+
+def checked_model(run: TrainingRun) -> ModelConfig:
+    """Return the model that a run starts from; raises ValueError or OSError if it could not."""
+    attention_kind(run.numerics.attention).require_usable(resolve_device(run.device).type)
+    model, parallel = _checked_folder(run, run.model.path), run.trainer.parallel
+    make_stage(model, 0, parallel.pipeline, parallel.virtual_pipeline)
+    return model
+
+
+def checked_critic(run: GrpoRun, model: ModelConfig) -> ModelConfig | None:
+    """Return the model that a run's critic starts from, if it has one; `model` is the policy's.
+
+    Raises as checked_model does, and ValueError for an algorithm whose section is missing.
+    """
+    if run.critic is None:
+        _require_idle(
+            run, find_algorithm(run.algorithm.name).needs_values, "critic", "needs_values"
+        )
+        return None
+    if run.critic.model is None:
+        return model
+    found, parallel = _checked_folder(run, run.critic.model), run.trainer.parallel
+    make_stage(found, 0, parallel.pipeline, parallel.virtual_pipeline)
+    for name in ("architecture", "vocab_size"):
+        own, policy = getattr(found, name), getattr(model, name)
+        meaning = f"a folder whose {name} is that of model.path, {policy!r}; it is {own!r}"
+        require(own == policy, "critic.model", run.critic.model, meaning)
+    _require_longest(run, found, "critic.model")
+    return found
+
+
+def checked_teacher(run: GrpoRun, model: ModelConfig, text: TextCodec) -> ModelConfig | None:
+    """Return the teacher's model, if the run has one; `model` and `text` are the policy's.
+
+    Raises as checked_critic does, and ValueError unless every token that the policy can draw is the
+    teacher's too, under the same id.
+    """
+    if run.distillation is None:
+        algorithm = find_algorithm(run.algorithm.name)
+        _require_idle(run, algorithm.needs_teacher, "distillation", "needs_teacher")
+        return None
+    key, folder = "distillation.teacher", run.distillation.teacher
+    found = _checked_folder(run, folder)
+    own, its = text.vocabulary, vocabulary_of(folder, key)
+    for token, token_id in sorted(own.items(), key=lambda item: item[1]):
+        meaning = f"a folder whose tokenizer has the policy's vocabulary: token {token_id} of "
+        meaning += f"model.path is {token!r}, which is {its.get(token, 'none')} there"
+        require(its.get(token) == token_id, key, folder, meaning)
+    meaning = f"a folder whose vocab_size is at least that of model.path, {model.vocab_size}; it "
+    meaning += f"is {found.vocab_size}"
+    require(found.vocab_size >= model.vocab_size, key, folder, meaning)
+    _require_longest(run, found, key)
+    return found
+
+
+def _checked_folder(run: TrainingRun, folder: str) -> ModelConfig:
+    model, parallel = load_model_config(folder, run.model_family), run.trainer.parallel
+    model.param_specs((0, parallel.tensor))
+    if run.numerics.tp_invariant:
+        model.segment_shapes(resolve_device(run.device))
+    open_safetensors(Path(folder), model.param_specs())
+    return model
+
+
+def _require_idle(run: GrpoRun, needed: bool, section: str, flag: str) -> None:
+    meaning = f"a class whose Config.sections has `{section}`, as its {flag} is set"
+    require(not needed, "algorithm.name", run.algorithm.name, meaning)
+
+
+def _require_longest(run: GrpoRun, model: ModelConfig, key: str) -> None:
+    lengths = f"{key}: rollout.max_prompt_len + rollout.max_new_tokens"
+    model.require_context(run.rollout.longest, lengths)
