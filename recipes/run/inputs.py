@@ -41,7 +41,11 @@ def checked_model(run: TrainingRun) -> ModelConfig:
     The layout, the attention kind and the headers of the weights are looked at, no weight is read.
     """
     model, parallel = load_model_config(run.model.path, run.model_family), run.trainer.parallel
-    attention_kind(run.numerics.attention).require_usable(resolve_device(run.device).type)
+    attention = attention_kind(run.numerics.attention)
+    attention.require_usable(resolve_device(run.device).type)
+    fits = attention.is_invariant or not run.numerics.grad_segments
+    meaning = "an invariant kind, such as canonical, with numerics.grad_segments"
+    require(fits, "numerics.attention", run.numerics.attention, meaning)
     model.param_specs((0, parallel.tensor))
     make_stage(model, 0, parallel.pipeline, parallel.virtual_pipeline)
     if run.numerics.tp_invariant:
@@ -203,7 +207,8 @@ class SftInputs:
         if self.eval_set is not None:
             self.eval_set.prepare(range(len(eval_set)), check, faults)
         raise_faults(faults)
-        copies, held_out = run.trainer.parallel.data, self.eval_set
+        copies = run.numerics.copies_to_fill(run.trainer.parallel)
+        held_out = self.eval_set
         if held_out is not None and len(held_out) < copies:
             raise ValueError(
                 f"{len(held_out)} records are held out (data.eval_size, data.eval_path), and "

@@ -5,7 +5,8 @@ learning-rate schedule. Nothing is written to the weights before the checks have
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -34,6 +35,8 @@ from samebit.trainer.config import OptimizerConfig, ParallelConfig
 from samebit.trainer.context import share_context
 from samebit.trainer.megatron.cpu import no_cuda
 from samebit.trainer.megatron.forward import ForwardModel, run_schedule
+from samebit.trainer.megatron.grad_norm import clip_gradients
+from samebit.trainer.megatron.grad_segments import GradSegments
 from samebit.trainer.megatron.main_grad import own_gradients
 from samebit.trainer.megatron.memory import TrainerMemory, gradients_in, hold, optimizer_in
 from samebit.trainer.megatron.model import forward_logprobs
@@ -46,9 +49,10 @@ from samebit.trainer.megatron.optimizer_state import (
     replace_step,
 )
 from samebit.trainer.megatron.resharding import WholeState
+from samebit.trainer.megatron.setup import be_deterministic
 from samebit.trainer.megatron.stages import FILLER, from_last_stage, stage_specs
 from samebit.trainer.packing import pack_samples, share_batches, units_of
-from samebit.trainer.stats import Totals
+from samebit.trainer.stats import Totals, merged
 from samebit.trainer.types import MicroBatch, NonFiniteError, StepStats
 from samebit.weight_sync.digest import Digester, as_digest
 from samebit.weight_sync.mapping import ParamSpec
@@ -72,8 +76,14 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
         longest: int | None = None,
         attention: type[AttentionKind] = CanonicalAttention,
         releasable: bool = False,
+        grad_segments: int = 0,
     ) -> None:
-        """releasable: gradients and optimizer are allocated so that they can be released."""
+        """releasable: gradients and optimizer are allocated so that they can be released.
+
+        grad_segments: how many (numerics.grad_segments); 0: gradients are Megatron's sums.
+        """
+        if grad_segments:
+            be_deterministic()
         super().__init__(model, device, None, parallel, tp_invariant, longest, attention)
         self.arena = Arena(self.device, releasable)
         offloaded = self.parallel.offload_optimizer
@@ -102,7 +112,10 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
         config.grad_scale_func = self._optimizer.scale_loss
         no_syncs = [chunk.no_sync for chunk in self._chunks]
         config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = None if grad_segments else finalize_model_grads
+        layout = self._chunks, self.params, self.ranks, self.parallel, self.arena
+        self._segments = GradSegments(grad_segments, *layout) if grad_segments else None
+        self.grad_segments = grad_segments
         digester_of = partial(Digester, self.specs, self.params)
         self._offloaded = OffloadedState(self._pieces, digester_of) if offloaded else None
         if self._offloaded:
@@ -119,6 +132,8 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
 
     def own_batches(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Of a step's micro-batches, those of this process's copy of the model."""
+        if self._segments is not None:
+            return [batch for batch in batches if batch.segment in self._segments.own]
         return share_batches(batches, self.parallel.data)[get_data_parallel_rank()]
 
     def fill(self, load: Callable[[Sequence[ParamSpec], Mapping[str, Tensor]], None]) -> None:
@@ -177,7 +192,8 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
         algorithm: Algorithm[Any],
         poll: Callable[[], object] | None = None,
     ) -> StepStats:
-        """One optimizer step over all micro-batches: this data rank's, at least one.
+        """One optimizer step over all micro-batches: this data rank's, at least one unless there
+        are gradient segments.
 
         Truncated ones need kept sets (`with_kept_sets`) unless the weights are those that drew.
         `poll` is called before each of them; what it raises ends the step, nothing being written.
@@ -193,12 +209,7 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
                 raise NonFiniteError(failure)
             self._require_finite_gradients(batches, algorithm, references)
             self._optimizer.prepare_grads()
-            clip = self._optimizer.config.clip_grad
-            norm = (
-                self._optimizer.clip_grad_norm(clip)
-                if clip > 0
-                else self._optimizer.get_grad_norm()
-            )
+            norm = clip_gradients(self._optimizer, exactly=self._segments is not None)
             learning_rate = self._optimizer.param_groups[0]["lr"]
             if not math.isfinite(norm):
                 raise NonFiniteError(
@@ -209,8 +220,8 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
             self._scheduler.step(increment=1)
         self.step += 1
         group = get_data_parallel_group(with_context_parallel=True)
-        first, *others = (Totals(**each) for each in gather_objects(vars(totals), group))
-        first.merge(others)
+        own = {segment: vars(each) for segment, each in totals.items()}
+        first = merged(gather_objects(own, group), self.grad_segments or 1)
         first = Totals(**from_last_stage(vars(first)))  # the others compute no losses
         return first.stats(float(norm), learning_rate)
 
@@ -262,12 +273,11 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
         algorithm: Algorithm[Any],
         references: Sequence[Tensor | None] | None,
         poll: Callable[[], object] | None = None,
-    ) -> Totals:
-        """Accumulate gradients over the micro-batches into Megatron's buffers."""
-        totals = Totals()
+    ) -> Mapping[int, Totals]:
+        """Accumulate gradients over the micro-batches into Megatron's buffers; totals by segment,
+        which is 0 where there are none."""
+        totals = defaultdict[int, Totals](Totals)
         self._failure: str | None = None
-        for chunk in self._chunks:
-            chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 
         def forward_step(iterator: Any, gpt: Any) -> tuple[Tensor, Any]:
@@ -283,8 +293,13 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
             output = forward_logprobs(gpt, batch, self.model, share, entropy_grad)
             return output, partial(self._loss, batch, algorithm, reference, totals)
 
-        parts = zip(batches, references or [None] * len(batches), strict=True)
-        run_schedule(forward_step, parts, self._chunks, forward_only=False)
+        def run(parts: Iterable[tuple[MicroBatch, Any]]) -> None:
+            for chunk in self._chunks:
+                chunk.zero_grad_buffer()
+            run_schedule(forward_step, parts, self._chunks, forward_only=False)
+
+        parts = list(zip(batches, references or [None] * len(batches), strict=True))
+        run(parts) if self._segments is None else self._segments.sum_up(parts, run)
         return totals
 
     def _loss(
@@ -292,7 +307,7 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
         batch: MicroBatch,
         algorithm: Algorithm[Any],
         reference: Tensor | None,
-        totals: Totals,
+        totals: Mapping[int, Totals],
         output: Tensor,
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Megatron's loss function: (summed loss, its denominator, nothing to report)."""
@@ -319,7 +334,7 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
                 f"{sample.sample_id}; the weights are unchanged"
             )
         total = (losses * batch.loss_weights).sum()
-        totals.add(batch, logprobs.detach(), total.detach(), metrics)
+        totals[batch.segment].add(batch, logprobs.detach(), total.detach(), metrics)
         return total, torch.tensor(batch.loss_denominator, dtype=torch.int), {}
 
     def _gradients_finite(self) -> bool:
