@@ -128,7 +128,7 @@ class GradSegments:
             if self._parallel.distributed_optimizer:
                 parts[self._rank].copy_(total[: len(parts[self._rank])])
                 continue
-            dist.all_gather_into_tensor(found, total, group=self._group)
+            dist.all_gather_into_tensor(found.view(-1), total, group=self._group)
             for row, part in zip(found, parts, strict=True):
                 part.copy_(row[: len(part)])
 

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -182,9 +183,9 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
     def mean_nll(self, batches: Sequence[MicroBatch]) -> float:
         """Mean negative log-likelihood, in nats, of the loss rows of every data rank's batches."""
         own = self.logprobs(batches)
-        sums = (sum(float(x.double().sum()) for x in own), sum(len(x) for x in own))
-        totals, counts = zip(*gather_objects(sums, get_data_parallel_group()), strict=True)
-        return -sum(totals) / sum(counts)
+        sums = [float(x.double().sum()) for x in own], sum(len(x) for x in own)
+        found, counts = zip(*gather_objects(sums, get_data_parallel_group()), strict=True)
+        return -math.fsum(chain(*found)) / sum(counts)
 
     def train_step(
         self,
