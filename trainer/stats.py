@@ -74,7 +74,7 @@ def merged(ranks: Iterable[Mapping[int, Mapping[str, Any]]], num_segments: int =
     sums: dict[int, Totals] = {}
     for segments in ranks:
         for segment, fields in segments.items():
-            found = Totals(**fields)
+            found = Totals(**{**fields, "metrics": dict(fields["metrics"])})
             if segment in sums:
                 sums[segment].merge([found])
             else:
