@@ -1,17 +1,20 @@
 """Very small runs, and child processes to kill."""
 
 import os
+import secrets
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from helpers import run_logged
 
 from samebit.recipes import grpo
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.models.tiny_model import make_demo_model
 from samebit.recipes.run.metrics import read_rows, without_times
+from samebit.weight_sync.meeting import host_store, loopback_listener
 
 # Rewards are named as module:function, here and in child processes: run_children.
 sys.path.append(str(Path(__file__).parent))
@@ -121,5 +124,35 @@ def kill_when(child):
                 assert process.is_alive() or condition(), "the run ended before its time"
                 os.sched_yield()
                 time.sleep(0.001)
+
+    return run
+
+
+@pytest.fixture
+def run_ranks(forkserver, tmp_path):
+    """run_ranks(arguments, size): what two ranks, or more, of `samebit grpo` end with and say,
+    without launcher and imports."""
+
+    def run(arguments, size=2):
+        store = host_store(loopback_listener())  # which lives as long as they
+        place = str(size), store.port, secrets.token_hex(32)
+        logs = [tmp_path / f"rank_{rank}.log" for rank in range(size)]
+        ranks = [
+            forkserver.Process(
+                target=run_logged,
+                args=(log, "run_children", "run_cli_as_rank", rank, *place, "grpo", *arguments),
+            )
+            for rank, log in enumerate(logs)
+        ]
+        for rank in ranks:
+            rank.start()
+        try:
+            for rank in ranks:
+                rank.join(120)
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.join()
+        return [rank.exitcode for rank in ranks], "".join(log.read_text() for log in logs)
 
     return run

@@ -2,7 +2,6 @@
 
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -11,14 +10,13 @@ from contextlib import contextmanager
 
 import psutil
 import pytest
-from helpers import assert_on_loopback, run_logged
+from helpers import assert_on_loopback
 
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.cli.main import main, own_command
 from samebit.recipes.launch import processes
 from samebit.recipes.run.metrics import read_rows
 from samebit.trainer.checkpoint import latest_checkpoint
-from samebit.weight_sync.meeting import host_store, loopback_listener
 
 LAYOUTS = {
     "tensor": ["trainer.parallel.tensor=2", "trainer.parallel.sequence=true"],
@@ -72,35 +70,6 @@ def result_of(runs, name):
     folder = runs.folder / name
     summary = json.loads((folder / "summary.json").read_text())
     return summary, runs.rows(name), read_rows(folder / "samples.jsonl")
-
-
-@pytest.fixture
-def run_ranks(forkserver, tmp_path):
-    """run_ranks(arguments): what two ranks end with and say, without launcher and imports."""
-
-    def run(arguments):
-        store = host_store(loopback_listener())  # which lives as long as they
-        place = "2", store.port, secrets.token_hex(32)
-        logs = [tmp_path / f"rank_{rank}.log" for rank in range(2)]
-        ranks = [
-            forkserver.Process(
-                target=run_logged,
-                args=(log, "run_children", "run_cli_as_rank", rank, *place, "grpo", *arguments),
-            )
-            for rank, log in enumerate(logs)
-        ]
-        for rank in ranks:
-            rank.start()
-        try:
-            for rank in ranks:
-                rank.join(120)
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.join()
-        return [rank.exitcode for rank in ranks], "".join(log.read_text() for log in logs)
-
-    return run
 
 
 def wait_for(process, condition):
