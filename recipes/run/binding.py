@@ -43,7 +43,7 @@ _FREE_KEYS = {
 }  # fmt: skip
 _PATHS = re.compile(r"(model|draft|data(\.sources\.\d+)?)\.path|data\.(sources\.\d+\.)?eval_path")
 _LAYOUT = "trainer.parallel."
-_ELASTIC = ("data", "distributed_optimizer")  # that move no bit with numerics.grad_segments
+_ELASTIC = ("data",)  # what moves no bit with numerics.grad_segments
 _SAMPLED = 16  # problems of a generated task: with its arguments they stand for all
 _ABSENT = "absent"
 _EARLIER = {

@@ -24,7 +24,8 @@ WORDS = [
     "trainer.checkpoint_every=1",
     "rollout.eval_every=1",
 ]
-TWO = ["trainer.parallel.data=2", "trainer.parallel.distributed_optimizer=true"]
+SPLIT = "trainer.parallel.distributed_optimizer=true"
+TWO = ["trainer.parallel.data=2", SPLIT]
 
 
 def result_of(runs, name):
@@ -36,23 +37,23 @@ def result_of(runs, name):
 
 def test_one_process_goes_on_for_two(runs, run_ranks, capsys):
     """Its rollouts, metrics and weights are those of one process from the start, to the byte. The
-    second optimizer step of each rollout has ratios, and all are clipped. Another number of segments
-    would be another run, another layout else other bits."""
+    second optimizer step of each rollout has ratios, and all are clipped. Another number of
+    segments would be another run, and any other layout one with other bits."""
     alone = runs.train("alone", *WORDS, "trainer.num_steps=2")
     assert all(row["train/grad_norm"] > 1 for row in alone[1][1:])
     codes, said = run_ranks(runs.arguments("two", *WORDS, *TWO, "trainer.num_steps=1"))
     assert codes == [0, 0], said
     assert runs.rows("two") == alone[1][:2]
-    assert runs.train("two", *WORDS, "trainer.num_steps=2", "resume=true") == alone
-    told = "data 2 -> 1, distributed_optimizer True -> False"
-    assert f"is resharded ({told}): bits are those that they would have" in capsys.readouterr().err
+    assert runs.train("two", *WORDS, SPLIT, "trainer.num_steps=2", "resume=true") == alone
+    told = "is resharded (data 2 -> 1): bits are those that they would have been"
+    assert told in capsys.readouterr().err
     [change] = latest_checkpoint(runs.folder / "two" / "checkpoints").manifest["resharded"]
-    assert change == {"step": 1, "changes": told}
+    assert change == {"step": 1, "changes": "data 2 -> 1"}
     for word, message in (
         ("numerics.grad_segments=8", "numerics.grad_segments 4 there, 8 here"),
         ("trainer.parallel.context=2", "another trainer.parallel (context 1 -> 2); with reshard"),
     ):
-        more = ["trainer.num_steps=3", "resume=true", "dry_run=true", word]
+        more = [SPLIT, "trainer.num_steps=3", "resume=true", "dry_run=true", word]
         assert main(["grpo", *runs.arguments("two", *WORDS, *more)]) == 1
         assert message in capsys.readouterr().err
 
