@@ -55,7 +55,8 @@ def test_copies_go_and_come_back(run):
     four, _, shares = run("four", {"data": 4, "distributed_optimizer": True}, until=2)
     assert four == {step: alone[step] for step in ("1", "2")}
     assert sum(share[0] for share in shares) == counts[0]
-    two, _, _ = run("two", {"data": 2, "offload_segment_sums": True}, "four", until=3)
+    here = {"data": 2, "offload_segment_sums": True, "offload_optimizer": True}
+    two, _, _ = run("two", here, "four", until=3)
     assert two == {"3": alone["3"]}
     one, same, _ = run("one", {"data": 1, "distributed_optimizer": True}, "two")
     assert (one, same) == ({"4": alone["4"]}, loss)
