@@ -23,6 +23,7 @@ from samebit.kernels.contract import tree_sum
 from samebit.kernels.memory import Arena
 from samebit.kernels.reduce import RankGroup, gather_rows, reduce_ref
 from samebit.trainer.config import ParallelConfig, check_grad_segments
+from samebit.trainer.megatron.main_grad import grad_buffer
 from samebit.trainer.megatron.optimizer_state import host_zeros_like
 from samebit.trainer.types import MicroBatch
 from samebit.weight_sync.objects import gather_objects
@@ -138,7 +139,7 @@ class GradSegments:
             return
         qk_norm, sequence = self._chunks[0].config.qk_layernorm, self._parallel.sequence
         grads = [
-            param.main_grad
+            grad_buffer(param)
             for name, param in self._params.items()
             if (sequence and getattr(param, "sequence_parallel", False))
             or (qk_norm and any(norm in name for norm in _QK_NORMS))
@@ -155,4 +156,4 @@ class GradSegments:
             gpt = chunk.module
             if gpt.share_embeddings_and_output_weights and gpt.pre_process != gpt.post_process:
                 weight = gpt.shared_embedding_or_output_weight()
-                dist.all_reduce(weight.main_grad, group=get_embedding_group())
+                dist.all_reduce(grad_buffer(weight), group=get_embedding_group())
