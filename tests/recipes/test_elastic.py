@@ -9,6 +9,7 @@ import time
 
 import psutil
 import pytest
+from programs import elastic
 
 from samebit.recipes.cli.dry_run import describe_grpo
 from samebit.recipes.cli.main import main, own_command
@@ -99,3 +100,40 @@ def test_what_it_is_not_promised_for_is_refused(runs, capsys):
     figures = describe_grpo(runs.resolve("few", *few))  # fewer samples than copies
     assert figures["segment_sums_mib"] == figures["gradients_mib"]
     assert "segment_sums_mib" not in describe_grpo(runs.resolve("none"))
+
+
+def test_the_program_says_what_differs():
+    """A step's digest, a log-prob, a step without effect, a case that failed; of optimizers that
+    are whole and split each by itself."""
+    case = {"copies": 1, "segments": 4, "split": False, "initial_digest": "a", "step_s": 2.0}
+    case |= {"steps": [["b", "1"], ["c", "2"]]}
+    case |= {"logprob_tokens_compared": 9, "logprob_mismatches": 0}
+    plain = case | {"segments": 0, "steps": [["x", "1"], ["y", "2"]], "step_s": 1.0}
+    split = case | {"split": True, "steps": [["b", "1"], ["d", "2"]]}
+    good = [plain, case, case | {"copies": 2}, split]
+    assert elastic.problems(good) == []
+    assert not elastic.optimizers_agree(good)
+    assert elastic.optimizers_agree(good[:3])
+    assert elastic.costs(good[:2]) == {"1 copies, whole optimizer": 2.0}
+    two = "2 copies, 4 segments, split False: "
+    for change, message in (
+        ({"steps": [["b", "1"], ["c", "3"]]}, "its steps are not those of 1 copies, 4 segments"),
+        ({"logprob_mismatches": 1}, "1 of 9 log-probs differ"),
+        ({"logprob_tokens_compared": 0}, "0 of 0 log-probs differ"),
+        ({"failed": "exit code 1"}, "exit code 1"),
+    ):
+        [said] = elastic.problems([case, case | {"copies": 2} | change])
+        assert said.startswith(two + message)
+    [said] = elastic.problems([case | {"steps": [["b", "1"], ["b", "2"]]}])
+    assert said.endswith("a step trained nothing")
+    assert elastic.problems([]) == ["no case was run"]
+
+
+@pytest.mark.long
+def test_the_program_runs(demo_model, tmp_path):
+    """On a CPU, with copies that have nothing to compute."""
+    words = ["device=cpu", f"model={demo_model}", "samples=3", "max_len=20", "steps=2"]
+    assert elastic.main(str(tmp_path / "out.json"), *words, "micro_batch_tokens=64") == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["optimizers_agree"]
+    assert len(found["cases"]) == 6
