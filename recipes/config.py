@@ -9,11 +9,11 @@ from math import gcd
 from pathlib import Path
 from typing import Any, ClassVar
 
-from samebit.kernels.registry import ATTENTION_KINDS
 from samebit.recipes.data.reward_config import RewardConfig
 from samebit.recipes.data.tasks.base import DataConfig, PreferenceConfig
 from samebit.recipes.distillation_config import DistillationSection
 from samebit.recipes.draft_config import OnlineDraftSection
+from samebit.recipes.numerics_config import NumericsSection
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.metrics import LoggerConfig
 from samebit.rollout.config import EngineConfig
@@ -23,7 +23,6 @@ from samebit.trainer.config import (
     GrpoConfig,
     ParallelConfig,
     TrainerConfig,
-    check_tp_invariant,
     require,
     require_default,
 )
@@ -113,27 +112,6 @@ class PlacementSection:
         fits, meaning = not self.release_memory or self.engine == "colocated", "unset or false"
         meaning += " with placement.engine=process: the engine's memory is another process's"
         require(fits, "placement.release_memory", self.release_memory, meaning)
-
-
-@dataclass(kw_only=True)
-class AttentionSection:
-    """Chooses the attention of engine and trainer alike; the numerics profile names it."""
-
-    attention: str = "canonical"
-    """canonical; flashinfer, on a GPU; or module:Class, a kind of your own."""
-
-    def __post_init__(self) -> None:
-        kinds, name = tuple(ATTENTION_KINDS), self.attention
-        meaning = f"one of {kinds} or your own module:Class"
-        require(name in kinds or ":" in name, "numerics.attention", name, meaning)
-
-
-@dataclass(kw_only=True)
-class NumericsSection(AttentionSection):
-    """Chooses what the contract leaves open; see kernels/profile.py."""
-
-    tp_invariant: bool = False
-    """A forward's bits do not depend on trainer.parallel.tensor, which may be 1, 2, 4 or 8."""
 
 
 @dataclass(kw_only=True)
@@ -232,9 +210,9 @@ class SftRun(RunSection):
         idle = ("num_samples", "save_rollouts")
         meaning = f"the command is {self.command}, which draws no samples"
         require_default(self.logger, "logger", idle, meaning)
-        invariant, tensor = self.numerics.tp_invariant, self.trainer.parallel.tensor
-        check_tp_invariant(invariant, tensor, "trainer.parallel.tensor")
-        _check_copies(self.trainer.batch_size or 0, self.trainer.parallel.data)
+        self.numerics.check(self.trainer.parallel)
+        copies = self.numerics.copies_to_fill(self.trainer.parallel)
+        _check_copies(self.trainer.batch_size or 0, copies)
 
 
 @dataclass(kw_only=True)
@@ -324,8 +302,10 @@ class GrpoRun(RunSection):
         meaning = f"at least {least}: an advantage is relative to the other samples of the prompt"
         require(n >= least, "rollout.samples_per_prompt", n, meaning)
         self.algorithm.check_lengths(self.rollout.max_new_tokens)
-        invariant, tensor = self.numerics.tp_invariant, self.trainer.parallel.tensor
-        check_tp_invariant(invariant, tensor, "trainer.parallel.tensor")
+        self.numerics.check(self.trainer.parallel)
+        meaning = "0 with a critic, whose values and gradients depend on trainer.parallel.data"
+        segments = self.numerics.grad_segments
+        require(not segments or self.critic is None, "numerics.grad_segments", segments, meaning)
         _check_placement(self.placement, self.trainer.parallel)
         fits = self.engine.releasable is not False or not self.placement.release_memory
         require(fits, "engine.releasable", False, "left alone with placement.release_memory=true")
@@ -340,9 +320,10 @@ class GrpoRun(RunSection):
                 f"{self.samples_per_step} samples are no multiple of trainer.batch_size = "
                 f"{self.batch_size}"
             )
-        _check_copies(self.batch_size, self.trainer.parallel.data)
+        copies = self.numerics.copies_to_fill(self.trainer.parallel)
+        _check_copies(self.batch_size, copies)
         if self.rollout.too_few_groups == "train":
-            least, copies = gcd(n, self.batch_size), self.trainer.parallel.data
+            least = gcd(n, self.batch_size)
             meaning = f"at most {least}, the samples that too few groups may leave"
             meaning += " an optimizer step of with rollout.too_few_groups=train"
             require(least >= copies, "trainer.parallel.data", copies, meaning)

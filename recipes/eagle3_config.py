@@ -6,13 +6,13 @@ from samebit.recipes.config import (
     SET_BY_RUN,
     GrpoRun,
     ModelSection,
-    NumericsSection,
     RunSection,
     SftRun,
     check_overwrite,
     check_schedule,
 )
 from samebit.recipes.data.tasks.base import DataConfig
+from samebit.recipes.numerics_config import NumericsSection
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.metrics import LoggerConfig
 from samebit.rollout.config import EngineConfig
@@ -103,7 +103,7 @@ class Eagle3Run(RunSection):
         require_default(self.trainer, "trainer", means, meaning)
         meaning = "the command is eagle3, which runs in one process"
         require_default(self.trainer, "trainer", ("parallel",), meaning)
-        require_default(self.numerics, "numerics", ("tp_invariant",), meaning)
+        require_default(self.numerics, "numerics", ("tp_invariant", "grad_segments"), meaning)
         meaning = "attention, model, lengths and seed are the run's"
         require_default(self.engine, "engine", SET_BY_RUN, meaning)
         meaning = "the command is eagle3, which scores no answer"

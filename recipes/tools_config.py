@@ -6,7 +6,8 @@ No torch here, so that --help answers at once.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from samebit.recipes.config import AttentionSection, FolderSection
+from samebit.recipes.config import FolderSection
+from samebit.recipes.numerics_config import AttentionSection
 from samebit.rollout.config import LOAD_FORMATS
 from samebit.trainer.config import require, require_default
 

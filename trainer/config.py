@@ -40,6 +40,21 @@ def check_tp_invariant(tp_invariant: bool, tensor: int, key: str) -> None:
     require(fits, key, tensor, "1, 2, 4 or 8 with tp_invariant")
 
 
+def check_grad_segments(segments: int, parallel: "ParallelConfig") -> None:
+    """ValueError, naming the key, for numerics.grad_segments that the layout does not go with."""
+    is_power = segments >= 0 and segments & (segments - 1) == 0
+    require(is_power, "numerics.grad_segments", segments, "a power of two, or 0: off")
+    if not segments:
+        where = "numerics.grad_segments is 0"
+        require_default(parallel, "trainer.parallel", ("offload_segment_sums",), where)
+        return
+    meaning = f"a power of two up to numerics.grad_segments = {segments}"
+    require(segments % parallel.data == 0, "trainer.parallel.data", parallel.data, meaning)
+    key = "trainer.parallel.overlap_grad_reduce"
+    meaning = "false with numerics.grad_segments, whose sums wait for one another"
+    require(not parallel.overlap_grad_reduce, key, parallel.overlap_grad_reduce, meaning)
+
+
 @dataclass(kw_only=True)
 class ParallelConfig:
     """How one model is spread over processes, and what a process keeps of it."""
@@ -64,6 +79,9 @@ class ParallelConfig:
     It moves no bit."""
     overlap_grad_reduce: bool = False
     """Sum the gradients over the copies while the last backward still runs."""
+    offload_segment_sums: bool = False
+    """Keep the sums that wait for other segments' (numerics.grad_segments) in the host's memory. It
+    moves no bit."""
     recompute: str = "none"
     """Activations computed again in the backward instead of kept: none; selective, those inside the
     MLPs; full, all but the input of every layer. It moves no bit."""

@@ -23,25 +23,30 @@ def pack_samples(
     model: ModelConfig | None = None,
     at_least: int = 1,
     loss_mean_tokens: int | None = None,
+    num_segments: int = 1,
 ) -> list[MicroBatch]:
     """Fill micro-batches of at most max_tokens tokens, never reordering.
 
     loss_mean, loss_mean_tokens: as in TrainerConfig; temperature: the rollout's. Where there would
     be fewer than `at_least` micro-batches, those of the most samples are halved; units are never
-    parted. Raises ValueError for a sample or unit longer than max_tokens or an empty list and,
-    given a model, for a sample that is longer than its context or has a token outside its
-    vocabulary.
+    parted. Each of `num_segments` (segments_of) is packed for itself.
+    Raises ValueError for a sample or unit longer than max_tokens or an empty list and, given a
+    model, for a sample that is longer than its context or has a token outside its vocabulary.
     """
     if not samples:
         raise ValueError("no samples to train on")
     if model is not None:
         for sample in samples:
             _check_fits(sample, model)
-    groups = _halved(_split(units_of(samples), max_tokens), at_least)
+    groups = [
+        (segment, list(chain(*group)))
+        for segment, units in enumerate(segments_of(units_of(samples), num_segments))
+        for group in _halved(_split(units, max_tokens), min(at_least, len(units)))
+    ]
     mean = LOSS_MEANS[loss_mean], loss_mean_tokens
     return [
-        _micro_batch(i, list(chain(*group)), mean, temperature, device)
-        for i, group in enumerate(groups)
+        _micro_batch(i, segment, group, mean, temperature, device)
+        for i, (segment, group) in enumerate(groups)
     ]
 
 
@@ -54,6 +59,15 @@ def units_of(samples: Iterable[Sample]) -> list[list[Sample]]:
         else:
             units.append([sample])
     return units
+
+
+def segments_of[T](units: Sequence[T], num_segments: int) -> list[Sequence[T]]:
+    """Units in equal segments of neighbours: segment i of S holds those from floor(i n / S) on.
+
+    They depend on nothing but the numbers n and S. Of fewer units than segments some are empty.
+    """
+    cuts = [len(units) * i // num_segments for i in range(num_segments + 1)]
+    return [units[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
 
 
 class Packed(Protocol):
@@ -132,6 +146,7 @@ def _halved[T](groups: list[list[T]], at_least: int) -> list[list[T]]:
 
 def _micro_batch(
     index: int,
+    segment: int,
     samples: Sequence[Sample],
     loss_mean: tuple[LossMean, int | None],
     temperature: float,
@@ -154,6 +169,7 @@ def _micro_batch(
 
     return MicroBatch(
         index=index,
+        segment=segment,
         samples=tuple(samples),
         input_ids=on_device(token_ids),
         positions=on_device(np.concatenate([np.arange(n) for n in lens])),

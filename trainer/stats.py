@@ -1,7 +1,8 @@
 """Sums over a step's micro-batches, and the comparison of trainer and rollout log-probs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,28 @@ class Totals:
             logprob_abs_diff_max=self.abs_diff_max,
             metrics={name: value / self.num_rows for name, value in self.metrics.items()},
         )
+
+
+def merged(ranks: Iterable[Mapping[int, Mapping[str, Any]]], num_segments: int = 1) -> Totals:
+    """The totals of a step from the fields of each rank's by gradient segment.
+
+    Those of a segment are added in the ranks' order, the segments' as their gradients are: by a
+    binary tree, neighbours first. So the figures do not depend on which ranks had which segments.
+    """
+    sums: dict[int, Totals] = {}
+    for segments in ranks:
+        for segment, fields in segments.items():
+            found = Totals(**{**fields, "metrics": dict(fields["metrics"])})
+            if segment in sums:
+                sums[segment].merge([found])
+            else:
+                sums[segment] = found
+    tree = [sums.get(segment, Totals()) for segment in range(num_segments)]
+    while len(tree) > 1:
+        for left, right in zip(tree[::2], tree[1::2], strict=True):
+            left.merge([right])
+        tree = tree[::2]
+    return tree[0]
 
 
 def count_mismatches(a: Tensor, b: Tensor) -> int:

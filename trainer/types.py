@@ -164,6 +164,8 @@ class MicroBatch:
     loss_weights: Tensor  # [R] fp32, by the mean that the loss is (trainer/loss_means.py)
     loss_denominator: int  # this micro-batch's share of what the summed loss is divided by
     temperature: float
+    segment: int = 0
+    """Which of the optimizer step's gradient segments it belongs to, if there are any."""
     kept: Kept | None = None
     """[R] which tokens the rows' distributions are of; None: all."""
 

@@ -4,7 +4,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Self
 
-from samebit.recipes.config import AttentionSection, FolderSection
+from samebit.recipes.config import FolderSection
+from samebit.recipes.numerics_config import AttentionSection
 from samebit.recipes.tools_config import check_given
 from samebit.rollout.config import LOAD_FORMATS, EngineConfig
 from samebit.trainer.config import ParallelConfig, check_tp_invariant, require, require_default
@@ -274,6 +275,8 @@ class BenchTrainerRun(BenchRun):
         for text in self.packs:
             Pack.parse(text)
         check_tp_invariant(self.tp_invariant, self.parallel.tensor, "parallel.tensor")
+        meaning = "the benchmark's gradients have no segments"
+        require_default(self.parallel, "parallel", ("offload_segment_sums",), meaning)
         meaning = "1 to compare with torch, whose attention knows no parts of contexts"
         fits = self.parallel.context == 1 or not self.compare
         require(fits, "parallel.context", self.parallel.context, meaning)

@@ -30,11 +30,12 @@ def _num_parameters(model: ModelConfig | DraftConfig) -> int:
 
 
 def _memory(
-    model: ModelConfig | DraftConfig, device_type: str, trainer: TrainerConfig
+    model: ModelConfig | DraftConfig, device_type: str, trainer: TrainerConfig, segments: int = 0
 ) -> dict[str, Any]:
     """MiB of a process by use. AdamW keeps two fp32 moments, bf16 weights also an fp32 master copy.
 
-    Stages and tensor ranks count as equal; the first and last stage have more.
+    Stages and tensor ranks count as equal; the first and last stage have more. Of `segments` of
+    gradients (0: none) the sums count that wait for others.
     """
     whole, parallel = _num_parameters(model), trainer.parallel
     parameters = math.ceil(whole / (parallel.tensor * parallel.pipeline))
@@ -44,11 +45,15 @@ def _memory(
     place = "on_host_" if parallel.offload_optimizer else ""
     weights, optimizer = parameters * weight_bytes, parameters * (8 + master_bytes) / copies
     checkpoint = weights + optimizer if trainer.background_checkpoints else 0
+    waiting = (segments // parallel.data).bit_length() - 1
+    host = "on_host_" if parallel.offload_segment_sums else ""
+    sums = {f"segment_sums_{host}mib": round(waiting * parameters * 4 / _MIB, 1)}
     return {
         "processes": parallel.num_processes,
         "parameters": whole,
         "weights_mib": round(weights / _MIB, 1),
         "gradients_mib": round(parameters * 4 / _MIB, 1),
+        **(sums if segments else {}),
         f"optimizer_{place}mib": round(optimizer / _MIB, 1),
         "checkpoint_on_host_mib": round(checkpoint / _MIB, 1),
     }
@@ -74,7 +79,7 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     model = inputs.model
     resolved = resolve_device(run.device)
     device = resolved.type
-    memory = _memory(model, device, run.trainer)
+    memory = _memory(model, device, run.trainer, run.numerics.grad_segments)
     others = _other_models(run, inputs, device)
     longest = run.rollout.longest
     most_samples = run.rollout.most_prompts_per_step * run.rollout.samples_per_prompt
@@ -169,7 +174,7 @@ def describe_sft(run: SftRun) -> dict[str, Any]:
         **_counts(run, {"train": inputs.train_set}),
         "samples_per_step": run.trainer.batch_size,
         "optimizer_steps": run.trainer.num_steps,
-        **_memory(inputs.model, device, run.trainer),
+        **_memory(inputs.model, device, run.trainer, run.numerics.grad_segments),
     }
 
 

@@ -63,6 +63,7 @@ def make_trainer(
         longest=settings.micro_batch_tokens,
         attention=attention_kind(numerics.attention),
         releasable=releasable,
+        grad_segments=numerics.grad_segments,
     )
     load_weights(trainer, run.model.path)
     return trainer

@@ -20,7 +20,8 @@ def own_micro_batches(
 ) -> list[MicroBatch]:
     """Pack an optimizer step's samples; returns the micro-batches that this data rank computes.
 
-    temperature: the rollout's. Raises ValueError as pack_samples and share_batches do.
+    With gradient segments there may be none. temperature: the rollout's. Raises ValueError as
+    pack_samples and share_batches do.
     """
     batches = pack_samples(
         samples,
@@ -29,8 +30,9 @@ def own_micro_batches(
         temperature,
         trainer.device,
         trainer.model,
-        at_least=settings.parallel.data,
+        at_least=1 if trainer.grad_segments else settings.parallel.data,
         loss_mean_tokens=settings.loss_mean_tokens,
+        num_segments=trainer.grad_segments or 1,
     )
     return trainer.own_batches(batches)
 

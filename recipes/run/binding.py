@@ -38,18 +38,21 @@ _FREE_KEYS = {
     *(f"reward.{terms}{key}" for terms in ("", "terms.")
       for key in ("timeout_s", "num_workers", "concurrency")),
     "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.background_checkpoints",
-    "trainer.parallel.recompute", "trainer.parallel.offload_optimizer",
+    *(f"trainer.parallel.{key}"
+      for key in ("recompute", "offload_optimizer", "offload_segment_sums")),
 }  # fmt: skip
 _PATHS = re.compile(
     r"(model|draft|data(\.sources\.\d+)?)\.path|data\.(sources\.\d+\.)?eval_path"
     r"|critic\.model|distillation\.teacher"
 )
 _LAYOUT = "trainer.parallel."
+_ELASTIC = ("data",)  # what moves no bit with numerics.grad_segments
 _SAMPLED = 16  # problems of a generated task: with its arguments they stand for all
 _ABSENT = "absent"
 _EARLIER = {
     "model_family": None,
     "trainer.loss_mean_tokens": None,
+    "numerics.grad_segments": 0,
     "reward.batch_size": None,
     "data.tools_key": None,
     "rollout.dynamic_sampling": False,
@@ -242,10 +245,10 @@ def _require_same_layout(
     checkpoint: Checkpoint, run: TrainingRun, profile: NumericsProfile
 ) -> None:
     there, here = checkpoint.manifest["parallel"], binding_layout(run)
-    if there != here and not run.reshard:
+    if (moved := bits_changed(run, there, here)) and not run.reshard:
         raise CheckpointError(
             f"{checkpoint.path} was written under another trainer.parallel "
-            f"({changes(there, here)}); with reshard=true the run goes on, with other bits"
+            f"({moved}); with reshard=true the run goes on, with other bits"
         )
     resharded = {"tp_size": profile.tp_size} if run.reshard else {}
     there, here = checkpoint.manifest["numerics"] | resharded, asdict(profile)
@@ -254,6 +257,12 @@ def _require_same_layout(
             f"{checkpoint.path} was written under another numerics profile, so bits would differ: "
             f"{changed}"
         )
+
+
+def bits_changed(run: TrainingRun, there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Return the keys of trainer.parallel by whose change a run gets other bits, as `changes`."""
+    moves_none = _ELASTIC if run.numerics.grad_segments else ()
+    return changes(there, {key: value for key, value in here.items() if key not in moves_none})
 
 
 def changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:

@@ -20,7 +20,11 @@ from samebit.trainer.megatron.stages import make_stage
 
 def checked_model(run: TrainingRun) -> ModelConfig:
     """Return the model that a run starts from; raises ValueError or OSError if it could not."""
-    attention_kind(run.numerics.attention).require_usable(resolve_device(run.device).type)
+    attention = attention_kind(run.numerics.attention)
+    attention.require_usable(resolve_device(run.device).type)
+    fits = attention.is_invariant or not run.numerics.grad_segments
+    meaning = "an invariant kind, such as canonical, with numerics.grad_segments"
+    require(fits, "numerics.attention", run.numerics.attention, meaning)
     model, parallel = _checked_folder(run, run.model.path), run.trainer.parallel
     make_stage(model, 0, parallel.pipeline, parallel.virtual_pipeline)
     return model

@@ -190,7 +190,8 @@ class SftInputs:
         if self.eval_set is not None:
             self.eval_set.prepare(range(len(eval_set)), check, faults)
         raise_faults(faults)
-        copies, held_out = run.trainer.parallel.data, self.eval_set
+        copies = run.numerics.copies_to_fill(run.trainer.parallel)
+        held_out = self.eval_set
         if held_out is not None and len(held_out) < copies:
             raise ValueError(
                 f"{len(held_out)} records are held out (data.eval_size, data.eval_path), and "

@@ -15,7 +15,13 @@ from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.data.tasks.base import Dataset
 from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
 from samebit.recipes.launch.processes import is_launched
-from samebit.recipes.run.binding import binding_layout, bindings, changes, require_same
+from samebit.recipes.run.binding import (
+    binding_layout,
+    bindings,
+    bits_changed,
+    changes,
+    require_same,
+)
 from samebit.recipes.run.folder import CONFIG_FILE, RunFolder, naming, require_free, require_outside
 from samebit.recipes.run.input_files import input_files
 from samebit.recipes.run.metrics import OWNER_ONLY
@@ -130,10 +136,11 @@ class RunSession:
             trainer.load_state_dict(self.resumed.load())
         else:
             trainer.load_resharded(WholeState(trainer.model, self.resumed.load_all()))
+            moved = bits_changed(self.run, there, here)
             if self.is_first:
                 print(
                     f"{self.resumed.path} is resharded ({changes(there, here)}): bits are those "
-                    "of the new layout from here on",
+                    f"{'of the new layout from here on' if moved else 'that they would have been'}",
                     file=sys.stderr,
                 )
         return self.resumed.manifest["progress"]

@@ -130,12 +130,13 @@ def kill_when(child):
 
 @pytest.fixture
 def run_ranks(forkserver, tmp_path):
-    """run_ranks(arguments): what two ranks end with and say, without launcher and imports."""
+    """run_ranks(arguments, size): what two ranks, or more, of `samebit grpo` end with and say,
+    without launcher and imports."""
 
-    def run(arguments):
+    def run(arguments, size=2):
         store = host_store(loopback_listener())  # which lives as long as they
-        place = "2", store.port, secrets.token_hex(32)
-        logs = [tmp_path / f"rank_{rank}.log" for rank in range(2)]
+        place = str(size), store.port, secrets.token_hex(32)
+        logs = [tmp_path / f"rank_{rank}.log" for rank in range(size)]
         ranks = [
             forkserver.Process(
                 target=run_logged,

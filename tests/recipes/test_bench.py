@@ -67,6 +67,7 @@ def test_workloads_are_parsed():
         ("trainer", "packs=[]", "packs is .*at least one"),
         ("trainer", "tokens_per_step=0", "tokens_per_step is 0"),
         ("trainer", "parallel.tensor=0", "trainer.parallel.tensor is 0"),
+        ("trainer", "parallel.offload_segment_sums=true", "gradients have no segments"),
     ],
 )
 def test_wrong_settings_say_what_is_wrong(command, override, message):

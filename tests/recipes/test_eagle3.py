@@ -232,6 +232,7 @@ def test_what_cannot_be_is_refused_before_it_begins(runs, overrides, message):
         ),
         (["trainer.batch_size=4"], "trainer.batch_size is 4; it must be None, its default"),
         (["trainer.parallel.data=2"], "the command is eagle3, which runs in one process"),
+        (["numerics.grad_segments=2"], "numerics.grad_segments is 2; it must be 0, its default"),
         (["trainer.micro_batch_tokens=27"], "it must be at least 28, the longest sample"),
         (["data.eval_size=0"], "data.eval_size is 0; it must be at least 1"),
         (["rollout.dynamic_sampling=true", "rollout.samples_per_prompt=2"], "scores no answer"),

@@ -59,7 +59,10 @@ def test_a_checkpoint_is_bound_to_the_kind_by_its_profile(runs):
     with pytest.raises(CheckpointError, match=message):
         open_run(runs.resolve("run", "resume=true", *short))
     keys = bound_keys(runs.resolve("run", PLAIN))
-    assert {key for key in keys if key.startswith("numerics.")} == {"numerics.tp_invariant"}
+    assert {key for key in keys if key.startswith("numerics.")} == {
+        "numerics.tp_invariant",
+        "numerics.grad_segments",
+    }
 
 
 def test_verify_measures_the_kind(tmp_path, capsys):

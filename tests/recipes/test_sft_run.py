@@ -99,10 +99,10 @@ def test_held_out_records_are_measured(runs, base):
     assert len(labels) == 6 * 3
     assert summary["eval_loss"] == pytest.approx(-math.fsum(labels) / len(labels), rel=1e-14)
     assert runs.train("held_out", "resume=true", *more) == (summary, rows)
+    few = runs.arguments("x", "data.eval_size=1", "trainer.parallel.data=2")
     with pytest.raises(ValueError, match="1 records are held out .* trainer.parallel.data is 2"):
-        SftInputs(
-            resolve("sft", runs.arguments("x", "data.eval_size=1", "trainer.parallel.data=2"))
-        )
+        SftInputs(resolve("sft", few))
+    SftInputs(resolve("sft", [*few, "numerics.grad_segments=2"]))
 
 
 def test_two_runs_are_the_same_run(runs, base):

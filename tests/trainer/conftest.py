@@ -30,11 +30,13 @@ def make_trainer(qwen3_path):
     """make_trainer(path, num_steps=..., lr=...) -> a trainer that holds the folder's weights."""
 
     def make(
-        path=qwen3_path, num_steps=100, filled=True, parallel=None, releasable=False, **optimizer
-    ):
+        path=qwen3_path, num_steps=100, filled=True, parallel=None, releasable=False,
+        grad_segments=0, **optimizer,
+    ):  # fmt: skip
         settings = OptimizerConfig(**({"lr": 1e-2} | optimizer))
+        own = {"releasable": releasable, "grad_segments": grad_segments}
         model = load_model_config(path)
-        trainer = MegatronTrainer(model, settings, num_steps, CPU, parallel, releasable=releasable)
+        trainer = MegatronTrainer(model, settings, num_steps, CPU, parallel, **own)
         if filled:
             trainer.fill(lambda specs, params: load_safetensors(path, specs, params))
         return trainer

@@ -9,7 +9,7 @@ import torch
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.config import TrainerConfig
 from samebit.trainer.loss_means import LOSS_MEANS
-from samebit.trainer.packing import pack_samples, share_batches
+from samebit.trainer.packing import pack_samples, segments_of, share_batches, units_of
 from samebit.trainer.types import Sample
 from samebit.weight_sync.types import VersionSpan, WeightVersion
 
@@ -267,3 +267,34 @@ def test_the_fullest_rank_is_never_given_more():
     assert found == [[1, 3], [0, 2]]
     found = [[b.index for b in share] for share in share_batches(batches, 3)]
     assert found == [[1], [2], [0, 3]]
+
+
+def test_segments_are_cut_by_number_alone():
+    """Neighbours, as equal as they can be; of fewer samples than segments some are empty."""
+    cut = {(n, size): [len(part) for part in segments_of(range(n), size)]
+           for n, size in ((8, 4), (6, 4), (3, 4), (1, 4), (5, 1), (7, 2))}  # fmt: skip
+    assert cut == {
+        (8, 4): [2, 2, 2, 2],
+        (6, 4): [1, 2, 1, 2],
+        (3, 4): [0, 1, 1, 1],
+        (1, 4): [0, 0, 0, 1],
+        (5, 1): [5],
+        (7, 2): [3, 4],
+    }
+    assert [x for part in segments_of(range(6), 4) for x in part] == list(range(6))
+
+
+@pytest.mark.parametrize("max_tokens", [9, 13, 100])
+def test_a_segment_is_packed_as_if_it_were_alone(max_tokens):
+    """So a micro-batch does not depend on who has the other segments; units stay whole."""
+    samples = [replace(s, unit=u) for s, u in zip(SAMPLES, (None, 5, 5, None), strict=True)]
+    units = units_of(samples)
+    batches = pack_samples(samples, max_tokens, num_segments=4)
+    assert [b.index for b in batches] == list(range(len(batches)))
+    assert [b.segment for b in batches] == sorted(b.segment for b in batches)
+    for segment, part in enumerate(segments_of(units, 4)):
+        own = [b.samples for b in batches if b.segment == segment]
+        flat = [s for unit in part for s in unit]
+        alone = [b.samples for b in pack_samples(flat, max_tokens)] if flat else []
+        assert own == alone
+    assert [len(part) for part in segments_of(units, 4)] == [0, 1, 1, 1]

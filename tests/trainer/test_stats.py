@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from samebit.trainer.packing import pack_samples
-from samebit.trainer.stats import Totals
+from samebit.trainer.stats import Totals, merged
 from samebit.trainer.types import Sample
 
 
@@ -73,6 +73,22 @@ def test_ranks_are_added_up():
     first, others = totals_of(FIRST), [totals_of(SECOND), totals_of(THIRD)]
     first.merge(others)
     assert first.abs_diff_max == 0.25
+
+
+def test_totals_of_segments_do_not_depend_on_who_had_them():
+    """They are added by a tree, what context ranks have of a segment first; empty ones count 0."""
+    a, b, c, d = 0.1, 0.7, 1e9, 0.3 - 1e9
+    parts = [vars(totals_of((FIRST[0], FIRST[1], x, {"a": [x]}))) for x in (a, b, c, d)]
+    a, b, c, d = (part["loss"] for part in parts)
+    tree = merged([dict(enumerate(parts))], 4)
+    assert tree.loss == (a + b) + (c + d) != ((a + b) + c) + d
+    assert tree.num_rows == 12
+    halves = [{0: parts[0], 1: parts[1]}, {2: parts[2], 3: parts[3]}]
+    for ranks in (halves, [{i: part} for i, part in enumerate(parts)], [{}, *halves]):
+        assert merged(ranks, 4) == tree
+    few = merged([{3: parts[0]}, {}, {3: parts[1]}], 4)
+    assert few.loss == a + b
+    assert few.num_rows == 6
 
 
 def test_a_metric_that_only_another_rank_has_is_kept():

@@ -14,6 +14,11 @@ def main_grad_of(weight: Tensor) -> Tensor | None:
     return getattr(weight, "main_grad", None) if fused else None
 
 
+def grad_buffer(weight: Tensor) -> Tensor:
+    """The buffer of a weight that Megatron's DDP holds."""
+    return weight.main_grad  # type: ignore[attr-defined, no-any-return]
+
+
 def own_gradients(weights: Iterable[Tensor]) -> None:
     """Have autograd be given these weights' gradients: something waits for it to get them."""
     for weight in weights:

@@ -68,7 +68,7 @@ def pieces_of(
     zeros = host_zeros_like if moments_on_host else torch.zeros_like
     names = {param: name for name, param in params.items()}
     pieces = []
-    for part in _parts(optimizer):
+    for part in optimizers_in(optimizer):
         adam = part.optimizer
         for group in adam.param_groups:
             group["fused"] = any(main.is_cuda for main in group["params"]) or None
@@ -118,13 +118,13 @@ def _sizes(state: Mapping[str, Any]) -> list[tuple[str, int]]:
 
 def replace_step(optimizer: Any, step: Callable[[], None]) -> None:
     """Have `step` do what the AdamWs and the rounding of master weights do."""
-    for part in _parts(optimizer):
+    for part in optimizers_in(optimizer):
         part.optimizer.step = step
         # The first optimizer of a chain does it for all.
         part._copy_main_params_to_model_params = step = lambda: None
 
 
-def _parts(optimizer: Any) -> list[Any]:
+def optimizers_in(optimizer: Any) -> list[Any]:
     """The optimizers that it chains, or itself."""
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 

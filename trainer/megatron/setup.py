@@ -107,12 +107,18 @@ def _join_group(device: torch.device, secret: str) -> None:
             raise ValueError("RANK is set, LOCAL_RANK is not: it says which GPU is this one's")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"  # small messages need no GPU
-    for name, value in DETERMINISTIC.items():
-        os.environ.setdefault(name, value)
+    be_deterministic()
     check_secret(secret, "" if is_on_one_machine() else "the processes are on several machines")
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
     prove_secret(store, rank, size, secret)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+
+
+def be_deterministic() -> None:
+    """Choose for this process, before it computes anything, what several ones always have: cuBLAS's
+    workspace, by whose size it picks the products of gradients."""
+    for name, value in DETERMINISTIC.items():
+        os.environ.setdefault(name, value)
 
 
 def is_on_one_machine() -> bool:

@@ -5,9 +5,10 @@ learning-rate schedule. Nothing is written to the weights before the checks have
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -33,8 +34,11 @@ from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.algorithms.base import Algorithm, LossInputs, LossOutputs
 from samebit.trainer.config import OptimizerConfig, ParallelConfig
 from samebit.trainer.context import share_context
+from samebit.trainer.megatron.blame import blame_gradients
 from samebit.trainer.megatron.cpu import no_cuda
 from samebit.trainer.megatron.forward import ForwardModel, run_schedule
+from samebit.trainer.megatron.grad_norm import clip_gradients
+from samebit.trainer.megatron.grad_segments import GradSegments
 from samebit.trainer.megatron.main_grad import own_gradients
 from samebit.trainer.megatron.memory import TrainerMemory, gradients_in, hold, optimizer_in
 from samebit.trainer.megatron.model import forward_logprobs
@@ -48,10 +52,11 @@ from samebit.trainer.megatron.optimizer_state import (
 )
 from samebit.trainer.megatron.parallel import ranks_of
 from samebit.trainer.megatron.resharding import WholeState
+from samebit.trainer.megatron.setup import be_deterministic
 from samebit.trainer.megatron.stages import FILLER, from_last_stage, stage_specs
 from samebit.trainer.megatron.streams import StreamObserver, observed
-from samebit.trainer.packing import pack_samples, share_batches, units_of
-from samebit.trainer.stats import Totals
+from samebit.trainer.packing import share_batches
+from samebit.trainer.stats import Totals, merged
 from samebit.trainer.types import MicroBatch, NonFiniteError, StepStats
 from samebit.weight_sync.digest import Digester, as_digest
 from samebit.weight_sync.mapping import ParamSpec
@@ -80,9 +85,15 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
         attention: type[AttentionKind] = CanonicalAttention,
         releasable: bool = False,
         arena: Arena | None = None,
+        grad_segments: int = 0,
     ) -> None:
         """releasable: gradients and optimizer are allocated so that they can be released. arena:
-        another trainer's, by which both release theirs together."""
+        another trainer's, by which both release theirs together.
+
+        grad_segments: how many (numerics.grad_segments); 0: gradients are Megatron's sums.
+        """
+        if grad_segments:
+            be_deterministic()
         super().__init__(model, device, None, parallel, tp_invariant, longest, attention)
         self.arena = arena or Arena(self.device, releasable)
         offloaded = self.parallel.offload_optimizer
@@ -111,7 +122,10 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
         config.grad_scale_func = self._optimizer.scale_loss
         no_syncs = [chunk.no_sync for chunk in self._chunks]
         config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = None if grad_segments else finalize_model_grads
+        layout = self._chunks, self.params, self.ranks, self.parallel, self.arena
+        self._segments = GradSegments(grad_segments, *layout) if grad_segments else None
+        self.grad_segments = grad_segments
         digester_of = partial(Digester, self.specs, self.params)
         self._offloaded = OffloadedState(self._pieces, digester_of) if offloaded else None
         if self._offloaded:
@@ -133,6 +147,8 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
 
     def own_batches(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Of a step's micro-batches, those of this process's copy of the model."""
+        if self._segments is not None:
+            return [batch for batch in batches if batch.segment in self._segments.own]
         return share_batches(batches, self.parallel.data)[get_data_parallel_rank()]
 
     def fill(self, load: Callable[[Sequence[ParamSpec], Mapping[str, Tensor]], None]) -> None:
@@ -181,9 +197,9 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
     def mean_nll(self, batches: Sequence[MicroBatch]) -> float:
         """Mean negative log-likelihood, in nats, of the loss rows of every data rank's batches."""
         own = self.logprobs(batches)
-        sums = (sum(float(x.double().sum()) for x in own), sum(len(x) for x in own))
-        totals, counts = zip(*gather_objects(sums, get_data_parallel_group()), strict=True)
-        return -sum(totals) / sum(counts)
+        sums = [float(x.double().sum()) for x in own], sum(len(x) for x in own)
+        found, counts = zip(*gather_objects(sums, get_data_parallel_group()), strict=True)
+        return -math.fsum(chain(*found)) / sum(counts)
 
     def train_step(
         self,
@@ -191,7 +207,8 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
         algorithm: Algorithm[Any],
         poll: Callable[[], object] | None = None,
     ) -> StepStats:
-        """One optimizer step over all micro-batches: this data rank's, at least one.
+        """One optimizer step over all micro-batches: this data rank's, at least one unless there
+        are gradient segments.
 
         Truncated ones need kept sets (`with_kept_sets`) unless the weights are those that drew.
         `poll` is called before each of them; what it raises ends the step, nothing being written.
@@ -204,14 +221,9 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
             totals = self._forward_backward(batches, algorithm, references, poll)
             for failure in filter(None, gather_objects(self._failure)):
                 raise NonFiniteError(failure)
-            self._require_finite_gradients(batches, algorithm, references)
+            self._require_finite_gradients(batches, algorithm)
             self._optimizer.prepare_grads()
-            clip = self._optimizer.config.clip_grad
-            norm = (
-                self._optimizer.clip_grad_norm(clip)
-                if clip > 0
-                else self._optimizer.get_grad_norm()
-            )
+            norm = clip_gradients(self._optimizer, exactly=self._segments is not None)
             learning_rate = self._optimizer.param_groups[0]["lr"]
             if not math.isfinite(norm):
                 raise NonFiniteError(
@@ -222,8 +234,8 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
             self._scheduler.step(increment=1)
         self.step += 1
         group = get_data_parallel_group(with_context_parallel=True)
-        first, *others = (Totals(**each) for each in gather_objects(vars(totals), group))
-        first.merge(others)
+        own = {segment: vars(each) for segment, each in totals.items()}
+        first = merged(gather_objects(own, group), self.grad_segments or 1)
         first = Totals(**from_last_stage(vars(first)))  # the others compute no losses
         return first.stats(float(norm), learning_rate)
 
@@ -275,12 +287,11 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
         algorithm: Algorithm[Any],
         references: Sequence[Tensor | None] | None,
         poll: Callable[[], object] | None = None,
-    ) -> Totals:
-        """Accumulate gradients over the micro-batches into Megatron's buffers."""
-        totals = Totals()
+    ) -> Mapping[int, Totals]:
+        """Accumulate gradients over the micro-batches into Megatron's buffers; totals by segment,
+        which is 0 where there are none."""
+        totals = defaultdict[int, Totals](Totals)
         self._failure: str | None = None
-        for chunk in self._chunks:
-            chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 
         def forward_step(iterator: Any, gpt: Any) -> tuple[Tensor, Any]:
@@ -297,8 +308,13 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
                 output = forward_logprobs(gpt, batch, self.model, share, entropy_grad)
             return output, partial(self._loss, batch, algorithm, reference, totals)
 
-        parts = zip(batches, references or [None] * len(batches), strict=True)
-        run_schedule(forward_step, parts, self._chunks, forward_only=False)
+        def run(parts: Iterable[tuple[MicroBatch, Any]]) -> None:
+            for chunk in self._chunks:
+                chunk.zero_grad_buffer()
+            run_schedule(forward_step, parts, self._chunks, forward_only=False)
+
+        parts = list(zip(batches, references or [None] * len(batches), strict=True))
+        run(parts) if self._segments is None else self._segments.sum_up(parts, run)
         return totals
 
     def _loss(
@@ -306,7 +322,7 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
         batch: MicroBatch,
         algorithm: Algorithm[Any],
         reference: Tensor | None,
-        totals: Totals,
+        totals: Mapping[int, Totals],
         output: Tensor,
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Megatron's loss function: (summed loss, its denominator, nothing to report)."""
@@ -323,7 +339,7 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
                 f"{sample.sample_id}; the weights are unchanged"
             )
         total = (losses * batch.loss_weights).sum()
-        totals.add(batch, output[0].detach(), total.detach(), found.metrics)
+        totals[batch.segment].add(batch, output[0].detach(), total.detach(), found.metrics)
         return total, torch.tensor(batch.loss_denominator, dtype=torch.int), {}
 
     def _references(
@@ -360,45 +376,20 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
         return all(gather_objects(bool(torch.stack(bounds).isfinite().all())))
 
     def _require_finite_gradients(
-        self,
-        batches: Sequence[MicroBatch],
-        algorithm: Algorithm[Any],
-        references: Sequence[Tensor] | None,
+        self, batches: Sequence[MicroBatch], algorithm: Algorithm[Any]
     ) -> None:
-        """Equal inputs give equal gradients: running each alone finds the bad micro-batch."""
         if self._gradients_finite():
             return
         if self.parallel.data > 1:
             raise NonFiniteError(
                 f"a gradient is NaN or Inf at step {self.step + 1}; the weights are unchanged"
             )
-        for i, batch in enumerate(batches):
-            reference = None if references is None else [references[i]]
-            self._forward_backward([batch], algorithm, reference)
-            if not self._gradients_finite():
-                raise NonFiniteError(
-                    f"gradient is NaN or Inf at step {self.step + 1}, micro-batch {batch.index}, "
-                    f"{self._blame(batch, algorithm)}; the weights are unchanged"
-                )
-        raise NonFiniteError(
-            f"the sum of the gradients overflows at step {self.step + 1}; the weights are unchanged"
-        )
 
-    def _blame(self, batch: MicroBatch, algorithm: Algorithm[Any]) -> str:
-        """Which sample's gradient is not finite by itself; all of them if only their sum is not."""
-        for unit in units_of(batch.samples):
-            [packed] = pack_samples(
-                unit, batch.num_tokens, temperature=batch.temperature, device=self.device
-            )
-            here = [any(s is sample for sample in unit) for s in batch.samples]
-            rows = torch.tensor(here, device=self.device)[batch.sample_of_row].nonzero().squeeze(1)
-            kept = None if batch.kept is None else batch.kept.select(rows)
-            alone = [replace(packed, index=batch.index, kept=kept)]
-            self._forward_backward(alone, algorithm, self._references(alone, algorithm))
-            if not self._gradients_finite():
-                return f"sample {unit[0].sample_id}"
-        ids = [sample.sample_id for sample in batch.samples]
-        return f"samples {ids[0]} to {ids[-1]} together"
+        def are_finite(some: Sequence[MicroBatch]) -> bool:
+            self._forward_backward(some, algorithm, self._references(some, algorithm))
+            return self._gradients_finite()
+
+        blame_gradients(batches, self.step + 1, self.device, are_finite)
 
 
 @torch.no_grad()
