@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from programs import elastic
 from samebit.recipes.cli.dry_run import describe_grpo
 from samebit.recipes.cli.main import main, own_command
 from samebit.recipes.launch import processes
+from samebit.recipes.run.binding import binding_layout, bits_changed, bound_keys
 from samebit.recipes.run.metrics import read_rows
 from samebit.trainer.checkpoint import latest_checkpoint
 
@@ -36,27 +38,39 @@ def result_of(runs, name):
     return summary, runs.rows(name), read_rows(folder / "samples.jsonl")
 
 
-def test_one_process_goes_on_for_two(runs, run_ranks, capsys):
-    """Its rollouts, metrics and weights are those of one process from the start, to the byte. The
-    second optimizer step of each rollout has ratios, and all are clipped. Another number of
-    segments would be another run, and any other layout one with other bits."""
+def test_two_processes_go_on_for_one(runs, run_ranks):
+    """After the checkpoint of the first of two steps: their rollouts, metrics and weights are those
+    of the one process, to the byte. The second optimizer step of each has ratios, all are clipped.
+    """
     alone = runs.train("alone", *WORDS, "trainer.num_steps=2")
     assert all(row["train/grad_norm"] > 1 for row in alone[1][1:])
-    codes, said = run_ranks(runs.arguments("two", *WORDS, *TWO, "trainer.num_steps=1"))
+    two = shutil.copytree(runs.folder / "alone", runs.folder / "two")
+    shutil.rmtree(two / "checkpoints" / "step_00000002")
+    (two / "summary.json").unlink()
+    words = [*WORDS, "trainer.num_steps=2", "trainer.parallel.data=2", "resume=true"]
+    codes, said = run_ranks(runs.arguments("two", *words))
     assert codes == [0, 0], said
-    assert runs.rows("two") == alone[1][:2]
-    assert runs.train("two", *WORDS, SPLIT, "trainer.num_steps=2", "resume=true") == alone
-    told = "is resharded (data 2 -> 1): bits are those that they would have been"
-    assert told in capsys.readouterr().err
-    [change] = latest_checkpoint(runs.folder / "two" / "checkpoints").manifest["resharded"]
-    assert change == {"step": 1, "changes": "data 2 -> 1"}
-    for word, message in (
-        ("numerics.grad_segments=8", "numerics.grad_segments 4 there, 8 here"),
-        ("trainer.parallel.context=2", "another trainer.parallel (context 1 -> 2); with reshard"),
-    ):
-        more = [SPLIT, "trainer.num_steps=3", "resume=true", "dry_run=true", word]
-        assert main(["grpo", *runs.arguments("two", *WORDS, *more)]) == 1
-        assert message in capsys.readouterr().err
+    assert result_of(runs, "two") == alone
+    assert "is resharded (data 1 -> 2): bits are those that they would have been" in said
+    [change] = latest_checkpoint(two / "checkpoints").manifest["resharded"]
+    assert change == {"step": 1, "changes": "data 1 -> 2"}
+
+
+def test_only_the_number_of_copies_is_free(runs):
+    """Another number of segments is another run; any other layout is one with other bits, and so is
+    another number of copies without segments."""
+    run = runs.resolve("run", *WORDS, *TWO)
+    layout = binding_layout(run)
+    assert bits_changed(run, layout | {"data": 4}, layout) == ""
+    for key, value in layout.items():
+        other = not value if isinstance(value, bool) else value + 1
+        changed = bits_changed(run, layout | {key: other}, layout)
+        assert changed == ("" if key == "data" else f"{key} {other} -> {value}")
+    plain = runs.resolve("run", *TWO, SPLIT)
+    assert bits_changed(plain, layout | {"data": 4}, layout) == "data 4 -> 2"
+    assert bound_keys(run)["numerics.grad_segments"] == 4
+    assert "trainer.parallel.offload_segment_sums" not in bound_keys(run)
+    assert "offload_segment_sums" not in layout
 
 
 @pytest.mark.long
@@ -99,7 +113,6 @@ def test_what_it_is_not_promised_for_is_refused(runs, capsys):
     few += ["numerics.grad_segments=8", "trainer.parallel.data=4"]
     figures = describe_grpo(runs.resolve("few", *few))  # fewer samples than copies
     assert figures["segment_sums_mib"] == figures["gradients_mib"]
-    assert "segment_sums_mib" not in describe_grpo(runs.resolve("none"))
 
 
 def test_the_program_says_what_differs():

@@ -34,8 +34,7 @@ def gradients(trainer, batches):
     return torch.cat([b.grad_data for chunk in trainer._chunks for b in chunk.buffers])
 
 
-@pytest.mark.parametrize("slice_size", [1000, 1 << 24])
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(("offload", "slice_size"), [(False, 1 << 24), (True, 1000)])
 def test_segments_are_added_by_one_tree(make_trainer, batches, offload, slice_size, monkeypatch):
     """One alone, beside three empty ones, is summed as micro-batches are without segments."""
     monkeypatch.setattr(grad_segments, "SLICE", slice_size)
