@@ -15,6 +15,7 @@ from samebit.recipes.verification.speculation import write_random_draft
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.draft_folder import open_draft
 from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint
+from samebit.trainer.types import NonFiniteError
 from samebit.weight_sync.digest import weights_digest
 
 
@@ -156,6 +157,17 @@ def test_a_run_begins_with_a_draft_that_is_there(online, runs):
     own = f"engine.draft_model={runs.folder / 'more' / 'draft'}"
     with pytest.raises(ConfigError, match="engine.draft_model"):
         runs.train("more", *words, own, "overwrite=true")
+
+
+def test_a_draft_that_overflows_ends_the_run(runs, base):
+    """Before it is written; what is saved is whole, and the target's is what it would have been."""
+    words = "draft.optimizer.lr=1e30", "trainer.checkpoint_every=1"
+    with pytest.raises(NonFiniteError, match="draft: loss .*, gradient norm "):
+        runs.train("inf", *ONLINE, *words)
+    saved = latest_checkpoint(runs.folder / "inf" / "checkpoints")
+    assert saved.step >= 1
+    assert all(x.isfinite().all() for x in saved.load()["draft"]["params"].values())
+    assert runs.rows("inf")[1]["train/loss"] == base.result[1][1]["train/loss"]
 
 
 @pytest.mark.parametrize(
