@@ -148,7 +148,7 @@ def test_a_checkpoint_that_fails_beside_the_step_is_told_too(runs, capsys):
     with open_run(run) as session:
 
         def fail_beside_a_checkpoint():
-            with recording(session, Progress(), trainer=None):
+            with recording(session, Progress(), trained=None):
                 session.save(1, {"params": {"w": torch.ones(4096)}}, {"step": 1})
                 raise ArithmeticError("no such loss")
 
