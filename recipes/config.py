@@ -303,9 +303,10 @@ class GrpoRun(RunSection):
         require(n >= least, "rollout.samples_per_prompt", n, meaning)
         self.algorithm.check_lengths(self.rollout.max_new_tokens)
         self.numerics.check(self.trainer.parallel)
-        meaning = "0 with a critic, whose values and gradients depend on trainer.parallel.data"
-        segments = self.numerics.grad_segments
-        require(not segments or self.critic is None, "numerics.grad_segments", segments, meaning)
+        segments, alone = self.numerics.grad_segments, self.critic is None
+        meaning = "0 with a critic or draft.train=online, which sum by the copies of the model"
+        fits = not segments or (alone and not self.draft.is_online)
+        require(fits, "numerics.grad_segments", segments, meaning)
         _check_placement(self.placement, self.trainer.parallel)
         fits = self.engine.releasable is not False or not self.placement.release_memory
         require(fits, "engine.releasable", False, "left alone with placement.release_memory=true")

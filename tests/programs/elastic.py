@@ -117,6 +117,7 @@ def with_logprobs(
 def measure(case: Mapping[str, Any], options: Mapping[str, str]) -> dict[str, Any]:
     """In one of a case's processes: the steps."""
     device, segments = resolve_device(options["device"]), case["segments"]
+    torch.set_num_threads(1)  # of a CPU, on which bits depend on it
     model = load_model_config(options["model"])
     trainer = MegatronTrainer(
         model,

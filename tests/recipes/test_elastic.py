@@ -102,6 +102,11 @@ def test_what_it_is_not_promised_for_is_refused(runs, capsys):
         (["trainer.parallel.data=8"], "trainer.parallel.data is 8; it must be a power of two up"),
         ([*TWO, "trainer.parallel.overlap_grad_reduce=true"], "grad_reduce is True; it must be f"),
         (["numerics.attention=plain_attention:PlainAttention"], "it must be an invariant kind"),
+        (["algorithm=ppo"], "numerics.grad_segments is 4; it must be 0 with a critic or draft.t"),
+        (
+            ["draft.train=online", "engine.speculative=eagle3"],
+            "numerics.grad_segments is 4; it must be 0 with a critic or draft.train=online",
+        ),
         (
             ["numerics.grad_segments=0", "trainer.parallel.offload_segment_sums=true"],
             "trainer.parallel.offload_segment_sums is True; it must be False",

@@ -88,10 +88,8 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
         grad_segments: int = 0,
     ) -> None:
         """releasable: gradients and optimizer are allocated so that they can be released. arena:
-        another trainer's, by which both release theirs together.
-
-        grad_segments: how many (numerics.grad_segments); 0: gradients are Megatron's sums.
-        """
+        another trainer's, by which both release theirs together. grad_segments: how many; 0:
+        gradients are Megatron's sums."""
         if grad_segments:
             be_deterministic()
         super().__init__(model, device, None, parallel, tp_invariant, longest, attention)
