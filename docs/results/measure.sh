@@ -5,16 +5,17 @@
 #   docs/results/measure.sh OUT PART...
 #
 # Parts: verify (two runs side by side have to be equal; SMOLLM2=FOLDER adds that model), engine,
-# groups, kernels, trainer, memory, sync (on two GPUs also between them), step (of colocated GRPO), kills (a
-# short demo on SmolLM2, killed 20 times); on two GPUs tensor_parallel, trainer_tp, transfers; on
-# four transfers4, layouts (short runs under all that fit), tp1_tp4.
+# groups, speculative (SMOLLM2 too), kernels, trainer, memory, sync (on two GPUs also between them),
+# step (of colocated GRPO), kills (a short demo on SmolLM2, killed 20 times); on two GPUs
+# tensor_parallel, trainer_tp, elastic, transfers; on four transfers4, layouts (short runs under all
+# that fit), tp1_tp4.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 bin=$root/.venv/bin
 shapes=$root/recipes/bench/shapes
-parts=" verify engine groups kernels trainer memory sync step kills tensor_parallel trainer_tp transfers"
-parts+=" transfers4 layouts tp1_tp4 "
+parts=" verify engine groups speculative kernels trainer memory sync step kills tensor_parallel"
+parts+=" trainer_tp elastic transfers transfers4 layouts tp1_tp4 "
 for part in "${@:2}"; do
     if [[ $parts != *" $part "* ]]; then
         echo "'$part' is no part; there are:$parts" >&2
@@ -97,6 +98,15 @@ groups() { # prefixes that samples share, read by each and read once
     samebit groups_kernels_qwen3_8b bench kernels model="$shapes/qwen3-8b" 'tables=[shared]'
 }
 
+speculative() { # guesses: at a simulated acceptance, and by SmolLM2's own texts
+    samebit speculative_qwen3_8b bench speculative model="$shapes/qwen3-8b" load_format=dummy \
+        'proposers=[simulated]' 'batches=[1,16]'
+    if [[ -n ${SMOLLM2:-} ]]; then
+        samebit speculative_smollm2 bench speculative model="$SMOLLM2" 'proposers=[suffix]' \
+            data.task=reasoning_gym/chain_sum data.chat=true input_len=256
+    fi
+}
+
 kernels() { samebit kernels_qwen3_8b bench kernels model="$shapes/qwen3-8b"; }
 
 trainer() { samebit trainer_qwen3_4b bench trainer model="$shapes/qwen3-4b"; }
@@ -148,6 +158,11 @@ trainer_tp() { # what tp_invariant costs
     samebit trainer_tp2 bench trainer model="$shapes/qwen3-8b" "${layout[@]}"
     samebit trainer_tp2_invariant bench trainer model="$shapes/qwen3-8b" "${layout[@]}" \
         tp_invariant=true
+}
+
+elastic() { # what gradient segments cost, and that one GPU's weights are two's
+    needs_gpus 2
+    "$bin/python" "$root/tests/programs/elastic.py" "$out/elastic.json"
 }
 
 layouts() { # of the trainer, each on as many GPUs as it needs

@@ -1,10 +1,11 @@
 """The configuration of `samebit bench`. No torch here, as in recipes/config.py."""
 
 import re
-from dataclasses import dataclass, field
-from typing import Self
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 from samebit.recipes.config import FolderSection
+from samebit.recipes.data.tasks.base import DataConfig
 from samebit.recipes.numerics_config import AttentionSection
 from samebit.recipes.tools_config import check_given
 from samebit.rollout.config import LOAD_FORMATS, EngineConfig
@@ -208,6 +209,70 @@ class BenchSyncRun(BenchEngineSection):
             _check_list("transports", self.transports)
             for name in self.transports:
                 require(name in FROM_ONE, "transports", name, f"one of {FROM_ONE}")
+
+
+@dataclass(kw_only=True)
+class BenchSpeculativeRun(BenchEngineSection):
+    """`samebit bench speculative`: the same samples with guesses and without, by the batch."""
+
+    run_name: str = "bench_speculative"
+    proposers: list[str] = field(default_factory=lambda: ["suffix"])
+    """As engine.speculative names them, each beside `none`; or simulated: guesses of which as many
+    are right as simulated_acceptance says, at no cost."""
+    simulated_acceptance: float = 0.7
+    """Of each guess behind right ones."""
+    num_draft_tokens: int = 5
+    adaptive_drafts: bool = True
+    draft_model: str | None = None
+    """For eagle3 and hybrid; these three as an engine's settings."""
+    batches: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128, 256])
+    """Samples at a time."""
+    input_len: int = 512
+    """Tokens of each prompt, which are random; of `data`, the most."""
+    output_len: int = 256
+    """Tokens of each sample; of `data`, the most."""
+    temperature: float = 1.0
+    data: DataConfig = field(default_factory=DataConfig)
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_list("proposers", self.proposers)
+        none = "none" not in self.proposers
+        require(none, "proposers", self.proposers, "without none, which is measured beside them")
+        likely = 0 <= self.simulated_acceptance <= 1
+        require(likely, "simulated_acceptance", self.simulated_acceptance, "from 0 to 1")
+        if "simulated" not in self.proposers:
+            require_default(self, "", ("simulated_acceptance",), "proposers has no simulated")
+        require(len(self.batches) > 0, "batches", self.batches, "at least one")
+        sizes = min(self.batches) >= 1 and max(self.batches) <= self.engine.max_num_seqs
+        meaning = f"from 1 to engine.max_num_seqs, {self.engine.max_num_seqs}, each"
+        require(sizes, "batches", self.batches, meaning)
+        for key in ("input_len", "output_len"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "positive")
+        require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        meaning = "proposers chooses who guesses, and no prefix is to be found again"
+        require_default(self.engine, "engine", ("speculative", "prefix_cache"), meaning)
+        for name in self.proposers:
+            replace(self.engine, **self.guessing(name))  # raises for what does not fit
+
+    def guessing(self, proposer: str) -> dict[str, Any]:
+        """What of EngineConfig says that this proposer guesses, or none."""
+        if proposer == "none":
+            return {"prefix_cache": False}
+        name = "samebit.recipes.bench.simulated:Simulated" if proposer == "simulated" else proposer
+        return {
+            "speculative": name,
+            "num_draft_tokens": self.num_draft_tokens,
+            "adaptive_drafts": self.adaptive_drafts,
+            "draft_model": None if proposer in ("simulated", "suffix") else self.draft_model,
+            "prefix_cache": False,
+        }
+
+    @property
+    def has_data(self) -> bool:
+        """Whether prompts are given, and not random."""
+        return self.data.task != "file" or bool(self.data.path or self.data.sources)
 
 
 @dataclass(kw_only=True)

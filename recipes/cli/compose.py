@@ -20,6 +20,7 @@ from samebit.recipes.bench.config import (
     BenchEngineRun,
     BenchKernelsRun,
     BenchMemoryRun,
+    BenchSpeculativeRun,
     BenchSyncRun,
     BenchTrainerRun,
 )
@@ -58,6 +59,7 @@ SCHEMAS: dict[str, type[Any]] = {
     "bench engine": BenchEngineRun,
     "bench kernels": BenchKernelsRun,
     "bench memory": BenchMemoryRun,
+    "bench speculative": BenchSpeculativeRun,
     "bench sync": BenchSyncRun,
     "bench trainer": BenchTrainerRun,
     "diff": DiffRun,

@@ -25,6 +25,7 @@ COMMANDS = {
     "bench engine": "time whole workloads: output tokens per second, start-up, decode steps",
     "bench kernels": "time every operation at a model's shapes, against torch and the roofline",
     "bench memory": "time release and resume of an engine's memory; what is free then",
+    "bench speculative": "time the same samples with guesses and without, by the batch",
     "bench sync": "time updates of an engine's weights, by every transport",
     "bench trainer": "time optimizer steps: tokens per second, MFU, peak memory",
     "diff": "name the first place where two runs part: samebit diff RUN_A RUN_B [--all]",
