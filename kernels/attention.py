@@ -68,6 +68,7 @@ class CanonicalAttention(AttentionKind):
 
     name = "canonical"
     is_invariant = True
+    replays_alone = True
 
     @classmethod
     def tiles(cls, device_type: str) -> tuple[int, int | None]:

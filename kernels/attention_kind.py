@@ -98,6 +98,9 @@ class AttentionKind(ABC):
     is_invariant: ClassVar[bool]
     """Whether a query's bits depend on its own keys alone, so that the trainer's log-probs are the
     rollout's: that is proven at start-up and checked in every training step."""
+    replays_alone: ClassVar[bool] = False
+    """Whether a graph's plan finds lengths and pages on the device, where nothing is shared: it can
+    be used several times in a graph, without prepare_replay."""
 
     def __init__(self, heads: Heads, device: torch.device) -> None:
         self.heads = heads

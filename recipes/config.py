@@ -287,6 +287,11 @@ class GrpoRun(RunSection):
         return 0 if self.critic is None else self.critic.warmup_steps
 
     @property
+    def num_draft_updates(self) -> int:
+        """A draft in training takes so many optimizer steps."""
+        return self.draft.num_updates(self.trainer.num_steps, self.num_waits)
+
+    @property
     def num_critic_updates(self) -> int:
         """A critic takes so many optimizer steps, on the same terms."""
         return self.trainer.num_steps * self.updates_per_step
@@ -310,7 +315,7 @@ class GrpoRun(RunSection):
         _check_placement(self.placement, self.trainer.parallel)
         fits = self.engine.releasable is not False or not self.placement.release_memory
         require(fits, "engine.releasable", False, "left alone with placement.release_memory=true")
-        self.draft.check(self.ttt, self.engine, self.trainer.parallel, self.trainer.num_steps)
+        self.draft.check(self.ttt, self.engine, self.trainer.parallel, self.num_draft_updates)
         meaning = "attention, model, lengths and seed are the run's"
         require_default(self.engine, "engine", SET_BY_RUN, meaning)
         meaning = "a run releases no weights of the engine"

@@ -47,8 +47,13 @@ class OnlineDraftSection:
         """Whether a draft is trained."""
         return self.train == "online"
 
+    def num_updates(self, num_steps: int, num_waits: int) -> int:
+        """Return how many optimizer steps the draft takes in so many training steps, in the first
+        num_waits of which the policy, and with it the draft, waits for a critic."""
+        return num_steps // self.every - num_waits // self.every
+
     def check(
-        self, ttt: TttConfig, engine: EngineConfig, parallel: ParallelConfig, num_steps: int
+        self, ttt: TttConfig, engine: EngineConfig, parallel: ParallelConfig, num_updates: int
     ) -> None:
         """Raise ValueError, which names the keys, for what does not go with other sections."""
         if not self.is_online:
@@ -61,11 +66,12 @@ class OnlineDraftSection:
             size, key = getattr(parallel, name), f"trainer.parallel.{name}"
             meaning = "1 with draft.train=online, where each process trains on whole samples by a "
             require(size == 1, key, size, f"{meaning}whole target")
-        meaning = f"at most {num_steps}, trainer.num_steps: it would never be trained"
-        require(self.every <= num_steps, "draft.every", self.every, meaning)
+        meaning = "at most trainer.num_steps, and reached behind critic.warmup_steps: the draft "
+        meaning += "would never be trained"
+        require(num_updates > 0, "draft.every", self.every, meaning)
         if engine.draft_model is not None:
             require_default(self, "draft", ("layers",), "engine.draft_model is given")
-        steps, warmup = num_steps // self.every, self.optimizer.lr_warmup_steps
-        fits = self.optimizer.lr_schedule == "constant" or warmup < steps
-        meaning = f"below {steps}, the draft's optimizer steps, where its learning rate decays"
+        warmup = self.optimizer.lr_warmup_steps
+        fits = self.optimizer.lr_schedule == "constant" or warmup < num_updates
+        meaning = f"below {num_updates}, the draft's optimizer steps, where its rate decays"
         require(fits, "draft.optimizer.lr_warmup_steps", warmup, meaning)

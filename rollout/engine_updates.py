@@ -35,6 +35,8 @@ class EngineUpdates:
     draft_control: ServedDraft | None = None
     device: torch.device
     ranks: RankGroup
+    _begun: tuple[ServedModel, ...] = ()
+    """Those that the session of begin_weight_update is of, the target first."""
     _step_of_all: int | None = None
     """Of an open update of "all": the draft joins it with the first of its tensors that comes."""
 
@@ -70,12 +72,13 @@ class EngineUpdates:
             known = ", ".join(SELECTORS)
             raise ValueError(f"selector {shown(selector)} is unknown; use one of {known}")
         model = self.served("target" if selector == "all" else selector)
-        if self._open and model not in self._open:
-            [other] = self._open
-            raise WeightSyncError(f"an update of {other.session.tag} is under way; end it first")
+        for other in self._updating:
+            if other is not model:
+                tag = other.session.tag
+                raise WeightSyncError(f"an update of {tag} is under way; end it first")
         step = model.version.step + 1 if step is None else as_step(step)
         model.begin(step)
-        self._step_of_all = step if selector == "all" else None
+        self._begun, self._step_of_all = (model,), step if selector == "all" else None
 
     def end_weight_update(
         self, digest: str | None = None, draft_digest: str | None = None
@@ -87,13 +90,11 @@ class EngineUpdates:
         serves nothing of a model, if tensors of it are missing or not finite, or if anything of it
         was refused in the session; a draft that is refused is not guessed by.
         """
-        opened, self._step_of_all = self._open, None
+        if draft_digest is not None and len(self._begun) < 2:
+            raise ValueError("draft_digest is given, and the update has not brought both models")
+        opened, self._begun, self._step_of_all = self._begun, (), None
         if len(opened) < 2:
-            if draft_digest is not None:
-                raise ValueError(
-                    "draft_digest is given, and the update has not brought both models"
-                )
-            return (opened or [self.weight_control])[0].commit(digest)
+            return (*opened, self.weight_control)[0].commit(digest)
         target, draft = opened
         try:
             version = target.commit(digest)
@@ -205,13 +206,8 @@ class EngineUpdates:
         return [self.weight_control] if draft is None else [self.weight_control, draft]
 
     @property
-    def _open(self) -> list[ServedModel]:
-        """Those that an update is under way of; also if this rank has refused something of it."""
-        return [model for model in self._models if model.session.is_open]
-
-    @property
     def _updating(self) -> list[ServedModel]:
-        """Those of the open ones that still take tensors."""
+        """Those that an update is under way of, and nothing of it was refused here."""
         return [m for m in self._models if m.session.state is SessionState.UPDATING]
 
     def _require_session(self) -> None:
@@ -238,8 +234,9 @@ class EngineUpdates:
         for given, dtype, shape in zip(names, dtypes, shapes, strict=True):
             model, name = self._owner(given)
             if model is self.draft_control and self._step_of_all is not None:
-                model.begin(self._step_of_all)
-                self._step_of_all = None
+                # Its own updates may have taken it further than the target's step.
+                model.begin(self._step_of_all, may_go_back=True)
+                self._begun, self._step_of_all = (*self._begun, model), None
             if model not in self._updating:
                 refuse(
                     f"{given} is of another model than the update: begin_weight_update with "

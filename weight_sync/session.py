@@ -344,7 +344,8 @@ class UpdateSession:
         self._broke_off = f"the update to step {self._step} broke off"
 
     def _refusal(self, reason: str) -> WeightSyncError:
-        return WeightSyncError(f"update to step {self._step} refused: {reason}")
+        whose = "" if self.tag == "weights" else f" of the {self.tag}"
+        return WeightSyncError(f"update{whose} to step {self._step} refused: {reason}")
 
 
 def non_finite(params: Mapping[str, Tensor]) -> list[str]:

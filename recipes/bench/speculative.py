@@ -38,16 +38,20 @@ class _Measured:
     """A way to guess, at one size of the batch."""
 
     seconds: list[float] = field(default_factory=list)
-    tokens: int = 0
-    """Of one repeat, the last."""
+    tokens: list[int] = field(default_factory=list)
+    """Of each repeat."""
     accepted: AcceptLengths | None = None
 
     def entry(self, none: "_Measured") -> dict[str, Any]:
         """What the report says of it, beside the one that guesses nothing."""
-        rate, other = (Spread.of([x.tokens / s for s in x.seconds]) for x in (self, none))
+        rate, other = (
+            Spread.of([n / s for n, s in zip(x.tokens, x.seconds, strict=True)])
+            for x in (self, none)
+        )
         found: dict[str, Any] = {
             "output_tokens_s": asdict(rate),
             "seconds": self.seconds,
+            "output_tokens": self.tokens,
             "x_none": rate.median / other.median,
         }
         if self.accepted is not None and self.accepted.verifications:
@@ -126,7 +130,7 @@ def measure(
             if repeat >= 0:
                 measured = found[name]
                 measured.seconds.append(seconds)
-                measured.tokens = sum(len(tokens) for tokens, _ in drawn)
+                measured.tokens.append(sum(len(tokens) for tokens, _ in drawn))
                 if before is not None and engine.accept_lengths is not None:
                     more = engine.accept_lengths - before
                     measured.accepted = more + measured.accepted if measured.accepted else more

@@ -130,7 +130,7 @@ def _online_draft(
     parameters = _num_parameters(draft)
     weights, masters = (4, 0) if device_type == "cpu" else (2, 4)  # fp32 weights are their own
     return {
-        "draft_optimizer_steps": run.trainer.num_steps // run.draft.every,
+        "draft_optimizer_steps": run.num_draft_updates,
         "draft_parameters": parameters,
         "draft_vocabulary": draft.draft_vocab_size,
         "draft_captured_layers": ", ".join(map(str, draft.captured_layers)),

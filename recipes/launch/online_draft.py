@@ -83,7 +83,7 @@ class OnlineDraft:
         self.trainer = make_trainer_of(
             *(model, policy.params, folder, config, whole if folder is None else folder.vocabulary),
             optimizer=run.draft.optimizer,
-            num_steps=run.trainer.num_steps // every,
+            num_steps=run.num_draft_updates,
             ttt=run.ttt,
             seed=run.seed,
             ranks=policy.data_ranks,

@@ -68,13 +68,16 @@ _EARLIER = {
 def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return every key of a resolved configuration that a result depends on."""
     kept = _without_free_keys(config)
-    schedules = [
-        kept[key]["optimizer"]["lr_schedule"] for key in ("trainer", "critic") if key in kept
-    ]
+    train = kept.get("draft", {}).get("train")
+    if train == "off":  # nothing reads them
+        del kept["draft"], kept["ttt"]
+    elif train == "online":
+        kept["engine"] = {"draft_norm_output": config["engine"]["draft_norm_output"]}
+    schedules = [kept["trainer"]["optimizer"]["lr_schedule"]]
+    learners = ["critic", *(["draft"] if train == "online" else [])]
+    schedules += [kept[key]["optimizer"]["lr_schedule"] for key in learners if key in kept]
     if set(schedules) == {"constant"}:
         del kept["trainer"]["num_steps"]  # a run may be made longer
-    if kept.get("draft", {}).get("train") == "off":  # nothing reads them
-        del kept["draft"], kept["ttt"]
     # Where it is reached nothing is trained; of a generated task it says what is prepared.
     if kept.get("rollout", {}).get("too_few_groups") == "error" and kept["data"]["task"] == "file":
         del kept["rollout"]["max_refills"]

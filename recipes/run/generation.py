@@ -252,6 +252,9 @@ def _check_fields(request: GenerateRequest, sample: Sample, token_ids: tuple[int
     given = {
         "advantages": sample.advantages.any(),
         "ref_logprobs": sample.ref_logprobs is not None,
+        "teacher_logprobs": sample.teacher_logprobs is not None,
+        "values": sample.values is not None,
+        "returns": sample.returns is not None,
         "version_spans": sample.version_spans != (),
         "unit": sample.unit is not None,
     }

@@ -49,12 +49,16 @@ def _require_engine(run: GrpoRun | Eagle3Run, model: ModelConfig) -> None:
     longest = run.rollout.longest
     lengths = "rollout.max_prompt_len + rollout.max_new_tokens"
     model.require_context(longest, lengths)
-    tokens, page = run.engine.kv_cache_tokens, run.engine.page_size
-    if tokens is not None and tokens // page * page < longest:
-        raise ValueError(
-            f"{lengths} = {longest} tokens; engine.kv_cache_tokens is {tokens}, whole pages of "
-            f"{page} tokens: give at least {-(-longest // page) * page}"
-        )
+    engines = {"engine": run.engine}
+    if isinstance(run, GrpoRun) and run.distillation is not None:
+        engines["distillation.engine"] = run.distillation.engine
+    for key, engine in engines.items():
+        tokens, page = engine.kv_cache_tokens, engine.page_size
+        if tokens is not None and tokens // page * page < longest:
+            raise ValueError(
+                f"{lengths} = {longest} tokens; {key}.kv_cache_tokens is {tokens}, whole pages of "
+                f"{page} tokens: give at least {-(-longest // page) * page}"
+            )
 
 
 class Unwritable:

@@ -70,22 +70,29 @@ class DraftGraphs:
     """Graphs by what they were captured for; states [slots + 1, most, D]: see Eagle3."""
 
     def __init__(
-        self, passes: DraftPasses, slots: Slots, states: Tensor, pool: tuple[int, int]
+        self,
+        passes: DraftPasses,
+        slots: Slots,
+        states: Tensor,
+        num_guesses: int,
+        pool: tuple[int, int],
     ) -> None:
+        """num_guesses: the most of a sample; graphs that guess make so many for each."""
         self._passes, self._slots, self._states = passes, slots, states
+        self._num_guesses = num_guesses
         self._pool: Any = pool
         self._graphs: dict[_Key, _Graph] = {}
 
     def fits(self, chains: Chains) -> bool:
         """Whether a graph can run them."""
-        if len(chains.slots) > BUCKETS[-1]:
+        if len(chains.slots) > BUCKETS[-1] or not self._passes.attention.replays_alone:
             return False
         key, bound = self._key(chains), context_bound(self._longest(chains))
         most = self._passes.attention.graph_queries(key.bucket, bound)
         return key.queries <= most and key.bucket * key.queries <= BUCKETS[-1]
 
     def guess(self, chains: Chains) -> np.ndarray:
-        """Guesses [B, most room] of chains that fit."""
+        """Guesses [B, at least the most room] of chains that fit."""
         key = self._key(chains)
         found = self._graphs.get(key)
         if found is None:
@@ -104,7 +111,8 @@ class DraftGraphs:
         queries = 1 << (int(chains.layout.lens.max()) - 1).bit_length()
         pages = -(-context_bound(self._longest(chains)) // self._slots.page_size)
         pages = min(pages, self._slots.pages.shape[1])
-        return _Key(bucket_of(len(chains.slots)), queries, int(chains.room.max()), pages)
+        guesses = self._num_guesses if chains.room.any() else 0
+        return _Key(bucket_of(len(chains.slots)), queries, guesses, pages)
 
     def _tell(self, told: _Told, chains: Chains, key: _Key) -> None:
         """Write what the graph is to compute; what only fills it up has no slot and no context."""
@@ -132,7 +140,8 @@ class DraftGraphs:
         table = told.table.numpy()
         table[:size] = slots.pages[own, : key.pages]
         for i in range(1, key.guesses):
-            positions, going = chains.lengths - 2 + i, chains.room > i
+            going = chains.room > i
+            positions = np.where(going, chains.lengths - 2 + i, 0)
             pages = table[np.arange(size), positions // slots.page_size]
             kv_slots = pages * slots.page_size + positions % slots.page_size
             later[i - 1, :, :size] = np.where(

@@ -123,7 +123,11 @@ class Eagle3(Proposer):
         if self._graphs is None or self._model is not runner.model:
             self._model = runner.model
             self._graphs = DraftGraphs(
-                self._passes, self.parts.slots, self._states, runner.graph_pool
+                self._passes,
+                self.parts.slots,
+                self._states,
+                self.parts.num_draft_tokens,
+                runner.graph_pool,
             )
         return self._graphs
 

@@ -132,6 +132,13 @@ def test_settings_that_nothing_reads_are_refused(runs):
             runs.resolve("wrong", *words)
 
 
+def test_a_teacher_whose_cache_is_too_small(taught):
+    """In a dry run, and not only behind the first rollout."""
+    small = taught.resolve("dry", *taught.taught, "distillation.engine.kv_cache_tokens=8")
+    with pytest.raises(ValueError, match="distillation.engine.kv_cache_tokens is 8, whole pages"):
+        describe_grpo(small)
+
+
 def test_a_dry_run_counts_the_teacher(taught):
     found = describe_grpo(taught.resolve("dry", *taught.taught))
     assert found["teacher_mib"] == found["weights_mib"] > 0

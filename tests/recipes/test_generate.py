@@ -180,6 +180,12 @@ async def has_advantages(engine, request, params):
     return of(request.prompt_ids, tokens, (True,) * 4, advantages=1.0)
 
 
+async def has_returns(engine, request, params):
+    tokens, _ = await _one(engine, request, params)
+    sample = of(request.prompt_ids, tokens, (True,) * 4)
+    return replace(sample, returns=np.zeros(len(sample.token_ids), dtype=np.float32))
+
+
 async def other_prompt(engine, request, params):
     tokens, _ = await _one(engine, request, params)
     return of((1, *request.prompt_ids[1:-1], 3), tokens, (True,) * 4)
@@ -266,6 +272,7 @@ REFUSED = {
     hotter: "at place 9 of 13 .* drawn at temperature 2.0; the run trains at 1.0: mask it",
     without_logprobs: f"at place 9 of 13 {MASK}",
     has_advantages: "a sample with advantages, which the run finds: leave it out",
+    has_returns: "a sample with returns, which the run finds: leave it out",
     other_prompt: "a sample that does not begin with request.prompt_ids",
     other_id: "a sample with the id 0x3; give request.sample_id",
     too_long: f"returned 25 tokens after the prompt; {LIMIT}",

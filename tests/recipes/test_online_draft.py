@@ -10,6 +10,7 @@ from helpers import assert_same_bits, tree
 
 from samebit.recipes.cli.main import main
 from samebit.recipes.config import ConfigError
+from samebit.recipes.run.binding import bound_keys
 from samebit.recipes.run.metrics import is_repeated, read_rows
 from samebit.rollout.runtime.draft_folder import open_draft
 from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint
@@ -153,7 +154,10 @@ def test_a_run_begins_with_a_draft_that_is_there(online, runs):
 def test_a_draft_that_overflows_ends_the_run(runs, base):
     """Before it is written; what is saved is whole, and the target's is what it would have been."""
     words = "draft.optimizer.lr=1e30", "trainer.checkpoint_every=1"
-    with pytest.raises(NonFiniteError, match="draft: loss .*, gradient norm "):
+    with pytest.raises(
+        NonFiniteError,
+        match="the draft: loss .* and gradient norm .* at its step .*; its weights are",
+    ):
         runs.train("inf", *ONLINE, *words)
     saved = latest_checkpoint(runs.folder / "inf" / "checkpoints")
     assert saved.step >= 1
@@ -184,7 +188,11 @@ def test_a_draft_that_overflows_ends_the_run(runs, base):
             [*ONLINE, "trainer.parallel.pipeline=2", "placement.transport=stages"],
             "trainer.parallel.pipeline is 2; it must be 1 with draft.train=online, where each pr",
         ),
-        ([*ONLINE, "draft.every=7"], "draft.every is 7; it must be at most 6, trainer.num_steps"),
+        ([*ONLINE, "draft.every=7"], "draft.every is 7; it must be at most trainer.num_steps"),
+        (
+            [*ONLINE, "algorithm=ppo", "critic.warmup_steps=5", "draft.every=4"],
+            "draft.every is 4; it must be at most trainer.num_steps, and reached behind critic.w",
+        ),
         ([*ONLINE, "draft.every=0"], "draft.every is 0; it must be positive"),
         ([*ONLINE, "draft.optimizer.lr=-1"], "draft.optimizer.lr is -1.0; it must be finite"),
         (
@@ -222,6 +230,19 @@ def test_a_dry_run_tells_of_the_draft(runs, capsys):
     assert re.search(r"draft_captured_layers +1, 2\n", out)
     assert re.search(r"draft_mib +[1-9]", out)
     assert not (runs.folder / "dry").exists()
+
+
+def test_what_a_draft_in_training_binds(runs):
+    """Its schedule is of all steps, and what its folder leaves open is part of what it computes."""
+
+    def keys(*words):
+        return bound_keys(runs.resolve("bound", *ONLINE, *words))
+
+    assert "trainer.num_steps" not in keys()
+    assert keys("draft.optimizer.lr_schedule=cosine")["trainer.num_steps"] == 6
+    own = "engine.draft_model=a", "draft.layers=null", "engine.draft_norm_output=sglang"
+    assert keys(*own)["engine.draft_norm_output"] == "sglang"
+    assert not any(key.startswith("engine.") for key in bound_keys(runs.resolve("plain")))
 
 
 @pytest.mark.long

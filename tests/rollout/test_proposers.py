@@ -129,6 +129,7 @@ def test_a_chain_is_the_unrolled_draft(make_engine, engine, draft_path):
         num_draft_tokens=passes, prefill_chunk=17, max_num_seqs=2,
     )  # fmt: skip
     proposer, seen = own.speculation.proposer, []
+    passed = proposer._passes
     propose = proposer.propose
 
     def recording(contexts):
@@ -160,6 +161,7 @@ def test_a_chain_is_the_unrolled_draft(make_engine, engine, draft_path):
         )
         data = SimpleNamespace(batch=batch, streams=streams)
         with torch.no_grad():
-            finals = unroll(proposer._model(), data, len(ids), proposer._rope_table)
-            best = [int(proposer._draft.logits(f[column : column + 1]).argmax()) for f in finals]
+            draft, table = passed._model(), passed._rope_table
+            finals = unroll(draft, data, len(ids), table)
+            best = [int(draft.logits(f[column : column + 1]).argmax()) for f in finals]
         assert [int(vocabulary[i]) for i in best] == list(ids)

@@ -161,6 +161,36 @@ def test_an_update_of_both_and_one_of_the_draft_alone(engine, better, old, new, 
     assert engine.weight_version == WeightVersion(4, new.digest)
 
 
+def test_a_draft_that_is_ahead_joins_an_update_of_both(engine, better, old, new, expected):
+    """Its own updates may have taken it further than the target's next step."""
+    for step in (1, 2):
+        engine.begin_weight_update("draft")
+        engine.update_weights_from_tensor(better.named())
+        assert engine.end_weight_update().step == step
+    engine.begin_weight_update("all")
+    engine.update_weights_from_tensor([*hf_tensors(new.specs, new.params), *better.named()])
+    assert engine.end_weight_update() == WeightVersion(1, new.digest)
+    assert engine.draft_version == WeightVersion(1, better.digest())
+    assert served(engine) == expected[new.digest]
+
+
+def test_what_is_refused_is_over_with_the_next_session(engine, better, old, new, expected):
+    """Of both models: a session of the target alone heals it, and says nothing of the draft."""
+    engine.begin_weight_update("all")
+    with pytest.raises(WeightSyncError, match="unknown tensor"):
+        engine.update_weights_from_tensor([*better.named(), ("nope", torch.zeros(1))])
+    engine.begin_weight_update("target")
+    engine.update_weights_from_tensor(list(hf_tensors(new.specs, new.params)))
+    assert engine.end_weight_update() == WeightVersion(1, new.digest)
+    assert served(engine) == expected[new.digest]
+    assert engine.draft_version.step == 0
+    engine.begin_weight_update("draft", step=3)
+    with pytest.raises(WeightSyncError, match="an update of draft is under way; end it first"):
+        engine.begin_weight_update("target")
+    engine.update_weights_from_tensor(better.named())
+    assert engine.end_weight_update() == WeightVersion(3, better.digest())
+
+
 def update_badly(engine, better, how):
     """An update of the draft that one thing is wrong with."""
     named = better.named()
@@ -183,7 +213,7 @@ def test_a_broken_update_of_a_draft_moves_no_token(make, better, truth, how, spe
     assert served(engine) == truth
     reasons = {"missing": "1 tensors never arrived", "not finite": "NaN or Inf in 1 tensors"}
     reason = reasons.get(how, "here and" if how == "misshapen" else "digest .* at the sender")
-    with pytest.raises(WeightSyncError, match=f"update to step 1 refused: .*{reason}"):
+    with pytest.raises(WeightSyncError, match=f"update of the draft to step 1 refused: .*{reason}"):
         update_badly(engine, better, how)
     assert (engine.draft_version.step, engine.weight_version.step) == (0, 0)
     assert set(engine.weight_report("draft").values()) != {"old"} or how == "misshapen"

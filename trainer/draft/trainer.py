@@ -158,7 +158,10 @@ class DraftTrainer:
         norms = torch.stack([torch.linalg.vector_norm(grad) for grad in grads.values()])
         norm = float(torch.linalg.vector_norm(norms))
         if not torch.isfinite(torch.tensor([norm, stats.loss])).all():
-            raise NonFiniteError(f"draft: loss {stats.loss}, gradient norm {norm}")
+            raise NonFiniteError(
+                f"the draft: loss {stats.loss} and gradient norm {norm} at its step "
+                f"{self.step + 1}; its weights are unchanged"
+            )
         limit = self._settings.clip_grad
         if 0 < limit < norm:
             for grad in grads.values():

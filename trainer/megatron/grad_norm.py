@@ -59,7 +59,8 @@ def clip_gradients(optimizer: Any, exactly: bool = False) -> float:
     norm = exact_norm(counted, parts[0].get_grad_stats_parallel_group())
     if 0 < clip < norm + 1e-6:  # as Megatron clips
         grads = [p.grad for part in parts for p in part.get_parameters() if p.grad is not None]
-        torch._foreach_mul_(grads, clip / (norm + 1e-6))
+        if grads:  # a share may be padding alone
+            torch._foreach_mul_(grads, clip / (norm + 1e-6))
     return norm
 
 
