@@ -134,7 +134,8 @@ def test_settings_that_nothing_reads_are_refused(runs):
 
 def test_a_teacher_whose_cache_is_too_small(taught):
     """In a dry run, and not only behind the first rollout."""
-    small = taught.resolve("dry", *taught.taught, "distillation.engine.kv_cache_tokens=8")
+    small = taught.resolve("dry", *taught.taught, "distillation.engine.kv_cache_tokens=8",
+                           "distillation.engine.page_size=8")  # fmt: skip
     with pytest.raises(ValueError, match="distillation.engine.kv_cache_tokens is 8, whole pages"):
         describe_grpo(small)
 
