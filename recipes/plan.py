@@ -26,6 +26,10 @@ from samebit.weight_sync.disk import write_atomically
 
 _GIB = 2**30
 PHASES = ("rollout", "train")
+NOT_COUNTED = (
+    "Every sample counts with its most tokens. Not counted: rewards, evaluation, checkpoints, "
+    "refills, and what delta, offload_optimizer and tp_invariant save or cost."
+)
 
 
 def make_plan(run: PlanRun) -> dict[str, Any]:
@@ -74,7 +78,7 @@ def _memory(run: PlanRun, layout: Layout, model: ModelConfig) -> dict[str, Any]:
     for releases in (True, False) if able else (False,):
         changed = replace(run, placement=replace(run.placement, release_memory=releases))
         for gpu in plan_memory(changed, model, layout, measured()).gpus:
-            phases = {f"{phase}": gpu.resident(phase) for phase in PHASES}
+            phases = {phase: gpu.resident(phase) for phase in PHASES}
             found.setdefault(gpu.name, {}).update(
                 phases if releases else {"without_release": gpu.tags}
             )
@@ -170,8 +174,7 @@ def summary(plan: dict[str, Any]) -> str:
             _memory_table(plan),
             _sync_table(plan),
             _times_table(plan),
-            "Every sample counts with its most tokens; rewards, evaluation, checkpoints and, with "
-            "placement.delta or offload_optimizer, what these save or cost, are not counted.",
+            NOT_COUNTED,
             verdict(plan),
         ]
     )

@@ -1,6 +1,6 @@
 """How long the phases of a training step take, by measured shares of the hardware's rates.
 
-Every sample counts with its most tokens. Rewards, and data that is not drawn, take no time here.
+Every sample counts with its most tokens. Rewards, evaluation and checkpoints take no time here.
 """
 
 import math
