@@ -156,9 +156,9 @@ def verdict(plan: dict[str, Any]) -> str:
         peak = plan["peak_bytes"] / _GIB
         return f"It fits: at most {peak:,.1f} of {total:,.1f} GiB of a GPU, {how} release."
     return (
-        f"It does not fit: {short['tag']} of the GPUs of {short['gpu']}, in the phase "
-        f"{short['phase']}, lacks {short['num_bytes'] / _GIB:,.2f} GiB of {total:,.1f}. "
-        f"What would fit: {'; or '.join(plan['remedies'])}."
+        f"It does not fit ({short['gpu']}, {short['phase']}): {short['tag']} lacks "
+        f"{short['num_bytes'] / _GIB:,.2f} GiB; a GPU has {total:,.1f}, the run would take "
+        f"{plan['peak_bytes'] / _GIB:,.1f}. What would fit: {'; or '.join(plan['remedies'])}."
     )
 
 

@@ -137,11 +137,15 @@ class StepModel:
         return sent / self._link(layout.spans_nodes(p.tensor, p.context))
 
     def reduce_s(self) -> float:
-        """Of the sum of a stage's fp32 gradients over the copies, as a ring."""
+        """Of the sum of a stage's fp32 gradients over the copies, as a ring.
+
+        Where these share the optimizer each gets its part of the sums, then all bf16 weights.
+        """
         p, layout = self.layout.parallel, self.layout
         copies = p.data * p.context
         elements = sum(math.prod(s.shape) for s in self.model.param_specs((0, p.tensor)))
-        sent = 2 * (copies - 1) / copies * 4 * elements / p.pipeline
+        each = 4 + (2 if p.distributed_optimizer else 4)
+        sent = (copies - 1) / copies * each * elements / p.pipeline
         return sent / self._link(layout.spans_nodes(p.tensor, copies))
 
     def _link(self, across_nodes: bool) -> float:
