@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+from megatron.core.parallel_state import RankGenerator
 
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.cli.main import main
@@ -141,6 +142,43 @@ def test_ranks_are_on_their_gpus(tiny):
     apart = plan_of(tiny, "placement=process", "placement.transport=nccl")
     assert apart["placement"][1] == {"engine": 0, "node": 0, "gpu": 1, "trains": False}
     assert list(apart["memory"]) == ["trainer", "engine"]
+
+
+def test_ranks_are_in_megatrons_order(tiny):
+    """The groups that Megatron makes are ranks of which one number alone differs."""
+    words = [f"trainer.parallel.{name}=2" for name in ("tensor", "pipeline", "context", "data")]
+    run = resolve(
+        "plan", [f"model.path={tiny}", *words, "placement.transport=stages", "cluster.nodes=2"]
+    )
+    places = list(Layout.of(run, load_model_config(tiny)).places())
+    generator = RankGenerator(tp=2, ep=1, dp=2, pp=2, cp=2, order="tp-cp-ep-dp-pp")
+    axes = {"tp": "tensor", "cp": "context", "dp": "data", "pp": "stage"}
+    for token, axis in axes.items():
+        for ranks in generator.get_ranks(token):
+            others = {
+                tuple(getattr(places[r], name) for name in axes.values() if name != axis)
+                for r in ranks
+            }
+            assert len(others) == 1
+            assert [getattr(places[r], axis) for r in ranks] == [0, 1]
+
+
+def test_seconds_by_hand(tiny):
+    """An optimizer step of 1,024 samples of 768 tokens, and the sum of its gradients."""
+    words = ["rollout.prompts_per_step=128", "rollout.samples_per_prompt=8", "cluster.nodes=2"]
+    split = ["trainer.parallel.data=16", "cluster.flops_s=1e12", "cluster.network_bytes_s=1e9"]
+    run, model, own = (
+        resolve("plan", [f"model.path={tiny}", *words, *split]),
+        load_model_config(tiny),
+        measured(),
+    )
+    step = StepModel(run, model, Layout.of(run, model), own)
+    products = 6 * (2 * (LAYER - 2 * D - 2 * 16) + V * D) * 64 * 768 / 1e12
+    attention = 3 * 64 * (2 * 2 * 4 * 16 * 768**2) / 1e12
+    reduce_s = 2 * 15 / 16 * 4 * ELEMENTS / (1e9 * own.links.transfer)
+    compute = products / own.training.products + attention / own.training.attention
+    assert step.reduce_s() == pytest.approx(reduce_s, rel=1e-12)
+    assert step.train_s() == pytest.approx(compute + reduce_s, rel=1e-12)
 
 
 @pytest.mark.parametrize(
