@@ -19,6 +19,7 @@ from samebit.recipes.planning.remedies import remedies
 from samebit.recipes.planning.sync import plan_sync
 from samebit.recipes.planning.times import StepModel
 from samebit.recipes.run.folder import require_own_report
+from samebit.recipes.run.inputs import require_engine
 from samebit.recipes.run.secrets import scrubbed
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
@@ -38,8 +39,7 @@ def make_plan(run: PlanRun) -> dict[str, Any]:
     Raises OSError or ValueError for a model or a layout that cannot be.
     """
     model, own = load_model_config(run.model.path, run.model_family), measured()
-    longest = "rollout.max_prompt_len + rollout.max_new_tokens"
-    model.require_context(run.rollout.longest, longest)
+    require_engine(run, model)
     layout = Layout.of(run, model)
     memory = plan_memory(run, model, layout, own)
     sync = plan_sync(run, model, layout, own.links)

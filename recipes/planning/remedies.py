@@ -1,5 +1,6 @@
 """What would make a plan fit that does not: settings, alone or together, that are tried out."""
 
+import math
 from collections.abc import Iterator
 from copy import deepcopy
 from itertools import combinations
@@ -19,7 +20,7 @@ type Change = dict[str, Any]
 
 def remedies(run: PlanRun, model: ModelConfig, measured: Measured, memory: MemoryPlan) -> list[str]:
     """Return what fits, in the words of the command line, with the fewest changes; or, where none
-    of them does, how much memory the GPUs would need."""
+    of them does, the whole GiB of the GPUs on which the run would fit as it is."""
     changes = list(_changes(run))
     for count in range(1, MOST_TOGETHER + 1):
         together = (
@@ -33,7 +34,10 @@ def remedies(run: PlanRun, model: ModelConfig, measured: Measured, memory: Memor
         ]
         if found:
             return found
-    return [f"GPUs of {memory.peak_bytes / 2**30:,.1f} GiB (cluster.gpu_gib)"]
+    gib = math.ceil(memory.peak_bytes / 2**30)
+    while not _fits(run, model, measured, {"cluster.gpu_gib": gib}):
+        gib = max(gib + 1, gib * 21 // 20)  # an automatic KV cache takes part of what is added
+    return [f"cluster.gpu_gib={gib}"]
 
 
 def _changes(run: PlanRun) -> Iterator[Change]:
