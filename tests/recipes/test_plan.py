@@ -97,6 +97,9 @@ def test_ranks_are_on_their_gpus(tiny):
     apart = plan_of(tiny, "placement=process", "placement.transport=nccl")
     assert apart["placement"][1] == {"engine": 0, "node": 0, "gpu": 1, "trains": False}
     assert list(apart["memory"]) == ["trainer", "engine"]
+    together = plan_of(tiny, "placement=process", "placement.transport=ipc")["memory"]
+    found = together["trainer"]["without_release"]  # two processes, each with its weights
+    assert (found["runtime"], found["weights"]) == (4 * GIB, 4 * ELEMENTS)
 
 
 def test_ranks_are_in_megatrons_order(tiny):
