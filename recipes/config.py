@@ -361,12 +361,14 @@ SECTIONS: dict[str, type[Any]] = {"critic": CriticConfig, "distillation": Distil
 """Of runs, by their keys, which an algorithm's settings may name."""
 
 
-def grpo_run_of(algorithm: type[AlgorithmConfig], name: str) -> type[Any]:
-    """Return GrpoRun with the settings of another algorithm, of this name, as `algorithm`, and its
+def grpo_run_of(
+    algorithm: type[AlgorithmConfig], name: str, base: type[GrpoRun] = GrpoRun
+) -> type[Any]:
+    """Return `base` with the settings of another algorithm, of this name, as `algorithm`, and its
     sections."""
     meaning = f"a class whose Config.sections are among {tuple(SECTIONS)}"
     require(SECTIONS.keys() >= {*algorithm.sections}, "algorithm.name", name, meaning)
     own: list[Any] = [("algorithm", algorithm, field(default_factory=lambda: algorithm(name=name)))]
     kinds = [(key, SECTIONS[key]) for key in algorithm.sections]
     own += [(key, kind, field(default_factory=kind)) for key, kind in kinds]
-    return make_dataclass(f"{algorithm.__name__}Run", own, bases=(GrpoRun,), kw_only=True)
+    return make_dataclass(f"{algorithm.__name__}Run", own, bases=(base,), kw_only=True)

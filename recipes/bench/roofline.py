@@ -5,6 +5,7 @@ at the rates that the card reached in the same run.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -14,8 +15,16 @@ from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import EMBEDDING
 
 
-def roofline_tokens_s(config: ModelConfig, workload: Workload, rates: CardRates) -> float:
-    """Output tokens per second of a perfect engine on a card of these rates."""
+class Bounds(NamedTuple):
+    """Seconds of a perfect engine: prompts, weights in all steps of decode, keys and values."""
+
+    prefill_s: float
+    weights_s: float
+    keys_s: float
+
+
+def roofline_bounds(config: ModelConfig, workload: Workload, rates: CardRates) -> Bounds:
+    """What a workload takes at least on a card of these rates."""
     shapes = {s.name: s.shape for s in config.param_specs() if len(s.shape) == 2}
     head = math.prod(shapes[EMBEDDING])
     every = sum(map(math.prod, shapes.values()))
@@ -27,5 +36,10 @@ def roofline_tokens_s(config: ModelConfig, workload: Workload, rates: CardRates)
     context = workload.num_prompts * workload.input_len
     context += workload.num_seqs * workload.output_len // 2
     keys_s = context * config.kv_layout.bytes_per_token(torch.bfloat16) / rates.memory_bytes_s
-    decode_s = (workload.output_len - 1) * (weights_s + keys_s)
-    return workload.output_tokens / (prefill_s + decode_s)
+    steps = workload.output_len - 1
+    return Bounds(prefill_s, steps * weights_s, steps * keys_s)
+
+
+def roofline_tokens_s(config: ModelConfig, workload: Workload, rates: CardRates) -> float:
+    """Output tokens per second of a perfect engine on a card of these rates."""
+    return workload.output_tokens / sum(roofline_bounds(config, workload, rates))

@@ -35,6 +35,7 @@ from samebit.recipes.config import (
 )
 from samebit.recipes.demo_config import DemoRun
 from samebit.recipes.eagle3_config import Eagle3Run
+from samebit.recipes.plan_config import PlanRun
 from samebit.recipes.run.secrets import build
 from samebit.recipes.tools_config import (
     DiffRun,
@@ -51,6 +52,7 @@ CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
 SCHEMAS: dict[str, type[Any]] = {
     "grpo": GrpoRun,
+    "plan": PlanRun,
     "sft": SftRun,
     "dpo": DpoRun,
     "eagle3": Eagle3Run,
@@ -90,11 +92,12 @@ def compose(command: str, words: Sequence[str]) -> Any:
 
 
 def schema_of(command: str, words: Sequence[str]) -> type[Any]:
-    """Return the command's dataclass; that of grpo has the settings of the named algorithm."""
-    if command != "grpo" or (name := _algorithm_name(words)) == GrpoConfig.name:
-        return SCHEMAS[command]
+    """Return the command's dataclass; those of GRPO runs have the named algorithm's settings."""
+    schema = SCHEMAS[command]
+    if not issubclass(schema, GrpoRun) or (name := _algorithm_name(words)) == GrpoConfig.name:
+        return schema
     try:
-        return grpo_run_of(find_algorithm(name).Config, name)
+        return grpo_run_of(find_algorithm(name).Config, name, schema)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -17,6 +17,7 @@ from typing import Any
 
 COMMANDS = {
     "grpo": "train a policy with GRPO: rollout, reward, Megatron step, weight sync",
+    "plan": "say what a GRPO run would take of a cluster: placement, memory, seconds of a step",
     "sft": "supervised fine-tuning with the same trainer",
     "dpo": "direct preference optimization on pairs of answers, with the same trainer",
     "eagle3": "train an Eagle-3 draft on what its target answers itself",

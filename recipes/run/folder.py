@@ -246,16 +246,14 @@ def is_overwritten(out: Path, overwrite: bool) -> bool:
     return holds_something
 
 
-def require_own_report(file: Path) -> None:
+def require_own_report(file: Path, key: str = "run_name") -> None:
     """Raise ConfigError if writing a command's report would cost something else.
 
     A report is a JSON file that names its command; runs and exports have folders of their own.
     """
     marker = read_marker(file.parent)
     if marker is not None:
-        raise ConfigError(
-            f"{file.parent} is the folder of a {marker['kind']}; give another run_name"
-        )
+        raise ConfigError(f"{file.parent} is the folder of a {marker['kind']}; give another {key}")
     if not os.path.lexists(file):
         return
     try:
@@ -263,7 +261,7 @@ def require_own_report(file: Path) -> None:
     except (OSError, ValueError):
         report = None
     if not isinstance(report, dict) or "command" not in report:
-        raise ConfigError(f"{file} is there and no report of ours; give another run_name")
+        raise ConfigError(f"{file} is there and no report of ours; give another {key}")
 
 
 def _remove(entry: Path) -> None:

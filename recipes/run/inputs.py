@@ -41,7 +41,7 @@ def _require_exact_truncation(run: GrpoRun) -> None:
     require(exact, "rollout.logprobs", run.rollout.logprobs, meaning)
 
 
-def _require_engine(run: GrpoRun | Eagle3Run, model: ModelConfig) -> None:
+def require_engine(run: GrpoRun | Eagle3Run, model: ModelConfig) -> None:
     """ValueError or OSError unless the longest sample fits the model's context and the KV cache,
     and what is to guess tokens is there."""
     if not (isinstance(run, GrpoRun) and run.draft.is_online):
@@ -114,7 +114,7 @@ class GrpoInputs:
         self.eval_set = Split("held-out split", eval_set, encoder)
         unwritable = Unwritable(self.text)
         try:
-            _require_engine(run, self.model)
+            require_engine(run, self.model)
             most = run.rollout.most_prompts_per_step
             if most > MAX_PROMPTS:
                 raise ValueError(
@@ -217,7 +217,7 @@ class Eagle3Inputs:
     def __init__(self, run: Eagle3Run, stop: StopSignals | None = None) -> None:
         poll = _polled(stop)
         self.model = checked_model(run)
-        _require_engine(run, self.model)
+        require_engine(run, self.model)
         self.draft, self.config = checked_draft(run, self.model)
         train_set, eval_set = load_datasets(run.data)
         encoder = Encoder(

@@ -12,6 +12,7 @@ from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.data.tasks.files import BY_PYARROW, kinds_at
 from samebit.recipes.demo_config import DemoRun
 from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
+from samebit.recipes.plan_config import PlanRun
 from samebit.recipes.tools_config import FetchRun
 
 
@@ -39,6 +40,8 @@ def require_ready(run: Any) -> None:
 def _phases(run: Any) -> list[tuple[str, TrainingRun]]:
     if isinstance(run, DemoRun):
         return [(f"{n}.", p) for n, p in (("sft", run.sft), ("grpo", run.grpo)) if p is not None]
+    if isinstance(run, PlanRun):  # which reads no data and logs nothing
+        return []
     return [("", run)] if isinstance(run, SftRun | GrpoRun | Eagle3Run) else []
 
 

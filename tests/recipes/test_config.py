@@ -337,7 +337,7 @@ def test_help_lists_groups_keys_and_defaults(capsys, command):
     assert main([*command.split(), "--help"]) == 0
     text = capsys.readouterr().out
     assert f"samebit {command}: {COMMANDS[command]}" in text
-    assert ("placement: colocated, process" in text) == (command == "grpo")
+    assert ("placement: colocated, process" in text) == (command in ("grpo", "plan"))
     elsewhere = ("diff", "export", "fetch-smollm2", "report", "watch")
     assert ("output_dir: outputs" in text) == (command not in elsewhere)
     keys = text.split("(??? must be given):")[1]

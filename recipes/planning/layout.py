@@ -1,0 +1,106 @@
+"""Which rank of a GRPO run is where: its place in the layout, its GPU, its engine."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from samebit.recipes.plan_config import ClusterSection, PlanRun
+from samebit.rollout.models.config import ModelConfig
+from samebit.trainer.config import ParallelConfig, require
+from samebit.trainer.megatron.stages import Stage, make_stage
+from samebit.weight_sync.transports.registry import TRANSPORTS
+
+
+@dataclass(frozen=True)
+class Place:
+    """Says where one rank is, in Megatron's order: tensor ranks are neighbours, stages far apart.
+
+    engine: the number of the engine that it is a rank of.
+    """
+
+    rank: int
+    tensor: int
+    context: int
+    data: int
+    stage: int
+    engine: int
+    node: int
+    gpu: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Holds the ranks of a run on a cluster."""
+
+    parallel: ParallelConfig
+    cluster: ClusterSection
+    engine_apart: bool
+    """Whether the engine has the GPU behind the trainer's (placement=process by nccl)."""
+
+    @classmethod
+    def of(cls, run: PlanRun, model: ModelConfig) -> "Layout":
+        """Raises ValueError, which names the keys, for ranks that model or cluster cannot hold."""
+        parallel, cluster = run.trainer.parallel, run.cluster
+        make_stage(model, 0, parallel.pipeline, parallel.virtual_pipeline)
+        try:
+            model.param_specs((0, parallel.tensor))
+        except ValueError as error:
+            raise ValueError(f"trainer.parallel.tensor is {parallel.tensor}: {error}") from error
+        entry = TRANSPORTS.get(run.placement.transport)
+        meaning = f"one of {tuple(TRANSPORTS)}: what another sends is not known here"
+        require(entry is not None, "placement.transport", run.placement.transport, meaning)
+        apart = run.placement.engine == "process" and entry is not None and entry.gpus == 2
+        layout, per_node = cls(parallel, cluster, apart), cluster.gpus_per_node
+        meaning = "at least 2 with placement.transport=nccl: trainer and engine share a node"
+        require(not apart or per_node > 1, "cluster.gpus_per_node", per_node, meaning)
+        needed, meaning = layout.num_gpus, f"such that cluster.nodes x {per_node} GPUs hold"
+        meaning += f" {needed}: trainer.parallel is {parallel}"
+        fits = needed <= cluster.num_gpus
+        require(fits, "cluster.nodes", cluster.nodes, meaning + (", and one engine" * apart))
+        fits = parallel.tensor == 1 or per_node % parallel.tensor == 0
+        meaning = f"a divisor of cluster.gpus_per_node = {per_node}: tensor ranks share a node"
+        require(fits, "trainer.parallel.tensor", parallel.tensor, meaning)
+        fits = needed <= per_node or needed % per_node == 0
+        meaning = f"a divisor of the {needed} processes of trainer.parallel: every node starts as "
+        meaning += "many"
+        require(fits, "cluster.gpus_per_node", per_node, meaning)
+        return layout
+
+    @property
+    def num_gpus(self) -> int:
+        """The run takes so many GPUs."""
+        return self.parallel.num_processes + self.engine_apart
+
+    @property
+    def num_engines(self) -> int:
+        """So many engines share the prompts."""
+        return self.parallel.num_processes // self.parallel.tensor
+
+    def places(self) -> Iterator[Place]:
+        """Every rank of the trainer."""
+        p, per_node = self.parallel, self.cluster.gpus_per_node
+        for rank in range(p.num_processes):
+            rest, tensor = divmod(rank, p.tensor)
+            engine = rest
+            rest, context = divmod(rest, p.context)
+            stage, data = divmod(rest, p.data)
+            yield Place(rank, tensor, context, data, stage, engine, *divmod(rank, per_node))
+
+    def stages(self, model: ModelConfig) -> list[Stage]:
+        """Every stage of the pipeline."""
+        p = self.parallel
+        return [make_stage(model, i, p.pipeline, p.virtual_pipeline) for i in range(p.pipeline)]
+
+    def spans_nodes(self, stride: int, size: int) -> bool:
+        """Say whether `size` ranks that are `stride` apart are in several nodes."""
+        per_node = self.cluster.gpus_per_node
+        return size > 1 and stride * size > per_node
+
+    def to_plain(self) -> list[dict[str, Any]]:
+        """What plan.json says of the ranks."""
+        found = [vars(place) | {"trains": True} for place in self.places()]
+        if self.engine_apart:
+            node, gpu = divmod(1, self.cluster.gpus_per_node)
+            found[0].pop("engine")
+            found.append({"engine": 0, "node": node, "gpu": gpu, "trains": False})
+        return found
