@@ -43,7 +43,7 @@ NO_GPU := CUDA_VISIBLE_DEVICES= HIP_VISIBLE_DEVICES= ROCR_VISIBLE_DEVICES=
 
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP) ## everything that needs no GPU, in WORKERS=2 processes
-	$(NO_GPU) $(PY) -m pytest -m "not gpu and not long" -n $(WORKERS) --dist loadfile $(ARGS)
+	$(NO_GPU) $(PY) -m pytest -m "not gpu and not long" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: export OMP_NUM_THREADS ?= 1
 test-long: $(STAMP) ## what takes too long for `make test`: 1,000 random workloads
