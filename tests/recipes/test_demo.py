@@ -161,6 +161,7 @@ def test_killed_in_every_phase_and_resumed(demo, tmp_path, kill_when):
         assert without_times(rows) == without_times(others)
 
 
+@pytest.mark.long
 def test_two_processes(demo, tmp_path):
     """Both phases under a layout, over an earlier demo; what there is one of is written once."""
     shutil.copytree(demo[0], tmp_path / "demo")
