@@ -77,8 +77,12 @@ class GraphEntries:
         max_context: int,
         max_queries: int = 1,
     ) -> "GraphEntries":
-        """Entries for `batch` samples, which only fill it up so far."""
-        rows, lens, queries = torch.zeros(3, batch, dtype=torch.int32, device=page_table.device)
+        """Entries for `batch` samples, of one query each, which only fill it up so far."""
+        # Each by itself: kernels are compiled for aligned addresses.
+        rows, lens = (
+            torch.zeros(batch, dtype=torch.int32, device=page_table.device) for _ in range(2)
+        )
+        queries = torch.ones_like(rows)
         return cls(rows, lens, queries, page_table, page_size, max_context, max_queries)
 
     @property

@@ -160,7 +160,6 @@ class DraftGraphs:
         reading, going = GraphEntries.empty(*of, key.queries), GraphEntries.empty(*of)
         for entries in (reading, going):
             entries.table_rows.copy_(torch.arange(key.bucket))
-        going.query_lens.fill_(1)
         plans = [passes.attention.plan_graph(entries) for entries in (reading, going)]
         found = torch.zeros(key.guesses, key.bucket, dtype=torch.int64, device=device)
         guesses = torch.zeros(key.guesses, key.bucket, dtype=torch.int64, pin_memory=True)
