@@ -70,7 +70,7 @@ class Replayed:
 
     drawn: Drawn
     """The host's memory, filled once the step has run; the device's for restricted draws."""
-    rows: np.ndarray | None
+    rows: np.ndarray | slice | None
     """The rows of it that are the step's; None: all of them."""
     streams: dict[int, Tensor]
     """By layer, of the step's rows; until the next step is started."""
@@ -84,20 +84,17 @@ class _Columns:
     lens: np.ndarray  # [B] guesses of each sample
     owners: np.ndarray  # [R] which sample a row is of
     offsets: np.ndarray  # [R] how far behind its newest token
+    places: np.ndarray  # [R]
 
     @classmethod
     def of(cls, num_samples: int, drafts: Drafts | None) -> "_Columns":
         """One for each sample, or as many as the most that one needs."""
         own, zeros = np.arange(num_samples), np.zeros(num_samples, dtype=np.int64)
         if drafts is None:
-            return cls(1, zeros, own, zeros)
-        queries = 1 << int(drafts.lens.max()).bit_length()
-        return cls(queries, drafts.lens, drafts.spread(own), drafts.offsets)
-
-    @property
-    def places(self) -> np.ndarray:
-        """[R]."""
-        return self.owners * self.queries + self.offsets
+            return cls(1, zeros, own, zeros, own)
+        queries, owners = _queries(drafts), drafts.spread(own)
+        places = owners * queries + drafts.offsets
+        return cls(queries, drafts.lens, owners, drafts.offsets, places)
 
 
 class DecodeGraphs:
@@ -150,7 +147,7 @@ class DecodeGraphs:
         if step.chunks or size > BUCKETS[-1] or bool(slots.collects[step.decode].any()):
             return False
         if step.drafts is not None:
-            queries, bucket = _Columns.of(size, step.drafts).queries, bucket_of(size)
+            queries, bucket = _queries(step.drafts), bucket_of(size)
             bound = context_bound(int((slots.length[step.decode] + step.drafts.lens).max()))
             if queries > self._attention.graph_queries(bucket, bound):
                 return False
@@ -190,10 +187,11 @@ class DecodeGraphs:
         prepare(found.plan)
         found.graph.replay()
         self._turn = (turn + 1) % ring.size
-        places = columns.places
-        rows: slice | Tensor = slice(len(decode))
+        own = slice(len(decode))
+        places: np.ndarray | slice = own
+        rows: Tensor | slice = own
         if columns.queries > 1:
-            rows = to_device(places, self._device)
+            places, rows = columns.places, to_device(columns.places, self._device)
         wanted = {layer: stream[rows] for layer, stream in found.streams.items()}
         if not draws.restricted:
             return Replayed((ring.token_ids[turn], ring.logprobs[turn], None), places, wanted)
@@ -306,6 +304,11 @@ class DecodeGraphs:
             return hidden, streams
 
         return step
+
+
+def _queries(drafts: Drafts) -> int:
+    """Rows of each sample, for the one with the most guesses."""
+    return 1 << int(drafts.lens.max()).bit_length()
 
 
 def bucket_of(num_samples: int) -> int:

@@ -32,7 +32,7 @@ class Outcome:
     done: torch.cuda.Event | None
     collected: dict[int, Tensor] = field(default_factory=dict)
     thresholds: Tensor | None = None  # [S] fp32, host; None: no log-prob is truncated
-    rows: np.ndarray | None = None  # [S] of token_ids and logprobs, where others lie between them
+    rows: np.ndarray | slice | None = None  # [S] of the first two, where there are others
 
     def wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
         """(token ids, log-probs, thresholds, scores), once they have arrived."""
@@ -160,7 +160,7 @@ class Runner:
         drawn: Drawn | None,
         scores: Tensor | None,
         collected: dict[int, Tensor],
-        rows: np.ndarray | None = None,
+        rows: np.ndarray | slice | None = None,
     ) -> Outcome:
         parts = (*(drawn or (None, None, None)), scores)
         token_ids, logprobs, thresholds, scores = (_to_host(x) for x in parts)
