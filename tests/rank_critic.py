@@ -17,6 +17,18 @@ def valued_samples():
     return [replace(s, values=x[0].numpy(), returns=x[1].numpy()) for s, x in drawn]
 
 
+def gradient_errors(specs, gradients, saved):
+    """By name, how far gradients are from saved ones (Hugging Face names), relative to these."""
+    from samebit.weight_sync.mapping import load_params, parts_of
+
+    wanted = {s.name: torch.zeros(s.shape) for s in specs}
+    load_params(specs, wanted, parts_of(saved.__getitem__))
+    return {
+        name: float((gradient - wanted[name]).norm() / (wanted[name].norm() + 1e-30))
+        for name, gradient in gradients.items()
+    }
+
+
 def make_critic(policy, folder):
     """A critic beside the policy, whose value head is random."""
     from samebit.recipes.launch.critic import fill_critic
@@ -38,7 +50,7 @@ def critic_step(policy, folder, file, alone):
     and values against those that `alone` has saved in the file."""
     from samebit.trainer.algorithms.base import Algorithm
     from samebit.trainer.megatron.cpu import no_cuda
-    from samebit.weight_sync.mapping import hf_tensors, load_params, parts_of
+    from samebit.weight_sync.mapping import hf_tensors
 
     critic = make_critic(policy, folder)
     batches = critic.own_batches(pack_samples(valued_samples(), 70))
@@ -54,12 +66,7 @@ def critic_step(policy, folder, file, alone):
         torch.save({"gradients": dict(hf_tensors(critic.specs, gradients)), "values": values}, file)
         return figures, {}
     saved = torch.load(file)
-    wanted = {s.name: torch.zeros(s.shape) for s in critic.specs}
-    load_params(critic.specs, wanted, parts_of(saved["gradients"].__getitem__))
-    errors = {
-        name: float((gradient - wanted[name]).norm() / (wanted[name].norm() + 1e-30))
-        for name, gradient in gradients.items()
-    }
+    errors = gradient_errors(critic.specs, gradients, saved["gradients"])
     for index, found in values.items():
         errors[f"values {index}"] = float((found - saved["values"][index]).abs().max())
     return figures, errors

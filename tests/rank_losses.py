@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from losses import SequenceRatio, policy_gradients
 from policy_steps import gradient_samples
-from rank_critic import critic_step
+from rank_critic import critic_step, gradient_errors
 from rank_programs import make_trainer, start
 
 from samebit.kernels.attention import CanonicalAttention
@@ -132,7 +132,7 @@ def step(rank, size, store, folder, mode, expected, out):
     """
     from samebit.trainer.config import ParallelConfig
     from samebit.trainer.megatron.cpu import no_cuda
-    from samebit.weight_sync.mapping import hf_tensors, load_params, parts_of
+    from samebit.weight_sync.mapping import hf_tensors
 
     torch.set_num_threads(1)
     if mode != "alone":
@@ -158,12 +158,7 @@ def step(rank, size, store, folder, mode, expected, out):
         torch.save({"gradients": dict(hf_tensors(megatron.specs, gradients)), **figures}, expected)
         return
     saved = torch.load(expected)
-    wanted = {s.name: torch.zeros(s.shape) for s in megatron.specs}
-    load_params(megatron.specs, wanted, parts_of(saved["gradients"].__getitem__))
-    errors = {
-        name: float((gradient - wanted[name]).norm() / (wanted[name].norm() + 1e-30))
-        for name, gradient in gradients.items()
-    }
+    errors = gradient_errors(megatron.specs, gradients, saved["gradients"])
     Path(out).with_suffix(f".{rank}").write_text(json.dumps({"errors": errors, **figures}))
     dist.barrier()
     dist.destroy_process_group()

@@ -14,8 +14,11 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from samebit.trainer.algorithms.base import Advantages, LossInputs, LossOutputs
-from samebit.trainer.algorithms.policy_gradient import PolicyGradient, clipped_surrogate, penalized
+from samebit.trainer.algorithms.base import Advantages
+from samebit.trainer.algorithms.reinforce_plus_plus import (
+    ReinforcePlusPlus,
+    ReinforcePlusPlusConfig,
+)
 from samebit.trainer.algorithms.shaping import (
     Groups,
     length_penalties,
@@ -23,38 +26,34 @@ from samebit.trainer.algorithms.shaping import (
     token_penalties,
     whitened,
 )
-from samebit.trainer.config import ClippedConfig, require
+from samebit.trainer.config import require
 from samebit.trainer.critic.gae import advantage_estimates
 from samebit.trainer.types import Sample
 
 
 @dataclass(kw_only=True)
-class PpoConfig(ClippedConfig):
+class PpoConfig(ReinforcePlusPlusConfig):
     """The KL stands in the reward of each token unless said otherwise."""
 
     sections: ClassVar[tuple[str, ...]] = ("critic",)
 
-    kl_estimator: str = "k1"
-    kl_in: str = "reward"
     gamma: float = 1.0
     """What a reward counts one token earlier."""
     lam: float = 0.95
     """GAE's lambda: 1 trusts rewards alone, 0 the critic's next value."""
-    std_eps: float = 1e-6
-    """Added to the deviation by which advantages are divided."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("gamma", "lam"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"algorithm.{name}", value, "in [0, 1]")
-        require(self.std_eps >= 0, "algorithm.std_eps", self.std_eps, "at least 0")
 
 
-class Ppo(PolicyGradient[PpoConfig]):
+class Ppo(ReinforcePlusPlus):
     """See the module."""
 
     Config = PpoConfig
+    config: PpoConfig
     needs_values = True
 
     def advantages(self, rewards: Tensor, groups: Groups) -> Advantages:
@@ -71,11 +70,6 @@ class Ppo(PolicyGradient[PpoConfig]):
                 for group, values in zip(groups, found, strict=True)
             ],
         )
-
-    def loss(self, inputs: LossInputs) -> LossOutputs:
-        """The clipped surrogate per token."""
-        found = clipped_surrogate(inputs.log_ratio, inputs.batch.advantages, self.config)
-        return penalized(inputs, *found, self.config)
 
     def _estimates(self, rewards: Tensor, groups: Groups) -> list[list[np.ndarray]]:
         """GAE of every sample, [prompts][samples], each [tokens trained on] fp64."""
