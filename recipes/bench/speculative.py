@@ -5,7 +5,6 @@ repeat asks them for the same samples in turn, and what they draw must be equal 
 are those of `data`, which end as they end; without one they are random, and no end is looked for.
 """
 
-import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -14,9 +13,9 @@ from typing import Any
 import torch
 
 from samebit.recipes.bench import simulated
-from samebit.recipes.bench.config import BenchSpeculativeRun
+from samebit.recipes.bench.config import BenchSpeculativeRun, Workload
 from samebit.recipes.bench.output import REPORT_FILE, BenchError, format_table
-from samebit.recipes.bench.prompts import Outcome
+from samebit.recipes.bench.prompts import Outcome, PromptSource
 from samebit.recipes.bench.start import report_of, settings_of
 from samebit.recipes.bench.timing import Spread, timed
 from samebit.recipes.data.records import Encoder, Split
@@ -64,28 +63,29 @@ class Prompts:
     """Prompts for one repeat after another, of `data` or random."""
 
     def __init__(self, run: BenchSpeculativeRun) -> None:
-        self._run, self._random = run, random.Random(run.seed)
-        self._next, self.vocab_size = 0, load_model_config(run.model, run.model_family).vocab_size
+        self._run, self._next = run, 0
+        vocab_size = load_model_config(run.model, run.model_family).vocab_size
+        self._source = PromptSource(vocab_size, run.seed)
         self._split: Split | None = None
         if run.has_data:
             encoder = Encoder(
-                text=TextCodec(run.model, run.data.chat), vocab_size=self.vocab_size,
+                text=TextCodec(run.model, run.data.chat), vocab_size=vocab_size,
                 max_len=run.input_len, limit="input_len", policy=run.data.overlong_prompts,
             )  # fmt: skip
             self._split = Split("held-out split", load_datasets(run.data)[1], encoder)
             if not len(self._split):
                 raise BenchError("data has no held-out problems: give data.eval_size")
 
-    def take(self, count: int) -> list[list[int]]:
-        """The next ones."""
-        return [self._prompt() for _ in range(count)]
-
-    def _prompt(self) -> list[int]:
-        if self._split is None:
-            return [self._random.randrange(self.vocab_size) for _ in range(self._run.input_len)]
-        problem = self._split[self._next % len(self._split)]
-        self._next += 1
-        return list(self._split.encoded(problem).prompt_ids)
+    def draw(self, count: int) -> tuple[list[list[int]], list[list[int]]]:
+        """(prompts, the sample id of each) of one repeat."""
+        run = self._run
+        prompts, ids = self._source.draw(Workload(count, 1, run.input_len, run.output_len))
+        if self._split is not None:
+            places = range(self._next, self._next + count)
+            problems = [self._split[i % len(self._split)] for i in places]
+            prompts = [list(self._split.encoded(problem).prompt_ids) for problem in problems]
+            self._next += count
+        return prompts, ids
 
 
 def engines_of(run: BenchSpeculativeRun, device: torch.device) -> dict[str, Engine]:
@@ -110,8 +110,7 @@ def measure(
         temperature=run.temperature, max_new_tokens=run.output_len, ignore_eos=not run.has_data
     )
     for repeat in range(-1, run.repeats):
-        prompt_ids = prompts.take(batch)
-        ids = [[batch << 20 | (repeat + 1) * batch + i] for i in range(batch)]
+        prompt_ids, ids = prompts.draw(batch)
         truth: list[Outcome] = []
         for name, engine in engines.items():
             before = engine.accept_lengths

@@ -31,10 +31,7 @@ def checked_draft(run: Eagle3Run, model: ModelConfig) -> tuple[DraftFolder | Non
 
     Raises ValueError or OSError for a draft of another target, or that cannot be written.
     """
-    if not isinstance(model, DenseModel):
-        raise ValueError(
-            f"model.path is a {model.architecture}; drafts are trained for dense decoders"
-        )
+    model = require_dense(model)
     verifier = Verifier(run.draft.verifier or run.model.path, (model.architecture,))
     folder = None
     if run.draft.path is None:
@@ -54,6 +51,15 @@ def checked_draft(run: Eagle3Run, model: ModelConfig) -> tuple[DraftFolder | Non
     if run.resume:
         require_replaceable(run.run_dir / "draft")
     return folder, config
+
+
+def require_dense(model: ModelConfig) -> DenseModel:
+    """The target of a draft in training; ValueError for one of another kind."""
+    if not isinstance(model, DenseModel):
+        raise ValueError(
+            f"model.path is a {model.architecture}; drafts are trained for dense decoders"
+        )
+    return model
 
 
 def _new(run: Eagle3Run, model: DenseModel) -> DraftConfig:

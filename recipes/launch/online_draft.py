@@ -13,7 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from samebit.recipes.config import GrpoRun
-from samebit.recipes.launch.draft import make_trainer_of, new_draft, require_positions
+from samebit.recipes.launch.draft import (
+    make_trainer_of,
+    new_draft,
+    require_dense,
+    require_positions,
+)
 from samebit.rollout.draft_side import DraftSide
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.config import ModelConfig
@@ -41,10 +46,7 @@ def checked_online_draft(
     A new one can say all of the target's tokens. Raises ValueError or OSError for a draft of
     another target, or one that does not reach over the longest sample.
     """
-    if not isinstance(model, DenseModel):
-        raise ValueError(
-            f"model.path is a {model.architecture}; drafts are trained for dense decoders"
-        )
+    model = require_dense(model)
     if run.engine.draft_model is None:
         folder, config = None, new_draft(model, model.vocab_size, run.draft.layers)
     else:
