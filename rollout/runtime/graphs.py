@@ -37,9 +37,6 @@ BUCKETS = (
     1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512,
     640, 768, 896, 1024,
 )  # fmt: skip
-GUESSES = False
-"""Whether graphs also run steps with guesses, or whose streams are wanted: not before that has run
-on a card."""
 _MIN_CONTEXT = 1024
 _RING = 4  # more steps than are ever in flight
 
@@ -139,11 +136,9 @@ class DecodeGraphs:
         segments = torch.cuda.memory_snapshot(self._pool, include_traces=False)
         return sum(segment["total_size"] for segment in segments)
 
-    def fits(self, step: EngineStep, slots: Slots, streams: tuple[int, ...]) -> bool:
+    def fits(self, step: EngineStep, slots: Slots) -> bool:
         """Whether a graph can run the step: decode only, no hidden states to return."""
         size, queries = len(step.decode), 1
-        if not GUESSES and (step.drafts is not None or streams):
-            return False
         if step.chunks or size > BUCKETS[-1] or bool(slots.collects[step.decode].any()):
             return False
         if step.drafts is not None:

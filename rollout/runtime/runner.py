@@ -102,7 +102,7 @@ class Runner:
     def launch(self, step: EngineStep, slots: Slots, sampler: Sampler) -> Outcome:
         """Start a step: forward, draws, and the copies for prompts that fork."""
         streams = () if self.observer is None else self.observer.streams
-        if self.graphs is not None and self.graphs.fits(step, slots, streams):
+        if self.graphs is not None and self.graphs.fits(step, slots):
             return self._replay(self.graphs, step, slots, sampler, streams)
         if self.graphs is not None:
             self.graphs.forget(step.decode)

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from samebit.kernels.transfer import to_device
 from samebit.rollout.runtime.batch import Layout, chunk_rows, lay_out
-from samebit.rollout.runtime.graphs import GUESSES
 from samebit.rollout.runtime.scheduler import EngineStep
 from samebit.rollout.speculative.draft_graphs import Chains, DraftGraphs
 from samebit.rollout.speculative.draft_passes import DraftPasses
@@ -118,7 +117,7 @@ class Eagle3(Proposer):
     def _usable_graphs(self) -> DraftGraphs | None:
         """Graphs for the model that is served now, where the engine has any."""
         runner = self.parts.runner
-        if not GUESSES or runner.graph_pool is None:
+        if runner.graph_pool is None:
             return None
         if self._graphs is None or self._model is not runner.model:
             self._model = runner.model
