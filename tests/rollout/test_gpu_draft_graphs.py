@@ -1,4 +1,4 @@
-"""Guesses on a GPU: graphs make those of a chain of launches; steps with guesses have graphs too."""
+"""Guesses on a GPU: graphs make those of a chain of launches; steps with guesses have graphs."""
 
 import pytest
 from helpers import make_prompts, outcomes

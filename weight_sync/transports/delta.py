@@ -59,10 +59,10 @@ def only_changes(
     told: Sequence[Counts],
     base: View,
 ) -> Iterator[Round]:
-    """Make the rounds of a delta out of this rank's, one after another while the bytes move.
+    """Make the rounds of a delta out of this rank's, one after another.
 
     What a round brought is put into place when the next one, or the end, is asked for. Nothing here
-    waits for the device: its stream may wait for a peer. told: every rank's counts.
+    waits for the device. told: every rank's counts.
     """
     to = {peer: iter(counts) for peer, counts in told[rank].items()}
     of = {peer: iter(counts[rank]) for peer, counts in enumerate(told) if rank in counts}

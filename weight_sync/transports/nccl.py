@@ -53,7 +53,8 @@ class NcclPeers:
     def move(self, rounds: Iterable[Round], watch: Watch) -> None:
         communicator = self._communicator
         assert communicator is not None
-        # A kernel that waits for its other end may keep others from running: there are none now.
+        # A kernel that waits for its other end may keep others from running, and the host from
+        # starting one that it has yet to load: so there are none now, and none until it has ended.
         torch.cuda.synchronize(self._device)
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             for round_ in rounds:
@@ -66,6 +67,7 @@ class NcclPeers:
                 sends = [(p.peer, m) for p, m in zip(round_.outgoing, outgoing, strict=True)]
                 receives = [(p.peer, m) for p, m in zip(round_.incoming, incoming, strict=True)]
                 communicator.exchange(sends, receives, self._stream, watch)
+                communicator.wait(self._stream, watch)
                 for parts, place in zip(round_.incoming, incoming, strict=True):
                     if parts.in_place is None:
                         parts.unpack(place)

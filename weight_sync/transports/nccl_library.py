@@ -17,7 +17,7 @@ from samebit.weight_sync.types import LostMemberError, WeightSyncError
 _SUCCESS, _IN_PROGRESS = 0, 7
 _UINT8 = 1
 _UNSET = -(1 << 31)
-_POLL_S = 2e-5
+_POLL_S, _WATCH_S = 2e-5, 1e-3
 
 
 class _UniqueId(ctypes.Structure):
@@ -130,11 +130,13 @@ class NcclCommunicator:
         self._until(ended, watch)
 
     def _until(self, ended: Callable[[], bool], watch: Callable[[], None]) -> None:
-        deadline = time.monotonic() + self._timeout_s
+        start = watched = time.monotonic()
         try:
             while not ended():
-                watch()
-                if time.monotonic() > deadline:
+                if (now := time.monotonic()) - watched > _WATCH_S:
+                    watched = now
+                    watch()
+                if now - start > self._timeout_s:
                     raise LostMemberError(
                         f"the weight group lost a member: nothing came for {self._timeout_s:g} s"
                     )
