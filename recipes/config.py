@@ -90,6 +90,12 @@ class PlacementSection:
     """Send only what has changed in the weights; the trainer's device keeps them once more."""
     timeout_s: float = 600.0
     """Seconds that trainer and engine wait for each other in an update by gloo, nccl or ipc."""
+    replicas: int = 1
+    """Engines with placement.engine=process, which share the prompts: on a GPU each, with nccl."""
+    replica_timeout_s: float = 600.0
+    """With several: one that takes no step for so long is killed. Compiling kernels takes long."""
+    max_restarts: int = 3
+    """With several: how many may die in a run, and are replaced."""
     release_memory: bool | None = None
     """Give the engine's KV cache and CUDA graphs back while training, and the trainer's gradients
     while drawing; unset: with a colocated engine on a GPU."""
@@ -103,6 +109,7 @@ class PlacementSection:
         require(fits, "placement.transport", self.transport, meaning)
         fits = 0 < self.timeout_s < 1e8
         require(fits, "placement.timeout_s", self.timeout_s, "positive, and below 1e8")
+        self._check_replicas()
         for key, default in (("delta", False), ("timeout_s", 600.0)):
             able = tuple(name for name, entry in TRANSPORTS.items() if key in entry.settings)
             value, usual = getattr(self, key), str(default).lower()
@@ -112,6 +119,21 @@ class PlacementSection:
         fits, meaning = not self.release_memory or self.engine == "colocated", "unset or false"
         meaning += " with placement.engine=process: the engine's memory is another process's"
         require(fits, "placement.release_memory", self.release_memory, meaning)
+
+    def _check_replicas(self) -> None:
+        require(self.replicas >= 1, "placement.replicas", self.replicas, "positive")
+        able = tuple(name for name, entry in TRANSPORTS.items() if entry.replicas)
+        fits = self.replicas == 1 or self.transport in able or ":" in self.transport
+        meaning = f"1 with placement.transport '{self.transport}', or the transport one of {able}"
+        require(fits, "placement.replicas", self.replicas, meaning)
+        fits = 0 < self.replica_timeout_s < 1e8
+        meaning = "positive, and below 1e8"
+        require(fits, "placement.replica_timeout_s", self.replica_timeout_s, meaning)
+        require(self.max_restarts >= 0, "placement.max_restarts", self.max_restarts, "0 or more")
+        for key, default in (("replica_timeout_s", 600.0), ("max_restarts", 3)):
+            value = getattr(self, key)
+            fits = value == default or self.replicas > 1
+            require(fits, f"placement.{key}", value, f"{default} with one replica")
 
 
 @dataclass(kw_only=True)

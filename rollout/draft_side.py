@@ -1,11 +1,13 @@
 """DraftSide: an engine as transports know one, of whose models they update the draft."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from samebit.rollout.engine import Engine
+from samebit.rollout.engine_pool import EnginePool
 from samebit.rollout.remote import RemoteEngine
 from samebit.weight_sync.transports.base import WeightSink
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
@@ -13,11 +15,24 @@ from samebit.weight_sync.types import WeightSyncError, WeightVersion
 _DRAFT = "draft"
 
 
+@dataclass(frozen=True)
+class DraftSides:
+    """Those of a pool's replicas."""
+
+    _pool: EnginePool
+
+    @property
+    def replicas(self) -> tuple["DraftSide", ...]:
+        """One for each that draws: a successor has a draft from its start, and comes in with its
+        target's first update."""
+        return tuple(map(DraftSide, self._pool.living))
+
+
+@dataclass(frozen=True)
 class DraftSide:
     """An engine of this process or another's, with a draft: its methods, of the draft alone."""
 
-    def __init__(self, engine: Engine | RemoteEngine) -> None:
-        self._engine = engine
+    _engine: Engine | RemoteEngine
 
     @property
     def sink(self) -> WeightSink:

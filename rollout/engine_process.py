@@ -5,9 +5,11 @@ import os
 import pickle
 import signal
 import threading
+import time
 import traceback
 from concurrent.futures import Future
 from contextlib import suppress
+from ctypes import c_double
 from functools import partial
 from multiprocessing.connection import Connection
 
@@ -19,6 +21,7 @@ from samebit.rollout.messages import (
     Answer,
     Ask,
     Done,
+    Draw,
     Drew,
     Failed,
     Generate,
@@ -29,13 +32,17 @@ from samebit.rollout.messages import (
 from samebit.rollout.runtime.call import Call
 from samebit.rollout.types import Completion, Increment
 
+_BEAT_S = 1.0
 START = 0
 """The number of the answer that says whether the engine could be made."""
 
 
-def serve(connection: Connection, model_path: str, cpu_threads: int, settings: dict) -> None:
+def serve(
+    connection: Connection, pulse: c_double, model_path: str, cpu_threads: int, settings: dict
+) -> None:
     """What the process does: make an engine, and handle messages until it is told to stop.
 
+    pulse: shared, keeps the machine's monotonic time of a moment between two of the engine's steps.
     It ends when its parent does, and only then: signals to a whole group are the parent's to judge.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -52,6 +59,7 @@ def serve(connection: Connection, model_path: str, cpu_threads: int, settings: d
         server.send(START, Failed(_portable(error)))
         return
     server.send(START, Done(None))
+    threading.Thread(target=_beat, args=(engine, pulse, cpu_threads), daemon=True).start()
     with suppress(EOFError):  # the parent is gone
         while True:
             number, message = connection.recv()
@@ -67,6 +75,18 @@ def _follow_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+def _beat(engine: Engine, pulse: c_double, cpu_threads: int) -> None:
+    """Say again and again that the engine goes on from step to step, or has nothing to do."""
+
+    def beat() -> None:
+        pulse.value = time.monotonic()
+
+    torch.set_num_threads(cpu_threads)  # as in every thread that may hand the steps on to another
+    while True:
+        engine.loop.between_steps(beat)
+        time.sleep(_BEAT_S)
 
 
 class _Server:
@@ -87,6 +107,8 @@ class _Server:
                     requests = engine.requests.generation(prompts, params, ids, layers, fresh_ids)
                     tell = partial(self._tell, number) if streams else None
                     self._submit(number, Call(requests, tell))
+                case Draw(requests):
+                    self._submit(number, Call(requests))
                 case Score(token_ids, temperature):
                     requests = engine.requests.scoring(token_ids, temperature)
                     self._submit(number, Call(requests))

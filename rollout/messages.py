@@ -28,6 +28,13 @@ class Generate:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """Complete requests that are checked, and whose ids nobody else has; answered likewise."""
+
+    requests: Sequence[Request]
+
+
+@dataclass(frozen=True)
 class Score:
     """Score tokens; answered by groups of completions."""
 
@@ -128,7 +135,7 @@ class Leave:
     sample_id: int
 
 
-type Message = Generate | Score | Abandon | Ask | Stop
+type Message = Generate | Draw | Score | Abandon | Ask | Stop
 type Answer = Done | Failed | Drew
 type RankMessage = Admit | Drain | AbortRequest | FlushCache | Pause | Continue | Leave
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
+from dataclasses import fields
 from functools import partial, wraps
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -28,6 +29,7 @@ from samebit.rollout.messages import (
     Answer,
     Ask,
     Done,
+    Draw,
     Drew,
     Generate,
     Message,
@@ -37,7 +39,7 @@ from samebit.rollout.messages import (
 from samebit.rollout.runtime.call import uncancelled
 from samebit.rollout.runtime.requests import scores_of
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
-from samebit.rollout.types import Completion, Increment, SamplingParams
+from samebit.rollout.types import Completion, Increment, Request, SamplingParams
 from samebit.rollout.values import as_integer
 from samebit.weight_sync.types import WeightVersion
 
@@ -72,7 +74,7 @@ class _Pipe:
         result = uncancelled()
         with self._lock:
             if self._ended:
-                raise self._death()
+                raise self.death()
             number = next(self._numbers)
             self._waiting[number] = (result, tell)
             try:
@@ -80,7 +82,7 @@ class _Pipe:
             except BaseException as error:
                 self._waiting.pop(number, None)
                 if isinstance(error, OSError):
-                    raise self._death() from error
+                    raise self.death() from error
                 raise
         return number, result
 
@@ -100,7 +102,7 @@ class _Pipe:
             self._process.kill()
         with self._lock:
             self._ended = True
-        death = self._death()
+        death = self.death()
         death.__cause__ = unreadable
         for result, _ in self._waiting.values():
             result.set_exception(death)
@@ -119,7 +121,8 @@ class _Pipe:
         else:
             result.set_exception(answer.error)
 
-    def _death(self) -> RemoteEngineError:
+    def death(self) -> RemoteEngineError:
+        """What to say of the end of the process, which has come or is at hand."""
         deadline = time.monotonic() + _EXIT_CODE_S
         while self._process.exitcode is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -138,6 +141,11 @@ def _asking[**P, T](
         return remote._call(Ask(method, args, kwargs))
 
     return ask
+
+
+def _limits(engine: Engine) -> dict[str, Any]:
+    own = fields(engine.requests)
+    return {f.name: getattr(engine.requests, f.name) for f in own if not f.name.startswith("_")}
 
 
 def _weight_version(engine: Engine) -> WeightVersion:
@@ -174,9 +182,9 @@ class RemoteEngine:
             raise ValueError(f"RemoteEngine cpu_threads is {cpu_threads}; it must be positive")
         context = multiprocessing.get_context("spawn")
         connection, child = context.Pipe()
-        self._process = context.Process(
-            target=serve, args=(child, str(model_path), cpu_threads, settings), daemon=True
-        )
+        self._pulse = context.RawValue("d", time.monotonic())
+        arguments = child, self._pulse, str(model_path), cpu_threads, settings
+        self._process = context.Process(target=serve, args=arguments, daemon=True)
         self._process.start()
         Finalize(self, self._process.kill, exitpriority=1)  # for those who do not close it
         child.close()
@@ -222,6 +230,13 @@ class RemoteEngine:
         message = Generate(*prompts, fresh_ids=True, streams=True)
         return stream_of(partial(self._begin, message))
 
+    def draw(self, requests: Sequence[Request]) -> Begun[list[list[Completion]]]:
+        """Begin to complete requests of a RequestFactory with this engine's `limits`.
+
+        Whoever calls this gives all request ids; `generate` and the like give others of their own.
+        """
+        return self._begin(Draw(requests))
+
     def score(
         self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
     ) -> list[list[float]]:
@@ -247,6 +262,10 @@ class RemoteEngine:
     update_weights_from_distributed = _asking(Engine.update_weights_from_distributed)
     update_weights_from_tensor = _asking(Engine.update_weights_from_tensor)
 
+    def limits(self) -> dict[str, Any]:
+        """What a RequestFactory has to know to check requests for this engine."""
+        return _asking(_limits)(self)
+
     @property
     def weight_version(self) -> WeightVersion:
         """Step and digest of the weights that are served."""
@@ -266,6 +285,24 @@ class RemoteEngine:
     def accept_lengths(self) -> AcceptLengths | None:
         """See Engine.accept_lengths."""
         return _asking(_accept_lengths)(self)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process is there."""
+        return self._process.is_alive()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the engine was last seen between two steps, or idle: once a second."""
+        return time.monotonic() - self._pulse.value
+
+    def kill(self) -> None:
+        """End the process at once; who waits for it gets a RemoteEngineError."""
+        self._process.kill()
+
+    def death(self) -> RemoteEngineError:
+        """What callers of a process that has died are told."""
+        return self._pipe.death()
 
     def close(self) -> None:
         """End the process, and with it what is unfinished."""

@@ -19,8 +19,9 @@ from samebit.recipes.launch.draft import (
     require_dense,
     require_positions,
 )
-from samebit.rollout.draft_side import DraftSide
+from samebit.rollout.draft_side import DraftSide, DraftSides
 from samebit.rollout.engine import Engine
+from samebit.rollout.engine_pool import EnginePool
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import DenseModel
 from samebit.rollout.models.draft.config import DraftConfig
@@ -151,7 +152,7 @@ class OnlineDraft:
         self,
         run: GrpoRun,
         target: WeightSync,
-        engine: Engine | RemoteEngine,
+        engine: Engine | RemoteEngine | EnginePool,
         kind: type[WeightSync],
         settings: Mapping[str, Any],
     ) -> WeightSync:
@@ -160,7 +161,7 @@ class OnlineDraft:
         In this process a draft is copied; to another it goes as the target does, by `kind`.
         """
         source: Any = self.trainer  # no stage of a pipeline, of which alone more is asked
-        side = DraftSide(engine)
+        side = DraftSides(engine) if isinstance(engine, EnginePool) else DraftSide(engine)
         if isinstance(engine, Engine):
             kind, settings = CopyTransport, {}
         folder = run.run_dir / "draft_sync"

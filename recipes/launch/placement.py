@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from samebit.kernels.named import import_named
+from samebit.kernels.reduce import RankGroup
 from samebit.kernels.registry import attention_kind
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.launch.online_draft import OnlineDraft
@@ -15,8 +16,10 @@ from samebit.recipes.launch.replicas import ReplicatedEngine
 from samebit.recipes.launch.updates import engine_device, why_not_here
 from samebit.recipes.run.phase_ledger import TRAINER_TURN
 from samebit.rollout.client import EngineClient
+from samebit.rollout.config import EngineConfig
 from samebit.rollout.device import resolve_device, why_not_releasable
 from samebit.rollout.engine import Engine
+from samebit.rollout.engine_pool import EnginePool
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.remote import RemoteEngine
 from samebit.rollout.runtime.weights import load_safetensors
@@ -93,7 +96,9 @@ def require_transport(run: GrpoRun) -> None:
     name = run.placement.transport
     load_transport(name)
     between_gpus = name in TRANSPORTS and TRANSPORTS[name].gpus > 0
-    if between_gpus and (reason := why_not_here(name, resolve_device(run.device))):
+    if between_gpus and (
+        reason := why_not_here(name, resolve_device(run.device), run.placement.replicas)
+    ):
         raise ValueError(f"placement.transport: {reason}")
 
 
@@ -143,12 +148,11 @@ def start_engine(
     if run.engine.releasable is None:
         own["releasable"] = releases
     config = replace(run.engine, max_model_len=longest, seed=run.seed, **own)
-    there = engine_device(run.placement.transport, device)
-    where: dict[str, Any] = {"device": there, "ranks": trainer.ranks}
-    engine: Engine | RemoteEngine
+    engine: Engine | RemoteEngine | EnginePool
     if run.placement.engine == "process":
-        engine = RemoteEngine(run.model.path, run.cpu_threads, config=config, **where)
+        engine = _start_apart(run, config, device, trainer.ranks)
     else:
+        where: dict[str, Any] = {"device": device, "ranks": trainer.ranks}
         if issubclass(transport, Lease):
             where |= {"weights": trainer.params, "step": trainer.step}
         engine = Engine(run.model.path, config, **where)
@@ -160,3 +164,20 @@ def start_engine(
     if isinstance(engine, Engine) and run.num_processes > 1:
         return ReplicatedEngine(engine, *place(), trainer.ranks.size), weights
     return engine, weights
+
+
+def _start_apart(
+    run: GrpoRun, config: EngineConfig, device: torch.device, ranks: RankGroup
+) -> RemoteEngine | EnginePool:
+    """The engine in a process of its own, or its replicas in one each."""
+
+    def start(place: int) -> RemoteEngine:
+        there = engine_device(run.placement.transport, device, place)
+        where: Any = {"device": there, "ranks": ranks}
+        return RemoteEngine(run.model.path, run.cpu_threads, config=config, **where)
+
+    placement = run.placement
+    if placement.replicas == 1:
+        return start(0)
+    limits = placement.replica_timeout_s, placement.max_restarts
+    return EnginePool(start, placement.replicas, config.max_num_seqs, *limits)

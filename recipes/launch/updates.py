@@ -61,22 +61,24 @@ class Source:
         self.step += 1
 
 
-def why_not_here(transport: str, device: torch.device) -> str:
-    """What keeps one of TRANSPORTS from working between one process and an engine; "": nothing."""
+def why_not_here(transport: str, device: torch.device, replicas: int = 1) -> str:
+    """What keeps one of TRANSPORTS from working between one process and so many engines; "":
+    nothing."""
     entry, gpus = TRANSPORTS[transport], 0
     if device.type == "cuda":
         gpus = torch.cuda.device_count()
     if "one" not in entry.trainers:
         return f"{transport} is for trainers of several processes"
-    missing = f"{transport} needs CUDA devices: {entry.gpus}, there are {gpus}"
-    return missing if entry.gpus > gpus else ""
+    needed = entry.gpus + (replicas - 1 if entry.gpus > 1 else 0)
+    missing = f"{transport} needs CUDA devices: {needed}, there are {gpus}"
+    return missing if needed > gpus else ""
 
 
-def engine_device(transport: str, device: torch.device) -> torch.device:
-    """Where an engine lives that gets its weights so: on the sender's device, or on the next GPU
-    if the transport is between two."""
+def engine_device(transport: str, device: torch.device, place: int = 0) -> torch.device:
+    """Where the engine of a place, among its replicas, lives that gets its weights so: on the
+    sender's device, or on a GPU behind it if the transport is between two."""
     apart = transport in TRANSPORTS and TRANSPORTS[transport].gpus > 1
-    return torch.device("cuda", 1) if apart else device
+    return torch.device("cuda", 1 + place) if apart else device
 
 
 def connect(

@@ -34,8 +34,8 @@ class Layout:
 
     parallel: ParallelConfig
     cluster: ClusterSection
-    engine_apart: bool
-    """Whether the engine has the GPU behind the trainer's (placement=process by nccl)."""
+    engines_apart: int
+    """Engines that have the GPUs behind the trainer's (placement=process by nccl)."""
 
     @classmethod
     def of(cls, run: PlanRun, model: ModelConfig) -> "Layout":
@@ -49,10 +49,12 @@ class Layout:
         entry = TRANSPORTS.get(run.placement.transport)
         meaning = f"one of {tuple(TRANSPORTS)}: what another sends is not known here"
         require(entry is not None, "placement.transport", run.placement.transport, meaning)
-        apart = run.placement.engine == "process" and entry is not None and entry.gpus == 2
+        is_apart = run.placement.engine == "process" and entry is not None and entry.gpus == 2
+        apart = run.placement.replicas * is_apart
         layout, per_node = cls(parallel, cluster, apart), cluster.gpus_per_node
-        meaning = "at least 2 with placement.transport=nccl: trainer and engine share a node"
-        require(not apart or per_node > 1, "cluster.gpus_per_node", per_node, meaning)
+        meaning = f"at least {1 + apart} with placement.transport=nccl: one node has trainer and "
+        meaning += "engines"
+        require(not apart or per_node > apart, "cluster.gpus_per_node", per_node, meaning)
         needed, meaning = layout.num_gpus, f"such that cluster.nodes x {per_node} GPUs hold"
         meaning += f" {needed}: trainer.parallel is {parallel}"
         fits = needed <= cluster.num_gpus
@@ -69,12 +71,12 @@ class Layout:
     @property
     def num_gpus(self) -> int:
         """The run takes so many GPUs."""
-        return self.parallel.num_processes + self.engine_apart
+        return self.parallel.num_processes + self.engines_apart
 
     @property
     def num_engines(self) -> int:
         """So many engines share the prompts."""
-        return self.parallel.num_processes // self.parallel.tensor
+        return self.engines_apart or self.parallel.num_processes // self.parallel.tensor
 
     def places(self) -> Iterator[Place]:
         """Every rank of the trainer."""
@@ -99,8 +101,8 @@ class Layout:
     def to_plain(self) -> list[dict[str, Any]]:
         """What plan.json says of the ranks."""
         found = [vars(place) | {"trains": True} for place in self.places()]
-        if self.engine_apart:
-            node, gpu = divmod(1, self.cluster.gpus_per_node)
-            found[0].pop("engine")
-            found.append({"engine": 0, "node": node, "gpu": gpu, "trains": False})
+        for engine in range(self.engines_apart):
+            node, gpu = divmod(1 + engine, self.cluster.gpus_per_node)
+            found[0].pop("engine", None)
+            found.append({"engine": engine, "node": node, "gpu": gpu, "trains": False})
         return found

@@ -81,11 +81,11 @@ def plan_memory(run: PlanRun, model: ModelConfig, layout: Layout, measured: Meas
         for stage in layout.stages(model)
     }
     every = dict(trainers)
-    if layout.engine_apart:
+    if layout.engines_apart:
         every["engine"] = dict.fromkeys(TAGS, 0) | {"runtime": RUNTIME_BYTES}
     elif run.placement.engine == "process":
-        every["trainer"]["runtime"] *= 2
-    with_engine = ["engine"] if layout.engine_apart else list(trainers)
+        every["trainer"]["runtime"] *= 1 + run.placement.replicas
+    with_engine = ["engine"] if layout.engines_apart else list(trainers)
     if run.placement.transport != "alias":  # engines then have weights of their own
         whole = _num_elements(model.param_specs((0, layout.parallel.tensor)))
         for name in with_engine:

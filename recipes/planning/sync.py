@@ -47,7 +47,8 @@ def plan_sync(run: PlanRun, model: ModelConfig, layout: Layout, links: Links) ->
             most, all_bytes = max(moved.values()), sum(moved.values()) * layout.num_engines
             all_bytes = all_bytes // p.pipeline * p.tensor
         else:
-            most = all_bytes = 0 if name == "alias" else held
+            most = 0 if name == "alias" else held
+            all_bytes = most * layout.num_engines
         seconds = _seconds(name, held, layout, links)
         found.append(SyncPlan(name, held, most, all_bytes, seconds))
     return found
@@ -71,7 +72,8 @@ def _holding(specs: list[ParamSpec]) -> Holding:
 def _seconds(name: str, held: int, layout: Layout, links: Links) -> float | None:
     """Of the bytes' way, and of the digest that every update ends with.
 
-    Stages broadcast one after another, so that the whole model goes over a link once.
+    Stages broadcast one after another, so that the whole model goes over a link once. What goes to
+    engines apart leaves by the trainer's own link, for each of them.
     """
     gpu, p = layout.cluster.gpu, layout.parallel
     across = layout.spans_nodes(p.num_processes // p.pipeline, p.pipeline)
@@ -81,4 +83,5 @@ def _seconds(name: str, held: int, layout: Layout, links: Links) -> float | None
     digest_s = held / (gpu.hbm_bytes_s * links.digest)
     if name == "alias":
         return digest_s
+    held *= max(1, layout.engines_apart)
     return held / rates[name] + digest_s if name in rates else None

@@ -14,9 +14,11 @@ class Entry:
     trainers: tuple[str, ...]
     """one: a single process; copies: several, of which none is a stage of a pipeline; stages."""
     gpus: int = 0
-    """How many it is between; 0: it needs none."""
+    """How many it is between, with one engine; 0: it needs none."""
     settings: tuple[str, ...] = ()
     """Keys of the placement that `between` takes by name."""
+    replicas: bool = False
+    """Whether it updates several engines at once."""
 
 
 _REMOTE = ("delta", "timeout_s")
@@ -32,10 +34,12 @@ TRANSPORTS = {
     "gloo": Entry(
         *("samebit.weight_sync.transports.remote:GlooTransport", ("process",), ("one",)),
         settings=_REMOTE,
+        replicas=True,
     ),
     "nccl": Entry(
         *("samebit.weight_sync.transports.remote:NcclTransport", ("process",), ("one",), 2),
         settings=_REMOTE,
+        replicas=True,
     ),
     "ipc": Entry(
         *("samebit.weight_sync.transports.remote:IpcTransport", ("process",), ("one",), 1),

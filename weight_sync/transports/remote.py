@@ -1,7 +1,7 @@
-"""gloo, nccl, ipc: from a trainer's process to an engine in another process, shard to shard.
+"""gloo, nccl, ipc: from a trainer's process to engines in other processes, shard to shard.
 
 gloo goes over sockets and the host's memory; nccl from GPU to GPU; ipc through buckets of a GPU
-that both processes use. The engine is called to take part while this process sends.
+that both processes use. The engines are called to take part while this process sends.
 """
 
 import secrets
@@ -19,14 +19,16 @@ from samebit.weight_sync.transports.base import Transport, WeightSource
 from samebit.weight_sync.transports.data_planes import make_data_plane
 from samebit.weight_sync.transports.group import WeightGroup
 from samebit.weight_sync.transports.shards import BUCKET_BYTES, Held, ShardSender, beside
-from samebit.weight_sync.types import WeightSyncError, WeightVersion
+from samebit.weight_sync.types import LostMemberError, WeightSyncError, WeightVersion
 
 _LAST_WORDS_S = 60
 """Seconds at most that an engine is given to say why its group is broken."""
 
 
 class RemoteTransport(Transport):
-    """To one engine in another process. After a break-off the next update makes a new group."""
+    """To an engine in another process, or to all `replicas` of one, as they are at an update's
+    begin. After a break-off, and where a replica has a successor, the next update makes a new
+    group."""
 
     backend: ClassVar[str]
     """The data plane."""
@@ -41,7 +43,8 @@ class RemoteTransport(Transport):
         bucket_bytes: int | None = None,
         delta: bool = False,
     ) -> None:
-        """Meet an engine that has join_weight_transport and receive_weight_update.
+        """Meet an engine that has join_weight_transport and receive_weight_update, or replicas that
+        have.
 
         timeout_s: how long each waits for the other. delta: send only what has changed since the
         last update where the engine holds that (see ShardSender). Raises what either end does.
@@ -50,7 +53,8 @@ class RemoteTransport(Transport):
         self._timeout_s, self._bucket_bytes = timeout_s, bucket_bytes or self.bucket_bytes
         self._last_words_s = min(timeout_s, _LAST_WORDS_S)
         self._delta = delta
-        self._receiving: Future[Any] = Future()
+        self._members = _members(engine)
+        self._receiving: list[Future[Any]] = []
         self._sender: ShardSender | None = self._meet()
 
     @classmethod
@@ -74,11 +78,24 @@ class RemoteTransport(Transport):
         """What the last update sent."""
         return 0 if self._sender is None else self._sender.sent_bytes
 
+    def update(self, params: Mapping[str, Tensor], digest: str) -> WeightVersion:
+        """See Transport.update. Where a replica dies in it, it is made again with its successor."""
+        while True:
+            try:
+                return super().update(params, digest)
+            except RuntimeError:
+                if _members(self._engine) == self._members:
+                    raise
+
     def begin(self, step: int) -> None:
+        if self._sender is not None:
+            self._sender.require_closed(step)
+            if _members(self._engine) != self._members:
+                self._drop()
         if self._sender is None:
+            self._members = _members(self._engine)
             self._sender = self._meet()
-        self._sender.require_closed(step)
-        self._receiving = beside(self._engine.receive_weight_update)
+        self._receiving = [beside(member.receive_weight_update) for member in self._members]
         with self._exchanging(self._sender):
             self._sender.begin(step)
 
@@ -102,9 +119,9 @@ class RemoteTransport(Transport):
     def close(self) -> None:
         if self._sender is not None:
             self._drop()
-            leaving = beside(self._engine.leave_weight_transport)
-            with suppress(RuntimeError, TimeoutError):  # dead or frozen: nothing is to be had there
-                leaving.result(self._last_words_s)
+            for leaving in [beside(member.leave_weight_transport) for member in self._members]:
+                with suppress(RuntimeError, TimeoutError):  # dead or frozen: nothing is to be had
+                    leaving.result(self._last_words_s)
 
     def _drop(self) -> None:
         if self._sender is not None:
@@ -125,40 +142,47 @@ class RemoteTransport(Transport):
         data = make_data_plane(self.backend, next(iter(params.values())).device)
         listener, secret = loopback_listener(), secrets.token_hex(32)
         address, port = listener.getsockname()
-        known = self._timeout_s, secret
-        join = self._engine.join_weight_transport
+        known, size = (self._timeout_s, secret), 1 + len(self._members)
 
         def require_coming() -> None:
-            if joining.done():
-                joining.result()
+            for each in joining:
+                if each.done():
+                    each.result()
 
         def make_sender() -> ShardSender:
             with listener:
-                group = WeightGroup(address, port, 0, 2, *known, listener, require_coming)
+                group = WeightGroup(address, port, 0, size, *known, listener, require_coming)
                 sends = Held(self._source.specs, params)
                 more = self._bucket_bytes, self._require_receiving
                 return ShardSender(group, data, sends, *more, delta=self._delta)
 
-        self._receiving = joining = beside(partial(join, address, port, 1, 2, self.backend, *known))
+        self._receiving = joining = [
+            beside(
+                partial(member.join_weight_transport, address, port, i, size, self.backend, *known)
+            )
+            for i, member in enumerate(self._members, start=1)
+        ]
         made = beside(make_sender)
-        wait([joining, made], return_when=FIRST_EXCEPTION)
-        if joining.done() and joining.exception() is not None:
+        wait([*joining, made], return_when=FIRST_EXCEPTION)
+        if any(each.done() and each.exception() is not None for each in joining):
             wait([made], self._last_words_s)  # its thread ends with it
-            joining.result()
+            require_coming()
         return made.result()
 
     def _answer(self) -> None:
         """Raise what ended the engine's part of an update that has ended here."""
         try:
-            self._receiving.result(self._timeout_s)
+            for each in self._receiving:
+                each.result(self._timeout_s)
         except TimeoutError:
             self._drop()
             raise WeightSyncError(f"the engine said nothing for {self._timeout_s:g} s") from None
 
     def _require_receiving(self) -> None:
-        if self._receiving.done():
-            self._receiving.result()
-            raise WeightSyncError("the engine has ended the update")
+        for each in self._receiving:
+            if each.done():
+                each.result()
+                raise WeightSyncError("the engine has ended the update")
 
     @contextmanager
     def _exchanging(self, sender: ShardSender) -> Iterator[None]:
@@ -170,9 +194,18 @@ class RemoteTransport(Transport):
             if not sender.in_order:
                 self._drop()
             if isinstance(error, WeightSyncError):
-                with suppress(TimeoutError):
-                    self._receiving.result(self._last_words_s)
+                ended = wait(self._receiving, self._last_words_s).done
+                said = [each.exception() for each in self._receiving if each in ended]
+                # Who is the cause says more than those who only see that it is gone.
+                said.sort(key=lambda other: isinstance(other, LostMemberError))
+                for other in filter(None, said):
+                    raise other from error
             raise
+
+
+def _members(engine: Any) -> tuple[Any, ...]:
+    """Those that take part in an update: an engine, or all of its replicas."""
+    return getattr(engine, "replicas", (engine,))
 
 
 class GlooTransport(RemoteTransport):

@@ -1,0 +1,391 @@
+"""EnginePool: several engines, each in a process of its own, as one client.
+
+Requests wait in one queue (work_queue.py), which every replica takes from. A replica that has died,
+or was silent for too long and is killed, has its unfinished requests drawn by the others: a sample
+is a function of its request and the weights, so it comes out the same. It is replaced at once, and
+its successor takes part from the next update on, which brings it the weights.
+"""
+
+import logging
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from samebit.kernels.memory import TagBytes
+from samebit.rollout.client import Begun, Progress, Tell, result_of, stream_of
+from samebit.rollout.remote import RemoteEngine, RemoteEngineError
+from samebit.rollout.runtime.call import uncancelled
+from samebit.rollout.runtime.requests import RequestFactory, scores_of
+from samebit.rollout.speculative.accept_lengths import AcceptLengths
+from samebit.rollout.types import Completion, Increment, Request, SamplingParams
+from samebit.rollout.work_queue import Job, WorkQueue
+from samebit.weight_sync.transports.shards import beside
+from samebit.weight_sync.types import WeightVersion
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_S = 0.1  # how often a caller is told that it still waits
+
+
+class EnginePool:
+    """An EngineClient; any thread may call it. Close it when done.
+
+    Raises RemoteEngineError where no replica is left, or more have died than may.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[int], RemoteEngine],
+        num_replicas: int,
+        room: int,
+        timeout_s: float = 600.0,
+        max_restarts: int = 3,
+    ) -> None:
+        """start: makes the replica of a place, below num_replicas. room: samples that one has at a
+        time. timeout_s: a replica that has requests and no step to show for so long is killed; a
+        step that compiles kernels takes long. max_restarts: replicas that may die.
+
+        Raises what `start` does.
+        """
+        self._start, self._timeout_s, self._max_restarts = start, timeout_s, max_restarts
+        self._lock = threading.Lock()
+        self._starting: dict[int, Future[RemoteEngine]] = {
+            place: beside(partial(start, place)) for place in range(num_replicas)
+        }
+        self._engines: dict[int, RemoteEngine] = {}  # by place, those that live
+        self._queue = WorkQueue[RemoteEngine](room)
+        self._is_closed = threading.Event()
+        self.num_restarts = 0
+        """How many replicas have died so far."""
+        self._last_death: RemoteEngineError | None = None
+        try:
+            limits = [engine.limits() for engine in self.replicas]
+        except BaseException:
+            self.close()
+            raise
+        kv_capacity = min(limit["kv_capacity"] for limit in limits)
+        self._requests = RequestFactory(**limits[0] | {"kv_capacity": kv_capacity})
+        threading.Thread(target=self._watch, name="samebit replicas", daemon=True).start()
+
+    @property
+    def replicas(self) -> tuple[RemoteEngine, ...]:
+        """Those that an update is for, and that draw behind it; who updates them asks.
+
+        It waits for the successors of the dead. Raises what the start of one raised, or
+        RemoteEngineError if more have died than may.
+        """
+        self._see_deaths()
+        for place, starting in sorted(self._starting.items()):
+            engine = starting.result()
+            with self._lock:
+                if self._starting.pop(place, None) is starting:
+                    self._engines[place] = engine
+        if self.num_restarts > self._max_restarts:
+            raise self._exhausted()
+        return self._known()
+
+    @property
+    def living(self) -> tuple[RemoteEngine, ...]:
+        """Those that draw."""
+        self._see_deaths()
+        return self._known()
+
+    def _see_deaths(self) -> None:
+        for engine in self._known():
+            if not engine.is_alive:
+                self._bury(engine, engine.death())
+
+    def _known(self) -> tuple[RemoteEngine, ...]:
+        with self._lock:
+            return tuple(engine for _, engine in sorted(self._engines.items()))
+
+    def _first(self) -> RemoteEngine:
+        if living := self.living:
+            return living[0]
+        raise self._exhausted()
+
+    # -- what is drawn ---------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sample_ids: Sequence[Sequence[int]] | None = None,
+        *,
+        return_hidden_states: Sequence[int] = (),
+        progress: Progress | None = None,
+    ) -> list[list[Completion]]:
+        """See Engine.generate; progress knows of a request's tokens when all are drawn."""
+        requests = self._requests.generation(
+            prompt_ids, sampling_params, sample_ids, return_hidden_states
+        )
+        return self._drawn(requests, progress)
+
+    async def agenerate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sample_ids: Sequence[Sequence[int]] | None = None,
+        *,
+        return_hidden_states: Sequence[int] = (),
+    ) -> list[list[Completion]]:
+        """See Engine.agenerate."""
+        requests = self._requests.generation(
+            prompt_ids, sampling_params, sample_ids, return_hidden_states, fresh_ids=True
+        )
+        return await result_of(*self._begin(requests))
+
+    def stream(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sample_ids: Sequence[Sequence[int]] | None = None,
+    ) -> AsyncGenerator[Increment, None]:
+        """See Engine.stream; an increment is a whole sample, once its request's are drawn."""
+
+        def begin(tell: Tell) -> Begun[list[list[Completion]]]:
+            requests = self._requests.generation(
+                prompt_ids, sampling_params, sample_ids, (), fresh_ids=True
+            )
+            return self._begin(requests, lambda group: tell([_whole(c) for c in group]))
+
+        return stream_of(begin)
+
+    def score(
+        self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
+    ) -> list[list[float]]:
+        """See Engine.score."""
+        return scores_of(self._drawn(self._requests.scoring(token_ids, temperature)))
+
+    def abort_request(self, request_id: str) -> list[Completion]:
+        """See Engine.abort_request. One that no replica has begun has drawn nothing."""
+        with self._lock:
+            found = self._queue.find(request_id)
+            if found is None:
+                raise KeyError(request_id)
+            engine, job = found
+            if engine is None:
+                self._queue.drop([job])
+        if engine is not None:
+            return engine.abort_request(request_id)
+        group = [_nothing(request_id, sample_id) for sample_id in job.request.sample_ids]
+        job.result.set_result(group)
+        return group
+
+    # -- what is served --------------------------------------------------------------------------
+
+    @property
+    def weight_version(self) -> WeightVersion:
+        """Step and digest of the weights that are served."""
+        return self._first().weight_version
+
+    @property
+    def draft_version(self) -> WeightVersion | None:
+        """See Engine.draft_version; of the first replica."""
+        return self._first().draft_version
+
+    @property
+    def accept_lengths(self) -> AcceptLengths | None:
+        """Those of the replicas that live; see Engine.accept_lengths."""
+        lengths = [engine.accept_lengths for engine in self.living]
+        first, *others = [found for found in lengths if found is not None] or [None]
+        return None if first is None else sum(others, first)
+
+    def update_weights_from_disk(
+        self, model_path: str | Path, step: int | None = None
+    ) -> WeightVersion:
+        """See Engine.update_weights_from_disk."""
+        return [e.update_weights_from_disk(model_path, step) for e in self.replicas][0]
+
+    def flush_cache(self) -> None:
+        """Forget all cached prefixes."""
+        for engine in self.living:
+            engine.flush_cache()
+
+    def release_memory_occupation(self, tags: Sequence[str] | None = None) -> dict[str, int]:
+        """See Engine.release_memory_occupation; the bytes are those of all replicas."""
+        return _total([engine.release_memory_occupation(tags) for engine in self.living])
+
+    def resume_memory_occupation(self, tags: Sequence[str] | None = None) -> dict[str, int]:
+        """See Engine.resume_memory_occupation; the bytes are those of all replicas."""
+        return _total([engine.resume_memory_occupation(tags) for engine in self.living])
+
+    def memory_occupation(self) -> dict[str, TagBytes]:
+        """See Engine.memory_occupation; of the first replica."""
+        return self._first().memory_occupation()
+
+    def close(self) -> None:
+        """End all processes, and with them what is unfinished."""
+        self._is_closed.set()
+        started = [future for future in self._starting.values() if not future.exception()]
+        for engine in [*self._engines.values(), *(future.result() for future in started)]:
+            engine.close()
+
+    # -- who draws it ----------------------------------------------------------------------------
+
+    def _drawn(
+        self, requests: Sequence[Request], progress: Progress | None = None
+    ) -> list[list[Completion]]:
+        num_done, num_tokens = 0, 0
+
+        def count(group: list[Completion]) -> None:
+            nonlocal num_done, num_tokens
+            num_done += len(group)
+            num_tokens += sum(len(c.token_ids) for c in group)
+
+        result, abandon = self._begin(requests, count)
+        try:
+            while progress is not None and not wait([result], _PROGRESS_S).done:
+                progress(num_done, num_tokens)
+            groups = result.result()
+        except BaseException:
+            abandon()
+            raise
+        if progress is not None:
+            progress(num_done, num_tokens)
+        return groups
+
+    def _begin(
+        self, requests: Sequence[Request], tell: Callable[[list[Completion]], object] | None = None
+    ) -> Begun[list[list[Completion]]]:
+        """Queue requests; their groups to come, and what abandons them. tell: called with each."""
+        jobs = [Job(request) for request in requests]
+        result: Future[list[list[Completion]]] = uncancelled()
+        lock, unfinished = threading.Lock(), len(jobs)
+
+        def note(done: Future[list[Completion]]) -> None:
+            nonlocal unfinished
+            with lock:  # one of them at a time, and none after the first error
+                unfinished -= 1
+                if result.done():
+                    return
+                if (error := done.exception()) is None:
+                    if tell is not None:
+                        tell(done.result())
+                    if not unfinished:
+                        result.set_result([job.result.result() for job in jobs])
+                    return
+                result.set_exception(error)
+            self._abandon(jobs)
+
+        for job in jobs:
+            job.result.add_done_callback(note)
+        if not jobs:
+            result.set_result([])
+        with self._lock:
+            for engine in self._engines.values():
+                self._queue.add(engine)
+            self._queue.put(jobs)
+        self._give_out()
+        return result, partial(self._abandon, jobs)
+
+    def _abandon(self, jobs: Sequence[Job]) -> Future[None]:
+        with self._lock:
+            begun = [job.abandon for job in self._queue.drop(jobs)]
+        for abandon in begun:
+            if abandon is not None:
+                with suppress(RemoteEngineError):  # nobody draws them any more
+                    abandon()
+        ended: Future[None] = uncancelled()
+        ended.set_result(None)
+        return ended
+
+    def _give_out(self) -> None:
+        """Have what waits drawn, as far as there is room."""
+        while True:
+            with self._lock:
+                given = self._queue.give()
+            if given is None:
+                break
+            engine, job = given
+            try:
+                result, job.abandon = engine.draw([job.request])
+            except RemoteEngineError as error:
+                self._bury(engine, error)
+            else:
+                result.add_done_callback(partial(self._take, engine, job))
+        with self._lock:
+            lost = [] if self._queue.replicas else self._queue.drop_all()
+        for job in lost:
+            job.result.set_exception(self._exhausted())
+
+    def _take(self, engine: RemoteEngine, job: Job, result: Future[list[list[Completion]]]) -> None:
+        """What a replica has made of a job."""
+        error = result.exception()
+        if isinstance(error, RemoteEngineError):
+            self._bury(engine, error)
+        else:
+            with self._lock:
+                is_ours = self._queue.end(engine, job)
+            if is_ours and error is not None:
+                job.result.set_exception(error)
+            elif is_ours:
+                [group] = result.result()
+                job.result.set_result(group)
+        self._give_out()
+
+    def _bury(self, engine: RemoteEngine, death: RemoteEngineError) -> None:
+        """Take a dead replica out, whose jobs wait again, and begin to start its successor."""
+        with self._lock:
+            self._queue.remove(engine)
+            place = next((p for p, e in self._engines.items() if e is engine), None)
+            if place is None or self._is_closed.is_set():
+                return  # somebody else has seen it
+            del self._engines[place]
+            self.num_restarts += 1
+            self._last_death = death
+            restarts = self.num_restarts <= self._max_restarts
+            if restarts:
+                self._starting[place] = beside(partial(self._start, place))
+        logger.warning(
+            "%s, which was replica %d%s", death, place, "; it is replaced" if restarts else ""
+        )
+
+    def _exhausted(self) -> RemoteEngineError:
+        left = "none is left to draw" if self.num_restarts <= self._max_restarts else (
+            f"at most {self._max_restarts} may be replaced"
+        )  # fmt: skip
+        return RemoteEngineError(
+            f"{self.num_restarts} replicas of the engine have died, and {left}; the last death: "
+            f"{self._last_death}"
+        )
+
+    def _watch(self) -> None:
+        """Kill who has requests and is silent: what waits for it then learns that it is dead."""
+        while not self._is_closed.wait(min(1.0, self._timeout_s / 4)):
+            with self._lock:
+                busy = [engine for engine in self._queue.replicas if self._queue.is_busy(engine)]
+            for engine in busy:
+                if (silent_s := engine.silent_s) > self._timeout_s:
+                    logger.warning("a replica took no step for %.0f s: it is killed", silent_s)
+                    engine.kill()
+
+
+def _whole(c: Completion) -> Increment:
+    return Increment(
+        request_id=c.request_id,
+        sample_id=c.sample_id,
+        token_ids=c.token_ids,
+        logprobs=c.logprobs,
+        finish_reason=c.finish_reason,
+        version_spans=c.version_spans,
+        thresholds=c.thresholds,
+    )
+
+
+def _nothing(request_id: str, sample_id: int) -> Completion:
+    return Completion(
+        request_id=request_id,
+        sample_id=sample_id,
+        token_ids=(),
+        logprobs=(),
+        finish_reason="abort",
+        version_spans=(),
+    )
+
+
+def _total(parts: Sequence[dict[str, int]]) -> dict[str, int]:
+    return {tag: sum(part[tag] for part in parts) for tag in parts[0]}

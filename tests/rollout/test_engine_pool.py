@@ -1,0 +1,147 @@
+"""Replicas of an engine as one client: what is drawn, by whom, and what a death changes."""
+
+import asyncio
+import os
+import signal
+from contextlib import closing
+
+import pytest
+from helpers import make_prompts, outcomes
+
+from samebit.rollout.engine import Engine
+from samebit.rollout.engine_pool import EnginePool
+from samebit.rollout.remote import RemoteEngine, RemoteEngineError
+from samebit.rollout.types import SamplingParams
+
+PROMPTS = make_prompts(5, 16, 70, 1, 33) * 2
+PARAMS = SamplingParams(n=2, max_new_tokens=12, ignore_eos=True)
+LONG = SamplingParams(n=2, max_new_tokens=300, ignore_eos=True)
+IDS = [[2 * i, 2 * i + 1] for i in range(len(PROMPTS))]
+
+
+@pytest.fixture(scope="module")
+def truth(qwen3_path):
+    return Engine(qwen3_path).generate(PROMPTS, PARAMS, IDS)
+
+
+def start_pool(folder, num_replicas=2, **limits):
+    settings = {"device": "cpu", "kv_cache_tokens": 1024, "max_num_seqs": 4}
+    return EnginePool(lambda _: RemoteEngine(folder, **settings), num_replicas, 4, **limits)
+
+
+@pytest.fixture(scope="module")
+def pool(qwen3_path):
+    """Two replicas, one of which may be replaced: the last test has them die."""
+    with closing(start_pool(qwen3_path, timeout_s=3.0, max_restarts=1)) as pool:
+        yield pool
+
+
+def test_replicas_draw_what_one_engine_draws(pool, truth):
+    """In every way to ask, for several callers at once; and progress is told."""
+    seen = []
+    drawn = pool.generate(PROMPTS, PARAMS, IDS, progress=lambda *counts: seen.append(counts))
+    assert outcomes(drawn) == outcomes(truth)
+    assert seen[-1] == (20, 20 * 12)
+    assert seen == sorted(seen)
+
+    async def ask():
+        return await asyncio.gather(
+            *(pool.agenerate([p], PARAMS, [ids]) for p, ids in zip(PROMPTS, IDS, strict=True))
+        )
+
+    assert outcomes([group for [group] in asyncio.run(ask())]) == outcomes(truth)
+    engine = pool.living[0]
+    assert pool.score([p for p in PROMPTS if len(p) > 1]) == engine.score(
+        [p for p in PROMPTS if len(p) > 1]
+    )
+    assert len({group[0].request_id for group in drawn}) == len(PROMPTS)
+
+
+def test_increments_of_a_stream_are_whole_samples(pool, truth):
+    async def read():
+        return [increment async for increment in pool.stream(PROMPTS, PARAMS, IDS)]
+
+    found = sorted(asyncio.run(read()), key=lambda increment: increment.sample_id)
+    expected = [(c.token_ids, c.logprobs, c.finish_reason) for group in truth for c in group]
+    assert [(i.token_ids, i.logprobs, i.finish_reason) for i in found] == expected
+
+
+def test_bad_input_is_refused_before_anything_runs(pool):
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        pool.generate([[1], []], PARAMS)
+    with pytest.raises(KeyError):
+        pool.abort_request("no such request")
+    assert pool.generate([]) == []
+
+
+def test_fresh_ids_are_never_given_twice(pool):
+    async def ask():
+        return [await pool.agenerate([[5, 6]], SamplingParams(n=3)) for _ in range(2)]
+
+    groups = [group for [group] in asyncio.run(ask())]
+    assert len({c.sample_id for group in groups for c in group}) == 6
+
+
+def test_who_gives_up_has_its_requests_abandoned(pool, truth):
+    """By an exception of progress, and by a cancelled task: the pool is of use after it."""
+
+    class Enough(Exception):
+        pass
+
+    def stop(*_):
+        raise Enough
+
+    with pytest.raises(Enough):
+        pool.generate([[1, 2]] * 40, LONG, progress=stop)
+
+    async def cancel():
+        task = asyncio.create_task(pool.agenerate([[1, 2]] * 40, LONG))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel())
+    assert outcomes(pool.generate(PROMPTS, PARAMS, IDS)) == outcomes(truth)
+
+
+def test_requests_are_aborted_where_they_are(pool):
+    """Those that are drawn, and one that waits for room."""
+    requests = pool._requests.generation([[1, 2]] * 5, LONG, None, ())
+    result, _ = pool._begin(requests)
+    for request in reversed(requests):
+        group = pool.abort_request(request.request_id)
+        assert [c.finish_reason for c in group] == ["abort", "abort"]
+    *drawn, waited = result.result()
+    assert [c.token_ids for c in waited] == [(), ()]
+    assert all(len(c.token_ids) < 300 for group in drawn for c in group)
+
+
+def test_samples_of_the_dead_are_drawn_by_the_others(pool, truth):
+    """A successor draws nothing before an update, which asks for `replicas`, has brought it the
+    weights. One that stands still is killed; when nobody is left, it is said why."""
+    victim, other = pool.living
+
+    def kill(num_done, _tokens):
+        if num_done >= 6:
+            victim.kill()
+
+    assert outcomes(pool.generate(PROMPTS, PARAMS, IDS, progress=kill)) == outcomes(truth)
+    assert pool.living == (other,)
+    assert outcomes(pool.generate(PROMPTS, PARAMS, IDS)) == outcomes(truth)
+    successor, _ = pool.replicas
+    assert successor is not victim
+    assert outcomes(pool.generate(PROMPTS, PARAMS, IDS)) == outcomes(truth)
+
+    os.kill(other._process.pid, signal.SIGSTOP)
+    assert outcomes(pool.generate(PROMPTS, PARAMS, IDS)) == outcomes(truth)
+    assert not other.is_alive
+    assert pool.living == (successor,)
+    assert pool.num_restarts == 2
+    lost = "2 replicas of the engine have died, and at most 1 may be replaced; .* code -9"
+    with pytest.raises(RemoteEngineError, match=lost):
+        _ = pool.replicas
+    with pytest.raises(RemoteEngineError, match=lost.replace("2 replicas", "3 replicas")):
+        pool.generate([[1, 2]] * 8, LONG, progress=lambda *_: successor.kill())
+    with pytest.raises(RemoteEngineError, match="3 replicas of the engine have died"):
+        pool.generate([[1, 2]])

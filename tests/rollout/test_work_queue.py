@@ -1,0 +1,133 @@
+"""Who draws which request: balance, room, homes of prefixes, and what the dead leave."""
+
+import random
+import time
+from collections import Counter
+
+import pytest
+
+from samebit.rollout.types import Request, SamplingParams
+from samebit.rollout.work_queue import Job, WorkQueue
+
+
+def make_job(i=0, n=2, prompt=(1, 2, 3), max_new_tokens=100):
+    ids = tuple(range(n * i, n * i + n))
+    params = SamplingParams(n=n, max_new_tokens=max_new_tokens)
+    return Job(Request(request_id=str(i), prompt_ids=prompt, params=params, sample_ids=ids))
+
+
+def queue_of(num_replicas, room=8):
+    queue = WorkQueue(room)
+    for replica in range(num_replicas):
+        queue.add(replica)
+    return queue
+
+
+def give_all(queue):
+    given = []
+    while (pair := queue.give()) is not None:
+        given.append(pair)
+    return given
+
+
+def test_tokens_are_balanced():
+    """Long requests on one, short ones on the other, in the order in which they wait."""
+    queue = queue_of(2, room=100)
+    lengths = [1000, 100, 100, 100, 100, 100, 900]
+    jobs = [make_job(i, 1, (i,), length) for i, length in enumerate(lengths)]
+    queue.put(jobs)
+    given = give_all(queue)
+    assert [job for _, job in given] == jobs
+    assert [replica for replica, _ in given] == [0, 1, 1, 1, 1, 1, 1]
+
+
+def test_room_is_kept_and_filled():
+    """What finds none waits, in order; a job larger than the room goes to an idle replica."""
+    queue = queue_of(1, room=4)
+    jobs = [make_job(0), make_job(1), make_job(2), make_job(3, n=9), make_job(4)]
+    queue.put(jobs)
+    assert [job for _, job in give_all(queue)] == jobs[:2]
+    assert queue.end(0, jobs[1])
+    assert [job for _, job in give_all(queue)] == [jobs[2]]
+    assert queue.end(0, jobs[0])
+    assert give_all(queue) == []
+    assert queue.end(0, jobs[2])
+    assert [job for _, job in give_all(queue)] == [jobs[3]]
+    assert queue.is_busy(0)
+    assert queue.end(0, jobs[3])
+    assert [job for _, job in give_all(queue)] == [jobs[4]]
+    assert not queue.end(0, jobs[3]), "it was ended before"
+
+
+def test_a_prefix_has_a_home_while_that_is_hardly_busier():
+    queue = queue_of(2, room=100)
+    queue.put([make_job(0, prompt=(7,) * 64 + (1,)), make_job(1, prompt=(8,))])
+    assert [replica for replica, _ in give_all(queue)] == [0, 1]
+    queue.put([make_job(i, prompt=(7,) * 64 + (i,)) for i in (2, 3, 4, 5)])
+    assert [replica for replica, _ in give_all(queue)] == [0, 1, 1, 1]
+
+
+def test_what_the_dead_had_waits_again_first():
+    queue = queue_of(2, room=4)
+    jobs = [make_job(i) for i in range(6)]
+    queue.put(jobs)
+    given = give_all(queue)
+    lost = [job for replica, job in given if replica == 0]
+    assert queue.remove(0)
+    assert not queue.remove(0)
+    assert not queue.end(0, lost[0]), "somebody else draws it"
+    queue.add(2)
+    assert [job for _, job in give_all(queue)] == lost
+    assert queue.replicas == [1, 2]
+
+
+def test_what_is_dropped_and_found():
+    queue = queue_of(1, room=2)
+    jobs = [make_job(i) for i in range(3)]
+    queue.put(jobs)
+    give_all(queue)
+    assert queue.find("0") == (0, jobs[0])
+    assert queue.find("2") == (None, jobs[2])
+    assert queue.find("9") is None
+    assert queue.drop(jobs[:2]) == [jobs[0]]
+    assert queue.find("1") is None
+    assert queue.drop_all() == [jobs[2]]
+    assert queue.give() is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_is_lost_or_given_twice(seed):
+    """64 replicas that end, die and are replaced at random: every job is ended once."""
+    rng, queue, num_replicas = random.Random(seed), queue_of(64, room=16), 64
+    jobs = [
+        make_job(i, rng.choice((1, 4, 16)), (rng.randrange(50),), rng.randrange(1, 500))
+        for i in range(2000)
+    ]
+    queue.put(jobs)
+    running, ended = [], Counter()
+    while len(ended) < len(jobs):
+        running += give_all(queue)
+        if rng.random() < 0.02:
+            dead = rng.choice(queue.replicas)
+            queue.remove(dead)
+            queue.add(num_replicas)
+            num_replicas += 1
+        replica, job = running.pop(rng.randrange(len(running)))
+        ended[job] += queue.end(replica, job)
+        if not ended[job]:
+            del ended[job]
+    assert set(ended.values()) == {1}
+    assert give_all(queue) == []
+
+
+if __name__ == "__main__":  # what a controller's own work costs, 64 replicas
+    queue = queue_of(64, room=256)
+    jobs = [make_job(i, 1, (i % 500,) * 512, 512) for i in range(100_000)]
+    start = time.process_time()
+    queue.put(jobs)
+    running = give_all(queue)
+    while running:
+        queue.end(*running.pop(0))
+        running += give_all(queue)
+    seconds = time.process_time() - start
+    print(f"{seconds / 100 * 1e3:.2f} ms for 1,000 samples")
