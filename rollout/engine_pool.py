@@ -190,9 +190,9 @@ class EnginePool:
     @property
     def accept_lengths(self) -> AcceptLengths | None:
         """Those of the replicas that live; see Engine.accept_lengths."""
-        lengths = [engine.accept_lengths for engine in self.living]
-        first, *others = [found for found in lengths if found is not None] or [None]
-        return None if first is None else sum(others, first)
+        told = [engine.accept_lengths for engine in self.living]
+        lengths = [found for found in told if found is not None]
+        return sum(lengths[1:], lengths[0]) if lengths else None
 
     def update_weights_from_disk(
         self, model_path: str | Path, step: int | None = None

@@ -113,8 +113,8 @@ class WorkQueue[R: Hashable]:
         self._waiting.popleft()
         chosen = min(free, key=lambda replica: free[replica].num_tokens)
         beginning = job.request.prompt_ids[:_BEGINNING]
-        home = self._homes.get(beginning)
-        load = None if home is None else free.get(home)
+        home = self._homes.get(beginning, chosen)
+        load = free.get(home)
         if load is not None and load.num_tokens <= free[chosen].num_tokens + job.num_tokens:
             chosen = home
         self._homes[beginning] = chosen
