@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from samebit.kernels.reduce import ALONE, RankGroup
+from samebit.kernels.reduce import ALONE, RankGroup, gather_rows
 from samebit.recipes.eagle3_config import Eagle3Run
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.config import ModelConfig
@@ -122,8 +122,10 @@ def make_trainer_of(
     ttt: TttConfig,
     seed: int,
     ranks: RankGroup = ALONE,
+    target_ranks: RankGroup = ALONE,
 ) -> DraftTrainer:
-    """A trainer of a draft whose target has these live weights, whole, by engine names.
+    """A trainer of a draft whose target has these live weights, by engine names: whole, or the
+    shard of one of target_ranks, each of which trains the same draft. ranks: see DraftTrainer.
 
     The draft is the folder's or a new one: random, by the seed, with norms of one; where the widths
     are the same its output layer begins with the target's rows.
@@ -138,6 +140,7 @@ def make_trainer_of(
             norm_eps=target.norm_eps,
             vocab_size=target.vocab_size,
             num_layers=target.num_layers,
+            ranks=target_ranks,
         ),
         weights[EMBEDDING].detach(),
         optimizer,
@@ -150,7 +153,8 @@ def make_trainer_of(
         load_dummy(trainer.specs, params, seed)
         if config.hidden_size == target.hidden_size:
             rows = vocabulary.token_ids.to(head.device)
-            params[DRAFT_OUTPUT][: len(rows)] = head[rows]
+            whole = head if target_ranks.size == 1 else gather_rows(head, target_ranks)
+            params[DRAFT_OUTPUT][: len(rows)] = whole[rows]
 
     trainer.fill(new if folder is None else folder.fill)
     return trainer

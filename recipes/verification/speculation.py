@@ -68,12 +68,12 @@ def speculation(subject: Subject) -> Result:
     return result
 
 
-def write_random_draft(folder: Path, target: ModelConfig) -> None:
-    """A draft of half the target's vocabulary, which knows nothing."""
+def write_random_draft(folder: Path, target: ModelConfig, **options: Any) -> None:
+    """A draft of half the target's vocabulary, which knows nothing; `options` are DraftConfig's."""
     assert isinstance(target, DenseModel)
     last, size = target.num_layers, max(1, target.vocab_size // 2)
     layers = tuple(sorted({1, (last + 1) // 2, last}))
-    config = DraftConfig.of_target(target, size, captured_layers=layers)
+    config = DraftConfig.of_target(target, size, captured_layers=layers, **options)
     specs = config.param_specs()
     params = {spec.name: torch.empty(spec.shape) for spec in specs}
     load_dummy(specs, params, seed=0)

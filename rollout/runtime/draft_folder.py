@@ -23,7 +23,7 @@ from samebit.rollout.models.json_file import JsonFile
 from samebit.rollout.runtime.weight_files import SINGLE, WeightLoadError, find_tensors, open_file
 from samebit.rollout.runtime.weights import fill
 from samebit.weight_sync.folders import read_marker, replacing
-from samebit.weight_sync.mapping import WHOLE, Read, Shard, hf_shapes, hf_tensors
+from samebit.weight_sync.mapping import Read, hf_shapes, hf_tensors
 from samebit.weight_sync.transports.file import require_replaceable, save_tensors
 
 DIALECTS: dict[str, ModuleType] = {"sglang": sglang, "speculators": speculators}
@@ -46,10 +46,10 @@ class DraftFolder:
     norm_output: str | None = None
     """Whose meaning that key was said to have."""
 
-    def fill(self, params: Mapping[str, Tensor], shard: Shard = WHOLE) -> None:
+    def fill(self, params: Mapping[str, Tensor]) -> None:
         """Fill params (of config.param_specs) in place, in their dtype; WeightLoadError for NaN or
         Inf."""
-        fill(self.path, self.config.param_specs(shard), params, self.read)
+        fill(self.path, self.config.param_specs(), params, self.read)
 
 
 def open_draft(

@@ -132,22 +132,6 @@ def test_main_grads_and_fp32_norms_give_the_same_gradients():
             assert_same_bits(param.grad, expected[name], name)
 
 
-def test_shards_are_parts_of_the_whole():
-    """Heads, features and vocabulary are split; fc and norms are not."""
-    config = make_config()
-    whole = {spec.name: spec.shape for spec in config.param_specs()}
-    half = {spec.name: spec.shape for spec in config.param_specs((1, 2))}
-    split = {name for name in whole if whole[name] != half[name]}
-    assert {name.removeprefix("draft.").removesuffix(".weight") for name in split} == {
-        "layers.0.self_attention.linear_qkv",
-        "layers.0.self_attention.linear_proj",
-        "layers.0.mlp.linear_fc1",
-        "layers.0.mlp.linear_fc2",
-        "output_layer",
-    }
-    assert half["draft.output_layer.weight"] == (512, 24)
-
-
 def test_a_new_draft_of_a_target(qwen3_path):
     target = load_model_config(qwen3_path)
     with pytest.raises(ValueError, match="a target of 3 layers has no default captured_layers"):

@@ -9,7 +9,7 @@ gave itself. Source: Li et al. 2025 (EAGLE-3), arXiv 2503.01840; the options `fc
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
@@ -21,9 +21,7 @@ from samebit.kernels.rope import rope_table
 from samebit.rollout.models.config import KVLayout
 from samebit.rollout.models.decoder import DenseModel
 from samebit.weight_sync.mapping import (
-    WHOLE,
     ParamSpec,
-    Shard,
     columns,
     grouped_qkv,
     plain,
@@ -137,10 +135,10 @@ class DraftConfig:
         """Elements of the captured streams of one token."""
         return len(self.captured_layers) * self.target_hidden_size
 
-    def attention_heads(self, tp_size: int = 1) -> Heads:
-        """What attention is made for: the heads that each of tp_size ranks has."""
-        num_heads, num_kv_heads = self.num_heads // tp_size, self.num_kv_heads // tp_size
-        return Heads(num_heads, num_kv_heads, self.head_dim, scale=self.head_dim**-0.5)
+    @property
+    def attention_heads(self) -> Heads:
+        """What attention is made for."""
+        return Heads(self.num_heads, self.num_kv_heads, self.head_dim, scale=self.head_dim**-0.5)
 
     @property
     def kv_layout(self) -> KVLayout:
@@ -151,44 +149,41 @@ class DraftConfig:
         """The angles of the first positions, [num_positions, Dh] fp32."""
         return rope_table(self.head_dim, self.rope_theta, num_positions, self.rope_scaling, device)
 
-    def param_specs(self, shard: Shard = WHOLE) -> list[ParamSpec]:
-        """Every parameter of one tensor parallel rank, from Hugging Face tensors by the names of
-        the SGLang dialect. `fc` and the norms are whole on every rank.
+    def param_specs(self, replica: bool = False) -> list[ParamSpec]:
+        """Every parameter, whole, from Hugging Face tensors by the names of the SGLang dialect.
 
-        Raises ValueError for sizes that the ranks cannot share.
+        replica: of a tensor parallel rank behind the first one, which holds the same.
         """
         D, n = self.hidden_size, len(self.captured_layers)
-        specs = [plain(FC, "fc.weight", (D, self.num_features), shard)]
+        specs = [plain(FC, "fc.weight", (D, self.num_features))]
         for i in range(n) if self.fc_norm else ():
             name = f"fc_norm.{i}.weight"
-            specs.append(plain(FC_NORM.format(i), name, (self.target_hidden_size,), shard))
+            specs.append(plain(FC_NORM.format(i), name, (self.target_hidden_size,)))
         if self.norm_before_fc:
-            specs.append(plain(INPUT_NORM, "input_norm.weight", (self.num_features,), shard))
-        specs += self._layer_specs(shard)
-        specs.append(plain(FINAL_NORM, "norm.weight", (D,), shard))
+            specs.append(plain(INPUT_NORM, "input_norm.weight", (self.num_features,)))
+        specs += self._layer_specs()
+        specs.append(plain(FINAL_NORM, "norm.weight", (D,)))
         Vd = self.draft_vocab_size
-        specs.append(vocab(OUTPUT, "lm_head.weight", (Vd, D), padded_vocab_size(Vd), shard))
+        specs.append(vocab(OUTPUT, "lm_head.weight", (Vd, D), padded_vocab_size(Vd)))
         if self.owns_embedding:
             V = self.vocab_size
-            specs.append(vocab(EMBEDDING, HF_EMBEDDING, (V, D), padded_vocab_size(V), shard))
-        return specs
+            specs.append(vocab(EMBEDDING, HF_EMBEDDING, (V, D), padded_vocab_size(V)))
+        return [replace(spec, replica=replica) for spec in specs]
 
-    def _layer_specs(self, shard: Shard) -> Iterator[ParamSpec]:
+    def _layer_specs(self) -> Iterator[ParamSpec]:
         D, F, Dh, hf = self.hidden_size, self.ffn_size, self.head_dim, HF_LAYER
         for name in ("input_layernorm.weight", "hidden_norm.weight"):
-            yield plain(f"{LAYER}{name}", f"{hf}{name}", (D,), shard)
+            yield plain(f"{LAYER}{name}", f"{hf}{name}", (D,))
         q, k, v = (f"{hf}self_attn.{x}_proj.weight" for x in "qkv")
         heads = (self.num_heads, self.num_kv_heads, Dh)
-        yield grouped_qkv(
-            f"{LAYER}self_attention.linear_qkv.weight", (q, k, v), heads, 2 * D, shard
-        )
+        yield grouped_qkv(f"{LAYER}self_attention.linear_qkv.weight", (q, k, v), heads, 2 * D)
         proj, o_proj = f"{LAYER}self_attention.linear_proj.weight", f"{hf}self_attn.o_proj.weight"
-        yield columns(proj, o_proj, (D, self.num_heads * Dh), shard)
+        yield columns(proj, o_proj, (D, self.num_heads * Dh))
         norm = f"{hf}post_attention_layernorm.weight"
-        yield plain(f"{LAYER}pre_mlp_layernorm.weight", norm, (D,), shard)
+        yield plain(f"{LAYER}pre_mlp_layernorm.weight", norm, (D,))
         gate_up = (f"{hf}mlp.gate_proj.weight", f"{hf}mlp.up_proj.weight")
-        yield stacked(f"{LAYER}mlp.linear_fc1.weight", gate_up, (F, D), shard)
-        yield columns(f"{LAYER}mlp.linear_fc2.weight", f"{hf}mlp.down_proj.weight", (D, F), shard)
+        yield stacked(f"{LAYER}mlp.linear_fc1.weight", gate_up, (F, D))
+        yield columns(f"{LAYER}mlp.linear_fc2.weight", f"{hf}mlp.down_proj.weight", (D, F))
 
 
 def default_layers(num_target_layers: int) -> tuple[int, int, int]:
