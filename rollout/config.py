@@ -57,8 +57,8 @@ class EngineConfig:
     cuda_graphs: bool | None = None
     """Decode by CUDA graphs; unset: on GPUs; tensor parallel ones need peer access."""
     overlap: bool | None = None
-    """Plan and start a step while the one before still runs; unset: on a GPU without speculation.
-    """
+    """Plan and start a step while the one before still runs, or with speculation, while callers are
+    told of it; unset: on a GPU."""
     speculative: str = "none"
     """What guesses tokens that the model verifies several at a time: none, suffix, eagle3, hybrid,
     or your own module:Class; the tokens are the same."""
@@ -127,9 +127,6 @@ class EngineConfig:
         fits = norm is None or (folder is not None and norm in ("sglang", "specforge"))
         meaning = "sglang or specforge, or unset, as without draft_model"
         self._require(fits, "draft_norm_output", meaning)
-        fits = kind == "none" or not self.overlap
-        meaning = f"unset or false with speculative={kind}, whose steps are taken in one by one"
-        self._require(fits, "overlap", meaning)
 
     def _require(self, holds: bool, name: str, meaning: str) -> None:
         if not holds:

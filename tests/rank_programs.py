@@ -70,7 +70,7 @@ def engine(rank, size, store, folder, out):
     """Generate under every setting, score, update; the results of this rank as JSON."""
     torch.set_num_threads(1)
     ranks = start(rank, size, store)
-    found = {"generated": [], "versions": [], "guessed": []}
+    found, drawn = {"generated": [], "versions": [], "guessed": []}, []
     draft = str(Path(out).parent / "draft")
     for settings in SETTINGS:
         if settings.get("speculative", "suffix") != "suffix":

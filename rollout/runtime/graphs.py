@@ -235,8 +235,11 @@ class DecodeGraphs:
         inputs[RingRow.SAMPLE_ID, places] = draws.sample_ids
         inputs[RingRow.TEMPERATURE, places] = draws.temperatures.view(np.int32)
         inputs[RingRow.GREEDY, places] = draws.greedy
+        newest = slots.newest(decode)
+        inputs[RingRow.TOKEN, places] = 1 + (
+            newest if step.drafts is None else step.drafts.behind(newest)
+        )
         if step.drafts is not None:
-            inputs[RingRow.GUESS, places[step.drafts.rows]] = 1 + step.drafts.token_ids
             inputs[RingRow.MORE, places[step.drafts.firsts]] = columns.lens
 
     def _capture(self, key: _Key, prepare: Callable[[AttentionPlan], None]) -> _Graph:

@@ -64,6 +64,7 @@ def make_recalling(make_engine, truth):
         {"page_size": 16, "kv_cache_tokens": 144},
         {"page_size": 1, "num_draft_tokens": 4},
         {"max_num_seqs": 2, "adaptive_drafts": True},
+        {"page_size": 16, "kv_cache_tokens": 144, "overlap": True},
     ],
     ids=str,
 )
@@ -139,6 +140,7 @@ def test_new_weights_amid_a_sample(make_engine, make_recalling, truth, mode):
 DRAFTED = [
     {"speculative": "eagle3"},
     {"speculative": "eagle3", "page_size": 16, "kv_cache_tokens": 192, "num_draft_tokens": 7},
+    {"speculative": "eagle3", "overlap": True},
     {"speculative": "hybrid", "page_size": 1, "prefill_chunk": 17, "num_draft_tokens": 2},
 ]
 
@@ -252,10 +254,6 @@ def test_a_proposer_from_outside_that_is_wrong(make_engine, name, message):
         (
             {"speculative": "suffix", "draft_norm_output": "sglang"},
             "engine.draft_norm_output is 'sglang'; it must be sglang or specforge, or unset",
-        ),
-        (
-            {"speculative": "suffix", "overlap": True},
-            "engine.overlap is True; it must be unset or false with speculative=suffix",
         ),
     ],
 )
