@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 from samebit.kernels.registry import ATTENTION_KINDS
 from samebit.rollout.values import MAX_UINT64, bring_to_type, shown
 
-WITH_DRAFT = ("eagle3", "hybrid")
+WITH_DRAFT = ("eagle3", "peagle", "hybrid")
 """The proposers that guess by a draft model."""
 SPECULATIVE = ("none", "suffix", *WITH_DRAFT)
 MAX_DRAFT_TOKENS = 15
@@ -60,15 +60,15 @@ class EngineConfig:
     """Plan and start a step while the one before still runs, or with speculation, while callers are
     told of it; unset: on a GPU."""
     speculative: str = "none"
-    """What guesses tokens that the model verifies several at a time: none, suffix, eagle3, hybrid,
-    or your own module:Class; the tokens are the same."""
+    """What guesses tokens that the model verifies several at a time: none, suffix, eagle3, peagle,
+    hybrid, or your own module:Class; the tokens are the same."""
     num_draft_tokens: int = 5
     """The most tokens of one sample guessed for one step."""
     adaptive_drafts: bool = True
     """Guess fewer, or none, while too few are right to pay for so many samples."""
     draft_model: str | None = None
-    """Folder of the draft model, for eagle3 and hybrid; in GRPO with draft.train=online it may be
-    unset, for a new one."""
+    """Folder of the draft model, for eagle3, peagle and hybrid; in GRPO with draft.train=online it
+    may be unset, for a new one."""
     draft_norm_output: str | None = None
     """Whose meaning norm_output has in a draft folder that leaves it open: sglang or specforge."""
     releasable: bool | None = None

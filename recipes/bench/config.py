@@ -225,6 +225,8 @@ class BenchSpeculativeRun(BenchEngineSection):
     adaptive_drafts: bool = True
     draft_model: str | None = None
     """For eagle3 and hybrid; these three as an engine's settings."""
+    block_draft_model: str | None = None
+    """For peagle, as draft_model is for the others: the two stand beside each other."""
     batches: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128, 256])
     """Samples at a time."""
     input_len: int = 512
@@ -261,11 +263,12 @@ class BenchSpeculativeRun(BenchEngineSection):
         if proposer == "none":
             return {"prefix_cache": False}
         name = "samebit.recipes.bench.simulated:Simulated" if proposer == "simulated" else proposer
+        drafts = {"peagle": self.block_draft_model, "simulated": None, "suffix": None}
         return {
             "speculative": name,
             "num_draft_tokens": self.num_draft_tokens,
             "adaptive_drafts": self.adaptive_drafts,
-            "draft_model": None if proposer in ("simulated", "suffix") else self.draft_model,
+            "draft_model": drafts.get(proposer, self.draft_model),
             "prefix_cache": False,
         }
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,13 +67,13 @@ def _new(run: Eagle3Run, model: DenseModel) -> DraftConfig:
     wanted = run.draft.vocab_size or min(USUAL_VOCABULARY, model.vocab_size)
     if wanted > model.vocab_size:
         raise ValueError(f"draft.vocab_size is {wanted}; the target has {model.vocab_size} tokens")
-    names = ("fc_norm", "norm_before_fc", "norm_before_residual", "feeds_normed")
+    names = ("fc_norm", "norm_before_fc", "norm_before_residual", "feeds_normed", "mask_token_id")
     options = {name: getattr(run.draft, name) for name in names}
     return new_draft(model, wanted, run.draft.layers, **options)
 
 
 def new_draft(
-    model: DenseModel, vocab_size: int, layers: Sequence[int] | None, **options: bool
+    model: DenseModel, vocab_size: int, layers: Sequence[int] | None, **options: Any
 ) -> DraftConfig:
     """A new draft of a target; ValueError, naming draft.layers, for streams that it has not."""
     try:

@@ -39,6 +39,10 @@ class DraftPasses:
         """The states [T, D] that are made of captured streams, each [T, Dt], by layer."""
         return self._model().fuse([streams[layer] for layer in self.config.captured_layers])
 
+    def mask_state(self) -> Tensor:
+        """Of a block draft: see DraftDecoder.mask_state."""
+        return self._model().mask_state()
+
     def step(
         self,
         states: Tensor,

@@ -1,9 +1,11 @@
-"""Eagle3: a chain of guesses by a draft model, over what the target computed.
+"""Eagle3: guesses by a draft model, one behind another, over what the target computed.
 
 At position p the draft reads the target's streams of token p and, beside them, token p + 1. Its
 keys and values lie in the last layer of the KV cache, in the sample's own pages: they are forked,
 kept and found again with the target's. What is drafted goes on from the draft's own states, and is
-written over once the target has computed those tokens. Source: Li et al. 2025, arXiv 2503.01840.
+written over once the target has computed those tokens. Source: Li et al. 2025, arXiv 2503.01840. A
+block draft reads masks behind what was drawn, and says all tokens in that one pass; it is run
+without CUDA graphs.
 
 A guess is drawn as the target will draw, with the same noise for each token of its vocabulary: at a
 temperature, too, both mostly take the same token where they think alike.
@@ -106,7 +108,9 @@ class Eagle3(Proposer):
         token_ids = np.concatenate(behind).astype(np.int64)
         chains = Chains(slots, lengths, room, layout, token_ids)
         graphs = self._usable_graphs()
-        if graphs is not None and graphs.fits(chains):
+        if self.config.is_block:
+            guesses = self._block(chains)
+        elif graphs is not None and graphs.fits(chains):
             guesses = graphs.guess(chains)
         else:
             guesses = self._guess(chains)
@@ -139,6 +143,33 @@ class Eagle3(Proposer):
         fed, final = self._step(self._states[where], read, layout)
         lasts = self._on_device(np.cumsum(layout.lens) - 1)
         return self._chain(fed[lasts], final[lasts], chains.slots, chains.lengths, chains.room)
+
+    def _block(self, chains: Chains) -> np.ndarray:
+        """Guesses [B, most room] of a block draft: of each context's last token, and of masks."""
+        slots, mask, own = chains.slots, self.config.mask_token_id, self.parts.slots
+        masks = np.maximum(chains.room - 1, 0)
+        read, starts = chains.layout.lens, chains.layout.starts
+        layout = lay_out(slots, starts, read + masks, own)
+        ends = np.cumsum(layout.lens)
+        offsets = np.arange(ends[-1]) - np.repeat(ends - layout.lens, layout.lens)
+        known = offsets < np.repeat(read, layout.lens)
+        token_ids = np.full(len(offsets), mask)
+        token_ids[known] = chains.token_ids
+        where = np.repeat(slots, layout.lens), np.where(known, offsets, 0)
+        states = self._states[tuple(map(self._on_device, where))]
+        states = torch.where(self._on_device(known)[:, None], states, self._passes.mask_state())
+        _, final = self._step(states, self._on_device(token_ids), layout)
+        guessed = np.repeat(chains.room > 0, layout.lens)
+        guessed &= offsets >= np.repeat(read - 1, layout.lens)
+        rows = np.flatnonzero(guessed)
+        owners = np.repeat(np.arange(len(slots)), layout.lens)[rows]
+        places = offsets[rows] - (read - 1)[owners]
+        table = np.zeros((len(slots), int(chains.room.max())), dtype=np.int64)
+        if len(rows):
+            final = final[self._on_device(rows)]
+            chosen = self._choose(final, slots[owners], chains.lengths[owners] + places)
+            table[owners, places] = chosen.cpu().numpy()
+        return table
 
     def _unread(self, contexts: Sequence[Context]) -> np.ndarray:
         """The contexts for whose new tokens there are all states.

@@ -174,7 +174,7 @@ def test_a_draft_that_overflows_ends_the_run(runs, base):
         (["draft.train=on"], "draft.train is 'on'; it must be one of .'off', 'online'."),
         (
             ["draft.train=online", "engine.speculative=suffix"],
-            "engine.speculative is 'suffix'; it must be eagle3 or hybrid with draft.train=online",
+            "engine.speculative is 'suffix'; it must be eagle3 or peagle or hybrid with draft.tr",
         ),
         (
             [*ONLINE, "trainer.parallel.context=2"],

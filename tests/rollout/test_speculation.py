@@ -42,6 +42,14 @@ def draft_path(engine, tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def block_path(engine, tmp_path_factory):
+    """As draft_path, and a block draft. Do not write to it."""
+    folder = tmp_path_factory.mktemp("draft") / "block"
+    write_random_draft(folder, engine.model_config, mask_token_id=0)
+    return str(folder)
+
+
 @pytest.fixture
 def make_recalling(make_engine, truth):
     """An engine whose guesses are mostly right."""
@@ -143,6 +151,10 @@ DRAFTED = [
     {"speculative": "eagle3", "overlap": True},
     {"speculative": "hybrid", "page_size": 1, "prefill_chunk": 17, "num_draft_tokens": 2},
 ]
+BLOCKS = [
+    {"speculative": "peagle", "page_size": 16, "kv_cache_tokens": 192, "num_draft_tokens": 7},
+    {"speculative": "hybrid", "max_num_seqs": 3, "overlap": True},
+]
 
 
 @pytest.mark.parametrize(
@@ -159,9 +171,19 @@ def test_a_draft_that_knows_nothing(make_engine, truth, draft_path, settings, we
     check_books(own)
 
 
-def drafted(own):
-    proposer = own.speculation.proposer
-    return getattr(proposer, "eagle3", proposer)
+@pytest.mark.parametrize("settings", BLOCKS, ids=str)
+def test_a_block_draft_that_knows_nothing(make_engine, truth, block_path, settings):
+    own = make_engine(**settings, adaptive_drafts=False, draft_model=block_path)
+    assert outcomes(own.generate(PROMPTS, PARAMS, IDS)) == outcomes(truth)
+    assert own.accept_lengths.guessed[-1] > 0
+    check_books(own)
+
+
+def test_a_draft_of_the_other_kind(make_engine, draft_path, block_path):
+    with pytest.raises(ValueError, match="a block draft; engine.speculative must be peagle or hy"):
+        make_engine(speculative="eagle3", draft_model=block_path)
+    with pytest.raises(ValueError, match="no block draft; engine.speculative must be eagle3 or h"):
+        make_engine(speculative="peagle", draft_model=draft_path)
 
 
 def test_a_drafts_weights_come_back(make_engine, truth, draft_path):

@@ -6,6 +6,10 @@ takes that and the next token's embedding side by side, and an output layer over
 vocabulary, a subset of the target's, says what follows. From then on the layer is fed with what it
 gave itself. Source: Li et al. 2025 (EAGLE-3), arXiv 2503.01840; the options `fc_norm` and
 `feeds_normed` are EAGLE-3.1, arXiv 2605.09992.
+
+A block draft says several tokens in one pass: behind the last token that is known the layer reads
+one mask after another, each the same token beside the same learned streams. Source: P-EAGLE, arXiv
+2602.01469; deviations: one layer instead of four, and an embedding that is not trained.
 """
 
 from collections.abc import Iterator
@@ -32,6 +36,7 @@ from samebit.weight_sync.mapping import (
 FC = "draft.fc.weight"
 FC_NORM = "draft.fc_norm.{}.weight"
 INPUT_NORM = "draft.input_norm.weight"
+MASK = "draft.mask_hidden"
 LAYER = "draft.layers.0."
 FINAL_NORM = "draft.final_layernorm.weight"
 OUTPUT = "draft.output_layer.weight"
@@ -39,6 +44,7 @@ EMBEDDING = "draft.embedding.word_embeddings.weight"
 
 HF_LAYER = "midlayer."
 HF_EMBEDDING = "embed_tokens.weight"
+HF_MASK = "mask_hidden"
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,8 @@ class DraftConfig:
     """Add the layer's branches to its normalised input; to the input itself otherwise."""
     feeds_normed: bool = False
     """Feed the next draft step with the state after the final norm; before it otherwise."""
+    mask_token_id: int | None = None
+    """Of a block draft: the target's token whose embedding a mask has."""
     token_ids: dict[str, Any] = field(default_factory=dict)
     """pad_token_id, bos_token_id and eos_token_id, those that config.json has."""
     verifier: Verifier | None = None
@@ -96,6 +104,12 @@ class DraftConfig:
         self._require(self.head_dim % 2 == 0, "head_dim", "even, as rope turns pairs")
         fits = self.draft_vocab_size <= self.vocab_size
         self._require(fits, "draft_vocab_size", f"at most vocab_size = {self.vocab_size}")
+        mask, fits = self.mask_token_id, True
+        if mask is not None:
+            fits = type(mask) is int and 0 <= mask < self.vocab_size
+        self._require(fits, "mask_token_id", f"in [0, vocab_size = {self.vocab_size})")
+        feeds = self.feeds_normed and mask is not None
+        self._require(not feeds, "feeds_normed", "false with mask_token_id: no state is fed back")
         both = self.fc_norm and self.norm_before_fc
         self._require(not both, "fc_norm", "false where norm_before_fc is set")
         shares = self.owns_embedding or self.hidden_size == self.target_hidden_size
@@ -131,6 +145,11 @@ class DraftConfig:
         return cls(**given | {"draft_vocab_size": draft_vocab_size} | options)
 
     @property
+    def is_block(self) -> bool:
+        """Whether it says all tokens in one pass, behind masks."""
+        return self.mask_token_id is not None
+
+    @property
     def num_features(self) -> int:
         """Elements of the captured streams of one token."""
         return len(self.captured_layers) * self.target_hidden_size
@@ -161,6 +180,8 @@ class DraftConfig:
             specs.append(plain(FC_NORM.format(i), name, (self.target_hidden_size,)))
         if self.norm_before_fc:
             specs.append(plain(INPUT_NORM, "input_norm.weight", (self.num_features,)))
+        if self.is_block:
+            specs.append(plain(MASK, HF_MASK, (self.num_features,)))
         specs += self._layer_specs()
         specs.append(plain(FINAL_NORM, "norm.weight", (D,)))
         Vd = self.draft_vocab_size

@@ -20,6 +20,7 @@ from samebit.rollout.models.draft.config import (
     FINAL_NORM,
     INPUT_NORM,
     LAYER,
+    MASK,
     OUTPUT,
     DraftConfig,
 )
@@ -70,6 +71,11 @@ class DraftDecoder:
         if self.config.norm_before_fc:
             joined = self._norm(joined, INPUT_NORM)
         return self._linear(joined, FC)
+
+    def mask_state(self) -> Tensor:
+        """The state [1, D] that stands for streams which the target has yet to compute."""
+        learned = self._params[MASK].to(self._params[FC].dtype)[None]
+        return self.fuse(learned.split(self.config.target_hidden_size, dim=-1))
 
     def step(self, states: Tensor, token_ids: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """One pass of the layer over states [T, D] and the tokens after them, token_ids [T].
