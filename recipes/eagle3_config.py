@@ -60,9 +60,10 @@ class DraftSection:
         require(self.path != "", "draft.path", self.path, "the path of a folder, or unset")
         known = self.norm_output in (None, "sglang", "specforge")
         require(known, "draft.norm_output", self.norm_output, "sglang, specforge or unset")
-        for name in ("vocab_size", "vocab_prompts"):
+        for name, least in (("vocab_size", 1), ("vocab_prompts", 1), ("mask_token_id", 0)):
             value = getattr(self, name)
-            require(value is None or value >= 1, f"draft.{name}", value, "positive")
+            fits = value is None or value >= least
+            require(fits, f"draft.{name}", value, f"at least {least}")
         require(self.dialect in DIALECTS, "draft.dialect", self.dialect, f"one of {DIALECTS}")
         if self.path is not None:
             require_default(self, "draft", _NEW, "draft.path is given, which says so")

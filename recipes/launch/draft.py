@@ -48,6 +48,7 @@ def checked_draft(run: Eagle3Run, model: ModelConfig) -> tuple[DraftFolder | Non
                 f"{getattr(config, name)}; that of {run.model.path} is {own}"
             )
     require_positions(config, run.rollout.longest)
+    run.ttt.require_enough(config.is_block)
     DIALECTS[run.draft.dialect].write(config, "float32")
     if run.resume:
         require_replaceable(run.run_dir / "draft")
@@ -67,6 +68,9 @@ def _new(run: Eagle3Run, model: DenseModel) -> DraftConfig:
     wanted = run.draft.vocab_size or min(USUAL_VOCABULARY, model.vocab_size)
     if wanted > model.vocab_size:
         raise ValueError(f"draft.vocab_size is {wanted}; the target has {model.vocab_size} tokens")
+    mask = run.draft.mask_token_id
+    if mask is not None and mask >= model.vocab_size:
+        raise ValueError(f"draft.mask_token_id is {mask}; the target has {model.vocab_size} tokens")
     names = ("fc_norm", "norm_before_fc", "norm_before_residual", "feeds_normed", "mask_token_id")
     options = {name: getattr(run.draft, name) for name in names}
     return new_draft(model, wanted, run.draft.layers, **options)

@@ -54,6 +54,7 @@ def checked_online_draft(
         assert folder is not None
         config = folder.config
     require_positions(config, run.rollout.longest)
+    run.ttt.require_enough(config.is_block)
     DIALECTS[_dialect(folder)].write(config, "float32")
     return folder, config
 

@@ -221,7 +221,9 @@ def test_wrong_settings_are_refused(settings, message):
 
 
 def test_a_block_draft_needs_a_pass_behind_a_mask():
-    with pytest.raises(ValueError, match="ttt.passes is 1; a block draft needs 2"):
+    with pytest.raises(
+        ValueError, match="ttt.passes is 1; it must be at least 2 for a block draft"
+    ):
         make_trainer(make_config(**OPTIONS["block"]), passes=1)
 
 

@@ -67,10 +67,9 @@ class DraftTrainer:
             raise ValueError(
                 f"a vocabulary of {len(vocabulary)} tokens for a draft of {config.draft_vocab_size}"
             )
-        if config.is_block and (ttt or TttConfig()).passes < 2:
-            raise ValueError("ttt.passes is 1; a block draft needs 2: one behind a mask")
         self.config, self.vocabulary = config, vocabulary
         self.ttt, self.ranks = ttt or TttConfig(), ranks
+        self.ttt.require_enough(config.is_block)
         self.device, self.dtype = target.output_weight.device, target.output_weight.dtype
         self.specs = config.param_specs()
         self.step = 0
