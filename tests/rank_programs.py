@@ -10,11 +10,9 @@ import torch
 import torch.distributed as dist
 from helpers import file_size_limit
 from policy_steps import gradient_samples, policy_step, refusals
-from rank_updates import updated_draft
+from rank_updates import checked_shapes, updated_draft
 from torch.distributed import distributed_c10d
 
-from samebit.kernels import selfcheck
-from samebit.kernels.cpu import linear
 from samebit.kernels.reduce import RankGroup
 from samebit.recipes.verification.speculation import recall
 from samebit.rollout.engine import Engine
@@ -102,14 +100,6 @@ def engine(rank, size, store, folder, out):
     Path(out).with_suffix(f".{rank}").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
-
-
-def checked_shapes(folder, ranks, cache):
-    """Weight shapes that an engine's self-check proves, told by what it does if all fail."""
-    os.environ["XDG_CACHE_HOME"] = str(cache)
-    selfcheck.linear_padded = lambda x, weight: linear.linear_padded(x, weight) + 1
-    Engine(folder, device="cpu", ranks=ranks)
-    return sorted(linear._blocked_shapes)
 
 
 def make_trainer(folder, parallel=None, **optimizer):

@@ -38,7 +38,8 @@ class Eagle3(Proposer):
         assert parts.draft is not None
         self._served, self.config = parts.draft, parts.draft.config
         self.streams = self.config.captured_layers
-        self.cost = 1 / parts.runner.model.config.num_layers
+        # Of a block draft one pass is all, however much it guesses.
+        self.cost = 0.0 if self.config.is_block else 1 / parts.runner.model.config.num_layers
         # By slot, what the target computed last: fused states of `count` tokens from `first` on.
         num_slots, most = parts.slots.num_slots, parts.num_draft_tokens + 1
         shape = (num_slots + 1, most, self.config.hidden_size)  # the last place is nobody's
@@ -146,29 +147,25 @@ class Eagle3(Proposer):
 
     def _block(self, chains: Chains) -> np.ndarray:
         """Guesses [B, most room] of a block draft: of each context's last token, and of masks."""
-        slots, mask, own = chains.slots, self.config.mask_token_id, self.parts.slots
-        masks = np.maximum(chains.room - 1, 0)
-        read, starts = chains.layout.lens, chains.layout.starts
-        layout = lay_out(slots, starts, read + masks, own)
-        ends = np.cumsum(layout.lens)
-        offsets = np.arange(ends[-1]) - np.repeat(ends - layout.lens, layout.lens)
-        known = offsets < np.repeat(read, layout.lens)
-        token_ids = np.full(len(offsets), mask)
-        token_ids[known] = chains.token_ids
-        where = np.repeat(slots, layout.lens), np.where(known, offsets, 0)
-        states = self._states[tuple(map(self._on_device, where))]
-        states = torch.where(self._on_device(known)[:, None], states, self._passes.mask_state())
+        slots, room, read = chains.slots, chains.room, chains.layout.lens
+        lens = read + np.maximum(room - 1, 0)
+        layout = lay_out(slots, chains.layout.starts, lens, self.parts.slots)
+        owners = np.repeat(np.arange(len(slots)), lens)
+        offsets = layout.positions - layout.starts[owners]
+        behind = offsets - (read - 1)[owners]  # the last token that was drawn: masks are above 0
+        token_ids = np.full(len(owners), self.config.mask_token_id)
+        token_ids[behind <= 0] = chains.token_ids
+        where = self._on_device(slots[owners]), self._on_device(np.where(behind > 0, 0, offsets))
+        is_mask = self._on_device(behind > 0)[:, None]
+        states = torch.where(is_mask, self._passes.mask_state(), self._states[where])
         _, final = self._step(states, self._on_device(token_ids), layout)
-        guessed = np.repeat(chains.room > 0, layout.lens)
-        guessed &= offsets >= np.repeat(read - 1, layout.lens)
-        rows = np.flatnonzero(guessed)
-        owners = np.repeat(np.arange(len(slots)), layout.lens)[rows]
-        places = offsets[rows] - (read - 1)[owners]
-        table = np.zeros((len(slots), int(chains.room.max())), dtype=np.int64)
-        if len(rows):
-            final = final[self._on_device(rows)]
-            chosen = self._choose(final, slots[owners], chains.lengths[owners] + places)
-            table[owners, places] = chosen.cpu().numpy()
+        table = np.zeros((len(slots), int(room.max())), dtype=np.int64)
+        if len(rows := np.flatnonzero((behind >= 0) & (room > 0)[owners])):
+            of, places = owners[rows], behind[rows]
+            chosen = self._choose(
+                final[self._on_device(rows)], slots[of], chains.lengths[of] + places
+            )
+            table[of, places] = chosen.cpu().numpy()
         return table
 
     def _unread(self, contexts: Sequence[Context]) -> np.ndarray:
