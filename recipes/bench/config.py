@@ -246,6 +246,9 @@ class BenchSpeculativeRun(BenchEngineSection):
         require(likely, "simulated_acceptance", self.simulated_acceptance, "from 0 to 1")
         if "simulated" not in self.proposers:
             require_default(self, "", ("simulated_acceptance",), "proposers has no simulated")
+        block, meaning = self.block_draft_model, "a block draft's folder where proposers has peagle"
+        fits = (block is not None) == ("peagle" in self.proposers)
+        require(fits, "block_draft_model", block, f"{meaning}, else unset")
         require(len(self.batches) > 0, "batches", self.batches, "at least one")
         sizes = min(self.batches) >= 1 and max(self.batches) <= self.engine.max_num_seqs
         meaning = f"from 1 to engine.max_num_seqs, {self.engine.max_num_seqs}, each"

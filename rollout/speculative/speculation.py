@@ -64,7 +64,11 @@ class Speculation:
     def _drafts(self, guesses: Sequence[Sequence[int]], room: np.ndarray) -> Drafts:
         """The guesses of each sample, as a step has them."""
         lens = np.fromiter(map(len, guesses), np.int64, len(guesses))
-        token_ids = np.fromiter(itertools.chain.from_iterable(guesses), np.int64, int(lens.sum()))
+        every = itertools.chain.from_iterable(guesses)
+        try:
+            token_ids = np.fromiter(every, np.int64, int(lens.sum()))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ProposerError(f"{self._name} proposed what is no token: {error}") from error
         if (lens > room).any():
             first = int(np.argmax(lens > room))
             raise ProposerError(

@@ -25,6 +25,8 @@ SMALL = ["device=cpu", "batches=[1,3]", "input_len=9", "output_len=12", "repeats
         (["proposers=[none]"], "without none, which is measured beside them"),
         (["simulated_acceptance=0.5"], "simulated_acceptance is 0.5"),
         (["proposers=[simulated]", "simulated_acceptance=1.5"], "it must be from 0 to 1"),
+        (["proposers=[peagle]"], "block_draft_model is None; it must be a block draft's folder"),
+        (["block_draft_model=x"], "block_draft_model is 'x'; .* where proposers has peagle, else"),
         (["batches=[0]"], "from 1 to engine.max_num_seqs, 512, each"),
         (["batches=[1,513]"], "from 1 to engine.max_num_seqs, 512, each"),
         (["output_len=0"], "output_len is 0"),

@@ -122,6 +122,21 @@ def test_a_resumed_run_ends_in_the_same_bytes(base, runs):
     assert manifests[0] == manifests[1]
 
 
+@pytest.mark.long
+def test_a_block_draft_is_trained_and_guesses(runs, target):
+    """Its folder, in the speculators dialect, serves an engine that draws what others draw."""
+    words = "draft.mask_token_id=11", "draft.dialect=speculators", "draft.feeds_normed=false"
+    _, rows = runs.train("block", *words, "rollout.eval_every=6")
+    trained = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert trained[-1] < trained[0]
+    draft = f"block_draft_model={runs.folder / 'block' / 'draft'}"
+    bench = ["device=cpu", "batches=[3]", "input_len=9", "output_len=12", "repeats=1"]
+    bench += ["proposers=[peagle]", "adaptive_drafts=false", draft, f"output_dir={runs.folder}"]
+    assert main(["bench", "speculative", f"model={target}", *bench]) == 0
+    report = json.loads((runs.folder / "bench_speculative" / "bench.json").read_text())
+    assert len(report["batches"]["3"]["peagle"]["acceptance"]) == 5
+
+
 def test_another_target_is_refused(base, runs, tmp_path):
     """The same folder with other weights; and another setting, by name."""
     original, _, _ = base

@@ -230,6 +230,11 @@ class Foreign(Proposer):
         return [Proposal([0, 331][: context.room]) for context in contexts]
 
 
+class NoToken(Proposer):
+    def propose(self, contexts):
+        return [Proposal(["a", 2**64][: context.room]) for context in contexts]
+
+
 class Short(Proposer):
     def propose(self, contexts):
         return []
@@ -245,6 +250,7 @@ class Broken(Proposer):
     [
         ("TooMany", "TooMany proposed 6 tokens where there is room for 5"),
         ("Foreign", r"Foreign proposed \[0, 331\]; the vocabulary has 331 tokens"),
+        ("NoToken", "NoToken proposed what is no token: invalid literal"),
         ("Short", "Short gave 0 proposals for 1 contexts"),
         ("Broken", r"Broken failed: KeyError\('lost'\)"),
     ],
