@@ -28,8 +28,8 @@ class RingRow(IntEnum):
     """Bits of the fp32 value."""
     GREEDY = 6
     """0 or 1."""
-    GUESS = 7
-    """1 + the token that is guessed; 0: the sequence's newest, which the device knows."""
+    TOKEN = 7
+    """1 + the row's token; 0: the sequence's newest, which the device alone knows."""
     MORE = 8
     """Of a sequence's first row: how many guesses follow."""
 

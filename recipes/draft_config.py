@@ -62,10 +62,11 @@ class OnlineDraftSection:
         kinds = " or ".join(WITH_DRAFT)
         meaning = f"{kinds} with draft.train=online: a draft that nothing guesses by is idle"
         require(engine.speculative in WITH_DRAFT, "engine.speculative", engine.speculative, meaning)
-        for name in ("tensor", "pipeline", "context"):
+        for name, part in (("pipeline", "layers"), ("context", "tokens")):
             size, key = getattr(parallel, name), f"trainer.parallel.{name}"
-            meaning = "1 with draft.train=online, where each process trains on whole samples by a "
-            require(size == 1, key, size, f"{meaning}whole target")
+            meaning = "1 with draft.train=online: a draft reads the streams of whole samples after "
+            meaning += f"several layers, and a process would have a part of the {part} alone"
+            require(size == 1, key, size, meaning)
         meaning = "at most trainer.num_steps, and reached behind critic.warmup_steps: the draft "
         meaning += "would never be trained"
         require(num_updates > 0, "draft.every", self.every, meaning)

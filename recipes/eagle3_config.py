@@ -21,7 +21,7 @@ from samebit.trainer.draft.config import TttConfig
 
 DIALECTS = ("sglang", "speculators")
 _NEW = ("vocab_size", "vocab_prompts", "layers", "fc_norm", "norm_before_fc",
-        "norm_before_residual", "feeds_normed")  # fmt: skip
+        "norm_before_residual", "feeds_normed", "mask_token_id")  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -48,6 +48,9 @@ class DraftSection:
     """Add to the normalised state; only the speculators dialect can say so."""
     feeds_normed: bool = False
     """EAGLE-3.1: feed the next draft step with the normalised state."""
+    mask_token_id: int | None = None
+    """Make a new draft a block draft (P-EAGLE), whose masks have this token's embedding: one that
+    answers do not use. Only the speculators dialect can say so."""
     dialect: str = "sglang"
     """What run_dir/draft is written as: sglang (also SpecForge's) or speculators (vLLM's)."""
     verifier: str | None = None
@@ -57,9 +60,10 @@ class DraftSection:
         require(self.path != "", "draft.path", self.path, "the path of a folder, or unset")
         known = self.norm_output in (None, "sglang", "specforge")
         require(known, "draft.norm_output", self.norm_output, "sglang, specforge or unset")
-        for name in ("vocab_size", "vocab_prompts"):
+        for name, least in (("vocab_size", 1), ("vocab_prompts", 1), ("mask_token_id", 0)):
             value = getattr(self, name)
-            require(value is None or value >= 1, f"draft.{name}", value, "positive")
+            fits = value is None or value >= least
+            require(fits, f"draft.{name}", value, f"at least {least}")
         require(self.dialect in DIALECTS, "draft.dialect", self.dialect, f"one of {DIALECTS}")
         if self.path is not None:
             require_default(self, "draft", _NEW, "draft.path is given, which says so")
@@ -69,6 +73,8 @@ class DraftSection:
             require_default(self, "draft", ("verifier",), "draft.dialect is 'sglang'")
             fits, meaning = not self.norm_before_residual, "false with draft.dialect=sglang"
             require(fits, "draft.norm_before_residual", self.norm_before_residual, meaning)
+            mask, meaning = self.mask_token_id, "unset with draft.dialect=sglang"
+            require(mask is None, "draft.mask_token_id", mask, meaning)
         both = self.fc_norm and self.norm_before_fc
         require(not both, "draft.fc_norm", self.fc_norm, "false with draft.norm_before_fc=true")
 

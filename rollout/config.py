@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 from samebit.kernels.registry import ATTENTION_KINDS
 from samebit.rollout.values import MAX_UINT64, bring_to_type, shown
 
-WITH_DRAFT = ("eagle3", "hybrid")
+WITH_DRAFT = ("eagle3", "peagle", "hybrid")
 """The proposers that guess by a draft model."""
 SPECULATIVE = ("none", "suffix", *WITH_DRAFT)
 MAX_DRAFT_TOKENS = 15
@@ -57,18 +57,18 @@ class EngineConfig:
     cuda_graphs: bool | None = None
     """Decode by CUDA graphs; unset: on GPUs; tensor parallel ones need peer access."""
     overlap: bool | None = None
-    """Plan and start a step while the one before still runs; unset: on a GPU without speculation.
-    """
+    """Plan and start a step while the one before still runs, or with speculation, while callers are
+    told of it; unset: on a GPU."""
     speculative: str = "none"
-    """What guesses tokens that the model verifies several at a time: none, suffix, eagle3, hybrid,
-    or your own module:Class; the tokens are the same."""
+    """What guesses tokens that the model verifies several at a time: none, suffix, eagle3, peagle,
+    hybrid, or your own module:Class; the tokens are the same."""
     num_draft_tokens: int = 5
     """The most tokens of one sample guessed for one step."""
     adaptive_drafts: bool = True
     """Guess fewer, or none, while too few are right to pay for so many samples."""
     draft_model: str | None = None
-    """Folder of the draft model, for eagle3 and hybrid; in GRPO with draft.train=online it may be
-    unset, for a new one."""
+    """Folder of the draft model, for eagle3, peagle and hybrid; in GRPO with draft.train=online it
+    may be unset, for a new one."""
     draft_norm_output: str | None = None
     """Whose meaning norm_output has in a draft folder that leaves it open: sglang or specforge."""
     releasable: bool | None = None
@@ -127,9 +127,6 @@ class EngineConfig:
         fits = norm is None or (folder is not None and norm in ("sglang", "specforge"))
         meaning = "sglang or specforge, or unset, as without draft_model"
         self._require(fits, "draft_norm_output", meaning)
-        fits = kind == "none" or not self.overlap
-        meaning = f"unset or false with speculative={kind}, whose steps are taken in one by one"
-        self._require(fits, "overlap", meaning)
 
     def _require(self, holds: bool, name: str, meaning: str) -> None:
         if not holds:

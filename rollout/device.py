@@ -35,7 +35,7 @@ def settled(config: EngineConfig, device: torch.device, ranks: RankGroup) -> Eng
         )
     overlap = config.overlap
     if overlap is None:
-        overlap = device.type == "cuda" and config.speculative == "none"
+        overlap = device.type == "cuda"
     releasable = config.releasable
     if releasable is not False and (why_not := why_not_releasable(device)):
         if releasable:

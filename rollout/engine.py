@@ -245,9 +245,7 @@ class Engine(EngineWeights, EngineMemory):
         self.kv_capacity = num_pages * c.page_size
         self.pool = PagePool(num_pages)
         self.prefixes = PrefixCache(self.pool, c.page_size, version) if c.prefix_cache else None
-        cache = KVCache(
-            self._kv_layouts, num_pages, c.page_size, self.dtype, self.arena, self.ranks.size
-        )
+        cache = KVCache(self._kv_layouts, num_pages, c.page_size, self.dtype, self.arena)
         slots = Slots(c.max_num_seqs, self.max_model_len + 1, c.page_size, c.seed)
         positions = min(self.max_model_len, self.kv_capacity)  # no request may be longer
         decoder = m.make_decoder(session.params, positions, self.ranks)
@@ -301,17 +299,16 @@ class Engine(EngineWeights, EngineMemory):
 
     @property
     def _kv_layouts(self) -> list[KVLayout]:
-        """The model's, and its draft's behind it."""
+        """This rank's of the model, and behind it the draft's, which every rank has whole."""
         draft = [] if self._draft is None else [self._draft.config.kv_layout]
-        return [self.model_config.kv_layout, *draft]
+        return [self.model_config.kv_layout.of_rank(self.ranks.size), *draft]
 
     def _kv_tokens(self) -> int:
         """Tokens that the KV cache is to hold; the same on all tensor parallel ranks."""
         c = self.config
         if c.kv_cache_tokens is not None:
             return c.kv_cache_tokens
-        layouts = self._kv_layouts
-        token_bytes = sum(x.bytes_per_token(self.dtype) for x in layouts) // self.ranks.size
+        token_bytes = sum(x.bytes_per_token(self.dtype) for x in self._kv_layouts)
         affordable = automatic_kv_bytes(self.device, c.kv_memory_fraction) // token_bytes
         tokens = max(c.page_size, min(affordable, c.max_num_seqs * self.max_model_len))
         return smallest(tokens, self.ranks.group)  # all ranks take the same decisions

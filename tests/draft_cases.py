@@ -17,6 +17,7 @@ OPTIONS = {
         "owns_embedding": True,
         "captured_layers": (0, 1, 2, 4),
     },
+    "block": {"mask_token_id": 60, "fc_norm": True},
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -83,6 +84,12 @@ def plain_fuse(config: DraftConfig, w: dict[str, Tensor], features: list[Tensor]
     if config.norm_before_fc:
         joined = plain_norm(config, joined, w["input_norm.weight"])
     return joined @ w["fc.weight"].t()
+
+
+def plain_mask(config: DraftConfig, w: dict[str, Tensor]) -> Tensor:
+    """[1, D]: what a block draft reads in place of a token's streams."""
+    width = config.target_hidden_size
+    return plain_fuse(config, w, [x[None] for x in w["mask_hidden"].split(width)])
 
 
 def plain_rotate(config: DraftConfig, x: Tensor, positions: Tensor) -> Tensor:

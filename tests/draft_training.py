@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from draft_cases import make_params, make_vocabulary
 
+from samebit.kernels.reduce import ALONE
 from samebit.trainer.config import OptimizerConfig
 from samebit.trainer.draft.batch import DraftBatch, TargetHead, pack_streams
 from samebit.trainer.draft.config import TttConfig
@@ -44,27 +45,36 @@ def make_batches(config, lens=LENS, seed=0, max_tokens=100):
     return batches
 
 
-def make_target(config, seed=1):
+def own_rows(weight, ranks):
+    """Those of one rank, of a vocabulary that is padded for all."""
+    padding = weight.new_zeros(-len(weight) % ranks.size, weight.shape[1])
+    return torch.cat([weight, padding]).chunk(ranks.size)[ranks.rank]
+
+
+def make_target(config, seed=1, ranks=ALONE):
     generator = torch.Generator().manual_seed(seed)
     width = config.target_hidden_size
+    final_norm = 1 + 0.3 * torch.randn(width, generator=generator)
+    output_weight = 0.4 * torch.randn(config.vocab_size, width, generator=generator)
     return TargetHead(
-        final_norm=1 + 0.3 * torch.randn(width, generator=generator),
-        output_weight=0.4 * torch.randn(config.vocab_size, width, generator=generator),
+        final_norm=final_norm,
+        output_weight=own_rows(output_weight, ranks),
         norm_eps=config.norm_eps,
         vocab_size=config.vocab_size,
         num_layers=NUM_LAYERS,
+        ranks=ranks,
     )
 
 
-def make_trainer(config, seed=0, ranks=None, **settings):
+def make_trainer(config, seed=0, ranks=ALONE, target_ranks=ALONE, **settings):
     """Filled with random weights; settings are TttConfig's and OptimizerConfig's."""
     names = TttConfig.__dataclass_fields__
     ttt_config = TttConfig(**{k: v for k, v in settings.items() if k in names})
     own = {"lr": 1e-2} | {k: v for k, v in settings.items() if k not in names}
     embedding = torch.randn(config.vocab_size, 24, generator=torch.Generator().manual_seed(8))
-    arguments = (make_vocabulary(config), make_target(config), embedding, OptimizerConfig(**own))
-    more = {} if ranks is None else {"ranks": ranks}
-    trainer = DraftTrainer(config, *arguments, num_steps=10, ttt=ttt_config, **more)
+    target, embedding = make_target(config, ranks=target_ranks), own_rows(embedding, target_ranks)
+    arguments = (make_vocabulary(config), target, embedding, OptimizerConfig(**own))
+    trainer = DraftTrainer(config, *arguments, num_steps=10, ttt=ttt_config, ranks=ranks)
     params = make_params(config, seed)
     trainer.fill(lambda into: [into[name].copy_(p) for name, p in params.items()])
     return trainer

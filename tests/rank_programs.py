@@ -10,12 +10,11 @@ import torch
 import torch.distributed as dist
 from helpers import file_size_limit
 from policy_steps import gradient_samples, policy_step, refusals
-from rank_updates import updated_draft
+from rank_updates import checked_shapes, updated_draft
 from torch.distributed import distributed_c10d
 
-from samebit.kernels import selfcheck
-from samebit.kernels.cpu import linear
 from samebit.kernels.reduce import RankGroup
+from samebit.recipes.verification.speculation import recall
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.objects import gather_objects
@@ -32,6 +31,8 @@ SETTINGS = (
     {"max_num_seqs": 2, "prefix_cache": False},
     {"prefill_chunk": 9, "max_batch_tokens": 16, "page_size": 16},
     {"speculative": "hybrid", "num_draft_tokens": 2, "adaptive_drafts": False},
+    {"speculative": "eagle3", "num_draft_tokens": 4},
+    {"speculative": "suffix", "page_size": 16},
     {"kv_cache_tokens": 128, "page_size": 16, "overlap": True},
 )
 
@@ -67,15 +68,20 @@ def engine(rank, size, store, folder, out):
     """Generate under every setting, score, update; the results of this rank as JSON."""
     torch.set_num_threads(1)
     ranks = start(rank, size, store)
-    found = {"generated": [], "versions": []}
+    found, drawn = {"generated": [], "versions": [], "guessed": []}, []
+    draft = str(Path(out).parent / "draft")
     for settings in SETTINGS:
-        if "speculative" in settings:
-            settings = settings | {"draft_model": str(Path(out).parent / "draft")}
+        if settings.get("speculative", "suffix") != "suffix":
+            settings = settings | {"draft_model": draft}
         one = Engine(folder, device="cpu", ranks=ranks, seed=3, **settings)
-        found["generated"].append(exact(one.generate(prompts(), PARAMS)))
+        if settings.get("speculative") == "suffix":  # guesses that are mostly right
+            recall(one, [completion for group in drawn for completion in group])
+        drawn = one.generate(prompts(), PARAMS)
+        found["generated"].append(exact(drawn))
         if one.accept_lengths is not None:
-            found["guessed"] = vars(one.accept_lengths)
-            found["draft"] = updated_draft(one, settings["draft_model"])
+            found["guessed"].append(vars(one.accept_lengths))
+        if settings.get("speculative") == "hybrid":
+            found["draft"] = updated_draft(one, draft)
             found["generated"].append(exact(one.generate(prompts(), PARAMS)))
     contexts = [[*p, *c[0][0]] for p, c in zip(prompts(), found["generated"][0], strict=True)]
     found["scores"] = [[v.hex() for v in values] for values in one.score(contexts)]
@@ -94,14 +100,6 @@ def engine(rank, size, store, folder, out):
     Path(out).with_suffix(f".{rank}").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
-
-
-def checked_shapes(folder, ranks, cache):
-    """Weight shapes that an engine's self-check proves, told by what it does if all fail."""
-    os.environ["XDG_CACHE_HOME"] = str(cache)
-    selfcheck.linear_padded = lambda x, weight: linear.linear_padded(x, weight) + 1
-    Engine(folder, device="cpu", ranks=ranks)
-    return sorted(linear._blocked_shapes)
 
 
 def make_trainer(folder, parallel=None, **optimizer):

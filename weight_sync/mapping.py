@@ -86,14 +86,16 @@ def plain(name: str, hf_name: str, shape: tuple[int, ...], shard: Shard = WHOLE)
     return ParamSpec(name, shape, (block,), {hf_name: shape}, replica=shard[0] > 0)
 
 
-def columns(name: str, hf_name: str, shape: tuple[int, int], shard: Shard) -> ParamSpec:
+def columns(name: str, hf_name: str, shape: tuple[int, int], shard: Shard = WHOLE) -> ParamSpec:
     """A row-parallel weight: its input columns are split over the ranks."""
     start, width = _split(f"{name} columns", shape[1], shard)
     block = RowBlock(0, hf_name, 0, shape[0])
     return ParamSpec(name, (shape[0], width), (block,), {hf_name: shape}, start)
 
 
-def vocab(name: str, hf_name: str, shape: tuple[int, int], padded: int, shard: Shard) -> ParamSpec:
+def vocab(
+    name: str, hf_name: str, shape: tuple[int, int], padded: int, shard: Shard = WHOLE
+) -> ParamSpec:
     """An embedding or output weight: rows padded to `padded`, then split over the ranks."""
     start, rows = _split(f"{name} rows", padded, shard)
     live = max(0, min(rows, shape[0] - start))
@@ -101,7 +103,9 @@ def vocab(name: str, hf_name: str, shape: tuple[int, int], padded: int, shard: S
     return ParamSpec(name, (rows, shape[1]), blocks, {hf_name: shape})
 
 
-def stacked(name: str, hf_names: Iterable[str], shape: tuple[int, int], shard: Shard) -> ParamSpec:
+def stacked(
+    name: str, hf_names: Iterable[str], shape: tuple[int, int], shard: Shard = WHOLE
+) -> ParamSpec:
     """Equal weights stacked by rank: [gate; up] of each rank's rows."""
     names = tuple(hf_names)
     start, rows = _split(f"{name} rows", shape[0], shard)
@@ -114,7 +118,7 @@ def grouped_qkv(
     hf_names: tuple[str, str, str],
     heads: tuple[int, int, int],
     width: int | None,
-    shard: Shard,
+    shard: Shard = WHOLE,
 ) -> ParamSpec:
     """q, k and v interleaved by kv group: each group's query heads, its key head, its value head.
 

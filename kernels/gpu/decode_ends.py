@@ -13,7 +13,7 @@ from samebit.kernels.attention_kind import GraphEntries
 from samebit.kernels.decode_ring import HostRing, RingRow
 from samebit.kernels.gpu.pdl import after_previous, supported
 
-_SLOT, _POSITION, _PAGE, _SEED, _SAMPLE_ID, _TEMPERATURE, _GREEDY, _GUESS, _MORE = (
+_SLOT, _POSITION, _PAGE, _SEED, _SAMPLE_ID, _TEMPERATURE, _GREEDY, _TOKEN, _MORE = (
     tl.constexpr(row.value) for row in RingRow
 )
 
@@ -57,13 +57,13 @@ def _decode_inputs_kernel(
     sample = _told(entry, _SAMPLE_ID, capacity, inside)
     bits = _told(entry, _TEMPERATURE, capacity, inside)
     greedy = _told(entry, _GREEDY, capacity, inside)
-    guess = _told(entry, _GUESS, capacity, inside)
+    told = _told(entry, _TOKEN, capacity, inside)
     queries = 1 + _told(entry, _MORE, capacity, inside)
     live = inside & (slot < num_slots)
-    newest = tl.load(last_ptr + slot, mask=live & (guess == 0), other=0)
+    newest = tl.load(last_ptr + slot, mask=live & (told == 0), other=0)
     tl.store(table_ptr + slot * max_pages + position // PAGE, page.to(tl.int32), mask=live)
     tl.store(slot_ptr + i, slot, mask=inside)
-    tl.store(ids_ptr + i, tl.where(guess == 0, newest, guess - 1), mask=inside)
+    tl.store(ids_ptr + i, tl.where(told == 0, newest, told - 1), mask=inside)
     tl.store(position_ptr + i, position, mask=inside)
     tl.store(next_ptr + i, position + 1, mask=inside)
     tl.store(kv_slot_ptr + i, tl.where(live, page * PAGE + position % PAGE, -1), mask=inside)

@@ -225,6 +225,8 @@ class BenchSpeculativeRun(BenchEngineSection):
     adaptive_drafts: bool = True
     draft_model: str | None = None
     """For eagle3 and hybrid; these three as an engine's settings."""
+    block_draft_model: str | None = None
+    """For peagle, as draft_model is for the others: the two stand beside each other."""
     batches: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128, 256])
     """Samples at a time."""
     input_len: int = 512
@@ -244,6 +246,9 @@ class BenchSpeculativeRun(BenchEngineSection):
         require(likely, "simulated_acceptance", self.simulated_acceptance, "from 0 to 1")
         if "simulated" not in self.proposers:
             require_default(self, "", ("simulated_acceptance",), "proposers has no simulated")
+        block, meaning = self.block_draft_model, "a block draft's folder where proposers has peagle"
+        fits = (block is not None) == ("peagle" in self.proposers)
+        require(fits, "block_draft_model", block, f"{meaning}, else unset")
         require(len(self.batches) > 0, "batches", self.batches, "at least one")
         sizes = min(self.batches) >= 1 and max(self.batches) <= self.engine.max_num_seqs
         meaning = f"from 1 to engine.max_num_seqs, {self.engine.max_num_seqs}, each"
@@ -261,11 +266,12 @@ class BenchSpeculativeRun(BenchEngineSection):
         if proposer == "none":
             return {"prefix_cache": False}
         name = "samebit.recipes.bench.simulated:Simulated" if proposer == "simulated" else proposer
+        drafts = {"peagle": self.block_draft_model, "simulated": None, "suffix": None}
         return {
             "speculative": name,
             "num_draft_tokens": self.num_draft_tokens,
             "adaptive_drafts": self.adaptive_drafts,
-            "draft_model": None if proposer in ("simulated", "suffix") else self.draft_model,
+            "draft_model": drafts.get(proposer, self.draft_model),
             "prefix_cache": False,
         }
 

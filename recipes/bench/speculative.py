@@ -64,12 +64,12 @@ class Prompts:
 
     def __init__(self, run: BenchSpeculativeRun) -> None:
         self._run, self._next = run, 0
-        vocab_size = load_model_config(run.model, run.model_family).vocab_size
-        self._source = PromptSource(vocab_size, run.seed)
+        self.vocab_size = load_model_config(run.model, run.model_family).vocab_size
+        self._source = PromptSource(self.vocab_size, run.seed)
         self._split: Split | None = None
         if run.has_data:
             encoder = Encoder(
-                text=TextCodec(run.model, run.data.chat), vocab_size=vocab_size,
+                text=TextCodec(run.model, run.data.chat), vocab_size=self.vocab_size,
                 max_len=run.input_len, limit="input_len", policy=run.data.overlong_prompts,
             )  # fmt: skip
             self._split = Split("held-out split", load_datasets(run.data)[1], encoder)
@@ -118,9 +118,8 @@ def measure(
             drawn = [(tuple(c.token_ids), tuple(c.logprobs)) for group in groups for c in group]
             if name == NONE:
                 truth = drawn
-                simulated.TRUTH.update(
-                    {i: tokens for [i], (tokens, _) in zip(ids, drawn, strict=True)}
-                )
+                for [i], (tokens, _) in zip(ids, drawn, strict=True):
+                    simulated.expect(i, tokens, run.simulated_acceptance, prompts.vocab_size)
             elif apart := sum(a != b for a, b in zip(drawn, truth, strict=True)):
                 raise BenchError(
                     f"{name}, {batch} at a time: {apart} of {batch} samples are not those that are "
@@ -133,7 +132,7 @@ def measure(
                 if before is not None and engine.accept_lengths is not None:
                     more = engine.accept_lengths - before
                     measured.accepted = more + measured.accepted if measured.accepted else more
-        simulated.TRUTH.clear()
+        simulated.GUESSES.clear()
     return {name: measured.entry(found[NONE]) for name, measured in found.items()}
 
 
@@ -157,7 +156,6 @@ def main(run: BenchSpeculativeRun) -> int:
     batches = report["batches"] = dict[str, dict[str, Any]]()
     save: Callable[[], object] = partial(write_result, run.run_dir / REPORT_FILE, device, report)
     prompts = Prompts(run)
-    simulated.ACCEPTANCE[:] = [run.simulated_acceptance]
     engines = engines_of(run, device)
     for batch in run.batches:
         batches[str(batch)] = measure(run, engines, prompts, batch)

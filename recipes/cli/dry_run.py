@@ -86,8 +86,9 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     at_once = max(len(run.rollout.places_of(refill)) for refill in (0, 1))
     at_once *= run.rollout.samples_per_prompt
     draft = _draft_of(run, inputs)
-    layouts = [model.kv_layout, *([] if draft is None else [draft.kv_layout])]
-    kv_bytes = sum(x.bytes_per_token(resolve_dtype(None, resolved)) for x in layouts)
+    drafts = [] if draft is None else [draft.kv_layout] * run.trainer.parallel.tensor
+    dtype = resolve_dtype(None, resolved)
+    kv_bytes = sum(layout.bytes_per_token(dtype) for layout in (model.kv_layout, *drafts))
     algorithm = make_algorithm(run.algorithm)
     keeps = algorithm.needs_reference or algorithm.rewards_need_reference
     reference = memory["weights_mib"] if keeps else 0

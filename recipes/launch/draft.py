@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from samebit.kernels.reduce import ALONE, RankGroup
+from samebit.kernels.reduce import ALONE, RankGroup, gather_rows
 from samebit.recipes.eagle3_config import Eagle3Run
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.config import ModelConfig
@@ -47,6 +48,7 @@ def checked_draft(run: Eagle3Run, model: ModelConfig) -> tuple[DraftFolder | Non
                 f"{getattr(config, name)}; that of {run.model.path} is {own}"
             )
     require_positions(config, run.rollout.longest)
+    run.ttt.require_enough(config.is_block)
     DIALECTS[run.draft.dialect].write(config, "float32")
     if run.resume:
         require_replaceable(run.run_dir / "draft")
@@ -66,13 +68,16 @@ def _new(run: Eagle3Run, model: DenseModel) -> DraftConfig:
     wanted = run.draft.vocab_size or min(USUAL_VOCABULARY, model.vocab_size)
     if wanted > model.vocab_size:
         raise ValueError(f"draft.vocab_size is {wanted}; the target has {model.vocab_size} tokens")
-    names = ("fc_norm", "norm_before_fc", "norm_before_residual", "feeds_normed")
+    mask = run.draft.mask_token_id
+    if mask is not None and mask >= model.vocab_size:
+        raise ValueError(f"draft.mask_token_id is {mask}; the target has {model.vocab_size} tokens")
+    names = ("fc_norm", "norm_before_fc", "norm_before_residual", "feeds_normed", "mask_token_id")
     options = {name: getattr(run.draft, name) for name in names}
     return new_draft(model, wanted, run.draft.layers, **options)
 
 
 def new_draft(
-    model: DenseModel, vocab_size: int, layers: Sequence[int] | None, **options: bool
+    model: DenseModel, vocab_size: int, layers: Sequence[int] | None, **options: Any
 ) -> DraftConfig:
     """A new draft of a target; ValueError, naming draft.layers, for streams that it has not."""
     try:
@@ -122,8 +127,10 @@ def make_trainer_of(
     ttt: TttConfig,
     seed: int,
     ranks: RankGroup = ALONE,
+    target_ranks: RankGroup = ALONE,
 ) -> DraftTrainer:
-    """A trainer of a draft whose target has these live weights, whole, by engine names.
+    """A trainer of a draft whose target has these live weights, by engine names: whole, or the
+    shard of one of target_ranks, each of which trains the same draft. ranks: see DraftTrainer.
 
     The draft is the folder's or a new one: random, by the seed, with norms of one; where the widths
     are the same its output layer begins with the target's rows.
@@ -138,6 +145,7 @@ def make_trainer_of(
             norm_eps=target.norm_eps,
             vocab_size=target.vocab_size,
             num_layers=target.num_layers,
+            ranks=target_ranks,
         ),
         weights[EMBEDDING].detach(),
         optimizer,
@@ -150,7 +158,8 @@ def make_trainer_of(
         load_dummy(trainer.specs, params, seed)
         if config.hidden_size == target.hidden_size:
             rows = vocabulary.token_ids.to(head.device)
-            params[DRAFT_OUTPUT][: len(rows)] = head[rows]
+            whole = head if target_ranks.size == 1 else gather_rows(head, target_ranks)
+            params[DRAFT_OUTPUT][: len(rows)] = whole[rows]
 
     trainer.fill(new if folder is None else folder.fill)
     return trainer

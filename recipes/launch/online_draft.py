@@ -55,6 +55,7 @@ def checked_online_draft(
         assert folder is not None
         config = folder.config
     require_positions(config, run.rollout.longest)
+    run.ttt.require_enough(config.is_block)
     DIALECTS[_dialect(folder)].write(config, "float32")
     return folder, config
 
@@ -78,7 +79,7 @@ class OnlineDraft:
         policy: MegatronTrainer,
     ) -> None:
         """checked: as checked_online_draft gives it; policy: holds the weights that a new draft's
-        output layer begins with, whole (see OnlineDraftSection.check)."""
+        output layer begins with, or this tensor parallel rank's shard of them."""
         folder, config = checked
         model, every = policy.model, run.draft.every
         assert isinstance(model, DenseModel)
@@ -90,6 +91,7 @@ class OnlineDraft:
             ttt=run.ttt,
             seed=run.seed,
             ranks=policy.data_ranks,
+            target_ranks=policy.ranks,
         )
         self.streams = tuple(sorted({*config.captured_layers, model.num_layers}))
         self.folder = run.run_dir / "draft"

@@ -12,7 +12,7 @@ from samebit.recipes.verification.subject import Result, Subject, flat
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import DenseModel
-from samebit.rollout.models.draft.config import DraftConfig
+from samebit.rollout.models.draft.config import DraftConfig, Verifier
 from samebit.rollout.models.draft.vocabulary import DraftVocabulary
 from samebit.rollout.runtime.draft_folder import write_draft
 from samebit.rollout.runtime.weights import load_dummy
@@ -65,20 +65,31 @@ def speculation(subject: Subject) -> Result:
             case, settings = f"eagle3, weights {value}", {"speculative": "eagle3", **draft}
             _try(result, subject, case, settings, partial(_damage, value=value))
         _try(result, subject, "hybrid", {"speculative": "hybrid", **draft, **small})
+        block = str(Path(folder) / "block")
+        write_random_draft(Path(block), subject.config, mask_token_id=0)
+        for kind in ("peagle", "hybrid"):
+            _try(
+                result,
+                subject,
+                f"{kind}, a block draft",
+                {"speculative": kind, "draft_model": block},
+            )
     return result
 
 
-def write_random_draft(folder: Path, target: ModelConfig) -> None:
-    """A draft of half the target's vocabulary, which knows nothing."""
+def write_random_draft(folder: Path, target: ModelConfig, **options: Any) -> None:
+    """A draft of half the target's vocabulary, which knows nothing; `options` are DraftConfig's."""
     assert isinstance(target, DenseModel)
+    dialect = "speculators" if "mask_token_id" in options else "sglang"
+    options = {"verifier": Verifier("target", (target.architecture,)), **options}
     last, size = target.num_layers, max(1, target.vocab_size // 2)
     layers = tuple(sorted({1, (last + 1) // 2, last}))
-    config = DraftConfig.of_target(target, size, captured_layers=layers)
+    config = DraftConfig.of_target(target, size, captured_layers=layers, **options)
     specs = config.param_specs()
     params = {spec.name: torch.empty(spec.shape) for spec in specs}
     load_dummy(specs, params, seed=0)
     vocabulary = DraftVocabulary(torch.arange(size), target.vocab_size)
-    write_draft(folder, config, vocabulary, params)
+    write_draft(folder, config, vocabulary, params, dialect)
 
 
 def _try(

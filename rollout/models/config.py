@@ -7,7 +7,7 @@ of.
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -44,12 +44,16 @@ class KVLayout:
     num_heads: int  # Hkv
     head_dim: int  # Dh
 
-    def cache_shape(self, num_pages: int, page_size: int, tp_size: int = 1) -> tuple[int, ...]:
-        """[P, page_size, Hkv, Dh] of one rank's keys or values of one layer."""
-        return (num_pages, page_size, self.num_heads // tp_size, self.head_dim)
+    def of_rank(self, tp_size: int) -> Self:
+        """What each of tp_size ranks keeps, which share the heads."""
+        return replace(self, num_heads=self.num_heads // tp_size)
+
+    def cache_shape(self, num_pages: int, page_size: int) -> tuple[int, ...]:
+        """[P, page_size, Hkv, Dh] of the keys or values of one layer."""
+        return (num_pages, page_size, self.num_heads, self.head_dim)
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Bytes of one token's keys and values over all layers, on all ranks together."""
+        """Bytes of one token's keys and values over all layers."""
         return 2 * self.num_layers * self.num_heads * self.head_dim * dtype.itemsize
 
 

@@ -95,12 +95,13 @@ def make_batch(
         lens[:num_decode] += drafts.lens
     layout = lay_out(owners, starts, lens, slots)
     given = [c.seq.token_ids[c.start : c.end] for c in step.chunks]
-    input_ids = to_device(np.array([t for ids in given for t in ids], dtype=np.int64), device)
-    if num_decode:
-        newest = last_tokens[to_device(step.decode, device)]
-        if drafts is not None:
-            newest = _with_drafts(newest, drafts)
-        input_ids = torch.cat([newest, input_ids])
+    newest = slots.newest(step.decode)
+    token_ids = newest if drafts is None else drafts.behind(newest)
+    chunk_ids = np.array([t for ids in given for t in ids], dtype=np.int64)
+    input_ids = to_device(np.concatenate([token_ids, chunk_ids]), device)
+    if len(unknown := np.flatnonzero(newest < 0)):
+        rows = to_device(unknown if drafts is None else drafts.firsts[unknown], device)
+        input_ids[rows] = last_tokens[to_device(step.decode[unknown], device)]
     plan = attention.plan_step(
         lens.tolist(), (starts + lens).tolist(), torch.from_numpy(layout.table), slots.page_size
     )
@@ -110,13 +111,6 @@ def make_batch(
         kv_slots=to_device(layout.kv_slots, device),
         plan=plan,
     )
-
-
-def _with_drafts(newest: Tensor, drafts: Drafts) -> Tensor:
-    """The newest tokens [B], each with its guesses behind it; [R]."""
-    rows = to_device(np.concatenate([drafts.firsts, drafts.rows]), newest.device)
-    values = torch.cat([newest, to_device(drafts.token_ids, newest.device)])
-    return torch.empty_like(values).index_copy_(0, rows, values)
 
 
 def decode_draws(decode: np.ndarray, slots: Slots, drafts: Drafts | None = None) -> Draws:

@@ -17,13 +17,13 @@ from torch import Tensor
 from samebit.rollout.models.draft import config as draft
 from samebit.rollout.models.draft import sglang, speculators
 from samebit.rollout.models.draft.config import DraftConfig
-from samebit.rollout.models.draft.layer_json import DTYPES, require_eagle3
+from samebit.rollout.models.draft.layer_json import DTYPES
 from samebit.rollout.models.draft.vocabulary import DraftVocabulary
 from samebit.rollout.models.json_file import JsonFile
 from samebit.rollout.runtime.weight_files import SINGLE, WeightLoadError, find_tensors, open_file
 from samebit.rollout.runtime.weights import fill
 from samebit.weight_sync.folders import read_marker, replacing
-from samebit.weight_sync.mapping import WHOLE, Read, Shard, hf_shapes, hf_tensors
+from samebit.weight_sync.mapping import Read, hf_shapes, hf_tensors
 from samebit.weight_sync.transports.file import require_replaceable, save_tensors
 
 DIALECTS: dict[str, ModuleType] = {"sglang": sglang, "speculators": speculators}
@@ -46,10 +46,10 @@ class DraftFolder:
     norm_output: str | None = None
     """Whose meaning that key was said to have."""
 
-    def fill(self, params: Mapping[str, Tensor], shard: Shard = WHOLE) -> None:
+    def fill(self, params: Mapping[str, Tensor]) -> None:
         """Fill params (of config.param_specs) in place, in their dtype; WeightLoadError for NaN or
         Inf."""
-        fill(self.path, self.config.param_specs(shard), params, self.read)
+        fill(self.path, self.config.param_specs(), params, self.read)
 
 
 def open_draft(
@@ -71,7 +71,6 @@ def open_draft(
     files = find_tensors(folder)
     handles = {file: open_file(file) for file in sorted(set(files.values()))}
     dialect = "speculators" if speculators.TYPE_KEY in written.values else "sglang"
-    require_eagle3(written)
     meaning = norm_output or (read_marker(folder) or {}).get(_MEANING)
     owns = draft.HF_EMBEDDING in files
     config = DIALECTS[dialect].read(written, owns, num_target_layers, meaning)
@@ -87,6 +86,8 @@ def open_draft(
 
     def read(name: str, index: Any) -> Tensor:
         handle, own = places[name]
+        if name == draft.HF_MASK:
+            return handle.get_tensor(own).flatten()[index]
         return handle.get_slice(own)[index]
 
     return DraftFolder(folder, dialect, dtype, config, vocabulary, read, norm_output)
@@ -120,12 +121,19 @@ def write_draft(
         _spelled(name, dialect): tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in hf_tensors(config.param_specs(), params)
     }
+    if draft.HF_MASK in tensors:
+        tensors[draft.HF_MASK] = tensors[draft.HF_MASK].view(_mask_shape(config))
     tensors |= {"d2t": vocabulary.d2t.contiguous(), "t2d": vocabulary.t2d}
     meaning = {_MEANING: "sglang"} if dialect == "sglang" and config.feeds_normed else {}
     require_replaceable(folder)
     with replacing(folder, **meaning) as new:
         save_tensors(tensors, new / SINGLE)
         (new / "config.json").write_text(json.dumps(keys, indent=2) + "\n")
+
+
+def _mask_shape(config: DraftConfig) -> tuple[int, int, int]:
+    """As speculators keeps it: of one sample's one token."""
+    return (1, 1, config.num_features)
 
 
 def _spelled(name: str, dialect: str) -> str:
@@ -149,6 +157,8 @@ def _require_fit(
     """The dtype of all weights."""
     shapes = hf_shapes(config.param_specs())
     shapes |= {"d2t": (config.draft_vocab_size,), "t2d": (config.vocab_size,)}
+    if config.is_block:
+        shapes[draft.HF_MASK] = _mask_shape(config)
     unnamed = config.draft_vocab_size == config.vocab_size and not set(_VOCABULARY) & set(places)
     wanted = set(shapes) - set(_VOCABULARY) if unnamed else set(shapes)
     dtype = _said_dtype(written) or _dtype_of(places, "lm_head.weight")

@@ -38,6 +38,12 @@ class Drafts:
         """Samples' values [B] for each of their rows [R]."""
         return np.repeat(values, self.lens + 1)
 
+    def behind(self, newest: np.ndarray) -> np.ndarray:
+        """The tokens of all rows [R], of the samples' newest ones [B]."""
+        token_ids = self.spread(newest)
+        token_ids[self.rows] = self.token_ids
+        return token_ids
+
     def holding(self, token_ids: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """[R] bool: rows whose drawn token is the sample's; the first of each sample always is.
 

@@ -228,16 +228,16 @@ class DecodeGraphs:
         inputs[:] = 0  # also what only fills up
         inputs[RingRow.SLOT] = slots.num_slots
         inputs[RingRow.TEMPERATURE] = np.float32(1).view(np.int32)
-        inputs[RingRow.SLOT, places] = owners
-        inputs[RingRow.POSITION, places] = positions
-        inputs[RingRow.PAGE, places] = slots.pages[owners, positions // slots.page_size]
-        inputs[RingRow.SEED, places] = draws.seeds
-        inputs[RingRow.SAMPLE_ID, places] = draws.sample_ids
-        inputs[RingRow.TEMPERATURE, places] = draws.temperatures.view(np.int32)
-        inputs[RingRow.GREEDY, places] = draws.greedy
+        told, newest = np.zeros((len(RingRow), len(owners)), dtype=np.int64), slots.newest(decode)
+        told[RingRow.SLOT], told[RingRow.POSITION] = owners, positions
+        told[RingRow.PAGE] = slots.pages[owners, positions // slots.page_size]
+        told[RingRow.SEED], told[RingRow.SAMPLE_ID] = draws.seeds, draws.sample_ids
+        told[RingRow.TEMPERATURE] = draws.temperatures.view(np.int32)
+        told[RingRow.GREEDY] = draws.greedy
+        told[RingRow.TOKEN] = 1 + (newest if step.drafts is None else step.drafts.behind(newest))
         if step.drafts is not None:
-            inputs[RingRow.GUESS, places[step.drafts.rows]] = 1 + step.drafts.token_ids
-            inputs[RingRow.MORE, places[step.drafts.firsts]] = columns.lens
+            told[RingRow.MORE, step.drafts.firsts] = columns.lens
+        inputs[:, places] = told
 
     def _capture(self, key: _Key, prepare: Callable[[AttentionPlan], None]) -> _Graph:
         """Capture a step.

@@ -51,7 +51,7 @@ class PagePool:
 
 
 class KVCache:
-    """Keys and values of every layer: caches [P, page_size, Hkv, Dh], Hkv this rank's kv heads.
+    """Keys and values of every layer: caches [P, page_size, Hkv, Dh].
 
     Of several layouts the layers come one behind another.
     """
@@ -63,11 +63,10 @@ class KVCache:
         page_size: int,
         dtype: torch.dtype,
         arena: Arena,
-        tp_size: int = 1,
     ) -> None:
         self.page_size = page_size
         shapes = [
-            layout.cache_shape(num_pages, page_size, tp_size)
+            layout.cache_shape(num_pages, page_size)
             for layout in layouts
             for _ in range(layout.num_layers)
         ]

@@ -66,7 +66,8 @@ class Observer(Protocol):
 
 
 class Runner:
-    """Holds model, cache and attention together, and the newest token of every slot."""
+    """Holds model, cache and attention together, and the newest token of every slot whose steps are
+    planned ahead."""
 
     def __init__(
         self,
@@ -144,11 +145,6 @@ class Runner:
         if self.observer is not None:
             self.observer.observe(step, replayed.streams)
         return outcome
-
-    def keep_newest(self, slots: np.ndarray, token_ids: np.ndarray) -> None:
-        """Note the newest tokens [B] of these slots [B], for the next step's forward."""
-        index, values = to_device(slots, self.device), to_device(token_ids, self.device)
-        self.last_tokens.index_copy_(0, index, values)
 
     def forward(
         self, batch: Batch, collect: set[int], rows: Tensor | None

@@ -50,7 +50,7 @@ class Sampler:
     ) -> dict[int, str]:
         """By row [S], why a sample ends with the token [S] at that position [S]; of the slots
         `owners` [S]."""
-        stopped = np.isin(token_ids, self._eos) & ~slots.ignore_eos[owners]
+        stopped = (token_ids[:, None] == self._eos).any(1) & ~slots.ignore_eos[owners]
         for i in np.flatnonzero(slots.own_stops[owners]):
             stopped[i] |= int(token_ids[i]) in slots.owner(owners[i]).request.params.stop_token_ids
         stopped &= positions + 1 >= slots.min_length[owners]

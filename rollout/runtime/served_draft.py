@@ -34,12 +34,11 @@ def load_draft(
 ) -> UpdateSession:
     """The draft's parameters in the arena, filled from its folder, under the folder's version.
 
-    Raises WeightLoadError for a draft with NaN or Inf, and ValueError for one that the tensor
-    parallel ranks cannot share.
+    Every tensor parallel rank has it whole. Raises WeightLoadError for a draft with NaN or Inf.
     """
-    specs = folder.config.param_specs(ranks.shard)
+    specs = folder.config.param_specs(replica=ranks.rank > 0)
     params = arena.allocate("draft", {spec.name: (spec.shape, dtype) for spec in specs})
-    folder.fill(params, ranks.shard)
+    folder.fill(params)
     session = UpdateSession(specs, params, WeightVersion(0, ""), ranks.group, tag="draft")
     return versioned(session, read_version(folder.path))
 
@@ -57,7 +56,7 @@ class ServedDraft(ServedModel):
 
     @property
     def params(self) -> Mapping[str, Tensor]:
-        """This rank's parameters, by the names of config.param_specs; rewritten in place."""
+        """The parameters, by the names of config.param_specs; rewritten in place."""
         return self.session.params
 
     @property

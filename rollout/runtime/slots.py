@@ -177,13 +177,21 @@ class Slots:
             self.owner(slots[i]).stamp(int(positions[i]), version)
         self.version[slots] = self._number
 
-    def context(self, slot: int) -> np.ndarray:
-        """All tokens of a sample that have arrived, [known] int32; not to be changed."""
-        seq = self.owner(slot)
-        if self.filled[slot] != self.entry[slot]:
+    def contexts(self, slots: np.ndarray) -> tuple[list[RunningSample], list[np.ndarray]]:
+        """The samples of these slots, and all tokens of each that have arrived, [known] int32; not
+        to be changed."""
+        for slot in slots[self.filled[slots] != self.entry[slots]]:
+            seq = self.owner(slot)
             self.tokens[slot, : len(seq.token_ids)] = seq.token_ids
             self.filled[slot] = self.entry[slot]
-        return self.tokens[slot, : self.known[slot]]
+        seqs = [self.owner(slot) for slot in slots]
+        known = zip(slots, self.known[slots].tolist(), strict=True)
+        return seqs, [self.tokens[slot, :length] for slot, length in known]
+
+    def newest(self, slots: np.ndarray) -> np.ndarray:
+        """The newest tokens [B] int64 of these slots, which decode; -1 where one is on its way."""
+        token_ids = self.tokens[slots, self.length[slots] - 1]
+        return np.where(self.known[slots] == self.length[slots], token_ids.astype(np.int64), -1)
 
     def drawn(self, seq: RunningSample, start: int) -> tuple[list[int], list[float], list[float]]:
         """Token ids, log-probs and, where those are truncated, thresholds of what a sample has

@@ -3,7 +3,7 @@
 The host needs no token to plan the next step, only lengths; drawn tokens stay on the device for the
 next forward and arrive here one step later. So a sample that draws a stop token takes part in one
 more step, whose result for it is dropped. Where tokens are guessed, lengths are known once a step's
-results are: then steps are taken in one by one.
+results are: the next one is planned behind them, and runs while callers are told of them.
 """
 
 import itertools
@@ -40,7 +40,7 @@ class _Flight:
 
 class StepLoop:
     """Plans, starts and takes in steps. depth: how many may be in flight after a call; it may be
-    changed between calls. speculation: what guesses tokens, if anything does; then depth is 0."""
+    changed between calls. speculation: what guesses tokens, if anything does."""
 
     def __init__(
         self,
@@ -51,7 +51,6 @@ class StepLoop:
         depth: int,
         speculation: Speculation | None = None,
     ) -> None:
-        assert depth == 0 or speculation is None
         self._scheduler = scheduler
         self._slots = slots
         self._runner = runner
@@ -71,13 +70,15 @@ class StepLoop:
         """
         step: EngineStep | None = None
         try:
+            if self._speculation is not None:
+                self._take_in_all(keep=0)
             step = self._scheduler.schedule(in_flight=bool(self._flights))
             if step is None or step.num_tokens == 0:
                 return self._collect(keep=0)
             if self._speculation is not None:
                 step = self._speculation.add_drafts(step, self._scheduler, self._slots)
-            owners, positions = self._drawn_by(step)
             outcome = self._runner.launch(step, self._slots, self._sampler)
+            owners, positions = self._drawn_by(step)
             self._scheduler.launched(step)
             self._flights.append(_Flight(step, outcome, owners, positions, version))
             step = None
@@ -117,13 +118,16 @@ class StepLoop:
 
     def _collect(self, keep: int) -> list[RunningSample]:
         """Take in all but the `keep` newest steps; the samples that finished."""
+        self._take_in_all(keep)
+        finished, self._finished = self._finished, []
+        return finished
+
+    def _take_in_all(self, keep: int) -> None:
         while len(self._flights) > keep:
             self._finished += self._take_in(self._flights[0])
             self._flights.popleft()
         while self._flights and not self._awaited(self._flights[0]):
             self._flights.popleft()
-        finished, self._finished = self._finished, []
-        return finished
 
     @staticmethod
     def _awaited(flight: _Flight) -> bool:
@@ -147,7 +151,7 @@ class StepLoop:
         drawn = flight.positions[rows], token_ids[rows], logprobs[rows]
         least = None if thresholds is None else thresholds[rows]
         slots.append(owners, *drawn, flight.version, least)
-        self._settle_lengths(flight, token_ids)
+        self._settle_lengths(flight)
         own = flight.owners[:num_decode]
         for row in np.flatnonzero(slots.collects[own] & flight.live[:num_decode]):
             slots.owner(own[row]).add_hidden(collected, slice(row, row + 1))
@@ -193,14 +197,13 @@ class StepLoop:
             flight.live[:num_rows] &= drafts.holding(token_ids[:num_rows], ends[:num_rows])
         return {row: reason for row, reason in reasons.items() if flight.live[row]}
 
-    def _settle_lengths(self, flight: _Flight, token_ids: np.ndarray) -> None:
+    def _settle_lengths(self, flight: _Flight) -> None:
         """Tell how many tokens each sample got, now that it is known which guesses were right."""
         step, drafts = flight.step, flight.step.drafts
         if drafts is None:
             return
         counts = drafts.counts(flight.live[: step.num_decode_rows])
         self._slots.advance_more(step.decode, counts - 1)
-        self._runner.keep_newest(step.decode, token_ids[drafts.firsts + counts - 1])
         if self._speculation is not None:
             self._speculation.learn(drafts, counts)
 

@@ -50,7 +50,8 @@ class AcceptLengths:
 
     def plus(self, drafts: Drafts, counts: np.ndarray) -> Self:
         """With a step's: counts [B], the tokens that each of its samples got."""
-        guessed, right = by_place(drafts, counts, len(self.guessed))
+        places = len(self.guessed)
+        guessed, right = num_beyond(drafts.lens, places), num_beyond(counts - 1, places)
         verified = drafts.lens > 0
         sums = int(verified.sum()), int(counts[verified].sum())
         return self + type(self)(*sums, tuple(guessed.tolist()), tuple(right.tolist()))
@@ -75,7 +76,6 @@ class AcceptLengths:
         )
 
 
-def by_place(drafts: Drafts, counts: np.ndarray, places: int) -> tuple[np.ndarray, np.ndarray]:
-    """(guesses, right ones) in each place [places], of counts [B] tokens that the samples got."""
-    place = np.arange(places)[:, None]
-    return (drafts.lens > place).sum(1), (counts - 1 > place).sum(1)
+def num_beyond(values: np.ndarray, places: int) -> np.ndarray:
+    """How many of values, integers from 0 on, are above 0, 1, ...; [places] int64."""
+    return len(values) - np.cumsum(np.bincount(values, minlength=places))[:places]

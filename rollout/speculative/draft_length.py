@@ -7,7 +7,7 @@ here can change a token.
 import numpy as np
 
 from samebit.rollout.runtime.drafts import Drafts
-from samebit.rollout.speculative.accept_lengths import by_place
+from samebit.rollout.speculative.accept_lengths import num_beyond
 
 FREE_ROWS = {"cpu": 16, "cuda": 128}
 """Rows that a step may have until they cost as much again as reading the weights once."""
@@ -46,9 +46,10 @@ class DraftLength:
 
     def learn(self, drafts: Drafts, counts: np.ndarray) -> None:
         """Take in a step's outcome: counts [B], the tokens that each sample got."""
-        place = np.arange(self._most)[:, None]
-        _, right = by_place(drafts, counts, self._most)
-        tried = ((drafts.lens > place) & (counts > place)).sum(1)  # all before it were right
+        if not self._adaptive:
+            return
+        right = num_beyond(counts - 1, self._most)
+        tried = num_beyond(np.minimum(drafts.lens, counts), self._most)  # those before were right
         some = tried > 0
         self._tried += some
         self._right[some] += right[some] / tried[some]

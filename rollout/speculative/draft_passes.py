@@ -1,4 +1,9 @@
-"""DraftPasses: what a draft model computes for an engine, over keys and values in its KV cache."""
+"""DraftPasses: what a draft model computes for an engine, over keys and values in its KV cache.
+
+Every tensor parallel rank has the whole draft, and computes the same on the same streams: a pass is
+too short to be worth a sum over ranks at each of its products. The target's embedding alone is
+theirs together.
+"""
 
 from collections.abc import Mapping
 
@@ -6,6 +11,7 @@ from torch import Tensor
 
 from samebit.kernels.attention_inputs import attention_inputs
 from samebit.kernels.attention_kind import AttentionPlan
+from samebit.kernels.reduce import ALONE
 from samebit.kernels.sample import draw
 from samebit.kernels.transfer import to_device
 from samebit.rollout.models.draft.config import EMBEDDING
@@ -20,9 +26,9 @@ class DraftPasses:
         draft = parts.draft
         assert draft is not None, "the engine loads it before it makes its KV cache"
         self._parts, self._params, self.config = parts, draft.params, draft.config
-        self._draft = DraftDecoder(
-            draft.config, draft.params, parts.runner.model.embedding, parts.ranks
-        )
+        ranks = ALONE if draft.config.owns_embedding else parts.ranks
+        embedding = parts.runner.model.embedding
+        self._draft = DraftDecoder(draft.config, draft.params, embedding, ranks)
         device = parts.runner.device
         self.attention = type(parts.attention)(self._draft.heads, device)
         self._rope_table = draft.config.rope_table(parts.num_positions, device)
@@ -32,6 +38,10 @@ class DraftPasses:
     def fuse(self, streams: Mapping[int, Tensor]) -> Tensor:
         """The states [T, D] that are made of captured streams, each [T, Dt], by layer."""
         return self._model().fuse([streams[layer] for layer in self.config.captured_layers])
+
+    def mask_state(self) -> Tensor:
+        """Of a block draft: see DraftDecoder.mask_state."""
+        return self._model().mask_state()
 
     def step(
         self,

@@ -1,9 +1,11 @@
-"""Eagle3: a chain of guesses by a draft model, over what the target computed.
+"""Eagle3: guesses by a draft model, one behind another, over what the target computed.
 
 At position p the draft reads the target's streams of token p and, beside them, token p + 1. Its
 keys and values lie in the last layer of the KV cache, in the sample's own pages: they are forked,
 kept and found again with the target's. What is drafted goes on from the draft's own states, and is
-written over once the target has computed those tokens. Source: Li et al. 2025, arXiv 2503.01840.
+written over once the target has computed those tokens. Source: Li et al. 2025, arXiv 2503.01840. A
+block draft reads masks behind what was drawn, and says all tokens in that one pass; it is run
+without CUDA graphs.
 
 A guess is drawn as the target will draw, with the same noise for each token of its vocabulary: at a
 temperature, too, both mostly take the same token where they think alike.
@@ -36,7 +38,8 @@ class Eagle3(Proposer):
         assert parts.draft is not None
         self._served, self.config = parts.draft, parts.draft.config
         self.streams = self.config.captured_layers
-        self.cost = 1 / parts.runner.model.config.num_layers
+        # Of a block draft one pass is all, however much it guesses.
+        self.cost = 0.0 if self.config.is_block else 1 / parts.runner.model.config.num_layers
         # By slot, what the target computed last: fused states of `count` tokens from `first` on.
         num_slots, most = parts.slots.num_slots, parts.num_draft_tokens + 1
         shape = (num_slots + 1, most, self.config.hidden_size)  # the last place is nobody's
@@ -106,7 +109,9 @@ class Eagle3(Proposer):
         token_ids = np.concatenate(behind).astype(np.int64)
         chains = Chains(slots, lengths, room, layout, token_ids)
         graphs = self._usable_graphs()
-        if graphs is not None and graphs.fits(chains):
+        if self.config.is_block:
+            guesses = self._block(chains)
+        elif graphs is not None and graphs.fits(chains):
             guesses = graphs.guess(chains)
         else:
             guesses = self._guess(chains)
@@ -139,6 +144,29 @@ class Eagle3(Proposer):
         fed, final = self._step(self._states[where], read, layout)
         lasts = self._on_device(np.cumsum(layout.lens) - 1)
         return self._chain(fed[lasts], final[lasts], chains.slots, chains.lengths, chains.room)
+
+    def _block(self, chains: Chains) -> np.ndarray:
+        """Guesses [B, most room] of a block draft: of each context's last token, and of masks."""
+        slots, room, read = chains.slots, chains.room, chains.layout.lens
+        lens = read + np.maximum(room - 1, 0)
+        layout = lay_out(slots, chains.layout.starts, lens, self.parts.slots)
+        owners = np.repeat(np.arange(len(slots)), lens)
+        offsets = layout.positions - layout.starts[owners]
+        behind = offsets - (read - 1)[owners]  # the last token that was drawn: masks are above 0
+        token_ids = np.full(len(owners), self.config.mask_token_id)
+        token_ids[behind <= 0] = chains.token_ids
+        where = self._on_device(slots[owners]), self._on_device(np.where(behind > 0, 0, offsets))
+        is_mask = self._on_device(behind > 0)[:, None]
+        states = torch.where(is_mask, self._passes.mask_state(), self._states[where])
+        _, final = self._step(states, self._on_device(token_ids), layout)
+        table = np.zeros((len(slots), int(room.max())), dtype=np.int64)
+        if len(rows := np.flatnonzero((behind >= 0) & (room > 0)[owners])):
+            of, places = owners[rows], behind[rows]
+            chosen = self._choose(
+                final[self._on_device(rows)], slots[of], chains.lengths[of] + places
+            )
+            table[of, places] = chosen.cpu().numpy()
+        return table
 
     def _unread(self, contexts: Sequence[Context]) -> np.ndarray:
         """The contexts for whose new tokens there are all states.

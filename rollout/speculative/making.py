@@ -13,8 +13,8 @@ from samebit.rollout.speculative.speculation import Speculation
 def open_speculation(config: EngineConfig, target: ModelConfig) -> DraftFolder | None:
     """The draft model of an engine, if it has one; its weights are not read yet.
 
-    Raises ValueError for a proposer that cannot be imported, and for a draft that is missing or of
-    another target, besides what open_draft raises.
+    Raises ValueError for a proposer that cannot be imported, and for a draft that is missing, of
+    another kind than eagle3 or peagle say, or of another target, besides what open_draft raises.
     """
     kind = config.speculative
     if kind != "none":
@@ -29,6 +29,13 @@ def open_speculation(config: EngineConfig, target: ModelConfig) -> DraftFolder |
     path = Path(config.draft_model)
     folder = open_draft(path, target.num_layers, config.draft_norm_output)
     draft = folder.config
+    wanted = {"eagle3": False, "peagle": True}.get(kind, draft.is_block)
+    if draft.is_block != wanted:
+        what, other = ("a block", "peagle") if draft.is_block else ("no block", "eagle3")
+        raise ValueError(
+            f"engine.draft_model is {str(path)!r}, {what} draft; engine.speculative must be {other}"
+            " or hybrid"
+        )
     sizes = {
         "hidden_size": (draft.target_hidden_size, target.hidden_size),
         "vocab_size": (draft.vocab_size, target.vocab_size),

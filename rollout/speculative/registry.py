@@ -6,6 +6,7 @@ from samebit.rollout.speculative.proposer import Proposer
 PROPOSERS = {
     "suffix": "samebit.rollout.speculative.suffix:Suffix",
     "eagle3": "samebit.rollout.speculative.eagle3:Eagle3",
+    "peagle": "samebit.rollout.speculative.eagle3:Eagle3",
     "hybrid": "samebit.rollout.speculative.hybrid:Hybrid",
 }
 """Where each proposer is, as "module:class"; the names of EngineConfig.speculative."""

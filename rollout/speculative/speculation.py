@@ -1,5 +1,6 @@
 """Speculation: adds guesses to engine steps, and counts how many were right."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,20 +36,14 @@ class Speculation:
         wanted = self._length.choose(len(step.decode))
         if not wanted and not self.proposer.streams:
             return step
-        room = scheduler.room_for_drafts(step, wanted).tolist()
-        contexts = [
-            Context(slots.owner(slot), int(slot), slots.context(slot), most)
-            for slot, most in zip(step.decode, room, strict=True)
-        ]
-        guesses = [
-            self._guesses(proposal, context)
-            for proposal, context in zip(self._propose(contexts), contexts, strict=True)
-        ]
-        if not any(guesses):
+        room = scheduler.room_for_drafts(step, wanted)
+        seqs, token_ids = slots.contexts(step.decode)
+        columns = seqs, step.decode.tolist(), token_ids, room.tolist()
+        proposals = self._propose([*map(Context, *columns)])
+        drafts = self._drafts([self._guesses(proposal) for proposal in proposals], room)
+        if not len(drafts.token_ids):
             return step
-        lens = np.array([len(ids) for ids in guesses], dtype=np.int64)
-        token_ids = np.array([i for ids in guesses for i in ids], dtype=np.int64)
-        return EngineStep(step.decode, step.chunks, Drafts(lens, token_ids))
+        return EngineStep(step.decode, step.chunks, drafts)
 
     def learn(self, drafts: Drafts, counts: np.ndarray) -> None:
         """Take in how many tokens [B] each decoding sample of a step with guesses got."""
@@ -66,18 +61,32 @@ class Speculation:
             )
         return found
 
-    def _guesses(self, proposal: Proposal, context: Context) -> Sequence[int]:
+    def _drafts(self, guesses: Sequence[Sequence[int]], room: np.ndarray) -> Drafts:
+        """The guesses of each sample, as a step has them."""
+        lens = np.fromiter(map(len, guesses), np.int64, len(guesses))
+        every = itertools.chain.from_iterable(guesses)
+        try:
+            token_ids = np.fromiter(every, np.int64, int(lens.sum()))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ProposerError(f"{self._name} proposed what is no token: {error}") from error
+        if (lens > room).any():
+            first = int(np.argmax(lens > room))
+            raise ProposerError(
+                f"{self._name} proposed {lens[first]} tokens where there is room for {room[first]}"
+            )
+        vocab_size = self.proposer.parts.vocab_size
+        known = (token_ids >= 0) & (token_ids < vocab_size)
+        if not known.all():
+            first = int(np.searchsorted(np.cumsum(lens), np.argmin(known), side="right"))
+            raise ProposerError(
+                f"{self._name} proposed {list(guesses[first])}; the vocabulary has {vocab_size} "
+                "tokens"
+            )
+        return Drafts(lens, token_ids)
+
+    def _guesses(self, proposal: Proposal) -> Sequence[int]:
         """The tokens of a proposal that are worth a row."""
-        token_ids, vocab_size = list(proposal.token_ids), self.proposer.parts.vocab_size
-        if len(token_ids) > context.room:
-            raise ProposerError(
-                f"{self._name} proposed {len(token_ids)} tokens where there is room for "
-                f"{context.room}"
-            )
-        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
-            raise ProposerError(
-                f"{self._name} proposed {token_ids}; the vocabulary has {vocab_size} tokens"
-            )
+        token_ids = proposal.token_ids
         if proposal.confidences is None or not self._adaptive:
             return token_ids
         if len(proposal.confidences) != len(token_ids):

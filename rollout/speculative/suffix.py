@@ -12,6 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Self
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from samebit.rollout.runtime.running_sample import RunningSample
@@ -38,18 +39,20 @@ class _Reader:
 
     group: _Group
     index: int
+    text: list[int]
 
-    @property
-    def text(self) -> list[int]:
-        return self.group.texts[self.index]
+    @classmethod
+    def of(cls, group: _Group) -> Self:
+        """Of a text that is new in the group."""
+        group.texts.append([])
+        return cls(group, len(group.texts) - 1, group.texts[-1])
 
     def read(self, token_ids: Sequence[int], found: bool = True) -> None:
         """Add tokens to the text; `found`: and to the places."""
-        text = self.text
-        for token in token_ids:
-            text.append(token)
-            if found and len(text) >= _GRAM:
-                self.group.places[tuple(text[-_GRAM:])].append((self.index, len(text)))
+        start, text, places = len(self.text), self.text, self.group.places
+        text += token_ids
+        for end in range(max(start + 1, _GRAM), len(text) + 1) if found else ():
+            places[tuple(text[end - _GRAM : end])].append((self.index, end))
 
     def match(self) -> tuple[int, int, int]:
         """(length of the longest match, text, end of the match in it); length 0: none."""
@@ -58,11 +61,14 @@ class _Reader:
             other, length = self.group.texts[index], _GRAM
             if end == len(other):  # nothing is known to follow; its own end too
                 continue
-            most = min(_LONGEST, len(text), end)
+            most, longer = min(_LONGEST, len(text), end), best[0] + 1
+            if longer > most or text[-longer:] != other[end - longer : end]:
+                continue
+            same = text[-most:] == other[end - most : end]  # mostly so where a text is in a loop
+            length = most if same else max(length, longer)
             while length < most and text[-length - 1] == other[end - length - 1]:
                 length += 1
-            if length > best[0]:
-                best = length, index, end
+            best = length, index, end
         return best
 
     def following(self, index: int, end: int, num_tokens: int) -> list[int]:
@@ -101,8 +107,7 @@ class Suffix(Proposer):
         reader = self._readers.get(sample)
         if reader is None:
             group = self._groups.setdefault(sample.request.request_id, _Group())
-            reader = self._readers[sample] = _Reader(group, len(group.texts))
-            group.texts.append([])
+            reader = self._readers[sample] = _Reader.of(group)
             reader.read(sample.request.prompt_ids, found=reader.index == 0)
         reader.read(context.token_ids[len(reader.text) :].tolist())
         return reader

@@ -1,4 +1,5 @@
-"""A draft trained by three data parallel ranks: equal bits on all, in rank order, resumed alike."""
+"""A draft trained by several ranks: equal bits on all, summed in rank order; of a target that
+tensor parallel ranks share, the bits of one that is whole."""
 
 import pytest
 import torch
@@ -54,3 +55,18 @@ def test_gradients_are_summed_in_rank_order(found):
         assert found[0]["stats"][number]["loss"] == pytest.approx(stats.loss, rel=1e-14)
     for name, param in trainer.params.items():
         assert_same_bits(param, found[0]["params"][name], name)
+
+
+def test_a_target_in_shards_trains_the_same_draft(run_ranks, tmp_path):
+    """Each of its ranks trains the whole draft, by a part of embedding and output layer."""
+    run_ranks("rank_draft.train_by_shards", 2, tmp_path / "out")
+    trainer = make_trainer(make_config(), passes=2)
+    stats = [
+        trainer.train_step(make_batches(trainer.config, LONG, number, max_tokens=30))
+        for number in range(2)
+    ]
+    for rank in range(2):
+        found = torch.load(tmp_path / f"out.{rank}", weights_only=False)
+        assert found["stats"] == [vars(own) for own in stats]
+        for name, param in trainer.params.items():
+            assert_same_bits(found["params"][name], param, name)

@@ -25,6 +25,8 @@ SMALL = ["device=cpu", "batches=[1,3]", "input_len=9", "output_len=12", "repeats
         (["proposers=[none]"], "without none, which is measured beside them"),
         (["simulated_acceptance=0.5"], "simulated_acceptance is 0.5"),
         (["proposers=[simulated]", "simulated_acceptance=1.5"], "it must be from 0 to 1"),
+        (["proposers=[peagle]"], "block_draft_model is None; it must be a block draft's folder"),
+        (["block_draft_model=x"], "block_draft_model is 'x'; .* where proposers has peagle, else"),
         (["batches=[0]"], "from 1 to engine.max_num_seqs, 512, each"),
         (["batches=[1,513]"], "from 1 to engine.max_num_seqs, 512, each"),
         (["output_len=0"], "output_len is 0"),
@@ -71,7 +73,6 @@ def test_other_tokens_are_told(qwen3_path, tmp_path, capsys, monkeypatch):
     words = [f"model={qwen3_path}", *SMALL, f"output_dir={tmp_path}", "proposers=[simulated]"]
     run = resolve("bench speculative", words)
     engines = speculative.engines_of(run, speculative.resolve_device("cpu"))
-    monkeypatch.setattr(simulated, "ACCEPTANCE", [0.7])
     generate = engines["simulated"].generate
 
     def one_is_another(prompts, params, ids):
@@ -86,8 +87,8 @@ def test_other_tokens_are_told(qwen3_path, tmp_path, capsys, monkeypatch):
 def test_guesses_are_right_as_often_as_asked(monkeypatch):
     """By the place alone, however the sample is asked."""
     tokens = tuple(range(1000))
-    monkeypatch.setattr(simulated, "TRUTH", {7: tokens})
-    monkeypatch.setattr(simulated, "ACCEPTANCE", [0.7])
+    monkeypatch.setattr(simulated, "GUESSES", {})
+    simulated.expect(7, tokens, 0.7, vocab_size=5000)
     proposer = simulated.Simulated(SimpleNamespace(vocab_size=5000))
     sample = SimpleNamespace(sample_id=7, request=SimpleNamespace(prompt_ids=(1, 2)))
     [whole] = proposer.propose([Context(sample, 0, np.zeros(2), 1000)])

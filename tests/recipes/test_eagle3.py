@@ -122,6 +122,21 @@ def test_a_resumed_run_ends_in_the_same_bytes(base, runs):
     assert manifests[0] == manifests[1]
 
 
+@pytest.mark.long
+def test_a_block_draft_is_trained_and_guesses(runs, target):
+    """Its folder, in the speculators dialect, serves an engine that draws what others draw."""
+    words = "draft.mask_token_id=11", "draft.dialect=speculators", "draft.feeds_normed=false"
+    _, rows = runs.train("block", *words, "rollout.eval_every=6")
+    trained = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert trained[-1] < trained[0]
+    draft = f"block_draft_model={runs.folder / 'block' / 'draft'}"
+    bench = ["device=cpu", "batches=[3]", "input_len=9", "output_len=12", "repeats=1"]
+    bench += ["proposers=[peagle]", "adaptive_drafts=false", draft, f"output_dir={runs.folder}"]
+    assert main(["bench", "speculative", f"model={target}", *bench]) == 0
+    report = json.loads((runs.folder / "bench_speculative" / "bench.json").read_text())
+    assert len(report["batches"]["3"]["peagle"]["acceptance"]) == 5
+
+
 def test_another_target_is_refused(base, runs, tmp_path):
     """The same folder with other weights; and another setting, by name."""
     original, _, _ = base
@@ -207,6 +222,14 @@ def test_a_dry_run_reads_and_writes_nothing(runs, capsys):
         (["draft.layers=null"], "draft.layers: a target of 2 layers has no default"),
         (["draft.layers=[1,3]"], r"captured_layers is \[1, 3\]; the target has streams after 0"),
         (["draft.layers=[0,1]"], r"it has no embeddings \(0\)"),
+        (
+            ["draft.mask_token_id=12", "draft.dialect=speculators"],
+            "draft.mask_token_id is 12; the target has 12 tokens",
+        ),
+        (
+            ["draft.mask_token_id=3", "draft.dialect=speculators", "ttt.passes=1"],
+            "ttt.passes is 1; it must be at least 2 for a block draft",
+        ),
         (["draft.vocab_size=13"], "draft.vocab_size is 13; the target has 12 tokens"),
         (["rollout.max_new_tokens=60", "trainer.micro_batch_tokens=80"], "the model's context"),
     ],
@@ -224,6 +247,7 @@ def test_what_cannot_be_is_refused_before_it_begins(runs, overrides, message):
         (["draft.path=x"], "draft.vocab_size is 9; it must be None, its default: nothing reads"),
         (["draft.dialect=vllm"], "draft.dialect is 'vllm'; it must be one of"),
         (["draft.norm_before_residual=true"], "it must be false with draft.dialect=sglang"),
+        (["draft.mask_token_id=3"], "draft.mask_token_id is 3; it must be unset with draft.dialec"),
         (["draft.norm_output=sglang"], "nothing reads it where draft.path is unset"),
         (["draft.verifier=x"], "nothing reads it where draft.dialect is 'sglang'"),
         (

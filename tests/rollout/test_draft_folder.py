@@ -40,6 +40,7 @@ OTHERS = {
     "eagle3.1": {f"fc_norm.{i}.weight": [24] for i in range(3)},
     "speculators": {"input_norm.weight": [72]},
     "own width": {"fc.weight": [24, 80], "embed_tokens.weight": [61, 24]},
+    "block": {f"fc_norm.{i}.weight": [24] for i in range(3)} | {"mask_hidden": [1, 1, 72]},
 }
 LAYER_KEYS = {
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
@@ -63,7 +64,7 @@ def written(tmp_path):
     return write
 
 
-UNSAID = [("sglang", "speculators"), ("sglang", "own width")]
+UNSAID = [("sglang", name) for name in ("speculators", "own width", "block")]
 CASES = [(d, name) for d in DIALECTS for name in OPTIONS if (d, name) not in UNSAID]
 
 
@@ -132,6 +133,10 @@ def test_the_keys_of_the_speculators_dialect(written):
             "verifier": {"name_or_path": "some/target", "architectures": ["LlamaForCausalLM"]},
         },
     }
+    block = json.loads((written("speculators", "block") / "config.json").read_text())
+    assert block["architectures"] == ["PEagleDraftModel"]
+    assert block["speculators_model_type"] == block["speculators_config"]["algorithm"] == "peagle"
+    assert block["mask_token_id"] == 60
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -276,7 +281,9 @@ def test_tensors_of_the_vocabulary_must_agree(written):
         ("sglang", {"eagle_config": {IDS: []}}, "a list of layer ids from 0 on"),
         ("speculators", {"norm_before_residual": None}, "speculators takes false, and vLLM true"),
         ("speculators", {"eagle_config": {IDS: [1]}}, "eagle_config is of the sglang dialect"),
-        ("speculators", {"speculators_model_type": "peagle"}, 'must be "eagle3"'),
+        ("speculators", {"speculators_model_type": "dflash"}, 'must be "eagle3" or "peagle"'),
+        ("speculators", {"speculators_model_type": "peagle"}, "one of PEagleDraftModel, PEagleSp"),
+        ("speculators", {"mask_token_id": 5}, "mask_token_id is of a P-EAGLE draft"),
         (
             "speculators",
             {"transformer_layer_config": {"model_type": "qwen3"}},
@@ -293,9 +300,31 @@ def test_what_is_ambiguous_or_not_computed_is_refused(written, dialect, changes,
         open_draft(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"mask_token_id": None},
+            r"has no mask_token_id; it must be a token's id, in \[0, vocab_",
+        ),
+        ({"mask_token_id": 61}, "mask_token_id is 61"),
+        ({"norm_output": True}, "feeds_normed is True; it must be false with mask_token_id"),
+        ({"speculators_config": {"algorithm": "eagle3"}}, 'it must be "peagle"'),
+    ],
+    ids=str,
+)
+def test_block_drafts_that_are_refused(written, changes, message):
+    folder = written("speculators", "block")
+    edit_config(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        open_draft(folder)
+
+
 def test_what_a_dialect_cannot_say_is_not_written(written, tmp_path):
     with pytest.raises(ValueError, match="the sglang dialect has no norm_before_residual"):
         written("sglang", "speculators")
+    with pytest.raises(ValueError, match="the sglang dialect has no block drafts"):
+        written("sglang", "block")
     with pytest.raises(ValueError, match=r"it has no embeddings \(0\)"):
         written("sglang", "own width")
     with pytest.raises(ValueError, match="names the target; the draft has no verifier"):

@@ -10,6 +10,7 @@ from draft_cases import (
     make_params,
     make_vocabulary,
     plain_fuse,
+    plain_mask,
     plain_step,
     plain_tensors,
 )
@@ -29,7 +30,8 @@ LENS = (3, 20, 9)
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_two_steps_are_a_plain_forwards(name):
-    """Fusion, a step on it, a step on what that fed back: values, and gradients of all weights."""
+    """Fusion, a step on it, a step on what that fed back or on masks: values, and gradients of all
+    weights."""
     config = make_config(**OPTIONS[name])
     params = make_params(config)
     w = plain_tensors(config, params)
@@ -55,7 +57,12 @@ def test_two_steps_are_a_plain_forwards(name):
         return plain_causal(q, k, v, LENS, config.head_dim**-0.5)
 
     states, expected = draft.fuse(features), plain_fuse(config, w, [x.double() for x in features])
-    for ids in token_ids:
+    for i, ids in enumerate(token_ids):
+        if i and config.is_block:
+            ids = torch.full_like(ids, config.mask_token_id)
+            states, expected = (
+                mask.expand(T, -1) for mask in (draft.mask_state(), plain_mask(config, w))
+            )
         states, final = draft.step(states, ids, attend)
         expected, plain_final = plain_step(
             config, w, expected, ids, positions, plain_embedding, plain_attend
@@ -130,22 +137,6 @@ def test_main_grads_and_fp32_norms_give_the_same_gradients():
             assert_same_bits(main[name], expected[name], name)
         elif expected[name] is not None:
             assert_same_bits(param.grad, expected[name], name)
-
-
-def test_shards_are_parts_of_the_whole():
-    """Heads, features and vocabulary are split; fc and norms are not."""
-    config = make_config()
-    whole = {spec.name: spec.shape for spec in config.param_specs()}
-    half = {spec.name: spec.shape for spec in config.param_specs((1, 2))}
-    split = {name for name in whole if whole[name] != half[name]}
-    assert {name.removeprefix("draft.").removesuffix(".weight") for name in split} == {
-        "layers.0.self_attention.linear_qkv",
-        "layers.0.self_attention.linear_proj",
-        "layers.0.mlp.linear_fc1",
-        "layers.0.mlp.linear_fc2",
-        "output_layer",
-    }
-    assert half["draft.output_layer.weight"] == (512, 24)
 
 
 def test_a_new_draft_of_a_target(qwen3_path):

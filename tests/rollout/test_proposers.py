@@ -110,23 +110,20 @@ def test_no_more_is_guessed_than_pays():
     assert DraftLength(5, adaptive=False, free_rows=1, draft_cost=1).choose(999) == 5
 
 
-@pytest.fixture(scope="module")
-def draft_path(engine, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("draft") / "draft"
-    write_random_draft(folder, engine.model_config)
-    return str(folder)
-
-
-def test_a_chain_is_the_unrolled_draft(make_engine, engine, draft_path):
+@pytest.mark.parametrize(
+    ("speculative", "options"), [("eagle3", {}), ("peagle", {"mask_token_id": 5})]
+)
+def test_guesses_are_the_unrolled_drafts(make_engine, engine, tmp_path, speculative, options):
     """Each guess is what training unrolls on the target's streams: over chunks of prompts, samples
     that wait for slots, and tokens of which some were guessed."""
     from samebit.trainer.draft.ttt import unroll
 
+    write_random_draft(tmp_path / "draft", engine.model_config, **options)
     prompts, passes = make_prompts(5, 70, 33), 3
     params = SamplingParams(max_new_tokens=9, temperature=0.0, ignore_eos=True)
     own = make_engine(
-        speculative="eagle3", draft_model=draft_path, adaptive_drafts=False, prefix_cache=False,
-        num_draft_tokens=passes, prefill_chunk=17, max_num_seqs=2,
+        speculative=speculative, draft_model=str(tmp_path / "draft"), adaptive_drafts=False,
+        prefix_cache=False, num_draft_tokens=passes, prefill_chunk=17, max_num_seqs=2,
     )  # fmt: skip
     proposer, seen = own.speculation.proposer, []
     passed = proposer._passes

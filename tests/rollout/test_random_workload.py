@@ -77,7 +77,7 @@ SETTINGS = {
     "max_num_seqs": [8, 3, 2],
     "max_batch_tokens": [64, 9],
     "prefix_cache": [True, True, True, False],
-    "steps": ["one by one", "overlap", "guesses"],
+    "steps": ["one by one", "overlap", "guesses", "guesses and overlap"],
 }
 
 
@@ -160,8 +160,8 @@ class Workload(RuleBasedStateMachine):
     @initialize(settings=st.fixed_dictionaries(SETTINGS))
     def start(self, settings):
         steps = settings.pop("steps")
-        settings |= {"overlap": True} if steps == "overlap" else {}
-        if steps == "guesses":
+        settings |= {"overlap": True} if "overlap" in steps else {}
+        if "guesses" in steps:
             settings |= {"speculative": "suffix", "adaptive_drafts": False}
         self.engine = Engine(self.oracle.folder, **settings)
         if (speculation := self.engine.speculation) is not None:

@@ -42,6 +42,14 @@ def draft_path(engine, tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def block_path(engine, tmp_path_factory):
+    """As draft_path, and a block draft. Do not write to it."""
+    folder = tmp_path_factory.mktemp("draft") / "block"
+    write_random_draft(folder, engine.model_config, mask_token_id=0)
+    return str(folder)
+
+
 @pytest.fixture
 def make_recalling(make_engine, truth):
     """An engine whose guesses are mostly right."""
@@ -64,6 +72,7 @@ def make_recalling(make_engine, truth):
         {"page_size": 16, "kv_cache_tokens": 144},
         {"page_size": 1, "num_draft_tokens": 4},
         {"max_num_seqs": 2, "adaptive_drafts": True},
+        {"page_size": 16, "kv_cache_tokens": 144, "overlap": True},
     ],
     ids=str,
 )
@@ -139,7 +148,12 @@ def test_new_weights_amid_a_sample(make_engine, make_recalling, truth, mode):
 DRAFTED = [
     {"speculative": "eagle3"},
     {"speculative": "eagle3", "page_size": 16, "kv_cache_tokens": 192, "num_draft_tokens": 7},
+    {"speculative": "eagle3", "overlap": True},
     {"speculative": "hybrid", "page_size": 1, "prefill_chunk": 17, "num_draft_tokens": 2},
+]
+BLOCKS = [
+    {"speculative": "peagle", "page_size": 16, "kv_cache_tokens": 192, "num_draft_tokens": 7},
+    {"speculative": "hybrid", "max_num_seqs": 3, "overlap": True},
 ]
 
 
@@ -157,9 +171,19 @@ def test_a_draft_that_knows_nothing(make_engine, truth, draft_path, settings, we
     check_books(own)
 
 
-def drafted(own):
-    proposer = own.speculation.proposer
-    return getattr(proposer, "eagle3", proposer)
+@pytest.mark.parametrize("settings", BLOCKS, ids=str)
+def test_a_block_draft_that_knows_nothing(make_engine, truth, block_path, settings):
+    own = make_engine(**settings, adaptive_drafts=False, draft_model=block_path)
+    assert outcomes(own.generate(PROMPTS, PARAMS, IDS)) == outcomes(truth)
+    assert own.accept_lengths.guessed[-1] > 0
+    check_books(own)
+
+
+def test_a_draft_of_the_other_kind(make_engine, draft_path, block_path):
+    with pytest.raises(ValueError, match="a block draft; engine.speculative must be peagle or hy"):
+        make_engine(speculative="eagle3", draft_model=block_path)
+    with pytest.raises(ValueError, match="no block draft; engine.speculative must be eagle3 or h"):
+        make_engine(speculative="peagle", draft_model=draft_path)
 
 
 def test_a_drafts_weights_come_back(make_engine, truth, draft_path):
@@ -206,6 +230,11 @@ class Foreign(Proposer):
         return [Proposal([0, 331][: context.room]) for context in contexts]
 
 
+class NoToken(Proposer):
+    def propose(self, contexts):
+        return [Proposal(["a", 2**64][: context.room]) for context in contexts]
+
+
 class Short(Proposer):
     def propose(self, contexts):
         return []
@@ -221,6 +250,7 @@ class Broken(Proposer):
     [
         ("TooMany", "TooMany proposed 6 tokens where there is room for 5"),
         ("Foreign", r"Foreign proposed \[0, 331\]; the vocabulary has 331 tokens"),
+        ("NoToken", "NoToken proposed what is no token: invalid literal"),
         ("Short", "Short gave 0 proposals for 1 contexts"),
         ("Broken", r"Broken failed: KeyError\('lost'\)"),
     ],
@@ -252,10 +282,6 @@ def test_a_proposer_from_outside_that_is_wrong(make_engine, name, message):
         (
             {"speculative": "suffix", "draft_norm_output": "sglang"},
             "engine.draft_norm_output is 'sglang'; it must be sglang or specforge, or unset",
-        ),
-        (
-            {"speculative": "suffix", "overlap": True},
-            "engine.overlap is True; it must be unset or false with speculative=suffix",
         ),
     ],
 )

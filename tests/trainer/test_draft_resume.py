@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from draft_cases import make_config
+from draft_cases import OPTIONS, make_config
 from draft_training import make_batches, make_trainer
 from helpers import assert_same_bits
 
@@ -20,10 +20,11 @@ def step_of(trainer, number):
     return trainer.train_step(make_batches(trainer.config, seed=number, max_tokens=30))
 
 
-def test_a_resumed_run_takes_the_same_steps(tmp_path):
+@pytest.mark.parametrize("options", [OWN, OPTIONS["block"]], ids=["chain", "block"])
+def test_a_resumed_run_takes_the_same_steps(tmp_path, options):
     """By way of a checkpoint on disk, at any step, under a schedule of the learning rate."""
     config, settings = (
-        make_config(**OWN),
+        make_config(**options),
         {"passes": 2, "lr_schedule": "cosine", "weight_decay": 0.1},
     )
     trainer = make_trainer(config, **settings)

@@ -7,6 +7,7 @@ from draft_cases import (
     OPTIONS,
     make_config,
     plain_fuse,
+    plain_mask,
     plain_step,
     plain_tensors,
 )
@@ -59,6 +60,9 @@ def plain_losses(config, w, trainer, data):
     found = []
     for i in range(trainer.ttt.passes):
         shifted = torch.cat([ids[i + 1 :], ids[: i + 1]])
+        if i and config.is_block:
+            shifted = torch.full_like(ids, config.mask_token_id)
+            states = plain_mask(config, w).expand(T, -1)
         states, final = plain_step(config, w, states, shifted, positions + i, embedding, attend)
         log_q = (final @ w["lm_head.weight"].t()).log_softmax(-1)
         losses, rows = [], 0
@@ -216,6 +220,13 @@ def test_wrong_settings_are_refused(settings, message):
         TttConfig(**settings)
 
 
+def test_a_block_draft_needs_a_pass_behind_a_mask():
+    with pytest.raises(
+        ValueError, match="ttt.passes is 1; it must be at least 2 for a block draft"
+    ):
+        make_trainer(make_config(**OPTIONS["block"]), passes=1)
+
+
 def test_accept_lengths_follow_the_chain():
     """By hand: tokens 0 to 9, of which 3 to 9 are drawn; a pass is right if it says t + 2 + i."""
     tokens = np.arange(10)
@@ -233,9 +244,13 @@ def test_accept_lengths_follow_the_chain():
     assert accept_lengths(right, tokens, np.array([2, 3, 4, 5]), [5, 5]) == [2]
 
 
+MASK = {"eagle3": {}, "eagle3.1": {}, "block": {"mask_token_id": 3}}
+
+
 def drafted_chain(config, w, embedding, fused, ids, column, passes, chosen):
     """What a draft says behind column's next token when it really drafts: token by token, each fed
-    with the one before; the target's streams are known up to the column."""
+    with the one before or, of a block draft, with a mask; the target's streams are known up to the
+    column."""
     keys, values, group = [], [], config.num_heads // config.num_kv_heads
 
     def attend(q, k, v):
@@ -254,13 +269,15 @@ def drafted_chain(config, w, embedding, fused, ids, column, passes, chosen):
         tokens = chosen[(final[-1:] @ w["lm_head.weight"].t()).argmax(-1)]
         states, positions = states[-1:], positions[-1:] + 1
         said.append(int(tokens))
+        if config.is_block:
+            tokens, states = torch.tensor([config.mask_token_id]), plain_mask(config, w)
     return said
 
 
-@pytest.mark.parametrize("name", ["eagle3", "eagle3.1"])
+@pytest.mark.parametrize("name", ["eagle3", "eagle3.1", "block"])
 def test_accept_lengths_are_those_of_real_drafting(name):
     """Of four tokens chance hits many: chains of every length, to the end of the sample."""
-    config = make_config(**OPTIONS[name], vocab_size=4, draft_vocab_size=3)
+    config = make_config(**OPTIONS[name] | {"vocab_size": 4, "draft_vocab_size": 3} | MASK[name])
     trainer = make_trainer(config, passes=3)
     generator = torch.Generator().manual_seed(4)
     ids = torch.randint(4, (60,), generator=generator)

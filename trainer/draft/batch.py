@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from samebit.kernels.logprob import logits
+from samebit.kernels.reduce import ALONE, RankGroup
 from samebit.kernels.rms_norm import rms_norm
 from samebit.rollout.models.draft.config import DraftConfig
 from samebit.trainer.types import MicroBatch
@@ -17,15 +18,17 @@ class TargetHead:
     """How the target's last stream becomes logits: its final norm and its output layer."""
 
     final_norm: Tensor  # [Dt]
-    output_weight: Tensor  # [V or more, Dt]
+    output_weight: Tensor  # [V or more, Dt], or this rank's rows of it
     norm_eps: float
     vocab_size: int
     num_layers: int
+    ranks: RankGroup = ALONE
+    """Who share its output layer and its embedding; all take the same micro-batches."""
 
     def logits(self, stream: Tensor) -> Tensor:
         """Streams [c, Dt] after all layers, not normalised -> [c, V] fp32."""
         hidden = rms_norm(stream, self.final_norm, self.norm_eps)
-        return logits(hidden, self.output_weight, self.vocab_size)
+        return logits(hidden, self.output_weight, self.vocab_size, self.ranks)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -30,3 +30,8 @@ class TttConfig:
         require(finite, "ttt.lk_decay", self.lk_decay, "finite and at least 0")
         if self.loss != "lk_lambda":
             require_default(self, "ttt", ("lk_decay",), f"ttt.loss is {self.loss!r}")
+
+    def require_enough(self, is_block: bool) -> None:
+        """ValueError for a block draft that no pass would have read a mask of."""
+        meaning = "at least 2 for a block draft, which reads masks from the second pass on"
+        require(self.passes >= 2 or not is_block, "ttt.passes", self.passes, meaning)

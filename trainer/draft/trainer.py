@@ -60,14 +60,16 @@ class DraftTrainer:
         ttt: TttConfig | None = None,
         ranks: RankGroup = ALONE,
     ) -> None:
-        """target_embedding [V, Dt]: read unless the draft has its own. ranks: the data parallel
-        ones, each with its own micro-batches. num_steps: of the learning rate's schedule."""
+        """target_embedding [V, Dt], or the rows of one of target.ranks: read unless the draft has
+        its own. ranks: the data parallel ones, each with its own micro-batches. num_steps: of the
+        learning rate's schedule."""
         if len(vocabulary) != config.draft_vocab_size:
             raise ValueError(
                 f"a vocabulary of {len(vocabulary)} tokens for a draft of {config.draft_vocab_size}"
             )
         self.config, self.vocabulary = config, vocabulary
         self.ttt, self.ranks = ttt or TttConfig(), ranks
+        self.ttt.require_enough(config.is_block)
         self.device, self.dtype = target.output_weight.device, target.output_weight.dtype
         self.specs = config.param_specs()
         self.step = 0
@@ -90,6 +92,7 @@ class DraftTrainer:
             config,
             matrices | self._vectors,
             embedding,
+            ALONE if config.owns_embedding else target.ranks,
             main_grads={name: self._grads[name] for name in matrices},
         )
         self._adam = MasterAdamW(self._masters, optimizer)

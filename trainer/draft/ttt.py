@@ -6,6 +6,10 @@ what the target says behind token t + 1 + i. So the target's row r is answered i
 r - 1 - i. Keys: those of pass 0 up to t, and column t's own of each pass since (kernels/
 ttt_attention.py). Source: Li et al. 2025, arXiv 2503.01840.
 
+In all passes but the first a block draft (P-EAGLE, arXiv 2602.01469) reads a mask: its token
+and its learned streams, whatever the pass before gave. All columns are trained in each pass, where
+the paper takes fewer of them the later the pass is.
+
 Deviations from the paper's code: a row counts if the token behind it is trained on, in every pass
 alike, and the mean is over rows that count, not over all positions.
 """
@@ -60,8 +64,12 @@ def unroll(draft: DraftDecoder, data: DraftBatch, passes: int, rope_table: Tenso
     done = Unrolled(attention, attention.plan_packed(batch.seq_lens), rope_table)
     states = draft.fuse([data.streams[layer] for layer in draft.config.captured_layers])
     finals = []
+    mask = draft.config.mask_token_id
     for i in range(passes):
         token_ids, positions = batch.input_ids.roll(-1 - i), batch.positions + i
+        if i and mask is not None:
+            token_ids = torch.full_like(token_ids, mask)
+            states = draft.mask_state().expand_as(states)
         attend = partial(done.attend, positions=positions)
         states, final = draft.step(states, token_ids, attend)
         finals.append(final)

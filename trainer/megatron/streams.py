@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from samebit.kernels.reduce import RankGroup, gather_rows
 from samebit.trainer.types import MicroBatch
 
 
@@ -21,11 +22,14 @@ class StreamObserver(Protocol):
 
 
 @contextmanager
-def observed(gpt: Any, batch: MicroBatch, observer: StreamObserver | None) -> Iterator[None]:
+def observed(
+    gpt: Any, batch: MicroBatch, observer: StreamObserver | None, ranks: RankGroup
+) -> Iterator[None]:
     """Within the block the micro-batch is computed once; at its end the observer is shown it.
 
-    gpt: a GPTModel of all layers, or Megatron's DDP around one. What the backward computes again
-    (recompute) is not seen: the hooks are gone by then.
+    gpt: a GPTModel of all layers, or Megatron's DDP around one; ranks: those that share its layers,
+    which all observe. What the backward computes again (recompute) is not seen: the hooks are gone
+    by then.
     """
     if observer is None:
         yield
@@ -49,4 +53,6 @@ def observed(gpt: Any, batch: MicroBatch, observer: StreamObserver | None) -> It
                 )
             hooks.callback(hook.remove)
         yield
+    if ranks.size > 1 and gpt.config.sequence_parallel:  # a rank has its part of the tokens
+        found = {i: gather_rows(found[i], ranks)[: batch.num_tokens] for i in observer.streams}
     observer.observe(batch, found)

@@ -71,7 +71,7 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
 
     observer: StreamObserver | None = None
     """Who is shown the residual streams of what train_step computes; without stages and ranks that
-    share a sample's tokens or layers."""
+    share a sample's tokens for its whole length."""
 
     def __init__(
         self,
@@ -302,7 +302,7 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
                 batch = share.batch
                 reference = None if reference is None else reference[share.rows]
             entropy_grad = algorithm.needs_entropy_grad
-            with observed(gpt, batch, self.observer):
+            with observed(gpt, batch, self.observer, self.ranks):
                 output = forward_logprobs(gpt, batch, self.model, share, entropy_grad)
             return output, partial(self._loss, batch, algorithm, reference, totals)
 

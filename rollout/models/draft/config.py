@@ -6,10 +6,14 @@ takes that and the next token's embedding side by side, and an output layer over
 vocabulary, a subset of the target's, says what follows. From then on the layer is fed with what it
 gave itself. Source: Li et al. 2025 (EAGLE-3), arXiv 2503.01840; the options `fc_norm` and
 `feeds_normed` are EAGLE-3.1, arXiv 2605.09992.
+
+A block draft says several tokens in one pass: behind the last token that is known the layer reads
+one mask after another, each the same token beside the same learned streams. Source: P-EAGLE, arXiv
+2602.01469; deviations: one layer instead of four, and an embedding that is not trained.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
@@ -21,9 +25,7 @@ from samebit.kernels.rope import rope_table
 from samebit.rollout.models.config import KVLayout
 from samebit.rollout.models.decoder import DenseModel
 from samebit.weight_sync.mapping import (
-    WHOLE,
     ParamSpec,
-    Shard,
     columns,
     grouped_qkv,
     plain,
@@ -34,6 +36,7 @@ from samebit.weight_sync.mapping import (
 FC = "draft.fc.weight"
 FC_NORM = "draft.fc_norm.{}.weight"
 INPUT_NORM = "draft.input_norm.weight"
+MASK = "draft.mask_hidden"
 LAYER = "draft.layers.0."
 FINAL_NORM = "draft.final_layernorm.weight"
 OUTPUT = "draft.output_layer.weight"
@@ -41,6 +44,7 @@ EMBEDDING = "draft.embedding.word_embeddings.weight"
 
 HF_LAYER = "midlayer."
 HF_EMBEDDING = "embed_tokens.weight"
+HF_MASK = "mask_hidden"
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class DraftConfig:
     """Add the layer's branches to its normalised input; to the input itself otherwise."""
     feeds_normed: bool = False
     """Feed the next draft step with the state after the final norm; before it otherwise."""
+    mask_token_id: int | None = None
+    """Of a block draft: the target's token whose embedding a mask has."""
     token_ids: dict[str, Any] = field(default_factory=dict)
     """pad_token_id, bos_token_id and eos_token_id, those that config.json has."""
     verifier: Verifier | None = None
@@ -98,6 +104,12 @@ class DraftConfig:
         self._require(self.head_dim % 2 == 0, "head_dim", "even, as rope turns pairs")
         fits = self.draft_vocab_size <= self.vocab_size
         self._require(fits, "draft_vocab_size", f"at most vocab_size = {self.vocab_size}")
+        mask, fits = self.mask_token_id, True
+        if mask is not None:
+            fits = type(mask) is int and 0 <= mask < self.vocab_size
+        self._require(fits, "mask_token_id", f"in [0, vocab_size = {self.vocab_size})")
+        feeds = self.feeds_normed and mask is not None
+        self._require(not feeds, "feeds_normed", "false with mask_token_id: no state is fed back")
         both = self.fc_norm and self.norm_before_fc
         self._require(not both, "fc_norm", "false where norm_before_fc is set")
         shares = self.owns_embedding or self.hidden_size == self.target_hidden_size
@@ -133,14 +145,19 @@ class DraftConfig:
         return cls(**given | {"draft_vocab_size": draft_vocab_size} | options)
 
     @property
+    def is_block(self) -> bool:
+        """Whether it says all tokens in one pass, behind masks."""
+        return self.mask_token_id is not None
+
+    @property
     def num_features(self) -> int:
         """Elements of the captured streams of one token."""
         return len(self.captured_layers) * self.target_hidden_size
 
-    def attention_heads(self, tp_size: int = 1) -> Heads:
-        """What attention is made for: the heads that each of tp_size ranks has."""
-        num_heads, num_kv_heads = self.num_heads // tp_size, self.num_kv_heads // tp_size
-        return Heads(num_heads, num_kv_heads, self.head_dim, scale=self.head_dim**-0.5)
+    @property
+    def attention_heads(self) -> Heads:
+        """What attention is made for."""
+        return Heads(self.num_heads, self.num_kv_heads, self.head_dim, scale=self.head_dim**-0.5)
 
     @property
     def kv_layout(self) -> KVLayout:
@@ -151,44 +168,43 @@ class DraftConfig:
         """The angles of the first positions, [num_positions, Dh] fp32."""
         return rope_table(self.head_dim, self.rope_theta, num_positions, self.rope_scaling, device)
 
-    def param_specs(self, shard: Shard = WHOLE) -> list[ParamSpec]:
-        """Every parameter of one tensor parallel rank, from Hugging Face tensors by the names of
-        the SGLang dialect. `fc` and the norms are whole on every rank.
+    def param_specs(self, replica: bool = False) -> list[ParamSpec]:
+        """Every parameter, whole, from Hugging Face tensors by the names of the SGLang dialect.
 
-        Raises ValueError for sizes that the ranks cannot share.
+        replica: of a tensor parallel rank behind the first one, which holds the same.
         """
         D, n = self.hidden_size, len(self.captured_layers)
-        specs = [plain(FC, "fc.weight", (D, self.num_features), shard)]
+        specs = [plain(FC, "fc.weight", (D, self.num_features))]
         for i in range(n) if self.fc_norm else ():
             name = f"fc_norm.{i}.weight"
-            specs.append(plain(FC_NORM.format(i), name, (self.target_hidden_size,), shard))
+            specs.append(plain(FC_NORM.format(i), name, (self.target_hidden_size,)))
         if self.norm_before_fc:
-            specs.append(plain(INPUT_NORM, "input_norm.weight", (self.num_features,), shard))
-        specs += self._layer_specs(shard)
-        specs.append(plain(FINAL_NORM, "norm.weight", (D,), shard))
+            specs.append(plain(INPUT_NORM, "input_norm.weight", (self.num_features,)))
+        if self.is_block:
+            specs.append(plain(MASK, HF_MASK, (self.num_features,)))
+        specs += self._layer_specs()
+        specs.append(plain(FINAL_NORM, "norm.weight", (D,)))
         Vd = self.draft_vocab_size
-        specs.append(vocab(OUTPUT, "lm_head.weight", (Vd, D), padded_vocab_size(Vd), shard))
+        specs.append(vocab(OUTPUT, "lm_head.weight", (Vd, D), padded_vocab_size(Vd)))
         if self.owns_embedding:
             V = self.vocab_size
-            specs.append(vocab(EMBEDDING, HF_EMBEDDING, (V, D), padded_vocab_size(V), shard))
-        return specs
+            specs.append(vocab(EMBEDDING, HF_EMBEDDING, (V, D), padded_vocab_size(V)))
+        return [replace(spec, replica=replica) for spec in specs]
 
-    def _layer_specs(self, shard: Shard) -> Iterator[ParamSpec]:
+    def _layer_specs(self) -> Iterator[ParamSpec]:
         D, F, Dh, hf = self.hidden_size, self.ffn_size, self.head_dim, HF_LAYER
         for name in ("input_layernorm.weight", "hidden_norm.weight"):
-            yield plain(f"{LAYER}{name}", f"{hf}{name}", (D,), shard)
+            yield plain(f"{LAYER}{name}", f"{hf}{name}", (D,))
         q, k, v = (f"{hf}self_attn.{x}_proj.weight" for x in "qkv")
         heads = (self.num_heads, self.num_kv_heads, Dh)
-        yield grouped_qkv(
-            f"{LAYER}self_attention.linear_qkv.weight", (q, k, v), heads, 2 * D, shard
-        )
+        yield grouped_qkv(f"{LAYER}self_attention.linear_qkv.weight", (q, k, v), heads, 2 * D)
         proj, o_proj = f"{LAYER}self_attention.linear_proj.weight", f"{hf}self_attn.o_proj.weight"
-        yield columns(proj, o_proj, (D, self.num_heads * Dh), shard)
+        yield columns(proj, o_proj, (D, self.num_heads * Dh))
         norm = f"{hf}post_attention_layernorm.weight"
-        yield plain(f"{LAYER}pre_mlp_layernorm.weight", norm, (D,), shard)
+        yield plain(f"{LAYER}pre_mlp_layernorm.weight", norm, (D,))
         gate_up = (f"{hf}mlp.gate_proj.weight", f"{hf}mlp.up_proj.weight")
-        yield stacked(f"{LAYER}mlp.linear_fc1.weight", gate_up, (F, D), shard)
-        yield columns(f"{LAYER}mlp.linear_fc2.weight", f"{hf}mlp.down_proj.weight", (D, F), shard)
+        yield stacked(f"{LAYER}mlp.linear_fc1.weight", gate_up, (F, D))
+        yield columns(f"{LAYER}mlp.linear_fc2.weight", f"{hf}mlp.down_proj.weight", (D, F))
 
 
 def default_layers(num_target_layers: int) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from samebit.kernels.attention_kind import Heads
 from samebit.kernels.linear import linear
 from samebit.kernels.logprob import logits
-from samebit.kernels.reduce import ALONE, RankGroup, row_parallel_linear, vocab_parallel_embedding
+from samebit.kernels.reduce import ALONE, RankGroup, vocab_parallel_embedding
 from samebit.kernels.rms_norm import rms_norm
 from samebit.kernels.swiglu import swiglu
 from samebit.rollout.models.draft.config import (
@@ -20,6 +20,7 @@ from samebit.rollout.models.draft.config import (
     FINAL_NORM,
     INPUT_NORM,
     LAYER,
+    MASK,
     OUTPUT,
     DraftConfig,
 )
@@ -37,10 +38,10 @@ def split_heads(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
 class DraftDecoder:
     """The draft over parameters that somebody else owns and may rewrite in place.
 
-    `params` are the shard of `ranks`; `embedding` [V, D] is that rank's rows of the target's or the
-    draft's own. Norms may be given in fp32: they are rounded to the states' dtype where they are
-    used. main_grads: fp32 buffers by name, to which the backward adds the gradients of those
-    matrices; without ranks alone.
+    `params` are whole, on every rank of a target that is not. `embedding` [V, D] is the draft's
+    own, or the target's rows of one of `ranks`. Norms may be given in fp32: they are rounded to the
+    states' dtype where they are used. main_grads: fp32 buffers by name, to which the backward adds
+    the gradients of those matrices.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class DraftDecoder:
     ) -> None:
         self.config = config
         self.ranks = ranks
-        self.heads = config.attention_heads(ranks.size)
+        self.heads = config.attention_heads
         self.embedding = embedding
         self._params = params
         self._main_grads = main_grads or {}
@@ -71,6 +72,11 @@ class DraftDecoder:
             joined = self._norm(joined, INPUT_NORM)
         return self._linear(joined, FC)
 
+    def mask_state(self) -> Tensor:
+        """The state [1, D] that stands for streams which the target has yet to compute."""
+        learned = self._params[MASK].to(self._params[FC].dtype)[None]
+        return self.fuse(learned.split(self.config.target_hidden_size, dim=-1))
+
     def step(self, states: Tensor, token_ids: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """One pass of the layer over states [T, D] and the tokens after them, token_ids [T].
 
@@ -81,24 +87,22 @@ class DraftDecoder:
         inputs = torch.cat([self._norm(embedded, f"{LAYER}input_layernorm.weight"), normed], -1)
         attended = attend(self._linear(inputs, f"{LAYER}self_attention.linear_qkv.weight"))
         residual = normed if self.config.norm_before_residual else states
-        residual = residual + self._row_parallel(
-            attended.flatten(1), f"{LAYER}self_attention.linear_proj.weight"
-        )
+        proj = f"{LAYER}self_attention.linear_proj.weight"
+        residual = residual + self._linear(attended.flatten(1), proj)
         branch = self._norm(residual, f"{LAYER}pre_mlp_layernorm.weight")
         branch = swiglu(self._linear(branch, f"{LAYER}mlp.linear_fc1.weight"))
-        residual = residual + self._row_parallel(branch, f"{LAYER}mlp.linear_fc2.weight")
+        residual = residual + self._linear(branch, f"{LAYER}mlp.linear_fc2.weight")
         final = self._norm(residual, FINAL_NORM)
         return (final if self.config.feeds_normed else residual), final
 
     def logits(self, final: Tensor) -> Tensor:
         """States [S, D] after the final norm -> [S, Vd] fp32, by draft id; not differentiable where
         main_grads hold the output layer."""
-        weight = self._params[OUTPUT]
-        return logits(final, weight, self.config.draft_vocab_size, self.ranks)
+        return logits(final, self._params[OUTPUT], self.config.draft_vocab_size)
 
     @property
     def output_weight(self) -> Tensor:
-        """[Vd, D]: the live rows of the output layer, of one rank alone."""
+        """[Vd, D]: the live rows of the output layer."""
         return self._params[OUTPUT][: self.config.draft_vocab_size]
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
@@ -106,8 +110,3 @@ class DraftDecoder:
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         return linear(x, self._params[name], main_grad=self._main_grads.get(name))
-
-    def _row_parallel(self, x: Tensor, name: str) -> Tensor:
-        if self.ranks.sums:
-            return row_parallel_linear(x, self._params[name], self.ranks)
-        return self._linear(x, name)

@@ -1,5 +1,6 @@
 """What both dialects say of a draft's layer in the same keys: sizes, rotation, token ids."""
 
+from collections.abc import Collection
 from typing import Any
 
 from samebit.rollout.models.draft.config import DraftConfig, default_layers, require_layers
@@ -20,11 +21,14 @@ _OTHER_DRAFTS = {
 }
 
 
-def require_eagle3(written: JsonFile) -> None:
-    """ValueError for a key that only drafts of other kinds have."""
+def require_eagle3(written: JsonFile, but: Collection[str] = ()) -> None:
+    """ValueError for a key that only drafts of other kinds have; `but`: what this one has."""
     for key, kind in _OTHER_DRAFTS.items():
-        if written.get(key) is not None:
-            raise ValueError(f"{written.path}: {key} is of a {kind} draft; only Eagle-3 is read")
+        if written.get(key) is not None and key not in but:
+            raise ValueError(
+                f"{written.path}: {key} is of a {kind} draft; read are Eagle-3's, and P-EAGLE's in "
+                "the speculators dialect"
+            )
 
 
 def read_layer(written: JsonFile) -> dict[str, Any]:

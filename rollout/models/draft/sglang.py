@@ -17,6 +17,7 @@ from samebit.rollout.models.draft.layer_json import (
     read_layer,
     read_layers,
     read_sizes,
+    require_eagle3,
     require_flag,
 )
 from samebit.rollout.models.json_file import JsonFile
@@ -41,6 +42,7 @@ def read(
 
     Raises ValueError that names the key for what is wrong, ambiguous or not computed here.
     """
+    require_eagle3(written)
     names = written.values.get("architectures")
     if not (isinstance(names, list) and len(names) == 1 and names[0] in _ARCHITECTURES):
         raise written.wrong("architectures", f"a list of one of {', '.join(_ARCHITECTURES)}")
@@ -96,6 +98,8 @@ def write(config: DraftConfig, dtype: str) -> dict[str, Any]:
 
     Raises ValueError for what the dialect cannot say.
     """
+    if config.is_block:
+        raise ValueError("the sglang dialect has no block drafts; write speculators'")
     if config.norm_before_residual:
         raise ValueError("the sglang dialect has no norm_before_residual; write speculators'")
     if 0 in config.captured_layers:

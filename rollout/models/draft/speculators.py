@@ -16,6 +16,7 @@ from samebit.rollout.models.draft.layer_json import (
     read_layer,
     read_layers,
     read_sizes,
+    require_eagle3,
     require_flag,
 )
 from samebit.rollout.models.json_file import JsonFile, is_list, is_size
@@ -23,8 +24,13 @@ from samebit.rollout.models.json_file import JsonFile, is_list, is_size
 LAYER = "layers.0."
 TYPE_KEY = "speculators_model_type"
 VERSION = "0.9.0"
-ARCHITECTURE = "Eagle3DraftModel"
-_ARCHITECTURES = (ARCHITECTURE, "Eagle3Speculator")
+_CHAIN, _BLOCK = "eagle3", "peagle"
+_ARCHITECTURES = {
+    _CHAIN: ("Eagle3DraftModel", "Eagle3Speculator"),
+    _BLOCK: ("PEagleDraftModel", "PEagleSpeculator"),
+}
+"""By the draft's type: ours, and another that is read."""
+_MASK = "mask_token_id"
 _LAYER = "transformer_layer_config"
 _PROPOSAL = "speculators_config.proposal_methods"
 
@@ -39,10 +45,12 @@ def read(
     """
     if norm_output is not None:
         raise ValueError(f"{written.path} is speculators', whose norm_output needs no explanation")
-    written.require(TYPE_KEY, lambda x: x == "eagle3", '"eagle3": no other draft is read')
-    names = written.values.get("architectures")
-    if not (isinstance(names, list) and len(names) == 1 and names[0] in _ARCHITECTURES):
-        raise written.wrong("architectures", f"a list of one of {', '.join(_ARCHITECTURES)}")
+    known = " or ".join(f'"{name}"' for name in _ARCHITECTURES)
+    kind = written.require(TYPE_KEY, _ARCHITECTURES.__contains__, f"{known}: no other is read")
+    require_eagle3(written, but=(_MASK,) if kind == _BLOCK else ())
+    names, of_kind = written.values.get("architectures"), _ARCHITECTURES[kind]
+    if not (isinstance(names, list) and len(names) == 1 and names[0] in of_kind):
+        raise written.wrong("architectures", f"a list of one of {', '.join(of_kind)}")
     if written.get("eagle_config") is not None:
         raise ValueError(f"{written.path}: eagle_config is of the sglang dialect; take it away")
     require_flag(written, "tie_word_embeddings", False)
@@ -63,15 +71,22 @@ def read(
             "norm_before_residual", lambda x: type(x) is bool, both
         ),
         feeds_normed=read_flag(written, "norm_output"),
-        **_proposal(written),
+        mask_token_id=_mask_of(written, layer["vocab_size"]) if kind == _BLOCK else None,
+        **_proposal(written, kind),
     )
 
 
-def _proposal(written: JsonFile) -> dict[str, Any]:
+def _mask_of(written: JsonFile, vocab_size: int) -> int:
+    fits = f"a token's id, in [0, vocab_size = {vocab_size})"
+    found: int = written.require(_MASK, lambda x: type(x) is int and 0 <= x < vocab_size, fits)
+    return found
+
+
+def _proposal(written: JsonFile, kind: str) -> dict[str, Any]:
     """The verifier and the number of tokens; nothing that the forward depends on."""
     said = written.require("speculators_config", lambda x: isinstance(x, dict), "an object")
     inner = JsonFile(written.path, {f"speculators_config.{k}": v for k, v in said.items()})
-    inner.require("speculators_config.algorithm", lambda x: x == "eagle3", '"eagle3"')
+    inner.require("speculators_config.algorithm", lambda x: x == kind, f'"{kind}"')
     verifier = inner.require("speculators_config.verifier", _is_verifier, "a name_or_path (a text) "
                              "and architectures (a list)")  # fmt: skip
     methods = inner.require(_PROPOSAL, _are_methods, "a list of one with speculative_tokens")
@@ -104,9 +119,11 @@ def write(config: DraftConfig, dtype: str) -> dict[str, Any]:
         "accept_tolerance": 0.0,
         "verifier_accept_k": 1,
     }
+    kind = _BLOCK if config.is_block else _CHAIN
     return {
-        "architectures": [ARCHITECTURE],
-        TYPE_KEY: "eagle3",
+        "architectures": [_ARCHITECTURES[kind][0]],
+        TYPE_KEY: kind,
+        **({_MASK: config.mask_token_id} if config.is_block else {}),
         "speculators_version": VERSION,
         "draft_vocab_size": config.draft_vocab_size,
         "target_hidden_size": config.target_hidden_size,
@@ -119,7 +136,7 @@ def write(config: DraftConfig, dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": False,
         _LAYER: layer_keys(config, dtype),
         "speculators_config": {
-            "algorithm": "eagle3",
+            "algorithm": kind,
             "default_proposal_method": "greedy",
             "proposal_methods": [method],
             "verifier": {
