@@ -78,8 +78,7 @@ class RolloutSection:
 
     @property
     def eval_limits(self) -> dict[str, Any]:
-        """Of evaluations, which draw from the policy that is trained: of all tokens, or truncated.
-        """
+        """Of evaluations, which draw from the policy that is trained: of all tokens, or truncated."""
         return self.limits if self.truncates else {}
 
     @property
