@@ -78,7 +78,7 @@ class RolloutSection:
 
     @property
     def eval_limits(self) -> dict[str, Any]:
-        """Of evaluations, which draw from the policy that is trained: of all tokens, or truncated."""
+        """The limits of evaluations, which draw from the policy that is trained."""
         return self.limits if self.truncates else {}
 
     @property

@@ -87,8 +87,8 @@ class _Server:
                     requests = engine.requests.generation(prompts, params, ids, layers, fresh_ids)
                     tell = partial(self._tell, number) if streams else None
                     self._submit(number, Call(requests, tell))
-                case Score(token_ids, temperature):
-                    requests = engine.requests.scoring(token_ids, temperature)
+                case Score(token_ids, temperature, k):
+                    requests = engine.requests.scoring(token_ids, temperature, k)
                     self._submit(number, Call(requests))
                 case Abandon(caller):
                     if (call := self._calls.get(caller)) is not None:

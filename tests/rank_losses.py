@@ -13,6 +13,7 @@ from rank_programs import make_trainer, start
 
 from samebit.kernels.attention import CanonicalAttention
 from samebit.kernels.attention_kind import Heads
+from samebit.kernels.top_tokens import top_tokens
 from samebit.trainer.packing import pack_samples
 
 
@@ -111,16 +112,16 @@ def truncated(megatron):
 
 def cases():
     """Every algorithm with an entropy in its loss, grpo with a KL in it too, by name; gspo with one
-    gradient for each token; and dpo, which has pairs."""
+    gradient for each token, distillation by the teacher's likeliest; and dpo, which has pairs."""
     from samebit.trainer.algorithms.dpo import Dpo
     from samebit.trainer.algorithms.registry import ALGORITHMS, find_algorithm
     from samebit.trainer.config import DpoConfig
 
     settings = {name: {} for name in ALGORITHMS} | {"gspo_token": {"token_level": True}}
-    settings["grpo"] = {"kl_coef": 0.1}
+    settings |= {"grpo": {"kl_coef": 0.1}, "distillation_top_k": {"loss_top_k": 4}}
     found = {}
     for key, own in settings.items():
-        name = "gspo" if key == "gspo_token" else key
+        name = {"gspo_token": "gspo", "distillation_top_k": "distillation"}.get(key, key)
         algorithm = find_algorithm(name)
         found[key] = algorithm(algorithm.Config(name=name, entropy_coef=0.3, **own))
     return found | {"dpo": Dpo(DpoConfig(beta=0.5))}
@@ -135,6 +136,13 @@ def rated_samples():
         teacher_logprobs = sample.logprobs + teacher
         found[i] = replace(sample, values=values, teacher_logprobs=teacher_logprobs)
     return [found[:2], found[2:4], found[4:]]
+
+
+def with_top(sample, k):
+    """The sample with likeliest tokens of a made-up teacher."""
+    generator = torch.Generator().manual_seed(sample.sample_id)
+    logits = 2 * torch.randn(sample.num_trained, 331, generator=generator)
+    return replace(sample, teacher_top=top_tokens(logits, k))
 
 
 def algorithm_steps(megatron):
@@ -152,6 +160,8 @@ def algorithm_steps(megatron):
         samples = [sample for group in groups for sample in group]
         if name != "dpo":
             samples = with_advantages(groups, algorithm.advantages(rewards, groups))
+        if algorithm.teacher_top_k:
+            samples = [with_top(sample, algorithm.teacher_top_k) for sample in samples]
         packed = pack_samples(samples, 70, "sequence", temperature=0.7)
         figures[name] = vars(megatron.train_step(megatron.own_batches(packed), algorithm))
         gradients[name] = {key: p.main_grad.clone() for key, p in megatron.params.items()}
