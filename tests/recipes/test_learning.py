@@ -68,6 +68,12 @@ def test_it_learns_by_truncated_sampling(hesitant, tmp_path, preset):
     learn(hesitant, tmp_path, preset, "rollout.top_p=0.9", "rollout.logprobs=truncated")
 
 
+def test_it_learns_what_the_teacher_finds_likeliest(begun, teacher, tmp_path):
+    """The KL over three tokens and the rest, in place of what the drawn ones estimate."""
+    own = f"distillation.teacher={teacher}", "algorithm.loss_top_k=3"
+    learn(begun, tmp_path, "distillation", *own)
+
+
 def learn(model, folder, preset, *more):
     """Train it, and require that it has learnt."""
     words = [f"model.path={model}", f"output_dir={folder}", f"algorithm={preset}", *TASK]

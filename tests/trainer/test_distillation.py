@@ -61,11 +61,8 @@ def test_a_step_by_likeliest_tokens_is_that_of_a_plain_program(
         samples.append(replace(sample.with_logprobs([-6.0] * len(teacher)), teacher_top=top))
         logits = model(torch.tensor(sample.token_ids[None])).logits[0, :-1] / 0.7
         own, theirs = (x.softmax(-1) for x in (logits[sample.loss_mask[1:]], teacher.double()))
-        ids = top.token_ids.long()
-        p, q = (
-            [x.gather(1, ids), 1 - x.gather(1, ids).sum(1, keepdim=True)] for x in (own, theirs)
-        )
-        p, q = torch.cat(p, 1), torch.cat(q, 1)
+        chosen = [x.gather(1, top.token_ids.long()) for x in (own, theirs)]
+        p, q = (torch.cat([x, 1 - x.sum(1, keepdim=True)], 1) for x in chosen)
         kls.append((p * (p / q).log()).sum(1))
     loss = torch.cat(kls).mean()
     loss.backward()
