@@ -82,6 +82,7 @@ def test_likeliest_tokens_are_what_an_engine_of_the_teacher_says(taught):
         recipe.algorithm.loss = lambda inputs: seen.append(inputs) or own(inputs)
         stats = update(recipe, roll_out(recipe, 0))
     assert [len(stats), stats[0].logprob_mismatches] == [2, 0]
+    assert stats[0].metrics["train/ratio"] == 1.0 != stats[1].metrics["train/ratio"]
     assert stats[0].loss == pytest.approx(stats[0].metrics["train/reverse_kl"], rel=1e-6)
     samples = {s.sample_id: s for inputs in seen for s in inputs.batch.samples}
     engine = Engine(taught.folder / "teacher", device="cpu")
