@@ -177,7 +177,7 @@ def _logprob_head(
         return hidden.new_zeros(2, len(batch.rows), dtype=torch.float32)
     main_grad, ids = main_grad_of(weight), batch.target_ids
     settings = vocab_size, ranks, main_grad, entropy_grad, batch.kept
-    found = logprob(hidden, weight, ids, temperature, *settings)
+    found: tuple[Tensor, ...] = logprob(hidden, weight, ids, temperature, *settings)
     if batch.teacher_top is not None:
         own = temperature, vocab_size, ranks, main_grad
         found = *found, reverse_kl(hidden, weight, batch.teacher_top, *own)
