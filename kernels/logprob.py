@@ -84,13 +84,12 @@ rank's), gradients of the log-probs [T], dtype -> the gradient of the logits [T,
 entropies [T] and their gradients [T] too, that of both; without them not a bit of it differs."""
 
 
-def _chunk_rows(vocab_size: int, device: torch.device) -> int:
-    """Rows of logits at a time: on a GPU 2,048 rows of V = 151,936 are 1.2 GB, elsewhere 512."""
-    return max(2048 if device.type == "cuda" else 512, (1 << 22) // vocab_size)
+def row_parts(num_rows: int, vocab_size: int, device: torch.device) -> list[slice]:
+    """Rows in chunks whose logits exist at a time; one without rows if there are none.
 
-
-def _parts(num_rows: int, step: int) -> list[slice]:
-    """Rows in chunks; one without rows if there are none."""
+    On a GPU 2,048 rows of V = 151,936 are 1.2 GB, elsewhere 512.
+    """
+    step = max(2048 if device.type == "cuda" else 512, (1 << 22) // vocab_size)
     return [slice(i, min(i + step, num_rows)) for i in range(0, max(num_rows, 1), step)]
 
 
@@ -111,9 +110,9 @@ class _Logprob(torch.autograd.Function):
         ctx.main_grad, ctx.kept = main_grad, kept
         ctx.first = ranks.rank * len(weight)  # the vocabulary's part that this rank holds
         live = max(0, min(len(weight), vocab_size - ctx.first))
-        rows = _chunk_rows(vocab_size, hidden.device)
+        ctx.parts = row_parts(len(hidden), vocab_size, hidden.device)
         stats = []
-        for part in _parts(len(hidden), rows):
+        for part in ctx.parts:
             scores, t = logits(hidden[part], weight, vocab_size, ranks), temperature[part]
             if kept is not None:
                 scores = kept.part(part).restrict(scores, t)
@@ -121,7 +120,7 @@ class _Logprob(torch.autograd.Function):
         logprobs, entropy, normalizers = (torch.cat(x) for x in zip(*stats, strict=True))
         saved = (hidden, weight[:live], token_ids, temperature, normalizers)
         ctx.save_for_backward(*saved, *([entropy] if entropy_grad else []))
-        ctx.weight_shape, ctx.chunk_rows = weight.shape, rows
+        ctx.weight_shape = weight.shape
         if not entropy_grad:
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -134,9 +133,8 @@ class _Logprob(torch.autograd.Function):
         grad_weight = ctx.main_grad
         if grad_weight is None:
             grad_weight = torch.zeros(ctx.weight_shape, device=weight.device)
-        rows, live = ctx.chunk_rows, len(weight)
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
+        live = len(weight)
+        for part in ctx.parts if len(hidden) else ():
             columns = linear(hidden[part], weight, torch.float32)
             if ctx.kept is not None:
                 columns = ctx.kept.part(part).restrict(columns, temperature[part], ctx.first)
@@ -196,6 +194,6 @@ def kept_sets(
                 temperature[part],
                 thresholds.part(part),
             )
-            for part in _parts(len(hidden), _chunk_rows(vocab_size, hidden.device))
+            for part in row_parts(len(hidden), vocab_size, hidden.device)
         ]
     )

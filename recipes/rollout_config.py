@@ -36,7 +36,7 @@ class RolloutSection:
     """Draw from tokens at least so likely, relative to the most likely one; 0: from all."""
     logprobs: str = "full"
     """Log-probs, ratios, entropies and KL are of the full softmax; or truncated, of what top_p,
-    top_k and min_p draw from."""
+    top_k and min_p draw from, as evaluations then do too."""
     max_prompt_len: int = 512
     """Tokens; what becomes of a longer prompt is for data.overlong_prompts to say."""
     max_new_tokens: int = 256
@@ -65,14 +65,21 @@ class RolloutSection:
         known = self.logprobs in LOGPROBS
         require(known, "rollout.logprobs", self.logprobs, f"one of {LOGPROBS}")
         meaning = "full where rollout.top_p, top_k and min_p draw from all tokens"
-        require(self.limits or not self.truncates, "rollout.logprobs", self.logprobs, meaning)
+        require(bool(self.limits) or not self.truncates, "rollout.logprobs", self.logprobs, meaning)
         self._check_dynamic_sampling()
         self._check_generate()
 
     @property
-    def limits(self) -> bool:
-        """Whether top_p, top_k or min_p forbid any token."""
-        return bool(self.top_p < 1 or self.top_k or self.min_p > 0)
+    def limits(self) -> dict[str, Any]:
+        """top_p, top_k and min_p by name, where they forbid any token; else nothing."""
+        forbid = self.top_p < 1 or self.top_k or self.min_p > 0
+        found = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+        return found if forbid else {}
+
+    @property
+    def eval_limits(self) -> dict[str, Any]:
+        """The limits of evaluations, which draw from the policy that is trained."""
+        return self.limits if self.truncates else {}
 
     @property
     def truncates(self) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from samebit.kernels.memory import TagBytes
+    from samebit.kernels.top_tokens import TopTokens
     from samebit.rollout.speculative.accept_lengths import AcceptLengths
     from samebit.rollout.types import Completion, Increment, SamplingParams
     from samebit.weight_sync.types import WeightVersion
@@ -69,6 +70,11 @@ class EngineClient(Protocol):
         self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
     ) -> list[list[float]]:
         """Log-probs of given tokens: L - 1 values for a sequence of L."""
+
+    def score_top(
+        self, token_ids: Sequence[Sequence[int]], k: int, temperature: float = 1.0
+    ) -> list[tuple[list[float], TopTokens]]:
+        """Those log-probs, and the k likeliest tokens at the same places."""
 
     def abort_request(self, request_id: str) -> list[Completion]:
         """End a request; its samples as far as they are. KeyError if it is not unfinished."""

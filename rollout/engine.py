@@ -17,6 +17,7 @@ from samebit.kernels.memory import Arena
 from samebit.kernels.profile import NumericsProfile, numerics_profile
 from samebit.kernels.reduce import ALONE, RankGroup
 from samebit.kernels.registry import attention_kind
+from samebit.kernels.top_tokens import TopTokens
 from samebit.rollout.client import Progress, result_of, stream_of
 from samebit.rollout.config import EngineConfig, as_path
 from samebit.rollout.device import as_ranks, automatic_kv_bytes, own_device, resolve_dtype, settled
@@ -28,7 +29,7 @@ from samebit.rollout.runtime.engine_loop import EngineLoop
 from samebit.rollout.runtime.kv_cache import KVCache, PagePool
 from samebit.rollout.runtime.prefix_cache import PrefixCache
 from samebit.rollout.runtime.request_book import RequestBook
-from samebit.rollout.runtime.requests import RequestFactory, scores_of
+from samebit.rollout.runtime.requests import RequestFactory, scores_of, top_scores_of
 from samebit.rollout.runtime.runner import Runner
 from samebit.rollout.runtime.sampler import Sampler
 from samebit.rollout.runtime.scheduler import Scheduler
@@ -45,7 +46,7 @@ from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.speculative.making import make_speculation, open_speculation
 from samebit.rollout.speculative.proposer import ProposerParts
 from samebit.rollout.types import Completion, Increment, SamplingParams
-from samebit.rollout.values import shown
+from samebit.rollout.values import as_integer, shown
 from samebit.rollout.weight_arguments import as_step, as_tensors
 from samebit.weight_sync.objects import smallest
 from samebit.weight_sync.session import UpdateSession
@@ -164,6 +165,16 @@ class Engine(EngineWeights, EngineMemory):
         For each sequence of L >= 2 tokens, L - 1 values: that of token i + 1 given tokens 0..i.
         """
         return scores_of(self.loop.run(self.requests.scoring(token_ids, temperature), None))
+
+    def score_top(
+        self, token_ids: Sequence[Sequence[int]], k: int, temperature: float = 1.0
+    ) -> list[tuple[list[float], TopTokens]]:
+        """What `score` gives for each sequence, and the k likeliest tokens [L - 1, k] there.
+
+        They are in the host's memory, 8 bytes each.
+        """
+        requests = self.requests.scoring(token_ids, temperature, as_integer(k, "score_top k"))
+        return top_scores_of(self.loop.run(requests, None))
 
     # -- finer control ---------------------------------------------------------------------------
 

@@ -109,8 +109,8 @@ class _Server:
                     self._submit(number, Call(requests, tell))
                 case Draw(requests):
                     self._submit(number, Call(requests))
-                case Score(token_ids, temperature):
-                    requests = engine.requests.scoring(token_ids, temperature)
+                case Score(token_ids, temperature, k):
+                    requests = engine.requests.scoring(token_ids, temperature, k)
                     self._submit(number, Call(requests))
                 case Abandon(caller):
                     if (call := self._calls.get(caller)) is not None:

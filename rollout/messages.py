@@ -40,6 +40,8 @@ class Score:
 
     token_ids: Sequence[Sequence[int]]
     temperature: float
+    k: int | None = None
+    """So many likeliest tokens are told, too."""
 
 
 @dataclass(frozen=True)

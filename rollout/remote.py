@@ -21,6 +21,7 @@ from typing import Any, Concatenate
 
 from torch import Tensor
 
+from samebit.kernels.top_tokens import TopTokens
 from samebit.rollout.client import Begun, Progress, Tell, result_of, stream_of
 from samebit.rollout.engine import Engine
 from samebit.rollout.engine_process import START, serve
@@ -37,7 +38,7 @@ from samebit.rollout.messages import (
     Stop,
 )
 from samebit.rollout.runtime.call import uncancelled
-from samebit.rollout.runtime.requests import scores_of
+from samebit.rollout.runtime.requests import scores_of, top_scores_of
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion, Increment, Request, SamplingParams
 from samebit.rollout.values import as_integer
@@ -241,6 +242,12 @@ class RemoteEngine:
         self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
     ) -> list[list[float]]:
         return scores_of(self._call(Score(token_ids, temperature)))
+
+    def score_top(
+        self, token_ids: Sequence[Sequence[int]], k: int, temperature: float = 1.0
+    ) -> list[tuple[list[float], TopTokens]]:
+        message = Score(token_ids, temperature, as_integer(k, "score_top k"))
+        return top_scores_of(self._call(message))
 
     abort_request = _asking(Engine.abort_request)
     flush_cache = _asking(Engine.flush_cache)

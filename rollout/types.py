@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from samebit.kernels.top_tokens import TopTokens
 from samebit.rollout.ranges import RANGES, require_in_range
 from samebit.rollout.values import MAX_UINT64, as_integer, as_list, bring_to_type
 from samebit.weight_sync.types import VersionSpan
@@ -93,6 +94,8 @@ class Request:
     sample_ids: tuple[int, ...]
     hidden_state_layers: tuple[int, ...] = ()
     score_only: bool = False
+    num_top: int = 0
+    """With score_only: so many likeliest tokens are told of each position, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +121,8 @@ class Completion:
     divided by the temperature, was at least this. Empty where every token could."""
     hidden_states: dict[int, Tensor] = field(default_factory=dict, repr=False)
     """By layer: [prompt + L - 1, D], the residual stream after that many layers (0: embeddings)."""
+    top_tokens: TopTokens | None = field(default=None, repr=False)
+    """[prompt - 1], in the host's memory, if a request that scores has asked for them."""
 
 
 @dataclass(frozen=True, kw_only=True)

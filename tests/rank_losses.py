@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from losses import SequenceRatio, policy_gradients
+from losses import policy_gradients
 from policy_steps import gradient_samples
 from rank_critic import critic_step, gradient_errors
 from rank_programs import make_trainer, start
 
 from samebit.kernels.attention import CanonicalAttention
 from samebit.kernels.attention_kind import Heads
+from samebit.kernels.top_tokens import top_tokens
 from samebit.trainer.packing import pack_samples
 
 
@@ -109,29 +110,71 @@ def truncated(megatron):
     return own, [stats.loss, stats.grad_norm, stats.metrics["train/entropy"]]
 
 
-def preferred(megatron):
-    """Loss, gradient norm and figures of a step of DPO, away from its reference."""
+def cases():
+    """Every algorithm with an entropy in its loss, grpo with a KL in it too, by name; gspo with one
+    gradient for each token, distillation by the teacher's likeliest; and dpo, which has pairs."""
     from samebit.trainer.algorithms.dpo import Dpo
+    from samebit.trainer.algorithms.registry import ALGORITHMS, find_algorithm
     from samebit.trainer.config import DpoConfig
+
+    settings = {name: {} for name in ALGORITHMS} | {"gspo_token": {"token_level": True}}
+    settings |= {"grpo": {"kl_coef": 0.1}, "distillation_top_k": {"loss_top_k": 4}}
+    found = {}
+    for key, own in settings.items():
+        name = {"gspo_token": "gspo", "distillation_top_k": "distillation"}.get(key, key)
+        algorithm = find_algorithm(name)
+        found[key] = algorithm(algorithm.Config(name=name, entropy_coef=0.3, **own))
+    return found | {"dpo": Dpo(DpoConfig(beta=0.5))}
+
+
+def rated_samples():
+    """Two samples of each of three prompts, with what critic and teacher say of them."""
+    found = made_up([replace(s, unit=i // 2) for i, s in enumerate(gradient_samples())])
+    generator = torch.Generator().manual_seed(8)
+    for i, sample in enumerate(found):
+        values, teacher = torch.randn(2, len(sample.token_ids), generator=generator).numpy()
+        teacher_logprobs = sample.logprobs + teacher
+        found[i] = replace(sample, values=values, teacher_logprobs=teacher_logprobs)
+    return [found[:2], found[2:4], found[4:]]
+
+
+def with_top(sample, k):
+    """The sample with likeliest tokens of a made-up teacher."""
+    generator = torch.Generator().manual_seed(sample.sample_id)
+    logits = 2 * torch.randn(sample.num_trained, 331, generator=generator)
+    return replace(sample, teacher_top=top_tokens(logits, k))
+
+
+def algorithm_steps(megatron):
+    """Gradients and figures of a step of each algorithm, from rewards on; no weight is moved."""
+    from samebit.recipes.data.samples import with_advantages
 
     megatron.freeze_reference()
     with torch.no_grad():
         for p in megatron.params.values():
             p.mul_(1.5)
-    samples = [replace(s, unit=i // 2) for i, s in enumerate(gradient_samples())]
-    batches = megatron.own_batches(pack_samples(samples, 70, "sequence"))
-    stats = megatron.train_step(batches, Dpo(DpoConfig(beta=0.5)))
-    return [stats.loss, stats.grad_norm, *stats.metrics.values()]
+    groups = rated_samples()
+    rewards = torch.tensor([[1.0, 0.0], [0.5, 2.0], [-1.0, 0.25]], dtype=torch.float64)
+    gradients, figures = {}, {}
+    for name, algorithm in cases().items():
+        samples = [sample for group in groups for sample in group]
+        if name != "dpo":
+            samples = with_advantages(groups, algorithm.advantages(rewards, groups))
+        if algorithm.teacher_top_k:
+            samples = [with_top(sample, algorithm.teacher_top_k) for sample in samples]
+        packed = pack_samples(samples, 70, "sequence", temperature=0.7)
+        figures[name] = vars(megatron.train_step(megatron.own_batches(packed), algorithm))
+        gradients[name] = {key: p.main_grad.clone() for key, p in megatron.params.items()}
+    return gradients, figures
 
 
 def step(rank, size, store, folder, mode, expected, out):
-    """Gradients and figures of a step by SequenceRatio, and the reference's log-probs, saved if
+    """Gradients and figures of a step of every algorithm, and the reference's log-probs, saved if
     alone and else compared.
 
     mode: "alone", or a field of ParallelConfig for two ranks.
     """
     from samebit.trainer.config import ParallelConfig
-    from samebit.trainer.megatron.cpu import no_cuda
     from samebit.weight_sync.mapping import hf_tensors
 
     torch.set_num_threads(1)
@@ -139,15 +182,9 @@ def step(rank, size, store, folder, mode, expected, out):
         start(rank, size, store)
     layout = {} if mode == "alone" else {mode: 2}
     parallel = ParallelConfig(**layout)
-    megatron = make_trainer(folder, parallel)
-    packed = pack_samples(made_up(gradient_samples()), 70, "sequence", temperature=0.7)
-    batches = megatron.own_batches(packed)
-    with no_cuda():
-        megatron._forward_backward(batches, SequenceRatio(), None)
-    gradients = {name: p.main_grad.clone() for name, p in megatron.params.items()}
-    figures = vars(megatron.train_step(batches, SequenceRatio()))
-    figures["reference"] = referred(make_trainer(folder, parallel), parallel)
-    figures["preferred"] = preferred(make_trainer(folder, parallel))
+    megatron = make_trainer(folder, parallel, lr=0.0, clip_grad=0.0)
+    gradients, steps = algorithm_steps(megatron)
+    figures = {"steps": steps, "reference": referred(make_trainer(folder, parallel), parallel)}
     figures["truncated"] = truncated(make_trainer(folder, parallel))
     layouts = [parallel, *([replace(parallel, sequence=True)] if mode == "tensor" else [])]
     figures["critic"] = [
@@ -155,10 +192,14 @@ def step(rank, size, store, folder, mode, expected, out):
         for layout in layouts
     ]
     if mode == "alone":
-        torch.save({"gradients": dict(hf_tensors(megatron.specs, gradients)), **figures}, expected)
+        whole = {name: dict(hf_tensors(megatron.specs, x)) for name, x in gradients.items()}
+        torch.save({"gradients": whole, **figures}, expected)
         return
-    saved = torch.load(expected)
-    errors = gradient_errors(megatron.specs, gradients, saved["gradients"])
-    Path(out).with_suffix(f".{rank}").write_text(json.dumps({"errors": errors, **figures}))
+    saved = torch.load(expected)["gradients"]
+    figures["errors"] = {
+        name: gradient_errors(megatron.specs, found, saved[name])
+        for name, found in gradients.items()
+    }
+    Path(out).with_suffix(f".{rank}").write_text(json.dumps(figures))
     dist.barrier()
     dist.destroy_process_group()

@@ -83,6 +83,7 @@ def share_context(batch: MicroBatch, ranks: RankGroup, attention: AttentionKind)
         advantages=batch.advantages[rows],
         loss_weights=batch.loss_weights[rows],
         kept=None if batch.kept is None else batch.kept.select(rows),
+        teacher_top=None if batch.teacher_top is None else batch.teacher_top.select(rows),
         # The ranks' denominators add up to the batch's.
         loss_denominator=batch.loss_denominator * (ranks.rank == 0),
     )

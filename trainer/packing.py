@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from samebit.kernels.top_tokens import TopTokens
 from samebit.kernels.truncation import Thresholds
 from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.loss_means import LOSS_MEANS, LossMean
@@ -162,6 +163,9 @@ def _micro_batch(
     if drawn and len(drawn) != len(samples):
         raise ValueError("some samples of a micro-batch have rollout logprobs and some have none")
     least = _thresholds(samples)
+    tops = [s.teacher_top for s in samples if s.teacher_top is not None]
+    if tops and len(tops) != len(samples):
+        raise ValueError("some samples of a micro-batch have a teacher_top and some have none")
     is_compared = np.array([bool(drawn) and s.has_one_version for s in samples])
 
     def on_device(values: np.ndarray) -> Tensor:
@@ -185,6 +189,7 @@ def _micro_batch(
         loss_denominator=denominator,
         temperature=temperature,
         kept=None if least is None else Thresholds(on_device(least[trained])),
+        teacher_top=TopTokens.joined(tops).to(device) if tops else None,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Self
 import numpy as np
 from torch import Tensor
 
+from samebit.kernels.top_tokens import TopTokens
 from samebit.kernels.truncation import Kept
 from samebit.weight_sync.types import VersionSpan
 
@@ -40,6 +41,8 @@ class Sample:
     """[L] fp32: the reference model's, where rewards are lowered by the KL to it."""
     teacher_logprobs: np.ndarray | None = None
     """[L] fp32: a teacher's, read where the mask is set."""
+    teacher_top: TopTokens | None = None
+    """[tokens trained on], on the host: a teacher's likeliest tokens in the place of each."""
     values: np.ndarray | None = None
     """[L] fp32: the critic's, of the state before each token, read where the mask is set."""
     returns: np.ndarray | None = None
@@ -68,6 +71,12 @@ class Sample:
                     f"sample {self.sample_id}: {name} of shape {values.shape} for {length} tokens"
                 )
             object.__setattr__(self, name, values)
+        top = self.teacher_top
+        if top is not None and len(top.rest) != self.num_trained:
+            raise ValueError(
+                f"sample {self.sample_id}: teacher_top of {len(top.rest)} places for "
+                f"{self.num_trained} tokens that are trained on"
+            )
         if not self.loss_mask.any() or self.loss_mask[0]:
             raise ValueError(
                 f"sample {self.sample_id}: loss_mask must be set for some of {length} tokens and "
@@ -168,6 +177,8 @@ class MicroBatch:
     """Which of the optimizer step's gradient segments it belongs to, if there are any."""
     kept: Kept | None = None
     """[R] which tokens the rows' distributions are of; None: all."""
+    teacher_top: TopTokens | None = None
+    """[R] a teacher's likeliest tokens."""
 
     @property
     def num_tokens(self) -> int:

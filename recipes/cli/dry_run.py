@@ -148,6 +148,9 @@ def _other_models(run: GrpoRun, inputs: GrpoInputs, device_type: str) -> dict[st
     if inputs.teacher is not None:
         engine = TrainerConfig(parallel=ParallelConfig(tensor=run.trainer.parallel.tensor))
         found["teacher_mib"] = _memory(inputs.teacher, device_type, engine)["weights_mib"]
+    if top_k := make_algorithm(run.algorithm).teacher_top_k:
+        tokens = run.samples_per_step * run.rollout.max_new_tokens
+        found["teacher_top_on_host_mib"] = round(tokens * (8 * top_k + 4) / _MIB, 1)
     return found
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from samebit.kernels.memory import TagBytes
+from samebit.kernels.top_tokens import TopTokens
 from samebit.recipes.data.conversation import Response
 from samebit.rollout.client import EngineClient, Progress
 from samebit.rollout.engine import Engine
-from samebit.rollout.runtime.requests import scores_of
+from samebit.rollout.runtime.requests import scores_of, top_scores_of
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion, Increment, Request, SamplingParams
+from samebit.rollout.values import as_integer
 from samebit.trainer.ranks import together
 from samebit.weight_sync.objects import gather_objects
 from samebit.weight_sync.types import VersionSpan, WeightVersion
@@ -90,6 +92,14 @@ class ReplicatedEngine:
     ) -> list[list[float]]:
         """Score all sequences; see Engine.score."""
         return scores_of(self._drawn(self._engine.requests.scoring(token_ids, temperature)))
+
+    def score_top(
+        self, token_ids: Sequence[Sequence[int]], k: int, temperature: float = 1.0
+    ) -> list[tuple[list[float], TopTokens]]:
+        """Score all sequences; see Engine.score_top."""
+        k = as_integer(k, "score_top k")
+        requests = self._engine.requests.scoring(token_ids, temperature, k)
+        return top_scores_of(self._drawn(requests))
 
     def abort_request(self, request_id: str) -> list[Completion]:
         """See Engine.abort_request. Between calls nothing is unfinished: KeyError."""
@@ -192,12 +202,14 @@ def _to_plain(c: Completion) -> dict[str, Any]:
             (s.start, s.recomputed, s.version.step, s.version.digest) for s in c.version_spans
         ],
         "hidden_states": {layer: states.cpu() for layer, states in c.hidden_states.items()},
+        "top_tokens": None if c.top_tokens is None else vars(c.top_tokens),
     }
 
 
 def _completion[C: Completion](plain: dict[str, Any], kind: type[C]) -> C:
-    spans = plain["version_spans"]
+    spans, top = plain["version_spans"], plain["top_tokens"]
     found = {
+        "top_tokens": None if top is None else TopTokens(**top),
         "token_ids": tuple(plain["token_ids"]),
         "logprobs": tuple(plain["logprobs"]),
         "thresholds": tuple(plain["thresholds"]),

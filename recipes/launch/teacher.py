@@ -5,11 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from samebit.recipes.config import GrpoRun
 from samebit.recipes.launch.replicas import ReplicatedEngine
 from samebit.rollout.client import EngineClient
 from samebit.rollout.engine import Engine
+from samebit.trainer.algorithms.registry import make_algorithm
 from samebit.trainer.checkpoint import CheckpointError
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.ranks import place
@@ -38,6 +40,7 @@ class Teacher:
         if run.num_processes > 1:
             self._engine = ReplicatedEngine(engine, *place(), ranks.size)
         self._temperature = run.rollout.temperature
+        self._top_k = make_algorithm(run.algorithm).teacher_top_k
         self.digest = engine.weight_version.digest
         self.metrics: dict[str, float] = {}
         """Of the latest training step, by the names that are logged."""
@@ -51,13 +54,21 @@ class Teacher:
             )
 
     def with_logprobs(self, groups: Sequence[Sequence[Sample]]) -> list[list[Sample]]:
-        """Return the samples with the teacher's log-probs of their tokens, the same on every rank.
+        """Return the samples with the teacher's log-probs of their tokens, and its likeliest tokens
+        if the algorithm asks for them; the same on every rank.
 
         They are of the rollout's temperature, as the policy's are.
         """
         samples = [sample for group in groups for sample in group]
         contexts = [sample.token_ids.tolist() for sample in samples]
-        scores = self._engine.score(contexts, self._temperature)
+        if self._top_k:
+            found = self._engine.score_top(contexts, self._top_k, self._temperature)
+            scores = [logprobs for logprobs, _ in found]
+            trained = [torch.from_numpy(sample.loss_mask[1:]) for sample in samples]
+            tops = [top.select(rows) for (_, top), rows in zip(found, trained, strict=True)]
+            samples = [replace(s, teacher_top=top) for s, top in zip(samples, tops, strict=True)]
+        else:
+            scores = self._engine.score(contexts, self._temperature)
         scored = [
             replace(sample, teacher_logprobs=np.array([0.0, *found], np.float32))
             for sample, found in zip(samples, scores, strict=True)

@@ -60,6 +60,7 @@ _EARLIER = {
     "rollout.generate": None,
     "rollout.too_few_groups": "error",
     "rollout.logprobs": "full",
+    "algorithm.loss_top_k": 0,
     **{f"algorithm.{f.name}": f.default for f in fields(GrpoConfig)},
 }
 """Keys that manifests of version 0.1 may lack, and what runs did then."""

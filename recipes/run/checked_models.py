@@ -13,7 +13,7 @@ from samebit.rollout.device import resolve_device
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.weights import open_safetensors
-from samebit.trainer.algorithms.registry import find_algorithm
+from samebit.trainer.algorithms.registry import find_algorithm, make_algorithm
 from samebit.trainer.config import require
 from samebit.trainer.megatron.stages import make_stage
 
@@ -56,7 +56,7 @@ def checked_teacher(run: GrpoRun, model: ModelConfig, text: TextCodec) -> ModelC
     """Return the teacher's model, if the run has one; `model` and `text` are the policy's.
 
     Raises as checked_critic does, and ValueError unless every token that the policy can draw is the
-    teacher's too, under the same id.
+    teacher's too, under the same id, and for more of its tokens than it has.
     """
     if run.distillation is None:
         algorithm = find_algorithm(run.algorithm.name)
@@ -72,6 +72,9 @@ def checked_teacher(run: GrpoRun, model: ModelConfig, text: TextCodec) -> ModelC
     meaning = f"a folder whose vocab_size is at least that of model.path, {model.vocab_size}; it "
     meaning += f"is {found.vocab_size}"
     require(found.vocab_size >= model.vocab_size, key, folder, meaning)
+    top_k = make_algorithm(run.algorithm).teacher_top_k
+    meaning = f"at most {found.vocab_size}, the teacher's tokens"
+    require(top_k <= found.vocab_size, "algorithm.loss_top_k", top_k, meaning)
     _require_longest(run, found, key)
     return found
 

@@ -46,7 +46,8 @@ function showTable() {
   const keys = [...new Set(shown.flatMap(({ run }) => Object.keys(run.summary)))];
   const last = state.data.cards.filter((key) => shown.some(({ run }) => key in run.last));
   const row = (name, cells) => element("tr", {}, element("th", {}, name),
-    ...cells.map((value) => element("td", { title: String(value ?? "") }, short(value))));
+    ...cells.map((value) => element("td",
+      { class: typeof value, title: String(value ?? "") }, short(value))));
   const head = element("tr", {}, element("th", {}),
     ...shown.map(({ run, i }) => element("th", { style: `color: ${color(i)}` }, run.name)));
   const rows = [
@@ -69,7 +70,7 @@ function ticks(low, high, count) {
 }
 
 function chart(title, lines) {
-  const [w, h, left, right, top, bottom] = [460, 210, 52, 10, 8, 24];
+  const [w, h, left, right, top, bottom] = [460, 210, 52, 26, 8, 24];
   const points = lines.flatMap((line) => line.points);
   const span = (k) => {
     let low = Infinity, high = -Infinity;

@@ -253,6 +253,7 @@ def _check_fields(request: GenerateRequest, sample: Sample, token_ids: tuple[int
         "advantages": sample.advantages.any(),
         "ref_logprobs": sample.ref_logprobs is not None,
         "teacher_logprobs": sample.teacher_logprobs is not None,
+        "teacher_top": sample.teacher_top is not None,
         "values": sample.values is not None,
         "returns": sample.returns is not None,
         "version_spans": sample.version_spans != (),

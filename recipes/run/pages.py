@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from samebit.recipes.run.run_data import RunData
+from samebit.recipes.run.run_data import MOST_SAMPLE_BYTES, RunData
 
 CHARTS = (
     "eval/reward_mean", "rollout/reward_mean", "rollout/kl", "train/kl", "train/entropy",
@@ -49,7 +49,7 @@ def open_runs(folders: Sequence[str], key: str) -> list[RunData]:
 
 def page_data(runs: Sequence[RunData], *, live: bool = False) -> str:
     """Return what a page shows, as JSON. live: it asks for what is new, see watch.py."""
-    shown = [run.shown() for run in runs]
+    shown = [run.shown(MOST_SAMPLE_BYTES // len(runs)) for run in runs]
     data = {"runs": shown, "charts": CHARTS, "cards": CARDS, "live": live}
     return json.dumps(data, allow_nan=False)
 

@@ -16,6 +16,8 @@ MOST_POINTS = 1000
 """Of a curve: of each of its stretches the first, the lowest and the highest are kept."""
 MOST_SAMPLES = 2000
 """Of a run, evenly over all that it has kept."""
+MOST_SAMPLE_BYTES = 4 << 20
+"""Of a page: fewer samples are shown where they are long."""
 
 Row = dict[str, Any]
 
@@ -85,8 +87,8 @@ class RunData:
         """Return whether the run has ended, or begun again, since `shown` was asked."""
         return (self.folder / SUMMARY_FILE).exists() is not self._had_summary
 
-    def shown(self) -> Row:
-        """Return what a page shows of it, as JSON values."""
+    def shown(self, sample_bytes: int = MOST_SAMPLE_BYTES) -> Row:
+        """Return what a page shows of it, as JSON values; at least two samples, if there are."""
         return {
             "name": self.name,
             "summary": self._summary(),
@@ -94,10 +96,20 @@ class RunData:
             "last": {key: line[-1] for key, line in self._series.items()},
             "samples": [
                 _row(self.folder / SAMPLES_FILE, number, self._samples[number])
-                for number in evenly(range(len(self._samples)), MOST_SAMPLES)
+                for number in self._shown_samples(sample_bytes)
             ],
             "num_samples": len(self._samples),
         }
+
+    def _shown_samples(self, most_bytes: int) -> list[int]:
+        """The places of as many samples as are shown, evenly over all."""
+        places, most = range(len(self._samples)), MOST_SAMPLES
+        while True:
+            found = evenly(places, most)
+            size = sum(len(self._samples[place]) for place in found)
+            if size <= most_bytes or len(found) <= 2:
+                return found
+            most = max(2, min(len(found) - 1, len(found) * most_bytes // size))
 
     def _summary(self) -> Row:
         """What the run has come to; nothing while it goes on."""

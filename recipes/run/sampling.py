@@ -114,11 +114,9 @@ class PromptOrder:
         params = SamplingParams(
             n=r.samples_per_prompt,
             temperature=r.temperature,
-            top_p=r.top_p,
-            top_k=r.top_k,
-            min_p=r.min_p,
             max_new_tokens=r.max_new_tokens,
             truncated_logprobs=r.truncates,
+            **r.limits,
         )
         n = r.samples_per_prompt
         ids = self._sample_ids.of_step(step, len(indices), n, first_prompt=places.start)
@@ -132,6 +130,7 @@ class PromptOrder:
             n=r.eval_samples_per_prompt,
             temperature=r.eval_temperature,
             max_new_tokens=r.max_new_tokens,
+            **r.eval_limits,
         )
         ids = self._sample_ids.of_step(
             step, len(indices), r.eval_samples_per_prompt, evaluation=True

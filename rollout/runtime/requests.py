@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from samebit.kernels.top_tokens import TopTokens
 from samebit.rollout.types import Completion, Request, SamplingParams
 from samebit.rollout.values import MAX_UINT64, as_integer, as_list, as_number, integer_of, shown
 
@@ -67,8 +68,13 @@ class RequestFactory:
             for i, arguments in enumerate(zip(prompts, per_prompt, ids, strict=True))
         ]
 
-    def scoring(self, token_ids: Sequence[Sequence[int]], temperature: float) -> list[Request]:
-        """One score_only request per sequence."""
+    def scoring(
+        self, token_ids: Sequence[Sequence[int]], temperature: float, k: int | None = None
+    ) -> list[Request]:
+        """One score_only request per sequence, which tells the k likeliest tokens, too."""
+        if k is not None and not 1 <= k <= self.vocab_size:
+            right = f"1 to {self.vocab_size}, the tokens of the vocabulary"
+            raise ValueError(f"score_top k is {k}; it must be {right}")
         temperature = as_number(temperature, "score temperature")
         if not temperature > 0:
             raise ValueError(f"score temperature is {temperature}; it must be positive")
@@ -81,7 +87,7 @@ class RequestFactory:
             if len(ids) < 2:
                 raise ValueError(f"score sequence {i} has {len(ids)} tokens; it needs at least 2")
         return [
-            self._request(i, ids, params, (i,), (), score_only=True)
+            self._request(i, ids, params, (i,), (), score_only=True, num_top=k or 0)
             for i, ids in enumerate(sequences)
         ]
 
@@ -93,6 +99,7 @@ class RequestFactory:
         sample_ids: tuple[int, ...],
         layers: tuple[int, ...],
         score_only: bool = False,
+        num_top: int = 0,
     ) -> Request:
         tokens = as_list(prompt_ids, f"prompt {place}", _TOKENS)
         if not tokens:
@@ -113,6 +120,7 @@ class RequestFactory:
             sample_ids=sample_ids,
             hidden_state_layers=layers,
             score_only=score_only,
+            num_top=num_top,
         )
 
     def _check_stops(self, params: SamplingParams) -> None:
@@ -141,6 +149,15 @@ class RequestFactory:
 def scores_of(groups: Sequence[Sequence[Completion]]) -> list[list[float]]:
     """Log-probs of each sequence, from what became of its score_only request."""
     return [list(completion.logprobs) for [completion] in groups]
+
+
+def top_scores_of(groups: Sequence[Sequence[Completion]]) -> list[tuple[list[float], TopTokens]]:
+    """Log-probs and likeliest tokens of each sequence, in the same way."""
+    found = []
+    for [completion] in groups:
+        assert completion.top_tokens is not None
+        found.append((list(completion.logprobs), completion.top_tokens))
+    return found
 
 
 def _integers(what: str, token_ids: Sequence[int]) -> tuple[int, ...]:

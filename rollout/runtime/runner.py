@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from samebit.kernels.attention_kind import AttentionKind
+from samebit.kernels.top_tokens import TopTokens
 from samebit.kernels.transfer import to_device
 from samebit.rollout.models.decoder import Decoder
 from samebit.rollout.runtime.batch import Batch, keep_tokens, make_batch, make_draws, scoring_rows
@@ -33,6 +34,7 @@ class Outcome:
     collected: dict[int, Tensor] = field(default_factory=dict)
     thresholds: Tensor | None = None  # [S] fp32, host; None: no log-prob is truncated
     rows: np.ndarray | slice | None = None  # [S] of the first two, where there are others
+    top: TopTokens | None = None  # of the scores, host; None: nobody asks
 
     def wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
         """(token ids, log-probs, thresholds, scores), once they have arrived."""
@@ -47,8 +49,12 @@ class Outcome:
 
 
 def _to_host(values: Tensor | None) -> Tensor | None:
+    return None if values is None else _on_host(values)
+
+
+def _on_host(values: Tensor) -> Tensor:
     """A copy on the host that is there once the stream gets to it."""
-    if values is None or values.device.type == "cpu":
+    if values.device.type == "cpu":
         return values
     return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(
         values, non_blocking=True
@@ -122,15 +128,15 @@ class Runner:
         if self.observer is not None:
             self.observer.observe(step, collected)  # before copies are made of pages
         drawn: Drawn | None = None
-        scores = None
+        scores, top = None, None
         num_draws = len(draws.hidden_rows)
         if num_draws:
             drawn = sampler.draw(hidden[:num_draws], logits_of, draws)
             keep_tokens(self.last_tokens, drawn[0], draws)
         if owners:
-            scores = sampler.score(hidden[num_draws:], logits_of, next_ids, owners)
+            scores, top = sampler.score(hidden[num_draws:], logits_of, next_ids, owners)
         self.cache.copy_pages([copy for chunk in step.chunks for copy in chunk.copies])
-        return self._outcome(drawn, scores, collected)
+        return self._outcome(drawn, scores, collected, top=top)
 
     def _replay(
         self,
@@ -157,11 +163,14 @@ class Runner:
         scores: Tensor | None,
         collected: dict[int, Tensor],
         rows: np.ndarray | slice | None = None,
+        top: TopTokens | None = None,
     ) -> Outcome:
         parts = (*(drawn or (None, None, None)), scores)
         token_ids, logprobs, thresholds, scores = (_to_host(x) for x in parts)
+        if top is not None:
+            top = TopTokens(*(_on_host(x) for x in (top.token_ids, top.logprobs, top.rest)))
         done = None
         if self.device.type == "cuda":
             done = torch.cuda.Event()
             done.record()
-        return Outcome(token_ids, logprobs, scores, done, collected, thresholds, rows)
+        return Outcome(token_ids, logprobs, scores, done, collected, thresholds, rows, top)

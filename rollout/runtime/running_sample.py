@@ -13,7 +13,7 @@ Who writes what:
 | num_computed | Slots.leave; the Scheduler for a sample without a slot |
 | spans | with each token that comes in: Slots.append, or the StepLoop without a slot |
 | is_mixed, swapped | the Scheduler; `restart` forgets both |
-| hidden | the StepLoop; `restart` forgets it |
+| hidden, top | the StepLoop; `restart` forgets them |
 
 While a sample holds a slot, its progress stands in the arrays of Slots: the tokens that it draws
 and how far its context is computed. token_ids and logprobs are then what it had when it entered,
@@ -29,6 +29,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from samebit.kernels.top_tokens import TopTokens
 from samebit.rollout.types import Completion, Request
 from samebit.weight_sync.types import VersionSpan, WeightVersion
 
@@ -72,6 +73,7 @@ class RunningSample:
     finish_reason: str | None = None
     siblings: list["RunningSample"] = field(default_factory=list)
     hidden: dict[int, list[Tensor]] = field(default_factory=dict)
+    top: list[TopTokens] = field(default_factory=list)
     slot: int | None = None
     is_mixed: bool = False
     begun_anew: bool = False
@@ -109,7 +111,7 @@ class RunningSample:
         self.hidden = {}
         self.begun_anew, self.is_mixed, self.swapped = True, False, []
         if self.request.score_only:
-            self.logprobs = []
+            self.logprobs, self.top = [], []
 
     def append(
         self, token_id: int, logprob: float, version: WeightVersion, threshold: float | None = None
@@ -139,6 +141,14 @@ class RunningSample:
         for layer in self.request.hidden_state_layers:
             self.hidden.setdefault(layer, []).append(collected[layer][rows].clone())
 
+    def add_scores(self, logprobs: list[float], rows: slice, top: TopTokens | None) -> None:
+        """Keep this step's part of what a score has asked for: log-probs, and of the step's
+        likeliest tokens those of these rows."""
+        self.logprobs += logprobs
+        if self.request.num_top:
+            assert top is not None
+            self.top.append(top.select(rows).first(self.request.num_top))
+
     def end(self, reason: str) -> None:
         self.status, self.finish_reason = Status.FINISHED, reason
 
@@ -154,4 +164,5 @@ class RunningSample:
             version_spans=tuple(self.spans),
             thresholds=tuple(self.thresholds) if self.request.params.logprobs else (),
             hidden_states={layer: torch.cat(parts) for layer, parts in self.hidden.items()},
+            top_tokens=TopTokens.joined(self.top) if self.top else None,
         )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from samebit.kernels.logprob import logprob_of
 from samebit.kernels.sample import draw, draw_with_logprobs, least_allowed
+from samebit.kernels.top_tokens import TopTokens, top_tokens
 from samebit.kernels.transfer import to_device
 from samebit.rollout.runtime.batch import Draws
 from samebit.rollout.runtime.running_sample import RunningSample
@@ -88,16 +89,19 @@ class Sampler:
 
     def score(
         self, hidden: Tensor, logits_of: Logits, next_ids: np.ndarray, owners: list[RunningSample]
-    ) -> Tensor:
-        """Log-probs [S] of given next tokens [S] for hidden [S, D]."""
+    ) -> tuple[Tensor, TopTokens | None]:
+        """Log-probs [S] of given next tokens [S] for hidden [S, D], and the likeliest tokens [S, k]
+        if an owner asks for some; of one that asks for fewer they come first."""
         divisors = np.array([s.request.params.temperature or 1.0 for s in owners], np.float32)
         ids, temperature = (to_device(values, hidden.device) for values in (next_ids, divisors))
-        return torch.cat(
-            [
-                logprob_of(logits_of(hidden[part]) / temperature[part, None], ids[part])
-                for part in self._chunks(len(hidden), hidden.device)
-            ]
-        )
+        wanted = np.array([s.request.num_top for s in owners])
+        scores, tops = list[Tensor](), list[TopTokens]()
+        for part in self._chunks(len(hidden), hidden.device):
+            scaled = logits_of(hidden[part]) / temperature[part, None]
+            scores.append(logprob_of(scaled, ids[part]))
+            if wanted.any():
+                tops.append(_top_of(scaled, wanted[part], int(wanted.max())))
+        return torch.cat(scores), TopTokens.joined(tops) if tops else None
 
     def _chunks(self, num_rows: int, device: torch.device) -> list[slice]:
         """Rows whose logits fit the memory set aside for them."""
@@ -152,6 +156,21 @@ class Sampler:
             thresholds[index] = least
             scaled[index] = rows.masked_fill(~(rows >= least[:, None]), float("-inf"))
         return scaled, thresholds
+
+
+def _top_of(scaled: Tensor, wanted: np.ndarray, most: int) -> TopTokens:
+    """[S, most] of scaled logits [S, V], of which each row wants so many [S]."""
+    found = TopTokens(
+        scaled.new_zeros((len(scaled), most), dtype=torch.int32),
+        scaled.new_zeros((len(scaled), most)),
+        scaled.new_zeros(len(scaled)),
+    )
+    for k in sorted({*wanted.tolist()} - {0}):  # mostly one, and then of all rows
+        rows = to_device(np.flatnonzero(wanted == k), scaled.device)
+        top = top_tokens(scaled[rows], k)
+        found.token_ids[rows, :k], found.logprobs[rows, :k] = top.token_ids, top.logprobs
+        found.rest[rows] = top.rest
+    return found
 
 
 def _no_threshold(logits: Tensor) -> Tensor:

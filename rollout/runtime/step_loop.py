@@ -6,7 +6,6 @@ more step, whose result for it is dropped. Where tokens are guessed, lengths are
 results are: the next one is planned behind them, and runs while callers are told of them.
 """
 
-import itertools
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -157,11 +156,12 @@ class StepLoop:
             slots.owner(own[row]).add_hidden(collected, slice(row, row + 1))
         ended = [(slots.owner(flight.owners[i]), reasons[i]) for i in reasons if i < num_decode]
         # Chunks one by one: what else their rows gave, and samples that hold no slot.
-        values, row = iter(scores.tolist()), num_decode
+        values, row, scored = scores.tolist(), num_decode, 0
         for chunk, part in chunk_rows(step):
             chunk.seq.add_hidden(collected, part)
             if chunk.scores:
-                chunk.seq.logprobs += itertools.islice(values, chunk.num_tokens)
+                rows_of = slice(scored, scored := scored + chunk.num_tokens)
+                chunk.seq.add_scores(values[rows_of], rows_of, flight.outcome.top)
                 if chunk.completes:
                     ended.append((chunk.seq, "stop"))
             elif chunk.completes:

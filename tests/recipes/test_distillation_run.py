@@ -72,6 +72,39 @@ def test_the_policy_itself_teaches_nothing(runs):
         assert recipe.teacher.metrics == {"distillation/reverse_kl": 0.0}
 
 
+def test_likeliest_tokens_are_what_an_engine_of_the_teacher_says(taught):
+    """Those in the place of each token that is trained on, with several turns too; and on the first
+    step the loss is the KL of the weights that drew."""
+    words = [*taught.taught, "algorithm.loss_top_k=3", "rollout.generate=run_children:two_turns"]
+    run, seen = taught.resolve("top", *words), []
+    with closing(GrpoRecipe(run, open_run(run))) as recipe:
+        own = recipe.algorithm.loss
+        recipe.algorithm.loss = lambda inputs: seen.append(inputs) or own(inputs)
+        stats = update(recipe, roll_out(recipe, 0))
+    assert [len(stats), stats[0].logprob_mismatches] == [2, 0]
+    assert stats[0].metrics["train/ratio"] == 1.0 != stats[1].metrics["train/ratio"]
+    assert stats[0].loss == pytest.approx(stats[0].metrics["train/reverse_kl"], rel=1e-6)
+    samples = {s.sample_id: s for inputs in seen for s in inputs.batch.samples}
+    engine = Engine(taught.folder / "teacher", device="cpu")
+    scores = engine.score_top([s.token_ids.tolist() for s in samples.values()], 3, 0.7)
+    for sample, (logprobs, top) in zip(samples.values(), scores, strict=True):
+        assert not sample.loss_mask[1:].all()
+        assert sample.teacher_logprobs[1:].tolist() == logprobs
+        rows = torch.from_numpy(sample.loss_mask[1:])
+        assert torch.equal(sample.teacher_top.token_ids, top.token_ids[rows])
+        assert torch.equal(sample.teacher_top.rest, top.rest[rows])
+    assert all(inputs.teacher_kl.min() > -1e-6 for inputs in seen)
+
+
+def test_more_tokens_than_the_teacher_has_are_refused(taught):
+    """At the start and in a dry run, which says what they take in the host's memory."""
+    with pytest.raises(ValueError, match="algorithm.loss_top_k is 999; it must be at most [0-9]"):
+        describe_grpo(taught.resolve("dry", *taught.taught, "algorithm.loss_top_k=999"))
+    found = describe_grpo(taught.resolve("dry", *taught.taught, "algorithm.loss_top_k=10",
+                                         "rollout.prompts_per_step=3000"))  # fmt: skip
+    assert found["teacher_top_on_host_mib"] == round(3000 * 4 * 6 * 84 / 2**20, 1) > 0
+
+
 def test_killed_and_resumed_to_the_same_bytes(taught, kill_when, tmp_path):
     """With the teacher's folder moved, and its engine otherwise set."""
     folder = shutil.copytree(taught.folder / "teacher", tmp_path / "teacher")

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from samebit.kernels.top_tokens import top_tokens
 from samebit.recipes.data.conversation import Conversation, GenerateError, GenerateRequest
 from samebit.recipes.data.order import turn_id
 from samebit.recipes.data.samples import drawn_sample
@@ -186,6 +188,12 @@ async def has_returns(engine, request, params):
     return replace(sample, returns=np.zeros(len(sample.token_ids), dtype=np.float32))
 
 
+async def has_a_teacher(engine, request, params):
+    tokens, _ = await _one(engine, request, params)
+    top = top_tokens(torch.zeros(4, 11), 2)
+    return replace(of(request.prompt_ids, tokens, (True,) * 4), teacher_top=top)
+
+
 async def other_prompt(engine, request, params):
     tokens, _ = await _one(engine, request, params)
     return of((1, *request.prompt_ids[1:-1], 3), tokens, (True,) * 4)
@@ -273,6 +281,7 @@ REFUSED = {
     without_logprobs: f"at place 9 of 13 {MASK}",
     has_advantages: "a sample with advantages, which the run finds: leave it out",
     has_returns: "a sample with returns, which the run finds: leave it out",
+    has_a_teacher: "a sample with teacher_top, which the run finds: leave it out",
     other_prompt: "a sample that does not begin with request.prompt_ids",
     other_id: "a sample with the id 0x3; give request.sample_id",
     too_long: f"returned 25 tokens after the prompt; {LIMIT}",

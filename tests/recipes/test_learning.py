@@ -1,4 +1,5 @@
-"""Every preset of configs/algorithm learns, and so does dpo: a small model reverses four digits."""
+"""Every preset of configs/algorithm learns, and so do truncated sampling and dpo: a small model
+reverses four digits."""
 
 import json
 import random
@@ -43,6 +44,12 @@ def begun(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def hesitant(tmp_path_factory):
+    """One that is no better by its most likely tokens alone."""
+    return taught(tmp_path_factory.mktemp("hesitant"), 42)
+
+
+@pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     """One that is right nearly always."""
     return taught(tmp_path_factory.mktemp("teacher"), 200)
@@ -52,17 +59,35 @@ def teacher(tmp_path_factory):
 def test_it_learns(begun, teacher, tmp_path, preset):
     """From half of the held-out problems to most of them, with two optimizer steps a
     rollout, of which the second is off-policy; every log-prob of the first is the rollout's."""
-    words = [f"model.path={begun}", f"output_dir={tmp_path}", f"algorithm={preset}", *TASK]
+    learn(begun, tmp_path, preset, *(word.format(teacher=teacher) for word in OWN.get(preset, [])))
+
+
+@pytest.mark.parametrize("preset", ["grpo", "grpo_kl"])
+def test_it_learns_by_truncated_sampling(hesitant, tmp_path, preset):
+    """The policy that is trained, and evaluated, is the one that draws."""
+    learn(hesitant, tmp_path, preset, "rollout.top_p=0.9", "rollout.logprobs=truncated")
+
+
+def test_it_learns_what_the_teacher_finds_likeliest(begun, teacher, tmp_path):
+    """The KL over three tokens and the rest, in place of what the drawn ones estimate."""
+    own = f"distillation.teacher={teacher}", "algorithm.loss_top_k=3"
+    learn(begun, tmp_path, "distillation", *own)
+
+
+def learn(model, folder, preset, *more):
+    """Train it, and require that it has learnt."""
+    words = [f"model.path={model}", f"output_dir={folder}", f"algorithm={preset}", *TASK]
     words += ["data.seed=1", "rollout.max_prompt_len=16", "rollout.max_new_tokens=8"]
     words += ["rollout.eval_every=1000", "trainer.num_steps=100", "trainer.batch_size=128"]
     words += ["trainer.micro_batch_tokens=4096", "trainer.checkpoint_every=0"]
     words += [f"trainer.optimizer.{key}={value}" for key, value in OPTIMIZER.items()]
-    words += [word.format(teacher=teacher) for word in OWN.get(preset, [])]
+    words += more
     start = time.perf_counter()
     summary = grpo.train(resolve("grpo", words))
     seconds = time.perf_counter() - start
     first, last = summary["reward_first"], summary["reward_last"]
-    print(f"\n{preset}: held-out reward {first:.3f} -> {last:.3f} in {seconds:.0f} s")
+    name = " ".join([preset, *(word for word in more if "/" not in word)])
+    print(f"\n{name}: held-out reward {first:.3f} -> {last:.3f} in {seconds:.0f} s")
     assert first < 0.6
     assert last >= ENOUGH
     assert summary["logprob_mismatches"] == 0

@@ -88,6 +88,23 @@ def test_a_long_run_is_thinned_and_no_number_is_made(tmp_path):
     assert len(json.dumps(shown)) < 1_000_000
 
 
+def test_of_long_samples_fewer_are_shown(tmp_path):
+    """As many as the page may hold, evenly over all, whatever their number and size."""
+    for length, samples in ((20_000, 50), (200, 3000), (20_000, 1)):
+        write(tmp_path / "run", samples=samples, completion="x" * length)
+        [run] = open_runs([str(tmp_path / "run")], "runs")
+        for most_bytes in (1, 100_000, 10_000_000):
+            shown = run.shown(most_bytes)["samples"]
+            steps, size = [s["step"] for s in shown], sum(len(json.dumps(s)) for s in shown)
+            assert (steps[0], steps[-1]) == (0, samples - 1)
+            assert steps == sorted(set(steps))
+            if most_bytes > 1:
+                assert size <= most_bytes
+                assert size > most_bytes / 2 or len(steps) == min(samples, MOST_SAMPLES)
+            else:
+                assert len(steps) == min(samples, 2)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 9, 10, 11, 12, 25, 1000])
 def test_thinning_keeps_ends_and_order(count):
     line = [(i, float(i * 37 % 101)) for i in range(count)]

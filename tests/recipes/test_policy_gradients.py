@@ -52,9 +52,10 @@ def test_every_algorithm_has_a_preset():
 
 
 def test_two_optimizer_steps_of_each(runs):
-    """On the first every token's ratio is exactly 1, on the second it has moved; the reference of
-    rewards is the policy at the start, to the bit."""
-    run = runs.resolve("steps", "trainer.batch_size=6", f"trainer.num_steps={len(OFF_POLICY)}")
+    """Of samples of two turns, some of whose tokens are masked: on the first every drawn token's
+    ratio is exactly 1, on the second it has moved, and no masked one has any."""
+    words = ["trainer.batch_size=6", "rollout.generate=run_children:two_turns"]
+    run = runs.resolve("steps", *words, f"trainer.num_steps={len(OFF_POLICY)}")
     ratios, groups = [], []
     with closing(GrpoRecipe(run, open_run(run))) as recipe:
         recipe.trainer.freeze_reference()
@@ -72,10 +73,13 @@ def test_two_optimizer_steps_of_each(runs):
 
             recipe.algorithm = Watched(found.Config(name=name, **settings))
             before = recipe.trainer.step
-            stats = update(recipe, roll_out(recipe, step))
+            rollout = roll_out(recipe, step)
+            stats = update(recipe, rollout)
             first, second = (
                 torch.cat([r for at, r in ratios if at == before + i]) for i in range(2)
             )
+            drawn = [sum(c.loss_mask) for group in rollout.completions for c in group]
+            assert (len(first), len(second)) == (sum(drawn[:6]), sum(drawn[6:]))
             assert first.eq(1).all(), name
             assert second.ne(1).float().mean() > 0.5, name
             assert stats[0].logprob_mismatches == 0

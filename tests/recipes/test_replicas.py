@@ -66,7 +66,7 @@ def test_every_process_has_all_groups_in_order(qwen3_path, monkeypatch, tensor_s
     expected = engine.generate(prompts, PARAMS, ids)
     wire, turn, shares = Wire(), threading.Lock(), {}
     contexts = [[1, *prompt] for prompt in prompts]
-    found, scores = [None] * SIZE, [None] * SIZE
+    found, scores, tops = [None] * SIZE, [None] * SIZE, [None] * SIZE
     monkeypatch.setattr(replicas, "gather_objects", wire.gather)
 
     def process_of(rank):
@@ -83,6 +83,7 @@ def test_every_process_has_all_groups_in_order(qwen3_path, monkeypatch, tensor_s
         replicated = ReplicatedEngine(process_of(rank), rank, SIZE, tensor_size)
         found[rank] = replicated.generate(prompts, PARAMS, ids)
         scores[rank] = replicated.score(contexts, 0.7)
+        tops[rank] = replicated.score_top(contexts, 3, 0.7)
 
     run_in_threads(process)
 
@@ -97,6 +98,10 @@ def test_every_process_has_all_groups_in_order(qwen3_path, monkeypatch, tensor_s
 
     assert [plain(groups) for groups in found] == [plain(expected)] * SIZE
     assert scores == [engine.score(contexts, 0.7)] * SIZE
+    for all_groups in tops:
+        for (_, top), (_, own) in zip(all_groups, engine.score_top(contexts, 3, 0.7), strict=True):
+            assert torch.equal(top.token_ids, own.token_ids)
+            assert torch.equal(top.rest, own.rest)
     drawn = [group for rank in sorted(shares)[::tensor_size] for group in shares[rank]]
     assert sorted(drawn) == sorted(ids), "some group was drawn by two copies"
 

@@ -58,6 +58,19 @@ def test_the_reference_of_rewards_is_truncated_too(runs):
     assert found[1] not in (0.0, float("inf"), -float("inf"))
 
 
+@pytest.mark.parametrize("words", [WORDS, TRUNCATED])
+def test_evaluations_are_of_the_policy_that_is_trained(runs, words):
+    """Within the limits if log-probs are truncated; else of the full softmax."""
+    with closing(GrpoRecipe(run := runs.resolve("own", *words), open_run(run))) as recipe:
+        drawn = recipe.rollout_source.training_prompts(0).params
+        held_out = recipe.rollout_source.held_out_prompts(0).params
+    limits = (0.7, 9, 0.02)
+    assert (drawn.top_p, drawn.top_k, drawn.min_p) == limits
+    assert drawn.truncated_logprobs is (words is TRUNCATED)
+    found = held_out.top_p, held_out.top_k, held_out.min_p
+    assert found == (limits if words is TRUNCATED else (1.0, 0, 0.0))
+
+
 def test_a_dry_run_says_what_log_probs_are_of(demo_model, tmp_path):
     words = [f"model.path={demo_model}", f"output_dir={tmp_path}", "device=cpu"]
     words += ["data=reverse_digits", "rollout.max_prompt_len=40"]

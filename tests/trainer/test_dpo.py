@@ -26,6 +26,20 @@ def test_by_hand():
     assert found.item() == pytest.approx(0.75 * by_hand[0] + 0.25 * (by_hand[0] + 0.08), abs=1e-6)
 
 
+def test_losses_and_gradients_are_the_papers():
+    """-log sigmoid(beta (chosen - rejected)), in fp64; by label_smoothing some the other way."""
+    log_ratios = torch.randn(40, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    literal = log_ratios.detach().double().requires_grad_()
+    losses, _ = preference_losses(log_ratios, DpoConfig(beta=BETA, label_smoothing=SMOOTHING))
+    losses.sum().backward()
+    margins = BETA * (literal[::2] - literal[1::2])
+    right, wrong = ((1 + torch.exp(-m)).log() for m in (margins, -margins))
+    expected = (1 - SMOOTHING) * right + SMOOTHING * wrong
+    expected.sum().backward()
+    assert losses.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    assert log_ratios.grad.tolist() == pytest.approx(literal.grad.tolist(), abs=1e-6)
+
+
 def plain_model(path):
     from transformers import AutoModelForCausalLM
 

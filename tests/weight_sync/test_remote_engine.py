@@ -79,6 +79,10 @@ def test_a_remote_engine_is_given_all_that_it_is_asked(remote, old, engine):
     assert set(seen[:-1]) <= {(0, 0)}
     assert seen[-1] == (3, 2 * 5 + 3)
     assert remote.score(PROMPTS[:1], 0.3) == engine.score(PROMPTS[:1], 0.3)
+    [(scores, top)] = remote.score_top(PROMPTS[:1], 3, 0.3)
+    [(expected, own)] = engine.score_top(PROMPTS[:1], 3, 0.3)
+    assert scores == expected
+    assert top.logprobs.tolist() == own.logprobs.tolist()
 
 
 def assert_idle(remote, old):

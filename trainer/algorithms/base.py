@@ -30,6 +30,9 @@ class LossInputs:
     """[R] fp32 in nats; differentiable if the algorithm's needs_entropy_grad is set."""
     ref_logprobs: Tensor | None = None
     """[R] fp32: log-probs under the reference weights, if the trainer holds any."""
+    teacher_kl: Tensor | None = None
+    """[R] fp32, differentiable: the KL of the present distributions to the teacher's, over its
+    likeliest tokens and the rest (kernels/top_tokens.py), if the algorithm asks for some."""
     context: RankGroup = ALONE
 
     @property
@@ -80,6 +83,8 @@ class Algorithm[C: AlgorithmConfig]:
     needs_teacher: bool = False
     """Whether `advantages` reads the samples' teacher_logprobs: of the teacher that the section
     `distillation` says, which Config.sections has to name."""
+    teacher_top_k: int = 0
+    """How many of the teacher's likeliest tokens the loss's teacher_kl is over; 0: none is made."""
     needs_entropy_grad: bool = False
     """Whether the loss differentiates the entropies: their gradient is then made."""
 

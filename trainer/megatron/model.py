@@ -11,6 +11,7 @@ from torch import Tensor
 from samebit.kernels.attention_kind import AttentionKind
 from samebit.kernels.contract import padded_vocab_size
 from samebit.kernels.logprob import kept_sets, logprob
+from samebit.kernels.top_tokens import reverse_kl
 from samebit.kernels.truncation import KeptSets, Thresholds
 from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.config import ParallelConfig
@@ -125,8 +126,9 @@ def forward_logprobs(
     entropy_grad: bool = False,
     found: list[KeptSets] | None = None,
 ) -> Tensor:
-    """Log-probs and entropies of the loss rows, [2, R]; entropies carry gradients if asked to. Of a
-    ValueModel they are its values, [1, R].
+    """Log-probs and entropies of the loss rows, [2, R]; entropies carry gradients if asked to. Of
+    rows with a teacher's likeliest tokens, the KL to it too, [3, R]. Of a ValueModel they are its
+    values, [1, R].
 
     Given `found`, the kept sets of the rows' thresholds are added to it, and the values mean
     nothing. A stage that is not the last of a pipeline gives the hidden states [T, 1, D] for the
@@ -162,7 +164,7 @@ def _logprob_head(
     context: tuple[MicroBatch, int, bool, list[KeptSets] | None],
     **_unused: Any,
 ) -> Tensor:
-    """Megatron's output hook: hidden_states [T, 1, D], or this rank's part of T, to [2, R]."""
+    """Megatron's output hook: hidden_states [T, 1, D], or this rank's part of T, to [2 or 3, R]."""
     batch, vocab_size, entropy_grad, sets = context
     ranks = ranks_of(output_layer.tp_group)
     whole = spread(hidden_states, ranks, output_layer.config.sequence_parallel)
@@ -175,4 +177,8 @@ def _logprob_head(
         return hidden.new_zeros(2, len(batch.rows), dtype=torch.float32)
     main_grad, ids = main_grad_of(weight), batch.target_ids
     settings = vocab_size, ranks, main_grad, entropy_grad, batch.kept
-    return torch.stack(logprob(hidden, weight, ids, temperature, *settings))
+    found: tuple[Tensor, ...] = logprob(hidden, weight, ids, temperature, *settings)
+    if batch.teacher_top is not None:
+        own = temperature, vocab_size, ranks, main_grad
+        found = *found, reverse_kl(hidden, weight, batch.teacher_top, *own)
+    return torch.stack(found)

@@ -360,6 +360,7 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
             logprobs=output[0],
             entropies=entropies,
             ref_logprobs=reference,
+            teacher_kl=output[2] if batch.teacher_top is not None else None,
             context=self.context,
         )
         found = algorithm.checked_loss(inputs)
