@@ -15,12 +15,14 @@ from functools import partial
 from pathlib import Path
 
 from samebit.kernels.memory import TagBytes
+from samebit.kernels.top_tokens import TopTokens
 from samebit.rollout.client import Begun, Progress, Tell, result_of, stream_of
 from samebit.rollout.remote import RemoteEngine, RemoteEngineError
 from samebit.rollout.runtime.call import uncancelled
-from samebit.rollout.runtime.requests import RequestFactory, scores_of
+from samebit.rollout.runtime.requests import RequestFactory, scores_of, top_scores_of
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion, Increment, Request, SamplingParams
+from samebit.rollout.values import as_integer
 from samebit.rollout.work_queue import Job, WorkQueue
 from samebit.weight_sync.transports.shards import beside
 from samebit.weight_sync.types import WeightVersion
@@ -150,7 +152,7 @@ class EnginePool:
             requests = self._requests.generation(
                 prompt_ids, sampling_params, sample_ids, (), fresh_ids=True
             )
-            return self._begin(requests, lambda group: tell([_whole(c) for c in group]))
+            return self._begin(requests, lambda group: tell([c.as_increment() for c in group]))
 
         return stream_of(begin)
 
@@ -159,6 +161,13 @@ class EnginePool:
     ) -> list[list[float]]:
         """See Engine.score."""
         return scores_of(self._drawn(self._requests.scoring(token_ids, temperature)))
+
+    def score_top(
+        self, token_ids: Sequence[Sequence[int]], k: int, temperature: float = 1.0
+    ) -> list[tuple[list[float], TopTokens]]:
+        """See Engine.score_top."""
+        k = as_integer(k, "score_top k")
+        return top_scores_of(self._drawn(self._requests.scoring(token_ids, temperature, k)))
 
     def abort_request(self, request_id: str) -> list[Completion]:
         """See Engine.abort_request. One that no replica has begun has drawn nothing."""
@@ -362,18 +371,6 @@ class EnginePool:
                 if (silent_s := engine.silent_s) > self._timeout_s:
                     logger.warning("a replica took no step for %.0f s: it is killed", silent_s)
                     engine.kill()
-
-
-def _whole(c: Completion) -> Increment:
-    return Increment(
-        request_id=c.request_id,
-        sample_id=c.sample_id,
-        token_ids=c.token_ids,
-        logprobs=c.logprobs,
-        finish_reason=c.finish_reason,
-        version_spans=c.version_spans,
-        thresholds=c.thresholds,
-    )
 
 
 def _nothing(request_id: str, sample_id: int) -> Completion:

@@ -124,6 +124,18 @@ class Completion:
     top_tokens: TopTokens | None = field(default=None, repr=False)
     """[prompt - 1], in the host's memory, if a request that scores has asked for them."""
 
+    def as_increment(self) -> "Increment":
+        """The whole sample at once, as `stream` gives it."""
+        return Increment(
+            request_id=self.request_id,
+            sample_id=self.sample_id,
+            token_ids=self.token_ids,
+            logprobs=self.logprobs,
+            finish_reason=self.finish_reason,
+            version_spans=self.version_spans,
+            thresholds=self.thresholds,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Increment:

@@ -77,15 +77,7 @@ class ReplicatedEngine:
         """See Engine.stream; an increment is a whole sample, once all copies have drawn theirs."""
         for group in await self.agenerate(prompt_ids, sampling_params, sample_ids):
             for c in group:
-                yield Increment(
-                    request_id=c.request_id,
-                    sample_id=c.sample_id,
-                    token_ids=c.token_ids,
-                    logprobs=c.logprobs,
-                    finish_reason=c.finish_reason,
-                    version_spans=c.version_spans,
-                    thresholds=c.thresholds,
-                )
+                yield c.as_increment()
 
     def score(
         self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0

@@ -51,9 +51,9 @@ def test_replicas_draw_what_one_engine_draws(pool, truth):
 
     assert outcomes([group for [group] in asyncio.run(ask())]) == outcomes(truth)
     engine = pool.living[0]
-    assert pool.score([p for p in PROMPTS if len(p) > 1]) == engine.score(
-        [p for p in PROMPTS if len(p) > 1]
-    )
+    scored = [p for p in PROMPTS if len(p) > 1]
+    assert pool.score(scored) == engine.score(scored)
+    assert [logprobs for logprobs, _ in pool.score_top(scored, 3)] == engine.score(scored)
     assert len({group[0].request_id for group in drawn}) == len(PROMPTS)
 
 
