@@ -165,6 +165,22 @@ def run_cli(arguments):
     sys.exit(main(arguments))
 
 
+def engine_here(model_path, cpu_threads, *, config, device, ranks):
+    """In place of a RemoteEngine: an engine of this process, which another thread calls, too. It
+    costs no start of a process."""
+    from samebit.rollout.engine import Engine
+
+    return Engine(model_path, config, device=device, ranks=ranks)
+
+
+def run_cli_with_engine_here(arguments):
+    """`samebit` with placement=process, whose engine is nevertheless here."""
+    from samebit.recipes.launch import placement
+
+    placement.RemoteEngine = engine_here
+    run_cli(arguments)
+
+
 def run_cli_as_rank(rank, size, port, secret, *arguments):
     """`samebit` as one of the processes that a launcher has started."""
     from samebit.trainer.megatron.setup import DETERMINISTIC
