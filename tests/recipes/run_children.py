@@ -166,18 +166,31 @@ def run_cli(arguments):
 
 
 def engine_here(model_path, cpu_threads, *, config, device, ranks):
-    """In place of a RemoteEngine: an engine of this process, which another thread calls, too. It
-    costs no start of a process."""
+    """In place of a RemoteEngine: an engine of this process, which another thread calls, too."""
     from samebit.rollout.engine import Engine
 
     return Engine(model_path, config, device=device, ranks=ranks)
 
 
-def run_cli_with_engine_here(arguments):
-    """`samebit` with placement=process, whose engine is nevertheless here."""
-    from samebit.recipes.launch import placement
+def reward_here(config, poll):
+    """In place of load_reward: a reward that runs in this process."""
+    from samebit.recipes.data.rewards import bind_reward
 
-    placement.RemoteEngine = engine_here
+    return bind_reward(config.name, dict(config.args))
+
+
+def in_one_process(set_attribute):
+    """Have runs with placement=process start no process; by `setattr`, or a monkeypatch's."""
+    from samebit.recipes.launch import placement
+    from samebit.recipes.run import inputs
+
+    set_attribute(placement, "RemoteEngine", engine_here)
+    set_attribute(inputs, "load_reward", reward_here)
+
+
+def run_cli_in_one_process(arguments):
+    """`samebit` with placement=process, which starts none."""
+    in_one_process(setattr)
     run_cli(arguments)
 
 

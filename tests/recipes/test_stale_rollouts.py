@@ -6,63 +6,93 @@ import threading
 from concurrent.futures import wait
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
 from helpers import tree
-from run_children import engine_here, open_run, roll_out, run_cli_with_engine_here, update
-from test_signals import signal_before_call, stop_and_resume
+from run_children import in_one_process, open_run, roll_out, run_cli_in_one_process, update
+from test_signals import signal_before_call
 
+from samebit.recipes import grpo
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.config import ConfigError
 from samebit.recipes.data.rewards import RewardError
 from samebit.recipes.grpo import GrpoRecipe, LogprobMismatchError
-from samebit.recipes.launch import placement
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run import draws_ahead
 from samebit.recipes.run.draws_ahead import DrawsAhead
-from samebit.recipes.run.metrics import read_rows
+from samebit.recipes.run.metrics import read_rows, without_times
 from samebit.recipes.run.rollouts import list_rollouts, load_rollout
 from samebit.recipes.run.sampling import RolloutSource
+from samebit.recipes.run.signals import Stopped
 from samebit.recipes.run.stale_rollouts import STATE, StaleRollouts
 from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints
 from samebit.trainer.megatron.trainer import MegatronTrainer
 
-STEPS, SAMPLES = 5, 12
-AHEAD = ["placement=process", "placement.transport=file", "logger.save_rollouts=true"]
-AHEAD += [f"trainer.num_steps={STEPS}", "trainer.background_checkpoints=false"]
-ONE, TWO = [*AHEAD, "rollout.max_staleness=1"], [*AHEAD, "rollout.max_staleness=2"]
-SPLIT = "trainer.batch_size=6"
+STEPS, SAMPLES = 4, 12
+AHEAD = ("placement=process", "placement.transport=file", "logger.save_rollouts=true")
+AHEAD += (f"trainer.num_steps={STEPS}", "trainer.background_checkpoints=false")
+AHEAD += ("reward.args.control=/no",)
+ONE, TWO = (*AHEAD, "rollout.max_staleness=1"), (*AHEAD, "rollout.max_staleness=2")
+SPLIT = (*ONE, "trainer.batch_size=6")
+MANY = (*ONE, "rollout.generate=run_children:two_turns", "rollout.max_new_tokens=8", "seed=2")
+MANY += ("rollout.dynamic_sampling=true", "reward.name=run_children:score_some")
+MANY += ("reward.args.every=3", "rollout.refill_prompts=4")
+
+BESIDE = [
+    ("algorithm=ppo", "critic.warmup_steps=2", "critic.optimizer.lr=1e-2"),
+    ("draft.train=online", "draft.layers=[1,2]", "draft.optimizer.lr=3e-3", "ttt.passes=3")
+    + ("engine.speculative=eagle3", "engine.adaptive_drafts=false", "engine.num_draft_tokens=3"),
+    ("algorithm=grpo_kl", "algorithm.kl_coef=0.1", "algorithm.kl_in=reward"),
+]
 
 
 @pytest.fixture(autouse=True)
-def engine_in_this_process():
-    """Called from another thread all the same; one test starts the process."""
+def one_process():
+    """The engine is called from another thread all the same; one test starts its process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "RemoteEngine", engine_here)
+        in_one_process(patch.setattr)
+        patch.setattr(grpo, "write_report", lambda *_, **__: None)
         yield patch
 
 
 @pytest.fixture(scope="module")
-def whole(make_runs, tmp_path_factory):
-    """Uninterrupted runs, by their words; do not write to their folders."""
-    known = {}
+def resolved(make_runs, tmp_path_factory):
+    """The configuration of these words; to compose one takes longer than a step."""
+    runs = make_runs(tmp_path_factory.mktemp("resolved"))
+    return cache(lambda words: runs.resolve("run", *words))
 
-    def run(*words):
-        if words not in known:
-            runs = make_runs(tmp_path_factory.mktemp("whole"))
-            runs.result = runs.train("run", *words)
-            known[words] = runs
-        return known[words]
+
+@pytest.fixture(scope="module")
+def train(resolved):
+    """train(folder, words, **changed): run in this process; what equal runs have in common."""
+
+    def run(folder, words, **changed):
+        config = replace(resolved(words), output_dir=str(folder), **changed)
+        summary = grpo.train(config)
+        return summary, without_times(read_rows(folder / "run" / "metrics.jsonl"))
 
     return run
 
 
-def left_by(runs, name="run"):
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """whole(words): the folder of an uninterrupted run, and what it gave. Do not write to it."""
+
+    @cache
+    def run(words):
+        folder = tmp_path_factory.mktemp("whole")
+        return folder, train(folder, words)
+
+    return run
+
+
+def left_in(folder):
     """What must be equal between equal runs, to the byte: rollouts and checkpoints."""
-    checkpoints = list_checkpoints(runs.folder / name / "checkpoints")
+    checkpoints = list_checkpoints(folder / "run" / "checkpoints")
     files = [(c.step, c.manifest["files"], c.manifest["progress"]) for c in checkpoints]
-    return tree(runs.folder / name / "rollouts"), files
+    return tree(folder / "run" / "rollouts"), files
 
 
 def no_thread_is_left():
@@ -71,17 +101,17 @@ def no_thread_is_left():
 
 @pytest.mark.parametrize(
     ("words", "staleness", "updates"),
-    [(ONE, 1, 1), ([*ONE, SPLIT], 1, 2), (TWO, 2, 1)],
+    [(ONE, 1, 1), (SPLIT, 1, 2), (TWO, 2, 1)],
     ids=["one", "several optimizer steps", "two"],
 )
-def test_a_run_is_what_one_thread_would_do(runs, whole, monkeypatch, words, staleness, updates):
+def test_a_run_is_what_one_thread_would_do(
+    whole, resolved, tmp_path, monkeypatch, words, staleness, updates
+):
     """Draw, train, draw: in turns, with a colocated engine, by the schedule alone."""
-    summary, rows, _ = whole(*words).result
-    monkeypatch.setattr(
-        GrpoRecipe, "_check_promise", lambda *_: None
-    )  # of weights that did not draw
-    alone = [x for x in words if not x.startswith(("placement", "rollout.max_staleness"))]
-    run, drawn, versions, losses = runs.resolve("turns", *alone), {}, {}, []
+    folder, (summary, rows) = whole(words)
+    monkeypatch.setattr(GrpoRecipe, "_check_promise", lambda *_: None)
+    alone = tuple(x for x in words if not x.startswith(("placement", "rollout.max_staleness")))
+    run, drawn, versions, losses = replace(resolved(alone), output_dir=str(tmp_path)), {}, {}, []
     with open_run(run) as session, closing(GrpoRecipe(run, session)) as recipe:
         for step in range(STEPS + 1):
             if step:
@@ -94,7 +124,7 @@ def test_a_run_is_what_one_thread_would_do(runs, whole, monkeypatch, words, stal
                     drawn[later] = roll_out(recipe, later - 1)
         assert recipe.trainer.digest() == summary["weights_digest"]
     assert losses == [row["train/loss"] for row in rows[1:]]
-    files = list_rollouts(whole(*words).folder / "run")
+    files = list_rollouts(folder / "run")
     for step, row in enumerate(rows[1:], 1):
         drew = max(0, step - 1 - staleness)
         assert row["rollout/staleness"] == step - 1 - drew
@@ -104,14 +134,13 @@ def test_a_run_is_what_one_thread_would_do(runs, whole, monkeypatch, words, stal
         assert row["train/logprob_tokens_compared"] > 30
         assert row["train/logprob_mismatches"] == 0
         assert (row["train/ratio"] == 1.0) is (step == 1 and updates == 1)
-    assert summary["logprob_tokens_compared"] == sum(
-        row["train/logprob_tokens_compared"] for row in rows[1:]
-    )
+    compared = sum(row["train/logprob_tokens_compared"] for row in rows[1:])
+    assert summary["logprob_tokens_compared"] == compared
 
 
 def test_what_is_timed(whole):
     """Waiting and overlap beside the phases, so that a report can show them."""
-    rows = read_rows(whole(*ONE).folder / "run" / "metrics.jsonl")
+    rows = read_rows(whole(ONE)[0] / "run" / "metrics.jsonl")
     names = {f"perf/{x}_s" for x in ("rollout", "rollout_wait", "overlap", "compare", "train")}
     for row in rows[1:]:
         assert names < row.keys()
@@ -139,8 +168,7 @@ def slow_engine(monkeypatch):
 
 def slow_trainer(monkeypatch):
     """An optimizer step begins once all that may be drawn beside it is drawn."""
-    original, found = MegatronTrainer.train_step, []
-    made = StaleRollouts.__init__
+    made, original, found = StaleRollouts.__init__, MegatronTrainer.train_step, []
 
     def make(self, *args):
         made(self, *args)
@@ -154,103 +182,139 @@ def slow_trainer(monkeypatch):
     monkeypatch.setattr(MegatronTrainer, "train_step", train_step)
 
 
-@pytest.mark.parametrize("delay", [slow_engine, slow_trainer])
-def test_whoever_is_slow(runs, whole, monkeypatch, delay):
+@pytest.mark.parametrize("delay", [slow_engine, pytest.param(slow_trainer, marks=pytest.mark.long)])
+def test_whoever_is_slow(train, whole, tmp_path, monkeypatch, delay):
     """Order and time of what happens beside each other moves no byte."""
+    expected, result = whole(ONE)
     delay(monkeypatch)
-    assert runs.train("run", *ONE) == whole(*ONE).result
-    assert left_by(runs) == left_by(whole(*ONE))
+    assert train(tmp_path, ONE) == result
+    assert left_in(tmp_path) == left_in(expected)
     assert no_thread_is_left()
 
 
-def test_an_engine_in_another_process(runs, whole, engine_in_this_process):
-    """As users have it; and weights by another transport."""
-    expected = whole(*ONE).result
-    engine_in_this_process.undo()
-    assert runs.train("run", *ONE, "placement.transport=gloo") == expected
-    assert left_by(runs) == left_by(whole(*ONE))
+def test_an_engine_in_another_process(runs, whole, one_process):
+    """As users have it, rewards too; and weights by another transport."""
+    expected, (summary, rows) = whole(ONE)
+    one_process.undo()
+    found = runs.train("run", *ONE, "placement.transport=gloo")
+    assert found[:2] == (summary, rows)
+    assert left_in(runs.folder) == left_in(expected)
 
 
-def test_what_a_checkpoint_holds(whole):
+@pytest.mark.parametrize(("words", "staleness"), [(ONE, 1), (TWO, 2)], ids=["one", "two"])
+def test_what_a_checkpoint_holds(whole, words, staleness):
     """All that earlier weights have drawn of later steps, and nothing else."""
-    for words, staleness in ((ONE, 1), (TWO, 2)):
-        for checkpoint in list_checkpoints(whole(*words).folder / "run" / "checkpoints"):
-            later = range(checkpoint.step + 1, min(checkpoint.step + staleness, STEPS) + 1)
-            assert list(checkpoint.load()[STATE]) == list(later)
+    found = {c.step: c.load()[STATE] for c in list_checkpoints(whole(words)[0] / "run/checkpoints")}
+    assert {step: list(state) for step, state in found.items()} == {
+        step: list(range(step + 1, min(step + staleness, STEPS) + 1)) for step in (2, 4)
+    }
 
 
-@pytest.mark.parametrize("number", [4 + 2 * SAMPLES + 3, 4 + 4 + 4 * SAMPLES - 2])
-def test_killed_while_it_draws_ahead_and_resumed(runs, whole, kill_when, monkeypatch, number):
-    """In a draw beside step 2, nothing being saved; in one beside a later one, from step 2 on."""
-    child = whole(*ONE)
-    arguments = ["grpo", *runs.arguments("run", *ONE)]
-    kill_when(runs.held(number), arguments, run_cli_with_engine_here)
-    runs.control.unlink()
-    newest = latest_checkpoint(runs.folder / "run" / "checkpoints")
-    assert (newest.step if newest else 0) == (2 if number > 40 else 0)
-    assert runs.train("run", *ONE, "resume=true") == child.result
-    assert left_by(runs) == left_by(child)
+# What stands in metrics.jsonl, and in rollouts/, as the run dies.
+@pytest.mark.parametrize(
+    ("lines", "rollouts"),
+    [(4, 3), *(pytest.param(*x, marks=pytest.mark.long) for x in ((1, 1), (2, 2), (3, 2), (5, 4)))],
+)
+def test_killed_while_it_draws_ahead_and_resumed(
+    runs, train, whole, kill_when, tmp_path, lines, rollouts
+):
+    """Whatever part of a later step's draw was done."""
+    folder = runs.folder / "run"
+
+    def holds():
+        rows = read_rows(folder / "metrics.jsonl")
+        return len(rows) >= lines and len(list_rollouts(folder)) >= rollouts
+
+    expected, result = whole(ONE)
+    kill_when(holds, ["grpo", *runs.arguments("run", *ONE)], run_cli_in_one_process)
+    assert train(runs.folder, ONE, resume=True) == result
+    assert left_in(runs.folder) == left_in(expected)
 
 
 @pytest.mark.parametrize(
     ("name", "number", "words", "step"),
-    [("finish", 3, ONE, 1), ("take", 4, TWO, 3), ("compare", 3, ONE, 2)],
+    [
+        ("finish", 3, ONE, 1),
+        pytest.param("take", 4, TWO, 3, marks=pytest.mark.long),
+        pytest.param("compare", 3, ONE, 2, marks=pytest.mark.long),
+        pytest.param("finish", 2, SPLIT, 2, marks=pytest.mark.long),
+        pytest.param("take", 1, TWO, 0, marks=pytest.mark.long),
+    ],
 )
-def test_stopped_and_resumed(runs, whole, monkeypatch, capsys, name, number, words, step):
+def test_stopped_and_resumed(train, whole, tmp_path, monkeypatch, name, number, words, step):
     """By a signal that comes while it waits for a draw, or computes beside one."""
-    expected = whole(*words).result
-    signal_before_call(monkeypatch, StaleRollouts, name, number)
-    assert stop_and_resume(runs, monkeypatch, capsys, step, *words) == expected
+    expected, result = whole(words)
+    with monkeypatch.context() as patch:
+        calls = signal_before_call(patch, StaleRollouts, name, number)
+        with pytest.raises(Stopped, match=f"stopped after step {step}, "):
+            train(tmp_path, words)
+    assert len(calls) == number
     assert no_thread_is_left()
+    assert train(tmp_path, words, resume=True) == result
+    assert left_in(tmp_path)[0] == left_in(expected)[0]
 
 
-def test_dynamic_sampling_goes_on_where_the_draw_before_has_ended(runs, whole, monkeypatch):
-    """Refills are drawn in the background too; no prompt comes twice, also after a stop."""
-    words = [*ONE, "rollout.dynamic_sampling=true", "reward.name=run_children:score_some"]
-    words += ["reward.args.every=3", "rollout.refill_prompts=4", "seed=2"]
-    expected = whole(*words)
-    rows = expected.result[1][1:]
+def test_refills_and_turns_wait_whole(train, whole, tmp_path, monkeypatch):
+    """Refills are drawn in the background too, where the draw before has ended; masks and turns
+    are part of a checkpoint; no sample is drawn twice."""
+    expected, result = whole(MANY)
+    rows = result[1][1:]
     assert any(row["rollout/refills"] for row in rows[1:])
-    files = list_rollouts(expected.folder / "run").values()
+    assert all(row["rollout/turns_mean"] == 2 for row in rows)
+    files = list_rollouts(expected / "run").values()
     ids = [sample.sample_id for file in files for sample in load_rollout(file)]
     assert len(set(ids)) == len(ids) == STEPS * SAMPLES
-    prompts = [tuple(x.prompt_ids.tolist()) for file in files for x in load_rollout(file)[::4]]
-    assert len(set(prompts)) > len(prompts) // 2
-    with monkeypatch.context() as patch:
-        patch.setattr(StaleRollouts, "begin", dies_after(2, StaleRollouts.begin))
-        with pytest.raises(KeyboardInterrupt):
-            runs.train("run", *words)
-    assert runs.train("run", *words, "resume=true") == expected.result
-    assert left_by(runs) == left_by(expected)
+    assert_resumed(train, whole, tmp_path, monkeypatch, MANY)
 
 
-def dies_after(step, begin):
-    """`begin`, which ends the run as a kill would, once the draws beside this step + 1 are on."""
+def assert_resumed(train, whole, folder, monkeypatch, words):
+    """A run that dies as it has begun to draw beside step 4 goes on to the same bytes."""
+    expected, result = whole(words)
+    original = StaleRollouts.begin
 
-    def call(stale, trained, place):
-        begin(stale, trained, place)
-        if trained == step + 1:
+    def dies(stale, trained, place):
+        original(stale, trained, place)
+        if trained == 3:
             raise KeyboardInterrupt
 
-    return call
+    with monkeypatch.context() as patch:
+        patch.setattr(StaleRollouts, "begin", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(folder, words)
+    assert latest_checkpoint(folder / "run" / "checkpoints").step == 2
+    assert train(folder, words, resume=True) == result
+    assert left_in(folder) == left_in(expected)
 
 
-def test_samples_of_several_turns_wait_whole(runs, whole, monkeypatch, capsys):
-    """Masks, turns and several rewards' terms are part of a checkpoint too."""
-    words = [*ONE, "rollout.generate=run_children:two_turns", "rollout.max_new_tokens=8"]
-    words += ["logger.num_samples=2", "trainer.num_steps=3"]
-    expected = whole(*words).result
-    signal_before_call(monkeypatch, StaleRollouts, "take", 3)
-    found = stop_and_resume(runs, monkeypatch, capsys, 2, *words)
-    assert found == expected
-    assert all(row["rollout/turns_mean"] == 2 for row in found[1][1:])
+@pytest.mark.long
+@pytest.mark.parametrize("more", BESIDE, ids=["critic", "draft", "reference"])
+def test_whatever_learns_beside_the_policy(train, whole, tmp_path, monkeypatch, more):
+    """A critic, for which the policy waits two steps; a draft, which moves nothing; a KL."""
+    rows = whole((*ONE, *more))[1][1]
+    trained = [row for row in rows[1:] if "train/loss" in row]
+    assert len(trained) == (STEPS - 2 if more is BESIDE[0] else STEPS)
+    assert all(row["train/logprob_tokens_compared"] > 30 for row in trained)
+    assert all(row["train/logprob_mismatches"] == 0 for row in trained)
+    if more is BESIDE[1]:
+        assert whole((*ONE, *more))[1][0]["weights_digest"] == whole(ONE)[1][0]["weights_digest"]
+    assert_resumed(train, whole, tmp_path, monkeypatch, (*ONE, *more))
 
 
-def test_an_error_in_the_background_ends_the_run(runs, monkeypatch):
+def test_an_error_in_the_background_ends_the_run(train, tmp_path, monkeypatch):
     """With its own words, in the caller's thread, and nothing goes on behind it."""
-    runs.control.write_text(f"fail {4 + 2 * SAMPLES + 3}")
-    with pytest.raises(RewardError, match="raised KeyError: 'no such unit'"):
-        runs.train("run", *ONE)
+    original = RolloutSource.score
+
+    def score(source, rollout, poll):
+        if threading.current_thread() is not threading.main_thread() and rollout.problems:
+            step = rollout.completions[0][0].sample_id >> 32
+            if step == 2:
+                raise RewardError("no such unit")
+        original(source, rollout, poll)
+
+    monkeypatch.setattr(RolloutSource, "score", score)
+    with pytest.raises(RewardError, match="^no such unit$"):
+        train(tmp_path, ONE)
+    assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 2
     assert no_thread_is_left()
 
 
@@ -270,34 +334,33 @@ def tampered(monkeypatch, step):
     monkeypatch.setattr(RolloutSource, "draw", draw)
 
 
-@pytest.mark.parametrize("words", [ONE, TWO], ids=["one", "two"])
-def test_one_wrong_bit_of_a_stale_sample_ends_the_run(runs, monkeypatch, words):
-    """The comparison is one, though the weights that are trained are others."""
-    tampered(monkeypatch, 4)
-    with pytest.raises(LogprobMismatchError, match=r"^step 4: 1 of [0-9]+ log-probs differ"):
-        runs.train("run", *words)
-    assert len(read_rows(runs.folder / "run" / "metrics.jsonl")) == (3 if words is ONE else 2)
+def test_one_wrong_bit_of_a_stale_sample_ends_the_run(train, tmp_path, monkeypatch):
+    """The comparison is one, though other weights are to be trained; before they are."""
+    tampered(monkeypatch, 3)
+    with pytest.raises(LogprobMismatchError, match=r"^step 3: 1 of [0-9]+ log-probs differ"):
+        train(tmp_path, ONE)
+    assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 2
     assert no_thread_is_left()
 
 
-def test_without_the_comparison_nothing_is_compared_but_what_is_on_policy(runs, whole, monkeypatch):
-    """It costs a pass and a copy of the weights; it moves no weight."""
-    tampered(monkeypatch, 4)
-    summary, rows, _ = runs.train("run", *ONE, "rollout.check_stale=false", SPLIT)
+def test_without_the_comparison_nothing_is_compared_but_what_is_on_policy(
+    train, whole, tmp_path, monkeypatch
+):
+    """It costs a pass and a copy of the weights, and moves none."""
+    tampered(monkeypatch, 3)
+    summary, rows = train(tmp_path, (*SPLIT, "rollout.check_stale=false"))
     assert summary["logprob_tokens_compared"] == rows[1]["train/logprob_tokens_compared"]
     assert not any("train/logprob_tokens_compared" in row for row in rows[2:])
-    assert [row["train/loss"] for row in rows[1:4]] == [
-        row["train/loss"] for row in whole(*ONE, SPLIT).result[1][1:4]
-    ]
+    with_it = whole(SPLIT)[1][1]
+    assert [r["train/loss"] for r in rows[1:3]] == [r["train/loss"] for r in with_it[1:3]]
 
 
-def test_a_longer_run_is_refused_and_so_is_another_staleness(runs, whole):
+@pytest.mark.parametrize("word", ["trainer.num_steps=7", "rollout.max_staleness=2"])
+def test_a_longer_run_is_refused_and_so_is_another_staleness(whole, resolved, word):
     """What its later steps would be drawn by is gone."""
-    for words in (["trainer.num_steps=7"], ["rollout.max_staleness=2"]):
-        key = words[0].partition("=")[0]
-        run = whole(*ONE).resolve("run", *ONE, *words, "resume=true")
-        with pytest.raises(CheckpointError, match=re.escape(f"{key} ")):
-            open_run(run)
+    run = replace(resolved((*ONE, word)), output_dir=str(whole(ONE)[0]), resume=True)
+    with pytest.raises(CheckpointError, match=re.escape(word.partition("=")[0])):
+        open_run(run)
 
 
 def test_the_schedule_is_a_function_of_the_step():
