@@ -3,8 +3,10 @@
 import re
 
 import pytest
+from run_children import in_one_process
 
 from samebit.recipes.cli.compose import resolve
+from samebit.recipes.cli.dry_run import describe_grpo
 from samebit.recipes.config import ConfigError
 from samebit.recipes.rollout_config import RolloutSection
 
@@ -53,3 +55,16 @@ def test_commands_that_train_no_policy_ahead_refuse_it():
     for command, words in (("eagle3", []), ("plan", process)):
         with pytest.raises(ConfigError, match=meaning):
             resolve(command, ["model.path=m", "rollout.max_staleness=1", *words])
+
+
+def test_a_dry_run_says_which_weights_draw_and_what_the_comparison_takes(runs, monkeypatch):
+    """A copy of the weights on the trainer's device, unless nothing is compared."""
+    in_one_process(monkeypatch.setattr)
+    words = ["placement=process", "rollout.max_staleness=2"]
+    figures = describe_grpo(runs.resolve("run", *words))
+    assert figures["step_s_is_drawn_after"] == "max(0, s - 3)"
+    assert figures["served_copy_mib"] == figures["weights_mib"] > 0
+    figures = describe_grpo(runs.resolve("run", *words, "rollout.check_stale=false"))
+    assert figures["served_copy_mib"] == 0
+    figures = describe_grpo(runs.resolve("run"))
+    assert not {"served_copy_mib", "step_s_is_drawn_after"} & figures.keys()
