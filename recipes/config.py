@@ -201,6 +201,13 @@ def _check_placement(placement: PlacementSection, parallel: ParallelConfig) -> N
     require(fits, "placement.transport", placement.transport, meaning)
 
 
+def _check_staleness(max_staleness: int, placement: PlacementSection) -> None:
+    fits = not max_staleness or placement.engine == "process"
+    meaning = "0 with a colocated engine, which draws and trains in turns; placement=process has "
+    meaning += "an engine that draws while the trainer trains"
+    require(fits, "rollout.max_staleness", max_staleness, meaning)
+
+
 @dataclass(kw_only=True)
 class SftRun(RunSection):
     """`samebit sft`: supervised fine-tuning on prompts and labels."""
@@ -335,6 +342,7 @@ class GrpoRun(RunSection):
         fits = not segments or (alone and not self.draft.is_online)
         require(fits, "numerics.grad_segments", segments, meaning)
         _check_placement(self.placement, self.trainer.parallel)
+        _check_staleness(self.rollout.max_staleness, self.placement)
         fits = self.engine.releasable is not False or not self.placement.release_memory
         require(fits, "engine.releasable", False, "left alone with placement.release_memory=true")
         self.draft.check(self.ttt, self.engine, self.trainer.parallel, self.num_draft_updates)

@@ -114,6 +114,8 @@ class Eagle3Run(RunSection):
         require_default(self.engine, "engine", SET_BY_RUN, meaning)
         meaning = "the command is eagle3, which scores no answer"
         require_default(self.rollout, "rollout", ("dynamic_sampling", "logprobs"), meaning)
+        meaning = "the command is eagle3, whose target stays as it is"
+        require_default(self.rollout, "rollout", ("max_staleness",), meaning)
         meaning = "the command is eagle3, which draws one answer to a prompt"
         require_default(self.rollout, "rollout", ("generate",), meaning)
         idle = ("num_samples", "save_rollouts")

@@ -3,11 +3,13 @@
 Advantages and loss are those of the algorithm that algorithm.name names (trainer/algorithms).
 Deviations from the paper (Shao et al. 2024): no old-log-prob pass and no importance correction,
 because the rollout's log-probs are the trainer's, bit for bit, and every step checks that they are.
+With rollout.max_staleness later steps are drawn while one is trained, by weights that are older.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from samebit.recipes.cli.dry_run import describe_grpo, train_or_describe
@@ -18,7 +20,7 @@ from samebit.recipes.launch.critic import make_critic
 from samebit.recipes.launch.online_draft import OnlineDraft
 from samebit.recipes.launch.placement import make_trainer, releases_memory, start_engine
 from samebit.recipes.launch.teacher import Teacher
-from samebit.recipes.run.batches import own_micro_batches, with_reference
+from samebit.recipes.run.batches import own_micro_batches, uncompared, with_reference
 from samebit.recipes.run.critic import CriticUpdates
 from samebit.recipes.run.dynamic_sampling import StepRollout, draw_step
 from samebit.recipes.run.inputs import GrpoInputs
@@ -30,6 +32,7 @@ from samebit.recipes.run.sampling import Rollout, RolloutSource
 from samebit.recipes.run.secrets import to_yaml
 from samebit.recipes.run.session import RunSession, open_session
 from samebit.recipes.run.signals import StopSignals, stop_signals
+from samebit.recipes.run.stale_rollouts import StaleRollouts
 from samebit.recipes.run.training_metrics import (
     PhaseTimer,
     reference_metrics,
@@ -40,6 +43,7 @@ from samebit.recipes.run.training_metrics import (
     train_metrics,
 )
 from samebit.trainer.algorithms.registry import make_algorithm
+from samebit.trainer.stats import Comparison
 from samebit.trainer.types import Sample, StepStats
 from samebit.weight_sync.types import WeightSyncError
 
@@ -65,13 +69,13 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
             started()
             if progress.step == 0:
                 recorder.log(recipe.evaluate(recorder, stop))
+            recipe.draw_ahead(PhaseTimer())
 
             while progress.step < run.trainer.num_steps:
                 stop.poll_together()
                 timer = PhaseTimer()
-                with timer.time("rollout"):
-                    of_step = recipe.draw(stop, recorder.show)
-                    rollout = of_step.trained
+                of_step = recipe.draw(timer, stop, recorder.show)
+                rollout = of_step.trained
                 session.writer.poll()
                 is_dynamic = run.rollout.dynamic_sampling
                 if run.logger.save_rollouts and session.is_first:
@@ -89,11 +93,12 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                 if recorder.is_due(run.rollout.eval_every):
                     with timer.time("eval"):
                         metrics |= recipe.evaluate(recorder)
+                recipe.draw_ahead(timer)
                 timer.end_step()
-                timed = rollout, stats or recipe.critic_stats, timer.seconds, of_step.drawn
-                metrics |= timer.seconds | speed(recipe.trainer, *timed)
-                metrics |= recipe.ledger.metrics()
-                rate = f"{metrics['perf/rollout_tokens_per_s']:.0f} tok/s"
+                metrics |= timer.seconds | recipe.ahead_metrics(timer)
+                timed = rollout, stats or recipe.critic_stats, metrics, of_step.drawn
+                metrics |= speed(recipe.trainer, *timed) | recipe.ledger.metrics()
+                rate = f"{metrics.get('perf/rollout_tokens_per_s', 0):.0f} tok/s"
                 recorder.end_step(metrics, f"reward {rollout.reward_mean:.3f}, {rate}")
             if recipe.draft is not None:
                 recipe.draft.write()
@@ -158,6 +163,10 @@ class GrpoRecipe:
         self.engine, self.weights = start_engine(run, device, self.trainer, releases, self.draft)
         self.ledger = PhaseLedger(self.trainer, self.engine, releases)
         self.rollout_source = RolloutSource(run, self._inputs, self.engine)
+        self.stale: StaleRollouts | None = None
+        if run.rollout.max_staleness:
+            parts = self._inputs, self.rollout_source, self.trainer, session.resumed
+            self.stale = StaleRollouts(run, *parts)
         self.sync()
 
     def sync(self) -> None:
@@ -165,16 +174,33 @@ class GrpoRecipe:
         self.weights.lease(self.trainer.step)
         self.weights.update(self.trainer.params, self.trainer.digest())
 
-    def draw(self, stop: StopSignals, show: Callable[[str], object]) -> StepRollout:
-        """Draw and score what the next step trains on; `show` is told how it goes."""
+    def draw(
+        self, timer: PhaseTimer, stop: StopSignals, show: Callable[[str], object]
+    ) -> StepRollout:
+        """Draw and score what the next step trains on, or wait for it where it is drawn ahead;
+        `show` is told how it goes."""
+        if self.stale is not None:
+            with timer.time("rollout_wait"):
+                return self.stale.take(self.progress.step + 1, stop.poll)
         where = self.progress.step, self.progress.prompts_drawn
         polls = stop.poll, stop.poll_alone
-        return draw_step(self.rollout_source, self.run.rollout, *where, polls, show)
+        with timer.time("rollout"):
+            return draw_step(self.rollout_source, self.run.rollout, *where, polls, show)
+
+    def draw_ahead(self, timer: PhaseTimer) -> None:
+        """Begin to draw in the background what the present weights, which are served, draw of later
+        steps; meanwhile compare what earlier ones drew. Raises LogprobMismatchError."""
+        if self.stale is not None:
+            self.stale.begin(self.progress.step, self.progress.prompts_drawn)
+            with timer.time("compare"):
+                for step, compared in self.stale.compare(self.progress.step).items():
+                    self._check_promise(step, compared)
 
     def update(
         self, rollout: Rollout, timer: PhaseTimer, poll: Poll = lambda: None
     ) -> list[StepStats]:
-        """Train on a rollout, which is scored, and serve the result; nothing is served in between.
+        """Train on a rollout, which is scored, and serve the result; nothing is served in between,
+        but what is drawn ahead, which is drawn then.
 
         While the critic alone learns there is nothing new to serve, and no figure of the policy's.
         `poll` is called between micro-batches as long as the weights are as they were; what it
@@ -191,16 +217,18 @@ class GrpoRecipe:
             self.ledger.enter("rollout")  # nothing has begun: the engine serves on
             raise
         if waits:
+            self._finish_draws(timer)
             self.ledger.enter("rollout")
             return []
         self.weights.lease(self.trainer.step + self.run.updates_on(len(samples)))
         try:
             with timer.time("train"):
-                stats = self._train(samples, poll)
-                self._check_promise(stats[0])
+                stats = self._train(samples, timer, poll)
+                self._count_compared(stats[0])
                 self.draft_metrics = {} if self.draft is None else self.draft.end_step()
                 if self.critic is not None:
                     self.critic.train(samples)
+            self._finish_draws(timer)
             self.ledger.enter("rollout")
             with timer.time("sync"):
                 self.weights.update(self.trainer.params, self.trainer.digest())
@@ -210,6 +238,12 @@ class GrpoRecipe:
             raise
         return stats
 
+    def _finish_draws(self, timer: PhaseTimer, poll: Poll = lambda: None) -> None:
+        """Wait until the engine is idle: a sample is drawn by one version."""
+        if self.stale is not None:
+            with timer.time("rollout_wait"):
+                self.stale.finish(poll)
+
     @property
     def critic_stats(self) -> list[StepStats]:
         """Of the critic's latest optimizer steps, if there is one."""
@@ -217,11 +251,16 @@ class GrpoRecipe:
 
     def step_metrics(self, stats: Sequence[StepStats]) -> dict[str, float]:
         """Return what is logged of a step's training; nothing of a policy that waits."""
-        found = self.reference_metrics | (train_metrics(stats) if stats else {})
+        compared = None if self.stale is None else self.stale.comparison
+        found = self.reference_metrics | (train_metrics(stats, compared) if stats else {})
         found |= self.draft_metrics
         for part in (self.critic, self.teacher):
             found |= {} if part is None else part.metrics
         return found
+
+    def ahead_metrics(self, timer: PhaseTimer) -> dict[str, float]:
+        """Return what is logged of a step that was drawn ahead."""
+        return {} if self.stale is None else self.stale.metrics(self.progress.step, timer)
 
     def evaluate(self, recorder: Recorder, stop: StopSignals | None = None) -> dict[str, float]:
         """Complete and score the held-out problems; returns the metrics and records some samples.
@@ -253,10 +292,13 @@ class GrpoRecipe:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run goes on from."""
         draft = {} if self.draft is None else self.draft.state_dict()
-        return self.trainer.state_dict() | draft
+        stale = {} if self.stale is None else self.stale.state_dict(self.progress.step)
+        return self.trainer.state_dict() | draft | stale
 
     def close(self) -> None:
         """Let go of the engine and of the reward's processes."""
+        if self.stale is not None:
+            self.stale.close()
         self._inputs.close()
         self.weights.close()
         self.engine.close()
@@ -279,8 +321,13 @@ class GrpoRecipe:
         advantages = self.algorithm.advantages(rollout.reward_tensor, groups)
         return with_advantages(groups, advantages)
 
-    def _train(self, samples: Sequence[Sample], poll: Poll) -> list[StepStats]:
-        """One or more optimizer steps on a rollout; the first is exactly on-policy."""
+    def _train(self, samples: Sequence[Sample], timer: PhaseTimer, poll: Poll) -> list[StepStats]:
+        """One or more optimizer steps on a rollout; the first is exactly on-policy, unless earlier
+        weights drew it.
+
+        Where there is one, what is drawn ahead is waited for before it writes: until then a signal
+        may drop the step, and what the weights before it are drawing.
+        """
         settings, temperature = self.run.trainer, self.run.rollout.temperature
         size, stats = self.run.batch_size, list[StepStats]()
         parts = [
@@ -288,31 +335,39 @@ class GrpoRecipe:
             for i in range(0, len(samples), size)
         ]
         for i, batches in enumerate(parts):
-            if i or self.algorithm.needs_reference:  # weights that have not drawn
+            if self.stale is not None and self.stale.is_stale():
+                parts[i] = uncompared(batches)
+            elif i or self.algorithm.needs_reference:  # weights that have not drawn
                 parts[i] = self.trainer.with_kept_sets(batches)
+        finish = partial(self._finish_draws, timer, poll) if len(parts) == 1 else None
         with self._watched_by_draft():
             for batches in parts:
                 # Until the first optimizer step writes, the whole step may be dropped.
                 drops = None if stats else poll
-                stats.append(self.trainer.train_step(batches, self.algorithm, drops))
+                stats.append(self.trainer.train_step(batches, self.algorithm, drops, finish))
         return stats
 
     def _watched_by_draft(self) -> AbstractContextManager[None]:
         """Within it the draft, if one is trained, is shown what the policy's steps compute."""
         return nullcontext() if self.draft is None else self.draft.watching(self.progress.step + 1)
 
-    def _check_promise(self, first: StepStats) -> None:
-        """The first optimizer step ran on the very weights that drew the samples.
+    def _count_compared(self, first: StepStats) -> None:
+        """The first optimizer step ran on the very weights that drew the samples, or they were
+        compared before."""
+        compared = Comparison.in_step(first)
+        if self.stale is not None:
+            compared = self.stale.comparison or compared
+        self.progress.logprob_tokens_compared += compared.tokens
+        self.progress.logprob_mismatches += compared.mismatches
+        self._check_promise(self.progress.step + 1, compared)
 
-        Mismatches end the run if the kind of attention promises that there are none.
-        """
-        self.progress.logprob_tokens_compared += first.logprob_tokens_compared
-        self.progress.logprob_mismatches += first.logprob_mismatches
-        if first.logprob_mismatches and self.trainer.attention.is_invariant:
+    def _check_promise(self, step: int, compared: Comparison) -> None:
+        """Mismatches end the run if the kind of attention promises that there are none."""
+        if compared.mismatches and self.trainer.attention.is_invariant:
             raise LogprobMismatchError(
-                f"step {self.progress.step + 1}: {first.logprob_mismatches} of "
-                f"{first.logprob_tokens_compared} log-probs differ between rollout and trainer "
-                f"(at most by {first.logprob_abs_diff_max}); the last checkpoint is unharmed"
+                f"step {step}: {compared.mismatches} of {compared.tokens} log-probs differ between "
+                f"rollout and trainer (at most by {compared.abs_diff_max}); the last checkpoint is "
+                "unharmed"
             )
 
 

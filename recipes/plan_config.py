@@ -102,6 +102,7 @@ class PlanRun(GrpoRun):
         require_default(self, "", ("dry_run", "resume", "overwrite"), "nothing is run")
         require_default(self.engine, "engine", ("speculative",), unknown)
         require_default(self.numerics, "numerics", ("attention",), unknown)
+        require_default(self.rollout, "rollout", ("max_staleness",), unknown)
         require(not self.draft.is_online, "draft.train", "online", f"left alone: {unknown}")
         for section in ("critic", "distillation"):
             absent = getattr(self, section) is None

@@ -27,6 +27,11 @@ class RolloutSection:
     too_few_groups: str = "error"
     """If even then fewer than prompts_per_step prompts can be trained on: error, the run ends; or
     train on those that there are."""
+    max_staleness: int = 0
+    """Samples are drawn by weights so many training steps older than those that they train: later
+    steps are drawn while one is trained. Needs placement=process."""
+    check_stale: bool = True
+    """With max_staleness: find their log-probs once more by the weights that drew, and compare."""
     temperature: float = 1.0
     top_p: float = 1.0
     """Draw from the most likely tokens that together have this probability; 1: from all."""
@@ -67,6 +72,7 @@ class RolloutSection:
         meaning = "full where rollout.top_p, top_k and min_p draw from all tokens"
         require(bool(self.limits) or not self.truncates, "rollout.logprobs", self.logprobs, meaning)
         self._check_dynamic_sampling()
+        self._check_staleness()
         self._check_generate()
 
     @property
@@ -100,6 +106,19 @@ class RolloutSection:
         """Return which prompts of a step a refill draws; 0: those that every step draws."""
         begun, more = self.prompts_per_step, self.refill_prompts or self.prompts_per_step
         return range(begun + (refill - 1) * more, begun + refill * more) if refill else range(begun)
+
+    def drawn_after(self, step: int) -> int:
+        """Return the training step whose weights draw a step, which counts from 1; 0: the first."""
+        return max(0, step - 1 - self.max_staleness)
+
+    def _check_staleness(self) -> None:
+        stale = self.max_staleness
+        require(stale >= 0, "rollout.max_staleness", stale, "0 or more")
+        if not stale:
+            require_default(self, "rollout", ("check_stale",), "rollout.max_staleness is 0")
+        meaning = "full with rollout.max_staleness: what could be drawn is known by the weights "
+        meaning += "that drew alone"
+        require(not (stale and self.truncates), "rollout.logprobs", self.logprobs, meaning)
 
     def _check_generate(self) -> None:
         if self.generate is None:

@@ -10,6 +10,38 @@ from torch import Tensor
 from samebit.trainer.types import MicroBatch, StepStats
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What comes of comparing a rollout's log-probs with the trainer's, bit for bit."""
+
+    tokens: int = 0
+    mismatches: int = 0
+    abs_diff_max: float = 0.0
+
+    @classmethod
+    def of(cls, ours: Tensor, theirs: Tensor) -> "Comparison":
+        """Compare log-probs [R] fp32 of one micro-batch, of which a context rank may have none."""
+        if not len(ours):
+            return cls()
+        diff = float((ours - theirs).abs().max())
+        return cls(len(ours), count_mismatches(ours, theirs), diff)
+
+    @classmethod
+    def in_step(cls, stats: StepStats) -> "Comparison":
+        """Return that which an optimizer step has made of its own forward pass."""
+        return cls(
+            stats.logprob_tokens_compared, stats.logprob_mismatches, stats.logprob_abs_diff_max
+        )
+
+    def __add__(self, other: "Comparison") -> "Comparison":
+        """Return that of the tokens of both."""
+        return Comparison(
+            self.tokens + other.tokens,
+            self.mismatches + other.mismatches,
+            max(self.abs_diff_max, other.abs_diff_max),
+        )
+
+
 @dataclass
 class Totals:
     """Accumulates in micro-batch order."""
@@ -36,11 +68,10 @@ class Totals:
         if batch.rollout_logprobs is None:
             return
         ours, theirs = (x[batch.is_compared] for x in (logprobs, batch.rollout_logprobs))
-        if len(ours):  # a context rank may have none
-            self.compared += len(ours)
-            self.mismatches += count_mismatches(ours, theirs)
-            diff = (ours - theirs).abs().max()
-            self.abs_diff_max = max(self.abs_diff_max, float(diff))
+        found = Comparison.of(ours, theirs)
+        self.compared += found.tokens
+        self.mismatches += found.mismatches
+        self.abs_diff_max = max(self.abs_diff_max, found.abs_diff_max)
 
     def merge(self, others: Iterable["Totals"]) -> None:
         """Add what other ranks have summed up, in their order."""

@@ -7,15 +7,15 @@
 # Parts: verify (two runs side by side have to be equal; SMOLLM2=FOLDER adds that model), engine,
 # groups, speculative (SMOLLM2 too), kernels, trainer, memory, sync (on two GPUs also between them),
 # step (of colocated GRPO), kills (a short demo on SmolLM2, killed 20 times); on two GPUs
-# tensor_parallel, trainer_tp, elastic, transfers; on four transfers4, layouts (short runs under all
-# that fit), tp1_tp4.
+# tensor_parallel, trainer_tp, elastic, transfers, async (GRPO whose engine draws while its trainer
+# trains; SMOLLM2 too); on four transfers4, layouts (short runs under all that fit), tp1_tp4.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 bin=$root/.venv/bin
 shapes=$root/recipes/bench/shapes
 parts=" verify engine groups speculative kernels trainer memory sync step kills tensor_parallel"
-parts+=" trainer_tp elastic transfers transfers4 layouts tp1_tp4 "
+parts+=" trainer_tp elastic transfers async transfers4 layouts tp1_tp4 "
 for part in "${@:2}"; do
     if [[ $parts != *" $part "* ]]; then
         echo "'$part' is no part; there are:$parts" >&2
@@ -116,6 +116,15 @@ memory() { samebit memory_qwen3_8b bench memory model="$shapes/qwen3-8b" load_fo
 sync() { samebit sync_qwen3_8b bench sync model="$shapes/qwen3-8b" load_format=dummy; }
 
 step() { "$bin/python" "$root/tests/programs/colocated_step.py" "$out/step.json"; }
+
+async() {
+    needs_gpus 2
+    "$bin/python" "$root/tests/programs/async_step.py" "$out/async_step.json"
+    if [[ -n ${SMOLLM2:-} ]]; then
+        "$bin/python" "$root/tests/programs/async_step.py" "$out/async_step_smollm2.json" \
+            model="$SMOLLM2"
+    fi
+}
 
 transfer() { # PROCESSES NAME OPTION...: weights from one layout to another
     program "$1" weight_transfers "$shapes/qwen3-8b" "$out/transfer_$2.json" "${@:3}"

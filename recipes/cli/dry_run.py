@@ -107,11 +107,20 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
         **memory,
         **others,
         "reference_mib": reference,
+        **_staleness(run, memory["weights_mib"]),
         **_online_draft(run, draft, device),
         "kv_mib_if_all_run_at_once": round(
             min(at_once, run.engine.max_num_seqs) * longest * kv_bytes / _MIB, 1
         ),
     }
+
+
+def _staleness(run: GrpoRun, weights_mib: float) -> dict[str, int | float | str]:
+    """Which weights draw which step, if not those before it, and what the comparison takes."""
+    stale, copies = run.rollout.max_staleness, weights_mib if run.rollout.check_stale else 0
+    if not stale:
+        return {}
+    return {"step_s_is_drawn_after": f"max(0, s - {1 + stale})", "served_copy_mib": copies}
 
 
 def _draft_of(run: GrpoRun, inputs: GrpoInputs) -> DraftConfig | None:

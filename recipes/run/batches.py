@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from samebit.trainer.config import TrainerConfig
@@ -35,6 +36,12 @@ def own_micro_batches(
         num_segments=trainer.grad_segments or 1,
     )
     return trainer.own_batches(batches)
+
+
+def uncompared(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """Return micro-batches of samples that other weights than the trainer's present ones drew: no
+    log-prob is to be the rollout's."""
+    return [replace(b, is_compared=torch.zeros_like(b.is_compared)) for b in batches]
 
 
 def rows_by_sample(batches: Sequence[MicroBatch], rows: Sequence[Tensor]) -> dict[int, list[float]]:

@@ -59,6 +59,8 @@ _EARLIER = {
     "rollout.refill_prompts": None,
     "rollout.generate": None,
     "rollout.too_few_groups": "error",
+    "rollout.max_staleness": 0,
+    "rollout.check_stale": True,
     "rollout.logprobs": "full",
     "algorithm.loss_top_k": 0,
     **{f"algorithm.{f.name}": f.default for f in fields(GrpoConfig)},
@@ -77,7 +79,8 @@ def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
     schedules = [kept["trainer"]["optimizer"]["lr_schedule"]]
     learners = ["critic", *(["draft"] if train == "online" else [])]
     schedules += [kept[key]["optimizer"]["lr_schedule"] for key in learners if key in kept]
-    if set(schedules) == {"constant"}:
+    ahead = kept.get("rollout", {}).get("max_staleness")
+    if set(schedules) == {"constant"} and not ahead:
         del kept["trainer"]["num_steps"]  # a run may be made longer
     # Where it is reached nothing is trained; of a generated task it says what is prepared.
     if kept.get("rollout", {}).get("too_few_groups") == "error" and kept["data"]["task"] == "file":

@@ -17,6 +17,9 @@ GREY = "#9aa0a6"
 MAX_BARS = 60
 # Whole steps, which contain the other phases: a line over the bars, not a part of them.
 TOTALS = ("perf/step_s", "perf/total_s")
+# With rollout.max_staleness: how long was drawn while nobody waited, and while somebody did. Both
+# are a bar of their own beside that of the trainer, in which a draw takes no time but the wait.
+OVERLAP, WAIT = "perf/overlap_s", "perf/rollout_wait_s"
 
 Series = list[tuple[int, float]]
 
@@ -202,7 +205,9 @@ def _time_svg(rows: list[dict[str, Any]], width: int, prefix: str) -> str:
     bins = [rows[start : start + width] for start in range(0, len(rows), width)]
     keys = {key for row in rows for key in row if _is_time(key)}
     means = {key: [sum(row.get(key, 0.0) for row in b) / len(b) for b in bins] for key in keys}
-    phases = sorted(keys - set(TOTALS), key=lambda key: (-sum(means[key]), key))
+    beside = OVERLAP in keys
+    hidden = {*TOTALS, *({OVERLAP, "perf/rollout_s"} if beside else ())}
+    phases = sorted(keys - hidden, key=lambda key: (-sum(means[key]), key))
     stacks = {key.removeprefix("perf/").removesuffix("_s"): means[key] for key in phases}
     if len(phases) > len(COLORS):
         small = [means[key] for key in phases[len(COLORS) :]]
@@ -211,10 +216,15 @@ def _time_svg(rows: list[dict[str, Any]], width: int, prefix: str) -> str:
     figure, axes = _axes()
     steps = [b[0]["step"] for b in bins]
     gap = min((b - a for a, b in zip(steps, steps[1:], strict=False)), default=1)
-    bottom = [0.0] * len(bins)
+    bar, bottom = (0.42 if beside else 0.85) * gap, [0.0] * len(bins)
+    left = [step - bar / 2 for step in steps] if beside else steps
     for (label, heights), color in zip(stacks.items(), (*COLORS, GREY), strict=False):
-        axes.bar(steps, heights, 0.85 * gap, bottom=bottom, color=color, label=label)
+        axes.bar(left, heights, bar, bottom=bottom, color=color, label=label)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    if beside:
+        drawing = [a + b for a, b in zip(means[OVERLAP], means[WAIT], strict=True)]
+        right = [step + bar / 2 for step in steps]
+        axes.bar(right, drawing, bar, color=GREY, hatch="//", label="rollout, beside")
     for key in sorted(keys & set(TOTALS)):
         label = f"whole {key.removeprefix('perf/').removesuffix('_s')}"
         axes.plot(steps, means[key], color="#1d2129", linewidth=1, marker="_", label=label)

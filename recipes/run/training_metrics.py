@@ -15,6 +15,7 @@ from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion
 from samebit.trainer.flops import peak_flops, train_flops
 from samebit.trainer.megatron.trainer import MegatronTrainer
+from samebit.trainer.stats import Comparison
 from samebit.trainer.types import Sample, StepStats
 
 
@@ -23,19 +24,22 @@ class PhaseTimer:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._start = time.perf_counter()
+        self.start = time.perf_counter()
+        self._inner = 0.0
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
-        """Add the block's wall time to perf/<phase>_s."""
-        start = time.perf_counter()
+        """Add the block's wall time to perf/<phase>_s, without that of phases within it."""
+        start, before = time.perf_counter(), self._inner
+        self._inner = 0.0
         yield
-        key = f"perf/{phase}_s"
-        self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
+        took, key = time.perf_counter() - start, f"perf/{phase}_s"
+        self.seconds[key] = self.seconds.get(key, 0.0) + took - self._inner
+        self._inner = before + took
 
     def end_step(self) -> None:
         """Put down perf/step_s: all that went by since the timer was made."""
-        self.seconds["perf/step_s"] = time.perf_counter() - self._start
+        self.seconds["perf/step_s"] = time.perf_counter() - self.start
 
 
 def rollout_metrics(rollout: Rollout, prefix: str) -> dict[str, float]:
@@ -86,20 +90,23 @@ def reference_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     return {"rollout/kl": float(np.concatenate(found).mean(dtype=np.float64))} if found else {}
 
 
-def train_metrics(stats: Sequence[StepStats]) -> dict[str, float]:
+def train_metrics(
+    stats: Sequence[StepStats], compared: Comparison | None = None
+) -> dict[str, float]:
     """Return means over a step's optimizer steps. If log-probs are compared with a rollout's,
-    the comparison is that of the first."""
+    the comparison is that of the first, or `compared`, which was made before."""
     first = stats[0]
+    compared = compared or Comparison.in_step(first)
     metrics = {
         "train/loss": sum(s.loss for s in stats) / len(stats),
         "train/grad_norm": sum(s.grad_norm for s in stats) / len(stats),
         "train/learning_rate": stats[-1].learning_rate,
     }
-    if first.logprob_tokens_compared:
+    if compared.tokens:
         metrics |= {
-            "train/rollout_logprob_abs_diff_max": first.logprob_abs_diff_max,
-            "train/logprob_tokens_compared": first.logprob_tokens_compared,
-            "train/logprob_mismatches": first.logprob_mismatches,
+            "train/rollout_logprob_abs_diff_max": compared.abs_diff_max,
+            "train/logprob_tokens_compared": compared.tokens,
+            "train/logprob_mismatches": compared.mismatches,
         }
     for name in first.metrics:
         metrics[name] = sum(s.metrics[name] for s in stats) / len(stats)
@@ -146,14 +153,14 @@ def speed(
 ) -> dict[str, float]:
     """Return tokens per second of the two large phases; on a GPU also the share of its peak.
 
-    rollout: what is trained on; drawn: all that was drawn, where that is more.
+    rollout: what is trained on; drawn: all that was drawn, where that is more. Nothing is said of a
+    rollout that was drawn before the run was resumed.
     """
     drawn_tokens = sum(num_drawn(c) for group in (drawn or rollout).completions for c in group)
     trained, train_s = sum(s.num_tokens for s in stats), seconds["perf/train_s"]
-    found = {
-        "perf/rollout_tokens_per_s": drawn_tokens / seconds["perf/rollout_s"],
-        "perf/train_tokens_per_s": trained / train_s,
-    }
+    found = {"perf/train_tokens_per_s": trained / train_s}
+    if "perf/rollout_s" in seconds:
+        found["perf/rollout_tokens_per_s"] = drawn_tokens / seconds["perf/rollout_s"]
     if peak := peak_flops(trainer.device):
         lens = [
             len(prompt) + len(c.token_ids)

@@ -118,8 +118,8 @@ def child(forkserver):
 def kill_when(child):
     """kill_when(condition, arguments): a run that dies as soon as the condition holds."""
 
-    def run(condition, arguments):
-        with child(arguments) as process:
+    def run(condition, arguments, *target):
+        with child(arguments, *target) as process:
             while not condition():
                 assert process.is_alive() or condition(), "the run ended before its time"
                 os.sched_yield()

@@ -173,6 +173,35 @@ def run_cli(arguments):
     sys.exit(main(arguments))
 
 
+def engine_here(model_path, cpu_threads, *, config, device, ranks):
+    """In place of a RemoteEngine: an engine of this process, which another thread calls, too."""
+    from samebit.rollout.engine import Engine
+
+    return Engine(model_path, config, device=device, ranks=ranks)
+
+
+def reward_here(config, poll):
+    """In place of load_reward: a reward that runs in this process."""
+    from samebit.recipes.data.rewards import bind_reward
+
+    return bind_reward(config.name, dict(config.args))
+
+
+def in_one_process(set_attribute):
+    """Have runs with placement=process start no process; by `setattr`, or a monkeypatch's."""
+    from samebit.recipes.launch import placement
+    from samebit.recipes.run import inputs
+
+    set_attribute(placement, "RemoteEngine", engine_here)
+    set_attribute(inputs, "load_reward", reward_here)
+
+
+def run_cli_in_one_process(arguments):
+    """`samebit` with placement=process, which starts none."""
+    in_one_process(setattr)
+    run_cli(arguments)
+
+
 def run_cli_as_rank(rank, size, port, secret, *arguments):
     """`samebit` as one of the processes that a launcher has started."""
     from samebit.trainer.megatron.setup import DETERMINISTIC

@@ -161,6 +161,17 @@ def test_long_runs_and_many_phases_stay_small(tmp_path):
     assert len(page) < 500_000
 
 
+def test_a_rollout_beside_the_training_is_a_bar_of_its_own(tmp_path):
+    """In the trainer's bar it takes no time but what is waited for it."""
+    times = {"train": 3.0, "rollout_wait": 0.5, "rollout": 2.5, "overlap": 2.0, "step": 3.6}
+    with MetricsLogger(tmp_path, LoggerConfig(wandb="disabled"), "r", {}, None) as logger:
+        for step in range(4):
+            logger.log(step, {f"perf/{name}_s": value for name, value in times.items()})
+    labels = re.findall(r">([a-z][a-z_, ]+)</text>", report(tmp_path))
+    found = {"whole step", "train", "rollout_wait", "rollout, beside"}
+    assert set(labels) == found | {"step"}  # the axis
+
+
 def test_the_same_run_gives_the_same_bytes(tmp_path):
     make_run(tmp_path)
     assert report(tmp_path) == report(tmp_path)

@@ -78,6 +78,23 @@ class ForwardModel:
                 param.requires_grad_(False)
                 param.data = weights[name]
 
+    def like(self) -> "ForwardModel":
+        """Another one of the same model and layout, with uninitialised memory of its own."""
+        return ForwardModel(
+            self.model,
+            self.device,
+            parallel=self.parallel,
+            tp_invariant=self.ranks.invariant,
+            longest=self.longest,
+            attention=type(self.attention),
+        )
+
+    @torch.no_grad()
+    def copy_from(self, params: Mapping[str, Tensor]) -> None:
+        """Take on the weights of these parameters, which are named alike."""
+        for name, param in self.params.items():
+            param.copy_(params[name])
+
     def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Log-probs [R] of every micro-batch, on every rank that shares the work."""
         if not batches:

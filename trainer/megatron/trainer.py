@@ -158,19 +158,11 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
 
     def freeze_reference(self) -> None:
         """Keep a copy of the present weights as the reference for the KL penalty."""
-        _copy_params(self.params, self._reference_model().params)
+        self._reference_model().copy_from(self.params)
 
     def _reference_model(self) -> ForwardModel:
         """Made when first asked for."""
-        if self._reference is None:
-            self._reference = ForwardModel(
-                self.model,
-                self.device,
-                parallel=self.parallel,
-                tp_invariant=self.ranks.invariant,
-                longest=self.longest,
-                attention=type(self.attention),
-            )
+        self._reference = self._reference or self.like()
         return self._reference
 
     def digest(self) -> str:
@@ -204,12 +196,14 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
         batches: Sequence[MicroBatch],
         algorithm: Algorithm[Any],
         poll: Callable[[], object] | None = None,
+        before_write: Callable[[], object] | None = None,
     ) -> StepStats:
         """One optimizer step over all micro-batches: this data rank's, at least one unless there
         are gradient segments.
 
         Truncated ones need kept sets (`with_kept_sets`) unless the weights are those that drew.
-        `poll` is called before each of them; what it raises ends the step, nothing being written.
+        `poll` is called before each of them, `before_write` once gradients are known to be finite;
+        what they raise ends the step, nothing being written.
         Raises NonFiniteError, with step, micro-batch and sample named, before anything is written;
         on every rank alike.
         """
@@ -228,6 +222,8 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
                     f"the gradient's norm overflows at step {self.step + 1}, although every "
                     "gradient is finite; the weights are unchanged"
                 )
+            if before_write is not None:
+                before_write()
             self._optimizer.step_with_ready_grads()
             self._scheduler.step(increment=1)
         self.step += 1
@@ -255,11 +251,11 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`, written by state_dict with the same settings."""
         self.arena.require_resident(("optimizer",))
-        _copy_params(state["params"], self.params)
+        self.copy_from(state["params"])
         load_optimizer_state(self._pieces, state["optimizer"])
         self._go_on_from(state)
         if state["reference"] is not None:
-            _copy_params(state["reference"], self._reference_model().params)
+            self._reference_model().copy_from(state["reference"])
 
     @torch.no_grad()
     def load_resharded(self, saved: WholeState) -> None:
@@ -389,9 +385,3 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
             return self._gradients_finite()
 
         blame_gradients(batches, self.step + 1, self.device, are_finite)
-
-
-@torch.no_grad()
-def _copy_params(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    for name, param in target.items():
-        param.copy_(source[name])

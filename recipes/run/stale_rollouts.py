@@ -1,0 +1,118 @@
+"""A run's rollouts with rollout.max_staleness: drawn ahead, compared under what drew them."""
+
+from functools import partial
+from typing import Any
+
+from samebit.recipes.config import GrpoRun
+from samebit.recipes.data.rewards import Poll
+from samebit.recipes.run.batches import own_micro_batches
+from samebit.recipes.run.draws_ahead import DrawnStep, DrawsAhead
+from samebit.recipes.run.dynamic_sampling import StepRollout, draw_step
+from samebit.recipes.run.inputs import GrpoInputs
+from samebit.recipes.run.sampling import Rollout, RolloutSource
+from samebit.recipes.run.training_metrics import PhaseTimer
+from samebit.recipes.run.waiting_rollouts import of_state, to_state
+from samebit.trainer.checkpoint import Checkpoint
+from samebit.trainer.megatron.trainer import MegatronTrainer
+from samebit.trainer.stats import Comparison
+
+STATE = "waiting_rollouts"
+
+
+class StaleRollouts:
+    """Has later steps drawn while one is trained.
+
+    With rollout.check_stale it holds a copy of the served weights on the trainer's device: samples
+    that the trainer's next weights are trained on are compared with a forward pass of those that
+    drew them. `close` it when done.
+    """
+
+    def __init__(
+        self,
+        run: GrpoRun,
+        inputs: GrpoInputs,
+        source: RolloutSource,
+        trainer: MegatronTrainer,
+        resumed: Checkpoint | None,
+    ) -> None:
+        self._run, self._trainer = run, trainer
+
+        def draw(step: int, begin: int, poll: Poll) -> StepRollout:
+            return draw_step(source, run.rollout, step - 1, begin, (poll, poll))
+
+        saved = {} if resumed is None else resumed.load()[STATE]
+        waiting = {
+            step: of_state(state, partial(source.training_prompts, step - 1), inputs.text.decode)
+            for step, state in saved.items()
+        }
+        self._draws = DrawsAhead(draw, run.rollout, run.trainer.num_steps, waiting)
+        self._served = trainer.like() if run.rollout.check_stale else None
+        self._taken: DrawnStep | None = None
+
+    def begin(self, trained: int, place: int) -> None:
+        """See DrawsAhead.begin."""
+        self._draws.begin(trained, place)
+
+    def take(self, step: int, poll: Poll) -> StepRollout:
+        """Return a step's rollout, once it is drawn; raises what its draw, or `poll`, raises."""
+        self._taken = self._draws.take(step, poll)
+        return self._taken.rollout
+
+    def finish(self, poll: Poll = lambda: None) -> None:
+        """Wait until the engine may get other weights; raises what a draw, or `poll`, raises."""
+        self._draws.finish(poll)
+
+    def compare(self, trained: int) -> dict[int, Comparison]:
+        """Compare, by step, what is not yet compared and was drawn by other weights than the
+        trainer's present ones; from here on those count as the served ones."""
+        if self._served is None:
+            return {}
+        found = {}
+        for step, drawn in self._draws.waiting(trained).items():
+            if drawn.comparison is None and drawn.version.step != self._trainer.step:
+                found[step] = drawn.comparison = self._comparison(drawn.rollout.trained)
+        self._served.copy_from(self._trainer.params)
+        return found
+
+    def _comparison(self, rollout: Rollout) -> Comparison:
+        assert self._served is not None
+        samples = [sample for group in rollout.samples() for sample in group]
+        settings, temperature = self._run.trainer, self._run.rollout.temperature
+        batches = own_micro_batches(samples, settings, self._trainer, temperature)
+        found = Comparison()
+        for batch, logprobs in zip(batches, self._served.logprobs(batches), strict=True):
+            assert batch.rollout_logprobs is not None
+            found += Comparison.of(logprobs, batch.rollout_logprobs)
+        return found
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """That of the rollout that was taken last, if it was made before the step was trained."""
+        return None if self._taken is None else self._taken.comparison
+
+    def is_stale(self) -> bool:
+        """Whether other weights than the trainer's present ones drew what was taken last."""
+        return self._taken is not None and self._taken.version.step != self._trainer.step
+
+    def metrics(self, step: int, timer: PhaseTimer) -> dict[str, float]:
+        """Return what is logged of the step that was trained, whose rollout was taken last.
+
+        overlap_s: how long the engine drew while this process did not wait for it.
+        """
+        assert self._taken is not None
+        waited, drawn_s = timer.seconds["perf/rollout_wait_s"], self._taken.seconds
+        return {
+            "rollout/staleness": step - 1 - self._run.rollout.drawn_after(step),
+            "rollout/weight_step": self._taken.version.step,
+            "perf/overlap_s": max(0.0, self._draws.busy_s(timer.start) - waited),
+            **({} if drawn_s is None else {"perf/rollout_s": drawn_s}),
+        }
+
+    def state_dict(self, trained: int) -> dict[str, Any]:
+        """What a run that goes on behind step `trained` cannot draw again."""
+        waiting = self._draws.waiting(trained)
+        return {STATE: {step: to_state(drawn) for step, drawn in waiting.items()}}
+
+    def close(self) -> None:
+        """Abandon what is being drawn; no thread is left."""
+        self._draws.close()
