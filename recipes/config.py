@@ -14,6 +14,7 @@ from samebit.recipes.data.tasks.base import DataConfig, PreferenceConfig
 from samebit.recipes.distillation_config import DistillationSection
 from samebit.recipes.draft_config import OnlineDraftSection
 from samebit.recipes.numerics_config import NumericsSection
+from samebit.recipes.placement_config import PlacementSection
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.metrics import LoggerConfig
 from samebit.rollout.config import EngineConfig
@@ -21,18 +22,15 @@ from samebit.trainer.config import (
     AlgorithmConfig,
     DpoConfig,
     GrpoConfig,
-    ParallelConfig,
     TrainerConfig,
     require,
     require_default,
 )
 from samebit.trainer.critic.config import CriticConfig
 from samebit.trainer.draft.config import TttConfig
-from samebit.weight_sync.transports.registry import TRANSPORTS
 
 SET_BY_RUN = ("attention", "load_format", "max_model_len", "model_family", "seed")
 """Settings of the engine that commands derive from keys of their own."""
-PLACEMENTS = ("colocated", "process")
 
 
 class ConfigError(ValueError):
@@ -75,65 +73,6 @@ class ModelSection:
 
     def __post_init__(self) -> None:
         require(self.path != "", "model.path", self.path, "the path of a folder")
-
-
-@dataclass(kw_only=True)
-class PlacementSection:
-    """Where the engine runs and how weights reach it. Neither can change a token."""
-
-    engine: str = "colocated"
-    """colocated: in the trainer's process; process: in one of its own."""
-    transport: str = "alias"
-    """How weights reach it: alias, stages (pipelines), file (colocated); gloo, nccl (another GPU),
-    ipc (the same GPU), file (process); or module:Class, a transport of your own."""
-    delta: bool = False
-    """Send only what has changed in the weights; the trainer's device keeps them once more."""
-    timeout_s: float = 600.0
-    """Seconds that trainer and engine wait for each other in an update by gloo, nccl or ipc."""
-    replicas: int = 1
-    """Engines with placement.engine=process, which share the prompts: on a GPU each, with nccl."""
-    replica_timeout_s: float = 600.0
-    """With several: one that takes no step for so long is killed. Compiling kernels takes long."""
-    max_restarts: int = 3
-    """With several: how many may die in a run, and are replaced."""
-    release_memory: bool | None = None
-    """Give the engine's KV cache and CUDA graphs back while training, and the trainer's gradients
-    while drawing; unset: with a colocated engine on a GPU."""
-
-    def __post_init__(self) -> None:
-        known = self.engine in PLACEMENTS
-        require(known, "placement.engine", self.engine, f"one of {PLACEMENTS}")
-        fitting = tuple(name for name, entry in TRANSPORTS.items() if self.engine in entry.engines)
-        meaning = f"one of {fitting} for placement '{self.engine}'"
-        fits = self.transport in fitting or ":" in self.transport
-        require(fits, "placement.transport", self.transport, meaning)
-        fits = 0 < self.timeout_s < 1e8
-        require(fits, "placement.timeout_s", self.timeout_s, "positive, and below 1e8")
-        self._check_replicas()
-        for key, default in (("delta", False), ("timeout_s", 600.0)):
-            able = tuple(name for name, entry in TRANSPORTS.items() if key in entry.settings)
-            value, usual = getattr(self, key), str(default).lower()
-            fits = value == default or self.transport in able
-            meaning = f"with placement.transport '{self.transport}', or the transport one of {able}"
-            require(fits, f"placement.{key}", value, f"{usual} {meaning}")
-        fits, meaning = not self.release_memory or self.engine == "colocated", "unset or false"
-        meaning += " with placement.engine=process: the engine's memory is another process's"
-        require(fits, "placement.release_memory", self.release_memory, meaning)
-
-    def _check_replicas(self) -> None:
-        require(self.replicas >= 1, "placement.replicas", self.replicas, "positive")
-        able = tuple(name for name, entry in TRANSPORTS.items() if entry.replicas)
-        fits = self.replicas == 1 or self.transport in able or ":" in self.transport
-        meaning = f"1 with placement.transport '{self.transport}', or the transport one of {able}"
-        require(fits, "placement.replicas", self.replicas, meaning)
-        fits = 0 < self.replica_timeout_s < 1e8
-        meaning = "positive, and below 1e8"
-        require(fits, "placement.replica_timeout_s", self.replica_timeout_s, meaning)
-        require(self.max_restarts >= 0, "placement.max_restarts", self.max_restarts, "0 or more")
-        for key, default in (("replica_timeout_s", 600.0), ("max_restarts", 3)):
-            value = getattr(self, key)
-            fits = value == default or self.replicas > 1
-            require(fits, f"placement.{key}", value, f"{default} with one replica")
 
 
 @dataclass(kw_only=True)
@@ -183,22 +122,6 @@ def check_overwrite(run: RunSection) -> None:
 
 def _check_copies(size: int, copies: int) -> None:
     require(size >= copies, "trainer.parallel.data", copies, f"at most {size}, a step's samples")
-
-
-def _check_placement(placement: PlacementSection, parallel: ParallelConfig) -> None:
-    count = parallel.num_processes
-    layout = f"{count} processes of the trainer, in {parallel.pipeline} stages"
-    fits = count == 1 or placement.engine == "colocated"
-    require(fits, "placement.engine", placement.engine, f"colocated with {layout}")
-    trainer = "stages" if parallel.pipeline > 1 else "copies" if count > 1 else "one"
-    fitting = sorted(
-        name
-        for name, entry in TRANSPORTS.items()
-        if trainer in entry.trainers and placement.engine in entry.engines
-    )
-    meaning = f"{' or '.join(fitting)} with placement={placement.engine} and {layout}"
-    fits = placement.transport in fitting or ":" in placement.transport
-    require(fits, "placement.transport", placement.transport, meaning)
 
 
 def _check_staleness(max_staleness: int, placement: PlacementSection) -> None:
@@ -341,7 +264,7 @@ class GrpoRun(RunSection):
         meaning = "0 with a critic or draft.train=online, which sum by the copies of the model"
         fits = not segments or (alone and not self.draft.is_online)
         require(fits, "numerics.grad_segments", segments, meaning)
-        _check_placement(self.placement, self.trainer.parallel)
+        self.placement.check(self.trainer.parallel)
         _check_staleness(self.rollout.max_staleness, self.placement)
         fits = self.engine.releasable is not False or not self.placement.release_memory
         require(fits, "engine.releasable", False, "left alone with placement.release_memory=true")

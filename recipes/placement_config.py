@@ -1,0 +1,83 @@
+"""Where the engine of a run of GRPO is, as a section of the configuration. No torch here."""
+
+from dataclasses import dataclass
+
+from samebit.trainer.config import ParallelConfig, require
+from samebit.weight_sync.transports.registry import TRANSPORTS
+
+PLACEMENTS = ("colocated", "process")
+
+
+@dataclass(kw_only=True)
+class PlacementSection:
+    """Where the engine runs and how weights reach it. Neither can change a token."""
+
+    engine: str = "colocated"
+    """colocated: in the trainer's process; process: in one of its own."""
+    transport: str = "alias"
+    """How weights reach it: alias, stages (pipelines), file (colocated); gloo, nccl (another GPU),
+    ipc (the same GPU), file (process); or module:Class, a transport of your own."""
+    delta: bool = False
+    """Send only what has changed in the weights; the trainer's device keeps them once more."""
+    timeout_s: float = 600.0
+    """Seconds that trainer and engine wait for each other in an update by gloo, nccl or ipc."""
+    replicas: int = 1
+    """Engines with placement.engine=process, which share the prompts: on a GPU each, with nccl."""
+    replica_timeout_s: float = 600.0
+    """With several: one that takes no step for so long is killed. Compiling kernels takes long."""
+    max_restarts: int = 3
+    """With several: how many may die in a run, and are replaced."""
+    release_memory: bool | None = None
+    """Give the engine's KV cache and CUDA graphs back while training, and the trainer's gradients
+    while drawing; unset: with a colocated engine on a GPU."""
+
+    def __post_init__(self) -> None:
+        known = self.engine in PLACEMENTS
+        require(known, "placement.engine", self.engine, f"one of {PLACEMENTS}")
+        fitting = tuple(name for name, entry in TRANSPORTS.items() if self.engine in entry.engines)
+        meaning = f"one of {fitting} for placement '{self.engine}'"
+        fits = self.transport in fitting or ":" in self.transport
+        require(fits, "placement.transport", self.transport, meaning)
+        fits = 0 < self.timeout_s < 1e8
+        require(fits, "placement.timeout_s", self.timeout_s, "positive, and below 1e8")
+        self._check_replicas()
+        for key, default in (("delta", False), ("timeout_s", 600.0)):
+            able = tuple(name for name, entry in TRANSPORTS.items() if key in entry.settings)
+            value, usual = getattr(self, key), str(default).lower()
+            fits = value == default or self.transport in able
+            meaning = f"with placement.transport '{self.transport}', or the transport one of {able}"
+            require(fits, f"placement.{key}", value, f"{usual} {meaning}")
+        fits, meaning = not self.release_memory or self.engine == "colocated", "unset or false"
+        meaning += " with placement.engine=process: the engine's memory is another process's"
+        require(fits, "placement.release_memory", self.release_memory, meaning)
+
+    def _check_replicas(self) -> None:
+        require(self.replicas >= 1, "placement.replicas", self.replicas, "positive")
+        able = tuple(name for name, entry in TRANSPORTS.items() if entry.replicas)
+        fits = self.replicas == 1 or self.transport in able or ":" in self.transport
+        meaning = f"1 with placement.transport '{self.transport}', or the transport one of {able}"
+        require(fits, "placement.replicas", self.replicas, meaning)
+        fits = 0 < self.replica_timeout_s < 1e8
+        meaning = "positive, and below 1e8"
+        require(fits, "placement.replica_timeout_s", self.replica_timeout_s, meaning)
+        require(self.max_restarts >= 0, "placement.max_restarts", self.max_restarts, "0 or more")
+        for key, default in (("replica_timeout_s", 600.0), ("max_restarts", 3)):
+            value = getattr(self, key)
+            fits = value == default or self.replicas > 1
+            require(fits, f"placement.{key}", value, f"{default} with one replica")
+
+    def check(self, parallel: ParallelConfig) -> None:
+        """Raise ValueError where it does not fit the trainer's layout."""
+        count = parallel.num_processes
+        layout = f"{count} processes of the trainer, in {parallel.pipeline} stages"
+        fits = count == 1 or self.engine == "colocated"
+        require(fits, "placement.engine", self.engine, f"colocated with {layout}")
+        trainer = "stages" if parallel.pipeline > 1 else "copies" if count > 1 else "one"
+        fitting = sorted(
+            name
+            for name, entry in TRANSPORTS.items()
+            if trainer in entry.trainers and self.engine in entry.engines
+        )
+        meaning = f"{' or '.join(fitting)} with placement={self.engine} and {layout}"
+        fits = self.transport in fitting or ":" in self.transport
+        require(fits, "placement.transport", self.transport, meaning)
