@@ -75,6 +75,9 @@ class DraftSection:
             require(fits, "draft.norm_before_residual", self.norm_before_residual, meaning)
             mask, meaning = self.mask_token_id, "unset with draft.dialect=sglang"
             require(mask is None, "draft.mask_token_id", mask, meaning)
+        feeds = self.feeds_normed and self.mask_token_id is not None
+        meaning = "false with draft.mask_token_id: a block draft is fed with no state of its own"
+        require(not feeds, "draft.feeds_normed", self.feeds_normed, meaning)
         both = self.fc_norm and self.norm_before_fc
         require(not both, "draft.fc_norm", self.fc_norm, "false with draft.norm_before_fc=true")
 

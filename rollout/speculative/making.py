@@ -29,8 +29,7 @@ def open_speculation(config: EngineConfig, target: ModelConfig) -> DraftFolder |
     path = Path(config.draft_model)
     folder = open_draft(path, target.num_layers, config.draft_norm_output)
     draft = folder.config
-    wanted = {"eagle3": False, "peagle": True}.get(kind, draft.is_block)
-    if draft.is_block != wanted:
+    if draft.is_block != {"eagle3": False, "peagle": True}.get(kind, draft.is_block):
         what, other = ("a block", "peagle") if draft.is_block else ("no block", "eagle3")
         raise ValueError(
             f"engine.draft_model is {str(path)!r}, {what} draft; engine.speculative must be {other}"

@@ -223,11 +223,16 @@ def test_a_dry_run_reads_and_writes_nothing(runs, capsys):
         (["draft.layers=[1,3]"], r"captured_layers is \[1, 3\]; the target has streams after 0"),
         (["draft.layers=[0,1]"], r"it has no embeddings \(0\)"),
         (
-            ["draft.mask_token_id=12", "draft.dialect=speculators"],
+            ["draft.mask_token_id=12", "draft.dialect=speculators", "draft.feeds_normed=false"],
             "draft.mask_token_id is 12; the target has 12 tokens",
         ),
         (
-            ["draft.mask_token_id=3", "draft.dialect=speculators", "ttt.passes=1"],
+            [
+                "draft.mask_token_id=3",
+                "draft.dialect=speculators",
+                "draft.feeds_normed=false",
+                "ttt.passes=1",
+            ],
             "ttt.passes is 1; it must be at least 2 for a block draft",
         ),
         (["draft.vocab_size=13"], "draft.vocab_size is 13; the target has 12 tokens"),
@@ -248,6 +253,10 @@ def test_what_cannot_be_is_refused_before_it_begins(runs, overrides, message):
         (["draft.dialect=vllm"], "draft.dialect is 'vllm'; it must be one of"),
         (["draft.norm_before_residual=true"], "it must be false with draft.dialect=sglang"),
         (["draft.mask_token_id=3"], "draft.mask_token_id is 3; it must be unset with draft.dialec"),
+        (
+            ["draft.mask_token_id=3", "draft.dialect=speculators"],  # its words have it
+            "draft.feeds_normed is True; it must be false with draft.mask_token_id",
+        ),
         (["draft.norm_output=sglang"], "nothing reads it where draft.path is unset"),
         (["draft.verifier=x"], "nothing reads it where draft.dialect is 'sglang'"),
         (
