@@ -233,8 +233,8 @@ def test_the_measuring_script_names_its_parts():
     run = subprocess.run([script, "out", "engines"], capture_output=True, text=True)
     assert run.returncode == 2
     message = "'engines' is no part; there are: verify engine groups speculative kernels trainer "
-    rest = "memory sync step kills tensor_parallel trainer_tp elastic transfers transfers4 layouts "
-    assert run.stderr == f"{message}{rest}tp1_tp4 \n"
+    rest = "memory sync step kills tensor_parallel trainer_tp elastic transfers async transfers4 "
+    assert run.stderr == f"{message}{rest}layouts tp1_tp4 \n"
     text = script.read_text()
     for part in run.stderr.split(": ")[1].split():
         assert f"\n{part}() {{" in text

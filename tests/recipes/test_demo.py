@@ -138,6 +138,7 @@ def test_both_phases_ran(demo, tmp_path):
         assert (folder / "model" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
+@pytest.mark.long
 def test_killed_in_every_phase_and_resumed(demo, tmp_path, kill_when):
     """SIGKILL while the model is made, warmed up, exported, trained and reported."""
     folder, output = demo

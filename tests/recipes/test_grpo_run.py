@@ -154,6 +154,7 @@ def test_killed_in_rollouts_and_evaluations_and_resumed(runs, base, kill_when):
     assert json.loads((folder / "summary.json").read_text()) == base.result[0]
 
 
+@pytest.mark.long
 def test_killed_while_files_are_written_and_resumed(runs, base, kill_when):
     """SIGKILL as soon as a metrics line or a checkpoint begins to appear."""
     folder = runs.folder / "killed"

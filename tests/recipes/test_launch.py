@@ -111,7 +111,12 @@ DISTURBANCES = {"tensor": kill_the_launcher, "pipeline": kill_a_rank, "data": st
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param("tensor", marks=pytest.mark.long), "pipeline", "data"]
+    "layout",
+    [
+        pytest.param("tensor", marks=pytest.mark.long),
+        "pipeline",
+        pytest.param("data", marks=pytest.mark.long),
+    ],
 )
 def test_disturbed_and_resumed(runs, base, run_ranks, layout, tmp_path, capsys):
     """Log-probs equal to the bit, the first rollouts those of one process, an exact resume, and a
