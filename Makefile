@@ -46,7 +46,7 @@ test: $(STAMP) ## everything that needs no GPU, in WORKERS=2 processes
 	$(NO_GPU) $(PY) -m pytest -m "not gpu and not long" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: export OMP_NUM_THREADS ?= 1
-test-long: $(STAMP) ## what takes too long for `make test`: 1,000 random workloads
+test-long: $(STAMP) ## what takes too long for `make test`: more kills, 1,000 random workloads
 	$(NO_GPU) $(PY) -m pytest -m "long and not algorithms" --timeout 0 $(ARGS)
 
 test-algorithms: export OMP_NUM_THREADS ?= 1

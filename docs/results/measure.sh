@@ -14,6 +14,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 bin=$root/.venv/bin
 shapes=$root/recipes/bench/shapes
+unset PYTHONSAFEPATH # programs import one another
 parts=" verify engine groups speculative kernels trainer memory sync step kills tensor_parallel"
 parts+=" trainer_tp elastic transfers async transfers4 layouts tp1_tp4 "
 for part in "${@:2}"; do

@@ -5,7 +5,8 @@
 
 Both are `samebit grpo placement=process` on two GPUs: once in turns, once with
 rollout.max_staleness=1. Random weights of Qwen3-1.7B's shape (fewer layers: a smaller one) unless a
-model's folder is given; 64 prompts of 256 tokens, 8 samples of 1,024 each. Each run is a process of
+model's folder is given; 16 prompts of 256 tokens, 8 samples of 2,048 each, which take longer to draw
+than to train on. Each run is a process of
 its own, which is killed while it could go on: the last steps of a run have nothing to draw beside
 them. ARGUMENTs go to the command. The first two steps are left out: they capture graphs and
 compile, and in the first one two steps are drawn. Exit code 1 unless the median step is at most
@@ -27,8 +28,8 @@ from samebit.rollout.device import resolve_device
 
 COMMAND = [
     "data=reverse_digits", "data.args.length=255", "data.size=1000000", "data.eval_size=1",
-    "data.overlong_prompts=truncate_left", "rollout.prompts_per_step=64",
-    "rollout.samples_per_prompt=8", "rollout.max_prompt_len=256", "rollout.max_new_tokens=1024",
+    "data.overlong_prompts=truncate_left", "rollout.prompts_per_step=16",
+    "rollout.samples_per_prompt=8", "rollout.max_prompt_len=256", "rollout.max_new_tokens=2048",
     "rollout.eval_every=1000", "trainer.micro_batch_tokens=8192", "trainer.checkpoint_every=0",
     "logger=disabled", "engine.max_num_seqs=512", "engine.max_batch_tokens=8192",
     "reward=number_match", "placement=process",

@@ -46,6 +46,7 @@ SETTINGS = {
         | {"adaptive_drafts": True},
         *[{"speculative": "eagle3", "adaptive_drafts": False}] * 3,
         {"speculative": "hybrid", "adaptive_drafts": False, "prefill_chunk": 17, "max_num_seqs": 7},
+        *[{"speculative": x, "adaptive_drafts": False} for x in ("peagle", "hybrid")],  # a block's
     ],
     "shared_prefixes": [
         {"max_num_seqs": 512, "kv_cache_tokens": 2798, **more}
@@ -72,7 +73,7 @@ TRIED = {
     "memory_release": (3, 4),
     "transports": (3, 2),
     "pauses": (5, 3),
-    "speculation": (9, 9),
+    "speculation": (11, 11),
     "shared_prefixes": (0, 3),
 }
 """How often each compares all samples, and calls Engine.generate."""
