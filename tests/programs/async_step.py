@@ -5,12 +5,12 @@
 
 Both are `samebit grpo placement=process` on two GPUs: once in turns, once with
 rollout.max_staleness=1. Random weights of Qwen3-1.7B's shape (fewer layers: a smaller one) unless a
-model's folder is given; 16 prompts of 256 tokens, 8 samples of 2,048 each, which take longer to draw
-than to train on. Each run is a process of
-its own, which is killed while it could go on: the last steps of a run have nothing to draw beside
-them. ARGUMENTs go to the command. The first two steps are left out: they capture graphs and
-compile, and in the first one two steps are drawn. Exit code 1 unless the median step is at most
-`at_most` of that in turns, and log-probs were compared in every step and all the same.
+model's folder is given; 16 prompts of 256 tokens, 8 samples of 2,048 each, which take longer to
+draw than to train on. Each run is a process of its own, which is killed while it could go on: the
+last steps of a run have nothing to draw beside them. ARGUMENTs go to the command. The first two
+steps are left out: they capture graphs and compile, and in the first one two steps are drawn. Exit
+code 1 unless the median step is at most `at_most` of that in turns, and log-probs were compared in
+every step and all the same.
 """
 
 import json
