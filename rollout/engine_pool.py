@@ -354,6 +354,8 @@ class EnginePool:
         )
 
     def _exhausted(self) -> RemoteEngineError:
+        if self._is_closed.is_set():
+            return RemoteEngineError("the engine is closed")
         left = "none is left to draw" if self.num_restarts <= self._max_restarts else (
             f"at most {self._max_restarts} may be replaced"
         )  # fmt: skip

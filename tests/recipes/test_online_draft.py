@@ -107,9 +107,10 @@ def test_a_resumed_run_ends_in_the_same_bytes(online, runs):
     [
         ("placement=process", "placement.transport=gloo", "placement.delta=true"),
         ("placement=process", "placement.transport=file"),
+        ("placement=process", "placement.replicas=2"),
         ("placement.transport=file",),
     ],
-    ids=["gloo", "file", "file beside"],
+    ids=["gloo", "file", "replicas", "file beside"],
 )
 def test_the_draft_goes_wherever_the_engine_is(online, runs, placement):
     """The same weights, target's and draft's, over every way; and guesses there are as many."""

@@ -145,3 +145,6 @@ def test_samples_of_the_dead_are_drawn_by_the_others(pool, truth):
         pool.generate([[1, 2]] * 8, LONG, progress=lambda *_: successor.kill())
     with pytest.raises(RemoteEngineError, match="3 replicas of the engine have died"):
         pool.generate([[1, 2]])
+    pool.close()
+    with pytest.raises(RemoteEngineError, match="the engine is closed"):
+        pool.generate([[1, 2]])
