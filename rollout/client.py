@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from samebit.rollout.speculative.accept_lengths import AcceptLengths
     from samebit.rollout.types import Completion, Increment, SamplingParams
     from samebit.weight_sync.types import WeightVersion
+
+_PROGRESS_S = 0.1  # how often a caller is told that it still waits
 
 type Progress = Callable[[int, int], None]
 """It is called with (finished samples, tokens drawn so far) after every step."""
@@ -106,6 +108,21 @@ class EngineClient(Protocol):
 
     def close(self) -> None:
         """Abort what is unfinished and let go of the engine."""
+
+
+def awaited[T](begun: Begun[T], tell: Callable[[], object] | None = None) -> T:
+    """Wait for a call's result, and `tell` now and then; who waits no longer, for what it raises,
+    abandons the call."""
+    result, abandon = begun
+    try:
+        while tell is not None and not wait([result], _PROGRESS_S).done:
+            tell()
+        return result.result()
+    except BaseException:
+        if not result.done():
+            with suppress(RuntimeError):  # its engine has died meanwhile
+                abandon()
+        raise
 
 
 async def result_of[T](result: Future[T], abandon: Callable[[], Future[None]]) -> T:

@@ -9,33 +9,31 @@ its successor takes part from the next update on, which brings it the weights.
 import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from samebit.kernels.memory import TagBytes
-from samebit.kernels.top_tokens import TopTokens
-from samebit.rollout.client import Begun, Progress, Tell, result_of, stream_of
+from samebit.rollout.client import Begun, Progress, Tell, awaited, result_of, stream_of
 from samebit.rollout.remote import RemoteEngine, RemoteEngineError
+from samebit.rollout.request_client import RequestClient
 from samebit.rollout.runtime.call import uncancelled
-from samebit.rollout.runtime.requests import RequestFactory, scores_of, top_scores_of
+from samebit.rollout.runtime.requests import RequestFactory
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion, Increment, Request, SamplingParams
-from samebit.rollout.values import as_integer
 from samebit.rollout.work_queue import Job, WorkQueue
 from samebit.weight_sync.transports.shards import beside
 from samebit.weight_sync.types import WeightVersion
 
 logger = logging.getLogger(__name__)
 
-_PROGRESS_S = 0.1  # how often a caller is told that it still waits
 
-
-class EnginePool:
+class EnginePool(RequestClient):
     """An EngineClient; any thread may call it. Close it when done.
 
-    Raises RemoteEngineError where no replica is left, or more have died than may.
+    Progress knows of a request's tokens when all are drawn. Raises RemoteEngineError where no
+    replica is left, or more have died than may.
     """
 
     def __init__(
@@ -69,7 +67,7 @@ class EnginePool:
             self.close()
             raise
         kv_capacity = min(limit["kv_capacity"] for limit in limits)
-        self._requests = RequestFactory(**limits[0] | {"kv_capacity": kv_capacity})
+        self._factory = RequestFactory(**limits[0] | {"kv_capacity": kv_capacity})
         threading.Thread(target=self._watch, name="samebit replicas", daemon=True).start()
 
     @property
@@ -111,34 +109,9 @@ class EnginePool:
 
     # -- what is drawn ---------------------------------------------------------------------------
 
-    def generate(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        sample_ids: Sequence[Sequence[int]] | None = None,
-        *,
-        return_hidden_states: Sequence[int] = (),
-        progress: Progress | None = None,
-    ) -> list[list[Completion]]:
-        """See Engine.generate; progress knows of a request's tokens when all are drawn."""
-        requests = self._requests.generation(
-            prompt_ids, sampling_params, sample_ids, return_hidden_states
-        )
-        return self._drawn(requests, progress)
-
-    async def agenerate(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        sample_ids: Sequence[Sequence[int]] | None = None,
-        *,
-        return_hidden_states: Sequence[int] = (),
-    ) -> list[list[Completion]]:
-        """See Engine.agenerate."""
-        requests = self._requests.generation(
-            prompt_ids, sampling_params, sample_ids, return_hidden_states, fresh_ids=True
-        )
-        return await result_of(*self._begin(requests))
+    @property
+    def _requests(self) -> RequestFactory:
+        return self._factory
 
     def stream(
         self,
@@ -155,19 +128,6 @@ class EnginePool:
             return self._begin(requests, lambda group: tell([c.as_increment() for c in group]))
 
         return stream_of(begin)
-
-    def score(
-        self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
-    ) -> list[list[float]]:
-        """See Engine.score."""
-        return scores_of(self._drawn(self._requests.scoring(token_ids, temperature)))
-
-    def score_top(
-        self, token_ids: Sequence[Sequence[int]], k: int, temperature: float = 1.0
-    ) -> list[tuple[list[float], TopTokens]]:
-        """See Engine.score_top."""
-        k = as_integer(k, "score_top k")
-        return top_scores_of(self._drawn(self._requests.scoring(token_ids, temperature, k)))
 
     def abort_request(self, request_id: str) -> list[Completion]:
         """See Engine.abort_request. One that no replica has begun has drawn nothing."""
@@ -245,17 +205,14 @@ class EnginePool:
             num_done += len(group)
             num_tokens += sum(len(c.token_ids) for c in group)
 
-        result, abandon = self._begin(requests, count)
-        try:
-            while progress is not None and not wait([result], _PROGRESS_S).done:
-                progress(num_done, num_tokens)
-            groups = result.result()
-        except BaseException:
-            abandon()
-            raise
-        if progress is not None:
-            progress(num_done, num_tokens)
+        tell = None if progress is None else lambda: progress(num_done, num_tokens)
+        groups = awaited(self._begin(requests, count), tell)
+        if tell is not None:
+            tell()
         return groups
+
+    async def _adrawn(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        return await result_of(*self._begin(requests))
 
     def _begin(
         self, requests: Sequence[Request], tell: Callable[[list[Completion]], object] | None = None

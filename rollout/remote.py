@@ -9,7 +9,7 @@ import multiprocessing
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial, wraps
@@ -22,7 +22,7 @@ from typing import Any, Concatenate
 from torch import Tensor
 
 from samebit.kernels.top_tokens import TopTokens
-from samebit.rollout.client import Begun, Progress, Tell, result_of, stream_of
+from samebit.rollout.client import Begun, Progress, Tell, awaited, result_of, stream_of
 from samebit.rollout.engine import Engine
 from samebit.rollout.engine_process import START, serve
 from samebit.rollout.messages import (
@@ -44,7 +44,6 @@ from samebit.rollout.types import Completion, Increment, Request, SamplingParams
 from samebit.rollout.values import as_integer
 from samebit.weight_sync.types import WeightVersion
 
-_PROGRESS_S = 0.1  # how often a caller is told that it still waits
 _EXIT_S = 60.0  # how long a process may take to end that is told to, on a busy machine
 _EXIT_CODE_S = 5.0  # how long a process may take to end after its end of the pipe
 
@@ -321,17 +320,9 @@ class RemoteEngine:
         self._pipe.close()
 
     def _call(self, message: Message, progress: Progress | None = None) -> Any:
-        """A call's result. Who waits no longer, for what `progress` raises, aborts it."""
-        result, abandon = self._begin(message)
-        try:
-            while progress is not None and not wait([result], _PROGRESS_S).done:
-                progress(0, 0)
-            return result.result()
-        except BaseException:
-            if not result.done():
-                with suppress(RemoteEngineError):
-                    abandon()
-            raise
+        """A call's result; progress knows of no tokens before."""
+        tell = None if progress is None else partial(progress, 0, 0)
+        return awaited(self._begin(message), tell)
 
     def _begin(self, message: Message, tell: Tell | None = None) -> Begun[Any]:
         number, result = self._pipe.call(message, tell)

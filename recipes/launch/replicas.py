@@ -12,20 +12,21 @@ from samebit.kernels.top_tokens import TopTokens
 from samebit.recipes.data.conversation import Response
 from samebit.rollout.client import EngineClient, Progress
 from samebit.rollout.engine import Engine
-from samebit.rollout.runtime.requests import scores_of, top_scores_of
+from samebit.rollout.request_client import RequestClient
+from samebit.rollout.runtime.requests import RequestFactory
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion, Increment, Request, SamplingParams
-from samebit.rollout.values import as_integer
 from samebit.trainer.ranks import together
 from samebit.weight_sync.objects import gather_objects
 from samebit.weight_sync.types import VersionSpan, WeightVersion
 
 
-class ReplicatedEngine:
+class ReplicatedEngine(RequestClient):
     """An EngineClient for the engines of a run's processes; `tensor_size` neighbours are one copy.
 
     Every process makes the same calls, in the same order. What is drawn does not depend on who
-    draws it.
+    draws it. Progress is of this process's share. Calls of asyncio run one after another, and one
+    that is cancelled runs to its end: the other processes take part in it.
     """
 
     def __init__(self, engine: Engine, rank: int, size: int, tensor_size: int) -> None:
@@ -34,39 +35,9 @@ class ReplicatedEngine:
         self._copy, self._num_copies = rank // tensor_size, size // tensor_size
         self._in_order = ThreadPoolExecutor(1)  # asyncio's calls, one after another
 
-    def generate(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        sample_ids: Sequence[Sequence[int]] | None = None,
-        *,
-        return_hidden_states: Sequence[int] = (),
-        progress: Progress | None = None,
-    ) -> list[list[Completion]]:
-        """Complete all prompts; see Engine.generate. Progress is of this process's share."""
-        requests = self._engine.requests.generation(
-            prompt_ids, sampling_params, sample_ids, return_hidden_states
-        )
-        return self._drawn(requests, progress)
-
-    async def agenerate(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        sample_ids: Sequence[Sequence[int]] | None = None,
-        *,
-        return_hidden_states: Sequence[int] = (),
-    ) -> list[list[Completion]]:
-        """Complete all prompts; see Engine.agenerate. Calls run one after another.
-
-        One that is cancelled runs to its end: the other processes take part in it.
-        """
-        requests = self._engine.requests.generation(
-            prompt_ids, sampling_params, sample_ids, return_hidden_states, fresh_ids=True
-        )
-        return await asyncio.get_running_loop().run_in_executor(
-            self._in_order, self._drawn, requests
-        )
+    @property
+    def _requests(self) -> RequestFactory:
+        return self._engine.requests
 
     async def stream(
         self,
@@ -78,20 +49,6 @@ class ReplicatedEngine:
         for group in await self.agenerate(prompt_ids, sampling_params, sample_ids):
             for c in group:
                 yield c.as_increment()
-
-    def score(
-        self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
-    ) -> list[list[float]]:
-        """Score all sequences; see Engine.score."""
-        return scores_of(self._drawn(self._engine.requests.scoring(token_ids, temperature)))
-
-    def score_top(
-        self, token_ids: Sequence[Sequence[int]], k: int, temperature: float = 1.0
-    ) -> list[tuple[list[float], TopTokens]]:
-        """Score all sequences; see Engine.score_top."""
-        k = as_integer(k, "score_top k")
-        requests = self._engine.requests.scoring(token_ids, temperature, k)
-        return top_scores_of(self._drawn(requests))
 
     def abort_request(self, request_id: str) -> list[Completion]:
         """See Engine.abort_request. Between calls nothing is unfinished: KeyError."""
@@ -165,6 +122,10 @@ class ReplicatedEngine:
         """Let go of the engine."""
         self._in_order.shutdown()
         self._engine.close()
+
+    async def _adrawn(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._in_order, self._drawn, requests)
 
     def _drawn(
         self, requests: Sequence[Request], progress: Progress | None = None
