@@ -83,7 +83,8 @@ def only_changes(
         outgoing = [_changed_parts(parts, to[parts.peer], read) for parts in round_.outgoing]
         incoming = [_changed_parts(parts, of[parts.peer], expect) for parts in round_.incoming]
         if any(outgoing) or any(incoming) or round_.own:
-            yield Round(tuple(filter(None, outgoing)), tuple(filter(None, incoming)), round_.own)
+            parts = tuple(filter(None, outgoing)), tuple(filter(None, incoming))
+            yield Round(*parts, round_.own, is_computed=True)
         for region, positions, bits in arriving:
             _bits(region)[_index(positions.long(), region)] = bits
         arriving.clear()

@@ -26,6 +26,8 @@ class NcclPeers:
         self._stream = torch.cuda.Stream(device)
         self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
         self._communicator: NcclCommunicator | None = None
+        self._has_moved = False
+        """Whether all that moving takes, but for computed rounds, is loaded and allocated."""
 
     def connect(
         self,
@@ -54,8 +56,10 @@ class NcclPeers:
         communicator = self._communicator
         assert communicator is not None
         # A kernel that waits for its other end may keep others from running, and the host from
-        # starting one that it has yet to load: so there are none now, and none until it has ended.
+        # loading a kernel or allocating: so nothing else runs now, and nothing that may have to be
+        # loaded is started until it has ended.
         torch.cuda.synchronize(self._device)
+        moved = False
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             for round_ in rounds:
                 round_.copy_own()
@@ -67,11 +71,14 @@ class NcclPeers:
                 sends = [(p.peer, m) for p, m in zip(round_.outgoing, outgoing, strict=True)]
                 receives = [(p.peer, m) for p, m in zip(round_.incoming, incoming, strict=True)]
                 communicator.exchange(sends, receives, self._stream, watch)
-                communicator.wait(self._stream, watch)
+                if round_.is_computed or not self._has_moved:
+                    communicator.wait(self._stream, watch)
+                moved |= not round_.is_computed
                 for parts, place in zip(round_.incoming, incoming, strict=True):
                     if parts.in_place is None:
                         parts.unpack(place)
             communicator.wait(self._stream, watch)
+        self._has_moved |= moved
 
     def close(self) -> None:
         if self._communicator is not None:

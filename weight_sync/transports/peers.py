@@ -54,6 +54,8 @@ class Round:
     incoming: tuple[Parts, ...]
     own: tuple[tuple[Tensor, Tensor], ...] = ()
     """(source, target): what the rank keeps for itself."""
+    is_computed: bool = False
+    """Whether its parts are computed on the device when it is asked for, as those of a delta."""
 
     def copy_own(self) -> None:
         """Copy what no other rank takes part in."""
