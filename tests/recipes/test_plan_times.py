@@ -150,12 +150,8 @@ def test_constants_are_those_of_the_results():
 
 
 def test_against_the_measured_step(qwen3_1_7b):
-    """docs/results/h200_step_qwen3_1.7b.json, of which no share was taken.
-
-    The step within 15%, training too. Its rollout is planned 17% too short. The engine's files are
-    of a later program: Qwen3-8B draws 64 x 8 samples at 22,194 tokens a second in them, and drew
-    19,812 before (h200_engine_warm_start_qwen3_8b), which is 11%. The rest is the fit's own error.
-    """
+    """docs/results/h200_step_qwen3_1.7b.json, of which no share was taken: its times within 15%, its
+    memory within 3%, in training 6%, half of which are the allocator's gaps."""
     report = json.loads((RESULTS / "h200_step_qwen3_1.7b.json").read_text())
     found = report["with release"]
     own = ("model.path", "output_dir", "run_name", "trainer.num_steps")
@@ -164,6 +160,7 @@ def test_against_the_measured_step(qwen3_1_7b):
     times = planned["times"]
     seconds = {
         "step": (found["step_s"], times["step_s"]),
+        "rollout": (found["perf/rollout_s"], times["rollout_s"]),
         "train": (found["perf/train_s"], times["train_s"]),
     }
     tags = planned["memory"]["trainer"]
@@ -180,9 +177,8 @@ def test_against_the_measured_step(qwen3_1_7b):
     sizes["without release"] = (whole, sum(tags["without_release"].values()) / GIB)
     ratios = pairs_of(seconds | sizes)
     assert all(0.85 <= ratio <= 1.15 for _, _, ratio in ratios.values()), ratios
-    assert all(0.97 <= ratios[name][2] <= 1.03 for name in sizes), ratios
+    assert all(0.94 <= ratios[name][2] <= 1.03 for name in sizes), ratios
     assert planned["kv_tokens"] == found["kv_tokens"]
-    assert 0.80 <= times["rollout_s"] / found["perf/rollout_s"] < 0.85
 
 
 def test_against_the_engines_workloads():
