@@ -24,6 +24,11 @@ Rules and ties in docs/contract.md. scaled_logits [B, V] fp32 after temperature;
 (0: off), top_p [B] fp32 (1: off), min_p [B] fp32 (0: off)."""
 
 
+def signed64(value: int) -> int:
+    """A seed or sample id, unsigned 64 bits, as the signed integer that tensors of keys hold."""
+    return value - (1 << 64) if value >> 63 else value
+
+
 def allowed_tokens(scaled_logits: Tensor, *limits: Tensor) -> Tensor:
     """Mask [B, V] of the tokens that may be drawn; arguments as in `least_allowed`."""
     return scaled_logits >= least_allowed(scaled_logits, *limits)[:, None]

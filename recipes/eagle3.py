@@ -123,7 +123,9 @@ class Eagle3Recipe:
         most = self.run.trainer.micro_batch_tokens
         for name, temperature in (("", None), ("greedy_", 0.0)):
             samples = self._source.draw(prompts, temperature, stop.poll)
-            stats = self.trainer.evaluate(self._source.batches(samples, most))
+            drawn_at = prompts.params.temperature if temperature is None else temperature
+            batches = self._source.batches(samples, most)
+            stats = self.trainer.evaluate(batches, drawn_at, self.run.seed)
             metrics = {"loss": stats.loss, **stats.metrics}
             kept = metrics.keys() if temperature is None else {"accept_length"} & metrics.keys()
             found |= {f"eval/{name}{key}": metrics[key] for key in kept}

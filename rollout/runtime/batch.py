@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from samebit.kernels.attention_kind import AttentionKind, AttentionPlan
+from samebit.kernels.sample import signed64
 from samebit.kernels.transfer import to_device
 from samebit.rollout.runtime.drafts import Drafts
 from samebit.rollout.runtime.running_sample import RunningSample
 from samebit.rollout.runtime.scheduler import Chunk, EngineStep
-from samebit.rollout.runtime.slots import Slots, signed64
+from samebit.rollout.runtime.slots import Slots
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,9 @@ import itertools
 
 import numpy as np
 
+from samebit.kernels.sample import signed64
 from samebit.rollout.runtime.running_sample import RunningSample
 from samebit.weight_sync.types import WeightVersion
-
-
-def signed64(value: int) -> int:
-    """The same 64 bits as a signed integer."""
-    return value - (1 << 64) if value >> 63 else value
 
 
 class Slots:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from samebit.recipes.models.tiny_model import make_demo_model, write_weights
 from samebit.recipes.run.answers import AnswerSource
 from samebit.recipes.run.inputs import Eagle3Inputs
 from samebit.recipes.run.metrics import read_rows, without_times
+from samebit.rollout.engine import Engine
 from samebit.rollout.runtime.draft_folder import open_draft
 from samebit.rollout.types import SamplingParams
 from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint
@@ -40,6 +43,7 @@ class Eagle3Runs(Runs):
         "rollout.max_prompt_len=8",
         "rollout.max_new_tokens=20",
         "rollout.eval_every=3",
+        "rollout.eval_samples_per_prompt=8",
         "trainer.num_steps=6",
         "trainer.checkpoint_every=2",
         "trainer.micro_batch_tokens=64",
@@ -120,6 +124,24 @@ def test_a_resumed_run_ends_in_the_same_bytes(base, runs):
         for where in (original, runs)
     ]
     assert manifests[0] == manifests[1]
+
+
+def test_accept_lengths_are_those_of_an_engine(base, target):
+    """Which draws the same held-out answers with the draft that the run ends with."""
+    runs, _, rows = base
+    run = runs.resolve("engine")
+    inputs = Eagle3Inputs(run)
+    folder = str(runs.folder / "base" / "draft")
+    guesses = {"speculative": "eagle3", "num_draft_tokens": 3, "adaptive_drafts": False}
+    config = replace(run.engine, draft_model=folder, max_model_len=28, **guesses)
+    with closing(Engine(target, config, device="cpu")) as engine:
+        splits = inputs.train_set, inputs.eval_set
+        source = AnswerSource(run.rollout, run.seed, splits, engine, inputs.config)
+        source.draw(source.held_out_prompts(6))
+        found = engine.accept_lengths
+    assert found.verifications > 50
+    assert 0 < found.num_right < found.num_guessed
+    assert found.accept_length == rows[6]["eval/accept_length"]
 
 
 @pytest.mark.long

@@ -150,8 +150,11 @@ def test_constants_are_those_of_the_results():
 
 
 def test_against_the_measured_step(qwen3_1_7b):
-    """docs/results/h200_step_qwen3_1.7b.json, of which no share was taken: its times within 15%, its
-    memory within 3%, in training 6%, half of which are the allocator's gaps."""
+    """docs/results/h200_step_qwen3_1.7b.json, of which no share was taken.
+
+    Its times within 15%, its memory within 3%, in training 6%, half of which are the allocator's
+    gaps.
+    """
     report = json.loads((RESULTS / "h200_step_qwen3_1.7b.json").read_text())
     found = report["with release"]
     own = ("model.path", "output_dir", "run_name", "trainer.num_steps")

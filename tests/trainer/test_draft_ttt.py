@@ -89,7 +89,7 @@ def test_loss_and_gradients_are_those_of_the_literal_test(name, monkeypatch):
     expected = sum(loss * 0.8**i for i, (loss, _, _) in enumerate(passes)) / passes[0][1]
     expected.backward()
     expected = float(expected.detach())
-    drafted = trainer.choices(trainer.unroll(data))
+    drafted = trainer.choices(trainer.unroll(data), data.batch)
     for i, (_, _, choices) in enumerate(passes):
         assert torch.equal(drafted[i], choices)
     assert abs(trainer.evaluate([data]).loss - expected) < 1e-5
@@ -285,7 +285,7 @@ def test_accept_lengths_are_those_of_real_drafting(name):
     [batch] = pack_samples([sample], 60)
     streams = {layer: torch.randn(60, 24, generator=generator) for layer in (1, 2, 3, NUM_LAYERS)}
     data = DraftBatch(batch=batch, streams=streams)
-    drafted = trainer.choices(trainer.unroll(data)).numpy()
+    drafted = trainer.choices(trainer.unroll(data), batch).numpy()
     found = accept_lengths(drafted, ids.numpy(), batch.rows.numpy(), [60])
     w, embedding = plain_tensors(config, trainer.params), trainer._draft.embedding.double()
     fused = plain_fuse(config, w, [streams[layer].double() for layer in config.captured_layers])

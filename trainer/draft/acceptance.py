@@ -1,8 +1,8 @@
 """How many tokens a draft would have been worth, from samples that the target drew by itself.
 
 As long as a draft is right, what it was taught with, the sample's own token, is what it would have
-been fed. So its first choices in every column tell what a chain of drafts would have got accepted,
-at the temperature that the samples were drawn at, without drawing anything.
+been fed. So its choices in every column, by the noise that drew the sample (DraftTrainer.choices),
+tell what a chain of drafts would have got accepted, without drawing anything.
 """
 
 from collections.abc import Sequence

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from samebit.kernels.reduce import ALONE, RankGroup, gather_rows, reduce_ref
+from samebit.kernels.sample import draw, signed64
 from samebit.rollout.models.draft.config import EMBEDDING, OUTPUT, DraftConfig
 from samebit.rollout.models.draft.decoder import DraftDecoder
 from samebit.rollout.models.draft.vocabulary import DraftVocabulary
@@ -22,7 +23,7 @@ from samebit.trainer.draft.batch import DraftBatch, TargetHead
 from samebit.trainer.draft.config import TttConfig
 from samebit.trainer.draft.optimizer import MasterAdamW, learning_rate
 from samebit.trainer.draft.ttt import TttTotals, loss_gradients, unroll
-from samebit.trainer.types import NonFiniteError
+from samebit.trainer.types import MicroBatch, NonFiniteError
 from samebit.weight_sync.digest import weights_digest
 from samebit.weight_sync.objects import gather_objects
 
@@ -39,7 +40,8 @@ class DraftStats:
     learning_rate: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
     """Of each pass: loss, share of rows with the target's first choice, acceptance at temperature
-    1; the share of rows whose first choice is in the draft vocabulary; evaluated, accept_length."""
+    1; the target's entropy in nats, over the draft vocabulary; the share of rows whose first choice
+    is in that; evaluated, accept_length."""
 
 
 class DraftTrainer:
@@ -176,15 +178,19 @@ class DraftTrainer:
         return replace(stats, grad_norm=norm, learning_rate=lr)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[DraftBatch]) -> DraftStats:
-        """The same measures without a step, and the accept length; all ranks call it."""
+    def evaluate(
+        self, batches: Iterable[DraftBatch], temperature: float = 0.0, seed: int = 0
+    ) -> DraftStats:
+        """The same measures without a step, and the accept length that an engine would have seen
+        which drew the samples at this temperature, by this seed; all ranks call it."""
         totals = TttTotals.zeros(self.ttt.passes, self.device)
         for data in batches:
             finals = self.unroll(data)
             loss_gradients(
                 self._draft, finals, data, self._target, self._token_ids, self.ttt, None, totals
             )
-            batch, drafted = data.batch, self.choices(finals).cpu().numpy()
+            batch = data.batch
+            drafted = self.choices(finals, batch, temperature, seed).cpu().numpy()
             ids, rows = (x.cpu().numpy() for x in (batch.input_ids, batch.rows))
             lengths = accept_lengths(drafted, ids, rows, batch.seq_lens)
             totals.accepted[0] += sum(lengths)
@@ -199,14 +205,29 @@ class DraftTrainer:
         return unroll(self._draft, data, self.ttt.passes, self._rope_table)
 
     @torch.no_grad()
-    def choices(self, finals: Sequence[Tensor]) -> Tensor:
-        """[passes, T] int64: the target's id of each pass's first choice in every column."""
-        rows = max(1, (1 << 22) // self.config.draft_vocab_size)
-        chosen = [
-            torch.cat([self._draft.logits(part).argmax(-1) for part in final.split(rows)])
-            for final in finals
-        ]
-        return self._token_ids[torch.stack(chosen)]
+    def choices(
+        self, finals: Sequence[Tensor], batch: MicroBatch, temperature: float = 0.0, seed: int = 0
+    ) -> Tensor:
+        """[passes, T] int64: the target's id of each pass's choice in every column.
+
+        A column's choice in pass i is for the token i + 2 places on. At a temperature it is made by
+        the noise that this token was drawn with (docs/contract.md), as an engine's draft does.
+        """
+        lens = torch.tensor(batch.seq_lens, device=self.device)
+        ids = torch.tensor([signed64(s.sample_id) for s in batch.samples], device=self.device)
+        sample_ids = ids.repeat_interleave(lens)
+        seeds = torch.full_like(sample_ids, signed64(seed))
+        greedy = torch.full_like(sample_ids, temperature == 0, dtype=torch.bool)
+        rows = max(1, (1 << 22) // self.config.vocab_size)
+        chosen = []
+        for i, final in enumerate(finals):
+            keys = seeds, batch.positions + 2 + i, sample_ids, greedy
+            for part, *own in zip(*(x.split(rows) for x in (final, *keys)), strict=True):
+                known = self._draft.logits(part)
+                logits = known.new_full((len(known), self.config.vocab_size), float("-inf"))
+                logits.index_copy_(1, self._token_ids, known)
+                chosen.append(draw(logits / (temperature or 1.0), *own))
+        return torch.cat(chosen).view(len(finals), -1)
 
     def state_dict(self) -> dict[str, Any]:
         """All that training goes on from, to the same bytes; `params` are what is served."""
@@ -250,14 +271,17 @@ class DraftTrainer:
         """Of all ranks' rows; None if none counts."""
         own = [x.tolist() for x in totals.tensors()]
         each = gather_objects(own, self.ranks.group) if self.ranks.size > 1 else [own]
-        rows, loss, matches, acceptance, asked, accepted = (
+        rows, loss, matches, acceptance, entropy, asked, accepted = (
             torch.tensor(parts, dtype=torch.float64).sum(0) for parts in zip(*each, strict=True)
         )
         self._asked = int(asked)
         if not rows[0]:
             return None
         decay = self.ttt.loss_decay ** torch.arange(self.ttt.passes, dtype=torch.float64)
-        metrics = {"vocabulary_share": float(rows[0] / asked[0])}
+        metrics = {
+            "vocabulary_share": float(rows[0] / asked[0]),
+            "entropy": float(entropy[0] / rows[0]),
+        }
         if accepted[1]:
             metrics["accept_length"] = float(accepted[0] / accepted[1])
         per_pass = {"loss": loss, "match": matches, "acceptance": acceptance}

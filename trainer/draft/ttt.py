@@ -86,6 +86,8 @@ class TttTotals:
     matches: Tensor
     """Rows whose first choices are the same."""
     acceptance: Tensor
+    entropy: Tensor
+    """[1]: the target's, in nats, over the draft vocabulary, of pass 0's rows."""
     asked: Tensor
     """[1]: rows trained on that pass 0 can answer."""
     accepted: Tensor
@@ -98,11 +100,13 @@ class TttTotals:
         def sums(size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.float64, device=device)
 
-        return cls(sums(passes), sums(passes), sums(passes), sums(passes), sums(1), sums(2))
+        own = sums(passes), sums(passes), sums(passes), sums(passes)
+        return cls(*own, sums(1), sums(1), sums(2))
 
     def tensors(self) -> list[Tensor]:
         """All of them, in one order."""
-        return [self.rows, self.loss, self.matches, self.acceptance, self.asked, self.accepted]
+        of_passes = [self.rows, self.loss, self.matches, self.acceptance]
+        return [*of_passes, self.entropy, self.asked, self.accepted]
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
@@ -140,6 +144,8 @@ def loss_gradients(
         del full
         log_p -= logsumexp(log_p)[:, None]
         totals.asked += (batch.positions[part] >= 1).sum()
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        totals.entropy += entropy.where(known & (batch.positions[part] > 0), 0).double().sum()
         for i, final in enumerate(finals):
             answers = batch.positions[part] > i
             counts = known & answers
