@@ -5,18 +5,20 @@
 #   docs/results/measure.sh OUT PART...
 #
 # Parts: verify (two runs side by side have to be equal; SMOLLM2=FOLDER adds that model), engine,
-# groups, speculative (SMOLLM2 too), kernels, trainer, memory, sync (on two GPUs also between them),
-# step (of colocated GRPO), kills (a short demo on SmolLM2, killed 20 times); on two GPUs
-# tensor_parallel, trainer_tp, elastic, transfers, async (GRPO whose engine draws while its trainer
-# trains; SMOLLM2 too); on four transfers4, layouts (short runs under all that fit), tp1_tp4.
+# groups, tables, speculative (SMOLLM2 too), kernels, trainer, memory, sync (on two GPUs also
+# between them), step (of colocated GRPO), kills (a short demo on SmolLM2, killed 20 times); of
+# SMOLLM2 alone algorithms, draft, online_draft; on two GPUs tensor_parallel, trainer_tp, elastic,
+# transfers, async (GRPO whose engine draws while its trainer trains; SMOLLM2 too); on four
+# transfers4, layouts (short runs under all that fit), tp1_tp4.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 bin=$root/.venv/bin
 shapes=$root/recipes/bench/shapes
 unset PYTHONSAFEPATH # programs import one another
-parts=" verify engine groups speculative kernels trainer memory sync step kills tensor_parallel"
-parts+=" trainer_tp elastic transfers async transfers4 layouts tp1_tp4 "
+parts=" verify engine groups tables speculative kernels trainer memory sync step kills algorithms"
+parts+=" draft online_draft tensor_parallel trainer_tp elastic transfers async transfers4 layouts"
+parts+=" tp1_tp4 "
 for part in "${@:2}"; do
     if [[ $parts != *" $part "* ]]; then
         echo "'$part' is no part; there are:$parts" >&2
@@ -87,16 +89,22 @@ verify() {
 
 engine() {
     samebit engine_qwen3_8b bench engine model="$shapes/qwen3-8b" load_format=dummy --profile --cold \
-        'workloads=[64x1x512x256,1x1x512x256,8x1x512x256,64x8x512x512,1x8x512x4096]'
+        "workloads=[64x1x512x256,1x1x512x256,8x1x512x256,64x8x512x512,64x8x700x512,64x8x704x512,\
+16x16x8192x512,32x1x8192x1,1x8x512x4096]"
     samebit engine_qwen3_0.6b bench engine model="$shapes/qwen3-0.6b" load_format=dummy \
         'workloads=[1x1x512x512,64x8x512x512]'
 }
 
-groups() { # prefixes that samples share, read by each and read once
-    samebit groups_qwen3_8b bench engine model="$shapes/qwen3-8b" load_format=dummy \
-        'variants=[default,no_groups]' \
-        'workloads=[64x8x512x512,64x8x700x512,16x16x8192x512,1x8x512x4096,64x1x512x256]'
+groups() { # a prefix that samples share, read by each and read once
+    samebit groups_qwen3_8b bench engine model="$shapes/qwen3-8b" load_format=dummy repeats=2 \
+        'variants=[default,no_groups]' 'workloads=[16x16x8192x512]'
     samebit groups_kernels_qwen3_8b bench kernels model="$shapes/qwen3-8b" 'tables=[shared]'
+}
+
+tables() { # a card whose products nobody has tuned
+    samebit tables_qwen3_8b bench engine model="$shapes/qwen3-8b" load_format=dummy \
+        'variants=[default,no_table]' \
+        'workloads=[1x1x512x256,8x1x512x256,64x1x512x256,64x8x512x512]'
 }
 
 speculative() { # guesses: at a simulated acceptance, and by SmolLM2's own texts
@@ -150,6 +158,57 @@ transfers4() {
 kills() {
     "$bin/python" "$root/tests/programs/kill_demo.py" "$out/demo_kills.json" kills=20 seed=7 \
         demo=smollm2 grpo.trainer.num_steps=20 grpo.trainer.checkpoint_every=1
+}
+
+needs_smollm2() {
+    if [[ -z ${SMOLLM2:-} ]]; then
+        echo "this part needs SMOLLM2=FOLDER" >&2
+        return 1
+    fi
+}
+
+algorithms() { # SmolLM2 learns to add, by four of them
+    needs_smollm2
+    local name own=(model.path="$SMOLLM2" logger=disabled trainer.num_steps=130 overwrite=true)
+    for name in grpo dapo gspo ppo; do
+        local more=()
+        if [[ $name == ppo ]]; then
+            more=(critic.warmup_steps=5 critic.optimizer.lr=1e-4 trainer.batch_size=256)
+        fi
+        samebit "$name" grpo experiment=smollm2_chain_sum algorithm="$name" "${own[@]}" "${more[@]}"
+    done
+    "$bin/samebit" report "$out"/{grpo,dapo,gspo,ppo} out="$out/algorithms.html"
+}
+
+draft() { # SmolLM2's, from its own answers: by seven passes and by one; then guesses by it
+    needs_smollm2
+    local passes own=(experiment=smollm2_draft model.path="$SMOLLM2" logger=disabled)
+    for passes in 7 1; do
+        samebit "draft_$passes" eagle3 "${own[@]}" ttt.passes=$passes overwrite=true
+    done
+    samebit speculative_draft bench speculative model="$SMOLLM2" input_len=256 \
+        'proposers=[eagle3,suffix,hybrid]' draft_model="$out/draft_7/draft" \
+        data.task=reasoning_gym/chain_sum data.chat=true
+}
+
+online_draft() { # a draft of sums, which then learns in GRPO, stays as it is, or is not there
+    needs_smollm2
+    local sums='{min_terms: 2, max_terms: 3, min_digits: 2, max_digits: 4}'
+    local own=(model.path="$SMOLLM2" logger=disabled overwrite=true)
+    samebit draft_of_sums eagle3 experiment=smollm2_draft "${own[@]}" data.args="$sums" \
+        data.task=reasoning_gym/chain_sum ttt.passes=5 trainer.num_steps=100
+    own+=(experiment=smollm2_online_draft trainer.num_steps=60)
+    local off=(draft.train=off draft.optimizer.lr=1e-4 draft.optimizer.lr_warmup_steps=0)
+    local given=(engine.speculative=eagle3 engine.draft_model="$out/draft_of_sums/draft")
+    samebit online_draft grpo "${own[@]}" "${given[@]}"
+    samebit frozen_draft grpo "${own[@]}" "${given[@]}" "${off[@]}" ttt.passes=7
+    samebit no_draft grpo "${own[@]}" engine.speculative=none "${off[@]}" ttt.passes=7
+    "$bin/python" - "$out"/{online,frozen,no}_draft/summary.json <<'EOF'
+import json, sys
+digests = {json.load(open(path))["weights_digest"] for path in sys.argv[1:]}
+print("weights digests:", *digests)
+sys.exit(len(digests) > 1)
+EOF
 }
 
 tensor_parallel() { # drawn and computed again; tp_invariant: one GPU draws what two draw
