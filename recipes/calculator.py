@@ -1,7 +1,7 @@
 """A worked example of turns and tools: sums of reasoning-gym, for which the model has a calculator.
 
-`configs/experiment/smollm2_calculator.yaml` trains on it. All three functions are named there as
-module:function, as functions of your own are.
+`configs/experiment/grpo/smollm2_calculator.yaml` trains on it. All three functions are named there
+as module:function, as functions of your own are.
 """
 
 import ast

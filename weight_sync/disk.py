@@ -68,10 +68,17 @@ def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> Non
 @contextmanager
 def naming_file[T: (str, bytes)](file: IO[T]) -> Iterator[IO[T]]:
     """Name the file in the errors of writing to it, as when the disk is full."""
-    try:
+    with naming_path(file.name):
         yield file
+
+
+@contextmanager
+def naming_path(path: str | Path) -> Iterator[None]:
+    """Name a file or folder in the errors of writing there, where they name none."""
+    try:
+        yield
     except OSError as error:
-        error.filename = error.filename or os.fspath(file.name)
+        error.filename = error.filename or os.fspath(path)
         raise
 
 

@@ -74,15 +74,19 @@ SCHEMAS: dict[str, type[Any]] = {
 
 def groups_of(command: str) -> dict[str, list[str]]:
     """Return the groups of configuration files that a command chooses from, with their choices."""
+    return {
+        group: sorted(file.stem for file in (CONFIG_DIR / folder).glob("*.yaml"))
+        for group, folder in _folders_of(command).items()
+    }
+
+
+def _folders_of(command: str) -> dict[str, str]:
+    """The folder of each group: of `experiment` the command's own, such as experiment/sft."""
     main_file = CONFIG_DIR / f"{command}.yaml"
     config: Any = OmegaConf.load(main_file) if main_file.exists() else {}
     parts = [d for d in config.get("defaults", []) if not isinstance(d, str)]
-    keys = {str(key).removeprefix("optional ") for part in parts for key in part}
-    return {
-        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
-        for folder in sorted(CONFIG_DIR.iterdir())
-        if folder.name in keys
-    }
+    folders = sorted(str(key).removeprefix("optional ") for part in parts for key in part)
+    return {folder.partition("/")[0]: folder for folder in folders}
 
 
 def compose(command: str, words: Sequence[str]) -> Any:
@@ -116,6 +120,9 @@ def _algorithm_name(words: Sequence[str]) -> str:
 
 def _by_hydra(command: str, schema: Any, choices: list[str]) -> Any:
     """The command's file and groups over a schema."""
+    folders = _folders_of(command)
+    named = (choice.partition("=") for choice in choices)
+    choices = [f"{folders[group]}={name}" for group, _, name in named]
     ConfigStore.instance().store(name=f"{command}_schema", node=schema)
     has_groups = (CONFIG_DIR / f"{command}.yaml").exists()
     where = (
@@ -128,8 +135,9 @@ def _by_hydra(command: str, schema: Any, choices: list[str]) -> Any:
 
 
 def _composed(command: str, schema: type[Any], given: Overrides) -> Any:
-    for choice in given.choices:
-        file = CONFIG_DIR / f"{choice.replace('=', '/', 1)}.yaml"
+    folders = _folders_of(command)
+    for group, _, name in (choice.partition("=") for choice in given.choices):
+        file = CONFIG_DIR / folders[group] / f"{name}.yaml"
         if file.exists():
             check_file(file, schema)
     try:

@@ -1,4 +1,5 @@
-"""What a run measured: metrics.jsonl and samples.jsonl in its folder, mirrored to wandb."""
+"""What a run measured: metrics.jsonl and samples.jsonl in its folder, mirrored to wandb
+and TensorBoard."""
 
 import hashlib
 import json
@@ -12,10 +13,11 @@ from typing import Any, Self
 
 from samebit.recipes.run.secrets import HIDDEN
 from samebit.trainer.config import require, require_default
-from samebit.weight_sync.disk import make_folder, naming_file, write_atomically
+from samebit.weight_sync.disk import make_folder, naming_file, naming_path, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
 SPECULATION = "rollout/spec_"
 """What the keys of speculation begin with."""
 WANDB_MODES = ("disabled", "offline", "online")
@@ -31,6 +33,8 @@ class LoggerConfig:
     """`disabled`, `offline` (files in the run folder, for `wandb sync`) or `online`."""
     project: str = "samebit"
     """The wandb project."""
+    tensorboard: bool = False
+    """Write what is a number to tensorboard/ in the run's folder, too, for TensorBoard."""
     num_samples: int = 8
     """Completions kept at each evaluation."""
     save_rollouts: bool = False
@@ -58,7 +62,8 @@ class MetricsLogger:
     """Appends a run's metrics and sample completions, each line flushed as it is written.
 
     With `resume_step`, the files are first cut back to the rows up to that step, and a last line
-    torn by a kill is dropped; with None they start empty. Only wandb keeps rows past that step.
+    torn by a kill is dropped; with None they start empty. wandb keeps rows past that step;
+    TensorBoard is told to hide them.
     Raises ValueError for a damaged line that is not the last.
     """
 
@@ -80,6 +85,9 @@ class MetricsLogger:
         if config.wandb != "disabled":
             resume = resume_step is not None
             self._wandb = _start_wandb(run_dir, config, run_name, resolved_config, resume)
+        self._tensorboard: Any = None
+        if config.tensorboard:
+            self._tensorboard = _start_tensorboard(run_dir, resume_step)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Write one row. Values are finite numbers, written exactly, or texts.
@@ -95,6 +103,12 @@ class MetricsLogger:
         if self._wandb is not None:
             # `step` is a column: wandb's own counter refuses to go back, as a resumed run must.
             self._wandb.log(row)
+        if self._tensorboard is not None:
+            with naming_path(self._tensorboard.log_dir):
+                for key in metrics:
+                    if not isinstance(row[key], str):
+                        self._tensorboard.add_scalar(key, row[key], step)
+                self._tensorboard.flush()
 
     def log_samples(self, step: int, kind: str, rows: list[dict[str, Any]]) -> None:
         """Write the first `num_samples` rows, each with its step and kind ("eval", "train").
@@ -119,13 +133,17 @@ class MetricsLogger:
                 os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Close the files and finish the wandb run. A second call does nothing."""
+        """Close the files and finish the mirrors. A second call does nothing."""
         for each in (self._metrics, self._samples):
             with naming_file(each) as file:
                 file.close()
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
+        if self._tensorboard is not None:
+            with naming_path(self._tensorboard.log_dir):
+                self._tensorboard.close()
+            self._tensorboard = None
 
     def __enter__(self) -> Self:
         return self
@@ -224,3 +242,11 @@ def _start_wandb(
         ) from error
     run.define_metric("*", step_metric="step")
     return run
+
+
+def _start_tensorboard(run_dir: Path, resume_step: int | None) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder, first = run_dir / TENSORBOARD_FOLDER, 0 if resume_step is None else resume_step + 1
+    with naming_path(folder):
+        return SummaryWriter(str(folder), purge_step=first)

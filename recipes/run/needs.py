@@ -56,6 +56,9 @@ def _packages(run: Any) -> Iterator[tuple[str, str, str]]:
         if wandb != "disabled":
             why = f"{prefix}logger.wandb, which is {wandb!r},"
             yield why, "wandb", f"{prefix}logger.wandb=disabled"
+        if phase.logger.tensorboard:
+            why = f"{prefix}logger.tensorboard, which is true,"
+            yield why, "tensorboard", f"{prefix}logger.tensorboard=false"
         if data.task.startswith("reasoning_gym"):
             yield f"{prefix}data.task, which is {data.task!r},", "reasoning-gym", ""
         paths = [data.path, data.eval_path]

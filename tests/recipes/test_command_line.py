@@ -124,7 +124,7 @@ WRONG = {
     "trainer.num_steps=é": "trainer.num_steps is 'é'; it must be a whole number",
     "trainer.optimizer=x": "trainer.optimizer is 'x'; it must be a section",
     "placement=remote": "there is no placement/remote; give one of placement=colocated, placement=",
-    "experiment=é": "there is no experiment/é; give one of experiment=reverse_digits",
+    "experiment=é": "there is no experiment/é; give one of experiment=qwen3_math, exp",
     "placement=null": "there is no placement/null",
     "engine=process": "there is no engine=process; it is placement=process now",
     "engine.transport=gloo": "unknown key: engine.transport; it is placement.transport now",
@@ -225,7 +225,7 @@ def test_a_number_where_a_file_must_have_text(tmp_path, monkeypatch):
     """YAML reads 2025_01_05 as a number too: the run would get another name."""
     folder = shutil.copytree(compose.CONFIG_DIR, tmp_path / "configs")
     monkeypatch.setattr(compose, "CONFIG_DIR", folder)
-    experiment = folder / "experiment" / "mine.yaml"
+    experiment = folder / "experiment" / "grpo" / "mine.yaml"
     experiment.write_text("# @package _global_\nrun_name: 2025_01_05\n")
     with pytest.raises(ConfigError, match="mine.yaml: run_name is 20250105, no text: quote it"):
         resolve("grpo", ["model.path=m", "experiment=mine"])

@@ -7,7 +7,7 @@ import pytest
 from helpers import run_python
 from omegaconf import OmegaConf
 
-from samebit.recipes.cli.compose import CONFIG_DIR, SCHEMAS, compose, resolve
+from samebit.recipes.cli.compose import CONFIG_DIR, SCHEMAS, compose, groups_of, resolve
 from samebit.recipes.cli.main import COMMANDS, main
 from samebit.recipes.config import ConfigError, GrpoRun, SftRun
 from samebit.recipes.demo_config import DemoRun
@@ -17,20 +17,24 @@ from samebit.recipes.tools_config import ExportRun, VerifyRun
 NEEDED = {
     "grpo": ["model.path=m"],
     "sft": ["model.path=m", "trainer.batch_size=8"],
+    "dpo": ["model.path=m", "trainer.batch_size=8"],
+    "eagle3": ["model.path=m"],
     "demo": [],
     "verify": [],
     "export": ["checkpoint=c", "model=m", "out=o"],
 }
 GROUPS = {
-    "grpo": ("placement", "algorithm", "data", "reward", "logger", "experiment"),
-    "sft": ("data", "logger"),
+    "grpo": ("algorithm", "data", "experiment", "logger", "placement", "reward"),
+    "sft": ("data", "experiment", "logger"),
+    "dpo": ("data", "experiment", "logger"),
+    "eagle3": ("data", "experiment", "logger"),
     "demo": ("demo",),
 }
 CHOICES = [
-    (command, group, file.stem)
-    for command, groups in GROUPS.items()
-    for group in groups
-    for file in sorted((CONFIG_DIR / group).glob("*.yaml"))
+    (command, group, name)
+    for command in GROUPS
+    for group, names in groups_of(command).items()
+    for name in names
 ]
 
 
@@ -43,8 +47,11 @@ def test_every_file_of_every_group_composes(command, group, name):
 
 def test_every_group_belongs_to_a_command():
     """A folder that no command reads is dead."""
+    assert {command: tuple(groups_of(command)) for command in GROUPS} == GROUPS
     read = {group for groups in GROUPS.values() for group in groups}
     assert {p.name for p in CONFIG_DIR.iterdir() if p.is_dir()} == read
+    with_recipes = {command for command, groups in GROUPS.items() if "experiment" in groups}
+    assert {p.name for p in (CONFIG_DIR / "experiment").iterdir()} == with_recipes
     assert {p.stem for p in CONFIG_DIR.glob("*.yaml")} <= set(SCHEMAS) == set(COMMANDS)
 
 

@@ -1,4 +1,4 @@
-"""The metrics logger: exact rows, resume after a kill, and the wandb mirror."""
+"""The metrics logger: exact rows, resume after a kill, and the mirrors in wandb and TensorBoard."""
 
 import json
 import math
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import wandb
 from helpers import file_size_limit
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from samebit.recipes.run.metrics import LoggerConfig, MetricsLogger, read_rows
 from samebit.weight_sync.disk import write_atomically
@@ -138,6 +139,48 @@ def test_wandb_offline_stays_in_the_run_folder(tmp_path, capfd, monkeypatch):
     assert given == read_rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1]
     assert capfd.readouterr().out == ""
+
+
+def scalars(folder):
+    """What TensorBoard shows of a folder, as rows by step."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    rows = {}
+    for key in events.Tags()["scalars"]:
+        for event in events.Scalars(key):
+            assert key not in rows.setdefault(event.step, {})
+            rows[event.step][key] = event.value
+    return rows
+
+
+def in_fp32(rows):
+    """Numbers of metrics.jsonl as TensorBoard's files hold them."""
+    numbers = ({k: x for k, x in row.items() if not isinstance(x, str)} for row in rows)
+    return {row.pop("step"): {k: float(np.float32(x)) for k, x in row.items()} for row in numbers}
+
+
+def test_tensorboard_has_the_rows_of_the_file(tmp_path):
+    """Once each, under the same names; also after a kill, whose later steps are drawn again."""
+
+    def run(resume_step, steps, scale):
+        logger = make(tmp_path, resume_step, tensorboard=True)
+        for step in steps:
+            row = {
+                "train/loss": scale * math.sin(step),
+                "rollout/a b": 2**24 + step,
+                "digest": "ab",
+            }
+            logger.log(step, row | ({"eval/x": 0.1} if step % 2 == 0 else {}))
+            found = scalars(tmp_path / "tensorboard")  # readable while the run goes on
+            assert found == in_fp32(read_rows(tmp_path / "metrics.jsonl"))
+        return logger  # left open, as by a kill
+
+    left = [run(None, range(2), 1.0)]  # killed before its first checkpoint
+    left.append(run(None, range(5), 2.0))
+    left.append(run(2, range(3, 7), 3.0))
+    run(6, [7], 4.0).close()
+    assert set(scalars(tmp_path / "tensorboard")) == set(range(8))
+    for logger in left:
+        logger.close()
 
 
 def test_a_full_disk_is_named(tmp_path):

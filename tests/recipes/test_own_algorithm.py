@@ -109,7 +109,7 @@ def test_a_chosen_file_may_name_it(tmp_path, monkeypatch):
     preset = f"name: {NAME.partition('=')[2]}\nentropy_coef: 0.5\n"
     (tmp_path / "configs" / "algorithm" / "mine.yaml").write_text(preset)
     experiment = "# @package _global_\ndefaults:\n  - override /algorithm: mine\nseed: 7\n"
-    (tmp_path / "configs" / "experiment" / "mine.yaml").write_text(experiment)
+    (tmp_path / "configs" / "experiment" / "grpo" / "mine.yaml").write_text(experiment)
     for word in ("algorithm=mine", "experiment=mine"):
         run = resolve("grpo", ["model.path=m", word])
         assert run.algorithm.entropy_coef == 0.5

@@ -165,6 +165,8 @@ def test_nothing_of_a_run_holds_a_secret(runs, capsys, monkeypatch):
 
 PACKAGES = {
     "wandb": (["grpo", "model.path=m"], "logger.wandb, which is 'offline', needs the package"),
+    "tensorboard": (["sft", "model.path=m", "trainer.batch_size=1", "logger.tensorboard=true"],
+                    "logger.tensorboard, which is true, needs the package tensorboard, which is"),
     "math_verify": (["grpo", "model.path=m", "logger=disabled", "reward=math_verify"],
                     "reward.name, which is 'math_verify', needs the package math-verify"),
     "reasoning_gym": (["sft", "model.path=m", "data=chain_sum", "trainer.batch_size=1"],
