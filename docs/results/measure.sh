@@ -193,10 +193,11 @@ draft() { # SmolLM2's, from its own answers: by seven passes and by one; then gu
 
 online_draft() { # a draft of sums, which then learns in GRPO, stays as it is, or is not there
     needs_smollm2
-    local sums='{min_terms: 2, max_terms: 3, min_digits: 2, max_digits: 4}'
+    local sums='{name: chain_sum, weight: 1.0, config: {min_terms: 2, max_terms: 3,'
+    sums+=' min_digits: 2, max_digits: 4}}'
     local own=(model.path="$SMOLLM2" logger=disabled overwrite=true)
-    samebit draft_of_sums eagle3 experiment=smollm2_draft "${own[@]}" data.args="$sums" \
-        data.task=reasoning_gym/chain_sum ttt.passes=5 trainer.num_steps=100
+    samebit draft_of_sums eagle3 experiment=smollm2_draft "${own[@]}" ttt.passes=5 \
+        data.args.datasets="[$sums]" trainer.num_steps=100
     own+=(experiment=smollm2_online_draft trainer.num_steps=60)
     local off=(draft.train=off draft.optimizer.lr=1e-4 draft.optimizer.lr_warmup_steps=0)
     local given=(engine.speculative=eagle3 engine.draft_model="$out/draft_of_sums/draft")
