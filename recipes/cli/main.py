@@ -163,10 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"samebit {command}: interrupted", file=sys.stderr)
         code = 130
     except Exception as error:
-        if not _was_told(command, error, run):
-            if not follows and not processes.is_one_of_several():
-                raise
-            traceback.print_exception(error)
+        if not _was_told(command, error, run, follows or processes.is_one_of_several()):
+            raise
         code = processes.CRASHED if follows and _may_pass(error) else 1
     if processes.is_one_of_several():
         processes.leave(code)
@@ -199,13 +197,16 @@ def _may_pass(error: Exception) -> bool:
     return isinstance(error, RemoteEngineError | LostMemberError) or not _is_expected(error)
 
 
-def _was_told(command: str, error: Exception, run: Any) -> bool:
-    """Say one of our own errors in a line; nothing of others, nor with SAMEBIT_TRACEBACK."""
+def _was_told(command: str, error: Exception, run: Any, is_watched: bool) -> bool:
+    """Say one of our own errors in a line, and any other one, if a launcher watches, in full."""
     from samebit.recipes.run.secrets import scrubbed
 
-    if not _is_expected(error) or os.environ.get("SAMEBIT_TRACEBACK"):
+    if _is_expected(error) and not os.environ.get("SAMEBIT_TRACEBACK"):
+        print(f"samebit {command}: {scrubbed(str(error), run)}", file=sys.stderr)
+    elif is_watched:
+        traceback.print_exception(error)
+    else:
         return False
-    print(f"samebit {command}: {scrubbed(str(error), run)}", file=sys.stderr)
     return True
 
 

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
+from samebit.recipes import grpo
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.cli.main import main, own_command
 from samebit.recipes.config import ConfigError
-from samebit.recipes.grpo import GrpoRecipe
 from samebit.recipes.launch import processes
 from samebit.recipes.run.folder import RunFolder, standing_run
 from samebit.recipes.run.metrics import read_rows
@@ -143,7 +143,7 @@ def test_what_the_launcher_is_told(runs, monkeypatch, capfd, error, code, traceb
         raise error
 
     monkeypatch.setattr(processes, "follow_launcher", lambda run: run.max_restarts > 0)
-    monkeypatch.setattr(GrpoRecipe, "__init__", fail)
+    monkeypatch.setattr(grpo, "train", fail)
     if traceback:
         monkeypatch.setenv("SAMEBIT_TRACEBACK", "1")
     monkeypatch.setenv("RANK", "0")
@@ -199,6 +199,7 @@ def dying(runs, numbers):
     return [*words, f"rollout.generate_args.deaths={deaths}"]
 
 
+@pytest.mark.long
 def test_a_killed_rank_and_the_undisturbed_digest(runs, run_ranks):
     """In step 3, behind a checkpoint: the run ends by itself, with no row twice."""
     words = ["trainer.parallel.data=2"]
