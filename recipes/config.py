@@ -87,6 +87,8 @@ class RunSection(FolderSection):
     """Without resume: remove what an earlier run of this name left."""
     dry_run: bool = False
     """Print what the run would be and stop."""
+    max_restarts: int = 0
+    """How often the run's processes are started again, after one of them has crashed."""
     model_family: str | None = None
     """module:Class, a model family of your own, of which the model is one."""
     device: str | None = None
@@ -100,6 +102,7 @@ class RunSection(FolderSection):
         super().__post_init__()
         require(self.cpu_threads >= 1, "cpu_threads", self.cpu_threads, "positive")
         require(0 <= self.seed < 1 << 43, "seed", self.seed, "in [0, 2^43)")
+        require(self.max_restarts >= 0, "max_restarts", self.max_restarts, "0 or more")
         require(self.resume or not self.reshard, "reshard", self.reshard, "false without resume")
 
     def validate(self) -> None:

@@ -99,7 +99,8 @@ class PlanRun(GrpoRun):
         gpu = self.device is None or self.device.startswith("cuda")
         require(gpu, "device", self.device, "unset or cuda: a plan is of GPUs")
         unknown = "no result says how fast such a run is"
-        require_default(self, "", ("dry_run", "resume", "overwrite"), "nothing is run")
+        idle = ("dry_run", "resume", "overwrite", "max_restarts")
+        require_default(self, "", idle, "nothing is run")
         require_default(self.engine, "engine", ("speculative",), unknown)
         require_default(self.numerics, "numerics", ("attention",), unknown)
         require_default(self.rollout, "rollout", ("max_staleness",), unknown)

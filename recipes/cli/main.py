@@ -115,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     2 for a wrong command line or configuration, 1 for a run that ended with one of our own errors,
     an OSError, ValueError or ImportError. These are printed as one line, or with a traceback if
     SAMEBIT_TRACEBACK is set. 0 also for a run that a signal stopped, once it is saved; 130 after
-    Ctrl-C where there is nothing to save.
+    Ctrl-C where there is nothing to save. CRASHED, of a process that was launched, for all other
+    errors, and where a process that it needs has died.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     group = f"{arguments[0]} " if arguments and arguments[0] in GROUPS else ""
@@ -138,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from samebit.recipes.run.signals import Stopped
 
     _quieten_imports()
-    run: Any = None
+    run, follows = None, False
     try:
         if set(HELP) & set(rest):
             print(_command_help(command, overrides))
@@ -147,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_ready(run)
         if processes.needs_launch(run):
             return processes.launch(own_command(arguments), run)
-        processes.follow_launcher()
+        follows = processes.follow_launcher(run)
         program = _import_program(command)
         if argv is None:  # what imports made lives on; a full collection over it takes 0.1 s
             gc.freeze()
@@ -162,9 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"samebit {command}: interrupted", file=sys.stderr)
         code = 130
     except Exception as error:
-        if not _was_told(command, error, run):
+        if not _was_told(command, error, run, follows or processes.is_one_of_several()):
             raise
-        code = 1
+        code = processes.CRASHED if follows and _may_pass(error) else 1
     if processes.is_one_of_several():
         processes.leave(code)
     return code
@@ -183,20 +184,30 @@ def _import_program(command: str) -> Any:
         return importlib.import_module(f"samebit.recipes.{module}")
 
 
-def _was_told(command: str, error: Exception, run: Any) -> bool:
-    """Say one of our own errors in a line; of several processes, any other one by its traceback."""
-    from samebit.recipes.launch.processes import is_one_of_several
+def _is_expected(error: Exception) -> bool:
+    ours = type(error).__module__.startswith("samebit.")
+    return ours or isinstance(error, OSError | ValueError | ImportError)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether starting again may help: no error that we expect, but a process that has died."""
+    from samebit.rollout.remote import RemoteEngineError
+    from samebit.weight_sync.types import LostMemberError
+
+    return isinstance(error, RemoteEngineError | LostMemberError) or not _is_expected(error)
+
+
+def _was_told(command: str, error: Exception, run: Any, is_watched: bool) -> bool:
+    """Say one of our own errors in a line, and any other one, if a launcher watches, in full."""
     from samebit.recipes.run.secrets import scrubbed
 
-    ours = type(error).__module__.startswith("samebit.")
-    expected = ours or isinstance(error, OSError | ValueError | ImportError)
-    if expected and not os.environ.get("SAMEBIT_TRACEBACK"):
+    if _is_expected(error) and not os.environ.get("SAMEBIT_TRACEBACK"):
         print(f"samebit {command}: {scrubbed(str(error), run)}", file=sys.stderr)
-        return True
-    if is_one_of_several():
+    elif is_watched:
         traceback.print_exception(error)
-        return True
-    return False
+    else:
+        return False
+    return True
 
 
 if __name__ == "__main__":

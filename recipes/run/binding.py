@@ -33,8 +33,9 @@ FORMAT = 2
 # Keys that a resumed run may change: none of them can change a result but reshard, which asks to.
 # The attention of numerics is bound as a part of the profile.
 _FREE_KEYS = {
-    "resume", "reshard", "overwrite", "dry_run", "run_name", "output_dir", "device", "placement",
-    "engine", "distillation.engine", "logger", "numerics.attention", "rollout.generate_timeout_s",
+    "resume", "reshard", "overwrite", "dry_run", "max_restarts", "run_name", "output_dir", "device",
+    "placement", "engine", "distillation.engine", "logger", "numerics.attention",
+    "rollout.generate_timeout_s",
     *(f"reward.{terms}{key}" for terms in ("", "terms.")
       for key in ("timeout_s", "num_workers", "concurrency")),
     "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.background_checkpoints",

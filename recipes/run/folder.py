@@ -167,6 +167,17 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(f"the run's folder {path} cannot be written: {error}") from error
 
 
+def standing_run(path: Path) -> tuple[int, int] | None:
+    """Tell the runs apart that stand in a folder one after another; None where there is none, or
+    one that is to take an earlier one's place and has not started."""
+    replacing = (read_marker(path) or {}).get("replacing") or {"state": "started"}
+    with suppress(OSError):
+        if replacing["state"] == "started":
+            found = (path / CONFIG_FILE).stat()  # a run writes its own, and a move keeps it
+            return found.st_ino, found.st_mtime_ns
+    return None
+
+
 def entries(folder: Path, *but: str) -> list[Path]:
     """Return what is in a folder besides our marker and lock, and these names."""
     own = {MARKER, f"{MARKER}.tmp", LOCK, *but}

@@ -12,6 +12,8 @@ from helpers import run_logged
 
 from samebit.recipes import grpo
 from samebit.recipes.cli.compose import resolve
+from samebit.recipes.cli.main import own_command
+from samebit.recipes.launch import processes
 from samebit.recipes.models.tiny_model import make_demo_model
 from samebit.recipes.run.metrics import read_rows, without_times
 from samebit.weight_sync.meeting import host_store, loopback_listener
@@ -154,5 +156,23 @@ def run_ranks(forkserver, tmp_path):
                 rank.kill()
                 rank.join()
         return [rank.exitcode for rank in ranks], "".join(log.read_text() for log in logs)
+
+    return run
+
+
+@pytest.fixture
+def launch_script(monkeypatch, tmp_path):
+    """launch_script(text): the exit code of two processes of a shell script in place of samebit."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(processes, "GRACE_S", 0.2)
+
+    def run(text, *overrides):
+        script = tmp_path / "interpreter"
+        script.write_text(f"#!/bin/sh\ncd {tmp_path}\n{text}\n")
+        script.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(script))
+        words = ["model.path=m", "data=chain_sum", "trainer.parallel.data=2", "device=cpu"]
+        words += [f"output_dir={tmp_path}", *overrides]
+        return processes.launch(own_command(["grpo", "a=b"]), resolve("grpo", words))
 
     return run

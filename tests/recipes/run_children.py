@@ -93,6 +93,19 @@ async def two_turns(engine, request, sampling_params, *, seed=0, control="/no"):
     return talk.sample()
 
 
+async def dies(engine, request, sampling_params, *, deaths):
+    """One turn. Rank 1, or a run's only process, kills itself at the sample of its life that the
+    file `deaths` names first, and strikes it out."""
+    generated.append(request.sample_id)
+    numbers = Path(deaths).read_text().split()
+    if os.environ.get("RANK", "1") == "1" and numbers[:1] == [str(len(generated))]:
+        Path(deaths).write_text(" ".join(numbers[1:]))
+        os.kill(os.getpid(), signal.SIGKILL)
+    talk = Conversation(request)
+    await talk.draw(engine, sampling_params)
+    return talk.sample()
+
+
 def score_some(text, problem, *, control, every):
     """As score_digits for one problem in `every`; all the others have the same reward always."""
     found = score_digits(text, problem, control=control)

@@ -173,10 +173,10 @@ def test_a_run_goes_on_under_another_layout(runs, run_ranks, capsys):
 
 
 def test_an_error_is_every_process_s(runs):
-    """A folder in use: told once for each, before anything is changed, and all end."""
+    """A folder in use: told once for each, before anything is changed, and all end for good."""
     (runs.folder / "used").mkdir()
     (runs.folder / "used" / "precious").write_text("x")
-    with started(runs, "used", *LAYOUTS["data"]) as process:
+    with started(runs, "used", "max_restarts=2", *LAYOUTS["data"]) as process:
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert errors.count("is not empty; give resume=true to go on with its run") == 2
@@ -201,23 +201,6 @@ def test_processes_are_started_only_where_they_are_needed(monkeypatch):
         processes.launch([], run("trainer.parallel.data=99", "device=cuda"))
     monkeypatch.setenv("RANK", "0")
     assert not processes.needs_launch(run("trainer.parallel.data=2"))
-
-
-@pytest.fixture
-def launch_script(monkeypatch, tmp_path):
-    """launch_script(text): the exit code of two processes of a shell script in place of samebit."""
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(processes, "GRACE_S", 0.2)
-
-    def run(text):
-        script = tmp_path / "interpreter"
-        script.write_text(f"#!/bin/sh\ncd {tmp_path}\n{text}\n")
-        script.chmod(0o755)
-        monkeypatch.setattr(sys, "executable", str(script))
-        overrides = ["model.path=m", "data=chain_sum", "trainer.parallel.data=2", "device=cpu"]
-        return processes.launch(own_command(["grpo", "a=b"]), resolve("grpo", overrides))
-
-    return run
 
 
 @pytest.mark.parametrize(("how", "code"), [("exit 7", 7), ("kill -TERM $$", 128 + 15)])
