@@ -175,8 +175,9 @@ class GrpoRecipe:
         if self.teacher is not None:
             self.progress.teacher_digest = self.progress.teacher_digest or self.teacher.digest
             self.teacher.require(self.progress.teacher_digest)
-        parts = self.trainer, releases, self.draft, cluster
-        self.engine, self.weights = start_engine(run, device, *parts)
+        self.engine, self.weights = start_engine(
+            run, device, self.trainer, releases, self.draft, cluster
+        )
         self.ledger = PhaseLedger(self.trainer, self.engine, releases)
         self.rollout_source = RolloutSource(run, self._inputs, self.engine)
         self.stale: StaleRollouts | None = None

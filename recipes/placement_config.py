@@ -87,8 +87,9 @@ class PlacementSection:
         fits = address is None or self.launcher == "ray"
         require(fits, "placement.ray_address", address, "unset without placement.launcher=ray")
         host, _, port = (address or "").rpartition(":")
-        fits = address in (None, "auto") or (host and "/" not in host and port.isdecimal())
-        require(bool(fits), "placement.ray_address", address, "auto, or host:port as of ray start")
+        is_place = bool(host) and "/" not in host and port.isdecimal() and int(port) < 1 << 16
+        fits = address in (None, "auto") or is_place
+        require(fits, "placement.ray_address", address, "auto, or host:port as of ray start")
 
     def check(self, parallel: ParallelConfig) -> None:
         """Raise ValueError where it does not fit the trainer's layout."""

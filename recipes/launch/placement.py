@@ -23,7 +23,7 @@ from samebit.rollout.device import resolve_device, why_not_releasable
 from samebit.rollout.engine import Engine
 from samebit.rollout.engine_pool import EnginePool
 from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.remote import RemoteEngine, launch_here
+from samebit.rollout.remote import Launcher, RemoteEngine, launch_here
 from samebit.rollout.runtime.weights import load_safetensors
 from samebit.trainer.megatron.critic import ActorCritic
 from samebit.trainer.megatron.trainer import MegatronTrainer
@@ -201,9 +201,9 @@ def _start_apart(
     placement = run.placement
 
     def start(place: int) -> RemoteEngine:
-        if cluster is None:
-            there, launch = engine_device(placement.transport, device, place), launch_here
-        else:
+        launch: Launcher = launch_here
+        there = engine_device(placement.transport, device, place)
+        if cluster is not None:
             there, launch = cluster.device, cluster.launcher(place)
         where: Any = {"device": there, "ranks": ranks}
         path = Path(run.model.path).absolute()  # another node may be in another folder

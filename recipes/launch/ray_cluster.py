@@ -39,6 +39,8 @@ _LOOK_S = 0.5
 _STORE_BYTES = 100 << 20  # nothing large goes by Ray's object store
 _KEPT = ("PYTHONPATH", "PYTHONSAFEPATH", "OMP_NUM_THREADS", "CC", "CUDA_HOME", "XDG_CACHE_HOME")
 _KEPT_BEGINNINGS = ("TRITON_", "TORCH_", "NCCL_", "GLOO_", "HF_")
+_SETTINGS = b"\4"  # the type of the first frame of HTTP/2, from either end
+_HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _SETTINGS + bytes(5)
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -112,7 +114,7 @@ class RayCluster:
                 options = {"address": "local"} | own
             with _own_signals(), _hidden_gpu(self._on_gpu and not address):
                 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-                ray.init(logging_level="WARNING", log_to_driver=True, **options)
+                ray.init(logging_level=logging.WARNING, log_to_driver=True, **options)
         try:
             with _in_our_words(f"{self._name} gave no places"):
                 self._node = ray.get_runtime_context().get_node_id()
@@ -153,17 +155,14 @@ class RayCluster:
     ) -> Launched:
         with _in_our_words(f"replica {place} could not be started on {self._name}"):
             where = PlacementGroupSchedulingStrategy(self._group, place)
-            actor = (
-                ray.remote(_Replica)
-                .options(
-                    num_cpus=self._needs.get("CPU", 0),
-                    num_gpus=self._needs.get("GPU", 0),
-                    max_restarts=0,
-                    scheduling_strategy=where,
-                    runtime_env={"env_vars": self._environment},
-                )
-                .remote()
-            )
+            kind: Any = ray.remote(_Replica)
+            actor = kind.options(
+                num_cpus=self._needs.get("CPU", 0),
+                num_gpus=self._needs.get("GPU", 0),
+                max_restarts=0,
+                scheduling_strategy=where,
+                runtime_env={"env_vars": self._environment},
+            ).remote()
             try:
                 node, address, pid = ray.get(actor.place.remote(), timeout=_PLACE_S)
                 here = LOOPBACK if node == self._node else self._address
@@ -210,10 +209,15 @@ def _own_cluster(replicas: int, cpu_threads: int, on_gpu: bool) -> dict[str, Any
 
 
 def _require_reachable(address: str) -> None:
-    """Ray itself tries for long, and may end the process."""
-    if address != "auto":
-        host, _, port = address.rpartition(":")
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
+    """See that something there speaks gRPC: Ray itself would try for a quarter of an hour."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S) as end:
+        if os.environ.get("RAY_USE_TLS", "0") == "0":
+            end.sendall(_HTTP2_HELLO)
+            if end.recv(9)[3:4] != _SETTINGS:
+                raise ConnectionError("what listens there is not Ray")
 
 
 @contextmanager

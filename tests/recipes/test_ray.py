@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 
 import pytest
 from test_engine_replicas import REPLICAS, dying
@@ -65,7 +66,7 @@ def test_engines_on_another_node_are_met_at_this_ones_address(runs, base, monkey
         words = *RAY, f"placement.ray_address={cluster.address}"
         assert runs.train("elsewhere", *words) == base.result
         assert set(places) == {(False, cluster.head_node.node_ip_address)}
-        assert all(node.all_processes_alive() for node in cluster.list_all_nodes())
+        assert not any(node.dead_processes() for node in cluster.list_all_nodes())
     finally:
         cluster.shutdown()
 
@@ -110,11 +111,28 @@ def test_without_the_package_it_is_said_at_once(runs, monkeypatch, capsys, dry_r
     assert not (runs.folder / "missing").exists()
 
 
-def test_nobody_at_the_address(runs, capsys):
+@pytest.mark.parametrize(
+    ("listens", "reason"),
+    [(None, "Connection refused"), (b"HTTP/1.1 400 Bad Request\r\n", "listens there is not Ray")],
+)
+def test_no_ray_at_the_address(runs, capsys, listens, reason):
     """No wait for Ray's own tries, and none of its errors."""
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        address = f"127.0.0.1:{closed.getsockname()[1]}"
+    server = socket.create_server(("127.0.0.1", 0))
+    address = f"127.0.0.1:{server.getsockname()[1]}"
+
+    def answer():
+        with server, server.accept()[0] as end:
+            end.sendall(listens)
+            end.recv(1)
+
+    other = threading.Thread(target=answer if listens else server.close)
+    other.start()
+    if not listens:
+        other.join()
     arguments = runs.arguments("nobody", *RAY, f"placement.ray_address={address}")
     assert main(["grpo", *arguments]) == 1
-    assert f"the Ray cluster at {address} cannot be reached: " in capsys.readouterr().err
+    other.join()
+    said = capsys.readouterr().err
+    assert f"the Ray cluster at {address} cannot be reached: " in said
+    assert reason in said
     assert not (runs.folder / "nobody").exists()
