@@ -91,7 +91,6 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                     dropped = of_step.dropped() if is_dynamic else None
                     kept = rollout.prompt_ids, rollout.completions, rollout.rewards
                     save_rollout(run.run_dir, progress.step + 1, *kept, dropped)
-
                 stats = recipe.update(rollout, timer, stop.poll)
                 progress.step += 1
                 progress.prompts_drawn += of_step.num_prompts

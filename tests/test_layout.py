@@ -227,7 +227,6 @@ DISTRIBUTIONS = {
 }
 # Declared without an import of ours, and why.
 NOT_IMPORTED = {
-    "psutil": "megatron's dist_checkpointing imports it without declaring it",
     "gguf": "transformers reads the demo's weights with it",
     "accelerate": "transformers reads the demo's weights with it",
     "pytest-xdist": "pytest's option -n",
