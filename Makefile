@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 VENV := .venv
 PY := $(VENV)/bin/python
-EXTRAS ?= demo,dev
+EXTRAS ?= demo,ray,dev
 PYENV := $${PYENV_ROOT:-$$HOME/.pyenv}/versions
 SYSTEM_SITE ?= $(if $(wildcard $(VENV)/.system-site),1)
 

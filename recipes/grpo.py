@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from samebit.recipes.cli.dry_run import describe_grpo, train_or_describe
 from samebit.recipes.config import GrpoRun
@@ -18,7 +18,12 @@ from samebit.recipes.data.rewards import Poll
 from samebit.recipes.data.samples import with_advantages, with_returns
 from samebit.recipes.launch.critic import make_critic
 from samebit.recipes.launch.online_draft import OnlineDraft
-from samebit.recipes.launch.placement import make_trainer, releases_memory, start_engine
+from samebit.recipes.launch.placement import (
+    make_trainer,
+    open_launcher,
+    releases_memory,
+    start_engine,
+)
 from samebit.recipes.launch.teacher import Teacher
 from samebit.recipes.run.batches import own_micro_batches, uncompared, with_reference
 from samebit.recipes.run.critic import CriticUpdates
@@ -47,6 +52,9 @@ from samebit.trainer.stats import Comparison
 from samebit.trainer.types import Sample, StepStats
 from samebit.weight_sync.types import WeightSyncError
 
+if TYPE_CHECKING:
+    from samebit.recipes.launch.ray_cluster import RayCluster
+
 
 def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[str, Any]:
     """Run GRPO to its last step; returns the summary, which summary.json holds too.
@@ -57,10 +65,11 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
     with (
         stop_signals() as stop,
         closing(GrpoInputs(run, stop)) as inputs,
+        open_launcher(run) as cluster,
         open_session(run, inputs.records) as session,
     ):
         with (
-            closing(GrpoRecipe(run, session, inputs)) as recipe,
+            closing(GrpoRecipe(run, session, inputs, cluster)) as recipe,
             recording(session, recipe.progress, recipe) as recorder,
         ):
             progress = recipe.progress
@@ -82,7 +91,6 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                     dropped = of_step.dropped() if is_dynamic else None
                     kept = rollout.prompt_ids, rollout.completions, rollout.rewards
                     save_rollout(run.run_dir, progress.step + 1, *kept, dropped)
-
                 stats = recipe.update(rollout, timer, stop.poll)
                 progress.step += 1
                 progress.prompts_drawn += of_step.num_prompts
@@ -131,7 +139,13 @@ class GrpoProgress(Progress):
 class GrpoRecipe:
     """Holds the trainer, the engine, and what keeps the engine on the trainer's weights."""
 
-    def __init__(self, run: GrpoRun, session: RunSession, inputs: GrpoInputs | None = None) -> None:
+    def __init__(
+        self,
+        run: GrpoRun,
+        session: RunSession,
+        inputs: GrpoInputs | None = None,
+        cluster: "RayCluster | None" = None,
+    ) -> None:
         self.run = run
         self._inputs = inputs or GrpoInputs(run)
         device = session.device
@@ -160,7 +174,9 @@ class GrpoRecipe:
         if self.teacher is not None:
             self.progress.teacher_digest = self.progress.teacher_digest or self.teacher.digest
             self.teacher.require(self.progress.teacher_digest)
-        self.engine, self.weights = start_engine(run, device, self.trainer, releases, self.draft)
+        self.engine, self.weights = start_engine(
+            run, device, self.trainer, releases, self.draft, cluster
+        )
         self.ledger = PhaseLedger(self.trainer, self.engine, releases)
         self.rollout_source = RolloutSource(run, self._inputs, self.engine)
         self.stale: StaleRollouts | None = None

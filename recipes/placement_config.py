@@ -6,6 +6,7 @@ from samebit.trainer.config import ParallelConfig, require
 from samebit.weight_sync.transports.registry import TRANSPORTS
 
 PLACEMENTS = ("colocated", "process")
+LAUNCHERS = ("local", "ray")
 
 
 @dataclass(kw_only=True)
@@ -27,6 +28,12 @@ class PlacementSection:
     """With several: one that takes no step for so long is killed. Compiling kernels takes long."""
     max_restarts: int = 3
     """With several: how many may die in a run, and are replaced."""
+    launcher: str = "local"
+    """Who starts the engines of placement.engine=process: local, the trainer's process; ray, which
+    has a place for each on a cluster."""
+    ray_address: str | None = None
+    """With launcher=ray: host:port of a cluster that this machine is a node of, or auto; unset: one
+    on this machine, for this run."""
     release_memory: bool | None = None
     """Give the engine's KV cache and CUDA graphs back while training, and the trainer's gradients
     while drawing; unset: with a colocated engine on a GPU."""
@@ -41,6 +48,7 @@ class PlacementSection:
         fits = 0 < self.timeout_s < 1e8
         require(fits, "placement.timeout_s", self.timeout_s, "positive, and below 1e8")
         self._check_replicas()
+        self._check_launcher()
         for key, default in (("delta", False), ("timeout_s", 600.0)):
             able = tuple(name for name, entry in TRANSPORTS.items() if key in entry.settings)
             value, usual = getattr(self, key), str(default).lower()
@@ -65,6 +73,23 @@ class PlacementSection:
             value = getattr(self, key)
             fits = value == default or self.replicas > 1
             require(fits, f"placement.{key}", value, f"{default} with one replica")
+
+    def _check_launcher(self) -> None:
+        require(self.launcher in LAUNCHERS, "placement.launcher", self.launcher, f"{LAUNCHERS}")
+        fits = self.launcher == "local" or self.engine == "process"
+        meaning = f"local with placement '{self.engine}': give placement=process"
+        require(fits, "placement.launcher", self.launcher, meaning)
+        able = tuple(name for name, entry in TRANSPORTS.items() if entry.replicas)
+        fits = self.launcher == "local" or self.transport in able or ":" in self.transport
+        meaning = f"local with placement.transport '{self.transport}', or the transport one of "
+        require(fits, "placement.launcher", self.launcher, f"{meaning}{able}")
+        address = self.ray_address
+        fits = address is None or self.launcher == "ray"
+        require(fits, "placement.ray_address", address, "unset without placement.launcher=ray")
+        host, _, port = (address or "").rpartition(":")
+        is_place = bool(host) and "/" not in host and port.isdecimal() and int(port) < 1 << 16
+        fits = address in (None, "auto") or is_place
+        require(fits, "placement.ray_address", address, "auto, or host:port as of ray start")
 
     def check(self, parallel: ParallelConfig) -> None:
         """Raise ValueError where it does not fit the trainer's layout."""

@@ -57,6 +57,7 @@ class EnginePool(RequestClient):
         }
         self._engines: dict[int, RemoteEngine] = {}  # by place, those that live
         self._queue = WorkQueue[RemoteEngine](room)
+        self._asked: list[RemoteEngine] = []  # who is waited for, apart from what it draws
         self._is_closed = threading.Event()
         self.num_restarts = 0
         """How many replicas have died so far."""
@@ -158,8 +159,19 @@ class EnginePool(RequestClient):
 
     @property
     def accept_lengths(self) -> AcceptLengths | None:
-        """Those of the replicas that live; see Engine.accept_lengths."""
-        told = [engine.accept_lengths for engine in self.living]
+        """Those of the replicas that live; see Engine.accept_lengths. One that does not answer is
+        killed like one that does not draw."""
+        told: list[AcceptLengths | None] = []
+        for engine in self.living:
+            with self._lock:
+                self._asked.append(engine)
+            try:
+                told.append(engine.accept_lengths)
+            except RemoteEngineError as error:
+                self._bury(engine, error)
+            finally:
+                with self._lock:
+                    self._asked.remove(engine)
         lengths = [found for found in told if found is not None]
         return sum(lengths[1:], lengths[0]) if lengths else None
 
@@ -322,10 +334,11 @@ class EnginePool(RequestClient):
         )
 
     def _watch(self) -> None:
-        """Kill who has requests and is silent: what waits for it then learns that it is dead."""
+        """Kill who is waited for and silent: what waits for it then learns that it is dead."""
         while not self._is_closed.wait(min(1.0, self._timeout_s / 4)):
             with self._lock:
                 busy = [engine for engine in self._queue.replicas if self._queue.is_busy(engine)]
+                busy += self._asked
             for engine in busy:
                 if (silent_s := engine.silent_s) > self._timeout_s:
                     logger.warning("a replica took no step for %.0f s: it is killed", silent_s)

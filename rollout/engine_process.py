@@ -9,9 +9,9 @@ import time
 import traceback
 from concurrent.futures import Future
 from contextlib import suppress
-from ctypes import c_double
 from functools import partial
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
@@ -20,6 +20,7 @@ from samebit.rollout.messages import (
     Abandon,
     Answer,
     Ask,
+    Beat,
     Done,
     Draw,
     Drew,
@@ -34,20 +35,24 @@ from samebit.rollout.types import Completion, Increment
 
 _BEAT_S = 1.0
 START = 0
-"""The number of the answer that says whether the engine could be made."""
+"""The number of what is of no call: whether the engine could be made, and its beats."""
 
 
-def serve(
-    connection: Connection, pulse: c_double, model_path: str, cpu_threads: int, settings: dict
+def serve_parent(
+    connection: Connection, model_path: str, cpu_threads: int, settings: dict[str, Any]
 ) -> None:
-    """What the process does: make an engine, and handle messages until it is told to stop.
-
-    pulse: shared, keeps the machine's monotonic time of a moment between two of the engine's steps.
-    It ends when its parent does, and only then: signals to a whole group are the parent's to judge.
-    """
+    """What a child process does: serve, and end when its parent does, and only then: signals to a
+    whole group are the parent's to judge."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
+    serve(connection, model_path, cpu_threads, settings)
+
+
+def serve(
+    connection: Connection, model_path: str, cpu_threads: int, settings: dict[str, Any]
+) -> None:
+    """Make an engine, and handle messages until it is told to stop, or nobody is there to tell."""
     torch.set_num_threads(cpu_threads)
     device = settings.get("device")
     if device is not None and (gpu := torch.device(device)).index is not None:
@@ -59,8 +64,8 @@ def serve(
         server.send(START, Failed(_portable(error)))
         return
     server.send(START, Done(None))
-    threading.Thread(target=_beat, args=(engine, pulse, cpu_threads), daemon=True).start()
-    with suppress(EOFError):  # the parent is gone
+    threading.Thread(target=server.beat, args=(cpu_threads,), daemon=True).start()
+    with suppress(EOFError, OSError):  # the caller is gone
         while True:
             number, message = connection.recv()
             if isinstance(message, Stop):
@@ -75,18 +80,6 @@ def _follow_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _beat(engine: Engine, pulse: c_double, cpu_threads: int) -> None:
-    """Say again and again that the engine goes on from step to step, or has nothing to do."""
-
-    def beat() -> None:
-        pulse.value = time.monotonic()
-
-    torch.set_num_threads(cpu_threads)  # as in every thread that may hand the steps on to another
-    while True:
-        engine.loop.between_steps(beat)
-        time.sleep(_BEAT_S)
 
 
 class _Server:
@@ -123,8 +116,16 @@ class _Server:
         except Exception as error:  # noqa: BLE001 - as above
             self.send(number, Failed(_portable(error)))
 
+    def beat(self, cpu_threads: int) -> None:
+        """Say again and again that the engine goes on from step to step, or has nothing to do."""
+        torch.set_num_threads(cpu_threads)  # as all threads that may hand the steps on to another
+        while True:
+            self.engine.loop.between_steps(lambda: None)
+            self.send(START, Beat())
+            time.sleep(_BEAT_S)
+
     def send(self, number: int, answer: Answer) -> None:
-        with self._sending, suppress(OSError):  # the parent is gone, and this process soon
+        with self._sending, suppress(OSError):  # the caller is gone, and this process soon
             self._connection.send((number, answer))
 
     def _submit(self, number: int, call: Call) -> None:

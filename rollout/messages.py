@@ -1,7 +1,7 @@
 """What is said to an engine that another process drives, and what it answers.
 
-To an engine in a process of its own (remote.py), by a pipe and with a number for each call; and by
-rank 0 of a tensor parallel engine to the others (runtime/lockstep.py), as plain values.
+To an engine in a process of its own (remote.py), by a connection and with a number for each call;
+and by rank 0 of a tensor parallel engine to the others (runtime/lockstep.py), as plain values.
 """
 
 from collections.abc import Callable, Sequence
@@ -89,6 +89,11 @@ class Drew:
     increments: list[Increment]
 
 
+@dataclass(frozen=True)
+class Beat:
+    """The engine is between two steps, or idle; said once a second, of no call."""
+
+
 # -- from rank 0 to the others ---------------------------------------------------------------------
 
 
@@ -138,7 +143,7 @@ class Leave:
 
 
 type Message = Generate | Draw | Score | Abandon | Ask | Stop
-type Answer = Done | Failed | Drew
+type Answer = Done | Failed | Drew | Beat
 type RankMessage = Admit | Drain | AbortRequest | FlushCache | Pause | Continue | Leave
 
 _PLAIN: dict[str, Any] = {

@@ -1,7 +1,8 @@
-"""An engine in a process of its own on this machine, called like one in this process.
+"""An engine in a process of its own, called like one in this process.
 
-A pipe carries typed messages (messages.py), each with the number of its call; so any thread and any
-asyncio task may call while other calls are unfinished.
+A connection carries typed messages (messages.py), each with the number of its call; so any thread
+and any asyncio task may call while other calls are unfinished. The process is a child on this
+machine, or whatever else a Launcher starts, on another one.
 """
 
 import itertools
@@ -11,24 +12,24 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial, wraps
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import Any, Concatenate
+from typing import Any, Concatenate, Protocol
 
 from torch import Tensor
 
 from samebit.kernels.top_tokens import TopTokens
 from samebit.rollout.client import Begun, Progress, Tell, awaited, result_of, stream_of
 from samebit.rollout.engine import Engine
-from samebit.rollout.engine_process import START, serve
+from samebit.rollout.engine_process import START, serve_parent
 from samebit.rollout.messages import (
     Abandon,
     Answer,
     Ask,
+    Beat,
     Done,
     Draw,
     Drew,
@@ -42,6 +43,7 @@ from samebit.rollout.runtime.requests import scores_of, top_scores_of
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion, Increment, Request, SamplingParams
 from samebit.rollout.values import as_integer
+from samebit.weight_sync.meeting import LOOPBACK
 from samebit.weight_sync.types import WeightVersion
 
 _EXIT_S = 60.0  # how long a process may take to end that is told to, on a busy machine
@@ -52,15 +54,64 @@ class RemoteEngineError(RuntimeError):
     """The engine's process died."""
 
 
+class EngineProcess(Protocol):
+    """The process that an engine is in, as this one sees it; multiprocessing's are such."""
+
+    @property
+    def pid(self) -> int | None:
+        """Its number on its machine."""
+
+    @property
+    def exitcode(self) -> int | None:
+        """What it ended with, where that is known."""
+
+    def is_alive(self) -> bool:
+        """Whether it is there."""
+
+    def kill(self) -> None:
+        """End it at once, or soon, and the connection with it."""
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for its end."""
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A process that serves an engine, and this end of the connection with it."""
+
+    process: EngineProcess
+    connection: Connection
+    address: str = LOOPBACK
+    """This machine, as that process reaches it."""
+    node: str = ""
+    """The machine that it is on, to be told; "": this one."""
+
+
+type Launcher = Callable[[str, int, dict[str, Any]], Launched]
+"""Starts a process that calls engine_process.serve with a connection and these arguments."""
+
+
+def launch_here(model_path: str, cpu_threads: int, settings: dict[str, Any]) -> Launched:
+    """The Launcher of a child process."""
+    context = multiprocessing.get_context("spawn")
+    connection, child = context.Pipe()
+    arguments = child, model_path, cpu_threads, settings
+    process = context.Process(target=serve_parent, args=arguments, daemon=True)
+    process.start()
+    child.close()
+    return Launched(process, connection)
+
+
 class _Pipe:
     """Sends calls, each with a number; a thread gives the answers to those who wait for them.
 
     `started` is the first answer: whether the engine could be made.
     """
 
-    def __init__(self, connection: Connection, process: BaseProcess) -> None:
-        self._connection = connection
-        self._process = process
+    def __init__(self, launched: Launched) -> None:
+        self._connection, self._process = launched.connection, launched.process
+        self._node = launched.node
+        self._heard_at = time.monotonic()
         self._lock = threading.Lock()  # of a call's registration and its message
         self._numbers = itertools.count(START + 1)
         self.started = uncancelled()
@@ -86,6 +137,14 @@ class _Pipe:
                 raise
         return number, result
 
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the last beat; 0 while there is something that this end has not read."""
+        with suppress(OSError):  # it is closed
+            if self._connection.poll():
+                return 0.0
+        return time.monotonic() - self._heard_at
+
     def close(self) -> None:
         self._reader.join(timeout=_EXIT_CODE_S)
         self._connection.close()
@@ -108,6 +167,9 @@ class _Pipe:
             result.set_exception(death)
 
     def _take(self, number: int, answer: Answer) -> None:
+        if isinstance(answer, Beat):
+            self._heard_at = time.monotonic()
+            return
         if (waiting := self._waiting.get(number)) is None:
             return  # whoever called was interrupted as the call went out
         result, tell = waiting
@@ -124,11 +186,12 @@ class _Pipe:
     def death(self) -> RemoteEngineError:
         """What to say of the end of the process, which has come or is at hand."""
         deadline = time.monotonic() + _EXIT_CODE_S
-        while self._process.exitcode is None and time.monotonic() < deadline:
+        while self._process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
-        return RemoteEngineError(
-            f"the engine's process {self._process.pid} ended with code {self._process.exitcode}"
-        )
+        where = f" on {self._node}" if self._node else ""
+        code = self._process.exitcode
+        how = "" if code is None else f" with code {code}"
+        return RemoteEngineError(f"the engine's process {self._process.pid}{where} ended{how}")
 
 
 def _asking[**P, T](
@@ -173,22 +236,25 @@ class RemoteEngine:
     """An EngineClient: starts a process with an Engine; arguments as Engine's.
 
     Close it when done. Any method raises RemoteEngineError once the process has died. Raises
-    ValueError for cpu_threads below 1, and what Engine raises.
+    ValueError for cpu_threads below 1, and what Engine and the launcher raise.
     """
 
-    def __init__(self, model_path: str | Path, cpu_threads: int = 1, **settings: Any) -> None:
+    def __init__(
+        self,
+        model_path: str | Path,
+        cpu_threads: int = 1,
+        launch: Launcher = launch_here,
+        **settings: Any,
+    ) -> None:
         cpu_threads = as_integer(cpu_threads, "RemoteEngine cpu_threads")
         if cpu_threads < 1:
             raise ValueError(f"RemoteEngine cpu_threads is {cpu_threads}; it must be positive")
-        context = multiprocessing.get_context("spawn")
-        connection, child = context.Pipe()
-        self._pulse = context.RawValue("d", time.monotonic())
-        arguments = child, self._pulse, str(model_path), cpu_threads, settings
-        self._process = context.Process(target=serve, args=arguments, daemon=True)
-        self._process.start()
+        launched = launch(str(model_path), cpu_threads, settings)
+        self.address = launched.address
+        """This machine, as the engine's process reaches it."""
+        self._process = launched.process
         Finalize(self, self._process.kill, exitpriority=1)  # for those who do not close it
-        child.close()
-        self._pipe = _Pipe(connection, self._process)
+        self._pipe = _Pipe(launched)
         self._pipe.started.result()
 
     def generate(
@@ -299,8 +365,8 @@ class RemoteEngine:
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the engine was last seen between two steps, or idle: once a second."""
-        return time.monotonic() - self._pulse.value
+        """Seconds since the engine was last heard of between two steps, or idle: once a second."""
+        return self._pipe.silent_s
 
     def kill(self) -> None:
         """End the process at once; who waits for it gets a RemoteEngineError."""

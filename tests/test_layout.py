@@ -32,6 +32,7 @@ MAY_IMPORT = {
 # Where a third-party package may be imported: folders end in "/". Tests may import anything.
 ONLY_IN = {
     "megatron": ("trainer/megatron/",),
+    "ray": ("recipes/launch/ray_cluster.py",),
     "transformers": ("rollout/models/config.py", "recipes/"),
 }
 
@@ -226,7 +227,6 @@ DISTRIBUTIONS = {
 }
 # Declared without an import of ours, and why.
 NOT_IMPORTED = {
-    "psutil": "megatron's dist_checkpointing imports it without declaring it",
     "gguf": "transformers reads the demo's weights with it",
     "accelerate": "transformers reads the demo's weights with it",
     "pytest-xdist": "pytest's option -n",

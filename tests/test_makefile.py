@@ -75,7 +75,7 @@ def test_an_installation_that_is_not_watched_prints_short_lines(venv):
         "  Installing 3 packages",
     ]
     assert run.stdout.splitlines() == [
-        "Installing samebit[demo,dev] and torch: about 6 GB and minutes the first time.",
+        "Installing samebit[demo,ray,dev] and torch: about 6 GB and minutes the first time.",
         *phase,
         "Installing the demo's weights (93 MB).",
         *phase,
@@ -105,7 +105,7 @@ def test_on_a_terminal_pip_shows_its_own_bars(venv):
     assert process.returncode == 0
     assert b"Collecting torch" in shown
     given = (venv / "arguments").read_text()
-    assert "-m pip install -c constraints.txt -e .[demo,dev]\n" in given
+    assert "-m pip install -c constraints.txt -e .[demo,ray,dev]\n" in given
     assert "--quiet" not in given
     assert "--progress-bar" not in given
 

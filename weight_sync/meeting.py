@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 SECRET = "SAMEBIT_SECRET"
+LOOPBACK = "127.0.0.1"
 _GLOO_INTERFACE, _NCCL_INTERFACE = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 _LOOK_S = 0.01
 MIN_SECRET = 16
@@ -78,10 +79,29 @@ def on_loopback(is_local: bool) -> Iterator[None]:
             del os.environ[_GLOO_INTERFACE]
 
 
-def loopback_listener(address: str = "127.0.0.1", port: int = 0) -> socket.socket:
+def loopback_listener(address: str = LOOPBACK, port: int = 0) -> socket.socket:
     """A socket that listens on the loopback alone; by default the system chooses the port."""
+    return listener_at(address, port)
+
+
+def listener_at(address: str, port: int = 0) -> socket.socket:
+    """A socket that listens at one of this machine's addresses."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     return socket.create_server((address, port), family=family)
+
+
+def own_address(address: str, port: int) -> str:
+    """This machine's own address on the way to another's; nothing is sent."""
+    family, kind, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(place)
+        return probe.getsockname()[0]
+
+
+def names_interface() -> bool:
+    """Whether the environment names an interface for gloo, other than the loopback that
+    `stay_on_loopback` has named."""
+    return os.environ.get(_GLOO_INTERFACE, "lo") != "lo"
 
 
 def host_store(

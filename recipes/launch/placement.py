@@ -1,9 +1,11 @@
 """Where the engine runs and how weights reach it."""
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,13 +23,16 @@ from samebit.rollout.device import resolve_device, why_not_releasable
 from samebit.rollout.engine import Engine
 from samebit.rollout.engine_pool import EnginePool
 from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.remote import RemoteEngine
+from samebit.rollout.remote import Launcher, RemoteEngine, launch_here
 from samebit.rollout.runtime.weights import load_safetensors
 from samebit.trainer.megatron.critic import ActorCritic
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.ranks import place
 from samebit.weight_sync.transports.base import Lease, WeightSync
 from samebit.weight_sync.transports.registry import TRANSPORTS
+
+if TYPE_CHECKING:
+    from samebit.recipes.launch.ray_cluster import RayCluster
 
 logger = logging.getLogger(__name__)
 
@@ -92,12 +97,21 @@ def releases_memory(run: GrpoRun, device: torch.device) -> bool:
 
 
 def require_transport(run: GrpoRun) -> None:
-    """Raise ValueError for a transport that cannot be had, or not on this machine's devices."""
-    name = run.placement.transport
+    """Raise ValueError for a transport that cannot be had, or not on this machine's devices, and
+    ImportError for a launcher that is not installed."""
+    if run.placement.launcher == "ray" and find_spec("ray") is None:
+        raise ImportError(
+            "placement.launcher=ray needs the package ray: pip install 'samebit[ray]', with "
+            "constraints.txt"
+        )
+    name, device = run.placement.transport, resolve_device(run.device)
     load_transport(name)
     between_gpus = name in TRANSPORTS and TRANSPORTS[name].gpus > 0
-    if between_gpus and (
-        reason := why_not_here(name, resolve_device(run.device), run.placement.replicas)
+    elsewhere = run.placement.ray_address is not None and device.type == "cuda"
+    if (
+        between_gpus
+        and not elsewhere
+        and (reason := why_not_here(name, device, run.placement.replicas))
     ):
         raise ValueError(f"placement.transport: {reason}")
 
@@ -120,12 +134,22 @@ def load_transport(name: str) -> type[WeightSync]:
     return found
 
 
+def open_launcher(run: GrpoRun) -> "AbstractContextManager[RayCluster | None]":
+    """What starts the engines of a run, where it is not this process: within it they live."""
+    if run.placement.launcher == "local":
+        return nullcontext()
+    from samebit.recipes.launch.ray_cluster import open_cluster
+
+    return open_cluster(run)
+
+
 def start_engine(
     run: GrpoRun,
     device: torch.device,
     trainer: MegatronTrainer,
     releases: bool,
     draft: OnlineDraft | None = None,
+    cluster: "RayCluster | None" = None,
 ) -> tuple[EngineClient, WeightSync]:
     """Start the engine and what keeps it on the trainer's weights; no folder's are loaded.
 
@@ -150,7 +174,7 @@ def start_engine(
     config = replace(run.engine, max_model_len=longest, seed=run.seed, **own)
     engine: Engine | RemoteEngine | EnginePool
     if run.placement.engine == "process":
-        engine = _start_apart(run, config, device, trainer.ranks)
+        engine = _start_apart(run, config, device, trainer.ranks, cluster)
     else:
         where: dict[str, Any] = {"device": device, "ranks": trainer.ranks}
         if issubclass(transport, Lease):
@@ -167,16 +191,24 @@ def start_engine(
 
 
 def _start_apart(
-    run: GrpoRun, config: EngineConfig, device: torch.device, ranks: RankGroup
+    run: GrpoRun,
+    config: EngineConfig,
+    device: torch.device,
+    ranks: RankGroup,
+    cluster: "RayCluster | None",
 ) -> RemoteEngine | EnginePool:
     """The engine in a process of its own, or its replicas in one each."""
+    placement = run.placement
 
     def start(place: int) -> RemoteEngine:
-        there = engine_device(run.placement.transport, device, place)
+        launch: Launcher = launch_here
+        there = engine_device(placement.transport, device, place)
+        if cluster is not None:
+            there, launch = cluster.device, cluster.launcher(place)
         where: Any = {"device": there, "ranks": ranks}
-        return RemoteEngine(run.model.path, run.cpu_threads, config=config, **where)
+        path = Path(run.model.path).absolute()  # another node may be in another folder
+        return RemoteEngine(path, run.cpu_threads, launch, config=config, **where)
 
-    placement = run.placement
     if placement.replicas == 1:
         return start(0)
     limits = placement.replica_timeout_s, placement.max_restarts

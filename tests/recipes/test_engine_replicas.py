@@ -1,6 +1,8 @@
 """Several engines apart, some of which die: a run ends as one does that had a single engine."""
 
+import os
 import random
+import signal
 from collections import Counter
 
 import pytest
@@ -11,9 +13,9 @@ from samebit.weight_sync.transports.shards import ShardSender
 REPLICAS = ("placement=process", "placement.replicas=2")
 
 
-def dying(monkeypatch, moments):
-    """Have a replica die each time that one of `moments` comes: the count-th time that a pool takes
-    what was drawn ("_take"), or that weights are about to move ("send"). Those that have died."""
+def dying(monkeypatch, moments, signal_number=signal.SIGKILL):
+    """Send a replica a signal each time that one of `moments` comes: the count-th time that a pool
+    takes what was drawn ("_take"), or that weights are about to move ("send"). Those that came."""
     pools, deaths, counts = [], [], Counter()
 
     def watch(owner, name):
@@ -24,8 +26,9 @@ def dying(monkeypatch, moments):
             pools.extend([self] if isinstance(self, EnginePool) and not pools else [])
             if (name, counts[name]) in moments:
                 victim = pools[0].living[counts[name] % 2]
-                victim.kill()
-                victim._process.join()
+                os.kill(victim._process.pid, signal_number)
+                if signal_number == signal.SIGKILL:
+                    victim._process.join()
                 deaths.append(name)
             return inner(self, *args)
 

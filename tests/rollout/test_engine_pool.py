@@ -148,3 +148,13 @@ def test_samples_of_the_dead_are_drawn_by_the_others(pool, truth):
     pool.close()
     with pytest.raises(RemoteEngineError, match="the engine is closed"):
         pool.generate([[1, 2]])
+
+
+def test_who_does_not_answer_between_draws_is_killed(qwen3_path):
+    """What is asked after every draw waits for no replica that stands still."""
+    with closing(start_pool(qwen3_path, 1, timeout_s=3.0, max_restarts=0)) as pool:
+        [victim] = pool.living
+        os.kill(victim._process.pid, signal.SIGSTOP)
+        assert pool.accept_lengths is None
+        assert pool.living == ()
+        assert pool.num_restarts == 1

@@ -25,6 +25,8 @@ from samebit.weight_sync.meeting import (
     host_store,
     is_loopback,
     loopback_listener,
+    names_interface,
+    own_address,
     own_secret,
     prove_secret,
 )
@@ -49,8 +51,8 @@ class WeightGroup:
         listener: socket.socket | None = None,
         watch: Callable[[], None] = lambda: None,
     ) -> None:
-        """listener: a socket that already listens at a loopback `address` and `port`. watch: raises
-        if the others are known not to come; asked now and then while they are waited for.
+        """listener: a socket that already listens at `address` and `port`. watch: raises if the
+        others are known not to come; asked now and then while they are waited for.
 
         timeout_s: how long a member is waited for. Raises ValueError for another secret.
         """
@@ -60,7 +62,7 @@ class WeightGroup:
         check_secret(secret, "" if self.is_local else f"a weight group meets at {address}")
         self.timeout = timedelta(seconds=timeout_s)
         self.rank, self.world_size = rank, world_size
-        if rank == 0 and self.is_local:
+        if rank == 0 and (self.is_local or listener is not None):
             listener = listener or loopback_listener(address, port)
             self._store: Any = host_store(listener, world_size, self.timeout)
         else:
@@ -69,7 +71,7 @@ class WeightGroup:
             except RuntimeError as error:
                 raise LostMemberError(f"no weight group at {address}:{port}: {error}") from error
         prove_secret(self._store, rank, world_size, secret, self.timeout, watch)
-        self._address = address
+        self._address = address if self.is_local else own_address(address, port)
         self._looked = 0.0
         self._pg = self.gloo("messages")
 
@@ -79,9 +81,9 @@ class WeightGroup:
         options = gloo._Options()
         options._timeout = self.timeout
         options._devices = [
-            gloo.create_device(hostname=self._address)
-            if self.is_local
-            else gloo.create_default_device()
+            gloo.create_default_device()
+            if names_interface() and not self.is_local
+            else gloo.create_device(hostname=self._address)
         ]
         store = dist.PrefixStore(name, self._store)
         with lost_members():

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from samebit.weight_sync.meeting import loopback_listener
+from samebit.weight_sync.meeting import LOOPBACK, is_loopback, listener_at
 from samebit.weight_sync.transports.base import Transport, WeightSource
 from samebit.weight_sync.transports.data_planes import make_data_plane
 from samebit.weight_sync.transports.group import WeightGroup
@@ -140,8 +140,8 @@ class RemoteTransport(Transport):
         """
         params = self._source.params
         data = make_data_plane(self.backend, next(iter(params.values())).device)
-        listener, secret = loopback_listener(), secrets.token_hex(32)
-        address, port = listener.getsockname()
+        listener, secret = listener_at(_meeting_place(self._members)), secrets.token_hex(32)
+        address, port = listener.getsockname()[:2]
         known, size = (self._timeout_s, secret), 1 + len(self._members)
 
         def require_coming() -> None:
@@ -208,8 +208,14 @@ def _members(engine: Any) -> tuple[Any, ...]:
     return getattr(engine, "replicas", (engine,))
 
 
+def _meeting_place(members: tuple[Any, ...]) -> str:
+    """This machine's address for all of them: the loopback, unless one is on another machine."""
+    reached = [getattr(member, "address", LOOPBACK) for member in members]
+    return next((address for address in reached if not is_loopback(address)), LOOPBACK)
+
+
 class GlooTransport(RemoteTransport):
-    """Over sockets of this machine; for tests, and for engines on the CPU."""
+    """Over sockets; for tests, and for engines on the CPU or on other machines."""
 
     backend = "gloo"
 
