@@ -96,12 +96,12 @@ class GrpoInputs:
         self.draft = checked_online_draft(run, self.model) if run.draft.is_online else None
         self.critic = checked_critic(run, self.model)
         _require_exact_truncation(run)
-        check_reference(run.trainer, make_algorithm(run.algorithm).has_reference)
         train_set, eval_set = load_datasets(run.data)
         require_transport(run)
         require_release(run)
         self.text = TextCodec(run.model.path, run.data.chat)
         self.teacher = checked_teacher(run, self.model, self.text)
+        check_reference(run.trainer, make_algorithm(run.algorithm).has_reference)
         wanted = run.rollout.generate is not None
         self.generate = GenerateFunction(run.rollout) if wanted else None
         self.reward = load_reward(run.reward, poll)
