@@ -123,6 +123,13 @@ def check_overwrite(run: RunSection) -> None:
     require(alone, "overwrite", run.overwrite, "false with resume=true, which removes nothing")
 
 
+def check_reference(trainer: TrainerConfig, has_reference: bool) -> None:
+    """ValueError for settings of a reference where there is none."""
+    if not has_reference:
+        idle, where = ("offload_reference",), "no reference is kept"
+        require_default(trainer.parallel, "trainer.parallel", idle, where)
+
+
 def _check_copies(size: int, copies: int) -> None:
     require(size >= copies, "trainer.parallel.data", copies, f"at most {size}, a step's samples")
 
@@ -139,6 +146,7 @@ class SftRun(RunSection):
     """`samebit sft`: supervised fine-tuning on prompts and labels."""
 
     command: ClassVar[str] = "sft"
+    has_reference: ClassVar[bool] = False
 
     model: ModelSection = field(default_factory=ModelSection)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -165,6 +173,7 @@ class SftRun(RunSection):
         idle = ("num_samples", "save_rollouts")
         meaning = f"the command is {self.command}, which draws no samples"
         require_default(self.logger, "logger", idle, meaning)
+        check_reference(self.trainer, self.has_reference)
         self.numerics.check(self.trainer.parallel)
         copies = self.numerics.copies_to_fill(self.trainer.parallel)
         _check_copies(self.trainer.batch_size or 0, copies)
@@ -175,6 +184,7 @@ class DpoRun(SftRun):
     """`samebit dpo`: direct preference optimization on pairs of answers."""
 
     command: ClassVar[str] = "dpo"
+    has_reference: ClassVar[bool] = True
 
     data: PreferenceConfig = field(default_factory=PreferenceConfig)
     algorithm: DpoConfig = field(default_factory=DpoConfig)

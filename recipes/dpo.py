@@ -1,7 +1,7 @@
 """Direct preference optimization on pairs of answers: supervised, with a frozen reference.
 
-The reference is the model that the run starts from, copied on its device. Both samples of a pair
-stay in one micro-batch. Algorithm and source: trainer/algorithms/dpo.py.
+The reference is a copy of the model that the run starts from. Both samples of a pair stay in one
+micro-batch. Algorithm and source: trainer/algorithms/dpo.py.
 """
 
 from collections.abc import Callable, Sequence

@@ -157,7 +157,7 @@ class GrpoRecipe:
             critic = make_critic(run, self._inputs.critic, self.trainer)
             self.critic = CriticUpdates(run, critic)
         self.algorithm = make_algorithm(run.algorithm)
-        if self.algorithm.needs_reference or self.algorithm.rewards_need_reference:
+        if self.algorithm.has_reference:
             self.trainer.freeze_reference()
         restored = session.restore(self.trainer)
         self.draft: OnlineDraft | None = None
@@ -241,6 +241,7 @@ class GrpoRecipe:
             with timer.time("train"):
                 stats = self._train(samples, timer, poll)
                 self._count_compared(stats[0])
+                self._refresh_reference()
                 self.draft_metrics = {} if self.draft is None else self.draft.end_step()
                 if self.critic is not None:
                     self.critic.train(samples)
@@ -362,6 +363,12 @@ class GrpoRecipe:
                 drops = None if stats else poll
                 stats.append(self.trainer.train_step(batches, self.algorithm, drops, finish))
         return stats
+
+    def _refresh_reference(self) -> None:
+        """The weights after every so many training steps are what the next are compared with."""
+        every = self.algorithm.refresh_reference_every if self.algorithm.has_reference else 0
+        if every and (self.progress.step + 1) % every == 0:
+            self.trainer.freeze_reference()
 
     def _watched_by_draft(self) -> AbstractContextManager[None]:
         """Within it the draft, if one is trained, is shown what the policy's steps compute."""

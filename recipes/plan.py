@@ -29,7 +29,7 @@ _GIB = 2**30
 PHASES = ("rollout", "train")
 NOT_COUNTED = (
     "Every sample counts with its most tokens. Not counted: rewards, evaluation, checkpoints, "
-    "refills, and what delta, offload_optimizer and tp_invariant save or cost."
+    "refills, and what delta, offload_optimizer, offload_reference and tp_invariant save or cost."
 )
 
 

@@ -82,6 +82,9 @@ class ParallelConfig:
     offload_segment_sums: bool = False
     """Keep the sums that wait for other segments' (numerics.grad_segments) in the host's memory. It
     moves no bit."""
+    offload_reference: bool = False
+    """Keep the reference's weights in the host's memory but while its log-probs are computed. It
+    moves no bit."""
     recompute: str = "none"
     """Activations computed again in the backward instead of kept: none; selective, those inside the
     MLPs; full, all but the input of every layer. It moves no bit."""
@@ -260,6 +263,9 @@ class PolicyGradientConfig(AlgorithmConfig):
     policy ratio, whose gradient is the KL's."""
     kl_in: str = "loss"
     """loss: of each token; reward: the rewards are lowered by it, before advantages are made."""
+    kl_refresh_every: int = 0
+    """Training steps after which the weights of then become the reference; 0: those at the run's
+    start stay it."""
     entropy_coef: float = 0.0
     """Weight of the entropy, which is rewarded."""
     tis_clip: float = 0.0
@@ -293,10 +299,12 @@ class PolicyGradientConfig(AlgorithmConfig):
     def _check_kl(self) -> None:
         known = self.kl_estimator in KL_ESTIMATORS
         require(known, "algorithm.kl_estimator", self.kl_estimator, f"one of {KL_ESTIMATORS}")
+        every = self.kl_refresh_every
+        require(every >= 0, "algorithm.kl_refresh_every", every, "at least 0")
         known = self.kl_in in ("loss", "reward")
         require(known, "algorithm.kl_in", self.kl_in, "loss or reward")
         if self.kl_coef == 0:
-            idle = ("kl_estimator", "kl_in")
+            idle = ("kl_estimator", "kl_in", "kl_refresh_every")
             require_default(self, "algorithm", idle, "algorithm.kl_coef is 0")
         fits = self.kl_in == "loss" or self.kl_estimator != "k3_unbiased"
         meaning = "k1, k2 or k3 with algorithm.kl_in=reward, which has no gradient"

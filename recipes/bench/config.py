@@ -348,6 +348,8 @@ class BenchTrainerRun(BenchRun):
         check_tp_invariant(self.tp_invariant, self.parallel.tensor, "parallel.tensor")
         meaning = "the benchmark's gradients have no segments"
         require_default(self.parallel, "parallel", ("offload_segment_sums",), meaning)
+        meaning = "the benchmark has no reference"
+        require_default(self.parallel, "parallel", ("offload_reference",), meaning)
         meaning = "1 to compare with torch, whose attention knows no parts of contexts"
         fits = self.parallel.context == 1 or not self.compare
         require(fits, "parallel.context", self.parallel.context, meaning)

@@ -90,8 +90,7 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     dtype = resolve_dtype(None, resolved)
     kv_bytes = sum(layout.bytes_per_token(dtype) for layout in (model.kv_layout, *drafts))
     algorithm = make_algorithm(run.algorithm)
-    keeps = algorithm.needs_reference or algorithm.rewards_need_reference
-    reference = memory["weights_mib"] if keeps else 0
+    reference = memory["weights_mib"] if algorithm.has_reference else 0
     saved = memory["checkpoint_on_host_mib"] + others.pop("critic_checkpoint_on_host_mib", 0)
     saved += reference if run.trainer.background_checkpoints else 0
     memory["checkpoint_on_host_mib"] = round(saved, 1)
@@ -106,13 +105,19 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
         "most_tokens_per_step": most_samples * longest,
         **memory,
         **others,
-        "reference_mib": reference,
+        **_reference(run.trainer, reference),
         **_staleness(run, memory["weights_mib"]),
         **_online_draft(run, draft, device),
         "kv_mib_if_all_run_at_once": round(
             min(at_once, run.engine.max_num_seqs) * longest * kv_bytes / _MIB, 1
         ),
     }
+
+
+def _reference(trainer: TrainerConfig, mib: float) -> dict[str, float]:
+    """The MiB of a reference, by where it is kept."""
+    place = "on_host_" if trainer.parallel.offload_reference else ""
+    return {f"reference_{place}mib": mib}
 
 
 def _staleness(run: GrpoRun, weights_mib: float) -> dict[str, int | float | str]:
@@ -197,7 +202,7 @@ def describe_dpo(run: DpoRun) -> dict[str, Any]:
     figures["pairs_per_step"] = figures.pop("samples_per_step")
     if run.trainer.background_checkpoints:
         figures["checkpoint_on_host_mib"] += figures["weights_mib"]
-    return figures | {"reference_mib": figures["weights_mib"]}
+    return figures | _reference(run.trainer, figures["weights_mib"])
 
 
 def describe_eagle3(run: Eagle3Run) -> dict[str, Any]:

@@ -118,16 +118,16 @@ def _trainer_tags(
     waiting = (run.numerics.grad_segments // parallel.data).bit_length() - 1
     sums = 1 + (0 if parallel.offload_segment_sums else max(waiting, 0))
     copies = parallel.data * parallel.context if parallel.distributed_optimizer else 1
-    algorithm = make_algorithm(run.algorithm)
-    refers = algorithm.needs_reference or algorithm.rewards_need_reference
+    reference = 2 * elements * make_algorithm(run.algorithm).has_reference
+    passing = reference if parallel.offload_reference else 0  # before there are activations
     return dict.fromkeys(TAGS, 0) | {
         "runtime": RUNTIME_BYTES,
         "weights": 2 * elements,
-        "reference": 2 * elements * refers,
+        "reference": reference - passing,
         "delta_base": 2 * elements * run.placement.delta,
         "optimizer": 0 if parallel.offload_optimizer else -(-12 * elements // copies),
         "gradients": 4 * elements * sums,
-        "activations": activation_bytes(run, model, stage, measured),
+        "activations": max(activation_bytes(run, model, stage, measured), passing),
     }
 
 

@@ -11,6 +11,7 @@ from samebit.recipes.planning.layout import Layout
 from samebit.recipes.planning.measured import Measured
 from samebit.recipes.planning.memory import MemoryPlan, plan_memory
 from samebit.rollout.models.config import ModelConfig
+from samebit.trainer.algorithms.registry import make_algorithm
 
 MOST_TOGETHER = 3
 
@@ -57,6 +58,8 @@ def _changes(run: PlanRun) -> Iterator[Change]:
         yield {"engine.max_num_seqs": 64}
     if parallel.recompute != "full":
         yield {"trainer.parallel.recompute": "full"}
+    if make_algorithm(run.algorithm).has_reference and not parallel.offload_reference:
+        yield {"trainer.parallel.offload_reference": True}
     if not parallel.offload_optimizer:
         yield {"trainer.parallel.offload_optimizer": True}
     twice = {"trainer.parallel.tensor": 2 * parallel.tensor}

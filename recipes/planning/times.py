@@ -117,8 +117,7 @@ class StepModel:
 
     def _passes(self) -> float:
         """Forward passes that a step is worth: a backward is two."""
-        algorithm = make_algorithm(self.run.algorithm)
-        refers = algorithm.needs_reference or algorithm.rewards_need_reference
+        refers = make_algorithm(self.run.algorithm).has_reference
         products = self.model.layer_products
         again = {"none": 0.0, "full": 1.0, "selective": 0.0}[self.run.trainer.parallel.recompute]
         if self.run.trainer.parallel.recompute == "selective":

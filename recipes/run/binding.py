@@ -40,7 +40,7 @@ _FREE_KEYS = {
       for key in ("timeout_s", "num_workers", "concurrency")),
     "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.background_checkpoints",
     *(f"trainer.parallel.{key}"
-      for key in ("recompute", "offload_optimizer", "offload_segment_sums")),
+      for key in ("recompute", "offload_optimizer", "offload_segment_sums", "offload_reference")),
 }  # fmt: skip
 _PATHS = re.compile(
     r"(model|draft|data(\.sources\.\d+)?)\.path|data\.(sources\.\d+\.)?eval_path"

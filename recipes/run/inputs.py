@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 
 from samebit.kernels.registry import attention_kind
-from samebit.recipes.config import DpoRun, GrpoRun, SftRun
+from samebit.recipes.config import DpoRun, GrpoRun, SftRun, check_reference
 from samebit.recipes.data.order import MAX_PROMPTS, problem_index
 from samebit.recipes.data.records import Encoder, Split
 from samebit.recipes.data.reward_pool import load_reward
@@ -28,6 +28,7 @@ from samebit.recipes.run.signals import Stopped, StopSignals
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import require_taught_end
 from samebit.rollout.speculative.making import open_speculation
+from samebit.trainer.algorithms.registry import make_algorithm
 from samebit.trainer.config import require
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ class GrpoInputs:
         require_release(run)
         self.text = TextCodec(run.model.path, run.data.chat)
         self.teacher = checked_teacher(run, self.model, self.text)
+        check_reference(run.trainer, make_algorithm(run.algorithm).has_reference)
         wanted = run.rollout.generate is not None
         self.generate = GenerateFunction(run.rollout) if wanted else None
         self.reward = load_reward(run.reward, poll)

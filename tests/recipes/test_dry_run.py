@@ -123,6 +123,11 @@ def test_the_description_of_a_reference(demo_model, place, kept):
     arguments += [f"algorithm.kl_in={place}", "algorithm.kl_coef=0.1"] if place else []
     figures = describe_grpo(resolve("grpo", arguments))
     assert figures["reference_mib"] == kept * figures["weights_mib"]
+    if kept:
+        arguments += ["trainer.parallel.offload_reference=true"]
+        offloaded = describe_grpo(resolve("grpo", arguments))
+        assert offloaded.pop("reference_on_host_mib") == figures.pop("reference_mib")
+        assert offloaded == figures
 
 
 def test_dry_run_of_sft(demo_model, tmp_path, capsys):

@@ -48,6 +48,7 @@ def test_two_processes_go_on_for_one(runs, run_ranks):
     shutil.rmtree(two / "checkpoints" / "step_00000002")
     (two / "summary.json").unlink()
     words = [*WORDS, "trainer.num_steps=2", "trainer.parallel.data=2", "resume=true"]
+    words += ["trainer.parallel.offload_reference=true"]
     codes, said = run_ranks(runs.arguments("two", *words))
     assert codes == [0, 0], said
     assert result_of(runs, "two") == alone

@@ -52,6 +52,8 @@ def test_memory_follows_the_layout(tiny):
         assert tags["gradients"] == 3 * 4 * own  # of 4 segments a copy, two sums wait
     offloaded = plan_of(tiny, "trainer.parallel.offload_optimizer=true")
     assert offloaded["memory"]["trainer"]["train"]["optimizer"] == 0
+    kl = ["algorithm=grpo_kl", "trainer.parallel.offload_reference=true"]
+    assert plan_of(tiny, *kl)["memory"]["trainer"]["train"]["reference"] == 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Master weights and moments in the host's memory, on the card: the same steps, less memory."""
+"""Master weights, moments and a reference in the host's memory: the same steps on the card, with
+less of its memory."""
 
 import gc
 
@@ -8,8 +9,9 @@ import torch
 from samebit.recipes.launch.placement import load_weights
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
+from samebit.trainer.algorithms.grpo import Grpo
 from samebit.trainer.algorithms.sft import Sft
-from samebit.trainer.config import OptimizerConfig, ParallelConfig
+from samebit.trainer.config import GrpoConfig, OptimizerConfig, ParallelConfig
 from samebit.trainer.megatron import trainer as trainer_module
 from samebit.trainer.megatron.offload import OffloadedState
 from samebit.trainer.megatron.trainer import MegatronTrainer
@@ -66,6 +68,39 @@ def test_offload_moves_no_bit(folder, random_samples, split, monkeypatch):
     assert digest(back) == digest(forth) == digest(plain)
     expected = steps(plain)
     assert steps(back) == steps(forth) == steps(offloaded) == expected
+
+
+def test_a_reference_on_the_host_moves_no_bit(folder, random_samples):
+    """Its pinned weights are on the card only while they are read, before and after a refresh."""
+    device, loss = torch.device("cuda"), Grpo(GrpoConfig(kl_coef=0.5))
+    samples = random_samples(20, seed=6, with_logprobs=True)
+    batches = pack_samples(samples, 200, device=device)
+
+    def steps(offload):
+        settings, parallel = OptimizerConfig(lr=1e-3), ParallelConfig(offload_reference=offload)
+        trainer = MegatronTrainer(load_model_config(folder), settings, 9, device, parallel)
+        load_weights(trainer, folder)
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        trainer.freeze_reference()
+        held, found = [torch.cuda.memory_allocated() - before], []
+        for _ in range(2):
+            found += [(trainer.train_step(batches, loss), trainer.digest()) for _ in range(2)]
+            trainer.freeze_reference()
+            before = torch.cuda.memory_allocated()
+            own, reference = (trainer.logprobs(batches, reference=x) for x in (False, True))
+            assert all(map(torch.equal, own, reference))
+            del own, reference
+            held.append(torch.cuda.memory_allocated() - before)
+        kept = trainer.state_dict()["reference"].values()
+        assert all(x.is_pinned() if offload else x.is_cuda for x in kept)
+        return found, held, sum(x.nbytes for x in kept)
+
+    (expected, on_card, size), (found, on_host, _) = steps(False), steps(True)
+    assert found == expected
+    assert on_card[0] >= size
+    assert on_host[0] < size // 10
+    assert max(on_card[1:] + on_host[1:]) < size // 10
 
 
 @pytest.mark.parametrize("offload", [False, True], ids=["on the card", "offloaded"])

@@ -77,6 +77,8 @@ class Algorithm[C: AlgorithmConfig]:
     """Whether the loss reads ref_logprobs: the weights at the run's start are then kept."""
     rewards_need_reference: bool = False
     """Whether `advantages` reads the samples' ref_logprobs: they are kept then too."""
+    refresh_reference_every: int = 0
+    """Training steps after which the present weights take their place; 0: never."""
     needs_values: bool = False
     """Whether `advantages` reads the samples' values: a critic is trained then, on `returns`, by
     the section `critic` that Config.sections has to name."""
@@ -90,6 +92,11 @@ class Algorithm[C: AlgorithmConfig]:
 
     def __init__(self, config: C | None = None) -> None:
         self.config: C = self.Config() if config is None else config
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a reference is kept."""
+        return self.needs_reference or self.rewards_need_reference
 
     def advantages(self, rewards: Tensor, groups: Sequence[Sequence[Sample]]) -> Advantages:
         """rewards [prompts, samples] fp64 of a training step's samples -> their advantages.

@@ -22,6 +22,7 @@ class PolicyGradient[C: PolicyGradientConfig](Algorithm[C]):
         # A subclass may need them for more.
         self.needs_reference |= penalizes and place == "loss"
         self.rewards_need_reference |= penalizes and place == "reward"
+        self.refresh_reference_every = self.config.kl_refresh_every
         self.needs_entropy_grad |= self.config.entropy_coef > 0
 
 

@@ -78,9 +78,10 @@ class ForwardModel:
                 param.requires_grad_(False)
                 param.data = weights[name]
 
-    def like(self) -> "ForwardModel":
-        """Another one of the same model and layout, with uninitialised memory of its own."""
-        return ForwardModel(
+    def like(self, kind: "type[ForwardModel] | None" = None) -> "ForwardModel":
+        """Another one (of a kind) of the same model and layout, with uninitialised memory of its
+        own."""
+        return (kind or ForwardModel)(
             self.model,
             self.device,
             parallel=self.parallel,

@@ -43,6 +43,7 @@ from samebit.trainer.megatron.main_grad import own_gradients
 from samebit.trainer.megatron.memory import TrainerMemory, gradients_in, hold, optimizer_in
 from samebit.trainer.megatron.model import forward_logprobs
 from samebit.trainer.megatron.offload import OffloadedState
+from samebit.trainer.megatron.offloaded_model import OffloadedModel
 from samebit.trainer.megatron.optimizer_settings import lr_scheduler, optimizer_settings
 from samebit.trainer.megatron.optimizer_state import (
     load_optimizer_state,
@@ -157,12 +158,13 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
             (self._offloaded or self._optimizer).reload_model_params()
 
     def freeze_reference(self) -> None:
-        """Keep a copy of the present weights as the reference for the KL penalty."""
+        """Keep a copy of the present weights as the reference, in place of an earlier one."""
         self._reference_model().copy_from(self.params)
 
     def _reference_model(self) -> ForwardModel:
         """Made when first asked for."""
-        self._reference = self._reference or self.like()
+        kind = OffloadedModel if self.parallel.offload_reference else ForwardModel
+        self._reference = self._reference or self.like(kind)
         return self._reference
 
     def digest(self) -> str:
