@@ -31,9 +31,19 @@ class Problem:
     """Where it was read, as in "data.jsonl, line 7"; empty for a generated one."""
 
     @property
+    def is_answered(self) -> bool:
+        """Whether it is a chat with its answers in it, and no label: sft trains on them all."""
+        return not self.label and ends_with_answer(self.prompt)
+
+    @property
     def name(self) -> str:
         """Errors call it this."""
         return f"{self.where}: problem {self.index}" if self.where else f"problem {self.index}"
+
+
+def ends_with_answer(prompt: str | ChatPrompt) -> bool:
+    """Whether a prompt is chat messages of which the last is the assistant's."""
+    return isinstance(prompt, list) and bool(prompt) and prompt[-1]["role"] == "assistant"
 
 
 @runtime_checkable
@@ -154,7 +164,16 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
-class PreferenceConfig(DataConfig):
+class SupervisedConfig(DataConfig):
+    """Says where records come from whose answers are trained on."""
+
+    label_key: str = "label"
+    """Task `file`: key of the answer; dots reach into nested fields. A record without one, whose
+    prompt is chat messages that end with the assistant's, is trained on all the assistant's."""
+
+
+@dataclass(kw_only=True)
+class PreferenceConfig(SupervisedConfig):
     """Says where pairs of answers come from. Each answer is a text, a chat message of the
     assistant's, or the prompt's messages with such a one behind."""
 

@@ -14,6 +14,8 @@ from samebit.recipes.data.tasks.base import (
     MixedRecords,
     PreferenceConfig,
     Problem,
+    SupervisedConfig,
+    ends_with_answer,
 )
 from samebit.recipes.data.tasks.chat import lone_surrogate, read_answer, read_prompt, read_tools
 from samebit.recipes.data.tasks.faults import raise_faults
@@ -131,7 +133,7 @@ def _problem(index: int, record: Record, config: DataConfig) -> Problem:
     if isinstance(config, PreferenceConfig):
         text, rejected = _pair(record, prompt, config)
     else:
-        text, rejected = _label(record, config.label_key), ""
+        text, rejected = _label(record, prompt, config), ""
     tools = list[dict[str, Any]]()
     if config.tools_key is not None:
         value, what = _lookup(values, config.tools_key, where), f"{where}: {config.tools_key!r}"
@@ -150,8 +152,12 @@ def _problem(index: int, record: Record, config: DataConfig) -> Problem:
     )
 
 
-def _label(record: Record, key: str) -> str:
-    label = _lookup(record.values, key, record.where)
+def _label(record: Record, prompt: str | ChatPrompt, config: DataConfig) -> str:
+    """The reference answer; empty where sft needs none, as the answers are in the chat."""
+    key, values = config.label_key, record.values
+    if isinstance(config, SupervisedConfig) and ends_with_answer(prompt) and _lacks(values, key):
+        return ""
+    label = _lookup(values, key, record.where)
     text = record.number_text(label, key)
     if text is None and isinstance(label, str):
         text = label
@@ -179,6 +185,13 @@ def _pair(record: Record, prompt: str | ChatPrompt, config: PreferenceConfig) ->
 def _prompt(record: Record, key: str) -> str | ChatPrompt:
     value = _lookup(record.values, key, record.where)
     return read_prompt(value, f"{record.where}: {key!r}", columnar=record.columnar)
+
+
+def _lacks(record: dict[str, Any], key: str) -> bool:
+    try:
+        return _lookup(record, key, "it") is None
+    except ValueError:
+        return True
 
 
 def _lookup(record: dict[str, Any], key: str, where: str) -> Any:
