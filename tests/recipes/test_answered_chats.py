@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 from test_records import Data, chat_model  # noqa: F401
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from samebit.recipes import sft
 from samebit.recipes.cli.compose import resolve
@@ -162,6 +164,21 @@ def test_records_that_are_refused(data, record, fault):
     data.write(record)
     with pytest.raises(ValueError, match=fault):
         read(data)
+
+
+def test_an_answer_that_merges_with_what_is_before_it(data):
+    """The model never reads such a token where it is to answer."""
+    characters = "0123456789=SUA"
+    vocab = {"<eos>": 0} | {c: i + 1 for i, c in enumerate(characters)} | {"A1": 15}
+    tokenizer = Tokenizer(models.BPE(vocab, [("A", "1")], unk_token="<eos>"))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    fast.save_pretrained(data.model)
+    (data.model / "chat_template.jinja").write_text(TEMPLATE)
+    data.write({"prompt": chat("1", "2", "3", "1")})
+    with pytest.raises(ValueError, match="its message 4, an answer: its first characters and"):
+        read(data)
+    data.write({"prompt": chat("1", "2", "3", "2")})
+    assert read(data) == [("U1A2$U3A2$", "...2$...2$")]
 
 
 def test_other_commands_ask_for_a_label(data):
