@@ -113,6 +113,9 @@ class DataConfig:
     """Give text prompts to the model as one user message of its chat template."""
     metadata_keys: list[str] = field(default_factory=list)
     """Task `file`: keys kept as the problem's metadata; dots reach into nested fields."""
+    filter: str | None = None
+    """Task `file`: your `module:function` of a Problem; records are used of which it returns True,
+    to train on and held out."""
     size: int = 100_000
     """Generated tasks: problems in the train split."""
     eval_size: int = 256
@@ -131,11 +134,13 @@ class DataConfig:
                 f"data.overlong_prompts is {self.overlong_prompts!r}; give one of "
                 f"{', '.join(OVERLONG)}"
             )
+        named = self.filter is None or ":" in self.filter
+        require(named, "data.filter", self.filter, "module:function, or unset")
         if self.task == "file" and (self.path is not None or self.sources):
             given = "data.path" if self.path is not None else "data.sources"
             require_default(self, "data", ("size", "seed"), f"{given} is given")
         if self.task != "file":
-            keys = ("prompt_key", "label_key", "tools_key", "metadata_keys", "sources")
+            keys = ("prompt_key", "label_key", "tools_key", "metadata_keys", "filter", "sources")
             require_default(self, "data", keys, f"data.task is {self.task!r}")
         if self.sources:
             require_default(self, "data", ("path",), "data.sources is given")

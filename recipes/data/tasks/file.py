@@ -20,6 +20,7 @@ from samebit.recipes.data.tasks.base import (
 from samebit.recipes.data.tasks.chat import lone_surrogate, read_answer, read_prompt, read_tools
 from samebit.recipes.data.tasks.faults import raise_faults
 from samebit.recipes.data.tasks.files import list_files
+from samebit.recipes.data.tasks.filter import load_filter
 from samebit.recipes.data.tasks.readers import READERS, Record, plain
 
 logger = logging.getLogger(__name__)
@@ -114,14 +115,24 @@ def _numbered(problems: list[Problem]) -> list[Problem]:
 
 
 def _read_problems(path: Path, config: DataConfig) -> list[Problem]:
+    keeps, left_out = load_filter(config), 0
     faults, problems = list[str](), list[Problem]()
     for file in list_files(path):
         for record in READERS[file.suffix](file, faults):
             try:
-                problems.append(_problem(len(problems), record, config))
+                problem = _problem(len(problems), record, config)
+                if keeps(problem):
+                    problems.append(problem)
+                else:
+                    left_out += 1
             except ValueError as error:
                 faults.append(str(error))
     raise_faults(faults)
+    if left_out:
+        what = f"{left_out} of {left_out + len(problems)} records of {path}"
+        if not problems:
+            raise ValueError(f"data.filter {config.filter!r} leaves {what} out; none is left")
+        logger.warning("data.filter leaves %s out", what)
     if not problems:
         raise ValueError(f"{path} holds no record; give at least one")
     return problems
