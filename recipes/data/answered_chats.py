@@ -57,8 +57,8 @@ def _text_before(
     whole: str,
     end_token: str,
 ) -> str:
-    """What the model reads before it writes the last of the messages, which is in the whole text
-    as it is, and with its end; else ValueError."""
+    """What the model reads before it writes the last of the messages, which is in the whole text,
+    all of it and with its end; else ValueError."""
     *earlier, answer = messages
     before = text.render(earlier, tools)
     if not whole.startswith(before):
@@ -70,12 +70,15 @@ def _text_before(
         raise ValueError(f"the chat template writes no {end_token} (the end token) behind it")
     written = whole[len(before) :].partition(end_token)[0]
     for key in ("content", "reasoning_content"):
-        if answer.get(key, "").strip() not in written:
-            raise ValueError(
-                f"its {key} is not in the chat as the template writes it, or it holds {end_token}; "
-                f"{_ALONE}"
-            )
+        if _solid(answer.get(key, "")) not in _solid(written):
+            what = f"its {key} is not whole in the chat as the template writes it"
+            raise ValueError(f"{what}, or holds {end_token}; {_ALONE}")
     return before
+
+
+def _solid(text: str) -> str:
+    """Without white space, which templates trim and add."""
+    return "".join(text.split())
 
 
 def _refusal(place: int, fault: str) -> ValueError:

@@ -139,7 +139,7 @@ def test_overlong_chats(data):
         ),
         (
             TEMPLATE.replace("{{ m.content }}", "{{ m.content if loop.last else m.content[-1] }}"),
-            "message 2, an answer: its content is not in the chat as the template writes it",
+            "message 2, an answer: its content is not whole in the chat as the template writes it",
         ),
     ],
 )
@@ -155,7 +155,10 @@ def test_templates_that_do_not_show_the_answers(data, template, fault):
     [
         ({"prompt": chat("1", "2", "3")}, "line 1 has no 'label'; its keys are"),
         ({"prompt": chat("1", "2", "3"), "label": None}, "line 1: 'label' is None; give a text"),
-        ({"prompt": chat("1", "2<eos>3")}, "message 2, an answer: its content is not in the chat"),
+        (
+            {"prompt": chat("1", "2<eos>3")},
+            "message 2, an answer: its content is not whole in the chat",
+        ),
         ({"prompt": chat("1", "2?3")}, "its characters become the token <eos>, the end token"),
         ({"prompt": chat("1", "13")[1:]}, "line 1: problem 0: its message 1, an answer: "),
     ],
