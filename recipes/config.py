@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from samebit.recipes.data.reward_config import RewardConfig
-from samebit.recipes.data.tasks.base import DataConfig, PreferenceConfig
+from samebit.recipes.data.tasks.base import DataConfig, PreferenceConfig, SupervisedConfig
 from samebit.recipes.distillation_config import DistillationSection
 from samebit.recipes.draft_config import OnlineDraftSection
 from samebit.recipes.numerics_config import NumericsSection
@@ -143,7 +143,7 @@ def _check_staleness(max_staleness: int, placement: PlacementSection) -> None:
 
 @dataclass(kw_only=True)
 class SftRun(RunSection):
-    """`samebit sft`: supervised fine-tuning on prompts and labels."""
+    """`samebit sft`: supervised fine-tuning on prompts and labels, or on chats."""
 
     command: ClassVar[str] = "sft"
     has_reference: ClassVar[bool] = False
@@ -151,7 +151,7 @@ class SftRun(RunSection):
     model: ModelSection = field(default_factory=ModelSection)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     numerics: NumericsSection = field(default_factory=NumericsSection)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: SupervisedConfig = field(default_factory=SupervisedConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     eval_every: int = 20
     """Steps between evaluations of the held-out loss; also before the first, after the last."""

@@ -1,9 +1,11 @@
-"""Supervised fine-tuning on prompts and labels: the trainer's loop without a rollout."""
+"""Supervised fine-tuning on labels, or on chats: the trainer's loop without a rollout."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from samebit.recipes.cli.dry_run import describe_sft, train_or_describe
 from samebit.recipes.config import SftRun
@@ -77,8 +79,14 @@ def samples_of_step(run: SftRun, step: int, data: Split) -> list[Sample]:
 
 
 def make_sample(data: Split, index: int, sample_id: int) -> Sample:
-    """Join a record's prompt and label, which is trained on."""
+    """Join a record's prompt and label, which is trained on; of a chat, its answers."""
     ids = data.encoded(data[index])
+    if ids.label_mask:
+        return Sample(
+            sample_id=sample_id,
+            token_ids=np.asarray(ids.prompt_ids + ids.label_ids, np.int64),
+            loss_mask=np.asarray([0] * len(ids.prompt_ids) + [*ids.label_mask], bool),
+        )
     return Sample.of_response(
         sample_id=sample_id,
         token_ids=ids.prompt_ids + ids.label_ids,

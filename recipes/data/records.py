@@ -13,9 +13,16 @@ from itertools import accumulate
 
 from tqdm import tqdm
 
+from samebit.recipes.data.answered_chats import encode_answered
 from samebit.recipes.data.order import mixed_index, problem_index
-from samebit.recipes.data.tasks.base import Dataset, MixedRecords, Problem, check_index
-from samebit.recipes.data.text import Prompt, TextCodec
+from samebit.recipes.data.tasks.base import (
+    ChatPrompt,
+    Dataset,
+    MixedRecords,
+    Problem,
+    check_index,
+)
+from samebit.recipes.data.text import TextCodec
 from samebit.recipes.launch.processes import launched_rank
 from samebit.rollout.values import shown
 
@@ -33,7 +40,9 @@ class Encoded:
 
     prompt_ids: array[int]
     label_ids: array[int]
-    """Empty but for sft and dpo."""
+    """Empty but for sft and dpo. Of a chat with its answers: all from the first answer on."""
+    label_mask: array[int] = field(default_factory=lambda: array("b"))
+    """Of a chat with its answers: whether each of label_ids is one's."""
     rejected_ids: array[int] = field(default_factory=lambda: array("i"))
     """Of dpo."""
     was_cut: bool = False
@@ -71,10 +80,13 @@ class Encoder:
         texts: dict[int, str] = {}
         for i, problem in enumerate(problems):
             try:
-                texts[i] = self.text.render(problem.prompt, problem.tools)
+                if self._trains_on(problem):
+                    found[i] = self._fit_chat(problem)
+                else:
+                    texts[i] = self.text.render(problem.prompt, problem.tools)
             except ValueError as error:
                 found[i] = Unfit(str(error))
-        good = [i for i in texts if i not in found]
+        good = list(texts)
         prompts = self.text.encode_prompts(
             [problems[i].prompt for i in good], [texts[i] for i in good]
         )
@@ -107,16 +119,53 @@ class Encoder:
         if len(prompt) > rest:
             lens = len(prompt), len(label), len(rejected)
             return Unfit(self._too_long(*lens, was_cut), is_overlong=True)
-        if (highest := max((*prompt, *label, *rejected))) >= self.vocab_size:
-            return Unfit(
-                f"its token {highest} ({self.text.token(highest)!r}) is outside the model's "
-                f"vocab_size of {self.vocab_size}: tokenizer and config.json do not fit together"
-            )
+        if fault := self._unknown((*prompt, *label, *rejected)):
+            return Unfit(fault)
         return Encoded(
             prompt_ids=array("i", prompt),
             label_ids=array("i", label),
             rejected_ids=array("i", rejected),
             was_cut=was_cut,
+        )
+
+    def _trains_on(self, problem: Problem) -> bool:
+        """Whether a problem is a chat whose answers are trained on."""
+        return self.with_labels and self.pair_len is None and problem.is_answered
+
+    def _fit_chat(self, problem: Problem) -> Encoded | Unfit:
+        """A chat with its answers; raises ValueError where they cannot be told from the rest."""
+        messages, tools, was_cut = problem.prompt, problem.tools, False
+        assert isinstance(messages, list)
+        ids, mask = encode_answered(self.text, messages, tools)
+        if self.policy == "truncate_left" and len(ids) > self.max_len:
+
+            def size(kept: ChatPrompt) -> int:
+                return len(encode_answered(self.text, kept, tools)[0])
+
+            kept, was_cut = _newest_turns(messages, size, self.max_len), True
+            ids, mask = encode_answered(self.text, kept, tools)
+        if len(ids) > self.max_len:
+            least = "at least " if was_cut else ""
+            other = " (or give data.overlong_prompts)" if self.policy == "error" else ""
+            allowed = f"{self.limit} allows 1 to {self.max_len}{other}"
+            return Unfit(f"its chat has {least}{len(ids)} tokens; {allowed}", is_overlong=True)
+        if fault := self._unknown(ids):
+            return Unfit(fault)
+        first = mask.index(True)
+        return Encoded(
+            prompt_ids=array("i", ids[:first]),
+            label_ids=array("i", ids[first:]),
+            label_mask=array("b", mask[first:]),
+            was_cut=was_cut,
+        )
+
+    def _unknown(self, ids: Sequence[int]) -> str:
+        """What is wrong with tokens that the model does not know; empty if it knows them."""
+        if (highest := max(ids)) < self.vocab_size:
+            return ""
+        return (
+            f"its token {highest} ({self.text.token(highest)!r}) is outside the model's "
+            f"vocab_size of {self.vocab_size}: tokenizer and config.json do not fit together"
         )
 
     def _too_long(self, prompt: int, label: int, rejected: int, was_cut: bool) -> str:
@@ -133,25 +182,35 @@ class Encoder:
         return f"{tokens}; {self.limit} allows 1 to {self.max_len}{other}"
 
     def _cut(self, problem: Problem, ids: list[int], max_len: int) -> list[int]:
-        """The end of a prompt: of a plain text its last tokens, of a chat its last turns.
-
-        A chat keeps its system message and its last user turn, and no message is cut.
-        """
+        """The end of a prompt: of a plain text its last tokens, of a chat its last turns."""
         messages = self.text.messages(problem.prompt)
         if isinstance(messages, str):
             return self.text.cut_left(ids, max_len)
-        head = next((i for i, m in enumerate(messages) if m["role"] not in _SYSTEM), len(messages))
-        starts = [i for i, m in enumerate(messages) if m["role"] == "user" and i > head]
 
-        def encode(start: int) -> list[int]:
-            kept: Prompt = [*messages[:head], *messages[start:]]
+        def encode(kept: ChatPrompt) -> list[int]:
             return self.text.encode_prompts([kept], [self.text.render(kept, problem.tools)])[0]
 
-        first = bisect_left(starts, True, key=lambda start: len(encode(start)) <= max_len)
-        return encode(starts[min(first, len(starts) - 1)]) if starts else ids
+        return encode(_newest_turns(messages, lambda kept: len(encode(kept)), max_len))
 
 
 _SYSTEM = ("system", "developer")
+
+
+def _newest_turns(
+    messages: ChatPrompt, size: Callable[[ChatPrompt], int], max_len: int
+) -> ChatPrompt:
+    """A chat without its oldest turns, so many that it has at most max_len tokens.
+
+    It keeps its system message and its last user turn, and no message is cut.
+    """
+    head = next((i for i, m in enumerate(messages) if m["role"] not in _SYSTEM), len(messages))
+    starts = [i for i, m in enumerate(messages) if m["role"] == "user" and i > head]
+
+    def kept(start: int) -> ChatPrompt:
+        return [*messages[:head], *messages[start:]]
+
+    first = bisect_left(starts, True, key=lambda start: size(kept(start)) <= max_len)
+    return kept(starts[min(first, len(starts) - 1)]) if starts else messages
 
 
 class Split:

@@ -53,10 +53,14 @@ class TextCodec:
             return [{"role": "user", "content": prompt}]
         return prompt
 
-    def render(self, prompt: Prompt, tools: Sequence[dict[str, Any]] = ()) -> str:
+    def render(
+        self, prompt: Prompt, tools: Sequence[dict[str, Any]] = (), *, answered: bool = False
+    ) -> str:
         """Return the text of a prompt; messages and tools go through the chat template.
 
-        Raises ValueError where the template does, gives nothing, or says nothing of the tools.
+        It ends where an answer begins; with `answered` the answers are there, and it ends behind
+        the last message. Raises ValueError where the template does, gives nothing, or says nothing
+        of the tools.
         """
         prompt = self.messages(prompt)
         if isinstance(prompt, str):
@@ -66,8 +70,8 @@ class TextCodec:
                 )
             text = prompt
         else:
-            text = self._apply_template(prompt, tools)
-            if tools and text == self._apply_template(prompt):
+            text = self._apply_template(prompt, tools, answered=answered)
+            if tools and text == self._apply_template(prompt, answered=answered):
                 raise ValueError("it has tools, which the chat template leaves out")
         if not text:
             raise ValueError("the chat template makes an empty text of its prompt")
@@ -147,7 +151,13 @@ class TextCodec:
         """Return a token as the tokenizer writes it, for errors."""
         return str(self._tokenizer.convert_ids_to_tokens(token_id))
 
-    def _apply_template(self, messages: ChatPrompt, tools: Sequence[dict[str, Any]] = ()) -> str:
+    def _apply_template(
+        self,
+        messages: ChatPrompt,
+        tools: Sequence[dict[str, Any]] = (),
+        *,
+        answered: bool = False,
+    ) -> str:
         if not self._tokenizer.chat_template:
             raise ValueError(
                 "its prompt is a list of chat messages, but the tokenizer of "
@@ -155,7 +165,10 @@ class TextCodec:
             )
         try:
             return self._tokenizer.apply_chat_template(
-                messages, tools=[*tools] or None, add_generation_prompt=True, tokenize=False
+                messages,
+                tools=[*tools] or None,
+                add_generation_prompt=not answered,
+                tokenize=False,
             )
         except Exception as error:  # a template is a program, and may raise anything
             raise ValueError(f"the chat template refuses its prompt: {_line(error)}") from error

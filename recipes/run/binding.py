@@ -56,6 +56,7 @@ _EARLIER = {
     "numerics.grad_segments": 0,
     "reward.batch_size": None,
     "data.tools_key": None,
+    "data.filter": None,
     "rollout.dynamic_sampling": False,
     "rollout.refill_prompts": None,
     "rollout.generate": None,

@@ -73,6 +73,8 @@ def input_files(run: TrainingRun) -> Iterator[tuple[str, Path]]:
         for i, source in enumerate(run.data.sources):
             if file := getattr(source, key):
                 yield from _with_content(f"data.sources.{i}.{key}", Path(file))
+    if run.data.filter is not None and (module := source_of(run.data.filter)):
+        yield "data.filter", module  # not bound: the contents that it leaves are
     yield from _files_in(run.data.args, "data.args")
     yield from ((key, source) for key, source in own_sources(run).items() if source)
     if isinstance(run, GrpoRun):

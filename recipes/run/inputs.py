@@ -71,7 +71,7 @@ class Unwritable:
 
     def look(self, problems: Sequence[Problem]) -> None:
         """Count those of some problems, rejected answers too."""
-        named = [(p.name, x) for p in problems for x in (p.label, p.rejected) if x]
+        named = [(p.name, x) for p in problems for x in (*_answers(p), p.rejected) if x]
         texts = self._text.rewritten([label for _, label in named])
         for (name, label), text in zip(named, texts, strict=True):
             if text.strip() != label.strip():
@@ -84,6 +84,12 @@ class Unwritable:
                 "%d labels cannot be written with the model's tokens, so %s: %s",
                 *(len(self._found), outcome, self._found[0]),
             )
+
+
+def _answers(problem: Problem) -> list[str]:
+    if not problem.is_answered or isinstance(problem.prompt, str):
+        return [problem.label]
+    return [m.get("content", "") for m in problem.prompt if m["role"] == "assistant"]
 
 
 class GrpoInputs:

@@ -178,7 +178,13 @@ def test_a_manifest_that_names_no_algorithm_is_grpos(bound):
     checkpoint = latest_checkpoint(bound.runs.folder / "run" / "checkpoints")
     content = {k: v for k, v in checkpoint.manifest.items() if k != "digest"}
     assert content["config"].pop("algorithm.name") == "grpo"
-    later = ("algorithm.kl_in", "algorithm.tis_clip", "trainer.loss_mean_tokens", "data.tools_key")
+    later = (
+        "algorithm.kl_in",
+        "algorithm.tis_clip",
+        "trainer.loss_mean_tokens",
+        "data.tools_key",
+        "data.filter",
+    )
     for key in later:
         del content["config"][key]
     assert content.pop("algorithm_source") is None

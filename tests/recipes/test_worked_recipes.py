@@ -16,8 +16,9 @@ FILES = sorted((CONFIG_DIR / "experiment").glob("*/*.yaml"))
 ASKED = [{"role": "user", "content": "What is 1/2 + 1/4?"}]
 TALK = [{"role": "system", "content": "Be kind."}, *ASKED]
 TALK += [{"role": "assistant", "content": "Why?"}, {"role": "user", "content": "Because."}]
+TALK += [{"role": "assistant", "content": "It is 3/4."}]
 RECORDS = {
-    "sft/chats": {"prompt": TALK, "label": "It is 3/4."},
+    "sft/chats": {"messages": TALK},
     "dpo/pairs": {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"},
     "grpo/qwen3_math": {"prompt": ASKED, "reward_model": {"ground_truth": "3/4"}},
 }
@@ -32,7 +33,9 @@ def speaker(tmp_path_factory):
     shape = {"vocab_size": size, "num_layers": 7, "max_position_embeddings": 4096}
     make_random_model(folder, "qwen3", 3, tied=True, **shape)
     (folder / "chat_template.jinja").write_text(
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+        "{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     return folder
 
@@ -90,18 +93,18 @@ def test_recipes_for_your_file(name, speaker, tmp_path, capsys):
     assert re.search(rf"^train_records +{300 - held_out}$", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_all_but_the_answer_of_a_chat_is_masked(speaker, tmp_path):
-    """What system, user and assistant said before is read, and not trained on."""
+def test_all_but_the_answers_of_a_chat_is_masked(speaker, tmp_path):
+    """What system and user said is read, and not trained on."""
     run = resolve("sft", words_of("sft/chats", speaker, tmp_path))
     inputs = SftInputs(run)
     sample = make_sample(inputs.train_set, 7, 0)
     texts = "".join(inputs.text.pieces(sample.token_ids))
     assert texts == (
-        "[system]Be kind.[user]What is 7: 1/2 + 1/4?[assistant]Why?[user]Because."
+        "[system]Be kind.[user]What is 7: 1/2 + 1/4?[assistant]Why?<eos>[user]Because."
         "[assistant]It is 7: 3/4.<eos>"
     )
     trained = sample.token_ids[sample.loss_mask]
-    assert "".join(inputs.text.pieces(trained)) == "It is 7: 3/4.<eos>"
+    assert "".join(inputs.text.pieces(trained)) == "Why?<eos>It is 7: 3/4.<eos>"
 
 
 def test_the_recipe_for_a_draft(speaker, tmp_path, capsys):

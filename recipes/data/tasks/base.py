@@ -31,9 +31,19 @@ class Problem:
     """Where it was read, as in "data.jsonl, line 7"; empty for a generated one."""
 
     @property
+    def is_answered(self) -> bool:
+        """Whether it is a chat with its answers in it, and no label: sft trains on them all."""
+        return not self.label and ends_with_answer(self.prompt)
+
+    @property
     def name(self) -> str:
         """Errors call it this."""
         return f"{self.where}: problem {self.index}" if self.where else f"problem {self.index}"
+
+
+def ends_with_answer(prompt: str | ChatPrompt) -> bool:
+    """Whether a prompt is chat messages of which the last is the assistant's."""
+    return isinstance(prompt, list) and bool(prompt) and prompt[-1]["role"] == "assistant"
 
 
 @runtime_checkable
@@ -103,6 +113,9 @@ class DataConfig:
     """Give text prompts to the model as one user message of its chat template."""
     metadata_keys: list[str] = field(default_factory=list)
     """Task `file`: keys kept as the problem's metadata; dots reach into nested fields."""
+    filter: str | None = None
+    """Task `file`: your `module:function` of a Problem; records are used of which it returns True,
+    to train on and held out."""
     size: int = 100_000
     """Generated tasks: problems in the train split."""
     eval_size: int = 256
@@ -121,11 +134,13 @@ class DataConfig:
                 f"data.overlong_prompts is {self.overlong_prompts!r}; give one of "
                 f"{', '.join(OVERLONG)}"
             )
+        named = self.filter is None or ":" in self.filter
+        require(named, "data.filter", self.filter, "module:function, or unset")
         if self.task == "file" and (self.path is not None or self.sources):
             given = "data.path" if self.path is not None else "data.sources"
             require_default(self, "data", ("size", "seed"), f"{given} is given")
         if self.task != "file":
-            keys = ("prompt_key", "label_key", "tools_key", "metadata_keys", "sources")
+            keys = ("prompt_key", "label_key", "tools_key", "metadata_keys", "filter", "sources")
             require_default(self, "data", keys, f"data.task is {self.task!r}")
         if self.sources:
             require_default(self, "data", ("path",), "data.sources is given")
@@ -154,7 +169,16 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
-class PreferenceConfig(DataConfig):
+class SupervisedConfig(DataConfig):
+    """Says where records come from whose answers are trained on."""
+
+    label_key: str = "label"
+    """Task `file`: key of the answer; dots reach into nested fields. A record without one, whose
+    prompt is chat messages that end with the assistant's, is trained on all the assistant's."""
+
+
+@dataclass(kw_only=True)
+class PreferenceConfig(SupervisedConfig):
     """Says where pairs of answers come from. Each answer is a text, a chat message of the
     assistant's, or the prompt's messages with such a one behind."""
 

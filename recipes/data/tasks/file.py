@@ -14,10 +14,13 @@ from samebit.recipes.data.tasks.base import (
     MixedRecords,
     PreferenceConfig,
     Problem,
+    SupervisedConfig,
+    ends_with_answer,
 )
 from samebit.recipes.data.tasks.chat import lone_surrogate, read_answer, read_prompt, read_tools
 from samebit.recipes.data.tasks.faults import raise_faults
 from samebit.recipes.data.tasks.files import list_files
+from samebit.recipes.data.tasks.filter import load_filter
 from samebit.recipes.data.tasks.readers import READERS, Record, plain
 
 logger = logging.getLogger(__name__)
@@ -112,14 +115,24 @@ def _numbered(problems: list[Problem]) -> list[Problem]:
 
 
 def _read_problems(path: Path, config: DataConfig) -> list[Problem]:
+    keeps, left_out = load_filter(config), 0
     faults, problems = list[str](), list[Problem]()
     for file in list_files(path):
         for record in READERS[file.suffix](file, faults):
             try:
-                problems.append(_problem(len(problems), record, config))
+                problem = _problem(len(problems), record, config)
+                if keeps(problem):
+                    problems.append(problem)
+                else:
+                    left_out += 1
             except ValueError as error:
                 faults.append(str(error))
     raise_faults(faults)
+    if left_out:
+        what = f"{left_out} of {left_out + len(problems)} records of {path}"
+        if not problems:
+            raise ValueError(f"data.filter {config.filter!r} leaves {what} out; none is left")
+        logger.warning("data.filter leaves %s out", what)
     if not problems:
         raise ValueError(f"{path} holds no record; give at least one")
     return problems
@@ -131,7 +144,7 @@ def _problem(index: int, record: Record, config: DataConfig) -> Problem:
     if isinstance(config, PreferenceConfig):
         text, rejected = _pair(record, prompt, config)
     else:
-        text, rejected = _label(record, config.label_key), ""
+        text, rejected = _label(record, prompt, config), ""
     tools = list[dict[str, Any]]()
     if config.tools_key is not None:
         value, what = _lookup(values, config.tools_key, where), f"{where}: {config.tools_key!r}"
@@ -150,8 +163,12 @@ def _problem(index: int, record: Record, config: DataConfig) -> Problem:
     )
 
 
-def _label(record: Record, key: str) -> str:
-    label = _lookup(record.values, key, record.where)
+def _label(record: Record, prompt: str | ChatPrompt, config: DataConfig) -> str:
+    """The reference answer; empty where sft needs none, as the answers are in the chat."""
+    key, values = config.label_key, record.values
+    if isinstance(config, SupervisedConfig) and ends_with_answer(prompt) and _lacks(values, key):
+        return ""
+    label = _lookup(values, key, record.where)
     text = record.number_text(label, key)
     if text is None and isinstance(label, str):
         text = label
@@ -179,6 +196,13 @@ def _pair(record: Record, prompt: str | ChatPrompt, config: PreferenceConfig) ->
 def _prompt(record: Record, key: str) -> str | ChatPrompt:
     value = _lookup(record.values, key, record.where)
     return read_prompt(value, f"{record.where}: {key!r}", columnar=record.columnar)
+
+
+def _lacks(record: dict[str, Any], key: str) -> bool:
+    try:
+        return _lookup(record, key, "it") is None
+    except ValueError:
+        return True
 
 
 def _lookup(record: dict[str, Any], key: str, where: str) -> Any:
