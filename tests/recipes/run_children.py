@@ -186,7 +186,7 @@ def run_cli(arguments):
     sys.exit(main(arguments))
 
 
-def engine_here(model_path, cpu_threads, *, config, device, ranks):
+def engine_here(model_path, cpu_threads, launch, *, config, device, ranks):
     """In place of a RemoteEngine: an engine of this process, which another thread calls, too."""
     from samebit.rollout.engine import Engine
 

@@ -232,9 +232,11 @@ def test_the_measuring_script_names_its_parts():
     script = Path(__file__).parents[2] / "docs" / "results" / "measure.sh"
     run = subprocess.run([script, "out", "engines"], capture_output=True, text=True)
     assert run.returncode == 2
-    message = "'engines' is no part; there are: verify engine groups speculative kernels trainer "
-    rest = "memory sync step kills tensor_parallel trainer_tp elastic transfers async transfers4 "
-    assert run.stderr == f"{message}{rest}layouts tp1_tp4 \n"
+    message = "'engines' is no part; there are: verify engine groups tables speculative kernels "
+    rest = (
+        "trainer memory sync step kills algorithms draft online_draft tensor_parallel trainer_tp "
+    )
+    assert run.stderr == f"{message}{rest}elastic transfers async transfers4 layouts tp1_tp4 \n"
     text = script.read_text()
     for part in run.stderr.split(": ")[1].split():
         assert f"\n{part}() {{" in text
