@@ -174,14 +174,14 @@ def _run_once(
     size, defaults, shared, store = num_processes(run), dict[str, str](), {_FOLLOWS: "1"}, None
     if size > 1:
         from samebit.trainer.megatron.setup import DETERMINISTIC
-        from samebit.weight_sync.meeting import SECRET, host_store, loopback_listener
+        from samebit.weight_sync.meeting import LOOPBACK, SECRET, host_store, loopback_listener
 
         # They meet here. The system chooses the port, and nobody can take it in between.
         store = host_store(loopback_listener())
         shared |= {
             "WORLD_SIZE": str(size),
             "LOCAL_WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_ADDR": LOOPBACK,
             "MASTER_PORT": str(store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             SECRET: secrets.token_hex(32),

@@ -8,7 +8,6 @@ weight groups. Imported only where a run asks for Ray.
 import logging
 import os
 import secrets
-import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from samebit.recipes.config import GrpoRun
+from samebit.recipes.run.signals import handlers_given_back
 from samebit.rollout.device import resolve_device
 from samebit.rollout.engine_process import serve
 from samebit.rollout.remote import Launched, Launcher
@@ -112,7 +112,8 @@ class RayCluster:
             else:
                 own = _own_cluster(replicas, run.cpu_threads, self._on_gpu)
                 options = {"address": "local"} | own
-            with _own_signals(), _hidden_gpu(self._on_gpu and not address):
+            # Ray takes SIGTERM for itself when it begins.
+            with handlers_given_back(), _hidden_gpu(self._on_gpu and not address):
                 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
                 ray.init(logging_level=logging.WARNING, log_to_driver=True, **options)
         try:
@@ -218,17 +219,6 @@ def _require_reachable(address: str) -> None:
             end.sendall(_HTTP2_HELLO)
             if end.recv(9)[3:4] != _SETTINGS:
                 raise ConnectionError("what listens there is not Ray")
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Ray takes SIGTERM for itself when it begins: give it back to who had it."""
-    had = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in had.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

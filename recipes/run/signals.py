@@ -58,12 +58,22 @@ class StopSignals:
 @contextmanager
 def handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Handle both signals within the block; outside the main thread nothing is handled."""
+    with handlers_given_back() as numbers:
+        for number in numbers:
+            signal.signal(number, handler)
+        yield
+
+
+@contextmanager
+def handlers_given_back() -> Iterator[tuple[int, ...]]:
+    """Both signals; whoever handled them before the block does so behind it. None outside the main
+    thread, which alone can say who handles them."""
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield ()
         return
-    previous = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield tuple(previous)
     finally:
         for number, earlier in previous.items():
             signal.signal(number, earlier)

@@ -12,7 +12,6 @@ from torch import Tensor
 from samebit.kernels.attention_inputs import attention_inputs
 from samebit.kernels.attention_kind import AttentionPlan
 from samebit.kernels.reduce import ALONE
-from samebit.kernels.sample import draw
 from samebit.kernels.transfer import to_device
 from samebit.rollout.models.draft.config import EMBEDDING
 from samebit.rollout.models.draft.decoder import DraftDecoder
@@ -63,15 +62,8 @@ class DraftPasses:
         return self._model().step(states, token_ids, attend)
 
     def choose(self, final: Tensor, temperature: Tensor, *keys: Tensor) -> Tensor:
-        """The tokens [B] that the draft takes by the noise of the samples.
-
-        final [B, D]; temperature [B] fp32; keys: seeds, positions, sample ids and greedy, [B].
-        """
-        known = self._draft.logits(final)
-        logits = known.new_full((len(known), self.config.vocab_size), float("-inf"))
-        logits.index_copy_(1, self._vocabulary, known)
-        # Logits of damaged weights may be NaN: what is chosen then must be some token.
-        return draw(logits / temperature[:, None], *keys).clamp(0, self.config.vocab_size - 1)
+        """See DraftDecoder.choose."""
+        return self._draft.choose(final, self._vocabulary, temperature, *keys)
 
     def _model(self) -> DraftDecoder:
         """The draft, on the embedding that is the target's now."""

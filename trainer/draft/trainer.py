@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from samebit.kernels.reduce import ALONE, RankGroup, gather_rows, reduce_ref
-from samebit.kernels.sample import draw, signed64
+from samebit.kernels.sample import signed64
 from samebit.rollout.models.draft.config import EMBEDDING, OUTPUT, DraftConfig
 from samebit.rollout.models.draft.decoder import DraftDecoder
 from samebit.rollout.models.draft.vocabulary import DraftVocabulary
@@ -218,15 +218,13 @@ class DraftTrainer:
         sample_ids = ids.repeat_interleave(lens)
         seeds = torch.full_like(sample_ids, signed64(seed))
         greedy = torch.full_like(sample_ids, temperature == 0, dtype=torch.bool)
+        divisors = torch.full_like(sample_ids, temperature or 1.0, dtype=torch.float32)
         rows = max(1, (1 << 22) // self.config.vocab_size)
         chosen = []
         for i, final in enumerate(finals):
-            keys = seeds, batch.positions + 2 + i, sample_ids, greedy
-            for part, *own in zip(*(x.split(rows) for x in (final, *keys)), strict=True):
-                known = self._draft.logits(part)
-                logits = known.new_full((len(known), self.config.vocab_size), float("-inf"))
-                logits.index_copy_(1, self._token_ids, known)
-                chosen.append(draw(logits / (temperature or 1.0), *own))
+            told = divisors, seeds, batch.positions + 2 + i, sample_ids, greedy
+            for part, *own in zip(*(x.split(rows) for x in (final, *told)), strict=True):
+                chosen.append(self._draft.choose(part, self._token_ids, *own))
         return torch.cat(chosen).view(len(finals), -1)
 
     def state_dict(self) -> dict[str, Any]:

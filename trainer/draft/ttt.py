@@ -143,9 +143,10 @@ def loss_gradients(
         known = token_ids[place] == best
         del full
         log_p -= logsumexp(log_p)[:, None]
-        totals.asked += (batch.positions[part] >= 1).sum()
+        asked = batch.positions[part] > 0
+        totals.asked += asked.sum()
         entropy = -(log_p.exp() * log_p).sum(-1)
-        totals.entropy += entropy.where(known & (batch.positions[part] > 0), 0).double().sum()
+        totals.entropy += entropy.where(known & asked, 0).double().sum()
         for i, final in enumerate(finals):
             answers = batch.positions[part] > i
             counts = known & answers

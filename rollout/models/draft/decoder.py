@@ -13,6 +13,7 @@ from samebit.kernels.linear import linear
 from samebit.kernels.logprob import logits
 from samebit.kernels.reduce import ALONE, RankGroup, vocab_parallel_embedding
 from samebit.kernels.rms_norm import rms_norm
+from samebit.kernels.sample import draw
 from samebit.kernels.swiglu import swiglu
 from samebit.rollout.models.draft.config import (
     FC,
@@ -99,6 +100,21 @@ class DraftDecoder:
         """States [S, D] after the final norm -> [S, Vd] fp32, by draft id; not differentiable where
         main_grads hold the output layer."""
         return logits(final, self._params[OUTPUT], self.config.draft_vocab_size)
+
+    def choose(
+        self, final: Tensor, vocabulary: Tensor, temperature: Tensor, *keys: Tensor
+    ) -> Tensor:
+        """States [B, D] after the final norm -> the target's ids [B] of the tokens that the draft
+        takes by the noise of the samples.
+
+        vocabulary [Vd]: the target's ids; temperature [B] fp32; keys: seeds, positions, sample ids
+        and greedy, [B].
+        """
+        known = self.logits(final)
+        scaled = known.new_full((len(known), self.config.vocab_size), float("-inf"))
+        scaled.index_copy_(1, vocabulary, known / temperature[:, None])
+        # Logits of damaged weights may be NaN: what is chosen then must be some token.
+        return draw(scaled, *keys).clamp(0, self.config.vocab_size - 1)
 
     @property
     def output_weight(self) -> Tensor:
