@@ -60,16 +60,25 @@ test-gpu: $(STAMP) ## everything that needs a CUDA device
 	$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device")'
 	$(PY) -m pytest -m gpu $(ARGS)
 
-# Without torch's memory cache every tensor is an allocation of its own, with bounds to violate.
+# Without torch's memory cache every tensor is an allocation of its own, with bounds to violate. Passes
+# run SANITIZER_JOBS at a time and share the GPU.
+SANITIZER_JOBS ?= 12
 CUDA_BIN := $${CUDA_HOME:-/usr/local/cuda}/bin
 SANITIZER ?= $(or $(shell command -v compute-sanitizer),$(CUDA_BIN)/compute-sanitizer)
 
 sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
 sanitize: $(STAMP) ## every kernel of one GPU under compute-sanitizer: memcheck, racecheck
-	for tool in memcheck racecheck; do
-		"$(SANITIZER)" --tool $$tool --error-exitcode 1 --target-processes application-only \
-			$(PY) tests/programs/kernel_pass.py
-	done
+	one() { # TOOL PASS
+		local said code=0
+		said=$$("$(SANITIZER)" --tool $$1 --error-exitcode 1 --target-processes application-only \
+			$(PY) tests/programs/kernel_pass.py cuda $$2 2>&1) || code=$$?
+		echo "== $$1 $$2"; tail -n 30 <<<"$$said"
+		return $$code
+	}
+	export -f one
+	$(PY) tests/programs/kernel_pass.py list \
+		| sed 'h; s/^/memcheck /p; g; s/^/racecheck /' \
+		| xargs -P $(SANITIZER_JOBS) -L 1 bash -c 'one $$1 $$2' _
 
 lint: $(STAMP) ## ruff and mypy
 	$(PY) -m ruff check .

@@ -1,6 +1,8 @@
 """One small pass over every operation of kernels/, forward and backward, for `make sanitize`.
 
-    python tests/programs/kernel_pass.py [device]
+    python tests/programs/kernel_pass.py [device [PASS...]]
+
+Named passes run alone, and `list` in place of a device prints the names.
 
 Shapes are small and ragged, so that every kernel meets the edges of its tiles, and what must not
 be read is NaN. Exit code 1 if an output is not finite, or a pass has none. A new operation is one
@@ -257,10 +259,17 @@ PASSES: tuple[Callable[[Inputs], Iterable[torch.Tensor]], ...] = (
 GPU_PASSES = (streaming_pass, decode_ends_pass)
 
 
-def main(device: str = "cuda") -> int:
-    """Run every pass."""
+def main(device: str = "cuda", *names: str) -> int:
+    """Run every pass, or those of these names."""
+    there = {one_pass.__name__: one_pass for one_pass in PASSES}
+    if device == "list":
+        print(*there, sep="\n")
+        return 0
+    if unknown := set(names) - set(there):
+        print(f"no pass is named {sorted(unknown)}; there are: {', '.join(there)}", file=sys.stderr)
+        return 2
     make, bad = Inputs(resolve_device(device)), []
-    for one_pass in PASSES:
+    for one_pass in [there[name] for name in names or there]:
         outputs = list(one_pass(make))
         finite = all(bool(output.isfinite().all()) for output in outputs)
         left_out = not outputs and one_pass in GPU_PASSES and make.device.type != "cuda"

@@ -32,6 +32,16 @@ def test_every_operation_runs(monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(kernel_pass.PASSES)
 
 
+def test_passes_run_by_name(capsys):
+    assert kernel_pass.main("list") == 0
+    names = capsys.readouterr().out.split()
+    assert names == [one_pass.__name__ for one_pass in kernel_pass.PASSES]
+    assert kernel_pass.main("cpu", "rope_pass") == 0
+    assert capsys.readouterr().out.startswith("rope_pass")
+    assert kernel_pass.main("cpu", "rope") == 2
+    assert "'rope'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_output_that_is_not_finite_fails(monkeypatch, value, capsys):
     def broken_pass(make):
