@@ -27,6 +27,7 @@ from samebit.kernels.linear import linear
 from samebit.kernels.profile import numerics_profile
 from samebit.kernels.rms_norm import add_rms_norm, rms_norm
 from samebit.kernels.rope import rope_table
+from samebit.kernels.sample import draw_with_logprobs
 from samebit.kernels.swiglu import swiglu, swiglu_linear
 
 logger = logging.getLogger(__name__)
@@ -224,6 +225,22 @@ def check_rows(widths: Iterable[int], device: torch.device) -> None:
                 raise SelfCheckError(f"row operations are not invariant here: width {width}")
 
 
+def check_draws(vocab_sizes: Iterable[int], device: torch.device) -> None:
+    """Raise SelfCheckError unless a row's token and log-prob do not depend on other rows."""
+    for vocab_size in vocab_sizes:
+        logits = _randn(9, vocab_size, device=device).float()
+        temperature = torch.linspace(0.5, 2.0, 9, device=device)
+        keys = torch.arange(27, device=device).reshape(3, 9)
+        inputs = (logits, temperature, *keys, temperature > 1.8)
+        tokens, logprobs = draw_with_logprobs(*inputs)
+        for rows in (1, 8):
+            one, two = draw_with_logprobs(*(x[:rows] for x in inputs))
+            if not (_equal(one, tokens[:rows]) and _equal(two, logprobs[:rows])):
+                raise SelfCheckError(
+                    f"draws are not invariant on this machine: {rows} rows of {vocab_size} tokens"
+                )
+
+
 def check_columns(shards: Iterable[tuple[int, int, int]], device: torch.device) -> None:
     """Raise SelfCheckError unless a shard's product gives the columns of the whole weight's.
 
@@ -246,20 +263,22 @@ def selfcheck(
     widths: Iterable[int],
     column_shards: Iterable[tuple[int, int, int]] = (),
     segments: Iterable[tuple[int, int]] = (),
+    vocab_sizes: Iterable[int] = (),
 ) -> None:
     """Check a model's operations on attention's device and select implementations accordingly.
 
     linear_shapes: (N, K) of every weight; widths: row lengths of norms and activations;
     column_shards: see check_columns; segments: (N, K) of the parts that linear_in_segments cuts
-    weights into. Raises SelfCheckError where nothing that keeps the contract is left.
+    weights into; vocab_sizes: of the models that draw. Raises SelfCheckError where nothing that
+    keeps the contract is left.
     """
     device = attention.device
     segments, widths = sorted(set(segments)), sorted(set(widths))
     shapes = sorted({*linear_shapes, *segments})
-    shards = sorted(set(column_shards))
+    shards, vocabularies = sorted(set(column_shards)), sorted(set(vocab_sizes))
     profile = numerics_profile(device, attention=type(attention))
     key: list[object] = [profile.digest, torch.get_num_threads(), _source_digest()]
-    key += [shapes, list(attention.heads), widths, shards, segments]
+    key += [shapes, list(attention.heads), widths, shards, segments, vocabularies]
     if device.type == "cuda":
         from samebit.kernels.gpu.tuning import fingerprint, hint
 
@@ -268,7 +287,7 @@ def selfcheck(
     unequal = _remembered(cache)
     own = not type(attention).__module__.startswith("samebit.")  # its source may be another now
     if unequal is None:
-        check = partial(_check, shapes, attention, widths, shards, segments)
+        check = partial(_check, shapes, attention, widths, shards, segments, vocabularies)
         if device.type == "cuda":
             if (words := hint(device, shapes)) is not None:
                 logger.warning("linear: %s", words)
@@ -295,12 +314,14 @@ def _check(
     widths: Iterable[int],
     shards: Iterable[tuple[int, int, int]],
     segments: Iterable[tuple[int, int]],
+    vocab_sizes: Iterable[int],
 ) -> set[tuple[int, int]]:
     """Check everything; the weight shapes whose fast product is not to be used."""
     device = attention.device
     if attention.is_invariant:
         check_attention(attention)
     check_rows(widths, device)
+    check_draws(vocab_sizes, device)
     unequal = unequal_linear_shapes(shapes, device)
     if device.type == "cuda":
         check_fused(attention.heads, widths, device)

@@ -1,17 +1,19 @@
 """Kernels compiled many at a time, before they are needed, on a machine that has compiled none.
 
 Triton's compiler lets go of the interpreter, so that threads do. What is compiled stays in Triton's
-cache folder.
+cache folder. A kernel is also loaded there: for that a C compiler makes its launcher, which takes
+as long as many a kernel.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import Lock
 from typing import Any
 
+import torch
 import triton
 from triton.runtime.jit import JITFunction
 
@@ -24,6 +26,21 @@ _inside: list[object] = []
 
 def _compile_or_run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
     return _run(self, *args, grid=grid, warmup=warmup or _ahead.get(), **options)
+
+
+class _Loading(triton.AsyncCompileMode):
+    """Compiles, and loads to the device of the thread that asks."""
+
+    def submit(self, key: Any, compile_fn: Callable[[], Any], finalize_fn: Any) -> Any:
+        device = torch.cuda.current_device()
+
+        def loaded() -> Any:
+            torch.cuda.set_device(device)
+            kernel = compile_fn()
+            kernel._init_handles()
+            return kernel
+
+        return super().submit(key, loaded, finalize_fn)
 
 
 @contextmanager
@@ -40,7 +57,7 @@ def compiling_ahead() -> Iterator[None]:
     token = _ahead.set(True)
     try:
         threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-        with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        with ThreadPoolExecutor(threads) as pool, _Loading(pool, ignore_errors=True):
             yield
     finally:
         _ahead.reset(token)

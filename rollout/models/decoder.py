@@ -162,7 +162,7 @@ class DenseModel(ModelConfig):
             rows_of = {s.name: s.shape[0] for s in self.param_specs()}
             columns_cut = {(n, k, ranks.size) for s, (n, k) in matrices.items() if n < rows_of[s]}
         widths = (self.head_dim, self.hidden_size, self.ffn_size)
-        selfcheck(shapes, attention, widths, columns_cut, segments)
+        selfcheck(shapes, attention, widths, columns_cut, segments, [self.vocab_size])
 
     def segment_shapes(self, device: torch.device) -> set[tuple[int, int]]:
         # Tensor cores take 16 of K at a time.

@@ -105,6 +105,19 @@ def test_variant_row_operations_would_be_found(monkeypatch):
         selfcheck(SHAPES, ATTENTION, WIDTHS)
 
 
+def test_variant_draws_would_be_found(monkeypatch):
+    original = selfcheck_module.draw_with_logprobs
+
+    def careless(logits, *keys):
+        tokens, logprobs = original(logits, *keys)
+        return tokens, logprobs.nextafter(logprobs + 1) if len(logits) == 1 else logprobs
+
+    selfcheck(SHAPES, ATTENTION, WIDTHS, vocab_sizes=[331])
+    monkeypatch.setattr(selfcheck_module, "draw_with_logprobs", careless)
+    with pytest.raises(SelfCheckError, match="1 rows of 333 tokens"):
+        selfcheck(SHAPES, ATTENTION, WIDTHS, vocab_sizes=[331, 333])
+
+
 def test_a_failed_check_is_not_remembered(monkeypatch, tmp_path):
     with monkeypatch.context() as broken:
         broken.setattr(selfcheck_module, "swiglu", lambda x: x - x.mean(0))
