@@ -114,7 +114,7 @@ def test_variant_draws_would_be_found(monkeypatch):
 
     selfcheck(SHAPES, ATTENTION, WIDTHS, vocab_sizes=[331])
     monkeypatch.setattr(selfcheck_module, "draw_with_logprobs", careless)
-    with pytest.raises(SelfCheckError, match="1 rows of 333 tokens"):
+    with pytest.raises(SelfCheckError, match="1 rows of 331 tokens"):
         selfcheck(SHAPES, ATTENTION, WIDTHS, vocab_sizes=[331, 333])
 
 
