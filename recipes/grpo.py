@@ -386,12 +386,8 @@ class GrpoRecipe:
 
     def _check_promise(self, step: int, compared: Comparison) -> None:
         """Mismatches end the run if the kind of attention promises that there are none."""
-        if compared.mismatches and self.trainer.attention.is_invariant:
-            raise LogprobMismatchError(
-                f"step {step}: {compared.mismatches} of {compared.tokens} log-probs differ between "
-                f"rollout and trainer (at most by {compared.abs_diff_max}); the last checkpoint is "
-                "unharmed"
-            )
+        if (fault := compared.fault) and self.trainer.attention.is_invariant:
+            raise LogprobMismatchError(f"step {step}: {fault}; the last checkpoint is unharmed")
 
 
 def main(run: GrpoRun) -> int:
