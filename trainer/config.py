@@ -270,6 +270,9 @@ class PolicyGradientConfig(AlgorithmConfig):
     """Weight of the entropy, which is rewarded."""
     tis_clip: float = 0.0
     """Truncated importance sampling: the policy ratio weighs a gradient at most so much; 0: off."""
+    off_policy_mask_threshold: float = 0.0
+    """Tokens of negative advantage are left out in samples from which the policy has moved away: of
+    which the mean of log(rollout / policy) is above this; 0: in none."""
     length_penalty: str = "none"
     """overlong: rewards fall towards the longest response (DAPO); relative: short right responses
     of a prompt get more (Kimi k1.5)."""
@@ -281,7 +284,8 @@ class PolicyGradientConfig(AlgorithmConfig):
     """Share of max_response_len in which it rises, up to the end."""
 
     def __post_init__(self) -> None:
-        for name in ("kl_coef", "entropy_coef", "length_penalty_coef"):
+        masks = "off_policy_mask_threshold"
+        for name in ("kl_coef", "entropy_coef", "length_penalty_coef", masks):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"algorithm.{name}", value, "finite and at least 0")
         truncates = self.tis_clip == 0 or 1 <= self.tis_clip < math.inf
