@@ -272,6 +272,10 @@ class GrpoRun(RunSection):
         meaning = f"at least {least}: an advantage is relative to the other samples of the prompt"
         require(n >= least, "rollout.samples_per_prompt", n, meaning)
         self.algorithm.check_lengths(self.rollout.max_new_tokens)
+        self.algorithm.check_rewards(self.reward.normalize != "none")
+        if not self.algorithm.reads_rewards:
+            where = f"algorithm.name is {self.algorithm.name!r}: no reward is read"
+            require_default(self.reward, "reward", ("normalize", "clip"), where)
         self.numerics.check(self.trainer.parallel)
         segments, alone = self.numerics.grad_segments, self.critic is None
         meaning = "0 with a critic or draft.train=online, which sum by the copies of the model"

@@ -225,12 +225,17 @@ class AlgorithmConfig:
     """Fewest samples of a prompt of which advantages can be made."""
     sections: ClassVar[tuple[str, ...]] = ()
     """Which sections runs of the algorithm have besides: critic, distillation."""
+    reads_rewards: ClassVar[bool] = True
+    """Whether advantages are made of rewards."""
 
     name: str = "grpo"
     """An algorithm of docs/algorithms.md, or your own `module:Class`."""
 
     def check_lengths(self, max_new_tokens: int) -> None:
         """Raise ValueError for a setting that contradicts the tokens of a response, at most."""
+
+    def check_rewards(self, normalized: bool) -> None:
+        """Raise ValueError for a setting that contradicts rewards that are normalized."""
 
 
 @dataclass(kw_only=True)
@@ -299,6 +304,12 @@ class PolicyGradientConfig(AlgorithmConfig):
         meaning = f"at most {max_new_tokens}, rollout.max_new_tokens"
         fits = longest is None or longest <= max_new_tokens
         require(fits, "algorithm.max_response_len", longest, meaning)
+
+    def check_rewards(self, normalized: bool) -> None:
+        """Raise ValueError for a length penalty that asks which rewards are above 0."""
+        fits = not (normalized and self.length_penalty == "relative")
+        meaning = "another one with reward.normalize: relative takes rewards above 0 to be right"
+        require(fits, "algorithm.length_penalty", self.length_penalty, meaning)
 
     def _check_kl(self) -> None:
         known = self.kl_estimator in KL_ESTIMATORS

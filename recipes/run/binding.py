@@ -55,6 +55,8 @@ _EARLIER = {
     "trainer.loss_mean_tokens": None,
     "numerics.grad_segments": 0,
     "reward.batch_size": None,
+    "reward.normalize": "none",
+    "reward.clip": 0.0,
     "data.tools_key": None,
     "data.filter": None,
     "rollout.dynamic_sampling": False,

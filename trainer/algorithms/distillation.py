@@ -34,6 +34,7 @@ class DistillationConfig(ClippedConfig):
     what the drawn token estimates it by."""
 
     sections: ClassVar[tuple[str, ...]] = ("distillation",)
+    reads_rewards: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
