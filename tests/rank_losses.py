@@ -111,8 +111,9 @@ def truncated(megatron):
 
 
 def cases():
-    """Every algorithm with an entropy in its loss, grpo with a KL in it too, by name; cispo with
-    masked samples, gspo with one gradient for each token, distillation by the teacher's likeliest; and dpo, which has pairs."""
+    """Every algorithm with an entropy in its loss, by name; grpo with a KL in it too, cispo with
+    masked samples, gspo with one gradient for each token, distillation by the teacher's likeliest;
+    and dpo, which has pairs."""
     from samebit.trainer.algorithms.dpo import Dpo
     from samebit.trainer.algorithms.registry import ALGORITHMS, find_algorithm
     from samebit.trainer.config import DpoConfig

@@ -97,7 +97,7 @@ def test_a_run_goes_by_all_its_rewards_and_resumes(runs):
         ),
         (
             ["reward.clip=1", "algorithm=distillation", "distillation.teacher=t"],
-            "reward.clip is 1.0; it must be 0.0, its default: nothing reads it where algorithm.name",
+            "reward.clip is 1.0; it must be 0.0, its default: nothing reads it where algo",
         ),
     ],
 )

@@ -93,7 +93,8 @@ class DataConfig:
     """Says where the problems come from."""
 
     task: str = "file"
-    """`file`, `reverse_digits`, `reasoning_gym/<name>`, or your `module:function`."""
+    """`file`, `reverse_digits`, `reasoning_gym/<name>`, or your `module:function` or
+    `module:Class`."""
     path: str | None = None
     """Task `file`: the training records: a .jsonl, .parquet or .arrow file, a folder of them, or a
     Hugging Face data set saved on disk."""
