@@ -76,17 +76,17 @@ def test_a_run_survives_every_fault_of_a_reward(runs, base, control):
     assert runs.train("run", *words, "resume=true") == base.result
 
 
-def test_a_run_survives_the_faults_of_a_generate_function(runs, control):
-    """Of one sample of step 2, then of one of step 3."""
-    words = ["trainer.num_steps=3", "trainer.checkpoint_every=1"]
+@pytest.mark.parametrize("fault", ["full", pytest.param("invents", marks=pytest.mark.long)])
+def test_a_run_survives_the_faults_of_a_generate_function(runs, control, fault):
+    """Of one sample of its second step."""
+    words = ["trainer.num_steps=2", "trainer.checkpoint_every=1"]
     whole = runs.train("whole", *words, "rollout.generate=run_children:two_turns")
     words += ["rollout.generate=own_faults:turns", f"rollout.generate_args.control={control}"]
-    for step, (fault, message) in enumerate(TURNS.items(), 1):
-        sample_id = SampleIds().of_step(step, 3, 4)[1][2]
-        control.write_text(f"{fault} {sample_id}")
-        where = f"^rollout.generate 'own_faults:turns' on problem .*, sample {sample_id:#x}, "
-        with pytest.raises(GenerateError, match=f"{where}.*{re.escape(message)}"):
-            runs.train("run", *words, "resume=true")
-        assert runs.rows("run")[-1]["step"] == step
+    sample_id = SampleIds().of_step(1, 3, 4)[1][2]
+    control.write_text(f"{fault} {sample_id}")
+    where = f"^rollout.generate 'own_faults:turns' on problem .*, sample {sample_id:#x}, "
+    with pytest.raises(GenerateError, match=f"{where}.*{re.escape(TURNS[fault])}"):
+        runs.train("run", *words, "resume=true")
+    assert runs.rows("run")[-1]["step"] == 1
     control.write_text("none 0")
     assert runs.train("run", *words, "resume=true") == whole

@@ -69,7 +69,7 @@ def test_rewards_too_far_apart_are_refused(far):
 
 def test_a_run_goes_by_all_its_rewards_and_resumes(runs):
     """Figures of each step are of all rewards so far, by the files of rollouts; a run that goes on
-    behind step 2 comes to the same bytes, and one that forgot would not."""
+    behind step 2 comes to the same bytes. Unscaled ones have another gradient."""
     whole = runs.train("whole", *WORDS, "trainer.num_steps=4")
     seen = []
     for step, file in list_rollouts(runs.folder / "whole").items():
@@ -83,7 +83,9 @@ def test_a_run_goes_by_all_its_rewards_and_resumes(runs):
     assert progress["rewards_seen"][0] == 24
     assert runs.train("parts", *WORDS, "trainer.num_steps=4", "resume=true") == whole
     plain = [word for word in WORDS if "reward." not in word]
-    assert runs.train("plain", *plain, "trainer.num_steps=4")[0] != whole[0]
+    [_, first] = runs.train("plain", *plain, "trainer.num_steps=1")[1]
+    assert first["rollout/reward_mean"] == whole[1][1]["rollout/reward_mean"]
+    assert first["train/grad_norm"] != whole[1][1]["train/grad_norm"]
 
 
 @pytest.mark.parametrize(
