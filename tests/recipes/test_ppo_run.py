@@ -81,7 +81,8 @@ def test_killed_and_resumed_to_the_same_bytes(ppo, kill_when):
 
 
 def test_a_stop_before_anything_is_written_drops_the_step(runs):
-    """Of the critic alone; and of the policy with the critic, which steps behind it."""
+    """Of the critic alone; and of the policy with the critic, which steps behind it. In the end the
+    policy steps too: every ratio is exactly 1 in its first step, and not in its second."""
     run = runs.resolve("stopped", *PPO)
     polls = []
 
@@ -101,6 +102,17 @@ def test_a_stop_before_anything_is_written_drops_the_step(runs):
         run.critic.warmup_steps = 2
         assert recipe.update(rollout, PhaseTimer()) == []
         assert before[2] != trainer.critic.digest()
+        run.critic.warmup_steps, ratios, loss = 0, {}, recipe.algorithm.loss
+
+        def watched(inputs):
+            ratios.setdefault(trainer.step, []).append(inputs.log_ratio.detach().exp())
+            return loss(inputs)
+
+        recipe.algorithm.loss = watched
+        recipe.update(rollout, PhaseTimer())
+        first, second = (torch.cat(ratios[step]) for step in (0, 1))
+        assert first.eq(1).all()
+        assert second.ne(1).float().mean() > 0.5
 
 
 def test_a_critic_of_its_own_folder(runs, tmp_path, demo_model):
