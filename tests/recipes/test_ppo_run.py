@@ -141,6 +141,24 @@ def test_a_critic_of_its_own_folder(runs, tmp_path, demo_model):
     assert {key for key, _ in input_files(run)}.isdisjoint({"critic.model"})
 
 
+def test_a_critic_that_begins_as_a_reward_model(runs, tmp_path, demo_model):
+    """A folder with one label is read whole; one with two is refused, at the start."""
+    from transformers import AutoModelForSequenceClassification as Rater
+
+    for labels in (1, 2):
+        folder = tmp_path / f"{labels}"
+        rater = Rater.from_pretrained(demo_model, num_labels=labels, dtype=torch.float32)
+        rater.save_pretrained(folder)
+        run = runs.resolve("rated", *PPO, f"critic.model={folder}")
+        if labels == 2:
+            with pytest.raises(ValueError, match="it has 2 labels .*; a value head has 1"):
+                describe_grpo(run)
+            continue
+        describe_grpo(run)
+        with closing(GrpoRecipe(run, open_run(run))) as recipe:
+            assert torch.equal(recipe.trainer.critic.params[OUTPUT], rater.score.weight)
+
+
 def test_a_critic_of_another_family_or_vocabulary_is_refused(runs, llama_path, tmp_path):
     """Before anything is made, and in a dry run."""
     make_demo_model(tmp_path / "missing", seed=9)

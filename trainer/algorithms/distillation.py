@@ -43,8 +43,8 @@ class DistillationConfig(ClippedConfig):
         require(self.kl_in == "loss", "algorithm.kl_in", self.kl_in, f"loss: {where}")
         require(self.loss_top_k >= 0, "algorithm.loss_top_k", self.loss_top_k, "at least 0")
         if self.loss_top_k:
-            idle = ("clip_ratio_low", "clip_ratio_high", "dual_clip", "tis_clip")
-            idle += ("off_policy_mask_threshold",)
+            clips = ("clip_ratio_low", "clip_ratio_high", "dual_clip", "tis_clip")
+            idle = (*clips, "off_policy_mask_threshold")
             where = "algorithm.loss_top_k is set: the loss has no policy ratio"
             require_default(self, "algorithm", idle, where)
 
