@@ -117,6 +117,15 @@ def check_schedule(section: TrainerConfig | CriticConfig, num_updates: int) -> N
     require(decays, f"{section.optimizer.key}.lr_warmup_steps", warmup, meaning)
 
 
+def check_reward_scale(reward: RewardConfig, algorithm: AlgorithmConfig) -> None:
+    """ValueError for rewards that are scaled where the algorithm reads them as they come, or not at
+    all."""
+    algorithm.check_rewards(reward.normalize != "none")
+    if not algorithm.reads_rewards:
+        where = f"algorithm.name is {algorithm.name!r}: no reward is read"
+        require_default(reward, "reward", ("normalize", "clip"), where)
+
+
 def check_overwrite(run: RunSection) -> None:
     """ValueError for a run that is to go on and to remove what is there."""
     alone = not (run.resume and run.overwrite)
@@ -272,10 +281,7 @@ class GrpoRun(RunSection):
         meaning = f"at least {least}: an advantage is relative to the other samples of the prompt"
         require(n >= least, "rollout.samples_per_prompt", n, meaning)
         self.algorithm.check_lengths(self.rollout.max_new_tokens)
-        self.algorithm.check_rewards(self.reward.normalize != "none")
-        if not self.algorithm.reads_rewards:
-            where = f"algorithm.name is {self.algorithm.name!r}: no reward is read"
-            require_default(self.reward, "reward", ("normalize", "clip"), where)
+        check_reward_scale(self.reward, self.algorithm)
         self.numerics.check(self.trainer.parallel)
         segments, alone = self.numerics.grad_segments, self.critic is None
         meaning = "0 with a critic or draft.train=online, which sum by the copies of the model"

@@ -115,8 +115,7 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
             summary = recipe.summary()
         session.finish(summary)
         if session.is_first:
-            title, config = run.run_name, to_yaml(run)
-            write_report(run.run_dir, title=title, summary=summary, config_yaml=config)
+            write_report(run.run_dir, title=run.run_name, summary=summary, config_yaml=to_yaml(run))
         return summary
 
 
