@@ -117,6 +117,18 @@ def check_schedule(section: TrainerConfig | CriticConfig, num_updates: int) -> N
     require(decays, f"{section.optimizer.key}.lr_warmup_steps", warmup, meaning)
 
 
+def check_algorithm(
+    algorithm: AlgorithmConfig, rollout: RolloutSection, reward: RewardConfig
+) -> None:
+    """ValueError for settings of the algorithm that contradict lengths or rewards, or for rewards
+    that are scaled and not read."""
+    algorithm.check_lengths(rollout.max_new_tokens)
+    algorithm.check_rewards(reward.normalize != "none")
+    if not algorithm.reads_rewards:
+        where = f"algorithm.name is {algorithm.name!r}: no reward is read"
+        require_default(reward, "reward", ("normalize", "clip"), where)
+
+
 def check_overwrite(run: RunSection) -> None:
     """ValueError for a run that is to go on and to remove what is there."""
     alone = not (run.resume and run.overwrite)
@@ -271,7 +283,7 @@ class GrpoRun(RunSection):
         least = self.algorithm.min_samples_per_prompt
         meaning = f"at least {least}: an advantage is relative to the other samples of the prompt"
         require(n >= least, "rollout.samples_per_prompt", n, meaning)
-        self.algorithm.check_lengths(self.rollout.max_new_tokens)
+        check_algorithm(self.algorithm, self.rollout, self.reward)
         self.numerics.check(self.trainer.parallel)
         segments, alone = self.numerics.grad_segments, self.critic is None
         meaning = "0 with a critic or draft.train=online, which sum by the copies of the model"

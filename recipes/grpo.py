@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from samebit.recipes.cli.dry_run import describe_grpo, train_or_describe
 from samebit.recipes.config import GrpoRun
+from samebit.recipes.data.reward_scale import NO_REWARDS, Moments, RewardScale
 from samebit.recipes.data.rewards import Poll
 from samebit.recipes.data.samples import with_advantages, with_returns
 from samebit.recipes.launch.critic import make_critic
@@ -94,6 +95,7 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                 stats = recipe.update(rollout, timer, stop.poll)
                 progress.step += 1
                 progress.prompts_drawn += of_step.num_prompts
+                progress.rewards_seen = recipe.reward_scale.seen
 
                 metrics = rollout_metrics(rollout, "rollout") | recipe.step_metrics(stats)
                 metrics |= of_step.metrics() if is_dynamic else {}
@@ -113,8 +115,7 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
             summary = recipe.summary()
         session.finish(summary)
         if session.is_first:
-            title, config = run.run_name, to_yaml(run)
-            write_report(run.run_dir, title=title, summary=summary, config_yaml=config)
+            write_report(run.run_dir, title=run.run_name, summary=summary, config_yaml=to_yaml(run))
         return summary
 
 
@@ -128,6 +129,8 @@ class GrpoProgress(Progress):
 
     prompts_drawn: int = 0
     """The next step begins at this place of the training order."""
+    rewards_seen: Moments = NO_REWARDS
+    """See RewardScale."""
     reward_first: float | None = None
     reward_last: float | None = None
     logprob_tokens_compared: int = 0
@@ -168,6 +171,7 @@ class GrpoRecipe:
         # Earlier versions drew as many in every step, and did not write it down.
         drawn = {"prompts_drawn": restored.get("step", 0) * run.rollout.prompts_per_step}
         self.progress = GrpoProgress(**drawn | restored)
+        self.reward_scale = RewardScale(run.reward, self.progress.rewards_seen)
         self.reference_metrics: dict[str, float] = {}
         self.draft_metrics: dict[str, float] = {}
         self.teacher = None if run.distillation is None else Teacher(run, self.trainer)
@@ -271,7 +275,7 @@ class GrpoRecipe:
         compared = None if self.stale is None else self.stale.comparison
         found = self.reference_metrics | (train_metrics(stats, compared) if stats else {})
         found |= self.draft_metrics
-        for part in (self.critic, self.teacher):
+        for part in (self.reward_scale, self.critic, self.teacher):
             found |= {} if part is None else part.metrics
         return found
 
@@ -324,7 +328,7 @@ class GrpoRecipe:
 
     def _samples(self, rollout: Rollout) -> list[Sample]:
         """What the algorithm makes of the rewards."""
-        groups = rollout.samples()
+        groups, rewards = rollout.samples(), self.reward_scale.scaled(rollout.reward_tensor)
         if self.algorithm.rewards_need_reference:
             temperature = self.run.rollout.temperature
             groups = with_reference(groups, self.run.trainer, self.trainer, temperature)
@@ -334,9 +338,8 @@ class GrpoRecipe:
             groups = self.teacher.with_logprobs(groups)
         if self.critic is not None:
             groups = self.critic.with_values(groups)
-            groups = with_returns(groups, self.algorithm.returns(rollout.reward_tensor, groups))
-        advantages = self.algorithm.advantages(rollout.reward_tensor, groups)
-        return with_advantages(groups, advantages)
+            groups = with_returns(groups, self.algorithm.returns(rewards, groups))
+        return with_advantages(groups, self.algorithm.advantages(rewards, groups))
 
     def _train(self, samples: Sequence[Sample], timer: PhaseTimer, poll: Poll) -> list[StepStats]:
         """One or more optimizer steps on a rollout; the first is exactly on-policy, unless earlier
@@ -386,12 +389,8 @@ class GrpoRecipe:
 
     def _check_promise(self, step: int, compared: Comparison) -> None:
         """Mismatches end the run if the kind of attention promises that there are none."""
-        if compared.mismatches and self.trainer.attention.is_invariant:
-            raise LogprobMismatchError(
-                f"step {step}: {compared.mismatches} of {compared.tokens} log-probs differ between "
-                f"rollout and trainer (at most by {compared.abs_diff_max}); the last checkpoint is "
-                "unharmed"
-            )
+        if (fault := compared.fault) and self.trainer.attention.is_invariant:
+            raise LogprobMismatchError(f"step {step}: {fault}; the last checkpoint is unharmed")
 
 
 def main(run: GrpoRun) -> int:

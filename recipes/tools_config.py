@@ -114,6 +114,9 @@ class ExportRun:
     """A run's folder, its checkpoints folder, or one checkpoint."""
     model: str = "???"
     """The Hugging Face folder that the run started from: config and tokenizer."""
+    critic: bool = False
+    """Write the critic of a run that has one, in place of its policy; `model` is then critic.model,
+    where that was given. The folder has a value head, and can be a run's critic.model."""
     model_family: str | None = None
     """module:Class, a model family of your own, of which the model is one."""
     out: str = "???"

@@ -35,6 +35,7 @@ def assert_same_figures(found, alone):
     assert found["metrics"].keys() == alone["metrics"].keys()
     assert found["logprob_mismatches"] == alone["logprob_mismatches"] == len(CHANGED)
     assert found["logprob_abs_diff_max"] == pytest.approx(0.5, abs=1e-5)
+    assert list(found["first_mismatch"][:2]) == [5, 33 + min(CHANGED)]
     for name in ("num_tokens", "logprob_tokens_compared", "learning_rate"):
         assert found[name] == alone[name], name
     for name in ("loss", "grad_norm"):

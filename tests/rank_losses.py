@@ -111,14 +111,16 @@ def truncated(megatron):
 
 
 def cases():
-    """Every algorithm with an entropy in its loss, grpo with a KL in it too, by name; gspo with one
-    gradient for each token, distillation by the teacher's likeliest; and dpo, which has pairs."""
+    """Every algorithm with an entropy in its loss, by name; grpo with a KL in it too, cispo with
+    masked samples, gspo with one gradient for each token, distillation by the teacher's likeliest;
+    and dpo, which has pairs."""
     from samebit.trainer.algorithms.dpo import Dpo
     from samebit.trainer.algorithms.registry import ALGORITHMS, find_algorithm
     from samebit.trainer.config import DpoConfig
 
     settings = {name: {} for name in ALGORITHMS} | {"gspo_token": {"token_level": True}}
     settings |= {"grpo": {"kl_coef": 0.1}, "distillation_top_k": {"loss_top_k": 4}}
+    settings |= {"cispo": {"off_policy_mask_threshold": 0.1}}
     found = {}
     for key, own in settings.items():
         name = {"gspo_token": "gspo", "distillation_top_k": "distillation"}.get(key, key)

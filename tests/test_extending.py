@@ -34,7 +34,7 @@ BENCH = ["workloads=[1x1x4x2]", "repeats=1"]
 def folder(tmp_path, monkeypatch):
     """The page's files, where Python finds them, and a model of the page's family."""
     examples = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(examples) == len(OWN) + 2
+    assert len(examples) == len(OWN) + 3
     for name, code in examples:
         (tmp_path / name).write_text(code)
         monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
@@ -99,16 +99,20 @@ def result(folder, run_name):
 
 
 def test_the_pages_examples_train_together(folder, capsys):
-    """By the command line alone; resumed, with guesses, and with the engine in another process,
-    alike."""
+    """By the command line alone; resumed, with guesses, with the engine in another process, and of
+    a dataset that makes its problems on demand, alike."""
     process = start(folder, command(folder, "whole", TRANSPORT))
     assert main(command(folder, "parts", TRANSPORT, "trainer.num_steps=1")) == 0
     assert main(command(folder, "parts", TRANSPORT, "resume=true", PROPOSER)) == 0
     assert main(command(folder, "process", "placement=process", PROPOSER)) == 0
+    by_class = "data.task=my_sets:Successors"
+    assert main(command(folder, "class", by_class, "trainer.num_steps=1")) == 0
+    assert main(command(folder, "class", by_class, "resume=true")) == 0
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     whole = result(folder, "whole")
     assert result(folder, "parts") == result(folder, "process") == whole
+    assert result(folder, "class") == whole
 
     summary, rows, samples = whole
     assert (summary["logprob_mismatches"], len(rows)) == (0, 3)
@@ -150,6 +154,7 @@ WRONG = {
     "data.task=my_tasks:__name__": "it must be a function: load(config) -> (train, held_out)",
     "data.task=dataclasses:astuple": "it must be a function: load(config) -> (train, held_out)",
     "data.task=json:loads": "which failed: TypeError('the JSON object must be str",
+    "data.task=my_sets:Problem": "which failed: TypeError(",
     "numerics.attention=samebit.kernels.attention:CanonicalAttention": "a name that no kind of",
     "engine.speculative=my_proposers:None": f"{TAKES}module 'my_proposers' has no attribute 'None'",
     "engine.speculative=my_models:Twin": "a subclass of samebit.rollout.speculative.proposer:Propo",
@@ -179,6 +184,36 @@ def test_a_problem_stands_at_its_index(folder, capsys):
     said = capsys.readouterr().err
     assert "holds Problem(index=1, prompt='1=', label='2'" in said
     assert "at 0; give a Problem with index 0" in said
+
+
+OWN_CLASS = """
+class Odd(Successors):
+    def __getitem__(self, index):
+        return {}["question"]
+
+class Empty(Successors):
+    def __len__(self):
+        return 0
+
+class Split(Successors):
+    def __len__(self):
+        return 0 if self.numbers[0] == 0 else 1
+"""
+ODD = {
+    "Odd": "the train split raised KeyError('question') at 0",
+    "Empty": "data.task is 'my_sets:Empty', which has no problem to train on; give at least 1",
+    "Split": "data.task is 'my_sets:Split', which has no held-out problem; give at least 1",
+}
+
+
+def test_a_dataset_that_cannot_be_used_is_named(folder, capsys):
+    """In a dry run, and not where the first step would ask it."""
+    with (folder / "my_sets.py").open("a") as file:
+        file.write(OWN_CLASS)
+    for name, reason in ODD.items():
+        words = command(folder, "run", "dry_run=true", f"data.task=my_sets:{name}")
+        assert main(words) == 1
+        assert reason in capsys.readouterr().err
 
 
 def test_other_commands_and_the_engine_take_a_family(folder, capsys):

@@ -225,12 +225,17 @@ class AlgorithmConfig:
     """Fewest samples of a prompt of which advantages can be made."""
     sections: ClassVar[tuple[str, ...]] = ()
     """Which sections runs of the algorithm have besides: critic, distillation."""
+    reads_rewards: ClassVar[bool] = True
+    """Whether advantages are made of rewards."""
 
     name: str = "grpo"
     """An algorithm of docs/algorithms.md, or your own `module:Class`."""
 
     def check_lengths(self, max_new_tokens: int) -> None:
         """Raise ValueError for a setting that contradicts the tokens of a response, at most."""
+
+    def check_rewards(self, normalized: bool) -> None:
+        """Raise ValueError for a setting that contradicts rewards that are normalized."""
 
 
 @dataclass(kw_only=True)
@@ -270,6 +275,9 @@ class PolicyGradientConfig(AlgorithmConfig):
     """Weight of the entropy, which is rewarded."""
     tis_clip: float = 0.0
     """Truncated importance sampling: the policy ratio weighs a gradient at most so much; 0: off."""
+    off_policy_mask_threshold: float = 0.0
+    """Tokens of negative advantage are left out in samples from which the policy has moved away: of
+    which the mean of log(rollout / policy) is above this; 0: in none."""
     length_penalty: str = "none"
     """overlong: rewards fall towards the longest response (DAPO); relative: short right responses
     of a prompt get more (Kimi k1.5)."""
@@ -281,7 +289,8 @@ class PolicyGradientConfig(AlgorithmConfig):
     """Share of max_response_len in which it rises, up to the end."""
 
     def __post_init__(self) -> None:
-        for name in ("kl_coef", "entropy_coef", "length_penalty_coef"):
+        masks = "off_policy_mask_threshold"
+        for name in ("kl_coef", "entropy_coef", "length_penalty_coef", masks):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"algorithm.{name}", value, "finite and at least 0")
         truncates = self.tis_clip == 0 or 1 <= self.tis_clip < math.inf
@@ -295,6 +304,12 @@ class PolicyGradientConfig(AlgorithmConfig):
         meaning = f"at most {max_new_tokens}, rollout.max_new_tokens"
         fits = longest is None or longest <= max_new_tokens
         require(fits, "algorithm.max_response_len", longest, meaning)
+
+    def check_rewards(self, normalized: bool) -> None:
+        """Raise ValueError for a length penalty that asks which rewards are above 0."""
+        fits = not (normalized and self.length_penalty == "relative")
+        meaning = "another one with reward.normalize: relative takes rewards above 0 to be right"
+        require(fits, "algorithm.length_penalty", self.length_penalty, meaning)
 
     def _check_kl(self) -> None:
         known = self.kl_estimator in KL_ESTIMATORS

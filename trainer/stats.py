@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samebit.trainer.types import MicroBatch, StepStats
+from samebit.trainer.types import MicroBatch, Mismatch, StepStats
 
 
 @dataclass(frozen=True)
@@ -17,20 +17,27 @@ class Comparison:
     tokens: int = 0
     mismatches: int = 0
     abs_diff_max: float = 0.0
+    first: Mismatch | None = None
 
     @classmethod
-    def of(cls, ours: Tensor, theirs: Tensor) -> "Comparison":
-        """Compare log-probs [R] fp32 of one micro-batch, of which a context rank may have none."""
+    def of(cls, batch: MicroBatch, logprobs: Tensor) -> "Comparison":
+        """Compare those rows [R] fp32 of one micro-batch of which the batch says that they are to
+        be the rollout's; a context rank may have none."""
+        assert batch.rollout_logprobs is not None
+        ours, theirs = (x[batch.is_compared] for x in (logprobs, batch.rollout_logprobs))
         if not len(ours):
             return cls()
-        diff = float((ours - theirs).abs().max())
-        return cls(len(ours), count_mismatches(ours, theirs), diff)
+        diff, count = float((ours - theirs).abs().max()), count_mismatches(ours, theirs)
+        return cls(len(ours), count, diff, _first_mismatch(batch, logprobs) if count else None)
 
     @classmethod
     def in_step(cls, stats: StepStats) -> "Comparison":
         """Return that which an optimizer step has made of its own forward pass."""
         return cls(
-            stats.logprob_tokens_compared, stats.logprob_mismatches, stats.logprob_abs_diff_max
+            stats.logprob_tokens_compared,
+            stats.logprob_mismatches,
+            stats.logprob_abs_diff_max,
+            stats.first_mismatch,
         )
 
     def __add__(self, other: "Comparison") -> "Comparison":
@@ -39,7 +46,35 @@ class Comparison:
             self.tokens + other.tokens,
             self.mismatches + other.mismatches,
             max(self.abs_diff_max, other.abs_diff_max),
+            first_of(self.first, other.first),
         )
+
+    @property
+    def fault(self) -> str:
+        """What is wrong, with the first token that differs; empty if none does."""
+        if self.first is None:
+            return ""
+        sample, place, drawn, trained = self.first
+        return (
+            f"{self.mismatches} of {self.tokens} log-probs differ between rollout and trainer (at "
+            f"most by {self.abs_diff_max}), first that of sample {sample:#x}, token {place}: "
+            f"{drawn} drawn, {trained} trained"
+        )
+
+
+def first_of(*mismatches: Mismatch | None) -> Mismatch | None:
+    """Return the one of the lowest sample id and place; of no mismatches None."""
+    return min(filter(None, mismatches), default=None, key=lambda found: found[:2])
+
+
+def _first_mismatch(batch: MicroBatch, logprobs: Tensor) -> Mismatch:
+    assert batch.rollout_logprobs is not None
+    drawn = batch.rollout_logprobs
+    differs = batch.is_compared & (logprobs.view(torch.int32) != drawn.view(torch.int32))
+    row = int(differs.nonzero()[0])
+    sample = batch.samples[int(batch.sample_of_row[row])].sample_id
+    place = int(batch.positions[batch.rows[row]]) + 1  # of the token that the row predicts
+    return sample, place, float(drawn[row]), float(logprobs[row])
 
 
 @dataclass
@@ -53,6 +88,7 @@ class Totals:
     compared: int = 0
     mismatches: int = 0
     abs_diff_max: float = 0.0
+    first_mismatch: Mismatch | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
     def add(
@@ -67,11 +103,11 @@ class Totals:
             self.metrics[name] = self.metrics.get(name, 0.0) + float(values.double().sum())
         if batch.rollout_logprobs is None:
             return
-        ours, theirs = (x[batch.is_compared] for x in (logprobs, batch.rollout_logprobs))
-        found = Comparison.of(ours, theirs)
+        found = Comparison.of(batch, logprobs)
         self.compared += found.tokens
         self.mismatches += found.mismatches
         self.abs_diff_max = max(self.abs_diff_max, found.abs_diff_max)
+        self.first_mismatch = first_of(self.first_mismatch, found.first)
 
     def merge(self, others: Iterable["Totals"]) -> None:
         """Add what other ranks have summed up, in their order."""
@@ -79,6 +115,7 @@ class Totals:
             for name in ("loss", "denominator", "num_tokens", "num_rows", "compared", "mismatches"):
                 setattr(self, name, getattr(self, name) + getattr(other, name))
             self.abs_diff_max = max(self.abs_diff_max, other.abs_diff_max)
+            self.first_mismatch = first_of(self.first_mismatch, other.first_mismatch)
             for name, value in other.metrics.items():
                 self.metrics[name] = self.metrics.get(name, 0.0) + value
 
@@ -92,6 +129,7 @@ class Totals:
             logprob_tokens_compared=self.compared,
             logprob_mismatches=self.mismatches,
             logprob_abs_diff_max=self.abs_diff_max,
+            first_mismatch=self.first_mismatch,
             metrics={name: value / self.num_rows for name, value in self.metrics.items()},
         )
 

@@ -186,6 +186,11 @@ class MicroBatch:
         return len(self.input_ids)
 
 
+Mismatch = tuple[int, int, float, float]
+"""A log-prob with other bits than the rollout's: its sample's id, its token's place in the sample,
+the rollout's value and the trainer's."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepStats:
     """One optimizer step, summed over its micro-batches."""
@@ -197,6 +202,8 @@ class StepStats:
     logprob_tokens_compared: int
     logprob_mismatches: int
     logprob_abs_diff_max: float
+    first_mismatch: Mismatch | None = None
+    """That of the lowest sample id and place."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Means over loss rows."""
 

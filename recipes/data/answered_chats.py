@@ -60,7 +60,7 @@ def _text_before(
     """What the model reads before it writes the last of the messages, which is in the whole text,
     all of it and with its end; else ValueError."""
     *earlier, answer = messages
-    before = text.render(earlier, tools)
+    before = text.render(earlier, tools) if earlier else _first_opening(text, whole)
     if not whole.startswith(before):
         raise ValueError(
             "the chat template writes what stands before it otherwise where the model is to "
@@ -74,6 +74,14 @@ def _text_before(
             what = f"its {key} is not whole in the chat as the template writes it"
             raise ValueError(f"{what}, or holds {end_token}; {_ALONE}")
     return before
+
+
+def _first_opening(text: TextCodec, whole: str) -> str:
+    """What stands before the answer that a chat begins with, up to where the template opens it."""
+    before, opening, _ = whole.partition(text.answer_opening())
+    if not opening:
+        raise ValueError("the chat template does not open it as it opens an answer to a user")
+    return before + opening
 
 
 def _solid(text: str) -> str:

@@ -233,7 +233,7 @@ class Split:
 
     def __getitem__(self, index: int) -> Problem:
         check_index(index, len(self))
-        problem = self.dataset[self._kept[index]]
+        problem = self._problem(self._kept[index])
         return problem if problem.index == index else replace(problem, index=index)
 
     def index_at(self, position: int, seed: int) -> int:
@@ -314,7 +314,12 @@ class Split:
             )
 
     def _problem(self, index: int) -> Problem:
-        problem = self.dataset[index]
+        try:
+            problem = self.dataset[index]
+        except Exception as error:  # a user's own may raise anything
+            if isinstance(error, ValueError | OSError):
+                raise
+            raise ValueError(f"the {self._name} raised {shown(error)} at {index}") from error
         if getattr(problem, "index", None) != index:
             what = f"give a Problem with index {index}"
             raise ValueError(f"the {self._name} holds {shown(problem)} at {index}; {what}")

@@ -11,6 +11,7 @@ CALL_KEYS = ("batch_size", "concurrency", "timeout_s", "num_workers")
 """How a function is called."""
 MOST_WEIGHT = 1e9
 MOST_AT_ONCE = 1 << 14
+NORMALIZE = ("none", "running")
 
 
 @dataclass(kw_only=True)
@@ -55,8 +56,17 @@ class RewardConfig(RewardFunction):
     terms: list[RewardTerm] = field(default_factory=list)
     """In place of `name`: several, whose weighted sum, in this order, is the reward:
     [{name: exact_match}, {name: my_rewards:format, weight: 0.2}]."""
+    normalize: str = "none"
+    """running: what is trained on is a reward less the mean, over the deviation, of all rewards of
+    training steps so far, this one included."""
+    clip: float = 0.0
+    """A reward, normalized if it is, counts from minus this to this in training; 0: as it is."""
 
     def __post_init__(self) -> None:
+        known = self.normalize in NORMALIZE
+        require(known, "reward.normalize", self.normalize, f"one of {NORMALIZE}")
+        fits = 0 <= self.clip < math.inf
+        require(fits, "reward.clip", self.clip, "0, or positive and finite")
         if not self.terms:
             _check_function(self, "reward")
             return

@@ -147,6 +147,17 @@ class TextCodec:
             raise ValueError("the chat template leaves an earlier answer out, or rewrites it")
         return after
 
+    def answer_opening(self) -> str:
+        """Return what the chat template writes between a user's message and an answer to it.
+
+        Raises ValueError where the template does, or writes nothing of its own there.
+        """
+        asked = [{"role": "user", "content": "a"}]
+        before, opened = self._apply_template(asked, answered=True), self._apply_template(asked)
+        if not opened.startswith(before) or opened == before:
+            raise ValueError("the chat template writes nothing where an answer begins")
+        return opened[len(before) :]
+
     def token(self, token_id: int) -> str:
         """Return a token as the tokenizer writes it, for errors."""
         return str(self._tokenizer.convert_ids_to_tokens(token_id))

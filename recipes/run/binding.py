@@ -49,12 +49,15 @@ _PATHS = re.compile(
 _LAYOUT = "trainer.parallel."
 _ELASTIC = ("data",)  # what moves no bit with numerics.grad_segments
 _SAMPLED = 16  # problems of a generated task: with its arguments they stand for all
+_SPREAD = 1024  # about so many, evenly, of a user's own dataset that makes them on demand
 _ABSENT = "absent"
 _EARLIER = {
     "model_family": None,
     "trainer.loss_mean_tokens": None,
     "numerics.grad_segments": 0,
     "reward.batch_size": None,
+    "reward.normalize": "none",
+    "reward.clip": 0.0,
     "data.tools_key": None,
     "data.filter": None,
     "rollout.dynamic_sampling": False,
@@ -179,11 +182,13 @@ def records_digest(problems: Dataset, config: DataConfig) -> str:
     """Return the number and a digest of prompts, answers, metadata and tools, in order.
 
     Of generated problems the first ones: the configuration and those say what the others are. Not
-    so of a user's list.
+    so of a user's list, nor of a user's dataset, of which some are taken from all over it.
     """
-    count = len(problems)
-    listed = ":" in config.task and isinstance(getattr(problems, "dataset", problems), list)
+    count, own = len(problems), ":" in config.task
+    listed = own and isinstance(getattr(problems, "dataset", problems), list)
     read = range(count if listed or config.task == "file" else min(count, _SAMPLED))
+    if own and not listed:
+        read = range(0, count, max(1, count // _SPREAD))
     rows = (problems[i] for i in read)
     encode = json.JSONEncoder(sort_keys=True, default=repr).encode
     texts = (encode([p.prompt, p.label, p.metadata, *_told_besides(p)]) for p in rows)

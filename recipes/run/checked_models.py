@@ -11,10 +11,11 @@ from samebit.recipes.data.text import TextCodec, vocabulary_of
 from samebit.recipes.eagle3_config import TrainingRun
 from samebit.rollout.device import resolve_device
 from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.models.registry import has_value_head, load_model_config
 from samebit.rollout.runtime.weights import open_safetensors
 from samebit.trainer.algorithms.registry import find_algorithm, make_algorithm
 from samebit.trainer.config import require
+from samebit.trainer.critic.value_model import value_model_of
 from samebit.trainer.megatron.stages import make_stage
 
 
@@ -42,7 +43,8 @@ def checked_critic(run: GrpoRun, model: ModelConfig) -> ModelConfig | None:
         return None
     if run.critic.model is None:
         return model
-    found, parallel = _checked_folder(run, run.critic.model), run.trainer.parallel
+    rates, parallel = has_value_head(run.critic.model), run.trainer.parallel
+    found = _checked_folder(run, run.critic.model, rates)
     make_stage(found, 0, parallel.pipeline, parallel.virtual_pipeline)
     for name in ("architecture", "vocab_size"):
         own, policy = getattr(found, name), getattr(model, name)
@@ -79,12 +81,13 @@ def checked_teacher(run: GrpoRun, model: ModelConfig, text: TextCodec) -> ModelC
     return found
 
 
-def _checked_folder(run: TrainingRun, folder: str) -> ModelConfig:
-    model, parallel = load_model_config(folder, run.model_family), run.trainer.parallel
+def _checked_folder(run: TrainingRun, folder: str, rates: bool = False) -> ModelConfig:
+    """rates: the folder's output layer is a value head, and the model is that of its trunk."""
+    model, parallel = load_model_config(folder, run.model_family, rates), run.trainer.parallel
     model.param_specs((0, parallel.tensor))
     if run.numerics.tp_invariant:
         model.segment_shapes(resolve_device(run.device))
-    open_safetensors(Path(folder), model.param_specs())
+    open_safetensors(Path(folder), (value_model_of(model) if rates else model).param_specs())
     return model
 
 

@@ -81,8 +81,7 @@ class StaleRollouts:
         batches = own_micro_batches(samples, settings, self._trainer, temperature)
         found = Comparison()
         for batch, logprobs in zip(batches, self._served.logprobs(batches), strict=True):
-            assert batch.rollout_logprobs is not None
-            found += Comparison.of(logprobs, batch.rollout_logprobs)
+            found += Comparison.of(batch, logprobs)
         return found
 
     @property

@@ -151,11 +151,18 @@ class ModelConfig(ABC):
 ADAPTER_FILE = "adapter_config.json"
 
 
+GENERATES = "ForCausalLM"
+RATES = ("ForSequenceClassification", "ForTokenClassification")
+"""How transformers' names of architectures end whose output layer is the vocabulary's, or gives
+labels: with one label it is a value head."""
+
+
 def read_folder(
-    path: Path, models: Collection[type[ModelConfig]]
+    path: Path, models: Collection[type[ModelConfig]], rates: bool = False
 ) -> tuple[ModelConfig, StopTokens]:
     """The model of a local Hugging Face folder, of one of these families, and what ends its texts.
 
+    rates: its output layer has to be a value head, as that of a reward model or a critic.
     Raises FileNotFoundError for what is missing, ValueError that names file, key and value for what
     cannot be read or is not computed here.
     """
@@ -172,11 +179,16 @@ def read_folder(
         raise FileNotFoundError(f"model folder {path} has no config.json{hint}")
     require_no_adapter(path)
     written = JsonFile.read(path / "config.json")
-    model = _model(written, models)
+    model = _model(written, models, rates)
     family = model.family
     require_supported(written, family.explicit, family.without_effect)
-    stop_tokens = find_stop_tokens(written, family.eos_token_id)
-    return model.from_hf(_filled(written), stop_tokens.ids), stop_tokens
+    stop_tokens, filled = find_stop_tokens(written, family.eos_token_id), _filled(written)
+    if rates and filled.num_labels != 1:
+        raise ValueError(
+            f"{written.path}: it has {filled.num_labels} labels (id2label, num_labels; 2 where "
+            "neither says more); a value head has 1"
+        )
+    return model.from_hf(filled, stop_tokens.ids), stop_tokens
 
 
 def require_no_adapter(folder: Path) -> None:
@@ -188,8 +200,14 @@ def require_no_adapter(folder: Path) -> None:
         )
 
 
-def _model(written: JsonFile, models: Collection[type[ModelConfig]]) -> type[ModelConfig]:
-    known = {model.family.architecture: model for model in models}
+def _model(
+    written: JsonFile, models: Collection[type[ModelConfig]], rates: bool
+) -> type[ModelConfig]:
+    known = {
+        model.family.architecture.replace(GENERATES, end): model
+        for model in models
+        for end in (RATES if rates else (GENERATES,))
+    }
     names = written.values.get("architectures", [])
     texts = [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
     found = [known[name] for name in texts if name in known]

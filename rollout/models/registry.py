@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from samebit.kernels.named import import_class
-from samebit.rollout.models.config import Family, ModelConfig, read_folder
+from samebit.rollout.models.config import RATES, Family, ModelConfig, read_folder
+from samebit.rollout.models.json_file import JsonFile
 from samebit.rollout.models.llama import Llama
 from samebit.rollout.models.qwen2 import Qwen2
 from samebit.rollout.models.qwen3 import Qwen3
@@ -25,17 +26,27 @@ def own_family(name: str) -> type[ModelConfig]:
     return found
 
 
-def load_model_config(model_path: str | Path, family: str | None = None) -> ModelConfig:
+def has_value_head(model_path: str | Path) -> bool:
+    """Whether a folder says that its output layer gives labels, as that of a reward model."""
+    file = Path(model_path) / "config.json"
+    names = JsonFile.read(file).values.get("architectures") if file.exists() else None
+    return isinstance(names, list) and any(str(name).endswith(RATES) for name in names)
+
+
+def load_model_config(
+    model_path: str | Path, family: str | None = None, rates: bool = False
+) -> ModelConfig:
     """The model of a local Hugging Face folder; it must be of `family`, a user's, if that is given.
 
+    rates: its output layer has to be a value head.
     Raises FileNotFoundError for what is missing, and ValueError that names file, key and value for
     what cannot be read or is not computed here.
     """
     if family is None:
-        return read_folder(Path(model_path), FAMILIES)[0]
+        return read_folder(Path(model_path), FAMILIES, rates)[0]
     own = own_family(family)
     try:
-        return read_folder(Path(model_path), [own])[0]
+        return read_folder(Path(model_path), [own], rates)[0]
     except ValueError as error:
         raise ValueError(f"model_family is {family!r}: {error}") from error
 

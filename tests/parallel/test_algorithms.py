@@ -74,6 +74,7 @@ def test_two_ranks_take_the_step_of_one(run_ranks, folder, alone, mode, tmp_path
     split too where layers are. Split layers sum products in another order."""
     run_ranks("rank_losses.step", 2, folder, mode, alone, tmp_path / "out.json")
     expected, bound = torch.load(alone), 1e-5 if mode == "tensor" else 1e-6
+    assert 0 < expected["steps"]["cispo"]["metrics"]["train/off_policy_mask_fraction"] < 1
     for rank in range(2):
         found = json.loads((tmp_path / f"out.{rank}").read_text())
         assert found["errors"].keys() == {*ALGORITHMS, "gspo_token", "distillation_top_k", "dpo"}

@@ -53,7 +53,8 @@ def read(data, *overrides):
 
 
 def test_every_answer_is_trained_on(data):
-    """With its end token; what others say is not, nor what stands between."""
+    """With its end token, also where a chat begins with one; what others say is not, nor what
+    stands between."""
     calls = [
         {"role": "user", "content": "1"},
         {"role": "assistant", "content": "", "tool_calls": [{"n": "34"}]},
@@ -67,6 +68,8 @@ def test_every_answer_is_trained_on(data):
         {"prompt": chat("12", "3", "4"), "label": "56"},
         {"prompt": chat("12", "3", "4", "56")},
         {"prompt": chat("12", "3"), "label": "4"},
+        {"prompt": chat("0", "12", "3", "4")[1:], "tools": [{"name": "99"}]},
+        {"prompt": chat("0", "12")[1:]},
     )
     rows = [json.loads(line) for line in data.path.read_text().splitlines()]
     data.write(*({"tools": None} | row for row in rows))
@@ -76,6 +79,8 @@ def test_every_answer_is_trained_on(data):
         ("U12A3$U4A56$", ".........56$"),
         ("U12A3$U4A56$", "....3$...56$"),
         ("U12A3$A4$", ".......4$"),
+        ("99A12$U3A4$", "...12$...4$"),
+        ("A12$", ".12$"),
     ]
 
 
@@ -160,12 +165,28 @@ def test_templates_that_do_not_show_the_answers(data, template, fault):
             "message 2, an answer: its content is not whole in the chat",
         ),
         ({"prompt": chat("1", "2?3")}, "its characters become the token <eos>, the end token"),
-        ({"prompt": chat("1", "13")[1:]}, "line 1: problem 0: its message 1, an answer: "),
     ],
 )
 def test_records_that_are_refused(data, record, fault):
     data.write(record)
     with pytest.raises(ValueError, match=fault):
+        read(data)
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        (TEMPLATE.replace(OPEN, ""), "the chat template writes nothing where an answer begins"),
+        (
+            TEMPLATE.replace("'A', 'tool'", "'A' if loop.index > 1 else '', 'tool'"),
+            "the chat template does not open it as it opens an answer to a user",
+        ),
+    ],
+)
+def test_first_answers_whose_beginning_nobody_knows(data, template, fault):
+    (data.model / "chat_template.jinja").write_text(template)
+    data.write({"prompt": chat("0", "12")[1:]})
+    with pytest.raises(ValueError, match=f"line 1: problem 0: its message 1, an answer: {fault}"):
         read(data)
 
 

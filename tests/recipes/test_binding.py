@@ -240,20 +240,24 @@ def test_tools_are_part_of_a_records_digest():
 
 def test_every_record_of_a_file_counts_and_the_first_of_generated_ones():
     """Generated problems follow from their arguments, but a task may change between versions. A
-    list of the user's task may have been read from anywhere."""
+    list of the user's task may have been read from anywhere; of a dataset that makes them on
+    demand some are read, from all over it."""
 
-    def digest(task, count, changed=None):
+    def digest(task, count, changed=None, kind=list):
         rows = [
             Problem(index=i, prompt="p", label="x" if i == changed else "l", metadata={})
             for i in range(count)
         ]
-        return binding.records_digest(rows, replace(DataConfig(), task=task))
+        return binding.records_digest(kind(rows), replace(DataConfig(), task=task))
 
     assert digest("file", 40) != digest("file", 40, changed=39)
     assert digest("reverse_digits", 40) != digest("reverse_digits", 40, changed=15)
     assert digest("reverse_digits", 40) == digest("reverse_digits", 40, changed=39)
     assert digest("reverse_digits", 40) != digest("reverse_digits", 41)
     assert digest("mine:listed", 40) != digest("mine:listed", 40, changed=39)
+    made = [digest("mine:Made", 5000, at, tuple) for at in (None, 0, 4000, 4996, 4997)]
+    assert len(set(made)) == 4  # every fourth is read
+    assert made[0] == made[-1]
 
 
 def test_the_package_that_makes_the_problems_counts(demo_model):

@@ -37,8 +37,9 @@ def make_recipe(runs):
 
 
 def test_a_log_prob_of_another_bit_ends_the_run(runs, monkeypatch):
-    """One bit of one token of step 2: the step is told, and neither logged nor saved."""
-    generate, calls = Engine.generate, []
+    """One bit of one token of step 2: step, sample and token are told; nothing is logged or
+    saved."""
+    generate, calls, told = Engine.generate, [], []
     short = ["trainer.num_steps=3", "trainer.checkpoint_every=1"]
 
     def nudged(*args, **kwargs):
@@ -47,12 +48,17 @@ def test_a_log_prob_of_another_bit_ends_the_run(runs, monkeypatch):
         if len(calls) == 3:  # the evaluation, step 1, step 2
             c = groups[2][3]
             groups[2][3] = replace(c, logprobs=(*c.logprobs[:-1], next_float(c.logprobs[-1])))
+            place = len(args[1][2]) + len(c.token_ids) - 1
+            told.append((c.sample_id, place, next_float(c.logprobs[-1]), c.logprobs[-1]))
         return groups
 
     monkeypatch.setattr(Engine, "generate", nudged)
     message = r"step 2: 1 of \d\d log-probs differ .*at most by \d.*checkpoint is unharmed"
-    with pytest.raises(LogprobMismatchError, match=message):
+    with pytest.raises(LogprobMismatchError, match=message) as caught:
         runs.train("broken", *short)
+    [(sample, place, drawn, trained)] = told
+    where = f"sample {sample:#x}, token {place}: {drawn} drawn, {trained} trained"
+    assert where in str(caught.value)
     monkeypatch.undo()
     folder = runs.folder / "broken"
     assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == [0, 1]

@@ -1,12 +1,14 @@
 """Data sets as users have them: folders, saved Hugging Face sets, records of verl and of slime."""
 
 import json
+from dataclasses import replace
 from datetime import datetime
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from samebit.recipes.cli.compose import resolve
 from samebit.recipes.cli.main import main
 from samebit.recipes.data.tasks.base import DataConfig
 from samebit.recipes.data.tasks.registry import load_datasets
@@ -50,6 +52,12 @@ def saved_set(folder, *shards, **state):
 
 def problems(path, **settings):
     return list(load_datasets(DataConfig(path=str(path), eval_size=0, **settings))[0])
+
+
+def read_by_preset(name, path, *words):
+    """What is read of a file by a preset of configs/data; by words too."""
+    config = resolve("grpo", ["model.path=m", f"data={name}", f"data.path={path}", *words]).data
+    return list(load_datasets(replace(config, eval_size=0))[0])
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -164,14 +172,11 @@ def test_records_of_verl_are_read_as_they_are(tmp_path):
         }
         for i in range(3)
     ]
-    found = problems(
-        parquet(tmp_path / "train.parquet", rows),
-        label_key="reward_model.ground_truth",
-        metadata_keys=["data_source", "extra_info.index"],
-    )
+    found = read_by_preset("verl", parquet(tmp_path / "train.parquet", rows))
     assert [p.prompt for p in found] == [row["prompt"] for row in rows]
     assert [p.label for p in found] == ["0", "1", "2"]
-    assert found[2].metadata == {"data_source": "openai/gsm8k", "extra_info.index": 2}
+    extra = {"split": "train", "index": 2, "answer": None}
+    assert found[2].metadata == {"data_source": "openai/gsm8k", "extra_info": extra}
 
 
 CALC = {"type": "function", "function": {"name": "calc", "parameters": {"x": {"default": None}}}}
@@ -184,18 +189,19 @@ CHAT = [
 
 
 def test_records_of_slime_are_read_as_they_are(tmp_path):
-    """Tools as a list, as the JSON text of one, and none; turns that call them."""
+    """Tools as a list, as the JSON text of one, and none; turns that call them; and by its own keys
+    alone, where a text is what a user says."""
+    rows = [{"prompt": f"{i}", "label": f"{i}"} for i in range(2)]
+    plain = read_by_preset("slime", jsonl(tmp_path / "plain.jsonl", rows))
+    assert [(p.prompt, p.label) for p in plain] == [("0", "0"), ("1", "1")]
+    assert resolve("grpo", ["model.path=m", "data=slime", "data.path=d.jsonl"]).data.chat
     asked = [
         {"input": CHAT, "answer": 2, "metadata": {"rm_type": "math"}, "tools": tools}
         for tools in ([CALC, LOOK], json.dumps([CALC]), None, [])
     ]
-    found = problems(
-        jsonl(tmp_path / "a.jsonl", asked),
-        prompt_key="input",
-        label_key="answer",
-        metadata_keys=["metadata"],
-        tools_key="tools",
-    )
+    keys = ["prompt_key=input", "label_key=answer", "metadata_keys=[metadata]", "tools_key=tools"]
+    words = [f"data.{key}" for key in keys]
+    found = read_by_preset("slime", jsonl(tmp_path / "a.jsonl", asked), *words)
     assert [p.tools for p in found] == [[CALC, LOOK], [CALC], [], []]
     assert found[0].prompt == CHAT
     assert (found[0].label, found[0].metadata) == ("2", {"metadata": {"rm_type": "math"}})

@@ -38,13 +38,22 @@ def taught(make_runs, tmp_path_factory):
 
 
 def test_advantages_are_what_an_engine_of_the_teacher_says(taught):
-    """To the bit, at the rollout's temperature; and the mean over all drawn tokens is logged."""
-    run, seen = taught.resolve("said", *taught.taught), []
+    """To the bit, at the rollout's temperature; and the mean over all drawn tokens is logged. Every
+    ratio is exactly 1 in the first of two optimizer steps, and not in the second."""
+    run, seen, ratios = taught.resolve("said", *taught.taught), [], {}
     with closing(GrpoRecipe(run, open_run(run))) as recipe:
         own = recipe.algorithm.loss
-        recipe.algorithm.loss = lambda inputs: seen.append(inputs.batch) or own(inputs)
+
+        def watched(inputs):
+            seen.append(inputs.batch)
+            ratios.setdefault(recipe.trainer.step, []).append(inputs.log_ratio.detach().exp())
+            return own(inputs)
+
+        recipe.algorithm.loss = watched
         rollout = roll_out(recipe, 0)
         metrics = recipe.step_metrics(update(recipe, rollout))
+    assert torch.cat(ratios[0]).eq(1).all()
+    assert torch.cat(ratios[1]).ne(1).float().mean() > 0.5
     pairs = zip(rollout.prompt_ids, rollout.completions, strict=True)
     drawn = [(len(prompt), [*prompt, *c.token_ids], c) for prompt, g in pairs for c in g]
     engine = Engine(taught.folder / "teacher", device="cpu")

@@ -111,7 +111,8 @@ def test_resumed(runs, base):
 
 @pytest.mark.usefixtures("chat_model")
 def test_answers_as_messages(runs, request):
-    """A text, the assistant's message, or all of the chat: the same pair."""
+    """A text, the assistant's message, or all of the chat, whose prompt need not be said, or is the
+    user's text: the same pair."""
     runs.model = request.getfixturevalue("chat_model")
     user, answer = {"role": "user", "content": "12="}, {"role": "assistant", "content": "21"}
     worse = {"role": "assistant", "content": "12"}
@@ -120,6 +121,11 @@ def test_answers_as_messages(runs, request):
     inputs = SftInputs(resolve("dpo", runs.arguments("chat", "data.eval_size=0", "eval_every=20")))
     found = [inputs.train_set.encoded(problem) for problem in inputs.train_set]
     assert found == [found[0]] * 3
+    chats = {"chosen": [user, answer], "rejected": [user, worse]}
+    runs.write(chats, {"prompt": None} | chats, {"prompt": "12="} | chats)
+    words = runs.arguments("chats", "data.eval_size=0", "eval_every=20", "data.chat=true")
+    train_set = SftInputs(resolve("dpo", words)).train_set
+    assert [train_set.encoded(problem) for problem in train_set] == found
     assert len(found[0].label_ids) == len(found[0].rejected_ids) == 3
 
 
@@ -137,6 +143,12 @@ USER, ASSISTANT = {"role": "user", "content": "12="}, {"role": "assistant", "con
         (
             {**pair("12"), "chosen": [USER, ASSISTANT]},
             "line 2: 'chosen' has 1 messages before its last, not the prompt's",
+        ),
+        ({"chosen": "1", "rejected": "2"}, "line 2 has no 'prompt'; its keys are"),
+        ({"chosen": [ASSISTANT], "rejected": "2"}, "line 2 has no 'prompt'; its keys are"),
+        (
+            {"chosen": [USER, ASSISTANT], "rejected": [USER, USER, ASSISTANT]},
+            "line 2: 'rejected' has 2 messages before its last, not the prompt's",
         ),
         (
             pair("1234567890"),

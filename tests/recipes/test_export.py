@@ -56,11 +56,11 @@ def test_a_run_may_go_on_meanwhile(base, run_copy, tmp_path, monkeypatch):
     newer, older = (run_copy / "checkpoints" / f"step_0000000{step}" for step in (6, 4))
     aside = newer.rename(tmp_path / "aside")
 
-    def go_on(path, family=None):
+    def go_on(path, family=None, rates=False):
         if aside.exists():
             aside.rename(newer)
             shutil.rmtree(older)
-        return load_model_config(path, family)
+        return load_model_config(path, family, rates)
 
     monkeypatch.setattr("samebit.recipes.export.load_model_config", go_on)
     assert export(base, run_copy, tmp_path / "out") == 0

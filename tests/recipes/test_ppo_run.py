@@ -8,6 +8,7 @@ from run_children import open_run, roll_out
 from safetensors import safe_open
 
 from samebit.recipes.cli.dry_run import describe_grpo
+from samebit.recipes.cli.main import main
 from samebit.recipes.config import ConfigError
 from samebit.recipes.grpo import GrpoRecipe
 from samebit.recipes.models.tiny_model import make_demo_model
@@ -15,6 +16,7 @@ from samebit.recipes.run.binding import bindings
 from samebit.recipes.run.input_files import input_files
 from samebit.recipes.run.training_metrics import PhaseTimer
 from samebit.rollout.models.decoder import EMBEDDING, OUTPUT
+from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.checkpoint import latest_checkpoint
 
 PPO = (
@@ -81,7 +83,8 @@ def test_killed_and_resumed_to_the_same_bytes(ppo, kill_when):
 
 
 def test_a_stop_before_anything_is_written_drops_the_step(runs):
-    """Of the critic alone; and of the policy with the critic, which steps behind it."""
+    """Of the critic alone; and of the policy with the critic, which steps behind it. In the end the
+    policy steps too: every ratio is exactly 1 in its first step, and not in its second."""
     run = runs.resolve("stopped", *PPO)
     polls = []
 
@@ -101,6 +104,17 @@ def test_a_stop_before_anything_is_written_drops_the_step(runs):
         run.critic.warmup_steps = 2
         assert recipe.update(rollout, PhaseTimer()) == []
         assert before[2] != trainer.critic.digest()
+        run.critic.warmup_steps, ratios, loss = 0, {}, recipe.algorithm.loss
+
+        def watched(inputs):
+            ratios.setdefault(trainer.step, []).append(inputs.log_ratio.detach().exp())
+            return loss(inputs)
+
+        recipe.algorithm.loss = watched
+        recipe.update(rollout, PhaseTimer())
+        first, second = (torch.cat(ratios[step]) for step in (0, 1))
+        assert first.eq(1).all()
+        assert second.ne(1).float().mean() > 0.5
 
 
 def test_a_critic_of_its_own_folder(runs, tmp_path, demo_model):
@@ -127,6 +141,50 @@ def test_a_critic_of_its_own_folder(runs, tmp_path, demo_model):
     run.critic.model = None
     assert bindings(run, "grpo", {}) != bound
     assert {key for key, _ in input_files(run)}.isdisjoint({"critic.model"})
+
+
+def test_a_critic_that_begins_as_a_reward_model(runs, tmp_path, demo_model):
+    """A folder with one label is read whole; one with two is refused, at the start."""
+    from transformers import AutoModelForSequenceClassification as Rater
+
+    for labels in (1, 2):
+        folder = tmp_path / f"{labels}"
+        rater = Rater.from_pretrained(demo_model, num_labels=labels, dtype=torch.float32)
+        rater.save_pretrained(folder)
+        run = runs.resolve("rated", *PPO, f"critic.model={folder}")
+        if labels == 2:
+            with pytest.raises(ValueError, match="it has 2 labels .*; a value head has 1"):
+                describe_grpo(run)
+            continue
+        describe_grpo(run)
+        with closing(GrpoRecipe(run, open_run(run))) as recipe:
+            assert torch.equal(recipe.trainer.critic.params[OUTPUT], rater.score.weight)
+
+
+def test_an_exported_critic_is_one_to_begin_with(ppo, runs, tmp_path, demo_model, capsys):
+    """Its bits are those of the checkpoint; transformers reads them too. A run without one has
+    none."""
+    from transformers import AutoModelForSequenceClassification as Rater
+
+    where = [f"checkpoint={ppo.folder / 'base'}", f"model={demo_model}", f"out={tmp_path / 'out'}"]
+    assert main(["export", "critic=true", *where]) == 0
+    saved = latest_checkpoint(ppo.folder / "base" / "checkpoints").load()["critic"]["params"]
+    run = runs.resolve("again", *PPO, f"critic.model={tmp_path / 'out'}")
+    with closing(GrpoRecipe(run, open_run(run))) as recipe:
+        params = recipe.trainer.critic.params
+        assert params.keys() == saved.keys()
+        assert all(torch.equal(params[name], saved[name]) for name in saved)
+    rater = Rater.from_pretrained(tmp_path / "out", dtype="auto")
+    assert torch.equal(rater.score.weight, saved[OUTPUT])
+    assert saved[OUTPUT].any()
+    with pytest.raises(
+        ValueError, match="architectures = .'.*ForSequenceClassification'.; it must"
+    ):
+        load_model_config(tmp_path / "out")
+    runs.train("plain", "trainer.num_steps=1")
+    where[0] = f"checkpoint={runs.folder / 'plain'}"
+    assert main(["export", "critic=true", *where, "overwrite=true"]) == 2
+    assert "the run has no critic; give critic=false" in capsys.readouterr().err
 
 
 def test_a_critic_of_another_family_or_vocabulary_is_refused(runs, llama_path, tmp_path):

@@ -9,7 +9,8 @@ from helpers import assert_same_bits
 
 from samebit.recipes.launch.critic import fill_critic
 from samebit.rollout.models.decoder import OUTPUT
-from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.models.registry import has_value_head, load_model_config
+from samebit.rollout.runtime.weight_files import WeightLoadError
 from samebit.trainer.config import OptimizerConfig
 from samebit.trainer.critic.config import CriticConfig, CriticOptimizerConfig
 from samebit.trainer.critic.value_model import VALUE_HEAD
@@ -93,6 +94,53 @@ def test_a_step_against_transformers(model_path, samples):
         error = (p.main_grad.double() - expected[name]).norm() / expected[name].norm()
         assert error < 1e-5, (name, float(error))
     assert torch.cat(critic.values(batches)).ne(found).any()
+
+
+def save_rater(path, folder, kind="Sequence", labels=1):
+    """A model of a folder with transformers' own output layer for so many labels, which is random;
+    in a folder of its own."""
+    import transformers
+
+    torch.manual_seed(5)
+    made = getattr(transformers, f"AutoModelFor{kind}Classification").from_pretrained(
+        path, num_labels=labels, dtype=torch.float32, attn_implementation="eager"
+    )
+    made.save_pretrained(folder)
+    return made
+
+
+def test_a_reward_models_value_head_is_the_critics(model_path, samples, tmp_path):
+    """Its first values are the reward model's, at every token."""
+    rater = save_rater(model_path, tmp_path / "rater").double()
+    assert has_value_head(tmp_path / "rater")
+    assert not has_value_head(model_path)
+    model = load_model_config(tmp_path / "rater", rates=True)
+    policy = ActorCritic(load_model_config(model_path), OptimizerConfig(lr=1e-2), 10, CPU)
+    critic = MegatronCritic(policy, model, CriticConfig(), 10)
+    fill_critic(critic, model, tmp_path / "rater")
+    assert critic.params[OUTPUT].any()
+    found = torch.cat(critic.values(pack_samples(samples, 60)))
+    with torch.no_grad():
+        rated = [
+            rater.score(rater.model(torch.tensor(s.token_ids[None])).last_hidden_state)[0, :-1, 0]
+            for s in samples
+        ]
+    expected = [x[s.loss_mask[1:]] for x, s in zip(rated, samples, strict=True)]
+    assert torch.allclose(found.double(), torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_output_layers_that_are_no_value_head(qwen3_path, tmp_path):
+    """Of two labels; with a bias, which a critic has none of; or of the vocabulary."""
+    save_rater(qwen3_path, tmp_path / "two", labels=2)
+    with pytest.raises(ValueError, match="config.json: it has 2 labels .* a value head has 1"):
+        load_model_config(tmp_path / "two", rates=True)
+    with pytest.raises(ValueError, match="with one of the known: LlamaForSequenceClassification"):
+        load_model_config(qwen3_path, rates=True)
+    save_rater(qwen3_path, tmp_path / "bias", "Token")
+    model = load_model_config(tmp_path / "bias", rates=True)
+    policy = ActorCritic(load_model_config(qwen3_path), OptimizerConfig(lr=1e-2), 10, CPU)
+    with pytest.raises(WeightLoadError, match="extra: score.bias"):
+        fill_critic(MegatronCritic(policy, model, CriticConfig(), 10), model, tmp_path / "bias")
 
 
 def test_the_state_of_a_policy_has_its_critics_inside(qwen3_path, samples):

@@ -133,6 +133,17 @@ def plain(logprobs, advantage):
     return [-advantage * x for x in logprobs]
 
 
+def masked(literal, threshold):
+    """Off-policy sequence masking of DeepSeek-V3.2."""
+
+    def losses(logprobs, advantage):
+        moved = (OLD - logprobs).mean().item()
+        weight = 0.0 if advantage < 0 and moved > threshold else 1.0
+        return [weight * x for x in literal(logprobs, advantage)]
+
+    return losses
+
+
 MEANS = {
     "token": lambda losses: sum(sum(each) for each in losses) / sum(map(len, losses)),
     "sequence": lambda losses: sum(sum(each) / len(each) for each in losses) / len(losses),
@@ -144,11 +155,17 @@ CASES = {
     "dapo": (make(**BOUNDS), by_token(0.2, 0.28)),
     "grpo dual clip": (make(**BOUNDS, dual_clip=2.5), by_token(0.2, 0.28, dual=2.5)),
     "grpo tis": (make(**BOUNDS, tis_clip=2.0), by_token(0.2, 0.28, tis=2.0)),
+    "grpo masked": (make(off_policy_mask_threshold=0.05), masked(by_token(0.2, 0.2), 0.05)),
     "gspo": (make("gspo"), by_sample(3e-4, 4e-4)),
+    "gspo masked": (
+        make("gspo", off_policy_mask_threshold=0.05),
+        masked(by_sample(3e-4, 4e-4), 0.05),
+    ),
     "gspo token": (make("gspo", token_level=True), by_sample_and_token(3e-4, 4e-4)),
     "cispo": (make("cispo", clip_ratio_high=0.5), weighted(0.0, 1.5)),
     "cispo low": (make("cispo", clip_ratio_low=0.2, clip_ratio_high=0.5), weighted(0.8, 1.5)),
     "rloo": (make("rloo"), plain),
+    "rloo masked": (make("rloo", off_policy_mask_threshold=0.05), masked(plain, 0.05)),
     "rloo tis": (make("rloo", tis_clip=2.0), weighted(0.0, 2.0)),
     "reinforce_plus_plus": (make("reinforce_plus_plus", **BOUNDS), by_token(0.2, 0.28)),
     "ppo": (make("ppo", **BOUNDS), by_token(0.2, 0.28)),
@@ -261,6 +278,21 @@ def test_dual_clip_and_truncation_by_hand():
         assert found[:2] == (pytest.approx(-2.4, rel=1e-6), [0.0])
 
 
+def test_off_policy_masks_by_hand():
+    """log(rollout / policy) of ratios 1/4 and 2 is log 4 and -log 2, in the mean log(2) / 2 = 0.35:
+    masked below that, unless the advantage is positive. Ratios 1/2 and 2 have not moved at all. The
+    KL, k1 = 1/2 of weight 1/4, stays where the mask is."""
+    settings = {"clip_ratio_low": 1.0, "kl_coef": 0.25, "kl_estimator": "k1"}
+    for threshold, expected in ((0.34, [0.0, 0.0]), (0.35, [0.25, 2.0])):
+        algorithm = make(off_policy_mask_threshold=threshold, **settings)
+        ratios, distances = [[0.25, 2.0], [0.5, 2.0], [0.25, 2.0]], [[0.5, 0.5]] * 3
+        _, _, losses, metrics = run(algorithm, ratios, [-1.0, -1.0, 1.0], distances=distances)
+        others = [0.5, 2.0, -0.25, -1.2]
+        assert losses == pytest.approx([x + 0.125 for x in (*expected, *others)], abs=1e-6)
+        masks = [float(threshold == 0.34)] * 2
+        assert metrics["train/off_policy_mask_fraction"] == [*masks, *[0.0] * 4]
+
+
 def test_the_unbiased_kl_by_hand():
     """ratio * k3 with ratio 2 and d = log 2: 2 (1/2 - 1 + log 2), whose gradient is ratio * d: for
     ratios within the bounds and advantage 0 it is all there is."""
@@ -340,7 +372,8 @@ def test_a_token_that_has_become_impossible(case):
     [batch] = pack_samples(samples_of([[1.0], [1.0, 1.0]], [-1.0, -1.0]), 1000)
     leaf = torch.tensor([-math.inf, OLD, OLD]).requires_grad_()
     losses = losses_of(algorithm, batch, leaf).losses
-    assert losses[0].isfinite() != case.startswith(("cispo", "rloo", "gspo token"))
+    stands = case.startswith(("cispo", "rloo", "gspo token")) and not case.endswith("masked")
+    assert losses[0].isfinite() != stands
     losses[1:].sum().backward()
     assert losses[1:].isfinite().all()
     assert leaf.grad.isfinite().all()

@@ -35,7 +35,7 @@ def totals_of(*micro_batches):
 
 FIRST = (batch([-1.0, -2.0], [-3.0]), [-1.0, -2.25, -3.0], 6.0, {"a": [1.0, 2.0, 6.0]})
 SECOND = (batch([-0.5]), [-0.375], 1.5, {"a": [3.0]})
-THIRD = (batch([-0.0, -4.0]), [0.0, -4.0], -2.0, {"a": [0.5, 0.5]})
+THIRD = (batch([-0.0, -4.0], first_id=7), [0.0, -4.0], -2.0, {"a": [0.5, 0.5]})
 
 
 def test_two_micro_batches_by_hand():
@@ -66,6 +66,7 @@ def test_ranks_are_added_up():
     assert vars(first) == vars(alone)
     assert first.mismatches == 3  # 0.0 is not -0.0
     assert first.abs_diff_max == 0.25
+    assert first.first_mismatch == (0, 3, -0.5, -0.375)  # not that of sample 7, nor the later one
     assert first.metrics == {"a": 13.0}
     assert (first.compared, first.num_rows, first.denominator) == (6, 6, 6)
     assert first.num_tokens == 9 + 4 + 5

@@ -34,6 +34,7 @@ class DistillationConfig(ClippedConfig):
     what the drawn token estimates it by."""
 
     sections: ClassVar[tuple[str, ...]] = ("distillation",)
+    reads_rewards: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,7 +43,8 @@ class DistillationConfig(ClippedConfig):
         require(self.kl_in == "loss", "algorithm.kl_in", self.kl_in, f"loss: {where}")
         require(self.loss_top_k >= 0, "algorithm.loss_top_k", self.loss_top_k, "at least 0")
         if self.loss_top_k:
-            idle = ("clip_ratio_low", "clip_ratio_high", "dual_clip", "tis_clip")
+            clips = ("clip_ratio_low", "clip_ratio_high", "dual_clip", "tis_clip")
+            idle = (*clips, "off_policy_mask_threshold")
             where = "algorithm.loss_top_k is set: the loss has no policy ratio"
             require_default(self, "algorithm", idle, where)
 

@@ -68,6 +68,17 @@ def truncation_metrics(ratio: Tensor, bound: float) -> dict[str, Tensor]:
     return {"train/tis_fraction": (ratio > bound).float()} if bound > 0 else {}
 
 
+def off_policy_mask(inputs: LossInputs, threshold: float) -> Tensor:
+    """[R] bool: tokens of negative advantage in samples of which the mean over their tokens of
+    log(rollout / policy) is above the threshold.
+
+    To push down what the policy hardly draws any more teaches little and moves much: off-policy
+    sequence masking, DeepSeek-AI 2025 (DeepSeek-V3.2), arXiv 2512.02556.
+    """
+    moved = inputs.in_rows(inputs.sample_means(-inputs.log_ratio.detach()))
+    return (inputs.batch.advantages < 0) & (moved > threshold)
+
+
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     """Per-token estimate k1, k2 or k3 of KL(policy || reference) from the policy's samples.
 
@@ -84,11 +95,16 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
 def penalized(
     inputs: LossInputs, losses: Tensor, metrics: dict[str, Tensor], config: PolicyGradientConfig
 ) -> LossOutputs:
-    """Losses [R] with the KL to the reference and the entropy, by the weights that they have.
+    """Losses [R] without those of masked tokens, and with the KL to the reference and the entropy,
+    by the weights that they have; of a masked token these are left.
 
     k3_unbiased is the policy ratio times k3: its gradient is the ratio times log(policy /
     reference) times the score, in the mean the KL's own (DeepSeek-AI 2025, DeepSeek-V3.2).
     """
+    if config.off_policy_mask_threshold > 0:
+        masked = off_policy_mask(inputs, config.off_policy_mask_threshold)
+        losses = losses.masked_fill(masked, 0.0)
+        metrics = metrics | {"train/off_policy_mask_fraction": masked.float()}
     if config.kl_coef > 0 and config.kl_in == "loss":
         assert inputs.ref_logprobs is not None
         kl = kl_estimate(inputs.logprobs, inputs.ref_logprobs, config.kl_estimator)

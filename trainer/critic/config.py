@@ -26,7 +26,8 @@ class CriticConfig:
 
     model: str | None = None
     """A Hugging Face folder to start from, of the policy's family and vocabulary; unset:
-    model.path. The value head begins with zeros."""
+    model.path. Its value head, if it has one (architectures: ...ForTokenClassification or
+    ...ForSequenceClassification, with one label), is the critic's; else that begins with zeros."""
     warmup_steps: int = 0
     """Training steps in which the critic alone learns, and the policy waits."""
     cliprange_value: float = 0.5

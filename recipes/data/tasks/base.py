@@ -93,7 +93,8 @@ class DataConfig:
     """Says where the problems come from."""
 
     task: str = "file"
-    """`file`, `reverse_digits`, `reasoning_gym/<name>`, or your `module:function`."""
+    """`file`, `reverse_digits`, `reasoning_gym/<name>`, or your `module:function` or
+    `module:Class`."""
     path: str | None = None
     """Task `file`: the training records: a .jsonl, .parquet or .arrow file, a folder of them, or a
     Hugging Face data set saved on disk."""
@@ -180,7 +181,8 @@ class SupervisedConfig(DataConfig):
 @dataclass(kw_only=True)
 class PreferenceConfig(SupervisedConfig):
     """Says where pairs of answers come from. Each answer is a text, a chat message of the
-    assistant's, or the prompt's messages with such a one behind."""
+    assistant's, or the prompt's messages with such a one behind; of these the prompt may be left
+    out."""
 
     label_key: str = "chosen"
     """Task `file`: key of the better answer; dots reach into nested fields."""

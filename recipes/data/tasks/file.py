@@ -140,7 +140,7 @@ def _read_problems(path: Path, config: DataConfig) -> list[Problem]:
 
 def _problem(index: int, record: Record, config: DataConfig) -> Problem:
     where, values = record.where, record.values
-    prompt = _prompt(record, config.prompt_key)
+    prompt = _prompt(record, config)
     if isinstance(config, PreferenceConfig):
         text, rejected = _pair(record, prompt, config)
     else:
@@ -180,6 +180,8 @@ def _label(record: Record, prompt: str | ChatPrompt, config: DataConfig) -> str:
 def _pair(record: Record, prompt: str | ChatPrompt, config: PreferenceConfig) -> tuple[str, str]:
     """The better and the worse answer."""
     keys, where = (config.label_key, config.rejected_key), record.where
+    if config.chat and isinstance(prompt, str):  # in an answer that is the whole chat
+        prompt = [{"role": "user", "content": prompt}]
     found = [_lookup(record.values, key, where) for key in keys]
     numbers = [record.number_text(x, key) for x, key in zip(found, keys, strict=True)]
     chosen, rejected = (
@@ -193,8 +195,16 @@ def _pair(record: Record, prompt: str | ChatPrompt, config: PreferenceConfig) ->
     return chosen, rejected
 
 
-def _prompt(record: Record, key: str) -> str | ChatPrompt:
-    value = _lookup(record.values, key, record.where)
+def _prompt(record: Record, config: DataConfig) -> str | ChatPrompt:
+    """The prompt; of a pair without one what stands before the last message of the better answer,
+    which then is the whole chat."""
+    key, values = config.prompt_key, record.values
+    if isinstance(config, PreferenceConfig) and _lacks(values, key):
+        chosen = _lookup(values, config.label_key, record.where)
+        if isinstance(chosen, list) and len(chosen) > 1:
+            what = f"{record.where}: {config.label_key!r}"
+            return read_prompt(chosen[:-1], what, columnar=record.columnar)
+    value = _lookup(values, key, record.where)
     return read_prompt(value, f"{record.where}: {key!r}", columnar=record.columnar)
 
 
