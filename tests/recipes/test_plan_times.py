@@ -215,7 +215,7 @@ def test_against_two_gpus_trainer_and_transfer():
     moved = json.loads((RESULTS / "h200x2_sync_qwen3_8b.json").read_text())["transports"]["nccl"]
     apart = [*words, "placement=process", "placement.transport=nccl"]
     planned = make_plan(resolve("plan", apart))["sync"][0]
-    assert 0.9 <= planned["seconds"] / moved["update_s"]["median"] <= 1.1
+    assert 0.85 <= planned["seconds"] / moved["update_s"]["median"] <= 1.15
     sent = json.loads((RESULTS / "h200x2_transfer_tp1_tp1.json").read_text())["ranks"][1]["bytes"]
     assert planned["held_bytes"] == planned["moved_bytes"] == sent
 
