@@ -132,17 +132,11 @@ def forkserver(_private_cache):
 
 @pytest.fixture(scope="session", autouse=True)
 def _forked_engines(forkserver):
-    """This process's engines are started so: to import torch takes longer than most tests.
-    `spawned_engines` starts them as users do."""
+    """This process starts engines so: to import torch takes longer than most tests. Runs in
+    processes of their own start them as users' runs do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(remote, "START_METHOD", "forkserver")
+        patch.setattr(remote, "START_METHOD", forkserver.get_start_method())
         yield
-
-
-@pytest.fixture
-def spawned_engines(_forked_engines, monkeypatch):
-    """Engines' processes start as they do for users."""
-    monkeypatch.setattr(remote, "START_METHOD", "spawn")
 
 
 @pytest.fixture(scope="session")

@@ -191,6 +191,12 @@ def run_cli(arguments):
     sys.exit(main(arguments))
 
 
+def run_cli_without_gpus(*arguments):
+    """`samebit` where there is none."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    run_cli(arguments)
+
+
 def engine_here(model_path, cpu_threads, launch, *, config, device, ranks):
     """In place of a RemoteEngine: an engine of this process, which another thread calls, too."""
     from samebit.rollout.engine import Engine
