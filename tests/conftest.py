@@ -135,7 +135,7 @@ def _forked_engines(forkserver):
     """This process starts engines so: to import torch takes longer than most tests. Runs in
     processes of their own start them as users' runs do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(remote, "START_METHOD", forkserver.get_start_method())
+        patch.setattr(remote, "CONTEXT", forkserver)
         yield
 
 
