@@ -41,7 +41,9 @@ demo: $(STAMP) ## a small model learns, on a GPU or the CPU: outputs/demo/grpo/r
 WORKERS ?= 2
 NO_GPU := CUDA_VISIBLE_DEVICES= HIP_VISIBLE_DEVICES= ROCR_VISIBLE_DEVICES=
 
+# Bytecode is kept, whatever the environment says: hundreds of processes import the same files.
 test: export OMP_NUM_THREADS ?= 1
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(STAMP) ## everything that needs no GPU, in WORKERS=2 processes
 	$(NO_GPU) $(PY) -m pytest -m "not gpu and not long" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 

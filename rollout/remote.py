@@ -46,6 +46,8 @@ from samebit.rollout.values import as_integer
 from samebit.weight_sync.meeting import LOOPBACK
 from samebit.weight_sync.types import WeightVersion
 
+# A child has nothing of this process, of a GPU's context least of all.
+CONTEXT = multiprocessing.get_context("spawn")
 _EXIT_S = 60.0  # how long a process may take to end that is told to, on a busy machine
 _EXIT_CODE_S = 5.0  # how long a process may take to end after its end of the pipe
 
@@ -93,10 +95,9 @@ type Launcher = Callable[[str, int, dict[str, Any]], Launched]
 
 def launch_here(model_path: str, cpu_threads: int, settings: dict[str, Any]) -> Launched:
     """The Launcher of a child process."""
-    context = multiprocessing.get_context("spawn")
-    connection, child = context.Pipe()
+    connection, child = CONTEXT.Pipe()
     arguments = child, model_path, cpu_threads, settings
-    process = context.Process(target=serve_parent, args=arguments, daemon=True)
+    process = CONTEXT.Process(target=serve_parent, args=arguments, daemon=True)
     process.start()
     child.close()
     return Launched(process, connection)

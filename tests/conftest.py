@@ -2,9 +2,11 @@
 
 import copy
 import functools
+import importlib
 import multiprocessing
 import os
 import shutil
+from pathlib import Path
 
 # Tests have both ends of a weight group in one process. Two gloo groups that begin at one moment
 # then write torch's flight recorder together, which its lock does not cover (torch 2.11): a crash.
@@ -16,9 +18,15 @@ from conservation import Watch
 
 from samebit.recipes.cli import compose
 from samebit.recipes.models.tiny_model import make_random_model
+from samebit.recipes.run import report
+from samebit.rollout import remote
 from samebit.rollout.engine import Engine
+from samebit.trainer.megatron.imports import lean_imports
 
 torch.set_num_threads(1)
+
+with lean_imports():
+    importlib.import_module("samebit.trainer.megatron.trainer")
 
 
 def pytest_collection_modifyitems(items):
@@ -61,6 +69,23 @@ def _composed_once():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _drawn_once():
+    """Charts of equal curves, which most runs are to have, are drawn once: one takes 0.1 s."""
+    original, made = report._line_svg, {}
+
+    @functools.wraps(original)
+    def line_svg(lines, prefix):
+        key = repr(lines), prefix
+        if key not in made:
+            made[key] = original(lines, prefix)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "_line_svg", line_svg)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _watch():
     """Sees every engine of this process."""
     watch, original = Watch(), Engine.__init__
@@ -99,19 +124,19 @@ def _conservation(_watch, request):
 def forkserver(_private_cache):
     """A multiprocessing context whose processes have all imported that most of them would."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            "samebit.recipes.demo",
-            "samebit.recipes.cli.compose",
-            "samebit.trainer.algorithms.grpo",
-            "transformers.models.auto.configuration_auto",
-            "transformers.models.auto.tokenization_auto",
-            *(f"transformers.models.{x}.configuration_{x}" for x in ("llama", "qwen2", "qwen3")),
-            "matplotlib.figure",
-            "matplotlib.backends.backend_svg",
-        ]
-    )
-    return context
+    context.set_forkserver_preload(["preloaded"])
+    with pytest.MonkeyPatch.context() as patch:  # the server is not told our sys.path
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        yield context
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_engines(forkserver):
+    """This process starts engines so: to import torch takes longer than most tests. Runs in
+    processes of their own start them as users' runs do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote, "CONTEXT", forkserver)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ def holds(subject, check):
 @pytest.fixture(scope="module")
 def subject(qwen2_path):
     """Qwen2 with biases, tied embeddings and yarn."""
-    return make_subject(qwen2_path, torch.device("cpu"), num_new_tokens=24)
+    return make_subject(qwen2_path, torch.device("cpu"), num_new_tokens=16)
 
 
 @pytest.mark.parametrize("check", ON_CPU, ids=lambda check: check.__name__)

@@ -1,4 +1,7 @@
-"""What test runs import by name, here and in children: a reward, an entry point, and moments."""
+"""What test runs import by name, here and in children: a reward, an entry point, and moments.
+
+It imports nothing that needs torch, so that a reward's process starts in no time.
+"""
 
 import asyncio
 import os
@@ -6,8 +9,6 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-
-from samebit.recipes.data.conversation import Conversation
 
 calls: list[str] = []
 later_calls: list[int] = []
@@ -79,6 +80,8 @@ async def two_turns(engine, request, sampling_params, *, seed=0, control="/no"):
     If the file `control` holds "hold 7", the 7th sample of this process waits for ever after making
     the file <control>.held.
     """
+    from samebit.recipes.data.conversation import Conversation
+
     generated.append(request.sample_id)
     file, number = Path(control), len(generated)
     talk = Conversation(request)
@@ -96,6 +99,8 @@ async def two_turns(engine, request, sampling_params, *, seed=0, control="/no"):
 async def dies(engine, request, sampling_params, *, deaths):
     """One turn. Rank 1, or a run's only process, kills itself at the sample of its life that the
     file `deaths` names first, and strikes it out."""
+    from samebit.recipes.data.conversation import Conversation
+
     generated.append(request.sample_id)
     numbers = Path(deaths).read_text().split()
     if os.environ.get("RANK", "1") == "1" and numbers[:1] == [str(len(generated))]:
@@ -184,6 +189,12 @@ def run_cli(arguments):
     from samebit.recipes.cli.main import main
 
     sys.exit(main(arguments))
+
+
+def run_cli_without_gpus(*arguments):
+    """`samebit` where there is none."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    run_cli(arguments)
 
 
 def engine_here(model_path, cpu_threads, launch, *, config, device, ranks):

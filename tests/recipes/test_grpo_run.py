@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import tree
+from helpers import run_logged, tree
 from run_children import has_begun_to_save, has_lines, open_run
 
 from samebit.recipes.cli.main import main
@@ -386,15 +386,13 @@ def test_weights_that_explode_stop_the_run(runs, capsys):
     assert "NaN or Inf" in capsys.readouterr().err
 
 
-def test_cuda_without_a_gpu_is_a_clear_error(runs):
+def test_cuda_without_a_gpu_is_a_clear_error(runs, forkserver, tmp_path):
     """device=cuda must not fall back to the CPU in silence."""
-    from helpers import run_python
-
-    code = "import sys; from samebit.recipes.cli.main import main; print(main(sys.argv[1:]))"
-    arguments = runs.arguments("cuda", "device=cuda")
-    code += "\nfrom samebit.rollout.device import resolve_device\n"
-    code += "try:\n    resolve_device('cuda')\nexcept RuntimeError as error:\n    print(error)"
-    out = run_python(code, "grpo", *arguments, CUDA_VISIBLE_DEVICES="")
-    assert out.splitlines()[0] == "1"
-    assert "torch finds no CUDA device; use device=cpu" in out
+    log, words = tmp_path / "log", runs.arguments("cuda", "device=cuda")
+    program = (log, "run_children", "run_cli_without_gpus", "grpo", *words)
+    process = forkserver.Process(target=run_logged, args=program)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 1
+    assert "torch finds no CUDA device; use device=cpu" in log.read_text()
     assert not (runs.folder / "cuda").exists()

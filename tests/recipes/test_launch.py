@@ -55,14 +55,17 @@ def started(runs, name, *overrides):
         process.communicate()
 
 
-def run_whole(runs, name, *overrides):
-    """Run to the end: as `result_of`."""
-    with started(runs, name, *overrides) as process:
-        output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    result = result_of(runs, name)
-    assert json.loads(output) == result[0]  # said once, not by every process
-    return result
+@pytest.fixture
+def launch(monkeypatch, capfd):
+    """launch(words): the exit code of `samebit` that launches in this process, and what it and its
+    processes say on each stream."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
+
+    def run(words):
+        capfd.readouterr()
+        return main(words), *capfd.readouterr()
+
+    return run
 
 
 def result_of(runs, name):
@@ -123,8 +126,8 @@ def test_disturbed_and_resumed(runs, base, run_ranks, layout, tmp_path, capsys):
     checkpoint of several ranks exported as one model. All ranks choose the same prompts."""
     sampling = SAMPLING.get(layout, [])
     own = LAYOUTS[layout] + sampling
-    words = runs.arguments("whole", f"trainer.num_steps={STEPS}", *own)
-    codes, said = run_ranks(words)
+    words = [f"trainer.num_steps={STEPS}", *own]
+    codes, said = run_ranks(runs.arguments("whole", *words))
     assert codes == [0, 0], said
     whole = summary, rows, _ = result_of(runs, "whole")
     assert summary["logprob_mismatches"] == 0
@@ -142,29 +145,30 @@ def test_disturbed_and_resumed(runs, base, run_ranks, layout, tmp_path, capsys):
         assert not psutil.wait_procs(ranks, timeout=processes.GRACE_S)[1]
     assert latest_checkpoint(folder / "checkpoints").verify().step >= 2
     assert not (folder / "summary.json").exists()
-    assert run_whole(runs, "disturbed", "resume=true", *own) == whole
+    codes, said = run_ranks(runs.arguments("disturbed", "resume=true", *words))
+    assert codes == [0, 0], said
+    assert result_of(runs, "disturbed") == whole
     out = tmp_path / "out"
     assert main(["export", f"checkpoint={folder}", f"model={runs.model}", f"out={out}"]) == 0
     assert f"weights of step {STEPS}, digest {summary['weights_digest']}" in capsys.readouterr().out
 
 
-def test_a_run_goes_on_under_another_layout(runs, run_ranks, capsys):
+def test_a_run_goes_on_under_another_layout(runs, run_ranks, launch, capfd):
     """From one process to two, whose rollouts go on from the same weights; and back."""
     layout, (_, first_rows, _) = LAYOUTS["tensor"], runs.train("run")
     words = runs.arguments("run", f"trainer.num_steps={STEPS}", "resume=true", *layout)
     codes, errors = run_ranks(words)
     assert codes == [1, 1]
     assert "another trainer.parallel (tensor 1 -> 2, sequence False -> True)" in errors
-    with started(runs, "run", "resume=true", "reshard=true", *layout) as process:
-        output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    code, output, errors = launch(["grpo", *words, "reshard=true"])
+    assert code == 0, errors
     assert errors.count("is resharded (tensor 1 -> 2, sequence False -> True): bits are") == 1
-    summary, rows = json.loads(output), runs.rows("run")
+    summary, rows = json.loads(output), runs.rows("run")  # said once, not by every process
     assert rows[: len(first_rows)] == first_rows
     assert (rows[-1]["step"], summary["logprob_mismatches"]) == (STEPS, 0)
     back = [f"trainer.num_steps={STEPS + 2}", "resume=true", "reshard=true"]
     summary, rows, _ = runs.train("run", *back)
-    assert "is resharded (tensor 2 -> 1, sequence True -> False)" in capsys.readouterr().err
+    assert "is resharded (tensor 2 -> 1, sequence True -> False)" in capfd.readouterr().err
     assert (rows[-1]["step"], summary["logprob_mismatches"]) == (STEPS + 2, 0)
     manifest = latest_checkpoint(runs.folder / "run" / "checkpoints").manifest
     there, back_again = manifest["resharded"]
@@ -172,13 +176,13 @@ def test_a_run_goes_on_under_another_layout(runs, run_ranks, capsys):
     assert back_again == {"step": STEPS, "changes": "tensor 2 -> 1, sequence True -> False"}
 
 
-def test_an_error_is_every_process_s(runs):
+def test_an_error_is_every_process_s(runs, launch):
     """A folder in use: told once for each, before anything is changed, and all end for good."""
     (runs.folder / "used").mkdir()
     (runs.folder / "used" / "precious").write_text("x")
-    with started(runs, "used", "max_restarts=2", *LAYOUTS["data"]) as process:
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
+    words = runs.arguments("used", "max_restarts=2", *LAYOUTS["data"])
+    code, _, errors = launch(["grpo", *words])
+    assert code == 1
     assert errors.count("is not empty; give resume=true to go on with its run") == 2
     assert [p.name for p in (runs.folder / "used").iterdir()] == ["precious"]
 
