@@ -134,7 +134,7 @@ def test_constants_are_those_of_the_code():
 
 
 def test_commands_are_those_that_there_are():
-    from samebit.recipes.cli.main import COMMANDS
+    from samebit.recipes.cli.commands import COMMANDS
 
     named = set(re.findall(r"^samebit ((?:bench )?[\w-]+)", (ROOT / "README.md").read_text(), re.M))
     named |= set(re.findall(r"; samebit ([\w-]+)", (ROOT / "README.md").read_text()))

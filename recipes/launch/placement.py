@@ -3,7 +3,6 @@
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from samebit.kernels.reduce import RankGroup
 from samebit.kernels.registry import attention_kind
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.launch.online_draft import OnlineDraft
+from samebit.recipes.launch.ray_package import require_ray
 from samebit.recipes.launch.replicas import ReplicatedEngine
 from samebit.recipes.launch.updates import engine_device, why_not_here
 from samebit.recipes.run.phase_ledger import TRAINER_TURN
@@ -99,11 +99,8 @@ def releases_memory(run: GrpoRun, device: torch.device) -> bool:
 def require_transport(run: GrpoRun) -> None:
     """Raise ValueError for a transport that cannot be had, or not on this machine's devices, and
     ImportError for a launcher that is not installed."""
-    if run.placement.launcher == "ray" and find_spec("ray") is None:
-        raise ImportError(
-            "placement.launcher=ray needs the package ray: pip install 'samebit[ray]', with "
-            "constraints.txt"
-        )
+    if run.placement.launcher == "ray":
+        require_ray("placement.launcher=ray")
     name, device = run.placement.transport, resolve_device(run.device)
     load_transport(name)
     between_gpus = name in TRANSPORTS and TRANSPORTS[name].gpus > 0
