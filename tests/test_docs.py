@@ -10,7 +10,7 @@ RESULTS = ROOT / "docs" / "results"
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 LINK = re.compile(r"\[[^]]*\]\(([^)#\s]*)(#[^)\s]*)?\)")
-FOLDERS = "kernels|rollout|weight_sync|trainer|recipes|configs|tests|docs"
+FOLDERS = "kernels|rollout|weight_sync|trainer|recipes|configs|deploy|tests|docs"
 PATH = re.compile(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./-]*[\w/]")
 NAME_IN_FILE = re.compile(r"`(\w+)` in \[[^]]*\]\(([^)#]+)\)|\]\(([^)#]+\.py)\) `(\w+)`")
 
