@@ -24,6 +24,7 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from samebit.recipes.config import GrpoRun
+from samebit.recipes.launch.processes import processes_here
 from samebit.recipes.launch.ray_package import RayError, in_our_words
 from samebit.recipes.run.signals import handlers_given_back
 from samebit.rollout.device import resolve_device
@@ -110,7 +111,8 @@ class RayCluster:
                 own = _own_cluster(replicas, run.cpu_threads, self._on_gpu)
                 options = {"address": "local"} | own
             # Ray takes SIGTERM for itself when it begins.
-            with handlers_given_back(), _hidden_gpu(self._on_gpu and not address):
+            hidden = processes_here(run) if self._on_gpu and not address else 0
+            with handlers_given_back(), _hidden_gpus(hidden):
                 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
                 ray.init(logging_level=logging.WARNING, log_to_driver=True, **options)
         try:
@@ -219,20 +221,21 @@ def _require_reachable(address: str) -> None:
 
 
 @contextmanager
-def _hidden_gpu(has_gpu: bool) -> Iterator[None]:
-    """Within it the trainer's GPU, the first, is none of those that Ray may give to engines."""
+def _hidden_gpus(trainers: int) -> Iterator[None]:
+    """Within it the trainer's GPUs, the first ones, are none of those that Ray may give to
+    engines. 0: nothing changes."""
     name = "CUDA_VISIBLE_DEVICES"
     had = os.environ.get(name)
-    if has_gpu:
+    if trainers:
         count = torch.cuda.device_count()
         seen = had.split(",") if had else list(map(str, range(count)))
-        os.environ[name] = ",".join(seen[1:count])
+        os.environ[name] = ",".join(seen[trainers:count])
     try:
         yield
     finally:
-        if has_gpu and had is None:
+        if trainers and had is None:
             del os.environ[name]
-        elif has_gpu and had is not None:
+        elif trainers and had is not None:
             os.environ[name] = had
 
 

@@ -184,9 +184,9 @@ WRONG = {
         "= 8193 exceed trainer.micro_batch_tokens = 8192",
     ),
     "temperature zero": (["rollout.temperature=0"], "rollout.temperature is 0.0; it must be posit"),
-    "several processes, engine apart": (
+    "tensor parallel, engine apart": (
         ["trainer.parallel.tensor=2", "placement=process"],
-        "placement.engine is 'process'; it must be colocated with 2 processes of the trainer",
+        "placement.engine is 'process'; it must be colocated with trainer.parallel.tensor=2: an",
     ),
     "several processes, by files": (
         ["trainer.parallel.data=2", "placement.transport=file"],
