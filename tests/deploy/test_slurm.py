@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from helpers import run_python
+import pytest
 
 from samebit.recipes.cli.compose import resolve
 
@@ -36,6 +36,9 @@ for task in 0 1; do
     tasks[task]=$!
 done
 for task in 0 1; do wait "${tasks[task]}" || exit; done
+"""
+TOLD = """#!/bin/bash
+echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR ${#SAMEBIT_SECRET} $# $*"
 """
 SAMEBIT = """#!{python}
 import os, sys
@@ -77,23 +80,38 @@ def test_the_example_is_as_large_as_the_job():
     assert found["gpus-per-node"] == found["ntasks-per-node"]
 
 
-def test_its_processes_meet(tmp_path):
-    """Two, on two nodes as far as they are told: with their ranks, one secret, and the words."""
+def said_by(folder, samebit):
+    """What the script's two processes say, with a program in place of samebit; in order."""
     python = f"{sys.executable} -P"
-    for name, text in (("scontrol", SCONTROL), ("srun", SRUN), ("samebit", SAMEBIT)):
-        (tmp_path / name).write_text(text.replace("{python}", python))
-        (tmp_path / name).chmod(0o755)
+    for name, text in (("scontrol", SCONTROL), ("srun", SRUN), ("samebit", samebit)):
+        (folder / name).write_text(text.replace("{python}", python))
+        (folder / name).chmod(0o755)
     slurm = {
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_NTASKS": "2",
         "SLURM_NTASKS_PER_NODE": "1",
         "SLURM_CPUS_PER_TASK": "1",
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
         "GLOO_SOCKET_IFNAME": "lo",
         "SAMEBIT_SECRET": "",
     }
-    code = "import subprocess, sys; sys.exit(subprocess.run(['bash', *sys.argv[1:]]).returncode)"
-    said = run_python(code, SCRIPT, "grpo", "run_name=a b", **slurm)
+    command = ["bash", SCRIPT, "grpo", "run_name=a b"]
+    run = subprocess.run(command, env=os.environ | slurm, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return sorted(run.stdout.splitlines())
+
+
+def test_what_its_processes_are_told(tmp_path):
+    """Two, on two nodes: their places, a secret of 64 characters, and the words."""
+    words = "3 grpo run_name=a b resume=true"
+    expected = [f"{rank} 0 2 1 127.0.0.1 64 {words}" for rank in (0, 1)]
+    assert said_by(tmp_path, TOLD) == expected
+
+
+@pytest.mark.long
+def test_its_processes_meet(tmp_path):
+    """By the one secret that both are told."""
     words = ["grpo", "run_name=a b", "resume=true"]
-    assert said == f"{[['0', '0', *words], ['1', '0', *words]]}\n"
+    assert said_by(tmp_path, SAMEBIT) == [f"{[['0', '0', *words], ['1', '0', *words]]}"]
