@@ -289,8 +289,7 @@ class GrpoRun(RunSection):
         meaning = "0 with a critic or draft.train=online, which sum by the copies of the model"
         fits = not segments or (alone and not self.draft.is_online)
         require(fits, "numerics.grad_segments", segments, meaning)
-        self.placement.check(self.trainer.parallel)
-        _check_staleness(self.rollout.max_staleness, self.placement)
+        self._check_placement()
         fits = self.engine.releasable is not False or not self.placement.release_memory
         require(fits, "engine.releasable", False, "left alone with placement.release_memory=true")
         self.draft.check(self.ttt, self.engine, self.trainer.parallel, self.num_draft_updates)
@@ -333,6 +332,15 @@ class GrpoRun(RunSection):
                 f"trainer.micro_batch_tokens = {self.trainer.micro_batch_tokens}: the longest "
                 "sample would not fit a micro-batch"
             )
+
+    def _check_placement(self) -> None:
+        """ValueError for a placement that does not go with the trainer and what is asked of it."""
+        self.placement.check(self.trainer.parallel)
+        _check_staleness(self.rollout.max_staleness, self.placement)
+        count = self.num_processes
+        fits = self.placement.engine == "colocated" or count == 1 or not self.draft.is_online
+        meaning = f"left alone with {count} processes of the trainer beside engines apart"
+        require(fits, "draft.train", self.draft.train, meaning)
 
 
 SECTIONS: dict[str, type[Any]] = {"critic": CriticConfig, "distillation": DistillationSection}

@@ -93,16 +93,19 @@ class PlacementSection:
 
     def check(self, parallel: ParallelConfig) -> None:
         """Raise ValueError where it does not fit the trainer's layout."""
-        count = parallel.num_processes
-        layout = f"{count} processes of the trainer, in {parallel.pipeline} stages"
-        fits = count == 1 or self.engine == "colocated"
-        require(fits, "placement.engine", self.engine, f"colocated with {layout}")
+        count, apart = parallel.num_processes, self.engine == "process"
+        meaning = f"colocated with trainer.parallel.tensor={parallel.tensor}: an engine apart has "
+        meaning += "the whole model in one process"
+        fits = parallel.tensor == 1 or not apart
+        require(fits, "placement.engine", self.engine, meaning)
         trainer = "stages" if parallel.pipeline > 1 else "copies" if count > 1 else "one"
         fitting = sorted(
             name
             for name, entry in TRANSPORTS.items()
             if trainer in entry.trainers and self.engine in entry.engines
         )
+        layout = f"{count} processes of the trainer, in {parallel.pipeline} stages"
         meaning = f"{' or '.join(fitting)} with placement={self.engine} and {layout}"
-        fits = self.transport in fitting or ":" in self.transport
+        is_own = ":" in self.transport and not (apart and count > 1)
+        fits = self.transport in fitting or is_own
         require(fits, "placement.transport", self.transport, meaning)

@@ -10,7 +10,7 @@ RESULTS = ROOT / "docs" / "results"
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 LINK = re.compile(r"\[[^]]*\]\(([^)#\s]*)(#[^)\s]*)?\)")
-FOLDERS = "kernels|rollout|weight_sync|trainer|recipes|configs|tests|docs"
+FOLDERS = "kernels|rollout|weight_sync|trainer|recipes|configs|deploy|tests|docs"
 PATH = re.compile(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./-]*[\w/]")
 NAME_IN_FILE = re.compile(r"`(\w+)` in \[[^]]*\]\(([^)#]+)\)|\]\(([^)#]+\.py)\) `(\w+)`")
 
@@ -134,7 +134,7 @@ def test_constants_are_those_of_the_code():
 
 
 def test_commands_are_those_that_there_are():
-    from samebit.recipes.cli.main import COMMANDS
+    from samebit.recipes.cli.commands import COMMANDS
 
     named = set(re.findall(r"^samebit ((?:bench )?[\w-]+)", (ROOT / "README.md").read_text(), re.M))
     named |= set(re.findall(r"; samebit ([\w-]+)", (ROOT / "README.md").read_text()))

@@ -32,7 +32,7 @@ MAY_IMPORT = {
 # Where a third-party package may be imported: folders end in "/". Tests may import anything.
 ONLY_IN = {
     "megatron": ("trainer/megatron/",),
-    "ray": ("recipes/launch/ray_cluster.py",),
+    "ray": ("recipes/launch/ray_cluster.py", "recipes/launch/ray_jobs.py"),
     "transformers": ("rollout/models/config.py", "recipes/"),
 }
 

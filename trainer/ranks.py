@@ -2,15 +2,28 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
 
 import torch.distributed as dist
 
-from samebit.weight_sync.objects import gather_objects
+from samebit.weight_sync.objects import gather_by, gather_objects
 
 
 def place() -> tuple[int, int]:
     """(rank, size) of this process among those that train together."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def begin_of_thread(timeout: timedelta) -> Callable[[], None]:
+    """Return what a thread has to call first, whose like every process starts, to tell the others
+    what this module tells them while the main threads do, too.
+
+    All processes call this alike. timeout: how long one waits for the others there.
+    """
+    if place()[1] == 1:
+        return lambda: None
+    return partial(gather_by, dist.new_group(timeout=timeout, backend="gloo"))
 
 
 def is_first() -> bool:

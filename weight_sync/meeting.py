@@ -43,6 +43,14 @@ def is_loopback(address: str) -> bool:
         return address == "localhost"
 
 
+def is_on_one_machine() -> bool:
+    """Whether all processes that the environment names run on this machine, as far as it says."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if (here := os.environ.get("LOCAL_WORLD_SIZE")) is not None:
+        return here == size
+    return size == "1" or is_loopback(os.environ.get("MASTER_ADDR", ""))
+
+
 def check_place(address: str, port: int, rank: int, world_size: int, timeout_s: float) -> None:
     """ValueError unless a rank of world_size may meet the others there, within timeout_s."""
     if not isinstance(address, str) or not address or "/" in address:

@@ -6,6 +6,7 @@ raises ValueError. All machines have one byte order.
 """
 
 import struct
+import threading
 from array import array
 from typing import Any
 
@@ -22,6 +23,7 @@ _DTYPES = {
 }
 _NUMBERS = "bBhHiIlLqQfd"
 _PACKED = {int: "q", float: "d"}  # how a list or tuple whose items are all of this type is stored
+_OF_THREAD = threading.local()
 _HEADER = struct.Struct("<cq")  # of every value: what it is, and how many bytes follow
 
 
@@ -66,11 +68,19 @@ def decode(data: bytes) -> Any:
     return value
 
 
+def gather_by(group: dist.ProcessGroup) -> None:
+    """Have this thread's `gather_objects` go by this group of all processes, so that it may gather
+    while other threads do. Such threads of all processes gather alike."""
+    _OF_THREAD.group = group
+
+
 def gather_objects[T](value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Every process's plain value, in rank order (of all processes, or of a group).
 
-    Without torch.distributed there is one value. Raises TypeError for one that is not plain.
+    A thread that has called `gather_by` has a group of its own for all processes. Without
+    torch.distributed there is one value. Raises TypeError for one that is not plain.
     """
+    group = getattr(_OF_THREAD, "group", None) if group is None else group
     size = dist.get_world_size(group) if dist.is_initialized() else 1
     if size == 1:
         return [value]

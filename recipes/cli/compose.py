@@ -37,6 +37,7 @@ from samebit.recipes.demo_config import DemoRun
 from samebit.recipes.eagle3_config import Eagle3Run
 from samebit.recipes.plan_config import PlanRun
 from samebit.recipes.run.secrets import build
+from samebit.recipes.submit_config import SubmitRun
 from samebit.recipes.tools_config import (
     DiffRun,
     ExportRun,
@@ -67,6 +68,7 @@ SCHEMAS: dict[str, type[Any]] = {
     "diff": DiffRun,
     "report": ReportRun,
     "watch": WatchRun,
+    "submit": SubmitRun,
     "export": ExportRun,
     "fetch-smollm2": FetchRun,
 }

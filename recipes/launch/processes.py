@@ -59,6 +59,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def processes_here(run: Any) -> int:
+    """Return how many of the run's processes are on this machine, as far as a launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", num_processes(run)))
+
+
 def is_one_of_several() -> bool:
     """Say whether other processes run beside this one."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -24,6 +24,8 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from samebit.recipes.config import GrpoRun
+from samebit.recipes.launch.processes import processes_here
+from samebit.recipes.launch.ray_package import RayError, in_our_words
 from samebit.recipes.run.signals import handlers_given_back
 from samebit.rollout.device import resolve_device
 from samebit.rollout.engine_process import serve
@@ -42,10 +44,6 @@ _KEPT_BEGINNINGS = ("TRITON_", "TORCH_", "NCCL_", "GLOO_", "HF_")
 _SETTINGS = b"\4"  # the type of the first frame of HTTP/2, from either end
 _HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _SETTINGS + bytes(5)
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-
-
-class RayError(RuntimeError):
-    """Ray cannot be reached, or cannot do what the run asks of it."""
 
 
 class _Replica:
@@ -105,7 +103,7 @@ class RayCluster:
         needs = {"GPU": 1.0} if self._on_gpu else {"CPU": float(run.cpu_threads)}
         address, replicas = run.placement.ray_address, run.placement.replicas
         self._name = f"the Ray cluster at {address}" if address else "a Ray cluster on this machine"
-        with _in_our_words(f"{self._name} cannot be reached"):
+        with in_our_words(f"{self._name} cannot be reached"):
             if address:
                 _require_reachable(address)
                 options: dict[str, Any] = {"address": address}
@@ -113,11 +111,12 @@ class RayCluster:
                 own = _own_cluster(replicas, run.cpu_threads, self._on_gpu)
                 options = {"address": "local"} | own
             # Ray takes SIGTERM for itself when it begins.
-            with handlers_given_back(), _hidden_gpu(self._on_gpu and not address):
+            hidden = processes_here(run) if self._on_gpu and not address else 0
+            with handlers_given_back(), _hidden_gpus(hidden):
                 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
                 ray.init(logging_level=logging.WARNING, log_to_driver=True, **options)
         try:
-            with _in_our_words(f"{self._name} gave no places"):
+            with in_our_words(f"{self._name} gave no places"):
                 self._node = ray.get_runtime_context().get_node_id()
                 self._address = ray.util.get_node_ip_address()
                 if address:
@@ -154,7 +153,7 @@ class RayCluster:
     def _launch(
         self, place: int, model_path: str, threads: int, settings: dict[str, Any]
     ) -> Launched:
-        with _in_our_words(f"replica {place} could not be started on {self._name}"):
+        with in_our_words(f"replica {place} could not be started on {self._name}"):
             where = PlacementGroupSchedulingStrategy(self._group, place)
             kind: Any = ray.remote(_Replica)
             actor = kind.options(
@@ -222,20 +221,21 @@ def _require_reachable(address: str) -> None:
 
 
 @contextmanager
-def _hidden_gpu(has_gpu: bool) -> Iterator[None]:
-    """Within it the trainer's GPU, the first, is none of those that Ray may give to engines."""
+def _hidden_gpus(trainers: int) -> Iterator[None]:
+    """Within it the trainer's GPUs, the first ones, are none of those that Ray may give to
+    engines. 0: nothing changes."""
     name = "CUDA_VISIBLE_DEVICES"
     had = os.environ.get(name)
-    if has_gpu:
+    if trainers:
         count = torch.cuda.device_count()
         seen = had.split(",") if had else list(map(str, range(count)))
-        os.environ[name] = ",".join(seen[1:count])
+        os.environ[name] = ",".join(seen[trainers:count])
     try:
         yield
     finally:
-        if has_gpu and had is None:
+        if trainers and had is None:
             del os.environ[name]
-        elif has_gpu and had is not None:
+        elif trainers and had is not None:
             os.environ[name] = had
 
 
@@ -245,18 +245,6 @@ def _use_interface_of(address: str) -> None:
         if any(each.address == address for each in found):
             for name in _INTERFACES:
                 os.environ.setdefault(name, interface)
-
-
-@contextmanager
-def _in_our_words(what: str) -> Iterator[None]:
-    """Say what Ray could not do; its own errors are long, and of many types."""
-    try:
-        yield
-    except RayError:
-        raise
-    except Exception as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise RayError(f"{what}: {said[0]}") from error
 
 
 def _has_ended(served: Any, timeout: float | None) -> bool:

@@ -113,9 +113,9 @@ class ReplicatedEngine(RequestClient):
                 self._engine.follow()
                 drawn = []
         found: list[Response | None] = [None] * len(items)
-        parts = gather_objects([_to_plain(response) for response in drawn])
+        parts = gather_objects([completion_to_plain(response) for response in drawn])
         for copy, part in enumerate(parts[:: self._tensor_size]):
-            found[copy :: self._num_copies] = [_completion(c, Response) for c in part]
+            found[copy :: self._num_copies] = [completion_of_plain(c, Response) for c in part]
         return [response for response in found if response is not None]
 
     def close(self) -> None:
@@ -136,17 +136,17 @@ class ReplicatedEngine(RequestClient):
         """
         own = requests[self._copy :: self._num_copies]
         drawn = self._engine.loop.run(own, progress) if own else []
-        plain = [[_to_plain(completion) for completion in group] for group in drawn]
+        plain = [[completion_to_plain(completion) for completion in group] for group in drawn]
         groups: list[list[Completion]] = [[] for _ in requests]
         for copy, part in enumerate(gather_objects(plain)[:: self._tensor_size]):
             groups[copy :: self._num_copies] = [
-                [_completion(c, Completion) for c in group] for group in part
+                [completion_of_plain(c, Completion) for c in group] for group in part
             ]
         return groups
 
 
-def _to_plain(c: Completion) -> dict[str, Any]:
-    """Its fields as plain values: log-probs are exact fp32 values."""
+def completion_to_plain(c: Completion) -> dict[str, Any]:
+    """Return its fields as plain values: log-probs are exact fp32 values."""
     return vars(c) | {
         "token_ids": array("i", c.token_ids),
         "logprobs": array("f", c.logprobs),
@@ -159,7 +159,8 @@ def _to_plain(c: Completion) -> dict[str, Any]:
     }
 
 
-def _completion[C: Completion](plain: dict[str, Any], kind: type[C]) -> C:
+def completion_of_plain[C: Completion](plain: dict[str, Any], kind: type[C]) -> C:
+    """Return what completion_to_plain was made of."""
     spans, top = plain["version_spans"], plain["top_tokens"]
     found = {
         "top_tokens": None if top is None else TopTokens(**top),

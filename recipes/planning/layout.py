@@ -50,11 +50,16 @@ class Layout:
         meaning = f"one of {tuple(TRANSPORTS)}: what another sends is not known here"
         require(entry is not None, "placement.transport", run.placement.transport, meaning)
         is_apart = run.placement.engine == "process" and entry is not None and entry.gpus == 2
+        known = is_apart or run.placement.engine == "colocated" or parallel.num_processes == 1
+        meaning = "nccl with several processes of the trainer beside engines apart: no result says "
+        meaning += "how fast another is"
+        require(known, "placement.transport", run.placement.transport, meaning)
         apart = run.placement.replicas * is_apart
         layout, per_node = cls(parallel, cluster, apart), cluster.gpus_per_node
-        meaning = f"at least {1 + apart} with placement.transport=nccl: one node has trainer and "
+        least = layout.num_gpus if apart else 1
+        meaning = f"at least {least} with placement.transport=nccl: one node has trainer and "
         meaning += "engines"
-        require(not apart or per_node > apart, "cluster.gpus_per_node", per_node, meaning)
+        require(per_node >= least, "cluster.gpus_per_node", per_node, meaning)
         needed, meaning = layout.num_gpus, f"such that cluster.nodes x {per_node} GPUs hold"
         meaning += f" {needed}: trainer.parallel is {parallel}"
         fits = needed <= cluster.num_gpus
@@ -101,8 +106,11 @@ class Layout:
     def to_plain(self) -> list[dict[str, Any]]:
         """What plan.json says of the ranks."""
         found = [vars(place) | {"trains": True} for place in self.places()]
+        if self.engines_apart:
+            for place in found:
+                del place["engine"]
         for engine in range(self.engines_apart):
-            node, gpu = divmod(1 + engine, self.cluster.gpus_per_node)
-            found[0].pop("engine", None)
+            first = self.parallel.num_processes
+            node, gpu = divmod(first + engine, self.cluster.gpus_per_node)
             found.append({"engine": engine, "node": node, "gpu": gpu, "trains": False})
         return found

@@ -34,7 +34,11 @@ def plan_sync(run: PlanRun, model: ModelConfig, layout: Layout, links: Links) ->
     """Return the update by the run's transport, then by others that its trainer could have."""
     p = layout.parallel
     kind = "stages" if p.pipeline > 1 else "copies" if p.num_processes > 1 else "one"
-    names = [name for name, entry in TRANSPORTS.items() if kind in entry.trainers]
+    names = [
+        name
+        for name, entry in TRANSPORTS.items()
+        if kind in entry.trainers and (kind == "one" or run.placement.engine in entry.engines)
+    ]
     names.sort(key=lambda name: name != run.placement.transport)
     plan = pipeline_plan(model, layout)
     held, moved = plan.bytes_to(0), Counter[int]()
@@ -73,7 +77,7 @@ def _seconds(name: str, held: int, layout: Layout, links: Links) -> float | None
     """Of the bytes' way, and of the digest that every update ends with.
 
     Stages broadcast one after another, so that the whole model goes over a link once. What goes to
-    engines apart leaves by the trainer's own link, for each of them.
+    engines apart leaves by the trainers' own links, for each of them.
     """
     gpu, p = layout.cluster.gpu, layout.parallel
     across = layout.spans_nodes(p.num_processes // p.pipeline, p.pipeline)
@@ -83,5 +87,5 @@ def _seconds(name: str, held: int, layout: Layout, links: Links) -> float | None
     digest_s = held / (gpu.hbm_bytes_s * links.digest)
     if name == "alias":
         return digest_s
-    held *= max(1, layout.engines_apart)
-    return held / rates[name] + digest_s if name in rates else None
+    sent = held * max(1, layout.engines_apart / p.num_processes)
+    return sent / rates[name] + digest_s if name in rates else None

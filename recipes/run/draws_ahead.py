@@ -17,6 +17,8 @@ from samebit.recipes.data.rewards import Poll
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.dynamic_sampling import StepRollout
 from samebit.recipes.run.signals import Stopped
+from samebit.trainer.megatron.setup import TIMEOUT
+from samebit.trainer.ranks import begin_of_thread
 from samebit.trainer.stats import Comparison
 from samebit.weight_sync.types import WeightVersion
 
@@ -68,7 +70,7 @@ class DrawsAhead:
     ) -> None:
         """num_steps: the run's; waiting: what a resumed run had drawn, by step from 1 on."""
         self._draw, self._settings, self._num_steps = draw, settings, num_steps
-        self._thread = ThreadPoolExecutor(1, "samebit rollout")
+        self._thread = ThreadPoolExecutor(1, "samebit rollout", begin_of_thread(TIMEOUT))
         self._ended = threading.Event()
         self._steps: dict[int, Future[DrawnStep]] = {}
         self._busy: list[list[float]] = []  # from when to when each draw took

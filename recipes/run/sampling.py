@@ -15,6 +15,7 @@ from samebit.recipes.data.reward_sum import RewardSum
 from samebit.recipes.data.rewards import Poll, RewardError, score
 from samebit.recipes.data.samples import drawn_sample
 from samebit.recipes.data.tasks.base import Problem
+from samebit.recipes.launch.led_engine import LedEngine
 from samebit.recipes.launch.replicas import ReplicatedEngine
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.generation import GenerateFunction
@@ -203,7 +204,7 @@ class RolloutSource(PromptOrder):
         def work(client: EngineClient, own: Sequence[GenerateRequest]) -> list[Response]:
             return generate.draw(client, own, params, progress)
 
-        if isinstance(self._engine, ReplicatedEngine):
+        if isinstance(self._engine, ReplicatedEngine | LedEngine):
             found = self._engine.shared(requests, work, GenerateError)
         else:
             found = work(self._engine, requests)

@@ -15,6 +15,7 @@ from samebit.recipes.run.waiting_rollouts import of_state, to_state
 from samebit.trainer.checkpoint import Checkpoint
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.stats import Comparison
+from samebit.weight_sync.objects import gather_objects
 
 STATE = "waiting_rollouts"
 
@@ -82,7 +83,9 @@ class StaleRollouts:
         found = Comparison()
         for batch, logprobs in zip(batches, self._served.logprobs(batches), strict=True):
             found += Comparison.of(batch, logprobs)
-        return found
+        ranks = self._trainer.data_ranks  # each has its own samples
+        parts = [vars(found)] if ranks.size == 1 else gather_objects(vars(found), ranks.group)
+        return sum((Comparison(**part) for part in parts), Comparison())
 
     @property
     def comparison(self) -> Comparison | None:

@@ -130,19 +130,20 @@ def kill_when(child):
     return run
 
 
-@pytest.fixture
-def run_ranks(forkserver, tmp_path):
+@pytest.fixture(scope="session")
+def run_ranks(forkserver, tmp_path_factory):
     """run_ranks(arguments, size): what two ranks, or more, of `samebit grpo` end with and say,
-    without launcher and imports."""
+    without launcher and imports. target: module and function in place of run_cli_as_rank."""
 
-    def run(arguments, size=2):
+    def run(arguments, size=2, target=("run_children", "run_cli_as_rank")):
         store = host_store(loopback_listener())  # which lives as long as they
         place = str(size), store.port, secrets.token_hex(32)
-        logs = [tmp_path / f"rank_{rank}.log" for rank in range(size)]
+        folder = tmp_path_factory.mktemp("ranks")
+        logs = [folder / f"rank_{rank}.log" for rank in range(size)]
         ranks = [
             forkserver.Process(
                 target=run_logged,
-                args=(log, "run_children", "run_cli_as_rank", rank, *place, "grpo", *arguments),
+                args=(log, *target, rank, *place, "grpo", *arguments),
             )
             for rank, log in enumerate(logs)
         ]

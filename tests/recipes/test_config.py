@@ -7,8 +7,9 @@ import pytest
 from helpers import run_python
 from omegaconf import OmegaConf
 
+from samebit.recipes.cli.commands import COMMANDS
 from samebit.recipes.cli.compose import CONFIG_DIR, SCHEMAS, compose, groups_of, resolve
-from samebit.recipes.cli.main import COMMANDS, main
+from samebit.recipes.cli.main import main
 from samebit.recipes.config import ConfigError, GrpoRun, SftRun
 from samebit.recipes.demo_config import DemoRun
 from samebit.recipes.run.binding import bound_keys
@@ -183,9 +184,9 @@ WRONG = {
         "= 8193 exceed trainer.micro_batch_tokens = 8192",
     ),
     "temperature zero": (["rollout.temperature=0"], "rollout.temperature is 0.0; it must be posit"),
-    "several processes, engine apart": (
+    "tensor parallel, engine apart": (
         ["trainer.parallel.tensor=2", "placement=process"],
-        "placement.engine is 'process'; it must be colocated with 2 processes of the trainer",
+        "placement.engine is 'process'; it must be colocated with trainer.parallel.tensor=2: an",
     ),
     "several processes, by files": (
         ["trainer.parallel.data=2", "placement.transport=file"],
@@ -345,7 +346,7 @@ def test_help_lists_groups_keys_and_defaults(capsys, command):
     text = capsys.readouterr().out
     assert f"samebit {command}: {COMMANDS[command]}" in text
     assert ("placement: colocated, process" in text) == (command in ("grpo", "plan"))
-    elsewhere = ("diff", "export", "fetch-smollm2", "report", "watch")
+    elsewhere = ("diff", "export", "fetch-smollm2", "report", "submit", "watch")
     assert ("output_dir: outputs" in text) == (command not in elsewhere)
     keys = text.split("(??? must be given):")[1]
     assert OmegaConf.create(keys) == compose(command, [])

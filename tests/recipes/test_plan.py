@@ -104,6 +104,25 @@ def test_ranks_are_on_their_gpus(tiny):
     assert (found["runtime"], found["weights"]) == (4 * GIB, 4 * ELEMENTS)
 
 
+def test_engines_apart_are_behind_all_trainers(tiny):
+    """Two train and three draw: what each engine gets comes from both."""
+    own = ["placement=process", "placement.transport=nccl"]
+    words = [*own, "trainer.parallel.data=2", "placement.replicas=3"]
+    found, alone = plan_of(tiny, *words), plan_of(tiny, *own)
+    assert [found[key] for key in ("gpus", "engines")] == [5, 3]
+    places = [(p["gpu"], p["trains"], p.get("engine")) for p in found["placement"]]
+    engines = [(2 + i, False, i) for i in range(3)]
+    assert places == [(0, True, None), (1, True, None), *engines]
+    sync, of_one = found["sync"][0], alone["sync"][0]
+    assert sync["held_bytes"] == of_one["held_bytes"]
+    assert sync["all_bytes"] == 3 * of_one["all_bytes"]
+    assert of_one["seconds"] < sync["seconds"] < 2 * of_one["seconds"]
+    with pytest.raises(ValueError, match="gpus_per_node is 4; it must be at least 5 with"):
+        plan_of(tiny, *words, "cluster.gpus_per_node=4", "cluster.nodes=2")
+    with pytest.raises(ValueError, match="placement.transport is 'gloo'; it must be nccl with"):
+        plan_of(tiny, *words, "placement.transport=gloo")
+
+
 def test_ranks_are_in_megatrons_order(tiny):
     """The groups that Megatron makes are ranks of which one number alone differs."""
     words = [f"trainer.parallel.{name}=2" for name in ("tensor", "pipeline", "context", "data")]

@@ -93,7 +93,10 @@ def test_a_failed_run_leaves_no_ray(runs, base, monkeypatch):
         ([*REPLICAS, "placement.ray_address=auto"], "unset without placement.launcher=ray"),
         ([*RAY, "placement.ray_address=ray://head:10001"], "auto, or host:port"),
         ([*RAY, "placement.ray_address=head"], "'head'; it must be auto, or host:port"),
-        ([*RAY, "trainer.parallel.data=2"], "colocated with 2 processes of the trainer"),
+        (
+            [*RAY, "trainer.parallel.tensor=2"],
+            "colocated with trainer.parallel.tensor=2: an engine",
+        ),
         ([*RAY, "placement.transport=nccl"], "nccl needs CUDA devices: 3, there are 0"),
     ],
 )

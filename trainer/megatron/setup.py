@@ -16,7 +16,7 @@ from samebit.trainer.megatron import cpu
 from samebit.trainer.megatron.parallel import ranks_of
 from samebit.weight_sync.meeting import (
     check_secret,
-    is_loopback,
+    is_on_one_machine,
     own_secret,
     prove_secret,
     stay_on_loopback,
@@ -119,14 +119,6 @@ def be_deterministic() -> None:
     workspace, by whose size it picks the products of gradients."""
     for name, value in DETERMINISTIC.items():
         os.environ.setdefault(name, value)
-
-
-def is_on_one_machine() -> bool:
-    """Whether all processes that the environment names run on this machine, as far as it says."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if (here := os.environ.get("LOCAL_WORLD_SIZE")) is not None:
-        return here == size
-    return size == "1" or is_loopback(os.environ.get("MASTER_ADDR", ""))
 
 
 def _all_gather_plain(

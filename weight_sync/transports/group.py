@@ -10,6 +10,7 @@ that they know one secret (weight_sync.meeting), by default that of the environm
 
 import socket
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -70,7 +71,12 @@ class WeightGroup:
                 self._store = dist.TCPStore(address, port, world_size, rank == 0, self.timeout)
             except RuntimeError as error:
                 raise LostMemberError(f"no weight group at {address}:{port}: {error}") from error
-        prove_secret(self._store, rank, world_size, secret, self.timeout, watch)
+        try:
+            prove_secret(self._store, rank, world_size, secret, self.timeout, watch)
+        except BaseException as error:
+            self._store = None
+            traceback.clear_frames(error.__traceback__)  # they hold it, for which others would wait
+            raise
         self._address = address if self.is_local else own_address(address, port)
         self._looked = 0.0
         self._pg = self.gloo("messages")

@@ -14,13 +14,14 @@ class Entry:
     trainers: tuple[str, ...]
     """one: a single process; copies: several, of which none is a stage of a pipeline; stages."""
     gpus: int = 0
-    """How many it is between, with one engine; 0: it needs none."""
+    """How many it is between, with one trainer and one engine; 0: it needs none."""
     settings: tuple[str, ...] = ()
     """Keys of the placement that `between` takes by name."""
     replicas: bool = False
     """Whether it updates several engines at once."""
 
 
+TRAINERS = ("one", "copies", "stages")
 _REMOTE = ("delta", "timeout_s")
 
 
@@ -32,12 +33,12 @@ TRANSPORTS = {
         "samebit.weight_sync.transports.stages:StageTransport", ("colocated",), ("stages",)
     ),
     "gloo": Entry(
-        *("samebit.weight_sync.transports.remote:GlooTransport", ("process",), ("one",)),
+        *("samebit.weight_sync.transports.remote:GlooTransport", ("process",), TRAINERS),
         settings=_REMOTE,
         replicas=True,
     ),
     "nccl": Entry(
-        *("samebit.weight_sync.transports.remote:NcclTransport", ("process",), ("one",), 2),
+        *("samebit.weight_sync.transports.remote:NcclTransport", ("process",), TRAINERS, 2),
         settings=_REMOTE,
         replicas=True,
     ),

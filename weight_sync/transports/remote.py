@@ -1,13 +1,14 @@
-"""gloo, nccl, ipc: from a trainer's process to engines in other processes, shard to shard.
+"""gloo, nccl, ipc: from a trainer's processes to engines in other processes, shard to shard.
 
 gloo goes over sockets and the host's memory; nccl from GPU to GPU; ipc through buckets of a GPU
 that both processes use. The engines are called to take part while this process sends.
 """
 
 import secrets
+import socket
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -19,6 +20,7 @@ from samebit.weight_sync.transports.base import Transport, WeightSource
 from samebit.weight_sync.transports.data_planes import make_data_plane
 from samebit.weight_sync.transports.group import WeightGroup
 from samebit.weight_sync.transports.shards import BUCKET_BYTES, Held, ShardSender, beside
+from samebit.weight_sync.transports.trainer_ranks import ALONE, TrainerRanks
 from samebit.weight_sync.types import LostMemberError, WeightSyncError, WeightVersion
 
 _LAST_WORDS_S = 60
@@ -42,18 +44,20 @@ class RemoteTransport(Transport):
         timeout_s: float = 600.0,
         bucket_bytes: int | None = None,
         delta: bool = False,
+        trainers: TrainerRanks = ALONE,
     ) -> None:
         """Meet an engine that has join_weight_transport and receive_weight_update, or replicas that
-        have.
+        have. Of several trainers the first has the engine, the others None; all call alike.
 
         timeout_s: how long each waits for the other. delta: send only what has changed since the
         last update where the engine holds that (see ShardSender). Raises what either end does.
         """
-        self._source, self._engine = source, engine
+        self._source, self._engine, self._trainers = source, engine, trainers
+        self._address = trainers.address()
         self._timeout_s, self._bucket_bytes = timeout_s, bucket_bytes or self.bucket_bytes
         self._last_words_s = min(timeout_s, _LAST_WORDS_S)
         self._delta = delta
-        self._members = _members(engine)
+        self._members: tuple[Any, ...] = ()
         self._receiving: list[Future[Any]] = []
         self._sender: ShardSender | None = self._meet()
 
@@ -66,7 +70,7 @@ class RemoteTransport(Transport):
         delta: bool = False,
         timeout_s: float = 600.0,
     ) -> Self:
-        return cls(source, engine, timeout_s, delta=delta)
+        return cls(source, engine, timeout_s, delta=delta, trainers=TrainerRanks.of_world())
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -81,23 +85,27 @@ class RemoteTransport(Transport):
     def update(self, params: Mapping[str, Tensor], digest: str) -> WeightVersion:
         """See Transport.update. Where a replica dies in it, it is made again with its successor."""
         while True:
+            version, own = WeightVersion(self._leased, digest), None
             try:
-                return super().update(params, digest)
-            except RuntimeError:
-                if _members(self._engine) == self._members:
-                    raise
+                version = super().update(params, digest)
+            except RuntimeError as error:
+                own = error
+            if (failure := self._trainers.failed(own)) is None:
+                return version
+            if not self._trainers.told(self._has_changed):
+                raise failure
 
     def begin(self, step: int) -> None:
         if self._sender is not None:
             self._sender.require_closed(step)
-            if _members(self._engine) != self._members:
-                self._drop()
-        if self._sender is None:
-            self._members = _members(self._engine)
-            self._sender = self._meet()
+        changed = self._trainers.told(self._has_changed)
+        sender = self._sender
+        if self._trainers.any(changed or sender is None) or sender is None:
+            self._drop()
+            self._sender = sender = self._meet()
         self._receiving = [beside(member.receive_weight_update) for member in self._members]
-        with self._exchanging(self._sender):
-            self._sender.begin(step)
+        with self._exchanging(sender):
+            sender.begin(step)
 
     def send(self, params: Mapping[str, Tensor]) -> None:
         with self._exchanging(sender := self._open()):
@@ -123,6 +131,10 @@ class RemoteTransport(Transport):
                 with suppress(RuntimeError, TimeoutError):  # dead or frozen: nothing is to be had
                     leaving.result(self._last_words_s)
 
+    def _has_changed(self) -> bool:
+        """Whether there are other engines than those that have met."""
+        return _members(self._engine) != self._members
+
     def _drop(self) -> None:
         if self._sender is not None:
             self._sender.close()
@@ -138,11 +150,11 @@ class RemoteTransport(Transport):
 
         Whichever fails first is the one to tell: the other would wait for it in vain.
         """
-        params = self._source.params
+        params, trainers = self._source.params, self._trainers
         data = make_data_plane(self.backend, next(iter(params.values())).device)
-        listener, secret = listener_at(_meeting_place(self._members)), secrets.token_hex(32)
-        address, port = listener.getsockname()[:2]
-        known, size = (self._timeout_s, secret), 1 + len(self._members)
+        listeners: list[socket.socket] = []
+        address, port, secret, size = trainers.told(partial(self._listen, listeners))
+        known = self._timeout_s, secret
 
         def require_coming() -> None:
             for each in joining:
@@ -150,8 +162,13 @@ class RemoteTransport(Transport):
                     each.result()
 
         def make_sender() -> ShardSender:
-            with listener:
-                group = WeightGroup(address, port, 0, size, *known, listener, require_coming)
+            with ExitStack() as stack:
+                listener = next(map(stack.enter_context, listeners), None)
+                place = address, port, trainers.rank, size
+                try:
+                    group = WeightGroup(*place, *known, listener, require_coming)
+                except ValueError as error:  # somebody has not come
+                    raise (error if trainers == ALONE else LostMemberError(str(error))) from error
                 sends = Held(self._source.specs, params)
                 more = self._bucket_bytes, self._require_receiving
                 return ShardSender(group, data, sends, *more, delta=self._delta)
@@ -160,7 +177,7 @@ class RemoteTransport(Transport):
             beside(
                 partial(member.join_weight_transport, address, port, i, size, self.backend, *known)
             )
-            for i, member in enumerate(self._members, start=1)
+            for i, member in enumerate(self._members, start=trainers.size)
         ]
         made = beside(make_sender)
         wait([*joining, made], return_when=FIRST_EXCEPTION)
@@ -168,6 +185,16 @@ class RemoteTransport(Transport):
             wait([made], self._last_words_s)  # its thread ends with it
             require_coming()
         return made.result()
+
+    def _listen(self, listeners: list[socket.socket]) -> tuple[str, int, str, int]:
+        """Where all ranks meet, by which secret, and how many they are: the first trainer's to say,
+        which listens there."""
+        self._members = _members(self._engine)
+        reached = [getattr(member, "address", LOOPBACK) for member in self._members]
+        there = [address for address in (self._address, *reached) if not is_loopback(address)]
+        listeners.append(listener_at(there[0] if there else LOOPBACK))
+        address, port = listeners[0].getsockname()[:2]
+        return address, port, secrets.token_hex(32), self._trainers.size + len(self._members)
 
     def _answer(self) -> None:
         """Raise what ended the engine's part of an update that has ended here."""
@@ -204,14 +231,8 @@ class RemoteTransport(Transport):
 
 
 def _members(engine: Any) -> tuple[Any, ...]:
-    """Those that take part in an update: an engine, or all of its replicas."""
-    return getattr(engine, "replicas", (engine,))
-
-
-def _meeting_place(members: tuple[Any, ...]) -> str:
-    """This machine's address for all of them: the loopback, unless one is on another machine."""
-    reached = [getattr(member, "address", LOOPBACK) for member in members]
-    return next((address for address in reached if not is_loopback(address)), LOOPBACK)
+    """Those that take part in an update: an engine, or all of its replicas. None has none."""
+    return () if engine is None else getattr(engine, "replicas", (engine,))
 
 
 class GlooTransport(RemoteTransport):

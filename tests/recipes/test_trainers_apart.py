@@ -1,0 +1,182 @@
+"""Trainers of several processes beside engines apart: to the bit what they are with their own."""
+
+import json
+import os
+import socket
+
+import psutil
+import pytest
+from run_children import engine_here, run_cli_as_rank
+from test_engine_replicas import dying
+
+from samebit.recipes.launch import placement
+from samebit.recipes.run.metrics import read_rows
+from samebit.trainer.megatron.trainer import MegatronTrainer
+from samebit.weight_sync.meeting import is_loopback
+from samebit.weight_sync.transports.group import WeightGroup
+from samebit.weight_sync.transports.trainer_ranks import TrainerRanks
+
+WORDS = ("trainer.parallel.data=2", "trainer.num_steps=3")
+APART = ("placement=process", "placement.replicas=2")
+SEGMENTS = ("numerics.grad_segments=2", "trainer.num_steps=3")
+"""With which one process comes to the weights of two."""
+STALE = ("rollout.max_staleness=1", "placement=process")
+
+
+def result_of(runs, name):
+    """Summary, metrics without times, samples."""
+    folder = runs.folder / name
+    summary = json.loads((folder / "summary.json").read_text())
+    return summary, runs.rows(name), read_rows(folder / "samples.jsonl")
+
+
+def run_and_let_die(rank, *arguments):
+    """As run_cli_as_rank; a replica dies while it draws, and one as weights are about to move."""
+    if rank == "0":
+        dying(pytest.MonkeyPatch(), [("_take", 4), ("send", 2)])
+    run_cli_as_rank(rank, *arguments)
+
+
+@pytest.fixture(scope="module")
+def beside(make_runs, run_ranks, tmp_path_factory):
+    """Two processes that train and draw in turns: their folder, and what they gave in `result`."""
+    runs = make_runs(tmp_path_factory.mktemp("beside"))
+    codes, said = run_ranks(runs.arguments("beside", *WORDS))
+    assert codes == [0, 0], said
+    runs.result = result_of(runs, "beside")
+    return runs
+
+
+@pytest.mark.parametrize(
+    "words",
+    [STALE, pytest.param(("placement=process",), marks=pytest.mark.long)],
+    ids=["ahead", "in turns"],
+)
+def test_two_train_beside_an_engine(runs, run_ranks, monkeypatch, words):
+    """Tokens, metrics and weights are those of one process that trains, also where later steps are
+    drawn meanwhile; all are compared."""
+    codes, said = run_ranks(runs.arguments("two", *SEGMENTS, *words, "trainer.parallel.data=2"))
+    assert codes == [0, 0], said
+    monkeypatch.setattr(placement, "RemoteEngine", engine_here)
+    assert result_of(runs, "two") == runs.train("one", *SEGMENTS, *words)
+    summary, *_ = result_of(runs, "two")
+    assert summary["logprob_mismatches"] == 0
+    assert summary["logprob_tokens_compared"] > 100
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("words", [(), ("rollout.max_staleness=1",)], ids=["in turns", "ahead"])
+def test_two_train_and_two_draw_some_of_which_die(runs, run_ranks, words):
+    target = "test_trainers_apart", "run_and_let_die"
+    own = *SEGMENTS, *APART, *words
+    arguments = runs.arguments("two", *own, "trainer.parallel.data=2")
+    codes, said = run_ranks(arguments, target=target)
+    assert codes == [0, 0], said
+    assert said.count("which was replica") == 2, said
+    assert result_of(runs, "two") == runs.train("one", *own)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "words",
+    [
+        (*APART, "placement.delta=true"),
+        (*APART, "placement.launcher=ray"),
+        (*APART, "rollout.generate=run_children:two_turns"),
+    ],
+    ids=["delta", "ray", "in turns"],
+)
+def test_engines_apart_change_no_bit(beside, run_ranks, words):
+    name, expected = words[-1].replace(":", "-"), beside.result
+    codes, said = run_ranks(beside.arguments(name, *WORDS, *words))
+    assert codes == [0, 0], said
+    if generate := [word for word in words if word.startswith("rollout.generate")]:
+        codes, said = run_ranks(beside.arguments("turns", *WORDS, *generate))
+        assert codes == [0, 0], said
+        expected = result_of(beside, "turns")
+    assert result_of(beside, name) == expected
+
+
+@pytest.mark.long
+def test_a_run_with_draws_ahead_goes_on(runs, run_ranks):
+    """To the bytes of the whole: what was drawn and not trained on is part of every checkpoint."""
+    words = *STALE, "trainer.parallel.data=2"
+    for name, more in (("whole", ()), ("cut", ()), ("cut", ("resume=true",))):
+        target = ("run_children", "run_cli_as_rank")
+        if name == "cut" and not more:
+            target = ("test_trainers_apart", "run_until_the_third_update")
+        codes, said = run_ranks(runs.arguments(name, *words, *more), target=target)
+        assert codes == ([9, 9] if target[1] != "run_cli_as_rank" else [0, 0]), said
+    assert result_of(runs, "cut") == result_of(runs, "whole")
+
+
+def run_until_the_third_update(rank, *arguments):
+    """As run_cli_as_rank; both die before they train a third time."""
+    inner, count = MegatronTrainer.train_step, []
+
+    def train_step(self, *args):
+        count.append(self.step)
+        if len(count) == 4:
+            os._exit(9)
+        return inner(self, *args)
+
+    MegatronTrainer.train_step = train_step
+    run_cli_as_rank(rank, *arguments)
+
+
+def run_as_on_two_machines(rank, *arguments):
+    """As run_cli_as_rank; in what the transport is told the other process is on another machine,
+    which reaches the first one at this machine's own address."""
+    inner, init = TrainerRanks.address, WeightGroup.__init__
+    found = [each for of_one in psutil.net_if_addrs().values() for each in of_one]
+    own = [x.address for x in found if x.family == socket.AF_INET and not is_loopback(x.address)]
+
+    def address(self):
+        os.environ |= {"MASTER_ADDR": own[0], "LOCAL_WORLD_SIZE": "1"}
+        return inner(self)
+
+    def met(self, *args, **more):
+        init(self, *args, **more)
+        print(f"rank {self.rank} of {self.world_size} is local: {self.is_local}")
+
+    TrainerRanks.address, WeightGroup.__init__ = address, met
+    run_cli_as_rank(rank, *arguments)
+
+
+@pytest.mark.long
+def test_trainers_of_several_machines_are_not_met_at_the_loopback(beside, run_ranks):
+    target = "test_trainers_apart", "run_as_on_two_machines"
+    codes, said = run_ranks(beside.arguments("far", *WORDS, *APART), target=target)
+    assert codes == [0, 0], said
+    assert all(f"rank {rank} of 4 is local: False" in said for rank in (0, 1))
+    assert result_of(beside, "far") == beside.result
+
+
+@pytest.mark.long
+def test_stages_of_a_pipeline_and_an_engine_apart(runs, run_ranks):
+    """Each sends its layers."""
+    words = "trainer.parallel.pipeline=2", "trainer.num_steps=3"
+    for name, more in (("beside", ("placement.transport=stages",)), ("apart", APART)):
+        codes, said = run_ranks(runs.arguments(name, *words, *more))
+        assert codes == [0, 0], said
+    assert result_of(runs, "apart") == result_of(runs, "beside")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("trainer.parallel.tensor=2", "with trainer.parallel.tensor=2: an engine apart has the"),
+        ("placement.transport=ipc placement.replicas=1", "gloo or nccl with placement=process and"),
+        ("placement.transport=a:B", "gloo or nccl with placement=process and 2 processes of the"),
+        (
+            "draft.train=online engine.speculative=hybrid",
+            "draft.train is 'online'; it must be left alone with 2 processes of the trainer",
+        ),
+        ("placement.transport=nccl", "nccl needs CUDA devices: 4, there are 0"),
+    ],
+)
+def test_refusals(runs, words, reason):
+    """`tensor` is in place of copies."""
+    layout = [] if "tensor" in words else ["trainer.parallel.data=2"]
+    with pytest.raises(ValueError, match=reason):
+        placement.require_transport(runs.resolve("refused", *APART, *layout, *words.split()))
