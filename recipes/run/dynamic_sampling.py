@@ -11,6 +11,7 @@ before any length penalty or KL.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from samebit.recipes.data.conversation import num_drawn
 from samebit.recipes.data.rewards import Poll
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.sampling import Rollout, RolloutSource
@@ -42,6 +43,11 @@ class StepRollout:
     def num_prompts(self) -> int:
         """The step has drawn so many prompts."""
         return len(self.drawn.problems)
+
+    @property
+    def num_tokens(self) -> int:
+        """So many tokens were drawn for it."""
+        return sum(num_drawn(c) for group in self.drawn.completions for c in group)
 
     def dropped(self) -> list[tuple[Completion, float]]:
         """Return the samples that are not trained on, with their rewards, in order."""

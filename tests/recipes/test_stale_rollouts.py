@@ -233,7 +233,7 @@ def test_killed_while_it_draws_ahead_and_resumed(
     [
         ("finish", 3, ONE, 1),
         pytest.param("take", 4, TWO, 3, marks=pytest.mark.long),
-        pytest.param("compare", 3, ONE, 2, marks=pytest.mark.long),
+        pytest.param("compare_drawn", 3, ONE, 2, marks=pytest.mark.long),
         pytest.param("finish", 2, SPLIT, 2, marks=pytest.mark.long),
         pytest.param("take", 1, TWO, 0, marks=pytest.mark.long),
     ],
