@@ -110,21 +110,21 @@ class RolloutSection:
         return self.max_prompt_len + self.max_new_tokens
 
     @property
-    def most_rounds(self) -> int:
-        """A sample is drawn in so many rounds at most, and a step draws so many."""
+    def most_stints(self) -> int:
+        """A sample is drawn in so many stints at most, and a step draws so many."""
         return -(-self.max_new_tokens // (self.partial_tokens or self.max_new_tokens))
 
     @property
     def most_prompts_per_step(self) -> int:
         """A step draws so many prompts at most."""
         refills = self.max_refills if self.dynamic_sampling else 0
-        return self.places_of(refills).stop * self.most_rounds
+        return self.places_of(refills).stop * self.most_stints
 
     def most_prompts(self, num_steps: int) -> int:
         """So many steps draw so many prompts at most."""
         if self.partial_tokens is None:
             return num_steps * self.most_prompts_per_step
-        return (num_steps + self.most_rounds - 1) * self.prompts_per_step
+        return (num_steps + self.most_stints - 1) * self.prompts_per_step
 
     def places_of(self, refill: int) -> range:
         """Return which prompts of a step a refill draws; 0: those that every step draws."""

@@ -84,7 +84,7 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     longest = run.rollout.longest
     most_samples = run.rollout.most_prompts_per_step * run.rollout.samples_per_prompt
     at_once = max(len(run.rollout.places_of(refill)) for refill in (0, 1))
-    at_once *= run.rollout.samples_per_prompt * run.rollout.most_rounds
+    at_once *= run.rollout.samples_per_prompt * run.rollout.most_stints
     draft = _draft_of(run, inputs)
     drafts = [] if draft is None else [draft.kv_layout] * run.trainer.parallel.tensor
     dtype = resolve_dtype(None, resolved)
@@ -133,10 +133,10 @@ def _staleness(run: GrpoRun, weights_mib: float) -> dict[str, int | float | str]
 
 
 def _partial(run: GrpoRun, at_once: int) -> dict[str, int]:
-    """How often a sample goes on, and how many may be unfinished, if they are drawn in rounds."""
+    """How often a sample goes on, and how many may be unfinished, if they are drawn in stints."""
     if run.rollout.partial_tokens is None:
         return {}
-    return {"rounds_of_a_sample": run.rollout.most_rounds, "most_samples_at_once": at_once}
+    return {"stints_of_a_sample": run.rollout.most_stints, "most_samples_at_once": at_once}
 
 
 def _draft_of(run: GrpoRun, inputs: GrpoInputs) -> DraftConfig | None:

@@ -1,8 +1,8 @@
 """A run's rollouts with rollout.partial_tokens: long samples are drawn over several steps.
 
-A step draws in rounds. A round begins the next prompts_per_step prompts of the training order, and
+A step draws in stints. A stint begins the next prompts_per_step prompts of the training order, and
 in it every sample that is unfinished, of them or of earlier ones, draws at most partial_tokens
-further tokens: after its prompt and what it has drawn, as a prompt of these tokens would. Rounds
+further tokens: after its prompt and what it has drawn, as a prompt of these tokens would. Stints
 end once the samples of prompts_per_step prompts are all finished; the first of these prompts are
 trained on, in their order, and the others go on in the next step, by its weights. So what is drawn
 when, and trained on when, is a function of seed, data and weights, never of time.
@@ -53,7 +53,7 @@ class PartialGroup:
 class PartialStep(StepRollout):
     """Holds what a step is trained on, scored, and counts what it has drawn, of the rest too."""
 
-    rounds: int
+    stints: int
     begun: int
     """Prompts that it has begun."""
     tokens: int
@@ -80,7 +80,7 @@ class PartialStep(StepRollout):
     def metrics(self) -> dict[str, float]:
         """Return what became of samples over steps, under rollout/."""
         return {
-            "rollout/rounds": self.rounds,
+            "rollout/stints": self.stints,
             "rollout/prompts_drawn": self.begun,
             "rollout/continued_tokens": self.continued,
             "rollout/pending_samples": self.pending,
@@ -116,13 +116,13 @@ class PartialRollouts(StepRollouts):
     def take(
         self, step: int, begin: int, stop: StopSignals, show: Callable[[str], object]
     ) -> StepRollout:
-        """Draw a step's rounds, and return what it is trained on, scored."""
+        """Draw a step's stints, and return what it is trained on, scored."""
         source, wanted = self._source, self._run.rollout.prompts_per_step
         before, guesses = self._left[step - 1], source.accept_lengths
-        groups, rounds, finished = before, 0, list[PartialGroup]()
-        while not rounds or len(finished) < wanted:
-            groups = self._round(groups, begin // wanted + rounds, stop.poll, show)
-            rounds += 1
+        groups, stints, finished = before, 0, list[PartialGroup]()
+        while not stints or len(finished) < wanted:
+            groups = self._stint(groups, begin // wanted + stints, stop.poll, show)
+            stints += 1
             finished = [g for g in groups if not any(map(self._is_pending, g.completions))]
         trained = finished[:wanted]
         places = {g.place for g in trained}
@@ -142,8 +142,8 @@ class PartialRollouts(StepRollouts):
             rollout,
             range(wanted),
             guesses=source.guesses_since(guesses),
-            rounds=rounds,
-            begun=rounds * wanted,
+            stints=stints,
+            begun=stints * wanted,
             tokens=drawn - known,
             continued=_num_tokens(g for g in groups if g.place in earlier) - known,
             pending=pending,
@@ -174,18 +174,18 @@ class PartialRollouts(StepRollouts):
         return {STATE: _to_state(self._left[trained])} if is_first() else {}
 
     def _is_pending(self, completion: Completion) -> bool:
-        """Whether nothing but the budget of its rounds has ended it so far."""
+        """Whether nothing but the budget of its stints has ended it so far."""
         most = self._run.rollout.max_new_tokens
         return completion.finish_reason == "length" and len(completion.token_ids) < most
 
-    def _round(
+    def _stint(
         self,
         groups: Sequence[PartialGroup],
         number: int,
         poll: Poll,
         show: Callable[[str], object],
     ) -> list[PartialGroup]:
-        """Draw a round, counted from 0: groups as far as they then are, the ones it begins last."""
+        """Draw a stint, counted from 0: groups as far as they then are, the ones it begins last."""
         settings = self._run.rollout
         new, most = self._source.training_prompts(number), settings.max_new_tokens
         budget = settings.partial_tokens or most
@@ -261,10 +261,10 @@ def _to_state(groups: Sequence[PartialGroup]) -> dict[str, Any]:
 
 
 def _of_state(
-    state: dict[str, Any], source: RolloutSource, prompts_per_round: int
+    state: dict[str, Any], source: RolloutSource, prompts_per_stint: int
 ) -> Iterator[PartialGroup]:
-    """The groups that `_to_state` was given: prompts and ids are those of their rounds."""
-    places = [(place, *divmod(place, prompts_per_round)) for place in state["places"]]
+    """The groups that `_to_state` was given: prompts and ids are those of their stints."""
+    places = [(place, *divmod(place, prompts_per_stint)) for place in state["places"]]
     asked = {number: source.training_prompts(number) for number in sorted({x[1] for x in places})}
     sample_ids = [asked[number].sample_ids[i] for _, number, i in places]
     rest = unpacked(state, [sample_id for ids in sample_ids for sample_id in ids])

@@ -1,7 +1,7 @@
 """Rollouts that wait to be trained on, or to be finished, as part of a checkpoint.
 
 Kept is what was drawn, and what it is worth if that is known; prompts and sample ids are functions
-of configuration and step, or round. Seconds and what guesses came to are not kept: equal runs have
+of configuration and step, or stint. Seconds and what guesses came to are not kept: equal runs have
 equal checkpoints.
 """
 

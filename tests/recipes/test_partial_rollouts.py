@@ -5,6 +5,7 @@ from collections import Counter
 from contextlib import closing
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ WORDS = (f"rollout.samples_per_prompt={SAMPLES}", f"rollout.max_new_tokens={MOST
 WORDS += ("trainer.num_steps=4", "trainer.background_checkpoints=false", "rollout.eval_every=4")
 WORDS += ("logger.save_rollouts=true", "reward.args.control=/no", "seed=27")
 PARTIAL = (*WORDS, "rollout.partial_tokens=2")
-NAMES = ("rounds", "prompts_drawn", "continued_tokens", "pending_samples", "waiting_samples")
+NAMES = ("stints", "prompts_drawn", "continued_tokens", "pending_samples", "waiting_samples")
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +91,7 @@ def added():
 
 
 def test_at_learning_rate_0_samples_are_those_drawn_in_one_go(whole):
-    """To the bit, whatever the rounds; and which are trained on when follows from their lengths."""
+    """To the bit, whatever the stints; and which are trained on when follows from their lengths."""
     still = "trainer.optimizer.lr=0"
     alone = [x for step in saved(whole((*WORDS, still, "trainer.num_steps=7"))[0]) for x in step]
     in_one_go = {sample.sample_id: sample for sample in alone}
@@ -102,17 +103,17 @@ def test_at_learning_rate_0_samples_are_those_drawn_in_one_go(whole):
         assert sample.prompt_ids.tolist() == in_one_go[sample.sample_id].prompt_ids.tolist()
     lens = [len(sample.token_ids) for sample in alone]
     needed = [-(-max(lens[i : i + SAMPLES]) // 2) for i in range(0, len(lens), SAMPLES)]
-    expected, rounds = schedule(needed, 4)
+    expected, stints = schedule(needed, 4)
     ids = [[s.sample_id for s in step] for step in steps]
     places = [[PROMPTS * (i >> 32) + (i >> 12 & 7) for i in step[::SAMPLES]] for step in ids]
     assert places == expected
-    assert [row["rollout/rounds"] for row in rows[1:]] == rounds
-    assert sum(rounds) > 4
+    assert [row["rollout/stints"] for row in rows[1:]] == stints
+    assert sum(stints) > 4
     assert sum(expected, []) != sorted(sum(expected, []))  # somebody waits for nobody
 
 
 def schedule(needed, steps):
-    """Of prompts that need so many rounds: which each step trains on, and its rounds."""
+    """Of prompts that need so many stints: which each step trains on, and its stints."""
     begun, trained, found = 0, set(), ([], [])
     for _ in range(steps):
         while True:
@@ -128,6 +129,17 @@ def schedule(needed, steps):
         found[1].append(begun - sum(found[1]))
         trained |= {*done[:PROMPTS]}
     return found
+
+
+def test_no_prompt_waits_for_long():
+    """Whatever its samples' lengths and those of others; and no step draws too much."""
+    most = 2
+    for needed in product(range(1, most + 1), repeat=3 * PROMPTS):
+        trained, stints = schedule([*needed, *[most] * 9], 4)
+        assert sum(stints) <= 4 + most - 1
+        begun = [step for step, count in enumerate(stints) for _ in range(PROMPTS * count)]
+        ages = [step - begun[place] for step, places in enumerate(trained) for place in places]
+        assert max(ages) <= most - 1
 
 
 def test_spans_and_log_probs_are_those_of_the_draws(whole, train, tmp_path, monkeypatch):

@@ -37,9 +37,9 @@ def test_parts_of_one_version_are_one_span():
 
 
 def test_how_much_may_be_drawn():
-    """Rounds of a step, and prompts of a run."""
+    """Stints of a step, and prompts of a run."""
     section = RolloutSection(prompts_per_step=5, max_new_tokens=10, partial_tokens=4)
-    assert (section.most_rounds, section.most_prompts_per_step) == (3, 15)
+    assert (section.most_stints, section.most_prompts_per_step) == (3, 15)
     assert section.most_prompts(4) == (4 + 2) * 5
     assert RolloutSection(prompts_per_step=5).most_prompts(4) == 20
 
@@ -71,7 +71,7 @@ def test_settings_that_cannot_be(words, message):
 
 
 def test_commands_that_train_no_policy_refuse_it():
-    """eagle3's target does not change; of a plan no result says how long its rounds take."""
+    """eagle3's target does not change; of a plan no result says how long its stints take."""
     meaning = "rollout.partial_tokens is 8; it must be None, its default: nothing reads it where"
     for command in ("eagle3", "plan"):
         with pytest.raises(ConfigError, match=meaning):
@@ -79,10 +79,10 @@ def test_commands_that_train_no_policy_refuse_it():
 
 
 def test_a_dry_run_says_how_much_is_drawn_at_once(runs):
-    """All samples that may be unfinished, and the rounds of one."""
+    """All samples that may be unfinished, and the stints of one."""
     words = ("rollout.partial_tokens=2", "engine.max_num_seqs=1000")
     figures, plain = (describe_grpo(runs.resolve("run", *x)) for x in (words, words[1:]))
-    assert figures["rounds_of_a_sample"] == 3
+    assert figures["stints_of_a_sample"] == 3
     assert figures["most_samples_at_once"] == 3 * plain["samples_per_step"]
     key = "kv_mib_if_all_run_at_once"
     assert figures[key] > plain[key] > 0
