@@ -7,6 +7,7 @@ equal checkpoints.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple
+from sys import intern
 from typing import Any
 
 import torch
@@ -70,16 +71,23 @@ def of_state(
 
 
 def packed(completions: Sequence[Completion]) -> dict[str, Any]:
-    """Return completions as tensors and plain values, all but their ids."""
+    """Return completions as tensors and plain values, all but their ids.
+
+    Equal texts are one object, as pickle writes another for it otherwise: engines of other
+    processes send each its own.
+    """
     responses = [c for c in completions if isinstance(c, Response)]
     lens = [len(c.token_ids) for c in completions]
     return {
         "lens": torch.tensor(lens, dtype=torch.int64),
         "token_ids": torch.tensor([x for c in completions for x in c.token_ids], dtype=torch.int32),
         "logprobs": torch.tensor([x for c in completions for x in c.logprobs], dtype=torch.float32),
-        "finish_reasons": [c.finish_reason for c in completions],
+        "finish_reasons": [intern(c.finish_reason) for c in completions],
         "version_spans": [
-            [(span.start, span.recomputed, *astuple(span.version)) for span in c.version_spans]
+            [
+                (span.start, span.recomputed, span.version.step, intern(span.version.digest))
+                for span in c.version_spans
+            ]
             for c in completions
         ],
         "loss_mask": torch.tensor([x for c in responses for x in c.loss_mask], dtype=torch.bool),

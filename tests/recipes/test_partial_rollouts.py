@@ -1,6 +1,7 @@
 """rollout.partial_tokens: what is drawn under which weights, and trained on when, is a function of
 seed, data and weights; a sample that goes on is the one that would have been drawn in one go."""
 
+import json
 from collections import Counter
 from contextlib import closing
 from dataclasses import replace
@@ -264,6 +265,34 @@ def test_killed_and_resumed(runs, train, whole, kill_when, lines):
     kill_when(condition, ["grpo", *runs.arguments("run", *PARTIAL)], run_cli_in_one_process)
     assert train(runs.folder, PARTIAL, resume=True) == result
     assert left_in(runs.folder) == left_in(expected)
+
+
+@pytest.mark.long
+def test_replicas_share_the_parts(runs, whole, monkeypatch):
+    """Two engines in processes of their own, whoever goes on with which sample."""
+    expected, (summary, rows) = whole(PARTIAL)
+    monkeypatch.undo()
+    words = ("placement=process", "placement.transport=gloo", "placement.replicas=2")
+    assert runs.train("run", *PARTIAL, *words)[:2] == (summary, rows)
+    assert left_in(runs.folder) == left_in(expected)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "layout",
+    [["data=2"], ["tensor=2"], ["context=2"], ["pipeline=2", "placement.transport=stages"]],
+    ids=lambda layout: layout[0],
+)
+def test_layouts_compare_what_is_left_too(runs, run_ranks, layout):
+    """Every token once, on whatever ranks: the same number on all."""
+    words = [x if "." in x else f"trainer.parallel.{x}" for x in layout]
+    codes, said = run_ranks(runs.arguments("run", *PARTIAL, *words))
+    assert codes == [0, 0], said
+    compared = sum(row["train/logprob_tokens_compared"] for row in runs.rows("run")[1:])
+    drawn = sum(len(sample.token_ids) for step in saved(runs.folder) for sample in step)
+    [newest, *_] = list_checkpoints(runs.folder / "run" / "checkpoints")[::-1]
+    assert compared == drawn + int(next(newest.load_all())[STATE]["lens"].sum())
+    assert json.loads((runs.folder / "run" / "summary.json").read_text())["logprob_mismatches"] == 0
 
 
 @pytest.mark.long

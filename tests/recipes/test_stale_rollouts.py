@@ -189,12 +189,20 @@ def slow_trainer(monkeypatch):
     monkeypatch.setattr(MegatronTrainer, "train_step", train_step)
 
 
-@pytest.mark.parametrize("delay", [slow_engine, pytest.param(slow_trainer, marks=pytest.mark.long)])
-def test_whoever_is_slow(train, whole, tmp_path, monkeypatch, delay):
+@pytest.mark.parametrize(
+    ("delay", "words"),
+    [
+        (slow_engine, SPLIT),
+        pytest.param(slow_engine, ONE, marks=pytest.mark.long),
+        pytest.param(slow_engine, RARE, marks=pytest.mark.long),
+        pytest.param(slow_trainer, ONE, marks=pytest.mark.long),
+    ],
+)
+def test_whoever_is_slow(train, whole, tmp_path, monkeypatch, delay, words):
     """Order and time of what happens beside each other moves no byte."""
-    expected, result = whole(ONE)
+    expected, result = whole(words)
     delay(monkeypatch)
-    assert train(tmp_path, ONE) == result
+    assert train(tmp_path, words) == result
     assert left_in(tmp_path) == left_in(expected)
     assert no_thread_is_left()
 
