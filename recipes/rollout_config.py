@@ -111,18 +111,25 @@ class RolloutSection:
 
     @property
     def most_stints(self) -> int:
-        """A sample is drawn in so many stints at most, and a step draws so many."""
+        """A sample is drawn in so many stints at most."""
         return -(-self.max_new_tokens // (self.partial_tokens or self.max_new_tokens))
+
+    @property
+    def most_stints_per_step(self) -> int:
+        """A step draws so many stints at most: until a sample that it begins is finished, and as
+        many more as there are refills."""
+        return self.most_stints + (self.max_refills if self.dynamic_sampling else 0)
 
     @property
     def most_prompts_per_step(self) -> int:
         """A step draws so many prompts at most."""
-        refills = self.max_refills if self.dynamic_sampling else 0
-        return self.places_of(refills).stop * self.most_stints
+        if self.partial_tokens is not None:
+            return self.prompts_per_step * self.most_stints_per_step
+        return self.places_of(self.max_refills if self.dynamic_sampling else 0).stop
 
     def most_prompts(self, num_steps: int) -> int:
         """So many steps draw so many prompts at most."""
-        if self.partial_tokens is None:
+        if self.partial_tokens is None or self.dynamic_sampling:
             return num_steps * self.most_prompts_per_step
         return (num_steps + self.most_stints - 1) * self.prompts_per_step
 
@@ -166,8 +173,7 @@ class RolloutSection:
         require(1 <= partial <= self.max_new_tokens, "rollout.partial_tokens", partial, meaning)
         refused = {
             "max_staleness": "0 with rollout.partial_tokens: either says which weights draw",
-            "dynamic_sampling": "false with rollout.partial_tokens: a step trains on the prompts "
-            "that are finished, whatever their rewards",
+            "refill_prompts": "unset with rollout.partial_tokens: every stint begins as many",
             "generate": "unset with rollout.partial_tokens: a function of your own cannot be left "
             "in the middle of a sample and kept in a checkpoint",
         }

@@ -4,14 +4,16 @@ A step draws in stints. A stint begins the next prompts_per_step prompts of the 
 in it every sample that is unfinished, of them or of earlier ones, draws at most partial_tokens
 further tokens: after its prompt and what it has drawn, as a prompt of these tokens would. Stints
 end once the samples of prompts_per_step prompts are all finished; the first of these prompts are
-trained on, in their order, and the others go on in the next step, by its weights. So what is drawn
+trained on, in their order, and the others go on in the next step, by its weights. With dynamic
+sampling finished prompts whose rewards are all equal are dropped and do not count. So what is drawn
 when, and trained on when, is a function of seed, data and weights, never of time.
 
 Partial rollouts: Kimi Team 2025, "Kimi k1.5", arXiv 2501.12599.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from sys import intern
 from typing import Any
 
 import numpy as np
@@ -21,9 +23,10 @@ from samebit.recipes.config import GrpoRun
 from samebit.recipes.data.rewards import Poll
 from samebit.recipes.data.samples import drawn_sample
 from samebit.recipes.data.tasks.base import Problem
+from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.batches import own_micro_batches, rows_by_sample
-from samebit.recipes.run.dynamic_sampling import StepRollout
-from samebit.recipes.run.sampling import RolloutSource
+from samebit.recipes.run.dynamic_sampling import StepRollout, require_enough, with_spread
+from samebit.recipes.run.sampling import Rollout, RolloutSource
 from samebit.recipes.run.signals import StopSignals
 from samebit.recipes.run.step_rollouts import StepRollouts
 from samebit.recipes.run.training_metrics import PhaseTimer
@@ -47,12 +50,22 @@ class PartialGroup:
     problem: Problem
     prompt_ids: list[int]
     completions: list[Completion]
+    rewards: list[float] = field(default_factory=list)
+    """Of the samples; empty until all are finished."""
+    terms: dict[str, list[float]] = field(default_factory=dict)
+    """By label, where the reward is a sum of several."""
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether the rewards are there, and not all equal."""
+        return bool(self.rewards) and bool(with_spread([self.rewards]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartialStep(StepRollout):
-    """Holds what a step is trained on, scored, and counts what it has drawn, of the rest too."""
+    """Holds what a step is trained on, and what it drops, and counts all that it has drawn."""
 
+    settings: RolloutSection
     stints: int
     begun: int
     """Prompts that it has begun."""
@@ -64,8 +77,8 @@ class PartialStep(StepRollout):
     """Samples that are left unfinished."""
     waiting: int
     """Samples that are finished, and are not trained on yet."""
-    older: int
-    """Of the tokens that are trained on, those which earlier weights drew."""
+    older_fraction: float
+    """Of the tokens that are trained on, how many earlier weights drew."""
 
     @property
     def num_prompts(self) -> int:
@@ -80,12 +93,13 @@ class PartialStep(StepRollout):
     def metrics(self) -> dict[str, float]:
         """Return what became of samples over steps, under rollout/."""
         return {
+            **(super().metrics() if self.settings.dynamic_sampling else {}),
             "rollout/stints": self.stints,
             "rollout/prompts_drawn": self.begun,
             "rollout/continued_tokens": self.continued,
             "rollout/pending_samples": self.pending,
             "rollout/waiting_samples": self.waiting,
-            "rollout/older_token_fraction": self.older / super().num_tokens,
+            "rollout/older_token_fraction": self.older_fraction,
         }
 
 
@@ -116,39 +130,43 @@ class PartialRollouts(StepRollouts):
     def take(
         self, step: int, begin: int, stop: StopSignals, show: Callable[[str], object]
     ) -> StepRollout:
-        """Draw a step's stints, and return what it is trained on, scored."""
-        source, wanted = self._source, self._run.rollout.prompts_per_step
-        before, guesses = self._left[step - 1], source.accept_lengths
-        groups, stints, finished = before, 0, list[PartialGroup]()
-        while not stints or len(finished) < wanted:
-            groups = self._stint(groups, begin // wanted + stints, stop.poll, show)
+        """Draw a step's stints, and return what it is trained on, scored. Raises TooFewGroupsError
+        as draw_step does."""
+        settings, before = self._run.rollout, self._left[step - 1]
+        guesses, first = self._source.accept_lengths, begin // settings.prompts_per_step
+        groups, stints, kept = before, 0, list[PartialGroup]()
+        while not stints or (
+            len(kept) < settings.prompts_per_step and stints < settings.most_stints_per_step
+        ):
+            show(f"stint {stints + 1}: {len(kept)} of {settings.prompts_per_step} prompts")
+            groups = self._stint(groups, first + stints, stop.poll, show)
+            groups = self._scored(groups, stop.poll_alone)
             stints += 1
-            finished = [g for g in groups if not any(map(self._is_pending, g.completions))]
-        trained = finished[:wanted]
-        places = {g.place for g in trained}
-        left = [g for g in groups if g.place not in places]
-        rollout = source.rollout(
-            [g.problem for g in trained],
-            [g.prompt_ids for g in trained],
-            [g.completions for g in trained],
-        )
-        source.score(rollout, stop.poll_alone)
+            kept = [g for g in groups if g.rewards and (g.has_spread or not self._drops)]
+        trained = kept[: settings.prompts_per_step]
+        dropped = [g for g in groups if g.rewards and self._drops and not g.has_spread]
+        require_enough(settings, step - 1, len(kept), len(kept) + len(dropped))
+        ended = sorted(trained + dropped, key=lambda g: g.place)
+        ended_places, trained_places = ({g.place for g in x} for x in (ended, trained))
+        left = [g for g in groups if g.place not in ended_places]
         self._left = {step - 1: before, step: left}
         samples = [c for g in left for c in g.completions]
         pending, earlier = sum(map(self._is_pending, samples)), {g.place for g in before}
         drawn, known = _num_tokens(groups), _num_tokens(before)
-        now = self._trainer.step
+        older = (_older_tokens(c, self._trainer.step) for g in trained for c in g.completions)
         return PartialStep(
-            rollout,
-            range(wanted),
-            guesses=source.guesses_since(guesses),
+            self._rollout(ended),
+            [i for i, g in enumerate(ended) if g.place in trained_places],
+            stints - 1,
+            self._source.guesses_since(guesses),
+            settings=settings,
             stints=stints,
-            begun=stints * wanted,
+            begun=stints * settings.prompts_per_step,
             tokens=drawn - known,
             continued=_num_tokens(g for g in groups if g.place in earlier) - known,
             pending=pending,
             waiting=len(samples) - pending,
-            older=sum(_older_tokens(c, now) for g in trained for c in g.completions),
+            older_fraction=sum(older) / _num_tokens(trained),
         )
 
     def compare_taken(self, timer: PhaseTimer) -> Comparison:
@@ -209,6 +227,34 @@ class PartialRollouts(StepRollouts):
         parts = zip(places, new.problems, new.token_ids, drawn, strict=True)
         return found + [PartialGroup(*part) for part in parts]
 
+    @property
+    def _drops(self) -> bool:
+        """Whether prompts whose rewards are all equal are dropped."""
+        return self._run.rollout.dynamic_sampling
+
+    def _scored(self, groups: Sequence[PartialGroup], poll: Poll) -> list[PartialGroup]:
+        """The groups, those that are finished with their rewards."""
+        done = [g for g in groups if not any(map(self._is_pending, g.completions))]
+        done = [g for g in done if not g.rewards]
+        if not done:
+            return list(groups)
+        rollout = self._rollout(done)
+        self._source.score(rollout, poll)
+        found = {}
+        for i, group in enumerate(done):
+            terms = {label: values[i] for label, values in rollout.terms.items()}
+            found[group.place] = replace(group, rewards=rollout.rewards[i], terms=terms)
+        return [found.get(group.place, group) for group in groups]
+
+    def _rollout(self, groups: Sequence[PartialGroup]) -> Rollout:
+        """Groups that are finished, as far as they are scored."""
+        parts = ([g.problem for g in groups], [g.prompt_ids for g in groups])
+        found = self._source.rollout(*parts, [g.completions for g in groups])
+        found.rewards = [g.rewards for g in groups]
+        labels = groups[0].terms
+        found.terms = {label: [g.terms[label] for g in groups] for label in labels}
+        return found
+
     def _comparison(self, samples: list[Sample]) -> Comparison:
         """Of the tokens that the newest weights drew; the same on every rank."""
         settings, temperature = self._run.trainer, self._run.rollout.temperature
@@ -256,6 +302,10 @@ def _to_state(groups: Sequence[PartialGroup]) -> dict[str, Any]:
     """Groups as tensors and plain values."""
     return {
         "places": [group.place for group in groups],
+        "rewards": [group.rewards for group in groups],
+        "terms": [
+            [(intern(label), values) for label, values in group.terms.items()] for group in groups
+        ],
         **packed([c for group in groups for c in group.completions]),
     }
 
@@ -268,6 +318,7 @@ def _of_state(
     asked = {number: source.training_prompts(number) for number in sorted({x[1] for x in places})}
     sample_ids = [asked[number].sample_ids[i] for _, number, i in places]
     rest = unpacked(state, [sample_id for ids in sample_ids for sample_id in ids])
-    for (place, number, i), ids in zip(places, sample_ids, strict=True):
+    scores = zip(state["rewards"], map(dict, state["terms"]), strict=True)
+    for (place, number, i), ids, score in zip(places, sample_ids, scores, strict=True):
         parts = asked[number].problems[i], asked[number].token_ids[i], [next(rest) for _ in ids]
-        yield PartialGroup(place, *parts)
+        yield PartialGroup(place, *parts, *score)

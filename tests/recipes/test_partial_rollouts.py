@@ -6,10 +6,10 @@ from collections import Counter
 from contextlib import closing
 from dataclasses import replace
 from functools import cache
-from itertools import product
 
 import numpy as np
 import pytest
+from partial_schedule import PROMPTS, SAMPLES, places_of, schedule, stints_of
 from run_children import has_lines, in_one_process, open_run, run_cli_in_one_process
 from test_signals import signal_before_call
 from test_stale_rollouts import left_in
@@ -18,14 +18,14 @@ from samebit.recipes import grpo
 from samebit.recipes.grpo import GrpoRecipe, LogprobMismatchError
 from samebit.recipes.run.metrics import read_rows, without_times
 from samebit.recipes.run.partial_rollouts import STATE, PartialRollouts
-from samebit.recipes.run.rollouts import list_rollouts, load_rollout
+from samebit.recipes.run.rollouts import list_rollouts, load_dropped, load_rollout
 from samebit.recipes.run.sampling import RolloutSource
 from samebit.recipes.run.signals import Stopped
 from samebit.trainer.checkpoint import list_checkpoints
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.weight_sync.types import VersionSpan
 
-PROMPTS, SAMPLES, MOST = 3, 2, 7
+MOST = 7
 WORDS = (f"rollout.samples_per_prompt={SAMPLES}", f"rollout.max_new_tokens={MOST}")
 WORDS += ("trainer.num_steps=4", "trainer.background_checkpoints=false", "rollout.eval_every=4")
 WORDS += ("logger.save_rollouts=true", "reward.args.control=/no", "seed=27")
@@ -102,45 +102,49 @@ def test_at_learning_rate_0_samples_are_those_drawn_in_one_go(whole):
         assert bits(sample) == bits(in_one_go[sample.sample_id])
         assert sample.reward == in_one_go[sample.sample_id].reward
         assert sample.prompt_ids.tolist() == in_one_go[sample.sample_id].prompt_ids.tolist()
-    lens = [len(sample.token_ids) for sample in alone]
-    needed = [-(-max(lens[i : i + SAMPLES]) // 2) for i in range(0, len(lens), SAMPLES)]
-    expected, stints = schedule(needed, 4)
-    ids = [[s.sample_id for s in step] for step in steps]
-    places = [[PROMPTS * (i >> 32) + (i >> 12 & 7) for i in step[::SAMPLES]] for step in ids]
-    assert places == expected
+    expected, stints = schedule(stints_of(alone), 4)
+    assert [places_of(step) for step in steps] == expected
     assert [row["rollout/stints"] for row in rows[1:]] == stints
     assert sum(stints) > 4
     assert sum(expected, []) != sorted(sum(expected, []))  # somebody waits for nobody
 
 
-def schedule(needed, steps):
-    """Of prompts that need so many stints: which each step trains on, and its stints."""
-    begun, trained, found = 0, set(), ([], [])
-    for _ in range(steps):
-        while True:
-            begun += 1
-            done = [
-                place
-                for place in range(PROMPTS * begun)
-                if place not in trained and place // PROMPTS + needed[place] <= begun
-            ]
-            if len(done) >= PROMPTS:
-                break
-        found[0].append(done[:PROMPTS])
-        found[1].append(begun - sum(found[1]))
-        trained |= {*done[:PROMPTS]}
-    return found
+DYNAMIC = ("rollout.partial_tokens=2", "rollout.dynamic_sampling=true")
+SOME = ("reward.name=run_children:score_some", "reward.args.every=2")
 
 
-def test_no_prompt_waits_for_long():
-    """Whatever its samples' lengths and those of others; and no step draws too much."""
-    most = 2
-    for needed in product(range(1, most + 1), repeat=3 * PROMPTS):
-        trained, stints = schedule([*needed, *[most] * 9], 4)
-        assert sum(stints) <= 4 + most - 1
-        begun = [step for step, count in enumerate(stints) for _ in range(PROMPTS * count)]
-        ages = [step - begun[place] for step, places in enumerate(trained) for place in places]
-        assert max(ages) <= most - 1
+@pytest.mark.long
+def test_dynamic_sampling_goes_by_what_is_finished(whole):
+    """Prompts without a spread count as little as those that are not finished."""
+    still = (*WORDS, *SOME, "trainer.optimizer.lr=0")
+    alone = [x for step in saved(whole((*still, "trainer.num_steps=24"))[0]) for x in step]
+    rewards = [[x.reward for x in alone[i : i + SAMPLES]] for i in range(0, len(alone), SAMPLES)]
+    equal = [place for place, group in enumerate(rewards) if len({*group}) == 1]
+    expected, stints = schedule(stints_of(alone), 4, equal)
+    folder, (_, rows) = whole((*still, *DYNAMIC))
+    assert [places_of(step) for step in saved(folder)] == expected
+    assert [row["rollout/stints"] for row in rows[1:]] == stints
+
+
+def test_dropped_prompts(whole, train, tmp_path, monkeypatch):
+    """They are left to no later step; a run that dies goes on with what is."""
+    words = (*WORDS, *SOME, *DYNAMIC)
+    folder, (_, rows) = whole(words)
+    trained = {place for step in saved(folder) for place in places_of(step)}
+    for step in saved(folder):
+        pairs = zip(step[::2], step[1::2], strict=True)
+        assert all(one.reward != other.reward for one, other in pairs)
+    dropped = [load_dropped(file) for file in list_rollouts(folder / "run").values()]
+    for row, each in zip(rows[1:], dropped, strict=True):
+        assert row["rollout/refills"] == row["rollout/stints"] - 1
+        assert row["rollout/kept_fraction"] == PROMPTS / (PROMPTS + len(each) / SAMPLES)
+    out = [PROMPTS * (i >> 32) + (i >> 12 & 7) for each in dropped for i in each]
+    assert {*Counter(out).values()} == {SAMPLES}
+    assert trained.isdisjoint(out)
+    left = list_checkpoints(folder / "run" / "checkpoints")[-1].load()[STATE]["places"]
+    begun = range(sum(row["rollout/prompts_drawn"] for row in rows[1:]))
+    assert sorted([*trained, *{*out}, *left]) == [*begun]
+    assert_resumed(train, folder, rows, tmp_path, monkeypatch, words)
 
 
 def test_spans_and_log_probs_are_those_of_the_draws(whole, train, tmp_path, monkeypatch):
@@ -240,7 +244,12 @@ def test_stopped_and_resumed(train, whole, tmp_path, monkeypatch, owner, name, n
 
 def test_dead_and_resumed(train, whole, tmp_path, monkeypatch):
     """With samples pending that the checkpoint has, and others that are drawn again."""
-    expected, result = whole(PARTIAL)
+    expected, (_, rows) = whole(PARTIAL)
+    assert_resumed(train, expected, rows, tmp_path, monkeypatch, PARTIAL)
+
+
+def assert_resumed(train, expected, rows, folder, monkeypatch, words):
+    """A run that dies in step 4 goes on from step 2 to the same bytes."""
     original = PartialRollouts.compare_taken
 
     def dies(rollouts, *rest):
@@ -251,9 +260,9 @@ def test_dead_and_resumed(train, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(PartialRollouts, "compare_taken", dies)
         with pytest.raises(KeyboardInterrupt):
-            train(tmp_path, PARTIAL)
-    assert train(tmp_path, PARTIAL, resume=True) == result
-    assert left_in(tmp_path) == left_in(expected)
+            train(folder, words)
+    assert train(folder, words, resume=True)[1] == rows
+    assert left_in(folder) == left_in(expected)
 
 
 @pytest.mark.long

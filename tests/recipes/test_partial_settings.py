@@ -1,8 +1,11 @@
 """rollout.partial_tokens: how much may be drawn, what becomes of parts, and what is refused."""
 
 import re
+from dataclasses import replace
+from itertools import product
 
 import pytest
+from partial_schedule import PROMPTS, schedule
 
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.cli.dry_run import describe_grpo
@@ -41,7 +44,21 @@ def test_how_much_may_be_drawn():
     section = RolloutSection(prompts_per_step=5, max_new_tokens=10, partial_tokens=4)
     assert (section.most_stints, section.most_prompts_per_step) == (3, 15)
     assert section.most_prompts(4) == (4 + 2) * 5
+    choosy = replace(section, dynamic_sampling=True, max_refills=2)
+    assert (choosy.most_stints, choosy.most_stints_per_step) == (3, 5)
+    assert choosy.most_prompts(4) == 4 * choosy.most_prompts_per_step == 4 * 25
     assert RolloutSection(prompts_per_step=5).most_prompts(4) == 20
+
+
+def test_no_prompt_waits_for_long():
+    """Whatever its samples' lengths and those of others; and no step draws too much."""
+    most = 2
+    for needed in product(range(1, most + 1), repeat=3 * PROMPTS):
+        trained, stints = schedule([*needed, *[most] * 9], 4)
+        assert sum(stints) <= 4 + most - 1
+        begun = [step for step, count in enumerate(stints) for _ in range(PROMPTS * count)]
+        ages = [step - begun[place] for step, places in enumerate(trained) for place in places]
+        assert max(ages) <= most - 1
 
 
 @pytest.mark.parametrize(
@@ -50,8 +67,8 @@ def test_how_much_may_be_drawn():
         (["rollout.partial_tokens=0"], "rollout.partial_tokens is 0; it must be 1 to 256, roll"),
         (["rollout.partial_tokens=257"], "rollout.partial_tokens is 257; it must be 1 to 256, r"),
         (
-            ["rollout.dynamic_sampling=true"],
-            "rollout.dynamic_sampling is True; it must be false with rollout.partial_tokens",
+            ["rollout.dynamic_sampling=true", "rollout.refill_prompts=4"],
+            "rollout.refill_prompts is 4; it must be unset with rollout.partial_tokens",
         ),
         (
             ["rollout.max_staleness=1", "placement=process"],
