@@ -3,19 +3,18 @@ seed, data and weights; a sample that goes on is the one that would have been dr
 
 import json
 from collections import Counter
-from contextlib import closing
 from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
 from partial_schedule import PROMPTS, SAMPLES, places_of, schedule, stints_of
-from run_children import has_lines, in_one_process, open_run, run_cli_in_one_process
+from run_children import has_lines, in_one_process, run_cli_in_one_process
 from test_signals import signal_before_call
 from test_stale_rollouts import left_in
 
 from samebit.recipes import grpo
-from samebit.recipes.grpo import GrpoRecipe, LogprobMismatchError
+from samebit.recipes.grpo import LogprobMismatchError
 from samebit.recipes.run.metrics import read_rows, without_times
 from samebit.recipes.run.partial_rollouts import STATE, PartialRollouts
 from samebit.recipes.run.rollouts import list_rollouts, load_dropped, load_rollout
@@ -394,11 +393,3 @@ def test_two_processes_go_on_for_one(runs, run_ranks, train):
     codes, said = run_ranks(runs.arguments("run", *more))
     assert codes == [0, 0], said
     assert runs.rows("run") == result[1]
-
-
-def test_a_run_of_no_step_leaves_nothing(train, runs):
-    """Before the first step there is nothing to keep."""
-    run = runs.resolve("run", *PARTIAL)
-    with open_run(run) as session, closing(GrpoRecipe(run, session)) as recipe:
-        state = recipe.state_dict()[STATE]
-        assert state["places"] == state["finish_reasons"] == []
