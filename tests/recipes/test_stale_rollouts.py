@@ -17,7 +17,6 @@ from test_signals import signal_before_call
 from samebit.recipes import grpo
 from samebit.recipes.data.rewards import RewardError
 from samebit.recipes.grpo import GrpoRecipe, LogprobMismatchError
-from samebit.recipes.run import draws_ahead
 from samebit.recipes.run.draws_ahead import DrawsAhead
 from samebit.recipes.run.metrics import read_rows, without_times
 from samebit.recipes.run.rollouts import list_rollouts, load_rollout
@@ -156,20 +155,35 @@ def test_what_is_timed(whole):
         assert row["perf/overlap_s"] <= row["perf/step_s"]
 
 
+def drawn_after(draws, step):
+    """The step whose weights draw a step."""
+    return draws._settings.drawn_after(step)
+
+
 def slow_engine(monkeypatch):
-    """A draw goes on only while somebody waits for it."""
-    waits, original_wait, original_run = threading.Event(), draws_ahead._wait, DrawsAhead._run
+    """A draw begins once somebody waits for it."""
+    asked, changed, original_run = set(), threading.Condition(), DrawsAhead._run
 
-    def wait_for(draws, poll):
-        waits.set()
-        original_wait(draws, poll)
-        waits.clear()
+    def asking(name, steps_of):
+        original = getattr(DrawsAhead, name)
 
-    def run(*args):
-        waits.wait()
-        return original_run(*args)
+        def call(draws, *args):
+            with changed:
+                asked.update(steps_of(draws, *args))
+                changed.notify_all()
+            return original(draws, *args)
 
-    monkeypatch.setattr(draws_ahead, "_wait", wait_for)
+        monkeypatch.setattr(DrawsAhead, name, call)
+
+    def run(draws, step, *rest):
+        with changed:
+            changed.wait_for(lambda: step in asked)
+        return original_run(draws, step, *rest)
+
+    asking("take", lambda draws, step, *_: [step])
+    asking("waiting", lambda draws, n: [s for s in draws._steps if s > n > drawn_after(draws, s)])
+    for name in ("finish", "close"):
+        asking(name, lambda draws, *_: draws._steps)
     monkeypatch.setattr(DrawsAhead, "_run", run)
 
 
