@@ -17,6 +17,7 @@ from test_signals import signal_before_call
 from samebit.recipes import grpo
 from samebit.recipes.data.rewards import RewardError
 from samebit.recipes.grpo import GrpoRecipe, LogprobMismatchError
+from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.draws_ahead import DrawsAhead
 from samebit.recipes.run.metrics import read_rows, without_times
 from samebit.recipes.run.rollouts import list_rollouts, load_rollout
@@ -155,11 +156,6 @@ def test_what_is_timed(whole):
         assert row["perf/overlap_s"] <= row["perf/step_s"]
 
 
-def drawn_after(draws, step):
-    """The step whose weights draw a step."""
-    return draws._settings.drawn_after(step)
-
-
 def slow_engine(monkeypatch):
     """A draw begins once somebody waits for it."""
     asked, changed, original_run = set(), threading.Condition(), DrawsAhead._run
@@ -181,7 +177,8 @@ def slow_engine(monkeypatch):
         return original_run(draws, step, *rest)
 
     asking("take", lambda draws, step, *_: [step])
-    asking("waiting", lambda draws, n: [s for s in draws._steps if s > n > drawn_after(draws, s)])
+    older = RolloutSection.drawn_after
+    asking("waiting", lambda x, n: [s for s in x._steps if s > n > older(x._settings, s)])
     for name in ("finish", "close"):
         asking(name, lambda draws, *_: draws._steps)
     monkeypatch.setattr(DrawsAhead, "_run", run)
@@ -232,11 +229,7 @@ def test_an_engine_in_another_process(runs, whole, one_process):
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [
-        (ONE, {2: [3], 4: []}),
-        (TWO, {2: [3, 4], 4: []}),
-        (RARE, {2: [3], 4: []}),
-    ],
+    [(ONE, {2: [3], 4: []}), (TWO, {2: [3, 4], 4: []}), (RARE, {2: [3], 4: []})],
     ids=["one", "two", "rare"],
 )
 def test_what_a_checkpoint_holds(whole, words, expected):
