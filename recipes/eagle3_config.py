@@ -118,7 +118,7 @@ class Eagle3Run(RunSection):
         meaning = "the command is eagle3, which scores no answer"
         require_default(self.rollout, "rollout", ("dynamic_sampling", "logprobs"), meaning)
         meaning = "the command is eagle3, whose target stays as it is"
-        require_default(self.rollout, "rollout", ("max_staleness",), meaning)
+        require_default(self.rollout, "rollout", ("max_staleness", "partial_tokens"), meaning)
         meaning = "the command is eagle3, which draws one answer to a prompt"
         require_default(self.rollout, "rollout", ("generate",), meaning)
         idle = ("num_samples", "save_rollouts")

@@ -26,10 +26,11 @@ from samebit.recipes.launch.placement import (
     start_engine,
 )
 from samebit.recipes.launch.teacher import Teacher
-from samebit.recipes.run.batches import own_micro_batches, uncompared, with_reference
+from samebit.recipes.run.batches import compared_under, own_micro_batches, with_reference
 from samebit.recipes.run.critic import CriticUpdates
-from samebit.recipes.run.dynamic_sampling import StepRollout, draw_step
+from samebit.recipes.run.dynamic_sampling import StepRollout
 from samebit.recipes.run.inputs import GrpoInputs
+from samebit.recipes.run.partial_rollouts import PartialRollouts
 from samebit.recipes.run.phase_ledger import PhaseLedger
 from samebit.recipes.run.recorder import Progress, Recorder, recording
 from samebit.recipes.run.report import write_report
@@ -39,6 +40,7 @@ from samebit.recipes.run.secrets import to_yaml
 from samebit.recipes.run.session import RunSession, open_session
 from samebit.recipes.run.signals import StopSignals, stop_signals
 from samebit.recipes.run.stale_rollouts import StaleRollouts
+from samebit.recipes.run.step_rollouts import StepRollouts
 from samebit.recipes.run.training_metrics import (
     PhaseTimer,
     reference_metrics,
@@ -49,6 +51,7 @@ from samebit.recipes.run.training_metrics import (
     train_metrics,
 )
 from samebit.trainer.algorithms.registry import make_algorithm
+from samebit.trainer.checkpoint import Checkpoint
 from samebit.trainer.stats import Comparison
 from samebit.trainer.types import Sample, StepStats
 from samebit.weight_sync.types import WeightSyncError
@@ -98,15 +101,15 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                 progress.rewards_seen = recipe.reward_scale.seen
 
                 metrics = rollout_metrics(rollout, "rollout") | recipe.step_metrics(stats)
-                metrics |= of_step.metrics() if is_dynamic else {}
+                metrics |= of_step.metrics() if run.rollout.chooses_prompts else {}
                 metrics |= speculation_metrics(of_step.guesses)
                 if recorder.is_due(run.rollout.eval_every):
                     with timer.time("eval"):
                         metrics |= recipe.evaluate(recorder)
                 recipe.draw_ahead(timer)
                 timer.end_step()
-                metrics |= timer.seconds | recipe.ahead_metrics(timer)
-                timed = rollout, stats or recipe.critic_stats, metrics, of_step.drawn
+                metrics |= timer.seconds | recipe.rollouts.metrics(progress.step, timer)
+                timed = rollout, stats or recipe.critic_stats, metrics, of_step.num_tokens
                 metrics |= speed(recipe.trainer, *timed) | recipe.ledger.metrics()
                 rate = f"{metrics.get('perf/rollout_tokens_per_s', 0):.0f} tok/s"
                 recorder.end_step(metrics, f"reward {rollout.reward_mean:.3f}, {rate}")
@@ -183,10 +186,7 @@ class GrpoRecipe:
         )
         self.ledger = PhaseLedger(self.trainer, self.engine, releases)
         self.rollout_source = RolloutSource(run, self._inputs, self.engine)
-        self.stale: StaleRollouts | None = None
-        if run.rollout.max_staleness:
-            parts = self._inputs, self.rollout_source, self.trainer, session.resumed
-            self.stale = StaleRollouts(run, *parts)
+        self.rollouts = self._step_rollouts(session.resumed)
         self.sync()
 
     def sync(self) -> None:
@@ -199,28 +199,22 @@ class GrpoRecipe:
     ) -> StepRollout:
         """Draw and score what the next step trains on, or wait for it where it is drawn ahead;
         `show` is told how it goes."""
-        if self.stale is not None:
-            with timer.time("rollout_wait"):
-                return self.stale.take(self.progress.step + 1, stop.poll)
-        where = self.progress.step, self.progress.prompts_drawn
-        polls = stop.poll, stop.poll_alone
-        with timer.time("rollout"):
-            return draw_step(self.rollout_source, self.run.rollout, *where, polls, show)
+        where = self.progress.step + 1, self.progress.prompts_drawn
+        with timer.time(self.rollouts.phase):
+            return self.rollouts.take(*where, stop, show)
 
     def draw_ahead(self, timer: PhaseTimer) -> None:
         """Begin to draw in the background what the present weights, which are served, draw of later
         steps; meanwhile compare what earlier ones drew. Raises LogprobMismatchError."""
-        if self.stale is not None:
-            self.stale.begin(self.progress.step, self.progress.prompts_drawn)
-            with timer.time("compare"):
-                for step, compared in self.stale.compare(self.progress.step).items():
-                    self._check_promise(step, compared)
+        self.rollouts.begin(self.progress.step, self.progress.prompts_drawn)
+        for step, compared in self.rollouts.compare_drawn(self.progress.step, timer).items():
+            self._check_promise(step, compared)
 
     def update(
         self, rollout: Rollout, timer: PhaseTimer, poll: Poll = lambda: None
     ) -> list[StepStats]:
-        """Train on a rollout, which is scored, and serve the result; nothing is served in between,
-        but what is drawn ahead, which is drawn then.
+        """Train on a rollout, which is scored, and serve the result, if it is the turn of one;
+        nothing is served in between, but what is drawn ahead, which is drawn then.
 
         While the critic alone learns there is nothing new to serve, and no figure of the policy's.
         `poll` is called between micro-batches as long as the weights are as they were; what it
@@ -233,37 +227,39 @@ class GrpoRecipe:
                 samples = self._samples(rollout)
                 if waits and self.critic is not None:
                     self.critic.train(samples, poll)
+            if not waits:
+                compared = self.rollouts.compare_taken(timer)
+                self._check_promise(self.progress.step + 1, compared)
         except BaseException:
             self.ledger.enter("rollout")  # nothing has begun: the engine serves on
             raise
         if waits:
-            self._finish_draws(timer)
+            self.rollouts.finish(timer)
             self.ledger.enter("rollout")
             return []
-        self.weights.lease(self.trainer.step + self.run.updates_on(len(samples)))
+        if syncs := self.run.rollout.syncs_after(self.progress.step + 1):
+            self.weights.lease(self.trainer.step + self.run.updates_on(len(samples)))
         try:
             with timer.time("train"):
-                stats = self._train(samples, timer, poll)
+                finish = partial(self.rollouts.finish, timer, poll) if syncs else None
+                stats = self._train(samples, poll, finish)
                 self._count_compared(stats[0])
                 self._refresh_reference()
                 self.draft_metrics = {} if self.draft is None else self.draft.end_step()
                 if self.critic is not None:
                     self.critic.train(samples)
-            self._finish_draws(timer)
+            if syncs:
+                self.rollouts.finish(timer)
             self.ledger.enter("rollout")
-            with timer.time("sync"):
-                self.weights.update(self.trainer.params, self.trainer.digest())
+            if syncs:
+                with timer.time("sync"):
+                    self.weights.update(self.trainer.params, self.trainer.digest())
         except BaseException as error:
-            with suppress(WeightSyncError):  # the first error is the one to tell
-                self.weights.give_up(f"the training step failed: {error}")
+            if syncs:
+                with suppress(WeightSyncError):  # the first error is the one to tell
+                    self.weights.give_up(f"the training step failed: {error}")
             raise
         return stats
-
-    def _finish_draws(self, timer: PhaseTimer, poll: Poll = lambda: None) -> None:
-        """Wait until the engine is idle: a sample is drawn by one version."""
-        if self.stale is not None:
-            with timer.time("rollout_wait"):
-                self.stale.finish(poll)
 
     @property
     def critic_stats(self) -> list[StepStats]:
@@ -272,16 +268,11 @@ class GrpoRecipe:
 
     def step_metrics(self, stats: Sequence[StepStats]) -> dict[str, float]:
         """Return what is logged of a step's training; nothing of a policy that waits."""
-        compared = None if self.stale is None else self.stale.comparison
-        found = self.reference_metrics | (train_metrics(stats, compared) if stats else {})
-        found |= self.draft_metrics
+        found = self.reference_metrics | self.draft_metrics
+        found |= train_metrics(stats, self.rollouts.compared(stats[0])) if stats else {}
         for part in (self.reward_scale, self.critic, self.teacher):
             found |= {} if part is None else part.metrics
         return found
-
-    def ahead_metrics(self, timer: PhaseTimer) -> dict[str, float]:
-        """Return what is logged of a step that was drawn ahead."""
-        return {} if self.stale is None else self.stale.metrics(self.progress.step, timer)
 
     def evaluate(self, recorder: Recorder, stop: StopSignals | None = None) -> dict[str, float]:
         """Complete and score the held-out problems; returns the metrics and records some samples.
@@ -289,6 +280,9 @@ class GrpoRecipe:
         Without `stop`, a step that is trained is evaluated to the end, whatever signal comes.
         """
         stop = stop or StopSignals()
+        if self.engine.weight_version.step != self.trainer.step:
+            self.rollouts.finish(PhaseTimer())
+            self.sync()
         prompts = self.rollout_source.held_out_prompts(self.progress.step)
         held_out = self.rollout_source.draw(prompts, stop.poll)
         self.rollout_source.score(held_out, stop.poll_alone)
@@ -313,18 +307,25 @@ class GrpoRecipe:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run goes on from."""
         draft = {} if self.draft is None else self.draft.state_dict()
-        stale = {} if self.stale is None else self.stale.state_dict(self.progress.step)
-        return self.trainer.state_dict() | draft | stale
+        return self.trainer.state_dict() | draft | self.rollouts.state_dict(self.progress.step)
 
     def close(self) -> None:
         """Let go of the engine and of the reward's processes."""
-        if self.stale is not None:
-            self.stale.close()
+        self.rollouts.close()
         self._inputs.close()
         self.weights.close()
         self.engine.close()
         if self.teacher is not None:
             self.teacher.close()
+
+    def _step_rollouts(self, resumed: Checkpoint | None) -> StepRollouts:
+        """Drawn as the configuration says."""
+        settings, source = self.run.rollout, self.rollout_source
+        if settings.max_staleness:
+            return StaleRollouts(self.run, self._inputs, source, self.trainer, resumed)
+        if settings.partial_tokens is not None:
+            return PartialRollouts(self.run, source, self.trainer, resumed)
+        return StepRollouts(self.run, source)
 
     def _samples(self, rollout: Rollout) -> list[Sample]:
         """What the algorithm makes of the rewards."""
@@ -341,12 +342,14 @@ class GrpoRecipe:
             groups = with_returns(groups, self.algorithm.returns(rewards, groups))
         return with_advantages(groups, self.algorithm.advantages(rewards, groups))
 
-    def _train(self, samples: Sequence[Sample], timer: PhaseTimer, poll: Poll) -> list[StepStats]:
-        """One or more optimizer steps on a rollout; the first is exactly on-policy, unless earlier
-        weights drew it.
+    def _train(
+        self, samples: Sequence[Sample], poll: Poll, finish: Callable[[], None] | None
+    ) -> list[StepStats]:
+        """One or more optimizer steps on a rollout; the first is exactly on-policy, as far as no
+        earlier weights drew it.
 
-        Where there is one, what is drawn ahead is waited for before it writes: until then a signal
-        may drop the step, and what the weights before it are drawing.
+        Where there is one, it calls `finish` before it writes, which waits for what is drawn ahead:
+        until then a signal may drop the step, and what the weights before it are drawing.
         """
         settings, temperature = self.run.trainer, self.run.rollout.temperature
         size, stats = self.run.batch_size, list[StepStats]()
@@ -354,17 +357,16 @@ class GrpoRecipe:
             own_micro_batches(samples[i : i + size], settings, self.trainer, temperature)
             for i in range(0, len(samples), size)
         ]
+        parts = [compared_under(batches, self.trainer.step) for batches in parts]
         for i, batches in enumerate(parts):
-            if self.stale is not None and self.stale.is_stale():
-                parts[i] = uncompared(batches)
-            elif i or self.algorithm.needs_reference:  # weights that have not drawn
+            if i or self.algorithm.needs_reference:  # weights that have not drawn
                 parts[i] = self.trainer.with_kept_sets(batches)
-        finish = partial(self._finish_draws, timer, poll) if len(parts) == 1 else None
+        before_write = finish if len(parts) == 1 else None
         with self._watched_by_draft():
             for batches in parts:
                 # Until the first optimizer step writes, the whole step may be dropped.
                 drops = None if stats else poll
-                stats.append(self.trainer.train_step(batches, self.algorithm, drops, finish))
+                stats.append(self.trainer.train_step(batches, self.algorithm, drops, before_write))
         return stats
 
     def _refresh_reference(self) -> None:
@@ -378,11 +380,8 @@ class GrpoRecipe:
         return nullcontext() if self.draft is None else self.draft.watching(self.progress.step + 1)
 
     def _count_compared(self, first: StepStats) -> None:
-        """The first optimizer step ran on the very weights that drew the samples, or they were
-        compared before."""
-        compared = Comparison.in_step(first)
-        if self.stale is not None:
-            compared = self.stale.comparison or compared
+        """Count all comparisons of the step, whose first optimizer step this is."""
+        compared = self.rollouts.compared(first)
         self.progress.logprob_tokens_compared += compared.tokens
         self.progress.logprob_mismatches += compared.mismatches
         self._check_promise(self.progress.step + 1, compared)

@@ -28,10 +28,16 @@ class RolloutSection:
     """If even then fewer than prompts_per_step prompts can be trained on: error, the run ends; or
     train on those that there are."""
     max_staleness: int = 0
-    """Samples are drawn by weights so many training steps older than those that they train: later
-    steps are drawn while one is trained. Needs placement=process."""
+    """Samples are drawn by weights at most so many training steps older than those that they train:
+    later steps are drawn while one is trained. Needs placement=process."""
+    weight_sync_steps: int = 1
+    """With max_staleness: the engine gets new weights after every so many training steps."""
+    partial_tokens: int | None = None
+    """A sample draws at most so many tokens before weights change, and goes on under the next ones;
+    unset: every sample is drawn whole."""
     check_stale: bool = True
-    """With max_staleness: find their log-probs once more by the weights that drew, and compare."""
+    """With max_staleness or partial_tokens: find the log-probs of what older weights drew once more
+    by the weights that drew, and compare."""
     temperature: float = 1.0
     top_p: float = 1.0
     """Draw from the most likely tokens that together have this probability; 1: from all."""
@@ -73,6 +79,7 @@ class RolloutSection:
         require(bool(self.limits) or not self.truncates, "rollout.logprobs", self.logprobs, meaning)
         self._check_dynamic_sampling()
         self._check_staleness()
+        self._check_partial()
         self._check_generate()
 
     @property
@@ -93,14 +100,38 @@ class RolloutSection:
         return self.logprobs == "truncated"
 
     @property
+    def chooses_prompts(self) -> bool:
+        """Whether a step may draw other prompts than it trains on."""
+        return self.dynamic_sampling or self.partial_tokens is not None
+
+    @property
     def longest(self) -> int:
         """A sample has at most so many tokens, prompt and completion."""
         return self.max_prompt_len + self.max_new_tokens
 
     @property
+    def most_stints(self) -> int:
+        """A sample is drawn in so many stints at most."""
+        return -(-self.max_new_tokens // (self.partial_tokens or self.max_new_tokens))
+
+    @property
+    def most_stints_per_step(self) -> int:
+        """A step draws so many stints at most: until a sample that it begins is finished, and as
+        many more as there are refills."""
+        return self.most_stints + (self.max_refills if self.dynamic_sampling else 0)
+
+    @property
     def most_prompts_per_step(self) -> int:
         """A step draws so many prompts at most."""
+        if self.partial_tokens is not None:
+            return self.prompts_per_step * self.most_stints_per_step
         return self.places_of(self.max_refills if self.dynamic_sampling else 0).stop
+
+    def most_prompts(self, num_steps: int) -> int:
+        """So many steps draw so many prompts at most."""
+        if self.partial_tokens is None or self.dynamic_sampling:
+            return num_steps * self.most_prompts_per_step
+        return (num_steps + self.most_stints - 1) * self.prompts_per_step
 
     def places_of(self, refill: int) -> range:
         """Return which prompts of a step a refill draws; 0: those that every step draws."""
@@ -108,17 +139,50 @@ class RolloutSection:
         return range(begun + (refill - 1) * more, begun + refill * more) if refill else range(begun)
 
     def drawn_after(self, step: int) -> int:
-        """Return the training step whose weights draw a step, which counts from 1; 0: the first."""
-        return max(0, step - 1 - self.max_staleness)
+        """Return the training step whose weights draw a step, which counts from 1; 0: the first.
+
+        Of the weights that the engine gets they are the first that are not too old for the step.
+        """
+        every = self.weight_sync_steps
+        return -(-max(0, step - 1 - self.max_staleness) // every) * every
+
+    def syncs_after(self, step: int) -> bool:
+        """Whether the engine gets the weights after a training step, to draw by them."""
+        return step % self.weight_sync_steps == 0
 
     def _check_staleness(self) -> None:
         stale = self.max_staleness
         require(stale >= 0, "rollout.max_staleness", stale, "0 or more")
         if not stale:
-            require_default(self, "rollout", ("check_stale",), "rollout.max_staleness is 0")
+            where = "rollout.max_staleness is 0"
+            require_default(self, "rollout", ("weight_sync_steps",), where)
+            if self.partial_tokens is None:
+                where += " and rollout.partial_tokens is unset"
+                require_default(self, "rollout", ("check_stale",), where)
+        every = self.weight_sync_steps
+        meaning = f"1 to {stale + 1} with rollout.max_staleness={stale}: samples would be older"
+        require(1 <= every <= stale + 1, "rollout.weight_sync_steps", every, meaning)
         meaning = "full with rollout.max_staleness: what could be drawn is known by the weights "
         meaning += "that drew alone"
         require(not (stale and self.truncates), "rollout.logprobs", self.logprobs, meaning)
+
+    def _check_partial(self) -> None:
+        if (partial := self.partial_tokens) is None:
+            return
+        meaning = f"1 to {self.max_new_tokens}, rollout.max_new_tokens, or unset"
+        require(1 <= partial <= self.max_new_tokens, "rollout.partial_tokens", partial, meaning)
+        refused = {
+            "max_staleness": "0 with rollout.partial_tokens: either says which weights draw",
+            "refill_prompts": "unset with rollout.partial_tokens: every stint begins as many",
+            "generate": "unset with rollout.partial_tokens: a function of your own cannot be left "
+            "in the middle of a sample and kept in a checkpoint",
+        }
+        for name, meaning in refused.items():
+            value = getattr(self, name)
+            require(not value, f"rollout.{name}", value, meaning)
+        meaning = "full with rollout.partial_tokens: what could be drawn is known by the weights "
+        meaning += "that drew alone"
+        require(not self.truncates, "rollout.logprobs", self.logprobs, meaning)
 
     def _check_generate(self) -> None:
         if self.generate is None:

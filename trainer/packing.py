@@ -166,7 +166,8 @@ def _micro_batch(
     tops = [s.teacher_top for s in samples if s.teacher_top is not None]
     if tops and len(tops) != len(samples):
         raise ValueError("some samples of a micro-batch have a teacher_top and some have none")
-    is_compared = np.array([bool(drawn) and s.has_one_version for s in samples])
+    newest = [np.arange(len(s.token_ids)) >= s.comparable_from for s in samples]
+    is_compared = np.concatenate(newest)[trained] & bool(drawn)
 
     def on_device(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(device)
@@ -183,7 +184,7 @@ def _micro_batch(
         sample_of_row=on_device(sample_of_row),
         row_counts=on_device(row_counts),
         rollout_logprobs=on_device(np.concatenate(drawn)[trained]) if drawn else None,
-        is_compared=on_device(is_compared[sample_of_row]),
+        is_compared=on_device(is_compared),
         advantages=on_device(np.concatenate([s.advantages for s in samples])[trained]),
         loss_weights=on_device(weights),
         loss_denominator=denominator,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samebit.trainer.types import MicroBatch, Mismatch, StepStats
+from samebit.trainer.types import MicroBatch, Mismatch, Sample, StepStats
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,20 @@ class Comparison:
             return cls()
         diff, count = float((ours - theirs).abs().max()), count_mismatches(ours, theirs)
         return cls(len(ours), count, diff, _first_mismatch(batch, logprobs) if count else None)
+
+    @classmethod
+    def of_sample(cls, sample: Sample, places: Tensor, logprobs: Tensor) -> "Comparison":
+        """Compare the log-probs [N] fp32 of a sample's tokens at these places [N] int64 in it with
+        those that it was drawn with."""
+        assert sample.logprobs is not None
+        drawn = torch.from_numpy(sample.logprobs)[places]
+        if not len(drawn):
+            return cls()
+        diff, first = float((logprobs - drawn).abs().max()), None
+        if count := count_mismatches(logprobs, drawn):
+            i = int((logprobs.view(torch.int32) != drawn.view(torch.int32)).nonzero()[0])
+            first = sample.sample_id, int(places[i]), float(drawn[i]), float(logprobs[i])
+        return cls(len(drawn), count, diff, first)
 
     @classmethod
     def in_step(cls, stats: StepStats) -> "Comparison":

@@ -150,6 +150,15 @@ class Sample:
         """Whether no two weight versions drew it, so that the trainer can compute its log-probs."""
         return len({span.version for span in self.version_spans}) <= 1
 
+    @property
+    def comparable_from(self) -> int:
+        """From this place on the newest weights that drew give the rollout's log-probs: they have
+        computed all that stands before. The sample's length if they have not."""
+        if self.has_one_version:
+            return 0
+        newest = self.version_spans[-1]
+        return newest.start if newest.recomputed else len(self.token_ids)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:

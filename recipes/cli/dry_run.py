@@ -84,7 +84,7 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     longest = run.rollout.longest
     most_samples = run.rollout.most_prompts_per_step * run.rollout.samples_per_prompt
     at_once = max(len(run.rollout.places_of(refill)) for refill in (0, 1))
-    at_once *= run.rollout.samples_per_prompt
+    at_once *= run.rollout.samples_per_prompt * run.rollout.most_stints
     draft = _draft_of(run, inputs)
     drafts = [] if draft is None else [draft.kv_layout] * run.trainer.parallel.tensor
     dtype = resolve_dtype(None, resolved)
@@ -107,6 +107,7 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
         **others,
         **_reference(run.trainer, reference),
         **_staleness(run, memory["weights_mib"]),
+        **_partial(run, at_once),
         **_online_draft(run, draft, device),
         "kv_mib_if_all_run_at_once": round(
             min(at_once, run.engine.max_num_seqs) * longest * kv_bytes / _MIB, 1
@@ -122,10 +123,20 @@ def _reference(trainer: TrainerConfig, mib: float) -> dict[str, float]:
 
 def _staleness(run: GrpoRun, weights_mib: float) -> dict[str, int | float | str]:
     """Which weights draw which step, if not those before it, and what the comparison takes."""
-    stale, copies = run.rollout.max_staleness, weights_mib if run.rollout.check_stale else 0
+    stale, every = run.rollout.max_staleness, run.rollout.weight_sync_steps
     if not stale:
         return {}
-    return {"step_s_is_drawn_after": f"max(0, s - {1 + stale})", "served_copy_mib": copies}
+    drawn = f"max(0, s - {1 + stale})"
+    drawn += f", or the next multiple of {every}" if every > 1 else ""
+    copies = weights_mib if run.rollout.check_stale else 0
+    return {"step_s_is_drawn_after": drawn, "served_copy_mib": copies}
+
+
+def _partial(run: GrpoRun, at_once: int) -> dict[str, int]:
+    """How often a sample goes on, and how many may be unfinished, if they are drawn in stints."""
+    if run.rollout.partial_tokens is None:
+        return {}
+    return {"stints_of_a_sample": run.rollout.most_stints, "most_samples_at_once": at_once}
 
 
 def _draft_of(run: GrpoRun, inputs: GrpoInputs) -> DraftConfig | None:

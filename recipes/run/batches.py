@@ -38,10 +38,17 @@ def own_micro_batches(
     return trainer.own_batches(batches)
 
 
-def uncompared(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-    """Return micro-batches of samples that other weights than the trainer's present ones drew: no
-    log-prob is to be the rollout's."""
-    return [replace(b, is_compared=torch.zeros_like(b.is_compared)) for b in batches]
+def compared_under(batches: Sequence[MicroBatch], step: int) -> list[MicroBatch]:
+    """Return the micro-batches for weights of this optimizer step: no log-prob is to be the
+    rollout's of a sample whose newest tokens, or all of whose, others drew."""
+
+    def marked(batch: MicroBatch) -> MicroBatch:
+        drew = [s.version_spans[-1:] for s in batch.samples]
+        present = torch.tensor([not x or x[0].version.step == step for x in drew])
+        by_present = present.to(batch.is_compared.device)[batch.sample_of_row]
+        return replace(batch, is_compared=batch.is_compared & by_present)
+
+    return [marked(batch) for batch in batches]
 
 
 def rows_by_sample(batches: Sequence[MicroBatch], rows: Sequence[Tensor]) -> dict[int, list[float]]:

@@ -66,6 +66,8 @@ _EARLIER = {
     "rollout.too_few_groups": "error",
     "rollout.max_staleness": 0,
     "rollout.check_stale": True,
+    "rollout.weight_sync_steps": 1,
+    "rollout.partial_tokens": None,
     "rollout.logprobs": "full",
     "algorithm.loss_top_k": 0,
     **{f"algorithm.{f.name}": f.default for f in fields(GrpoConfig)},

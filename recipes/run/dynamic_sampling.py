@@ -11,6 +11,7 @@ before any length penalty or KL.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from samebit.recipes.data.conversation import num_drawn
 from samebit.recipes.data.rewards import Poll
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.sampling import Rollout, RolloutSource
@@ -43,19 +44,25 @@ class StepRollout:
         """The step has drawn so many prompts."""
         return len(self.drawn.problems)
 
+    @property
+    def num_tokens(self) -> int:
+        """So many tokens were drawn for it."""
+        return sum(num_drawn(c) for group in self.drawn.completions for c in group)
+
     def dropped(self) -> list[tuple[Completion, float]]:
         """Return the samples that are not trained on, with their rewards, in order."""
-        rest = self.drawn.select(sorted(set(range(self.num_prompts)) - set(self.kept)))
+        rest = self.drawn.select(sorted(set(range(len(self.drawn.problems))) - set(self.kept)))
         groups = zip(rest.completions, rest.rewards, strict=True)
         return [pair for group, rewards in groups for pair in zip(group, rewards, strict=True)]
 
     def metrics(self) -> dict[str, float]:
         """Return what dynamic sampling has come to, under rollout/."""
+        scored = len(self.drawn.rewards)
         return {
             "rollout/refills": self.refills,
             "rollout/prompts_drawn": self.num_prompts,
-            "rollout/spread_fraction": len(with_spread(self.drawn.rewards)) / self.num_prompts,
-            "rollout/kept_fraction": len(self.kept) / self.num_prompts,
+            "rollout/spread_fraction": len(with_spread(self.drawn.rewards)) / scored,
+            "rollout/kept_fraction": len(self.kept) / scored,
             "rollout/drawn_reward_mean": self.drawn.reward_mean,
         }
 
@@ -93,9 +100,16 @@ def draw_step(
         refills += 1
         show(f"refill {refills}: {len(kept)} of {wanted} prompts")
         drawn.extend(round_of(refills))
-    if not kept or (len(kept) < wanted and settings.too_few_groups == "error"):
-        raise TooFewGroupsError(_too_few(settings, step, len(kept), len(drawn.problems)))
+    require_enough(settings, step, len(kept), len(drawn.problems))
     return StepRollout(drawn, kept[:wanted], refills, source.guesses_since(before))
+
+
+def require_enough(settings: RolloutSection, step: int, found: int, drawn: int) -> None:
+    """Raise TooFewGroupsError unless step, counted from 0, can be trained on the `found` prompts
+    that may be, of `drawn`."""
+    few = found < settings.prompts_per_step and settings.too_few_groups == "error"
+    if few or not found:
+        raise TooFewGroupsError(_too_few(settings, step, found, drawn))
 
 
 def _too_few(settings: RolloutSection, step: int, found: int, drawn: int) -> str:

@@ -129,7 +129,7 @@ class GrpoInputs:
                     f"rollout.prompts_per_step is {run.rollout.prompts_per_step}, with its refills "
                     f"up to {most} prompts a step; sample ids can name {MAX_PROMPTS}"
                 )
-            used = _used(train_set, run.trainer.num_steps * most, run.seed)
+            used = _used(train_set, run.rollout.most_prompts(run.trainer.num_steps), run.seed)
             names = {function.name for function in run.reward.functions.values()}
             self._prepare(used, unwritable if "exact_match" in names else None, poll)
         except BaseException:

@@ -38,13 +38,23 @@ CHARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ),
     (
         "Prompts drawn",
-        "in a step, with dynamic sampling",
+        "in a step, with dynamic sampling or partial rollouts",
         {"drawn": "rollout/prompts_drawn"},
     ),
     (
         "Prompts kept",
         "share of the drawn ones",
         {"rewards differ": "rollout/spread_fraction", "trained on": "rollout/kept_fraction"},
+    ),
+    (
+        "Samples left",
+        "to later steps, of partial rollouts",
+        {"unfinished": "rollout/pending_samples", "finished": "rollout/waiting_samples"},
+    ),
+    (
+        "Older tokens",
+        "share of those trained on that earlier weights drew",
+        {"train": "rollout/older_token_fraction"},
     ),
     (
         "Accept length",

@@ -164,24 +164,34 @@ class RolloutSource(PromptOrder):
         show: Callable[[str], object] = lambda text: None,
     ) -> Rollout:
         """Have the engine complete the prompts; `show` is told now and then how fast it goes."""
-        start = shown = time.perf_counter()
-
-        def progress(_done: int, num_tokens: int) -> None:
-            nonlocal shown
-            poll()
-            now = time.perf_counter()
-            if num_tokens and now - shown > _SHOW_S:
-                shown = now
-                show(f"rollout: {num_tokens / (now - start):.0f} tok/s")
-
         if self._inputs.generate is not None:
-            groups = self._in_turns(self._inputs.generate, prompts, progress)
+            told = _told(poll, show)
+            groups = self._in_turns(self._inputs.generate, prompts, told)
         else:
-            groups = self._engine.generate(
-                prompts.token_ids, prompts.params, prompts.sample_ids, progress=progress
-            )
-        texts = [[self._inputs.text.decode(c) for c in group] for group in groups]
-        return Rollout(prompts.problems, prompts.token_ids, groups, texts)
+            params = [prompts.params] * len(prompts.token_ids)
+            groups = self.complete(prompts.token_ids, params, prompts.sample_ids, poll, show)
+        return self.rollout(prompts.problems, prompts.token_ids, groups)
+
+    def complete(
+        self,
+        contexts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        sample_ids: Sequence[Sequence[int]],
+        poll: Poll,
+        show: Callable[[str], object],
+    ) -> list[list[Completion]]:
+        """Have the engine go on after each context, as its params say; otherwise as `draw`."""
+        return self._engine.generate(contexts, params, sample_ids, progress=_told(poll, show))
+
+    def rollout(
+        self,
+        problems: list[Problem],
+        prompt_ids: list[list[int]],
+        completions: list[list[Completion]],
+    ) -> Rollout:
+        """Return finished groups of these problems with their texts, not yet scored."""
+        texts = [[self._inputs.text.decode(c) for c in group] for group in completions]
+        return Rollout(problems, prompt_ids, completions, texts)
 
     def _in_turns(
         self, generate: GenerateFunction, prompts: Prompts, progress: Progress
@@ -236,6 +246,21 @@ class RolloutSource(PromptOrder):
         labels = reward.labels if isinstance(reward, RewardSum) else ()
         rollout.rewards, *terms = (_in_groups(values, texts) for values in found)
         rollout.terms = dict(zip(labels, terms, strict=True))
+
+
+def _told(poll: Poll, show: Callable[[str], object]) -> Progress:
+    """What an engine's progress is told to: it polls, and shows now and then how fast it goes."""
+    start = shown = time.perf_counter()
+
+    def progress(_done: int, num_tokens: int) -> None:
+        nonlocal shown
+        poll()
+        now = time.perf_counter()
+        if num_tokens and now - shown > _SHOW_S:
+            shown = now
+            show(f"rollout: {num_tokens / (now - start):.0f} tok/s")
+
+    return progress
 
 
 def _in_groups(values: Sequence[float], texts: Sequence[Sequence[str]]) -> list[list[float]]:

@@ -1,5 +1,6 @@
 """A run's rollouts with rollout.max_staleness: drawn ahead, compared under what drew them."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,23 +11,28 @@ from samebit.recipes.run.draws_ahead import DrawnStep, DrawsAhead
 from samebit.recipes.run.dynamic_sampling import StepRollout, draw_step
 from samebit.recipes.run.inputs import GrpoInputs
 from samebit.recipes.run.sampling import Rollout, RolloutSource
+from samebit.recipes.run.signals import StopSignals
+from samebit.recipes.run.step_rollouts import StepRollouts
 from samebit.recipes.run.training_metrics import PhaseTimer
 from samebit.recipes.run.waiting_rollouts import of_state, to_state
 from samebit.trainer.checkpoint import Checkpoint
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.stats import Comparison
+from samebit.trainer.types import StepStats
 from samebit.weight_sync.objects import gather_objects
 
 STATE = "waiting_rollouts"
 
 
-class StaleRollouts:
+class StaleRollouts(StepRollouts):
     """Has later steps drawn while one is trained.
 
     With rollout.check_stale it holds a copy of the served weights on the trainer's device: samples
     that the trainer's next weights are trained on are compared with a forward pass of those that
     drew them. `close` it when done.
     """
+
+    phase = "rollout_wait"
 
     def __init__(
         self,
@@ -36,7 +42,8 @@ class StaleRollouts:
         trainer: MegatronTrainer,
         resumed: Checkpoint | None,
     ) -> None:
-        self._run, self._trainer = run, trainer
+        super().__init__(run, source)
+        self._trainer = trainer
 
         def draw(step: int, begin: int, poll: Poll) -> StepRollout:
             return draw_step(source, run.rollout, step - 1, begin, (poll, poll))
@@ -54,25 +61,49 @@ class StaleRollouts:
         """See DrawsAhead.begin."""
         self._draws.begin(trained, place)
 
-    def take(self, step: int, poll: Poll) -> StepRollout:
-        """Return a step's rollout, once it is drawn; raises what its draw, or `poll`, raises."""
-        self._taken = self._draws.take(step, poll)
+    def take(
+        self, step: int, begin: int, stop: StopSignals, show: Callable[[str], object]
+    ) -> StepRollout:
+        """Return a step's rollout, once it is drawn; raises what its draw, or `stop`, raises."""
+        self._taken = self._draws.take(step, stop.poll)
         return self._taken.rollout
 
-    def finish(self, poll: Poll = lambda: None) -> None:
-        """Wait until the engine may get other weights; raises what a draw, or `poll`, raises."""
-        self._draws.finish(poll)
+    def finish(self, timer: PhaseTimer, poll: Poll = lambda: None) -> None:
+        """Wait until the engine is idle: a sample is drawn by one version."""
+        with timer.time("rollout_wait"):
+            self._draws.finish(poll)
 
-    def compare(self, trained: int) -> dict[int, Comparison]:
-        """Compare, by step, what is not yet compared and was drawn by other weights than the
-        trainer's present ones; from here on those count as the served ones."""
+    def compare_taken(self, timer: PhaseTimer) -> Comparison:
+        """Compare what other weights drew than the trainer's, where they are still served."""
+        assert self._taken is not None
+        with timer.time("compare"):
+            self._compare({0: self._taken})
+        return self._taken.comparison or Comparison()
+
+    def compared(self, first: StepStats) -> Comparison:
+        """Return the comparison that was made before, or else that of the optimizer step."""
+        made = None if self._taken is None else self._taken.comparison
+        return made or super().compared(first)
+
+    def compare_drawn(self, trained: int, timer: PhaseTimer) -> dict[int, Comparison]:
+        """Compare what was drawn by the weights that were served before, and take note of those
+        that are served now; nothing where those are still the ones that were."""
+        if not self._run.rollout.syncs_after(trained):
+            return {}
+        with timer.time("compare"):
+            found = self._compare(self._draws.waiting(trained))
+            if self._served is not None:
+                self._served.copy_from(self._trainer.params)
+        return found
+
+    def _compare(self, steps: dict[int, DrawnStep]) -> dict[int, Comparison]:
+        """By step, those of what is not compared yet, and not by the trainer itself."""
         if self._served is None:
             return {}
         found = {}
-        for step, drawn in self._draws.waiting(trained).items():
+        for step, drawn in steps.items():
             if drawn.comparison is None and drawn.version.step != self._trainer.step:
                 found[step] = drawn.comparison = self._comparison(drawn.rollout.trained)
-        self._served.copy_from(self._trainer.params)
         return found
 
     def _comparison(self, rollout: Rollout) -> Comparison:
@@ -86,15 +117,6 @@ class StaleRollouts:
         ranks = self._trainer.data_ranks  # each has its own samples
         parts = [vars(found)] if ranks.size == 1 else gather_objects(vars(found), ranks.group)
         return sum((Comparison(**part) for part in parts), Comparison())
-
-    @property
-    def comparison(self) -> Comparison | None:
-        """That of the rollout that was taken last, if it was made before the step was trained."""
-        return None if self._taken is None else self._taken.comparison
-
-    def is_stale(self) -> bool:
-        """Whether other weights than the trainer's present ones drew what was taken last."""
-        return self._taken is not None and self._taken.version.step != self._trainer.step
 
     def metrics(self, step: int, timer: PhaseTimer) -> dict[str, float]:
         """Return what is logged of the step that was trained, whose rollout was taken last.
@@ -111,8 +133,9 @@ class StaleRollouts:
         }
 
     def state_dict(self, trained: int) -> dict[str, Any]:
-        """What a run that goes on behind step `trained` cannot draw again."""
+        """What a run that goes on behind step `trained` cannot draw again, nor compare."""
         waiting = self._draws.waiting(trained)
+        self._compare(waiting)
         return {STATE: {step: to_state(drawn) for step, drawn in waiting.items()}}
 
     def close(self) -> None:

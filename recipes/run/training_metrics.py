@@ -93,8 +93,8 @@ def reference_metrics(samples: Sequence[Sample]) -> dict[str, float]:
 def train_metrics(
     stats: Sequence[StepStats], compared: Comparison | None = None
 ) -> dict[str, float]:
-    """Return means over a step's optimizer steps. If log-probs are compared with a rollout's,
-    the comparison is that of the first, or `compared`, which was made before."""
+    """Return means over a step's optimizer steps, and how log-probs compare with a rollout's, if
+    they do: `compared`, or what the first of them has found."""
     first = stats[0]
     compared = compared or Comparison.in_step(first)
     metrics = {
@@ -149,14 +149,13 @@ def speed(
     rollout: Rollout,
     stats: Sequence[StepStats],
     seconds: Mapping[str, float],
-    drawn: Rollout | None = None,
+    drawn_tokens: int,
 ) -> dict[str, float]:
     """Return tokens per second of the two large phases; on a GPU also the share of its peak.
 
-    rollout: what is trained on; drawn: all that was drawn, where that is more. Nothing is said of a
-    rollout that was drawn before the run was resumed.
+    rollout: what is trained on; drawn_tokens: how many were drawn. Nothing is said of a rollout
+    that was drawn before the run was resumed.
     """
-    drawn_tokens = sum(num_drawn(c) for group in (drawn or rollout).completions for c in group)
     trained, train_s = sum(s.num_tokens for s in stats), seconds["perf/train_s"]
     found = {"perf/train_tokens_per_s": trained / train_s}
     if "perf/rollout_s" in seconds:

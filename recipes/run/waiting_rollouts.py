@@ -1,11 +1,13 @@
-"""Rollouts that wait to be trained on, as part of a checkpoint.
+"""Rollouts that wait to be trained on, or to be finished, as part of a checkpoint.
 
-Kept is what was drawn and what it is worth; prompts and sample ids are functions of configuration
-and step. Seconds and what guesses came to are not kept: equal runs have equal checkpoints.
+Kept is what was drawn, and what it is worth if that is known; prompts and sample ids are functions
+of configuration and step, or stint. Seconds and what guesses came to are not kept: equal runs have
+equal checkpoints.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple
+from sys import intern
 from typing import Any
 
 import torch
@@ -24,7 +26,6 @@ def to_state(drawn: DrawnStep) -> dict[str, Any]:
     """Return a step's rollout as tensors and plain values."""
     rollout = drawn.rollout.drawn
     completions = [c for group in rollout.completions for c in group]
-    responses = [c for c in completions if isinstance(c, Response)]
     compared = drawn.comparison
     return {
         "begin": drawn.begin,
@@ -36,16 +37,7 @@ def to_state(drawn: DrawnStep) -> dict[str, Any]:
             label: torch.tensor(groups, dtype=torch.float64)
             for label, groups in rollout.terms.items()
         },
-        "lens": torch.tensor([len(c.token_ids) for c in completions]),
-        "token_ids": torch.tensor([x for c in completions for x in c.token_ids], dtype=torch.int32),
-        "logprobs": torch.tensor([x for c in completions for x in c.logprobs], dtype=torch.float32),
-        "finish_reasons": [c.finish_reason for c in completions],
-        "version_spans": [
-            [(span.start, span.recomputed, *astuple(span.version)) for span in c.version_spans]
-            for c in completions
-        ],
-        "loss_mask": torch.tensor([x for c in responses for x in c.loss_mask], dtype=torch.bool),
-        "num_turns": [c.num_turns for c in responses],
+        **packed(completions),
     }
 
 
@@ -60,7 +52,7 @@ def of_state(
     """
     rounds = [prompts_of(state["begin"], refill) for refill in range(state["refills"] + 1)]
     sample_ids = [ids for prompts in rounds for ids in prompts.sample_ids]
-    rest = _completions(state, [i for ids in sample_ids for i in ids])
+    rest = unpacked(state, [i for ids in sample_ids for i in ids])
     groups = [[next(rest) for _ in ids] for ids in sample_ids]
     rollout = Rollout(
         problems=[problem for prompts in rounds for problem in prompts.problems],
@@ -78,7 +70,33 @@ def of_state(
     )
 
 
-def _completions(state: dict[str, Any], sample_ids: Sequence[int]) -> Iterator[Completion]:
+def packed(completions: Sequence[Completion]) -> dict[str, Any]:
+    """Return completions as tensors and plain values, all but their ids.
+
+    Equal texts are one object, as pickle writes another for it otherwise: engines of other
+    processes send each its own.
+    """
+    responses = [c for c in completions if isinstance(c, Response)]
+    lens = [len(c.token_ids) for c in completions]
+    return {
+        "lens": torch.tensor(lens, dtype=torch.int64),
+        "token_ids": torch.tensor([x for c in completions for x in c.token_ids], dtype=torch.int32),
+        "logprobs": torch.tensor([x for c in completions for x in c.logprobs], dtype=torch.float32),
+        "finish_reasons": [intern(c.finish_reason) for c in completions],
+        "version_spans": [
+            [
+                (span.start, span.recomputed, span.version.step, intern(span.version.digest))
+                for span in c.version_spans
+            ]
+            for c in completions
+        ],
+        "loss_mask": torch.tensor([x for c in responses for x in c.loss_mask], dtype=torch.bool),
+        "num_turns": [c.num_turns for c in responses],
+    }
+
+
+def unpacked(state: Mapping[str, Any], sample_ids: Sequence[int]) -> Iterator[Completion]:
+    """Yield the completions that `packed` was given, whose sample ids these are."""
     lens = state["lens"].tolist()
     tokens, logprobs = _parts(state["token_ids"], lens), _parts(state["logprobs"], lens)
     masks, turns = _parts(state["loss_mask"], lens), state["num_turns"]

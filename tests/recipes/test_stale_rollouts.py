@@ -17,7 +17,7 @@ from test_signals import signal_before_call
 from samebit.recipes import grpo
 from samebit.recipes.data.rewards import RewardError
 from samebit.recipes.grpo import GrpoRecipe, LogprobMismatchError
-from samebit.recipes.run import draws_ahead
+from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.draws_ahead import DrawsAhead
 from samebit.recipes.run.metrics import read_rows, without_times
 from samebit.recipes.run.rollouts import list_rollouts, load_rollout
@@ -33,6 +33,9 @@ AHEAD += (f"trainer.num_steps={STEPS}", "trainer.background_checkpoints=false")
 AHEAD += ("reward.args.control=/no",)
 ONE, TWO = (*AHEAD, "rollout.max_staleness=1"), (*AHEAD, "rollout.max_staleness=2")
 SPLIT = (*ONE, "trainer.batch_size=6")
+EVERY_TWO = "rollout.weight_sync_steps=2"
+RARE = (*TWO, "rollout.weight_sync_steps=3", "rollout.eval_every=2")
+SCHEDULE = ("placement", "rollout.max_staleness", "rollout.weight_sync_steps")
 MANY = (*ONE, "rollout.generate=run_children:two_turns", "rollout.max_new_tokens=8", "seed=2")
 MANY += ("rollout.dynamic_sampling=true", "reward.name=run_children:score_some")
 MANY += ("reward.args.every=3", "rollout.refill_prompts=4")
@@ -97,17 +100,24 @@ def no_thread_is_left():
 
 
 @pytest.mark.parametrize(
-    ("words", "staleness", "updates"),
-    [(ONE, 1, 1), (SPLIT, 1, 2), (TWO, 2, 1)],
-    ids=["one", "several optimizer steps", "two"],
+    ("words", "drawn_after", "updates"),
+    [
+        (ONE, (0, 0, 1, 2), 1),
+        (SPLIT, (0, 0, 1, 2), 2),
+        (TWO, (0, 0, 0, 1), 1),
+        (RARE, (0, 0, 0, 3), 1),
+        pytest.param((*TWO, EVERY_TWO), (0, 0, 0, 2), 1, marks=pytest.mark.long),
+        pytest.param((*ONE, EVERY_TWO), (0, 0, 2, 2), 1, marks=pytest.mark.long),
+    ],
+    ids=["one", "several optimizer steps", "two", "rare", "two of two", "one of two"],
 )
 def test_a_run_is_what_one_thread_would_do(
-    whole, resolved, tmp_path, monkeypatch, words, staleness, updates
+    whole, resolved, tmp_path, monkeypatch, words, drawn_after, updates
 ):
     """Draw, train, draw: in turns, with a colocated engine, by the schedule alone."""
     folder, (summary, rows) = whole(words)
     monkeypatch.setattr(GrpoRecipe, "_check_promise", lambda *_: None)
-    alone = tuple(x for x in words if not x.startswith(("placement", "rollout.max_staleness")))
+    alone = tuple(x for x in words if not x.startswith(SCHEDULE))
     run, drawn, versions, losses = replace(resolved(alone), output_dir=str(tmp_path)), {}, {}, []
     with open_run(run) as session, closing(GrpoRecipe(run, session)) as recipe:
         for step in range(STEPS + 1):
@@ -117,20 +127,20 @@ def test_a_run_is_what_one_thread_would_do(
                 recipe.progress.step += 1
             versions[step] = recipe.engine.weight_version
             for later in range(1, STEPS + 1):
-                if max(0, later - 1 - staleness) == step:
+                if drawn_after[later - 1] == step:
                     drawn[later] = roll_out(recipe, later - 1)
         assert recipe.trainer.digest() == summary["weights_digest"]
     assert losses == [row["train/loss"] for row in rows[1:]]
     files = list_rollouts(folder / "run")
     for step, row in enumerate(rows[1:], 1):
-        drew = max(0, step - 1 - staleness)
+        drew = drawn_after[step - 1]
         assert row["rollout/staleness"] == step - 1 - drew
         assert row["rollout/weight_step"] == drew * updates
         spans = {s.version for x in load_rollout(files[step]) for s in x.version_spans}
         assert spans == {versions[drew]}
         assert row["train/logprob_tokens_compared"] > 30
         assert row["train/logprob_mismatches"] == 0
-        assert (row["train/ratio"] == 1.0) is (step == 1 and updates == 1)
+        assert (row["train/ratio"] == 1.0) is (drew == step - 1 and updates == 1)
     compared = sum(row["train/logprob_tokens_compared"] for row in rows[1:])
     assert summary["logprob_tokens_compared"] == compared
 
@@ -147,19 +157,30 @@ def test_what_is_timed(whole):
 
 
 def slow_engine(monkeypatch):
-    """A draw goes on only while somebody waits for it."""
-    waits, original_wait, original_run = threading.Event(), draws_ahead._wait, DrawsAhead._run
+    """A draw begins once somebody waits for it."""
+    asked, changed, original_run = set(), threading.Condition(), DrawsAhead._run
 
-    def wait_for(draws, poll):
-        waits.set()
-        original_wait(draws, poll)
-        waits.clear()
+    def asking(name, steps_of):
+        original = getattr(DrawsAhead, name)
 
-    def run(*args):
-        waits.wait()
-        return original_run(*args)
+        def call(draws, *args):
+            with changed:
+                asked.update(steps_of(draws, *args))
+                changed.notify_all()
+            return original(draws, *args)
 
-    monkeypatch.setattr(draws_ahead, "_wait", wait_for)
+        monkeypatch.setattr(DrawsAhead, name, call)
+
+    def run(draws, step, *rest):
+        with changed:
+            changed.wait_for(lambda: step in asked)
+        return original_run(draws, step, *rest)
+
+    asking("take", lambda draws, step, *_: [step])
+    older = RolloutSection.drawn_after
+    asking("waiting", lambda x, n: [s for s in x._steps if s > n > older(x._settings, s)])
+    for name in ("finish", "close"):
+        asking(name, lambda draws, *_: draws._steps)
     monkeypatch.setattr(DrawsAhead, "_run", run)
 
 
@@ -179,12 +200,20 @@ def slow_trainer(monkeypatch):
     monkeypatch.setattr(MegatronTrainer, "train_step", train_step)
 
 
-@pytest.mark.parametrize("delay", [slow_engine, pytest.param(slow_trainer, marks=pytest.mark.long)])
-def test_whoever_is_slow(train, whole, tmp_path, monkeypatch, delay):
+@pytest.mark.parametrize(
+    ("delay", "words"),
+    [
+        (slow_engine, SPLIT),
+        pytest.param(slow_engine, ONE, marks=pytest.mark.long),
+        pytest.param(slow_engine, RARE, marks=pytest.mark.long),
+        pytest.param(slow_trainer, ONE, marks=pytest.mark.long),
+    ],
+)
+def test_whoever_is_slow(train, whole, tmp_path, monkeypatch, delay, words):
     """Order and time of what happens beside each other moves no byte."""
-    expected, result = whole(ONE)
+    expected, result = whole(words)
     delay(monkeypatch)
-    assert train(tmp_path, ONE) == result
+    assert train(tmp_path, words) == result
     assert left_in(tmp_path) == left_in(expected)
     assert no_thread_is_left()
 
@@ -198,13 +227,17 @@ def test_an_engine_in_another_process(runs, whole, one_process):
     assert left_in(runs.folder) == left_in(expected)
 
 
-@pytest.mark.parametrize(("words", "staleness"), [(ONE, 1), (TWO, 2)], ids=["one", "two"])
-def test_what_a_checkpoint_holds(whole, words, staleness):
-    """All that earlier weights have drawn of later steps, and nothing else."""
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [(ONE, {2: [3], 4: []}), (TWO, {2: [3, 4], 4: []}), (RARE, {2: [3], 4: []})],
+    ids=["one", "two", "rare"],
+)
+def test_what_a_checkpoint_holds(whole, words, expected):
+    """All that earlier weights have drawn of later steps, and nothing else; compared, if nobody
+    can compare it later."""
     found = {c.step: c.load()[STATE] for c in list_checkpoints(whole(words)[0] / "run/checkpoints")}
-    assert {step: list(state) for step, state in found.items()} == {
-        step: list(range(step + 1, min(step + staleness, STEPS) + 1)) for step in (2, 4)
-    }
+    assert {step: list(state) for step, state in found.items()} == expected
+    assert found[2][3]["comparison"][0] > 30
 
 
 # What stands in metrics.jsonl, and in rollouts/, as the run dies.
@@ -233,7 +266,7 @@ def test_killed_while_it_draws_ahead_and_resumed(
     [
         ("finish", 3, ONE, 1),
         pytest.param("take", 4, TWO, 3, marks=pytest.mark.long),
-        pytest.param("compare", 3, ONE, 2, marks=pytest.mark.long),
+        pytest.param("compare_drawn", 3, ONE, 2, marks=pytest.mark.long),
         pytest.param("finish", 2, SPLIT, 2, marks=pytest.mark.long),
         pytest.param("take", 1, TWO, 0, marks=pytest.mark.long),
     ],
@@ -249,6 +282,11 @@ def test_stopped_and_resumed(train, whole, tmp_path, monkeypatch, name, number, 
     assert no_thread_is_left()
     assert train(tmp_path, words, resume=True) == result
     assert left_in(tmp_path)[0] == left_in(expected)[0]
+
+
+def test_a_resumed_run_compares_what_was_drawn_before(train, whole, tmp_path, monkeypatch):
+    """From a checkpoint between two updates of the engine, whose weights are gone."""
+    assert_resumed(train, whole, tmp_path, monkeypatch, RARE)
 
 
 def test_refills_and_turns_wait_whole(train, whole, tmp_path, monkeypatch):

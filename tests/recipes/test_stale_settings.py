@@ -18,6 +18,19 @@ def test_the_schedule_is_a_function_of_the_step():
     assert drawn == [[0, 1, 2, 3, 4, 5], [0, 0, 1, 2, 3, 4], [0, 0, 0, 1, 2, 3]]
 
 
+@pytest.mark.parametrize(("every", "stale"), [(1, 3), (2, 1), (2, 2), (2, 4), (3, 2), (3, 5)])
+def test_weights_that_go_every_few_steps(every, stale):
+    """No sample is older than max_staleness, or than it has to be; all are by weights that the
+    engine has got, of which it needs no two at a time."""
+    settings = RolloutSection(max_staleness=stale, weight_sync_steps=every)
+    drawn = [settings.drawn_after(step) for step in range(1, 30)]
+    assert drawn == sorted(drawn)
+    for step, after in enumerate(drawn, 1):
+        assert settings.syncs_after(after)
+        assert 0 <= step - 1 - after <= stale
+        assert after == 0 or step - 1 - (after - every) > stale
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -30,6 +43,15 @@ def test_the_schedule_is_a_function_of_the_step():
         (
             ["rollout.max_staleness=1", "placement=process", "placement.release_memory=true"],
             "placement.release_memory is True; it must be unset or false with placement.engine=pro",
+        ),
+        (
+            ["rollout.weight_sync_steps=2"],
+            "rollout.weight_sync_steps is 2; it must be 1, its default: nothing reads it where "
+            "rollout.max_staleness is 0",
+        ),
+        (
+            ["rollout.max_staleness=1", "placement=process", "rollout.weight_sync_steps=3"],
+            "rollout.weight_sync_steps is 3; it must be 1 to 2 with rollout.max_staleness=1",
         ),
         (
             ["rollout.check_stale=false"],
@@ -66,5 +88,7 @@ def test_a_dry_run_says_which_weights_draw_and_what_the_comparison_takes(runs, m
     assert figures["served_copy_mib"] == figures["weights_mib"] > 0
     figures = describe_grpo(runs.resolve("run", *words, "rollout.check_stale=false"))
     assert figures["served_copy_mib"] == 0
+    figures = describe_grpo(runs.resolve("run", *words, "rollout.weight_sync_steps=2"))
+    assert figures["step_s_is_drawn_after"] == "max(0, s - 3), or the next multiple of 2"
     figures = describe_grpo(runs.resolve("run"))
     assert not {"served_copy_mib", "step_s_is_drawn_after"} & figures.keys()

@@ -41,12 +41,11 @@ def test_each_process_has_its_share_of_a_peak(llama_path, monkeypatch, parallel)
     stats = [StepStats(num_tokens=n, **read, **counts) for n in (17, 20)]
     seconds = {"perf/rollout_s": 2.0, "perf/train_s": 0.5, "perf/eval_s": 9.0}
     rates = {"perf/rollout_tokens_per_s": 8.5, "perf/train_tokens_per_s": 74.0}
-    assert speed(trainer, rollout, stats, seconds) == rates
-    more = Rollout([], [], [*groups, [completion(83)]], [])
-    assert speed(trainer, rollout, stats, seconds, more)["perf/rollout_tokens_per_s"] == 50.0
+    assert speed(trainer, rollout, stats, seconds, 17) == rates
+    assert speed(trainer, rollout, stats, seconds, 100)["perf/rollout_tokens_per_s"] == 50.0
     monkeypatch.setattr(training_metrics, "peak_flops", {CPU: 1e9}.get)
     share = train_flops(model, [7, 9, 8, 13]) / trainer.parallel.num_processes / 0.5 / 1e9
-    found = speed(trainer, rollout, stats, seconds)
+    found = speed(trainer, rollout, stats, seconds, 17)
     assert found == rates | {"perf/train_mfu": pytest.approx(share, rel=1e-14)}
 
 

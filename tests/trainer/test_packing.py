@@ -117,8 +117,14 @@ def test_tokens_in_the_middle_may_be_masked():
     assert batch.is_compared.tolist() == [True] * 5
 
 
+def renewed(span):
+    """The span of a version that has computed the context anew."""
+    return replace(span, recomputed=True)
+
+
 def test_a_sample_of_two_versions_is_not_compared():
-    """No one set of weights has its log-probs; it is trained on like the others."""
+    """No one set of weights has its log-probs, unless the newest has computed what stands before
+    its tokens; it is trained on like the others."""
     versions = [WeightVersion(step, f"{step:016x}") for step in (1, 2)]
     spans = [VersionSpan(3 * i, version) for i, version in enumerate(versions)]
     mixed = sample(7, 2, 5, logprobs=(-1.0,) * 5, version_spans=spans)
@@ -126,6 +132,9 @@ def test_a_sample_of_two_versions_is_not_compared():
     assert mixed.version_spans[1].start == 5
     [batch] = pack_samples([mixed, drawn, SAMPLES[1]], 100)
     assert batch.is_compared.tolist() == [False] * 5 + [True] * 3
+    anew = sample(9, 2, 5, logprobs=(-1.0,) * 5, version_spans=spans[:1] + [renewed(spans[1])])
+    [batch] = pack_samples([drawn, anew], 100)
+    assert batch.is_compared.tolist() == [True] * 2 + [False] * 3 + [True] * 2
     [taught] = pack_samples([sample(1, 2, 2)], 100)
     assert taught.is_compared.tolist() == [False, False]
 

@@ -1,0 +1,105 @@
+"""rollout.partial_tokens: how much may be drawn, what becomes of parts, and what is refused."""
+
+import re
+from dataclasses import replace
+from itertools import product
+
+import pytest
+from partial_schedule import PROMPTS, schedule
+
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.cli.dry_run import describe_grpo
+from samebit.recipes.config import ConfigError
+from samebit.recipes.rollout_config import RolloutSection
+from samebit.recipes.run.partial_rollouts import joined
+from samebit.rollout.types import Completion
+from samebit.weight_sync.types import VersionSpan, WeightVersion
+
+
+def test_parts_of_one_version_are_one_span():
+    """Of others, each begins where its own tokens do."""
+    old, new = (WeightVersion(step, "a") for step in (1, 2))
+
+    def part(*versions):
+        spans = tuple(VersionSpan(i, v) for i, v in enumerate(versions))
+        return Completion(
+            request_id="7",
+            sample_id=3,
+            token_ids=(1,) * len(versions),
+            logprobs=(-1.0,) * len(versions),
+            finish_reason="length",
+            version_spans=spans,
+        )
+
+    first = part(old)
+    assert joined(first, part(old)).version_spans == (VersionSpan(0, old),)
+    both = joined(joined(first, part(old)), part(new))
+    assert both.version_spans == (VersionSpan(0, old), VersionSpan(2, new, recomputed=True))
+    mixed = joined(first, part(new, old)).version_spans
+    assert mixed[1:] == (VersionSpan(1, new, recomputed=True), VersionSpan(2, old))
+
+
+def test_how_much_may_be_drawn():
+    """Stints of a step, and prompts of a run."""
+    section = RolloutSection(prompts_per_step=5, max_new_tokens=10, partial_tokens=4)
+    assert (section.most_stints, section.most_prompts_per_step) == (3, 15)
+    assert section.most_prompts(4) == (4 + 2) * 5
+    choosy = replace(section, dynamic_sampling=True, max_refills=2)
+    assert (choosy.most_stints, choosy.most_stints_per_step) == (3, 5)
+    assert choosy.most_prompts(4) == 4 * choosy.most_prompts_per_step == 4 * 25
+    assert RolloutSection(prompts_per_step=5).most_prompts(4) == 20
+
+
+def test_no_prompt_waits_for_long():
+    """Whatever its samples' lengths and those of others; and no step draws too much."""
+    most = 2
+    for needed in product(range(1, most + 1), repeat=3 * PROMPTS):
+        trained, stints = schedule([*needed, *[most] * 9], 4)
+        assert sum(stints) <= 4 + most - 1
+        begun = [step for step, count in enumerate(stints) for _ in range(PROMPTS * count)]
+        ages = [step - begun[place] for step, places in enumerate(trained) for place in places]
+        assert max(ages) <= most - 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["rollout.partial_tokens=0"], "rollout.partial_tokens is 0; it must be 1 to 256, roll"),
+        (["rollout.partial_tokens=257"], "rollout.partial_tokens is 257; it must be 1 to 256, r"),
+        (
+            ["rollout.dynamic_sampling=true", "rollout.refill_prompts=4"],
+            "rollout.refill_prompts is 4; it must be unset with rollout.partial_tokens",
+        ),
+        (
+            ["rollout.max_staleness=1", "placement=process"],
+            "rollout.max_staleness is 1; it must be 0 with rollout.partial_tokens",
+        ),
+        (["rollout.generate=a:b"], "rollout.generate is 'a:b'; it must be unset with rollout.par"),
+        (
+            ["rollout.top_k=5", "rollout.logprobs=truncated"],
+            "rollout.logprobs is 'truncated'; it must be full with rollout.partial_tokens",
+        ),
+    ],
+)
+def test_settings_that_cannot_be(words, message):
+    words = ["model.path=m", "device=cpu", "rollout.partial_tokens=8", *words]
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        resolve("grpo", words)
+
+
+def test_commands_that_train_no_policy_refuse_it():
+    """eagle3's target does not change; of a plan no result says how long its stints take."""
+    meaning = "rollout.partial_tokens is 8; it must be None, its default: nothing reads it where"
+    for command in ("eagle3", "plan"):
+        with pytest.raises(ConfigError, match=meaning):
+            resolve(command, ["model.path=m", "rollout.partial_tokens=8"])
+
+
+def test_a_dry_run_says_how_much_is_drawn_at_once(runs):
+    """All samples that may be unfinished, and the stints of one."""
+    words = ("rollout.partial_tokens=2", "engine.max_num_seqs=1000")
+    figures, plain = (describe_grpo(runs.resolve("run", *x)) for x in (words, words[1:]))
+    assert figures["stints_of_a_sample"] == 3
+    assert figures["most_samples_at_once"] == 3 * plain["samples_per_step"]
+    key = "kv_mib_if_all_run_at_once"
+    assert figures[key] > plain[key] > 0
