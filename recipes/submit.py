@@ -22,6 +22,8 @@ from samebit.recipes.submit_config import SubmitRun
 
 _NO_JOBS = ("submit", "watch")
 """Commands that are for this machine."""
+_TIME_TO_SAVE = {"RAY_JOB_STOP_WAIT_TIME_S": "300"}
+"""Between the SIGTERM and the SIGKILL of `ray job stop`: 3 s by default, in which few runs save."""
 
 
 def require_command(run: SubmitRun) -> Any:
@@ -93,7 +95,7 @@ def environment_of(run: SubmitRun) -> dict[str, Any]:
     given = {
         "working_dir": section.working_dir,
         "py_modules": section.py_modules,
-        "env_vars": section.variables,
+        "env_vars": _TIME_TO_SAVE | section.variables,
     }
     return {name: value for name, value in given.items() if value}
 

@@ -56,7 +56,11 @@ def test_a_dry_run_checks_and_sends_nothing(capsys, monkeypatch):
     assert "xyz" not in out
     assert "NAME" not in os.environ
     environment = submit.environment_of(submission(*own, *words))
-    assert environment == {"env_vars": {"NAME": "mine", "N": "2"}}
+    to_save = {"RAY_JOB_STOP_WAIT_TIME_S": "300"}
+    assert environment == {"env_vars": to_save | {"NAME": "mine", "N": "2"}}
+    own = [NOBODY, "runtime_env.env_vars.RAY_JOB_STOP_WAIT_TIME_S=9", *GRPO]
+    environment = submit.environment_of(submission(*own))
+    assert environment == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "9"}}
     assert main(["submit", NOBODY, "dry_run=true", *words]) == 2
     assert "submit: grpo: run_name=${oc.env:NAME}: " in capsys.readouterr().err
 
@@ -237,13 +241,14 @@ def test_jobs_of_a_real_cluster(cluster, monkeypatch, tmp_path, capsys):
 
     script = tmp_path / "python"
     script.write_text(
-        '#!/bin/sh\n[ "$4" = verify ] && exec sleep 600\necho "$NAME $4 $5"\nexit 7\n'
+        '#!/bin/sh\n[ "$4" = verify ] && exec sleep 600\n'
+        'echo "$NAME $RAY_JOB_STOP_WAIT_TIME_S $4 $5"\nexit 7\n'
     )
     script.chmod(0o755)
     words = [f"python={script}", "runtime_env.env_vars.NAME=mine"]
     assert main(["submit", *own, *words, "diff", "$a", "b"]) == 7
     found = capsys.readouterr()
-    assert "mine diff $a" in found.out
+    assert "mine 300 diff $a" in found.out
     assert "submit: the job raysubmit_" in found.err
     assert "ended with exit code 7" in found.err
 
