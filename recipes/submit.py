@@ -16,11 +16,14 @@ from samebit.recipes.cli.compose import resolve
 from samebit.recipes.config import ConfigError
 from samebit.recipes.launch.processes import num_processes
 from samebit.recipes.launch.ray_package import require_ray
+from samebit.recipes.plan_config import PlanRun
 from samebit.recipes.run.secrets import to_yaml, without_secrets
 from samebit.recipes.submit_config import SubmitRun
 
 _NO_JOBS = ("submit", "watch")
 """Commands that are for this machine."""
+_TIME_TO_SAVE = {"RAY_JOB_STOP_WAIT_TIME_S": "300"}
+"""Between the SIGTERM and the SIGKILL of `ray job stop`: 3 s by default, in which few runs save."""
 
 
 def require_command(run: SubmitRun) -> Any:
@@ -44,6 +47,8 @@ def require_command(run: SubmitRun) -> Any:
 
 
 def _require_fit_for_job(inner: Any, num_gpus: float) -> None:
+    if isinstance(inner, PlanRun):  # nothing is run
+        return
     folder = getattr(inner, "output_dir", None)
     if folder is not None and not os.path.isabs(folder) and not getattr(inner, "dry_run", False):
         raise ConfigError(
@@ -90,9 +95,22 @@ def environment_of(run: SubmitRun) -> dict[str, Any]:
     given = {
         "working_dir": section.working_dir,
         "py_modules": section.py_modules,
-        "env_vars": section.variables,
+        "env_vars": _TIME_TO_SAVE | section.variables,
     }
     return {name: value for name, value in given.items() if value}
+
+
+def require_files(run: SubmitRun) -> None:
+    """Raise ConfigError for what Ray is to bring from this machine and is not there."""
+    section = run.runtime_env
+    given = [("working_dir", section.working_dir)]
+    given += [("py_modules", path) for path in section.py_modules]
+    for name, path in given:
+        if path is not None and "://" not in path and not os.path.exists(path):
+            raise ConfigError(
+                f"runtime_env.{name} names {path!r}, which does not exist on this machine; it must "
+                "be a folder or a file here, or an address such as s3://..., for Ray to fetch"
+            )
 
 
 def main(run: SubmitRun) -> int:
@@ -101,6 +119,7 @@ def main(run: SubmitRun) -> int:
 
     Raises ConfigError, ImportError without Ray, and RayError for what Ray cannot do.
     """
+    require_files(run)
     inner = require_command(run)
     require_ray("samebit submit")
     entrypoint = entrypoint_of(run)

@@ -12,7 +12,8 @@ class RuntimeEnvSection:
     """Names what Ray brings to the job's node: its runtime environment."""
 
     working_dir: str | None = None
-    """A folder, but for what .gitignore names, or a .zip: the job's working folder is a copy."""
+    """A folder, but for what .gitignore names, a .zip, or an address of one, such as s3://...: the
+    job's working folder is a copy."""
     py_modules: list[str] = field(default_factory=list)
     """Folders and wheels of packages that the job imports."""
     env_vars: dict[str, Any] = field(default_factory=dict)

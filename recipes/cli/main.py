@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from samebit.recipes.cli.commands import COMMANDS, HELP, split, usage, with_keys
+from samebit.recipes.launch.failures import is_expected, may_pass
 
 
 def _command_help(command: str, overrides: Sequence[str]) -> str:
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _was_told(command, error, run, follows or processes.is_one_of_several()):
             raise
-        code = processes.CRASHED if follows and _may_pass(error) else 1
+        code = processes.CRASHED if follows and may_pass(error) else 1
     if processes.is_one_of_several():
         processes.leave(code)
     return code
@@ -121,24 +122,11 @@ def _import_program(command: str) -> Any:
         gc.enable()
 
 
-def _is_expected(error: Exception) -> bool:
-    ours = type(error).__module__.startswith("samebit.")
-    return ours or isinstance(error, OSError | ValueError | ImportError)
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether starting again may help: no error that we expect, but a process that has died."""
-    from samebit.rollout.remote import RemoteEngineError
-    from samebit.weight_sync.types import LostMemberError
-
-    return isinstance(error, RemoteEngineError | LostMemberError) or not _is_expected(error)
-
-
 def _was_told(command: str, error: Exception, run: Any, is_watched: bool) -> bool:
     """Say one of our own errors in a line, and any other one, if a launcher watches, in full."""
     from samebit.recipes.run.secrets import scrubbed
 
-    if _is_expected(error) and not os.environ.get("SAMEBIT_TRACEBACK"):
+    if is_expected(error) and not os.environ.get("SAMEBIT_TRACEBACK"):
         print(f"samebit {command}: {scrubbed(str(error), run)}", file=sys.stderr)
     elif is_watched:
         traceback.print_exception(error)

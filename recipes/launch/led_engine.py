@@ -10,12 +10,14 @@ from typing import Any
 from samebit.kernels.memory import TagBytes
 from samebit.kernels.top_tokens import TopTokens
 from samebit.recipes.data.conversation import Response
+from samebit.recipes.launch.failures import may_pass
 from samebit.recipes.launch.replicas import completion_of_plain, completion_to_plain
 from samebit.rollout.client import EngineClient, Progress
 from samebit.rollout.remote import RemoteEngineError
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion, Increment, SamplingParams
-from samebit.trainer.ranks import on_first
+from samebit.trainer.megatron.setup import TIMEOUT
+from samebit.trainer.ranks import begin_of_thread
 from samebit.weight_sync.objects import gather_objects
 from samebit.weight_sync.types import WeightVersion
 
@@ -34,7 +36,8 @@ class LedEngine:
     def __init__(self, engine: EngineClient | None) -> None:
         """engine: the first process's; None on the others."""
         self.engine = engine
-        self._in_order = ThreadPoolExecutor(1)  # asyncio's calls
+        # asyncio's calls; their threads gather by a group of their own, beside the main ones.
+        self._in_order = ThreadPoolExecutor(1, initializer=begin_of_thread(TIMEOUT))
 
     def generate(
         self,
@@ -159,14 +162,13 @@ class LedEngine:
     ) -> list[Response]:
         """Have the first process do `work` on the items with its engine; all get all, in order.
 
-        Where it fails there, the other processes raise its error as error_type.
+        Where it fails there, the other processes raise its error as `told` does.
         """
 
-        def draw() -> list[dict[str, Any]]:
-            assert self.engine is not None
-            return [completion_to_plain(response) for response in work(self.engine, items)]
+        def draw(engine: EngineClient) -> list[dict[str, Any]]:
+            return [completion_to_plain(response) for response in work(engine, items)]
 
-        return [completion_of_plain(c, Response) for c in on_first(draw, error_type)]
+        return [completion_of_plain(c, Response) for c in self._told(draw, error_type)]
 
     def close(self) -> None:
         """Let go of the engine. No other process has to take part."""
@@ -174,15 +176,17 @@ class LedEngine:
         if self.engine is not None:
             self.engine.close()
 
-    def _told[T](self, call: Callable[[EngineClient], T]) -> T:
-        return told(None if self.engine is None else partial(call, self.engine))
+    def _told[T](
+        self, call: Callable[[EngineClient], T], error_type: type[Exception] = LedEngineError
+    ) -> T:
+        return told(None if self.engine is None else partial(call, self.engine), error_type)
 
 
-def told[T](call: Callable[[], T] | None) -> T:
+def told[T](call: Callable[[], T] | None, error_type: type[Exception] = LedEngineError) -> T:
     """Return what the first process's call gives, a plain value, on all; the others give None.
 
-    What it raises there is raised on the others as a RemoteEngineError, if it is one, else as a
-    LedEngineError.
+    What it raises there the others raise as a RemoteEngineError where starting again may help, else
+    as error_type: whichever of them is seen to end first, max_restarts counts the same.
     """
     result: T | None = None
     failure: BaseException | None = None
@@ -192,12 +196,12 @@ def told[T](call: Callable[[], T] | None) -> T:
         except BaseException as error:  # noqa: BLE001 - the others are told first
             failure = error
     said = "" if failure is None else str(failure) or repr(failure)
-    outcome = said, isinstance(failure, RemoteEngineError), result
-    said, has_died, first = gather_objects(outcome)[0]
+    outcome = said, failure is not None and may_pass(failure), result
+    said, passes, first = gather_objects(outcome)[0]
     if failure is not None:
         raise failure
     if said:
-        raise (RemoteEngineError if has_died else LedEngineError)(said)
+        raise (RemoteEngineError if passes else error_type)(said)
     return first  # type: ignore[return-value]
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from samebit.recipes.launch.ray_package import in_our_words
@@ -32,7 +33,7 @@ class RayJobs:
         place = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
         with in_our_words(f"the dashboard of the Ray cluster at {address} cannot be reached"):
             socket.create_connection(place, timeout=_REACH_S).close()  # Ray itself would wait on
-            with _hidden(_OTHER_ADDRESSES):
+            with _hidden(_OTHER_ADDRESSES), _with_remedy():
                 self._client = JobSubmissionClient(address)
 
     def submit(
@@ -72,6 +73,17 @@ class RayJobs:
         """Say by which commands the job is followed and stopped."""
         words = f"--address {self._address} {job_id}"
         return f"ray job logs --follow {words} follows it, ray job stop {words} ends it"
+
+
+@contextmanager
+def _with_remedy() -> Iterator[None]:
+    """Say what a cluster that wants a token needs of us: Ray looks for none unless it is told."""
+    try:
+        yield
+    except AuthenticationError as error:
+        said = error.message.partition("\n")[0]
+        remedy = "RAY_AUTH_MODE=token, with its token in RAY_AUTH_TOKEN or in ~/.ray/auth_token"
+        raise PermissionError(f"{said}; set {remedy}") from error
 
 
 @contextmanager

@@ -228,6 +228,12 @@ def run_cli_in_one_process(arguments):
 
 def run_cli_as_rank(rank, size, port, secret, *arguments):
     """`samebit` as one of the processes that a launcher has started."""
+    be_rank(rank, size, port, secret)
+    run_cli(arguments)
+
+
+def be_rank(rank, size, port, secret):
+    """What a launcher tells a process."""
     from samebit.trainer.megatron.setup import DETERMINISTIC
     from samebit.weight_sync.meeting import SECRET
 
@@ -237,7 +243,6 @@ def run_cli_as_rank(rank, size, port, secret, *arguments):
         os.environ[name] = size
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, SECRET: secret}
     os.environ |= DETERMINISTIC | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-    run_cli(arguments)
 
 
 def fussy(text, problem):

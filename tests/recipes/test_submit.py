@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import threading
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -55,7 +56,11 @@ def test_a_dry_run_checks_and_sends_nothing(capsys, monkeypatch):
     assert "xyz" not in out
     assert "NAME" not in os.environ
     environment = submit.environment_of(submission(*own, *words))
-    assert environment == {"env_vars": {"NAME": "mine", "N": "2"}}
+    to_save = {"RAY_JOB_STOP_WAIT_TIME_S": "300"}
+    assert environment == {"env_vars": to_save | {"NAME": "mine", "N": "2"}}
+    own = [NOBODY, "runtime_env.env_vars.RAY_JOB_STOP_WAIT_TIME_S=9", *GRPO]
+    environment = submit.environment_of(submission(*own))
+    assert environment == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "9"}}
     assert main(["submit", NOBODY, "dry_run=true", *words]) == 2
     assert "submit: grpo: run_name=${oc.env:NAME}: " in capsys.readouterr().err
 
@@ -92,6 +97,14 @@ def test_a_dry_run_checks_and_sends_nothing(capsys, monkeypatch):
             "runtime_env.env_vars.A is 1.1; it must be a text: quote it",
         ),
         ([NOBODY, "runtime_env.py_modules=['']", "verify"], "runtime_env.py_modules is ['']"),
+        (
+            [NOBODY, "dry_run=true", "runtime_env.working_dir=/no/folder", *GRPO],
+            "runtime_env.working_dir names '/no/folder', which does not exist on this machine",
+        ),
+        (
+            [NOBODY, "runtime_env.py_modules=[s3://a/b.zip,/no/c.whl]", *GRPO],
+            "runtime_env.py_modules names '/no/c.whl', which does not exist on this machine",
+        ),
     ],
 )
 def test_refusals(capsys, words, reason):
@@ -107,14 +120,44 @@ def test_without_the_package_it_is_said_at_once(monkeypatch, capsys, dry_run):
     assert "samebit submit needs the package ray: pip install" in capsys.readouterr().err
 
 
+def test_a_plan_is_asked_for_no_more_than_it_takes(capsys):
+    """It runs and keeps nothing, whatever the run that it is of would do."""
+    words = ["plan", "model.path=m", "data.path=d", "trainer.parallel.data=4"]
+    assert main(["submit", NOBODY, "entrypoint_num_gpus=1", "dry_run=true", *words]) == 0
+    assert f"would run: python -P -m samebit.recipes.cli.main {' '.join(words)}" in (
+        capsys.readouterr().out
+    )
+
+
 class NoRay(BaseHTTPRequestHandler):
     """Answers 404 to everything."""
 
+    code = 404
+
     def do_GET(self):
-        self.send_error(404)
+        self.send_error(self.code)
 
     def log_message(self, *_):
         pass
+
+
+class Locked(NoRay):
+    """As a dashboard that wants a token."""
+
+    code = 401
+
+
+@contextmanager
+def serving(handler):
+    """The address of an HTTP server."""
+    with HTTPServer(("127.0.0.1", 0), handler) as server:
+        other = threading.Thread(target=server.serve_forever)
+        other.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            other.join()
 
 
 def test_no_dashboard_at_the_address(monkeypatch, capsys):
@@ -125,15 +168,20 @@ def test_no_dashboard_at_the_address(monkeypatch, capsys):
     said = "submit: the dashboard of the Ray cluster at {} cannot be reached: {}"
     assert main(["submit", f"address={closed}", *GRPO]) == 1
     assert said.format(closed, "[Errno 111] Connection refused") in capsys.readouterr().err
-    with HTTPServer(("127.0.0.1", 0), NoRay) as server:
-        other = threading.Thread(target=server.serve_forever)
-        other.start()
-        address = f"http://127.0.0.1:{server.server_port}"
+    with serving(NoRay) as address:
         assert main(["submit", f"address={address}", *GRPO]) == 1
-        server.shutdown()
-        other.join()
     assert said.format(address, "Version check returned 404") in capsys.readouterr().err
     assert os.environ["RAY_ADDRESS"] == "http://127.0.0.2:1"
+
+
+def test_a_cluster_that_wants_a_token(capsys):
+    """How to give it is said: Ray alone looks for none, even where there is one."""
+    with serving(Locked) as address:
+        assert main(["submit", f"address={address}", *GRPO]) == 1
+    said = capsys.readouterr().err
+    assert f"the Ray cluster at {address} cannot be reached: Authentication required: " in said
+    assert "; set RAY_AUTH_MODE=token, with its token in RAY_AUTH_TOKEN or in" in said
+    assert said.count("\n") == 1
 
 
 @pytest.fixture
@@ -193,13 +241,14 @@ def test_jobs_of_a_real_cluster(cluster, monkeypatch, tmp_path, capsys):
 
     script = tmp_path / "python"
     script.write_text(
-        '#!/bin/sh\n[ "$4" = verify ] && exec sleep 600\necho "$NAME $4 $5"\nexit 7\n'
+        '#!/bin/sh\n[ "$4" = verify ] && exec sleep 600\n'
+        'echo "$NAME $RAY_JOB_STOP_WAIT_TIME_S $4 $5"\nexit 7\n'
     )
     script.chmod(0o755)
     words = [f"python={script}", "runtime_env.env_vars.NAME=mine"]
     assert main(["submit", *own, *words, "diff", "$a", "b"]) == 7
     found = capsys.readouterr()
-    assert "mine diff $a" in found.out
+    assert "mine 300 diff $a" in found.out
     assert "submit: the job raysubmit_" in found.err
     assert "ended with exit code 7" in found.err
 

@@ -1,18 +1,32 @@
 """Trainers of several processes beside engines apart: to the bit what they are with their own."""
 
+import asyncio
 import json
 import os
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import psutil
 import pytest
-from run_children import engine_here, run_cli_as_rank
+import torch
+from run_children import be_rank, engine_here, run_cli_as_rank
 from test_engine_replicas import dying
 
-from samebit.recipes.launch import placement
+from samebit.recipes.launch import led_engine, placement
+from samebit.recipes.launch.failures import may_pass
+from samebit.recipes.launch.led_engine import LedEngine, told
+from samebit.recipes.run.generation import GenerateError
 from samebit.recipes.run.metrics import read_rows
+from samebit.recipes.run.signals import Stopped
+from samebit.rollout.remote import RemoteEngineError
+from samebit.trainer.config import ParallelConfig
+from samebit.trainer.megatron.setup import start_processes
 from samebit.trainer.megatron.trainer import MegatronTrainer
+from samebit.trainer.types import NonFiniteError
 from samebit.weight_sync.meeting import is_loopback
+from samebit.weight_sync.objects import gather_objects
 from samebit.weight_sync.transports.group import WeightGroup
 from samebit.weight_sync.transports.trainer_ranks import TrainerRanks
 
@@ -108,6 +122,78 @@ def test_a_run_with_draws_ahead_goes_on(runs, run_ranks):
         codes, said = run_ranks(runs.arguments(name, *words, *more), target=target)
         assert codes == ([9, 9] if target[1] != "run_cli_as_rank" else [0, 0]), said
     assert result_of(runs, "cut") == result_of(runs, "whole")
+
+
+class Asked:
+    """In place of an engine: it answers agenerate once it may."""
+
+    def __init__(self):
+        self.may = threading.Event()
+
+    async def agenerate(self, prompt_ids, *_, **__):
+        self.may.wait()
+        assert prompt_ids == [[1]]
+        return []
+
+    def close(self):
+        pass
+
+
+FAILURES = [
+    KeyError("a bug"),
+    RemoteEngineError("it died"),
+    NonFiniteError("a log-prob"),
+    OSError("full"),
+    Stopped("SIGTERM"),
+]
+
+
+def call_as_rank(rank, *place):
+    """Calls of the first process's engine that fail; one that succeeds while the main threads
+    gather."""
+    be_rank(rank, *place[:3])
+    start_processes(torch.device("cpu"), ParallelConfig(data=2))
+
+    def fail(failure):
+        raise failure
+
+    first = rank == "0"
+    for failure in FAILURES:
+        try:
+            told(partial(fail, failure) if first else None, GenerateError)
+        except Exception as error:  # noqa: BLE001 - what is looked at
+            print(f"{rank}: {type(error).__name__}, {error}, {may_pass(error)}")
+    engine = Asked() if first else None
+    led, asked = LedEngine(engine), threading.Event()
+
+    def gather(value):
+        asked.set()
+        return gather_objects(value)
+
+    led_engine.gather_objects = gather
+    with ThreadPoolExecutor(1) as pool:
+        drawn = pool.submit(lambda: asyncio.run(led.agenerate([[1]])))
+        if engine is None:
+            asked.wait()
+        print(f"{rank}: {gather_objects(rank)}")
+        if engine is not None:
+            engine.may.set()
+        print(f"{rank}: {drawn.result()}")
+    led.close()
+
+
+def test_what_the_others_are_told_of_a_call(run_ranks):
+    """Whether starting again may help is the same on all. Calls of asyncio gather beside the main
+    threads."""
+    codes, said = run_ranks([], target=("test_trainers_apart", "call_as_rank"))
+    assert codes == [0, 0], said
+    own = [f"0: {type(e).__name__}, {e}, {may_pass(e)}" for e in FAILURES]
+    died, refused = "1: RemoteEngineError, {}, True", "1: GenerateError, {}, False"
+    others = [(died if may_pass(e) else refused).format(e) for e in FAILURES]
+    gathered = [f"{rank}: {each}" for rank in (0, 1) for each in (["0", "1"], [])]
+    found = [line for line in said.splitlines() if line[:3] in ("0: ", "1: ")]
+    assert sorted(found) == sorted([*own, *others, *gathered])
+    assert [may_pass(e) for e in FAILURES] == [True, True, False, False, False]
 
 
 def run_until_the_third_update(rank, *arguments):
