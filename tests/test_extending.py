@@ -226,6 +226,12 @@ class AsksNumber(Asks):
 class Knows(Asks):
     field, value = "metadata", None
 
+class Sorts(Asks):
+    field, value = "metadata", {1: "one", "two": 2}
+
+class Calls(Asks):
+    field, value = "metadata", {"f": lambda: 1}
+
 class Halves(Asks):
     value = chr(0xD800)
 """
@@ -240,6 +246,8 @@ ODD = {
     "Asks": "problem 0: its label is 7; give a text",
     "AsksNumber": "problem 0: its prompt is 7; give a text or a list of chat messages",
     "Knows": "problem 0: its metadata is None; give a dict",
+    "Sorts": "problem 0: its metadata is {1: 'one', 'two': 2}, which cannot be written down (Type",
+    "Calls": "which cannot be written down (PicklingError(",
     "Halves": "problem 0: it holds the lone surrogate \\ud800, which is no character",
 }
 

@@ -2,6 +2,7 @@
 what a problem has to be, whoever made it."""
 
 import json
+import pickle
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -25,6 +26,12 @@ def check_problem(problem: Problem) -> None:
     for name, (kind, meaning) in _KINDS.items():
         if not isinstance(value := getattr(problem, name), kind):
             raise ValueError(f"its {name} is {shown(value)}; give {meaning}")
+    try:  # a checkpoint's digest has it, and a reward's process is sent it
+        json.dumps(problem.metadata, sort_keys=True, default=repr)
+        pickle.dumps(problem.metadata)
+    except Exception as error:  # objects of a user's own may raise anything
+        what = f"{shown(problem.metadata)}, which cannot be written down ({shown(error)})"
+        raise ValueError(f"its metadata is {what}; give what JSON can hold") from error
     texts = problem.prompt, problem.label, problem.rejected, problem.tools
     if fault := lone_surrogate(*texts):
         raise ValueError(f"it holds {fault}")
