@@ -105,7 +105,7 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                 metrics |= speculation_metrics(of_step.guesses)
                 if recorder.is_due(run.rollout.eval_every):
                     with timer.time("eval"):
-                        metrics |= recipe.evaluate(recorder)
+                        metrics |= recipe.evaluate(recorder, trained=rollout)
                 recipe.draw_ahead(timer)
                 timer.end_step()
                 metrics |= timer.seconds | recipe.rollouts.metrics(progress.step, timer)
@@ -274,11 +274,11 @@ class GrpoRecipe:
             found |= {} if part is None else part.metrics
         return found
 
-    def evaluate(self, recorder: Recorder, stop: StopSignals | None = None) -> dict[str, float]:
-        """Complete and score the held-out problems; returns the metrics and records some samples.
-
-        Without `stop`, a step that is trained is evaluated to the end, whatever signal comes.
-        """
+    def evaluate(
+        self, recorder: Recorder, stop: StopSignals | None = None, trained: Rollout | None = None
+    ) -> dict[str, float]:
+        """Complete and score the held-out problems; returns the metrics and records some samples,
+        of what was `trained` on before, too. Without `stop`, no signal ends it."""
         stop = stop or StopSignals()
         if self.engine.weight_version.step != self.trainer.step:
             self.rollouts.finish(PhaseTimer())
@@ -289,8 +289,10 @@ class GrpoRecipe:
         if self.progress.reward_first is None:
             self.progress.reward_first = held_out.reward_mean
         self.progress.reward_last = held_out.reward_mean
-        rows = sample_rows(held_out, self.run.logger.num_samples, self._inputs.text)
-        recorder.log_samples("eval", rows)
+        for kind, rollout in (("train", trained), ("eval", held_out)):
+            if rollout is not None:
+                rows = sample_rows(rollout, self.run.logger.num_samples, self._inputs.text)
+                recorder.log_samples(kind, rows)
         return rollout_metrics(held_out, "eval")
 
     def summary(self) -> dict[str, Any]:

@@ -198,18 +198,64 @@ class Empty(Successors):
 class Split(Successors):
     def __len__(self):
         return 0 if self.numbers[0] == 0 else 1
+
+class Uncounted(Successors):
+    def __len__(self):
+        return 2.5
+
+class Endless(Successors):
+    def __len__(self):
+        return 1 << 31
+
+class Unread(Successors):
+    def __init__(self, config, held_out):
+        open("/nowhere")
+
+class Worded(Successors):
+    def __getitem__(self, index):
+        return int("one")
+
+class Asks(Successors):
+    field, value = "label", 7
+    def __getitem__(self, index):
+        return replace(super().__getitem__(index), **{self.field: self.value})
+
+class AsksNumber(Asks):
+    field = "prompt"
+
+class Knows(Asks):
+    field, value = "metadata", None
+
+class Sorts(Asks):
+    field, value = "metadata", {1: "one", "two": 2}
+
+class Calls(Asks):
+    field, value = "metadata", {"f": lambda: 1}
+
+class Halves(Asks):
+    value = chr(0xD800)
 """
 ODD = {
     "Odd": "the train split raised KeyError('question') at 0",
     "Empty": "data.task is 'my_sets:Empty', which has no problem to train on; give at least 1",
     "Split": "data.task is 'my_sets:Split', which has no held-out problem; give at least 1",
+    "Uncounted": "data.task is 'my_sets:Uncounted', which failed: TypeError(\"'float' object",
+    "Endless": "which has 2147483648 problems in a split; give at most 1073741824",
+    "Unread": "data.task is 'my_sets:Unread', which failed: FileNotFoundError(",
+    "Worded": "the train split at 0: invalid literal for int() with base 10: 'one'",
+    "Asks": "problem 0: its label is 7; give a text",
+    "AsksNumber": "problem 0: its prompt is 7; give a text or a list of chat messages",
+    "Knows": "problem 0: its metadata is None; give a dict",
+    "Sorts": "problem 0: its metadata is {1: 'one', 'two': 2}, which cannot be written down (Type",
+    "Calls": "which cannot be written down (PicklingError(",
+    "Halves": "problem 0: it holds the lone surrogate \\ud800, which is no character",
 }
 
 
 def test_a_dataset_that_cannot_be_used_is_named(folder, capsys):
     """In a dry run, and not where the first step would ask it."""
     with (folder / "my_sets.py").open("a") as file:
-        file.write(OWN_CLASS)
+        file.write("from dataclasses import replace\n" + OWN_CLASS)
     for name, reason in ODD.items():
         words = command(folder, "run", "dry_run=true", f"data.task=my_sets:{name}")
         assert main(words) == 1

@@ -22,6 +22,7 @@ from samebit.recipes.data.tasks.base import (
     Problem,
     check_index,
 )
+from samebit.recipes.data.tasks.chat import check_problem
 from samebit.recipes.data.text import TextCodec
 from samebit.recipes.launch.processes import launched_rank
 from samebit.rollout.values import shown
@@ -80,6 +81,7 @@ class Encoder:
         texts: dict[int, str] = {}
         for i, problem in enumerate(problems):
             try:
+                check_problem(problem)
                 if self._trains_on(problem):
                     found[i] = self._fit_chat(problem)
                 else:
@@ -317,10 +319,10 @@ class Split:
         try:
             problem = self.dataset[index]
         except Exception as error:  # a user's own may raise anything
-            if isinstance(error, ValueError | OSError):
-                raise
-            raise ValueError(f"the {self._name} raised {shown(error)} at {index}") from error
-        if getattr(problem, "index", None) != index:
+            said = isinstance(error, ValueError | OSError)
+            what = f"at {index}: {error}" if said else f"raised {shown(error)} at {index}"
+            raise ValueError(f"the {self._name} {what}") from error
+        if not isinstance(problem, Problem) or problem.index != index:
             what = f"give a Problem with index {index}"
             raise ValueError(f"the {self._name} holds {shown(problem)} at {index}; {what}")
         return problem

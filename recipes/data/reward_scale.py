@@ -26,7 +26,8 @@ def moments_with(seen: Moments, rewards: Sequence[float]) -> Moments:
     """
     (n, mean, squares), m = seen, len(rewards)
     try:
-        own = math.fsum(rewards) / m
+        # The mean of equal ones is theirs, to the bit: a rounded one would be some distance away.
+        own = math.fsum(rewards) / m if min(rewards) < max(rewards) else rewards[0]
         distance = own - mean
         mean = own if n == 0 else mean + distance * (m / (n + m))
         squares += math.fsum([(x - own) ** 2 for x in rewards] + [distance**2 * (n * m / (n + m))])

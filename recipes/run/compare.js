@@ -161,8 +161,9 @@ function card({ sample, i }) {
 }
 
 function showSamples() {
-  const words = $("search").value.toLowerCase();
+  const words = $("search").value.toLowerCase(), kind = $("kind").value;
   const found = runs().flatMap(({ run, i }) => run.samples.map((sample) => ({ sample, i })))
+    .filter(({ sample }) => !kind || sample.kind === kind)
     .filter(({ sample }) => !words || `${dialogue(sample.prompt)}\n${sample.completion}\n${sample.label}`
       .toLowerCase().includes(words))
     .sort(ORDERS[$("order").value]);
@@ -201,7 +202,9 @@ async function follow() {
 function start() {
   $("order").append(...Object.keys(ORDERS).map((name) => element("option", {}, name)));
   $("search").addEventListener("input", () => { state.page = 0; showSamples(); });
-  $("order").addEventListener("change", () => { state.page = 0; showSamples(); });
+  for (const id of ["kind", "order"]) {
+    $(id).addEventListener("change", () => { state.page = 0; showSamples(); });
+  }
   $("before").addEventListener("click", () => turn(-1));
   $("after").addEventListener("click", () => turn(1));
   $("more").addEventListener("click", () => { state.all = !state.all; showCharts(); });

@@ -36,7 +36,7 @@ class LoggerConfig:
     tensorboard: bool = False
     """Write what is a number to tensorboard/ in the run's folder, too, for TensorBoard."""
     num_samples: int = 8
-    """Completions kept at each evaluation."""
+    """Completions kept at each evaluation: so many of it, and of the training step before it."""
     save_rollouts: bool = False
     """grpo: keep every drawn token and its log-prob in rollouts/, for `samebit diff`."""
 

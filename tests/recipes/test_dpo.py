@@ -142,7 +142,8 @@ USER, ASSISTANT = {"role": "user", "content": "12="}, {"role": "assistant", "con
         ({**pair("12"), "chosen": [USER]}, "; give a text or a list that ends with an assistant"),
         (
             {**pair("12"), "chosen": [USER, ASSISTANT]},
-            "line 2: 'chosen' has 1 messages before its last, not the prompt's",
+            "line 2: 'chosen' has 1 messages before its last, not the prompt's; a text prompt is "
+            "one with data.chat=true",
         ),
         ({"chosen": "1", "rejected": "2"}, "line 2 has no 'prompt'; its keys are"),
         ({"chosen": [ASSISTANT], "rejected": "2"}, "line 2 has no 'prompt'; its keys are"),

@@ -23,6 +23,9 @@ WORDS = [
     "numerics.grad_segments=4",
     "algorithm=grpo_kl",
     "algorithm.kl_coef=0.1",
+    "algorithm.off_policy_mask_threshold=0.001",
+    "reward.normalize=running",
+    "reward.clip=0.7",
     "trainer.batch_size=6",
     "trainer.checkpoint_every=1",
     "rollout.eval_every=1",
@@ -41,8 +44,11 @@ def result_of(runs, name):
 def test_two_processes_go_on_for_one(runs, run_ranks):
     """After the checkpoint of the first of two steps: their rollouts, metrics and weights are those
     of the one process, to the byte. The second optimizer step of each has ratios, all are clipped.
+    Rewards are on the scale of those of both steps, which each process keeps.
     """
     alone = runs.train("alone", *WORDS, "trainer.num_steps=2")
+    assert alone[1][2]["rollout/reward_running_mean"] != alone[1][2]["rollout/reward_mean"]
+    assert alone[1][2]["train/off_policy_mask_fraction"] > 0
     assert all(row["train/grad_norm"] > 1 for row in alone[1][1:])
     two = shutil.copytree(runs.folder / "alone", runs.folder / "two")
     shutil.rmtree(two / "checkpoints" / "step_00000002")

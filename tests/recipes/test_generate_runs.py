@@ -3,14 +3,18 @@
 import json
 import os
 import sys
+from contextlib import closing
 
 import pytest
+import torch
+from run_children import open_run, roll_out, update
 
 from samebit.recipes import calculator
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.cli.main import main
 from samebit.recipes.config import ConfigError
 from samebit.recipes.data.tasks.base import Problem
+from samebit.recipes.grpo import GrpoRecipe
 from samebit.recipes.run.rollouts import list_rollouts, load_rollout
 
 TWO_TURNS = "rollout.generate=run_children:two_turns"
@@ -43,6 +47,32 @@ def test_sampled_tokens_of_all_turns_are_the_trainers(turned):
     assert rows[1]["rollout/response_len_mean"] * 12 == sum(
         int(sample.loss_mask.sum()) for sample in samples[:12]
     )
+
+
+def test_ratios_clips_and_masks_of_two_optimizer_steps(runs):
+    """Of samples with text that was not drawn: in the first step every ratio is exactly 1, and
+    nothing is clipped, truncated or left out; in the second hardly one is, and there is each."""
+    bounds = ["algorithm.tis_clip=1.01", "algorithm.off_policy_mask_threshold=1e-6"]
+    bounds += ["algorithm.clip_ratio_low=0.001", "algorithm.clip_ratio_high=0.001"]
+    run, ratios = runs.resolve("ratios", "trainer.batch_size=6", TWO_TURNS, *bounds), {}
+    with closing(GrpoRecipe(run, open_run(run))) as recipe:
+        loss = recipe.algorithm.loss
+
+        def watched(inputs):
+            ratios.setdefault(recipe.trainer.step, []).append(inputs.log_ratio.detach().exp())
+            return loss(inputs)
+
+        recipe.algorithm.loss = watched
+        rollout = roll_out(recipe, 0)
+        first, second = update(recipe, rollout)
+    found = [torch.cat(ratios[step]) for step in (0, 1)]
+    assert sum(map(len, found)) == sum(sum(c.loss_mask) for g in rollout.completions for c in g)
+    assert found[0].eq(1).all()
+    assert found[1].ne(1).float().mean() > 0.9
+    assert first.metrics["train/ratio"] == 1.0
+    for name in ("clip", "tis", "off_policy_mask"):
+        shares = [step.metrics[f"train/{name}_fraction"] for step in (first, second)]
+        assert shares[0] == 0.0 < shares[1]
 
 
 @pytest.mark.parametrize("placement", ["placement=process", "engine.max_num_seqs=2"])

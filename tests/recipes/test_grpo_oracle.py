@@ -205,6 +205,21 @@ def figures(prefix, tokens, rewards):
     }
 
 
+def shown(step, kind, record, token_ids, logprobs, reward):
+    """A row of samples.jsonl."""
+    return {
+        "step": step,
+        "kind": kind,
+        "prompt": record["question"],
+        "completion": decode(token_ids),
+        "label": record["answer"],
+        "reward": reward,
+        "finish_reason": "stop" if 0 in token_ids else "length",
+        "tokens": [decode([t]) if t else "<eos>" for t in token_ids],
+        "logprobs": logprobs,
+    }
+
+
 def assert_row(row, expected, **tolerance):
     found = {name: row[name] for name in expected}
     assert found == pytest.approx(expected, **tolerance)
@@ -251,7 +266,8 @@ def test_rollouts_are_drawn_by_their_configuration(run):
 
 
 def test_evaluations(run):
-    """The held-out records, each with its label, by the weights of the step."""
+    """The held-out records, each with its label, by the weights of the step; some are kept, and of
+    what was trained on before."""
     settings = run.settings["evaluation"]
     n, every, last = settings["n"], settings["every"], STEPS
     params = SamplingParams(n=n, temperature=settings["temperature"], max_new_tokens=MAX_NEW_TOKENS)
@@ -271,20 +287,13 @@ def test_evaluations(run):
         tokens = [c.token_ids for group in groups for c in group]
         assert_row(run.rows[step], figures("eval", tokens, rewards), rel=1e-13)
         means.append(run.rows[step]["eval/reward_mean"])
+        if step > 0:
+            firsts = zip(run.records_of(step - 1), run.saved(step - 1)[::SAMPLES], strict=True)
+            for record, (_, ids, logprobs, _, reward) in [*firsts][:3]:
+                samples.append(shown(step, "train", record, ids, logprobs.tolist(), reward))
         for i, record in enumerate(run.held_out[:3]):
-            samples.append(
-                {
-                    "step": step,
-                    "kind": "eval",
-                    "prompt": record["question"],
-                    "completion": decode(groups[i][0].token_ids),
-                    "label": record["answer"],
-                    "reward": rewards[i * n],
-                    "finish_reason": "stop" if 0 in groups[i][0].token_ids else "length",
-                    "tokens": [decode([t]) if t else "<eos>" for t in groups[i][0].token_ids],
-                    "logprobs": list(groups[i][0].logprobs),
-                }
-            )
+            c = groups[i][0]
+            samples.append(shown(step, "eval", record, c.token_ids, [*c.logprobs], rewards[i * n]))
     assert read_rows(run.dir / "samples.jsonl") == samples
     assert (run.summary["reward_first"], run.summary["reward_last"]) == (means[0], means[-1])
 

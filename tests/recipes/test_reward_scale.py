@@ -56,9 +56,13 @@ def test_moments_are_those_of_all_rewards_together():
     assert seen[2] / 600 == pytest.approx(drawn.var(), rel=1e-9)
 
 
-def test_equal_rewards_are_zeros():
+@pytest.mark.parametrize("reward", [7.5, 0.7, 0.1, -1 / 3])
+def test_equal_rewards_are_zeros(reward):
+    """Those too whose sum is rounded: twelve times 0.7 is not twelve of them."""
     scale = RewardScale(RewardConfig(normalize="running"), NO_REWARDS)
-    assert scale.scaled(rewards([7.5, 7.5])).tolist() == [[0.0, 0.0]]
+    for count in (12, 6, 7):
+        assert scale.scaled(rewards([reward] * count)).tolist() == [[0.0] * count]
+    assert scale.metrics["rollout/reward_running_mean"] == reward
 
 
 @pytest.mark.parametrize("far", [1e200, 1.7e308])

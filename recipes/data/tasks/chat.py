@@ -1,12 +1,40 @@
-"""What a record says of a prompt: a text or chat messages, and the tools that may be called."""
+"""What a record says of a prompt: a text or chat messages, and the tools that may be called; and
+what a problem has to be, whoever made it."""
 
 import json
+import pickle
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from samebit.recipes.data.tasks.base import ChatPrompt
+from samebit.recipes.data.tasks.base import ChatPrompt, Problem
 from samebit.recipes.data.tasks.readers import plain
+from samebit.rollout.values import shown
+
+_KINDS = {
+    "label": (str, "a text"),
+    "rejected": (str, "a text"),
+    "metadata": (dict, "a dict"),
+    "tools": (list, "a list"),
+}
+
+
+def check_problem(problem: Problem) -> None:
+    """Raise ValueError, which names the field, for a problem that a user's own task made of other
+    values than a Problem's."""
+    read_prompt(problem.prompt, "its prompt", columnar=False)
+    for name, (kind, meaning) in _KINDS.items():
+        if not isinstance(value := getattr(problem, name), kind):
+            raise ValueError(f"its {name} is {shown(value)}; give {meaning}")
+    try:  # a checkpoint's digest has it, and a reward's process is sent it
+        json.dumps(problem.metadata, sort_keys=True, default=repr)
+        pickle.dumps(problem.metadata)
+    except Exception as error:  # objects of a user's own may raise anything
+        what = f"{shown(problem.metadata)}, which cannot be written down ({shown(error)})"
+        raise ValueError(f"its metadata is {what}; give what JSON can hold") from error
+    texts = problem.prompt, problem.label, problem.rejected, problem.tools
+    if fault := lone_surrogate(*texts):
+        raise ValueError(f"it holds {fault}")
 
 
 def read_prompt(value: Any, what: str, *, columnar: bool) -> str | ChatPrompt:
@@ -54,7 +82,9 @@ def read_answer(value: Any, prompt: str | ChatPrompt, what: str, *, columnar: bo
         if last.keys() == {"role", "content"} and last["role"] == "assistant":
             if not before or before == prompt:
                 return last["content"]
-            raise ValueError(f"{what} has {len(before)} messages before its last, not the prompt's")
+            hint = "; a text prompt is one with data.chat=true" if isinstance(prompt, str) else ""
+            fault = f"{len(before)} messages before its last, not the prompt's"
+            raise ValueError(f"{what} has {fault}{hint}")
     raise ValueError(
         f"{what} is {value!r:.80}; give a text or a list that ends with an assistant's message"
     )

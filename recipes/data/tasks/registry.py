@@ -17,21 +17,25 @@ TASKS: dict[str, Callable[[DataConfig], tuple[Dataset, Dataset]]] = {
 }
 
 
+MOST_PROBLEMS = 1 << 30
+"""The order of an epoch is drawn whole, and takes 8 bytes a problem."""
+
+
 def load_datasets(config: DataConfig) -> tuple[Dataset, Dataset]:
     """Return the train split and the held-out split of a task. No prompt is in both.
 
     Raises ValueError for an unknown task or a bad setting, FileNotFoundError for a missing file.
     """
     name, slash, _ = config.task.partition("/")
-    own = ":" in config.task
-    load = _load_own(config.task) if own else TASKS.get(name)
+    load = _load_own if ":" in config.task else TASKS.get(name)
     if load is None or bool(slash) != (name == "reasoning_gym"):
         raise ValueError(
             f"data.task is {config.task!r}; give one of file, reverse_digits, "
             "reasoning_gym/<name>, or module:function or module:Class"
         )
-    if config.size < 1:
-        raise ValueError(f"data.size is {config.size}; give at least 1")
+    if not 1 <= config.size <= MOST_PROBLEMS:
+        meaning = f"give at least 1 and at most {MOST_PROBLEMS}"
+        raise ValueError(f"data.size is {config.size}; {meaning}")
     if config.eval_size < 0:
         raise ValueError(f"data.eval_size is {config.eval_size}; give 0 or more")
     if name != "file" and (config.path or config.eval_path):
@@ -39,28 +43,32 @@ def load_datasets(config: DataConfig) -> tuple[Dataset, Dataset]:
             f"data.path is {config.path!r} and data.eval_path is {config.eval_path!r}, but the "
             f"task {config.task!r} generates its problems; leave both unset, or use task 'file'"
         )
+    return load(config)
+
+
+def _load_own(config: DataConfig) -> tuple[Dataset, Dataset]:
+    """Both splits of a user's function, or of a class, which is made for each."""
+    found: Any = import_named(config.task, "data.task")
+    where, sizes = f"data.task is {config.task!r}, which", list[int]()
     try:
-        splits: Any = load(config) if callable(load) else None
+        if isinstance(found, type):
+            splits: Any = found(config, held_out=False), found(config, held_out=True)
+        else:
+            splits = found(config) if callable(found) else None
+        pair = isinstance(splits, tuple) and [isinstance(x, Dataset) for x in splits]
+        if pair == [True, True]:
+            sizes = [len(split) for split in splits]
     except Exception as error:  # the user's own may raise anything
-        if not own or isinstance(error, ValueError | OSError):
-            raise
-        raise ValueError(f"data.task is {config.task!r}, which failed: {error!r}") from error
-    fits = isinstance(splits, tuple) and [isinstance(x, Dataset) for x in splits] == [True, True]
+        raise ValueError(f"{where} failed: {error!r}") from error
     meaning = "a function: load(config) -> (train, held_out), two datasets, or a class of them: "
     meaning += "Class(config, held_out=False); datasets have __len__ and __getitem__"
-    require(fits, "data.task", config.task, meaning)
-    train, held_out = splits
-    for split, size in ((train, 1), (held_out, min(config.eval_size, 1))):
-        if own and len(split) < size:
-            kind = "problem to train on" if split is train else "held-out problem"
-            raise ValueError(f"data.task is {config.task!r}, which has no {kind}; give at least 1")
+    require(bool(sizes), "data.task", config.task, meaning)
+    kinds = ("problem to train on", "held-out problem")
+    for size, least, kind in zip(sizes, (1, min(config.eval_size, 1)), kinds, strict=True):
+        if size < least:
+            raise ValueError(f"{where} has no {kind}; give at least 1")
+        if size > MOST_PROBLEMS:
+            raise ValueError(
+                f"{where} has {size} problems in a split; give at most {MOST_PROBLEMS}"
+            )
     return splits
-
-
-def _load_own(task: str) -> Any:
-    """What gives both splits: a function of the user's, or a class, which is made for each."""
-    found = import_named(task, "data.task")
-    if not isinstance(found, type):
-        return found
-    made: Any = found
-    return lambda config: (made(config, held_out=False), made(config, held_out=True))
