@@ -289,6 +289,13 @@ def test_a_resumed_run_compares_what_was_drawn_before(train, whole, tmp_path, mo
     assert_resumed(train, whole, tmp_path, monkeypatch, RARE)
 
 
+def test_a_resumed_run_compares_what_its_waiting_policy_drew(train, whole, tmp_path, monkeypatch):
+    """From a checkpoint between two updates: the weights are still those that are served, but by
+    the next update they are not."""
+    words = (*AHEAD, "rollout.max_staleness=3", "rollout.weight_sync_steps=3", *BESIDE[0])
+    assert_resumed(train, whole, tmp_path, monkeypatch, words)
+
+
 def test_refills_and_turns_wait_whole(train, whole, tmp_path, monkeypatch):
     """Refills are drawn in the background too, where the draw before has ended; masks and turns
     are part of a checkpoint; no sample is drawn twice."""
