@@ -105,7 +105,7 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                 metrics |= speculation_metrics(of_step.guesses)
                 if recorder.is_due(run.rollout.eval_every):
                     with timer.time("eval"):
-                        metrics |= recipe.evaluate(recorder)
+                        metrics |= recipe.evaluate(recorder, timer=timer)
                 recipe.draw_ahead(timer)
                 timer.end_step()
                 metrics |= timer.seconds | recipe.rollouts.metrics(progress.step, timer)
@@ -274,14 +274,17 @@ class GrpoRecipe:
             found |= {} if part is None else part.metrics
         return found
 
-    def evaluate(self, recorder: Recorder, stop: StopSignals | None = None) -> dict[str, float]:
+    def evaluate(
+        self, recorder: Recorder, stop: StopSignals | None = None, timer: PhaseTimer | None = None
+    ) -> dict[str, float]:
         """Complete and score the held-out problems; returns the metrics and records some samples.
 
         Without `stop`, a step that is trained is evaluated to the end, whatever signal comes.
+        timer: is told how long a draw was waited for.
         """
         stop = stop or StopSignals()
         if self.engine.weight_version.step != self.trainer.step:
-            self.rollouts.finish(PhaseTimer())
+            self.rollouts.finish(timer or PhaseTimer())
             self.sync()
         prompts = self.rollout_source.held_out_prompts(self.progress.step)
         held_out = self.rollout_source.draw(prompts, stop.poll)
