@@ -30,17 +30,15 @@ from samebit.recipes.run.batches import compared_under, own_micro_batches, with_
 from samebit.recipes.run.critic import CriticUpdates
 from samebit.recipes.run.dynamic_sampling import StepRollout
 from samebit.recipes.run.inputs import GrpoInputs
-from samebit.recipes.run.partial_rollouts import PartialRollouts
 from samebit.recipes.run.phase_ledger import PhaseLedger
 from samebit.recipes.run.recorder import Progress, Recorder, recording
 from samebit.recipes.run.report import write_report
 from samebit.recipes.run.rollouts import drop_rollouts_after, save_rollout
+from samebit.recipes.run.rollouts_of_steps import rollouts_of_steps
 from samebit.recipes.run.sampling import Rollout, RolloutSource
 from samebit.recipes.run.secrets import to_yaml
 from samebit.recipes.run.session import RunSession, open_session
 from samebit.recipes.run.signals import StopSignals, stop_signals
-from samebit.recipes.run.stale_rollouts import StaleRollouts
-from samebit.recipes.run.step_rollouts import StepRollouts
 from samebit.recipes.run.training_metrics import (
     PhaseTimer,
     reference_metrics,
@@ -51,7 +49,6 @@ from samebit.recipes.run.training_metrics import (
     train_metrics,
 )
 from samebit.trainer.algorithms.registry import make_algorithm
-from samebit.trainer.checkpoint import Checkpoint
 from samebit.trainer.stats import Comparison
 from samebit.trainer.types import Sample, StepStats
 from samebit.weight_sync.types import WeightSyncError
@@ -105,7 +102,7 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                 metrics |= speculation_metrics(of_step.guesses)
                 if recorder.is_due(run.rollout.eval_every):
                     with timer.time("eval"):
-                        metrics |= recipe.evaluate(recorder, trained=rollout)
+                        metrics |= recipe.evaluate(recorder, trained=rollout, timer=timer)
                 recipe.draw_ahead(timer)
                 timer.end_step()
                 metrics |= timer.seconds | recipe.rollouts.metrics(progress.step, timer)
@@ -186,7 +183,9 @@ class GrpoRecipe:
         )
         self.ledger = PhaseLedger(self.trainer, self.engine, releases)
         self.rollout_source = RolloutSource(run, self._inputs, self.engine)
-        self.rollouts = self._step_rollouts(session.resumed)
+        self.rollouts = rollouts_of_steps(
+            run, self._inputs, self.rollout_source, self.trainer, session.resumed
+        )
         self.sync()
 
     def sync(self) -> None:
@@ -275,13 +274,18 @@ class GrpoRecipe:
         return found
 
     def evaluate(
-        self, recorder: Recorder, stop: StopSignals | None = None, trained: Rollout | None = None
+        self,
+        recorder: Recorder,
+        stop: StopSignals | None = None,
+        trained: Rollout | None = None,
+        timer: PhaseTimer | None = None,
     ) -> dict[str, float]:
         """Complete and score the held-out problems; returns the metrics and records some samples,
-        of what was `trained` on before, too. Without `stop`, no signal ends it."""
+        of what was `trained` on before, too. Without `stop`, no signal ends it. timer: is told how
+        long a draw was waited for."""
         stop = stop or StopSignals()
         if self.engine.weight_version.step != self.trainer.step:
-            self.rollouts.finish(PhaseTimer())
+            self.rollouts.finish(timer or PhaseTimer())
             self.sync()
         prompts = self.rollout_source.held_out_prompts(self.progress.step)
         held_out = self.rollout_source.draw(prompts, stop.poll)
@@ -319,15 +323,6 @@ class GrpoRecipe:
         self.engine.close()
         if self.teacher is not None:
             self.teacher.close()
-
-    def _step_rollouts(self, resumed: Checkpoint | None) -> StepRollouts:
-        """Drawn as the configuration says."""
-        settings, source = self.run.rollout, self.rollout_source
-        if settings.max_staleness:
-            return StaleRollouts(self.run, self._inputs, source, self.trainer, resumed)
-        if settings.partial_tokens is not None:
-            return PartialRollouts(self.run, source, self.trainer, resumed)
-        return StepRollouts(self.run, source)
 
     def _samples(self, rollout: Rollout) -> list[Sample]:
         """What the algorithm makes of the rewards."""

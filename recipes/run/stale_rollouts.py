@@ -17,6 +17,7 @@ from samebit.recipes.run.training_metrics import PhaseTimer
 from samebit.recipes.run.waiting_rollouts import of_state, to_state
 from samebit.trainer.checkpoint import Checkpoint
 from samebit.trainer.megatron.trainer import MegatronTrainer
+from samebit.trainer.ranks import is_first
 from samebit.trainer.stats import Comparison
 from samebit.trainer.types import StepStats
 from samebit.weight_sync.objects import gather_objects
@@ -48,13 +49,16 @@ class StaleRollouts(StepRollouts):
         def draw(step: int, begin: int, poll: Poll) -> StepRollout:
             return draw_step(source, run.rollout, step - 1, begin, (poll, poll))
 
-        saved = {} if resumed is None else resumed.load()[STATE]
+        saved = {} if resumed is None else next(resumed.load_all())[STATE]
         waiting = {
             step: of_state(state, partial(source.training_prompts, step - 1), inputs.text.decode)
             for step, state in saved.items()
         }
         self._draws = DrawsAhead(draw, run.rollout, run.trainer.num_steps, waiting)
         self._served = trainer.like() if run.rollout.check_stale else None
+        if self._served is not None:
+            # What others drew of `waiting` is compared; a policy that waits has drawn the rest.
+            self._served.copy_from(trainer.params)
         self._taken: DrawnStep | None = None
 
     def begin(self, trained: int, place: int) -> None:
@@ -133,9 +137,12 @@ class StaleRollouts(StepRollouts):
         }
 
     def state_dict(self, trained: int) -> dict[str, Any]:
-        """What a run that goes on behind step `trained` cannot draw again, nor compare."""
+        """What a run that goes on behind step `trained` cannot draw again, nor compare; the first
+        process saves it for all."""
         waiting = self._draws.waiting(trained)
         self._compare(waiting)
+        if not is_first():
+            return {}
         return {STATE: {step: to_state(drawn) for step, drawn in waiting.items()}}
 
     def close(self) -> None:

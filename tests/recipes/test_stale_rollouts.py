@@ -46,6 +46,7 @@ BESIDE = [
     + ("engine.speculative=eagle3", "engine.adaptive_drafts=false", "engine.num_draft_tokens=3"),
     ("algorithm=grpo_kl", "algorithm.kl_coef=0.1", "algorithm.kl_in=reward"),
 ]
+WAITS = (*AHEAD, "rollout.max_staleness=3", "rollout.weight_sync_steps=3", *BESIDE[0])
 
 
 @pytest.fixture(autouse=True)
@@ -284,9 +285,10 @@ def test_stopped_and_resumed(train, whole, tmp_path, monkeypatch, name, number, 
     assert left_in(tmp_path)[0] == left_in(expected)[0]
 
 
-def test_a_resumed_run_compares_what_was_drawn_before(train, whole, tmp_path, monkeypatch):
-    """From a checkpoint between two updates of the engine, whose weights are gone."""
-    assert_resumed(train, whole, tmp_path, monkeypatch, RARE)
+@pytest.mark.parametrize("words", [RARE, WAITS], ids=["gone", "still served"])
+def test_a_resumed_run_compares_what_was_drawn_before(train, whole, tmp_path, monkeypatch, words):
+    """From a checkpoint between two updates of the engine, whose weights are gone, or are to be."""
+    assert_resumed(train, whole, tmp_path, monkeypatch, words)
 
 
 def test_refills_and_turns_wait_whole(train, whole, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -68,14 +69,18 @@ def beside(make_runs, run_ranks, tmp_path_factory):
 )
 def test_two_train_beside_an_engine(runs, run_ranks, monkeypatch, words):
     """Tokens, metrics and weights are those of one process that trains, also where later steps are
-    drawn meanwhile; all are compared."""
+    drawn meanwhile; all are compared. One process may go on for the two."""
     codes, said = run_ranks(runs.arguments("two", *SEGMENTS, *words, "trainer.parallel.data=2"))
     assert codes == [0, 0], said
     monkeypatch.setattr(placement, "RemoteEngine", engine_here)
-    assert result_of(runs, "two") == runs.train("one", *SEGMENTS, *words)
-    summary, *_ = result_of(runs, "two")
+    result = runs.train("one", *SEGMENTS, *words)
+    assert result_of(runs, "two") == result
+    summary, *_ = result
     assert summary["logprob_mismatches"] == 0
     assert summary["logprob_tokens_compared"] > 100
+    shutil.rmtree(runs.folder / "two" / "checkpoints" / "step_00000003")
+    (runs.folder / "two" / "summary.json").unlink()
+    assert runs.train("two", *SEGMENTS, *words, "resume=true") == result
 
 
 @pytest.mark.long
