@@ -292,7 +292,7 @@ class GrpoRun(RunSection):
         self._check_placement()
         fits = self.engine.releasable is not False or not self.placement.release_memory
         require(fits, "engine.releasable", False, "left alone with placement.release_memory=true")
-        self.draft.check(self.ttt, self.engine, self.trainer.parallel, self.num_draft_updates)
+        self.draft.check(self.ttt, self.engine, self.num_draft_updates)
         meaning = "attention, model, lengths and seed are the run's"
         require_default(self.engine, "engine", SET_BY_RUN, meaning)
         meaning = "a run releases no weights of the engine"
