@@ -337,10 +337,6 @@ class GrpoRun(RunSection):
         """ValueError for a placement that does not go with the trainer and what is asked of it."""
         self.placement.check(self.trainer.parallel)
         _check_staleness(self.rollout.max_staleness, self.placement)
-        count = self.num_processes
-        fits = self.placement.engine == "colocated" or count == 1 or not self.draft.is_online
-        meaning = f"left alone with {count} processes of the trainer beside engines apart"
-        require(fits, "draft.train", self.draft.train, meaning)
 
 
 SECTIONS: dict[str, type[Any]] = {"critic": CriticConfig, "distillation": DistillationSection}

@@ -164,16 +164,19 @@ class OnlineDraft:
         self,
         run: GrpoRun,
         target: WeightSync,
-        engine: Engine | RemoteEngine | EnginePool,
+        engine: Engine | RemoteEngine | EnginePool | None,
         kind: type[WeightSync],
         settings: Mapping[str, Any],
     ) -> WeightSync:
         """The target's way to the engine, with the draft's beside it.
 
-        In this process a draft is copied; to another it goes as the target does, by `kind`.
+        In this process a draft is copied; to another it goes as the target does, by `kind`. An
+        engine apart is the first process's to call: the others give None.
         """
         source: Any = self.trainer  # no stage of a pipeline, of which alone more is asked
-        side = DraftSides(engine) if isinstance(engine, EnginePool) else DraftSide(engine)
+        side: Any = engine
+        if engine is not None:
+            side = DraftSides(engine) if isinstance(engine, EnginePool) else DraftSide(engine)
         if isinstance(engine, Engine):
             kind, settings = CopyTransport, {}
         folder = run.run_dir / "draft_sync"

@@ -268,13 +268,35 @@ def test_the_draft_of_parts_is_that_of_the_whole(still, run_ranks, kind):
     and gradient."""
     codes, said = run_ranks(still.arguments(kind, *ONLINE, *STILL, *words_of(kind)))
     assert codes == [0, 0], said
-    summary = json.loads((still.folder / kind / "summary.json").read_text())
+    assert_as_one(still, kind)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("trainer.parallel.pipeline=2",),
+        ("trainer.parallel.context=2", "placement.replicas=2", "placement.delta=true"),
+    ],
+    ids=["stages", "context, replicas"],
+)
+def test_two_train_the_draft_of_engines_apart(still, run_ranks, words):
+    """Each sends its share of it: the guesses are those of one process, too."""
+    words = "placement=process", "placement.transport=gloo", *words
+    codes, said = run_ranks(still.arguments(words[-1], *ONLINE, *STILL, *words))
+    assert codes == [0, 0], said
+    assert_as_one(still, words[-1])
+
+
+def assert_as_one(still, name):
+    """The run of this name comes to the same samples, guesses and draft as that of one process."""
+    summary = json.loads((still.folder / name / "summary.json").read_text())
     assert summary == still.result[0]
-    for row, expected in zip(still.rows(kind)[1:], still.result[1][1:], strict=True):
-        for name, value in expected.items():
-            if name.startswith(("draft/", "rollout/")):
-                assert row[name] == value, name
-    drafts = [tree(still.folder / name / "draft") for name in ("one", kind)]
+    for row, expected in zip(still.rows(name)[1:], still.result[1][1:], strict=True):
+        for key, value in expected.items():
+            if key.startswith(("draft/", "rollout/")):
+                assert row[key] == value, key
+    drafts = [tree(still.folder / folder / "draft") for folder in ("one", name)]
     assert drafts[0] == drafts[1]
 
 
