@@ -292,7 +292,7 @@ class GrpoRun(RunSection):
         self._check_placement()
         fits = self.engine.releasable is not False or not self.placement.release_memory
         require(fits, "engine.releasable", False, "left alone with placement.release_memory=true")
-        self.draft.check(self.ttt, self.engine, self.trainer.parallel, self.num_draft_updates)
+        self.draft.check(self.ttt, self.engine, self.num_draft_updates)
         meaning = "attention, model, lengths and seed are the run's"
         require_default(self.engine, "engine", SET_BY_RUN, meaning)
         meaning = "a run releases no weights of the engine"
@@ -337,10 +337,6 @@ class GrpoRun(RunSection):
         """ValueError for a placement that does not go with the trainer and what is asked of it."""
         self.placement.check(self.trainer.parallel)
         _check_staleness(self.rollout.max_staleness, self.placement)
-        count = self.num_processes
-        fits = self.placement.engine == "colocated" or count == 1 or not self.draft.is_online
-        meaning = f"left alone with {count} processes of the trainer beside engines apart"
-        require(fits, "draft.train", self.draft.train, meaning)
 
 
 SECTIONS: dict[str, type[Any]] = {"critic": CriticConfig, "distillation": DistillationSection}

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from samebit.rollout.config import WITH_DRAFT, EngineConfig
-from samebit.trainer.config import OptimizerConfig, ParallelConfig, require, require_default
+from samebit.trainer.config import OptimizerConfig, require, require_default
 from samebit.trainer.draft.config import TttConfig
 
 TRAIN = ("off", "online")
@@ -52,9 +52,7 @@ class OnlineDraftSection:
         num_waits of which the policy, and with it the draft, waits for a critic."""
         return num_steps // self.every - num_waits // self.every
 
-    def check(
-        self, ttt: TttConfig, engine: EngineConfig, parallel: ParallelConfig, num_updates: int
-    ) -> None:
+    def check(self, ttt: TttConfig, engine: EngineConfig, num_updates: int) -> None:
         """Raise ValueError, which names the keys, for what does not go with other sections."""
         if not self.is_online:
             require_default(ttt, "ttt", [f.name for f in fields(ttt)], "draft.train is 'off'")
@@ -62,11 +60,6 @@ class OnlineDraftSection:
         kinds = " or ".join(WITH_DRAFT)
         meaning = f"{kinds} with draft.train=online: a draft that nothing guesses by is idle"
         require(engine.speculative in WITH_DRAFT, "engine.speculative", engine.speculative, meaning)
-        for name, part in (("pipeline", "layers"), ("context", "tokens")):
-            size, key = getattr(parallel, name), f"trainer.parallel.{name}"
-            meaning = "1 with draft.train=online: a draft reads the streams of whole samples after "
-            meaning += f"several layers, and a process would have a part of the {part} alone"
-            require(size == 1, key, size, meaning)
         meaning = "at most trainer.num_steps, and reached behind critic.warmup_steps: the draft "
         meaning += "would never be trained"
         require(num_updates > 0, "draft.every", self.every, meaning)

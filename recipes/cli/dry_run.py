@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,9 @@ from samebit.rollout.speculative.making import open_speculation
 from samebit.trainer.algorithms.registry import make_algorithm
 from samebit.trainer.config import ParallelConfig, TrainerConfig
 from samebit.trainer.critic.value_model import value_model_of
+from samebit.trainer.megatron.models.adapter import layer_of
+from samebit.trainer.megatron.stages import make_stage
+from samebit.trainer.megatron.streams import made_by
 from samebit.trainer.ranks import is_first
 from samebit.weight_sync.mapping import hf_shapes
 
@@ -108,7 +112,7 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
         **_reference(run.trainer, reference),
         **_staleness(run, memory["weights_mib"]),
         **_partial(run, at_once),
-        **_online_draft(run, draft, device),
+        **_online_draft(run, model, draft, device),
         "kv_mib_if_all_run_at_once": round(
             min(at_once, run.engine.max_num_seqs) * longest * kv_bytes / _MIB, 1
         ),
@@ -148,7 +152,7 @@ def _draft_of(run: GrpoRun, inputs: GrpoInputs) -> DraftConfig | None:
 
 
 def _online_draft(
-    run: GrpoRun, draft: DraftConfig | None, device_type: str
+    run: GrpoRun, model: ModelConfig, draft: DraftConfig | None, device_type: str
 ) -> dict[str, int | float | str]:
     """Figures of the draft that the run trains, if it does, beside its target's."""
     if draft is None or not run.draft.is_online:
@@ -161,6 +165,31 @@ def _online_draft(
         "draft_vocabulary": draft.draft_vocab_size,
         "draft_captured_layers": ", ".join(map(str, draft.captured_layers)),
         "draft_mib": round(parameters * (weights + masters + 12) / _MIB, 1),  # sums, two moments
+        **_draft_of_stages(run, model, draft, weights),
+    }
+
+
+def _draft_of_stages(
+    run: GrpoRun, model: ModelConfig, draft: DraftConfig, width: int
+) -> dict[str, float]:
+    """MiB at most that a stage of a pipeline, if there is one, keeps for a draft in training: the
+    streams of an optimizer step; copies of what the target has outside of its layers.
+
+    width: bytes of a number.
+    """
+    parallel = run.trainer.parallel
+    if parallel.pipeline == 1:
+        return {}
+    stage = make_stage(model, 0, parallel.pipeline, parallel.virtual_pipeline)
+    streams = {*draft.captured_layers, model.num_layers}
+    owners = Counter(stage.owner_of(made_by(layer)) for layer in streams)
+    tokens = run.batch_size * run.rollout.longest / (parallel.data * parallel.context)
+    kept = tokens * max(owners.values()) * draft.target_hidden_size * width
+    outer = [spec for spec in model.param_specs() if layer_of(spec.name) is None]
+    copies = sum(math.prod(spec.shape) for spec in outer) / parallel.tensor * width
+    return {
+        "draft_kept_streams_mib": round(kept / _MIB, 1),
+        "draft_target_copies_mib": round(copies / _MIB, 1),
     }
 
 

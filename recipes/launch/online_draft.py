@@ -1,9 +1,10 @@
 """A draft that learns what its target says, while the target learns: GRPO's online draft.
 
-On the steps whose turn it is, the trainer's forward shows the residual streams of each micro-batch
-as it computes it, under the weights that make it: no pass is added, and never more than one
-micro-batch's streams exist. Once the policy has taken its steps the draft takes one, and its
-weights go to the engine behind the target's. Source of the loss: Li et al. 2025, arXiv 2503.01840.
+On the steps whose turn it is, the trainer's forward shows the residual streams of each micro-batch,
+under the weights that make them: no pass is added. Every process that shares the target's layers or
+a sample's tokens is shown the same, whole, and trains the same draft to the same bits. Once the
+policy has taken its steps the draft takes one, and its weights go to the engine behind the
+target's. Source of the loss: Li et al. 2025, arXiv 2503.01840.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ from samebit.rollout.runtime.draft_folder import DIALECTS, DraftFolder, write_dr
 from samebit.rollout.speculative.making import open_speculation
 from samebit.trainer.checkpoint import Checkpoint
 from samebit.trainer.draft.batch import DraftBatch
+from samebit.trainer.megatron.outer_params import OuterParams
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.ranks import is_first, together
 from samebit.trainer.types import MicroBatch
@@ -78,14 +80,21 @@ class OnlineDraft:
         checked: tuple[DraftFolder | None, DraftConfig],
         policy: MegatronTrainer,
     ) -> None:
-        """checked: as checked_online_draft gives it; policy: holds the weights that a new draft's
-        output layer begins with, or this tensor parallel rank's shard of them."""
+        """checked: as checked_online_draft gives it; policy: whose output layer a new draft's
+        begins with. All processes make one alike."""
         folder, config = checked
         model, every = policy.model, run.draft.every
         assert isinstance(model, DenseModel)
+        self._outer = OuterParams(policy)
         whole = DraftVocabulary.whole(model.vocab_size)
         self.trainer = make_trainer_of(
-            *(model, policy.params, folder, config, whole if folder is None else folder.vocabulary),
+            *(
+                model,
+                self._outer.params,
+                folder,
+                config,
+                whole if folder is None else folder.vocabulary,
+            ),
             optimizer=run.draft.optimizer,
             num_steps=run.num_draft_updates,
             ttt=run.ttt,
@@ -113,6 +122,7 @@ class OnlineDraft:
 
     def observe(self, batch: MicroBatch, streams: Mapping[int, Tensor]) -> None:
         """See StreamObserver."""
+        self._outer.refresh()
         self.trainer.take(DraftBatch(batch=batch, streams=streams))
 
     def end_step(self) -> dict[str, float]:
@@ -154,16 +164,19 @@ class OnlineDraft:
         self,
         run: GrpoRun,
         target: WeightSync,
-        engine: Engine | RemoteEngine | EnginePool,
+        engine: Engine | RemoteEngine | EnginePool | None,
         kind: type[WeightSync],
         settings: Mapping[str, Any],
     ) -> WeightSync:
         """The target's way to the engine, with the draft's beside it.
 
-        In this process a draft is copied; to another it goes as the target does, by `kind`.
+        In this process a draft is copied; to another it goes as the target does, by `kind`. An
+        engine apart is the first process's to call: the others give None.
         """
         source: Any = self.trainer  # no stage of a pipeline, of which alone more is asked
-        side = DraftSides(engine) if isinstance(engine, EnginePool) else DraftSide(engine)
+        side: Any = engine
+        if engine is not None:
+            side = DraftSides(engine) if isinstance(engine, EnginePool) else DraftSide(engine)
         if isinstance(engine, Engine):
             kind, settings = CopyTransport, {}
         folder = run.run_dir / "draft_sync"

@@ -187,7 +187,6 @@ def start_engine(
     more: Any = {key: getattr(run.placement, key) for key in (entry.settings if entry else ())}
     weights: WeightSync = transport.between(trainer, engine, run.run_dir / "weight_sync", **more)
     if draft is not None:
-        assert engine is not None
         weights = draft.beside(run, weights, engine, transport, more)
     if run.num_processes > 1 and not isinstance(engine, Engine):
         return LedEngine(engine), weights

@@ -177,14 +177,6 @@ def test_a_draft_that_overflows_ends_the_run(runs, base):
             ["draft.train=online", "engine.speculative=suffix"],
             "engine.speculative is 'suffix'; it must be eagle3 or peagle or hybrid with draft.tr",
         ),
-        (
-            [*ONLINE, "trainer.parallel.context=2"],
-            "parallel.context is 2; it must be 1 with .* would have a part of the tokens alone",
-        ),
-        (
-            [*ONLINE, "trainer.parallel.pipeline=2", "placement.transport=stages"],
-            "parallel.pipeline is 2; it must be 1 with .* would have a part of the layers alone",
-        ),
         ([*ONLINE, "draft.every=7"], "draft.every is 7; it must be at most trainer.num_steps"),
         (
             [*ONLINE, "algorithm=ppo", "critic.warmup_steps=5", "draft.every=4"],
@@ -229,6 +221,16 @@ def test_a_dry_run_tells_of_the_draft(runs, capsys):
     assert not (runs.folder / "dry").exists()
 
 
+def test_a_dry_run_tells_what_stages_keep(runs, capsys):
+    """Of two layers one stage makes the stream after the first, the other that after both."""
+    words = *words_of("pipeline"), "rollout.prompts_per_step=15", "rollout.max_new_tokens=56"
+    assert main(["grpo", *runs.arguments("dry", *ONLINE, *words), "dry_run=true"]) == 0
+    out = capsys.readouterr().out
+    kept = re.search(r"draft_kept_streams_mib +(.*)\n", out)
+    assert float(kept[1]) == round(15 * 4 * 64 * 64 * 4 / 2**20, 1) > 0
+    assert re.search(r"draft_target_copies_mib +[0-9]", out)
+
+
 def test_what_a_draft_in_training_binds(runs):
     """Its schedule is of all steps, and what its folder leaves open is part of what it computes."""
 
@@ -242,12 +244,68 @@ def test_what_a_draft_in_training_binds(runs):
     assert not any(key.startswith("engine.") for key in bound_keys(runs.resolve("plain")))
 
 
+def words_of(kind):
+    """Of two processes."""
+    stages = ("placement.transport=stages",) if kind == "pipeline" else ()
+    return f"trainer.parallel.{kind}=2", *stages
+
+
+STILL = ("trainer.optimizer.lr=0", "trainer.num_steps=2")
+"""A target that is the same in every layout: its gradients are summed in other orders."""
+
+
+@pytest.fixture(scope="module")
+def still(make_runs, tmp_path_factory):
+    """What one process gives; in `result`."""
+    runs = make_runs(tmp_path_factory.mktemp("still"))
+    runs.result = runs.train("one", *ONLINE, *STILL)
+    return runs
+
+
+@pytest.mark.parametrize("kind", ["pipeline", pytest.param("context", marks=pytest.mark.long)])
+def test_the_draft_of_parts_is_that_of_the_whole(still, run_ranks, kind):
+    """Of stages, and of ranks with a part of each sample's tokens: to the bit, and so are loss
+    and gradient."""
+    codes, said = run_ranks(still.arguments(kind, *ONLINE, *STILL, *words_of(kind)))
+    assert codes == [0, 0], said
+    assert_as_one(still, kind)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["data", "tensor"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("trainer.parallel.pipeline=2",),
+        ("trainer.parallel.context=2", "placement.replicas=2", "placement.delta=true"),
+    ],
+    ids=["stages", "context, replicas"],
+)
+def test_two_train_the_draft_of_engines_apart(still, run_ranks, words):
+    """Each sends its share of it: the guesses are those of one process, too."""
+    words = "placement=process", "placement.transport=gloo", *words
+    codes, said = run_ranks(still.arguments(words[-1], *ONLINE, *STILL, *words))
+    assert codes == [0, 0], said
+    assert_as_one(still, words[-1])
+
+
+def assert_as_one(still, name):
+    """The run of this name comes to the same samples, guesses and draft as that of one process."""
+    summary = json.loads((still.folder / name / "summary.json").read_text())
+    assert summary == still.result[0]
+    for row, expected in zip(still.rows(name)[1:], still.result[1][1:], strict=True):
+        for key, value in expected.items():
+            if key.startswith(("draft/", "rollout/")):
+                assert row[key] == value, key
+    drafts = [tree(still.folder / folder / "draft") for folder in ("one", name)]
+    assert drafts[0] == drafts[1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["data", "tensor", "pipeline", "context"])
 def test_processes_train_one_draft(runs, run_ranks, kind):
-    """Two copies of the target, or its shards: the target is that of the same run without, and a
-    resume finds the draft."""
-    words = f"trainer.parallel.{kind}=2", "trainer.num_steps=4"
+    """Two copies of the target, or its shards, stages, or parts of each sample: the target is that
+    of the same run without, and a resume finds the draft."""
+    words = *words_of(kind), "trainer.num_steps=4"
     found = {}
     for name, more in (("none", ()), ("online", ONLINE)):
         codes, said = run_ranks(runs.arguments(name, *words, *more))
@@ -268,7 +326,8 @@ def test_processes_train_one_draft(runs, run_ranks, kind):
     assert newest(runs).manifest == manifest
     assert runs.rows("online") == found["online"][1]
     shutil.rmtree(newest(runs).path)  # and one process goes on from both, with other bits
-    summary, _, _ = runs.train("online", *words[1:], *ONLINE, "resume=true", "reshard=true")
+    more = words[-1], "resume=true", "reshard=true"
+    summary, _, _ = runs.train("online", *ONLINE, *more)
     assert summary["draft_digest"] != found["online"][0]["draft_digest"]
 
 

@@ -259,10 +259,6 @@ def test_stages_of_a_pipeline_and_an_engine_apart(runs, run_ranks):
         ("trainer.parallel.tensor=2", "with trainer.parallel.tensor=2: an engine apart has the"),
         ("placement.transport=ipc placement.replicas=1", "gloo or nccl with placement=process and"),
         ("placement.transport=a:B", "gloo or nccl with placement=process and 2 processes of the"),
-        (
-            "draft.train=online engine.speculative=hybrid",
-            "draft.train is 'online'; it must be left alone with 2 processes of the trainer",
-        ),
         ("placement.transport=nccl", "nccl needs CUDA devices: 4, there are 0"),
     ],
 )

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
@@ -43,14 +44,22 @@ class Stage:
         """Whether it computes log-probs."""
         return self.index == self.count - 1
 
+    def owner_of(self, layer: int) -> int:
+        """Which stage holds a layer of the whole model."""
+        return layer // self.num_layers % self.count
+
     def holds(self, layer: int) -> bool:
         """Whether a layer of the whole model is here."""
-        return layer // self.num_layers % self.count == self.index
+        return self.owner_of(layer) == self.index
+
+    def first_layer(self, chunk: int) -> int:
+        """Which layer of the whole model one of the chunks here begins with."""
+        return (chunk * self.count + self.index) * self.num_layers
 
     def named_params(self, chunks: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
         """Parameters by their names in the whole model, which are the engine's."""
         return {
-            GPT.engine_name(name, (i * self.count + self.index) * self.num_layers): param
+            GPT.engine_name(name, self.first_layer(i)): param
             for i, chunk in enumerate(chunks)
             for name, param in chunk.named_parameters()
         }
@@ -104,3 +113,10 @@ def stage_specs(model: ModelConfig, shard: Shard, stage: Stage) -> list[ParamSpe
 def from_last_stage[T](value: T) -> T:
     """The last stage's plain value (weight_sync.objects), on every stage."""
     return gather_objects(value, parallel_state.get_pipeline_model_parallel_group())[-1]
+
+
+def from_stage(index: int, tensor: Tensor) -> Tensor:
+    """Rewrite the tensor, which is contiguous, with that of one stage; every stage calls it."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    dist.broadcast(tensor, dist.get_global_rank(group, index), group=group)
+    return tensor

@@ -7,6 +7,7 @@ learning-rate schedule. Nothing is written to the weights before the checks have
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -55,7 +56,7 @@ from samebit.trainer.megatron.parallel import ranks_of
 from samebit.trainer.megatron.resharding import WholeState
 from samebit.trainer.megatron.setup import be_deterministic
 from samebit.trainer.megatron.stages import FILLER, from_last_stage, stage_specs
-from samebit.trainer.megatron.streams import StreamObserver, observed
+from samebit.trainer.megatron.streams import StreamObserver, StreamView
 from samebit.trainer.packing import share_batches
 from samebit.trainer.stats import Totals, merged
 from samebit.trainer.types import MicroBatch, NonFiniteError, StepStats
@@ -71,8 +72,7 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
     """
 
     observer: StreamObserver | None = None
-    """Who is shown the residual streams of what train_step computes; without stages and ranks that
-    share a sample's tokens for its whole length."""
+    """Who is shown the residual streams of what train_step computes; on all ranks or on none."""
 
     def __init__(
         self,
@@ -289,18 +289,21 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
         totals = defaultdict[int, Totals](Totals)
         self._failure: str | None = None
         self._optimizer.zero_grad()
+        view = None
+        if self.observer is not None:
+            view = StreamView(self.observer, self._chunks, self.stage, self.ranks)
 
         def forward_step(iterator: Any, gpt: Any) -> tuple[Tensor, Any]:
             if poll is not None:
                 poll()
-            batch, reference = next(iterator)
-            share = None
+            whole, reference = next(iterator)
+            batch, share = whole, None
             if self.context.size > 1:
                 share = share_context(batch, self.context, self.attention)
                 batch = share.batch
                 reference = None if reference is None else reference[share.rows]
             entropy_grad = algorithm.needs_entropy_grad
-            with observed(gpt, batch, self.observer, self.ranks):
+            with view.watching(gpt, whole, share) if view else nullcontext():
                 output = forward_logprobs(gpt, batch, self.model, share, entropy_grad)
             return output, partial(self._loss, batch, algorithm, reference, totals)
 
@@ -308,6 +311,8 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
             for chunk in self._chunks:
                 chunk.zero_grad_buffer()
             run_schedule(forward_step, parts, self._chunks, forward_only=False)
+            if view:
+                view.finish()
 
         parts = list(zip(batches, references or [None] * len(batches), strict=True))
         run(parts) if self._segments is None else self._segments.sum_up(parts, run)
