@@ -20,6 +20,7 @@ from samebit.recipes.run.signals import Stopped
 from samebit.trainer.megatron.setup import TIMEOUT
 from samebit.trainer.ranks import begin_of_thread
 from samebit.trainer.stats import Comparison
+from samebit.weight_sync.objects import gather_objects
 from samebit.weight_sync.types import WeightVersion
 
 _TICK_S = 0.1  # between two polls
@@ -58,7 +59,8 @@ class DrawnStep:
 class DrawsAhead:
     """Draws the steps whose version is served, in a thread, and keeps them until they are trained.
 
-    `close` it when done: what is being drawn is abandoned, and the thread ends.
+    `close` it when done: what is being drawn is abandoned, and the thread ends. Several processes
+    begin a draw together, or not at all once one of them is closed.
     """
 
     def __init__(
@@ -118,12 +120,14 @@ class DrawsAhead:
     def close(self) -> None:
         """Abandon what is being drawn and end the thread. A second call does nothing."""
         self._ended.set()
-        self._thread.shutdown(cancel_futures=True)
+        self._thread.shutdown()
 
     def _run(self, step: int, before: Future[DrawnStep] | None, place: int) -> DrawnStep:
         begin = place
         if before is not None:  # by this thread, or restored: it is done
             begin = before.result().begin + before.result().rollout.num_prompts
+        if any(gather_objects(self._ended.is_set())):
+            raise Stopped("the run has ended")
         busy = [time.perf_counter(), math.inf]
         self._busy.append(busy)
         try:

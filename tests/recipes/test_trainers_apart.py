@@ -8,6 +8,7 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -18,6 +19,8 @@ from test_engine_replicas import dying
 from samebit.recipes.launch import led_engine, placement
 from samebit.recipes.launch.failures import may_pass
 from samebit.recipes.launch.led_engine import LedEngine, told
+from samebit.recipes.rollout_config import RolloutSection
+from samebit.recipes.run.draws_ahead import DrawsAhead
 from samebit.recipes.run.generation import GenerateError
 from samebit.recipes.run.metrics import read_rows
 from samebit.recipes.run.signals import Stopped
@@ -199,6 +202,40 @@ def test_what_the_others_are_told_of_a_call(run_ranks):
     found = [line for line in said.splitlines() if line[:3] in ("0: ", "1: ")]
     assert sorted(found) == sorted([*own, *others, *gathered])
     assert [may_pass(e) for e in FAILURES] == [True, True, False, False, False]
+
+
+def close_as_rank(rank, *place):
+    """The first process closes while its second draw goes on and a third is to follow; the other
+    one later."""
+    be_rank(rank, *place[:3])
+    start_processes(torch.device("cpu"), ParallelConfig(data=2))
+    first, begun, closing = rank == "0", [], threading.Event()
+
+    def draw(step, begin, poll):
+        begun.append(gather_objects(step))
+        if first and step == 2:
+            closing.wait()
+        return SimpleNamespace(num_prompts=1)
+
+    ahead = DrawsAhead(draw, RolloutSection(max_staleness=2), 3)
+    if first:
+        ahead._ended = closing
+    ahead.begin(0, 0)
+    ahead.take(1, lambda: None)
+    if first:
+        ahead.close()
+    gather_objects("the first one is closed")
+    ahead.close()
+    gather_objects("all are")
+    print(f"{rank}: {begun}")
+
+
+def test_a_run_ends_while_draws_wait(run_ranks):
+    codes, said = run_ranks([], target=("test_trainers_apart", "close_as_rank"))
+    assert codes == [0, 0], said
+    assert {line[3:] for line in said.splitlines() if line[:3] in ("0: ", "1: ")} == {
+        "[[1, 1], [2, 2]]"
+    }
 
 
 def run_until_the_third_update(rank, *arguments):
