@@ -6,6 +6,9 @@ import importlib
 import multiprocessing
 import os
 import shutil
+import threading
+from multiprocessing import popen_forkserver
+from multiprocessing.connection import wait
 from pathlib import Path
 
 # Tests have both ends of a weight group in one process. Two gloo groups that begin at one moment
@@ -120,6 +123,18 @@ def _conservation(_watch, request):
     _watch.after_test()
 
 
+_poll, _one_poll = popen_forkserver.Popen.poll, threading.Lock()
+
+
+def _poll_in_turn(process, flag=os.WNOHANG):
+    """As it is, where several threads ask: the exit code can be read once, and who reads nothing
+    takes it for 255 (Python 3.12)."""
+    if process.returncode is None and wait([process.sentinel], 0 if flag else None):
+        with _one_poll:
+            return _poll(process)
+    return process.returncode
+
+
 @pytest.fixture(scope="session")
 def forkserver(_private_cache):
     """A multiprocessing context whose processes have all imported that most of them would."""
@@ -127,6 +142,7 @@ def forkserver(_private_cache):
     context.set_forkserver_preload(["preloaded"])
     with pytest.MonkeyPatch.context() as patch:  # the server is not told our sys.path
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        patch.setattr(popen_forkserver.Popen, "poll", _poll_in_turn)
         yield context
 
 
