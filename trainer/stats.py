@@ -1,8 +1,8 @@
 """Sums over a step's micro-batches, and the comparison of trainer and rollout log-probs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -20,29 +20,36 @@ class Comparison:
     first: Mismatch | None = None
 
     @classmethod
-    def of(cls, batch: MicroBatch, logprobs: Tensor) -> "Comparison":
+    def of(cls, batch: MicroBatch, logprobs: Tensor) -> Self:
         """Compare those rows [R] fp32 of one micro-batch of which the batch says that they are to
         be the rollout's; a context rank may have none."""
         assert batch.rollout_logprobs is not None
-        ours, theirs = (x[batch.is_compared] for x in (logprobs, batch.rollout_logprobs))
-        if not len(ours):
-            return cls()
-        diff, count = float((ours - theirs).abs().max()), count_mismatches(ours, theirs)
-        return cls(len(ours), count, diff, _first_mismatch(batch, logprobs) if count else None)
+        rows = batch.is_compared.nonzero()[:, 0]
+
+        def named(i: int) -> tuple[int, int]:
+            sample = batch.samples[int(batch.sample_of_row[rows[i]])].sample_id
+            return sample, int(batch.positions[batch.rows[rows[i]]]) + 1  # which the row predicts
+
+        return cls._of(logprobs[rows], batch.rollout_logprobs[rows], named)
 
     @classmethod
-    def of_sample(cls, sample: Sample, places: Tensor, logprobs: Tensor) -> "Comparison":
+    def of_sample(cls, sample: Sample, places: Tensor, logprobs: Tensor) -> Self:
         """Compare the log-probs [N] fp32 of a sample's tokens at these places [N] int64 in it with
         those that it was drawn with."""
         assert sample.logprobs is not None
         drawn = torch.from_numpy(sample.logprobs)[places]
-        if not len(drawn):
+        return cls._of(logprobs, drawn, lambda i: (sample.sample_id, int(places[i])))
+
+    @classmethod
+    def _of(cls, ours: Tensor, drawn: Tensor, named: Callable[[int], tuple[int, int]]) -> Self:
+        """Compare [N] fp32; named: the sample id and the place in it of one of them."""
+        if not len(ours):
             return cls()
-        diff, first = float((logprobs - drawn).abs().max()), None
-        if count := count_mismatches(logprobs, drawn):
-            i = int((logprobs.view(torch.int32) != drawn.view(torch.int32)).nonzero()[0])
-            first = sample.sample_id, int(places[i]), float(drawn[i]), float(logprobs[i])
-        return cls(len(drawn), count, diff, first)
+        diff, first = float((ours - drawn).abs().max()), None
+        if count := count_mismatches(ours, drawn):
+            i = int((ours.view(torch.int32) != drawn.view(torch.int32)).nonzero()[0])
+            first = *named(i), float(drawn[i]), float(ours[i])
+        return cls(len(ours), count, diff, first)
 
     @classmethod
     def in_step(cls, stats: StepStats) -> "Comparison":
@@ -79,16 +86,6 @@ class Comparison:
 def first_of(*mismatches: Mismatch | None) -> Mismatch | None:
     """Return the one of the lowest sample id and place; of no mismatches None."""
     return min(filter(None, mismatches), default=None, key=lambda found: found[:2])
-
-
-def _first_mismatch(batch: MicroBatch, logprobs: Tensor) -> Mismatch:
-    assert batch.rollout_logprobs is not None
-    drawn = batch.rollout_logprobs
-    differs = batch.is_compared & (logprobs.view(torch.int32) != drawn.view(torch.int32))
-    row = int(differs.nonzero()[0])
-    sample = batch.samples[int(batch.sample_of_row[row])].sample_id
-    place = int(batch.positions[batch.rows[row]]) + 1  # of the token that the row predicts
-    return sample, place, float(drawn[row]), float(logprobs[row])
 
 
 @dataclass
