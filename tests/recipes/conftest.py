@@ -5,6 +5,8 @@ import secrets
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,37 @@ class GrpoRuns(Runs):
 def make_runs(demo_model):
     """make_runs(folder): runs in a folder."""
     return lambda folder: GrpoRuns(demo_model, folder)
+
+
+@pytest.fixture(scope="module")
+def resolved(make_runs, tmp_path_factory):
+    """The configuration of these words; to compose one takes longer than a step."""
+    runs = make_runs(tmp_path_factory.mktemp("resolved"))
+    return cache(lambda words: runs.resolve("run", *words))
+
+
+@pytest.fixture(scope="module")
+def train(resolved):
+    """train(folder, words, **changed): run in this process; what equal runs have in common."""
+
+    def run(folder, words, **changed):
+        config = replace(resolved(words), output_dir=str(folder), **changed)
+        summary = grpo.train(config)
+        return summary, without_times(read_rows(folder / "run" / "metrics.jsonl"))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """whole(words): the folder of an uninterrupted run, and what it gave. Do not write to it."""
+
+    @cache
+    def run(words):
+        folder = tmp_path_factory.mktemp("whole")
+        return folder, train(folder, words)
+
+    return run
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ seed, data and weights; a sample that goes on is the one that would have been dr
 import json
 from collections import Counter
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from test_stale_rollouts import left_in
 
 from samebit.recipes import grpo
 from samebit.recipes.grpo import LogprobMismatchError
-from samebit.recipes.run.metrics import read_rows, without_times
+from samebit.recipes.run.metrics import read_rows
 from samebit.recipes.run.partial_rollouts import STATE, PartialRollouts
 from samebit.recipes.run.rollouts import list_rollouts, load_dropped, load_rollout
 from samebit.recipes.run.sampling import RolloutSource
@@ -37,31 +36,6 @@ def one_process(monkeypatch):
     """Rewards and engines run in this process."""
     in_one_process(monkeypatch.setattr)
     monkeypatch.setattr(grpo, "write_report", lambda *_, **__: None)
-
-
-@pytest.fixture(scope="module")
-def train(make_runs, tmp_path_factory):
-    """train(folder, words, **changed): run in this process; what equal runs have in common."""
-    resolved = cache(lambda words: make_runs(tmp_path_factory.mktemp("x")).resolve("run", *words))
-
-    def run(folder, words, **changed):
-        config = replace(resolved(words), output_dir=str(folder), **changed)
-        summary = grpo.train(config)
-        return summary, without_times(read_rows(folder / "run" / "metrics.jsonl"))
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def whole(train, tmp_path_factory):
-    """whole(words): the folder of an uninterrupted run, and what it gave. Do not write to it."""
-
-    @cache
-    def run(words):
-        folder = tmp_path_factory.mktemp("whole")
-        return folder, train(folder, words)
-
-    return run
 
 
 def saved(folder):

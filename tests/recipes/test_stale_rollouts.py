@@ -6,7 +6,6 @@ import threading
 from concurrent.futures import wait
 from contextlib import closing
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from samebit.recipes.data.rewards import RewardError
 from samebit.recipes.grpo import GrpoRecipe, LogprobMismatchError
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.draws_ahead import DrawsAhead
-from samebit.recipes.run.metrics import read_rows, without_times
+from samebit.recipes.run.metrics import read_rows
 from samebit.recipes.run.rollouts import list_rollouts, load_rollout
 from samebit.recipes.run.sampling import RolloutSource
 from samebit.recipes.run.signals import Stopped
@@ -56,37 +55,6 @@ def one_process():
         in_one_process(patch.setattr)
         patch.setattr(grpo, "write_report", lambda *_, **__: None)
         yield patch
-
-
-@pytest.fixture(scope="module")
-def resolved(make_runs, tmp_path_factory):
-    """The configuration of these words; to compose one takes longer than a step."""
-    runs = make_runs(tmp_path_factory.mktemp("resolved"))
-    return cache(lambda words: runs.resolve("run", *words))
-
-
-@pytest.fixture(scope="module")
-def train(resolved):
-    """train(folder, words, **changed): run in this process; what equal runs have in common."""
-
-    def run(folder, words, **changed):
-        config = replace(resolved(words), output_dir=str(folder), **changed)
-        summary = grpo.train(config)
-        return summary, without_times(read_rows(folder / "run" / "metrics.jsonl"))
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def whole(train, tmp_path_factory):
-    """whole(words): the folder of an uninterrupted run, and what it gave. Do not write to it."""
-
-    @cache
-    def run(words):
-        folder = tmp_path_factory.mktemp("whole")
-        return folder, train(folder, words)
-
-    return run
 
 
 def left_in(folder):
