@@ -137,7 +137,13 @@ def _poll_in_turn(process, flag=os.WNOHANG):
 
 @pytest.fixture(scope="session")
 def forkserver(_private_cache):
-    """A multiprocessing context whose processes have all imported that most of them would."""
+    """A multiprocessing context whose processes have all imported that most of them would.
+
+    Where GPUs are seen, each imports for itself: no process uses a GPU of which its parent knows.
+    """
+    if torch.cuda.device_count():
+        yield multiprocessing.get_context("spawn")
+        return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["preloaded"])
     with pytest.MonkeyPatch.context() as patch:  # the server is not told our sys.path

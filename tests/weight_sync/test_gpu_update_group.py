@@ -1,7 +1,5 @@
 """A framework's trainer on one GPU updates the engine on another, over NCCL."""
 
-import multiprocessing
-
 import pytest
 import torch
 from serving import PARAMS, PROMPTS
@@ -20,12 +18,13 @@ def drawn(groups):
     return [[(c.token_ids, c.logprobs) for c in group] for group in groups]
 
 
-def test_nccl_updates_in_place_under_captured_graphs(old, new):
+def test_nccl_updates_in_place_under_captured_graphs(forkserver, old, new):
     """Requests are kept in a pause; afterwards graphs replay with the new weights, and a trainer
     that sends nothing is given up in time."""
-    context = multiprocessing.get_context("spawn")  # what a fork server has loaded knows of GPUs
-    connection, child = context.Pipe()
-    process = context.Process(target=serve, args=(child, new.folder, "nccl", "cuda:1"), daemon=True)
+    connection, child = forkserver.Pipe()
+    process = forkserver.Process(
+        target=serve, args=(child, new.folder, "nccl", "cuda:1"), daemon=True
+    )
     process.start()
     engine = Engine(old.folder, device="cuda:0", cuda_graphs=True, kv_cache_tokens=4096)
     fresh = Engine(new.folder, device="cuda:0", cuda_graphs=True, kv_cache_tokens=4096)
