@@ -196,21 +196,23 @@ def check_attention(attention: AttentionKind) -> None:
 def _check_shared_prefixes(
     attention: AttentionKind, q: Tensor, caches: Tensor, length: int, truth: Tensor
 ) -> None:
-    """Contexts of all lengths from 641 on that begin alike, decoded as groups that share 640."""
+    """Contexts of all lengths from 641 on that begin alike, decoded as groups that share 640 and
+    each by itself."""
     page_size, first = caches.shape[2], 641
     lens = range(first, length + 1)
     table = torch.arange(caches.shape[1]).repeat(len(lens), 1)
-    least, attention.least_shared_bytes = attention.least_shared_bytes, 1
-    try:
-        plan = attention.plan_step([1] * len(lens), lens, table, page_size)
-    finally:
-        attention.least_shared_bytes = least
-    if not _equal(attention.attend(q[first - 1 :], caches[0], caches[1], plan), truth[first - 1 :]):
-        heads = attention.heads
-        raise SelfCheckError(
-            "attention of samples that share a prefix is not invariant on this machine: "
-            f"{heads.num_heads}/{heads.num_kv_heads} heads of {heads.head_dim}"
-        )
+    q, truth, heads = q[first - 1 :], truth[first - 1 :], attention.heads
+    for least, what in ((1, "that share a prefix"), (None, "in large batches")):
+        before, attention.least_shared_bytes = attention.least_shared_bytes, least
+        try:
+            plan = attention.plan_step([1] * len(lens), lens, table, page_size)
+        finally:
+            attention.least_shared_bytes = before
+        if not _equal(attention.attend(q, caches[0], caches[1], plan), truth):
+            raise SelfCheckError(
+                f"attention of samples {what} is not invariant on this machine: "
+                f"{heads.num_heads}/{heads.num_kv_heads} heads of {heads.head_dim}"
+            )
 
 
 def check_rows(widths: Iterable[int], device: torch.device) -> None:
@@ -227,13 +229,14 @@ def check_rows(widths: Iterable[int], device: torch.device) -> None:
 
 def check_draws(vocab_sizes: Iterable[int], device: torch.device) -> None:
     """Raise SelfCheckError unless a row's token and log-prob do not depend on other rows."""
+    count = 72
     for vocab_size in vocab_sizes:
-        logits = _randn(9, vocab_size, device=device).float()
-        temperature = torch.linspace(0.5, 2.0, 9, device=device)
-        keys = (torch.arange(n, n + 9, device=device) for n in (0, 7, 5))
+        logits = _randn(count, vocab_size, device=device).float()
+        temperature = torch.linspace(0.5, 2.0, count, device=device)
+        keys = (torch.arange(n, n + count, device=device) for n in (0, 7, 5))
         inputs = (logits, temperature, *keys, temperature > 1.8)
         tokens, logprobs = draw_with_logprobs(*inputs)
-        for rows in (1, 8):
+        for rows in (1, 9):
             one, two = draw_with_logprobs(*(x[:rows] for x in inputs))
             if not (_equal(one, tokens[:rows]) and _equal(two, logprobs[:rows])):
                 raise SelfCheckError(

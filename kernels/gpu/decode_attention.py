@@ -4,6 +4,7 @@ An entry has up to 16 query rows at successive positions. Its last program to ar
 the splits' (max, sum, accumulator) in ascending order, so the result does not depend on who that
 is. Tiles that entries share are read once for all of them, by a kernel before; each entry's own
 programs carry its (max, sum, accumulator) on or merge it: the same operations in the same order.
+On Hopper large batches have kernels of their own for both: hopper_prefix.py, hopper_decode.py.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from samebit.kernels.contract import GPU_KV_SPLIT, GPU_KV_TILE
 from samebit.kernels.gpu.card import num_sms
+from samebit.kernels.gpu.hopper_decode import fits, own_attention
 from samebit.kernels.gpu.hopper_prefix import prefix_attention
 from samebit.kernels.gpu.hopper_tiles import takes
 from samebit.kernels.gpu.online_softmax import merge, nothing_seen, num_stages, split_pass
@@ -300,6 +302,43 @@ def _prefix_parts(
     return None
 
 
+def _own_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor],
+    decode: DecodeEntries,
+    table: Tensor,
+    page_size: int,
+    scale: float,
+) -> None:
+    """Write the entries' rows of output: a program for each split that one reads for itself."""
+    prefixes, num_heads, (num_kv, head_dim) = decode.prefixes, q.shape[1], k.shape[1:]
+    own = num_heads // num_kv * decode.max_queries  # rows of an entry
+    rows = max(_LEAST_ROWS, triton.next_power_of_2(own))
+    num_seqs, own_splits = len(decode.table_rows), triton.cdiv(decode.max_own, GPU_KV_SPLIT)
+    (part_max, part_sum, part_acc), pdl = parts, supported(q.device)
+    block_dh = part_acc.shape[1]
+    # Few programs: each keeps more of its own loads in flight. Many: they hide each other's.
+    is_few = num_kv * num_seqs * own_splits <= 1.5 * num_sms(q.device)
+    _decode_kernel[(num_kv, num_seqs, own_splits)](
+        q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=output, max_ptr=part_max, sum_ptr=part_sum,
+        acc_ptr=part_acc, counters=decode.counters,
+        prefix_lens=decode.context_lens if prefixes is None else prefixes.of_entry,
+        query_starts=decode.query_starts, query_lens=decode.query_lens,
+        table_rows=decode.table_rows, context_lens=decode.context_lens, pages_ptr=table,
+        max_pages=table.stride(0), q_stride=q.stride(0), q_head=q.stride(1), stride=k.stride(0),
+        kv_head=k.stride(1), qk_scale=scale * LOG2E,
+        max_splits=triton.cdiv(decode.max_context, GPU_KV_SPLIT), NUM_KV=num_kv,
+        GROUP=num_heads // num_kv, QUERIES=decode.max_queries, DH=head_dim, BLOCK_DH=block_dh,
+        ROWS=rows, TILE=GPU_KV_TILE, SPLIT=GPU_KV_SPLIT, PAGE=page_size,
+        SHARED=prefixes is not None, PDL=pdl, num_warps=4 if rows < 64 else 8,
+        num_stages=num_stages(rows, block_dh, q.device, 3 if is_few else 2),
+        enable_fp_fusion=False, launch_pdl=pdl,
+    )  # fmt: skip
+
+
 def decode_attention(
     q: Tensor,
     k: Tensor,
@@ -315,34 +354,20 @@ def decode_attention(
     q [T, Hq, Dh]; k, v [kv_slots, Hkv, Dh].
     """
     num_heads, head_dim = q.shape[1:]
-    num_kv, prefixes = k.shape[1], decode.prefixes
+    num_kv, num_seqs = k.shape[1], len(decode.table_rows)
     own = num_heads // num_kv * decode.max_queries  # rows of an entry
+    max_splits = triton.cdiv(decode.max_context, GPU_KV_SPLIT)
+    has_parts = max_splits > 1 or decode.prefixes is not None
+    count = num_seqs * num_kv * own * max_splits if has_parts else 0
+    part_max, part_sum = (torch.empty(count, device=q.device) for _ in range(2))
     block_dh = max(64, triton.next_power_of_2(head_dim))
-    num_seqs, max_splits = len(decode.table_rows), triton.cdiv(decode.max_context, GPU_KV_SPLIT)
-    has_parts = max_splits > 1 or prefixes is not None
-    parts = num_seqs * num_kv * own * max_splits if has_parts else 0
-    part_max, part_sum = (torch.empty(parts, device=q.device) for _ in range(2))
-    part_acc = torch.empty(parts, block_dh, device=q.device)
-    pdl = supported(q.device)
-    strides = table.stride(0), q.stride(0), q.stride(1), k.stride(0), k.stride(1)
-    max_pages, q_stride, q_head, stride, kv_head = strides
-    if prefixes is not None:
-        _prefix_parts(q, k, v, (part_max, part_sum, part_acc), decode, table, page_size, scale)
-    rows = max(_LEAST_ROWS, triton.next_power_of_2(own))
-    # Few programs: each keeps more of its own loads in flight. Many: they hide each other's.
+    parts = part_max, part_sum, torch.empty(count, block_dh, device=q.device)
+    if decode.prefixes is not None:
+        _prefix_parts(q, k, v, parts, decode, table, page_size, scale)
     own_splits = triton.cdiv(decode.max_own, GPU_KV_SPLIT)
-    is_few = num_kv * num_seqs * own_splits <= 1.5 * num_sms(q.device)
-    _decode_kernel[(num_kv, num_seqs, own_splits)](
-        q_ptr=q, k_ptr=k, v_ptr=v, o_ptr=output, max_ptr=part_max, sum_ptr=part_sum,
-        acc_ptr=part_acc, counters=decode.counters,
-        prefix_lens=decode.context_lens if prefixes is None else prefixes.of_entry,
-        query_starts=decode.query_starts, query_lens=decode.query_lens,
-        table_rows=decode.table_rows, context_lens=decode.context_lens, pages_ptr=table,
-        max_pages=max_pages, q_stride=q_stride, q_head=q_head, stride=stride, kv_head=kv_head,
-        qk_scale=scale * LOG2E, max_splits=max_splits, NUM_KV=num_kv, GROUP=num_heads // num_kv,
-        QUERIES=decode.max_queries, DH=head_dim, BLOCK_DH=block_dh,
-        ROWS=rows, TILE=GPU_KV_TILE, SPLIT=GPU_KV_SPLIT,
-        PAGE=page_size, SHARED=prefixes is not None, PDL=pdl, num_warps=4 if rows < 64 else 8,
-        num_stages=num_stages(rows, block_dh, q.device, 3 if is_few else 2),
-        enable_fp_fusion=False, launch_pdl=pdl,
-    )  # fmt: skip
+    if fits(k, v, page_size, num_seqs, own, own_splits):
+        own_attention(
+            q, k, v, output, parts, decode, table, page_size, scale * LOG2E, max_splits
+        )  # fmt: skip
+    else:
+        _own_parts(q, k, v, output, parts, decode, table, page_size, scale)

@@ -17,6 +17,7 @@ from samebit.kernels.gpu.card import num_sms
 from samebit.kernels.gpu.hopper_tiles import (
     COLUMNS,
     WARPGROUP_ROWS,
+    after_previous,
     attend_tiles,
     box_rows,
     descriptor,
@@ -27,15 +28,6 @@ from samebit.kernels.gpu.hopper_tiles import (
 )
 
 _STAGES = 3
-
-
-@gluon.jit
-def _after_previous():
-    """See pdl.after_previous."""
-    gl.inline_asm_elementwise(
-        "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -88,7 +80,7 @@ def _consume(
     nobody = gl.arange(0, M, layout=gl.SliceLayout(1, smma))
     turn = 0
     if PDL:
-        _after_previous()
+        after_previous(True)
     for item in range(gl.program_id(1), gl.load(num_items), gl.num_programs(1)):
         task, split = gl.load(items + 2 * item), gl.load(items + 2 * item + 1)
         entry, live = _entry(members, query_lens, task, r, OWN, GROUP, CAPACITY)

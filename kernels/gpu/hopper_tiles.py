@@ -25,6 +25,7 @@ WARPGROUP_ROWS = 64
 COLUMNS = 64
 """Of bf16, in the 128 bytes that shared memory is swizzled by."""
 _LOWEST = gl.constexpr(-1e30)
+_OUTSIDE = gl.constexpr(1 << 30)  # a row that no cache has: a copy brings zeros
 _SWIZZLED = gl.NVMMASharedLayout(128, 16)
 
 
@@ -59,6 +60,20 @@ def descriptor(x: Tensor, box: int) -> TensorDescriptor:
 
 
 @gluon.jit
+def after_previous(START_NEXT: gl.constexpr):
+    """Wait for the preceding kernel's results; let the following kernel start: see pdl.py."""
+    if START_NEXT:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [],
+            dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
+
+
+@gluon.jit
 def turn_of(number, STAGES: gl.constexpr):
     """(stage, phase of its barriers) of a tile by its number."""
     return number % STAGES, number // STAGES & 1
@@ -66,10 +81,10 @@ def turn_of(number, STAGES: gl.constexpr):
 
 @gluon.jit
 def row_of(pages_ptr, key_start, n, hi, PAGED: gl.constexpr, PAGE: gl.constexpr):
-    """Rows of keys n in the cache or the packed keys; some row where n is beyond hi."""
+    """Rows of keys n in the cache or the packed keys; beyond hi none of the cache's."""
     if PAGED:
         page = gl.load(pages_ptr + n // PAGE, mask=n < hi, other=0)
-        row = page * PAGE + n % PAGE
+        row = gl.where(n < hi, page * PAGE + n % PAGE, _OUTSIDE)
     else:
         row = key_start + n
     return row
@@ -133,7 +148,7 @@ def _weights(
 
 
 @gluon.jit
-def _merge(m, total, next_m, next_total):
+def merge(m, total, next_m, next_total):
     """(max, sum, factor of the earlier part, of the later one): as merge in online_softmax.py."""
     new_m = gl.maximum(m, next_m)
     a, b = gl.exp2(m - new_m), gl.exp2(next_m - new_m)
@@ -202,7 +217,7 @@ def attend_tiles(
                     main_smem.store(acc)
                 else:
                     main = main_smem.load(omma)
-                    main_m, main_total, a, b = _merge(
+                    main_m, main_total, a, b = merge(
                         main_m, main_total, gl.convert_layout(old_m, orow), total
                     )
                     main_smem.store(gl.fma(main, a[:, None], acc * b[:, None]))
@@ -223,6 +238,6 @@ def attend_tiles(
     if not ONE_SPLIT:  # noqa: SIM102 - a constant
         if hi > SPLIT:
             main = main_smem.load(omma)
-            m, total, a, b = _merge(main_m, main_total, m, total)
+            m, total, a, b = merge(main_m, main_total, m, total)
             acc = gl.fma(main, a[:, None], acc * b[:, None])
     return m, total, acc

@@ -32,14 +32,8 @@ def _times_exp(x):
 
 
 @triton.jit
-def segment_sum(
-    x_ptr, start, end, temperature, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr = False
-):
-    """(max, sum of exp(x - max)) of one segment of one row: block after block, then one tree.
-
-    Four blocks are loaded at a time to keep the memory busy; the sum's order is that of the blocks.
-    WEIGHTED: also the sum of (x - max) exp(x - max), which moves no bit of the others.
-    """
+def segment_max(x_ptr, start, end, temperature, BLOCK: tl.constexpr):
+    """The highest logit / T of one segment of one row; finite, although all of it may be -inf."""
     columns = tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     for c0 in range(start, end, 4 * BLOCK):
@@ -48,8 +42,20 @@ def segment_sum(
         x2 = scaled(x_ptr, c0 + 2 * BLOCK + columns, end, temperature)
         x3 = scaled(x_ptr, c0 + 3 * BLOCK + columns, end, temperature)
         best = tl.maximum(best, tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)))
-    # A segment of which no token may be drawn, all of it -inf, has the sum 0 then, not NaN.
-    m = tl.maximum(tl.max(best, 0), _LOWEST)
+    # A segment of which no token may be drawn has the sum 0 then, not NaN.
+    return tl.maximum(tl.max(best, 0), _LOWEST)
+
+
+@triton.jit
+def segment_sum(
+    x_ptr, start, end, temperature, m, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr = False
+):
+    """Sum of exp(x - m) of one segment of one row: block after block, then one tree.
+
+    Four blocks are loaded at a time to keep the memory busy; the sum's order is that of the blocks.
+    WEIGHTED: also the sum of (x - m) exp(x - m), which moves no bit of the other.
+    """
+    columns = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
     for c0 in range(start, end, 4 * BLOCK):
@@ -65,7 +71,7 @@ def segment_sum(
             weighted += _times_exp(x0 - m) + _times_exp(x1 - m)
             weighted += _times_exp(x2 - m) + _times_exp(x3 - m)
     total = tl.where(start < end, tl.sum(total, 0), 0.0)
-    return m, total, tl.where(start < end, tl.sum(weighted, 0), 0.0)
+    return total, tl.where(start < end, tl.sum(weighted, 0), 0.0)
 
 
 @triton.jit
@@ -75,7 +81,8 @@ def _segment_kernel(
     row, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start = segment * SEGMENT
     end = tl.minimum(start + SEGMENT, V)
-    m, total, _ = segment_sum(x_ptr + row * V, start, end, 1.0, BLOCK)
+    m = segment_max(x_ptr + row * V, start, end, 1.0, BLOCK)
+    total, _ = segment_sum(x_ptr + row * V, start, end, 1.0, m, BLOCK)
     tl.store(max_ptr + row * SEGMENTS + segment, m)
     tl.store(sum_ptr + row * SEGMENTS + segment, total)
 
@@ -129,7 +136,8 @@ def _segments_kernel(
     start = segment * SEGMENT
     end = tl.minimum(start + SEGMENT, V)
     temperature = tl.load(temperature_ptr + row)
-    m, total, weighted = segment_sum(x_ptr + row * V, start, end, temperature, BLOCK, True)
+    m = segment_max(x_ptr + row * V, start, end, temperature, BLOCK)
+    total, weighted = segment_sum(x_ptr + row * V, start, end, temperature, m, BLOCK, True)
     place = row * SEGMENTS + segment
     tl.store(max_ptr + place, m)
     tl.store(sum_ptr + place, total)

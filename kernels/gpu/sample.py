@@ -15,27 +15,39 @@ from samebit.kernels.contract import (
     LSE_SEGMENTS,
     padded_vocab_size,
 )
-from samebit.kernels.gpu.logprob import merged, scaled, segment_sum
+from samebit.kernels.gpu.logprob import merged, scaled, segment_max, segment_sum
 
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
+_TOGETHER_ROWS = 64  # rows from which on a program draws and sums up
 
 
 @triton.jit
-def _uniform(seed, counters, position, low, high, N: tl.constexpr):
-    """counters [N] -> [N, 4] fp32 in (0, 1]: of tokens 4 counters, ..., 4 counters + 3."""
+def _random_words(seed, counters, position, low, high, N: tl.constexpr):
+    """counters [N] -> [N, 4] uint32: of tokens 4 counters, ..., 4 counters + 3."""
     a, b, c, d = tl.philox(seed, counters, position, low, high)
-    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (N, 4))
-    return (words.to(tl.uint64) + 1).to(tl.float32) * 2.3283064365386963e-10
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (N, 4))
+
+
+@triton.jit
+def _most_noise(words):
+    """No noise is larger, though it may seem so by a thousandth; for one approximate logarithm.
+
+    E = -log1p(-v) is at least v, so the noise -log(E) is at most -log(v): of v = (word + 1) / 2^32
+    this takes the upper 23 bits, and v is no less than they are. Where they are 0, it is infinite.
+    """
+    v = ((words >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
+    # 0.001 is far more than the error of both logarithms.
+    return 0.001 - 0.6931471805599453 * libdevice.fast_log2f(v)
 
 
 @triton.jit
 def _best_token(
     x_ptr, start, end, temperature, seed, position, sample_id, greedy, BLOCK: tl.constexpr
 ):
-    """(value, token) of the largest x / T + noise in [start, end); ties to the lower id.
+    """(value, token) of the largest x / T + noise in [start, end), and the largest x / T there.
 
-    start is a multiple of 4. E = -log1p(-v) is at least v, so a token's noise is at most -log(v):
-    a block where not even that beats what was found is left after one approximate logarithm.
+    start is a multiple of 4; ties go to the lower id. A block where not even the bound of its
+    tokens' noise beats what was found is left without their noise.
     """
     N: tl.constexpr = BLOCK // 4
     zeros = tl.zeros((N,), tl.uint32)
@@ -45,14 +57,16 @@ def _best_token(
     place = 4 * tl.arange(0, N)[:, None] + tl.arange(0, 4)[None, :]
     best = tl.full((N, 4), float("-inf"), tl.float32)
     token = tl.full((N, 4), 0x7FFFFFFF, tl.int32)
+    highest = tl.full((N, 4), float("-inf"), tl.float32)
     top = tl.full((), float("-inf"), tl.float32)
     for c0 in range(start, end, BLOCK):
         x = scaled(x_ptr, c0 + place, end, temperature)
+        highest = tl.maximum(highest, x)
         counters = (c0 // 4 + tl.arange(0, N)).to(tl.uint32)
-        v = _uniform(seed, counters, position, low, high, N)
-        # 0.001 is far more than the error of both logarithms.
-        bound = tl.where(greedy, x, x + (0.001 - 0.6931471805599453 * libdevice.fast_log2f(v)))
+        words = _random_words(seed, counters, position, low, high, N)
+        bound = tl.where(greedy, x, x + _most_noise(words))
         if tl.max(tl.where(x != x, float("inf"), bound)) > top:
+            v = (words.to(tl.uint64) + 1).to(tl.float32) * 2.3283064365386963e-10  # in (0, 1]
             noise = -libdevice.log(-libdevice.log1p(-v))
             # Noise of -inf only puts a token behind all others; a logit of -inf forbids it.
             value = tl.where(greedy, x, x + tl.maximum(noise, _LOWEST))
@@ -61,35 +75,42 @@ def _best_token(
             best = tl.where(better, value, best)
             token = tl.where(better, c0 + place, token)
             top = tl.max(best)
-    return top, tl.min(tl.where(best == top, token, 0x7FFFFFFF))
+    return top, tl.min(tl.where(best == top, token, 0x7FFFFFFF)), tl.max(highest)
 
 
 @triton.jit
 def _sample_kernel(
     x_ptr, temperature_ptr, seed_ptr, position_ptr, sample_ptr, greedy_ptr, max_ptr, sum_ptr,
     value_ptr, token_ptr, V, SEGMENT, PART, SEGMENTS: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of a segment (programs below SEGMENTS), or the best token of a part."""
+    """Log-sum-exp of a segment (programs below SEGMENTS), or the best token of a part.
+
+    TOGETHER: a part is a segment, and a program finds both, reading from memory once.
+    """
     row, job = tl.program_id(0).to(tl.int64), tl.program_id(1)
     x_row = x_ptr + row * V
     temperature = tl.load(temperature_ptr + row)
-    if job < SEGMENTS:
-        start = job * SEGMENT
-        end = tl.minimum(start + SEGMENT, V)
-        m, total, _ = segment_sum(x_row, start, end, temperature, BLOCK)
-        tl.store(max_ptr + row * SEGMENTS + job, m)
-        tl.store(sum_ptr + row * SEGMENTS + job, total)
-    else:
-        part = job - SEGMENTS
+    part = job if TOGETHER else job - SEGMENTS
+    m = tl.full((), _LOWEST, tl.float32)
+    if TOGETHER or part >= 0:
         start = part * PART
-        top, found = _best_token(
+        top, found, highest = _best_token(
             x_row, start, tl.minimum(start + PART, V), temperature, tl.load(seed_ptr + row),
             tl.load(position_ptr + row), tl.load(sample_ptr + row),
             tl.load(greedy_ptr + row) != 0, BLOCK,
         )  # fmt: skip
         tl.store(value_ptr + row * PARTS + part, top)
         tl.store(token_ptr + row * PARTS + part, found)
+        m = tl.maximum(m, highest)
+    if TOGETHER or part < 0:
+        start = job * SEGMENT
+        end = tl.minimum(start + SEGMENT, V)
+        if not TOGETHER:
+            m = segment_max(x_row, start, end, temperature, BLOCK)
+        total, _ = segment_sum(x_row, start, end, temperature, m, BLOCK)
+        tl.store(max_ptr + row * SEGMENTS + job, m)
+        tl.store(sum_ptr + row * SEGMENTS + job, total)
 
 
 @triton.jit
@@ -122,22 +143,26 @@ def draw_with_logprobs(
     logits = logits.contiguous()
     rows, vocab_size = logits.shape
     device = logits.device
+    segment = padded_vocab_size(vocab_size) // LSE_SEGMENTS
     # The draw is exact, so it may be cut up as suits the number of rows; the sum may not.
-    parts = max(LSE_SEGMENTS, min(64, 512 // max(rows, 1)))
+    together = rows >= _TOGETHER_ROWS
+    parts = LSE_SEGMENTS if together else max(LSE_SEGMENTS, min(64, 512 // max(rows, 1)))
     part = triton.cdiv(triton.cdiv(vocab_size, parts), GPU_LSE_BLOCK) * GPU_LSE_BLOCK
-    parts = triton.cdiv(vocab_size, part)
+    if together:
+        part = segment
+    else:
+        parts = triton.cdiv(vocab_size, part)
     maxima, sums = torch.empty(2, rows, LSE_SEGMENTS, device=device)
     values = torch.empty(rows, parts, device=device)
     tokens = torch.empty(rows, parts, dtype=torch.int32, device=device)
     chosen = torch.empty(rows, dtype=torch.int64, device=device)
     logprobs = torch.empty(rows, device=device)
     if rows:
-        segment = padded_vocab_size(vocab_size) // LSE_SEGMENTS
-        _sample_kernel[(rows, LSE_SEGMENTS + parts)](
+        _sample_kernel[(rows, parts if together else LSE_SEGMENTS + parts)](
             x_ptr=logits, temperature_ptr=temperature, seed_ptr=seeds, position_ptr=positions,
             sample_ptr=sample_ids, greedy_ptr=greedy, max_ptr=maxima, sum_ptr=sums,
             value_ptr=values, token_ptr=tokens, V=vocab_size, SEGMENT=segment, PART=part,
-            SEGMENTS=LSE_SEGMENTS, PARTS=parts, BLOCK=GPU_LSE_BLOCK,
+            SEGMENTS=LSE_SEGMENTS, PARTS=parts, BLOCK=GPU_LSE_BLOCK, TOGETHER=together,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         _choose_kernel[(rows,)](

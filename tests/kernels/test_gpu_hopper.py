@@ -1,4 +1,4 @@
-"""Prefill on Hopper: the bits of the portable kernel, whatever lies around the contexts."""
+"""Attention on Hopper: the bits of the portable kernels, whatever lies around the contexts."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 from samebit.kernels.attention import CanonicalAttention
 from samebit.kernels.attention_kind import Heads
 from samebit.kernels.gpu import attention as gpu
+from samebit.kernels.gpu import decode_attention, hopper_decode
 
 pytestmark = pytest.mark.gpu
 
@@ -55,13 +56,8 @@ def test_packed(heads, lens, portable, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
 
 
-@needs_hopper
-@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
-@pytest.mark.parametrize("page_size", [16, 64, 256])
-def test_paged(heads, page_size, portable, monkeypatch):
-    """Chunks of contexts that end anywhere in a page; every other slot of the cache is NaN."""
-    kind = CanonicalAttention(heads, torch.device("cuda"))
-    lens, new = [200, 1500, 3000, 128, 129, 1025, 700], [130, 1500, 300, 128, 129, 65, 512]
+def scattered(lens, page_size, heads):
+    """(page table, caches) of random contexts; every other slot of the cache is NaN."""
     counts = [-(-n // page_size) for n in lens]
     table = torch.zeros(len(lens), max(counts), dtype=torch.int64)
     shape = (2, sum(counts), page_size, heads.num_kv_heads, heads.head_dim)
@@ -72,6 +68,17 @@ def test_paged(heads, page_size, portable, monkeypatch):
         place = torch.arange(length)
         values = torch.randn(2, length, *shape[3:], device="cuda").bfloat16()
         caches[:, row[place // page_size], place % page_size] = values
+    return table, caches
+
+
+@needs_hopper
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+def test_paged(heads, page_size, portable, monkeypatch):
+    """Chunks of contexts that end anywhere in a page."""
+    kind = CanonicalAttention(heads, torch.device("cuda"))
+    lens, new = [200, 1500, 3000, 128, 129, 1025, 700], [130, 1500, 300, 128, 129, 65, 512]
+    table, caches = scattered(lens, page_size, heads)
     q = torch.randn(sum(new), heads.num_heads, heads.head_dim, device="cuda").bfloat16()
     plan = kind.plan_step(new, lens, table, page_size)
     calls = taken(monkeypatch)
@@ -79,3 +86,29 @@ def test_paged(heads, page_size, portable, monkeypatch):
     assert calls
     assert not found.isnan().any()
     assert torch.equal(found, portable(lambda: kind.attend(q, *caches, plan)))
+
+
+@needs_hopper
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+@pytest.mark.parametrize("most", [1, 2, 16])
+def test_decode(heads, page_size, most, monkeypatch):
+    """Contexts that end on and beside the edges of tiles and splits, with up to so many queries."""
+    kind = CanonicalAttention(heads, torch.device("cuda"))
+    edges = [n + d for n in (16, 64, 128, 256, 1024, 1152, 2048) for d in (-1, 0, 1, 8)]
+    lens = [*range(1, 140), *edges, *edges[::-1], 2900, 5000]
+    new = [min(n, 1 + i % most) for i, n in enumerate(lens)]
+    table, caches = scattered(lens, page_size, heads)
+    q = torch.randn(sum(new), heads.num_heads, heads.head_dim, device="cuda").bfloat16()
+    plan = kind.plan_step(new, lens, table, page_size)
+    calls, run = [], decode_attention.own_attention
+    monkeypatch.setattr(
+        decode_attention, "own_attention", lambda *args: (calls.append(1), run(*args))[1]
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(hopper_decode, "_MOST_SPLITS", 9)
+        found = kind.attend(q, *caches, plan)
+    assert calls
+    monkeypatch.setattr(decode_attention, "fits", lambda *_: False)
+    assert not found.isnan().any()
+    assert torch.equal(found, kind.attend(q, *caches, plan))

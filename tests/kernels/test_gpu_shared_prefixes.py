@@ -8,7 +8,7 @@ import torch
 
 from samebit.kernels.attention import CanonicalAttention
 from samebit.kernels.attention_kind import GraphEntries, Heads
-from samebit.kernels.gpu import decode_attention
+from samebit.kernels.gpu import decode_attention, hopper_decode
 
 pytestmark = pytest.mark.gpu
 
@@ -65,6 +65,8 @@ def test_together_and_alone(shape, page_size, most, on_hopper, monkeypatch):
         pytest.skip("the kernel for Hopper takes whole pages of heads of 64 or 128, on a Hopper")
     if not on_hopper:
         monkeypatch.setattr(decode_attention, "takes", lambda *_: False)
+        monkeypatch.setattr(decode_attention, "fits", lambda *_: False)
+    monkeypatch.setattr(hopper_decode, "_MOST_SPLITS", 9)
     calls, run = [], decode_attention.prefix_attention
     monkeypatch.setattr(
         decode_attention, "prefix_attention", lambda *args: (calls.append(1), run(*args))[1]
@@ -81,8 +83,12 @@ def test_together_and_alone(shape, page_size, most, on_hopper, monkeypatch):
         shares = any(entries.prefixes is not None for entries in plan.decode)
         assert shares or shape[0] // shape[1] * most > 64
         found = together.attend(q, *contexts.caches, plan)
-        truth = alone.attend(q, *contexts.caches, alone.plan_step(*step))
+        plan = alone.plan_step(*step)
+        truth = alone.attend(q, *contexts.caches, plan)
         assert torch.equal(found, truth), (shape, page_size, most, seed)
+        with monkeypatch.context() as patch:
+            patch.setattr(decode_attention, "fits", lambda *_: False)
+            assert torch.equal(truth, alone.attend(q, *contexts.caches, plan))
         assert bool(calls) == (on_hopper and shares)
         calls.clear()
         if most > 1:

@@ -12,6 +12,8 @@ entry of PASSES.
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -147,6 +149,17 @@ def swiglu_pass(make: Inputs) -> Iterator[torch.Tensor]:
     yield swiglu_linear(make.normal(5, 128).detach(), make.normal(192, 128).detach())
 
 
+def every_way(attention: CanonicalAttention, *inputs: Any) -> Iterator[torch.Tensor]:
+    """Attention as it is, and where a Hopper would have its kernel for large batches, by that."""
+    yield attention.attend(*inputs)
+    if attention.device.type != "cuda":
+        return
+    from samebit.kernels.gpu import hopper_decode
+
+    with patch.multiple(hopper_decode, _LEAST_ITEMS=0, _MOST_SPLITS=9):
+        yield attention.attend(*inputs)
+
+
 def paged_attention_pass(make: Inputs) -> Iterator[torch.Tensor]:
     """kv_write, then decode over several splits, chunks, and both in one batch."""
     for heads, kv, head_dim, page_size in HEADS:
@@ -165,7 +178,7 @@ def paged_attention_pass(make: Inputs) -> Iterator[torch.Tensor]:
         for chunk in ((1, 1, 1, 1), (1, 17, 70, 129), (1, 1, 17, 1)):
             plan = attention.plan_step(chunk, CONTEXT_LENS, table, page_size)
             q = make.normal(sum(chunk), heads, head_dim).detach()
-            yield attention.attend(q, keys, values, plan)
+            yield from every_way(attention, q, keys, values, plan)
 
 
 def shared_prefix_pass(make: Inputs) -> Iterator[torch.Tensor]:
@@ -182,7 +195,7 @@ def shared_prefix_pass(make: Inputs) -> Iterator[torch.Tensor]:
             lens = [full * page_size + n for n in (17, 300, 299, 128, 129, 64)]
             plan = attention.plan_step([queries] * 6, lens, table, page_size)
             q = make.normal(6 * queries, heads, head_dim, seed=2).detach()
-            yield attention.attend(q, keys, values, plan)
+            yield from every_way(attention, q, keys, values, plan)
 
 
 def attention_inputs_pass(make: Inputs) -> Iterator[torch.Tensor]:
@@ -233,7 +246,10 @@ def sample_pass(make: Inputs) -> Iterator[torch.Tensor]:
         seeds = positions = sample_ids = make.integers(1 << 62, 6)
         greedy = torch.arange(6, device=make.device) % 2 == 0
         keys = (seeds, positions, sample_ids, greedy)
-        yield from draw_with_logprobs(scaled, torch.full((6,), 0.7, device=make.device), *keys)
+        for times in (1, 12):  # few rows and many
+            many = [x.repeat(times, *[1] * (x.ndim - 1)) for x in (scaled, *keys)]
+            temperature = torch.full((6 * times,), 0.7, device=make.device)
+            yield from draw_with_logprobs(many[0], temperature, *many[1:])
         limits = ([0, 1, 5, 0, 40, 0], [1.0, 1.0, 0.9, 0.3, 0.999, 1.0], [0, 0, 0, 0, 0.05, 0.3])
         allowed = allowed_tokens(scaled, *(torch.tensor(x, device=make.device) for x in limits))
         scaled = scaled.masked_fill(~allowed, float("-inf"))
