@@ -34,6 +34,8 @@ _TAIL_ROWS = 16  # keys that one copy brings where a context ends
 _LEAST_ROWS, _MOST_ROWS = 16, 64  # of queries, of an entry and a KV head
 _MOST_SPLITS = 2  # of an entry, which one program computes all
 _LEAST_ITEMS = 2  # of a program
+ENABLED = False
+"""Its ring of two readers has not run on a card; the portable kernel takes its place."""
 
 
 @gluon.jit
@@ -51,7 +53,7 @@ def _produce(
     PAGE: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
     """The warps that load."""
-    turn = 0
+    turn, count = 0, 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         entry, column = item // NUM_KV, item % NUM_KV * kv_head
         context_len, shared = _lens(context_lens, prefix_lens, entry, SHARED)
@@ -62,7 +64,8 @@ def _produce(
                 after_previous(False)
             stage, phase = turn_of(turn, STAGES)
             k_tile, v_tile = k_smem.index(stage), v_smem.index(stage)
-            k_bar, v_bar = k_full.index(stage), v_full.index(stage)
+            place = count % 2 * STAGES + stage
+            k_bar, v_bar = k_full.index(place), v_full.index(place)
             mbarrier.wait(k_empty.index(stage), phase ^ 1)
             if n0 + TILE <= context_len:
                 load_tile(
@@ -85,6 +88,8 @@ def _produce(
                     COLUMNS, True, PAGE,
                 )  # fmt: skip
             turn += 1
+        if context_len > shared:
+            count += 1
 
 
 @gluon.jit
@@ -153,12 +158,12 @@ def _load_queries(q_ptr, query_len, q_stride, q_head, GROUP: gl.constexpr, OWN: 
 @gluon.jit
 def _attend_item(
     q_ptr, o_ptr, max_ptr, sum_ptr, acc_ptr, k_smem, v_smem, k_full, v_full, k_empty, v_empty, turn,
-    entry, kv, context_len, shared, query_starts, query_lens, q_stride, q_head, qk_scale,
-    max_splits, NUM_KV: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.constexpr, DH: gl.constexpr,
-    M: gl.constexpr, TILE: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
-    SHARED: gl.constexpr,
+    phases, entry, kv, context_len, shared, query_starts, query_lens, q_stride, q_head, qk_scale,
+    max_splits, WHICH: gl.constexpr, NUM_KV: gl.constexpr, GROUP: gl.constexpr,
+    QUERIES: gl.constexpr, DH: gl.constexpr, M: gl.constexpr, TILE: gl.constexpr,
+    SPLIT: gl.constexpr, STAGES: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
-    """Write the output of an entry's query rows of one KV head."""
+    """Write the output of an entry's query rows of one KV head; returns the phases after it."""
     OWN: gl.constexpr = GROUP * QUERIES  # rows of an entry
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 4], [16, 8])
     query_len = gl.load(query_lens + entry) if QUERIES > 1 else 1
@@ -182,12 +187,14 @@ def _attend_item(
             carried = live & (split * SPLIT < shared)
             m, total, acc = _load_part(max_ptr, sum_ptr, acc_ptr, place, d, carried, DH)
         for n0 in range(lo, hi, TILE):
-            stage, phase = turn_of(turn + (n0 - shared) // TILE, STAGES)
+            stage = (turn + (n0 - shared) // TILE) % STAGES
+            full = WHICH * STAGES + stage
             m, total, acc = _attend_tile(
-                q, k_smem.index(stage), v_smem.index(stage), k_full.index(stage),
-                v_full.index(stage), k_empty.index(stage), v_empty.index(stage), phase, n0,
-                context_len, position, qk_scale, m, total, acc, TILE,
+                q, k_smem.index(stage), v_smem.index(stage), k_full.index(full),
+                v_full.index(full), k_empty.index(stage), v_empty.index(stage), phases >> stage & 1,
+                n0, context_len, position, qk_scale, m, total, acc, TILE,
             )  # fmt: skip
+            phases ^= 1 << stage
         if num_splits > 1:
             gl.store(max_ptr + place, m, mask=live)
             gl.store(sum_ptr + place, total, mask=live)
@@ -205,6 +212,7 @@ def _attend_item(
     row = (row0 + r // GROUP) * NUM_KV * GROUP + kv * GROUP + r % GROUP
     out = (acc / total[:, None]).to(gl.bfloat16)
     gl.store(o_ptr + row[:, None] * DH + d[None, :], out, mask=live[:, None])
+    return phases
 
 
 @gluon.jit
@@ -215,19 +223,22 @@ def _consume(
     QUERIES: gl.constexpr, DH: gl.constexpr, M: gl.constexpr, TILE: gl.constexpr,
     SPLIT: gl.constexpr, STAGES: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup that computes every second of a program's items."""
-    turn, count = 0, 0
+    """A warpgroup that computes every second of a program's items.
+
+    phases: a bit for each stage, of the next copy that is for this warpgroup.
+    """
+    turn, count, phases = 0, 0, 0
     after_previous(True)
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         entry, kv = item // NUM_KV, item % NUM_KV
         context_len, shared = _lens(context_lens, prefix_lens, entry, SHARED)
         if context_len > shared:
             if count % 2 == WHICH:
-                _attend_item(
+                phases = _attend_item(
                     q_ptr, o_ptr, max_ptr, sum_ptr, acc_ptr, k_smem, v_smem, k_full, v_full,
-                    k_empty, v_empty, turn, entry, kv, context_len, shared, query_starts,
-                    query_lens, q_stride, q_head, qk_scale, max_splits, NUM_KV, GROUP, QUERIES, DH,
-                    M, TILE, SPLIT, STAGES, SHARED,
+                    k_empty, v_empty, turn, phases, entry, kv, context_len, shared, query_starts,
+                    query_lens, q_stride, q_head, qk_scale, max_splits, WHICH, NUM_KV, GROUP,
+                    QUERIES, DH, M, TILE, SPLIT, STAGES, SHARED,
                 )  # fmt: skip
             count += 1
             turn += gl.cdiv(context_len - shared, TILE)
@@ -246,8 +257,8 @@ def _hopper_decode_kernel(
     operand: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     k_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE, DH], operand)
     v_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE, DH], operand)
-    k_full, k_empty = make_barriers(STAGES, 1)
-    v_full, v_empty = make_barriers(STAGES, 1)
+    k_full, k_empty = make_barriers(STAGES, 1, 2)
+    v_full, v_empty = make_barriers(STAGES, 1, 2)
     gl.warp_specialize(
         [
             (_consume, (
@@ -280,7 +291,8 @@ def fits(
 
     entry_rows: query rows of one, for a KV head; own_splits: those that one may read for itself.
     """
-    if entry_rows > _MOST_ROWS or own_splits > _MOST_SPLITS or not takes(k, v, page_size):
+    small = entry_rows <= _MOST_ROWS and own_splits <= _MOST_SPLITS
+    if not (ENABLED and small and takes(k, v, page_size)):
         return False
     return num_entries * k.shape[1] >= _LEAST_ITEMS * num_sms(k.device)
 

@@ -109,13 +109,19 @@ def load_tile(desc, column, smem, bar, pages_ptr, key_start, n0, hi, DH: gl.cons
 
 
 @gluon.jit
-def make_barriers(STAGES: gl.constexpr, READERS: gl.constexpr):
-    """(full, empty) of each stage: filled by one copy, read by so many warpgroups."""
+def make_barriers(STAGES: gl.constexpr, READERS: gl.constexpr, RINGS: gl.constexpr = 1):
+    """(full, empty) of each stage: filled by one copy, read by so many warpgroups.
+
+    RINGS: so many full ones, ring after ring, where each tile is for a single ring's warpgroup. A
+    barrier tells only whether an even or an odd number of copies has come: whoever waits at one has
+    to wait for all of them.
+    """
     layout: gl.constexpr = mbarrier.MBarrierLayout()
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
+    full = gl.allocate_shared_memory(gl.int64, [RINGS * STAGES, 1], layout)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
-    for stage in gl.static_range(STAGES):
+    for stage in gl.static_range(RINGS * STAGES):
         mbarrier.init(full.index(stage), count=1)
+    for stage in gl.static_range(STAGES):
         mbarrier.init(empty.index(stage), count=READERS)
     fence_async_shared()
     return full, empty

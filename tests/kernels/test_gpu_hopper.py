@@ -106,6 +106,7 @@ def test_decode(heads, page_size, most, monkeypatch):
         decode_attention, "own_attention", lambda *args: (calls.append(1), run(*args))[1]
     )
     with monkeypatch.context() as patch:
+        patch.setattr(hopper_decode, "ENABLED", True)
         patch.setattr(hopper_decode, "_MOST_SPLITS", 9)
         found = kind.attend(q, *caches, plan)
     assert calls

@@ -66,6 +66,7 @@ def test_together_and_alone(shape, page_size, most, on_hopper, monkeypatch):
     if not on_hopper:
         monkeypatch.setattr(decode_attention, "takes", lambda *_: False)
         monkeypatch.setattr(decode_attention, "fits", lambda *_: False)
+    monkeypatch.setattr(hopper_decode, "ENABLED", True)
     monkeypatch.setattr(hopper_decode, "_MOST_SPLITS", 9)
     calls, run = [], decode_attention.prefix_attention
     monkeypatch.setattr(
