@@ -1,5 +1,6 @@
 """What the ranks of a parallel test run: each function is one rank's program."""
 
+import importlib
 import json
 import os
 import sys
@@ -227,15 +228,13 @@ def invariant(rank, size, store, folder, out):
         dist.destroy_process_group()
 
 
-def verification(rank, size, port, folder, out, *options):
-    """The tensor parallel verification program, as one that a launcher has started."""
+def launched(rank, size, port, name, *arguments):
+    """A program of tests/programs, as one that a launcher has started."""
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    from programs import tensor_parallel
-
     torch.set_num_threads(1)
-    sys.exit(tensor_parallel.main(folder, out, *options))
+    sys.exit(importlib.import_module(f"programs.{name}").main(*arguments))
 
 
 def whole_params(megatron, rollout):

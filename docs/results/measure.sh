@@ -9,7 +9,8 @@
 # between them), step (of colocated GRPO), kills (a short demo on SmolLM2, killed 20 times); of
 # SMOLLM2 alone algorithms, draft, online_draft; on two GPUs tensor_parallel, trainer_tp, elastic,
 # transfers, async (GRPO whose engine draws while its trainer trains; SMOLLM2 too); on four
-# transfers4, layouts (short runs under all that fit), tp1_tp4.
+# transfers4, layouts (short runs under all that fit), tp1_tp4; on eight eight_tp, eight_steps,
+# eight_elastic, eight_transfers, eight_sums (which take any number of GPUs from two on: EIGHT=2).
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -18,7 +19,7 @@ shapes=$root/recipes/bench/shapes
 unset PYTHONSAFEPATH # programs import one another
 parts=" verify engine groups tables speculative kernels trainer memory sync step kills algorithms"
 parts+=" draft online_draft tensor_parallel trainer_tp elastic transfers async transfers4 layouts"
-parts+=" tp1_tp4 "
+parts+=" tp1_tp4 eight_tp eight_steps eight_elastic eight_transfers eight_sums "
 for part in "${@:2}"; do
     if [[ $parts != *" $part "* ]]; then
         echo "'$part' is no part; there are:$parts" >&2
@@ -248,6 +249,44 @@ tp1_tp4() { # tp_invariant: one GPU draws what four draw
             tp_invariant=true
     done
     same_draws "$out"/tp1_tp4_{1,4}.json
+}
+
+eight=${EIGHT:-8} # GPUs of the parts for a whole machine
+
+eight_tp() { # tp_invariant: all GPUs draw what half of them draw; and without it
+    needs_gpus "$eight"
+    local size model=$shapes/qwen3-8b
+    for size in "$eight" $((eight / 2)); do
+        program "$size" tensor_parallel "$model" "$out/eight_tp${size}_invariant.json" dummy=true \
+            tp_invariant=true
+    done
+    same_draws "$out"/eight_tp{"$eight",$((eight / 2))}_invariant.json
+    program "$eight" tensor_parallel "$model" "$out/eight_tp$eight.json" dummy=true
+}
+
+eight_steps() { # of colocated GRPO under two layouts
+    needs_gpus "$eight"
+    local half=$((eight / 2))
+    "$bin/python" "$root/tests/programs/layout_steps.py" "$out/eight_steps.json" \
+        layouts="tensor:2+data:$half,tensor:$half+pipeline:2"
+}
+
+eight_elastic() { # gradient segments: the weights of all copies and of half of them
+    needs_gpus "$eight"
+    "$bin/python" "$root/tests/programs/elastic.py" "$out/eight_elastic.json" \
+        copies=$((eight / 2)),"$eight" segments="$eight"
+}
+
+eight_transfers() { # one trainer to engines on all other GPUs; half of them to the other half
+    needs_gpus "$eight"
+    local half=$((eight / 2))
+    transfer "$eight" eight_tp1_tp1s trainer=1x1 engine=1 engines=$((eight - 1)) at=1
+    transfer "$eight" eight_tp_tp1s trainer=${half}x1 engine=1 engines=$half at=$half
+}
+
+eight_sums() { # by peer reads against NCCL
+    needs_gpus "$eight"
+    program "$eight" peer_sums "$out/eight_sums.json"
 }
 
 for part; do

@@ -69,6 +69,8 @@ def _text_before(
     if not text.render(messages, tools, answered=True).rstrip().endswith(end_token):
         raise ValueError(f"the chat template writes no {end_token} (the end token) behind it")
     written = whole[len(before) :].partition(end_token)[0]
+    if not _solid(written):
+        raise ValueError("it is empty")
     for key in ("content", "reasoning_content"):
         if _solid(answer.get(key, "")) not in _solid(written):
             what = f"its {key} is not whole in the chat as the template writes it"

@@ -14,6 +14,7 @@ from samebit.kernels.reduce import (
 from samebit.trainer.ranks import is_first, on_first, place, together
 from samebit.weight_sync.digest import weights_digest
 from samebit.weight_sync.mapping import plain
+from samebit.weight_sync.meeting import host_store, loopback_listener
 from samebit.weight_sync.objects import gather_objects, smallest
 
 
@@ -89,3 +90,16 @@ def test_alone_there_is_nobody_to_ask():
     assert is_first()
     with pytest.raises(KeyError), together(RuntimeError):
         raise KeyError("own")
+
+
+def test_the_program_that_times_sums_checks_them(run_together, tmp_path):
+    """Of two ranks: bits in rank order and by the tree, of all rows and of a rank's own."""
+    out, store = tmp_path / "sums.json", host_store(loopback_listener())
+    options = (str(out), "device=cpu", "most_kib=16", "repeats=1")
+    calls = [(str(rank), "2", str(store.port), "peer_sums", *options) for rank in range(2)]
+    run_together("launched", calls)
+    one, two = json.loads(out.read_text())["sums"]
+    assert (one["rows"], two["rows"], two["bytes"]) == (1, 2, 2 * 4096 * 2)
+    assert one["us"].keys() == {"sum", "tree", "all_reduce"}
+    assert two["us"].keys() == {"sum", "tree", "own rows", "all_reduce"}
+    assert one["wrong"] == two["wrong"] == []

@@ -68,8 +68,8 @@ def run(folder, run_together, tmp_path):
 
     def run(size, *options):
         out, store = tmp_path / f"out_{size}.json", host_store(loopback_listener())
-        program = (size, store.port, folder, out, *SIZES, *options)
-        run_together("verification", [(rank, *program) for rank in range(size)])
+        program = (size, store.port, "tensor_parallel", folder, out, *SIZES, *options)
+        run_together("launched", [(rank, *program) for rank in range(size)])
         return json.loads(out.read_text())
 
     return run

@@ -155,6 +155,13 @@ def test_templates_that_do_not_show_the_answers(data, template, fault):
         read(data)
 
 
+@pytest.mark.parametrize("answer", ["", " \n"])
+def test_an_empty_answer_is_refused(data, answer):
+    data.write({"prompt": chat("1", answer, "4", "5")})
+    with pytest.raises(ValueError, match="its message 2, an answer: it is empty"):
+        read(data)
+
+
 @pytest.mark.parametrize(
     ("record", "fault"),
     [

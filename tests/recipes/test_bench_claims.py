@@ -236,7 +236,9 @@ def test_the_measuring_script_names_its_parts():
     rest = (
         "trainer memory sync step kills algorithms draft online_draft tensor_parallel trainer_tp "
     )
-    assert run.stderr == f"{message}{rest}elastic transfers async transfers4 layouts tp1_tp4 \n"
+    rest += "elastic transfers async transfers4 layouts tp1_tp4 "
+    rest += "eight_tp eight_steps eight_elastic eight_transfers eight_sums "
+    assert run.stderr == f"{message}{rest}\n"
     text = script.read_text()
     for part in run.stderr.split(": ")[1].split():
         assert f"\n{part}() {{" in text

@@ -1,13 +1,18 @@
 """The program that runs GRPO under many layouts: what it starts, reads and judges."""
 
+import importlib
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from programs import layouts
 
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.launch.processes import num_processes
+from samebit.recipes.models.tiny_model import write_config
 from samebit.recipes.run.rollouts import list_rollouts
 from samebit.rollout.models.registry import load_model_config
 
@@ -104,3 +109,52 @@ def test_a_run_that_fails_is_a_problem_and_written_down(tmp_path, monkeypatch, c
     assert (report["layouts_run"], report["logprob_tokens_compared"]) == (1, 0)
     assert f"layouts: {line}" in capsys.readouterr().err
     assert sys.executable not in out.read_text()
+
+
+@pytest.fixture
+def layout_steps(monkeypatch):
+    """The program of that name, which imports another one that lies beside it."""
+    monkeypatch.syspath_prepend(Path(layouts.__file__).parent)
+    return importlib.import_module("layout_steps")
+
+
+def test_steps_of_a_layout(layout_steps):
+    """What is asked for, and what speaks against a run."""
+    assert layout_steps.sizes_of("tensor:2+data:4") == {"tensor": 2, "data": 4}
+    for wrong in ("tensor", "tensor:2+", "tensor:two", "2:tensor"):
+        with pytest.raises(ValueError, match="is not NAME:SIZE"):
+            layout_steps.sizes_of(wrong)
+    good = {"logprobs_compared": [8, 8], "logprob_mismatches": 0, "grad_norm_min": 0.1}
+    assert layout_steps.problems({"a": good}) == []
+    assert layout_steps.problems({"a": good | {"logprob_mismatches": 3}}) == [
+        "a: 3 log-probs differ"
+    ]
+    assert layout_steps.problems({"a": good | {"logprobs_compared": [8, 0]}}) == [
+        "a: a step compared no log-prob"
+    ]
+    assert layout_steps.problems({"a": good | {"grad_norm_min": 0.0}}) == [
+        "a: a step trained nothing"
+    ]
+    assert layout_steps.problems({}) == ["no layout was run"]
+
+
+@pytest.mark.long
+def test_steps_of_two_layouts_agree_with_the_rollout(layout_steps, tmp_path):
+    """A small shape on the CPU, by the program itself."""
+    shape, out = tmp_path / "shape", tmp_path / "steps.json"
+    write_config(
+        shape, "qwen3", vocab_size=2048, hidden_size=64, intermediate_size=128,
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
+        tie_word_embeddings=False, max_position_embeddings=128, torch_dtype="bfloat16",
+    )  # fmt: skip
+    program = Path(layout_steps.__file__)
+    sizes = ["steps=2", "prompts=4", "samples=2", "length=16"]
+    words = ["device=cpu", f"shape={shape}", *sizes, "layouts=tensor:2,pipeline:2"]
+    command = [sys.executable, program, out, *words]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+    job = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert job.returncode == 0, job.stderr
+    found = json.loads(out.read_text())["layouts"]
+    for layout in ("tensor:2", "pipeline:2"):
+        assert found[layout]["logprobs_compared"] == [128, 128]
+        assert found[layout]["logprob_mismatches"] == 0
