@@ -1,6 +1,6 @@
 """What decode entries read for themselves, on Hopper: programs take (entry, KV head) in turn.
 
-The loading warps bring the next items' tiles while two warpgroups compute, each every second item:
+A loading warp brings the next items' tiles while two warpgroups compute, each every second item:
 memory never waits for an item to begin or to end. An item's splits are computed one after another,
 and merged with those that the entry shares, by the same warpgroup. See hopper_tiles.py and
 decode_attention.py, whose portable kernel gives the same bits.
@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from samebit.kernels.contract import GPU_KV_SPLIT, GPU_KV_TILE
 from samebit.kernels.gpu.card import num_sms
@@ -22,7 +22,6 @@ from samebit.kernels.gpu.hopper_tiles import (
     after_previous,
     box_rows,
     descriptor,
-    load_tile,
     make_barriers,
     merge,
     takes,
@@ -30,6 +29,7 @@ from samebit.kernels.gpu.hopper_tiles import (
 )
 
 _STAGES = 3
+_OUTSIDE = gl.constexpr(1 << 30)  # a row that no cache has
 _TAIL_ROWS = 16  # keys that one copy brings where a context ends
 _LEAST_ROWS, _MOST_ROWS = 16, 64  # of queries, of an entry and a KV head
 _MOST_SPLITS = 2  # of an entry, which one program computes all
@@ -45,14 +45,48 @@ def _lens(context_lens, prefix_lens, entry, SHARED: gl.constexpr):
 
 
 @gluon.jit
+def _page_ids(pages, n0, context_len, TILE: gl.constexpr, PAGE: gl.constexpr):
+    """Those of a tile, as a tuple: asked for all at once."""
+    ids = ()
+    for i in gl.static_range(max(1, TILE // PAGE)):
+        n = n0 + i * PAGE
+        page = gl.load(pages + n // PAGE, mask=n < context_len, other=0)
+        ids = ids + (page,)  # type: ignore[assignment]  # noqa: RUF005
+    return ids
+
+
+@gluon.jit
+def _load_tile(desc, column, smem, bar, ids, n0, context_len, BOX: gl.constexpr,
+               COLUMNS: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
+    """Have the tile of keys from n0 on come to shared memory; the barrier tells when.
+
+    Zeros come for boxes behind the context.
+    """
+    TILE: gl.constexpr = smem.shape[0]
+    DH: gl.constexpr = smem.shape[1]
+    mbarrier.expect(bar, TILE * DH * 2)
+    for box in gl.static_range(TILE // BOX):
+        n = n0 + box * BOX
+        row = gl.where(n < context_len, ids[box * BOX // PAGE] * PAGE + n % PAGE, _OUTSIDE)
+        rows = smem.slice(box * BOX, BOX, dim=0)
+        for part in gl.static_range(DH // COLUMNS):
+            tma.async_copy_global_to_shared(
+                desc,
+                [row, column + part * COLUMNS],
+                bar,
+                rows.slice(part * COLUMNS, COLUMNS, dim=1),
+            )
+
+
+@gluon.jit
 def _produce(
     k_desc, v_desc, k_tail, v_tail, k_smem, v_smem, k_full, v_full, k_empty, v_empty, prefix_lens,
     query_lens, table_rows, context_lens, num_items, pages_ptr, max_pages, kv_head,
-    NUM_KV: gl.constexpr, QUERIES: gl.constexpr, DH: gl.constexpr, TILE: gl.constexpr,
-    BOX: gl.constexpr, TAIL: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
-    PAGE: gl.constexpr, SHARED: gl.constexpr,
+    NUM_KV: gl.constexpr, QUERIES: gl.constexpr, TILE: gl.constexpr, BOX: gl.constexpr,
+    TAIL: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr,
+    SHARED: gl.constexpr,
 ):  # fmt: skip
-    """The warps that load."""
+    """The warp that loads."""
     turn, count = 0, 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         entry, column = item // NUM_KV, item % NUM_KV * kv_head
@@ -60,6 +94,7 @@ def _produce(
         query_len = gl.load(query_lens + entry) if QUERIES > 1 else 1
         pages = pages_ptr + gl.load(table_rows + entry).to(gl.int64) * max_pages
         for n0 in range(shared, context_len, TILE):
+            ids = _page_ids(pages, n0, context_len, TILE, PAGE)
             if n0 + TILE > context_len - query_len:  # with keys of this step
                 after_previous(False)
             stage, phase = turn_of(turn, STAGES)
@@ -68,25 +103,13 @@ def _produce(
             k_bar, v_bar = k_full.index(place), v_full.index(place)
             mbarrier.wait(k_empty.index(stage), phase ^ 1)
             if n0 + TILE <= context_len:
-                load_tile(
-                    k_desc, column, k_tile, k_bar, pages, 0, n0, context_len, DH, TILE, BOX,
-                    COLUMNS, True, PAGE,
-                )  # fmt: skip
+                _load_tile(k_desc, column, k_tile, k_bar, ids, n0, context_len, BOX, COLUMNS, PAGE)
                 mbarrier.wait(v_empty.index(stage), phase ^ 1)
-                load_tile(
-                    v_desc, column, v_tile, v_bar, pages, 0, n0, context_len, DH, TILE, BOX,
-                    COLUMNS, True, PAGE,
-                )  # fmt: skip
+                _load_tile(v_desc, column, v_tile, v_bar, ids, n0, context_len, BOX, COLUMNS, PAGE)
             else:
-                load_tile(
-                    k_tail, column, k_tile, k_bar, pages, 0, n0, context_len, DH, TILE, TAIL,
-                    COLUMNS, True, PAGE,
-                )  # fmt: skip
+                _load_tile(k_tail, column, k_tile, k_bar, ids, n0, context_len, TAIL, COLUMNS, PAGE)
                 mbarrier.wait(v_empty.index(stage), phase ^ 1)
-                load_tile(
-                    v_tail, column, v_tile, v_bar, pages, 0, n0, context_len, DH, TILE, TAIL,
-                    COLUMNS, True, PAGE,
-                )  # fmt: skip
+                _load_tile(v_tail, column, v_tile, v_bar, ids, n0, context_len, TAIL, COLUMNS, PAGE)
             turn += 1
         if context_len > shared:
             count += 1
@@ -276,10 +299,10 @@ def _hopper_decode_kernel(
             (_produce, (
                 k_desc, v_desc, k_tail, v_tail, k_smem, v_smem, k_full, v_full, k_empty, v_empty,
                 prefix_lens, query_lens, table_rows, context_lens, num_items, pages_ptr, max_pages,
-                kv_head, NUM_KV, QUERIES, DH, TILE, BOX, TAIL, COLUMNS, STAGES, PAGE, SHARED,
+                kv_head, NUM_KV, QUERIES, TILE, BOX, TAIL, COLUMNS, STAGES, PAGE, SHARED,
             )),
         ],
-        [4, 4],
+        [4, 1],
         [216, 48],
     )  # fmt: skip
 

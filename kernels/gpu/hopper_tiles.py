@@ -25,7 +25,6 @@ WARPGROUP_ROWS = 64
 COLUMNS = 64
 """Of bf16, in the 128 bytes that shared memory is swizzled by."""
 _LOWEST = gl.constexpr(-1e30)
-_OUTSIDE = gl.constexpr(1 << 30)  # a row that no cache has: a copy brings zeros
 _SWIZZLED = gl.NVMMASharedLayout(128, 16)
 
 
@@ -81,10 +80,10 @@ def turn_of(number, STAGES: gl.constexpr):
 
 @gluon.jit
 def row_of(pages_ptr, key_start, n, hi, PAGED: gl.constexpr, PAGE: gl.constexpr):
-    """Rows of keys n in the cache or the packed keys; beyond hi none of the cache's."""
+    """Rows of keys n in the cache or the packed keys; some row where n is beyond hi."""
     if PAGED:
         page = gl.load(pages_ptr + n // PAGE, mask=n < hi, other=0)
-        row = gl.where(n < hi, page * PAGE + n % PAGE, _OUTSIDE)
+        row = page * PAGE + n % PAGE
     else:
         row = key_start + n
     return row
