@@ -292,8 +292,6 @@ class GrpoRun(RunSection):
         meaning = f"at least {least}: an advantage is relative to the other samples of the prompt"
         require(n >= least, "rollout.samples_per_prompt", n, meaning)
         check_algorithm(self.algorithm, self.rollout, self.reward)
-        for layout in (self.trainer.parallel, self.critic_parallel):
-            self.numerics.check(layout)
         segments, alone = self.numerics.grad_segments, self.critic is None
         meaning = "0 with a critic or draft.train=online, which sum by the copies of the model"
         fits = not segments or (alone and not self.draft.is_online)
@@ -313,7 +311,7 @@ class GrpoRun(RunSection):
                 f"{self.batch_size}"
             )
         for layout in (self.trainer.parallel, self.critic_parallel):
-            self._check_copies(layout)
+            self._check_layout(layout)
         meaning = f"below {steps}, trainer.num_steps: the policy is to learn too"
         require(self.num_waits < steps, "critic.warmup_steps", self.num_waits, meaning)
         check_schedule(self.trainer, self.num_updates)
@@ -337,8 +335,10 @@ class GrpoRun(RunSection):
                 "sample would not fit a micro-batch"
             )
 
-    def _check_copies(self, layout: ParallelConfig) -> None:
-        """ValueError for more copies of a model than optimizer steps are sure to have samples."""
+    def _check_layout(self, layout: ParallelConfig) -> None:
+        """ValueError for one that does not go with the numerics that are chosen, or of more copies
+        of a model than optimizer steps are sure to have samples."""
+        self.numerics.check(layout)
         copies = self.numerics.copies_to_fill(layout)
         _check_copies(self.batch_size, copies, layout.key)
         if self.rollout.too_few_groups == "train":

@@ -137,6 +137,11 @@ def test_what_a_dry_run_says_of_it(runs):
         (["critic.parallel.pipeline=0"], "critic.parallel.pipeline is 0; it must be at least 1"),
         ([*COPIES, "trainer.batch_size=1"], "critic.parallel.data is 2; it must be at most 1"),
         (
+            [*COPIES[:2], "trainer.parallel.data=2", "critic.parallel.data=4"]
+            + ["rollout.dynamic_sampling=true", "rollout.too_few_groups=train"],
+            "critic.parallel.data is 4; it must be at most 2, the samples that too few groups may",
+        ),
+        (
             ["trainer.parallel.data=3", "critic.parallel.tensor=3", "critic.parallel.data=2"],
             "critic.parallel.tensor is 3: ",
         ),
