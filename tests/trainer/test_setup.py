@@ -5,6 +5,7 @@ from datetime import timedelta
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron import setup
@@ -104,3 +105,13 @@ def test_processes_must_be_as_many_as_are_asked_for(make_trainer):
         setup.start_processes(CPU, two)
     with pytest.raises(ValueError, match=message):
         make_trainer(parallel=two)
+
+
+def test_groups_are_made_once_for_a_layout(make_trainer):
+    """Models of one layout share them; nobody finds them in Megatron's global state."""
+    trainer, other = (make_trainer(filled=False) for _ in range(2))
+    recomputed = ParallelConfig(recompute="full")
+    assert trainer.groups is other.groups is setup.process_groups(CPU, recomputed)
+    assert not parallel_state.model_parallel_is_initialized()
+    with pytest.raises(AssertionError, match="tensor model parallel group is not initialized"):
+        parallel_state.get_tensor_model_parallel_group()
