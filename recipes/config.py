@@ -22,6 +22,7 @@ from samebit.trainer.config import (
     AlgorithmConfig,
     DpoConfig,
     GrpoConfig,
+    ParallelConfig,
     TrainerConfig,
     require,
     require_default,
@@ -82,7 +83,8 @@ class RunSection(FolderSection):
     resume: bool = False
     """Continue from the newest checkpoint, or start if there is none."""
     reshard: bool = False
-    """Resume a checkpoint of another trainer.parallel too; bits then follow the new one."""
+    """Resume a checkpoint of another trainer.parallel or critic.parallel too; bits then follow the
+    new one."""
     overwrite: bool = False
     """Without resume: remove what an earlier run of this name left."""
     dry_run: bool = False
@@ -142,8 +144,8 @@ def check_reference(trainer: TrainerConfig, has_reference: bool) -> None:
         require_default(trainer.parallel, "trainer.parallel", idle, where)
 
 
-def _check_copies(size: int, copies: int) -> None:
-    require(size >= copies, "trainer.parallel.data", copies, f"at most {size}, a step's samples")
+def _check_copies(size: int, copies: int, key: str = ParallelConfig.key) -> None:
+    require(size >= copies, f"{key}.data", copies, f"at most {size}, a step's samples")
 
 
 def _check_staleness(max_staleness: int, placement: PlacementSection) -> None:
@@ -273,6 +275,12 @@ class GrpoRun(RunSection):
         """A critic takes so many optimizer steps, on the same terms."""
         return self.trainer.num_steps * self.updates_per_step
 
+    @property
+    def critic_parallel(self) -> ParallelConfig:
+        """The layout of the critic, if there is one; raises ValueError for one that cannot be."""
+        policy = self.trainer.parallel
+        return policy if self.critic is None else self.critic.parallel.beside(policy)
+
     def validate(self) -> None:
         """Check across sections; raises ValueError, which names the keys."""
         check_overwrite(self)
@@ -284,7 +292,6 @@ class GrpoRun(RunSection):
         meaning = f"at least {least}: an advantage is relative to the other samples of the prompt"
         require(n >= least, "rollout.samples_per_prompt", n, meaning)
         check_algorithm(self.algorithm, self.rollout, self.reward)
-        self.numerics.check(self.trainer.parallel)
         segments, alone = self.numerics.grad_segments, self.critic is None
         meaning = "0 with a critic or draft.train=online, which sum by the copies of the model"
         fits = not segments or (alone and not self.draft.is_online)
@@ -303,13 +310,8 @@ class GrpoRun(RunSection):
                 f"{self.samples_per_step} samples are no multiple of trainer.batch_size = "
                 f"{self.batch_size}"
             )
-        copies = self.numerics.copies_to_fill(self.trainer.parallel)
-        _check_copies(self.batch_size, copies)
-        if self.rollout.too_few_groups == "train":
-            least = gcd(n, self.batch_size)
-            meaning = f"at most {least}, the samples that too few groups may leave"
-            meaning += " an optimizer step of with rollout.too_few_groups=train"
-            require(least >= copies, "trainer.parallel.data", copies, meaning)
+        for layout in (self.trainer.parallel, self.critic_parallel):
+            self._check_layout(layout)
         meaning = f"below {steps}, trainer.num_steps: the policy is to learn too"
         require(self.num_waits < steps, "critic.warmup_steps", self.num_waits, meaning)
         check_schedule(self.trainer, self.num_updates)
@@ -332,6 +334,18 @@ class GrpoRun(RunSection):
                 f"trainer.micro_batch_tokens = {self.trainer.micro_batch_tokens}: the longest "
                 "sample would not fit a micro-batch"
             )
+
+    def _check_layout(self, layout: ParallelConfig) -> None:
+        """ValueError for one that does not go with the numerics that are chosen, or of more copies
+        of a model than optimizer steps are sure to have samples."""
+        self.numerics.check(layout)
+        copies = self.numerics.copies_to_fill(layout)
+        _check_copies(self.batch_size, copies, layout.key)
+        if self.rollout.too_few_groups == "train":
+            least = gcd(self.rollout.samples_per_prompt, self.batch_size)
+            meaning = f"at most {least}, the samples that too few groups may leave"
+            meaning += " an optimizer step of with rollout.too_few_groups=train"
+            require(least >= copies, f"{layout.key}.data", copies, meaning)
 
     def _check_placement(self) -> None:
         """ValueError for a placement that does not go with the trainer and what is asked of it."""

@@ -46,7 +46,7 @@ class DemoRun(RunSection):
             except ValueError as error:
                 raise ValueError(f"{name}.{error}") from error
         if self.sft is not None:
-            groups = [phase.trainer.parallel.groups for phase in (self.sft, self.grpo)]
-            meaning = f"grpo's {groups[1]}, as both phases run in the same processes"
-            keys = "sft.trainer.parallel (tensor, pipeline, context, data, virtual_pipeline)"
-            require(groups[0] == groups[1], keys, groups[0], meaning)
+            sizes = [phase.num_processes for phase in (self.sft, self.grpo)]
+            meaning = f"of {sizes[1]}, as grpo's: both phases run in the same processes"
+            layout = f"of {sizes[0]} processes"
+            require(sizes[0] == sizes[1], "sft.trainer.parallel", layout, meaning)

@@ -36,7 +36,7 @@ class NumericsSection(AttentionSection):
 
     def check(self, parallel: ParallelConfig) -> None:
         """Raise ValueError for a layout that does not go with what is chosen."""
-        check_tp_invariant(self.tp_invariant, parallel.tensor, "trainer.parallel.tensor")
+        check_tp_invariant(self.tp_invariant, parallel.tensor, f"{parallel.key}.tensor")
         check_grad_segments(self.grad_segments, parallel)
 
     def copies_to_fill(self, parallel: ParallelConfig) -> int:

@@ -149,8 +149,6 @@ def trainer(rank, size, store, folder, mode, expected, out):
     engine for those that share every layer.
     expected: what `gradients` wrote.
     """
-    from megatron.core import parallel_state
-
     from samebit.trainer.algorithms.sft import Sft
     from samebit.trainer.config import ParallelConfig
     from samebit.trainer.megatron.cpu import no_cuda
@@ -179,7 +177,7 @@ def trainer(rank, size, store, folder, mode, expected, out):
         }
 
     batches = pack_samples(gradient_samples(), 70)  # three: interleaved stages add a filler
-    batches = share_batches(batches, parallel.data)[parallel_state.get_data_parallel_rank()]
+    batches = share_batches(batches, parallel.data)[megatron.data_ranks.rank]
     found["nll"], found["nll_alone"] = megatron.mean_nll(batches), saved["nll"]
     with no_cuda():
         megatron._forward_backward(batches, Sft(), None)
@@ -239,12 +237,10 @@ def launched(rank, size, port, name, *arguments):
 
 def whole_params(megatron, rollout):
     """The engine's parameters: a tensor rank has its own, pipeline stages put theirs together."""
-    from megatron.core import parallel_state
-
     if megatron.stage.count == 1:
         return megatron.params
     mine = {name: p.detach().clone() for name, p in megatron.params.items()}
-    stages = gather_objects(mine, parallel_state.get_pipeline_model_parallel_group())
+    stages = gather_objects(mine, megatron.pipeline_group)
     everything = {name: p for stage in reversed(stages) for name, p in stage.items()}
     return {name: everything[name] for name in rollout.weights}
 

@@ -59,6 +59,9 @@ def check_grad_segments(segments: int, parallel: "ParallelConfig") -> None:
 class ParallelConfig:
     """How one model is spread over processes, and what a process keeps of it."""
 
+    key: ClassVar[str] = "trainer.parallel"
+    """The section's name in a configuration."""
+
     tensor: int = 1
     """Processes that share every layer."""
     sequence: bool = False
@@ -95,11 +98,6 @@ class ParallelConfig:
         return self.tensor, self.pipeline, self.context, self.data
 
     @property
-    def groups(self) -> tuple[int, ...]:
-        """What Megatron's process groups and schedule are made for."""
-        return (*self.layout, self.virtual_pipeline)
-
-    @property
     def num_processes(self) -> int:
         """Processes in all."""
         return math.prod(self.layout)
@@ -110,23 +108,21 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "virtual_pipeline", "context", "data"):
             value = getattr(self, name)
-            require(value >= 1, f"trainer.parallel.{name}", value, "at least 1")
+            require(value >= 1, f"{self.key}.{name}", value, "at least 1")
         known = self.recompute in RECOMPUTE
-        require(known, "trainer.parallel.recompute", self.recompute, f"one of {RECOMPUTE}")
+        require(known, f"{self.key}.recompute", self.recompute, f"one of {RECOMPUTE}")
         needless = self.sequence and self.tensor == 1
-        meaning = "false where trainer.parallel.tensor is 1"
-        require(not needless, "trainer.parallel.sequence", self.sequence, meaning)
+        meaning = f"false where {self.key}.tensor is 1"
+        require(not needless, f"{self.key}.sequence", self.sequence, meaning)
         needless = self.virtual_pipeline > 1 and self.pipeline == 1
-        meaning = "1 where trainer.parallel.pipeline is 1"
-        require(not needless, "trainer.parallel.virtual_pipeline", self.virtual_pipeline, meaning)
+        meaning = f"1 where {self.key}.pipeline is 1"
+        require(not needless, f"{self.key}.virtual_pipeline", self.virtual_pipeline, meaning)
         needless = self.overlap_grad_reduce and self.data * self.context == 1
-        meaning = "false where trainer.parallel.data and context are 1"
-        require(
-            not needless, "trainer.parallel.overlap_grad_reduce", self.overlap_grad_reduce, meaning
-        )
+        meaning = f"false where {self.key}.data and context are 1"
+        require(not needless, f"{self.key}.overlap_grad_reduce", self.overlap_grad_reduce, meaning)
         both = self.sequence and self.context > 1
-        meaning = "1 with trainer.parallel.sequence: they are not combined yet"
-        require(not both, "trainer.parallel.context", self.context, meaning)
+        meaning = f"1 with {self.key}.sequence: they are not combined yet"
+        require(not both, f"{self.key}.context", self.context, meaning)
 
 
 @dataclass(kw_only=True)

@@ -60,7 +60,7 @@ def share_context(batch: MicroBatch, ranks: RankGroup, attention: AttentionKind)
     if not fewest:
         raise ValueError(
             f"micro-batch {batch.index} has {batch.num_tokens} tokens, too few for "
-            f"trainer.parallel.context = {ranks.size}"
+            f"parallel.context = {ranks.size}"
         )
     ordered = np.empty(batch.num_tokens, np.int64)
     for rank, tokens in enumerate(places):

@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from samebit.recipes.config import DpoRun, GrpoRun, SftRun
@@ -197,8 +198,10 @@ def _other_models(run: GrpoRun, inputs: GrpoInputs, device_type: str) -> dict[st
     """MiB of a process by use of the critic and the teacher, where there are any."""
     found = {}
     if inputs.critic is not None:
-        memory = _memory(value_model_of(inputs.critic), device_type, run.trainer)
+        critic = replace(run.trainer, parallel=run.critic_parallel)
+        memory = _memory(value_model_of(inputs.critic), device_type, critic)
         found = {f"critic_{name}": x for name, x in memory.items() if name != "processes"}
+        found["critic_layout"] = str(run.critic_parallel)
     if inputs.teacher is not None:
         engine = TrainerConfig(parallel=ParallelConfig(tensor=run.trainer.parallel.tensor))
         found["teacher_mib"] = _memory(inputs.teacher, device_type, engine)["weights_mib"]

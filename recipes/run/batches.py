@@ -31,7 +31,7 @@ def own_micro_batches(
         temperature,
         trainer.device,
         trainer.model,
-        at_least=1 if trainer.grad_segments else settings.parallel.data,
+        at_least=1 if trainer.grad_segments else trainer.parallel.data,
         loss_mean_tokens=settings.loss_mean_tokens,
         num_segments=trainer.grad_segments or 1,
     )

@@ -25,7 +25,8 @@ from samebit.recipes.run.secrets import to_dict
 from samebit.rollout.device import resolve_device
 from samebit.rollout.models.registry import load_model_config
 from samebit.trainer.checkpoint import Checkpoint, CheckpointError
-from samebit.trainer.config import GrpoConfig
+from samebit.trainer.config import GrpoConfig, ParallelConfig
+from samebit.trainer.critic.config import CriticLayout
 
 FORMAT = 2
 """Of the manifests that runs write. In format 1 digests of paths stood for contents."""
@@ -39,14 +40,14 @@ _FREE_KEYS = {
     *(f"reward.{terms}{key}" for terms in ("", "terms.")
       for key in ("timeout_s", "num_workers", "concurrency")),
     "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.background_checkpoints",
-    *(f"trainer.parallel.{key}"
+    *(f"{section}.parallel.{key}" for section in ("trainer", "critic")
       for key in ("recompute", "offload_optimizer", "offload_segment_sums", "offload_reference")),
 }  # fmt: skip
 _PATHS = re.compile(
     r"(model|draft|data(\.sources\.\d+)?)\.path|data\.(sources\.\d+\.)?eval_path"
     r"|critic\.model|distillation\.teacher"
 )
-_LAYOUT = "trainer.parallel."
+_LAYOUTS = "trainer.parallel.", "critic.parallel."
 _ELASTIC = ("data",)  # what moves no bit with numerics.grad_segments
 _SAMPLED = 16  # problems of a generated task: with its arguments they stand for all
 _SPREAD = 1024  # about so many, evenly, of a user's own dataset that makes them on demand
@@ -107,8 +108,24 @@ def _without_free_keys(values: Mapping[str, Any], section: str = "") -> dict[str
 
 
 def binding_layout(run: TrainingRun) -> dict[str, Any]:
-    """Return every key of trainer.parallel that bits or a checkpoint's files depend on."""
-    return binding_config(to_dict(run))["trainer"]["parallel"]
+    """Return every key of trainer.parallel that bits or a checkpoint's files depend on, and those
+    of a critic's layout, which begin with critic.parallel."""
+    layout: dict[str, Any] = binding_config(to_dict(run))["trainer"]["parallel"]
+    if not isinstance(run, GrpoRun) or run.critic is None:
+        return layout
+    return layout | _of_critic({key: getattr(run.critic_parallel, key) for key in layout})
+
+
+def saved_layout(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what `binding_layout` gave when a checkpoint was written: in manifests of version 0.1
+    that do not say it a critic's layout was its policy's."""
+    layout = checkpoint.manifest["parallel"]
+    own = {key: value for key, value in layout.items() if not key.startswith(CriticLayout.key)}
+    return _of_critic(own) | layout
+
+
+def _of_critic(layout: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{CriticLayout.key}.{key}": value for key, value in layout.items()}
 
 
 def bound_keys(run: RunSection) -> dict[str, Any]:
@@ -120,7 +137,7 @@ def bound_keys(run: RunSection) -> dict[str, Any]:
     return {
         key: value if value == real[key] else f"{value} ({digest(str(real[key]).encode())})"
         for key, value in shown.items()
-        if not _PATHS.fullmatch(key) and not key.startswith(_LAYOUT)
+        if not _PATHS.fullmatch(key) and not key.startswith(_LAYOUTS)
     }
 
 
@@ -260,11 +277,12 @@ def require_same(
 def _require_same_layout(
     checkpoint: Checkpoint, run: TrainingRun, profile: NumericsProfile
 ) -> None:
-    there, here = checkpoint.manifest["parallel"], binding_layout(run)
+    there, here = saved_layout(checkpoint), binding_layout(run)
     if (moved := bits_changed(run, there, here)) and not run.reshard:
+        key = CriticLayout.key if moved.startswith(CriticLayout.key) else ParallelConfig.key
         raise CheckpointError(
-            f"{checkpoint.path} was written under another trainer.parallel "
-            f"({moved}); with reshard=true the run goes on, with other bits"
+            f"{checkpoint.path} was written under another {key} ({moved}); with reshard=true the "
+            "run goes on, with other bits"
         )
     resharded = {"tp_size": profile.tp_size} if run.reshard else {}
     there, here = checkpoint.manifest["numerics"] | resharded, asdict(profile)
@@ -276,7 +294,7 @@ def _require_same_layout(
 
 
 def bits_changed(run: TrainingRun, there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Return the keys of trainer.parallel by whose change a run gets other bits, as `changes`."""
+    """Return the keys of a layout by whose change a run gets other bits, as `changes`."""
     moves_none = _ELASTIC if run.numerics.grad_segments else ()
     return changes(there, {key: value for key, value in here.items() if key not in moves_none})
 

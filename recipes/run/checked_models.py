@@ -14,7 +14,7 @@ from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import has_value_head, load_model_config
 from samebit.rollout.runtime.weights import open_safetensors
 from samebit.trainer.algorithms.registry import find_algorithm, make_algorithm
-from samebit.trainer.config import require
+from samebit.trainer.config import ParallelConfig, require
 from samebit.trainer.critic.value_model import value_model_of
 from samebit.trainer.megatron.stages import make_stage
 
@@ -26,9 +26,7 @@ def checked_model(run: TrainingRun) -> ModelConfig:
     fits = attention.is_invariant or not run.numerics.grad_segments
     meaning = "an invariant kind, such as canonical, with numerics.grad_segments"
     require(fits, "numerics.attention", run.numerics.attention, meaning)
-    model, parallel = _checked_folder(run, run.model.path), run.trainer.parallel
-    make_stage(model, 0, parallel.pipeline, parallel.virtual_pipeline)
-    return model
+    return _checked_folder(run, run.model.path, run.trainer.parallel)
 
 
 def checked_critic(run: GrpoRun, model: ModelConfig) -> ModelConfig | None:
@@ -42,10 +40,10 @@ def checked_critic(run: GrpoRun, model: ModelConfig) -> ModelConfig | None:
         )
         return None
     if run.critic.model is None:
+        _require_layout(model, run.critic_parallel)
         return model
-    rates, parallel = has_value_head(run.critic.model), run.trainer.parallel
-    found = _checked_folder(run, run.critic.model, rates)
-    make_stage(found, 0, parallel.pipeline, parallel.virtual_pipeline)
+    rates = has_value_head(run.critic.model)
+    found = _checked_folder(run, run.critic.model, run.critic_parallel, rates)
     for name in ("architecture", "vocab_size"):
         own, policy = getattr(found, name), getattr(model, name)
         meaning = f"a folder whose {name} is that of model.path, {policy!r}; it is {own!r}"
@@ -65,7 +63,8 @@ def checked_teacher(run: GrpoRun, model: ModelConfig, text: TextCodec) -> ModelC
         _require_idle(run, algorithm.needs_teacher, "distillation", "needs_teacher")
         return None
     key, folder = "distillation.teacher", run.distillation.teacher
-    found = _checked_folder(run, folder)
+    engine = ParallelConfig(tensor=run.trainer.parallel.tensor)
+    found = _checked_folder(run, folder, engine)
     own, its = text.vocabulary, vocabulary_of(folder, key)
     for token, token_id in sorted(own.items(), key=lambda item: item[1]):
         meaning = f"a folder whose tokenizer has the policy's vocabulary: token {token_id} of "
@@ -81,14 +80,26 @@ def checked_teacher(run: GrpoRun, model: ModelConfig, text: TextCodec) -> ModelC
     return found
 
 
-def _checked_folder(run: TrainingRun, folder: str, rates: bool = False) -> ModelConfig:
-    """rates: the folder's output layer is a value head, and the model is that of its trunk."""
-    model, parallel = load_model_config(folder, run.model_family, rates), run.trainer.parallel
-    model.param_specs((0, parallel.tensor))
+def _checked_folder(
+    run: TrainingRun, folder: str, parallel: ParallelConfig, rates: bool = False
+) -> ModelConfig:
+    """parallel: how the model is to be spread; rates: the folder's output layer is a value head,
+    and the model is that of its trunk."""
+    model = load_model_config(folder, run.model_family, rates)
+    _require_layout(model, parallel)
     if run.numerics.tp_invariant:
         model.segment_shapes(resolve_device(run.device))
     open_safetensors(Path(folder), (value_model_of(model) if rates else model).param_specs())
     return model
+
+
+def _require_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """ValueError for tensor ranks or stages that cannot share the model equally."""
+    try:
+        model.param_specs((0, parallel.tensor))
+    except ValueError as error:
+        raise ValueError(f"{parallel.key}.tensor is {parallel.tensor}: {error}") from error
+    make_stage(model, 0, parallel.pipeline, parallel.virtual_pipeline, parallel.key)
 
 
 def _require_idle(run: GrpoRun, needed: bool, section: str, flag: str) -> None:

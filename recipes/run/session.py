@@ -21,6 +21,7 @@ from samebit.recipes.run.binding import (
     bits_changed,
     changes,
     require_same,
+    saved_layout,
 )
 from samebit.recipes.run.folder import CONFIG_FILE, RunFolder, naming, require_free, require_outside
 from samebit.recipes.run.input_files import input_files
@@ -123,7 +124,7 @@ class RunSession:
         """The run has come through these changes of layout, each after a step."""
         if self.resumed is None:
             return []
-        there, here = self.resumed.manifest["parallel"], binding_layout(self.run)
+        there, here = saved_layout(self.resumed), binding_layout(self.run)
         change = {"step": self.resumed.step, "changes": changes(there, here)}
         return self.resumed.manifest["resharded"] + ([change] if change["changes"] else [])
 
@@ -131,8 +132,8 @@ class RunSession:
         """Bring the trainer to the resumed checkpoint, if there is one; returns its progress."""
         if self.resumed is None:
             return {}
-        there, here = self.resumed.manifest["parallel"], binding_layout(self.run)
-        if there == here or isinstance(trainer, DraftTrainer):
+        there, here = saved_layout(self.resumed), binding_layout(self.run)
+        if not changes(there, here) or isinstance(trainer, DraftTrainer):
             trainer.load_state_dict(self.resumed.load())
         else:
             trainer.load_resharded(WholeState(trainer.model, self.resumed.load_all()))

@@ -46,6 +46,16 @@ def test_any_number_of_ranks_is_one_model(run_ranks, folder, tmp_path):
     assert other.score([[1, 2, 3, 4, 5, 6]]) != plain
 
 
+def test_a_critic_of_another_layout_has_the_same_values(run_ranks, folder, tmp_path):
+    """To the bit, whether its layers are split or not."""
+    own = [{"tensor": 1, "data": 2}, {"tensor": 1, "pipeline": 2}]
+    run_ranks("rank_critic.invariant_values", 2, folder, json.dumps(own), tmp_path / "out")
+    for rank in range(2):
+        same, count = json.loads((tmp_path / f"out.{rank}").read_text())
+        assert same == [True, True]
+        assert count > 50
+
+
 @pytest.mark.parametrize("width", [128, 1024])
 def test_segments_are_summed_as_one_tree(width):
     """However the ranks share the segments; the tree is not the order from left to right."""

@@ -33,7 +33,8 @@ from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.types import Completion, SamplingParams
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron.imports import lean_imports
-from samebit.trainer.megatron.setup import initialize
+from samebit.trainer.megatron.parallel import ranks_of
+from samebit.trainer.megatron.setup import process_groups
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.stats import count_mismatches
 from samebit.weight_sync.objects import gather_objects
@@ -85,7 +86,7 @@ def measure(folder: Path, options: dict[str, Any], device: torch.device) -> dict
     """Draw, compute again in the trainer, and compare."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     parallel, invariant = ParallelConfig(tensor=size, sequence=size > 1), options["tp_invariant"]
-    ranks, _ = initialize(device, parallel, invariant)
+    ranks = ranks_of(process_groups(device, parallel).tp, invariant)
     model = load_model_config(folder)
     found: dict[str, Any] = {"tensor": size}
     make_engine = partial(

@@ -182,18 +182,19 @@ def test_two_processes(demo, tmp_path):
     assert {p.name for p in folder.iterdir()} == {p.name for p in demo[0].iterdir()}
 
 
-def test_both_phases_have_one_layout():
-    """Processes are grouped once; and each phase is checked as its own command does."""
+def test_both_phases_have_the_same_processes():
+    """In layouts of their own; and each phase is checked as its own command does."""
     parallel = "grpo.trainer.parallel.pipeline=2"
     stages = [parallel, "grpo.placement.transport=stages"]
     with pytest.raises(
-        ConfigError, match=r"is \(1, 1, 1, 1, 1\); it must be grpo's \(1, 2, 1, 1, 1"
+        ConfigError, match=r"sft.trainer.parallel is 'of 1 processes'; it must be of 2, as grpo's"
     ):
         resolve("demo", ["device=cpu", *stages])
     with pytest.raises(ConfigError, match="grpo.placement.transport is 'alias'; it must be stages"):
         resolve("demo", ["device=cpu", parallel, "sft.trainer.parallel.pipeline=2"])
-    run = resolve("demo", ["device=cpu", *stages, "sft.trainer.parallel.pipeline=2"])
-    assert run.num_processes == 2
+    for layout in ("pipeline", "data"):
+        run = resolve("demo", ["device=cpu", *stages, f"sft.trainer.parallel.{layout}=2"])
+        assert run.num_processes == 2
 
 
 # -- the larger demo ----------------------------------------------------------------------------

@@ -207,7 +207,7 @@ def test_settings_that_contradict_each_other_are_refused(runs):
             "critic.warmup_steps is 6; it must be below 6",
         ),
         (["critic.warmup_steps=1"], "unknown key: critic.warmup_steps"),
-        (["algorithm=ppo", "critic.parallel.data=2"], "unknown key: critic.parallel.data"),
+        (["algorithm=ppo", "critic.parallel.offload_reference=true"], "unknown key: critic.parall"),
         (["algorithm=ppo", "critic.optimizer.lr=-1"], "critic.optimizer.lr is -1.0; it must be"),
     ):
         with pytest.raises(ConfigError, match=message):

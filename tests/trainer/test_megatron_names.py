@@ -66,12 +66,12 @@ def hybrid(model_path, monkeypatch):
     from samebit.trainer.megatron.cpu import no_cuda
     from samebit.trainer.megatron.model import transformer_config
     from samebit.trainer.megatron.models import dense
-    from samebit.trainer.megatron.setup import initialize
+    from samebit.trainer.megatron.setup import process_groups
     from samebit.trainer.megatron.spec import RMSNorm
 
     monkeypatch.setattr(hybrid_block, "TENorm", RMSNorm)
     model = load_model_config(model_path)
-    initialize(CPU, ParallelConfig())
+    groups = process_groups(CPU, ParallelConfig())
 
     def layer(kind, parts):
         return ModuleSpec(module=kind, submodules=TransformerLayerSubmodules(**parts))
@@ -89,6 +89,7 @@ def hybrid(model_path, monkeypatch):
             max_sequence_length=model.max_position,
             hybrid_layer_pattern="*-" * model.num_layers,
             share_embeddings_and_output_weights=model.tie_embeddings,
+            pg_collection=groups,
         )
     return model, gpt
 

@@ -5,6 +5,7 @@ from datetime import timedelta
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron import setup
@@ -96,10 +97,21 @@ def test_megatron_tells_no_pickles(make_trainer):
 
 
 def test_processes_must_be_as_many_as_are_asked_for(make_trainer):
-    """One process is one layout's, for its whole life."""
+    """However many layouts one process is of."""
     make_trainer(filled=False)
     two = ParallelConfig(data=2)
-    with pytest.raises(ValueError, match=r"1 x 1 x 1 x 2 = 2 processes; there are 1$"):
+    message = r"trainer.parallel asks for .* = 1 x 1 x 1 x 2 = 2 processes; there are 1$"
+    with pytest.raises(ValueError, match=message):
         setup.start_processes(CPU, two)
-    with pytest.raises(ValueError, match=r"this process runs with \(1, 1, 1, 1, 1\)$"):
+    with pytest.raises(ValueError, match=message):
         make_trainer(parallel=two)
+
+
+def test_groups_are_made_once_for_a_layout(make_trainer):
+    """Models of one layout share them; nobody finds them in Megatron's global state."""
+    trainer, other = (make_trainer(filled=False) for _ in range(2))
+    recomputed = ParallelConfig(recompute="full")
+    assert trainer.groups is other.groups is setup.process_groups(CPU, recomputed)
+    assert not parallel_state.model_parallel_is_initialized()
+    with pytest.raises(AssertionError, match="tensor model parallel group is not initialized"):
+        parallel_state.get_tensor_model_parallel_group()

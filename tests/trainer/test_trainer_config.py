@@ -28,7 +28,6 @@ def test_processes_of_a_layout():
     parallel = ParallelConfig(tensor=2, pipeline=3, context=5, data=7, virtual_pipeline=11)
     assert parallel.num_processes == 2 * 3 * 5 * 7
     assert parallel.layout == (2, 3, 5, 7)
-    assert parallel.groups == (2, 3, 5, 7, 11)
     assert str(parallel) == "tensor x pipeline x context x data = 2 x 3 x 5 x 7"
 
 

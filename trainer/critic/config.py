@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from samebit.trainer.config import OptimizerConfig, require
+from samebit.trainer.config import OptimizerConfig, ParallelConfig, require
 
 
 @dataclass(kw_only=True)
@@ -18,10 +18,48 @@ class CriticOptimizerConfig(OptimizerConfig):
 
 
 @dataclass(kw_only=True)
+class CriticLayout(ParallelConfig):
+    """How a critic is spread, where that is not its policy's layout."""
+
+    key: ClassVar[str] = "critic.parallel"
+
+
+@dataclass(kw_only=True)
+class CriticParallelConfig:
+    """A critic's layout in its policy's processes. What is unset is as in trainer.parallel."""
+
+    tensor: int | None = None
+    sequence: bool | None = None
+    pipeline: int | None = None
+    virtual_pipeline: int | None = None
+    context: int | None = None
+    data: int | None = None
+    distributed_optimizer: bool | None = None
+    offload_optimizer: bool | None = None
+    overlap_grad_reduce: bool | None = None
+    recompute: str | None = None
+
+    def beside(self, policy: ParallelConfig) -> ParallelConfig:
+        """Return the layout of the critic of a policy in this one: that itself if nothing is set.
+
+        Raises ValueError for one that cannot be, or not in as many processes.
+        """
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if not given:
+            return policy
+        layout = CriticLayout(**{name: getattr(policy, name) for name in vars(self)} | given)
+        size = policy.num_processes
+        meaning = f"of {size} processes, as trainer.parallel is; what is unset is as there"
+        found = f"{layout} = {layout.num_processes}"
+        require(layout.num_processes == size, layout.key, found, meaning)
+        return layout
+
+
+@dataclass(kw_only=True)
 class CriticConfig:
     """The critic: a model that says what the rest of a sample is worth, at every token.
 
-    It is spread over the processes as the policy is (trainer.parallel), and packed as it is.
+    It lives in the policy's processes.
     """
 
     model: str | None = None
@@ -36,6 +74,8 @@ class CriticConfig:
     vf_coef: float = 0.5
     """Weight of the squared error."""
     optimizer: CriticOptimizerConfig = field(default_factory=CriticOptimizerConfig)
+    parallel: CriticParallelConfig = field(default_factory=CriticParallelConfig)
+    """How it is spread over the policy's processes; what is unset is as in trainer.parallel."""
 
     def __post_init__(self) -> None:
         require(self.model != "", "critic.model", self.model, "the path of a folder, or unset")

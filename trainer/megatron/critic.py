@@ -18,10 +18,11 @@ from samebit.trainer.types import MicroBatch, NonFiniteError, StepStats
 
 
 class MegatronCritic(MegatronTrainer):
-    """A model with a value head, its optimizer and its schedule, spread as its policy is.
+    """A model with a value head, its optimizer and its schedule, in its policy's processes.
 
-    Its gradients and its optimizer lie in the policy's arena: both are released together. The
-    micro-batches that it is given hold samples with `values` and `returns`.
+    Its layout there may be another one. Its gradients and its optimizer lie in the policy's arena:
+    both are released together. The micro-batches that it is given are those of `own_batches`, and
+    hold samples with `values` and `returns`.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class MegatronCritic(MegatronTrainer):
             config.optimizer,
             num_steps,
             policy.device,
-            policy.parallel,
+            config.parallel.beside(policy.parallel),
             policy.ranks.invariant,
             policy.longest,
             type(policy.attention),

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from samebit.kernels.attention import CanonicalAttention
@@ -16,30 +17,10 @@ from samebit.trainer.config import ParallelConfig
 from samebit.trainer.context import ContextShare, share_context
 from samebit.trainer.megatron.cpu import no_cuda
 from samebit.trainer.megatron.model import build_model, forward_logprobs
-from samebit.trainer.megatron.parallel import gather_loss_rows
-from samebit.trainer.megatron.setup import initialize
+from samebit.trainer.megatron.parallel import gather_loss_rows, ranks_of
+from samebit.trainer.megatron.setup import process_groups
 from samebit.trainer.megatron.stages import filled_up, from_last_stage, stage_of
 from samebit.trainer.types import MicroBatch
-
-
-def run_schedule(
-    step: Callable[[Iterator[Any], Any], tuple[Tensor, Any]],
-    parts: Iterable[tuple[MicroBatch, Any]],
-    chunks: Sequence[Any],
-    **options: Any,
-) -> Any:
-    """Megatron's schedule for the present pipeline: step(iterator over parts, chunk) each time."""
-    full = filled_up(parts)
-    iterators = [iter(full) for _ in chunks]
-    return get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=iterators if len(chunks) > 1 else iterators[0],
-        model=list(chunks),
-        num_microbatches=len(full),
-        seq_length=max(batch.num_tokens for batch, _ in full),
-        micro_batch_size=1,
-        **options,
-    )
 
 
 class ForwardModel:
@@ -63,13 +44,20 @@ class ForwardModel:
         """longest: tokens of the longest sample that may come; None: what the context holds."""
         self.model, self.device, self.longest = model, device, longest
         self.parallel = parallel or ParallelConfig()
-        self.ranks, self.context = initialize(device, self.parallel, tp_invariant)
+        self.groups = process_groups(device, self.parallel)
+        self.ranks, self.context = ranks_of(self.groups.tp, tp_invariant), ranks_of(self.groups.cp)
         self.attention = attention(model.attention_heads(self.ranks.size), device)
         model.selfcheck(self.attention, self.ranks)
-        self.stage = stage_of(model)
+        self.stage = stage_of(model, self.groups.pp, self.parallel)
         with no_cuda():
             chunks = build_model(
-                model, self.attention, self.parallel, self.stage, tp_invariant, longest
+                model,
+                self.attention,
+                self.parallel,
+                self.groups,
+                self.stage,
+                tp_invariant,
+                longest,
             )
         self._chunks: Sequence[Any] = chunks  # GPTModels, or Megatron's DDPs around them
         self.params: Mapping[str, Tensor] = self.stage.named_params(chunks)
@@ -104,7 +92,8 @@ class ForwardModel:
         with torch.no_grad(), no_cuda():
             own = self._forward(batches, shares)
             if self.stage.count > 1:
-                values = from_last_stage([x.cpu() for x in own])[: len(batches)]
+                values = from_last_stage([x.cpu() for x in own], self.groups.pp)
+                values = values[: len(batches)]
                 own = [x.to(self.device) for x in values]
             return [
                 found if share is None else gather_loss_rows(found, share, len(batch.rows))
@@ -154,4 +143,26 @@ class ForwardModel:
             return output, lambda output, **_: output[0]
 
         options = {"forward_only": True, "collect_non_loss_data": True}
-        return run_schedule(step, parts, self._chunks, **options)
+        return self.run_schedule(step, parts, **options)
+
+    def run_schedule(
+        self,
+        step: Callable[[Iterator[Any], Any], tuple[Tensor, Any]],
+        parts: Iterable[tuple[MicroBatch, Any]],
+        **options: Any,
+    ) -> Any:
+        """Megatron's schedule for this pipeline: step(iterator over parts, chunk) each time."""
+        full, chunks = filled_up(parts, self.stage), list(self._chunks)
+        iterators = [iter(full) for _ in chunks]
+        several = self.stage.num_chunks if self.stage.num_chunks > 1 else None
+        return get_forward_backward_func(self.stage.count, several)(
+            forward_step_func=step,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks,
+            num_microbatches=len(full),
+            seq_length=max(batch.num_tokens for batch, _ in full),
+            micro_batch_size=1,
+            p2p_communicator=P2PCommunicator(self.groups.pp, chunks[0].config),
+            pg_collection=self.groups,
+            **options,
+        )

@@ -52,9 +52,10 @@ def clip_gradients(optimizer: Any, exactly: bool = False) -> float:
     counts one.
     """
     clip = optimizer.config.clip_grad
-    if not exactly:
-        return optimizer.clip_grad_norm(clip) if clip > 0 else optimizer.get_grad_norm()
     parts = optimizers_in(optimizer)
+    if not exactly:
+        [only] = parts  # a chain does not know its groups
+        return only.clip_grad_norm(clip) if clip > 0 else only.get_grad_norm()
     counted = [grad for part in parts for grad in part.get_grads_for_grad_norm()]
     norm = exact_norm(counted, parts[0].get_grad_stats_parallel_group())
     if 0 < clip < norm + 1e-6:  # as Megatron clips

@@ -12,19 +12,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.parallel_state import (
-    get_data_parallel_group,
-    get_data_parallel_rank,
-    get_embedding_group,
-)
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from samebit.kernels.contract import tree_sum
 from samebit.kernels.memory import Arena
-from samebit.kernels.reduce import RankGroup, gather_rows, reduce_ref
+from samebit.kernels.reduce import gather_rows, reduce_ref
 from samebit.trainer.config import ParallelConfig, check_grad_segments
 from samebit.trainer.megatron.main_grad import grad_buffer
 from samebit.trainer.megatron.optimizer_state import host_zeros_like
+from samebit.trainer.megatron.parallel import ranks_of
 from samebit.trainer.types import MicroBatch
 from samebit.weight_sync.objects import gather_objects
 
@@ -47,16 +44,14 @@ class GradSegments:
         num_segments: int,
         chunks: Sequence[Any],
         params: Mapping[str, Tensor],
-        ranks: RankGroup,
+        groups: ProcessGroupCollection,
         parallel: ParallelConfig,
         arena: Arena,
     ) -> None:
         check_grad_segments(num_segments, parallel)
-        self._chunks, self._params, self._ranks = chunks, params, ranks
-        self._parallel = parallel
-        self._group = get_data_parallel_group(with_context_parallel=True)
-        self._rank = get_data_parallel_rank(with_context_parallel=True)
-        data = get_data_parallel_rank()
+        self._chunks, self._params, self._groups = chunks, params, groups
+        self._parallel, self._group = parallel, groups.dp_cp
+        self._rank, data = dist.get_rank(groups.dp_cp), dist.get_rank(groups.dp)
         assert self._rank // parallel.context == data, "context ranks are neighbours in the group"
         own = num_segments // parallel.data
         self.own = range(data * own, (data + 1) * own)
@@ -101,7 +96,7 @@ class GradSegments:
                 for left, total in zip(self._waiting[level], self._sums, strict=True):
                     left.copy_(total)
         denominator = sum(batch.loss_denominator for batch, _ in parts)
-        denominators = gather_objects(denominator, get_data_parallel_group())
+        denominators = gather_objects(denominator, self._groups.dp)
         for total in self._sums:
             if dist.get_world_size(self._group) > 1:
                 self._sum_over_copies(total)
@@ -135,7 +130,8 @@ class GradSegments:
 
     def _sum_norms(self) -> None:
         """Of weights that each tensor rank holds whole and uses for its heads or tokens alone."""
-        if self._ranks.size == 1:
+        ranks = ranks_of(self._groups.tp)
+        if ranks.size == 1:
             return
         qk_norm, sequence = self._chunks[0].config.qk_layernorm, self._parallel.sequence
         grads = [
@@ -146,7 +142,7 @@ class GradSegments:
         ]
         if grads:
             flat = torch.cat([grad.view(-1) for grad in grads])
-            total = reduce_ref(list(gather_rows(flat[None], self._ranks)), torch.float32)
+            total = reduce_ref(list(gather_rows(flat[None], ranks)), torch.float32)
             for grad, part in zip(grads, total.split([g.numel() for g in grads]), strict=True):
                 grad.copy_(part.view_as(grad))
 
@@ -156,4 +152,4 @@ class GradSegments:
             gpt = chunk.module
             if gpt.share_embeddings_and_output_weights and gpt.pre_process != gpt.post_process:
                 weight = gpt.shared_embedding_or_output_weight()
-                dist.all_reduce(grad_buffer(weight), group=get_embedding_group())
+                dist.all_reduce(grad_buffer(weight), group=self._groups.embd)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from samebit.kernels.attention_kind import AttentionKind
@@ -81,6 +82,7 @@ def build_model(
     model: ModelConfig,
     attention: AttentionKind,
     parallel: ParallelConfig,
+    groups: ProcessGroupCollection,
     stage: Stage,
     tp_invariant: bool = False,
     longest: int | None = None,
@@ -104,15 +106,14 @@ def build_model(
             position_embedding_type="none",
             pre_process=stage.is_first and i == 0,
             post_process=stage.is_last and i == stage.num_chunks - 1,
+            pg_collection=groups,
             vp_stage=i if stage.num_chunks > 1 else None,
         )
         for i in range(stage.num_chunks)
     ]
     if isinstance(model, ValueModel) and stage.is_last:
-        group = chunks[-1].pg_collection.tp
-        chunks[-1].output_layer = ValueHead(config, model.hidden_size, group)
-    ranks = ranks_of(chunks[0].pg_collection.tp)
-    specs = stage_specs(model, ranks.shard, stage)
+        chunks[-1].output_layer = ValueHead(config, model.hidden_size, groups.tp)
+    specs = stage_specs(model, ranks_of(groups.tp).shard, stage)
     if unequal := unequal_shapes(specs, stage.named_params(chunks)):
         raise RuntimeError(f"Megatron's parameters are not the engine's: {sorted(unequal)[:5]}")
     return [chunk.to(device) for chunk in chunks]

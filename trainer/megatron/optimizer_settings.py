@@ -1,19 +1,26 @@
 """Our settings of the optimizer as Megatron's."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from samebit.trainer.config import OptimizerConfig, ParallelConfig
 
 
-def optimizer_settings(
-    config: OptimizerConfig, bf16: bool, parallel: ParallelConfig
-) -> MegatronOptimizerConfig:
-    """Megatron's settings of AdamW."""
-    return MegatronOptimizerConfig(
+def make_optimizer(
+    chunks: Sequence[Any],
+    config: OptimizerConfig,
+    parallel: ParallelConfig,
+    groups: ProcessGroupCollection,
+) -> Any:
+    """Megatron's AdamW of DDPs whose layout has these groups."""
+    bf16 = chunks[0].config.bf16
+    settings = MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
         min_lr=config.min_lr,
@@ -26,6 +33,8 @@ def optimizer_settings(
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
+    options: Any = {"use_gloo_process_groups": False, "pg_collection": groups}
+    return get_megatron_optimizer(settings, list(chunks), **options)
 
 
 def lr_scheduler(

@@ -31,9 +31,9 @@ class OuterParams:
     def refresh(self) -> None:
         """Bring the copies to the policy's present step, unless they are there. All stages call
         it."""
-        stage = self._policy.stage
+        stage, pipeline = self._policy.stage, self._policy.pipeline_group
         if stage.count == 1 or self._step == self._policy.step:
             return
         self._step = self._policy.step
         for name, param in self.params.items():
-            from_stage(0 if name == EMBEDDING else stage.count - 1, param)
+            from_stage(0 if name == EMBEDDING else stage.count - 1, param, pipeline)

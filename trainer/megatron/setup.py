@@ -1,19 +1,17 @@
-"""Process groups and Megatron's parallel state, once per process."""
+"""The processes that train together, and their groups for each layout."""
 
 import atexit
 import logging
 import os
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from samebit.kernels.reduce import RankGroup
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron import cpu
-from samebit.trainer.megatron.parallel import ranks_of
 from samebit.weight_sync.meeting import (
     check_secret,
     is_on_one_machine,
@@ -22,6 +20,9 @@ from samebit.weight_sync.meeting import (
     stay_on_loopback,
 )
 from samebit.weight_sync.objects import gather_objects
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 TIMEOUT = timedelta(hours=4)
 """Of a collective: one process may score, evaluate or write for long. A launcher sees who dies."""
@@ -33,43 +34,45 @@ DETERMINISTIC = {
     "NCCL_NVLS_ENABLE": "0",
 }
 
-# What Megatron's groups were made for; a process is initialised once.
-_running: list[tuple[int, ...]] = []
+# Made once for each layout of this process: a critic may have another than its policy.
+_groups: "dict[tuple[int, ...], ProcessGroupCollection]" = {}
 
 
-def initialize(
-    device: torch.device, parallel: ParallelConfig, tp_invariant: bool = False
-) -> tuple[RankGroup, RankGroup]:
-    """Start torch.distributed and Megatron's groups, once.
+def process_groups(device: torch.device, parallel: ParallelConfig) -> "ProcessGroupCollection":
+    """Return Megatron's groups of this process under a layout; the first call starts
+    torch.distributed. All processes ask for the same layouts in the same order.
 
-    Returns this process among those that share every layer, and among those that share contexts.
-    Raises ValueError if the processes do not fit `parallel`.
+    Megatron's global state is empty but while it makes them: a part of it that is not told its
+    groups fails, and never takes another layout's. Raises ValueError if the processes do not fit
+    `parallel`.
     """
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    if not parallel_state.model_parallel_is_initialized():
+    if not _groups:
         for name in ("megatron.core", "megatron"):
             logging.getLogger(name).setLevel(logging.ERROR)
         cpu.install()
         dist.all_gather_object = _all_gather_plain  # what Megatron tells about parameter groups
-        start_processes(device, parallel)
-        several = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
-        parallel_state.initialize_model_parallel(
-            *(parallel.tensor, parallel.pipeline, several),
-            context_parallel_size=parallel.context,
-            distributed_timeout_minutes=TIMEOUT.total_seconds() / 60,
-        )
-        if device.type == "cuda":
-            model_parallel_cuda_manual_seed(0)
-        _running.append(parallel.groups)
-    if _running != [parallel.groups]:
-        raise ValueError(
-            f"trainer.parallel asks for {parallel}, virtual_pipeline {parallel.virtual_pipeline}; "
-            f"this process runs with {_running[0]}"
-        )
-    tensor = ranks_of(parallel_state.get_tensor_model_parallel_group(), tp_invariant)
-    return tensor, ranks_of(parallel_state.get_context_parallel_group())
+    start_processes(device, parallel)
+    if parallel.layout not in _groups:
+        _groups[parallel.layout] = _make_groups(device, parallel)
+    return _groups[parallel.layout]
+
+
+def _make_groups(device: torch.device, parallel: ParallelConfig) -> "ProcessGroupCollection":
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(
+        *(parallel.tensor, parallel.pipeline),
+        context_parallel_size=parallel.context,
+        distributed_timeout_minutes=TIMEOUT.total_seconds() / 60,
+        create_gloo_process_groups=False,  # of its own checkpoints
+    )
+    if device.type == "cuda" and not _groups:
+        model_parallel_cuda_manual_seed(0)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    parallel_state.destroy_model_parallel()  # which forgets them, and ends none
+    return groups
 
 
 def start_processes(device: torch.device, parallel: ParallelConfig) -> None:
@@ -83,8 +86,8 @@ def start_processes(device: torch.device, parallel: ParallelConfig) -> None:
     size = dist.get_world_size()
     if size != parallel.num_processes:
         raise ValueError(
-            f"trainer.parallel asks for {parallel} = {parallel.num_processes} processes; there "
-            f"are {size}"
+            f"{parallel.key} asks for {parallel} = {parallel.num_processes} processes; there are "
+            f"{size}"
         )
 
 

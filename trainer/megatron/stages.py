@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import EMBEDDING, OUTPUT
+from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron.models.adapter import GPT, layer_of
 from samebit.trainer.types import MicroBatch
 from samebit.weight_sync.mapping import ParamSpec, Shard
@@ -65,32 +65,32 @@ class Stage:
         }
 
 
-def stage_of(model: ModelConfig) -> Stage:
+def stage_of(model: ModelConfig, pipeline: dist.ProcessGroup, parallel: ParallelConfig) -> Stage:
     """This process's stage. Raises ValueError for layers that the stages cannot share equally."""
-    count = parallel_state.get_pipeline_model_parallel_world_size()
-    chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
-    index = parallel_state.get_pipeline_model_parallel_rank()
-    return make_stage(model, index, count, chunks)
+    count, chunks = parallel.pipeline, parallel.virtual_pipeline
+    return make_stage(model, dist.get_rank(pipeline), count, chunks, parallel.key)
 
 
-def make_stage(model: ModelConfig, index: int, count: int, chunks: int) -> Stage:
-    """A stage of so many; ValueError for layers that they cannot share equally."""
+def make_stage(
+    model: ModelConfig, index: int, count: int, chunks: int, key: str = ParallelConfig.key
+) -> Stage:
+    """A stage of so many; ValueError, naming the section `key`, for layers that they cannot share
+    equally."""
     if model.num_layers % (count * chunks):
         of_each = f" x virtual_pipeline = {count} x {chunks}" if chunks > 1 else f" is {count}"
         raise ValueError(
-            f"trainer.parallel.pipeline{of_each}; it must divide the model's {model.num_layers} "
-            "layers"
+            f"{key}.pipeline{of_each}; it must divide the model's {model.num_layers} layers"
         )
     return Stage(index, count, model.num_layers // (count * chunks), chunks)
 
 
-def filled_up[T](parts: Iterable[tuple[MicroBatch, T]]) -> list[tuple[MicroBatch, T]]:
+def filled_up[T](parts: Iterable[tuple[MicroBatch, T]], stage: Stage) -> list[tuple[MicroBatch, T]]:
     """The interleaved schedule takes a multiple of the stages: the shortest again, without loss."""
     full = list(parts)
-    if parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None:
+    if stage.num_chunks > 1:
         batch, rest = min(full, key=lambda part: sum(part[0].seq_lens))
         filler = replace(batch, index=FILLER, loss_denominator=0), rest
-        full += [filler] * (-len(full) % parallel_state.get_pipeline_model_parallel_world_size())
+        full += [filler] * (-len(full) % stage.count)
     return full
 
 
@@ -110,13 +110,12 @@ def stage_specs(model: ModelConfig, shard: Shard, stage: Stage) -> list[ParamSpe
     return [*filter(here, specs), *copies]
 
 
-def from_last_stage[T](value: T) -> T:
+def from_last_stage[T](value: T, pipeline: dist.ProcessGroup) -> T:
     """The last stage's plain value (weight_sync.objects), on every stage."""
-    return gather_objects(value, parallel_state.get_pipeline_model_parallel_group())[-1]
+    return gather_objects(value, pipeline)[-1]
 
 
-def from_stage(index: int, tensor: Tensor) -> Tensor:
+def from_stage(index: int, tensor: Tensor, pipeline: dist.ProcessGroup) -> Tensor:
     """Rewrite the tensor, which is contiguous, with that of one stage; every stage calls it."""
-    group = parallel_state.get_pipeline_model_parallel_group()
-    dist.broadcast(tensor, dist.get_global_rank(group, index), group=group)
+    dist.broadcast(tensor, dist.get_global_rank(pipeline, index), group=pipeline)
     return tensor

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from samebit.kernels.reduce import RankGroup, gather_rows
@@ -45,12 +46,17 @@ class StreamView:
     """
 
     def __init__(
-        self, observer: StreamObserver, chunks: Sequence[Any], stage: Stage, ranks: RankGroup
+        self,
+        observer: StreamObserver,
+        chunks: Sequence[Any],
+        stage: Stage,
+        ranks: RankGroup,
+        pipeline: dist.ProcessGroup,
     ) -> None:
         """chunks: this stage's GPTModels, or Megatron's DDPs around them; ranks: those that share
-        its layers."""
+        its layers; pipeline: its stages."""
         self._observer, self._chunks = observer, chunks
-        self._stage, self._ranks = stage, ranks
+        self._stage, self._ranks, self._pipeline = stage, ranks, pipeline
         self._kept: dict[int, _Kept] = {}
 
     @contextmanager
@@ -109,7 +115,9 @@ class StreamView:
             shape = num_tokens, config.hidden_size
             device = kept.batch.input_ids.device
             whole = torch.empty(shape, dtype=config.params_dtype, device=device)
-        return whole if self._stage.count == 1 else from_stage(owner, whole.contiguous())
+        if self._stage.count == 1:
+            return whole
+        return from_stage(owner, whole.contiguous(), self._pipeline)
 
 
 def made_by(layer: int) -> int:

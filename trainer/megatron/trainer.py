@@ -19,12 +19,6 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.parallel_state import (
-    get_data_parallel_group,
-    get_data_parallel_rank,
-    get_pipeline_model_parallel_group,
-)
 from torch import Tensor
 
 from samebit.kernels.attention import CanonicalAttention
@@ -37,7 +31,7 @@ from samebit.trainer.config import OptimizerConfig, ParallelConfig
 from samebit.trainer.context import share_context
 from samebit.trainer.megatron.blame import blame_gradients
 from samebit.trainer.megatron.cpu import no_cuda
-from samebit.trainer.megatron.forward import ForwardModel, run_schedule
+from samebit.trainer.megatron.forward import ForwardModel
 from samebit.trainer.megatron.grad_norm import clip_gradients
 from samebit.trainer.megatron.grad_segments import GradSegments
 from samebit.trainer.megatron.main_grad import own_gradients
@@ -45,7 +39,7 @@ from samebit.trainer.megatron.memory import TrainerMemory, gradients_in, hold, o
 from samebit.trainer.megatron.model import forward_logprobs
 from samebit.trainer.megatron.offload import OffloadedState
 from samebit.trainer.megatron.offloaded_model import OffloadedModel
-from samebit.trainer.megatron.optimizer_settings import lr_scheduler, optimizer_settings
+from samebit.trainer.megatron.optimizer_settings import lr_scheduler, make_optimizer
 from samebit.trainer.megatron.optimizer_state import (
     load_optimizer_state,
     optimizer_state,
@@ -109,12 +103,11 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
                 use_distributed_optimizer=self.parallel.distributed_optimizer,
             )
             self._chunks = [
-                DistributedDataParallel(config, ddp_config, gpt) for gpt in self._chunks
+                DistributedDataParallel(config, ddp_config, gpt, pg_collection=self.groups)
+                for gpt in self._chunks
             ]
         with no_cuda(), optimizer_in(self.arena, offloaded):
-            self._optimizer = get_megatron_optimizer(
-                optimizer_settings(optimizer, config.bf16, self.parallel), self._chunks
-            )
+            self._optimizer = make_optimizer(self._chunks, optimizer, self.parallel, self.groups)
             self._scheduler = lr_scheduler(self._optimizer, optimizer, num_steps)
             self._pieces = pieces_of(self._optimizer, self.params, moments_on_host=offloaded)
         hold(self.arena, self._chunks, self._pieces, offloaded)
@@ -122,7 +115,7 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
         no_syncs = [chunk.no_sync for chunk in self._chunks]
         config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
         config.finalize_model_grads_func = None if grad_segments else finalize_model_grads
-        layout = self._chunks, self.params, self.ranks, self.parallel, self.arena
+        layout = self._chunks, self.params, self.groups, self.parallel, self.arena
         self._segments = GradSegments(grad_segments, *layout) if grad_segments else None
         self.grad_segments = grad_segments
         digester_of = partial(Digester, self.specs, self.params)
@@ -137,18 +130,18 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
     @property
     def pipeline_group(self) -> dist.ProcessGroup:
         """The processes that hold the other layers of this model."""
-        return get_pipeline_model_parallel_group()
+        return self.groups.pp
 
     @property
     def data_ranks(self) -> RankGroup:
         """This process among the copies of the model, each with samples of its own."""
-        return ranks_of(get_data_parallel_group())
+        return ranks_of(self.groups.dp)
 
     def own_batches(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Of a step's micro-batches, those of this process's copy of the model."""
         if self._segments is not None:
             return [batch for batch in batches if batch.segment in self._segments.own]
-        return share_batches(batches, self.parallel.data)[get_data_parallel_rank()]
+        return share_batches(batches, self.parallel.data)[self.data_ranks.rank]
 
     def fill(self, load: Callable[[Sequence[ParamSpec], Mapping[str, Tensor]], None]) -> None:
         """Have `load(specs, params)` write a full set of weights, and tell the optimizer."""
@@ -174,7 +167,7 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
         Raises ReleasedError while the optimizer's memory is released.
         """
         self.arena.require_resident(("optimizer",))
-        copy = get_data_parallel_rank(with_context_parallel=True)
+        copy = dist.get_rank(self.groups.dp_cp)
         counts = copy == 0 or self.parallel.distributed_optimizer
         return as_digest(gather_objects(self._digest_sum() if counts else 0))
 
@@ -190,7 +183,7 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
         """Mean negative log-likelihood, in nats, of the loss rows of every data rank's batches."""
         own = self.logprobs(batches)
         sums = [float(x.double().sum()) for x in own], sum(len(x) for x in own)
-        found, counts = zip(*gather_objects(sums, get_data_parallel_group()), strict=True)
+        found, counts = zip(*gather_objects(sums, self.groups.dp), strict=True)
         return -math.fsum(chain(*found)) / sum(counts)
 
     def train_step(
@@ -229,11 +222,10 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
             self._optimizer.step_with_ready_grads()
             self._scheduler.step(increment=1)
         self.step += 1
-        group = get_data_parallel_group(with_context_parallel=True)
         own = {segment: vars(each) for segment, each in totals.items()}
-        first = merged(gather_objects(own, group), self.grad_segments or 1)
-        first = Totals(**from_last_stage(vars(first)))  # the others compute no losses
-        return first.stats(float(norm), learning_rate)
+        first = merged(gather_objects(own, self.groups.dp_cp), self.grad_segments or 1)
+        found = from_last_stage(vars(first), self.groups.pp)  # the others compute no losses
+        return Totals(**found).stats(float(norm), learning_rate)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on, exactly: this rank's part of it."""
@@ -291,7 +283,8 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
         self._optimizer.zero_grad()
         view = None
         if self.observer is not None:
-            view = StreamView(self.observer, self._chunks, self.stage, self.ranks)
+            place = self.stage, self.ranks, self.groups.pp
+            view = StreamView(self.observer, self._chunks, *place)
 
         def forward_step(iterator: Any, gpt: Any) -> tuple[Tensor, Any]:
             if poll is not None:
@@ -310,7 +303,7 @@ class MegatronTrainer(ForwardModel, TrainerMemory):
         def run(parts: Iterable[tuple[MicroBatch, Any]]) -> None:
             for chunk in self._chunks:
                 chunk.zero_grad_buffer()
-            run_schedule(forward_step, parts, self._chunks, forward_only=False)
+            self.run_schedule(forward_step, parts, forward_only=False)
             if view:
                 view.finish()
 
