@@ -121,11 +121,30 @@ class RolloutSection:
         return self.most_stints + (self.max_refills if self.dynamic_sampling else 0)
 
     @property
+    def most_prompts_left(self) -> int:
+        """A step leaves so many prompts to later ones at most, unfinished or not trained on yet.
+
+        A step of one stint begins as many as it trains on. Before the last of several fewer than
+        prompts_per_step are finished, and beside them are those of most_stints stints at most.
+        """
+        if self.partial_tokens is None:
+            return 0
+        if self.dynamic_sampling:
+            return self.most_stints * self.prompts_per_step - 1
+        return (self.most_stints - 1) * self.prompts_per_step
+
+    @property
     def most_prompts_per_step(self) -> int:
         """A step draws so many prompts at most."""
         if self.partial_tokens is not None:
             return self.prompts_per_step * self.most_stints_per_step
-        return self.places_of(self.max_refills if self.dynamic_sampling else 0).stop
+        return self.most_prompts_named
+
+    @property
+    def most_prompts_named(self) -> int:
+        """Sample ids name so many prompts at most of one step, or of one stint."""
+        refills = self.dynamic_sampling and self.partial_tokens is None
+        return self.places_of(self.max_refills if refills else 0).stop
 
     def most_prompts(self, num_steps: int) -> int:
         """So many steps draw so many prompts at most."""

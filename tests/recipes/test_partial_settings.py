@@ -1,6 +1,7 @@
 """rollout.partial_tokens: how much may be drawn, what becomes of parts, and what is refused."""
 
 import re
+import sys
 from dataclasses import replace
 from itertools import product
 
@@ -12,6 +13,7 @@ from samebit.recipes.cli.dry_run import describe_grpo
 from samebit.recipes.config import ConfigError
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.partial_rollouts import joined
+from samebit.recipes.run.waiting_rollouts import HOST_TOKEN_BYTES, PACKED_TOKEN_BYTES, packed
 from samebit.rollout.types import Completion
 from samebit.weight_sync.types import VersionSpan, WeightVersion
 
@@ -48,6 +50,34 @@ def test_how_much_may_be_drawn():
     assert (choosy.most_stints, choosy.most_stints_per_step) == (3, 5)
     assert choosy.most_prompts(4) == 4 * choosy.most_prompts_per_step == 4 * 25
     assert RolloutSection(prompts_per_step=5).most_prompts(4) == 20
+    assert (section.most_prompts_left, choosy.most_prompts_left) == (2 * 5, 3 * 5 - 1)
+    assert RolloutSection(prompts_per_step=5).most_prompts_left == 0
+
+
+def test_sample_ids_name_the_prompts_of_a_stint():
+    """However many stints a step may have; a refill of whole samples is of its step."""
+    tiny = RolloutSection(prompts_per_step=500, max_new_tokens=1 << 14, partial_tokens=1)
+    assert (tiny.most_prompts_named, tiny.most_prompts_per_step) == (500, 500 << 14)
+    choosy = replace(tiny, dynamic_sampling=True)
+    assert choosy.most_prompts_named == 500
+    assert replace(choosy, partial_tokens=None).most_prompts_named == 5000
+
+
+def test_what_a_drawn_token_takes():
+    """In a checkpoint, and of a process: what dry runs and plans say of what is left."""
+    tokens, logprobs = tuple(range(1000, 1512)), tuple(-i / 7 for i in range(1, 513))
+    whole = Completion(
+        request_id="",
+        sample_id=3,
+        token_ids=tokens,
+        logprobs=logprobs,
+        finish_reason="length",
+        version_spans=(),
+    )
+    state = packed([whole])
+    assert sum(state[x].nbytes for x in ("token_ids", "logprobs")) == 512 * PACKED_TOKEN_BYTES
+    sizes = sum(map(sys.getsizeof, (*tokens, *logprobs, tokens, logprobs)))
+    assert sizes - 2 * sys.getsizeof(()) == 512 * HOST_TOKEN_BYTES
 
 
 def test_no_prompt_waits_for_long():
@@ -87,12 +117,11 @@ def test_settings_that_cannot_be(words, message):
         resolve("grpo", words)
 
 
-def test_commands_that_train_no_policy_refuse_it():
-    """eagle3's target does not change; of a plan no result says how long its stints take."""
+def test_a_command_that_trains_no_policy_refuses_it():
+    """eagle3's target does not change."""
     meaning = "rollout.partial_tokens is 8; it must be None, its default: nothing reads it where"
-    for command in ("eagle3", "plan"):
-        with pytest.raises(ConfigError, match=meaning):
-            resolve(command, ["model.path=m", "rollout.partial_tokens=8"])
+    with pytest.raises(ConfigError, match=meaning):
+        resolve("eagle3", ["model.path=m", "rollout.partial_tokens=8"])
 
 
 def test_a_dry_run_says_how_much_is_drawn_at_once(runs):
@@ -100,6 +129,11 @@ def test_a_dry_run_says_how_much_is_drawn_at_once(runs):
     words = ("rollout.partial_tokens=2", "engine.max_num_seqs=1000")
     figures, plain = (describe_grpo(runs.resolve("run", *x)) for x in (words, words[1:]))
     assert figures["stints_of_a_sample"] == 3
-    assert figures["most_samples_at_once"] == 3 * plain["samples_per_step"]
+    samples = plain["samples_per_step"]
+    assert figures["most_samples_at_once"] == 3 * samples
+    assert figures["most_samples_left"] == 2 * samples
+    tokens = 2 * samples * 5
+    assert figures["left_in_checkpoint_mib"] == round(8 * tokens / 2**20, 1)
+    assert figures["left_on_host_mib"] == round(68 * tokens / 2**20, 1)
     key = "kv_mib_if_all_run_at_once"
     assert figures[key] > plain[key] > 0
