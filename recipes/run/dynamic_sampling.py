@@ -15,8 +15,10 @@ from samebit.recipes.data.conversation import num_drawn
 from samebit.recipes.data.rewards import Poll
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.sampling import Rollout, RolloutSource
+from samebit.recipes.run.schedule import GroupDraw
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion
+from samebit.weight_sync.types import WeightVersion
 
 
 class TooFewGroupsError(RuntimeError):
@@ -33,6 +35,23 @@ class StepRollout:
     refills: int = 0
     guesses: AcceptLengths | None = None
     """What the engine's guesses came to, if it speculates."""
+
+    @property
+    def rounds(self) -> int:
+        """The step has drawn so many times."""
+        return self.refills + 1
+
+    @property
+    def draws(self) -> Sequence[GroupDraw]:
+        """The step has drawn these samples, whole, in the training order."""
+        return [GroupDraw.of_whole(group) for group in self.drawn.completions]
+
+    @property
+    def version(self) -> WeightVersion:
+        """This one version has drawn all of them."""
+        spans = [s for group in self.drawn.completions for c in group for s in c.version_spans]
+        [version] = {span.version for span in spans}
+        return version
 
     @property
     def trained(self) -> Rollout:

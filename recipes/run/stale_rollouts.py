@@ -6,11 +6,11 @@ from typing import Any
 
 from samebit.recipes.config import GrpoRun
 from samebit.recipes.data.rewards import Poll
-from samebit.recipes.run.batches import own_micro_batches
+from samebit.recipes.run.comparing import compare
 from samebit.recipes.run.draws_ahead import DrawnStep, DrawsAhead
 from samebit.recipes.run.dynamic_sampling import StepRollout, draw_step
 from samebit.recipes.run.inputs import GrpoInputs
-from samebit.recipes.run.sampling import Rollout, RolloutSource
+from samebit.recipes.run.sampling import RolloutSource
 from samebit.recipes.run.signals import StopSignals
 from samebit.recipes.run.step_rollouts import StepRollouts
 from samebit.recipes.run.training_metrics import PhaseTimer
@@ -20,7 +20,6 @@ from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.ranks import is_first
 from samebit.trainer.stats import Comparison
 from samebit.trainer.types import StepStats
-from samebit.weight_sync.objects import gather_objects
 
 STATE = "waiting_rollouts"
 
@@ -106,21 +105,11 @@ class StaleRollouts(StepRollouts):
             return {}
         found = {}
         for step, drawn in steps.items():
-            if drawn.comparison is None and drawn.version.step != self._trainer.step:
-                found[step] = drawn.comparison = self._comparison(drawn.rollout.trained)
+            if drawn.comparison is None and drawn.rollout.version.step != self._trainer.step:
+                samples = [x for group in drawn.rollout.trained.samples() for x in group]
+                rest = [0] * len(samples), self._served.logprobs, self._run, self._trainer
+                found[step] = drawn.comparison = compare(samples, *rest)
         return found
-
-    def _comparison(self, rollout: Rollout) -> Comparison:
-        assert self._served is not None
-        samples = [sample for group in rollout.samples() for sample in group]
-        settings, temperature = self._run.trainer, self._run.rollout.temperature
-        batches = own_micro_batches(samples, settings, self._trainer, temperature)
-        found = Comparison()
-        for batch, logprobs in zip(batches, self._served.logprobs(batches), strict=True):
-            found += Comparison.of(batch, logprobs)
-        ranks = self._trainer.data_ranks  # each has its own samples
-        parts = [vars(found)] if ranks.size == 1 else gather_objects(vars(found), ranks.group)
-        return sum((Comparison(**part) for part in parts), Comparison())
 
     def metrics(self, step: int, timer: PhaseTimer) -> dict[str, float]:
         """Return what is logged of the step that was trained, whose rollout was taken last.
@@ -131,7 +120,7 @@ class StaleRollouts(StepRollouts):
         waited, drawn_s = timer.seconds["perf/rollout_wait_s"], self._taken.seconds
         return {
             "rollout/staleness": step - 1 - self._run.rollout.drawn_after(step),
-            "rollout/weight_step": self._taken.version.step,
+            "rollout/weight_step": self._taken.rollout.version.step,
             "perf/overlap_s": max(0.0, self._draws.busy_s(timer.start) - waited),
             **({} if drawn_s is None else {"perf/rollout_s": drawn_s}),
         }

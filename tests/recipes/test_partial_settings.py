@@ -12,7 +12,7 @@ from samebit.recipes.cli.compose import resolve
 from samebit.recipes.cli.dry_run import describe_grpo
 from samebit.recipes.config import ConfigError
 from samebit.recipes.rollout_config import RolloutSection
-from samebit.recipes.run.partial_rollouts import joined
+from samebit.recipes.run.stints import joined
 from samebit.recipes.run.waiting_rollouts import HOST_TOKEN_BYTES, PACKED_TOKEN_BYTES, packed
 from samebit.rollout.types import Completion
 from samebit.weight_sync.types import VersionSpan, WeightVersion
