@@ -15,7 +15,7 @@ from samebit.recipes.data.conversation import num_drawn
 from samebit.recipes.data.rewards import Poll
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.sampling import Rollout, RolloutSource
-from samebit.recipes.run.schedule import GroupDraw
+from samebit.recipes.run.schedule import GroupDraw, ScheduleRow
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion
 from samebit.weight_sync.types import WeightVersion
@@ -67,6 +67,25 @@ class StepRollout:
     def num_tokens(self) -> int:
         """So many tokens were drawn for it."""
         return sum(num_drawn(c) for group in self.drawn.completions for c in group)
+
+    def schedule_row(
+        self, settings: RolloutSection, step: int, begin: int, served: WeightVersion | None
+    ) -> ScheduleRow:
+        """Return what is logged of a step, counted from 1, that has begun at this place of the
+        training order; served: what the engine has got since, to draw by."""
+        ids = [group[0].sample_id for group in self.drawn.completions]
+        differ = with_spread(self.drawn.rewards) if settings.dynamic_sampling else range(len(ids))
+        return ScheduleRow(
+            step=step,
+            begin=begin,
+            drawn_after=settings.drawn_after(step),
+            version=self.version,
+            rounds=self.rounds,
+            drawn=tuple(self.draws),
+            equal=tuple(ids[i] for i in sorted({*range(len(ids))} - {*differ})),
+            trained=tuple(ids[i] for i in self.kept),
+            served=served,
+        )
 
     def dropped(self) -> list[tuple[Completion, float]]:
         """Return the samples that are not trained on, with their rewards, in order."""

@@ -12,8 +12,6 @@ from typing import Any, Self
 from samebit.rollout.types import Completion
 from samebit.weight_sync.types import WeightVersion
 
-SCHEDULE_FILE = "schedule.jsonl"
-
 
 @dataclass(frozen=True)
 class GroupDraw:

@@ -60,6 +60,19 @@ class StepRollouts:
         """Return what is logged of the step that was trained, whose rollout was taken last."""
         return {}
 
+    def schedule_row(self, step: int, place: int, of_step: StepRollout) -> dict[str, Any] | None:
+        """Return what is logged of when a step that has ended was drawn; None if the configuration
+        has all steps drawn by the weights that they train.
+
+        place: where the next step begins in the training order.
+        """
+        settings = self._run.rollout
+        if not settings.has_schedule:
+            return None
+        served = self._source.weight_version if settings.syncs_after(step) else None
+        begin = place - of_step.num_prompts
+        return of_step.schedule_row(settings, step, begin, served).to_plain()
+
     def state_dict(self, trained: int) -> dict[str, Any]:
         """What a run that goes on behind step `trained` cannot draw again."""
         return {}

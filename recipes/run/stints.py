@@ -114,7 +114,7 @@ class Stints:
         guesses, first = source.accept_lengths, begin // settings.prompts_per_step
         groups, stints, kept = list(before), 0, list[PartialGroup]()
         while not stints or (
-            len(kept) < settings.prompts_per_step and stints < settings.most_stints_per_step
+            len(kept) < settings.prompts_per_step and stints < settings.most_rounds_per_step
         ):
             show(f"stint {stints + 1}: {len(kept)} of {settings.prompts_per_step} prompts")
             groups = self._scored(self._stint(groups, first + stints, poll[0], show), poll[1])

@@ -54,7 +54,7 @@ def test_a_budget_that_no_sample_exceeds_moves_nothing(whole):
     folder, found = whole((*WORDS, f"rollout.partial_tokens={MOST}"))
     own = [{k: v for k, v in row.items() if k not in added()} for row in found[1]]
     assert (found[0], own) == (summary, rows)
-    assert left_in(folder)[0] == left_in(plain)[0]
+    assert left_in(folder)[0][0] == left_in(plain)[0][0]
     figures = [[row[f"rollout/{name}"] for name in NAMES] for row in found[1][1:]]
     assert figures == [[1, PROMPTS, 0, 0, 0]] * 4
 

@@ -47,7 +47,7 @@ def test_how_much_may_be_drawn():
     assert (section.most_stints, section.most_prompts_per_step) == (3, 15)
     assert section.most_prompts(4) == (4 + 2) * 5
     choosy = replace(section, dynamic_sampling=True, max_refills=2)
-    assert (choosy.most_stints, choosy.most_stints_per_step) == (3, 5)
+    assert (choosy.most_stints, choosy.most_rounds_per_step) == (3, 5)
     assert choosy.most_prompts(4) == 4 * choosy.most_prompts_per_step == 4 * 25
     assert RolloutSection(prompts_per_step=5).most_prompts(4) == 20
     assert (section.most_prompts_left, choosy.most_prompts_left) == (2 * 5, 3 * 5 - 1)

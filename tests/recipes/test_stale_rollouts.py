@@ -58,10 +58,13 @@ def one_process():
 
 
 def left_in(folder):
-    """What must be equal between equal runs, to the byte: rollouts and checkpoints."""
+    """What must be equal between equal runs, to the byte: rollouts, checkpoints, and the schedule
+    where there is one."""
     checkpoints = list_checkpoints(folder / "run" / "checkpoints")
     files = [(c.step, c.manifest["files"], c.manifest["progress"]) for c in checkpoints]
-    return tree(folder / "run" / "rollouts"), files
+    schedule = folder / "run" / "schedule.jsonl"
+    logged = schedule.read_bytes() if schedule.exists() else b""
+    return (tree(folder / "run" / "rollouts"), logged), files
 
 
 def no_thread_is_left():
