@@ -199,7 +199,6 @@ class RolloutSection:
         meaning = f"1 to {self.max_new_tokens}, rollout.max_new_tokens, or unset"
         require(1 <= partial <= self.max_new_tokens, "rollout.partial_tokens", partial, meaning)
         refused = {
-            "max_staleness": "0 with rollout.partial_tokens: either says which weights draw",
             "refill_prompts": "unset with rollout.partial_tokens: every stint begins as many",
             "generate": "unset with rollout.partial_tokens: a function of your own cannot be left "
             "in the middle of a sample and kept in a checkpoint",

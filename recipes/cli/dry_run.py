@@ -139,12 +139,12 @@ def _staleness(run: GrpoRun, weights_mib: float) -> dict[str, int | float | str]
 
 def _partial(run: GrpoRun, at_once: int) -> dict[str, int | float]:
     """How often a sample goes on, how many may be under way, and what a step may leave, at most, if
-    they are drawn in stints."""
+    they are drawn in stints; of steps that wait each has what it leaves."""
     rollout = run.rollout
     if rollout.partial_tokens is None:
         return {}
     left = rollout.most_prompts_left * rollout.samples_per_prompt
-    tokens = left * rollout.max_new_tokens
+    tokens = left * rollout.max_new_tokens * max(1, rollout.max_staleness)
     return {
         "stints_of_a_sample": rollout.most_stints,
         "most_samples_at_once": at_once,

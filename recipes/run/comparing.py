@@ -17,26 +17,23 @@ type Forward = Callable[[Sequence[MicroBatch]], Sequence[Tensor]]
 
 
 def compare(
-    samples: Sequence[Sample],
-    starts: Sequence[int],
-    forward: Forward,
-    run: GrpoRun,
-    trainer: MegatronTrainer,
+    drawn: Sequence[tuple[Sample, int]], forward: Forward, run: GrpoRun, trainer: MegatronTrainer
 ) -> Comparison:
-    """Compare the drawn tokens of each sample from its start on; the same on every rank.
+    """Compare the drawn tokens of each sample from a place in it on; the same on every rank.
 
     trainer: whose ranks share the samples.
     """
-    if not samples:
+    if not drawn:
         return Comparison()
+    samples = [sample for sample, _ in drawn]
     settings, temperature = run.trainer, run.rollout.temperature
     copies = -(-settings.parallel.data // len(samples))  # a micro-batch for every rank
-    batches = own_micro_batches([*samples] * copies, settings, trainer, temperature)
+    batches = own_micro_batches(samples * copies, settings, trainer, temperature)
     logprobs = rows_by_sample(batches, forward(batches))
     found = Comparison()
-    for sample, start in zip(samples, starts, strict=True):
-        drawn = sample.loss_mask & (np.arange(len(sample.token_ids)) >= start)
-        places = torch.from_numpy(np.flatnonzero(drawn))
+    for sample, start in drawn:
+        is_drawn = sample.loss_mask & (np.arange(len(sample.token_ids)) >= start)
+        places = torch.from_numpy(np.flatnonzero(is_drawn))
         ours = torch.from_numpy(sample.in_place(logprobs[sample.sample_id], "logprobs"))
         found += Comparison.of_sample(sample, places, ours[places])
     return found

@@ -18,6 +18,7 @@ from samebit.recipes.run.sampling import Rollout, RolloutSource
 from samebit.recipes.run.schedule import GroupDraw, ScheduleRow
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion
+from samebit.trainer.types import Sample
 from samebit.weight_sync.types import WeightVersion
 
 
@@ -57,6 +58,15 @@ class StepRollout:
     def trained(self) -> Rollout:
         """These groups are trained on."""
         return self.drawn.select(self.kept)
+
+    def drawn_samples(self) -> list[tuple[Sample, int]]:
+        """Return what the step has drawn and does not drop: samples, as far as they are drawn, and
+        from which token on the step has drawn them."""
+        return [(sample, 0) for group in self.trained.samples() for sample in group]
+
+    def left_samples(self) -> list[tuple[Sample, int]]:
+        """Return the same of what is left to later steps alone; whole samples are not."""
+        return []
 
     @property
     def num_prompts(self) -> int:

@@ -4,14 +4,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from samebit.recipes.config import GrpoRun
-from samebit.recipes.data.samples import drawn_sample
 from samebit.recipes.run.comparing import compare
 from samebit.recipes.run.dynamic_sampling import StepRollout
 from samebit.recipes.run.sampling import RolloutSource
 from samebit.recipes.run.signals import StopSignals
 from samebit.recipes.run.step_rollouts import StepRollouts
-from samebit.recipes.run.stints import PartialGroup, Stints, of_state, to_state
+from samebit.recipes.run.stints import PartialGroup, PartialStep, Stints
 from samebit.recipes.run.training_metrics import PhaseTimer
+from samebit.recipes.run.waiting_parts import WaitingParts, groups_to_state
 from samebit.trainer.checkpoint import Checkpoint
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.ranks import is_first
@@ -40,10 +40,12 @@ class PartialRollouts(StepRollouts):
         self._left: dict[int, Sequence[PartialGroup]] = {0: []}
         """By step, what it leaves to later ones, by place: of the last step that was taken, which
         may be dropped, and of the one before."""
+        self._taken: PartialStep | None = None
         self._left_compared = Comparison()
         if resumed is not None:
-            state, wanted = next(resumed.load_all())[STATE], run.rollout.prompts_per_step
-            self._left = {resumed.step: list(of_state(state, source, wanted))}
+            state = next(resumed.load_all())[STATE]
+            groups = WaitingParts(run.rollout, source, [state]).groups(state)
+            self._left = {resumed.step: list(groups)}
 
     def take(
         self, step: int, begin: int, stop: StopSignals, show: Callable[[str], object]
@@ -51,23 +53,18 @@ class PartialRollouts(StepRollouts):
         """Draw a step's stints, and return what it is trained on, scored. Raises TooFewGroupsError
         as draw_step does."""
         before, polls = self._left[step - 1], (stop.poll, stop.poll_alone)
-        found = self._stints.draw(step - 1, begin, before, polls, show)
-        self._left = {step - 1: before, step: found.left}
-        return found
+        self._taken = self._stints.draw(step - 1, begin, before, polls, show)
+        self._left = {step - 1: before, step: self._taken.left}
+        return self._taken
 
     def compare_taken(self, timer: PhaseTimer) -> Comparison:
         """Compare what is left to later steps, as far as the present weights drew it."""
+        assert self._taken is not None
         self._left_compared = Comparison()
-        samples = [
-            drawn_sample(group.prompt_ids, completion)
-            for group in self._left[max(self._left)]
-            for completion in group.completions
-            if completion.version_spans[-1].version.step == self._trainer.step
-        ]
-        if samples and self._run.rollout.check_stale:
-            starts = [sample.comparable_from for sample in samples]
+        left = self._taken.left_samples()
+        if left and self._run.rollout.check_stale:
             with timer.time("compare"):
-                found = compare(samples, starts, self._trainer.logprobs, self._run, self._trainer)
+                found = compare(left, self._trainer.logprobs, self._run, self._trainer)
                 self._left_compared = found
         return self._left_compared
 
@@ -77,4 +74,4 @@ class PartialRollouts(StepRollouts):
 
     def state_dict(self, trained: int) -> dict[str, Any]:
         """What step `trained` has left; the first process saves it for all."""
-        return {STATE: to_state(self._left[trained])} if is_first() else {}
+        return {STATE: groups_to_state(self._left[trained])} if is_first() else {}

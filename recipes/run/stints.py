@@ -11,19 +11,18 @@ when, is a function of seed, data and weights, never of time.
 Partial rollouts: Kimi Team 2025, "Kimi k1.5", arXiv 2501.12599.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from sys import intern
-from typing import Any
 
 from samebit.recipes.data.rewards import Poll
+from samebit.recipes.data.samples import drawn_sample
 from samebit.recipes.data.tasks.base import Problem
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.dynamic_sampling import StepRollout, require_enough, with_spread
 from samebit.recipes.run.sampling import Rollout, RolloutSource
 from samebit.recipes.run.schedule import GroupDraw
-from samebit.recipes.run.waiting_rollouts import packed, unpacked
 from samebit.rollout.types import Completion
+from samebit.trainer.types import Sample
 from samebit.weight_sync.types import WeightVersion
 
 
@@ -55,6 +54,8 @@ class PartialStep(StepRollout):
     groups: Sequence[GroupDraw]
     """What it has drawn, in the training order."""
     drawn_by: WeightVersion
+    ended: Sequence[PartialGroup]
+    """What it is trained on, or drops."""
     left: Sequence[PartialGroup]
     """What later steps go on with, or train on."""
 
@@ -77,6 +78,29 @@ class PartialStep(StepRollout):
     def num_tokens(self) -> int:
         """The step has drawn so many tokens."""
         return sum(group.num_tokens for group in self.groups)
+
+    def drawn_samples(self) -> list[tuple[Sample, int]]:
+        """Return as StepRollout, of what the step is trained on and of what it leaves."""
+        kept = [self.ended[i] for i in self.kept] + list(self.left)
+        groups = {group.completions[0].sample_id: group for group in kept}
+        return [
+            (drawn_sample(group.prompt_ids, completion), len(group.prompt_ids) + start)
+            for draw in self.groups
+            if (group := groups.get(draw.first_id)) is not None
+            for completion, (start, end) in zip(group.completions, draw.tokens, strict=True)
+            if start < end
+        ]
+
+    def left_samples(self) -> list[tuple[Sample, int]]:
+        """Return what is left and the step's version has drawn newest, with its first token's place
+        of that version in each sample."""
+        samples = [
+            drawn_sample(group.prompt_ids, completion)
+            for group in self.left
+            for completion in group.completions
+            if completion.version_spans[-1].version == self.drawn_by
+        ]
+        return [(sample, sample.comparable_from) for sample in samples]
 
     def metrics(self) -> dict[str, float]:
         """Return what became of samples over steps, under rollout/."""
@@ -128,13 +152,14 @@ class Stints:
         begun = {g.place: g for g in before}
         draws = [self._draw_of(g, begun.get(g.place)) for g in groups]
         return PartialStep(
-            self._rollout(ended),
+            self.rollout_of(ended),
             [i for i, g in enumerate(ended) if g.place in trained_places],
             stints - 1,
             source.guesses_since(guesses),
             settings=settings,
             groups=[draw for draw in draws if draw.num_tokens],
             drawn_by=groups[-1].completions[0].version_spans[-1].version,
+            ended=ended,
             left=[g for g in groups if g.place not in ended_places],
         )
 
@@ -193,7 +218,7 @@ class Stints:
         done = [g for g in done if not g.rewards]
         if not done:
             return list(groups)
-        rollout = self._rollout(done)
+        rollout = self.rollout_of(done)
         self._source.score(rollout, poll)
         found = {}
         for i, group in enumerate(done):
@@ -201,8 +226,8 @@ class Stints:
             found[group.place] = replace(group, rewards=rollout.rewards[i], terms=terms)
         return [found.get(group.place, group) for group in groups]
 
-    def _rollout(self, groups: Sequence[PartialGroup]) -> Rollout:
-        """Groups that are finished, as far as they are scored."""
+    def rollout_of(self, groups: Sequence[PartialGroup]) -> Rollout:
+        """Return groups that are finished, as far as they are scored."""
         parts = ([g.problem for g in groups], [g.prompt_ids for g in groups])
         found = self._source.rollout(*parts, [g.completions for g in groups])
         found.rewards = [g.rewards for g in groups]
@@ -232,29 +257,3 @@ def _older_tokens(completion: Completion, version: WeightVersion) -> int:
     """How many of its tokens weights before this version have drawn."""
     newer = [span.start for span in completion.version_spans if span.version == version]
     return newer[0] if newer else len(completion.token_ids)
-
-
-def to_state(groups: Sequence[PartialGroup]) -> dict[str, Any]:
-    """Groups as tensors and plain values."""
-    return {
-        "places": [group.place for group in groups],
-        "rewards": [group.rewards for group in groups],
-        "terms": [
-            [(intern(label), values) for label, values in group.terms.items()] for group in groups
-        ],
-        **packed([c for group in groups for c in group.completions]),
-    }
-
-
-def of_state(
-    state: dict[str, Any], source: RolloutSource, prompts_per_stint: int
-) -> Iterator[PartialGroup]:
-    """The groups that `to_state` was given: prompts and ids are those of their stints."""
-    places = [(place, *divmod(place, prompts_per_stint)) for place in state["places"]]
-    asked = {number: source.training_prompts(number) for number in sorted({x[1] for x in places})}
-    sample_ids = [asked[number].sample_ids[i] for _, number, i in places]
-    rest = unpacked(state, [sample_id for ids in sample_ids for sample_id in ids])
-    scores = zip(state["rewards"], map(dict, state["terms"]), strict=True)
-    for (place, number, i), ids, score in zip(places, sample_ids, scores, strict=True):
-        parts = asked[number].problems[i], asked[number].token_ids[i], [next(rest) for _ in ids]
-        yield PartialGroup(place, *parts, *score)

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 from partial_schedule import PROMPTS, schedule
+from run_children import in_one_process
 
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.cli.dry_run import describe_grpo
@@ -100,10 +101,6 @@ def test_no_prompt_waits_for_long():
             ["rollout.dynamic_sampling=true", "rollout.refill_prompts=4"],
             "rollout.refill_prompts is 4; it must be unset with rollout.partial_tokens",
         ),
-        (
-            ["rollout.max_staleness=1", "placement=process"],
-            "rollout.max_staleness is 1; it must be 0 with rollout.partial_tokens",
-        ),
         (["rollout.generate=a:b"], "rollout.generate is 'a:b'; it must be unset with rollout.par"),
         (
             ["rollout.top_k=5", "rollout.logprobs=truncated"],
@@ -124,16 +121,23 @@ def test_a_command_that_trains_no_policy_refuses_it():
         resolve("eagle3", ["model.path=m", "rollout.partial_tokens=8"])
 
 
-def test_a_dry_run_says_how_much_is_drawn_at_once(runs):
-    """All samples that may be unfinished, and the stints of one."""
+def test_a_dry_run_says_how_much_is_drawn_at_once(runs, monkeypatch):
+    """All samples that may be unfinished, the stints of one, and what may be left; of steps that
+    wait each leaves as much."""
+    in_one_process(monkeypatch.setattr)
     words = ("rollout.partial_tokens=2", "engine.max_num_seqs=1000")
-    figures, plain = (describe_grpo(runs.resolve("run", *x)) for x in (words, words[1:]))
+    more = ("rollout.samples_per_prompt=3000", "placement=process", "rollout.max_staleness=2")
+    described = [words, words[1:], (*words, more[0]), (*words, *more)]
+    figures, plain, many, ahead = (describe_grpo(runs.resolve("run", *x)) for x in described)
     assert figures["stints_of_a_sample"] == 3
     samples = plain["samples_per_step"]
     assert figures["most_samples_at_once"] == 3 * samples
     assert figures["most_samples_left"] == 2 * samples
-    tokens = 2 * samples * 5
-    assert figures["left_in_checkpoint_mib"] == round(8 * tokens / 2**20, 1)
-    assert figures["left_on_host_mib"] == round(68 * tokens / 2**20, 1)
     key = "kv_mib_if_all_run_at_once"
     assert figures[key] > plain[key] > 0
+    tokens = 2 * 3 * 3000 * 6
+    for found, steps in ((many, 1), (ahead, 2)):
+        assert found["most_samples_left"] == 2 * 3 * 3000
+        assert found["left_in_checkpoint_mib"] == round(8 * steps * tokens / 2**20, 1) > 0.5
+        assert found["left_on_host_mib"] == round(68 * steps * tokens / 2**20, 1)
+    assert ahead["step_s_is_drawn_after"] == "max(0, s - 3)"

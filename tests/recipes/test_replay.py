@@ -35,13 +35,13 @@ def replayed(folder, capsys):
     "words",
     [
         ONE,
-        RARE,
         PARTIAL,
-        DROPS,
+        pytest.param(RARE, marks=pytest.mark.long),
+        pytest.param(DROPS, marks=pytest.mark.long),
         pytest.param(TWO, marks=pytest.mark.long),
         pytest.param(MANY, marks=pytest.mark.long),
     ],
-    ids=["one", "rare", "partial", "dropped", "two", "refills and turns"],
+    ids=["one", "partial", "rare", "dropped", "two", "refills and turns"],
 )
 def test_a_run_is_what_its_configuration_gives(whole, capsys, words):
     """And what it has saved of its rollouts is what the schedule says."""
