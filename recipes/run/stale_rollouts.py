@@ -65,6 +65,7 @@ class StaleRollouts(StepRollouts):
 
     def begin(self, trained: int, place: int) -> None:
         """See DrawsAhead.begin."""
+        super().begin(trained, place)
         self._draws.begin(trained, place)
 
     def take(

@@ -7,7 +7,7 @@ import pytest
 from run_children import in_one_process
 from test_partial_rollouts import DYNAMIC, PARTIAL, SOME
 from test_partial_rollouts import WORDS as PARTS
-from test_stale_rollouts import MANY, ONE, RARE, TWO
+from test_stale_rollouts import BESIDE, MANY, ONE, RARE, TWO, WAITS
 
 from samebit.recipes import grpo
 from samebit.recipes.cli.main import main
@@ -36,12 +36,10 @@ def replayed(folder, capsys):
     [
         ONE,
         PARTIAL,
-        pytest.param(RARE, marks=pytest.mark.long),
-        pytest.param(DROPS, marks=pytest.mark.long),
-        pytest.param(TWO, marks=pytest.mark.long),
-        pytest.param(MANY, marks=pytest.mark.long),
+        *(pytest.param(x, marks=pytest.mark.long) for x in (RARE, DROPS, TWO, MANY, WAITS)),
+        pytest.param((*PARTIAL, *BESIDE[0]), marks=pytest.mark.long),
     ],
-    ids=["one", "partial", "rare", "dropped", "two", "refills and turns"],
+    ids=["one", "partial", "rare", "dropped", "two", "turns", "critic", "partial and critic"],
 )
 def test_a_run_is_what_its_configuration_gives(whole, capsys, words):
     """And what it has saved of its rollouts is what the schedule says."""

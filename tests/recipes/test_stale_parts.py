@@ -238,10 +238,11 @@ def test_without_the_comparison(train, whole, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("more", BESIDE, ids=["critic", "draft", "reference"])
-def test_whatever_learns_beside_the_policy(train, whole, tmp_path, monkeypatch, more):
+def test_whatever_learns_beside_the_policy(train, whole, tmp_path, monkeypatch, capsys, more):
     """A critic, for which the policy waits two steps; a draft, which moves nothing; a KL."""
     words = (*ONE, *more)
     assert whole(words)[1][0]["logprob_mismatches"] == 0
+    assert replayed(whole(words)[0] / "run", capsys)[0] == 0
     if more is BESIDE[1]:
         assert whole(words)[1][0]["weights_digest"] == whole(ONE)[1][0]["weights_digest"]
     assert_resumed(train, whole, tmp_path, monkeypatch, words)
