@@ -179,3 +179,16 @@ def test_a_log_that_ends_too_soon_and_none_at_all(whole, tmp_path, capsys):
 def test_a_run_without_older_samples_has_none(whole):
     """What draws a step is what it trains."""
     assert not (whole(PARTS)[0] / "run" / "schedule.jsonl").exists()
+
+
+def test_diff_compares_schedules(whole, tmp_path, capsys):
+    """A digest of weights that differs is found where nothing else tells of them."""
+    folder = whole(ONE)[0] / "run"
+    other = lie(folder.parent, tmp_path / "run", 1, lambda row: row.update(served=[1, "0" * 16]))
+    assert main(["diff", str(folder), str(other)]) == 1
+    found = capsys.readouterr().out
+    assert "first difference: step 1, schedule, served: [1, '" in found
+    assert "[1, '0000000000000000'] in B" in found
+    (other / "schedule.jsonl").unlink()
+    assert main(["diff", str(folder), str(other)]) == 0
+    assert "not compared: schedules that only A has, of steps 1, 2, 3, 4" in capsys.readouterr().out
