@@ -61,11 +61,6 @@ class ScheduleReplay:
             self._served[step] = row.served
         self._steps, self._place = step, self._place + self._num_begun(rounds)
 
-    @property
-    def num_steps(self) -> int:
-        """So many steps are replayed."""
-        return self._steps
-
     def _num_begun(self, rounds: int) -> int:
         settings = self._settings
         if settings.partial_tokens is not None:
@@ -96,10 +91,7 @@ class ScheduleReplay:
         settings, drawn = self._settings, {g.first_id: g for g in row.drawn}
         wanted, rounds, kept, groups = settings.prompts_per_step, 0, list[_Group](), self._left
         drawing = [g for g in groups if g.pending]
-        for group in drawing:
-            if found := drawn.get(group.first_id):
-                starts = [start for start, _ in found.tokens]
-                _require(row.step, f"start of {group.first_id:#x}", starts, group.lens)
+        starts = {g.first_id: [*g.lens] for g in drawing}
         while not rounds or (len(kept) < wanted and rounds < settings.most_rounds_per_step):
             begun = self._begun(row, rounds)
             groups, drawing, rounds = groups + begun, drawing + begun, rounds + 1
@@ -107,10 +99,12 @@ class ScheduleReplay:
                 if group.pending:
                     self._grow(row.step, group, drawn.get(group.first_id))
             kept = [g for g in groups if not g.pending and g.first_id not in row.equal]
-        _require(row.step, "drawn", [*drawn], [g.first_id for g in drawing])
+        _require(row.step, "drawn", [g.first_id for g in row.drawn], [g.first_id for g in drawing])
         for group in drawing:
             found, who = drawn[group.first_id], f"{group.first_id:#x}"
-            _require(row.step, f"end of {who}", [end for _, end in found.tokens], group.lens)
+            begins = starts.get(group.first_id, [0] * len(group.lens))
+            tokens = list(zip(begins, group.lens, strict=True))
+            _require(row.step, f"tokens of {who}", [*found.tokens], tokens)
             _require(row.step, f"pending of {who}", [*found.pending], sorted(group.pending))
         scored = [g.first_id for g in groups if not g.pending and settings.dynamic_sampling]
         equal = [i for i in scored if i in row.equal]

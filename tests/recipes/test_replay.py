@@ -115,8 +115,10 @@ def another(row):
         (another, "step 3: trained is ["),
         (lambda row: row.update(served=None), "step 3: served is False; the configuration gives"),
         (lambda row: row["served"].__setitem__(0, 9), "step 3: served's optimizer step is 9; the "),
-        (lambda row: row["drawn"][0]["tokens"][0].__setitem__(0, 1), "step 3: start of "),
-        (longer, "step 3: end of "),
+        (lambda row: row["drawn"][0]["tokens"][0].__setitem__(0, 1), "step 3: tokens of "),
+        (lambda row: row["drawn"][-1]["tokens"][0].__setitem__(0, 1), "step 3: tokens of "),
+        (lambda row: row["drawn"].append(row["drawn"][0]), "step 3: drawn is ["),
+        (longer, "step 3: tokens of "),
         (shorter, "step 3: sample "),
         (finished, "step 4: "),  # that goes on although it has ended
     ],
