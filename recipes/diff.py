@@ -1,9 +1,10 @@
 """samebit diff: the first place where two runs part.
 
-In the order in which a step happens: its rollout, its training metrics, its checkpoint, then the
-evaluation of the new weights. Times (perf/*) and what guesses came to (rollout/spec_*) are left
-out. What only one run has kept (checkpoints, rollouts, samples) is named and not compared; other
-metrics that only one has are a difference.
+In the order in which a step happens: its rollout, its training metrics, its row of the schedule
+with the digest of the weights that came of it, its checkpoint, then the evaluation of the new
+weights. Times (perf/*) and what guesses came to (rollout/spec_*) are left out. What only one run
+has kept (checkpoints, rollouts, samples, schedules) is named and not compared; other metrics that
+only one has are a difference.
 """
 
 import hashlib
@@ -25,7 +26,13 @@ from samebit.recipes.config import ConfigError
 from samebit.recipes.run.binding import binding_config
 from samebit.recipes.run.folder import CONFIG_FILE
 from samebit.recipes.run.input_files import flatten
-from samebit.recipes.run.metrics import METRICS_FILE, SAMPLES_FILE, is_repeated, read_rows
+from samebit.recipes.run.metrics import (
+    METRICS_FILE,
+    SAMPLES_FILE,
+    SCHEDULE_FILE,
+    is_repeated,
+    read_rows,
+)
 from samebit.recipes.run.rollouts import SavedSample, list_rollouts, load_rollout
 from samebit.recipes.tools_config import DiffRun
 from samebit.recipes.verification.bits import distance
@@ -45,6 +52,7 @@ class RunContents:
     samples: dict[int, list[Row]]
     checkpoints: dict[int, Checkpoint]
     rollouts: dict[int, Path]
+    schedules: dict[int, Row]
     summary: Row | None
 
     @property
@@ -77,6 +85,7 @@ def open_run(path: Path) -> RunContents:
         samples,
         {c.step: c for c in list_checkpoints(path / "checkpoints")},
         list_rollouts(path),
+        {row["step"]: row for row in read_rows(path / SCHEDULE_FILE)},
         _read_summary(path / "summary.json"),
     )
 
@@ -101,7 +110,7 @@ def settings(a: RunContents, b: RunContents) -> Iterator[str]:
     yield from (f"config: {text}" for text in row_differences(a.config, b.config))
     if a.numerics and b.numerics:
         yield from (f"numerics: {text}" for text in row_differences(a.numerics, b.numerics))
-    for name in ("checkpoints", "rollouts", "samples"):
+    for name in ("checkpoints", "rollouts", "samples", "schedules"):
         x, y = getattr(a, name), getattr(b, name)
         for only, steps in (("A", _more(x, y)), ("B", _more(y, x))):
             if steps:
@@ -148,6 +157,9 @@ def step_differences(a: RunContents, b: RunContents, step: int) -> Iterator[str]
         texts = [f"metrics, {text}" for text in found if is_repeated(text)]
     evaluated = [text for text in texts if text.startswith(f"metrics, {_EVAL}")]
     yield from (text for text in texts if text not in evaluated)
+    if step in a.schedules and step in b.schedules:
+        found = row_differences(a.schedules[step], b.schedules[step])
+        yield from (f"schedule, {text}" for text in found)
     if step in a.checkpoints and step in b.checkpoints:
         yield from checkpoint_differences(a.checkpoints[step], b.checkpoints[step])
     kept = zip(a.samples.get(step, ()), b.samples.get(step, ()), strict=False)
@@ -298,7 +310,7 @@ def _digest(x: Tensor) -> str:
 def _compared(a: RunContents, b: RunContents) -> str:
     counts = {
         name: len(getattr(a, name).keys() & getattr(b, name).keys())
-        for name in ("metrics", "rollouts", "checkpoints", "samples")
+        for name in ("metrics", "rollouts", "schedules", "checkpoints", "samples")
     }
     return ", ".join(f"{name} of {count} steps" for name, count in counts.items() if count)
 

@@ -87,9 +87,8 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                 of_step = recipe.draw(timer, stop, recorder.show)
                 rollout = of_step.trained
                 session.writer.poll()
-                is_dynamic = run.rollout.dynamic_sampling
                 if run.logger.save_rollouts and session.is_first:
-                    dropped = of_step.dropped() if is_dynamic else None
+                    dropped = of_step.dropped() if run.rollout.dynamic_sampling else None
                     kept = rollout.prompt_ids, rollout.completions, rollout.rewards
                     save_rollout(run.run_dir, progress.step + 1, *kept, dropped)
                 stats = recipe.update(rollout, timer, stop.poll)
@@ -109,7 +108,8 @@ def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[st
                 timed = rollout, stats or recipe.critic_stats, metrics, of_step.num_tokens
                 metrics |= speed(recipe.trainer, *timed) | recipe.ledger.metrics()
                 rate = f"{metrics.get('perf/rollout_tokens_per_s', 0):.0f} tok/s"
-                recorder.end_step(metrics, f"reward {rollout.reward_mean:.3f}, {rate}")
+                row = recipe.rollouts.schedule_row(progress.step, progress.prompts_drawn, of_step)
+                recorder.end_step(metrics, f"reward {rollout.reward_mean:.3f}, {rate}", row)
             if recipe.draft is not None:
                 recipe.draft.write()
             summary = recipe.summary()

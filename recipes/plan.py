@@ -6,6 +6,7 @@ and no GPU is needed. Rates are the cluster's times the shares that committed re
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from samebit.recipes.planning.measured import measured
 from samebit.recipes.planning.memory import TAGS, plan_memory, releases_memory
 from samebit.recipes.planning.remedies import remedies
 from samebit.recipes.planning.sync import plan_sync
-from samebit.recipes.planning.times import StepModel
+from samebit.recipes.planning.times import Part, StepModel
 from samebit.recipes.run.folder import require_own_report
 from samebit.recipes.run.inputs import require_engine
 from samebit.recipes.run.secrets import scrubbed
+from samebit.recipes.run.waiting_rollouts import HOST_TOKEN_BYTES, PACKED_TOKEN_BYTES
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import load_model_config
 from samebit.weight_sync.disk import write_atomically
@@ -30,6 +32,12 @@ PHASES = ("rollout", "train")
 NOT_COUNTED = (
     "Every sample counts with its most tokens. Not counted: rewards, evaluation, checkpoints, "
     "refills, and what delta, offload_optimizer, offload_reference and tp_invariant save or cost."
+)
+PARTIAL = (
+    "Of partial rollouts: a step is one stint in a run that is under way, of samples of every age "
+    "in equal numbers; who goes on computes its whole context anew and shares no prompt; what is "
+    "left is compared with one more forward pass, unless rollout.check_stale=false. That samples "
+    "end before their most tokens, which is what partial rollouts are for, is not counted."
 )
 
 
@@ -64,10 +72,23 @@ def make_plan(run: PlanRun) -> dict[str, Any]:
         "remedies": [] if fits else remedies(run, model, own, memory),
         "kv_tokens": memory.kv_tokens,
         "samples_at_once": step.at_once(memory.kv_tokens),
+        "left": None if run.rollout.partial_tokens is None else _left(run, step.parts),
         "sync": [asdict(plan) for plan in sync],
         "times": None if times is None else asdict(times) | {"step_s": times.step_s},
         "tokens_s": None if times is None else drawn / times.step_s,
         "measured": asdict(own),
+    }
+
+
+def _left(run: PlanRun, parts: Sequence[Part]) -> dict[str, int]:
+    """What a step leaves to later ones: in a checkpoint, and in every trainer process's memory."""
+    tokens = run.samples_per_step * sum(part.begun + part.drawn for part in parts[:-1])
+    return {
+        "stints_of_a_sample": len(parts),
+        "samples": run.samples_per_step * (len(parts) - 1),
+        "tokens": tokens,
+        "checkpoint_bytes": tokens * PACKED_TOKEN_BYTES,
+        "host_bytes": tokens * HOST_TOKEN_BYTES,
     }
 
 
@@ -132,10 +153,10 @@ def _times_table(plan: dict[str, Any]) -> str:
     times, gpus = plan["times"], plan["gpus"]
     if times is None:
         return "What does not fit takes no time that could be told."
-    parts = [("rollout", "rollout_s"), ("train", "train_s"), ("sync", "sync_s"), ("step", "step_s")]
+    phases = ["rollout", *(["compare"] if times["compare_s"] else []), "train", "sync", "step"]
     rows = [["phase", "seconds", "share"]]
-    for name, key in parts:
-        seconds = times[key]
+    for name in phases:
+        seconds = times[f"{name}_s"]
         if seconds is None:
             rows.append([name, "not measured", "-"])
         else:
@@ -145,6 +166,18 @@ def _times_table(plan: dict[str, Any]) -> str:
         f"{times['rollout_tokens_s']:,.0f} tokens drawn per second of rollout, "
         f"{plan['tokens_s']:,.0f} per second of a step ({plan['tokens_s'] / gpus:,.0f} a GPU); "
         f"{times['mfu']:.1%} MFU while training"
+    )
+
+
+def _left_text(plan: dict[str, Any]) -> str:
+    """What partial rollouts leave, and their first step."""
+    left, times = plan["left"], plan["times"]
+    first = "" if times is None else f" The first rollout takes {times['first_rollout_s']:,.3f} s."
+    return (
+        f"A sample comes in {left['stints_of_a_sample']} stints at most; a step leaves "
+        f"{left['samples']:,} samples of {left['tokens']:,} tokens to later ones: "
+        f"{left['checkpoint_bytes'] / _GIB:,.3f} GiB of a checkpoint, "
+        f"{left['host_bytes'] / _GIB:,.3f} GiB of each trainer process on the host.{first}"
     )
 
 
@@ -165,6 +198,7 @@ def verdict(plan: dict[str, Any]) -> str:
 def summary(plan: dict[str, Any]) -> str:
     """The plan as tables."""
     idle = f", {plan['idle_gpus']} idle" if plan["idle_gpus"] else ""
+    partial = [] if plan["left"] is None else [_left_text(plan), PARTIAL]
     return "\n\n".join(
         [
             f"{plan['model']}: {plan['layout']} on {plan['gpus']} GPUs{idle}; {plan['engines']} "
@@ -174,6 +208,7 @@ def summary(plan: dict[str, Any]) -> str:
             _memory_table(plan),
             _sync_table(plan),
             _times_table(plan),
+            *partial,
             NOT_COUNTED,
             verdict(plan),
         ]

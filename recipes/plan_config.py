@@ -103,8 +103,7 @@ class PlanRun(GrpoRun):
         require_default(self, "", idle, "nothing is run")
         require_default(self.engine, "engine", ("speculative",), unknown)
         require_default(self.numerics, "numerics", ("attention",), unknown)
-        ages = ("max_staleness", "partial_tokens")
-        require_default(self.rollout, "rollout", ages, unknown)
+        require_default(self.rollout, "rollout", ("max_staleness",), unknown)
         require(not self.draft.is_online, "draft.train", "online", f"left alone: {unknown}")
         for section in ("critic", "distillation"):
             absent = getattr(self, section) is None

@@ -105,6 +105,11 @@ class RolloutSection:
         return self.dynamic_sampling or self.partial_tokens is not None
 
     @property
+    def has_schedule(self) -> bool:
+        """Whether weights other than those of a step's beginning draw what it is trained on."""
+        return self.max_staleness > 0 or self.partial_tokens is not None
+
+    @property
     def longest(self) -> int:
         """A sample has at most so many tokens, prompt and completion."""
         return self.max_prompt_len + self.max_new_tokens
@@ -115,17 +120,39 @@ class RolloutSection:
         return -(-self.max_new_tokens // (self.partial_tokens or self.max_new_tokens))
 
     @property
-    def most_stints_per_step(self) -> int:
-        """A step draws so many stints at most: until a sample that it begins is finished, and as
-        many more as there are refills."""
-        return self.most_stints + (self.max_refills if self.dynamic_sampling else 0)
+    def most_rounds_per_step(self) -> int:
+        """A step draws so many times at most: once and refills; or stints, until a sample that it
+        begins is finished, and as many more as there are refills."""
+        return self.most_stints + self._refills
+
+    @property
+    def _refills(self) -> int:
+        return self.max_refills if self.dynamic_sampling else 0
+
+    @property
+    def most_prompts_left(self) -> int:
+        """A step leaves so many prompts to later ones at most, unfinished or not trained on yet.
+
+        A step of one stint begins as many as it trains on. Before the last of several fewer than
+        prompts_per_step are finished, and beside them are those of most_stints stints at most.
+        """
+        if self.partial_tokens is None:
+            return 0
+        if self.dynamic_sampling:
+            return self.most_stints * self.prompts_per_step - 1
+        return (self.most_stints - 1) * self.prompts_per_step
 
     @property
     def most_prompts_per_step(self) -> int:
         """A step draws so many prompts at most."""
         if self.partial_tokens is not None:
-            return self.prompts_per_step * self.most_stints_per_step
-        return self.places_of(self.max_refills if self.dynamic_sampling else 0).stop
+            return self.prompts_per_step * self.most_rounds_per_step
+        return self.most_prompts_named
+
+    @property
+    def most_prompts_named(self) -> int:
+        """Sample ids name so many prompts at most of one step, or of one stint."""
+        return self.places_of(self._refills if self.partial_tokens is None else 0).stop
 
     def most_prompts(self, num_steps: int) -> int:
         """So many steps draw so many prompts at most."""
@@ -172,7 +199,6 @@ class RolloutSection:
         meaning = f"1 to {self.max_new_tokens}, rollout.max_new_tokens, or unset"
         require(1 <= partial <= self.max_new_tokens, "rollout.partial_tokens", partial, meaning)
         refused = {
-            "max_staleness": "0 with rollout.partial_tokens: either says which weights draw",
             "refill_prompts": "unset with rollout.partial_tokens: every stint begins as many",
             "generate": "unset with rollout.partial_tokens: a function of your own cannot be left "
             "in the middle of a sample and kept in a checkpoint",

@@ -74,6 +74,17 @@ class DiffRun:
 
 
 @dataclass(kw_only=True)
+class ReplayRun:
+    """`samebit replay RUN`: a run's schedule, replayed from its configuration."""
+
+    run: str = "???"
+    """A run's folder."""
+
+    def __post_init__(self) -> None:
+        check_given(self, ("run",))
+
+
+@dataclass(kw_only=True)
 class ReportRun:
     """`samebit report RUN...`: runs beside each other in one page."""
 

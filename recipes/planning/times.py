@@ -1,27 +1,58 @@
 """How long the phases of a training step take, by measured shares of the hardware's rates.
 
 Every sample counts with its most tokens. Rewards, evaluation and checkpoints take no time here.
+With rollout.partial_tokens a step is one stint, in which as many prompts are drawn of every age as
+a step begins; samples that go on compute their whole contexts anew, each by itself.
 """
 
 import math
 from dataclasses import dataclass
 
 from samebit.recipes.bench.config import Workload
-from samebit.recipes.bench.roofline import roofline_bounds
+from samebit.recipes.bench.roofline import Bounds, roofline_bounds
 from samebit.recipes.bench.timing import CardRates
 from samebit.recipes.plan_config import PlanRun
 from samebit.recipes.planning.layout import Layout
 from samebit.recipes.planning.measured import Measured
+from samebit.recipes.rollout_config import RolloutSection
 from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.algorithms.registry import make_algorithm
 from samebit.trainer.flops import train_flops
 
 
 @dataclass(frozen=True)
+class Part:
+    """Says what the samples of one age draw in a stint: tokens [begun, begun + drawn) of them."""
+
+    begun: int
+    drawn: int
+
+    @classmethod
+    def all_of(cls, rollout: RolloutSection) -> "tuple[Part, ...]":
+        """Return those of a sample, in the order in which it draws them; one, if it is whole."""
+        most = rollout.max_new_tokens
+        budget = rollout.partial_tokens or most
+        return tuple(cls(begun, min(budget, most - begun)) for begun in range(0, most, budget))
+
+    def workload(self, num_prompts: int, rollout: RolloutSection) -> Workload:
+        """What the engine is asked for: a prompt is shared by the samples that begin with it."""
+        n, prompt_len = rollout.samples_per_prompt, rollout.max_prompt_len
+        if self.begun:
+            return Workload(num_prompts * n, 1, prompt_len + self.begun, self.drawn)
+        return Workload(num_prompts, n, prompt_len, self.drawn)
+
+
+@dataclass(frozen=True)
 class StepTimes:
-    """Holds the seconds of a training step. mfu: as `perf/train_mfu` counts it."""
+    """Holds the seconds of a training step. mfu: as `perf/train_mfu` counts it.
+
+    first_rollout_s: of the run's first step, which draws a stint for every part of a sample.
+    compare_s: of the forward pass of what a step has drawn and leaves to later ones.
+    """
 
     rollout_s: float
+    first_rollout_s: float
+    compare_s: float
     train_s: float
     sync_s: float | None
     rollout_tokens_s: float
@@ -30,7 +61,7 @@ class StepTimes:
     @property
     def step_s(self) -> float:
         """All phases, one after another."""
-        return self.rollout_s + self.train_s + (self.sync_s or 0.0)
+        return self.rollout_s + self.compare_s + self.train_s + (self.sync_s or 0.0)
 
 
 @dataclass(frozen=True)
@@ -42,47 +73,63 @@ class StepModel:
     layout: Layout
     measured: Measured
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What a step draws beside one another, each of as many samples."""
+        return Part.all_of(self.run.rollout)
+
     def times(self, kv_tokens: int, sync_s: float | None) -> StepTimes:
         """Of a step whose engines have a KV cache of so many tokens."""
         run, layout = self.run, self.layout
-        rollout_s, train_s = self.rollout_s(kv_tokens), self.train_s()
+        stints_s, train_s = self.stints_s(kv_tokens), self.train_s()
         drawn = run.samples_per_step * run.rollout.max_new_tokens
         flops = train_flops(self.model, [run.rollout.longest]) * run.samples_per_step
         mfu = flops / train_s / (layout.parallel.num_processes * layout.cluster.gpu.flops_s)
-        return StepTimes(rollout_s, train_s, sync_s, drawn / rollout_s, mfu)
+        rollout_s, tokens_s = stints_s[-1], drawn / stints_s[-1]
+        phases = rollout_s, sum(stints_s), self.compare_s(), train_s, sync_s
+        return StepTimes(*phases, tokens_s, mfu)
 
     def at_once(self, kv_tokens: int) -> int:
-        """Samples that an engine draws at a time; a group's prompt is kept once."""
-        rollout = self.run.rollout
-        each = rollout.max_new_tokens + math.ceil(
-            rollout.max_prompt_len / rollout.samples_per_prompt
-        )
+        """Samples that an engine draws at a time; a group's prompt is kept once while it begins."""
+        rollout, parts = self.run.rollout, self.parts
+        kept = [
+            part.begun
+            + part.drawn
+            + math.ceil(rollout.max_prompt_len / (1 if part.begun else rollout.samples_per_prompt))
+            for part in parts
+        ]
+        each = math.ceil(sum(kept) / len(kept))
         return max(1, min(self.run.engine.max_num_seqs, kv_tokens // each))
 
     def rollout_s(self, kv_tokens: int) -> float:
-        """Of the engine with the most prompts: as many turns as its samples do not fit at once."""
-        rollout, layout, own = self.run.rollout, self.layout, self.measured.rollout
-        prompts = math.ceil(rollout.prompts_per_step / layout.num_engines)
-        n, at_once = rollout.samples_per_prompt, self.at_once(kv_tokens)
-        turns = math.ceil(prompts * n / at_once)
-        workload = Workload(
-            math.ceil(prompts / turns),
-            n if prompts >= turns else math.ceil(prompts * n / turns),
-            *(rollout.max_prompt_len, rollout.max_new_tokens),
-        )
-        gpu, tensor = layout.cluster.gpu, layout.parallel.tensor
+        """Of the engine with the most prompts, in turns where not all samples fit at once."""
+        return self.stints_s(kv_tokens)[-1]
+
+    def stints_s(self, kv_tokens: int) -> list[float]:
+        """Of every stint of the run's first step; the last is that of every later step, too."""
+        rollout, own, parts = self.run.rollout, self.measured.rollout, self.parts
+        prompts = math.ceil(rollout.prompts_per_step / self.layout.num_engines)
+        samples, at_once = prompts * rollout.samples_per_prompt, self.at_once(kv_tokens)
+        contexts_s, found = 0.0, list[float]()
+        for ages, part in enumerate(parts, 1):
+            workload = part.workload(prompts, rollout)
+            bounds = self._bounds(workload)
+            contexts_s += bounds.prefill_s / own.prefill + bounds.keys_s / own.keys
+            contexts_s += self.sums_s(workload.num_prompts * workload.input_len, 1)
+            turns, decode_s = math.ceil(samples * ages / at_once), 0.0
+            # The newest draw as the oldest do, but for the last part of a sample, which is short.
+            for steps, drawing in ((part.drawn - 1, ages), (parts[0].drawn - part.drawn, ages - 1)):
+                seqs = math.ceil(samples * drawing / turns)
+                bounds = self._bounds(Workload(seqs, 1, 1, steps + 1))
+                each_s = own.step_s + self.sums_s(seqs, 1)
+                decode_s += bounds.weights_s / own.weights + steps * each_s
+            found.append(contexts_s + turns * decode_s)
+        return found
+
+    def _bounds(self, workload: Workload) -> Bounds:
+        gpu, tensor = self.layout.cluster.gpu, self.layout.parallel.tensor
         rates = CardRates(gpu.hbm_bytes_s * tensor, gpu.flops_s * tensor)
-        bounds = roofline_bounds(self.model, workload, rates)
-        steps = workload.output_len - 1
-        sums = self.sums_s(workload.num_prompts * workload.input_len, 1)
-        sums += steps * self.sums_s(workload.num_seqs, 1)
-        return turns * (
-            bounds.prefill_s / own.prefill
-            + bounds.weights_s / own.weights
-            + bounds.keys_s / own.keys
-            + steps * own.step_s
-            + sums
-        )
+        return roofline_bounds(self.model, workload, rates)
 
     def sums_s(self, tokens: float, directions: int) -> float:
         """Of a layer's two sums over tensor ranks, in all layers, of bf16 rows."""
@@ -97,23 +144,48 @@ class StepModel:
     def train_s(self) -> float:
         """Of all optimizer steps, and of a reference's forward where the algorithm asks for it."""
         run, parallel = self.run, self.layout.parallel
-        longest, gpu = run.rollout.longest, self.layout.cluster.gpu
-        samples = math.ceil(run.batch_size / parallel.data)
-        packed = run.trainer.micro_batch_tokens // longest
-        micro_batches = math.ceil(samples / packed)
-        split = parallel.tensor * parallel.context * parallel.pipeline
-        tokens = samples * longest
-        products = 2 * self.model.num_matmul_weights * tokens / split / gpu.flops_s
-        attention = samples * self.model.attention_flops(longest) / split / gpu.flops_s
-        products /= self.measured.training.products
-        attention /= self.measured.training.attention
+        longest, samples = run.rollout.longest, math.ceil(run.batch_size / parallel.data)
+        tokens, bubble = samples * longest, self._bubble(samples, longest)
         sums = self.sums_s(tokens / parallel.context / parallel.pipeline, 2)
-        compute = self._passes() * (products + attention) + sums + self._context_s(tokens)
-        bubble = (parallel.pipeline - 1) / (micro_batches * parallel.virtual_pipeline)
+        compute = self._passes() * self._forward_s(samples, longest) + sums
+        compute += 2 * self._context_s(tokens)
         reduce_s = self.reduce_s()
         if parallel.overlap_grad_reduce:
-            reduce_s = max(0.0, reduce_s - 2 / 3 * compute / micro_batches)
+            last = compute / self._micro_batches(samples, longest)
+            reduce_s = max(0.0, reduce_s - 2 / 3 * last)
         return run.updates_per_step * (compute * (1 + bubble) + reduce_s)
+
+    def compare_s(self) -> float:
+        """Of one forward pass of all parts but the last, which a step leaves to later ones."""
+        run, parallel = self.run, self.layout.parallel
+        if not run.rollout.check_stale:
+            return 0.0
+        samples, seconds = math.ceil(run.samples_per_step / parallel.data), 0.0
+        for part in self.parts[:-1]:
+            length = run.rollout.max_prompt_len + part.begun + part.drawn
+            tokens = samples * length
+            sums = self.sums_s(tokens / parallel.context / parallel.pipeline, 1)
+            compute = self._forward_s(samples, length) + sums + self._context_s(tokens)
+            seconds += compute * (1 + self._bubble(samples, length))
+        return seconds
+
+    def _forward_s(self, samples: int, length: int) -> float:
+        """Of a data rank's products and attention over samples of equal length."""
+        gpu, parallel = self.layout.cluster.gpu, self.layout.parallel
+        split = parallel.tensor * parallel.context * parallel.pipeline
+        products = 2 * self.model.num_matmul_weights * samples * length / split / gpu.flops_s
+        attention = samples * self.model.attention_flops(length) / split / gpu.flops_s
+        own = self.measured.training
+        return products / own.products + attention / own.attention
+
+    def _micro_batches(self, samples: int, length: int) -> int:
+        return math.ceil(samples / (self.run.trainer.micro_batch_tokens // length))
+
+    def _bubble(self, samples: int, length: int) -> float:
+        """Of the time that stages compute, the share that they wait for each other besides."""
+        parallel = self.layout.parallel
+        turns = self._micro_batches(samples, length) * parallel.virtual_pipeline
+        return (parallel.pipeline - 1) / turns
 
     def _passes(self) -> float:
         """Forward passes that a step is worth: a backward is two."""
@@ -126,13 +198,14 @@ class StepModel:
         return 3.0 + again + refers
 
     def _context_s(self, tokens: float) -> float:
-        """Of keys and values, and their gradients, that context ranks gather in every layer."""
+        """Of keys and values that context ranks gather in every layer; their gradients take as
+        long again."""
         p, layout = self.layout.parallel, self.layout
         if p.context == 1:
             return 0.0
         kv = self.model.kv_layout
         width = 2 * kv.num_heads // p.tensor * kv.head_dim * 2
-        sent = 2 * tokens * width * kv.num_layers / p.pipeline * (p.context - 1) / p.context
+        sent = tokens * width * kv.num_layers / p.pipeline * (p.context - 1) / p.context
         return sent / self._link(layout.spans_nodes(p.tensor, p.context))
 
     def reduce_s(self) -> float:

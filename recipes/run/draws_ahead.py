@@ -9,6 +9,7 @@ RLHF", arXiv 2410.18252.
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ from samebit.trainer.megatron.setup import TIMEOUT
 from samebit.trainer.ranks import begin_of_thread
 from samebit.trainer.stats import Comparison
 from samebit.weight_sync.objects import gather_objects
-from samebit.weight_sync.types import WeightVersion
 
 _TICK_S = 0.1  # between two polls
 
@@ -43,18 +43,6 @@ class DrawnStep:
     """With the trainer's log-probs under the weights that drew; None if it was not made, or is made
     where the step is trained."""
 
-    @property
-    def version(self) -> WeightVersion:
-        """This one version has drawn all of it."""
-        spans = [
-            span
-            for group in self.rollout.drawn.completions
-            for completion in group
-            for span in completion.version_spans
-        ]
-        [version] = {span.version for span in spans}
-        return version
-
 
 class DrawsAhead:
     """Draws the steps whose version is served, in a thread, and keeps them until they are trained.
@@ -75,7 +63,7 @@ class DrawsAhead:
         self._thread = ThreadPoolExecutor(1, "samebit rollout", begin_of_thread(TIMEOUT))
         self._ended = threading.Event()
         self._steps: dict[int, Future[DrawnStep]] = {}
-        self._busy: list[list[float]] = []  # from when to when each draw took
+        self._busy = deque[list[float]]()  # from when to when each draw took, in their order
         for step, drawn in (waiting or {}).items():
             self._steps[step] = Future()
             self._steps[step].set_result(drawn)
@@ -113,9 +101,12 @@ class DrawsAhead:
         }
 
     def busy_s(self, since: float) -> float:
-        """Return how long something was drawn since a time of time.perf_counter."""
+        """Return how long something was drawn since a time of time.perf_counter, which is no
+        earlier than the last that was asked for."""
         now = time.perf_counter()
-        return sum(max(0.0, min(end, now) - max(start, since)) for start, end in self._busy)
+        while self._busy and self._busy[0][1] <= since:
+            self._busy.popleft()
+        return sum(max(0.0, min(end, now) - max(start, since)) for start, end in [*self._busy])
 
     def close(self) -> None:
         """Abandon what is being drawn and end the thread. A second call does nothing."""

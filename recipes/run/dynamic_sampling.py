@@ -15,8 +15,11 @@ from samebit.recipes.data.conversation import num_drawn
 from samebit.recipes.data.rewards import Poll
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.sampling import Rollout, RolloutSource
+from samebit.recipes.run.schedule import GroupDraw, ScheduleRow
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion
+from samebit.trainer.types import Sample
+from samebit.weight_sync.types import WeightVersion
 
 
 class TooFewGroupsError(RuntimeError):
@@ -35,9 +38,35 @@ class StepRollout:
     """What the engine's guesses came to, if it speculates."""
 
     @property
+    def rounds(self) -> int:
+        """The step has drawn so many times."""
+        return self.refills + 1
+
+    @property
+    def draws(self) -> Sequence[GroupDraw]:
+        """The step has drawn these samples, whole, in the training order."""
+        return [GroupDraw.of_whole(group) for group in self.drawn.completions]
+
+    @property
+    def version(self) -> WeightVersion:
+        """This one version has drawn all of them."""
+        spans = [s for group in self.drawn.completions for c in group for s in c.version_spans]
+        [version] = {span.version for span in spans}
+        return version
+
+    @property
     def trained(self) -> Rollout:
         """These groups are trained on."""
         return self.drawn.select(self.kept)
+
+    def drawn_samples(self) -> list[tuple[Sample, int]]:
+        """Return what the step has drawn and does not drop: samples, as far as they are drawn, and
+        from which token on the step has drawn them."""
+        return [(sample, 0) for group in self.trained.samples() for sample in group]
+
+    def left_samples(self) -> list[tuple[Sample, int]]:
+        """Return the same of what is left to later steps alone; whole samples are not."""
+        return []
 
     @property
     def num_prompts(self) -> int:
@@ -48,6 +77,25 @@ class StepRollout:
     def num_tokens(self) -> int:
         """So many tokens were drawn for it."""
         return sum(num_drawn(c) for group in self.drawn.completions for c in group)
+
+    def schedule_row(
+        self, settings: RolloutSection, step: int, begin: int, served: WeightVersion | None
+    ) -> ScheduleRow:
+        """Return what is logged of a step, counted from 1, that has begun at this place of the
+        training order; served: what the engine has got since, to draw by."""
+        ids = [group[0].sample_id for group in self.drawn.completions]
+        differ = with_spread(self.drawn.rewards) if settings.dynamic_sampling else range(len(ids))
+        return ScheduleRow(
+            step=step,
+            begin=begin,
+            drawn_after=settings.drawn_after(step),
+            version=self.version,
+            rounds=self.rounds,
+            drawn=tuple(self.draws),
+            equal=tuple(ids[i] for i in sorted({*range(len(ids))} - {*differ})),
+            trained=tuple(ids[i] for i in self.kept),
+            served=served,
+        )
 
     def dropped(self) -> list[tuple[Completion, float]]:
         """Return the samples that are not trained on, with their rewards, in order."""

@@ -28,8 +28,8 @@ from samebit.weight_sync.folders import LOCK, MARKER, FolderLock, read_marker, w
 CONFIG_FILE = "config.yaml"
 # What a run replaces from its start on: where no run of ours is, these are somebody else's.
 _WRITTEN = (
-    CONFIG_FILE, "metrics.jsonl", "provenance.jsonl", "samples.jsonl", "summary.json",
-    "report.html",
+    CONFIG_FILE, "metrics.jsonl", "provenance.jsonl", "samples.jsonl", "schedule.jsonl",
+    "summary.json", "report.html",
 )  # fmt: skip
 
 InputFiles = Iterable[tuple[str, Path]]

@@ -123,7 +123,7 @@ class GrpoInputs:
         unwritable = Unwritable(self.text)
         try:
             require_engine(run, self.model)
-            most = run.rollout.most_prompts_per_step
+            most = run.rollout.most_prompts_named
             if most > MAX_PROMPTS:
                 raise ValueError(
                     f"rollout.prompts_per_step is {run.rollout.prompts_per_step}, with its refills "

@@ -1,5 +1,5 @@
-"""What a run measured: metrics.jsonl and samples.jsonl in its folder, mirrored to wandb
-and TensorBoard."""
+"""What a run measured: metrics.jsonl and samples.jsonl in its folder, mirrored to wandb and
+TensorBoard; and beside them its schedule, if it has one of its own."""
 
 import hashlib
 import json
@@ -17,6 +17,7 @@ from samebit.weight_sync.disk import make_folder, naming_file, naming_path, writ
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+SCHEDULE_FILE = "schedule.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 SPECULATION = "rollout/spec_"
 """What the keys of speculation begin with."""
@@ -74,13 +75,14 @@ class MetricsLogger:
         run_name: str,
         resolved_config: dict[str, Any],
         resume_step: int | None,
+        has_schedule: bool = False,
     ) -> None:
         make_folder(run_dir)
-        for name in (METRICS_FILE, SAMPLES_FILE):
+        files = [METRICS_FILE, SAMPLES_FILE, *([SCHEDULE_FILE] if has_schedule else [])]
+        for name in files:
             _truncate(run_dir / name, resume_step)
         self._num_samples = config.num_samples
-        self._metrics = (run_dir / METRICS_FILE).open("a", encoding="ascii")
-        self._samples = (run_dir / SAMPLES_FILE).open("a", encoding="ascii")
+        self._files = {name: (run_dir / name).open("a", encoding="ascii") for name in files}
         self._wandb: Any = None
         if config.wandb != "disabled":
             resume = resume_step is not None
@@ -97,9 +99,7 @@ class MetricsLogger:
         if "step" in metrics:
             raise ValueError("the metric key 'step' is taken; rename it")
         row = {"step": step} | {key: _plain(key, value) for key, value in metrics.items()}
-        with naming_file(self._metrics) as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
-            file.flush()
+        self._append(METRICS_FILE, [row])
         if self._wandb is not None:
             # `step` is a column: wandb's own counter refuses to go back, as a resumed run must.
             self._wandb.log(row)
@@ -115,26 +115,34 @@ class MetricsLogger:
 
         Raises ValueError for a row with a key `step` or `kind`, or with a NaN or infinity in it.
         """
-        with naming_file(self._samples) as file:
-            for row in rows[: self._num_samples]:
-                if taken := sorted({"step", "kind"} & row.keys()):
-                    raise ValueError(f"the sample keys {taken} are taken; rename them")
-                for key, value in row.items():
-                    if isinstance(value, float):
-                        _plain(key, value)
-                row = {"step": step, "kind": kind} | row
+        kept = rows[: self._num_samples]
+        for row in kept:
+            if taken := sorted({"step", "kind"} & row.keys()):
+                raise ValueError(f"the sample keys {taken} are taken; rename them")
+            for key, value in row.items():
+                if isinstance(value, float):
+                    _plain(key, value)
+        self._append(SAMPLES_FILE, [{"step": step, "kind": kind} | row for row in kept])
+
+    def log_schedule(self, row: dict[str, Any]) -> None:
+        """Write a step's row of the schedule (recipes/run/schedule.py), if the run has one."""
+        self._append(SCHEDULE_FILE, [row])
+
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        with naming_file(self._files[name]) as file:
+            for row in rows:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
             file.flush()
 
     def sync(self) -> None:
         """Return once the rows are on the disk: a checkpoint must not outlive them."""
-        for each in (self._metrics, self._samples):
+        for each in self._files.values():
             with naming_file(each) as file:
                 os.fsync(file.fileno())
 
     def close(self) -> None:
         """Close the files and finish the mirrors. A second call does nothing."""
-        for each in (self._metrics, self._samples):
+        for each in self._files.values():
             with naming_file(each) as file:
                 file.close()
         if self._wandb is not None:

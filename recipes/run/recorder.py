@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from samebit.recipes.config import GrpoRun
 from samebit.recipes.run.metrics import MetricsLogger
 from samebit.recipes.run.secrets import to_dict
 from samebit.recipes.run.session import RunSession
@@ -58,9 +59,14 @@ class Recorder:
         if self._logger is not None:
             self._logger.log_samples(self.progress.step, kind, rows)
 
-    def end_step(self, metrics: dict[str, Any], shown: str) -> None:
-        """Write the step's row, begin a checkpoint where one is due, and move the bar on."""
+    def end_step(
+        self, metrics: dict[str, Any], shown: str, schedule: dict[str, Any] | None = None
+    ) -> None:
+        """Write the step's row, and that of the schedule if there is one, begin a checkpoint where
+        one is due, and move the bar on."""
         self.log(metrics)
+        if self._logger is not None and schedule is not None:
+            self._logger.log_schedule(schedule)
         if self.session.run.trainer.checkpoint_due(self.progress.step):
             self.save()
         self.show(shown)
@@ -107,7 +113,9 @@ def _logger(
     if not session.is_first:
         return nullcontext()
     run, resume_step = session.run, progress.step if session.resumed is not None else None
-    return MetricsLogger(session.run_dir, run.logger, run.run_name, to_dict(run), resume_step)
+    has_schedule = isinstance(run, GrpoRun) and run.rollout.has_schedule
+    settings = run.logger, run.run_name, to_dict(run)
+    return MetricsLogger(session.run_dir, *settings, resume_step, has_schedule)
 
 
 def _bar(session: RunSession, progress: Progress) -> tqdm:

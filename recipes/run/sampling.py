@@ -26,6 +26,7 @@ from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion, SamplingParams
 from samebit.trainer.ranks import on_first
 from samebit.trainer.types import Sample
+from samebit.weight_sync.types import WeightVersion
 
 _SHOW_S = 0.5
 
@@ -151,6 +152,11 @@ class RolloutSource(PromptOrder):
     def accept_lengths(self) -> AcceptLengths | None:
         """What the engine's guesses have come to so far; None if it does not speculate."""
         return self._engine.accept_lengths
+
+    @property
+    def weight_version(self) -> WeightVersion:
+        """The version that the engine serves."""
+        return self._engine.weight_version
 
     def guesses_since(self, earlier: AcceptLengths | None) -> AcceptLengths | None:
         """What has come to earlier `accept_lengths` since."""

@@ -6,11 +6,11 @@ from typing import Any
 
 from samebit.recipes.config import GrpoRun
 from samebit.recipes.data.rewards import Poll
-from samebit.recipes.run.batches import own_micro_batches
+from samebit.recipes.run.comparing import compare
 from samebit.recipes.run.draws_ahead import DrawnStep, DrawsAhead
 from samebit.recipes.run.dynamic_sampling import StepRollout, draw_step
 from samebit.recipes.run.inputs import GrpoInputs
-from samebit.recipes.run.sampling import Rollout, RolloutSource
+from samebit.recipes.run.sampling import RolloutSource
 from samebit.recipes.run.signals import StopSignals
 from samebit.recipes.run.step_rollouts import StepRollouts
 from samebit.recipes.run.training_metrics import PhaseTimer
@@ -20,7 +20,6 @@ from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.ranks import is_first
 from samebit.trainer.stats import Comparison
 from samebit.trainer.types import StepStats
-from samebit.weight_sync.objects import gather_objects
 
 STATE = "waiting_rollouts"
 
@@ -44,25 +43,29 @@ class StaleRollouts(StepRollouts):
         resumed: Checkpoint | None,
     ) -> None:
         super().__init__(run, source)
-        self._trainer = trainer
-
-        def draw(step: int, begin: int, poll: Poll) -> StepRollout:
-            return draw_step(source, run.rollout, step - 1, begin, (poll, poll))
-
-        saved = {} if resumed is None else next(resumed.load_all())[STATE]
-        waiting = {
-            step: of_state(state, partial(source.training_prompts, step - 1), inputs.text.decode)
-            for step, state in saved.items()
-        }
-        self._draws = DrawsAhead(draw, run.rollout, run.trainer.num_steps, waiting)
+        self._trainer, self._inputs = trainer, inputs
+        waiting = {} if resumed is None else self._restored(resumed)
+        self._draws = DrawsAhead(self._draw, run.rollout, run.trainer.num_steps, waiting)
         self._served = trainer.like() if run.rollout.check_stale else None
         if self._served is not None:
             # What others drew of `waiting` is compared; a policy that waits has drawn the rest.
             self._served.copy_from(trainer.params)
         self._taken: DrawnStep | None = None
+        self._left_compared = Comparison()
+
+    def _draw(self, step: int, begin: int, poll: Poll) -> StepRollout:
+        """Draw a step, in the thread; all are drawn one behind another."""
+        return draw_step(self._source, self._run.rollout, step - 1, begin, (poll, poll))
+
+    def _restored(self, resumed: Checkpoint) -> dict[int, DrawnStep]:
+        """What was drawn of later steps, by step."""
+        saved = next(resumed.load_all())[STATE]
+        prompts_of, decode = self._source.training_prompts, self._inputs.text.decode
+        return {s: of_state(x, partial(prompts_of, s - 1), decode) for s, x in saved.items()}
 
     def begin(self, trained: int, place: int) -> None:
         """See DrawsAhead.begin."""
+        super().begin(trained, place)
         self._draws.begin(trained, place)
 
     def take(
@@ -78,16 +81,23 @@ class StaleRollouts(StepRollouts):
             self._draws.finish(poll)
 
     def compare_taken(self, timer: PhaseTimer) -> Comparison:
-        """Compare what other weights drew than the trainer's, where they are still served."""
-        assert self._taken is not None
+        """Compare what other weights drew than the trainer's, where they are still served; and of
+        what its own drew that which is left to later steps."""
+        taken = self._taken
+        assert taken is not None
+        self._left_compared = Comparison()
         with timer.time("compare"):
-            self._compare({0: self._taken})
-        return self._taken.comparison or Comparison()
+            self._compare({0: taken})
+            if taken.comparison is None and self._served is not None:
+                left, forward = taken.rollout.left_samples(), self._trainer.logprobs
+                self._left_compared = compare(left, forward, self._run, self._trainer)
+        return taken.comparison or self._left_compared
 
     def compared(self, first: StepStats) -> Comparison:
-        """Return the comparison that was made before, or else that of the optimizer step."""
+        """Return the comparison that was made before, or else that of the optimizer step, and of
+        what its weights have left."""
         made = None if self._taken is None else self._taken.comparison
-        return made or super().compared(first)
+        return made or super().compared(first) + self._left_compared
 
     def compare_drawn(self, trained: int, timer: PhaseTimer) -> dict[int, Comparison]:
         """Compare what was drawn by the weights that were served before, and take note of those
@@ -106,21 +116,11 @@ class StaleRollouts(StepRollouts):
             return {}
         found = {}
         for step, drawn in steps.items():
-            if drawn.comparison is None and drawn.version.step != self._trainer.step:
-                found[step] = drawn.comparison = self._comparison(drawn.rollout.trained)
+            if drawn.comparison is None and drawn.rollout.version.step != self._trainer.step:
+                of_step, forward = drawn.rollout.drawn_samples(), self._served.logprobs
+                drawn.comparison = compare(of_step, forward, self._run, self._trainer)
+                found[step] = drawn.comparison
         return found
-
-    def _comparison(self, rollout: Rollout) -> Comparison:
-        assert self._served is not None
-        samples = [sample for group in rollout.samples() for sample in group]
-        settings, temperature = self._run.trainer, self._run.rollout.temperature
-        batches = own_micro_batches(samples, settings, self._trainer, temperature)
-        found = Comparison()
-        for batch, logprobs in zip(batches, self._served.logprobs(batches), strict=True):
-            found += Comparison.of(batch, logprobs)
-        ranks = self._trainer.data_ranks  # each has its own samples
-        parts = [vars(found)] if ranks.size == 1 else gather_objects(vars(found), ranks.group)
-        return sum((Comparison(**part) for part in parts), Comparison())
 
     def metrics(self, step: int, timer: PhaseTimer) -> dict[str, float]:
         """Return what is logged of the step that was trained, whose rollout was taken last.
@@ -131,7 +131,7 @@ class StaleRollouts(StepRollouts):
         waited, drawn_s = timer.seconds["perf/rollout_wait_s"], self._taken.seconds
         return {
             "rollout/staleness": step - 1 - self._run.rollout.drawn_after(step),
-            "rollout/weight_step": self._taken.version.step,
+            "rollout/weight_step": self._taken.rollout.version.step,
             "perf/overlap_s": max(0.0, self._draws.busy_s(timer.start) - waited),
             **({} if drawn_s is None else {"perf/rollout_s": drawn_s}),
         }
@@ -143,6 +143,10 @@ class StaleRollouts(StepRollouts):
         self._compare(waiting)
         if not is_first():
             return {}
+        return self._to_state(trained, waiting)
+
+    def _to_state(self, trained: int, waiting: dict[int, DrawnStep]) -> dict[str, Any]:
+        """What `_restored` gives back."""
         return {STATE: {step: to_state(drawn) for step, drawn in waiting.items()}}
 
     def close(self) -> None:

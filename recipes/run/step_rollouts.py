@@ -11,6 +11,7 @@ from samebit.recipes.run.signals import StopSignals
 from samebit.recipes.run.training_metrics import PhaseTimer
 from samebit.trainer.stats import Comparison
 from samebit.trainer.types import StepStats
+from samebit.weight_sync.types import WeightVersion
 
 
 class StepRollouts:
@@ -24,12 +25,17 @@ class StepRollouts:
 
     def __init__(self, run: GrpoRun, source: RolloutSource) -> None:
         self._run, self._source = run, source
+        self._draws_by: WeightVersion | None = None
+        """What the engine has got, if that is what it is to draw by, and a schedule tells of it."""
 
     def begin(self, trained: int, place: int) -> None:
-        """Take note that the weights after step `trained` are served.
+        """Take note that the weights after step `trained` are served, and nothing is drawn yet.
 
         place: where step `trained` + 1 begins in the training order.
         """
+        settings = self._run.rollout
+        tells = settings.has_schedule and settings.syncs_after(trained)
+        self._draws_by = self._source.weight_version if tells else None
 
     def take(
         self, step: int, begin: int, stop: StopSignals, show: Callable[[str], object]
@@ -59,6 +65,18 @@ class StepRollouts:
     def metrics(self, step: int, timer: PhaseTimer) -> dict[str, float]:
         """Return what is logged of the step that was trained, whose rollout was taken last."""
         return {}
+
+    def schedule_row(self, step: int, place: int, of_step: StepRollout) -> dict[str, Any] | None:
+        """Return what is logged of when a step was drawn behind which `begin` was called; None if
+        the configuration has all steps drawn by the weights that they train.
+
+        place: where the next step begins in the training order.
+        """
+        settings = self._run.rollout
+        if not settings.has_schedule:
+            return None
+        begin = place - of_step.num_prompts
+        return of_step.schedule_row(settings, step, begin, self._draws_by).to_plain()
 
     def state_dict(self, trained: int) -> dict[str, Any]:
         """What a run that goes on behind step `trained` cannot draw again."""

@@ -21,6 +21,11 @@ from samebit.rollout.types import Completion
 from samebit.trainer.stats import Comparison
 from samebit.weight_sync.types import VersionSpan, WeightVersion
 
+PACKED_TOKEN_BYTES = 4 + 4
+"""Of a drawn token in a checkpoint: the token and its log-prob."""
+HOST_TOKEN_BYTES = (28 + 8) + (24 + 8)
+"""Of a drawn token in a process: Python's int and float, and where two tuples refer to them."""
+
 
 def to_state(drawn: DrawnStep) -> dict[str, Any]:
     """Return a step's rollout as tensors and plain values."""

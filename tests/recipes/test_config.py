@@ -346,7 +346,7 @@ def test_help_lists_groups_keys_and_defaults(capsys, command):
     text = capsys.readouterr().out
     assert f"samebit {command}: {COMMANDS[command]}" in text
     assert ("placement: colocated, process" in text) == (command in ("grpo", "plan"))
-    elsewhere = ("diff", "export", "fetch-smollm2", "report", "submit", "watch")
+    elsewhere = ("diff", "export", "fetch-smollm2", "replay", "report", "submit", "watch")
     assert ("output_dir: outputs" in text) == (command not in elsewhere)
     keys = text.split("(??? must be given):")[1]
     assert OmegaConf.create(keys) == compose(command, [])

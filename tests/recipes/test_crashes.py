@@ -16,6 +16,7 @@ from samebit.recipes.run.folder import RunFolder, entries
 from samebit.recipes.run.metrics import (
     METRICS_FILE,
     SAMPLES_FILE,
+    SCHEDULE_FILE,
     LoggerConfig,
     MetricsLogger,
     read_rows,
@@ -74,6 +75,7 @@ def log(logger, disk, *steps):
     for step in steps:
         logger.log(step, {"x": step / 7})
         logger.log_samples(step, "eval", [{"completion": f"{step}"}])
+        logger.log_schedule({"step": step})
     logger.sync()
     disk.report(steps[-1])
 
@@ -83,16 +85,16 @@ def test_metrics_and_samples(disk, crashes):
     killed in turn, and loses none of the rows before it."""
     run, config = disk.folder / "runs" / "run", LoggerConfig(wandb="disabled")
     with disk.recording():
-        with MetricsLogger(run, config, "r", {}, None) as logger:
+        with MetricsLogger(run, config, "r", {}, None, True) as logger:
             log(logger, disk, 0, 1)
             log(logger, disk, 2)
-        with MetricsLogger(run, config, "r", {}, 1) as logger:
+        with MetricsLogger(run, config, "r", {}, 1, True) as logger:
             disk.report("cut")
             log(logger, disk, 2, 3)
     bounds = [(0, 2), (2, 3), (2, 3), (2, 4), (4, 4)]  # after 2 the cut may have begun
     for crash in crashes():
         least, most = bounds[len(crash.reported)]
-        for name in (METRICS_FILE, SAMPLES_FILE):
+        for name in (METRICS_FILE, SAMPLES_FILE, SCHEDULE_FILE):
             rows = read_rows(crash.folder / "runs" / "run" / name)
             assert [row["step"] for row in rows] == list(range(len(rows))), crash.what
             assert least <= len(rows) <= most, crash.what

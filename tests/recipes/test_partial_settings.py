@@ -1,17 +1,20 @@
 """rollout.partial_tokens: how much may be drawn, what becomes of parts, and what is refused."""
 
 import re
+import sys
 from dataclasses import replace
 from itertools import product
 
 import pytest
 from partial_schedule import PROMPTS, schedule
+from run_children import in_one_process
 
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.cli.dry_run import describe_grpo
 from samebit.recipes.config import ConfigError
 from samebit.recipes.rollout_config import RolloutSection
-from samebit.recipes.run.partial_rollouts import joined
+from samebit.recipes.run.stints import joined
+from samebit.recipes.run.waiting_rollouts import HOST_TOKEN_BYTES, PACKED_TOKEN_BYTES, packed
 from samebit.rollout.types import Completion
 from samebit.weight_sync.types import VersionSpan, WeightVersion
 
@@ -45,9 +48,37 @@ def test_how_much_may_be_drawn():
     assert (section.most_stints, section.most_prompts_per_step) == (3, 15)
     assert section.most_prompts(4) == (4 + 2) * 5
     choosy = replace(section, dynamic_sampling=True, max_refills=2)
-    assert (choosy.most_stints, choosy.most_stints_per_step) == (3, 5)
+    assert (choosy.most_stints, choosy.most_rounds_per_step) == (3, 5)
     assert choosy.most_prompts(4) == 4 * choosy.most_prompts_per_step == 4 * 25
     assert RolloutSection(prompts_per_step=5).most_prompts(4) == 20
+    assert (section.most_prompts_left, choosy.most_prompts_left) == (2 * 5, 3 * 5 - 1)
+    assert RolloutSection(prompts_per_step=5).most_prompts_left == 0
+
+
+def test_sample_ids_name_the_prompts_of_a_stint():
+    """However many stints a step may have; a refill of whole samples is of its step."""
+    tiny = RolloutSection(prompts_per_step=500, max_new_tokens=1 << 14, partial_tokens=1)
+    assert (tiny.most_prompts_named, tiny.most_prompts_per_step) == (500, 500 << 14)
+    choosy = replace(tiny, dynamic_sampling=True)
+    assert choosy.most_prompts_named == 500
+    assert replace(choosy, partial_tokens=None).most_prompts_named == 5000
+
+
+def test_what_a_drawn_token_takes():
+    """In a checkpoint, and of a process: what dry runs and plans say of what is left."""
+    tokens, logprobs = tuple(range(1000, 1512)), tuple(-i / 7 for i in range(1, 513))
+    whole = Completion(
+        request_id="",
+        sample_id=3,
+        token_ids=tokens,
+        logprobs=logprobs,
+        finish_reason="length",
+        version_spans=(),
+    )
+    state = packed([whole])
+    assert sum(state[x].nbytes for x in ("token_ids", "logprobs")) == 512 * PACKED_TOKEN_BYTES
+    sizes = sum(map(sys.getsizeof, (*tokens, *logprobs, tokens, logprobs)))
+    assert sizes - 2 * sys.getsizeof(()) == 512 * HOST_TOKEN_BYTES
 
 
 def test_no_prompt_waits_for_long():
@@ -70,10 +101,6 @@ def test_no_prompt_waits_for_long():
             ["rollout.dynamic_sampling=true", "rollout.refill_prompts=4"],
             "rollout.refill_prompts is 4; it must be unset with rollout.partial_tokens",
         ),
-        (
-            ["rollout.max_staleness=1", "placement=process"],
-            "rollout.max_staleness is 1; it must be 0 with rollout.partial_tokens",
-        ),
         (["rollout.generate=a:b"], "rollout.generate is 'a:b'; it must be unset with rollout.par"),
         (
             ["rollout.top_k=5", "rollout.logprobs=truncated"],
@@ -87,19 +114,30 @@ def test_settings_that_cannot_be(words, message):
         resolve("grpo", words)
 
 
-def test_commands_that_train_no_policy_refuse_it():
-    """eagle3's target does not change; of a plan no result says how long its stints take."""
+def test_a_command_that_trains_no_policy_refuses_it():
+    """eagle3's target does not change."""
     meaning = "rollout.partial_tokens is 8; it must be None, its default: nothing reads it where"
-    for command in ("eagle3", "plan"):
-        with pytest.raises(ConfigError, match=meaning):
-            resolve(command, ["model.path=m", "rollout.partial_tokens=8"])
+    with pytest.raises(ConfigError, match=meaning):
+        resolve("eagle3", ["model.path=m", "rollout.partial_tokens=8"])
 
 
-def test_a_dry_run_says_how_much_is_drawn_at_once(runs):
-    """All samples that may be unfinished, and the stints of one."""
+def test_a_dry_run_says_how_much_is_drawn_at_once(runs, monkeypatch):
+    """All samples that may be unfinished, the stints of one, and what may be left; of steps that
+    wait each leaves as much."""
+    in_one_process(monkeypatch.setattr)
     words = ("rollout.partial_tokens=2", "engine.max_num_seqs=1000")
-    figures, plain = (describe_grpo(runs.resolve("run", *x)) for x in (words, words[1:]))
+    more = ("rollout.samples_per_prompt=3000", "placement=process", "rollout.max_staleness=2")
+    described = [words, words[1:], (*words, more[0]), (*words, *more)]
+    figures, plain, many, ahead = (describe_grpo(runs.resolve("run", *x)) for x in described)
     assert figures["stints_of_a_sample"] == 3
-    assert figures["most_samples_at_once"] == 3 * plain["samples_per_step"]
+    samples = plain["samples_per_step"]
+    assert figures["most_samples_at_once"] == 3 * samples
+    assert figures["most_samples_left"] == 2 * samples
     key = "kv_mib_if_all_run_at_once"
     assert figures[key] > plain[key] > 0
+    tokens = 2 * 3 * 3000 * 6
+    for found, steps in ((many, 1), (ahead, 2)):
+        assert found["most_samples_left"] == 2 * 3 * 3000
+        assert found["left_in_checkpoint_mib"] == round(8 * steps * tokens / 2**20, 1) > 0.5
+        assert found["left_on_host_mib"] == round(68 * steps * tokens / 2**20, 1)
+    assert ahead["step_s_is_drawn_after"] == "max(0, s - 3)"

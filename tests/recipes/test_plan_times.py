@@ -2,13 +2,18 @@
 
 import dataclasses
 import json
+import math
+import re
 
 import pytest
 from plans import ELEMENTS, GIB, KV, LAYER, D, V, plan_of, step_of, write_tiny
 
+from samebit.recipes.bench.config import Workload
+from samebit.recipes.bench.roofline import roofline_bounds
+from samebit.recipes.bench.timing import CardRates
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.models.tiny_model import write_config
-from samebit.recipes.plan import make_plan
+from samebit.recipes.plan import PARTIAL, make_plan, summary
 from samebit.recipes.plan_config import CARDS
 from samebit.recipes.planning.layout import Layout
 from samebit.recipes.planning.measured import (
@@ -133,6 +138,86 @@ def test_rollout_by_layout(tiny):
     halves = step_of(tiny, *STEP, "engine.max_num_seqs=128").rollout_s(1 << 20)
     half = step_of(tiny, "rollout.prompts_per_step=16", STEP[1]).rollout_s(1 << 20)
     assert halves == 2 * half
+
+
+def test_samples_that_come_in_one_part_are_whole(tiny):
+    whole, one = (step_of(tiny, *STEP, *x) for x in ([], ["rollout.partial_tokens=256"]))
+    assert one.times(1 << 16, 0.5) == whole.times(1 << 16, 0.5)
+    assert one.times(1 << 16, 0.5).compare_s == 0
+
+
+def test_stints_by_hand(tiny):
+    """256 samples of prompts of 512 tokens, which draw 100, 100 and 56 of their 256 tokens.
+
+    Those that go on compute prompts of their own; all are decoded in the same 99 steps, the oldest
+    in 55 of them.
+    """
+    step = step_of(tiny, *STEP, "rollout.partial_tokens=100", "engine.max_num_seqs=1024")
+    rates = CardRates(4.8e12, 989e12)
+    own, model = step.measured.rollout, step.model
+    shapes = [(32, 8, 512, 100), (256, 1, 612, 100), (256, 1, 712, 56)]
+    bounds = [roofline_bounds(model, Workload(*shape), rates) for shape in shapes]
+    contexts = [x.prefill_s / own.prefill + x.keys_s / own.keys for x in bounds]
+
+    def decode(samples, steps):
+        weights_s = roofline_bounds(model, Workload(samples, 1, 1, steps + 1), rates).weights_s
+        return weights_s / own.weights + steps * own.step_s
+
+    stints = [contexts[0] + decode(256, 99), sum(contexts[:2]) + decode(512, 99)]
+    stints.append(sum(contexts) + decode(768, 55) + decode(512, 44))
+    assert step.stints_s(1 << 30) == pytest.approx(stints, rel=1e-12)
+    times = step.times(1 << 30, 0.0)
+    assert times.rollout_s == step.stints_s(1 << 30)[-1]
+    assert times.first_rollout_s == sum(step.stints_s(1 << 30))
+    # Of half of the samples at a time: 100 tokens and a share of the prompt, 200 or 256 and all.
+    kept = (100 + 64 + 200 + 512 + 256 + 512) / 3
+    assert step.at_once(384 * 548) == 384
+    assert kept == 548
+    halves = sum(contexts) + 2 * (decode(384, 55) + decode(256, 44))
+    assert step.stints_s(384 * 548)[-1] == pytest.approx(halves, rel=1e-12)
+
+
+def test_what_is_left_is_compared(tiny):
+    """A forward pass, a third of training's three, of samples of 612 and 712 tokens of 768."""
+    base, still = step_of(tiny, *STEP), "rollout.check_stale=false"
+    words = [*STEP, "rollout.partial_tokens=100"]
+    step, own = step_of(tiny, *words), base.measured.training
+    attention = sum(base.model.attention_flops(n) for n in (612, 712)) * 256
+    products = 2 * base.model.num_matmul_weights * 256 * (612 + 712)
+    seconds = (products / own.products + attention / own.attention) / 989e12
+    assert step.compare_s() == pytest.approx(seconds, rel=1e-12)
+    assert step_of(tiny, *words, still).compare_s() == 0 == base.compare_s()
+    assert step.train_s() == base.train_s()
+    split = step_of(tiny, *words, "trainer.parallel.data=8")
+    assert split.compare_s() == pytest.approx(seconds / 8, rel=1e-12)
+    stages = ["trainer.parallel.pipeline=2", "placement.transport=stages"]
+    batches = [1 / math.ceil(256 / (8192 // n)) for n in (612, 712)]
+    waits = step_of(tiny, *words, *stages).compare_s() * 2 / seconds - 1
+    assert min(batches) < waits < max(batches)
+
+
+def test_the_plan_says_what_is_left_and_what_is_assumed(tiny):
+    words = [*STEP, "rollout.partial_tokens=100"]
+    found, whole = plan_of(tiny, *words), plan_of(tiny, *STEP)
+    tokens = 256 * (100 + 200)
+    assert found["left"] == {
+        "stints_of_a_sample": 3,
+        "samples": 512,
+        "tokens": tokens,
+        "checkpoint_bytes": 8 * tokens,
+        "host_bytes": 68 * tokens,
+    }
+    assert found["memory"] == whole["memory"]
+    times = found["times"]
+    phases = (times[f"{x}_s"] for x in ("rollout", "compare", "train", "sync"))
+    assert times["step_s"] == pytest.approx(sum(phases), rel=1e-12)
+    said, plain = summary(found), summary(whole)
+    assert "A sample comes in 3 stints at most; a step leaves 512 samples of 76,800 tokens" in said
+    assert PARTIAL in said
+    assert re.search(r"^compare +[0-9.]+ ", said, re.MULTILINE)
+    assert whole["left"] is None
+    assert "stint" not in plain
+    assert "compare" not in plain
 
 
 def test_constants_are_those_of_the_results():

@@ -3,9 +3,11 @@ and step, whoever is slow, and however often the run is killed."""
 
 import re
 import threading
+import time
 from concurrent.futures import wait
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,10 +60,13 @@ def one_process():
 
 
 def left_in(folder):
-    """What must be equal between equal runs, to the byte: rollouts and checkpoints."""
+    """What must be equal between equal runs, to the byte: rollouts, checkpoints, and the schedule
+    where there is one."""
     checkpoints = list_checkpoints(folder / "run" / "checkpoints")
     files = [(c.step, c.manifest["files"], c.manifest["progress"]) for c in checkpoints]
-    return tree(folder / "run" / "rollouts"), files
+    schedule = folder / "run" / "schedule.jsonl"
+    logged = schedule.read_bytes() if schedule.exists() else b""
+    return (tree(folder / "run" / "rollouts"), logged), files
 
 
 def no_thread_is_left():
@@ -123,6 +128,22 @@ def test_what_is_timed(whole):
         phases = ("rollout_wait", "compare", "train", "sync", "eval")
         assert sum(row.get(f"perf/{x}_s", 0.0) for x in phases) <= row["perf/step_s"]
         assert row["perf/overlap_s"] <= row["perf/step_s"]
+
+
+def test_how_long_earlier_draws_took_is_forgotten():
+    """A run of many steps keeps none of it behind the step that asked for it last."""
+
+    def draw(step, begin, poll):
+        return SimpleNamespace(num_prompts=1)
+
+    with closing(DrawsAhead(draw, RolloutSection(max_staleness=9), 10)) as draws:
+        since = time.perf_counter()
+        draws.begin(0, 0)
+        draws.finish()
+        assert 0 < draws.busy_s(since) < time.perf_counter() - since
+        assert len(draws._busy) == 10
+        assert draws.busy_s(time.perf_counter()) == 0
+        assert not draws._busy
 
 
 def slow_engine(monkeypatch):

@@ -67,8 +67,12 @@ def beside(make_runs, run_ranks, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "words",
-    [STALE, pytest.param(("placement=process",), marks=pytest.mark.long)],
-    ids=["ahead", "in turns"],
+    [
+        STALE,
+        pytest.param((*STALE, "rollout.partial_tokens=2"), marks=pytest.mark.long),
+        pytest.param(("placement=process",), marks=pytest.mark.long),
+    ],
+    ids=["ahead", "ahead in parts", "in turns"],
 )
 def test_two_train_beside_an_engine(runs, run_ranks, monkeypatch, words):
     """Tokens, metrics and weights are those of one process that trains, also where later steps are
@@ -120,14 +124,15 @@ def test_engines_apart_change_no_bit(beside, run_ranks, words):
 
 
 @pytest.mark.long
-def test_a_run_with_draws_ahead_goes_on(runs, run_ranks):
+@pytest.mark.parametrize("more", [(), ("rollout.partial_tokens=2",)], ids=["whole", "in parts"])
+def test_a_run_with_draws_ahead_goes_on(runs, run_ranks, more):
     """To the bytes of the whole: what was drawn and not trained on is part of every checkpoint."""
-    words = *STALE, "trainer.parallel.data=2"
-    for name, more in (("whole", ()), ("cut", ()), ("cut", ("resume=true",))):
+    words = *STALE, "trainer.parallel.data=2", *more
+    for name, last in (("whole", ()), ("cut", ()), ("cut", ("resume=true",))):
         target = ("run_children", "run_cli_as_rank")
-        if name == "cut" and not more:
+        if name == "cut" and not last:
             target = ("test_trainers_apart", "run_until_the_third_update")
-        codes, said = run_ranks(runs.arguments(name, *words, *more), target=target)
+        codes, said = run_ranks(runs.arguments(name, *words, *last), target=target)
         assert codes == ([9, 9] if target[1] != "run_cli_as_rank" else [0, 0]), said
     assert result_of(runs, "cut") == result_of(runs, "whole")
 

@@ -1,0 +1,106 @@
+"""samebit replay: a run's schedule against the one that its configuration gives.
+
+Of schedule.jsonl every row: which prompts were begun when, which weights drew which tokens, which
+prompts were trained on, and what the engine got (recipes/run/schedule_replay.py). Where the run has
+kept its rollouts, samples' lengths and versions there have to be those of the schedule.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from yaml import YAMLError
+
+from samebit.recipes.config import ConfigError
+from samebit.recipes.rollout_config import RolloutSection
+from samebit.recipes.run.folder import CONFIG_FILE
+from samebit.recipes.run.metrics import SCHEDULE_FILE, read_rows
+from samebit.recipes.run.rollouts import SavedSample, list_rollouts, load_rollout
+from samebit.recipes.run.schedule import ScheduleRow
+from samebit.recipes.run.schedule_replay import ScheduleError, ScheduleReplay
+from samebit.recipes.tools_config import ReplayRun
+from samebit.weight_sync.types import WeightVersion
+
+
+def open_schedule(path: Path) -> tuple[ScheduleReplay, list[ScheduleRow], int]:
+    """Read a run's folder: what replays its schedule, the rows, and the steps of the whole run.
+
+    Raises ConfigError for what is no such folder, and ValueError for a damaged file.
+    """
+    if not (path / SCHEDULE_FILE).is_file():
+        raise ConfigError(
+            f"{path} holds no {SCHEDULE_FILE}: runs of grpo with rollout.max_staleness or "
+            "rollout.partial_tokens have one"
+        )
+    try:
+        config: Any = OmegaConf.to_container(OmegaConf.load(path / CONFIG_FILE))
+        settings, trainer = RolloutSection(**config["rollout"]), config["trainer"]
+        samples = settings.prompts_per_step * settings.samples_per_prompt
+        num_waits = config.get("critic", {}).get("warmup_steps", 0)
+        replay = ScheduleReplay(settings, trainer["batch_size"] or samples, num_waits)
+        num_steps = trainer["num_steps"]
+    except (YAMLError, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path / CONFIG_FILE} is no configuration of a grpo run") from error
+    rows = [ScheduleRow.of_plain(row) for row in read_rows(path / SCHEDULE_FILE)]
+    return replay, rows, num_steps
+
+
+class SavedRollouts:
+    """Compares the rollouts that a run has kept with its schedule; steps are given in turn."""
+
+    def __init__(self, path: Path) -> None:
+        self._files = list_rollouts(path)
+        self._spans: dict[int, list[tuple[int, WeightVersion]]] = {}
+        """By sample: from which token on which version drew."""
+        self._lens: dict[int, int] = {}
+        self.num_steps = 0
+        """So many have been compared."""
+
+    def check(self, row: ScheduleRow) -> None:
+        """Raises ScheduleError for the first sample that was drawn otherwise than the row says."""
+        for group in row.drawn:
+            for i, (start, end) in enumerate(group.tokens, group.first_id):
+                spans = self._spans.setdefault(i, [])
+                if end > start and (not spans or spans[-1][1] != row.version):
+                    spans.append((start, row.version))
+                self._lens[i] = end
+        if row.step in self._files:
+            self.num_steps += 1
+            for sample in load_rollout(self._files[row.step]):
+                self._check_sample(row.step, sample)
+
+    def _check_sample(self, step: int, sample: SavedSample) -> None:
+        known = self._lens.get(sample.sample_id), self._spans.get(sample.sample_id)
+        spans = [(span.start, span.version) for span in sample.version_spans]
+        if (len(sample.token_ids), spans) != known:
+            raise ScheduleError(
+                f"step {step}: sample {sample.sample_id:#x} of the saved rollout has "
+                f"{len(sample.token_ids)} tokens, drawn by {_told(spans)}; the schedule says "
+                f"{known[0]}, {_told(known[1] or [])}"
+            )
+
+
+def _told(spans: list[tuple[int, WeightVersion]]) -> str:
+    return ", ".join(f"{version.step} ({version.digest}) from {at}" for at, version in spans)
+
+
+def main(run: ReplayRun) -> int:
+    """Run the command `samebit replay`; 1 where the schedule differs, 2 for what has none."""
+    path = Path(run.run)
+    try:
+        replay, rows, num_steps = open_schedule(path)
+        rollouts = SavedRollouts(path)
+        try:
+            for row in rows:
+                replay.check(row)
+                rollouts.check(row)
+            if (path / "summary.json").exists() and len(rows) != num_steps:
+                raise ScheduleError(f"it ends after step {len(rows)} of {num_steps}")
+        except ScheduleError as error:
+            print(f"first difference: {error}")
+            return 1
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    kept = f"; rollouts of {rollouts.num_steps} steps are as it says" if rollouts.num_steps else ""
+    print(f"the schedule of {len(rows)} steps is what the configuration gives{kept}")
+    return 0

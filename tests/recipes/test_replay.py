@@ -1,0 +1,196 @@
+"""schedule.jsonl and samebit replay: what was drawn when, by which weights, and trained on when."""
+
+import json
+import shutil
+
+import pytest
+from run_children import in_one_process
+from test_partial_rollouts import DYNAMIC, PARTIAL, SOME
+from test_partial_rollouts import WORDS as PARTS
+from test_stale_rollouts import BESIDE, MANY, ONE, RARE, TWO, WAITS
+
+from samebit.recipes import grpo
+from samebit.recipes.cli.main import main
+from samebit.recipes.run.metrics import read_rows
+from samebit.recipes.run.rollouts import list_rollouts, load_rollout
+
+DROPS = (*PARTS, *SOME, *DYNAMIC)
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    """Rewards and engines run in this process."""
+    in_one_process(monkeypatch.setattr)
+    monkeypatch.setattr(grpo, "write_report", lambda *_, **__: None)
+
+
+def replayed(folder, capsys):
+    """The exit code, and what it says."""
+    code = main(["replay", str(folder)])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ONE,
+        PARTIAL,
+        *(pytest.param(x, marks=pytest.mark.long) for x in (RARE, DROPS, TWO, MANY, WAITS)),
+        pytest.param((*PARTIAL, *BESIDE[0]), marks=pytest.mark.long),
+    ],
+    ids=["one", "partial", "rare", "dropped", "two", "turns", "critic", "partial and critic"],
+)
+def test_a_run_is_what_its_configuration_gives(whole, capsys, words):
+    """And what it has saved of its rollouts is what the schedule says."""
+    folder, _ = whole(words)
+    said = "the schedule of 4 steps is what the configuration gives; rollouts of 4 steps are as"
+    code, text = replayed(folder / "run", capsys)
+    assert (code, text[: len(said)]) == (0, said)
+
+
+def test_what_a_row_says(whole):
+    """The row of every step, from what else the run has left."""
+    folder, (_, metrics) = whole(PARTIAL)
+    rows = read_rows(folder / "run" / "schedule.jsonl")
+    files, begin = list_rollouts(folder / "run"), 0
+    for row, figures in zip(rows, metrics[1:], strict=True):
+        samples = load_rollout(files[row["step"]])
+        assert row["trained"] == [x.sample_id for x in samples[::2]]
+        assert (row["rounds"], row["begin"]) == (figures["rollout/stints"], begin)
+        begin += figures["rollout/prompts_drawn"]
+        pending = sum(len(group["pending"]) for group in row["drawn"])
+        assert pending == figures["rollout/pending_samples"]
+        newest = max(span.version for x in samples for span in x.version_spans)
+        assert row["version"] == [newest.step, newest.digest]
+        assert row["drawn_after"] == row["step"] - 1
+        assert row["equal"] == []
+    assert [row["served"] for row in rows[:-1]] == [row["version"] for row in rows[1:]]
+
+
+def lie(folder, where, step, change):
+    """A copy of a run whose row of a step is changed."""
+    shutil.copytree(folder / "run", where)
+    file = where / "schedule.jsonl"
+    rows = read_rows(file)
+    change(rows[step - 1])
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return where
+
+
+def of_pending(row):
+    """A group with an unfinished sample, and that one's number."""
+    return next((g, g["pending"][0]) for g in row["drawn"] if g["pending"])
+
+
+def longer(row):
+    row["drawn"][-1]["tokens"][0][1] += 1
+
+
+def shorter(row):
+    group, i = of_pending(row)
+    group["tokens"][i][1] -= 1
+
+
+def finished(row):
+    group, i = of_pending(row)
+    group["pending"].remove(i)
+
+
+def another(row):
+    row["trained"][-1] = row["drawn"][-1]["id"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda row: row.update(step=4), "step 3: step is 4; the configuration gives 3"),
+        (lambda row: row.update(begin=3), "step 3: begin is 3; the configuration gives "),
+        (lambda row: row.update(drawn_after=0), "step 3: drawn_after is 0; the configuration giv"),
+        (lambda row: row.update(version=[2, "0" * 16]), "step 3: version is "),
+        (lambda row: row.update(rounds=9), "step 3: rounds is 9; the configuration gives "),
+        (lambda row: row["drawn"].reverse(), "step 3: drawn is ["),
+        (lambda row: row["drawn"].pop(0), "step 3: nothing is drawn of "),
+        (lambda row: row.update(equal=row["trained"]), "step 3: "),
+        (another, "step 3: trained is ["),
+        (lambda row: row.update(served=None), "step 3: served is False; the configuration gives"),
+        (lambda row: row["served"].__setitem__(0, 9), "step 3: served's optimizer step is 9; the "),
+        (lambda row: row["drawn"][0]["tokens"][0].__setitem__(0, 1), "step 3: tokens of "),
+        (lambda row: row["drawn"][-1]["tokens"][0].__setitem__(0, 1), "step 3: tokens of "),
+        (lambda row: row["drawn"].append(row["drawn"][0]), "step 3: drawn is ["),
+        (longer, "step 3: tokens of "),
+        (shorter, "step 3: sample "),
+        (finished, "step 4: "),  # that goes on although it has ended
+    ],
+)
+def test_the_first_difference_is_named(whole, tmp_path, capsys, change, said):
+    """Whatever the row of step 3 says that was otherwise."""
+    code, text = replayed(lie(whole(PARTIAL)[0], tmp_path / "run", 3, change), capsys)
+    assert (code, text[: 18 + len(said)]) == (1, f"first difference: {said}")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda row: row.update(drawn_after=2), "step 3: drawn_after is 2; the configuration give"),
+        (
+            lambda row: row["drawn"][0].update(pending=[1]),
+            "step 3: pending of 0x200000000 is [1]; ",
+        ),
+        (
+            lambda row: row["drawn"].pop(),
+            "step 3: nothing is drawn of 0x200002000, which is not fi",
+        ),
+        (lambda row: row.update(trained=row["trained"][1:]), "step 3: trained is ["),
+    ],
+)
+def test_of_what_is_drawn_ahead_too(whole, tmp_path, capsys, change, said):
+    code, text = replayed(lie(whole(ONE)[0], tmp_path / "run", 3, change), capsys)
+    assert (code, text[: 18 + len(said)]) == (1, f"first difference: {said}")
+
+
+def test_rollouts_that_are_others(whole, tmp_path, capsys):
+    """A shorter sample would be as good a schedule, but it is not what was drawn."""
+
+    def change(row):
+        ends = (t for g in row["drawn"] if g["id"] in row["trained"] for t in g["tokens"])
+        next(t for t in ends if t[1] - t[0] > 1)[1] -= 1
+
+    code, text = replayed(lie(whole(ONE)[0], tmp_path / "run", 4, change), capsys)
+    assert code == 1
+    assert text.startswith("first difference: step 4: sample 0x3000")
+    assert " of the saved rollout has " in text
+
+
+def test_a_log_that_ends_too_soon_and_none_at_all(whole, tmp_path, capsys):
+    folder = lie(whole(ONE)[0], tmp_path / "run", 1, lambda row: None)
+    rows = (folder / "schedule.jsonl").read_text().splitlines(keepends=True)
+    (folder / "schedule.jsonl").write_text("".join(rows[:3]))
+    assert replayed(folder, capsys) == (1, "first difference: it ends after step 3 of 4\n")
+    (folder / "summary.json").unlink()  # it goes on
+    assert replayed(folder, capsys)[0] == 0
+    (folder / "schedule.jsonl").write_text('{"step": 1}\n')
+    code, text = replayed(folder, capsys)
+    assert (code, "step 1: no row of a schedule" in text) == (2, True)
+    (folder / "schedule.jsonl").unlink()
+    code, text = replayed(folder, capsys)
+    assert code == 2
+    assert "holds no schedule.jsonl: runs of grpo with rollout.max_staleness or rollout.p" in text
+
+
+def test_a_run_without_older_samples_has_none(whole):
+    """What draws a step is what it trains."""
+    assert not (whole(PARTS)[0] / "run" / "schedule.jsonl").exists()
+
+
+def test_diff_compares_schedules(whole, tmp_path, capsys):
+    """A digest of weights that differs is found where nothing else tells of them."""
+    folder = whole(ONE)[0] / "run"
+    other = lie(folder.parent, tmp_path / "run", 1, lambda row: row.update(served=[1, "0" * 16]))
+    assert main(["diff", str(folder), str(other)]) == 1
+    found = capsys.readouterr().out
+    assert "first difference: step 1, schedule, served: [1, '" in found
+    assert "[1, '0000000000000000'] in B" in found
+    (other / "schedule.jsonl").unlink()
+    assert main(["diff", str(folder), str(other)]) == 0
+    assert "not compared: schedules that only A has, of steps 1, 2, 3, 4" in capsys.readouterr().out
