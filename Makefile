@@ -58,9 +58,10 @@ test-algorithms: $(STAMP) ## does every preset of configs/algorithm, and dpo, le
 test-mutants: $(STAMP) ## are small lies in the code noticed by `make test`? An hour or two
 	$(PY) tests/mutants/run.py all --keep outputs/mutants $(ARGS)
 
+# A kernel that hangs leaves the main thread where no signal reaches it.
 test-gpu: $(STAMP) ## everything that needs a CUDA device
 	$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device")'
-	$(PY) -m pytest -m gpu $(ARGS)
+	$(PY) -m pytest -m gpu --timeout-method thread $(ARGS)
 
 # Without torch's memory cache every tensor is an allocation of its own, with bounds to violate. Passes
 # run SANITIZER_JOBS at a time and share the GPU. racecheck takes the handshake of Triton's

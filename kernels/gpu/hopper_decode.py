@@ -31,7 +31,7 @@ from samebit.kernels.gpu.hopper_tiles import (
 _STAGES = 3
 _OUTSIDE = gl.constexpr(1 << 30)  # a row that no cache has
 _TAIL_ROWS = 16  # keys that one copy brings where a context ends
-_LEAST_ROWS, _MOST_ROWS = 16, 64  # of queries, of an entry and a KV head
+_LEAST_ROWS, _MOST_ROWS = 16, 32  # of queries, of an entry and a KV head
 _MOST_SPLITS = 2  # of an entry, which one program computes all
 _LEAST_ITEMS = 2  # of a program
 ENABLED = False

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from samebit.kernels.attention import CanonicalAttention
+from samebit.kernels.attention_inputs import attention_inputs
 from samebit.kernels.attention_kind import Heads
 from samebit.kernels.gpu import attention as gpu
 from samebit.kernels.gpu import decode_attention, hopper_decode
+from samebit.kernels.rope import rope_table
 
 pytestmark = pytest.mark.gpu
 
@@ -115,3 +117,27 @@ def test_decode(heads, page_size, most, monkeypatch):
     monkeypatch.setattr(decode_attention, "fits", lambda *_: False)
     assert not found.isnan().any()
     assert torch.equal(found, kind.attend(q, *caches, plan))
+
+
+@needs_hopper
+def test_decode_waits_for_the_newest_keys(monkeypatch):
+    """They are written by the kernel before, which lets it begin early; again and again."""
+    heads, device = HEADS["8 of 4x128"], torch.device("cuda")
+    kind, lens, page_size = CanonicalAttention(heads, device), [*range(1, 300, 4)], 64
+    table, caches = scattered(lens, page_size, heads)
+    last = torch.tensor(lens) - 1
+    pages = table[torch.arange(len(lens)), last // page_size]
+    slots, positions = (pages * page_size + last % page_size).to(device), last.to(device)
+    rotations = rope_table(128, 10000.0, 512, device=device)
+    plan = kind.plan_step([1] * len(lens), lens, table, page_size)
+    monkeypatch.setattr(hopper_decode, "ENABLED", True)
+    monkeypatch.setattr(hopper_decode, "_LEAST_ITEMS", 0)
+    inputs = [torch.randn(len(lens), 48 * 128, device=device).bfloat16() for _ in range(5)]
+    pairs = []
+    for i in range(100):
+        q = attention_inputs(inputs[i % 5], None, 1e-6, rotations, positions, slots, *caches)
+        found = kind.attend(q, *caches, plan)
+        with monkeypatch.context() as patch:
+            patch.setattr(decode_attention, "fits", lambda *_: False)
+            pairs.append((found, kind.attend(q, *caches, plan)))
+    assert all(torch.equal(found, truth) for found, truth in pairs)
