@@ -7,7 +7,7 @@ import pytest
 from programs import layouts
 
 from samebit.recipes.cli.compose import resolve
-from samebit.recipes.launch.processes import num_processes
+from samebit.recipes.launch.launched import num_processes
 from samebit.recipes.run.rollouts import list_rollouts
 from samebit.rollout.models.registry import load_model_config
 
