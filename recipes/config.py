@@ -237,6 +237,11 @@ class GrpoRun(RunSection):
         return self.trainer.parallel.num_processes
 
     @property
+    def launcher(self) -> str:
+        """Who starts the run's processes."""
+        return self.placement.launcher
+
+    @property
     def samples_per_step(self) -> int:
         """A rollout step draws so many samples."""
         return self.rollout.prompts_per_step * self.rollout.samples_per_prompt

@@ -24,6 +24,11 @@ class DemoRun(RunSection):
         """The run needs so many processes, and both phases run in the same ones."""
         return self.grpo.num_processes
 
+    @property
+    def launcher(self) -> str:
+        """Who starts them."""
+        return self.grpo.launcher
+
     def validate(self) -> None:
         """Check both phases; what they share is given once, at the top."""
         require(self.model in DEMO_MODELS, "model", self.model, f"one of {DEMO_MODELS}")

@@ -54,7 +54,7 @@ from samebit.trainer.types import Sample, StepStats
 from samebit.weight_sync.types import WeightSyncError
 
 if TYPE_CHECKING:
-    from samebit.recipes.launch.ray_cluster import RayCluster
+    from samebit.recipes.launch.ray_engines import RayEngines
 
 
 def train(run: GrpoRun, started: Callable[[], object] = lambda: None) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class GrpoRecipe:
         run: GrpoRun,
         session: RunSession,
         inputs: GrpoInputs | None = None,
-        cluster: "RayCluster | None" = None,
+        cluster: "RayEngines | None" = None,
     ) -> None:
         self.run = run
         self._inputs = inputs or GrpoInputs(run)

@@ -29,8 +29,8 @@ class PlacementSection:
     max_restarts: int = 3
     """With several: how many may die in a run, and are replaced."""
     launcher: str = "local"
-    """Who starts the engines of placement.engine=process: local, the trainer's process; ray, which
-    has a place for each on a cluster."""
+    """Who starts the run's processes, the trainer's and those of engines apart: local, samebit on
+    this machine; ray, which has a place for each on a cluster."""
     ray_address: str | None = None
     """With launcher=ray: host:port of a cluster that this machine is a node of, or auto; unset: one
     on this machine, for this run."""
@@ -76,11 +76,9 @@ class PlacementSection:
 
     def _check_launcher(self) -> None:
         require(self.launcher in LAUNCHERS, "placement.launcher", self.launcher, f"{LAUNCHERS}")
-        fits = self.launcher == "local" or self.engine == "process"
-        meaning = f"local with placement '{self.engine}': give placement=process"
-        require(fits, "placement.launcher", self.launcher, meaning)
         able = tuple(name for name, entry in TRANSPORTS.items() if entry.replicas)
-        fits = self.launcher == "local" or self.transport in able or ":" in self.transport
+        together = self.launcher == "local" or self.engine == "colocated"
+        fits = together or self.transport in able or ":" in self.transport
         meaning = f"local with placement.transport '{self.transport}', or the transport one of "
         require(fits, "placement.launcher", self.launcher, f"{meaning}{able}")
         address = self.ray_address

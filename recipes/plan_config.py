@@ -92,6 +92,11 @@ class PlanRun(GrpoRun):
         """The plan is made by one process; the run's are trainer.parallel's."""
         return 1
 
+    @property
+    def launcher(self) -> str:
+        """The plan is made here; the run's processes are placement.launcher's."""
+        return "local"
+
     def validate(self) -> None:
         """Check across sections; raises ValueError, which names the keys."""
         super().validate()

@@ -14,7 +14,7 @@ from typing import Any
 from samebit.recipes.cli.commands import COMMANDS, split, with_keys
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.config import ConfigError
-from samebit.recipes.launch.processes import num_processes
+from samebit.recipes.launch.launched import launcher_of, num_processes
 from samebit.recipes.launch.ray_package import require_ray
 from samebit.recipes.plan_config import PlanRun
 from samebit.recipes.run.secrets import to_yaml, without_secrets
@@ -55,12 +55,19 @@ def _require_fit_for_job(inner: Any, num_gpus: float) -> None:
             f"output_dir is {folder!r}; it must be absolute in a job, whose working folder is "
             "Ray's and goes with it"
         )
-    placement = getattr(inner, "placement", None)
-    if placement is not None and placement.launcher == "ray" and placement.ray_address is None:
-        raise ConfigError(
-            "placement.ray_address is unset, which starts another cluster; it must be auto in a "
-            "job with placement.launcher=ray, or the cluster's host:port"
-        )
+    if launcher_of(inner) == "ray":
+        placement = getattr(inner, "grpo", inner).placement
+        if placement.ray_address is None:
+            raise ConfigError(
+                "placement.ray_address is unset, which starts another cluster; it must be auto in "
+                "a job with placement.launcher=ray, or the cluster's host:port"
+            )
+        if num_gpus:
+            raise ConfigError(
+                f"entrypoint_num_gpus is {num_gpus:g}; it must be 0 with placement.launcher=ray: "
+                "the command has Ray start trainer and engines, and needs none itself"
+            )
+        return
     count = num_processes(inner)
     if 0 < num_gpus < count:
         raise ConfigError(

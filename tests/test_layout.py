@@ -32,7 +32,10 @@ MAY_IMPORT = {
 # Where a third-party package may be imported: folders end in "/". Tests may import anything.
 ONLY_IN = {
     "megatron": ("trainer/megatron/",),
-    "ray": ("recipes/launch/ray_cluster.py", "recipes/launch/ray_jobs.py"),
+    "ray": tuple(
+        f"recipes/launch/ray_{name}.py"
+        for name in ("cluster", "connections", "engines", "jobs", "rank", "ranks")
+    ),
     "transformers": ("rollout/models/config.py", "recipes/"),
 }
 

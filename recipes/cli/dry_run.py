@@ -10,6 +10,8 @@ from typing import Any
 from samebit.recipes.config import DpoRun, GrpoRun, SftRun
 from samebit.recipes.data.records import Split
 from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
+from samebit.recipes.launch.ranks import require_gpus
+from samebit.recipes.launch.ray_package import is_on_gpu
 from samebit.recipes.run.inputs import Eagle3Inputs, GrpoInputs, SftInputs
 from samebit.recipes.run.secrets import to_yaml
 from samebit.recipes.run.session import require_resumable, require_startable
@@ -27,6 +29,7 @@ from samebit.trainer.megatron.stages import make_stage
 from samebit.trainer.megatron.streams import made_by
 from samebit.trainer.ranks import is_first
 from samebit.weight_sync.mapping import hf_shapes
+from samebit.weight_sync.transports.registry import TRANSPORTS
 
 _MIB = 1 << 20
 
@@ -103,6 +106,7 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     return {
         "logprobs": _logprobs(run),
         "device": device,
+        **_ray_places(run),
         **_counts(run, {"train": inputs.train_set, "held_out": inputs.eval_set}),
         "samples_per_step": run.samples_per_step,
         "optimizer_steps_per_step": run.updates_per_step,
@@ -119,6 +123,32 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
             min(at_once, run.engine.max_num_seqs) * longest * kv_bytes / _MIB, 1
         ),
     }
+
+
+def _ray_places(run: GrpoRun) -> dict[str, Any]:
+    """What is asked of Ray, if it is to start the processes, and what the cluster has, which is
+    joined for it. Raises RayError if it cannot be, and ValueError for a transport between GPUs
+    where it has none."""
+    placement = run.placement
+    if placement.launcher == "local":
+        return {}
+    count, resources = run.num_processes, None
+    if placement.engine == "process":
+        count += placement.replicas
+    on_gpu = resolve_device(run.device).type == "cuda"
+    if placement.ray_address is None:
+        require_gpus(run, count)
+    else:
+        from samebit.recipes.launch.ray_cluster import resources_at
+
+        resources = resources_at(placement.ray_address)
+        on_gpu = is_on_gpu(run.device, resources)
+        name = placement.transport
+        if name in TRANSPORTS and TRANSPORTS[name].gpus and not on_gpu:
+            raise ValueError(f"placement.transport is {name!r}; it needs GPUs, which Ray has not")
+    kind, amount = ("GPU", count) if on_gpu else ("CPU", count * run.cpu_threads)
+    has = {} if resources is None else {"ray_has": f"{resources.get(kind, 0):g} {kind}"}
+    return {"ray_processes": count, "ray_needs": f"{amount} {kind}", **has}
 
 
 def _reference(trainer: TrainerConfig, mib: float) -> dict[str, float]:

@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = list(with_keys(command, [a for a in rest if a not in HELP]))
     from samebit.recipes.cli.compose import resolve
     from samebit.recipes.config import ConfigError
-    from samebit.recipes.launch import processes
+    from samebit.recipes.launch import launched
+    from samebit.recipes.launch.processes import launch
     from samebit.recipes.run.needs import require_ready
     from samebit.recipes.run.signals import Stopped
 
@@ -80,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         run = resolve(command, overrides)
         require_ready(run)
-        if processes.needs_launch(run):
-            return processes.launch(own_command(arguments), run)
-        follows = processes.follow_launcher(run)
+        if launched.needs_launch(run):
+            return launch(own_command(arguments), run)
+        follows = launched.follow_launcher(run)
         program = _import_program(command)
         if argv is None:  # what imports made lives on; a full collection over it takes 0.1 s
             gc.freeze()
@@ -97,11 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"samebit {command}: interrupted", file=sys.stderr)
         code = 130
     except Exception as error:
-        if not _was_told(command, error, run, follows or processes.is_one_of_several()):
+        if not _was_told(command, error, run, follows or launched.is_one_of_several()):
             raise
-        code = processes.CRASHED if follows and may_pass(error) else 1
-    if processes.is_one_of_several():
-        processes.leave(code)
+        code = launched.CRASHED if follows and may_pass(error) else 1
+    if launched.is_one_of_several():
+        launched.leave(code)
     return code
 
 

@@ -24,7 +24,7 @@ from samebit.recipes.data.tasks.base import (
 )
 from samebit.recipes.data.tasks.chat import check_problem
 from samebit.recipes.data.text import TextCodec
-from samebit.recipes.launch.processes import launched_rank
+from samebit.recipes.launch.launched import launched_rank
 from samebit.rollout.values import shown
 
 logger = logging.getLogger(__name__)

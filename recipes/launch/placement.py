@@ -12,10 +12,9 @@ from samebit.kernels.named import import_named
 from samebit.kernels.reduce import RankGroup
 from samebit.kernels.registry import attention_kind
 from samebit.recipes.config import GrpoRun, SftRun
+from samebit.recipes.launch.launched import is_on_ray, launched_rank, processes_here
 from samebit.recipes.launch.led_engine import LedEngine, told
 from samebit.recipes.launch.online_draft import OnlineDraft
-from samebit.recipes.launch.processes import launched_rank, processes_here
-from samebit.recipes.launch.ray_package import require_ray
 from samebit.recipes.launch.replicas import ReplicatedEngine
 from samebit.recipes.launch.updates import engine_device, why_not_here
 from samebit.recipes.run.phase_ledger import TRAINER_TURN
@@ -35,7 +34,7 @@ from samebit.weight_sync.transports.base import Lease, WeightSync
 from samebit.weight_sync.transports.registry import TRANSPORTS
 
 if TYPE_CHECKING:
-    from samebit.recipes.launch.ray_cluster import RayCluster
+    from samebit.recipes.launch.ray_engines import RayEngines
 
 logger = logging.getLogger(__name__)
 
@@ -100,18 +99,26 @@ def releases_memory(run: GrpoRun, device: torch.device) -> bool:
 
 
 def require_transport(run: GrpoRun) -> None:
-    """Raise ValueError for a transport that cannot be had, or not on this machine's devices, and
-    ImportError for a launcher that is not installed."""
-    if run.placement.launcher == "ray":
-        require_ray("placement.launcher=ray")
+    """Raise ValueError for a transport that cannot be had, or not on this machine's devices."""
     name, device = run.placement.transport, resolve_device(run.device)
     load_transport(name)
     between_gpus = name in TRANSPORTS and TRANSPORTS[name].gpus > 0
-    elsewhere = run.placement.ray_address is not None and device.type == "cuda"
+    by_ray = run.placement.ray_address is not None or is_on_ray()
+    elsewhere = by_ray and (device.type == "cuda" or run.dry_run)
     if between_gpus and not elsewhere and launched_rank() == 0:  # beside which engines start
         counts = run.placement.replicas, processes_here(run)
         if reason := why_not_here(name, device, *counts):
             raise ValueError(f"placement.transport: {reason}")
+
+
+def require_launcher(run: GrpoRun) -> None:
+    """Raise ValueError for a launcher that has not started this process and has nothing to."""
+    is_idle = run.placement.engine == "colocated" and not (run.dry_run or is_on_ray())
+    if run.placement.launcher == "ray" and is_idle:
+        raise ValueError(
+            "placement.launcher is 'ray'; it must be local where the trainer is another launcher's "
+            "(RANK is set) or its caller's own process, and no engine is to be apart"
+        )
 
 
 def require_release(run: GrpoRun) -> None:
@@ -132,15 +139,16 @@ def load_transport(name: str) -> type[WeightSync]:
     return found
 
 
-def open_launcher(run: GrpoRun) -> "AbstractContextManager[RayCluster | None]":
+def open_launcher(run: GrpoRun) -> "AbstractContextManager[RayEngines | None]":
     """What starts the engines of a run, where it is not this process: within it they live. The
     first of several processes has it."""
-    if run.placement.launcher == "local" or launched_rank() > 0:
+    placement = run.placement
+    if placement.launcher == "local" or placement.engine == "colocated" or launched_rank() > 0:
         return nullcontext()
     own_secret()  # taken out of the environment, which Ray's processes inherit
-    from samebit.recipes.launch.ray_cluster import open_cluster
+    from samebit.recipes.launch.ray_engines import open_engines
 
-    return open_cluster(run)
+    return open_engines(run)
 
 
 def start_engine(
@@ -149,7 +157,7 @@ def start_engine(
     trainer: MegatronTrainer,
     releases: bool,
     draft: OnlineDraft | None = None,
-    cluster: "RayCluster | None" = None,
+    cluster: "RayEngines | None" = None,
 ) -> tuple[EngineClient, WeightSync]:
     """Start the engine and what keeps it on the trainer's weights; no folder's are loaded.
 
@@ -201,7 +209,7 @@ def _start_apart(
     config: EngineConfig,
     device: torch.device,
     ranks: RankGroup,
-    cluster: "RayCluster | None",
+    cluster: "RayEngines | None",
 ) -> RemoteEngine | EnginePool:
     """The engine in a process of its own, or its replicas in one each."""
     placement = run.placement

@@ -1,195 +1,203 @@
-"""placement.launcher=ray: engines as actors of a Ray cluster, on whatever nodes Ray has for them.
+"""placement.launcher=ray: a Ray cluster's nodes as places for the processes of a run.
 
-Ray places and starts the processes, says when one has died, and ends them. What trainer and engines
-say to each other goes over connections of their own, as between local processes, and weights over
-weight groups. Imported only where a run asks for Ray.
+Ray places and starts actors, says when one has died, and ends them. What the processes say to each
+other goes over connections of their own. Imported only where a run asks for Ray.
 """
 
+import json
 import logging
 import os
 import secrets
-import socket
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from functools import partial
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from typing import Any
 
-import psutil
 import ray
 import torch
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from samebit.recipes.config import GrpoRun
-from samebit.recipes.launch.processes import processes_here
-from samebit.recipes.launch.ray_package import RayError, in_our_words
+from samebit.recipes.demo_config import DemoRun
+from samebit.recipes.launch.launched import RAY_PLACES, num_processes, processes_here
+from samebit.recipes.launch.ranks import require_gpus
+from samebit.recipes.launch.ray_connections import LOOK_S, PLACE_S, accept, interface_of
+from samebit.recipes.launch.ray_package import RayError, in_our_words, is_on_gpu, require_reachable
 from samebit.recipes.run.signals import handlers_given_back
 from samebit.rollout.device import resolve_device
-from samebit.rollout.engine_process import serve
-from samebit.rollout.remote import Launched, Launcher
 from samebit.weight_sync.meeting import LOOPBACK, listener_at
 
 logger = logging.getLogger(__name__)
 
-_REACH_S = 10.0
-_PLACE_S = 300.0
-"""How long nodes, or an actor on them, may take to be there."""
-_LOOK_S = 0.5
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _STORE_BYTES = 100 << 20  # nothing large goes by Ray's object store
+_NAMESPACE = "samebit"
 _KEPT = ("PYTHONPATH", "PYTHONSAFEPATH", "OMP_NUM_THREADS", "CC", "CUDA_HOME", "XDG_CACHE_HOME")
 _KEPT_BEGINNINGS = ("TRITON_", "TORCH_", "NCCL_", "GLOO_", "HF_")
-_SETTINGS = b"\4"  # the type of the first frame of HTTP/2, from either end
-_HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _SETTINGS + bytes(5)
-_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-
-
-class _Replica:
-    """The actor: an engine's process on one of Ray's nodes."""
-
-    def place(self) -> tuple[str, str, int]:
-        """Its node, that node's address, and its process."""
-        node = ray.get_runtime_context().get_node_id()
-        return node, ray.util.get_node_ip_address(), os.getpid()
-
-    def serve(
-        self, place: tuple[str, int], key: bytes, model_path: str, threads: int, settings: dict
-    ) -> None:
-        """Serve an engine to whoever listens there and knows the key."""
-        connection = Client(place, authkey=key)
-        _send_at_once(connection)
-        serve(connection, model_path, threads, settings)
-
-
-class ActorProcess:
-    """An EngineProcess: one that Ray has started. Its exit code is Ray's alone."""
-
-    exitcode = None
-
-    def __init__(self, actor: Any, pid: int, served: Any, connection: Connection) -> None:
-        self.pid = pid
-        self._actor, self._served, self._connection = actor, served, connection
-        self._is_killed = False
-
-    def is_alive(self) -> bool:
-        """Whether it serves."""
-        return not self._is_killed and ray.is_initialized() and not _has_ended(self._served, 0)
-
-    def kill(self) -> None:
-        """See EngineProcess.kill. One that stands still takes Ray some seconds."""
-        self._is_killed = True
-        _kill(self._actor)
-        with suppress(OSError), _socket_of(self._connection) as end:  # it may be closed
-            end.shutdown(socket.SHUT_RDWR)
-
-    def join(self, timeout: float | None = None) -> None:
-        """See EngineProcess.join. Its place is free then."""
-        if ray.is_initialized() and _has_ended(self._served, timeout):
-            _kill(self._actor)
 
 
 class RayCluster:
-    """Nodes of Ray, with a place for each replica of a run: a bundle of a placement group."""
+    """Nodes of Ray, with places for a run's processes: bundles of a placement group.
 
-    def __init__(self, run: GrpoRun) -> None:
-        """Connect to the cluster at placement.ray_address, or start one on this machine.
+    One for each tensor parallel group of the trainer's, which shares a node, and behind them one
+    for each engine of a process of its own.
+    """
 
-        Raises RayError if it cannot be had, or has no room.
+    def __init__(self, run: GrpoRun | DemoRun, has_trainers: bool) -> None:
+        """Connect to the cluster where this process has its place, to that at
+        placement.ray_address, or to one that is started on this machine.
+
+        has_trainers: with places for the trainer's processes. Raises RayError if it cannot be had,
+        or has no room, and ValueError for more processes than GPUs.
         """
-        self._environment = environment_of_actors(os.environ)
-        self._on_gpu = resolve_device(run.device).type == "cuda"
-        needs = {"GPU": 1.0} if self._on_gpu else {"CPU": float(run.cpu_threads)}
-        address, replicas = run.placement.ray_address, run.placement.replicas
-        self._name = f"the Ray cluster at {address}" if address else "a Ray cluster on this machine"
-        with in_our_words(f"{self._name} cannot be reached"):
-            if address:
-                _require_reachable(address)
-                options: dict[str, Any] = {"address": address}
-            else:
-                own = _own_cluster(replicas, run.cpu_threads, self._on_gpu)
-                options = {"address": "local"} | own
-            # Ray takes SIGTERM for itself when it begins.
-            hidden = processes_here(run) if self._on_gpu and not address else 0
-            with handlers_given_back(), _hidden_gpus(hidden):
-                os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-                ray.init(logging_level=logging.WARNING, log_to_driver=True, **options)
+        grpo = run.grpo if isinstance(run, DemoRun) else run
+        told = json.loads(os.environ.get(RAY_PLACES, "{}"))
+        address = told.get("address", grpo.placement.ray_address)
+        engines = grpo.placement.replicas if grpo.placement.engine == "process" else 0
+        self._environment = told.get("environment", environment_of_actors(os.environ))
+        self._run = run
+        self.tensor = grpo.trainer.parallel.tensor
+        self.num_groups = num_processes(run) // self.tensor if has_trainers or told else 0
+        self.name = f"the Ray cluster at {address}" if address else "a Ray cluster on this machine"
+        if not address and has_trainers:
+            require_gpus(run, num_processes(run) + engines)
+        # What trainers say comes by connections.
+        self._connect(address, engines, not has_trainers, told.get("runtime_env"))
         try:
-            with in_our_words(f"{self._name} gave no places"):
-                self._node = ray.get_runtime_context().get_node_id()
-                self._address = ray.util.get_node_ip_address()
-                if address:
-                    _use_interface_of(self._address)
-                self._group = self._place([needs] * replicas)
-            self._needs = needs
+            with in_our_words(f"{self.name} gave no places"):
+                self.node = ray.get_runtime_context().get_node_id()
+                self.address = ray.util.get_node_ip_address()
+                self.on_gpu = self._is_on_gpu(elsewhere=has_trainers and bool(address))
+                if address and not self.num_groups:
+                    _use_interface_of(self.address)
+                if told:
+                    self._group = ray.util.get_placement_group(told["group"])
+                else:
+                    sizes = [self.tensor] * self.num_groups + [1] * engines
+                    self._group = self._place(sizes)
         except BaseException:
             self.close()
             raise
 
-    @property
-    def device(self) -> torch.device:
-        """An engine's, as its actor sees it: Ray shows it one GPU."""
-        return torch.device("cuda", 0) if self._on_gpu else torch.device("cpu")
-
-    def launcher(self, place: int) -> Launcher:
-        """The Launcher of the replica of a place."""
-        return partial(self._launch, place)
-
     def close(self) -> None:
-        """Leave the cluster, and end it if it was started here; the replicas end with that."""
+        """Leave the cluster, and end it if it was started here; its actors end with that."""
         ray.shutdown()
 
-    def _place(self, bundles: list[dict[str, float]]) -> Any:
-        group = placement_group(bundles, strategy="PACK")
-        if not group.wait(_LOOK_S * 10):
-            there = {name: ray.cluster_resources().get(name, 0.0) for name in bundles[0]}
-            said = f"{len(bundles)} replicas need {bundles[0]} each, {self._name} has {there}"
-            logger.warning("%s; waiting for what is busy or on its way", said)
-            if not group.wait(_PLACE_S):
-                raise RayError(f"{said} in all: nothing was free within {_PLACE_S:g} s")
-        return group
+    def as_told(self) -> dict[str, str]:
+        """Return what a process in one of the places is told by its environment."""
+        context = ray.get_runtime_context()
+        of_job = json.loads(context.runtime_env.serialize())
+        told = {"address": context.gcs_address, "group": self._group_name, "runtime_env": of_job}
+        return {RAY_PLACES: json.dumps(told | {"environment": self._environment})}
 
-    def _launch(
-        self, place: int, model_path: str, threads: int, settings: dict[str, Any]
-    ) -> Launched:
-        with in_our_words(f"replica {place} could not be started on {self._name}"):
-            where = PlacementGroupSchedulingStrategy(self._group, place)
-            kind: Any = ray.remote(_Replica)
-            actor = kind.options(
-                num_cpus=self._needs.get("CPU", 0),
-                num_gpus=self._needs.get("GPU", 0),
-                max_restarts=0,
-                scheduling_strategy=where,
-                runtime_env={"env_vars": self._environment},
-            ).remote()
-            try:
-                node, address, pid = ray.get(actor.place.remote(), timeout=_PLACE_S)
-                here = LOOPBACK if node == self._node else self._address
-                key = secrets.token_bytes(32)
-                with listener_at(here) as listener:
-                    at = listener.getsockname()[:2]
-                    served = actor.serve.remote(at, key, model_path, threads, settings)
-                    connection = _accept(listener, key, served)
-            except BaseException:
-                _kill(actor)
-                raise
-            process = ActorProcess(actor, pid, served, connection)
-            return Launched(process, connection, here, "" if node == self._node else address)
+    def nodes(self) -> list[str]:
+        """Return the node of each place, once all places are there.
+
+        Raises RayError for one that has been lost and was not replaced in time.
+        """
+        if not self._group.wait(PLACE_S):
+            raise RayError(f"{self.name} has lost a place, and no other was free in {PLACE_S:g} s")
+        found = ray.util.placement_group_table(self._group)["bundles_to_node_id"]
+        return [found[i] for i in range(len(found))]
+
+    def start_actor(self, kind: type[Any], place: int) -> Any:
+        """Begin to start an actor of a class in a place, of which it has one GPU or its CPUs."""
+        remote: Any = ray.remote(kind)
+        return remote.options(
+            num_cpus=self._needs.get("CPU", 0),
+            num_gpus=self._needs.get("GPU", 0),
+            max_restarts=0,
+            **self._where(place),
+        ).remote()
+
+    def ask[T](self, place: int, function: Callable[..., T], *arguments: Any) -> T:
+        """Return what a function of ours gives on the node of a place."""
+        remote: Any = ray.remote(function)
+        asked = remote.options(num_cpus=0, **self._where(place)).remote(*arguments)
+        return ray.get(asked, timeout=PLACE_S)
+
+    def address_from(self, node: str) -> str:
+        """Return this machine's address as processes on a node reach it."""
+        return LOOPBACK if node == self.node else self.address
+
+    def meet(self, node: str, method: Any, *arguments: Any) -> tuple[Any, Connection]:
+        """Call a method of an actor on a node, with a place and a key before other arguments, by
+        which it connects; returns the call and this end of the connection."""
+        key = secrets.token_bytes(32)
+        with listener_at(self.address_from(node)) as listener:
+            called = method.remote(listener.getsockname()[:2], key, *arguments)
+            return called, accept(listener, key, called)
+
+    def _connect(
+        self, address: str | None, engines: int, says: bool, of_job: Mapping[str, Any] | None
+    ) -> None:
+        if address:
+            with in_our_words(f"{self.name} cannot be reached"):
+                _join(address, says, runtime_env=dict(of_job) if of_job else None)
+            return
+        on_gpu = resolve_device(self._run.device).type == "cuda"
+        count = self.num_groups * self.tensor + engines
+        hidden = processes_here(self._run) if on_gpu and not self.num_groups else 0
+        own = _own_cluster(count, self._run.cpu_threads, on_gpu)
+        with in_our_words(f"{self.name} cannot be started"), _hidden_gpus(hidden):
+            _begin("local", says, **own)
+
+    def _is_on_gpu(self, elsewhere: bool) -> bool:
+        """elsewhere: the trainer's devices are not this machine's."""
+        if elsewhere:
+            return is_on_gpu(self._run.device, ray.cluster_resources())
+        return resolve_device(self._run.device).type == "cuda"
+
+    @property
+    def _needs(self) -> dict[str, float]:
+        """Of one process."""
+        return {"GPU": 1.0} if self.on_gpu else {"CPU": float(self._run.cpu_threads)}
+
+    def _where(self, place: int) -> dict[str, Any]:
+        return {
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, place),
+            "runtime_env": {"env_vars": self._environment},
+        }
+
+    def _place(self, sizes: list[int]) -> Any:
+        """A placement group with a bundle for each number of processes."""
+        [(kind, amount)] = self._needs.items()
+        self._group_name = f"samebit-{secrets.token_hex(8)}"
+        bundles = [{kind: amount * size} for size in sizes]
+        group = placement_group(bundles, strategy="PACK", name=self._group_name)
+        if not group.wait(LOOK_S * 10):
+            there, needed = ray.cluster_resources().get(kind, 0.0), amount * sum(sizes)
+            said = f"{sum(sizes)} processes need {needed:g} {kind}, {self.name} has {there:g}"
+            logger.warning("%s; waiting for what is busy or on its way", said)
+            if not group.wait(PLACE_S):
+                raise RayError(f"{said} in all: nothing was free within {PLACE_S:g} s")
+        return group
 
 
 @contextmanager
-def open_cluster(run: GrpoRun) -> Iterator[RayCluster]:
-    """A run's cluster; within it the run's engines live."""
-    cluster = RayCluster(run)
+def open_cluster(run: GrpoRun | DemoRun, has_trainers: bool) -> Iterator[RayCluster]:
+    """A run's cluster; within it what is started there lives. See RayCluster."""
+    cluster = RayCluster(run, has_trainers)
     try:
         yield cluster
     finally:
         cluster.close()
 
 
+def resources_at(address: str) -> dict[str, float]:
+    """What the cluster there has in all, by Ray's names: CPU, GPU and others. Raises RayError if
+    this process cannot join it."""
+    with in_our_words(f"the Ray cluster at {address} cannot be reached"):
+        _join(address, says=False)
+        try:
+            return ray.cluster_resources()
+        finally:
+            ray.shutdown()
+
+
 def environment_of_actors(environment: Mapping[str, str]) -> dict[str, str]:
-    """What of this process's environment an engine is to find in its own: no secret."""
+    """What of this process's environment an actor is to find in its own: no secret."""
     return {
         name: value
         for name, value in environment.items()
@@ -197,27 +205,28 @@ def environment_of_actors(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _own_cluster(replicas: int, cpu_threads: int, on_gpu: bool) -> dict[str, Any]:
-    """ray.init's arguments for one node that has what the replicas need, on the loopback."""
+def _join(address: str, says: bool, **options: Any) -> None:
+    require_reachable(address)
+    _begin(address, says, **options)
+
+
+def _begin(address: str, says: bool, **options: Any) -> None:
+    """says: whether what actors print is printed here."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    with handlers_given_back():  # Ray takes SIGTERM for itself when it begins
+        options |= {"namespace": _NAMESPACE, "log_to_driver": says}
+        ray.init(address, logging_level=logging.WARNING, **options)
+
+
+def _own_cluster(count: int, cpu_threads: int, on_gpu: bool) -> dict[str, Any]:
+    """ray.init's arguments for one node that has what so many processes need, on the loopback."""
     return {
-        "num_cpus": replicas * cpu_threads,
-        "num_gpus": replicas if on_gpu else 0,
+        "num_cpus": count * cpu_threads,
+        "num_gpus": count if on_gpu else 0,
         "include_dashboard": False,
         "object_store_memory": _STORE_BYTES,
         "_node_ip_address": LOOPBACK,
     }
-
-
-def _require_reachable(address: str) -> None:
-    """See that something there speaks gRPC: Ray itself would try for a quarter of an hour."""
-    if address == "auto":
-        return
-    host, _, port = address.rpartition(":")
-    with socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S) as end:
-        if os.environ.get("RAY_USE_TLS", "0") == "0":
-            end.sendall(_HTTP2_HELLO)
-            if end.recv(9)[3:4] != _SETTINGS:
-                raise ConnectionError("what listens there is not Ray")
 
 
 @contextmanager
@@ -241,54 +250,6 @@ def _hidden_gpus(trainers: int) -> Iterator[None]:
 
 def _use_interface_of(address: str) -> None:
     """Have gloo and NCCL use the interface of this machine's address, unless one is named."""
-    for interface, found in psutil.net_if_addrs().items():
-        if any(each.address == address for each in found):
-            for name in _INTERFACES:
-                os.environ.setdefault(name, interface)
-
-
-def _has_ended(served: Any, timeout: float | None) -> bool:
-    return bool(ray.wait([served], timeout=timeout)[0])
-
-
-def _kill(actor: Any) -> None:
-    """Asked of no Ray that is gone, it would begin anew."""
-    if ray.is_initialized():
-        with suppress(Exception):  # it is dead, or Ray is
-            ray.kill(actor)
-
-
-def _accept(listener: socket.socket, key: bytes, served: Any) -> Connection:
-    """The connection of who knows the key; raises what has ended the actor before."""
-    listener.settimeout(_LOOK_S)
-    deadline = time.monotonic() + _PLACE_S
-    while time.monotonic() < deadline:
-        if _has_ended(served, 0):
-            ray.get(served)
-        try:
-            end, _ = listener.accept()
-        except TimeoutError:
-            continue
-        end.settimeout(None)
-        connection = Connection(end.detach())
-        with suppress(AuthenticationError, EOFError, OSError):  # somebody else's
-            deliver_challenge(connection, key)
-            answer_challenge(connection, key)
-            _send_at_once(connection)
-            return connection
-        connection.close()
-    raise RayError(f"its actor did not connect within {_PLACE_S:g} s")
-
-
-def _send_at_once(connection: Connection) -> None:
-    """Small messages wait for no others; a machine that vanishes is noticed in minutes."""
-    with _socket_of(connection) as end:
-        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10)):
-            end.setsockopt(socket.IPPROTO_TCP, option, value)
-
-
-def _socket_of(connection: Connection) -> socket.socket:
-    """Another handle of what it goes over."""
-    return socket.socket(fileno=os.dup(connection.fileno()))
+    if interface := interface_of(address):
+        for name in INTERFACES:
+            os.environ.setdefault(name, interface)

@@ -19,9 +19,9 @@ from samebit.recipes.data.tasks.registry import load_datasets
 from samebit.recipes.data.text import TextCodec
 from samebit.recipes.eagle3_config import Eagle3Run
 from samebit.recipes.launch.draft import checked_draft
+from samebit.recipes.launch.launched import is_one_of_several, launched_rank
 from samebit.recipes.launch.online_draft import checked_online_draft
-from samebit.recipes.launch.placement import require_release, require_transport
-from samebit.recipes.launch.processes import is_one_of_several, launched_rank
+from samebit.recipes.launch.placement import require_launcher, require_release, require_transport
 from samebit.recipes.run.checked_models import checked_critic, checked_model, checked_teacher
 from samebit.recipes.run.generation import GenerateFunction
 from samebit.recipes.run.signals import Stopped, StopSignals
@@ -103,6 +103,7 @@ class GrpoInputs:
         self.critic = checked_critic(run, self.model)
         _require_exact_truncation(run)
         train_set, eval_set = load_datasets(run.data)
+        require_launcher(run)
         require_transport(run)
         require_release(run)
         self.text = TextCodec(run.model.path, run.data.chat)

@@ -12,6 +12,8 @@ from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.data.tasks.files import BY_PYARROW, kinds_at
 from samebit.recipes.demo_config import DemoRun
 from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
+from samebit.recipes.launch.launched import launcher_of
+from samebit.recipes.launch.ray_package import require_ray
 from samebit.recipes.plan_config import PlanRun
 from samebit.recipes.tools_config import FetchRun
 
@@ -21,7 +23,7 @@ class MissingError(ImportError):
 
 
 def require_ready(run: Any) -> None:
-    """Raise MissingError, naming the key, for a package or a login that `run` cannot do without.
+    """Raise ImportError, naming the key, for a package or a login that `run` cannot do without.
 
     Commands that need neither pass.
     """
@@ -33,6 +35,8 @@ def require_ready(run: Any) -> None:
                 f"pip install {package}{f', or give {instead}' if instead else ''}"
             )
     for prefix, phase in _phases(run):
+        if launcher_of(phase) == "ray":
+            require_ray(f"{prefix}placement.launcher=ray")
         if phase.logger.wandb == "online":
             _require_wandb_login(prefix)
 

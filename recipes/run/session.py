@@ -14,7 +14,7 @@ from samebit.kernels.registry import attention_kind
 from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.data.tasks.base import Dataset
 from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
-from samebit.recipes.launch.processes import is_launched
+from samebit.recipes.launch.launched import is_launched
 from samebit.recipes.run.binding import (
     binding_layout,
     bindings,

@@ -73,8 +73,8 @@ def test_the_job_is_a_run_that_fits_its_cluster():
     spec = manifest("rayjob")["spec"]
     program, *words = shlex.split(spec["entrypoint"])
     assert program == "samebit"
-    gpus = spec["entrypointNumGpus"]
-    job = resolve("submit", ["address=http://h:1", f"entrypoint_num_gpus={gpus}", "command=[grpo]"])
+    assert "entrypointNumGpus" not in spec
+    job = resolve("submit", ["address=http://h:1", "command=[grpo]"])
     job.command = words
     run = submit.require_command(job)
     assert run.resume
@@ -82,7 +82,7 @@ def test_the_job_is_a_run_that_fits_its_cluster():
     [workers] = spec["rayClusterSpec"]["workerGroupSpecs"]
     [container] = workers["template"]["spec"]["containers"]
     there = workers["replicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"])
-    assert run.num_processes == gpus
-    assert gpus + run.placement.replicas == there
+    assert run.launcher == "ray"
+    assert run.num_processes + run.placement.replicas == there
     for path in (run.model.path, run.data.path, run.output_dir):
         assert path.startswith(container["volumeMounts"][0]["mountPath"])

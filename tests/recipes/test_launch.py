@@ -14,7 +14,7 @@ from helpers import assert_on_loopback
 
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.cli.main import main, own_command
-from samebit.recipes.launch import processes
+from samebit.recipes.launch import launched, processes
 from samebit.recipes.run.metrics import read_rows
 from samebit.trainer.checkpoint import latest_checkpoint
 
@@ -194,17 +194,17 @@ def test_processes_are_started_only_where_they_are_needed(monkeypatch):
     def run(*overrides):
         return resolve("grpo", ["model.path=m", "data=chain_sum", *overrides])
 
-    assert processes.num_processes(run("trainer.parallel.data=2", "trainer.parallel.tensor=2")) == 4
-    assert processes.needs_launch(run("trainer.parallel.data=2"))
-    assert not processes.needs_launch(run("trainer.parallel.data=2", "dry_run=true"))
-    assert not processes.needs_launch(run())
+    assert launched.num_processes(run("trainer.parallel.data=2", "trainer.parallel.tensor=2")) == 4
+    assert launched.needs_launch(run("trainer.parallel.data=2"))
+    assert not launched.needs_launch(run("trainer.parallel.data=2", "dry_run=true"))
+    assert not launched.needs_launch(run())
     demo = [f"{phase}.trainer.parallel.data=2" for phase in ("sft", "grpo")]
-    assert processes.needs_launch(resolve("demo", ["device=cpu", *demo]))
-    assert not processes.needs_launch(resolve("export", ["checkpoint=c", "model=m", "out=o"]))
+    assert launched.needs_launch(resolve("demo", ["device=cpu", *demo]))
+    assert not launched.needs_launch(resolve("export", ["checkpoint=c", "model=m", "out=o"]))
     with pytest.raises(ValueError, match="99 processes, each on a GPU of its own; torch finds"):
         processes.launch([], run("trainer.parallel.data=99", "device=cuda"))
     monkeypatch.setenv("RANK", "0")
-    assert not processes.needs_launch(run("trainer.parallel.data=2"))
+    assert not launched.needs_launch(run("trainer.parallel.data=2"))
 
 
 @pytest.mark.parametrize(("how", "code"), [("exit 7", 7), ("kill -TERM $$", 128 + 15)])

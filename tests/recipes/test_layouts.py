@@ -11,7 +11,7 @@ import pytest
 from programs import layouts
 
 from samebit.recipes.cli.compose import resolve
-from samebit.recipes.launch.processes import num_processes
+from samebit.recipes.launch.launched import num_processes
 from samebit.recipes.models.tiny_model import write_config
 from samebit.recipes.run.rollouts import list_rollouts
 from samebit.rollout.models.registry import load_model_config

@@ -1,4 +1,5 @@
-"""placement.launcher=ray: engines as actors of a Ray cluster, which cannot change a bit."""
+"""placement.launcher=ray beside a trainer that Ray has not started: its engines are actors of a Ray
+cluster, which cannot change a bit."""
 
 import os
 import signal
@@ -88,7 +89,7 @@ def test_a_failed_run_leaves_no_ray(runs, base, monkeypatch):
     ("words", "reason"),
     [
         (["placement.launcher=k8s"], "placement.launcher is 'k8s'; it must be"),
-        (["placement.launcher=ray"], "local with placement 'colocated': give placement=process"),
+        (["placement.launcher=ray"], "local where the trainer is another launcher's"),
         ([*RAY[:1], RAY[2], "placement.transport=ipc"], "local with placement.transport 'ipc'"),
         ([*REPLICAS, "placement.ray_address=auto"], "unset without placement.launcher=ray"),
         ([*RAY, "placement.ray_address=ray://head:10001"], "auto, or host:port"),

@@ -11,7 +11,7 @@ from samebit.recipes import grpo
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.cli.main import main, own_command
 from samebit.recipes.config import ConfigError
-from samebit.recipes.launch import processes
+from samebit.recipes.launch import launched
 from samebit.recipes.run.folder import RunFolder, standing_run
 from samebit.recipes.run.metrics import read_rows
 from samebit.rollout.remote import RemoteEngineError
@@ -36,7 +36,7 @@ def restarts(capsys):
 
 @pytest.mark.parametrize(
     ("how", "code", "said"),
-    [("kill -KILL $$", 137, "SIGKILL"), (f"exit {processes.CRASHED}", 70, "exit code 70")],
+    [("kill -KILL $$", 137, "SIGKILL"), (f"exit {launched.CRASHED}", 70, "exit code 70")],
 )
 def test_restarts_are_bounded(launch_script, tmp_path, capsys, how, code, said):
     """All processes each time; a line for each restart, and one when there is none left."""
@@ -127,9 +127,9 @@ def test_standing_runs_are_told_apart(tmp_path):
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (KeyError("no such unit"), processes.CRASHED),
-        (RuntimeError("CUDA error"), processes.CRASHED),
-        (RemoteEngineError("the engine's process 7 ended with code -9"), processes.CRASHED),
+        (KeyError("no such unit"), launched.CRASHED),
+        (RuntimeError("CUDA error"), launched.CRASHED),
+        (RemoteEngineError("the engine's process 7 ended with code -9"), launched.CRASHED),
         (ConfigError("no"), 2),
         (ValueError("no"), 1),
         (OSError("no space left"), 1),
@@ -142,7 +142,7 @@ def test_what_the_launcher_is_told(runs, monkeypatch, capfd, error, code, traceb
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(processes, "follow_launcher", lambda run: run.max_restarts > 0)
+    monkeypatch.setattr(launched, "follow_launcher", lambda run: run.max_restarts > 0)
     monkeypatch.setattr(grpo, "train", fail)
     if traceback:
         monkeypatch.setenv("SAMEBIT_TRACEBACK", "1")
@@ -156,12 +156,12 @@ def test_one_process_is_watched_only_where_it_may_be_started_again(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     words = ["model.path=m", "data=chain_sum"]
     once, again = (resolve("grpo", [*words, f"max_restarts={n}"]) for n in (0, 1))
-    assert [processes.needs_launch(run) for run in (once, again)] == [False, True]
-    assert not processes.needs_launch(resolve("grpo", [*words, "max_restarts=1", "dry_run=true"]))
+    assert [launched.needs_launch(run) for run in (once, again)] == [False, True]
+    assert not launched.needs_launch(resolve("grpo", [*words, "max_restarts=1", "dry_run=true"]))
     monkeypatch.setenv("RANK", "0")
-    assert not processes.follow_launcher(once)
+    assert not launched.follow_launcher(once)
     with pytest.raises(ConfigError, match="max_restarts is 1; it must be 0 where RANK is set"):
-        processes.follow_launcher(again)
+        launched.follow_launcher(again)
     with pytest.raises(ConfigError, match="max_restarts is -1; it must be 0 or more"):
         resolve("grpo", [*words, "max_restarts=-1"])
 

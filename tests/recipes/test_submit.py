@@ -88,6 +88,11 @@ def test_a_dry_run_checks_and_sends_nothing(capsys, monkeypatch):
             "grpo: placement.ray_address is unset, which starts another cluster; it must be auto",
         ),
         (
+            [NOBODY, "entrypoint_num_gpus=1", *GRPO, "placement.launcher=ray"]
+            + ["placement.ray_address=auto"],
+            "grpo: entrypoint_num_gpus is 1; it must be 0 with placement.launcher=ray",
+        ),
+        (
             [NOBODY, "entrypoint_num_gpus=1", *GRPO, "trainer.parallel.data=2"],
             "entrypoint_num_gpus is 1; it must be at least 2, the run's processes",
         ),

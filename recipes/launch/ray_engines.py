@@ -1,0 +1,107 @@
+"""Engines as actors of a Ray cluster, on whatever nodes Ray has for them.
+
+What trainer and engines say to each other goes over connections of their own, as between local
+processes, and weights over weight groups.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+import ray
+import torch
+
+from samebit.recipes.config import GrpoRun
+from samebit.recipes.launch.ray_cluster import RayCluster, open_cluster
+from samebit.recipes.launch.ray_connections import PLACE_S, connect, end_actor, has_ended, shut
+from samebit.recipes.launch.ray_package import in_our_words
+from samebit.rollout.engine_process import serve
+from samebit.rollout.remote import Launched, Launcher
+from samebit.weight_sync.meeting import LOOPBACK
+
+
+class _Replica:
+    """The actor: an engine's process on one of Ray's nodes."""
+
+    def place(self) -> tuple[str, str, int]:
+        """Its node, that node's address, and its process."""
+        node = ray.get_runtime_context().get_node_id()
+        return node, ray.util.get_node_ip_address(), os.getpid()
+
+    def serve(
+        self, place: tuple[str, int], key: bytes, model_path: str, threads: int, settings: dict
+    ) -> None:
+        """Serve an engine to whoever listens there and knows the key."""
+        serve(connect(place, key), model_path, threads, settings)
+
+
+class ActorProcess:
+    """An EngineProcess: one that Ray has started. Its exit code is Ray's alone."""
+
+    exitcode = None
+
+    def __init__(self, actor: Any, pid: int, served: Any, connection: Connection) -> None:
+        self.pid = pid
+        self._actor, self._served, self._connection = actor, served, connection
+        self._is_killed = False
+
+    def is_alive(self) -> bool:
+        """Whether it serves."""
+        return not self._is_killed and not has_ended(self._served, 0)
+
+    def kill(self) -> None:
+        """See EngineProcess.kill. One that stands still takes Ray some seconds."""
+        self._is_killed = True
+        end_actor(self._actor)
+        shut(self._connection)
+
+    def join(self, timeout: float | None = None) -> None:
+        """See EngineProcess.join. Its place is free then."""
+        if has_ended(self._served, timeout):
+            end_actor(self._actor)
+
+
+class RayEngines:
+    """Starts a run's engines, each in its place of a cluster."""
+
+    def __init__(self, cluster: RayCluster) -> None:
+        self._cluster = cluster
+
+    @property
+    def device(self) -> torch.device:
+        """An engine's, as its actor sees it: Ray shows it one GPU."""
+        return torch.device("cuda", 0) if self._cluster.on_gpu else torch.device("cpu")
+
+    def launcher(self, replica: int) -> Launcher:
+        """The Launcher of a replica."""
+        return partial(self._launch, replica)
+
+    def _launch(
+        self, replica: int, model_path: str, threads: int, settings: dict[str, Any]
+    ) -> Launched:
+        cluster = self._cluster
+        with in_our_words(f"replica {replica} could not be started on {cluster.name}"):
+            actor = cluster.start_actor(_Replica, cluster.num_groups + replica)
+            try:
+                node, address, pid = ray.get(actor.place.remote(), timeout=PLACE_S)
+                arguments = model_path, threads, settings
+                served, connection = cluster.meet(node, actor.serve, *arguments)
+            except BaseException:
+                end_actor(actor)
+                raise
+            here = cluster.address_from(node)
+            process = ActorProcess(actor, pid, served, connection)
+            return Launched(process, connection, here, "" if here == LOOPBACK else address)
+
+
+@contextmanager
+def open_engines(run: GrpoRun) -> Iterator[RayEngines]:
+    """What starts a run's engines; within it they live.
+
+    Raises RayError if the cluster cannot be had, or has no room.
+    """
+    with open_cluster(run, has_trainers=False) as cluster:
+        yield RayEngines(cluster)
