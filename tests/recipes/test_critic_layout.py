@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from samebit.recipes.cli.dry_run import describe_grpo
 from samebit.recipes.cli.main import main
+from samebit.recipes.models.tiny_model import make_demo_model, write_weights
 from samebit.recipes.run.binding import binding_layout, bound_keys, changes, saved_layout
 from samebit.recipes.run.metrics import read_rows
 from samebit.trainer.checkpoint import latest_checkpoint
@@ -161,6 +162,26 @@ def test_what_it_cannot_be_is_refused(runs, capsys, words, message):
     """In a dry run, with the key."""
     assert main(["grpo", *runs.arguments("dry", *PPO, *TENSOR, *words, "dry_run=true")]) > 0
     assert message in capsys.readouterr().err
+
+
+def make_deep_model(folder):
+    """The demo's model, with a layer more than that of the runs here."""
+    make_demo_model(folder, seed=9)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    write_weights(folder, seed=9)
+
+
+def test_a_folder_that_its_policys_layout_does_not_fit(runs, capsys, tmp_path):
+    """The key is the critic's, though nothing of it is set: what fits may be given there."""
+    make_deep_model(tmp_path / "deep")
+    words = [*PPO, "trainer.parallel.pipeline=2", "placement.transport=stages", "dry_run=true"]
+    words += [f"critic.model={tmp_path / 'deep'}"]
+    assert main(["grpo", *runs.arguments("dry", *words)]) == 1
+    said = "critic.parallel.pipeline is 2; it must divide the model's 3 layers"
+    assert said in capsys.readouterr().err
+    words += ["critic.parallel.pipeline=1", "critic.parallel.data=2"]
+    assert main(["grpo", *runs.arguments("dry", *words)]) == 0
 
 
 def test_what_checkpoints_know_of_it(runs):
