@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from samebit.recipes.cli.dry_run import describe_grpo
@@ -200,3 +201,15 @@ def test_what_checkpoints_know_of_it(runs):
     assert changes(layout, own).startswith("critic.parallel.tensor 2 -> 1, ")
     free = ["critic.parallel.recompute=full", "critic.parallel.offload_optimizer=true"]
     assert binding_layout(runs.resolve("run", *PPO, *TENSOR, *free)) == layout
+
+
+def test_a_layout_that_is_given_is_no_difference_where_it_is_the_policys(runs, capsys):
+    """Between runs; nor is the section that earlier runs did not have."""
+    for name, words in (("plain", []), ("given", ["critic.parallel.tensor=1"])):
+        runs.train(name, *PPO, *words, "trainer.num_steps=1")
+    file = runs.folder / "plain" / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    assert set(config["critic"].pop("parallel").values()) == {None}
+    file.write_text(yaml.safe_dump(config))
+    assert main(["diff", f"a={file.parent}", f"b={runs.folder / 'given'}"]) == 0
+    assert "config:" not in capsys.readouterr().out
