@@ -77,8 +77,12 @@ _EARLIER = {
 
 
 def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return every key of a resolved configuration that a result depends on."""
+    """Return every key of a resolved configuration that a result depends on; a critic's layout with
+    what it takes from its policy's."""
     kept = _without_free_keys(config)
+    if "critic" in kept:
+        own = {k: v for k, v in kept["critic"].get("parallel", {}).items() if v is not None}
+        kept["critic"]["parallel"] = kept["trainer"]["parallel"] | own
     train = kept.get("draft", {}).get("train")
     if train == "off":  # nothing reads them
         del kept["draft"], kept["ttt"]
@@ -110,10 +114,9 @@ def _without_free_keys(values: Mapping[str, Any], section: str = "") -> dict[str
 def binding_layout(run: TrainingRun) -> dict[str, Any]:
     """Return every key of trainer.parallel that bits or a checkpoint's files depend on, and those
     of a critic's layout, which begin with critic.parallel."""
-    layout: dict[str, Any] = binding_config(to_dict(run))["trainer"]["parallel"]
-    if not isinstance(run, GrpoRun) or run.critic is None:
-        return layout
-    return layout | _of_critic({key: getattr(run.critic_parallel, key) for key in layout})
+    config = binding_config(to_dict(run))
+    layout: dict[str, Any] = config["trainer"]["parallel"]
+    return layout | _of_critic(config["critic"]["parallel"] if "critic" in config else {})
 
 
 def saved_layout(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -6,10 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from samebit.recipes.cli.dry_run import describe_grpo
 from samebit.recipes.cli.main import main
+from samebit.recipes.models.tiny_model import make_demo_model, write_weights
 from samebit.recipes.run.binding import binding_layout, bound_keys, changes, saved_layout
 from samebit.recipes.run.metrics import read_rows
 from samebit.trainer.checkpoint import latest_checkpoint
@@ -163,6 +165,26 @@ def test_what_it_cannot_be_is_refused(runs, capsys, words, message):
     assert message in capsys.readouterr().err
 
 
+def make_deep_model(folder):
+    """The demo's model, with a layer more than that of the runs here."""
+    make_demo_model(folder, seed=9)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    write_weights(folder, seed=9)
+
+
+def test_a_folder_that_its_policys_layout_does_not_fit(runs, capsys, tmp_path):
+    """The key is the critic's, though nothing of it is set: what fits may be given there."""
+    make_deep_model(tmp_path / "deep")
+    words = [*PPO, "trainer.parallel.pipeline=2", "placement.transport=stages", "dry_run=true"]
+    words += [f"critic.model={tmp_path / 'deep'}"]
+    assert main(["grpo", *runs.arguments("dry", *words)]) == 1
+    said = "critic.parallel.pipeline is 2; it must divide the model's 3 layers"
+    assert said in capsys.readouterr().err
+    words += ["critic.parallel.pipeline=1", "critic.parallel.data=2"]
+    assert main(["grpo", *runs.arguments("dry", *words)]) == 0
+
+
 def test_what_checkpoints_know_of_it(runs):
     """Its layout is no part of the configuration that is bound, and is said in full: what is as the
     policy's is the same whether it was given or not. Earlier checkpoints do not say it."""
@@ -179,3 +201,15 @@ def test_what_checkpoints_know_of_it(runs):
     assert changes(layout, own).startswith("critic.parallel.tensor 2 -> 1, ")
     free = ["critic.parallel.recompute=full", "critic.parallel.offload_optimizer=true"]
     assert binding_layout(runs.resolve("run", *PPO, *TENSOR, *free)) == layout
+
+
+def test_a_layout_that_is_given_is_no_difference_where_it_is_the_policys(runs, capsys):
+    """Between runs; nor is the section that earlier runs did not have."""
+    for name, words in (("plain", []), ("given", ["critic.parallel.tensor=1"])):
+        runs.train(name, *PPO, *words, "trainer.num_steps=1")
+    file = runs.folder / "plain" / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    assert set(config["critic"].pop("parallel").values()) == {None}
+    file.write_text(yaml.safe_dump(config))
+    assert main(["diff", f"a={file.parent}", f"b={runs.folder / 'given'}"]) == 0
+    assert "config:" not in capsys.readouterr().out

@@ -164,10 +164,12 @@ def test_killed_in_every_phase_and_resumed(demo, tmp_path, kill_when):
 
 @pytest.mark.long
 def test_two_processes(demo, tmp_path):
-    """Both phases under a layout, over an earlier demo; what there is one of is written once."""
+    """Each phase under a layout of its own, over an earlier demo; what there is one of is written
+    once."""
     shutil.copytree(demo[0], tmp_path / "demo")
-    layout = [f"{phase}.trainer.parallel.tensor=2" for phase in ("sft", "grpo")]
-    words = [*arguments(demo[0].parent, "demo"), f"output_dir={tmp_path}", *layout]
+    layouts = {"sft": "data", "grpo": "tensor"}
+    own = [f"{phase}.trainer.parallel.{key}=2" for phase, key in layouts.items()]
+    words = [*arguments(demo[0].parent, "demo"), f"output_dir={tmp_path}", *own]
     run = start(words)
     assert run.returncode == 0, run.stderr
     [line] = [x for x in run.stdout.splitlines() if x.startswith("{")]
@@ -175,9 +177,10 @@ def test_two_processes(demo, tmp_path):
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert summary["logprob_mismatches"] == 0 < summary["logprob_tokens_compared"]
     assert run.stdout.count("has the curves") == 1
-    for phase in ("sft", "grpo"):
+    for phase, key in layouts.items():
         manifest = latest_checkpoint(folder / phase / "checkpoints").verify().manifest
-        assert manifest["parallel"]["tensor"] == 2
+        found = {k: manifest["parallel"][k] for k in layouts.values()}
+        assert found == dict.fromkeys(layouts.values(), 1) | {key: 2}
         assert len(manifest["files"]) == 2
     assert {p.name for p in folder.iterdir()} == {p.name for p in demo[0].iterdir()}
 

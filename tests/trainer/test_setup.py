@@ -108,10 +108,13 @@ def test_processes_must_be_as_many_as_are_asked_for(make_trainer):
 
 
 def test_groups_are_made_once_for_a_layout(make_trainer):
-    """Models of one layout share them; nobody finds them in Megatron's global state."""
+    """Models of one layout share them; nobody finds them, nor ranks of theirs, in Megatron's global
+    state."""
     trainer, other = (make_trainer(filled=False) for _ in range(2))
     recomputed = ParallelConfig(recompute="full")
     assert trainer.groups is other.groups is setup.process_groups(CPU, recomputed)
-    assert not parallel_state.model_parallel_is_initialized()
+    state = {k: v for k, v in vars(parallel_state).items() if k[:1] == "_" and k[1:].isupper()}
+    assert len(state) > 20
+    assert not any(state.values()), state
     with pytest.raises(AssertionError, match="tensor model parallel group is not initialized"):
         parallel_state.get_tensor_model_parallel_group()

@@ -19,7 +19,7 @@ class CriticOptimizerConfig(OptimizerConfig):
 
 @dataclass(kw_only=True)
 class CriticLayout(ParallelConfig):
-    """How a critic is spread, where that is not its policy's layout."""
+    """How a critic is spread."""
 
     key: ClassVar[str] = "critic.parallel"
 
@@ -40,13 +40,11 @@ class CriticParallelConfig:
     recompute: str | None = None
 
     def beside(self, policy: ParallelConfig) -> ParallelConfig:
-        """Return the layout of the critic of a policy in this one: that itself if nothing is set.
+        """Return the layout of the critic of a policy in this one.
 
         Raises ValueError for one that cannot be, or not in as many processes.
         """
         given = {name: value for name, value in vars(self).items() if value is not None}
-        if not given:
-            return policy
         layout = CriticLayout(**{name: getattr(policy, name) for name in vars(self)} | given)
         size = policy.num_processes
         meaning = f"of {size} processes, as trainer.parallel is; what is unset is as there"

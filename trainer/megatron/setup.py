@@ -62,6 +62,7 @@ def _make_groups(device: torch.device, parallel: ParallelConfig) -> "ProcessGrou
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    before = dict(vars(parallel_state))
     parallel_state.initialize_model_parallel(
         *(parallel.tensor, parallel.pipeline),
         context_parallel_size=parallel.context,
@@ -71,7 +72,8 @@ def _make_groups(device: torch.device, parallel: ParallelConfig) -> "ProcessGrou
     if device.type == "cuda" and not _groups:
         model_parallel_cuda_manual_seed(0)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    parallel_state.destroy_model_parallel()  # which forgets them, and ends none
+    # Its destroy_model_parallel forgets not all: a group, and the ranks of several, stay readable.
+    vars(parallel_state).update(before)
     return groups
 
 
