@@ -14,6 +14,7 @@ from test_stale_rollouts import BESIDE, MANY, ONE, RARE, TWO, WAITS
 from samebit.recipes import grpo
 from samebit.recipes.cli.main import main
 from samebit.recipes.run.metrics import read_rows
+from samebit.recipes.run.partial_rollouts import PartialRollouts
 from samebit.recipes.run.rollouts import list_rollouts, load_rollout
 
 DROPS = (*PARTS, *SOME, *DYNAMIC)
@@ -235,6 +236,24 @@ def test_rewards_that_are_not_equal(whole, tmp_path, capsys):
     code, text = replayed(folder, capsys)
     said = f"first difference: step {step}: equal rewards in the saved rollout have "
     assert (code, text[: len(said)]) == (1, said)
+
+
+def test_a_run_that_was_made_longer(whole, train, tmp_path, capsys, monkeypatch):
+    """What it said at its earlier end is gone, as it goes on."""
+    shutil.copytree(whole(PARTIAL)[0], tmp_path / "longer")
+    original = PartialRollouts.begin
+
+    def dies(rollouts, trained, place):
+        original(rollouts, trained, place)
+        if trained == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(PartialRollouts, "begin", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "longer", (*PARTIAL, "trainer.num_steps=6"), resume=True)
+    assert not (tmp_path / "longer" / "run" / "summary.json").exists()
+    code, text = replayed(tmp_path / "longer" / "run", capsys)
+    assert (code, text[:23]) == (0, "the schedule of 5 steps")
 
 
 @pytest.mark.parametrize(("task", "code"), [("file", 0), ("reverse_digits", 1)])
