@@ -267,11 +267,6 @@ def test_fewer_refills_than_a_step_took(whole, tmp_path, capsys, task, code):
     assert replayed(folder, capsys)[0] == code
 
 
-def test_a_run_without_older_samples_has_none(whole):
-    """What draws a step is what it trains."""
-    assert not (whole(PARTS)[0] / "run" / "schedule.jsonl").exists()
-
-
 def test_diff_compares_schedules(whole, tmp_path, capsys):
     """A digest of weights that differs is found where nothing else tells of them."""
     folder = whole(ONE)[0] / "run"
