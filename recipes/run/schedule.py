@@ -7,6 +7,7 @@ what it has to be.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Self
 
 from samebit.rollout.types import Completion
@@ -100,7 +101,20 @@ class ScheduleRow:
                 served=None if served is None else WeightVersion(*served),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"step {row.get('step')}: no row of a schedule ({error})") from error
+            raise ValueError(f"no row of a schedule ({type(error).__name__}: {error})") from error
+        found._require_kinds()
         if found.to_plain() != row:
-            raise ValueError(f"step {found.step}: no row of a schedule, whose keys are others")
+            raise ValueError("no row of a schedule: it has other keys")
         return found
+
+    def _require_kinds(self) -> None:
+        """Raise ValueError unless numbers are whole and digests are texts."""
+        versions = [v for v in (self.version, self.served) if v is not None]
+        numbers = [self.step, self.begin, self.drawn_after, self.rounds, *self.equal, *self.trained]
+        numbers += [v.step for v in versions]
+        for g in self.drawn:
+            numbers += [g.first_id, *g.pending, *chain.from_iterable(g.tokens)]
+        wrong: list[Any] = [x for x in numbers if type(x) is not int or x < 0]
+        wrong += [v.digest for v in versions if type(v.digest) is not str]
+        if wrong:
+            raise ValueError(f"no row of a schedule: {wrong[0]!r} is of another kind")

@@ -28,6 +28,7 @@ from samebit.recipes.run.input_files import input_files
 from samebit.recipes.run.metrics import OWNER_ONLY
 from samebit.recipes.run.needs import require_ready
 from samebit.recipes.run.provenance import record_start
+from samebit.recipes.run.run_data import SUMMARY_FILE
 from samebit.recipes.run.secrets import to_yaml
 from samebit.rollout.device import resolve_device
 from samebit.trainer.checkpoint import Checkpoint, CheckpointError, latest_checkpoint
@@ -92,11 +93,13 @@ class RunSession:
             self.folder.close()
 
     def started(self) -> None:
-        """Remove the earlier run, now that all is set up. A second call does nothing."""
+        """Remove the earlier run, now that all is set up, or what this one said at an earlier end,
+        as it goes on. A second call does nothing."""
         if not self.has_started:
             with together(RunFolderError):
                 if self.folder is not None:
                     self.folder.started()
+                    (self.run_dir / SUMMARY_FILE).unlink(missing_ok=True)
             self.has_started = True
 
     def save(self, step: int, state: dict[str, Any], progress: dict[str, Any]) -> None:
@@ -149,7 +152,7 @@ class RunSession:
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""
         if self.is_first:
-            write_atomically(self.run_dir / "summary.json", json.dumps(summary) + "\n")
+            write_atomically(self.run_dir / SUMMARY_FILE, json.dumps(summary) + "\n")
 
 
 def open_session(run: TrainingRun, records: Mapping[str, Dataset]) -> RunSession:

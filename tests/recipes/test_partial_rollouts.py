@@ -49,9 +49,12 @@ def bits(sample):
 
 
 def test_a_budget_that_no_sample_exceeds_moves_nothing(whole):
-    """Neither a byte of what is drawn nor a weight, a metric or a comparison."""
+    """Neither a byte of what is drawn nor a weight, a metric or a comparison. Without a budget the
+    weights that draw a step are those that it trains, and no schedule is logged."""
     plain, (summary, rows) = whole(WORDS)
     folder, found = whole((*WORDS, f"rollout.partial_tokens={MOST}"))
+    logs = [(x / "run" / "schedule.jsonl").exists() for x in (plain, folder)]
+    assert logs == [False, True]
     own = [{k: v for k, v in row.items() if k not in added()} for row in found[1]]
     assert (found[0], own) == (summary, rows)
     assert left_in(folder)[0][0] == left_in(plain)[0][0]

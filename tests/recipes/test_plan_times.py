@@ -271,14 +271,22 @@ def test_against_the_measured_step(qwen3_1_7b):
 
 def test_against_the_engines_workloads():
     """What the shares were fitted to comes out again, each workload within 15%."""
+    words = ["algorithm=reinforce_plus_plus", "engine.max_num_seqs=512"]
+    words += ["trainer.micro_batch_tokens=16384"]
     for name in ENGINE_FILES:
         report = json.loads((RESULTS / name).read_text())
+        of_shape = step_of(SHAPES / report["model"], *words)
         for text, found in report["variants"]["default"]["workloads"].items():
             prompts, samples, given, drawn = text.split("x")
-            words = [f"rollout.prompts_per_step={prompts}", f"rollout.max_prompt_len={given}"]
-            words += [f"rollout.samples_per_prompt={samples}", f"rollout.max_new_tokens={drawn}"]
-            words += ["algorithm=reinforce_plus_plus", "trainer.micro_batch_tokens=16384"]
-            step = step_of(SHAPES / report["model"], *words, "engine.max_num_seqs=512")
+            rollout = dataclasses.replace(
+                of_shape.run.rollout,
+                prompts_per_step=int(prompts),
+                samples_per_prompt=int(samples),
+                max_prompt_len=int(given),
+                max_new_tokens=int(drawn),
+            )
+            run = dataclasses.replace(of_shape.run, rollout=rollout)
+            step = dataclasses.replace(of_shape, run=run)
             rate = int(prompts) * int(samples) * int(drawn) / step.rollout_s(1 << 20)
             assert 0.85 <= rate / found["output_tokens_s"]["median"] <= 1.15, (name, text, rate)
 

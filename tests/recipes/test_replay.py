@@ -4,7 +4,9 @@ import json
 import shutil
 
 import pytest
+from omegaconf import OmegaConf
 from run_children import in_one_process
+from safetensors.torch import load_file, save
 from test_partial_rollouts import DYNAMIC, PARTIAL, SOME
 from test_partial_rollouts import WORDS as PARTS
 from test_stale_rollouts import BESIDE, MANY, ONE, RARE, TWO, WAITS
@@ -12,6 +14,7 @@ from test_stale_rollouts import BESIDE, MANY, ONE, RARE, TWO, WAITS
 from samebit.recipes import grpo
 from samebit.recipes.cli.main import main
 from samebit.recipes.run.metrics import read_rows
+from samebit.recipes.run.partial_rollouts import PartialRollouts
 from samebit.recipes.run.rollouts import list_rollouts, load_rollout
 
 DROPS = (*PARTS, *SOME, *DYNAMIC)
@@ -171,16 +174,97 @@ def test_a_log_that_ends_too_soon_and_none_at_all(whole, tmp_path, capsys):
     assert replayed(folder, capsys)[0] == 0
     (folder / "schedule.jsonl").write_text('{"step": 1}\n')
     code, text = replayed(folder, capsys)
-    assert (code, "step 1: no row of a schedule" in text) == (2, True)
+    assert (code, "schedule.jsonl, line 1 is damaged: no row of a schedule" in text) == (2, True)
+    (folder / "schedule.jsonl").write_text("")
+    code, text = replayed(folder, capsys)
+    assert (code, "schedule.jsonl holds no step yet" in text) == (2, True)
     (folder / "schedule.jsonl").unlink()
     code, text = replayed(folder, capsys)
     assert code == 2
     assert "holds no schedule.jsonl: runs of grpo with rollout.max_staleness or rollout.p" in text
 
 
-def test_a_run_without_older_samples_has_none(whole):
-    """What draws a step is what it trains."""
-    assert not (whole(PARTS)[0] / "run" / "schedule.jsonl").exists()
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda row: row.update(begin=0.0),
+        lambda row: row.update(rounds=True),
+        lambda row: row.update(equal=[[1]]),
+        lambda row: row.update(more=1),
+        lambda row: row["drawn"][0].update(id=[0]),
+        lambda row: row["drawn"][0].update(id="0"),
+        lambda row: row["drawn"][0]["tokens"][0].__setitem__(1, None),
+        lambda row: row["drawn"][0]["tokens"][0].__setitem__(1, -1),
+        lambda row: row["drawn"][0]["tokens"][0].append(1),
+        lambda row: row["served"].__setitem__(1, 5),
+    ],
+)
+def test_a_line_that_is_no_row(whole, tmp_path, capsys, change):
+    """It is named, whatever is of another kind in it."""
+    folder = lie(whole(ONE)[0], tmp_path / "run", 2, change)
+    code, text = replayed(folder, capsys)
+    assert (code, "schedule.jsonl, line 2 is damaged: no row of a schedule" in text) == (2, True)
+
+
+def test_what_the_last_weights_are(whole, tmp_path, capsys):
+    """Nothing is drawn by them, but the summary says their digest."""
+    digest, none = whole(ONE)[1][0]["weights_digest"], "0" * 16
+    folder = lie(whole(ONE)[0], tmp_path / "run", 4, lambda row: row.update(served=[4, none]))
+    said = f"first difference: step 4: served's digest is {none}; summary.json says {digest}\n"
+    assert replayed(folder, capsys) == (1, said)
+
+
+def test_a_rollout_of_other_prompts(whole, tmp_path, capsys):
+    """Although what it holds was drawn just so."""
+    folder = lie(whole(ONE)[0], tmp_path / "run", 1, lambda row: None)
+    files = list_rollouts(folder)
+    shutil.copy(files[1], files[2])
+    code, text = replayed(folder, capsys)
+    assert code == 1
+    assert text.startswith("first difference: step 2: the saved rollout has the samples 0x0, 0x1, ")
+
+
+def test_rewards_that_are_not_equal(whole, tmp_path, capsys):
+    """What a step has dropped is held to the rewards that it got."""
+    folder = lie(whole(DROPS)[0], tmp_path / "run", 1, lambda row: None)
+    assert replayed(folder, capsys)[0] == 0
+    step = next(row["step"] for row in read_rows(folder / "schedule.jsonl") if row["equal"])
+    file = list_rollouts(folder)[step]
+    tensors = load_file(file)
+    tensors["dropped_rewards"][0] += 1
+    file.write_bytes(save(tensors))
+    code, text = replayed(folder, capsys)
+    said = f"first difference: step {step}: equal rewards in the saved rollout have "
+    assert (code, text[: len(said)]) == (1, said)
+
+
+def test_a_run_that_was_made_longer(whole, train, tmp_path, capsys, monkeypatch):
+    """What it said at its earlier end is gone, as it goes on."""
+    shutil.copytree(whole(PARTIAL)[0], tmp_path / "longer")
+    original = PartialRollouts.begin
+
+    def dies(rollouts, trained, place):
+        original(rollouts, trained, place)
+        if trained == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(PartialRollouts, "begin", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "longer", (*PARTIAL, "trainer.num_steps=6"), resume=True)
+    assert not (tmp_path / "longer" / "run" / "summary.json").exists()
+    code, text = replayed(tmp_path / "longer" / "run", capsys)
+    assert (code, text[:23]) == (0, "the schedule of 5 steps")
+
+
+@pytest.mark.parametrize(("task", "code"), [("file", 0), ("reverse_digits", 1)])
+def test_fewer_refills_than_a_step_took(whole, tmp_path, capsys, task, code):
+    """A run on records in files may have been resumed with another rollout.max_refills."""
+    folder = lie(whole(DROPS)[0], tmp_path / "run", 1, lambda row: None)
+    config = OmegaConf.load(folder / "config.yaml")
+    config.rollout.max_refills, config.data.task = 0, task
+    OmegaConf.save(config, folder / "config.yaml")
+    assert max(row["rounds"] for row in read_rows(folder / "schedule.jsonl")) > 4
+    assert replayed(folder, capsys)[0] == code
 
 
 def test_diff_compares_schedules(whole, tmp_path, capsys):

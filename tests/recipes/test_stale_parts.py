@@ -103,7 +103,8 @@ def test_at_learning_rate_0_samples_are_those_drawn_in_one_go(whole):
         assert [bits(x) for x in step] == [bits(x) for x in other]
 
 
-@pytest.mark.parametrize("delay", [slow_engine, pytest.param(slow_trainer, marks=pytest.mark.long)])
+@pytest.mark.long  # by default of whole samples, which the same thread draws
+@pytest.mark.parametrize("delay", [slow_engine, slow_trainer])
 def test_whoever_is_slow(train, whole, tmp_path, monkeypatch, delay):
     """Order and time of what happens beside each other moves no byte."""
     expected, result = whole(ONE)
