@@ -74,7 +74,7 @@ def qwen3_gradients(run_gradients, qwen3_folder, tmp_path_factory):
 @pytest.mark.parametrize(
     "mode",
     [
-        "tensor+context",
+        pytest.param("tensor+context", marks=pytest.mark.long),
         pytest.param("tensor+data", marks=pytest.mark.long),
         "pipeline+sequence",
         pytest.param("pipeline+context", marks=pytest.mark.long),

@@ -70,6 +70,7 @@ def demo(tmp_path_factory):
     return folder / "demo", run.stdout
 
 
+@pytest.mark.long
 def test_resumed_with_another_first_phase(demo, tmp_path, capsys):
     """The phase is done, so its new settings would be believed and not used."""
     shutil.copytree(demo[0], tmp_path / "demo")

@@ -113,14 +113,8 @@ def stop(process, _ranks):
 DISTURBANCES = {"tensor": kill_the_launcher, "pipeline": kill_a_rank, "data": stop}
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param("tensor", marks=pytest.mark.long),
-        "pipeline",
-        pytest.param("data", marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["tensor", "pipeline", "data"])
 def test_disturbed_and_resumed(runs, base, run_ranks, layout, tmp_path, capsys):
     """Log-probs equal to the bit, the first rollouts those of one process, an exact resume, and a
     checkpoint of several ranks exported as one model. All ranks choose the same prompts."""

@@ -14,6 +14,7 @@ from samebit.recipes.launch import processes
 from samebit.recipes.launch.ray_package import RayError
 from samebit.recipes.launch.ray_rank import Seat
 from samebit.recipes.launch.ray_ranks import RayRanks, ranks_by_node
+from samebit.weight_sync import meeting
 
 RAY = ("placement.launcher=ray", "trainer.parallel.data=2")
 APART = ("placement=process", "placement.replicas=2")
@@ -55,6 +56,7 @@ def test_ranks_live_and_die_as_local_ones(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(processes, "GRACE_S", 2.0)
     monkeypatch.setenv("MINE", "also there")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(meeting, "_given", [])  # what this process was started with
     monkeypatch.setenv("SAMEBIT_SECRET", "0" * 64)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
     words = ["model.path=m", "data=chain_sum", "device=cpu", "output_dir=o", *RAY]

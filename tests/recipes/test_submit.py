@@ -225,6 +225,7 @@ class InterruptedBy:
         pass
 
 
+@pytest.mark.long
 def test_jobs_of_a_real_cluster(cluster, monkeypatch, tmp_path, capsys):
     """One that ends well, on files that it is sent; one whose exit code is ours; one that goes on
     when its follower is interrupted, until it is stopped."""

@@ -35,6 +35,7 @@ def verify(folder, name, *arguments):
     return json.loads((folder / name / "verify.json").read_text())
 
 
+@pytest.mark.long
 def test_chosen_properties_and_equal_digests(tmp_path, capsys):
     """Asked for in any order, measured in that of a full run; the same run finds the same bits."""
     model = odd_model(tmp_path / "small", 64, 40, 0)
