@@ -33,7 +33,7 @@ def ranks_of(path, size):
     return [json.loads(path.with_suffix(f".{rank}").read_text()) for rank in range(size)]
 
 
-@pytest.mark.parametrize("mode", ["sequence", "pipeline"])
+@pytest.mark.parametrize("mode", [pytest.param("sequence", marks=pytest.mark.long), "pipeline"])
 def test_two_ranks_train_one_model(run_ranks, gradients, folder, mode, tmp_path):
     """No log-prob differs from the rollout's before or after training, and every gradient is that
     of one process."""

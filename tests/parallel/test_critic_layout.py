@@ -48,7 +48,11 @@ def found_of(run_ranks, size, folder, beside, own, alone, tmp_path):
     ("beside", "own"),
     [
         ({"tensor": 2, "sequence": True}, WHOLE),
-        ({"pipeline": 2, "virtual_pipeline": 2}, [*SPLIT, *WHOLE[:1]]),
+        pytest.param(
+            {"pipeline": 2, "virtual_pipeline": 2},
+            [*SPLIT, *WHOLE[:1]],
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["tensor", "pipeline"],
 )

@@ -71,14 +71,9 @@ def qwen3_gradients(run_gradients, qwen3_folder, tmp_path_factory):
     return file
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    "mode",
-    [
-        pytest.param("tensor+context", marks=pytest.mark.long),
-        pytest.param("tensor+data", marks=pytest.mark.long),
-        "pipeline+sequence",
-        pytest.param("pipeline+context", marks=pytest.mark.long),
-    ],
+    "mode", ["tensor+context", "tensor+data", "pipeline+sequence", "pipeline+context"]
 )
 def test_four_ranks_train_one_model(run_ranks, qwen3_gradients, qwen3_folder, mode, tmp_path):
     """Two kinds of parallelism at once: the same as each of them."""

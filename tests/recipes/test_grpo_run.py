@@ -133,6 +133,7 @@ def test_micro_batches_do_not_change_what_is_compared(runs, base, max_tokens):
     assert rows[1]["train/entropy"] == pytest.approx(base.result[1][1]["train/entropy"], abs=1e-12)
 
 
+@pytest.mark.long
 def test_killed_in_rollouts_and_evaluations_and_resumed(runs, base, kill_when):
     """SIGKILL again and again, at known places, is not to be seen in the result."""
     at_once = "trainer.background_checkpoints=false"

@@ -5,6 +5,7 @@ import shutil
 import time
 
 import psutil
+import pytest
 from run_children import has_begun_to_save, has_lines
 
 from samebit.trainer.checkpoint import latest_checkpoint
@@ -34,6 +35,7 @@ def test_killed_at_random_and_resumed(runs, base, kill_when):
     assert runs.train("killed", "resume=true") == base.result
 
 
+@pytest.mark.long
 def test_the_engines_process_dies_with_its_recipe(runs, base, child):
     """Or it would hold the GPU that the resumed run needs; and weights on their way are dropped."""
     arguments = ["grpo", *runs.arguments("killed", "placement=process", "resume=true")]
