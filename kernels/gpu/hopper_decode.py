@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from samebit.kernels.contract import GPU_KV_SPLIT, GPU_KV_TILE
 from samebit.kernels.gpu.card import num_sms
@@ -22,6 +22,7 @@ from samebit.kernels.gpu.hopper_tiles import (
     after_previous,
     box_rows,
     descriptor,
+    load_box,
     make_barriers,
     merge,
     takes,
@@ -68,14 +69,7 @@ def _load_tile(desc, column, smem, bar, ids, n0, context_len, BOX: gl.constexpr,
     for box in gl.static_range(TILE // BOX):
         n = n0 + box * BOX
         row = gl.where(n < context_len, ids[box * BOX // PAGE] * PAGE + n % PAGE, _OUTSIDE)
-        rows = smem.slice(box * BOX, BOX, dim=0)
-        for part in gl.static_range(DH // COLUMNS):
-            tma.async_copy_global_to_shared(
-                desc,
-                [row, column + part * COLUMNS],
-                bar,
-                rows.slice(part * COLUMNS, COLUMNS, dim=1),
-            )
+        load_box(desc, row, column, smem.slice(box * BOX, BOX, dim=0), bar, DH, COLUMNS)
 
 
 @gluon.jit

@@ -90,6 +90,15 @@ def row_of(pages_ptr, key_start, n, hi, PAGED: gl.constexpr, PAGE: gl.constexpr)
 
 
 @gluon.jit
+def load_box(desc, row, column, smem, bar, DH: gl.constexpr, COLUMNS: gl.constexpr):
+    """Have a box of keys from a row on come to so many rows of shared memory."""
+    for part in gl.static_range(DH // COLUMNS):
+        tma.async_copy_global_to_shared(
+            desc, [row, column + part * COLUMNS], bar, smem.slice(part * COLUMNS, COLUMNS, dim=1)
+        )
+
+
+@gluon.jit
 def load_tile(desc, column, smem, bar, pages_ptr, key_start, n0, hi, DH: gl.constexpr,
               TILE: gl.constexpr, BOX: gl.constexpr, COLUMNS: gl.constexpr, PAGED: gl.constexpr,
               PAGE: gl.constexpr):  # fmt: skip
@@ -97,14 +106,7 @@ def load_tile(desc, column, smem, bar, pages_ptr, key_start, n0, hi, DH: gl.cons
     mbarrier.expect(bar, TILE * DH * 2)
     for box in gl.static_range(TILE // BOX):
         row = row_of(pages_ptr, key_start, n0 + box * BOX, hi, PAGED, PAGE)
-        rows = smem.slice(box * BOX, BOX, dim=0)
-        for part in gl.static_range(DH // COLUMNS):
-            tma.async_copy_global_to_shared(
-                desc,
-                [row, column + part * COLUMNS],
-                bar,
-                rows.slice(part * COLUMNS, COLUMNS, dim=1),
-            )
+        load_box(desc, row, column, smem.slice(box * BOX, BOX, dim=0), bar, DH, COLUMNS)
 
 
 @gluon.jit
