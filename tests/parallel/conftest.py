@@ -7,6 +7,8 @@ import pytest
 import torch
 from helpers import DUE_S, run_logged
 
+from samebit.recipes.models.tiny_model import make_random_model
+
 
 @pytest.fixture(scope="session")
 def run_together(forkserver, tmp_path_factory):
@@ -51,6 +53,14 @@ def run_ranks(run_together, tmp_path):
         run_together(program, [(rank, size, store, *arguments) for rank in range(size)])
 
     return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of the usual initial scale: split layers sum in another order."""
+    folder = tmp_path_factory.mktemp("models") / "qwen3"
+    make_random_model(folder, "qwen3", seed=1, std=0.02, tied=False, num_layers=4)
+    return folder
 
 
 @pytest.fixture(scope="session")

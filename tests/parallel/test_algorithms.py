@@ -9,7 +9,6 @@ from losses import policy_gradients
 from policy_steps import gradient_samples
 from rank_losses import made_up, near
 
-from samebit.recipes.models.tiny_model import make_random_model
 from samebit.trainer.algorithms.registry import ALGORITHMS
 from samebit.trainer.context import in_rows, sample_sums
 from samebit.trainer.packing import pack_samples
@@ -49,14 +48,6 @@ def test_policy_gradients_are_the_same_on_context_ranks(run_ranks, tmp_path):
                     torch.testing.assert_close(values, expected)
                 else:
                     assert torch.equal(values, expected), (name, key)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model of the usual initial scale: split layers sum in another order."""
-    folder = tmp_path_factory.mktemp("models") / "qwen3"
-    make_random_model(folder, "qwen3", seed=1, std=0.02, tied=False, num_layers=4)
-    return folder
 
 
 @pytest.fixture(scope="module")

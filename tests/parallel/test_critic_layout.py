@@ -5,8 +5,6 @@ import json
 import pytest
 import torch
 
-from samebit.recipes.models.tiny_model import make_random_model
-
 ONE = {"tensor": 1, "sequence": False, "pipeline": 1, "virtual_pipeline": 1}
 ONE |= {"context": 1, "data": 1}
 WHOLE = [
@@ -17,14 +15,6 @@ WHOLE = [
     {"pipeline": 2, "virtual_pipeline": 2, "offload_optimizer": True},
 ]
 SPLIT = [{"tensor": 2}, {"tensor": 2, "sequence": True}]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model of the usual initial scale: split layers sum in another order."""
-    folder = tmp_path_factory.mktemp("models") / "qwen3"
-    make_random_model(folder, "qwen3", seed=1, std=0.02, tied=False, num_layers=4)
-    return folder
 
 
 @pytest.fixture(scope="module")

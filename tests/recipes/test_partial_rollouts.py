@@ -10,7 +10,7 @@ import pytest
 from partial_schedule import PROMPTS, SAMPLES, places_of, schedule, stints_of
 from run_children import has_lines, in_one_process, run_cli_in_one_process
 from test_signals import signal_before_call
-from test_stale_rollouts import left_in
+from test_stale_rollouts import assert_stopped_and_resumed, left_in
 
 from samebit.recipes import grpo
 from samebit.recipes.grpo import LogprobMismatchError
@@ -208,14 +208,8 @@ def test_what_a_checkpoint_holds(whole):
 )
 def test_stopped_and_resumed(train, whole, tmp_path, monkeypatch, owner, name, number, step):
     """By a signal, between any two of what a step does."""
-    expected, result = whole(PARTIAL)
-    with monkeypatch.context() as patch:
-        calls = signal_before_call(patch, owner, name, number)
-        with pytest.raises(Stopped, match=f"stopped after step {step}, "):
-            train(tmp_path, PARTIAL)
-    assert len(calls) == number
-    assert train(tmp_path, PARTIAL, resume=True) == result
-    assert left_in(tmp_path)[0] == left_in(expected)[0]
+    fault = owner, name, number
+    assert_stopped_and_resumed(train, whole, tmp_path, monkeypatch, fault, PARTIAL, step)
 
 
 def test_dead_and_resumed(train, whole, tmp_path, monkeypatch):

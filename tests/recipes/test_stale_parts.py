@@ -8,13 +8,18 @@ import pytest
 from run_children import has_lines, in_one_process, open_run, run_cli_in_one_process, update
 from test_partial_rollouts import DYNAMIC, PARTIAL, SOME, WORDS, bits, saved, tell_a_lie
 from test_replay import replayed
-from test_signals import signal_before_call
-from test_stale_rollouts import BESIDE, left_in, no_thread_is_left, slow_engine, slow_trainer
+from test_stale_rollouts import (
+    BESIDE,
+    assert_stopped_and_resumed,
+    left_in,
+    no_thread_is_left,
+    slow_engine,
+    slow_trainer,
+)
 
 from samebit.recipes import grpo
 from samebit.recipes.grpo import GrpoRecipe, LogprobMismatchError
 from samebit.recipes.run.metrics import read_rows
-from samebit.recipes.run.signals import Stopped
 from samebit.recipes.run.stale_parts import LEFT, StaleParts
 from samebit.recipes.run.stale_rollouts import STATE
 from samebit.recipes.run.stints import Stints
@@ -179,15 +184,8 @@ def test_dead_and_resumed(train, whole, tmp_path, monkeypatch, words):
 )
 def test_stopped_and_resumed(train, whole, tmp_path, monkeypatch, name, number, words, step):
     """By a signal, in the middle of a step."""
-    expected, result = whole(words)
-    with monkeypatch.context() as patch:
-        calls = signal_before_call(patch, StaleParts, name, number)
-        with pytest.raises(Stopped, match=f"stopped after step {step}, "):
-            train(tmp_path, words)
-    assert len(calls) == number
-    assert no_thread_is_left()
-    assert train(tmp_path, words, resume=True) == result
-    assert left_in(tmp_path)[0] == left_in(expected)[0]
+    fault = StaleParts, name, number
+    assert_stopped_and_resumed(train, whole, tmp_path, monkeypatch, fault, words, step)
 
 
 @pytest.mark.long

@@ -251,6 +251,20 @@ def test_killed_while_it_draws_ahead_and_resumed(
     assert left_in(runs.folder) == left_in(expected)
 
 
+def assert_stopped_and_resumed(train, whole, folder, monkeypatch, fault, words, step):
+    """A run that a signal stops as it is said by `fault` (class, method, number of its call) is
+    saved after that step, leaves no thread and goes on to the same bytes."""
+    expected, result = whole(words)
+    with monkeypatch.context() as patch:
+        calls = signal_before_call(patch, *fault)
+        with pytest.raises(Stopped, match=f"stopped after step {step}, "):
+            train(folder, words)
+    assert len(calls) == fault[-1]
+    assert no_thread_is_left()
+    assert train(folder, words, resume=True) == result
+    assert left_in(folder)[0] == left_in(expected)[0]
+
+
 @pytest.mark.parametrize(
     ("name", "number", "words", "step"),
     [
@@ -263,15 +277,8 @@ def test_killed_while_it_draws_ahead_and_resumed(
 )
 def test_stopped_and_resumed(train, whole, tmp_path, monkeypatch, name, number, words, step):
     """By a signal that comes while it waits for a draw, or computes beside one."""
-    expected, result = whole(words)
-    with monkeypatch.context() as patch:
-        calls = signal_before_call(patch, StaleRollouts, name, number)
-        with pytest.raises(Stopped, match=f"stopped after step {step}, "):
-            train(tmp_path, words)
-    assert len(calls) == number
-    assert no_thread_is_left()
-    assert train(tmp_path, words, resume=True) == result
-    assert left_in(tmp_path)[0] == left_in(expected)[0]
+    fault = StaleRollouts, name, number
+    assert_stopped_and_resumed(train, whole, tmp_path, monkeypatch, fault, words, step)
 
 
 @pytest.mark.parametrize("words", [RARE, WAITS], ids=["gone", "still served"])
