@@ -146,11 +146,11 @@ def draw_with_logprobs(
     segment = padded_vocab_size(vocab_size) // LSE_SEGMENTS
     # The draw is exact, so it may be cut up as suits the number of rows; the sum may not.
     together = rows >= _TOGETHER_ROWS
-    parts = LSE_SEGMENTS if together else max(LSE_SEGMENTS, min(64, 512 // max(rows, 1)))
-    part = triton.cdiv(triton.cdiv(vocab_size, parts), GPU_LSE_BLOCK) * GPU_LSE_BLOCK
     if together:
-        part = segment
+        part, parts = segment, LSE_SEGMENTS
     else:
+        parts = max(LSE_SEGMENTS, min(64, 512 // max(rows, 1)))
+        part = triton.cdiv(triton.cdiv(vocab_size, parts), GPU_LSE_BLOCK) * GPU_LSE_BLOCK
         parts = triton.cdiv(vocab_size, part)
     maxima, sums = torch.empty(2, rows, LSE_SEGMENTS, device=device)
     values = torch.empty(rows, parts, device=device)
