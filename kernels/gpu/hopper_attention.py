@@ -23,6 +23,7 @@ from samebit.kernels.gpu.hopper_tiles import (
     make_ones,
     row_of,
     takes,
+    tile_rows,
     turn_of,
 )
 
@@ -40,19 +41,14 @@ def _produce(k_desc, v_desc, v_ptr, k_smem, v_smem, k_full, v_full, k_empty, v_e
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DH, DH // 8], [4, 1], [1, 0])
     for n0 in range(0, end, TILE):
         stage, phase = turn_of(n0 // TILE, STAGES)
+        k_tile, v_tile = k_smem.index(stage), v_smem.index(stage)
+        rows = tile_rows(pages_ptr, key_start, n0, context_len, TILE, BOX, PAGED, PAGE)
         mbarrier.wait(k_empty.index(stage), phase ^ 1)
-        load_tile(
-            k_desc, column, k_smem.index(stage), k_full.index(stage), pages_ptr, key_start, n0,
-            context_len, DH, TILE, BOX, COLUMNS, PAGED, PAGE,
-        )  # fmt: skip
+        load_tile(k_desc, column, k_tile, k_full.index(stage), rows, BOX, COLUMNS)
         mbarrier.wait(v_empty.index(stage), phase ^ 1)
         if n0 + TILE <= context_len:
-            load_tile(
-                v_desc, column, v_smem.index(stage), v_full.index(stage), pages_ptr, key_start, n0,
-                context_len, DH, TILE, BOX, COLUMNS, PAGED, PAGE,
-            )  # fmt: skip
+            load_tile(v_desc, column, v_tile, v_full.index(stage), rows, BOX, COLUMNS)
         else:  # what lies behind the context may be anything: zeros in its place
-            tile = v_smem.index(stage)
             for chunk in gl.static_range(TILE // CHUNK):
                 n = n0 + chunk * CHUNK + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))
                 row = row_of(pages_ptr, key_start, n, context_len, PAGED, PAGE).to(gl.int64)
@@ -61,7 +57,7 @@ def _produce(k_desc, v_desc, v_ptr, k_smem, v_smem, k_full, v_full, k_empty, v_e
                     v_ptr + (row * stride + column)[:, None] + d[None, :],
                     mask=(n < context_len)[:, None], other=0.0,
                 )  # fmt: skip
-                tile.slice(chunk * CHUNK, CHUNK, dim=0).store(value)
+                v_tile.slice(chunk * CHUNK, CHUNK, dim=0).store(value)
             fence_async_shared()
             gl.thread_barrier()
             mbarrier.arrive(v_full.index(stage), count=1)

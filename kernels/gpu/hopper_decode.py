@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from samebit.kernels.contract import GPU_KV_SPLIT, GPU_KV_TILE
 from samebit.kernels.gpu.card import num_sms
@@ -22,7 +22,7 @@ from samebit.kernels.gpu.hopper_tiles import (
     after_previous,
     box_rows,
     descriptor,
-    load_box,
+    load_tile,
     make_barriers,
     merge,
     takes,
@@ -35,8 +35,6 @@ _TAIL_ROWS = 16  # keys that one copy brings where a context ends
 _LEAST_ROWS, _MOST_ROWS = 16, 32  # of queries, of an entry and a KV head
 _MOST_SPLITS = 2  # of an entry, which one program computes all
 _LEAST_ITEMS = 2  # of a program
-ENABLED = False
-"""Its ring of two readers has not run on a card; the portable kernel takes its place."""
 
 
 @gluon.jit
@@ -57,19 +55,14 @@ def _page_ids(pages, n0, context_len, TILE: gl.constexpr, PAGE: gl.constexpr):
 
 
 @gluon.jit
-def _load_tile(desc, column, smem, bar, ids, n0, context_len, BOX: gl.constexpr,
-               COLUMNS: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
-    """Have the tile of keys from n0 on come to shared memory; the barrier tells when.
-
-    Zeros come for boxes behind the context.
-    """
-    TILE: gl.constexpr = smem.shape[0]
-    DH: gl.constexpr = smem.shape[1]
-    mbarrier.expect(bar, TILE * DH * 2)
+def _rows(ids, n0, context_len, TILE: gl.constexpr, BOX: gl.constexpr, PAGE: gl.constexpr):
+    """First rows of a tile's boxes, as a tuple; zeros come for boxes behind the context."""
+    rows = ()
     for box in gl.static_range(TILE // BOX):
         n = n0 + box * BOX
         row = gl.where(n < context_len, ids[box * BOX // PAGE] * PAGE + n % PAGE, _OUTSIDE)
-        load_box(desc, row, column, smem.slice(box * BOX, BOX, dim=0), bar, DH, COLUMNS)
+        rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005
+    return rows
 
 
 @gluon.jit
@@ -97,16 +90,25 @@ def _produce(
             k_bar, v_bar = k_full.index(place), v_full.index(place)
             mbarrier.wait(k_empty.index(stage), phase ^ 1)
             if n0 + TILE <= context_len:
-                _load_tile(k_desc, column, k_tile, k_bar, ids, n0, context_len, BOX, COLUMNS, PAGE)
+                rows = _rows(ids, n0, context_len, TILE, BOX, PAGE)
+                load_tile(k_desc, column, k_tile, k_bar, rows, BOX, COLUMNS)
                 mbarrier.wait(v_empty.index(stage), phase ^ 1)
-                _load_tile(v_desc, column, v_tile, v_bar, ids, n0, context_len, BOX, COLUMNS, PAGE)
+                load_tile(v_desc, column, v_tile, v_bar, rows, BOX, COLUMNS)
             else:
-                _load_tile(k_tail, column, k_tile, k_bar, ids, n0, context_len, TAIL, COLUMNS, PAGE)
+                tail_rows = _rows(ids, n0, context_len, TILE, TAIL, PAGE)
+                load_tile(k_tail, column, k_tile, k_bar, tail_rows, TAIL, COLUMNS)
                 mbarrier.wait(v_empty.index(stage), phase ^ 1)
-                _load_tile(v_tail, column, v_tile, v_bar, ids, n0, context_len, TAIL, COLUMNS, PAGE)
+                load_tile(v_tail, column, v_tile, v_bar, tail_rows, TAIL, COLUMNS)
             turn += 1
         if context_len > shared:
             count += 1
+
+
+@gluon.jit
+def _give_back(empty):
+    """Let a tile's memory be written again, by a copy that does not wait for loads on their way."""
+    fence_async_shared()
+    mbarrier.arrive(empty, count=1)
 
 
 @gluon.jit
@@ -122,7 +124,7 @@ def _attend_tile(
     no_sum, none = gl.zeros((M, 8), gl.float32, mma), gl.zeros((M, TILE), gl.float32, mma)
     mbarrier.wait(k_full, phase)
     k = k_tile.permute((1, 0)).load(operand)
-    mbarrier.arrive(k_empty, count=1)
+    _give_back(k_empty)
     n = n0 + gl.arange(0, TILE, layout=gl.SliceLayout(0, mma))
     seen = n[None, :] <= position[:, None]
     s = gl.where(seen, mma_v2(q, k, none) * qk_scale, -1e30)
@@ -133,7 +135,7 @@ def _attend_tile(
     total = gl.fma(total, rescale, gl.max(mma_v2(p, ones, no_sum), 1))
     mbarrier.wait(v_full, phase)
     v = v_tile.load(operand)
-    mbarrier.arrive(v_empty, count=1)
+    _give_back(v_empty)
     if n0 + TILE > context_len:  # what lies behind the context may be anything
         key = n0 + gl.arange(0, TILE, layout=gl.SliceLayout(1, operand))
         v = gl.where((key < context_len)[:, None], v, gl.zeros_like(v))
@@ -309,7 +311,7 @@ def fits(
     entry_rows: query rows of one, for a KV head; own_splits: those that one may read for itself.
     """
     small = entry_rows <= _MOST_ROWS and own_splits <= _MOST_SPLITS
-    if not (ENABLED and small and takes(k, v, page_size)):
+    if not (small and takes(k, v, page_size)):
         return False
     return num_entries * k.shape[1] >= _LEAST_ITEMS * num_sms(k.device)
 

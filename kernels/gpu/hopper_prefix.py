@@ -24,6 +24,7 @@ from samebit.kernels.gpu.hopper_tiles import (
     load_tile,
     make_barriers,
     make_ones,
+    tile_rows,
     turn_of,
 )
 
@@ -46,16 +47,12 @@ def _produce(
         hi = gl.minimum(lo + SPLIT, gl.load(lens + task))
         for n0 in range(lo, hi, TILE):
             stage, phase = turn_of(turn, STAGES)
+            k_tile, v_tile = k_smem.index(stage), v_smem.index(stage)
+            rows = tile_rows(pages, 0, n0, hi, TILE, BOX, True, PAGE)
             mbarrier.wait(k_empty.index(stage), phase ^ 1)
-            load_tile(
-                k_desc, column, k_smem.index(stage), k_full.index(stage), pages, 0, n0, hi, DH,
-                TILE, BOX, COLUMNS, True, PAGE,
-            )  # fmt: skip
+            load_tile(k_desc, column, k_tile, k_full.index(stage), rows, BOX, COLUMNS)
             mbarrier.wait(v_empty.index(stage), phase ^ 1)
-            load_tile(
-                v_desc, column, v_smem.index(stage), v_full.index(stage), pages, 0, n0, hi, DH,
-                TILE, BOX, COLUMNS, True, PAGE,
-            )  # fmt: skip
+            load_tile(v_desc, column, v_tile, v_full.index(stage), rows, BOX, COLUMNS)
             turn += 1
 
 

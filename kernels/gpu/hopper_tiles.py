@@ -90,23 +90,26 @@ def row_of(pages_ptr, key_start, n, hi, PAGED: gl.constexpr, PAGE: gl.constexpr)
 
 
 @gluon.jit
-def load_box(desc, row, column, smem, bar, DH: gl.constexpr, COLUMNS: gl.constexpr):
-    """Have a box of keys from a row on come to so many rows of shared memory."""
-    for part in gl.static_range(DH // COLUMNS):
-        tma.async_copy_global_to_shared(
-            desc, [row, column + part * COLUMNS], bar, smem.slice(part * COLUMNS, COLUMNS, dim=1)
-        )
+def tile_rows(pages_ptr, key_start, n0, hi, TILE: gl.constexpr, BOX: gl.constexpr,
+              PAGED: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
+    """First rows of the boxes of the tile [n0, n0 + TILE): a tuple, all pages asked for at once."""
+    rows = ()
+    for box in gl.static_range(TILE // BOX):
+        row = row_of(pages_ptr, key_start, n0 + box * BOX, hi, PAGED, PAGE)
+        rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005
+    return rows
 
 
 @gluon.jit
-def load_tile(desc, column, smem, bar, pages_ptr, key_start, n0, hi, DH: gl.constexpr,
-              TILE: gl.constexpr, BOX: gl.constexpr, COLUMNS: gl.constexpr, PAGED: gl.constexpr,
-              PAGE: gl.constexpr):  # fmt: skip
-    """Have the tile of keys [n0, n0 + TILE) come to shared memory; the barrier tells when."""
+def load_tile(desc, column, smem, bar, rows, BOX: gl.constexpr, COLUMNS: gl.constexpr):
+    """Have a tile's boxes, from these rows on, come to shared memory; the barrier tells when."""
+    TILE: gl.constexpr = smem.shape[0]
+    DH: gl.constexpr = smem.shape[1]
     mbarrier.expect(bar, TILE * DH * 2)
     for box in gl.static_range(TILE // BOX):
-        row = row_of(pages_ptr, key_start, n0 + box * BOX, hi, PAGED, PAGE)
-        load_box(desc, row, column, smem.slice(box * BOX, BOX, dim=0), bar, DH, COLUMNS)
+        for part in gl.static_range(DH // COLUMNS):
+            place = smem.slice(box * BOX, BOX, dim=0).slice(part * COLUMNS, COLUMNS, dim=1)
+            tma.async_copy_global_to_shared(desc, [rows[box], column + part * COLUMNS], bar, place)
 
 
 @gluon.jit

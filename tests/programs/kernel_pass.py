@@ -156,7 +156,7 @@ def every_way(attention: CanonicalAttention, *inputs: Any) -> Iterator[torch.Ten
         return
     from samebit.kernels.gpu import hopper_decode
 
-    with patch.multiple(hopper_decode, ENABLED=True, _LEAST_ITEMS=0, _MOST_SPLITS=9):
+    with patch.multiple(hopper_decode, _LEAST_ITEMS=0, _MOST_SPLITS=9):
         yield attention.attend(*inputs)
 
 
