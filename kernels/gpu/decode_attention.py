@@ -365,7 +365,7 @@ def decode_attention(
     if decode.prefixes is not None:
         _prefix_parts(q, k, v, parts, decode, table, page_size, scale)
     own_splits = triton.cdiv(decode.max_own, GPU_KV_SPLIT)
-    if fits(k, v, page_size, num_seqs, own, own_splits):
+    if fits(k, v, page_size, num_seqs, own, own_splits, max_splits):
         own_attention(
             q, k, v, output, parts, decode, table, page_size, scale * LOG2E, max_splits
         )  # fmt: skip

@@ -33,8 +33,8 @@ _STAGES = 3
 _OUTSIDE = gl.constexpr(1 << 30)  # a row that no cache has
 _TAIL_ROWS = 16  # keys that one copy brings where a context ends
 _LEAST_ROWS, _MOST_ROWS = 16, 32  # of queries, of an entry and a KV head
-_MOST_SPLITS = 2  # of an entry, which one program computes all
-_LEAST_ITEMS = 2  # of a program
+_MOST_SPLITS = 2  # that an entry reads for itself: one program computes all
+_LEAST_ITEMS = 1.5  # of a multiprocessor, where an entry may have several splits
 
 
 @gluon.jit
@@ -163,6 +163,25 @@ def _load_part(max_ptr, sum_ptr, acc_ptr, place, d, mask, DH: gl.constexpr):
 
 
 @gluon.jit
+def _merge_parts(max_ptr, sum_ptr, acc_ptr, first, d, live, num_splits, OWN: gl.constexpr,
+                 M: gl.constexpr, DH: gl.constexpr, mma: gl.constexpr):  # fmt: skip
+    """The (max, sum, accumulator) of all splits, some asked for at a time; first: of split 0."""
+    AT_ONCE: gl.constexpr = 64 // M
+    m, total, acc = _nothing_seen(M, DH, mma)
+    for s0 in range(0, num_splits, AT_ONCE):
+        parts = ()
+        for i in gl.static_range(AT_ONCE):
+            place, mask = first + (s0 + i) * OWN, live & (s0 + i < num_splits)
+            part = _load_part(max_ptr, sum_ptr, acc_ptr, place, d, mask, DH)
+            parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
+        for i in gl.static_range(AT_ONCE):
+            if s0 + i < num_splits:
+                m, total, a, b = merge(m, total, parts[i][0], parts[i][1])
+                acc = gl.fma(acc, a[:, None], parts[i][2] * b[:, None])
+    return m, total, acc
+
+
+@gluon.jit
 def _load_queries(q_ptr, query_len, q_stride, q_head, GROUP: gl.constexpr, OWN: gl.constexpr,
                   DH: gl.constexpr, M: gl.constexpr, mma: gl.constexpr):  # fmt: skip
     """An entry's query rows of one KV head, [M, DH]; zeros where there are no more."""
@@ -220,14 +239,9 @@ def _attend_item(
             gl.store(acc_ptr + place[:, None] * DH + d[None, :], acc, mask=live[:, None])
     if num_splits > 1:
         gl.thread_barrier()  # what another thread of the warpgroup wrote is read from here on
-        m, total, acc = _nothing_seen(M, DH, mma)
-        for split in range(num_splits):
-            place = (parts + split) * OWN + r
-            next_m, next_total, next_acc = _load_part(
-                max_ptr, sum_ptr, acc_ptr, place, d, live, DH
-            )  # fmt: skip
-            m, total, a, b = merge(m, total, next_m, next_total)
-            acc = gl.fma(acc, a[:, None], next_acc * b[:, None])
+        m, total, acc = _merge_parts(
+            max_ptr, sum_ptr, acc_ptr, parts * OWN + r, d, live, num_splits, OWN, M, DH, mma
+        )
     row = (row0 + r // GROUP) * NUM_KV * GROUP + kv * GROUP + r % GROUP
     out = (acc / total[:, None]).to(gl.bfloat16)
     gl.store(o_ptr + row[:, None] * DH + d[None, :], out, mask=live[:, None])
@@ -304,16 +318,22 @@ def _hopper_decode_kernel(
 
 
 def fits(
-    k: Tensor, v: Tensor, page_size: int, num_entries: int, entry_rows: int, own_splits: int
+    k: Tensor,
+    v: Tensor,
+    page_size: int,
+    num_entries: int,
+    entry_rows: int,
+    own_splits: int,
+    max_splits: int,
 ) -> bool:
     """Whether `own_attention` takes so many entries, and is faster than a program for each split.
 
-    entry_rows: query rows of one, for a KV head; own_splits: those that one may read for itself.
+    entry_rows: query rows of one, for a KV head; own_splits: those that one may read for itself,
+    of max_splits in all.
     """
-    small = entry_rows <= _MOST_ROWS and own_splits <= _MOST_SPLITS
-    if not (small and takes(k, v, page_size)):
+    if entry_rows > _MOST_ROWS or own_splits > _MOST_SPLITS or not takes(k, v, page_size):
         return False
-    return num_entries * k.shape[1] >= _LEAST_ITEMS * num_sms(k.device)
+    return max_splits == 1 or num_entries * k.shape[1] >= _LEAST_ITEMS * num_sms(k.device)
 
 
 def own_attention(
