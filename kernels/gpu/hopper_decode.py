@@ -32,7 +32,7 @@ from samebit.kernels.gpu.hopper_tiles import (
 _STAGES = 3
 _OUTSIDE = gl.constexpr(1 << 30)  # a row that no cache has
 _TAIL_ROWS = 16  # keys that one copy brings where a context ends
-_LEAST_ROWS, _MOST_ROWS = 16, 32  # of queries, of an entry and a KV head
+_LEAST_ROWS, _MOST_ROWS = 16, 16  # of queries, of an entry and a KV head
 _MOST_SPLITS = 2  # that an entry reads for itself: one program computes all
 _LEAST_ITEMS = 1.5  # of a multiprocessor, where an entry may have several splits
 
@@ -333,7 +333,7 @@ def fits(
     """
     if entry_rows > _MOST_ROWS or own_splits > _MOST_SPLITS or not takes(k, v, page_size):
         return False
-    return max_splits == 1 or num_entries * k.shape[1] >= _LEAST_ITEMS * num_sms(k.device)
+    return num_entries * k.shape[1] >= _LEAST_ITEMS * num_sms(k.device)
 
 
 def own_attention(
