@@ -90,13 +90,13 @@ class Measured:
 
 CONSTANTS = Measured(
     Rollout(  # h200_engine_qwen3_0.6b, _8b; graphs: h200_engine_warm_start_qwen3_8b
-        prefill=0.606, weights=0.869, keys=0.504, step_s=7.73e-4, graph_bytes_per_logit_byte=4.33
+        prefill=0.612, weights=0.868, keys=0.58, step_s=8.01e-4, graph_bytes_per_logit_byte=4.33
     ),
     Training(  # h200_trainer_qwen3_4b
         products=0.538, attention=0.225, activation_bytes_per_product_byte=1.29
     ),
     Links(  # h200x2_transfer_tp1_tp1, h200x2_sync_qwen3_8b, h200x2_reduce
-        transfer=0.707, ipc=0.0856, digest=0.419, sums=0.398, sum_s=8.39e-6
+        transfer=0.694, ipc=0.088, digest=0.375, sums=0.398, sum_s=8.39e-6
     ),
 )
 
