@@ -8,7 +8,6 @@ decode_attention.py, whose portable kernel gives the same bits.
 
 from typing import Any
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -32,7 +31,7 @@ from samebit.kernels.gpu.hopper_tiles import (
 _STAGES = 3
 _OUTSIDE = gl.constexpr(1 << 30)  # a row that no cache has
 _TAIL_ROWS = 16  # keys that one copy brings where a context ends
-_LEAST_ROWS, _MOST_ROWS = 16, 16  # of queries, of an entry and a KV head
+_ROWS = 16  # of queries, of an entry and a KV head
 _MOST_SPLITS = 2  # that an entry reads for itself: one program computes all
 _LEAST_ITEMS = 1.5  # of a multiprocessor, where an entry may have several splits
 
@@ -166,7 +165,7 @@ def _load_part(max_ptr, sum_ptr, acc_ptr, place, d, mask, DH: gl.constexpr):
 def _merge_parts(max_ptr, sum_ptr, acc_ptr, first, d, live, num_splits, OWN: gl.constexpr,
                  M: gl.constexpr, DH: gl.constexpr, mma: gl.constexpr):  # fmt: skip
     """The (max, sum, accumulator) of all splits, some asked for at a time; first: of split 0."""
-    AT_ONCE: gl.constexpr = 64 // M
+    AT_ONCE: gl.constexpr = 4
     m, total, acc = _nothing_seen(M, DH, mma)
     for s0 in range(0, num_splits, AT_ONCE):
         parts = ()
@@ -331,9 +330,9 @@ def fits(
     entry_rows: query rows of one, for a KV head; own_splits: those that one may read for itself,
     of max_splits in all.
     """
-    if entry_rows > _MOST_ROWS or own_splits > _MOST_SPLITS or not takes(k, v, page_size):
+    if entry_rows > _ROWS or own_splits > _MOST_SPLITS or not takes(k, v, page_size):
         return False
-    return num_entries * k.shape[1] >= _LEAST_ITEMS * num_sms(k.device)
+    return max_splits == 1 or num_entries * k.shape[1] >= _LEAST_ITEMS * num_sms(k.device)
 
 
 def own_attention(
@@ -363,10 +362,8 @@ def own_attention(
         query_starts=decode.query_starts, query_lens=decode.query_lens,
         table_rows=decode.table_rows, context_lens=decode.context_lens, pages_ptr=table,
         num_items=num_items, max_pages=table.stride(0), q_stride=q.stride(0), q_head=q.stride(1),
-        kv_head=k.stride(1), qk_scale=qk_scale, max_splits=max_splits, NUM_KV=num_kv,
-        GROUP=group, QUERIES=decode.max_queries, DH=head_dim,
-        M=max(_LEAST_ROWS, triton.next_power_of_2(group * decode.max_queries)), TILE=GPU_KV_TILE,
-        SPLIT=GPU_KV_SPLIT, BOX=box, TAIL=_TAIL_ROWS, COLUMNS=COLUMNS, STAGES=_STAGES,
-        PAGE=page_size, SHARED=prefixes is not None, num_warps=4, enable_fp_fusion=False,
-        launch_pdl=True,
+        kv_head=k.stride(1), qk_scale=qk_scale, max_splits=max_splits, NUM_KV=num_kv, GROUP=group,
+        QUERIES=decode.max_queries, DH=head_dim, M=_ROWS, TILE=GPU_KV_TILE, SPLIT=GPU_KV_SPLIT,
+        BOX=box, TAIL=_TAIL_ROWS, COLUMNS=COLUMNS, STAGES=_STAGES, PAGE=page_size,
+        SHARED=prefixes is not None, num_warps=4, enable_fp_fusion=False, launch_pdl=True,
     )  # fmt: skip

@@ -95,7 +95,7 @@ def test_paged(heads, page_size, portable, monkeypatch):
     ("heads", "page_size"),
     [(HEADS["8 of 4x128"], n) for n in (16, 64, 256)] + [(HEADS["3 of 3x64"], 64)],
 )
-@pytest.mark.parametrize("most", [1, 5])
+@pytest.mark.parametrize("most", [1, 4])
 def test_decode(heads, page_size, most, monkeypatch):
     """Contexts that end on and beside the edges of tiles and splits, with up to so many queries."""
     kind = CanonicalAttention(heads, torch.device("cuda"))

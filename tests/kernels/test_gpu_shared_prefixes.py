@@ -100,7 +100,7 @@ def test_together_and_alone(shape, page_size, most, on_hopper, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(decode_attention, "fits", lambda *_: False)
             assert torch.equal(truth, alone.attend(q, *contexts.caches, plan))
-        small = [e for e in plan.decode if shape[0] // shape[1] * e.max_queries <= 32]
+        small = [e for e in plan.decode if shape[0] // shape[1] * e.max_queries <= 16]
         assert bool(calls) == (on_hopper and shares)
         assert bool(own_calls) == (on_hopper and bool(small))
         calls.clear(), own_calls.clear()
