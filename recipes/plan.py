@@ -39,6 +39,11 @@ PARTIAL = (
     "left is compared with one more forward pass, unless rollout.check_stale=false. That samples "
     "end before their most tokens, which is what partial rollouts are for, is not counted."
 )
+AHEAD = (
+    "Of rollout.max_staleness: a step is one of a run that is under way. Engines draw while the "
+    "trainer trains, and compares what older weights drew (unless rollout.check_stale=false, by a "
+    "copy of the weights that drew); an update waits until they are idle."
+)
 
 
 def make_plan(run: PlanRun) -> dict[str, Any]:
@@ -72,6 +77,7 @@ def make_plan(run: PlanRun) -> dict[str, Any]:
         "remedies": [] if fits else remedies(run, model, own, memory),
         "kv_tokens": memory.kv_tokens,
         "samples_at_once": step.at_once(memory.kv_tokens),
+        "max_staleness": run.rollout.max_staleness,
         "left": None if run.rollout.partial_tokens is None else _left(run, step.parts),
         "sync": [asdict(plan) for plan in sync],
         "times": None if times is None else asdict(times) | {"step_s": times.step_s},
@@ -153,14 +159,18 @@ def _times_table(plan: dict[str, Any]) -> str:
     times, gpus = plan["times"], plan["gpus"]
     if times is None:
         return "What does not fit takes no time that could be told."
-    phases = ["rollout", *(["compare"] if times["compare_s"] else []), "train", "sync", "step"]
+    waits = times["rollout_wait_s"] != times["rollout_s"]
+    phases = ["rollout_wait" if waits else "rollout", *(["compare"] if times["compare_s"] else [])]
+    phases += ["train", "sync", "step"]
     rows = [["phase", "seconds", "share"]]
     for name in phases:
         seconds = times[f"{name}_s"]
         if seconds is None:
             rows.append([name, "not measured", "-"])
         else:
-            rows.append([name, f"{seconds:,.3f}", f"{seconds / times['step_s']:.1%}"])
+            rows.append(
+                [name.replace("_", " "), f"{seconds:,.3f}", f"{seconds / times['step_s']:.1%}"]
+            )
     return (
         f"{format_table(rows)}\n"
         f"{times['rollout_tokens_s']:,.0f} tokens drawn per second of rollout, "
@@ -181,6 +191,18 @@ def _left_text(plan: dict[str, Any]) -> str:
     )
 
 
+def _ahead_text(plan: dict[str, Any]) -> str:
+    """How long engines draw of a step, and how much of that beside training."""
+    if (times := plan["times"]) is None:
+        return "What does not fit draws nothing ahead."
+    beside = 1 - times["rollout_wait_s"] / times["rollout_s"]
+    busy = times["rollout_s"] / times["step_s"]
+    return (
+        f"Engines draw for {times['rollout_s']:,.3f} s of a step, {busy:.1%} of it; for "
+        f"{beside:.1%} of that time the trainer has something to do."
+    )
+
+
 def verdict(plan: dict[str, Any]) -> str:
     """Say whether the plan fits; if not, what does not, by how much, and what would help."""
     short, total = plan["shortage"], plan["cluster"]["gpu_gib"]
@@ -198,7 +220,8 @@ def verdict(plan: dict[str, Any]) -> str:
 def summary(plan: dict[str, Any]) -> str:
     """The plan as tables."""
     idle = f", {plan['idle_gpus']} idle" if plan["idle_gpus"] else ""
-    partial = [] if plan["left"] is None else [_left_text(plan), PARTIAL]
+    own = [] if plan["left"] is None else [_left_text(plan), PARTIAL]
+    own += [_ahead_text(plan), AHEAD] if plan["max_staleness"] else []
     return "\n\n".join(
         [
             f"{plan['model']}: {plan['layout']} on {plan['gpus']} GPUs{idle}; {plan['engines']} "
@@ -208,7 +231,7 @@ def summary(plan: dict[str, Any]) -> str:
             _memory_table(plan),
             _sync_table(plan),
             _times_table(plan),
-            *partial,
+            *own,
             NOT_COUNTED,
             verdict(plan),
         ]

@@ -43,6 +43,9 @@ class Rollout:
     """Share of the roofline that products of decode reach."""
     keys: float
     """Share of the memory's rate at which decode reads keys and values."""
+    rows: float
+    """Share of the memory's rate at which what decode computes for each sample passes: row_bytes.
+    """
     step_s: float
     """Of every decode step, whatever it computes."""
     graph_bytes_per_logit_byte: float
@@ -90,7 +93,12 @@ class Measured:
 
 CONSTANTS = Measured(
     Rollout(  # h200_engine_qwen3_0.6b, _8b; graphs: h200_engine_warm_start_qwen3_8b
-        prefill=0.612, weights=0.868, keys=0.58, step_s=8.01e-4, graph_bytes_per_logit_byte=4.33
+        prefill=0.606,
+        weights=0.935,
+        keys=0.873,
+        rows=0.104,
+        step_s=8.6e-4,
+        graph_bytes_per_logit_byte=4.33,
     ),
     Training(  # h200_trainer_qwen3_4b
         products=0.538, attention=0.225, activation_bytes_per_product_byte=1.29
@@ -117,6 +125,11 @@ def product_bytes(model: ModelConfig) -> int:
     return sum(2 * (product.n + product.k) for product in model.layer_products.values())
 
 
+def row_bytes(model: ModelConfig) -> int:
+    """Return bytes of a token's operands and results of all products, and of its fp32 logits."""
+    return model.num_layers * product_bytes(model) + 4 * model.vocab_size
+
+
 def _read(folder: Path, name: str) -> Any:
     return json.loads((folder / name).read_text())
 
@@ -127,21 +140,23 @@ def _shape(report: Any) -> ModelConfig:
 
 def _rollout(folder: Path) -> Rollout:
     """Least squares, in relative errors, over every workload of the default engine."""
-    rates, rows = CardRates(H200.hbm_bytes_s, H200.flops_s), []
+    rates, table = CardRates(H200.hbm_bytes_s, H200.flops_s), []
     for report in (_read(folder, name) for name in ENGINE_FILES):
         model = _shape(report)
         for text, found in report["variants"]["default"]["workloads"].items():
             workload = Workload.parse(text)
             seconds = workload.output_tokens / found["output_tokens_s"]["median"]
             bounds = roofline_bounds(model, workload, rates)
-            rows.append([x / seconds for x in (*bounds, workload.output_len - 1)])
-    fitted = np.linalg.lstsq(np.array(rows), np.ones(len(rows)))[0]
-    prefill, weights, keys, step_s = map(float, fitted)
+            steps = workload.output_len - 1
+            rows_s = steps * workload.num_seqs * row_bytes(model) / H200.hbm_bytes_s
+            table.append([x / seconds for x in (*bounds, rows_s, steps)])
+    fitted = np.linalg.lstsq(np.array(table), np.ones(len(table)))[0]
+    prefill, weights, keys, rows, step_s = map(float, fitted)
     graphs = []
     for report in (_read(folder, name) for name in GRAPH_FILES):
         logits = report["engine"]["max_num_seqs"] * _shape(report).vocab_size * 4
         graphs.append(report["variants"]["default"]["graphs"]["memory_bytes"] / logits)
-    return Rollout(1 / prefill, 1 / weights, 1 / keys, step_s, max(graphs))
+    return Rollout(1 / prefill, 1 / weights, 1 / keys, 1 / rows, step_s, max(graphs))
 
 
 def _training(folder: Path) -> Training:

@@ -18,8 +18,8 @@ from samebit.weight_sync.mapping import ParamSpec
 RUNTIME_BYTES = 2 << 30
 """Of CUDA, NCCL and loaded kernels: h200_step_qwen3_1.7b.json, device less reserved memory."""
 TAGS = (
-    "runtime", "weights", "reference", "delta_base", "optimizer", "gradients", "kv_cache",
-    "cuda_graphs", "activations",
+    "runtime", "weights", "reference", "served_weights", "delta_base", "optimizer", "gradients",
+    "kv_cache", "cuda_graphs", "activations",
 )  # fmt: skip
 """In the order in which a run comes to need them."""
 _AWAY = {"rollout": ("gradients",), "train": ("kv_cache", "cuda_graphs")}
@@ -119,11 +119,13 @@ def _trainer_tags(
     sums = 1 + (0 if parallel.offload_segment_sums else max(waiting, 0))
     copies = parallel.data * parallel.context if parallel.distributed_optimizer else 1
     reference = 2 * elements * make_algorithm(run.algorithm).has_reference
+    keeps_served = run.rollout.max_staleness > 0 and run.rollout.check_stale
     passing = reference if parallel.offload_reference else 0  # before there are activations
     return dict.fromkeys(TAGS, 0) | {
         "runtime": RUNTIME_BYTES,
         "weights": 2 * elements,
         "reference": reference - passing,
+        "served_weights": 2 * elements * keeps_served,
         "delta_base": 2 * elements * run.placement.delta,
         "optimizer": 0 if parallel.offload_optimizer else -(-12 * elements // copies),
         "gradients": 4 * elements * sums,

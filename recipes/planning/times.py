@@ -2,7 +2,8 @@
 
 Every sample counts with its most tokens. Rewards, evaluation and checkpoints take no time here.
 With rollout.partial_tokens a step is one stint, in which as many prompts are drawn of every age as
-a step begins; samples that go on compute their whole contexts anew, each by itself.
+a step begins; samples that go on compute their whole contexts anew, each by itself. With
+rollout.max_staleness steps are drawn while others are trained: ahead.py.
 """
 
 import math
@@ -12,8 +13,9 @@ from samebit.recipes.bench.config import Workload
 from samebit.recipes.bench.roofline import Bounds, roofline_bounds
 from samebit.recipes.bench.timing import CardRates
 from samebit.recipes.plan_config import PlanRun
+from samebit.recipes.planning.ahead import Phases, seconds_of_a_step, stale_share
 from samebit.recipes.planning.layout import Layout
-from samebit.recipes.planning.measured import Measured
+from samebit.recipes.planning.measured import Measured, row_bytes
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.algorithms.registry import make_algorithm
@@ -47,11 +49,14 @@ class StepTimes:
     """Holds the seconds of a training step. mfu: as `perf/train_mfu` counts it.
 
     first_rollout_s: of the run's first step, which draws a stint for every part of a sample.
-    compare_s: of the forward pass of what a step has drawn and leaves to later ones.
+    rollout_wait_s: in which nobody trains or compares meanwhile. compare_s: of the forward pass of
+    what is compared besides: parts of samples that a step leaves to later ones, or what older
+    weights drew. sync_s: of updates, to each step its share.
     """
 
     rollout_s: float
     first_rollout_s: float
+    rollout_wait_s: float
     compare_s: float
     train_s: float
     sync_s: float | None
@@ -61,7 +66,7 @@ class StepTimes:
     @property
     def step_s(self) -> float:
         """All phases, one after another."""
-        return self.rollout_s + self.compare_s + self.train_s + (self.sync_s or 0.0)
+        return self.rollout_wait_s + self.compare_s + self.train_s + (self.sync_s or 0.0)
 
 
 @dataclass(frozen=True)
@@ -79,14 +84,20 @@ class StepModel:
         return Part.all_of(self.run.rollout)
 
     def times(self, kv_tokens: int, sync_s: float | None) -> StepTimes:
-        """Of a step whose engines have a KV cache of so many tokens."""
-        run, layout = self.run, self.layout
+        """Of a step whose engines have a KV cache of so many tokens; sync_s: of an update."""
+        run, layout, rollout = self.run, self.layout, self.run.rollout
         stints_s, train_s = self.stints_s(kv_tokens), self.train_s()
-        drawn = run.samples_per_step * run.rollout.max_new_tokens
-        flops = train_flops(self.model, [run.rollout.longest]) * run.samples_per_step
+        flops = train_flops(self.model, [rollout.longest]) * run.samples_per_step
         mfu = flops / train_s / (layout.parallel.num_processes * layout.cluster.gpu.flops_s)
-        rollout_s, tokens_s = stints_s[-1], drawn / stints_s[-1]
-        phases = rollout_s, sum(stints_s), self.compare_s(), train_s, sync_s
+        rollout_s, compare_s = stints_s[-1], self.compare_s()
+        wait_s = rollout_s
+        if rollout.max_staleness:
+            own = Phases(rollout_s, self.compare_all_s(), train_s, sync_s or 0.0)
+            compare_s = own.compare_s * stale_share(rollout)
+            sync_s = None if sync_s is None else sync_s / rollout.weight_sync_steps
+            wait_s = seconds_of_a_step(rollout, own) - compare_s - train_s - (sync_s or 0.0)
+        tokens_s = run.samples_per_step * rollout.max_new_tokens / rollout_s
+        phases = rollout_s, sum(stints_s), wait_s, compare_s, train_s, sync_s
         return StepTimes(*phases, tokens_s, mfu)
 
     def at_once(self, kv_tokens: int) -> int:
@@ -121,15 +132,20 @@ class StepModel:
             for steps, drawing in ((part.drawn - 1, ages), (parts[0].drawn - part.drawn, ages - 1)):
                 seqs = math.ceil(samples * drawing / turns)
                 bounds = self._bounds(Workload(seqs, 1, 1, steps + 1))
-                each_s = own.step_s + self.sums_s(seqs, 1)
+                rows_s = seqs * row_bytes(self.model) / self._rates.memory_bytes_s / own.rows
+                each_s = own.step_s + rows_s + self.sums_s(seqs, 1)
                 decode_s += bounds.weights_s / own.weights + steps * each_s
             found.append(contexts_s + turns * decode_s)
         return found
 
-    def _bounds(self, workload: Workload) -> Bounds:
+    @property
+    def _rates(self) -> CardRates:
+        """Of the GPUs of an engine together."""
         gpu, tensor = self.layout.cluster.gpu, self.layout.parallel.tensor
-        rates = CardRates(gpu.hbm_bytes_s * tensor, gpu.flops_s * tensor)
-        return roofline_bounds(self.model, workload, rates)
+        return CardRates(gpu.hbm_bytes_s * tensor, gpu.flops_s * tensor)
+
+    def _bounds(self, workload: Workload) -> Bounds:
+        return roofline_bounds(self.model, workload, self._rates)
 
     def sums_s(self, tokens: float, directions: int) -> float:
         """Of a layer's two sums over tensor ranks, in all layers, of bf16 rows."""
@@ -157,17 +173,23 @@ class StepModel:
 
     def compare_s(self) -> float:
         """Of one forward pass of all parts but the last, which a step leaves to later ones."""
-        run, parallel = self.run, self.layout.parallel
-        if not run.rollout.check_stale:
+        if not self.run.rollout.check_stale:
             return 0.0
-        samples, seconds = math.ceil(run.samples_per_step / parallel.data), 0.0
-        for part in self.parts[:-1]:
-            length = run.rollout.max_prompt_len + part.begun + part.drawn
-            tokens = samples * length
-            sums = self.sums_s(tokens / parallel.context / parallel.pipeline, 1)
-            compute = self._forward_s(samples, length) + sums + self._context_s(tokens)
-            seconds += compute * (1 + self._bubble(samples, length))
-        return seconds
+        given = self.run.rollout.max_prompt_len
+        return sum(self._compare_s(given + part.begun + part.drawn) for part in self.parts[:-1])
+
+    def compare_all_s(self) -> float:
+        """Of one forward pass of all of a step's samples, by the weights that drew them."""
+        run = self.run.rollout
+        return self._compare_s(run.longest) if run.check_stale else 0.0
+
+    def _compare_s(self, length: int) -> float:
+        parallel = self.layout.parallel
+        samples = math.ceil(self.run.samples_per_step / parallel.data)
+        tokens = samples * length
+        sums = self.sums_s(tokens / parallel.context / parallel.pipeline, 1)
+        compute = self._forward_s(samples, length) + sums + self._context_s(tokens)
+        return compute * (1 + self._bubble(samples, length))
 
     def _forward_s(self, samples: int, length: int) -> float:
         """Of a data rank's products and attention over samples of equal length."""

@@ -27,7 +27,7 @@ def test_memory_by_tag_of_a_tiny_model(tiny):
     found = plan_of(tiny, *words)["memory"]["trainer"]
     graphs = int(measured().rollout.graph_bytes_per_logit_byte * 4 * V * 4)
     fixed = {"runtime": 2 * GIB, "weights": 2 * ELEMENTS, "optimizer": 12 * ELEMENTS}
-    fixed |= {"reference": 0, "delta_base": 0}
+    fixed |= {"reference": 0, "served_weights": 0, "delta_base": 0}
     turns = {"kv_cache": 4 * 128 * 2 * 2 * KV * 2, "cuda_graphs": graphs}
     assert found["rollout"] == fixed | turns | {"gradients": 0, "activations": 0}
     train = found["train"]

@@ -23,6 +23,7 @@ from samebit.recipes.planning.measured import (
     SHAPES,
     from_results,
     measured,
+    row_bytes,
 )
 from samebit.recipes.planning.times import StepModel
 from samebit.rollout.models.registry import load_model_config
@@ -161,7 +162,8 @@ def test_stints_by_hand(tiny):
 
     def decode(samples, steps):
         weights_s = roofline_bounds(model, Workload(samples, 1, 1, steps + 1), rates).weights_s
-        return weights_s / own.weights + steps * own.step_s
+        rows_s = samples * row_bytes(model) / rates.memory_bytes_s / own.rows
+        return weights_s / own.weights + steps * (own.step_s + rows_s)
 
     stints = [contexts[0] + decode(256, 99), sum(contexts[:2]) + decode(512, 99)]
     stints.append(sum(contexts) + decode(768, 55) + decode(512, 44))
@@ -267,6 +269,22 @@ def test_against_the_measured_step(qwen3_1_7b):
     assert all(0.85 <= ratio <= 1.15 for _, _, ratio in ratios.values()), ratios
     assert all(0.94 <= ratios[name][2] <= 1.03 for name in sizes), ratios
     assert planned["kv_tokens"] == found["kv_tokens"]
+
+
+def test_against_the_measured_step_that_draws_ahead(qwen3_1_7b):
+    """docs/results/h200x2_async_qwen3_1.7b.json: in turns, and with a staleness of 1."""
+    report = json.loads((RESULTS / "h200x2_async_qwen3_1.7b.json").read_text())
+    own = ("model.path", "output_dir", "run_name", "trainer.num_steps", "device")
+    for name in ("in turns", "ahead"):
+        found = report[name]
+        words = [w for w in found["command"][2:] if w.split("=")[0] not in own]
+        planned = plan_of(qwen3_1_7b, *words, "cluster.gpus_per_node=2", "cluster.card=h200")
+        times = planned["times"]
+        phases = {"train": "train_s", "rollout": "rollout_s", "step": "step_s"}
+        phases |= {"compare": "compare_s"} if name == "ahead" else {}
+        seconds = {key: (found[f"perf/{s}"], times[s]) for key, s in phases.items()}
+        ratios = pairs_of(seconds)
+        assert all(0.85 <= ratio <= 1.15 for _, _, ratio in ratios.values()), (name, ratios)
 
 
 def test_against_the_engines_workloads():

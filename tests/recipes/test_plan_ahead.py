@@ -1,0 +1,100 @@
+"""`samebit plan` of runs that draw later steps while one is trained (rollout.max_staleness)."""
+
+import re
+
+import pytest
+from plans import ELEMENTS, plan_of, step_of, write_tiny
+
+from samebit.recipes.cli.compose import resolve
+from samebit.recipes.plan import AHEAD, summary
+from samebit.recipes.planning.ahead import Phases, seconds_of_a_step, stale_share
+from samebit.recipes.rollout_config import RolloutSection
+
+APART = ["placement=process", "placement.transport=nccl", "rollout.prompts_per_step=32"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("plan") / "tiny")
+
+
+def drawing(staleness, every=1):
+    return RolloutSection(max_staleness=staleness, weight_sync_steps=every)
+
+
+@pytest.mark.parametrize("staleness", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("phases", "seconds"),
+    [
+        (Phases(10, 1, 2, 0.5), 10.5),  # engines have more to do than the trainer
+        (Phases(2, 1, 10, 0.5), 11.5),  # less
+        (Phases(3, 0, 3, 0), 3),
+    ],
+)
+def test_updates_after_every_step(staleness, phases, seconds):
+    """The slower of both, and the update, for which the engine stands still."""
+    rollout = drawing(staleness)
+    assert seconds_of_a_step(rollout, phases) == pytest.approx(seconds, rel=1e-12)
+    assert stale_share(rollout) == 1
+
+
+def test_updates_after_several_steps():
+    """Two steps by each version, by hand: seconds of drawing, comparing, training, updating.
+
+    Staleness 2: of versions 0, 2, 4, ... each draws the steps from 2 behind it on. At 40 the engine
+    gets version v, and draws until 60; the trainer compares (1) and trains (2) step v + 1, which is
+    there; step v + 2, the version's first, is there at 50, and is trained and compared (it is older
+    by one step) until 53; the update waits until 60.
+    """
+    assert seconds_of_a_step(drawing(2, 2), Phases(10, 1, 2, 0.5)) == pytest.approx(20.5 / 2)
+    # The trainer: two steps to compare and to train, and an update; the engine is done before.
+    assert seconds_of_a_step(drawing(2, 2), Phases(1, 1, 10, 0.5)) == pytest.approx(22.5 / 2)
+
+
+def test_a_version_that_draws_all_that_it_may():
+    """Staleness 1, an update after every second step: none is drawn when one begins.
+
+    The trainer waits for the first step (10), which is not stale, trains it (2), waits for the
+    second (until 20), compares and trains it (3), and updates (0.5).
+    """
+    rollout = drawing(1, 2)
+    assert stale_share(rollout) == 0.5
+    assert seconds_of_a_step(rollout, Phases(10, 1, 2, 0.5)) == pytest.approx(23.5 / 2)
+    assert seconds_of_a_step(rollout, Phases(10, 1, 20, 0.5)) == pytest.approx(51.5 / 2)
+
+
+def test_times_and_memory_of_a_plan(tiny):
+    """A step waits for nothing but the rest of the rollout; what compares needs a copy."""
+    words = [*APART, "cluster.gpus_per_node=2"]
+    whole, ahead = (plan_of(tiny, *words, *x) for x in ([], ["rollout.max_staleness=1"]))
+    blind = plan_of(tiny, *words, "rollout.max_staleness=1", "rollout.check_stale=false")
+    before, times = whole["times"], ahead["times"]
+    assert times["rollout_s"] == before["rollout_s"] == before["rollout_wait_s"]
+    assert times["train_s"] == before["train_s"]
+    step = step_of(tiny, *words, "rollout.max_staleness=1")
+    assert times["compare_s"] == step.compare_all_s() > 0 == before["compare_s"]
+    assert blind["times"]["compare_s"] == 0
+    longer = max(times["rollout_s"], times["compare_s"] + times["train_s"])
+    assert times["step_s"] == pytest.approx(longer + times["sync_s"], rel=1e-9)
+    shown = ("rollout_wait", "compare", "train", "sync")
+    assert times["step_s"] == pytest.approx(sum(times[f"{x}_s"] for x in shown), rel=1e-12)
+    tags = [p["memory"]["trainer"]["without_release"] for p in (whole, ahead, blind)]
+    assert [t["served_weights"] for t in tags] == [0, 2 * ELEMENTS, 0]
+    said = summary(ahead)
+    assert AHEAD in said
+    assert re.search(r"^rollout wait +[0-9.]+ ", said, re.MULTILINE)
+    assert "Engines draw for" in said
+    assert "Engines draw for" not in summary(whole)
+
+
+def test_updates_are_shared_by_steps(tiny):
+    words = [*APART, "cluster.gpus_per_node=2", "rollout.max_staleness=3"]
+    one, four = (plan_of(tiny, *words, *x) for x in ([], ["rollout.weight_sync_steps=4"]))
+    assert four["times"]["sync_s"] == pytest.approx(one["times"]["sync_s"] / 4)
+
+
+def test_parts_that_are_drawn_ahead_are_refused(tiny):
+    """No result says how fast those are."""
+    words = [*APART, "rollout.max_staleness=1", "rollout.partial_tokens=100"]
+    with pytest.raises(ValueError, match=r"rollout\.partial_tokens is 100.*max_staleness=1"):
+        resolve("plan", [f"model.path={tiny}", *words])
