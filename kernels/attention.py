@@ -9,6 +9,7 @@ al. 2022, arXiv 2205.14135.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -89,7 +90,8 @@ class CanonicalAttention(AttentionKind):
 
             few, share = most_queries(self.heads.per_kv), partial(self._shared, page_size=page_size)
             place = page_table, page_size, self.device
-            return plan(query_lens, context_lens, *place, most_queries=few, share=share)
+            found = plan(query_lens, context_lens, *place, most_queries=few, share=share)
+            return replace(found, reads_ahead=self.reads_ahead)
         return cpu.plan_step(query_lens, context_lens, page_table, page_size, self.heads.per_kv)
 
     def plan_context(
@@ -139,7 +141,8 @@ class CanonicalAttention(AttentionKind):
         """See AttentionKind."""
         from samebit.kernels.gpu.attention import plan_graph
 
-        return plan_graph(entries, self.heads.per_kv, max_own)
+        found = plan_graph(entries, self.heads.per_kv, max_own)
+        return replace(found, reads_ahead=self.reads_ahead)
 
     def prepare_replay(
         self,

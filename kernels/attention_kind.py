@@ -111,6 +111,9 @@ class AttentionKind(ABC):
         self.device = device
         self.least_shared_bytes: int | None = LEAST_SHARED_BYTES
         """How much a layer must be spared before decode shares prefixes; None: it never does."""
+        self.reads_ahead = True
+        """Whether `attend` may read keys of earlier steps before the kernel that directly precedes
+        it is done: what that one writes is an earlier key to none of the samples."""
 
     @classmethod  # noqa: B027 - most run anywhere
     def require_usable(cls, device_type: str) -> None:
@@ -204,6 +207,7 @@ class AttentionKind(ABC):
         """Attention of new tokens to their samples' pages, their own keys already written.
 
         q [T, Hq, Dh], caches [P, page_size, Hkv, Dh] -> [T, Hq, Dh]; plan: of a step or a graph.
+        See reads_ahead for what may have been written just before.
         """
 
     @abstractmethod

@@ -59,6 +59,7 @@ class GpuAttentionPlan(AttentionPlan):
     key_lens: tuple[int, ...] = ()  # their contexts,
     first_keys: tuple[int, ...] = ()  # and where those start
     own_keys: bool = True  # the keys are the queries' own, no more and in their order
+    reads_ahead: bool = True  # see AttentionKind
 
     @functools.cached_property
     def boundaries(self) -> Tensor:
@@ -321,15 +322,18 @@ def attend(
     if q.dtype != torch.bfloat16:
         raise ValueError(f"attention on the GPU takes torch.bfloat16, got {q.dtype}")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    table = plan.page_table
     if k.stride() != v.stride():
+        if table is not None:
+            raise ValueError(f"caches of keys and values differ: {k.stride()}, {v.stride()} apart")
         k, v = k.contiguous(), v.contiguous()
     num_tokens, num_heads, head_dim = q.shape
-    table = plan.page_table
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(num_heads, num_tokens if table is None else 0, device=q.device)
     for entries in plan.decode:
         assert table is not None
-        decode_attention(q, k, v, output, entries, table, plan.page_size, scale)
+        place = table, plan.page_size
+        decode_attention(q, k, v, output, entries, *place, scale, plan.reads_ahead)
     if len(plan.tile_seq) and fits(k, v, plan.tile_rows, None if table is None else plan.page_size):
         prefill_attention(q, k, v, output, lse, plan, scale * LOG2E)
     elif len(plan.tile_seq):

@@ -271,6 +271,7 @@ def _prefix_parts(
     table: Tensor,
     page_size: int,
     scale: float,
+    reads_ahead: bool,
 ) -> None:
     """Compute what entries share: each one's (max, sum, accumulator) of its splits.
 
@@ -282,8 +283,8 @@ def _prefix_parts(
     max_splits = triton.cdiv(decode.max_context, GPU_KV_SPLIT)
     if takes(k, v, page_size):
         return prefix_attention(
-            q, k, v, parts, decode, table, page_size, scale * LOG2E, rows, max_splits
-        )
+            q, k, v, parts, decode, table, page_size, scale * LOG2E, rows, max_splits, reads_ahead
+        )  # fmt: skip
     programs = min(prefixes.most_items, triton.cdiv(_WAVES * num_sms(q.device), num_kv))
     (part_max, part_sum, part_acc), pdl = parts, supported(q.device)
     block_dh = part_acc.shape[1]
@@ -348,10 +349,11 @@ def decode_attention(
     table: Tensor,
     page_size: int,
     scale: float,
+    reads_ahead: bool = True,
 ) -> None:
     """Write the entries' rows of output [T, Hq, Dh]; table [tables, max_pages] int32.
 
-    q [T, Hq, Dh]; k, v [kv_slots, Hkv, Dh].
+    q [T, Hq, Dh]; k, v [kv_slots, Hkv, Dh]; reads_ahead: see AttentionKind.
     """
     num_heads, head_dim = q.shape[1:]
     num_kv, num_seqs = k.shape[1], len(decode.table_rows)
@@ -363,11 +365,11 @@ def decode_attention(
     block_dh = max(64, triton.next_power_of_2(head_dim))
     parts = part_max, part_sum, torch.empty(count, block_dh, device=q.device)
     if decode.prefixes is not None:
-        _prefix_parts(q, k, v, parts, decode, table, page_size, scale)
+        _prefix_parts(q, k, v, parts, decode, table, page_size, scale, reads_ahead)
     own_splits = triton.cdiv(decode.max_own, GPU_KV_SPLIT)
     if fits(k, v, page_size, num_seqs, own, own_splits, max_splits):
         own_attention(
-            q, k, v, output, parts, decode, table, page_size, scale * LOG2E, max_splits
+            q, k, v, output, parts, decode, table, page_size, scale * LOG2E, max_splits, reads_ahead
         )  # fmt: skip
     else:
         _own_parts(q, k, v, output, parts, decode, table, page_size, scale)

@@ -21,6 +21,7 @@ from samebit.kernels.gpu.hopper_tiles import (
     after_previous,
     box_rows,
     descriptor,
+    give_back,
     load_tile,
     make_barriers,
     merge,
@@ -70,10 +71,12 @@ def _produce(
     query_lens, table_rows, context_lens, num_items, pages_ptr, max_pages, kv_head,
     NUM_KV: gl.constexpr, QUERIES: gl.constexpr, TILE: gl.constexpr, BOX: gl.constexpr,
     TAIL: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr,
-    SHARED: gl.constexpr,
+    SHARED: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads."""
     turn, count = 0, 0
+    if not AHEAD:
+        after_previous(False)
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         entry, column = item // NUM_KV, item % NUM_KV * kv_head
         context_len, shared = _lens(context_lens, prefix_lens, entry, SHARED)
@@ -104,13 +107,6 @@ def _produce(
 
 
 @gluon.jit
-def _give_back(empty):
-    """Let a tile's memory be written again, by a copy that does not wait for loads on their way."""
-    fence_async_shared()
-    mbarrier.arrive(empty, count=1)
-
-
-@gluon.jit
 def _attend_tile(
     q, k_tile, v_tile, k_full, v_full, k_empty, v_empty, phase, n0, context_len, position, qk_scale,
     m, total, acc, TILE: gl.constexpr,
@@ -123,7 +119,8 @@ def _attend_tile(
     no_sum, none = gl.zeros((M, 8), gl.float32, mma), gl.zeros((M, TILE), gl.float32, mma)
     mbarrier.wait(k_full, phase)
     k = k_tile.permute((1, 0)).load(operand)
-    _give_back(k_empty)
+    fence_async_shared()  # no copy overtakes loads on their way
+    give_back(k_empty)
     n = n0 + gl.arange(0, TILE, layout=gl.SliceLayout(0, mma))
     seen = n[None, :] <= position[:, None]
     s = gl.where(seen, mma_v2(q, k, none) * qk_scale, -1e30)
@@ -134,7 +131,8 @@ def _attend_tile(
     total = gl.fma(total, rescale, gl.max(mma_v2(p, ones, no_sum), 1))
     mbarrier.wait(v_full, phase)
     v = v_tile.load(operand)
-    _give_back(v_empty)
+    fence_async_shared()
+    give_back(v_empty)
     if n0 + TILE > context_len:  # what lies behind the context may be anything
         key = n0 + gl.arange(0, TILE, layout=gl.SliceLayout(1, operand))
         v = gl.where((key < context_len)[:, None], v, gl.zeros_like(v))
@@ -283,7 +281,7 @@ def _hopper_decode_kernel(
     q_head, kv_head, qk_scale, max_splits, NUM_KV: gl.constexpr, GROUP: gl.constexpr,
     QUERIES: gl.constexpr, DH: gl.constexpr, M: gl.constexpr, TILE: gl.constexpr,
     SPLIT: gl.constexpr, BOX: gl.constexpr, TAIL: gl.constexpr, COLUMNS: gl.constexpr,
-    STAGES: gl.constexpr, PAGE: gl.constexpr, SHARED: gl.constexpr,
+    STAGES: gl.constexpr, PAGE: gl.constexpr, SHARED: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """As _decode_kernel in decode_attention.py."""
     operand: gl.constexpr = gl.NVMMASharedLayout(128, 16)
@@ -308,7 +306,7 @@ def _hopper_decode_kernel(
             (_produce, (
                 k_desc, v_desc, k_tail, v_tail, k_smem, v_smem, k_full, v_full, k_empty, v_empty,
                 prefix_lens, query_lens, table_rows, context_lens, num_items, pages_ptr, max_pages,
-                kv_head, NUM_KV, QUERIES, TILE, BOX, TAIL, COLUMNS, STAGES, PAGE, SHARED,
+                kv_head, NUM_KV, QUERIES, TILE, BOX, TAIL, COLUMNS, STAGES, PAGE, SHARED, AHEAD,
             )),
         ],
         [4, 1],
@@ -346,6 +344,7 @@ def own_attention(
     page_size: int,
     qk_scale: float,
     max_splits: int,
+    reads_ahead: bool,
 ) -> None:
     """Write a DecodeEntries' rows of output; parts: (max, sum, accumulator) of what they share.
 
@@ -365,5 +364,6 @@ def own_attention(
         kv_head=k.stride(1), qk_scale=qk_scale, max_splits=max_splits, NUM_KV=num_kv, GROUP=group,
         QUERIES=decode.max_queries, DH=head_dim, M=_ROWS, TILE=GPU_KV_TILE, SPLIT=GPU_KV_SPLIT,
         BOX=box, TAIL=_TAIL_ROWS, COLUMNS=COLUMNS, STAGES=_STAGES, PAGE=page_size,
-        SHARED=prefixes is not None, num_warps=4, enable_fp_fusion=False, launch_pdl=True,
+        SHARED=prefixes is not None, AHEAD=reads_ahead, num_warps=4, enable_fp_fusion=False,
+        launch_pdl=True,
     )  # fmt: skip

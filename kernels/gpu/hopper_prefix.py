@@ -36,10 +36,12 @@ def _produce(
     k_desc, v_desc, k_smem, v_smem, k_full, v_full, k_empty, v_empty, members, lens, num_items,
     items, table_rows, pages_ptr, max_pages, column, CAPACITY: gl.constexpr, DH: gl.constexpr,
     TILE: gl.constexpr, SPLIT: gl.constexpr, BOX: gl.constexpr, COLUMNS: gl.constexpr,
-    STAGES: gl.constexpr, PAGE: gl.constexpr,
+    STAGES: gl.constexpr, PAGE: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """The warps that load."""
     turn = 0
+    if not AHEAD:
+        after_previous(False)
     for item in range(gl.program_id(1), gl.load(num_items), gl.num_programs(1)):
         task, split = gl.load(items + 2 * item), gl.load(items + 2 * item + 1)
         first = gl.load(table_rows + gl.load(members + task * CAPACITY)).to(gl.int64)
@@ -117,7 +119,7 @@ def _hopper_prefix_kernel(
     NUM_KV: gl.constexpr, GROUP: gl.constexpr, QUERIES: gl.constexpr, CAPACITY: gl.constexpr,
     DH: gl.constexpr, BLOCK_DH: gl.constexpr, WARPGROUPS: gl.constexpr, TILE: gl.constexpr,
     SPLIT: gl.constexpr, BOX: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
-    PAGE: gl.constexpr, PDL: gl.constexpr,
+    PAGE: gl.constexpr, PDL: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """As _prefix_kernel in decode_attention.py."""
     kv = gl.program_id(0)
@@ -141,7 +143,7 @@ def _hopper_prefix_kernel(
                 (_produce, (
                     k_desc, v_desc, k_smem, v_smem, k_full, v_full, k_empty, v_empty, members, lens,
                     num_items, items, table_rows, pages_ptr, max_pages, kv * kv_head, CAPACITY, DH,
-                    TILE, SPLIT, BOX, COLUMNS, STAGES, PAGE,
+                    TILE, SPLIT, BOX, COLUMNS, STAGES, PAGE, AHEAD,
                 )),
             ],
             [4],
@@ -165,7 +167,7 @@ def _hopper_prefix_kernel(
                 (_produce, (
                     k_desc, v_desc, k_smem, v_smem, k_full, v_full, k_empty, v_empty, members, lens,
                     num_items, items, table_rows, pages_ptr, max_pages, kv * kv_head, CAPACITY, DH,
-                    TILE, SPLIT, BOX, COLUMNS, STAGES, PAGE,
+                    TILE, SPLIT, BOX, COLUMNS, STAGES, PAGE, AHEAD,
                 )),
             ],
             [4, 4],
@@ -184,10 +186,11 @@ def prefix_attention(
     qk_scale: float,
     rows: int,
     max_splits: int,
+    reads_ahead: bool,
 ) -> None:
     """Fill the parts (max, sum, accumulator) of what a DecodeEntries' entries share.
 
-    rows: query rows of a task, 64 or 128. An SM has one program.
+    rows: query rows of a task, 64 or 128; reads_ahead: see AttentionKind. An SM has one program.
     """
     num_kv, head_dim, prefixes = k.shape[1], k.shape[2], decode.prefixes
     part_max, part_sum, part_acc = parts
@@ -202,5 +205,5 @@ def prefix_attention(
         QUERIES=decode.max_queries, CAPACITY=prefixes.members.shape[1], DH=head_dim,
         BLOCK_DH=part_acc.shape[1], WARPGROUPS=rows // WARPGROUP_ROWS, TILE=GPU_KV_TILE,
         SPLIT=GPU_KV_SPLIT, BOX=box, COLUMNS=COLUMNS, STAGES=_STAGES, PAGE=page_size, PDL=True,
-        num_warps=4, enable_fp_fusion=False, launch_pdl=True,
+        AHEAD=reads_ahead, num_warps=4, enable_fp_fusion=False, launch_pdl=True,
     )  # fmt: skip

@@ -113,6 +113,13 @@ def load_tile(desc, column, smem, bar, rows, BOX: gl.constexpr, COLUMNS: gl.cons
 
 
 @gluon.jit
+def give_back(empty):
+    """Let a tile's memory be written again, now that no thread of the warpgroup reads it."""
+    gl.thread_barrier()  # one thread arrives for all
+    mbarrier.arrive(empty, count=1)
+
+
+@gluon.jit
 def make_barriers(STAGES: gl.constexpr, READERS: gl.constexpr, RINGS: gl.constexpr = 1):
     """(full, empty) of each stage: filled by one copy, read by so many warpgroups.
 
@@ -194,7 +201,7 @@ def attend_tiles(
     before, its_phase = turn_of(turn, STAGES)
     mbarrier.wait(k_full.index(before), its_phase)
     scores = warpgroup_mma(q_smem, k_smem.index(before).permute((1, 0)), none, use_acc=False)
-    mbarrier.arrive(k_empty.index(before), count=1)
+    give_back(k_empty.index(before))
     p, m, rescale = _weights(scores, m, position, lo, whole, qk_scale, smma, TILE, MASKED)
     p = gl.convert_layout(p.to(gl.bfloat16), weights)
     for n0 in range(lo + TILE, hi, TILE):
@@ -209,7 +216,7 @@ def attend_tiles(
         acc = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
         row_sum = warpgroup_mma(p, ones, no_sum, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(2, deps=[scores])
-        mbarrier.arrive(k_empty.index(stage), count=1)
+        give_back(k_empty.index(stage))
         old_m = m
         if not ONE_SPLIT:
             m = gl.where(n0 % SPLIT == 0, gl.full((M,), _LOWEST, gl.float32, srow), m)
@@ -217,7 +224,7 @@ def attend_tiles(
             scores, m, position, n0, whole, qk_scale, smma, TILE, MASKED
         )
         acc, row_sum, p = warpgroup_mma_wait(0, deps=[acc, row_sum, p])
-        mbarrier.arrive(v_empty.index(before), count=1)
+        give_back(v_empty.index(before))
         row_sum = gl.convert_layout(gl.max(row_sum, 1), orow)
         total = gl.fma(total, gl.convert_layout(rescale, orow), row_sum)
         if not ONE_SPLIT:  # noqa: SIM102 - a constant
@@ -241,7 +248,7 @@ def attend_tiles(
     acc = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
     row_sum = warpgroup_mma(p, ones, no_sum, use_acc=False, is_async=True)
     acc, row_sum, p = warpgroup_mma_wait(0, deps=[acc, row_sum, p])
-    mbarrier.arrive(v_empty.index(before), count=1)
+    give_back(v_empty.index(before))
     row_sum = gl.convert_layout(gl.max(row_sum, 1), orow)
     total = gl.fma(total, gl.convert_layout(rescale, orow), row_sum)
     m = gl.convert_layout(m, orow)

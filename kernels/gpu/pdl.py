@@ -3,8 +3,8 @@
 Every decode kernel calls `after_previous` before it reads what its predecessor wrote, and lets its
 own successor start from there on. What comes before the call may read weights and what older
 kernels wrote: the Hopper kernels read whole tiles of keys there, of earlier steps, which no kernel
-writes that comes directly before them. Source: CUDA C++ Programming Guide, "Programmatic Dependent
-Launch".
+writes that comes directly before them (AttentionKind.reads_ahead). Source: CUDA C++ Programming
+Guide, "Programmatic Dependent Launch".
 """
 
 import functools

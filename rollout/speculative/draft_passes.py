@@ -30,6 +30,7 @@ class DraftPasses:
         self._draft = DraftDecoder(draft.config, draft.params, embedding, ranks)
         device = parts.runner.device
         self.attention = type(parts.attention)(self._draft.heads, device)
+        self.attention.reads_ahead = False  # samples write a place that they share, each in turn
         self._rope_table = draft.config.rope_table(parts.num_positions, device)
         self._keys, self._values = parts.cache.keys[-1], parts.cache.values[-1]
         self._vocabulary = to_device(draft.vocabulary.token_ids, device)

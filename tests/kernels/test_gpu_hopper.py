@@ -119,25 +119,80 @@ def test_decode(heads, page_size, most, monkeypatch):
 
 
 @needs_hopper
-def test_decode_without_a_pause(monkeypatch):
-    """The kernel before writes the newest keys and lets this one begin early; again and again."""
-    heads, device = HEADS["8 of 4x128"], torch.device("cuda")
-    kind, lens, page_size = CanonicalAttention(heads, device), [*range(1, 300, 4)], 64
+@pytest.mark.parametrize(("queries", "shares"), [(1, False), (4, False), (1, True), (4, True)])
+def test_decode_without_a_pause(queries, shares, monkeypatch):
+    """The kernel before writes the newest keys and lets this one begin early; again and again, in a
+    graph too. Contexts may begin with the same 256 tokens."""
+    heads, device, page_size = HEADS["8 of 4x128"], torch.device("cuda"), 64
+    together, alone = (CanonicalAttention(heads, device) for _ in range(2))
+    together.least_shared_bytes, alone.least_shared_bytes = 1, None
+    lens = [*range(257 + queries, 600, 4)] if shares else [*range(queries, 300, 4)]
     table, caches = scattered(lens, page_size, heads)
-    last = torch.tensor(lens) - 1
-    pages = table[torch.arange(len(lens)), last // page_size]
-    slots, positions = (pages * page_size + last % page_size).to(device), last.to(device)
-    rotations = rope_table(128, 10000.0, 512, device=device)
-    plan = kind.plan_step([1] * len(lens), lens, table, page_size)
-    monkeypatch.setattr(hopper_decode, "_LEAST_ITEMS", 0)
-    inputs = [torch.randn(len(lens), 48 * 128, device=device).bfloat16() for _ in range(5)]
+    if shares:
+        table[:, :4] = table[-1, :4]
+    positions = torch.tensor(lens)[:, None] - queries + torch.arange(queries)
+    pages = table.gather(1, positions // page_size)
+    slots = (pages * page_size + positions % page_size).flatten().to(device)
+    positions = positions.flatten().to(device)
+    rotations = rope_table(128, 10000.0, 1024, device=device)
+    step = [queries] * len(lens), lens, table, page_size
+    plan = together.plan_step(*step)
+    assert (plan.decode[0].prefixes is not None) == shares
+    inputs = [torch.randn(len(slots), 48 * 128, device=device).bfloat16() for _ in range(5)]
 
-    def attend(qkv):
+    def attend(qkv, kind=together, plan=plan):
         q = attention_inputs(qkv, None, 1e-6, rotations, positions, slots, *caches)
         return kind.attend(q, *caches, plan)
 
     with monkeypatch.context() as patch:
         patch.setattr(decode_attention, "fits", lambda *_: False)
-        truths = [attend(qkv) for qkv in inputs]
+        truths = [attend(qkv, alone, alone.plan_step(*step)) for qkv in inputs]
     found = [attend(inputs[i % 5]) for i in range(300)]
     assert all(torch.equal(one, truths[i % 5]) for i, one in enumerate(found))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [attend(inputs[i % 5]) for i in range(50)]
+    for _ in range(10):
+        for one in found:
+            one.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(one, truths[i % 5]) for i, one in enumerate(found))
+
+
+@needs_hopper
+def test_a_draft_reads_nothing_ahead(monkeypatch):
+    """Its samples write places that they share: keys are read once the kernel before is done."""
+    heads, device, page_size = HEADS["8 of 4x128"], torch.device("cuda"), 64
+    kind, lens = CanonicalAttention(heads, device), [256, *[300] * 40]
+    kind.reads_ahead, kind.least_shared_bytes = False, 1
+    table, caches = scattered(lens, page_size, heads)
+    table[:, :4] = table[-1, :4]
+    last = torch.tensor(lens) - 1
+    pages = table[torch.arange(len(lens)), last // page_size]
+    slots = (pages * page_size + last % page_size).to(device)
+    rotations = rope_table(128, 10000.0, 1024, device=device)
+    plan = kind.plan_step([1] * len(lens), lens, table, page_size)
+    assert plan.decode[0].prefixes is not None
+    inputs = [torch.randn(len(lens), 48 * 128, device=device).bfloat16() for _ in range(5)]
+
+    def attend(qkv, wait=False):
+        q = attention_inputs(qkv, None, 1e-6, rotations, last.to(device), slots, *caches)
+        if wait:
+            torch.cuda.synchronize()
+        return kind.attend(q, *caches, plan)
+
+    truths = [attend(qkv, wait=True) for qkv in inputs]
+    found = [attend(inputs[i % 5]) for i in range(300)]
+    assert all(torch.equal(one, truths[i % 5]) for i, one in enumerate(found))
+
+
+def test_caches_of_unequal_strides_are_refused():
+    """A copy of one would be written by the kernel before."""
+    heads, device = HEADS["8 of 4x128"], torch.device("cuda")
+    kind = CanonicalAttention(heads, device)
+    keys = torch.zeros(2, 64, 8, 128, device=device).bfloat16()
+    values = torch.zeros(2, 64, 8, 256, device=device).bfloat16()[..., :128]
+    plan = kind.plan_step([1], [3], torch.zeros(1, 1, dtype=torch.int64), 64)
+    q = torch.zeros(1, 32, 128, device=device).bfloat16()
+    with pytest.raises(ValueError, match="caches of keys and values differ"):
+        kind.attend(q, keys, values, plan)
