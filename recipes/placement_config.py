@@ -94,7 +94,7 @@ class PlacementSection:
         count, apart = parallel.num_processes, self.engine == "process"
         meaning = f"colocated with trainer.parallel.tensor={parallel.tensor} unless "
         meaning += "numerics.tp_invariant=true: an engine apart has the whole model in one process,"
-        meaning += f" and other bits than {parallel.tensor} without it"
+        meaning += f" which computes other bits than {parallel.tensor} without it"
         fits = parallel.tensor == 1 or not apart or tp_invariant
         require(fits, "placement.engine", self.engine, meaning)
         trainer = "stages" if parallel.pipeline > 1 else "copies" if count > 1 else "one"
