@@ -354,7 +354,7 @@ class GrpoRun(RunSection):
 
     def _check_placement(self) -> None:
         """ValueError for a placement that does not go with the trainer and what is asked of it."""
-        self.placement.check(self.trainer.parallel)
+        self.placement.check(self.trainer.parallel, self.numerics.tp_invariant)
         _check_staleness(self.rollout.max_staleness, self.placement)
 
 

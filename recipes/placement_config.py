@@ -89,12 +89,13 @@ class PlacementSection:
         fits = address in (None, "auto") or is_place
         require(fits, "placement.ray_address", address, "auto, or host:port as of ray start")
 
-    def check(self, parallel: ParallelConfig) -> None:
+    def check(self, parallel: ParallelConfig, tp_invariant: bool) -> None:
         """Raise ValueError where it does not fit the trainer's layout."""
         count, apart = parallel.num_processes, self.engine == "process"
-        meaning = f"colocated with trainer.parallel.tensor={parallel.tensor}: an engine apart has "
-        meaning += "the whole model in one process"
-        fits = parallel.tensor == 1 or not apart
+        meaning = f"colocated with trainer.parallel.tensor={parallel.tensor} unless "
+        meaning += "numerics.tp_invariant=true: an engine apart has the whole model in one process,"
+        meaning += f" which computes other bits than {parallel.tensor} without it"
+        fits = parallel.tensor == 1 or not apart or tp_invariant
         require(fits, "placement.engine", self.engine, meaning)
         trainer = "stages" if parallel.pipeline > 1 else "copies" if count > 1 else "one"
         fitting = sorted(

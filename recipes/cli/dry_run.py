@@ -95,7 +95,8 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     at_once = max(len(run.rollout.places_of(refill)) for refill in (0, 1))
     at_once *= run.rollout.samples_per_prompt * run.rollout.most_stints
     draft = _draft_of(run, inputs)
-    drafts = [] if draft is None else [draft.kv_layout] * run.trainer.parallel.tensor
+    engine_ranks = 1 if run.placement.engine == "process" else run.trainer.parallel.tensor
+    drafts = [] if draft is None else [draft.kv_layout] * engine_ranks
     dtype = resolve_dtype(None, resolved)
     kv_bytes = sum(layout.bytes_per_token(dtype) for layout in (model.kv_layout, *drafts))
     algorithm = make_algorithm(run.algorithm)

@@ -183,7 +183,7 @@ def start_engine(
     engine: Engine | RemoteEngine | EnginePool | None = None
     if run.placement.engine == "process":
         started: list[RemoteEngine | EnginePool] = []
-        parts = run, config, device, trainer.ranks, cluster
+        parts = run, config, device, cluster
         told((lambda: started.append(_start_apart(*parts))) if is_first() else None)
         engine = next(iter(started), None)
     else:
@@ -208,11 +208,11 @@ def _start_apart(
     run: GrpoRun,
     config: EngineConfig,
     device: torch.device,
-    ranks: RankGroup,
     cluster: "RayEngines | None",
 ) -> RemoteEngine | EnginePool:
-    """The engine in a process of its own, or its replicas in one each."""
-    placement = run.placement
+    """The engine in a process of its own, or its replicas in one each: the whole model, which has
+    the bits of the trainer's tensor parallel ranks by tp_invariant."""
+    placement, ranks = run.placement, RankGroup(invariant=run.numerics.tp_invariant)
 
     def start(place: int) -> RemoteEngine:
         launch: Launcher = launch_here

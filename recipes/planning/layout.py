@@ -64,7 +64,7 @@ class Layout:
         meaning += f" {needed}: trainer.parallel is {parallel}"
         fits = needed <= cluster.num_gpus
         require(fits, "cluster.nodes", cluster.nodes, meaning + (", and one engine" * apart))
-        fits = parallel.tensor == 1 or per_node % parallel.tensor == 0
+        fits = parallel.tensor == 1 or apart > 0 or per_node % parallel.tensor == 0
         meaning = f"a divisor of cluster.gpus_per_node = {per_node}: tensor ranks share a node"
         require(fits, "trainer.parallel.tensor", parallel.tensor, meaning)
         fits = needed <= per_node or needed % per_node == 0
@@ -82,6 +82,11 @@ class Layout:
     def num_engines(self) -> int:
         """So many engines share the prompts."""
         return self.engines_apart or self.parallel.num_processes // self.parallel.tensor
+
+    @property
+    def engine_tensor(self) -> int:
+        """So many GPUs share every layer of an engine; one apart has the whole model."""
+        return 1 if self.engines_apart else self.parallel.tensor
 
     def places(self) -> Iterator[Place]:
         """Every rank of the trainer."""

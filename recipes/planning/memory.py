@@ -87,11 +87,11 @@ def plan_memory(run: PlanRun, model: ModelConfig, layout: Layout, measured: Meas
         every["trainer"]["runtime"] *= 1 + run.placement.replicas
     with_engine = ["engine"] if layout.engines_apart else list(trainers)
     if run.placement.transport != "alias":  # engines then have weights of their own
-        whole = _num_elements(model.param_specs((0, layout.parallel.tensor)))
+        whole = _num_elements(model.param_specs((0, layout.engine_tensor)))
         for name in with_engine:
             every[name]["weights"] += 2 * whole
     releases, total = releases_memory(run), int(layout.cluster.gpu.gpu_gib * 2**30)
-    token_bytes = model.kv_layout.bytes_per_token(torch.bfloat16) // layout.parallel.tensor
+    token_bytes = model.kv_layout.bytes_per_token(torch.bfloat16) // layout.engine_tensor
     free = min(total - _before_engine(every[name], releases) for name in with_engine)
     tokens = _kv_tokens(run, max(free, 0), token_bytes, releases)
     for name in with_engine:

@@ -62,11 +62,18 @@ def pipeline_plan(model: ModelConfig, layout: Layout) -> TransferPlan:
     """Return the transfer plan of the first tensor ranks of one pipeline, which are its senders.
 
     Every one of them is a receiver too: it has a rank of an engine, of the whole model. The other
-    tensor ranks, and other pipelines, do the same side by side.
+    tensor ranks, and other pipelines, do the same side by side. An engine apart gets the parts of
+    all tensor ranks.
     """
-    shard = 0, layout.parallel.tensor
-    senders = [_holding(stage_specs(model, shard, stage)) for stage in layout.stages(model)]
-    return make_plan(senders, [_holding(model.param_specs(shard))] * len(senders), BUCKET_BYTES)
+    size = layout.parallel.tensor
+    tensor_ranks = range(size // layout.engine_tensor)
+    senders = [
+        _holding(stage_specs(model, (rank, size), stage))
+        for stage in layout.stages(model)
+        for rank in tensor_ranks
+    ]
+    receiver = _holding(model.param_specs((0, layout.engine_tensor)))
+    return make_plan(senders, [receiver] * len(layout.stages(model)), BUCKET_BYTES)
 
 
 def _holding(specs: list[ParamSpec]) -> Holding:

@@ -121,19 +121,19 @@ class StepModel:
         rollout, own, parts = self.run.rollout, self.measured.rollout, self.parts
         prompts = math.ceil(rollout.prompts_per_step / self.layout.num_engines)
         samples, at_once = prompts * rollout.samples_per_prompt, self.at_once(kv_tokens)
-        contexts_s, found = 0.0, list[float]()
+        contexts_s, found, tensor = 0.0, list[float](), self.layout.engine_tensor
         for ages, part in enumerate(parts, 1):
             workload = part.workload(prompts, rollout)
             bounds = self._bounds(workload)
             contexts_s += bounds.prefill_s / own.prefill + bounds.keys_s / own.keys
-            contexts_s += self.sums_s(workload.num_prompts * workload.input_len, 1)
+            contexts_s += self.sums_s(workload.num_prompts * workload.input_len, 1, tensor)
             turns, decode_s = math.ceil(samples * ages / at_once), 0.0
             # The newest draw as the oldest do, but for the last part of a sample, which is short.
             for steps, drawing in ((part.drawn - 1, ages), (parts[0].drawn - part.drawn, ages - 1)):
                 seqs = math.ceil(samples * drawing / turns)
                 bounds = self._bounds(Workload(seqs, 1, 1, steps + 1))
                 rows_s = seqs * row_bytes(self.model) / self._rates.memory_bytes_s / own.rows
-                each_s = own.step_s + rows_s + self.sums_s(seqs, 1)
+                each_s = own.step_s + rows_s + self.sums_s(seqs, 1, tensor)
                 decode_s += bounds.weights_s / own.weights + steps * each_s
             found.append(contexts_s + turns * decode_s)
         return found
@@ -141,15 +141,15 @@ class StepModel:
     @property
     def _rates(self) -> CardRates:
         """Of the GPUs of an engine together."""
-        gpu, tensor = self.layout.cluster.gpu, self.layout.parallel.tensor
+        gpu, tensor = self.layout.cluster.gpu, self.layout.engine_tensor
         return CardRates(gpu.hbm_bytes_s * tensor, gpu.flops_s * tensor)
 
     def _bounds(self, workload: Workload) -> Bounds:
         return roofline_bounds(self.model, workload, self._rates)
 
-    def sums_s(self, tokens: float, directions: int) -> float:
-        """Of a layer's two sums over tensor ranks, in all layers, of bf16 rows."""
-        tensor, links = self.layout.parallel.tensor, self.measured.links
+    def sums_s(self, tokens: float, directions: int, tensor: int) -> float:
+        """Of a layer's two sums over so many tensor ranks, in all layers, of bf16 rows."""
+        links = self.measured.links
         if tensor == 1:
             return 0.0
         rate = links.sums * self.layout.cluster.gpu.nvlink_bytes_s
@@ -162,7 +162,7 @@ class StepModel:
         run, parallel = self.run, self.layout.parallel
         longest, samples = run.rollout.longest, math.ceil(run.batch_size / parallel.data)
         tokens, bubble = samples * longest, self._bubble(samples, longest)
-        sums = self.sums_s(tokens / parallel.context / parallel.pipeline, 2)
+        sums = self.sums_s(tokens / parallel.context / parallel.pipeline, 2, parallel.tensor)
         compute = self._passes() * self._forward_s(samples, longest) + sums
         compute += 2 * self._context_s(tokens)
         reduce_s = self.reduce_s()
@@ -187,7 +187,7 @@ class StepModel:
         parallel = self.layout.parallel
         samples = math.ceil(self.run.samples_per_step / parallel.data)
         tokens = samples * length
-        sums = self.sums_s(tokens / parallel.context / parallel.pipeline, 1)
+        sums = self.sums_s(tokens / parallel.context / parallel.pipeline, 1, parallel.tensor)
         compute = self._forward_s(samples, length) + sums + self._context_s(tokens)
         return compute * (1 + self._bubble(samples, length))
 

@@ -2,6 +2,7 @@
 
 import pytest
 from safetensors.torch import load_file
+from test_online_draft import ONLINE
 
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.cli.dry_run import describe_grpo, describe_sft
@@ -111,6 +112,19 @@ def test_the_description_of_a_kv_cache(demo_model, running, count):
     arguments += ["rollout.max_prompt_len=40", "rollout.max_new_tokens=24"]
     figures = describe_grpo(resolve("grpo", arguments))
     kv = count * 64 * 2 * 2 * 2 * 16 * 4 / 2**20
+    assert figures["kv_mib_if_all_run_at_once"] == round(kv, 1)
+
+
+@pytest.mark.parametrize(("placement", "drafts"), [("colocated", 2), ("process", 1)])
+def test_the_description_of_a_draft_beside_tensor_ranks(demo_model, placement, drafts):
+    """Each rank of an engine has the whole draft; an engine apart is of one."""
+    arguments = [f"model.path={demo_model}", "device=cpu", "data=reverse_digits", *ONLINE]
+    arguments += ["data.eval_size=4", "trainer.num_steps=1", f"placement={placement}"]
+    arguments += ["rollout.prompts_per_step=6", "rollout.samples_per_prompt=4"]
+    arguments += ["rollout.max_prompt_len=40", "rollout.max_new_tokens=24"]
+    arguments += ["trainer.parallel.tensor=2", "numerics.tp_invariant=true"]
+    figures = describe_grpo(resolve("grpo", arguments))
+    kv = 24 * 64 * (2 + drafts) * 2 * 2 * 16 * 4 / 2**20
     assert figures["kv_mib_if_all_run_at_once"] == round(kv, 1)
 
 

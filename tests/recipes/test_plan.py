@@ -15,6 +15,8 @@ from samebit.recipes.planning.measured import measured
 from samebit.recipes.planning.sync import pipeline_plan
 from samebit.rollout.models.registry import load_model_config
 
+TENSOR = ["trainer.parallel.tensor=2", "numerics.tp_invariant=true"]
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
@@ -63,12 +65,14 @@ def test_memory_follows_the_layout(tiny):
         ("alias", ["trainer.parallel.tensor=2", "trainer.parallel.data=2"]),
         ("stages", ["trainer.parallel.pipeline=2", "trainer.parallel.tensor=2"]),
         ("nccl", ["placement=process"]),
+        ("nccl", ["placement=process", "trainer.parallel.pipeline=2", *TENSOR]),
     ],
 )
 def test_sync_bytes_are_what_receivers_hold(tiny, transport, words):
     words = [f"model.path={tiny}", f"placement.transport={transport}", *words]
     run, model = resolve("plan", words), load_model_config(tiny)
-    layout, tensor = Layout.of(run, model), run.trainer.parallel.tensor
+    layout = Layout.of(run, model)
+    tensor = 1 if transport == "nccl" else run.trainer.parallel.tensor  # of an engine
     held = 2 * sum(
         block.num_rows * math.prod(spec.shape[1:])
         for spec in model.param_specs((0, tensor))
@@ -121,6 +125,20 @@ def test_engines_apart_are_behind_all_trainers(tiny):
         plan_of(tiny, *words, "cluster.gpus_per_node=4", "cluster.nodes=2")
     with pytest.raises(ValueError, match="placement.transport is 'gloo'; it must be nccl with"):
         plan_of(tiny, *words, "placement.transport=gloo")
+
+
+def test_an_engine_apart_is_whole_beside_tensor_parallel_trainers(tiny):
+    """It takes the memory and the time that it takes beside one."""
+    own = ["placement=process", "placement.transport=nccl"]
+    found, alone = (plan_of(tiny, *own, *words) for words in (TENSOR, []))
+    assert (found["gpus"], found["engines"]) == (3, 1)
+    assert found["memory"]["engine"] == alone["memory"]["engine"]
+    assert found["times"]["rollout_s"] == alone["times"]["rollout_s"]
+    assert found["sync"][0] == alone["sync"][0]
+    assert found["memory"]["trainer"] != alone["memory"]["trainer"]
+    assert plan_of(tiny, *own, *TENSOR, "cluster.gpus_per_node=3")["times"] == found["times"]
+    with pytest.raises(ValueError, match="=2 unless numerics.tp_invariant=true: an engine apart"):
+        plan_of(tiny, *own, *TENSOR[:1])
 
 
 def test_ranks_are_in_megatrons_order(tiny):

@@ -96,7 +96,7 @@ def test_a_failed_run_leaves_no_ray(runs, base, monkeypatch):
         ([*RAY, "placement.ray_address=head"], "'head'; it must be auto, or host:port"),
         (
             [*RAY, "trainer.parallel.tensor=2"],
-            "colocated with trainer.parallel.tensor=2: an engine",
+            "with trainer.parallel.tensor=2 unless numerics.tp_invariant=true",
         ),
         ([*RAY, "placement.transport=nccl"], "nccl needs CUDA devices: 3, there are 0"),
     ],

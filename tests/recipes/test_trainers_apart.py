@@ -15,6 +15,7 @@ import pytest
 import torch
 from run_children import be_rank, engine_here, run_cli_as_rank
 from test_engine_replicas import dying
+from test_online_draft import ONLINE
 
 from samebit.recipes.launch import led_engine, placement
 from samebit.recipes.launch.failures import may_pass
@@ -39,6 +40,8 @@ APART = ("placement=process", "placement.replicas=2")
 SEGMENTS = ("numerics.grad_segments=2", "trainer.num_steps=3")
 """With which one process comes to the weights of two."""
 STALE = ("rollout.max_staleness=1", "placement=process")
+TENSOR = ("numerics.tp_invariant=true", "trainer.parallel.tensor=2", "trainer.num_steps=2")
+LONG = pytest.mark.long
 
 
 def result_of(runs, name):
@@ -296,9 +299,54 @@ def test_stages_of_a_pipeline_and_an_engine_apart(runs, run_ranks):
 
 
 @pytest.mark.parametrize(
+    ("size", "layout", "words"),
+    [
+        (2, (), ("placement=process",)),
+        pytest.param(2, ("sequence=true",), (*APART, "placement.delta=true"), marks=LONG),
+        pytest.param(2, (), (*APART, "placement.launcher=ray"), marks=LONG),
+        pytest.param(2, (), (*APART, *ONLINE), marks=LONG),
+        pytest.param(4, ("data=2",), APART, marks=LONG),
+        pytest.param(4, ("context=2",), ("placement=process",), marks=LONG),
+        pytest.param(4, ("pipeline=2",), APART, marks=LONG),
+    ],
+    ids=["one", "sequence, delta", "ray", "draft", "data", "context", "pipeline"],
+)
+def test_tensor_parallel_trainers_and_engines_apart(runs, run_ranks, size, layout, words):
+    """Each sends its part of every layer; an engine has the whole model in one process."""
+    own = [*TENSOR, *(f"trainer.parallel.{key}" for key in layout)]
+    beside = ["placement.transport=stages"] if "pipeline=2" in layout else []
+    beside += [word for word in words if not word.startswith("placement")]
+    for name, more in (("beside", beside), ("apart", words)):
+        codes, said = run_ranks(runs.arguments(name, *own, *more), size)
+        assert codes == [0] * size, said
+    assert (result := result_of(runs, "apart")) == result_of(runs, "beside")
+    summary, *_ = result
+    assert summary["logprob_mismatches"] == 0
+    assert summary["logprob_tokens_compared"] > 80
+
+
+@LONG
+def test_tensor_parallel_trainers_and_draws_ahead(runs, run_ranks):
+    """Two copies, each of two processes, beside two engines, all of which die once and go on: as
+    one copy beside one engine."""
+    own = *TENSOR, SEGMENTS[0], *STALE, "trainer.num_steps=4"
+    codes, said = run_ranks(runs.arguments("one", *own))
+    assert codes == [0, 0], said
+    target = ("test_trainers_apart", "run_until_the_third_update")
+    four = *own, "trainer.parallel.data=2", "placement.replicas=2"
+    codes, said = run_ranks(runs.arguments("two", *four), 4, target)
+    assert codes == [9] * 4, said
+    codes, said = run_ranks(runs.arguments("two", *four, "resume=true"), 4)
+    assert codes == [0] * 4, said
+    assert (result := result_of(runs, "two")) == result_of(runs, "one")
+    assert result[0]["logprob_mismatches"] == 0
+    assert result[0]["logprob_tokens_compared"] > 100
+
+
+@pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ("trainer.parallel.tensor=2", "with trainer.parallel.tensor=2: an engine apart has the"),
+        ("trainer.parallel.tensor=2", "=2 unless numerics.tp_invariant=true: an engine apart has"),
         ("placement.transport=ipc placement.replicas=1", "gloo or nccl with placement=process and"),
         ("placement.transport=a:B", "gloo or nccl with placement=process and 2 processes of the"),
         ("placement.transport=nccl", "nccl needs CUDA devices: 4, there are 0"),
