@@ -9,7 +9,7 @@ its successor takes part from the next update on, which brings it the weights.
 import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -75,15 +75,13 @@ class EnginePool(RequestClient):
     def replicas(self) -> tuple[RemoteEngine, ...]:
         """Those that an update is for, and that draw behind it; who updates them asks.
 
-        It waits for the successors of the dead. Raises what the start of one raised, or
-        RemoteEngineError if more have died than may.
+        It waits for the successors of the dead; one that dies as it starts has a successor too.
+        Raises what else the start of one raised, or RemoteEngineError if more have died than may.
         """
         self._see_deaths()
-        for place, starting in sorted(self._starting.items()):
-            engine = starting.result()
-            with self._lock:
-                if self._starting.pop(place, None) is starting:
-                    self._engines[place] = engine
+        while waiting := sorted(self._starting.items()):
+            for place, starting in waiting:
+                self._take_in(place, starting)
         if self.num_restarts > self._max_restarts:
             raise self._exhausted()
         return self._known()
@@ -93,6 +91,21 @@ class EnginePool(RequestClient):
         """Those that draw."""
         self._see_deaths()
         return self._known()
+
+    def _take_in(self, place: int, starting: Future[RemoteEngine]) -> None:
+        """Have a replica take part once it has started, or replace it."""
+        wait([starting])
+        death = starting.exception()
+        with self._lock:
+            if self._starting.get(place) is not starting:
+                return  # somebody else has seen it
+            if isinstance(death, RemoteEngineError) and not self._is_closed.is_set():
+                del self._starting[place]
+                self._replace(place, death)
+                return
+            engine = starting.result()
+            del self._starting[place]
+            self._engines[place] = engine
 
     def _see_deaths(self) -> None:
         for engine in self._known():
@@ -313,11 +326,15 @@ class EnginePool(RequestClient):
             if place is None or self._is_closed.is_set():
                 return  # somebody else has seen it
             del self._engines[place]
-            self.num_restarts += 1
-            self._last_death = death
-            restarts = self.num_restarts <= self._max_restarts
-            if restarts:
-                self._starting[place] = beside(partial(self._start, place))
+            self._replace(place, death)
+
+    def _replace(self, place: int, death: RemoteEngineError) -> None:
+        """Count a death, and begin to start the successor if it may have one. Holds the lock."""
+        self.num_restarts += 1
+        self._last_death = death
+        restarts = self.num_restarts <= self._max_restarts
+        if restarts:
+            self._starting[place] = beside(partial(self._start, place))
         logger.warning(
             "%s, which was replica %d%s", death, place, "; it is replaced" if restarts else ""
         )

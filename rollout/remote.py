@@ -43,6 +43,7 @@ from samebit.rollout.runtime.requests import scores_of, top_scores_of
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion, Increment, Request, SamplingParams
 from samebit.rollout.values import as_integer
+from samebit.weight_sync.failures import CrashError
 from samebit.weight_sync.meeting import LOOPBACK
 from samebit.weight_sync.types import WeightVersion
 
@@ -52,7 +53,7 @@ _EXIT_S = 60.0  # how long a process may take to end that is told to, on a busy 
 _EXIT_CODE_S = 5.0  # how long a process may take to end after its end of the pipe
 
 
-class RemoteEngineError(RuntimeError):
+class RemoteEngineError(CrashError):
     """The engine's process died."""
 
 

@@ -18,6 +18,7 @@ from samebit.kernels.reduce import (
 )
 from samebit.trainer.ranks import is_first, on_first, place, together
 from samebit.weight_sync.digest import digest_sum, weights_digest
+from samebit.weight_sync.failures import CrashError
 from samebit.weight_sync.mapping import ParamSpec, RowBlock
 from samebit.weight_sync.objects import gather_objects, smallest
 
@@ -31,8 +32,8 @@ def failing(*ranks):
     try:
         with together(Told):
             if place()[0] in ranks:
-                raise KeyError(f"full {place()[0]}")
-    except (KeyError, Told) as error:
+                raise OSError(f"full {place()[0]}")
+    except (OSError, Told) as error:
         return type(error).__name__, str(error)
     return None
 
@@ -49,7 +50,7 @@ def first_alone(fails):
 
     try:
         found = on_first(function, Told)
-    except (KeyError, Told) as error:
+    except (KeyError, CrashError) as error:
         found = type(error).__name__, str(error)
     return found, calls
 

@@ -186,6 +186,22 @@ def test_a_problem_stands_at_its_index(folder, capsys):
     assert "at 0; give a Problem with index 0" in said
 
 
+def test_no_prompt_is_in_both_splits(folder, capsys):
+    """Of the problems that the run will use."""
+    with (folder / "my_tasks.py").open("a") as file:
+        file.write("from dataclasses import replace\ndef shared(config):\n")
+        file.write("    train, held_out = successors(config)\n")
+        file.write("    more = train[: config.args['num']]\n")
+        file.write("    more = [replace(p, index=i) for i, p in enumerate(more, len(held_out))]\n")
+        file.write("    return train, held_out + more\n")
+    task = ("dry_run=true", "data.task=my_tasks:shared", "data.args.below=9")
+    assert main(command(folder, "run", *task, "data.args.num=0")) == 0
+    capsys.readouterr()
+    assert main(command(folder, "run", *task, "data.args.num=1")) == 1
+    said = capsys.readouterr().err
+    assert "this held-out prompt is that of problem 0 of the train split too; none may be" in said
+
+
 OWN_CLASS = """
 class Odd(Successors):
     def __getitem__(self, index):

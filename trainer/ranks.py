@@ -7,6 +7,7 @@ from functools import partial
 
 import torch.distributed as dist
 
+from samebit.weight_sync.failures import CrashError, may_pass
 from samebit.weight_sync.objects import gather_by, gather_objects
 
 
@@ -33,14 +34,17 @@ def is_first() -> bool:
 
 @contextmanager
 def together(error_type: type[Exception]) -> Iterator[None]:
-    """Every process runs the block; where one fails, the others raise its error as error_type."""
+    """Every process runs the block; where one fails, the others raise its error as error_type, or
+    as a CrashError if it may pass: whoever is seen to end first, starting again means the same.
+    """
     try:
         yield
     except BaseException as error:
-        gather_objects(f"rank {place()[0]}: {error}")
+        gather_objects((f"rank {place()[0]}: {error}", may_pass(error)))
         raise
-    if failures := [failure for failure in gather_objects("") if failure]:
-        raise error_type(failures[0])
+    if failures := [failure for failure in gather_objects(("", False)) if failure[0]]:
+        said, passes = failures[0]
+        raise (CrashError if passes else error_type)(said)
 
 
 def on_first[T](function: Callable[[], T], error_type: type[Exception]) -> T:

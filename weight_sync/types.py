@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from samebit.weight_sync.failures import CrashError
+
 
 @dataclass(frozen=True, order=True)
 class WeightVersion:
@@ -106,5 +108,5 @@ class WeightSyncError(RuntimeError):
     """An update broke off or arrived damaged; the message says what happened."""
 
 
-class LostMemberError(WeightSyncError):
+class LostMemberError(WeightSyncError, CrashError):
     """A member of a weight group is dead or silent: the group is of no use any more."""

@@ -24,7 +24,13 @@ from samebit.recipes.bench.config import (
     BenchSyncRun,
     BenchTrainerRun,
 )
-from samebit.recipes.cli.overrides import Overrides, check_file, find_field, read_words
+from samebit.recipes.cli.overrides import (
+    Overrides,
+    check_file,
+    find_field,
+    read_words,
+    wrong_flags,
+)
 from samebit.recipes.config import (
     ConfigError,
     DpoRun,
@@ -51,6 +57,8 @@ from samebit.trainer.algorithms.registry import find_algorithm
 from samebit.trainer.config import GrpoConfig
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+
+_OF_ANOTHER_TYPE = "what it gives is not of this key's type"
 
 SCHEMAS: dict[str, type[Any]] = {
     "grpo": GrpoRun,
@@ -181,6 +189,9 @@ def resolve(command: str, words: Sequence[str]) -> Any:
         raise ConfigError(_explain_value(config, error)) from error
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise ConfigError(f"required: {', '.join(f'{key}=...' for key in missing)}")
+    untyped: Any = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
+    if wrong := next(wrong_flags(schema, untyped), None):
+        raise ConfigError(_interpolated(config, wrong, _OF_ANOTHER_TYPE))
     try:
         run = build(schema, values, raw)
         if isinstance(run, RunSection):
@@ -207,15 +218,19 @@ def _first_lines(error: Exception) -> str:
 
 def _explain_value(config: Any, error: Any) -> str:
     """Which key has an interpolation that gives nothing, or nothing of its type."""
-    key, said = error.full_key, str(error).splitlines()[0]
-    raw = _leaf(OmegaConf.to_container(config), str(key))
+    said = str(error).splitlines()[0]
     resolved = isinstance(error, InterpolationValidationError)  # its message has the value
     if isinstance(error, InterpolationResolutionError) and not resolved:
         cause = error.__cause__
         said = str(cause).splitlines()[0] if cause is not None else said
         said = said.removeprefix("KeyError raised while resolving interpolation: ").strip("\"'")
     elif resolved:
-        said = "what it gives is not of this key's type"
+        said = _OF_ANOTHER_TYPE
+    return _interpolated(config, str(error.full_key), said)
+
+
+def _interpolated(config: Any, key: str, said: str) -> str:
+    raw = _leaf(OmegaConf.to_container(config), key)
     return f"{key}={raw}: {said}; \\${{...}} would be the text itself"
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from samebit.recipes.cli.commands import COMMANDS, HELP, split, usage, with_keys
-from samebit.recipes.launch.failures import is_expected, may_pass
+from samebit.weight_sync.failures import is_expected, may_pass
 
 
 def _command_help(command: str, overrides: Sequence[str]) -> str:

@@ -246,6 +246,7 @@ def _in_grammar(key: str, value: str, named: Field) -> Any:
         if not isinstance(parsed, dict):
             raise ConfigError(f"{key} is {value!r}; it must be {named.words}")
         _check_section(named.kind, f"{key}.", parsed)
+    _check_flag(named, key, parsed)
     if named.element is not None:
         _check_elements(named, key, parsed)
     return parsed
@@ -260,7 +261,7 @@ def _check_elements(named: Field, key: str, parsed: Any) -> None:
 
 
 def _check_section(schema: Any, prefix: str, values: Mapping[str, Any]) -> None:
-    """ConfigError for a key that a section has not, or a number where text belongs."""
+    """ConfigError for a key that a section has not, or a number where text or a flag belongs."""
     for name, value in values.items():
         key, named = f"{prefix}{name}", find_field(schema, name)
         if named is None:
@@ -272,6 +273,37 @@ def _check_section(schema: Any, prefix: str, values: Mapping[str, Any]) -> None:
         texts = value if isinstance(value, list) else [value]
         if named.kind in (str, list[str]) and not all(isinstance(x, str | None) for x in texts):
             raise ConfigError(f"{key} is {value!r}, no text: quote it")
+        _check_flag(named, key, value)
+
+
+def _check_flag(named: Field, key: str, value: Any) -> None:
+    """ConfigError for a flag that is neither true nor false: OmegaConf would take 7 for true.
+
+    Whether it may be null, and what an interpolation gives, is seen later.
+    """
+    is_open = value is None or (isinstance(value, str) and "${" in value)
+    if named.kind is bool and not (is_open or _is_flag(value)):
+        raise ConfigError(f"{key} is {value!r}; it must be {named.words}")
+
+
+def _is_flag(value: Any) -> bool:
+    """Whether it is true or false, or their text, as an environment variable has it."""
+    return isinstance(value, bool) or str(value).lower() in ("true", "false")
+
+
+def wrong_flags(schema: Any, values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The keys of flags that are neither true nor false, in a whole configuration whose
+    interpolations are resolved, and which is not yet of the schema's types."""
+    for name, value in values.items():
+        key, named = f"{prefix}{name}", find_field(schema, name)
+        assert named is not None
+        if named.is_section and isinstance(value, Mapping):
+            yield from wrong_flags(named.kind, value, f"{key}.")
+        elif named.element is not None and isinstance(value, list):
+            for i, element in enumerate(value):
+                yield from wrong_flags(named.element, element, f"{key}.{i}.")
+        elif named.kind is bool and not (value is None or _is_flag(value)):
+            yield key
 
 
 def check_file(file: Path, schema: Any) -> None:

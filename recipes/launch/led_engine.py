@@ -10,7 +10,6 @@ from typing import Any
 from samebit.kernels.memory import TagBytes
 from samebit.kernels.top_tokens import TopTokens
 from samebit.recipes.data.conversation import Response
-from samebit.recipes.launch.failures import may_pass
 from samebit.recipes.launch.replicas import completion_of_plain, completion_to_plain
 from samebit.rollout.client import EngineClient, Progress
 from samebit.rollout.remote import RemoteEngineError
@@ -18,6 +17,7 @@ from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion, Increment, SamplingParams
 from samebit.trainer.megatron.setup import TIMEOUT
 from samebit.trainer.ranks import begin_of_thread
+from samebit.weight_sync.failures import may_pass
 from samebit.weight_sync.objects import gather_objects
 from samebit.weight_sync.types import WeightVersion
 

@@ -15,8 +15,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from samebit.recipes.launch.launched import launcher_of, max_restarts
+from samebit.recipes.launch.launched import CRASHED, launcher_of, max_restarts
 from samebit.recipes.launch.ranks import LocalRanks, RankProcess, Ranks, say
+from samebit.recipes.launch.ray_package import LostActorError
 from samebit.recipes.run.signals import handled_by, signal_name
 
 GRACE_S = 30.0
@@ -28,14 +29,9 @@ _ENDED_BY_USER = (signal.SIGINT, signal.SIGTERM)
 class _Failure:
     """The first process that failed."""
 
-    rank: int
-    returncode: int
-    """As subprocess has it: -n if signal n ended it."""
-
-    @property
-    def exit_code(self) -> int:
-        """As a shell has it."""
-        return self.returncode if self.returncode > 0 else 128 - self.returncode
+    said: str
+    exit_code: int
+    """As a shell has it."""
 
     @property
     def is_crash(self) -> bool:
@@ -44,9 +40,7 @@ class _Failure:
         return self.exit_code not in (*_REFUSALS, *asked)
 
     def __str__(self) -> str:
-        code = self.returncode
-        how = f"exit code {code}" if code > 0 else signal_name(-code)
-        return f"rank {self.rank} ended with {how}"
+        return self.said
 
 
 def launch(command: Sequence[str], run: Any) -> int:
@@ -97,6 +91,9 @@ def _run_once(
             for number in received:
                 process.send_signal(number)
         return _watch(processes)
+    except LostActorError as error:
+        say(f"{error}; the others are ended")
+        return _Failure(str(error), CRASHED)
     finally:
         _kill_all(processes)
 
@@ -126,13 +123,20 @@ def _watch(processes: Sequence[RankProcess]) -> _Failure | None:
                 code = future.result()
                 if code == 0 or failure is not None:
                     continue
-                failure = _Failure(ranks[future], code)
+                failure = _ended(ranks[future], code)
                 patience.start()
                 if len(processes) > 1:
                     say(f"{failure}; the others are ended within {GRACE_S:.0f} s")
     finally:
         patience.cancel()
     return failure
+
+
+def _ended(rank: int, code: int) -> _Failure:
+    """Of a process that ended with a code as subprocess has it: -n if signal n ended it."""
+    if code > 0:
+        return _Failure(f"rank {rank} ended with exit code {code}", code)
+    return _Failure(f"rank {rank} ended with {signal_name(-code)}", 128 - code)
 
 
 def _kill_all(processes: Sequence[RankProcess]) -> None:

@@ -38,7 +38,10 @@ class Ranks(Protocol):
     """What starts a run's processes, all of them each time."""
 
     def start(self, command: Sequence[str]) -> Iterator[RankProcess]:
-        """Start a process for each rank, in order, with this command."""
+        """Start a process for each rank, in order, with this command.
+
+        Raises LostActorError where one is lost before it can be watched.
+        """
 
     def standing_run(self, folder: Path) -> tuple[int, int] | None:
         """See run.folder.standing_run: of the folder as the first rank finds it."""

@@ -7,7 +7,8 @@ brought it. Ray itself says whether the actor is there.
 import os
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
 from typing import Any
@@ -15,11 +16,27 @@ from typing import Any
 import psutil
 import ray
 
-from samebit.recipes.launch.ray_package import RayError
+from samebit.recipes.launch.ray_package import LostActorError, RayError, in_our_words
 
 PLACE_S = 300.0
 """How long nodes, or an actor on them, may take to be there."""
 LOOK_S = 0.5
+
+
+@contextmanager
+def starting(what: str, name: str) -> Iterator[None]:
+    """Say that something could not be started on the cluster of that name, and why.
+
+    Raises LostActorError for the death of an actor that had begun, RayError for all others.
+    """
+    try:
+        with in_our_words(f"{what} could not be started on {name}"):
+            yield
+    except RayError as error:
+        cause = error.__cause__
+        if isinstance(cause, ray.exceptions.RayActorError) and not cause.actor_init_failed:
+            raise LostActorError(str(error)) from cause
+        raise
 
 
 def connect(place: tuple[str, int], key: bytes) -> Connection:

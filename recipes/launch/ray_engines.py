@@ -7,7 +7,6 @@ processes, and weights over weight groups.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -16,10 +15,17 @@ import torch
 
 from samebit.recipes.config import GrpoRun
 from samebit.recipes.launch.ray_cluster import RayCluster, open_cluster
-from samebit.recipes.launch.ray_connections import PLACE_S, connect, end_actor, has_ended, shut
-from samebit.recipes.launch.ray_package import in_our_words
+from samebit.recipes.launch.ray_connections import (
+    PLACE_S,
+    connect,
+    end_actor,
+    has_ended,
+    shut,
+    starting,
+)
+from samebit.recipes.launch.ray_package import LostActorError
 from samebit.rollout.engine_process import serve
-from samebit.rollout.remote import Launched, Launcher
+from samebit.rollout.remote import Launched, Launcher, RemoteEngineError
 from samebit.weight_sync.meeting import LOOPBACK
 
 
@@ -76,14 +82,21 @@ class RayEngines:
         return torch.device("cuda", 0) if self._cluster.on_gpu else torch.device("cpu")
 
     def launcher(self, replica: int) -> Launcher:
-        """The Launcher of a replica."""
-        return partial(self._launch, replica)
+        """The Launcher of a replica; it raises RemoteEngineError for an actor that dies there."""
+
+        def launch(model_path: str, threads: int, settings: dict[str, Any]) -> Launched:
+            try:
+                return self._launch(replica, model_path, threads, settings)
+            except LostActorError as error:
+                raise RemoteEngineError(str(error)) from error
+
+        return launch
 
     def _launch(
         self, replica: int, model_path: str, threads: int, settings: dict[str, Any]
     ) -> Launched:
         cluster = self._cluster
-        with in_our_words(f"replica {replica} could not be started on {cluster.name}"):
+        with starting(f"replica {replica}", cluster.name):
             actor = cluster.start_actor(_Replica, cluster.num_groups + replica)
             try:
                 node, address, pid = ray.get(actor.place.remote(), timeout=PLACE_S)

@@ -15,6 +15,10 @@ class RayError(RuntimeError):
     """Ray cannot be reached, or cannot do what is asked of it."""
 
 
+class LostActorError(RayError):
+    """An actor or its node has died; starting again may help."""
+
+
 def require_ray(why: str) -> None:
     """Raise ImportError, with what would do, unless the package is installed."""
     if find_spec("ray") is None:

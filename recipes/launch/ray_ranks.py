@@ -20,7 +20,14 @@ import ray
 
 from samebit.recipes.launch.ranks import Meeting, RankProcess, meeting_of, place_of, say
 from samebit.recipes.launch.ray_cluster import INTERFACES, RayCluster, open_cluster
-from samebit.recipes.launch.ray_connections import LOOK_S, PLACE_S, end_actor, has_ended, shut
+from samebit.recipes.launch.ray_connections import (
+    LOOK_S,
+    PLACE_S,
+    end_actor,
+    has_ended,
+    shut,
+    starting,
+)
 from samebit.recipes.launch.ray_package import RayError, in_our_words
 from samebit.recipes.launch.ray_rank import Rank, Said, Seat, Start
 from samebit.recipes.run.folder import standing_run
@@ -96,12 +103,12 @@ class RayRanks:
     def __init__(self, run: Any, cluster: RayCluster) -> None:
         self._run, self._cluster = run, cluster
         self._meeting = Meeting(None)
-        self._processes: list[ActorRank] = []
+        self._processes: list[ActorRank] = []  # of all starts: one may leave those before to others
         self._told = ""
 
     def start(self, command: Sequence[str]) -> Iterator[RankProcess]:
         """See Ranks.start. Raises RayError for nodes that the run cannot be on."""
-        before, self._processes = self._processes, []
+        before = tuple(self._processes)
         actors = [self._cluster.start_actor(Rank, place) for place in self._places()]
         try:
             seats = self._seats(actors)
@@ -116,7 +123,7 @@ class RayRanks:
                     says_all=rank == 0,
                     leftovers=[p.child for p in before if p.child and p.node == seat.node],
                 )
-                with in_our_words(f"rank {rank} could not be started on {self._cluster.name}"):
+                with starting(f"rank {rank}", self._cluster.name):
                     served, connection = self._cluster.meet(seat.node, actor.run, start)
                 process = ActorRank(seat.node, actor, served, connection)
                 self._processes.append(process)
@@ -140,7 +147,7 @@ class RayRanks:
     def _seats(self, actors: Sequence[Any]) -> list[Seat]:
         """Where the actors are; told if it is not where they were before."""
         here = os.getcwd()
-        with in_our_words(f"a trainer's actor could not be started on {self._cluster.name}"):
+        with starting("a trainer's actor", self._cluster.name):
             looked = [actor.look.remote(here) for actor in actors]
             seats: list[Seat] = ray.get(looked, timeout=PLACE_S)
         for rank, seat in enumerate(seats):

@@ -13,6 +13,7 @@ from samebit.recipes.data.order import MAX_PROMPTS, problem_index
 from samebit.recipes.data.records import Encoder, Split
 from samebit.recipes.data.reward_pool import load_reward
 from samebit.recipes.data.rewards import Poll
+from samebit.recipes.data.splits import Apart
 from samebit.recipes.data.tasks.base import Dataset, Problem
 from samebit.recipes.data.tasks.faults import raise_faults
 from samebit.recipes.data.tasks.registry import load_datasets
@@ -132,7 +133,8 @@ class GrpoInputs:
                 )
             used = _used(train_set, run.rollout.most_prompts(run.trainer.num_steps), run.seed)
             names = {function.name for function in run.reward.functions.values()}
-            self._prepare(used, unwritable if "exact_match" in names else None, poll)
+            compared = unwritable if "exact_match" in names else None
+            self._prepare(used, compared, Apart(run.data), poll)
         except BaseException:
             self.reward.close()
             raise
@@ -152,7 +154,9 @@ class GrpoInputs:
         if self.generate is not None:
             self.generate.close()
 
-    def _prepare(self, used: Sequence[int], unwritable: Unwritable | None, poll: Poll) -> None:
+    def _prepare(
+        self, used: Sequence[int], unwritable: Unwritable | None, apart: Apart, poll: Poll
+    ) -> None:
         faults: list[str] = []
 
         def check(problems: Sequence[Problem]) -> list[str]:
@@ -160,8 +164,8 @@ class GrpoInputs:
                 unwritable.look(problems)
             return self.reward.check(problems, poll)
 
-        self.train_set.prepare(used, check, faults)
-        self.eval_set.prepare(range(len(self.eval_set)), check, faults)
+        self.train_set.prepare(used, apart.noting(check), faults)
+        self.eval_set.prepare(range(len(self.eval_set)), apart.comparing(check), faults)
         raise_faults(faults)
 
 
@@ -192,16 +196,17 @@ class SftInputs:
         self.train_set = Split("train split", train_set, encoder)
         self.eval_set = Split("held-out split", eval_set, encoder) if len(eval_set) else None
         count = run.trainer.num_steps * (run.trainer.batch_size or 0)
-        faults, unwritable = list[str](), Unwritable(self.text)
+        faults, unwritable, apart = list[str](), Unwritable(self.text), Apart(run.data)
 
         def check(problems: Sequence[Problem]) -> list[str]:
             poll()
             unwritable.look(problems)
             return [""] * len(problems)
 
-        self.train_set.prepare(_used(train_set, count, run.seed), check, faults)
+        used = _used(train_set, count, run.seed)
+        self.train_set.prepare(used, apart.noting(check), faults)
         if self.eval_set is not None:
-            self.eval_set.prepare(range(len(eval_set)), check, faults)
+            self.eval_set.prepare(range(len(eval_set)), apart.comparing(check), faults)
         raise_faults(faults)
         copies = run.numerics.copies_to_fill(run.trainer.parallel)
         held_out = self.eval_set
@@ -238,7 +243,7 @@ class Eagle3Inputs:
         )
         self.train_set = Split("train split", train_set, encoder)
         self.eval_set = Split("held-out split", eval_set, encoder)
-        faults: list[str] = []
+        faults, apart = list[str](), Apart(run.data)
 
         def check(problems: Sequence[Problem]) -> list[str]:
             poll()
@@ -247,8 +252,9 @@ class Eagle3Inputs:
         count = run.trainer.num_steps * run.rollout.prompts_per_step
         if run.draft.path is None:
             count = max(count, run.draft.vocab_prompts)
-        self.train_set.prepare(_used(train_set, count, run.seed), check, faults)
-        self.eval_set.prepare(range(len(eval_set)), check, faults)
+        used = _used(train_set, count, run.seed)
+        self.train_set.prepare(used, apart.noting(check), faults)
+        self.eval_set.prepare(range(len(eval_set)), apart.comparing(check), faults)
         raise_faults(faults)
 
     @property

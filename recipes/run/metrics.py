@@ -197,6 +197,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def missing_step(path: Path, last: int) -> int | None:
+    """Return the first of the steps 1 to `last` that a .jsonl file has no row of; see read_rows."""
+    there = {row["step"] for row in read_rows(path)}
+    return next((step for step in range(1, last + 1) if step not in there), None)
+
+
 def _truncate(path: Path, resume_step: int | None) -> None:
     rows = [] if resume_step is None else read_rows(path)
     kept = [row for row in rows if resume_step is not None and row["step"] <= resume_step]

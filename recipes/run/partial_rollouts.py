@@ -1,6 +1,6 @@
 """A run's rollouts with rollout.partial_tokens: long samples are drawn over several steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from samebit.recipes.config import GrpoRun
@@ -9,7 +9,7 @@ from samebit.recipes.run.dynamic_sampling import StepRollout
 from samebit.recipes.run.sampling import RolloutSource
 from samebit.recipes.run.signals import StopSignals
 from samebit.recipes.run.step_rollouts import StepRollouts
-from samebit.recipes.run.stints import PartialGroup, PartialStep, Stints
+from samebit.recipes.run.stints import LeftBySteps, PartialStep, Stints
 from samebit.recipes.run.training_metrics import PhaseTimer
 from samebit.recipes.run.waiting_parts import WaitingParts, groups_to_state
 from samebit.trainer.checkpoint import Checkpoint
@@ -37,24 +37,22 @@ class PartialRollouts(StepRollouts):
     ) -> None:
         super().__init__(run, source)
         self._trainer, self._stints = trainer, Stints(run.rollout, source)
-        self._left: dict[int, Sequence[PartialGroup]] = {0: []}
-        """By step, what it leaves to later ones, by place: of the last step that was taken, which
-        may be dropped, and of the one before."""
+        self._left = LeftBySteps({0: []})
         self._taken: PartialStep | None = None
         self._left_compared = Comparison()
         if resumed is not None:
             state = next(resumed.load_all())[STATE]
             groups = WaitingParts(run.rollout, source, [state]).groups(state)
-            self._left = {resumed.step: list(groups)}
+            self._left = LeftBySteps({resumed.step: list(groups)})
 
     def take(
         self, step: int, begin: int, stop: StopSignals, show: Callable[[str], object]
     ) -> StepRollout:
         """Draw a step's stints, and return what it is trained on, scored. Raises TooFewGroupsError
         as draw_step does."""
-        before, polls = self._left[step - 1], (stop.poll, stop.poll_alone)
-        self._taken = self._stints.draw(step - 1, begin, before, polls, show)
-        self._left = {step - 1: before, step: self._taken.left}
+        polls = stop.poll, stop.poll_alone
+        self._taken = self._stints.draw(step - 1, begin, self._left[step - 1], polls, show)
+        self._left.take(step, self._taken.left)
         return self._taken
 
     def compare_taken(self, timer: PhaseTimer) -> Comparison:

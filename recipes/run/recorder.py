@@ -7,10 +7,9 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from samebit.recipes.config import GrpoRun
 from samebit.recipes.run.metrics import MetricsLogger
 from samebit.recipes.run.secrets import to_dict
-from samebit.recipes.run.session import RunSession
+from samebit.recipes.run.session import RunSession, has_schedule
 from samebit.recipes.run.signals import Stopped
 from samebit.trainer.checkpoint import latest_checkpoint
 
@@ -113,9 +112,8 @@ def _logger(
     if not session.is_first:
         return nullcontext()
     run, resume_step = session.run, progress.step if session.resumed is not None else None
-    has_schedule = isinstance(run, GrpoRun) and run.rollout.has_schedule
     settings = run.logger, run.run_name, to_dict(run)
-    return MetricsLogger(session.run_dir, *settings, resume_step, has_schedule)
+    return MetricsLogger(session.run_dir, *settings, resume_step, has_schedule(run))
 
 
 def _bar(session: RunSession, progress: Progress) -> tqdm:

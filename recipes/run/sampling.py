@@ -1,7 +1,8 @@
 """A rollout: the prompts whose turn it is, their completions and what those are worth."""
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -79,8 +80,9 @@ class Rollout:
     @property
     def reward_mean(self) -> float:
         """This is the mean over all samples."""
-        flat = [r for group in self.rewards for r in group]
-        return sum(flat) / len(flat)
+        scale = scale_of(self.rewards)
+        flat = [r / scale for group in self.rewards for r in group]
+        return sum(flat) / len(flat) * scale
 
     @property
     def reward_tensor(self) -> Tensor:
@@ -252,6 +254,13 @@ class RolloutSource(PromptOrder):
         labels = reward.labels if isinstance(reward, RewardSum) else ()
         rollout.rewards, *terms = (_in_groups(values, texts) for values in found)
         rollout.terms = dict(zip(labels, terms, strict=True))
+
+
+def scale_of(groups: Iterable[Iterable[float]]) -> float:
+    """Return what rewards are divided by, so that no sum of their squares is infinite: 1, or where
+    one of them is huge a power of two, which rounds nothing."""
+    _, exponent = math.frexp(max(abs(x) for group in groups for x in group))
+    return 2.0 ** max(0, exponent - 480)
 
 
 def _told(poll: Poll, show: Callable[[str], object]) -> Progress:

@@ -25,7 +25,7 @@ from samebit.recipes.run.binding import (
 )
 from samebit.recipes.run.folder import CONFIG_FILE, RunFolder, naming, require_free, require_outside
 from samebit.recipes.run.input_files import input_files
-from samebit.recipes.run.metrics import OWNER_ONLY
+from samebit.recipes.run.metrics import METRICS_FILE, OWNER_ONLY, SCHEDULE_FILE, missing_step
 from samebit.recipes.run.needs import require_ready
 from samebit.recipes.run.provenance import record_start
 from samebit.recipes.run.run_data import SUMMARY_FILE
@@ -211,6 +211,7 @@ def _open_folder(
         if resumed is not None:
             require_same(resumed, run, bound, profile)
             resumed.verify()
+            _require_rows(run, resumed.step)
         folder.begin(resume=run.resume, overwrite=run.overwrite, inputs=input_files(run))
         with naming(run.run_dir):
             make_folder(checkpoints)
@@ -247,6 +248,24 @@ def require_resumable(run: TrainingRun, records: Mapping[str, Dataset]) -> None:
     if resumed is not None:
         profile = profile_of(run, resolve_device(run.device))
         require_same(resumed, run, bindings(run, command_of(run), records), profile)
+        _require_rows(run, resumed.step)
+
+
+def has_schedule(run: TrainingRun) -> bool:
+    """Return whether the run writes a schedule."""
+    return isinstance(run, GrpoRun) and run.rollout.has_schedule
+
+
+def _require_rows(run: TrainingRun, step: int) -> None:
+    """What a run that goes on after `step` writes none of again: CheckpointError for rows that are
+    gone."""
+    for name in (METRICS_FILE, *([SCHEDULE_FILE] if has_schedule(run) else [])):
+        file = run.run_dir / name
+        if missing := missing_step(file, step):
+            raise CheckpointError(
+                f"{file} has no row of step {missing}; the run goes on after step {step}, and the "
+                "file must have all rows until then, as they were written"
+            )
 
 
 def _require_own_model(run: TrainingRun) -> None:

@@ -12,7 +12,7 @@ from samebit.recipes.run.inputs import GrpoInputs
 from samebit.recipes.run.sampling import RolloutSource
 from samebit.recipes.run.signals import StopSignals
 from samebit.recipes.run.stale_rollouts import STATE, StaleRollouts
-from samebit.recipes.run.stints import PartialGroup, PartialStep, Stints
+from samebit.recipes.run.stints import LeftBySteps, PartialGroup, PartialStep, Stints
 from samebit.recipes.run.waiting_parts import WaitingParts, groups_to_state, step_to_state
 from samebit.trainer.checkpoint import Checkpoint
 from samebit.trainer.megatron.trainer import MegatronTrainer
@@ -39,9 +39,7 @@ class StaleParts(StaleRollouts):
         self._stints = Stints(run.rollout, source)
         self._newest: Sequence[PartialGroup] = []
         """What the step leaves that was drawn last; it is the drawing thread's."""
-        self._left: dict[int, Sequence[PartialGroup]] = {0: []}
-        """By step, what it leaves: of the last one that was taken, which may be dropped, and of the
-        one before."""
+        self._left = LeftBySteps({0: []})
         super().__init__(run, inputs, source, trainer, resumed)
 
     def take(
@@ -49,7 +47,7 @@ class StaleParts(StaleRollouts):
     ) -> StepRollout:
         """Return a step's rollout, once it is drawn; raises what its draw, or `stop`, raises."""
         found = super().take(step, begin, stop, show)
-        self._left = {step - 1: self._left[step - 1], step: _left_by(found)}
+        self._left.take(step, _left_by(found))
         return found
 
     def _draw(self, step: int, begin: int, poll: Poll) -> StepRollout:
@@ -64,7 +62,7 @@ class StaleParts(StaleRollouts):
         parts = WaitingParts(self._run.rollout, self._source, [*of_steps, left])
         found = {step: parts.step(x) for step, x in saved.items()}
         self._newest = list(parts.groups(left))
-        self._left = {resumed.step: self._newest}
+        self._left = LeftBySteps({resumed.step: self._newest})
         if found:
             self._newest = _left_by(found[max(found)].rollout)
         return found

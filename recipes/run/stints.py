@@ -119,6 +119,17 @@ class PartialStep(StepRollout):
         }
 
 
+class LeftBySteps(dict[int, Sequence[PartialGroup]]):
+    """Holds by step what it leaves to later ones: of the last one that was taken, which may be
+    dropped, and of the one before."""
+
+    def take(self, step: int, left: Sequence[PartialGroup]) -> None:
+        """Add what a step leaves, and forget what those until the one before the last have left."""
+        before = self[step - 1]
+        self.clear()
+        self.update({step - 1: before, step: left})
+
+
 class Stints:
     """Draws steps in stints, and scores what is finished."""
 

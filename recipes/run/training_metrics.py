@@ -10,7 +10,7 @@ import numpy as np
 from samebit.recipes.data.conversation import Response, num_drawn
 from samebit.recipes.data.text import TextCodec
 from samebit.recipes.run.metrics import SPECULATION
-from samebit.recipes.run.sampling import Rollout
+from samebit.recipes.run.sampling import Rollout, scale_of
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion
 from samebit.trainer.flops import peak_flops, train_flops
@@ -49,18 +49,24 @@ def rollout_metrics(rollout: Rollout, prefix: str) -> dict[str, float]:
     lens = [num_drawn(c) for c in completions]
     turns = [c.num_turns for c in completions if isinstance(c, Response)]
     terms = {
-        f"{prefix}/reward_mean/{label}": sum(map(sum, groups)) / len(completions)
-        for label, groups in rollout.terms.items()
+        f"{prefix}/reward_mean/{label}": _mean(groups) for label, groups in rollout.terms.items()
     }
+    scale = scale_of(rollout.rewards)
     return {
-        f"{prefix}/reward_mean": float(rewards.mean()),
+        f"{prefix}/reward_mean": float((rewards / scale).mean()) * scale,
         **terms,
-        f"{prefix}/reward_std": float(rewards.std(correction=0)),
+        f"{prefix}/reward_std": float((rewards / scale).std(correction=0)) * scale,
         f"{prefix}/response_len_mean": sum(lens) / len(lens),
         f"{prefix}/truncated_fraction": sum(c.finish_reason == "length" for c in completions)
         / len(completions),
         **({f"{prefix}/turns_mean": sum(turns) / len(turns)} if turns else {}),
     }
+
+
+def _mean(groups: Sequence[Sequence[float]]) -> float:
+    scale = scale_of(groups)
+    total = sum(sum(x / scale for x in group) for group in groups)
+    return total / sum(map(len, groups)) * scale
 
 
 def speculation_metrics(guesses: AcceptLengths | None) -> dict[str, float]:

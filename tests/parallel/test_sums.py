@@ -59,18 +59,18 @@ def test_a_digest_of_shards_is_that_of_the_whole(found):
 
 def test_an_error_is_everybodys(found):
     """The rank itself raises its own; the others the first rank's that failed."""
-    own = ["KeyError", "'full 1'"]
-    told = ["Told", "rank 1: 'full 1'"]
+    own = ["OSError", "full 1"]
+    told = ["Told", "rank 1: full 1"]
     assert [each["no failure"] for each in found] == [None] * 3
     assert [each["one fails"] for each in found] == [told, own, told]
-    assert [each["two fail"] for each in found] == [told, own, ["KeyError", "'full 2'"]]
+    assert [each["two fail"] for each in found] == [told, own, ["OSError", "full 2"]]
 
 
 def test_the_first_works_for_all(found):
     """Once; its result or its error is everybody's."""
     result = {"from": 0, "seen": [1.5, None, "é"]}
     assert [each["first"] for each in found] == [[result, [0]], [result, []], [result, []]]
-    told = ["Told", "rank 0: 'gone'"]
+    told = ["CrashError", "rank 0: 'gone'"]
     assert [each["first fails"] for each in found] == [
         [["KeyError", "'gone'"], [0]],
         [told, []],

@@ -161,6 +161,13 @@ UNRESOLVED = {
     "seed=${oc.env:SAMEBIT_TEXT}": "seed=.*: what it gives is not of this key's type",
     "trainer.num_steps=1.5": "trainer.num_steps is 1.5; it must be a whole number",
     "resume=7up": "resume is '7up'; it must be true or false",
+    "resume=7": "resume is 7; it must be true or false",
+    "trainer={parallel: {sequence: yes}}": "trainer.parallel.sequence is 'yes'; it must be true or",
+    "engine={releasable: 0}": "engine.releasable is 0; it must be true or false, or null",
+    "resume=null": "resume is None; it must be true or false",
+    "resume=${oc.env:SAMEBIT_TEXT}": "resume=.*: what it gives is not of this key's type",
+    "resume=${oc.env:SAMEBIT_SEVEN}": "resume=.*: what it gives is not of this key's type",
+    "resume=${seed}": "resume=.*: what it gives is not of this key's type",
     "trainer.num_steps=null": "trainer.num_steps is None; it must be a whole number",
 }
 
@@ -169,10 +176,20 @@ UNRESOLVED = {
 def test_values_that_cannot_be_used(monkeypatch, capsys, word):
     """One line that names the key; what an environment variable holds is not in it."""
     monkeypatch.setenv("SAMEBIT_TEXT", "hidden-text")
+    monkeypatch.setenv("SAMEBIT_SEVEN", "7")
     with pytest.raises(ConfigError, match=UNRESOLVED[word]) as caught:
         resolve("grpo", ["model.path=m", word])
     assert "hidden-text" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_flags_are_true_or_false(monkeypatch):
+    """In whichever way they are said."""
+    monkeypatch.setenv("SAMEBIT_FLAG", "True")
+    for word in ("TRUE", "'true'", "${oc.env:SAMEBIT_FLAG}", "${overwrite}"):
+        words = ["model.path=m", "data=chain_sum", "overwrite=true", f"resume={word}"]
+        with pytest.raises(ConfigError, match="resume.*overwrite|overwrite.*resume"):
+            resolve("grpo", words)
 
 
 def test_ctrl_c_where_nothing_is_to_be_saved(monkeypatch, capsys):
@@ -221,7 +238,7 @@ def test_values_by_place_are_paths_as_they_are(capsys, tmp_path, monkeypatch):
     assert "epoch=3/it's é is no folder" in capsys.readouterr().err
 
 
-def test_a_number_where_a_file_must_have_text(tmp_path, monkeypatch):
+def test_a_number_where_a_file_must_have_another_type(tmp_path, monkeypatch):
     """YAML reads 2025_01_05 as a number too: the run would get another name."""
     folder = shutil.copytree(compose.CONFIG_DIR, tmp_path / "configs")
     monkeypatch.setattr(compose, "CONFIG_DIR", folder)
@@ -231,6 +248,9 @@ def test_a_number_where_a_file_must_have_text(tmp_path, monkeypatch):
         resolve("grpo", ["model.path=m", "experiment=mine"])
     experiment.write_text("# @package _global_\nrun_name: '2025_01_05'\n")
     assert resolve("grpo", ["model.path=m", "experiment=mine"]).run_name == "2025_01_05"
+    experiment.write_text("# @package _global_\ntrainer: {parallel: {sequence: 7}}\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml: trainer.parallel.sequence is 7; it must be"):
+        resolve("grpo", ["model.path=m", "experiment=mine"])
     (folder / "data" / "mine.yaml").write_text("path: 1.10\n")
     with pytest.raises(ConfigError, match=r"mine.yaml: data.path is 1.1, no text: quote it"):
         resolve("grpo", ["model.path=m", "data=mine"])

@@ -12,7 +12,10 @@ from samebit.recipes.config import ConfigError
 from samebit.recipes.run import session
 from samebit.trainer.checkpoint import MANIFEST, CheckpointError, latest_checkpoint
 
-RUN = ["algorithm=grpo_kl", "algorithm.kl_coef=0.5", "trainer.num_steps=2"]
+RUN = [
+    *("algorithm=grpo_kl", "algorithm.kl_coef=0.5", "trainer.num_steps=2"),
+    "rollout.partial_tokens=4",  # so that it has a schedule
+]
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +98,24 @@ def test_a_missing_file_is_refused(run):
     runs, checkpoint = run
     (checkpoint.path / "rank_00000.pt").unlink()
     expect_refusal(runs, r"step_00000002/rank_00000.pt is missing")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "schedule.jsonl"])
+def test_missing_rows_are_refused(run, name):
+    """Those of steps before the checkpoint, which a resumed run writes none of again; what is
+    behind them is dropped."""
+    runs, _ = run
+    file = runs.folder / "run" / name
+    rows = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*rows, '{"step": 3}\n']))
+    with open_run(runs.resolve("run", *RUN, "resume=true")) as opened:
+        assert opened.resumed.step == 2
+    file.write_text("".join(row for row in rows if not row.startswith('{"step": 1,')))
+    expect_refusal(runs, f"{name} has no row of step 1; the run goes on after step 2")
+    file.write_text("".join(rows[:-1]))
+    expect_refusal(runs, f"{name} has no row of step 2; the run goes on after step 2")
+    file.unlink()
+    expect_refusal(runs, f"{name} has no row of step 1; the run goes on after step 2")
 
 
 def test_other_numerics_are_refused(run, monkeypatch):

@@ -1,6 +1,7 @@
 """placement.launcher=ray beside a trainer that Ray has not started: its engines are actors of a Ray
 cluster, which cannot change a bit."""
 
+import itertools
 import os
 import signal
 import socket
@@ -11,6 +12,8 @@ import pytest
 from test_engine_replicas import REPLICAS, dying
 
 from samebit.recipes.cli.main import main
+from samebit.recipes.launch.ray_cluster import RayCluster
+from samebit.recipes.launch.ray_connections import end_actor
 from samebit.rollout.engine_pool import EnginePool
 from samebit.weight_sync.transports.shards import ShardSender
 
@@ -70,6 +73,23 @@ def test_engines_on_another_node_are_met_at_this_ones_address(runs, base, monkey
         assert not any(node.dead_processes() for node in cluster.list_all_nodes())
     finally:
         cluster.shutdown()
+
+
+@pytest.mark.long
+def test_an_engine_that_is_lost_as_it_starts(runs, base, monkeypatch, caplog):
+    """It is replaced like any other that dies."""
+    inner, starts = RayCluster.start_actor, itertools.count()
+
+    def start(cluster, kind, place):
+        actor = inner(cluster, kind, place)
+        if next(starts) == 0:
+            end_actor(actor)
+        return actor
+
+    monkeypatch.setattr(RayCluster, "start_actor", start)
+    assert runs.train("lost", *RAY) == base.result
+    assert next(starts) == 3
+    assert "could not be started on a Ray cluster on this machine: The actor died" in caplog.text
 
 
 @pytest.mark.long

@@ -1,5 +1,6 @@
 """placement.launcher=ray: the trainer's processes in places of a Ray cluster, as local ones are."""
 
+import itertools
 import json
 import os
 import socket
@@ -11,6 +12,7 @@ import pytest
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.cli.main import main
 from samebit.recipes.launch import processes
+from samebit.recipes.launch.ray_connections import end_actor
 from samebit.recipes.launch.ray_package import RayError
 from samebit.recipes.launch.ray_rank import Seat
 from samebit.recipes.launch.ray_ranks import RayRanks, ranks_by_node
@@ -47,9 +49,23 @@ sys.exit(7 * int(rank))
 """
 
 
+def losing_in_the_second(seats_of):
+    """As RayRanks._seats; rank 0's actor dies behind the second call."""
+    starts = itertools.count(1)
+
+    def seats(ranks, actors):
+        found = seats_of(ranks, actors)
+        if next(starts) == 2:
+            end_actor(actors[0])
+        return found
+
+    return seats
+
+
 def test_ranks_live_and_die_as_local_ones(monkeypatch, tmp_path, capfd):
-    """A dead actor is a crash: all start again, once those before have ended. They are told what
-    local ones are, speak where those do, and their exit code is the launcher's."""
+    """A dead actor is a crash, also before it has a process: all start again, once those before
+    have ended. They are told what local ones are, speak where those do, and their exit code is the
+    launcher's."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("NCCL_ALGO", raising=False)
@@ -60,19 +76,26 @@ def test_ranks_live_and_die_as_local_ones(monkeypatch, tmp_path, capfd):
     monkeypatch.setenv("SAMEBIT_SECRET", "0" * 64)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
     words = ["model.path=m", "data=chain_sum", "device=cpu", "output_dir=o", *RAY]
-    run = resolve("grpo", [*words, "max_restarts=1"])
+    run = resolve("grpo", [*words, "max_restarts=2"])
+    monkeypatch.setattr(RayRanks, "_seats", losing_in_the_second(RayRanks._seats))
     assert processes.launch(["python", "-c", PROGRAM, "a=b"], run) == 7
     said = capfd.readouterr()
     assert said.out == "out 0\n"
     assert {"err 0", "err 1"} <= {*said.err.splitlines()}
     [where] = [line for line in said.err.splitlines() if "samebit: ranks 0-1 on " in line]
     assert f"; the run's folder is {tmp_path}/o/run on " in where
-    told = [line.removeprefix("samebit: ") for line in said.err.splitlines() if " ended " in line]
-    assert told == [
+    told = [line.removeprefix("samebit: ") for line in said.err.splitlines() if "rank " in line]
+    lost = "rank 0 could not be started on a Ray cluster on this machine: The actor died "
+    assert all(line.startswith(lost) for line in told[2:4])
+    assert [line.rpartition("; ")[2] for line in told[2:4]] == [
+        "the others are ended",
+        "restart 2 of 2, from the newest checkpoint if any",
+    ]
+    assert told[:2] + told[4:] == [
         "rank 1 ended with SIGKILL; the others are ended within 2 s",
-        "rank 1 ended with SIGKILL; restart 1 of 1, from the newest checkpoint if any",
+        "rank 1 ended with SIGKILL; restart 1 of 2, from the newest checkpoint if any",
         "rank 1 ended with exit code 7; the others are ended within 2 s",
-        "rank 1 ended with exit code 7 after 1 of 1 restarts; resume=true goes on",
+        "rank 1 ended with exit code 7 after 2 of 2 restarts; resume=true goes on",
     ]
     found = [json.loads((tmp_path / f"told.{rank}").read_text()) for rank in (0, 1)]
     for rank, each in enumerate(found):

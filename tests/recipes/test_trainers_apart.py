@@ -18,7 +18,6 @@ from test_engine_replicas import dying
 from test_online_draft import ONLINE
 
 from samebit.recipes.launch import led_engine, placement
-from samebit.recipes.launch.failures import may_pass
 from samebit.recipes.launch.led_engine import LedEngine, told
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.draws_ahead import DrawsAhead
@@ -29,11 +28,14 @@ from samebit.rollout.remote import RemoteEngineError
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron.setup import start_processes
 from samebit.trainer.megatron.trainer import MegatronTrainer
+from samebit.trainer.ranks import is_first, on_first
 from samebit.trainer.types import NonFiniteError
+from samebit.weight_sync.failures import CrashError, may_pass
 from samebit.weight_sync.meeting import is_loopback
 from samebit.weight_sync.objects import gather_objects
 from samebit.weight_sync.transports.group import WeightGroup
 from samebit.weight_sync.transports.trainer_ranks import TrainerRanks
+from samebit.weight_sync.types import LostMemberError, WeightSyncError
 
 WORDS = ("trainer.parallel.data=2", "trainer.num_steps=3")
 APART = ("placement=process", "placement.replicas=2")
@@ -162,6 +164,15 @@ FAILURES = [
     OSError("full"),
     Stopped("SIGTERM"),
 ]
+# How processes are told of a failure, and what the others raise where it may pass, or may not.
+WAYS = {
+    (RemoteEngineError, GenerateError): lambda call: told(
+        call if is_first() else None, GenerateError
+    ),
+    (LostMemberError, WeightSyncError): lambda call: TrainerRanks.of_world().told(call),
+    (CrashError, GenerateError): lambda call: on_first(call, GenerateError),
+}
+BOTH = OSError("a port"), LostMemberError("somebody")
 
 
 def call_as_rank(rank, *place):
@@ -173,10 +184,11 @@ def call_as_rank(rank, *place):
     def fail(failure):
         raise failure
 
-    first = rank == "0"
-    for failure in FAILURES:
+    first, trainers = rank == "0", TrainerRanks.of_world()
+    calls = [partial(way, partial(fail, failure)) for way in WAYS.values() for failure in FAILURES]
+    for call in [*calls, lambda: trainers.agreed(partial(fail, BOTH[int(rank)]))]:
         try:
-            told(partial(fail, failure) if first else None, GenerateError)
+            call()
         except Exception as error:  # noqa: BLE001 - what is looked at
             print(f"{rank}: {type(error).__name__}, {error}, {may_pass(error)}")
     engine = Asked() if first else None
@@ -203,9 +215,13 @@ def test_what_the_others_are_told_of_a_call(run_ranks):
     threads."""
     codes, said = run_ranks([], target=("test_trainers_apart", "call_as_rank"))
     assert codes == [0, 0], said
-    own = [f"0: {type(e).__name__}, {e}, {may_pass(e)}" for e in FAILURES]
-    died, refused = "1: RemoteEngineError, {}, True", "1: GenerateError, {}, False"
-    others = [(died if may_pass(e) else refused).format(e) for e in FAILURES]
+    own = [f"0: {type(e).__name__}, {e}, {may_pass(e)}" for e in [*FAILURES * 3, BOTH[0]]]
+    others = ["1: WeightSyncError, a port, False"]
+    for kinds in WAYS:
+        where = "rank 0: " if CrashError in kinds else ""
+        others += [
+            f"1: {kinds[not may_pass(e)].__name__}, {where}{e}, {may_pass(e)}" for e in FAILURES
+        ]
     gathered = [f"{rank}: {each}" for rank in (0, 1) for each in (["0", "1"], [])]
     found = [line for line in said.splitlines() if line[:3] in ("0: ", "1: ")]
     assert sorted(found) == sorted([*own, *others, *gathered])

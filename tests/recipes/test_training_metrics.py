@@ -7,7 +7,7 @@ import torch
 
 from samebit.recipes.run import training_metrics
 from samebit.recipes.run.sampling import Rollout
-from samebit.recipes.run.training_metrics import speculation_metrics, speed
+from samebit.recipes.run.training_metrics import rollout_metrics, speculation_metrics, speed
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion
@@ -71,3 +71,19 @@ def test_guesses_are_told_in_all_and_by_place():
             "rollout/spec_accept_rate_1": 0.5,
         }
     )
+
+
+def test_huge_rewards_have_finite_figures():
+    """Those of small ones, times a power of two; also of terms, and of a rollout's own mean."""
+
+    def figures(scale):
+        rewards = [[3.0 * scale, 5.0 * scale], [-1.0 * scale, 0.5 * scale]]
+        completions = [[completion(2)] * 2] * 2
+        rollout = Rollout([], [], completions, [], rewards, {"a": rewards})
+        found = rollout_metrics(rollout, "rollout")
+        assert rollout.reward_mean == found["rollout/reward_mean"] == found["rollout/reward_mean/a"]
+        return found["rollout/reward_mean"], found["rollout/reward_std"]
+
+    huge = 2.0**1021
+    assert figures(1.0)[0] == 1.875
+    assert figures(huge) == tuple(huge * x for x in figures(1.0))

@@ -10,7 +10,7 @@ from helpers import make_prompts, outcomes
 
 from samebit.rollout.engine import Engine
 from samebit.rollout.engine_pool import EnginePool
-from samebit.rollout.remote import RemoteEngine, RemoteEngineError
+from samebit.rollout.remote import RemoteEngine, RemoteEngineError, launch_here
 from samebit.rollout.types import SamplingParams
 
 PROMPTS = make_prompts(5, 16, 70, 1, 33) * 2
@@ -24,8 +24,8 @@ def truth(qwen3_path):
     return Engine(qwen3_path).generate(PROMPTS, PARAMS, IDS)
 
 
-def start_pool(folder, num_replicas=2, **limits):
-    settings = {"device": "cpu", "kv_cache_tokens": 1024, "max_num_seqs": 4}
+def start_pool(folder, num_replicas=2, launch=launch_here, **limits):
+    settings = {"device": "cpu", "kv_cache_tokens": 1024, "max_num_seqs": 4, "launch": launch}
     return EnginePool(lambda _: RemoteEngine(folder, **settings), num_replicas, 4, **limits)
 
 
@@ -158,3 +158,24 @@ def test_who_does_not_answer_between_draws_is_killed(qwen3_path):
         assert pool.accept_lengths is None
         assert pool.living == ()
         assert pool.num_restarts == 1
+
+
+def test_one_that_dies_as_it_starts_is_replaced(qwen3_path, truth):
+    """And counted like any other."""
+    lives = iter([False, True, False, False])
+
+    def launch(*arguments):
+        launched = launch_here(*arguments)
+        if not next(lives):
+            launched.process.kill()
+        return launched
+
+    with closing(start_pool(qwen3_path, 1, launch, max_restarts=2)) as pool:
+        assert pool.num_restarts == 1
+        assert outcomes(pool.generate(PROMPTS, PARAMS, IDS)) == outcomes(truth)
+        [engine] = pool.living
+        engine.kill()
+        engine.death()  # once it has ended
+        lost = "3 replicas of the engine have died, and at most 2 may be replaced; .* code -9"
+        with pytest.raises(RemoteEngineError, match=lost):
+            _ = pool.replicas

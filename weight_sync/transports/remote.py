@@ -59,7 +59,7 @@ class RemoteTransport(Transport):
         self._delta = delta
         self._members: tuple[Any, ...] = ()
         self._receiving: list[Future[Any]] = []
-        self._sender: ShardSender | None = self._meet()
+        self._sender: ShardSender | None = trainers.agreed(self._meet)
 
     @classmethod
     def between(
@@ -84,16 +84,13 @@ class RemoteTransport(Transport):
 
     def update(self, params: Mapping[str, Tensor], digest: str) -> WeightVersion:
         """See Transport.update. Where a replica dies in it, it is made again with its successor."""
+        update = partial(super().update, params, digest)
         while True:
-            version, own = WeightVersion(self._leased, digest), None
             try:
-                version = super().update(params, digest)
-            except RuntimeError as error:
-                own = error
-            if (failure := self._trainers.failed(own)) is None:
-                return version
-            if not self._trainers.told(self._has_changed):
-                raise failure
+                return self._trainers.agreed(update)
+            except Exception:
+                if not self._trainers.told(self._has_changed):
+                    raise
 
     def begin(self, step: int) -> None:
         if self._sender is not None:

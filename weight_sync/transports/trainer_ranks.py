@@ -7,6 +7,7 @@ from typing import Self
 
 import torch.distributed as dist
 
+from samebit.weight_sync.failures import may_pass
 from samebit.weight_sync.meeting import LOOPBACK, is_loopback, is_on_one_machine, own_address
 from samebit.weight_sync.objects import gather_objects
 from samebit.weight_sync.types import LostMemberError, WeightSyncError
@@ -30,16 +31,20 @@ class TrainerRanks:
 
         What it raises there the others raise as `failed` gives it.
         """
+        result = self.agreed(make if self.rank == 0 else lambda: None)
+        return self._gather(result)[0]  # type: ignore[return-value]
+
+    def agreed[T](self, call: Callable[[], T]) -> T:
+        """Return what a call gives that all make; where one fails, all raise, as `failed` says."""
         result: T | None = None
         own: Exception | None = None
-        if self.rank == 0:
-            try:
-                result = make()
-            except Exception as error:  # noqa: BLE001 - the others are told first
-                own = error
+        try:
+            result = call()
+        except Exception as error:  # noqa: BLE001 - the others are told first
+            own = error
         if (failure := self.failed(own)) is not None:
             raise failure
-        return self._gather(result)[0]  # type: ignore[return-value]
+        return result  # type: ignore[return-value]
 
     def any(self, own: bool) -> bool:
         """Say whether it is so on any of them."""
@@ -48,16 +53,20 @@ class TrainerRanks:
     def failed(self, own: Exception | None) -> Exception | None:
         """Return this process's failure, or else that of the first process that has one.
 
-        That of another is a WeightSyncError: a LostMemberError unless it is a refusal, which would
-        come again.
+        Where one process's would come again, that counts: it is the cause, and others may have seen
+        no more than that a member was lost. That of another process is a WeightSyncError, and a
+        LostMemberError if it may pass.
         """
-        refuses = isinstance(own, WeightSyncError) and not isinstance(own, LostMemberError)
         said = "" if own is None else str(own) or repr(own)
-        others = [each for each in self._gather((said, refuses)) if each[0]]
-        if own is not None or not others:
+        told = self._gather((said, own is not None and may_pass(own)))
+        failures = [(words, passes) for words, passes in told if words]
+        failures.sort(key=lambda failure: failure[1])
+        if not failures:
+            return None
+        words, passes = failures[0]
+        if own is not None and may_pass(own) == passes:
             return own
-        words, refuses = others[0]
-        return (WeightSyncError if refuses else LostMemberError)(words)
+        return (LostMemberError if passes else WeightSyncError)(words)
 
     def address(self) -> str:
         """Return where the first process is, as the others reach it: the loopback on one machine.

@@ -1,0 +1,24 @@
+"""Which errors a run's processes end with: those that we expect, and those that may pass.
+
+Imports no torch.
+"""
+
+
+class CrashError(RuntimeError):
+    """Another process has died, or has met an error that nobody expects."""
+
+
+def is_expected(error: BaseException) -> bool:
+    """Say whether it is one of our own errors, or an OSError, ValueError or ImportError."""
+    ours = type(error).__module__.startswith("samebit.")
+    return ours or isinstance(error, OSError | ValueError | ImportError)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Say whether starting again may help: no error that we expect, but a process that has died.
+
+    Where several processes fail together, all are to end with errors of which it says the same.
+    """
+    if isinstance(error, CrashError):
+        return True
+    return isinstance(error, Exception) and not is_expected(error)
