@@ -131,8 +131,9 @@ class Conversation:
 class Response(Completion):
     """What follows a prompt in a sample of several turns.
 
-    token_ids, logprobs and loss_mask have one length: a token that was not drawn has the log-prob
-    0. The places of version_spans are those of the turns that are trained on.
+    token_ids, logprobs and loss_mask have one length, and so have thresholds, where log-probs are
+    truncated: a token that is not trained on has the log-prob 0 and the threshold 0. The places of
+    version_spans are those of the turns that are trained on.
     """
 
     loss_mask: tuple[bool, ...] = ()

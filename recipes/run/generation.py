@@ -7,6 +7,7 @@ nor log-probs depend on which function waits for what, or how long.
 
 import asyncio
 import inspect
+import math
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,7 @@ class Turn:
 
     context_ids: tuple[int, ...]
     completion: Completion
-    temperature: float
+    params: SamplingParams
 
 
 @dataclass
@@ -60,7 +61,7 @@ class SampleEngine:
             [[found]] = await self.drawing
         finally:
             self.drawing = None
-        self.turns.append(Turn(context, found, sampling_params.temperature))
+        self.turns.append(Turn(context, found, sampling_params))
         return found
 
     async def agenerate(
@@ -171,7 +172,7 @@ class GenerateFunction:
             sample = await self._function(engine, request, params, **self._args)
             if engine.drawing is not None:
                 raise GenerateError("returned while a turn was being drawn; await every turn")
-            response = response_of(request, sample, engine.turns, params.temperature)
+            response = response_of(request, sample, engine.turns, params)
             engine.ended = True
             return response
         except BaseException as error:
@@ -188,19 +189,43 @@ class GenerateFunction:
         return f"rollout.generate {self.name!r} on {request.problem.name}, {sample},"
 
 
+@dataclass(frozen=True)
+class DrawnToken:
+    """Keeps what the engine said of a token, and how it was drawn."""
+
+    logprob: float
+    threshold: float
+    """Of what could be drawn, as in Completion; -inf: every token could."""
+    params: SamplingParams
+
+    def fault(self, run: SamplingParams) -> str:
+        """Say why a run that draws by such parameters cannot train on it; empty if it can."""
+        if self.params.temperature != run.temperature:
+            own = self.params.temperature
+            return f"was drawn at temperature {own}; the run trains at {run.temperature}: mask it"
+        truncates = run.truncated_logprobs
+        if self.params.truncates != (truncates and self.params.limits):
+            kinds = "of the full softmax", "of what could be drawn"
+            return (
+                f"has a log-prob {kinds[not truncates]}; the run's are {kinds[truncates]} "
+                f"(rollout.logprobs): draw with truncated_logprobs={truncates}, or mask it"
+            )
+        return ""
+
+
 def response_of(
-    request: GenerateRequest, sample: Sample, turns: Sequence[Turn], temperature: float
+    request: GenerateRequest, sample: Sample, turns: Sequence[Turn], params: SamplingParams
 ) -> Response:
     """Check a sample against the turns that were drawn for it; returns what follows its prompt.
 
-    Raises GenerateError, naming the place of the first token that cannot be as it is.
+    params: by which the run draws. Raises GenerateError, naming the place of the first token that
+    cannot be as it is.
     """
     if not isinstance(sample, Sample):
         raise GenerateError(f"returned {sample!r:.80}; return a samebit.trainer.types:Sample")
     token_ids, begin = tuple(sample.token_ids.tolist()), len(request.prompt_ids)
     _check_fields(request, sample, token_ids)
-    drawn, temperatures = _drawn_at(token_ids, turns)
-    mask, given = sample.loss_mask, sample.logprobs
+    drawn, mask = _drawn_at(token_ids, turns), sample.loss_mask
     for place in np.flatnonzero(mask).tolist():
         where = f"returned token {token_ids[place]} at place {place} of {len(token_ids)}"
         if place < begin:
@@ -210,25 +235,24 @@ def response_of(
                 f"{where} with its loss mask set, but the engine did not draw it there after these "
                 "tokens: mask it"
             )
-        if temperatures[place] != temperature:
+        if fault := drawn[place].fault(params):
+            raise GenerateError(f"{where} with its loss mask set, which {fault}")
+        own, given = drawn[place].logprob, sample.logprobs
+        if given is not None and np.float32(own) != given[place]:
             raise GenerateError(
-                f"{where} with its loss mask set, which was drawn at temperature "
-                f"{temperatures[place]}; the run trains at {temperature}: mask it"
-            )
-        if given is not None and np.float32(drawn[place]) != given[place]:
-            raise GenerateError(
-                f"{where} with log-prob {given[place]}; the engine drew it with {drawn[place]}: "
-                "give that, or no log-probs"
+                f"{where} with log-prob {given[place]}; the engine drew it with {own}: give that, "
+                "or no log-probs"
             )
     trained = [turn for turn in turns if any(mask[len(turn.context_ids) :])]
     last = max(trained, key=lambda turn: len(turn.context_ids)).completion
+    counted = [drawn[i] if mask[i] else None for i in range(begin, len(token_ids))]
+    thresholds = tuple(0.0 if token is None else token.threshold for token in counted)
     return Response(
         request_id=last.request_id,
         sample_id=request.sample_id,
         token_ids=token_ids[begin:],
-        logprobs=tuple(
-            drawn[place] if mask[place] else 0.0 for place in range(begin, len(token_ids))
-        ),
+        logprobs=tuple(0.0 if token is None else token.logprob for token in counted),
+        thresholds=thresholds if params.truncates else (),
         finish_reason=last.finish_reason,
         version_spans=_spans(turns, begin),
         loss_mask=tuple(mask[begin:].tolist()),
@@ -251,6 +275,7 @@ def _check_fields(request: GenerateRequest, sample: Sample, token_ids: tuple[int
         )
     given = {
         "advantages": sample.advantages.any(),
+        "thresholds": sample.thresholds is not None,
         "ref_logprobs": sample.ref_logprobs is not None,
         "teacher_logprobs": sample.teacher_logprobs is not None,
         "teacher_top": sample.teacher_top is not None,
@@ -263,25 +288,23 @@ def _check_fields(request: GenerateRequest, sample: Sample, token_ids: tuple[int
         raise GenerateError(f"returned a sample with {names[0]}, which the run finds: leave it out")
 
 
-def _drawn_at(
-    token_ids: tuple[int, ...], turns: Sequence[Turn]
-) -> tuple[dict[int, float], dict[int, float]]:
-    """By place in a sample: log-prob and temperature of what was drawn after the very same tokens.
+def _drawn_at(token_ids: tuple[int, ...], turns: Sequence[Turn]) -> dict[int, DrawnToken]:
+    """By place in a sample: what was drawn there after the very same tokens.
 
     A turn that was cut short counts as far as it was kept.
     """
-    logprobs: dict[int, float] = {}
-    temperatures: dict[int, float] = {}
+    found: dict[int, DrawnToken] = {}
     for turn in turns:
-        start = len(turn.context_ids)
-        if token_ids[:start] != turn.context_ids or not turn.completion.logprobs:
+        start, drawn = len(turn.context_ids), turn.completion
+        if token_ids[:start] != turn.context_ids or not drawn.logprobs:
             continue
-        pairs = zip(turn.completion.token_ids, turn.completion.logprobs, strict=True)
-        for place, (token, logprob) in enumerate(pairs, start):
+        thresholds = drawn.thresholds or (-math.inf,) * len(drawn.token_ids)
+        tokens = zip(drawn.token_ids, drawn.logprobs, thresholds, strict=True)
+        for place, (token, logprob, threshold) in enumerate(tokens, start):
             if place >= len(token_ids) or token_ids[place] != token:
                 break
-            logprobs[place], temperatures[place] = logprob, turn.temperature
-    return logprobs, temperatures
+            found[place] = DrawnToken(logprob, threshold, turn.params)
+    return found
 
 
 def _spans(turns: Sequence[Turn], begin: int) -> tuple[VersionSpan, ...]:

@@ -1,6 +1,7 @@
 """Generate functions of users': turns, tools, and what is refused."""
 
 import asyncio
+import math
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -140,6 +141,33 @@ def test_a_turn_may_be_kept_in_part(small, text):
     assert response.logprobs[2] == 0.0 != response.logprobs[1]
 
 
+def test_of_truncated_turns_it_is_known_what_could_be_drawn(small, text):
+    """By each turn's own limits, or without any; what is masked has no threshold."""
+    params = replace(PARAMS, top_k=3, truncated_logprobs=True)
+
+    async def narrows(engine, request, params):
+        talk = Conversation(request)
+        await talk.draw(engine, replace(params, max_new_tokens=2))
+        talk.add(text.encode("7"))
+        for top_k in (1, 0):
+            await talk.draw(engine, replace(params, max_new_tokens=2, top_k=top_k))
+        return talk.sample()
+
+    [response] = drawn(narrows, small, requests(text), params)
+    prompt = list(requests(text)[0].prompt_ids)
+    tokens, threshold = list(response.token_ids), response.thresholds
+    [[first]] = small.generate([prompt], replace(params, max_new_tokens=2), [[16]])
+    assert (threshold[:2], response.logprobs[:2]) == (first.thresholds, first.logprobs)
+    assert (threshold[2], response.logprobs[2]) == (0.0, 0.0)
+    assert response.logprobs[3:5] == (0.0, 0.0)  # the only token that could be drawn
+    assert threshold[5:] == (-math.inf,) * 2
+    assert list(response.logprobs[5:]) == small.score([prompt + tokens])[0][-2:]
+    sample = drawn_sample(prompt, response)
+    assert sample.thresholds.tolist() == [*[0.0] * len(prompt), *threshold]
+    with pytest.raises(GenerateError, match=KIND.format(*KINDS, True)):
+        drawn(other_kind, small, requests(text), params)
+
+
 async def _one(engine, request, params, tokens=4):
     turn = await engine.draw(request.prompt_ids, replace(params, max_new_tokens=tokens))
     return turn.token_ids, turn.logprobs
@@ -175,6 +203,18 @@ async def hotter(engine, request, params):
 async def without_logprobs(engine, request, params):
     tokens, _ = await _one(engine, request, replace(params, logprobs=False))
     return of(request.prompt_ids, tokens, (True,) * 4)
+
+
+async def other_kind(engine, request, params):
+    limited = replace(params, top_k=3, truncated_logprobs=not params.truncated_logprobs)
+    tokens, _ = await _one(engine, request, limited)
+    return of(request.prompt_ids, tokens, (True,) * 4)
+
+
+async def has_thresholds(engine, request, params):
+    tokens, _ = await _one(engine, request, params)
+    sample = of(request.prompt_ids, tokens, (True,) * 4)
+    return replace(sample, thresholds=np.zeros(len(sample.token_ids), np.float32))
 
 
 async def has_advantages(engine, request, params):
@@ -271,6 +311,8 @@ async def hangs(engine, request, params):
 
 
 MASK = "with its loss mask set, but the engine did not draw it there after these tokens: mask it"
+KINDS = "the full softmax", "what could be drawn"
+KIND = "its loss mask set, which has a log-prob of {}; the run's are of {} .*_logprobs={}, or mask"
 LIMIT = "rollout.max_new_tokens is 24"
 REFUSED = {
     adds: f"returned token 1 at place 13 of 14 {MASK}",
@@ -279,6 +321,8 @@ REFUSED = {
     other_logprobs: "at place 12 of 13 with log-prob .*; the engine drew it with .*: give that, or",
     hotter: "at place 9 of 13 .* drawn at temperature 2.0; the run trains at 1.0: mask it",
     without_logprobs: f"at place 9 of 13 {MASK}",
+    other_kind: KIND.format(*KINDS[::-1], False),
+    has_thresholds: "a sample with thresholds, which the run finds: leave it out",
     has_advantages: "a sample with advantages, which the run finds: leave it out",
     has_returns: "a sample with returns, which the run finds: leave it out",
     has_a_teacher: "a sample with teacher_top, which the run finds: leave it out",
@@ -310,7 +354,6 @@ def test_what_the_engine_did_not_draw_is_refused(small, text, function):
 
 
 def test_a_function_that_hangs_is_named(small, text):
-    globals()["_stubborn"] = False
     with pytest.raises(
         GenerateError, match=WHERE + "took longer than 0.2 s .rollout.generate_time"
     ):
