@@ -6,12 +6,15 @@ import json
 import re
 import shutil
 import subprocess
+import threading
 
 import pytest
 
 from samebit.recipes.cli.main import main
 from samebit.recipes.run.metrics import LoggerConfig, MetricsLogger, read_rows
+from samebit.recipes.run.pages import open_runs
 from samebit.recipes.run.report import write_report
+from samebit.recipes.watch import WatchServer
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
@@ -111,6 +114,12 @@ def _sample(run, step):
     }
 
 
+def document_of(address, *words):
+    """What a browser has made of a page."""
+    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", *words]
+    return subprocess.run([*command, address], capture_output=True, text=True, check=True).stdout
+
+
 def laid_out(folder, *words):
     """What is measured of each page at each width, by both."""
     frames = [(page, width) for page in PAGES for width in WIDTHS]
@@ -119,9 +128,8 @@ def laid_out(folder, *words):
     )
     text = f'<!doctype html><pre id="found"></pre>{"".join(inner)}<script>{MEASURE}</script>'
     (folder / "frame.html").write_text(text)
-    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", *words]
-    command += ["--allow-file-access-from-files", f"file://{folder}/frame.html"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    words += ("--allow-file-access-from-files",)
+    said = document_of(f"file://{folder}/frame.html", *words)
     [found] = re.findall(r'<pre id="found">(.*?)</pre>', said, re.DOTALL)
     return dict(zip(frames, json.loads(html.unescape(found)), strict=True))
 
@@ -156,3 +164,25 @@ def test_pages(folder, words):
         assert [card.count("prompt 7") for card in page["searched"]] == [1, 1]
         assert all("judge 0.25" in card for card in page["searched"])
         assert page["tokens"] == ["log-prob 0", "not drawn: no loss"]
+
+
+def test_a_watched_page_follows(folder, tmp_path):
+    """What a run writes after the page has come is on it."""
+    run = tmp_path / "run"
+    shutil.copytree(folder / "other", run)
+    asked = []
+
+    class Goes(WatchServer):
+        def data(self):
+            if asked:  # the first time for the page itself
+                with (run / "metrics.jsonl").open("a") as file:
+                    file.write('{"step": 41, "train/kl": 0.75}\n')
+            asked.append(1)
+            return super().data()
+
+    with Goes(open_runs([str(run)], "runs"), 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        said = document_of(server.address, "--virtual-time-budget=1000")
+        server.shutdown()
+    assert '<p id="live">live</p>' in said
+    assert '<tr><th>last step<wbr></th><td class="number" title="41">41</td></tr>' in said
