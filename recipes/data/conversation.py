@@ -13,6 +13,7 @@ import numpy as np
 from samebit.recipes.data.tasks.base import ChatPrompt, Problem
 from samebit.recipes.data.text import TextCodec
 from samebit.rollout.types import Completion, SamplingParams
+from samebit.rollout.values import as_integer, as_list
 from samebit.trainer.types import Sample
 
 
@@ -106,8 +107,12 @@ class Conversation:
     def add(self, token_ids: Sequence[int]) -> None:
         """Add tokens that the policy has not drawn; they are not trained on.
 
-        Raises GenerateError for more than there is room for; ask `room` before.
+        Raises GenerateError for more than there is room for (ask `room` before), ValueError for
+        anything but integers: request.text.encode gives a text's.
         """
+        right = "a list of token ids; request.text.encode gives a text's"
+        given = as_list(token_ids, "what Conversation.add is given", right)
+        token_ids = [as_integer(token, "a token of Conversation.add") for token in given]
         if len(token_ids) > self.room:
             raise GenerateError(
                 f"adds {len(token_ids)} tokens where there is room for {self.room} of "

@@ -104,8 +104,8 @@ class SampleEngine:
 class GenerateFunction:
     """Runs the function that rollout.generate names; raises ValueError if there is none."""
 
-    def __init__(self, settings: RolloutSection) -> None:
-        self.name = str(settings.generate)
+    def __init__(self, settings: RolloutSection, vocab_size: int) -> None:
+        self.name, self._vocab_size = str(settings.generate), vocab_size
         self._function = _load(self.name, settings.generate_args)
         self._args = settings.generate_args
         self._timeout_s = settings.generate_timeout_s
@@ -172,6 +172,7 @@ class GenerateFunction:
             sample = await self._function(engine, request, params, **self._args)
             if engine.drawing is not None:
                 raise GenerateError("returned while a turn was being drawn; await every turn")
+            _check_fields(request, sample, self._vocab_size)
             response = response_of(request, sample, engine.turns, params)
             engine.ended = True
             return response
@@ -221,10 +222,7 @@ def response_of(
     params: by which the run draws. Raises GenerateError, naming the place of the first token that
     cannot be as it is.
     """
-    if not isinstance(sample, Sample):
-        raise GenerateError(f"returned {sample!r:.80}; return a samebit.trainer.types:Sample")
     token_ids, begin = tuple(sample.token_ids.tolist()), len(request.prompt_ids)
-    _check_fields(request, sample, token_ids)
     drawn, mask = _drawn_at(token_ids, turns), sample.loss_mask
     for place in np.flatnonzero(mask).tolist():
         where = f"returned token {token_ids[place]} at place {place} of {len(token_ids)}"
@@ -260,8 +258,10 @@ def response_of(
     )
 
 
-def _check_fields(request: GenerateRequest, sample: Sample, token_ids: tuple[int, ...]) -> None:
-    begin = len(request.prompt_ids)
+def _check_fields(request: GenerateRequest, sample: Sample, vocab_size: int) -> None:
+    if not isinstance(sample, Sample):
+        raise GenerateError(f"returned {sample!r:.80}; return a samebit.trainer.types:Sample")
+    token_ids, begin = tuple(sample.token_ids.tolist()), len(request.prompt_ids)
     if sample.sample_id != request.sample_id:
         raise GenerateError(
             f"returned a sample with the id {sample.sample_id:#x}; give request.sample_id"
@@ -272,6 +272,11 @@ def _check_fields(request: GenerateRequest, sample: Sample, token_ids: tuple[int
         raise GenerateError(
             f"returned {len(token_ids) - begin} tokens after the prompt; rollout.max_new_tokens is "
             f"{request.max_new_tokens}"
+        )
+    if outside := [i for i, token in enumerate(token_ids) if not 0 <= token < vocab_size]:
+        raise GenerateError(
+            f"returned token {token_ids[outside[0]]} at place {outside[0]} of {len(token_ids)}, "
+            f"which is outside the vocabulary [0, {vocab_size})"
         )
     given = {
         "advantages": sample.advantages.any(),

@@ -24,6 +24,7 @@ from samebit.rollout.types import SamplingParams
 from samebit.trainer.types import Sample
 
 PARAMS = SamplingParams(max_new_tokens=24, ignore_eos=True)
+VOCAB = 12
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,8 @@ def requests(text, count=1):
 def drawn(function, engine, asked, params=PARAMS, timeout_s=60.0):
     """What a function makes of the requests."""
     sys.modules["mine"].current = function
-    loaded = GenerateFunction(RolloutSection(generate="mine:current", generate_timeout_s=timeout_s))
+    settings = RolloutSection(generate="mine:current", generate_timeout_s=timeout_s)
+    loaded = GenerateFunction(settings, VOCAB)
     try:
         return loaded.draw(engine, asked, params)
     finally:
@@ -268,6 +270,19 @@ async def adds_too_much(engine, request, params):
     Conversation(request).add([1] * 25)
 
 
+async def adds_a_text(engine, request, params):
+    Conversation(request).add("12")
+
+
+async def adds_a_fraction(engine, request, params):
+    Conversation(request).add([1.5])
+
+
+async def adds_no_token(engine, request, params):
+    tokens, _ = await _one(engine, request, params)
+    return of(request.prompt_ids, (*tokens, -1), (*[True] * 4, False))
+
+
 async def without_the_prompt(engine, request, params):
     await engine.draw([1, 2], params)
 
@@ -334,6 +349,9 @@ REFUSED = {
     nearly_full: "turn 2 with max_new_tokens=24; its context has 4 tokens .*, and "
     f"{LIMIT}: give at most 20",
     adds_too_much: r"adds 25 tokens where there is room for 24 of 24 \(rollout.max_new_tokens\)",
+    adds_a_text: "what Conversation.add is given is '12'; it must be a list of token ids; request",
+    adds_a_fraction: "ValueError: a token of Conversation.add is 1.5; it must be an integer",
+    adds_no_token: "token -1 at place 13 of 14, which is outside the vocabulary .0, 12.",
     without_the_prompt: "draws after a context that does not begin with request.prompt_ids",
     races: "draws a turn while another one is being drawn.*; await one before the next",
     leaves_a_turn: "returned while a turn was being drawn; await every turn",
@@ -371,20 +389,7 @@ def test_what_progress_raises_ends_all(small, text, monkeypatch):
         raise Stop
 
     sys.modules["mine"].current, sys.modules["mine"].stubborn = hangs, True
-    loaded = GenerateFunction(RolloutSection(generate="mine:current"))
+    loaded = GenerateFunction(RolloutSection(generate="mine:current"), VOCAB)
     with pytest.raises(Stop):
         loaded.draw(small, requests(text, 3), PARAMS, progress)
     loaded.close()
-
-
-def test_ids_of_turns_are_all_different():
-    """Of the last step that turns have room for, too."""
-    last = (1 << 24) - 1
-    bases = [0, 1, last << 32, 1 << 63 | last << 32 | 5]
-    ids = {turn_id(base, turn) for base in bases for turn in range(128)}
-    assert len(ids) == 4 * 128
-    assert max(ids) < 1 << 64
-    assert turn_id(77, 0) == 77
-    for base, turn in ((1 << 56, 1), (0, 128), (0, -1)):
-        with pytest.raises(ValueError, match=f"turn {turn} of sample 0x"):
-            turn_id(base, turn)
