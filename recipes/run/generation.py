@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -190,28 +190,14 @@ class GenerateFunction:
         return f"rollout.generate {self.name!r} on {request.problem.name}, {sample},"
 
 
-@dataclass(frozen=True)
-class DrawnToken:
-    """Keeps what the engine said of a token, and how it was drawn."""
+class DrawnToken(NamedTuple):
+    """Keeps what the engine said of a token."""
 
     logprob: float
     threshold: float
     """Of what could be drawn, as in Completion; -inf: every token could."""
-    params: SamplingParams
-
-    def fault(self, run: SamplingParams) -> str:
-        """Say why a run that draws by such parameters cannot train on it; empty if it can."""
-        if self.params.temperature != run.temperature:
-            own = self.params.temperature
-            return f"was drawn at temperature {own}; the run trains at {run.temperature}: mask it"
-        truncates = run.truncated_logprobs
-        if self.params.truncates != (truncates and self.params.limits):
-            kinds = "of the full softmax", "of what could be drawn"
-            return (
-                f"has a log-prob {kinds[not truncates]}; the run's are {kinds[truncates]} "
-                f"(rollout.logprobs): draw with truncated_logprobs={truncates}, or mask it"
-            )
-        return ""
+    fault: str
+    """Why the run cannot train on it; empty if it can."""
 
 
 def response_of(
@@ -223,7 +209,7 @@ def response_of(
     cannot be as it is.
     """
     token_ids, begin = tuple(sample.token_ids.tolist()), len(request.prompt_ids)
-    drawn, mask = _drawn_at(token_ids, turns), sample.loss_mask
+    drawn, mask = _drawn_at(token_ids, turns, params), sample.loss_mask
     for place in np.flatnonzero(mask).tolist():
         where = f"returned token {token_ids[place]} at place {place} of {len(token_ids)}"
         if place < begin:
@@ -233,7 +219,7 @@ def response_of(
                 f"{where} with its loss mask set, but the engine did not draw it there after these "
                 "tokens: mask it"
             )
-        if fault := drawn[place].fault(params):
+        if fault := drawn[place].fault:
             raise GenerateError(f"{where} with its loss mask set, which {fault}")
         own, given = drawn[place].logprob, sample.logprobs
         if given is not None and np.float32(own) != given[place]:
@@ -293,7 +279,9 @@ def _check_fields(request: GenerateRequest, sample: Sample, vocab_size: int) -> 
         raise GenerateError(f"returned a sample with {names[0]}, which the run finds: leave it out")
 
 
-def _drawn_at(token_ids: tuple[int, ...], turns: Sequence[Turn]) -> dict[int, DrawnToken]:
+def _drawn_at(
+    token_ids: tuple[int, ...], turns: Sequence[Turn], params: SamplingParams
+) -> dict[int, DrawnToken]:
     """By place in a sample: what was drawn there after the very same tokens.
 
     A turn that was cut short counts as far as it was kept.
@@ -303,13 +291,29 @@ def _drawn_at(token_ids: tuple[int, ...], turns: Sequence[Turn]) -> dict[int, Dr
         start, drawn = len(turn.context_ids), turn.completion
         if token_ids[:start] != turn.context_ids or not drawn.logprobs:
             continue
+        fault = _fault(turn.params, params)
         thresholds = drawn.thresholds or (-math.inf,) * len(drawn.token_ids)
         tokens = zip(drawn.token_ids, drawn.logprobs, thresholds, strict=True)
         for place, (token, logprob, threshold) in enumerate(tokens, start):
             if place >= len(token_ids) or token_ids[place] != token:
                 break
-            found[place] = DrawnToken(logprob, threshold, turn.params)
+            found[place] = DrawnToken(logprob, threshold, fault)
     return found
+
+
+def _fault(own: SamplingParams, run: SamplingParams) -> str:
+    """Why a run that draws by its parameters cannot train on what others drew; empty if it can."""
+    if own.temperature != run.temperature:
+        both = f"{own.temperature}; the run trains at {run.temperature}"
+        return f"was drawn at temperature {both}: mask it"
+    truncates = run.truncated_logprobs
+    if own.truncates != (truncates and own.limits):
+        kinds = "of the full softmax", "of what could be drawn"
+        return (
+            f"has a log-prob {kinds[not truncates]}; the run's are {kinds[truncates]} "
+            f"(rollout.logprobs): draw with truncated_logprobs={truncates}, or mask it"
+        )
+    return ""
 
 
 def _spans(turns: Sequence[Turn], begin: int) -> tuple[VersionSpan, ...]:
