@@ -113,9 +113,10 @@ def truncated(megatron):
 def cases():
     """Every algorithm with an entropy in its loss, by name; grpo with a KL in it too, cispo with
     masked samples, gspo with one gradient for each token, distillation by the teacher's likeliest;
-    and dpo, which has pairs."""
+    dpo, which has pairs; and sft."""
     from samebit.trainer.algorithms.dpo import Dpo
     from samebit.trainer.algorithms.registry import ALGORITHMS, find_algorithm
+    from samebit.trainer.algorithms.sft import Sft
     from samebit.trainer.config import DpoConfig
 
     settings = {name: {} for name in ALGORITHMS} | {"gspo_token": {"token_level": True}}
@@ -126,7 +127,11 @@ def cases():
         name = {"gspo_token": "gspo", "distillation_top_k": "distillation"}.get(key, key)
         algorithm = find_algorithm(name)
         found[key] = algorithm(algorithm.Config(name=name, entropy_coef=0.3, **own))
-    return found | {"dpo": Dpo(DpoConfig(beta=0.5))}
+    return found | {"dpo": Dpo(DpoConfig(beta=0.5)), "sft": Sft()}
+
+
+MEANS = {"sft": ("token", None), "rloo": ("token", None), "grpo": ("constant", 8)}
+"""Of the loss, where it is not the mean over samples."""
 
 
 def rated_samples():
@@ -160,11 +165,12 @@ def algorithm_steps(megatron):
     gradients, figures = {}, {}
     for name, algorithm in cases().items():
         samples = [sample for group in groups for sample in group]
-        if name != "dpo":
+        if name not in ("dpo", "sft"):
             samples = with_advantages(groups, algorithm.advantages(rewards, groups))
         if algorithm.teacher_top_k:
             samples = [with_top(sample, algorithm.teacher_top_k) for sample in samples]
-        packed = pack_samples(samples, 70, "sequence", temperature=0.7)
+        mean, tokens = MEANS.get(name, ("sequence", None))
+        packed = pack_samples(samples, 70, mean, loss_mean_tokens=tokens, temperature=0.7)
         figures[name] = vars(megatron.train_step(megatron.own_batches(packed), algorithm))
         gradients[name] = {key: p.main_grad.clone() for key, p in megatron.params.items()}
     return gradients, figures

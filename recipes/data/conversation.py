@@ -13,6 +13,7 @@ import numpy as np
 from samebit.recipes.data.tasks.base import ChatPrompt, Problem
 from samebit.recipes.data.text import TextCodec
 from samebit.rollout.types import Completion, SamplingParams
+from samebit.rollout.values import as_integer, as_list
 from samebit.trainer.types import Sample
 
 
@@ -106,8 +107,12 @@ class Conversation:
     def add(self, token_ids: Sequence[int]) -> None:
         """Add tokens that the policy has not drawn; they are not trained on.
 
-        Raises GenerateError for more than there is room for; ask `room` before.
+        Raises GenerateError for more than there is room for (ask `room` before), ValueError for
+        anything but integers: request.text.encode gives a text's.
         """
+        right = "a list of token ids; request.text.encode gives a text's"
+        given = as_list(token_ids, "what Conversation.add is given", right)
+        token_ids = [as_integer(token, "a token of Conversation.add") for token in given]
         if len(token_ids) > self.room:
             raise GenerateError(
                 f"adds {len(token_ids)} tokens where there is room for {self.room} of "
@@ -131,8 +136,9 @@ class Conversation:
 class Response(Completion):
     """What follows a prompt in a sample of several turns.
 
-    token_ids, logprobs and loss_mask have one length: a token that was not drawn has the log-prob
-    0. The places of version_spans are those of the turns that are trained on.
+    token_ids, logprobs and loss_mask have one length, and so have thresholds, where log-probs are
+    truncated: a token that is not trained on has the log-prob 0 and the threshold 0. The places of
+    version_spans are those of the turns that are trained on.
     """
 
     loss_mask: tuple[bool, ...] = ()

@@ -27,12 +27,14 @@ def drawn_sample(prompt_ids: Sequence[int], completion: Completion) -> Sample:
 
 def _of_turns(prompt_ids: Sequence[int], response: Response) -> Sample:
     begin = len(prompt_ids)
+    before, thresholds = [0.0] * begin, response.thresholds
     spans = (replace(span, start=begin + span.start) for span in response.version_spans)
     return Sample(
         sample_id=response.sample_id,
         token_ids=np.asarray((*prompt_ids, *response.token_ids), np.int64),
         loss_mask=np.asarray((*[False] * begin, *response.loss_mask)),
-        logprobs=np.asarray((*[0.0] * begin, *response.logprobs), np.float32),
+        logprobs=np.asarray((*before, *response.logprobs), np.float32),
+        thresholds=np.asarray((*before, *thresholds), np.float32) if thresholds else None,
         version_spans=tuple(spans),
     )
 

@@ -45,7 +45,8 @@ function showTable() {
   const shown = runs();
   const keys = [...new Set(shown.flatMap(({ run }) => Object.keys(run.summary)))];
   const last = state.data.cards.filter((key) => shown.some(({ run }) => key in run.last));
-  const row = (name, cells) => element("tr", {}, element("th", {}, name),
+  const breakable = (name) => name.split(/(?<=[/_])/).flatMap((part) => [part, element("wbr")]);
+  const row = (name, cells) => element("tr", {}, element("th", {}, ...breakable(name)),
     ...cells.map((value) => element("td",
       { class: typeof value, title: String(value ?? "") }, short(value))));
   const head = element("tr", {}, element("th", {}),

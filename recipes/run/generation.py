@@ -7,10 +7,11 @@ nor log-probs depend on which function waits for what, or how long.
 
 import asyncio
 import inspect
+import math
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,7 +34,7 @@ class Turn:
 
     context_ids: tuple[int, ...]
     completion: Completion
-    temperature: float
+    params: SamplingParams
 
 
 @dataclass
@@ -60,7 +61,7 @@ class SampleEngine:
             [[found]] = await self.drawing
         finally:
             self.drawing = None
-        self.turns.append(Turn(context, found, sampling_params.temperature))
+        self.turns.append(Turn(context, found, sampling_params))
         return found
 
     async def agenerate(
@@ -103,8 +104,8 @@ class SampleEngine:
 class GenerateFunction:
     """Runs the function that rollout.generate names; raises ValueError if there is none."""
 
-    def __init__(self, settings: RolloutSection) -> None:
-        self.name = str(settings.generate)
+    def __init__(self, settings: RolloutSection, vocab_size: int) -> None:
+        self.name, self._vocab_size = str(settings.generate), vocab_size
         self._function = _load(self.name, settings.generate_args)
         self._args = settings.generate_args
         self._timeout_s = settings.generate_timeout_s
@@ -171,7 +172,8 @@ class GenerateFunction:
             sample = await self._function(engine, request, params, **self._args)
             if engine.drawing is not None:
                 raise GenerateError("returned while a turn was being drawn; await every turn")
-            response = response_of(request, sample, engine.turns, params.temperature)
+            _check_fields(request, sample, self._vocab_size)
+            response = response_of(request, sample, engine.turns, params)
             engine.ended = True
             return response
         except BaseException as error:
@@ -188,19 +190,26 @@ class GenerateFunction:
         return f"rollout.generate {self.name!r} on {request.problem.name}, {sample},"
 
 
+class DrawnToken(NamedTuple):
+    """Keeps what the engine said of a token."""
+
+    logprob: float
+    threshold: float
+    """Of what could be drawn, as in Completion; -inf: every token could."""
+    fault: str
+    """Why the run cannot train on it; empty if it can."""
+
+
 def response_of(
-    request: GenerateRequest, sample: Sample, turns: Sequence[Turn], temperature: float
+    request: GenerateRequest, sample: Sample, turns: Sequence[Turn], params: SamplingParams
 ) -> Response:
     """Check a sample against the turns that were drawn for it; returns what follows its prompt.
 
-    Raises GenerateError, naming the place of the first token that cannot be as it is.
+    params: by which the run draws. Raises GenerateError, naming the place of the first token that
+    cannot be as it is.
     """
-    if not isinstance(sample, Sample):
-        raise GenerateError(f"returned {sample!r:.80}; return a samebit.trainer.types:Sample")
     token_ids, begin = tuple(sample.token_ids.tolist()), len(request.prompt_ids)
-    _check_fields(request, sample, token_ids)
-    drawn, temperatures = _drawn_at(token_ids, turns)
-    mask, given = sample.loss_mask, sample.logprobs
+    drawn, mask = _drawn_at(token_ids, turns, params), sample.loss_mask
     for place in np.flatnonzero(mask).tolist():
         where = f"returned token {token_ids[place]} at place {place} of {len(token_ids)}"
         if place < begin:
@@ -210,25 +219,24 @@ def response_of(
                 f"{where} with its loss mask set, but the engine did not draw it there after these "
                 "tokens: mask it"
             )
-        if temperatures[place] != temperature:
+        if fault := drawn[place].fault:
+            raise GenerateError(f"{where} with its loss mask set, which {fault}")
+        own, given = drawn[place].logprob, sample.logprobs
+        if given is not None and np.float32(own) != given[place]:
             raise GenerateError(
-                f"{where} with its loss mask set, which was drawn at temperature "
-                f"{temperatures[place]}; the run trains at {temperature}: mask it"
-            )
-        if given is not None and np.float32(drawn[place]) != given[place]:
-            raise GenerateError(
-                f"{where} with log-prob {given[place]}; the engine drew it with {drawn[place]}: "
-                "give that, or no log-probs"
+                f"{where} with log-prob {given[place]}; the engine drew it with {own}: give that, "
+                "or no log-probs"
             )
     trained = [turn for turn in turns if any(mask[len(turn.context_ids) :])]
     last = max(trained, key=lambda turn: len(turn.context_ids)).completion
+    counted = [drawn[i] if mask[i] else None for i in range(begin, len(token_ids))]
+    thresholds = tuple(0.0 if token is None else token.threshold for token in counted)
     return Response(
         request_id=last.request_id,
         sample_id=request.sample_id,
         token_ids=token_ids[begin:],
-        logprobs=tuple(
-            drawn[place] if mask[place] else 0.0 for place in range(begin, len(token_ids))
-        ),
+        logprobs=tuple(0.0 if token is None else token.logprob for token in counted),
+        thresholds=thresholds if params.truncates else (),
         finish_reason=last.finish_reason,
         version_spans=_spans(turns, begin),
         loss_mask=tuple(mask[begin:].tolist()),
@@ -236,8 +244,10 @@ def response_of(
     )
 
 
-def _check_fields(request: GenerateRequest, sample: Sample, token_ids: tuple[int, ...]) -> None:
-    begin = len(request.prompt_ids)
+def _check_fields(request: GenerateRequest, sample: Sample, vocab_size: int) -> None:
+    if not isinstance(sample, Sample):
+        raise GenerateError(f"returned {sample!r:.80}; return a samebit.trainer.types:Sample")
+    token_ids, begin = tuple(sample.token_ids.tolist()), len(request.prompt_ids)
     if sample.sample_id != request.sample_id:
         raise GenerateError(
             f"returned a sample with the id {sample.sample_id:#x}; give request.sample_id"
@@ -249,8 +259,14 @@ def _check_fields(request: GenerateRequest, sample: Sample, token_ids: tuple[int
             f"returned {len(token_ids) - begin} tokens after the prompt; rollout.max_new_tokens is "
             f"{request.max_new_tokens}"
         )
+    if outside := [i for i, token in enumerate(token_ids) if not 0 <= token < vocab_size]:
+        raise GenerateError(
+            f"returned token {token_ids[outside[0]]} at place {outside[0]} of {len(token_ids)}, "
+            f"which is outside the vocabulary [0, {vocab_size})"
+        )
     given = {
         "advantages": sample.advantages.any(),
+        "thresholds": sample.thresholds is not None,
         "ref_logprobs": sample.ref_logprobs is not None,
         "teacher_logprobs": sample.teacher_logprobs is not None,
         "teacher_top": sample.teacher_top is not None,
@@ -264,24 +280,40 @@ def _check_fields(request: GenerateRequest, sample: Sample, token_ids: tuple[int
 
 
 def _drawn_at(
-    token_ids: tuple[int, ...], turns: Sequence[Turn]
-) -> tuple[dict[int, float], dict[int, float]]:
-    """By place in a sample: log-prob and temperature of what was drawn after the very same tokens.
+    token_ids: tuple[int, ...], turns: Sequence[Turn], params: SamplingParams
+) -> dict[int, DrawnToken]:
+    """By place in a sample: what was drawn there after the very same tokens.
 
     A turn that was cut short counts as far as it was kept.
     """
-    logprobs: dict[int, float] = {}
-    temperatures: dict[int, float] = {}
+    found: dict[int, DrawnToken] = {}
     for turn in turns:
-        start = len(turn.context_ids)
-        if token_ids[:start] != turn.context_ids or not turn.completion.logprobs:
+        start, drawn = len(turn.context_ids), turn.completion
+        if token_ids[:start] != turn.context_ids or not drawn.logprobs:
             continue
-        pairs = zip(turn.completion.token_ids, turn.completion.logprobs, strict=True)
-        for place, (token, logprob) in enumerate(pairs, start):
+        fault = _fault(turn.params, params)
+        thresholds = drawn.thresholds or (-math.inf,) * len(drawn.token_ids)
+        tokens = zip(drawn.token_ids, drawn.logprobs, thresholds, strict=True)
+        for place, (token, logprob, threshold) in enumerate(tokens, start):
             if place >= len(token_ids) or token_ids[place] != token:
                 break
-            logprobs[place], temperatures[place] = logprob, turn.temperature
-    return logprobs, temperatures
+            found[place] = DrawnToken(logprob, threshold, fault)
+    return found
+
+
+def _fault(own: SamplingParams, run: SamplingParams) -> str:
+    """Why a run that draws by its parameters cannot train on what others drew; empty if it can."""
+    if own.temperature != run.temperature:
+        both = f"{own.temperature}; the run trains at {run.temperature}"
+        return f"was drawn at temperature {both}: mask it"
+    truncates = run.truncated_logprobs
+    if own.truncates != (truncates and own.limits):
+        kinds = "of the full softmax", "of what could be drawn"
+        return (
+            f"has a log-prob {kinds[not truncates]}; the run's are {kinds[truncates]} "
+            f"(rollout.logprobs): draw with truncated_logprobs={truncates}, or mask it"
+        )
+    return ""
 
 
 def _spans(turns: Sequence[Turn], begin: int) -> tuple[VersionSpan, ...]:

@@ -111,7 +111,7 @@ class GrpoInputs:
         self.teacher = checked_teacher(run, self.model, self.text)
         check_reference(run.trainer, make_algorithm(run.algorithm).has_reference)
         wanted = run.rollout.generate is not None
-        self.generate = GenerateFunction(run.rollout) if wanted else None
+        self.generate = GenerateFunction(run.rollout, self.model.vocab_size) if wanted else None
         self.reward = load_reward(run.reward, poll)
         encoder = Encoder(
             text=self.text,

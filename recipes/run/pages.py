@@ -10,9 +10,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from samebit.recipes.run.run_data import MOST_SAMPLE_BYTES, RunData
 
 CHARTS = (
-    "eval/reward_mean", "rollout/reward_mean", "rollout/kl", "train/kl", "train/entropy",
-    "rollout/response_len_mean", "eval/response_len_mean", "rollout/truncated_fraction",
-    "rollout/turns_mean", "train/clip_fraction", "train/loss", "train/grad_norm",
+    "eval/reward_mean", "rollout/reward_mean", "eval/loss", "eval/accuracy", "train/accuracy",
+    "train/margin", "rollout/kl", "train/kl", "distillation/reverse_kl", "train/reverse_kl",
+    "train/entropy", "rollout/response_len_mean", "eval/response_len_mean",
+    "rollout/truncated_fraction", "rollout/turns_mean", "train/clip_fraction", "train/loss",
+    "train/grad_norm", "critic/vf_loss", "critic/vf_explained_var",
     "rollout/spec_accept_length", "rollout/spec_accept_rate", "draft/loss", "draft/acceptance_0",
     "train/logprob_mismatches", "perf/step_s", "perf/rollout_s", "perf/train_s", "perf/sync_s",
     "perf/eval_s", "perf/rollout_tokens_per_s", "perf/train_tokens_per_s", "perf/train_mfu",
@@ -22,7 +24,7 @@ CHARTS = (
 )  # fmt: skip
 """Metrics that are shown first, in this order; a button shows all others."""
 CARDS = (
-    "eval/reward_mean", "rollout/reward_mean", "train/kl", "train/entropy",
+    "eval/reward_mean", "rollout/reward_mean", "eval/loss", "train/kl", "train/entropy",
     "rollout/response_len_mean", "train/clip_fraction", "perf/step_s",
 )  # fmt: skip
 """Metrics whose last value stands in the table."""

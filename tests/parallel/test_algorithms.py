@@ -60,15 +60,16 @@ def alone(folder, run_together, tmp_path_factory):
 
 @pytest.mark.parametrize("mode", ["context", "tensor", "pipeline", "data"])
 def test_two_ranks_take_the_step_of_one(run_ranks, folder, alone, mode, tmp_path):
-    """Of every algorithm, from rewards to every gradient, whole samples' ratios and pairs too; and
-    truncated log-probs, whose kept sets other weights know; and a critic's values, with the tokens
-    split too where layers are. Split layers sum products in another order."""
+    """Of every algorithm, from rewards to every gradient, whole samples' ratios, pairs and every
+    mean too; and truncated log-probs, whose kept sets other weights know; and a critic's values,
+    with the tokens split too where layers are. Split layers sum products in another order."""
     run_ranks("rank_losses.step", 2, folder, mode, alone, tmp_path / "out.json")
     expected, bound = torch.load(alone), 1e-5 if mode == "tensor" else 1e-6
     assert 0 < expected["steps"]["cispo"]["metrics"]["train/off_policy_mask_fraction"] < 1
     for rank in range(2):
         found = json.loads((tmp_path / f"out.{rank}").read_text())
-        assert found["errors"].keys() == {*ALGORITHMS, "gspo_token", "distillation_top_k", "dpo"}
+        others = {"gspo_token", "distillation_top_k", "dpo", "sft"}
+        assert found["errors"].keys() == ALGORITHMS.keys() | others
         for name, errors in found["errors"].items():
             own, other = found["steps"][name], expected["steps"][name]
             for key in ("loss", "grad_norm", "metrics"):

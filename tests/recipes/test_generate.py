@@ -1,6 +1,7 @@
 """Generate functions of users': turns, tools, and what is refused."""
 
 import asyncio
+import math
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from samebit.rollout.types import SamplingParams
 from samebit.trainer.types import Sample
 
 PARAMS = SamplingParams(max_new_tokens=24, ignore_eos=True)
+VOCAB = 12
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,8 @@ def requests(text, count=1):
 def drawn(function, engine, asked, params=PARAMS, timeout_s=60.0):
     """What a function makes of the requests."""
     sys.modules["mine"].current = function
-    loaded = GenerateFunction(RolloutSection(generate="mine:current", generate_timeout_s=timeout_s))
+    settings = RolloutSection(generate="mine:current", generate_timeout_s=timeout_s)
+    loaded = GenerateFunction(settings, VOCAB)
     try:
         return loaded.draw(engine, asked, params)
     finally:
@@ -140,6 +143,33 @@ def test_a_turn_may_be_kept_in_part(small, text):
     assert response.logprobs[2] == 0.0 != response.logprobs[1]
 
 
+def test_of_truncated_turns_it_is_known_what_could_be_drawn(small, text):
+    """By each turn's own limits, or without any; what is masked has no threshold."""
+    params = replace(PARAMS, top_k=3, truncated_logprobs=True)
+
+    async def narrows(engine, request, params):
+        talk = Conversation(request)
+        await talk.draw(engine, replace(params, max_new_tokens=2))
+        talk.add(text.encode("7"))
+        for top_k in (1, 0):
+            await talk.draw(engine, replace(params, max_new_tokens=2, top_k=top_k))
+        return talk.sample()
+
+    [response] = drawn(narrows, small, requests(text), params)
+    prompt = list(requests(text)[0].prompt_ids)
+    tokens, threshold = list(response.token_ids), response.thresholds
+    [[first]] = small.generate([prompt], replace(params, max_new_tokens=2), [[16]])
+    assert (threshold[:2], response.logprobs[:2]) == (first.thresholds, first.logprobs)
+    assert (threshold[2], response.logprobs[2]) == (0.0, 0.0)
+    assert response.logprobs[3:5] == (0.0, 0.0)  # the only token that could be drawn
+    assert threshold[5:] == (-math.inf,) * 2
+    assert list(response.logprobs[5:]) == small.score([prompt + tokens])[0][-2:]
+    sample = drawn_sample(prompt, response)
+    assert sample.thresholds.tolist() == [*[0.0] * len(prompt), *threshold]
+    with pytest.raises(GenerateError, match=KIND.format(*KINDS, True)):
+        drawn(other_kind, small, requests(text), params)
+
+
 async def _one(engine, request, params, tokens=4):
     turn = await engine.draw(request.prompt_ids, replace(params, max_new_tokens=tokens))
     return turn.token_ids, turn.logprobs
@@ -175,6 +205,18 @@ async def hotter(engine, request, params):
 async def without_logprobs(engine, request, params):
     tokens, _ = await _one(engine, request, replace(params, logprobs=False))
     return of(request.prompt_ids, tokens, (True,) * 4)
+
+
+async def other_kind(engine, request, params):
+    limited = replace(params, top_k=3, truncated_logprobs=not params.truncated_logprobs)
+    tokens, _ = await _one(engine, request, limited)
+    return of(request.prompt_ids, tokens, (True,) * 4)
+
+
+async def has_thresholds(engine, request, params):
+    tokens, _ = await _one(engine, request, params)
+    sample = of(request.prompt_ids, tokens, (True,) * 4)
+    return replace(sample, thresholds=np.zeros(len(sample.token_ids), np.float32))
 
 
 async def has_advantages(engine, request, params):
@@ -228,6 +270,19 @@ async def adds_too_much(engine, request, params):
     Conversation(request).add([1] * 25)
 
 
+async def adds_a_text(engine, request, params):
+    Conversation(request).add("12")
+
+
+async def adds_a_fraction(engine, request, params):
+    Conversation(request).add([1.5])
+
+
+async def adds_no_token(engine, request, params):
+    tokens, _ = await _one(engine, request, params)
+    return of(request.prompt_ids, (*tokens, -1), (*[True] * 4, False))
+
+
 async def without_the_prompt(engine, request, params):
     await engine.draw([1, 2], params)
 
@@ -271,6 +326,8 @@ async def hangs(engine, request, params):
 
 
 MASK = "with its loss mask set, but the engine did not draw it there after these tokens: mask it"
+KINDS = "the full softmax", "what could be drawn"
+KIND = "its loss mask set, which has a log-prob of {}; the run's are of {} .*_logprobs={}, or mask"
 LIMIT = "rollout.max_new_tokens is 24"
 REFUSED = {
     adds: f"returned token 1 at place 13 of 14 {MASK}",
@@ -279,6 +336,8 @@ REFUSED = {
     other_logprobs: "at place 12 of 13 with log-prob .*; the engine drew it with .*: give that, or",
     hotter: "at place 9 of 13 .* drawn at temperature 2.0; the run trains at 1.0: mask it",
     without_logprobs: f"at place 9 of 13 {MASK}",
+    other_kind: KIND.format(*KINDS[::-1], False),
+    has_thresholds: "a sample with thresholds, which the run finds: leave it out",
     has_advantages: "a sample with advantages, which the run finds: leave it out",
     has_returns: "a sample with returns, which the run finds: leave it out",
     has_a_teacher: "a sample with teacher_top, which the run finds: leave it out",
@@ -290,6 +349,9 @@ REFUSED = {
     nearly_full: "turn 2 with max_new_tokens=24; its context has 4 tokens .*, and "
     f"{LIMIT}: give at most 20",
     adds_too_much: r"adds 25 tokens where there is room for 24 of 24 \(rollout.max_new_tokens\)",
+    adds_a_text: "what Conversation.add is given is '12'; it must be a list of token ids; request",
+    adds_a_fraction: "ValueError: a token of Conversation.add is 1.5; it must be an integer",
+    adds_no_token: "token -1 at place 13 of 14, which is outside the vocabulary .0, 12.",
     without_the_prompt: "draws after a context that does not begin with request.prompt_ids",
     races: "draws a turn while another one is being drawn.*; await one before the next",
     leaves_a_turn: "returned while a turn was being drawn; await every turn",
@@ -310,7 +372,6 @@ def test_what_the_engine_did_not_draw_is_refused(small, text, function):
 
 
 def test_a_function_that_hangs_is_named(small, text):
-    globals()["_stubborn"] = False
     with pytest.raises(
         GenerateError, match=WHERE + "took longer than 0.2 s .rollout.generate_time"
     ):
@@ -328,20 +389,7 @@ def test_what_progress_raises_ends_all(small, text, monkeypatch):
         raise Stop
 
     sys.modules["mine"].current, sys.modules["mine"].stubborn = hangs, True
-    loaded = GenerateFunction(RolloutSection(generate="mine:current"))
+    loaded = GenerateFunction(RolloutSection(generate="mine:current"), VOCAB)
     with pytest.raises(Stop):
         loaded.draw(small, requests(text, 3), PARAMS, progress)
     loaded.close()
-
-
-def test_ids_of_turns_are_all_different():
-    """Of the last step that turns have room for, too."""
-    last = (1 << 24) - 1
-    bases = [0, 1, last << 32, 1 << 63 | last << 32 | 5]
-    ids = {turn_id(base, turn) for base in bases for turn in range(128)}
-    assert len(ids) == 4 * 128
-    assert max(ids) < 1 << 64
-    assert turn_id(77, 0) == 77
-    for base, turn in ((1 << 56, 1), (0, 128), (0, -1)):
-        with pytest.raises(ValueError, match=f"turn {turn} of sample 0x"):
-            turn_id(base, turn)

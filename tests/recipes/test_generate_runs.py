@@ -49,12 +49,16 @@ def test_sampled_tokens_of_all_turns_are_the_trainers(turned):
     )
 
 
-def test_ratios_clips_and_masks_of_two_optimizer_steps(runs):
+@pytest.mark.parametrize(
+    "sampling", [[], ["rollout.top_p=0.8", "rollout.logprobs=truncated"]], ids=["full", "truncated"]
+)
+def test_ratios_clips_and_masks_of_two_optimizer_steps(runs, sampling):
     """Of samples with text that was not drawn: in the first step every ratio is exactly 1, and
     nothing is clipped, truncated or left out; in the second hardly one is, and there is each."""
     bounds = ["algorithm.tis_clip=1.01", "algorithm.off_policy_mask_threshold=1e-6"]
     bounds += ["algorithm.clip_ratio_low=0.001", "algorithm.clip_ratio_high=0.001"]
-    run, ratios = runs.resolve("ratios", "trainer.batch_size=6", TWO_TURNS, *bounds), {}
+    bounds += ["trainer.batch_size=6", *sampling]
+    run, ratios = runs.resolve("ratios", TWO_TURNS, *bounds), {}
     with closing(GrpoRecipe(run, open_run(run))) as recipe:
         loss = recipe.algorithm.loss
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from samebit.recipes.data.order import SampleIds, problem_index
+from samebit.recipes.data.order import SampleIds, problem_index, turn_id
 
 
 def epoch(number, size, seed):
@@ -126,3 +126,16 @@ def test_a_refused_step_does_not_use_up_its_ids():
     with pytest.raises(ValueError):
         ids.of_step(0, 1, 1 << 13)
     assert list(itertools.chain(*ids.of_step(0, 2, 1))) == [0, 1 << 12]
+
+
+def test_ids_of_turns_are_all_different():
+    """Of the last step that turns have room for, too."""
+    last = (1 << 24) - 1
+    bases = [0, 1, last << 32, 1 << 63 | last << 32 | 5]
+    ids = {turn_id(base, turn) for base in bases for turn in range(128)}
+    assert len(ids) == 4 * 128
+    assert max(ids) < 1 << 64
+    assert turn_id(77, 0) == 77
+    for base, turn in ((1 << 56, 1), (0, 128), (0, -1)):
+        with pytest.raises(ValueError, match=f"turn {turn} of sample 0x"):
+            turn_id(base, turn)

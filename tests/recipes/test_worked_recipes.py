@@ -57,11 +57,11 @@ def numbered(record, number):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_a_recipe_says_what_it_is_for(file):
-    """Purpose and hardware, and the command, before anything else."""
+    """Purpose and hardware in one line, behind the one that Hydra wants first; the command."""
     lines = file.read_text().splitlines()
-    comment = "\n".join(lines[1 : next(i for i, line in enumerate(lines) if line[0] != "#")])
+    comment = "\n".join(lines[2 : next(i for i, line in enumerate(lines) if line[0] != "#")])
     assert lines[0] == "# @package _global_"
-    assert re.search(r"one GPU|CPU cores", comment)
+    assert re.fullmatch(r"# [A-Z].+; .*(one GPU of \d+ GiB|CPU cores)\.", lines[1])
     assert f"samebit {file.parent.name} experiment={file.stem}" in comment
 
 

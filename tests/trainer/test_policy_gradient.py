@@ -8,7 +8,7 @@ import torch
 
 from samebit.trainer.algorithms.base import LossInputs
 from samebit.trainer.algorithms.policy_gradient import truncated
-from samebit.trainer.algorithms.registry import find_algorithm
+from samebit.trainer.algorithms.registry import ALGORITHMS, find_algorithm
 from samebit.trainer.packing import pack_samples
 from samebit.trainer.types import Sample
 
@@ -305,10 +305,7 @@ def test_the_unbiased_kl_by_hand():
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "k3_unbiased"])
-@pytest.mark.parametrize(
-    "name",
-    ["grpo", "gspo", "cispo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"],
-)
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_has_the_kl_and_the_entropy(name, estimator):
     """Added to the loss of each row: kl_coef times the estimate, minus entropy_coef times it."""
     penalties = {"kl_coef": 0.3, "kl_estimator": estimator, "kl_in": "loss"}
