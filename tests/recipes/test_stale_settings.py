@@ -70,13 +70,11 @@ def test_settings_that_cannot_be(words, message):
         resolve("grpo", ["model.path=m", "device=cpu", *words])
 
 
-def test_commands_that_train_no_policy_ahead_refuse_it():
-    """eagle3's target does not change; of a plan no result says how fast it is."""
+def test_a_command_that_trains_no_policy_refuses_it():
+    """eagle3's target does not change."""
     meaning = "rollout.max_staleness is 1; it must be 0, its default: nothing reads it where"
-    process = ["placement=process", "placement.transport=nccl"]
-    for command, words in (("eagle3", []), ("plan", process)):
-        with pytest.raises(ConfigError, match=meaning):
-            resolve(command, ["model.path=m", "rollout.max_staleness=1", *words])
+    with pytest.raises(ConfigError, match=meaning):
+        resolve("eagle3", ["model.path=m", "rollout.max_staleness=1"])
 
 
 def test_a_dry_run_says_which_weights_draw_and_what_the_comparison_takes(runs, monkeypatch):
