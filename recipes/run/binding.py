@@ -61,6 +61,7 @@ _EARLIER = {
     "reward.clip": 0.0,
     "data.tools_key": None,
     "data.filter": None,
+    "data.few_shot": 0,
     "rollout.dynamic_sampling": False,
     "rollout.refill_prompts": None,
     "rollout.generate": None,

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,32 @@ def test_reasoning_gym_composite():
     assert sources == {"chain_sum", "gcd"}
 
 
+def test_worked_examples():
+    """Earlier turns with the answers, of the question's own task, whose questions are in no split;
+    the problems are else what they are without."""
+    parts = [{"name": name, "weight": 1.0, "config": {}} for name in ("chain_sum", "gcd")]
+    settings = {"size": 20, "eval_size": 4, "args": {"datasets": parts}, "chat": True}
+    plain = load_datasets(DataConfig(task="reasoning_gym/composite", **settings))
+    shown = load_datasets(DataConfig(task="reasoning_gym/composite", few_shot=2, **settings))
+    first, questions = {}, set()
+    for before, after in zip(plain, shown, strict=True):
+        for one, other in zip(before, after, strict=True):
+            *turns, question = other.prompt
+            assert question == {"role": "user", "content": one.prompt}
+            assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2
+            task = other.metadata["entry"]["metadata"]["source_dataset"]
+            assert turns == first.setdefault(task, turns)
+            questions.add(one.prompt)
+            assert (one.label, one.metadata) == (other.label, other.metadata)
+    assert set(first) == {"chain_sum", "gcd"}
+    examples = {turn["content"] for turns in first.values() for turn in turns[::2]}
+    assert len(examples) == 4
+    assert not examples & questions
+    sums = [turn["content"] for turn in first["chain_sum"]]
+    asked = re.search(r"problem: (.*) = *$", sums[0]).group(1)
+    assert eval(asked) == int(sums[1])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -177,6 +204,13 @@ def test_reasoning_gym_composite():
         ({"task": "reasoning_gym/chain_sum", "args": {"seed": 2}}, "set data.seed"),
         ({"task": "reasoning_gym/chain_sum", "args": {"min_terms": -1}}, "must be positive"),
         ({"task": "reasoning_gym/chain_sum", "size": 2**25}, "at most 16777216 problems"),
+        ({"task": "reverse_digits", "chat": True, "few_shot": 1}, "data.few_shot is 1.*task is"),
+        ({"task": "reasoning_gym/gcd", "few_shot": 1}, "data.few_shot is 1.*data.chat is false"),
+        ({"task": "reasoning_gym/gcd", "chat": True, "few_shot": -1}, "data.few_shot is -1.*0 to"),
+        (
+            {"task": "reasoning_gym/graph_color", "chat": True, "few_shot": 2},
+            "has only 0 questions",
+        ),
     ],
 )
 def test_bad_settings(settings, message):

@@ -112,6 +112,9 @@ class DataConfig:
     null."""
     chat: bool = False
     """Give text prompts to the model as one user message of its chat template."""
+    few_shot: int = 0
+    """Tasks `reasoning_gym/<name>`: so many questions with answers before each one, as turns of the
+    chat, the same for all of a task; with chat=true."""
     metadata_keys: list[str] = field(default_factory=list)
     """Task `file`: keys kept as the problem's metadata; dots reach into nested fields."""
     filter: str | None = None
@@ -145,6 +148,11 @@ class DataConfig:
             require_default(self, "data", keys, f"data.task is {self.task!r}")
         if self.sources:
             require_default(self, "data", ("path",), "data.sources is given")
+        if not self.task.startswith("reasoning_gym/"):
+            require_default(self, "data", ("few_shot",), f"data.task is {self.task!r}")
+        require(0 <= self.few_shot <= 64, "data.few_shot", self.few_shot, "0 to 64")
+        if not self.chat:
+            require_default(self, "data", ("few_shot",), "data.chat is false")
         for i, source in enumerate(self.sources):
             self._check_source(source, f"data.sources.{i}")
 

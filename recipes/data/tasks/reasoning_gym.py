@@ -2,7 +2,8 @@
 
 The package makes item i from the number seed + i. Train and held-out items take their numbers from
 disjoint ranges. Different numbers can still give the same question, so the held-out questions are
-generated first, and a train item that repeats one is drawn again from a further range.
+generated first, and a train item that repeats one is drawn again from a further range. Worked
+examples (data.few_shot) come from a range behind those, and are in no split either.
 """
 
 import difflib
@@ -14,7 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from samebit.recipes.data.tasks.base import DataConfig, Dataset, Problem, check_index
+from samebit.recipes.data.tasks.base import (
+    ChatPrompt,
+    DataConfig,
+    Dataset,
+    Problem,
+    check_index,
+)
 
 # Items that one range of seeds can give, and how many ranges a train item may be drawn from.
 # Both together with the start stay below 2**32, the largest seed numpy takes.
@@ -29,12 +36,15 @@ HASH_DEPENDENT = {
 
 
 class Train:
-    """Generates the train split on access, never repeating a held-out question."""
+    """Generates the train split on access, never repeating a held-out question or an example's."""
 
-    def __init__(self, name: str, config: DataConfig, held_out: set[str]) -> None:
+    def __init__(
+        self, name: str, config: DataConfig, held_out: set[str], examples: dict[str, ChatPrompt]
+    ) -> None:
         self._name = name
         self._config = config
         self._held_out = held_out
+        self._examples = examples
         self._source = functools.cache(self._make_source)
         self._source(1)  # bad arguments fail now, not in the middle of a run
 
@@ -46,7 +56,7 @@ class Train:
         for attempt in range(1, ATTEMPTS + 1):
             entry = _generate(self._source(attempt), index)
             if entry["question"] not in self._held_out:
-                return _problem(self._name, self._config.args, index, entry)
+                return _problem(self._name, self._config.args, index, entry, self._examples)
         raise ValueError(
             f"data.task reasoning_gym/{self._name}: {ATTEMPTS} draws for train problem {index} are "
             f"all held-out ones; give a smaller data.eval_size than {len(self._held_out)}, or "
@@ -71,14 +81,45 @@ def load(config: DataConfig) -> tuple[Dataset, Dataset]:
             f"tasks give at most {SEED_RANGE} problems"
         )
     _check_hash_seed(name, config.args)
-    problems = []
+    entries = []
     if config.eval_size:
         seed = _first_seed(config.seed)
         source = make_source(name, config.args, seed=seed, size=config.eval_size)
-        entries = (_generate(source, i) for i in range(config.eval_size))
-        problems = [_problem(name, config.args, i, entry) for i, entry in enumerate(entries)]
-    train = Train(name, config, {str(problem.prompt) for problem in problems})
-    return train, problems
+        entries = [_generate(source, i) for i in range(config.eval_size)]
+    taken = {entry["question"] for entry in entries}
+    examples = _examples(name, config, taken)
+    problems = [_problem(name, config.args, i, entry, examples) for i, entry in enumerate(entries)]
+    return Train(name, config, taken, examples), problems
+
+
+def _examples(name: str, config: DataConfig, taken: set[str]) -> dict[str, ChatPrompt]:
+    """Return worked examples as turns, by the task that they are of; their questions are taken."""
+    if not config.few_shot:
+        return {}
+    make_source(name, config.args, seed=0, size=1)  # bad arguments of a composite fail as its own
+    parts = {name: config.args}
+    if name == "composite":
+        parts = {part["name"]: part.get("config", {}) for part in config.args["datasets"]}
+    first, found = _first_seed(config.seed) + (ATTEMPTS + 1) * SEED_RANGE, {}
+    for part, args in parts.items():
+        turns: ChatPrompt = []
+        source = make_source(part, args, seed=first, size=16 * config.few_shot)
+        for entry in map(functools.partial(_generate, source), range(len(source))):
+            if entry["answer"] is None or entry["question"] in taken:
+                continue
+            taken.add(entry["question"])
+            turns.append({"role": "user", "content": entry["question"]})
+            turns.append({"role": "assistant", "content": str(entry["answer"])})
+            if len(turns) == 2 * config.few_shot:
+                break
+        else:
+            raise ValueError(
+                f"data.few_shot is {config.few_shot}; reasoning_gym/{part} has only "
+                f"{len(turns) // 2} questions with an answer that are not held out, of "
+                f"{len(source)}"
+            )
+        found[part] = turns
+    return found
 
 
 def make_source(name: str, args: dict[str, Any], *, seed: int, size: int) -> Any:
@@ -158,7 +199,17 @@ def _isolated_random(seed: int) -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
-def _problem(name: str, args: dict[str, Any], index: int, entry: dict[str, Any]) -> Problem:
+def _problem(
+    name: str,
+    args: dict[str, Any],
+    index: int,
+    entry: dict[str, Any],
+    examples: dict[str, ChatPrompt],
+) -> Problem:
     metadata = {"task": name, "args": args, "entry": entry}
     label = "" if entry["answer"] is None else str(entry["answer"])
-    return Problem(index=index, prompt=entry["question"], label=label, metadata=metadata)
+    prompt: str | ChatPrompt = entry["question"]
+    if examples:
+        of = entry["metadata"]["source_dataset"] if name == "composite" else name
+        prompt = [*examples[of], {"role": "user", "content": entry["question"]}]
+    return Problem(index=index, prompt=prompt, label=label, metadata=metadata)
