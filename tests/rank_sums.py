@@ -27,13 +27,15 @@ class Told(RuntimeError):
     """What the others raise."""
 
 
-def failing(*ranks):
-    """What each rank learns of an error on these."""
+def failing(*ranks, crashing=None):
+    """What each rank learns of an error on these, and of one that may pass on another."""
     try:
         with together(Told):
+            if place()[0] == crashing:
+                raise KeyError(f"lost {crashing}")
             if place()[0] in ranks:
                 raise OSError(f"full {place()[0]}")
-    except (OSError, Told) as error:
+    except (OSError, KeyError, Told) as error:
         return type(error).__name__, str(error)
     return None
 
@@ -84,6 +86,7 @@ def agree(rank, size, store, out):
         "no failure": failing(),
         "one fails": failing(1),
         "two fail": failing(2, 1),
+        "one fails, one crashes": failing(1, crashing=0),
         "first": first_alone(fails=False),
         "first fails": first_alone(fails=True),
     }

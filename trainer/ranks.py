@@ -7,7 +7,7 @@ from functools import partial
 
 import torch.distributed as dist
 
-from samebit.weight_sync.failures import CrashError, may_pass
+from samebit.weight_sync.failures import CrashError, cause, may_pass
 from samebit.weight_sync.objects import gather_by, gather_objects
 
 
@@ -36,15 +36,22 @@ def is_first() -> bool:
 def together(error_type: type[Exception]) -> Iterator[None]:
     """Every process runs the block; where one fails, the others raise its error as error_type, or
     as a CrashError if it may pass: whoever is seen to end first, starting again means the same.
+
+    Where several fail, `cause` says whose failure counts; one of the same kind raises its own.
     """
+    own: BaseException | None = None
     try:
         yield
-    except BaseException as error:
-        gather_objects((f"rank {place()[0]}: {error}", may_pass(error)))
-        raise
-    if failures := [failure for failure in gather_objects(("", False)) if failure[0]]:
-        said, passes = failures[0]
-        raise (CrashError if passes else error_type)(said)
+    except BaseException as error:  # noqa: BLE001 - the others are told first
+        own = error
+    said = "" if own is None else f"rank {place()[0]}: {own}"
+    failure = cause(gather_objects((said, own is not None and may_pass(own))))
+    if failure is None:
+        return
+    words, passes = failure
+    if own is not None and may_pass(own) == passes:
+        raise own
+    raise (CrashError if passes else error_type)(words) from own
 
 
 def on_first[T](function: Callable[[], T], error_type: type[Exception]) -> T:

@@ -3,6 +3,8 @@
 Imports no torch.
 """
 
+from collections.abc import Iterable
+
 
 class CrashError(RuntimeError):
     """Another process has died, or has met an error that nobody expects."""
@@ -22,3 +24,13 @@ def may_pass(error: BaseException) -> bool:
     if isinstance(error, CrashError):
         return True
     return isinstance(error, Exception) and not is_expected(error)
+
+
+def cause(told: Iterable[tuple[str, bool]]) -> tuple[str, bool] | None:
+    """Return which of several processes' failures counts for all, None if none has failed.
+
+    told: of each what its failure says, empty without one, and whether it may pass. The first that
+    would come again is the cause: others may have seen no more of it than that a process was lost.
+    """
+    failures = [(words, passes) for words, passes in told if words]
+    return min(failures, key=lambda failure: failure[1], default=None)

@@ -321,11 +321,15 @@ def attend(
     """
     if q.dtype != torch.bfloat16:
         raise ValueError(f"attention on the GPU takes torch.bfloat16, got {q.dtype}")
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     table = plan.page_table
+    usable = k.stride() == v.stride() and k.stride(-1) == 1
+    if table is not None and not usable:  # a copy would be written by the kernel directly before
+        raise ValueError(
+            f"caches of keys and values have the strides {k.stride()} and {v.stride()}; give equal "
+            "ones, the last of them 1"
+        )
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if k.stride() != v.stride():
-        if table is not None:
-            raise ValueError(f"caches of keys and values differ: {k.stride()}, {v.stride()} apart")
         k, v = k.contiguous(), v.contiguous()
     num_tokens, num_heads, head_dim = q.shape
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -135,7 +135,6 @@ class BenchEngineRun(BenchEngineSection):
             "1x1x512x256",
             "8x1x512x256",
             "64x1x512x256",
-            "1x8x512x4096",
         ]  # fmt: skip
     )
     """Prompts x samples of each x input length x output length."""

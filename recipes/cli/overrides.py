@@ -307,7 +307,8 @@ def wrong_flags(schema: Any, values: Mapping[str, Any], prefix: str = "") -> Ite
 
 
 def check_file(file: Path, schema: Any) -> None:
-    """Raise ConfigError, naming the file, for a number where text belongs (YAML: 2025_01_05).
+    """Raise ConfigError, naming the file, for a number where text belongs (YAML: 2025_01_05), or
+    where a flag does.
 
     `file` is a choice of a group: the group is the section that it is about, or all are.
     """

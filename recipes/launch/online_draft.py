@@ -145,7 +145,8 @@ class OnlineDraft:
     def write(self) -> None:
         """Write run_dir/draft as it is now: the engine starts from it, and it is what is left.
 
-        All processes call it, and the first one writes. Raises OSError, others OnlineDraftError.
+        All processes call it, and the first one writes. Raises OSError, others OnlineDraftError,
+        or a CrashError: see `together`.
         """
         parts = self.trainer.config, self.trainer.vocabulary, self.trainer.params
         with together(OnlineDraftError):

@@ -100,7 +100,7 @@ class ReplicatedEngine(RequestClient):
         """Have each copy do its share of the items with its engine; all get all, in order.
 
         `work` runs on a copy's first process, and calls its engine in any order. Where it fails,
-        the other processes raise its error as error_type.
+        the other processes raise its error as error_type, or as a CrashError: see `together`.
         """
         own = items[self._copy :: self._num_copies]
         with together(error_type):

@@ -95,7 +95,8 @@ class StepModel:
             own = Phases(rollout_s, self.compare_all_s(), train_s, sync_s or 0.0)
             compare_s = own.compare_s * stale_share(rollout)
             sync_s = None if sync_s is None else sync_s / rollout.weight_sync_steps
-            wait_s = seconds_of_a_step(rollout, own) - compare_s - train_s - (sync_s or 0.0)
+            others_s = compare_s + train_s + (sync_s or 0.0)
+            wait_s = max(0.0, seconds_of_a_step(rollout, own) - others_s)
         tokens_s = run.samples_per_step * rollout.max_new_tokens / rollout_s
         phases = rollout_s, sum(stints_s), wait_s, compare_s, train_s, sync_s
         return StepTimes(*phases, tokens_s, mfu)

@@ -258,7 +258,7 @@ class RolloutSource(PromptOrder):
 
 def scale_of(groups: Iterable[Iterable[float]]) -> float:
     """Return what rewards are divided by, so that no sum of their squares is infinite: 1, or where
-    one of them is huge a power of two, which rounds nothing."""
+    one of them is huge a power of two, which rounds nothing that their sum would keep."""
     _, exponent = math.frexp(max(abs(x) for group in groups for x in group))
     return 2.0 ** max(0, exponent - 480)
 

@@ -194,5 +194,5 @@ def test_caches_of_unequal_strides_are_refused():
     values = torch.zeros(2, 64, 8, 256, device=device).bfloat16()[..., :128]
     plan = kind.plan_step([1], [3], torch.zeros(1, 1, dtype=torch.int64), 64)
     q = torch.zeros(1, 32, 128, device=device).bfloat16()
-    with pytest.raises(ValueError, match="caches of keys and values differ"):
+    with pytest.raises(ValueError, match="caches of keys and values have the strides"):
         kind.attend(q, keys, values, plan)

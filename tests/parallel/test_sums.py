@@ -64,6 +64,7 @@ def test_an_error_is_everybodys(found):
     assert [each["no failure"] for each in found] == [None] * 3
     assert [each["one fails"] for each in found] == [told, own, told]
     assert [each["two fail"] for each in found] == [told, own, ["OSError", "full 2"]]
+    assert [each["one fails, one crashes"] for each in found] == [told, own, told]
 
 
 def test_the_first_works_for_all(found):

@@ -137,10 +137,7 @@ def laid_out(folder, *words):
     return dict(zip(frames, json.loads(html.unescape(found)), strict=True))
 
 
-DARK = pytest.param(["--force-dark-mode"], marks=pytest.mark.long)
-
-
-@pytest.mark.parametrize("words", [[], DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("words", [[], ["--force-dark-mode"]], ids=["light", "dark"])
 def test_pages(folder, words):
     """Of two runs beside each other, and of one."""
     found = laid_out(folder, *words)

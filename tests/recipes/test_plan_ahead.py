@@ -87,6 +87,15 @@ def test_times_and_memory_of_a_plan(tiny):
     assert "Engines draw for" not in summary(whole)
 
 
+@pytest.mark.parametrize("drawn", [64, 128, 256, 509])
+def test_a_trainer_that_never_waits(tiny, drawn):
+    """No rounding makes that less than nothing."""
+    words = [*APART, "cluster.gpus_per_node=2", "rollout.max_staleness=1", "cluster.flops_s=1e11"]
+    found = plan_of(tiny, *words, f"rollout.max_new_tokens={drawn}")
+    assert 0 <= found["times"]["rollout_wait_s"] < 1e-9
+    assert " -0.0" not in summary(found)
+
+
 def test_updates_are_shared_by_steps(tiny):
     words = [*APART, "cluster.gpus_per_node=2", "rollout.max_staleness=3"]
     one, four = (plan_of(tiny, *words, *x) for x in ([], ["rollout.weight_sync_steps=4"]))

@@ -186,6 +186,20 @@ def test_worked_examples():
     assert eval(asked) == int(sums[1])
 
 
+def test_worked_examples_are_in_no_split():
+    """Of few questions, which disjoint seeds repeat."""
+    args = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    config = DataConfig(
+        task="reasoning_gym/chain_sum", size=300, eval_size=60, args=args, chat=True, few_shot=20
+    )
+    train, held_out = load_datasets(config)
+    *turns, _ = train[0].prompt
+    examples = {turn["content"] for turn in turns if turn["role"] == "user"}
+    assert len(examples) == 20
+    for split in (train, held_out):
+        assert not examples & {problem.prompt[-1]["content"] for problem in split}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -7,7 +7,7 @@ from typing import Self
 
 import torch.distributed as dist
 
-from samebit.weight_sync.failures import may_pass
+from samebit.weight_sync.failures import cause, may_pass
 from samebit.weight_sync.meeting import LOOPBACK, is_loopback, is_on_one_machine, own_address
 from samebit.weight_sync.objects import gather_objects
 from samebit.weight_sync.types import LostMemberError, WeightSyncError
@@ -53,17 +53,14 @@ class TrainerRanks:
     def failed(self, own: Exception | None) -> Exception | None:
         """Return this process's failure, or else that of the first process that has one.
 
-        Where one process's would come again, that counts: it is the cause, and others may have seen
-        no more than that a member was lost. That of another process is a WeightSyncError, and a
+        Of several the `cause` counts. That of another process is a WeightSyncError, and a
         LostMemberError if it may pass.
         """
         said = "" if own is None else str(own) or repr(own)
-        told = self._gather((said, own is not None and may_pass(own)))
-        failures = [(words, passes) for words, passes in told if words]
-        failures.sort(key=lambda failure: failure[1])
-        if not failures:
+        failure = cause(self._gather((said, own is not None and may_pass(own))))
+        if failure is None:
             return None
-        words, passes = failures[0]
+        words, passes = failure
         if own is not None and may_pass(own) == passes:
             return own
         return (LostMemberError if passes else WeightSyncError)(words)

@@ -39,11 +39,11 @@ class Train:
     """Generates the train split on access, never repeating a held-out question or an example's."""
 
     def __init__(
-        self, name: str, config: DataConfig, held_out: set[str], examples: dict[str, ChatPrompt]
+        self, name: str, config: DataConfig, taken: set[str], examples: dict[str, ChatPrompt]
     ) -> None:
         self._name = name
         self._config = config
-        self._held_out = held_out
+        self._taken = taken
         self._examples = examples
         self._source = functools.cache(self._make_source)
         self._source(1)  # bad arguments fail now, not in the middle of a run
@@ -55,11 +55,12 @@ class Train:
         check_index(index, len(self))
         for attempt in range(1, ATTEMPTS + 1):
             entry = _generate(self._source(attempt), index)
-            if entry["question"] not in self._held_out:
+            if entry["question"] not in self._taken:
                 return _problem(self._name, self._config.args, index, entry, self._examples)
         raise ValueError(
             f"data.task reasoning_gym/{self._name}: {ATTEMPTS} draws for train problem {index} are "
-            f"all held-out ones; give a smaller data.eval_size than {len(self._held_out)}, or "
+            f"all held-out ones, or worked examples; give a smaller data.eval_size than "
+            f"{self._config.eval_size}, a smaller data.few_shot than {self._config.few_shot}, or "
             "data.args that make more different problems"
         )
 
@@ -99,7 +100,11 @@ def _examples(name: str, config: DataConfig, taken: set[str]) -> dict[str, ChatP
     make_source(name, config.args, seed=0, size=1)  # bad arguments of a composite fail as its own
     parts = {name: config.args}
     if name == "composite":
-        parts = {part["name"]: part.get("config", {}) for part in config.args["datasets"]}
+        own = ("seed", "size")  # of the part's items, which examples are not
+        parts = {
+            part["name"]: {k: v for k, v in part.get("config", {}).items() if k not in own}
+            for part in config.args["datasets"]
+        }
     first, found = _first_seed(config.seed) + (ATTEMPTS + 1) * SEED_RANGE, {}
     for part, args in parts.items():
         turns: ChatPrompt = []
