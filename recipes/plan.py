@@ -159,9 +159,8 @@ def _times_table(plan: dict[str, Any]) -> str:
     times, gpus = plan["times"], plan["gpus"]
     if times is None:
         return "What does not fit takes no time that could be told."
-    waits = times["rollout_wait_s"] != times["rollout_s"]
-    phases = ["rollout_wait" if waits else "rollout", *(["compare"] if times["compare_s"] else [])]
-    phases += ["train", "sync", "step"]
+    phases = ["rollout_wait" if plan["max_staleness"] else "rollout"]
+    phases += [*(["compare"] if times["compare_s"] else []), "train", "sync", "step"]
     rows = [["phase", "seconds", "share"]]
     for name in phases:
         seconds = times[f"{name}_s"]

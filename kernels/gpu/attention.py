@@ -336,8 +336,9 @@ def attend(
     lse = torch.empty(num_heads, num_tokens if table is None else 0, device=q.device)
     for entries in plan.decode:
         assert table is not None
-        place = table, plan.page_size
-        decode_attention(q, k, v, output, entries, *place, scale, plan.reads_ahead)
+        decode_attention(
+            q, k, v, output, entries, table, plan.page_size, scale, plan.reads_ahead
+        )  # fmt: skip
     if len(plan.tile_seq) and fits(k, v, plan.tile_rows, None if table is None else plan.page_size):
         prefill_attention(q, k, v, output, lse, plan, scale * LOG2E)
     elif len(plan.tile_seq):

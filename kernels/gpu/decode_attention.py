@@ -4,7 +4,8 @@ An entry has up to 16 query rows at successive positions. Its last program to ar
 the splits' (max, sum, accumulator) in ascending order, so the result does not depend on who that
 is. Tiles that entries share are read once for all of them, by a kernel before; each entry's own
 programs carry its (max, sum, accumulator) on or merge it: the same operations in the same order.
-On Hopper large batches have kernels of their own for both: hopper_prefix.py, hopper_decode.py.
+Hopper has kernels of its own for both, the second for most batches: hopper_prefix.py,
+hopper_decode.py.
 """
 
 from dataclasses import dataclass

@@ -59,7 +59,7 @@ def _ends(rollout: RolloutSection, phases: Phases, num_steps: int) -> Iterator[f
             now += phases.compare_s
         now += phases.train_s
         if rollout.syncs_after(step):
-            now = max(now, *drawn.values()) + phases.sync_s
+            now = max(now, drawn[max(drawn)]) + phases.sync_s
             waiting = {later for later in drawn if later > step} - compared
             draw(step)
             now += phases.compare_s * len(waiting)

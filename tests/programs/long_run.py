@@ -11,13 +11,12 @@ import json
 import math
 import random
 import re
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from browser import document_of
 
 from samebit.recipes.cli.main import main as samebit
 from samebit.recipes.run.metrics import LoggerConfig, MetricsLogger
@@ -26,7 +25,6 @@ from samebit.recipes.run.provenance import write_result
 
 OPTIONS = {"steps": 10_000, "samples": 100_000, "tokens": 128}
 WORDS = [f" {a}{b}" for a in ("to", "re", "mi", "ka", "no", "su") for b in ("ra", "le", "do", "x")]
-_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 _FRAME = """<!doctype html><p id="found">nothing</p>
 <iframe id="page" width="1280" height="900"></iframe>
 <script>
@@ -71,15 +69,10 @@ def _sample(drawn: random.Random, number: int, tokens: int) -> dict[str, object]
 
 def opened(folder: Path) -> list[float]:
     """Seconds until a browser has laid out folder/page.html, three times."""
-    browser = next(filter(None, map(shutil.which, _BROWSERS)), None)
-    if browser is None:
-        raise FileNotFoundError(f"none of {_BROWSERS} is installed")
     (folder / "frame.html").write_text(_FRAME)
-    words = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    words += ["--allow-file-access-from-files", f"file://{folder.resolve()}/frame.html"]
-    found = []
+    address, found = f"file://{folder.resolve()}/frame.html", []
     for _ in range(3):
-        said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        said = document_of(address, "--allow-file-access-from-files")
         [seconds] = re.findall(r"seconds=([\d.]+) height=\d", said)
         found.append(float(seconds))
     return found

@@ -5,10 +5,10 @@ import html
 import json
 import re
 import shutil
-import subprocess
 import threading
 
 import pytest
+from programs.browser import BROWSER, document_of
 
 from samebit.recipes.cli.main import main
 from samebit.recipes.run.metrics import LoggerConfig, MetricsLogger, read_rows
@@ -16,7 +16,6 @@ from samebit.recipes.run.pages import open_runs
 from samebit.recipes.run.report import write_report
 from samebit.recipes.watch import WatchServer
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed"),
@@ -115,12 +114,6 @@ def _sample(run, step):
         "logprobs": [-0.5 * i * is_drawn for i, is_drawn in enumerate(drawn)],
         "loss_mask": drawn,
     }
-
-
-def document_of(address, *words):
-    """What a browser has made of a page."""
-    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", *words]
-    return subprocess.run([*command, address], capture_output=True, text=True, check=True).stdout
 
 
 def laid_out(folder, *words):
