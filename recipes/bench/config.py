@@ -13,7 +13,7 @@ from samebit.trainer.config import ParallelConfig, check_tp_invariant, require, 
 from samebit.weight_sync.transports.registry import FROM_ONE
 
 VARIANTS = ("default", "no_graphs", "no_overlap", "no_groups", "no_table", "torch_kernels")
-TABLES = ("linear", "attention", "shared", "prefill", "rows")
+TABLES = ("linear", "attention", "shared", "prefill", "training", "rows")
 
 
 @dataclass(frozen=True)
@@ -286,8 +286,9 @@ class BenchKernelsRun(BenchRun):
 
     run_name: str = "bench_kernels"
     tables: list[str] = field(default_factory=lambda: list(TABLES))
-    """linear, attention (decode), shared (decode of groups), prefill (packed), rows (norms,
-    activations, sampling); FlashInfer's decode and prefill beside ours where it is installed."""
+    """linear, attention (decode), shared (decode of groups), prefill (packed), training (the same
+    with gradients), rows (norms, activations, sampling); FlashInfer's decode and prefill beside
+    ours where it is installed."""
     rows: list[int] | None = None
     """Numbers of rows of linear's products; unset: from 1 to 8,192, and more of them to tune."""
     replays: int = 20

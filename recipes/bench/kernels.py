@@ -48,6 +48,7 @@ DECODE = (
 )  # fmt: skip
 SHARED = ((64, 8, 512, 256), (16, 16, 8192, 256), (8, 8, 512, 256), (1, 8, 512, 2048))
 PREFILL = ((8, 512), (8, 1024), (1, 8192))
+TRAINING = ((8, 1024), (1, 8192))
 FEW_ROWS, MOST_LOGIT_ROWS = (1, 64, 512, 4096), 512
 HEAD = "lm_head"
 _PAGE = 64
@@ -231,9 +232,9 @@ def bench_shared_prefixes(config: DenseModel, run: BenchKernelsRun) -> list[Row]
     return rows
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _flash(q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool = False) -> Tensor:
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
 
 
 def bench_prefill(config: DenseModel, run: BenchKernelsRun) -> list[Row]:
@@ -257,6 +258,41 @@ def bench_prefill(config: DenseModel, run: BenchKernelsRun) -> list[Row]:
         ways: list[list[Callable[[], Any]]] = [[partial(_flash, *padded)], *ours]
         torch_us, us, *others = graphs_us(ways, expected, run.replays)
         row = {"batch": batch, "length": length, **_against_torch(us, torch_us), **_beside(others)}
+        row["tflop_s"], row["torch_tflop_s"] = (flops / x.median / 1e6 for x in (us, torch_us))
+        rows.append(row)
+    return rows
+
+
+def _gradients(attend: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> Any:
+    with torch.enable_grad():
+        return torch.autograd.grad(attend(*inputs), inputs, grad)
+
+
+def bench_training(config: DenseModel, run: BenchKernelsRun) -> list[Row]:
+    """Packed causal attention with its gradients, against torch's deterministic flash attention."""
+    rows: list[Row] = []
+    Hq, Hkv, Dh = config.num_heads, config.num_kv_heads, config.head_dim
+    attention = CanonicalAttention(config.attention_heads(), _CUDA)
+    for batch, length in TRAINING:
+        plan = attention.plan_packed([length] * batch)
+        inputs = [_randn(batch * length, n, Dh).requires_grad_() for n in (Hq, Hkv, Hkv)]
+        padded = [x.detach().view(batch, length, -1, Dh).transpose(1, 2) for x in inputs]
+        for x in padded:
+            x.requires_grad_()
+        grad = _randn(batch * length, Hq, Dh)
+        ours = partial(_gradients, partial(attention.attend_packed, plan=plan), inputs, grad)
+        padded_grad = grad.view(batch, length, Hq, Dh).transpose(1, 2)
+        theirs = partial(_gradients, partial(_flash, enable_gqa=True), padded, padded_grad)
+        # Two products of the forward, five of the backward.
+        flops = 3.5 * batch * config.attention_flops(length) // config.num_layers
+        torch.use_deterministic_algorithms(True)
+        try:
+            us, torch_us = graphs_us(
+                [[ours], [theirs]], card_rates().ideal_us(flops, 0), run.replays
+            )
+        finally:
+            torch.use_deterministic_algorithms(False)
+        row = {"batch": batch, "length": length, **_against_torch(us, torch_us)}
         row["tflop_s"], row["torch_tflop_s"] = (flops / x.median / 1e6 for x in (us, torch_us))
         rows.append(row)
     return rows
@@ -303,6 +339,7 @@ BENCHES = {
     "attention": bench_attention,
     "shared": bench_shared_prefixes,
     "prefill": bench_prefill,
+    "training": bench_training,
     "rows": bench_rows,
 }
 _FORMATS = {

@@ -328,6 +328,7 @@ def kernels_on_cpu(monkeypatch):
     monkeypatch.setattr(kernels, "_torch_logits", lambda x, weight: x @ weight.t())
     monkeypatch.setattr(kernels, "DECODE", ((1, 64), (3, 128)))
     monkeypatch.setattr(kernels, "PREFILL", ((2, 32),))
+    monkeypatch.setattr(kernels, "TRAINING", ((2, 32),))
     monkeypatch.setattr(kernels, "FEW_ROWS", (1, 5))
 
 
@@ -346,7 +347,10 @@ def test_bench_kernels_without_a_gpu(qwen3_path, kernels_on_cpu):
         "roofline": pytest.approx(sum(r["roofline"] for r in linear[1:8:2]) / 4),
     }  # fmt: skip
     assert tables["attention"][1]["gb_s"] == pytest.approx(3 * 128 * 2 * 16 * 2 * 2 / 2e3)
-    assert tables["prefill"][0]["ratio"] == 1.0
+    assert tables["prefill"][0]["ratio"] == tables["training"][0]["ratio"] == 1.0
+    ratio = tables["training"][0]["tflop_s"] / tables["prefill"][0]["tflop_s"]
+    assert ratio == pytest.approx(3.5)
+    assert not torch.are_deterministic_algorithms_enabled()
     assert {row["operation"] for row in tables["rows"]} >= {"rms_norm", "swiglu", "draw"}
     for rows in tables.values():
         assert len(kernels.table_of(rows).splitlines()) == len(rows) + 1

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from samebit.recipes.bench.config import BenchEngineRun, BenchKernelsRun
+from samebit.recipes.bench.config import TABLES, BenchEngineRun, BenchKernelsRun
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.cli.main import main
 from samebit.recipes.config import ConfigError, GrpoRun, ModelSection, SftRun
@@ -117,7 +117,7 @@ def test_what_is_read_is_taken():
     VerifyRun(load_format="dummy", model="m", seed=0)
     ENGINE(profile=True, profile_steps=8)
     ENGINE(variants=["default", "no_graphs"], engine=EngineConfig(cuda_graphs=True))
-    KERNELS(tune=True, rows=[4], tables=["linear", "attention", "shared", "prefill", "rows"])
+    KERNELS(tune=True, rows=[4], tables=list(TABLES))
     sft(optimizer=OptimizerConfig(lr_schedule="cosine", lr_warmup_steps=4))
     sft(optimizer=OptimizerConfig(lr_warmup_steps=50))
     sft(FILE(eval_size=100), eval_every=5)
