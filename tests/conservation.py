@@ -111,6 +111,19 @@ def check_queues(engine, running):
     assert scheduler.has_unfinished == bool(unfinished)
 
 
+def check_awaited(engine, running):
+    """Pages are awaited of samples that run, and that have them to compute."""
+    awaited, size = engine.scheduler._awaited, engine.config.page_size
+    assert set(map(id, awaited._keys)) <= set(map(id, running)), "awaited of one that is gone"
+    assert set(map(id, awaited._owners.values())) <= set(map(id, awaited._keys))
+    for seq, key in awaited._keys.items():
+        assert not seq.is_mixed
+        assert len(seq.page_keys) <= len(seq.token_ids) // size
+        assert key in seq.page_keys, "a page that it has not"
+    for key, owner in awaited._owners.items():
+        assert awaited._keys[owner] == key
+
+
 def check_calls(engine):
     """Whoever waits, waits for something that is unfinished."""
     book = engine.loop.book
@@ -125,6 +138,7 @@ def check_books(engine):
     check_slots(engine, running)
     check_pages(engine, running)
     check_queues(engine, running)
+    check_awaited(engine, running)
     check_calls(engine)
 
 

@@ -26,7 +26,7 @@ from samebit.kernels.memory import Arena
 from samebit.kernels.profile import numerics_profile
 from samebit.kernels.rms_norm import add_rms_norm, rms_norm
 from samebit.kernels.rope import rope
-from samebit.kernels.sample import draw
+from samebit.kernels.sample import draw, draw_with_logprobs
 from samebit.kernels.swiglu import swiglu
 from samebit.recipes.bench.config import BenchKernelsRun
 from samebit.recipes.bench.output import REPORT_FILE, format_table, model_fields
@@ -317,7 +317,10 @@ def row_operations(config: DenseModel, m: int) -> dict[str, tuple[Callable[[], A
         seeds, greedy = torch.zeros_like(places), torch.zeros(m, dtype=torch.bool, device=_CUDA)
         num_bytes = 4 * scores.numel()
         found["logsumexp"] = (partial(logsumexp, scores), num_bytes)
-        found["draw"] = (partial(draw, scores, seeds, places, places, greedy), num_bytes)
+        keys = seeds, places, places, greedy
+        found["draw"] = (partial(draw, scores, *keys), num_bytes)
+        drawing = partial(draw_with_logprobs, scores, torch.ones_like(scores[:, 0]), *keys)
+        found["draw_with_logprobs"] = (drawing, num_bytes)
     return found
 
 

@@ -14,6 +14,7 @@ Who writes what:
 | spans | with each token that comes in: Slots.append, or the StepLoop without a slot |
 | is_mixed, swapped | the Scheduler; `restart` forgets both |
 | hidden, top | the StepLoop; `restart` forgets them |
+| page_keys | AwaitedPages |
 
 While a sample holds a slot, its progress stands in the arrays of Slots: the tokens that it draws
 and how far its context is computed. token_ids and logprobs are then what it had when it entered,
@@ -79,6 +80,7 @@ class RunningSample:
     begun_anew: bool = False
     """What was computed was forgotten, and it has drawn nothing since."""
     swapped: list[Tensor] = field(default_factory=list)
+    page_keys: list[int] = field(default_factory=list)
 
     @classmethod
     def of(cls, request: Request, arrivals: Iterator[int]) -> list[Self]:

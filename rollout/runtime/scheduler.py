@@ -3,8 +3,9 @@
 Results cannot depend on any choice made here, so the choices follow speed alone. Sequences that
 decode go first, then earlier arrivals; when pages run out, cached prefixes are evicted, then the
 latest arrival is preempted and computes its context again later; a mixed sample, whose context
-cannot be computed again, has its pages copied to host memory and back. Steps are planned before the
-results of earlier ones are known: only their lengths matter here.
+cannot be computed again, has its pages copied to host memory and back. Who shares full pages with
+an earlier arrival that computes them waits for those. Steps are planned before the results of
+earlier ones are known: only their lengths matter here.
 """
 
 from collections import deque
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from samebit.rollout.config import EngineConfig
+from samebit.rollout.runtime.awaited_pages import AwaitedPages
 from samebit.rollout.runtime.drafts import Drafts
 from samebit.rollout.runtime.kv_cache import KVCache, PagePool
 from samebit.rollout.runtime.prefix_cache import PrefixCache
@@ -88,6 +90,7 @@ class Scheduler:
         self._pool = pool
         self._prefixes = prefixes
         self._slots = slots
+        self._awaited = AwaitedPages(config.page_size)
         self._waiting: deque[RunningSample] = deque()
         self._prefilling: list[RunningSample] = []
         self.num_preemptions = 0
@@ -176,6 +179,7 @@ class Scheduler:
         """
         if self._prefixes is not None and not seq.is_mixed:
             self._prefixes.insert(seq.token_ids[:num_tokens], seq.pages)
+            self._awaited.found(seq, num_tokens)
 
     def requeue(self, seq: RunningSample) -> None:
         """Back into the queue, before every later arrival, to be computed anew."""
@@ -291,30 +295,48 @@ class Scheduler:
         return tuple(copies)
 
     def _admit(self, budget: int) -> list[Chunk]:
-        admitted = []
+        """Let samples in, earlier arrivals first, but for those that wait for others' pages."""
+        admitted: list[Chunk] = []
+        held: list[RunningSample] = []
         while self._waiting and budget > 0 and self._slots.num_free > 0:
-            seq = self._waiting[0]
-            every_position = seq.request.score_only or seq.request.hidden_state_layers
-            if self._prefixes is not None and not every_position and not seq.swapped:
-                seq.pages = self._prefixes.match(seq.token_ids)
-                seq.num_computed = len(seq.pages) * self._config.page_size
-            if not self._grow(seq, len(seq.token_ids)):
-                self._drop_pages(seq)
-                if not seq.swapped:
-                    seq.restart()
+            seq = self._waiting.popleft()
+            if self._finds_pages(seq) and self._awaited.has_to_wait(seq):
+                held.append(seq)
+                continue
+            if not self._enter(seq):
+                self._waiting.appendleft(seq)
                 break
-            self._waiting.popleft()
-            if seq.swapped:
-                self._cache.write_pages(seq.pages[: len(seq.swapped[0])], seq.swapped)
-                seq.swapped = []
-            self._slots.enter(seq)
-            self._prefilling.append(seq)
-            seq.status = Status.PREFILLING
             chunk = self._chunk(seq, budget)
             admitted.append(chunk)
             budget -= chunk.num_tokens
+        self._waiting.extendleft(reversed(held))
         self._prefilling.sort(key=lambda s: s.arrival)
         return admitted
+
+    def _finds_pages(self, seq: RunningSample) -> bool:
+        """Whether a waiting sample looks for its context in the prefix cache."""
+        every_position = seq.request.score_only or seq.request.hidden_state_layers
+        return self._prefixes is not None and not every_position and not seq.swapped
+
+    def _enter(self, seq: RunningSample) -> bool:
+        """Give a sample a slot, and pages for its context; false if there are too few."""
+        if self._prefixes is not None and self._finds_pages(seq):
+            seq.pages = self._prefixes.match(seq.token_ids)
+            seq.num_computed = len(seq.pages) * self._config.page_size
+        if not self._grow(seq, len(seq.token_ids)):
+            self._drop_pages(seq)
+            if not seq.swapped:
+                seq.restart()
+            return False
+        if seq.swapped:
+            self._cache.write_pages(seq.pages[: len(seq.swapped[0])], seq.swapped)
+            seq.swapped = []
+        self._slots.enter(seq)
+        self._prefilling.append(seq)
+        seq.status = Status.PREFILLING
+        if self._prefixes is not None and not seq.is_mixed and not seq.request.score_only:
+            self._awaited.begin(seq)
+        return True
 
     def _reserve(self, seq: RunningSample, num_tokens: int, in_flight: bool) -> None:
         """Give seq pages for num_tokens tokens, preempting later arrivals if need be."""
@@ -359,6 +381,7 @@ class Scheduler:
     def _leave(self, seq: RunningSample) -> None:
         if seq.status is Status.PREFILLING:
             self._prefilling.remove(seq)
+        self._awaited.end(seq)
         self._slots.leave(seq)
 
     def _drop_pages(self, seq: RunningSample) -> None:

@@ -164,7 +164,7 @@ class StepLoop:
                 chunk.seq.add_scores(values[rows_of], rows_of, flight.outcome.top)
                 if chunk.completes:
                     ended.append((chunk.seq, "stop"))
-            elif chunk.completes:
+            else:
                 self._scheduler.remember(chunk.seq, chunk.end)
             for seq in chunk.drawing:
                 if seq is not chunk.seq:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from samebit.kernels.gpu import tuning
 from samebit.kernels.gpu.cublaslt import Answer
@@ -66,6 +67,20 @@ def test_a_table_says_what_it_measured(folders):
     write(ours / "a_card.json", choices, [plain])
     assert own_choices("A card") == {**choices, plain: DEFAULT}
     assert own_choices("another") == {}
+
+
+def test_a_card_or_model_that_nobody_measured_is_said(folders, monkeypatch):
+    """With the command that measures it, and nothing where a table knows some of the products."""
+    ours, own = folders
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
+    device = torch.device("cuda")
+    words = tuning.hint(device, [(64, 64), (128, 64)])
+    assert "no product of this model was measured on A card" in words
+    assert "samebit bench kernels --tune model=FOLDER" in words
+    write(ours / "a_card.json", {}, [Key(256, 64, 16)])
+    assert tuning.hint(device, [(64, 64), (128, 64)]) == words
+    write(own / "a_card.json", {}, [Key(128, 64, 16)])
+    assert tuning.hint(device, [(64, 64), (128, 64)]) is None
 
 
 def test_this_machines_table_counts_before_ours(folders):

@@ -95,6 +95,18 @@ def test_a_cached_prefix_is_not_computed_again(counted):
     assert sizes[-1] == 70
 
 
+def test_one_prefill_for_requests_of_one_prompt(counted, make_engine):
+    """As for the samples of one request, but for the page that the prompt does not fill."""
+    engine, sizes = counted(page_size=16)
+    requests = [PROMPTS[1]] * 8
+    found = engine.generate(requests, PARAMS)
+    assert sum(sizes) == 70 + 7 * 6 + 8 * 11
+    assert sizes[0] == 70
+    assert engine.prefixes.num_hit_tokens == 7 * 64
+    alone = make_engine(prefix_cache=False).generate(requests, PARAMS)
+    assert outcomes(found) == outcomes(alone)
+
+
 def test_completions_are_cached_for_the_next_turn(counted):
     engine, sizes = counted(page_size=16)
     [[first]] = engine.generate([PROMPTS[1]], SamplingParams(max_new_tokens=30, ignore_eos=True))
