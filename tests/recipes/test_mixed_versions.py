@@ -8,6 +8,7 @@ from itertools import accumulate
 import pytest
 import torch
 from run_children import has_lines, in_one_process, open_run, run_cli
+from test_engine_replicas import dying
 from test_partial_rollouts import saved
 from test_replay import replayed
 from test_stale_parts import EVERY_TWO, ONE, PROCESS
@@ -160,3 +161,14 @@ def test_killed_and_resumed_with_other_engines(expected, runs, kill_when, lines)
     last = "placement.replicas=3" if lines % 2 else "placement.replicas=1"
     assert runs.train("run", *APART, last, "resume=true")[:2] == result
     assert left_in(runs.folder) == left_in(folder)
+
+
+@LONG
+def test_an_engine_that_dies(expected, runs, monkeypatch):
+    """While samples go on, and as weights are about to move: the others draw the same."""
+    moments = [("_take", 9), ("send", 2)]
+    deaths = dying(monkeypatch, moments)
+    folder, result = expected
+    assert runs.train("run", *APART, "placement.replicas=2")[:2] == result
+    assert left_in(runs.folder) == left_in(folder)
+    assert sorted(deaths) == sorted(name for name, _ in moments)
