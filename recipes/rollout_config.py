@@ -29,8 +29,8 @@ class RolloutSection:
     train on those that there are."""
     max_staleness: int = 0
     """Samples are drawn by weights at most so many training steps older than those that they train
-    (with partial_tokens their last tokens are): later steps are drawn while one is trained. Needs
-    placement=process."""
+    (with partial_tokens, what the step itself draws of them): later steps are drawn while one is
+    trained. Needs placement=process."""
     weight_sync_steps: int = 1
     """With max_staleness: the engine gets new weights after every so many training steps."""
     partial_tokens: int | None = None

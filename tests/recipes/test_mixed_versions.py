@@ -120,21 +120,25 @@ def test_a_token_is_of_the_version_that_drew_it(checked, words):
 @pytest.mark.parametrize("words", [ONE, pytest.param(EVERY_TWO, marks=pytest.mark.long)])
 def test_which_version_draws_a_token(whole, resolved, one_process, words):
     """That of the step whose stint draws it: token t of a sample comes t // BUDGET stints behind
-    the one that began the sample, so versions change at multiples of BUDGET alone."""
+    the one that began the sample, so versions change at multiples of BUDGET alone; and no token is
+    older than a dry run says."""
     folder, (_, rows) = whole(words)
     settings, schedule = resolved(words).rollout, read_rows(folder / "run" / "schedule.jsonl")
     begins = [0, *accumulate(row["rollout/stints"] for row in rows[1:])]
-    lens = set()
-    for sample in (x for step in saved(folder) for x in step):
+    lens, ages = set(), set()
+    trained = [(step, x) for step, samples in enumerate(saved(folder), 1) for x in samples]
+    for trains, sample in trained:
         lens.add(len(sample.version_spans))
         begun = sample.sample_id >> 32  # the stint, in the place of the step
         for t, span in enumerate(drawers(sample)):
             step = sum(begin <= begun + t // BUDGET for begin in begins)
             assert span.version.step == settings.drawn_after(step)
+            ages.add(trains - 1 - settings.drawn_after(step))
             assert schedule[step - 1]["version"] == [span.version.step, span.version.digest]
             assert span.recomputed is bool(span.start)
             assert span.start % BUDGET == 0
     assert lens >= {1, 2}
+    assert settings.max_staleness < max(ages) <= settings.most_token_staleness
 
 
 LONG = pytest.mark.long
