@@ -87,14 +87,17 @@ def make_plan(run: PlanRun) -> dict[str, Any]:
 
 
 def _left(run: PlanRun, parts: Sequence[Part]) -> dict[str, int]:
-    """What a step leaves to later ones: in a checkpoint, and in every trainer process's memory."""
+    """What a step leaves to later ones: in a checkpoint, and in every trainer process's memory,
+    which hold as much of each step that waits to be trained."""
     tokens = run.samples_per_step * sum(part.begun + part.drawn for part in parts[:-1])
+    kept = tokens * max(1, run.rollout.max_staleness)
     return {
         "stints_of_a_sample": len(parts),
+        "most_token_staleness": run.rollout.most_token_staleness,
         "samples": run.samples_per_step * (len(parts) - 1),
         "tokens": tokens,
-        "checkpoint_bytes": tokens * PACKED_TOKEN_BYTES,
-        "host_bytes": tokens * HOST_TOKEN_BYTES,
+        "checkpoint_bytes": kept * PACKED_TOKEN_BYTES,
+        "host_bytes": kept * HOST_TOKEN_BYTES,
     }
 
 
@@ -184,9 +187,10 @@ def _left_text(plan: dict[str, Any]) -> str:
     first = "" if times is None else f" The first rollout takes {times['first_rollout_s']:,.3f} s."
     return (
         f"A sample comes in {left['stints_of_a_sample']} stints at most; a step leaves "
-        f"{left['samples']:,} samples of {left['tokens']:,} tokens to later ones: "
-        f"{left['checkpoint_bytes'] / _GIB:,.3f} GiB of a checkpoint, "
-        f"{left['host_bytes'] / _GIB:,.3f} GiB of each trainer process on the host.{first}"
+        f"{left['samples']:,} samples of {left['tokens']:,} tokens to later ones: with all steps "
+        f"that wait {left['checkpoint_bytes'] / _GIB:,.3f} GiB of a checkpoint, "
+        f"{left['host_bytes'] / _GIB:,.3f} GiB of each trainer process on the host. Tokens are at "
+        f"most {left['most_token_staleness']} training steps older than what they train.{first}"
     )
 
 

@@ -108,9 +108,6 @@ class PlanRun(GrpoRun):
         require_default(self, "", idle, "nothing is run")
         require_default(self.engine, "engine", ("speculative",), unknown)
         require_default(self.numerics, "numerics", ("attention",), unknown)
-        if self.rollout.max_staleness:
-            meaning = f"with rollout.max_staleness={self.rollout.max_staleness} {unknown}"
-            require_default(self.rollout, "rollout", ("partial_tokens",), meaning)
         require(not self.draft.is_online, "draft.train", "online", f"left alone: {unknown}")
         for section in ("critic", "distillation"):
             absent = getattr(self, section) is None

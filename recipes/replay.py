@@ -25,7 +25,7 @@ from samebit.recipes.run.run_data import SUMMARY_FILE
 from samebit.recipes.run.schedule import ScheduleRow
 from samebit.recipes.run.schedule_replay import ScheduleError, ScheduleReplay
 from samebit.recipes.tools_config import ReplayRun
-from samebit.weight_sync.types import WeightVersion
+from samebit.weight_sync.types import VersionSpan
 
 
 def open_schedule(path: Path) -> tuple[ScheduleReplay, list[ScheduleRow], int]:
@@ -69,8 +69,9 @@ class SavedRollouts:
 
     def __init__(self, path: Path) -> None:
         self._files = list_rollouts(path)
-        self._spans: dict[int, list[tuple[int, WeightVersion]]] = {}
-        """By sample: from which token on which version drew."""
+        self._spans: dict[int, list[VersionSpan]] = {}
+        """By sample: from which token on which version drew. Who goes on with what others drew has
+        computed it anew."""
         self._lens: dict[int, int] = {}
         self.num_steps = 0
         """So many have been compared."""
@@ -80,8 +81,8 @@ class SavedRollouts:
         for group in row.drawn:
             for i, (start, end) in enumerate(group.tokens, group.first_id):
                 spans = self._spans.setdefault(i, [])
-                if end > start and (not spans or spans[-1][1] != row.version):
-                    spans.append((start, row.version))
+                if end > start and (not spans or spans[-1].version != row.version):
+                    spans.append(VersionSpan(start, row.version, recomputed=bool(spans)))
                 self._lens[i] = end
         if row.step in self._files:
             self.num_steps += 1
@@ -110,7 +111,7 @@ class SavedRollouts:
 
     def _check_sample(self, step: int, sample: SavedSample) -> None:
         known = self._lens.get(sample.sample_id), self._spans.get(sample.sample_id)
-        spans = [(span.start, span.version) for span in sample.version_spans]
+        spans = [*sample.version_spans]
         if (len(sample.token_ids), spans) != known:
             raise ScheduleError(
                 f"step {step}: sample {sample.sample_id:#x} of the saved rollout has "
@@ -123,8 +124,12 @@ def _ids(ids: Iterable[int]) -> str:
     return ", ".join(map(hex, ids)) or "none"
 
 
-def _told(spans: list[tuple[int, WeightVersion]]) -> str:
-    return ", ".join(f"{version.step} ({version.digest}) from {at}" for at, version in spans)
+def _told(spans: list[VersionSpan]) -> str:
+    return ", ".join(
+        f"{span.version.step} ({span.version.digest}) from {span.start}"
+        + (", which computed the context anew" if span.recomputed else "")
+        for span in spans
+    )
 
 
 def _check_end(summary: Path, rows: list[ScheduleRow], num_steps: int) -> None:

@@ -28,13 +28,14 @@ class RolloutSection:
     """If even then fewer than prompts_per_step prompts can be trained on: error, the run ends; or
     train on those that there are."""
     max_staleness: int = 0
-    """Samples are drawn by weights at most so many training steps older than those that they train:
-    later steps are drawn while one is trained. Needs placement=process."""
+    """Samples are drawn by weights at most so many training steps older than those that they train
+    (with partial_tokens, what the step itself draws of them): later steps are drawn while one is
+    trained. Needs placement=process."""
     weight_sync_steps: int = 1
     """With max_staleness: the engine gets new weights after every so many training steps."""
     partial_tokens: int | None = None
-    """A sample draws at most so many tokens before weights change, and goes on under the next ones;
-    unset: every sample is drawn whole."""
+    """Partial rollouts: a sample goes on under newer weights after every so many of its tokens, and
+    nowhere else; they compute anew what stands before. Unset: every sample is drawn whole."""
     check_stale: bool = True
     """With max_staleness or partial_tokens: find the log-probs of what older weights drew once more
     by the weights that drew, and compare."""
@@ -153,6 +154,15 @@ class RolloutSection:
     def most_prompts_named(self) -> int:
         """Sample ids name so many prompts at most of one step, or of one stint."""
         return self.places_of(self._refills if self.partial_tokens is None else 0).stop
+
+    @property
+    def most_token_staleness(self) -> int:
+        """Tokens are drawn by weights at most so many training steps older than those they train.
+
+        Of what a step leaves each later one trains on prompts_per_step, the earliest first; or on
+        all that is finished by then, and what is not ends with one more stint for as many prompts.
+        """
+        return self.max_staleness + -(-self.most_prompts_left // self.prompts_per_step)
 
     def most_prompts(self, num_steps: int) -> int:
         """So many steps draw so many prompts at most."""

@@ -170,8 +170,9 @@ def _staleness(run: GrpoRun, weights_mib: float) -> dict[str, int | float | str]
 
 
 def _partial(run: GrpoRun, at_once: int) -> dict[str, int | float]:
-    """How often a sample goes on, how many may be under way, and what a step may leave, at most, if
-    they are drawn in stints; of steps that wait each has what it leaves."""
+    """How often a sample goes on, by how many steps its tokens may be older than what they train,
+    how many may be under way, and what a step may leave, at most, if they are drawn in stints; of
+    steps that wait each has what it leaves."""
     rollout = run.rollout
     if rollout.partial_tokens is None:
         return {}
@@ -179,6 +180,7 @@ def _partial(run: GrpoRun, at_once: int) -> dict[str, int | float]:
     tokens = left * rollout.max_new_tokens * max(1, rollout.max_staleness)
     return {
         "stints_of_a_sample": rollout.most_stints,
+        "most_token_staleness": rollout.most_token_staleness,
         "most_samples_at_once": at_once,
         "most_samples_left": left,
         "left_in_checkpoint_mib": round(tokens * PACKED_TOKEN_BYTES / _MIB, 1),

@@ -14,12 +14,17 @@ _CYCLES = 200  # of updates: behind the first half the steps have settled
 @dataclass(frozen=True)
 class Phases:
     """Holds the seconds of one step: of an engine that draws it, of the trainer that compares what
-    older weights drew of a step, and trains it, and of an update."""
+    older weights drew of a step, and trains it, and of an update.
+
+    left_s: of the trainer that compares what a step leaves to later ones, if the weights that it
+    trains have drawn it.
+    """
 
     rollout_s: float
     compare_s: float
     train_s: float
     sync_s: float
+    left_s: float = 0.0
 
 
 def stale_share(rollout: RolloutSection) -> float:
@@ -55,7 +60,9 @@ def _ends(rollout: RolloutSection, phases: Phases, num_steps: int) -> Iterator[f
     draw(0)
     for step in range(1, num_steps + 1):
         now = max(now, drawn[step])
-        if rollout.drawn_after(step) < step - 1 and step not in compared:
+        if rollout.drawn_after(step) == step - 1:
+            now += phases.left_s
+        elif step not in compared:
             now += phases.compare_s
         now += phases.train_s
         if rollout.syncs_after(step):

@@ -3,7 +3,7 @@
 Every sample counts with its most tokens. Rewards, evaluation and checkpoints take no time here.
 With rollout.partial_tokens a step is one stint, in which as many prompts are drawn of every age as
 a step begins; samples that go on compute their whole contexts anew, each by itself. With
-rollout.max_staleness steps are drawn while others are trained: ahead.py.
+rollout.max_staleness steps, or stints, are drawn while others are trained: ahead.py.
 """
 
 import math
@@ -92,8 +92,9 @@ class StepModel:
         rollout_s, compare_s = stints_s[-1], self.compare_s()
         wait_s = rollout_s
         if rollout.max_staleness:
-            own = Phases(rollout_s, self.compare_all_s(), train_s, sync_s or 0.0)
-            compare_s = own.compare_s * stale_share(rollout)
+            own = Phases(rollout_s, self.compare_all_s(), train_s, sync_s or 0.0, compare_s)
+            share = stale_share(rollout)
+            compare_s = share * own.compare_s + (1 - share) * own.left_s
             sync_s = None if sync_s is None else sync_s / rollout.weight_sync_steps
             others_s = compare_s + train_s + (sync_s or 0.0)
             wait_s = max(0.0, seconds_of_a_step(rollout, own) - others_s)
@@ -174,18 +175,18 @@ class StepModel:
 
     def compare_s(self) -> float:
         """Of one forward pass of all parts but the last, which a step leaves to later ones."""
-        if not self.run.rollout.check_stale:
-            return 0.0
-        given = self.run.rollout.max_prompt_len
-        return sum(self._compare_s(given + part.begun + part.drawn) for part in self.parts[:-1])
+        return sum(map(self._compare_s, self.parts[:-1]))
 
     def compare_all_s(self) -> float:
-        """Of one forward pass of all of a step's samples, by the weights that drew them."""
-        run = self.run.rollout
-        return self._compare_s(run.longest) if run.check_stale else 0.0
+        """Of one forward pass of all that a step has drawn, by the weights that drew it."""
+        return sum(map(self._compare_s, self.parts))
 
-    def _compare_s(self, length: int) -> float:
+    def _compare_s(self, part: Part) -> float:
+        """Of samples that end with this part of them."""
+        if not self.run.rollout.check_stale:
+            return 0.0
         parallel = self.layout.parallel
+        length = self.run.rollout.max_prompt_len + part.begun + part.drawn
         samples = math.ceil(self.run.samples_per_step / parallel.data)
         tokens = samples * length
         sums = self.sums_s(tokens / parallel.context / parallel.pipeline, 1, parallel.tensor)

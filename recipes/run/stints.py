@@ -108,6 +108,7 @@ class PartialStep(StepRollout):
         pending = sum(len(group.pending) for group in self.groups)
         trained = [c for group in self.trained.completions for c in group]
         older = sum(_older_tokens(c, self.drawn_by) for c in trained)
+        oldest = min(span.version.step for c in trained for span in c.version_spans)
         return {
             **(super().metrics() if self.settings.dynamic_sampling else {}),
             "rollout/stints": self.rounds,
@@ -116,6 +117,7 @@ class PartialStep(StepRollout):
             "rollout/pending_samples": pending,
             "rollout/waiting_samples": sum(len(g.completions) for g in self.left) - pending,
             "rollout/older_token_fraction": older / sum(len(c.token_ids) for c in trained),
+            "rollout/oldest_weight_step": oldest,
         }
 
 

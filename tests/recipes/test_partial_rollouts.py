@@ -64,7 +64,8 @@ def test_a_budget_that_no_sample_exceeds_moves_nothing(whole):
 
 def added():
     """Metrics of partial rollouts alone."""
-    return {f"rollout/{name}" for name in (*NAMES, "older_token_fraction")}
+    own = (*NAMES, "older_token_fraction", "oldest_weight_step")
+    return {f"rollout/{name}" for name in own}
 
 
 def test_at_learning_rate_0_samples_are_those_drawn_in_one_go(whole):
@@ -177,6 +178,8 @@ def test_metrics(whole):
             for spans, length in drawn
         )
         assert row["rollout/older_token_fraction"] == older / sum(n for _, n in drawn)
+        oldest = min(span.version for s in step for span in s.version_spans).step
+        assert row["rollout/oldest_weight_step"] == oldest
         assert (row["train/ratio"] == 1.0) is (older == 0)
         begun, trained = begun + row["rollout/prompts_drawn"], trained + PROMPTS
         left = row["rollout/pending_samples"] + row["rollout/waiting_samples"]

@@ -1,5 +1,6 @@
 """rollout.partial_tokens: how much may be drawn, what becomes of parts, and what is refused."""
 
+import random
 import re
 import sys
 from dataclasses import replace
@@ -53,6 +54,10 @@ def test_how_much_may_be_drawn():
     assert RolloutSection(prompts_per_step=5).most_prompts(4) == 20
     assert (section.most_prompts_left, choosy.most_prompts_left) == (2 * 5, 3 * 5 - 1)
     assert RolloutSection(prompts_per_step=5).most_prompts_left == 0
+    stale = [replace(x, max_staleness=4).most_token_staleness for x in (section, choosy)]
+    assert stale == [4 + 2, 4 + 3]
+    assert replace(choosy, prompts_per_step=1).most_token_staleness == 2
+    assert RolloutSection(max_staleness=4, dynamic_sampling=True).most_token_staleness == 4
 
 
 def test_sample_ids_name_the_prompts_of_a_stint():
@@ -81,15 +86,36 @@ def test_what_a_drawn_token_takes():
     assert sizes - 2 * sys.getsizeof(()) == 512 * HOST_TOKEN_BYTES
 
 
+def waits_of(trained, stints):
+    """By how many steps each prompt is trained on behind the one that began it."""
+    begun = [step for step, count in enumerate(stints) for _ in range(PROMPTS * count)]
+    return [step - begun[place] for step, places in enumerate(trained) for place in places]
+
+
 def test_no_prompt_waits_for_long():
     """Whatever its samples' lengths and those of others; and no step draws too much."""
-    most = 2
+    most, waits = 2, set()
     for needed in product(range(1, most + 1), repeat=3 * PROMPTS):
         trained, stints = schedule([*needed, *[most] * 9], 4)
         assert sum(stints) <= 4 + most - 1
-        begun = [step for step, count in enumerate(stints) for _ in range(PROMPTS * count)]
-        ages = [step - begun[place] for step, places in enumerate(trained) for place in places]
-        assert max(ages) <= most - 1
+        waits |= {*waits_of(trained, stints)}
+    assert max(waits) == section_of(most).most_token_staleness == most - 1
+
+
+def section_of(most, **others):
+    """Samples that draw one token a stint."""
+    return RolloutSection(prompts_per_step=PROMPTS, max_new_tokens=most, partial_tokens=1, **others)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_nor_where_prompts_are_dropped(most):
+    """More may be finished at once than a step trains on."""
+    rng, waits, later = random.Random(most), set(), 99 * PROMPTS
+    for _ in range(500):
+        needed = rng.choices((1, most), k=6 * PROMPTS)
+        dropped = rng.sample(range(len(needed)), k=rng.randrange(5 * PROMPTS))
+        waits |= {*waits_of(*schedule([*needed, *[most] * later], 6, dropped))}
+    assert max(waits) == section_of(most, dynamic_sampling=True).most_token_staleness == most
 
 
 @pytest.mark.parametrize(
@@ -130,6 +156,7 @@ def test_a_dry_run_says_how_much_is_drawn_at_once(runs, monkeypatch):
     described = [words, words[1:], (*words, more[0]), (*words, *more)]
     figures, plain, many, ahead = (describe_grpo(runs.resolve("run", *x)) for x in described)
     assert figures["stints_of_a_sample"] == 3
+    assert [x["most_token_staleness"] for x in (figures, ahead)] == [2, 2 + 2]
     samples = plain["samples_per_step"]
     assert figures["most_samples_at_once"] == 3 * samples
     assert figures["most_samples_left"] == 2 * samples

@@ -5,8 +5,7 @@ import re
 import pytest
 from plans import ELEMENTS, plan_of, step_of, write_tiny
 
-from samebit.recipes.cli.compose import resolve
-from samebit.recipes.plan import AHEAD, summary
+from samebit.recipes.plan import AHEAD, PARTIAL, summary
 from samebit.recipes.planning.ahead import Phases, seconds_of_a_step, stale_share
 from samebit.recipes.rollout_config import RolloutSection
 
@@ -102,8 +101,47 @@ def test_updates_are_shared_by_steps(tiny):
     assert four["times"]["sync_s"] == pytest.approx(one["times"]["sync_s"] / 4)
 
 
-def test_parts_that_are_drawn_ahead_are_refused(tiny):
-    """No result says how fast those are."""
-    words = [*APART, "rollout.max_staleness=1", "rollout.partial_tokens=100"]
-    with pytest.raises(ValueError, match=r"rollout\.partial_tokens is 100.*max_staleness=1"):
-        resolve("plan", [f"model.path={tiny}", *words])
+def test_what_on_policy_steps_leave_is_compared_too():
+    """As above, where every second step is drawn by the weights that it trains: 4 more for it."""
+    phases = Phases(10, 1, 20, 0.5, left_s=4)
+    assert seconds_of_a_step(drawing(1, 2), phases) == pytest.approx((51.5 + 4) / 2)
+    assert seconds_of_a_step(drawing(1), phases) == pytest.approx(21.5)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_parts_that_are_drawn_ahead(tiny, every):
+    """A stint beside training; what is compared of each step are its samples as far as they are
+    then: of all ages, or where the present weights have drawn, of all but the last."""
+    staleness = ["rollout.max_staleness=1", f"rollout.weight_sync_steps={every}"]
+    parts = [*APART, "cluster.gpus_per_node=2", "rollout.partial_tokens=100"]
+    step, alone = step_of(tiny, *parts, *staleness), plan_of(tiny, *parts)
+    found = plan_of(tiny, *parts, *staleness)
+    times, left = found["times"], found["left"]
+    assert times["rollout_s"] == alone["times"]["rollout_s"] == alone["times"]["rollout_wait_s"]
+    all_s, left_s = step.compare_all_s(), step.compare_s()
+    assert alone["times"]["compare_s"] == left_s > 0
+    assert all_s == pytest.approx(
+        left_s + step_of(tiny, *APART, "cluster.gpus_per_node=2").compare_all_s(), rel=1e-12
+    )
+    assert times["compare_s"] == (all_s if every == 1 else (all_s + left_s) / 2)
+    blind = plan_of(tiny, *parts, *staleness, "rollout.check_stale=false")
+    assert blind["times"]["compare_s"] == 0
+    shown = ("rollout_wait", "compare", "train", "sync")
+    assert times["step_s"] == pytest.approx(sum(times[f"{x}_s"] for x in shown), rel=1e-12)
+    assert (left, alone["left"]["most_token_staleness"]) == (
+        alone["left"] | {"most_token_staleness": 3},
+        2,
+    )
+    said = summary(found)
+    assert AHEAD in said
+    assert PARTIAL in said
+    assert "Tokens are at most 3 training steps older than what they train." in said
+
+
+def test_every_step_that_waits_leaves_as_much(tiny):
+    """In a checkpoint, and on the host; a step leaves what it does in any schedule."""
+    words = [*APART, "cluster.gpus_per_node=2", "rollout.partial_tokens=100"]
+    one, three = (plan_of(tiny, *words, f"rollout.max_staleness={k}")["left"] for k in (1, 3))
+    assert three["tokens"] == one["tokens"]
+    for name in ("checkpoint_bytes", "host_bytes"):
+        assert three[name] == 3 * one[name] > 0

@@ -204,6 +204,7 @@ def test_the_plan_says_what_is_left_and_what_is_assumed(tiny):
     tokens = 256 * (100 + 200)
     assert found["left"] == {
         "stints_of_a_sample": 3,
+        "most_token_staleness": 2,
         "samples": 512,
         "tokens": tokens,
         "checkpoint_bytes": 8 * tokens,

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from run_children import in_one_process
 from safetensors.torch import load_file, save
@@ -163,6 +164,24 @@ def test_rollouts_that_are_others(whole, tmp_path, capsys):
     assert code == 1
     assert text.startswith("first difference: step 4: sample 0x3000")
     assert " of the saved rollout has " in text
+
+
+def test_who_goes_on_has_computed_the_context_anew(whole, tmp_path, capsys):
+    """Else the log-probs of what follows would be no single version's."""
+    folder = lie(whole(PARTIAL)[0], tmp_path / "run", 1, lambda row: None)
+    for file in list_rollouts(folder).values():
+        tensors = load_file(file)
+        spans = json.loads(tensors["version_spans"].numpy().tobytes())
+        if mixed := [x for x in spans if len(x) > 1]:
+            mixed[0][1][1] = False
+            data = bytearray(json.dumps(spans).encode())
+            file.write_bytes(
+                save(tensors | {"version_spans": torch.frombuffer(data, dtype=torch.uint8)})
+            )
+            break
+    code, text = replayed(folder, capsys)
+    assert code == 1
+    assert ", which computed the context anew" in text.partition("; the schedule says ")[2]
 
 
 def test_a_log_that_ends_too_soon_and_none_at_all(whole, tmp_path, capsys):
