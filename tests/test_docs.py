@@ -137,7 +137,7 @@ def test_commands_are_those_that_there_are():
     from samebit.recipes.cli.commands import COMMANDS
 
     named = set(re.findall(r"^samebit ((?:bench )?[\w-]+)", (ROOT / "README.md").read_text(), re.M))
-    named |= set(re.findall(r"; samebit ([\w-]+)", (ROOT / "README.md").read_text()))
+    named |= set(re.findall(r"; samebit ((?:bench )?[\w-]+)", (ROOT / "README.md").read_text()))
     assert named == COMMANDS.keys()
 
 

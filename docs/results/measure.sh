@@ -6,9 +6,10 @@
 #
 # Parts: verify (two runs side by side have to be equal; SMOLLM2=FOLDER adds that model), engine,
 # groups, tables, speculative (SMOLLM2 too), kernels, trainer, memory, sync (on two GPUs also
-# between them), step (of colocated GRPO), kills (a short demo on SmolLM2, killed 20 times); of
-# SMOLLM2 alone algorithms, draft, online_draft; on two GPUs tensor_parallel, trainer_tp, elastic,
-# transfers, async (GRPO whose engine draws while its trainer trains; SMOLLM2 too); on four
+# between them), step (of colocated GRPO), kills (a short demo on SmolLM2, killed 20 times),
+# draft_trainer (of drafts of the 8B shape); of SMOLLM2 alone algorithms, draft, online_draft,
+# long_tail (rollouts of very different lengths, with guesses and without); on two GPUs
+# tensor_parallel, trainer_tp, elastic, transfers, async (GRPO whose engine draws while its trainer trains; SMOLLM2 too); on four
 # transfers4, layouts (short runs under all that fit), tp1_tp4; on eight eight_tp, eight_steps,
 # eight_elastic, eight_transfers, eight_sums (which take any number of GPUs from two on: EIGHT=2).
 set -euo pipefail
@@ -18,8 +19,8 @@ bin=$root/.venv/bin
 shapes=$root/recipes/bench/shapes
 unset PYTHONSAFEPATH # programs import one another
 parts=" verify engine groups tables speculative kernels trainer memory sync step kills algorithms"
-parts+=" draft online_draft tensor_parallel trainer_tp elastic transfers async transfers4 layouts"
-parts+=" tp1_tp4 eight_tp eight_steps eight_elastic eight_transfers eight_sums "
+parts+=" draft draft_trainer online_draft long_tail tensor_parallel trainer_tp elastic transfers"
+parts+=" async transfers4 layouts tp1_tp4 eight_tp eight_steps eight_elastic eight_transfers eight_sums "
 for part in "${@:2}"; do
     if [[ $parts != *" $part "* ]]; then
         echo "'$part' is no part; there are:$parts" >&2
@@ -210,6 +211,28 @@ import json, sys
 digests = {json.load(open(path))["weights_digest"] for path in sys.argv[1:]}
 print("weights digests:", *digests)
 sys.exit(len(digests) > 1)
+EOF
+}
+
+draft_trainer() { samebit draft_qwen3_8b bench draft model="$shapes/qwen3-8b"; }
+
+long_tail() { # GRPO's rollouts, as long as they come: by siblings' and earlier texts, and without
+    needs_smollm2
+    local kind own=(experiment=smollm2_chain_sum model.path="$SMOLLM2" logger=disabled)
+    own+=(overwrite=true rollout.samples_per_prompt=16 rollout.max_new_tokens=1024)
+    own+=(rollout.temperature=1.0 trainer.num_steps=6 engine.max_num_seqs=512)
+    for kind in none suffix; do
+        samebit "long_tail_$kind" grpo "${own[@]}" engine.speculative=$kind
+    done
+    "$bin/python" - "$out"/long_tail_{none,suffix} <<'EOF'
+import json, statistics, sys
+seconds, digests = [], []
+for folder in sys.argv[1:]:
+    rows = [json.loads(line) for line in open(f"{folder}/metrics.jsonl")]
+    seconds.append(statistics.median(r["perf/rollout_s"] for r in rows if "perf/rollout_s" in r))
+    digests.append(json.load(open(f"{folder}/summary.json"))["weights_digest"])
+print(f"rollout: {seconds[0]:.2f} s without guesses, {seconds[1]:.2f} with them; digests", *digests)
+sys.exit(len(set(digests)) > 1)
 EOF
 }
 

@@ -10,6 +10,7 @@ from samebit.recipes.numerics_config import AttentionSection
 from samebit.recipes.tools_config import check_given
 from samebit.rollout.config import LOAD_FORMATS, EngineConfig
 from samebit.trainer.config import ParallelConfig, check_tp_invariant, require, require_default
+from samebit.trainer.draft.config import TttConfig
 from samebit.weight_sync.transports.registry import FROM_ONE
 
 VARIANTS = ("default", "no_graphs", "no_overlap", "no_groups", "no_table", "torch_kernels")
@@ -313,6 +314,32 @@ class BenchKernelsRun(BenchRun):
     def measured_rows(self) -> list[int]:
         """Numbers of rows when it does not tune."""
         return self.rows or [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
+
+
+@dataclass(kw_only=True)
+class BenchDraftRun(BenchRun):
+    """`samebit bench draft`: optimizer steps of a new draft of a model's shape."""
+
+    run_name: str = "bench_draft"
+    packs: list[str] = field(default_factory=lambda: ["1x2176", "1x4096", "8x4096", "1x32768"])
+    """Sequences x length of the one micro-batch of a step; an eighth of each sequence is a prompt.
+    """
+    draft_vocab_size: int | None = None
+    """Tokens that the draft can say; unset: 32,000, or all where there are fewer."""
+    draft_layers: list[int] | None = None
+    """Numbers of the target's layers after which the draft reads its stream; unset: EAGLE-3's."""
+    ttt: TttConfig = field(default_factory=TttConfig)
+    repeats: int = 5
+    """Timed steps, after one that warms up."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_list("packs", self.packs)
+        for text in self.packs:
+            Pack.parse(text)
+        size = self.draft_vocab_size
+        require(size is None or size >= 1, "draft_vocab_size", size, "positive, or unset")
+        require(self.repeats >= 1, "repeats", self.repeats, "positive")
 
 
 @dataclass(kw_only=True)

@@ -11,6 +11,7 @@ COMMANDS = {
     "eagle3": "train an Eagle-3 draft on what its target answers itself",
     "demo": "train a small model with GRPO, on the CPU or a GPU, until its reward is high",
     "verify": "measure the promise: every property, tokens compared, mismatches",
+    "bench draft": "time optimizer steps of a draft: tokens per second, MFU, peak memory",
     "bench engine": "time whole workloads: output tokens per second, start-up, decode steps",
     "bench kernels": "time every operation at a model's shapes, against torch and the roofline",
     "bench memory": "time release and resume of an engine's memory; what is free then",

@@ -17,6 +17,7 @@ from omegaconf.errors import (
 )
 
 from samebit.recipes.bench.config import (
+    BenchDraftRun,
     BenchEngineRun,
     BenchKernelsRun,
     BenchMemoryRun,
@@ -68,6 +69,7 @@ SCHEMAS: dict[str, type[Any]] = {
     "eagle3": Eagle3Run,
     "demo": DemoRun,
     "verify": VerifyRun,
+    "bench draft": BenchDraftRun,
     "bench engine": BenchEngineRun,
     "bench kernels": BenchKernelsRun,
     "bench memory": BenchMemoryRun,
