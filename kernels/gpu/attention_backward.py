@@ -3,12 +3,10 @@
 It is fed with our own output and log-sum-exp. Source: Dao 2023, arXiv 2307.08691.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
+from samebit.kernels.deterministic import deterministic
 from samebit.kernels.gpu.attention import GpuAttentionPlan
 from samebit.kernels.gpu.card import num_sms
 
@@ -38,7 +36,7 @@ def attend_backward(
         lse = torch.cat([lse, lse[: heads - num_heads]])
     key_boundaries = plan.boundaries if spread is None else spread.boundaries
     unused = torch.empty(2, dtype=torch.uint64, device=q.device)
-    with _deterministic():
+    with deterministic():
         grad_q, grad_k, grad_v = torch.ops.aten._flash_attention_backward(
             grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), output, lse,
             plan.boundaries, key_boundaries, max(plan.seq_lens), max(plan.key_lens), 0.0, True,
@@ -80,15 +78,3 @@ def _filling_heads(num_heads: int, num_seqs: int, sms: int) -> int:
         return -(-heads * num_seqs * splits // sms) / splits
 
     return min(range(num_heads, num_heads + num_heads // 4 + 1), key=rounds)
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """torch's deterministic implementations, whatever the user's setting."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)

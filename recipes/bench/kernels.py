@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from samebit.kernels.attention import CanonicalAttention
 from samebit.kernels.attention_kind import AttentionKind
+from samebit.kernels.deterministic import deterministic
 from samebit.kernels.flashinfer import FlashInferAttention
 from samebit.kernels.linear import linear
 from samebit.kernels.logprob import logsumexp
@@ -268,6 +269,11 @@ def _gradients(attend: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Te
         return torch.autograd.grad(attend(*inputs), inputs, grad)
 
 
+def _torch_gradients(inputs: Sequence[Tensor], grad: Tensor) -> Any:
+    with deterministic():
+        return _gradients(partial(_flash, enable_gqa=True), inputs, grad)
+
+
 def bench_training(config: DenseModel, run: BenchKernelsRun) -> list[Row]:
     """Packed causal attention with its gradients, against torch's deterministic flash attention."""
     rows: list[Row] = []
@@ -282,16 +288,11 @@ def bench_training(config: DenseModel, run: BenchKernelsRun) -> list[Row]:
         grad = _randn(batch * length, Hq, Dh)
         ours = partial(_gradients, partial(attention.attend_packed, plan=plan), inputs, grad)
         padded_grad = grad.view(batch, length, Hq, Dh).transpose(1, 2)
-        theirs = partial(_gradients, partial(_flash, enable_gqa=True), padded, padded_grad)
+        theirs = partial(_torch_gradients, padded, padded_grad)
         # Two products of the forward, five of the backward.
         flops = 3.5 * batch * config.attention_flops(length) // config.num_layers
-        torch.use_deterministic_algorithms(True)
-        try:
-            us, torch_us = graphs_us(
-                [[ours], [theirs]], card_rates().ideal_us(flops, 0), run.replays
-            )
-        finally:
-            torch.use_deterministic_algorithms(False)
+        expected = card_rates().ideal_us(flops, 0)
+        us, torch_us = graphs_us([[ours], [theirs]], expected, run.replays)
         row = {"batch": batch, "length": length, **_against_torch(us, torch_us)}
         row["tflop_s"], row["torch_tflop_s"] = (flops / x.median / 1e6 for x in (us, torch_us))
         rows.append(row)

@@ -35,6 +35,8 @@ class AwaitedPages:
 
     def has_to_wait(self, seq: RunningSample) -> bool:
         """Whether an earlier arrival computes a page that this sample would find."""
+        if not self._owners:
+            return False
         usable = (len(seq.token_ids) - 1) // self._page_size  # its last token is computed anyway
         owners = map(self._owners.get, self._page_keys(seq)[:usable])
         return any(owner is not None and owner.arrival < seq.arrival for owner in owners)

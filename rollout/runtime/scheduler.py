@@ -11,6 +11,7 @@ earlier ones are known: only their lengths matter here.
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from samebit.rollout.runtime.kv_cache import KVCache, PagePool
 from samebit.rollout.runtime.prefix_cache import PrefixCache
 from samebit.rollout.runtime.running_sample import RunningSample, Status
 from samebit.rollout.runtime.slots import Slots
+
+_MOST_HELD = 256  # samples that wait for others' pages while those behind them are let in
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,8 @@ class Scheduler:
         return aborted
 
     def restart_all(self, lost: Iterable[EngineStep]) -> None:
-        """After a failed step: forget everything computed, keep what was drawn, begin again.
+        """After a failed step: forget everything computed, keep what was drawn, begin again. What
+        the prefix cache has may be a part of the failure.
 
         lost: steps whose results will never come.
         """
@@ -220,6 +224,8 @@ class Scheduler:
             for sibling in chunk.siblings:
                 if sibling.status is Status.FORKING:
                     self.requeue(sibling)
+        if self._prefixes is not None:
+            self._prefixes.reset(self._prefixes.version)
 
     def retract_all(self) -> None:
         """Forget all keys and values, with nothing in flight; what was drawn stays."""
@@ -297,19 +303,16 @@ class Scheduler:
     def _admit(self, budget: int) -> list[Chunk]:
         """Let samples in, earlier arrivals first, but for those that wait for others' pages."""
         admitted: list[Chunk] = []
-        held: list[RunningSample] = []
-        while self._waiting and budget > 0 and self._slots.num_free > 0:
-            seq = self._waiting.popleft()
+        for seq in [*islice(self._waiting, self._slots.num_free + _MOST_HELD)]:
+            if budget <= 0 or self._slots.num_free == 0:
+                break
             if self._finds_pages(seq) and self._awaited.has_to_wait(seq):
-                held.append(seq)
                 continue
             if not self._enter(seq):
-                self._waiting.appendleft(seq)
                 break
             chunk = self._chunk(seq, budget)
             admitted.append(chunk)
             budget -= chunk.num_tokens
-        self._waiting.extendleft(reversed(held))
         self._prefilling.sort(key=lambda s: s.arrival)
         return admitted
 
@@ -319,8 +322,9 @@ class Scheduler:
         return self._prefixes is not None and not every_position and not seq.swapped
 
     def _enter(self, seq: RunningSample) -> bool:
-        """Give a sample a slot, and pages for its context; false if there are too few."""
-        if self._prefixes is not None and self._finds_pages(seq):
+        """Give a waiting sample a slot, and pages for its context; false if there are too few."""
+        if finds := self._finds_pages(seq):
+            assert self._prefixes is not None
             seq.pages = self._prefixes.match(seq.token_ids)
             seq.num_computed = len(seq.pages) * self._config.page_size
         if not self._grow(seq, len(seq.token_ids)):
@@ -329,12 +333,17 @@ class Scheduler:
                 seq.restart()
             return False
         if seq.swapped:
-            self._cache.write_pages(seq.pages[: len(seq.swapped[0])], seq.swapped)
+            try:
+                self._cache.write_pages(seq.pages[: len(seq.swapped[0])], seq.swapped)
+            except BaseException:
+                self._drop_pages(seq)  # it goes on waiting
+                raise
             seq.swapped = []
+        self._waiting.remove(seq)
         self._slots.enter(seq)
         self._prefilling.append(seq)
         seq.status = Status.PREFILLING
-        if self._prefixes is not None and not seq.is_mixed and not seq.request.score_only:
+        if finds:
             self._awaited.begin(seq)
         return True
 

@@ -125,11 +125,11 @@ class StepLoop:
         while len(self._flights) > keep:
             self._finished += self._take_in(self._flights[0])
             self._flights.popleft()
-        while self._flights and not self._awaited(self._flights[0]):
+        while self._flights and not self._is_awaited(self._flights[0]):
             self._flights.popleft()
 
     @staticmethod
-    def _awaited(flight: _Flight) -> bool:
+    def _is_awaited(flight: _Flight) -> bool:
         return bool(flight.live.any()) or bool(flight.step.chunks)
 
     def _take_in(self, flight: _Flight) -> list[RunningSample]:

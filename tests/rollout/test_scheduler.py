@@ -205,6 +205,7 @@ def test_limits_and_order_hold_at_every_step(depth, cached):
                 max_new = rng.randrange(1, 12)
                 seqs += world.add(prompt, max_new, rng.choice([1, 1, 4]))
             before, preemptions = running(world), world.scheduler.num_preemptions
+            going = [s.arrival for s in seqs if s.finish_reason is None]
             planned, num_steps = world.step(), len(world.runner.steps)
             stay = before & running(world)
             gone = {i for i in before - stay if seqs[i].finish_reason is None}
@@ -222,9 +223,12 @@ def test_limits_and_order_hold_at_every_step(depth, cached):
                 new = [c.seq.arrival for c in step.chunks if c.seq.arrival not in before]
                 assert [c.seq.arrival for c in step.chunks] == sorted(old) + sorted(new)
                 assert not gone or not new
-                begun += [i for i in new if seqs[i].index == 0 and i not in begun]
-                late = {s.arrival for s in seqs[: max(begun)] if s.index == 0} - set(begun)
-                assert all(cached and shares_a_page(seqs[i], seqs[:i]) for i in late)
+                fresh = [i for i in new if seqs[i].index == 0 and i not in begun]
+                begun += fresh
+                firsts = {s.arrival for s in seqs[: max(fresh, default=0)] if s.index == 0}
+                for i in firsts - set(begun):  # who was passed
+                    assert cached
+                    assert shares_a_page(seqs[i], [seqs[j] for j in going if j < i])
         assert all(s.num_new_tokens == s.request.params.max_new_tokens for s in seqs)
     assert num_preemptions > 20
 
