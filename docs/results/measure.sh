@@ -9,9 +9,10 @@
 # between them), step (of colocated GRPO), kills (a short demo on SmolLM2, killed 20 times),
 # draft_trainer (of drafts of the 8B shape); of SMOLLM2 alone algorithms, draft, online_draft,
 # long_tail (rollouts of very different lengths, with guesses and without); on two GPUs
-# tensor_parallel, trainer_tp, elastic, transfers, async (GRPO whose engine draws while its trainer trains; SMOLLM2 too); on four
-# transfers4, layouts (short runs under all that fit), tp1_tp4; on eight eight_tp, eight_steps,
-# eight_elastic, eight_transfers, eight_sums (which take any number of GPUs from two on: EIGHT=2).
+# tensor_parallel, trainer_tp, elastic, transfers, async (GRPO whose engine draws while its trainer
+# trains; SMOLLM2 too); on four transfers4, layouts (short runs under all that fit), tp1_tp4; on
+# eight eight_tp, eight_steps, eight_elastic, eight_transfers, eight_sums (which take any number of
+# GPUs from two on: EIGHT=2).
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -20,7 +21,8 @@ shapes=$root/recipes/bench/shapes
 unset PYTHONSAFEPATH # programs import one another
 parts=" verify engine groups tables speculative kernels trainer memory sync step kills algorithms"
 parts+=" draft draft_trainer online_draft long_tail tensor_parallel trainer_tp elastic transfers"
-parts+=" async transfers4 layouts tp1_tp4 eight_tp eight_steps eight_elastic eight_transfers eight_sums "
+parts+=" async transfers4 layouts tp1_tp4 eight_tp eight_steps eight_elastic eight_transfers"
+parts+=" eight_sums "
 for part in "${@:2}"; do
     if [[ $parts != *" $part "* ]]; then
         echo "'$part' is no part; there are:$parts" >&2
