@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from samebit.trainer.config import ParallelConfig, require
+from samebit.trainer.config import ParallelConfig, check_tp_invariant, require
 from samebit.weight_sync.transports.registry import TRANSPORTS
 
 PLACEMENTS = ("colocated", "process")
@@ -24,6 +24,9 @@ class PlacementSection:
     """Seconds that trainer and engine wait for each other in an update by gloo, nccl or ipc."""
     replicas: int = 1
     """Engines with placement.engine=process, which share the prompts: on a GPU each, with nccl."""
+    engine_tensor: int = 1
+    """Tensor parallel processes of an engine apart, on a GPU each with nccl: as many as
+    trainer.parallel.tensor, or with numerics.tp_invariant any of 1, 2, 4, 8."""
     replica_timeout_s: float = 600.0
     """With several: one that takes no step for so long is killed. Compiling kernels takes long."""
     max_restarts: int = 3
@@ -47,7 +50,7 @@ class PlacementSection:
         require(fits, "placement.transport", self.transport, meaning)
         fits = 0 < self.timeout_s < 1e8
         require(fits, "placement.timeout_s", self.timeout_s, "positive, and below 1e8")
-        self._check_replicas()
+        self._check_engines()
         self._check_launcher()
         for key, default in (("delta", False), ("timeout_s", 600.0)):
             able = tuple(name for name, entry in TRANSPORTS.items() if key in entry.settings)
@@ -59,12 +62,17 @@ class PlacementSection:
         meaning += " with placement.engine=process: the engine's memory is another process's"
         require(fits, "placement.release_memory", self.release_memory, meaning)
 
-    def _check_replicas(self) -> None:
-        require(self.replicas >= 1, "placement.replicas", self.replicas, "positive")
+    def _check_engines(self) -> None:
         able = tuple(name for name, entry in TRANSPORTS.items() if entry.replicas)
-        fits = self.replicas == 1 or self.transport in able or ":" in self.transport
         meaning = f"1 with placement.transport '{self.transport}', or the transport one of {able}"
-        require(fits, "placement.replicas", self.replicas, meaning)
+        for name in ("replicas", "engine_tensor"):
+            value = getattr(self, name)
+            require(value >= 1, f"placement.{name}", value, "positive")
+            fits = value == 1 or self.transport in able or ":" in self.transport
+            require(fits, f"placement.{name}", value, meaning)
+        fits = self.engine_tensor == 1 or self.engine == "process"
+        meaning = "1 with placement.engine=colocated, which has trainer.parallel.tensor"
+        require(fits, "placement.engine_tensor", self.engine_tensor, meaning)
         fits = 0 < self.replica_timeout_s < 1e8
         meaning = "positive, and below 1e8"
         require(fits, "placement.replica_timeout_s", self.replica_timeout_s, meaning)
@@ -89,14 +97,20 @@ class PlacementSection:
         fits = address in (None, "auto") or is_place
         require(fits, "placement.ray_address", address, "auto, or host:port as of ray start")
 
+    @property
+    def num_engine_processes(self) -> int:
+        """Of all engines apart; 0: there are none."""
+        return self.replicas * self.engine_tensor if self.engine == "process" else 0
+
     def check(self, parallel: ParallelConfig, tp_invariant: bool) -> None:
         """Raise ValueError where it does not fit the trainer's layout."""
         count, apart = parallel.num_processes, self.engine == "process"
-        meaning = f"colocated with trainer.parallel.tensor={parallel.tensor} unless "
-        meaning += "numerics.tp_invariant=true: an engine apart has the whole model in one process,"
-        meaning += f" which computes other bits than {parallel.tensor} without it"
-        fits = parallel.tensor == 1 or not apart or tp_invariant
-        require(fits, "placement.engine", self.engine, meaning)
+        meaning = f"{parallel.tensor} with placement.engine=process and trainer.parallel.tensor="
+        meaning += f"{parallel.tensor} unless numerics.tp_invariant=true: another number of "
+        meaning += "processes computes other bits without it"
+        key, size = "placement.engine_tensor", self.engine_tensor
+        require(not apart or tp_invariant or size == parallel.tensor, key, size, meaning)
+        check_tp_invariant(tp_invariant, size, key)
         trainer = "stages" if parallel.pipeline > 1 else "copies" if count > 1 else "one"
         fitting = sorted(
             name

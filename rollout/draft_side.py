@@ -9,6 +9,7 @@ from torch import Tensor
 from samebit.rollout.engine import Engine
 from samebit.rollout.engine_pool import EnginePool
 from samebit.rollout.remote import RemoteEngine
+from samebit.weight_sync.meeting import LOOPBACK
 from samebit.weight_sync.transports.base import WeightSink
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
@@ -33,6 +34,16 @@ class DraftSide:
     """An engine of this process or another's, with a draft: its methods, of the draft alone."""
 
     _engine: Engine | RemoteEngine
+
+    @property
+    def address(self) -> str:
+        """This machine, as the engine's processes reach it."""
+        return getattr(self._engine, "address", LOOPBACK)
+
+    @property
+    def num_ranks(self) -> int:
+        """Tensor parallel ranks, each of which has the whole draft."""
+        return getattr(self._engine, "num_ranks", 1)
 
     @property
     def sink(self) -> WeightSink:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from samebit.kernels.memory import TagBytes
 from samebit.rollout.client import Begun, Progress, Tell, awaited, result_of, stream_of
-from samebit.rollout.remote import RemoteEngine, RemoteEngineError
+from samebit.rollout.remote import RemoteEngine
+from samebit.rollout.remote_ranks import RemoteEngineError
 from samebit.rollout.request_client import RequestClient
 from samebit.rollout.runtime.call import uncancelled
 from samebit.rollout.runtime.requests import RequestFactory

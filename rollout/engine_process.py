@@ -1,5 +1,9 @@
-"""The process of a RemoteEngine: it has an engine do what messages ask, and answers them."""
+"""A process of a RemoteEngine: it has an engine do what messages ask, and answers them.
 
+Of several tensor parallel ranks the first is asked to draw and leads; the others follow.
+"""
+
+import logging
 import multiprocessing
 import os
 import pickle
@@ -9,12 +13,17 @@ import time
 import traceback
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 
+from samebit.kernels.reduce import ALONE, RankGroup
+from samebit.rollout.device import resolve_device
 from samebit.rollout.engine import Engine
 from samebit.rollout.messages import (
     Abandon,
@@ -26,13 +35,19 @@ from samebit.rollout.messages import (
     Drew,
     Failed,
     Generate,
+    Meet,
     Message,
     Score,
     Stop,
 )
 from samebit.rollout.runtime.call import Call
 from samebit.rollout.types import Completion, Increment
+from samebit.weight_sync.meeting import gloo_on_loopback, prove_secret
 
+logger = logging.getLogger(__name__)
+
+_TIMEOUT = timedelta(hours=4)
+"""That ranks wait for each other: one may load or receive weights for long. Who dies is seen."""
 _BEAT_S = 1.0
 START = 0
 """The number of what is of no call: whether the engine could be made, and its beats."""
@@ -59,19 +74,45 @@ def serve(
         torch.cuda.set_device(gpu)
     server = _Server(connection)
     try:
-        server.engine = engine = Engine(model_path, **settings)
+        _, place = connection.recv()
+        ranks = _join(place, device, settings.get("ranks", ALONE))
+        server.engine = engine = Engine(model_path, **settings | {"ranks": ranks})
     except Exception as error:  # noqa: BLE001 - every error goes to the caller
         server.send(START, Failed(_portable(error)))
         return
     server.send(START, Done(None))
-    threading.Thread(target=server.beat, args=(cpu_threads,), daemon=True).start()
-    with suppress(EOFError, OSError):  # the caller is gone
-        while True:
-            number, message = connection.recv()
-            if isinstance(message, Stop):
-                break
-            server.handle(number, message)
+    if place.rank > 0:
+        server.follow()
+    else:
+        threading.Thread(target=server.beat, args=(cpu_threads,), daemon=True).start()
+        with suppress(EOFError, OSError), engine.leading():  # until the caller is gone
+            while True:
+                number, message = connection.recv()
+                if isinstance(message, Stop):
+                    break
+                server.handle(number, message)
     engine.close()
+
+
+def _join(place: Meet, device: Any, alone: RankGroup) -> RankGroup:
+    """This process among its engine's ranks, all of which are on this machine.
+
+    Raises ValueError if one of them does not come, or does not know the secret.
+    """
+    if place.size == 1:
+        return alone
+    store = dist.TCPStore(place.address, place.port, timeout=_TIMEOUT)
+    prove_secret(store, place.rank, place.size, place.secret)
+    on_gpu = resolve_device(device).type == "cuda"
+    with gloo_on_loopback():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=store,
+            rank=place.rank,
+            world_size=place.size,
+            timeout=_TIMEOUT,
+        )
+    return replace(alone, rank=place.rank, size=place.size, group=dist.group.WORLD)
 
 
 def _follow_parent() -> None:
@@ -112,15 +153,24 @@ class _Server:
                 case Ask(function, arguments, by_name):
                     # Between steps: the loop's thread must admit nothing while weights change.
                     asked = partial(function, engine, *arguments, **by_name)
+                    asked = partial(engine.loop.book.ask, number, asked)
                     self.send(number, Done(engine.loop.between_steps(asked)))
         except Exception as error:  # noqa: BLE001 - as above
             self.send(number, Failed(_portable(error)))
 
+    def follow(self) -> None:
+        """Do what rank 0 does, until it stops; this process ends if it is gone."""
+        try:
+            self.engine.loop.follow(self._take_asked)
+        except Exception as error:  # noqa: BLE001 - whatever parts the ranks
+            _part(error)
+
     def beat(self, cpu_threads: int) -> None:
-        """Say again and again that the engine goes on from step to step, or has nothing to do."""
+        """Say again and again that the engine goes on from step to step, or has nothing to do; on
+        all ranks."""
         torch.set_num_threads(cpu_threads)  # as all threads that may hand the steps on to another
         while True:
-            self.engine.loop.between_steps(lambda: None)
+            self.engine.loop.between_steps(self._require_together)
             self.send(START, Beat())
             time.sleep(_BEAT_S)
 
@@ -134,14 +184,36 @@ class _Server:
             try:
                 self.send(number, Done(result.result()))
             except BaseException as error:  # noqa: BLE001 - as above
+                self._require_together()
                 self.send(number, Failed(_portable(error)))
 
         self._calls[number] = call
         call.result.add_done_callback(finish)
         self.engine.loop.submit(call)
 
+    def _take_asked(self, number: int) -> None:
+        """Do what this rank, too, was asked by a number. What is before it was given up as it went
+        out: rank 0 was not asked."""
+        while (asked := self._connection.recv())[0] != number:
+            pass
+        self.handle(*asked)
+
+    def _require_together(self) -> None:
+        """End this process if the ranks have parted: what a step raised on one alone is no answer,
+        and the engine is of no use."""
+        try:
+            self.engine.loop.book.lockstep.meet()
+        except Exception as error:  # noqa: BLE001 - as in follow
+            _part(error)
+
     def _tell(self, number: int, increments: list[Increment]) -> None:
         self.send(number, Drew(increments))
+
+
+def _part(error: Exception) -> NoReturn:
+    """End a rank without the others, which would be waited for on any other way out."""
+    logger.error("a tensor parallel rank of the engine ends: %s", error)
+    os._exit(os.EX_SOFTWARE)
 
 
 def _portable(error: BaseException) -> BaseException:

@@ -156,9 +156,10 @@ class EngineWeights(EngineUpdates):
         secret: str | None = None,
         selector: str = "target",
     ) -> None:
-        """Join the trainers' weight group as `rank`, behind all of theirs. A model has one of its
-        own.
+        """Join the trainers' weight group behind all of theirs, and receive what this rank holds. A
+        model has one of its own.
 
+        rank: the engine's; its tensor parallel ranks, which all join, have this one and the next.
         backend: how bytes come, gloo, nccl or ipc. timeout_s: how long the others are waited for.
         secret: what the trainer and all engines have to know, by default SAMEBIT_SECRET of the
         environment; on one machine there need be none. Raises ValueError if theirs is another.
@@ -169,7 +170,8 @@ class EngineWeights(EngineUpdates):
         session = self.served(selector).session
         self.leave_weight_transport(selector)
         data = make_data_plane(backend, self.device)
-        group = WeightGroup(master_address, master_port, rank, world_size, timeout_s, secret)
+        place = master_address, master_port, rank + self.ranks.rank, world_size
+        group = WeightGroup(*place, timeout_s, secret)
         session.meet_sender()
         receiver = ShardReceiver(group, data, Held(session.specs, session.params))
         self._receivers[selector] = receiver

@@ -14,6 +14,18 @@ from samebit.rollout.types import Increment, Request, SamplingParams
 
 
 @dataclass(frozen=True)
+class Meet:
+    """Be this rank of an engine's: the first message, answered when the engine is made. Several
+    ranks meet where a store is, and show each other that they know the secret."""
+
+    rank: int
+    size: int
+    address: str = ""
+    port: int = 0
+    secret: str = ""
+
+
+@dataclass(frozen=True)
 class Generate:
     """Complete prompts; answered by groups of completions."""
 
@@ -53,7 +65,8 @@ class Abandon:
 
 @dataclass(frozen=True)
 class Ask:
-    """Call a function of the engine that takes no steps; answered by what it returns."""
+    """Call a function of the engine that takes no steps; answered by what it returns. All ranks are
+    sent it, and do it when rank 0 does."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -62,7 +75,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Stop:
-    """Abort everything and end; not answered."""
+    """Abort everything and end; not answered. Rank 0 lets the others go."""
 
 
 # -- from it ---------------------------------------------------------------------------------------
@@ -106,6 +119,18 @@ class Admit:
 
 
 @dataclass(frozen=True)
+class Step:
+    """Take a step."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Do what the Ask of this number asks for, which each rank is sent by its own connection."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class Drain:
     """Take in every step in flight."""
 
@@ -142,14 +167,16 @@ class Leave:
     sample_id: int
 
 
-type Message = Generate | Draw | Score | Abandon | Ask | Stop
+type Message = Meet | Generate | Draw | Score | Abandon | Ask | Stop
 type Answer = Done | Failed | Drew | Beat
-type RankMessage = Admit | Drain | AbortRequest | FlushCache | Pause | Continue | Leave
+type RankMessage = (
+    Admit | Step | Asked | Drain | AbortRequest | FlushCache | Pause | Continue | Leave
+)
 
 _PLAIN: dict[str, Any] = {
     kind.__name__: kind
     for kind in (
-        *(Admit, Drain, AbortRequest, FlushCache, Pause, Continue, Leave),
+        *(Admit, Step, Asked, Drain, AbortRequest, FlushCache, Pause, Continue, Leave),
         *(Request, SamplingParams),
     )
 }

@@ -1,205 +1,36 @@
-"""An engine in a process of its own, called like one in this process.
+"""An engine in a process of its own, or in one for each tensor parallel rank, called like one in
+this process.
 
-A connection carries typed messages (messages.py), each with the number of its call; so any thread
-and any asyncio task may call while other calls are unfinished. The process is a child on this
-machine, or whatever else a Launcher starts, on another one.
+Connections carry typed messages (messages.py), each with the number of its call; so any thread and
+any asyncio task may call while other calls are unfinished. The processes are children on this
+machine, or whatever else a Launcher starts, on another one (remote_ranks.py).
 """
 
-import itertools
-import multiprocessing
-import threading
-import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial, wraps
-from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import Any, Concatenate, Protocol
+from typing import Any, Concatenate
 
 from torch import Tensor
 
 from samebit.kernels.top_tokens import TopTokens
 from samebit.rollout.client import Begun, Progress, Tell, awaited, result_of, stream_of
 from samebit.rollout.engine import Engine
-from samebit.rollout.engine_process import START, serve_parent
-from samebit.rollout.messages import (
-    Abandon,
-    Answer,
-    Ask,
-    Beat,
-    Done,
-    Draw,
-    Drew,
-    Generate,
-    Message,
-    Score,
-    Stop,
-)
-from samebit.rollout.runtime.call import uncancelled
+from samebit.rollout.messages import Abandon, Ask, Draw, Generate, Message, Score
+from samebit.rollout.remote_ranks import EngineRanks, Launcher, RemoteEngineError, launch_here
 from samebit.rollout.runtime.requests import scores_of, top_scores_of
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion, Increment, Request, SamplingParams
 from samebit.rollout.values import as_integer
-from samebit.weight_sync.failures import CrashError
-from samebit.weight_sync.meeting import LOOPBACK
 from samebit.weight_sync.types import WeightVersion
-
-# A child has nothing of this process, of a GPU's context least of all.
-CONTEXT = multiprocessing.get_context("spawn")
-_EXIT_S = 60.0  # how long a process may take to end that is told to, on a busy machine
-_EXIT_CODE_S = 5.0  # how long a process may take to end after its end of the pipe
-
-
-class RemoteEngineError(CrashError):
-    """The engine's process died."""
-
-
-class EngineProcess(Protocol):
-    """The process that an engine is in, as this one sees it; multiprocessing's are such."""
-
-    @property
-    def pid(self) -> int | None:
-        """Its number on its machine."""
-
-    @property
-    def exitcode(self) -> int | None:
-        """What it ended with, where that is known."""
-
-    def is_alive(self) -> bool:
-        """Whether it is there."""
-
-    def kill(self) -> None:
-        """End it at once, or soon, and the connection with it."""
-
-    def join(self, timeout: float | None = None) -> None:
-        """Wait for its end."""
-
-
-@dataclass(frozen=True)
-class Launched:
-    """A process that serves an engine, and this end of the connection with it."""
-
-    process: EngineProcess
-    connection: Connection
-    address: str = LOOPBACK
-    """This machine, as that process reaches it."""
-    node: str = ""
-    """The machine that it is on, to be told; "": this one."""
-
-
-type Launcher = Callable[[str, int, dict[str, Any]], Launched]
-"""Starts a process that calls engine_process.serve with a connection and these arguments."""
-
-
-def launch_here(model_path: str, cpu_threads: int, settings: dict[str, Any]) -> Launched:
-    """The Launcher of a child process."""
-    connection, child = CONTEXT.Pipe()
-    arguments = child, model_path, cpu_threads, settings
-    process = CONTEXT.Process(target=serve_parent, args=arguments, daemon=True)
-    process.start()
-    child.close()
-    return Launched(process, connection)
-
-
-class _Pipe:
-    """Sends calls, each with a number; a thread gives the answers to those who wait for them.
-
-    `started` is the first answer: whether the engine could be made.
-    """
-
-    def __init__(self, launched: Launched) -> None:
-        self._connection, self._process = launched.connection, launched.process
-        self._node = launched.node
-        self._heard_at = time.monotonic()
-        self._lock = threading.Lock()  # of a call's registration and its message
-        self._numbers = itertools.count(START + 1)
-        self.started = uncancelled()
-        self._waiting: dict[int, tuple[Future[Any], Tell | None]] = {START: (self.started, None)}
-        self._ended = False
-        self._reader = threading.Thread(target=self._read, name="samebit answers", daemon=True)
-        self._reader.start()
-
-    def call(self, message: Message, tell: Tell | None = None) -> tuple[int, Future[Any]]:
-        """A call's number and its result to come. RemoteEngineError if the process has died."""
-        result = uncancelled()
-        with self._lock:
-            if self._ended:
-                raise self.death()
-            number = next(self._numbers)
-            self._waiting[number] = (result, tell)
-            try:
-                self._connection.send((number, message))
-            except BaseException as error:
-                self._waiting.pop(number, None)
-                if isinstance(error, OSError):
-                    raise self.death() from error
-                raise
-        return number, result
-
-    @property
-    def silent_s(self) -> float:
-        """Seconds since the last beat; 0 while there is something that this end has not read."""
-        with suppress(OSError):  # it is closed
-            if self._connection.poll():
-                return 0.0
-        return time.monotonic() - self._heard_at
-
-    def close(self) -> None:
-        self._reader.join(timeout=_EXIT_CODE_S)
-        self._connection.close()
-
-    def _read(self) -> None:
-        unreadable: Exception | None = None
-        try:
-            while True:
-                self._take(*self._connection.recv())
-        except (EOFError, OSError):
-            pass  # the process has ended
-        except Exception as error:  # noqa: BLE001 - an answer is lost: nobody may wait for it
-            unreadable = error
-            self._process.kill()
-        with self._lock:
-            self._ended = True
-        death = self.death()
-        death.__cause__ = unreadable
-        for result, _ in self._waiting.values():
-            result.set_exception(death)
-
-    def _take(self, number: int, answer: Answer) -> None:
-        if isinstance(answer, Beat):
-            self._heard_at = time.monotonic()
-            return
-        if (waiting := self._waiting.get(number)) is None:
-            return  # whoever called was interrupted as the call went out
-        result, tell = waiting
-        if isinstance(answer, Drew):
-            assert tell is not None
-            tell(answer.increments)
-            return
-        self._waiting.pop(number, None)
-        if isinstance(answer, Done):
-            result.set_result(answer.value)
-        else:
-            result.set_exception(answer.error)
-
-    def death(self) -> RemoteEngineError:
-        """What to say of the end of the process, which has come or is at hand."""
-        deadline = time.monotonic() + _EXIT_CODE_S
-        while self._process.is_alive() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        where = f" on {self._node}" if self._node else ""
-        code = self._process.exitcode
-        how = "" if code is None else f" with code {code}"
-        return RemoteEngineError(f"the engine's process {self._process.pid}{where} ended{how}")
 
 
 def _asking[**P, T](
     method: Callable[Concatenate[Engine, P], T],
 ) -> Callable[Concatenate["RemoteEngine", P], T]:
-    """A method that has the process's engine do this one of its own, which takes no steps."""
+    """A method that has the engine do this one of its own, which takes no steps, on all ranks."""
 
     @wraps(method)
     def ask(remote: "RemoteEngine", *args: P.args, **kwargs: P.kwargs) -> T:
@@ -234,11 +65,18 @@ def _accept_lengths(engine: Engine) -> AcceptLengths | None:
     return engine.accept_lengths
 
 
-class RemoteEngine:
-    """An EngineClient: starts a process with an Engine; arguments as Engine's.
+def _as_count(value: int, name: str) -> int:
+    if (count := as_integer(value, f"RemoteEngine {name}")) < 1:
+        raise ValueError(f"RemoteEngine {name} is {count}; it must be positive")
+    return count
 
-    Close it when done. Any method raises RemoteEngineError once the process has died. Raises
-    ValueError for cpu_threads below 1, and what Engine and the launcher raise.
+
+class RemoteEngine:
+    """An EngineClient: starts a process with an Engine, or as many as there are tensor parallel
+    ranks; arguments as Engine's.
+
+    Close it when done. Any method raises RemoteEngineError once a process of it has died. Raises
+    ValueError for cpu_threads or num_ranks below 1, and what Engine and the launcher raise.
     """
 
     def __init__(
@@ -246,18 +84,27 @@ class RemoteEngine:
         model_path: str | Path,
         cpu_threads: int = 1,
         launch: Launcher = launch_here,
+        num_ranks: int = 1,
         **settings: Any,
     ) -> None:
-        cpu_threads = as_integer(cpu_threads, "RemoteEngine cpu_threads")
-        if cpu_threads < 1:
-            raise ValueError(f"RemoteEngine cpu_threads is {cpu_threads}; it must be positive")
-        launched = launch(str(model_path), cpu_threads, settings)
-        self.address = launched.address
-        """This machine, as the engine's process reaches it."""
-        self._process = launched.process
-        Finalize(self, self._process.kill, exitpriority=1)  # for those who do not close it
-        self._pipe = _Pipe(launched)
-        self._pipe.started.result()
+        """cpu_threads: of each process. num_ranks: processes that share every layer; whether their
+        bits are those of other numbers, the setting `ranks` says by its `invariant`."""
+        cpu_threads = _as_count(cpu_threads, "cpu_threads")
+        self.num_ranks = num_ranks = _as_count(num_ranks, "num_ranks")
+        """Tensor parallel ranks; each is a member of a weight group."""
+        launched = launch(str(model_path), cpu_threads, settings, num_ranks)
+        self._ranks = EngineRanks(launched)
+        Finalize(self, self._ranks.kill, exitpriority=1)  # for those who do not close it
+        try:
+            self._ranks.start()
+        except BaseException:
+            self._ranks.kill()
+            raise
+
+    @property
+    def address(self) -> str:
+        """This machine, as the engine's processes reach it."""
+        return self._ranks.address
 
     def generate(
         self,
@@ -362,30 +209,25 @@ class RemoteEngine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process is there."""
-        return self._process.is_alive()
+        """Whether all of its processes are there."""
+        return self._ranks.is_alive
 
     @property
     def silent_s(self) -> float:
         """Seconds since the engine was last heard of between two steps, or idle: once a second."""
-        return self._pipe.silent_s
+        return self._ranks.silent_s
 
     def kill(self) -> None:
-        """End the process at once; who waits for it gets a RemoteEngineError."""
-        self._process.kill()
+        """End its processes at once; who waits for them gets a RemoteEngineError."""
+        self._ranks.kill()
 
     def death(self) -> RemoteEngineError:
-        """What callers of a process that has died are told."""
-        return self._pipe.death()
+        """What callers of an engine are told of which a process has died; all have ended then."""
+        return self._ranks.death()
 
     def close(self) -> None:
-        """End the process, and with it what is unfinished."""
-        with suppress(RemoteEngineError):
-            self._pipe.call(Stop())
-        self._process.join(_EXIT_S)
-        if self._process.is_alive():
-            self._process.kill()
-        self._pipe.close()
+        """End its processes, and with them what is unfinished."""
+        self._ranks.close()
 
     def _call(self, message: Message, progress: Progress | None = None) -> Any:
         """A call's result; progress knows of no tokens before."""
@@ -393,5 +235,5 @@ class RemoteEngine:
         return awaited(self._begin(message), tell)
 
     def _begin(self, message: Message, tell: Tell | None = None) -> Begun[Any]:
-        number, result = self._pipe.call(message, tell)
-        return result, lambda: self._pipe.call(Abandon(number))[1]
+        number, result = self._ranks.call(message, tell)
+        return result, lambda: self._ranks.call(Abandon(number))[1]

@@ -22,7 +22,7 @@ from conservation import Watch
 from samebit.recipes.cli import compose
 from samebit.recipes.models.tiny_model import make_random_model
 from samebit.recipes.run import report
-from samebit.rollout import remote
+from samebit.rollout import remote_ranks
 from samebit.rollout.engine import Engine
 from samebit.trainer.megatron.imports import lean_imports
 
@@ -157,7 +157,7 @@ def _forked_engines(forkserver):
     """This process starts engines so: to import torch takes longer than most tests. Runs in
     processes of their own start them as users' runs do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(remote, "CONTEXT", forkserver)
+        patch.setattr(remote_ranks, "CONTEXT", forkserver)
         yield
 
 

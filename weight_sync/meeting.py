@@ -78,6 +78,14 @@ def on_loopback(is_local: bool) -> Iterator[None]:
         yield
         return
     os.environ.setdefault(_NCCL_INTERFACE, "lo")
+    with gloo_on_loopback():
+        yield
+
+
+@contextmanager
+def gloo_on_loopback() -> Iterator[None]:
+    """Have gloo's groups that are made in the block stay on the loopback, unless the environment
+    names an interface."""
     given = os.environ.get(_GLOO_INTERFACE)
     os.environ.setdefault(_GLOO_INTERFACE, "lo")
     try:

@@ -95,7 +95,8 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
     at_once = max(len(run.rollout.places_of(refill)) for refill in (0, 1))
     at_once *= run.rollout.samples_per_prompt * run.rollout.most_stints
     draft = _draft_of(run, inputs)
-    engine_ranks = 1 if run.placement.engine == "process" else run.trainer.parallel.tensor
+    apart = run.placement.engine == "process"
+    engine_ranks = run.placement.engine_tensor if apart else run.trainer.parallel.tensor
     drafts = [] if draft is None else [draft.kv_layout] * engine_ranks
     dtype = resolve_dtype(None, resolved)
     kv_bytes = sum(layout.bytes_per_token(dtype) for layout in (model.kv_layout, *drafts))
@@ -133,9 +134,7 @@ def _ray_places(run: GrpoRun) -> dict[str, Any]:
     placement = run.placement
     if placement.launcher == "local":
         return {}
-    count, resources = run.num_processes, None
-    if placement.engine == "process":
-        count += placement.replicas
+    count, resources = run.num_processes + placement.num_engine_processes, None
     on_gpu = resolve_device(run.device).type == "cuda"
     if placement.ray_address is None:
         require_gpus(run, count)

@@ -12,7 +12,7 @@ from samebit.kernels.top_tokens import TopTokens
 from samebit.recipes.data.conversation import Response
 from samebit.recipes.launch.replicas import completion_of_plain, completion_to_plain
 from samebit.rollout.client import EngineClient, Progress
-from samebit.rollout.remote import RemoteEngineError
+from samebit.rollout.remote_ranks import RemoteEngineError
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion, Increment, SamplingParams
 from samebit.trainer.megatron.setup import TIMEOUT

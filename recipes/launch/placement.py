@@ -24,7 +24,8 @@ from samebit.rollout.device import resolve_device, why_not_releasable
 from samebit.rollout.engine import Engine
 from samebit.rollout.engine_pool import EnginePool
 from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.remote import Launcher, RemoteEngine, launch_here
+from samebit.rollout.remote import RemoteEngine
+from samebit.rollout.remote_ranks import Launcher, launch_here
 from samebit.rollout.runtime.weights import load_safetensors
 from samebit.trainer.megatron.critic import ActorCritic
 from samebit.trainer.megatron.trainer import MegatronTrainer
@@ -106,7 +107,7 @@ def require_transport(run: GrpoRun) -> None:
     by_ray = run.placement.ray_address is not None or is_on_ray()
     elsewhere = by_ray and (device.type == "cuda" or run.dry_run)
     if between_gpus and not elsewhere and launched_rank() == 0:  # beside which engines start
-        counts = run.placement.replicas, processes_here(run)
+        counts = run.placement.num_engine_processes, processes_here(run)
         if reason := why_not_here(name, device, *counts):
             raise ValueError(f"placement.transport: {reason}")
 
@@ -210,18 +211,19 @@ def _start_apart(
     device: torch.device,
     cluster: "RayEngines | None",
 ) -> RemoteEngine | EnginePool:
-    """The engine in a process of its own, or its replicas in one each: the whole model, which has
-    the bits of the trainer's tensor parallel ranks by tp_invariant."""
+    """The engine in processes of its own, or its replicas: which has the bits of other numbers of
+    tensor parallel ranks, as the trainer's, by tp_invariant."""
     placement, ranks = run.placement, RankGroup(invariant=run.numerics.tp_invariant)
+    size = placement.engine_tensor
 
     def start(place: int) -> RemoteEngine:
         launch: Launcher = launch_here
-        there = engine_device(placement.transport, device, place, processes_here(run))
+        there = engine_device(placement.transport, device, place * size, processes_here(run))
         if cluster is not None:
             there, launch = cluster.device, cluster.launcher(place)
         where: Any = {"device": there, "ranks": ranks}
         path = Path(run.model.path).absolute()  # another node may be in another folder
-        return RemoteEngine(path, run.cpu_threads, launch, config=config, **where)
+        return RemoteEngine(path, run.cpu_threads, launch, size, config=config, **where)
 
     if placement.replicas == 1:
         return start(0)

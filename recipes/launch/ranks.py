@@ -128,7 +128,7 @@ def require_gpus(run: Any, count: int) -> None:
     gpus = torch.cuda.device_count()
     if not (run.device or ("cuda" if gpus else "cpu")).startswith("cpu") and gpus < count:
         alone = count == num_processes(run)
-        who = f"trainer.parallel {'asks' if alone else 'and placement.replicas ask'}"
+        who = f"trainer.parallel {'asks' if alone else 'and placement ask'}"
         raise ValueError(
             f"{who} for {count} processes, each on a GPU of its own; torch finds {gpus}: give "
             "device=cpu or fewer"

@@ -41,7 +41,7 @@ class RayCluster:
     """Nodes of Ray, with places for a run's processes: bundles of a placement group.
 
     One for each tensor parallel group of the trainer's, which shares a node, and behind them one
-    for each engine of a process of its own.
+    for each engine apart, whose tensor parallel processes share one, too.
     """
 
     def __init__(self, run: GrpoRun | DemoRun, has_trainers: bool) -> None:
@@ -54,7 +54,7 @@ class RayCluster:
         grpo = run.grpo if isinstance(run, DemoRun) else run
         told = json.loads(os.environ.get(RAY_PLACES, "{}"))
         address = told.get("address", grpo.placement.ray_address)
-        engines = grpo.placement.replicas if grpo.placement.engine == "process" else 0
+        engines = grpo.placement.num_engine_processes
         self._environment = told.get("environment", environment_of_actors(os.environ))
         self._run = run
         self.tensor = grpo.trainer.parallel.tensor
@@ -74,7 +74,8 @@ class RayCluster:
                 if told:
                     self._group = ray.util.get_placement_group(told["group"])
                 else:
-                    sizes = [self.tensor] * self.num_groups + [1] * engines
+                    size = grpo.placement.engine_tensor
+                    sizes = [self.tensor] * self.num_groups + [size] * (engines // size)
                     self._group = self._place(sizes)
         except BaseException:
             self.close()

@@ -25,22 +25,32 @@ from samebit.recipes.launch.ray_connections import (
 )
 from samebit.recipes.launch.ray_package import LostActorError
 from samebit.rollout.engine_process import serve
-from samebit.rollout.remote import Launched, Launcher, RemoteEngineError
+from samebit.rollout.remote_ranks import Launched, Launcher, RemoteEngineError, settings_of
 from samebit.weight_sync.meeting import LOOPBACK
 
 
-class _Replica:
-    """The actor: an engine's process on one of Ray's nodes."""
+class _Rank:
+    """The actor: one of an engine's processes on one of Ray's nodes."""
 
-    def place(self) -> tuple[str, str, int]:
-        """Its node, that node's address, and its process."""
+    def place(self) -> tuple[str, str, int, list[str]]:
+        """Its node, that node's address, its process, and the GPUs that Ray has given it."""
         node = ray.get_runtime_context().get_node_id()
-        return node, ray.util.get_node_ip_address(), os.getpid()
+        gpus = list(map(str, ray.get_gpu_ids()))
+        return node, ray.util.get_node_ip_address(), os.getpid(), gpus
 
     def serve(
-        self, place: tuple[str, int], key: bytes, model_path: str, threads: int, settings: dict
+        self,
+        place: tuple[str, int],
+        key: bytes,
+        gpus: list[str],
+        model_path: str,
+        threads: int,
+        settings: dict,
     ) -> None:
-        """Serve an engine to whoever listens there and knows the key."""
+        """Serve an engine, whose ranks have these GPUs together and read each other's, to whoever
+        listens there and knows the key."""
+        if len(gpus) > 1:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         serve(connect(place, key), model_path, threads, settings)
 
 
@@ -78,36 +88,46 @@ class RayEngines:
 
     @property
     def device(self) -> torch.device:
-        """An engine's, as its actor sees it: Ray shows it one GPU."""
+        """Of an engine's first process, as its actor sees it: the engine's first GPU."""
         return torch.device("cuda", 0) if self._cluster.on_gpu else torch.device("cpu")
 
     def launcher(self, replica: int) -> Launcher:
         """The Launcher of a replica; it raises RemoteEngineError for an actor that dies there."""
 
-        def launch(model_path: str, threads: int, settings: dict[str, Any]) -> Launched:
+        def launch(
+            model_path: str, threads: int, settings: dict[str, Any], size: int
+        ) -> list[Launched]:
             try:
-                return self._launch(replica, model_path, threads, settings)
+                with starting(f"replica {replica}", self._cluster.name):
+                    return self._launch(replica, (model_path, threads), settings, size)
             except LostActorError as error:
                 raise RemoteEngineError(str(error)) from error
 
         return launch
 
     def _launch(
-        self, replica: int, model_path: str, threads: int, settings: dict[str, Any]
-    ) -> Launched:
-        cluster = self._cluster
-        with starting(f"replica {replica}", cluster.name):
-            actor = cluster.start_actor(_Replica, cluster.num_groups + replica)
-            try:
-                node, address, pid = ray.get(actor.place.remote(), timeout=PLACE_S)
-                arguments = model_path, threads, settings
-                served, connection = cluster.meet(node, actor.serve, *arguments)
-            except BaseException:
+        self, replica: int, arguments: tuple[str, int], settings: dict[str, Any], size: int
+    ) -> list[Launched]:
+        cluster, launched = self._cluster, list[Launched]()
+        place = cluster.num_groups + replica
+        actors = [cluster.start_actor(_Rank, place) for _ in range(size)]
+        try:
+            places = ray.get([actor.place.remote() for actor in actors], timeout=PLACE_S)
+            gpus = [gpu for *_, own in places for gpu in own]
+            for rank, (actor, (node, address, pid, _)) in enumerate(
+                zip(actors, places, strict=True)
+            ):
+                told = gpus, *arguments, settings_of(rank, settings)
+                served, connection = cluster.meet(node, actor.serve, *told)
+                here = cluster.address_from(node)
+                process = ActorProcess(actor, pid, served, connection)
+                where = here, "" if here == LOOPBACK else address
+                launched.append(Launched(process, connection, *where))
+        except BaseException:
+            for actor in actors:
                 end_actor(actor)
-                raise
-            here = cluster.address_from(node)
-            process = ActorProcess(actor, pid, served, connection)
-            return Launched(process, connection, here, "" if here == LOOPBACK else address)
+            raise
+        return launched
 
 
 @contextmanager

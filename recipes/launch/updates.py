@@ -61,15 +61,15 @@ class Source:
         self.step += 1
 
 
-def why_not_here(transport: str, device: torch.device, replicas: int = 1, trainers: int = 1) -> str:
+def why_not_here(transport: str, device: torch.device, engines: int = 1, trainers: int = 1) -> str:
     """What keeps one of TRANSPORTS from working between so many processes of this machine and so
-    many engines; "": nothing."""
+    many of engines; "": nothing."""
     entry, gpus = TRANSPORTS[transport], 0
     if device.type == "cuda":
         gpus = torch.cuda.device_count()
     if "one" not in entry.trainers:
         return f"{transport} is for trainers of several processes"
-    needed = trainers + replicas if entry.gpus > 1 else entry.gpus
+    needed = trainers + engines if entry.gpus > 1 else entry.gpus
     missing = f"{transport} needs CUDA devices: {needed}, there are {gpus}"
     return missing if needed > gpus else ""
 
@@ -77,8 +77,9 @@ def why_not_here(transport: str, device: torch.device, replicas: int = 1, traine
 def engine_device(
     transport: str, device: torch.device, place: int = 0, trainers: int = 1
 ) -> torch.device:
-    """Where the engine of a place, among its replicas, lives that gets its weights so: on the
-    sender's device, or on a GPU behind this machine's trainers if the transport is between two."""
+    """Where an engine's process of a place, among all of engines, lives that gets its weights so:
+    on the sender's device, or on a GPU behind this machine's trainers if the transport is between
+    two."""
     apart = transport in TRANSPORTS and TRANSPORTS[transport].gpus > 1
     return torch.device("cuda", trainers + place) if apart else device
 

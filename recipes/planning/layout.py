@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from samebit.recipes.models.shards import require_shards
 from samebit.recipes.plan_config import ClusterSection, PlanRun
 from samebit.rollout.models.config import ModelConfig
 from samebit.trainer.config import ParallelConfig, require
@@ -36,16 +37,16 @@ class Layout:
     cluster: ClusterSection
     engines_apart: int
     """Engines that have the GPUs behind the trainer's (placement=process by nccl)."""
+    engine_tensor: int
+    """So many GPUs share every layer of an engine."""
 
     @classmethod
     def of(cls, run: PlanRun, model: ModelConfig) -> "Layout":
         """Raises ValueError, which names the keys, for ranks that model or cluster cannot hold."""
         parallel, cluster = run.trainer.parallel, run.cluster
         make_stage(model, 0, parallel.pipeline, parallel.virtual_pipeline)
-        try:
-            model.param_specs((0, parallel.tensor))
-        except ValueError as error:
-            raise ValueError(f"trainer.parallel.tensor is {parallel.tensor}: {error}") from error
+        require_shards(model, parallel.tensor, "trainer.parallel.tensor")
+        require_shards(model, run.placement.engine_tensor, "placement.engine_tensor")
         entry = TRANSPORTS.get(run.placement.transport)
         meaning = f"one of {tuple(TRANSPORTS)}: what another sends is not known here"
         require(entry is not None, "placement.transport", run.placement.transport, meaning)
@@ -54,8 +55,9 @@ class Layout:
         meaning = "nccl with several processes of the trainer beside engines apart: no result says "
         meaning += "how fast another is"
         require(known, "placement.transport", run.placement.transport, meaning)
-        apart = run.placement.replicas * is_apart
-        layout, per_node = cls(parallel, cluster, apart), cluster.gpus_per_node
+        apart, size = run.placement.replicas * is_apart, run.placement.engine_tensor
+        layout = cls(parallel, cluster, apart, size if apart else parallel.tensor)
+        per_node = cluster.gpus_per_node
         least = layout.num_gpus if apart else 1
         meaning = f"at least {least} with placement.transport=nccl: one node has trainer and "
         meaning += "engines"
@@ -76,17 +78,12 @@ class Layout:
     @property
     def num_gpus(self) -> int:
         """The run takes so many GPUs."""
-        return self.parallel.num_processes + self.engines_apart
+        return self.parallel.num_processes + self.engines_apart * self.engine_tensor
 
     @property
     def num_engines(self) -> int:
         """So many engines share the prompts."""
         return self.engines_apart or self.parallel.num_processes // self.parallel.tensor
-
-    @property
-    def engine_tensor(self) -> int:
-        """So many GPUs share every layer of an engine; one apart has the whole model."""
-        return 1 if self.engines_apart else self.parallel.tensor
 
     def places(self) -> Iterator[Place]:
         """Every rank of the trainer."""
@@ -114,8 +111,10 @@ class Layout:
         if self.engines_apart:
             for place in found:
                 del place["engine"]
-        for engine in range(self.engines_apart):
+        for number in range(self.engines_apart * self.engine_tensor):
+            engine, tensor = divmod(number, self.engine_tensor)
             first = self.parallel.num_processes
-            node, gpu = divmod(first + engine, self.cluster.gpus_per_node)
-            found.append({"engine": engine, "node": node, "gpu": gpu, "trains": False})
+            node, gpu = divmod(first + number, self.cluster.gpus_per_node)
+            where = {"tensor": tensor, "node": node, "gpu": gpu}
+            found.append({"engine": engine, **where, "trains": False})
         return found

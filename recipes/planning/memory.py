@@ -84,7 +84,7 @@ def plan_memory(run: PlanRun, model: ModelConfig, layout: Layout, measured: Meas
     if layout.engines_apart:
         every["engine"] = dict.fromkeys(TAGS, 0) | {"runtime": RUNTIME_BYTES}
     elif run.placement.engine == "process":
-        every["trainer"]["runtime"] *= 1 + run.placement.replicas
+        every["trainer"]["runtime"] *= 1 + run.placement.num_engine_processes
     with_engine = ["engine"] if layout.engines_apart else list(trainers)
     if run.placement.transport != "alias":  # engines then have weights of their own
         whole = _num_elements(model.param_specs((0, layout.engine_tensor)))

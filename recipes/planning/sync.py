@@ -52,7 +52,7 @@ def plan_sync(run: PlanRun, model: ModelConfig, layout: Layout, links: Links) ->
             all_bytes = all_bytes // p.pipeline * p.tensor
         else:
             most = 0 if name == "alias" else held
-            all_bytes = most * layout.num_engines
+            all_bytes = most * layout.num_engines * layout.engine_tensor
         seconds = _seconds(name, held, layout, links)
         found.append(SyncPlan(name, held, most, all_bytes, seconds))
     return found
@@ -62,11 +62,11 @@ def pipeline_plan(model: ModelConfig, layout: Layout) -> TransferPlan:
     """Return the transfer plan of the first tensor ranks of one pipeline, which are its senders.
 
     Every one of them is a receiver too: it has a rank of an engine, of the whole model. The other
-    tensor ranks, and other pipelines, do the same side by side. An engine apart gets the parts of
-    all tensor ranks.
+    tensor ranks, and other pipelines, do the same side by side. A rank of an engine apart gets the
+    parts of all tensor ranks that hold some of its own.
     """
     size = layout.parallel.tensor
-    tensor_ranks = range(size // layout.engine_tensor)
+    tensor_ranks = range(max(1, size // layout.engine_tensor))
     senders = [
         _holding(stage_specs(model, (rank, size), stage))
         for stage in layout.stages(model)
@@ -94,5 +94,5 @@ def _seconds(name: str, held: int, layout: Layout, links: Links) -> float | None
     digest_s = held / (gpu.hbm_bytes_s * links.digest)
     if name == "alias":
         return digest_s
-    sent = held * max(1, layout.engines_apart / p.num_processes)
+    sent = held * max(1, layout.engines_apart * layout.engine_tensor / p.num_processes)
     return sent / rates[name] + digest_s if name in rates else None

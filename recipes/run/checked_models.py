@@ -9,6 +9,7 @@ from samebit.kernels.registry import attention_kind
 from samebit.recipes.config import GrpoRun
 from samebit.recipes.data.text import TextCodec, vocabulary_of
 from samebit.recipes.eagle3_config import TrainingRun
+from samebit.recipes.models.shards import require_shards
 from samebit.rollout.device import resolve_device
 from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.registry import has_value_head, load_model_config
@@ -26,7 +27,10 @@ def checked_model(run: TrainingRun) -> ModelConfig:
     fits = attention.is_invariant or not run.numerics.grad_segments
     meaning = "an invariant kind, such as canonical, with numerics.grad_segments"
     require(fits, "numerics.attention", run.numerics.attention, meaning)
-    return _checked_folder(run, run.model.path, run.trainer.parallel)
+    model = _checked_folder(run, run.model.path, run.trainer.parallel)
+    if isinstance(run, GrpoRun):
+        require_shards(model, run.placement.engine_tensor, "placement.engine_tensor")
+    return model
 
 
 def checked_critic(run: GrpoRun, model: ModelConfig) -> ModelConfig | None:
@@ -95,10 +99,7 @@ def _checked_folder(
 
 def _require_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     """ValueError for tensor ranks or stages that cannot share the model equally."""
-    try:
-        model.param_specs((0, parallel.tensor))
-    except ValueError as error:
-        raise ValueError(f"{parallel.key}.tensor is {parallel.tensor}: {error}") from error
+    require_shards(model, parallel.tensor, f"{parallel.key}.tensor")
     make_stage(model, 0, parallel.pipeline, parallel.virtual_pipeline, parallel.key)
 
 

@@ -107,10 +107,10 @@ class EngineLoop:
             raise
         self.between_steps(stop)
 
-    def follow(self) -> Leave:
-        """Do what rank 0 does in its block; what it says at the end."""
+    def follow(self, take_asked: Callable[[int], None]) -> Leave:
+        """Do what rank 0 does in its block; what it says at the end. See RequestBook.follow."""
         self.book.lockstep.begin(leads=False)
-        return self.between_steps(self.book.follow)
+        return self.between_steps(partial(self.book.follow, take_asked))
 
     # -- who drives ------------------------------------------------------------------------------
 

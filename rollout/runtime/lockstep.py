@@ -5,6 +5,9 @@ tell each other nothing. Concurrent callers reach each rank at another moment: t
 and before each step it tells the others what it did since the last one.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from samebit.kernels.reduce import RankGroup
 from samebit.rollout.messages import RankMessage, of_plain, to_plain
 from samebit.weight_sync.objects import gather_objects
@@ -48,6 +51,18 @@ class Lockstep:
         """Have the others do the same before their next step."""
         if self.leads:
             self._said.append(message)
+
+    @contextmanager
+    def alike(self, message: RankMessage) -> Iterator[None]:
+        """In the block all ranks make one call, which the others are told of by this message: what
+        is for every rank is allowed, and nothing of it is said."""
+        self.say(message)
+        self.meet()
+        leads, self.leads = self.leads, False
+        try:
+            yield
+        finally:
+            self.leads = leads
 
     def failed(self, error: BaseException) -> None:
         """Have the ranks compare what a step, or a drain, raised on each of them.

@@ -14,12 +14,14 @@ from samebit.kernels.reduce import RankGroup
 from samebit.rollout.messages import (
     AbortRequest,
     Admit,
+    Asked,
     Continue,
     Drain,
     FlushCache,
     Leave,
     Pause,
     RankMessage,
+    Step,
 )
 from samebit.rollout.runtime.call import Call
 from samebit.rollout.runtime.lockstep import Lockstep
@@ -197,16 +199,25 @@ class RequestBook:
         finally:
             self.lockstep.leads = False
 
-    def follow(self) -> Leave:
-        """Do what rank 0 does, until it leads no longer; what it says then."""
+    def ask[T](self, number: int, call: Callable[[], T]) -> T:
+        """The result of a call that every rank makes, which all were sent by this number."""
+        with self.lockstep.alike(Asked(number)):
+            return call()
+
+    def follow(self, take_asked: Callable[[int], None]) -> Leave:
+        """Do what rank 0 does, until it leads no longer; what it says then.
+
+        take_asked: does what was asked by a number, see Asked.
+        """
         while True:
             for message in self.lockstep.exchange():
                 if isinstance(message, Leave):
                     self._reports.clear()  # rank 0 has them
                     return message
-                self._repeat(message)
-            with suppress(Exception):  # rank 0's failed as well, or the next exchange says so
-                self.step()
+                if isinstance(message, Asked):
+                    take_asked(message.number)
+                else:
+                    self._repeat(message)
 
     # -- internals -------------------------------------------------------------------------------
 
@@ -228,8 +239,9 @@ class RequestBook:
         return samples
 
     def _step(self) -> list[RunningSample]:
-        self._weights.session.require_ready()
+        self.lockstep.say(Step())
         self.lockstep.meet()
+        self._weights.session.require_ready()
         return self._step_loop.advance(self._weights.version)
 
     def _drain(self) -> None:
@@ -296,8 +308,11 @@ class RequestBook:
             case Admit(requests, False):
                 for request in requests:
                     self.admit_for_step(request)
+            case Step():
+                with suppress(Exception):  # rank 0's failed as well, or the next exchange says so
+                    self.step()
             case Drain():
-                with suppress(Exception):  # as in follow
+                with suppress(Exception):  # as of a step
                     self._drain()
             case AbortRequest(request_id):
                 self._abort(request_id)

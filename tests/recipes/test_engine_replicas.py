@@ -26,9 +26,9 @@ def dying(monkeypatch, moments, signal_number=signal.SIGKILL):
             pools.extend([self] if isinstance(self, EnginePool) and not pools else [])
             if (name, counts[name]) in moments:
                 victim = pools[0].living[counts[name] % 2]
-                os.kill(victim._process.pid, signal_number)
+                os.kill(victim._ranks.processes[0].pid, signal_number)
                 if signal_number == signal.SIGKILL:
-                    victim._process.join()
+                    victim._ranks.processes[0].join()
                 deaths.append(name)
             return inner(self, *args)
 

@@ -14,7 +14,7 @@ from samebit.recipes.config import ConfigError
 from samebit.recipes.launch import launched
 from samebit.recipes.run.folder import RunFolder, standing_run
 from samebit.recipes.run.metrics import read_rows
-from samebit.rollout.remote import RemoteEngineError
+from samebit.rollout.remote_ranks import RemoteEngineError
 from samebit.weight_sync.disk import write_atomically
 
 # Both ranks are up, whose starts are counted, when rank 1 does what it does.

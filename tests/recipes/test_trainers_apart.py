@@ -24,7 +24,7 @@ from samebit.recipes.run.draws_ahead import DrawsAhead
 from samebit.recipes.run.generation import GenerateError
 from samebit.recipes.run.metrics import read_rows
 from samebit.recipes.run.signals import Stopped
-from samebit.rollout.remote import RemoteEngineError
+from samebit.rollout.remote_ranks import RemoteEngineError
 from samebit.trainer.config import ParallelConfig
 from samebit.trainer.megatron.setup import start_processes
 from samebit.trainer.megatron.trainer import MegatronTrainer

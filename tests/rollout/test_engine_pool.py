@@ -10,7 +10,8 @@ from helpers import make_prompts, outcomes
 
 from samebit.rollout.engine import Engine
 from samebit.rollout.engine_pool import EnginePool
-from samebit.rollout.remote import RemoteEngine, RemoteEngineError, launch_here
+from samebit.rollout.remote import RemoteEngine
+from samebit.rollout.remote_ranks import RemoteEngineError, launch_here
 from samebit.rollout.types import SamplingParams
 
 PROMPTS = make_prompts(5, 16, 70, 1, 33) * 2
@@ -133,7 +134,7 @@ def test_samples_of_the_dead_are_drawn_by_the_others(pool, truth):
     assert successor is not victim
     assert outcomes(pool.generate(PROMPTS, PARAMS, IDS)) == outcomes(truth)
 
-    os.kill(other._process.pid, signal.SIGSTOP)
+    os.kill(other._ranks.processes[0].pid, signal.SIGSTOP)
     assert outcomes(pool.generate(PROMPTS, PARAMS, IDS)) == outcomes(truth)
     assert not other.is_alive
     assert pool.living == (successor,)
@@ -154,7 +155,7 @@ def test_who_does_not_answer_between_draws_is_killed(qwen3_path):
     """What is asked after every draw waits for no replica that stands still."""
     with closing(start_pool(qwen3_path, 1, timeout_s=3.0, max_restarts=0)) as pool:
         [victim] = pool.living
-        os.kill(victim._process.pid, signal.SIGSTOP)
+        os.kill(victim._ranks.processes[0].pid, signal.SIGSTOP)
         assert pool.accept_lengths is None
         assert pool.living == ()
         assert pool.num_restarts == 1
@@ -165,10 +166,10 @@ def test_one_that_dies_as_it_starts_is_replaced(qwen3_path, truth):
     lives = iter([False, True, False, False])
 
     def launch(*arguments):
-        launched = launch_here(*arguments)
+        [launched] = launch_here(*arguments)
         if not next(lives):
             launched.process.kill()
-        return launched
+        return [launched]
 
     with closing(start_pool(qwen3_path, 1, launch, max_restarts=2)) as pool:
         assert pool.num_restarts == 1

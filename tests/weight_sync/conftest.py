@@ -72,7 +72,7 @@ def remote(qwen3_path):
     engine = RemoteEngine(qwen3_path, device="cpu", kv_cache_tokens=1024)
     yield engine
     engine.close()
-    assert engine._process.exitcode == 0, "close leaves a process behind"
+    assert engine._ranks.processes[0].exitcode == 0, "close leaves a process behind"
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from helpers import outcomes
 from samebit.recipes.models.tiny_model import write_config, write_weights
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
-from samebit.rollout.remote import RemoteEngine, RemoteEngineError
+from samebit.rollout.remote import RemoteEngine
+from samebit.rollout.remote_ranks import RemoteEngineError
 from samebit.rollout.runtime.weights import load_safetensors
 from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.digest import weights_digest
@@ -140,8 +141,8 @@ def test_an_engine_that_dies_in_mid_transfer_is_noticed(versions, way):
     move = data.move
 
     def move_to_the_dead(*args):
-        os.kill(engine._process.pid, signal.SIGKILL)
-        engine._process.join()
+        os.kill(engine._ranks.processes[0].pid, signal.SIGKILL)
+        engine._ranks.processes[0].join()
         return move(*args)
 
     data.move = move_to_the_dead

@@ -19,7 +19,8 @@ from samebit.rollout import engine_process
 from samebit.rollout.client import stream_of
 from samebit.rollout.engine import Engine
 from samebit.rollout.messages import Ask, Done, Generate, Score
-from samebit.rollout.remote import RemoteEngine, RemoteEngineError, _Pipe
+from samebit.rollout.remote import RemoteEngine
+from samebit.rollout.remote_ranks import RemoteEngineError, _Pipe
 from samebit.rollout.runtime.requests import scores_of
 from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
@@ -35,8 +36,8 @@ def engine(old):
 
 
 def kill(engine):
-    os.kill(engine._process.pid, signal.SIGKILL)
-    engine._process.join()
+    os.kill(engine._ranks.processes[0].pid, signal.SIGKILL)
+    engine._ranks.processes[0].join()
 
 
 def test_errors_of_a_remote_engine_are_those_of_a_local_one(remote):
@@ -51,7 +52,7 @@ def test_errors_of_a_remote_engine_are_those_of_a_local_one(remote):
 def test_signals_to_a_group_are_the_parents_to_judge(remote):
     """Ctrl-C reaches every process of a terminal; the engine's ends when it is told to."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        os.kill(remote._process.pid, number)
+        os.kill(remote._ranks.processes[0].pid, number)
     assert remote.score(PROMPTS[:1]) == remote.score(PROMPTS[:1])
 
 
@@ -124,17 +125,18 @@ def test_a_call_that_is_interrupted_is_aborted(remote, old, monkeypatch):
 
 def test_a_call_that_is_interrupted_as_it_goes_out(remote, monkeypatch):
     """Its answer, which nobody waits for, is no end of the answers."""
-    send = remote._pipe._connection.send
+    [pipe] = remote._ranks._pipes
+    send = pipe._connection.send
 
     def interrupted(message):
         send(message)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(remote._pipe._connection, "send", interrupted)
+        patch.setattr(pipe._connection, "send", interrupted)
         with pytest.raises(KeyboardInterrupt):
             remote.score(PROMPTS[:1])
-    waiting = remote._pipe.call(Score(PROMPTS[:1], 1.0))[1]
+    waiting = remote._ranks.call(Score(PROMPTS[:1], 1.0))[1]
     assert scores_of(waiting.result(timeout=60)) == remote.score(PROMPTS[:1])
 
 
@@ -343,7 +345,7 @@ def test_close_does_not_wait_for_what_is_unfinished(old):
     engine.close()
     waiting.join(timeout=60)
     assert not waiting.is_alive()
-    assert engine._process.exitcode == 0
+    assert engine._ranks.processes[0].exitcode == 0
 
 
 def test_a_remote_engine_of_a_missing_model_says_so(tmp_path):

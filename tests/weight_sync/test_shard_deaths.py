@@ -10,7 +10,8 @@ import pytest
 from serving import PARAMS, PROMPTS, serves
 from shard_ends import make_group, make_receiver, make_sender, recovers, send, source_of
 
-from samebit.rollout.remote import RemoteEngine, RemoteEngineError
+from samebit.rollout.remote import RemoteEngine
+from samebit.rollout.remote_ranks import RemoteEngineError
 from samebit.weight_sync.buckets import cut_buckets, pack
 from samebit.weight_sync.meeting import loopback_listener
 from samebit.weight_sync.transports.peers import GlooPeers
@@ -251,20 +252,20 @@ def test_a_frozen_engine_is_given_up_after_the_timeout(old, new):
     transport = GlooTransport(source_of(new), engine, timeout_s=2.0)
     transport.begin(1)
     transport._timeout_s = transport._last_words_s = 1.0  # now that they have met
-    os.kill(engine._process.pid, signal.SIGSTOP)
+    os.kill(engine._ranks.processes[0].pid, signal.SIGSTOP)
     with pytest.raises(WeightSyncError, match="the engine said nothing for 1 s"):
         transport.abort("no more")
     with pytest.raises(ValueError, match="rank 1 has not come within 1 s"):
         transport.begin(2)
     transport.close()
-    os.kill(engine._process.pid, signal.SIGCONT)
+    os.kill(engine._ranks.processes[0].pid, signal.SIGCONT)
     kill(engine)
     engine.close()
 
 
 def kill(engine):
-    os.kill(engine._process.pid, signal.SIGKILL)
-    engine._process.join()
+    os.kill(engine._ranks.processes[0].pid, signal.SIGKILL)
+    engine._ranks.processes[0].join()
 
 
 def test_an_engine_process_that_dies_is_reported(old, new):
@@ -274,7 +275,7 @@ def test_an_engine_process_that_dies_is_reported(old, new):
     transport.begin(1)
     transport.send(new.params)
     kill(engine)
-    message = f"the engine's process {engine._process.pid} ended with code -9"
+    message = f"the engine's process {engine._ranks.processes[0].pid} ended with code -9"
     with pytest.raises(RemoteEngineError, match=message):
         transport.commit(new.digest)
     with pytest.raises(RemoteEngineError, match=message):

@@ -174,7 +174,7 @@ class RemoteTransport(Transport):
             beside(
                 partial(member.join_weight_transport, address, port, i, size, self.backend, *known)
             )
-            for i, member in enumerate(self._members, start=trainers.size)
+            for i, member in self._places()
         ]
         made = beside(make_sender)
         wait([*joining, made], return_when=FIRST_EXCEPTION)
@@ -191,7 +191,15 @@ class RemoteTransport(Transport):
         there = [address for address in (self._address, *reached) if not is_loopback(address)]
         listeners.append(listener_at(there[0] if there else LOOPBACK))
         address, port = listeners[0].getsockname()[:2]
-        return address, port, secrets.token_hex(32), self._trainers.size + len(self._members)
+        size = self._trainers.size + sum(map(_num_ranks, self._members))
+        return address, port, secrets.token_hex(32), size
+
+    def _places(self) -> Iterator[tuple[int, Any]]:
+        """The engines, each with the rank of its first process, behind the trainers."""
+        rank = self._trainers.size
+        for member in self._members:
+            yield rank, member
+            rank += _num_ranks(member)
 
     def _answer(self) -> None:
         """Raise what ended the engine's part of an update that has ended here."""
@@ -230,6 +238,11 @@ class RemoteTransport(Transport):
 def _members(engine: Any) -> tuple[Any, ...]:
     """Those that take part in an update: an engine, or all of its replicas. None has none."""
     return () if engine is None else getattr(engine, "replicas", (engine,))
+
+
+def _num_ranks(member: Any) -> int:
+    """How many processes of the weight group an engine is: its tensor parallel ranks."""
+    return getattr(member, "num_ranks", 1)
 
 
 class GlooTransport(RemoteTransport):
