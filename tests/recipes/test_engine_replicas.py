@@ -10,12 +10,14 @@ import pytest
 from samebit.rollout.engine_pool import EnginePool
 from samebit.weight_sync.transports.shards import ShardSender
 
+INVARIANT = ("numerics.tp_invariant=true", "trainer.num_steps=3")
 REPLICAS = ("placement=process", "placement.replicas=2")
 
 
-def dying(monkeypatch, moments, signal_number=signal.SIGKILL):
-    """Send a replica a signal each time that one of `moments` comes: the count-th time that a pool
-    takes what was drawn ("_take"), or that weights are about to move ("send"). Those that came."""
+def dying(monkeypatch, moments, signal_number=signal.SIGKILL, rank=0):
+    """Send a replica's process a signal each time that one of `moments` comes: the count-th time
+    that a pool takes what was drawn ("_take"), or that weights are about to move ("send"). Those
+    that came."""
     pools, deaths, counts = [], [], Counter()
 
     def watch(owner, name):
@@ -26,9 +28,10 @@ def dying(monkeypatch, moments, signal_number=signal.SIGKILL):
             pools.extend([self] if isinstance(self, EnginePool) and not pools else [])
             if (name, counts[name]) in moments:
                 victim = pools[0].living[counts[name] % 2]
-                os.kill(victim._ranks.processes[0].pid, signal_number)
+                process = victim._ranks.processes[rank]
+                os.kill(process.pid, signal_number)
                 if signal_number == signal.SIGKILL:
-                    victim._ranks.processes[0].join()
+                    process.join()
                 deaths.append(name)
             return inner(self, *args)
 
@@ -46,6 +49,18 @@ def random_moments(seed):
     return [("_take", rng.randrange(1, 13)), rng.choice(late)]
 
 
+TWO = (*REPLICAS, *INVARIANT, "placement.engine_tensor=2")
+
+
+@pytest.fixture(scope="module")
+def invariant(make_runs, tmp_path_factory):
+    """What one process gives that trains and draws under tp_invariant; all is compared."""
+    result = make_runs(tmp_path_factory.mktemp("invariant")).train("colocated", *INVARIANT)
+    assert result[0]["logprob_mismatches"] == 0
+    assert result[0]["logprob_tokens_compared"] > 100
+    return result
+
+
 @pytest.mark.parametrize(
     "moments",
     [
@@ -61,6 +76,26 @@ def test_deaths_change_no_bit(runs, base, monkeypatch, moments):
     assert sorted(deaths) == sorted(name for name, _ in moments)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("words", "moments", "number"),
+    [
+        (("placement=process",), [], signal.SIGKILL),
+        (("placement=process", "placement.delta=true"), [], signal.SIGKILL),
+        (REPLICAS, [("_take", 7), ("send", 3)], signal.SIGKILL),
+        ((*REPLICAS, "placement.replica_timeout_s=10"), [("_take", 7)], signal.SIGSTOP),
+        ((*REPLICAS, "placement.launcher=ray"), [("_take", 7), ("send", 3)], signal.SIGKILL),
+    ],
+    ids=["one", "delta", "two die", "one stands still", "ray, two die"],
+)
+def test_engines_of_two_processes(runs, invariant, monkeypatch, words, moments, number):
+    """To the bit what one process trains and draws; a replica is lost with any of its ranks."""
+    came = dying(monkeypatch, moments, number, rank=1)
+    own = *INVARIANT, *words, "placement.engine_tensor=2"
+    assert runs.train("ranks", *own) == invariant
+    assert sorted(came) == sorted(name for name, _ in moments)
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
@@ -68,6 +103,19 @@ def test_deaths_change_no_bit(runs, base, monkeypatch, moments):
         (["placement.replicas=2"], "1 with placement.transport 'alias'"),
         (["placement=process", "placement.transport=file", "placement.replicas=2"], "'file', or"),
         ([*REPLICAS, "placement.transport=nccl"], "nccl needs CUDA devices: 3, there are 0"),
+        ([*TWO, "placement.transport=nccl"], "nccl needs CUDA devices: 5, there are 0"),
+        (
+            [*REPLICAS, "placement.engine_tensor=2"],
+            "engine_tensor is 2; it must be 1 with placement.e",
+        ),
+        ([*TWO[:-1], "placement.engine_tensor=3"], "engine_tensor is 3; it must be 1, 2, 4 or 8"),
+        ([*TWO[:-1], "placement.engine_tensor=8"], "engine_tensor is 8: .* kv heads = 2 does not"),
+        ([*TWO[:-1], "placement.engine_tensor=0"], "engine_tensor is 0; it must be positive"),
+        (["placement.engine_tensor=2"], "1 with placement.transport 'alias', or the transport one"),
+        (
+            [*TWO, "placement.transport=ipc", "placement.replicas=1"],
+            "1 with placement.transport 'ipc",
+        ),
         ([*REPLICAS, "placement.replica_timeout_s=0"], "replica_timeout_s is 0"),
         ([*REPLICAS, "placement.max_restarts=-1"], "max_restarts is -1; it must be 0 or more"),
         (["placement.max_restarts=5"], "max_restarts is 5; it must be 3 with one replica"),
