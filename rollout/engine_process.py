@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 _TIMEOUT = timedelta(hours=4)
 """That ranks wait for each other: one may load or receive weights for long. Who dies is seen."""
 _BEAT_S = 1.0
+PARTED = os.EX_SOFTWARE
+"""The exit code of a rank that has lost the others, or they it."""
 START = 0
 """The number of what is of no call: whether the engine could be made, and its beats."""
 
@@ -213,7 +215,7 @@ class _Server:
 def _part(error: Exception) -> NoReturn:
     """End a rank without the others, which would be waited for on any other way out."""
     logger.error("a tensor parallel rank of the engine ends: %s", error)
-    os._exit(os.EX_SOFTWARE)
+    os._exit(PARTED)
 
 
 def _portable(error: BaseException) -> BaseException:

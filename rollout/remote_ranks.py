@@ -13,14 +13,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 import torch
 
 from samebit.rollout.client import Tell
-from samebit.rollout.engine_process import START, serve_parent
+from samebit.rollout.engine_process import PARTED, START, serve_parent
 from samebit.rollout.messages import Answer, Ask, Beat, Done, Drew, Meet, Message, Stop
 from samebit.rollout.runtime.call import uncancelled
 from samebit.weight_sync.failures import CrashError
@@ -106,10 +105,10 @@ class _Pipe:
     `started` is the first answer: whether the engine could be made.
     """
 
-    def __init__(self, launched: Launched, died: Callable[[], RemoteEngineError]) -> None:
-        """died: called at the end of the process, which has come or is at hand: what to say."""
+    def __init__(self, launched: Launched, death: Callable[[], RemoteEngineError]) -> None:
+        """death: asked at the end of the process, which has come or is at hand: what to say."""
         self._connection, self._process = launched.connection, launched.process
-        self._died = died
+        self._death = death
         self._heard_at = time.monotonic()
         self._lock = threading.Lock()  # of a call's registration and its message
         self.started = uncancelled()
@@ -123,14 +122,14 @@ class _Pipe:
         result = uncancelled()
         with self._lock:
             if self._ended:
-                raise self._died()
+                raise self._death()
             self._waiting[number] = (result, tell)
             try:
                 self._connection.send((number, message))
             except BaseException as error:
                 self._waiting.pop(number, None)
                 if isinstance(error, OSError):
-                    raise self._died() from error
+                    raise self._death() from error
                 raise
         return result
 
@@ -163,7 +162,7 @@ class _Pipe:
             self._process.kill()
         with self._lock:
             self._ended = True
-        death = self._died()
+        death = self._death()
         death.__cause__ = unreadable
         for result, _ in self._waiting.values():
             result.set_exception(death)
@@ -194,11 +193,12 @@ class EngineRanks:
         self.processes = [each.process for each in launched]
         self.address = launched[0].address
         self._launched = launched
-        self._lost: Launched | None = None  # the first that was seen to have ended
+        self._lost: Launched | None = None
+        self._burying = threading.Lock()
         self._is_closing = False
         self._numbers = itertools.count(START + 1)
         self._sending = threading.Lock()  # to several: what all ranks do has one order
-        self._pipes = [_Pipe(each, partial(self._died, each)) for each in launched]
+        self._pipes = [_Pipe(each, self.death) for each in launched]
         self._store: Any = None  # where several ranks meet; as long as they live
 
     def start(self) -> None:
@@ -244,15 +244,12 @@ class EngineRanks:
 
     def death(self) -> RemoteEngineError:
         """What to say of the end of one, which has come or is at hand: all have ended then."""
-        deadline = time.monotonic() + _EXIT_CODE_S
-        while self.is_alive and time.monotonic() < deadline:
-            time.sleep(0.01)
-        dead = (each for each in self._launched if not each.process.is_alive())
-        self._lost = lost = self._lost or next(dead, self._launched[0])
-        for process in () if self._is_closing else self.processes:
-            if process is not lost.process:
-                process.kill()
-                process.join(_EXIT_CODE_S)
+        with self._burying:
+            lost = self._lost = self._lost or self._find_lost()
+            for process in () if self._is_closing else self.processes:
+                if process is not lost.process:
+                    process.kill()
+                    process.join(_EXIT_CODE_S)
         where = f" on {lost.node}" if lost.node else ""
         code = lost.process.exitcode
         how = "" if code is None else f" with code {code}"
@@ -270,9 +267,14 @@ class EngineRanks:
         for pipe in self._pipes:
             pipe.close()
 
-    def _died(self, launched: Launched) -> RemoteEngineError:
-        self._lost = self._lost or launched
-        return self.death()
+    def _find_lost(self) -> Launched:
+        """The one that has ended, or is about to; of several who did not merely follow another."""
+        deadline = time.monotonic() + _EXIT_CODE_S
+        while self.is_alive and time.monotonic() < deadline:
+            time.sleep(0.01)
+        dead = [each for each in self._launched if not each.process.is_alive()]
+        followed = [each for each in dead if each.process.exitcode == PARTED]
+        return next((each for each in dead if each not in followed), (*dead, self._launched[0])[0])
 
 
 def _of_all(results: Sequence[Future[Any]]) -> Future[Any]:

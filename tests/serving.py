@@ -1,7 +1,8 @@
-"""Engines of this process, and what they make of some prompts."""
+"""Engines of this process, what they make of some prompts, and how they fail."""
 
 from helpers import outcomes
 
+from samebit.kernels.reduce import RankGroup
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
 
@@ -9,8 +10,12 @@ PROMPTS = [[5, 9, 200, 31], [7], [5, 9, 200, 31, 8, 8]]
 PARAMS = SamplingParams(n=2, max_new_tokens=12, ignore_eos=True)
 
 
-def local_engine(folder):
-    return Engine(folder, device="cpu", kv_cache_tokens=1024)
+SETTINGS = {"device": "cpu", "kv_cache_tokens": 1024, "ranks": RankGroup(invariant=True)}
+"""With which engines of any number of tensor parallel ranks serve the same bits."""
+
+
+def local_engine(folder, **settings):
+    return Engine(folder, **SETTINGS | settings)
 
 
 def served(engine):
@@ -20,3 +25,13 @@ def served(engine):
 
 def serves(engine, version, expected):
     return served(engine) == expected[version.digest]
+
+
+def fail_on(engine, *ranks):
+    """Have steps fail on these ranks, from here on."""
+
+    def fail(flight):
+        raise RuntimeError("a card fell off")
+
+    if engine.ranks.rank in ranks:
+        engine.step_loop._take_in = fail

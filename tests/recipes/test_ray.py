@@ -116,7 +116,7 @@ def test_a_failed_run_leaves_no_ray(runs, base, monkeypatch):
         ([*RAY, "placement.ray_address=head"], "'head'; it must be auto, or host:port"),
         (
             [*RAY, "trainer.parallel.tensor=2"],
-            "with trainer.parallel.tensor=2 unless numerics.tp_invariant=true",
+            "and trainer.parallel.tensor=2 unless numerics.tp_invariant=true",
         ),
         ([*RAY, "placement.transport=nccl"], "nccl needs CUDA devices: 3, there are 0"),
     ],

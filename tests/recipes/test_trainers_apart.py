@@ -37,6 +37,7 @@ from samebit.weight_sync.transports.group import WeightGroup
 from samebit.weight_sync.transports.trainer_ranks import TrainerRanks
 from samebit.weight_sync.types import LostMemberError, WeightSyncError
 
+PAIR = "placement.engine_tensor=2"
 WORDS = ("trainer.parallel.data=2", "trainer.num_steps=3")
 APART = ("placement=process", "placement.replicas=2")
 SEGMENTS = ("numerics.grad_segments=2", "trainer.num_steps=3")
@@ -324,11 +325,19 @@ def test_stages_of_a_pipeline_and_an_engine_apart(runs, run_ranks):
         pytest.param(4, ("data=2",), APART, marks=LONG),
         pytest.param(4, ("context=2",), ("placement=process",), marks=LONG),
         pytest.param(4, ("pipeline=2",), APART, marks=LONG),
+        pytest.param(2, (), ("placement=process", PAIR), marks=LONG),
+        pytest.param(2, (), (*APART, PAIR, "numerics.tp_invariant=false"), marks=LONG),
+        pytest.param(2, (), (*APART, PAIR, *ONLINE), marks=LONG),
+        pytest.param(4, ("pipeline=2",), (*APART, PAIR, "placement.delta=true"), marks=LONG),
     ],
-    ids=["one", "sequence, delta", "ray", "draft", "data", "context", "pipeline"],
+    ids=[
+        *("one", "sequence, delta", "ray", "draft", "data", "context", "pipeline"),
+        *("pair", "pairs, one size", "pairs, draft", "pairs, pipeline, delta"),
+    ],
 )
 def test_tensor_parallel_trainers_and_engines_apart(runs, run_ranks, size, layout, words):
-    """Each sends its part of every layer; an engine has the whole model in one process."""
+    """Each sends its part of every layer; an engine has the whole model in one process, or each of
+    its processes a part."""
     own = [*TENSOR, *(f"trainer.parallel.{key}" for key in layout)]
     beside = ["placement.transport=stages"] if "pipeline=2" in layout else []
     beside += [word for word in words if not word.startswith("placement")]
@@ -343,13 +352,13 @@ def test_tensor_parallel_trainers_and_engines_apart(runs, run_ranks, size, layou
 
 @LONG
 def test_tensor_parallel_trainers_and_draws_ahead(runs, run_ranks):
-    """Two copies, each of two processes, beside two engines, all of which die once and go on: as
-    one copy beside one engine."""
+    """Two copies, each of two processes, beside two engines, of two as well, all of which die once
+    and go on: as one copy beside one engine."""
     own = *TENSOR, SEGMENTS[0], *STALE, "trainer.num_steps=4"
     codes, said = run_ranks(runs.arguments("one", *own))
     assert codes == [0, 0], said
     target = ("test_trainers_apart", "run_until_the_third_update")
-    four = *own, "trainer.parallel.data=2", "placement.replicas=2"
+    four = *own, "trainer.parallel.data=2", "placement.replicas=2", PAIR
     codes, said = run_ranks(runs.arguments("two", *four), 4, target)
     assert codes == [9] * 4, said
     codes, said = run_ranks(runs.arguments("two", *four, "resume=true"), 4)
@@ -362,7 +371,11 @@ def test_tensor_parallel_trainers_and_draws_ahead(runs, run_ranks):
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ("trainer.parallel.tensor=2", "=2 unless numerics.tp_invariant=true: an engine apart has"),
+        ("trainer.parallel.tensor=2", "=2 unless numerics.tp_invariant=true: another number of"),
+        (
+            PAIR,
+            "2; it must be 1 with placement.engine=process and trainer.parallel.tensor=1 ",
+        ),
         ("placement.transport=ipc placement.replicas=1", "gloo or nccl with placement=process and"),
         ("placement.transport=a:B", "gloo or nccl with placement=process and 2 processes of the"),
         ("placement.transport=nccl", "nccl needs CUDA devices: 4, there are 0"),

@@ -1,11 +1,12 @@
 """Two versions of one model's weights, and an engine in a process of its own."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
-from serving import local_engine, served
+from serving import SETTINGS, local_engine, served
 
 from samebit.recipes.models.tiny_model import write_weights
 from samebit.rollout.models.registry import load_model_config
@@ -66,13 +67,29 @@ def expected(old, new):
     return found
 
 
+@contextmanager
+def remote_engine(folder, num_ranks):
+    engine = RemoteEngine(folder, num_ranks=num_ranks, **SETTINGS)
+    yield engine
+    engine.close()
+    codes = [process.exitcode for process in engine._ranks.processes]
+    assert codes == [0] * num_ranks, "close leaves a process behind"
+
+
 @pytest.fixture(scope="module")
 def remote(qwen3_path):
     """One engine's process for a module; tests leave it with whole weights."""
-    engine = RemoteEngine(qwen3_path, device="cpu", kv_cache_tokens=1024)
-    yield engine
-    engine.close()
-    assert engine._ranks.processes[0].exitcode == 0, "close leaves a process behind"
+    with remote_engine(qwen3_path, 1) as engine:
+        yield engine
+
+
+@pytest.fixture(
+    scope="module", params=[1, pytest.param(2, marks=pytest.mark.long)], ids=["one", "pair"]
+)
+def remote_of_any_size(request, qwen3_path):
+    """As `remote`; also of two tensor parallel ranks."""
+    with remote_engine(qwen3_path, request.param) as engine:
+        yield engine
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import torch
 from helpers import outcomes
 from serving import local_engine
 
-from samebit.rollout.engine import Engine
 from samebit.rollout.models.registry import load_model_config
 from samebit.rollout.runtime.weights import load_safetensors
 from samebit.rollout.types import SamplingParams
@@ -110,6 +109,11 @@ def holds(engine, params):
 
 def digest_of(version, params):
     return weights_digest(version.specs, params)
+
+
+@pytest.fixture(scope="module")
+def remote(remote_of_any_size):
+    return remote_of_any_size
 
 
 @pytest.fixture
@@ -322,11 +326,13 @@ def test_an_engine_of_another_process_takes_deltas(remote, new):
         transport.lease(step)
         assert transport.update(params, known) == WeightVersion(step, known)
         sent.append(transport.sent_bytes)
-    assert sent == [all_bytes(new), *[8 * count] * 3]
-    fresh = Engine(new.folder, weights=few, device="cpu", kv_cache_tokens=1024)
+    of_all = sum(p.nbytes for p in new.params.values() if p.dim() == 1)  # norms, on every rank
+    whole = all_bytes(new) + (remote.num_ranks - 1) * of_all
+    assert sent == [whole, *[8 * count] * 3]
+    fresh = local_engine(new.folder, weights=few)
     assert outcomes(remote.generate(prompt, drawing)) == outcomes(fresh.generate(prompt, drawing))
     transport.close()
     transport.lease(5)
     transport.update(new.params, new.digest)
-    assert transport.sent_bytes == all_bytes(new)
+    assert transport.sent_bytes == whole
     transport.close()

@@ -4,10 +4,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import serving
 import torch
 from helpers import assert_same_bits
 from pauses import add, finish, step_until
-from serving import served
+from serving import local_engine, served
 
 from samebit.kernels.memory import ReleasedError
 from samebit.recipes.verification.speculation import write_random_draft
@@ -27,7 +28,7 @@ from samebit.weight_sync.transports.remote import GlooTransport
 from samebit.weight_sync.transports.with_draft import WithDraft
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
-SETTINGS = {"device": "cpu", "kv_cache_tokens": 1024, "adaptive_drafts": False}
+SETTINGS = serving.SETTINGS | {"adaptive_drafts": False}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def engine(make):
 
 @pytest.fixture(scope="module")
 def truth(qwen3_path):
-    return served(Engine(qwen3_path, device="cpu", kv_cache_tokens=1024))
+    return served(local_engine(qwen3_path))
 
 
 def guesses(engine, draw=served):
@@ -250,7 +251,7 @@ def test_selectors(engine, qwen3_path):
         engine.begin_weight_update("drafter")
     with pytest.raises(ValueError, match="selector 'all' is unknown; use one of target, draft"):
         engine.copy_weights({}, 1, selector="all")
-    alone = Engine(qwen3_path, device="cpu", kv_cache_tokens=1024)
+    alone = local_engine(qwen3_path)
     assert alone.draft_version is None
     for call in (alone.begin_weight_update, alone.weight_report, alone.digest):
         with pytest.raises(WeightSyncError, match="'draft': no draft model is served, the target"):
@@ -369,9 +370,13 @@ def test_a_draft_that_is_refused_leaves_the_target_served(engine, draft, new, ex
     assert engine.draft_version == WeightVersion(1, source.digest())
 
 
-def test_an_engine_in_another_process(qwen3_path, folder, draft, old, new, expected, tmp_path):
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.long)], ids=["one", "pair"])
+def test_an_engine_in_another_process(
+    qwen3_path, folder, draft, old, new, expected, tmp_path, size
+):
     """Target and draft each over a weight group of their own, and by folders."""
-    remote = RemoteEngine(qwen3_path, speculative="eagle3", draft_model=str(folder), **SETTINGS)
+    drafting = {"speculative": "eagle3", "draft_model": str(folder), "num_ranks": size}
+    remote = RemoteEngine(qwen3_path, **drafting, **SETTINGS)
     try:
         source, side = Weights(draft.specs, seed=3), DraftSide(remote)
         target = SimpleNamespace(step=0, params=new.params, specs=new.specs)

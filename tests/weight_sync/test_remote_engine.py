@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from callers import parts_of, put_together
 from helpers import assert_same_bits, outcomes
+from serving import SETTINGS, fail_on, local_engine
 
 from samebit.rollout import engine_process
 from samebit.rollout.client import stream_of
@@ -31,13 +32,25 @@ ENDLESS = SamplingParams(max_new_tokens=1000, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
+def remote(remote_of_any_size):
+    return remote_of_any_size
+
+
+@pytest.fixture(scope="module")
 def engine(old):
-    return Engine(old.folder, device="cpu", kv_cache_tokens=1024)
+    return local_engine(old.folder)
+
+
+SIZES = pytest.mark.parametrize(
+    "size", [1, pytest.param(2, marks=pytest.mark.long)], ids=["one", "pair"]
+)
 
 
 def kill(engine):
-    os.kill(engine._ranks.processes[0].pid, signal.SIGKILL)
-    engine._ranks.processes[0].join()
+    """Its last rank."""
+    process = engine._ranks.processes[-1]
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
 
 
 def test_errors_of_a_remote_engine_are_those_of_a_local_one(remote):
@@ -125,7 +138,7 @@ def test_a_call_that_is_interrupted_is_aborted(remote, old, monkeypatch):
 
 def test_a_call_that_is_interrupted_as_it_goes_out(remote, monkeypatch):
     """Its answer, which nobody waits for, is no end of the answers."""
-    [pipe] = remote._ranks._pipes
+    pipe = remote._ranks._pipes[0]
     send = pipe._connection.send
 
     def interrupted(message):
@@ -266,9 +279,10 @@ def test_what_is_asked_runs_between_steps(engine):
     assert sent == [(7, Done(True))]
 
 
-def test_a_death_reaches_all_who_wait(old):
-    """Calls, streams and whoever comes later."""
-    engine = RemoteEngine(old.folder, device="cpu", kv_cache_tokens=1024)
+@SIZES
+def test_a_death_reaches_all_who_wait(old, size):
+    """Calls, streams and whoever comes later; no process is left."""
+    engine = RemoteEngine(old.folder, num_ranks=size, **SETTINGS)
 
     async def together():
         calls = [
@@ -284,8 +298,25 @@ def test_a_death_reaches_all_who_wait(old):
     assert "ended with code -9" in str(errors[0])
     with pytest.raises(RemoteEngineError, match="ended with code -9"):
         engine.score([[1, 2, 3]])
+    with pytest.raises(RemoteEngineError, match="ended with code -9"):
+        engine.flush_cache()
+    assert not any(process.is_alive() for process in engine._ranks.processes)
     engine.close()
     engine.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_step_that_fails_on_some_ranks_alone_is_a_death(old, rank):
+    """What it raised is no answer: another engine could draw. On all ranks it is one, as ever."""
+    for ranks, error in (((0, 1), "a card fell off"), ((rank,), "ended with code 70")):
+        engine = RemoteEngine(old.folder, num_ranks=2, **SETTINGS)
+        engine._call(Ask(fail_on, ranks, {}))
+        with pytest.raises(RuntimeError, match=error) as raised:
+            engine.generate(PROMPTS, PARAMS)
+        has_died = isinstance(raised.value, RemoteEngineError)
+        assert has_died == (len(ranks) == 1) != engine.is_alive
+        engine.close()
 
 
 def test_who_stops_reading_as_the_engine_dies_is_not_told():
@@ -310,11 +341,17 @@ def test_who_stops_reading_as_the_engine_dies_is_not_told():
     assert ended == [True]
 
 
-@pytest.mark.parametrize("threads", [0, "two", True])
-def test_bad_thread_counts_of_a_remote_engine(old, threads):
-    message = "RemoteEngine cpu_threads is .*; it must be (an integer|positive)"
+@pytest.mark.parametrize("name", ["cpu_threads", "num_ranks"])
+@pytest.mark.parametrize("count", [0, "two", True])
+def test_bad_counts_of_a_remote_engine(old, name, count):
+    message = f"RemoteEngine {name} is .*; it must be (an integer|positive)"
     with pytest.raises(ValueError, match=message):
-        RemoteEngine(old.folder, threads, device="cpu")
+        RemoteEngine(old.folder, device="cpu", **{name: count})
+
+
+def test_ranks_that_cannot_be_say_so(old):
+    with pytest.raises(ValueError, match="tensor size is 3; with tp_invariant it must divide 8"):
+        RemoteEngine(old.folder, num_ranks=3, **SETTINGS)
 
 
 def test_an_answer_that_cannot_be_read_reaches_all_who_wait(old, monkeypatch):

@@ -32,9 +32,10 @@ class Trainer:
     def join(self, engine, name=GROUP, timeout_s=30.0):
         with loopback_listener() as listener:
             port = listener.getsockname()[1]
-        self._connection.send(("join", port, name, 2))
+        size = 1 + getattr(engine, "num_ranks", 1)
+        self._connection.send(("join", port, name, size))
         engine.init_weights_update_group(
-            "127.0.0.1", port, 1, 2, group_name=name, backend="gloo", timeout_s=timeout_s
+            "127.0.0.1", port, 1, size, group_name=name, backend="gloo", timeout_s=timeout_s
         )
         assert self.said() == "done"
 
@@ -64,6 +65,11 @@ class Trainer:
         if self.process.is_alive():
             self._connection.send(None)
         self.process.join()
+
+
+@pytest.fixture(scope="module")
+def remote(remote_of_any_size):
+    return remote_of_any_size
 
 
 @pytest.fixture
