@@ -117,6 +117,7 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
         "most_tokens_per_step": most_samples * longest,
         **memory,
         **others,
+        **_engines_apart(run, model, dtype.itemsize),
         **_reference(run.trainer, reference),
         **_staleness(run, memory["weights_mib"]),
         **_partial(run, at_once),
@@ -125,6 +126,17 @@ def describe_grpo(run: GrpoRun) -> dict[str, Any]:
             min(at_once, run.engine.max_num_seqs) * longest * kv_bytes / _MIB, 1
         ),
     }
+
+
+def _engines_apart(run: GrpoRun, model: ModelConfig, width: int) -> dict[str, int | float]:
+    """How many processes engines apart have, if there are any, and each one's MiB of weights.
+
+    width: bytes of a number.
+    """
+    if not (count := run.placement.num_engine_processes):
+        return {}
+    own = _num_parameters(model) * width / run.placement.engine_tensor
+    return {"engine_processes": count, "engine_weights_mib": round(own / _MIB, 1)}
 
 
 def _ray_places(run: GrpoRun) -> dict[str, Any]:

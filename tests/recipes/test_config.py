@@ -186,9 +186,9 @@ WRONG = {
     "temperature zero": (["rollout.temperature=0"], "rollout.temperature is 0.0; it must be posit"),
     "tensor parallel, engine apart": (
         ["trainer.parallel.tensor=2", "placement=process"],
-        "placement.engine is 'process'; it must be colocated with trainer.parallel.tensor=2 unless "
-        "numerics.tp_invariant=true: an engine apart has the whole model in one process, which "
-        "computes other bits than 2 without it",
+        "placement.engine_tensor is 1; it must be 2 with placement.engine=process and "
+        "trainer.parallel.tensor=2 unless numerics.tp_invariant=true: another number of processes "
+        "computes other bits without it",
     ),
     "several processes, by files": (
         ["trainer.parallel.data=2", "placement.transport=file"],

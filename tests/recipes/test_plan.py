@@ -101,7 +101,8 @@ def test_ranks_are_on_their_gpus(tiny):
     assert places == [(i // 4, i % 4, i % 2, i // 2 % 2, i // 4) for i in range(8)]
     assert [p["engine"] for p in found["placement"]] == [0, 0, 1, 1, 2, 2, 3, 3]
     apart = plan_of(tiny, "placement=process", "placement.transport=nccl")
-    assert apart["placement"][1] == {"engine": 0, "node": 0, "gpu": 1, "trains": False}
+    expected = {"engine": 0, "tensor": 0, "node": 0, "gpu": 1, "trains": False}
+    assert apart["placement"][1] == expected
     assert list(apart["memory"]) == ["trainer", "engine"]
     together = plan_of(tiny, "placement=process", "placement.transport=ipc")["memory"]
     found = together["trainer"]["without_release"]  # two processes, each with its weights
@@ -127,6 +128,28 @@ def test_engines_apart_are_behind_all_trainers(tiny):
         plan_of(tiny, *words, "placement.transport=gloo")
 
 
+def test_engines_apart_of_several_gpus(tiny):
+    """Each GPU has its part of every layer, and is sent that alone, by whoever holds it."""
+    own = ["placement=process", "placement.transport=nccl", "numerics.tp_invariant=true"]
+    words = [*own, "placement.replicas=2", "placement.engine_tensor=2"]
+    found, alone = plan_of(tiny, *words), plan_of(tiny, *own)
+    assert [found[key] for key in ("gpus", "engines")] == [5, 2]
+    places = [(p["gpu"], p["engine"], p["tensor"]) for p in found["placement"] if not p["trains"]]
+    assert places == [(1, 0, 0), (2, 0, 1), (3, 1, 0), (4, 1, 1)]
+    memory = [plan["memory"]["engine"]["without_release"] for plan in (found, alone)]
+    weights, whole = (each["weights"] for each in memory)
+    assert 2 * weights > whole > weights
+    sync, of_one = found["sync"][0], alone["sync"][0]
+    assert sync["held_bytes"] == weights
+    assert sync["all_bytes"] == 4 * weights
+    assert of_one["seconds"] < sync["seconds"] < 4 * of_one["seconds"]
+    beside_two = plan_of(tiny, *words, *TENSOR)
+    assert beside_two["gpus"] == 6
+    assert beside_two["sync"][0]["held_bytes"] == weights
+    with pytest.raises(ValueError, match="engine_tensor is 8: .* does not divide by"):
+        plan_of(tiny, *own, "placement.engine_tensor=8", "cluster.gpus_per_node=9")
+
+
 def test_an_engine_apart_is_whole_beside_tensor_parallel_trainers(tiny):
     """It takes the memory and the time that it takes beside one."""
     own = ["placement=process", "placement.transport=nccl"]
@@ -137,7 +160,7 @@ def test_an_engine_apart_is_whole_beside_tensor_parallel_trainers(tiny):
     assert found["sync"][0] == alone["sync"][0]
     assert found["memory"]["trainer"] != alone["memory"]["trainer"]
     assert plan_of(tiny, *own, *TENSOR, "cluster.gpus_per_node=3")["times"] == found["times"]
-    with pytest.raises(ValueError, match="=2 unless numerics.tp_invariant=true: an engine apart"):
+    with pytest.raises(ValueError, match="=2 unless numerics.tp_invariant=true: another number"):
         plan_of(tiny, *own, *TENSOR[:1])
 
 

@@ -8,7 +8,7 @@ import serving
 import torch
 from helpers import assert_same_bits
 from pauses import add, finish, step_until
-from serving import local_engine, served
+from serving import SIZES, local_engine, served
 
 from samebit.kernels.memory import ReleasedError
 from samebit.recipes.verification.speculation import write_random_draft
@@ -71,9 +71,9 @@ def better(draft):
 
 @pytest.fixture
 def make(qwen3_path, folder):
-    def make(speculative="eagle3", **settings):
+    def make(speculative="eagle3", kind=Engine, **settings):
         own = {"speculative": speculative, "draft_model": str(folder)}
-        return Engine(qwen3_path, **SETTINGS | own | settings)
+        return kind(qwen3_path, **SETTINGS | own | settings)
 
     return make
 
@@ -370,13 +370,10 @@ def test_a_draft_that_is_refused_leaves_the_target_served(engine, draft, new, ex
     assert engine.draft_version == WeightVersion(1, source.digest())
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.long)], ids=["one", "pair"])
-def test_an_engine_in_another_process(
-    qwen3_path, folder, draft, old, new, expected, tmp_path, size
-):
+@SIZES
+def test_engines_in_other_processes(size, make, draft, old, new, expected, tmp_path):
     """Target and draft each over a weight group of their own, and by folders."""
-    drafting = {"speculative": "eagle3", "draft_model": str(folder), "num_ranks": size}
-    remote = RemoteEngine(qwen3_path, **drafting, **SETTINGS)
+    remote = make(kind=RemoteEngine, num_ranks=size)
     try:
         source, side = Weights(draft.specs, seed=3), DraftSide(remote)
         target = SimpleNamespace(step=0, params=new.params, specs=new.specs)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import edit_tensors, outcomes
-from serving import PARAMS, PROMPTS, local_engine, serves
+from serving import PARAMS, PROMPTS, SETTINGS, local_engine, serves
 
 from samebit.recipes.models.tiny_model import write_weights
 from samebit.rollout.remote import RemoteEngine
@@ -172,7 +172,7 @@ def test_biases_travel_as_matrices_do(qwen2_path, old, tmp_path):
     direct, by_file = local_engine(qwen2_path), local_engine(qwen2_path)
     assert outcomes(direct.generate(PROMPTS, PARAMS)) != truth
     direct.copy_weights(version.params, step=1, digest=version.digest)
-    remote = RemoteEngine(qwen2_path, device="cpu", kv_cache_tokens=1024)
+    remote = RemoteEngine(qwen2_path, **SETTINGS)
     source = SimpleNamespace(step=0, params=version.params, specs=version.specs)
     gloo = GlooTransport(source, remote, timeout_s=60)
     load = by_file.update_weights_from_disk

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from callers import parts_of, put_together
 from helpers import assert_same_bits, outcomes
-from serving import SETTINGS, fail_on, local_engine
+from serving import SETTINGS, SIZES, fail_on, local_engine
 
 from samebit.rollout import engine_process
 from samebit.rollout.client import stream_of
@@ -39,11 +39,6 @@ def remote(remote_of_any_size):
 @pytest.fixture(scope="module")
 def engine(old):
     return local_engine(old.folder)
-
-
-SIZES = pytest.mark.parametrize(
-    "size", [1, pytest.param(2, marks=pytest.mark.long)], ids=["one", "pair"]
-)
 
 
 def kill(engine):
