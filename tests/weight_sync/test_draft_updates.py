@@ -4,11 +4,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import serving
 import torch
 from helpers import assert_same_bits
 from pauses import add, finish, step_until
-from serving import SIZES, local_engine, served
+from serving import SETTINGS, SIZES, local_engine, served
 
 from samebit.kernels.memory import ReleasedError
 from samebit.recipes.verification.speculation import write_random_draft
@@ -28,7 +27,7 @@ from samebit.weight_sync.transports.remote import GlooTransport
 from samebit.weight_sync.transports.with_draft import WithDraft
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
-SETTINGS = serving.SETTINGS | {"adaptive_drafts": False}
+DRAFTING = SETTINGS | {"adaptive_drafts": False}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +72,7 @@ def better(draft):
 def make(qwen3_path, folder):
     def make(speculative="eagle3", kind=Engine, **settings):
         own = {"speculative": speculative, "draft_model": str(folder)}
-        return kind(qwen3_path, **SETTINGS | own | settings)
+        return kind(qwen3_path, **DRAFTING | own | settings)
 
     return make
 
@@ -263,7 +262,7 @@ def test_selectors(engine, qwen3_path):
 
 def test_a_draft_changes_while_samples_wait(engine, better, qwen3_path):
     """Their keys by the draft before stay; what they draw is what they always would have."""
-    plain = Engine(qwen3_path, **{k: v for k, v in SETTINGS.items() if k != "adaptive_drafts"})
+    plain = local_engine(qwen3_path)
     expected = finish(plain, add(plain))
     names = add(engine)
     step_until(engine, names[0], 5)
