@@ -13,9 +13,7 @@ PARAMS = SamplingParams(n=2, max_new_tokens=12, ignore_eos=True)
 
 SETTINGS = {"device": "cpu", "kv_cache_tokens": 1024, "ranks": RankGroup(invariant=True)}
 """With which engines of any number of tensor parallel ranks serve the same bits."""
-SIZES = pytest.mark.parametrize(
-    "size", [1, pytest.param(2, marks=pytest.mark.long)], ids=["one", "pair"]
-)
+SIZES = pytest.mark.parametrize("size", [1, 2], ids=["one", "pair"])
 """Of engines of other processes."""
 
 

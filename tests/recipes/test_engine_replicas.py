@@ -49,6 +49,8 @@ def random_moments(seed):
     return [("_take", rng.randrange(1, 13)), rng.choice(late)]
 
 
+SOON, RAY = "placement.replica_timeout_s=10", "placement.launcher=ray"
+LONG, param = pytest.mark.long, pytest.param
 TWO = (*REPLICAS, *INVARIANT, "placement.engine_tensor=2")
 
 
@@ -76,17 +78,16 @@ def test_deaths_change_no_bit(runs, base, monkeypatch, moments):
     assert sorted(deaths) == sorted(name for name, _ in moments)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("words", "moments", "number"),
     [
-        (("placement=process",), [], signal.SIGKILL),
-        (("placement=process", "placement.delta=true"), [], signal.SIGKILL),
         (REPLICAS, [("_take", 7), ("send", 3)], signal.SIGKILL),
-        ((*REPLICAS, "placement.replica_timeout_s=10"), [("_take", 7)], signal.SIGSTOP),
-        ((*REPLICAS, "placement.launcher=ray"), [("_take", 7), ("send", 3)], signal.SIGKILL),
+        param(("placement=process",), [], signal.SIGKILL, marks=LONG),
+        param(("placement=process", "placement.delta=true"), [], signal.SIGKILL, marks=LONG),
+        param((*REPLICAS, SOON), [("_take", 7)], signal.SIGSTOP, marks=LONG),
+        param((*REPLICAS, RAY), [("_take", 7), ("send", 3)], signal.SIGKILL, marks=LONG),
     ],
-    ids=["one", "delta", "two die", "one stands still", "ray, two die"],
+    ids=["two die", "one", "delta", "one stands still", "ray, two die"],
 )
 def test_engines_of_two_processes(runs, invariant, monkeypatch, words, moments, number):
     """To the bit what one process trains and draws; a replica is lost with any of its ranks."""

@@ -83,9 +83,7 @@ def remote(qwen3_path):
         yield engine
 
 
-@pytest.fixture(
-    scope="module", params=[1, pytest.param(2, marks=pytest.mark.long)], ids=["one", "pair"]
-)
+@pytest.fixture(scope="module", params=[1, 2], ids=["one", "pair"])
 def remote_of_any_size(request, qwen3_path):
     """As `remote`; also of two tensor parallel ranks."""
     with remote_engine(qwen3_path, request.param) as engine:

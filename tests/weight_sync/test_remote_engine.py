@@ -300,7 +300,6 @@ def test_a_death_reaches_all_who_wait(old, size):
     engine.close()
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_step_that_fails_on_some_ranks_alone_is_a_death(old, rank):
     """What it raised is no answer: another engine could draw. On all ranks it is one, as ever."""
