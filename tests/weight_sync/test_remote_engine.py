@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -42,8 +43,10 @@ def engine(old):
 
 
 def kill(engine):
-    """Its last rank."""
-    process = engine._ranks.processes[-1]
+    """Its last rank; the first of several stands still meanwhile, as GPUs do in a sum."""
+    first, process = engine._ranks.processes[0], engine._ranks.processes[-1]
+    if first is not process:
+        os.kill(first.pid, signal.SIGSTOP)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
 
@@ -289,13 +292,14 @@ def test_a_death_reaches_all_who_wait(old, size):
         return await asyncio.gather(*calls, return_exceptions=True)
 
     errors = asyncio.run(together())
+    left = [process.is_alive() for process in engine._ranks.processes]
+    engine.kill()
+    assert left == [False] * size
     assert [type(error) for error in errors] == [RemoteEngineError] * 2
     assert "ended with code -9" in str(errors[0])
-    with pytest.raises(RemoteEngineError, match="ended with code -9"):
-        engine.score([[1, 2, 3]])
-    with pytest.raises(RemoteEngineError, match="ended with code -9"):
-        engine.flush_cache()
-    assert not any(process.is_alive() for process in engine._ranks.processes)
+    for call in (partial(engine.score, [[1, 2, 3]]), engine.flush_cache):
+        with pytest.raises(RemoteEngineError, match="ended with code -9"):
+            call()
     engine.close()
     engine.close()
 
