@@ -197,10 +197,11 @@ def run_cli_without_gpus(*arguments):
     run_cli(arguments)
 
 
-def engine_here(model_path, cpu_threads, launch, *, config, device, ranks):
+def engine_here(model_path, cpu_threads, launch, num_ranks, *, config, device, ranks):
     """In place of a RemoteEngine: an engine of this process, which another thread calls, too."""
     from samebit.rollout.engine import Engine
 
+    assert num_ranks == 1
     return Engine(model_path, config, device=device, ranks=ranks)
 
 

@@ -9,7 +9,7 @@ import sys
 import threading
 
 import pytest
-from test_engine_replicas import REPLICAS, dying
+from test_engine_replicas import INVARIANT, REPLICAS, dying
 
 from samebit.recipes.cli.main import main
 from samebit.recipes.launch.ray_cluster import RayCluster
@@ -49,7 +49,8 @@ def test_ray_changes_no_bit(runs, base, monkeypatch, moments, number, words):
 
 
 @pytest.mark.long
-def test_engines_on_another_node_are_met_at_this_ones_address(runs, base, monkeypatch):
+@pytest.mark.parametrize("size", [1, 2])
+def test_engines_on_another_node_are_met_at_this_ones_address(runs, monkeypatch, size):
     """A cluster of two nodes that was there before; all places are on the other one. The run leaves
     it, and it is there still."""
     from ray.cluster_utils import Cluster
@@ -57,7 +58,7 @@ def test_engines_on_another_node_are_met_at_this_ones_address(runs, base, monkey
     cluster, places = Cluster(), []
     try:
         cluster.add_node(num_cpus=0, include_dashboard=False)
-        cluster.add_node(num_cpus=2)
+        cluster.add_node(num_cpus=2 * size)
         inner = ShardSender.__init__
 
         def init(self, group, *args, **more):
@@ -67,8 +68,9 @@ def test_engines_on_another_node_are_met_at_this_ones_address(runs, base, monkey
         monkeypatch.setattr(ShardSender, "__init__", init)
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             monkeypatch.setenv(name, os.environ.get(name, "lo"))
-        words = *RAY, f"placement.ray_address={cluster.address}"
-        assert runs.train("elsewhere", *words) == base.result
+        words = *RAY, f"placement.ray_address={cluster.address}", f"placement.engine_tensor={size}"
+        expected = runs.train("here", *INVARIANT)
+        assert runs.train("elsewhere", *INVARIANT, *words) == expected
         assert set(places) == {(False, cluster.head_node.node_ip_address)}
         assert not any(node.dead_processes() for node in cluster.list_all_nodes())
     finally:
