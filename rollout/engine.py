@@ -282,6 +282,7 @@ class Engine(EngineWeights, EngineMemory):
         self.loop = EngineLoop(book)
         gate.between_steps = self.loop.weak_between_steps()
         gate.require_alike = book.lockstep.require_alike
+        gate.end_lost_update = self._weak_end_lost_update()
         self.memory_control = MemoryControl(
             *(self.arena, self.weight_control, self.draft_control, self.pool, cache),
             c.weights_backup,

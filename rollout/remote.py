@@ -178,6 +178,7 @@ class RemoteEngine:
     get_weights_by_name = _asking(_get_weights_by_name)
     begin_weight_update = _asking(Engine.begin_weight_update)
     end_weight_update = _asking(Engine.end_weight_update)
+    abort_weight_update = _asking(Engine.abort_weight_update)
     init_weights_update_group = _asking(Engine.init_weights_update_group)
     destroy_weights_update_group = _asking(Engine.destroy_weights_update_group)
     update_weights_from_distributed = _asking(Engine.update_weights_from_distributed)

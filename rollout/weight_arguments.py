@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from samebit.rollout.values import as_integer, as_list, shown
+from samebit.weight_sync.buckets import view_as
+
+_FLATTENED = "flattened_bucket"
 
 
 def as_step(step: object) -> int:
@@ -50,8 +53,24 @@ def as_shapes(shapes: object) -> list[tuple[int, ...]]:
     ]
 
 
-def as_pairs(named: object) -> list[tuple[str, Tensor]]:
-    """Hugging Face names with their tensors."""
+def as_weight_version(version: object) -> int | None:
+    """The step that SGLang's weight_version says, a number or its text; None if it says none."""
+    if version is None:
+        return None
+    if isinstance(version, str) and version.isdecimal() and version.isascii():
+        return as_step(int(version))
+    try:
+        return as_step(version)
+    except ValueError:
+        raise ValueError(
+            f"weight_version is {shown(version)}; it must be the step, as 12 or '12', or unset"
+        ) from None
+
+
+def as_pairs(named: object, is_flattened: bool = False) -> list[tuple[str, Tensor]]:
+    """Hugging Face names with their tensors. is_flattened: those of a flattened bucket."""
+    if is_flattened:
+        return _parts(named)
     if isinstance(named, Mapping) or not isinstance(named, Iterable):
         raise ValueError(
             "update_weights_from_tensor takes (Hugging Face name, tensor) pairs; a mapping of "
@@ -69,7 +88,42 @@ def _fits(pair: Sequence[object]) -> bool:
     return len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)
 
 
-def require_plain(load_format: str | None) -> None:
-    """SGLang has formats of which none is here."""
-    if load_format is not None:
-        raise ValueError(f"load_format '{load_format}' is unknown; there is none but None")
+def is_flattened(load_format: object) -> bool:
+    """Whether tensors come in one flat buffer; SGLang has formats that are not here."""
+    if load_format not in (None, _FLATTENED):
+        raise ValueError(
+            f"load_format {shown(load_format)} is unknown; use one of None, '{_FLATTENED}'"
+        )
+    return load_format is not None
+
+
+def _parts(bucket: object) -> list[tuple[str, Tensor]]:
+    """The tensors of a flattened bucket, by their names."""
+    if not (isinstance(bucket, Mapping) and {"flattened_tensor", "metadata"} <= bucket.keys()):
+        raise ValueError(
+            f"named_tensors is {shown(bucket)}; with load_format '{_FLATTENED}' give a mapping of "
+            "'flattened_tensor' and 'metadata', not serialized"
+        )
+    flat = bucket["flattened_tensor"]
+    if not (isinstance(flat, Tensor) and flat.dim() == 1):
+        raise ValueError(f"flattened_tensor is {shown(flat)}; give one tensor of one dimension")
+    _require_dense("flattened_tensor", flat)
+    parts = as_list(bucket["metadata"], "metadata", "a list of what each tensor is")
+    return [_part(flat, part) for part in parts]
+
+
+def _part(flat: Tensor, meta: object) -> tuple[str, Tensor]:
+    try:
+        name, shape, dtype = meta.name, tuple(meta.shape), meta.dtype  # type: ignore[attr-defined]
+        start, end = meta.start_idx, meta.end_idx  # type: ignore[attr-defined]
+    except AttributeError as error:
+        raise ValueError(f"metadata has {shown(meta)}: {error}") from None
+    if not (isinstance(name, str) and isinstance(dtype, torch.dtype)):
+        raise ValueError(f"metadata has {shown(meta)}; name has to be a text, dtype torch's")
+    whole = torch.Size(shape).numel() * dtype.itemsize
+    if not 0 <= start <= end <= len(flat) or (end - start) * flat.itemsize != whole:
+        raise ValueError(
+            f"metadata has {name} from {start} to {end} of {len(flat)} {flat.dtype}, and {shape} "
+            f"{dtype} are {whole} bytes"
+        )
+    return name, view_as(flat[start:end], dtype).view(shape)

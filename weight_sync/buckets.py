@@ -76,6 +76,37 @@ def pack(metas: Sequence[ParamMeta], params: Mapping[str, Tensor]) -> Bucket:
     return bucket
 
 
+def flat_metas(
+    names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]]
+) -> list[ParamMeta]:
+    """What tensors are that lie one right behind another in a flat buffer.
+
+    dtypes: as torch prints them, "torch." or not.
+    """
+    metas, end = list[ParamMeta](), 0
+    for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
+        metas.append(ParamMeta(name, tuple(shape), dtype, end))
+        end += metas[-1].num_bytes
+    return metas
+
+
+def cut_flat(flat: Tensor, metas: Sequence[ParamMeta]) -> list[Tensor]:
+    """The tensors of flat_metas in a flat uint8 buffer: views, or copies where bytes are not
+    aligned."""
+    parts = [flat[meta.offset : meta.offset + meta.num_bytes] for meta in metas]
+    return [
+        view_as(part, meta.torch_dtype).view(meta.shape)
+        for part, meta in zip(parts, metas, strict=True)
+    ]
+
+
+def view_as(flat: Tensor, dtype: torch.dtype) -> Tensor:
+    """A flat tensor's bytes as those of another dtype; a copy if they do not lie aligned."""
+    contiguous = flat.contiguous().view(torch.uint8)
+    is_aligned = contiguous.storage_offset() % dtype.itemsize == 0
+    return (contiguous if is_aligned else contiguous.clone()).view(dtype)
+
+
 def copy_apart(source: Tensor, target: Tensor) -> None:
     """Copy a tensor to another of its shape and dtype, unless both are the same memory."""
     if source.data_ptr() == target.data_ptr() and source.stride() == target.stride():

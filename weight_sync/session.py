@@ -68,6 +68,8 @@ class UpdateSession:
         self._oldest = version.step  # that may be begun
         self._digester = Digester(specs, params)
         self._step = version.step
+        self.num_begun = 0
+        """Updates so far: it tells the one that is under way from those of others."""
         self._num_rows = {spec.name: spec.num_rows for spec in specs}
         self._received: dict[str, list[ParamMeta]] = {}
         self._state_before, self._unknown_before = self._state, set[str]()  # as the update began
@@ -124,14 +126,18 @@ class UpdateSession:
             raise WeightSyncError(
                 f"update to step {step}: the memory of {self.tag} is released; resume it first"
             )
-        if step < self._oldest and not may_go_back:
-            raise WeightSyncError(
-                f"update to step {step} is stale: the version before it is of step {self._oldest}"
-            )
+        self._require_fresh(step, may_go_back)
+        self.num_begun += 1
         self._state_before, self._unknown_before = self._state, set(self._unknown)
         self._unknown.update(self.params if self._shared else ())
         self._state, self._step, self._received = SessionState.UPDATING, step, {}
         self.is_refused = False
+
+    def rename(self, step: int, *, may_go_back: bool = False) -> None:
+        """Have the update that is under way be to another step. WeightSyncError for a stale one."""
+        self._require_updating()
+        self._require_fresh(step, may_go_back)
+        self._step = step
 
     def meet_sender(self) -> None:
         """Another sender is there: none of its steps is stale for those of others."""
@@ -338,6 +344,12 @@ class UpdateSession:
     def _require_updating(self) -> None:
         if self._state is not SessionState.UPDATING:
             raise WeightSyncError(f"no update is under way (state: {self.state.value})")
+
+    def _require_fresh(self, step: int, may_go_back: bool) -> None:
+        if step < self._oldest and not may_go_back:
+            raise WeightSyncError(
+                f"update to step {step} is stale: the version before it is of step {self._oldest}"
+            )
 
     def _break_off(self, reason: str) -> None:
         self._state, self.reason, self.is_refused = SessionState.DIRTY, reason, False

@@ -6,6 +6,7 @@ At a loopback address nothing has to be known; at any other all ranks prove that
 secret (weight_sync.meeting) before the group is made.
 """
 
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 from samebit.weight_sync.meeting import (
     check_place,
     check_secret,
-    host_store,
     is_loopback,
-    loopback_listener,
     on_loopback,
     own_secret,
     prove_secret,
@@ -36,6 +35,50 @@ _UNSEEN_BYTES = 512 << 20
 _POLL_S = 0.0005
 
 
+class UpdateGroup:
+    """A group that this process has joined behind rank 0.
+
+    timeout_s: how long a member may stay away. sight: a connection with the store of rank 0's
+    process. Nothing is ever said on it: it ends with that process, while one that is merely slow,
+    or stopped, keeps it.
+    """
+
+    def __init__(
+        self, name: str, group: dist.ProcessGroup, timeout_s: float, sight: socket.socket
+    ) -> None:
+        self.name = name
+        self._group: dist.ProcessGroup | None = group
+        self._timeout_s = timeout_s
+        self._sight = sight
+        self._sight.setblocking(False)
+        self._sight.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether rank 0's process has ended. Asks nobody and waits for nothing."""
+        try:
+            return not self._sight.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def broadcasts(self) -> "Broadcasts":
+        """What takes the tensors that rank 0 sends next."""
+        assert self._group is not None
+        return Broadcasts(self._group, self._timeout_s)
+
+    def leave(self, is_broken: bool = False) -> None:
+        """Let go of the group. is_broken: something may be under way in it, which is given up."""
+        group, self._group = self._group, None  # its connections end with the last who holds it
+        assert group is not None
+        self._sight.close()
+        if is_broken and dist.get_backend(group) == "nccl":
+            distributed_c10d._abort_process_group(group)
+        else:
+            dist.destroy_process_group(group)
+
+
 def join_update_group(
     address: str,
     port: int,
@@ -45,8 +88,8 @@ def join_update_group(
     backend: str = "nccl",
     timeout_s: float = 600.0,
     secret: str | None = None,
-) -> dist.ProcessGroup:
-    """Meet the other ranks; rank 0 listens at the address.
+) -> UpdateGroup:
+    """Meet the other ranks, as one behind rank 0, which listens at the address.
 
     secret: by default SAMEBIT_SECRET of the environment. Raises ValueError for an unknown backend,
     a place that cannot be, or a secret that is missing or another one, and LostMemberError for
@@ -58,13 +101,11 @@ def join_update_group(
     secret = own_secret() if secret is None else secret
     is_local, timeout = is_loopback(address), timedelta(seconds=timeout_s)
     check_secret(secret, "" if is_local else f"the group '{group_name}' meets at {address}")
-    if rank == 0 and is_local:
-        store: dist.Store = host_store(loopback_listener(address, port), world_size, timeout)
-    else:
-        place = f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
-        with _meeting(f"no weight group at {address}:{port}"):
-            store, _, _ = next(rendezvous(place, rank, world_size, timeout=timeout))
-        store.set_timeout(timeout)
+    place = f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
+    with _meeting(f"no weight group at {address}:{port}"):
+        store, _, _ = next(rendezvous(place, rank, world_size, timeout=timeout))
+        sight = socket.create_connection((address, port), timeout_s)
+    store.set_timeout(timeout)
     if secret:
         prove_secret(store, rank, world_size, secret, timeout)
     said = f"no weight group '{group_name}' of {world_size} ranks at {address}:{port}"
@@ -77,15 +118,7 @@ def join_update_group(
         )
     assert isinstance(group, dist.ProcessGroup)
     distributed_c10d._world.pg_group_ranks[group] = {i: i for i in range(world_size)}
-    return group
-
-
-def leave_update_group(group: dist.ProcessGroup, is_broken: bool = False) -> None:
-    """Let go of the group. is_broken: something may be under way in it, which is given up."""
-    if is_broken and dist.get_backend(group) == "nccl":
-        distributed_c10d._abort_process_group(group)
-    else:
-        dist.destroy_process_group(group)
+    return UpdateGroup(group_name, group, timeout_s, sight)
 
 
 class Broadcasts:
@@ -112,6 +145,15 @@ class Broadcasts:
         if self._unseen_bytes >= _UNSEEN_BYTES:
             self.wait()
 
+    def receive_bytes(self, num_bytes: int) -> Tensor:
+        """A flat buffer of so many bytes, uint8, which have arrived."""
+        flat = torch.empty(
+            num_bytes, dtype=torch.uint8, device="cpu" if self.is_of_host else "cuda"
+        )
+        self.receive(flat)
+        self.wait()
+        return flat
+
     def wait(self) -> None:
         """Return once all have arrived, and what was enqueued behind them is done."""
         self._unseen_bytes = 0
@@ -133,6 +175,6 @@ def _meeting(said: str) -> Iterator[None]:
     """Say in our words, and in one line, what torch says of ranks that do not come."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         [first, *_] = str(error).splitlines() or [""]
         raise LostMemberError(f"{said}: {first}") from error

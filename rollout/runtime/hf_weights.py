@@ -10,8 +10,8 @@ from samebit.rollout.runtime.weights import EMBEDDING, HEAD
 from samebit.weight_sync.buckets import copy_apart
 from samebit.weight_sync.mapping import hf_shapes, regions_of
 from samebit.weight_sync.objects import gather_objects
-from samebit.weight_sync.session import SessionState, UpdateSession
-from samebit.weight_sync.types import ParamMeta, WeightSyncError
+from samebit.weight_sync.session import UpdateSession
+from samebit.weight_sync.types import ParamMeta
 from samebit.weight_sync.update_group import Broadcasts
 
 
@@ -23,14 +23,6 @@ class HFWeights:
         self._shapes = hf_shapes(session.specs)
         self._dtypes = {n: session.params[s.name].dtype for s in session.specs for n in s.hf_shapes}
         self._tied = HEAD not in self._shapes and EMBEDDING in self._shapes
-
-    def require_session(self) -> None:
-        """Raise WeightSyncError unless an update is under way."""
-        if self._session.state is not SessionState.UPDATING:
-            state = self._session.state.value
-            raise WeightSyncError(
-                f"no update is under way (state: {state}); call begin_weight_update first"
-            )
 
     def require_fit(self, given_name: str, dtype: str, shape: Sequence[int]) -> None:
         """Break the update if a tensor does not fit, before any comes. dtype may have "torch."."""

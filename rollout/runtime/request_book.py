@@ -179,7 +179,7 @@ class RequestBook:
         """Take steps again. Raises WeightSyncError, and stays paused, without whole weights."""
         if not self.is_paused:
             return
-        self._weights.session.require_ready()
+        self._weights.require_ready()
         self.lockstep.say(Continue())
         if self._weights.version != self._paused_at:
             self._scheduler.keep_all()
@@ -223,7 +223,7 @@ class RequestBook:
 
     def _require_ready(self) -> None:
         if not self.is_paused:
-            self._weights.session.require_ready()
+            self._weights.require_ready()
 
     def _pause(self, mode: str) -> None:
         if mode == "retract":
@@ -241,7 +241,7 @@ class RequestBook:
     def _step(self) -> list[RunningSample]:
         self.lockstep.say(Step())
         self.lockstep.meet()
-        self._weights.session.require_ready()
+        self._weights.require_ready()
         return self._step_loop.advance(self._weights.version)
 
     def _drain(self) -> None:

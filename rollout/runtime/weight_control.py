@@ -97,6 +97,8 @@ class StepGate:
     """What touches the engine's books, which have one thread at a time, goes through here."""
     require_alike: Callable[[str], None] = staticmethod(lambda what: None)
     """Raises for what every tensor parallel rank has to call, while rank 0 alone is called."""
+    end_lost_update: Callable[[], None] = staticmethod(lambda: None)
+    """Breaks off an update that nobody is left to end; every rank calls it."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
@@ -145,6 +147,8 @@ class ServedModel(ABC):
         def begin() -> WeightVersion | None:
             self.gate.require_alike("a weight update")
             self.gate.require_quiet("a weight update")
+            if self.session.is_open:
+                self.gate.end_lost_update()
             held = self.session.whole
             self.session.begin(step, may_go_back=may_go_back)
             try:
@@ -256,6 +260,12 @@ class WeightControl(ServedModel):
         self._runner = runner
         self._prefixes = prefixes
 
+    def require_ready(self) -> None:
+        """Raise WeightSyncError unless the weights are there, and one whole version."""
+        if self.session.state is SessionState.UPDATING and self.session.group is None:
+            self.gate.end_lost_update()  # ranks of a group have to agree, at their next update
+        self.session.require_ready()
+
     def flush_cache(self) -> None:
         if self._prefixes is not None:
             self._prefixes.reset(self.version)
@@ -264,6 +274,7 @@ class WeightControl(ServedModel):
         def bind() -> WeightVersion:
             self.gate.require_alike("bind_weights")
             self.gate.require_quiet("bind_weights")
+            self.gate.end_lost_update()
             own = self.session
             if own.state is SessionState.UPDATING:
                 raise WeightSyncError("bind_weights: an update is under way; end it first")

@@ -316,8 +316,8 @@ def test_a_session_is_needed_and_there_is_one(engine, new):
     engine.begin_weight_update()
     with pytest.raises(WeightSyncError, match="step 6 begun during that to step 6"):
         engine.begin_weight_update()
-    with pytest.raises(ValueError, match="load_format 'flattened_bucket' is unknown"):
-        engine.update_weights_from_tensor(tensor, load_format="flattened_bucket")
+    with pytest.raises(ValueError, match="load_format 'direct' is unknown; use one of None, 'flat"):
+        engine.update_weights_from_tensor(tensor, load_format="direct")
     with pytest.raises(WeightSyncError, match="an update to step 6 is under way"):
         engine.generate(PROMPTS, PARAMS)
 
