@@ -14,6 +14,7 @@ from samebit.weight_sync.session import SessionState
 from samebit.weight_sync.types import WeightSyncError
 
 ENGINE_TAGS = ("weights", "kv_cache", "cuda_graphs", "draft")
+_ALIASES = {"cuda_graph": "cuda_graphs"}
 
 
 class MemoryControl:
@@ -100,10 +101,11 @@ class MemoryControl:
 
 
 def _engine_tags(tags: Sequence[str] | None) -> Sequence[str]:
+    """By our names; SGLang's has another for one, and none mean all."""
     if tags is None:
         return ENGINE_TAGS
-    require_tags(tags, ENGINE_TAGS)
-    return tags
+    require_tags(tags, (*ENGINE_TAGS, *_ALIASES))
+    return [_ALIASES.get(tag, tag) for tag in tags] or ENGINE_TAGS
 
 
 class EngineMemory:
@@ -116,8 +118,8 @@ class EngineMemory:
     def release_memory_occupation(self, tags: Sequence[str] | None = None) -> dict[str, int]:
         """Give the memory of these tags back to the device; the bytes of each.
 
-        tags: of "weights", "kv_cache", "cuda_graphs" and "draft"; unset: all. 0 bytes: nothing to
-        do, because the tag is released already, has no memory, or is the trainer's (after
+        tags: of "weights", "kv_cache", "cuda_graphs" (also "cuda_graph") and "draft"; none: all. 0
+        bytes: nothing to do, because the tag is released already, has no memory, or is the trainer's (after
         bind_weights). Until all is resumed nothing is served. Every tensor parallel rank calls it.
 
         Raises ValueError for unknown tags, WeightSyncError while requests are unfinished or, for

@@ -161,6 +161,26 @@ def test_an_update_of_both_and_one_of_the_draft_alone(engine, better, old, new, 
     assert engine.weight_version == WeightVersion(4, new.digest)
 
 
+def test_tensors_of_a_draft_by_their_own_names(engine, better, new, expected):
+    """As SGLang's requests name a draft's: by their selector, without a prefix."""
+    plain = [(name.removeprefix("draft."), tensor) for name, tensor in better.named()]
+    target = list(hf_tensors(new.specs, new.params))
+    engine.begin_weight_update("all")
+    engine.update_weights_from_tensor(target, selector="target")
+    engine.update_weights_from_tensor(plain[:2], selector="draft")
+    engine.update_weights_from_tensor(better.named()[2:], selector="draft", weight_version="3")
+    assert engine.end_weight_update(new.digest, better.digest()) == WeightVersion(3, new.digest)
+    assert engine.draft_version == WeightVersion(3, better.digest())
+    assert served(engine) == expected[new.digest]
+    engine.begin_weight_update("draft")
+    with pytest.raises(ValueError, match="selector is 'target', and the session .* is of 'draft'"):
+        engine.update_weights_from_tensor(target, selector="target")
+    with pytest.raises(ValueError, match="selector 'both' is unknown; use one of all, target, dra"):
+        engine.update_weights_from_tensor(plain, selector="both")
+    engine.update_weights_from_tensor(plain, selector="draft")
+    assert engine.end_weight_update() == WeightVersion(4, better.digest())
+
+
 def test_a_draft_that_is_ahead_joins_an_update_of_both(engine, better, old, new, expected):
     """Its own updates may have taken it further than the target's next step."""
     for step in (1, 2):

@@ -8,63 +8,14 @@ import torch
 from helpers import outcomes
 from safetensors.torch import load_file
 from serving import PARAMS, PROMPTS, local_engine, served, serves
-from update_trainer import serve
+from update_trainer import GROUP, Trainer, full_update, parts
 
 from samebit.rollout.engine import Engine
 from samebit.rollout.remote import RemoteEngine
 from samebit.weight_sync.meeting import host_store, loopback_listener
 from samebit.weight_sync.types import WeightSyncError, WeightVersion
 
-GROUP = "weight_update_group"
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
-
-
-class Trainer:
-    """The other process: `send` has it broadcast, and `said` is how that went."""
-
-    def __init__(self, forkserver, folder):
-        self.weights = load_file(folder / "model.safetensors")
-        self._connection, child = forkserver.Pipe()
-        self.process = forkserver.Process(target=serve, args=(child, folder), daemon=True)
-        self.process.start()
-        child.close()
-
-    def join(self, engine, name=GROUP, timeout_s=30.0):
-        with loopback_listener() as listener:
-            port = listener.getsockname()[1]
-        size = 1 + getattr(engine, "num_ranks", 1)
-        self._connection.send(("join", port, name, size))
-        engine.init_weights_update_group(
-            "127.0.0.1", port, 1, size, group_name=name, backend="gloo", timeout_s=timeout_s
-        )
-        assert self.said() == "done"
-
-    def send(self, names, changes=None, group=GROUP):
-        self._connection.send(("send", group, list(names), changes or {}))
-
-    def said(self):
-        assert self._connection.poll(60)
-        return self._connection.recv()
-
-    def die(self):
-        self._connection.send(("die",))
-        self.process.join()
-
-    def described(self, names):
-        tensors = [self.weights[name] for name in names]
-        dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in tensors]
-        return dtypes, [list(tensor.shape) for tensor in tensors]
-
-    def update(self, engine, names):
-        """One call of a framework."""
-        self.send(names)
-        engine.update_weights_from_distributed(names, *self.described(names))
-        assert self.said() == "done"
-
-    def close(self):
-        if self.process.is_alive():
-            self._connection.send(None)
-        self.process.join()
 
 
 @pytest.fixture(scope="module")
@@ -87,24 +38,10 @@ def engine(old):
         engine.destroy_weights_update_group(name)
 
 
-def parts(names, size=7):
-    names = list(names)
-    return [names[i : i + size] for i in range(0, len(names), size)]
-
-
-def full_update(engine, trainer):
-    """What a framework does for every step."""
-    engine.pause_generation(mode="retract")
-    engine.begin_weight_update(selector="all")
-    for names in parts(trainer.weights):
-        trainer.update(engine, names)
-    version = engine.end_weight_update()
-    engine.continue_generation()
-    return version
-
-
 SIGNATURES = {
     "begin_weight_update": ["selector"],
+    "release_memory_occupation": ["tags"],
+    "resume_memory_occupation": ["tags"],
     "end_weight_update": [],
     "init_weights_update_group": [
         "master_address", "master_port", "rank_offset", "world_size", "group_name", "backend"
@@ -119,6 +56,12 @@ SIGNATURES = {
     "continue_generation": [],
 }  # fmt: skip
 
+KEYWORDS = {
+    "update_weights_from_distributed": ["selector", "weight_version"],
+    "update_weights_from_tensor": ["selector", "weight_version"],
+}
+"""What SGLang's requests carry besides; its methods have them in no order."""
+
 
 @pytest.mark.parametrize("name", SIGNATURES)
 @pytest.mark.parametrize("kind", [Engine, RemoteEngine])
@@ -128,6 +71,7 @@ def test_methods_have_the_arguments_that_frameworks_give(name, kind):
     theirs = SIGNATURES[name]
     assert [p.name for p in own[: len(theirs)]] == theirs
     assert all(p.default is not inspect.Parameter.empty for p in own[len(theirs) :])
+    assert {p.name for p in own} >= set(KEYWORDS.get(name, []))
 
 
 def test_a_frameworks_trainer_updates_the_engine(engine, trainer, old, new, expected):
