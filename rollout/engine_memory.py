@@ -10,6 +10,7 @@ from samebit.rollout.runtime.engine_loop import EngineLoop
 from samebit.rollout.runtime.kv_cache import KVCache, PagePool
 from samebit.rollout.runtime.served_draft import ServedDraft
 from samebit.rollout.runtime.weight_control import WeightControl
+from samebit.weight_sync.objects import gather_objects
 from samebit.weight_sync.session import SessionState
 from samebit.weight_sync.types import WeightSyncError
 
@@ -45,6 +46,7 @@ class MemoryControl:
         given = _engine_tags(tags)
         self._arena.require_releasable()
         self._weights.gate.require_quiet("release_memory_occupation")
+        self._weights.gate.end_lost_update()
         has_weights = "weights" in given and self._is_resident("weights")
         for model in self._models:
             tag, state = model.session.tag, model.session.state
@@ -75,6 +77,24 @@ class MemoryControl:
                 self._write_pages()
             finally:
                 self._tell_released()
+
+    def agree(self, failure: Exception | None, kind: type[RuntimeError]) -> None:
+        """Raise on every rank what failed on any, there as it is and elsewhere as of this kind.
+
+        What is released on one of them is missing for all: none begins a step that others refuse.
+        """
+        group = self._weights.session.group
+        if group is not None:
+            own = "" if failure is None else repr(failure), list(self._arena.released)
+            told = gather_objects(own, group)
+            released = tuple(dict.fromkeys(tag for _, tags in told for tag in tags))
+            for model in self._models:
+                model.session.released = released
+            failed = [f"rank {rank}: {why}" for rank, (why, _) in enumerate(told) if why]
+            if failed and failure is None:
+                raise kind("; ".join(failed))
+        if failure is not None:
+            raise failure
 
     def _tell_released(self) -> None:
         for model in self._models:
@@ -119,31 +139,43 @@ class EngineMemory:
         """Give the memory of these tags back to the device; the bytes of each.
 
         tags: of "weights", "kv_cache", "cuda_graphs" (also "cuda_graph") and "draft"; none: all. 0
-        bytes: nothing to do, because the tag is released already, has no memory, or is the trainer's (after
-        bind_weights). Until all is resumed nothing is served. Every tensor parallel rank calls it.
+        bytes: nothing to do, because the tag is released already, has no memory, or is the
+        trainer's (after bind_weights). Until all is resumed nothing is served. Every tensor
+        parallel rank calls it.
 
         Raises ValueError for unknown tags, WeightSyncError while requests are unfinished or, for
         weights, an update is under way, ReleasedError for an engine with releasable=false, and
-        RuntimeError while rank 0 leads others.
+        RuntimeError while rank 0 leads others, or if another rank has failed.
         """
-        return self._alike("release_memory_occupation", partial(self.memory_control.release, tags))
+        release = partial(self.memory_control.release, tags)
+        return self._alike("release_memory_occupation", release, RuntimeError)
 
     def resume_memory_occupation(self, tags: Sequence[str] | None = None) -> dict[str, int]:
         """Have the memory of these tags again, at the same addresses; the bytes of each.
 
         CUDA graphs stay valid. Weights without a backup need a full update before anything is
         served. Raises ValueError for unknown tags and, where memory is short, ResumeError that
-        names the tag and the bytes; then the call may be repeated. RuntimeError while rank 0 leads.
+        names the tag and the bytes, on every rank if it is so on one; then the call may be
+        repeated. RuntimeError while rank 0 leads.
         """
-        return self._alike("resume_memory_occupation", partial(self.memory_control.resume, tags))
+        resume = partial(self.memory_control.resume, tags)
+        return self._alike("resume_memory_occupation", resume, ResumeError)
 
     def memory_occupation(self) -> dict[str, TagBytes]:
         """Bytes of each tag that are resident, and those of its addresses."""
         return self.arena.occupation()
 
-    def _alike(self, what: str, command: Callable[[], dict[str, int]]) -> dict[str, int]:
+    def _alike(
+        self, what: str, command: Callable[[], dict[str, int]], kind: type[RuntimeError]
+    ) -> dict[str, int]:
         def run() -> dict[str, int]:
             self.loop.book.lockstep.require_alike(what)
-            return command()
+            found, failure = dict[str, int](), None
+            try:
+                found = command()
+            except Exception as error:  # noqa: BLE001 - raised once the other ranks know of it
+                failure = error
+            self.memory_control.agree(failure, kind)
+            return found
 
         return self.loop.between_steps(run)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from rank_programs import exact, prompts, start
 from safetensors.torch import load_file
 
+from samebit.kernels.memory import ResumeError
 from samebit.rollout.engine import Engine
 from samebit.rollout.types import SamplingParams
 from samebit.weight_sync.types import ParamMeta, WeightSyncError
@@ -88,6 +89,45 @@ def without_a_folder(engine, folder):
     return str(told.value)
 
 
+def begun_again(engine, folder, is_bad):
+    """Sessions without an end: one that rank 1 alone refused, and one that was aborted."""
+    weights = load_file(Path(folder) / "model.safetensors")
+    engine.begin_weight_update()
+    named = [*list(weights.items())[:2], *([("extra", torch.zeros(3))] if is_bad else [])]
+    told = []
+    try:
+        engine.update_weights_from_tensor(named)
+    except WeightSyncError as error:
+        told.append(str(error))
+    engine.begin_weight_update()
+    engine.abort_weight_update("given up")
+    told.append(message_of(lambda: engine.generate(prompts()[:1], SamplingParams())))
+    engine.begin_weight_update()
+    engine.update_weights_from_tensor(list(weights.items()))
+    engine.end_weight_update()
+    engine.generate(prompts()[:1], SamplingParams(max_new_tokens=2))
+    return told
+
+
+def short_of_memory(engine, is_bad):
+    """Rank 1 alone has no room for the cache, once: none serves, and both try again."""
+    engine.release_memory_occupation(["kv_cache"])
+    resume = engine.arena.resume
+    if is_bad:
+
+        def fail(tags):
+            raise ResumeError("kv_cache needs 7 bytes")
+
+        engine.arena.resume = fail
+    with pytest.raises(ResumeError) as told:
+        engine.resume_memory_occupation()
+    engine.arena.resume = resume
+    refused = message_of(lambda: engine.generate(prompts()[:1], SamplingParams()))
+    engine.resume_memory_occupation()
+    engine.generate(prompts()[:1], SamplingParams(max_new_tokens=2))
+    return str(told.value), refused
+
+
 def refused(rank, size, store, folder, out):
     """What every rank is told of updates that rank 1 alone refuses, each in another way."""
     torch.set_num_threads(1)
@@ -143,6 +183,8 @@ def refused(rank, size, store, folder, out):
         engine.copy_weights(good, step=9)
         engine.generate(prompts()[:1], SamplingParams(max_new_tokens=2))
         found[name] = told, served.partition(";")[0]
+    found["begun again"] = begun_again(engine, folder, is_bad)
+    found["short"] = short_of_memory(engine, is_bad)
     found["no folder"] = without_a_folder(engine, "/nowhere" if is_bad else folder)
     Path(out).with_suffix(f".{rank}").write_text(json.dumps(found))
     dist.barrier()

@@ -30,6 +30,8 @@ class Source:
     params: Mapping[str, Tensor]
     specs: list[ParamSpec]
     step: int = 0
+    rows: slice = slice(None)
+    """Of every parameter, which alone change."""
 
     @property
     def device(self) -> torch.device:
@@ -57,7 +59,8 @@ class Source:
 
     def change(self) -> None:
         """Make the next step's weights in place; after two of them every bit is as before."""
-        torch._foreach_mul_(list(self.params.values()), _FACTORS[self.step % 2])
+        changing = [param[self.rows] for param in self.params.values()]
+        torch._foreach_mul_(changing, _FACTORS[self.step % 2])
         self.step += 1
 
 
@@ -91,10 +94,12 @@ def connect(
     config: EngineConfig,
     folder: Path,
     cpu_threads: int = 1,
+    **settings: Any,
 ) -> tuple[Engine | RemoteEngine, WeightSync]:
     """An engine that serves after its first update by one of TRANSPORTS, and what brings that.
 
-    It is in this process if it can be, else in one of its own.
+    It is in this process if it can be, else in one of its own. settings: those of the transport's
+    Entry.
     """
     entry, config = TRANSPORTS[transport], replace(config, load_format="none")
     kind = import_class(entry.path, "transport", WeightSync)
@@ -108,4 +113,4 @@ def connect(
         torch.cuda.empty_cache()  # what this process keeps for later may be what that one needs
         device = engine_device(transport, source.device)
         engine = RemoteEngine(model_path, cpu_threads, config=config, device=device)
-    return engine, kind.between(source, engine, folder)
+    return engine, kind.between(source, engine, folder, **settings)

@@ -2,15 +2,19 @@
 
 import asyncio
 import random
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 from samebit.recipes.data.samples import drawn_sample
-from samebit.recipes.verification.speculation import speculation
+from samebit.recipes.verification.speculation import speculation, write_random_draft
 from samebit.recipes.verification.subject import NUM_SAMPLES, Result, Subject, flat
 from samebit.recipes.verification.weight_properties import pauses, transports
 from samebit.rollout.config import EngineConfig
+from samebit.rollout.engine import Engine
+from samebit.rollout.models.decoder import DenseModel
 from samebit.rollout.types import Completion, SamplingParams
 from samebit.trainer.packing import pack_samples
 
@@ -214,9 +218,25 @@ def memory_release(subject: Subject) -> Result:
     if not engine.config.releasable:
         result.untried.append("memory cannot be released here: there is no C compiler")
         return result
-    subject.generate(engine)
     every = ("weights", "kv_cache", "cuda_graphs")
-    for tags in (*([tag] for tag in every), every):
+    _release(result, subject, engine, [*([tag] for tag in every), every])
+    del engine  # its memory is the next one's
+    if not isinstance(subject.config, DenseModel):
+        result.untried.append("draft: there is none for a model of this kind")
+        return result
+    with tempfile.TemporaryDirectory(prefix="samebit_verify_") as folder:
+        write_random_draft(path := Path(folder) / "draft", subject.config)
+        settings = {"speculative": "eagle3", "draft_model": str(path), "adaptive_drafts": False}
+        engine = subject.make_engine(weights_backup=True, **settings)
+    _release(result, subject, engine, [["draft"], (*every, "draft")])
+    return result
+
+
+def _release(
+    result: Result, subject: Subject, engine: Engine, cases: Sequence[Sequence[str]]
+) -> None:
+    subject.generate(engine)
+    for tags in cases:
         released = engine.release_memory_occupation(tags)
         engine.resume_memory_occupation(tags)
         case = ", ".join(tags)
@@ -224,7 +244,6 @@ def memory_release(subject: Subject) -> Result:
             result.compare(flat(subject.generate(engine)), subject.truth(), case)
         else:
             result.untried.append(f"{case}: there is none to release")
-    return result
 
 
 def shared_prefixes(subject: Subject) -> Result:

@@ -4,6 +4,7 @@ import tempfile
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from samebit.recipes.launch.updates import Source, connect, why_not_here
 from samebit.recipes.verification.subject import Result, Subject, flat
@@ -23,14 +24,19 @@ def transports(subject: Subject) -> Result:
             result.untried.append(reason)
         else:
             result.compare(_updated_twice(subject, source, name), subject.truth(), name)
+    few = replace(source, rows=slice(1))
+    found = _updated_twice(subject, few, "gloo", delta=True)
+    result.compare(found, subject.truth(), "gloo, of the second version what has changed")
     return result
 
 
-def _updated_twice(subject: Subject, source: Source, transport: str) -> list[Completion]:
+def _updated_twice(
+    subject: Subject, source: Source, transport: str, **settings: Any
+) -> list[Completion]:
     """What an engine draws by the weights that it was given last."""
     with tempfile.TemporaryDirectory(prefix="samebit_verify_") as folder:
         place = subject.model_path, subject.engine.config, Path(folder) / "weights"
-        engine, weights = connect(transport, source, *place)
+        engine, weights = connect(transport, source, *place, **settings)
         with closing(engine), closing(weights):
             for _ in range(2):
                 weights.lease(source.step + 1)

@@ -118,6 +118,14 @@ def test_what_one_rank_refuses_all_refuse_at_once(run_ranks, qwen3_path, tmp_pat
             assert "broke off: " in served
         if name != "different":  # each has its own step
             assert found[0][name] == found[1][name], name
+    served, (refusal, served_too) = (ranks["begun again"] for ranks in found)
+    assert served == [served_too]
+    assert "broke off: given up" in served_too
+    assert "unknown tensor extra" in refusal
+    others, own = (ranks["short"] for ranks in found)
+    missing = "the memory of kv_cache is released; resume it first"
+    assert others == ["rank 1: ResumeError('kv_cache needs 7 bytes')", missing]
+    assert own == ["kv_cache needs 7 bytes", missing]
     told, raised = (ranks["no folder"] for ranks in found)
     assert told.startswith("rank 1: FileNotFoundError('model folder /nowhere")
     assert raised == "model folder /nowhere does not exist"

@@ -35,8 +35,11 @@ SETTINGS = {
     "graphs_and_overlap": [{"cuda_graphs": False, "overlap": x} for x in (False, True)],
     "score": [{"prefill_chunk": n} for n in (1024, 17)],
     "trainer": [],
-    "memory_release": [{"weights_backup": True}],
-    "transports": [{"load_format": "none"}] * 2,  # and one in another process
+    "memory_release": [
+        {"weights_backup": True},
+        {"weights_backup": True, "speculative": "eagle3", "adaptive_drafts": False},
+    ],
+    "transports": [{"load_format": "none"}] * 2,  # and two in other processes
     "pauses": [WITHOUT] * 3,
     "speculation": [
         SUFFIX | {"prefill_chunk": 17, "max_num_seqs": 7},
@@ -70,8 +73,8 @@ TRIED = {
     "graphs_and_overlap": (2, 2),
     "score": (2, 0),
     "trainer": (3, 1),
-    "memory_release": (3, 4),
-    "transports": (3, 2),
+    "memory_release": (5, 7),
+    "transports": (4, 2),
     "pauses": (5, 3),
     "speculation": (11, 11),
     "shared_prefixes": (0, 3),

@@ -311,6 +311,18 @@ def test_unknown_tags_are_refused(make_engine, tags):
     assert engine.arena.released == ()
 
 
+def test_tags_as_frameworks_give_them(make_engine, truth):
+    """None are all, and the graphs' has SGLang's name as well."""
+    engine = make_engine(weights_backup=True)
+    size = sizes(engine)
+    assert engine.release_memory_occupation([]) == size
+    assert engine.resume_memory_occupation(()) == size
+    assert list(engine.release_memory_occupation(["kv_cache", "cuda_graph"])) == TAGS[1:3]
+    assert list(engine.resume_memory_occupation(["cuda_graph"])) == TAGS[2:3]
+    engine.resume_memory_occupation(["cuda_graph", "kv_cache"])
+    assert served(engine) == truth
+
+
 def test_an_engine_of_ordinary_memory_refuses(make_engine, truth):
     engine = make_engine(releasable=False)
     with pytest.raises(ReleasedError, match="releasable=false"):

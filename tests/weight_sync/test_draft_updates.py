@@ -146,7 +146,8 @@ def test_an_update_of_the_target_leaves_the_draft(engine, better, old, new, expe
 def test_an_update_of_both_and_one_of_the_draft_alone(engine, better, old, new, expected):
     """Under one step; each has the digest of its own weights."""
     engine.begin_weight_update("all", step=4)
-    engine.update_weights_from_tensor(better.named()[:3])
+    own = [(name.removeprefix("draft."), tensor) for name, tensor in better.named()]
+    engine.update_weights_from_tensor(own[:3], selector="draft", weight_version="4")
     engine.update_weights_from_tensor([*hf_tensors(new.specs, new.params), *better.named()[3:]])
     assert engine.end_weight_update(new.digest, better.digest()) == WeightVersion(4, new.digest)
     assert engine.draft_version == WeightVersion(4, better.digest())
@@ -154,31 +155,11 @@ def test_an_update_of_both_and_one_of_the_draft_alone(engine, better, old, new, 
     for name, param in better.named():
         assert_same_bits(engine.get_weights_by_name(name), param, name)
     engine.begin_weight_update("draft")
-    engine.update_weights_from_tensor(better.named())
+    engine.update_weights_from_tensor(own, selector="draft")
     with pytest.raises(ValueError, match="draft_digest is given, and the update has not brought"):
         engine.end_weight_update(draft_digest=better.digest())
     assert engine.end_weight_update(better.digest()) == WeightVersion(5, better.digest())
     assert engine.weight_version == WeightVersion(4, new.digest)
-
-
-def test_tensors_of_a_draft_by_their_own_names(engine, better, new, expected):
-    """As SGLang's requests name a draft's: by their selector, without a prefix."""
-    plain = [(name.removeprefix("draft."), tensor) for name, tensor in better.named()]
-    target = list(hf_tensors(new.specs, new.params))
-    engine.begin_weight_update("all")
-    engine.update_weights_from_tensor(target, selector="target")
-    engine.update_weights_from_tensor(plain[:2], selector="draft")
-    engine.update_weights_from_tensor(better.named()[2:], selector="draft", weight_version="3")
-    assert engine.end_weight_update(new.digest, better.digest()) == WeightVersion(3, new.digest)
-    assert engine.draft_version == WeightVersion(3, better.digest())
-    assert served(engine) == expected[new.digest]
-    engine.begin_weight_update("draft")
-    with pytest.raises(ValueError, match="selector is 'target', and the session .* is of 'draft'"):
-        engine.update_weights_from_tensor(target, selector="target")
-    with pytest.raises(ValueError, match="selector 'both' is unknown; use one of all, target, dra"):
-        engine.update_weights_from_tensor(plain, selector="both")
-    engine.update_weights_from_tensor(plain, selector="draft")
-    assert engine.end_weight_update() == WeightVersion(4, better.digest())
 
 
 def test_a_draft_that_is_ahead_joins_an_update_of_both(engine, better, old, new, expected):

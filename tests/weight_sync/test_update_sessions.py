@@ -99,8 +99,16 @@ HEALS = {
     "left first": lambda engine, start, new: joined_anew(engine, start),
     "copied": lambda engine, start, new: engine.copy_weights(new.params, 1, new.digest),
     "a folder": lambda engine, start, new: engine.update_weights_from_disk(new.folder),
+    "released": lambda engine, start, new: released(engine, new),
     "bound": lambda engine, start, new: engine.bind_weights(new.params, 1),
 }
+
+
+def released(engine, new):
+    """As a colocated run would before it trains on."""
+    engine.release_memory_occupation(["weights"])
+    engine.resume_memory_occupation(["weights"])
+    engine.copy_weights(new.params, 1, new.digest)
 
 
 def anew(engine, trainer, group):
@@ -232,6 +240,18 @@ def test_a_transports_update_is_not_a_session(engine, weights, old, new, expecte
     engine.sink.abort("no more")
     engine.copy_weights(new.params, 5, new.digest)
     assert serves(engine, new, expected)
+
+
+def test_a_selector_is_that_of_the_session(engine):
+    engine.begin_weight_update("target")
+    with pytest.raises(ValueError, match="selector is 'draft', and the session .* of 'target'"):
+        engine.update_weights_from_tensor([], selector="draft")
+    with pytest.raises(ValueError, match="selector 'both' is unknown; use one of all, target, dra"):
+        engine.update_weights_from_tensor([], selector="both")
+    engine.abort_weight_update()
+    engine.begin_weight_update()
+    with pytest.raises(WeightSyncError, match="selector 'draft': no draft model is served"):
+        engine.update_weights_from_tensor([], selector="draft")
 
 
 def test_weight_version_is_the_step(engine, weights, new):
