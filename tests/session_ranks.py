@@ -26,6 +26,10 @@ def message_of(call):
     raise AssertionError("nothing was refused")
 
 
+def refusal(engine):
+    return message_of(lambda: engine.generate(prompts()[:1], SamplingParams()))
+
+
 def paused(rank, size, store, folder, out):
     """Pauses that every rank makes alike, and that rank 0 makes for all; whole tensors between."""
     torch.set_num_threads(1)
@@ -101,7 +105,7 @@ def begun_again(engine, folder, is_bad):
         told.append(str(error))
     engine.begin_weight_update()
     engine.abort_weight_update("given up")
-    told.append(message_of(lambda: engine.generate(prompts()[:1], SamplingParams())))
+    told.append(refusal(engine))
     engine.begin_weight_update()
     engine.update_weights_from_tensor(list(weights.items()))
     engine.end_weight_update()
@@ -122,7 +126,7 @@ def short_of_memory(engine, is_bad):
     with pytest.raises(ResumeError) as told:
         engine.resume_memory_occupation()
     engine.arena.resume = resume
-    refused = message_of(lambda: engine.generate(prompts()[:1], SamplingParams()))
+    refused = refusal(engine)
     engine.resume_memory_occupation()
     engine.generate(prompts()[:1], SamplingParams(max_new_tokens=2))
     return str(told.value), refused
@@ -178,11 +182,10 @@ def refused(rank, size, store, folder, out):
         "leased": leased,
     }
     for name, fault in faults.items():
-        told = message_of(fault)
-        served = message_of(lambda: engine.generate(prompts()[:1], SamplingParams()))
+        told = message_of(fault), refusal(engine).partition(";")[0]
         engine.copy_weights(good, step=9)
         engine.generate(prompts()[:1], SamplingParams(max_new_tokens=2))
-        found[name] = told, served.partition(";")[0]
+        found[name] = told
     found["begun again"] = begun_again(engine, folder, is_bad)
     found["short"] = short_of_memory(engine, is_bad)
     found["no folder"] = without_a_folder(engine, "/nowhere" if is_bad else folder)
