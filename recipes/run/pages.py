@@ -19,8 +19,9 @@ CHARTS = (
     "train/logprob_mismatches", "perf/step_s", "perf/rollout_s", "perf/train_s", "perf/sync_s",
     "perf/eval_s", "perf/rollout_tokens_per_s", "perf/train_tokens_per_s", "perf/train_mfu",
     "perf/rollout_kv_cache_gib", "perf/train_kv_cache_gib", "perf/rollout_gradients_gib",
-    "perf/train_gradients_gib", "perf/train_optimizer_gib", "perf/rollout_peak_gib",
-    "perf/train_peak_gib",
+    "perf/train_gradients_gib", "perf/train_optimizer_gib", "perf/train_weights_gib",
+    "perf/rollout_peak_gib", "perf/train_peak_gib", "perf/rollout_device_gib",
+    "perf/train_device_gib",
 )  # fmt: skip
 """Metrics that are shown first, in this order; a button shows all others."""
 CARDS = (

@@ -97,6 +97,9 @@ class PhaseLedger:
         taken, phase = self._occupation(), self._phase
         for tag, found in taken.items():
             self._figures[f"perf/{phase}_{tag}_gib"] = found.resident / _GIB
+        if "weights" not in taken:  # the engine's are the trainer's own parameters, and stay
+            own = sum(param.nbytes for param in self._trainer.params.values())
+            self._figures[f"perf/{phase}_weights_gib"] = own / _GIB
         device = self._trainer.device
         if device.type != "cuda":
             return

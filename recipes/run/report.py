@@ -96,6 +96,17 @@ CHARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
             "peak, training": "perf/train_peak_gib",
         },
     ),
+    (
+        "Memory of the device",
+        "GiB at the end of a phase: the weights, what torch has reserved, and all that is in use",
+        {
+            "weights": "perf/train_weights_gib",
+            "reserved, drawing": "perf/rollout_reserved_gib",
+            "reserved, training": "perf/train_reserved_gib",
+            "in use, drawing": "perf/rollout_device_gib",
+            "in use, training": "perf/train_device_gib",
+        },
+    ),
     ("Entropy", "mean over tokens, in nats", {"train": "train/entropy"}),
 )
 

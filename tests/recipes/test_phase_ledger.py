@@ -56,6 +56,8 @@ def test_gradients_and_keys_take_turns(runs, monkeypatch):
         for phase, taken in (("rollout", drawing), ("train", training)):
             for tag, num_bytes in taken.items():
                 assert found.pop(f"perf/{phase}_{tag}_gib") == num_bytes / GIB
+            own = sum(param.nbytes for param in recipe.engine.weights.values())
+            assert found.pop(f"perf/{phase}_weights_gib") == own / GIB
         assert found.keys() == {"perf/switch_to_train_s", "perf/switch_to_rollout_s"}
 
 
