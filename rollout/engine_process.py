@@ -17,6 +17,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any, NoReturn
 
 import torch
@@ -49,6 +50,8 @@ logger = logging.getLogger(__name__)
 _TIMEOUT = timedelta(hours=4)
 """That ranks wait for each other: one may load or receive weights for long. Who dies is seen."""
 _BEAT_S = 1.0
+_UNTOLD_S = 60.0
+"""How long what a step raised on one rank may wait to be told to the others."""
 PARTED = os.EX_SOFTWARE
 """The exit code of a rank that has lost the others, or they it."""
 START = 0
@@ -77,13 +80,17 @@ def serve(
     server = _Server(connection)
     try:
         _, place = connection.recv()
+        server.rank = place.rank
         ranks = _join(place, device, settings.get("ranks", ALONE))
         server.engine = engine = Engine(model_path, **settings | {"ranks": ranks})
     except Exception as error:  # noqa: BLE001 - every error goes to the caller
         server.send(START, Failed(_portable(error)))
         return
     server.send(START, Done(None))
+    if place.size > 1:
+        threading.Thread(target=server.watch, daemon=True).start()
     if place.rank > 0:
+        threading.Thread(target=server.hear, daemon=True).start()
         server.follow()
     else:
         threading.Thread(target=server.beat, args=(cpu_threads,), daemon=True).start()
@@ -134,6 +141,8 @@ class _Server:
         self._connection = connection
         self._sending = threading.Lock()
         self._calls: dict[int, Call] = {}
+        self._heard: SimpleQueue[tuple[int, Message] | None] = SimpleQueue()
+        self.rank = 0
 
     def handle(self, number: int, message: Message) -> None:
         engine = self.engine
@@ -156,8 +165,11 @@ class _Server:
                     # Between steps: the loop's thread must admit nothing while weights change.
                     asked = partial(function, engine, *arguments, **by_name)
                     asked = partial(engine.loop.book.ask, number, asked)
-                    self.send(number, Done(engine.loop.between_steps(asked)))
+                    found = engine.loop.between_steps(asked)
+                    self.send(number, Done(None if self.rank else found))
         except Exception as error:  # noqa: BLE001 - as above
+            if isinstance(message, Ask):
+                engine.loop.between_steps(self._require_together)
             self.send(number, Failed(_portable(error)))
 
     def follow(self) -> None:
@@ -166,6 +178,21 @@ class _Server:
             self.engine.loop.follow(self._take_asked)
         except Exception as error:  # noqa: BLE001 - whatever parts the ranks
             _part(error)
+
+    def hear(self) -> None:
+        """Take in what this rank is asked, long before it is its turn: whoever asks would wait."""
+        with suppress(EOFError, OSError):  # the caller is gone
+            while True:
+                self._heard.put(self._connection.recv())
+        self._heard.put(None)
+
+    def watch(self) -> None:
+        """End this process if the others do not come to hear what a step raised here: they wait in
+        it for this rank, on a GPU without end."""
+        lockstep = self.engine.loop.book.lockstep
+        while lockstep.untold_s < _UNTOLD_S:
+            time.sleep(_BEAT_S)
+        _part(RuntimeError("a step failed here, and the other ranks do not come out of it"))
 
     def beat(self, cpu_threads: int) -> None:
         """Say again and again that the engine goes on from step to step, or has nothing to do; on
@@ -196,15 +223,20 @@ class _Server:
     def _take_asked(self, number: int) -> None:
         """Do what this rank, too, was asked by a number. What is before it was given up as it went
         out: rank 0 was not asked."""
-        while (asked := self._connection.recv())[0] != number:
-            pass
-        self.handle(*asked)
+        while (asked := self._heard.get()) is not None:
+            if asked[0] == number:
+                self.handle(*asked)
+                return
+        raise EOFError("whoever asks is gone")
 
     def _require_together(self) -> None:
         """End this process if the ranks have parted: what a step raised on one alone is no answer,
         and the engine is of no use."""
+        lockstep = self.engine.loop.book.lockstep
         try:
-            self.engine.loop.book.lockstep.meet()
+            lockstep.meet()
+            if lockstep.untold_s:  # of a drain, which the others hear of in between
+                lockstep.meet()
         except Exception as error:  # noqa: BLE001 - as in follow
             _part(error)
 

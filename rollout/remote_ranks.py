@@ -24,6 +24,7 @@ from samebit.rollout.messages import Answer, Ask, Beat, Done, Drew, Meet, Messag
 from samebit.rollout.runtime.call import uncancelled
 from samebit.weight_sync.failures import CrashError
 from samebit.weight_sync.meeting import LOOPBACK, host_store, listener_at
+from samebit.weight_sync.types import LostMemberError
 
 # A child has nothing of this process, of a GPU's context least of all.
 CONTEXT = multiprocessing.get_context("spawn")
@@ -94,6 +95,8 @@ def _launch_here(model_path: str, cpu_threads: int, settings: dict[str, Any]) ->
 def settings_of(rank: int, settings: dict[str, Any]) -> dict[str, Any]:
     """A rank's, of those whose device is rank 0's: of a GPU the next ones."""
     first = settings.get("device")
+    if first is None and torch.cuda.is_available():
+        first = "cuda"
     if not rank or first is None or torch.device(first).type != "cuda":
         return settings
     return settings | {"device": torch.device("cuda", (torch.device(first).index or 0) + rank)}
@@ -209,7 +212,7 @@ class EngineRanks:
             place = self.address, self._store.port, secrets.token_hex(32)
         for rank, pipe in enumerate(self._pipes):
             pipe.tell(Meet(rank, size, *place))
-        _of_all([pipe.started for pipe in self._pipes]).result()
+        _OfAll([pipe.started for pipe in self._pipes]).result.result()
 
     def call(self, message: Message, tell: Tell | None = None) -> tuple[int, Future[Any]]:
         """A call's number and its result to come. RemoteEngineError if a process has died.
@@ -225,7 +228,7 @@ class EngineRanks:
             # Rank 0 last: once it has it, the others will find it.
             results = [pipe.call(number, message) for pipe in others]
             results.insert(0, first.call(number, message, tell))
-        return number, _of_all(results)
+        return number, _OfAll(results).result
 
     @property
     def silent_s(self) -> float:
@@ -277,23 +280,38 @@ class EngineRanks:
         return next((each for each in dead if each not in followed), (*dead, self._launched[0])[0])
 
 
-def _of_all(results: Sequence[Future[Any]]) -> Future[Any]:
-    """The first one's result once all have theirs, or the first failure of any."""
-    if len(results) == 1:
-        return results[0]
-    whole, lock, left = uncancelled(), threading.Lock(), len(results)
+class _OfAll:
+    """One result of several calls: the first one's once all have theirs, or the first failure of
+    any; that a member is lost, which those see who are still there, only where soon nothing else
+    is known."""
 
-    def note(done: Future[Any]) -> None:
-        nonlocal left
-        with lock:
-            left -= 1
-            if whole.done():
+    def __init__(self, results: Sequence[Future[Any]]) -> None:
+        self.result = uncancelled()
+        self._first, self._left = results[0], len(results)
+        self._loss: BaseException | None = None
+        self._lock = threading.Lock()
+        for result in results:
+            result.add_done_callback(self._note)
+
+    def _note(self, done: Future[Any]) -> None:
+        with self._lock:
+            self._left -= 1
+            error = done.exception()
+            if isinstance(error, LostMemberError) and self._left:
+                if self._loss is None:
+                    self._loss = error
+                    timer = threading.Timer(_EXIT_CODE_S, self._end, [error])
+                    timer.daemon = True
+                    timer.start()
                 return
-            if (error := done.exception()) is not None:
-                whole.set_exception(error)
-            elif not left:
-                whole.set_result(results[0].result())
+        if error is not None or not self._left:
+            self._end(error if error is not None else self._loss)
 
-    for result in results:
-        result.add_done_callback(note)
-    return whole
+    def _end(self, error: BaseException | None) -> None:
+        with self._lock:
+            if self.result.done():
+                return
+            if error is not None:
+                self.result.set_exception(error)
+            else:
+                self.result.set_result(self._first.result())

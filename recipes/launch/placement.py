@@ -103,6 +103,12 @@ def require_transport(run: GrpoRun) -> None:
     """Raise ValueError for a transport that cannot be had, or not on this machine's devices."""
     name, device = run.placement.transport, resolve_device(run.device)
     load_transport(name)
+    size, gpus = run.placement.engine_tensor, TRANSPORTS[name].gpus if name in TRANSPORTS else 2
+    if size > 1 and gpus < 2 and device.type == "cuda":
+        raise ValueError(
+            f"placement.transport is {name!r}; on GPUs it must be nccl with "
+            f"placement.engine_tensor={size}: engines behind another one are on the trainer's GPU"
+        )
     between_gpus = name in TRANSPORTS and TRANSPORTS[name].gpus > 0
     by_ray = run.placement.ray_address is not None or is_on_ray()
     elsewhere = by_ray and (device.type == "cuda" or run.dry_run)

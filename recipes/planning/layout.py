@@ -56,6 +56,9 @@ class Layout:
         meaning += "how fast another is"
         require(known, "placement.transport", run.placement.transport, meaning)
         apart, size = run.placement.replicas * is_apart, run.placement.engine_tensor
+        meaning = "nccl with placement.engine_tensor: engines behind another transport are on the "
+        meaning += "trainer's GPU"
+        require(size == 1 or is_apart, "placement.transport", run.placement.transport, meaning)
         layout = cls(parallel, cluster, apart, size if apart else parallel.tensor)
         per_node = cluster.gpus_per_node
         least = layout.num_gpus if apart else 1

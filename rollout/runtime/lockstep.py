@@ -5,6 +5,7 @@ tell each other nothing. Concurrent callers reach each rank at another moment: t
 and before each step it tells the others what it did since the last one.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,8 @@ class Lockstep:
         self.leads = False
         self._failures = ["", ""]
         """What a step raised on this rank: to be told next, and after that."""
+        self._failed_at = 0.0
+        self._is_telling = False
         self._broken = ""
 
     def require_one_order(self) -> None:
@@ -71,8 +74,15 @@ class Lockstep:
         One that was interrupted is in the midst of a step, and meets nobody any more.
         """
         self._failures[bool(self._said)] = repr(error)
+        self._failed_at = time.monotonic()
         if not isinstance(error, Exception):
             self._broken = repr(error)
+
+    @property
+    def untold_s(self) -> float:
+        """Seconds for which the other ranks have not heard what a step raised here; 0: nothing."""
+        told = not any(self._failures) and not self._is_telling
+        return 0.0 if told else time.monotonic() - self._failed_at
 
     def meet(self) -> None:
         """Tell what was said, if this rank leads."""
@@ -88,6 +98,7 @@ class Lockstep:
             raise RuntimeError(f"the tensor parallel ranks have parted: {self._broken}")
         failure, later = self._failures
         said, self._failures, self._said = self._said, [later, ""], []
+        self._is_telling = bool(failure)
         try:
             own = failure, [to_plain(message) for message in said]
             heard = gather_objects(own, self._ranks.group)
@@ -97,4 +108,6 @@ class Lockstep:
         except BaseException as error:
             self._broken = str(error) or repr(error)
             raise
+        finally:
+            self._is_telling = False
         return [of_plain(message) for message in heard[0][1]]

@@ -146,6 +146,8 @@ def test_engines_apart_of_several_gpus(tiny):
     beside_two = plan_of(tiny, *words, *TENSOR)
     assert beside_two["gpus"] == 6
     assert beside_two["sync"][0]["held_bytes"] == weights
+    with pytest.raises(ValueError, match="must be nccl with placement.engine_tensor"):
+        plan_of(tiny, *own, "placement.engine_tensor=2", "placement.transport=gloo")
     with pytest.raises(ValueError, match="engine_tensor is 8: .* does not divide by"):
         plan_of(tiny, *own, "placement.engine_tensor=8", "cluster.gpus_per_node=9")
 
