@@ -44,9 +44,9 @@ class MemoryControl:
 
     def release(self, tags: Sequence[str] | None) -> dict[str, int]:
         given = _engine_tags(tags)
+        self._weights.gate.end_lost_update(counts_left=False)
         self._arena.require_releasable()
         self._weights.gate.require_quiet("release_memory_occupation")
-        self._weights.gate.end_lost_update()
         has_weights = "weights" in given and self._is_resident("weights")
         for model in self._models:
             tag, state = model.session.tag, model.session.state

@@ -1,5 +1,6 @@
 """EngineUpdateGroups: the groups that RL frameworks' trainers have an engine join."""
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -9,6 +10,7 @@ from samebit.rollout.open_update import OpenUpdate
 from samebit.rollout.runtime.weight_control import ServedModel, WeightControl
 from samebit.rollout.values import as_integer, as_number, shown
 from samebit.weight_sync.objects import gather_objects
+from samebit.weight_sync.types import WeightSyncError
 from samebit.weight_sync.update_group import UpdateGroup, join_update_group
 
 
@@ -54,13 +56,19 @@ class EngineUpdateGroups:
             )
         if not isinstance(group_name, str):
             raise ValueError(f"group_name is {shown(group_name)}; it must be a text")
-        if (held := self._update_groups.get(group_name)) is not None and not held.is_lost:
-            raise ValueError(f"group '{group_name}' is there; destroy_weights_update_group first")
         if backend == "nccl" and self.device.type == "cpu":
             raise ValueError("backend 'nccl' needs a GPU; for an engine on the CPU use 'gloo'")
-        self.weight_control.gate.between_steps(self._end_lost_update)
-        if held is not None:
-            self._update_groups.pop(group_name).leave(is_broken=True)
+
+        def require_free() -> None:
+            held = self._update_groups.get(group_name)
+            if held is not None and not held.is_lost:
+                raise ValueError(
+                    f"group '{group_name}' is there; destroy_weights_update_group first"
+                )
+
+        self._settle_alike("init_weights_update_group", require_free, counts_left=False)
+        if (held := self._update_groups.pop(group_name, None)) is not None:
+            held.leave(is_broken=True)
         rank = rank_offset + self.ranks.rank
         place = master_address, master_port, rank, world_size
         group = join_update_group(*place, group_name, backend, timeout_s, secret)
@@ -73,8 +81,9 @@ class EngineUpdateGroups:
 
         What has come by it stays, and the session can be ended; a next begin breaks that off.
         """
-        self._update_group(group_name).leave()
+        group = self._update_group(group_name)
         del self._update_groups[group_name]
+        group.leave(is_broken=group.is_lost)
 
     # -- internals -------------------------------------------------------------------------------
 
@@ -83,14 +92,33 @@ class EngineUpdateGroups:
         """What the engine serves, the target first."""
         raise NotImplementedError
 
-    def _end_lost_update(self) -> None:
+    def _settle_alike(
+        self, what: str, check: Callable[[], object], counts_left: bool = True
+    ) -> None:
+        """Pass a check on every rank, or on none, and end what nobody is left to end. Raises what
+        the check raises on this rank, WeightSyncError for what it raises on another."""
+
+        def settle() -> None:
+            self.weight_control.gate.require_alike(what)
+            failure: Exception | None = None
+            try:
+                check()
+            except (ValueError, WeightSyncError) as error:
+                failure = error
+            self.weight_control.session.agree(failure)
+            self._end_lost_update(counts_left)
+
+        self.weight_control.gate.between_steps(settle)
+
+    def _end_lost_update(self, counts_left: bool = True) -> None:
         """Break off the session that no rank's trainer can end, or of which any has refused some.
 
-        Every rank calls it: they agree.
+        counts_left: whether one is that has come by groups which the engine has left since. Every
+        rank calls it: they agree.
         """
         if (opened := self._opened) is None:
             return
-        reason = opened.refusal or opened.loss(self._update_groups.values())
+        reason = opened.refusal or opened.loss(self._update_groups.values(), counts_left)
         group = self.weight_control.session.group
         told = [reason] if group is None else gather_objects(reason, group)
         if reason := next(filter(None, told), ""):
@@ -99,7 +127,8 @@ class EngineUpdateGroups:
 
     def _leave_update_groups(self) -> None:
         while self._update_groups:
-            self._update_groups.popitem()[1].leave()
+            group = self._update_groups.popitem()[1]
+            group.leave(is_broken=group.is_lost)
 
     def _update_group(self, group_name: str) -> UpdateGroup:
         if group_name not in self._update_groups:

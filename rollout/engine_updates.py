@@ -40,6 +40,7 @@ class EngineUpdates(EngineUpdateGroups):
 
     draft_control: ServedDraft | None = None
     _num_opened = 0
+    _num_receiving = 0
 
     def served(self, selector: str = "target") -> ServedModel:
         """The model "target" or "draft": a WeightSink, which transports of this process update.
@@ -79,16 +80,26 @@ class EngineUpdates(EngineUpdateGroups):
         """
         _require_selector(selector)
         groups = as_list(group_names or [], "group_names", "a list of names of groups")
-        senders = tuple(map(self._update_group, groups))
         model = self.served("target" if selector == "all" else selector)
         given, step = step, model.version.step + 1 if step is None else as_step(step)
-        model.gate.between_steps(self._end_lost_update)
-        for other in self._updating:
-            if other is not model:
+        self._num_opened += 1  # whatever comes of it: on all ranks the same
+
+        def require_free() -> None:
+            for name in groups:
+                self._update_group(name)
+            if self._num_receiving:
+                raise WeightSyncError(
+                    "tensors of a session that was broken off are being received; have the engine "
+                    "leave their group, or wait for it to miss them"
+                )
+
+        self._settle_alike("begin_weight_update", require_free)
+        for other in self._models:
+            if other is not model and other.session.is_open:
                 tag = other.session.tag
                 raise WeightSyncError(f"an update of {tag} is under way; end it first")
         model.begin(step)
-        self._num_opened += 1
+        senders = tuple(map(self._update_group, groups))
         known = tuple(group for group in self._update_groups.values() if not group.is_lost)
         opened = OpenUpdate(
             *(self._num_opened, selector, step, given is not None, senders or known, bool(senders))
@@ -142,10 +153,15 @@ class EngineUpdates(EngineUpdateGroups):
             raise ValueError(f"reason is {shown(reason)}; it must be a text")
         if session is not None:
             self._require_opened(session)
-        opened, self._opened = self._opened, None
-        if opened is None:
+        if (opened := self._opened) is None:
             return False
-        self.weight_control.gate.between_steps(lambda: opened.abort(reason))
+
+        def abort() -> None:
+            self.weight_control.gate.require_alike("abort_weight_update")
+            self._opened = None
+            opened.abort(reason)
+
+        self.weight_control.gate.between_steps(abort)
         return True
 
     def update_weights_from_distributed(
@@ -182,9 +198,9 @@ class EngineUpdates(EngineUpdateGroups):
         dtypes = [str(dtype) for dtype in as_list(dtypes, "dtypes", "a list of dtypes")]
         self._require_opened(session)
         group = self._update_group(group_name)
-        self._admit(group, selector, weight_version, session)
-        with self._breaking(group), on_device(self.device):
-            owners = self._fitting(names, dtypes, shapes, selector)
+        opened = self._admit(group, selector, weight_version, session)
+        with self._breaking(opened, group), on_device(self.device):
+            owners = self._fitting(opened, names, dtypes, shapes, selector)
             broadcasts = group.broadcasts()
             if flattened and owners:
                 metas = flat_metas(names, dtypes, shapes)
@@ -213,12 +229,12 @@ class EngineUpdates(EngineUpdateGroups):
         `copy_weights`.
         """
         named = as_pairs(named_tensors, is_flattened(load_format))
-        self._admit(None, selector, weight_version, session)
-        with self._breaking():
+        opened = self._admit(None, selector, weight_version, session)
+        with self._breaking(opened):
             tensors = [tensor for _, tensor in named]
             names, dtypes = [name for name, _ in named], [str(t.dtype) for t in tensors]
             shapes = [tuple(tensor.shape) for tensor in tensors]
-            owners = self._fitting(names, dtypes, shapes, selector)
+            owners = self._fitting(opened, names, dtypes, shapes, selector)
             for (weights, name), tensor in zip(owners, tensors, strict=True):
                 weights.take(name, tensor.detach())
 
@@ -251,8 +267,8 @@ class EngineUpdates(EngineUpdateGroups):
 
     def _admit(
         self, way: Way, selector: str, weight_version: str | int | None, session: int | None
-    ) -> None:
-        """Take a call that brings tensors as one of the session, or refuse it and leave that."""
+    ) -> OpenUpdate:
+        """The session, for a call that brings tensors of it; or refuse that call alone."""
         version = as_weight_version(weight_version)
         _require_selector(selector)
         opened = self._require_opened(session)
@@ -267,16 +283,16 @@ class EngineUpdates(EngineUpdateGroups):
             )
         if selector != "all":
             self.served(selector)
-        opened.come_by(way)
-        opened.name_step(version)
+        opened.admit(way, version, session is not None)
+        return opened
 
-    def _weak_end_lost_update(self) -> Callable[[], None]:
+    def _weak_end_lost_update(self) -> Callable[..., None]:
         """_end_lost_update for what the engine itself holds: no cycle."""
         held = weakref.ref(self)
 
-        def end_lost_update() -> None:
+        def end_lost_update(counts_left: bool = True) -> None:
             if (engine := held()) is not None:
-                engine._end_lost_update()
+                engine._end_lost_update(counts_left)
 
         return end_lost_update
 
@@ -290,14 +306,13 @@ class EngineUpdates(EngineUpdateGroups):
 
     def _fitting(
         self,
+        opened: OpenUpdate,
         names: Sequence[str],
         dtypes: Sequence[str],
         shapes: Sequence[Sequence[int]],
         selector: str,
     ) -> list[tuple[HFWeights, str]]:
         """Whose each tensor is, with its name there. What does not fit breaks the update."""
-        opened = self._opened
-        assert opened is not None
         refuse = opened.models[0].session.refuse
         if not len(names) == len(dtypes) == len(shapes):
             refuse(
@@ -328,17 +343,23 @@ class EngineUpdates(EngineUpdateGroups):
             opened.add(draft)
 
     @contextmanager
-    def _breaking(self, group: UpdateGroup | None = None) -> Iterator[None]:
-        """Whatever ends the block early breaks the session's update, and the group."""
+    def _breaking(self, opened: OpenUpdate, group: UpdateGroup | None = None) -> Iterator[None]:
+        """Whatever ends the block early breaks the session's update, and the group, if they are
+        still there: another thread may have ended both meanwhile."""
+        self._num_receiving += 1
         try:
             yield
         except BaseException as error:
-            if group is not None:
-                self._update_groups.pop(group.name).leave(is_broken=True)
-            for model in self._updating:
-                with suppress(WeightSyncError):  # the first error is the one to tell
-                    model.session.refuse(str(error) or repr(error))
+            if group is not None and self._update_groups.get(group.name) is group:
+                del self._update_groups[group.name]
+                group.leave(is_broken=True)
+            for model in opened.models:
+                if opened.holds(model) and not model.session.is_refused:
+                    with suppress(WeightSyncError):  # the first error is the one to tell
+                        model.session.refuse(str(error) or repr(error))
             raise
+        finally:
+            self._num_receiving -= 1
 
 
 def _require_selector(selector: str) -> None:

@@ -54,12 +54,14 @@ class OpenUpdate:
         refused = [m.session for m in self.models if self.holds(m) and m.session.is_refused]
         return refused[0].reason if refused else ""
 
-    def loss(self, joined: Collection[UpdateGroup]) -> str:
+    def loss(self, joined: Collection[UpdateGroup], counts_left: bool) -> str:
         """Who is not there any more that it was to come by, "" if that cannot be said.
 
-        joined: the groups that the engine is in.
+        joined: the groups that the engine is in; counts_left: whether the others are lost.
         """
-        gone = [group for group in self.senders if group not in joined or group.is_lost]
+        gone = [
+            group for group in self.senders if (group.is_lost if group in joined else counts_left)
+        ]
         if not gone or not (self.are_named or len(gone) == len(self.senders)):
             return ""
         return "the trainer that sent it is gone"
@@ -76,10 +78,22 @@ class OpenUpdate:
                 f"session {number} is not open: session {self.number}, of an update to step "
                 f"{self.step}, is"
             )
-        self._is_numbered = number is not None
 
-    def come_by(self, way: Way) -> None:
-        """Raise WeightSyncError for tensors that come another way than those of this session."""
+    def admit(self, way: Way, step: int | None, is_numbered: bool) -> None:
+        """Take in a call that brings tensors: its way, the step that its weight_version says, and
+        whether it gave the session's number, are from here on the session's.
+
+        Raises WeightSyncError for tensors that come another way, and ValueError for another step;
+        then the session is as it was.
+        """
+        self._require_way(way)
+        self._name_step(step)
+        if not self.are_named:
+            self.senders = () if way is None else (way,)
+        self._has_come = True
+        self._is_numbered |= is_numbered
+
+    def _require_way(self, way: Way) -> None:
         own: tuple[Way, ...] = self.senders or (None,)
         if (self.are_named or self._has_come) and way not in own:
             raise WeightSyncError(
@@ -87,12 +101,8 @@ class OpenUpdate:
                 f"{_told(own)}, and these {_told([way])}: they are not of the trainer that began "
                 "it; end_weight_update or abort_weight_update first"
             )
-        if not self.are_named:
-            self.senders = () if way is None else (way,)
-        self._has_come = True
 
-    def name_step(self, step: int | None) -> None:
-        """Take the step that a weight_version says. ValueError if another was said before."""
+    def _name_step(self, step: int | None) -> None:
         if step is None:
             return
         if self.is_step_given and step != self.step:

@@ -8,7 +8,7 @@ secret (weight_sync.meeting) before the group is made.
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -33,14 +33,19 @@ BACKENDS = ("nccl", "gloo")
 _UNSEEN_BYTES = 512 << 20
 """On their way at most before they are waited for: a bound of the buffers' memory."""
 _POLL_S = 0.0005
+_LOST_S = 5.0
+"""How long what rank 0 has sent may still be on its way once its process has ended."""
+_KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 8}
+"""A machine that vanishes is missed after three minutes, and no silent connection is dropped."""
 
 
 class UpdateGroup:
     """A group that this process has joined behind rank 0.
 
     timeout_s: how long a member may stay away. sight: a connection with the store of rank 0's
-    process. Nothing is ever said on it: it ends with that process, while one that is merely slow,
-    or stopped, keeps it.
+    process. Nothing is ever said on it: it ends with that process, or as that lets go of the group,
+    while one that is merely slow, or stopped, keeps it. Of a store in another process, as of
+    torch's elastic agent, it tells that one's end.
     """
 
     def __init__(
@@ -52,6 +57,8 @@ class UpdateGroup:
         self._sight = sight
         self._sight.setblocking(False)
         self._sight.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, seconds in _KEEPALIVE.items():
+            self._sight.setsockopt(socket.IPPROTO_TCP, option, seconds)
 
     @property
     def is_lost(self) -> bool:
@@ -66,7 +73,7 @@ class UpdateGroup:
     def broadcasts(self) -> "Broadcasts":
         """What takes the tensors that rank 0 sends next."""
         assert self._group is not None
-        return Broadcasts(self._group, self._timeout_s)
+        return Broadcasts(self._group, self._timeout_s, lambda: self.is_lost)
 
     def leave(self, is_broken: bool = False) -> None:
         """Let go of the group. is_broken: something may be under way in it, which is given up."""
@@ -124,12 +131,16 @@ def join_update_group(
 class Broadcasts:
     """Takes tensors that rank 0 broadcasts, one after another; at the end `wait`.
 
-    Every wait is of timeout_s at most. Raises LostMemberError if the group has lost a member.
+    Every wait is of timeout_s at most, and short once rank 0 is_lost. Raises LostMemberError if the
+    group has lost a member.
     """
 
-    def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, timeout_s: float, is_lost: Callable[[], bool]
+    ) -> None:
         self._group = group
         self._timeout_s = timeout_s
+        self._is_lost = is_lost
         self._unseen_bytes = 0
 
     @property
@@ -162,8 +173,13 @@ class Broadcasts:
         deadline = time.monotonic() + self._timeout_s
         done = torch.cuda.Event()
         done.record()
+        is_lost = False
         while not done.query():
+            if not is_lost and self._is_lost():
+                is_lost, deadline = True, min(deadline, time.monotonic() + _LOST_S)
             if time.monotonic() > deadline:
+                if is_lost:
+                    raise LostMemberError("the weight group lost a member: rank 0 has ended")
                 raise LostMemberError(
                     f"the weight group lost a member: nothing came for {self._timeout_s} s"
                 )

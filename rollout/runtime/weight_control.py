@@ -97,7 +97,7 @@ class StepGate:
     """What touches the engine's books, which have one thread at a time, goes through here."""
     require_alike: Callable[[str], None] = staticmethod(lambda what: None)
     """Raises for what every tensor parallel rank has to call, while rank 0 alone is called."""
-    end_lost_update: Callable[[], None] = staticmethod(lambda: None)
+    end_lost_update: Callable[..., None] = staticmethod(lambda counts_left=True: None)
     """Breaks off an update that nobody is left to end; every rank calls it."""
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -263,7 +263,8 @@ class WeightControl(ServedModel):
     def require_ready(self) -> None:
         """Raise WeightSyncError unless the weights are there, and one whole version."""
         if self.session.state is SessionState.UPDATING and self.session.group is None:
-            self.gate.end_lost_update()  # ranks of a group have to agree, at their next update
+            # Ranks of a group have to agree, at their next update.
+            self.gate.end_lost_update(counts_left=False)
         self.session.require_ready()
 
     def flush_cache(self) -> None:

@@ -324,3 +324,31 @@ def test_a_flat_buffer_is_broadcast(start, engine, new, expected):
         assert trainer.said() == "done"
     assert engine.end_weight_update() == WeightVersion(1, new.digest)
     assert serves(engine, new, expected)
+
+
+def test_a_refused_call_settles_nothing(start, engine, weights, new):
+    """Neither the way that the session's tensors come, nor that its calls give its number."""
+    trainer, names = start(), list(weights)
+    trainer.join(engine)
+    number = engine.begin_weight_update(step=9)
+    with pytest.raises(ValueError, match="weight_version is 10"):
+        engine.update_weights_from_tensor(
+            [(NORM, weights[NORM])], weight_version=10, session=number
+        )
+    trainer.send(names)
+    engine.update_weights_from_distributed(names, *trainer.described(names))
+    assert engine.end_weight_update() == WeightVersion(9, new.digest)
+
+
+def test_a_session_outlives_its_group(start, engine, weights, new, expected):
+    """All has come, the group is left, and somebody asks for tokens before the trainer ends it."""
+    trainer, names = start(), list(weights)
+    trainer.join(engine)
+    engine.begin_weight_update()
+    trainer.send(names)
+    engine.update_weights_from_distributed(names, *trainer.described(names))
+    engine.destroy_weights_update_group()
+    with pytest.raises(WeightSyncError, match="an update to step 1 is under way"):
+        engine.generate(PROMPTS, PARAMS)
+    assert engine.end_weight_update() == WeightVersion(1, new.digest)
+    assert serves(engine, new, expected)
