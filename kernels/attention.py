@@ -118,15 +118,9 @@ class CanonicalAttention(AttentionKind):
     def shared_prefixes(
         self, context_lens: np.ndarray, tables: np.ndarray, page_size: int, max_queries: int = 1
     ) -> SharedPrefixes | None:
-        """See AttentionKind."""
+        """See AttentionKind: what spares at least least_shared_bytes in a layer."""
         queries = np.full_like(context_lens, max_queries)
-        return self._shareable(queries, context_lens - 1 + queries, tables, page_size)
-
-    def pays(self, shared: SharedPrefixes, context_lens: np.ndarray) -> bool:
-        """See AttentionKind."""
-        from samebit.kernels.gpu.prefix_tasks import saves_time
-
-        return bool(self.shares_prefixes) or saves_time(shared, context_lens, self.heads)
+        return self._shared(queries, context_lens - 1 + queries, tables, page_size)
 
     def _shared(
         self,
@@ -135,21 +129,13 @@ class CanonicalAttention(AttentionKind):
         tables: np.ndarray,
         page_size: int,
     ) -> SharedPrefixes | None:
-        found = self._shareable(query_lens, context_lens, tables, page_size)
-        return found if found is not None and self.pays(found, context_lens) else None
-
-    def _shareable(
-        self,
-        query_lens: np.ndarray,
-        context_lens: np.ndarray,
-        tables: np.ndarray,
-        page_size: int,
-    ) -> SharedPrefixes | None:
-        if self.shares_prefixes is False or self.device.type != "cuda":
+        if self.least_shared_bytes is None or self.device.type != "cuda":
             return None
         from samebit.kernels.gpu.prefix_tasks import find_prefixes
 
-        return find_prefixes(query_lens, context_lens, tables, page_size, self.heads)
+        return find_prefixes(
+            query_lens, context_lens, tables, page_size, self.heads, self.least_shared_bytes
+        )
 
     def plan_graph(self, entries: GraphEntries, max_own: int | None = None) -> AttentionPlan:
         """See AttentionKind."""

@@ -35,6 +35,9 @@ class Heads(NamedTuple):
         return self.num_heads // self.num_kv_heads
 
 
+LEAST_SHARED_BYTES = 64 << 20  # from L2, where siblings find them: as long as sharing costs
+
+
 class AttentionPlan:
     """Says how one forward's work is divided. Only the kind that made it knows what it holds.
 
@@ -106,8 +109,8 @@ class AttentionKind(ABC):
     def __init__(self, heads: Heads, device: torch.device) -> None:
         self.heads = heads
         self.device = device
-        self.shares_prefixes: bool | None = None
-        """Whether decode reads once what samples share of their contexts; None: where it pays."""
+        self.least_shared_bytes: int | None = LEAST_SHARED_BYTES
+        """How much a layer must be spared before decode shares prefixes; None: it never does."""
         self.reads_ahead = True
         """Whether `attend` may read keys of earlier steps before the kernel that directly precedes
         it is done: what that one writes is an earlier key to none of the samples."""
@@ -163,17 +166,13 @@ class AttentionKind(ABC):
     def shared_prefixes(
         self, context_lens: np.ndarray, tables: np.ndarray, page_size: int, max_queries: int = 1
     ) -> SharedPrefixes | None:
-        """What the samples of a graph's decode steps can read together, if anything.
+        """What the samples of a graph's decode step are to read together, if anything.
 
         context_lens [B], the first new token included; tables [B, pages] int32: their pages in
         order of position; max_queries: the graph's. A kind that reads every sample's context for
         itself leaves this as it is.
         """
         return None
-
-    def pays(self, shared: SharedPrefixes, context_lens: np.ndarray) -> bool:
-        """Whether a step is faster where they do, now that the contexts have grown to these [B]."""
-        return True
 
     @abstractmethod
     def plan_graph(self, entries: GraphEntries, max_own: int | None = None) -> AttentionPlan:

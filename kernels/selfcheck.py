@@ -202,12 +202,12 @@ def _check_shared_prefixes(
     lens = range(first, length + 1)
     table = torch.arange(caches.shape[1]).repeat(len(lens), 1)
     q, truth, heads = q[first - 1 :], truth[first - 1 :], attention.heads
-    for shares, what in ((True, "that share a prefix"), (False, "in large batches")):
-        before, attention.shares_prefixes = attention.shares_prefixes, shares
+    for least, what in ((1, "that share a prefix"), (None, "in large batches")):
+        before, attention.least_shared_bytes = attention.least_shared_bytes, least
         try:
             plan = attention.plan_step([1] * len(lens), lens, table, page_size)
         finally:
-            attention.shares_prefixes = before
+            attention.least_shared_bytes = before
         if not _equal(attention.attend(q, caches[0], caches[1], plan), truth):
             raise SelfCheckError(
                 f"attention of samples {what} is not invariant on this machine: "

@@ -21,7 +21,7 @@ class SharedPrefixes:
     of_entry: np.ndarray
     """[B] int32: tokens of each entry that a task reads for it."""
     num_spared: int
-    """Tokens that need not be read."""
+    """Tiles that need not be read."""
     split: int
     """Tokens of a split: what an entry reads for itself is counted from a split's start."""
 
@@ -88,7 +88,7 @@ def find_shared_prefixes(
         members=members,
         lens=np.array([num_tokens for num_tokens, _ in tasks], dtype=np.int32),
         of_entry=of_entry,
-        num_spared=sum(num_tokens * (len(part) - 1) for num_tokens, part in tasks),
+        num_spared=sum(num_tokens // tile * (len(part) - 1) for num_tokens, part in tasks),
         split=split,
     )
 

@@ -89,7 +89,7 @@ class Engine(EngineWeights, EngineMemory):
         self.attention = kind(self.model_config.attention_heads(ranks.size), self.device)
         self.model_config.selfcheck(self.attention, ranks)
         if not self.config.group_attention:
-            self.attention.shares_prefixes = False
+            self.attention.least_shared_bytes = None
         self.arena = Arena(self.device, bool(self.config.releasable))
         place = self.specs, self.dtype, self.arena, ranks.group
         if weights is None and step != 0:

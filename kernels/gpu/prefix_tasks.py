@@ -8,8 +8,6 @@ from samebit.kernels.attention_kind import Heads
 from samebit.kernels.contract import GPU_KV_SPLIT, GPU_KV_TILE
 from samebit.kernels.shared_prefixes import SharedPrefixes, find_shared_prefixes
 
-_L2_RATE = 7 / 4  # of memory's
-_TASKS_COST = 16 << 20  # bytes that memory delivers in the time that tasks take by themselves
 _ALIGNED = 4  # numbers: kernels are compiled for addresses that are multiples of 16 bytes
 
 
@@ -29,29 +27,22 @@ def find_prefixes(
     tables: np.ndarray,
     page_size: int,
     heads: Heads,
+    least_bytes: int,
 ) -> SharedPrefixes | None:
-    """See find_shared_prefixes.
+    """See find_shared_prefixes; None too if a layer reads less than least_bytes less by it.
 
     query_lens and context_lens [B]; tables [B, pages], the entries' rows of the page table.
     """
     capacity = task_capacity(heads.per_kv * triton.next_power_of_2(int(query_lens.max())))
     if capacity < 2:
         return None
-    return find_shared_prefixes(
+    shared = find_shared_prefixes(
         tables, context_lens - query_lens, page_size, GPU_KV_TILE, GPU_KV_SPLIT, capacity
     )
-
-
-def saves_time(shared: SharedPrefixes, context_lens: np.ndarray, heads: Heads) -> bool:
-    """Whether a layer's decode is faster if these prefixes are read once.
-
-    Read by each sample they come from memory once and then from L2, whose rate bounds a step whose
-    contexts [B] are shared for the most part; where most is a sample's own, memory's does.
-    """
-    token_bytes = heads.num_kv_heads * heads.head_dim * 2 * torch.bfloat16.itemsize
-    num_tokens = int(context_lens.sum())
-    spared = num_tokens / _L2_RATE - (num_tokens - shared.num_spared)
-    return spared * token_bytes >= _TASKS_COST
+    if shared is None:
+        return None
+    tile_bytes = GPU_KV_TILE * heads.num_kv_heads * heads.head_dim * 2 * torch.bfloat16.itemsize
+    return shared if shared.num_spared * tile_bytes >= least_bytes else None
 
 
 class PrefixTasks:

@@ -276,7 +276,7 @@ def shared_prefixes(subject: Subject) -> Result:
     del alone  # its memory is the next one's
     for graphs in (True, False) if on_gpu else (None,):
         engine = subject.make_engine(cuda_graphs=graphs, **settings)
-        engine.attention.shares_prefixes = True
+        engine.attention.least_shared_bytes = 1
         for case in ("first run", "second run"):
             found = flat(engine.generate(prompts, params, ids))
             result.compare(found, truth, f"{case}, graphs {graphs}")

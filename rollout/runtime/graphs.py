@@ -161,8 +161,6 @@ class DecodeGraphs:
         lengths = slots.length[decode] + columns.lens
         draws = decode_draws(decode, slots, step.drafts)
         shared = self._shared_prefixes(decode, slots, columns.queries)
-        if shared is not None and not self._attention.pays(shared, lengths):
-            shared = None
         bucket = bucket_of(len(decode))
         self._send(step, slots, draws, columns, bucket * columns.queries)
         key = _Key(
@@ -199,7 +197,7 @@ class DecodeGraphs:
     def _shared_prefixes(
         self, decode: np.ndarray, slots: Slots, queries: int
     ) -> SharedPrefixes | None:
-        """What the samples can read together; looked for when others decode than before.
+        """What the samples are to read together; looked for when others decode than before.
 
         A prefix that is shared lies in what was there when its samples entered their slots.
         """

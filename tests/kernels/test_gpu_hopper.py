@@ -125,7 +125,7 @@ def test_decode_without_a_pause(queries, shares, monkeypatch):
     graph too. Contexts may begin with the same 256 tokens."""
     heads, device, page_size = HEADS["8 of 4x128"], torch.device("cuda"), 64
     together, alone = (CanonicalAttention(heads, device) for _ in range(2))
-    together.shares_prefixes, alone.shares_prefixes = True, False
+    together.least_shared_bytes, alone.least_shared_bytes = 1, None
     lens = [*range(257 + queries, 600, 4)] if shares else [*range(queries, 300, 4)]
     table, caches = scattered(lens, page_size, heads)
     if shares:
@@ -164,7 +164,7 @@ def test_a_draft_reads_nothing_ahead(monkeypatch):
     """Its samples write places that they share: keys are read once the kernel before is done."""
     heads, device, page_size = HEADS["8 of 4x128"], torch.device("cuda"), 64
     kind, lens = CanonicalAttention(heads, device), [256, *[300] * 40]
-    kind.reads_ahead, kind.shares_prefixes = False, True
+    kind.reads_ahead, kind.least_shared_bytes = False, 1
     table, caches = scattered(lens, page_size, heads)
     table[:, :4] = table[-1, :4]
     last = torch.tensor(lens) - 1

@@ -50,7 +50,7 @@ class Contexts:
 
 def kinds(heads):
     together, alone = (CanonicalAttention(heads, torch.device("cuda")) for _ in range(2))
-    together.shares_prefixes, alone.shares_prefixes = True, False
+    together.least_shared_bytes, alone.least_shared_bytes = 1, None
     return together, alone
 
 

@@ -121,7 +121,8 @@ def test_members_share_what_they_are_said_to(page_size):
         own = [n - have + have % SPLIT for n, have in zip(tree.lens, of_entry, strict=True)]
         assert found.longest_own(lens) == max(own)
         assert found.longest_own(lens + 5) == max(own) + 5
-        assert of_entry.sum() - found.lens.sum() == found.num_spared > 0
+        tiles = (of_entry // TILE).sum() - (found.lens // TILE).sum()
+        assert tiles == found.num_spared > 0
 
 
 def test_siblings_and_a_common_beginning():
@@ -134,40 +135,35 @@ def test_siblings_and_a_common_beginning():
     found = find_shared_prefixes(tree.table(), np.array(tree.lens) - 1, 16, TILE, SPLIT, 16)
     assert [m[m >= 0].tolist() for m in found.members] == [*siblings, [root, alone]]
     assert found.lens.tolist() == [640, 640, 256]
-    assert found.num_spared == 640 * 4 * 2 + 256
+    assert found.num_spared == 5 * 4 * 2 + 2
 
 
 @pytest.mark.parametrize(
-    ("num_groups", "size", "prompt_len", "drawn", "pays"),
+    ("num_groups", "size", "prompt_len", "pays"),
     [
-        (64, 8, 512, 256, True),
-        (64, 8, 512, 2048, False),
-        (16, 16, 8192, 256, True),
-        (8, 8, 512, 64, True),
-        (8, 8, 512, 2048, False),
-        (1, 4, 8192, 256, True),
-        (1, 9, 512, 256, False),
-        (1, 64, 512, 256, True),
+        (64, 8, 512, True),
+        (16, 16, 8192, True),
+        (8, 8, 512, True),
+        (1, 4, 8192, True),
+        (1, 9, 512, False),
+        (1, 16, 512, False),
+        (1, 64, 512, True),
     ],
 )
-def test_shared_where_that_is_faster(num_groups, size, prompt_len, drawn, pays):
-    """As measured: not for few samples, nor where each has much more of its own than is shared."""
+def test_shared_where_that_is_faster(num_groups, size, prompt_len, pays):
+    """As measured, with the 8 KV heads of 128 numbers of the larger Qwen3: not for few samples."""
     tree = Tree(64, 0)
     for _ in range(num_groups):
-        root = tree.add(None, 0, prompt_len + drawn)
+        root = tree.add(None, 0, prompt_len + 256)
         for _ in range(size - 1):
-            tree.add(root, prompt_len, prompt_len + drawn)
+            tree.add(root, prompt_len, prompt_len + 256)
     kind = CanonicalAttention(Heads(32, 8, 128, 0.1), torch.device("cuda"))
-    lens, table = np.array(tree.lens), tree.table()
-    shared = kind.shared_prefixes(lens, table, 64)
-    assert shared.num_spared == prompt_len * num_groups * (size - -(-size // 16))
-    assert kind.pays(shared, lens) == pays
-    grown = lens + 100 * prompt_len
-    assert not kind.pays(shared, grown)
-    kind.shares_prefixes = True
-    assert kind.pays(shared, grown)
-    kind.shares_prefixes = False
-    assert kind.shared_prefixes(lens, table, 64) is None
+    place = np.array(tree.lens), tree.table(), 64
+    assert (kind.shared_prefixes(*place) is not None) == pays
+    kind.least_shared_bytes = 0
+    assert kind.shared_prefixes(*place) is not None
+    kind.least_shared_bytes = None
+    assert kind.shared_prefixes(*place) is None
 
 
 def test_nothing_is_shared():
@@ -255,7 +251,7 @@ for page_size, heads, shared, lens, queries in (
     step = queries, lens, torch.from_numpy(table), page_size, CPU, None, 0, 16
 
     def share(query_lens, context_lens, tables):
-        return find_prefixes(query_lens, context_lens, tables, page_size, heads)
+        return find_prefixes(query_lens, context_lens, tables, page_size, heads, 1)
 
     alone, together = plan(*step), plan(*step, share=share)
     assert any(entries.prefixes is not None for entries in together.decode)

@@ -185,7 +185,7 @@ def shared_prefix_pass(make: Inputs) -> Iterator[torch.Tensor]:
     """Decode of a group whose prefix ends in a split, behind one and with one; also 5 queries."""
     for heads, kv, head_dim, page_size in HEADS:
         attention = make.attention(heads, kv, head_dim)
-        attention.shares_prefixes = True
+        attention.least_shared_bytes = 1
         for shared, queries in ((128, 1), (1152, 1), (1024, 5)):
             full, own = -(-shared // page_size), -(-300 // page_size)
             shape = (full + 6 * own, page_size, kv, head_dim)
