@@ -93,18 +93,18 @@ class Measured:
 
 CONSTANTS = Measured(
     Rollout(  # h200_engine_qwen3_0.6b, _8b; graphs: h200_engine_tables_qwen3_8b
-        prefill=0.603,
-        weights=0.921,
-        keys=0.877,
-        rows=0.101,
-        step_s=8.11e-4,
+        prefill=0.611,
+        weights=0.935,
+        keys=0.853,
+        rows=0.11,
+        step_s=8.25e-4,
         graph_bytes_per_logit_byte=4.18,
     ),
     Training(  # h200_trainer_qwen3_4b
         products=0.538, attention=0.225, activation_bytes_per_product_byte=1.29
     ),
     Links(  # h200x2_transfer_tp1_tp1, h200x2_sync_qwen3_8b, h200x2_reduce
-        transfer=0.69, ipc=0.087, digest=0.42, sums=0.398, sum_s=8.39e-6
+        transfer=0.707, ipc=0.0889, digest=0.547, sums=0.398, sum_s=8.39e-6
     ),
 )
 
