@@ -29,6 +29,8 @@ class PlacementSection:
     trainer.parallel.tensor, or with numerics.tp_invariant any of 1, 2, 4, 8."""
     replica_timeout_s: float = 600.0
     """With several: one that takes no step for so long is killed. Compiling kernels takes long."""
+    start_timeout_s: float = 1800.0
+    """With several: one that has not started in so long is killed."""
     max_restarts: int = 3
     """With several: how many may die in a run, and are replaced."""
     launcher: str = "local"
@@ -73,11 +75,12 @@ class PlacementSection:
         fits = self.engine_tensor == 1 or self.engine == "process"
         meaning = "1 with placement.engine=colocated, which has trainer.parallel.tensor"
         require(fits, "placement.engine_tensor", self.engine_tensor, meaning)
-        fits = 0 < self.replica_timeout_s < 1e8
-        meaning = "positive, and below 1e8"
-        require(fits, "placement.replica_timeout_s", self.replica_timeout_s, meaning)
+        for key in ("replica_timeout_s", "start_timeout_s"):
+            value = getattr(self, key)
+            require(0 < value < 1e8, f"placement.{key}", value, "positive, and below 1e8")
         require(self.max_restarts >= 0, "placement.max_restarts", self.max_restarts, "0 or more")
-        for key, default in (("replica_timeout_s", 600.0), ("max_restarts", 3)):
+        usual = {"replica_timeout_s": 600.0, "start_timeout_s": 1800.0, "max_restarts": 3}
+        for key, default in usual.items():
             value = getattr(self, key)
             fits = value == default or self.replicas > 1
             require(fits, f"placement.{key}", value, f"{default} with one replica")

@@ -91,6 +91,11 @@ class DraftSide:
         """See Engine.receive_weight_update."""
         return self._engine.receive_weight_update(_DRAFT)
 
+    def kill(self) -> None:
+        """See RemoteEngine.kill."""
+        assert isinstance(self._engine, RemoteEngine), "this process's engine is not killed"
+        self._engine.kill()
+
     @property
     def _here(self) -> Engine:
         assert isinstance(self._engine, Engine), "the engine of another process has no sink here"

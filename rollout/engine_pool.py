@@ -1,21 +1,22 @@
 """EnginePool: several engines, each in a process of its own, as one client.
 
 Requests wait in one queue (work_queue.py), which every replica takes from. A replica that has died,
-or was silent for too long and is killed, has its unfinished requests drawn by the others: a sample
-is a function of its request and the weights, so it comes out the same. It is replaced at once, and
-its successor takes part from the next update on, which brings it the weights.
+or was silent for too long while somebody waited for it and is killed, has its unfinished requests
+drawn by the others: a sample is a function of its request and the weights, so it comes out the
+same. It is replaced at once, and its successor takes part from the next update on, which brings it
+the weights.
 """
 
-import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from samebit.kernels.memory import TagBytes
 from samebit.rollout.client import Begun, Progress, Tell, awaited, result_of, stream_of
+from samebit.rollout.engine_replicas import EngineReplicas
 from samebit.rollout.remote import RemoteEngine
 from samebit.rollout.remote_ranks import RemoteEngineError
 from samebit.rollout.request_client import RequestClient
@@ -24,10 +25,7 @@ from samebit.rollout.runtime.requests import RequestFactory
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion, Increment, Request, SamplingParams
 from samebit.rollout.work_queue import Job, WorkQueue
-from samebit.weight_sync.transports.shards import beside
 from samebit.weight_sync.types import WeightVersion
-
-logger = logging.getLogger(__name__)
 
 
 class EnginePool(RequestClient):
@@ -44,33 +42,27 @@ class EnginePool(RequestClient):
         room: int,
         timeout_s: float = 600.0,
         max_restarts: int = 3,
+        start_timeout_s: float = 1800.0,
     ) -> None:
-        """start: makes the replica of a place, below num_replicas. room: samples that one has at a
-        time. timeout_s: a replica that has requests and no step to show for so long is killed; a
-        step that compiles kernels takes long. max_restarts: replicas that may die.
+        """start: launches the replica of a place, below num_replicas; it need not have started.
+        room: samples that one has at a time. timeout_s: a replica that draws or is asked something
+        and has no step to show for so long is killed; a step that compiles kernels takes long.
+        max_restarts: replicas that may die. start_timeout_s: one that is launched and has not
+        started in so long is killed.
 
-        Raises what `start` does.
+        Raises what `start` and the start of an engine do.
         """
-        self._start, self._timeout_s, self._max_restarts = start, timeout_s, max_restarts
-        self._lock = threading.Lock()
-        self._starting: dict[int, Future[RemoteEngine]] = {
-            place: beside(partial(start, place)) for place in range(num_replicas)
-        }
-        self._engines: dict[int, RemoteEngine] = {}  # by place, those that live
         self._queue = WorkQueue[RemoteEngine](room)
-        self._asked: list[RemoteEngine] = []  # who is waited for, apart from what it draws
-        self._is_closed = threading.Event()
-        self.num_restarts = 0
-        """How many replicas have died so far."""
-        self._last_death: RemoteEngineError | None = None
+        limits = timeout_s, max_restarts, start_timeout_s
+        self._replicas = EngineReplicas(start, num_replicas, self._queue, *limits)
+        self._lock = self._replicas.lock  # of the queue
         try:
-            limits = [engine.limits() for engine in self.replicas]
+            told = self._replicas.ask_started(RemoteEngine.limits)
         except BaseException:
             self.close()
             raise
-        kv_capacity = min(limit["kv_capacity"] for limit in limits)
-        self._factory = RequestFactory(**limits[0] | {"kv_capacity": kv_capacity})
-        threading.Thread(target=self._watch, name="samebit replicas", daemon=True).start()
+        kv_capacity = min(limit["kv_capacity"] for limit in told)
+        self._factory = RequestFactory(**told[0] | {"kv_capacity": kv_capacity})
 
     @property
     def replicas(self) -> tuple[RemoteEngine, ...]:
@@ -79,48 +71,17 @@ class EnginePool(RequestClient):
         It waits for the successors of the dead; one that dies as it starts has a successor too.
         Raises what else the start of one raised, or RemoteEngineError if more have died than may.
         """
-        self._see_deaths()
-        while waiting := sorted(self._starting.items()):
-            for place, starting in waiting:
-                self._take_in(place, starting)
-        if self.num_restarts > self._max_restarts:
-            raise self._exhausted()
-        return self._known()
+        return self._replicas.all_started()
 
     @property
     def living(self) -> tuple[RemoteEngine, ...]:
         """Those that draw."""
-        self._see_deaths()
-        return self._known()
+        return self._replicas.living
 
-    def _take_in(self, place: int, starting: Future[RemoteEngine]) -> None:
-        """Have a replica take part once it has started, or replace it."""
-        wait([starting])
-        death = starting.exception()
-        with self._lock:
-            if self._starting.get(place) is not starting:
-                return  # somebody else has seen it
-            if isinstance(death, RemoteEngineError) and not self._is_closed.is_set():
-                del self._starting[place]
-                self._replace(place, death)
-                return
-            engine = starting.result()
-            del self._starting[place]
-            self._engines[place] = engine
-
-    def _see_deaths(self) -> None:
-        for engine in self._known():
-            if not engine.is_alive:
-                self._bury(engine, engine.death())
-
-    def _known(self) -> tuple[RemoteEngine, ...]:
-        with self._lock:
-            return tuple(engine for _, engine in sorted(self._engines.items()))
-
-    def _first(self) -> RemoteEngine:
-        if living := self.living:
-            return living[0]
-        raise self._exhausted()
+    @property
+    def num_restarts(self) -> int:
+        """How many replicas have died so far."""
+        return self._replicas.num_restarts
 
     # -- what is drawn ---------------------------------------------------------------------------
 
@@ -154,7 +115,9 @@ class EnginePool(RequestClient):
             if engine is None:
                 self._queue.drop([job])
         if engine is not None:
-            return engine.abort_request(request_id)
+            with suppress(RemoteEngineError):
+                return self._replicas.ask(engine, lambda e: e.abort_request(request_id))
+            return self.abort_request(request_id)  # it waits again
         group = [_nothing(request_id, sample_id) for sample_id in job.request.sample_ids]
         job.result.set_result(group)
         return group
@@ -164,28 +127,17 @@ class EnginePool(RequestClient):
     @property
     def weight_version(self) -> WeightVersion:
         """Step and digest of the weights that are served."""
-        return self._first().weight_version
+        return self._replicas.ask_first(lambda engine: engine.weight_version)
 
     @property
     def draft_version(self) -> WeightVersion | None:
         """See Engine.draft_version; of the first replica."""
-        return self._first().draft_version
+        return self._replicas.ask_first(lambda engine: engine.draft_version)
 
     @property
     def accept_lengths(self) -> AcceptLengths | None:
-        """Those of the replicas that live; see Engine.accept_lengths. One that does not answer is
-        killed like one that does not draw."""
-        told: list[AcceptLengths | None] = []
-        for engine in self.living:
-            with self._lock:
-                self._asked.append(engine)
-            try:
-                told.append(engine.accept_lengths)
-            except RemoteEngineError as error:
-                self._bury(engine, error)
-            finally:
-                with self._lock:
-                    self._asked.remove(engine)
+        """Those of the replicas that live; see Engine.accept_lengths."""
+        told = self._replicas.ask_each(self.living, lambda engine: engine.accept_lengths)
         lengths = [found for found in told if found is not None]
         return sum(lengths[1:], lengths[0]) if lengths else None
 
@@ -193,31 +145,35 @@ class EnginePool(RequestClient):
         self, model_path: str | Path, step: int | None = None
     ) -> WeightVersion:
         """See Engine.update_weights_from_disk."""
-        return [e.update_weights_from_disk(model_path, step) for e in self.replicas][0]
+        return self._replicas.ask_started(
+            lambda engine: engine.update_weights_from_disk(model_path, step)
+        )[0]
 
     def flush_cache(self) -> None:
         """Forget all cached prefixes."""
-        for engine in self.living:
-            engine.flush_cache()
+        self._replicas.ask_each(self.living, RemoteEngine.flush_cache)
 
     def release_memory_occupation(self, tags: Sequence[str] | None = None) -> dict[str, int]:
         """See Engine.release_memory_occupation; the bytes are those of all replicas."""
-        return _total([engine.release_memory_occupation(tags) for engine in self.living])
+        return self._total(lambda engine: engine.release_memory_occupation(tags))
 
     def resume_memory_occupation(self, tags: Sequence[str] | None = None) -> dict[str, int]:
         """See Engine.resume_memory_occupation; the bytes are those of all replicas."""
-        return _total([engine.resume_memory_occupation(tags) for engine in self.living])
+        return self._total(lambda engine: engine.resume_memory_occupation(tags))
+
+    def _total(self, question: Callable[[RemoteEngine], dict[str, int]]) -> dict[str, int]:
+        """The sums of what the replicas answer."""
+        if parts := self._replicas.ask_each(self.living, question):
+            return {tag: sum(part[tag] for part in parts) for tag in parts[0]}
+        raise self._replicas.exhausted()
 
     def memory_occupation(self) -> dict[str, TagBytes]:
         """See Engine.memory_occupation; of the first replica."""
-        return self._first().memory_occupation()
+        return self._replicas.ask_first(RemoteEngine.memory_occupation)
 
     def close(self) -> None:
         """End all processes, and with them what is unfinished."""
-        self._is_closed.set()
-        started = [future for future in self._starting.values() if not future.exception()]
-        for engine in [*self._engines.values(), *(future.result() for future in started)]:
-            engine.close()
+        self._replicas.close()
 
     # -- who draws it ----------------------------------------------------------------------------
 
@@ -268,8 +224,7 @@ class EnginePool(RequestClient):
         if not jobs:
             result.set_result([])
         with self._lock:
-            for engine in self._engines.values():
-                self._queue.add(engine)
+            self._replicas.admit()
             self._queue.put(jobs)
         self._give_out()
         return result, partial(self._abandon, jobs)
@@ -296,19 +251,19 @@ class EnginePool(RequestClient):
             try:
                 result, job.abandon = engine.draw([job.request])
             except RemoteEngineError as error:
-                self._bury(engine, error)
+                self._replicas.bury(engine, error)
             else:
                 result.add_done_callback(partial(self._take, engine, job))
         with self._lock:
             lost = [] if self._queue.replicas else self._queue.drop_all()
         for job in lost:
-            job.result.set_exception(self._exhausted())
+            job.result.set_exception(self._replicas.exhausted())
 
     def _take(self, engine: RemoteEngine, job: Job, result: Future[list[list[Completion]]]) -> None:
         """What a replica has made of a job."""
         error = result.exception()
         if isinstance(error, RemoteEngineError):
-            self._bury(engine, error)
+            self._replicas.bury(engine, error)
         else:
             with self._lock:
                 is_ours = self._queue.end(engine, job)
@@ -318,49 +273,6 @@ class EnginePool(RequestClient):
                 [group] = result.result()
                 job.result.set_result(group)
         self._give_out()
-
-    def _bury(self, engine: RemoteEngine, death: RemoteEngineError) -> None:
-        """Take a dead replica out, whose jobs wait again, and begin to start its successor."""
-        with self._lock:
-            self._queue.remove(engine)
-            place = next((p for p, e in self._engines.items() if e is engine), None)
-            if place is None or self._is_closed.is_set():
-                return  # somebody else has seen it
-            del self._engines[place]
-            self._replace(place, death)
-
-    def _replace(self, place: int, death: RemoteEngineError) -> None:
-        """Count a death, and begin to start the successor if it may have one. Holds the lock."""
-        self.num_restarts += 1
-        self._last_death = death
-        restarts = self.num_restarts <= self._max_restarts
-        if restarts:
-            self._starting[place] = beside(partial(self._start, place))
-        logger.warning(
-            "%s, which was replica %d%s", death, place, "; it is replaced" if restarts else ""
-        )
-
-    def _exhausted(self) -> RemoteEngineError:
-        if self._is_closed.is_set():
-            return RemoteEngineError("the engine is closed")
-        left = "none is left to draw" if self.num_restarts <= self._max_restarts else (
-            f"at most {self._max_restarts} may be replaced"
-        )  # fmt: skip
-        return RemoteEngineError(
-            f"{self.num_restarts} replicas of the engine have died, and {left}; the last death: "
-            f"{self._last_death}"
-        )
-
-    def _watch(self) -> None:
-        """Kill who is waited for and silent: what waits for it then learns that it is dead."""
-        while not self._is_closed.wait(min(1.0, self._timeout_s / 4)):
-            with self._lock:
-                busy = [engine for engine in self._queue.replicas if self._queue.is_busy(engine)]
-                busy += self._asked
-            for engine in busy:
-                if (silent_s := engine.silent_s) > self._timeout_s:
-                    logger.warning("a replica took no step for %.0f s: it is killed", silent_s)
-                    engine.kill()
 
 
 def _nothing(request_id: str, sample_id: int) -> Completion:
@@ -372,7 +284,3 @@ def _nothing(request_id: str, sample_id: int) -> Completion:
         finish_reason="abort",
         version_spans=(),
     )
-
-
-def _total(parts: Sequence[dict[str, int]]) -> dict[str, int]:
-    return {tag: sum(part[tag] for part in parts) for tag in parts[0]}

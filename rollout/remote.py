@@ -85,10 +85,12 @@ class RemoteEngine:
         cpu_threads: int = 1,
         launch: Launcher = launch_here,
         num_ranks: int = 1,
+        waits: bool = True,
         **settings: Any,
     ) -> None:
         """cpu_threads: of each process. num_ranks: processes that share every layer; whether their
-        bits are those of other numbers, the setting `ranks` says by its `invariant`."""
+        bits are those of other numbers, the setting `ranks` says by its `invariant`. waits: until
+        the engine is made; else `wait_started` has to be called before anything else."""
         cpu_threads = _as_count(cpu_threads, "cpu_threads")
         self.num_ranks = num_ranks = _as_count(num_ranks, "num_ranks")
         """Tensor parallel ranks; each is a member of a weight group."""
@@ -97,6 +99,16 @@ class RemoteEngine:
         Finalize(self, self._ranks.kill, exitpriority=1)  # for those who do not close it
         try:
             self._ranks.start()
+        except BaseException:
+            self._ranks.kill()
+            raise
+        if waits:
+            self.wait_started()
+
+    def wait_started(self) -> None:
+        """Wait until the engine is made. Raises what Engine does, and ends the processes then."""
+        try:
+            self._ranks.started.result()
         except BaseException:
             self._ranks.kill()
             raise

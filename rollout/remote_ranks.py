@@ -143,7 +143,7 @@ class _Pipe:
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the last beat; 0 while there is something that this end has not read."""
+        """Seconds since the last beat or answer; 0 while there is one that is not read here."""
         with suppress(OSError):  # it is closed
             if self._connection.poll():
                 return 0.0
@@ -171,8 +171,8 @@ class _Pipe:
             result.set_exception(death)
 
     def _take(self, number: int, answer: Answer) -> None:
+        self._heard_at = time.monotonic()
         if isinstance(answer, Beat):
-            self._heard_at = time.monotonic()
             return
         if (waiting := self._waiting.get(number)) is None:
             return  # whoever called was interrupted as the call went out
@@ -202,17 +202,18 @@ class EngineRanks:
         self._numbers = itertools.count(START + 1)
         self._sending = threading.Lock()  # to several: what all ranks do has one order
         self._pipes = [_Pipe(each, self.death) for each in launched]
+        self.started = _OfAll([pipe.started for pipe in self._pipes]).result
+        """Of all: done when they have made their engines, or one could not."""
         self._store: Any = None  # where several ranks meet; as long as they live
 
     def start(self) -> None:
-        """Have all make their engines, and wait for it; raises what one could not do."""
+        """Have all make their engines; see `started`."""
         size, place = len(self._pipes), ("", 0, "")
         if size > 1:
             self._store = host_store(listener_at(self.address))
             place = self.address, self._store.port, secrets.token_hex(32)
         for rank, pipe in enumerate(self._pipes):
             pipe.tell(Meet(rank, size, *place))
-        _OfAll([pipe.started for pipe in self._pipes]).result.result()
 
     def call(self, message: Message, tell: Tell | None = None) -> tuple[int, Future[Any]]:
         """A call's number and its result to come. RemoteEngineError if a process has died.
@@ -232,7 +233,7 @@ class EngineRanks:
 
     @property
     def silent_s(self) -> float:
-        """Seconds since rank 0's last beat, which it says when all ranks have met."""
+        """Seconds since rank 0 was last heard of: it beats when all ranks have met."""
         return self._pipes[0].silent_s
 
     @property

@@ -229,9 +229,10 @@ def _start_apart(
             there, launch = cluster.device, cluster.launcher(place)
         where: Any = {"device": there, "ranks": ranks}
         path = Path(run.model.path).absolute()  # another node may be in another folder
-        return RemoteEngine(path, run.cpu_threads, launch, size, config=config, **where)
+        alone = placement.replicas == 1
+        return RemoteEngine(path, run.cpu_threads, launch, size, alone, config=config, **where)
 
     if placement.replicas == 1:
         return start(0)
-    limits = placement.replica_timeout_s, placement.max_restarts
+    limits = placement.replica_timeout_s, placement.max_restarts, placement.start_timeout_s
     return EnginePool(start, placement.replicas, config.max_num_seqs, *limits)

@@ -17,6 +17,7 @@ from samebit.rollout.types import SamplingParams
 PROMPTS = make_prompts(5, 16, 70, 1, 33) * 2
 PARAMS = SamplingParams(n=2, max_new_tokens=12, ignore_eos=True)
 LONG = SamplingParams(n=2, max_new_tokens=300, ignore_eos=True)
+SETTINGS = {"device": "cpu", "kv_cache_tokens": 1024, "max_num_seqs": 4}
 IDS = [[2 * i, 2 * i + 1] for i in range(len(PROMPTS))]
 
 
@@ -26,8 +27,12 @@ def truth(qwen3_path):
 
 
 def start_pool(folder, num_replicas=2, launch=launch_here, **limits):
-    settings = {"device": "cpu", "kv_cache_tokens": 1024, "max_num_seqs": 4, "launch": launch}
+    settings = SETTINGS | {"launch": launch, "waits": False}
     return EnginePool(lambda _: RemoteEngine(folder, **settings), num_replicas, 4, **limits)
+
+
+def stop(engine):
+    os.kill(engine._ranks.processes[0].pid, signal.SIGSTOP)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +139,7 @@ def test_samples_of_the_dead_are_drawn_by_the_others(pool, truth):
     assert successor is not victim
     assert outcomes(pool.generate(PROMPTS, PARAMS, IDS)) == outcomes(truth)
 
-    os.kill(other._ranks.processes[0].pid, signal.SIGSTOP)
+    stop(other)
     assert outcomes(pool.generate(PROMPTS, PARAMS, IDS)) == outcomes(truth)
     assert not other.is_alive
     assert pool.living == (successor,)
@@ -152,13 +157,54 @@ def test_samples_of_the_dead_are_drawn_by_the_others(pool, truth):
 
 
 def test_who_does_not_answer_between_draws_is_killed(qwen3_path):
-    """What is asked after every draw waits for no replica that stands still."""
-    with closing(start_pool(qwen3_path, 1, timeout_s=3.0, max_restarts=0)) as pool:
-        [victim] = pool.living
-        os.kill(victim._ranks.processes[0].pid, signal.SIGSTOP)
+    """What is asked between draws waits for no replica that stands still: another one answers."""
+    with closing(start_pool(qwen3_path, 2, timeout_s=2.0, max_restarts=0)) as pool:
+        victim, other = pool.living
+        version = other.weight_version
+        stop(victim)
+        assert pool.weight_version == version
+        assert pool.living == (other,)
+        assert not victim.is_alive
+        assert pool.memory_occupation().keys() == other.memory_occupation().keys()
+        stop(other)
         assert pool.accept_lengths is None
         assert pool.living == ()
+        assert pool.num_restarts == 2
+        for ask in (lambda: pool.weight_version, pool.release_memory_occupation):
+            with pytest.raises(RemoteEngineError, match="2 replicas of the engine have died"):
+                ask()
+
+
+def standing_still(*arguments):
+    """Launch a process that does not come to making its engine."""
+    [launched] = launch_here(*arguments)
+    os.kill(launched.process.pid, signal.SIGSTOP)
+    return [launched]
+
+
+def test_one_that_stands_still_as_it_starts_is_replaced(qwen3_path, truth):
+    """Once its time is up; and nobody waits for it who closes the pool before."""
+    starts = iter([(False, standing_still), (True, launch_here), (False, standing_still)])
+    made = []
+
+    def start(_):
+        waits, launch = next(starts)
+        made.append(RemoteEngine(qwen3_path, 1, launch, waits=waits, **SETTINGS))
+        return made[-1]
+
+    with closing(EnginePool(start, 1, 4, max_restarts=3, start_timeout_s=1.0)) as pool:
         assert pool.num_restarts == 1
+        stopped, engine = made
+        assert not stopped.is_alive
+        assert pool.living == (engine,)
+        assert outcomes(pool.generate(PROMPTS, PARAMS, IDS)) == outcomes(truth)
+        pool._replicas._start_timeout_s = 1e6
+        engine.kill()
+        engine.death()  # once it has ended
+        assert pool.living == ()  # and its successor is being started
+    assert len(made) == 3
+    made[-1].death()
+    assert not made[-1].is_alive
 
 
 def test_one_that_dies_as_it_starts_is_replaced(qwen3_path, truth):

@@ -4,9 +4,10 @@ gloo goes over sockets and the host's memory; nccl from GPU to GPU; ipc through 
 that both processes use. The engines are called to take part while this process sends.
 """
 
+import logging
 import secrets
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -22,6 +23,8 @@ from samebit.weight_sync.transports.group import WeightGroup
 from samebit.weight_sync.transports.shards import BUCKET_BYTES, Held, ShardSender, beside
 from samebit.weight_sync.transports.trainer_ranks import ALONE, TrainerRanks
 from samebit.weight_sync.types import LostMemberError, WeightSyncError, WeightVersion
+
+logger = logging.getLogger(__name__)
 
 _LAST_WORDS_S = 60
 """Seconds at most that an engine is given to say why its group is broken."""
@@ -59,7 +62,8 @@ class RemoteTransport(Transport):
         self._delta = delta
         self._members: tuple[Any, ...] = ()
         self._receiving: list[Future[Any]] = []
-        self._sender: ShardSender | None = trainers.agreed(self._meet)
+        self._sender: ShardSender | None = None
+        self._sender = self._insisting(self._meet)
 
     @classmethod
     def between(
@@ -83,14 +87,9 @@ class RemoteTransport(Transport):
         return 0 if self._sender is None else self._sender.sent_bytes
 
     def update(self, params: Mapping[str, Tensor], digest: str) -> WeightVersion:
-        """See Transport.update. Where a replica dies in it, it is made again with its successor."""
-        update = partial(super().update, params, digest)
-        while True:
-            try:
-                return self._trainers.agreed(update)
-            except Exception:
-                if not self._trainers.told(self._has_changed):
-                    raise
+        """See Transport.update. Where a replica dies in it, or stands still and is killed, it is
+        made again with its successor."""
+        return self._insisting(partial(super().update, params, digest))
 
     def begin(self, step: int) -> None:
         if self._sender is not None:
@@ -127,6 +126,15 @@ class RemoteTransport(Transport):
             for leaving in [beside(member.leave_weight_transport) for member in self._members]:
                 with suppress(RuntimeError, TimeoutError):  # dead or frozen: nothing is to be had
                     leaving.result(self._last_words_s)
+
+    def _insisting[T](self, call: Callable[[], T]) -> T:
+        """What a call gives that all trainers make, again where a replica was lost in it."""
+        while True:
+            try:
+                return self._trainers.agreed(call)
+            except Exception:
+                if not self._trainers.told(self._has_changed):
+                    raise
 
     def _has_changed(self) -> bool:
         """Whether there are other engines than those that have met."""
@@ -178,8 +186,10 @@ class RemoteTransport(Transport):
         ]
         made = beside(make_sender)
         wait([*joining, made], return_when=FIRST_EXCEPTION)
-        if any(each.done() and each.exception() is not None for each in joining):
+        if any(each.done() and each.exception() is not None for each in (*joining, made)):
             wait([made], self._last_words_s)  # its thread ends with it
+            if made.done():  # it holds nobody up
+                self._hear_out()
             require_coming()
         return made.result()
 
@@ -208,6 +218,7 @@ class RemoteTransport(Transport):
                 each.result(self._timeout_s)
         except TimeoutError:
             self._drop()
+            self._hear_out()
             raise WeightSyncError(f"the engine said nothing for {self._timeout_s:g} s") from None
 
     def _require_receiving(self) -> None:
@@ -226,13 +237,26 @@ class RemoteTransport(Transport):
             if not sender.in_order:
                 self._drop()
             if isinstance(error, WeightSyncError):
-                ended = wait(self._receiving, self._last_words_s).done
-                said = [each.exception() for each in self._receiving if each in ended]
+                said = self._hear_out()
                 # Who is the cause says more than those who only see that it is gone.
                 said.sort(key=lambda other: isinstance(other, LostMemberError))
                 for other in filter(None, said):
                     raise other from error
             raise
+
+    def _hear_out(self) -> list[BaseException | None]:
+        """What the engines say that has ended their part, those that do not stand still.
+
+        Of a group that is let go of: a replica that says nothing then is killed; it is replaced.
+        """
+        ended, silent = wait(self._receiving, self._last_words_s)
+        if self._sender is None and hasattr(self._engine, "replicas"):
+            for member, part in zip(self._members, self._receiving, strict=True):
+                if part in silent:
+                    logger.warning("a replica stands still in an update: it is killed")
+                    member.kill()
+            wait(silent, self._last_words_s)  # until it can be seen that it is dead
+        return [each.exception() for each in self._receiving if each in ended]
 
 
 def _members(engine: Any) -> tuple[Any, ...]:
