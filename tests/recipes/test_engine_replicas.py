@@ -50,6 +50,7 @@ def random_moments(seed):
 
 
 SOON, RAY = "placement.replica_timeout_s=10", "placement.launcher=ray"
+MEET = "placement.timeout_s=10"
 LONG, param = pytest.mark.long, pytest.param
 TWO = (*REPLICAS, *INVARIANT, "placement.engine_tensor=2")
 
@@ -85,9 +86,10 @@ def test_deaths_change_no_bit(runs, base, monkeypatch, moments):
         param(("placement=process",), [], signal.SIGKILL, marks=LONG),
         param(("placement=process", "placement.delta=true"), [], signal.SIGKILL, marks=LONG),
         param((*REPLICAS, SOON), [("_take", 7)], signal.SIGSTOP, marks=LONG),
+        param((*REPLICAS, MEET), [("send", 3)], signal.SIGSTOP, marks=LONG),
         param((*REPLICAS, RAY), [("_take", 7), ("send", 3)], signal.SIGKILL, marks=LONG),
     ],
-    ids=["two die", "one", "delta", "one stands still", "ray, two die"],
+    ids=["two die", "one", "delta", "one stands still", "in an update", "ray, two die"],
 )
 def test_engines_of_two_processes(runs, invariant, monkeypatch, words, moments, number):
     """To the bit what one process trains and draws; a replica is lost with any of its ranks."""
@@ -118,6 +120,8 @@ def test_engines_of_two_processes(runs, invariant, monkeypatch, words, moments, 
             "1 with placement.transport 'ipc",
         ),
         ([*REPLICAS, "placement.replica_timeout_s=0"], "replica_timeout_s is 0"),
+        ([*REPLICAS, "placement.start_timeout_s=-1"], "start_timeout_s is -1.*; it must be posi"),
+        (["placement.start_timeout_s=60"], "start_timeout_s is 60.*; it must be 1800.0 with one"),
         ([*REPLICAS, "placement.max_restarts=-1"], "max_restarts is -1; it must be 0 or more"),
         (["placement.max_restarts=5"], "max_restarts is 5; it must be 3 with one replica"),
     ],

@@ -133,8 +133,13 @@ class RemoteTransport(Transport):
             try:
                 return self._trainers.agreed(call)
             except Exception:
-                if not self._trainers.told(self._has_changed):
+                if not self._trainers.told(self._has_lost):
                     raise
+
+    def _has_lost(self) -> bool:
+        """Whether an engine is not there any more of those that have met."""
+        there = _members(self._engine)
+        return any(member not in there for member in self._members)
 
     def _has_changed(self) -> bool:
         """Whether there are other engines than those that have met."""
@@ -247,16 +252,20 @@ class RemoteTransport(Transport):
     def _hear_out(self) -> list[BaseException | None]:
         """What the engines say that has ended their part, those that do not stand still.
 
-        Of a group that is let go of: a replica that says nothing then is killed; it is replaced.
+        Replicas leave a group that this end has let go of. One that does not, with all its ranks,
+        is killed; it is replaced.
         """
-        ended, silent = wait(self._receiving, self._last_words_s)
+        parts, leaving = self._receiving, list[Future[Any]]()
         if self._sender is None and hasattr(self._engine, "replicas"):
-            for member, part in zip(self._members, self._receiving, strict=True):
-                if part in silent:
-                    logger.warning("a replica stands still in an update: it is killed")
-                    member.kill()
-            wait(silent, self._last_words_s)  # until it can be seen that it is dead
-        return [each.exception() for each in self._receiving if each in ended]
+            leaving = [beside(member.leave_weight_transport) for member in self._members]
+        silent = wait([*parts, *leaving], self._last_words_s).not_done
+        for member, left in zip(self._members, leaving, strict=bool(leaving)):
+            if left in silent:
+                logger.warning("a replica stands still in an update: it is killed")
+                member.kill()
+        if leaving:
+            wait(silent, self._last_words_s)  # until it can be seen that they are dead
+        return [each.exception() for each in parts if each.done()]
 
 
 def _members(engine: Any) -> tuple[Any, ...]:
