@@ -21,14 +21,16 @@ class PlacementSection:
     delta: bool = False
     """Send only what has changed in the weights; the trainer's device keeps them once more."""
     timeout_s: float = 600.0
-    """Seconds that trainer and engine wait for each other in an update by gloo, nccl or ipc."""
+    """Seconds that trainer and engine wait for each other in an update by gloo, nccl or ipc. Of
+    several engines, one that stands still in it is killed then."""
     replicas: int = 1
     """Engines with placement.engine=process, which share the prompts: on a GPU each, with nccl."""
     engine_tensor: int = 1
     """Tensor parallel processes of an engine apart, on a GPU each with nccl: as many as
     trainer.parallel.tensor, or with numerics.tp_invariant any of 1, 2, 4, 8."""
     replica_timeout_s: float = 600.0
-    """With several: one that takes no step for so long is killed. Compiling kernels takes long."""
+    """With several: one that draws or is asked something and takes no step for so long is killed.
+    Compiling kernels takes long."""
     start_timeout_s: float = 1800.0
     """With several: one that has not started in so long is killed."""
     max_restarts: int = 3

@@ -14,8 +14,11 @@ from samebit.weight_sync.transports.remote import GlooTransport
 from samebit.weight_sync.transports.shards import ShardSender
 from samebit.weight_sync.types import WeightVersion
 
+LONG = pytest.mark.long
+MOMENTS = ["_meet", pytest.param("begin", marks=LONG), "send", pytest.param("commit", marks=LONG)]
 
-@pytest.mark.parametrize("moment", ["_meet", "begin", "send", "commit"])
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_who_stands_still_in_an_update_is_replaced(old, new, monkeypatch, moment):
     """Whatever the transport is at; those that do not stand still are not killed."""
 
