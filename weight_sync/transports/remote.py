@@ -181,7 +181,11 @@ class RemoteTransport(Transport):
                     raise (error if trainers == ALONE else LostMemberError(str(error))) from error
                 sends = Held(self._source.specs, params)
                 more = self._bucket_bytes, self._require_receiving
-                return ShardSender(group, data, sends, *more, delta=self._delta)
+                try:
+                    return ShardSender(group, data, sends, *more, delta=self._delta)
+                except BaseException:
+                    group.close()  # the engines, which may wait for this end, hear of it
+                    raise
 
         self._receiving = joining = [
             beside(
