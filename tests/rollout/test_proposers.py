@@ -1,5 +1,6 @@
 """What is guessed, and how much: by texts that repeat themselves, by a draft, by what was right."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,6 @@ from samebit.rollout.config import SPECULATIVE
 from samebit.rollout.runtime.drafts import Drafts
 from samebit.rollout.runtime.running_sample import RunningSample
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
-from samebit.rollout.speculative.draft_length import DraftLength
 from samebit.rollout.speculative.proposer import Context
 from samebit.rollout.speculative.registry import PROPOSERS
 from samebit.rollout.speculative.suffix import Suffix
@@ -94,36 +94,23 @@ def test_rows_hold_up_to_the_first_wrong_guess_or_end():
     assert (found.accept_length, found.acceptance[:3]) == (2.0, (0.5, 0.25, 0.5))
 
 
-def test_no_more_is_guessed_than_pays():
-    """Right guesses: many for one sample, few for many; wrong ones: none, and in time one more."""
-    length = DraftLength(5, adaptive=True, free_rows=64, draft_cost=0.05)
-    right, wrong = Drafts(np.array([5]), np.arange(5)), np.array([1])
-    for _ in range(40):
-        length.choose(1)
-        length.learn(right, np.array([6]))
-    assert [length.choose(n) for n in (1, 8)] == [5, 5]
-    for _ in range(200):
-        length.choose(1)
-        length.learn(right, wrong)
-    assert [length.choose(n) for n in (1, 64)] == [0, 0]
-    assert any(length.choose(1) for _ in range(300))
-    assert DraftLength(5, adaptive=False, free_rows=1, draft_cost=1).choose(999) == 5
-
-
+@pytest.mark.parametrize("rest", [0, 3, 16, 40])
 @pytest.mark.parametrize(
     ("speculative", "options"), [("eagle3", {}), ("peagle", {"mask_token_id": 5})]
 )
-def test_guesses_are_the_unrolled_drafts(make_engine, engine, tmp_path, speculative, options):
+def test_guesses_are_the_unrolled_drafts(make_engine, engine, tmp_path, speculative, options, rest):
     """Each guess is what training unrolls on the target's streams: over chunks of prompts, samples
-    that wait for slots, and tokens of which some were guessed."""
+    that wait for slots, and tokens of which some were guessed; also where `rest` steps in a row
+    have guessed nothing, planned while others were in flight."""
     from samebit.trainer.draft.ttt import unroll
 
     write_random_draft(tmp_path / "draft", engine.model_config, **options)
     prompts, passes = make_prompts(5, 70, 33), 3
-    params = SamplingParams(max_new_tokens=9, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(max_new_tokens=9 + 2 * rest, temperature=0.0, ignore_eos=True)
     own = make_engine(
         speculative=speculative, draft_model=str(tmp_path / "draft"), adaptive_drafts=False,
         prefix_cache=False, num_draft_tokens=passes, prefill_chunk=17, max_num_seqs=2,
+        overlap=rest > 0,
     )  # fmt: skip
     proposer, seen = own.speculation.proposer, []
     passed = proposer._passes
@@ -136,11 +123,14 @@ def test_guesses_are_the_unrolled_drafts(make_engine, engine, tmp_path, speculat
         return found
 
     proposer.propose = recording
+    if rest:
+        plan = itertools.cycle([*[0] * rest, passes, passes])
+        own.speculation.choose = lambda slots: next(plan)
     own.generate(prompts, params, [[0], [1], [2]])
     layers = own.speculation.proposer.streams
     truth = engine.generate(prompts, params, [[0], [1], [2]], return_hidden_states=layers)
     vocabulary = own._draft.vocabulary.token_ids
-    assert sum(len(ids) == passes for _, _, ids in seen) > 9
+    assert sum(len(ids) == passes for _, _, ids in seen) > (4 if rest else 9)
     for sample_id, token_ids, ids in seen:
         if not ids:
             continue
