@@ -4,6 +4,8 @@ Few graphs are to serve all steps. What is rounded up is computed as the rest is
 what a step costs that guesses tokens: one sample's guesses pad the whole batch.
 """
 
+import bisect
+
 BUCKETS = (
     1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512,
     640, 768, 896, 1024,
@@ -12,7 +14,7 @@ BUCKETS = (
 
 def bucket_of(num_samples: int) -> int:
     """The bucket for so many samples, up to the largest one."""
-    return next(bucket for bucket in BUCKETS if bucket >= num_samples)
+    return BUCKETS[bisect.bisect_left(BUCKETS, num_samples)]
 
 
 def queries_of(most_guesses: int) -> int:

@@ -4,7 +4,10 @@ It counts, and looks at no clock: all ranks decide alike, and a run repeats itse
 here can change a token.
 """
 
-from collections.abc import Mapping
+import itertools
+import math
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,26 +41,18 @@ class StepCost:
     round: float = ROUND
     """Of a step that guesses at all."""
 
-    def of_rows(self, rows: np.ndarray) -> np.ndarray:
-        """Of the target, without guessing."""
-        return 1 + rows / self.free_rows
+    def rows(self, num_samples: int, most: int, num_guessed: float, num_others: int = 0) -> float:
+        """Rows of a step with up to `most` guesses of each sample, num_guessed of all; inf where
+        they would cost it its graph. num_others: rows of chunks, beside which there is no graph."""
+        if num_others == 0 and self.pads and graph_rows(num_samples, 0) is not None:
+            rows = graph_rows(num_samples, most)
+            return math.inf if rows is None else rows
+        return num_samples + num_guessed + num_others
 
-    def of_guessing(self, most: np.ndarray | int) -> np.ndarray:
-        """Of making up to so many guesses for each sample."""
-        return np.where(np.asarray(most) > 0, self.round + most * self.draft, 0.0)
-
-    def rows(self, num_guessed: np.ndarray, num_samples: int, num_others: int = 0) -> np.ndarray:
-        """Rows [k + 1] of steps that verify up to 0, 1, ... k guesses of each sample; inf where
-        guesses would cost a step its graph.
-
-        num_guessed [k]: samples with a first, a second, ... guess; num_others: rows of chunks,
-        which have no graph.
-        """
-        if num_others == 0 and self.pads:
-            found = [graph_rows(num_samples, most) for most in range(len(num_guessed) + 1)]
-            if found[0] is not None:
-                return np.array([np.inf if rows is None else rows for rows in found])
-        return num_others + num_samples + np.concatenate([[0.0], np.cumsum(num_guessed)])
+    def of(self, rows: float, asked: int) -> float:
+        """Of a step with so many rows, for which up to `asked` guesses of each sample were made."""
+        guessing = self.round + asked * self.draft if asked else 0.0
+        return 1 + rows / self.free_rows + guessing
 
 
 class DraftLength:
@@ -95,13 +90,13 @@ class DraftLength:
             return self._most
         self._trying = False
         most = self._most if most is None else min(most, self._most)
-        self._asked = self._best(num_samples, most, self._covered / self._rounds, self._rates())
+        self._asked = self._worth(num_samples, most, self._covered / self._rounds, self._rates())
         if self._asked:
             self._waited = 0
             return self._asked
         self._waited += 1
         if self._waited > self._wait:
-            self._asked = self._best(num_samples, most, 1.0, np.full(self._most, _HOPED))
+            self._asked = self._worth(num_samples, most, 1.0, [_HOPED] * most)
             self._trying = self._asked > 0
         if self._trying:
             self._waited = 0
@@ -116,14 +111,12 @@ class DraftLength:
         most = int(lens.max(initial=0))
         if not self._adaptive or not most:
             return most
-        unknown = np.delete(lens, list(likely))
+        unknown = np.delete(lens, list(likely)) if likely else lens
         right = num_beyond(unknown, most) * np.cumprod(self._rates()[:most])
         for chain in likely.values():
             right[: len(chain)] += chain
-        tokens = len(lens) + np.concatenate([[0.0], np.cumsum(right)])
-        rows = self._cost.rows(num_beyond(lens, most), len(lens), num_others)
-        cost = self._cost.of_rows(rows) + self._cost.of_guessing(self._asked)
-        return int(np.argmax(tokens / cost))
+        guessed = num_beyond(lens, most).tolist()
+        return self._best(len(lens), right.tolist(), guessed, num_others, self._asked)
 
     def learn(self, lens: np.ndarray, counts: np.ndarray) -> None:
         """Take in a round's outcome: lens [B], the guesses that were verified of each sample, and
@@ -148,26 +141,49 @@ class DraftLength:
 
     def _has_paid(self, lens: np.ndarray, counts: np.ndarray) -> bool:
         """Whether a round has yielded more for its cost than a step without guesses."""
-        most, size = int(lens.max()), len(lens)
-        rows = self._cost.rows(num_beyond(lens, most), size)
-        plain, own = self._cost.of_rows(rows[[0, most]])
-        return bool(counts.sum() * plain > size * (own + self._cost.of_guessing(self._asked)))
+        size, cost = len(lens), self._cost
+        plain = cost.of(cost.rows(size, 0, 0), 0)
+        own = cost.of(cost.rows(size, int(lens.max()), int(lens.sum())), self._asked)
+        return int(counts.sum()) * plain > size * own
 
-    def _best(self, num_samples: int, most: int, coverage: float, rates: np.ndarray) -> int:
-        """What yields the most for its cost, of 0 to `most` guesses for samples of which a share
-        has any."""
-        right = coverage * np.cumprod(rates[:most])
-        tokens = num_samples * (1 + np.concatenate([[0.0], np.cumsum(right)]))
-        rows = self._cost.rows(np.full(most, coverage * num_samples), num_samples)
-        cost = self._cost.of_rows(rows) + self._cost.of_guessing(np.arange(most + 1))
-        return int(np.argmax(tokens / cost))
+    def _worth(self, num_samples: int, most: int, coverage: float, rates: Sequence[float]) -> int:
+        """What to ask for, of 0 to `most` guesses for samples of which a share gets any."""
+        guessed = coverage * num_samples
+        right = [guessed * reached for reached in itertools.accumulate(rates[:most], operator.mul)]
+        return self._best(num_samples, right, [guessed] * most)
 
-    def _rates(self) -> np.ndarray:
-        """How likely a guess is right behind right ones, [most]: a place that is seldom reached is
+    def _best(
+        self,
+        num_samples: int,
+        right: Sequence[float],
+        guessed: Sequence[float],
+        num_others: int = 0,
+        asked: int | None = None,
+    ) -> int:
+        """The most guesses of a sample that yield the most tokens for their cost; the fewest of
+        equal ones.
+
+        right, guessed: of the batch's guesses in each place, how many are expected to be right, and
+        all. asked: how many were made of each sample; None: as many as are taken.
+        """
+        best, most_yielded = 0, 0.0
+        tokens, extra = float(num_samples), 0.0
+        for k in range(len(right) + 1):
+            if k:
+                tokens, extra = tokens + right[k - 1], extra + guessed[k - 1]
+            rows = self._cost.rows(num_samples, k, extra, num_others)
+            yielded = tokens / self._cost.of(rows, k if asked is None else asked)
+            if yielded > most_yielded:
+                best, most_yielded = k, yielded
+        return best
+
+    def _rates(self) -> list[float]:
+        """How likely a guess is right behind right ones, by place: one that is seldom reached is
         taken to be as the one before."""
-        rates = np.empty(self._most)
-        rate, weight = 0.0, 0.0
-        for i in range(self._most):
-            rate = (self._right[i] + weight * rate) / (self._tried[i] + weight)
-            rates[i], weight = rate, _WEIGHT
+        rates: list[float] = []
+        weight = 0.0
+        for right, tried in zip(self._right.tolist(), self._tried.tolist(), strict=True):
+            known = weight * rates[-1] if rates else 0.0
+            rates.append((right + known) / (tried + weight))
+            weight = _WEIGHT
         return rates
