@@ -112,7 +112,8 @@ class DraftLength:
         if not self._adaptive or not most:
             return most
         unknown = np.delete(lens, list(likely)) if likely else lens
-        right = num_beyond(unknown, most) * np.cumprod(self._rates()[:most])
+        rates = [_HOPED] * most if self._trying else self._rates()[:most]
+        right = num_beyond(unknown, most) * np.cumprod(rates)
         for chain in likely.values():
             right[: len(chain)] += chain
         guessed = num_beyond(lens, most).tolist()

@@ -28,6 +28,7 @@ def played(length, num_samples, num_steps, right):
         asked.append(length.choose(num_samples))
         if asked[-1]:
             lens = np.full(num_samples, asked[-1])
+            lens = np.minimum(lens, length.cut(lens, {}, 0))
             length.learn(lens, 1 + np.minimum(lens, right))
     return asked
 
@@ -77,7 +78,8 @@ def test_useless_rounds_become_rare(num_samples, empty):
     for _ in range(2000):
         asked.append(length.choose(num_samples))
         if asked[-1]:
-            length.learn(none if empty else none + asked[-1], none + 1)
+            lens = none if empty else none + asked[-1]
+            length.learn(np.minimum(lens, length.cut(lens, {}, 0)), none + 1)
     rounds = np.flatnonzero(asked)
     begin, gaps = rounds[np.diff(rounds, append=9999) > 1][0], np.diff(rounds)
     assert begin < 60
