@@ -88,10 +88,11 @@ def test_useless_rounds_become_rare(num_samples, empty):
     assert len(rounds) < begin + 25
 
 
-def test_what_has_become_predictable_is_noticed():
+@pytest.mark.parametrize("num_samples", [4, 64])
+def test_what_has_become_predictable_is_noticed(num_samples):
     length = DraftLength(5, True, CUDA)
     assert played(length, 4, 400, right=0)[-60:].count(0) > 58
-    asked = played(length, 4, _LONGEST_WAIT + 40, right=5)
+    asked = played(length, num_samples, _LONGEST_WAIT + 40, right=5)
     assert all(asked[-39:]), "one round that pays, and it goes on"
     asked = played(length, 4, 200, right=0)
     waits = "".join("x" if k else "." for k in asked).strip("x").split("x")
