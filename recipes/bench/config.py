@@ -337,6 +337,8 @@ class BenchDraftRun(BenchRun):
         _check_list("packs", self.packs)
         for text in self.packs:
             Pack.parse(text)
+        meaning = "the command is bench draft, which evaluates none"
+        require_default(self.ttt, "ttt", ("eval_passes",), meaning)
         size = self.draft_vocab_size
         require(size is None or size >= 1, "draft_vocab_size", size, "positive, or unset")
         require(self.repeats >= 1, "repeats", self.repeats, "positive")
