@@ -141,7 +141,8 @@ def differences(a: RunContents, b: RunContents) -> Iterator[str]:
             yield f"step {step}: only {has} has it; the last of {other} is {max(lacks.metrics)}"
             break
     if a.summary is not None and b.summary is not None:
-        yield from (f"summary: {text}" for text in row_differences(a.summary, b.summary))
+        found = row_differences(a.summary, b.summary)
+        yield from (f"summary: {text}" for text in found if is_repeated(text))
     elif a.summary is not b.summary:
         yield f"summary: only {'A' if b.summary is None else 'B'} is finished"
 

@@ -181,9 +181,10 @@ class DraftTrainer:
     def evaluate(
         self, batches: Iterable[DraftBatch], temperature: float = 0.0, seed: int = 0
     ) -> DraftStats:
-        """The same measures of ttt.eval_passes passes without a step, and the accept length that an
-        engine with as many guesses would have seen which drew the samples at this temperature, by
-        this seed; all ranks call it."""
+        """The same measures of ttt.eval_passes passes without a step, and the accept length: tokens
+        that a step would have yielded in an engine with as many guesses which drew the samples at
+        this temperature, by this seed. A last token that there is no room to guess for is a step,
+        too, which Engine.accept_lengths leaves out. All ranks call it."""
         totals = TttTotals.zeros(self.ttt.eval_passes, self.device)
         for data in batches:
             finals = self.unroll(data, self.ttt.eval_passes)
