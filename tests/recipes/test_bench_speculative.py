@@ -118,7 +118,7 @@ def test_captures_are_over_before_time_is_taken(qwen3_path, tmp_path, monkeypatc
     prompts, drawn = speculative.Prompts(run), []
     draw = prompts.draw
     monkeypatch.setattr(prompts, "draw", lambda count: drawn.append(count) or draw(count))
-    # Before and after each turn: of a warm-up and another one, which capture, and one that does not.
+    # Before and after each turn: two warm-ups that capture, and one that does not.
     seen = iter([1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4, 4, *range(5, 99)])
 
     @contextmanager
