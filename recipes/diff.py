@@ -2,9 +2,9 @@
 
 In the order in which a step happens: its rollout, its training metrics, its row of the schedule
 with the digest of the weights that came of it, its checkpoint, then the evaluation of the new
-weights. Times (perf/*) and what guesses came to (rollout/spec_*) are left out. What only one run
-has kept (checkpoints, rollouts, samples, schedules) is named and not compared; other metrics that
-only one has are a difference.
+weights. Times (perf/*) and what guesses came to (rollout/spec_*) are left out, also of summaries.
+What only one run has kept (checkpoints, rollouts, samples, schedules) is named and not compared;
+other metrics that only one has are a difference.
 """
 
 import hashlib
