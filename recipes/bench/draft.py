@@ -143,9 +143,8 @@ def measure(
 
 def summary(packs: dict[str, Any], peak: str) -> str:
     """The table and what its columns mean."""
-    names = ("tok/s", "step s", "min", "max", "MFU", "peak GiB")
-    names += ("above weights", "above state")
-    rows = [["pack", *names]]
+    names = ("tok/s", "step s", "min", "max", "MFU")
+    rows = [["pack", *names, "peak GiB", "above weights", "above state"]]
     for pack, found in packs.items():
         step = found["step_s"]
         rows.append(

@@ -222,9 +222,9 @@ def main(run: BenchSpeculativeRun) -> int:
     for engine in engines.values():
         engine.close()
     print(f"\n{table_of(batches)}\n")
-    for batch, entry in batches.items():
+    for size, entry in batches.items():
         if late := {name: n for name, x in entry.items() if (n := x["graphs_captured"])}:
-            print(f"{batch}: CUDA graphs were captured in timed repeats: {late}.")
+            print(f"{size}: CUDA graphs were captured in timed repeats: {late}.")
     if SIMULATED in run.proposers:
         print(
             f"{SIMULATED}: no proposer; each guess is right with a probability of "

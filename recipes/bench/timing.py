@@ -184,7 +184,7 @@ def captures() -> Iterator[Callable[[], int]]:
         count += 1
         begin(graph, *args, **named)
 
-    torch.cuda.CUDAGraph.capture_begin = counted  # type: ignore[method-assign]
+    torch.cuda.CUDAGraph.capture_begin = counted  # type: ignore[assignment, method-assign]
     try:
         yield lambda: count
     finally:
