@@ -183,6 +183,7 @@ def test_a_draft_that_overflows_ends_the_run(runs, base):
             "draft.every is 4; it must be at most trainer.num_steps, and reached behind critic.w",
         ),
         ([*ONLINE, "draft.every=0"], "draft.every is 0; it must be positive"),
+        ([*ONLINE, "ttt.eval_passes=3"], "ttt.eval_passes is 3; .* whose rollouts say the accept"),
         ([*ONLINE, "draft.optimizer.lr=-1"], "draft.optimizer.lr is -1.0; it must be finite"),
         (
             [*ONLINE, "draft.optimizer.lr_schedule=linear", "draft.optimizer.lr_warmup_steps=6"],
