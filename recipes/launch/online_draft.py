@@ -138,9 +138,7 @@ class OnlineDraft:
             return {}
         try:
             stats = self.trainer.end_step()
-        except (
-            NonFiniteError
-        ) as error:  # on all ranks: they sum loss and gradient
+        except NonFiniteError as error:  # on all ranks: they sum loss and gradient
             if is_first():
                 logger.warning("draft: an optimizer step is left out: %s", error)
             return {"draft/skipped_steps": 1}

@@ -5,10 +5,12 @@ import itertools
 import math
 
 import pytest
+import torch
 from callers import parts_of, put_together
 from conservation import check_books
 from helpers import assert_same_bits, make_prompts, outcomes
 from pauses import add, changed, finish, num_drawn
+from safetensors.torch import load_file
 
 from samebit.recipes.models.tiny_model import make_random_model
 from samebit.recipes.verification.speculation import recall, write_random_draft
@@ -297,3 +299,18 @@ def test_a_draft_for_another_target(make_engine, draft_path, tmp_path):
         Engine(tmp_path / "other", speculative="eagle3", draft_model=draft_path)
     with pytest.raises(FileNotFoundError, match="draft folder nowhere has no config.json"):
         make_engine(speculative="eagle3", draft_model="nowhere")
+
+
+def test_pickled_weights_are_refused_with_a_way_that_works(make_engine, engine, tmp_path):
+    """As EAGLE's own folders hold them: the message's lines make safetensors of the same bytes."""
+    folder = tmp_path / "draft"
+    write_random_draft(folder, engine.model_config)
+    own = make_engine(speculative="eagle3", draft_model=str(folder))
+    file = folder / "model.safetensors"
+    torch.save(load_file(file), folder / "pytorch_model.bin")
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds pytorch_model.bin, which is not") as error:
+        make_engine(speculative="eagle3", draft_model=str(folder))
+    exec(str(error.value).split("Python:\n")[1], {})
+    again = make_engine(speculative="eagle3", draft_model=str(folder))
+    assert again.draft_version == own.draft_version
