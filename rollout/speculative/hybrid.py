@@ -21,6 +21,8 @@ _LEAST = 4  # tokens of a match that is no chance
 class Hybrid(Proposer):
     """Asks suffix for every sample, and the draft model for those where that guesses longer."""
 
+    takes_draft = True
+
     def __init__(self, parts: ProposerParts) -> None:
         super().__init__(parts)
         self.suffix, self.eagle3 = Suffix(parts), Eagle3(parts)

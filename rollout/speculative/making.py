@@ -18,9 +18,13 @@ def open_speculation(config: EngineConfig, target: ModelConfig) -> DraftFolder |
     another kind than eagle3 or peagle say, or of another target, besides what open_draft raises.
     """
     kind = config.speculative
-    if kind != "none":
-        proposer(kind)
-    if kind in WITH_DRAFT and not config.draft_model:
+    takes_draft = kind != "none" and (proposer(kind).takes_draft or kind in WITH_DRAFT)
+    if config.draft_model is not None and not takes_draft:
+        raise ValueError(
+            f"engine.draft_model is {config.draft_model!r}; it must be unset with "
+            f"speculative={kind}, whose class does not say takes_draft"
+        )
+    if takes_draft and not config.draft_model:
         raise ValueError(
             f"engine.draft_model is {config.draft_model!r}; it must be the path of a draft model's "
             f"folder with speculative={kind}"

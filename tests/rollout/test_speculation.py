@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from samebit.recipes.models.tiny_model import make_random_model
 from samebit.recipes.verification.speculation import recall, write_random_draft
 from samebit.rollout.engine import Engine
+from samebit.rollout.models.draft.config import OUTPUT
 from samebit.rollout.speculative.proposer import Proposal, Proposer, ProposerError
 from samebit.rollout.types import SamplingParams
 
@@ -264,6 +265,29 @@ def test_a_proposer_from_outside_that_is_wrong(make_engine, name, message):
         with pytest.raises(ProposerError, match=f"the proposer {__name__}:{message}"):
             own.generate([[1, 2, 3]], SamplingParams(max_new_tokens=9))
     check_books(own)
+
+
+class WithDraft(Proposer):
+    """Guesses one token always, by the draft's output layer."""
+
+    takes_draft = True
+
+    def propose(self, contexts):
+        vocabulary = self.parts.draft.vocabulary.token_ids
+        table = self.parts.draft.params[OUTPUT][: len(vocabulary)]
+        token_id = int(vocabulary[(table @ table[0]).argmax()])
+        return [Proposal([token_id][: context.room]) for context in contexts]
+
+
+def test_a_proposer_from_outside_with_a_draft(make_engine, truth, draft_path):
+    """It is given the engine's; none is refused, as is one for a class that takes none."""
+    own = make_engine(speculative=f"{__name__}:WithDraft", draft_model=draft_path)
+    assert outcomes(own.generate(PROMPTS, PARAMS, IDS)) == outcomes(truth)
+    assert own.accept_lengths.verifications > 0
+    with pytest.raises(ValueError, match="draft_model is None; it must be the path of a draft"):
+        make_engine(speculative=f"{__name__}:WithDraft")
+    with pytest.raises(ValueError, match="must be unset with .*:Broken, whose class does not say"):
+        make_engine(speculative=f"{__name__}:Broken", draft_model=draft_path)
 
 
 @pytest.mark.parametrize(
