@@ -15,6 +15,7 @@ from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import EMBEDDING, FINAL_NORM, OUTPUT, DenseModel
 from samebit.rollout.models.draft.config import OUTPUT as DRAFT_OUTPUT
 from samebit.rollout.models.draft.config import DraftConfig, Verifier
+from samebit.rollout.models.draft.pickled import require_safetensors
 from samebit.rollout.models.draft.vocabulary import DraftVocabulary
 from samebit.rollout.runtime.draft_folder import DIALECTS, DraftFolder, open_draft
 from samebit.rollout.runtime.weights import load_dummy
@@ -38,6 +39,7 @@ def checked_draft(run: Eagle3Run, model: ModelConfig) -> tuple[DraftFolder | Non
     if run.draft.path is None:
         config = _new(run, model)
     else:
+        require_safetensors(Path(run.draft.path))
         folder = open_draft(Path(run.draft.path), model.num_layers, run.draft.norm_output)
         config = folder.config
     config = replace(config, verifier=verifier, speculative_tokens=run.ttt.passes)

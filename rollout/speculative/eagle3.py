@@ -41,6 +41,8 @@ from samebit.rollout.speculative.proposer import (
 class Eagle3(Proposer):
     """Guesses by the engine's draft model; see the file's head."""
 
+    takes_draft = True
+
     def __init__(self, parts: ProposerParts) -> None:
         super().__init__(parts)
         self._passes = DraftPasses(parts)

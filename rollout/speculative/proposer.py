@@ -8,7 +8,7 @@ ranks each have one, and theirs must guess alike: a function of what was drawn, 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -74,6 +74,9 @@ class ProposerParts:
 class Proposer(ABC):
     """Guesses tokens for an engine's decoding samples; made once for an engine, and by it."""
 
+    takes_draft: ClassVar[bool] = False
+    """Of a class of your own: whether it guesses by the engine's draft model, `parts.draft`, so
+    that engine.draft_model must be given; else it must not."""
     streams: tuple[int, ...] = ()
     """Layers whose residual streams `observe` is to be shown, as in Request.hidden_state_layers. An
     engine that shows any calls `propose` at least every MOST_UNREAD steps: without room where
