@@ -2,9 +2,9 @@
 
 In the order in which a step happens: its rollout, its training metrics, its row of the schedule
 with the digest of the weights that came of it, its checkpoint, then the evaluation of the new
-weights. Times (perf/*) and what guesses came to (rollout/spec_*) are left out. What only one run
-has kept (checkpoints, rollouts, samples, schedules) is named and not compared; other metrics that
-only one has are a difference.
+weights. Times (perf/*) and what guesses came to (rollout/spec_*) are left out, also of summaries.
+What only one run has kept (checkpoints, rollouts, samples, schedules) is named and not compared;
+other metrics that only one has are a difference.
 """
 
 import hashlib
@@ -141,7 +141,8 @@ def differences(a: RunContents, b: RunContents) -> Iterator[str]:
             yield f"step {step}: only {has} has it; the last of {other} is {max(lacks.metrics)}"
             break
     if a.summary is not None and b.summary is not None:
-        yield from (f"summary: {text}" for text in row_differences(a.summary, b.summary))
+        found = row_differences(a.summary, b.summary)
+        yield from (f"summary: {text}" for text in found if is_repeated(text))
     elif a.summary is not b.summary:
         yield f"summary: only {'A' if b.summary is None else 'B'} is finished"
 

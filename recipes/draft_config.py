@@ -57,6 +57,8 @@ class OnlineDraftSection:
         if not self.is_online:
             require_default(ttt, "ttt", [f.name for f in fields(ttt)], "draft.train is 'off'")
             return
+        meaning = "the command is grpo, whose rollouts say the accept length"
+        require_default(ttt, "ttt", ("eval_passes",), meaning)
         kinds = " or ".join(WITH_DRAFT)
         meaning = f"{kinds} with draft.train=online: a draft that nothing guesses by is idle"
         require(engine.speculative in WITH_DRAFT, "engine.speculative", engine.speculative, meaning)

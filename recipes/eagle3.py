@@ -5,16 +5,18 @@ is, its streams are had a micro-batch at a time, and the draft takes one optimiz
 training-time test. Nothing of it is stored.
 """
 
+import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from samebit.recipes.cli.dry_run import describe_eagle3, train_or_describe
 from samebit.recipes.eagle3_config import Eagle3Run
 from samebit.recipes.launch.draft import engine_of, make_draft_trainer
-from samebit.recipes.run.answers import AnswerSource
+from samebit.recipes.run.answers import AnswerSource, HeldOut
 from samebit.recipes.run.inputs import Eagle3Inputs
+from samebit.recipes.run.metrics import METRICS_FILE, read_rows
 from samebit.recipes.run.recorder import Progress, recording
 from samebit.recipes.run.session import RunSession, open_session
 from samebit.recipes.run.signals import StopSignals, stop_signals
@@ -23,6 +25,16 @@ from samebit.rollout.models.draft.vocabulary import DraftVocabulary
 from samebit.rollout.runtime.draft_folder import write_draft
 from samebit.trainer.checkpoint import CheckpointError
 
+SUMMED_UP = (
+    "accept_length",
+    "suffix_accept_length",
+    "greedy_accept_length",
+    "greedy_suffix_accept_length",
+    "entropy",
+)
+"""Of the last evaluation, what the summary says; null where no answer has a second token."""
+WALL = "perf/wall_s"
+
 
 def train(run: Eagle3Run, started: Callable[[], object] = lambda: None) -> dict[str, Any]:
     """Train to the last step and write run_dir/draft; returns the summary.
@@ -30,6 +42,7 @@ def train(run: Eagle3Run, started: Callable[[], object] = lambda: None) -> dict[
     `started` is called once everything is set up. Raises Stopped if a signal has ended the run,
     which can be resumed, and CheckpointError if its target had other weights.
     """
+    clock = Clock()
     with stop_signals() as stop:
         inputs = Eagle3Inputs(run, stop)
         with open_session(run, inputs.records) as session:
@@ -39,7 +52,7 @@ def train(run: Eagle3Run, started: Callable[[], object] = lambda: None) -> dict[
                 with recording(session, progress, trainer) as recorder:
                     started()
                     if progress.step == 0:
-                        recorder.log(recipe.evaluate(stop))
+                        recorder.log(recipe.evaluate(stop) | clock.lap())
                     while progress.step < run.trainer.num_steps:
                         stop.poll_together()
                         session.writer.poll()
@@ -47,11 +60,24 @@ def train(run: Eagle3Run, started: Callable[[], object] = lambda: None) -> dict[
                         progress.step += 1
                         if recorder.is_due(run.rollout.eval_every):
                             metrics |= recipe.evaluate(StopSignals())
-                        recorder.end_step(metrics, f"loss {metrics['train/loss']:.4f}")
+                        shown = f"loss {metrics['train/loss']:.4f}"
+                        recorder.end_step(metrics | clock.lap(), shown)
                 recipe.write()
                 summary = recipe.summary()
             session.finish(summary)
             return summary
+
+
+class Clock:
+    """Measures all that goes by between two rows of metrics, also what no phase counts."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> dict[str, float]:
+        """Return the seconds since the row before, or since the clock was made."""
+        last, self._last = self._last, time.perf_counter()
+        return {WALL: self._last - last}
 
 
 @dataclass
@@ -60,8 +86,8 @@ class Eagle3Progress(Progress):
 
     target_digest: str = ""
     accept_length_first: float | None = None
-    accept_length: float | None = None
-    greedy_accept_length: float | None = None
+    last: dict[str, float | None] = field(default_factory=dict)
+    """SUMMED_UP, by name."""
 
 
 class Eagle3Recipe:
@@ -116,25 +142,24 @@ class Eagle3Recipe:
         }
 
     def evaluate(self, stop: StopSignals) -> dict[str, float]:
-        """Loss, acceptance and accept length on answers to the held-out prompts, and the accept
-        length on greedy ones."""
-        prompts = self._source.held_out_prompts(self.progress.step)
-        found: dict[str, float] = {}
-        most = self.run.trainer.micro_batch_tokens
-        for name, temperature in (("", None), ("greedy_", 0.0)):
-            samples = self._source.draw(prompts, temperature, stop.poll)
-            drawn_at = prompts.params.temperature if temperature is None else temperature
-            batches = self._source.batches(samples, most)
-            stats = self.trainer.evaluate(batches, drawn_at, self.run.seed)
-            metrics = {"loss": stats.loss, **stats.metrics}
-            kept = metrics.keys() if temperature is None else {"accept_length"} & metrics.keys()
-            found |= {f"eval/{name}{key}": metrics[key] for key in kept}
-        # Answers of one token each verify nothing.
-        self.progress.accept_length = found.get("eval/accept_length")
-        self.progress.greedy_accept_length = found.get("eval/greedy_accept_length")
+        """Loss, acceptance and accept length on answers to the held-out prompts, beside the accept
+        length that suffix would have had; and accept lengths on greedy answers."""
+        answers, greedy = self._source.held_out(self.run.ttt.eval_passes, stop.poll)
+        found = self._measured(answers)
+        greedily = self._measured(greedy)
+        lengths = {key for key in greedily if key.endswith("accept_length")}
+        found |= {f"greedy_{key}": greedily[key] for key in sorted(lengths)}
+        self.progress.last = {name: found.get(name) for name in SUMMED_UP}
         if self.progress.accept_length_first is None:
-            self.progress.accept_length_first = self.progress.accept_length
-        return found
+            self.progress.accept_length_first = found.get("accept_length")
+        return {f"eval/{name}": value for name, value in found.items()}
+
+    def _measured(self, answers: HeldOut) -> dict[str, float]:
+        """By name; no accept lengths of answers of one token each, which verify nothing."""
+        batches = self._source.batches(answers.samples, self.run.trainer.micro_batch_tokens)
+        stats = self.trainer.evaluate(batches, answers.temperature, self.run.seed)
+        suffix, found = answers.suffix_accept_length, {"loss": stats.loss, **stats.metrics}
+        return found if suffix is None else found | {"suffix_accept_length": suffix}
 
     def write(self) -> None:
         """Write run_dir/draft in the dialect that the run asks for."""
@@ -142,12 +167,14 @@ class Eagle3Recipe:
         write_draft(self.run.run_dir / "draft", self._draft, self.vocabulary, params, dialect)
 
     def summary(self) -> dict[str, Any]:
-        """Return what the run has come to."""
+        """Return what the run has come to, and the seconds of all that led there: of a resumed run
+        without those of steps that were lost."""
+        rows = read_rows(self.run.run_dir / METRICS_FILE)
         return {
             "steps": self.progress.step,
             "accept_length_first": self.progress.accept_length_first,
-            "accept_length": self.progress.accept_length,
-            "greedy_accept_length": self.progress.greedy_accept_length,
+            **self.progress.last,
+            WALL: sum(row[WALL] for row in rows),
             "weights_digest": self.trainer.digest(),
         }
 

@@ -37,7 +37,8 @@ class DraftSection:
     vocab_size: int | None = None
     """Tokens that a new draft can say; unset: 32,000, or all where there are fewer."""
     vocab_prompts: int = 256
-    """Prompts whose answers are counted for the most frequent tokens."""
+    """Prompts whose answers are counted for the most frequent tokens, where vocab_size leaves out
+    any."""
     layers: list[int] | None = None
     """Numbers of the target's layers after which a new draft reads its stream; unset: EAGLE-3's."""
     fc_norm: bool = False

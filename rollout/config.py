@@ -67,8 +67,8 @@ class EngineConfig:
     adaptive_drafts: bool = True
     """Guess fewer, or none, while too few are right to pay for so many samples."""
     draft_model: str | None = None
-    """Folder of the draft model, for eagle3, peagle and hybrid; in GRPO with draft.train=online it
-    may be unset, for a new one."""
+    """Folder of the draft model, for eagle3, peagle, hybrid and classes that take one; in GRPO with
+    draft.train=online it may be unset, for a new one."""
     draft_norm_output: str | None = None
     """Whose meaning norm_output has in a draft folder that leaves it open: sglang or specforge."""
     releasable: bool | None = None
@@ -122,7 +122,7 @@ class EngineConfig:
             fits = getattr(self, name) == default
             self._require(fits, name, f"{default}, its default, with speculative=none")
         folder, norm = self.draft_model, self.draft_norm_output
-        fits = folder is None or kind in WITH_DRAFT
+        fits = folder is None or kind in WITH_DRAFT or ":" in kind  # the class says so itself
         self._require(fits, "draft_model", f"unset with speculative={kind}")
         fits = norm is None or (folder is not None and norm in ("sglang", "specforge"))
         meaning = "sglang or specforge, or unset, as without draft_model"

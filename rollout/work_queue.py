@@ -3,22 +3,25 @@
 A request's samples stay together. A replica has at most so many samples at a time, enough to be
 busy; the others wait here, so whoever has room takes them, and a replica that ends early is never
 idle while another has a queue. Room goes to the replica that has the fewest tokens yet to compute,
-but to the one that had a prompt of the same beginning before, where that is hardly busier: its
+but to the one that had the longest beginning of the prompt before, where that is hardly busier: its
 prefix cache holds it. Nothing of this can change what is drawn.
 """
 
+from array import array
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 from samebit.rollout.runtime.call import uncancelled
 from samebit.rollout.types import Completion, Request
 
 _BEGINNING = 64
-"""Tokens by which prompts of one prefix are known."""
-_MOST_HOMES = 1 << 16
+"""Tokens of the shortest beginning by which a prompt is known; longer ones are longer by half,
+so that a conversation is told from others that begin alike."""
+_MOST_HOMES = 1 << 18
 
 
 @dataclass(eq=False, slots=True)
@@ -53,6 +56,17 @@ class _Load:
     num_tokens: int = 0
 
 
+def beginnings(prompt_ids: Sequence[int]) -> list[bytes]:
+    """Digests of a prompt's beginnings, the shortest first; of a short prompt it is the whole."""
+    words = memoryview(array("q", prompt_ids)).cast("B")
+    digest, done, found, length = blake2b(digest_size=16), 0, [], min(_BEGINNING, len(prompt_ids))
+    while length <= len(prompt_ids):
+        digest.update(words[8 * done : 8 * length])
+        found.append(digest.digest())
+        done, length = length, length + max(_BEGINNING, length) // 2
+    return found
+
+
 class WorkQueue[R: Hashable]:
     """Jobs that wait, and those that replicas have. Not for several threads at once."""
 
@@ -61,7 +75,7 @@ class WorkQueue[R: Hashable]:
         self._room = room
         self._waiting: deque[Job] = deque()
         self._loads: dict[R, _Load] = {}
-        self._homes: OrderedDict[tuple[int, ...], R] = OrderedDict()  # by a prompt's beginning
+        self._homes: OrderedDict[bytes, R] = OrderedDict()  # by digests of prompts' beginnings
 
     @property
     def replicas(self) -> list[R]:
@@ -112,14 +126,15 @@ class WorkQueue[R: Hashable]:
             return None
         self._waiting.popleft()
         chosen = min(free, key=lambda replica: free[replica].num_tokens)
-        beginning = job.request.prompt_ids[:_BEGINNING]
-        home = self._homes.get(beginning, chosen)
+        known = beginnings(job.request.prompt_ids)
+        home = next((self._homes[x] for x in reversed(known) if x in self._homes), chosen)
         load = free.get(home)
         if load is not None and load.num_tokens <= free[chosen].num_tokens + job.num_tokens:
             chosen = home
-        self._homes[beginning] = chosen
-        self._homes.move_to_end(beginning)
-        if len(self._homes) > _MOST_HOMES:
+        for beginning in known:
+            self._homes[beginning] = chosen
+            self._homes.move_to_end(beginning)
+        while len(self._homes) > _MOST_HOMES:
             self._homes.popitem(last=False)
         self._count(chosen, job, 1)
         self._loads[chosen].jobs[job] = None

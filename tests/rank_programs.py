@@ -32,8 +32,8 @@ SETTINGS = (
     {"max_num_seqs": 2, "prefix_cache": False},
     {"prefill_chunk": 9, "max_batch_tokens": 16, "page_size": 16},
     {"speculative": "hybrid", "num_draft_tokens": 2, "adaptive_drafts": False},
-    {"speculative": "eagle3", "num_draft_tokens": 4},
-    {"speculative": "suffix", "page_size": 16},
+    {"speculative": "eagle3", "num_draft_tokens": 4, "adaptive_drafts": False},
+    {"speculative": "suffix", "page_size": 16, "overlap": True},
     {"kv_cache_tokens": 128, "page_size": 16, "overlap": True},
 )
 

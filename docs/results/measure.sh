@@ -7,8 +7,11 @@
 # Parts: verify (two runs side by side have to be equal; SMOLLM2=FOLDER adds that model), engine,
 # groups, tables, speculative (SMOLLM2 too), kernels, trainer, memory, sync (on two GPUs also
 # between them), step (of colocated GRPO), kills (a short demo on SmolLM2, killed 20 times),
-# draft_trainer (of drafts of the 8B shape); of SMOLLM2 alone algorithms, draft, online_draft,
-# long_tail (rollouts of very different lengths, with guesses and without); on two GPUs
+# draft_trainer (of drafts of the 8B shape), verify_rows (what a step takes that verifies guesses);
+# of SMOLLM2 alone algorithms, long_tail (rollouts of very different lengths, with guesses and
+# without), and drafts: draft_7 and draft_1 (trained by so many passes), draft_boards, online_draft,
+# and behind draft_7 block_draft, speculative_draft and adaptive_draft (DRAFT=draft_boards: of that
+# one; where the training of a draft was cut, its part goes on with it); on two GPUs
 # tensor_parallel, trainer_tp, elastic, transfers, async (GRPO whose engine draws while its trainer
 # trains; SMOLLM2 too); on four transfers4, layouts (short runs under all that fit), tp1_tp4; on
 # eight eight_tp, eight_steps, eight_elastic, eight_transfers, eight_sums (which take any number of
@@ -20,9 +23,9 @@ bin=$root/.venv/bin
 shapes=$root/recipes/bench/shapes
 unset PYTHONSAFEPATH # programs import one another
 parts=" verify engine groups tables speculative kernels trainer memory sync step kills algorithms"
-parts+=" draft draft_trainer online_draft long_tail tensor_parallel trainer_tp elastic transfers"
-parts+=" async transfers4 layouts tp1_tp4 eight_tp eight_steps eight_elastic eight_transfers"
-parts+=" eight_sums "
+parts+=" draft_7 draft_1 draft_boards speculative_draft adaptive_draft block_draft online_draft"
+parts+=" draft_trainer verify_rows long_tail tensor_parallel trainer_tp elastic transfers async"
+parts+=" transfers4 layouts tp1_tp4 eight_tp eight_steps eight_elastic eight_transfers eight_sums "
 for part in "${@:2}"; do
     if [[ $parts != *" $part "* ]]; then
         echo "'$part' is no part; there are:$parts" >&2
@@ -184,36 +187,96 @@ algorithms() { # SmolLM2 learns to add, by four of them
     "$bin/samebit" report "$out"/{grpo,dapo,gspo,ppo} out="$out/algorithms.html"
 }
 
-draft() { # SmolLM2's, from its own answers: by seven passes and by one; then guesses by it
+figures() { "$bin/python" "$root/tests/programs/draft_figures.py" "$@"; }
+
+held_out() { # RUN of eagle3: sets `words`, by which bench speculative asks its held-out prompts
+    local text
+    text=$(figures words "$out/$1")
+    mapfile -t words <<<"$text"
+    words+=(model="$SMOLLM2")
+}
+
+train_draft() { # NAME ARGUMENT...: SmolLM2's, from its own answers; what was cut goes on
+    samebit "$1" eagle3 model.path="$SMOLLM2" logger=disabled resume=true "${@:2}"
+}
+
+draft_7() { # by seven passes
     needs_smollm2
-    local passes own=(experiment=smollm2_draft model.path="$SMOLLM2" logger=disabled)
-    for passes in 7 1; do
-        samebit "draft_$passes" eagle3 "${own[@]}" ttt.passes=$passes overwrite=true
+    train_draft draft_7 experiment=smollm2_draft ttt.passes=7
+    figures trained "$out/draft_7"
+}
+
+draft_1() { # by one, evaluated by as many guesses
+    needs_smollm2
+    train_draft draft_1 experiment=smollm2_draft ttt.passes=1
+    figures trained "$out"/draft_{7,1}
+}
+
+draft_boards() { # of texts that a draft has more to say about
+    needs_smollm2
+    train_draft draft_boards experiment=smollm2_draft_boards
+    figures trained "$out/draft_boards"
+}
+
+draft=${DRAFT:-draft_7} # which guesses in the next two parts
+
+speculative_draft() { # 5 guesses each, at 1 sample and at 8; there over all 200 held-out prompts
+    needs_smollm2
+    local words
+    held_out "$draft"
+    words+=('proposers=[eagle3,suffix,hybrid]' draft_model="$out/$draft/draft")
+    samebit "speculative_$draft" bench speculative "${words[@]}" adaptive_drafts=false \
+        num_draft_tokens=5 'batches=[1,8]' repeats=25
+}
+
+adaptive_draft() { # as many guesses as pay, at every number of samples
+    needs_smollm2
+    local words
+    held_out "$draft"
+    words+=('proposers=[eagle3,suffix,hybrid]' draft_model="$out/$draft/draft")
+    samebit "adaptive_$draft" bench speculative "${words[@]}" \
+        'batches=[1,2,4,8,16,32,64,128,256]'
+}
+
+block_draft() { # beside draft_7; without CUDA graphs, in which a block's pass cannot run
+    needs_smollm2
+    local words
+    held_out draft_7
+    train_draft draft_block experiment=smollm2_draft ttt.passes=7 draft.dialect=speculators \
+        draft.mask_token_id=4 # <reponame>
+    figures trained "$out"/draft_{7,block}
+    words+=('proposers=[eagle3,peagle,simulated]' draft_model="$out/draft_7/draft")
+    words+=(block_draft_model="$out/draft_block/draft" engine.cuda_graphs=false)
+    samebit block_draft bench speculative "${words[@]}" adaptive_drafts=false \
+        num_draft_tokens=5 'batches=[1]' repeats=25
+    figures block "$out/block_draft"
+}
+
+verify_rows() { # 64 in all: what a step of them takes, beside a decode step of as many samples
+    local batch
+    for batch in 8 16 32; do
+        samebit "verify_rows_$batch" bench speculative model="$shapes/qwen3-8b" load_format=dummy \
+            'proposers=[simulated]' simulated_acceptance=0 adaptive_drafts=false \
+            num_draft_tokens=$((64 / batch - 1)) "batches=[$batch]" output_len=512
     done
-    samebit speculative_draft bench speculative model="$SMOLLM2" input_len=256 \
-        'proposers=[eagle3,suffix,hybrid]' draft_model="$out/draft_7/draft" \
-        data.task=reasoning_gym/chain_sum data.chat=true
+    figures rows "$out"/verify_rows_{8,16,32}
 }
 
 online_draft() { # a draft of sums, which then learns in GRPO, stays as it is, or is not there
     needs_smollm2
     local sums='{name: chain_sum, weight: 1.0, config: {min_terms: 2, max_terms: 3,'
     sums+=' min_digits: 2, max_digits: 4}}'
-    local own=(model.path="$SMOLLM2" logger=disabled overwrite=true)
-    samebit draft_of_sums eagle3 experiment=smollm2_draft "${own[@]}" ttt.passes=5 \
-        data.args.datasets="[$sums]" trainer.num_steps=100
-    own+=(experiment=smollm2_online_draft trainer.num_steps=60)
+    train_draft draft_of_sums experiment=smollm2_draft ttt.passes=5 data.args.datasets="[$sums]" \
+        trainer.num_steps=100 trainer.checkpoint_every=25
+    local own=(experiment=smollm2_online_draft model.path="$SMOLLM2" logger=disabled resume=true)
+    own+=(trainer.num_steps=60 trainer.checkpoint_every=10 engine.max_num_seqs=64)
     local off=(draft.train=off draft.optimizer.lr=1e-4 draft.optimizer.lr_warmup_steps=0)
     local given=(engine.speculative=eagle3 engine.draft_model="$out/draft_of_sums/draft")
+    given+=(engine.adaptive_drafts=false engine.num_draft_tokens=5)
     samebit online_draft grpo "${own[@]}" "${given[@]}"
     samebit frozen_draft grpo "${own[@]}" "${given[@]}" "${off[@]}" ttt.passes=7
     samebit no_draft grpo "${own[@]}" engine.speculative=none "${off[@]}" ttt.passes=7
-    "$bin/python" - "$out"/{online,frozen,no}_draft/summary.json <<'EOF'
-import json, sys
-digests = {json.load(open(path))["weights_digest"] for path in sys.argv[1:]}
-print("weights digests:", *digests)
-sys.exit(len(digests) > 1)
-EOF
+    figures online "$out"/{online,frozen,no}_draft
 }
 
 draft_trainer() { samebit draft_qwen3_8b bench draft model="$shapes/qwen3-8b"; }

@@ -229,6 +229,8 @@ class BenchSpeculativeRun(BenchEngineSection):
     """For peagle, as draft_model is for the others: the two stand beside each other."""
     batches: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128, 256])
     """Samples at a time."""
+    samples_per_prompt: int = 1
+    """Siblings among them, whose texts suffix reads too."""
     input_len: int = 512
     """Tokens of each prompt, which are random; of `data`, the most."""
     output_len: int = 256
@@ -249,10 +251,17 @@ class BenchSpeculativeRun(BenchEngineSection):
         block, meaning = self.block_draft_model, "a block draft's folder where proposers has peagle"
         fits = (block is not None) == ("peagle" in self.proposers)
         require(fits, "block_draft_model", block, f"{meaning}, else unset")
+        if not {"eagle3", "hybrid"} & {*self.proposers}:
+            meaning = "proposers has neither eagle3 nor hybrid"
+            require_default(self, "", ("draft_model",), meaning)
         require(len(self.batches) > 0, "batches", self.batches, "at least one")
         sizes = min(self.batches) >= 1 and max(self.batches) <= self.engine.max_num_seqs
         meaning = f"from 1 to engine.max_num_seqs, {self.engine.max_num_seqs}, each"
         require(sizes, "batches", self.batches, meaning)
+        n = self.samples_per_prompt
+        require(n >= 1, "samples_per_prompt", n, "positive")
+        whole = all(size % n == 0 for size in self.batches)
+        require(whole, "batches", self.batches, f"multiples of samples_per_prompt, {n}")
         for key in ("input_len", "output_len"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "positive")
         require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
@@ -337,6 +346,8 @@ class BenchDraftRun(BenchRun):
         _check_list("packs", self.packs)
         for text in self.packs:
             Pack.parse(text)
+        meaning = "the command is bench draft, which evaluates none"
+        require_default(self.ttt, "ttt", ("eval_passes",), meaning)
         size = self.draft_vocab_size
         require(size is None or size >= 1, "draft_vocab_size", size, "positive, or unset")
         require(self.repeats >= 1, "repeats", self.repeats, "positive")

@@ -1,9 +1,9 @@
 """samebit bench draft: optimizer steps of a draft on random streams of a target's shape.
 
 What the target does, whose streams a run has anyway (online) or computes (offline), is no part of
-it. Memory is told twice: all that torch allocated at most, and how much of it lies above what stays
-between steps, which are the draft with its masters, gradients and moments, and the target's head
-and embedding.
+it. Memory is told three times: all that torch allocated at most; how much of it lies above the
+weights, which are the draft's and the target's head and embedding; and how much above all that
+stays between steps, to which the draft's masters, gradients and moments belong, too.
 """
 
 from collections.abc import Mapping
@@ -52,14 +52,22 @@ def draft_of(run: BenchDraftRun, target: DenseModel) -> DraftConfig:
         raise ConfigError(f"draft_layers: {error}") from error
 
 
-def make_trainer(
-    run: BenchDraftRun, target: DenseModel, config: DraftConfig, device: torch.device
-) -> DraftTrainer:
-    """A trainer whose target has a random embedding, final norm and output layer, and no more."""
+def target_weights(
+    run: BenchDraftRun, target: DenseModel, device: torch.device
+) -> dict[str, Tensor]:
+    """What a draft's training reads of its target: a random embedding, final norm and output layer,
+    by engine names."""
     specs = [s for s in target.param_specs() if s.name in (EMBEDDING, FINAL_NORM, OUTPUT)]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     weights = {spec.name: torch.empty(spec.shape, dtype=dtype, device=device) for spec in specs}
     load_dummy(specs, weights, run.seed)
+    return weights
+
+
+def make_trainer(
+    run: BenchDraftRun, target: DenseModel, config: DraftConfig, weights: Mapping[str, Tensor]
+) -> DraftTrainer:
+    """A trainer of a new draft, whose target has these weights."""
     vocabulary = DraftVocabulary(torch.arange(config.draft_vocab_size), target.vocab_size)
     return make_trainer_of(
         *(target, weights, None, config, vocabulary),
@@ -108,7 +116,9 @@ def step_flops(config: DraftConfig, data: DraftBatch, passes: int) -> int:
     return fused + head + passes * (6 * tokens * layer + 6 * rows * D * Vd + 3 * attention)
 
 
-def measure(trainer: DraftTrainer, data: DraftBatch, run: BenchDraftRun) -> dict[str, Any]:
+def measure(
+    trainer: DraftTrainer, data: DraftBatch, run: BenchDraftRun, weights_bytes: int
+) -> dict[str, Any]:
     """Whole optimizer steps of one micro-batch each, after one that warms up."""
     device, repeats = trainer.device, range(run.repeats)
     trainer.train_step([data])
@@ -123,6 +133,7 @@ def measure(trainer: DraftTrainer, data: DraftBatch, run: BenchDraftRun) -> dict
         peak = torch.cuda.max_memory_allocated(device)
         streams = sum(stream.nbytes for stream in data.streams.values())
         found["peak_memory_gib"] = peak / _GIB
+        found["above_weights_gib"] = (peak - weights_bytes) / _GIB
         found["above_state_gib"] = (peak - stays + streams) / _GIB
     if rate := peak_flops(device):
         flops = step_flops(trainer.config, data, trainer.ttt.passes)
@@ -132,8 +143,8 @@ def measure(trainer: DraftTrainer, data: DraftBatch, run: BenchDraftRun) -> dict
 
 def summary(packs: dict[str, Any], peak: str) -> str:
     """The table and what its columns mean."""
-    names = ("tok/s", "step s", "min", "max", "MFU", "peak GiB", "above state")
-    rows = [["pack", *names]]
+    names = ("tok/s", "step s", "min", "max", "MFU")
+    rows = [["pack", *names, "peak GiB", "above weights", "above state"]]
     for pack, found in packs.items():
         step = found["step_s"]
         rows.append(
@@ -144,13 +155,14 @@ def summary(packs: dict[str, Any], peak: str) -> str:
                 f"{found['mfu']:.1%}" if "mfu" in found else "-",
                 *(
                     f"{found[key]:.2f}" if key in found else "-"
-                    for key in ("peak_memory_gib", "above_state_gib")
+                    for key in ("peak_memory_gib", "above_weights_gib", "above_state_gib")
                 ),
             ]
         )
     return (
         f"{format_table(rows)}\nMFU: of the card's peak ({peak}). peak GiB: what torch allocated; "
-        "above state: of that the streams and what a step makes."
+        "above weights: of that all but the draft and the target's head and embedding; above "
+        "state: the streams and what a step makes, without masters, gradients and moments."
     )
 
 
@@ -160,7 +172,9 @@ def main(run: BenchDraftRun) -> int:
     device = resolve_device(run.device)
     target = require_dense(load_model_config(run.model, run.model_family))
     config = draft_of(run, target)
-    trainer = make_trainer(run, target, config, device)
+    weights = target_weights(run, target, device)
+    trainer = make_trainer(run, target, config, weights)
+    weights_bytes = sum(x.nbytes for x in (*trainer.params.values(), *weights.values()))
     packs: dict[str, Any] = {}
     peak = peak_words(device)
     report = {
@@ -169,11 +183,12 @@ def main(run: BenchDraftRun) -> int:
         "draft": {"vocab_size": config.draft_vocab_size, "layers": list(config.captured_layers)},
         "ttt": asdict(run.ttt),
         "mfu_peak": peak,
+        "weights_gib": weights_bytes / _GIB,
         "packs": packs,
     }
     for pack in map(Pack.parse, run.packs):
         data = make_batch(pack, target, config, next(iter(trainer.params.values())), run.seed)
-        packs[str(pack)] = measure(trainer, data, run)
+        packs[str(pack)] = measure(trainer, data, run, weights_bytes)
         del data
         write_result(run.run_dir / REPORT_FILE, device, report)
     print(summary(packs, peak))

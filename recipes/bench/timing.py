@@ -5,7 +5,8 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Self
@@ -170,6 +171,24 @@ def card_rates() -> CardRates:
     rates = CardRates(_copy_bytes_s(), _product_flops_s())
     torch.cuda.empty_cache()
     return rates
+
+
+@contextmanager
+def captures() -> Iterator[Callable[[], int]]:
+    """Give what says how many CUDA graphs this process has captured within the block, whoever they
+    belong to."""
+    begin, count = torch.cuda.CUDAGraph.capture_begin, 0
+
+    def counted(graph: torch.cuda.CUDAGraph, *args: Any, **named: Any) -> None:
+        nonlocal count
+        count += 1
+        begin(graph, *args, **named)
+
+    torch.cuda.CUDAGraph.capture_begin = counted  # type: ignore[assignment, method-assign]
+    try:
+        yield lambda: count
+    finally:
+        torch.cuda.CUDAGraph.capture_begin = begin  # type: ignore[method-assign]
 
 
 def free_memory(device: torch.device) -> None:

@@ -15,10 +15,11 @@ from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import EMBEDDING, FINAL_NORM, OUTPUT, DenseModel
 from samebit.rollout.models.draft.config import OUTPUT as DRAFT_OUTPUT
 from samebit.rollout.models.draft.config import DraftConfig, Verifier
+from samebit.rollout.models.draft.pickled import require_safetensors
 from samebit.rollout.models.draft.vocabulary import DraftVocabulary
 from samebit.rollout.runtime.draft_folder import DIALECTS, DraftFolder, open_draft
 from samebit.rollout.runtime.weights import load_dummy
-from samebit.trainer.config import OptimizerConfig
+from samebit.trainer.config import OptimizerConfig, require_default
 from samebit.trainer.draft.batch import TargetHead
 from samebit.trainer.draft.config import TttConfig
 from samebit.trainer.draft.trainer import DraftTrainer
@@ -38,6 +39,7 @@ def checked_draft(run: Eagle3Run, model: ModelConfig) -> tuple[DraftFolder | Non
     if run.draft.path is None:
         config = _new(run, model)
     else:
+        require_safetensors(Path(run.draft.path))
         folder = open_draft(Path(run.draft.path), model.num_layers, run.draft.norm_output)
         config = folder.config
     config = replace(config, verifier=verifier, speculative_tokens=run.ttt.passes)
@@ -68,6 +70,9 @@ def _new(run: Eagle3Run, model: DenseModel) -> DraftConfig:
     wanted = run.draft.vocab_size or min(USUAL_VOCABULARY, model.vocab_size)
     if wanted > model.vocab_size:
         raise ValueError(f"draft.vocab_size is {wanted}; the target has {model.vocab_size} tokens")
+    if wanted == model.vocab_size:
+        meaning = f"the draft says all of the target's {wanted} tokens"
+        require_default(run.draft, "draft", ("vocab_prompts",), meaning)
     mask = run.draft.mask_token_id
     if mask is not None and mask >= model.vocab_size:
         raise ValueError(f"draft.mask_token_id is {mask}; the target has {model.vocab_size} tokens")

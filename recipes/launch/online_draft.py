@@ -7,6 +7,7 @@ policy has taken its steps the draft takes one, and its weights go to the engine
 target's. Source of the loss: Li et al. 2025, arXiv 2503.01840.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -35,10 +36,12 @@ from samebit.trainer.draft.batch import DraftBatch
 from samebit.trainer.megatron.outer_params import OuterParams
 from samebit.trainer.megatron.trainer import MegatronTrainer
 from samebit.trainer.ranks import is_first, together
-from samebit.trainer.types import MicroBatch
+from samebit.trainer.types import MicroBatch, NonFiniteError
 from samebit.weight_sync.transports.base import WeightSync
 from samebit.weight_sync.transports.copy import CopyTransport
 from samebit.weight_sync.transports.with_draft import WithDraft
+
+logger = logging.getLogger(__name__)
 
 
 def checked_online_draft(
@@ -126,15 +129,23 @@ class OnlineDraft:
         self.trainer.take(DraftBatch(batch=batch, streams=streams))
 
     def end_step(self) -> dict[str, float]:
-        """Take the optimizer step, if it is due; returns its metrics. Raises NonFiniteError.
+        """Take the optimizer step, if it is due; returns its metrics.
 
-        Where no row counts (what the target says is not in the draft vocabulary) none is taken.
+        None is taken where no row counts (what the target says is not in the draft vocabulary), and
+        where loss or gradient is not finite: a draft can change no token, so the run goes on.
         """
         if not self._is_due:
             return {}
-        if (stats := self.trainer.end_step()) is None:
+        try:
+            stats = self.trainer.end_step()
+        except NonFiniteError as error:  # on all ranks: they sum loss and gradient
+            if is_first():
+                logger.warning("draft: an optimizer step is left out: %s", error)
+            return {"draft/skipped_steps": 1}
+        if stats is None:
             return {"draft/num_rows": 0}
         figures = {
+            "skipped_steps": 0,
             "num_rows": stats.num_rows,
             "loss": stats.loss,
             "grad_norm": stats.grad_norm,

@@ -23,7 +23,14 @@ from samebit.recipes.demo_config import DemoRun
 from samebit.recipes.launch.launched import RAY_PLACES, num_processes, processes_here
 from samebit.recipes.launch.ranks import require_gpus
 from samebit.recipes.launch.ray_connections import LOOK_S, PLACE_S, accept, interface_of
-from samebit.recipes.launch.ray_package import RayError, in_our_words, is_on_gpu, require_reachable
+from samebit.recipes.launch.ray_package import (
+    RayError,
+    in_our_words,
+    is_on_gpu,
+    require_own_cluster,
+    require_reachable,
+)
+from samebit.recipes.run.secrets import is_secret_name
 from samebit.recipes.run.signals import handlers_given_back
 from samebit.rollout.device import resolve_device
 from samebit.weight_sync.meeting import LOOPBACK, listener_at
@@ -34,7 +41,7 @@ INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _STORE_BYTES = 100 << 20  # nothing large goes by Ray's object store
 _NAMESPACE = "samebit"
 _KEPT = ("PYTHONPATH", "PYTHONSAFEPATH", "OMP_NUM_THREADS", "CC", "CUDA_HOME", "XDG_CACHE_HOME")
-_KEPT_BEGINNINGS = ("TRITON_", "TORCH_", "NCCL_", "GLOO_", "HF_")
+_KEPT_BEGINNINGS = ("TRITON_", "TORCH_", "NCCL_", "GLOO_", "HF_")  # but for secrets: HF_TOKEN
 
 
 class RayCluster:
@@ -49,7 +56,8 @@ class RayCluster:
         placement.ray_address, or to one that is started on this machine.
 
         has_trainers: with places for the trainer's processes. Raises RayError if it cannot be had,
-        or has no room, and ValueError for more processes than GPUs.
+        or has no room, and ValueError for more processes than GPUs and for a cluster beside that
+        of RAY_ADDRESS.
         """
         grpo = run.grpo if isinstance(run, DemoRun) else run
         told = json.loads(os.environ.get(RAY_PLACES, "{}"))
@@ -60,6 +68,8 @@ class RayCluster:
         self.tensor = grpo.trainer.parallel.tensor
         self.num_groups = num_processes(run) // self.tensor if has_trainers or told else 0
         self.name = f"the Ray cluster at {address}" if address else "a Ray cluster on this machine"
+        if not told:
+            require_own_cluster("placement.ray_address", address)
         if not address and has_trainers:
             require_gpus(run, num_processes(run) + engines)
         # What trainers say comes by connections.
@@ -202,7 +212,7 @@ def environment_of_actors(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if name in _KEPT or name.startswith(_KEPT_BEGINNINGS)
+        if name in _KEPT or (name.startswith(_KEPT_BEGINNINGS) and not is_secret_name(name))
     }
 
 

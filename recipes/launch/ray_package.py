@@ -27,6 +27,19 @@ def require_ray(why: str) -> None:
         )
 
 
+def require_own_cluster(key: str, address: str | None) -> None:
+    """Raise ValueError where a cluster would be started beside the one that RAY_ADDRESS names.
+
+    key: that of the address which was given, or not. Ray's jobs find the variable set.
+    """
+    other = os.environ.get("RAY_ADDRESS")
+    if other and address is None:
+        raise ValueError(
+            f"{key} is unset, which starts a cluster on this machine, and RAY_ADDRESS is "
+            f"{other!r}; give auto or host:port, or unset RAY_ADDRESS"
+        )
+
+
 @contextmanager
 def in_our_words(what: str) -> Iterator[None]:
     """Say what Ray could not do; its own errors are long, and of many types."""

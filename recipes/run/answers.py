@@ -2,11 +2,12 @@
 
 The answers of a step are drawn in one call. Then each micro-batch is prefilled once more for its
 streams, which have the bits that drawing would have given: so never more than one micro-batch's
-streams exist, and a large batch draws as fast as ever.
+streams exist, and a large batch draws as fast as ever. Held-out prompts are answered once, because
+the target stays as it is: all evaluations of a run look at the same answers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -17,6 +18,7 @@ from samebit.recipes.data.rewards import Poll
 from samebit.recipes.data.samples import drawn_sample
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.sampling import PromptOrder, Prompts
+from samebit.recipes.run.suffix_lengths import suffix_accept_length
 from samebit.rollout.engine import Engine
 from samebit.rollout.models.draft.config import DraftConfig
 from samebit.rollout.models.draft.vocabulary import DraftVocabulary
@@ -36,6 +38,16 @@ def _progress(poll: Poll) -> Callable[[int, int], None]:
     return progress
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """The answers to the held-out prompts at a temperature, and what the suffix drafter would have
+    been worth: see suffix_accept_length."""
+
+    samples: list[Sample]
+    temperature: float
+    suffix_accept_length: float | None
+
+
 class AnswerSource(PromptOrder):
     """Has the target answer the prompts whose turn it is, and read what it answered."""
 
@@ -51,6 +63,7 @@ class AnswerSource(PromptOrder):
         super().__init__(settings, seed, *splits)
         self._engine = engine
         self._layers = sorted({*config.captured_layers, engine.model_config.num_layers})
+        self._held_out: list[HeldOut] = []
 
     def draw(
         self, prompts: Prompts, temperature: float | None = None, poll: Poll = lambda: None
@@ -64,6 +77,30 @@ class AnswerSource(PromptOrder):
         groups = self._engine.generate(prompts.token_ids, params, ids, progress=_progress(poll))
         pairs = zip(prompts.token_ids, groups, strict=True)
         return [drawn_sample(prompt, c) for prompt, group in pairs for c in group]
+
+    def held_out(self, num_guesses: int, poll: Poll = lambda: None) -> list[HeldOut]:
+        """The answers at rollout.eval_temperature, then the greedy ones; drawn by the first call,
+        with the sample ids of the evaluation before the first step. num_guesses: of suffix."""
+        if not self._held_out:
+            prompts = self.held_out_prompts(0)
+            temperatures = prompts.params.temperature, 0.0
+            drawn = [self.draw(prompts, temperature, poll) for temperature in temperatures]
+            self._held_out = [
+                HeldOut(samples, temperature, self._suffix_length(prompts, samples, num_guesses))
+                for samples, temperature in zip(drawn, temperatures, strict=True)
+            ]
+        return self._held_out
+
+    def _suffix_length(
+        self, prompts: Prompts, samples: Sequence[Sample], num_guesses: int
+    ) -> float | None:
+        size = len(samples) // len(prompts.token_ids)
+        answers = [
+            [sample.token_ids[len(prompt) :].tolist() for sample in samples[i * size :][:size]]
+            for i, prompt in enumerate(prompts.token_ids)
+        ]
+        most = prompts.params.max_new_tokens
+        return suffix_accept_length(prompts.token_ids, answers, num_guesses, most)
 
     def batches(self, samples: Sequence[Sample], max_tokens: int) -> Iterator[DraftBatch]:
         """Micro-batches of at most max_tokens tokens with their streams, one at a time."""

@@ -250,7 +250,7 @@ class Eagle3Inputs:
             return [""] * len(problems)
 
         count = run.trainer.num_steps * run.rollout.prompts_per_step
-        if run.draft.path is None:
+        if run.draft.path is None and self.config.draft_vocab_size < self.model.vocab_size:
             count = max(count, run.draft.vocab_prompts)
         used = _used(train_set, count, run.seed)
         self.train_set.prepare(used, apart.noting(check), faults)

@@ -12,8 +12,8 @@ from samebit.recipes.config import GrpoRun, SftRun
 from samebit.recipes.data.tasks.files import BY_PYARROW, kinds_at
 from samebit.recipes.demo_config import DemoRun
 from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
-from samebit.recipes.launch.launched import launcher_of
-from samebit.recipes.launch.ray_package import require_ray
+from samebit.recipes.launch.launched import is_on_ray, launcher_of
+from samebit.recipes.launch.ray_package import require_own_cluster, require_ray
 from samebit.recipes.plan_config import PlanRun
 from samebit.recipes.tools_config import FetchRun
 
@@ -23,9 +23,10 @@ class MissingError(ImportError):
 
 
 def require_ready(run: Any) -> None:
-    """Raise ImportError, naming the key, for a package or a login that `run` cannot do without.
+    """Raise ImportError, naming the key, for a package or a login that `run` cannot do without, and
+    ValueError for a Ray cluster beside the one that the environment names.
 
-    Commands that need neither pass.
+    Commands that need nothing pass.
     """
     for why, package, instead in _packages(run):
         module = package.replace("-", "_")
@@ -37,6 +38,9 @@ def require_ready(run: Any) -> None:
     for prefix, phase in _phases(run):
         if launcher_of(phase) == "ray":
             require_ray(f"{prefix}placement.launcher=ray")
+            if isinstance(phase, GrpoRun) and not is_on_ray():
+                address = phase.placement.ray_address
+                require_own_cluster(f"{prefix}placement.ray_address", address)
         if phase.logger.wandb == "online":
             _require_wandb_login(prefix)
 

@@ -20,6 +20,16 @@ class Drafts:
     token_ids: np.ndarray  # [sum(lens)] int64
 
     @cached_property
+    def most(self) -> int:
+        """The most guesses of a sample."""
+        return int(self.lens.max())
+
+    def cut(self, most: int) -> "Drafts":
+        """Without what is guessed behind so many tokens of each sample."""
+        kept = self.offsets[self.rows] <= most
+        return Drafts(np.minimum(self.lens, most), self.token_ids[kept])
+
+    @cached_property
     def firsts(self) -> np.ndarray:
         """[B]: the row of each sample's newest token."""
         return np.cumsum(self.lens + 1) - (self.lens + 1)

@@ -26,6 +26,7 @@ from samebit.rollout.models.decoder import Decoder
 from samebit.rollout.runtime.batch import Batch, Draws, decode_draws, keep_tokens
 from samebit.rollout.runtime.drafts import Drafts
 from samebit.rollout.runtime.forward import forward
+from samebit.rollout.runtime.graph_rows import BUCKETS, bucket_of, graph_rows, queries_of
 from samebit.rollout.runtime.kv_cache import KVCache
 from samebit.rollout.runtime.sampler import Drawn, Sampler
 from samebit.rollout.runtime.scheduler import EngineStep
@@ -33,10 +34,6 @@ from samebit.rollout.runtime.slots import Slots
 
 logger = logging.getLogger(__name__)
 
-BUCKETS = (
-    1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512,
-    640, 768, 896, 1024,
-)  # fmt: skip
 _MIN_CONTEXT = 1024
 _RING = 4  # more steps than are ever in flight
 
@@ -89,7 +86,7 @@ class _Columns:
         own, zeros = np.arange(num_samples), np.zeros(num_samples, dtype=np.int64)
         if drafts is None:
             return cls(1, zeros, own, zeros, own)
-        queries, owners = _queries(drafts), drafts.spread(own)
+        queries, owners = queries_of(drafts.most), drafts.spread(own)
         places = owners * queries + drafts.offsets
         return cls(queries, drafts.lens, owners, drafts.offsets, places)
 
@@ -138,15 +135,21 @@ class DecodeGraphs:
 
     def fits(self, step: EngineStep, slots: Slots) -> bool:
         """Whether a graph can run the step: decode only, no hidden states to return."""
-        size, queries = len(step.decode), 1
-        if step.chunks or size > BUCKETS[-1] or bool(slots.collects[step.decode].any()):
+        size, drafts = len(step.decode), step.drafts
+        most = 0 if drafts is None else drafts.most
+        if step.chunks or graph_rows(size, most) is None or slots.collects[step.decode].any():
             return False
-        if step.drafts is not None:
-            queries, bucket = _queries(step.drafts), bucket_of(size)
-            bound = context_bound(int((slots.length[step.decode] + step.drafts.lens).max()))
-            if queries > self._attention.graph_queries(bucket, bound):
-                return False
-        return bucket_of(size) * queries <= BUCKETS[-1]
+        if drafts is None:
+            return True
+        return most <= self.most_guesses(size, int((slots.length[step.decode] + drafts.lens).max()))
+
+    def most_guesses(self, num_samples: int, max_context: int) -> int:
+        """The most guesses of a sample that attention has graphs for, with so many samples of
+        contexts up to max_context tokens."""
+        if num_samples > BUCKETS[-1]:
+            return 0
+        bucket, bound = bucket_of(num_samples), context_bound(max_context)
+        return self._attention.graph_queries(bucket, bound) - 1
 
     def forget(self, decode: np.ndarray) -> None:
         """These slots took part in a step without a graph: they may have pages unknown here."""
@@ -299,16 +302,6 @@ class DecodeGraphs:
             return hidden, streams
 
         return step
-
-
-def _queries(drafts: Drafts) -> int:
-    """Rows of each sample, for the one with the most guesses."""
-    return 1 << int(drafts.lens.max()).bit_length()
-
-
-def bucket_of(num_samples: int) -> int:
-    """The bucket for so many samples, up to the largest one."""
-    return next(bucket for bucket in BUCKETS if bucket >= num_samples)
 
 
 def context_bound(num_tokens: int) -> int:

@@ -3,7 +3,8 @@
 The host needs no token to plan the next step, only lengths; drawn tokens stay on the device for the
 next forward and arrive here one step later. So a sample that draws a stop token takes part in one
 more step, whose result for it is dropped. Where tokens are guessed, lengths are known once a step's
-results are: the next one is planned behind them, and runs while callers are told of them.
+results are: the next one is planned behind them, and runs while callers are told of them. So is a
+step that is to guess, for what was drawn is what it guesses by; one that does not overlaps.
 """
 
 from collections import deque
@@ -69,13 +70,12 @@ class StepLoop:
         """
         step: EngineStep | None = None
         try:
-            if self._speculation is not None:
-                self._take_in_all(keep=0)
+            wanted = self._wanted_guesses()
             step = self._scheduler.schedule(in_flight=bool(self._flights))
             if step is None or step.num_tokens == 0:
                 return self._collect(keep=0)
             if self._speculation is not None:
-                step = self._speculation.add_drafts(step, self._scheduler, self._slots)
+                step = self._speculation.add_drafts(step, wanted, self._scheduler, self._slots)
             outcome = self._runner.launch(step, self._slots, self._sampler)
             owners, positions = self._drawn_by(step)
             self._scheduler.launched(step)
@@ -93,6 +93,18 @@ class StepLoop:
         except BaseException:
             self._restart(None)
             raise
+
+    def _wanted_guesses(self) -> int:
+        """How many guesses the next step may have for each sample. All is taken in first where it
+        may have any, and what was guessed in any case: the step is planned on known lengths."""
+        if self._speculation is None:
+            return 0
+        if any(flight.step.drafts is not None for flight in self._flights):
+            self._take_in_all(keep=0)
+        wanted = self._speculation.choose(self._slots)
+        if wanted:
+            self._take_in_all(keep=0)
+        return wanted
 
     def _restart(self, failed: EngineStep | None) -> None:
         lost = [flight.step for flight in self._flights] + ([failed] if failed is not None else [])

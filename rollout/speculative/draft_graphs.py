@@ -2,8 +2,8 @@
 
 A graph serves up to `bucket` samples with contexts up to a bound, so many new tokens of each to
 read, and so many guesses behind them. What the host tells it lies in one block of pinned memory,
-which it copies first; what is guessed comes back the same way. The caller waits for each: nothing
-is written while a graph may still read it.
+which it copies first; what is guessed comes back the same way, and is waited for. Where nothing is
+guessed nobody waits, but for the block before it is written again.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from samebit.kernels.attention_kind import GraphEntries
 from samebit.rollout.runtime.batch import Layout
-from samebit.rollout.runtime.graphs import BUCKETS, bucket_of, context_bound
+from samebit.rollout.runtime.graph_rows import BUCKETS, bucket_of
+from samebit.rollout.runtime.graphs import context_bound
 from samebit.rollout.runtime.slots import Slots
 from samebit.rollout.speculative.draft_passes import DraftPasses
 
@@ -64,22 +65,16 @@ class _Graph:
     told: _Told  # the host's
     guesses: Tensor  # [guesses, bucket] int64, the host's
     run: Callable[[], None]  # owns tensors that the graph knows by address alone
+    done: torch.cuda.Event  # of the newest replay
 
 
 class DraftGraphs:
-    """Graphs by what they were captured for; states [slots + 1, most, D]: see Eagle3."""
+    """Graphs by what they were captured for; states [slots + 1, kept, D]: see Eagle3."""
 
     def __init__(
-        self,
-        passes: DraftPasses,
-        slots: Slots,
-        states: Tensor,
-        num_guesses: int,
-        pool: tuple[int, int],
+        self, passes: DraftPasses, slots: Slots, states: Tensor, pool: tuple[int, int]
     ) -> None:
-        """num_guesses: the most of a sample; graphs that guess make so many for each."""
         self._passes, self._slots, self._states = passes, slots, states
-        self._num_guesses = num_guesses
         self._pool: Any = pool
         self._graphs: dict[_Key, _Graph] = {}
 
@@ -92,16 +87,19 @@ class DraftGraphs:
         return key.queries <= most and key.bucket * key.queries <= BUCKETS[-1]
 
     def guess(self, chains: Chains) -> np.ndarray:
-        """Guesses [B, at least the most room] of chains that fit."""
+        """Guesses [B, most room] of chains that fit."""
         key = self._key(chains)
         found = self._graphs.get(key)
         if found is None:
             found = self._graphs[key] = self._make(key)
             self._tell(found.told, chains, key)
             self._capture(found)
+        found.done.synchronize()
         self._tell(found.told, chains, key)
         found.graph.replay()
-        torch.cuda.current_stream().synchronize()
+        found.done.record()
+        if key.guesses:
+            found.done.synchronize()
         return found.guesses.numpy()[:, : len(chains.slots)].T.copy()
 
     def _longest(self, chains: Chains) -> int:
@@ -111,8 +109,7 @@ class DraftGraphs:
         queries = 1 << (int(chains.layout.lens.max()) - 1).bit_length()
         pages = -(-context_bound(self._longest(chains)) // self._slots.page_size)
         pages = min(pages, self._slots.pages.shape[1])
-        guesses = self._num_guesses if chains.room.any() else 0
-        return _Key(bucket_of(len(chains.slots)), queries, guesses, pages)
+        return _Key(bucket_of(len(chains.slots)), queries, int(chains.room.max()), pages)
 
     def _tell(self, told: _Told, chains: Chains, key: _Key) -> None:
         """Write what the graph is to compute; what only fills it up has no slot and no context."""
@@ -120,12 +117,12 @@ class DraftGraphs:
         rows, samples, later = (x.numpy() for x in (told.rows, told.samples, told.later))
         starts = np.cumsum(layout.lens) - layout.lens
         owner = np.repeat(np.arange(size), layout.lens)
-        offsets = np.arange(len(owner)) - starts[owner]
-        places = owner * key.queries + offsets
+        places = owner * key.queries + np.arange(len(owner)) - starts[owner]
         rows[:] = 0
         rows[0], rows[4] = slots.num_slots, -1
         rows[:, places] = (
-            chains.slots[owner], offsets, chains.token_ids, layout.positions, layout.kv_slots
+            chains.slots[owner], layout.positions % self._states.shape[1], chains.token_ids,
+            layout.positions, layout.kv_slots,
         )  # fmt: skip
         samples[:] = 0
         samples[3] = np.float32(1).view(np.int32)
@@ -170,8 +167,8 @@ class DraftGraphs:
             context, query_lens, last, bits, seeds, lengths, ids, greedy = told.samples
             reading.context_lens.copy_(context)
             reading.query_lens.copy_(query_lens)
-            slots, offsets, token_ids, positions, kv_slots = told.rows
-            held = states[slots, offsets]
+            slots, kept, token_ids, positions, kv_slots = told.rows
+            held = states[slots, kept]
             fed, final = passes.step(held, token_ids, positions, kv_slots, plans[0])
             if not key.guesses:
                 return
@@ -186,7 +183,7 @@ class DraftGraphs:
                 found[i].copy_(passes.choose(final, temperature, *keys))
             guesses.copy_(found, non_blocking=True)
 
-        return _Graph(torch.cuda.CUDAGraph(), _Told(key, block), guesses, run)
+        return _Graph(torch.cuda.CUDAGraph(), _Told(key, block), guesses, run, torch.cuda.Event())
 
     def _capture(self, made: _Graph) -> None:
         """Run it once, on what it has been told, and capture it."""

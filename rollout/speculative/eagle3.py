@@ -10,6 +10,9 @@ without CUDA graphs.
 A guess is drawn as the target will draw, with the same noise for each token of its vocabulary: at a
 temperature, too, both mostly take the same token where they think alike.
 
+Where nothing is to be guessed the states of what the target computes are kept for some steps, and
+read together: then a step waits for no draft.
+
 Where pages hold no keys of the draft's, those of its weights before, or of another continuation
 (the last token of a page that samples share), the guesses are worse, and nothing else is. While the
 draft's weights are no whole version nothing is guessed.
@@ -26,11 +29,19 @@ from samebit.rollout.runtime.batch import Layout, chunk_rows, lay_out
 from samebit.rollout.runtime.scheduler import EngineStep
 from samebit.rollout.speculative.draft_graphs import Chains, DraftGraphs
 from samebit.rollout.speculative.draft_passes import DraftPasses
-from samebit.rollout.speculative.proposer import Context, Proposal, Proposer, ProposerParts
+from samebit.rollout.speculative.proposer import (
+    MOST_UNREAD,
+    Context,
+    Proposal,
+    Proposer,
+    ProposerParts,
+)
 
 
 class Eagle3(Proposer):
     """Guesses by the engine's draft model; see the file's head."""
+
+    takes_draft = True
 
     def __init__(self, parts: ProposerParts) -> None:
         super().__init__(parts)
@@ -38,17 +49,21 @@ class Eagle3(Proposer):
         assert parts.draft is not None
         self._served, self.config = parts.draft, parts.draft.config
         self.streams = self.config.captured_layers
+        # A pass reads its weights, on every rank the whole; each rank has its share of the target.
+        target = parts.runner.model.config.num_matmul_weights / parts.ranks.size
+        share = self.config.num_matmul_weights / target
         # Of a block draft one pass is all, however much it guesses.
-        self.cost = 0.0 if self.config.is_block else 1 / parts.runner.model.config.num_layers
-        # By slot, what the target computed last: fused states of `count` tokens from `first` on.
-        num_slots, most = parts.slots.num_slots, parts.num_draft_tokens + 1
-        shape = (num_slots + 1, most, self.config.hidden_size)  # the last place is nobody's
+        self.cost, self.round_cost = (0.0, share) if self.config.is_block else (share, 0.0)
+        # By slot, what the target computed last: fused states of the tokens [first, end), which
+        # are those that the draft has yet to read; each at its position modulo `kept`.
+        num_slots, self._kept = parts.slots.num_slots, MOST_UNREAD + parts.num_draft_tokens + 1
+        shape = (num_slots + 1, self._kept, self.config.hidden_size)  # the last slot is nobody's
         like = parts.runner.model.embedding
         self._states = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self._graphs: DraftGraphs | None = None
         self._model = parts.runner.model  # whose embedding the graphs read
         self._first = np.zeros(num_slots, dtype=np.int64)
-        self._count = np.zeros(num_slots, dtype=np.int64)
+        self._end = np.zeros(num_slots, dtype=np.int64)
         self._entry = np.full(num_slots, -1)  # the sample's, see Slots
 
     def observe(self, step: EngineStep, collected: dict[int, Tensor]) -> None:
@@ -70,14 +85,16 @@ class Eagle3(Proposer):
         rows, others, ends = np.array(lasts, dtype=np.int64).reshape(-1, 3).T
         rows = np.concatenate([np.arange(num_rows), rows])
         held = np.concatenate([step.decode, others])
+        positions = np.concatenate([slots.computed[owners] + offsets, ends])
         owners = np.concatenate([owners, others])
-        offsets = np.concatenate([offsets, np.zeros_like(others)])
         if len(rows):
-            where = self._on_device(owners), self._on_device(offsets)
-            self._states.index_put_(where, states[self._on_device(rows)])
-        self._entry[held] = slots.entry[held]
-        self._first[held] = np.concatenate([slots.computed[step.decode], ends])
-        self._count[held] = np.bincount(owners, minlength=slots.num_slots)[held]
+            self._states.index_put_(self._where(owners, positions), states[self._on_device(rows)])
+        starts = np.concatenate([slots.computed[step.decode], ends])
+        ends = starts + np.bincount(owners, minlength=slots.num_slots)[held]
+        known = (self._entry[held] == slots.entry[held]) & (starts <= self._end[held])
+        first = np.where(known, np.minimum(self._first[held], starts), starts)
+        self._first[held] = np.maximum(first, ends - self._kept)
+        self._end[held], self._entry[held] = ends, slots.entry[held]
         self._read_chunks(step, states)
 
     def _read_chunks(self, step: EngineStep, states: Tensor) -> None:
@@ -115,6 +132,7 @@ class Eagle3(Proposer):
             guesses = graphs.guess(chains)
         else:
             guesses = self._guess(chains)
+        self._first[slots] = lengths - 1
         for i, chain, num_tokens in zip(held, guesses, room, strict=True):
             proposals[i] = Proposal(chain[:num_tokens].tolist())
         return proposals
@@ -130,7 +148,6 @@ class Eagle3(Proposer):
                 self._passes,
                 self.parts.slots,
                 self._states,
-                self.parts.num_draft_tokens,
                 runner.graph_pool,
             )
         return self._graphs
@@ -138,8 +155,7 @@ class Eagle3(Proposer):
     def _guess(self, chains: Chains) -> np.ndarray:
         """Guesses [B, most room], launch by launch."""
         layout = chains.layout
-        offsets = layout.positions - np.repeat(layout.starts, layout.lens)
-        where = self._on_device(np.repeat(chains.slots, layout.lens)), self._on_device(offsets)
+        where = self._where(np.repeat(chains.slots, layout.lens), layout.positions)
         read = self._on_device(chains.token_ids)
         fed, final = self._step(self._states[where], read, layout)
         lasts = self._on_device(np.cumsum(layout.lens) - 1)
@@ -155,7 +171,7 @@ class Eagle3(Proposer):
         behind = offsets - (read - 1)[owners]  # the last token that was drawn: masks are above 0
         token_ids = np.full(len(owners), self.config.mask_token_id)
         token_ids[behind <= 0] = chains.token_ids
-        where = self._on_device(slots[owners]), self._on_device(np.where(behind > 0, 0, offsets))
+        where = self._where(slots[owners], layout.positions)  # of a mask: whatever lies there
         is_mask = self._on_device(behind > 0)[:, None]
         states = torch.where(is_mask, self._passes.mask_state(), self._states[where])
         _, final = self._step(states, self._on_device(token_ids), layout)
@@ -169,21 +185,25 @@ class Eagle3(Proposer):
         return table
 
     def _unread(self, contexts: Sequence[Context]) -> np.ndarray:
-        """The contexts for whose new tokens there are all states.
+        """The contexts with tokens to read, for all of which there are states.
 
-        A place belongs to one sample: of those that share one, the others have to wait for a step.
+        A place belongs to one sample: of those that share one, the others leave it out.
         """
         slots = np.array([c.slot for c in contexts], dtype=np.int64)
-        lens = np.array([len(c.token_ids) for c in contexts], dtype=np.int64) - 1
-        lens -= self._first[slots]
+        ends = np.array([len(c.token_ids) for c in contexts], dtype=np.int64) - 1
+        lens = ends - self._first[slots]
         ready = self._entry[slots] == self.parts.slots.entry[slots]
-        held = np.flatnonzero(ready & (lens >= 1) & (lens <= self._count[slots]))
+        held = np.flatnonzero(ready & (lens >= 1) & (ends <= self._end[slots]))
         if not len(held):
             return held
-        layout = lay_out(slots[held], self._first[slots[held]], lens[held], self.parts.slots)
-        own = np.zeros(len(layout.kv_slots), dtype=bool)
-        own[np.unique(layout.kv_slots, return_index=True)[1]] = True
-        return held[np.logical_and.reduceat(own, np.cumsum(layout.lens) - layout.lens)]
+        slots, lens = slots[held], lens[held]
+        layout = lay_out(slots, self._first[slots], lens, self.parts.slots)
+        others = np.ones(len(layout.kv_slots), dtype=bool)
+        others[np.unique(layout.kv_slots, return_index=True)[1]] = False
+        behind = np.where(others, layout.positions + 1, 0)
+        behind = np.maximum.reduceat(behind, np.cumsum(lens) - lens)
+        self._first[slots] = np.maximum(self._first[slots], behind)
+        return held[behind < layout.starts + lens]
 
     def _chain(
         self, fed: Tensor, final: Tensor, slots: np.ndarray, lengths: np.ndarray, room: np.ndarray
@@ -219,6 +239,10 @@ class Eagle3(Proposer):
         plan = self._passes.attention.plan_step(*lens, table, self.parts.slots.page_size)
         places = self._on_device(layout.positions), self._on_device(layout.kv_slots)
         return self._passes.step(states, token_ids, *places, plan)
+
+    def _where(self, slots: np.ndarray, positions: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Where the states of tokens lie, by their samples' slots."""
+        return self._on_device(slots), self._on_device(positions % self._kept)
 
     def _on_device(self, values: np.ndarray) -> Tensor:
         return to_device(values, self._states.device)

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from samebit.rollout.config import WITH_DRAFT, EngineConfig
+from samebit.rollout.config import EngineConfig
 from samebit.rollout.models.config import ModelConfig
+from samebit.rollout.models.draft.pickled import require_safetensors
 from samebit.rollout.runtime.draft_folder import DraftFolder, open_draft
 from samebit.rollout.speculative.proposer import ProposerParts
 from samebit.rollout.speculative.registry import proposer
@@ -17,9 +18,13 @@ def open_speculation(config: EngineConfig, target: ModelConfig) -> DraftFolder |
     another kind than eagle3 or peagle say, or of another target, besides what open_draft raises.
     """
     kind = config.speculative
-    if kind != "none":
-        proposer(kind)
-    if kind in WITH_DRAFT and not config.draft_model:
+    takes_draft = kind != "none" and proposer(kind).takes_draft
+    if config.draft_model is not None and not takes_draft:
+        raise ValueError(
+            f"engine.draft_model is {config.draft_model!r}; it must be unset with "
+            f"speculative={kind}, whose class does not say takes_draft"
+        )
+    if takes_draft and not config.draft_model:
         raise ValueError(
             f"engine.draft_model is {config.draft_model!r}; it must be the path of a draft model's "
             f"folder with speculative={kind}"
@@ -27,6 +32,7 @@ def open_speculation(config: EngineConfig, target: ModelConfig) -> DraftFolder |
     if config.draft_model is None:
         return None
     path = Path(config.draft_model)
+    require_safetensors(path)
     folder = open_draft(path, target.num_layers, config.draft_norm_output)
     draft = folder.config
     if draft.is_block != {"eagle3": False, "peagle": True}.get(kind, draft.is_block):

@@ -8,7 +8,7 @@ ranks each have one, and theirs must guess alike: a function of what was drawn, 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -23,6 +23,9 @@ from samebit.rollout.runtime.scheduler import EngineStep
 from samebit.rollout.runtime.served_draft import ServedDraft
 from samebit.rollout.runtime.slots import Slots
 
+MOST_UNREAD = 16
+"""Steps in which a proposer that is shown streams is called at least once."""
+
 
 class ProposerError(RuntimeError):
     """A proposer failed, or proposed what cannot be verified."""
@@ -36,7 +39,8 @@ class Context(NamedTuple):
     far it is stands in token_ids alone."""
     slot: int
     token_ids: np.ndarray
-    """[L] int32, the prompt's and all that were drawn; not to be changed or kept."""
+    """[L] int32, the prompt's and all that were drawn; not to be changed or kept. Where there is no
+    room the newest may be on their way."""
     room: int
     """How many tokens may be guessed, from 0 on."""
 
@@ -46,8 +50,8 @@ class Proposal(NamedTuple):
 
     token_ids: Sequence[int] = ()
     confidences: Sequence[float] | None = None
-    """How likely each is right, if the earlier ones are; an adaptive engine verifies none behind
-    one that is hardly reached."""
+    """How likely each is right, if the earlier ones are, in [0, 1]; an adaptive engine verifies
+    none that is hardly reached, and else goes by how often earlier guesses were right."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,17 @@ class ProposerParts:
 class Proposer(ABC):
     """Guesses tokens for an engine's decoding samples; made once for an engine, and by it."""
 
+    takes_draft: ClassVar[bool] = False
+    """Of a class of your own: whether it guesses by the engine's draft model, `parts.draft`, so
+    that engine.draft_model must be given; else it must not."""
     streams: tuple[int, ...] = ()
     """Layers whose residual streams `observe` is to be shown, as in Request.hidden_state_layers. An
-    engine that shows any decodes without CUDA graphs, and calls `propose` in every step."""
+    engine that shows any calls `propose` at least every MOST_UNREAD steps: without room where
+    nothing is to be guessed, and then before the newest tokens have arrived."""
     cost: float = 0.0
     """Of guessing one more token for a batch, as a part of what a step of the target costs."""
+    round_cost: float = 0.0
+    """Of guessing for a batch at all, however many tokens, as such a part."""
 
     def __init__(self, parts: ProposerParts) -> None:
         self.parts = parts

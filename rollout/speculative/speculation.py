@@ -9,8 +9,14 @@ from samebit.rollout.runtime.drafts import Drafts
 from samebit.rollout.runtime.scheduler import EngineStep, Scheduler
 from samebit.rollout.runtime.slots import Slots
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
-from samebit.rollout.speculative.draft_length import FREE_ROWS, DraftLength
-from samebit.rollout.speculative.proposer import Context, Proposal, Proposer, ProposerError
+from samebit.rollout.speculative.draft_length import FREE_ROWS, ROUND, DraftLength, StepCost
+from samebit.rollout.speculative.proposer import (
+    MOST_UNREAD,
+    Context,
+    Proposal,
+    Proposer,
+    ProposerError,
+)
 
 _LEAST_LIKELY = 0.1  # a row that is less likely to hold is not verified
 
@@ -21,34 +27,70 @@ class Speculation:
     def __init__(self, proposer: Proposer, adaptive: bool) -> None:
         self.proposer = proposer
         self._adaptive = adaptive
-        num_draft_tokens = proposer.parts.num_draft_tokens
-        free_rows = FREE_ROWS[proposer.parts.runner.device.type]
-        self._length = DraftLength(num_draft_tokens, adaptive, free_rows, proposer.cost)
+        num_draft_tokens, self._runner = proposer.parts.num_draft_tokens, proposer.parts.runner
+        cost = StepCost(
+            free_rows=FREE_ROWS[self._runner.device.type],
+            pads=self._runner.graphs is not None,
+            draft=proposer.cost,
+            round=ROUND + proposer.round_cost,
+        )
+        self._length = DraftLength(num_draft_tokens, adaptive, cost)
+        self._unread = 0  # steps since the proposer was called
         self.accept_lengths = AcceptLengths.none(num_draft_tokens)
 
-    def add_drafts(self, step: EngineStep, scheduler: Scheduler, slots: Slots) -> EngineStep:
-        """The step, with guesses for its decoding samples if there are any.
+    def choose(self, slots: Slots) -> int:
+        """The most guesses for each sample of the step that is planned next; 0: it may be planned
+        while others are in flight.
+
+        Asked before those are taken in, and by what is the same on all ranks at that moment.
+        """
+        if not (num_samples := int(np.count_nonzero(slots.decoding))):
+            return 0
+        most = None
+        if (graphs := self._runner.graphs) is not None:
+            longest = int(slots.length[slots.decoding].max())
+            most = graphs.most_guesses(num_samples, longest + self.proposer.parts.num_draft_tokens)
+        return self._length.choose(num_samples, most)
+
+    def add_drafts(
+        self, step: EngineStep, wanted: int, scheduler: Scheduler, slots: Slots
+    ) -> EngineStep:
+        """The step, with up to `wanted` guesses for its decoding samples if there are any.
 
         Raises ProposerError for what a proposer raises, and for what cannot be verified.
         """
-        if not len(step.decode):
-            return step
-        wanted = self._length.choose(len(step.decode))
-        if not wanted and not self.proposer.streams:
+        if not len(step.decode) or not self._has_to_call(wanted):
             return step
         room = scheduler.room_for_drafts(step, wanted)
         seqs, token_ids = slots.contexts(step.decode)
         columns = seqs, step.decode.tolist(), token_ids, room.tolist()
         proposals = self._propose([*map(Context, *columns)])
-        drafts = self._drafts([self._guesses(proposal) for proposal in proposals], room)
-        if not len(drafts.token_ids):
+        self._unread = 0
+        if not wanted:
             return step
-        return EngineStep(step.decode, step.chunks, drafts)
+        likely = self._likely(proposals)
+        guesses = [proposal.token_ids for proposal in proposals]
+        for i, chain in likely.items():
+            guesses[i] = guesses[i][: len(chain)]
+        drafts = self._drafts(guesses, room)
+        num_others = step.num_tokens - len(step.decode)
+        most = self._length.cut(drafts.lens, likely, num_others)
+        if not most:
+            none = np.zeros_like(drafts.lens)
+            self._length.learn(none, none + 1)
+            return step
+        return EngineStep(step.decode, step.chunks, drafts.cut(most))
 
     def learn(self, drafts: Drafts, counts: np.ndarray) -> None:
         """Take in how many tokens [B] each decoding sample of a step with guesses got."""
         self.accept_lengths = self.accept_lengths.plus(drafts, counts)
-        self._length.learn(drafts, counts)
+        self._length.learn(drafts.lens, counts)
+
+    def _has_to_call(self, wanted: int) -> bool:
+        """Whether the proposer is called in this step: to guess, or to read the streams that it
+        was shown."""
+        self._unread += 1
+        return wanted > 0 or (bool(self.proposer.streams) and self._unread >= MOST_UNREAD)
 
     def _propose(self, contexts: Sequence[Context]) -> Sequence[Proposal]:
         try:
@@ -84,18 +126,28 @@ class Speculation:
             )
         return Drafts(lens, token_ids)
 
-    def _guesses(self, proposal: Proposal) -> Sequence[int]:
-        """The tokens of a proposal that are worth a row."""
-        token_ids = proposal.token_ids
-        if proposal.confidences is None or not self._adaptive:
-            return token_ids
-        if len(proposal.confidences) != len(token_ids):
-            raise ProposerError(
-                f"{self._name} gave {len(proposal.confidences)} confidences for {len(token_ids)} "
-                "tokens"
-            )
-        likely = np.cumprod(np.array(proposal.confidences, dtype=np.float64)) >= _LEAST_LIKELY
-        return token_ids[: len(likely) if likely.all() else int(np.argmin(likely))]
+    def _likely(self, proposals: Sequence[Proposal]) -> dict[int, np.ndarray]:
+        """By context, where a proposer says it, how likely each guess and all before it are right;
+        as far as a guess is worth a row."""
+        found: dict[int, np.ndarray] = {}
+        for i, (token_ids, confidences) in enumerate(proposals):
+            if confidences is None or not self._adaptive:
+                continue
+            if len(confidences) != len(token_ids):
+                raise ProposerError(
+                    f"{self._name} gave {len(confidences)} confidences for {len(token_ids)} tokens"
+                )
+            try:
+                each = np.array(confidences, dtype=np.float64)
+            except (TypeError, ValueError) as error:
+                raise ProposerError(f"{self._name} gave no confidences: {error}") from error
+            if not ((each >= 0) & (each <= 1)).all():
+                raise ProposerError(
+                    f"{self._name} gave confidences {list(confidences)}; each must be in [0, 1]"
+                )
+            chain = np.cumprod(each)
+            found[i] = chain[chain >= _LEAST_LIKELY]
+        return found
 
     @property
     def _name(self) -> str:

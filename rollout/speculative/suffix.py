@@ -1,83 +1,33 @@
 """Suffix: what followed the longest suffix of the text when it stood there before.
 
-It looks in the sample's own prompt and completion and in those of its siblings, as far as they are.
-There is no model, and the work for a token is bounded, however long the texts are.
-Source: Oliaro et al. 2024 (SuffixDecoding), arXiv 2411.04975.
-
-Deviation: a table of places by their last three tokens instead of a suffix tree. Of the newest
-places the one with the longest common suffix is taken, the newer of two.
+It looks in the sample's own prompt and completion, in those of the prompt's other samples as far as
+they are, and in what earlier samples of the prompt have drawn: the longest match, of those the
+newest. There is no model. What a step costs the host is bounded: each text goes on in its automaton
+from where it was, and what is long, as a prompt or an earlier text, is read in parts, step by step.
+Until a sample's own text is read nothing is guessed for it.
+Source: Oliaro et al. 2024 (SuffixDecoding), arXiv 2411.04975; an automaton in place of a tree.
 """
 
-from collections import defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Self
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from typing import NamedTuple
+from weakref import ref
 
-from samebit.rollout.runtime.running_sample import RunningSample
+from samebit.rollout.runtime.running_sample import RunningSample, Status
+from samebit.rollout.speculative.prompt_library import PromptLibrary
+from samebit.rollout.speculative.prompt_texts import PromptTexts, Text
 from samebit.rollout.speculative.proposer import Context, Proposal, Proposer, ProposerParts
 
-_GRAM = 3  # tokens that a place is found by: the shortest match
-_PLACES = 8  # newest ones that are compared
-_LONGEST = 64  # a longer match is as good
+_DRAWN = 16  # tokens of each sample that are read in any step: what it draws in one
+_BEHIND = 1024  # further tokens that are read in a step, over all samples
 
 
-@dataclass(eq=False)
-class _Group:
-    """The texts of a prompt's samples, and where each run of _GRAM tokens ended in them."""
+class _Reader(NamedTuple):
+    """A sample's text, among those of its prompt."""
 
-    texts: list[list[int]] = field(default_factory=list)
-    places: defaultdict[tuple[int, ...], deque[tuple[int, int]]] = field(
-        default_factory=lambda: defaultdict(partial(deque, maxlen=_PLACES))
-    )
-
-
-@dataclass(eq=False)
-class _Reader:
-    """A sample's text among those of its group."""
-
-    group: _Group
-    index: int
-    text: list[int]
-
-    @classmethod
-    def of(cls, group: _Group) -> Self:
-        """Of a text that is new in the group."""
-        group.texts.append([])
-        return cls(group, len(group.texts) - 1, group.texts[-1])
-
-    def read(self, token_ids: Sequence[int], found: bool = True) -> None:
-        """Add tokens to the text; `found`: and to the places."""
-        start, text, places = len(self.text), self.text, self.group.places
-        text += token_ids
-        for end in range(max(start + 1, _GRAM), len(text) + 1) if found else ():
-            places[tuple(text[end - _GRAM : end])].append((self.index, end))
-
-    def match(self) -> tuple[int, int, int]:
-        """(length of the longest match, text, end of the match in it); length 0: none."""
-        text, best = self.text, (0, 0, 0)
-        for index, end in reversed(self.group.places.get(tuple(text[-_GRAM:]), ())):
-            other, length = self.group.texts[index], _GRAM
-            if end == len(other):  # nothing is known to follow; its own end too
-                continue
-            most, longer = min(_LONGEST, len(text), end), best[0] + 1
-            if longer > most or text[-longer:] != other[end - longer : end]:
-                continue
-            same = text[-most:] == other[end - most : end]  # mostly so where a text is in a loop
-            length = most if same else max(length, longer)
-            while length < most and text[-length - 1] == other[end - length - 1]:
-                length += 1
-            best = length, index, end
-        return best
-
-    def following(self, index: int, end: int, num_tokens: int) -> list[int]:
-        """The tokens behind a place; those of its own text go on as far as it is guessed."""
-        if index != self.index:
-            return self.group.texts[index][end : end + num_tokens]
-        period = len(self.text) - end
-        behind = self.text[end : end + num_tokens]
-        return [behind[i % period] for i in range(num_tokens)]
+    texts: PromptTexts
+    text: Text
+    start: int
+    """Where the text begins in the sample's context."""
 
 
 class Suffix(Proposer):
@@ -85,29 +35,60 @@ class Suffix(Proposer):
 
     def __init__(self, parts: ProposerParts) -> None:
         super().__init__(parts)
-        self._groups: WeakValueDictionary[str, _Group] = WeakValueDictionary()
-        self._readers: WeakKeyDictionary[RunningSample, _Reader] = WeakKeyDictionary()
+        self._library = PromptLibrary()
+        self._readers: dict[ref[RunningSample], _Reader] = {}
+        self._behind: dict[PromptTexts, None] = {}  # with kept texts to read
 
     def propose(self, contexts: Sequence[Context]) -> list[Proposal]:
-        return [proposal for proposal, _ in self.matches(contexts)]
+        nothing = Proposal()
+        return [
+            Proposal(token_ids) if length else nothing
+            for token_ids, length in self.matches(contexts)
+        ]
 
-    def matches(self, contexts: Sequence[Context]) -> list[tuple[Proposal, int]]:
-        """The proposals, each with the length of its match; 0 where there is none."""
-        readers = [self._reader(context) for context in contexts]
-        found = []
-        for reader, context in zip(readers, contexts, strict=True):
-            length, text, end = reader.match() if context.room else (0, 0, 0)
-            guesses = reader.following(text, end, context.room) if length else []
-            found.append((Proposal(guesses), length))
-        return found
+    def matches(self, contexts: Sequence[Context]) -> list[tuple[Sequence[int], int]]:
+        """For each context what followed its match, and the match's length; 0: there is none."""
+        left, known = _BEHIND, self._readers
+        readers = [known.get(ref(c.sample)) or self._new(c) for c in contexts]
+        for (texts, text, start), context in zip(readers, contexts, strict=True):
+            new = context.token_ids[start + len(text.token_ids) :].tolist()
+            count = texts.go_on(text, new, left + _DRAWN)
+            if count > _DRAWN:
+                left -= count - _DRAWN
+        self._read_kept(left)
+        if len(known) > len(contexts):
+            self._let_go()
+        return [
+            texts.match(text, context.room) if context.room else ((), 0)
+            for (texts, text, _), context in zip(readers, contexts, strict=True)
+        ]
 
-    def _reader(self, context: Context) -> _Reader:
-        """The sample's reader, which has read all of its tokens."""
-        sample = context.sample
-        reader = self._readers.get(sample)
-        if reader is None:
-            group = self._groups.setdefault(sample.request.request_id, _Group())
-            reader = self._readers[sample] = _Reader.of(group)
-            reader.read(sample.request.prompt_ids, found=reader.index == 0)
-        reader.read(context.token_ids[len(reader.text) :].tolist())
+    def _new(self, context: Context) -> _Reader:
+        """The reader of a sample that is new."""
+        prompt = context.token_ids[: context.sample.prompt_len]
+        texts = self._library.open(prompt)
+        reader = _Reader(texts, texts.join(), len(texts.prompt))
+        self._readers[ref(context.sample)] = reader
+        if texts.has_unread:
+            self._behind[texts] = None
         return reader
+
+    def _read_kept(self, left: int) -> None:
+        """Read what is kept of the prompts whose samples run, up to so many tokens."""
+        for texts in list(self._behind) if left else ():
+            left -= texts.read_kept(left)
+            if not texts.has_unread:
+                del self._behind[texts]
+            if left <= 0:
+                return
+
+    def _let_go(self) -> None:
+        """Of samples that are finished. The engine holds the others: so it does not matter when
+        somebody lets go of a finished one, and all ranks do the same."""
+        for key, reader in list(self._readers.items()):
+            sample = key()
+            if sample is None or sample.status is Status.FINISHED:
+                del self._readers[key]
+                self._library.leave(reader.texts, reader.text)
+                if reader.texts.has_unread:
+                    self._behind[reader.texts] = None

@@ -1,6 +1,7 @@
 """samebit bench draft: steps of a draft in small, and the arithmetic behind its figures."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from samebit.recipes.bench import draft
 from samebit.recipes.bench.config import Pack
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.cli.main import main
+from samebit.rollout.models.draft.config import DraftConfig
 from samebit.rollout.models.registry import load_model_config
 
 
@@ -22,6 +24,10 @@ def test_whole_steps_are_timed(qwen3_path, tmp_path, capsys):
     report = json.loads((tmp_path / "bench_draft" / "bench.json").read_text())
     assert report["draft"]["vocab_size"] == 50
     assert report["ttt"]["passes"] == 3
+    target = load_model_config(qwen3_path)
+    specs = [spec for spec in target.param_specs() if "layers" not in spec.name]
+    specs += DraftConfig.of_target(target, 50, (1, 2, 3)).param_specs()
+    assert report["weights_gib"] == sum(math.prod(spec.shape) for spec in specs) * 4 / 2**30
     pairs, single = report["packs"].values()
     assert (pairs["rows"], single["rows"]) == (2 * (16 - 2), 24 - 3)
     for tokens, found in ((32, pairs), (24, single)):
@@ -57,6 +63,7 @@ def test_a_steps_operations_by_hand(qwen3_path):
         (["draft_vocab_size=0"], "draft_vocab_size is 0; it must be positive"),
         (["packs=[4096]"], "pack '4096' is not sequences x length"),
         (["repeats=0"], "repeats is 0"),
+        (["ttt.eval_passes=3"], "ttt.eval_passes is 3; it must be 5, its default"),
     ],
 )
 def test_what_it_cannot_measure_is_refused(qwen3_path, tmp_path, capsys, overrides, message):

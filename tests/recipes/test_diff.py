@@ -228,9 +228,12 @@ def test_every_part_of_a_rollout_counts(other, message):
 
 
 def test_a_summary_and_what_only_the_second_run_has_count(two, capsys):
-    """The digest of the weights stands there; a metric that one run lacks is not skipped."""
+    """The digest of the weights stands there; a metric that one run lacks is not skipped; seconds
+    are."""
     file = two[1] / "summary.json"
     summary = json.loads(file.read_text())
+    file.write_text(json.dumps(summary | {"perf/wall_s": 5.0}))
+    assert diff(capsys, *two)[0] == 0
     file.write_text(json.dumps(summary | {"weights_digest": "0" * 16, "more": 1}))
     code, text = diff(capsys, *two, "--all")
     assert code == 1

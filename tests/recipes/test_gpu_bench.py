@@ -37,6 +37,28 @@ def test_the_card_is_measured_once():
     assert torch.cuda.memory_reserved() <= before + (64 << 20)
 
 
+def test_graphs_that_are_captured_are_counted():
+    """Whoever captures them; and no longer behind the block."""
+    from samebit.recipes.bench.timing import captures
+
+    x = torch.zeros(3, device="cuda")
+
+    def capture():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            x.add_(1)
+        graph.replay()
+
+    with captures() as num_captured:
+        assert num_captured() == 0
+        capture()
+        capture()
+        assert num_captured() == 2
+    capture()
+    assert num_captured() == 2
+    assert x.tolist() == [3.0] * 3
+
+
 def test_kernels_that_are_compiled_are_counted(tmp_path, monkeypatch):
     """Once into an empty cache, then from it."""
     from samebit.kernels.gpu import swiglu

@@ -14,7 +14,6 @@ from samebit.recipes.run.binding import bound_keys
 from samebit.recipes.run.metrics import is_repeated, read_rows
 from samebit.rollout.runtime.draft_folder import open_draft
 from samebit.trainer.checkpoint import CheckpointError, latest_checkpoint
-from samebit.trainer.types import NonFiniteError
 from samebit.weight_sync.digest import weights_digest
 
 ONLINE = (
@@ -152,18 +151,19 @@ def test_a_run_begins_with_a_draft_that_is_there(online, runs):
         runs.train("more", *words, own, "overwrite=true")
 
 
-def test_a_draft_that_overflows_ends_the_run(runs, base):
-    """Before it is written; what is saved is whole, and the target's is what it would have been."""
-    words = "draft.optimizer.lr=1e30", "trainer.checkpoint_every=1"
-    with pytest.raises(
-        NonFiniteError,
-        match="the draft: loss .* and gradient norm .* at its step .*; its weights are",
-    ):
-        runs.train("inf", *ONLINE, *words)
-    saved = latest_checkpoint(runs.folder / "inf" / "checkpoints")
-    assert saved.step >= 1
-    assert all(x.isfinite().all() for x in saved.load()["draft"]["params"].values())
-    assert runs.rows("inf")[1]["train/loss"] == base.result[1][1]["train/loss"]
+def test_a_draft_that_overflows_is_left_as_it_is(runs, base, caplog):
+    """Its steps are left out and counted; what is saved is whole, and the target's run is the
+    same, to its end."""
+    result = runs.train("inf", *ONLINE, "draft.optimizer.lr=1e30")
+    assert without_draft(result) == base.result
+    skipped = [row["draft/skipped_steps"] for row in result[1][1:]]
+    assert skipped[0] == 0
+    assert skipped[-1] == 1
+    assert all("draft/loss" not in row for row in result[1] if row.get("draft/skipped_steps"))
+    assert "the draft: loss nan and gradient norm nan at its step" in caplog.text
+    draft = latest_checkpoint(runs.folder / "inf" / "checkpoints").load()["draft"]
+    assert draft["step"] == 6 - sum(skipped)
+    assert all(x.isfinite().all() for x in draft["params"].values())
 
 
 @pytest.mark.parametrize(
@@ -183,6 +183,7 @@ def test_a_draft_that_overflows_ends_the_run(runs, base):
             "draft.every is 4; it must be at most trainer.num_steps, and reached behind critic.w",
         ),
         ([*ONLINE, "draft.every=0"], "draft.every is 0; it must be positive"),
+        ([*ONLINE, "ttt.eval_passes=3"], "ttt.eval_passes is 3; .* whose rollouts say the accept"),
         ([*ONLINE, "draft.optimizer.lr=-1"], "draft.optimizer.lr is -1.0; it must be finite"),
         (
             [*ONLINE, "draft.optimizer.lr_schedule=linear", "draft.optimizer.lr_warmup_steps=6"],

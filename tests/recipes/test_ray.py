@@ -12,7 +12,7 @@ import pytest
 from test_engine_replicas import INVARIANT, REPLICAS, dying
 
 from samebit.recipes.cli.main import main
-from samebit.recipes.launch.ray_cluster import RayCluster
+from samebit.recipes.launch.ray_cluster import RayCluster, environment_of_actors
 from samebit.recipes.launch.ray_connections import end_actor
 from samebit.rollout.engine_pool import EnginePool
 from samebit.weight_sync.transports.shards import ShardSender
@@ -127,6 +127,23 @@ def test_refusals(runs, words, reason):
     with pytest.raises(ValueError, match=reason):
         runs.train("refused", *words)
     assert not (runs.folder / "refused").exists()
+
+
+@pytest.mark.parametrize("dry_run", ["false", "true"])
+def test_no_second_cluster_beside_the_one_that_is_named(runs, monkeypatch, capsys, dry_run):
+    """Ray's jobs find its address in their environment."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.2:6379")
+    assert main(["grpo", *runs.arguments("second", *RAY, f"dry_run={dry_run}")]) == 1
+    said = capsys.readouterr().err
+    assert "placement.ray_address is unset" in said
+    assert "RAY_ADDRESS is '127.0.0.2:6379'; give auto or host:port, or unset" in said
+    assert not (runs.folder / "second").exists()
+
+
+def test_no_secret_is_told_to_actors():
+    """What Ray's dashboard shows of them."""
+    given = {"HF_HOME": "a", "HF_TOKEN": "b", "NCCL_DEBUG": "c", "TRITON_API_KEY": "d", "X": "e"}
+    assert environment_of_actors(given) == {"HF_HOME": "a", "NCCL_DEBUG": "c"}
 
 
 @pytest.mark.parametrize("dry_run", ["false", "true"])

@@ -107,10 +107,13 @@ def test_all_but_the_answers_of_a_chat_is_masked(speaker, tmp_path):
     assert "".join(inputs.text.pieces(trained)) == "Why?<eos>It is 7: 3/4.<eos>"
 
 
-def test_the_recipe_for_a_draft(speaker, tmp_path, capsys):
-    """Every task of its list is there. A character is a token here, so prompts are longer."""
-    words = words_of("eagle3/smollm2_draft", speaker, tmp_path)
+@pytest.mark.parametrize("name", ["smollm2_draft", "smollm2_draft_boards"])
+def test_the_recipe_for_a_draft(name, speaker, tmp_path, capsys):
+    """Every task of its list is there. A character is a token here, so prompts are longer, and
+    there are fewer tokens to say."""
+    words = words_of(f"eagle3/{name}", speaker, tmp_path)
     words += ["rollout.prompts_per_step=1", "rollout.max_prompt_len=1000", "dry_run=true"]
+    words += ["draft.vocab_size=null"]
     assert main(["eagle3", *words]) == 0
     out = capsys.readouterr().out
     assert re.search(r"^held_out_records +200$", out, re.MULTILINE)

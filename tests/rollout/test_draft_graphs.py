@@ -8,6 +8,7 @@ import torch
 
 from samebit.rollout.runtime.batch import Layout, lay_out
 from samebit.rollout.runtime.drafts import Drafts
+from samebit.rollout.runtime.graph_rows import graph_rows
 from samebit.rollout.runtime.graphs import _Columns
 from samebit.rollout.speculative.draft_graphs import Chains, DraftGraphs, _Told
 
@@ -34,10 +35,13 @@ def chains_of(slots, owners, lengths, unread, room):
     return Chains(owners, lengths, room, layout, np.arange(unread.sum()) + 1000)
 
 
-def graphs_of(slots, replays_alone=True, most=5):
+KEPT = 22
+
+
+def graphs_of(slots, replays_alone=True):
     attention = SimpleNamespace(graph_queries=lambda *_: 8, replays_alone=replays_alone)
-    passes, states = SimpleNamespace(attention=attention), torch.zeros(7, most + 1, 4)
-    return DraftGraphs(passes, slots, states, most, None)
+    passes, states = SimpleNamespace(attention=attention), torch.zeros(7, KEPT, 4)
+    return DraftGraphs(passes, slots, states, None)
 
 
 def test_rows_and_places(slots):
@@ -45,12 +49,12 @@ def test_rows_and_places(slots):
     chains, graphs = chains_of(slots, [3, 1, 4], [66, 10, 30], [3, 1, 1], [2, 3, 0]), None
     graphs = graphs_of(slots)
     key = graphs._key(chains)
-    assert (key.bucket, key.queries, key.guesses, key.pages) == (4, 4, 5, 16)
+    assert (key.bucket, key.queries, key.guesses, key.pages) == (4, 4, 3, 16)
     told = _Told(key, torch.zeros(_Told.size(key), dtype=torch.int64))
     graphs._tell(told, chains, key)
-    own, offsets, token_ids, positions, kv_slots = told.rows.tolist()
+    own, kept, token_ids, positions, kv_slots = told.rows.tolist()
     assert own == [3, 3, 3, 6, 1, 6, 6, 6, 4, 6, 6, 6, *[6] * 4]
-    assert offsets[:3] == [0, 1, 2]
+    assert [kept[i] for i in (0, 1, 2, 4, 8)] == [62 % KEPT, 63 % KEPT, 64 % KEPT, 8, 28 % KEPT]
     assert [token_ids[i] for i in (0, 1, 2, 4, 8)] == [1000, 1001, 1002, 1003, 1004]
     assert [positions[i] for i in (0, 1, 2, 4, 8)] == [62, 63, 64, 8, 28]
     places = [60 * PAGE + 62, 60 * PAGE + 63, 61 * PAGE, 20 * PAGE + 8, 80 * PAGE + 28]
@@ -63,10 +67,9 @@ def test_rows_and_places(slots):
     assert np.array(bits, dtype=np.int32).view(np.float32).tolist() == [0.5, 0.5, 0.5, 1.0]
     assert (seeds, ids) == ([103, 101, 104, 0], [203, 201, 204, 0])
     assert (lengths, greedy) == ([66, 10, 30, 0], [0, 1, 0, 0])
-    first, second, *rest = told.later.tolist()  # each: positions, places, contexts
+    first, second = told.later.tolist()  # each: positions, places, contexts
     assert first == [[65, 9, 0, 0], [61 * PAGE + 1, 20 * PAGE + 9, -1, -1], [66, 10, 0, 0]]
     assert second == [[0, 10, 0, 0], [-1, 20 * PAGE + 10, -1, -1], [0, 11, 0, 0]]
-    assert all(step == [[0] * 4, [-1] * 4, [0] * 4] for step in rest)
     assert told.table[:3].tolist() == slots.pages[[3, 1, 4], :16].tolist()
 
 
@@ -87,7 +90,8 @@ def test_what_fits(slots):
     alone."""
     chains = chains_of(slots, [0], [40], [1], [0])
     assert graphs_of(slots).fits(chains)
-    assert graphs_of(slots)._key(chains).guesses == 0
+    for room in range(6):
+        assert graphs_of(slots)._key(chains_of(slots, [0], [40], [1], [room])).guesses == room
     assert not graphs_of(slots, replays_alone=False).fits(chains)
     assert not graphs_of(slots).fits(chains_of(slots, [0], [40], [9], [0]))
 
@@ -103,3 +107,21 @@ def test_columns_of_a_step_with_guesses():
     for most, queries in ((1, 2), (3, 4), (4, 8), (7, 8)):
         one = Drafts(np.array([most]), np.zeros(most, dtype=np.int64))
         assert _Columns.of(1, one).queries == queries
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "most", "rows"),
+    [(1, 0, 1), (64, 0, 64), (64, 1, 128), (64, 3, 256), (65, 4, 80 * 8), (129, 7, None)],
+)
+def test_rows_of_a_graph(num_samples, most, rows):
+    """One sample's guesses pad all of the batch."""
+    assert graph_rows(num_samples, most) == rows
+    assert graph_rows(1025, most) is None
+
+
+def test_drafts_are_cut_behind_so_many_of_each():
+    drafts = Drafts(np.array([2, 0, 3, 1]), np.array([5, 6, 7, 8, 9, 4]))
+    for most, ids in ((0, []), (1, [5, 7, 4]), (2, [5, 6, 7, 8, 4]), (3, [5, 6, 7, 8, 9, 4])):
+        found = drafts.cut(most)
+        assert found.token_ids.tolist() == ids
+        assert found.lens.tolist() == np.minimum([2, 0, 3, 1], most).tolist()

@@ -1,5 +1,7 @@
 """Guesses on a GPU: graphs make those of a chain of launches; steps with guesses have graphs."""
 
+import itertools
+
 import pytest
 from helpers import make_prompts, outcomes
 
@@ -22,11 +24,12 @@ def truth(qwen3_path):
     return engine.generate(PROMPTS, PARAMS, IDS)
 
 
-@pytest.mark.parametrize("num_draft_tokens", [1, 4])
+@pytest.mark.parametrize(("num_draft_tokens", "rest"), [(1, 0), (4, 0), (4, 7), (4, 18)])
 def test_graphs_of_a_draft_guess_as_launches_do(
-    qwen3_path, truth, tmp_path, monkeypatch, num_draft_tokens
+    qwen3_path, truth, tmp_path, monkeypatch, num_draft_tokens, rest
 ):
-    """Each chain is made both ways; some have little room, some have several new tokens."""
+    """Each chain is made both ways; some have little room, some have several new tokens, and some
+    come after `rest` steps that guessed nothing and overlapped."""
     engine = Engine(qwen3_path, device="cuda", cuda_graphs=False)
     write_random_draft(tmp_path / "draft", engine.model_config)
     settings = {"draft_model": str(tmp_path / "draft"), "num_draft_tokens": num_draft_tokens}
@@ -39,13 +42,18 @@ def test_graphs_of_a_draft_guess_as_launches_do(
         found, expected = by_graph(graphs, chains), proposer._guess(chains)
         for own, plain, room in zip(found, expected, chains.room, strict=True):
             assert own[:room].tolist() == plain[:room].tolist()
-        seen.append((len(chains.slots), int(chains.layout.lens.max())))
+        if chains.room.any():
+            seen.append((len(chains.slots), int(chains.layout.lens.max())))
         return found
 
     monkeypatch.setattr(DraftGraphs, "guess", both)
+    if rest:
+        plan = itertools.cycle([*[0] * rest, 4, 2, 1])
+        engine.speculation.choose = lambda slots: next(plan)
     assert outcomes(engine.generate(PROMPTS, PARAMS, IDS)) == outcomes(truth)
-    assert len(seen) > 20
-    assert len({size for size, _ in seen}) > 2
+    assert len(seen) > (3 if rest else 20)
+    assert not rest or max(lens for _, lens in seen) > 5
+    assert rest or len({size for size, _ in seen}) > 2
 
 
 @pytest.mark.parametrize("num_draft_tokens", [1, 5, 15])

@@ -1,5 +1,6 @@
-"""What is guessed, and how much: by texts that repeat themselves, by a draft, by what was right."""
+"""What is guessed by a draft, and how much by what was right."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,72 +11,13 @@ from helpers import make_prompts
 from samebit.recipes.verification.speculation import write_random_draft
 from samebit.rollout.config import SPECULATIVE
 from samebit.rollout.runtime.drafts import Drafts
-from samebit.rollout.runtime.running_sample import RunningSample
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
-from samebit.rollout.speculative.draft_length import DraftLength
-from samebit.rollout.speculative.proposer import Context
 from samebit.rollout.speculative.registry import PROPOSERS
-from samebit.rollout.speculative.suffix import Suffix
-from samebit.rollout.types import Request, SamplingParams
-
-
-def group(prompt, n=1, name="0"):
-    request = Request(
-        request_id=name,
-        prompt_ids=tuple(prompt),
-        params=SamplingParams(n=n),
-        sample_ids=tuple(range(n)),
-    )
-    return RunningSample.of(request, iter(range(n)))
-
-
-def context(sample, drawn=(), room=4):
-    return Context(sample, 0, np.array([*sample.request.prompt_ids, *drawn], dtype=np.int32), room)
-
-
-def guesses(suffix, *contexts):
-    return [list(proposal.token_ids) for proposal in suffix.propose(contexts)]
+from samebit.rollout.types import SamplingParams
 
 
 def test_names_are_those_of_the_settings():
     assert ("none", *PROPOSERS) == SPECULATIVE
-
-
-def test_suffix_goes_on_as_the_text_did():
-    """From the longest match, the newest of equal ones; a loop is gone on with."""
-    suffix = Suffix(None)
-    [a] = group([9, 1, 2, 3, 4, 5, 8, 1, 2, 3, 6, 7])
-    assert guesses(suffix, context(a)) == [[]]
-    assert guesses(suffix, context(a, [1, 2, 3])) == [[6, 7, 1, 2]], "the newest"
-    [b] = group([9, 1, 2, 3, 4, 5, 8, 1, 2, 3, 6, 7], name="1")
-    assert guesses(suffix, context(b, [9, 1, 2, 3], room=2)) == [[4, 5]], "the longest"
-    [c] = group([5, 6, 7], name="2")
-    assert guesses(suffix, context(c, [6, 7, 6, 7, 6], room=5)) == [[7, 6, 7, 6, 7]], "a loop"
-    assert guesses(suffix, context(c, [6, 7, 6, 7, 6], room=0)) == [[]]
-
-
-def test_suffix_reads_siblings_and_nobody_else():
-    suffix = Suffix(None)
-    a, b = group([1, 2, 3], n=2)
-    [other] = group([1, 2, 3], name="1")
-    assert guesses(suffix, context(a, [4, 5, 6, 7, 8]), context(b), context(other)) == [
-        [],
-        [4, 5, 6, 7],
-        [],
-    ]
-    assert guesses(suffix, context(b, [9, 4, 5, 6])) == [[7, 8]], "amid another continuation"
-    a.token_ids += [4, 5, 6, 7, 8]  # it was preempted
-    assert guesses(suffix, context(a, [4, 5, 6, 7, 8, 9, 4, 5])) == [[6]], "the longest"
-
-
-def test_suffix_forgets_samples_that_are_gone():
-    suffix = Suffix(None)
-    a, b = group([1, 2, 3], n=2)
-    suffix.propose([context(a), context(b)])
-    assert len(suffix._readers) == 2
-    del a, b
-    assert not suffix._readers
-    assert not suffix._groups
 
 
 def test_rows_hold_up_to_the_first_wrong_guess_or_end():
@@ -94,36 +36,23 @@ def test_rows_hold_up_to_the_first_wrong_guess_or_end():
     assert (found.accept_length, found.acceptance[:3]) == (2.0, (0.5, 0.25, 0.5))
 
 
-def test_no_more_is_guessed_than_pays():
-    """Right guesses: many for one sample, few for many; wrong ones: none, and in time one more."""
-    length = DraftLength(5, adaptive=True, free_rows=64, draft_cost=0.05)
-    right, wrong = Drafts(np.array([5]), np.arange(5)), np.array([1])
-    for _ in range(40):
-        length.choose(1)
-        length.learn(right, np.array([6]))
-    assert [length.choose(n) for n in (1, 8)] == [5, 5]
-    for _ in range(200):
-        length.choose(1)
-        length.learn(right, wrong)
-    assert [length.choose(n) for n in (1, 64)] == [0, 0]
-    assert any(length.choose(1) for _ in range(300))
-    assert DraftLength(5, adaptive=False, free_rows=1, draft_cost=1).choose(999) == 5
-
-
+@pytest.mark.parametrize("rest", [0, 3, 16, 40])
 @pytest.mark.parametrize(
     ("speculative", "options"), [("eagle3", {}), ("peagle", {"mask_token_id": 5})]
 )
-def test_guesses_are_the_unrolled_drafts(make_engine, engine, tmp_path, speculative, options):
+def test_guesses_are_the_unrolled_drafts(make_engine, engine, tmp_path, speculative, options, rest):
     """Each guess is what training unrolls on the target's streams: over chunks of prompts, samples
-    that wait for slots, and tokens of which some were guessed."""
+    that wait for slots, and tokens of which some were guessed; also where `rest` steps in a row
+    have guessed nothing, planned while others were in flight."""
     from samebit.trainer.draft.ttt import unroll
 
     write_random_draft(tmp_path / "draft", engine.model_config, **options)
     prompts, passes = make_prompts(5, 70, 33), 3
-    params = SamplingParams(max_new_tokens=9, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(max_new_tokens=9 + 2 * rest, temperature=0.0, ignore_eos=True)
     own = make_engine(
         speculative=speculative, draft_model=str(tmp_path / "draft"), adaptive_drafts=False,
         prefix_cache=False, num_draft_tokens=passes, prefill_chunk=17, max_num_seqs=2,
+        overlap=rest > 0,
     )  # fmt: skip
     proposer, seen = own.speculation.proposer, []
     passed = proposer._passes
@@ -136,11 +65,14 @@ def test_guesses_are_the_unrolled_drafts(make_engine, engine, tmp_path, speculat
         return found
 
     proposer.propose = recording
+    if rest:
+        plan = itertools.cycle([*[0] * rest, passes, passes])
+        own.speculation.choose = lambda slots: next(plan)
     own.generate(prompts, params, [[0], [1], [2]])
     layers = own.speculation.proposer.streams
     truth = engine.generate(prompts, params, [[0], [1], [2]], return_hidden_states=layers)
     vocabulary = own._draft.vocabulary.token_ids
-    assert sum(len(ids) == passes for _, _, ids in seen) > 9
+    assert sum(len(ids) == passes for _, _, ids in seen) > (4 if rest else 9)
     for sample_id, token_ids, ids in seen:
         if not ids:
             continue
@@ -162,3 +94,44 @@ def test_guesses_are_the_unrolled_drafts(make_engine, engine, tmp_path, speculat
             finals = unroll(draft, data, len(ids), table)
             best = [int(draft.logits(f[column : column + 1]).argmax()) for f in finals]
         assert [int(vocabulary[i]) for i in best] == list(ids)
+
+
+def test_hybrid_takes_what_guesses_longer(make_engine, engine, tmp_path):
+    """Suffix where it has matched more than the draft guesses, and knows as much to follow."""
+    write_random_draft(tmp_path / "draft", engine.model_config)
+    own = make_engine(
+        speculative="hybrid", draft_model=str(tmp_path / "draft"), adaptive_drafts=False,
+        num_draft_tokens=9,
+    )  # fmt: skip
+    hybrid, seen = own.speculation.proposer, []
+    propose, matches, drafted = hybrid.propose, hybrid.suffix.matches, hybrid.eagle3.propose
+    parts = []
+
+    def noting(call):
+        def noted(contexts):
+            found = call(contexts)
+            parts.extend([contexts, found])
+            return found
+
+        return noted
+
+    def recording(contexts):
+        parts.clear()
+        found = propose(contexts)
+        seen.extend(zip(*parts, found, strict=True))
+        return found
+
+    hybrid.propose = recording
+    hybrid.suffix.matches, hybrid.eagle3.propose = noting(matches), noting(drafted)
+    params = SamplingParams(max_new_tokens=60, temperature=0.0, ignore_eos=True)
+    for _ in range(2):  # the second time as is kept of the first
+        own.generate(make_prompts(3, 1), params, [[0], [1]])
+    taken = {"suffix": 0, "draft": 0}
+    for context, (token_ids, length), asked, draft, proposal in seen:
+        drawn = len(context.token_ids) - context.sample.prompt_len
+        longer = len(token_ids) == context.room < length and min(length, drawn) >= 4
+        assert asked.room == (0 if longer else context.room)
+        ids = token_ids if longer or not draft.token_ids else draft.token_ids
+        assert [*proposal.token_ids] == [*ids]
+        taken["suffix" if longer else "draft"] += bool(ids)
+    assert min(taken.values()) > 9, taken

@@ -5,14 +5,17 @@ import itertools
 import math
 
 import pytest
+import torch
 from callers import parts_of, put_together
 from conservation import check_books
 from helpers import assert_same_bits, make_prompts, outcomes
 from pauses import add, changed, finish, num_drawn
+from safetensors.torch import load_file
 
 from samebit.recipes.models.tiny_model import make_random_model
 from samebit.recipes.verification.speculation import recall, write_random_draft
 from samebit.rollout.engine import Engine
+from samebit.rollout.models.draft.config import OUTPUT
 from samebit.rollout.speculative.proposer import Proposal, Proposer, ProposerError
 from samebit.rollout.types import SamplingParams
 
@@ -264,6 +267,29 @@ def test_a_proposer_from_outside_that_is_wrong(make_engine, name, message):
     check_books(own)
 
 
+class WithDraft(Proposer):
+    """Guesses one token always, by the draft's output layer."""
+
+    takes_draft = True
+
+    def propose(self, contexts):
+        vocabulary = self.parts.draft.vocabulary.token_ids
+        table = self.parts.draft.params[OUTPUT][: len(vocabulary)]
+        token_id = int(vocabulary[(table @ table[0]).argmax()])
+        return [Proposal([token_id][: context.room]) for context in contexts]
+
+
+def test_a_proposer_from_outside_with_a_draft(make_engine, truth, draft_path):
+    """It is given the engine's; none is refused, as is one for a class that takes none."""
+    own = make_engine(speculative=f"{__name__}:WithDraft", draft_model=draft_path)
+    assert outcomes(own.generate(PROMPTS, PARAMS, IDS)) == outcomes(truth)
+    assert own.accept_lengths.verifications > 0
+    with pytest.raises(ValueError, match="draft_model is None; it must be the path of a draft"):
+        make_engine(speculative=f"{__name__}:WithDraft")
+    with pytest.raises(ValueError, match="must be unset with .*:Broken, whose class does not say"):
+        make_engine(speculative=f"{__name__}:Broken", draft_model=draft_path)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -297,3 +323,18 @@ def test_a_draft_for_another_target(make_engine, draft_path, tmp_path):
         Engine(tmp_path / "other", speculative="eagle3", draft_model=draft_path)
     with pytest.raises(FileNotFoundError, match="draft folder nowhere has no config.json"):
         make_engine(speculative="eagle3", draft_model="nowhere")
+
+
+def test_pickled_weights_are_refused_with_a_way_that_works(make_engine, engine, tmp_path):
+    """As EAGLE's own folders hold them: the message's lines make safetensors of the same bytes."""
+    folder = tmp_path / "draft"
+    write_random_draft(folder, engine.model_config)
+    own = make_engine(speculative="eagle3", draft_model=str(folder))
+    file = folder / "model.safetensors"
+    torch.save(load_file(file), folder / "pytorch_model.bin")
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds pytorch_model.bin, which is not") as error:
+        make_engine(speculative="eagle3", draft_model=str(folder))
+    exec(str(error.value).split("Python:\n")[1], {})
+    again = make_engine(speculative="eagle3", draft_model=str(folder))
+    assert again.draft_version == own.draft_version

@@ -67,6 +67,31 @@ def test_a_prefix_has_a_home_while_that_is_hardly_busier():
     assert [replica for replica, _ in give_all(queue)] == [0, 1, 1, 1]
 
 
+@pytest.mark.parametrize("common", [0, 64, 500])
+def test_a_conversation_stays_at_home(common):
+    """Whatever all prompts begin with: each turn goes where the one before it was."""
+    rng, queue = random.Random(common), queue_of(8, room=1000)
+
+    def more(count):
+        return tuple(rng.randrange(1000) for _ in range(count))
+
+    system = more(common)
+    prompts = [system + more(700) for _ in range(64)]
+    queue.put([make_job(i, 1, prompt) for i, prompt in enumerate(prompts)])
+    first = give_all(queue)
+    homes = [replica for replica, _ in first]
+    assert sorted(Counter(homes).values()) == [8] * 8
+    for pair in first:
+        assert queue.end(*pair)
+    for _ in range(3):
+        prompts = [prompt + more(300) for prompt in prompts]
+        for i in rng.sample(range(64), 64):
+            queue.put([make_job(i, 1, prompts[i])])
+            [(replica, job)] = give_all(queue)
+            assert replica == homes[i]
+            assert queue.end(replica, job)
+
+
 def test_what_the_dead_had_waits_again_first():
     queue = queue_of(2, room=4)
     jobs = [make_job(i) for i in range(6)]

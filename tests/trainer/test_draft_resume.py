@@ -50,6 +50,36 @@ def test_a_resumed_run_takes_the_same_steps(tmp_path, options):
         assert files[0] == files[1]
 
 
+def test_moments_are_there_from_the_start():
+    """Neither a step nor a state that is loaded, nor what it is filled with, allocates others. A
+    state that was saved without any is of the start."""
+    trainer = make_trainer(make_config(**OWN), passes=2)
+    state = trainer.state_dict()
+    first = {name: dict(own) for name, own in state["optimizer"].items()}
+    assert not any(own[key].any() for own in first.values() for key in ("step", "exp_avg_sq"))
+    unstepped = {
+        **state,
+        "params": {name: p.clone() for name, p in state["params"].items()},
+        "optimizer": {n: {"master": own["master"].clone()} for n, own in first.items()},
+    }
+    begin = {name: param.clone() for name, param in trainer.params.items()}
+    step_of(trainer, 0)
+    stepped = {name: param.clone() for name, param in trainer.params.items()}
+    for again in (
+        lambda: trainer.load_state_dict(unstepped),
+        lambda: trainer.fill(lambda params: [params[n].copy_(p) for n, p in begin.items()]),
+    ):
+        step_of(trainer, 1)
+        again()
+        step_of(trainer, 0)
+        for name, param in trainer.params.items():
+            assert_same_bits(param, stepped[name], name)
+    for name, own in trainer.state_dict()["optimizer"].items():
+        assert set(own) == {"master", "step", "exp_avg", "exp_avg_sq"}
+        for key, tensor in own.items():
+            assert tensor.data_ptr() == first[name][key].data_ptr(), (name, key)
+
+
 def test_a_state_of_another_draft_is_refused():
     state = make_trainer(make_config(), passes=1).state_dict()
     trainer = make_trainer(make_config(ffn_size=48), passes=1)

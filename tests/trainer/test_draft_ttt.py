@@ -80,7 +80,7 @@ def test_loss_and_gradients_are_those_of_the_literal_test(name, monkeypatch):
     """In chunks of 7 rows, over packed samples, some too short for most passes."""
     monkeypatch.setattr(ttt, "chunk_rows", lambda vocab_size, device: 7)
     config = make_config(**OPTIONS[name])
-    trainer = make_trainer(config, passes=4, clip_grad=0.0)
+    trainer = make_trainer(config, passes=4, eval_passes=4, clip_grad=0.0)
     [data] = make_batches(config)
     w = plain_tensors(config, trainer.params)
     passes = plain_losses(config, w, trainer, data)
@@ -89,7 +89,7 @@ def test_loss_and_gradients_are_those_of_the_literal_test(name, monkeypatch):
     expected = sum(loss * 0.8**i for i, (loss, _, _) in enumerate(passes)) / passes[0][1]
     expected.backward()
     expected = float(expected.detach())
-    drafted = trainer.choices(trainer.unroll(data), data.batch)
+    drafted = trainer.choices(trainer.unroll(data, 4), data.batch)
     for i, (_, _, choices) in enumerate(passes):
         assert torch.equal(drafted[i], choices)
     assert abs(trainer.evaluate([data]).loss - expected) < 1e-5
@@ -210,6 +210,7 @@ def test_streams_that_do_not_fit_are_refused():
     ("settings", "message"),
     [
         ({"passes": 0}, "ttt.passes is 0; it must be positive"),
+        ({"eval_passes": 0}, "ttt.eval_passes is 0; it must be positive"),
         ({"loss": "mse"}, "ttt.loss is 'mse'; it must be one of"),
         ({"loss_decay": 1.5}, r"ttt.loss_decay is 1.5; it must be in \(0, 1\]"),
         ({"lk_decay": 1.0}, "nothing reads it where ttt.loss is 'ce'"),
@@ -285,7 +286,7 @@ def test_accept_lengths_are_those_of_real_drafting(name):
     [batch] = pack_samples([sample], 60)
     streams = {layer: torch.randn(60, 24, generator=generator) for layer in (1, 2, 3, NUM_LAYERS)}
     data = DraftBatch(batch=batch, streams=streams)
-    drafted = trainer.choices(trainer.unroll(data), batch).numpy()
+    drafted = trainer.choices(trainer.unroll(data, 3), batch).numpy()
     found = accept_lengths(drafted, ids.numpy(), batch.rows.numpy(), [60])
     w, embedding = plain_tensors(config, trainer.params), trainer._draft.embedding.double()
     fused = plain_fuse(config, w, [streams[layer].double() for layer in config.captured_layers])
@@ -298,6 +299,22 @@ def test_accept_lengths_are_those_of_real_drafting(name):
         column += expected[-1]
     assert found == expected
     assert len(set(found)) > 2, "chains of few lengths would test little"
+
+
+@pytest.mark.parametrize("name", ["eagle3", "block"])
+def test_drafts_of_all_passes_are_evaluated_alike(name):
+    """Equal parameters have equal figures, whether a draft was trained by two passes or by six; and
+    guesses beyond those that it was trained by count."""
+    config = make_config(**OPTIONS[name] | {"vocab_size": 4, "draft_vocab_size": 3} | MASK[name])
+    few, many = (make_trainer(config, passes=passes, eval_passes=4) for passes in (2, 6))
+    [data] = make_batches(config, lens=(60, 50), max_tokens=110)
+    found = few.evaluate([data])
+    assert found == many.evaluate([data])
+    assert "acceptance_3" in found.metrics
+    assert "acceptance_4" not in found.metrics
+    one = make_trainer(config, passes=2, eval_passes=1).evaluate([data])
+    assert found.metrics["accept_length"] > one.metrics["accept_length"]
+    assert len(few.train_step([data]).metrics) < len(many.train_step([data]).metrics)
 
 
 def test_the_same_samples_give_the_same_bytes():

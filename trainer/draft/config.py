@@ -14,6 +14,8 @@ class TttConfig:
 
     passes: int = 7
     """Draft steps that are unrolled, each on the states of the one before."""
+    eval_passes: int = 5
+    """Draft steps that an evaluation unrolls, however many train: the guesses of a verification."""
     loss: str = "ce"
     """ce: cross-entropy with the target's probabilities; kl: the same less their entropy;
     lk_alpha: minus the logarithm of the acceptance; lk_lambda: from kl to 1 - acceptance."""
@@ -24,6 +26,7 @@ class TttConfig:
 
     def __post_init__(self) -> None:
         require(self.passes >= 1, "ttt.passes", self.passes, "positive")
+        require(self.eval_passes >= 1, "ttt.eval_passes", self.eval_passes, "positive")
         require(self.loss in LOSSES, "ttt.loss", self.loss, f"one of {LOSSES}")
         require(0 < self.loss_decay <= 1, "ttt.loss_decay", self.loss_decay, "in (0, 1]")
         finite = 0 <= self.lk_decay < math.inf

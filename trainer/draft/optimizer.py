@@ -29,7 +29,8 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
 
 
 class MasterAdamW:
-    """AdamW over named fp32 tensors, which it rewrites in place."""
+    """AdamW over named fp32 tensors, which it rewrites in place. Its moments are there from the
+    start: what is allocated later, as an engine's KV cache, finds the rest of the memory."""
 
     def __init__(self, masters: Mapping[str, Tensor], config: OptimizerConfig) -> None:
         self._masters = masters
@@ -46,6 +47,9 @@ class MasterAdamW:
             eps=config.adam_eps,
             foreach=False,
         )
+        for master in masters.values():
+            zeros = torch.tensor(0.0), torch.zeros_like(master), torch.zeros_like(master)
+            self._adam.state[master] = dict(zip(_STATE, zeros, strict=True))
 
     @torch.no_grad()
     def step(self, grads: Mapping[str, Tensor], lr: float) -> None:
@@ -60,18 +64,21 @@ class MasterAdamW:
 
     def reset(self) -> None:
         """Forget the moments: what is next is the first step."""
-        self._adam.state.clear()
+        for master in self._masters.values():
+            for moment in self._adam.state[master].values():
+                moment.zero_()
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """By name: the master and its moments; nothing but the master before the first step."""
+        """By name: the master and its moments."""
         return {
-            name: {"master": master.detach(), **self._adam.state.get(master, {})}
+            name: {"master": master.detach(), **self._adam.state[master]}
             for name, master in self._masters.items()
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Go on from a state_dict of the same names and shapes; ValueError for another's."""
+        """Go on from a state_dict of the same names and shapes; ValueError for another's. One
+        without moments is of a draft before its first step."""
         shapes = {name: tuple(m.shape) for name, m in self._masters.items()}
         found = {name: tuple(s["master"].shape) for name, s in state.items()}
         if wrong := sorted(k for k in shapes.keys() | found if shapes.get(k) != found.get(k)):
@@ -80,14 +87,9 @@ class MasterAdamW:
                 f"{shapes.get(wrong[0])} here"
             )
         for name, master in self._masters.items():
-            saved = state[name]
-            master.copy_(saved["master"])
-            moments = {
-                key: saved[key].clone().to("cpu" if key == "step" else master.device)
-                for key in _STATE
-                if key in saved
-            }
-            if moments:
-                self._adam.state[master] = moments
-            else:
-                self._adam.state.pop(master, None)
+            master.copy_(state[name]["master"])
+            for key, moment in self._adam.state[master].items():
+                if key in state[name]:
+                    moment.copy_(state[name][key])
+                else:
+                    moment.zero_()

@@ -99,7 +99,7 @@ class DraftTrainer:
         )
         self._adam = MasterAdamW(self._masters, optimizer)
         self._token_ids = vocabulary.token_ids.to(self.device)
-        positions = config.max_position + self.ttt.passes
+        positions = config.max_position + max(self.ttt.passes, self.ttt.eval_passes)
         self._rope_table = config.rope_table(positions, self.device)
         self._totals = TttTotals.zeros(self.ttt.passes, self.device)
         self._asked = 0  # rows of the last step or evaluation
@@ -138,7 +138,7 @@ class DraftTrainer:
 
     def take(self, data: DraftBatch) -> None:
         """Add a micro-batch's gradients to those of the step; ValueError for other streams."""
-        totals, finals = self._totals, self.unroll(data)
+        totals, finals = self._totals, self.unroll(data, self.ttt.passes)
         output_grad = self._grads[OUTPUT][: self.config.draft_vocab_size]
         grads = loss_gradients(
             self._draft, finals, data, self._target, self._token_ids, self.ttt, output_grad, totals
@@ -181,11 +181,13 @@ class DraftTrainer:
     def evaluate(
         self, batches: Iterable[DraftBatch], temperature: float = 0.0, seed: int = 0
     ) -> DraftStats:
-        """The same measures without a step, and the accept length that an engine would have seen
-        which drew the samples at this temperature, by this seed; all ranks call it."""
-        totals = TttTotals.zeros(self.ttt.passes, self.device)
+        """The same measures of ttt.eval_passes passes without a step, and the accept length: tokens
+        that a step would have yielded in an engine with as many guesses which drew the samples at
+        this temperature, by this seed. A last token that there is no room to guess for is a step,
+        too, which Engine.accept_lengths leaves out. All ranks call it."""
+        totals = TttTotals.zeros(self.ttt.eval_passes, self.device)
         for data in batches:
-            finals = self.unroll(data)
+            finals = self.unroll(data, self.ttt.eval_passes)
             loss_gradients(
                 self._draft, finals, data, self._target, self._token_ids, self.ttt, None, totals
             )
@@ -199,10 +201,11 @@ class DraftTrainer:
             raise _no_row(self._asked, self.vocabulary)
         return stats
 
-    def unroll(self, data: DraftBatch) -> list[Tensor]:
-        """The states [T, D] that give each pass's logits (ttt.unroll)."""
+    def unroll(self, data: DraftBatch, passes: int) -> list[Tensor]:
+        """The states [T, D] that give each pass's logits (ttt.unroll); no more passes than
+        ttt.passes or ttt.eval_passes says."""
         data.require(self.config, self._target.num_layers)
-        return unroll(self._draft, data, self.ttt.passes, self._rope_table)
+        return unroll(self._draft, data, passes, self._rope_table)
 
     @torch.no_grad()
     def choices(
@@ -275,7 +278,7 @@ class DraftTrainer:
         self._asked = int(asked)
         if not rows[0]:
             return None
-        decay = self.ttt.loss_decay ** torch.arange(self.ttt.passes, dtype=torch.float64)
+        decay = self.ttt.loss_decay ** torch.arange(len(loss), dtype=torch.float64)
         metrics = {
             "vocabulary_share": float(rows[0] / asked[0]),
             "entropy": float(entropy[0] / rows[0]),

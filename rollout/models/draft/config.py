@@ -155,6 +155,14 @@ class DraftConfig:
         return len(self.captured_layers) * self.target_hidden_size
 
     @property
+    def num_matmul_weights(self) -> int:
+        """Weights that multiply every row of a pass: its layer's and its output layer's. `fc` is
+        taken once for each token that the target has computed."""
+        D, Dh = self.hidden_size, self.head_dim
+        attention = 2 * D * (self.num_heads + 2 * self.num_kv_heads) * Dh + self.num_heads * Dh * D
+        return attention + 3 * D * self.ffn_size + self.draft_vocab_size * D
+
+    @property
     def attention_heads(self) -> Heads:
         """What attention is made for."""
         return Heads(self.num_heads, self.num_kv_heads, self.head_dim, scale=self.head_dim**-0.5)
