@@ -228,9 +228,10 @@ def _start_apart(
         if cluster is not None:
             there, launch = cluster.device, cluster.launcher(place)
         where: Any = {"device": there, "ranks": ranks}
+        if placement.replicas > 1:
+            where["waits"] = False  # the pool does
         path = Path(run.model.path).absolute()  # another node may be in another folder
-        alone = placement.replicas == 1
-        return RemoteEngine(path, run.cpu_threads, launch, size, alone, config=config, **where)
+        return RemoteEngine(path, run.cpu_threads, launch, size, config=config, **where)
 
     if placement.replicas == 1:
         return start(0)
