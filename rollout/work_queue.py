@@ -127,9 +127,8 @@ class WorkQueue[R: Hashable]:
         self._waiting.popleft()
         chosen = min(free, key=lambda replica: free[replica].num_tokens)
         known = beginnings(job.request.prompt_ids)
-        home = next((self._homes[x] for x in reversed(known) if x in self._homes), chosen)
-        load = free.get(home)
-        if load is not None and load.num_tokens <= free[chosen].num_tokens + job.num_tokens:
+        home = next((h for x in reversed(known) if (h := self._homes.get(x)) in free), chosen)
+        if free[home].num_tokens <= free[chosen].num_tokens + job.num_tokens:
             chosen = home
         for beginning in known:
             self._homes[beginning] = chosen

@@ -220,13 +220,13 @@ draft_boards() { # of texts that a draft has more to say about
 
 draft=${DRAFT:-draft_7} # which guesses in the next two parts
 
-speculative_draft() { # 5 guesses each, at 1 sample and at 8; there over all 200 held-out prompts
+speculative_draft() { # 5 guesses each, at 1 sample and at 8; no prompt comes twice
     needs_smollm2
     local words
     held_out "$draft"
     words+=('proposers=[eagle3,suffix,hybrid]' draft_model="$out/$draft/draft")
     samebit "speculative_$draft" bench speculative "${words[@]}" adaptive_drafts=false \
-        num_draft_tokens=5 'batches=[1,8]' repeats=25
+        num_draft_tokens=5 'batches=[1,8]' repeats=25 data.eval_size=1024
 }
 
 adaptive_draft() { # as many guesses as pay, at every number of samples
@@ -235,21 +235,22 @@ adaptive_draft() { # as many guesses as pay, at every number of samples
     held_out "$draft"
     words+=('proposers=[eagle3,suffix,hybrid]' draft_model="$out/$draft/draft")
     samebit "adaptive_$draft" bench speculative "${words[@]}" \
-        'batches=[1,2,4,8,16,32,64,128,256]'
+        'batches=[1,2,4,8,16,32,64,128,256]' data.eval_size=8192 # no prompt comes twice
 }
 
-block_draft() { # beside draft_7; without CUDA graphs, in which a block's pass cannot run
+block_draft() { # beside draft_7, with CUDA graphs and without; a block's pass cannot run in one
     needs_smollm2
     local words
     held_out draft_7
     train_draft draft_block experiment=smollm2_draft ttt.passes=7 draft.dialect=speculators \
         draft.mask_token_id=4 # <reponame>
     figures trained "$out"/draft_{7,block}
-    words+=('proposers=[eagle3,peagle,simulated]' draft_model="$out/draft_7/draft")
-    words+=(block_draft_model="$out/draft_block/draft" engine.cuda_graphs=false)
-    samebit block_draft bench speculative "${words[@]}" adaptive_drafts=false \
-        num_draft_tokens=5 'batches=[1]' repeats=25
-    figures block "$out/block_draft"
+    words+=(draft_model="$out/draft_7/draft" adaptive_drafts=false num_draft_tokens=5)
+    words+=('batches=[1]' repeats=25)
+    samebit chain_in_graphs bench speculative "${words[@]}" 'proposers=[eagle3,simulated]'
+    samebit block_draft bench speculative "${words[@]}" engine.cuda_graphs=false \
+        'proposers=[eagle3,peagle,simulated]' block_draft_model="$out/draft_block/draft"
+    figures block "$out"/{chain_in_graphs,block_draft}
 }
 
 verify_rows() { # 64 in all: what a step of them takes, beside a decode step of as many samples
@@ -257,7 +258,7 @@ verify_rows() { # 64 in all: what a step of them takes, beside a decode step of 
     for batch in 8 16 32; do
         samebit "verify_rows_$batch" bench speculative model="$shapes/qwen3-8b" load_format=dummy \
             'proposers=[simulated]' simulated_acceptance=0 adaptive_drafts=false \
-            num_draft_tokens=$((64 / batch - 1)) "batches=[$batch]" output_len=512
+            num_draft_tokens=$((64 / batch - 1)) "batches=[$batch]" input_len=16 output_len=1008
     done
     figures rows "$out"/verify_rows_{8,16,32}
 }

@@ -39,8 +39,11 @@ def checked_draft(run: Eagle3Run, model: ModelConfig) -> tuple[DraftFolder | Non
     if run.draft.path is None:
         config = _new(run, model)
     else:
-        require_safetensors(Path(run.draft.path))
-        folder = open_draft(Path(run.draft.path), model.num_layers, run.draft.norm_output)
+        path = Path(run.draft.path)
+        if not path.is_dir():
+            raise FileNotFoundError(f"draft.path is '{path}', which is no folder")
+        require_safetensors(path)
+        folder = open_draft(path, model.num_layers, run.draft.norm_output)
         config = folder.config
     config = replace(config, verifier=verifier, speculative_tokens=run.ttt.passes)
     for name, own in (("vocab_size", model.vocab_size), ("target_hidden_size", model.hidden_size)):

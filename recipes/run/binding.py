@@ -88,6 +88,7 @@ def binding_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if train == "off":  # nothing reads them
         del kept["draft"], kept["ttt"]
     elif train == "online":
+        kept["ttt"].pop("eval_passes", None)  # no held-out answers are looked at
         kept["engine"] = {"draft_norm_output": config["engine"]["draft_norm_output"]}
     schedules = [kept["trainer"]["optimizer"]["lr_schedule"]]
     learners = ["critic", *(["draft"] if train == "online" else [])]

@@ -48,25 +48,38 @@ def suffix_accept_length(
     """Tokens that a step yields to a sample in the mean, behind the first one; None without a step.
 
     prompts [P] and completions [P][n], of at most max_new_tokens tokens, are token ids. The samples
-    of a prompt are drawn beside one another, as in an engine that has room for all. A step in which
-    nothing is guessed yields one token, and counts: `Engine.accept_lengths` leaves it out.
+    of a prompt are drawn beside one another, and one prompt behind another: what suffix reads in a
+    step is bounded over all that are drawn. A step in which nothing is guessed yields one token,
+    and counts: `Engine.accept_lengths` leaves it out.
     """
-    suffix = Suffix(cast(ProposerParts, None))  # it uses nothing of an engine
-    drawing = []
-    for i, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
-        ids, params = tuple(range(len(group))), SamplingParams(max_new_tokens=max_new_tokens)
-        request = Request(
-            request_id=str(i), prompt_ids=tuple(prompt), params=params, sample_ids=ids
-        )
-        for sample, tokens in zip(RunningSample.of(request, itertools.count()), group, strict=True):
-            whole = np.array([*prompt, *tokens], dtype=np.int32)
-            limit = len(prompt) + max_new_tokens
-            drawing.append(_Drawing(sample, whole, limit, len(prompt) + 1))
+    params = SamplingParams(max_new_tokens=max_new_tokens)
     num_tokens = sum(len(tokens) - 1 for group in completions for tokens in group)
+    num_steps = 0
+    for prompt, group in zip(prompts, completions, strict=True):
+        num_steps += _num_steps(prompt, group, params, num_guesses)
+    return num_tokens / num_steps if num_steps else None
+
+
+def _num_steps(
+    prompt: Sequence[int],
+    group: Sequence[Sequence[int]],
+    params: SamplingParams,
+    num_guesses: int,
+) -> int:
+    """Steps of all samples of a prompt together."""
+    suffix = Suffix(cast(ProposerParts, None))  # it uses nothing of an engine
+    ids = tuple(range(len(group)))
+    request = Request(request_id="0", prompt_ids=tuple(prompt), params=params, sample_ids=ids)
+    samples = RunningSample.of(request, itertools.count())
+    limit = len(prompt) + params.max_new_tokens
+    drawing = [
+        _Drawing(sample, np.array([*prompt, *tokens], dtype=np.int32), limit, len(prompt) + 1)
+        for sample, tokens in zip(samples, group, strict=True)
+    ]
     num_steps = 0
     while drawing := [x for x in drawing if x.length < len(x.token_ids)]:
         contexts = [x.context(num_guesses) for x in drawing]
         for x, proposal in zip(drawing, suffix.propose(contexts), strict=True):
             x.take(proposal.token_ids)
         num_steps += len(drawing)
-    return num_tokens / num_steps if num_steps else None
+    return num_steps

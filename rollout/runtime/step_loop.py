@@ -130,6 +130,8 @@ class StepLoop:
     def _collect(self, keep: int) -> list[RunningSample]:
         """Take in all but the `keep` newest steps; the samples that finished."""
         self._take_in_all(keep)
+        if self._speculation is not None and not self._scheduler.has_unfinished:
+            self._speculation.rest()
         finished, self._finished = self._finished, []
         return finished
 

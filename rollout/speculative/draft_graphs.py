@@ -91,9 +91,10 @@ class DraftGraphs:
         key = self._key(chains)
         found = self._graphs.get(key)
         if found is None:
-            found = self._graphs[key] = self._make(key)
+            found = self._make(key)
             self._tell(found.told, chains, key)
             self._capture(found)
+            self._graphs[key] = found
         found.done.synchronize()
         self._tell(found.told, chains, key)
         found.graph.replay()

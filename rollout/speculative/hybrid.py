@@ -43,6 +43,10 @@ class Hybrid(Proposer):
             for draft, (token_ids, _) in zip(drafted, matches, strict=True)
         ]
 
+    def rest(self) -> None:
+        """See Proposer."""
+        self.suffix.rest()
+
     def observe(self, step: EngineStep, collected: dict[int, Tensor]) -> None:
         self.eagle3.observe(step, collected)
 

@@ -23,7 +23,7 @@ class PromptLibrary:
     def __init__(self) -> None:
         self._known: dict[tuple[int, int], PromptTexts] = {}  # by length and hash
         self._lengths: Counter[int] = Counter()
-        self._powers = np.ones(1, dtype=np.uint64)
+        self._powers = np.zeros(0, dtype=np.uint64)
         self.num_tokens = 0
         """Tokens that are kept: at most MOST_TOKENS, besides those of prompts whose samples run."""
 

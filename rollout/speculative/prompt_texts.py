@@ -14,6 +14,7 @@ from samebit.rollout.speculative.suffix_automaton import SuffixAutomaton
 
 MOST_COMPLETIONS = 32
 """Completions that are kept of a prompt, the newest."""
+_MOST_GONE = 1024  # texts of samples that are gone in an automaton before it is made anew
 
 
 @dataclass(eq=False, slots=True)
@@ -77,14 +78,17 @@ class PromptTexts:
             self.kept.popleft()
         if not self._live:
             self._texts, self._unread, self._automaton = [], [], SuffixAutomaton()
-        elif len(self._texts) > len(self._live) + 3 * MOST_COMPLETIONS:
+        elif len(self._texts) > len(self._live) + _MOST_GONE:
             self._begin()
 
     def holds(self, token_ids: Sequence[int]) -> bool:
         """Whether tokens behind the prompt begin with a completion of it."""
-        return any(kept == array("i", token_ids[: len(kept)]) for kept in self.kept) or any(
-            text.token_ids and text.token_ids == [*token_ids[: len(text.token_ids)]]
-            for text in self._live
+        texts = [*self.kept, *(text.token_ids for text in self._live if text.token_ids)]
+        return any(
+            len(text) <= len(token_ids)
+            and text[-1] == token_ids[len(text) - 1]
+            and [*text] == [*token_ids[: len(text)]]
+            for text in texts
         )
 
     def go_on(self, text: Text, token_ids: Sequence[int], most: int) -> int:

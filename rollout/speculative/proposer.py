@@ -83,6 +83,9 @@ class Proposer(ABC):
     nothing is to be guessed, and then before the newest tokens have arrived."""
     cost: float = 0.0
     """Of guessing one more token for a batch, as a part of what a step of the target costs."""
+    is_preparing: bool = False
+    """Whether it has still to read what samples begin with: that it guesses nothing for one says
+    nothing of the others, or of later."""
     round_cost: float = 0.0
     """Of guessing for a batch at all, however many tokens, as such a part."""
 
@@ -92,6 +95,9 @@ class Proposer(ABC):
     @abstractmethod
     def propose(self, contexts: Sequence[Context]) -> Sequence[Proposal]:
         """A proposal for each context, of no more tokens than it has room for; possibly none."""
+
+    def rest(self) -> None:  # noqa: B027 - most keep nothing
+        """Let go of what belongs to samples: none is unfinished."""
 
     def observe(  # noqa: B027 - nothing is to be seen without streams
         self, step: EngineStep, collected: dict[int, Tensor]

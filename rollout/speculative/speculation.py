@@ -66,7 +66,7 @@ class Speculation:
         columns = seqs, step.decode.tolist(), token_ids, room.tolist()
         proposals = self._propose([*map(Context, *columns)])
         self._unread = 0
-        if not wanted:
+        if not wanted or not room.any():  # as before the last token of each: nothing is learnt
             return step
         likely = self._likely(proposals)
         guesses = [proposal.token_ids for proposal in proposals]
@@ -76,6 +76,8 @@ class Speculation:
         num_others = step.num_tokens - len(step.decode)
         most = self._length.cut(drafts.lens, likely, num_others)
         if not most:
+            if self.proposer.is_preparing:
+                return step
             none = np.zeros_like(drafts.lens)
             self._length.learn(none, none + 1)
             return step
@@ -85,6 +87,10 @@ class Speculation:
         """Take in how many tokens [B] each decoding sample of a step with guesses got."""
         self.accept_lengths = self.accept_lengths.plus(drafts, counts)
         self._length.learn(drafts.lens, counts)
+
+    def rest(self) -> None:
+        """No sample is unfinished: let go of what belongs to any."""
+        self.proposer.rest()
 
     def _has_to_call(self, wanted: int) -> bool:
         """Whether the proposer is called in this step: to guess, or to read the streams that it

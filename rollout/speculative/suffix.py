@@ -17,8 +17,8 @@ from samebit.rollout.speculative.prompt_library import PromptLibrary
 from samebit.rollout.speculative.prompt_texts import PromptTexts, Text
 from samebit.rollout.speculative.proposer import Context, Proposal, Proposer, ProposerParts
 
-_DRAWN = 16  # tokens of each sample that are read in any step: what it draws in one
-_BEHIND = 1024  # further tokens that are read in a step, over all samples
+_DRAWN = 16  # new tokens of a sample that are read in any step: what it draws in one
+_BEHIND = 2048  # others that are read in a step, over all samples
 
 
 class _Reader(NamedTuple):
@@ -48,13 +48,13 @@ class Suffix(Proposer):
 
     def matches(self, contexts: Sequence[Context]) -> list[tuple[Sequence[int], int]]:
         """For each context what followed its match, and the match's length; 0: there is none."""
-        left, known = _BEHIND, self._readers
+        left, known, self.is_preparing = _BEHIND, self._readers, False
         readers = [known.get(ref(c.sample)) or self._new(c) for c in contexts]
         for (texts, text, start), context in zip(readers, contexts, strict=True):
             new = context.token_ids[start + len(text.token_ids) :].tolist()
-            count = texts.go_on(text, new, left + _DRAWN)
-            if count > _DRAWN:
-                left -= count - _DRAWN
+            free = _DRAWN if len(new) <= _DRAWN else 0
+            left -= max(texts.go_on(text, new, left + free) - free, 0)
+            self.is_preparing |= text.state < 0
         self._read_kept(left)
         if len(known) > len(contexts):
             self._let_go()
@@ -81,6 +81,10 @@ class Suffix(Proposer):
                 del self._behind[texts]
             if left <= 0:
                 return
+
+    def rest(self) -> None:
+        """See Proposer."""
+        self._let_go()
 
     def _let_go(self) -> None:
         """Of samples that are finished. The engine holds the others: so it does not matter when

@@ -112,21 +112,23 @@ def online(runs: Sequence[Path]) -> tuple[str, bool]:
     )
 
 
-def block(bench: Path) -> str:
-    """Return a table of a chain's and a block draft's accept length by what drafting takes."""
-    [(batch, entry)] = _batches(bench).items()
-    if batch != "1":
-        raise ValueError(f"{bench} is of {batch} samples at a time; give one of 1")
-    step_ms = {
-        name: 1e3 * sum(found["seconds"]) / found["verifications"]
-        for name, found in entry.items()
-        if name != "none"
-    }
-    rows = [["draft", "accept length", "drafting ms", "accept length / ms", "tok/s"]]
-    for name in ("eagle3", "peagle"):
-        length, drafting = entry[name]["accept_length"], step_ms[name] - step_ms["simulated"]
-        rate = f"{entry[name]['output_tokens_s']['median']:,.1f}"
-        rows.append([name, f"{length:.3f}", f"{drafting:.3f}", f"{length / drafting:.3f}", rate])
+def block(benches: Sequence[Path]) -> str:
+    """Return a table of chains' and block drafts' accept length by what drafting takes."""
+    rows = [["bench", "draft", "accept length", "drafting ms", "accept length / ms", "tok/s"]]
+    for bench in benches:
+        [(batch, entry)] = _batches(bench).items()
+        if batch != "1":
+            raise ValueError(f"{bench} is of {batch} samples at a time; give one of 1")
+        step_ms = {
+            name: 1e3 * sum(found["seconds"]) / found["verifications"]
+            for name, found in entry.items()
+            if name != "none"
+        }
+        for name in (name for name in ("eagle3", "peagle") if name in entry):
+            length, drafting = entry[name]["accept_length"], step_ms[name] - step_ms["simulated"]
+            by_ms = f"{length / drafting:.3f}" if drafting > 0 else "-"
+            rate = f"{entry[name]['output_tokens_s']['median']:,.1f}"
+            rows.append([bench.name, name, f"{length:.3f}", f"{drafting:.3f}", by_ms, rate])
     return format_table(rows)
 
 
@@ -150,7 +152,7 @@ def main(what: str, folders: Sequence[str]) -> int:
     elif what == "online":
         text, holds = online(paths)
     elif what == "block":
-        text = block(paths[0])
+        text = block(paths)
     else:
         text = {"trained": trained, "rows": verified_rows}[what](paths)
     print(text)

@@ -87,8 +87,8 @@ def test_drafting_is_what_a_step_takes_longer(tmp_path, capsys):
     }
     assert draft_figures.main("block", [bench(tmp_path / "bench", "1", **drafts)]) == 0
     _, chain, block = (line.split() for line in capsys.readouterr().out.splitlines())
-    assert chain == ["eagle3", "2.500", "15.000", "0.167", "1.0"]
-    assert block == ["peagle", "2.000", "5.000", "0.400", "1.0"]
+    assert chain == ["bench", "eagle3", "2.500", "15.000", "0.167", "1.0"]
+    assert block == ["bench", "peagle", "2.000", "5.000", "0.400", "1.0"]
     with pytest.raises(ValueError, match="is of 8 samples at a time; give one of 1"):
         draft_figures.main("block", [bench(tmp_path / "eight", "8", **drafts)])
 

@@ -129,18 +129,25 @@ def test_a_resumed_run_ends_in_the_same_bytes(base, runs):
     assert manifests[0] == manifests[1]
 
 
-def guessed(runs, target, **guesses):
+def guessed(runs, target, each=False, **guesses):
     """(accept lengths, tokens per step) of an engine that draws the held-out answers and guesses
-    four tokens at a time; it does not count steps in which nothing is guessed, of a token each."""
+    four tokens at a time; it does not count steps in which nothing is guessed, of a token each.
+
+    each: a prompt behind another, each by an engine of its own.
+    """
     run = runs.resolve("engine")
     inputs = Eagle3Inputs(run)
     guesses |= {"num_draft_tokens": 4, "adaptive_drafts": False}
     config = replace(run.engine, max_model_len=28, **guesses)
-    with closing(Engine(target, config, device="cpu")) as engine:
-        splits = inputs.train_set, inputs.eval_set
-        source = AnswerSource(run.rollout, run.seed, splits, engine, inputs.config)
-        samples = source.draw(source.held_out_prompts(0))
-        found = engine.accept_lengths
+    splits, samples, lengths = (inputs.train_set, inputs.eval_set), [], []
+    for part in [slice(i, i + 1) for i in range(len(inputs.eval_set))] if each else [slice(None)]:
+        with closing(Engine(target, config, device="cpu")) as engine:
+            source = AnswerSource(run.rollout, run.seed, splits, engine, inputs.config)
+            prompts = source.held_out_prompts(0)
+            own = {name: getattr(prompts, name)[part] for name in ("token_ids", "sample_ids")}
+            samples += source.draw(replace(prompts, **own))
+            lengths.append(engine.accept_lengths)
+    found = sum(lengths[1:], lengths[0])
     tokens = sum(sample.num_trained - 1 for sample in samples)
     return found, tokens / (found.verifications + tokens - found.tokens)
 
@@ -160,7 +167,7 @@ def test_accept_lengths_are_those_of_an_engine(base, target):
 def test_suffix_is_measured_on_the_same_answers(base, target):
     """As in an engine that guesses by it, siblings' texts included."""
     runs, _, rows = base
-    found, per_step = guessed(runs, target, speculative="suffix")
+    found, per_step = guessed(runs, target, each=True, speculative="suffix")
     assert 0 < found.num_right < found.num_guessed
     assert found.verifications > 10
     assert 1 < per_step < found.accept_length

@@ -173,6 +173,7 @@ def test_what_is_kept_is_bounded(monkeypatch):
 def test_a_prompt_that_is_never_idle_is_bounded(monkeypatch):
     """Its automaton is made anew, and its samples go on being guessed for."""
     monkeypatch.setattr(prompt_texts, "MOST_COMPLETIONS", 2)
+    monkeypatch.setattr(prompt_texts, "_MOST_GONE", 6)
     own, stays = Suffix(None), group([1, 2, 3], name="stays")[0]
     most = 0
     for i in range(40):
@@ -260,3 +261,37 @@ def test_guesses_are_a_function_of_what_was_drawn():
     found = guess_much()
     assert told.stdout.strip() == str(found)
     assert sum(map(bool, itertools.chain(*found))) > 999
+
+
+def test_a_prompt_of_one_token_keeps_its_samples():
+    """Whatever longer prompts came in between."""
+    own = Suffix(None)
+    [a] = group([7], name="a")
+    own.propose([context(a, [1, 2, 3, 4])])
+    own.propose([context(group([3, 4, 5], name="b")[0])])
+    end(own, a)
+    assert guesses(own, context(group([7], name="c")[0], [1, 2, 3])) == [[4]]
+
+
+def test_a_prompt_that_is_not_read_says_nothing(monkeypatch):
+    """That it has no guess for such a sample is no reason to ask it less often."""
+    monkeypatch.setattr(suffix, "_BEHIND", 40)
+    own, [sample] = Suffix(None), group(range(100))
+    told = []
+    for _ in range(4):
+        own.propose([context(sample)])
+        told.append(own.is_preparing)
+    assert told == [True, False, False, False]
+
+
+def test_nothing_is_held_at_rest():
+    """Of finished samples; of others it is."""
+    own, (a, b) = Suffix(None), group([1, 2], n=2)
+    own.propose([context(a, [3, 4, 5]), context(b, [3])])
+    a.status = Status.FINISHED
+    own.rest()
+    assert len(own._readers) == 1
+    b.status = Status.FINISHED
+    own.rest()
+    assert not own._readers
+    assert not own._library._known[next(iter(own._library._known))]._texts

@@ -92,6 +92,20 @@ def test_a_conversation_stays_at_home(common):
             assert queue.end(replica, job)
 
 
+def test_a_lost_home_leaves_the_one_of_a_shorter_beginning():
+    queue, begins = queue_of(3, room=100), (7,) * 64
+    long, filler, other = (*begins, *(1,) * 100), (8,) * 200, (*begins, *(2,) * 100)
+    jobs = [make_job(i, 1, x, 5000 - 2000 * i) for i, x in enumerate((long, filler, other))]
+    queue.put(jobs)
+    given = give_all(queue)
+    assert [replica for replica, _ in given] == [0, 1, 2]
+    for pair in given:
+        assert queue.end(*pair)
+    queue.remove(0)
+    queue.put([make_job(3, 1, (*long, *(3,) * 100))])
+    assert [replica for replica, _ in give_all(queue)] == [2]
+
+
 def test_what_the_dead_had_waits_again_first():
     queue = queue_of(2, room=4)
     jobs = [make_job(i) for i in range(6)]

@@ -9,7 +9,9 @@ from pathlib import Path
 _CONVERT = """\
 import torch
 from safetensors.torch import save_file
-tensors = torch.load({source!r}, map_location="cpu", weights_only=True)
+tensors = {{}}
+for path in {sources!r}:
+    tensors |= torch.load(path, map_location="cpu", weights_only=True)
 save_file({{name: x.contiguous().clone() for name, x in tensors.items()}}, {target!r})"""
 
 
@@ -19,7 +21,9 @@ def require_safetensors(folder: Path) -> None:
     pickled = sorted(folder.glob("*.bin"))
     if not pickled or any(folder.glob("*.safetensors")):
         return
-    code = _CONVERT.format(source=str(pickled[0]), target=str(folder / "model.safetensors"))
+    weights = [str(file) for file in pickled if file.name.startswith("pytorch_model")]
+    sources = weights or [str(pickled[0])]
+    code = _CONVERT.format(sources=sources, target=str(folder / "model.safetensors"))
     names = ", ".join(file.name for file in pickled[:5])
     raise FileNotFoundError(
         f"draft folder {folder} holds {names}, which is not read, and no *.safetensors; once, in "
