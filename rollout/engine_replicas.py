@@ -18,6 +18,8 @@ from samebit.weight_sync.transports.shards import beside
 
 logger = logging.getLogger(__name__)
 
+_FROZEN_S = 10.0  # many beats of an engine that draws
+
 
 class EngineReplicas:
     """Engines by their places; any thread may call it. Close it when done."""
@@ -81,10 +83,11 @@ class EngineReplicas:
         with self.lock:
             self._queue.remove(engine)
             place = next((p for p, e in self._engines.items() if e is engine), None)
-            if place is None or self._is_closed.is_set():
+            if place is None:
                 return  # somebody else has seen it
             del self._engines[place]
-            self._replace(place, death)
+            if not self._is_closed.is_set():
+                self._replace(place, death)
 
     def exhausted(self) -> RemoteEngineError:
         """What to say where none is left, or more have died than may."""
@@ -103,7 +106,9 @@ class EngineReplicas:
         self._is_closed.set()
         with self.lock:
             engines, starting = [*self._engines.values()], [*self._starting.values()]
-            for engine, _ in self._asked:
+            busy = [engine for engine in self._queue.replicas if self._queue.is_busy(engine)]
+            frozen = [engine for engine in busy if engine.silent_s > _FROZEN_S]  # heeds no Stop
+            for engine in (*frozen, *(engine for engine, _ in self._asked)):
                 engine.kill()  # nobody waits for its start, or its answer
         engines += [future.result() for future in starting if not future.exception()]
         for engine in engines:
@@ -111,23 +116,34 @@ class EngineReplicas:
 
     # -- what they are asked ---------------------------------------------------------------------
 
-    def ask[T](self, engine: RemoteEngine, question: Callable[[RemoteEngine], T]) -> T:
-        """A replica's answer. One that dies of it is replaced, and raises RemoteEngineError."""
+    def ask[T](
+        self,
+        engine: RemoteEngine,
+        question: Callable[[RemoteEngine], T],
+        timeout_s: float | None = None,
+    ) -> T:
+        """A replica's answer. One that dies of it is replaced, and raises RemoteEngineError.
+
+        timeout_s: how long it may be silent, where that is not as long as in a draw.
+        """
         try:
-            with self._waiting_for(engine, self._timeout_s):
+            with self._waiting_for(engine, timeout_s or self._timeout_s):
                 return question(engine)
         except RemoteEngineError as error:
             self.bury(engine, error)
             raise
 
     def ask_each[T](
-        self, engines: Sequence[RemoteEngine], question: Callable[[RemoteEngine], T]
+        self,
+        engines: Sequence[RemoteEngine],
+        question: Callable[[RemoteEngine], T],
+        timeout_s: float | None = None,
     ) -> list[T]:
         """The answers of those that do not die of it."""
         answers = []
         for engine in engines:
             with suppress(RemoteEngineError):
-                answers.append(self.ask(engine, question))
+                answers.append(self.ask(engine, question, timeout_s))
         return answers
 
     def ask_first[T](self, question: Callable[[RemoteEngine], T]) -> T:
@@ -138,10 +154,15 @@ class EngineReplicas:
         raise self.exhausted()
 
     def ask_started[T](self, question: Callable[[RemoteEngine], T]) -> list[T]:
-        """The answers of all that have started, of one at least; raises what `all_started` does."""
-        while not (answers := self.ask_each(self.all_started(), question)):
-            pass  # all have died of it
-        return answers
+        """The answers of all that have started, of one at least; it may take them as long as a
+        start. Raises what `all_started` does, and RemoteEngineError where all die of it twice."""
+        for _ in range(2):
+            if answers := self.ask_each(self.all_started(), question, self._start_timeout_s):
+                return answers
+        raise RemoteEngineError(
+            f"all replicas of the engine have died of what they were asked, twice; the last death: "
+            f"{self._last_death}"
+        )
 
     @contextmanager
     def _waiting_for(self, engine: RemoteEngine, timeout_s: float) -> Iterator[None]:

@@ -175,6 +175,16 @@ def test_who_does_not_answer_between_draws_is_killed(qwen3_path):
                 ask()
 
 
+def test_a_closed_pool_answers_nothing(qwen3_path):
+    """Though its replicas lived to the end."""
+    pool = start_pool(qwen3_path, 1)
+    pool.close()
+    with pytest.raises(RemoteEngineError, match="the engine is closed"):
+        _ = pool.weight_version
+    with pytest.raises(RemoteEngineError, match="the engine is closed"):
+        pool.memory_occupation()
+
+
 def standing_still(*arguments):
     """Launch a process that does not come to making its engine."""
     [launched] = launch_here(*arguments)

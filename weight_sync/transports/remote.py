@@ -198,7 +198,8 @@ class RemoteTransport(Transport):
         if any(each.done() and each.exception() is not None for each in (*joining, made)):
             wait([made], self._last_words_s)  # its thread ends with it
             if made.done():  # it holds nobody up
-                self._hear_out()
+                not_come = isinstance(made.exception(), LostMemberError | ValueError)
+                self._hear_out(is_silent=not_come)
             require_coming()
         return made.result()
 
@@ -227,7 +228,7 @@ class RemoteTransport(Transport):
                 each.result(self._timeout_s)
         except TimeoutError:
             self._drop()
-            self._hear_out()
+            self._hear_out(is_silent=True)
             raise WeightSyncError(f"the engine said nothing for {self._timeout_s:g} s") from None
 
     def _require_receiving(self) -> None:
@@ -246,21 +247,22 @@ class RemoteTransport(Transport):
             if not sender.in_order:
                 self._drop()
             if isinstance(error, WeightSyncError):
-                said = self._hear_out()
+                said = self._hear_out(isinstance(error, LostMemberError))
                 # Who is the cause says more than those who only see that it is gone.
                 said.sort(key=lambda other: isinstance(other, LostMemberError))
                 for other in filter(None, said):
                     raise other from error
             raise
 
-    def _hear_out(self) -> list[BaseException | None]:
+    def _hear_out(self, is_silent: bool) -> list[BaseException | None]:
         """What the engines say that has ended their part, those that do not stand still.
 
-        Replicas leave a group that this end has let go of. One that does not, with all its ranks,
-        is killed; it is replaced.
+        is_silent: somebody has not been heard of. Replicas leave a group that this end has let go
+        of: then one that does not, with all its ranks, is killed; it is replaced.
         """
         parts, leaving = self._receiving, list[Future[Any]]()
-        if self._sender is None and hasattr(self._engine, "replicas"):
+        has_replicas = hasattr(type(self._engine), "replicas")  # which would wait for successors
+        if is_silent and self._sender is None and has_replicas:
             leaving = [beside(member.leave_weight_transport) for member in self._members]
         silent = wait([*parts, *leaving], self._last_words_s).not_done
         for member, left in zip(self._members, leaving, strict=bool(leaving)):
