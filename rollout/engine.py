@@ -21,7 +21,6 @@ from samebit.kernels.top_tokens import TopTokens
 from samebit.rollout.client import Progress, result_of, stream_of
 from samebit.rollout.config import EngineConfig, as_path
 from samebit.rollout.device import as_ranks, automatic_kv_bytes, own_device, resolve_dtype, settled
-from samebit.rollout.draft_control import DraftControl
 from samebit.rollout.engine_memory import EngineMemory, MemoryControl
 from samebit.rollout.engine_weights import EngineWeights
 from samebit.rollout.models.config import KVLayout
@@ -34,7 +33,7 @@ from samebit.rollout.runtime.requests import RequestFactory, scores_of, top_scor
 from samebit.rollout.runtime.runner import Runner
 from samebit.rollout.runtime.sampler import Sampler
 from samebit.rollout.runtime.scheduler import Scheduler
-from samebit.rollout.runtime.served_draft import load_draft
+from samebit.rollout.runtime.served_draft import ServedDraft, load_draft
 from samebit.rollout.runtime.slots import Slots
 from samebit.rollout.runtime.step_loop import StepLoop
 from samebit.rollout.runtime.weight_control import (
@@ -267,7 +266,7 @@ class Engine(EngineWeights, EngineMemory):
         self.scheduler = Scheduler(c, self.pool, self.prefixes, slots, cache)
         gate = StepGate(self.scheduler)
         if self._draft is not None and drafted is not None:
-            self.draft_control = DraftControl(self._draft, drafted, self.arena, gate, self.prefixes)
+            self.draft_control = ServedDraft(self._draft, drafted, self.arena, gate, self.prefixes)
         self.speculation = make_speculation(c, self._proposer_parts(slots, cache, positions))
         self.step_loop = StepLoop(
             *(self.scheduler, slots, self.runner, self.sampler),

@@ -106,10 +106,9 @@ class EngineReplicas:
         self._is_closed.set()
         with self.lock:
             engines, starting = [*self._engines.values()], [*self._starting.values()]
-            busy = [engine for engine in self._queue.replicas if self._queue.is_busy(engine)]
-            frozen = [engine for engine in busy if engine.silent_s > _FROZEN_S]  # heeds no Stop
+            frozen = [engine for engine in self._busy() if engine.silent_s > _FROZEN_S]
             for engine in (*frozen, *(engine for engine, _ in self._asked)):
-                engine.kill()  # nobody waits for its start, or its answer
+                engine.kill()  # it heeds no Stop, or nobody waits for its start or answer
         engines += [future.result() for future in starting if not future.exception()]
         for engine in engines:
             engine.close()
@@ -176,12 +175,16 @@ class EngineReplicas:
             with self.lock:
                 self._asked.remove(asked)
 
+    def _busy(self) -> list[RemoteEngine]:
+        """Those that draw something. Holds the lock."""
+        return [engine for engine in self._queue.replicas if self._queue.is_busy(engine)]
+
     def _watch(self) -> None:
         """Kill who is waited for and silent: what waits for it then learns that it is dead."""
         while not self._is_closed.wait(min(1.0, self._timeout_s / 4)):
             with self.lock:
-                busy = [engine for engine in self._queue.replicas if self._queue.is_busy(engine)]
-                waited_for = [*((engine, self._timeout_s) for engine in busy), *self._asked]
+                busy = ((engine, self._timeout_s) for engine in self._busy())
+                waited_for = [*busy, *self._asked]
             for engine, timeout_s in waited_for:
                 if (silent_s := engine.silent_s) > timeout_s:
                     logger.warning("a replica took no step for %.0f s: it is killed", silent_s)

@@ -15,7 +15,6 @@ from samebit.rollout.models.config import ModelConfig
 from samebit.rollout.models.decoder import EMBEDDING, FINAL_NORM, OUTPUT, DenseModel
 from samebit.rollout.models.draft.config import OUTPUT as DRAFT_OUTPUT
 from samebit.rollout.models.draft.config import DraftConfig, Verifier
-from samebit.rollout.models.draft.pickled import require_safetensors
 from samebit.rollout.models.draft.vocabulary import DraftVocabulary
 from samebit.rollout.runtime.draft_folder import DIALECTS, DraftFolder, open_draft
 from samebit.rollout.runtime.weights import load_dummy
@@ -42,7 +41,6 @@ def checked_draft(run: Eagle3Run, model: ModelConfig) -> tuple[DraftFolder | Non
         path = Path(run.draft.path)
         if not path.is_dir():
             raise FileNotFoundError(f"draft.path is '{path}', which is no folder")
-        require_safetensors(path)
         folder = open_draft(path, model.num_layers, run.draft.norm_output)
         config = folder.config
     config = replace(config, verifier=verifier, speculative_tokens=run.ttt.passes)

@@ -18,6 +18,7 @@ from samebit.rollout.models.draft import config as draft
 from samebit.rollout.models.draft import sglang, speculators
 from samebit.rollout.models.draft.config import DraftConfig
 from samebit.rollout.models.draft.layer_json import DTYPES
+from samebit.rollout.models.draft.pickled import require_safetensors
 from samebit.rollout.models.draft.vocabulary import DraftVocabulary
 from samebit.rollout.models.json_file import JsonFile
 from samebit.rollout.runtime.weight_files import SINGLE, WeightLoadError, find_tensors, open_file
@@ -63,6 +64,7 @@ def open_draft(
     names file and key for what is wrong, ambiguous or not computed here, and WeightLoadError that
     lists every tensor that is missing, unknown or of another shape or dtype.
     """
+    require_safetensors(folder)
     if norm_output not in (None, *sglang.NORM_OUTPUT):
         raise ValueError(f"norm_output is {norm_output!r}; it must be sglang, specforge or unset")
     if not (folder / "config.json").is_file():

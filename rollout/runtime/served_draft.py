@@ -19,6 +19,7 @@ from samebit.kernels.reduce import RankGroup
 from samebit.rollout.models.draft.config import DraftConfig
 from samebit.rollout.models.draft.vocabulary import DraftVocabulary
 from samebit.rollout.runtime.draft_folder import DraftFolder, open_draft
+from samebit.rollout.runtime.prefix_cache import PrefixCache
 from samebit.rollout.runtime.weight_control import ServedModel, StepGate, versioned
 from samebit.rollout.runtime.weights import open_safetensors
 from samebit.weight_sync.mapping import Read
@@ -44,12 +45,22 @@ def load_draft(
 
 
 class ServedDraft(ServedModel):
-    """An engine's draft: what it is, and its weights; proposers read both."""
+    """An engine's draft: what it is, and its weights; proposers read both.
+
+    It forgets cached prefixes as it changes: keys and values of two models lie in one page, and
+    those of the draft before would spoil the guesses behind every hit, the longer it is shared.
+    """
 
     def __init__(
-        self, folder: DraftFolder, session: UpdateSession, arena: Arena, gate: StepGate
+        self,
+        folder: DraftFolder,
+        session: UpdateSession,
+        arena: Arena,
+        gate: StepGate,
+        prefixes: PrefixCache | None,
     ) -> None:
         super().__init__(session, arena, gate)
+        self._prefixes = prefixes
         self.config: DraftConfig = folder.config
         self.vocabulary: DraftVocabulary = folder.vocabulary
         self._norm_output = folder.norm_output
@@ -65,8 +76,10 @@ class ServedDraft(ServedModel):
         return self.session.state is SessionState.READY
 
     def flush_cache(self) -> None:
-        """Keep all prefixes. What the draft before made of their tokens stays until they go:
-        guesses behind them may be worse for so long."""
+        """Drop all cached prefixes; the target computes them anew, and the draft with it. Samples
+        that an update finds paused keep their keys."""
+        if self._prefixes is not None:
+            self._prefixes.reset(self._prefixes.version)
 
     def _open(self, folder: Path) -> Read:
         """Weights alone are read by the names of the sglang dialect; what is a draft's folder must

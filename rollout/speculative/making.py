@@ -4,7 +4,6 @@ from pathlib import Path
 
 from samebit.rollout.config import EngineConfig
 from samebit.rollout.models.config import ModelConfig
-from samebit.rollout.models.draft.pickled import require_safetensors
 from samebit.rollout.runtime.draft_folder import DraftFolder, open_draft
 from samebit.rollout.speculative.proposer import ProposerParts
 from samebit.rollout.speculative.registry import proposer
@@ -32,7 +31,6 @@ def open_speculation(config: EngineConfig, target: ModelConfig) -> DraftFolder |
     if config.draft_model is None:
         return None
     path = Path(config.draft_model)
-    require_safetensors(path)
     folder = open_draft(path, target.num_layers, config.draft_norm_output)
     draft = folder.config
     if draft.is_block != {"eagle3": False, "peagle": True}.get(kind, draft.is_block):
