@@ -29,21 +29,23 @@ def test_graphs_of_a_draft_guess_as_launches_do(
     qwen3_path, truth, tmp_path, monkeypatch, num_draft_tokens, rest
 ):
     """Each chain is made both ways; some have little room, some have several new tokens, and some
-    come after `rest` steps that guessed nothing and overlapped."""
+    come after `rest` steps that guessed nothing and overlapped. What was drawn meanwhile is read
+    then, or before it is too much, with no guess behind it."""
     engine = Engine(qwen3_path, device="cuda", cuda_graphs=False)
     write_random_draft(tmp_path / "draft", engine.model_config)
     settings = {"draft_model": str(tmp_path / "draft"), "num_draft_tokens": num_draft_tokens}
     engine = Engine(
         qwen3_path, device="cuda", speculative="eagle3", adaptive_drafts=False, **settings
     )
-    proposer, by_graph, seen = engine.speculation.proposer, DraftGraphs.guess, []
+    proposer, by_graph, seen, read = engine.speculation.proposer, DraftGraphs.guess, [], []
 
     def both(graphs, chains):
+        read.append(int(chains.layout.lens.max()))
         found, expected = by_graph(graphs, chains), proposer._guess(chains)
         for own, plain, room in zip(found, expected, chains.room, strict=True):
             assert own[:room].tolist() == plain[:room].tolist()
         if chains.room.any():
-            seen.append((len(chains.slots), int(chains.layout.lens.max())))
+            seen.append(len(chains.slots))
         return found
 
     monkeypatch.setattr(DraftGraphs, "guess", both)
@@ -51,9 +53,9 @@ def test_graphs_of_a_draft_guess_as_launches_do(
         plan = itertools.cycle([*[0] * rest, 4, 2, 1])
         engine.speculation.choose = lambda slots: next(plan)
     assert outcomes(engine.generate(PROMPTS, PARAMS, IDS)) == outcomes(truth)
-    assert len(seen) > (3 if rest else 20)
-    assert not rest or max(lens for _, lens in seen) > 5
-    assert rest or len({size for size, _ in seen}) > 2
+    assert len(seen) >= (3 if rest else 21)
+    assert not rest or max(read) > 5
+    assert rest or len(set(seen)) > 2
 
 
 @pytest.mark.parametrize("num_draft_tokens", [1, 5, 15])
