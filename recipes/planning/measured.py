@@ -93,11 +93,11 @@ class Measured:
 
 CONSTANTS = Measured(
     Rollout(  # h200_engine_qwen3_0.6b, _8b; graphs: h200_engine_tables_qwen3_8b
-        prefill=0.611,
-        weights=0.935,
-        keys=0.853,
-        rows=0.11,
-        step_s=8.25e-4,
+        prefill=0.602,
+        weights=0.902,
+        keys=0.855,
+        rows=0.101,
+        step_s=8.18e-4,
         graph_bytes_per_logit_byte=4.18,
     ),
     Training(  # h200_trainer_qwen3_4b
