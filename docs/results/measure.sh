@@ -4,7 +4,7 @@
 #
 #   docs/results/measure.sh OUT PART...
 #
-# Parts: verify (two runs side by side have to be equal; SMOLLM2=FOLDER adds that model), engine,
+# Parts: verify (SMOLLM2=FOLDER adds that model; each has to find what another run found), engine,
 # groups, tables, speculative (SMOLLM2 too), kernels, trainer, memory, sync (on two GPUs also
 # between them), step (of colocated GRPO), kills (a short demo on SmolLM2, killed 20 times),
 # draft_trainer (of drafts of the 8B shape), verify_rows (what a step takes that verifies guesses);
@@ -88,10 +88,19 @@ sys.exit(a["mismatches"] + b["mismatches"] > 0 or a["outcomes_digest"] != b["out
 EOF
 }
 
-verify() {
-    twice verify_qwen3_8b model="$shapes/qwen3-8b" load_format=dummy
+verify() { # every property; the 8B shape's as many at a time as one card has room for
+    verified qwen3_8b batch_size,batch_position,decode_batch,prefill_chunk,prefix_cache,group,\
+neighbour_abort,concurrent_callers,restart,graphs_and_overlap,score,trainer
+    verified speculation_qwen3_8b shared_prefixes,speculation
+    verified weights_qwen3_8b memory_release,pauses
+    verified pages_qwen3_8b weight_update,page_size,preemption
     twice verify_qwen3_0.6b model="$shapes/qwen3-0.6b" load_format=dummy
     if [[ -n ${SMOLLM2:-} ]]; then twice verify_smollm2 model="$SMOLLM2"; fi
+}
+
+verified() { # NAME PROPERTIES: of the 8B shape, to the digest of the committed file
+    samebit "verify_$1" verify model="$shapes/qwen3-8b" load_format=dummy "properties=[$2]"
+    same_draws "$out/verify_$1/verify.json" "$root/docs/results/h200_verify_$1.json"
 }
 
 engine() {
