@@ -29,12 +29,12 @@ class PlacementSection:
     """Tensor parallel processes of an engine apart, on a GPU each with nccl: as many as
     trainer.parallel.tensor, or with numerics.tp_invariant any of 1, 2, 4, 8."""
     replica_timeout_s: float = 600.0
-    """With several: one that draws or is asked something and takes no step for so long is killed.
+    """An engine apart that draws or is asked something and takes no step for so long is killed.
     Compiling kernels takes long."""
     start_timeout_s: float = 1800.0
-    """With several: one that has not started in so long is killed."""
+    """An engine apart that has not started in so long is killed."""
     max_restarts: int = 3
-    """With several: how many may die in a run, and are replaced."""
+    """How many engines apart may die in a run, and are replaced."""
     launcher: str = "local"
     """Who starts the run's processes, the trainer's and those of engines apart: local, samebit on
     this machine; ray, which has a place for each on a cluster."""
@@ -84,8 +84,8 @@ class PlacementSection:
         usual = {"replica_timeout_s": 600.0, "start_timeout_s": 1800.0, "max_restarts": 3}
         for key, default in usual.items():
             value = getattr(self, key)
-            fits = value == default or self.replicas > 1
-            require(fits, f"placement.{key}", value, f"{default} with one replica")
+            fits = value == default or self.engine == "process"
+            require(fits, f"placement.{key}", value, f"{default} with placement.engine=colocated")
 
     def _check_launcher(self) -> None:
         require(self.launcher in LAUNCHERS, "placement.launcher", self.launcher, f"{LAUNCHERS}")

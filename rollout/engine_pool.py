@@ -17,8 +17,9 @@ from pathlib import Path
 from samebit.kernels.memory import TagBytes
 from samebit.rollout.client import Begun, Progress, Tell, awaited, result_of, stream_of
 from samebit.rollout.engine_replicas import EngineReplicas
+from samebit.rollout.messages import Done, Failed
 from samebit.rollout.remote import RemoteEngine
-from samebit.rollout.remote_ranks import RemoteEngineError
+from samebit.rollout.remote_ranks import RemoteEngineError, new_number
 from samebit.rollout.request_client import RequestClient
 from samebit.rollout.runtime.call import uncancelled
 from samebit.rollout.runtime.requests import RequestFactory
@@ -119,7 +120,7 @@ class EnginePool(RequestClient):
                 return self._replicas.ask(engine, lambda e: e.abort_request(request_id))
             return self.abort_request(request_id)  # it waits again
         group = [_nothing(request_id, sample_id) for sample_id in job.request.sample_ids]
-        job.result.set_result(group)
+        job.answer(group)
         return group
 
     # -- what is served --------------------------------------------------------------------------
@@ -200,42 +201,19 @@ class EnginePool(RequestClient):
         self, requests: Sequence[Request], tell: Callable[[list[Completion]], object] | None = None
     ) -> Begun[list[list[Completion]]]:
         """Queue requests; their groups to come, and what abandons them. tell: called with each."""
-        jobs = [Job(request) for request in requests]
-        result: Future[list[list[Completion]]] = uncancelled()
-        lock, unfinished = threading.Lock(), len(jobs)
-
-        def note(done: Future[list[Completion]]) -> None:
-            nonlocal unfinished
-            with lock:  # one of them at a time, and none after the first error
-                unfinished -= 1
-                if result.done():
-                    return
-                if (error := done.exception()) is None:
-                    if tell is not None:
-                        tell(done.result())
-                    if not unfinished:
-                        result.set_result([job.result.result() for job in jobs])
-                    return
-                result.set_exception(error)
-            self._abandon(jobs)
-
-        for job in jobs:
-            job.result.add_done_callback(note)
-        if not jobs:
-            result.set_result([])
+        call = _Call(requests, tell, self._abandon)
         with self._lock:
             self._replicas.admit()
-            self._queue.put(jobs)
+            self._queue.put(call.jobs)
         self._give_out()
-        return result, partial(self._abandon, jobs)
+        return call.result, partial(self._abandon, call.jobs)
 
     def _abandon(self, jobs: Sequence[Job]) -> Future[None]:
         with self._lock:
-            begun = [job.abandon for job in self._queue.drop(jobs)]
-        for abandon in begun:
-            if abandon is not None:
-                with suppress(RemoteEngineError):  # nobody draws them any more
-                    abandon()
+            begun = self._queue.drop(jobs)
+        for engine, job in begun:
+            with suppress(RemoteEngineError):  # nobody draws it any more
+                engine.abandon(job.number)
         ended: Future[None] = uncancelled()
         ended.set_result(None)
         return ended
@@ -243,36 +221,72 @@ class EnginePool(RequestClient):
     def _give_out(self) -> None:
         """Have what waits drawn, as far as there is room."""
         while True:
+            given: dict[RemoteEngine, list[Job]] = {}
             with self._lock:
-                given = self._queue.give()
-            if given is None:
+                while (pair := self._queue.give()) is not None:
+                    given.setdefault(pair[0], []).append(pair[1])
+            if not given:
                 break
-            engine, job = given
-            try:
-                result, job.abandon = engine.draw([job.request])
-            except RemoteEngineError as error:
-                self._replicas.bury(engine, error)
-            else:
-                result.add_done_callback(partial(self._take, engine, job))
+            for engine, jobs in given.items():
+                self._have_drawn(engine, jobs)
         with self._lock:
             lost = [] if self._queue.replicas else self._queue.drop_all()
         for job in lost:
-            job.result.set_exception(self._replicas.exhausted())
+            job.answer(self._replicas.exhausted())
 
-    def _take(self, engine: RemoteEngine, job: Job, result: Future[list[list[Completion]]]) -> None:
-        """What a replica has made of a job."""
-        error = result.exception()
+    def _have_drawn(self, engine: RemoteEngine, jobs: Sequence[Job]) -> None:
+        try:
+            engine.draw({job.number: job.request for job in jobs}, partial(self._take, engine))
+        except RemoteEngineError as error:
+            self._replicas.bury(engine, error)
+
+    def _take(self, engine: RemoteEngine, number: int, answer: Done | Failed) -> None:
+        """What a replica has made of the job of a number."""
+        error = answer.error if isinstance(answer, Failed) else None
         if isinstance(error, RemoteEngineError):
             self._replicas.bury(engine, error)
         else:
             with self._lock:
-                is_ours = self._queue.end(engine, job)
-            if is_ours and error is not None:
-                job.result.set_exception(error)
-            elif is_ours:
-                [group] = result.result()
-                job.result.set_result(group)
+                job = self._queue.end(engine, number)
+            if job is not None:
+                job.answer(answer.value if isinstance(answer, Done) else answer.error)
         self._give_out()
+
+
+class _Call:
+    """Requests of one caller, and where it gets the groups of all."""
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        tell: Callable[[list[Completion]], object] | None,
+        abandon: Callable[[Sequence[Job]], object],
+    ) -> None:
+        """tell: called with each group. abandon: with all jobs, when one has failed."""
+        self.result: Future[list[list[Completion]]] = uncancelled()
+        self.jobs = [
+            Job(request, new_number(), partial(self._take, place))
+            for place, request in enumerate(requests)
+        ]
+        self._groups: list[list[Completion]] = [[] for _ in requests]
+        self._tell, self._abandon = tell, abandon
+        self._left, self._lock = len(requests), threading.Lock()
+        if not requests:
+            self.result.set_result([])
+
+    def _take(self, place: int, found: list[Completion] | BaseException) -> None:
+        with self._lock:  # one of them at a time, and none after the first error
+            if self.result.done():
+                return
+            if not isinstance(found, BaseException):
+                self._groups[place], self._left = found, self._left - 1
+                if self._tell is not None:
+                    self._tell(found)
+                if not self._left:
+                    self.result.set_result(self._groups)
+                return
+            self.result.set_exception(found)
+        self._abandon(self.jobs)
 
 
 def _nothing(request_id: str, sample_id: int) -> Completion:

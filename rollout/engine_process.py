@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
@@ -153,7 +154,8 @@ class _Server:
                     tell = partial(self._tell, number) if streams else None
                     self._submit(number, Call(requests, tell))
                 case Draw(requests):
-                    self._submit(number, Call(requests))
+                    for each, request in requests.items():
+                        self._submit(each, Call([request]), lambda groups: groups[0])
                 case Score(token_ids, temperature, k):
                     requests = engine.requests.scoring(token_ids, temperature, k)
                     self._submit(number, Call(requests))
@@ -207,11 +209,13 @@ class _Server:
         with self._sending, suppress(OSError):  # the caller is gone, and this process soon
             self._connection.send((number, answer))
 
-    def _submit(self, number: int, call: Call) -> None:
+    def _submit(self, number: int, call: Call, of: Callable[[Any], Any] = lambda x: x) -> None:
+        """Have a call's requests drawn, and answer it with what `of` makes of their groups."""
+
         def finish(result: Future[list[list[Completion]]]) -> None:
             del self._calls[number]
             try:
-                self.send(number, Done(result.result()))
+                self.send(number, Done(of(result.result())))
             except BaseException as error:  # noqa: BLE001 - as above
                 self._require_together()
                 self.send(number, Failed(_portable(error)))

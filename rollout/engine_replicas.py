@@ -96,9 +96,10 @@ class EngineReplicas:
         left = "none is left to draw" if self.num_restarts <= self._max_restarts else (
             f"at most {self._max_restarts} may be replaced"
         )  # fmt: skip
+        count = self.num_restarts
+        who, have = ("1 replica", "has") if count == 1 else (f"{count} replicas", "have")
         return RemoteEngineError(
-            f"{self.num_restarts} replicas of the engine have died, and {left}; the last death: "
-            f"{self._last_death}"
+            f"{who} of the engine {have} died, and {left}; the last death: {self._last_death}"
         )
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ To an engine in a process of its own (remote.py), by a connection and with a num
 and by rank 0 of a tensor parallel engine to the others (runtime/lockstep.py), as plain values.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,9 +41,10 @@ class Generate:
 
 @dataclass(frozen=True)
 class Draw:
-    """Complete requests that are checked, and whose ids nobody else has; answered likewise."""
+    """Complete requests that are checked, and whose ids nobody else has. Each is a call by a number
+    of its own, answered by its group."""
 
-    requests: Sequence[Request]
+    requests: Mapping[int, Request]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ any asyncio task may call while other calls are unfinished. The processes are ch
 machine, or whatever else a Launcher starts, on another one (remote_ranks.py).
 """
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import fields
 from functools import partial, wraps
 from multiprocessing.util import Finalize
@@ -19,7 +20,13 @@ from samebit.kernels.top_tokens import TopTokens
 from samebit.rollout.client import Begun, Progress, Tell, awaited, result_of, stream_of
 from samebit.rollout.engine import Engine
 from samebit.rollout.messages import Abandon, Ask, Draw, Generate, Message, Score
-from samebit.rollout.remote_ranks import EngineRanks, Launcher, RemoteEngineError, launch_here
+from samebit.rollout.remote_ranks import (
+    EngineRanks,
+    Launcher,
+    RemoteEngineError,
+    Settle,
+    launch_here,
+)
 from samebit.rollout.runtime.requests import scores_of, top_scores_of
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion, Increment, Request, SamplingParams
@@ -157,12 +164,17 @@ class RemoteEngine:
         message = Generate(*prompts, fresh_ids=True, streams=True)
         return stream_of(partial(self._begin, message))
 
-    def draw(self, requests: Sequence[Request]) -> Begun[list[list[Completion]]]:
-        """Begin to complete requests of a RequestFactory with this engine's `limits`.
+    def draw(self, requests: Mapping[int, Request], settle: Settle) -> None:
+        """Begin to complete requests of a RequestFactory with this engine's `limits`, each a call
+        by a `new_number`, answered by its group.
 
         Whoever calls this gives all request ids; `generate` and the like give others of their own.
         """
-        return self._begin(Draw(requests))
+        self._ranks.draw(Draw(requests), settle)
+
+    def abandon(self, number: int) -> Future[Any]:
+        """Have it leave off a call; it is told when that is done."""
+        return self._ranks.call(Abandon(number))[1]
 
     def score(
         self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0
@@ -249,4 +261,4 @@ class RemoteEngine:
 
     def _begin(self, message: Message, tell: Tell | None = None) -> Begun[Any]:
         number, result = self._ranks.call(message, tell)
-        return result, lambda: self._ranks.call(Abandon(number))[1]
+        return result, partial(self.abandon, number)

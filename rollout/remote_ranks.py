@@ -9,9 +9,8 @@ import multiprocessing
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -20,8 +19,20 @@ import torch
 
 from samebit.rollout.client import Tell
 from samebit.rollout.engine_process import PARTED, START, serve_parent
-from samebit.rollout.messages import Answer, Ask, Beat, Done, Drew, Meet, Message, Stop
+from samebit.rollout.messages import (
+    Answer,
+    Ask,
+    Beat,
+    Done,
+    Draw,
+    Drew,
+    Failed,
+    Meet,
+    Message,
+    Stop,
+)
 from samebit.rollout.runtime.call import uncancelled
+from samebit.rollout.wire import Wire, packed
 from samebit.weight_sync.failures import CrashError
 from samebit.weight_sync.meeting import LOOPBACK, host_store, listener_at
 from samebit.weight_sync.types import LostMemberError
@@ -69,9 +80,16 @@ class Launched:
     """The machine that it is on, to be told; "": this one."""
 
 
+type Settle = Callable[[int, Done | Failed], object]
+"""It is called with a call's number and answer, in the thread that reads all answers, which it must
+not hold up; with the death of the process where there was no other answer."""
 type Launcher = Callable[[str, int, dict[str, Any], int], Sequence[Launched]]
 """Starts so many processes of one machine, the ranks of an engine, each of which calls
 engine_process.serve with a connection and these arguments."""
+
+
+new_number = itertools.count(START + 1).__next__
+"""The number of a call, to whichever engine."""
 
 
 def launch_here(
@@ -103,89 +121,86 @@ def settings_of(rank: int, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Pipe:
-    """Sends one rank's calls, each with a number; a thread gives the answers to who waits for them.
+    """Sends one rank's calls, each with a number, and gives the answers to who waits for them.
 
     `started` is the first answer: whether the engine could be made.
     """
 
     def __init__(self, launched: Launched, death: Callable[[], RemoteEngineError]) -> None:
         """death: asked at the end of the process, which has come or is at hand: what to say."""
-        self._connection, self._process = launched.connection, launched.process
-        self._death = death
-        self._heard_at = time.monotonic()
-        self._lock = threading.Lock()  # of a call's registration and its message
+        self._process, self._death = launched.process, death
+        self._lock = threading.Lock()  # of who waits
         self.started = uncancelled()
-        self._waiting: dict[int, tuple[Future[Any], Tell | None]] = {START: (self.started, None)}
-        self._ended = False
-        self._reader = threading.Thread(target=self._read, name="samebit answers", daemon=True)
-        self._reader.start()
+        self._waiting: dict[int, tuple[Settle, Tell | None]] = {
+            START: (_settling(self.started), None)
+        }
+        self._ended = threading.Event()
+        self._wire = Wire(launched.connection, lambda told: self._take(*told), self._end)
 
     def call(self, number: int, message: Message, tell: Tell | None = None) -> Future[Any]:
         """A call's result to come. RemoteEngineError if the process has died."""
         result = uncancelled()
-        with self._lock:
-            if self._ended:
-                raise self._death()
-            self._waiting[number] = (result, tell)
-            try:
-                self._connection.send((number, message))
-            except BaseException as error:
-                self._waiting.pop(number, None)
-                if isinstance(error, OSError):
-                    raise self._death() from error
-                raise
+        self.begin([number], packed((number, message)), _settling(result), tell)
         return result
+
+    def begin(
+        self, numbers: Iterable[int], message: bytes, settle: Settle, tell: Tell | None = None
+    ) -> None:
+        """Send what begins calls of these numbers. RemoteEngineError if the process has died."""
+        with self._lock:
+            if self._ended.is_set():
+                raise self._death()
+            self._waiting.update(dict.fromkeys(numbers, (settle, tell)))
+        self._wire.send(message)
 
     def tell(self, message: Meet | Stop) -> None:
         """Send what has no answer of its own, to a process that may have ended."""
-        with self._lock, suppress(OSError):
-            self._connection.send((START, message))
+        self._wire.send(packed((START, message)))
 
     @property
     def silent_s(self) -> float:
         """Seconds since the last beat or answer; 0 while there is one that is not read here."""
-        with suppress(OSError):  # it is closed
-            if self._connection.poll():
-                return 0.0
-        return time.monotonic() - self._heard_at
+        return self._wire.silent_s
 
     def close(self) -> None:
-        self._reader.join(timeout=_EXIT_CODE_S)
-        self._connection.close()
+        self._ended.wait(timeout=_EXIT_CODE_S)
+        self._wire.close()
 
-    def _read(self) -> None:
-        unreadable: Exception | None = None
-        try:
-            while True:
-                self._take(*self._connection.recv())
-        except (EOFError, OSError):
-            pass  # the process has ended
-        except Exception as error:  # noqa: BLE001 - an answer is lost: nobody may wait for it
-            unreadable = error
+    def _end(self, unreadable: Exception | None) -> None:
+        """The connection has ended: so has the process, or it is made to. That may take long."""
+        args = (unreadable,)
+        threading.Thread(target=self._bury, args=args, name="samebit end", daemon=True).start()
+
+    def _bury(self, unreadable: Exception | None) -> None:
+        if unreadable is not None:
             self._process.kill()
-        with self._lock:
-            self._ended = True
         death = self._death()
         death.__cause__ = unreadable
-        for result, _ in self._waiting.values():
-            result.set_exception(death)
+        with self._lock:
+            self._ended.set()
+        for number, (settle, _) in self._waiting.items():
+            settle(number, Failed(death))
 
     def _take(self, number: int, answer: Answer) -> None:
-        self._heard_at = time.monotonic()
         if isinstance(answer, Beat):
             return
-        if (waiting := self._waiting.get(number)) is None:
-            return  # whoever called was interrupted as the call went out
-        result, tell = waiting
+        settle, tell = self._waiting[number]
         if isinstance(answer, Drew):
             assert tell is not None
             tell(answer.increments)
             return
-        self._waiting.pop(number, None)
+        del self._waiting[number]
+        settle(number, answer)
+
+
+def _settling(result: Future[Any]) -> Settle:
+    def settle(_: int, answer: Done | Failed) -> None:
         if isinstance(answer, Done):
             result.set_result(answer.value)
         else:
             result.set_exception(answer.error)
+
+    return settle
 
 
 class EngineRanks:
@@ -199,7 +214,6 @@ class EngineRanks:
         self._lost: Launched | None = None
         self._burying = threading.Lock()
         self._is_closing = False
-        self._numbers = itertools.count(START + 1)
         self._sending = threading.Lock()  # to several: what all ranks do has one order
         self._pipes = [_Pipe(each, self.death) for each in launched]
         self.started = _OfAll([pipe.started for pipe in self._pipes]).result
@@ -221,15 +235,18 @@ class EngineRanks:
         An Ask goes to all ranks; its result is rank 0's, or the first failure.
         """
         first, *others = self._pipes
+        number = new_number()
         if not isinstance(message, Ask) or not others:
-            number = next(self._numbers)
             return number, first.call(number, message, tell)
         with self._sending:
-            number = next(self._numbers)
             # Rank 0 last: once it has it, the others will find it.
             results = [pipe.call(number, message) for pipe in others]
             results.insert(0, first.call(number, message, tell))
         return number, _OfAll(results).result
+
+    def draw(self, message: Draw, settle: Settle) -> None:
+        """Begin the calls of a message. RemoteEngineError if a process has died."""
+        self._pipes[0].begin(message.requests, packed((START, message)), settle)
 
     @property
     def silent_s(self) -> float:

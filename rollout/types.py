@@ -1,6 +1,8 @@
 """What users give to the engine and get back. Per-token fields are marked [L]."""
 
+from array import array
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -98,6 +100,10 @@ class Request:
     """With score_only: so many likeliest tokens are told of each position, too."""
 
 
+_BLOCKS = {"token_ids": "I", "logprobs": "d"}
+"""What a Completion has many of, and as what an array holds them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Completion:
     """One finished sample.
@@ -123,6 +129,26 @@ class Completion:
     """By layer: [prompt + L - 1, D], the residual stream after that many layers (0: embeddings)."""
     top_tokens: TopTokens | None = field(default=None, repr=False)
     """[prompt - 1], in the host's memory, if a request that scores has asked for them."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As it goes to another process: many numbers as one block."""
+        packed = {name: array(code, getattr(self, name)) for name, code in _BLOCKS.items()}
+        others = {name: value for name, value in vars(self).items() if name != "_blocks"}
+        return others | {name: block.tobytes() for name, block in packed.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        blocks = {name: state.pop(name) for name in _BLOCKS}
+        vars(self).update(state, _blocks=blocks)
+
+    if not TYPE_CHECKING:  # it would know any name
+
+        def __getattr__(self, name: str) -> Any:
+            """Numbers that came as a block, once somebody asks for them."""
+            if (block := vars(self).get("_blocks", {}).get(name)) is None:
+                told = f"'{type(self).__name__}' object has no attribute '{name}'"
+                raise AttributeError(told, name=name, obj=self)
+            vars(self)[name] = numbers = tuple(array(_BLOCKS[name], block))
+            return numbers
 
     def as_increment(self) -> "Increment":
         """The whole sample at once, as `stream` gives it."""

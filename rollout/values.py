@@ -64,6 +64,8 @@ def bring_to_type(settings: Any, where: str) -> None:
 
 def as_list(value: Any, what: str, right: str, ordered: bool = True) -> list[Any]:
     """The items of a list, a tuple or an array (or of a set, unless ordered), not of a text."""
+    if type(value) is list or type(value) is tuple:
+        return list(value)
     needed = ("__iter__", "__len__", "__getitem__") if ordered else ("__iter__",)
     strange = isinstance(value, _TEXTS) or hasattr(value, "keys")
     try:

@@ -7,15 +7,14 @@ but to the one that had the longest beginning of the prompt before, where that i
 prefix cache holds it. Nothing of this can change what is drawn.
 """
 
+import itertools
 from array import array
+from bisect import bisect_left, insort
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any
 
-from samebit.rollout.runtime.call import uncancelled
 from samebit.rollout.types import Completion, Request
 
 _BEGINNING = 64
@@ -29,39 +28,40 @@ class Job:
     """A request that waits, or that a replica draws."""
 
     request: Request
-    result: Future[list[Completion]] = field(default_factory=uncancelled)
-    """Its samples; those who wait for it cannot cancel it."""
-    abandon: Callable[[], Any] | None = None
-    """Has the replica that draws it leave off."""
+    number: int
+    """Its own, by which a replica is asked to draw it."""
+    answer: Callable[[list[Completion] | BaseException], object]
+    """Is told of its samples, or why there are none."""
+    num_samples: int = field(init=False)
+    """What it takes of a replica's room."""
+    num_tokens: int = field(init=False)
+    """The most that is computed for it."""
 
-    @property
-    def num_samples(self) -> int:
-        """What it takes of a replica's room."""
-        return len(self.request.sample_ids)
-
-    @property
-    def num_tokens(self) -> int:
-        """The most that is computed for it."""
+    def __post_init__(self) -> None:
         request = self.request
+        self.num_samples = len(request.sample_ids)
         drawn = 0 if request.score_only else request.params.max_new_tokens * self.num_samples
-        return len(request.prompt_ids) + drawn
+        self.num_tokens = len(request.prompt_ids) + drawn
 
 
 @dataclass(eq=False, slots=True)
-class _Load:
+class _Load[R]:
     """What a replica has to do."""
 
-    jobs: dict[Job, None] = field(default_factory=dict)  # in the order in which they were given
+    replica: R
+    order: int
+    """Of two that have as many tokens the earlier one goes first."""
+    jobs: dict[int, Job] = field(default_factory=dict)  # by number, in the order of their giving
     num_samples: int = 0
     num_tokens: int = 0
 
 
 def beginnings(prompt_ids: Sequence[int]) -> list[bytes]:
     """Digests of a prompt's beginnings, the shortest first; of a short prompt it is the whole."""
-    words = memoryview(array("q", prompt_ids)).cast("B")
+    words = memoryview(array("I", prompt_ids)).cast("B")
     digest, done, found, length = blake2b(digest_size=16), 0, [], min(_BEGINNING, len(prompt_ids))
     while length <= len(prompt_ids):
-        digest.update(words[8 * done : 8 * length])
+        digest.update(words[4 * done : 4 * length])
         found.append(digest.digest())
         done, length = length, length + max(_BEGINNING, length) // 2
     return found
@@ -74,7 +74,9 @@ class WorkQueue[R: Hashable]:
         """room: samples that a replica has at a time; a job of more is given to an idle one."""
         self._room = room
         self._waiting: deque[Job] = deque()
-        self._loads: dict[R, _Load] = {}
+        self._loads: dict[R, _Load[R]] = {}
+        self._orders = itertools.count()
+        self._by_tokens: list[tuple[int, int, _Load[R]]] = []  # sorted: tokens, order
         self._homes: OrderedDict[bytes, R] = OrderedDict()  # by digests of prompts' beginnings
 
     @property
@@ -84,28 +86,31 @@ class WorkQueue[R: Hashable]:
 
     def add(self, replica: R) -> None:
         """Let one take jobs from here on."""
-        self._loads.setdefault(replica, _Load())
+        if replica not in self._loads:
+            self._loads[replica] = load = _Load(replica, next(self._orders))
+            self._by_tokens.append((0, load.order, load))
+            self._by_tokens.sort()
 
     def remove(self, replica: R) -> bool:
         """Give none to it any more; what it had waits again, before all others. False: unknown."""
         if (load := self._loads.pop(replica, None)) is None:
             return False
-        for job in load.jobs:
-            job.abandon = None
-        self._waiting.extendleft(reversed(load.jobs))
+        del self._by_tokens[self._place(load)]
+        self._waiting.extendleft(reversed(load.jobs.values()))
         return True
 
     def put(self, jobs: Iterable[Job]) -> None:
         """Queue jobs behind what waits."""
         self._waiting.extend(jobs)
 
-    def drop(self, jobs: Iterable[Job]) -> list[Job]:
-        """Forget those that wait; the others."""
+    def drop(self, jobs: Iterable[Job]) -> list[tuple[R, Job]]:
+        """Forget those that wait; the others, each behind who draws it."""
         unwanted = set(jobs)
         kept = [job for job in self._waiting if job not in unwanted]
         unwanted.difference_update(self._waiting)
         self._waiting = deque(kept)
-        return [job for load in self._loads.values() for job in load.jobs if job in unwanted]
+        loads = self._loads.items()
+        return [(r, job) for r, load in loads for job in load.jobs.values() if job in unwanted]
 
     def drop_all(self) -> list[Job]:
         """Forget all that waits, which is returned."""
@@ -119,34 +124,32 @@ class WorkQueue[R: Hashable]:
         """
         if not self._waiting:
             return None
-        job, loads = self._waiting[0], self._loads
-        most = self._room - job.num_samples
-        free = {r: load for r, load in loads.items() if load.num_samples <= most or not load.jobs}
-        if not free:
+        job = self._waiting[0]
+        load = next((load for *_, load in self._by_tokens if self._has_room(load, job)), None)
+        if load is None:
             return None
         self._waiting.popleft()
-        chosen = min(free, key=lambda replica: free[replica].num_tokens)
         known = beginnings(job.request.prompt_ids)
-        home = next((h for x in reversed(known) if (h := self._homes.get(x)) in free), chosen)
-        if free[home].num_tokens <= free[chosen].num_tokens + job.num_tokens:
-            chosen = home
+        homes = (self._loads.get(self._homes[x]) for x in reversed(known) if x in self._homes)
+        home = next((home for home in homes if home and self._has_room(home, job)), load)
+        if home.num_tokens <= load.num_tokens + job.num_tokens:
+            load = home
         for beginning in known:
-            self._homes[beginning] = chosen
+            self._homes[beginning] = load.replica
             self._homes.move_to_end(beginning)
         while len(self._homes) > _MOST_HOMES:
             self._homes.popitem(last=False)
-        self._count(chosen, job, 1)
-        self._loads[chosen].jobs[job] = None
-        return chosen, job
+        self._count(load, job, 1)
+        load.jobs[job.number] = job
+        return load.replica, job
 
-    def end(self, replica: R, job: Job) -> bool:
-        """Note that a replica is done with a job; False if it was taken from it."""
+    def end(self, replica: R, number: int) -> Job | None:
+        """Note that a replica is done with a job: that job, or None if it was taken from it."""
         load = self._loads.get(replica)
-        if load is None or job not in load.jobs:
-            return False
-        del load.jobs[job]
-        self._count(replica, job, -1)
-        return True
+        job = None if load is None else load.jobs.pop(number, None)
+        if load is not None and job is not None:
+            self._count(load, job, -1)
+        return job
 
     def is_busy(self, replica: R) -> bool:
         """Whether it has jobs."""
@@ -159,12 +162,20 @@ class WorkQueue[R: Hashable]:
             if job.request.request_id == request_id:
                 return None, job
         for replica, load in self._loads.items():
-            for job in load.jobs:
+            for job in load.jobs.values():
                 if job.request.request_id == request_id:
                     return replica, job
         return None
 
-    def _count(self, replica: R, job: Job, sign: int) -> None:
-        load = self._loads[replica]
+    def _has_room(self, load: _Load[R], job: Job) -> bool:
+        return load.num_samples + job.num_samples <= self._room or not load.jobs
+
+    def _place(self, load: _Load[R]) -> int:
+        """Of what it has in the order by tokens."""
+        return bisect_left(self._by_tokens, (load.num_tokens, load.order))
+
+    def _count(self, load: _Load[R], job: Job, sign: int) -> None:
+        del self._by_tokens[self._place(load)]
         load.num_samples += sign * job.num_samples
         load.num_tokens += sign * job.num_tokens
+        insort(self._by_tokens, (load.num_tokens, load.order, load))

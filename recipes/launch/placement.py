@@ -1,6 +1,7 @@
 """Where the engine runs and how weights reach it."""
 
 import logging
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -187,9 +188,9 @@ def start_engine(
     if run.engine.releasable is None:
         own["releasable"] = releases
     config = replace(run.engine, max_model_len=longest, seed=run.seed, **own)
-    engine: Engine | RemoteEngine | EnginePool | None = None
+    engine: Engine | EnginePool | None = None
     if run.placement.engine == "process":
-        started: list[RemoteEngine | EnginePool] = []
+        started: list[EnginePool] = []
         parts = run, config, device, cluster
         told((lambda: started.append(_start_apart(*parts))) if is_first() else None)
         engine = next(iter(started), None)
@@ -216,9 +217,9 @@ def _start_apart(
     config: EngineConfig,
     device: torch.device,
     cluster: "RayEngines | None",
-) -> RemoteEngine | EnginePool:
-    """The engine in processes of its own, or its replicas: which has the bits of other numbers of
-    tensor parallel ranks, as the trainer's, by tp_invariant."""
+) -> EnginePool:
+    """The engine in processes of its own, or its replicas, which are watched; tp_invariant: it has
+    the bits of other numbers of tensor parallel ranks, as the trainer's."""
     placement, ranks = run.placement, RankGroup(invariant=run.numerics.tp_invariant)
     size = placement.engine_tensor
 
@@ -227,13 +228,10 @@ def _start_apart(
         there = engine_device(placement.transport, device, place * size, processes_here(run))
         if cluster is not None:
             there, launch = cluster.device, cluster.launcher(place)
-        where: Any = {"device": there, "ranks": ranks}
-        if placement.replicas > 1:
-            where["waits"] = False  # the pool does
+        where: Any = {"device": there, "ranks": ranks, "waits": False}  # the pool does
         path = Path(run.model.path).absolute()  # another node may be in another folder
         return RemoteEngine(path, run.cpu_threads, launch, size, config=config, **where)
 
-    if placement.replicas == 1:
-        return start(0)
     limits = placement.replica_timeout_s, placement.max_restarts, placement.start_timeout_s
-    return EnginePool(start, placement.replicas, config.max_num_seqs, *limits)
+    room = config.max_num_seqs if placement.replicas > 1 else sys.maxsize  # nobody else has any
+    return EnginePool(start, placement.replicas, room, *limits)

@@ -6,6 +6,7 @@ imported; one alone has no rank. If its launcher is killed, it ends.
 
 import os
 import secrets
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -87,6 +88,17 @@ def place_of(rank: int, local_rank: int, local_size: int) -> dict[str, str]:
     return {name: str(number) for name, number in numbers.items()}
 
 
+class _LocalProcess(subprocess.Popen[bytes]):
+    """A RankProcess in a session of its own. Unless it ended well, what it has started there ends
+    with it: an engine that stands still would not notice, and keep its GPU."""
+
+    def kill(self) -> None:
+        """See RankProcess.kill."""
+        if self.poll() != 0:
+            with suppress(ProcessLookupError):  # none of them is left
+                os.killpg(self.pid, signal.SIGKILL)
+
+
 class LocalRanks:
     """The Ranks whose processes are this one's children. They share its standard error; the first
     one has its standard output, too."""
@@ -105,7 +117,7 @@ class LocalRanks:
         defaults, shared = meeting.defaults, meeting.environment
         for rank in range(size):
             place = place_of(rank, rank, size) if size > 1 else {}
-            yield subprocess.Popen(
+            yield _LocalProcess(
                 command,
                 env=defaults | os.environ | shared | place,
                 stdin=subprocess.PIPE,

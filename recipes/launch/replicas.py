@@ -4,6 +4,7 @@ import asyncio
 from array import array
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ class ReplicatedEngine(RequestClient):
 
 def completion_to_plain(c: Completion) -> dict[str, Any]:
     """Return its fields as plain values: log-probs are exact fp32 values."""
-    return vars(c) | {
+    return {each.name: getattr(c, each.name) for each in fields(c)} | {
         "token_ids": array("i", c.token_ids),
         "logprobs": array("f", c.logprobs),
         "thresholds": array("f", c.thresholds),

@@ -161,7 +161,10 @@ def top_scores_of(groups: Sequence[Sequence[Completion]]) -> list[tuple[list[flo
 
 
 def _integers(what: str, token_ids: Sequence[int]) -> tuple[int, ...]:
-    if bool not in set(map(type, token_ids)):
+    kinds = set(map(type, token_ids))
+    if kinds <= {int}:
+        return tuple(token_ids)
+    if bool not in kinds:
         with suppress(TypeError):
             return tuple(map(operator.index, token_ids))
     place, token = next((i, t) for i, t in enumerate(token_ids) if integer_of(t) is None)

@@ -87,7 +87,8 @@ def serve(connection: Connection) -> None:
         if isinstance(message, Ask):
             connection.send((number, Done(LIMITS)))
         elif isinstance(message, Draw):
-            connection.send((number, Done([drawn(request) for request in message.requests])))
+            for each, request in message.requests.items():
+                connection.send((each, Done(drawn(request))))
 
 
 def hear(connection: Connection, heard: SimpleQueue[tuple[int, Any] | None]) -> None:
@@ -117,7 +118,7 @@ def measure(pool: EnginePool, options: dict[str, str], per_prompt: int) -> dict[
     """Milliseconds of 1,000 samples, and seconds from the first request to the last answer."""
     samples = int(options["samples"])
     prompts = [
-        [(i * 131 + j * 17) % 151936 for j in range(int(options["prompt_tokens"]))]
+        tuple((i * 131 + j * 17) % 151936 for j in range(int(options["prompt_tokens"])))
         for i in range(samples // per_prompt)
     ]
     params = SamplingParams(n=per_prompt, max_new_tokens=int(options["new_tokens"]))

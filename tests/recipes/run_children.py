@@ -197,12 +197,14 @@ def run_cli_without_gpus(*arguments):
     run_cli(arguments)
 
 
-def engine_here(model_path, cpu_threads, launch, num_ranks, *, config, device, ranks):
-    """In place of a RemoteEngine: an engine of this process, which another thread calls, too."""
+def engine_here(run, config, device, cluster):
+    """In place of _start_apart: an engine of this process, which another thread calls, too."""
+    from samebit.kernels.reduce import RankGroup
     from samebit.rollout.engine import Engine
 
-    assert num_ranks == 1
-    return Engine(model_path, config, device=device, ranks=ranks)
+    assert run.placement.num_engine_processes == 1
+    ranks = RankGroup(invariant=run.numerics.tp_invariant)
+    return Engine(run.model.path, config, device=device, ranks=ranks)
 
 
 def reward_here(config, poll):
@@ -217,7 +219,7 @@ def in_one_process(set_attribute):
     from samebit.recipes.launch import placement
     from samebit.recipes.run import inputs
 
-    set_attribute(placement, "RemoteEngine", engine_here)
+    set_attribute(placement, "_start_apart", engine_here)
     set_attribute(inputs, "load_reward", reward_here)
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from samebit.rollout.engine_pool import EnginePool
+from samebit.rollout.remote_ranks import RemoteEngineError
 from samebit.weight_sync.transports.shards import ShardSender
 
 INVARIANT = ("numerics.tp_invariant=true", "trainer.num_steps=3")
@@ -27,7 +28,8 @@ def dying(monkeypatch, moments, signal_number=signal.SIGKILL, rank=0):
             counts[name] += 1
             pools.extend([self] if isinstance(self, EnginePool) and not pools else [])
             if (name, counts[name]) in moments:
-                victim = pools[0].living[counts[name] % 2]
+                living = pools[0].living
+                victim = living[counts[name] % len(living)]
                 process = victim._ranks.processes[rank]
                 os.kill(process.pid, signal_number)
                 if signal_number == signal.SIGKILL:
@@ -79,6 +81,19 @@ def test_deaths_change_no_bit(runs, base, monkeypatch, moments):
     assert sorted(deaths) == sorted(name for name, _ in moments)
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, param(signal.SIGSTOP, marks=LONG)])
+def test_a_single_engine_apart_is_replaced_too(runs, base, monkeypatch, number):
+    """Between two rollouts; in one nobody is left to draw, which ends a run that may be resumed."""
+    came = dying(monkeypatch, [("send", 3)], number)
+    words = ("placement=process", *(() if number == signal.SIGKILL else (MEET,)))
+    assert runs.train("one", *words) == base.result
+    assert came == ["send"]
+    if number == signal.SIGKILL:
+        dying(monkeypatch, [("_take", 7)])
+        with pytest.raises(RemoteEngineError, match="1 replica of the engine has died, and none"):
+            runs.train("alone", *words)
+
+
 @pytest.mark.parametrize(
     ("words", "moments", "number"),
     [
@@ -121,9 +136,12 @@ def test_engines_of_two_processes(runs, invariant, monkeypatch, words, moments, 
         ),
         ([*REPLICAS, "placement.replica_timeout_s=0"], "replica_timeout_s is 0"),
         ([*REPLICAS, "placement.start_timeout_s=-1"], "start_timeout_s is -1.*; it must be posi"),
-        (["placement.start_timeout_s=60"], "start_timeout_s is 60.*; it must be 1800.0 with one"),
+        (["placement.start_timeout_s=60"], "start_timeout_s is 60.*; it must be 1800.0 with pla"),
         ([*REPLICAS, "placement.max_restarts=-1"], "max_restarts is -1; it must be 0 or more"),
-        (["placement.max_restarts=5"], "max_restarts is 5; it must be 3 with one replica"),
+        (
+            ["placement.max_restarts=5"],
+            "max_restarts is 5; it must be 3 with placement.engine=colo",
+        ),
     ],
 )
 def test_refusals(runs, words, reason):

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 import pytest
@@ -209,6 +209,23 @@ def test_the_first_failure_is_told(launch_script, capsys, how, code):
     assert line.startswith("samebit: rank 1 ended with ")
     assert launch_script("exit 0") == 0
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ends", ["exit 7", "exit 0"])
+def test_what_a_failed_rank_has_started_ends_with_it(launch_script, tmp_path, ends):
+    """Also what stands still, or whose rank has ended before."""
+    child = "sleep 300 & kill -STOP $!; echo $! > child.$RANK"
+    script = f"{child}\n[ $RANK = 1 ] && while [ ! -s child.0 ]; do :; done; {ends}\nexec cat"
+    assert launch_script(script.replace("exec cat", "")) == int(ends[-1])
+    for rank in (0, 1):
+        number = int((tmp_path / f"child.{rank}").read_text())
+        if ends == "exit 0":
+            child = psutil.Process(number)
+            assert child.status() == psutil.STATUS_STOPPED
+            child.kill()
+        else:
+            with suppress(psutil.NoSuchProcess):  # else whoever adopted it is yet to notice
+                assert psutil.Process(number).status() == psutil.STATUS_ZOMBIE
 
 
 def test_what_processes_are_told(launch_script, monkeypatch, tmp_path):

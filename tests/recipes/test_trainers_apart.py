@@ -85,7 +85,7 @@ def test_two_train_beside_an_engine(runs, run_ranks, monkeypatch, words):
     drawn meanwhile; all are compared. One process may go on for the two."""
     codes, said = run_ranks(runs.arguments("two", *SEGMENTS, *words, "trainer.parallel.data=2"))
     assert codes == [0, 0], said
-    monkeypatch.setattr(placement, "RemoteEngine", engine_here)
+    monkeypatch.setattr(placement, "_start_apart", engine_here)
     result = runs.train("one", *SEGMENTS, *words)
     assert result_of(runs, "two") == result
     summary, *_ = result

@@ -136,15 +136,15 @@ def test_a_call_that_is_interrupted_is_aborted(remote, old, monkeypatch):
 
 def test_a_call_that_is_interrupted_as_it_goes_out(remote, monkeypatch):
     """Its answer, which nobody waits for, is no end of the answers."""
-    pipe = remote._ranks._pipes[0]
-    send = pipe._connection.send
+    wire = remote._ranks._pipes[0]._wire
+    send = wire.send
 
     def interrupted(message):
         send(message)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipe._connection, "send", interrupted)
+        patch.setattr(wire, "send", interrupted)
         with pytest.raises(KeyboardInterrupt):
             remote.score(PROMPTS[:1])
     waiting = remote._ranks.call(Score(PROMPTS[:1], 1.0))[1]
