@@ -21,20 +21,21 @@ class PlacementSection:
     delta: bool = False
     """Send only what has changed in the weights; the trainer's device keeps them once more."""
     timeout_s: float = 600.0
-    """Seconds that trainer and engine wait for each other in an update by gloo, nccl or ipc. Of
-    several engines, one that stands still in it is killed then."""
+    """Seconds that trainer and engine wait for each other in an update by gloo, nccl or ipc. An
+    engine apart that stands still in it is killed then, and replaced (gloo, nccl)."""
     replicas: int = 1
     """Engines with placement.engine=process, which share the prompts: on a GPU each, with nccl."""
     engine_tensor: int = 1
     """Tensor parallel processes of an engine apart, on a GPU each with nccl: as many as
     trainer.parallel.tensor, or with numerics.tp_invariant any of 1, 2, 4, 8."""
     replica_timeout_s: float = 600.0
-    """An engine apart that draws or is asked something and takes no step for so long is killed.
+    """By gloo or nccl: an engine that draws or is asked something and takes no step for so long is
+    killed.
     Compiling kernels takes long."""
     start_timeout_s: float = 1800.0
-    """An engine apart that has not started in so long is killed."""
+    """By gloo or nccl: an engine that has not started in so long is killed."""
     max_restarts: int = 3
-    """How many engines apart may die in a run, and are replaced."""
+    """By gloo or nccl: how many engines may die in a run, and are replaced."""
     launcher: str = "local"
     """Who starts the run's processes, the trainer's and those of engines apart: local, samebit on
     this machine; ray, which has a place for each on a cluster."""
@@ -84,8 +85,9 @@ class PlacementSection:
         usual = {"replica_timeout_s": 600.0, "start_timeout_s": 1800.0, "max_restarts": 3}
         for key, default in usual.items():
             value = getattr(self, key)
-            fits = value == default or self.engine == "process"
-            require(fits, f"placement.{key}", value, f"{default} with placement.engine=colocated")
+            fits = value == default or self.has_replicas
+            meaning = f"{default} with placement.transport '{self.transport}', or one of {able}"
+            require(fits, f"placement.{key}", value, meaning)
 
     def _check_launcher(self) -> None:
         require(self.launcher in LAUNCHERS, "placement.launcher", self.launcher, f"{LAUNCHERS}")
@@ -101,6 +103,13 @@ class PlacementSection:
         is_place = bool(host) and "/" not in host and port.isdecimal() and int(port) < 1 << 16
         fits = address in (None, "auto") or is_place
         require(fits, "placement.ray_address", address, "auto, or host:port as of ray start")
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether engines apart are watched, and replaced if they die; one is, too."""
+        entry = TRANSPORTS.get(self.transport)
+        several = self.replicas > 1 or (entry is not None and entry.replicas)
+        return self.engine == "process" and several
 
     @property
     def num_engine_processes(self) -> int:

@@ -239,6 +239,14 @@ class EnginePool(RequestClient):
             engine.draw({job.number: job.request for job in jobs}, partial(self._take, engine))
         except RemoteEngineError as error:
             self._replicas.bury(engine, error)
+        except Exception as error:  # noqa: BLE001 - whoever waits is told
+            for job in jobs:
+                self._take(engine, job.number, Failed(error))
+        with self._lock:
+            abandoned = [job.number for job in jobs if not job.is_wanted]
+        for number in abandoned:  # before the engine was asked, maybe
+            with suppress(RemoteEngineError):
+                engine.abandon(number)
 
     def _take(self, engine: RemoteEngine, number: int, answer: Done | Failed) -> None:
         """What a replica has made of the job of a number."""
@@ -279,12 +287,15 @@ class _Call:
             if self.result.done():
                 return
             if not isinstance(found, BaseException):
-                self._groups[place], self._left = found, self._left - 1
-                if self._tell is not None:
-                    self._tell(found)
-                if not self._left:
-                    self.result.set_result(self._groups)
-                return
+                try:
+                    self._groups[place], self._left = found, self._left - 1
+                    if self._tell is not None:
+                        self._tell(found)
+                    if not self._left:
+                        self.result.set_result(self._groups)
+                    return
+                except Exception as error:  # noqa: BLE001 - of who is told
+                    found = error
             self.result.set_exception(found)
         self._abandon(self.jobs)
 

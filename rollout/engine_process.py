@@ -206,14 +206,17 @@ class _Server:
             time.sleep(_BEAT_S)
 
     def send(self, number: int, answer: Answer) -> None:
+        # Plainly: who reads has not to come back for a tensor's memory.
+        packed = pickle.dumps((number, answer))
         with self._sending, suppress(OSError):  # the caller is gone, and this process soon
-            self._connection.send((number, answer))
+            self._connection.send_bytes(packed)
 
     def _submit(self, number: int, call: Call, of: Callable[[Any], Any] = lambda x: x) -> None:
         """Have a call's requests drawn, and answer it with what `of` makes of their groups."""
 
         def finish(result: Future[list[list[Completion]]]) -> None:
-            del self._calls[number]
+            if self._calls.pop(number, None) is None:
+                return  # it was answered
             try:
                 self.send(number, Done(of(result.result())))
             except BaseException as error:  # noqa: BLE001 - as above
@@ -222,7 +225,11 @@ class _Server:
 
         self._calls[number] = call
         call.result.add_done_callback(finish)
-        self.engine.loop.submit(call)
+        try:
+            self.engine.loop.submit(call)
+        except Exception as error:  # noqa: BLE001 - as above
+            if self._calls.pop(number, None) is not None:
+                self.send(number, Failed(_portable(error)))
 
     def _take_asked(self, number: int) -> None:
         """Do what this rank, too, was asked by a number. What is before it was given up as it went

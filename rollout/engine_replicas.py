@@ -147,10 +147,14 @@ class EngineReplicas:
         return answers
 
     def ask_first[T](self, question: Callable[[RemoteEngine], T]) -> T:
-        """The answer of the first one that lives. RemoteEngineError if none is left."""
+        """The answer of the first one that lives; where none does, of one that is being started,
+        which draws nothing yet. RemoteEngineError if there is none."""
         while living := self.living:
             with suppress(RemoteEngineError):
                 return self.ask(living[0], question)
+        for starting in [*self._starting.values()]:
+            with suppress(RemoteEngineError):
+                return self.ask(starting.result(), question)
         raise self.exhausted()
 
     def ask_started[T](self, question: Callable[[RemoteEngine], T]) -> list[T]:

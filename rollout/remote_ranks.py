@@ -5,6 +5,7 @@ changes weights or memory is sent to all, who do it when rank 0 does. They live 
 """
 
 import itertools
+import logging
 import multiprocessing
 import secrets
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +38,8 @@ from samebit.rollout.wire import Wire, packed
 from samebit.weight_sync.failures import CrashError
 from samebit.weight_sync.meeting import LOOPBACK, host_store, listener_at
 from samebit.weight_sync.types import LostMemberError
+
+logger = logging.getLogger(__name__)
 
 # A child has nothing of this process, of a GPU's context least of all.
 CONTEXT = multiprocessing.get_context("spawn")
@@ -135,7 +139,9 @@ class _Pipe:
             START: (_settling(self.started), None)
         }
         self._ended = threading.Event()
-        self._wire = Wire(launched.connection, lambda told: self._take(*told), self._end)
+        self._over: SimpleQueue[Exception | None] = SimpleQueue()
+        threading.Thread(target=self._bury, name="samebit end", daemon=True).start()
+        self._wire = Wire(launched.connection, lambda told: self._take(*told), self._over.put)
 
     def call(self, number: int, message: Message, tell: Tell | None = None) -> Future[Any]:
         """A call's result to come. RemoteEngineError if the process has died."""
@@ -148,9 +154,10 @@ class _Pipe:
     ) -> None:
         """Send what begins calls of these numbers. RemoteEngineError if the process has died."""
         with self._lock:
-            if self._ended.is_set():
-                raise self._death()
-            self._waiting.update(dict.fromkeys(numbers, (settle, tell)))
+            if not (ended := self._ended.is_set()):
+                self._waiting.update(dict.fromkeys(numbers, (settle, tell)))
+        if ended:
+            raise self._death()
         self._wire.send(message)
 
     def tell(self, message: Meet | Stop) -> None:
@@ -163,33 +170,38 @@ class _Pipe:
         return self._wire.silent_s
 
     def close(self) -> None:
-        self._ended.wait(timeout=_EXIT_CODE_S)
+        if not self._ended.wait(timeout=_EXIT_CODE_S):
+            self._over.put(None)  # nothing was heard of the end
         self._wire.close()
 
-    def _end(self, unreadable: Exception | None) -> None:
-        """The connection has ended: so has the process, or it is made to. That may take long."""
-        args = (unreadable,)
-        threading.Thread(target=self._bury, args=args, name="samebit end", daemon=True).start()
-
-    def _bury(self, unreadable: Exception | None) -> None:
+    def _bury(self) -> None:
+        """Once the connection has ended, so has the process, or it is made to. That may take long:
+        it is another thread's."""
+        unreadable = self._over.get()
         if unreadable is not None:
             self._process.kill()
         death = self._death()
         death.__cause__ = unreadable
         with self._lock:
             self._ended.set()
-        for number, (settle, _) in self._waiting.items():
-            settle(number, Failed(death))
+            waiting, self._waiting = self._waiting, {}
+        for number, (settle, _) in waiting.items():
+            try:
+                settle(number, Failed(death))
+            except Exception:  # the others are told, too
+                logger.exception("who waits for an engine that died could not be told")
 
     def _take(self, number: int, answer: Answer) -> None:
         if isinstance(answer, Beat):
             return
-        settle, tell = self._waiting[number]
+        if (waiting := self._waiting.get(number)) is None:
+            return  # it was answered before
+        settle, tell = waiting
         if isinstance(answer, Drew):
             assert tell is not None
             tell(answer.increments)
             return
-        del self._waiting[number]
+        self._waiting.pop(number, None)
         settle(number, answer)
 
 
@@ -211,7 +223,7 @@ class EngineRanks:
         self.processes = [each.process for each in launched]
         self.address = launched[0].address
         self._launched = launched
-        self._lost: Launched | None = None
+        self._obituary = ""
         self._burying = threading.Lock()
         self._is_closing = False
         self._sending = threading.Lock()  # to several: what all ranks do has one order
@@ -266,15 +278,20 @@ class EngineRanks:
     def death(self) -> RemoteEngineError:
         """What to say of the end of one, which has come or is at hand: all have ended then."""
         with self._burying:
-            lost = self._lost = self._lost or self._find_lost()
-            for process in () if self._is_closing else self.processes:
-                if process is not lost.process:
-                    process.kill()
-                    process.join(_EXIT_CODE_S)
+            if not self._obituary:
+                self._obituary = self._end_all(self._find_lost())
+        return RemoteEngineError(self._obituary)
+
+    def _end_all(self, lost: Launched) -> str:
+        """End what is left; what to say of the one that is lost."""
+        for process in () if self._is_closing else self.processes:
+            if process is not lost.process or process.is_alive():
+                process.kill()
+                process.join(_EXIT_CODE_S)
         where = f" on {lost.node}" if lost.node else ""
         code = lost.process.exitcode
         how = "" if code is None else f" with code {code}"
-        return RemoteEngineError(f"the engine's process {lost.process.pid}{where} ended{how}")
+        return f"the engine's process {lost.process.pid}{where} ended{how}"
 
     def close(self) -> None:
         """Have all end, and with them what is unfinished."""

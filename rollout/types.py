@@ -100,8 +100,16 @@ class Request:
     """With score_only: so many likeliest tokens are told of each position, too."""
 
 
-_BLOCKS = {"token_ids": "I", "logprobs": "d"}
-"""What a Completion has many of, and as what an array holds them."""
+_BLOCKS = {"token_ids": "I", "logprobs": "fd"}
+"""What a Completion has many of, and as what an array can hold them: the first that is exact."""
+
+
+def _block(codes: str, numbers: tuple[float, ...]) -> bytes:
+    """An array's type and contents."""
+    for code in codes[:-1]:
+        if tuple(found := array(code, numbers)) == numbers:
+            return code.encode() + found.tobytes()
+    return codes[-1].encode() + array(codes[-1], numbers).tobytes()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,22 +140,23 @@ class Completion:
 
     def __getstate__(self) -> dict[str, Any]:
         """As it goes to another process: many numbers as one block."""
-        packed = {name: array(code, getattr(self, name)) for name, code in _BLOCKS.items()}
-        others = {name: value for name, value in vars(self).items() if name != "_blocks"}
-        return others | {name: block.tobytes() for name, block in packed.items()}
+        state = {name: value for name, value in vars(self).items() if name[1:] not in _BLOCKS}
+        for name, codes in _BLOCKS.items():
+            state.pop(name, None)
+            state[f"_{name}"] = _block(codes, getattr(self, name))
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        blocks = {name: state.pop(name) for name in _BLOCKS}
-        vars(self).update(state, _blocks=blocks)
+        vars(self).update(state)
 
     if not TYPE_CHECKING:  # it would know any name
 
         def __getattr__(self, name: str) -> Any:
             """Numbers that came as a block, once somebody asks for them."""
-            if (block := vars(self).get("_blocks", {}).get(name)) is None:
+            if (block := vars(self).get(f"_{name}")) is None or name not in _BLOCKS:
                 told = f"'{type(self).__name__}' object has no attribute '{name}'"
                 raise AttributeError(told, name=name, obj=self)
-            vars(self)[name] = numbers = tuple(array(_BLOCKS[name], block))
+            vars(self)[name] = numbers = tuple(array(chr(block[0]), block[1:]))
             return numbers
 
     def as_increment(self) -> "Increment":

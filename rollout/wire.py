@@ -1,4 +1,4 @@
-"""Wires: connections with other processes; whoever sends does not wait, and one thread reads all.
+"""Wires: connections with other processes; whoever sends does not wait, one thread serves all.
 
 A process that stands still takes nothing in, and must hold up nobody but those who wait for its
 answers. What it does not take yet is kept here. The other end is multiprocessing's Connection:
@@ -53,6 +53,7 @@ class Wire:
         self._is_open = True
         self._unread = bytearray()
         self._unsent: deque[memoryview] = deque()
+        self._waits_for_room = False
         self._heard_at = monotonic()
         _reader().add(self._fd, self)
 
@@ -65,14 +66,15 @@ class Wire:
         return monotonic() - self._heard_at
 
     def send(self, message: bytes) -> None:
-        """Send what was `packed`, or keep it until the other end takes it. One that is gone takes
-        nothing more."""
+        """Have what was `packed` sent as the other end takes it; one that is gone takes nothing
+        more. The thread that reads sends it, too: no signal interrupts that halfway."""
         with self._lock:
             if not self._is_open:
                 return
             self._unsent.append(memoryview(message))
-            if len(self._unsent) == 1 and not self._write():
+            if not self._waits_for_room:
                 _reader().wait_for_room(self._fd, True)
+                self._waits_for_room = True
 
     def close(self) -> None:
         """Close the connection; nothing more is taken."""
@@ -88,6 +90,7 @@ class Wire:
             with self._lock:
                 if self._is_open and self._write():
                     _reader().wait_for_room(self._fd, False)
+                    self._waits_for_room = False
         if events & ~select.EPOLLOUT:
             self._read(chunk)
 
@@ -168,7 +171,7 @@ def _payload_of(unread: memoryview, begin: int) -> tuple[int, int] | None:
 
 
 class _Reader:
-    """The thread that reads; wires by their files. Any thread may add and remove them."""
+    """The thread that reads and sends; wires by their files. Any thread may add and remove them."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -184,8 +187,8 @@ class _Reader:
         self._epoll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if wanted else 0))
 
     def remove(self, fd: int) -> None:
-        del self._wires[fd]
-        self._epoll.unregister(fd)
+        if self._wires.pop(fd, None) is not None:  # else it is the parent's of a fork
+            self._epoll.unregister(fd)
 
     def _run(self) -> None:
         chunk = memoryview(bytearray(_CHUNK))

@@ -32,6 +32,8 @@ class Job:
     """Its own, by which a replica is asked to draw it."""
     answer: Callable[[list[Completion] | BaseException], object]
     """Is told of its samples, or why there are none."""
+    is_wanted: bool = True
+    """Whether anybody waits for it."""
     num_samples: int = field(init=False)
     """What it takes of a replica's room."""
     num_tokens: int = field(init=False)
@@ -92,11 +94,12 @@ class WorkQueue[R: Hashable]:
             self._by_tokens.sort()
 
     def remove(self, replica: R) -> bool:
-        """Give none to it any more; what it had waits again, before all others. False: unknown."""
+        """Give none to it any more; what is wanted of what it had waits again, before all others.
+        False: unknown."""
         if (load := self._loads.pop(replica, None)) is None:
             return False
         del self._by_tokens[self._place(load)]
-        self._waiting.extendleft(reversed(load.jobs.values()))
+        self._waiting.extendleft(job for job in reversed(load.jobs.values()) if job.is_wanted)
         return True
 
     def put(self, jobs: Iterable[Job]) -> None:
@@ -106,6 +109,8 @@ class WorkQueue[R: Hashable]:
     def drop(self, jobs: Iterable[Job]) -> list[tuple[R, Job]]:
         """Forget those that wait; the others, each behind who draws it."""
         unwanted = set(jobs)
+        for job in unwanted:
+            job.is_wanted = False
         kept = [job for job in self._waiting if job not in unwanted]
         unwanted.difference_update(self._waiting)
         self._waiting = deque(kept)

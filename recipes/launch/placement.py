@@ -188,9 +188,9 @@ def start_engine(
     if run.engine.releasable is None:
         own["releasable"] = releases
     config = replace(run.engine, max_model_len=longest, seed=run.seed, **own)
-    engine: Engine | EnginePool | None = None
+    engine: Engine | RemoteEngine | EnginePool | None = None
     if run.placement.engine == "process":
-        started: list[EnginePool] = []
+        started: list[RemoteEngine | EnginePool] = []
         parts = run, config, device, cluster
         told((lambda: started.append(_start_apart(*parts))) if is_first() else None)
         engine = next(iter(started), None)
@@ -217,9 +217,10 @@ def _start_apart(
     config: EngineConfig,
     device: torch.device,
     cluster: "RayEngines | None",
-) -> EnginePool:
-    """The engine in processes of its own, or its replicas, which are watched; tp_invariant: it has
-    the bits of other numbers of tensor parallel ranks, as the trainer's."""
+) -> RemoteEngine | EnginePool:
+    """The engine in processes of its own: its replicas, which are watched, of one at least, where
+    the transport knows of them. tp_invariant: it has the bits of other numbers of tensor parallel
+    ranks, as the trainer's."""
     placement, ranks = run.placement, RankGroup(invariant=run.numerics.tp_invariant)
     size = placement.engine_tensor
 
@@ -228,10 +229,12 @@ def _start_apart(
         there = engine_device(placement.transport, device, place * size, processes_here(run))
         if cluster is not None:
             there, launch = cluster.device, cluster.launcher(place)
-        where: Any = {"device": there, "ranks": ranks, "waits": False}  # the pool does
+        where: Any = {"device": there, "ranks": ranks, "waits": not placement.has_replicas}
         path = Path(run.model.path).absolute()  # another node may be in another folder
         return RemoteEngine(path, run.cpu_threads, launch, size, config=config, **where)
 
+    if not placement.has_replicas:
+        return start(0)
     limits = placement.replica_timeout_s, placement.max_restarts, placement.start_timeout_s
     room = config.max_num_seqs if placement.replicas > 1 else sys.maxsize  # nobody else has any
     return EnginePool(start, placement.replicas, room, *limits)

@@ -89,13 +89,21 @@ def place_of(rank: int, local_rank: int, local_size: int) -> dict[str, str]:
 
 
 class _LocalProcess(subprocess.Popen[bytes]):
-    """A RankProcess in a session of its own. Unless it ended well, what it has started there ends
-    with it: an engine that stands still would not notice, and keep its GPU."""
+    """A RankProcess in a process group of its own. Unless it ends well, what it has started there
+    ends with it: an engine that stands still would not notice, and keep its GPU."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """See RankProcess.wait."""
+        with suppress(ChildProcessError):  # somebody else has seen it
+            ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            if ended is not None and ended.si_status != 0:
+                self.kill()  # while the number is still its own
+        return super().wait(timeout)
 
     def kill(self) -> None:
         """See RankProcess.kill."""
-        if self.poll() != 0:
-            with suppress(ProcessLookupError):  # none of them is left
+        if self.returncode is None:
+            with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
 
 

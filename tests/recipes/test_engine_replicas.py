@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from samebit.recipes.run.phase_ledger import PhaseLedger
 from samebit.rollout.engine_pool import EnginePool
 from samebit.rollout.remote_ranks import RemoteEngineError
 from samebit.weight_sync.transports.shards import ShardSender
@@ -17,8 +18,8 @@ REPLICAS = ("placement=process", "placement.replicas=2")
 
 def dying(monkeypatch, moments, signal_number=signal.SIGKILL, rank=0):
     """Send a replica's process a signal each time that one of `moments` comes: the count-th time
-    that a pool takes what was drawn ("_take"), or that weights are about to move ("send"). Those
-    that came."""
+    that a pool takes what was drawn ("_take"), that weights are about to move ("send"), or that a
+    phase begins ("enter"). Those that came."""
     pools, deaths, counts = [], [], Counter()
 
     def watch(owner, name):
@@ -41,6 +42,7 @@ def dying(monkeypatch, moments, signal_number=signal.SIGKILL, rank=0):
 
     watch(EnginePool, "_take")
     watch(ShardSender, "send")
+    watch(PhaseLedger, "enter")
     return deaths
 
 
@@ -81,17 +83,28 @@ def test_deaths_change_no_bit(runs, base, monkeypatch, moments):
     assert sorted(deaths) == sorted(name for name, _ in moments)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, param(signal.SIGSTOP, marks=LONG)])
-def test_a_single_engine_apart_is_replaced_too(runs, base, monkeypatch, number):
-    """Between two rollouts; in one nobody is left to draw, which ends a run that may be resumed."""
-    came = dying(monkeypatch, [("send", 3)], number)
-    words = ("placement=process", *(() if number == signal.SIGKILL else (MEET,)))
-    assert runs.train("one", *words) == base.result
-    assert came == ["send"]
-    if number == signal.SIGKILL:
-        dying(monkeypatch, [("_take", 7)])
+@pytest.mark.parametrize(
+    ("moments", "number"),
+    [
+        ([("enter", 1), ("send", 3), ("enter", 6)], signal.SIGKILL),
+        param([("enter", 2), ("send", 4)], signal.SIGSTOP, marks=LONG),
+    ],
+    ids=["dies", "stands still"],
+)
+def test_a_single_engine_apart_is_replaced_too(runs, base, monkeypatch, moments, number):
+    """Wherever it is not drawing: as training begins or ends, and in an update."""
+    came = dying(monkeypatch, moments, number)
+    assert runs.train("one", "placement=process", MEET, SOON) == base.result
+    assert len(came) == len(moments)
+
+
+def test_a_single_engine_that_dies_in_a_rollout_ends_the_run(runs, base, monkeypatch):
+    """Nobody is left to draw. What is saved goes on."""
+    with monkeypatch.context() as patch:
+        dying(patch, [("_take", 14)])
         with pytest.raises(RemoteEngineError, match="1 replica of the engine has died, and none"):
-            runs.train("alone", *words)
+            runs.train("alone", "placement=process")
+    assert runs.train("alone", "placement=process", "resume=true") == base.result
 
 
 @pytest.mark.parametrize(
@@ -138,10 +151,7 @@ def test_engines_of_two_processes(runs, invariant, monkeypatch, words, moments, 
         ([*REPLICAS, "placement.start_timeout_s=-1"], "start_timeout_s is -1.*; it must be posi"),
         (["placement.start_timeout_s=60"], "start_timeout_s is 60.*; it must be 1800.0 with pla"),
         ([*REPLICAS, "placement.max_restarts=-1"], "max_restarts is -1; it must be 0 or more"),
-        (
-            ["placement.max_restarts=5"],
-            "max_restarts is 5; it must be 3 with placement.engine=colo",
-        ),
+        (["placement.max_restarts=5"], "max_restarts is 5; it must be 3 with placement.tr"),
     ],
 )
 def test_refusals(runs, words, reason):

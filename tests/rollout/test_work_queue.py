@@ -120,6 +120,17 @@ def test_what_the_dead_had_waits_again_first():
     assert queue.replicas == [1, 2]
 
 
+def test_what_nobody_waits_for_is_not_drawn_again():
+    queue = queue_of(2, room=4)
+    jobs = [make_job(i) for i in range(4)]
+    queue.put(jobs)
+    lost = [job for replica, job in give_all(queue) if replica == 0]
+    assert queue.drop(lost[:1]) == [(0, lost[0])]
+    queue.remove(0)
+    queue.add(2)
+    assert give_all(queue) == [(2, job) for job in lost[1:]]
+
+
 def test_what_is_dropped_and_found():
     queue = queue_of(1, room=2)
     jobs = [make_job(i) for i in range(3)]

@@ -1,16 +1,26 @@
 """The ranks of an engine in other processes: what all are asked, and whose failure is told."""
 
+import multiprocessing
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from samebit.kernels.reduce import ALONE
 from samebit.recipes.launch.placement import require_transport
-from samebit.rollout.remote_ranks import RemoteEngineError, _OfAll, settings_of
+from samebit.rollout.messages import Done, Score
+from samebit.rollout.remote_ranks import (
+    Launched,
+    RemoteEngineError,
+    _OfAll,
+    _Pipe,
+    settings_of,
+)
 from samebit.rollout.runtime.call import uncancelled
 from samebit.rollout.runtime.lockstep import Lockstep
+from samebit.rollout.wire import packed
 from samebit.weight_sync.types import LostMemberError, WeightSyncError
 
 
@@ -25,6 +35,43 @@ def test_a_call_may_be_longer_than_a_sockets_memory(remote):
     with pytest.raises(WeightSyncError, match="no update is under way"):
         remote.update_weights_from_tensor(named)
     assert remote.weight_version.step == 0
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    """A pipe to nobody, and the other end of its connection."""
+    monkeypatch.setattr("samebit.rollout.remote_ranks._EXIT_CODE_S", 0.05)
+    ours, theirs = multiprocessing.Pipe()
+    process = SimpleNamespace(kill=lambda: None)
+    pipe = _Pipe(Launched(process, ours), lambda: RemoteEngineError("a process ended"))
+    yield pipe, theirs
+    pipe.close()
+    theirs.close()
+
+
+def test_an_answer_to_nobody_is_no_end(pipe):
+    pipe, theirs = pipe
+    result = pipe.call(7, Score([[1, 2]], 1.0))
+    assert theirs.recv()[0] == 7
+    theirs.send((99, Done(1)))
+    theirs.send((7, Done(2)))
+    assert result.result(timeout=60) == 2
+    theirs.send((7, Done(3)))
+    result = pipe.call(8, Score([[1, 2]], 1.0))
+    theirs.send((8, Done(4)))
+    assert result.result(timeout=60) == 4
+
+
+@pytest.mark.parametrize("how", ["closed here", "closed there"])
+def test_all_who_wait_are_told_of_the_end(pipe, how):
+    """Though nothing was heard of it, or one of them cannot be told."""
+    pipe, theirs = pipe
+    pipe.begin([5], packed((5, Score([[1, 2]], 1.0))), lambda *_: 1 / 0)
+    result = pipe.call(7, Score([[1, 2]], 1.0))
+    theirs.close() if how == "closed there" else pipe.close()
+    assert isinstance(result.exception(timeout=60), RemoteEngineError)
+    with pytest.raises(RemoteEngineError, match="a process ended"):
+        pipe.call(8, Score([[1, 2]], 1.0))
 
 
 def test_results_of_ranks_are_the_first_ones():
