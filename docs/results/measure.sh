@@ -7,7 +7,8 @@
 # Parts: verify (SMOLLM2=FOLDER adds that model; each has to find what another run found), engine,
 # groups, tables, speculative (SMOLLM2 too), kernels, trainer, memory, sync (on two GPUs also
 # between them), step (of colocated GRPO), kills (a short demo on SmolLM2, killed 20 times),
-# controller (what its own work costs: no GPU), draft_trainer (of drafts of the 8B shape), verify_rows (what a step takes that verifies guesses);
+# controller (what its own work costs, without a GPU), draft_trainer (of drafts of the 8B shape),
+# verify_rows (what a step takes that verifies guesses);
 # of SMOLLM2 alone algorithms, long_tail (rollouts of very different lengths, with guesses and
 # without), and drafts: draft_7 and draft_1 (trained by so many passes), draft_boards, online_draft,
 # and behind draft_7 block_draft, speculative_draft and adaptive_draft (DRAFT=draft_boards: of that
@@ -25,7 +26,8 @@ unset PYTHONSAFEPATH # programs import one another
 parts=" verify engine groups tables speculative kernels trainer memory sync step kills algorithms"
 parts+=" draft_7 draft_1 draft_boards speculative_draft adaptive_draft block_draft online_draft"
 parts+=" draft_trainer verify_rows long_tail tensor_parallel trainer_tp elastic transfers async"
-parts+=" controller transfers4 layouts tp1_tp4 eight_tp eight_steps eight_elastic eight_transfers eight_sums "
+parts+=" controller transfers4 layouts tp1_tp4 eight_tp eight_steps eight_elastic eight_transfers"
+parts+=" eight_sums "
 for part in "${@:2}"; do
     if [[ $parts != *" $part "* ]]; then
         echo "'$part' is no part; there are:$parts" >&2
