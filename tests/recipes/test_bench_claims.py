@@ -235,8 +235,8 @@ def test_the_measuring_script_names_its_parts():
     message = "'engines' is no part; there are: verify engine groups tables speculative kernels "
     rest = "trainer memory sync step kills algorithms draft_7 draft_1 draft_boards "
     rest += "speculative_draft adaptive_draft block_draft online_draft draft_trainer verify_rows "
-    rest += "long_tail tensor_parallel trainer_tp elastic transfers async transfers4 layouts "
-    rest += "tp1_tp4 eight_tp eight_steps eight_elastic eight_transfers eight_sums "
+    rest += "long_tail tensor_parallel trainer_tp elastic transfers async controller transfers4 "
+    rest += "layouts tp1_tp4 eight_tp eight_steps eight_elastic eight_transfers eight_sums "
     assert run.stderr == f"{message}{rest}\n"
     text = script.read_text()
     for part in run.stderr.split(": ")[1].split():

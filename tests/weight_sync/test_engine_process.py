@@ -1,0 +1,115 @@
+"""The process of a remote engine: what it answers, and when it does what it is asked."""
+
+import pickle
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from serving import local_engine
+
+from samebit.rollout import engine_process
+from samebit.rollout.engine import Engine
+from samebit.rollout.messages import Ask, Done, Draw, Failed, Generate
+from samebit.rollout.types import SamplingParams
+
+PROMPTS = [[5, 9, 200, 31], [7]]
+ENDLESS = SamplingParams(max_new_tokens=1000, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def engine(old):
+    return local_engine(old.folder)
+
+
+def test_an_update_comes_after_the_calls_before_it(old):
+    """Which are unfinished then: it is refused, and does not begin as they are admitted."""
+    answers, entered, leave = {}, threading.Event(), threading.Event()
+    connection = SimpleNamespace(send_bytes=lambda sent: answers.setdefault(*pickle.loads(sent)))
+    server = engine_process._Server(connection)
+    server.engine = Engine(old.folder, device="cpu", kv_cache_tokens=1024)
+    loop = server.engine.loop
+
+    def drive():
+        with loop._driving():
+            entered.set()
+            assert leave.wait(60)
+
+    driver = threading.Thread(target=drive)
+    driver.start()
+    assert entered.wait(60)
+    server.handle(1, Generate(PROMPTS, ENDLESS, None))
+    update = Ask(Engine.update_weights_from_disk, (old.folder, 5), {})
+    updater = threading.Thread(target=server.handle, args=(2, update))
+    updater.start()
+    updater.join(0.2)
+    leave.set()
+    for thread in (driver, updater):
+        thread.join()
+    assert "needs an idle engine: 2 requests" in str(answers[2].error)
+    server.engine.close()
+    assert [c.finish_reason for [c] in answers[1].value] == ["abort"] * 2
+
+
+class TwoPartError(Exception):
+    """An error whose copy lacks an argument."""
+
+    def __init__(self, what, why):
+        super().__init__(f"{what}: {why}")
+
+
+def test_an_error_that_cannot_be_sent_is_told_by_another():
+    copy = engine_process._portable(TwoPartError("the disk", "full"))
+    assert (type(copy), str(copy)) == (RuntimeError, "TwoPartError: the disk: full")
+    assert type(engine_process._portable(KeyError("x"))) is KeyError
+
+
+def server_of(engine):
+    """What it answers, as it is sent, and what handles messages for an engine."""
+    sent = []
+    connection = SimpleNamespace(send_bytes=lambda told: sent.append(pickle.loads(told)))
+    server = engine_process._Server(connection)
+    server.engine = engine
+    return sent, server
+
+
+def test_each_call_is_answered_once(engine, monkeypatch):
+    """By its own number, also where the engine's loop does not take it up."""
+    sent, server = server_of(engine)
+    submit = engine.loop.submit
+
+    def late(call):
+        submit(call)
+        call.result.exception(timeout=60)
+        refuse(call)
+
+    def refuse(call):
+        raise MemoryError("no thread can be started")
+
+    requests = engine.requests.generation(PROMPTS, SamplingParams(max_new_tokens=2), None, ())
+    for replaced, kind in ((refuse, Failed), (late, Done)):
+        monkeypatch.setattr(engine.loop, "submit", replaced)
+        server.handle(engine_process.START, Draw({7: requests[0], 8: requests[1]}))
+        assert [number for number, _ in sent] == [7, 8]
+        assert {type(answer) for _, answer in sent} == {kind}
+        sent.clear()
+
+
+def test_answers_bring_tensors_along():
+    """Whoever reads them would else come back for the memory, and wait for who stands still."""
+    told = []
+    server = engine_process._Server(SimpleNamespace(send_bytes=told.append))
+    server.send(3, Done(torch.arange(5)))
+    assert b"reductions" not in told[0]
+    assert pickle.loads(told[0])[1].value.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_what_is_asked_runs_between_steps(engine):
+    """No call may be admitted, in the loop's thread, in the midst of an update of the weights."""
+    sent, server = server_of(engine)
+
+    def drives(asked, *, of):
+        return asked is engine and asked.loop._driver == of
+
+    server.handle(7, Ask(drives, (), {"of": threading.get_ident()}))
+    assert sent == [(7, Done(True))]
