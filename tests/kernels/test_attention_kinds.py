@@ -155,6 +155,7 @@ def test_replays_are_the_steps_without_a_graph(name):
     )
     q = torch.zeros(batch, 9, 64, dtype=case.dtype, device=device)
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())  # whoever fills the operands
     with torch.cuda.stream(stream):
         attention.attend(q, *case.caches, plan)
     stream.synchronize()

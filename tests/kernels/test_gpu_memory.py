@@ -71,6 +71,7 @@ def test_a_graph_survives_the_release_of_its_pool_and_of_its_inputs(arena):
         torch.sum(x * 2 + torch.zeros_like(x), 0, keepdim=True, out=out)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # whoever fills the operands
     with torch.cuda.stream(stream):
         work()
     stream.synchronize()

@@ -138,6 +138,7 @@ def test_groups_of_a_replay_are_those_of_its_step(tight, own, monkeypatch):
     plan = together.plan_graph(entries, max_own if tight else 4096)
     q = torch.zeros(batch, 16, 128, dtype=torch.bfloat16, device=device)
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())  # whoever fills the operands
     with torch.cuda.stream(stream):
         together.attend(q, *contexts.caches, plan)
     stream.synchronize()
