@@ -52,8 +52,8 @@ test-long: $(STAMP) ## what takes too long for `make test`: more kills, 1,000 ra
 	$(NO_GPU) $(PY) -m pytest -m "long and not algorithms" --timeout 0 $(ARGS)
 
 test-algorithms: export OMP_NUM_THREADS ?= 1
-test-algorithms: $(STAMP) ## does every preset of configs/algorithm, and dpo, learn to reverse digits?
-	$(NO_GPU) $(PY) -m pytest -m algorithms --timeout 0 -s $(ARGS)
+test-algorithms: $(STAMP) ## does every preset of configs/algorithm, and dpo, learn the demo's task in 5 minutes?
+	$(NO_GPU) $(PY) -m pytest -m algorithms -n $(WORKERS) --dist load -rP --show-capture=stdout $(ARGS)
 
 test-mutants: $(STAMP) ## are small lies in the code noticed by `make test`? An hour or two
 	$(PY) tests/mutants/run.py all --keep outputs/mutants $(ARGS)

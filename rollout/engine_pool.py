@@ -17,7 +17,7 @@ from pathlib import Path
 from samebit.kernels.memory import TagBytes
 from samebit.rollout.client import Begun, Progress, Tell, awaited, result_of, stream_of
 from samebit.rollout.engine_replicas import EngineReplicas
-from samebit.rollout.messages import Done, Failed
+from samebit.rollout.messages import Done, Ended, Failed
 from samebit.rollout.remote import RemoteEngine
 from samebit.rollout.remote_ranks import RemoteEngineError, new_number
 from samebit.rollout.request_client import RequestClient
@@ -248,16 +248,20 @@ class EnginePool(RequestClient):
             with suppress(RemoteEngineError):
                 engine.abandon(number)
 
-    def _take(self, engine: RemoteEngine, number: int, answer: Done | Failed) -> None:
-        """What a replica has made of the job of a number."""
-        error = answer.error if isinstance(answer, Failed) else None
-        if isinstance(error, RemoteEngineError):
-            self._replicas.bury(engine, error)
-        else:
-            with self._lock:
-                job = self._queue.end(engine, number)
-            if job is not None:
-                job.answer(answer.value if isinstance(answer, Done) else answer.error)
+    def _take(self, engine: RemoteEngine, number: int, answer: Done | Failed | Ended) -> None:
+        """What a replica has made of the job of a number, or what has ended of several."""
+        match answer:
+            case Ended(ended):
+                with self._lock:
+                    for each, num_samples in ended.items():
+                        self._queue.free(engine, each, num_samples)
+            case Failed(RemoteEngineError() as error):
+                self._replicas.bury(engine, error)
+            case Done(found) | Failed(found):
+                with self._lock:
+                    job = self._queue.end(engine, number)
+                if job is not None:
+                    job.answer(found)
         self._give_out()
 
 

@@ -35,6 +35,7 @@ from samebit.rollout.messages import (
     Done,
     Draw,
     Drew,
+    Ended,
     Failed,
     Generate,
     Meet,
@@ -51,6 +52,7 @@ logger = logging.getLogger(__name__)
 _TIMEOUT = timedelta(hours=4)
 """That ranks wait for each other: one may load or receive weights for long. Who dies is seen."""
 _BEAT_S = 1.0
+_TOLD_EVERY_S = 0.1
 _UNTOLD_S = 60.0
 """How long what a step raised on one rank may wait to be told to the others."""
 PARTED = os.EX_SOFTWARE
@@ -133,6 +135,36 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
+class Endings:
+    """Tells of samples that have ended while others of their call go on, now and then."""
+
+    def __init__(self, send: Callable[[int, Answer], object]) -> None:
+        self._send = send
+        self._lock = threading.Lock()
+        self._untold: dict[int, int] = {}
+        self._told_at = time.monotonic()
+
+    def add(self, number: int, num_samples: int) -> None:
+        """So many more of the call of this number."""
+        with self._lock:
+            self._untold[number] = self._untold.get(number, 0) + num_samples
+        if time.monotonic() - self._told_at >= _TOLD_EVERY_S:
+            self.tell()
+
+    def forget(self, number: int) -> None:
+        """The call is about to be answered."""
+        with self._lock:
+            self._untold.pop(number, None)
+
+    def tell(self) -> None:
+        """Tell what is untold."""
+        with self._lock:
+            untold, self._untold = self._untold, {}
+            self._told_at = time.monotonic()
+        if untold:
+            self._send(START, Ended(untold))
+
+
 class _Server:
     """Has an engine do what messages ask. Its loop's thread answers calls that take steps."""
 
@@ -143,6 +175,7 @@ class _Server:
         self._sending = threading.Lock()
         self._calls: dict[int, Call] = {}
         self._heard: SimpleQueue[tuple[int, Message] | None] = SimpleQueue()
+        self._endings = Endings(self.send)
         self.rank = 0
 
     def handle(self, number: int, message: Message) -> None:
@@ -155,7 +188,8 @@ class _Server:
                     self._submit(number, Call(requests, tell))
                 case Draw(requests):
                     for each, request in requests.items():
-                        self._submit(each, Call([request]), lambda groups: groups[0])
+                        drawn = Call([request], ended=partial(self._endings.add, each))
+                        self._submit(each, drawn, lambda groups: groups[0])
                 case Score(token_ids, temperature, k):
                     requests = engine.requests.scoring(token_ids, temperature, k)
                     self._submit(number, Call(requests))
@@ -202,6 +236,7 @@ class _Server:
         torch.set_num_threads(cpu_threads)  # as all threads that may hand the steps on to another
         while True:
             self.engine.loop.between_steps(self._require_together)
+            self._endings.tell()
             self.send(START, Beat())
             time.sleep(_BEAT_S)
 
@@ -217,6 +252,7 @@ class _Server:
         def finish(result: Future[list[list[Completion]]]) -> None:
             if self._calls.pop(number, None) is None:
                 return  # it was answered
+            self._endings.forget(number)
             try:
                 self.send(number, Done(of(result.result())))
             except BaseException as error:  # noqa: BLE001 - as above

@@ -42,7 +42,7 @@ class Generate:
 @dataclass(frozen=True)
 class Draw:
     """Complete requests that are checked, and whose ids nobody else has. Each is a call by a number
-    of its own, answered by its group."""
+    of its own, answered by its group; of several samples Ended tells before."""
 
     requests: Mapping[int, Request]
 
@@ -101,6 +101,14 @@ class Drew:
     """What one step drew for the call."""
 
     increments: list[Increment]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """So many more samples have ended of calls of which others go on, by their numbers: they leave
+    room. Said now and then, of no call."""
+
+    num_samples: Mapping[int, int]
 
 
 @dataclass(frozen=True)
@@ -169,7 +177,7 @@ class Leave:
 
 
 type Message = Meet | Generate | Draw | Score | Abandon | Ask | Stop
-type Answer = Done | Failed | Drew | Beat
+type Answer = Done | Failed | Drew | Ended | Beat
 type RankMessage = (
     Admit | Step | Asked | Drain | AbortRequest | FlushCache | Pause | Continue | Leave
 )

@@ -28,6 +28,7 @@ from samebit.rollout.messages import (
     Done,
     Draw,
     Drew,
+    Ended,
     Failed,
     Meet,
     Message,
@@ -84,9 +85,10 @@ class Launched:
     """The machine that it is on, to be told; "": this one."""
 
 
-type Settle = Callable[[int, Done | Failed], object]
+type Settle = Callable[[int, Done | Failed | Ended], object]
 """It is called with a call's number and answer, in the thread that reads all answers, which it must
-not hold up; with the death of the process where there was no other answer."""
+not hold up; with the death of the process where there was no other answer. Of what Draw began also
+with START and Ended."""
 type Launcher = Callable[[str, int, dict[str, Any], int], Sequence[Launched]]
 """Starts so many processes of one machine, the ranks of an engine, each of which calls
 engine_process.serve with a connection and these arguments."""
@@ -194,6 +196,8 @@ class _Pipe:
     def _take(self, number: int, answer: Answer) -> None:
         if isinstance(answer, Beat):
             return
+        if isinstance(answer, Ended):
+            number = next((n for n in answer.num_samples if n in self._waiting), number)
         if (waiting := self._waiting.get(number)) is None:
             return  # it was answered before
         settle, tell = waiting
@@ -201,16 +205,20 @@ class _Pipe:
             assert tell is not None
             tell(answer.increments)
             return
+        if isinstance(answer, Ended):
+            settle(START, answer)
+            return
         self._waiting.pop(number, None)
         settle(number, answer)
 
 
 def _settling(result: Future[Any]) -> Settle:
-    def settle(_: int, answer: Done | Failed) -> None:
-        if isinstance(answer, Done):
-            result.set_result(answer.value)
-        else:
-            result.set_exception(answer.error)
+    def settle(_: int, answer: Done | Failed | Ended) -> None:
+        match answer:
+            case Done(value):
+                result.set_result(value)
+            case Failed(error):
+                result.set_exception(error)
 
     return settle
 

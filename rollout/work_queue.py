@@ -1,6 +1,6 @@
 """WorkQueue: which replica of an engine draws which request. No torch here.
 
-A request's samples stay together. A replica has at most so many samples at a time, enough to be
+A request's samples stay together. A replica has at most so many unfinished samples, enough to be
 busy; the others wait here, so whoever has room takes them, and a replica that ends early is never
 idle while another has a queue. Room goes to the replica that has the fewest tokens yet to compute,
 but to the one that had the longest beginning of the prompt before, where that is hardly busier: its
@@ -35,15 +35,17 @@ class Job:
     is_wanted: bool = True
     """Whether anybody waits for it."""
     num_samples: int = field(init=False)
-    """What it takes of a replica's room."""
-    num_tokens: int = field(init=False)
-    """The most that is computed for it."""
+    """What it takes of a replica's room: those that have not ended."""
 
     def __post_init__(self) -> None:
+        self.num_samples = len(self.request.sample_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """The most that is computed for it."""
         request = self.request
-        self.num_samples = len(request.sample_ids)
-        drawn = 0 if request.score_only else request.params.max_new_tokens * self.num_samples
-        self.num_tokens = len(request.prompt_ids) + drawn
+        drawn = 0 if request.score_only else request.params.max_new_tokens
+        return len(request.prompt_ids) + drawn * self.num_samples
 
 
 @dataclass(eq=False, slots=True)
@@ -73,7 +75,7 @@ class WorkQueue[R: Hashable]:
     """Jobs that wait, and those that replicas have. Not for several threads at once."""
 
     def __init__(self, room: int) -> None:
-        """room: samples that a replica has at a time; a job of more is given to an idle one."""
+        """room: unfinished samples of a replica; a job of more is given to an idle one."""
         self._room = room
         self._waiting: deque[Job] = deque()
         self._loads: dict[R, _Load[R]] = {}
@@ -99,7 +101,10 @@ class WorkQueue[R: Hashable]:
         if (load := self._loads.pop(replica, None)) is None:
             return False
         del self._by_tokens[self._place(load)]
-        self._waiting.extendleft(job for job in reversed(load.jobs.values()) if job.is_wanted)
+        for job in reversed(load.jobs.values()):
+            job.num_samples = len(job.request.sample_ids)
+            if job.is_wanted:
+                self._waiting.appendleft(job)
         return True
 
     def put(self, jobs: Iterable[Job]) -> None:
@@ -147,6 +152,14 @@ class WorkQueue[R: Hashable]:
         self._count(load, job, 1)
         load.jobs[job.number] = job
         return load.replica, job
+
+    def free(self, replica: R, number: int, num_samples: int) -> None:
+        """Note that so many more samples of a job have ended, not all: they take no room."""
+        load = self._loads.get(replica)
+        if load is not None and (job := load.jobs.get(number)) is not None:
+            self._count(load, job, -1)
+            job.num_samples -= num_samples
+            self._count(load, job, 1)
 
     def end(self, replica: R, number: int) -> Job | None:
         """Note that a replica is done with a job: that job, or None if it was taken from it."""

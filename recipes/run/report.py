@@ -203,7 +203,7 @@ def _line_svg(lines: dict[str, Series], prefix: str) -> str:
         marker = "o" if len(line) <= 30 else None
         axes.plot(*zip(*line, strict=True), color=color, label=label, marker=marker, markersize=3)
     if len(lines) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        _name_lines(axes)
     return _svg(figure, prefix)
 
 
@@ -249,8 +249,13 @@ def _time_svg(rows: list[dict[str, Any]], width: int, prefix: str) -> str:
     for key in sorted(keys & set(TOTALS)):
         label = f"whole {key.removeprefix('perf/').removesuffix('_s')}"
         axes.plot(steps, means[key], color="#1d2129", linewidth=1, marker="_", label=label)
-    axes.legend(frameon=False, fontsize=7, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    _name_lines(axes)
     return _svg(figure, prefix)
+
+
+def _name_lines(axes: Any) -> None:
+    """Above them, where no line runs through a name."""
+    axes.legend(frameon=False, fontsize=7, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
 
 
 def _axes() -> tuple[Any, Any]:

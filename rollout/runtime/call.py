@@ -1,6 +1,6 @@
 """Call: what one caller of the engine waits for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,11 +22,13 @@ def uncancelled() -> Future[Any]:
 class Call:
     """Requests that one caller made at once, and where it gets what comes of them.
 
-    `tell` is called after every step that drew anything for it, before the result is there.
+    `tell` is called after every step that drew anything for it, before the result is there. `ended`
+    is called with how many samples of a request have ended of which others go on.
     """
 
     requests: Sequence[Request]
     tell: Tell | None = None
+    ended: Callable[[int], object] | None = None
     result: Future[list[list[Completion]]] = field(default_factory=uncancelled)
     samples: list[RunningSample] = field(default_factory=list)
     groups: dict[str, list[Completion]] = field(default_factory=dict)

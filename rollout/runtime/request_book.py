@@ -4,6 +4,7 @@ One thread at a time uses it, between steps: the one that drives (engine_loop.py
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -262,12 +263,14 @@ class RequestBook:
         """Tell the callers what was drawn, and what has ended of their requests."""
         for call in self._streams:
             self._tell(call)
-        for request_id in dict.fromkeys(s.request.request_id for s in finished):
+        for request_id, num_ended in Counter(s.request.request_id for s in finished).items():
             live = self.live[request_id]
             if all(s.finish_reason is not None for s in live.samples):
                 group = self._close(request_id)
                 if live.call is None:
                     self._reports.append(group)
+            elif live.call is not None and live.call.ended is not None:
+                live.call.ended(num_ended)
 
     def _tell(self, call: Call) -> None:
         if call.tell is not None and (news := call.news(self._slots)):

@@ -4,9 +4,10 @@
         [per_prompt=1,8] [prompt_tokens=512] [new_tokens=512] [repeats=5]
 
 Each replica is a process that answers what it is asked to draw at once, with tokens of its own
-choice. Counted is the processor's time of the controller's process, all its threads and the system
-on their behalf: checks, queue, messages there and back, and the garbage collections that they cause
-(which pass over what was imported before). Waiting costs nothing.
+choice; that samples of a prompt have ended is told now and then, as an engine does. Counted is the
+processor's time of the controller's process, all its threads and the system on their behalf:
+checks, queue, messages there and back, and the garbage collections that they cause (which pass over
+what was imported before). Waiting costs nothing.
 """
 
 import gc
@@ -27,7 +28,7 @@ import torch
 from samebit.recipes.bench.output import format_table
 from samebit.recipes.run.provenance import write_result
 from samebit.rollout.engine_pool import EnginePool
-from samebit.rollout.engine_process import START
+from samebit.rollout.engine_process import START, Endings
 from samebit.rollout.messages import Ask, Done, Draw, Stop
 from samebit.rollout.remote import RemoteEngine
 from samebit.rollout.remote_ranks import Launched
@@ -84,12 +85,15 @@ def serve(connection: Connection) -> None:
     connection.send((START, Done(None)))
     heard: SimpleQueue[tuple[int, Any] | None] = SimpleQueue()
     threading.Thread(target=hear, args=(connection, heard), daemon=True).start()
+    endings = Endings(lambda *told: connection.send(told))
     while (asked := heard.get()) is not None:
         number, message = asked
         if isinstance(message, Ask):
             connection.send((number, Done(LIMITS)))
         elif isinstance(message, Draw):
             for each, request in message.requests.items():
+                for _ in request.sample_ids[1:]:
+                    endings.add(each, 1)
                 connection.send((each, Done(drawn(request))))
 
 

@@ -72,6 +72,8 @@ async def score_later(texts, problems, *, seed):
 
 
 generated: list[int] = []
+ended: list[int] = []
+"""Samples that two_turns has drawn, as they end."""
 
 
 async def two_turns(engine, request, sampling_params, *, seed=0, control="/no"):
@@ -93,6 +95,7 @@ async def two_turns(engine, request, sampling_params, *, seed=0, control="/no"):
         await asyncio.sleep(0)
     talk.add(request.text.encode(request.problem.label[:1]))
     await talk.draw(engine, replace(sampling_params, max_new_tokens=3))
+    ended.append(request.sample_id)
     return talk.sample()
 
 

@@ -6,7 +6,7 @@ import random
 import time
 
 import pytest
-from run_children import has_lines
+from run_children import ended, has_lines
 
 from samebit.recipes.cli.main import main
 
@@ -50,15 +50,19 @@ def whole(make_runs, tmp_path_factory):
     """One uninterrupted run, and the seconds that it took."""
     whole = Together(make_runs(tmp_path_factory.mktemp("together")))
     start = time.perf_counter()
+    ended.clear()
     assert main(whole.arguments("whole", 1)) == 0
-    whole.seconds = time.perf_counter() - start
+    whole.seconds, whole.ended = time.perf_counter() - start, ended.copy()
     return whole
 
 
 def test_delays_are_not_to_be_seen(runs, whole):
     """Of samples and of scores, in another order."""
     other = Together(runs)
+    ended.clear()
     assert main(other.arguments("other", 7)) == 0
+    assert ended != whole.ended
+    assert sorted(ended) == sorted(whole.ended)
     assert other.result("other") == whole.result("whole")
     rows = other.runs.rows("other")[1:]
     assert max(row["rollout/refills"] for row in rows) > 1

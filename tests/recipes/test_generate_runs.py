@@ -1,4 +1,4 @@
-"""Runs of several turns: delays, kills and processes are not to be seen; a worked example."""
+"""Runs of several turns: delays, kills and processes are not to be seen."""
 
 import json
 import os
@@ -9,11 +9,9 @@ import pytest
 import torch
 from run_children import open_run, roll_out, update
 
-from samebit.recipes import calculator
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.cli.main import main
 from samebit.recipes.config import ConfigError
-from samebit.recipes.data.tasks.base import Problem
 from samebit.recipes.grpo import GrpoRecipe
 from samebit.recipes.run.rollouts import list_rollouts, load_rollout
 
@@ -150,44 +148,3 @@ def test_what_cannot_be_used_is_refused_in_a_dry_run(runs, capsys, given):
 def test_steps_leave_room_for_turns(runs):
     with pytest.raises(ConfigError, match="trainer.num_steps is 16777216; it must be below 2.24"):
         resolve("grpo", runs.arguments("long", TWO_TURNS, "trainer.num_steps=16777216"))
-
-
-# -- the worked example ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("expression", "said"),
-    [
-        ("12 + 7", "19"),
-        ("(3 - 5) * 4 / -2", "4"),
-        ("1/3", "0.333333"),
-        ("0.1 + 0.2", "0.3"),
-        ("1/0", "that divides by zero"),
-        ("__import__('os')", "that cannot be calculated"),
-        ("2 ** 9", "that cannot be calculated"),
-        ("True + 1", "that cannot be calculated"),
-        ("*".join(["9" * 60] * 3), str(int("9" * 60) ** 3)),
-        ("(" * 190, "that cannot be calculated"),
-        ("1" * 201, "that is too long"),
-        ("1e999999", "that cannot be calculated"),
-    ],
-)
-def test_the_calculator(expression, said):
-    assert calculator.calculate(expression) == said
-
-
-def test_the_answer_stands_behind_what_the_calculator_said():
-    problem = Problem(index=0, prompt="", label="19", metadata={})
-    told = f"calc(12 + 7)\nuser\n{calculator.RESULT} 19\nassistant\n"
-    for text, expected in {"19": 1, "calc(19": 1, told: 0, f"{told}19": 1, f"{told}18": 0}.items():
-        assert calculator.answered(text, problem) == expected
-
-
-def test_the_worked_examples_problems_say_what_there_is():
-    run = resolve("grpo", ["experiment=smollm2_calculator", "model.path=m", "data.size=20"])
-    train, held_out = calculator.problems(run.data)
-    assert len(train) == 20
-    for problem in (train[7], held_out[0]):
-        assert [message["role"] for message in problem.prompt] == ["system", "user"]
-        assert problem.prompt[0]["content"] == calculator.INSTRUCTION
-        calculator.answered.check_problem(problem)

@@ -5,7 +5,9 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from run_children import open_run, roll_out, update
+from torch.nn.modules.module import register_module_forward_hook
 
 from samebit.recipes.cli.compose import CONFIG_DIR, resolve
 from samebit.recipes.cli.main import main
@@ -49,6 +51,26 @@ def test_a_preset_is_its_algorithm(preset):
 
 def test_every_algorithm_has_a_preset():
     assert set(ALGORITHMS) <= set(PRESETS)
+
+
+@pytest.mark.parametrize("size", [12, 6])
+def test_no_pass_computes_what_the_rollout_knows(runs, size):
+    """Every sample goes through the policy once, with gradients: the rollout's log-probs are those
+    of the weights that drew it, of later optimizer steps too."""
+    run, passed = runs.resolve("once", f"trainer.batch_size={size}"), []
+
+    def watch(module, _, embedded):
+        if isinstance(module, LanguageModelEmbedding):
+            passed.append((len(embedded), torch.is_grad_enabled()))
+
+    with closing(GrpoRecipe(run, open_run(run))) as recipe:
+        rollout = roll_out(recipe, 0)
+        with register_module_forward_hook(watch):
+            stats = update(recipe, rollout)
+    samples = [sample for group in rollout.samples() for sample in group]
+    assert len(stats) == 12 // size
+    assert all(has_gradients for _, has_gradients in passed)
+    assert sum(tokens for tokens, _ in passed) == sum(len(s.token_ids) for s in samples)
 
 
 def test_two_optimizer_steps_of_each(runs):

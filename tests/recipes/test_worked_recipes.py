@@ -23,6 +23,16 @@ RECORDS = {
     "grpo/qwen3_math": {"prompt": ASKED, "reward_model": {"ground_truth": "3/4"}},
 }
 """Of the recipes whose data is the user's: a record as their files describe it."""
+OF_TASKS = {
+    "reverse_digits": [],
+    "reverse_digits_ppo": [],
+    "reverse_digits_distillation": ["distillation.teacher={model}"],
+    "smollm2_chain_sum": [],
+    "smollm2_calculator": ["rollout.max_prompt_len=400", "trainer.num_steps=20"],
+    "smollm2_online_draft": [],
+}
+"""Of those with a task: what they need where a character is a token."""
+OF_DRAFTS = ("smollm2_draft", "smollm2_draft_boards")
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +91,22 @@ def test_every_command_that_trains_has_recipes_of_its_own(capsys):
     assert groups_of("plan")["experiment"] == found["grpo"]
 
 
+@pytest.mark.parametrize("name", OF_TASKS)
+def test_recipes_of_tasks(name, speaker, tmp_path, capsys):
+    """Every problem that they come to is read."""
+    words = words_of(f"grpo/{name}", speaker, tmp_path)
+    words += [word.format(model=speaker) for word in OF_TASKS[name]]
+    assert main(["grpo", *words, "dry_run=true"]) == 0
+    assert re.search(r"^held_out_records +256$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_every_recipe_is_read():
+    """By one of the tests here."""
+    drafts = {f"eagle3/{name}" for name in OF_DRAFTS}
+    named = {*RECORDS, *(f"grpo/{name}" for name in OF_TASKS), *drafts}
+    assert named == {f"{file.parent.name}/{file.stem}" for file in FILES}
+
+
 @pytest.mark.parametrize("name", RECORDS)
 def test_recipes_for_your_file(name, speaker, tmp_path, capsys):
     """Without it they ask for it; of records as described every one is read."""
@@ -107,7 +133,7 @@ def test_all_but_the_answers_of_a_chat_is_masked(speaker, tmp_path):
     assert "".join(inputs.text.pieces(trained)) == "Why?<eos>It is 7: 3/4.<eos>"
 
 
-@pytest.mark.parametrize("name", ["smollm2_draft", "smollm2_draft_boards"])
+@pytest.mark.parametrize("name", OF_DRAFTS)
 def test_the_recipe_for_a_draft(name, speaker, tmp_path, capsys):
     """Every task of its list is there. A character is a token here, so prompts are longer, and
     there are fewer tokens to say."""

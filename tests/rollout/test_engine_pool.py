@@ -3,7 +3,8 @@
 import asyncio
 import os
 import signal
-from contextlib import closing
+from contextlib import aclosing, closing
+from dataclasses import replace
 
 import pytest
 from helpers import make_prompts, outcomes
@@ -70,6 +71,25 @@ def test_increments_of_a_stream_are_whole_samples(pool, truth):
     found = sorted(asyncio.run(read()), key=lambda increment: increment.sample_id)
     expected = [(c.token_ids, c.logprobs, c.finish_reason) for group in truth for c in group]
     assert [(i.token_ids, i.logprobs, i.finish_reason) for i in found] == expected
+
+
+def test_a_sample_that_goes_on_keeps_no_room_for_those_that_ended(qwen3_path):
+    """One of four ends long after the others: another prompt is begun meanwhile, and ends first."""
+    endless = SamplingParams(n=4, max_new_tokens=200, ignore_eos=True)
+    [group] = Engine(qwen3_path, device="cpu").generate(PROMPTS[:1], endless, [[0, 1, 2, 3]])
+    longest, *others = (completion.token_ids for completion in group)
+    stops = {next(t for t in token_ids if t not in longest) for token_ids in others}
+    params = [replace(endless, stop_token_ids=tuple(stops)), SamplingParams(max_new_tokens=2)]
+    with closing(start_pool(qwen3_path, 1)) as pool:
+        [unfinished] = pool.generate(PROMPTS[:1], params[0], [[0, 1, 2, 3]])
+        assert [len(c.token_ids) == 200 for c in unfinished] == [True, False, False, False]
+
+        async def first():
+            stream = pool.stream(PROMPTS[:2], params, [[0, 1, 2, 3], [4]])
+            async with aclosing(stream):
+                return (await anext(stream)).sample_id
+
+        assert asyncio.run(first()) == 4
 
 
 def test_bad_input_is_refused_before_anything_runs(pool):

@@ -120,6 +120,36 @@ def test_what_the_dead_had_waits_again_first():
     assert queue.replicas == [1, 2]
 
 
+def test_samples_that_have_ended_leave_room():
+    """Others of their job go on; where it has to be drawn again, it takes its whole room."""
+    queue = queue_of(2, room=4)
+    jobs = [make_job(0, n=4), make_job(1, n=4), make_job(2, n=3), make_job(3, n=1)]
+    queue.put(jobs)
+    assert give_all(queue) == [(0, jobs[0]), (1, jobs[1])]
+    queue.free(0, jobs[0].number, 2)
+    assert give_all(queue) == []
+    queue.free(0, jobs[0].number, 1)
+    assert give_all(queue) == [(0, jobs[2])]
+    queue.free(1, jobs[0].number, 1)  # which another has
+    queue.free(1, 9, 1)  # which nobody has
+    assert give_all(queue) == []
+    queue.remove(0)
+    queue.add(2)
+    assert give_all(queue) == [(2, jobs[0])]
+    assert queue.end(1, jobs[1].number)
+    assert give_all(queue) == [(1, jobs[2]), (1, jobs[3])]
+
+
+def test_who_has_fewer_samples_left_is_asked_first():
+    queue = queue_of(2, room=8)
+    jobs = [make_job(i, n=4, prompt=(i,)) for i in range(3)]
+    queue.put(jobs[:2])
+    assert give_all(queue) == [(0, jobs[0]), (1, jobs[1])]
+    queue.free(1, jobs[1].number, 1)
+    queue.put(jobs[2:])
+    assert give_all(queue) == [(1, jobs[2])]
+
+
 def test_what_nobody_waits_for_is_not_drawn_again():
     queue = queue_of(2, room=4)
     jobs = [make_job(i) for i in range(4)]
@@ -162,7 +192,12 @@ def test_nothing_is_lost_or_given_twice(seed):
             queue.remove(dead)
             queue.add(num_replicas)
             num_replicas += 1
-        replica, job = running.pop(rng.randrange(len(running)))
+        at = rng.randrange(len(running))
+        replica, job = running[at]
+        if job.num_samples > 1 and rng.random() < 0.5:
+            queue.free(replica, job.number, rng.randrange(1, job.num_samples))
+            continue
+        del running[at]
         ended[job] += queue.end(replica, job.number) is job
         if not ended[job]:
             del ended[job]

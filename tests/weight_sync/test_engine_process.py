@@ -2,6 +2,7 @@
 
 import pickle
 import threading
+from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from serving import local_engine
 
 from samebit.rollout import engine_process
 from samebit.rollout.engine import Engine
-from samebit.rollout.messages import Ask, Done, Draw, Failed, Generate
+from samebit.rollout.messages import Ask, Done, Draw, Ended, Failed, Generate
 from samebit.rollout.types import SamplingParams
 
 PROMPTS = [[5, 9, 200, 31], [7]]
@@ -93,6 +94,46 @@ def test_each_call_is_answered_once(engine, monkeypatch):
         assert [number for number, _ in sent] == [7, 8]
         assert {type(answer) for _, answer in sent} == {kind}
         sent.clear()
+
+
+def test_samples_that_end_before_others_are_told(engine, monkeypatch):
+    """Of each request that a Draw begins, as they end, but for those of its last step."""
+    monkeypatch.setattr(engine_process, "_TOLD_EVERY_S", 0.0)
+    sent = SimpleQueue()
+    connection = SimpleNamespace(send_bytes=lambda told: sent.put(pickle.loads(told)))
+    server = engine_process._Server(connection)
+    server.engine = engine
+    stops = SamplingParams(n=12, max_new_tokens=40, stop_token_ids=tuple(range(0, 331, 9)))
+    requests = engine.requests.generation(PROMPTS, stops, None, ())
+    server.handle(engine_process.START, Draw({7: requests[0], 8: requests[1]}))
+    told, groups = {7: [], 8: []}, {}
+    while len(groups) < 2:
+        number, answer = sent.get(timeout=60)
+        if isinstance(answer, Ended):
+            assert number == engine_process.START
+            for each, num_samples in answer.num_samples.items():
+                assert each not in groups
+                told[each].append(num_samples)
+        else:
+            groups[number] = answer.value
+    for number, group in groups.items():
+        assert len({len(completion.token_ids) for completion in group}) > 3
+        assert len(told[number]) > 3
+        assert min(told[number]) > 0
+        assert 0 < len(group) - sum(told[number]) < 4
+
+
+def test_samples_that_end_are_told_together():
+    """Unless their call is answered meanwhile."""
+    told = []
+    endings = engine_process.Endings(lambda *message: told.append(message))
+    for number in (7, 8, 7):
+        endings.add(number, 2)
+    endings.forget(8)
+    assert told == []
+    endings.tell()
+    endings.tell()
+    assert told == [(engine_process.START, Ended({7: 4}))]
 
 
 def test_answers_bring_tensors_along():
