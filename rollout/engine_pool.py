@@ -46,9 +46,9 @@ class EnginePool(RequestClient):
         start_timeout_s: float = 1800.0,
     ) -> None:
         """start: launches the replica of a place, below num_replicas; it need not have started.
-        room: samples that one has at a time. timeout_s: a replica that draws or is asked something
-        and has no step to show for so long is killed; a step that compiles kernels takes long.
-        max_restarts: replicas that may die. start_timeout_s: one that is launched and has not
+        room: unfinished samples that one has at a time. timeout_s: a replica that draws or is asked
+        something and has no step to show for so long is killed; a step that compiles kernels takes
+        long. max_restarts: replicas that may die. start_timeout_s: one that is launched and has not
         started in so long is killed.
 
         Raises what `start` and the start of an engine do.

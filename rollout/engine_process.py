@@ -44,7 +44,7 @@ from samebit.rollout.messages import (
     Stop,
 )
 from samebit.rollout.runtime.call import Call
-from samebit.rollout.types import Completion, Increment
+from samebit.rollout.types import Completion, Increment, Request
 from samebit.weight_sync.meeting import gloo_on_loopback, prove_secret
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ _UNTOLD_S = 60.0
 PARTED = os.EX_SOFTWARE
 """The exit code of a rank that has lost the others, or they it."""
 START = 0
-"""The number of what is of no call: whether the engine could be made, and its beats."""
+"""The number of what is of no call: whether the engine could be made, its beats, what has ended."""
 
 
 def serve_parent(
@@ -97,6 +97,7 @@ def serve(
         server.follow()
     else:
         threading.Thread(target=server.beat, args=(cpu_threads,), daemon=True).start()
+        threading.Thread(target=server.endings.run, daemon=True).start()
         with suppress(EOFError, OSError), engine.leading():  # until the caller is gone
             while True:
                 number, message = connection.recv()
@@ -136,20 +137,20 @@ def _follow_parent() -> None:
 
 
 class Endings:
-    """Tells of samples that have ended while others of their call go on, now and then."""
+    """Tells of samples that have ended while others of their call go on: by a thread of its own, of
+    the first at once, of those that come soon after together."""
 
     def __init__(self, send: Callable[[int, Answer], object]) -> None:
         self._send = send
         self._lock = threading.Lock()
         self._untold: dict[int, int] = {}
-        self._told_at = time.monotonic()
+        self._came = threading.Event()
 
     def add(self, number: int, num_samples: int) -> None:
         """So many more of the call of this number."""
         with self._lock:
             self._untold[number] = self._untold.get(number, 0) + num_samples
-        if time.monotonic() - self._told_at >= _TOLD_EVERY_S:
-            self.tell()
+        self._came.set()
 
     def forget(self, number: int) -> None:
         """The call is about to be answered."""
@@ -160,9 +161,15 @@ class Endings:
         """Tell what is untold."""
         with self._lock:
             untold, self._untold = self._untold, {}
-            self._told_at = time.monotonic()
         if untold:
             self._send(START, Ended(untold))
+
+    def run(self) -> None:
+        """Tell what comes, without end."""
+        while self._came.wait():
+            self._came.clear()
+            self.tell()
+            time.sleep(_TOLD_EVERY_S)
 
 
 class _Server:
@@ -175,7 +182,7 @@ class _Server:
         self._sending = threading.Lock()
         self._calls: dict[int, Call] = {}
         self._heard: SimpleQueue[tuple[int, Message] | None] = SimpleQueue()
-        self._endings = Endings(self.send)
+        self.endings = Endings(self.send)
         self.rank = 0
 
     def handle(self, number: int, message: Message) -> None:
@@ -188,8 +195,7 @@ class _Server:
                     self._submit(number, Call(requests, tell))
                 case Draw(requests):
                     for each, request in requests.items():
-                        drawn = Call([request], ended=partial(self._endings.add, each))
-                        self._submit(each, drawn, lambda groups: groups[0])
+                        self._draw(each, request)
                 case Score(token_ids, temperature, k):
                     requests = engine.requests.scoring(token_ids, temperature, k)
                     self._submit(number, Call(requests))
@@ -236,7 +242,6 @@ class _Server:
         torch.set_num_threads(cpu_threads)  # as all threads that may hand the steps on to another
         while True:
             self.engine.loop.between_steps(self._require_together)
-            self._endings.tell()
             self.send(START, Beat())
             time.sleep(_BEAT_S)
 
@@ -246,13 +251,23 @@ class _Server:
         with self._sending, suppress(OSError):  # the caller is gone, and this process soon
             self._connection.send_bytes(packed)
 
+    def _draw(self, number: int, request: Request) -> None:
+        """Begin a call of one request, whose sender may take this engine for a larger one."""
+        try:
+            self.engine.requests.require_room(request, "a request to an engine's process")
+        except ValueError as error:
+            self.send(number, Failed(_portable(error)))
+            return
+        call = Call([request], ended=partial(self.endings.add, number))
+        self._submit(number, call, lambda groups: groups[0])
+
     def _submit(self, number: int, call: Call, of: Callable[[Any], Any] = lambda x: x) -> None:
         """Have a call's requests drawn, and answer it with what `of` makes of their groups."""
 
         def finish(result: Future[list[list[Completion]]]) -> None:
             if self._calls.pop(number, None) is None:
                 return  # it was answered
-            self._endings.forget(number)
+            self.endings.forget(number)
             try:
                 self.send(number, Done(of(result.result())))
             except BaseException as error:  # noqa: BLE001 - as above

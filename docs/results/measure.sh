@@ -4,11 +4,11 @@
 #
 #   docs/results/measure.sh OUT PART...
 #
-# Parts: verify (SMOLLM2=FOLDER adds that model; each has to find what another run found), engine,
-# groups, tables, speculative (SMOLLM2 too), kernels, trainer, memory, sync (on two GPUs also
-# between them), step (of colocated GRPO), kills (a short demo on SmolLM2, killed 20 times),
-# controller (what its own work costs, without a GPU), draft_trainer (of drafts of the 8B shape),
-# verify_rows (what a step takes that verifies guesses);
+# Parts: verify (SMOLLM2=FOLDER adds that model; each has to find what another run found; of the 8B
+# shape alone verify_8b and verify_8b_parts), engine, groups, tables, speculative (SMOLLM2 too),
+# kernels, trainer, memory, sync (on two GPUs also between them), step (of colocated GRPO), kills (a
+# short demo on SmolLM2, killed 20 times), controller (what its own work costs, without a GPU),
+# draft_trainer (of drafts of the 8B shape), verify_rows (what a step takes that verifies guesses);
 # of SMOLLM2 alone algorithms, long_tail (rollouts of very different lengths, with guesses and
 # without), and drafts: draft_7 and draft_1 (trained by so many passes), draft_boards, online_draft,
 # and behind draft_7 block_draft, speculative_draft and adaptive_draft (DRAFT=draft_boards: of that
@@ -23,11 +23,11 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 bin=$root/.venv/bin
 shapes=$root/recipes/bench/shapes
 unset PYTHONSAFEPATH # programs import one another
-parts=" verify engine groups tables speculative kernels trainer memory sync step kills algorithms"
-parts+=" draft_7 draft_1 draft_boards speculative_draft adaptive_draft block_draft online_draft"
-parts+=" draft_trainer verify_rows long_tail tensor_parallel trainer_tp elastic transfers async"
-parts+=" controller transfers4 layouts tp1_tp4 eight_tp eight_steps eight_elastic eight_transfers"
-parts+=" eight_sums "
+parts=" verify verify_8b verify_8b_parts engine groups tables speculative kernels trainer memory"
+parts+=" sync step kills algorithms draft_7 draft_1 draft_boards speculative_draft adaptive_draft"
+parts+=" block_draft online_draft draft_trainer verify_rows long_tail tensor_parallel trainer_tp"
+parts+=" elastic transfers async controller transfers4 layouts tp1_tp4 eight_tp eight_steps"
+parts+=" eight_elastic eight_transfers eight_sums "
 for part in "${@:2}"; do
     if [[ $parts != *" $part "* ]]; then
         echo "'$part' is no part; there are:$parts" >&2
@@ -81,23 +81,25 @@ twice() { # NAME ARGUMENT...: samebit verify
     samebit "${name}_b" verify "$@" >/dev/null & b=$!
     wait "$a"
     wait "$b"
-    "$bin/python" - "$out/${name}"_{a,b}/verify.json <<'EOF'
-import json, sys
-a, b = (json.load(open(path)) for path in sys.argv[1:])
-for name in ("tokens", "mismatches", "outcomes_digest"):
-    print(sys.argv[1], name, a[name], b[name])
-sys.exit(a["mismatches"] + b["mismatches"] > 0 or a["outcomes_digest"] != b["outcomes_digest"])
-EOF
+    same_draws "$out/${name}"_{a,b}/verify.json
 }
 
 verify() { # every property, of the 8B shape all but transports, so many as one card has room for
+    verify_8b
+    verify_8b_parts
+    twice verify_qwen3_0.6b model="$shapes/qwen3-0.6b" load_format=dummy
+    if [[ -n ${SMOLLM2:-} ]]; then twice verify_smollm2 model="$SMOLLM2"; fi
+}
+
+verify_8b() {
     verified qwen3_8b batch_size,batch_position,decode_batch,prefill_chunk,prefix_cache,group,\
 neighbour_abort,concurrent_callers,restart,graphs_and_overlap,score,trainer
+}
+
+verify_8b_parts() { # which leave room for other work on the card
     verified speculation_qwen3_8b shared_prefixes,speculation
     verified weights_qwen3_8b memory_release,pauses
     verified pages_qwen3_8b weight_update,page_size,preemption
-    twice verify_qwen3_0.6b model="$shapes/qwen3-0.6b" load_format=dummy
-    if [[ -n ${SMOLLM2:-} ]]; then twice verify_smollm2 model="$SMOLLM2"; fi
 }
 
 verified() { # NAME PROPERTIES: of the 8B shape, to the digest of the committed file
@@ -187,16 +189,18 @@ needs_smollm2() {
     fi
 }
 
-algorithms() { # SmolLM2 learns to add, by four of them
+algorithms() { # SmolLM2 learns to add, by four of them at the same time
     needs_smollm2
-    local name own=(model.path="$SMOLLM2" logger=disabled trainer.num_steps=130 overwrite=true)
+    local name runs=() own=(experiment=smollm2_chain_sum model.path="$SMOLLM2" logger=disabled)
+    own+=(trainer.num_steps=130 overwrite=true engine.kv_cache_tokens=200000)
     for name in grpo dapo gspo ppo; do
         local more=()
         if [[ $name == ppo ]]; then
             more=(critic.warmup_steps=5 critic.optimizer.lr=1e-4 trainer.batch_size=256)
         fi
-        samebit "$name" grpo experiment=smollm2_chain_sum algorithm="$name" "${own[@]}" "${more[@]}"
+        samebit "$name" grpo algorithm="$name" "${own[@]}" "${more[@]}" & runs+=($!)
     done
+    for name in "${runs[@]}"; do wait "$name"; done
     "$bin/samebit" report "$out"/{grpo,dapo,gspo,ppo} out="$out/algorithms.html"
 }
 

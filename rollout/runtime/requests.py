@@ -106,14 +106,7 @@ class RequestFactory:
             raise ValueError(f"prompt {place} is empty; it needs at least one token")
         checked = self._checked_tokens(f"prompt {place}", tokens)
         self._check_stops(params)
-        num_new = 0 if score_only else params.max_new_tokens
-        for what, limit in (("context", self.max_model_len), ("KV cache", self.kv_capacity)):
-            if len(checked) + num_new > limit:
-                raise ValueError(
-                    f"prompt {place}: {len(checked)} prompt tokens + {num_new} max_new_tokens "
-                    f"exceed the {what} of {limit} tokens"
-                )
-        return Request(
+        request = Request(
             request_id=str(next(self._ids)),
             prompt_ids=checked,
             params=params,
@@ -122,6 +115,20 @@ class RequestFactory:
             score_only=score_only,
             num_top=num_top,
         )
+        self.require_room(request, f"prompt {place}")
+        return request
+
+    def require_room(self, request: Request, name: str) -> None:
+        """Raises ValueError for one that is too long, which the factory of an engine with more room
+        may have made."""
+        num_prompt = len(request.prompt_ids)
+        num_new = 0 if request.score_only else request.params.max_new_tokens
+        for what, limit in (("context", self.max_model_len), ("KV cache", self.kv_capacity)):
+            if num_prompt + num_new > limit:
+                raise ValueError(
+                    f"{name}: {num_prompt} prompt tokens + {num_new} max_new_tokens exceed the "
+                    f"{what} of {limit} tokens"
+                )
 
     def _check_stops(self, params: SamplingParams) -> None:
         """Something must be left to draw where no stop token may be."""

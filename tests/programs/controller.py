@@ -4,10 +4,10 @@
         [per_prompt=1,8] [prompt_tokens=512] [new_tokens=512] [repeats=5]
 
 Each replica is a process that answers what it is asked to draw at once, with tokens of its own
-choice; that samples of a prompt have ended is told now and then, as an engine does. Counted is the
-processor's time of the controller's process, all its threads and the system on their behalf:
-checks, queue, messages there and back, and the garbage collections that they cause (which pass over
-what was imported before). Waiting costs nothing.
+choice; what it says of samples that end before others of their prompt it says as an engine does.
+Counted is the processor's time of the controller's process, all its threads and the system on their
+behalf: checks, queue, messages there and back, and the garbage collections that they cause (which
+pass over what was imported before). Waiting costs nothing.
 """
 
 import gc
@@ -85,16 +85,25 @@ def serve(connection: Connection) -> None:
     connection.send((START, Done(None)))
     heard: SimpleQueue[tuple[int, Any] | None] = SimpleQueue()
     threading.Thread(target=hear, args=(connection, heard), daemon=True).start()
-    endings = Endings(lambda *told: connection.send(told))
+    endings, sending = Endings(lambda *told: send(connection, sending, told)), threading.Lock()
+    threading.Thread(target=endings.run, daemon=True).start()
     while (asked := heard.get()) is not None:
         number, message = asked
         if isinstance(message, Ask):
-            connection.send((number, Done(LIMITS)))
+            send(connection, sending, (number, Done(LIMITS)))
         elif isinstance(message, Draw):
             for each, request in message.requests.items():
                 for _ in request.sample_ids[1:]:
                     endings.add(each, 1)
-                connection.send((each, Done(drawn(request))))
+                group = drawn(request)
+                endings.forget(each)
+                send(connection, sending, (each, Done(group)))
+
+
+def send(connection: Connection, sending: threading.Lock, told: tuple[int, Any]) -> None:
+    """Say something, one thread at a time."""
+    with sending:
+        connection.send(told)
 
 
 def hear(connection: Connection, heard: SimpleQueue[tuple[int, Any] | None]) -> None:

@@ -6,7 +6,7 @@ import random
 import time
 
 import pytest
-from run_children import ended, has_lines
+from run_children import ended, generated, has_lines
 
 from samebit.recipes.cli.main import main
 
@@ -51,6 +51,7 @@ def whole(make_runs, tmp_path_factory):
     whole = Together(make_runs(tmp_path_factory.mktemp("together")))
     start = time.perf_counter()
     ended.clear()
+    generated.clear()
     assert main(whole.arguments("whole", 1)) == 0
     whole.seconds, whole.ended = time.perf_counter() - start, ended.copy()
     return whole
@@ -60,6 +61,7 @@ def test_delays_are_not_to_be_seen(runs, whole):
     """Of samples and of scores, in another order."""
     other = Together(runs)
     ended.clear()
+    generated.clear()
     assert main(other.arguments("other", 7)) == 0
     assert ended != whole.ended
     assert sorted(ended) == sorted(whole.ended)

@@ -232,11 +232,12 @@ def test_the_measuring_script_names_its_parts():
     script = Path(__file__).parents[2] / "docs" / "results" / "measure.sh"
     run = subprocess.run([script, "out", "engines"], capture_output=True, text=True)
     assert run.returncode == 2
-    message = "'engines' is no part; there are: verify engine groups tables speculative kernels "
-    rest = "trainer memory sync step kills algorithms draft_7 draft_1 draft_boards "
-    rest += "speculative_draft adaptive_draft block_draft online_draft draft_trainer verify_rows "
-    rest += "long_tail tensor_parallel trainer_tp elastic transfers async controller transfers4 "
-    rest += "layouts tp1_tp4 eight_tp eight_steps eight_elastic eight_transfers eight_sums "
+    message = "'engines' is no part; there are: verify verify_8b verify_8b_parts engine groups "
+    rest = "tables speculative kernels trainer memory sync step kills algorithms draft_7 draft_1 "
+    rest += "draft_boards speculative_draft adaptive_draft block_draft online_draft draft_trainer "
+    rest += "verify_rows long_tail tensor_parallel trainer_tp elastic transfers async controller "
+    rest += "transfers4 layouts tp1_tp4 eight_tp eight_steps eight_elastic eight_transfers "
+    rest += "eight_sums "
     assert run.stderr == f"{message}{rest}\n"
     text = script.read_text()
     for part in run.stderr.split(": ")[1].split():

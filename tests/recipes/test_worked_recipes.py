@@ -93,11 +93,13 @@ def test_every_command_that_trains_has_recipes_of_its_own(capsys):
 
 @pytest.mark.parametrize("name", OF_TASKS)
 def test_recipes_of_tasks(name, speaker, tmp_path, capsys):
-    """Every problem that they come to is read."""
+    """As they stand, but for the model; of the one with a calculator the first steps."""
     words = words_of(f"grpo/{name}", speaker, tmp_path)
     words += [word.format(model=speaker) for word in OF_TASKS[name]]
     assert main(["grpo", *words, "dry_run=true"]) == 0
-    assert re.search(r"^held_out_records +256$", capsys.readouterr().out, re.MULTILINE)
+    out = capsys.readouterr().out
+    for figure in (r"train_records +100,000", r"held_out_records +256"):
+        assert re.search(rf"^{figure}$", out, re.MULTILINE)
 
 
 def test_every_recipe_is_read():

@@ -2,6 +2,7 @@
 
 import pickle
 import threading
+from dataclasses import replace
 from queue import SimpleQueue
 from types import SimpleNamespace
 
@@ -96,26 +97,33 @@ def test_each_call_is_answered_once(engine, monkeypatch):
         sent.clear()
 
 
-def test_samples_that_end_before_others_are_told(engine, monkeypatch):
+def test_what_has_no_room_is_refused(engine):
+    """Who asks goes by the room of an engine that this one has replaced. It would wait for ever."""
+    sent, server = server_of(engine)
+    [request] = engine.requests.generation([[5]], SamplingParams(max_new_tokens=2), None, ())
+    longer = replace(request, params=SamplingParams(max_new_tokens=engine.kv_capacity))
+    server.handle(engine_process.START, Draw({7: longer}))
+    [(number, answer)] = sent
+    assert number == 7
+    error = (
+        "a request to an engine's process: 1 prompt tokens [+] .* max_new_tokens exceed the .* of"
+    )
+    with pytest.raises(ValueError, match=error):
+        raise answer.error
+
+
+def test_samples_that_end_before_others_are_told(engine):
     """Of each request that a Draw begins, as they end, but for those of its last step."""
-    monkeypatch.setattr(engine_process, "_TOLD_EVERY_S", 0.0)
     sent = SimpleQueue()
     connection = SimpleNamespace(send_bytes=lambda told: sent.put(pickle.loads(told)))
     server = engine_process._Server(connection)
     server.engine = engine
+    told = {7: [], 8: []}
+    server.endings.add = lambda number, num_samples: told[number].append(num_samples)
     stops = SamplingParams(n=12, max_new_tokens=40, stop_token_ids=tuple(range(0, 331, 9)))
     requests = engine.requests.generation(PROMPTS, stops, None, ())
     server.handle(engine_process.START, Draw({7: requests[0], 8: requests[1]}))
-    told, groups = {7: [], 8: []}, {}
-    while len(groups) < 2:
-        number, answer = sent.get(timeout=60)
-        if isinstance(answer, Ended):
-            assert number == engine_process.START
-            for each, num_samples in answer.num_samples.items():
-                assert each not in groups
-                told[each].append(num_samples)
-        else:
-            groups[number] = answer.value
+    groups = {number: answer.value for number, answer in (sent.get(), sent.get())}
     for number, group in groups.items():
         assert len({len(completion.token_ids) for completion in group}) > 3
         assert len(told[number]) > 3
@@ -134,6 +142,16 @@ def test_samples_that_end_are_told_together():
     endings.tell()
     endings.tell()
     assert told == [(engine_process.START, Ended({7: 4}))]
+
+
+def test_who_has_room_hears_of_it_soon():
+    """The first ending is told whatever comes behind it."""
+    told = SimpleQueue()
+    endings = engine_process.Endings(lambda *message: told.put(message))
+    threading.Thread(target=endings.run, daemon=True).start()
+    for number in (7, 8):
+        endings.add(number, 1)
+        assert told.get(timeout=60) == (engine_process.START, Ended({number: 1}))
 
 
 def test_answers_bring_tensors_along():

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# All that one GPU of 139 GiB is measured by, in 25 minutes on 16 cores: parts of measure.sh and the
+# tests that fit beside each other, then the speeds, alone:
+#
+#   SMOLLM2=FOLDER docs/results/one_card.sh OUT
+#
+# What each has said is in OUT/NAME.out, when it began and ended in OUT/times; the exit code is 1 if
+# any failed. What is done is not done again where it is called again with the same OUT.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+python=$root/.venv/bin/python
+if (($# != 1)) || [[ ! -e ${SMOLLM2:-}/config.json ]]; then
+    echo "usage: SMOLLM2=FOLDER docs/results/one_card.sh OUT; samebit fetch-smollm2 makes it" >&2
+    exit 2
+fi
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+running=()
+
+one() { # NAME COMMAND...
+    local name=$1 began=$SECONDS code=0
+    shift
+    [[ ! -e $out/$name.done ]] || return 0
+    "$@" >"$out/$name.out" 2>&1 || code=$?
+    echo "$name: exit code $code, from $began to $SECONDS s" >>"$out/times"
+    ((code)) || touch "$out/$name.done"
+    return $code
+}
+
+beside() { # NAME COMMAND...: while the others run
+    one "$@" &
+    running+=($!)
+}
+
+ended() { # all that run
+    local each
+    for each in "${running[@]}"; do wait "$each" || failed=1; done
+    running=()
+}
+
+part() { "$root/docs/results/measure.sh" "$out" "$@"; }
+
+verify() { # NAME WORD...
+    "$root/.venv/bin/samebit" verify "${@:2}" output_dir="$out" run_name="verify_$1"
+}
+
+tests() { # WORD...
+    (cd "$root" && PYTHONSAFEPATH=1 "$python" -m pytest -q -m gpu --timeout-method thread "$@")
+}
+
+whole_card=(tests/rollout/test_gpu_engine_memory.py tests/trainer/test_gpu_trainer_memory.py)
+whole_card+=(tests/kernels/test_gpu_memory.py)
+prefixes=tests/kernels/test_gpu_shared_prefixes.py
+others=("${whole_card[@]/#/--deselect=}" --deselect=$prefixes)
+others+=($(cd "$root" && grep -rlE 'mark\.gpu' tests --include='test_*.py'))
+failed=0
+
+beside verify_8b_parts part verify_8b_parts
+beside verify_qwen3_0.6b verify qwen3_0.6b model="$root/recipes/bench/shapes/qwen3-0.6b" \
+    load_format=dummy
+beside verify_smollm2 verify smollm2 model="$SMOLLM2"
+beside tests tests -n 3 --dist loadfile "${others[@]}"
+ended
+beside algorithms part algorithms
+beside prefixes tests -n 2 $prefixes
+ended
+beside verify_8b part verify_8b # whose trainer takes 100 GiB
+beside sanitize make -C "$root" sanitize SANITIZER_JOBS=8
+ended
+one whole_card tests -p no:xdist "${whole_card[@]}" || failed=1
+for each in engine tables kernels groups; do one "$each" part "$each" || failed=1; done
+exit $failed
