@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 _TIMEOUT = timedelta(hours=4)
 """That ranks wait for each other: one may load or receive weights for long. Who dies is seen."""
 _BEAT_S = 1.0
-_TOLD_EVERY_S = 0.1
+_TOLD_EVERY_S = 0.25
 _UNTOLD_S = 60.0
 """How long what a step raised on one rank may wait to be told to the others."""
 PARTED = os.EX_SOFTWARE

@@ -149,7 +149,7 @@ class WorkQueue[R: Hashable]:
             self._homes.move_to_end(beginning)
         while len(self._homes) > _MOST_HOMES:
             self._homes.popitem(last=False)
-        self._count(load, job, 1)
+        self._count(load, job.num_samples, job.num_tokens)
         load.jobs[job.number] = job
         return load.replica, job
 
@@ -157,16 +157,16 @@ class WorkQueue[R: Hashable]:
         """Note that so many more samples of a job have ended, not all: they take no room."""
         load = self._loads.get(replica)
         if load is not None and (job := load.jobs.get(number)) is not None:
-            self._count(load, job, -1)
+            num_tokens = job.num_tokens
             job.num_samples -= num_samples
-            self._count(load, job, 1)
+            self._count(load, -num_samples, job.num_tokens - num_tokens)
 
     def end(self, replica: R, number: int) -> Job | None:
         """Note that a replica is done with a job: that job, or None if it was taken from it."""
         load = self._loads.get(replica)
         job = None if load is None else load.jobs.pop(number, None)
         if load is not None and job is not None:
-            self._count(load, job, -1)
+            self._count(load, -job.num_samples, -job.num_tokens)
         return job
 
     def is_busy(self, replica: R) -> bool:
@@ -192,8 +192,9 @@ class WorkQueue[R: Hashable]:
         """Of what it has in the order by tokens."""
         return bisect_left(self._by_tokens, (load.num_tokens, load.order))
 
-    def _count(self, load: _Load[R], job: Job, sign: int) -> None:
+    def _count(self, load: _Load[R], num_samples: int, num_tokens: int) -> None:
+        """It has so many more."""
         del self._by_tokens[self._place(load)]
-        load.num_samples += sign * job.num_samples
-        load.num_tokens += sign * job.num_tokens
+        load.num_samples += num_samples
+        load.num_tokens += num_tokens
         insort(self._by_tokens, (load.num_tokens, load.order, load))

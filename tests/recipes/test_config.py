@@ -71,7 +71,7 @@ def test_groups_set_what_they_say():
         "reverse_digits",
         {"length": 6},
     )
-    assert (run.rollout.max_new_tokens, run.trainer.optimizer.lr) == (8, 3e-4)
+    assert (run.rollout.max_new_tokens, run.trainer.optimizer.lr) == (8, 6e-4)
 
 
 @pytest.mark.parametrize(
