@@ -60,7 +60,7 @@ beside verify_8b_parts part verify_8b_parts
 beside verify_qwen3_0.6b verify qwen3_0.6b model="$root/recipes/bench/shapes/qwen3-0.6b" \
     load_format=dummy
 beside verify_smollm2 verify smollm2 model="$SMOLLM2"
-beside tests tests -n 3 --dist loadfile "${others[@]}"
+beside tests tests -n 4 --dist loadfile "${others[@]}"
 ended
 beside algorithms part algorithms
 beside prefixes tests -n 2 $prefixes
