@@ -9,6 +9,7 @@ import pytest
 
 from samebit.recipes.run.phase_ledger import PhaseLedger
 from samebit.rollout.engine_pool import EnginePool
+from samebit.rollout.messages import Ended
 from samebit.rollout.remote_ranks import RemoteEngineError
 from samebit.weight_sync.transports.shards import ShardSender
 
@@ -26,6 +27,8 @@ def dying(monkeypatch, moments, signal_number=signal.SIGKILL, rank=0):
         inner = getattr(owner, name)
 
         def wrapped(self, *args):
+            if isinstance(args[-1], Ended):  # of a request that goes on
+                return inner(self, *args)
             counts[name] += 1
             pools.extend([self] if isinstance(self, EnginePool) and not pools else [])
             if (name, counts[name]) in moments:
