@@ -220,18 +220,18 @@ class EnginePool(RequestClient):
 
     def _give_out(self) -> None:
         """Have what waits drawn, as far as there is room."""
-        given: dict[RemoteEngine, list[Job]] | None = None
-        while given is None or given:
-            given, lost = {}, list[Job]()
+        while True:
+            given: dict[RemoteEngine, list[Job]] = {}
             with self._lock:
                 while (pair := self._queue.give()) is not None:
                     given.setdefault(pair[0], []).append(pair[1])
-                if not given and not self._queue.replicas:
-                    lost = self._queue.drop_all()
+                lost = [] if given or self._queue.replicas else self._queue.drop_all()
+            if not given:
+                break
             for engine, jobs in given.items():
                 self._have_drawn(engine, jobs)
-            for job in lost:
-                job.answer(self._replicas.exhausted())
+        for job in lost:
+            job.answer(self._replicas.exhausted())
 
     def _have_drawn(self, engine: RemoteEngine, jobs: Sequence[Job]) -> None:
         try:

@@ -196,17 +196,17 @@ class _Pipe:
     def _take(self, number: int, answer: Answer) -> None:
         if isinstance(answer, Beat):
             return
-        if isinstance(answer, Ended):
-            number = next((n for n in answer.num_samples if n in self._waiting), number)
+        if isinstance(answer, Ended):  # of calls that one caller of Draw waits for
+            callers = filter(None, map(self._waiting.get, answer.num_samples))
+            if (caller := next(callers, None)) is not None:
+                caller[0](START, answer)
+            return
         if (waiting := self._waiting.get(number)) is None:
             return  # it was answered before
         settle, tell = waiting
         if isinstance(answer, Drew):
             assert tell is not None
             tell(answer.increments)
-            return
-        if isinstance(answer, Ended):
-            settle(START, answer)
             return
         self._waiting.pop(number, None)
         settle(number, answer)

@@ -4,33 +4,23 @@ import json
 import re
 
 import pytest
+from speaker import make_speaker
 
 from samebit.recipes import calculator, grpo, sft
 from samebit.recipes.calculator import RESULT, calculate
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.data.tasks.base import Problem
 from samebit.recipes.data.text import TextCodec
-from samebit.recipes.models.tiny_model import make_random_model, write_character_tokenizer
 from samebit.recipes.run.rollouts import list_rollouts, load_rollout
 
 CALL = "calc(3 + 4)"
-TEMPLATE = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
-    "{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def caller(tmp_path_factory):
     """A model that mostly asks the calculator the same, whatever it is asked or told."""
     folder = tmp_path_factory.mktemp("caller")
-    size = write_character_tokenizer(folder / "model", "".join(map(chr, (10, *range(32, 127)))))
-    make_random_model(
-        folder / "model", "qwen3", 3, tied=True, vocab_size=size, std=0.05, num_layers=2,
-        max_position_embeddings=1024,
-    )  # fmt: skip
-    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    make_speaker(folder / "model", std=0.05, num_layers=2, max_position_embeddings=1024)
     with (folder / "calls.jsonl").open("w") as file:
         for number in range(200):
             told = {"role": "system", "content": calculator.INSTRUCTION}

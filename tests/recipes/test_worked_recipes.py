@@ -4,10 +4,10 @@ import json
 import re
 
 import pytest
+from speaker import make_speaker
 
 from samebit.recipes.cli.compose import CONFIG_DIR, groups_of, resolve
 from samebit.recipes.cli.main import main
-from samebit.recipes.models.tiny_model import make_random_model, write_character_tokenizer
 from samebit.recipes.run.inputs import SftInputs
 from samebit.recipes.sft import make_sample
 
@@ -39,15 +39,7 @@ OF_DRAFTS = ("smollm2_draft", "smollm2_draft_boards")
 def speaker(tmp_path_factory):
     """A small random Qwen3 that reads characters and has a chat template."""
     folder = tmp_path_factory.mktemp("models") / "speaker"
-    size = write_character_tokenizer(folder, "".join(map(chr, (10, *range(32, 127)))))
-    shape = {"vocab_size": size, "num_layers": 7, "max_position_embeddings": 4096}
-    make_random_model(folder, "qwen3", 3, tied=True, **shape)
-    (folder / "chat_template.jinja").write_text(
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
-        "{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    return folder
+    return make_speaker(folder, num_layers=7, max_position_embeddings=4096)
 
 
 def words_of(name, speaker, folder):
