@@ -158,4 +158,4 @@ def require_gpus(run: Any, count: int) -> None:
 def say(text: str) -> None:
     """Tell the user what becomes of the processes."""
     with suppress(OSError):  # the terminal may be gone
-        print(f"samebit: {text}", file=sys.stderr)
+        sys.stderr.write(f"samebit: {text}\n")  # in one piece: others write there, too
