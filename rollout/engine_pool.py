@@ -1,10 +1,10 @@
 """EnginePool: several engines, each in a process of its own, as one client.
 
-Requests wait in one queue (work_queue.py), which every replica takes from. A replica that has died,
-or was silent for too long while somebody waited for it and is killed, has its unfinished requests
-drawn by the others: a sample is a function of its request and the weights, so it comes out the
-same. It is replaced at once, and its successor takes part from the next update on, which brings it
-the weights.
+Requests wait in one queue (work_queue.py), which every replica takes from. A sample is a function
+of its request and the weights. So one that has little left to do goes on with what another was to
+leave off, and a replica that has died, or was silent for too long while somebody waited for it and
+is killed, has its unfinished requests drawn by the others. It is replaced at once, and its
+successor takes part from the next update on, which brings it the weights.
 """
 
 import threading
@@ -57,6 +57,7 @@ class EnginePool(RequestClient):
         limits = timeout_s, max_restarts, start_timeout_s
         self._replicas = EngineReplicas(start, num_replicas, self._queue, *limits)
         self._lock = self._replicas.lock  # of the queue
+        self._num_moves = 0
         try:
             told = self._replicas.ask_started(RemoteEngine.limits)
         except BaseException:
@@ -83,6 +84,11 @@ class EnginePool(RequestClient):
     def num_restarts(self) -> int:
         """How many replicas have died so far."""
         return self._replicas.num_restarts
+
+    @property
+    def num_moves(self) -> int:
+        """How often a replica was to leave off a request for another to go on with, so far."""
+        return self._num_moves
 
     # -- what is drawn ---------------------------------------------------------------------------
 
@@ -115,13 +121,20 @@ class EnginePool(RequestClient):
             engine, job = found
             if engine is None:
                 self._queue.drop([job])
+            else:
+                job.next_home = None  # wherever it was to go on
         if engine is not None:
             with suppress(RemoteEngineError):
-                return self._replicas.ask(engine, lambda e: e.abort_request(request_id))
-            return self.abort_request(request_id)  # it waits again
-        group = [_nothing(request_id, sample_id) for sample_id in job.request.sample_ids]
-        job.answer(group)
-        return group
+                self._replicas.ask(engine, lambda e: e.abandon(job.number).result())
+            # What it has drawn came before that answer; if it has died, the job waits again.
+            if job.outcome is None:
+                return self.abort_request(request_id)
+        else:
+            job.settle(job.left_as_it_is())
+        if isinstance(job.outcome, BaseException):
+            raise job.outcome
+        assert job.outcome is not None
+        return job.outcome
 
     # -- what is served --------------------------------------------------------------------------
 
@@ -211,9 +224,7 @@ class EnginePool(RequestClient):
     def _abandon(self, jobs: Sequence[Job]) -> Future[None]:
         with self._lock:
             begun = self._queue.drop(jobs)
-        for engine, job in begun:
-            with suppress(RemoteEngineError):  # nobody draws it any more
-                engine.abandon(job.number)
+        self._leave_off(begun)
         ended: Future[None] = uncancelled()
         ended.set_result(None)
         return ended
@@ -226,26 +237,35 @@ class EnginePool(RequestClient):
                 while (pair := self._queue.give()) is not None:
                     given.setdefault(pair[0], []).append(pair[1])
                 lost = [] if given or self._queue.replicas else self._queue.drop_all()
+                leaving = self._queue.leave()
+                self._num_moves += len(leaving)
+            self._leave_off(leaving)
             if not given:
                 break
             for engine, jobs in given.items():
                 self._have_drawn(engine, jobs)
         for job in lost:
-            job.answer(self._replicas.exhausted())
+            job.settle(self._replicas.exhausted())
 
     def _have_drawn(self, engine: RemoteEngine, jobs: Sequence[Job]) -> None:
         try:
-            engine.draw({job.number: job.request for job in jobs}, partial(self._take, engine))
+            engine.draw({job.number: job.requests for job in jobs}, partial(self._take, engine))
         except RemoteEngineError as error:
             self._replicas.bury(engine, error)
         except Exception as error:  # noqa: BLE001 - whoever waits is told
             for job in jobs:
                 self._take(engine, job.number, Failed(error))
         with self._lock:
-            abandoned = [job.number for job in jobs if not job.is_wanted]
-        for number in abandoned:  # before the engine was asked, maybe
-            with suppress(RemoteEngineError):
-                engine.abandon(number)
+            for job in jobs:
+                job.has_begun = True
+            abandoned = [job for job in jobs if not job.is_wanted]
+        self._leave_off([(engine, job) for job in abandoned])  # before it was asked, maybe
+
+    def _leave_off(self, begun: Sequence[tuple[RemoteEngine, Job]]) -> None:
+        """Have jobs left off by who draws them: they end as far as they are."""
+        for engine, job in begun:
+            with suppress(RemoteEngineError):  # nobody draws it any more
+                engine.abandon(job.number)
 
     def _take(self, engine: RemoteEngine, number: int, answer: Done | Failed | Ended) -> None:
         """What a replica has made of the job of a number, or what has ended of several."""
@@ -256,12 +276,20 @@ class EnginePool(RequestClient):
                         self._queue.free(engine, each, num_samples)
             case Failed(RemoteEngineError() as error):
                 self._replicas.bury(engine, error)
-            case Done(found) | Failed(found):
-                with self._lock:
-                    job = self._queue.end(engine, number)
-                if job is not None:
-                    job.answer(found)
+            case Done() | Failed():
+                self._end(engine, number, answer)
         self._give_out()
+
+    def _end(self, engine: RemoteEngine, number: int, answer: Done | Failed) -> None:
+        """A replica is done with a job, or was to leave it off and has."""
+        with self._lock:
+            if (job := self._queue.end(engine, number)) is None:
+                return
+            found = answer.error if isinstance(answer, Failed) else job.take(answer.value)
+            if found is None:
+                self._queue.put_back(job)
+        if found is not None:
+            job.settle(found)
 
 
 class _Call:
@@ -301,14 +329,3 @@ class _Call:
                     found = error
             self.result.set_exception(found)
         self._abandon(self.jobs)
-
-
-def _nothing(request_id: str, sample_id: int) -> Completion:
-    return Completion(
-        request_id=request_id,
-        sample_id=sample_id,
-        token_ids=(),
-        logprobs=(),
-        finish_reason="abort",
-        version_spans=(),
-    )

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
@@ -194,8 +194,8 @@ class _Server:
                     tell = partial(self._tell, number) if streams else None
                     self._submit(number, Call(requests, tell))
                 case Draw(requests):
-                    for each, request in requests.items():
-                        self._draw(each, request)
+                    for each, of_call in requests.items():
+                        self._draw(each, of_call)
                 case Score(token_ids, temperature, k):
                     requests = engine.requests.scoring(token_ids, temperature, k)
                     self._submit(number, Call(requests))
@@ -251,15 +251,16 @@ class _Server:
         with self._sending, suppress(OSError):  # the caller is gone, and this process soon
             self._connection.send_bytes(packed)
 
-    def _draw(self, number: int, request: Request) -> None:
-        """Begin a call of one request, whose sender may take this engine for a larger one."""
+    def _draw(self, number: int, requests: Sequence[Request]) -> None:
+        """Begin a call of requests whose sender may take this engine for a larger one."""
         try:
-            self.engine.requests.require_room(request, "a request to an engine's process")
+            for request in requests:
+                self.engine.requests.require_room(request, "a request to an engine's process")
         except ValueError as error:
             self.send(number, Failed(_portable(error)))
             return
-        call = Call([request], ended=partial(self.endings.add, number))
-        self._submit(number, call, lambda groups: groups[0])
+        call = Call(requests, ended=partial(self.endings.add, number))
+        self._submit(number, call, lambda groups: [c for group in groups for c in group])
 
     def _submit(self, number: int, call: Call, of: Callable[[Any], Any] = lambda x: x) -> None:
         """Have a call's requests drawn, and answer it with what `of` makes of their groups."""

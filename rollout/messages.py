@@ -41,10 +41,10 @@ class Generate:
 
 @dataclass(frozen=True)
 class Draw:
-    """Complete requests that are checked, and whose ids nobody else has. Each is a call by a number
-    of its own, answered by its group; of several samples Ended tells before."""
+    """Complete requests that are checked, and whose ids nobody else has. Those of a number are a
+    call, answered by all their completions; of several Ended tells before."""
 
-    requests: Mapping[int, Request]
+    requests: Mapping[int, Sequence[Request]]
 
 
 @dataclass(frozen=True)

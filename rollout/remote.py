@@ -164,16 +164,17 @@ class RemoteEngine:
         message = Generate(*prompts, fresh_ids=True, streams=True)
         return stream_of(partial(self._begin, message))
 
-    def draw(self, requests: Mapping[int, Request], settle: Settle) -> None:
-        """Begin to complete requests of a RequestFactory with this engine's `limits`, each a call
-        by a `new_number`, answered by its group.
+    def draw(self, requests: Mapping[int, Sequence[Request]], settle: Settle) -> None:
+        """Begin to complete requests of a RequestFactory with this engine's `limits`: those of a
+        `new_number` are a call, answered by all their completions.
 
         Whoever calls this gives all request ids; `generate` and the like give others of their own.
         """
         self._ranks.draw(Draw(requests), settle)
 
     def abandon(self, number: int) -> Future[Any]:
-        """Have it leave off a call; it is told when that is done."""
+        """Have it leave off a call, which is answered by what there is; it is told when that is
+        done."""
         return self._ranks.call(Abandon(number))[1]
 
     def score(

@@ -14,13 +14,19 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import cast
 
+from samebit.rollout.parts import put_together, what_is_left
 from samebit.rollout.types import Completion, Request
 
 _BEGINNING = 64
 """Tokens of the shortest beginning by which a prompt is known; longer ones are longer by half,
 so that a conversation is told from others that begin alike."""
 _MOST_HOMES = 1 << 18
+_FEWEST_SPARE = 8
+"""So many more samples must one have than another for any to move: the other computes all that
+stands before, and a step of few samples takes hardly less with half of them
+(tests/programs/moving.py)."""
 
 
 @dataclass(eq=False, slots=True)
@@ -34,11 +40,63 @@ class Job:
     """Is told of its samples, or why there are none."""
     is_wanted: bool = True
     """Whether anybody waits for it."""
+    has_begun: bool = False
+    """Whether a replica was asked to draw it."""
+    next_home: Hashable = None
+    """The replica that is to go on with it, where the one that draws it leaves off, or has."""
+    outcome: list[Completion] | BaseException | None = None
+    """What `answer` was told."""
+    requests: tuple[Request, ...] = field(init=False)
+    """What a replica is asked for: its request, or what others have left of that."""
     num_samples: int = field(init=False)
     """What it takes of a replica's room: those that have not ended."""
+    _drawn: dict[int, Completion] = field(default_factory=dict)
+    """What others have drawn, by sample ids."""
 
     def __post_init__(self) -> None:
-        self.num_samples = len(self.request.sample_ids)
+        self.requests = (self.request,)
+        self.wait()
+
+    def wait(self) -> None:
+        """Nobody draws it."""
+        self.has_begun = False
+        self.num_samples = len(self.unfinished)
+
+    def settle(self, outcome: list[Completion] | BaseException) -> None:
+        """Tell who waits for it."""
+        self.outcome = outcome
+        self.answer(outcome)
+
+    def take(self, found: Sequence[Completion]) -> list[Completion] | None:
+        """Its samples, with what a replica has made of `requests`; None: that one was to leave off,
+        and another is to go on with what is left."""
+        drawn, group = self._drawn, list(found)
+        if drawn:
+            ends = drawn | {c.sample_id: put_together(drawn[c.sample_id], c) for c in found}
+            group = [ends[sample_id] for sample_id in self.request.sample_ids]
+        if self.next_home is None or not (left := what_is_left(self.request, group)):
+            return group
+        self._drawn, self.requests = {c.sample_id: c for c in group}, tuple(left)
+        return None
+
+    def left_as_it_is(self) -> list[Completion]:
+        """Its samples, whose rest nobody draws."""
+        rest = [_nothing(self.request.request_id, sample_id) for sample_id in self.unfinished]
+        group = self.take(rest)
+        assert group is not None, "somebody is to go on with it"
+        return group
+
+    @property
+    def unfinished(self) -> list[int]:
+        """The ids of the samples that a replica is asked for."""
+        return [sample_id for request in self.requests for sample_id in request.sample_ids]
+
+    @property
+    def can_move(self) -> bool:
+        """Whether one can leave it off and another go on: what is drawn is in its completions."""
+        request = self.request
+        is_drawn = not request.score_only and not request.hidden_state_layers
+        return self.has_begun and self.is_wanted and is_drawn
 
     @property
     def num_tokens(self) -> int:
@@ -46,6 +104,17 @@ class Job:
         request = self.request
         drawn = 0 if request.score_only else request.params.max_new_tokens
         return len(request.prompt_ids) + drawn * self.num_samples
+
+
+def _nothing(request_id: str, sample_id: int) -> Completion:
+    return Completion(
+        request_id=request_id,
+        sample_id=sample_id,
+        token_ids=(),
+        logprobs=(),
+        finish_reason="abort",
+        version_spans=(),
+    )
 
 
 @dataclass(eq=False, slots=True)
@@ -82,6 +151,7 @@ class WorkQueue[R: Hashable]:
         self._orders = itertools.count()
         self._by_tokens: list[tuple[int, int, _Load[R]]] = []  # sorted: tokens, order
         self._homes: OrderedDict[bytes, R] = OrderedDict()  # by digests of prompts' beginnings
+        self._leaving: set[Job] = set()
 
     @property
     def replicas(self) -> list[R]:
@@ -101,8 +171,10 @@ class WorkQueue[R: Hashable]:
         if (load := self._loads.pop(replica, None)) is None:
             return False
         del self._by_tokens[self._place(load)]
+        self._leaving.difference_update(load.jobs.values())
         for job in reversed(load.jobs.values()):
-            job.num_samples = len(job.request.sample_ids)
+            job.next_home = None
+            job.wait()
             if job.is_wanted:
                 self._waiting.appendleft(job)
         return True
@@ -115,7 +187,7 @@ class WorkQueue[R: Hashable]:
         """Forget those that wait; the others, each behind who draws it."""
         unwanted = set(jobs)
         for job in unwanted:
-            job.is_wanted = False
+            job.is_wanted, job.next_home = False, None
         kept = [job for job in self._waiting if job not in unwanted]
         unwanted.difference_update(self._waiting)
         self._waiting = deque(kept)
@@ -139,19 +211,37 @@ class WorkQueue[R: Hashable]:
         if load is None:
             return None
         self._waiting.popleft()
-        known = beginnings(job.request.prompt_ids)
-        homes = (self._loads.get(self._homes[x]) for x in reversed(known) if x in self._homes)
-        home = next((home for home in homes if home and self._has_room(home, job)), load)
-        if home.num_tokens <= load.num_tokens + job.num_tokens:
-            load = home
-        for beginning in known:
-            self._homes[beginning] = load.replica
-            self._homes.move_to_end(beginning)
-        while len(self._homes) > _MOST_HOMES:
-            self._homes.popitem(last=False)
+        load = self._home_of(job, load)
+        job.next_home = None
         self._count(load, job.num_samples, job.num_tokens)
         load.jobs[job.number] = job
         return load.replica, job
+
+    def leave(self) -> list[tuple[R, Job]]:
+        """Jobs that whoever draws them is to leave off, for another to go on with: nothing waits,
+        and that one has at most half as many samples.
+
+        Those that were given last come first, since least is computed again for them. The caller
+        has them left off, calls `end`, and puts back what is left.
+        """
+        if self._waiting or self._leaving or len(self._by_tokens) < 2:
+            return []
+        least, most = self._by_tokens[0][-1], self._by_tokens[-1][-1]
+        spare = most.num_samples - least.num_samples
+        if spare < max(_FEWEST_SPARE, least.num_samples):
+            return []
+        found, left = [], min(spare // 2, self._room - least.num_samples)
+        for job in reversed(most.jobs.values()):
+            if job.can_move and job.num_samples <= left:
+                job.next_home, left = least.replica, left - job.num_samples
+                found.append((most.replica, job))
+        self._leaving.update(job for _, job in found)
+        return found
+
+    def put_back(self, job: Job) -> None:
+        """Have what is left of a job drawn before all that waits, by the one that it left for."""
+        job.wait()
+        self._waiting.appendleft(job)
 
     def free(self, replica: R, number: int, num_samples: int) -> None:
         """Note that so many more samples of a job have ended, not all: they take no room."""
@@ -167,6 +257,7 @@ class WorkQueue[R: Hashable]:
         job = None if load is None else load.jobs.pop(number, None)
         if load is not None and job is not None:
             self._count(load, -job.num_samples, -job.num_tokens)
+            self._leaving.discard(job)
         return job
 
     def is_busy(self, replica: R) -> bool:
@@ -184,6 +275,23 @@ class WorkQueue[R: Hashable]:
                 if job.request.request_id == request_id:
                     return replica, job
         return None
+
+    def _home_of(self, job: Job, load: _Load[R]) -> _Load[R]:
+        """Who gets a job for which this one has room and the least to do; it is its home then."""
+        known = beginnings(job.request.prompt_ids)
+        homes = (self._loads.get(self._homes[x]) for x in reversed(known) if x in self._homes)
+        home = next((home for home in homes if home and self._has_room(home, job)), load)
+        chosen = self._loads.get(cast(R, job.next_home))
+        if chosen is not None and self._has_room(chosen, job):
+            load = chosen
+        elif home.num_tokens <= load.num_tokens + job.num_tokens:
+            load = home
+        for beginning in known:
+            self._homes[beginning] = load.replica
+            self._homes.move_to_end(beginning)
+        while len(self._homes) > _MOST_HOMES:
+            self._homes.popitem(last=False)
+        return load
 
     def _has_room(self, load: _Load[R], job: Job) -> bool:
         return load.num_samples + job.num_samples <= self._room or not load.jobs

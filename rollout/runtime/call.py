@@ -23,7 +23,7 @@ class Call:
     """Requests that one caller made at once, and where it gets what comes of them.
 
     `tell` is called after every step that drew anything for it, before the result is there. `ended`
-    is called with how many samples of a request have ended of which others go on.
+    is called with how many more samples have ended, while others go on.
     """
 
     requests: Sequence[Request]

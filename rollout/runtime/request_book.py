@@ -269,8 +269,9 @@ class RequestBook:
                 group = self._close(request_id)
                 if live.call is None:
                     self._reports.append(group)
-            elif live.call is not None and live.call.ended is not None:
-                live.call.ended(num_ended)
+            own = live.call
+            if own is not None and own.ended is not None and own in self.calls:
+                own.ended(num_ended)
 
     def _tell(self, call: Call) -> None:
         if call.tell is not None and (news := call.news(self._slots)):

@@ -29,7 +29,7 @@ from samebit.recipes.bench.output import format_table
 from samebit.recipes.run.provenance import write_result
 from samebit.rollout.engine_pool import EnginePool
 from samebit.rollout.engine_process import START, Endings
-from samebit.rollout.messages import Ask, Done, Draw, Stop
+from samebit.rollout.messages import Abandon, Ask, Done, Draw, Stop
 from samebit.rollout.remote import RemoteEngine
 from samebit.rollout.remote_ranks import Launched
 from samebit.rollout.types import Completion, Request, SamplingParams, VersionSpan
@@ -92,12 +92,14 @@ def serve(connection: Connection) -> None:
         if isinstance(message, Ask):
             send(connection, sending, (number, Done(LIMITS)))
         elif isinstance(message, Draw):
-            for each, request in message.requests.items():
-                for _ in request.sample_ids[1:]:
+            for each, requests in message.requests.items():
+                group = [completion for request in requests for completion in drawn(request)]
+                for _ in group[1:]:
                     endings.add(each, 1)
-                group = drawn(request)
                 endings.forget(each)
                 send(connection, sending, (each, Done(group)))
+        elif isinstance(message, Abandon):  # of what was answered
+            send(connection, sending, (number, Done(None)))
 
 
 def send(connection: Connection, sending: threading.Lock, told: tuple[int, Any]) -> None:

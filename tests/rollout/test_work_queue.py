@@ -2,10 +2,11 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
-from samebit.rollout.types import Request, SamplingParams
+from samebit.rollout.types import Completion, Request, SamplingParams
 from samebit.rollout.work_queue import Job, WorkQueue
 
 
@@ -203,3 +204,144 @@ def test_nothing_is_lost_or_given_twice(seed):
             del ended[job]
     assert set(ended.values()) == {1}
     assert give_all(queue) == []
+
+
+def begun(queue, jobs):
+    """Each behind who draws it."""
+    queue.put(jobs)
+    given = give_all(queue)
+    for _, job in given:
+        job.has_begun = True
+    return {job.number: replica for replica, job in given}
+
+
+def aborted(job, count):
+    """What a replica has of a job that it leaves off behind so many tokens, of each sample."""
+    return [
+        Completion(
+            request_id=request.request_id,
+            sample_id=sample_id,
+            token_ids=tuple(range(count)),
+            logprobs=(0.0,) * count,
+            finish_reason="abort",
+            version_spans=(),
+        )
+        for request in job.requests
+        for sample_id in request.sample_ids
+    ]
+
+
+def test_who_has_little_left_gets_what_was_given_last():
+    """Half of the difference at most, and nothing while anything moves or waits."""
+    queue = queue_of(2, room=100)
+    jobs = [make_job(i, n=4, prompt=(i,)) for i in range(10)]
+    homes = begun(queue, jobs)
+    assert queue.leave() == []
+    for job in jobs:
+        if homes[job.number] == 1:
+            assert queue.end(1, job.number)
+    left = [job for job in jobs if homes[job.number] == 0]
+    assert queue.leave() == [(0, left[4]), (0, left[3])]
+    assert queue.leave() == []
+    for job in left[3:]:
+        assert queue.end(0, job.number) is job
+        assert job.take(aborted(job, 7)) is None
+        queue.put_back(job)
+    assert give_all(queue) == [(1, left[4]), (1, left[3])]
+    assert [request.prompt_ids for request in left[3].requests] == [(6, *range(7))]
+    assert left[3].requests[0].params.max_new_tokens == 93
+    assert left[3].requests[0].sample_ids == left[3].request.sample_ids
+    assert queue.leave() == []
+
+
+@pytest.mark.parametrize(("num_most", "num_least"), [(7, 0), (15, 8)])
+def test_nothing_moves_where_it_would_hardly_pay(num_most, num_least):
+    """A step of few samples takes hardly longer than one of half as many."""
+    queue = queue_of(2, room=100)
+    jobs = [make_job(i, n=1, prompt=(i,)) for i in range(2 * num_most)]
+    homes = begun(queue, jobs)
+    mine = [job for job in jobs if homes[job.number] == 1]
+    for job in mine[num_least:]:
+        assert queue.end(1, job.number)
+    assert queue.leave() == []
+    queue.put([job := make_job(99, n=1, prompt=(99,), max_new_tokens=1)])
+    assert give_all(queue) == [(1, job)]
+    for job in mine[:1] if num_least else jobs[:0]:
+        assert queue.end(1, job.number)
+        assert queue.end(1, 99)
+        assert len(queue.leave()) == (num_most - num_least + 1) // 2
+
+
+def test_what_has_not_begun_or_cannot_be_left_off_stays():
+    queue = queue_of(2, room=100)
+    jobs = [make_job(i, n=1, prompt=(i,)) for i in range(24)]
+    homes = begun(queue, jobs)
+    mine = [job for job in jobs if homes[job.number] == 0]
+    for job in jobs:
+        if homes[job.number] == 1:
+            assert queue.end(1, job.number)
+    mine[-1].has_begun = False
+    mine[-2].request = replace(mine[-2].request, score_only=True)
+    mine[-3].request = replace(mine[-3].request, hidden_state_layers=(0,))
+    mine[-4].is_wanted = False
+    assert [job for _, job in queue.leave()] == mine[-5:-11:-1]
+
+
+def leaving(room=100):
+    """A queue of two, one of which is to leave off two jobs, and these."""
+    queue = queue_of(2, room)
+    jobs = [make_job(i, n=4, prompt=(i,)) for i in range(10)]
+    homes = begun(queue, jobs)
+    for job in jobs:
+        if homes[job.number] == 1:
+            queue.end(1, job.number)
+    return queue, [job for _, job in queue.leave()]
+
+
+def test_what_moves_survives_both_replicas():
+    """It is drawn by whoever lives: as it was, or what is left of it where that is known."""
+    queue, (last, other) = leaving()
+    queue.end(0, last.number)
+    assert last.take(aborted(last, 5)) is None
+    queue.put_back(last)
+    queue.remove(1)
+    queue.remove(0)
+    queue.add(2)
+    given = [job for _, job in give_all(queue)]
+    assert {last.number, other.number} <= {job.number for job in given}
+    assert {len(request.prompt_ids) for request in last.requests} == {6}
+    assert other.requests == (other.request,)
+    for job in given:
+        job.has_begun = True
+    queue.add(3)
+    assert queue.leave(), "nothing moves any more"
+
+
+def test_who_gives_up_what_moves_has_it_moved_nowhere():
+    queue, (last, other) = leaving()
+    assert queue.drop([last, other]) == [(0, other), (0, last)]
+    assert queue.end(0, last.number) is last
+    group = last.take(aborted(last, 5))
+    assert [len(completion.token_ids) for completion in group] == [5] * 4
+
+
+def test_what_ends_before_it_is_left_off_is_done():
+    """And the rest goes on behind its own tokens; samples that have the same ones together."""
+    _, (job, _) = leaving()
+    found = aborted(job, 3)
+    found[0] = replace(found[0], finish_reason="stop")
+    found[2] = replace(found[2], token_ids=(9,), logprobs=(-1.0,))
+    assert job.take(found) is None
+    first, second, third, fourth = job.request.sample_ids
+    assert [request.sample_ids for request in job.requests] == [(second, fourth), (third,)]
+    assert [request.prompt_ids[1:] for request in job.requests] == [(0, 1, 2), (9,)]
+    assert len({request.request_id for request in job.requests}) == 2
+    job.wait()
+    assert job.num_samples == 3
+    job.next_home = None
+    ends = [replace(c, finish_reason="length") for c in aborted(job, 2)]
+    group = job.take(ends)
+    assert [c.sample_id for c in group] == [first, second, third, fourth]
+    assert [c.token_ids for c in group] == [(0, 1, 2), (0, 1, 2, 0, 1), (9, 0, 1), (0, 1, 2, 0, 1)]
+    assert [c.logprobs[0] for c in group] == [0.0, 0.0, -1.0, 0.0]
+    assert {c.request_id for c in group} == {job.request.request_id}

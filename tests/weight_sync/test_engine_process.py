@@ -91,7 +91,7 @@ def test_each_call_is_answered_once(engine, monkeypatch):
     requests = engine.requests.generation(PROMPTS, SamplingParams(max_new_tokens=2), None, ())
     for replaced, kind in ((refuse, Failed), (late, Done)):
         monkeypatch.setattr(engine.loop, "submit", replaced)
-        server.handle(engine_process.START, Draw({7: requests[0], 8: requests[1]}))
+        server.handle(engine_process.START, Draw({7: [requests[0]], 8: [requests[1]]}))
         assert [number for number, _ in sent] == [7, 8]
         assert {type(answer) for _, answer in sent} == {kind}
         sent.clear()
@@ -102,7 +102,7 @@ def test_what_has_no_room_is_refused(engine):
     sent, server = server_of(engine)
     [request] = engine.requests.generation([[5]], SamplingParams(max_new_tokens=2), None, ())
     longer = replace(request, params=SamplingParams(max_new_tokens=engine.kv_capacity))
-    server.handle(engine_process.START, Draw({7: longer}))
+    server.handle(engine_process.START, Draw({7: [longer]}))
     [(number, answer)] = sent
     assert number == 7
     error = (
@@ -122,13 +122,31 @@ def test_samples_that_end_before_others_are_told(engine):
     server.endings.add = lambda number, num_samples: told[number].append(num_samples)
     stops = SamplingParams(n=12, max_new_tokens=40, stop_token_ids=tuple(range(0, 331, 9)))
     requests = engine.requests.generation(PROMPTS, stops, None, ())
-    server.handle(engine_process.START, Draw({7: requests[0], 8: requests[1]}))
+    server.handle(engine_process.START, Draw({7: [requests[0]], 8: [requests[1]]}))
     groups = {number: answer.value for number, answer in (sent.get(), sent.get())}
     for number, group in groups.items():
         assert len({len(completion.token_ids) for completion in group}) > 3
         assert len(told[number]) > 3
         assert min(told[number]) > 0
         assert 0 < len(group) - sum(told[number]) < 4
+
+
+def test_requests_of_one_call_are_answered_together(engine):
+    """What one replica has left of a request: those that end before the others are told."""
+    sent = SimpleQueue()
+    connection = SimpleNamespace(send_bytes=lambda told: sent.put(pickle.loads(told)))
+    server = engine_process._Server(connection)
+    server.engine = engine
+    told = []
+    server.endings.add = lambda number, num_samples: told.append((number, num_samples))
+    lengths = (2, 3, 9)
+    params = [SamplingParams(n=2, max_new_tokens=count, ignore_eos=True) for count in lengths]
+    requests = engine.requests.generation([[5], [6], [7]], params, None, ())
+    server.handle(engine_process.START, Draw({7: requests}))
+    number, answer = sent.get()
+    assert number == 7
+    assert [len(completion.token_ids) for completion in answer.value] == [2, 2, 3, 3, 9, 9]
+    assert told == [(7, 2), (7, 2)]
 
 
 def test_samples_that_end_are_told_together():
