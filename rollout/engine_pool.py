@@ -17,6 +17,7 @@ from pathlib import Path
 from samebit.kernels.memory import TagBytes
 from samebit.rollout.client import Begun, Progress, Tell, awaited, result_of, stream_of
 from samebit.rollout.engine_replicas import EngineReplicas
+from samebit.rollout.job import Job
 from samebit.rollout.messages import Done, Ended, Failed
 from samebit.rollout.remote import RemoteEngine
 from samebit.rollout.remote_ranks import RemoteEngineError, new_number
@@ -25,7 +26,7 @@ from samebit.rollout.runtime.call import uncancelled
 from samebit.rollout.runtime.requests import RequestFactory
 from samebit.rollout.speculative.accept_lengths import AcceptLengths
 from samebit.rollout.types import Completion, Increment, Request, SamplingParams
-from samebit.rollout.work_queue import Job, WorkQueue
+from samebit.rollout.work_queue import WorkQueue
 from samebit.weight_sync.types import WeightVersion
 
 
@@ -87,7 +88,7 @@ class EnginePool(RequestClient):
 
     @property
     def num_moves(self) -> int:
-        """How often a replica was to leave off a request for another to go on with, so far."""
+        """How many requests a replica has left off for another to go on with, so far."""
         return self._num_moves
 
     # -- what is drawn ---------------------------------------------------------------------------
@@ -114,27 +115,29 @@ class EnginePool(RequestClient):
 
     def abort_request(self, request_id: str) -> list[Completion]:
         """See Engine.abort_request. One that no replica has begun has drawn nothing."""
-        with self._lock:
-            found = self._queue.find(request_id)
-            if found is None:
-                raise KeyError(request_id)
-            engine, job = found
-            if engine is None:
-                self._queue.drop([job])
-            else:
-                job.next_home = None  # wherever it was to go on
-        if engine is not None:
-            with suppress(RemoteEngineError):
-                self._replicas.ask(engine, lambda e: e.abandon(job.number).result())
-            # What it has drawn came before that answer; if it has died, the job waits again.
-            if job.outcome is None:
-                return self.abort_request(request_id)
-        else:
-            job.settle(job.left_as_it_is())
+        while (job := self._left_off(request_id)).outcome is None:
+            pass  # who drew it has died: it waits again, or another draws it
         if isinstance(job.outcome, BaseException):
             raise job.outcome
-        assert job.outcome is not None
+        if all(completion.finish_reason != "abort" for completion in job.outcome):
+            raise KeyError(request_id)  # it has ended by itself
         return job.outcome
+
+    def _left_off(self, request_id: str) -> Job:
+        """The job of a request that whoever draws it was to leave off for good."""
+        with self._lock:
+            if (found := self._queue.find(request_id)) is None:
+                raise KeyError(request_id)
+            engine, job = found
+            job.may_move, job.next_home = False, None
+            if engine is None:
+                self._queue.drop([job])
+        if engine is None:
+            job.settle(job.left_as_it_is())
+            return job
+        with suppress(RemoteEngineError):
+            self._replicas.ask(engine, lambda e: e.abandon(job.number).result())
+        return job  # what it has drawn came before that answer
 
     # -- what is served --------------------------------------------------------------------------
 
@@ -199,7 +202,7 @@ class EnginePool(RequestClient):
         def count(group: list[Completion]) -> None:
             nonlocal num_done, num_tokens
             num_done += len(group)
-            num_tokens += sum(len(c.token_ids) for c in group)
+            num_tokens += sum(c.num_tokens for c in group)
 
         tell = None if progress is None else lambda: progress(num_done, num_tokens)
         groups = awaited(self._begin(requests, count), tell)
@@ -237,15 +240,13 @@ class EnginePool(RequestClient):
                 while (pair := self._queue.give()) is not None:
                     given.setdefault(pair[0], []).append(pair[1])
                 lost = [] if given or self._queue.replicas else self._queue.drop_all()
-                leaving = self._queue.leave()
-                self._num_moves += len(leaving)
-            self._leave_off(leaving)
             if not given:
                 break
             for engine, jobs in given.items():
                 self._have_drawn(engine, jobs)
         for job in lost:
             job.settle(self._replicas.exhausted())
+        self._move()
 
     def _have_drawn(self, engine: RemoteEngine, jobs: Sequence[Job]) -> None:
         try:
@@ -256,16 +257,32 @@ class EnginePool(RequestClient):
             for job in jobs:
                 self._take(engine, job.number, Failed(error))
         with self._lock:
-            for job in jobs:
-                job.has_begun = True
+            self._queue.begun(engine, jobs)
             abandoned = [job for job in jobs if not job.is_wanted]
         self._leave_off([(engine, job) for job in abandoned])  # before it was asked, maybe
 
     def _leave_off(self, begun: Sequence[tuple[RemoteEngine, Job]]) -> None:
-        """Have jobs left off by who draws them: they end as far as they are."""
+        """Have jobs left off that nobody waits for."""
         for engine, job in begun:
             with suppress(RemoteEngineError):  # nobody draws it any more
                 engine.abandon(job.number)
+
+    def _move(self) -> None:
+        """Have a replica leave off what another is to go on with, if there is anything."""
+        with self._lock:
+            leaving = self._queue.leave()
+        if leaving is None:
+            return
+        engine, jobs = leaving
+
+        def stay(_answer: object) -> None:  # it comes behind those of the jobs that are left off
+            with self._lock:
+                self._queue.stay(jobs)
+
+        try:
+            engine.leave_off([job.number for job in jobs]).add_done_callback(stay)
+        except RemoteEngineError as error:
+            self._replicas.bury(engine, error)
 
     def _take(self, engine: RemoteEngine, number: int, answer: Done | Failed | Ended) -> None:
         """What a replica has made of the job of a number, or what has ended of several."""
@@ -287,7 +304,10 @@ class EnginePool(RequestClient):
                 return
             found = answer.error if isinstance(answer, Failed) else job.take(answer.value)
             if found is None:
-                self._queue.put_back(job)
+                self._queue.put_back(job, new_number())
+                self._num_moves += 1
+            elif not isinstance(found, BaseException):
+                self._queue.learn(found)
         if found is not None:
             job.settle(found)
 

@@ -38,6 +38,7 @@ from samebit.rollout.messages import (
     Ended,
     Failed,
     Generate,
+    LeaveOff,
     Meet,
     Message,
     Score,
@@ -202,6 +203,10 @@ class _Server:
                 case Abandon(caller):
                     if (call := self._calls.get(caller)) is not None:
                         engine.loop.abandon(call).result()
+                    self.send(number, Done(None))
+                case LeaveOff(numbers):
+                    calls = [self._calls[each] for each in numbers if each in self._calls]
+                    engine.loop.leave_off(calls).result()
                     self.send(number, Done(None))
                 case Ask(function, arguments, by_name):
                     # Between steps: the loop's thread must admit nothing while weights change.

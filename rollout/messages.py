@@ -65,6 +65,14 @@ class Abandon:
 
 
 @dataclass(frozen=True)
+class LeaveOff:
+    """Abort the calls of these numbers, for another engine to go on with what is left of them,
+    where that may be worth it: see RequestBook.leave_off. Answered behind those calls."""
+
+    numbers: Sequence[int]
+
+
+@dataclass(frozen=True)
 class Ask:
     """Call a function of the engine that takes no steps; answered by what it returns. All ranks are
     sent it, and do it when rank 0 does."""
@@ -176,7 +184,7 @@ class Leave:
     sample_id: int
 
 
-type Message = Meet | Generate | Draw | Score | Abandon | Ask | Stop
+type Message = Meet | Generate | Draw | Score | Abandon | LeaveOff | Ask | Stop
 type Answer = Done | Failed | Drew | Ended | Beat
 type RankMessage = (
     Admit | Step | Asked | Drain | AbortRequest | FlushCache | Pause | Continue | Leave

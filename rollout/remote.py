@@ -19,7 +19,7 @@ from torch import Tensor
 from samebit.kernels.top_tokens import TopTokens
 from samebit.rollout.client import Begun, Progress, Tell, awaited, result_of, stream_of
 from samebit.rollout.engine import Engine
-from samebit.rollout.messages import Abandon, Ask, Draw, Generate, Message, Score
+from samebit.rollout.messages import Abandon, Ask, Draw, Generate, LeaveOff, Message, Score
 from samebit.rollout.remote_ranks import (
     EngineRanks,
     Launcher,
@@ -139,7 +139,7 @@ class RemoteEngine:
         groups = self._call(message, progress)
         if progress is not None:
             done = [c for group in groups for c in group]
-            progress(len(done), sum(len(c.token_ids) for c in done))
+            progress(len(done), sum(c.num_tokens for c in done))
         return groups
 
     async def agenerate(
@@ -173,9 +173,13 @@ class RemoteEngine:
         self._ranks.draw(Draw(requests), settle)
 
     def abandon(self, number: int) -> Future[Any]:
-        """Have it leave off a call, which is answered by what there is; it is told when that is
-        done."""
+        """Have it abort a call; it is told when that is done."""
         return self._ranks.call(Abandon(number))[1]
+
+    def leave_off(self, numbers: Sequence[int]) -> Future[Any]:
+        """Have it abort those of its calls that another engine had better go on with; it is told
+        when those are answered."""
+        return self._ranks.call(LeaveOff(numbers))[1]
 
     def score(
         self, token_ids: Sequence[Sequence[int]], temperature: float = 1.0

@@ -102,6 +102,7 @@ class Request:
 
 _BLOCKS = {"token_ids": "I", "logprobs": "fd"}
 """What a Completion has many of, and as what an array can hold them: the first that is exact."""
+_BYTES_PER_TOKEN = array("I").itemsize
 
 
 def _block(codes: str, numbers: tuple[float, ...]) -> bytes:
@@ -137,6 +138,12 @@ class Completion:
     """By layer: [prompt + L - 1, D], the residual stream after that many layers (0: embeddings)."""
     top_tokens: TopTokens | None = field(default=None, repr=False)
     """[prompt - 1], in the host's memory, if a request that scores has asked for them."""
+
+    @property
+    def num_tokens(self) -> int:
+        """L."""
+        block = vars(self).get("_token_ids")
+        return len(self.token_ids) if block is None else len(block) // _BYTES_PER_TOKEN
 
     def __getstate__(self) -> dict[str, Any]:
         """As it goes to another process: many numbers as one block."""

@@ -11,110 +11,25 @@ import itertools
 from array import array
 from bisect import bisect_left, insort
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import cast
 
-from samebit.rollout.parts import put_together, what_is_left
-from samebit.rollout.types import Completion, Request
+from samebit.rollout.job import Job
+from samebit.rollout.types import Completion
 
 _BEGINNING = 64
 """Tokens of the shortest beginning by which a prompt is known; longer ones are longer by half,
 so that a conversation is told from others that begin alike."""
 _MOST_HOMES = 1 << 18
 _FEWEST_SPARE = 8
-"""So many more samples must one have than another for any to move: the other computes all that
-stands before, and a step of few samples takes hardly less with half of them
-(tests/programs/moving.py)."""
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """A request that waits, or that a replica draws."""
-
-    request: Request
-    number: int
-    """Its own, by which a replica is asked to draw it."""
-    answer: Callable[[list[Completion] | BaseException], object]
-    """Is told of its samples, or why there are none."""
-    is_wanted: bool = True
-    """Whether anybody waits for it."""
-    has_begun: bool = False
-    """Whether a replica was asked to draw it."""
-    next_home: Hashable = None
-    """The replica that is to go on with it, where the one that draws it leaves off, or has."""
-    outcome: list[Completion] | BaseException | None = None
-    """What `answer` was told."""
-    requests: tuple[Request, ...] = field(init=False)
-    """What a replica is asked for: its request, or what others have left of that."""
-    num_samples: int = field(init=False)
-    """What it takes of a replica's room: those that have not ended."""
-    _drawn: dict[int, Completion] = field(default_factory=dict)
-    """What others have drawn, by sample ids."""
-
-    def __post_init__(self) -> None:
-        self.requests = (self.request,)
-        self.wait()
-
-    def wait(self) -> None:
-        """Nobody draws it."""
-        self.has_begun = False
-        self.num_samples = len(self.unfinished)
-
-    def settle(self, outcome: list[Completion] | BaseException) -> None:
-        """Tell who waits for it."""
-        self.outcome = outcome
-        self.answer(outcome)
-
-    def take(self, found: Sequence[Completion]) -> list[Completion] | None:
-        """Its samples, with what a replica has made of `requests`; None: that one was to leave off,
-        and another is to go on with what is left."""
-        drawn, group = self._drawn, list(found)
-        if drawn:
-            ends = drawn | {c.sample_id: put_together(drawn[c.sample_id], c) for c in found}
-            group = [ends[sample_id] for sample_id in self.request.sample_ids]
-        if self.next_home is None or not (left := what_is_left(self.request, group)):
-            return group
-        self._drawn, self.requests = {c.sample_id: c for c in group}, tuple(left)
-        return None
-
-    def left_as_it_is(self) -> list[Completion]:
-        """Its samples, whose rest nobody draws."""
-        rest = [_nothing(self.request.request_id, sample_id) for sample_id in self.unfinished]
-        group = self.take(rest)
-        assert group is not None, "somebody is to go on with it"
-        return group
-
-    @property
-    def unfinished(self) -> list[int]:
-        """The ids of the samples that a replica is asked for."""
-        return [sample_id for request in self.requests for sample_id in request.sample_ids]
-
-    @property
-    def can_move(self) -> bool:
-        """Whether one can leave it off and another go on: what is drawn is in its completions."""
-        request = self.request
-        is_drawn = not request.score_only and not request.hidden_state_layers
-        return self.has_begun and self.is_wanted and is_drawn
-
-    @property
-    def num_tokens(self) -> int:
-        """The most that is computed for it."""
-        request = self.request
-        drawn = 0 if request.score_only else request.params.max_new_tokens
-        return len(request.prompt_ids) + drawn * self.num_samples
-
-
-def _nothing(request_id: str, sample_id: int) -> Completion:
-    return Completion(
-        request_id=request_id,
-        sample_id=sample_id,
-        token_ids=(),
-        logprobs=(),
-        finish_reason="abort",
-        version_spans=(),
-    )
+"""So many more samples must one have than another for any to move: a step of few samples takes
+hardly less with half of them."""
+_LEAST_SPREAD = 0.25
+"""Nothing moves unless longer samples are longer than half of all by so much of what another has to
+compute again, in the mean; else what is left of them is not worth it (tests/programs/moving.py)."""
+_NUM_LENGTHS = 1024
 
 
 @dataclass(eq=False, slots=True)
@@ -152,6 +67,7 @@ class WorkQueue[R: Hashable]:
         self._by_tokens: list[tuple[int, int, _Load[R]]] = []  # sorted: tokens, order
         self._homes: OrderedDict[bytes, R] = OrderedDict()  # by digests of prompts' beginnings
         self._leaving: set[Job] = set()
+        self._lengths: deque[int] = deque(maxlen=_NUM_LENGTHS)  # of the last samples that ended
 
     @property
     def replicas(self) -> list[R]:
@@ -171,10 +87,9 @@ class WorkQueue[R: Hashable]:
         if (load := self._loads.pop(replica, None)) is None:
             return False
         del self._by_tokens[self._place(load)]
-        self._leaving.difference_update(load.jobs.values())
+        self.stay(load.jobs.values())
         for job in reversed(load.jobs.values()):
-            job.next_home = None
-            job.wait()
+            job.num_samples = len(job.unfinished)
             if job.is_wanted:
                 self._waiting.appendleft(job)
         return True
@@ -212,35 +127,53 @@ class WorkQueue[R: Hashable]:
             return None
         self._waiting.popleft()
         load = self._home_of(job, load)
-        job.next_home = None
+        job.next_home, job.has_begun = None, False
         self._count(load, job.num_samples, job.num_tokens)
         load.jobs[job.number] = job
         return load.replica, job
 
-    def leave(self) -> list[tuple[R, Job]]:
-        """Jobs that whoever draws them is to leave off, for another to go on with: nothing waits,
-        and that one has at most half as many samples.
+    def begun(self, replica: R, jobs: Iterable[Job]) -> None:
+        """Note that a replica was asked to draw what it was given, unless it was taken from it."""
+        if (load := self._loads.get(replica)) is not None:
+            for job in jobs:
+                job.has_begun |= load.jobs.get(job.number) is job
 
-        Those that were given last come first, since least is computed again for them. The caller
-        has them left off, calls `end`, and puts back what is left.
+    def leave(self) -> tuple[R, list[Job]] | None:
+        """Jobs that whoever draws them is to leave off, for another to go on with: nothing waits,
+        and that one has at most half as many samples. Each is asked for once.
+
+        Those that were given last come first, since least is computed again for them, and those
+        that have moved not at all. The caller asks the replica, and calls `end` and `put_back` for
+        each job that it leaves off, `stay` for the others. Meanwhile nothing else is to be left.
         """
-        if self._waiting or self._leaving or len(self._by_tokens) < 2:
-            return []
-        least, most = self._by_tokens[0][-1], self._by_tokens[-1][-1]
+        if self._waiting or self._leaving or len(self._loads) < 2:
+            return None
+        loads = self._loads.values()
+        least, most = (of(loads, key=lambda load: load.num_samples) for of in (min, max))
         spare = most.num_samples - least.num_samples
         if spare < max(_FEWEST_SPARE, least.num_samples):
-            return []
+            return None
         found, left = [], min(spare // 2, self._room - least.num_samples)
+        typical, excess = self._spread()
         for job in reversed(most.jobs.values()):
-            if job.can_move and job.num_samples <= left:
-                job.next_home, left = least.replica, left - job.num_samples
-                found.append((most.replica, job))
-        self._leaving.update(job for _, job in found)
-        return found
+            again = len(job.request.prompt_ids) + typical
+            if job.can_move and job.num_samples <= left and excess >= _LEAST_SPREAD * again:
+                job.next_home, job.may_move = least.replica, False
+                left -= job.num_samples
+                found.append(job)
+        self._leaving.update(found)
+        return (most.replica, found) if found else None
 
-    def put_back(self, job: Job) -> None:
-        """Have what is left of a job drawn before all that waits, by the one that it left for."""
-        job.wait()
+    def stay(self, jobs: Iterable[Job]) -> None:
+        """Have what was to be left off, and was not, stay where it is."""
+        for job in self._leaving.intersection(jobs):
+            self._leaving.discard(job)
+            job.next_home = None
+
+    def put_back(self, job: Job, number: int) -> None:
+        """Have what is left of a job drawn before all that waits, by the one that it left for; by
+        another number, since late messages may tell of the one before."""
+        job.number = number
         self._waiting.appendleft(job)
 
     def free(self, replica: R, number: int, num_samples: int) -> None:
@@ -250,6 +183,11 @@ class WorkQueue[R: Hashable]:
             num_tokens = job.num_tokens
             job.num_samples -= num_samples
             self._count(load, -num_samples, job.num_tokens - num_tokens)
+
+    def learn(self, group: Iterable[Completion]) -> None:
+        """Note how long samples are that have ended."""
+        ended = (completion for completion in group if completion.finish_reason != "abort")
+        self._lengths.extend(completion.num_tokens for completion in ended)
 
     def end(self, replica: R, number: int) -> Job | None:
         """Note that a replica is done with a job: that job, or None if it was taken from it."""
@@ -292,6 +230,14 @@ class WorkQueue[R: Hashable]:
         while len(self._homes) > _MOST_HOMES:
             self._homes.popitem(last=False)
         return load
+
+    def _spread(self) -> tuple[int, float]:
+        """The length that half of the samples exceed, and by how much they do in the mean."""
+        lengths = sorted(self._lengths)
+        if not (longer := lengths[(len(lengths) + 1) // 2 :]):
+            return 0, 0.0
+        typical = lengths[(len(lengths) - 1) // 2]
+        return typical, sum(longer) / len(longer) - typical
 
     def _has_room(self, load: _Load[R], job: Job) -> bool:
         return load.num_samples + job.num_samples <= self._room or not load.jobs

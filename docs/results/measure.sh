@@ -4,40 +4,38 @@
 #
 #   docs/results/measure.sh OUT PART...
 #
-# Parts: verify (SMOLLM2=FOLDER adds that model; each has to find what another run found; of the 8B
-# shape alone verify_8b and verify_8b_parts), engine, groups, tables, speculative (SMOLLM2 too),
-# kernels, trainer, memory, sync (on two GPUs also between them), step (of colocated GRPO), kills (a
-# short demo on SmolLM2, killed 20 times), controller (what its own work costs, without a GPU),
-# draft_trainer (of drafts of the 8B shape), verify_rows (what a step takes that verifies guesses);
-# of SMOLLM2 alone algorithms, long_tail (rollouts of very different lengths, with guesses and
-# without), and drafts: draft_7 and draft_1 (trained by so many passes), draft_boards, online_draft,
-# and behind draft_7 block_draft, speculative_draft and adaptive_draft (DRAFT=draft_boards: of that
-# one; where the training of a draft was cut, its part goes on with it); on two GPUs
-# tensor_parallel, trainer_tp, elastic, transfers, async (GRPO whose engine draws while its trainer
-# trains; SMOLLM2 too); on four transfers4, layouts (short runs under all that fit), tp1_tp4; on
-# eight eight_tp, eight_steps, eight_elastic, eight_transfers, eight_sums (which take any number of
-# GPUs from two on: EIGHT=2).
+# Parts: verify (SMOLLM2=FOLDER adds that model; each has to find what another run found; alone
+# verify_8b, verify_8b_parts, verify_0.6b and verify_smollm2), engine, groups, tables, speculative
+# (SMOLLM2 too), kernels, trainer, memory, sync (on two GPUs also between them), step (of colocated
+# GRPO), kills (a short demo on SmolLM2, killed 20 times), controller (what its own work costs, and
+# what moving requests saves, without a GPU), draft_trainer (of drafts of the 8B shape), verify_rows
+# (what a step takes that verifies guesses); of SMOLLM2 alone algorithms, long_tail (rollouts of
+# very different lengths, with guesses and without), and drafts: draft_7 and draft_1 (trained by so
+# many passes), draft_boards, online_draft, and behind draft_7 block_draft, speculative_draft and
+# adaptive_draft (DRAFT=draft_boards: of that one; where the training of a draft was cut, its part
+# goes on with it); on two GPUs tensor_parallel, trainer_tp, elastic, transfers, async (GRPO whose
+# engine draws while its trainer trains; SMOLLM2 too); on four transfers4, layouts (short runs under
+# all that fit), tp1_tp4; on eight eight_tp, eight_steps, eight_elastic, eight_transfers, eight_sums
+# (which take any number of GPUs from two on: EIGHT=2).
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 bin=$root/.venv/bin
 shapes=$root/recipes/bench/shapes
 unset PYTHONSAFEPATH # programs import one another
-parts=" verify verify_8b verify_8b_parts engine groups tables speculative kernels trainer memory"
-parts+=" sync step kills algorithms draft_7 draft_1 draft_boards speculative_draft adaptive_draft"
-parts+=" block_draft online_draft draft_trainer verify_rows long_tail tensor_parallel trainer_tp"
-parts+=" elastic transfers async controller transfers4 layouts tp1_tp4 eight_tp eight_steps"
-parts+=" eight_elastic eight_transfers eight_sums "
+parts=" verify verify_8b verify_8b_parts verify_0.6b verify_smollm2 engine groups tables"
+parts+=" speculative kernels trainer memory sync step kills algorithms draft_7 draft_1"
+parts+=" draft_boards speculative_draft adaptive_draft block_draft online_draft draft_trainer"
+parts+=" verify_rows long_tail tensor_parallel trainer_tp elastic transfers async controller"
+parts+=" transfers4 layouts tp1_tp4 eight_tp eight_steps eight_elastic eight_transfers"
+parts+=" eight_sums "
 for part in "${@:2}"; do
     if [[ $parts != *" $part "* ]]; then
         echo "'$part' is no part; there are:$parts" >&2
         exit 2
     fi
 done
-if (($# < 2)); then
-    echo "usage: docs/results/measure.sh OUT PART...; parts:$parts" >&2
-    exit 2
-fi
+(($# >= 2)) || { echo "usage: docs/results/measure.sh OUT PART...; parts:$parts" >&2; exit 2; }
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 shift
@@ -74,43 +72,44 @@ sys.exit(one != other)
 EOF
 }
 
-twice() { # NAME ARGUMENT...: samebit verify
-    local name=$1 a b
-    shift
-    samebit "${name}_a" verify "$@" >/dev/null & a=$!
-    samebit "${name}_b" verify "$@" >/dev/null & b=$!
-    wait "$a"
-    wait "$b"
-    same_draws "$out/${name}"_{a,b}/verify.json
-}
-
 verify() { # every property, of the 8B shape all but transports, so many as one card has room for
     verify_8b
     verify_8b_parts
-    twice verify_qwen3_0.6b model="$shapes/qwen3-0.6b" load_format=dummy
-    if [[ -n ${SMOLLM2:-} ]]; then twice verify_smollm2 model="$SMOLLM2"; fi
+    verify_0.6b
+    if [[ -n ${SMOLLM2:-} ]]; then verify_smollm2; fi
 }
 
 verify_8b() {
-    verified qwen3_8b batch_size,batch_position,decode_batch,prefill_chunk,prefix_cache,group,\
+    verified_8b qwen3_8b batch_size,batch_position,decode_batch,prefill_chunk,prefix_cache,group,\
 neighbour_abort,concurrent_callers,restart,graphs_and_overlap,score,trainer
 }
 
 verify_8b_parts() { # which leave room for other work on the card
-    verified speculation_qwen3_8b shared_prefixes,speculation
-    verified weights_qwen3_8b memory_release,pauses
-    verified pages_qwen3_8b weight_update,page_size,preemption
+    verified_8b speculation_qwen3_8b shared_prefixes,speculation
+    verified_8b weights_qwen3_8b memory_release,pauses
+    verified_8b pages_qwen3_8b weight_update,page_size,preemption
 }
 
-verified() { # NAME PROPERTIES: of the 8B shape, to the digest of the committed file
-    samebit "verify_$1" verify model="$shapes/qwen3-8b" load_format=dummy "properties=[$2]"
+verify_0.6b() { verified qwen3_0.6b model="$shapes/qwen3-0.6b" load_format=dummy; }
+
+verify_smollm2() {
+    needs_smollm2
+    verified smollm2 model="$SMOLLM2"
+}
+
+verified_8b() { # NAME PROPERTIES
+    verified "$1" model="$shapes/qwen3-8b" load_format=dummy "properties=[$2]"
+}
+
+verified() { # NAME ARGUMENT...: samebit verify, to the digest of the committed file
+    samebit "verify_$1" verify "${@:2}"
     same_draws "$out/verify_$1/verify.json" "$root/docs/results/h200_verify_$1.json"
 }
 
 engine() {
-    samebit engine_qwen3_8b bench engine model="$shapes/qwen3-8b" load_format=dummy --profile --cold \
-        "workloads=[64x1x512x256,1x1x512x256,8x1x512x256,64x8x512x512,64x8x700x512,64x8x704x512,\
-16x16x8192x512,32x1x8192x1]"
+    samebit engine_qwen3_8b bench engine model="$shapes/qwen3-8b" load_format=dummy --profile \
+        --cold "workloads=[64x1x512x256,1x1x512x256,8x1x512x256,64x8x512x512,64x8x700x512,\
+64x8x704x512,16x16x8192x512,32x1x8192x1]"
     samebit engine_qwen3_0.6b bench engine model="$shapes/qwen3-0.6b" load_format=dummy \
         'workloads=[1x1x512x512,64x8x512x512]'
 }
@@ -180,14 +179,12 @@ kills() {
         demo=smollm2 grpo.trainer.num_steps=20 grpo.trainer.checkpoint_every=1
 }
 
-controller() { "$bin/python" "$root/tests/programs/controller.py" "$out/controller.json"; }
-
-needs_smollm2() {
-    if [[ -z ${SMOLLM2:-} ]]; then
-        echo "this part needs SMOLLM2=FOLDER" >&2
-        return 1
-    fi
+controller() {
+    "$bin/python" "$root/tests/programs/controller.py" "$out/controller.json"
+    "$bin/python" "$root/tests/programs/moving.py" "$out/moving_samples.json"
 }
+
+needs_smollm2() { : "${SMOLLM2:?is the folder of the model, which this part needs}"; }
 
 algorithms() { # SmolLM2 learns to add, by four of them at the same time
     needs_smollm2

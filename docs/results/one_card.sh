@@ -41,10 +41,6 @@ ended() { # all that run
 
 part() { "$root/docs/results/measure.sh" "$out" "$@"; }
 
-verify() { # NAME WORD...
-    "$root/.venv/bin/samebit" verify "${@:2}" output_dir="$out" run_name="verify_$1"
-}
-
 tests() { # WORD...
     (cd "$root" && PYTHONSAFEPATH=1 "$python" -m pytest -q -m gpu --timeout-method thread "$@")
 }
@@ -57,9 +53,8 @@ others+=($(cd "$root" && grep -rlE 'mark\.gpu' tests --include='test_*.py'))
 failed=0
 
 beside verify_8b_parts part verify_8b_parts
-beside verify_qwen3_0.6b verify qwen3_0.6b model="$root/recipes/bench/shapes/qwen3-0.6b" \
-    load_format=dummy
-beside verify_smollm2 verify smollm2 model="$SMOLLM2"
+beside verify_0.6b part verify_0.6b
+beside verify_smollm2 part verify_smollm2
 beside tests tests -n 4 --dist loadfile "${others[@]}"
 ended
 beside algorithms part algorithms

@@ -89,6 +89,10 @@ class EngineLoop:
         """The caller has gone: abort what is unfinished of its requests."""
         return self.post(partial(self.book.abandon, call))
 
+    def leave_off(self, calls: Sequence[Call]) -> Future[None]:
+        """See RequestBook.leave_off."""
+        return self.post(partial(self.book.leave_off, calls))
+
     def pause(self, mode: str) -> None:
         """See RequestBook.pause; several ranks do it in the thread that drives."""
         caller = threading.get_ident()

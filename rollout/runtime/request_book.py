@@ -5,7 +5,7 @@ One thread at a time uses it, between steps: the one that drives (engine_loop.py
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -32,6 +32,10 @@ from samebit.rollout.runtime.slots import Slots
 from samebit.rollout.runtime.step_loop import StepLoop
 from samebit.rollout.runtime.weight_control import WeightControl
 from samebit.rollout.types import Completion, Request
+
+LEAST_LEFT = 0.25
+"""What may be left of a sample that another engine goes on with, over what that computes again: a
+token takes so much less in a prompt than as a step's."""
 
 
 @dataclass
@@ -142,6 +146,25 @@ class RequestBook:
             for request in call.requests:
                 if request.request_id in self.live:
                     self._abort(request.request_id)
+
+    def leave_off(self, calls: Iterable[Call]) -> None:
+        """Abort those calls of which enough may be left that another engine had better go on with
+        them: so much that it is worth computing what stands before once more."""
+        self._drain()  # some may end by themselves
+        for call in calls:
+            if call in self.calls and self._is_worth_leaving(call):
+                self.abandon(call)
+
+    def _is_worth_leaving(self, call: Call) -> bool:
+        """Of the samples that have drawn least, since nobody knows which one is the last."""
+        left, again = 0, 0
+        for sample in call.samples:
+            if sample.finish_reason is None:
+                count = self._slots.num_drawn(sample)
+                rest = sample.request.params.max_new_tokens - count
+                if rest > left:
+                    left, again = rest, sample.prompt_len + count
+        return left >= LEAST_LEFT * again
 
     def abandon_all(self) -> None:
         """Abort everything that callers wait for."""

@@ -29,13 +29,15 @@ from samebit.recipes.bench.roofline import roofline_bounds
 from samebit.recipes.bench.timing import CardRates
 from samebit.recipes.planning.measured import H200, SHAPES, measured, row_bytes
 from samebit.recipes.run.provenance import write_result
+from samebit.rollout.job import Job
 from samebit.rollout.models.registry import load_model_config
+from samebit.rollout.runtime.request_book import LEAST_LEFT
 from samebit.rollout.types import Completion, Request, SamplingParams
-from samebit.rollout.work_queue import Job, WorkQueue
+from samebit.rollout.work_queue import WorkQueue
 
 OPTIONS = {
     "replicas": "2,4,8",
-    "spread": "0.4,0.8,1.2",
+    "spread": "0,0.1,0.4,0.8,1.2",
     "prompts": "64",
     "n": "16",
     "room": "256",
@@ -133,8 +135,8 @@ class Rollout:
         self, times: Times, lengths: Sequence[Sequence[int]], options: dict[str, str], num: int
     ) -> None:
         n = len(lengths[0])
-        self._num_prompt = int(options["prompt_tokens"])
-        params = SamplingParams(n=n, max_new_tokens=int(options["longest"]))
+        self._num_prompt, self._longest = int(options["prompt_tokens"]), int(options["longest"])
+        params = SamplingParams(n=n, max_new_tokens=self._longest)
         self._queue = WorkQueue[Replica](int(options["room"]))
         self._replicas = [Replica(times) for _ in range(num)]
         for replica in self._replicas:
@@ -159,53 +161,52 @@ class Rollout:
             for replica in busy:
                 for sample in replica.go_on(now, self._num_prompt):
                     self._end(replica, sample)
-            for replica, job in self._queue.leave() if moves else ():
-                self._leave(replica, job)
+            if moves and (leaving := self._queue.leave()) is not None:
+                self._leave(*leaving)
             self._give(now)
         return now
 
     def _give(self, now: float) -> None:
         while (pair := self._queue.give()) is not None:
             replica, job = pair
-            job.has_begun = True
+            self._queue.begun(replica, [job])
             samples = [self._left[sample_id] for sample_id in job.unfinished]
             self.num_again += sum(sample.drawn for sample in samples)
             replica.begin(samples, self._num_prompt, now)
 
     def _end(self, replica: Replica, sample: Sample) -> None:
         del self._left[sample.sample_id]
+        self._queue.learn([_completion(sample.sample_id, sample.drawn, "stop")])
         if any(other.job is sample.job for other in replica.samples):
             self._queue.free(replica, sample.job.number, 1)
         else:
             self._queue.end(replica, sample.job.number)
 
-    def _leave(self, replica: Replica, job: Job) -> None:
-        self._queue.end(replica, job.number)
-        mine = {sample.sample_id: sample for sample in replica.samples if sample.job is job}
-        self.num_moved += len(mine)
-        replica.samples = [sample for sample in replica.samples if sample.job is not job]
-        found = [_completion(i, mine.get(i)) for i in job.unfinished]
-        assert job.take(found) is None
-        self._queue.put_back(job)
+    def _leave(self, replica: Replica, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            mine = {sample.sample_id: sample for sample in replica.samples if sample.job is job}
+            drawn = min(sample.drawn for sample in mine.values())
+            if self._longest - drawn < LEAST_LEFT * (self._num_prompt + drawn):
+                continue
+            self._queue.end(replica, job.number)
+            self.num_moved += len(mine)
+            replica.samples = [sample for sample in replica.samples if sample.job is not job]
+            found = [
+                _completion(i, mine[i].drawn, "abort") if i in mine else _completion(i, 0, "stop")
+                for i in job.unfinished
+            ]
+            assert job.take(found) is None
+            self._queue.put_back(job, job.number)
+        self._queue.stay(jobs)
 
 
-def _completion(sample_id: int, unfinished: Sample | None) -> Completion:
-    """Of a sample as a replica leaves it off, whose part there is told by its length alone."""
-    before = 0
-    if unfinished is not None:
-        requests = unfinished.job.requests
-        [before] = [
-            len(r.prompt_ids) - len(unfinished.job.request.prompt_ids)
-            for r in requests
-            if sample_id in r.sample_ids
-        ]
-    count = 0 if unfinished is None else unfinished.drawn - before
+def _completion(sample_id: int, count: int, reason: str) -> Completion:
     return Completion(
         request_id="",
         sample_id=sample_id,
         token_ids=(0,) * count,
-        logprobs=(0.0,) * count,
-        finish_reason="stop" if unfinished is None else "abort",
+        logprobs=(),
+        finish_reason=reason,
         version_spans=(),
     )
 

@@ -128,12 +128,19 @@ def test_a_signal_to_the_command_saves_and_stops(runs, ended, number):
 
 
 @pytest.fixture
-def cluster(monkeypatch):
-    """A cluster of a head without CPUs and of nodes of one each: that of `count` is made by it."""
+def made(monkeypatch):
+    """A cluster without nodes."""
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     made = Cluster()
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture
+def cluster(made):
+    """A cluster of a head without CPUs and of nodes of one each: that of `count` is made by it."""
 
     def make(count):
         made.add_node(num_cpus=0, include_dashboard=False)
@@ -141,8 +148,7 @@ def cluster(monkeypatch):
             made.add_node(num_cpus=1)
         return f"placement.ray_address={made.address}"
 
-    yield make
-    made.shutdown()
+    return make
 
 
 def test_ranks_of_several_nodes(runs, ended, cluster):
@@ -173,18 +179,43 @@ def test_ranks_of_several_nodes(runs, ended, cluster):
 
 def test_a_node_is_lost(runs, ended, cluster):
     """With the rank that was there: all start again, one of them on a node that had none."""
-    words = ["trainer.parallel.data=2", "trainer.num_steps=60"]
+    words = ["trainer.parallel.data=2", "trainer.num_steps=12"]
     assert ended(["grpo", *runs.arguments("whole", *words)])[0] == 0
     there = [*RAY, *words, cluster(3), "max_restarts=1"]
+    is_held = runs.held(40)
 
     def lose(process):
+        wait_for(process, is_held)
         [rank] = [r for r in ranks_of_machine(runs.folder) if r.environ()["RANK"] == "1"]
         psutil.Process(int(rank.environ()["RAY_RAYLET_PID"])).kill()
+        runs.control.unlink()  # the next rank 0 is not held
 
-    loses = when_there(runs.folder / "lost" / "checkpoints" / "step_00000002", lose)
-    code, _, errors = ended(["grpo", *runs.arguments("lost", *there)], loses)
+    code, _, errors = ended(["grpo", *runs.arguments("lost", *there)], lose)
     assert code == 0, errors[-3000:]
     assert errors.count("; restart 1 of 1, from") == 1
+    assert result_of(runs, "lost") == result_of(runs, "whole")
+
+
+def test_the_head_is_lost(runs, ended, made, cluster, monkeypatch):
+    """For longer than Ray waits for it: the run ends, says so and is resumed without it."""
+    words = ["trainer.parallel.data=2", "trainer.num_steps=12"]
+    assert ended(["grpo", *runs.arguments("whole", *words)])[0] == 0
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "2")  # of 60
+    there = [*RAY, *words, cluster(2), "max_restarts=1"]
+    is_held = runs.held(40)
+
+    def lose(process):
+        wait_for(process, is_held)
+        made.head_node.kill_gcs_server()
+
+    code, output, errors = ended(["grpo", *runs.arguments("lost", *there)], lose)
+    assert (code, output) == (1, ""), errors[-3000:]
+    assert "Failed to connect to GCS within 2 seconds" in errors
+    while ranks_of_machine(runs.folder):
+        time.sleep(0.01)
+    runs.control.unlink()
+    code, _, errors = ended(["grpo", *runs.arguments("lost", *words, "resume=true")])
+    assert code == 0, errors[-3000:]
     assert result_of(runs, "lost") == result_of(runs, "whole")
 
 

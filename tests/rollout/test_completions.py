@@ -37,7 +37,9 @@ def test_a_completion_arrives_as_it_was(fields):
         copy.copy(sent),
         copy.deepcopy(sent),
     ):
+        assert received.num_tokens == len(sent.token_ids)
         assert received == sent
+        assert received.num_tokens == len(sent.token_ids)
         assert hash(received.token_ids) == hash(sent.token_ids)
         assert repr(received) == repr(sent)
         assert pickle.loads(pickle.dumps(received)) == sent

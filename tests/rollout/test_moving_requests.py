@@ -5,26 +5,21 @@ from contextlib import aclosing, closing, suppress
 from dataclasses import replace
 
 import pytest
-from helpers import make_prompts, outcomes
+from helpers import outcomes
+from jobs import uneven
 
 from samebit.rollout.engine import Engine
 from samebit.rollout.engine_pool import EnginePool
 from samebit.rollout.remote import RemoteEngine
-from samebit.rollout.types import SamplingParams
-
-
-def uneven(**params):
-    """Requests that the queue takes for alike: every other one ends soon, the others go on."""
-    long = SamplingParams(n=2, max_new_tokens=250, ignore_eos=True, **params)
-    short = replace(long, min_new_tokens=0, stop_token_ids=tuple(range(331)))
-    return make_prompts(*range(3, 23)), [long, short] * 10, [[2 * i, 2 * i + 1] for i in range(20)]
 
 
 @pytest.fixture(scope="module")
-def wide_pool(qwen3_path):
-    """Two replicas that have room for all that is uneven."""
+def pool(qwen3_path):
+    """Two replicas that have room for all that is uneven, and have drawn such."""
     settings = {"device": "cpu", "kv_cache_tokens": 16384, "max_num_seqs": 40, "waits": False}
     with closing(EnginePool(lambda _: RemoteEngine(qwen3_path, **settings), 2, 64)) as pool:
+        pool.generate(*uneven(99, max_new_tokens=40))
+        assert pool.num_moves == 0
         yield pool
 
 
@@ -34,14 +29,20 @@ def single(qwen3_path):
 
 
 @pytest.mark.parametrize(
-    "params", [{}, {"top_p": 0.9, "truncated_logprobs": True}, {"min_new_tokens": 200}]
+    ("seed", "params"),
+    [
+        (1, {}),
+        (2, {"top_p": 0.9, "truncated_logprobs": True}),
+        (3, {"min_new_tokens": 150, "stop_token_ids": tuple(range(0, 331, 2))}),
+        (4, {"logprobs": False}),
+    ],
 )
-def test_who_has_little_left_goes_on_with_what_another_leaves_off(wide_pool, single, params):
+def test_who_has_little_left_goes_on_with_what_another_leaves_off(pool, single, seed, params):
     """Nothing of that can be seen in what is drawn."""
-    asked = uneven(**params)
-    before = wide_pool.num_moves
-    groups = wide_pool.generate(*asked)
-    assert wide_pool.num_moves > before
+    asked = uneven(seed, **params)
+    before = pool.num_moves
+    groups = pool.generate(*asked)
+    assert pool.num_moves > before
     expected = single.generate(*asked)
     assert outcomes(groups) == outcomes(expected)
     for group, right in zip(groups, expected, strict=True):
@@ -52,18 +53,30 @@ def test_who_has_little_left_goes_on_with_what_another_leaves_off(wide_pool, sin
     assert len({group[0].request_id for group in groups}) == len(groups)
 
 
-def test_what_moves_is_aborted_wherever_it_is(wide_pool, single):
-    asked = uneven()
-    before = wide_pool.num_moves
-    requests = wide_pool._requests.generation(*asked, ())
-    result, _ = wide_pool._begin(requests)
-    while wide_pool.num_moves == before:
-        pass
+def test_what_is_almost_drawn_stays(pool, single):
+    """Where too little can be left for another to compute again what stands before."""
+    prompts, params, ids = uneven(5)
+    prompts = [prompt * 20 for prompt in prompts]
+    params = [replace(p, max_new_tokens=20) for p in params]
+    before = pool.num_moves
+    assert outcomes(pool.generate(prompts[8:], params[8:], ids[8:])) == outcomes(
+        single.generate(prompts[8:], params[8:], ids[8:])
+    )
+    assert pool.num_moves == before
+
+
+def test_what_moves_is_aborted_wherever_it_is(pool, single):
+    asked = uneven(6)
+    before = pool.num_moves
+    requests = pool._requests.generation(*asked, ())
+    result, _ = pool._begin(requests)
+    while pool.num_moves == before:
+        assert not result.done()
     groups = {}
     for request in requests:
         with suppress(KeyError):  # it has ended
-            groups[request.request_id] = wide_pool.abort_request(request.request_id)
-    assert len(groups) >= 8
+            groups[request.request_id] = pool.abort_request(request.request_id)
+    assert groups
     for group, right in zip(result.result(), single.generate(*asked), strict=True):
         assert group == groups.get(group[0].request_id, group)
         for completion, whole in zip(group, right, strict=True):
@@ -72,26 +85,36 @@ def test_what_moves_is_aborted_wherever_it_is(wide_pool, single):
             assert completion.logprobs == whole.logprobs[: len(completion.token_ids)]
 
 
-def test_who_dies_while_requests_move_loses_none(wide_pool, single):
-    """Whichever of the two it is; before, a caller gives up what moves."""
-    asked = uneven()
-    before = wide_pool.num_moves
-
-    def kill(_num_done, _tokens):
-        if wide_pool.num_moves > before:
-            victims.pop().kill() if victims else None
+def test_who_gives_up_what_moves_has_it_abandoned(pool):
+    before = pool.num_moves
 
     async def give_up():
-        stream = wide_pool.stream(*asked)
+        stream = pool.stream(*uneven(7))
         async with aclosing(stream):
-            while wide_pool.num_moves == before:
+            while pool.num_moves == before:
                 await anext(stream)
 
     asyncio.run(give_up())
-    for place in (0, 1):
-        before, victims = wide_pool.num_moves, [wide_pool.replicas[place]]
-        assert outcomes(wide_pool.generate(*asked, progress=kill)) == outcomes(
-            single.generate(*asked)
-        )
-        assert not victims
-    assert wide_pool.num_restarts == 2
+    with pool._lock:
+        loads = pool._queue._loads.values()
+        assert not any(job.is_wanted for load in loads for job in load.jobs.values())
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_who_dies_while_requests_move_loses_none(pool, single, monkeypatch, leaves):
+    """Whoever leaves them off, or was to go on with them."""
+    leave_off = RemoteEngine.leave_off
+    engines = pool.replicas
+
+    def dying(engine, numbers):
+        answer = leave_off(engine, numbers)
+        victims.append(engine if leaves else next(e for e in engines if e is not engine))
+        victims[-1].kill()
+        return answer
+
+    victims = []
+    monkeypatch.setattr(RemoteEngine, "leave_off", dying)
+    asked = uneven(8 + leaves)
+    assert outcomes(pool.generate(*asked)) == outcomes(single.generate(*asked))
+    assert victims
+    assert not {*victims} & {*pool.replicas}
