@@ -30,6 +30,7 @@ _LEAST_SPREAD = 0.25
 """Nothing moves unless longer samples are longer than half of all by so much of what another has to
 compute again, in the mean; else what is left of them is not worth it (tests/programs/moving.py)."""
 _NUM_LENGTHS = 1024
+_LENGTHS_UNSEEN = 32  # so many more have to come before they are looked at anew
 
 
 @dataclass(eq=False, slots=True)
@@ -68,6 +69,8 @@ class WorkQueue[R: Hashable]:
         self._homes: OrderedDict[bytes, R] = OrderedDict()  # by digests of prompts' beginnings
         self._leaving: set[Job] = set()
         self._lengths: deque[int] = deque(maxlen=_NUM_LENGTHS)  # of the last samples that ended
+        self._unseen = 0
+        self._typical, self._excess = 0, 0.0
 
     @property
     def replicas(self) -> list[R]:
@@ -148,16 +151,18 @@ class WorkQueue[R: Hashable]:
         """
         if self._waiting or self._leaving or len(self._loads) < 2:
             return None
+        if self._excess < _LEAST_SPREAD * self._typical or not self._excess:
+            return None
         loads = self._loads.values()
         least, most = (of(loads, key=lambda load: load.num_samples) for of in (min, max))
         spare = most.num_samples - least.num_samples
         if spare < max(_FEWEST_SPARE, least.num_samples):
             return None
         found, left = [], min(spare // 2, self._room - least.num_samples)
-        typical, excess = self._spread()
         for job in reversed(most.jobs.values()):
-            again = len(job.request.prompt_ids) + typical
-            if job.can_move and job.num_samples <= left and excess >= _LEAST_SPREAD * again:
+            again = len(job.request.prompt_ids) + self._typical
+            is_worth_it = self._excess >= _LEAST_SPREAD * again
+            if job.can_move and job.num_samples <= left and is_worth_it:
                 job.next_home, job.may_move = least.replica, False
                 left -= job.num_samples
                 found.append(job)
@@ -186,8 +191,12 @@ class WorkQueue[R: Hashable]:
 
     def learn(self, group: Iterable[Completion]) -> None:
         """Note how long samples are that have ended."""
-        ended = (completion for completion in group if completion.finish_reason != "abort")
-        self._lengths.extend(completion.num_tokens for completion in ended)
+        ended = [c.num_tokens for c in group if c.finish_reason != "abort"]
+        self._lengths.extend(ended)
+        self._unseen += len(ended)
+        if self._unseen >= min(_LENGTHS_UNSEEN, len(self._lengths)):
+            self._unseen = 0
+            self._typical, self._excess = _spread(self._lengths)
 
     def end(self, replica: R, number: int) -> Job | None:
         """Note that a replica is done with a job: that job, or None if it was taken from it."""
@@ -231,14 +240,6 @@ class WorkQueue[R: Hashable]:
             self._homes.popitem(last=False)
         return load
 
-    def _spread(self) -> tuple[int, float]:
-        """The length that half of the samples exceed, and by how much they do in the mean."""
-        lengths = sorted(self._lengths)
-        if not (longer := lengths[(len(lengths) + 1) // 2 :]):
-            return 0, 0.0
-        typical = lengths[(len(lengths) - 1) // 2]
-        return typical, sum(longer) / len(longer) - typical
-
     def _has_room(self, load: _Load[R], job: Job) -> bool:
         return load.num_samples + job.num_samples <= self._room or not load.jobs
 
@@ -252,3 +253,12 @@ class WorkQueue[R: Hashable]:
         load.num_samples += num_samples
         load.num_tokens += num_tokens
         insort(self._by_tokens, (load.num_tokens, load.order, load))
+
+
+def _spread(lengths: Iterable[int]) -> tuple[int, float]:
+    """The length that half of the samples exceed, and by how much they do in the mean."""
+    ordered = sorted(lengths)
+    if not (longer := ordered[(len(ordered) + 1) // 2 :]):
+        return 0, 0.0
+    typical = ordered[(len(ordered) - 1) // 2]
+    return typical, sum(longer) / len(longer) - typical
