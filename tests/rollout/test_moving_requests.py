@@ -2,7 +2,6 @@
 
 import asyncio
 from contextlib import aclosing, closing, suppress
-from dataclasses import replace
 
 import pytest
 from helpers import outcomes
@@ -51,18 +50,6 @@ def test_who_has_little_left_goes_on_with_what_another_leaves_off(pool, single, 
         assert [c.finish_reason for c in group] == [c.finish_reason for c in right]
         assert len({c.request_id for c in group}) == 1
     assert len({group[0].request_id for group in groups}) == len(groups)
-
-
-def test_what_is_almost_drawn_stays(pool, single):
-    """Where too little can be left for another to compute again what stands before."""
-    prompts, params, ids = uneven(5)
-    prompts = [prompt * 20 for prompt in prompts]
-    params = [replace(p, max_new_tokens=20) for p in params]
-    before = pool.num_moves
-    assert outcomes(pool.generate(prompts[8:], params[8:], ids[8:])) == outcomes(
-        single.generate(prompts[8:], params[8:], ids[8:])
-    )
-    assert pool.num_moves == before
 
 
 def test_what_moves_is_aborted_wherever_it_is(pool, single):

@@ -12,7 +12,7 @@ from serving import local_engine
 
 from samebit.rollout import engine_process
 from samebit.rollout.engine import Engine
-from samebit.rollout.messages import Ask, Done, Draw, Ended, Failed, Generate
+from samebit.rollout.messages import Ask, Done, Draw, Ended, Failed, Generate, LeaveOff
 from samebit.rollout.types import SamplingParams
 
 PROMPTS = [[5, 9, 200, 31], [7]]
@@ -147,6 +147,25 @@ def test_requests_of_one_call_are_answered_together(engine):
     assert number == 7
     assert [len(completion.token_ids) for completion in answer.value] == [2, 2, 3, 3, 9, 9]
     assert told == [(7, 2), (7, 2)]
+
+
+def test_calls_are_left_off_where_enough_may_be_left(engine):
+    """Over what another engine would compute again; told behind their answers. A number that was
+    answered, or never given, is none."""
+    sent = SimpleQueue()
+    connection = SimpleNamespace(send_bytes=lambda told: sent.put(pickle.loads(told)))
+    server = engine_process._Server(connection)
+    server.engine = engine
+    short, long = (SamplingParams(n=2, max_new_tokens=x, ignore_eos=True) for x in (20, 400))
+    prompts = [[5] * 120, [6]]
+    first, second = engine.requests.generation(prompts, [short, long], None, ())
+    server.handle(engine_process.START, Draw({7: [first], 8: [second]}))
+    server.handle(3, LeaveOff([7, 8, 9]))
+    answers = dict(sent.get() for _ in range(3))
+    assert {c.finish_reason for c in answers[7].value} == {"length"}
+    assert {c.finish_reason for c in answers[8].value} == {"abort"}
+    server.handle(4, LeaveOff([7, 8]))
+    assert sent.get() == (4, Done(None))
 
 
 def test_samples_that_end_are_told_together():
