@@ -8,6 +8,7 @@ successor takes part from the next update on, which brings it the weights.
 """
 
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -116,7 +117,9 @@ class EnginePool(RequestClient):
     def abort_request(self, request_id: str) -> list[Completion]:
         """See Engine.abort_request. One that no replica has begun has drawn nothing."""
         while (job := self._left_off(request_id)).outcome is None:
-            pass  # who drew it has died: it waits again, or another draws it
+            time.sleep(
+                0.001
+            )  # who drew it has died, or is about to be asked: it is looked for anew
         if isinstance(job.outcome, BaseException):
             raise job.outcome
         if all(completion.finish_reason != "abort" for completion in job.outcome):
@@ -306,7 +309,7 @@ class EnginePool(RequestClient):
             if found is None:
                 self._queue.put_back(job, new_number())
                 self._num_moves += 1
-            elif not isinstance(found, BaseException):
+            elif not isinstance(found, BaseException) and not job.request.score_only:
                 self._queue.learn(found)
         if found is not None:
             job.settle(found)

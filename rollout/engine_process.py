@@ -205,8 +205,8 @@ class _Server:
                         engine.loop.abandon(call).result()
                     self.send(number, Done(None))
                 case LeaveOff(numbers):
-                    calls = [self._calls[each] for each in numbers if each in self._calls]
-                    engine.loop.leave_off(calls).result()
+                    calls = [self._calls.get(each) for each in numbers]
+                    engine.loop.leave_off([c for c in calls if c is not None]).result()
                     self.send(number, Done(None))
                 case Ask(function, arguments, by_name):
                     # Between steps: the loop's thread must admit nothing while weights change.

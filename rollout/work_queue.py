@@ -153,21 +153,12 @@ class WorkQueue[R: Hashable]:
             return None
         if self._excess < _LEAST_SPREAD * self._typical or not self._excess:
             return None
-        loads = self._loads.values()
-        least, most = (of(loads, key=lambda load: load.num_samples) for of in (min, max))
-        spare = most.num_samples - least.num_samples
-        if spare < max(_FEWEST_SPARE, least.num_samples):
-            return None
-        found, left = [], min(spare // 2, self._room - least.num_samples)
-        for job in reversed(most.jobs.values()):
-            again = len(job.request.prompt_ids) + self._typical
-            is_worth_it = self._excess >= _LEAST_SPREAD * again
-            if job.can_move and job.num_samples <= left and is_worth_it:
-                job.next_home, job.may_move = least.replica, False
-                left -= job.num_samples
-                found.append(job)
-        self._leaving.update(found)
-        return (most.replica, found) if found else None
+        least, *others = sorted(self._loads.values(), key=lambda load: load.num_samples)
+        for most in reversed(others):
+            if found := self._to_leave(most, least):
+                self._leaving.update(found)
+                return most.replica, found
+        return None
 
     def stay(self, jobs: Iterable[Job]) -> None:
         """Have what was to be left off, and was not, stay where it is."""
@@ -222,6 +213,21 @@ class WorkQueue[R: Hashable]:
                 if job.request.request_id == request_id:
                     return replica, job
         return None
+
+    def _to_leave(self, most: _Load[R], least: _Load[R]) -> list[Job]:
+        """What one replica is to leave off for another."""
+        spare = most.num_samples - least.num_samples
+        found, left = list[Job](), min(spare // 2, self._room - least.num_samples)
+        if spare < max(_FEWEST_SPARE, least.num_samples):
+            return found
+        for job in reversed(most.jobs.values()):
+            again = len(job.request.prompt_ids) + self._typical
+            is_worth_it = self._excess >= _LEAST_SPREAD * again
+            if job.can_move and job.num_samples <= left and is_worth_it:
+                job.next_home, job.may_move = least.replica, False
+                left -= job.num_samples
+                found.append(job)
+        return found
 
     def _home_of(self, job: Job, load: _Load[R]) -> _Load[R]:
         """Who gets a job for which this one has room and the least to do; it is its home then."""

@@ -142,6 +142,7 @@ class Rollout:
         for replica in self._replicas:
             self._queue.add(replica)
         self._left: dict[int, Sample] = {}
+        self._ended: dict[Job, list[Completion]] = {}
         jobs = []
         for i, of_group in enumerate(lengths):
             ids = tuple(range(n * i, n * (i + 1)))
@@ -176,11 +177,13 @@ class Rollout:
 
     def _end(self, replica: Replica, sample: Sample) -> None:
         del self._left[sample.sample_id]
-        self._queue.learn([_completion(sample.sample_id, sample.drawn, "stop")])
+        ended = self._ended.setdefault(sample.job, [])
+        ended.append(_completion(sample.sample_id, sample.drawn, "stop"))
         if any(other.job is sample.job for other in replica.samples):
             self._queue.free(replica, sample.job.number, 1)
         else:
             self._queue.end(replica, sample.job.number)
+            self._queue.learn(ended)
 
     def _leave(self, replica: Replica, jobs: Sequence[Job]) -> None:
         for job in jobs:

@@ -25,8 +25,9 @@ def test_what_moves_comes_out_the_same(qwen3_path, speculative):
 
     with closing(EnginePool(start, 2, 64)) as pool:
         pool.generate(*uneven(99, max_new_tokens=40))
+        assert pool.num_moves == 0
         for seed in (1, 2, 3):
-            asked = uneven(seed, max_new_tokens=2000)
+            asked = uneven(seed, max_new_tokens=1000)
             before = pool.num_moves
             assert outcomes(pool.generate(*asked)) == outcomes(single.generate(*asked))
             assert pool.num_moves > before

@@ -1,7 +1,6 @@
 """Requests that one replica leaves off and another goes on with, as the queue has it."""
 
-import asyncio
-from contextlib import aclosing, closing, suppress
+from contextlib import closing, suppress
 
 import pytest
 from helpers import outcomes
@@ -74,14 +73,11 @@ def test_what_moves_is_aborted_wherever_it_is(pool, single):
 
 def test_who_gives_up_what_moves_has_it_abandoned(pool):
     before = pool.num_moves
-
-    async def give_up():
-        stream = pool.stream(*uneven(7))
-        async with aclosing(stream):
-            while pool.num_moves == before:
-                await anext(stream)
-
-    asyncio.run(give_up())
+    result, abandon = pool._begin(pool._requests.generation(*uneven(7), ()))
+    while pool.num_moves == before:
+        assert not result.done()
+    abandon()
+    assert not result.done()
     with pool._lock:
         loads = pool._queue._loads.values()
         assert not any(job.is_wanted for load in loads for job in load.jobs.values())

@@ -161,9 +161,12 @@ def test_calls_are_left_off_where_enough_may_be_left(engine):
     first, second = engine.requests.generation(prompts, [short, long], None, ())
     server.handle(engine_process.START, Draw({7: [first], 8: [second]}))
     server.handle(3, LeaveOff([7, 8, 9]))
-    answers = dict(sent.get() for _ in range(3))
+    told = [sent.get() for _ in range(3)]
+    answers = dict(told)
     assert {c.finish_reason for c in answers[7].value} == {"length"}
     assert {c.finish_reason for c in answers[8].value} == {"abort"}
+    numbers = [number for number, _ in told]
+    assert numbers.index(8) < numbers.index(3)
     server.handle(4, LeaveOff([7, 8]))
     assert sent.get() == (4, Done(None))
 
