@@ -232,8 +232,9 @@ def test_the_measuring_script_names_its_parts():
     script = Path(__file__).parents[2] / "docs" / "results" / "measure.sh"
     run = subprocess.run([script, "out", "engines"], capture_output=True, text=True)
     assert run.returncode == 2
-    message = "'engines' is no part; there are: verify verify_8b verify_8b_parts engine groups "
-    rest = "tables speculative kernels trainer memory sync step kills algorithms draft_7 draft_1 "
+    message = "'engines' is no part; there are: verify verify_8b verify_8b_parts verify_0.6b "
+    rest = "verify_smollm2 engine groups tables "
+    rest += "speculative kernels trainer memory sync step kills algorithms draft_7 draft_1 "
     rest += "draft_boards speculative_draft adaptive_draft block_draft online_draft draft_trainer "
     rest += "verify_rows long_tail tensor_parallel trainer_tp elastic transfers async controller "
     rest += "transfers4 layouts tp1_tp4 eight_tp eight_steps eight_elastic eight_transfers "
