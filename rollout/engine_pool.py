@@ -116,18 +116,17 @@ class EnginePool(RequestClient):
 
     def abort_request(self, request_id: str) -> list[Completion]:
         """See Engine.abort_request. One that no replica has begun has drawn nothing."""
-        while (job := self._left_off(request_id)).outcome is None:
-            time.sleep(
-                0.001
-            )  # who drew it has died, or is about to be asked: it is looked for anew
+        # Until there is one, who drew it has died, or is yet to be asked: it is looked for anew.
+        while (job := self._aborted(request_id)).outcome is None:
+            time.sleep(0.001)
         if isinstance(job.outcome, BaseException):
             raise job.outcome
         if all(completion.finish_reason != "abort" for completion in job.outcome):
             raise KeyError(request_id)  # it has ended by itself
         return job.outcome
 
-    def _left_off(self, request_id: str) -> Job:
-        """The job of a request that whoever draws it was to leave off for good."""
+    def _aborted(self, request_id: str) -> Job:
+        """The job of a request, which whoever draws it was asked to abort. KeyError: unknown."""
         with self._lock:
             if (found := self._queue.find(request_id)) is None:
                 raise KeyError(request_id)
@@ -230,7 +229,7 @@ class EnginePool(RequestClient):
     def _abandon(self, jobs: Sequence[Job]) -> Future[None]:
         with self._lock:
             begun = self._queue.drop(jobs)
-        self._leave_off(begun)
+        self._have_aborted(begun)
         ended: Future[None] = uncancelled()
         ended.set_result(None)
         return ended
@@ -262,10 +261,10 @@ class EnginePool(RequestClient):
         with self._lock:
             self._queue.begun(engine, jobs)
             abandoned = [job for job in jobs if not job.is_wanted]
-        self._leave_off([(engine, job) for job in abandoned])  # before it was asked, maybe
+        self._have_aborted([(engine, job) for job in abandoned])  # before it was asked, maybe
 
-    def _leave_off(self, begun: Sequence[tuple[RemoteEngine, Job]]) -> None:
-        """Have jobs left off that nobody waits for."""
+    def _have_aborted(self, begun: Sequence[tuple[RemoteEngine, Job]]) -> None:
+        """Have jobs aborted that nobody waits for."""
         for engine, job in begun:
             with suppress(RemoteEngineError):  # nobody draws it any more
                 engine.abandon(job.number)

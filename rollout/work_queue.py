@@ -45,6 +45,35 @@ class _Load[R]:
     num_tokens: int = 0
 
 
+class _Lengths:
+    """How long the last samples were that have ended."""
+
+    def __init__(self) -> None:
+        self._last: deque[int] = deque(maxlen=_NUM_LENGTHS)
+        self._unseen = 0
+        self._typical, self._excess = 0, 0.0
+
+    def add(self, lengths: Iterable[int]) -> None:
+        """Note more of them."""
+        more = list(lengths)
+        self._last.extend(more)
+        self._unseen += len(more)
+        if self._unseen >= min(_LENGTHS_UNSEEN, len(self._last)):
+            self._unseen = 0
+            self._look()
+
+    def pay_for(self, num_prompt: int) -> bool:
+        """Whether they differ enough for one to move that has so long a prompt."""
+        return self._excess > 0 and self._excess >= _LEAST_SPREAD * (num_prompt + self._typical)
+
+    def _look(self) -> None:
+        """Find the length that half of them exceed, and by how much they do in the mean."""
+        ordered = sorted(self._last)
+        if longer := ordered[(len(ordered) + 1) // 2 :]:
+            self._typical = ordered[(len(ordered) - 1) // 2]
+            self._excess = sum(longer) / len(longer) - self._typical
+
+
 def beginnings(prompt_ids: Sequence[int]) -> list[bytes]:
     """Digests of a prompt's beginnings, the shortest first; of a short prompt it is the whole."""
     words = memoryview(array("I", prompt_ids)).cast("B")
@@ -68,9 +97,7 @@ class WorkQueue[R: Hashable]:
         self._by_tokens: list[tuple[int, int, _Load[R]]] = []  # sorted: tokens, order
         self._homes: OrderedDict[bytes, R] = OrderedDict()  # by digests of prompts' beginnings
         self._leaving: set[Job] = set()
-        self._lengths: deque[int] = deque(maxlen=_NUM_LENGTHS)  # of the last samples that ended
-        self._unseen = 0
-        self._typical, self._excess = 0, 0.0
+        self._lengths = _Lengths()
 
     @property
     def replicas(self) -> list[R]:
@@ -149,9 +176,7 @@ class WorkQueue[R: Hashable]:
         that have moved not at all. The caller asks the replica, and calls `end` and `put_back` for
         each job that it leaves off, `stay` for the others. Meanwhile nothing else is to be left.
         """
-        if self._waiting or self._leaving or len(self._loads) < 2:
-            return None
-        if self._excess < _LEAST_SPREAD * self._typical or not self._excess:
+        if self._waiting or self._leaving or len(self._loads) < 2 or not self._lengths.pay_for(0):
             return None
         least, *others = sorted(self._loads.values(), key=lambda load: load.num_samples)
         for most in reversed(others):
@@ -182,12 +207,7 @@ class WorkQueue[R: Hashable]:
 
     def learn(self, group: Iterable[Completion]) -> None:
         """Note how long samples are that have ended."""
-        ended = [c.num_tokens for c in group if c.finish_reason != "abort"]
-        self._lengths.extend(ended)
-        self._unseen += len(ended)
-        if self._unseen >= min(_LENGTHS_UNSEEN, len(self._lengths)):
-            self._unseen = 0
-            self._typical, self._excess = _spread(self._lengths)
+        self._lengths.add(c.num_tokens for c in group if c.finish_reason != "abort")
 
     def end(self, replica: R, number: int) -> Job | None:
         """Note that a replica is done with a job: that job, or None if it was taken from it."""
@@ -221,9 +241,8 @@ class WorkQueue[R: Hashable]:
         if spare < max(_FEWEST_SPARE, least.num_samples):
             return found
         for job in reversed(most.jobs.values()):
-            again = len(job.request.prompt_ids) + self._typical
-            is_worth_it = self._excess >= _LEAST_SPREAD * again
-            if job.can_move and job.num_samples <= left and is_worth_it:
+            pays = self._lengths.pay_for(len(job.request.prompt_ids))
+            if job.can_move and job.num_samples <= left and pays:
                 job.next_home, job.may_move = least.replica, False
                 left -= job.num_samples
                 found.append(job)
@@ -259,12 +278,3 @@ class WorkQueue[R: Hashable]:
         load.num_samples += num_samples
         load.num_tokens += num_tokens
         insort(self._by_tokens, (load.num_tokens, load.order, load))
-
-
-def _spread(lengths: Iterable[int]) -> tuple[int, float]:
-    """The length that half of the samples exceed, and by how much they do in the mean."""
-    ordered = sorted(lengths)
-    if not (longer := ordered[(len(ordered) + 1) // 2 :]):
-        return 0, 0.0
-    typical = ordered[(len(ordered) - 1) // 2]
-    return typical, sum(longer) / len(longer) - typical

@@ -152,19 +152,13 @@ class RequestBook:
         them: so much that it is worth computing what stands before once more."""
         self._drain()  # some may end by themselves
         for call in calls:
-            if call in self.calls and self._is_worth_leaving(call):
+            if call in self.calls and any(map(self._is_worth_leaving, call.samples)):
                 self.abandon(call)
 
-    def _is_worth_leaving(self, call: Call) -> bool:
-        """Of the samples that have drawn least, since nobody knows which one is the last."""
-        left, again = 0, 0
-        for sample in call.samples:
-            if sample.finish_reason is None:
-                count = self._slots.num_drawn(sample)
-                rest = sample.request.params.max_new_tokens - count
-                if rest > left:
-                    left, again = rest, sample.prompt_len + count
-        return left >= LEAST_LEFT * again
+    def _is_worth_leaving(self, sample: RunningSample) -> bool:
+        count = self._slots.num_drawn(sample)
+        left = sample.request.params.max_new_tokens - count
+        return sample.finish_reason is None and left >= LEAST_LEFT * (sample.prompt_len + count)
 
     def abandon_all(self) -> None:
         """Abort everything that callers wait for."""

@@ -205,8 +205,9 @@ class Slots:
 
     def num_drawn(self, seq: RunningSample) -> int:
         """How many tokens a sample has drawn that have come in."""
-        known = len(seq.token_ids) if seq.slot is None else int(self.known[seq.slot])
-        return known - seq.prompt_len
+        if seq.slot is None:
+            return seq.num_new_tokens
+        return int(self.known[seq.slot]) - seq.prompt_len
 
     def leave(self, seq: RunningSample) -> None:
         """Take the slot back; what the sample drew in it goes with the sample.
