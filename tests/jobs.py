@@ -37,3 +37,12 @@ def uneven(seed, **params):
     short = replace(long, min_new_tokens=0, stop_token_ids=tuple(range(331)))
     prompts = make_prompts(*range(3, 23), seed=seed)
     return prompts, [long, short] * 10, [[2 * i, 2 * i + 1] for i in range(20)]
+
+
+def teach(pool):
+    """Have a new pool of two draw what is uneven, so that its queue knows: whichever end first,
+    most of them are short."""
+    pool.generate(*uneven(99, max_new_tokens=40))
+    assert pool.num_moves == 0, "nobody knew"
+    prompts, (_, short, *_), sample_ids = uneven(98)
+    pool.generate(prompts, short, sample_ids)

@@ -4,7 +4,7 @@ from contextlib import closing
 
 import pytest
 from helpers import outcomes
-from jobs import uneven
+from jobs import teach, uneven
 
 from samebit.rollout.engine import Engine
 from samebit.rollout.engine_pool import EnginePool
@@ -24,10 +24,8 @@ def test_what_moves_comes_out_the_same(qwen3_path, speculative):
         return RemoteEngine(qwen3_path, waits=False, **settings)
 
     with closing(EnginePool(start, 2, 64)) as pool:
-        pool.generate(*uneven(99, max_new_tokens=40))
-        assert pool.num_moves == 0
+        teach(pool)
         for seed in (1, 2, 3):
             asked = uneven(seed, max_new_tokens=1000)
-            before = pool.num_moves
             assert outcomes(pool.generate(*asked)) == outcomes(single.generate(*asked))
-            assert pool.num_moves > before
+        assert pool.num_moves

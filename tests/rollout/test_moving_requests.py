@@ -4,7 +4,7 @@ from contextlib import closing, suppress
 
 import pytest
 from helpers import outcomes
-from jobs import uneven
+from jobs import teach, uneven
 
 from samebit.rollout.engine import Engine
 from samebit.rollout.engine_pool import EnginePool
@@ -16,8 +16,7 @@ def pool(qwen3_path):
     """Two replicas that have room for all that is uneven, and have drawn such."""
     settings = {"device": "cpu", "kv_cache_tokens": 16384, "max_num_seqs": 40, "waits": False}
     with closing(EnginePool(lambda _: RemoteEngine(qwen3_path, **settings), 2, 64)) as pool:
-        pool.generate(*uneven(99, max_new_tokens=40))
-        assert pool.num_moves == 0
+        teach(pool)
         yield pool
 
 
