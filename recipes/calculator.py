@@ -103,13 +103,11 @@ def calculate(expression: str) -> str:
         return "that is too long"
     try:
         value = _value(ast.parse(expression.strip(), mode="eval").body)
+        return str(value.numerator) if value.denominator == 1 else f"{float(value):.6g}"
     except ZeroDivisionError:
         return "that divides by zero"
     except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
         return "that cannot be calculated"
-    if value.denominator == 1:
-        return str(value.numerator)
-    return f"{float(value):.6g}"
 
 
 def _value(node: ast.expr) -> Fraction:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from samebit.recipes.run.metrics import OWNER_ONLY
-from samebit.recipes.run.pages import MARK, open_runs, page, page_data
+from samebit.recipes.run.pages import MARK, open_runs, page, page_data, title_of
 from samebit.recipes.tools_config import ReportRun
 from samebit.weight_sync.disk import write_atomically
 
@@ -16,8 +16,7 @@ def main(run: ReportRun) -> int:
     runs, out = open_runs(run.runs, "runs"), Path(run.out)
     if out.exists() and not _is_page(out):
         raise FileExistsError(f"out is {out}, which is there and is no page of samebit report's")
-    title = " and ".join(each.name for each in runs)
-    write_atomically(out, page(title, page_data(runs)), OWNER_ONLY)
+    write_atomically(out, page(title_of(runs), page_data(runs)), OWNER_ONLY)
     print(out)
     return 0
 

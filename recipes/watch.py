@@ -1,13 +1,16 @@
 """`samebit watch RUN...`: a page that follows runs while they go on, for this machine alone."""
 
+import json
 import threading
 from collections.abc import Sequence
 from hashlib import sha256
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qsl
 
-from samebit.recipes.run.pages import open_runs, page, page_data
+from samebit.recipes.run.kept_samples import Query, found_in
+from samebit.recipes.run.pages import open_runs, page, page_data, title_of
 from samebit.recipes.run.run_data import RunData
 from samebit.recipes.tools_config import WatchRun
 
@@ -23,7 +26,7 @@ class WatchServer(ThreadingHTTPServer):
     def __init__(self, runs: Sequence[RunData], port: int) -> None:
         super().__init__((LOOPBACK, port), _Handler)
         self._runs = runs
-        self._title = " and ".join(run.name for run in runs)
+        self._title = title_of(runs)
         self._lock = threading.Lock()
         self._data = page_data(runs, live=True)
 
@@ -40,12 +43,40 @@ class WatchServer(ThreadingHTTPServer):
                 self._data = page_data(self._runs, live=True)
             return self._data
 
+    def samples(self, words: str) -> str:
+        """Return the samples, as JSON, that the words of an address ask for: a Query, and `runs`,
+        the numbers of theirs. Raises BadQuestion for other words."""
+        query, chosen = _question(words)
+        with self._lock:
+            runs = [(i, run.samples) for i, run in enumerate(self._runs) if i in chosen]
+            return json.dumps(found_in(runs, query), allow_nan=False)
+
     def page(self) -> str:
         """Return the whole page."""
         return page(self._title, self.data())
 
     def _has_ended(self) -> bool:
         return any(run.has_new_summary() for run in self._runs)
+
+
+class BadQuestion(ValueError):
+    """An address asks for what there is not."""
+
+
+def _question(words: str) -> tuple[Query, list[int]]:
+    """What is asked for, and of which runs."""
+    asked = dict(parse_qsl(words, keep_blank_values=True))
+    if unknown := sorted(asked.keys() - {"runs", "words", "kind", "order", "page"}):
+        raise BadQuestion(f"samples are not asked for by {unknown}")
+    numbers = {key: asked.pop(key, "") for key in ("runs", "page")}
+    for key, value in numbers.items():
+        if not all(part.isdecimal() for part in value.split(",") if part):
+            raise BadQuestion(f"{key} is {value!r}; give whole numbers, by commas")
+    page, *_ = [*(int(x) for x in numbers["page"].split(",") if x), 0]
+    try:
+        return Query(**asked, page=page), [int(x) for x in numbers["runs"].split(",") if x]
+    except ValueError as error:
+        raise BadQuestion(str(error)) from error
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -57,13 +88,19 @@ class _Handler(BaseHTTPRequestHandler):
         if host not in NAMES:
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", "open it at 127.0.0.1")
             return
+        path, _, words = self.path.partition("?")
         try:
-            if self.path == "/":
+            if path == "/":
                 self._answer(HTTPStatus.OK, "text/html", self.server.page())
-            elif self.path == "/data":
+            elif path == "/data":
                 self._answer(HTTPStatus.OK, "application/json", self.server.data())
+            elif path == "/samples":
+                self._answer(HTTPStatus.OK, "application/json", self.server.samples(words))
             else:
-                self._answer(HTTPStatus.NOT_FOUND, "text/plain", "there is / and /data")
+                there = "there is /, /data and /samples"
+                self._answer(HTTPStatus.NOT_FOUND, "text/plain", there)
+        except BadQuestion as error:
+            self._answer(HTTPStatus.BAD_REQUEST, "text/plain", str(error))
         except (OSError, ValueError) as error:
             self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain", str(error))
 

@@ -35,8 +35,8 @@ def uneven(seed, **params):
     of other seeds have no home yet."""
     long = SamplingParams(**{"n": 2, "max_new_tokens": 250, "ignore_eos": True} | params)
     short = replace(long, min_new_tokens=0, stop_token_ids=tuple(range(331)))
-    prompts = make_prompts(*range(3, 23), seed=seed)
-    return prompts, [long, short] * 10, [[2 * i, 2 * i + 1] for i in range(20)]
+    prompts = make_prompts(*range(3, 15), seed=seed)
+    return prompts, [long, short] * 6, [[2 * i, 2 * i + 1] for i in range(12)]
 
 
 def teach(pool):

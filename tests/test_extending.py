@@ -250,6 +250,14 @@ class Calls(Asks):
 
 class Halves(Asks):
     value = chr(0xD800)
+
+class Leaves(Asks):
+    def __getitem__(self, index):
+        raise SystemExit(0)
+
+class LeavesAtOnce(Asks):
+    def __init__(self, config, held_out):
+        raise SystemExit
 """
 ODD = {
     "Odd": "the train split raised KeyError('question') at 0",
@@ -264,6 +272,8 @@ ODD = {
     "Knows": "problem 0: its metadata is None; give a dict",
     "Sorts": "problem 0: its metadata is {1: 'one', 'two': 2}, which cannot be written down (Type",
     "Calls": "which cannot be written down (PicklingError(",
+    "Leaves": "the train split raised SystemExit(0) at 0",
+    "LeavesAtOnce": "data.task is 'my_sets:LeavesAtOnce', which failed: SystemExit()",
     "Halves": "problem 0: it holds the lone surrogate \\ud800, which is no character",
 }
 

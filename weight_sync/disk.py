@@ -56,13 +56,16 @@ def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> Non
     Its mode is `mode` less the umask, from the first byte on. Raises OSError, which names the file.
     """
     temporary = path.with_name(f".{path.name.removeprefix('.')}.tmp")
-    temporary.unlink(missing_ok=True)  # what a kill left may have another mode
-    with open(temporary, "wb", opener=partial(os.open, mode=mode)) as file, naming_file(file):
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync(path.parent)
+    try:
+        temporary.unlink(missing_ok=True)  # what a kill left may have another mode
+        with open(temporary, "wb", opener=partial(os.open, mode=mode)) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """From the command line to a recipe's configuration: Hydra composes, mistakes are explained."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -198,9 +200,25 @@ def resolve(command: str, words: Sequence[str]) -> Any:
         run = build(schema, values, raw)
         if isinstance(run, RunSection):
             run.validate()
+        for key, value in _infinite(run):
+            raise ValueError(f"{key} is {value}; it must be finite")
     except ValueError as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     return run
+
+
+def _infinite(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Keys whose numbers are none; what is free, such as arguments of a user's, may be anything."""
+    for each in fields(section):
+        value, key = getattr(section, each.name), prefix + each.name
+        if is_dataclass(value):
+            yield from _infinite(value, f"{key}.")
+        elif isinstance(value, list):
+            for i, part in enumerate(value):
+                if is_dataclass(part):
+                    yield from _infinite(part, f"{key}.{i}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield key, value
 
 
 def _demo_by_device(given: Overrides) -> list[str]:

@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from samebit.recipes.cli.commands import COMMANDS, HELP, split, usage, with_keys
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         program = _import_program(command)
         if argv is None:  # what imports made lives on; a full collection over it takes 0.1 s
             gc.freeze()
-        return program.main(run)
+        return _of_its_own(program.main, run)
     except ConfigError as error:
         print(f"samebit {command}: {error}", file=sys.stderr)
         return 2
@@ -109,6 +109,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def own_command(arguments: Sequence[str]) -> list[str]:
     """Return the command line that runs `samebit` with these arguments in another process."""
     return [sys.executable, "-P", "-m", "samebit.recipes.cli.main", *arguments]
+
+
+def _of_its_own(program: Callable[[Any], int], run: Any) -> int:
+    """What a program returns. Raises ExitError where code in it, which only a user's does, ends the
+    process as if all were done."""
+    try:
+        return program(run)
+    except SystemExit as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise ExitError(
+            f"{place.filename}, line {place.lineno} ({place.name}) has raised SystemExit"
+            f"({error.code!r}); raise an error that says what is wrong"
+        ) from error
+
+
+class ExitError(ValueError):
+    """A user's code has asked for the end of the process."""
 
 
 def _import_program(command: str) -> Any:

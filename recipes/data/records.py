@@ -318,7 +318,7 @@ class Split:
     def _problem(self, index: int) -> Problem:
         try:
             problem = self.dataset[index]
-        except Exception as error:  # a user's own may raise anything
+        except (Exception, SystemExit) as error:  # a user's own may raise anything
             said = isinstance(error, ValueError | OSError)
             what = f"at {index}: {error}" if said else f"raised {shown(error)} at {index}"
             raise ValueError(f"the {self._name} {what}") from error

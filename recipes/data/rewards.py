@@ -7,11 +7,13 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Protocol
 
 from samebit.kernels.named import import_named
+from samebit.recipes.data.cpu_limit import OverLimit, cpu_limit
 from samebit.recipes.data.tasks.base import Problem
 
 Reward = Callable[[str, Problem], float]
@@ -25,7 +27,8 @@ NUMBER = re.compile(
 )
 # Before a number that is only a part of another one: "1/2", "10^3".
 PART = re.compile(r"[\w)}\]]\s*(?:/|\^|\*\*)\s*[({]?\s*$")
-LABEL_TIMEOUT_S = 30  # math-verify may take so long for a label: more than any needs
+LABEL_LIMIT_S = 30  # of the CPU, that math-verify may take for a label: more than any needs
+_NEVER_S = 10**6  # math-verify's own timer, which counts what others take of the machine too
 IN_PROCESS = ("exact_match", "number_match")
 """Rewards that only compare texts: they need no process of their own."""
 MAX_EXPONENT = 1000  # of ten: no comparison of two numbers may take long
@@ -192,14 +195,19 @@ def number_match(text: str, problem: Problem) -> float:
 def math_verify(text: str, problem: Problem, *, timeout_s: int = 5) -> float:
     """Return 1 where math-verify finds the text's answer equal to the label, and else 0.
 
-    A label without LaTeX delimiters is read as LaTeX. An answer that takes longer than `timeout_s`
-    seconds to parse or compare scores 0: the one case where a score depends on the machine. The
-    package's timer needs the main thread of its process. Raises ValueError for a label that
-    cannot be parsed, ImportError without the package.
+    A label without LaTeX delimiters is read as LaTeX. An answer that takes `timeout_s` seconds of
+    the CPU to parse and compare scores 0: the one case where a score depends on the machine. The
+    timer needs the main thread of its process. Raises ValueError for a label that cannot be parsed,
+    ImportError without the package.
     """
     parse, verify = _math_verify_package()
-    answer = parse(text, parsing_timeout=timeout_s)
-    return float(verify(_gold(problem.label), answer, timeout_seconds=timeout_s))
+    gold = _gold(problem.label)
+    try:
+        with cpu_limit(timeout_s):
+            answer = parse(text, parsing_timeout=_NEVER_S)
+            return float(verify(gold, answer, timeout_seconds=_NEVER_S))
+    except OverLimit:
+        return 0.0
 
 
 def reasoning_gym(text: str, problem: Problem, *, answer_tag: str | None = None) -> float:
@@ -207,7 +215,8 @@ def reasoning_gym(text: str, problem: Problem, *, answer_tag: str | None = None)
 
     With `answer_tag`, the answer is what the last <tag>...</tag> holds, and a text without one
     scores 0. A text on which the task's scorer fails scores 0. Some scorers evaluate the answer
-    as a Python expression: run those tasks only where the model's output may be executed.
+    as a Python expression: run those tasks only where the model's output may be executed; an
+    answer that never ends is an error once reward.timeout_s is over.
     Raises ValueError for a problem of another kind of task.
     """
     _check_entry(problem)
@@ -250,6 +259,11 @@ def _label_number(problem: Problem) -> Decimal:
     return number
 
 
+def _check_label(problem: Problem) -> None:
+    if not problem.label:
+        raise ValueError("its label is empty, and exact_match compares with it; use another reward")
+
+
 def _check_math(problem: Problem) -> None:
     _gold(problem.label)
 
@@ -264,6 +278,7 @@ def _check_entry(problem: Problem) -> None:
 
 # What each of our functions asks of a problem, and of its arguments.
 CHECKS: dict[str, Callable[[Problem], object]] = {
+    "exact_match": _check_label,
     "number_match": _label_number,
     "math_verify": _check_math,
     "reasoning_gym": _check_entry,
@@ -340,7 +355,9 @@ def _gold(label: str) -> Any:
     """A label as math-verify reads it; ValueError if it cannot."""
     parse, _ = _math_verify_package()
     delimited = any(mark in label for mark in ("$", "\\boxed", "\\(", "\\["))
-    gold = parse(label if delimited else f"${label}$", parsing_timeout=LABEL_TIMEOUT_S)
+    gold = None
+    with suppress(OverLimit), cpu_limit(LABEL_LIMIT_S):
+        gold = parse(label if delimited else f"${label}$", parsing_timeout=_NEVER_S)
     if not gold:
         raise ValueError(f"math-verify cannot parse the label {label!r}; give LaTeX or a number")
     return gold

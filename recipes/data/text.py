@@ -12,6 +12,7 @@ from samebit.recipes.data.tasks.base import ChatPrompt
 from samebit.rollout.types import Completion
 
 Prompt = str | ChatPrompt
+_MOST_PARTS = 8  # tokens; a character has at most four bytes, and others may follow it
 _ANSWER = "samebit-answer"  # stands for an answer in a template
 
 
@@ -132,8 +133,20 @@ class TextCodec:
         return self._tokenizer.decode(kept, clean_up_tokenization_spaces=False)
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
-        """Return the text of each token by itself, special ones too, for people to read."""
-        return [self._tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in token_ids]
+        """Return the text of each token, special ones too, for people to read. Of tokens that end
+        within a character the last has its text, the others have none."""
+        found, begun = list[str](), list[int]()
+        for token_id in token_ids:
+            begun.append(token_id)
+            text = self._tokenizer.decode(begun, clean_up_tokenization_spaces=False)
+            if text.endswith("\ufffd") and len(begun) < _MOST_PARTS:
+                found.append("")
+            else:
+                found.append(text)
+                begun.clear()
+        if begun:
+            found[-1] = self._tokenizer.decode(begun, clean_up_tokenization_spaces=False)
+        return found
 
     def after_answer(self, messages: ChatPrompt) -> str:
         """Return what the chat template writes behind an answer's text, where messages follow it.

@@ -2,10 +2,11 @@
 // Draws the page from its data: tables, curves and samples. No library; nothing is fetched but,
 // while a run is watched, its data from the same address.
 const COLORS = ["--c0", "--c1", "--c2", "--c3", "--c4", "--c5", "--c6"];
-const PER_PAGE = 20;
-const state = { data: null, hidden: new Set(), page: 0, all: false };
+const DASHES = ["", "7 3", "2 3", "10 3 2 3"]; // of the next runs that have the same colours
+const state = { data: null, hidden: new Set(), page: 0, all: false, asked: 0 };
 const $ = (id) => document.getElementById(id);
 const color = (i) => `var(${COLORS[i % COLORS.length]})`;
+const dash = (i) => DASHES[Math.floor(i / COLORS.length) % DASHES.length];
 
 function element(tag, attributes, ...inner) {
   const svg = ["svg", "path", "line", "text", "circle", "rect", "g"].includes(tag);
@@ -36,7 +37,8 @@ function showLegend() {
       if (box.checked) state.hidden.delete(i); else state.hidden.add(i);
       show();
     });
-    const swatch = element("span", { class: "swatch", style: `background: ${color(i)}` });
+    const swatch = element("svg", { class: "swatch", viewBox: "0 0 24 12" }, element("line",
+      { x1: 0, x2: 24, y1: 6, y2: 6, style: `stroke: ${color(i)}`, "stroke-dasharray": dash(i) }));
     return element("label", { class: "run" }, box, swatch, run.name);
   }));
 }
@@ -92,7 +94,8 @@ function chart(title, lines) {
   }
   for (const line of lines) {
     const d = line.points.map((p, i) => `${i ? "L" : "M"}${x(p[0]).toFixed(1)} ${y(p[1]).toFixed(1)}`);
-    svg.append(element("path", { d: d.join(""), style: `stroke: ${line.color}`, class: "curve" }));
+    svg.append(element("path", { d: d.join(""), style: `stroke: ${line.color}`, class: "curve",
+      "stroke-dasharray": line.dash }));
     if (line.points.length <= 30) {
       for (const p of line.points) {
         svg.append(element("circle", { cx: x(p[0]), cy: y(p[1]), r: 2, style: `fill: ${line.color}` }));
@@ -105,7 +108,8 @@ function chart(title, lines) {
     const at = x0 + ((event.clientX - box.left) / box.width * w - left) / (w - left - right) * (x1 - x0);
     said.replaceChildren(...lines.map((line) => {
       const near = line.points.reduce((a, b) => Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a);
-      return element("span", { style: `color: ${line.color}` }, `step ${near[0]}: ${near[1]}  `);
+      return element("span", { style: `color: ${line.color}` },
+        `${line.name}, step ${near[0]}: ${near[1]}  `);
     }));
   });
   svg.addEventListener("pointerleave", () => said.replaceChildren("\u00a0"));
@@ -118,26 +122,22 @@ function showCharts() {
   const keys = state.all ? [...first, ...all.filter((key) => !first.includes(key))] : first;
   $("charts").replaceChildren(...keys.map((key) => chart(key, runs()
     .filter(({ run }) => key in run.series)
-    .map(({ run, i }) => ({ color: color(i), points: run.series[key] })))));
+    .map(({ run, i }) => (
+      { name: run.name, color: color(i), dash: dash(i), points: run.series[key] })))));
   $("more").textContent = state.all ? "fewer" : `all ${all.length} metrics`;
 }
 
 // -- samples --------------------------------------------------------------------------------------
 
 const length = (s) => (s.tokens ? s.tokens.length : s.completion.length);
-const ORDERS = {
-  "newest first": (a, b) => b.sample.step - a.sample.step,
-  "oldest first": (a, b) => a.sample.step - b.sample.step,
-  "highest reward": (a, b) => b.sample.reward - a.sample.reward,
-  "lowest reward": (a, b) => a.sample.reward - b.sample.reward,
-  longest: (a, b) => length(b.sample) - length(a.sample),
-  shortest: (a, b) => length(a.sample) - length(b.sample),
+const ORDERS = { // as in kept_samples.py, which orders the samples of a run that is watched
+  "newest first": (s) => -s.step,
+  "oldest first": (s) => s.step,
+  "highest reward": (s) => -s.reward,
+  "lowest reward": (s) => s.reward,
+  longest: (s) => -length(s),
+  shortest: length,
 };
-
-function dialogue(prompt) {
-  if (!Array.isArray(prompt)) return String(prompt ?? "");
-  return prompt.map((m) => `${m.role}: ${m.content}`).join("\n\n");
-}
 
 function coloured(sample) {
   if (!sample.tokens) return element("pre", {}, sample.completion);
@@ -146,6 +146,7 @@ function coloured(sample) {
     const title = drawn ? `log-prob ${p}` : "not drawn: no loss";
     const depth = Math.round(Math.min(1, -p / 6) * 70);
     const style = drawn ? `background: color-mix(in srgb, var(--hot) ${depth}%, transparent)` : "";
+    if (!token) return element("span", { class: "token part", title, style }, "\u00b7");
     return element("span", { class: drawn ? "token" : "token masked", title, style }, token);
   }));
 }
@@ -156,28 +157,52 @@ function card({ sample, i }) {
     `${length(sample)} ${sample.tokens ? "tokens" : "characters"}`, sample.finish_reason];
   const name = element("span", { style: `color: ${color(i)}` }, state.data.runs[i].name);
   return element("article", {}, element("p", { class: "facts" }, name, ` \u00b7 ${facts.join(" \u00b7 ")}`),
-    element("h4", {}, "prompt"), element("pre", {}, dialogue(sample.prompt)),
+    sample.tools ? element("p", { class: "facts" }, `tools: ${sample.tools.join(", ")}`) : null,
+    element("h4", {}, "prompt"), element("pre", {}, String(sample.prompt ?? "")),
     element("h4", {}, "completion"), coloured(sample),
     sample.label ? element("p", { class: "facts" }, `label: ${sample.label}`) : null);
 }
 
-function showSamples() {
-  const words = $("search").value.toLowerCase(), kind = $("kind").value;
+// A page of the samples that are asked for, of those that this page holds.
+function foundHere({ words, kind, order, page }) {
+  const has = (text) => String(text ?? "").toLowerCase().includes(words.toLowerCase());
   const found = runs().flatMap(({ run, i }) => run.samples.map((sample) => ({ sample, i })))
-    .filter(({ sample }) => !kind || sample.kind === kind)
-    .filter(({ sample }) => !words || `${dialogue(sample.prompt)}\n${sample.completion}\n${sample.label}`
-      .toLowerCase().includes(words))
-    .sort(ORDERS[$("order").value]);
-  const pages = Math.max(1, Math.ceil(found.length / PER_PAGE));
-  state.page = Math.min(state.page, pages - 1);
+    .filter(({ sample: s }) => !kind || s.kind === kind)
+    .filter(({ sample: s }) => !words || [s.prompt, s.completion, s.label].some(has))
+    .sort((a, b) => ORDERS[order](a.sample) - ORDERS[order](b.sample));
+  const each = state.data.per_page, pages = Math.max(1, Math.ceil(found.length / each));
+  const at = Math.min(page, pages - 1), samples = found.slice(at * each, (at + 1) * each);
+  return { num_found: found.length, page: at, pages, samples };
+}
+
+// The same of all that the runs have kept.
+async function foundThere(query) {
+  const asked = new URLSearchParams({ ...query, runs: runs().map(({ i }) => i).join(",") });
+  const answer = await fetch(`samples?${asked}`);
+  if (!answer.ok) throw new Error(await answer.text());
+  return answer.json();
+}
+
+async function showSamples() {
+  const query = { words: $("search").value, kind: $("kind").value, order: $("order").value,
+    page: state.page };
+  const asked = ++state.asked;
+  try {
+    const found = state.data.live ? await foundThere(query) : foundHere(query);
+    if (asked === state.asked) showFound(found); // else something else is asked for by now
+  } catch (error) { $("count").textContent = error.message; }
+}
+
+function showFound({ num_found, page, pages, samples }) {
+  state.page = page;
   const kept = runs().reduce((n, { run }) => n + run.num_samples, 0);
-  const held = runs().reduce((n, { run }) => n + run.samples.length, 0);
-  const thin = held < kept ? `, of ${short(held)} shown here, evenly of ${short(kept)}` : "";
-  $("count").textContent = `${short(found.length)} found${thin}; page ${state.page + 1} of ${pages}`;
-  $("samples").replaceChildren(
-    ...found.slice(state.page * PER_PAGE, (state.page + 1) * PER_PAGE).map(card));
-  $("before").disabled = state.page === 0;
-  $("after").disabled = state.page === pages - 1;
+  const held = state.data.live ? kept : runs().reduce((n, { run }) => n + run.samples.length, 0);
+  const thin = held < kept ? `, of ${short(held)} of ${short(kept)} that this page holds: the `
+    + "first of each order, else evenly; samebit watch finds all" : "";
+  $("count").textContent = `${short(num_found)} found${thin}; page ${page + 1} of ${pages}`;
+  $("samples").replaceChildren(...samples.map(card));
+  $("before").disabled = page === 0;
+  $("after").disabled = page === pages - 1;
 }
 
 function show() { showLegend(); showTable(); showCharts(); showSamples(); }
@@ -201,7 +226,6 @@ async function follow() {
 }
 
 function start() {
-  $("order").append(...Object.keys(ORDERS).map((name) => element("option", {}, name)));
   $("search").addEventListener("input", () => { state.page = 0; showSamples(); });
   for (const id of ["kind", "order"]) {
     $(id).addEventListener("change", () => { state.page = 0; showSamples(); });
@@ -210,6 +234,7 @@ function start() {
   $("after").addEventListener("click", () => turn(1));
   $("more").addEventListener("click", () => { state.all = !state.all; showCharts(); });
   state.data = JSON.parse($("data").textContent);
+  $("order").append(...state.data.orders.map((name) => element("option", {}, name)));
   show();
   if (state.data.live) follow();
 }

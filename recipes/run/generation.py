@@ -8,6 +8,9 @@ nor log-probs depend on which function waits for what, or how long.
 import asyncio
 import inspect
 import math
+import os
+import sys
+import threading
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
@@ -110,6 +113,7 @@ class GenerateFunction:
         self._args = settings.generate_args
         self._timeout_s = settings.generate_timeout_s
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: dict[asyncio.Task[Response] | None, GenerateRequest] = {}
 
     def draw(
         self,
@@ -121,10 +125,31 @@ class GenerateFunction:
         """Have the function make a sample of each request; returns them in order.
 
         `progress` is called now and then; what it raises ends all of them. Raises GenerateError,
-        naming the function, the problem and the sample.
+        naming the function, the problem and the sample. Where the function blocks for longer than
+        the timeout, that is said and the process ends.
         """
-        self._loop = self._loop or asyncio.new_event_loop()  # as long as the run, for sessions
-        return self._loop.run_until_complete(self._all(client, requests, params, progress))
+        loop = self._loop = (
+            self._loop or asyncio.new_event_loop()
+        )  # as long as the run, for sessions
+        watchdog = threading.Timer(
+            self._timeout_s + 2 * _CANCEL_S, self._end_the_run, (loop, len(requests))
+        )
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            return loop.run_until_complete(self._all(client, requests, params, progress))
+        finally:
+            watchdog.cancel()
+            self._tasks.clear()
+
+    def _end_the_run(self, loop: asyncio.AbstractEventLoop, count: int) -> None:
+        """Where a function blocks the event loop nothing that is awaited can end it."""
+        request = self._tasks.get(asyncio.current_task(loop))
+        where = f"one of {count} samples," if request is None else self._where(request)
+        limit = f"{self._timeout_s:g} s (rollout.generate_timeout_s)"
+        what = "and does not let others run: code that blocks belongs in asyncio.to_thread"
+        print(f"\nsamebit: {where} took longer than {limit} {what}", file=sys.stderr, flush=True)
+        os._exit(1)
 
     def close(self) -> None:
         """Let go of the event loop. A second call does nothing."""
@@ -141,6 +166,7 @@ class GenerateFunction:
     ) -> list[Response]:
         engines = [SampleEngine(client, request) for request in requests]
         tasks = [asyncio.create_task(self._one(engine, params)) for engine in engines]
+        self._tasks = dict(zip(tasks, requests, strict=True))
         deadline, waits = time.monotonic() + self._timeout_s, set(tasks)
         try:
             while waits:
@@ -313,7 +339,16 @@ def _fault(own: SamplingParams, run: SamplingParams) -> str:
             f"has a log-prob {kinds[not truncates]}; the run's are {kinds[truncates]} "
             f"(rollout.logprobs): draw with truncated_logprobs={truncates}, or mask it"
         )
+    if not truncates and own.limits and _cut(own) != _cut(run):
+        return (
+            f"was drawn with {_cut(own)}, the run trains the full softmax (rollout.logprobs): mask "
+            "it, or draw as the run does"
+        )
     return ""
+
+
+def _cut(params: SamplingParams) -> str:
+    return f"top_k={params.top_k}, top_p={params.top_p}, min_p={params.min_p}"
 
 
 def _spans(turns: Sequence[Turn], begin: int) -> tuple[VersionSpan, ...]:

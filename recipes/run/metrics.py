@@ -186,15 +186,38 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for index, line in enumerate(lines[: last + 1]):
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                raise ValueError("no JSON object with a whole number `step`")
-        except ValueError as error:
-            if index == last:
-                break
-            raise ValueError(f"{path}, line {index + 1} is damaged: {error}") from error
-        rows.append(row)
+            rows.append(read_row(line, f"{path}, line {index + 1}"))
+        except ValueError:
+            if index < last:
+                raise
     return rows
+
+
+def read_row(line: bytes, name: str) -> dict[str, Any]:
+    """Return a line's row. Raises ValueError, which calls the line by its name, unless it is a JSON
+    object with a `step`."""
+    row = read_object(line, name)
+    if isinstance(step := row.get("step"), bool) or not isinstance(step, int):
+        raise ValueError(f"{name} is damaged: no whole number `step`")
+    return row
+
+
+def read_object(content: bytes, name: str) -> dict[str, Any]:
+    """Return the JSON object that bytes are. Raises ValueError, which calls them by their name, for
+    anything else, NaN and infinity too."""
+    try:
+        found = json.loads(content, parse_constant=_refuse)
+    except ValueError as error:
+        raise ValueError(f"{name} is damaged: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{name} is damaged: it is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} is damaged: no JSON object")
+    return found
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it holds {constant}, which no run writes")
 
 
 def missing_step(path: Path, last: int) -> int | None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from samebit.recipes.run.run_data import MOST_SAMPLE_BYTES, RunData
+from samebit.recipes.run.kept_samples import MOST_SAMPLE_BYTES, ORDERS, PER_PAGE
+from samebit.recipes.run.run_data import RunData
 
 CHARTS = (
     "eval/reward_mean", "rollout/reward_mean", "eval/loss", "eval/accuracy", "train/accuracy",
@@ -29,6 +30,8 @@ CARDS = (
     "rollout/response_len_mean", "train/clip_fraction", "perf/step_s",
 )  # fmt: skip
 """Metrics whose last value stands in the table."""
+MOST_NAMES = 4
+"""In a title."""
 MARK = "<!-- samebit: runs beside each other -->"
 """In the first lines of every such page."""
 
@@ -51,10 +54,17 @@ def open_runs(folders: Sequence[str], key: str) -> list[RunData]:
 
 
 def page_data(runs: Sequence[RunData], *, live: bool = False) -> str:
-    """Return what a page shows, as JSON. live: it asks for what is new, see watch.py."""
-    shown = [run.shown(MOST_SAMPLE_BYTES // len(runs)) for run in runs]
+    """Return what a page shows, as JSON. live: it asks for what is new, and for samples, see
+    watch.py; else it holds those that it can."""
+    shown = [run.shown(0 if live else MOST_SAMPLE_BYTES // len(runs)) for run in runs]
     data = {"runs": shown, "charts": CHARTS, "cards": CARDS, "live": live}
-    return json.dumps(data, allow_nan=False)
+    return json.dumps(data | {"orders": [*ORDERS], "per_page": PER_PAGE}, allow_nan=False)
+
+
+def title_of(runs: Sequence[RunData]) -> str:
+    """Return what a page of runs is called: by their names, if they are few."""
+    few = len(runs) <= MOST_NAMES
+    return " and ".join(run.name for run in runs) if few else f"{len(runs)} runs"
 
 
 def page(title: str, data: str) -> str:

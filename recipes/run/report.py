@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from samebit.recipes.run.dialogue import dialogue
 from samebit.recipes.run.metrics import METRICS_FILE, OWNER_ONLY, SAMPLES_FILE, read_rows
 from samebit.weight_sync.disk import write_atomically
 
@@ -143,7 +144,7 @@ def _filled_page(**fields: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    templates.filters |= {"shown": _shown, "dialogue": _dialogue}
+    templates.filters |= {"shown": _shown, "dialogue": dialogue}
     return templates.get_template("report.html.jinja").render(fields)
 
 
@@ -155,13 +156,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _dialogue(prompt: Any) -> Any:
-    """Return a chat as text, and any other prompt as it is."""
-    if not isinstance(prompt, list):
-        return prompt
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def _series(rows: Iterable[dict[str, Any]], key: str) -> Series:

@@ -3,21 +3,18 @@
 No number is made here: what is shown is a number of metrics.jsonl or samples.jsonl, or left out.
 """
 
-import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from samebit.recipes.run.metrics import METRICS_FILE, SAMPLES_FILE
+from samebit.recipes.run.kept_samples import MOST_SAMPLE_BYTES, KeptSamples
+from samebit.recipes.run.metrics import METRICS_FILE, SAMPLES_FILE, read_object, read_row
 
 SUMMARY_FILE = "summary.json"
 MOST_POINTS = 1000
 """Of a curve: of each of its stretches the first, the lowest and the highest are kept."""
-MOST_SAMPLES = 2000
-"""Of a run, evenly over all that it has kept."""
-MOST_SAMPLE_BYTES = 4 << 20
-"""Of a page: fewer samples are shown where they are long."""
 
 Row = dict[str, Any]
 
@@ -28,7 +25,8 @@ class FollowedLines:
     def __init__(
         self, path: Path, take: Callable[[list[bytes]], object], reset: Callable[[], object]
     ) -> None:
-        """take: called with what has come; reset: before all comes again from the first on."""
+        """take: called with what has come, and again with all of it where it has raised; reset:
+        before all comes again from the first on."""
         self._path, self._take, self._reset = path, take, reset
         self._file: tuple[int, int] = (0, 0)
         self._offset = 0
@@ -49,8 +47,8 @@ class FollowedLines:
             whole, _, _ = file.read().rpartition(b"\n")
         if not whole:
             return again
-        self._offset += len(whole) + 1
         self._take(whole.split(b"\n"))
+        self._offset += len(whole) + 1
         return True
 
 
@@ -58,7 +56,7 @@ class RunData:
     """A run's metrics and samples as far as they are written.
 
     Raises FileNotFoundError for a folder without, and, wherever it reads, ValueError for a damaged
-    line, which it names. Samples that are not shown are not looked at.
+    line, which it names, as long as it is there.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -71,11 +69,11 @@ class RunData:
         self.folder, self.name = folder, name
         self._series: dict[str, list[tuple[int, float]]] = {}
         self._num_rows = 0
-        self._samples: list[bytes] = []
+        self.samples = KeptSamples(folder / SAMPLES_FILE)
         self._had_summary = False
         self._files = (
             FollowedLines(folder / METRICS_FILE, self._take, self._forget),
-            FollowedLines(folder / SAMPLES_FILE, self._samples.extend, self._samples.clear),
+            FollowedLines(folder / SAMPLES_FILE, self.samples.take, self.samples.clear),
         )
         self.refresh()
 
@@ -88,64 +86,50 @@ class RunData:
         return (self.folder / SUMMARY_FILE).exists() is not self._had_summary
 
     def shown(self, sample_bytes: int = MOST_SAMPLE_BYTES) -> Row:
-        """Return what a page shows of it, as JSON values; at least two samples, if there are."""
+        """Return what a page shows of it, as JSON values; of its samples those of so many bytes,
+        see KeptSamples.chosen; none with 0."""
+        chosen = self.samples.chosen(sample_bytes) if sample_bytes else []
         return {
             "name": self.name,
             "summary": self._summary(),
             "series": {key: thinned(line) for key, line in sorted(self._series.items())},
             "last": {key: line[-1] for key, line in self._series.items()},
-            "samples": [
-                _row(self.folder / SAMPLES_FILE, number, self._samples[number])
-                for number in self._shown_samples(sample_bytes)
-            ],
-            "num_samples": len(self._samples),
+            "samples": [self.samples.shown(number) for number in chosen],
+            "num_samples": len(self.samples),
         }
-
-    def _shown_samples(self, most_bytes: int) -> list[int]:
-        """The places of as many samples as are shown, evenly over all."""
-        places, most = range(len(self._samples)), MOST_SAMPLES
-        while True:
-            found = evenly(places, most)
-            size = sum(len(self._samples[place]) for place in found)
-            if size <= most_bytes or len(found) <= 2:
-                return found
-            most = max(2, min(len(found) - 1, len(found) * most_bytes // size))
 
     def _summary(self) -> Row:
         """What the run has come to; nothing while it goes on."""
         file = self.folder / SUMMARY_FILE
+        self._had_summary = False
         try:
-            self._had_summary = False
-            found = json.loads(file.read_bytes())
-            self._had_summary = True
+            found = read_object(file.read_bytes(), str(file))
         except FileNotFoundError:
             return {}
-        except ValueError as error:
-            raise ValueError(f"{file} is damaged: {error}") from error
-        return found if isinstance(found, dict) else {}
+        self._had_summary = True
+        return found
 
     def _forget(self) -> None:
         self._num_rows = 0
         self._series.clear()
 
     def _take(self, lines: list[bytes]) -> None:
-        for line in lines:
-            row = _row(self.folder / METRICS_FILE, self._num_rows, line)
-            self._num_rows += 1
+        first = self._num_rows + 1
+        name = f"{self.folder / METRICS_FILE}, line"
+        rows = [_numbers(line, f"{name} {first + i}") for i, line in enumerate(lines)]
+        self._num_rows += len(rows)
+        for row in rows:
+            step = row.pop("step")
             for key, value in row.items():
-                if key != "step" and isinstance(value, int | float):
-                    self._series.setdefault(key, []).append((row["step"], value))
+                self._series.setdefault(key, []).append((step, value))
 
 
-def _row(path: Path, number: int, line: bytes) -> Row:
-    """A line of a file, whose lines count from 0, as its row."""
-    try:
-        row = json.loads(line)
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            return row
-        raise ValueError("no JSON object with a whole number `step`")
-    except ValueError as error:
-        raise ValueError(f"{path}, line {number + 1} is damaged: {error}") from error
+def _numbers(line: bytes, name: str) -> Row:
+    """What is a number in a row of metrics, and its step."""
+    row = {k: v for k, v in read_row(line, name).items() if isinstance(v, int | float)}
+    if wrong := [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]:
+        raise ValueError(f"{name} is damaged: its {wrong[0]!r} is no finite number")
+    return row
 
 
 def thinned(line: Sequence[tuple[int, float]], most: int = MOST_POINTS) -> list[tuple[int, float]]:
@@ -161,10 +145,3 @@ def thinned(line: Sequence[tuple[int, float]], most: int = MOST_POINTS) -> list[
         part = inner[i * len(inner) // stretches : (i + 1) * len(inner) // stretches]
         kept |= {min(part, key=lambda p: line[p][1]), max(part, key=lambda p: line[p][1])}
     return [line[place] for place in sorted(kept)]
-
-
-def evenly[T](items: Sequence[T], most: int) -> list[T]:
-    """Return at most `most` of the items, in order, the first and the last among them."""
-    if len(items) <= most:
-        return list(items)
-    return [items[i * (len(items) - 1) // (most - 1)] for i in range(most)]

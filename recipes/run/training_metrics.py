@@ -124,6 +124,7 @@ def sample_rows(rollout: Rollout, num_samples: int, text: TextCodec) -> list[dic
     return [
         {
             "prompt": problem.prompt,
+            **({"tools": problem.tools} if problem.tools else {}),
             "completion": rollout.texts[i][0],
             "label": problem.label,
             "reward": rollout.rewards[i][0],

@@ -80,6 +80,8 @@ def test_a_run_with_calls(caller, tmp_path):
         ("(" * 190, "that cannot be calculated"),
         ("1" * 201, "that is too long"),
         ("1e999999", "that cannot be calculated"),
+        ("1e300*1e300/3", "that cannot be calculated"),
+        ("1/3/1e300/1e300", "0"),
     ],
 )
 def test_the_calculator(expression, said):

@@ -56,6 +56,20 @@ def test_every_group_belongs_to_a_command():
     assert {p.stem for p in CONFIG_DIR.glob("*.yaml")} <= set(SCHEMAS) == set(COMMANDS)
 
 
+def test_no_number_is_infinite():
+    """Where no meaning of a key says so before; arguments of users' own may be anything."""
+    for key in (
+        "algorithm.std_eps",
+        "trainer.optimizer.weight_decay",
+        "trainer.optimizer.adam_eps",
+    ):
+        for value in ("inf", "nan", "-inf"):
+            with pytest.raises(ConfigError, match=f"^{key} is {value}; it must be "):
+                resolve("grpo", ["model.path=m", f"{key}={value}"])
+    run = resolve("grpo", ["model.path=m", "reward.name=m:f", "reward.args.x=inf"])
+    assert str(run.reward.args["x"]) == "inf"
+
+
 def test_groups_set_what_they_say():
     """A group file that composes but changes nothing would be a silent lie."""
     run = resolve(

@@ -10,7 +10,8 @@ import pytest
 
 from samebit.recipes.cli.compose import resolve
 from samebit.recipes.cli.main import main
-from samebit.recipes.data.tasks.base import DataConfig
+from samebit.recipes.data.rewards import CHECKS
+from samebit.recipes.data.tasks.base import DataConfig, SupervisedConfig
 from samebit.recipes.data.tasks.registry import load_datasets
 
 
@@ -83,6 +84,52 @@ def test_a_saved_set_is_what_its_state_lists(tmp_path):
     assert [p.prompt for p in problems(folder)] == ["q0", "q1", "q2", "q3"]
 
 
+def test_a_pattern_is_the_files_that_it_fits(tmp_path):
+    """Beside others, as a set from a hub is laid out."""
+    names = [f"train-0000{i}-of-00002-0123456789abcde{i}.jsonl" for i in (1, 0)]
+    folder = folder_of(tmp_path, *names, "test-00000-of-00001.jsonl", "README.md", ".train-x.jsonl")
+    found = problems(folder / "train-*")
+    assert [p.where.partition(",")[0] for p in found] == [str(folder / n) for n in sorted(names)]
+    assert len(problems(folder / "te[s]t*")) == 1
+    folder_of(tmp_path, "[x].jsonl")
+    assert len(problems(folder / "[x].jsonl")) == 1, "a file that is there is no pattern"
+    for pattern, fault in {
+        "nothing-*": "folder/nothing-.* fits no file; give",
+        "t*": "folder/t.* holds files of several splits, test-00000",
+        "train-00000*": "lacks shard 1 of 2",
+        "*": "holds README.md, which is no file of records",
+    }.items():
+        with pytest.raises((ValueError, OSError), match=fault):
+            problems(folder / pattern)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_label_that_is_a_list_or_an_object_is_its_json_text(tmp_path, kind):
+    """As in verl's files of search and of code; sft has nothing to train on there."""
+    labels = [{"target": ["Zürich", "Zurich"]}, {"target": []}]
+    rows = [{"prompt": f"q{i}", "reward_model": {"ground_truth": x}} for i, x in enumerate(labels)]
+    path = WRITERS[kind](tmp_path / f"data{kind}", rows)
+    found = problems(path, label_key="reward_model.ground_truth")
+    assert [json.loads(p.label) for p in found] == labels
+    assert found[0].label == '{"target": ["Zürich", "Zurich"]}'
+    sft = SupervisedConfig(path=str(path), eval_size=0, label_key="reward_model.ground_truth")
+    with pytest.raises(ValueError, match="'reward_model.ground_truth' is .*; give a text or a num"):
+        load_datasets(sft)
+
+
+def test_records_without_labels(tmp_path):
+    """Where none is asked for; a reward that compares with one says so before the first step."""
+    path = jsonl(tmp_path / "data.jsonl", [{"prompt": f"q{i}"} for i in range(3)])
+    assert [p.label for p in problems(path, label_key=None)] == ["", "", ""]
+    words = ["model.path=m", f"data.path={path}", "data.label_key=null"]
+    assert resolve("grpo", words).data.label_key is None
+    assert resolve("eagle3", words[:2]).data.label_key is None
+    with pytest.raises(ValueError, match="line 1 has no 'label'; its keys are"):
+        problems(path)
+    with pytest.raises(ValueError, match="its label is empty, and exact_match compares with it"):
+        CHECKS["exact_match"](problems(path, label_key=None)[0])
+
+
 def folder_of(tmp_path, *names):
     folder = tmp_path / "folder"
     folder.mkdir(exist_ok=True)
@@ -93,12 +140,21 @@ def folder_of(tmp_path, *names):
 
 
 FOLDERS = {
-    (): "folder is an empty folder; give a .jsonl, .parquet or .arrow file, or a folder of them",
+    (): "folder is an empty folder; give a .jsonl, .parquet or .arrow file, a folder of them, or",
     ("a.jsonl", "b.parquet"): "holds files of several kinds, a.jsonl, b.parquet; give one kind",
     ("a.jsonl", "README.md"): "holds README.md, which is no file of records",
     ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"): (
-        "holds shards of test, train; give those of one"
+        "holds files of several splits, test-00000-of-00001.parquet, train-00000-of-00001.parquet;"
     ),
+    (
+        "train-00000-of-00001-0123456789abcdef.parquet",
+        "val-00000-of-00001-fedcba9876543210.parquet",
+    ): ("holds files of several splits, train-00000-of-00001-0123456789abcdef.parquet, val-00000"),
+    ("train.parquet", "test.parquet"): (
+        "several splits, test.parquet, train.parquet; give those of one: a file, or a pattern such"
+    ),
+    ("a-00000-of-00001.jsonl", "b-00000-of-00001.jsonl"): "holds shards of a, b; give those of one",
+    ("train-00000-of-00002-0123456789abcdef.jsonl",): "lacks shard 1 of 2 of 'train'",
     ("train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"): (
         "lacks shard 1 of 3 of 'train'; give all of one"
     ),

@@ -22,6 +22,9 @@ def none(problem):
 def fails(problem):
     return {"0": True}[problem.prompt]
 
+def leaves(problem):
+    return True if problem.prompt == "0" else exit(0)
+
 def number(problem):
     return int(problem.prompt)
 
@@ -77,6 +80,7 @@ def test_records_are_left_out_before_any_is_held_out(own, caplog):
     [
         ("none", "data.filter 'own_filters:none' leaves 10 of 10 records of .*a.jsonl out; none"),
         ("fails", r"9 records .*a.jsonl, line 2: data.filter raised KeyError\('1'\); .*line 3: "),
+        ("leaves", r"9 records .*a.jsonl, line 2: data.filter raised SystemExit\(0\); .*line 3: "),
         ("number", "a.jsonl, line 1: data.filter returned 0; give True, which keeps the record, o"),
         ("six", "data.filter is 'own_filters:six', a int; give a function"),
         ("seven", "data.filter is 'own_filters:seven', which cannot be imported: .*no attribute"),

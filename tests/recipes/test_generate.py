@@ -213,6 +213,11 @@ async def other_kind(engine, request, params):
     return of(request.prompt_ids, tokens, (True,) * 4)
 
 
+async def cuts(engine, request, params):
+    tokens, _ = await _one(engine, request, replace(params, top_k=1))
+    return of(request.prompt_ids, tokens, (True,) * 4)
+
+
 async def has_thresholds(engine, request, params):
     tokens, _ = await _one(engine, request, params)
     sample = of(request.prompt_ids, tokens, (True,) * 4)
@@ -337,6 +342,7 @@ REFUSED = {
     hotter: "at place 9 of 13 .* drawn at temperature 2.0; the run trains at 1.0: mask it",
     without_logprobs: f"at place 9 of 13 {MASK}",
     other_kind: KIND.format(*KINDS[::-1], False),
+    cuts: "drawn with top_k=1, top_p=1.0, min_p=0.0, the run trains the full softmax .*: mask it,",
     has_thresholds: "a sample with thresholds, which the run finds: leave it out",
     has_advantages: "a sample with advantages, which the run finds: leave it out",
     has_returns: "a sample with returns, which the run finds: leave it out",

@@ -239,6 +239,9 @@ BAD = {
     "data.sources=[{weight: 2}]": r"required: data.sources\[0\].path=...",
     "data.sources=[{path: a, weight: x}]": "data.sources: .*'x'.*; it must be a list of sections",
     "data.sources=[{path: a, weight: 0}]": "data.sources.0.weight is 0.0; it must be positive",
+    "data.sources=[{path: a}, {path: b}, {path: a, weight: 3}]": (
+        "data.sources.2 is data.sources.0 again; give one of weight 4"
+    ),
     "data.sources=[{path: a, weight: nan}]": "data.sources.0.weight is nan; it must be positive",
     "data.sources=[{path: a, eval_size: -1}]": "data.sources.0.eval_size is -1; it must be 0 or m",
     "data.sources=[{path: a, eval_path: b, eval_size: 1}]": "sources.0.eval_size is 1; .* data",

@@ -76,6 +76,24 @@ def test_at_a_ratio_of_1_its_gradient_is_dr_grpos(runs):
     assert bonus["weights_digest"] != summary["weights_digest"]
 
 
+WRONG = """
+class Wrong(Reinforce):
+    def loss(self, inputs):
+        raise {0}
+"""
+
+
+@pytest.mark.parametrize("error", ["KeyError('beta')", "SystemExit(0)", "TypeError('no')"])
+def test_what_it_raises_is_said_with_its_name(runs, tmp_path, capsys, error):
+    """In a line, and the run has failed."""
+    with (tmp_path / "my_algorithms.py").open("a") as file:
+        file.write(WRONG.format(error))
+    words = runs.arguments("wrong", "algorithm.name=my_algorithms:Wrong", "overwrite=true")
+    assert main(["grpo", *words]) == 1
+    name = "samebit grpo: algorithm.name 'my_algorithms:Wrong'"
+    assert f"{name} raised {error} in loss (SAMEBIT_TRACEBACK=1 shows" in capsys.readouterr().err
+
+
 def test_its_settings_are_keys_with_types():
     run = resolve("grpo", ["model.path=m", NAME, "algorithm.entropy_coef=0.25"])
     assert isinstance(run, GrpoRun)

@@ -4,10 +4,13 @@ import functools
 import json
 import math
 import re
+import signal
+import time
 
 import numpy as np
 import pytest
 
+from samebit.recipes.data import rewards
 from samebit.recipes.data.reward_config import RewardConfig
 from samebit.recipes.data.reward_pool import load_reward
 from samebit.recipes.data.rewards import RewardError, bind_reward, score
@@ -87,6 +90,31 @@ def test_labels_that_number_match_would_misread(label):
 )
 def test_math_verify(one, text, label, expected):
     assert one("math_verify", text, label) == expected
+
+
+def test_math_verify_counts_what_it_takes_of_the_cpu(monkeypatch):
+    """Not what others take of the machine, and nothing in it can catch the end."""
+    problem_of = problem("2")
+
+    def slowly(text, parsing_timeout):
+        time.sleep(1.2)
+        return ["2"]
+
+    def stubbornly(text, parsing_timeout):
+        for _ in range(3):
+            try:
+                while True:
+                    pass
+            except BaseException:  # noqa: BLE001, S112 (others' code may)
+                continue
+        return ["2"]
+
+    for parse, expected in ((slowly, 1.0), (stubbornly, 0.0), (slowly, 1.0)):
+        package = parse, lambda gold, answer, timeout_seconds: gold == answer
+        monkeypatch.setattr(rewards, "_math_verify_package", lambda found=package: found)
+        monkeypatch.setattr(rewards, "_gold", lambda label: [label])
+        assert rewards.math_verify("2", problem_of, timeout_s=1) == expected
+    assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
 
 
 def test_reasoning_gym_uses_the_scorer_of_the_task():

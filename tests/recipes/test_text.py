@@ -251,3 +251,24 @@ def test_what_a_template_writes_between_answers(codec):
     ):
         turn = said("a", token, reason=reason)
         assert request.reply(turn, [{"role": "user", "content": "b"}]) == expected
+
+
+def test_pieces_are_whole_characters(codec):
+    """Of tokens that are bytes: a character stands where its last one does."""
+
+    def by_bytes(tokenizer):
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocab = {letter: i for i, letter in enumerate(letters)}
+        tokenizer.model = models.BPE(vocab=vocab, merges=[])
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+
+    text = codec(change=by_bytes)
+    ids = text.encode("a é日🙂b")
+    assert text.pieces(ids) == ["a", " ", "", "é", "", "", "日", "", "", "", "🙂", "b"]
+    cut = text.pieces(ids[:5])  # within a character
+    assert cut == ["a", " ", "", "é", "\ufffd"]
+    broken = text.pieces(ids[4:5] * 20)
+    assert len(broken) == 20
+    assert "".join(broken) == "\ufffd" * 20
+    assert text.pieces([]) == []

@@ -5,7 +5,8 @@ A). Source: Shao et al. 2024, arXiv 2402.03300. Settings of it are Dr. GRPO (no 
 constant; Liu et al. 2025, arXiv 2503.20783), DAPO's loss (Yu et al. 2025, arXiv 2503.14476) and the
 deviation of the whole batch (Liu et al. 2025, arXiv 2508.08221): see configs/algorithm. Deviation
 from the paper: no importance correction between rollout and trainer, because their log-probs are
-the same bits.
+the same bits; and the loss is a mean over a batch's tokens, where the paper's is one over each
+sample's and then over samples (trainer.loss_mean=sequence).
 """
 
 import torch

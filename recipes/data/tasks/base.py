@@ -1,7 +1,7 @@
 """What a task gives: problems by index, in two splits that share none, chosen by one config."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from samebit.trainer.config import require, require_default
@@ -96,8 +96,8 @@ class DataConfig:
     """`file`, `reverse_digits`, `reasoning_gym/<name>`, or your `module:function` or
     `module:Class`."""
     path: str | None = None
-    """Task `file`: the training records: a .jsonl, .parquet or .arrow file, a folder of them, or a
-    Hugging Face data set saved on disk."""
+    """Task `file`: the training records: a .jsonl, .parquet or .arrow file, a folder of them, a
+    pattern such as FOLDER/train-*, or a Hugging Face data set saved on disk."""
     sources: list[DataSource] = field(default_factory=list)
     """Task `file`, in place of `path`: several such, mixed: [{path: a, weight: 2}, {path: b}]."""
     eval_path: str | None = None
@@ -105,8 +105,9 @@ class DataConfig:
     source."""
     prompt_key: str = "prompt"
     """Task `file`: key of the prompt (text or chat messages); dots reach into nested fields."""
-    label_key: str = "label"
-    """Task `file`: key of the reference answer; dots reach into nested fields."""
+    label_key: str | None = "label"
+    """Task `file`: key of the reference answer; dots reach into nested fields. A list or an object
+    there is its JSON text; null: there is none."""
     tools_key: str | None = None
     """Task `file`: key of the tools that the chat template is told: a list, its JSON text, or
     null."""
@@ -155,6 +156,11 @@ class DataConfig:
             require_default(self, "data", ("few_shot",), "data.chat is false")
         for i, source in enumerate(self.sources):
             self._check_source(source, f"data.sources.{i}")
+            for j, other in enumerate(self.sources[:i]):
+                if replace(other, weight=source.weight) == source:
+                    weight = other.weight + source.weight
+                    what = f"data.sources.{j} again; give one of weight {weight:g}"
+                    raise ValueError(f"data.sources.{i} is {what}")
 
     @property
     def holds_out(self) -> bool:
@@ -175,6 +181,14 @@ class DataConfig:
             require_default(source, key, ("eval_path", "eval_size"), "data.eval_path is given")
         if source.eval_path is not None:
             require_default(source, key, ("eval_size",), f"{key}.eval_path is given")
+
+
+@dataclass(kw_only=True)
+class PromptsConfig(DataConfig):
+    """Says where prompts come from whose answers the target itself gives."""
+
+    label_key: str | None = None
+    """Task `file`: key of a reference answer, which nothing needs here; unset: there is none."""
 
 
 @dataclass(kw_only=True)

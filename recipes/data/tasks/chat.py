@@ -2,6 +2,7 @@
 what a problem has to be, whoever made it."""
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Iterator
@@ -117,6 +118,14 @@ def _objects(value: Any, what: str, columnar: bool) -> list[dict[str, Any]]:
     return objects
 
 
+def read_json_text(value: Any, what: str, *, columnar: bool) -> str:
+    """Return the JSON text of a list or an object. Raises ValueError, which begins with `what`, for
+    what no JSON text holds."""
+    value = plain(_without_none(value) if columnar else value)
+    _require_json(value, what)
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _require_json(value: Any, what: str) -> None:
     """ValueError for what no JSON text holds, as columns may: times, bytes, decimals, pairs."""
     match value:
@@ -126,6 +135,8 @@ def _require_json(value: Any, what: str) -> None:
         case dict():
             for key, part in value.items():
                 _require_json([key, part], what)
+        case float() if not math.isfinite(value):
+            raise ValueError(f"{what} holds {value}; give finite numbers")
         case str() | int() | float() | None:
             pass
         case _:

@@ -17,7 +17,13 @@ from samebit.recipes.data.tasks.base import (
     SupervisedConfig,
     ends_with_answer,
 )
-from samebit.recipes.data.tasks.chat import lone_surrogate, read_answer, read_prompt, read_tools
+from samebit.recipes.data.tasks.chat import (
+    lone_surrogate,
+    read_answer,
+    read_json_text,
+    read_prompt,
+    read_tools,
+)
 from samebit.recipes.data.tasks.faults import raise_faults
 from samebit.recipes.data.tasks.files import list_files
 from samebit.recipes.data.tasks.filter import load_filter
@@ -164,14 +170,18 @@ def _problem(index: int, record: Record, config: DataConfig) -> Problem:
 
 
 def _label(record: Record, prompt: str | ChatPrompt, config: DataConfig) -> str:
-    """The reference answer; empty where sft needs none, as the answers are in the chat."""
+    """The reference answer; empty where there is none: sft's may be in the chat."""
     key, values = config.label_key, record.values
+    if key is None:
+        return ""
     if isinstance(config, SupervisedConfig) and ends_with_answer(prompt) and _lacks(values, key):
         return ""
     label = _lookup(values, key, record.where)
     text = record.number_text(label, key)
     if text is None and isinstance(label, str):
         text = label
+    if text is None and isinstance(label, list | dict) and not isinstance(config, SupervisedConfig):
+        text = read_json_text(label, f"{record.where}: {key!r}", columnar=record.columnar)
     if text is None:
         raise ValueError(f"{record.where}: {key!r} is {label!r:.80}; give a text or a number")
     return text

@@ -8,18 +8,25 @@ from typing import Any
 
 KINDS = (".jsonl", ".parquet", ".arrow")
 BY_PYARROW = (".parquet", ".arrow")
-RIGHT = "give a .jsonl, .parquet or .arrow file, or a folder of them"
+RIGHT = (
+    "give a .jsonl, .parquet or .arrow file, a folder of them, or a pattern such as train-*.jsonl"
+)
+_OF_TRAIN = "FOLDER/train-*"
 _STATE, _DICT = "state.json", "dataset_dict.json"
-_SHARD = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})")
+_SHARD = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})(?:-[0-9a-f]{16})?")
+_SPLIT = re.compile(r"(train|test|valid|validation|val|dev|eval)(?![a-z]).*", re.IGNORECASE)
 
 
 def list_files(path: Path) -> list[Path]:
     """Return the files of records that a path means, in order.
 
-    Of a folder all visible files by name; of a Hugging Face data set that `save_to_disk` wrote
-    those that its state.json lists. Raises FileNotFoundError if there is none, and ValueError for
-    what is ambiguous: files of several kinds, of several splits, or that hold no records.
+    Of a folder all visible files by name, of a pattern those in its folder that it fits; of a
+    Hugging Face data set that `save_to_disk` wrote those that its state.json lists. Raises
+    FileNotFoundError if there is none, and ValueError for what is ambiguous: files of several
+    kinds, of several splits, or that hold no records.
     """
+    if _is_pattern(path):
+        return _of_one_set(path, _fitting(path))
     if path.is_dir():
         return _saved(path) if (path / _STATE).exists() else _visible(path)
     if path.suffix not in KINDS and (path.suffix or path.exists()):
@@ -32,47 +39,76 @@ def list_files(path: Path) -> list[Path]:
 
 def kinds_at(path: Path) -> set[str]:
     """Return the suffixes of what is at a path, which need not be there."""
-    names = path.glob("*") if path.is_dir() else [path]
+    names = path.glob("*") if path.is_dir() else _fitting(path) if _is_pattern(path) else [path]
     return {name.suffix for name in names} & set(KINDS)
+
+
+def _is_pattern(path: Path) -> bool:
+    return bool(set("*?[") & set(path.name)) and not path.exists()
+
+
+def _fitting(pattern: Path) -> list[Path]:
+    """What a pattern means in its folder, by name."""
+    return sorted(p for p in pattern.parent.glob(pattern.name) if not p.name.startswith("."))
 
 
 def _visible(folder: Path) -> list[Path]:
     if (folder / _DICT).exists():
         names = sorted(part.name for part in folder.iterdir() if (part / _STATE).exists())
         raise ValueError(f"{folder} holds the splits {_listed(names)}; give the folder of one")
-    found = sorted(part for part in folder.iterdir() if not part.name.startswith("."))
+    return _of_one_set(folder, sorted(p for p in folder.iterdir() if not p.name.startswith(".")))
+
+
+def _of_one_set(place: Path, found: list[Path]) -> list[Path]:
+    """The files found at a folder or by a pattern, if they are those of one set of records."""
     foreign = [part.name for part in found if part.suffix not in KINDS or not part.is_file()]
     if foreign:
         raise ValueError(
-            f"{folder} holds {_listed(foreign)}, which is no file of records; give a folder of "
-            ".jsonl, .parquet or .arrow files alone"
+            f"{place} holds {_listed(foreign)}, which is no file of records; give a folder of "
+            f".jsonl, .parquet or .arrow files alone, or a pattern such as {_OF_TRAIN}"
         )
     if not found:
-        raise FileNotFoundError(f"{folder} is an empty folder; {RIGHT}")
+        what = "fits no file" if _is_pattern(place) else "is an empty folder"
+        raise FileNotFoundError(f"{place} {what}; {RIGHT}")
     if len(kinds := sorted({part.suffix for part in found})) > 1:
         first = [next(part.name for part in found if part.suffix == kind) for kind in kinds]
-        raise ValueError(f"{folder} holds files of several kinds, {_listed(first)}; give one kind")
-    _require_whole(folder, found)
+        raise ValueError(f"{place} holds files of several kinds, {_listed(first)}; give one kind")
+    _require_one_split(place, found)
+    _require_whole(place, found)
     return found
 
 
-def _require_whole(folder: Path, files: list[Path]) -> None:
+def _require_one_split(place: Path, files: list[Path]) -> None:
+    """ValueError for files that are called by several splits, as train.parquet and test.parquet."""
+    splits = {found[1].lower(): file.name for file in files if (found := _SPLIT.match(file.stem))}
+    if len(splits) > 1:
+        names = _listed(sorted(splits.values()))
+        raise ValueError(
+            f"{place} holds files of several splits, {names}; give those of one: a file, or a "
+            f"pattern such as {_OF_TRAIN}"
+        )
+
+
+def _require_whole(place: Path, files: list[Path]) -> None:
     """ValueError for shards (train-00000-of-00002.parquet) of several splits, or too few."""
     shards = [found for file in files if (found := _SHARD.fullmatch(file.stem))]
     splits = {shard[1] for shard in shards}
     if len(splits) > 1:
-        raise ValueError(f"{folder} holds shards of {_listed(sorted(splits))}; give those of one")
+        raise ValueError(
+            f"{place} holds shards of {_listed(sorted(splits))}; give those of one, by a pattern "
+            f"such as {_OF_TRAIN}"
+        )
     if not shards:
         return
     if len(shards) < len(files):
         other = next(file.name for file in files if not _SHARD.fullmatch(file.stem))
-        raise ValueError(f"{folder} holds {other} beside shards; give a folder of shards alone")
+        raise ValueError(f"{place} holds {other} beside shards; give a folder of shards alone")
     counts = {int(shard[3]) for shard in shards}
     numbers = sorted(int(shard[2]) for shard in shards)
     missing = [i for i in range(max(counts)) if i not in numbers]
     if len(counts) > 1 or numbers != list(range(max(counts))):
         what = f"lacks shard {missing[0]}" if missing else "holds shards of several sets"
-        raise ValueError(f"{folder} {what} of {max(counts)} of {shards[0][1]!r}; give all of one")
+        raise ValueError(f"{place} {what} of {max(counts)} of {shards[0][1]!r}; give all of one")
 
 
 def _saved(folder: Path) -> list[Path]:

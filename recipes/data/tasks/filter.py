@@ -23,7 +23,7 @@ def load_filter(config: DataConfig) -> Callable[[Problem], bool]:
     def keeps(problem: Problem) -> bool:
         try:
             found = function(problem)
-        except Exception as error:  # the user's own may raise anything
+        except (Exception, SystemExit) as error:  # the user's own may raise anything
             raise ValueError(f"{problem.where}: data.filter raised {shown(error)}") from error
         if not isinstance(found, bool):
             what = "give True, which keeps the record, or False"

@@ -58,7 +58,7 @@ def _load_own(config: DataConfig) -> tuple[Dataset, Dataset]:
         pair = isinstance(splits, tuple) and [isinstance(x, Dataset) for x in splits]
         if pair == [True, True]:
             sizes = [len(split) for split in splits]
-    except Exception as error:  # the user's own may raise anything
+    except (Exception, SystemExit) as error:  # the user's own may raise anything
         raise ValueError(f"{where} failed: {error!r}") from error
     meaning = "a function: load(config) -> (train, held_out), two datasets, or a class of them: "
     meaning += "Class(config, held_out=False); datasets have __len__ and __getitem__"
