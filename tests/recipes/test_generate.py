@@ -378,9 +378,8 @@ def test_what_the_engine_did_not_draw_is_refused(small, text, function):
 
 
 def test_a_function_that_hangs_is_named(small, text):
-    with pytest.raises(
-        GenerateError, match=WHERE + "took longer than 0.2 s .rollout.generate_time"
-    ):
+    late = WHERE + "took longer than 0.2 s .rollout.generate_time"
+    with pytest.raises(GenerateError, match=late):
         drawn(hangs, small, requests(text, 2), timeout_s=0.2)
 
 
