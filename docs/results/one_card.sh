@@ -5,12 +5,13 @@
 #   SMOLLM2=FOLDER docs/results/one_card.sh OUT
 #
 # What each has said is in OUT/NAME.out, when it began and ended in OUT/times; the exit code is 1 if
-# any failed. What is done is not done again where it is called again with the same OUT.
+# any failed. What is done is not done again where it is called again with the same OUT. FOLDER may
+# come while it runs: what needs it waits for its config.json.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 python=$root/.venv/bin/python
-if (($# != 1)) || [[ ! -e ${SMOLLM2:-}/config.json ]]; then
+if (($# != 1)) || [[ -z ${SMOLLM2:-} ]]; then
     echo "usage: SMOLLM2=FOLDER docs/results/one_card.sh OUT; samebit fetch-smollm2 makes it" >&2
     exit 2
 fi
@@ -45,22 +46,27 @@ tests() { # WORD...
     (cd "$root" && PYTHONSAFEPATH=1 "$python" -m pytest -q -m gpu --timeout-method thread "$@")
 }
 
+parts_of_8b() { # one behind another; the last one's trainer takes 100 GiB
+    one verify_8b_parts part verify_8b_parts && one verify_8b part verify_8b
+}
+
+with_smollm2() { # PART
+    until [[ -e $SMOLLM2/config.json ]]; do sleep 1; done
+    part "$1"
+}
+
 whole_card=(tests/rollout/test_gpu_engine_memory.py tests/trainer/test_gpu_trainer_memory.py)
 whole_card+=(tests/kernels/test_gpu_memory.py)
-prefixes=tests/kernels/test_gpu_shared_prefixes.py
-others=("${whole_card[@]/#/--deselect=}" --deselect=$prefixes)
+others=("${whole_card[@]/#/--deselect=}")
 others+=($(cd "$root" && grep -rlE 'mark\.gpu' tests --include='test_*.py'))
 failed=0
 
-beside verify_8b_parts part verify_8b_parts
+parts_of_8b & running+=($!)
 beside verify_0.6b part verify_0.6b
-beside verify_smollm2 part verify_smollm2
-beside tests tests -n 4 --dist loadfile "${others[@]}"
+beside verify_smollm2 with_smollm2 verify_smollm2
+beside tests tests -n 5 --dist loadfile "${others[@]}"
 ended
-beside algorithms part algorithms
-beside prefixes tests -n 2 $prefixes
-ended
-beside verify_8b part verify_8b # whose trainer takes 100 GiB
+beside algorithms with_smollm2 algorithms
 beside sanitize make -C "$root" sanitize SANITIZER_JOBS=8
 ended
 one whole_card tests -p no:xdist "${whole_card[@]}" || failed=1
