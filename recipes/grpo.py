@@ -48,6 +48,7 @@ from samebit.recipes.run.training_metrics import (
     speed,
     train_metrics,
 )
+from samebit.trainer.algorithms.mistakes import naming_algorithm
 from samebit.trainer.algorithms.registry import make_algorithm
 from samebit.trainer.stats import Comparison
 from samebit.trainer.types import Sample, StepStats
@@ -336,8 +337,12 @@ class GrpoRecipe:
             groups = self.teacher.with_logprobs(groups)
         if self.critic is not None:
             groups = self.critic.with_values(groups)
-            groups = with_returns(groups, self.algorithm.returns(rewards, groups))
-        return with_advantages(groups, self.algorithm.advantages(rewards, groups))
+            with naming_algorithm(self.algorithm, "returns"):
+                returns = self.algorithm.returns(rewards, groups)
+            groups = with_returns(groups, returns)
+        with naming_algorithm(self.algorithm, "advantages"):
+            advantages = self.algorithm.advantages(rewards, groups)
+        return with_advantages(groups, advantages)
 
     def _train(
         self, samples: Sequence[Sample], poll: Poll, finish: Callable[[], None] | None

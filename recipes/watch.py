@@ -29,6 +29,7 @@ class WatchServer(ThreadingHTTPServer):
         self._title = title_of(runs)
         self._lock = threading.Lock()
         self._data = page_data(runs, live=True)
+        self._is_old = False
 
     @property
     def address(self) -> str:
@@ -38,9 +39,11 @@ class WatchServer(ThreadingHTTPServer):
     def data(self) -> str:
         """Return the page's data as of now. Raises ValueError for a damaged file."""
         with self._lock:
+            is_old, self._is_old = self._is_old, True  # also where one of them raises
             # A summary appears after the last row.
-            if sum(run.refresh() for run in self._runs) or self._has_ended():
+            if sum(run.refresh() for run in self._runs) or self._has_ended() or is_old:
                 self._data = page_data(self._runs, live=True)
+            self._is_old = False
             return self._data
 
     def samples(self, words: str) -> str:
@@ -48,8 +51,8 @@ class WatchServer(ThreadingHTTPServer):
         the numbers of theirs. Raises BadQuestion for other words."""
         query, chosen = _question(words)
         with self._lock:
-            runs = [(i, run.samples) for i, run in enumerate(self._runs) if i in chosen]
-            return json.dumps(found_in(runs, query), allow_nan=False)
+            runs = [(i, run.samples.copy()) for i, run in enumerate(self._runs) if i in chosen]
+        return json.dumps(found_in(runs, query), allow_nan=False)
 
     def page(self) -> str:
         """Return the whole page."""

@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import sys
+import sysconfig
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -79,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if set(HELP) & set(rest):
             print(_command_help(command, overrides))
             return 0
-        run = resolve(command, overrides)
-        require_ready(run)
+        run = _of_its_own(resolve, command, overrides)
+        _of_its_own(require_ready, run)
         if launched.needs_launch(run):
             return launch(own_command(arguments), run)
         follows = launched.follow_launcher(run)
@@ -111,13 +112,16 @@ def own_command(arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-P", "-m", "samebit.recipes.cli.main", *arguments]
 
 
-def _of_its_own(program: Callable[[Any], int], run: Any) -> int:
-    """What a program returns. Raises ExitError where code in it, which only a user's does, ends the
-    process as if all were done."""
+def _of_its_own[T](function: Callable[..., T], *args: Any) -> T:
+    """What a function returns. Raises ExitError where code in it, which only a user's does, ends
+    the process as if all were done."""
     try:
-        return program(run)
+        return function(*args)
     except SystemExit as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
+        library = sysconfig.get_path("stdlib")  # exit(), argparse
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames if not f.filename.startswith(("<frozen", library))]
+        place = (own or frames)[-1]
         raise ExitError(
             f"{place.filename}, line {place.lineno} ({place.name}) has raised SystemExit"
             f"({error.code!r}); raise an error that says what is wrong"

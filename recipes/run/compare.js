@@ -102,7 +102,7 @@ function chart(title, lines) {
       }
     }
   }
-  const said = element("figcaption", { "aria-live": "off" }, "\u00a0");
+  const said = element("figcaption", { "aria-live": "off" });
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect();
     const at = x0 + ((event.clientX - box.left) / box.width * w - left) / (w - left - right) * (x1 - x0);
@@ -112,7 +112,7 @@ function chart(title, lines) {
         `${line.name}, step ${near[0]}: ${near[1]}  `);
     }));
   });
-  svg.addEventListener("pointerleave", () => said.replaceChildren("\u00a0"));
+  svg.addEventListener("pointerleave", () => said.replaceChildren());
   return element("figure", {}, element("h3", {}, title), svg, said);
 }
 
@@ -177,8 +177,10 @@ function foundHere({ words, kind, order, page }) {
 
 // The same of all that the runs have kept.
 async function foundThere(query) {
+  state.request?.abort();
+  state.request = new AbortController();
   const asked = new URLSearchParams({ ...query, runs: runs().map(({ i }) => i).join(",") });
-  const answer = await fetch(`samples?${asked}`);
+  const answer = await fetch(`samples?${asked}`, { signal: state.request.signal });
   if (!answer.ok) throw new Error(await answer.text());
   return answer.json();
 }
@@ -186,11 +188,15 @@ async function foundThere(query) {
 async function showSamples() {
   const query = { words: $("search").value, kind: $("kind").value, order: $("order").value,
     page: state.page };
-  const asked = ++state.asked;
+  const asked = ++state.asked; // once more is asked for the answer to this is of no use
   try {
     const found = state.data.live ? await foundThere(query) : foundHere(query);
-    if (asked === state.asked) showFound(found); // else something else is asked for by now
-  } catch (error) { $("count").textContent = error.message; }
+    if (asked === state.asked) showFound(found);
+  } catch (error) {
+    if (asked !== state.asked) return;
+    const ended = error instanceof TypeError;
+    $("count").textContent = ended ? "samebit watch has ended, and finds no more" : error.message;
+  }
 }
 
 function showFound({ num_found, page, pages, samples }) {
@@ -207,7 +213,25 @@ function showFound({ num_found, page, pages, samples }) {
 
 function show() { showLegend(); showTable(); showCharts(); showSamples(); }
 
-function turn(by) { state.page += by; showSamples(); }
+// What is new; the samples only where there are more.
+function renew(data) {
+  const counts = () => state.data.runs.map((run) => run.num_samples).join();
+  const before = counts();
+  state.data = data;
+  showLegend();
+  showTable();
+  showCharts();
+  if (counts() !== before) showSamples();
+}
+
+function turn(by) { state.page = Math.max(0, state.page + by); showSamples(); }
+
+// What is typed is searched for once nothing more is typed.
+function typed() {
+  clearTimeout(state.typing);
+  const search = () => { state.page = 0; showSamples(); };
+  if (state.data.live) state.typing = setTimeout(search, 300); else search();
+}
 
 async function follow() {
   let tag = "";
@@ -216,8 +240,7 @@ async function follow() {
       const answer = await fetch("data", { headers: tag ? { "If-None-Match": tag } : {} });
       if (answer.status === 200) {
         tag = answer.headers.get("ETag");
-        state.data = await answer.json();
-        show();
+        renew(await answer.json());
       }
       $("live").textContent = answer.ok || answer.status === 304 ? "live" : await answer.text();
     } catch { $("live").textContent = "samebit watch has ended"; }
@@ -226,7 +249,7 @@ async function follow() {
 }
 
 function start() {
-  $("search").addEventListener("input", () => { state.page = 0; showSamples(); });
+  $("search").addEventListener("input", typed);
   for (const id of ["kind", "order"]) {
     $(id).addEventListener("change", () => { state.page = 0; showSamples(); });
   }

@@ -128,12 +128,9 @@ class GenerateFunction:
         naming the function, the problem and the sample. Where the function blocks for longer than
         the timeout, that is said and the process ends.
         """
-        loop = self._loop = (
-            self._loop or asyncio.new_event_loop()
-        )  # as long as the run, for sessions
-        watchdog = threading.Timer(
-            self._timeout_s + 2 * _CANCEL_S, self._end_the_run, (loop, len(requests))
-        )
+        self._loop = self._loop or asyncio.new_event_loop()  # as long as the run, for sessions
+        loop, limit = self._loop, min(self._timeout_s + 2 * _CANCEL_S, threading.TIMEOUT_MAX)
+        watchdog = threading.Timer(limit, self._end_the_run, (loop, len(requests)))
         watchdog.daemon = True
         watchdog.start()
         try:
@@ -145,7 +142,8 @@ class GenerateFunction:
     def _end_the_run(self, loop: asyncio.AbstractEventLoop, count: int) -> None:
         """Where a function blocks the event loop nothing that is awaited can end it."""
         request = self._tasks.get(asyncio.current_task(loop))
-        where = f"one of {count} samples," if request is None else self._where(request)
+        where = f"rollout.generate {self.name!r} on one of {count} samples"
+        where = where if request is None else self._where(request)
         limit = f"{self._timeout_s:g} s (rollout.generate_timeout_s)"
         what = "and does not let others run: code that blocks belongs in asyncio.to_thread"
         print(f"\nsamebit: {where} took longer than {limit} {what}", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from samebit.recipes.config import GrpoRun
+from samebit.recipes.data.tasks.files import fitting
 from samebit.recipes.eagle3_config import Eagle3Run, TrainingRun
 from samebit.recipes.models.side_files import CHAT_TEMPLATES
 
@@ -84,10 +85,9 @@ def input_files(run: TrainingRun) -> Iterator[tuple[str, Path]]:
 
 
 def _with_content(key: str, path: Path) -> Iterator[tuple[str, Path]]:
-    """A file, or a folder and what lies in it."""
+    """A file, or a folder or a pattern and what it means."""
     yield key, path
-    if path.is_dir():
-        yield from ((key, file) for file in sorted(path.iterdir()))
+    yield from ((key, file) for file in fitting(path))
 
 
 def _files_in(arguments: Mapping[str, Any], key: str) -> Iterator[tuple[str, Path]]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from samebit.recipes.run.dialogue import dialogue, names_of
 from samebit.recipes.run.metrics import read_row
@@ -69,6 +69,12 @@ class KeptSamples:
 
     def __len__(self) -> int:
         return len(self._lines)
+
+    def copy(self) -> Self:
+        """Return those that there are now."""
+        found = type(self)(self._path)
+        found._lines, found.facts = self._lines.copy(), self.facts.copy()
+        return found
 
     def take(self, lines: list[bytes]) -> None:
         """Take further lines; none, and ValueError, which names the line, if one is damaged."""

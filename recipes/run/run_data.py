@@ -3,6 +3,7 @@
 No number is made here: what is shown is a number of metrics.jsonl or samples.jsonl, or left out.
 """
 
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -104,8 +105,12 @@ class RunData:
         self._had_summary = False
         try:
             found = read_object(file.read_bytes(), str(file))
+            json.dumps(found, allow_nan=False)
         except FileNotFoundError:
             return {}
+        except ValueError as error:
+            named = str(error) if str(file) in str(error) else f"{file} is damaged: {error}"
+            raise ValueError(named) from error
         self._had_summary = True
         return found
 

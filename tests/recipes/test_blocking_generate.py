@@ -21,7 +21,7 @@ async def forever(engine, request, params):
 
 generation._CANCEL_S = 0.1
 sys.modules["mine"] = Named(blocks=blocks)
-settings = RolloutSection(generate="mine:blocks", generate_timeout_s=0.2)
+settings = RolloutSection(generate="mine:blocks", generate_timeout_s=2)
 asked = [Named(sample_id=i, problem=Named(name="problem 3")) for i in (16, 17)]
 generation.GenerateFunction(settings, 12).draw(None, asked, None)
 """
@@ -32,7 +32,7 @@ def test_a_function_that_blocks_ends_the_run():
     ended = subprocess.run([sys.executable, "-c", BLOCKS], capture_output=True, timeout=120)
     assert (ended.returncode, ended.stdout) == (1, b"")
     assert ended.stderr.decode().strip().splitlines()[-1] == (
-        "samebit: rollout.generate 'mine:blocks' on problem 3, sample 0x11, took longer than 0.2 s "
+        "samebit: rollout.generate 'mine:blocks' on problem 3, sample 0x11, took longer than 2 s "
         "(rollout.generate_timeout_s) and does not let others run: code that blocks belongs in "
         "asyncio.to_thread"
     )

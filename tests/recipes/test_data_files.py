@@ -153,6 +153,7 @@ FOLDERS = {
     ("train.parquet", "test.parquet"): (
         "several splits, test.parquet, train.parquet; give those of one: a file, or a pattern such"
     ),
+    ("gsm8k_Train.jsonl", "gsm8k_test.jsonl"): "several splits, gsm8k_Train.jsonl, gsm8k_test.json",
     ("a-00000-of-00001.jsonl", "b-00000-of-00001.jsonl"): "holds shards of a, b; give those of one",
     ("train-00000-of-00002-0123456789abcdef.jsonl",): "lacks shard 1 of 2 of 'train'",
     ("train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"): (

@@ -90,8 +90,32 @@ def test_what_it_raises_is_said_with_its_name(runs, tmp_path, capsys, error):
         file.write(WRONG.format(error))
     words = runs.arguments("wrong", "algorithm.name=my_algorithms:Wrong", "overwrite=true")
     assert main(["grpo", *words]) == 1
-    name = "samebit grpo: algorithm.name 'my_algorithms:Wrong'"
+    name = "samebit grpo: the algorithm my_algorithms:Wrong"
     assert f"{name} raised {error} in loss (SAMEBIT_TRACEBACK=1 shows" in capsys.readouterr().err
+
+
+CONFIGURED = """
+@dataclass(kw_only=True)
+class ExitConfig(ReinforceConfig):
+    def __post_init__(self):
+        exit(0)
+
+
+class Exits(Reinforce):
+    Config = ExitConfig
+"""
+
+
+def test_it_cannot_end_the_command_as_if_all_were_done(tmp_path, capsys):
+    """Wherever it exits: the place in its file is told."""
+    file = tmp_path / "my_algorithms.py"
+    lines = file.read_text().count("\n")
+    with file.open("a") as more:
+        more.write(CONFIGURED)
+    assert main(["grpo", "model.path=m", "algorithm.name=my_algorithms:Exits"]) == 1
+    assert f"{file}, line {lines + 5} (__post_init__) has raised SystemExit(0); raise an error" in (
+        capsys.readouterr().err
+    )
 
 
 def test_its_settings_are_keys_with_types():

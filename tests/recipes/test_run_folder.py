@@ -237,6 +237,8 @@ def test_what_a_run_reads_is_not_removed(runs, kept, capsys):
     (partly / "model.safetensors").symlink_to(model / "model.safetensors")
     (kept / "data.jsonl").write_text('{"prompt": "1", "label": "1"}\n' * 9)
     (runs.folder / "data.jsonl").write_text('{"prompt": "2", "label": "2"}\n' * 9)
+    (runs.folder / "many").mkdir()
+    (runs.folder / "many" / "train-0.jsonl").symlink_to(kept / "data.jsonl")
     (kept / "control").touch()
     (kept / "outside").symlink_to(runs.model)
     before = tree(kept)
@@ -249,6 +251,8 @@ def test_what_a_run_reads_is_not_removed(runs, kept, capsys):
         ("model.path", f"model.path={kept / 'outside'}", "dry_run=true"),
         ("reward.args.control", f"reward.args.control={kept / 'control'}", "dry_run=true"),
         ("data.path", *task, f"data.{inside}", "dry_run=true"),
+        ("data.path", *task, f"data.path={runs.folder / 'many'}", "dry_run=true"),
+        ("data.path", *task, f"data.path={runs.folder / 'many'}/train-*", "dry_run=true"),
         ("data.eval_path", *task, f"data.{outside}", f"data.eval_{inside}", "dry_run=true"),
     ):
         generated = ("data.args", "data.size") if key.startswith("data") else ()

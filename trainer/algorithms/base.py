@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from samebit.kernels.reduce import ALONE, RankGroup
+from samebit.trainer.algorithms.mistakes import naming_algorithm
 from samebit.trainer.config import AlgorithmConfig
 from samebit.trainer.context import in_rows, sample_sums
 from samebit.trainer.types import MicroBatch, Sample
@@ -115,7 +116,9 @@ class Algorithm[C: AlgorithmConfig]:
 
     def checked_loss(self, inputs: LossInputs) -> LossOutputs:
         """What `loss` finds; ValueError unless losses and metrics have a value for each row."""
-        found, count = self.loss(inputs), len(inputs.logprobs)
+        with naming_algorithm(self, "loss"):
+            found = self.loss(inputs)
+        count = len(inputs.logprobs)
         for name, values in ({"losses": found.losses} | found.metrics).items():
             if values.shape != (count,):
                 raise ValueError(

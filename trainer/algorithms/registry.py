@@ -1,7 +1,5 @@
 """Algorithms by name: a line each. No torch here, so that --help answers at once."""
 
-from collections.abc import Callable
-from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from samebit.kernels.named import import_class
@@ -45,23 +43,4 @@ def make_algorithm(config: AlgorithmConfig) -> "Algorithm[Any]":
             f"algorithm.name is {config.name!r}, whose settings are {found.Config.__name__}; these "
             f"are {type(config).__name__}"
         )
-    algorithm = found(config)
-    if config.name not in ALGORITHMS:
-        for method in ("advantages", "returns", "loss"):
-            setattr(algorithm, method, _told_by(config.name, getattr(algorithm, method)))
-    return algorithm
-
-
-def _told_by(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of a user's algorithm, whose mistakes are said with its name."""
-
-    @wraps(method)
-    def told(*args: Any) -> Any:
-        try:
-            return method(*args)
-        except (LookupError, TypeError, AttributeError, ArithmeticError, SystemExit) as error:
-            what = f"raised {error!r} in {method.__name__}"
-            where = "SAMEBIT_TRACEBACK=1 shows where"
-            raise ValueError(f"algorithm.name {name!r} {what} ({where})") from error
-
-    return told
+    return found(config)

@@ -195,7 +195,7 @@ class PromptsConfig(DataConfig):
 class SupervisedConfig(DataConfig):
     """Says where records come from whose answers are trained on."""
 
-    label_key: str = "label"
+    label_key: str | None = "label"
     """Task `file`: key of the answer; dots reach into nested fields. A record without one, whose
     prompt is chat messages that end with the assistant's, is trained on all the assistant's."""
 
@@ -206,13 +206,16 @@ class PreferenceConfig(SupervisedConfig):
     assistant's, or the prompt's messages with such a one behind; of these the prompt may be left
     out."""
 
-    label_key: str = "chosen"
+    label_key: str | None = "chosen"
     """Task `file`: key of the better answer; dots reach into nested fields."""
     rejected_key: str = "rejected"
     """Task `file`: key of the worse answer; dots reach into nested fields."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(
+            self.label_key is not None, "data.label_key", self.label_key, "a key: dpo needs two"
+        )
         if self.task != "file":
             require_default(self, "data", ("rejected_key",), f"data.task is {self.task!r}")
 

@@ -189,7 +189,7 @@ def _label(record: Record, prompt: str | ChatPrompt, config: DataConfig) -> str:
 
 def _pair(record: Record, prompt: str | ChatPrompt, config: PreferenceConfig) -> tuple[str, str]:
     """The better and the worse answer."""
-    keys, where = (config.label_key, config.rejected_key), record.where
+    keys, where = (config.label_key or "", config.rejected_key), record.where
     if config.chat and isinstance(prompt, str):  # in an answer that is the whole chat
         prompt = [{"role": "user", "content": prompt}]
     found = [_lookup(record.values, key, where) for key in keys]
@@ -210,7 +210,7 @@ def _prompt(record: Record, config: DataConfig) -> str | ChatPrompt:
     which then is the whole chat."""
     key, values = config.prompt_key, record.values
     if isinstance(config, PreferenceConfig) and _lacks(values, key):
-        chosen = _lookup(values, config.label_key, record.where)
+        chosen = _lookup(values, config.label_key or "", record.where)
         if isinstance(chosen, list) and len(chosen) > 1:
             what = f"{record.where}: {config.label_key!r}"
             return read_prompt(chosen[:-1], what, columnar=record.columnar)

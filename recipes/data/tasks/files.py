@@ -11,10 +11,10 @@ BY_PYARROW = (".parquet", ".arrow")
 RIGHT = (
     "give a .jsonl, .parquet or .arrow file, a folder of them, or a pattern such as train-*.jsonl"
 )
-_OF_TRAIN = "FOLDER/train-*"
+_OF_TRAIN = "FOLDER/*train*"
 _STATE, _DICT = "state.json", "dataset_dict.json"
 _SHARD = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})(?:-[0-9a-f]{16})?")
-_SPLIT = re.compile(r"(train|test|valid|validation|val|dev|eval)(?![a-z]).*", re.IGNORECASE)
+_SPLIT = re.compile(r"(?<![a-z])(train|test|valid|validation|val|dev|eval)(?![a-z])", re.IGNORECASE)
 
 
 def list_files(path: Path) -> list[Path]:
@@ -41,6 +41,13 @@ def kinds_at(path: Path) -> set[str]:
     """Return the suffixes of what is at a path, which need not be there."""
     names = path.glob("*") if path.is_dir() else _fitting(path) if _is_pattern(path) else [path]
     return {name.suffix for name in names} & set(KINDS)
+
+
+def fitting(path: Path) -> list[Path]:
+    """Return what is there of a path by itself: what lies in a folder, or what a pattern fits."""
+    if _is_pattern(path):
+        return _fitting(path)
+    return sorted(path.iterdir()) if path.is_dir() else []
 
 
 def _is_pattern(path: Path) -> bool:
@@ -80,7 +87,7 @@ def _of_one_set(place: Path, found: list[Path]) -> list[Path]:
 
 def _require_one_split(place: Path, files: list[Path]) -> None:
     """ValueError for files that are called by several splits, as train.parquet and test.parquet."""
-    splits = {found[1].lower(): file.name for file in files if (found := _SPLIT.match(file.stem))}
+    splits = {found[1].lower(): file.name for file in files if (found := _SPLIT.search(file.stem))}
     if len(splits) > 1:
         names = _listed(sorted(splits.values()))
         raise ValueError(
