@@ -63,6 +63,11 @@ CHARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
         {"train": "rollout/spec_accept_length"},
     ),
     (
+        "Speed-up by guesses",
+        "of steps in which anything was guessed, against steps of as many samples without",
+        {"train": "rollout/spec_speedup"},
+    ),
+    (
         "Accepted guesses",
         "share of the guesses that were right, in all and by place",
         {"all": "rollout/spec_accept_rate"}

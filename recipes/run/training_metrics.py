@@ -1,5 +1,6 @@
 """The figures that are logged of a training step."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -86,6 +87,7 @@ def speculation_metrics(guesses: AcceptLengths | None) -> dict[str, float]:
         found["accept_rate"] = guesses.num_right / guesses.num_guessed
         rates = enumerate(zip(guesses.acceptance, guesses.guessed, strict=True))
         found |= {f"accept_rate_{i}": rate for i, (rate, tried) in rates if tried}
+        found |= {} if math.isnan(guesses.speedup) else {"speedup": guesses.speedup}
     return {f"{SPECULATION}{name}": value for name, value in found.items()}
 
 

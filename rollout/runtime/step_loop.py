@@ -7,6 +7,7 @@ results are: the next one is planned behind them, and runs while callers are tol
 step that is to guess, for what was drawn is what it guesses by; one that does not overlaps.
 """
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -32,6 +33,7 @@ class _Flight:
     owners: np.ndarray  # [S] slots: of the decode rows, then those of each chunk.drawing; -1: none
     positions: np.ndarray  # [S] of the drawn tokens in their contexts
     version: WeightVersion
+    began: float  # by time.perf_counter, when it was planned
     live: np.ndarray = field(init=False)  # [S] false: behind a wrong guess, or the sample has ended
 
     def __post_init__(self) -> None:
@@ -60,6 +62,7 @@ class StepLoop:
         self._flights: deque[_Flight] = deque()
         self._finished: list[RunningSample] = []  # taken off, but not reported yet
         self.num_drawn = 0  # tokens, over the engine's life
+        self._taken_in = 0.0  # when the last step was
 
     @torch.no_grad()
     def advance(self, version: WeightVersion) -> list[RunningSample]:
@@ -69,6 +72,7 @@ class StepLoop:
         raises can be repeated.
         """
         step: EngineStep | None = None
+        began = time.perf_counter()
         try:
             wanted = self._wanted_guesses()
             step = self._scheduler.schedule(in_flight=bool(self._flights))
@@ -79,7 +83,7 @@ class StepLoop:
             outcome = self._runner.launch(step, self._slots, self._sampler)
             owners, positions = self._drawn_by(step)
             self._scheduler.launched(step)
-            self._flights.append(_Flight(step, outcome, owners, positions, version))
+            self._flights.append(_Flight(step, outcome, owners, positions, version, began))
             step = None
             return self._collect(keep=self.depth)
         except BaseException:
@@ -153,6 +157,7 @@ class StepLoop:
         its turn.
         """
         token_ids, logprobs, thresholds, scores = flight.outcome.wait()
+        before, self._taken_in = max(self._taken_in, flight.began), time.perf_counter()
         step, slots, collected = flight.step, self._slots, flight.outcome.collected
         num_decode = step.num_decode_rows
         reasons = self._reasons_to_end(flight, token_ids)
@@ -164,7 +169,7 @@ class StepLoop:
         drawn = flight.positions[rows], token_ids[rows], logprobs[rows]
         least = None if thresholds is None else thresholds[rows]
         slots.append(owners, *drawn, flight.version, least)
-        self._settle_lengths(flight)
+        self._settle_lengths(flight, self._taken_in - before)
         own = flight.owners[:num_decode]
         for row in np.flatnonzero(slots.collects[own] & flight.live[:num_decode]):
             slots.owner(own[row]).add_hidden(collected, slice(row, row + 1))
@@ -211,15 +216,18 @@ class StepLoop:
             flight.live[:num_rows] &= drafts.holding(token_ids[:num_rows], ends[:num_rows])
         return {row: reason for row, reason in reasons.items() if flight.live[row]}
 
-    def _settle_lengths(self, flight: _Flight) -> None:
-        """Tell how many tokens each sample got, now that it is known which guesses were right."""
-        step, drafts = flight.step, flight.step.drafts
+    def _settle_lengths(self, flight: _Flight, seconds: float) -> None:
+        """Tell how many tokens each sample got, now that it is known which guesses were right, and
+        how long that took."""
+        step, drafts, speculation = flight.step, flight.step.drafts, self._speculation
         if drafts is None:
+            if speculation is not None and not step.chunks:
+                speculation.took(len(step.decode), seconds)
             return
         counts = drafts.counts(flight.live[: step.num_decode_rows])
         self._slots.advance_more(step.decode, counts - 1)
-        if self._speculation is not None:
-            self._speculation.learn(drafts, counts)
+        if speculation is not None:
+            speculation.learn(drafts, counts, None if step.chunks else seconds)
 
     def _end(self, seq: RunningSample, reason: str) -> None:
         """Take a sample off that ends; later steps in flight have nothing for it."""

@@ -1,6 +1,6 @@
 """AcceptLengths: how many guesses were right, in all and place by place."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
@@ -21,6 +21,11 @@ class AcceptLengths:
     """[k]: how often there was a first, a second, ... guess."""
     right: tuple[int, ...]
     """[k]: how often it was right, and all before it; not counted behind a completion's end."""
+    seconds: float = field(default=0.0, compare=False)
+    """That steps took with guesses and without prompts, as far as it is known what steps without
+    guesses take."""
+    plain_seconds: float = field(default=0.0, compare=False)
+    """That as many tokens take without guesses; see StepTimes."""
 
     @classmethod
     def none(cls, num_draft_tokens: int) -> Self:
@@ -48,6 +53,16 @@ class AcceptLengths:
         pairs = zip(self.right, self.guessed, strict=True)
         return tuple(right / guessed if guessed else float("nan") for right, guessed in pairs)
 
+    @property
+    def speedup(self) -> float:
+        """How many times as fast the steps with guesses were; NaN where that is not known."""
+        return self.plain_seconds / self.seconds if self.seconds > 0 else float("nan")
+
+    def timed(self, seconds: float, plain_seconds: float) -> Self:
+        """With a step's time, and with what its tokens take without guesses."""
+        own, plain = self.seconds + seconds, self.plain_seconds + plain_seconds
+        return replace(self, seconds=own, plain_seconds=plain)
+
     def plus(self, drafts: Drafts, counts: np.ndarray) -> Self:
         """With a step's: counts [B], the tokens that each of its samples got."""
         places = len(self.guessed)
@@ -73,6 +88,8 @@ class AcceptLengths:
             self.tokens + sign * other.tokens,
             places(self.guessed, other.guessed),
             places(self.right, other.right),
+            self.seconds + sign * other.seconds,
+            self.plain_seconds + sign * other.plain_seconds,
         )
 
 

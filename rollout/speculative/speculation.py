@@ -17,6 +17,7 @@ from samebit.rollout.speculative.proposer import (
     Proposer,
     ProposerError,
 )
+from samebit.rollout.speculative.step_times import StepTimes
 
 _LEAST_LIKELY = 0.1  # a row that is less likely to hold is not verified
 
@@ -36,6 +37,7 @@ class Speculation:
         )
         self._length = DraftLength(num_draft_tokens, adaptive, cost)
         self._unread = 0  # steps since the proposer was called
+        self._times = StepTimes()
         self.accept_lengths = AcceptLengths.none(num_draft_tokens)
 
     def choose(self, slots: Slots) -> int:
@@ -83,10 +85,19 @@ class Speculation:
             return step
         return EngineStep(step.decode, step.chunks, drafts.cut(most))
 
-    def learn(self, drafts: Drafts, counts: np.ndarray) -> None:
-        """Take in how many tokens [B] each decoding sample of a step with guesses got."""
+    def learn(self, drafts: Drafts, counts: np.ndarray, seconds: float | None) -> None:
+        """Take in how many tokens [B] each decoding sample of a step with guesses got, and how long
+        the step took; None: it had prompts too."""
         self.accept_lengths = self.accept_lengths.plus(drafts, counts)
         self._length.learn(drafts.lens, counts)
+        plain = None if seconds is None else self._times.typical(len(counts))
+        if seconds is not None and plain is not None:
+            saved = plain * int(counts.sum()) / len(counts)
+            self.accept_lengths = self.accept_lengths.timed(seconds, saved)
+
+    def took(self, num_samples: int, seconds: float) -> None:
+        """Take in how long a step without guesses and without prompts took."""
+        self._times.add(num_samples, seconds)
 
     def rest(self) -> None:
         """No sample is unfinished: let go of what belongs to any."""

@@ -73,6 +73,19 @@ def test_guesses_are_told_in_all_and_by_place():
     )
 
 
+def test_the_speedup_is_of_the_rollouts_own_steps():
+    """What came before it does not count; without steps to compare with there is none."""
+    earlier = AcceptLengths.none(1).timed(10.0, 5.0)
+    found = speculation_metrics(earlier + _one().timed(0.5, 0.75).timed(0.5, 1.75) - earlier)
+    assert found["rollout/spec_speedup"] == 2.5
+    assert "rollout/spec_speedup" not in speculation_metrics(_one())
+    assert _one().timed(0.5, 0.75) == _one(), "times are no counts"
+
+
+def _one():
+    return AcceptLengths(verifications=1, tokens=2, guessed=(1,), right=(1,))
+
+
 def test_huge_rewards_have_finite_figures():
     """Those of small ones, times a power of two; also of terms, and of a rollout's own mean."""
 
