@@ -11,7 +11,7 @@ from samebit.recipes.config import (
     check_overwrite,
     check_schedule,
 )
-from samebit.recipes.data.tasks.base import PromptsConfig
+from samebit.recipes.data.tasks.base import DataConfig
 from samebit.recipes.numerics_config import NumericsSection
 from samebit.recipes.rollout_config import RolloutSection
 from samebit.recipes.run.metrics import LoggerConfig
@@ -94,7 +94,7 @@ class Eagle3Run(RunSection):
     rollout: RolloutSection = field(default_factory=lambda: RolloutSection(samples_per_prompt=1))
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     numerics: NumericsSection = field(default_factory=NumericsSection)
-    data: PromptsConfig = field(default_factory=PromptsConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
     @property

@@ -82,7 +82,7 @@ class Prompts:
                 text=TextCodec(run.model, run.data.chat), vocab_size=self.vocab_size,
                 max_len=run.input_len, limit="input_len", policy=run.data.overlong_prompts,
             )  # fmt: skip
-            self._split = Split("held-out split", load_datasets(run.data)[1], encoder)
+            self._split = Split("held-out split", load_datasets(run.data.of_prompts())[1], encoder)
             if not len(self._split):
                 raise BenchError("data has no held-out problems: give data.eval_size")
 

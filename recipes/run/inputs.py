@@ -233,7 +233,7 @@ class Eagle3Inputs:
         self.model = checked_model(run)
         require_engine(run, self.model)
         self.draft, self.config = checked_draft(run, self.model)
-        train_set, eval_set = load_datasets(run.data)
+        train_set, eval_set = load_datasets(run.data.of_prompts())
         encoder = Encoder(
             text=TextCodec(run.model.path, run.data.chat),
             vocab_size=self.model.vocab_size,

@@ -123,7 +123,8 @@ def test_records_without_labels(tmp_path):
     assert [p.label for p in problems(path, label_key=None)] == ["", "", ""]
     words = ["model.path=m", f"data.path={path}", "data.label_key=null"]
     assert resolve("grpo", words).data.label_key is None
-    assert resolve("eagle3", words[:2]).data.label_key is None
+    own = resolve("eagle3", words[:2]).data.of_prompts()
+    assert [p.label for p in load_datasets(replace(own, eval_size=0))[0]] == ["", "", ""]
     with pytest.raises(ValueError, match="line 1 has no 'label'; its keys are"):
         problems(path)
     with pytest.raises(ValueError, match="its label is empty, and exact_match compares with it"):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from samebit.trainer.config import require, require_default
 
@@ -171,6 +171,10 @@ class DataConfig:
         paths = [source.eval_path for source in self.sources]
         return any(size >= 1 or path is not None for size, path in zip(sizes, paths, strict=True))
 
+    def of_prompts(self) -> Self:
+        """Return the same where only prompts are read: records need no label."""
+        return replace(self, label_key=None) if self.task == "file" else self
+
     def _check_source(self, source: DataSource, key: str) -> None:
         require(source.path not in ("", "???"), f"{key}.path", source.path, "a path")
         fits = isinstance(source.weight, int | float) and 1e-9 <= source.weight <= 1e9
@@ -181,14 +185,6 @@ class DataConfig:
             require_default(source, key, ("eval_path", "eval_size"), "data.eval_path is given")
         if source.eval_path is not None:
             require_default(source, key, ("eval_size",), f"{key}.eval_path is given")
-
-
-@dataclass(kw_only=True)
-class PromptsConfig(DataConfig):
-    """Says where prompts come from whose answers the target itself gives."""
-
-    label_key: str | None = None
-    """Task `file`: key of a reference answer, which nothing needs here; unset: there is none."""
 
 
 @dataclass(kw_only=True)
