@@ -181,7 +181,8 @@ def _facts(line: bytes, name: str) -> Facts:
             values = row.get(key, None if key == "logprobs" else tokens)
             if not isinstance(values, list) or len(values) != length:
                 raise ValueError(f"{name} is damaged: it has other than one {what} of each token")
-        if not all(map(_is_finite, row["logprobs"])):
+        numbers = row["logprobs"]
+        if not {*map(type, numbers)} <= {int, float} or not _is_finite(sum(numbers)):
             raise ValueError(f"{name} is damaged: a log-prob of it is no finite number")
     return Facts(row["step"], row["kind"], row["reward"], length)
 
@@ -192,7 +193,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _are(kind: type, values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
+    return isinstance(values, list) and {*map(type, values)} <= {kind}
 
 
 _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
