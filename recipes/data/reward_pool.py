@@ -178,7 +178,8 @@ class RewardPool:
         for i, (kind, *what) in self._run("check", [(p,) for p in problems], poll):
             if kind == "raised":
                 error, text = what
-                faults[i] = text if error == "ValueError" else f"{error}: {text}"
+                named = [error] if error != "ValueError" or not text else []
+                faults[i] = ": ".join([*named, *([text] if text else [])])
         return faults
 
     def close(self) -> None:

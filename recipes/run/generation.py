@@ -28,6 +28,7 @@ from samebit.trainer.types import Sample
 from samebit.weight_sync.types import VersionSpan
 
 _TICK_S = 0.1
+_NO_STOP = "was drawn where stop tokens were forbidden (min_new_tokens): mask it"
 _CANCEL_S = 5.0  # for functions that another one's error ends
 
 
@@ -321,7 +322,8 @@ def _drawn_at(
         for place, (token, logprob, threshold) in enumerate(tokens, start):
             if place >= len(token_ids) or token_ids[place] != token:
                 break
-            found[place] = DrawnToken(logprob, threshold, fault)
+            forbidden = _NO_STOP if place - start < turn.params.min_new_tokens else ""
+            found[place] = DrawnToken(logprob, threshold, fault or forbidden)
     return found
 
 

@@ -101,8 +101,8 @@ class MetricsLogger:
         row = {"step": step} | {key: _plain(key, value) for key, value in metrics.items()}
         self._append(METRICS_FILE, [row])
         if self._wandb is not None:
-            # `step` is a column: wandb's own counter refuses to go back, as a resumed run must.
-            self._wandb.log(row)
+            # A resumed run goes back: what its server has of those steps is the same, and stays.
+            self._wandb.log(row, step=step)
         if self._tensorboard is not None:
             with naming_path(self._tensorboard.log_dir):
                 for key in metrics:

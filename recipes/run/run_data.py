@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from samebit.recipes.run.kept_samples import MOST_SAMPLE_BYTES, KeptSamples
 from samebit.recipes.run.metrics import METRICS_FILE, SAMPLES_FILE, read_object, read_row
@@ -17,6 +17,8 @@ SUMMARY_FILE = "summary.json"
 MOST_POINTS = 1000
 """Of a curve: of each of its stretches the first, the lowest and the highest are kept."""
 
+_LAST = 200
+"""Bytes before the end of what was read, by which it is known again."""
 Row = dict[str, Any]
 
 
@@ -29,28 +31,43 @@ class FollowedLines:
         """take: called with what has come, and again with all of it where it has raised; reset:
         before all comes again from the first on."""
         self._path, self._take, self._reset = path, take, reset
-        self._file: tuple[int, int] = (0, 0)
-        self._offset = 0
+        self._file: BinaryIO | None = None  # open, so that no other file gets its inode
+        self._offset, self._last = 0, b""
 
     def read(self) -> bool:
-        """Take what has come; returns whether there was anything. A torn last line waits."""
+        """Take what has come; returns whether there was anything. A torn last line waits. Raises
+        FileNotFoundError for a file that was there and is gone."""
         try:
             file = self._path.open("rb")
         except FileNotFoundError:
-            return False
-        with file:
-            found = os.fstat(file.fileno())
-            again = (found.st_dev, found.st_ino) != self._file or found.st_size < self._offset
-            if again:
-                self._file, self._offset = (found.st_dev, found.st_ino), 0
-                self._reset()
-            file.seek(self._offset)
-            whole, _, _ = file.read().rpartition(b"\n")
+            if self._file is None:
+                return False
+            raise FileNotFoundError(f"{self._path} is gone") from None
+        before, self._file = self._file, file
+        if again := before is None or not self._goes_on(before, file):
+            self._offset, self._last = 0, b""
+            self._reset()
+        if before is not None:
+            before.close()
+        file.seek(self._offset)
+        whole, _, _ = file.read().rpartition(b"\n")
         if not whole:
             return again
         self._take(whole.split(b"\n"))
         self._offset += len(whole) + 1
+        self._last = whole[-_LAST:]
         return True
+
+    def _goes_on(self, before: BinaryIO, file: BinaryIO) -> bool:
+        """Whether it is the file that it was, with what was taken of it."""
+        file.seek(max(0, self._offset - 1 - len(self._last)))
+        ends = (self._last + b"\n") if self._offset else b""
+        same = os.path.samestat(os.fstat(before.fileno()), os.fstat(file.fileno()))
+        return same and file.read(len(ends)) == ends
+
+    def __del__(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 class RunData:

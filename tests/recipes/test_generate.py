@@ -197,24 +197,23 @@ async def other_logprobs(engine, request, params):
     return of(request.prompt_ids, tokens, (True,) * 4, logprobs=wrong)
 
 
-async def hotter(engine, request, params):
-    tokens, _ = await _one(engine, request, replace(params, temperature=2.0))
-    return of(request.prompt_ids, tokens, (True,) * 4)
+def drawing(name, **changes):
+    async def draws(engine, request, params):
+        tokens, _ = await _one(engine, request, replace(params, **changes))
+        return of(request.prompt_ids, tokens, (True,) * 4)
+
+    draws.__name__ = name
+    return draws
 
 
-async def without_logprobs(engine, request, params):
-    tokens, _ = await _one(engine, request, replace(params, logprobs=False))
-    return of(request.prompt_ids, tokens, (True,) * 4)
+hotter = drawing("hotter", temperature=2.0)
+without_logprobs = drawing("without_logprobs", logprobs=False)
+cuts, goes_on = drawing("cuts", top_k=1), drawing("goes_on", min_new_tokens=1)
 
 
 async def other_kind(engine, request, params):
     limited = replace(params, top_k=3, truncated_logprobs=not params.truncated_logprobs)
     tokens, _ = await _one(engine, request, limited)
-    return of(request.prompt_ids, tokens, (True,) * 4)
-
-
-async def cuts(engine, request, params):
-    tokens, _ = await _one(engine, request, replace(params, top_k=1))
     return of(request.prompt_ids, tokens, (True,) * 4)
 
 
@@ -342,6 +341,7 @@ REFUSED = {
     hotter: "at place 9 of 13 .* drawn at temperature 2.0; the run trains at 1.0: mask it",
     without_logprobs: f"at place 9 of 13 {MASK}",
     other_kind: KIND.format(*KINDS[::-1], False),
+    goes_on: "which was drawn where stop tokens were forbidden .min_new_tokens.: mask it",
     cuts: "drawn with top_k=1, top_p=1.0, min_p=0.0, the run trains the full softmax .*: mask it,",
     has_thresholds: "a sample with thresholds, which the run finds: leave it out",
     has_advantages: "a sample with advantages, which the run finds: leave it out",

@@ -126,7 +126,13 @@ def test_write_atomically_replaces(tmp_path):
 def test_wandb_offline_stays_in_the_run_folder(tmp_path, capfd, monkeypatch):
     """It gets every row as it is written to the file."""
     given, log = [], wandb.Run.log
-    monkeypatch.setattr(wandb.Run, "log", lambda run, row: given.append(row) or log(run, row))
+
+    def logged(run, row, step):
+        given.append(row)
+        assert step == row["step"]
+        return log(run, row, step=step)
+
+    monkeypatch.setattr(wandb.Run, "log", logged)
     for resume_step in (None, 0):
         with make(tmp_path, resume_step, wandb="offline") as logger:
             logger.log(0 if resume_step is None else 1, {"x": 1.5})

@@ -3,6 +3,7 @@
 import http.client
 import json
 import re
+import shutil
 import threading
 
 import pytest
@@ -148,6 +149,18 @@ def test_what_a_run_writes_is_followed(tmp_path):
     file.write_text(file.read_text().replace("{}\n", '{"step": 6, "train/loss": 2.5}\n'))
     assert run.refresh() is True
     assert [step for step, _ in run.shown()["series"]["train/loss"]] == [0, 1, 6, 7, 7]
+    written = write(tmp_path / "other", steps=30)
+    file.write_text((tmp_path / "other" / "metrics.jsonl").read_text())  # another's, and longer
+    assert run.refresh() is True
+    assert len(run.shown()["series"]["train/loss"]) == len(written)
+    file.unlink()
+    write(tmp_path / "run", steps=40)
+    assert run.refresh() is True
+    assert len(run.shown()["series"]["train/loss"]) == 40
+    shutil.rmtree(tmp_path / "run")
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError, match="metrics.jsonl is gone"):
+            run.refresh()
 
 
 def test_a_page_follows_a_run_at_the_loopback(tmp_path):
