@@ -71,15 +71,18 @@ def _question(words: str) -> tuple[Query, list[int]]:
     asked = dict(parse_qsl(words, keep_blank_values=True))
     if unknown := sorted(asked.keys() - {"runs", "words", "kind", "order", "page"}):
         raise BadQuestion(f"samples are not asked for by {unknown}")
-    numbers = {key: asked.pop(key, "") for key in ("runs", "page")}
-    for key, value in numbers.items():
-        if not all(part.isdecimal() for part in value.split(",") if part):
-            raise BadQuestion(f"{key} is {value!r}; give whole numbers, by commas")
-    page, *_ = [*(int(x) for x in numbers["page"].split(",") if x), 0]
+    runs, pages = (_whole_numbers(key, asked.pop(key, "")) for key in ("runs", "page"))
     try:
-        return Query(**asked, page=page), [int(x) for x in numbers["runs"].split(",") if x]
+        return Query(**asked, page=next(iter(pages), 0)), runs
     except ValueError as error:
         raise BadQuestion(str(error)) from error
+
+
+def _whole_numbers(key: str, text: str) -> list[int]:
+    parts = [part for part in text.split(",") if part]
+    if not all(map(str.isdecimal, parts)):
+        raise BadQuestion(f"{key} is {text!r}; give whole numbers, by commas")
+    return [int(part) for part in parts]
 
 
 class _Handler(BaseHTTPRequestHandler):

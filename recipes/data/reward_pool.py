@@ -178,8 +178,8 @@ class RewardPool:
         for i, (kind, *what) in self._run("check", [(p,) for p in problems], poll):
             if kind == "raised":
                 error, text = what
-                named = [error] if error != "ValueError" or not text else []
-                faults[i] = ": ".join([*named, *([text] if text else [])])
+                said = f"{error}: {text}" if text else error
+                faults[i] = text if text and error == "ValueError" else said
         return faults
 
     def close(self) -> None:

@@ -144,7 +144,8 @@ class GenerateFunction:
         """Where a function blocks the event loop nothing that is awaited can end it."""
         request = self._tasks.get(asyncio.current_task(loop))
         where = f"rollout.generate {self.name!r} on one of {count} samples"
-        where = where if request is None else self._where(request)
+        if request is not None:
+            where = self._where(request)
         limit = f"{self._timeout_s:g} s (rollout.generate_timeout_s)"
         what = "and does not let others run: code that blocks belongs in asyncio.to_thread"
         print(f"\nsamebit: {where} took longer than {limit} {what}", file=sys.stderr, flush=True)

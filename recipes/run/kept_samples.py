@@ -96,12 +96,12 @@ class KeptSamples:
 
     def find(self, query: Query) -> list[int]:
         """Return the numbers of the samples that a query asks for, as they were written."""
-        words = query.words.lower()
+        words, plain = query.words.lower(), _plain_part(query.words.lower())
         return [
             number
             for number, facts in enumerate(self.facts)
             if not query.kind or facts.kind == query.kind
-            if not words or (_may_have(self._lines[number], words) and self._has(number, words))
+            if not words or (_may_have(self._lines[number], plain) and self._has(number, words))
         ]
 
     def chosen(self, most_bytes: int) -> list[int]:
@@ -160,11 +160,14 @@ def evenly[T](items: Sequence[T], most: int) -> list[T]:
     return [items[i * (len(items) - 1) // (most - 1)] for i in range(most)]
 
 
-def _may_have(line: bytes, words: str) -> bool:
-    """Whether a row may hold words, by the longest of them of such letters as JSON writes as they
-    are: most lines need not be read."""
-    longest = max(re.findall("[a-z0-9]+", words), key=len, default="")
-    return longest.encode() in line.lower() or b"\\u" in line
+def _plain_part(words: str) -> bytes:
+    """The longest part of such letters as JSON writes as they are."""
+    return max(re.findall("[a-z0-9]+", words), key=len, default="").encode()
+
+
+def _may_have(line: bytes, plain: bytes) -> bool:
+    """Whether a row may hold words, by their plain part: most lines need not be read."""
+    return plain in line.lower() or b"\\u" in line
 
 
 def _facts(line: bytes, name: str) -> Facts:

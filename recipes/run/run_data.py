@@ -8,18 +8,16 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from samebit.recipes.run.kept_samples import MOST_SAMPLE_BYTES, KeptSamples
+from samebit.recipes.run.kept_samples import MOST_SAMPLE_BYTES, KeptSamples, Row
 from samebit.recipes.run.metrics import METRICS_FILE, SAMPLES_FILE, read_object, read_row
 
 SUMMARY_FILE = "summary.json"
 MOST_POINTS = 1000
 """Of a curve: of each of its stretches the first, the lowest and the highest are kept."""
-
 _LAST = 200
 """Bytes before the end of what was read, by which it is known again."""
-Row = dict[str, Any]
 
 
 class FollowedLines:
@@ -121,13 +119,14 @@ class RunData:
         file = self.folder / SUMMARY_FILE
         self._had_summary = False
         try:
-            found = read_object(file.read_bytes(), str(file))
-            json.dumps(found, allow_nan=False)
+            content = file.read_bytes()
         except FileNotFoundError:
             return {}
+        found = read_object(content, str(file))
+        try:
+            json.dumps(found, allow_nan=False)
         except ValueError as error:
-            named = str(error) if str(file) in str(error) else f"{file} is damaged: {error}"
-            raise ValueError(named) from error
+            raise ValueError(f"{file} is damaged: {error}") from error
         self._had_summary = True
         return found
 

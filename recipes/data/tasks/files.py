@@ -39,7 +39,7 @@ def list_files(path: Path) -> list[Path]:
 
 def kinds_at(path: Path) -> set[str]:
     """Return the suffixes of what is at a path, which need not be there."""
-    names = path.glob("*") if path.is_dir() else _fitting(path) if _is_pattern(path) else [path]
+    names = fitting(path) if path.is_dir() or _is_pattern(path) else [path]
     return {name.suffix for name in names} & set(KINDS)
 
 
